@@ -1,0 +1,47 @@
+"""Every error that pyengine raises on purpose. Each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PyEngineError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one line and exits with code 2."""
+
+
+class ModelNotFoundError(PyEngineError):
+    """No file of that path, and no model of that name in the places that were searched."""
+
+
+class InvalidModelError(PyEngineError):
+    """A model file is malformed: the message names file, field and byte offset."""
+
+
+class UnsupportedModelError(PyEngineError):
+    """A model file is well formed but asks for something that pyengine does not have."""
+
+
+class PlanError(PyEngineError):
+    """The request does not fit the memory that is there; `plan` holds the plan that was refused, if one was made."""
+
+    def __init__(self, message: str, plan: object | None = None):
+        super().__init__(message)
+        self.plan = plan
+
+
+class ContextOverflowError(PyEngineError):
+    """A prompt, or a prompt and its continuation, needs more positions than the context has."""
+
+
+class TemplateError(PyEngineError):
+    """A chat template is malformed, or refuses the messages that it was given."""
+
+
+class RequestError(PyEngineError):
+    """An argument of a request is out of its range, or of a kind that the model cannot take."""
+
+
+class GraphError(PyEngineError):
+    """A graph is built or run in a way that its ops do not allow."""
+
+
+class ShapeError(GraphError):
+    """Shapes or dtypes of an op's inputs contradict each other; the message names op, input and axis."""
