@@ -1,0 +1,131 @@
+"""Element types of tensors: plain numbers and the block formats of GGUF, with ggml's numbers.
+
+A block format stores `block` consecutive elements of a row in `nbytes` bytes (quantized values and their scales);
+a plain type is a block of one. Ids and sizes are those of ggml (`ggml.h: enum ggml_type`, `ggml-common.h`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyengine.errors import ShapeError, UnsupportedModelError
+
+PACKED_BIT = 256  # id of a packed format = id of the format + PACKED_BIT; every id of ggml is far below
+_PACKED_SUFFIX = ":packed"
+
+
+@dataclass(frozen=True)
+class DType:
+    """Describe how elements of one type lie in memory.
+
+    name    ggml's name: "F32", "Q4_K"; a packed form appends ":packed"
+    id      ggml's number, as GGUF files carry it; a packed form adds 256 and never stands in a file
+    block   elements in one block: rows are whole numbers of blocks
+    nbytes  bytes of one block
+    numpy   element type of a NumPy array over the same bytes, None for block formats; BF16 shows its bits as uint16
+    """
+
+    name: str
+    id: int
+    block: int
+    nbytes: int
+    numpy: np.dtype | None
+
+    def size(self, n_elements: int) -> int:
+        """Return the bytes of `n_elements` consecutive elements. Raises ShapeError unless they are whole blocks."""
+        if n_elements < 0 or n_elements % self.block:
+            raise ShapeError(f"{self.name}: {n_elements} elements are not a whole number of blocks of {self.block}")
+        return n_elements // self.block * self.nbytes
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self.id & PACKED_BIT)
+
+    @property
+    def packed(self) -> DType:
+        """The same format with 16 rows interleaved block by block, as kernels read it; same block and bytes."""
+        return _BY_ID[self.id | PACKED_BIT]
+
+    @property
+    def unpacked(self) -> DType:
+        """The format as files carry it: the inverse of `packed`."""
+        return _BY_ID[self.id & ~PACKED_BIT]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# name, id, elements in a block, bytes of a block, NumPy's element type
+_TABLE = (
+    ("F32", 0, 1, 4, "<f4"),
+    ("F16", 1, 1, 2, "<f2"),
+    ("Q4_0", 2, 32, 18, None),
+    ("Q4_1", 3, 32, 20, None),
+    ("Q5_0", 6, 32, 22, None),
+    ("Q5_1", 7, 32, 24, None),
+    ("Q8_0", 8, 32, 34, None),
+    ("Q8_1", 9, 32, 36, None),  # two halves and 32 bytes (ggml-common.h); gguf-py 0.19 still says 40; never in files
+    ("Q2_K", 10, 256, 84, None),
+    ("Q3_K", 11, 256, 110, None),
+    ("Q4_K", 12, 256, 144, None),
+    ("Q5_K", 13, 256, 176, None),
+    ("Q6_K", 14, 256, 210, None),
+    ("Q8_K", 15, 256, 292, None),
+    ("IQ2_XXS", 16, 256, 66, None),
+    ("IQ2_XS", 17, 256, 74, None),
+    ("IQ3_XXS", 18, 256, 98, None),
+    ("IQ1_S", 19, 256, 50, None),
+    ("IQ4_NL", 20, 32, 18, None),
+    ("IQ3_S", 21, 256, 110, None),
+    ("IQ2_S", 22, 256, 82, None),
+    ("IQ4_XS", 23, 256, 136, None),
+    ("I8", 24, 1, 1, "i1"),
+    ("I16", 25, 1, 2, "<i2"),
+    ("I32", 26, 1, 4, "<i4"),
+    ("I64", 27, 1, 8, "<i8"),
+    ("F64", 28, 1, 8, "<f8"),
+    ("IQ1_M", 29, 256, 56, None),
+    ("BF16", 30, 1, 2, "<u2"),
+    ("TQ1_0", 34, 256, 54, None),
+    ("TQ2_0", 35, 256, 66, None),
+    ("MXFP4", 39, 32, 17, None),
+    ("NVFP4", 40, 64, 36, None),
+    ("Q1_0", 41, 128, 18, None),
+)
+
+# Numbers that older files carry and that ggml no longer reads.
+REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+           36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+
+DTYPES = tuple(DType(name, id, block, nbytes, None if numpy is None else np.dtype(numpy))
+               for name, id, block, nbytes, numpy in _TABLE)
+_PACKED = tuple(DType(t.name + _PACKED_SUFFIX, t.id | PACKED_BIT, t.block, t.nbytes, t.numpy) for t in DTYPES)
+_BY_ID = {t.id: t for t in DTYPES + _PACKED}
+_BY_NAME = {t.name.casefold(): t for t in DTYPES + _PACKED}
+
+
+def dtype(key: str | int) -> DType:
+    """Return the dtype with this name (in any case: "Q4_K", "f16") or this number of ggml.
+
+    Raises: UnsupportedModelError naming what was asked for.
+    """
+    if isinstance(key, str):
+        found = _BY_NAME.get(key.casefold())
+        if found is None:
+            near = difflib.get_close_matches(key.upper(), [t.name for t in DTYPES], n=3)
+            raise UnsupportedModelError(f"no dtype is named {key!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        return found
+    found = _BY_ID.get(key)
+    if found is None:
+        was = f": it was {REMOVED[key]}, which GGUF has dropped; convert the model again" if key in REMOVED else ""
+        raise UnsupportedModelError(f"no dtype has the number {key}{was}")
+    return found
+
+
+F32, F16, BF16, F64 = dtype("F32"), dtype("F16"), dtype("BF16"), dtype("F64")
+I8, I16, I32, I64 = dtype("I8"), dtype("I16"), dtype("I32"), dtype("I64")
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1 = map(dtype, ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1"))
+Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K = map(dtype, ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"))

@@ -1,0 +1,28 @@
+"""All ops. Each is declared once, in this package: `pyengine.op.REGISTRY` lists them."""
+
+from __future__ import annotations
+
+from pyengine.op import REGISTRY
+from pyengine.ops.attention import attention
+from pyengine.ops.elementwise import (
+    add, binary, div, exp, gelu, gelu_tanh, mul, relu, scale, sigmoid, silu, softcap, sub, tanh, unary,
+)
+from pyengine.ops.layout import concat, contiguous, reshape, slice, transpose  # noqa: A004
+from pyengine.ops.matmul import linear, matmul, rows
+from pyengine.ops.norm import layer_norm, reduce, rms_norm, softmax
+from pyengine.ops.rope import cache_append, rope, rope_append, rope_table
+from pyengine.tensor import Tensor
+
+__all__ = [
+    "REGISTRY", "add", "attention", "binary", "cache_append", "concat", "contiguous", "div", "exp", "gelu", "gelu_tanh",
+    "layer_norm", "linear", "matmul", "mul", "reduce", "relu", "reshape", "rms_norm", "rope", "rope_append", "rope_table",
+    "rows", "scale", "sigmoid", "silu", "slice", "softcap", "softmax", "sub", "tanh", "transpose", "unary",
+]
+
+# Operators of symbolic tensors, so that models read as formulas.
+Tensor.__add__ = Tensor.__radd__ = add                                   # type: ignore[attr-defined]
+Tensor.__mul__ = Tensor.__rmul__ = mul                                   # type: ignore[attr-defined]
+Tensor.__sub__ = sub                                                     # type: ignore[attr-defined]
+Tensor.__truediv__ = div                                                 # type: ignore[attr-defined]
+Tensor.reshape = lambda self, *shape: reshape(self, shape=shape)         # type: ignore[attr-defined]
+Tensor.transpose = lambda self, *axes: transpose(self, axes=axes)        # type: ignore[attr-defined]

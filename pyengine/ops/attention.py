@@ -1,0 +1,65 @@
+"""Attention: one op, its variants are arguments. The mask is an interval of key numbers for each query, never a matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyengine.op import F32, I32, Cache, op
+from pyengine.tensor import axis_max
+
+
+@op(
+    strided=("q", "k", "v"),
+    flops=lambda q, k, v, *a, **p: 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1])
+    * (axis_max(q.shape[2]) + axis_max(v.shape[2])),
+)
+def attention(
+    q: F32["m h e"],
+    k: Cache["g s e"],
+    v: Cache["g s f"],
+    lo: I32["m"],
+    hi: I32["m"],
+    cells: I32["b l"] | None = None,
+    seq: I32["m"] | None = None,
+    sinks: F32["h"] | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> F32["m h*f"]:
+    """softmax(scale * q k^T) v over the keys lo[i] <= j < hi[i] of each query i; h heads share g key/value heads.
+
+    Key j of sequence n lies in cell cells[n, j % l] (without `cells`: in cell j); query i belongs to sequence seq[i]
+    (default 0). Every mask of the engine is such an interval: causal [0, i], sliding [i - window + 1, i], chunked,
+    bidirectional spans (hi reaches the span's end), cross (all keys), windows of an encoder. An empty interval gives zeros.
+    softcap: logits = softcap * tanh(logits / softcap). sinks: one more logit per head that takes probability and gives
+    nothing (gpt-oss). Vaswani et al. 2017, arXiv:1706.03762; grouped heads: arXiv:2305.13245.
+    """
+    m, h, _ = q.shape
+    g = k.shape[0]
+    out = np.zeros((m, h, v.shape[2]), q.dtype)
+    for i in range(m):
+        j = np.arange(lo[i], hi[i])
+        if cells is not None:
+            j = cells[0 if seq is None else seq[i], j % cells.shape[1]]
+        if len(j) == 0:
+            continue
+        kj = np.repeat(k[:, j].astype(q.dtype), h // g, axis=0)                      # [h, keys, e]
+        vj = np.repeat(v[:, j].astype(q.dtype), h // g, axis=0)                      # [h, keys, f]
+        s = np.einsum("he,hke->hk", q[i], kj) * q.dtype.type(scale)
+        if softcap:
+            s = softcap * np.tanh(s / softcap)
+        top = s.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            top = np.maximum(top, sinks[:, None])
+        p = np.exp(s - top)
+        total = p.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total = total + np.exp(sinks[:, None] - top)
+        out[i] = np.einsum("hk,hkf->hf", p / total, vj)
+    return out.reshape(m, -1)
+
+
+attention.case(q=(1, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(1,), hi=(1,), scale=0.125)
+attention.case(q=(9, 4, 64), k=(1, 40, 64), v=(1, 40, 32), lo=(9,), hi=(9,), cells=(2, 40), seq=(9,), scale=0.2, softcap=50.0)
+attention.case(q=(9, 4, 80), k=(4, 33, 80), v=(4, 33, 80), lo=(9,), hi=(9,), sinks=(4,), scale=0.1)
+attention.case(q=(0, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(0,), hi=(0,), scale=0.125)

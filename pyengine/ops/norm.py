@@ -1,0 +1,69 @@
+"""Normalisations and reductions over the last axis."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from pyengine.op import F32, op
+
+
+@op(inplace="x", flops=lambda x, weight, residual, eps: 4 * x.size)
+def rms_norm(x: F32["... d"], weight: F32["d"] | None = None, residual: F32["... d"] | None = None, *, eps: float) -> F32["... d"]:
+    """Scale each row to unit root-mean-square, then by `weight`; add `residual`.
+
+    y = x / sqrt(mean(x^2) + eps) * weight + residual          Zhang & Sennrich 2019, arXiv:1910.07467
+    """
+    inv = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+    y = x * inv if weight is None else x * inv * weight
+    return y if residual is None else y + residual
+
+
+rms_norm.case(x=(1, 640), weight=(640,), eps=1e-6)
+rms_norm.case(x=(3, 5, 7), weight=(7,), eps=1e-5)
+rms_norm.case(x=(3, 5, 33), eps=1e-5)
+rms_norm.case(x=(4, 640), weight=(640,), residual=(4, 640), eps=1e-6)
+rms_norm.case(x=(0, 8), weight=(8,), eps=1e-6)
+rms_norm.case(x=(512, 896), weight=(896,), eps=1e-6)
+
+
+@op(inplace="x", flops=lambda x, weight, bias, eps: 6 * x.size)
+def layer_norm(x: F32["... d"], weight: F32["d"] | None = None, bias: F32["d"] | None = None, *, eps: float) -> F32["... d"]:
+    """Centre each row, scale it to unit variance, then weight and bias.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias           Ba et al. 2016, arXiv:1607.06450
+    """
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + x.dtype.type(eps))
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+layer_norm.case(x=(2, 1152), weight=(1152,), bias=(1152,), eps=1e-6)
+layer_norm.case(x=(3, 5, 7), weight=(7,), eps=1e-5)
+layer_norm.case(x=(3, 17), eps=1e-5)
+layer_norm.case(x=(0, 8), eps=1e-5)
+
+
+@op(inplace="x", flops=lambda x, scale: 5 * x.size)
+def softmax(x: F32["... d"], *, scale: float = 1.0) -> F32["... d"]:
+    """exp(scale * x), normalised over the last axis."""
+    z = x * x.dtype.type(scale)
+    e = np.exp(z - np.max(z, axis=-1, keepdims=True, initial=-np.inf))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+softmax.case(x=(3, 50))
+softmax.case(x=(2, 4, 33), scale=0.125)
+softmax.case(x=(0, 8))
+
+
+@op(flops=lambda x, kind: x.size)
+def reduce(x: F32["... d"], *, kind: Literal["sum", "mean", "max", "min"]) -> F32["..."]:
+    """Reduce the last axis, which disappears."""
+    return {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min}[kind](x, axis=-1)
+
+
+for _kind in ("sum", "mean", "max", "min"):
+    reduce.case(x=(3, 5, 33), kind=_kind)

@@ -1,0 +1,105 @@
+"""Rotary position embedding, in two steps: one table of angles a step of the model, then a rotation in every layer.
+
+    NEOX  (interleaved=False), d = 8: [a b c d | a' b' c' d']     pairs (a, a'), (b, b') ...
+    NORM  (interleaved=True),  d = 8: [a a' b b' c c' d d']
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyengine.op import F32, I32, Cache, Same, op
+
+
+@op()
+def rope_table(
+    positions: I32["a m"], inv_freq: F32["f"], axis: I32["f"] | None = None, *, scale: float = 1.0
+) -> F32["m 2*f"]:
+    """Cosines, then sines, of position x inverse frequency, times `scale`. Su et al. 2021, arXiv:2104.09864.
+
+    `axis` names, for each frequency, the row of `positions` that it turns with (M-RoPE: time, height, width; 2-D RoPE);
+    without it, row 0. Angles are taken in float32, as transformers does. `scale` is yarn's attention factor.
+    """
+    p = positions[np.zeros(len(inv_freq), np.int32) if axis is None else axis].T      # [m, f]
+    angle = p.astype(np.float32) * inv_freq.astype(np.float32)
+    return (np.concatenate([np.cos(angle.astype(np.float64)), np.sin(angle.astype(np.float64))], axis=-1) * scale).astype(inv_freq.dtype)
+
+
+rope_table.case(positions=(1, 9), inv_freq=(32,))
+rope_table.case(positions=(3, 5), inv_freq=(20,), axis=(20,), scale=1.25)
+rope_table.case(positions=(1, 0), inv_freq=(8,))
+
+
+def rotate(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.ndarray:
+    """The rotation of `rope` on arrays [m, h, e]."""
+    f = table.shape[-1] // 2
+    cos, sin = table[:, None, :f], table[:, None, f:]
+    a, b = (x[..., 0 : 2 * f : 2], x[..., 1 : 2 * f : 2]) if interleaved else (x[..., :f], x[..., f : 2 * f])
+    y = x.copy()
+    u, v = a * cos - b * sin, b * cos + a * sin
+    if interleaved:
+        y[..., 0 : 2 * f : 2], y[..., 1 : 2 * f : 2] = u, v
+    else:
+        y[..., :f], y[..., f : 2 * f] = u, v
+    return y
+
+
+@op(inplace="x")
+def rope(x: F32["m h e"], table: F32["m t"], *, interleaved: bool = False) -> F32["m h e"]:
+    """Rotate the first t elements of each head by the angles of its row's `table`; the rest (partial rotary) stays."""
+    return rotate(x, table, interleaved)
+
+
+rope.case(x=(5, 3, 64), table=(5, 64))
+rope.case(x=(5, 3, 64), table=(5, 64), interleaved=True)
+rope.case(x=(2, 1, 80), table=(2, 40))
+rope.case(x=(0, 2, 16), table=(0, 16))
+
+
+@op()
+def cache_append(cache: Cache["g s e"], x: F32["m g e"], cells: I32["m"]) -> Same["cache"]:
+    """Write row i of every head into cell cells[i] of the cache, which is changed in place. A negative cell is skipped.
+
+    Raises: RequestError at run time for a cell outside the cache.
+    """
+    keep = cells >= 0
+    cache[:, cells[keep]] = np.swapaxes(x[keep], 0, 1)
+    return cache
+
+
+cache_append.case(cache=(2, 20, 64), x=(5, 2, 64), cells=(5,))
+
+
+def _head_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
+    return x if weight is None else x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+
+
+@op(inplace="q")
+def rope_append(
+    q: F32["m h e"],
+    k: F32["m g e"],
+    v: F32["m g f"],
+    table: F32["m t"],
+    k_cache: Cache["g s e"],
+    v_cache: Cache["g s f"],
+    cells: I32["m"],
+    q_norm: F32["e"] | None = None,
+    k_norm: F32["e"] | None = None,
+    *,
+    interleaved: bool = False,
+    eps: float = 0.0,
+) -> tuple[F32["m h e"], Same["k_cache"], Same["v_cache"]]:
+    """What stands between the q/k/v product and attention, in one pass: q/k-norm, rotation, cache write.
+
+    q' = rope(rms_norm(q, q_norm)), k' = rope(rms_norm(k, k_norm)); k' and v go to `cells` of the caches.
+    """
+    q = rotate(_head_norm(q, q_norm, eps), table, interleaved)
+    k = rotate(_head_norm(k, k_norm, eps), table, interleaved)
+    return q, cache_append.fn(k_cache, k, cells), cache_append.fn(v_cache, v, cells)
+
+
+rope_append.case(q=(5, 4, 64), k=(5, 2, 64), v=(5, 2, 64), table=(5, 64), k_cache=(2, 9, 64), v_cache=(2, 9, 64), cells=(5,))
+rope_append.case(
+    q=(3, 4, 64), k=(3, 1, 64), v=(3, 1, 32), table=(3, 64), k_cache=(1, 9, 64), v_cache=(1, 9, 32), cells=(3,),
+    q_norm=(64,), k_norm=(64,), interleaved=True, eps=1e-6,
+)

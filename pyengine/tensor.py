@@ -1,0 +1,131 @@
+"""Symbolic tensors: what a graph is made of. Nothing here computes.
+
+A `Tensor` is one output of a `Node`; a `Node` is an op applied to tensors. Shapes are NumPy's (row-major). An axis is an
+int, or a `Dim`: a number that is known only when the program runs (rows in this step, rows whose logits are wanted), with a
+largest value that the memory plan uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyengine.dtype import DType
+from pyengine.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A run-time axis: `scale` x the value of `name`, at most `scale` x `max`."""
+
+    name: str
+    max: int
+    scale: int = 1
+
+    def __mul__(self, k: int) -> Dim:
+        return Dim(self.name, self.max, self.scale * k)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, k: int) -> Dim:
+        if self.scale % k:
+            raise ShapeError(f"axis {self} cannot be divided by {k}")
+        return Dim(self.name, self.max, self.scale // k)
+
+    def __repr__(self) -> str:
+        return self.name if self.scale == 1 else f"{self.scale}*{self.name}"
+
+
+Axis = int | Dim
+Shape = tuple[Axis, ...]
+
+
+def axis_max(axis: Axis) -> int:
+    """Largest value of an axis."""
+    return axis if isinstance(axis, int) else axis.max * axis.scale
+
+
+def axis_value(axis: Axis, dims: dict[str, int]) -> int:
+    """Value of an axis when the run-time dims have these values."""
+    return axis if isinstance(axis, int) else dims[axis.name] * axis.scale
+
+
+def product(axes: Sequence[Axis]) -> Axis:
+    """Product of axes, at most one of which may be a `Dim`."""
+    n, dim = 1, None
+    for a in axes:
+        if isinstance(a, int):
+            n *= a
+        elif dim is None:
+            dim = a
+        else:
+            raise ShapeError(f"the product of two run-time axes {dim} and {a} is not supported")
+    return n if dim is None else dim * n
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """An op applied to arguments. Leaves have `op` None and a `kind`: input, constant or state."""
+
+    op: Any                                        # pyengine.op.Op, or None for a leaf
+    args: tuple[Any, ...] = ()                     # Tensor | None | tuple[Tensor, ...] in the order of the declaration
+    params: tuple[tuple[str, Any], ...] = ()
+    kind: str = "op"
+    name: str = ""
+    source: Any = None                             # constants: ndarray or WeightRef
+    outputs: tuple[Tensor, ...] = field(default=(), init=False)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All input tensors, list arguments flattened, absent ones left out."""
+        flat: list[Tensor] = []
+        for a in self.args:
+            if isinstance(a, tuple):
+                flat.extend(a)
+            elif a is not None:
+                flat.append(a)
+        return tuple(flat)
+
+    def __repr__(self) -> str:
+        return f"<{self.op.name if self.op else self.kind} {self.name}>"
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One value in a graph: `shape` slowest axis first, `dtype` from pyengine.dtype."""
+
+    node: Node
+    shape: Shape
+    dtype: DType
+    index: int = 0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def nbytes_max(self) -> int:
+        """Bytes when every run-time axis has its largest value."""
+        return self.dtype.size(math.prod(axis_max(a) for a in self.shape))
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.node!r}, shape={self.shape}, {self.dtype.name})"
+
+    def __len__(self) -> int:
+        if not self.shape or not isinstance(self.shape[0], int):
+            raise TypeError(f"length of {self!r} is not known before it runs")
+        return self.shape[0]
+
+
+def make_leaf(kind: str, name: str, shape: Sequence[Axis], dtype: DType, source: Any = None) -> Tensor:
+    """A tensor that no op computes: kind is input, constant or state (memory that outlives a run: KV caches)."""
+    node = Node(None, kind=kind, name=name, source=source)
+    out = Tensor(node, tuple(shape), dtype)
+    object.__setattr__(node, "outputs", (out,))
+    return out
