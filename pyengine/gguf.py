@@ -1,0 +1,515 @@
+"""Read GGUF files, versions 2 and 3, little-endian, one file or split into parts.
+
+Layout (all numbers little-endian; string = length u64, then that many bytes):
+
+    magic "GGUF"   version u32   number of tensors u64   number of keys u64
+    key:           name string   type u32   value (array = element type u32, count u64, elements)
+    tensor:        name string   number of axes u32   axes u64...   dtype u32   offset u64 from the start of the data
+    padding to general.alignment (default 32), then the tensors' bytes, each at a multiple of the alignment
+
+A file is mapped, never read whole. Opening walks over keys and tensors once and checks each count, length, offset and
+type against the bytes that are there before it is used; values are decoded when they are asked for. What a file
+claims is therefore never allocated: a hostile file costs at most time linear in its own size.
+
+GGUF lists axes fastest first; `TensorInfo.shape` is NumPy's order, slowest first, reversed here and nowhere else.
+Source: docs/gguf.md of ggml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import mmap
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pyengine.dtype import PACKED_BIT, DType, dtype
+from pyengine.errors import InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_AXES = 4                 # GGML_MAX_DIMS
+MAX_NAME_BYTES = 65535       # of keys, by the specification; held for tensors' names too
+SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")     # llama.cpp's gguf-split: numbers from 1
+
+_HEADER_BYTES = 4 + 4 + 8 + 8
+_LEAST_KEY_BYTES = (8 + 1) + 4 + 1           # name of one byte, type, value of one byte
+_LEAST_TENSOR_BYTES = (8 + 1) + 4 + 4 + 8    # name of one byte, no axes, dtype, offset
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_NUMBERS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", _BOOL: "bool",
+            10: "uint64", 11: "int64", 12: "float64"}
+_NUMPY = {id: np.dtype(name).newbyteorder("<") for id, name in _NUMBERS.items()}
+_TYPE_NAMES = {**_NUMBERS, _STRING: "string", _ARRAY: "array"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Say what a tensor is and where its bytes lie."""
+
+    name: str
+    shape: tuple[int, ...]     # slowest axis first; () is a single number
+    dtype: DType
+    nbytes: int
+    offset: int                # from the start of the part's file
+    part: int                  # index into GGUFFile.paths
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class _Value(NamedTuple):
+    """Where the value of a key lies. `start` is the first byte after all lengths and types that come before it."""
+
+    type: int                  # for an array: the type of its elements
+    is_array: bool
+    count: int                 # elements of an array, bytes of a string, else 1
+    start: int
+
+    @property
+    def type_name(self) -> str:
+        name = _TYPE_NAMES[self.type]
+        return f"array[{name}, {self.count}]" if self.is_array else name
+
+
+class _Scanner:
+    """A cursor over the mapped bytes of one file that checks before it moves."""
+
+    def __init__(self, path: Path, buffer: mmap.mmap, pos: int = 0):
+        self.path, self.buffer, self.size, self.pos = path, buffer, len(buffer), pos
+
+    def fail(self, field: str, what: str, at: int | None = None) -> InvalidModelError:
+        return InvalidModelError(f"{self.path}: {field}: {what}, at byte {self.pos if at is None else at}")
+
+    def require(self, n_bytes: int, field: str) -> None:
+        if n_bytes > self.size - self.pos:
+            raise self.fail(field, f"needs {n_bytes} bytes, and {self.size - self.pos} are left in the file")
+
+    def u32(self, field: str) -> int:
+        self.require(4, field)
+        value = _U32.unpack_from(self.buffer, self.pos)[0]
+        self.pos += 4
+        return value
+
+    def u64(self, field: str) -> int:
+        self.require(8, field)
+        value = _U64.unpack_from(self.buffer, self.pos)[0]
+        self.pos += 8
+        return value
+
+    def name(self, field: str) -> str:
+        """Read a key or a tensor's name: UTF-8, not empty, at most MAX_NAME_BYTES."""
+        at = self.pos
+        length = self.u64(f"length of {field}")
+        if not 0 < length <= MAX_NAME_BYTES:
+            raise self.fail(f"length of {field}", f"is {length}, not 1 to {MAX_NAME_BYTES}", at)
+        self.require(length, field)
+        raw = self.buffer[self.pos:self.pos + length]
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(field, f"is not UTF-8 ({error.reason})", self.pos + error.start) from None
+        self.pos += length
+        return text
+
+    def value(self, key: str) -> _Value:
+        """Pass over the type and the value of `key`."""
+        at = self.pos
+        type = self.u32(f"type of {key!r}")
+        if type not in _TYPE_NAMES:
+            raise self.fail(f"type of {key!r}", f"is {type}, which GGUF does not define", at)
+        if type == _STRING:
+            length = self.u64(f"length of {key!r}")
+            self.require(length, f"value of {key!r}")
+            found = _Value(type, False, length, self.pos)
+            self.pos += length
+        elif type == _ARRAY:
+            found = self._array(key)
+        else:
+            found = self._numbers(key, type, False, 1)
+        return found
+
+    def _array(self, key: str) -> _Value:
+        at = self.pos
+        type = self.u32(f"element type of {key!r}")
+        if type == _ARRAY:
+            raise self.fail(f"element type of {key!r}", "is array: arrays of arrays are not read", at)
+        if type not in _TYPE_NAMES:
+            raise self.fail(f"element type of {key!r}", f"is {type}, which GGUF does not define", at)
+        count = self.u64(f"count of {key!r}")
+        if type != _STRING:
+            return self._numbers(key, type, True, count)
+        self.require(count * 8, f"the {count} strings of {key!r}")
+        found = _Value(type, True, count, self.pos)
+        # The only way to the end of an array of strings is from length to length; this loop is the cost of opening.
+        unpack, buffer, pos, last = _U64.unpack_from, self.buffer, self.pos, self.size - 8
+        for i in range(count):
+            if pos > last:
+                raise self.fail(f"{key!r}[{i}]", "begins past the end of the file", pos)
+            pos += 8 + unpack(buffer, pos)[0]
+        if pos > self.size:
+            raise self.fail(f"{key!r}[{count - 1}]", f"ends {pos - self.size} bytes past the end of the file", self.size)
+        self.pos = pos
+        return found
+
+    def _numbers(self, key: str, type: int, is_array: bool, count: int) -> _Value:
+        n_bytes = count * _NUMPY[type].itemsize
+        self.require(n_bytes, f"value of {key!r}")
+        if type == _BOOL and count:
+            raw = np.frombuffer(self.buffer, np.uint8, count, self.pos)
+            worst = int(raw.argmax())
+            if raw[worst] > 1:
+                raise self.fail(f"value of {key!r}", f"is a bool of {raw[worst]}, not 0 or 1", self.pos + worst)
+        found = _Value(type, is_array, count, self.pos)
+        self.pos += n_bytes
+        return found
+
+
+class Metadata(Mapping[str, Any]):
+    """Give the keys of a GGUF file and their values, decoded when first asked for and then kept.
+
+    Numbers are int, float or bool; strings are str; arrays of strings are list[str]; arrays of numbers are read-only
+    NumPy views of the file. Bytes of a string that are not UTF-8 become lone surrogates (PEP 383), so that
+    `text.encode("utf-8", "surrogateescape")` restores them; `raw` gives the bytes at once.
+    """
+
+    def __init__(self, path: Path, buffer: mmap.mmap, values: dict[str, _Value]):
+        self._path, self._buffer, self._values = path, buffer, values
+        self._decoded: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._decoded:
+            self._decoded[key] = self._decode(self._values[key])
+        return self._decoded[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def need(self, key: str, *kinds: type) -> Any:
+        """Return the value of `key`, which must be one of `kinds` where any are given.
+
+        Kinds are bool, int, float (takes an int too), str, list (of strings) and np.ndarray (of numbers).
+        Raises: InvalidModelError for a missing key, with the nearest ones that are there, and for another kind.
+        """
+        if key not in self._values:
+            near = difflib.get_close_matches(key, self._values, n=3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise InvalidModelError(f"{self._path}: the key {key!r} is missing{hint}")
+        value = self[key]
+        if not kinds or type(value) in kinds:
+            return value
+        if float in kinds and type(value) is int:
+            return float(value)
+        raise InvalidModelError(f"{self._path}: {key!r} must be {' or '.join(kind.__name__ for kind in kinds)}, "
+                                f"not {self.type_name(key)}, at byte {self._values[key].start}")
+
+    def get(self, key: str, default: Any = None, *kinds: type) -> Any:
+        """Return `default` where `key` is missing, else what `need` returns. Raises as `need` for another kind."""
+        return self.need(key, *kinds) if key in self._values else default
+
+    def raw(self, key: str) -> bytes | list[bytes]:
+        """Return a string's bytes, or the bytes of each string of an array. Raises RequestError for other types."""
+        value = self._values[key]
+        if value.type != _STRING:
+            raise RequestError(f"{self._path}: {key!r} is {value.type_name}: raw bytes are kept of strings only")
+        return self._strings(value) if value.is_array else self._map()[value.start:value.start + value.count]
+
+    def type_name(self, key: str) -> str:
+        """Return the type that the file gives `key`: "uint32", "string", "array[float32, 262144]"."""
+        return self._values[key].type_name
+
+    def count(self, key: str) -> int:
+        """Return the number of elements of an array without decoding it; 1 for any other value."""
+        value = self._values[key]
+        return value.count if value.is_array else 1
+
+    def close(self) -> None:
+        self._buffer = None
+
+    def _map(self) -> mmap.mmap:
+        if self._buffer is None:
+            raise RequestError(f"{self._path}: is closed")
+        return self._buffer
+
+    def _decode(self, value: _Value) -> Any:
+        if value.type == _STRING:
+            if value.is_array:
+                return [raw.decode("utf-8", "surrogateescape") for raw in self._strings(value)]
+            return self._map()[value.start:value.start + value.count].decode("utf-8", "surrogateescape")
+        array = np.frombuffer(self._map(), _NUMPY[value.type], value.count, value.start)
+        return array if value.is_array else array[0].item()
+
+    def _strings(self, value: _Value) -> list[bytes]:
+        unpack, buffer, pos, strings = _U64.unpack_from, self._map(), value.start, []
+        for _ in range(value.count):                     # lengths were checked when the file was opened
+            end = pos + 8 + unpack(buffer, pos)[0]
+            strings.append(buffer[pos + 8:end])
+            pos = end
+        return strings
+
+
+class _Part:
+    """One mapped file: its keys and its tensors, checked."""
+
+    def __init__(self, path: Path, index: int):
+        self.path, self.index = path, index
+        self.buffer = _map_file(path)
+        scan = _Scanner(path, self.buffer)
+        if self.buffer[:4] != MAGIC:
+            raise scan.fail("magic", f"is {self.buffer[:4]!r}: this is not a GGUF file")
+        scan.pos = 4
+        self.version = _check_version(scan)
+        at = scan.pos
+        n_tensors, n_keys = scan.u64("number of tensors"), scan.u64("number of keys")
+        for count, least, what, where in ((n_tensors, _LEAST_TENSOR_BYTES, "tensors", at),
+                                          (n_keys, _LEAST_KEY_BYTES, "keys", at + 8)):
+            if count > (scan.size - scan.pos) // least:
+                raise scan.fail(f"number of {what}", f"is {count}, more than {scan.size} bytes can hold", where)
+        self.values = self._scan_keys(scan, n_keys)
+        self.metadata = Metadata(path, self.buffer, self.values)
+        self.alignment = self._read_alignment(scan)
+        self.tensors = self._scan_tensors(scan, n_tensors)
+
+    def _scan_keys(self, scan: _Scanner, n_keys: int) -> dict[str, _Value]:
+        values: dict[str, _Value] = {}
+        for i in range(n_keys):
+            at = scan.pos
+            key = scan.name(f"key {i}")
+            if key in values:
+                raise scan.fail(f"key {i}", f"{key!r} is there twice", at)
+            values[key] = scan.value(key)
+        return values
+
+    def _read_alignment(self, scan: _Scanner) -> int:
+        key = "general.alignment"
+        if key not in self.values:
+            return DEFAULT_ALIGNMENT
+        value, alignment = self.values[key], self.metadata[key]
+        if value.is_array or _TYPE_NAMES[value.type] != "uint32":
+            raise scan.fail(key, f"must be uint32, not {value.type_name}", value.start)
+        if alignment < 8 or alignment & (alignment - 1):
+            raise scan.fail(key, f"is {alignment}, not a power of two of at least 8", value.start)
+        return alignment
+
+    def _scan_tensors(self, scan: _Scanner, n_tensors: int) -> dict[str, TensorInfo]:
+        found: dict[str, tuple[TensorInfo, int]] = {}            # offsets from the start of the data, and where they stand
+        for i in range(n_tensors):
+            at = scan.pos
+            info, where = self._scan_tensor(scan, i)
+            if info.name in found:
+                raise scan.fail(f"tensor {i}", f"{info.name!r} is there twice", at)
+            found[info.name] = info, where
+        start = -(-scan.pos // self.alignment) * self.alignment  # of the data
+        tensors, end, before = {}, 0, ""
+        for info, where in found.values():
+            offset, room = start + info.offset, scan.size - start
+            if info.offset % self.alignment:
+                raise scan.fail(f"offset of {info.name!r}", f"{info.offset} is no multiple of {self.alignment}", where)
+            if info.offset > room or info.nbytes > room - info.offset:
+                raise scan.fail(f"tensor {info.name!r}", f"ends {info.offset + info.nbytes - room} bytes past the end of "
+                                f"the file (offset {info.offset}, {info.nbytes} bytes, data from byte {start})", where)
+            tensors[info.name] = TensorInfo(info.name, info.shape, info.dtype, info.nbytes, offset, self.index)
+        for info in sorted(tensors.values(), key=lambda info: info.offset):
+            if info.offset < end:
+                raise scan.fail(f"tensor {info.name!r}", f"overlaps {before!r}, which ends at byte {end}", info.offset)
+            end, before = info.offset + info.nbytes, info.name
+        return tensors
+
+    def _scan_tensor(self, scan: _Scanner, i: int) -> tuple[TensorInfo, int]:
+        name = scan.name(f"name of tensor {i}")
+        at = scan.pos
+        n_axes = scan.u32(f"number of axes of {name!r}")
+        if n_axes > MAX_AXES:
+            raise scan.fail(f"number of axes of {name!r}", f"is {n_axes}, more than {MAX_AXES}", at)
+        at, n_elements, axes = scan.pos, 1, []
+        for axis in range(n_axes):
+            length = scan.u64(f"axis {axis} of {name!r}")
+            n_elements *= length
+            if not length or n_elements >= 2**63:
+                raise scan.fail(f"axis {axis} of {name!r}", f"is {length}" + (", and the tensor has more than 2**63 elements"
+                                if length else ": a tensor must have elements"), scan.pos - 8)
+            axes.append(length)
+        type_at = scan.pos
+        number = scan.u32(f"dtype of {name!r}")
+        try:
+            type = dtype(number & (PACKED_BIT - 1) if number < PACKED_BIT else -number)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.path}: dtype of {name!r}: {error}, at byte {type_at}") from None
+        if (axes[0] if axes else 1) % type.block:
+            raise scan.fail(f"tensor {name!r}", f"has rows of {axes[0] if axes else 1} elements, which are not whole "
+                            f"{type} blocks of {type.block}", at)
+        where = scan.pos
+        offset = scan.u64(f"offset of {name!r}")
+        return TensorInfo(name, tuple(reversed(axes)), type, type.size(n_elements), offset, self.index), where
+
+
+class GGUFFile:
+    """Open a GGUF file, or all parts of a split one from any of them, for reading.
+
+    `path` the file that was asked for; `paths` all parts in order; `version`; `metadata` (of the first part);
+    `tensors` by name, in the order of the file.
+
+    Raises: ModelNotFoundError where there is no such file; UnsupportedModelError for big-endian files, versions other
+    than 2 and 3, and unknown dtypes; InvalidModelError, naming field and byte, for everything malformed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        asked = _Part(self.path, 0)
+        parts = [asked] if _n_parts(asked) == 1 else _open_parts(asked)
+        self.paths = [part.path for part in parts]
+        self.version, self.metadata = parts[0].version, parts[0].metadata
+        self.tensors: dict[str, TensorInfo] = {}
+        for part in parts:
+            for name, info in part.tensors.items():
+                if name in self.tensors:
+                    other = self.paths[self.tensors[name].part]
+                    raise InvalidModelError(f"{part.path}: tensor {name!r} is in {other.name} too, at byte {info.offset}")
+                self.tensors[name] = info
+        self._buffers: list[mmap.mmap] | None = [part.buffer for part in parts]
+
+    def view(self, name: str) -> np.ndarray:
+        """Return the bytes of a tensor, uint8 [nbytes], read-only, without copying them."""
+        info = self._info(name)
+        return np.frombuffer(self._buffer(info.part), np.uint8, info.nbytes, info.offset)
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a tensor of plain numbers in its shape, read-only, without copying; BF16 as its bits in uint16.
+
+        Raises: RequestError for block formats, which have no element type.
+        """
+        info = self._info(name)
+        if info.dtype.numpy is None:
+            raise RequestError(f"{name!r} has the block format {info.dtype}: read its bytes with view()")
+        return np.frombuffer(self._buffer(info.part), info.dtype.numpy, info.n_elements, info.offset).reshape(info.shape)
+
+    def drop(self, name: str) -> bool:
+        """Tell the kernel that a tensor's pages are not needed now; they come back from the file when read again.
+
+        Returns whether the platform can be told (madvise); nothing changes where it cannot.
+        """
+        info = self._info(name)
+        return self.drop_range(info.offset, info.nbytes, info.part)
+
+    def drop_range(self, offset: int, nbytes: int, part: int = 0) -> bool:
+        """Do what `drop` does for bytes of a part's file, widened to whole pages."""
+        buffer = self._buffer(part)
+        if not 0 <= offset <= offset + nbytes <= len(buffer):
+            raise RequestError(f"{self.paths[part]}: bytes {offset} to {offset + nbytes} are not all in the file")
+        if not nbytes or not hasattr(mmap, "MADV_DONTNEED"):
+            return False
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        buffer.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)     # clean pages of a file: nothing is lost
+        return True
+
+    def close(self) -> None:
+        """End reading. Arrays that were handed out stay valid: the mapping goes with the last of them."""
+        buffers, self._buffers = self._buffers, None
+        self.metadata.close()
+        for buffer in buffers or ():
+            try:
+                buffer.close()
+            except BufferError:            # arrays over it are alive
+                pass
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"GGUFFile({str(self.path)!r}, version={self.version}, {len(self.metadata)} keys, {len(self.tensors)} tensors)"
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            near = difflib.get_close_matches(name, self.tensors, n=3)
+            raise InvalidModelError(f"{self.path}: no tensor {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        return self.tensors[name]
+
+    def _buffer(self, part: int) -> mmap.mmap:
+        if self._buffers is None:
+            raise RequestError(f"{self.path}: is closed")
+        return self._buffers[part]
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):          # opening a pipe or a device could wait for ever
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise InvalidModelError(f"{path}: is {kind}, not a GGUF file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < _HEADER_BYTES:
+                raise InvalidModelError(f"{path}: header: a GGUF file has at least {_HEADER_BYTES} bytes, this one ends "
+                                        f"at byte {size}")
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelNotFoundError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:            # ValueError: a NUL in the path
+        raise InvalidModelError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_version(scan: _Scanner) -> int:
+    version = scan.u32("version")
+    if version in VERSIONS:
+        return version
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    if swapped < 1 << 16 and version >= 1 << 16:
+        raise UnsupportedModelError(f"{scan.path}: version: {swapped} in big-endian order, at byte 4: only little-endian "
+                                    "files are read; convert it with gguf-py's gguf_convert_endian.py")
+    raise UnsupportedModelError(f"{scan.path}: version: {version}, at byte 4: only 2 and 3 are read")
+
+
+def _n_parts(part: _Part) -> int:
+    """Return the number of files that a model is split into, by its keys and by its file's name, which must agree."""
+    by_name = SPLIT_NAME.search(part.path.name)
+    n_named = int(by_name[2]) if by_name else 1
+    n_parts = part.metadata.need("split.count", int) if n_named > 1 else part.metadata.get("split.count", 1, int)
+    if n_parts <= 1 and n_named == 1:
+        return 1
+    if n_parts != n_named:
+        raise InvalidModelError(f"{part.path}: split.count: {n_parts} parts, but the name of the file "
+                                + (f"says {n_named}" if by_name else "does not end in -00001-of-0000N.gguf, by which they are found"))
+    return n_parts
+
+
+def _open_parts(asked: _Part) -> list[_Part]:
+    """Open all parts in order. `asked` is one of them, and is not opened again."""
+    n_parts = _n_parts(asked)
+    match = SPLIT_NAME.search(asked.path.name)
+    stem, own = asked.path.name[:match.start()], int(match[1]) - 1
+    paths = [asked.path.with_name(f"{stem}-{i + 1:05}-of-{n_parts:05}.gguf") for i in range(n_parts)]
+    parts = []
+    for i, path in enumerate(paths):
+        if i != own and not path.is_file():
+            raise ModelNotFoundError(f"{path}: part {i + 1} of {n_parts} is missing beside {asked.path.name}")
+        part = _Part(path, i)
+        number = part.metadata.need("split.no", int)
+        if number != i or _n_parts(part) != n_parts:
+            raise InvalidModelError(f"{path}: split.no: {number} of {_n_parts(part)}, but the name says {i} of {n_parts} "
+                                    "(numbers from 0)")
+        parts.append(part)
+    wanted = parts[0].metadata.get("split.tensors.count", None, int)
+    n_tensors = sum(len(part.tensors) for part in parts)
+    if wanted is not None and wanted != n_tensors:
+        raise InvalidModelError(f"{paths[0]}: split.tensors.count: {wanted}, but the {n_parts} parts have {n_tensors} tensors")
+    return parts
