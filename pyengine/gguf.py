@@ -24,14 +24,15 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyengine.dtype import PACKED_BIT, DType, dtype
+from pyengine.dtype import DType, dtype
 from pyengine.errors import InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
 
 MAGIC = b"GGUF"
@@ -51,6 +52,18 @@ _NUMBERS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int
             10: "uint64", 11: "int64", 12: "float64"}
 _NUMPY = {id: np.dtype(name).newbyteorder("<") for id, name in _NUMBERS.items()}
 _TYPE_NAMES = {**_NUMBERS, _STRING: "string", _ARRAY: "array"}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return "; near: a, b" for an error's end, or "" where nothing resembles `name`. Bounded for hostile names."""
+    short = list(islice((n for n in names if len(n) <= 200), 4096))
+    near = difflib.get_close_matches(name, short, n=3) if len(name) <= 200 else []
+    return f"; near: {', '.join(near)}" if near else ""
+
+
+def quoted(name: str) -> str:
+    """Return `name` for a message: in quotes, with escapes, and cut where a file makes it long."""
+    return repr(name if len(name) <= 100 else name[:100] + "...")
 
 
 @dataclass(frozen=True)
@@ -124,14 +137,14 @@ class _Scanner:
         return text
 
     def value(self, key: str) -> _Value:
-        """Pass over the type and the value of `key`."""
+        """Pass over the type and the value of `key`, a name ready for messages."""
         at = self.pos
-        type = self.u32(f"type of {key!r}")
+        type = self.u32(f"type of {key}")
         if type not in _TYPE_NAMES:
-            raise self.fail(f"type of {key!r}", f"is {type}, which GGUF does not define", at)
+            raise self.fail(f"type of {key}", f"is {type}, which GGUF does not define", at)
         if type == _STRING:
-            length = self.u64(f"length of {key!r}")
-            self.require(length, f"value of {key!r}")
+            length = self.u64(f"length of {key}")
+            self.require(length, f"value of {key}")
             found = _Value(type, False, length, self.pos)
             self.pos += length
         elif type == _ARRAY:
@@ -142,35 +155,36 @@ class _Scanner:
 
     def _array(self, key: str) -> _Value:
         at = self.pos
-        type = self.u32(f"element type of {key!r}")
+        type = self.u32(f"element type of {key}")
         if type == _ARRAY:
-            raise self.fail(f"element type of {key!r}", "is array: arrays of arrays are not read", at)
+            raise self.fail(f"element type of {key}", "is array: arrays of arrays are not read", at)
         if type not in _TYPE_NAMES:
-            raise self.fail(f"element type of {key!r}", f"is {type}, which GGUF does not define", at)
-        count = self.u64(f"count of {key!r}")
+            raise self.fail(f"element type of {key}", f"is {type}, which GGUF does not define", at)
+        count = self.u64(f"count of {key}")
         if type != _STRING:
             return self._numbers(key, type, True, count)
-        self.require(count * 8, f"the {count} strings of {key!r}")
+        self.require(count * 8, f"the {count} strings of {key}")
         found = _Value(type, True, count, self.pos)
         # The only way to the end of an array of strings is from length to length; this loop is the cost of opening.
         unpack, buffer, pos, last = _U64.unpack_from, self.buffer, self.pos, self.size - 8
         for i in range(count):
             if pos > last:
-                raise self.fail(f"{key!r}[{i}]", "begins past the end of the file", pos)
+                raise self.fail(f"{key}[{i}]", "begins past the end of the file", pos)
             pos += 8 + unpack(buffer, pos)[0]
         if pos > self.size:
-            raise self.fail(f"{key!r}[{count - 1}]", f"ends {pos - self.size} bytes past the end of the file", self.size)
+            past = pos - self.size
+            raise self.fail(f"{key}[{count - 1}]", f"ends {past} bytes past the end of the file", self.size)
         self.pos = pos
         return found
 
     def _numbers(self, key: str, type: int, is_array: bool, count: int) -> _Value:
         n_bytes = count * _NUMPY[type].itemsize
-        self.require(n_bytes, f"value of {key!r}")
+        self.require(n_bytes, f"value of {key}")
         if type == _BOOL and count:
             raw = np.frombuffer(self.buffer, np.uint8, count, self.pos)
             worst = int(raw.argmax())
             if raw[worst] > 1:
-                raise self.fail(f"value of {key!r}", f"is a bool of {raw[worst]}, not 0 or 1", self.pos + worst)
+                raise self.fail(f"value of {key}", f"is a bool of {raw[worst]}, not 0 or 1", self.pos + worst)
         found = _Value(type, is_array, count, self.pos)
         self.pos += n_bytes
         return found
@@ -209,9 +223,7 @@ class Metadata(Mapping[str, Any]):
         Raises: InvalidModelError for a missing key, with the nearest ones that are there, and for another kind.
         """
         if key not in self._values:
-            near = difflib.get_close_matches(key, self._values, n=3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise InvalidModelError(f"{self._path}: the key {key!r} is missing{hint}")
+            raise InvalidModelError(f"{self._path}: the key {key!r} is missing{nearest(key, self._values)}")
         value = self[key]
         if not kinds or type(value) in kinds:
             return value
@@ -293,8 +305,8 @@ class _Part:
             at = scan.pos
             key = scan.name(f"key {i}")
             if key in values:
-                raise scan.fail(f"key {i}", f"{key!r} is there twice", at)
-            values[key] = scan.value(key)
+                raise scan.fail(f"key {i}", f"{quoted(key)} is there twice", at)
+            values[key] = scan.value(quoted(key))
         return values
 
     def _read_alignment(self, scan: _Scanner) -> int:
@@ -309,55 +321,67 @@ class _Part:
         return alignment
 
     def _scan_tensors(self, scan: _Scanner, n_tensors: int) -> dict[str, TensorInfo]:
-        found: dict[str, tuple[TensorInfo, int]] = {}            # offsets from the start of the data, and where they stand
+        found: dict[str, tuple[TensorInfo, int]] = {}    # with offsets from the start of the data, and where those stand
         for i in range(n_tensors):
             at = scan.pos
             info, where = self._scan_tensor(scan, i)
             if info.name in found:
-                raise scan.fail(f"tensor {i}", f"{info.name!r} is there twice", at)
+                raise scan.fail(f"tensor {i}", f"{quoted(info.name)} is there twice", at)
             found[info.name] = info, where
-        start = -(-scan.pos // self.alignment) * self.alignment  # of the data
-        tensors, end, before = {}, 0, ""
+        start = -(-scan.pos // self.alignment) * self.alignment          # of the data
+        tensors = {}
         for info, where in found.values():
-            offset, room = start + info.offset, scan.size - start
+            name, end = quoted(info.name), start + info.offset + info.nbytes
             if info.offset % self.alignment:
-                raise scan.fail(f"offset of {info.name!r}", f"{info.offset} is no multiple of {self.alignment}", where)
-            if info.offset > room or info.nbytes > room - info.offset:
-                raise scan.fail(f"tensor {info.name!r}", f"ends {info.offset + info.nbytes - room} bytes past the end of "
-                                f"the file (offset {info.offset}, {info.nbytes} bytes, data from byte {start})", where)
-            tensors[info.name] = TensorInfo(info.name, info.shape, info.dtype, info.nbytes, offset, self.index)
+                raise scan.fail(f"offset of {name}", f"is {info.offset}, no multiple of {self.alignment}", where)
+            if end > scan.size:
+                raise scan.fail(f"offset of {name}", f"is {info.offset}: with {info.nbytes} bytes and the data from byte "
+                                f"{start} on, it ends {end - scan.size} bytes past the end of the file", where)
+            tensors[info.name] = replace(info, offset=start + info.offset)
+        end, before = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.offset):
             if info.offset < end:
-                raise scan.fail(f"tensor {info.name!r}", f"overlaps {before!r}, which ends at byte {end}", info.offset)
+                raise scan.fail(f"tensor {quoted(info.name)}", f"overlaps {quoted(before)}, which ends at byte {end}",
+                                info.offset)
             end, before = info.offset + info.nbytes, info.name
         return tensors
 
     def _scan_tensor(self, scan: _Scanner, i: int) -> tuple[TensorInfo, int]:
         name = scan.name(f"name of tensor {i}")
+        field = quoted(name)
         at = scan.pos
-        n_axes = scan.u32(f"number of axes of {name!r}")
+        n_axes = scan.u32(f"number of axes of {field}")
         if n_axes > MAX_AXES:
-            raise scan.fail(f"number of axes of {name!r}", f"is {n_axes}, more than {MAX_AXES}", at)
-        at, n_elements, axes = scan.pos, 1, []
+            raise scan.fail(f"number of axes of {field}", f"is {n_axes}, more than {MAX_AXES}", at)
+        axes: list[int] = []                             # fastest first, as in the file
         for axis in range(n_axes):
-            length = scan.u64(f"axis {axis} of {name!r}")
-            n_elements *= length
-            if not length or n_elements >= 2**63:
-                raise scan.fail(f"axis {axis} of {name!r}", f"is {length}" + (", and the tensor has more than 2**63 elements"
-                                if length else ": a tensor must have elements"), scan.pos - 8)
+            at = scan.pos
+            length = scan.u64(f"axis {axis} of {field}")
+            if not length:
+                raise scan.fail(f"axis {axis} of {field}", "is 0: a tensor must have elements", at)
+            if math.prod(axes) * length >= 2**63:
+                raise scan.fail(f"axis {axis} of {field}", f"is {length}: the elements are 2**63 or more", at)
             axes.append(length)
-        type_at = scan.pos
-        number = scan.u32(f"dtype of {name!r}")
+        at = scan.pos
+        type = self._dtype(scan, field)
+        row = axes[0] if axes else 1
+        if row % type.block:
+            raise scan.fail(f"dtype of {field}", f"is {type}, and rows of {row} are not whole blocks of {type.block}", at)
+        at = scan.pos
+        offset = scan.u64(f"offset of {field}")
+        shape = tuple(reversed(axes))
+        return TensorInfo(name, shape, type, type.size(math.prod(shape)), offset, self.index), at
+
+    def _dtype(self, scan: _Scanner, field: str) -> DType:
+        at = scan.pos
+        number = scan.u32(f"dtype of {field}")
         try:
-            type = dtype(number & (PACKED_BIT - 1) if number < PACKED_BIT else -number)
+            found = dtype(number)
+            if found.is_packed:                          # a form of ours in memory, which no file may claim
+                raise UnsupportedModelError(f"no dtype has the number {number} in a file")
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{self.path}: dtype of {name!r}: {error}, at byte {type_at}") from None
-        if (axes[0] if axes else 1) % type.block:
-            raise scan.fail(f"tensor {name!r}", f"has rows of {axes[0] if axes else 1} elements, which are not whole "
-                            f"{type} blocks of {type.block}", at)
-        where = scan.pos
-        offset = scan.u64(f"offset of {name!r}")
-        return TensorInfo(name, tuple(reversed(axes)), type, type.size(n_elements), offset, self.index), where
+            raise UnsupportedModelError(f"{self.path}: dtype of {field}: {error}, at byte {at}") from None
+        return found
 
 
 class GGUFFile:
@@ -368,6 +392,7 @@ class GGUFFile:
 
     Raises: ModelNotFoundError where there is no such file; UnsupportedModelError for big-endian files, versions other
     than 2 and 3, and unknown dtypes; InvalidModelError, naming field and byte, for everything malformed.
+    The file must not be cut short by another program while it is open: mapped bytes that vanish end the process.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -381,7 +406,8 @@ class GGUFFile:
             for name, info in part.tensors.items():
                 if name in self.tensors:
                     other = self.paths[self.tensors[name].part]
-                    raise InvalidModelError(f"{part.path}: tensor {name!r} is in {other.name} too, at byte {info.offset}")
+                    raise InvalidModelError(f"{part.path}: tensor {quoted(name)}: is in {other.name} too, "
+                                            f"at byte {info.offset}")
                 self.tensors[name] = info
         self._buffers: list[mmap.mmap] | None = [part.buffer for part in parts]
 
@@ -398,7 +424,8 @@ class GGUFFile:
         info = self._info(name)
         if info.dtype.numpy is None:
             raise RequestError(f"{name!r} has the block format {info.dtype}: read its bytes with view()")
-        return np.frombuffer(self._buffer(info.part), info.dtype.numpy, info.n_elements, info.offset).reshape(info.shape)
+        flat = np.frombuffer(self._buffer(info.part), info.dtype.numpy, info.n_elements, info.offset)
+        return flat.reshape(info.shape)
 
     def drop(self, name: str) -> bool:
         """Tell the kernel that a tensor's pages are not needed now; they come back from the file when read again.
@@ -420,7 +447,7 @@ class GGUFFile:
         return True
 
     def close(self) -> None:
-        """End reading. Arrays that were handed out stay valid: the mapping goes with the last of them."""
+        """End reading. Arrays and values that were handed out stay valid: the mapping goes with the last of them."""
         buffers, self._buffers = self._buffers, None
         self.metadata.close()
         for buffer in buffers or ():
@@ -436,12 +463,12 @@ class GGUFFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"GGUFFile({str(self.path)!r}, version={self.version}, {len(self.metadata)} keys, {len(self.tensors)} tensors)"
+        return (f"GGUFFile({str(self.path)!r}, version={self.version}, {len(self.metadata)} keys, "
+                f"{len(self.tensors)} tensors)")
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            near = difflib.get_close_matches(name, self.tensors, n=3)
-            raise InvalidModelError(f"{self.path}: no tensor {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+            raise InvalidModelError(f"{self.path}: no tensor {name!r}{nearest(name, self.tensors)}")
         return self.tensors[name]
 
     def _buffer(self, part: int) -> mmap.mmap:
@@ -484,32 +511,30 @@ def _n_parts(part: _Part) -> int:
     by_name = SPLIT_NAME.search(part.path.name)
     n_named = int(by_name[2]) if by_name else 1
     n_parts = part.metadata.need("split.count", int) if n_named > 1 else part.metadata.get("split.count", 1, int)
-    if n_parts <= 1 and n_named == 1:
+    if n_named <= 1 and n_parts in (0, 1):
         return 1
     if n_parts != n_named:
-        raise InvalidModelError(f"{part.path}: split.count: {n_parts} parts, but the name of the file "
-                                + (f"says {n_named}" if by_name else "does not end in -00001-of-0000N.gguf, by which they are found"))
+        says = f"says {n_named}" if by_name else "does not end in -00001-of-0000N.gguf, by which they are found"
+        raise InvalidModelError(f"{part.path}: split.count: is {n_parts}, but the name of the file {says}")
     return n_parts
 
 
 def _open_parts(asked: _Part) -> list[_Part]:
-    """Open all parts in order. `asked` is one of them, and is not opened again."""
+    """Open all parts of the model that `asked` belongs to, in order."""
     n_parts = _n_parts(asked)
-    match = SPLIT_NAME.search(asked.path.name)
-    stem, own = asked.path.name[:match.start()], int(match[1]) - 1
+    stem = SPLIT_NAME.sub("", asked.path.name)
     paths = [asked.path.with_name(f"{stem}-{i + 1:05}-of-{n_parts:05}.gguf") for i in range(n_parts)]
     parts = []
     for i, path in enumerate(paths):
-        if i != own and not path.is_file():
+        if not path.is_file():
             raise ModelNotFoundError(f"{path}: part {i + 1} of {n_parts} is missing beside {asked.path.name}")
         part = _Part(path, i)
         number = part.metadata.need("split.no", int)
         if number != i or _n_parts(part) != n_parts:
-            raise InvalidModelError(f"{path}: split.no: {number} of {_n_parts(part)}, but the name says {i} of {n_parts} "
-                                    "(numbers from 0)")
+            raise InvalidModelError(f"{path}: split.no: is {number}, but the name of the file makes it {i}, counted from 0")
         parts.append(part)
-    wanted = parts[0].metadata.get("split.tensors.count", None, int)
     n_tensors = sum(len(part.tensors) for part in parts)
-    if wanted is not None and wanted != n_tensors:
-        raise InvalidModelError(f"{paths[0]}: split.tensors.count: {wanted}, but the {n_parts} parts have {n_tensors} tensors")
+    wanted = parts[0].metadata.get("split.tensors.count", n_tensors, int)
+    if wanted != n_tensors:
+        raise InvalidModelError(f"{paths[0]}: split.tensors.count: is {wanted}, but the {n_parts} parts hold {n_tensors}")
     return parts
