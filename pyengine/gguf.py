@@ -194,7 +194,7 @@ class Metadata(Mapping[str, Any]):
     """Give the keys of a GGUF file and their values, decoded when first asked for and then kept.
 
     Numbers are int, float or bool; strings are str; arrays of strings are list[str]; arrays of numbers are read-only
-    NumPy views of the file. Bytes of a string that are not UTF-8 become lone surrogates (PEP 383), so that
+    and aligned NumPy arrays, views of the file where it aligns them. Bytes of a string that are not UTF-8 become lone surrogates (PEP 383), so that
     `text.encode("utf-8", "surrogateescape")` restores them; `raw` gives the bytes at once.
     """
 
@@ -266,7 +266,11 @@ class Metadata(Mapping[str, Any]):
                 return [raw.decode("utf-8", "surrogateescape") for raw in self._strings(value)]
             return self._map()[value.start:value.start + value.count].decode("utf-8", "surrogateescape")
         array = np.frombuffer(self._map(), _NUMPY[value.type], value.count, value.start)
-        return array if value.is_array else array[0].item()
+        if not value.is_array:
+            return array[0].item()
+        array = np.require(array, requirements="A")      # copied where the file leaves it unaligned, for C's sake
+        array.flags.writeable = False
+        return array
 
     def _strings(self, value: _Value) -> list[bytes]:
         unpack, buffer, pos, strings = _U64.unpack_from, self._map(), value.start, []
@@ -321,7 +325,8 @@ class _Part:
         return alignment
 
     def _scan_tensors(self, scan: _Scanner, n_tensors: int) -> dict[str, TensorInfo]:
-        found: dict[str, tuple[TensorInfo, int]] = {}    # with offsets from the start of the data, and where those stand
+        # Offsets here count from the start of the data, known only after the last tensor; `where` is the field's byte.
+        found: dict[str, tuple[TensorInfo, int]] = {}
         for i in range(n_tensors):
             at = scan.pos
             info, where = self._scan_tensor(scan, i)
@@ -335,8 +340,8 @@ class _Part:
             if info.offset % self.alignment:
                 raise scan.fail(f"offset of {name}", f"is {info.offset}, no multiple of {self.alignment}", where)
             if end > scan.size:
-                raise scan.fail(f"offset of {name}", f"is {info.offset}: with {info.nbytes} bytes and the data from byte "
-                                f"{start} on, it ends {end - scan.size} bytes past the end of the file", where)
+                raise scan.fail(f"offset of {name}", f"is {info.offset}: with {info.nbytes} bytes, and the data from "
+                                f"byte {start} on, it ends {end - scan.size} bytes past the end of the file", where)
             tensors[info.name] = replace(info, offset=start + info.offset)
         end, before = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.offset):
@@ -366,7 +371,7 @@ class _Part:
         type = self._dtype(scan, field)
         row = axes[0] if axes else 1
         if row % type.block:
-            raise scan.fail(f"dtype of {field}", f"is {type}, and rows of {row} are not whole blocks of {type.block}", at)
+            raise scan.fail(f"dtype of {field}", f"is {type}: rows of {row} are not whole blocks of {type.block}", at)
         at = scan.pos
         offset = scan.u64(f"offset of {field}")
         shape = tuple(reversed(axes))
@@ -486,8 +491,7 @@ def _map_file(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < _HEADER_BYTES:
-                raise InvalidModelError(f"{path}: header: a GGUF file has at least {_HEADER_BYTES} bytes, this one ends "
-                                        f"at byte {size}")
+                raise InvalidModelError(f"{path}: header: takes {_HEADER_BYTES} bytes, and the file ends at byte {size}")
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFoundError(f"{path}: no such file") from None
@@ -501,9 +505,9 @@ def _check_version(scan: _Scanner) -> int:
         return version
     swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
     if swapped < 1 << 16 and version >= 1 << 16:
-        raise UnsupportedModelError(f"{scan.path}: version: {swapped} in big-endian order, at byte 4: only little-endian "
-                                    "files are read; convert it with gguf-py's gguf_convert_endian.py")
-    raise UnsupportedModelError(f"{scan.path}: version: {version}, at byte 4: only 2 and 3 are read")
+        raise UnsupportedModelError(f"{scan.path}: version: is {swapped} in big-endian order, at byte 4: only "
+                                    "little-endian files are read; gguf-py's gguf_convert_endian.py converts it")
+    raise UnsupportedModelError(f"{scan.path}: version: is {version}, at byte 4: only 2 and 3 are read")
 
 
 def _n_parts(part: _Part) -> int:
@@ -531,10 +535,10 @@ def _open_parts(asked: _Part) -> list[_Part]:
         part = _Part(path, i)
         number = part.metadata.need("split.no", int)
         if number != i or _n_parts(part) != n_parts:
-            raise InvalidModelError(f"{path}: split.no: is {number}, but the name of the file makes it {i}, counted from 0")
+            raise InvalidModelError(f"{path}: split.no: is {number}, but by its name the file is {i}, counted from 0")
         parts.append(part)
     n_tensors = sum(len(part.tensors) for part in parts)
     wanted = parts[0].metadata.get("split.tensors.count", n_tensors, int)
     if wanted != n_tensors:
-        raise InvalidModelError(f"{paths[0]}: split.tensors.count: is {wanted}, but the {n_parts} parts hold {n_tensors}")
+        raise InvalidModelError(f"{paths[0]}: split.tensors.count: is {wanted}, but the parts hold {n_tensors}")
     return parts

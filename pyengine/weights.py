@@ -1,0 +1,136 @@
+"""Bind the tensors of GGUF files to the places of a model, by name and shape, and account for every one of them.
+
+`Weights` is a scope over dotted names: `w["blk", 3]["attn_q"].tensor("weight", shape=(n, k))` is "blk.3.attn_q.weight".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pyengine.dtype import DType
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.gguf import GGUFFile, nearest, quoted
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """Name one tensor of a file, with the shape that the model gives it. Nothing is read until its bytes are asked for."""
+
+    name: str
+    shape: tuple[int, ...]     # slowest axis first
+    dtype: DType
+    source: GGUFFile = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.tensors[self.name].nbytes
+
+    def view(self) -> np.ndarray:
+        """Return the bytes, uint8 [nbytes], over the mapped file."""
+        return self.source.view(self.name)
+
+    def array(self) -> np.ndarray:
+        """Return plain numbers in `shape`, over the mapped file. Raises RequestError for block formats."""
+        return self.source.array(self.name).reshape(self.shape)
+
+    def drop(self) -> bool:
+        """Tell the kernel that the file's pages under this tensor are not needed now."""
+        return self.source.drop(self.name)
+
+
+class _Names:
+    """What all scopes of one model share: where each tensor is, which scopes exist, and what has been bound."""
+
+    def __init__(self, files: tuple[GGUFFile, ...]):
+        self.sources: dict[str, GGUFFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if name in self.sources:
+                    raise InvalidModelError(f"{file.path}: tensor {quoted(name)}: is in {self.sources[name].path} too")
+                self.sources[name] = file
+        self.scopes = {name[:i] for name in self.sources for i, char in enumerate(name[:200]) if char == "."}
+        self.bound: set[str] = set()
+        self.paths = ", ".join(str(file.path) for file in files)
+
+
+class Weights:
+    """Give the tensors of one or more GGUF files (text and projector, say) below a prefix of their names."""
+
+    def __init__(self, *files: GGUFFile):
+        self._names, self.prefix = _Names(files), ""
+
+    def __getitem__(self, path: str | int | tuple[str | int, ...]) -> Weights:
+        """Return the scope below: `w["blk", 3]` is everything named "blk.3...". It may be empty."""
+        scope = Weights.__new__(Weights)
+        scope._names, scope.prefix = self._names, self.prefix + _dotted(path) + "."
+        return scope
+
+    def __contains__(self, path: str | int | tuple[str | int, ...]) -> bool:
+        """Say whether a tensor has this name here, or lies in the scope of this name."""
+        name = self.prefix + _dotted(path)
+        return name in self._names.sources or name in self._names.scopes
+
+    def __repr__(self) -> str:
+        return f"Weights({self.prefix!r})"
+
+    def first(self, *paths: str | int | tuple[str | int, ...]) -> Weights:
+        """Return the first of these scopes that has tensors: `w.first("output", "token_embd")` for tied embeddings.
+
+        Raises: InvalidModelError naming all of them.
+        """
+        for path in paths:
+            if path in self:
+                return self[path]
+        raise InvalidModelError(f"{self._names.paths}: no tensor below any of "
+                                f"{', '.join(repr(self.prefix + _dotted(path)) for path in paths)}")
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> WeightRef:
+        """Bind the tensor `name` of this scope, which must have this shape (slowest axis first).
+
+        Axes of length 1 in front do not count: GGUF does not tell (n,) from (1, n).
+        Raises: InvalidModelError for a missing tensor, with the nearest names, and for another shape, with both.
+        """
+        full = self.prefix + name
+        file = self._names.sources.get(full)
+        if file is None:
+            raise InvalidModelError(f"{self._names.paths}: tensor {full!r}: is missing"
+                                    f"{nearest(full, self._names.sources)}")
+        info = file.tensors[full]
+        if _significant(info.shape) != _significant(shape):
+            raise InvalidModelError(f"{file.paths[info.part]}: tensor {full!r}: has shape {info.shape}, and the model "
+                                    f"needs {tuple(shape)}, at byte {info.offset}")
+        self._names.bound.add(full)
+        return WeightRef(full, tuple(shape), info.dtype, file)
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> WeightRef | None:
+        """Bind a tensor that files may leave out; None without it. Raises as `tensor` for another shape."""
+        return self.tensor(name, shape) if self.prefix + name in self._names.sources else None
+
+    def finish(self, ignore: Iterable[str] = ()) -> None:
+        """Check, once the model is built, that every tensor of the files is bound, so that nothing is left unused.
+
+        ignore  scopes or tensors that may stay unbound: "rope_freqs" covers "rope_freqs.weight"
+        Raises: UnsupportedModelError naming up to five that are not.
+        """
+        ignored = tuple(ignore)
+        left = [name for name in self._names.sources if name not in self._names.bound
+                and not any(name == scope or name.startswith(scope + ".") for scope in ignored)]
+        if left:
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            raise UnsupportedModelError(f"{self._names.paths}: tensors that the model does not use: "
+                                        f"{', '.join(quoted(name) for name in left[:5])}{more}")
+
+
+def _dotted(path: str | int | tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path)) if isinstance(path, tuple) else str(path)
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` without its leading axes of length 1."""
+    shape = tuple(shape)
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape
