@@ -1,0 +1,267 @@
+// engine.cpp: pyengine._engine. Objects with a lifetime for Python: memory, thread pools, programs. Kernels and other flat
+// functions are called through cffi (pyengine/native.py).
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/pack.h"
+#include "../isa.h"
+#include "../program.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Anonymous zeroed memory, aligned to 2 MiB pages where the system gives them.
+class Buffer {
+ public:
+  explicit Buffer(int64_t nbytes) : nbytes_(nbytes) {
+    if (nbytes < 0) throw std::invalid_argument("Buffer: negative size");
+    if (nbytes == 0) return;
+    void *p = mmap(nullptr, static_cast<size_t>(nbytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<char *>(p);
+#if defined(MADV_HUGEPAGE)
+    if (nbytes >= (int64_t{4} << 20)) madvise(p, static_cast<size_t>(nbytes), MADV_HUGEPAGE);
+#endif
+  }
+  ~Buffer() {
+    if (data_) munmap(data_, static_cast<size_t>(nbytes_));
+  }
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  char *data() const { return data_; }
+  int64_t nbytes() const { return nbytes_; }
+
+ private:
+  char *data_ = nullptr;
+  int64_t nbytes_;
+};
+
+class Pool {
+ public:
+  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr) {
+    if (!pool_) throw std::invalid_argument("Pool: cannot make " + std::to_string(n) + " threads");
+  }
+  ~Pool() {
+    py::gil_scoped_release release;
+    pe_pool_free(pool_);
+  }
+  Pool(const Pool &) = delete;
+  Pool &operator=(const Pool &) = delete;
+  pe_pool *get() const { return pool_; }
+  int size() const { return pe_pool_size(pool_); }
+
+ private:
+  pe_pool *pool_;
+};
+
+const pe_isa &isa_of(const std::string &name) {
+  for (const pe_isa *i = pe_isas; i->name; i++)
+    if (name == i->name) return *i;
+  throw std::invalid_argument("this build has no instruction set '" + name + "'");
+}
+
+const pe_kernel_entry *kernel_of(const std::string &isa, const std::string &op) {
+  for (const pe_kernel_entry *k = isa_of(isa).kernels; k->name; k++)
+    if (op == k->name) return k;
+  return nullptr;
+}
+
+using Axis = std::pair<int64_t, int32_t>;                                            // scale, dim or -1
+using TensorSpec = std::tuple<int32_t, int64_t, int32_t, std::vector<Axis>, std::vector<Axis>>;  // base offset dtype shape strides
+using NodeSpec = std::tuple<std::string, std::vector<std::vector<int32_t>>, int32_t, py::bytes, int64_t, int64_t>;
+// op, tensors of each argument (inputs, then outputs), number of inputs, params, scratch offset, scratch bytes
+
+pe_program_tensor tensor_of(const TensorSpec &spec) {
+  const auto &[base, offset, dtype, shape, stride] = spec;
+  if (shape.size() > PE_MAX_DIMS || stride.size() != shape.size()) throw std::invalid_argument("tensor: too many axes");
+  pe_program_tensor t{};
+  t.base = base;
+  t.offset = offset;
+  t.dtype = dtype;
+  t.ndim = static_cast<int32_t>(shape.size());
+  for (size_t d = 0; d < shape.size(); d++) {
+    t.shape[d] = {shape[d].first, shape[d].second};
+    t.stride[d] = {stride[d].first, stride[d].second};
+  }
+  return t;
+}
+
+// Arguments of one node in the form that kernels take.
+struct Arguments {
+  std::vector<const pe_tensor *> tensors;
+  std::vector<int32_t> start, count;
+  pe_args args{};
+
+  Arguments(const std::vector<std::vector<int32_t>> &ids, int32_t n_in, const pe_tensor *all, int32_t n_all) {
+    for (const auto &arg : ids) {
+      start.push_back(static_cast<int32_t>(tensors.size()));
+      count.push_back(static_cast<int32_t>(arg.size()));
+      for (int32_t id : arg) {
+        if (id < 0 || id >= n_all) throw std::invalid_argument("node: tensor number out of range");
+        tensors.push_back(all + id);
+      }
+    }
+    args = {tensors.data(), start.data(), count.data(), n_in, static_cast<int32_t>(ids.size()) - n_in};
+  }
+};
+
+class Program {
+ public:
+  Program(const std::string &isa, const std::vector<TensorSpec> &tensors, const std::vector<NodeSpec> &nodes, int32_t n_bases,
+          int32_t n_dims)
+      : n_dims_(n_dims), bases_(static_cast<size_t>(n_bases)), counters_(nodes.size() * PE_COUNTER_STRIDE + 8) {
+    for (const auto &t : tensors) {
+      spec_.push_back(tensor_of(t));
+      pe_tensor resolved{};
+      resolved.dtype = spec_.back().dtype;
+      resolved.ndim = spec_.back().ndim;
+      tensors_.push_back(resolved);
+      if (spec_.back().base < 0 || spec_.back().base >= n_bases) throw std::invalid_argument("tensor: no such memory");
+      for (int d = 0; d < resolved.ndim; d++)
+        if (spec_.back().shape[d].dim >= n_dims || spec_.back().stride[d].dim >= n_dims) throw std::invalid_argument("tensor: no such dim");
+    }
+    for (const auto &[op, ids, n_in, params, scratch_offset, scratch_bytes] : nodes) {
+      const pe_kernel_entry *kernel = kernel_of(isa, op);
+      if (!kernel) throw std::invalid_argument("no kernel for op '" + op + "' on " + isa);
+      arguments_.push_back(std::make_unique<Arguments>(ids, n_in, tensors_.data(), static_cast<int32_t>(tensors_.size())));
+      params_.push_back(std::make_unique<std::string>(params));
+      nodes_.push_back({kernel->run, arguments_.back()->args, params_.back()->data(), scratch_offset, scratch_bytes, 0.0});
+    }
+    program_.spec = spec_.data();
+    program_.tensors = tensors_.data();
+    program_.n_tensors = static_cast<int32_t>(tensors_.size());
+    program_.nodes = nodes_.data();
+    program_.n_nodes = static_cast<int32_t>(nodes_.size());
+    program_.bases = bases_.data();
+    program_.n_bases = n_bases;
+    char *c = reinterpret_cast<char *>(counters_.data());
+    program_.counters = reinterpret_cast<int64_t *>(c + (64 - reinterpret_cast<uintptr_t>(c) % 64) % 64);
+  }
+
+  void bind(int32_t base, uint64_t address) { bases_.at(static_cast<size_t>(base)) = reinterpret_cast<char *>(address); }
+
+  // (status, number of the node that failed, message)
+  std::tuple<int32_t, int32_t, std::string> run(Pool &pool, const std::vector<int64_t> &dims) {
+    if (static_cast<int32_t>(dims.size()) != n_dims_) throw std::invalid_argument("run: wrong number of dims");
+    py::gil_scoped_release release;
+    int32_t status = pe_program_run(&program_, pool.get(), dims.data());
+    return {status, program_.failed_node, program_.message};
+  }
+
+  void profile(bool on) {
+    program_.profile = on;
+    for (auto &n : nodes_) n.seconds = 0;
+  }
+
+  std::vector<double> seconds() const {
+    std::vector<double> out;
+    for (const auto &n : nodes_) out.push_back(n.seconds);
+    return out;
+  }
+
+ private:
+  int32_t n_dims_;
+  std::vector<pe_program_tensor> spec_;
+  std::vector<pe_tensor> tensors_;
+  std::vector<std::unique_ptr<Arguments>> arguments_;
+  std::vector<std::unique_ptr<std::string>> params_;
+  std::vector<pe_program_node> nodes_;
+  std::vector<char *> bases_;
+  std::vector<int64_t> counters_;
+  pe_program program_{};
+};
+
+// Working memory of a kernel for these tensors: -1 if there is no such kernel.
+int64_t scratch_bytes(const std::string &isa, const std::string &op, const std::vector<TensorSpec> &tensors,
+                      const std::vector<std::vector<int32_t>> &ids, int32_t n_in, const std::string &params, int32_t n_threads) {
+  const pe_kernel_entry *kernel = kernel_of(isa, op);
+  if (!kernel) return -1;
+  if (!kernel->scratch) return 0;
+  std::vector<pe_tensor> resolved;
+  for (const auto &spec : tensors) {
+    pe_program_tensor t = tensor_of(spec);
+    pe_tensor r{};
+    r.dtype = t.dtype;
+    r.ndim = t.ndim;
+    for (int d = 0; d < t.ndim; d++) {
+      r.shape[d] = t.shape[d].scale;
+      r.stride[d] = t.stride[d].scale;
+    }
+    resolved.push_back(r);
+  }
+  Arguments a(ids, n_in, resolved.data(), static_cast<int32_t>(resolved.size()));
+  return kernel->scratch(&a.args, params.data(), n_threads);
+}
+
+struct PackJob {
+  int32_t dtype;
+  const void *src;
+  int64_t n, k, groups, next;
+  void *dst;
+  int32_t status;
+};
+
+void pack_member(void *context, int, int) {
+  auto *job = static_cast<PackJob *>(context);
+  const int64_t step = 16;                                                            // 256 rows: some 100 kB
+  for (;;) {
+    int64_t begin = __atomic_fetch_add(&job->next, step, __ATOMIC_RELAXED);
+    if (begin >= job->groups) return;
+    int64_t end = begin + step < job->groups ? begin + step : job->groups;
+    pe_status status = pe_pack_groups(job->dtype, job->src, job->n, job->k, begin, end, job->dst);
+    if (status != PE_OK) __atomic_store_n(&job->status, static_cast<int32_t>(status), __ATOMIC_RELAXED);
+  }
+}
+
+void pack(Pool &pool, int32_t dtype, uint64_t src, int64_t n, int64_t k, uint64_t dst) {
+  PackJob job{dtype, reinterpret_cast<const void *>(src), n, k, (n + 15) / 16, 0, reinterpret_cast<void *>(dst), PE_OK};
+  py::gil_scoped_release release;
+  pe_pool_run(pool.get(), pack_member, &job);
+  if (job.status != PE_OK) throw std::runtime_error("pack: status " + std::to_string(job.status));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+  m.doc() = "Memory, threads and programs of pyengine; see pyengine/backends/cpu.py.";
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("nbytes"))
+      .def_property_readonly("nbytes", &Buffer::nbytes)
+      .def_property_readonly("address", [](const Buffer &b) { return reinterpret_cast<uint64_t>(b.data()); })
+      .def_buffer([](Buffer &b) {
+        return py::buffer_info(b.data(), 1, py::format_descriptor<uint8_t>::format(), 1, {b.nbytes()}, {int64_t{1}});
+      });
+  py::class_<Pool>(m, "Pool").def(py::init<int>(), py::arg("n_threads")).def_property_readonly("size", &Pool::size);
+  py::class_<Program>(m, "Program")
+      .def(py::init<const std::string &, const std::vector<TensorSpec> &, const std::vector<NodeSpec> &, int32_t, int32_t>(),
+           py::arg("isa"), py::arg("tensors"), py::arg("nodes"), py::arg("n_bases"), py::arg("n_dims"))
+      .def("bind", &Program::bind, py::arg("base"), py::arg("address"))
+      .def("run", &Program::run, py::arg("pool"), py::arg("dims"))
+      .def("profile", &Program::profile, py::arg("on"))
+      .def("seconds", &Program::seconds);
+  m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("op"), py::arg("tensors"), py::arg("ids"), py::arg("n_in"),
+        py::arg("params"), py::arg("n_threads"));
+  m.def("pack", &pack, py::arg("pool"), py::arg("dtype"), py::arg("src"), py::arg("n"), py::arg("k"), py::arg("dst"));
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const pe_isa *i = pe_isas; i->name; i++)
+      if (i->supported()) names.emplace_back(i->name);
+    return names;
+  });
+  m.def("kernels", [](const std::string &isa) {
+    std::vector<std::string> names;
+    for (const pe_kernel_entry *k = isa_of(isa).kernels; k->name; k++) names.emplace_back(k->name);
+    return names;
+  });
+}

@@ -1,0 +1,51 @@
+/* isa.c: see isa.h. A build defines PE_HAVE_<ISA> for each instruction set that it compiled. */
+#include "isa.h"
+
+#if defined(PE_HAVE_avx512)
+extern const pe_kernel_entry pe_avx512_kernels[];
+static int has_avx512(void) {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
+}
+#endif
+
+#if defined(PE_HAVE_avx2)
+extern const pe_kernel_entry pe_avx2_kernels[];
+/* Every processor with AVX2 and FMA also has F16C. */
+static int has_avx2(void) {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+#endif
+
+#if defined(PE_HAVE_neon)
+extern const pe_kernel_entry pe_neon_kernels[];
+#if defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#define HWCAP_ASIMDHP (1 << 10)
+#endif
+static int has_neon(void) {
+  unsigned long caps = getauxval(AT_HWCAP);
+  return (caps & HWCAP_ASIMDDP) && (caps & HWCAP_ASIMDHP);
+}
+#else
+static int has_neon(void) { return 1; } /* every Apple and Windows arm64 machine has dot products */
+#endif
+#endif
+
+extern const pe_kernel_entry pe_generic_kernels[];
+static int always(void) { return 1; }
+
+const pe_isa pe_isas[] = {
+#if defined(PE_HAVE_avx512)
+  {"avx512", pe_avx512_kernels, has_avx512},
+#endif
+#if defined(PE_HAVE_avx2)
+  {"avx2", pe_avx2_kernels, has_avx2},
+#endif
+#if defined(PE_HAVE_neon)
+  {"neon", pe_neon_kernels, has_neon},
+#endif
+  {"generic", pe_generic_kernels, always},
+  {0, 0, 0}};

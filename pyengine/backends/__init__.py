@@ -1,0 +1,24 @@
+"""Backends run compiled graphs. A backend is a module of this package that defines `Backend`; it is found by its name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from pyengine.errors import GraphError
+
+
+def names() -> list[str]:
+    """The backends that this installation has."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def backend(device: str = "cpu", n_threads: int | None = None) -> Any:
+    """The backend for a device name.
+
+    Raises: GraphError if there is none of that name.
+    """
+    if device not in names():
+        raise GraphError(f"there is no device '{device}'; this installation has {', '.join(names())}")
+    return importlib.import_module(f"pyengine.backends.{device}").Backend(n_threads=n_threads)

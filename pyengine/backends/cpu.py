@@ -1,0 +1,308 @@
+"""The CPU backend: lays a graph out, loads its weights in the form that kernels want, and replays it by one call into C."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pyengine import ops, passes as fusion
+from pyengine.codegen import pack_params
+from pyengine.dtype import DType
+from pyengine.errors import GraphError, PlanError, RequestError
+from pyengine.native import engine, ffi, lib
+from pyengine.plan import ALIGN, Layout, contiguous_strides, lay_out
+from pyengine.tensor import Axis, Dim, Node, Tensor, axis_max, axis_value
+
+_NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+_STATUS = {1: GraphError, 2: GraphError, 3: RequestError, 4: PlanError, 5: GraphError}     # by pe_status
+
+
+def isa() -> str:
+    """The instruction set in use: the best of this machine, or the one named by $PYENGINE_ISA."""
+    available = engine.isas()
+    wanted = os.environ.get("PYENGINE_ISA")
+    if wanted and wanted not in available:
+        raise GraphError(f"PYENGINE_ISA={wanted}: this machine and build have {', '.join(available)}")
+    return wanted or available[0]
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    import psutil
+
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+@lru_cache(maxsize=4)
+def pool(n_threads: int) -> Any:
+    """The thread pool of that size: one for the whole process."""
+    return engine.Pool(n_threads)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A constant as it will lie in memory: packed, converted to float32, or read where the file is mapped."""
+
+    tensor: Tensor
+    dtype: DType
+    form: str                    # packed | plain | mapped
+    nbytes: int
+    offset: int = 0
+
+
+def _source_dtype(t: Tensor) -> DType:
+    source = t.node.source
+    return t.dtype if isinstance(source, np.ndarray) else source.dtype
+
+
+def _residents(layout: Layout) -> dict[int, Resident]:
+    """Decide each constant's form from what reads it, and give it a place in one block of memory."""
+    readers: dict[int, set[str]] = {}
+    for node in layout.steps:
+        for name, arg in zip(node.op.args, node.args):
+            for t in arg if isinstance(arg, tuple) else (arg,):
+                if t is not None and layout.of(t).root.node.kind == "constant":
+                    role = f"{node.op.name}.{name}" if layout.of(t).root is t else "view"
+                    readers.setdefault(id(layout.of(t).root.node), set()).add(role)
+    out: dict[int, Resident] = {}
+    offset = 0
+    for node in layout.leaves:
+        if node.kind != "constant":
+            continue
+        t, roles = node.outputs[0], readers.get(id(node), set())
+        dtype = _source_dtype(t)
+        if "linear.w" in roles and roles <= {"linear.w", "rows.table"} and t.dtype == dtype:
+            nbytes = int(lib.pe_pack_bytes(dtype.id, int(t.shape[0]), int(t.shape[1])))
+            if nbytes:
+                out[id(node)] = Resident(t, dtype.packed, "packed", nbytes, offset)
+                offset += -(-nbytes // ALIGN) * ALIGN
+                continue
+        if t.dtype == dtype and not isinstance(node.source, np.ndarray) and roles <= {"linear.w", "rows.table"}:
+            out[id(node)] = Resident(t, dtype, "mapped", t.nbytes_max)
+            continue
+        out[id(node)] = Resident(t, t.dtype, "plain", t.nbytes_max, offset)
+        offset += -(-t.nbytes_max // ALIGN) * ALIGN
+    return out
+
+
+class Prepared:
+    """A graph with every byte counted and nothing loaded.
+
+    arena_bytes, weight_bytes (resident), mapped_bytes (read where the file is mapped), state_bytes.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], passes: Sequence[str] | None, single: bool, n_threads: int, isa_name: str):
+        self.isa, self.n_threads, self.single = isa_name, n_threads, single
+        self._specs: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}
+        self.layout = lay_out(fusion.apply(outputs, passes), self._scratch_bytes)
+        self.residents = _residents(self.layout)
+        self.states = [n.outputs[0] for n in self.layout.leaves if n.kind == "state"]
+        self.arena_bytes = self.layout.arena_bytes
+        self.weight_bytes = sum(-(-r.nbytes // ALIGN) * ALIGN for r in self.residents.values() if r.form != "mapped")
+        self.mapped_bytes = sum(r.nbytes for r in self.residents.values() if r.form == "mapped")
+        self.state_bytes = sum(-(-t.nbytes_max // ALIGN) * ALIGN for t in self.states)
+
+    def _scratch_bytes(self, node: Node) -> int:
+        tensors, ids = [], []
+        for arg in (*node.args, *_result_args(node)):
+            parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
+            ids.append(list(range(len(tensors), len(tensors) + len(parts))))
+            for t in parts:
+                dtype = t.dtype
+                if node.op is ops.linear and t.node.kind == "constant" and t.ndim == 2 and t.dtype == _source_dtype(t):
+                    packs = lib.pe_pack_bytes(dtype.id, int(t.shape[0]), int(t.shape[1]))
+                    dtype = dtype.packed if packs else dtype
+                shape = tuple(axis_max(a) for a in t.shape)
+                strides = contiguous_strides(shape, t.dtype)
+                tensors.append((0, 0, dtype.id, [(n, -1) for n in shape], [(n, -1) for n in strides]))
+        n = engine.scratch_bytes(self.isa, node.op.name, tensors, ids, len(node.args), pack_params(node.op, dict(node.params)),
+                                 self.n_threads)
+        if n < 0:
+            raise GraphError(f"the CPU backend has no kernel for op '{node.op.name}'; device='reference' runs it")
+        return n
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> Program:
+        """Allocate memory, read and pack the weights (in parallel), and return the program."""
+        return Program(self, progress)
+
+
+def _result_args(node: Node) -> list[Any]:
+    """Results grouped as the kernel's arguments: one tensor each, or the list of a list result."""
+    return [tuple(node.outputs)] if node.op.results[0].many else list(node.outputs)
+
+
+class Program:
+    """A compiled graph with its memory. `inputs[name]` and `outputs[i]` are arrays over the arena, largest shape first axis.
+
+    `execute(dims)` replays it on what stands in the input arrays; `run(**arrays)` is the convenient form.
+    """
+
+    def __init__(self, prepared: Prepared, progress: Callable[[int, int], None] | None):
+        layout = prepared.layout
+        self.prepared, self.single = prepared, prepared.single
+        self.pool = pool(prepared.n_threads)
+        self.arena = engine.Buffer(max(prepared.arena_bytes, ALIGN))
+        self.weights = engine.Buffer(prepared.weight_bytes)
+        self.state_memory = engine.Buffer(prepared.state_bytes)
+        self._keep: list[Any] = []
+        self.dim_names = sorted({a.name for n in [*layout.leaves, *layout.steps] for t in n.outputs for a in t.shape
+                                 if isinstance(a, Dim)})
+        self.dim_max = {a.name: a.max for n in [*layout.leaves, *layout.steps] for t in n.outputs for a in t.shape
+                        if isinstance(a, Dim)}
+        addresses = [self.arena.address]
+        base_of: dict[int, int] = {}
+        for r in prepared.residents.values():
+            base_of[id(r.tensor.node)] = len(addresses)
+            addresses.append(self._mapped_address(r) if r.form == "mapped" else self.weights.address + r.offset)
+        self.state_address: dict[str, int] = {}
+        offset = 0
+        for t in prepared.states:
+            base_of[id(t.node)] = len(addresses)
+            self.state_address[t.name] = self.state_memory.address + offset
+            addresses.append(self.state_memory.address + offset)
+            offset += -(-t.nbytes_max // ALIGN) * ALIGN
+        self._build(layout, prepared, base_of, len(addresses))
+        for i, address in enumerate(addresses):
+            self._program.bind(i, address)
+        self._load_weights(list(prepared.residents.values()), progress)
+        arena = np.frombuffer(self.arena, np.uint8)
+        self.inputs = {n.name: self._array(arena, n.outputs[0]) for n in layout.leaves if n.kind == "input"}
+        self.outputs = [self._array(arena, t) for t in layout.outputs]
+
+    def _array(self, arena: np.ndarray, t: Tensor) -> np.ndarray:
+        """The array over a tensor's memory, run-time axes at their largest."""
+        place = self.prepared.layout.of(t)
+        if place.root.node.kind not in ("op", "input"):
+            raise GraphError(f"output {t!r} is a constant or a state: it has no place in the arena")
+        start = self.prepared.layout.offsets[id(place.root)] + place.offset
+        shape = tuple(axis_max(a) for a in t.shape)
+        return arena[start : start + t.nbytes_max].view(_NUMPY[t.dtype.name]).reshape(shape)
+
+    def _build(self, layout: Layout, prepared: Prepared, base_of: dict[int, int], n_bases: int) -> None:
+        dim_id = {name: i for i, name in enumerate(self.dim_names)}
+
+        def axis(a: Axis) -> tuple[int, int]:
+            return (a, -1) if isinstance(a, int) else (a.scale, dim_id[a.name])
+
+        specs: list[Any] = []
+        number: dict[tuple[int, int], int] = {}
+        nodes: list[Any] = []
+        for step, (scratch_offset, scratch_bytes) in zip(layout.steps, layout.scratch):
+            ids = []
+            for arg in (*step.args, *_result_args(step)):
+                parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
+                for t in parts:
+                    if (id(t.node), t.index) in number:
+                        continue
+                    place = layout.of(t)
+                    resident = prepared.residents.get(id(place.root.node))
+                    base = base_of.get(id(place.root.node), 0)
+                    offset = place.offset + (0 if base else layout.offsets[id(place.root)])
+                    dtype = resident.dtype if resident else t.dtype
+                    number[id(t.node), t.index] = len(specs)
+                    specs.append((base, offset, dtype.id, [axis(a) for a in t.shape], [axis(a) for a in place.strides]))
+                ids.append([number[id(t.node), t.index] for t in parts])
+            nodes.append((step.op.name, ids, len(step.args), pack_params(step.op, dict(step.params)), scratch_offset, scratch_bytes))
+        self._program = engine.Program(prepared.isa, specs, nodes, n_bases, len(self.dim_names))
+
+    def _mapped_address(self, r: Resident) -> int:
+        view = r.tensor.node.source.source.view(r.tensor.node.source.name)
+        self._keep.append(view)
+        return view.ctypes.data
+
+    def _load_weights(self, residents: list[Resident], progress: Callable[[int, int], None] | None) -> None:
+        total, done = sum(r.nbytes for r in residents), 0
+        memory = np.frombuffer(self.weights, np.uint8) if self.weights.nbytes else np.empty(0, np.uint8)
+        for r in residents:
+            source = r.tensor.node.source
+            if r.form != "mapped":
+                raw = source if isinstance(source, np.ndarray) else source.source.view(source.name)
+                raw = np.ascontiguousarray(raw)
+                if r.form == "packed":
+                    n, k = (int(a) for a in r.tensor.shape)
+                    engine.pack(self.pool, r.dtype.unpacked.id, raw.ctypes.data, n, k, self.weights.address + r.offset)
+                elif isinstance(source, np.ndarray) or source.dtype == r.dtype:
+                    memory[r.offset : r.offset + r.nbytes] = raw.reshape(-1).view(np.uint8)
+                else:
+                    self._convert(r, raw, memory)
+                if not isinstance(source, np.ndarray):
+                    source.source.drop(source.name)
+            done += r.nbytes
+            if progress:
+                progress(done, total)
+
+    def _convert(self, r: Resident, raw: np.ndarray, memory: np.ndarray) -> None:
+        """Dequantize a small tensor (norm weights in F16, say) to float32."""
+        if r.dtype.name != "F32":
+            raise GraphError(f"{r.tensor.name}: {r.tensor.node.source.dtype.name} cannot be converted to {r.dtype.name}")
+        n = r.nbytes // 4
+        target = ffi.cast("float *", self.weights.address + r.offset)
+        status = lib.pe_dequantize_row(r.tensor.node.source.dtype.id, ffi.from_buffer(raw), target, n)
+        if status:
+            raise GraphError(f"{r.tensor.name}: cannot be converted from {r.tensor.node.source.dtype.name} (status {status})")
+
+    def execute(self, dims: Sequence[int]) -> None:
+        """Replay on the contents of `inputs`; `dims` are the run-time axes in the order of `dim_names`.
+
+        Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
+        """
+        status, node, message = self._program.run(self.pool, dims)
+        if status:
+            name = self.prepared.layout.steps[node].op.name if node >= 0 else "?"
+            raise _STATUS[status](f"{name}: {message or 'the kernel refused its arguments'}")
+
+    def run(self, **arrays: np.ndarray) -> Any:
+        """Compute the outputs from arrays by input name; run-time axes take their values from the arrays' shapes."""
+        dims: dict[str, int] = {}
+        leaves = {n.name: n.outputs[0] for n in self.prepared.layout.leaves if n.kind == "input"}
+        if set(arrays) != set(leaves):
+            raise GraphError(f"run: inputs are {sorted(leaves)}, but {sorted(arrays)} were given")
+        for name, t in leaves.items():
+            shape = np.shape(arrays[name])
+            if len(shape) != t.ndim:
+                raise GraphError(f"run: '{name}' has shape {shape}, but must have axes {t.shape}")
+            for axis, n in zip(t.shape, shape):
+                if isinstance(axis, int):
+                    if axis != n:
+                        raise GraphError(f"run: '{name}' has shape {shape}, but must have axes {t.shape}")
+                elif n % axis.scale or dims.setdefault(axis.name, n // axis.scale) * axis.scale != n or n > axis_max(axis):
+                    raise GraphError(f"run: '{name}' has shape {shape}: axis {axis} is at most {axis_max(axis)}, and the same everywhere")
+        for name, t in leaves.items():
+            flat = self.inputs[name].reshape(-1)
+            value = np.asarray(arrays[name], dtype=flat.dtype).reshape(-1)
+            flat[: value.size] = value
+        self.execute([dims.get(n, 0) for n in self.dim_names])
+        out = []
+        for t, array in zip(self.prepared.layout.outputs, self.outputs):
+            shape = tuple(axis_value(a, dims) for a in t.shape)
+            out.append(array.reshape(-1)[: int(np.prod(shape))].reshape(shape).copy())
+        return out[0] if self.single else out
+
+    def profile(self, on: bool) -> None:
+        """Start (and reset) or stop the clock of each step."""
+        self._program.profile(on)
+
+    def seconds(self) -> list[tuple[Node, float]]:
+        """Steps with the seconds spent in each since `profile(True)`."""
+        return list(zip(self.prepared.layout.steps, self._program.seconds()))
+
+
+class Backend:
+    """See the module's docstring."""
+
+    def __init__(self, n_threads: int | None = None):
+        self.n_threads = n_threads or default_threads()
+
+    def prepare(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False) -> Prepared:
+        """Plan without loading."""
+        return Prepared(outputs, passes, single, self.n_threads, isa())
+
+    def compile(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False) -> Program:
+        """Plan and load."""
+        return self.prepare(outputs, passes, single).load()

@@ -1,0 +1,255 @@
+"""Fusions: small rewrites of the graph. Each takes the outputs and returns equal ones with fewer nodes.
+
+Every pass can be switched off by name (`Graph.compile(passes=...)`); a test compares results with and without each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyengine import ops
+from pyengine.graph import topological, users
+from pyengine.tensor import Node, Tensor
+
+Pass = Callable[[list[Tensor]], list[Tensor]]
+
+
+def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], Sequence[Tensor] | None]) -> list[Tensor]:
+    """Copy the graph bottom up. `rule(node, new_args)` gives the outputs that replace a node's, or None to keep it."""
+    new: dict[int, Sequence[Tensor]] = {}
+
+    def moved(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return tuple(moved(a) for a in arg)
+        return None if arg is None else new[id(arg.node)][arg.index]
+
+    for node in topological(outputs):
+        if node.op is None:
+            new[id(node)] = node.outputs
+            continue
+        args = tuple(moved(a) for a in node.args)
+        made = rule(node, args)
+        if made is None:
+            made = node.outputs if args == node.args else make(node.op, args, dict(node.params))
+        new[id(node)] = made
+    return [new[id(t.node)][t.index] for t in outputs]
+
+
+def make(op: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A new node's outputs."""
+    out = op.node([list(a) if isinstance(a, tuple) else a for a in args], params)
+    return (out,) if isinstance(out, Tensor) else out
+
+
+def _is(t: Any, op: Any) -> bool:
+    return isinstance(t, Tensor) and t.node.op is op
+
+
+def _through_reshape(t: Tensor) -> Tensor:
+    while _is(t, ops.reshape):
+        t = t.node.args[0]
+    return t
+
+
+def share(outputs: list[Tensor]) -> list[Tensor]:
+    """Nodes of the same op, arguments and parameters become one (rope tables of all layers, norms of q, k and v)."""
+    seen: dict[Any, tuple[Tensor, ...]] = {}
+
+    def key_of(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return tuple(key_of(a) for a in arg)
+        return None if arg is None else (id(arg.node), arg.index)
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor]:
+        key = (node.op.name, tuple(key_of(a) for a in args), node.params)
+        if key not in seen:
+            seen[key] = node.outputs if args == node.args else make(node.op, args, dict(node.params))
+        return seen[key]
+
+    return rebuild(outputs, rule)
+
+
+def merge_products(outputs: list[Tensor]) -> list[Tensor]:
+    """Plain products of one input become one node: q/k/v, gate/up. The input is read and quantized once."""
+    groups: dict[Any, list[Node]] = {}
+    for node in topological(outputs):
+        if node.op is not ops.linear:
+            continue
+        x, w, bias, norm, residual = node.args
+        plain = dict(node.params) == {"norm_eps": 0.0, "glu": "none", "softcap": 0.0}
+        if len(w) == 1 and plain and norm is None and residual is None and w[0].node.kind == "constant":
+            groups.setdefault((id(x.node), x.index, bias is None), []).append(node)
+    member = {id(n): g for g in groups.values() if 2 <= len(g) <= 4 for n in g}
+    merged: dict[int, tuple[Tensor, ...]] = {}
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        group = member.get(id(node))
+        if group is None:
+            return None
+        if id(group) not in merged:
+            w = [n.args[1][0] for n in group]
+            bias = None if args[2] is None else [n.args[2][0] for n in group]
+            merged[id(group)] = make(ops.linear, (args[0], tuple(w), bias and tuple(bias), None, None), dict(node.params))
+        i = next(i for i, n in enumerate(group) if n is node)
+        return (merged[id(group)][i],)
+
+    return rebuild(outputs, rule)
+
+
+def fold_norm(outputs: list[Tensor]) -> list[Tensor]:
+    """An RMS norm that only one product reads moves into that product."""
+    read = users(topological(outputs))
+    kept = {(id(t.node), t.index) for t in outputs}
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        old = node.args[0] if node.op is ops.linear else None
+        if not _is(old, ops.rms_norm) or node.args[3] is not None or len(read[id(old.node), 0]) != 1:
+            return None
+        if (id(old.node), 0) in kept or not _is(args[0], ops.rms_norm):
+            return None
+        x, weight, residual = args[0].node.args
+        if weight is None or residual is not None:
+            return None
+        params = dict(node.params) | {"norm_eps": dict(args[0].node.params)["eps"]}
+        return make(ops.linear, (x, args[1], args[2], weight, args[4]), params)
+
+    return rebuild(outputs, rule)
+
+
+_GLU = ("silu", "gelu_tanh", "gelu", "relu")
+
+
+def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
+    """activation(gate) * up, both from one product, becomes part of that product."""
+    read = users(topological(outputs))
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        if node.op is not ops.binary or dict(node.params)["kind"] != "mul":
+            return None
+        for act, up, old_act, old_up in ((*args, *node.args), (args[1], args[0], node.args[1], node.args[0])):
+            if not _is(act, ops.unary) or dict(act.node.params)["kind"] not in _GLU:
+                continue
+            gate, old_gate = act.node.args[0], old_act.node.args[0]
+            if not (_is(gate, ops.linear) and _is(up, ops.linear) and gate.node is up.node):
+                continue
+            if (gate.index, up.index) != (0, 1) or len(gate.node.outputs) != 2 or gate.shape != up.shape:
+                continue
+            once = all(len(read[id(t.node), t.index]) == 1 for t in (old_act, old_gate, old_up))
+            if once and gate.node.args[4] is None and dict(gate.node.params)["softcap"] == 0.0:
+                return make(ops.linear, gate.node.args, dict(gate.node.params) | {"glu": dict(act.node.params)["kind"]})
+        return None
+
+    return rebuild(outputs, rule)
+
+
+def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
+    """y + residual moves into the product, or the RMS norm, that makes y."""
+    read = users(topological(outputs))
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        if node.op is not ops.binary or dict(node.params)["kind"] != "add":
+            return None
+        for y, other, old in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
+            if len(read[id(old.node), old.index]) != 1 or y.shape != other.shape:
+                continue
+            p = dict(y.node.params)
+            if _is(y, ops.linear) and len(y.node.args[1]) == 1 and y.node.args[4] is None and p["softcap"] == 0.0:
+                if p["glu"] == "none":
+                    return make(ops.linear, (*y.node.args[:4], other), p)
+            if _is(y, ops.rms_norm) and y.node.args[2] is None:
+                return make(ops.rms_norm, (*y.node.args[:2], other), p)
+        return None
+
+    return rebuild(outputs, rule)
+
+
+def fold_softcap(outputs: list[Tensor]) -> list[Tensor]:
+    """A soft cap of a product's only result moves into the product."""
+    read = users(topological(outputs))
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        if node.op is not ops.softcap or not _is(args[0], ops.linear) or len(args[0].node.outputs) != 1:
+            return None
+        old, y = node.args[0], args[0]
+        if len(read[id(old.node), old.index]) != 1 or dict(y.node.params)["softcap"] != 0.0:
+            return None
+        return make(ops.linear, y.node.args, dict(y.node.params) | {"softcap": dict(node.params)["cap"]})
+
+    return rebuild(outputs, rule)
+
+
+def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
+    """q/k-norm, rotation of q and k, and both cache writes before an attention become one node."""
+    read = users(topological(outputs))
+
+    def once(t: Tensor) -> bool:
+        return len(read[id(t.node), t.index]) == 1
+
+    def unrotated(t: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
+        """What a rope turns: (tensor before q/k-norm, norm weight, eps)."""
+        x = t.node.args[0]
+        if _is(x, ops.rms_norm) and once(x) and x.node.args[1] is not None and x.node.args[2] is None:
+            return x.node.args[0], x.node.args[1], dict(x.node.params)["eps"]
+        return x, None, None
+
+    matched: dict[int, tuple[Any, ...]] = {}
+    for node in topological(outputs):
+        if node.op is not ops.attention:
+            continue
+        q, k, v = node.args[:3]
+        if not (_is(q, ops.rope) and _is(k, ops.cache_append) and _is(v, ops.cache_append)):
+            continue
+        k_rope = k.node.args[1]
+        same_cells = k.node.args[2] is v.node.args[2]
+        if not (_is(k_rope, ops.rope) and same_cells and all(map(once, (q, k, v, k_rope)))):
+            continue
+        if q.node.args[1] is not k_rope.node.args[1] or q.node.params != k_rope.node.params:
+            continue
+        (q0, q_norm, q_eps), (k0, k_norm, k_eps) = unrotated(q), unrotated(k_rope)
+        if q_eps is not None and k_eps is not None and q_eps != k_eps:
+            continue
+        params = dict(q.node.params) | {"eps": q_eps or k_eps or 0.0}
+        matched[id(node)] = (q0, k0, v.node.args[1], q.node.args[1], k.node.args[0], v.node.args[0], k.node.args[2],
+                             q_norm, k_norm, params)
+
+    if not matched:
+        return outputs
+    new: dict[int, Sequence[Tensor]] = {}
+
+    def moved(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return tuple(moved(a) for a in arg)
+        return None if arg is None else new[id(arg.node)][arg.index]
+
+    for node in topological(outputs):
+        if node.op is None:
+            new[id(node)] = node.outputs
+        elif id(node) in matched:
+            *parts, params = matched[id(node)]
+            q, k, v = make(ops.rope_append, [moved(p) for p in parts], params)
+            new[id(node)] = make(ops.attention, (q, k, v, *map(moved, node.args[3:])), dict(node.params))
+        else:
+            args = tuple(moved(a) for a in node.args)
+            new[id(node)] = node.outputs if args == node.args else make(node.op, args, dict(node.params))
+    return [new[id(t.node)][t.index] for t in outputs]
+
+
+PASSES: dict[str, Pass] = {
+    "share": share,
+    "merge_products": merge_products,
+    "fold_norm": fold_norm,
+    "fold_glu": fold_glu,
+    "fold_residual": fold_residual,
+    "fold_softcap": fold_softcap,
+    "fold_rope_append": fold_rope_append,
+}
+
+
+def apply(outputs: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Tensor]:
+    """Run passes in the order of PASSES; `names` picks some."""
+    result = list(outputs)
+    for name, one in PASSES.items():
+        if names is None or name in names:
+            result = one(result)
+    return result

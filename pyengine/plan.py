@@ -1,0 +1,215 @@
+"""Memory plan of a graph: which tensors share memory, when each lives, and its fixed offset in one arena.
+
+Pure functions: no device, no data. A step's result may take over the memory of an argument (`inplace`), a view has none of
+its own, and a modified state is the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyengine.dtype import DType
+from pyengine.errors import GraphError
+from pyengine.graph import check_states, topological
+from pyengine.tensor import Axis, Node, Shape, Tensor, product
+
+ALIGN = 64                                                                     # bytes: one cache line, one AVX-512 vector
+
+
+@dataclass(frozen=True)
+class Interval:
+    """`size` bytes that are in use from step `start` to step `end`, both included."""
+
+    start: int
+    end: int
+    size: int
+
+
+def place(intervals: Sequence[Interval]) -> tuple[list[int], int]:
+    """Offsets such that no two intervals that overlap in time overlap in memory, and the total; largest first, best fit.
+
+    Source: greedy by size, Pisarchyk and Lee 2020, arXiv:2001.03288, section 5.3.
+    """
+    offsets = [0] * len(intervals)
+    placed: list[int] = []                                                     # numbers of intervals, by offset
+    total = 0
+    for i in sorted(range(len(intervals)), key=lambda i: (-intervals[i].size, i)):
+        want = intervals[i]
+        if want.size == 0:
+            continue
+        best, best_gap, cursor = None, None, 0
+        for j in placed:
+            other = intervals[j]
+            if other.end < want.start or want.end < other.start:
+                continue
+            gap = offsets[j] - cursor
+            if gap >= want.size and (best_gap is None or gap < best_gap):
+                best, best_gap = cursor, gap
+            cursor = max(cursor, offsets[j] + -(-other.size // ALIGN) * ALIGN)
+        offsets[i] = cursor if best is None else best
+        placed.append(i)
+        placed.sort(key=lambda j: offsets[j])
+        total = max(total, offsets[i] + want.size)
+    return offsets, -(-total // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a tensor's elements are: `root` owns the memory, `offset` bytes into it, strides in bytes."""
+
+    root: Tensor
+    offset: int
+    strides: tuple[Axis, ...]
+
+
+def contiguous_strides(shape: Shape, dtype: DType) -> tuple[Axis, ...]:
+    """Row-major strides in bytes; the last axis of a block format steps by one block."""
+    strides: list[Axis] = []
+    for i in range(len(shape)):
+        if i == len(shape) - 1:
+            strides.append(dtype.nbytes)
+            continue
+        n = product(shape[i + 1 :])
+        blocks = n if dtype.block == 1 else n // dtype.block
+        strides.append(blocks * dtype.nbytes)
+    return tuple(strides)
+
+
+@dataclass
+class Layout:
+    """A graph ready for a backend: steps in order, storage of each tensor, arena offsets of the roots in it."""
+
+    outputs: list[Tensor]
+    leaves: list[Node]
+    steps: list[Node]
+    storage: dict[tuple[int, int], Storage]
+    offsets: dict[int, int] = field(default_factory=dict)                      # id of root tensor -> arena offset
+    scratch: list[tuple[int, int]] = field(default_factory=list)               # per step: (arena offset, bytes)
+    arena_bytes: int = 0
+
+    def of(self, t: Tensor) -> Storage:
+        return self.storage[id(t.node), t.index]
+
+
+def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Storage | None:
+    """Storage of a view of x, or None when it needs a copy (a reshape of something that is not contiguous)."""
+    kind = t.node.op.view
+    if kind == "reshape":
+        if source.strides != contiguous_strides(x.shape, x.dtype):
+            return None
+        return Storage(source.root, source.offset, contiguous_strides(t.shape, t.dtype))
+    if kind == "transpose":
+        return Storage(source.root, source.offset, tuple(source.strides[a] for a in params["axes"]))
+    step = source.strides[params["axis"]]
+    if params["start"] and not isinstance(step, int):
+        raise GraphError(f"slice: axis {params['axis']} of {x.shape} has a step that is known only at run time; copy it first")
+    return Storage(source.root, source.offset + (params["start"] * step if params["start"] else 0), source.strides)
+
+
+def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> Layout:
+    """Order the graph, resolve views and reuse of memory, and give everything its place in the arena.
+
+    `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
+    reader and are not get a `contiguous` step.
+    """
+    from pyengine import ops
+    from pyengine.passes import rebuild, make
+
+    strided_views: dict[tuple[int, int], bool] = {}
+
+    def needs_copy(node: Node, args: tuple[Any, ...]) -> Any:
+        """Insert copies: arguments that are strided views where the op wants contiguous ones."""
+        names = list(node.op.args)
+        fixed = []
+        for name, arg in zip(names, args):
+            parts = arg if isinstance(arg, tuple) else (arg,)
+            parts = tuple(
+                make(ops.contiguous, (t,), {})[0]
+                if t is not None and strided_views.get((id(t.node), t.index)) and name not in node.op.strided else t
+                for t in parts
+            )
+            fixed.append(parts if isinstance(arg, tuple) else parts[0])
+        changed = any(a is not b for a, b in zip(fixed, args)) or tuple(fixed) != node.args
+        out = make(node.op, fixed, dict(node.params)) if changed else node.outputs
+        if node.op.view in ("transpose", "slice"):
+            strided_views[id(out[0].node), 0] = True
+        return out
+
+    outputs = rebuild(outputs, needs_copy)
+    outputs = [make(ops.contiguous, (t,), {})[0] if strided_views.get((id(t.node), t.index)) else t for t in outputs]
+    nodes = topological(outputs)
+    check_states(nodes)
+    leaves = [n for n in nodes if n.op is None]
+    steps = [n for n in nodes if n.op is not None and not n.op.view]
+    number = {id(n): i for i, n in enumerate(steps)}
+
+    layout = Layout(list(outputs), leaves, steps, {})
+    storage = layout.storage
+    for node in leaves:
+        t = node.outputs[0]
+        storage[id(node), 0] = Storage(t, 0, contiguous_strides(t.shape, t.dtype))
+    for node in nodes:
+        if node.op is not None and node.op.view:
+            x, t = node.args[0], node.outputs[0]
+            view = _view(t, storage[id(x.node), x.index], x, dict(node.params))
+            if view is None:
+                raise GraphError(f"reshape: {x.shape} is a strided view that cannot be reshaped without a copy")
+            storage[id(node), 0] = view
+        elif node.op is not None:
+            for t in node.outputs:
+                storage[id(node), t.index] = Storage(t, 0, contiguous_strides(t.shape, t.dtype))
+            for spec, t in zip(node.op.results, node.outputs):
+                if spec.kind == "Same":
+                    source = node.args[list(node.op.args).index(spec.axes[0])]
+                    storage[id(node), t.index] = storage[id(source.node), source.index]
+
+    last: dict[int, int] = {}                                                  # id of root -> last step that reads it
+    for node in steps:
+        for t in node.inputs:
+            last[id(layout.of(t).root)] = number[id(node)]
+    for t in outputs:
+        last[id(layout.of(t).root)] = len(steps)
+    _reuse(layout, number, last)
+
+    roots: dict[int, tuple[Tensor, int]] = {}                                  # id -> (root, first step)
+    for node in nodes:
+        for t in node.outputs:
+            root = layout.of(t).root
+            if root.node.kind in ("op", "input") and id(root) not in roots:
+                roots[id(root)] = (root, number.get(id(root.node), -1))
+    intervals = [Interval(first, max(last.get(i, first), first), root.nbytes_max) for i, (root, first) in roots.items()]
+    sizes = [scratch_bytes(n) for n in steps]
+    intervals += [Interval(i, i, size) for i, size in enumerate(sizes)]
+    offsets, layout.arena_bytes = place(intervals)
+    layout.offsets = dict(zip(roots, offsets))
+    layout.scratch = list(zip(offsets[len(roots) :], sizes))
+    return layout
+
+
+def _reuse(layout: Layout, number: dict[int, int], last: dict[int, int]) -> None:
+    """Let results take over the memory of arguments that nobody reads afterwards."""
+    moved: dict[int, Tensor] = {}                                              # id of old root -> its new root
+
+    for node in layout.steps:
+        name = node.op.inplace
+        if name is None or any(t.index == 0 and layout.of(t).root is not t for t in node.outputs[:1]):
+            continue
+        arg, t = node.args[list(node.op.args).index(name)], node.outputs[0]
+        if arg is None or isinstance(arg, tuple) or arg.shape != t.shape or arg.dtype != t.dtype:
+            continue
+        place_ = layout.of(arg)
+        root = moved.get(id(place_.root), place_.root)
+        if root.node.kind != "op" or place_.offset or place_.strides != contiguous_strides(t.shape, t.dtype):
+            continue
+        if root.nbytes_max != t.nbytes_max or last[id(root)] != number[id(node)]:
+            continue
+        same = [u for u in node.inputs if moved.get(id(layout.of(u).root), layout.of(u).root) is root]
+        if len(same) > 1:
+            continue
+        moved[id(t)] = root
+        last[id(root)] = last.get(id(t), number[id(node)])
+        for key, s in list(layout.storage.items()):
+            if s.root is t:
+                layout.storage[key] = Storage(root, s.offset, s.strides)
