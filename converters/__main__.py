@@ -1,0 +1,34 @@
+"""Command line: `python -m converters HF_DIR -o OUT.gguf [--outtype f32|f16|bf16|q8_0] [--no-tokenizer]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pyengine.errors import PyEngineError
+
+from .base import OUTTYPES, convert, supported
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after one line about what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m converters", description="Convert a Hugging Face checkpoint folder to one GGUF file.",
+        epilog=f"Supported architectures: {', '.join(sorted(supported()))}.")
+    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors files")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.gguf")
+    parser.add_argument("--outtype", choices=OUTTYPES, help="type of the matrices (default: the checkpoint's own)")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no vocabulary")
+    args = parser.parse_args(argv)
+    try:
+        path = convert(args.folder, args.out, args.outtype, with_tokenizer=not args.no_tokenizer)
+    except (PyEngineError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

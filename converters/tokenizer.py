@@ -1,0 +1,338 @@
+"""Translate a checkpoint's tokenizer into GGUF's `tokenizer.*` keys.
+
+Two kinds are translated. Byte-level BPE (tokenizer.json) becomes model "gpt2", with `pre` naming its pre-tokenizer;
+SentencePiece BPE (tokenizer.model, or a tokenizer.json with byte fallback) becomes model "llama". Every id comes from
+the checkpoint. Key names: gguf-py `Keys.Tokenizer`; meanings: llama.cpp's converter and `llama-vocab.cpp`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import TokenType
+
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+
+SPACE = "\u2581"                               # SentencePiece's visible space
+ADDED_SCORE = -1000.0                          # of tokens that no merge makes, as in llama.cpp's converter
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
+
+# One entry: the steps of a tokenizer.json's pre-tokenizer (see `_steps`), `ignore_merges` (None: either), and
+# llama.cpp's name for it. A pattern that ends in "…" is compared up to there.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
+           r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+PRE_TOKENIZERS: tuple[tuple[tuple[str, ...], bool | None, str], ...] = (
+    (("bytes+regex",), False, "gpt-2"),
+    (("digits", "bytes+regex"), False, "smollm"),
+    ((f"split {_WORDS}\\p{{N}}{_REST}", "bytes"), False, "qwen2"),
+    ((f"split {_WORDS}\\p{{N}}{{1,3}}{_REST}", "bytes"), True, "llama-bpe"),
+    ((f"split {_WORDS}\\p{{N}}{{1,3}}{_REST}", "bytes"), False, "dbrx"),     # the same regex, merges kept
+    ((f"split {_TEKKEN}", "bytes"), None, "tekken"),
+    (("split [\r\n]", "split \\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf…",
+      "split \\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", "split \\s+$",
+      f"split {_IDEOGRAPHS}", "digits", "bytes"), False, "deepseek-llm"),
+    (("split [\r\n]", r"split \s?\p{L}+", r"split \s?\p{P}+", f"split {_IDEOGRAPHS}", "digits", "bytes"),
+     False, "deepseek-coder"),
+)
+
+
+@dataclass
+class Vocabulary:
+    """What `tokenizer.*` keys say; lists are by token id."""
+    model: str
+    pre: str | None = None
+    tokens: list[str] = field(default_factory=list)
+    types: list[int] = field(default_factory=list)
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    special: dict[str, int] = field(default_factory=dict)       # by the names in SPECIAL
+    add_bos: bool = False
+    add_eos: bool = False
+    add_space_prefix: bool | None = None
+    chat_template: str | list[dict[str, str]] | None = None
+
+    @classmethod
+    def none(cls) -> Vocabulary:
+        """Return the vocabulary of a file that takes and gives token ids only."""
+        return cls(model="none")
+
+    def write(self, out: gguf.GGUFWriter, n_rows: int) -> None:
+        """Write the keys; `n_rows` rows of the embedding are named, with "[PAD<id>]" where the tokenizer ends."""
+        out.add_tokenizer_model(self.model)
+        if self.model == "none":
+            return
+        n_pad = n_rows - len(self.tokens)
+        if n_pad < 0:
+            raise InvalidModelError(f"the tokenizer has {len(self.tokens)} tokens, the embedding {n_rows} rows")
+        out.add_tokenizer_pre(self.pre)
+        out.add_token_list(self.tokens + [f"[PAD{i}]" for i in range(len(self.tokens), n_rows)])
+        out.add_token_types(self.types + [TokenType.UNUSED] * n_pad)
+        if self.scores is not None:
+            out.add_token_scores(self.scores + [ADDED_SCORE] * n_pad)
+        if self.merges is not None:
+            out.add_token_merges(self.merges)
+        for name, token in self.special.items():
+            getattr(out, f"add_{name}_token_id")(token)
+        out.add_add_bos_token(self.add_bos)
+        out.add_add_eos_token(self.add_eos)
+        if self.add_space_prefix is not None:
+            out.add_add_space_prefix(self.add_space_prefix)
+        if self.chat_template is not None:
+            out.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
+    """Read the tokenizer beside a checkpoint.
+
+    Raises InvalidModelError where there is none or it is malformed, UnsupportedModelError for a kind without a name.
+    """
+    fast, piece_file = _json(folder / "tokenizer.json"), folder / "tokenizer.model"
+    settings = _json(folder / "tokenizer_config.json")
+    model = fast.get("model", {})
+    if fast and model.get("type") != "BPE":
+        raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE is converted")
+    if fast and not model.get("byte_fallback"):
+        vocabulary = _byte_level(fast, folder / "tokenizer.json")
+    elif piece_file.exists():
+        vocabulary = _sentencepiece(piece_file)
+    elif fast:
+        vocabulary = _sentencepiece_from_merges(fast, folder / "tokenizer.json")
+    else:
+        raise InvalidModelError(f"{folder}: neither tokenizer.json nor tokenizer.model; --no-tokenizer converts without")
+    _add_tokens(vocabulary, _added_tokens(folder, fast, settings), folder)
+    _mark_special(vocabulary, folder, settings, config)
+    vocabulary.add_bos, vocabulary.add_eos = _adds(vocabulary, fast, settings, folder)
+    vocabulary.chat_template = _chat_template(folder, settings)
+    return vocabulary
+
+
+def _json(file: Path) -> Any:
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InvalidModelError(f"{file}: not JSON: {e}") from None
+
+
+# --- byte-level BPE -----------------------------------------------------------------------------------------------------
+
+def _byte_level(fast: dict[str, Any], file: Path) -> Vocabulary:
+    normalizer = (fast.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):     # Qwen's NFC has no key: llama.cpp takes text as it comes
+        raise UnsupportedModelError(f"{file}: byte-level BPE with normalizer '{normalizer}' has no name in GGUF")
+    model = fast["model"]
+    tokens = _by_id(model["vocab"], file)
+    return Vocabulary("gpt2", pre_tokenizer_name(fast, file), tokens,
+                      [TokenType.NORMAL if t is not None else TokenType.UNUSED for t in tokens],
+                      merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+
+
+def pre_tokenizer_name(fast: dict[str, Any], file: Path) -> str:
+    """Return llama.cpp's name for a tokenizer.json's pre-tokenizer. Raises UnsupportedModelError that shows its steps."""
+    steps = _steps(fast.get("pre_tokenizer"), file)
+    ignore_merges = bool(fast["model"].get("ignore_merges"))
+    for known, ignores, name in PRE_TOKENIZERS:
+        if ignores in (None, ignore_merges) and len(known) == len(steps) and all(map(_same_step, known, steps)):
+            return name
+    raise UnsupportedModelError(f"{file}: no known pre-tokenizer has the steps {steps} with ignore_merges "
+                                f"{ignore_merges}; known: {', '.join(name for _, _, name in PRE_TOKENIZERS)}")
+
+
+def _same_step(known: str, step: str) -> bool:
+    return step.startswith(known[:-1]) if known.endswith("…") else step == known
+
+
+def _steps(pre: dict[str, Any] | None, file: Path) -> list[str]:
+    """Write a pre-tokenizer as one string a step; options that change the cuts and have no name are refused."""
+    match pre:
+        case {"type": "Sequence", "pretokenizers": list(parts)}:
+            return [step for part in parts for step in _steps(part, file)]
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False}:
+            return [f"split {regex}"]
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}:
+            return [f"split {regex}"]       # keeps what matches: the same cut where the regex matches everything
+        case {"type": "Digits", "individual_digits": True}:
+            return ["digits"]
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return ["bytes+regex" if pre.get("use_regex", True) else "bytes"]
+    raise UnsupportedModelError(f"{file}: pre-tokenizer {json.dumps(pre, ensure_ascii=False)} has no name in GGUF")
+
+
+# --- SentencePiece BPE --------------------------------------------------------------------------------------------------
+
+def _sentencepiece(file: Path) -> Vocabulary:
+    """Read a tokenizer.model; its piece types have the numbers of GGUF's token types."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    proto = pb.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except DecodeError as e:
+        raise InvalidModelError(f"{file}: not a SentencePiece model: {e}") from None
+    if proto.trainer_spec.model_type != pb.TrainerSpec.BPE:
+        kind = pb.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type)
+        raise UnsupportedModelError(f"{file}: a {kind} SentencePiece model; BPE is converted")
+    types = [int(p.type) for p in proto.pieces]
+    return Vocabulary("llama", "default",
+                      [_plain(p.piece, t) for p, t in zip(proto.pieces, types)], types,
+                      scores=[p.score for p in proto.pieces],
+                      add_space_prefix=proto.normalizer_spec.add_dummy_prefix)
+
+
+def _sentencepiece_from_merges(fast: dict[str, Any], file: Path) -> Vocabulary:
+    """Rebuild a SentencePiece BPE vocabulary from merges: the earlier a merge, the higher its token's score."""
+    model = fast["model"]
+    tokens = _by_id(model["vocab"], file)
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(model["merges"]):
+        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
+    types = [TokenType.UNUSED if t is None else TokenType.BYTE if BYTE.fullmatch(t) else
+             TokenType.UNKNOWN if t == model.get("unk_token") else TokenType.NORMAL for t in tokens]
+    return Vocabulary("llama", "default", tokens, types,
+                      scores=[-float(rank.get(t, len(rank))) for t in tokens],
+                      add_space_prefix=_space_prefix(fast, file))
+
+
+def _space_prefix(fast: dict[str, Any], file: Path) -> bool:
+    """Find out whether text gets a leading space. Raises UnsupportedModelError for steps that SentencePiece has not."""
+    def flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+        return [] if step is None else [p for s in step[parts] for p in flat(s, parts)] if parts in step else [step]
+
+    prefix = escaped = False
+    for step in flat(fast.get("normalizer"), "normalizers") + flat(fast.get("pre_tokenizer"), "pretokenizers"):
+        match step:
+            case {"type": "Prepend", "prepend": "\u2581"}:
+                prefix = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
+                escaped = True
+            case {"type": "Metaspace", "replacement": "\u2581"}:
+                escaped = True
+                prefix = step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
+            case {"type": "Split", "pattern": {"String": " "}}:
+                pass                # Gemma: no space is left to split at after the replacement
+            case _:
+                raise UnsupportedModelError(f"{file}: step {json.dumps(step, ensure_ascii=False)} of a tokenizer with "
+                                            "byte fallback has no key in GGUF")
+    if not escaped:
+        raise UnsupportedModelError(f"{file}: a tokenizer with byte fallback that does not turn spaces into '{SPACE}'")
+    return prefix
+
+
+# --- what both kinds share ----------------------------------------------------------------------------------------------
+
+def _plain(text: str, kind: int) -> str:
+    """Return a token's text in the file: user-defined tokens are matched against text with ordinary spaces."""
+    return text.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else text
+
+
+def _by_id(ids: dict[str, int], file: Path) -> list[Any]:
+    """Return tokens by id, None where added tokens leave a hole."""
+    n = max(ids.values(), default=-1) + 1
+    # every id is a row of the embedding: a number far beyond the count of tokens is a broken file, not a hole
+    if n > 2 * len(ids) + 65536 or min(ids.values(), default=0) < 0:
+        raise InvalidModelError(f"{file}: token ids reach {n - 1} with {len(ids)} tokens")
+    tokens: list[Any] = [None] * n
+    for token, i in ids.items():
+        tokens[i] = token
+    return tokens
+
+
+def _added_tokens(folder: Path, fast: dict[str, Any], settings: dict[str, Any]) -> dict[int, tuple[str, bool]]:
+    """Return id -> (text, is special) of tokens that are matched before BPE, the fast tokenizer's word counting most."""
+    added = {i: (text, False) for text, i in _json(folder / "added_tokens.json").items()}
+    added |= {int(i): (t["content"], bool(t.get("special"))) for i, t in
+              settings.get("added_tokens_decoder", {}).items()}
+    added |= {t["id"]: (t["content"], bool(t.get("special"))) for t in fast.get("added_tokens", [])}
+    return added
+
+
+def _add_tokens(vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], folder: Path) -> None:
+    tokens, types, scores = vocabulary.tokens, vocabulary.types, vocabulary.scores
+    n = max(added, default=-1) + 1
+    if n > len(tokens) + 65536 or min(added, default=0) < 0:
+        raise InvalidModelError(f"{folder}: added token ids reach {n - 1} with {len(tokens)} tokens before them")
+    while len(tokens) < n:
+        tokens.append(None)
+        types.append(TokenType.UNUSED)
+        if scores is not None:
+            scores.append(ADDED_SCORE)
+    for i, (text, special) in added.items():
+        if types[i] != TokenType.UNKNOWN:
+            types[i] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+        tokens[i] = _plain(text, types[i])
+        if scores is not None:
+            scores[i] = ADDED_SCORE
+    vocabulary.tokens = [f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)]
+
+
+def _mark_special(vocabulary: Vocabulary, folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Find the ids of bos, eos and so on: by text where the tokenizer names a token, else from config.json.
+
+    Further end tokens of generation_config.json (or config.json) become eot and eom, in their order.
+    """
+    ids = {t: i for i, t in enumerate(vocabulary.tokens)}
+    texts = {**_json(folder / "special_tokens_map.json"), **settings}
+    for name in SPECIAL:
+        text = texts.get(f"{name}_token")
+        if isinstance(text, dict):
+            text = text.get("content")
+        if text is not None:
+            if text not in ids:
+                raise InvalidModelError(f"{folder}: {name}_token {text!r} is not in the vocabulary")
+            vocabulary.special[name] = ids[text]
+            continue
+        number = config.get(f"{name}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and 0 <= number < len(vocabulary.tokens):
+            vocabulary.special[name] = number
+    ends = _json(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    known = vocabulary.special
+    more = [i for i in ends if i not in known.values()] if isinstance(ends, list) else []
+    free = [name for name in ("eot", "eom") if name not in known]
+    if len(more) > len(free):
+        raise UnsupportedModelError(f"{folder}: {len(more)} end tokens beside eos; GGUF has keys for {len(free)}")
+    known.update(zip(free, more))
+
+
+def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any], folder: Path) -> tuple[bool, bool]:
+    """Return whether encoding adds bos and eos: the settings' word, else the post-processor's template.
+
+    Where neither says anything (a tokenizer.model alone) SentencePiece models of these families add bos only.
+    Raises UnsupportedModelError for a template that adds anything else.
+    """
+    found = {"bos": not fast and vocabulary.model == "llama", "eos": False}
+    post = fast.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing":
+            parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]     # None is the text itself
+            text_of = {name: vocabulary.tokens[i] for name, i in vocabulary.special.items()}
+            found = {"bos": parts[0] is not None, "eos": parts[-1] is not None}
+            if parts != [text_of.get("bos")] * found["bos"] + [None] + [text_of.get("eos")] * found["eos"]:
+                raise UnsupportedModelError(f"{folder}: the tokenizer's template adds {parts} (None: the text); "
+                                            "GGUF has flags for bos before and eos after")
+    for name in found:
+        if settings.get(f"add_{name}_token") is not None:
+            found[name] = bool(settings[f"add_{name}_token"])
+    return found["bos"], found["eos"]
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """Return the chat template, or a list of named ones: the newer file first, then tokenizer_config.json."""
+    file, more = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    if file.exists():
+        named = [{"name": p.stem, "template": p.read_text(encoding="utf-8")} for p in sorted(more.glob("*.jinja"))]
+        text = file.read_text(encoding="utf-8")
+        return [{"name": "default", "template": text}, *named] if named else text
+    return settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")

@@ -1,0 +1,171 @@
+"""Tiny random Hugging Face checkpoints, made in the test with a fixed seed, and transformers' logits for them.
+
+Sizes are odd on purpose (d_model no multiple of 256, fewer key heads than query heads), every parameter is random,
+norms and biases too, and no special token has its official id: what a converter or a model gets wrong shows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. It's 1234 o'clock, isn't it?",
+    "def add(a, b):\n    return a + b  # adds\n\n\nprint(add(12, 345))\n",
+    "Ein Käse für 12,50 € – naïve café; 한국어 문장, 中文句子, العربية. 🙂",
+    "What is in the picture? The picture shows a dog and a fox in the snow.",
+)
+
+# Scalings of rope that the llama layout knows, as `rope_parameters`; each changes what happens within 100 positions.
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+             "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn-attn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+                  "attention_factor": 0.8},
+    "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+                 "original_max_position_embeddings": 64, "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                 "long_factor": [1.0 + 0.7 * i for i in range(8)]},
+}
+
+# transformers classes, tokenizer and config of each kind; d_model 96, d_ff 160 and head_dim 16 or 32 suit q8_0's 32
+_COMMON = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
+           "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
+_KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", "llama-bpe", {**_COMMON, "rms_norm_eps": 1e-5}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", "tekken",
+                {**_COMMON, "head_dim": 32, "sliding_window": 6, "rms_norm_eps": 1e-5}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", "qwen2", {**_COMMON, "tie_word_embeddings": True}),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", "spm", {
+        **_COMMON, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "sliding_window": 6, "query_pre_attn_scalar": 32}),
+}
+KINDS = tuple(_KINDS)
+
+
+def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str = "float32",
+                    max_shard_size: str = "1GB", tokenizer: str | None = "default", **config_overrides: Any) -> Path:
+    """Write a tiny random checkpoint and return its folder.
+
+    `kind` is one of KINDS; `dtype` is float32, float16 or bfloat16; `tokenizer` is a key of TOKENIZERS, "default" for
+    the kind's own, or None for none; the rest overrides the config, e.g. `rope_parameters=ROPES["yarn"]`.
+    """
+    import torch
+    import transformers
+
+    config_class, model_class, usual_tokenizer, config = _KINDS[kind]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        ids = save_tokenizer(usual_tokenizer if tokenizer == "default" else tokenizer, folder)
+    else:
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, config_class)(**{**config, **ids, **config_overrides})
+    model = getattr(transformers, model_class)(config)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            noise = torch.randn(p.shape, generator=random)
+            if name.endswith("norm.weight"):
+                centre = 0.0 if kind.startswith("gemma3") else 1.0      # Gemma's norms multiply by 1 + weight
+                p.copy_(centre + 0.3 * noise)
+            elif p.dim() == 1:
+                p.copy_(0.5 * noise)
+            elif "embed" in name or "lm_head" in name:
+                p.copy_(noise)
+            else:
+                p.copy_(1.5 * noise / p.shape[1] ** 0.5)                # attention that is far from uniform
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def hf_logits(folder: str | Path, ids: list[int]) -> np.ndarray:
+    """Return transformers' logits, float32 [n, vocab], computed in float32 with plain attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+          r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+          r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# regex before byte-level BPE (None: the ByteLevel step's own), whether digits are cut singly, ignore_merges
+TOKENIZERS: dict[str, tuple[str | None, bool, bool] | None] = {
+    "gpt-2": (None, False, False),
+    "smollm": (None, True, False),
+    "qwen2": (_CONTRACTIONS + r"\p{N}" + _TAIL, False, False),
+    "llama-bpe": (_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL, False, True),
+    "tekken": (_CASED, False, True),
+    "spm": None,                        # SentencePiece-like: visible spaces, byte fallback
+}
+_SPECIAL = ("<|start|>", "<|stop|>", "<|fill|>", "<|turn|>")
+CHAT_TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>{% endfor %}"
+
+
+def save_tokenizer(name: str, folder: Path) -> dict[str, int]:
+    """Train a tokenizer on TEXTS, save it as a checkpoint's tokenizer, and return the config's special token ids."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = _train_spm() if TOKENIZERS[name] is None else _train_byte_level(*TOKENIZERS[name])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    start = tokenizer.token_to_id("<|start|>")
+    if name != "qwen2":
+        from tokenizers.processors import TemplateProcessing
+        tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", pair="<|start|> $A <|start|> $B",
+                                                      special_tokens=[("<|start|>", start)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|stop|>",
+                            pad_token="<|fill|>", chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    return {"bos_token_id": start, "eos_token_id": tokenizer.token_to_id("<|stop|>"),
+            "pad_token_id": tokenizer.token_to_id("<|fill|>")}
+
+
+def _train_byte_level(regex: str | None, digits: bool, ignore_merges: bool) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)]
+    if digits:
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if regex is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(regex), "isolated"))
+        if "{1,3}" not in regex and regex is not _CASED:        # Qwen's
+            tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def _train_spm() -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    def finish(model: models.BPE) -> Tokenizer:
+        t = Tokenizer(model)
+        t.normalizer = normalizers.Replace(" ", "\u2581")
+        t.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+        return t
+
+    draft = finish(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    # words are cut at visible spaces for training only: unlike SentencePiece, the trainer would learn whole sentences
+    draft.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    draft.train_from_iterator(TEXTS[:2], trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    learned = json.loads(draft.to_str())["model"]
+    pieces = [f"<0x{i:02X}>" for i in range(256)] + ["<unk>"] + sorted(learned["vocab"], key=learned["vocab"].get)
+    return finish(models.BPE({p: i for i, p in enumerate(pieces)}, [tuple(m) for m in learned["merges"]],
+                             unk_token="<unk>", byte_fallback=True, fuse_unk=True))
