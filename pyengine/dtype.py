@@ -67,7 +67,7 @@ _TABLE = (
     ("Q5_0", 6, 32, 22, None),
     ("Q5_1", 7, 32, 24, None),
     ("Q8_0", 8, 32, 34, None),
-    ("Q8_1", 9, 32, 40, None),  # as gguf-py and csrc/quants.h; ggml has 36 since its scales became halves; never in files
+    ("Q8_1", 9, 32, 40, None),  # never in files; as in gguf-py and csrc/quants.h, while ggml now has 36
     ("Q2_K", 10, 256, 84, None),
     ("Q3_K", 11, 256, 110, None),
     ("Q4_K", 12, 256, 144, None),

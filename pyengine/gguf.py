@@ -56,7 +56,7 @@ _TYPE_NAMES = {**_NUMBERS, _STRING: "string", _ARRAY: "array"}
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; near: a, b" for an error's end, or "" where nothing resembles `name`. Bounded for hostile names."""
-    short = list(islice((n for n in names if len(n) <= 200), 4096))
+    short = list(islice(dict.fromkeys(n for n in names if len(n) <= 200), 4096))
     near = difflib.get_close_matches(name, short, n=3) if len(name) <= 200 else []
     return f"; near: {', '.join(near)}" if near else ""
 
@@ -194,8 +194,8 @@ class Metadata(Mapping[str, Any]):
     """Give the keys of a GGUF file and their values, decoded when first asked for and then kept.
 
     Numbers are int, float or bool; strings are str; arrays of strings are list[str]; arrays of numbers are read-only
-    and aligned NumPy arrays, views of the file where it aligns them. Bytes of a string that are not UTF-8 become lone surrogates (PEP 383), so that
-    `text.encode("utf-8", "surrogateescape")` restores them; `raw` gives the bytes at once.
+    and aligned NumPy arrays, views of the file where it aligns them. Bytes of a string that are not UTF-8 become lone
+    surrogates (PEP 383), which `text.encode("utf-8", "surrogateescape")` turns back; `raw` gives the bytes at once.
     """
 
     def __init__(self, path: Path, buffer: mmap.mmap, values: dict[str, _Value]):
@@ -491,7 +491,7 @@ def _map_file(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < _HEADER_BYTES:
-                raise InvalidModelError(f"{path}: header: takes {_HEADER_BYTES} bytes, and the file ends at byte {size}")
+                raise InvalidModelError(f"{path}: header: takes {_HEADER_BYTES} bytes, the file ends at byte {size}")
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFoundError(f"{path}: no such file") from None
