@@ -17,7 +17,7 @@ from pyengine.gguf import GGUFFile, nearest, quoted
 
 @dataclass(frozen=True)
 class WeightRef:
-    """Name one tensor of a file, with the shape that the model gives it. Nothing is read before its bytes are wanted."""
+    """Name one tensor of a file, with the shape that the model gives it. Nothing is read until bytes are asked for."""
 
     name: str
     shape: tuple[int, ...]     # slowest axis first

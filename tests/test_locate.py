@@ -30,7 +30,8 @@ def put(path: Path, n_bytes: int = 5) -> Path:
     return path
 
 
-def manifest(home: Path, name: str, layers: object, host: str = "registry.ollama.ai/library", tag: str = "latest") -> Path:
+def manifest(home: Path, name: str, layers: object, host: str = "registry.ollama.ai/library",
+             tag: str = "latest") -> Path:
     path = put(home / ".ollama/models/manifests" / host / name / tag)
     path.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
     return path
@@ -158,7 +159,8 @@ def test_an_ollama_manifest_that_is_a_pipe_does_not_hang(home):
 def test_hub_names(home):
     small = hub(home, "org/repo-GGUF", "repo-Q4_K_M.gguf")
     large = hub(home, "org/repo-GGUF", "repo-Q8_0.gguf")
-    for name in ("org/repo-GGUF:Q8_0", "ORG/repo-gguf:q8_0", "org/repo-GGUF/repo-Q8_0.gguf", "repo-Q8_0.gguf", "repo-Q8_0"):
+    for name in ("org/repo-GGUF:Q8_0", "ORG/repo-gguf:q8_0", "org/repo-GGUF/repo-Q8_0.gguf", "repo-Q8_0.gguf",
+                 "repo-Q8_0"):
         assert find_model(name) == large
     assert find_model("org/repo-GGUF") == small                      # Q4_K_M is what people mean
     assert [m.name for m in list_models()] == ["org/repo-GGUF:Q4_K_M", "org/repo-GGUF:Q8_0"]
