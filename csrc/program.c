@@ -30,7 +30,7 @@ static void run_member(void *context, int ith, int nth) {
   pe_program *p = context;
   char message[PE_MAX_MESSAGE];
   double start = p->profile && ith == 0 ? now() : 0;
-  for (int32_t i = 0; i < p->n_nodes; i++) {
+  for (int32_t i = p->first_node; i < p->n_nodes; i++) {
     pe_program_node *node = &p->nodes[i];
     message[0] = 0;
     pe_stream s = {ith, nth, p->bases[0] + node->scratch_offset, node->scratch_bytes,
@@ -53,7 +53,8 @@ static void run_member(void *context, int ith, int nth) {
   }
 }
 
-int32_t pe_program_run(pe_program *p, pe_pool *pool, const int64_t *dims) {
+int32_t pe_program_run(pe_program *p, pe_pool *pool, const int64_t *dims, int32_t first_node) {
+  p->first_node = first_node;
   resolve(p, dims);
   memset(p->counters, 0, sizeof(int64_t) * PE_COUNTER_STRIDE * (size_t)p->n_nodes);
   p->pool = pool;

@@ -39,14 +39,14 @@ typedef struct pe_program {
   int32_t profile;
   /* of the run that is going on */
   pe_pool *pool;
-  int32_t status, failed_node;
+  int32_t first_node, status, failed_node;
   char message[PE_MAX_MESSAGE];
 } pe_program;
 
 enum { PE_COUNTER_STRIDE = 8 };  /* one cache line a node */
 
-/* Run all nodes once. dims[i] is the value of run-time axis i. Returns a pe_status; `message` and `failed_node` say more. */
-int32_t pe_program_run(pe_program *program, pe_pool *pool, const int64_t *dims);
+/* Run the nodes from first_node on. dims[i] is the value of run-time axis i. Returns a pe_status; `message` and `failed_node` say more. */
+int32_t pe_program_run(pe_program *program, pe_pool *pool, const int64_t *dims, int32_t first_node);
 
 #ifdef __cplusplus
 }

@@ -152,10 +152,11 @@ class Program {
   void bind(int32_t base, uint64_t address) { bases_.at(static_cast<size_t>(base)) = reinterpret_cast<char *>(address); }
 
   // (status, number of the node that failed, message)
-  std::tuple<int32_t, int32_t, std::string> run(Pool &pool, const std::vector<int64_t> &dims) {
+  std::tuple<int32_t, int32_t, std::string> run(Pool &pool, const std::vector<int64_t> &dims, int32_t first) {
     if (static_cast<int32_t>(dims.size()) != n_dims_) throw std::invalid_argument("run: wrong number of dims");
+    if (first < 0 || first > program_.n_nodes) throw std::invalid_argument("run: no such node");
     py::gil_scoped_release release;
-    int32_t status = pe_program_run(&program_, pool.get(), dims.data());
+    int32_t status = pe_program_run(&program_, pool.get(), dims.data(), first);
     return {status, program_.failed_node, program_.message};
   }
 
@@ -247,7 +248,7 @@ PYBIND11_MODULE(_engine, m) {
       .def(py::init<const std::string &, const std::vector<TensorSpec> &, const std::vector<NodeSpec> &, int32_t, int32_t>(),
            py::arg("isa"), py::arg("tensors"), py::arg("nodes"), py::arg("n_bases"), py::arg("n_dims"))
       .def("bind", &Program::bind, py::arg("base"), py::arg("address"))
-      .def("run", &Program::run, py::arg("pool"), py::arg("dims"))
+      .def("run", &Program::run, py::arg("pool"), py::arg("dims"), py::arg("first") = 0)
       .def("profile", &Program::profile, py::arg("on"))
       .def("seconds", &Program::seconds);
   m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("op"), py::arg("tensors"), py::arg("ids"), py::arg("n_in"),

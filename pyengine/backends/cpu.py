@@ -247,12 +247,27 @@ class Program:
         if status:
             raise GraphError(f"{r.tensor.name}: cannot be converted from {r.tensor.node.source.dtype.name} (status {status})")
 
-    def execute(self, dims: Sequence[int]) -> None:
-        """Replay on the contents of `inputs`; `dims` are the run-time axes in the order of `dim_names`.
+    def state(self, name: str) -> np.ndarray:
+        """The array over a state of plain numbers."""
+        t = next(t for t in self.prepared.states if t.name == name)
+        start = self.state_address[name] - self.state_memory.address
+        memory = np.frombuffer(self.state_memory, np.uint8)[start : start + t.nbytes_max]
+        return memory.view(_NUMPY[t.dtype.name]).reshape([int(a) for a in t.shape])
+
+    def first_step_reading(self, name: str) -> int:
+        """Number of the first step that reads an input: where `execute` may resume when only that input has changed."""
+        return next(i for i, n in enumerate(self.prepared.layout.steps) if any(t.node.kind == "input" and t.name == name for t in n.inputs))
+
+    def execute_named(self, first_step: int = 0, **dims: int) -> None:
+        """`execute` with run-time axes by name."""
+        self.execute([dims[n] for n in self.dim_names], first_step)
+
+    def execute(self, dims: Sequence[int], first_step: int = 0) -> None:
+        """Replay, from step `first_step`, on the contents of `inputs`; `dims` are the run-time axes in the order of `dim_names`.
 
         Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
         """
-        status, node, message = self._program.run(self.pool, dims)
+        status, node, message = self._program.run(self.pool, dims, first_step)
         if status:
             name = self.prepared.layout.steps[node].op.name if node >= 0 else "?"
             raise _STATUS[status](f"{name}: {message or 'the kernel refused its arguments'}")

@@ -1,0 +1,109 @@
+"""Key/value caches: what a layer's attention needs is a policy; storage and masks follow from it.
+
+A query sees an interval of earlier tokens, so a mask is two numbers a row, and a cache is a ring of cells: token j of a
+sequence lies in cell table[j % len(table)].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.dtype import DType
+from pyengine.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every earlier token is seen."""
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Cells of one sequence."""
+        return n_ctx
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """The last `window` tokens are seen, the query itself included."""
+
+    window: int
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Cells of one sequence: the window of the oldest row of a batch, and the batch."""
+        return min(n_ctx, self.window + n_batch)
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """Tokens of the query's own chunk are seen: those from the last multiple of `size` (Llama 4)."""
+
+    size: int
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Cells of one sequence: a chunk, and the batch that may begin the next one."""
+        return min(n_ctx, self.size + n_batch)
+
+
+@dataclass(frozen=True)
+class Cross:
+    """All of `n` encoder positions are seen, whatever the token's own number."""
+
+    n: int
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Cells of one sequence."""
+        return self.n
+
+
+Policy = Full | Sliding | Chunked | Cross
+
+
+def visible(policy: Policy, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The one mask rule: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
+
+    index: number of each row's token in its sequence. span_end: for rows of a non-causal span (a picture that attends to
+    itself in both directions) the number after its last token, else anything <= index + 1. The window limits backwards
+    only, spans forwards only, as transformers does for Gemma 3 (`token_type_ids_mask_function`).
+    """
+    hi = index + 1 if span_end is None else np.maximum(index + 1, span_end)
+    match policy:
+        case Full():
+            lo = np.zeros_like(index)
+        case Sliding(window):
+            lo = np.maximum(index - window + 1, 0)
+        case Chunked(size):
+            lo = index // size * size
+        case Cross(n):
+            lo, hi = np.zeros_like(index), np.full_like(index, n)
+    return lo.astype(np.int32), hi.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache in a graph: states k, v [kv heads, cells, head_dim], and the run-time inputs of its policy."""
+
+    k: Tensor
+    v: Tensor
+    cells: Tensor            # I32 [m]: where the rows of this step are written
+    table: Tensor            # I32 [sequences, cells of one]: where tokens of a sequence lie
+    seq: Tensor              # I32 [m]
+    lo: Tensor               # I32 [m]
+    hi: Tensor
+    seq_wanted: Tensor       # the same for the wanted rows only, I32 [w]
+    lo_wanted: Tensor
+    hi_wanted: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
+               wanted: bool = False) -> Tensor:
+        """Write k, v [m, kv heads, head_dim] and attend with q [m or w, heads, head_dim]; returns [m or w, heads * head_dim]."""
+        k_all = ops.cache_append(self.k, k, self.cells)
+        v_all = ops.cache_append(self.v, v, self.cells)
+        rows = (self.lo_wanted, self.hi_wanted, self.table, self.seq_wanted) if wanted else (self.lo, self.hi, self.table, self.seq)
+        return ops.attention(q, k_all, v_all, *rows, sinks, scale=scale, softcap=softcap)
+
+
+def cache_bytes(policy: Policy, n_ctx: int, n_batch: int, kv_heads: int, head_dim: int, dtype: DType) -> int:
+    """Bytes of keys (or of values) of one layer and sequence."""
+    return kv_heads * policy.slots(n_ctx, n_batch) * dtype.size(head_dim)

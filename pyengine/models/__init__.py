@@ -1,0 +1,21 @@
+"""Architectures: one module each, found by the name that a file gives as general.architecture."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from pyengine.errors import UnsupportedModelError
+
+
+def architectures() -> list[str]:
+    """Names of the architectures that can be run."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def architecture(name: str) -> Any:
+    """The class `Model` of an architecture's module. Raises: UnsupportedModelError listing those that there are."""
+    if name not in architectures():
+        raise UnsupportedModelError(f"architecture {name!r} is not supported; these are: {', '.join(architectures())}")
+    return importlib.import_module(f"pyengine.models.{name}").Model

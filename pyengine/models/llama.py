@@ -1,0 +1,107 @@
+"""Llama 2, 3.x and everything of their shape (SmolLM, Mistral 7B, TinyLlama, Vicuna ...).
+
+Papers arXiv:2307.09288, arXiv:2407.21783. Follows transformers `modeling_llama.py`. GGUF files hold q and k with their rows
+permuted, so that the rotation is the interleaved one (pairs 2i, 2i + 1).
+Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyengine import ops
+from pyengine.batch import Batch
+from pyengine.hparams import Hparams
+from pyengine.kvcache import Full, LayerCache, Policy, Sliding
+from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope
+from pyengine.tensor import Tensor
+from pyengine.weights import Weights
+
+
+@dataclass(frozen=True)
+class Config:
+    """Numbers of one checkpoint, from its metadata."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_ctx_train: int
+    eps: float
+    window: int              # 0: full attention
+
+    @classmethod
+    def read(cls, h: Hparams) -> Config:
+        """Read the keys "llama.*"."""
+        h.refuse(expert_count="a mixture of experts")
+        d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
+        return cls(
+            n_layers=h.size("block_count"),
+            d_model=d_model,
+            d_ff=h.size("feed_forward_length"),
+            n_heads=n_heads,
+            n_kv_heads=h.size("attention.head_count_kv", n_heads),
+            head_dim=h.size("attention.key_length", d_model // n_heads),
+            vocab_size=h.meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in h.meta else h.size("vocab_size"),
+            n_ctx_train=h.size("context_length"),
+            eps=h.number("attention.layer_norm_rms_epsilon"),
+            window=h.get("attention.sliding_window", 0, int),
+        )
+
+
+class Block:
+    """Pre-norm grouped-query attention and gated feed-forward, each added to its input."""
+
+    def __init__(self, w: Weights, c: Config):
+        self.c = c
+        self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
+        self.q = Linear(w["attn_q"], c.d_model, c.n_heads * c.head_dim)
+        self.k = Linear(w["attn_k"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
+        self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
+        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff)
+        self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
+        self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
+
+    def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
+        xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
+        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
+        h = self.ffn_norm(x)
+        return x + self.down(ops.silu(self.gate(h)) * self.up(h))                  # [m or w, D]
+
+    def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
+        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+        c = self.c
+        q = self.q(xw).reshape(-1, c.n_heads, c.head_dim)                          # [m or w, H, E]
+        k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
+        v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
+        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
+
+
+class Model:
+    """A llama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
+
+    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+        c = self.config = Config.read(h)
+        self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
+        self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
+        self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
+        self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
+        self.rope = rope(h, w, c.head_dim, interleaved=True, n_ctx=n_ctx or c.n_ctx_train)
+
+    def cache_policies(self) -> list[Policy]:
+        """What each layer's attention needs."""
+        c = self.config
+        return [Sliding(c.window) if c.window else Full()] * c.n_layers
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+        x = self.embed(batch.ids)                                                  # [m, D]
+        angles = self.rope.table(batch.positions)                                  # [m, E]
+        for i, block in enumerate(self.blocks):
+            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
+        return self.head(self.norm(batch.select_head(x))), x
