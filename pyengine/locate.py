@@ -57,37 +57,42 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path | list[Path]:
     if _is_file(path):
         return path
     problems: list[str] = []
-    models = list(_search(problems))
-    wanted = name.casefold()
-    matches = ([model for model in models if model.name.casefold() == wanted]
-               or [model for model in models if wanted in map(str.casefold, model.aliases)])
-    matches = [model for model in matches if model.source == matches[0].source]
-    if len(matches) > 1:
-        preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
-        matches = preferred if len(preferred) == 1 else matches
-    if len(matches) > 1:
-        raise ModelNotFoundError(f"{quoted(name)} fits {len(matches)} models; choose one of: "
-                                 + ", ".join(_shown(model, matches) for model in matches[:20]))
-    if matches:
-        found = matches[0]
-        return found.path if found.mmproj is None else [found.path, found.mmproj]
+    seen: list[FoundModel] = []
+    for source, folder in _places():
+        models = _in_place(source, folder, problems)
+        matches = _matches(name, models)
+        if len(matches) > 1:
+            raise ModelNotFoundError(f"{quoted(name)} fits {len(matches)} models of {source}; choose one of: "
+                                     + ", ".join(_shown(model, matches) for model in matches[:20]))
+        if matches:
+            found = matches[0]
+            return found.path if found.mmproj is None else [found.path, found.mmproj]
+        seen += models
     kind = "is a directory, and no model has that name" if _is_dir(path) else "no such file, and no model of that name"
     searched = ", ".join(f"{source} ({folder})" for source, folder in _places()) or "nowhere: no such place exists"
     refused = f"; refused: {'; '.join(problems[:3])}" if problems else ""
-    near = nearest(name, [alias for model in models for alias in (model.name, *model.aliases)])
+    near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases)])
     raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}")
 
 
 def list_models() -> list[FoundModel]:
     """Return every model in the places above, in their order, sorted by name within each."""
-    return list(_search([]))
+    return [model for source, folder in _places() for model in _in_place(source, folder, [])]
 
 
-def _search(problems: list[str]) -> Iterator[FoundModel]:
-    """Yield the models of every place. What is there but cannot be used is told to `problems`."""
+def _matches(name: str, models: list[FoundModel]) -> list[FoundModel]:
+    """Return the models that `name` may mean: by name before by alias, and the preferred quantization among several."""
+    wanted = name.casefold()
+    matches = ([model for model in models if model.name.casefold() == wanted]
+               or [model for model in models if wanted in map(str.casefold, model.aliases)])
+    preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
+    return preferred if len(preferred) == 1 else matches
+
+
+def _in_place(source: str, folder: Path, problems: list[str]) -> list[FoundModel]:
+    """Return the models of one place by name. What is there but cannot be used is told to `problems`."""
     readers = {"PYENGINE_MODELS": _in_folder, "Ollama": _in_ollama, "Hugging Face": _in_hub, "LM Studio": _in_lm_studio}
-    for source, folder in _places():
-        yield from sorted(readers[source](folder, problems), key=lambda model: model.name.casefold())
+    return sorted(readers[source](folder, problems), key=lambda model: (model.name.casefold(), model.path))
 
 
 def _places() -> list[tuple[str, Path]]:
@@ -104,7 +109,7 @@ def _places() -> list[tuple[str, Path]]:
 def _in_folder(root: Path, problems: list[str]) -> Iterator[FoundModel]:
     for folder, files in _folders(root, MAX_DEPTH, problems):
         below = folder.relative_to(root)
-        for stem, paths in _models(files).items():
+        for stem, paths in _models(files):
             own = [path for path in files if _base(path.stem) == _base(stem)]     # a folder may mix several models
             aliases = (stem, paths[0].name, (below / paths[0].name).as_posix())
             yield _found((below / stem).as_posix(), paths, "PYENGINE_MODELS", _projector(own), aliases)
@@ -117,7 +122,7 @@ def _in_hub(root: Path, problems: list[str]) -> Iterator[FoundModel]:
             continue
         name = repo.name.removeprefix("models--").replace("--", "/")
         main = _read_text(repo / "refs" / "main", 200).strip()
-        snapshots = sorted(_children(repo / "snapshots", problems),
+        snapshots = sorted(filter(_is_dir, _children(repo / "snapshots", problems)),
                            key=lambda path: (path.name != main, -path.stat().st_mtime, path.name))
         seen: set[str] = set()
         for snapshot in snapshots:
@@ -139,8 +144,8 @@ def _in_lm_studio(root: Path, problems: list[str]) -> Iterator[FoundModel]:
 def _in_repo(repo: str, files: list[Path], source: str) -> Iterator[FoundModel]:
     """Name the models of one folder of a repository: by tag, "org/repo:Q4_K_M", or by file where that is not unique."""
     models = _models(files)
-    tags = [_tag(stem).upper() for stem in models]
-    for (stem, paths), tag in zip(models.items(), tags):
+    tags = [_tag(stem).upper() for stem, _ in models]
+    for (stem, paths), tag in zip(models, tags):
         tagged = (f"{repo}:{tag}",) if tag else ()
         name = tagged[0] if tags.count(tag) == 1 and tagged else f"{repo}/{stem}"
         aliases = (repo, *tagged, f"{repo}/{stem}", f"{repo}/{paths[0].name}", stem, paths[0].name)
@@ -198,17 +203,19 @@ def _read_manifest(path: Path, blobs: Path) -> tuple[Path, Path | None]:
     return found[_OLLAMA_MODEL], found.get(_OLLAMA_PROJECTOR)
 
 
-def _models(files: list[Path]) -> dict[str, list[Path]]:
-    """Group the GGUF files of a folder into models: stem -> parts in order. Projectors are left out.
+def _models(files: list[Path]) -> list[tuple[str, list[Path]]]:
+    """Group the GGUF files of a folder into models: (stem, parts in order). Projectors are left out.
 
     A split model whose first part is missing is left out too: it could not be opened.
     """
-    models: dict[str, list[Path]] = {}
+    models: dict[tuple[str, str], list[Path]] = {}       # by stem and number of parts
     for path in sorted(files):
         if not _is_projector(path):
-            models.setdefault(SPLIT_NAME.sub("", path.name).removesuffix(".gguf"), []).append(path)
-    return {stem: paths for stem, paths in models.items()
-            if not (match := SPLIT_NAME.search(paths[0].name)) or int(match[1]) == 1}
+            match = SPLIT_NAME.search(path.name)
+            key = (path.name[:match.start()], match[2]) if match else (path.stem, "")
+            models.setdefault(key, []).append(path)
+    return [(stem, paths) for (stem, n_parts), paths in models.items()
+            if not n_parts or paths[0].name.endswith(f"-00001-of-{n_parts}.gguf")]
 
 
 def _projector(files: list[Path]) -> Path | None:

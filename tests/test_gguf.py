@@ -151,6 +151,23 @@ def test_views_are_the_file_s_bytes_read_only_and_outlive_the_file(sample):
             read()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
+def test_dropped_pages_leave_the_resident_memory(tmp_path):
+    def resident_file_bytes() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    n_bytes = 32 << 20
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("large", np.ones(n_bytes, np.int8))
+    finish(writer)
+    with GGUFFile(tmp_path / "m.gguf") as file:
+        assert file.view("large").sum() == n_bytes
+        before = resident_file_bytes()
+        assert file.drop("large")
+        assert before - resident_file_bytes() > 0.95 * n_bytes
+
+
 def test_drop_range_stays_inside_the_file(sample):
     size = sample.stat().st_size
     with GGUFFile(sample) as file:

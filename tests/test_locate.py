@@ -187,6 +187,7 @@ def test_hub_prefers_the_revision_of_main_and_passes_broken_links(home):
     root = home / ".cache/huggingface/hub/models--org--repo"
     put(root / "refs/main").write_text("bbbb\n")
     (root / "snapshots/bbbb/gone-Q4_0.gguf").symlink_to(root / "blobs/nothing")
+    (root / "snapshots/gone").symlink_to(root / "nowhere")
     assert find_model("org/repo") == root / "snapshots/bbbb/m-Q8_0.gguf"
     assert len(list_models()) == 1
 
@@ -217,6 +218,22 @@ def test_an_earlier_place_wins(home, monkeypatch):
     mine = put(home / "mine/tiny.gguf")
     monkeypatch.setenv("PYENGINE_MODELS", str(home / "mine"))
     assert find_model("tiny") == mine
+
+
+def test_an_earlier_folder_wins_as_in_path(home, monkeypatch):
+    one, two = put(home / "one/tiny.gguf"), put(home / "two/tiny.gguf")
+    for folders, first in ((("one", "two"), one), (("two", "one"), two)):
+        monkeypatch.setenv("PYENGINE_MODELS", os.pathsep.join(str(home / folder) for folder in folders))
+        assert find_model("tiny") == first
+
+
+def test_a_whole_file_and_a_split_one_of_one_name_are_two_models(home, monkeypatch):
+    whole, part = put(home / "m/x.gguf"), put(home / "m/x-00001-of-00001.gguf")
+    monkeypatch.setenv("PYENGINE_MODELS", str(home / "m"))
+    with pytest.raises(ModelNotFoundError) as error:
+        find_model("x")
+    assert str(whole) in str(error.value) and str(part) in str(error.value)
+    assert find_model("x.gguf") == whole and find_model(part.name) == part
 
 
 def test_not_found_says_where_was_searched_and_what_is_close(home, monkeypatch):
