@@ -77,6 +77,7 @@ _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = rf"{_SUFFIX}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}"
 _QWEN2 = rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}|{_SIGNS}|{_BLANKS}"
+_HALVED_BLANKS = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _CJK_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _ASCII_SIGN = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
@@ -143,8 +144,7 @@ PRE = _table(
      Pre((rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}|{_SIGNS}|\s*[\r\n]|\s+(?!\S)|\s+",))),
     ("exaone-moe", Pre((rf"{_ANY_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
                         r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",))),
-    ("jais-2", Pre((rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|"
-                    + "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4)) + r"|\s{1,2}(?!\S)|\s",))),
+    ("jais-2", Pre((rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|{_HALVED_BLANKS}",))),
     ("tekken", Pre((_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", Pre((_GPT4O,))),
     ("granite-embed-multi-97m", Pre((_GPT4O_MARKS,), ignore_merges=True)),
@@ -459,7 +459,6 @@ class _Unigram:
         self._fixed = re.compile("|".join(map(re.escape, fixed))) if fixed else None
 
     def encode(self, text: str) -> list[int]:
-        text = _lenient(text)
         parts, start = [], 0
         for match in self._fixed.finditer(text) if self._fixed else ():
             parts += [self._charsmap.apply(text[start:match.start()]), match.group()]
@@ -491,9 +490,10 @@ class _Charsmap:
         self._strings = blob[4 + size:]
 
     def apply(self, text: str) -> str:
-        if not self._units or not text:
-            return text
-        raw, out, i = text.encode("utf-8"), [], 0
+        """Give the text as the rules have it; no rule applies to escaped bytes, which become U+FFFD."""
+        if not self._units:
+            return _lenient(text)
+        raw, out, i = text.encode("utf-8", "surrogateescape"), [], 0
         while i < len(raw):
             length, value = self._longest(raw, i)
             if length:
@@ -502,8 +502,8 @@ class _Charsmap:
                     raise InvalidModelError(f"tokenizer.ggml.precompiled_charsmap: no replacement at {value}")
                 out.append(self._strings[value:end])
             else:
-                length = 1 if raw[i] < 0x80 else 2 if raw[i] < 0xE0 else 3 if raw[i] < 0xF0 else 4
-                out.append(raw[i:i + length])
+                length = 1 if raw[i] < 0x80 else len(_BYTE_RUNS.match(raw, i).group())
+                out.append(raw[i:i + length] if length > 1 or raw[i] < 0x80 else b"\xef\xbf\xbd")
             i += length
         return b"".join(out).decode("utf-8", "replace")
 
@@ -546,12 +546,12 @@ class Tokenizer:
         if self.model is None:
             raise InvalidModelError("tokenizer.ggml.model: missing; the file has no tokenizer")
         if self.model not in ("llama", "gpt2", "gemma4", "bert", "t5"):
-            raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known are llama, gpt2, gemma4, bert, t5")
+            raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known: llama, gpt2, gemma4, bert, t5")
         self.pre = _read(meta, "pre", str, "default") if self.model == "gpt2" else None
         gemma4 = self.model == "gemma4" or self.pre in ("gemma4", "granite-embed-multi-311m")
         self._family = "gemma4" if gemma4 else self.model
         if self._family == "gpt2" and self.pre not in PRE:
-            raise UnsupportedModelError(f"tokenizer.ggml.pre: {self.pre!r}; known are {', '.join(sorted(PRE))}, gemma4")
+            raise UnsupportedModelError(f"tokenizer.ggml.pre: {self.pre!r}; known: {', '.join(sorted(PRE))}, gemma4")
         self._load_tokens()
         self._load_roles()
         self._load_flags()
@@ -593,10 +593,11 @@ class Tokenizer:
         if self.pre in ("chatglm-bpe", "glm4", "glm5"):
             default.pop("bos", None)
 
+        default = {name: i for name, i in default.items() if i < len(self._tokens)}
+
         def role(name: str, key: str) -> int | None:
             found = self._token_key(key)
-            fallback = default.get(name)
-            return found if found is not None else fallback if fallback is None or fallback < len(self._tokens) else None
+            return default.get(name) if found is None else found
 
         self.bos_id = role("bos", "bos_token_id")
         self.eos_id = role("eos", "eos_token_id")
