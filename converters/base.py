@@ -12,7 +12,9 @@ import math
 import os
 import pkgutil
 import re
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +35,9 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "q8_0": (QT.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
+# what reading a JSON value of the wrong kind raises
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ZeroDivisionError,
+             struct.error)
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # buffers of old checkpoints that follow from the config
 
 
@@ -53,6 +58,13 @@ class Config:
         value = self.get(name)
         if value is None:
             raise InvalidModelError(f"{self.file}: '{name}' is missing")
+        return value
+
+    def count(self, name: str) -> int:
+        """Return a positive integer. Raises InvalidModelError for anything else."""
+        value = self.need(name)
+        if type(value) is not int or not 0 < value < 2 ** 31:
+            raise InvalidModelError(f"{self.file}: '{name}' is {value!r}; a positive integer is expected")
         return value
 
     def refuse_unless(self, name: str, *allowed: Any) -> None:
@@ -89,16 +101,16 @@ def read_safetensors_header(file: Path) -> dict[str, Stored]:
         try:
             header = json.loads(f.read(n_header))
             header.pop("__metadata__", None)
-            found = {name: Stored(file, h["dtype"], tuple(h["shape"]), 8 + n_header + h["data_offsets"][0])
-                     for name, h in header.items()}
-            ends = {name: 8 + n_header + h["data_offsets"][1] for name, h in header.items()}
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as e:
+            found = {name: Stored(file, str(h["dtype"]), tuple(int(n) for n in h["shape"]),
+                                  8 + n_header + int(h["data_offsets"][0])) for name, h in header.items()}
+            ends = {name: 8 + n_header + int(h["data_offsets"][1]) for name, h in header.items()}
+        except MALFORMED as e:
             raise InvalidModelError(f"{file}: malformed safetensors header at byte 8: {e!r}") from None
     for name, t in found.items():
         if t.dtype not in STORED_DTYPES:
-            raise UnsupportedModelError(f"{file}: tensor '{name}' is {t.dtype}; converted are {', '.join(STORED_DTYPES)}")
+            raise UnsupportedModelError(f"{file}: tensor '{name}' is {t.dtype}; known are {', '.join(STORED_DTYPES)}")
         expected = t.offset + math.prod(t.shape) * STORED_DTYPES[t.dtype].itemsize
-        if ends[name] != expected or expected > size:
+        if ends[name] != expected or expected > size or t.offset < 8 + n_header or min(t.shape, default=1) < 0:
             raise InvalidModelError(f"{file}: tensor '{name}' of shape {t.shape} must end at byte {expected}; "
                                     f"its header says {ends[name]} and the file has {size}")
     return found
@@ -233,7 +245,7 @@ def interleaved_rows(n_heads: int, head_dim: int) -> np.ndarray:
     return (np.arange(n_heads)[:, None] * head_dim + head).ravel()
 
 
-# --- rope ---------------------------------------------------------------------------------------------------------------
+# --- rope -------------------------------------------------------------------------------------------------------------
 
 def rope_parameters(config: Config, default_base: float, layer_type: str | None = None,
                     base_name: str = "rope_theta", scaled: bool = True) -> dict[str, Any]:
@@ -342,7 +354,7 @@ def write_window(out: gguf.GGUFWriter, window: int | None, sliding: list[bool]) 
         out.add_sliding_window_pattern(sliding)
 
 
-# --- the file -----------------------------------------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------------------------------
 
 def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], outtype: str | None = None,
             with_tokenizer: bool = True) -> Path:
@@ -367,8 +379,10 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     out.add_file_type(file_type)
     out.add_quantization_version(gguf.GGML_QUANT_VERSION)
     out.add_vocab_size(converter.vocab_size)
-    converter.write_keys(out)
-    vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config) if with_tokenizer else Vocabulary.none()
+    with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
+        converter.write_keys(out)
+    with malformed_is(f"{checkpoint.folder}: a value of the tokenizer's files is of the wrong kind"):
+        vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config) if with_tokenizer else Vocabulary.none()
     vocabulary.write(out, converter.vocab_size)
     try:
         _write_tensors(out, checkpoint, entries, wanted)
@@ -380,18 +394,29 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     return out_file
 
 
+@contextmanager
+def malformed_is(message: str) -> Iterator[None]:
+    """Turn what a JSON value of the wrong kind raises into an InvalidModelError; the cause stays attached."""
+    try:
+        yield
+    except MALFORMED as e:
+        raise InvalidModelError(f"{message} ({e!r})") from e
+
+
 def _find_converter(checkpoint: Checkpoint) -> Converter:
     known = supported()
     classes = checkpoint.config.get("architectures") or []
-    for name in classes:
-        if name in known:
-            return known[name](checkpoint.config, checkpoint.config_file)
-    raise UnsupportedModelError(f"{checkpoint.config_file}: architecture {', '.join(classes) or 'unknown'} is not "
-                                f"supported; supported: {', '.join(sorted(known))}")
+    with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
+        for name in classes:
+            if name in known:
+                return known[name](checkpoint.config, checkpoint.config_file)
+    raise UnsupportedModelError(f"{checkpoint.config_file}: architecture "
+                                f"{', '.join(map(str, classes)) or 'unknown'} is not supported; supported: {', '.join(sorted(known))}")
 
 
 def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry | Constant]:
-    entries = list(converter.tensors())
+    with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
+        entries = list(converter.tensors())
     by_source = {e.source: e for e in entries if isinstance(e, Entry)}
     missing = sorted(by_source.keys() - checkpoint.tensors.keys())
     if missing:
@@ -439,7 +464,8 @@ def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[E
         out.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32),
                             math.prod(entry.shape) // block * n_bytes, raw_dtype=qtype)
     out.write_header_to_file()
-    out.write_kv_data_to_file()
+    with malformed_is(f"{checkpoint.folder}: a value of the config or the tokenizer is of the wrong kind"):
+        out.write_kv_data_to_file()
     out.write_ti_data_to_file()
     # GGUFWriter takes whole tensors only; offsets are already written, so chunks and padding follow in the same order
     file = out.fout[0]

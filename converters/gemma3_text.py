@@ -38,9 +38,9 @@ class Gemma3Text:
         c.refuse_unless("attention_bias", False)
         c.refuse_unless("use_bidirectional_attention", False, None)
         self.vocab_size, self.d_model, self.d_ff = (
-            c.need(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
-        self.n_layers, self.n_heads = c.need("num_hidden_layers"), c.need("num_attention_heads")
-        self.n_kv_heads, self.head_dim = c.need("num_key_value_heads"), c.need("head_dim")
+            c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
+        self.n_layers, self.n_heads = c.count("num_hidden_layers"), c.count("num_attention_heads")
+        self.n_kv_heads, self.head_dim = c.count("num_key_value_heads"), c.count("head_dim")
         kinds = c.get("layer_types")
         if kinds is None:
             period = config.get("sliding_window_pattern", PATTERN)
@@ -55,7 +55,7 @@ class Gemma3Text:
     def write_keys(self, out: GGUFWriter) -> None:
         c = self.config
         out.add_block_count(self.n_layers)
-        out.add_context_length(c.need("max_position_embeddings"))
+        out.add_context_length(c.count("max_position_embeddings"))
         out.add_embedding_length(self.d_model)
         out.add_feed_forward_length(self.d_ff)
         out.add_head_count(self.n_heads)
@@ -67,7 +67,7 @@ class Gemma3Text:
         out.add_rope_freq_base(self.rope["rope_theta"])
         out.add_rope_freq_base_swa(self.local_rope["rope_theta"])
         write_rope_scaling(out, self.rope, c, ("linear",))      # of the global layers
-        write_window(out, c.need("sliding_window"), self.sliding)
+        write_window(out, c.count("sliding_window"), self.sliding)
         if c.get("attn_logit_softcapping") is not None:
             out.add_attn_logit_softcapping(c.need("attn_logit_softcapping"))
         if c.get("final_logit_softcapping") is not None:

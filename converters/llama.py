@@ -30,10 +30,10 @@ class Llama:
         c = self.config = Config(config, {**DEFAULTS, **({"sliding_window": MISTRAL_WINDOW} if mistral else {})}, file)
         c.refuse_unless("hidden_act", "silu")
         self.vocab_size, self.d_model, self.d_ff = (
-            c.need(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
-        self.n_layers, self.n_heads = c.need("num_hidden_layers"), c.need("num_attention_heads")
-        self.n_kv_heads = c.get("num_key_value_heads") or self.n_heads
-        self.head_dim = c.get("head_dim") or self.d_model // self.n_heads
+            c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
+        self.n_layers, self.n_heads = c.count("num_hidden_layers"), c.count("num_attention_heads")
+        self.n_kv_heads = c.count("num_key_value_heads") if c.get("num_key_value_heads") else self.n_heads
+        self.head_dim = c.count("head_dim") if c.get("head_dim") else self.d_model // self.n_heads
         self.window = c.get("sliding_window") if mistral else None
         self.tied = c.need("tie_word_embeddings")
         self.rope = rope_parameters(c, ROPE_BASE)
@@ -41,7 +41,7 @@ class Llama:
     def write_keys(self, out: GGUFWriter) -> None:
         c = self.config
         out.add_block_count(self.n_layers)
-        out.add_context_length(c.need("max_position_embeddings"))
+        out.add_context_length(c.count("max_position_embeddings"))
         out.add_embedding_length(self.d_model)
         out.add_feed_forward_length(self.d_ff)
         out.add_head_count(self.n_heads)

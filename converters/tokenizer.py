@@ -108,7 +108,7 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     elif fast:
         vocabulary = _sentencepiece_from_merges(fast, folder / "tokenizer.json")
     else:
-        raise InvalidModelError(f"{folder}: neither tokenizer.json nor tokenizer.model; --no-tokenizer converts without")
+        raise InvalidModelError(f"{folder}: neither tokenizer.json nor tokenizer.model; convert with --no-tokenizer")
     _add_tokens(vocabulary, _added_tokens(folder, fast, settings), folder)
     _mark_special(vocabulary, folder, settings, config)
     vocabulary.add_bos, vocabulary.add_eos = _adds(vocabulary, fast, settings, folder)
@@ -125,7 +125,7 @@ def _json(file: Path) -> Any:
         raise InvalidModelError(f"{file}: not JSON: {e}") from None
 
 
-# --- byte-level BPE -----------------------------------------------------------------------------------------------------
+# --- byte-level BPE ---------------------------------------------------------------------------------------------------
 
 def _byte_level(fast: dict[str, Any], file: Path) -> Vocabulary:
     normalizer = (fast.get("normalizer") or {}).get("type")
@@ -139,7 +139,7 @@ def _byte_level(fast: dict[str, Any], file: Path) -> Vocabulary:
 
 
 def pre_tokenizer_name(fast: dict[str, Any], file: Path) -> str:
-    """Return llama.cpp's name for a tokenizer.json's pre-tokenizer. Raises UnsupportedModelError that shows its steps."""
+    """Return llama.cpp's name for a tokenizer.json's pre-tokenizer. Raises UnsupportedModelError with its steps."""
     steps = _steps(fast.get("pre_tokenizer"), file)
     ignore_merges = bool(fast["model"].get("ignore_merges"))
     for known, ignores, name in PRE_TOKENIZERS:
@@ -169,13 +169,15 @@ def _steps(pre: dict[str, Any] | None, file: Path) -> list[str]:
     raise UnsupportedModelError(f"{file}: pre-tokenizer {json.dumps(pre, ensure_ascii=False)} has no name in GGUF")
 
 
-# --- SentencePiece BPE --------------------------------------------------------------------------------------------------
+# --- SentencePiece BPE ------------------------------------------------------------------------------------------------
 
 def _sentencepiece(file: Path) -> Vocabulary:
     """Read a tokenizer.model; its piece types have the numbers of GGUF's token types."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2 as pb
+    except ImportError:
+        raise UnsupportedModelError(f"{file}: reading it needs the package 'protobuf'") from None
     proto = pb.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
@@ -230,7 +232,7 @@ def _space_prefix(fast: dict[str, Any], file: Path) -> bool:
     return prefix
 
 
-# --- what both kinds share ----------------------------------------------------------------------------------------------
+# --- what both kinds share --------------------------------------------------------------------------------------------
 
 def _plain(text: str, kind: int) -> str:
     """Return a token's text in the file: user-defined tokens are matched against text with ordinary spaces."""
@@ -250,7 +252,7 @@ def _by_id(ids: dict[str, int], file: Path) -> list[Any]:
 
 
 def _added_tokens(folder: Path, fast: dict[str, Any], settings: dict[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Return id -> (text, is special) of tokens that are matched before BPE, the fast tokenizer's word counting most."""
+    """Return id -> (text, is special) of the tokens that are matched before BPE; tokenizer.json counts most."""
     added = {i: (text, False) for text, i in _json(folder / "added_tokens.json").items()}
     added |= {int(i): (t["content"], bool(t.get("special"))) for i, t in
               settings.get("added_tokens_decoder", {}).items()}

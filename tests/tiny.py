@@ -94,20 +94,27 @@ def hf_logits(folder: str | Path, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
-# --- tokenizers ---------------------------------------------------------------------------------------------------------
+# --- tokenizers -------------------------------------------------------------------------------------------------------
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
           r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
           r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# regex before byte-level BPE (None: the ByteLevel step's own), whether digits are cut singly, ignore_merges
-TOKENIZERS: dict[str, tuple[str | None, bool, bool] | None] = {
-    "gpt-2": (None, False, False),
-    "smollm": (None, True, False),
-    "qwen2": (_CONTRACTIONS + r"\p{N}" + _TAIL, False, False),
-    "llama-bpe": (_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL, False, True),
-    "tekken": (_CASED, False, True),
+_IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+# regexes before byte-level BPE (none: the ByteLevel step's own), whether digits are cut singly, ignore_merges
+TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool] | None] = {
+    "gpt-2": ((), False, False),
+    "smollm": ((), True, False),
+    "qwen2": ((_CONTRACTIONS + r"\p{N}" + _TAIL,), False, False),
+    "llama-bpe": ((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), False, True),
+    "dbrx": ((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), False, False),
+    "tekken": ((_CASED,), False, True),
+    # the real one's first class goes on through all cased scripts
+    "deepseek-llm": (("[\r\n]", "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf]+",
+                      "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", "\\s+$", _IDEOGRAPHS),
+                     True, False),
+    "deepseek-coder": (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS), True, False),
     "spm": None,                        # SentencePiece-like: visible spaces, byte fallback
 }
 _SPECIAL = ("<|start|>", "<|stop|>", "<|fill|>", "<|turn|>")
@@ -117,14 +124,17 @@ CHAT_TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content']
 def save_tokenizer(name: str, folder: Path) -> dict[str, int]:
     """Train a tokenizer on TEXTS, save it as a checkpoint's tokenizer, and return the config's special token ids."""
     from tokenizers import AddedToken
+    from tokenizers.normalizers import NFC
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = _train_spm() if TOKENIZERS[name] is None else _train_byte_level(*TOKENIZERS[name])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
     tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     start = tokenizer.token_to_id("<|start|>")
-    if name != "qwen2":
-        from tokenizers.processors import TemplateProcessing
+    if name == "qwen2":                 # the only one that normalizes text, and that adds no bos
+        tokenizer.normalizer = NFC()
+    else:
         tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", pair="<|start|> $A <|start|> $B",
                                                       special_tokens=[("<|start|>", start)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|stop|>",
@@ -133,17 +143,13 @@ def save_tokenizer(name: str, folder: Path) -> dict[str, int]:
             "pad_token_id": tokenizer.token_to_id("<|fill|>")}
 
 
-def _train_byte_level(regex: str | None, digits: bool, ignore_merges: bool) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+def _train_byte_level(regexes: tuple[str, ...], digits: bool, ignore_merges: bool) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)]
-    if digits:
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    if regex is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(regex), "isolated"))
-        if "{1,3}" not in regex and regex is not _CASED:        # Qwen's
-            tokenizer.normalizer = normalizers.NFC()
+    steps: list[Any] = [pre_tokenizers.Split(Regex(r), "isolated") for r in regexes]
+    steps += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not regexes))
     tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
