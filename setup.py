@@ -58,7 +58,8 @@ class Build(build_ext):
 
         codegen.generate(CSRC)
         isas = ISAS.get(os.environ.get("PYENGINE_ARCH", platform.machine()), {"generic": []})
-        write_abi(Path(self.get_ext_fullpath("pyengine._engine")).parent / "_abi.h")
+        for folder in {ROOT / "pyengine", Path(self.get_ext_fullpath("pyengine._engine")).resolve().parent}:
+            write_abi(folder / "_abi.h")
         jobs: list[tuple[Path, str, list[str]]] = []
         for src in sorted([*CSRC.glob("*.c"), *(CSRC / "cpu").glob("*.c"), CSRC / "gen" / "table.c", *(CSRC / "bind").glob("*.cpp")]):
             per_isa = src.name == "table.c" or "PE_KERNEL(" in src.read_text()

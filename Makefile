@@ -1,0 +1,55 @@
+# make demo    set up, fetch two small real models, ask them something
+# make test    set up, fetch three small real models, run the default tests
+# make test-all, make peers, make sanitize, make bench: see below
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
+SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' | grep -v csrc/gen)
+
+.PHONY: demo test test-all peers sanitize bench weights clean
+
+demo: $(VENV)/installed
+	$(PY) -m converters.weights models
+	$(VENV)/bin/pyengine-run models/smollm2-135m-q4_1.gguf "What is the capital of France?" --temperature 0 --max-tokens 48 --verbose
+	$(VENV)/bin/pyengine-run models/gemma3-270m-q4_k_m.gguf "Write one sentence about the sea." --temperature 0 --max-tokens 48 --verbose
+
+test: $(VENV)/installed $(VENV)/test-installed
+	$(PY) -m converters.weights models --all
+	$(PY) -m pytest -n $(JOBS) -m "not slow"
+
+# The slow tests too; those that compare with llama.cpp run after `make peers`.
+test-all: $(VENV)/installed $(VENV)/test-installed
+	$(PY) -m converters.weights models --all
+	$(PY) -m pytest -n $(JOBS)
+
+# Build llama.cpp from its source package for this machine, for the comparisons.
+peers: $(VENV)/installed
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PY) -m pip install -q --no-binary llama-cpp-python -r requirements/peers.txt
+
+# Op, block-format and file-format tests under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/installed $(VENV)/test-installed
+	bash tests/sanitize.sh $(PY)
+
+bench: $(VENV)/installed
+	$(PY) -m bench models
+
+weights: $(VENV)/installed
+	$(PY) -m converters.weights models --all
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements/build.txt -r requirements/run.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/created requirements/build.txt requirements/run.txt $(SOURCES)
+	$(PY) -m pip install -q -r requirements/build.txt -r requirements/run.txt
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/test-installed: $(VENV)/created requirements/test.txt
+	$(PY) -m pip install -q -r requirements/test.txt
+	touch $@
+
+clean:
+	rm -rf build csrc/gen pyengine/_engine*.so pyengine/_abi.h
