@@ -103,6 +103,7 @@ PE_INLINE pe_pf p_select_lt(pe_pf a, pe_pf b, pe_pf x, pe_pf y) {
 }
 PE_INLINE pe_pi p_round(pe_pf a) { return (pe_pi)_mm512_cvtps_epi32((__m512)a); }
 PE_INLINE pe_pf p_to_f(pe_pi a) { return (pe_pf)_mm512_cvtepi32_ps((__m512i)a); }
+PE_INLINE pe_pi p_maxi(pe_pi a, pe_pi b) { return (pe_pi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 PE_INLINE pe_pf p_f16(const void *p) { return (pe_pf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 PE_INLINE void p_to_f16(void *p, pe_pf v) {
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -130,6 +131,7 @@ PE_INLINE pe_pf p_select_lt(pe_pf a, pe_pf b, pe_pf x, pe_pf y) {
 }
 PE_INLINE pe_pi p_round(pe_pf a) { return (pe_pi)_mm256_cvtps_epi32((__m256)a); }
 PE_INLINE pe_pf p_to_f(pe_pi a) { return (pe_pf)_mm256_cvtepi32_ps((__m256i)a); }
+PE_INLINE pe_pi p_maxi(pe_pi a, pe_pi b) { return (pe_pi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 PE_INLINE pe_pf p_f16(const void *p) { return (pe_pf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 PE_INLINE void p_to_f16(void *p, pe_pf v) {
   _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -169,6 +171,7 @@ PE_INLINE pe_pf p_max(pe_pf a, pe_pf b) { return p_select_lt(b, a, a, b); }
 PE_INLINE pe_pf p_sqrt(pe_pf a) { return (pe_pf)vsqrtq_f32((float32x4_t)a); }
 PE_INLINE pe_pi p_round(pe_pf a) { return (pe_pi)vcvtnq_s32_f32((float32x4_t)a); }
 PE_INLINE pe_pf p_to_f(pe_pi a) { return (pe_pf)vcvtq_f32_s32((int32x4_t)a); }
+PE_INLINE pe_pi p_maxi(pe_pi a, pe_pi b) { return (pe_pi)vmaxq_s32((int32x4_t)a, (int32x4_t)b); }
 PE_INLINE pe_pf p_f16(const void *p) {
   return (pe_pf)vcvt_f32_f16(vreinterpret_f16_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p))));
 }
@@ -195,7 +198,7 @@ PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_u7(acc, w
 
 #else
 #define PE_DOT_ZERO 128
-PE_INLINE float pe_f16_to_f32(uint16_t h) {
+PE_INLINE float p_half_to_float(uint16_t h) {
   /* Put exponent and mantissa in place with the wrong bias, then multiply by 2^112: denormals come out exact. */
   uint32_t bits = (uint32_t)(h & 0x7fff) << 13;
   float f, scale = 0x1p112f;
@@ -207,7 +210,7 @@ PE_INLINE float pe_f16_to_f32(uint16_t h) {
   memcpy(&f, &bits, 4);
   return f;
 }
-PE_INLINE uint16_t pe_f32_to_f16(float f) {
+PE_INLINE uint16_t p_float_to_half(float f) {
   uint32_t bits, sign;
   memcpy(&bits, &f, 4);
   sign = bits >> 16 & 0x8000;
@@ -240,16 +243,20 @@ PE_INLINE pe_pi p_round(pe_pf a) {
   a = p_max(p_min(a, big), -big);
   return (pe_pi)(a + magic) - (pe_pi)magic;
 }
+PE_INLINE pe_pi p_maxi(pe_pi a, pe_pi b) {
+  pe_pi m = a > b;
+  return (m & a) | (~m & b);
+}
 PE_INLINE pe_pf p_f16(const void *p) {
   uint16_t h[4];
   pe_pf r;
   memcpy(h, p, 8);
-  PE_FOR4 r[i] = pe_f16_to_f32(h[i]);
+  PE_FOR4 r[i] = p_half_to_float(h[i]);
   return r;
 }
 PE_INLINE void p_to_f16(void *p, pe_pf v) {
   uint16_t h[4];
-  PE_FOR4 h[i] = pe_f32_to_f16(v[i]);
+  PE_FOR4 h[i] = p_float_to_half(v[i]);
   memcpy(p, h, 8);
 }
 PE_INLINE pe_pi p_u16(const void *p) {
@@ -400,6 +407,7 @@ PE_INLINE v16i v16i_sub(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_SUB, x, y); 
 PE_INLINE v16i v16i_mul(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_MUL, x, y); }
 PE_INLINE v16i v16i_and(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_AND, x, y); }
 PE_INLINE v16i v16i_or(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_OR, x, y); }
+PE_INLINE v16i v16i_max(v16i x, v16i y) { return (v16i)PE_MAP2(p_maxi, x, y); }
 PE_INLINE v16i v16i_shl(v16i x, int n) { return (v16i)PE_MAP1(PE_P_SHL, x); }
 PE_INLINE v16i v16i_shr(v16i x, int n) { return (v16i)PE_MAP1(PE_P_SHR, x); }       /* keeps the sign */
 PE_INLINE v16i v16i_shru(v16i x, int n) { return (v16i)PE_MAP1(PE_P_SHRU, x); }
@@ -497,6 +505,36 @@ PE_INLINE float v16f_hmax(v16f v) { /* of numbers; what it gives for NaN is not 
   float x = q[0] > q[2] ? q[0] : q[2], y = q[1] > q[3] ? q[1] : q[3];
   return x > y ? x : y;
 }
+
+/* Largest and sum of 16 integers: any order gives the same. For |x| as bits, the largest is NaN where x holds one. */
+PE_INLINE int32_t v16i_hmax(v16i v) {
+#if defined(PE_AVX512)
+  return _mm512_reduce_max_epi32((__m512i)v.a);
+#else
+#if defined(PE_AVX2)
+  __m256i h = _mm256_max_epi32((__m256i)v.a, (__m256i)v.b);
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  typedef int32_t four __attribute__((vector_size(16)));
+  four m = (four)q;
+#else
+  pe_pi m = p_maxi(p_maxi(v.a, v.c), p_maxi(v.b, v.d));
+#endif
+  int32_t x = m[0] > m[2] ? m[0] : m[2], y = m[1] > m[3] ? m[1] : m[3];
+  return x > y ? x : y;
+#endif
+}
+PE_INLINE int32_t v16i_sum(v16i v) {
+#if defined(PE_AVX512)
+  return _mm512_reduce_add_epi32((__m512i)v.a);
+#else
+  int32_t t[16], sum = 0;
+  v16i_store(t, v);
+  for (int i = 0; i < 16; i++) sum += t[i];
+  return sum;
+#endif
+}
+
+PE_INLINE void pe_prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 /* ---- functions; coefficients are minimax fits made for this file ---- */
 
