@@ -1,9 +1,10 @@
 /* quants.h: the block formats of GGUF, shared by C, C++, CUDA and Metal.
  *
- * A row of a quantized tensor is a run of blocks; each block holds QK consecutive elements (32, or 256 for the "K", IQ and TQ
- * families). Everything is little-endian. In the drawings one box is one byte, its most significant bits on the left; `x[i]` is
- * element i of the block and `q[i]` its integer code. Names and sizes are ggml's; the sizes and the arithmetic agree with
- * gguf-py 0.19 (constants.py:GGML_QUANT_SIZES, quants.py), which tests/test_dequant.py checks bit by bit.
+ * A row of a quantized tensor is a run of blocks; each block holds QK consecutive elements (32, or 256 for the K, IQ
+ * and TQ families). Everything is little-endian. In the drawings one box is one byte, its most significant bits on
+ * the left; `x[i]` is element i of the block and `q[i]` its integer code. Names and sizes are ggml's; the sizes and
+ * the arithmetic agree with gguf-py 0.19 (constants.py:GGML_QUANT_SIZES, quants.py), which tests/test_dequant.py
+ * checks bit by bit.
  *
  * Blocks of a file are aligned to their own size only, so a pointer to one may be odd (block_mxfp4 is 17 bytes long).
  */
@@ -29,7 +30,7 @@ using namespace metal;
 #define PE_BLOCK_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type " has padding")
 #endif
 
-/* ---- blocks of 32 ----------------------------------------------------------------------------------------------------- */
+/* ---- blocks of 32 ---------------------------------------------------------------------------------------------- */
 
 #define PE_QK 32
 
@@ -82,8 +83,8 @@ typedef struct {
 } block_q8_0;
 PE_BLOCK_SIZE(block_q8_0, 34);
 
-/* x[i] = d * qs[i]; s = d * sum(qs). An intermediate of dot products, never a weight: gguf-py has its size and no dequantizer.
- * (ggml itself has since made d and s f16: 36 bytes.) */
+/* x[i] = d * qs[i]; s = d * sum(qs). An intermediate of dot products, never a weight: gguf-py has its size and no
+ * dequantizer. (ggml itself has since made d and s f16: 36 bytes.) */
 typedef struct {
   float d;
   float s;
@@ -98,8 +99,8 @@ typedef struct {
 } block_iq4_nl;
 PE_BLOCK_SIZE(block_iq4_nl, 18);
 
-/* x[i] = 2^(e - 127) * e2m1(nibble), OCP Microscaling Formats v1.0. The codebook holds twice the e2m1 values, so that it is
- * integer; pe_e8m0_half_to_f32 takes the half back. */
+/* x[i] = 2^(e - 127) * e2m1(nibble), OCP Microscaling Formats v1.0. The codebook holds twice the e2m1 values, so that
+ * it is integer; pe_e8m0_half_to_f32 takes the half back. */
 typedef struct {
   uint8_t e;        /* e8m0 */
   uint8_t qs[16];   /* nibbles */
@@ -125,7 +126,7 @@ typedef struct {
 } block_q1_0;
 PE_BLOCK_SIZE(block_q1_0, 18);
 
-/* ---- blocks of 256: K formats ----------------------------------------------------------------------------------------- */
+/* ---- blocks of 256: K formats ---------------------------------------------------------------------------------- */
 
 #define PE_QK_K 256
 
@@ -202,7 +203,7 @@ typedef struct {
 } block_q6_K;
 PE_BLOCK_SIZE(block_q6_K, 210);
 
-/* x[i] = d * qs[i]; bsums[j] = sum of sub-block j of 16. An intermediate of dot products: gguf-py has no dequantizer. */
+/* x[i] = d * qs[i]; bsums[j] = sum of sub-block j of 16. An intermediate of dot products, as block_q8_1. */
 typedef struct {
   float d;
   int8_t qs[256];
@@ -210,11 +211,12 @@ typedef struct {
 } block_q8_K;
 PE_BLOCK_SIZE(block_q8_K, 292);
 
-/* ---- blocks of 256: codebook formats ----------------------------------------------------------------------------------
+/* ---- blocks of 256: codebook formats ------------------------------------------------------------------------------
  *
- * An index selects a row of a codebook ("grid"): 8 elements for IQ1 and IQ2, 4 for IQ3. Elements are positive in IQ2 and IQ3 and
- * carry their signs separately: eight bits, bit i = 1 for a negative element i, or seven bits s0..s6 of eight, the eighth
- * being their parity (an even number of minus signs). The codebooks are data: see pe_set_codebook in dequant.h. */
+ * An index selects a row of a codebook ("grid"): 8 elements for IQ1 and IQ2, 4 for IQ3. Elements are positive in IQ2
+ * and IQ3 and carry their signs separately: eight bits, bit i = 1 for a negative element i, or the first seven of
+ * such eight bits, the last being their parity (the number of minus signs is even). The codebooks are data:
+ * pe_set_codebook in dequant.h. */
 
 /* 8 sub-blocks of 32 elements, each two little-endian uint32 in qs[4 j .. 4 j + 3]:
  *
@@ -278,11 +280,12 @@ typedef struct {
 } block_iq1_s;
 PE_BLOCK_SIZE(block_iq1_s, 50);
 
-/* 32 groups of 8 elements. Group j: qs[j], and nibble j % 2 of qh[j / 2] = [ delta:1 | high:3 ]. 16 scales of three bits and
- * one f16 d share scales, read as four little-endian uint16:
+/* 32 groups of 8 elements. Group j: index = [ high : qs[j] ], where nibble j % 2 of qh[j / 2] = [ delta:1 | high:3 ].
+ * 16 scales of three bits, 16 elements each, and one f16 d share scales, read as four little-endian uint16:
  *
  *   word k = [ d bits 4 k .. 4 k + 3 | scale 4 k + 3 | scale 4 k + 2 | scale 4 k + 1 | scale 4 k ]
- */
+ *
+ * x as in block_iq1_s */
 typedef struct {
   uint8_t qs[32];
   uint8_t qh[16];
@@ -290,7 +293,7 @@ typedef struct {
 } block_iq1_m;
 PE_BLOCK_SIZE(block_iq1_m, 56);
 
-/* 8 sub-blocks of 32 elements with the codebook of iq4_nl, nibble order of the 32-blocks: sub-block k owns qs[16 k ..+15].
+/* 8 sub-blocks of 32 elements, each in the codebook and nibble order of block_iq4_nl: sub-block k owns qs[16 k ..+15].
  * scale k = [ bits 2 k of scales_h : nibble k % 2 of scales_l[k / 2] ], biased by 32. x = (d * (scale - 32)) * value */
 typedef struct {
   uint16_t d;         /* f16 */
@@ -300,7 +303,7 @@ typedef struct {
 } block_iq4_xs;
 PE_BLOCK_SIZE(block_iq4_xs, 136);
 
-/* ---- blocks of 256: ternary formats ----------------------------------------------------------------------------------- */
+/* ---- blocks of 256: ternary formats ---------------------------------------------------------------------------- */
 
 /* Five base-3 digits a byte (four in qh), the byte being ceil(number * 256 / 243): digit n of byte b is
  * ((uint8_t)(b * 3^n) * 3) >> 8. Element order is digit-major inside each run of bytes:
@@ -324,14 +327,14 @@ typedef struct {
 } block_tq2_0;
 PE_BLOCK_SIZE(block_tq2_0, 66);
 
-/* ---- sixteen-level codebooks: initialisers, because C, CUDA and Metal keep constants in different places ------------------- */
+/* ---- sixteen-level codebooks: initialisers, because C, CUDA and Metal keep constants in different places ------- */
 
 #define PE_IQ4_NL_VALUES {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}
 
 /* Twice the values of e2m1: sign, two exponent bits, one mantissa bit. */
 #define PE_E2M1_X2_VALUES {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}
 
-/* ---- scalar conversions: exact for every input, whatever the flush-to-zero mode -------------------------------------------- */
+/* ---- scalar conversions: exact for every input, whatever the flush-to-zero mode -------------------------------- */
 
 PE_QUANT_FN float pe_float_from_bits(uint32_t bits) {
 #if defined(__METAL_VERSION__)
@@ -358,13 +361,13 @@ PE_QUANT_FN float pe_f16_to_f32(uint16_t h) {
 /* The upper half of a float32. */
 PE_QUANT_FN float pe_bf16_to_f32(uint16_t h) { return pe_float_from_bits((uint32_t)h << 16); }
 
-/* 2^(e - 128): half an e8m0 scale, to be multiplied by a doubled e2m1 value. e8m0's NaN (255) reads as 2^127, as in ggml. */
+/* 2^(e - 128): half an e8m0 scale, to be multiplied by a doubled e2m1 value. The NaN 255 reads as 2^127, as in ggml. */
 PE_QUANT_FN float pe_e8m0_half_to_f32(uint8_t e) {
   return pe_float_from_bits(e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23);
 }
 
-/* Half an unsigned e4m3 scale (bias 7), to be multiplied by a doubled e2m1 value. Bit 7 is ignored and the NaN 0x7f reads as 0,
- * as in gguf-py. */
+/* Half an unsigned e4m3 scale (bias 7), to be multiplied by a doubled e2m1 value. Bit 7 is ignored and the NaN 0x7f
+ * reads as 0, as in gguf-py. */
 PE_QUANT_FN float pe_e4m3_half_to_f32(uint8_t x) {
   uint32_t exponent = (x >> 3) & 15u, mantissa = x & 7u;
   if (x == 0x7f) return 0.0f;
