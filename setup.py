@@ -68,7 +68,7 @@ class Build(build_ext):
             else:
                 jobs.append((src, "base", CPP_FLAGS if src.suffix == ".cpp" else C_FLAGS))
         have = [f"-DPE_HAVE_{isa}" for isa in isas if isa != "generic"]
-        sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if os.environ.get("PYENGINE_SANITIZE") else []
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"] if os.environ.get("PYENGINE_SANITIZE") else []
         headers = [*CSRC.rglob("*.h"), Path(__file__)]
         newest = max(h.stat().st_mtime for h in headers)
 
