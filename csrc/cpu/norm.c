@@ -1,0 +1,117 @@
+/* norm.c: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
+ *
+ * A thread claims chunks of whole rows. Sums run in 16 float lanes in the order of the row, then the tree of v16f_sum, so a
+ * row's result depends on that row alone. Each kernel reads x two or three times (once from memory, then from cache) and writes
+ * out once: 8 bytes of traffic an element, far below what the arithmetic needs. out may be x (or the residual).
+ */
+#include "vec.h"
+
+/* Rows of one chunk: about 16k elements (64 KiB), so that a chunk is worth claiming; tiny work is one chunk on one thread. */
+static int64_t rows_per_chunk(int64_t d) { return pe_max(1, 16384 / pe_max(1, d)); }
+
+static int64_t count_rows(const pe_tensor *x) {
+  int64_t n = 1;
+  for (int i = 0; i + 1 < x->ndim; i++) n *= x->shape[i];
+  return n;
+}
+
+static const float *data_or_null(const pe_tensor *t) { return t ? (const float *)t->data : 0; }
+
+static float sum_of(const float *x, int64_t d) {
+  v16f sum = v16f_zero();
+  for (int64_t i = 0; i < d; i += 16) sum = v16f_add(sum, load_some(x + i, d - i));
+  return v16f_sum(sum);
+}
+
+/* y = (x - centre) * inv * weight + add, where weight and add may be absent. `add` is a residual or a bias. */
+PE_INLINE void scale_row(const float *x, float *y, int64_t d, float centre, float inv, const float *weight, const float *add) {
+  v16f c = v16f_set1(centre), s = v16f_set1(inv);
+  for (int64_t i = 0; i < d; i += 16) {
+    v16f v = v16f_mul(v16f_sub(load_some(x + i, d - i), c), s);
+    if (weight) v = v16f_mul(v, load_some(weight + i, d - i));
+    if (add) v = v16f_add(v, load_some(add + i, d - i));
+    store_some(y + i, v, d - i);
+  }
+}
+
+PE_KERNEL(rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *residual, const pe_tensor *out,
+                    const pe_rms_norm_params *p, pe_stream *s) {
+  const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
+  const float *in = x->data, *w = data_or_null(weight), *r = data_or_null(residual);
+  float *y = out->data;
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
+    for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
+      float inv = 1.0f / __builtin_sqrtf(sum_of_squares(in + i * d, d, 0.0f) / (float)d + p->eps);
+      scale_row(in + i * d, y + i * d, d, 0.0f, inv, w, r ? r + i * d : 0);
+    }
+  return PE_OK;
+}
+
+PE_KERNEL(layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
+                      const pe_layer_norm_params *p, pe_stream *s) {
+  const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
+  const float *in = x->data, *w = data_or_null(weight), *b = data_or_null(bias);
+  float *y = out->data;
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
+    for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
+      float mean = sum_of(in + i * d, d) / (float)d;
+      float inv = 1.0f / __builtin_sqrtf(sum_of_squares(in + i * d, d, mean) / (float)d + p->eps);
+      scale_row(in + i * d, y + i * d, d, mean, inv, w, b);
+    }
+  return PE_OK;
+}
+
+static float max_of(const float *x, int64_t d, float scale) {
+  v16f top = v16f_set1(-__builtin_inff()), k = v16f_set1(scale);
+  for (int64_t i = 0; i < d; i += 16) {
+    v16f v = v16f_mul(load_some(x + i, d - i), k);
+    top = v16f_max(d - i < 16 ? v16f_first_n(v, d - i, -__builtin_inff()) : v, top);
+  }
+  return v16f_hmax(top);
+}
+
+PE_KERNEL(softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softmax_params *p, pe_stream *s) {
+  const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = pe_max(1, rows_per_chunk(d) / 4);
+  const v16f k = v16f_set1(p->scale);
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
+    for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
+      const float *in = (const float *)x->data + i * d;
+      float *y = (float *)out->data + i * d;
+      v16f top = v16f_set1(max_of(in, d, p->scale)), sum = v16f_zero();
+      for (int64_t j = 0; j < d; j += 16) {
+        v16f e = v16f_exp(v16f_sub(v16f_mul(load_some(in + j, d - j), k), top));
+        if (d - j < 16) e = v16f_first_n(e, d - j, 0.0f);
+        sum = v16f_add(sum, e);
+        store_some(y + j, e, d - j);
+      }
+      v16f inv = v16f_set1(1.0f / v16f_sum(sum));
+      for (int64_t j = 0; j < d; j += 16) store_some(y + j, v16f_mul(load_some(y + j, d - j), inv), d - j);
+    }
+  return PE_OK;
+}
+
+/* The largest or smallest element as NumPy has it: NaN where the row holds one. */
+static float extreme_of(const float *x, int64_t d, float sign) {
+  float top = sign * x[0];
+  for (int64_t i = 1; i < d; i++) {
+    float v = sign * x[i];
+    top = v > top || v != v ? v : top;
+    if (top != top) break;
+  }
+  return sign * top;
+}
+
+PE_KERNEL(reduce)(const pe_tensor *x, const pe_tensor *out, const pe_reduce_params *p, pe_stream *s) {
+  const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
+  const int extreme = p->kind == PE_REDUCE_KIND_MAX || p->kind == PE_REDUCE_KIND_MIN;
+  if (extreme && d == 0 && n) return pe_fail(s, PE_BAD_SHAPE, "reduce: max and min need at least one element");
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
+    for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
+      const float *in = (const float *)x->data + i * d;
+      float y;
+      if (extreme) y = extreme_of(in, d, p->kind == PE_REDUCE_KIND_MAX ? 1.0f : -1.0f);
+      else y = p->kind == PE_REDUCE_KIND_SUM ? sum_of(in, d) : sum_of(in, d) / (float)d;
+      ((float *)out->data)[i] = y;
+    }
+  return PE_OK;
+}

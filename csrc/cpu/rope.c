@@ -1,0 +1,220 @@
+/* rope.c: rope_table, rope, cache_append, rope_append.
+ *
+ * A thread claims chunks of whole rows (tokens), about 16k elements each; every element depends on its own row only. The table
+ * is computed in double and rounded once; rotations and norms in float. Traffic: q, k and v are read once, q written once, and
+ * the caches' cells once, in the caches' dtype. Everything but the caches is contiguous; a cache's heads and cells may lie at
+ * any distance, its elements side by side.
+ */
+#include <math.h>
+
+#include "vec.h"
+
+enum { CHUNK = 16384 };
+
+/* ---- the table of angles ---- */
+
+typedef double d8 __attribute__((vector_size(64)));
+typedef int64_t i8x __attribute__((vector_size(64)));
+typedef float f8 __attribute__((vector_size(32)));
+typedef float f8_mem __attribute__((vector_size(32), aligned(4), may_alias));
+
+/* cos and sin of 8 angles below 2^30, times `scale`. With k = round(x / (pi/2)) and r = x - k pi/2, |r| <= pi/4, they are
+ * +-cos(r) and +-sin(r), in this or the other order. pi/2 comes in three pieces of which the first two have 22 bits, so that
+ * their products with k are exact; the Taylor series' error, r^14/14!, is below 4e-13. */
+PE_INLINE void cos_sin8(const float *x, double scale, float *cos_out, float *sin_out) {
+  const double magic = 0x1.8p52; /* adding it rounds to an integer, which stands in the low bits */
+  d8 a = __builtin_convertvector(*(const f8_mem *)x, d8);
+  d8 shifted = a * 0x1.45f306dc9c883p-1 + magic, k = shifted - magic;
+  i8x q = (i8x)shifted;
+  d8 r = ((a - k * 0x1.921fb00000000p+0) - k * 0x1.5110b00000000p-22) - k * 0x1.18469898cc517p-44, z = r * r;
+  d8 c = 1 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 + z * (1.0 / 479001600))))));
+  d8 s = r + r * z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800)))));
+  i8x odd = -(q & 1), cos_sign = ((q + 1) & 2) << 62, sin_sign = (q & 2) << 62;
+  d8 y = (d8)((((i8x)s & odd) | ((i8x)c & ~odd)) ^ cos_sign);
+  d8 w = (d8)((((i8x)c & odd) | ((i8x)s & ~odd)) ^ sin_sign);
+  *(f8_mem *)cos_out = __builtin_convertvector(y * scale, f8);
+  *(f8_mem *)sin_out = __builtin_convertvector(w * scale, f8);
+}
+
+PE_KERNEL(rope_table)(const pe_tensor *positions, const pe_tensor *inv_freq, const pe_tensor *axis, const pe_tensor *out,
+                      const pe_rope_table_params *p, pe_stream *s) {
+  const int64_t n_axes = positions->shape[0], m = positions->shape[1], f = inv_freq->shape[0];
+  const int32_t *pos = positions->data, *which = axis ? axis->data : 0;
+  const float *freq = inv_freq->data;
+  const int64_t step = pe_max(1, CHUNK / 8 / pe_max(1, f));
+  for (int64_t j = 0; which && j < f; j++)
+    if (which[j] < 0 || which[j] >= n_axes)
+      return pe_fail(s, PE_BAD_VALUE, "rope_table: axis %d of %lld rows of positions", which[j], (long long)n_axes);
+  if (n_axes < 1) return pe_fail(s, PE_BAD_SHAPE, "rope_table: positions has no rows");
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
+    for (int64_t i = i0; i < pe_min(m, i0 + step); i++) {
+      float *row = (float *)out->data + i * 2 * f;
+      for (int64_t j = 0; j < f; j += 8) {
+        float angle[8] = {0}, c[8], sn[8];
+        const int n = (int)pe_min(8, f - j);
+        int small = 1;
+        for (int l = 0; l < n; l++) {
+          angle[l] = (float)pos[(which ? which[j + l] : 0) * m + i] * freq[j + l];
+          small &= fabsf(angle[l]) < 0x1p30f;
+        }
+        if (small) cos_sin8(angle, p->scale, c, sn);
+        else
+          for (int l = 0; l < n; l++) {
+            c[l] = (float)(cos(angle[l]) * (double)p->scale);
+            sn[l] = (float)(sin(angle[l]) * (double)p->scale);
+          }
+        memcpy(row + j, c, (size_t)n * 4);
+        memcpy(row + f + j, sn, (size_t)n * 4);
+      }
+    }
+  return PE_OK;
+}
+
+/* ---- rotation of one head ---- */
+
+/* y = the first 2 f elements of x rotated, the rest as they are, all first multiplied by inv * weight where there is a weight.
+ * y may be x. t: cosines [f], sines [f]. */
+PE_INLINE void rotate_head(const float *x, float *y, int64_t e, const float *t, int64_t f, int interleaved, const float *weight,
+                           float inv) {
+  const float *cosines = t, *sines = t + f;
+  const v16f k = v16f_set1(inv);
+  if (interleaved) {
+    for (int64_t i = 0; i < f; i++) {
+      float a = x[2 * i], b = x[2 * i + 1], c = cosines[i], s = sines[i];
+      if (weight) a = a * inv * weight[2 * i], b = b * inv * weight[2 * i + 1];
+      y[2 * i] = a * c - b * s;
+      y[2 * i + 1] = b * c + a * s;
+    }
+  } else {
+    for (int64_t i = 0; i < f; i += 16) {
+      const int64_t n = f - i;
+      v16f a = load_some(x + i, n), b = load_some(x + f + i, n), c = load_some(cosines + i, n), s = load_some(sines + i, n);
+      if (weight) {
+        a = v16f_mul(v16f_mul(a, k), load_some(weight + i, n));
+        b = v16f_mul(v16f_mul(b, k), load_some(weight + f + i, n));
+      }
+      store_some(y + i, v16f_sub(v16f_mul(a, c), v16f_mul(b, s)), n);
+      store_some(y + f + i, v16f_add(v16f_mul(b, c), v16f_mul(a, s)), n);
+    }
+  }
+  for (int64_t i = 2 * f; i < e; i += 16) {
+    v16f v = load_some(x + i, e - i);
+    if (weight) v = v16f_mul(v16f_mul(v, k), load_some(weight + i, e - i));
+    store_some(y + i, v, e - i);
+  }
+}
+
+/* 1 / root mean square, as rms_norm has it. */
+static float inverse_rms(const float *x, int64_t e, float eps) {
+  return 1.0f / __builtin_sqrtf(sum_of_squares(x, e, 0.0f) / (float)e + eps);
+}
+
+PE_KERNEL(rope)(const pe_tensor *x, const pe_tensor *table, const pe_tensor *out, const pe_rope_params *p, pe_stream *s) {
+  const int64_t m = x->shape[0], h = x->shape[1], e = x->shape[2], t = table->shape[1];
+  const int64_t step = pe_max(1, CHUNK / pe_max(1, h * e));
+  if (t > e || t % 2) return pe_fail(s, PE_BAD_SHAPE, "rope: a table of %lld for heads of %lld", (long long)t, (long long)e);
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
+    for (int64_t i = i0; i < pe_min(m, i0 + step); i++)
+      for (int64_t j = 0; j < h; j++) {
+        const int64_t at = (i * h + j) * e;
+        rotate_head((const float *)x->data + at, (float *)out->data + at, e, (const float *)table->data + i * t, t / 2,
+                    p->interleaved, 0, 1.0f);
+      }
+  return PE_OK;
+}
+
+/* ---- caches ---- */
+
+/* q8_0 of 32 elements: d = max |x| / 127 as f16, codes = x / d rounded to nearest even. */
+static void store_q8_0(uint8_t *block, const float *x) {
+  v16f a = v16f_load(x), b = v16f_load(x + 16);
+  float d = v16f_hmax(v16f_max(v16f_abs(a), v16f_abs(b))) / 127.0f, inv = d > 0 ? 1.0f / d : 0.0f;
+  v16f_store_f16_n(block, v16f_set1(d), 1);
+  v16i_store_i8(block + 2, v16f_to_i(v16f_mul(a, v16f_set1(inv))));
+  v16i_store_i8(block + 18, v16f_to_i(v16f_mul(b, v16f_set1(inv))));
+}
+
+/* Write one head of one token, n elements, into its cell. */
+static void store_cell(char *cell, int32_t dtype, const float *x, int64_t n) {
+  if (dtype == PE_F32) memcpy(cell, x, (size_t)n * 4);
+  else if (dtype == PE_F16)
+    for (int64_t i = 0; i < n; i += 16) {
+      if (n - i >= 16) v16f_store_f16(cell + 2 * i, v16f_load(x + i));
+      else v16f_store_f16_n(cell + 2 * i, v16f_load_n(x + i, n - i), n - i);
+    }
+  else
+    for (int64_t i = 0; i < n; i += 32) store_q8_0((uint8_t *)cell + i / 32 * 34, x + i);
+}
+
+static char *cell_of(const pe_tensor *cache, int64_t head, int32_t cell) {
+  return (char *)cache->data + head * cache->stride[0] + cell * cache->stride[1];
+}
+
+/* Can this kernel write to the cache, and do all cells lie in it? */
+static pe_status check_cache(const char *op, const pe_tensor *cache, const pe_tensor *cells, pe_stream *s) {
+  const int64_t width = cache->dtype == PE_F32 ? 4 : cache->dtype == PE_F16 ? 2 : 34;
+  const int32_t *c = cells->data;
+  if (cache->dtype != PE_F32 && cache->dtype != PE_F16 && cache->dtype != PE_Q8_0)
+    return pe_fail(s, PE_NO_KERNEL, "%s: a cache of dtype %d; F32, F16 and Q8_0 are possible", op, cache->dtype);
+  if (cache->stride[2] != width) return pe_fail(s, PE_NO_KERNEL, "%s: the cache's elements do not lie side by side", op);
+  if (cache->dtype == PE_Q8_0 && cache->shape[2] % 32)
+    return pe_fail(s, PE_BAD_SHAPE, "%s: %lld elements are no whole blocks of Q8_0", op, (long long)cache->shape[2]);
+  for (int64_t i = 0; i < cells->shape[0]; i++)
+    if (c[i] >= cache->shape[1])
+      return pe_fail(s, PE_BAD_VALUE, "%s: row %lld goes to cell %d of %lld", op, (long long)i, c[i], (long long)cache->shape[1]);
+  return PE_OK;
+}
+
+PE_KERNEL(cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_tensor *cells, const pe_tensor *out,
+                        const pe_cache_append_params *p, pe_stream *s) {
+  (void)p;
+  const int64_t m = x->shape[0], g = x->shape[1], e = x->shape[2], step = pe_max(1, CHUNK / pe_max(1, g * e));
+  const int32_t *c = cells->data;
+  (void)out; /* the cache itself */
+  const pe_status bad = check_cache("cache_append", cache, cells, s);
+  if (bad) return bad;
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
+    for (int64_t i = i0; i < pe_min(m, i0 + step); i++)
+      for (int64_t j = 0; c[i] >= 0 && j < g; j++)
+        store_cell(cell_of(cache, j, c[i]), cache->dtype, (const float *)x->data + (i * g + j) * e, e);
+  return PE_OK;
+}
+
+/* One head of k a thread. */
+PE_SCRATCH(rope_append)(const pe_args *a, const void *params, int32_t n_threads) {
+  (void)params;
+  return n_threads * pe_round_up(pe_arg(a, 1)->shape[2] * 4, 64);
+}
+
+PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *table,
+                       const pe_tensor *k_cache, const pe_tensor *v_cache, const pe_tensor *cells, const pe_tensor *q_norm,
+                       const pe_tensor *k_norm, const pe_tensor *out0, const pe_tensor *out1, const pe_tensor *out2,
+                       const pe_rope_append_params *p, pe_stream *s) {
+  (void)out1; /* the caches themselves */
+  (void)out2;
+  const int64_t m = q->shape[0], h = q->shape[1], g = k->shape[1], e = q->shape[2], ev = v->shape[2], t = table->shape[1];
+  const int64_t step = pe_max(1, CHUNK / pe_max(1, h * e + g * (e + ev)));
+  const int32_t *c = cells->data;
+  const float *qw = q_norm ? q_norm->data : 0, *kw = k_norm ? k_norm->data : 0;
+  float *head = (float *)(s->scratch + s->ith * pe_round_up(e * 4, 64));
+  pe_status bad = check_cache("rope_append", k_cache, cells, s);
+  if (!bad) bad = check_cache("rope_append", v_cache, cells, s);
+  if (bad) return bad;
+  if (t > e || t % 2) return pe_fail(s, PE_BAD_SHAPE, "rope_append: a table of %lld for heads of %lld", (long long)t, (long long)e);
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
+    for (int64_t i = i0; i < pe_min(m, i0 + step); i++) {
+      const float *angles = (const float *)table->data + i * t;
+      for (int64_t j = 0; j < h; j++) {
+        const float *x = (const float *)q->data + (i * h + j) * e;
+        rotate_head(x, (float *)out0->data + (i * h + j) * e, e, angles, t / 2, p->interleaved, qw,
+                    qw ? inverse_rms(x, e, p->eps) : 1.0f);
+      }
+      for (int64_t j = 0; c[i] >= 0 && j < g; j++) {
+        const float *x = (const float *)k->data + (i * g + j) * e;
+        rotate_head(x, head, e, angles, t / 2, p->interleaved, kw, kw ? inverse_rms(x, e, p->eps) : 1.0f);
+        store_cell(cell_of(k_cache, j, c[i]), k_cache->dtype, head, e);
+        store_cell(cell_of(v_cache, j, c[i]), v_cache->dtype, (const float *)v->data + (i * g + j) * ev, ev);
+      }
+    }
+  return PE_OK;
+}

@@ -1,0 +1,550 @@
+"""CPU kernels against the NumPy reference in float64: every declared case, odd shapes, strides, threads, instruction sets.
+
+The kernels' C files are compiled here with a small harness (tests/c/harness.c), once per instruction set that this machine
+has, so that these tests need neither the extension nor the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyengine import codegen
+from pyengine.dtype import dtype
+from pyengine.op import REGISTRY, Case, Op
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention") if (ROOT / "csrc" / "cpu" / f"{n}.c").exists()]
+OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "reduce",
+       "rope_table", "rope", "cache_append", "rope_append", "attention")
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+FLAGS = {
+    "generic": [],
+    "avx2": _AVX2,
+    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "neon": ["-march=armv8.2-a+dotprod+fp16"],
+}
+NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}}
+GUARD = 64
+MAX_DIMS = 6
+
+
+# ---- the fixture: one library per instruction set ---------------------------------------------------------------------
+
+
+def _cpu_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":")[1].split())
+    return set()
+
+
+def isas() -> list[str]:
+    """Instruction sets that this machine can run."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return ["generic", "neon"]
+    return ["generic", *(isa for isa, needs in NEEDS.items() if needs <= _cpu_flags())]
+
+
+class CTensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("ndim", ctypes.c_int32),
+                ("shape", ctypes.c_int64 * MAX_DIMS), ("stride", ctypes.c_int64 * MAX_DIMS)]
+
+
+class CArgs(ctypes.Structure):
+    _fields_ = [("t", ctypes.POINTER(ctypes.POINTER(CTensor))), ("start", ctypes.POINTER(ctypes.c_int32)),
+                ("count", ctypes.POINTER(ctypes.c_int32)), ("n_in", ctypes.c_int32), ("n_out", ctypes.c_int32)]
+
+
+class KernelError(Exception):
+    """A kernel returned a status other than PE_OK; `status` and its message."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(f"status {status}: {message}")
+        self.status = status
+
+
+class Block:
+    """A tensor whose elements are no NumPy type: Q8_0 cells over raw bytes [..., blocks, 34]."""
+
+    def __init__(self, raw: np.ndarray):
+        self.raw, self.shape = raw, (*raw.shape[:-2], raw.shape[-2] * 32)
+
+
+Value = Any      # np.ndarray | Block | None | list[np.ndarray]
+
+
+def describe(a: np.ndarray | Block) -> CTensor:
+    """The descriptor of an array; its strides are the array's own."""
+    if isinstance(a, Block):
+        raw, t = a.raw, dtype("Q8_0").id
+        strides, shape = raw.strides[:-1], a.shape
+    else:
+        raw, t = a, {"float32": 0, "float16": 1, "int32": 26}[a.dtype.name]
+        strides, shape = a.strides, a.shape
+    pad = [0] * (MAX_DIMS - len(shape))
+    return CTensor(raw.ctypes.data, t, len(shape), (ctypes.c_int64 * MAX_DIMS)(*shape, *pad),
+                   (ctypes.c_int64 * MAX_DIMS)(*strides, *pad))
+
+
+class Kernels:
+    """The kernels of one instruction set."""
+
+    def __init__(self, isa: str, folder: Path):
+        self.isa = isa
+        gen = folder / "gen"
+        gen.mkdir(exist_ok=True)
+        (gen / "kernels.h").write_text(codegen.kernels_header())
+        (gen / "table.c").write_text(codegen.kernels_table(SOURCES))
+        cc = shutil.which("cc") or shutil.which("gcc")
+        if cc is None:
+            pytest.skip("needs a C compiler: install gcc or clang")
+        objects = []
+        for source in [*SOURCES, gen / "table.c", ROOT / "tests" / "c" / "harness.c"]:
+            objects.append(folder / f"{source.stem}_{isa}.o")
+            subprocess.run(
+                [cc, "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-fPIC",
+                 *FLAGS[isa], f"-DPE_ISA={isa}", f"-I{gen}", f"-I{ROOT / 'csrc' / 'cpu'}", "-c", source, "-o", objects[-1]],
+                check=True)
+        path = folder / f"kernels_{isa}.so"
+        subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
+        self.lib = ctypes.CDLL(str(path))
+        self.lib.harness_scratch.restype = ctypes.c_int64
+
+    def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[np.ndarray | Block], params: dict[str, Any],
+             threads: int = 1, repeat: int = 1) -> None:
+        """Run a kernel on these very arrays. Scratch is filled with 0xFF (NaN) and guarded."""
+        op = REGISTRY[name]
+        full = {p.name: params.get(p.name, p.default) for p in op.params.values()}
+        packed = ctypes.create_string_buffer(codegen.pack_params(op, full))
+        groups = [[] if v is None else v if isinstance(v, list) else [v] for v in [*inputs, *outputs]]
+        held = [describe(a) for g in groups for a in g]
+        pointers = (ctypes.POINTER(CTensor) * max(1, len(held)))(*map(ctypes.pointer, held))
+        starts = np.cumsum([0, *map(len, groups)])[:-1].astype(np.int32)
+        counts = np.array([len(g) for g in groups], np.int32)
+        as_ints = lambda a: a.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))  # noqa: E731
+        args = CArgs(pointers, as_ints(starts), as_ints(counts), len(inputs), len(outputs))
+        n = self.lib.harness_scratch(name.encode(), ctypes.byref(args), packed, threads)
+        assert n >= 0, f"no kernel {name}"
+        scratch = np.full(n + 128 + GUARD, 0xFF, np.uint8)
+        offset = -scratch.ctypes.data % 64
+        message = ctypes.create_string_buffer(256)
+        status = self.lib.harness_run(name.encode(), ctypes.byref(args), packed, threads,
+                                      ctypes.c_void_p(scratch.ctypes.data + offset), ctypes.c_int64(n), repeat, message)
+        assert (scratch[offset + n :] == 0xFF).all(), f"{name}: wrote behind its scratch"
+        if status:
+            raise KernelError(status, message.value.decode())
+
+
+@pytest.fixture(scope="session", params=isas())
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(request.param, tmp_path_factory.mktemp(f"kernels_{request.param}"))
+
+
+# ---- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def guarded(shape: tuple[int, ...], fill: float = np.nan) -> np.ndarray:
+    """A float32 array inside guard bytes; `check_guard` looks at them."""
+    raw = np.full(int(np.prod(shape)) * 4 + 2 * GUARD, 0xA5, np.uint8)
+    a = raw[GUARD:-GUARD].view(np.float32).reshape(shape)
+    a[...] = fill
+    return a
+
+
+def check_guard(a: np.ndarray) -> None:
+    raw = a
+    while raw.base is not None and isinstance(raw.base, np.ndarray):
+        raw = raw.base
+    assert (raw[:GUARD] == 0xA5).all() and (raw[-GUARD:] == 0xA5).all(), "wrote outside the output"
+
+
+def rng_of(name: Any) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(name).encode()))
+
+
+def quantize_q8_0(x: np.ndarray) -> Block:
+    """ggml's q8_0: d = max|x| / 127 in f16, q = round half away from zero of x / d (before d is rounded)."""
+    x = x.reshape(*x.shape[:-1], -1, 32).astype(np.float32)
+    d = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
+    inverse = np.where(d > 0, np.float32(1) / np.where(d > 0, d, 1), 0).astype(np.float32)
+    z = x * inverse
+    q = np.trunc(z + np.copysign(np.float32(0.5), z)).astype(np.int8)
+    raw = np.empty((*x.shape[:-1], 34), np.uint8)
+    raw[..., :2] = d.astype(np.float16).view(np.uint8)
+    raw[..., 2:] = q.view(np.uint8)
+    return Block(raw)
+
+
+def dequantize_q8_0(b: Block) -> np.ndarray:
+    d = np.ascontiguousarray(b.raw[..., :2]).view(np.float16).astype(np.float32)
+    return (d * b.raw[..., 2:].view(np.int8).astype(np.float32)).reshape(b.shape)
+
+
+def stored(x: np.ndarray, kind: str) -> np.ndarray | Block:
+    """x as a cache of this dtype holds it."""
+    return quantize_q8_0(x) if kind == "Q8_0" else x.astype({"F32": np.float32, "F16": np.float16}[kind])
+
+
+def loaded(c: np.ndarray | Block) -> np.ndarray:
+    return dequantize_q8_0(c) if isinstance(c, Block) else c
+
+
+def bits(a: np.ndarray | Block) -> bytes:
+    return (a.raw if isinstance(a, Block) else a).tobytes()
+
+
+def close(got: np.ndarray, want: np.ndarray, rel: float, floor: float | np.ndarray = 0.0, what: str = "") -> None:
+    """|got - want| <= rel * (|want| + floor), element by element; NaNs must agree."""
+    assert got.shape == want.shape
+    if got.size == 0:
+        return
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(got.astype(np.float64) - want)
+        bad = ~(error <= rel * (np.abs(want) + floor)) & ~(np.isnan(got) & np.isnan(want)) & ~(got == want.astype(np.float32))
+    if bad.any():
+        worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error, nan=np.inf), -1)), error.shape)
+        raise AssertionError(f"{what}: {bad.sum()} of {bad.size} wrong; worst at {worst}: {got[worst]!r}, not {want[worst]!r}")
+
+
+def strided_copy(rng: np.random.Generator, a: np.ndarray) -> np.ndarray:
+    """The same values behind other strides: a random order of axes in memory, and gaps."""
+    order = rng.permutation(a.ndim)
+    padded = np.full([a.shape[i] * 2 + 1 for i in order], np.nan, a.dtype)
+    view = padded[tuple(np.s_[1 : 2 * a.shape[i] + 1 : 2] if rng.random() < 0.5 else np.s_[: a.shape[i]] for i in order)]
+    view = view.transpose(np.argsort(order))
+    view[...] = a
+    return view
+
+
+# ---- arguments from a declared case -----------------------------------------------------------------------------------
+
+INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the shapes
+    ("rope_table", "positions"): lambda rng, s, shapes: rng.integers(0, 100_000, s),
+    ("rope_table", "axis"): lambda rng, s, shapes: rng.integers(0, shapes["positions"][0], s),
+    ("cache_append", "cells"): lambda rng, s, shapes: rng.permutation(shapes["cache"][1])[: s[0]],
+    ("rope_append", "cells"): lambda rng, s, shapes: rng.permutation(shapes["k_cache"][1])[: s[0]],
+    ("attention", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["k"][1] // 2, s),
+    ("attention", "hi"): lambda rng, s, shapes: rng.integers(shapes["k"][1] // 2, shapes["k"][1] + 1, s),
+    ("attention", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
+    ("attention", "cells"): lambda rng, s, shapes: np.stack([rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
+}
+
+
+def make_inputs(op: Op, case: Case, rng: np.random.Generator, cache: str = "F32") -> list[Value]:
+    """Random arguments: normal floats, integers in range, caches in the dtype `cache`."""
+    values: list[Value] = []
+    for name, spec in op.args.items():
+        shape = case.shapes.get(name)
+        if shape is None:
+            values.append(None)
+        elif spec.many:
+            values.append([rng.standard_normal(s).astype(np.float32) for s in shape])
+        elif spec.kind == "I32":
+            values.append(INTEGERS[op.name, name](rng, shape, case.shapes).astype(np.int32))
+        elif spec.kind == "Cache":
+            values.append(stored(rng.standard_normal(shape), cache))
+        elif name == "inv_freq":
+            values.append((10_000.0 ** -(np.arange(shape[0]) / max(1, shape[0]))).astype(np.float32))
+        else:
+            values.append(rng.standard_normal(shape).astype(np.float32))
+    return values
+
+
+def reference(op: Op, inputs: Sequence[Value], params: dict[str, Any]) -> list[np.ndarray]:
+    """The declared function in float64, on copies."""
+    wide = lambda a: a.astype(np.float64) if a.dtype != np.int32 else a.copy()  # noqa: E731
+    args = [[wide(p) for p in v] if isinstance(v, list) else None if v is None else wide(loaded(v)) for v in inputs]
+    with np.errstate(all="ignore"):
+        out = op.fn(*args, **{p.name: params.get(p.name, p.default) for p in op.params.values()})
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+def run(kernels: Kernels, op: Op, inputs: Sequence[Value], params: dict[str, Any], shapes: Sequence[tuple[int, ...]],
+        threads: int = 1, inplace: bool = False) -> list[Value]:
+    """Run on copies; outputs are NaN before and guarded. Caches are changed in place and returned."""
+    copies = [copy_of(v) for v in inputs]
+    outputs: list[Value] = []
+    for i, (spec, shape) in enumerate(zip(op.results, shapes)):
+        if spec.kind == "Same":
+            outputs.append(copies[list(op.args).index(spec.axes[0])])
+        elif i == 0 and inplace:
+            at = list(op.args).index(op.inplace)
+            copies[at] = guarded(shape, 0)
+            copies[at][...] = inputs[at]
+            outputs.append(copies[at])
+        else:
+            outputs.append(guarded(shape))
+    kernels.call(op.name, copies, outputs, params, threads)
+    for spec, out in zip(op.results, outputs):
+        if spec.kind != "Same":
+            check_guard(out)
+    return outputs
+
+
+def copy_of(v: Value) -> Value:
+    """A copy that keeps strides."""
+    if v is None:
+        return None
+    if isinstance(v, list):
+        return [copy_of(a) for a in v]
+    if isinstance(v, Block):
+        return Block(v.raw.copy())
+    base = v
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    if v.flags.c_contiguous:
+        return v.copy()
+    whole = base.copy(order="K")
+    offset = v.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+    return np.ndarray(v.shape, v.dtype, whole, offset, v.strides)
+
+
+# Error allowed, relative to |result| + floor: a few units in the last place of float32 (1.2e-7), of the result or of the
+# largest intermediate where there is cancellation.
+TOLERANCE = {
+    "binary": (1e-7, 0.0), "unary": (6e-7, 0.5), "scale": (2e-7, 1.0), "softcap": (6e-7, 0.0), "contiguous": (0.0, 0.0),
+    "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0), "reduce": (1e-6, 10.0),
+    "rope_table": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
+    "matmul": (1e-6, 10.0), "attention": (2e-6, 1.0),
+}
+STEP = {"F32": 0.0, "F16": 2.0**-11, "Q8_0": 0.5 / 127}      # rounding of a cache's dtype, relative to its largest element
+
+
+def check(kernels: Kernels, op: Op, inputs: list[Value], params: dict[str, Any], cache: str = "F32") -> list[Value]:
+    """Compare with the reference, for 1 to 3 threads, in place and not."""
+    want = reference(op, inputs, params)
+    shapes = [w.shape for w in want]
+    got = run(kernels, op, inputs, params, shapes)
+    rel, floor = TOLERANCE[op.name]
+    for spec, g, w in zip(op.results, got, want):
+        if spec.kind == "Same":
+            close(loaded(g).astype(np.float32), w, STEP[cache] * 1.01 + rel, np.abs(w).max(initial=0.0), f"{op.name} {cache}")
+        else:
+            close(g, w, rel, floor, op.name)
+    for threads in (2, 3):
+        again = run(kernels, op, inputs, params, shapes, threads)
+        assert list(map(bits, again)) == list(map(bits, got)), f"{op.name}: {threads} threads give other bits"
+    first = inputs[list(op.args).index(op.inplace)] if op.inplace else None
+    if first is not None and first.shape == shapes[0] and first.flags.c_contiguous:
+        again = run(kernels, op, inputs, params, shapes, 2, inplace=True)
+        assert list(map(bits, again)) == list(map(bits, got)), f"{op.name}: in place gives other bits"
+    return got
+
+
+CASES = [(name, i) for name in OPS for i in range(len(REGISTRY[name].cases))]
+
+
+@pytest.mark.parametrize("name,index", CASES, ids=[f"{n}-{i}" for n, i in CASES])
+def test_declared_cases(kernels: Kernels, name: str, index: int):
+    op = REGISTRY[name]
+    case = op.cases[index]
+    has_cache = any(spec.kind == "Cache" for spec in op.args.values())
+    widths = {s[-1] for n, s in case.shapes.items() if op.args[n].kind == "Cache"}
+    for cache in ("F32", "F16", "Q8_0") if has_cache else ("F32",):
+        if cache == "Q8_0" and any(w % 32 for w in widths):
+            continue
+        rng = rng_of((name, index, cache))
+        inputs = make_inputs(op, case, rng, cache)
+        check(kernels, op, inputs, case.params, cache)
+        if op.strided and not has_cache:
+            moved = [strided_copy(rng, v) if n in op.strided else v for n, v in zip(op.args, inputs)]
+            check(kernels, op, moved, case.params)
+
+
+# ---- element by element -----------------------------------------------------------------------------------------------
+
+SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+axes = st.integers(0, 40)
+
+
+@SLOW
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 31), st.integers(0, 2**32 - 1),
+       st.sampled_from(["add", "sub", "mul", "div", "max", "min"]))
+def test_binary_broadcasts_any_strides(kernels, shape, ones, seed, kind):
+    rng = np.random.default_rng(seed)
+    shape[-1] *= int(rng.integers(1, 6))
+    x_shape = [1 if ones >> i & 1 else n for i, n in enumerate(shape)]
+    y_shape = shape[int(rng.integers(0, len(shape))) :]
+    x, y = (strided_copy(rng, rng.standard_normal(s).astype(np.float32)) for s in (x_shape, y_shape))
+    check(kernels, REGISTRY["binary"], [x, y], {"kind": kind})
+    check(kernels, REGISTRY["binary"], [y, x], {"kind": kind})
+
+
+def test_binary_in_place_over_broadcast_rows(kernels):
+    rng = rng_of("rows")
+    x, y = rng.standard_normal((700, 33)).astype(np.float32), rng.standard_normal(33).astype(np.float32)
+    check(kernels, REGISTRY["binary"], [x, y], {"kind": "add"})
+
+
+@SLOW
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_contiguous_any_strides(kernels, shape, seed):
+    rng = np.random.default_rng(seed)
+    check(kernels, REGISTRY["contiguous"], [strided_copy(rng, rng.standard_normal(shape).astype(np.float32))], {})
+
+
+def test_contiguous_of_a_large_transpose(kernels):
+    x = rng_of("t").standard_normal((300, 170)).astype(np.float32).T
+    check(kernels, REGISTRY["contiguous"], [x], {})
+
+
+@SLOW
+@given(st.integers(0, 3), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_concat(kernels, axis, sizes, seed):
+    rng = np.random.default_rng(seed)
+    parts = [rng.standard_normal([*(3, 2, 4, 5)[:axis], n, *(3, 2, 4, 5)[axis + 1 :]]).astype(np.float32) for n in sizes]
+    check(kernels, REGISTRY["concat"], [parts], {"axis": axis})
+
+
+SPECIAL = np.array([0.0, -0.0, 1e-30, -1e-30, 0.5, -0.5, 3.0, -3.0, 9.5, -9.5, 30.0, -30.0, 80.0, -80.0, 87.9, -86.0, 1e4, -1e4,
+                    1e30, -1e30, np.inf, -np.inf, np.nan], np.float32)
+# What a value may differ by absolutely, as a share of |x|: where the function is a difference of near numbers, float32
+# formulas (torch's too) lose digits of a small result.
+CANCELS = {"gelu": 2e-7, "gelu_tanh": 1e-9, "silu": 1e-9, "quick_gelu": 1e-9}
+
+
+@pytest.mark.parametrize("kind", REGISTRY["unary"].params["kind"].choices)
+def test_unary_over_its_range(kernels, kind):
+    x = np.concatenate([np.linspace(-30, 30, 20_001, dtype=np.float32), np.geomspace(1e-6, 80, 999, dtype=np.float32),
+                        -np.geomspace(1e-6, 80, 998, dtype=np.float32)])
+    if kind in ("log", "sqrt"):
+        x = np.abs(x) + np.float32(1e-6)
+    (got,) = run(kernels, REGISTRY["unary"], [x], {"kind": kind}, [x.shape])
+    (want,) = reference(REGISTRY["unary"], [x], {"kind": kind})
+    with np.errstate(divide="ignore", invalid="ignore"):
+        floor = np.abs(x.astype(np.float64)) * CANCELS.get(kind, 0.0) / 2e-6
+    if kind in ("sigmoid", "silu", "quick_gelu"):
+        floor += 1e-9       # the reference's 1 + tanh(x / 2) cancels, in float64 too
+    wide = np.abs(x) * 1.2e-7 if kind in ("exp", "silu", "sigmoid", "quick_gelu", "gelu_tanh") else 0
+    close(got, want, 2e-6, floor + 1e-37 + np.abs(want) * wide, kind)
+    assert len(x) % 16 and not np.isnan(got).any()
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu", "quick_gelu", "relu2", "sigmoid", "tanh", "exp", "square"])
+def test_unary_of_special_values(kernels, kind):
+    (got,) = run(kernels, REGISTRY["unary"], [SPECIAL], {"kind": kind}, [SPECIAL.shape])
+    finite = np.isfinite(SPECIAL)
+    (want,) = reference(REGISTRY["unary"], [SPECIAL[finite]], {"kind": kind})
+    with np.errstate(over="ignore"):
+        want = want.astype(np.float32)
+    assert np.isnan(got[-1]), "NaN is lost"
+    assert not np.isnan(got[finite]).any()
+    close(got[finite], want.astype(np.float64), 2e-6, np.abs(SPECIAL[finite]) * 0.1 + 1e-30, kind)
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------
+
+ROW_OPS = {"rms_norm": {"eps": 1e-6}, "layer_norm": {"eps": 1e-5}, "softmax": {"scale": 0.7}, "reduce": {"kind": "sum"}}
+
+
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_rows_of_any_width(kernels, name):
+    op = REGISTRY[name]
+    for d in (1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 640, 1000):
+        for m in (0, 1, 7):
+            rng = rng_of((name, d, m))
+            x = (np.round(rng.standard_normal((m, d)) * 12 + 4) / 4).astype(np.float32)    # differences are exact
+            optional = {"rms_norm": [(d,), (m, d)], "layer_norm": [(d,), (d,)]}.get(name, [])
+            check(kernels, op, [x, *(rng.standard_normal(s).astype(np.float32) for s in optional)], ROW_OPS[name])
+
+
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_a_row_does_not_depend_on_its_batch(kernels, name):
+    op = REGISTRY[name]
+    x = rng_of(name).standard_normal((700, 133)).astype(np.float32)
+    none = [None] * (len(op.args) - 1)
+    shape = lambda n: (n,) if name == "reduce" else (n, 133)  # noqa: E731
+    (all_rows,) = run(kernels, op, [x, *none], ROW_OPS[name], [shape(700)], 2)
+    for i in (0, 1, 350, 699):
+        (row,) = run(kernels, op, [x[i : i + 1].copy(), *none], ROW_OPS[name], [shape(1)])
+        assert bits(row[0]) == bits(all_rows[i])
+
+
+def test_softmax_of_masked_and_large_values(kernels):
+    x = np.array([[-np.inf, 1e30, 0, 1e30], [1, 2, -np.inf, -np.inf], [-3e38, -3e38, -3e38, -3e38]], np.float32)
+    check(kernels, REGISTRY["softmax"], [x], {})
+
+
+def test_reduce_of_nan(kernels):
+    x = np.array([[1, np.nan, 3], [np.nan, 1, 2], [4, 5, np.nan], [1, 2, 3]], np.float32)
+    for kind in ("max", "min"):
+        check(kernels, REGISTRY["reduce"], [x], {"kind": kind})
+
+
+# ---- rope and caches --------------------------------------------------------------------------------------------------
+
+
+def test_rope_table_of_large_angles(kernels):
+    """Exact to the last place up to 2^30, and right beyond."""
+    positions = np.array([[0, 1, 2, 7, 1000, 65_535, 131_071, 999_999, 1_000_000, 123_456_789, 2**31 - 1, -5]], np.int32)
+    inv_freq = np.array([1.0, 0.9, 0.5, 1e-3, 1.1, 1e-7, 1.5707964, 1e3, 3.1415927], np.float32)
+    check(kernels, REGISTRY["rope_table"], [positions, inv_freq, None], {})
+    check(kernels, REGISTRY["rope_table"], [positions, inv_freq, None], {"scale": 1.1})
+
+
+def test_rope_table_refuses_an_axis_that_is_not_there(kernels):
+    for axis in (-1, 2, 2**31 - 1):
+        with pytest.raises(KernelError, match="axis"):
+            run(kernels, REGISTRY["rope_table"], [np.zeros((2, 3), np.int32), np.ones(2, np.float32), np.array([0, axis], np.int32)],
+                {}, [(3, 4)])
+
+
+@SLOW
+@given(m=st.integers(0, 5), h=st.integers(1, 3), e=st.integers(1, 70), part=st.floats(0, 1), interleaved=st.booleans(),
+       seed=st.integers(0, 2**32 - 1))
+def test_rope(kernels, m, h, e, part, interleaved, seed):
+    rng = np.random.default_rng(seed)
+    t = int(part * e) // 2 * 2
+    x, table = rng.standard_normal((m, h, e)).astype(np.float32), rng.standard_normal((m, t)).astype(np.float32)
+    check(kernels, REGISTRY["rope"], [x, table], {"interleaved": interleaved})
+
+
+@SLOW
+@given(m=st.integers(0, 6), g=st.integers(1, 3), blocks=st.integers(1, 4), odd=st.integers(0, 31), norm=st.booleans(),
+       interleaved=st.booleans(), cache=st.sampled_from(["F32", "F16", "Q8_0"]), seed=st.integers(0, 2**32 - 1))
+def test_rope_append(kernels, m, g, blocks, odd, norm, interleaved, cache, seed):
+    rng = np.random.default_rng(seed)
+    e, f = 32 * blocks - (odd if cache != "Q8_0" else 0), 32 * blocks
+    t = int(rng.integers(0, e // 2 + 1)) * 2
+    shapes = {"q": (m, 2 * g, e), "k": (m, g, e), "v": (m, g, f), "table": (m, t), "k_cache": (g, 9, e), "v_cache": (g, 9, f),
+              "cells": (m,)}
+    if norm:
+        shapes |= {"q_norm": (e,), "k_norm": (e,)}
+    op = REGISTRY["rope_append"]
+    inputs = make_inputs(op, Case(shapes, {}, {}), rng, cache)
+    cells = inputs[6]
+    cells[rng.random(m) < 0.2] = -1                     # skipped rows
+    check(kernels, op, inputs, {"interleaved": interleaved, "eps": 1e-6}, cache)
+
+
+def test_caches_with_gaps_between_heads_and_cells(kernels):
+    """A cache is a view: other bytes between its heads and cells stay as they are."""
+    rng = rng_of("gaps")
+    whole = np.full((3, 11, 2, 64), 7, np.float16)
+    cache = whole[1:3, ::2, 1, :]                                       # [2, 6, 64]
+    x, cells = rng.standard_normal((3, 2, 64)).astype(np.float32), np.array([5, 0, 2], np.int32)
+    kernels.call("cache_append", [cache, x, cells], [cache], {}, 2)
+    assert (cache[:, cells] == np.swapaxes(x.astype(np.float16), 0, 1)).all()
+    cache[:, cells] = 7
+    assert (whole == 7).all()
+
+
+@pytest.mark.parametrize("cell", [4, 2**31 - 1])
+def test_a_cell_outside_the_cache_is_refused(kernels, cell):
+    cache, x = np.zeros((1, 4, 8), np.float32), np.ones((2, 1, 8), np.float32)
+    cells = np.array([0, cell], np.int32)
+    with pytest.raises(KernelError, match=f"cell {cell} of 4"):
+        kernels.call("cache_append", [cache, x, cells], [cache], {})
+    assert (cache == 0).all()
