@@ -79,7 +79,7 @@ _LLAMA3 = rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}"
 _QWEN2 = rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}|{_SIGNS}|{_BLANKS}"
 _HALVED_BLANKS = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_CJK_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_CJK_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff&&[^\\s]]+"    # llama.cpp matches no blanks by their code
 _ASCII_SIGN = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _DEEPSEEK3 = rf"{_ASCII_SIGN}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+"
 _HAN = (r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\x{20000}-\x{2a6df}\x{2a700}-\x{2b73f}\x{2b740}-\x{2b81f}"
@@ -149,7 +149,7 @@ PRE = _table(
     ("gpt-4o llama4 kanana2 talkie minimax-m2", Pre((_GPT4O,))),
     ("granite-embed-multi-97m", Pre((_GPT4O_MARKS,), ignore_merges=True)),
     ("deepseek-llm", Pre((r"[\r\n]", rf"\s?[{_CASED}]+",
-                          "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+\z",
+                          "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002&&[^\\s]]+", r"\s+\z",
                           _CJK_KOREAN, r"\p{N}+"))),
     ("deepseek-coder", Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_KOREAN, r"\p{N}"))),
     ("deepseek-v3 hunyuan-dense hy_v4 joyai-llm", Pre((r"\p{N}{1,3}", _CJK, rf"{_DEEPSEEK3}[\r\n]*|{_BLANKS}"))),
