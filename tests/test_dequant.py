@@ -127,10 +127,8 @@ def test_codebooks_are_asked_for():
 
 def test_without_undefined_behaviour(tmp_path):
     """Random blocks of every format under gcc's or clang's undefined-behaviour sanitizer, which exits on a finding."""
-    calls = "".join(
-        f"  if (run({int(Q[name])}, {gguf.GGML_QUANT_SIZES[Q[name]][0]}, {gguf.GGML_QUANT_SIZES[Q[name]][1]})) return 1;\n"
-        for name in FORMATS
-    )
+    sizes = {int(Q[name]): gguf.GGML_QUANT_SIZES[Q[name]] for name in FORMATS}
+    calls = "".join(f"  if (run({dtype}, {size[0]}, {size[1]})) return 1;\n" for dtype, size in sizes.items())
     program = tmp_path / "run.c"
     program.write_text(
         f"""#include "{cbuild.CSRC / "dequant.h"}"

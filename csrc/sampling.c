@@ -1,0 +1,423 @@
+/* sampling.c: the sampler of sampling.h. One row, one thread, no allocation.
+ *
+ * A vocabulary of 262,144 is read once or twice as a whole, in loops that the compiler turns into vectors, and never
+ * sorted: the maximum of each 64 logits (4,096 of them) is sorted, and as the k-th largest maximum cannot exceed the
+ * k-th largest logit, only logits above it, hardly more than k, are gathered and sorted. Without top_k the same is
+ * done for a guess of k that grows until top_p and min_p end inside.
+ *
+ * Sums that decide are written with 16 explicit lanes or in double, in an order that no compiler may change. Compile
+ * with -ffp-contract=off and without -ffast-math.
+ */
+#include "sampling.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+_Static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must be rounded to float");
+
+/* The two passes over the vocabulary, compiled also for wider vectors where the loader can choose: the same bits. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+
+enum { LANES = 16, BLOCK = 64, CHUNK = 4096, FIRST_GUESS = 256, GROWTH = 8 };
+
+typedef struct { uint32_t key; int32_t id; } entry;   /* sorted by ascending key */
+
+typedef struct {
+  float *logits;       /* [n] after mask, bias and penalties */
+  float *maxima;       /* [n_blocks] of each BLOCK logits */
+  double *chunks;      /* [n_chunks] sums of each CHUNK weights */
+  entry *blocks;       /* [n_blocks] maxima in descending order */
+  entry *kept;         /* [n] candidates in descending order of logits */
+  entry *scores;       /* [n] */
+  entry *spare;        /* [n] */
+  float *weights;      /* [n] of candidates */
+} workspace;
+
+/* Lay the workspace out from `base`, each part at a multiple of 64 bytes; returns the bytes it takes. */
+static int64_t lay_out(workspace *w, char *base, int64_t n) {
+  int64_t n_blocks = (n + BLOCK - 1) / BLOCK, n_chunks = (n + CHUNK - 1) / CHUNK, at = 0;
+#define PART(name, count) \
+  w->name = (void *)(base + at); \
+  at += ((count) * (int64_t)sizeof *w->name + 63) / 64 * 64
+  PART(logits, n);
+  PART(maxima, n_blocks);
+  PART(chunks, n_chunks);
+  PART(blocks, n_blocks);
+  PART(kept, n);
+  PART(scores, n);
+  PART(spare, n);
+  PART(weights, n);
+#undef PART
+  return at;
+}
+
+int64_t pe_sample_scratch(int32_t n_vocab) {
+  char nothing;
+  workspace w;
+  return n_vocab < 1 ? 0 : lay_out(&w, &nothing, n_vocab);
+}
+
+/* ---- numbers --------------------------------------------------------------------------------------------------- */
+
+static uint64_t mix64(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+double pe_random_unit(uint64_t seed, uint64_t step) {
+  uint64_t bits = mix64(mix64(seed) + (step + 1) * 0x9e3779b97f4a7c15u);
+  return (double)(bits >> 11) * 0x1p-53;
+}
+
+enum { EXP_END = -87 };   /* weights are 0 from exp(-87) down, where normal floats end */
+
+static inline float clamp(float x) { return x > EXP_END ? x : EXP_END; }
+
+/* exp(x) for EXP_END <= x <= 0 within 2 units in the last place.
+ * 2^n * exp(f), |f| <= ln(2) / 2, Taylor to the seventh power (the eighth is below 2^-27). */
+static inline float exp_clamped(float x) {
+  int32_t n = (int32_t)(x * 1.44269504f - 0.5f);
+  float f = x - (float)n * 0.693359375f;   /* ln(2) in two parts, the first exact in 9 bits */
+  f = f - (float)n * -2.12194440e-4f;
+  float y = 1.0f / 5040;
+  y = y * f + 1.0f / 720;
+  y = y * f + 1.0f / 120;
+  y = y * f + 1.0f / 24;
+  y = y * f + 1.0f / 6;
+  y = y * f + 0.5f;
+  y = y * f + 1.0f;
+  y = y * f + 1.0f;
+  union { uint32_t u; float f; } half_power = {(uint32_t)(n + 126) << 23};   /* 2^(n - 1), and 0 for n = -126 */
+  return (y + y) * half_power.f;
+}
+
+static float weight_of(float x, float max, float temperature) { return exp_clamped(clamp((x - max) / temperature)); }
+
+/* weights[i] = weight_of(x[i]), the same bits. Two loops: gcc makes one into a branch instead of vectors. */
+static inline __attribute__((always_inline)) void weigh_all(const float *x, int64_t n, float max, float temperature,
+                                                            float *weights) {
+  if (temperature == 1) {
+    for (int64_t i = 0; i < n; i++) weights[i] = clamp(x[i] - max);
+  } else {
+    for (int64_t i = 0; i < n; i++) weights[i] = clamp((x[i] - max) / temperature);
+  }
+  for (int64_t i = 0; i < n; i++) weights[i] = exp_clamped(weights[i]);
+}
+
+/* A key whose ascending order is the order of floats; -0 and 0 are equal. */
+static inline uint32_t ascending(float x) {
+  union { float f; uint32_t u; } v = {x + 0.0f};
+  return v.u ^ (v.u >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+static inline uint32_t descending(float x) { return ~ascending(x); }
+
+static inline float value_of_descending(uint32_t key) {
+  union { uint32_t u; float f; } v = {~key};
+  v.u ^= v.u >> 31 ? 0x80000000u : 0xffffffffu;
+  return v.f;
+}
+
+/* Stable radix sort, four passes of a byte each. */
+static void sort(entry *a, entry *spare, int64_t n) {
+  for (int shift = 0; shift < 32; shift += 8) {
+    int64_t start[256] = {0}, at = 0;
+    for (int64_t i = 0; i < n; i++) start[a[i].key >> shift & 255u]++;
+    for (int d = 0; d < 256; d++) {
+      int64_t count = start[d];
+      start[d] = at;
+      at += count;
+    }
+    for (int64_t i = 0; i < n; i++) spare[start[a[i].key >> shift & 255u]++] = a[i];
+    entry *swap = a;
+    a = spare;
+    spare = swap;
+  }
+}
+
+/* ---- passes over the vocabulary -------------------------------------------------------------------------------- */
+
+/* Maximum of every block and of all. *bad: the first NaN or +inf, else -1. */
+WIDE static float scan(const float *x, int64_t n, float *maxima, int64_t *bad) {
+  float all = -INFINITY;
+  *bad = -1;
+  for (int64_t b = 0; b * BLOCK < n; b++) {
+    const float *p = x + b * BLOCK;
+    float m[LANES], block = -INFINITY;
+    int32_t ok = 1;
+    for (int l = 0; l < LANES; l++) m[l] = -INFINITY;
+    if (n - b * BLOCK >= BLOCK) {
+      int32_t good[LANES];
+      for (int l = 0; l < LANES; l++) good[l] = 1;
+      for (int i = 0; i < BLOCK; i += LANES) {
+        for (int l = 0; l < LANES; l++) {
+          m[l] = p[i + l] > m[l] ? p[i + l] : m[l];
+          good[l] &= p[i + l] < INFINITY;
+        }
+      }
+      for (int l = 0; l < LANES; l++) ok &= good[l];
+    } else {
+      for (int64_t i = 0; i < n - b * BLOCK; i++) {
+        m[0] = p[i] > m[0] ? p[i] : m[0];
+        ok &= p[i] < INFINITY;
+      }
+    }
+    for (int l = 0; l < LANES; l++) block = m[l] > block ? m[l] : block;
+    maxima[b] = block;
+    all = block > all ? block : all;
+    if (!ok) {
+      int64_t i = b * BLOCK;
+      while (x[i] < INFINITY) i++;
+      *bad = i;
+      return all;
+    }
+  }
+  return all;
+}
+
+/* The sum of all weights; chunks[c] is that of chunk c. */
+WIDE static double sum_weights(const float *x, int64_t n, float max, float temperature, double *chunks) {
+  double total = 0;
+  for (int64_t c = 0; c * CHUNK < n; c++) {
+    int64_t count = n - c * CHUNK < CHUNK ? n - c * CHUNK : CHUNK;
+    float weights[CHUNK], lanes[LANES] = {0};
+    weigh_all(x + c * CHUNK, count, max, temperature, weights);
+    for (int64_t i = count; i % LANES; i++) weights[i] = 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+      for (int l = 0; l < LANES; l++) lanes[l] += weights[i + l];
+    }
+    double sum = 0;
+    for (int l = 0; l < LANES; l++) sum += lanes[l];
+    chunks[c] = sum;
+    total += sum;
+  }
+  return total;
+}
+
+static int64_t first_of(const float *x, const float *maxima, float value) {
+  int64_t b = 0;
+  while (maxima[b] != value) b++;
+  int64_t i = b * BLOCK;
+  while (x[i] != value) i++;
+  return i;
+}
+
+/* Candidates in descending order: at least the k largest logits (all that exceed -inf, if there are fewer); more than
+ * k only by what the threshold lets in. w->blocks must be sorted. */
+static int64_t gather(workspace *w, const float *x, int64_t n, int64_t k) {
+  int64_t n_blocks = (n + BLOCK - 1) / BLOCK, count = 0;
+  float threshold = k <= n_blocks ? value_of_descending(w->blocks[k - 1].key) : -FLT_MAX;
+  if (!(threshold > -FLT_MAX)) threshold = -FLT_MAX;
+  for (int64_t b = 0; b < n_blocks; b++) {
+    if (!(w->maxima[b] >= threshold)) continue;
+    int64_t end = n - b * BLOCK < BLOCK ? n : (b + 1) * BLOCK;
+    for (int64_t i = b * BLOCK; i < end; i++) {
+      if (x[i] >= threshold) w->kept[count++] = (entry){descending(x[i]), (int32_t)i};
+    }
+  }
+  sort(w->kept, w->spare, count);
+  return count;
+}
+
+static void sort_blocks(workspace *w, int64_t n) {
+  int64_t n_blocks = (n + BLOCK - 1) / BLOCK;
+  for (int64_t b = 0; b < n_blocks; b++) w->blocks[b] = (entry){descending(w->maxima[b]), (int32_t)b};
+  sort(w->blocks, w->spare, n_blocks);
+}
+
+/* ---- steps on sorted candidates -------------------------------------------------------------------------------- */
+
+/* Weights relative to the first candidate, which is the largest; returns their sum. */
+static double weigh(workspace *w, const float *x, int64_t count, float temperature) {
+  float max = x[w->kept[0].id];
+  double sum = 0;
+  for (int64_t i = 0; i < count; i++) w->weights[i] = weight_of(x[w->kept[i].id], max, temperature);
+  for (int64_t i = 0; i < count; i++) sum += w->weights[i];
+  return sum;
+}
+
+/* -log p - H = (log Z - x) - (log Z - mean x) = mean x - x. Keeps the order of what it keeps. */
+static int64_t keep_typical(workspace *w, const float *x, int64_t count, float typical_p) {
+  double sum = weigh(w, x, count, 1.0f), mean = 0, reached = 0;
+  float max = x[w->kept[0].id];
+  for (int64_t i = 0; i < count; i++) mean += w->weights[i] * ((double)x[w->kept[i].id] - max);
+  mean /= sum;
+  for (int64_t i = 0; i < count; i++) {
+    double distance = mean - ((double)x[w->kept[i].id] - max);
+    w->scores[i] = (entry){ascending((float)(distance < 0 ? -distance : distance)), (int32_t)i};
+    w->kept[i].key = 0;
+  }
+  sort(w->scores, w->spare, count);
+  for (int64_t i = 0; i < count && reached <= typical_p * sum; i++) {
+    w->kept[w->scores[i].id].key = 1;
+    reached += w->weights[w->scores[i].id];
+  }
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (w->kept[i].key) w->kept[left++] = w->kept[i];
+  }
+  return left;
+}
+
+/* How many of the first candidates top_p and then min_p keep; w->weights are set, `sum` is that of the whole
+ * distribution. */
+static int64_t keep_top(const workspace *w, int64_t count, double sum, const pe_sampler_params *p) {
+  if (p->top_p < 1) {
+    double reached = 0;
+    int64_t i = 0;
+    do reached += w->weights[i++];
+    while (i < count && reached < p->top_p * sum);
+    count = i;
+  }
+  if (p->min_p > 0) {
+    int64_t i = 1;
+    while (i < count && w->weights[i] >= p->min_p * w->weights[0]) i++;
+    count = i;
+  }
+  return count;
+}
+
+/* All steps up to min_p, given the sum of all weights; returns how many candidates are left in w->kept. */
+static int64_t truncate_all(workspace *w, const float *x, int64_t n, double sum, const pe_sampler_params *p) {
+  int typical = p->typical_p < 1, limited = p->top_k > 0 && p->top_k < n;
+  sort_blocks(w, n);
+  if (limited || typical) {
+    int64_t count = gather(w, x, n, limited ? p->top_k : n);
+    if (limited && count > p->top_k) count = p->top_k;
+    if (typical) count = keep_typical(w, x, count, p->typical_p);
+    return keep_top(w, count, weigh(w, x, count, 1.0f), p);
+  }
+  for (int64_t k = FIRST_GUESS;; k *= GROWTH) {
+    int64_t count = gather(w, x, n, k < n ? k : n);
+    weigh(w, x, count, 1.0f);
+    int64_t left = keep_top(w, count, sum, p);
+    if (left < count || k >= n) return left;
+  }
+}
+
+static int64_t draw_kept(workspace *w, const float *x, int64_t count, float temperature, double unit) {
+  double target = unit * weigh(w, x, count, temperature), reached = 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; i++) {
+    reached += w->weights[i];
+    if (reached > target) return w->kept[i].id;
+    if (w->weights[i] > 0) last = i;
+  }
+  return w->kept[last].id;
+}
+
+/* Draw from the whole vocabulary, given the sum of all weights and of each chunk: find the chunk, then the token. */
+static int64_t draw_all(const workspace *w, const float *x, int64_t n, float max, float temperature, double sum,
+                        double unit) {
+  double target = unit * sum, reached = 0;
+  int64_t chunk = 0, last = 0;
+  for (int64_t c = 0; c * CHUNK < n; c++) {
+    if (!(w->chunks[c] > 0)) continue;
+    chunk = c;
+    if (reached + w->chunks[c] > target) break;
+    reached += w->chunks[c];
+  }
+  for (int64_t i = chunk * CHUNK; i < n && i < (chunk + 1) * CHUNK; i++) {
+    float weight = weight_of(x[i], max, temperature);
+    reached += weight;
+    if (weight > 0) last = i;
+    if (reached > target) break;
+  }
+  return last;
+}
+
+/* ---- the call -------------------------------------------------------------------------------------------------- */
+
+static pe_status fault(pe_sampled *out, int32_t fault, int64_t token) {
+  *out = (pe_sampled){.token = (int32_t)token, .logprob = 0, .n_kept = 0, .fault = fault};
+  return PE_BAD_VALUE;
+}
+
+/* Negated comparisons refuse NaN too. */
+static int params_are_good(const pe_sampler_params *p) {
+  return p->temperature >= 0 && p->temperature <= FLT_MAX && p->top_p >= 0 && p->min_p <= 1 && p->typical_p >= 0 &&
+         p->repeat_penalty > 0 && p->repeat_penalty <= FLT_MAX && fabsf(p->presence_penalty) <= FLT_MAX &&
+         fabsf(p->frequency_penalty) <= FLT_MAX;
+}
+
+/* Bias, mask and penalties into w->logits. Returns 0 and sets *bad if a token is not in the vocabulary. */
+static int change_logits(workspace *w, const pe_sampler_params *p, const pe_sampler_input *in, int64_t *bad) {
+  float *x = w->logits;
+  int32_t n = in->n_vocab;
+  memcpy(x, in->logits, sizeof *x * (size_t)n);
+  for (int32_t i = 0; i < in->n_bias; i++) {
+    int32_t t = in->bias[i].token;
+    if (t < 0 || t >= n) return *bad = t, 0;
+    x[t] += in->bias[i].value;
+  }
+  for (int32_t i = 0; i < in->n_recent; i++) {
+    int32_t t = in->recent[i].token;
+    if (t < 0 || t >= n) return *bad = t, 0;
+    x[t] = x[t] > 0 ? x[t] / p->repeat_penalty : x[t] * p->repeat_penalty;
+    x[t] -= (float)in->recent[i].count * p->frequency_penalty + p->presence_penalty;
+  }
+  for (int64_t t = 0; in->allowed && t < n; t += 32) {
+    uint32_t word = in->allowed[t / 32];
+    for (int64_t i = t; word != 0xffffffffu && i < n && i < t + 32; i++) {
+      if (!(word >> (i - t) & 1u)) x[i] = -INFINITY;
+    }
+  }
+  return 1;
+}
+
+pe_status pe_sample(const pe_sampler_params *p, const pe_sampler_input *in, void *scratch, pe_sampled *out,
+                    pe_token_value *top, int32_t n_top) {
+  const float *x = in->logits;
+  int64_t n = in->n_vocab, bad;
+  if (n < 1 || n_top < 0 || n_top > n) return PE_BAD_SHAPE;
+  if (!params_are_good(p)) return fault(out, PE_FAULT_PARAMS, -1);
+  workspace w;
+  lay_out(&w, scratch, n);
+
+  float given_max = scan(x, n, w.maxima, &bad), max = given_max;
+  if (bad >= 0) return fault(out, PE_FAULT_LOGIT, bad);
+  if (given_max == -INFINITY) return fault(out, PE_FAULT_EMPTY, -1);
+  double sum = sum_weights(x, n, given_max, 1.0f, w.chunks), log_sum = log(sum);
+  if (n_top) {
+    sort_blocks(&w, n);
+    int64_t count = gather(&w, x, n, n_top);
+    for (int64_t i = 0; i < n_top; i++) {
+      int32_t id = i < count ? w.kept[i].id : -1;
+      top[i] = (pe_token_value){id, id < 0 ? -INFINITY : (float)((double)x[id] - given_max - log_sum)};
+    }
+  }
+
+  int penalties = in->n_recent && (p->repeat_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0);
+  int changed = penalties || in->n_bias || in->allowed;
+  if (changed) {
+    if (!change_logits(&w, p, in, &bad)) return fault(out, PE_FAULT_TOKEN, bad);
+    x = w.logits;
+    max = scan(x, n, w.maxima, &bad);
+    if (bad >= 0) return fault(out, PE_FAULT_LOGIT, bad);
+    if (max == -INFINITY) return fault(out, PE_FAULT_EMPTY, -1);
+  }
+
+  int limited = p->top_k > 0 && p->top_k < n;
+  int truncates = limited || p->typical_p < 1 || p->top_p < 1 || p->min_p > 0;
+  int64_t token, n_kept = 1;
+  if (p->temperature == 0) {
+    token = first_of(x, w.maxima, max);
+  } else {
+    float temperature = truncates ? 1 : p->temperature;   /* of the sum over the whole vocabulary, if one is needed */
+    int needed = !truncates || (p->top_p < 1 && !limited);
+    if (needed && (changed || temperature != 1)) sum = sum_weights(x, n, max, temperature, w.chunks);
+    double unit = pe_random_unit(in->seed, in->step);
+    n_kept = truncates ? truncate_all(&w, x, n, sum, p) : n;
+    token = truncates ? draw_kept(&w, x, n_kept, p->temperature, unit)
+                      : draw_all(&w, x, n, max, temperature, sum, unit);
+  }
+  *out = (pe_sampled){.token = (int32_t)token, .logprob = (float)((double)in->logits[token] - given_max - log_sum),
+                      .n_kept = (int32_t)n_kept, .fault = PE_FAULT_NONE};
+  return PE_OK;
+}

@@ -1,0 +1,201 @@
+"""Choose tokens from logits: what a request may ask for, and the C sampler (csrc/sampling.h describes the chain)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from pyengine import native
+from pyengine.errors import PyEngineError, RequestError, ShapeError
+
+_INT32_MAX = 2**31 - 1
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Say how tokens are chosen; a value that leaves a step out is given in brackets.
+
+    temperature        0 is greedy                                    [1]
+    top_k              keep the k largest logits                      [0]
+    top_p              keep the most probable until they reach top_p  [1]
+    min_p              keep p >= min_p * largest p                    [0]
+    typical_p          keep those whose surprise is near the entropy  [1]
+    repeat_penalty     divide positive logits of recent tokens by it  [1]
+    repeat_last_n      how many tokens are recent, -1 for all         [0]
+    presence_penalty   subtract it from logits of recent tokens       [0]
+    frequency_penalty  subtract it for each recent occurrence         [0]
+    seed               the same seed draws the same tokens from the same logits; None draws a seed
+    logprobs           how many of the most probable tokens to report beside the chosen one
+    logit_bias         pairs (token, bias), added to the logits; -inf forbids a token
+
+    Raises RequestError with the offending value.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0, math.inf)
+        _number("top_p", self.top_p, 0, 1)
+        _number("min_p", self.min_p, 0, 1)
+        _number("typical_p", self.typical_p, 0, 1)
+        _number("repeat_penalty", self.repeat_penalty, 0, math.inf)
+        if float(np.float32(self.repeat_penalty)) == 0:
+            raise RequestError(f"repeat_penalty must be greater than 0, got {self.repeat_penalty!r}")
+        _number("presence_penalty", self.presence_penalty, -math.inf, math.inf)
+        _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
+        _integer("top_k", self.top_k, 0, _INT32_MAX)
+        _integer("repeat_last_n", self.repeat_last_n, -1, _INT32_MAX)
+        _integer("logprobs", self.logprobs, 0, _INT32_MAX)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        try:
+            pairs = tuple((token, bias) for token, bias in self.logit_bias)
+        except (TypeError, ValueError):
+            raise RequestError(f"logit_bias must be pairs (token, bias), got {self.logit_bias!r}") from None
+        for token, bias in pairs:
+            _integer("a token of logit_bias", token, 0, _INT32_MAX)
+            if bias != -math.inf:
+                _number(f"logit_bias of token {token}", bias, -math.inf, math.inf)
+        object.__setattr__(self, "logit_bias", pairs)
+
+
+class Sampled(NamedTuple):
+    """A chosen token. Logprobs are natural and of the logits as given: without bias, penalties and temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the `logprobs` most probable tokens and their logprobs, best first
+
+
+@dataclass
+class Sampler:
+    """Sample one sequence: owns the random stream, the recent tokens and the scratch memory of the C sampler.
+
+    `seed` is the one in use, also where params left it open: it replays the text. Not for several threads at once.
+    """
+
+    params: SamplingParams
+    n_vocab: int
+    seed: int = field(init=False)
+    step: int = field(init=False, default=0)  # numbers drawn so far
+
+    def __post_init__(self) -> None:
+        p = self.params
+        _integer("n_vocab", self.n_vocab, 1, _INT32_MAX)
+        if p.logprobs > self.n_vocab:
+            raise RequestError(f"logprobs must be at most the vocabulary's {self.n_vocab}, got {p.logprobs}")
+        for token, _ in p.logit_bias:
+            _integer("a token of logit_bias", token, 0, self.n_vocab - 1)
+        self.seed = int.from_bytes(os.urandom(8), "little") if p.seed is None else p.seed
+        self._penalizes = p.repeat_last_n != 0 and (
+            p.repeat_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        )
+        self._recent: deque[int] = deque()
+        self._counts: Counter[int] = Counter()
+        ffi = native.ffi
+        self._scratch = np.empty(native.lib.pe_sample_scratch(self.n_vocab) + 64, np.uint8)
+        self._scratch_at = ffi.cast("void *", self._scratch.ctypes.data + -self._scratch.ctypes.data % 64)
+        self._params = ffi.new(
+            "pe_sampler_params *",
+            [p.temperature, p.top_k, p.top_p, p.min_p, p.typical_p]
+            + [p.repeat_penalty, p.presence_penalty, p.frequency_penalty],
+        )
+        self._bias = ffi.new("pe_token_value[]", list(p.logit_bias))
+        self._input = ffi.new("pe_sampler_input *")
+        self._input.n_vocab = self.n_vocab
+        self._input.bias, self._input.n_bias = self._bias, len(p.logit_bias)
+        self._input.seed = self.seed
+        self._out = ffi.new("pe_sampled *")
+        self._top = ffi.new("pe_token_value[]", p.logprobs)
+
+    def accept(self, token: int) -> None:
+        """Note a token of the sequence, from the prompt or sampled, for the penalties.
+
+        Raises RequestError if the vocabulary has no such token.
+        """
+        _integer("token", token, 0, self.n_vocab - 1)
+        if not self._penalizes:
+            return
+        self._recent.append(token)
+        self._counts[token] += 1
+        if 0 <= self.params.repeat_last_n < len(self._recent):
+            oldest = self._recent.popleft()
+            self._counts[oldest] -= 1
+            if not self._counts[oldest]:
+                del self._counts[oldest]
+
+    def sample(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> Sampled:
+        """Choose a token from float32 `logits` [n_vocab], which are only read; the caller accepts it.
+
+        allowed   uint32 [ceil(n_vocab / 32)], bit t % 32 of word t / 32 set if token t may be chosen; None allows all
+
+        Raises ShapeError for arrays of another shape or dtype, RequestError if no token is left to choose from, and
+        PyEngineError if the model gave NaN or infinity.
+        """
+        _check_array("logits", logits, np.float32, self.n_vocab)
+        ffi, row = native.ffi, self._input
+        row.logits = ffi.cast("float *", logits.ctypes.data)
+        row.allowed = ffi.NULL
+        if allowed is not None:
+            _check_array("allowed", allowed, np.uint32, (self.n_vocab + 31) // 32)
+            row.allowed = ffi.cast("uint32_t *", allowed.ctypes.data)
+        recent = ffi.new("pe_token_count[]", list(self._counts.items()))
+        row.recent, row.n_recent = recent, len(self._counts)
+        row.step = self.step
+        status = native.lib.pe_sample(
+            self._params, row, self._scratch_at, self._out, self._top, self.params.logprobs
+        )
+        row.logits = row.allowed = row.recent = ffi.NULL
+        if status != 0:
+            raise self._error(status)
+        self.step += 1
+        top = tuple((pair.token, pair.value) for pair in self._top if pair.token >= 0)
+        return Sampled(self._out.token, self._out.logprob, top)
+
+    def _error(self, status: int) -> PyEngineError:
+        out, lib = self._out, native.lib
+        if out.fault == lib.PE_FAULT_LOGIT:
+            return PyEngineError(
+                f"the logit of token {out.token} is NaN or infinite: the model's weights are damaged, a logit_bias or "
+                "penalty is too large, or a kernel is wrong"
+            )
+        if out.fault == lib.PE_FAULT_EMPTY:
+            return RequestError("no token is left to choose from: every one is forbidden by mask, bias or the model")
+        return PyEngineError(f"pe_sample refused its arguments: status {status}, fault {out.fault}, token {out.token}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    """Raise RequestError unless value is a finite number in low..high, also as float32."""
+    good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not good or not low <= value <= high or abs(value) > _FLOAT32_MAX:
+        bounds = f" in {low:g}..{high:g}" if math.isfinite(low) and math.isfinite(high) else ""
+        bounds = bounds or (f", at least {low:g}" if math.isfinite(low) else "")
+        raise RequestError(f"{name} must be a finite number{bounds}, got {value!r}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} must be an integer in {low}..{high}, got {value!r}")
+
+
+def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:
+    if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
+        wanted = f"contiguous {np.dtype(dtype).name} [{size}]"
+        raise ShapeError(f"{name} must be {wanted}, got {array.dtype} {list(array.shape)}")
