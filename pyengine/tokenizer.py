@@ -547,7 +547,7 @@ class Tokenizer:
             raise InvalidModelError("tokenizer.ggml.model: missing; the file has no tokenizer")
         if self.model not in ("llama", "gpt2", "gemma4", "bert", "t5"):
             raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known: llama, gpt2, gemma4, bert, t5")
-        self.pre = _read(meta, "pre", str, "default") if self.model == "gpt2" else None
+        self.pre = _read(meta, "pre", str) or "default" if self.model == "gpt2" else None
         gemma4 = self.model == "gemma4" or self.pre in ("gemma4", "granite-embed-multi-311m")
         self._family = "gemma4" if gemma4 else self.model
         if self._family == "gpt2" and self.pre not in PRE:
