@@ -787,7 +787,7 @@ class Tokenizer:
         """
         if not 0 <= token < len(self._tokens):
             raise RequestError(f"token {token} is not in the vocabulary of {len(self._tokens)}")
-        text, kind = self._tokens[token], self._kinds[token]
+        text, kind = self._tokens[token], int(self._kinds[token])
         if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED):
             return text.encode("utf-8", "surrogateescape")
         if kind == Kind.BYTE:
