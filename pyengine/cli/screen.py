@@ -1,0 +1,98 @@
+"""What the command line shows: text that cannot steer the terminal, columns, sizes, and the bar while a model loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROGRAM = "pyengine-run"
+BAR_AFTER_SECONDS = 0.3
+
+# Control characters but for newline and tab: neither a model's text nor a file's metadata may steer the terminal.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return `text` with each control character as its visible escape, "\\x1b"."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def show(text: str = "", end: str = "\n") -> None:
+    """Write text to standard output at once; control characters are made visible where that is a terminal."""
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + end)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Write one line to standard error, so that standard output holds the answer only."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def complain(text: object) -> None:
+    """Write what went wrong to standard error, after the program's name."""
+    note(f"{PROGRAM}: {text}")
+
+
+def show_json(value: Any) -> None:
+    """Write plain data to standard output as JSON."""
+    print(json.dumps(value, indent=2), flush=True)
+
+
+def show_columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
+    """Write rows in aligned columns, never wrapped or cut; the columns numbered in `right` are aligned to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        aligned = (cell.rjust(n) if i in right else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, widths)))
+        show("  ".join(aligned).rstrip())
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes for people: "241.4 MiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} GiB"
+
+
+class LoadingBar:
+    """Show how far loading is, on a terminal and only if it takes a while; an instance is `load`'s `progress`."""
+
+    def __init__(self, model: str):
+        self._name, self._started, self._bar = Path(model).name, time.perf_counter(), None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the bytes that are loaded, of how many."""
+        if self._bar is None and done < total and time.perf_counter() - self._started > BAR_AFTER_SECONDS:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            self._bar = Progress(TextColumn("loading {task.description}", markup=False), BarColumn(),
+                                 DownloadColumn(binary_units=True), console=Console(stderr=True), transient=True,
+                                 auto_refresh=False)
+            self._bar.add_task(printable(self._name), total=total)
+            self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            self._bar.refresh()
+
+    def __enter__(self) -> LoadingBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def load(model: str, **settings: Any) -> Any:
+    """Load a model, with a bar on standard error where that is a terminal. Raises as `pyengine.load`."""
+    import pyengine
+
+    with LoadingBar(model) as bar:
+        return pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)
