@@ -1,0 +1,660 @@
+/* linear.c: one to four weight matrices times the same rows, with everything fused that touches those rows.
+ *
+ *   h = rms_norm(x, norm) if norm else x                  x F32 [m, k]
+ *   y_i = h w_i^T + bias_i                                w_i [n_i, k]: packed (pack.h), or in the file's layout
+ *   out_0 = act(y_0) * y_1 if glu, else out_i = y_i (+ residual), then the soft cap
+ *
+ * Work.  A panel is NR groups of 16 rows of one matrix; an item is a panel times a block of rows of x. Threads claim runs of
+ * items, so a matrix is read once for each block of rows, in order. With glu an item is the panel of both matrices.
+ *
+ * Quantized weights.  h becomes int8, symmetric, one scale for 32 of k; products are exact in int32 and enter one float
+ * accumulator an output, k ascending:  acc += (isum * s) * d;  acc += o * (d * sum of x).  All paths do exactly this, so
+ * the bits of an output depend neither on the number of rows nor on the number of threads.
+ *   few rows:   `decode_*` keeps a step of 16 rows x 32 of k in registers and multiplies it with up to 4 rows of x. It must
+ *               read the weights' bytes once, and does 8 dot products for each row and 9 to 24 instructions of unpacking on
+ *               16 x 32 weights (e.g. 288 bytes of Q4_0): memory is the limit.
+ *   many rows:  a panel of 256 of k is unpacked once into L1 (12 KB of codes, 1.5 to 6 KB of scales) and `tile_*` takes
+ *               4 rows of x times NR vectors, 12 integer and 12 float accumulators in 32 registers.
+ * Float weights, and any format that is not packed, become float panels of 128 of k; x stays float; fma in k order.
+ *
+ * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel and a tile of
+ * sums [rows of a block][16 NR].
+ */
+#include <math.h>
+
+#include "../dequant.h"
+#include "cpu.h"
+#include "unpack.h"
+
+#if defined(PE_AVX512)
+enum { NR = 3, MR = 4, MRF = 8 }; /* vectors of a panel; rows of an integer and of a float tile */
+#else
+enum { NR = 1, MR = 4, MRF = 4 };
+#endif
+enum {
+  FEW = 4,            /* rows that the decode kernel takes at once, and that each thread quantizes for itself */
+  STEPS = 8,          /* steps of 32 of k in an unpacked panel */
+  KF = 128,           /* k of a float panel */
+  KD = 256,           /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
+  BLOCK_BYTES = 512 << 10, /* rows of x in a block fill half of the second cache */
+};
+
+/* ---- rows of x as int8 ---- */
+
+/* One row: codes [k], then for each step of 32: d, d * sum, sum; for each half step: d * sum, sum. Offsets in bytes. */
+typedef struct xrow {
+  int64_t d, dsum, sum, dsum2, sum2, bytes;
+} xrow;
+
+static xrow xrow_of(int64_t k) {
+  xrow r;
+  int64_t steps = k / 32;
+  r.d = k;
+  r.dsum = r.d + 4 * steps;
+  r.sum = r.dsum + 4 * steps;
+  r.dsum2 = r.sum + 4 * steps;
+  r.sum2 = r.dsum2 + 8 * steps;
+  r.bytes = pe_round_up(r.sum2 + 8 * steps, 64);
+  return r;
+}
+
+/* d = amax / 127, codes to nearest even. A NaN makes d NaN, because its bits are the largest. */
+static void quantize_row(const float *x, int64_t k, xrow r, char *to) {
+  const v16i magnitude = v16i_set1(0x7fffffff);
+  for (int64_t b = 0; b < k / 32; b++) {
+    v16f x0 = v16f_load(x + 32 * b), x1 = v16f_load(x + 32 * b + 16);
+    int32_t bits = v16i_hmax(v16i_max(v16i_and(v16f_bits(x0), magnitude), v16i_and(v16f_bits(x1), magnitude)));
+    float amax, d, inverse;
+    memcpy(&amax, &bits, 4);
+    d = amax / 127.0f;
+    inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    if (inverse > 3e38f) d = inverse = 0.0f; /* amax so small that its inverse overflows */
+    v16i q0 = v16f_to_i(v16f_mul(x0, v16f_set1(inverse))), q1 = v16f_to_i(v16f_mul(x1, v16f_set1(inverse)));
+    v16i_store_i8(to + 32 * b, q0);
+    v16i_store_i8(to + 32 * b + 16, q1);
+    int32_t s0 = v16i_sum(q0), s1 = v16i_sum(q1);
+    ((float *)(to + r.d))[b] = d;
+    ((float *)(to + r.dsum))[b] = d * (float)(s0 + s1);
+    ((int32_t *)(to + r.sum))[b] = s0 + s1;
+    ((float *)(to + r.dsum2))[2 * b] = d * (float)s0;
+    ((float *)(to + r.dsum2))[2 * b + 1] = d * (float)s1;
+    ((int32_t *)(to + r.sum2))[2 * b] = s0;
+    ((int32_t *)(to + r.sum2))[2 * b + 1] = s1;
+  }
+}
+
+static void norm_row(const float *x, const float *w, float eps, int64_t k, float *to) {
+  v16f ss = v16f_zero();
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) {
+    v16f v = v16f_load(x + i);
+    ss = v16f_fma(v, v, ss);
+  }
+  if (i < k) {
+    v16f v = v16f_load_n(x + i, k - i);
+    ss = v16f_fma(v, v, ss);
+  }
+  v16f scale = v16f_set1(1.0f / sqrtf(v16f_sum(ss) / (float)k + eps));
+  for (i = 0; i + 16 <= k; i += 16)
+    v16f_store(to + i, v16f_mul(v16f_mul(v16f_load(x + i), scale), v16f_load(w + i)));
+  if (i < k) v16f_store_n(to + i, v16f_mul(v16f_mul(v16f_load_n(x + i, k - i), scale), v16f_load_n(w + i, k - i)), k - i);
+}
+
+/* ---- quantized weights, few rows ---- */
+
+#define ROW(i) (x + (i) * ld)
+#define ROW_F(i, at) ((const float *)(ROW(i) + (at)))
+#define ROW_I(i, at) ((const int32_t *)(ROW(i) + (at)))
+
+enum { AHEAD = 2048 }; /* bytes of software prefetch */
+
+/* out[i][lane] = row `lane` of the group times row i of x. `next` is the memory that the thread will read after the group. */
+PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x,
+                           int64_t ld, xrow r, float *out) {
+  const pe_traits t = pe_traits_of(id);
+  const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
+  const int64_t blocks = k / t.k;
+  v16f acc[FEW];
+PE_UNROLL(4)
+  for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t *head = pe_block_head(t, group, b), *body = pe_block_body(t, group, b);
+    int64_t at = head - group;
+PE_UNROLL_STEPS
+    for (int j = 0; j < steps; j++) {
+      pe_step w;
+      pe_unpack(id, head, body, j, &w);
+      int64_t s = b * steps + j;
+      {
+        const int step_bytes = (t.head + t.body) / steps;
+        int64_t ahead = at + AHEAD + (int64_t)j * step_bytes;
+        const uint8_t *p = ahead < bytes ? group + ahead : next + (ahead - bytes);
+PE_UNROLL(9)
+        for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(p + 64 * c);
+      }
+PE_UNROLL(4)
+      for (int i = 0; i < rows; i++) {
+        const int8_t *q = (const int8_t *)ROW(i) + 32 * s;
+PE_UNROLL(2)
+        for (int h = 0; h < t.halves; h++) {
+          int32_t sum = zero ? t.halves == 2 ? ROW_I(i, r.sum2)[2 * s + h] : ROW_I(i, r.sum)[s] : 0;
+          v16i p0 = v16i_set1(-zero * sum), p1 = v16i_zero();
+PE_UNROLL(8)
+          for (int g = 8 / t.halves * h; g < 8 / t.halves * (h + 1); g += 2) {
+            v64u x0 = v64u_set4(q + 4 * g), x1 = v64u_set4(q + 4 * g + 4);
+            p0 = z128 ? dot_z128(p0, w.u[g], x0) : dot_u7(p0, w.u[g], x0);
+            p1 = z128 ? dot_z128(p1, w.u[g + 1], x1) : dot_u7(p1, w.u[g + 1], x1);
+          }
+          v16f y = v16f_mul(v16i_to_f(v16i_add(p0, p1)), w.s[h]);
+          acc[i] = v16f_fma(y, v16f_set1(ROW_F(i, r.d)[s]), acc[i]);
+          if (t.offsets) {
+            float dsum = t.halves == 2 ? ROW_F(i, r.dsum2)[2 * s + h] : ROW_F(i, r.dsum)[s];
+            acc[i] = v16f_fma(w.o[h], v16f_set1(dsum), acc[i]);
+          }
+        }
+      }
+    }
+  }
+PE_UNROLL(4)
+  for (int i = 0; i < rows; i++) v16f_store(out + 16 * i, acc[i]);
+}
+
+typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,
+                       xrow r, float *out);
+
+/* ---- quantized weights, many rows ---- */
+
+/* A step of an unpacked panel: codes of vector g of group v at 64 (NR g + v); then scales, then offsets, one float vector for
+ * each half and group. */
+PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * NR * (8 + halves * (1 + offsets)); }
+
+/* Steps s0 .. s0 + count - 1 of NR groups. */
+PE_INLINE void unpack_panel(int id, const uint8_t *const group[NR], int64_t s0, int64_t count, uint8_t *to) {
+  const pe_traits t = pe_traits_of(id);
+  const int steps = t.k / 32;
+  const int64_t step = panel_step_bytes(t.halves, t.offsets);
+  for (int64_t b = s0 / steps; b < (s0 + count) / steps; b++) {
+    for (int v = 0; v < NR; v++) {
+      const uint8_t *head = pe_block_head(t, group[v], b), *body = pe_block_body(t, group[v], b);
+PE_UNROLL_STEPS
+      for (int j = 0; j < steps; j++) {
+        pe_step w;
+        pe_unpack(id, head, body, j, &w);
+        uint8_t *p = to + (b * steps + j - s0) * step;
+PE_UNROLL(8)
+        for (int g = 0; g < 8; g++) v64u_store(p + 64 * (NR * g + v), w.u[g]);
+        float *f = (float *)(p + 64 * NR * 8) + 16 * v;
+PE_UNROLL(2)
+        for (int h = 0; h < t.halves; h++) {
+          v16f_store(f + 16 * NR * h, w.s[h]);
+          if (t.offsets) v16f_store(f + 16 * NR * (t.halves + h), w.o[h]);
+        }
+      }
+    }
+  }
+}
+
+/* acc[i][16 NR] += panel times row i of x, for `rows` <= MR rows and `count` steps from s0 on. */
+PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int zero, const uint8_t *panel, int64_t s0, int64_t count,
+                         const char *x, int64_t ld, xrow r, float *acc) {
+  v16f sum[MR][NR];
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) sum[i][v] = v16f_load(acc + 16 * (NR * i + v));
+  for (int64_t s = s0; s < s0 + count; s++) {
+    const float *f = (const float *)(panel + 64 * NR * 8);
+PE_UNROLL(2)
+    for (int h = 0; h < halves; h++) {
+      v16i dot[MR][NR];
+PE_UNROLL(8)
+      for (int i = 0; i < rows; i++) {
+        int32_t n = zero ? -zero * (halves == 2 ? ROW_I(i, r.sum2)[2 * s + h] : ROW_I(i, r.sum)[s]) : 0;
+PE_UNROLL(8)
+        for (int v = 0; v < NR; v++) dot[i][v] = v16i_set1(n);
+      }
+PE_UNROLL(8)
+      for (int g = 8 / halves * h; g < 8 / halves * (h + 1); g++) {
+        v64u w[NR];
+PE_UNROLL(8)
+        for (int v = 0; v < NR; v++) w[v] = v64u_load(panel + 64 * (NR * g + v));
+PE_UNROLL(8)
+        for (int i = 0; i < rows; i++) {
+          v64u q = v64u_set4((const int8_t *)ROW(i) + 32 * s + 4 * g);
+PE_UNROLL(8)
+          for (int v = 0; v < NR; v++) dot[i][v] = z128 ? dot_z128(dot[i][v], w[v], q) : dot_u7(dot[i][v], w[v], q);
+        }
+      }
+PE_UNROLL(8)
+      for (int i = 0; i < rows; i++) {
+        v16f d = v16f_set1(ROW_F(i, r.d)[s]);
+PE_UNROLL(8)
+        for (int v = 0; v < NR; v++)
+          sum[i][v] = v16f_fma(v16f_mul(v16i_to_f(dot[i][v]), v16f_load(f + 16 * (NR * h + v))), d, sum[i][v]);
+        if (offsets) {
+          v16f ds = v16f_set1(halves == 2 ? ROW_F(i, r.dsum2)[2 * s + h] : ROW_F(i, r.dsum)[s]);
+PE_UNROLL(8)
+          for (int v = 0; v < NR; v++) sum[i][v] = v16f_fma(v16f_load(f + 16 * (NR * (halves + h) + v)), ds, sum[i][v]);
+        }
+      }
+    }
+    panel += panel_step_bytes(halves, offsets);
+  }
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) v16f_store(acc + 16 * (NR * i + v), sum[i][v]);
+}
+
+typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, xrow r, int64_t m,
+                     float *acc);
+
+#define TILE(name, halves, offsets, z128)                                                                              \
+  static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, xrow r, \
+                          int64_t m, float *acc) {                                                                     \
+    for (; m >= MR; m -= MR, x += MR * ld, acc += MR * NR * 16)                                                        \
+      tile_rows(MR, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                                     \
+    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                            \
+    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                            \
+    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                            \
+  }
+TILE(zero, 1, 0, 0)
+TILE(zero128, 1, 0, 1)
+TILE(offset, 1, 1, 0)
+TILE(halves_zero, 2, 0, 0)
+TILE(halves_offset, 2, 1, 0)
+
+/* ---- the table of formats ---- */
+
+typedef struct format {
+  decode_fn *decode[FEW]; /* for 1 .. FEW rows of x, or NULL */
+  void (*unpack)(const uint8_t *const group[NR], int64_t s0, int64_t count, uint8_t *to);
+  tile_fn *tile;
+} format;
+
+#if defined(PE_GENERIC) /* too few registers for the decode kernel */
+#define DECODES(id)
+#define DECODE_TABLE(id) {0}
+#else
+#define DECODE(id, rows)                                                                                               \
+  static void decode_##id##_##rows(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, \
+                                   int64_t ld, xrow r, float *out) {                                                   \
+    decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, r, out);                                                  \
+  }
+#define DECODES(id) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4)
+#define DECODE_TABLE(id) {decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}
+#endif
+#define FORMAT(id, kind)                                                                                               \
+  DECODES(id)                                                                                                          \
+  static void unpack_##id(const uint8_t *const group[NR], int64_t s0, int64_t count, uint8_t *to) {                    \
+    unpack_panel(PE_##id, group, s0, count, to);                                                                       \
+  }                                                                                                                    \
+  static const format format_##id = {DECODE_TABLE(id), unpack_##id, tile_##kind};
+FORMAT(Q4_0, zero)
+FORMAT(Q4_1, offset)
+FORMAT(Q5_0, zero)
+FORMAT(Q5_1, offset)
+FORMAT(Q8_0, zero128)
+FORMAT(Q2_K, halves_offset)
+FORMAT(Q3_K, halves_zero)
+FORMAT(Q4_K, offset)
+FORMAT(Q5_K, offset)
+FORMAT(Q6_K, halves_zero)
+FORMAT(IQ4_NL, zero128)
+FORMAT(IQ4_XS, zero128)
+FORMAT(MXFP4, zero)
+
+static const format *format_of(int32_t dtype) { /* NULL: no quantized kernel, go through floats */
+  switch (dtype - PE_PACKED) {
+#define CASE(id) case PE_##id: return &format_##id;
+    CASE(Q4_0) CASE(Q4_1) CASE(Q5_0) CASE(Q5_1) CASE(Q8_0) CASE(Q2_K) CASE(Q3_K) CASE(Q4_K) CASE(Q5_K) CASE(Q6_K)
+    CASE(IQ4_NL) CASE(IQ4_XS) CASE(MXFP4)
+#undef CASE
+    default: return 0;
+  }
+}
+
+/* ---- float weights ---- */
+
+static int64_t block_of(int32_t dtype) { /* elements of a block in the file's layout */
+  switch (dtype) {
+    case PE_F32:
+    case PE_F16:
+    case PE_BF16:
+    case PE_F64:
+    case PE_I8:
+    case PE_I16:
+    case PE_I32:
+    case PE_I64: return 1;
+    case PE_Q4_0:
+    case PE_Q4_1:
+    case PE_Q5_0:
+    case PE_Q5_1:
+    case PE_Q8_0:
+    case PE_IQ4_NL:
+    case PE_MXFP4: return 32;
+    case PE_NVFP4: return 64;
+    default: return 256;
+  }
+}
+
+/* acc[i][16 NR] += panel [count][16 NR] times `rows` <= MRF rows of x. */
+PE_INLINE void float_rows(int rows, const float *panel, int64_t count, const float *x, int64_t ld, float *acc) {
+  v16f sum[MRF][NR];
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) sum[i][v] = v16f_load(acc + 16 * (NR * i + v));
+  for (int64_t k = 0; k < count; k++, panel += 16 * NR) {
+    v16f w[NR];
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) w[v] = v16f_load(panel + 16 * v);
+PE_UNROLL(8)
+    for (int i = 0; i < rows; i++) {
+      v16f a = v16f_set1(x[i * ld + k]);
+PE_UNROLL(8)
+      for (int v = 0; v < NR; v++) sum[i][v] = v16f_fma(w[v], a, sum[i][v]);
+    }
+  }
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) v16f_store(acc + 16 * (NR * i + v), sum[i][v]);
+}
+
+static void tile_float(const float *panel, int64_t count, const float *x, int64_t ld, int64_t m, float *acc) {
+  for (; m >= MRF; m -= MRF, x += MRF * ld, acc += MRF * NR * 16) float_rows(MRF, panel, count, x, ld, acc);
+#define PART(n)                                                                                                        \
+  if (m >= n) {                                                                                                        \
+    float_rows(n, panel, count, x, ld, acc);                                                                           \
+    m -= n;                                                                                                            \
+    x += n * ld;                                                                                                       \
+    acc += n * NR * 16;                                                                                                \
+  }
+#if defined(PE_AVX512)
+  PART(4)
+#endif
+  PART(2)
+  PART(1)
+#undef PART
+}
+
+/* Columns k0 .. k0 + count - 1 of the groups of a panel, as floats [count][16 NR]. `rows` is room for [16][KD] floats. */
+static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t count, float *panel, float *rows) {
+  const int64_t n = w->shape[0], k = w->shape[1], last = (n - 1) / 16;
+  for (int v = 0; v < NR; v++) {
+    const int64_t g = pe_min(g0 + v, last);
+    if (w->dtype >= PE_PACKED) {
+      const int32_t id = w->dtype - PE_PACKED;
+      const char *from = (const char *)w->data + g * pe_pack_group_bytes(id, k) + k0 * (id == PE_F32 ? 64 : 32);
+      float *to = panel + 16 * v;
+#define WIDEN(load, size)                                                                                              \
+  for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * NR * i, load((const void *)(from + size * i)))
+      if (id == PE_F32) WIDEN(v16f_load, 64);
+      else if (id == PE_F16) WIDEN(v16f_load_f16, 32);
+      else WIDEN(v16f_load_bf16, 32);
+#undef WIDEN
+      continue;
+    }
+    const int64_t block = block_of(w->dtype);
+    for (int64_t r = 0; r < 16; r++) {
+      const char *from = (const char *)w->data + pe_min(16 * g + r, n - 1) * w->stride[0] + k0 / block * w->stride[1];
+      pe_status status = pe_dequantize_row(w->dtype, from, rows + KD * r, count);
+      if (status) return status;
+    }
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t r = 0; r < 16; r++) panel[16 * (NR * i + v) + r] = rows[KD * r + i];
+  }
+  return PE_OK;
+}
+
+/* ---- what is done with sums ---- */
+
+PE_INLINE v16f activate(v16f y, int32_t glu) {
+  switch (glu) {
+    case PE_LINEAR_GLU_SILU: return v16f_silu(y);
+    case PE_LINEAR_GLU_GELU_TANH: return v16f_gelu_tanh(y);
+    case PE_LINEAR_GLU_GELU: return v16f_gelu_erf(y);
+    case PE_LINEAR_GLU_RELU: return v16f_max(v16f_zero(), y);
+    default: return y;
+  }
+}
+
+typedef struct job {
+  const pe_tensor *const *w, *const *bias, *const *out;
+  const pe_tensor *residual;
+  pe_linear_params p;
+  int32_t n_w;          /* matrices */
+  int32_t n_sets;       /* lists of panels: n_w, or 1 with glu */
+  int64_t m, k;
+  int64_t rows;         /* rows of x in a block */
+  int64_t panels;       /* of all sets */
+  const char *q;        /* quantized rows; xrow.bytes apart */
+  const float *h;       /* float rows */
+  int64_t ldh;          /* floats */
+} job;
+
+/* Sums of one group of 16 outputs to memory. a, b: [rows] with `ld` floats between rows; b only with glu. */
+static void finish(const job *t, int set, int64_t g, int64_t row0, int64_t rows, const float *a, const float *b, int64_t ld) {
+  const pe_tensor *out = t->out[set];
+  const int64_t c = 16 * g, n = pe_min(16, t->w[set]->shape[0] - c);
+  v16f bias0 = v16f_zero(), bias1 = v16f_zero();
+  if (t->bias) {
+    bias0 = v16f_load_n((const float *)t->bias[set]->data + c, n);
+    if (b) bias1 = v16f_load_n((const float *)t->bias[1]->data + c, n);
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    v16f y = v16f_load(a + i * ld);
+    if (t->bias) y = v16f_add(y, bias0);
+    if (b) {
+      v16f u = v16f_load(b + i * ld);
+      if (t->bias) u = v16f_add(u, bias1);
+      y = v16f_mul(activate(y, t->p.glu), u);
+    }
+    if (t->residual) {
+      const float *add = (const float *)((const char *)t->residual->data + (row0 + i) * t->residual->stride[0]) + c;
+      y = v16f_add(y, n == 16 ? v16f_load(add) : v16f_load_n(add, n));
+    }
+    if (t->p.softcap != 0.0f) {
+      v16f cap = v16f_set1(t->p.softcap);
+      y = v16f_mul(cap, v16f_tanh(v16f_div(y, cap)));
+    }
+    float *to = (float *)((char *)out->data + (row0 + i) * out->stride[0]) + c;
+    if (n == 16) v16f_store(to, y);
+    else v16f_store_n(to, y, n);
+  }
+}
+
+/* ---- memory ---- */
+
+typedef struct memory {
+  int64_t q, h, shared;                         /* shared rows, at 0 and h */
+  int64_t own_q, own_h, panel, rows, acc, own;  /* offsets in the own part of a thread, and its size */
+} memory;
+
+static int64_t block_rows(int64_t m, int64_t k, int quantized) {
+  int64_t fit = BLOCK_BYTES / (quantized ? k : 4 * k) / 8 * 8;
+  return pe_min(pe_round_up(m, 8), pe_max(32, pe_min(fit, 512)));
+}
+
+static memory memory_of(int64_t m, int64_t k, int quantized, int floats, int normed, int glu) {
+  memory y = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+  const int64_t row = quantized ? xrow_of(k).bytes : 0, hrow = normed ? pe_round_up(4 * k, 64) : 0;
+  y.h = m > FEW ? m * row : 0;
+  y.shared = y.h + (m > FEW && floats ? m * hrow : 0);
+  y.own_h = FEW * row;
+  y.panel = y.own_h + FEW * hrow; /* a normed row on its way to int8 also stays here */
+  y.rows = y.panel + pe_max(quantized ? STEPS * panel_step_bytes(2, 1) : 0, floats ? 64 * NR * KD : 0);
+  y.acc = y.rows + (floats ? 64 * KD : 0);
+  y.own = y.acc + pe_max(FEW, block_rows(m, k, !floats)) * 64 * NR * (glu ? 2 : 1);
+  return y;
+}
+
+static int is_float_path(const pe_tensor *w) { return !format_of(w->dtype); }
+
+PE_SCRATCH(linear)(const pe_args *a, const void *params, int32_t n_threads) {
+  const pe_linear_params *p = params;
+  const pe_tensor *x = a->t[a->start[0]];
+  int quantized = 0, floats = 0;
+  for (int i = 0; i < a->count[1]; i++) {
+    if (is_float_path(a->t[a->start[1] + i])) floats = 1;
+    else quantized = 1;
+  }
+  memory y = memory_of(x->shape[0], x->shape[1], quantized, floats, a->count[3] > 0, p->glu != PE_LINEAR_GLU_NONE);
+  return y.shared + n_threads * y.own;
+}
+
+/* ---- the kernel ---- */
+
+static void prepare_row(const pe_tensor *x, const pe_tensor *norm, float eps, int64_t i, int64_t k, char *q, float *h) {
+  const float *row = (const float *)((const char *)x->data + i * x->stride[0]);
+  if (norm) {
+    norm_row(row, norm->data, eps, k, h);
+    row = h;
+  }
+  if (q) quantize_row(row, k, xrow_of(k), q);
+}
+
+/* acc[set of 1 or 2][rows][16 NR] = panel at group g0 of matrix w times rows row0 .. row0 + rows - 1. */
+static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, const uint8_t *next, int64_t row0, int64_t rows,
+                          char *panel, float *dequantized, float *acc) {
+  const int64_t k = t->k, groups = (w->shape[0] + 15) / 16;
+  const format *f = format_of(w->dtype);
+  if (f) {
+    const xrow r = xrow_of(k);
+    const char *x = t->q + row0 * r.bytes;
+    const int64_t bytes = pe_pack_group_bytes(w->dtype - PE_PACKED, k);
+    const int zero = pe_traits_of(w->dtype - PE_PACKED).zero;
+    const uint8_t *group[NR];
+    for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + v, groups - 1) * bytes;
+    if (rows <= FEW && f->decode[0]) {
+      float y[FEW * 16];
+      for (int v = 0; v < NR && g0 + v < groups; v++) {
+        f->decode[rows - 1](group[v], g0 + v + 1 < groups && v + 1 < NR ? group[v] + bytes : next, bytes, k, x, r.bytes, r, y);
+        for (int64_t i = 0; i < rows; i++) v16f_store(acc + 16 * (NR * i + v), v16f_load(y + 16 * i));
+      }
+      return PE_OK;
+    }
+    memset(acc, 0, (size_t)(rows * 64 * NR));
+    for (int64_t s = 0; s < k / 32; s += STEPS) {
+      int64_t count = pe_min(STEPS, k / 32 - s);
+      f->unpack(group, s, count, (uint8_t *)panel);
+      f->tile(zero == 128 ? 128 - PE_DOT_ZERO : zero, (const uint8_t *)panel, s, count, x, r.bytes, r, rows, acc);
+    }
+    return PE_OK;
+  }
+  memset(acc, 0, (size_t)(rows * 64 * NR));
+  const int64_t chunk = w->dtype >= PE_PACKED ? KF : KD;
+  for (int64_t at = 0; at < k; at += chunk) {
+    int64_t count = pe_min(chunk, k - at);
+    pe_status status = float_panel(w, g0, at, count, (float *)panel, dequantized);
+    if (status) return status;
+    tile_float((const float *)panel, count, t->h + row0 * t->ldh + at, t->ldh, rows, acc);
+  }
+  return PE_OK;
+}
+
+static int64_t panels_of(const pe_tensor *w) { return ((w->shape[0] + 15) / 16 + NR - 1) / NR; }
+
+/* Panel number `panel` of all sets: which set, and its first group. */
+static int locate(const job *t, int64_t panel, int64_t *g0) {
+  int set = 0;
+  while (set + 1 < t->n_sets && panel >= panels_of(t->w[set])) panel -= panels_of(t->w[set++]);
+  *g0 = panel * NR;
+  return set;
+}
+
+static const uint8_t *panel_bytes(const job *t, int set, int64_t g0) { /* for prefetching only */
+  const pe_tensor *w = t->w[set];
+  int64_t bytes = w->dtype >= PE_PACKED ? pe_pack_group_bytes(w->dtype - PE_PACKED, t->k) : 16 * w->stride[0];
+  return (const uint8_t *)w->data + g0 * bytes;
+}
+
+static pe_status check(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, int32_t n_bias, const pe_tensor *residual,
+                       int32_t n_out, const pe_linear_params *p, pe_stream *s) {
+  const int glu = p->glu != PE_LINEAR_GLU_NONE;
+  if (n_w < 1 || n_w > 4 || (n_bias && n_bias != n_w) || n_out != (glu ? 1 : n_w))
+    return pe_fail(s, PE_BAD_SHAPE, "linear: %d weights, %d biases, %d outputs", n_w, n_bias, n_out);
+  if ((glu && (n_w != 2 || w[0]->shape[0] != w[1]->shape[0])) || (residual && (glu || n_w != 1)))
+    return pe_fail(s, PE_BAD_SHAPE, "linear: glu takes two equal weights and no residual, a residual one weight");
+  for (int i = 0; i < n_w; i++) {
+    if (w[i]->shape[1] != x->shape[1])
+      return pe_fail(s, PE_BAD_SHAPE, "linear: x has %lld columns, weight %d has %lld", (long long)x->shape[1], i,
+                     (long long)w[i]->shape[1]);
+    int packed = w[i]->dtype >= PE_PACKED;
+    if (packed && w[i]->shape[0] && !pe_pack_bytes(w[i]->dtype - PE_PACKED, w[i]->shape[0], w[i]->shape[1]))
+      return pe_fail(s, PE_NO_KERNEL, "linear: no packed form of format %d", w[i]->dtype - PE_PACKED);
+  }
+  return PE_OK;
+}
+
+PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *const *bias, int32_t n_bias,
+                  const pe_tensor *norm, const pe_tensor *residual, const pe_tensor *const *out, int32_t n_out,
+                  const pe_linear_params *p, pe_stream *s) {
+  const int64_t m = x->shape[0], k = x->shape[1];
+  const int glu = p->glu != PE_LINEAR_GLU_NONE;
+  pe_status status = check(x, w, n_w, n_bias, residual, n_out, p, s);
+  if (status || m == 0 || k == 0) return status;
+
+  job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, 0, 0, 0, 0, 0};
+  int quantized = 0, floats = 0;
+  for (int i = 0; i < n_w; i++) {
+    if (is_float_path(w[i])) floats = 1;
+    else quantized = 1;
+    if (i < t.n_sets && w[i]->shape[0]) t.panels += panels_of(w[i]);
+  }
+  const memory y = memory_of(m, k, quantized, floats, norm != 0, glu);
+  if (s->scratch_bytes < y.shared + s->nth * y.own)
+    return pe_fail(s, PE_NO_MEMORY, "linear: %lld bytes of scratch, needs %lld", (long long)s->scratch_bytes,
+                   (long long)(y.shared + s->nth * y.own));
+  char *own = s->scratch + y.shared + s->ith * y.own;
+
+  /* Rows of x: few are prepared by every thread for itself, many by all threads together. */
+  const xrow r = xrow_of(k);
+  const int64_t hrow = pe_round_up(4 * k, 64);
+  if (m <= FEW) {
+    for (int64_t i = 0; i < m && (quantized || norm); i++)
+      prepare_row(x, norm, p->norm_eps, i, k, quantized ? own + i * r.bytes : 0, (float *)(own + y.own_h + i * hrow));
+    t.q = own;
+    t.h = (const float *)(own + y.own_h);
+  } else {
+    if (quantized || norm) {
+      for (int64_t c; (c = 4 * pe_next(s, 0)) < m;)
+        for (int64_t i = c; i < pe_min(c + 4, m); i++)
+          prepare_row(x, norm, p->norm_eps, i, k, quantized ? s->scratch + i * r.bytes : 0,
+                      (float *)(floats ? s->scratch + y.h + i * hrow : own + y.own_h));
+      pe_barrier(s);
+    }
+    t.q = s->scratch;
+    t.h = (const float *)(s->scratch + y.h);
+  }
+  t.ldh = hrow / 4;
+  if (!norm) {
+    t.h = x->data;
+    t.ldh = x->stride[0] / 4;
+  }
+
+  /* Items: blocks of rows, and in each block all panels. A claim is a run of panels of one block. */
+  t.rows = block_rows(m, k, !floats);
+  const int64_t blocks = (m + t.rows - 1) / t.rows;
+  const int64_t run = m > FEW ? 1 : pe_max(1, t.panels / (16 * s->nth)), runs = (t.panels + run - 1) / run;
+  char *panel = own + y.panel;
+  float *dequantized = (float *)(own + y.rows), *acc = (float *)(own + y.acc);
+  for (int64_t claim = pe_next(s, 1), ahead; claim < blocks * runs; claim = ahead) {
+    ahead = pe_next(s, 1);
+    const int64_t row0 = claim / runs * t.rows, rows = pe_min(t.rows, m - row0);
+    const int64_t first = claim % runs * run, end = pe_min(first + run, t.panels);
+    for (int64_t i = first; i < end; i++) {
+      int64_t g0, next_g0, after = i + 1 < end ? i + 1 : ahead < blocks * runs ? ahead % runs * run : i;
+      const int set = locate(&t, i, &g0), next_set = locate(&t, after, &next_g0);
+      const uint8_t *next = panel_bytes(&t, next_set, next_g0);
+      const int64_t groups = (w[set]->shape[0] + 15) / 16;
+      status = multiply(&t, w[set], g0, glu ? panel_bytes(&t, 1, g0) : next, row0, rows, panel, dequantized, acc);
+      if (!status && glu) status = multiply(&t, w[1], g0, next, row0, rows, panel, dequantized, acc + rows * 16 * NR);
+      if (status) return pe_fail(s, PE_NO_KERNEL, "linear: format %d cannot be read", w[set]->dtype);
+      for (int v = 0; v < NR && g0 + v < groups; v++)
+        finish(&t, set, g0 + v, row0, rows, acc + 16 * v, glu ? acc + (rows * NR + v) * 16 : 0, 16 * NR);
+    }
+  }
+  return PE_OK;
+}
