@@ -78,7 +78,7 @@ class Build(build_ext):
             obj = out / src.relative_to(ROOT).with_suffix(".o")
             if obj.exists() and obj.stat().st_mtime > max(newest, src.stat().st_mtime):
                 return str(obj)
-            include = [str(CSRC), str(CSRC / "gen"), str(CSRC / "cpu"), pybind11.get_include(), *self.compiler.include_dirs]
+            include = [str(CSRC / "gen"), pybind11.get_include(), *self.compiler.include_dirs]
             made = self.compiler.compile([str(src.relative_to(ROOT))], output_dir=str(out), include_dirs=include,
                                          extra_postargs=[*flags, *have, *sanitize])
             return made[0]

@@ -213,7 +213,8 @@ class Model:
         self._n_head, self._groups = built.n_head, built.groups
         self._cached: list[int] = []                                           # tokens whose keys and values are in the cache
         self._tokenizer: Tokenizer | None = None
-        self._flat = {name: a.reshape(-1) for name, a in program.inputs.items()}
+        unused = {n: np.empty(t.nbytes_max // 4, np.int32) for n, t in built.graph.inputs.items() if n not in program.inputs}
+        self._flat = unused | {name: a.reshape(-1) for name, a in program.inputs.items()}
         self._logits, self._hidden = program.outputs
         self._head_step = program.first_step_reading("head")
         for g in self._groups:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from pyengine import ops
 from pyengine.graph import topological, users
 from pyengine.tensor import Node, Tensor
@@ -15,8 +17,10 @@ from pyengine.tensor import Node, Tensor
 Pass = Callable[[list[Tensor]], list[Tensor]]
 
 
-def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], Sequence[Tensor] | None]) -> list[Tensor]:
-    """Copy the graph bottom up. `rule(node, new_args)` gives the outputs that replace a node's, or None to keep it."""
+def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], Sequence[Tensor] | None],
+            leaf: Callable[[Node], Sequence[Tensor]] = lambda node: node.outputs) -> list[Tensor]:
+    """Copy the graph bottom up. `rule(node, new_args)` gives the outputs that replace a node's, or None to keep it; `leaf(node)`
+    those that replace a leaf's."""
     new: dict[int, Sequence[Tensor]] = {}
 
     def moved(arg: Any) -> Any:
@@ -26,7 +30,7 @@ def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], S
 
     for node in topological(outputs):
         if node.op is None:
-            new[id(node)] = node.outputs
+            new[id(node)] = leaf(node)
             continue
         args = tuple(moved(a) for a in node.args)
         made = rule(node, args)
@@ -53,8 +57,9 @@ def _through_reshape(t: Tensor) -> Tensor:
 
 
 def share(outputs: list[Tensor]) -> list[Tensor]:
-    """Nodes of the same op, arguments and parameters become one (rope tables of all layers, norms of q, k and v)."""
-    seen: dict[Any, tuple[Tensor, ...]] = {}
+    """Nodes of the same op, arguments and parameters become one (rope tables of all layers), and so do constants that are the
+    same weight of a file (tied embeddings)."""
+    seen: dict[Any, Sequence[Tensor]] = {}
 
     def key_of(arg: Any) -> Any:
         if isinstance(arg, tuple):
@@ -67,7 +72,12 @@ def share(outputs: list[Tensor]) -> list[Tensor]:
             seen[key] = node.outputs if args == node.args else make(node.op, args, dict(node.params))
         return seen[key]
 
-    return rebuild(outputs, rule)
+    def leaf(node: Node) -> Sequence[Tensor]:
+        if node.kind != "constant" or isinstance(node.source, np.ndarray):
+            return node.outputs
+        return seen.setdefault((node.source, node.outputs[0].dtype), node.outputs)
+
+    return rebuild(outputs, rule, leaf)
 
 
 def merge_products(outputs: list[Tensor]) -> list[Tensor]:
