@@ -1,0 +1,459 @@
+/* attention.c: softmax(scale q k^T) v over an interval of keys for each query.
+ *
+ * One path serves prompts, single tokens and encoders. Work is cut as
+ *
+ *   unit    up to BLOCK_QUERIES queries (rows x heads of the group) of one sequence and one key/value head
+ *   chunk   CHUNK_KEYS keys, aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, giving a partial
+ *           (top, sum[16], acc[f]) per query; partials are merged in ascending order
+ *   tile    TILE_KEYS keys, aligned likewise: K is converted to float and transposed to kt[e][64], V to v[64][f] once,
+ *           and all queries of the unit that see the tile use them, six at a time in registers (vec.h: tile)
+ *
+ * What happens to a query (fma by fma: e ascending in a score, keys ascending in acc, 16 lanes of keys in sum) follows from its
+ * interval alone: neither other rows, nor the unit's size, nor threads can change a bit. Tiles and keys outside its interval are
+ * not touched, so that a masked key contributes nothing, not even a NaN.
+ *
+ * A thread claims units, latest rows first (they are the longest in a causal prompt). Where there are few units (decoding) it
+ * claims (unit, chunk) pairs, partials go to scratch, and the thread that finishes last merges them all.
+ * All sums are float. Bytes: each unit reads its keys' K and V once from the cache in the cache's dtype; operations: 2 (e + f) a
+ * query and key, about 1.5 shuffles, loads and conversions per 16 elements of K and V, shared by the unit's queries.
+ */
+#include "../quants.h"
+#include "vec.h"
+
+enum { TILE_KEYS = 64, CHUNK_KEYS = 256, BLOCK_QUERIES = 128 };
+enum { SPLIT_BYTES = 4 << 20 }; /* at most this much scratch for partials; work that would need more is not split */
+
+/* Everything that threads and units share. Strides are in bytes. */
+typedef struct job {
+  const pe_tensor *q, *k, *v;
+  const int32_t *lo, *hi, *seq, *cells;
+  int64_t cells_stride, l;              /* bytes between sequences in `cells`; its number of cells */
+  const float *sinks;
+  float *out;
+  float scale, softcap;
+  int64_t m, h, g, group, e, f, fp;     /* fp: f rounded up to whole vectors */
+  int64_t rows;                         /* rows in a unit */
+} job;
+
+/* Online softmax of the queries of a unit: top [n], sum [n][16], acc [n][fp]. */
+typedef struct partial { float *top, *sum, *acc; } partial;
+
+static int64_t partial_floats(int64_t n, int64_t fp) { return pe_round_up(n, 16) + n * 16 + n * fp; }
+static partial partial_at(float *p, int64_t n) {
+  return (partial){p, p + pe_round_up(n, 16), p + pe_round_up(n, 16) + n * 16};
+}
+
+static int64_t unit_rows(int64_t m, int64_t group) { return pe_max(1, pe_min(m, BLOCK_QUERIES / pe_max(1, group))); }
+
+/* ---- scratch: per thread [starts of blocks][queries][partial of a chunk][running total][kt][v], then partials ---- */
+
+static int64_t thread_floats(int64_t m, int64_t group, int64_t e, int64_t f) {
+  const int64_t n = unit_rows(m, group) * group, fp = pe_round_up(f, 16);
+  return pe_round_up(m + 1, 16) + pe_round_up(n * e, 16) + 2 * partial_floats(n, fp) + pe_round_up(e, 16) * TILE_KEYS + TILE_KEYS * fp;
+}
+
+PE_SCRATCH(attention)(const pe_args *a, const void *params, int32_t n_threads) {
+  (void)params;
+  const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
+  const int64_t m = q->shape[0], h = q->shape[1], group = h / pe_max(1, k->shape[0]), f = v->shape[2];
+  const int64_t chunks = k->shape[1] / CHUNK_KEYS + 2;
+  const int64_t split = 4 * partial_floats(pe_max(1, m) * h, pe_round_up(f, 16)) * chunks;
+  return n_threads * 4 * thread_floats(m, group, q->shape[2], f) + (n_threads > 1 ? pe_min(split, SPLIT_BYTES) : 0);
+}
+
+/* ---- K and V as floats ---- */
+
+PE_INLINE float half_to_float(const void *p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+#if defined(PE_AVX512) || defined(PE_AVX2)
+  return _cvtsh_ss(h);
+#else
+  return pe_f16_to_f32(h);
+#endif
+}
+
+/* Elements i .. i + 15 of a cell whose elements lie side by side. */
+PE_INLINE v16f load_cell(const int dtype, const char *cell, int64_t i) {
+  if (dtype == PE_F32) return v16f_load((const float *)cell + i);
+  if (dtype == PE_F16) return v16f_load_f16(cell + 2 * i);
+  const char *block = cell + i / 32 * 34;
+  return v16f_mul(v16i_to_f(v16i_load_i8(block + 2 + i % 32)), v16f_set1(half_to_float(block)));
+}
+
+/* The same for n <= 16 elements at any distance; the other lanes are 0. */
+static v16f load_cell_n(int dtype, const char *cell, int64_t stride, int64_t i, int64_t n) {
+  float t[16] = {0};
+  if (dtype == PE_Q8_0) return load_cell(PE_Q8_0, cell, i); /* whole blocks side by side: checked before */
+  for (int64_t j = 0; j < n; j++) {
+    const char *p = cell + (i + j) * stride;
+    if (dtype == PE_F32) memcpy(&t[j], p, 4);
+    else t[j] = half_to_float(p);
+  }
+  return v16f_load(t);
+}
+
+/* kt[i][j] = element i of key j, for the groups of 16 keys that hold a wanted one. */
+PE_INLINE void transpose_keys(const int dtype, const char *const *cell, uint64_t wanted, int64_t e, int64_t stride, int plain,
+                              float *kt) {
+  for (int j = 0; j < TILE_KEYS; j += 16) {
+    if (!(wanted >> j & 0xffff)) continue;
+    int64_t i = 0;
+    for (; plain && i + 16 <= e; i += 16) {
+      v16f x[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; r++) x[r] = load_cell(dtype, cell[j + r], i);
+      transpose16(x, kt + i * TILE_KEYS + j, TILE_KEYS);
+    }
+    for (; i < e; i += 16) {
+      v16f x[16];
+      for (int r = 0; r < 16; r++) x[r] = load_cell_n(dtype, cell[j + r], stride, i, pe_min(16, e - i));
+      transpose16(x, kt + i * TILE_KEYS + j, TILE_KEYS);
+    }
+  }
+}
+
+/* v[j][i] = element i of the value of key j, for the wanted keys; 0 for i >= f. */
+PE_INLINE void convert_values(const int dtype, const char *const *cell, uint64_t wanted, int64_t f, int64_t stride, int plain,
+                              float *v) {
+  const int64_t fp = pe_round_up(f, 16);
+  for (; wanted; wanted &= wanted - 1) {
+    const int j = __builtin_ctzll(wanted);
+    int64_t i = 0;
+    for (; plain && i + 16 <= f; i += 16) v16f_store(v + j * fp + i, load_cell(dtype, cell[j], i));
+    for (; i < f; i += 16) v16f_store(v + j * fp + i, load_cell_n(dtype, cell[j], stride, i, pe_min(16, f - i)));
+  }
+}
+
+/* Addresses of the tile's cells, of which only the wanted ones are looked up; the others stand for any of those. */
+static pe_status find_cells(const job *w, const pe_tensor *cache, int64_t head, int32_t sequence, int64_t first, uint64_t wanted,
+                            const char **cell, pe_stream *s) {
+  const int32_t *map = w->cells ? (const int32_t *)((const char *)w->cells + sequence * w->cells_stride) : 0;
+  const char *base = (const char *)cache->data + head * cache->stride[0], *any = 0;
+  for (int j = 0; j < TILE_KEYS; j++) {
+    cell[j] = 0;
+    if (!(wanted >> j & 1)) continue;
+    const int64_t at = map ? map[(first + j) % w->l] : first + j;
+    if (at < 0 || at >= cache->shape[1])
+      return pe_fail(s, PE_BAD_VALUE, "attention: key %lld of sequence %d lies in cell %lld of %lld", (long long)(first + j), sequence,
+                     (long long)at, (long long)cache->shape[1]);
+    cell[j] = any = base + at * cache->stride[1];
+  }
+  for (int j = 0; j < TILE_KEYS; j++)
+    if (!cell[j]) cell[j] = any;
+  return PE_OK;
+}
+
+static void load_tile(const job *w, const char *const *kc, const char *const *vc, uint64_t wanted, float *kt, float *v) {
+  const pe_tensor *a = w->k, *b = w->v;
+  switch (a->dtype) {
+    case PE_F32: transpose_keys(PE_F32, kc, wanted, w->e, a->stride[2], a->stride[2] == 4, kt); break;
+    case PE_F16: transpose_keys(PE_F16, kc, wanted, w->e, a->stride[2], a->stride[2] == 2, kt); break;
+    default: transpose_keys(PE_Q8_0, kc, wanted, w->e, a->stride[2], 1, kt);
+  }
+  switch (b->dtype) {
+    case PE_F32: convert_values(PE_F32, vc, wanted, w->f, b->stride[2], b->stride[2] == 4, v); break;
+    case PE_F16: convert_values(PE_F16, vc, wanted, w->f, b->stride[2], b->stride[2] == 2, v); break;
+    default: convert_values(PE_Q8_0, vc, wanted, w->f, b->stride[2], 1, v);
+  }
+}
+
+/* ---- online softmax ---- */
+
+PE_INLINE float first_lane(v16f v) { return v.a[0]; }
+
+static const float LANE[TILE_KEYS] = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+    32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+
+/* Scores p[16 v0 .. 16 v1 - 1] of one query become probabilities relative to its new top; keys outside [a, b) become 0.
+ * Returns the factor by which sums so far must shrink. */
+PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, float *top, float *sum) {
+  const v16f none = v16f_set1(-__builtin_inff()), first = v16f_set1((float)a), end = v16f_set1((float)b);
+  const int whole = a == 16 * v0 && b == 16 * v1;
+  v16f x[TILE_KEYS / 16], best = none;
+  for (int i = v0; i < v1; i++) {
+    v16f z = v16f_load(p + 16 * i);
+    if (softcap != 0.0f) z = v16f_mul(v16f_tanh(v16f_mul(z, v16f_set1(1.0f / softcap))), v16f_set1(softcap));
+    if (!whole) {
+      v16f lane = v16f_load(LANE + 16 * i);
+      z = v16f_select_lt(lane, first, none, v16f_select_lt(lane, end, z, none));
+    }
+    x[i] = z;
+    best = v16f_max(z, best);
+  }
+  const float old = *top, peak = v16f_hmax(best), now = peak > old ? peak : old;
+  v16f total = v16f_load(sum), shift = v16f_set1(now);
+  float factor = 1.0f;
+  if (now != old) { /* always so at a query's first tile of a chunk, where old = -inf and the factor 0 */
+    v16f r = v16f_exp(v16f_set1(old - now));
+    factor = first_lane(r);
+    total = v16f_mul(total, r);
+  }
+  for (int i = v0; i < v1; i++) {
+    v16f y = v16f_exp(v16f_sub(x[i], shift));
+    v16f_store(p + 16 * i, y);
+    total = v16f_add(total, y);
+  }
+  v16f_store(sum, total);
+  *top = now;
+  return factor;
+}
+
+/* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile. */
+static void attend(const job *w, const float *q, int64_t n, int a, int b, const float *kt, const float *v, partial s) {
+  const int v0 = a / 16, v1 = (b + 15) / 16;
+  float p[TILE_ROWS][TILE_KEYS], factor[TILE_ROWS];
+  for (int64_t tiles = (n + TILE_ROWS - 1) / TILE_ROWS; n; tiles--) {
+    const int r = (int)((n + tiles - 1) / tiles); /* as even as they can be: 7 queries are 4 + 3 */
+    tile(r, v1 - v0, q, w->e, kt + 16 * v0, TILE_KEYS, p[0] + 16 * v0, TILE_KEYS, w->e, 0);
+    if (a == 0 && b == TILE_KEYS)
+      for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.sum + 16 * i);
+    else
+      for (int i = 0; i < r; i++) factor[i] = soften(p[i], a, b, v0, v1, w->softcap, s.top + i, s.sum + 16 * i);
+    tile(r, (int)(w->fp / 16), p[0] + a, TILE_KEYS, v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
+    q += r * w->e;
+    s.top += r;
+    s.sum += 16 * r;
+    s.acc += r * w->fp;
+    n -= r;
+  }
+}
+
+/* ---- units ---- */
+
+typedef struct unit { int64_t row, n_rows, head; } unit; /* head: of keys and values */
+
+typedef struct buffers { float *q, *kt, *v; } buffers;
+
+static int empty(const job *w, int64_t row) { return w->hi[row] <= w->lo[row]; }
+
+/* Does a row see a key of the chunk? */
+static int sees(const job *w, int64_t row, int64_t chunk) {
+  return w->lo[row] < (chunk + 1) * CHUNK_KEYS && w->hi[row] > chunk * CHUNK_KEYS && !empty(w, row);
+}
+
+/* The first chunk from `chunk` on of which any row of the unit sees a key, or -1. */
+static int64_t next_chunk(const job *w, const unit *u, int64_t chunk) {
+  int64_t best = -1;
+  for (int64_t r = u->row; r < u->row + u->n_rows; r++) {
+    if (empty(w, r) || (w->hi[r] - 1) / CHUNK_KEYS < chunk) continue;
+    int64_t c = pe_max(chunk, w->lo[r] / CHUNK_KEYS);
+    best = best < 0 ? c : pe_min(best, c);
+  }
+  return best;
+}
+
+static void load_queries(const job *w, const unit *u, float *to) {
+  const v16f scale = v16f_set1(w->scale);
+  for (int64_t r = u->row; r < u->row + u->n_rows; r++)
+    for (int64_t i = 0; i < w->group; i++, to += w->e) {
+      const char *q = (const char *)w->q->data + r * w->q->stride[0] + (u->head * w->group + i) * w->q->stride[1];
+      for (int64_t j = 0; j < w->e; j += 16) {
+        const int64_t left = w->e - j;
+        v16f x = w->q->stride[2] == 4 ? load_some((const float *)q + j, left)
+                                      : load_cell_n(PE_F32, q, w->q->stride[2], j, pe_min(16, left));
+        store_some(to + j, v16f_mul(x, scale), left);
+      }
+    }
+}
+
+/* Part of the tile at key `first` that a row sees: *a <= j < *b; 0 if none. */
+PE_INLINE int visible(const job *w, int64_t row, int64_t first, int *a, int *b) {
+  const int64_t x = pe_max(w->lo[row], first), y = pe_min(w->hi[row], first + TILE_KEYS);
+  *a = (int)(x - first);
+  *b = (int)(y - first);
+  return x < y;
+}
+
+/* One chunk for all queries of a unit, whose scaled queries are in t->q. */
+static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, const buffers *t, partial p, pe_stream *s) {
+  const int64_t end = u->row + u->n_rows;
+  const int32_t sequence = w->cells && w->seq ? w->seq[u->row] : 0;
+  for (int64_t i = 0; i < u->n_rows * w->group; i++) p.top[i] = -__builtin_inff();
+  memset(p.sum, 0, (size_t)(u->n_rows * w->group) * 16 * 4);
+  memset(p.acc, 0, (size_t)(u->n_rows * w->group * w->fp) * 4);
+  for (int64_t first = chunk * CHUNK_KEYS; first < (chunk + 1) * CHUNK_KEYS; first += TILE_KEYS) {
+    const char *kc[TILE_KEYS], *vc[TILE_KEYS];
+    uint64_t wanted = 0;
+    int a, b;
+    for (int64_t r = u->row; r < end; r++)
+      if (visible(w, r, first, &a, &b)) wanted |= ~(uint64_t)0 >> (TILE_KEYS - (b - a)) << a;
+    if (!wanted) continue;
+    pe_status bad = find_cells(w, w->k, u->head, sequence, first, wanted, kc, s);
+    if (!bad) bad = find_cells(w, w->v, u->head, sequence, first, wanted, vc, s);
+    if (bad) return bad;
+    load_tile(w, kc, vc, wanted, t->kt, t->v);
+    for (int64_t r = u->row, n; r < end; r += n) { /* runs of rows that see the same part */
+      n = 1;
+      if (!visible(w, r, first, &a, &b)) continue;
+      for (int c, d; r + n < end && visible(w, r + n, first, &c, &d) && c == a && d == b;) n++;
+      const int64_t at = (r - u->row) * w->group;
+      attend(w, t->q + at * w->e, n * w->group, a, b, t->kt, t->v, (partial){p.top + at, p.sum + 16 * at, p.acc + w->fp * at});
+    }
+  }
+  return PE_OK;
+}
+
+/* total += part, for the rows that see the chunk. */
+static void merge(const job *w, const unit *u, int64_t chunk, partial total, partial part) {
+  for (int64_t r = 0; r < u->n_rows; r++) {
+    if (!sees(w, u->row + r, chunk)) continue;
+    for (int64_t i = r * w->group; i < (r + 1) * w->group; i++) {
+      const float x = total.top[i], y = part.top[i], now = y > x ? y : x;
+      const v16f fx = v16f_exp(v16f_set1(x - now)), fy = v16f_exp(v16f_set1(y - now));
+      float *sum = total.sum + 16 * i, *acc = total.acc + w->fp * i;
+      v16f_store(sum, v16f_fma(v16f_load(part.sum + 16 * i), fy, v16f_mul(v16f_load(sum), fx)));
+      for (int64_t j = 0; j < w->fp; j += 16)
+        v16f_store(acc + j, v16f_fma(v16f_load(part.acc + w->fp * i + j), fy, v16f_mul(v16f_load(acc + j), fx)));
+      total.top[i] = now;
+    }
+  }
+}
+
+static void start_total(const job *w, const unit *u, partial total) {
+  const int64_t n = u->n_rows * w->group;
+  for (int64_t i = 0; i < n; i++) total.top[i] = -__builtin_inff();
+  memset(total.sum, 0, (size_t)n * 16 * 4);
+  memset(total.acc, 0, (size_t)(n * w->fp) * 4);
+}
+
+/* out = acc / sum; a sink joins the sum only. */
+static void finish(const job *w, const unit *u, partial total) {
+  for (int64_t r = 0; r < u->n_rows; r++)
+    for (int64_t i = 0; i < w->group; i++) {
+      const int64_t at = r * w->group + i, head = u->head * w->group + i;
+      float *out = w->out + ((u->row + r) * w->h + head) * w->f, *acc = total.acc + w->fp * at;
+      float sum = v16f_sum(v16f_load(total.sum + 16 * at));
+      v16f shrink = v16f_set1(1.0f);
+      if (empty(w, u->row + r)) {
+        memset(out, 0, (size_t)w->f * 4);
+        continue;
+      }
+      if (w->sinks) {
+        const float x = total.top[at], y = w->sinks[head], now = y > x ? y : x;
+        shrink = v16f_exp(v16f_set1(x - now));
+        sum = sum * first_lane(shrink) + first_lane(v16f_exp(v16f_set1(y - now)));
+      }
+      for (int64_t j = 0; j < w->f; j += 16)
+        store_some(out + j, v16f_div(v16f_mul(v16f_load(acc + j), shrink), v16f_set1(sum)), w->f - j);
+    }
+}
+
+/* Cut the rows into blocks of one sequence each; returns their number. starts: [m + 1]. */
+static int64_t find_blocks(const job *w, int32_t *starts) {
+  int64_t n = 0;
+  for (int64_t r = 0; r < w->m; r++) {
+    const int fresh = r == 0 || r - starts[n - 1] == w->rows || (w->cells && w->seq && w->seq[r] != w->seq[r - 1]);
+    if (fresh) starts[n++] = (int32_t)r;
+  }
+  starts[n] = (int32_t)w->m;
+  return n;
+}
+
+static unit unit_at(const job *w, const int32_t *starts, int64_t n_blocks, int64_t i) {
+  const int64_t b = n_blocks - 1 - i / w->g;
+  return (unit){starts[b], starts[b + 1] - starts[b], i % w->g};
+}
+
+/* ---- arguments ---- */
+
+static pe_status check_cache(const char *name, const pe_tensor *t, pe_stream *s) {
+  if (t->dtype != PE_F32 && t->dtype != PE_F16 && t->dtype != PE_Q8_0)
+    return pe_fail(s, PE_NO_KERNEL, "attention: '%s' has dtype %d; F32, F16 and Q8_0 are possible", name, t->dtype);
+  if (t->dtype == PE_Q8_0 && (t->shape[2] % 32 || t->stride[2] != 34))
+    return pe_fail(s, PE_NO_KERNEL, "attention: '%s' must hold whole Q8_0 blocks side by side", name);
+  return PE_OK;
+}
+
+static pe_status check_rows(const job *w, int64_t n_sequences, pe_stream *s) {
+  const int64_t n_cells = pe_min(w->k->shape[1], w->v->shape[1]);
+  for (int64_t r = 0; r < w->m; r++) {
+    const int64_t lo = w->lo[r], hi = w->hi[r];
+    if (lo >= hi) continue;
+    if (lo < 0 || (!w->cells && hi > n_cells))
+      return pe_fail(s, PE_BAD_VALUE, "attention: row %lld reads keys %lld to %lld of %lld", (long long)r, (long long)lo,
+                     (long long)hi, (long long)n_cells);
+    if (!w->cells) continue;
+    if (hi - lo > w->l)
+      return pe_fail(s, PE_BAD_VALUE, "attention: row %lld reads %lld keys, but a sequence has %lld cells", (long long)r,
+                     (long long)(hi - lo), (long long)w->l);
+    const int64_t n = w->seq ? w->seq[r] : 0;
+    if (n < 0 || n >= n_sequences)
+      return pe_fail(s, PE_BAD_VALUE, "attention: row %lld belongs to sequence %lld of %lld", (long long)r, (long long)n,
+                     (long long)n_sequences);
+  }
+  return PE_OK;
+}
+
+PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
+                     const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *out,
+                     const pe_attention_params *p, pe_stream *s) {
+  job w = {.q = q, .k = k, .v = v, .lo = lo->data, .hi = hi->data, .scale = p->scale, .softcap = p->softcap, .out = out->data};
+  w.m = q->shape[0], w.h = q->shape[1], w.e = q->shape[2], w.g = k->shape[0], w.f = v->shape[2], w.fp = pe_round_up(w.f, 16);
+  if (w.m == 0 || w.h == 0) return PE_OK;
+  if (w.g == 0 || w.h % w.g) return pe_fail(s, PE_BAD_SHAPE, "attention: %lld heads share %lld", (long long)w.h, (long long)w.g);
+  w.group = w.h / w.g;
+  w.rows = unit_rows(w.m, w.group);
+  if (cells) w.cells = cells->data, w.cells_stride = cells->stride[0], w.l = cells->shape[1];
+  if (seq) w.seq = seq->data;
+  if (sinks) w.sinks = sinks->data;
+  pe_status bad = check_cache("k", k, s);
+  if (!bad) bad = check_cache("v", v, s);
+  if (!bad) bad = check_rows(&w, cells ? cells->shape[0] : 1, s);
+  if (bad) return bad;
+
+  const int64_t own = thread_floats(w.m, w.group, w.e, w.f), n = w.rows * w.group, left = s->scratch_bytes / 4 - own * s->nth;
+  if (left < 0) return pe_fail(s, PE_NO_MEMORY, "attention: scratch is too small");
+  float *mine = (float *)s->scratch + own * s->ith, *shared = (float *)s->scratch + own * s->nth;
+  int32_t *starts = (int32_t *)mine;
+  buffers t = {.q = mine + pe_round_up(w.m + 1, 16)};
+  partial part = partial_at(t.q + pe_round_up(n * w.e, 16), n);
+  partial total = partial_at(part.acc + n * w.fp, n);
+  t.kt = total.acc + n * w.fp;
+  t.v = t.kt + pe_round_up(w.e, 16) * TILE_KEYS;
+
+  const int64_t n_blocks = find_blocks(&w, starts), n_units = n_blocks * w.g, slot = partial_floats(n, w.fp);
+  int64_t n_pairs = 0; /* (unit, chunk) pairs, where units are too few for the threads */
+  if (s->nth > 1 && n_units < 2 * s->nth)
+    for (int64_t i = 0; i < n_units && n_pairs * slot <= left; i++) {
+      const unit u = unit_at(&w, starts, n_blocks, i);
+      for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0 && n_pairs * slot <= left; c++) n_pairs++;
+    }
+
+  if (n_pairs <= n_units || n_pairs * slot > left) {
+    for (int64_t i; (i = pe_next(s, 0)) < n_units;) {
+      const unit u = unit_at(&w, starts, n_blocks, i);
+      load_queries(&w, &u, t.q);
+      start_total(&w, &u, total);
+      for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++) {
+        if ((bad = run_chunk(&w, &u, c, &t, part, s))) return bad;
+        merge(&w, &u, c, total, part);
+      }
+      finish(&w, &u, total);
+    }
+    return PE_OK;
+  }
+
+  int64_t mine_next = pe_next(s, 0), at = 0, loaded = -1, done = 0;
+  for (int64_t i = 0; i < n_units; i++) {
+    const unit u = unit_at(&w, starts, n_blocks, i);
+    for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++) {
+      if (at != mine_next) continue;
+      if (loaded != i) load_queries(&w, &u, t.q), loaded = i;
+      if ((bad = run_chunk(&w, &u, c, &t, partial_at(shared + at * slot, n), s))) return bad;
+      done = __atomic_add_fetch(&s->counters[1], 1, __ATOMIC_ACQ_REL);
+      mine_next = pe_next(s, 0);
+    }
+  }
+  if (done != n_pairs) return PE_OK; /* another thread is last */
+  at = 0;
+  for (int64_t i = 0; i < n_units; i++) {
+    const unit u = unit_at(&w, starts, n_blocks, i);
+    start_total(&w, &u, total);
+    for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++)
+      merge(&w, &u, c, total, partial_at(shared + at * slot, n));
+    finish(&w, &u, total);
+  }
+  return PE_OK;
+}
