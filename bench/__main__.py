@@ -1,0 +1,97 @@
+"""`python -m bench kernels|models|peers`: measure, print, write JSON, compare with an earlier file, draw.
+
+Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT, describe
+
+
+def _paths(names: list[str]) -> list[Path]:
+    """The files to measure: paths or names that `pyengine-run list` knows; without any, those in models/."""
+    if not names:
+        found = sorted((ROOT / "models").glob("*.gguf"))
+        if not found:
+            raise SystemExit("bench: give a model: there is no *.gguf in models/")
+        return found
+    from pyengine.locate import find_model
+
+    out = []
+    for name in names:
+        path = find_model(name)
+        out.append(Path(path[0] if isinstance(path, list) else path))
+    return out
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    if args.suite == "kernels":
+        from bench import kernels
+        from pyengine.native import engine
+
+        isas = args.isa or list(engine.isas())
+        if unknown := set(isas) - set(engine.isas()):
+            raise SystemExit(f"bench: this machine and build have {', '.join(engine.isas())}, not {', '.join(unknown)}")
+        return kernels.run(isas, args.threads, args.only)
+    from bench import peers
+
+    paths = _paths(args.model)
+    if args.suite == "models":
+        return peers.models(paths, args.threads, args.prompt, args.generate, args.rounds)
+    return peers.peers(paths, args.threads, args.prompt, args.generate, args.rounds, args.quality, args.engine)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    suites = parser.add_subparsers(dest="suite", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-t", "--threads", type=int, default=describe()["cores"], help="default: all cores")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    common.add_argument("--compare", type=Path, metavar="OLD.json", help="name what became slower than there; exit code 1")
+    common.add_argument("--png", type=Path, metavar="DIR", help="draw charts")
+    kernels = suites.add_parser("kernels", parents=[common], help="every kernel alone, checked against the reference")
+    kernels.add_argument("--only", metavar="REGEX", help="jobs whose name matches, such as 'linear format Q4_K'")
+    kernels.add_argument("--isa", action="append", help="default: all that this machine has")
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument("model", nargs="*", help="GGUF files or names; default: models/*.gguf")
+    runs.add_argument("-p", "--prompt", type=int, default=512)
+    runs.add_argument("-n", "--generate", type=int, default=128)
+    runs.add_argument("-r", "--rounds", type=int, default=5)
+    suites.add_parser("models", parents=[common, runs], help="whole models, as a share of the machine's limits")
+    peers = suites.add_parser("peers", parents=[common, runs], help="beside llama.cpp and, with $PYENGINE_IK_BENCH, ik_llama.cpp")
+    peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
+    peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"], help="default: all there are")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    old = json.loads(args.compare.read_text()) if args.compare else None
+    result = {**_measure(args), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+              "machine": {**describe(), "threads": args.threads}}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.png:
+        from bench.charts import draw
+
+        for path in draw(result, args.png):
+            print(f"wrote {path}")
+    failed = bool(result.get("missing")) or any(not r.get("correct", True) for r in result["results"])
+    if old is not None:
+        from bench.compare import compare
+
+        comparison = compare(old, result)
+        print(comparison.text())
+        failed |= comparison.failed
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+"""PNG charts of result files: the roofline of kernels, bars of ratios and of shares. Needs matplotlib (extra "bench")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first
+import numpy as np  # noqa: E402
+
+COLOURS = {"linear": "tab:blue", "attention": "tab:orange", "matmul": "tab:green"}
+
+
+def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw what fits a suite's result; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"kernels": lambda: [(f"roofline-{bound['isa']}", roofline(result, bound)) for bound in result["limits"]],
+               "models": lambda: [("shares", bars(result, "share of the limit", 1.0))],
+               "peers": lambda: [("ratios", bars(result, "pyengine / other engine", 1.0))]}
+    paths = []
+    for name, figure in figures[result["suite"]]():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+def roofline(result: Mapping[str, Any], bound: Mapping[str, Any]) -> Any:
+    """Operations/s over operations/byte of every kernel that declares operations, below the limits measured in the same run."""
+    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    points = [r for r in result["results"] if r["isa"] == bound["isa"] and r["operations"]]
+    x = np.array([r["operations"] / r["bytes"] for r in points] or [1.0])
+    span = np.array([min(0.1, x.min() / 2), x.max() * 3])
+    grid = np.geomspace(*span, 200)
+    for kind, style in (("int8", "-"), ("fp32", "--")):
+        axes.plot(grid, np.minimum(grid * bound["read"], bound[kind]) / 1e9, style, color="black", lw=1.2,
+                  label=f"memory {bound['read'] / 1e9:.0f} GB/s, {kind} {bound[kind] / 1e9:.0f} GOP/s")
+    seen = set()
+    for r in points:
+        kind, cold = r["op"] if r["op"] in COLOURS else "other", r["cache"] == "cold"
+        label = f"{kind}, {'cold' if cold else 'hot'}"
+        axes.plot(r["operations"] / r["bytes"], r["gops"], "o" if cold else "^", ms=5, alpha=0.75, color=COLOURS.get(kind, "tab:gray"),
+                  mfc=None if cold else "none", label=None if label in seen else label)
+        seen.add(label)
+    axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="GOP/s",
+             title=f"{result['machine']['cpu']}, {bound['isa']}, {bound['n_threads']} threads")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+def bars(result: Mapping[str, Any], label: str, line: float) -> Any:
+    """The score of each result, its spread as a whisker, a line at `line`."""
+    rows = result["results"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * len(rows)), layout="constrained")
+    values = np.array([r["score"]["median"] for r in rows])
+    low, high = (np.abs(np.array([np.percentile(r["score"]["samples"], q) for r in rows]) - values) for q in (25, 75))
+    colours = ["tab:green" if v >= line else "tab:orange" for v in values]
+    drawn = axes.barh([r["name"].replace(".gguf", "") for r in rows], values, xerr=[low, high], color=colours, height=0.7, capsize=3)
+    axes.bar_label(drawn, [f"{v:.2f}" for v in values], padding=6, fontsize=9)
+    axes.axvline(line, color="black", lw=1)
+    axes.set(xlabel=label, xlim=(0, max(line, float((values + high).max())) * 1.12),
+             title=f"{result['machine']['cpu']}, {result['machine']['threads']} threads, medians of interleaved rounds")
+    axes.grid(True, axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure

@@ -1,0 +1,453 @@
+"""Every kernel alone: its time, its share of what the machine can do, and whether its result is right.
+
+A job is an op with shapes: the op's own cases, and the products, attentions and norms of real models. It is timed by the program
+runner's own clock, on one copy of its arguments again and again (hot), and walking through so many copies that together they
+exceed the last-level cache twice (cold).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bench import limits
+from bench.machine import last_level_cache
+from bench.stats import summary
+from pyengine import ops
+from pyengine.codebooks import ensure_codebooks
+from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.errors import GraphError
+from pyengine.op import REGISTRY, Case, Op
+from pyengine.tensor import Tensor, make_leaf
+
+REPEAT = 7                                                                     # samples of one job
+SAMPLE_SECONDS = 0.01                                                          # each at least
+MAX_COPIES = 512
+CHECKED_ROWS = 64                                                              # of a large product: the reference is slow
+
+# Bytes of a block at which its float16 scales stand (csrc/quants.h); all other bytes may be anything.
+SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
+          "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
+FORMATS = (*SCALES, "MXFP4", "F16", "BF16", "F32")
+# Largest squared error / squared result. Products with blocks round the activations to 8 bits; BF16 may round them to 8 bits too.
+TOLERANCE = {"F32": 1e-10, "F16": 1e-6, "BF16": 1e-4, "I32": 0.0}
+TOLERANCE_BLOCKS = 2e-4
+
+
+@dataclass(frozen=True)
+class Job:
+    """An op with shapes. `window`: attention sees at most so many keys."""
+
+    op: Op
+    case: Case
+    label: str
+    window: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.op.name} {self.label}"
+
+
+# ---- which jobs ---------------------------------------------------------------------------------------------------------
+
+# Layers of three small models: (what, arguments' outputs, inputs, formats, options). Gemma 3 270M, SmolLM2 135M, Qwen2.5 0.5B.
+PRODUCTS = (
+    ("gemma qkv", (1024, 256, 256), 640, ("Q5_0", "Q5_0", "Q8_0"), {}),
+    ("gemma out", (640,), 1024, ("Q4_K",), {}),
+    ("gemma gate-up", (2048, 2048), 640, ("Q5_0", "Q5_0"), {"glu": "gelu_tanh"}),
+    ("gemma down", (640,), 2048, ("Q6_K",), {}),
+    ("gemma head", (262144,), 640, ("Q8_0",), {}),
+    ("smollm2 qkv", (576, 192, 192), 576, ("Q4_1", "Q4_1", "Q4_1"), {"norm": True}),
+    ("smollm2 out", (576,), 576, ("Q4_1",), {"residual": True}),
+    ("smollm2 gate-up", (1536, 1536), 576, ("Q4_1", "Q4_1"), {"glu": "silu", "norm": True}),
+    ("smollm2 down", (576,), 1536, ("Q4_1",), {"residual": True}),
+    ("smollm2 head", (49152,), 576, ("Q8_0",), {"norm": True}),
+    ("qwen qkv", (896, 128, 128), 896, ("Q5_0", "Q5_0", "Q8_0"), {"norm": True, "bias": True}),
+    ("qwen out", (896,), 896, ("Q5_0",), {"residual": True}),
+    ("qwen gate-up", (4864, 4864), 896, ("Q5_0", "Q5_0"), {"glu": "silu", "norm": True}),
+    ("qwen down", (896,), 4864, ("Q4_K",), {"residual": True}),
+    ("qwen head", (151936,), 896, ("Q8_0",), {"norm": True}),
+)
+ROWS = (1, 4, 16, 512)
+ATTENTIONS = (("gemma", 4, 1, 256, 512), ("smollm2", 9, 3, 64, None), ("qwen", 14, 2, 64, None))   # heads, kv heads, width, window
+
+
+def linear_job(what: str, n: Sequence[int], k: int, formats: Sequence[str], m: int, options: dict[str, Any]) -> Job:
+    shapes: dict[str, Any] = {"x": (m, k), "w": [(rows, k) for rows in n]}
+    params: dict[str, Any] = {"glu": options.get("glu", "none")}
+    if options.get("norm"):
+        shapes["norm"], params["norm_eps"] = (k,), 1e-6
+    if options.get("bias"):
+        shapes["bias"] = [(rows,) for rows in n]
+    if options.get("residual"):
+        shapes["residual"] = (m, n[0])
+    label = f"{what} {'+'.join(dict.fromkeys(formats))} {'+'.join(map(str, n))}x{k} m={m}"
+    return Job(ops.linear, Case(shapes, {"w": list(formats)}, params), label)
+
+
+def jobs() -> Iterator[Job]:
+    """All jobs: the ops' own cases, then layers of real models, then one shape in every format."""
+    for op in REGISTRY.values():
+        for case in op.cases if not op.view else ():
+            flat = [s for v in case.shapes.values() if v is not None for s in (v if isinstance(v, list) else [v])]
+            if all(all(s) for s in flat):                                      # nothing to time in an empty one
+                shapes = " ".join("+".join("x".join(map(str, s)) for s in (v if isinstance(v, list) else [v]))
+                                  for v in case.shapes.values() if v is not None)
+                params = " ".join(f"{k}={v}" for k, v in case.params.items())
+                yield Job(op, case, f"case {shapes} {params}".strip())
+    for what, n, k, formats, options in PRODUCTS:
+        for m in ROWS if sum(n) < 40000 else (1, 4):                           # a head sees the rows whose logits are wanted
+            yield linear_job(what, n, k, formats, m, options)
+    for name in FORMATS:
+        for m in ROWS:
+            yield linear_job("format", (1024,), 4096, (name,), m, {})
+    for model, heads, kv_heads, width, window in ATTENTIONS:
+        for kind in ("F16", "Q8_0"):
+            for m, cells in ((1, 512), (1, 4096), (512, 512), (512, 4096)):
+                shapes = {"q": (m, heads, width), "k": (kv_heads, cells, width), "v": (kv_heads, cells, width), "lo": (m,), "hi": (m,),
+                          "cells": (1, cells), "seq": (m,)}
+                for w in dict.fromkeys((None, window)):
+                    label = f"{model} {heads}/{kv_heads}x{width} {kind} keys={cells}{f' window={w}' if w else ''} m={m}"
+                    yield Job(ops.attention, Case(shapes, {"k": kind, "v": kind}, {"scale": width**-0.5}), label, w)
+    for m in (1, 512):
+        for d in (576, 640, 896):
+            yield Job(ops.rms_norm, Case({"x": (m, d), "weight": (d,)}, {}, {"eps": 1e-6}), f"real {m}x{d}")
+        yield Job(ops.rows, Case({"table": (151936, 896), "ids": (m,)}, {"table": "Q5_0"}, {}), f"qwen Q5_0 m={m}")
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Random bytes of a block format that stand for a matrix; a constant's source, as a file's tensor is."""
+
+    name: str
+    dtype: DType
+    raw: np.ndarray                                                            # uint8 [rows, bytes of a row]
+
+    @property
+    def source(self) -> Blocks:
+        return self
+
+    def view(self, name: str) -> np.ndarray:
+        return self.raw.reshape(-1)
+
+    def drop(self, name: str) -> bool:
+        return False
+
+    def values(self, rows: Any = slice(None)) -> np.ndarray:
+        """Dequantized by gguf-py, float64."""
+        import gguf
+
+        return gguf.quants.dequantize(self.raw[rows], gguf.GGMLQuantizationType(self.dtype.id)).astype(np.float64)
+
+
+def random_blocks(dtype: DType, shape: Sequence[int], rng: np.random.Generator) -> Blocks:
+    """A matrix whose products are of moderate size, in any format of FORMATS."""
+    n, k = int(np.prod(shape[:-1])), shape[-1]
+    if dtype.block == 1:
+        x = rng.standard_normal((n, k), np.float32)
+        values = (x.view(np.uint32) >> 16).astype(np.uint16) if dtype.name == "BF16" else x.astype(dtype.numpy)
+        return Blocks("weight", dtype, values.view(np.uint8).reshape(n, -1))
+    raw = rng.integers(0, 256, (n, dtype.size(k)), np.uint8)
+    blocks = raw.reshape(-1, dtype.nbytes)
+    if dtype.name == "MXFP4":
+        blocks[:, 0] = rng.integers(118, 124, len(blocks))                     # exponents of the scale, 127 is 1
+    for at in SCALES.get(dtype.name, ()):
+        scale = (rng.uniform(0.5, 1.5, len(blocks)) * 2e-3).astype(np.float16)
+        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return Blocks("weight", dtype, raw)
+
+
+def integers(job: Job, name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Numbers that make sense for an integer argument: cells within the cache, queries after their keys ..."""
+    shapes = job.case.shapes
+    if name == "cells" and job.op is ops.attention:
+        values = np.stack([rng.permutation(shapes["k"][1])[: shape[1]] for _ in range(shape[0])])
+    elif name == "cells":
+        values = rng.permutation(shapes["cache" if "cache" in shapes else "k_cache"][1])[: shape[0]]
+    elif name in ("lo", "hi"):
+        hi = np.maximum(shapes["k"][1] - shape[0] + np.arange(shape[0]) + 1, 1)
+        values = hi if name == "hi" else np.maximum(hi - (job.window or shapes["k"][1]), 0)
+    else:
+        ends = {"ids": lambda: shapes["table"][0], "seq": lambda: shapes["cells"][0], "axis": lambda: shapes["positions"][0],
+                "positions": lambda: 4096}
+        values = rng.integers(0, ends[name](), shape)
+    return values.astype(np.int32)
+
+
+@dataclass
+class Copy:
+    """Arguments of one copy of a job: what the program reads, by argument: an array, Blocks, None, or a list of them."""
+
+    job: Job
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, job: Job, rng: np.random.Generator) -> Copy:
+        copy = cls(job)
+        for name, spec in job.op.args.items():
+            shape = job.case.shapes.get(name)
+            kinds = job.case.dtypes.get(name, "I32" if spec.kind == "I32" else "F32")
+            if shape is None:
+                copy.values[name] = None
+                continue
+            many = shape if isinstance(shape, list) else [shape]
+            kinds = kinds if isinstance(kinds, list) else [kinds] * len(many)
+            made = [integers(job, name, s, rng) if kind == "I32" else rng.standard_normal(s, np.float32) if kind == "F32" else
+                    random_blocks(dtype_of(kind), s, rng) for s, kind in zip(many, kinds)]
+            copy.values[name] = made if isinstance(shape, list) else made[0]
+        return copy
+
+    def bind(self, i: int) -> tuple[tuple[Tensor, ...], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Copy number i in a graph: the op's results, and arrays for inputs and states by name."""
+        inputs: dict[str, np.ndarray] = {}
+        states: dict[str, np.ndarray] = {}
+
+        def leaf(name: str, shape: Sequence[int], value: Any, kind: str) -> Tensor:
+            dtype = value.dtype if isinstance(value, Blocks) else dtype_of({"i": "I32", "f": "F32"}[value.dtype.kind])
+            if kind == "Cache":
+                states[name] = value.raw if isinstance(value, Blocks) else value
+                return make_leaf("state", name, shape, dtype)
+            if isinstance(value, Blocks) or kind == "Weight":
+                return make_leaf("constant", name, shape, dtype, value.copy() if isinstance(value, np.ndarray) else value)
+            inputs[name] = value
+            return make_leaf("input", name, shape, dtype)
+
+        args: dict[str, Any] = {}
+        for name, spec in self.job.op.args.items():
+            value, shape = self.values[name], self.job.case.shapes.get(name)
+            if isinstance(value, list):
+                args[name] = [leaf(f"{name}{j}.{i}", s, v, spec.kind) for j, (s, v) in enumerate(zip(shape, value))]
+            else:
+                args[name] = None if value is None else leaf(f"{name}.{i}", shape, value, spec.kind)
+        result = self.job.op(**args, **self.job.case.params)
+        return result if isinstance(result, tuple) else (result,), inputs, states
+
+
+def _flat(values: dict[str, Any]) -> list[Any]:
+    return [a for v in values.values() if v is not None for a in (v if isinstance(v, list) else [v])]
+
+
+def traffic(job: Job, copy: Copy) -> int:
+    """Bytes that one run must move: every argument read, every result written, of caches and tables what is used of them."""
+    total = 0
+    for name, value in copy.values.items():
+        spec = job.op.args[name]
+        for a in value if isinstance(value, list) else [] if value is None else [value]:
+            nbytes = a.raw.nbytes if isinstance(a, Blocks) else a.nbytes
+            if job.op is ops.attention and spec.kind == "Cache":
+                seen = copy.values["hi"].max() - copy.values["lo"].min()
+                nbytes = nbytes * seen // job.case.shapes[name][1]
+            elif job.op is ops.rows and name == "table":
+                nbytes = nbytes * job.case.shapes["ids"][0] // job.case.shapes["table"][0]
+            elif spec.kind == "Cache":
+                nbytes = nbytes * len(copy.values["cells"]) // job.case.shapes[name][1]
+            total += int(nbytes)
+    results, _, _ = copy.bind(0)
+    written = [t for t, spec in zip(results, job.op.results if not job.op.results[0].many else job.op.results * len(results))
+               if spec.kind != "Same"]
+    return total + sum(t.nbytes_max for t in written)
+
+
+class _Shape:
+    """An argument as the op's `flops` sees it."""
+
+    def __init__(self, shape: Sequence[int]):
+        self.shape, self.size = tuple(shape), int(np.prod(shape))
+
+
+def operations(job: Job, copy: Copy) -> float | None:
+    """Operations by the op's own declaration; of an attention only those on keys that are seen. None where it declares none."""
+    if job.op.flops is None:
+        return None
+    shapes = [job.case.shapes.get(n) for n in job.op.args]
+    args = [None if s is None else tuple(map(_Shape, s)) if isinstance(s, list) else _Shape(s) for s in shapes]
+    full = {p.name: p.default for p in job.op.params.values()} | job.case.params
+    try:
+        total = float(job.op.flops(*args, **full))
+    except TypeError:                                                          # a rule that wants arguments only
+        total = float(job.op.flops(*args))
+    if job.op is ops.attention:
+        m, s = job.case.shapes["q"][0], job.case.shapes["k"][1]
+        total *= float((copy.values["hi"] - copy.values["lo"]).sum()) / (m * s)
+    return total
+
+
+# ---- the reference ------------------------------------------------------------------------------------------------------
+
+
+def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
+    """The reference in float64 on the same values, and the part of each result that it is (an index): large ones are sampled."""
+    wide = lambda a: a.values() if isinstance(a, Blocks) else a.astype(np.float64) if a.dtype.kind == "f" else a  # noqa: E731
+    values, part = dict(copy.values), np.s_[:]
+    if job.op is ops.linear and max(s[0] for s in job.case.shapes["w"]) > CHECKED_ROWS:
+        pick = [np.linspace(0, s[0] - 1, CHECKED_ROWS).astype(int) for s in job.case.shapes["w"]]
+        values["w"] = [w.values(p) if isinstance(w, Blocks) else w[p] for w, p in zip(values["w"], pick)]
+        if values["bias"] is not None:
+            values["bias"] = [b[p] for b, p in zip(values["bias"], pick)]
+        if values["residual"] is not None:
+            values["residual"] = values["residual"][:, pick[0]]
+        part = [np.s_[:, p] for p in pick]
+    elif job.op is ops.attention:
+        rows = np.unique(np.linspace(0, job.case.shapes["q"][0] - 1, 4).astype(int))
+        for name in ("q", "lo", "hi", "seq"):
+            if values[name] is not None:
+                values[name] = values[name][rows]
+        part = rows
+    elif job.op is ops.rows and isinstance(values["table"], Blocks):
+        values["table"], values["ids"] = values["table"].values(values["ids"]), np.arange(len(values["ids"]))
+    args = []
+    for name in job.op.args:
+        v = values[name]
+        if isinstance(v, Blocks) and job.op.args[name].kind == "Cache":
+            v = v.values().reshape(job.case.shapes[name])
+        args.append([wide(a) for a in v] if isinstance(v, list) else None if v is None else wide(v))
+    defaults = {p.name: p.default for p in job.op.params.values() if p.name not in job.case.params}
+    result = job.op.fn(*args, **defaults, **job.case.params)
+    return result, part
+
+
+def error(got: Sequence[np.ndarray], want: Any, part: Any, results: Sequence[Any]) -> float:
+    """Largest normalised squared error of the results that are tensors of their own."""
+    want = want if isinstance(want, (tuple, list)) else [want]
+    worst = 0.0
+    for i, (a, b, spec) in enumerate(zip(got, want, results)):
+        if spec.kind == "Same":
+            continue
+        a = a[part[i] if isinstance(part, list) else part].astype(np.float64)
+        scale = float(np.sum(np.square(b)))
+        difference = float(np.sum(np.square(a - b)))
+        worst = max(worst, difference / scale if scale else difference)
+        if not np.isfinite(difference):
+            return float("inf")
+    return worst
+
+
+def tolerance(job: Job) -> float:
+    """The largest error that a job's formats explain."""
+    kinds = [k for v in job.case.dtypes.values() for k in (v if isinstance(v, list) else [v])] or ["F32"]
+    return max(TOLERANCE.get(k, TOLERANCE_BLOCKS) for k in kinds)
+
+
+# ---- timing -------------------------------------------------------------------------------------------------------------
+
+
+class Timed:
+    """A compiled program of `n` copies of a job."""
+
+    def __init__(self, job: Job, copy: Copy, n: int, isa: str, n_threads: int):
+        from pyengine.backends.cpu import Prepared
+
+        outputs: list[Tensor] = []
+        arrays: dict[str, np.ndarray] = {}
+        states: dict[str, np.ndarray] = {}
+        self.job, self.results = job, []
+        for i in range(n):
+            results, new_inputs, new_states = copy.bind(i)
+            arrays |= new_inputs
+            states |= new_states
+            specs = job.op.results * len(results) if job.op.results[0].many else job.op.results
+            own = [t for t, spec in zip(results, specs) if spec.kind != "Same"]
+            if not own:                                                        # all in place: look at one element of the state
+                view = results[0]
+                for axis in range(view.ndim):
+                    view = ops.slice(view, axis=axis, start=0, stop=1)
+                own = [ops.contiguous(view)]
+            if i == 0:
+                self.results, self.n_results = own, len(own)
+            # Inputs are outputs too: their memory must not be given to a later step, as they are set only once.
+            outputs += own + [t for node in [results[0].node] for t in node.inputs if t.node.kind == "input"]
+        self.n = n
+        self.program = Prepared(outputs, (), False, n_threads, isa).load()
+        for name, array in arrays.items():
+            self.program.inputs[name].reshape(-1)[:] = array.reshape(-1)
+        for name, array in states.items():
+            raw = np.ascontiguousarray(array)
+            ctypes.memmove(self.program.state_address[name], raw.ctypes.data, raw.nbytes)
+
+    def run(self, times: int) -> float:
+        """Seconds of one copy, on average."""
+        self.program.profile(True)
+        for _ in range(times):
+            self.program.execute([])
+        total = sum(s for node, s in self.program.seconds() if node.op is self.job.op)
+        self.program.profile(False)
+        return total / times / self.n
+
+    def samples(self) -> list[float]:
+        once = self.run(1)
+        times = max(1, int(SAMPLE_SECONDS / max(once * self.n, 1e-7)))
+        times = min(times, 20000)
+        return [self.run(times) for _ in range(REPEAT)]
+
+
+def measure(job: Job, isa: str, n_threads: int, bound: limits.Limits) -> list[dict[str, Any]]:
+    """Time a job hot and cold and check its result: one record each. Raises GraphError where there is no kernel for it."""
+    rng = np.random.default_rng(0)
+    copy = Copy.make(job, rng)
+    ensure_codebooks(a.dtype for a in _flat(copy.values) if isinstance(a, Blocks))
+    nbytes, count = traffic(job, copy), operations(job, copy)
+    cache = last_level_cache()
+    blocks = any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"]) if job.op is ops.linear else False
+    peak_name = "int8" if blocks else "fp32"
+    compute = count / getattr(bound, peak_name) if count else 0.0
+    records = []
+    n_cold = -(-2 * cache // nbytes)
+    variants = [("hot", 1)] if nbytes < cache // 2 else []
+    variants += [("cold", n_cold)] if n_cold <= MAX_COPIES else []
+    want = None
+    for state, n in variants:
+        timed = Timed(job, copy, n, isa, n_threads)
+        seconds = summary(timed.samples())
+        want = want or expected(job, copy)
+        nmse = error(timed.program.outputs[: timed.n_results], *want, timed_specs(job, timed.n_results))
+        memory = nbytes / bound.read if state == "cold" else 0.0
+        limit, ideal = max(("read", memory), (peak_name, compute), key=lambda x: x[1])
+        share = ideal / seconds["median"] if ideal else None
+        # Without a limit of its own (hot, no operations declared) the score is bytes/s as a part of the read bandwidth.
+        reference = ideal or nbytes / bound.read
+        records.append({
+            "name": f"{job.name} {isa} t={n_threads} {state}", "op": job.op.name, "isa": isa, "cache": state, "seconds": seconds,
+            "bytes": nbytes, "operations": count, "gbps": nbytes / seconds["median"] / 1e9,
+            "gops": count / seconds["median"] / 1e9 if count else None, "limit": limit if ideal else None, "share": share,
+            "nmse": nmse, "correct": bool(nmse <= tolerance(job)),
+            "score": summary([reference / s for s in seconds["samples"]]),
+        })
+    return records
+
+
+def timed_specs(job: Job, n: int) -> Sequence[Any]:
+    """Declarations of the results that a program gives back."""
+    return job.op.results * n if job.op.results[0].many else job.op.results
+
+
+def run(isas: Sequence[str], n_threads: int, only: str | None = None) -> dict[str, Any]:
+    """Measure all jobs whose name matches `only` on each instruction set."""
+    selected = [j for j in jobs() if not only or re.search(only, j.name)]
+    results, bounds, missing = [], [], []
+    for isa in isas:
+        bound = limits.measure(isa, n_threads)
+        print(f"{isa}, {n_threads} threads: read {bound.read / 1e9:.1f} GB/s, int8 {bound.int8 / 1e9:.0f} GOP/s, "
+              f"fp32 {bound.fp32 / 1e9:.0f} GOP/s\n{'':72} {'us':>10} {'GB/s':>7} {'GOP/s':>8} {'share':>6}         error")
+        for job in selected:
+            try:
+                records = measure(job, isa, n_threads, bound)
+            except GraphError as e:
+                missing.append({"name": f"{job.name} {isa}", "reason": str(e)})
+                print(f"{job.name:72} {e}", flush=True)
+                continue
+            for r in records:
+                gops = f"{r['gops']:8.1f}" if r["gops"] else " " * 8
+                share = f"{r['share']:6.1%} {r['limit']:4}" if r["share"] else " " * 11
+                print(f"{job.name[:66]:66} {r['cache']:5} {r['seconds']['median'] * 1e6:10.1f} {r['gbps']:7.1f} {gops} {share}  {r['nmse']:8.1e}"
+                      + ("" if r["correct"] else "  WRONG"), flush=True)
+            results += records
+        bounds.append(limits.best(bound, limits.measure(isa, n_threads)).to_json())
+    return {"suite": "kernels", "limits": bounds, "results": results, "missing": missing}

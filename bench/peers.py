@@ -1,0 +1,187 @@
+"""Engines side by side on the same files: interleaved repetitions of one prompt and one generation, first tokens, quality.
+
+Each engine keeps its model in a process of its own. In every round each limit and each engine is measured once, in an order that
+turns around from round to round, so that whatever else the machine does falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from bench import limits
+from bench.machine import ROOT
+from bench.stats import summary
+
+OURS, LLAMA, IK = "pyengine", "llama.cpp", "ik_llama.cpp"
+
+
+class Engine:
+    """A worker process (bench/worker.py); `call` asks it and waits."""
+
+    def __init__(self, name: str, path: str | Path, n_threads: int, n_ctx: int = 512):
+        self.name = name
+        command = [sys.executable, "-m", "bench.worker", name, str(path), "-t", str(n_threads), "--ctx", str(n_ctx)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.n_vocab: int = self._answer()["n_vocab"]
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name}: the worker ended with exit code {self.process.wait()}; its messages are above")
+        return json.loads(line)
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        self.process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.process.stdout.close()
+
+
+def ik_bench() -> str | None:
+    """Path to ik_llama.cpp's llama-bench, from $PYENGINE_IK_BENCH."""
+    path = os.environ.get("PYENGINE_IK_BENCH")
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f"PYENGINE_IK_BENCH={path}: there is no such file")
+    return path
+
+
+def run_ik(program: str, path: Path, n_prompt: int, n_generate: int, n_threads: int) -> dict[str, float]:
+    """One repetition of ik_llama.cpp's own benchmark; tokens/s by test."""
+    command = [program, "-m", str(path), "-p", str(n_prompt), "-n", str(n_generate), "-t", str(n_threads), "-r", "1", "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tests = json.loads(done.stdout)
+    return {"pp": next(t["avg_ts"] for t in tests if t["n_prompt"] and not t["n_gen"]),
+            "tg": next(t["avg_ts"] for t in tests if t["n_gen"] and not t["n_prompt"])}
+
+
+def random_ids(n: int, n_vocab: int) -> list[int]:
+    """The tokens that all engines are given: any will do, as in llama-bench."""
+    return np.random.default_rng(0).integers(0, n_vocab, n).tolist()
+
+
+def speeds(path: Path, names: Sequence[str], n_threads: int, n_prompt: int, n_generate: int, rounds: int) -> dict[str, Any]:
+    """Tokens/s of each engine and the limits, one sample a round. Models of one file are all loaded before the first round."""
+    n_ctx = max(n_prompt, n_generate)
+    engines = [Engine(n, path, n_threads, n_ctx) for n in names if n != IK]
+    try:
+        ids = random_ids(n_ctx, min(e.n_vocab for e in engines))
+        tests = {"pp": ("prompt", ids[:n_prompt]), "tg": ("generate", ids[:n_generate])}
+        facts = {e.name: e.call("facts", n_prompt=n_prompt, n_generate=n_generate) for e in engines}
+        isa = facts.get(OURS, {}).get("isa")
+        for e in engines:                                                      # once without a clock: caches, pages, threads
+            for call, tokens in tests.values():
+                e.call(call, ids=tokens[:32])
+        samples: dict[str, dict[str, list[float]]] = {n: {t: [] for t in tests} for n in names}
+        bounds: dict[str, list[float]] = {"read": [], "int8": []}
+        for r in range(rounds):
+            bounds["read"].append(limits.read_bandwidth(n_threads, repeat=3))
+            if isa:
+                bounds["int8"].append(limits.peak("int8", isa, n_threads, repeat=3))
+            for test, (call, tokens) in tests.items():
+                for e in engines[:: 1 if r % 2 == 0 else -1]:
+                    samples[e.name][test].append(len(tokens) / e.call(call, ids=tokens))
+            if IK in names:
+                for test, value in run_ik(ik_bench(), path, n_prompt, n_generate, n_threads).items():
+                    samples[IK][test].append(value)
+    finally:
+        for e in engines:
+            e.__exit__(None, None, None)
+    return {"samples": samples, "limits": bounds, "facts": {n: {k: v for k, v in f.items() if k != "eog"} for n, f in facts.items()}}
+
+
+def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Load to first token in fresh processes, the file in the page cache."""
+    with open(path, "rb") as f:
+        while f.read(1 << 24):
+            pass
+    out: dict[str, list[dict[str, Any]]] = {n: [] for n in names if n != IK}
+    for r in range(rounds):
+        for name in list(out)[:: 1 if r % 2 == 0 else -1]:
+            command = [sys.executable, "-m", "bench.worker", name, str(path), "-t", str(n_threads), "--first-token"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+            out[name].append(json.loads(done.stdout))
+    return out
+
+
+def _ratios(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """One result: `score` is ours / theirs round by round."""
+    return {"name": name, "ours": summary(ours), "theirs": summary(theirs), "score": summary([a / b for a, b in zip(ours, theirs)])}
+
+
+def _shares(file: str, n_prompt: int, n_generate: int, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What our speeds are of the limits of the same round."""
+    facts, own = found["facts"][OURS], found["samples"][OURS]
+    tg = [v * facts["bytes_per_token"] / bound for v, bound in zip(own["tg"], found["limits"]["read"])]
+    pp = [v / n_prompt * facts["prompt_operations"] / bound for v, bound in zip(own["pp"], found["limits"]["int8"])]
+    return [{"name": f"{file} pp{n_prompt}", "tokens_per_second": summary(own["pp"]), "limit": "int8", "score": summary(pp)},
+            {"name": f"{file} tg{n_generate}", "tokens_per_second": summary(own["tg"]), "limit": "read", "score": summary(tg)}]
+
+
+def models(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int, rounds: int) -> dict[str, Any]:
+    """Our speed on each file, and its share of the limits measured in the same rounds."""
+    results, files = [], {}
+    for path in paths:
+        found = files[path.name] = speeds(path, [OURS], n_threads, n_prompt, n_generate, rounds)
+        results += _shares(path.name, n_prompt, n_generate, found)
+        for r in results[-2:]:
+            v = r["tokens_per_second"]
+            print(f"{r['name']:42} {v['median']:9.1f} tokens/s +-{v['spread']:.1%}  {r['score']['median']:6.1%} of {r['limit']}", flush=True)
+    return {"suite": "models", "results": results, "files": files}
+
+
+def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int, rounds: int, quality: bool = False,
+          names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Ratios of our speed to that of each other engine, on each file; with `quality` also whether they say the same."""
+    names = list(names or (OURS, LLAMA, *([IK] if ik_bench() else [])))
+    results: list[dict[str, Any]] = []
+    files: dict[str, Any] = {}
+    for path in paths:
+        found = files[path.name] = speeds(path, names, n_threads, n_prompt, n_generate, rounds)
+        found["first_token"] = first_tokens(path, names, n_threads, min(rounds, 5))
+        print(f"{path.name}, {n_threads} threads, read {max(found['limits']['read']) / 1e9:.1f} GB/s")
+        for name in names:
+            pp, tg = (summary(found["samples"][name][t]) for t in ("pp", "tg"))
+            first = [f["seconds"] for f in found["first_token"].get(name, [])]
+            print(f"  {name:14} pp{n_prompt} {pp['median']:9.1f} +-{pp['spread']:.1%}   tg{n_generate} {tg['median']:8.1f} +-{tg['spread']:.1%}"
+                  + (f"   first token {np.median(first):6.2f} s" if first else ""), flush=True)
+        if OURS not in names:
+            continue
+        found["shares"] = _shares(path.name, n_prompt, n_generate, found)
+        own = found["samples"][OURS]
+        for name in names:
+            if name == OURS:
+                continue
+            new = [_ratios(f"{path.name} pp{n_prompt} / {name}", own["pp"], found["samples"][name]["pp"]),
+                   _ratios(f"{path.name} tg{n_generate} / {name}", own["tg"], found["samples"][name]["tg"])]
+            if name in found["first_token"]:
+                rate = {n: [1 / f["seconds"] for f in found["first_token"][n]] for n in (OURS, name)}
+                new.append(_ratios(f"{path.name} first token / {name}", rate[OURS], rate[name]))
+            for r in new:
+                print(f"  {r['name'].removeprefix(path.name):34} {r['score']['median']:6.2f} x  +-{r['score']['spread']:.1%}", flush=True)
+            results += new
+        for share in found["shares"]:
+            print(f"  {share['name'].removeprefix(path.name):34} {share['score']['median']:6.1%} of {share['limit']}", flush=True)
+        if quality:
+            from bench.quality import compare
+
+            found["quality"] = compare(path, n_threads)
+    return {"suite": "peers", "results": results, "files": files}
