@@ -6,7 +6,7 @@
     program = g.compile(y)
     program.run(x=array)
 
-A graph is compiled by passes (`pyengine.passes`), a memory plan (`pyengine.plan`) and a backend (`pyengine.backends`).
+A graph is compiled by passes (`pyengine.passes`), a memory plan (`pyengine.planner`) and a backend (`pyengine.backends`).
 `python -m pyengine.graph MODEL --dot` draws the graph of a model.
 """
 

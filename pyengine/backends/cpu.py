@@ -15,7 +15,7 @@ from pyengine.codegen import pack_params
 from pyengine.dtype import DType
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.native import engine, ffi, lib
-from pyengine.plan import ALIGN, Layout, contiguous_strides, lay_out
+from pyengine.planner import ALIGN, Layout, contiguous_strides, lay_out
 from pyengine.tensor import Axis, Dim, Node, Tensor, axis_max, axis_value
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pyengine import passes as fusion
 from pyengine.errors import GraphError
-from pyengine.plan import Layout, lay_out
+from pyengine.planner import Layout, lay_out
 from pyengine.tensor import Tensor
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import oracle
 import pyengine as pe
 import tiny
+from pyengine import ops
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -63,12 +65,26 @@ def test_any_number_of_threads_gives_the_same_bits(case, n_threads: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_other_weight_formats(kind: str, outtype: str, tiny_gguf) -> None:
-    path, folder = tiny_gguf(kind, outtype)
+@pytest.mark.parametrize("outtype", ["f16", "bf16"])
+def test_half_precision_weights_are_used_exactly(kind: str, outtype: str, tiny_gguf) -> None:
+    """The reference backend, which equals transformers on the float32 file, gets the same 16-bit weights."""
+    path, _ = tiny_gguf(kind, outtype)
     ids = np.random.default_rng(0).integers(0, 512, 40).tolist()
-    got, want = pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids), tiny.hf_logits(folder, ids)
-    assert_close(got, want, {"f16": 2e-3, "bf16": 2e-2, "q8_0": 3e-2}[outtype])
+    assert_close(pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids), oracle.logits(path, ids), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+def test_quantized_weights_cost_int8_activations_and_no_more(kind: str, tiny_gguf, monkeypatch) -> None:
+    """Equal to the reference with activations rounded in blocks of 32. A value between two codes may round either way, and that
+    row then differs by as much as rounding does: so the median row must agree, not the last."""
+    path, _ = tiny_gguf(kind, "q8_0", num_hidden_layers=2)
+    ids = np.random.default_rng(0).integers(0, 512, 40).tolist()
+    got = pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids)
+    exact = oracle.logits(path, ids)
+    monkeypatch.setattr(ops.linear, "fn", oracle.int8_activations)
+    rounded = oracle.logits(path, ids)
+    error = np.sqrt(np.mean((got - rounded) ** 2, axis=1)) / np.sqrt(np.mean((exact - rounded) ** 2))
+    assert np.median(error) < 1e-4, error
 
 
 def test_greedy_text_equals_transformers(tiny_gguf) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 import pyengine as pe
 from pyengine import ops, passes
 from pyengine.errors import GraphError
-from pyengine.plan import Interval, contiguous_strides, lay_out, place
+from pyengine.planner import Interval, contiguous_strides, lay_out, place
 from pyengine.dtype import dtype
 from pyengine.tensor import Dim
 
