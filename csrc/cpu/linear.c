@@ -36,6 +36,7 @@ enum {
   STEPS = 8,          /* steps of 32 of k in an unpacked panel */
   KF = 128,           /* k of a float panel */
   KD = 256,           /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
+  AHEAD = 8192,       /* bytes of weights that the decode kernels prefetch */
   BLOCK_BYTES = 512 << 10, /* rows of x in a block fill half of the second cache */
 };
 
@@ -106,8 +107,6 @@ static void norm_row(const float *x, const float *w, float eps, int64_t k, float
 #define ROW_F(i, at) ((const float *)(ROW(i) + (at)))
 #define ROW_I(i, at) ((const int32_t *)(ROW(i) + (at)))
 
-enum { AHEAD = 2048 }; /* bytes of software prefetch */
-
 /* out[i][lane] = row `lane` of the group times row i of x. `next` is the memory that the thread will read after the group. */
 PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x,
                            int64_t ld, xrow r, float *out) {
@@ -119,7 +118,7 @@ PE_UNROLL(4)
   for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t *head = pe_block_head(t, group, b), *body = pe_block_body(t, group, b);
-    int64_t at = head - group;
+    const int64_t at = body - group;
 PE_UNROLL_STEPS
     for (int j = 0; j < steps; j++) {
       pe_step w;
@@ -379,6 +378,42 @@ static void tile_float(const float *panel, int64_t count, const float *x, int64_
 #undef PART
 }
 
+PE_INLINE v16f load_float(int id, const uint8_t *p) {
+  return id == PE_F32 ? v16f_load((const float *)p) : id == PE_F16 ? v16f_load_f16(p) : v16f_load_bf16(p);
+}
+
+/* Few rows: acc[i][16 NR] = a panel of packed floats times row i of x, straight from memory. */
+PE_INLINE void stream_rows(int id, int rows, const uint8_t *const group[NR], int64_t count, const float *x, int64_t ld, float *acc) {
+  const int size = id == PE_F32 ? 64 : 32, lines = 64 / size; /* k of a cache line */
+  v16f sum[FEW][NR];
+PE_UNROLL(4)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) sum[i][v] = v16f_zero();
+  for (int64_t k = 0; k < count; k++) {
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) {
+      v16f w = load_float(id, group[v] + size * k);
+      if (lines == 1 || k % 2 == 0) pe_prefetch(group[v] + size * k + AHEAD / 2);
+PE_UNROLL(4)
+      for (int i = 0; i < rows; i++) sum[i][v] = v16f_fma(w, v16f_set1(x[i * ld + k]), sum[i][v]);
+    }
+  }
+PE_UNROLL(4)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < NR; v++) v16f_store(acc + 16 * (NR * i + v), sum[i][v]);
+}
+
+static void stream(int id, int64_t m, const uint8_t *const group[NR], int64_t count, const float *x, int64_t ld, float *acc) {
+#define STREAM(id_, rows)                                                                                              \
+  if (id == PE_##id_ && m == rows) stream_rows(PE_##id_, rows, group, count, x, ld, acc);
+  STREAM(F32, 1) STREAM(F32, 2) STREAM(F32, 3) STREAM(F32, 4)
+  STREAM(F16, 1) STREAM(F16, 2) STREAM(F16, 3) STREAM(F16, 4)
+  STREAM(BF16, 1) STREAM(BF16, 2) STREAM(BF16, 3) STREAM(BF16, 4)
+#undef STREAM
+}
+
 /* Columns k0 .. k0 + count - 1 of the groups of a panel, as floats [count][16 NR]. `rows` is room for [16][KD] floats. */
 static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t count, float *panel, float *rows) {
   const int64_t n = w->shape[0], k = w->shape[1], last = (n - 1) / 16;
@@ -386,13 +421,12 @@ static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t
     const int64_t g = pe_min(g0 + v, last);
     if (w->dtype >= PE_PACKED) {
       const int32_t id = w->dtype - PE_PACKED;
-      const char *from = (const char *)w->data + g * pe_pack_group_bytes(id, k) + k0 * (id == PE_F32 ? 64 : 32);
+      const uint8_t *from = (const uint8_t *)w->data + g * pe_pack_group_bytes(id, k) + k0 * (id == PE_F32 ? 64 : 32);
       float *to = panel + 16 * v;
-#define WIDEN(load, size)                                                                                              \
-  for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * NR * i, load((const void *)(from + size * i)))
-      if (id == PE_F32) WIDEN(v16f_load, 64);
-      else if (id == PE_F16) WIDEN(v16f_load_f16, 32);
-      else WIDEN(v16f_load_bf16, 32);
+#define WIDEN(id_, size)                                                                                               \
+  if (id == id_)                                                                                                       \
+    for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * NR * i, load_float(id_, from + size * i));
+      WIDEN(PE_F32, 64) WIDEN(PE_F16, 32) WIDEN(PE_BF16, 32)
 #undef WIDEN
       continue;
     }
@@ -520,13 +554,19 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, const ui
                           char *panel, float *dequantized, float *acc) {
   const int64_t k = t->k, groups = (w->shape[0] + 15) / 16;
   const format *f = format_of(w->dtype);
+  const int packed = w->dtype >= PE_PACKED;
+  const int32_t id = packed ? w->dtype - PE_PACKED : w->dtype;
+  const int64_t bytes = packed ? pe_pack_group_bytes(id, k) : 0;
+  const uint8_t *group[NR];
+  for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + v, groups - 1) * bytes;
+  if (packed && !f && rows <= FEW) {
+    stream(id, rows, group, k, t->h + row0 * t->ldh, t->ldh, acc);
+    return PE_OK;
+  }
   if (f) {
     const xrow r = xrow_of(k);
     const char *x = t->q + row0 * r.bytes;
-    const int64_t bytes = pe_pack_group_bytes(w->dtype - PE_PACKED, k);
-    const int zero = pe_traits_of(w->dtype - PE_PACKED).zero;
-    const uint8_t *group[NR];
-    for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + v, groups - 1) * bytes;
+    const int zero = pe_traits_of(id).zero;
     if (rows <= FEW && f->decode[0]) {
       float y[FEW * 16];
       for (int v = 0; v < NR && g0 + v < groups; v++) {
@@ -544,7 +584,7 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, const ui
     return PE_OK;
   }
   memset(acc, 0, (size_t)(rows * 64 * NR));
-  const int64_t chunk = w->dtype >= PE_PACKED ? KF : KD;
+  const int64_t chunk = packed ? KF : KD;
   for (int64_t at = 0; at < k; at += chunk) {
     int64_t count = pe_min(chunk, k - at);
     pe_status status = float_panel(w, g0, at, count, (float *)panel, dequantized);
