@@ -4,8 +4,9 @@
  *   y_i = h w_i^T + bias_i                                w_i [n_i, k]: packed (pack.h), or in the file's layout
  *   out_0 = act(y_0) * y_1 if glu, else out_i = y_i (+ residual), then the soft cap
  *
- * Work.  A panel is NR groups of 16 rows of one matrix; an item is a panel times a block of rows of x. Threads claim runs of
- * items, so a matrix is read once for each block of rows, in order. With glu an item is the panel of both matrices.
+ * Work.  A panel is NR groups of 16 rows of one matrix, a strip 1 to 4 panels; an item is a strip times a block of up to 256
+ * rows of x. Threads claim runs of items, so a matrix is read once for each block of rows, in order. With glu an item is the
+ * strips of both matrices.
  *
  * Quantized weights.  h becomes int8, symmetric, one scale for 32 of k; products are exact in int32 and enter one float
  * accumulator an output, k ascending:  acc += (isum * s) * d;  acc += o * (d * sum of x).  All paths do exactly this, so
@@ -37,50 +38,44 @@ enum {
   KF = 128,           /* k of a float panel */
   KD = 256,           /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
   AHEAD = 8192,       /* bytes of weights that the decode kernels prefetch */
-  BLOCK_BYTES = 512 << 10, /* rows of x in a block fill half of the second cache */
+  ROWS = 256,         /* rows of x in a block: 256 of their k (128 KB) and the sums of a strip (192 KB) fit the second cache */
+  WIDE = 4,           /* panels in a strip; 2 of each matrix with glu */
 };
 
 /* ---- rows of x as int8 ---- */
 
-/* One row: codes [k], then for each step of 32: d, d * sum, sum; for each half step: d * sum, sum. Offsets in bytes. */
-typedef struct xrow {
-  int64_t d, dsum, sum, dsum2, sum2, bytes;
-} xrow;
+/* 32 of k of one row: one cache line. A row is k / 32 of them, and one more that is never read, so that rows of a power of two
+ * do not share cache sets. */
+typedef struct xstep {
+  int8_t q[32];
+  float d, dsum, dsum2[2];        /* scale; scale * sum of codes, of all and of each half */
+  int32_t sum, sum2[2], not_used; /* sum of codes, of all and of each half */
+} xstep;
+_Static_assert(sizeof(xstep) == 64, "a step of x is a cache line");
 
-static xrow xrow_of(int64_t k) {
-  xrow r;
-  int64_t steps = k / 32;
-  r.d = k;
-  r.dsum = r.d + 4 * steps;
-  r.sum = r.dsum + 4 * steps;
-  r.dsum2 = r.sum + 4 * steps;
-  r.sum2 = r.dsum2 + 8 * steps;
-  r.bytes = pe_round_up(r.sum2 + 8 * steps, 64);
-  return r;
-}
+static int64_t xrow_bytes(int64_t k) { return k / 32 * 64 + 64; }
 
 /* d = amax / 127, codes to nearest even. A NaN makes d NaN, because its bits are the largest. */
-static void quantize_row(const float *x, int64_t k, xrow r, char *to) {
+static void quantize_row(const float *x, int64_t k, xstep *to) {
   const v16i magnitude = v16i_set1(0x7fffffff);
-  for (int64_t b = 0; b < k / 32; b++) {
+  for (int64_t b = 0; b < k / 32; b++, to++) {
     v16f x0 = v16f_load(x + 32 * b), x1 = v16f_load(x + 32 * b + 16);
     int32_t bits = v16i_hmax(v16i_max(v16i_and(v16f_bits(x0), magnitude), v16i_and(v16f_bits(x1), magnitude)));
-    float amax, d, inverse;
+    float amax;
     memcpy(&amax, &bits, 4);
-    d = amax / 127.0f;
-    inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    float d = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
     if (inverse > 3e38f) d = inverse = 0.0f; /* amax so small that its inverse overflows */
     v16i q0 = v16f_to_i(v16f_mul(x0, v16f_set1(inverse))), q1 = v16f_to_i(v16f_mul(x1, v16f_set1(inverse)));
-    v16i_store_i8(to + 32 * b, q0);
-    v16i_store_i8(to + 32 * b + 16, q1);
+    v16i_store_i8(to->q, q0);
+    v16i_store_i8(to->q + 16, q1);
     int32_t s0 = v16i_sum(q0), s1 = v16i_sum(q1);
-    ((float *)(to + r.d))[b] = d;
-    ((float *)(to + r.dsum))[b] = d * (float)(s0 + s1);
-    ((int32_t *)(to + r.sum))[b] = s0 + s1;
-    ((float *)(to + r.dsum2))[2 * b] = d * (float)s0;
-    ((float *)(to + r.dsum2))[2 * b + 1] = d * (float)s1;
-    ((int32_t *)(to + r.sum2))[2 * b] = s0;
-    ((int32_t *)(to + r.sum2))[2 * b + 1] = s1;
+    to->d = d;
+    to->dsum = d * (float)(s0 + s1);
+    to->dsum2[0] = d * (float)s0;
+    to->dsum2[1] = d * (float)s1;
+    to->sum = s0 + s1;
+    to->sum2[0] = s0;
+    to->sum2[1] = s1;
   }
 }
 
@@ -103,13 +98,11 @@ static void norm_row(const float *x, const float *w, float eps, int64_t k, float
 
 /* ---- quantized weights, few rows ---- */
 
-#define ROW(i) (x + (i) * ld)
-#define ROW_F(i, at) ((const float *)(ROW(i) + (at)))
-#define ROW_I(i, at) ((const int32_t *)(ROW(i) + (at)))
+#define STEP(i, s) ((const xstep *)(x + (i) * ld) + (s)) /* x: bytes, rows ld bytes apart */
 
 /* out[i][lane] = row `lane` of the group times row i of x. `next` is the memory that the thread will read after the group. */
 PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x,
-                           int64_t ld, xrow r, float *out) {
+                           int64_t ld, float *out) {
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
   const int64_t blocks = k / t.k;
@@ -133,23 +126,20 @@ PE_UNROLL(9)
       }
 PE_UNROLL(4)
       for (int i = 0; i < rows; i++) {
-        const int8_t *q = (const int8_t *)ROW(i) + 32 * s;
+        const xstep *a = STEP(i, s);
 PE_UNROLL(2)
         for (int h = 0; h < t.halves; h++) {
-          int32_t sum = zero ? t.halves == 2 ? ROW_I(i, r.sum2)[2 * s + h] : ROW_I(i, r.sum)[s] : 0;
+          int32_t sum = zero ? t.halves == 2 ? a->sum2[h] : a->sum : 0;
           v16i p0 = v16i_set1(-zero * sum), p1 = v16i_zero();
 PE_UNROLL(8)
           for (int g = 8 / t.halves * h; g < 8 / t.halves * (h + 1); g += 2) {
-            v64u x0 = v64u_set4(q + 4 * g), x1 = v64u_set4(q + 4 * g + 4);
+            v64u x0 = v64u_set4(a->q + 4 * g), x1 = v64u_set4(a->q + 4 * g + 4);
             p0 = z128 ? dot_z128(p0, w.u[g], x0) : dot_u7(p0, w.u[g], x0);
             p1 = z128 ? dot_z128(p1, w.u[g + 1], x1) : dot_u7(p1, w.u[g + 1], x1);
           }
           v16f y = v16f_mul(v16i_to_f(v16i_add(p0, p1)), w.s[h]);
-          acc[i] = v16f_fma(y, v16f_set1(ROW_F(i, r.d)[s]), acc[i]);
-          if (t.offsets) {
-            float dsum = t.halves == 2 ? ROW_F(i, r.dsum2)[2 * s + h] : ROW_F(i, r.dsum)[s];
-            acc[i] = v16f_fma(w.o[h], v16f_set1(dsum), acc[i]);
-          }
+          acc[i] = v16f_fma(y, v16f_set1(a->d), acc[i]);
+          if (t.offsets) acc[i] = v16f_fma(w.o[h], v16f_set1(t.halves == 2 ? a->dsum2[h] : a->dsum), acc[i]);
         }
       }
     }
@@ -159,7 +149,7 @@ PE_UNROLL(4)
 }
 
 typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,
-                       xrow r, float *out);
+                       float *out);
 
 /* ---- quantized weights, many rows ---- */
 
@@ -195,7 +185,7 @@ PE_UNROLL(2)
 
 /* acc[i][16 NR] += panel times row i of x, for `rows` <= MR rows and `count` steps from s0 on. */
 PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int zero, const uint8_t *panel, int64_t s0, int64_t count,
-                         const char *x, int64_t ld, xrow r, float *acc) {
+                         const char *x, int64_t ld, float *acc) {
   v16f sum[MR][NR];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
@@ -208,7 +198,7 @@ PE_UNROLL(2)
       v16i dot[MR][NR];
 PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
-        int32_t n = zero ? -zero * (halves == 2 ? ROW_I(i, r.sum2)[2 * s + h] : ROW_I(i, r.sum)[s]) : 0;
+        int32_t n = zero ? -zero * (halves == 2 ? STEP(i, s)->sum2[h] : STEP(i, s)->sum) : 0;
 PE_UNROLL(8)
         for (int v = 0; v < NR; v++) dot[i][v] = v16i_set1(n);
       }
@@ -219,19 +209,19 @@ PE_UNROLL(8)
         for (int v = 0; v < NR; v++) w[v] = v64u_load(panel + 64 * (NR * g + v));
 PE_UNROLL(8)
         for (int i = 0; i < rows; i++) {
-          v64u q = v64u_set4((const int8_t *)ROW(i) + 32 * s + 4 * g);
+          v64u q = v64u_set4(STEP(i, s)->q + 4 * g);
 PE_UNROLL(8)
           for (int v = 0; v < NR; v++) dot[i][v] = z128 ? dot_z128(dot[i][v], w[v], q) : dot_u7(dot[i][v], w[v], q);
         }
       }
 PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
-        v16f d = v16f_set1(ROW_F(i, r.d)[s]);
+        v16f d = v16f_set1(STEP(i, s)->d);
 PE_UNROLL(8)
         for (int v = 0; v < NR; v++)
           sum[i][v] = v16f_fma(v16f_mul(v16i_to_f(dot[i][v]), v16f_load(f + 16 * (NR * h + v))), d, sum[i][v]);
         if (offsets) {
-          v16f ds = v16f_set1(halves == 2 ? ROW_F(i, r.dsum2)[2 * s + h] : ROW_F(i, r.dsum)[s]);
+          v16f ds = v16f_set1(halves == 2 ? STEP(i, s)->dsum2[h] : STEP(i, s)->dsum);
 PE_UNROLL(8)
           for (int v = 0; v < NR; v++) sum[i][v] = v16f_fma(v16f_load(f + 16 * (NR * (halves + h) + v)), ds, sum[i][v]);
         }
@@ -245,17 +235,16 @@ PE_UNROLL(8)
     for (int v = 0; v < NR; v++) v16f_store(acc + 16 * (NR * i + v), sum[i][v]);
 }
 
-typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, xrow r, int64_t m,
-                     float *acc);
+typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m, float *acc);
 
 #define TILE(name, halves, offsets, z128)                                                                              \
-  static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, xrow r, \
+  static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
                           int64_t m, float *acc) {                                                                     \
     for (; m >= MR; m -= MR, x += MR * ld, acc += MR * NR * 16)                                                        \
-      tile_rows(MR, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                                     \
-    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                            \
-    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                            \
-    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, r, acc);                            \
+      tile_rows(MR, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                                        \
+    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
+    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
+    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
   }
 TILE(zero, 1, 0, 0)
 TILE(zero128, 1, 0, 1)
@@ -277,8 +266,8 @@ typedef struct format {
 #else
 #define DECODE(id, rows)                                                                                               \
   static void decode_##id##_##rows(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, \
-                                   int64_t ld, xrow r, float *out) {                                                   \
-    decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, r, out);                                                  \
+                                   int64_t ld, float *out) {                                                           \
+    decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, out);                                                     \
   }
 #define DECODES(id) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4)
 #define DECODE_TABLE(id) {decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}
@@ -462,8 +451,9 @@ typedef struct job {
   int32_t n_sets;       /* lists of panels: n_w, or 1 with glu */
   int64_t m, k;
   int64_t rows;         /* rows of x in a block */
-  int64_t panels;       /* of all sets */
-  const char *q;        /* quantized rows; xrow.bytes apart */
+  int64_t wide;         /* panels in a strip */
+  int64_t strips;       /* of all sets */
+  const char *q;        /* quantized rows, xrow_bytes apart */
   const float *h;       /* float rows */
   int64_t ldh;          /* floats */
 } job;
@@ -506,35 +496,32 @@ typedef struct memory {
   int64_t own_q, own_h, panel, rows, acc, own;  /* offsets in the own part of a thread, and its size */
 } memory;
 
-static int64_t block_rows(int64_t m, int64_t k, int quantized) {
-  int64_t fit = BLOCK_BYTES / (quantized ? k : 4 * k) / 8 * 8;
-  return pe_min(pe_round_up(m, 8), pe_max(32, pe_min(fit, 512)));
-}
+static int64_t block_rows(int64_t m) { return pe_min(pe_round_up(m, 8), ROWS); }
 
-static memory memory_of(int64_t m, int64_t k, int quantized, int floats, int normed, int glu) {
+static memory memory_of(int64_t m, int64_t k, int quantized, int floats, int normed) {
   memory y = {0, 0, 0, 0, 0, 0, 0, 0, 0};
-  const int64_t row = quantized ? xrow_of(k).bytes : 0, hrow = normed ? pe_round_up(4 * k, 64) : 0;
+  const int64_t row = quantized ? xrow_bytes(k) : 0, hrow = normed ? pe_round_up(4 * k, 64) : 0;
   y.h = m > FEW ? m * row : 0;
   y.shared = y.h + (m > FEW && floats ? m * hrow : 0);
   y.own_h = FEW * row;
   y.panel = y.own_h + FEW * hrow; /* a normed row on its way to int8 also stays here */
   y.rows = y.panel + pe_max(quantized ? STEPS * panel_step_bytes(2, 1) : 0, floats ? 64 * NR * KD : 0);
   y.acc = y.rows + (floats ? 64 * KD : 0);
-  y.own = y.acc + pe_max(FEW, block_rows(m, k, !floats)) * 64 * NR * (glu ? 2 : 1);
+  y.own = y.acc + block_rows(m) * 64 * NR * WIDE; /* with glu, half as wide and twice */
   return y;
 }
 
 static int is_float_path(const pe_tensor *w) { return !format_of(w->dtype); }
 
 PE_SCRATCH(linear)(const pe_args *a, const void *params, int32_t n_threads) {
-  const pe_linear_params *p = params;
+  (void)params;
   const pe_tensor *x = a->t[a->start[0]];
   int quantized = 0, floats = 0;
   for (int i = 0; i < a->count[1]; i++) {
     if (is_float_path(a->t[a->start[1] + i])) floats = 1;
     else quantized = 1;
   }
-  memory y = memory_of(x->shape[0], x->shape[1], quantized, floats, a->count[3] > 0, p->glu != PE_LINEAR_GLU_NONE);
+  memory y = memory_of(x->shape[0], x->shape[1], quantized, floats, a->count[3] > 0);
   return y.shared + n_threads * y.own;
 }
 
@@ -546,65 +533,64 @@ static void prepare_row(const pe_tensor *x, const pe_tensor *norm, float eps, in
     norm_row(row, norm->data, eps, k, h);
     row = h;
   }
-  if (q) quantize_row(row, k, xrow_of(k), q);
+  if (q) quantize_row(row, k, (xstep *)q);
 }
 
-/* acc[set of 1 or 2][rows][16 NR] = panel at group g0 of matrix w times rows row0 .. row0 + rows - 1. */
-static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, const uint8_t *next, int64_t row0, int64_t rows,
-                          char *panel, float *dequantized, float *acc) {
-  const int64_t k = t->k, groups = (w->shape[0] + 15) / 16;
-  const format *f = format_of(w->dtype);
+/* acc[panel][rows][16 NR] = `panels` panels from group g0 of matrix w on, times rows row0 .. row0 + rows - 1 of x. */
+static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
+                          int64_t rows, char *panel, float *dequantized, float *acc) {
   const int packed = w->dtype >= PE_PACKED;
   const int32_t id = packed ? w->dtype - PE_PACKED : w->dtype;
-  const int64_t bytes = packed ? pe_pack_group_bytes(id, k) : 0;
-  const uint8_t *group[NR];
-  for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + v, groups - 1) * bytes;
-  if (packed && !f && rows <= FEW) {
-    stream(id, rows, group, k, t->h + row0 * t->ldh, t->ldh, acc);
-    return PE_OK;
-  }
-  if (f) {
-    const xrow r = xrow_of(k);
-    const char *x = t->q + row0 * r.bytes;
-    const int zero = pe_traits_of(id).zero;
-    if (rows <= FEW && f->decode[0]) {
-      float y[FEW * 16];
-      for (int v = 0; v < NR && g0 + v < groups; v++) {
-        f->decode[rows - 1](group[v], g0 + v + 1 < groups && v + 1 < NR ? group[v] + bytes : next, bytes, k, x, r.bytes, r, y);
-        for (int64_t i = 0; i < rows; i++) v16f_store(acc + 16 * (NR * i + v), v16f_load(y + 16 * i));
-      }
-      return PE_OK;
-    }
-    memset(acc, 0, (size_t)(rows * 64 * NR));
-    for (int64_t s = 0; s < k / 32; s += STEPS) {
-      int64_t count = pe_min(STEPS, k / 32 - s);
-      f->unpack(group, s, count, (uint8_t *)panel);
-      f->tile(zero == 128 ? 128 - PE_DOT_ZERO : zero, (const uint8_t *)panel, s, count, x, r.bytes, r, rows, acc);
-    }
-    return PE_OK;
-  }
-  memset(acc, 0, (size_t)(rows * 64 * NR));
-  const int64_t chunk = packed ? KF : KD;
+  const int64_t k = t->k, groups = (w->shape[0] + 15) / 16, bytes = packed ? pe_pack_group_bytes(id, k) : 0;
+  const int64_t ld = xrow_bytes(k), sums = rows * 16 * NR;
+  const char *q = t->q + row0 * ld;
+  const float *h = t->h + row0 * t->ldh;
+  const format *f = format_of(w->dtype);
+  const int zero = f && pe_traits_of(id).zero == 128 ? 128 - PE_DOT_ZERO : f ? pe_traits_of(id).zero : 0;
+  const int few = packed && rows <= FEW && (!f || f->decode[0]);
+  const int64_t chunk = few ? k : f ? 32 * STEPS : packed ? KF : KD;
+
+  if (!few) memset(acc, 0, (size_t)(panels * sums) * sizeof(float));
   for (int64_t at = 0; at < k; at += chunk) {
-    int64_t count = pe_min(chunk, k - at);
-    pe_status status = float_panel(w, g0, at, count, (float *)panel, dequantized);
-    if (status) return status;
-    tile_float((const float *)panel, count, t->h + row0 * t->ldh + at, t->ldh, rows, acc);
+    const int64_t count = pe_min(chunk, k - at);
+    for (int64_t p = 0; p < panels; p++) {
+      float *to = acc + p * sums;
+      const uint8_t *group[NR]; /* beyond the last group, that one again: nobody reads the sums */
+      for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + NR * p + v, groups - 1) * bytes;
+      if (few && f) {
+        float y[FEW * 16];
+        for (int v = 0; v < NR && g0 + NR * p + v < groups; v++) {
+          const int more = v + 1 < NR && g0 + NR * p + v + 1 < groups;
+          f->decode[rows - 1](group[v], more ? group[v] + bytes : next, bytes, k, q, ld, y);
+          for (int64_t i = 0; i < rows; i++) v16f_store(to + 16 * (NR * i + v), v16f_load(y + 16 * i));
+        }
+      } else if (few) {
+        stream(id, rows, group, k, h, t->ldh, to);
+      } else if (f) {
+        f->unpack(group, at / 32, count / 32, (uint8_t *)panel);
+        f->tile(zero, (const uint8_t *)panel, at / 32, count / 32, q, ld, rows, to);
+      } else {
+        pe_status status = float_panel(w, g0 + NR * p, at, count, (float *)panel, dequantized);
+        if (status) return status;
+        tile_float((const float *)panel, count, h + at, t->ldh, rows, to);
+      }
+    }
   }
   return PE_OK;
 }
 
-static int64_t panels_of(const pe_tensor *w) { return ((w->shape[0] + 15) / 16 + NR - 1) / NR; }
+static int64_t groups_of(const pe_tensor *w) { return (w->shape[0] + 15) / 16; }
+static int64_t strips_of(const job *t, const pe_tensor *w) { return (groups_of(w) + NR * t->wide - 1) / (NR * t->wide); }
 
-/* Panel number `panel` of all sets: which set, and its first group. */
-static int locate(const job *t, int64_t panel, int64_t *g0) {
+/* Strip number `strip` of all sets: which set, and its first group. */
+static int locate(const job *t, int64_t strip, int64_t *g0) {
   int set = 0;
-  while (set + 1 < t->n_sets && panel >= panels_of(t->w[set])) panel -= panels_of(t->w[set++]);
-  *g0 = panel * NR;
+  while (set + 1 < t->n_sets && strip >= strips_of(t, t->w[set])) strip -= strips_of(t, t->w[set++]);
+  *g0 = strip * NR * t->wide;
   return set;
 }
 
-static const uint8_t *panel_bytes(const job *t, int set, int64_t g0) { /* for prefetching only */
+static const uint8_t *strip_bytes(const job *t, int set, int64_t g0) { /* for prefetching only */
   const pe_tensor *w = t->w[set];
   int64_t bytes = w->dtype >= PE_PACKED ? pe_pack_group_bytes(w->dtype - PE_PACKED, t->k) : 16 * w->stride[0];
   return (const uint8_t *)w->data + g0 * bytes;
@@ -636,32 +622,30 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
   pe_status status = check(x, w, n_w, n_bias, residual, n_out, p, s);
   if (status || m == 0 || k == 0) return status;
 
-  job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, 0, 0, 0, 0, 0};
+  job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, block_rows(m), 1, 0, 0, 0, 0};
   int quantized = 0, floats = 0;
   for (int i = 0; i < n_w; i++) {
     if (is_float_path(w[i])) floats = 1;
     else quantized = 1;
-    if (i < t.n_sets && w[i]->shape[0]) t.panels += panels_of(w[i]);
   }
-  const memory y = memory_of(m, k, quantized, floats, norm != 0, glu);
+  const memory y = memory_of(m, k, quantized, floats, norm != 0);
   if (s->scratch_bytes < y.shared + s->nth * y.own)
     return pe_fail(s, PE_NO_MEMORY, "linear: %lld bytes of scratch, needs %lld", (long long)s->scratch_bytes,
                    (long long)(y.shared + s->nth * y.own));
   char *own = s->scratch + y.shared + s->ith * y.own;
 
   /* Rows of x: few are prepared by every thread for itself, many by all threads together. */
-  const xrow r = xrow_of(k);
-  const int64_t hrow = pe_round_up(4 * k, 64);
+  const int64_t xrow = xrow_bytes(k), hrow = pe_round_up(4 * k, 64);
   if (m <= FEW) {
     for (int64_t i = 0; i < m && (quantized || norm); i++)
-      prepare_row(x, norm, p->norm_eps, i, k, quantized ? own + i * r.bytes : 0, (float *)(own + y.own_h + i * hrow));
+      prepare_row(x, norm, p->norm_eps, i, k, quantized ? own + i * xrow : 0, (float *)(own + y.own_h + i * hrow));
     t.q = own;
     t.h = (const float *)(own + y.own_h);
   } else {
     if (quantized || norm) {
       for (int64_t c; (c = 4 * pe_next(s, 0)) < m;)
         for (int64_t i = c; i < pe_min(c + 4, m); i++)
-          prepare_row(x, norm, p->norm_eps, i, k, quantized ? s->scratch + i * r.bytes : 0,
+          prepare_row(x, norm, p->norm_eps, i, k, quantized ? s->scratch + i * xrow : 0,
                       (float *)(floats ? s->scratch + y.h + i * hrow : own + y.own_h));
       pe_barrier(s);
     }
@@ -674,26 +658,34 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
     t.ldh = x->stride[0] / 4;
   }
 
-  /* Items: blocks of rows, and in each block all panels. A claim is a run of panels of one block. */
-  t.rows = block_rows(m, k, !floats);
+  /* Items: blocks of rows, and in each block all strips. A claim is a run of strips of one block. Many rows share a strip as
+   * wide as leaves 8 claims for each thread. */
   const int64_t blocks = (m + t.rows - 1) / t.rows;
-  const int64_t run = m > FEW ? 1 : pe_max(1, t.panels / (16 * s->nth)), runs = (t.panels + run - 1) / run;
+  t.wide = m > FEW ? glu ? WIDE / 2 : WIDE : 1;
+  for (;; t.wide /= 2) {
+    t.strips = 0;
+    for (int i = 0; i < t.n_sets; i++) t.strips += strips_of(&t, w[i]);
+    if (t.wide == 1 || blocks * t.strips >= 8 * s->nth) break;
+  }
+  const int64_t run = m > FEW ? 1 : pe_max(1, t.strips / (16 * s->nth)), runs = (t.strips + run - 1) / run;
   char *panel = own + y.panel;
-  float *dequantized = (float *)(own + y.rows), *acc = (float *)(own + y.acc);
+  float *dequantized = (float *)(own + y.rows), *acc = (float *)(own + y.acc), *acc1 = acc + t.rows * 16 * NR * (WIDE / 2);
   for (int64_t claim = pe_next(s, 1), ahead; claim < blocks * runs; claim = ahead) {
     ahead = pe_next(s, 1);
     const int64_t row0 = claim / runs * t.rows, rows = pe_min(t.rows, m - row0);
-    const int64_t first = claim % runs * run, end = pe_min(first + run, t.panels);
+    const int64_t first = claim % runs * run, end = pe_min(first + run, t.strips);
     for (int64_t i = first; i < end; i++) {
       int64_t g0, next_g0, after = i + 1 < end ? i + 1 : ahead < blocks * runs ? ahead % runs * run : i;
       const int set = locate(&t, i, &g0), next_set = locate(&t, after, &next_g0);
-      const uint8_t *next = panel_bytes(&t, next_set, next_g0);
-      const int64_t groups = (w[set]->shape[0] + 15) / 16;
-      status = multiply(&t, w[set], g0, glu ? panel_bytes(&t, 1, g0) : next, row0, rows, panel, dequantized, acc);
-      if (!status && glu) status = multiply(&t, w[1], g0, next, row0, rows, panel, dequantized, acc + rows * 16 * NR);
+      const uint8_t *next = strip_bytes(&t, next_set, next_g0);
+      const int64_t count = pe_min(NR * t.wide, groups_of(w[set]) - g0), panels = (count + NR - 1) / NR;
+      status = multiply(&t, w[set], g0, panels, glu ? strip_bytes(&t, 1, g0) : next, row0, rows, panel, dequantized, acc);
+      if (!status && glu) status = multiply(&t, w[1], g0, panels, next, row0, rows, panel, dequantized, acc1);
       if (status) return pe_fail(s, PE_NO_KERNEL, "linear: format %d cannot be read", w[set]->dtype);
-      for (int v = 0; v < NR && g0 + v < groups; v++)
-        finish(&t, set, g0 + v, row0, rows, acc + 16 * v, glu ? acc + (rows * NR + v) * 16 : 0, 16 * NR);
+      for (int64_t g = 0; g < count; g++) {
+        const int64_t at = (g / NR * rows * NR + g % NR) * 16;
+        finish(&t, set, g0 + g, row0, rows, acc + at, glu ? acc1 + at : 0, 16 * NR);
+      }
     }
   }
   return PE_OK;
