@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first
 import numpy as np  # noqa: E402
 
 COLOURS = {"linear": "tab:blue", "attention": "tab:orange", "matmul": "tab:green"}
+SMALL = 64 << 10                                                               # bytes
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -30,9 +31,12 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def roofline(result: Mapping[str, Any], bound: Mapping[str, Any]) -> Any:
-    """Operations/s over operations/byte of every kernel that declares operations, below the limits measured in the same run."""
+    """Operations/s over operations/byte of kernels that declare operations, below the limits measured in the same run.
+
+    Jobs of less than SMALL bytes are left out: they measure how fast threads meet.
+    """
     figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
-    points = [r for r in result["results"] if r["isa"] == bound["isa"] and r["operations"]]
+    points = [r for r in result["results"] if r["isa"] == bound["isa"] and r["operations"] and r["bytes"] >= SMALL]
     x = np.array([r["operations"] / r["bytes"] for r in points] or [1.0])
     span = np.array([min(0.1, x.min() / 2), x.max() * 3])
     grid = np.geomspace(*span, 200)
@@ -40,7 +44,7 @@ def roofline(result: Mapping[str, Any], bound: Mapping[str, Any]) -> Any:
         axes.plot(grid, np.minimum(grid * bound["read"], bound[kind]) / 1e9, style, color="black", lw=1.2,
                   label=f"memory {bound['read'] / 1e9:.0f} GB/s, {kind} {bound[kind] / 1e9:.0f} GOP/s")
     seen = set()
-    for r in points:
+    for r in sorted(points, key=lambda r: (r["op"], r["cache"])):              # the legend's order
         kind, cold = r["op"] if r["op"] in COLOURS else "other", r["cache"] == "cold"
         label = f"{kind}, {'cold' if cold else 'hot'}"
         axes.plot(r["operations"] / r["bytes"], r["gops"], "o" if cold else "^", ms=5, alpha=0.75, color=COLOURS.get(kind, "tab:gray"),

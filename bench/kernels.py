@@ -117,6 +117,10 @@ def jobs() -> Iterator[Job]:
     for m in (1, 512):
         for d in (576, 640, 896):
             yield Job(ops.rms_norm, Case({"x": (m, d), "weight": (d,)}, {}, {"eps": 1e-6}), f"real {m}x{d}")
+        for model, h, g, e, _ in ATTENTIONS:
+            shapes = {"q": (m, h, e), "k": (m, g, e), "v": (m, g, e), "table": (m, e), "k_cache": (g, 1024, e), "v_cache": (g, 1024, e),
+                      "cells": (m,)}
+            yield Job(ops.rope_append, Case(shapes, {"k_cache": "F16", "v_cache": "F16"}, {}), f"{model} {h}/{g}x{e} F16 m={m}")
         yield Job(ops.rows, Case({"table": (151936, 896), "ids": (m,)}, {"table": "Q5_0"}, {}), f"qwen Q5_0 m={m}")
 
 
@@ -243,7 +247,7 @@ def traffic(job: Job, copy: Copy) -> int:
         for a in value if isinstance(value, list) else [] if value is None else [value]:
             nbytes = a.raw.nbytes if isinstance(a, Blocks) else a.nbytes
             if job.op is ops.attention and spec.kind == "Cache":
-                seen = copy.values["hi"].max() - copy.values["lo"].min()
+                seen = int(copy.values["hi"].max() - copy.values["lo"].min())
                 nbytes = nbytes * seen // job.case.shapes[name][1]
             elif job.op is ops.rows and name == "table":
                 nbytes = nbytes * job.case.shapes["ids"][0] // job.case.shapes["table"][0]
@@ -251,9 +255,12 @@ def traffic(job: Job, copy: Copy) -> int:
                 nbytes = nbytes * len(copy.values["cells"]) // job.case.shapes[name][1]
             total += int(nbytes)
     results, _, _ = copy.bind(0)
-    written = [t for t, spec in zip(results, job.op.results if not job.op.results[0].many else job.op.results * len(results))
-               if spec.kind != "Same"]
-    return total + sum(t.nbytes_max for t in written)
+    return total + sum(t.nbytes_max for t, spec in zip(results, _specs(job, len(results))) if spec.kind != "Same")
+
+
+def _specs(job: Job, n: int) -> Sequence[Any]:
+    """Declarations of an op's n results."""
+    return job.op.results * n if job.op.results[0].many else job.op.results
 
 
 class _Shape:
@@ -314,19 +321,20 @@ def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
     return result, part
 
 
-def error(got: Sequence[np.ndarray], want: Any, part: Any, results: Sequence[Any]) -> float:
-    """Largest normalised squared error of the results that are tensors of their own."""
-    want = want if isinstance(want, (tuple, list)) else [want]
+def error(got: Sequence[np.ndarray], want: Any, part: Any) -> float:
+    """Largest normalised squared error of an op's results."""
+    want = list(want) if isinstance(want, (tuple, list)) else [want]
+    if len(got) != len(want):
+        raise RuntimeError(f"{len(got)} results, but the reference has {len(want)}")
     worst = 0.0
-    for i, (a, b, spec) in enumerate(zip(got, want, results)):
-        if spec.kind == "Same":
-            continue
+    for i, (a, b) in enumerate(zip(got, want)):
         a = a[part[i] if isinstance(part, list) else part].astype(np.float64)
-        scale = float(np.sum(np.square(b)))
-        difference = float(np.sum(np.square(a - b)))
-        worst = max(worst, difference / scale if scale else difference)
+        if a.shape != b.shape:
+            raise RuntimeError(f"result {i} has shape {a.shape}, but the reference {b.shape}")
+        scale, difference = float(np.sum(np.square(b))), float(np.sum(np.square(a - b)))
         if not np.isfinite(difference):
             return float("inf")
+        worst = max(worst, difference / scale if scale else difference)
     return worst
 
 
@@ -348,12 +356,12 @@ class Timed:
         outputs: list[Tensor] = []
         arrays: dict[str, np.ndarray] = {}
         states: dict[str, np.ndarray] = {}
-        self.job, self.results = job, []
+        self.job, self.copy, self.n = job, copy, n
         for i in range(n):
             results, new_inputs, new_states = copy.bind(i)
             arrays |= new_inputs
             states |= new_states
-            specs = job.op.results * len(results) if job.op.results[0].many else job.op.results
+            specs = _specs(job, len(results))
             own = [t for t, spec in zip(results, specs) if spec.kind != "Same"]
             if not own:                                                        # all in place: look at one element of the state
                 view = results[0]
@@ -361,16 +369,27 @@ class Timed:
                     view = ops.slice(view, axis=axis, start=0, stop=1)
                 own = [ops.contiguous(view)]
             if i == 0:
-                self.results, self.n_results = own, len(own)
+                self.specs, self.states = specs, new_states
             # Inputs are outputs too: their memory must not be given to a later step, as they are set only once.
             outputs += own + [t for node in [results[0].node] for t in node.inputs if t.node.kind == "input"]
-        self.n = n
         self.program = Prepared(outputs, (), False, n_threads, isa).load()
         for name, array in arrays.items():
             self.program.inputs[name].reshape(-1)[:] = array.reshape(-1)
         for name, array in states.items():
             raw = np.ascontiguousarray(array)
             ctypes.memmove(self.program.state_address[name], raw.ctypes.data, raw.nbytes)
+
+    def results(self) -> list[np.ndarray]:
+        """What copy 0 has computed: arrays of the program, and caches as they are now."""
+        own = iter(self.program.outputs)
+        return [self._state(spec.axes[0]) if spec.kind == "Same" else next(own) for spec in self.specs]
+
+    def _state(self, name: str) -> np.ndarray:
+        raw = np.empty_like(self.states[f"{name}.0"])
+        ctypes.memmove(raw.ctypes.data, self.program.state_address[f"{name}.0"], raw.nbytes)
+        value = self.copy.values[name]
+        values = Blocks(name, value.dtype, raw).values() if isinstance(value, Blocks) else raw
+        return values.reshape(self.job.case.shapes[name])
 
     def run(self, times: int) -> float:
         """Seconds of one copy, on average."""
@@ -388,44 +407,40 @@ class Timed:
         return [self.run(times) for _ in range(REPEAT)]
 
 
-def measure(job: Job, isa: str, n_threads: int, bound: limits.Limits) -> list[dict[str, Any]]:
+def measure(job: Job, isa: str, n_threads: int) -> list[dict[str, Any]]:
     """Time a job hot and cold and check its result: one record each. Raises GraphError where there is no kernel for it."""
-    rng = np.random.default_rng(0)
-    copy = Copy.make(job, rng)
+    copy = Copy.make(job, np.random.default_rng(0))
     ensure_codebooks(a.dtype for a in _flat(copy.values) if isinstance(a, Blocks))
-    nbytes, count = traffic(job, copy), operations(job, copy)
-    cache = last_level_cache()
-    blocks = any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"]) if job.op is ops.linear else False
-    peak_name = "int8" if blocks else "fp32"
-    compute = count / getattr(bound, peak_name) if count else 0.0
-    records = []
+    nbytes, count, cache = traffic(job, copy), operations(job, copy), last_level_cache()
+    blocks = job.op is ops.linear and any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"])
     n_cold = -(-2 * cache // nbytes)
     variants = [("hot", 1)] if nbytes < cache // 2 else []
     variants += [("cold", n_cold)] if n_cold <= MAX_COPIES else []
-    want = None
+    want = expected(job, copy)
+    records = []
     for state, n in variants:
         timed = Timed(job, copy, n, isa, n_threads)
         seconds = summary(timed.samples())
-        want = want or expected(job, copy)
-        nmse = error(timed.program.outputs[: timed.n_results], *want, timed_specs(job, timed.n_results))
-        memory = nbytes / bound.read if state == "cold" else 0.0
-        limit, ideal = max(("read", memory), (peak_name, compute), key=lambda x: x[1])
-        share = ideal / seconds["median"] if ideal else None
-        # Without a limit of its own (hot, no operations declared) the score is bytes/s as a part of the read bandwidth.
-        reference = ideal or nbytes / bound.read
+        nmse = error(timed.results(), *want)
         records.append({
             "name": f"{job.name} {isa} t={n_threads} {state}", "op": job.op.name, "isa": isa, "cache": state, "seconds": seconds,
-            "bytes": nbytes, "operations": count, "gbps": nbytes / seconds["median"] / 1e9,
-            "gops": count / seconds["median"] / 1e9 if count else None, "limit": limit if ideal else None, "share": share,
-            "nmse": nmse, "correct": bool(nmse <= tolerance(job)),
-            "score": summary([reference / s for s in seconds["samples"]]),
+            "bytes": nbytes, "operations": count, "peak": "int8" if blocks else "fp32", "gbps": nbytes / seconds["median"] / 1e9,
+            "gops": count / seconds["median"] / 1e9 if count else None, "nmse": nmse, "correct": bool(nmse <= tolerance(job)),
         })
     return records
 
 
-def timed_specs(job: Job, n: int) -> Sequence[Any]:
-    """Declarations of the results that a program gives back."""
-    return job.op.results * n if job.op.results[0].many else job.op.results
+def judge(record: dict[str, Any], bound: limits.Limits) -> dict[str, Any]:
+    """Add what a record is of the limits: `limit` (the one that binds), `share`, and `score`, the same for each sample.
+
+    A hot kernel is not bound by memory. One that declares no operations either has no share; its score is then its bytes/s as a
+    part of the read bandwidth, which may exceed 1.
+    """
+    memory, compute = record["bytes"] / bound.read, (record["operations"] or 0.0) / getattr(bound, record["peak"])
+    limit, ideal = (record["peak"], compute) if record["cache"] == "hot" or compute > memory else ("read", memory)
+    seconds = record["seconds"]
+    return {**record, "limit": limit if ideal else None, "share": ideal / seconds["median"] if ideal else None,
+            "score": summary([(ideal or memory) / s for s in seconds["samples"]])}
 
 
 def run(isas: Sequence[str], n_threads: int, only: str | None = None) -> dict[str, Any]:
@@ -433,21 +448,24 @@ def run(isas: Sequence[str], n_threads: int, only: str | None = None) -> dict[st
     selected = [j for j in jobs() if not only or re.search(only, j.name)]
     results, bounds, missing = [], [], []
     for isa in isas:
-        bound = limits.measure(isa, n_threads)
+        bound, records = limits.measure(isa, n_threads), []
         print(f"{isa}, {n_threads} threads: read {bound.read / 1e9:.1f} GB/s, int8 {bound.int8 / 1e9:.0f} GOP/s, "
               f"fp32 {bound.fp32 / 1e9:.0f} GOP/s\n{'':72} {'us':>10} {'GB/s':>7} {'GOP/s':>8} {'share':>6}         error")
-        for job in selected:
+        for i, job in enumerate(selected):
+            if i % 10 == 9:                                                    # limits are maxima over the whole run
+                bound = limits.best(bound, limits.measure(isa, n_threads, repeat=3))
             try:
-                records = measure(job, isa, n_threads, bound)
+                new = measure(job, isa, n_threads)
             except GraphError as e:
                 missing.append({"name": f"{job.name} {isa}", "reason": str(e)})
                 print(f"{job.name:72} {e}", flush=True)
                 continue
-            for r in records:
+            records += new
+            for r in (judge(r, bound) for r in new):
                 gops = f"{r['gops']:8.1f}" if r["gops"] else " " * 8
                 share = f"{r['share']:6.1%} {r['limit']:4}" if r["share"] else " " * 11
                 print(f"{job.name[:66]:66} {r['cache']:5} {r['seconds']['median'] * 1e6:10.1f} {r['gbps']:7.1f} {gops} {share}  {r['nmse']:8.1e}"
                       + ("" if r["correct"] else "  WRONG"), flush=True)
-            results += records
-        bounds.append(limits.best(bound, limits.measure(isa, n_threads)).to_json())
+        results += [judge(r, bound) for r in records]
+        bounds.append(bound.to_json())
     return {"suite": "kernels", "limits": bounds, "results": results, "missing": missing}

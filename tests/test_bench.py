@@ -1,0 +1,276 @@
+"""The benchmarks' own promises: limits are real work, wrong kernels are found, regressions are told from noise."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import types
+
+import numpy as np
+import pytest
+
+from bench import compare, limits, stats
+from cbuild import compile_c
+from pyengine.dtype import dtype
+
+
+@pytest.fixture(scope="module")
+def native():
+    ffi, lib = compile_c(("limits.c", "isa.c") if _is_arm() else ("limits.c",), ("limits.h",))
+    return types.SimpleNamespace(ffi=ffi, lib=lib)
+
+
+def _is_arm() -> bool:
+    import platform
+
+    return platform.machine() in ("aarch64", "arm64")
+
+
+# ---- limits -------------------------------------------------------------------------------------------------------------
+
+
+def test_reading_sums_every_word(native) -> None:
+    words = np.random.default_rng(0).integers(0, 1 << 60, 4096, np.uint64)
+    got = native.lib.pe_limit_read(native.ffi.from_buffer(words), words.nbytes)
+    assert got == int(words.sum())                                             # modulo 2^64, on both sides
+    assert native.lib.pe_limit_read(native.ffi.from_buffer(words), 64) == int(words[:8].sum())
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "generic"])
+@pytest.mark.parametrize("kind", ["int8", "fp32"])
+def test_twice_the_rounds_take_twice_the_time(native, isa: str, kind: str) -> None:
+    """A loop that the compiler has removed would not."""
+    loop = {"int8": native.lib.pe_limit_int8, "fp32": native.lib.pe_limit_fp32}[kind]
+    if loop(isa.encode(), 1) == 0:
+        pytest.skip(f"this machine has no {isa}")
+    n = 200_000
+    assert loop(isa.encode(), 2 * n) == 2 * loop(isa.encode(), n) > n
+
+    def seconds(rounds: int) -> float:
+        best = 1e9
+        for _ in range(8):                                                     # the fastest one was not interrupted
+            start = time.perf_counter()
+            loop(isa.encode(), rounds)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    assert 1.5 < seconds(2 * n) / seconds(n) < 2.7
+
+
+def test_an_unknown_instruction_set_has_no_peak(native) -> None:
+    assert native.lib.pe_limit_int8(b"sse9", 10) == 0
+    assert limits.peak("fp32", "sse9", 1, native=native) == 0
+
+
+def test_threads_run_at_once_and_give_their_results() -> None:
+    seconds, results = limits.together(3, lambda i: (time.sleep(0.05), i)[1])
+    assert results == [0, 1, 2]
+    assert 0.05 <= seconds < 0.14
+
+
+# ---- comparison ---------------------------------------------------------------------------------------------------------
+
+
+def test_summary_is_median_and_half_the_quartile_range() -> None:
+    s = stats.summary([1, 2, 3, 4, 100])
+    assert (s["median"], s["min"], s["max"]) == (3, 1, 100)
+    assert s["spread"] == pytest.approx((4 - 2) / 2 / 3)
+
+
+def _file(**scores: list[float]) -> dict:
+    return {"suite": "kernels", "results": [{"name": k, "score": stats.summary(v)} for k, v in scores.items()]}
+
+
+def test_a_loss_beyond_noise_is_a_regression() -> None:
+    old = _file(steady=[1.0, 1.01, 0.99], noisy=[1.0, 0.7, 1.3], better=[1.0, 1.0, 1.0], gone=[1.0])
+    new = _file(steady=[0.9, 0.91, 0.89], noisy=[0.9, 0.8, 1.1], better=[1.2, 1.2, 1.2], fresh=[1.0])
+    found = compare.compare(old, new)
+    assert [c.name for c in found.regressions] == ["steady"]
+    assert (found.only_old, found.only_new, found.failed) == (("gone",), ("fresh",), True)
+    assert "regressed steady: 1.000 -> 0.900" in found.text() and "1 better" in found.text()
+
+
+def test_equal_files_and_small_losses_pass() -> None:
+    old, new = _file(a=[1.0, 1.0, 1.0]), _file(a=[0.96, 0.96, 0.96])
+    assert not compare.compare(old, copy.deepcopy(old)).failed
+    assert not compare.compare(old, new).failed
+
+
+def test_a_wrong_result_fails_however_fast() -> None:
+    old, new = _file(a=[1.0]), _file(a=[2.0])
+    new["results"][0]["correct"] = False
+    assert compare.compare(old, new).wrong == ("a",)
+    assert compare.compare(old, new).failed
+
+
+def test_files_of_different_suites_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="'kernels', the other of 'peers'"):
+        compare.compare(_file(), {**_file(), "suite": "peers"})
+
+
+# ---- kernels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    pytest.importorskip("pyengine._engine", reason="needs the compiled extension: pip install .")
+    from bench import kernels
+
+    return kernels
+
+
+@pytest.fixture
+def small(kernels, monkeypatch):
+    """Short samples."""
+    monkeypatch.setattr(kernels, "SAMPLE_SECONDS", 1e-4)
+    return kernels
+
+
+def test_every_op_with_a_kernel_has_jobs_and_every_job_its_own_name(kernels) -> None:
+    jobs = list(kernels.jobs())
+    assert {j.op.name for j in jobs} == {op.name for op in kernels.REGISTRY.values() if not op.view}
+    assert len({j.name for j in jobs}) == len(jobs)
+
+
+def test_random_blocks_have_moderate_values_in_every_format(kernels) -> None:
+    for name in kernels.FORMATS:
+        blocks = kernels.random_blocks(dtype(name), (8, 512), np.random.default_rng(0))
+        if name in ("F32", "F16", "BF16"):
+            continue                                                           # those are normal numbers, not blocks
+        values = blocks.values()
+        assert values.shape == (8, 512) and np.isfinite(values).all(), name
+        assert 1e-3 < np.sqrt(np.mean(values**2)) < 30, name
+
+
+def test_work_of_a_product_is_counted_by_hand(kernels) -> None:
+    job = kernels.linear_job("x", (96, 32), 256, ("Q8_0", "Q4_K"), 3, {"norm": True})
+    made = kernels.Copy.make(job, np.random.default_rng(0))
+    assert kernels.operations(job, made) == 2 * 3 * 128 * 256
+    weights = 96 * 256 // 32 * 34 + 32 * 256 // 256 * 144
+    assert kernels.traffic(job, made) == 4 * 3 * 256 + weights + 4 * 256 + 4 * 3 * 128
+
+
+def test_work_of_attention_counts_the_keys_that_are_seen(kernels) -> None:
+    job = next(j for j in kernels.jobs() if j.op is kernels.ops.attention and j.window == 512 and "keys=4096" in j.name and j.name.endswith("m=1"))
+    made = kernels.Copy.make(job, np.random.default_rng(0))
+    assert kernels.operations(job, made) == 2 * 4 * 512 * (256 + 256)
+    assert kernels.traffic(job, made) - 2 * 512 * 256 * 2 < 64 << 10           # the caches' part is 512 cells, not 4096
+
+
+@pytest.mark.parametrize("pattern", ["linear case 3x64 40x64 3x40", "rms_norm case 4x640 640 4x640", "cache_append case", "attention case 9x4x64"])
+def test_small_jobs_are_right_and_timed(small, pattern: str) -> None:
+    (job,) = [j for j in small.jobs() if j.name.startswith(pattern)]
+    (record,) = small.measure(job, "generic", 2)
+    assert record["correct"] and record["nmse"] < 1e-10
+    assert record["cache"] == "hot" and 0 < record["seconds"]["median"] < 0.1
+    bound = limits.Limits("generic", 2, 1e10, 1e11, 1e10)
+    assert small.judge(record, bound)["score"]["median"] > 0
+
+
+def test_cold_runs_walk_through_more_than_the_cache(small, monkeypatch) -> None:
+    monkeypatch.setattr(small, "last_level_cache", lambda: 1 << 20)
+    job = small.linear_job("x", (512,), 512, ("Q8_0",), 1, {})
+    hot, cold = small.measure(job, "generic", 1)
+    assert (hot["cache"], cold["cache"]) == ("hot", "cold")
+    assert hot["correct"] and cold["correct"]
+    timed = small.Timed(job, small.Copy.make(job, np.random.default_rng(0)), 8, "generic", 1)
+    assert timed.program.prepared.weight_bytes >= 8 * 512 * 512 // 32 * 34     # copies are not one tensor
+
+
+@pytest.mark.parametrize("pattern", ["linear case 3x64 40x64 3x40", "cache_append case"])
+def test_a_wrong_result_is_found(small, monkeypatch, pattern: str) -> None:
+    (job,) = [j for j in small.jobs() if j.name.startswith(pattern)]
+    right = small.expected
+
+    def slightly_wrong(job, made):
+        want, part = right(job, made)
+        values = want[0] if isinstance(want, list) else want
+        values.reshape(-1)[3] += 0.05
+        return want, part
+
+    monkeypatch.setattr(small, "expected", slightly_wrong)
+    assert not small.measure(job, "generic", 1)[0]["correct"]
+
+
+def test_the_command_writes_compares_and_draws(small, tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "pyengine[bench]"')
+    from bench.__main__ import main
+
+    monkeypatch.setattr(limits, "measure", lambda isa, n, repeat=5, native=None: limits.Limits(isa, n, 1e10, 1e11, 1e10))
+    command = ["kernels", "--only", "softmax case", "--isa", "generic", "-t", "1", "--json", str(tmp_path / "a.json")]
+    assert main([*command, "--png", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert len(result["results"]) == 2 and result["machine"]["cores"] >= 1 and result["limits"][0]["read"] == 1e10
+    assert (tmp_path / "roofline-generic.png").stat().st_size > 10_000
+    for r in result["results"]:
+        r["score"] = stats.summary([1e9])                                      # nothing is that fast
+    (tmp_path / "old.json").write_text(json.dumps(result))
+    assert main([*command, "--compare", str(tmp_path / "old.json")]) == 1
+    assert "regressed softmax" in capsys.readouterr().out
+
+
+# ---- models and peers ---------------------------------------------------------------------------------------------------
+
+
+def test_work_of_a_model_is_counted_by_hand(kernels, tiny_gguf) -> None:
+    import pyengine as pe
+    from bench.work import generation_bytes, prompt_operations
+
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=64)
+    tensors = model.file.tensors
+    products = [t for name, t in tensors.items() if name.endswith(".weight") and len(t.shape) == 2 and name != "token_embd.weight"]
+    untied = "output.weight" in tensors
+    head = tensors["output.weight" if untied else "token_embd.weight"]
+    bulk = sum(t.nbytes for t in tensors.values()) - (tensors["token_embd.weight"].nbytes if untied else 0)
+    kv = sum(2 * s.nbytes_max // int(s.shape[1]) for s in model.program.prepared.states if s.ndim == 3) / 2
+    got = generation_bytes(model.program, 3)
+    extra = 4096 + 64 * 4 * 4                                                  # one row of the table, frequencies
+    assert bulk + kv * 2 <= got <= bulk + kv * 2 + extra                       # 1, 2, 3 cells are seen: 2 on average
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("blk."))
+    ops = 0
+    for name, t in tensors.items():
+        if t in products or t is head:
+            once = t is head or (name.startswith(f"blk.{last}.") and name.split(".")[2] not in ("attn_k", "attn_v"))
+            ops += 2 * int(np.prod(t.shape)) * (1 if once else 10)
+    assert prompt_operations(model.program, 10) == ops                         # of the last layer only keys and values of all rows
+
+
+def test_our_worker_measures_and_judges_a_model(kernels, tiny_gguf, monkeypatch, capsys) -> None:
+    from bench import peers
+
+    monkeypatch.setattr(limits, "read_bandwidth", lambda n, repeat=5, native=None: 1e10)
+    monkeypatch.setattr(limits, "peak", lambda kind, isa, n, repeat=5, native=None: 1e12)
+    path = tiny_gguf("llama")[0]
+    found = peers.models([path], 1, 32, 8, 2)
+    assert [r["name"] for r in found["results"]] == [f"{path.name} pp32", f"{path.name} tg8"]
+    facts = found["files"][path.name]["facts"]["pyengine"]
+    for r, limit in zip(found["results"], (1e12 / facts["prompt_operations"] * 32, 1e10 / facts["bytes_per_token"])):
+        assert len(r["tokens_per_second"]["samples"]) == 2 and r["tokens_per_second"]["min"] > 0
+        assert r["score"]["samples"] == pytest.approx([v / limit for v in r["tokens_per_second"]["samples"]])
+    assert "of read" in capsys.readouterr().out
+
+
+def test_a_worker_that_fails_is_an_error(tmp_path) -> None:
+    from bench.peers import Engine
+
+    with pytest.raises(RuntimeError, match="pyengine: the worker ended with exit code 1"):
+        Engine("pyengine", tmp_path / "missing.gguf", 1)
+
+
+def test_divergence_of_known_distributions() -> None:
+    from bench.quality import divergence
+
+    p, q = np.log(np.array([[0.5, 0.5], [0.9, 0.1]])), np.log(np.array([[0.5, 0.5], [0.5, 0.5]]))
+    assert divergence(p, q) == pytest.approx([0, 0.9 * np.log(1.8) + 0.1 * np.log(0.2)])
+
+
+@pytest.mark.slow
+def test_both_engines_say_the_same(kernels) -> None:
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    from bench.quality import compare as quality
+    from conftest import real_path
+
+    found = quality(real_path("smollm2"), 2, n_chunks=2)
+    ours, theirs = found["perplexity"]["pyengine"], found["perplexity"]["llama.cpp"]
+    assert abs(ours / theirs - 1) < 0.005 and found["mean_kl"] < 2e-3 and found["same_token_ids"]
