@@ -34,6 +34,7 @@ enum { NR = 1, MR = 4, MRF = 4 };
 #endif
 enum {
   FEW = 4,            /* rows that the decode kernel takes at once, and that each thread quantizes for itself */
+  SOME = 16,          /* rows that take the decode kernel, FEW by FEW over a group that the first of them left in a cache */
   STEPS = 8,          /* steps of 32 of k in an unpacked panel */
   KF = 128,           /* k of a float panel */
   KD = 256,           /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
@@ -157,18 +158,23 @@ typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes,
  * each half and group. */
 PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * NR * (8 + halves * (1 + offsets)); }
 
-/* Steps s0 .. s0 + count - 1 of NR groups. */
-PE_INLINE void unpack_panel(int id, const uint8_t *const group[NR], int64_t s0, int64_t count, uint8_t *to) {
+/* Steps s0 .. s0 + count - 1 of NR groups. ahead[v]: what will be unpacked next in place of this part of group v. */
+PE_INLINE void unpack_panel(int id, const uint8_t *const group[NR], const uint8_t *const ahead[NR], int64_t s0, int64_t count,
+                            uint8_t *to) {
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32;
   const int64_t step = panel_step_bytes(t.halves, t.offsets);
   for (int64_t b = s0 / steps; b < (s0 + count) / steps; b++) {
     for (int v = 0; v < NR; v++) {
       const uint8_t *head = pe_block_head(t, group[v], b), *body = pe_block_body(t, group[v], b);
+      const uint8_t *fetch = ahead[v] + (body - pe_block_head(t, group[v], s0 / steps));
 PE_UNROLL_STEPS
       for (int j = 0; j < steps; j++) {
         pe_step w;
         pe_unpack(id, head, body, j, &w);
+        const int step_bytes = (t.head + t.body) / steps;
+PE_UNROLL(9)
+        for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(fetch + j * step_bytes + 64 * c);
         uint8_t *p = to + (b * steps + j - s0) * step;
 PE_UNROLL(8)
         for (int g = 0; g < 8; g++) v64u_store(p + 64 * (NR * g + v), w.u[g]);
@@ -254,9 +260,11 @@ TILE(halves_offset, 2, 1, 0)
 
 /* ---- the table of formats ---- */
 
+typedef void unpack_fn(const uint8_t *const group[NR], const uint8_t *const ahead[NR], int64_t s0, int64_t count, uint8_t *to);
+
 typedef struct format {
   decode_fn *decode[FEW]; /* for 1 .. FEW rows of x, or NULL */
-  void (*unpack)(const uint8_t *const group[NR], int64_t s0, int64_t count, uint8_t *to);
+  unpack_fn *unpack;
   tile_fn *tile;
 } format;
 
@@ -274,8 +282,9 @@ typedef struct format {
 #endif
 #define FORMAT(id, kind)                                                                                               \
   DECODES(id)                                                                                                          \
-  static void unpack_##id(const uint8_t *const group[NR], int64_t s0, int64_t count, uint8_t *to) {                    \
-    unpack_panel(PE_##id, group, s0, count, to);                                                                       \
+  static void unpack_##id(const uint8_t *const group[NR], const uint8_t *const ahead[NR], int64_t s0, int64_t count,   \
+                          uint8_t *to) {                                                                               \
+    unpack_panel(PE_##id, group, ahead, s0, count, to);                                                                \
   }                                                                                                                    \
   static const format format_##id = {DECODE_TABLE(id), unpack_##id, tile_##kind};
 FORMAT(Q4_0, zero)
@@ -547,7 +556,7 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t 
   const float *h = t->h + row0 * t->ldh;
   const format *f = format_of(w->dtype);
   const int zero = f && pe_traits_of(id).zero == 128 ? 128 - PE_DOT_ZERO : f ? pe_traits_of(id).zero : 0;
-  const int few = packed && rows <= FEW && (!f || f->decode[0]);
+  const int few = packed && (f ? rows <= SOME && f->decode[0] : rows <= FEW);
   const int64_t chunk = few ? k : f ? 32 * STEPS : packed ? KF : KD;
 
   if (!few) memset(acc, 0, (size_t)(panels * sums) * sizeof(float));
@@ -558,16 +567,26 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t 
       const uint8_t *group[NR]; /* beyond the last group, that one again: nobody reads the sums */
       for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + NR * p + v, groups - 1) * bytes;
       if (few && f) {
-        float y[FEW * 16];
+        const int64_t parts = (rows + FEW - 1) / FEW; /* nearly equal: 5 rows are 3 and 2 */
         for (int v = 0; v < NR && g0 + NR * p + v < groups; v++) {
           const int more = v + 1 < NR && g0 + NR * p + v + 1 < groups;
-          f->decode[rows - 1](group[v], more ? group[v] + bytes : next, bytes, k, q, ld, y);
-          for (int64_t i = 0; i < rows; i++) v16f_store(to + 16 * (NR * i + v), v16f_load(y + 16 * i));
+          for (int64_t part = 0; part < parts; part++) {
+            const int64_t i0 = rows * part / parts, n = rows * (part + 1) / parts - i0;
+            float y[FEW * 16];
+            f->decode[n - 1](group[v], more ? group[v] + bytes : next, bytes, k, q + i0 * ld, ld, y);
+            for (int64_t i = 0; i < n; i++) v16f_store(to + 16 * (NR * (i0 + i) + v), v16f_load(y + 16 * i));
+          }
         }
       } else if (few) {
         stream(id, rows, group, k, h, t->ldh, to);
       } else if (f) {
-        f->unpack(group, at / 32, count / 32, (uint8_t *)panel);
+        const pe_traits c = pe_traits_of(id);
+        const uint8_t *ahead[NR]; /* these 256 of k of the next panel; after the last, the next 256 of the first */
+        for (int v = 0; v < NR; v++)
+          ahead[v] = p + 1 < panels    ? pe_block_head(c, group[v] + NR * bytes, at / c.k)
+                     : at + count < k ? pe_block_head(c, group[v] - NR * p * bytes, (at + count) / c.k)
+                                      : next + v * bytes;
+        f->unpack(group, ahead, at / 32, count / 32, (uint8_t *)panel);
         f->tile(zero, (const uint8_t *)panel, at / 32, count / 32, q, ld, rows, to);
       } else {
         pe_status status = float_panel(w, g0 + NR * p, at, count, (float *)panel, dequantized);
@@ -661,13 +680,13 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
   /* Items: blocks of rows, and in each block all strips. A claim is a run of strips of one block. Many rows share a strip as
    * wide as leaves 8 claims for each thread. */
   const int64_t blocks = (m + t.rows - 1) / t.rows;
-  t.wide = m > FEW ? glu ? WIDE / 2 : WIDE : 1;
+  t.wide = m > SOME ? glu ? WIDE / 2 : WIDE : 1;
   for (;; t.wide /= 2) {
     t.strips = 0;
     for (int i = 0; i < t.n_sets; i++) t.strips += strips_of(&t, w[i]);
     if (t.wide == 1 || blocks * t.strips >= 8 * s->nth) break;
   }
-  const int64_t run = m > FEW ? 1 : pe_max(1, t.strips / (16 * s->nth)), runs = (t.strips + run - 1) / run;
+  const int64_t run = m > SOME ? 1 : pe_max(1, t.strips / (16 * s->nth)), runs = (t.strips + run - 1) / run;
   char *panel = own + y.panel;
   float *dequantized = (float *)(own + y.rows), *acc = (float *)(own + y.acc), *acc1 = acc + t.rows * 16 * NR * (WIDE / 2);
   for (int64_t claim = pe_next(s, 1), ahead; claim < blocks * runs; claim = ahead) {
