@@ -48,7 +48,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = parser.add_subparsers(dest="suite", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-t", "--threads", type=int, default=describe()["cores"], help="default: all cores")
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     suites.add_parser("models", parents=[common, runs], help="whole models, as a share of the machine's limits")
     peers = suites.add_parser("peers", parents=[common, runs], help="beside llama.cpp and, with $PYENGINE_IK_BENCH, ik_llama.cpp")
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
-    peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"], help="default: all there are")
+    peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"],
+                       help="may be repeated; default: all there are")
     return parser
 
 

@@ -47,8 +47,8 @@ def roofline(result: Mapping[str, Any], bound: Mapping[str, Any]) -> Any:
     for r in sorted(points, key=lambda r: (r["op"], r["cache"])):              # the legend's order
         kind, cold = r["op"] if r["op"] in COLOURS else "other", r["cache"] == "cold"
         label = f"{kind}, {'cold' if cold else 'hot'}"
-        axes.plot(r["operations"] / r["bytes"], r["gops"], "o" if cold else "^", ms=5, alpha=0.75, color=COLOURS.get(kind, "tab:gray"),
-                  mfc=None if cold else "none", label=None if label in seen else label)
+        axes.plot(r["operations"] / r["bytes"], r["gops"], "o" if cold else "^", ms=5, alpha=0.75,
+                  color=COLOURS.get(kind, "tab:gray"), mfc=None if cold else "none", label=None if label in seen else label)
         seen.add(label)
     axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="GOP/s",
              title=f"{result['machine']['cpu']}, {bound['isa']}, {bound['n_threads']} threads")
@@ -64,7 +64,8 @@ def bars(result: Mapping[str, Any], label: str, line: float) -> Any:
     values = np.array([r["score"]["median"] for r in rows])
     low, high = (np.abs(np.array([np.percentile(r["score"]["samples"], q) for r in rows]) - values) for q in (25, 75))
     colours = ["tab:green" if v >= line else "tab:orange" for v in values]
-    drawn = axes.barh([r["name"].replace(".gguf", "") for r in rows], values, xerr=[low, high], color=colours, height=0.7, capsize=3)
+    names = [r["name"].replace(".gguf", "") for r in rows]
+    drawn = axes.barh(names, values, xerr=[low, high], color=colours, height=0.7, capsize=3)
     axes.bar_label(drawn, [f"{v:.2f}" for v in values], padding=6, fontsize=9)
     axes.axvline(line, color="black", lw=1)
     axes.set(xlabel=label, xlim=(0, max(line, float((values + high).max())) * 1.12),

@@ -31,8 +31,8 @@ MAX_COPIES = 512
 CHECKED_ROWS = 64                                                              # of a large product: the reference is slow
 
 # Bytes of a block at which its float16 scales stand (csrc/quants.h); all other bytes may be anything.
-SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
-          "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
+SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+          "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 FORMATS = (*SCALES, "MXFP4", "F16", "BF16", "F32")
 # Largest squared error / squared result. Products with blocks round the activations to 8 bits; BF16 may round them to 8 bits too.
 TOLERANCE = {"F32": 1e-10, "F16": 1e-6, "BF16": 1e-4, "I32": 0.0}
@@ -109,8 +109,8 @@ def jobs() -> Iterator[Job]:
     for model, heads, kv_heads, width, window in ATTENTIONS:
         for kind in ("F16", "Q8_0"):
             for m, cells in ((1, 512), (1, 4096), (512, 512), (512, 4096)):
-                shapes = {"q": (m, heads, width), "k": (kv_heads, cells, width), "v": (kv_heads, cells, width), "lo": (m,), "hi": (m,),
-                          "cells": (1, cells), "seq": (m,)}
+                kv = (kv_heads, cells, width)
+                shapes = {"q": (m, heads, width), "k": kv, "v": kv, "lo": (m,), "hi": (m,), "cells": (1, cells), "seq": (m,)}
                 for w in dict.fromkeys((None, window)):
                     label = f"{model} {heads}/{kv_heads}x{width} {kind} keys={cells}{f' window={w}' if w else ''} m={m}"
                     yield Job(ops.attention, Case(shapes, {"k": kind, "v": kind}, {"scale": width**-0.5}), label, w)
@@ -118,8 +118,8 @@ def jobs() -> Iterator[Job]:
         for d in (576, 640, 896):
             yield Job(ops.rms_norm, Case({"x": (m, d), "weight": (d,)}, {}, {"eps": 1e-6}), f"real {m}x{d}")
         for model, h, g, e, _ in ATTENTIONS:
-            shapes = {"q": (m, h, e), "k": (m, g, e), "v": (m, g, e), "table": (m, e), "k_cache": (g, 1024, e), "v_cache": (g, 1024, e),
-                      "cells": (m,)}
+            shapes = {"q": (m, h, e), "k": (m, g, e), "v": (m, g, e), "table": (m, e), "cells": (m,), "k_cache": (g, 1024, e),
+                      "v_cache": (g, 1024, e)}
             yield Job(ops.rope_append, Case(shapes, {"k_cache": "F16", "v_cache": "F16"}, {}), f"{model} {h}/{g}x{e} F16 m={m}")
         yield Job(ops.rows, Case({"table": (151936, 896), "ids": (m,)}, {"table": "Q5_0"}, {}), f"qwen Q5_0 m={m}")
 
@@ -464,8 +464,9 @@ def run(isas: Sequence[str], n_threads: int, only: str | None = None) -> dict[st
             for r in (judge(r, bound) for r in new):
                 gops = f"{r['gops']:8.1f}" if r["gops"] else " " * 8
                 share = f"{r['share']:6.1%} {r['limit']:4}" if r["share"] else " " * 11
-                print(f"{job.name[:66]:66} {r['cache']:5} {r['seconds']['median'] * 1e6:10.1f} {r['gbps']:7.1f} {gops} {share}  {r['nmse']:8.1e}"
-                      + ("" if r["correct"] else "  WRONG"), flush=True)
+                wrong = "" if r["correct"] else "  WRONG"
+                print(f"{job.name[:66]:66} {r['cache']:5} {r['seconds']['median'] * 1e6:10.1f} {r['gbps']:7.1f} {gops} {share}  "
+                      f"{r['nmse']:8.1e}{wrong}", flush=True)
         results += [judge(r, bound) for r in records]
         bounds.append(bound.to_json())
     return {"suite": "kernels", "limits": bounds, "results": results, "missing": missing}

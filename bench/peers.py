@@ -144,7 +144,8 @@ def models(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int
         results += _shares(path.name, n_prompt, n_generate, found)
         for r in results[-2:]:
             v = r["tokens_per_second"]
-            print(f"{r['name']:42} {v['median']:9.1f} tokens/s +-{v['spread']:.1%}  {r['score']['median']:6.1%} of {r['limit']}", flush=True)
+            share = f"{r['score']['median']:6.1%} of {r['limit']}"
+            print(f"{r['name']:42} {v['median']:9.1f} tokens/s +-{v['spread']:.1%}  {share}", flush=True)
     return {"suite": "models", "results": results, "files": files}
 
 
@@ -161,7 +162,8 @@ def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int,
         for name in names:
             pp, tg = (summary(found["samples"][name][t]) for t in ("pp", "tg"))
             first = [f["seconds"] for f in found["first_token"].get(name, [])]
-            print(f"  {name:14} pp{n_prompt} {pp['median']:9.1f} +-{pp['spread']:.1%}   tg{n_generate} {tg['median']:8.1f} +-{tg['spread']:.1%}"
+            print(f"  {name:14} pp{n_prompt} {pp['median']:9.1f} +-{pp['spread']:.1%}   "
+                  f"tg{n_generate} {tg['median']:8.1f} +-{tg['spread']:.1%}"
                   + (f"   first token {np.median(first):6.2f} s" if first else ""), flush=True)
         if OURS not in names:
             continue
@@ -176,7 +178,8 @@ def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int,
                 rate = {n: [1 / f["seconds"] for f in found["first_token"][n]] for n in (OURS, name)}
                 new.append(_ratios(f"{path.name} first token / {name}", rate[OURS], rate[name]))
             for r in new:
-                print(f"  {r['name'].removeprefix(path.name):34} {r['score']['median']:6.2f} x  +-{r['score']['spread']:.1%}", flush=True)
+                score = r["score"]
+                print(f"  {r['name'].removeprefix(path.name):34} {score['median']:6.2f} x  +-{score['spread']:.1%}", flush=True)
             results += new
         for share in found["shares"]:
             print(f"  {share['name'].removeprefix(path.name):34} {share['score']['median']:6.1%} of {share['limit']}", flush=True)

@@ -14,10 +14,11 @@ N_CTX = 512
 N_CHUNKS = 16
 N_GREEDY = 64
 PROMPTS = (
-    "The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n", "Water boils at",
-    "The three primary colours are", "Dear Sir or Madam,\n\nI am writing to", "SELECT name FROM users WHERE", "In 1969, two people",
-    "Photosynthesis is the process by which", "To make a good omelette, first", "The difference between a list and a tuple in Python is",
-    "Le petit chat est", "import numpy as np\n\ndef softmax(x):\n", "My favourite book is", "The quick brown fox",
+    "The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n",
+    "Water boils at", "The three primary colours are", "Dear Sir or Madam,\n\nI am writing to",
+    "SELECT name FROM users WHERE", "In 1969, two people",
+    "Photosynthesis is the process by which", "To make a good omelette, first",
+    "The difference between a list and a tuple in Python is", "Le petit chat est", "import numpy as np\n\ndef softmax(x):\n", "My favourite book is", "The quick brown fox",
     "A prime number is a number that", "Q: What is the largest planet?\nA:", "<html>\n<head>\n", "Die Hauptstadt von Deutschland ist",
     "The moon orbits the Earth because",
 )
@@ -41,7 +42,8 @@ def compare(path: Path, n_threads: int, n_chunks: int = N_CHUNKS) -> dict[str, A
     Perplexity is llama-perplexity's: chunks of 512 tokens from an empty cache, the first of each replaced by BOS where the model
     wants one, tokens of the second half are scored.
     """
-    with Engine(LLAMA, path, n_threads, N_CTX) as theirs, Engine(OURS, path, n_threads, N_CTX) as ours, tempfile.TemporaryDirectory() as tmp:
+    with (Engine(LLAMA, path, n_threads, N_CTX) as theirs, Engine(OURS, path, n_threads, N_CTX) as ours,
+          tempfile.TemporaryDirectory() as tmp):
         if ours.n_vocab != theirs.n_vocab:
             raise RuntimeError(f"{path.name}: {ours.n_vocab} logits here, {theirs.n_vocab} in llama.cpp")
         facts = theirs.call("facts", n_prompt=0, n_generate=0)
@@ -67,9 +69,11 @@ def compare(path: Path, n_threads: int, n_chunks: int = N_CHUNKS) -> dict[str, A
         greedy = [_greedy(theirs, ours, prompt, set(facts["eog"])) for prompt in PROMPTS]
     equal = sum(g["parted_at"] is None for g in greedy)
     gaps = [g["gap"] for g in greedy if g["parted_at"] is not None]
-    print(f"  perplexity {perplexity[OURS]:.4f}, llama.cpp {perplexity[LLAMA]:.4f} ({perplexity[OURS] / perplexity[LLAMA] - 1:+.3%}); "
+    difference = perplexity[OURS] / perplexity[LLAMA] - 1
+    print(f"  perplexity {perplexity[OURS]:.4f}, llama.cpp {perplexity[LLAMA]:.4f} ({difference:+.3%}); "
           f"mean KL {np.concatenate(kl).mean():.2e}; same token ids: {same_ids}")
-    print(f"  greedy: {equal} of {len(greedy)} equal" + (f"; where they part, llama.cpp's top two are within {max(gaps):.3f} nats" if gaps else ""))
+    parted = f"; where they part, llama.cpp's top two are within {max(gaps):.3f} nats" if gaps else ""
+    print(f"  greedy: {equal} of {len(greedy)} equal{parted}", flush=True)
     return {"perplexity": perplexity, "mean_kl": float(np.concatenate(kl).mean()), "max_kl": float(np.concatenate(kl).max()),
             "scored_tokens": n, "same_token_ids": same_ids, "greedy_equal": equal, "greedy": greedy}
 

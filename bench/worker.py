@@ -98,7 +98,8 @@ class LlamaCpp:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         buffer = ctypes.create_string_buffer(64 * (len(ids) + 1))
-        n = self.api.llama_detokenize(self.vocab, (self.api.llama_token * len(ids))(*ids), len(ids), buffer, len(buffer), False, True)
+        tokens = (self.api.llama_token * len(ids))(*ids)
+        n = self.api.llama_detokenize(self.vocab, tokens, len(ids), buffer, len(buffer), False, True)
         return buffer.raw[: max(n, 0)].decode("utf-8", "replace")
 
     def reset(self) -> None:

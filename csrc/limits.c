@@ -1,4 +1,4 @@
-/* limits.c: see limits.h. Compiled once: functions for other instruction sets than the build's carry their target as an attribute. */
+/* limits.c: see limits.h. Compiled once: functions for other instruction sets than the build's carry their target. */
 #include "limits.h"
 
 #include <string.h>
