@@ -28,8 +28,8 @@ from pyengine.kvcache import LayerCache, Policy, Sliding, cache_bytes, visible
 from pyengine.locate import find_model
 from pyengine.memory import MemoryPlan, PlanItem
 from pyengine.models import architecture
-from pyengine.sampling import Sampled, Sampler, SamplingParams
-from pyengine.template import ChatTemplate, default_template
+from pyengine.sampling import Sampled, Sampler, SamplingParams, sampler_bytes
+from pyengine.template import ChatTemplate
 from pyengine.tensor import Dim, Tensor
 from pyengine.tokenizer import Tokenizer
 from pyengine.weights import Weights
@@ -137,7 +137,8 @@ def _plan(file: GGUFFile, path: Path, n_ctx: int | None, n_batch: int, kv_dtype:
         tables = prepared.state_bytes - sum(i.nbytes for i in built.kv)
         items = [PlanItem("cpu", "weights", "resident", prepared.weight_bytes), PlanItem("cpu", "mapped", "file pages", prepared.mapped_bytes),
                  *built.kv, PlanItem("cpu", "kv", "tables and alignment", tables),
-                 PlanItem("cpu", "arena", f"{built.n_batch} rows a step", prepared.arena_bytes)]
+                 PlanItem("cpu", "arena", f"{built.n_batch} rows a step", prepared.arena_bytes),
+                 PlanItem("cpu", "sampler", "candidates", sampler_bytes(built.arch.config.vocab_size))]
         plan_ = MemoryPlan(path.name, size, built.n_batch, kv_dtype, tuple(i for i in items if i.nbytes), available)
         if plan_.fits or n_ctx is not None or size <= 256:
             return built, prepared, plan_
@@ -174,25 +175,13 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: str = "aut
     return Model(file, built, prepared.load(progress), plan_)
 
 
-class Answer(str):
-    """Generated text, with how it came about.
-
-    tokens: ids; logprobs: Sampled per token where asked for; finish: "stop", "length"; n_prompt, n_cached: prompt tokens, and
-    those of them found in the cache; seconds: prompt and generation.
-    """
-
-    tokens: list[int]
-    logprobs: list[Sampled]
-    finish: str
-    n_prompt: int
-    n_cached: int
-    prompt_seconds: float
-    seconds: float
-
-
 @dataclass
-class _Run:
-    """State of one generation."""
+class Report:
+    """How an answer came about.
+
+    tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop" or "length";
+    n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
+    """
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
@@ -201,6 +190,36 @@ class _Run:
     n_cached: int = 0
     prompt_seconds: float = 0.0
     seconds: float = 0.0
+
+
+class Answer(str):
+    """Generated text; the fields of its `report` can be read from it directly."""
+
+    report: Report
+
+    def __new__(cls, text: str, report: Report) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.report = report
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Report.__dataclass_fields__:
+            return getattr(self.report, name)
+        raise AttributeError(name)
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer as they come; `report` grows with them."""
+
+    def __init__(self, pieces: Iterator[str], report: Report):
+        self._pieces, self.report = pieces, report
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def answer(self) -> Answer:
+        """Take all that is left as one text."""
+        return Answer("".join(self._pieces), self.report)
 
 
 class Model:
@@ -213,6 +232,7 @@ class Model:
         self._n_head, self._groups = built.n_head, built.groups
         self._cached: list[int] = []                                           # tokens whose keys and values are in the cache
         self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
         unused = {n: np.empty(t.nbytes_max // 4, np.int32) for n, t in built.graph.inputs.items() if n not in program.inputs}
         self._flat = unused | {name: a.reshape(-1) for name, a in program.inputs.items()}
         self._logits, self._hidden = program.outputs
@@ -277,9 +297,12 @@ class Model:
         """Forget the conversation."""
         self._cached.clear()
 
-    def _step(self, ids: Sequence[int], wanted: np.ndarray, n_head: int) -> np.ndarray:
-        """Run one step on `ids`, which follow the cached tokens. `wanted`: rows that the last layer computes, of which the
-        first n_head go through the head. Returns logits [n_head, vocab], valid until the next step."""
+    def step(self, ids: Sequence[int], wanted: np.ndarray, n_head: int) -> np.ndarray:
+        """Run one step on at most n_batch ids, which follow the cached tokens.
+
+        wanted: numbers of the rows that the last layer computes, of which the first n_head go through the output head.
+        Returns logits [n_head, vocab], valid until the next step.
+        """
         start, m, w = len(self._cached), len(ids), len(wanted)
         flat, index = self._flat, np.arange(start, start + m, dtype=np.int32)
         flat["ids"][:m] = ids
@@ -293,8 +316,12 @@ class Model:
             flat[f"{g.name}.cells"][:m] = index % g.slots
             flat[f"{g.name}.lo"][:m], flat[f"{g.name}.hi"][:m] = lo, hi
             flat[f"{g.name}.lo_wanted"][:w], flat[f"{g.name}.hi_wanted"][:w] = lo[wanted], hi[wanted]
-        self.program.execute_named(l=n_head, m=m, w=w)
-        self._cached.extend(ids)
+        try:
+            self.program.execute_named(l=n_head, m=m, w=w)
+            self._cached.extend(ids)
+        except BaseException:                                                  # Ctrl-C too: the cache may hold part of the step
+            self.reset()
+            raise
         self.stats["steps"] += 1
         return self._logits[:n_head]
 
@@ -312,7 +339,7 @@ class Model:
         kept = self._rewind(min(common, len(ids) - 1))
         for start in range(kept, len(ids), self.n_batch):
             part = ids[start : start + self.n_batch]
-            logits = self._step(part, np.array([len(part) - 1], np.int32), 1)
+            logits = self.step(part, np.array([len(part) - 1], np.int32), 1)
         self.stats["prompt_tokens"] += len(ids)
         self.stats["cached_tokens"] += kept
         return logits[0], kept
@@ -328,46 +355,55 @@ class Model:
             out[start : start + len(rows)] = rows
         return out
 
-    def logit_blocks(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of `logits` in blocks (first position, [n, vocab]) that are valid until the next one is asked for."""
+    def logit_blocks(self, ids: Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of `logits` from position `first` on, in blocks (position, [n, vocab]) that are valid until the next one is
+        asked for."""
         if len(ids) > self.n_ctx:
             raise ContextOverflowError(f"the prompt has {len(ids)} tokens, but the context holds {self.n_ctx}; load with a larger n_ctx")
         self.reset()
         for start in range(0, len(ids), self.n_batch):
             part = ids[start : start + self.n_batch]
-            m = len(part)
-            yield start, self._step(part, np.arange(m, dtype=np.int32), min(m, self._n_head))
-            for first in range(self._n_head, m, self._n_head):
-                n = min(self._n_head, m - first)
-                self._flat["head"][:n] = np.arange(first, first + n)
-                self.program.execute_named(first_step=self._head_step, l=n, m=m, w=m)
-                yield start + first, self._logits[:n]
+            m, skip = len(part), min(max(first - start, 0), len(part))
+            wanted = np.arange(skip, m, dtype=np.int32)
+            n = min(len(wanted), self._n_head)
+            logits = self.step(part, wanted, n)
+            if n:
+                yield start + skip, logits
+            for done in range(n, len(wanted), self._n_head):
+                n = min(self._n_head, len(wanted) - done)
+                self._flat["head"][:n] = np.arange(done, done + n)
+                self.program.execute_named(first_step=self._head_step, l=n, m=m, w=len(wanted))
+                yield start + skip + done, self._logits[:n]
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
                  stop: str | Sequence[str] = (), **sampling: Any) -> Answer:
         """Continue a prompt. See `stream` for the arguments; returns the whole text."""
-        run = _Run()
-        text = "".join(self._stream(self._ids(prompt, images), max_tokens, stop, sampling, run))
-        return _answer(text, run)
+        return self.stream(prompt, images, max_tokens, stop, **sampling).answer()
 
     def stream(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
-               stop: str | Sequence[str] = (), **sampling: Any) -> Iterator[str]:
+               stop: str | Sequence[str] = (), **sampling: Any) -> Stream:
         """Continue a prompt, yielding pieces of whole characters.
 
         max_tokens: None goes on until the model ends or the context is full. stop: texts that end the answer; they are not
         part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...).
         Raises: ContextOverflowError when the context is full, RequestError.
         """
-        return self._stream(self._ids(prompt, images), max_tokens, stop, sampling, _Run())
+        return self._stream(self._ids(prompt, images), max_tokens, stop, sampling, at_start=False)
 
-    def _stream(self, ids: list[int], max_tokens: int | None, stop: str | Sequence[str], sampling: dict[str, Any], run: _Run) -> Iterator[str]:
+    def _stream(self, ids: list[int], max_tokens: int | None, stop: str | Sequence[str], sampling: dict[str, Any],
+                at_start: bool) -> Stream:
+        run = Report()
+        return Stream(self._pieces(ids, max_tokens, stop, sampling, at_start, run), run)
+
+    def _pieces(self, ids: list[int], max_tokens: int | None, stop: str | Sequence[str], sampling: dict[str, Any], at_start: bool,
+                run: Report) -> Iterator[str]:
         if max_tokens is not None and max_tokens < 0:
             raise RequestError(f"max_tokens={max_tokens}: must not be negative")
         sampler = Sampler(SamplingParams(**sampling), self.n_vocab)
         stops = _Stops([stop] if isinstance(stop, str) else list(stop))
-        decoder = self.tokenizer.decoder(skip_special=True)
+        decoder = self.tokenizer.decoder(skip_special=True, at_start=at_start)
         started = time.perf_counter()
         logits, run.n_cached = self._prefill(ids)
         run.n_prompt = len(ids)
@@ -394,7 +430,7 @@ class Model:
                 break
             if len(self._cached) == self.n_ctx:
                 raise ContextOverflowError(f"the context of {self.n_ctx} tokens is full after {len(run.tokens)} generated ones; load with a larger n_ctx")
-            logits = self._step([drawn.token], np.zeros(1, np.int32), 1)[0]
+            logits = self.step([drawn.token], np.zeros(1, np.int32), 1)[0]
         run.seconds = time.perf_counter() - started - run.prompt_seconds
         tail = stops.push(decoder.flush()) + stops.flush()
         if stops.found:
@@ -404,15 +440,16 @@ class Model:
 
     @property
     def template(self) -> ChatTemplate:
-        """The file's chat template, or a default for its kind of vocabulary."""
-        source = self.file.metadata.get("tokenizer.chat_template", None, str)
-        if source is None:
-            return default_template(self.file.metadata, self.tokenizer)
-        text = lambda i: "" if i is None else self.tokenizer.piece(i).decode("utf-8", "replace")  # noqa: E731
-        return ChatTemplate(source, text(self.tokenizer.bos_id), text(self.tokenizer.eos_id))
+        """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
+        if self._template is None:
+            self._template = ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
+        return self._template
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a conversation in the model's own chat format, ready for the answer."""
+        kinds = {part.get("type", "text") for m in messages if isinstance(m.get("content"), list) for part in m["content"]}
+        if kinds - {"text"}:
+            raise RequestError(f"this model takes no {', '.join(sorted(kinds - {'text'}))} in messages")
         text = self.template.render(messages, tools=tools, add_generation_prompt=True)
         bos = self.tokenizer.bos_id
         ids = self.tokenizer.tokenize(text, add_special=True)
@@ -424,17 +461,8 @@ class Model:
 
         Raises: TemplateError, ContextOverflowError, RequestError.
         """
-        run = _Run()
-        pieces = self._stream(self.chat_ids(messages, tools), max_tokens, stop, sampling, run)
-        return pieces if stream else _answer("".join(pieces), run)
-
-
-def _answer(text: str, run: _Run) -> Answer:
-    answer = Answer(text)
-    answer.tokens, answer.logprobs, answer.finish = run.tokens, run.sampled, run.finish
-    answer.n_prompt, answer.n_cached = run.n_prompt, run.n_cached
-    answer.prompt_seconds, answer.seconds = run.prompt_seconds, run.seconds
-    return answer
+        pieces = self._stream(self.chat_ids(messages, tools), max_tokens, stop, sampling, at_start=True)
+        return pieces if stream else pieces.answer()
 
 
 class _Stops:

@@ -55,8 +55,8 @@ def perplexity(model: Any, text: str | bytes, n_ctx: int = 512, chunks: int | No
         targets = chunk[1:]                                                   # targets[j] comes after position j
         if model.tokenizer.add_bos:
             chunk[0] = model.tokenizer.bos_id
-        for start, rows in model.logit_blocks(chunk):
-            for j in range(max(start, first), min(start + len(rows), n_ctx - 1)):
+        for start, rows in model.logit_blocks(chunk, first):
+            for j in range(start, min(start + len(rows), n_ctx - 1)):
                 losses[c, j - first] = nll(rows[j - start], targets[j])
         if progress:
             progress(c + 1, n_chunks, float(np.exp(losses[: c + 1].mean())))

@@ -17,6 +17,11 @@ _INT32_MAX = 2**31 - 1
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
+def sampler_bytes(n_vocab: int) -> int:
+    """Return the working memory of one `Sampler`, in bytes."""
+    return native.lib.pe_sample_scratch(n_vocab) + 64
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Say how tokens are chosen; a value that leaves a step out is given in brackets.
@@ -110,7 +115,7 @@ class Sampler:
         self._recent: deque[int] = deque()
         self._counts: Counter[int] = Counter()
         ffi = native.ffi
-        self._scratch = np.empty(native.lib.pe_sample_scratch(self.n_vocab) + 64, np.uint8)
+        self._scratch = np.empty(sampler_bytes(self.n_vocab), np.uint8)
         self._scratch_at = ffi.cast("void *", self._scratch.ctypes.data + -self._scratch.ctypes.data % 64)
         self._params = ffi.new(
             "pe_sampler_params *",

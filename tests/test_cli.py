@@ -682,16 +682,16 @@ class StepModel:
     def reset(self) -> None:
         self.steps.append([])
 
-    def _step(self, ids, wanted, n_head):
+    def step(self, ids, wanted, n_head):
         assert n_head == 1 and wanted.tolist() == [len(ids) - 1]
         self.steps[-1].append(list(ids))
 
     def tokenize(self, text):
         return ([2] if self.tokenizer.add_bos else []) + [ord(c) % 50 for c in text]
 
-    def logit_blocks(self, ids):
+    def logit_blocks(self, ids, first=0):
         rows = self.logits[np.arange(len(ids)), ids]
-        for start in range(0, len(ids), 5):
+        for start in range(first, len(ids), 5):
             block = rows[start : start + 5].copy()
             yield start, block
             block[:] = np.nan  # valid until the next is asked for
@@ -740,9 +740,9 @@ def test_perplexity_is_llama_perplexitys(add_bos, n_ctx) -> None:
 
 def test_perplexity_replaces_the_first_token_of_a_chunk_by_bos() -> None:
     class Spy(StepModel):
-        def logit_blocks(self, ids):
+        def logit_blocks(self, ids, first=0):
             seen.append(ids[0])
-            return super().logit_blocks(ids)
+            return super().logit_blocks(ids, first)
 
     seen: list[int] = []
     perplexity(Spy(), "x" * 40, 10)

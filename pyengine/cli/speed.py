@@ -71,7 +71,7 @@ def _test(model: Any, name: str, ids: list[int], rows: int, repetitions: int, pr
         model.reset()
         for start in range(0, len(ids), rows):
             part = ids[start : start + rows]
-            model._step(part, np.array([len(part) - 1], np.int32), 1)
+            model.step(part, np.array([len(part) - 1], np.int32), 1)
         return -(-len(ids) // rows)
 
     _seconds(feed)
