@@ -11,15 +11,15 @@
  * Quantized weights.  h becomes int8, symmetric, one scale for 32 of k; products are exact in int32 and enter one float
  * accumulator an output, k ascending:  acc += (isum * s) * d;  acc += o * (d * sum of x).  All paths do exactly this, so
  * the bits of an output depend neither on the number of rows nor on the number of threads.
- *   few rows:   `decode_*` keeps a step of 16 rows x 32 of k in registers and multiplies it with up to 4 rows of x. It must
+ *   to 16 rows: `decode_*` keeps a step of 16 rows x 32 of k in registers and multiplies it with up to 4 rows of x. It must
  *               read the weights' bytes once, and does 8 dot products for each row and 9 to 24 instructions of unpacking on
  *               16 x 32 weights (e.g. 288 bytes of Q4_0): memory is the limit.
  *   many rows:  a panel of 256 of k is unpacked once into L1 (12 KB of codes, 1.5 to 6 KB of scales) and `tile_*` takes
  *               4 rows of x times NR vectors, 12 integer and 12 float accumulators in 32 registers.
  * Float weights, and any format that is not packed, become float panels of 128 of k; x stays float; fma in k order.
  *
- * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel and a tile of
- * sums [rows of a block][16 NR].
+ * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel and the sums
+ * of a strip [panel][rows of a block][16 NR].
  */
 #include <math.h>
 
@@ -381,7 +381,8 @@ PE_INLINE v16f load_float(int id, const uint8_t *p) {
 }
 
 /* Few rows: acc[i][16 NR] = a panel of packed floats times row i of x, straight from memory. */
-PE_INLINE void stream_rows(int id, int rows, const uint8_t *const group[NR], int64_t count, const float *x, int64_t ld, float *acc) {
+PE_INLINE void stream_rows(int id, int rows, const uint8_t *const group[NR], int64_t count, const float *x, int64_t ld,
+                           float *acc) {
   const int size = id == PE_F32 ? 64 : 32, lines = 64 / size; /* k of a cache line */
   v16f sum[FEW][NR];
 PE_UNROLL(4)
@@ -583,7 +584,7 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t 
         const pe_traits c = pe_traits_of(id);
         const uint8_t *ahead[NR]; /* these 256 of k of the next panel; after the last, the next 256 of the first */
         for (int v = 0; v < NR; v++)
-          ahead[v] = p + 1 < panels    ? pe_block_head(c, group[v] + NR * bytes, at / c.k)
+          ahead[v] = p + 1 < panels   ? pe_block_head(c, group[v] + NR * bytes, at / c.k)
                      : at + count < k ? pe_block_head(c, group[v] - NR * p * bytes, (at + count) / c.k)
                                       : next + v * bytes;
         f->unpack(group, ahead, at / 32, count / 32, (uint8_t *)panel);
