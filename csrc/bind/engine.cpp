@@ -21,17 +21,20 @@ namespace py = pybind11;
 
 namespace {
 
-// Anonymous zeroed memory, aligned to 2 MiB pages where the system gives them.
+// Anonymous zeroed memory. Huge pages are for what is used in full; a cache that fills slowly must not take 2 MiB for each head
+// at its first token.
 class Buffer {
  public:
-  explicit Buffer(int64_t nbytes) : nbytes_(nbytes) {
+  Buffer(int64_t nbytes, bool huge_pages) : nbytes_(nbytes) {
     if (nbytes < 0) throw std::invalid_argument("Buffer: negative size");
     if (nbytes == 0) return;
     void *p = mmap(nullptr, static_cast<size_t>(nbytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     data_ = static_cast<char *>(p);
 #if defined(MADV_HUGEPAGE)
-    if (nbytes >= (int64_t{4} << 20)) madvise(p, static_cast<size_t>(nbytes), MADV_HUGEPAGE);
+    if (nbytes >= (int64_t{4} << 20)) madvise(p, static_cast<size_t>(nbytes), huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+#else
+    (void)huge_pages;
 #endif
   }
   ~Buffer() {
@@ -237,7 +240,7 @@ void pack(Pool &pool, int32_t dtype, uint64_t src, int64_t n, int64_t k, uint64_
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "Memory, threads and programs of pyengine; see pyengine/backends/cpu.py.";
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
-      .def(py::init<int64_t>(), py::arg("nbytes"))
+      .def(py::init<int64_t, bool>(), py::arg("nbytes"), py::arg("huge_pages"))
       .def_property_readonly("nbytes", &Buffer::nbytes)
       .def_property_readonly("address", [](const Buffer &b) { return reinterpret_cast<uint64_t>(b.data()); })
       .def_buffer([](Buffer &b) {

@@ -147,9 +147,9 @@ class Program:
         layout = prepared.layout
         self.prepared, self.single = prepared, prepared.single
         self.pool = pool(prepared.n_threads)
-        self.arena = engine.Buffer(max(prepared.arena_bytes, ALIGN))
-        self.weights = engine.Buffer(prepared.weight_bytes)
-        self.state_memory = engine.Buffer(prepared.state_bytes)
+        self.arena = engine.Buffer(max(prepared.arena_bytes, ALIGN), True)
+        self.weights = engine.Buffer(prepared.weight_bytes, True)
+        self.state_memory = engine.Buffer(prepared.state_bytes, False)
         self._keep: list[Any] = []
         self.dim_names = sorted({a.name for n in [*layout.leaves, *layout.steps] for t in n.outputs for a in t.shape
                                  if isinstance(a, Dim)})
