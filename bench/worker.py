@@ -42,15 +42,13 @@ class PyEngine:
 
     def evaluate(self, ids: Sequence[int], wanted: int = 1) -> np.ndarray:
         """Append ids; returns logits [wanted, vocab] of the last `wanted` of them, valid until the next call."""
-        model, out = self.model, None
         if wanted > 1:                                                         # from an empty cache only
-            model.reset()
-            out = np.concatenate([rows.copy() for _, rows in model.logit_blocks(list(ids))])
-            return out[-wanted:]
+            blocks = self.model.logit_blocks(list(ids), first=len(ids) - wanted)
+            return np.concatenate([rows.copy() for _, rows in blocks])
         for start in range(0, len(ids), N_BATCH):
             part = ids[start : start + N_BATCH]
-            out = model._step(part, np.array([len(part) - 1], np.int32), 1)
-        return out
+            logits = self.model.step(part, np.array([len(part) - 1], np.int32), 1)
+        return logits
 
     def facts(self, n_prompt: int, n_generate: int) -> dict[str, Any]:
         """What the limits are compared with: bytes that generating a token reads, operations on weights of a prompt."""
