@@ -12,7 +12,7 @@
  * interval alone: neither other rows, nor the unit's size, nor threads can change a bit. Tiles and keys outside its interval are
  * not touched, so that a masked key contributes nothing, not even a NaN.
  *
- * A thread claims units, latest rows first (they are the longest in a causal prompt). Where there are few units (decoding) it
+ * A thread claims units, one key/value head after the other. Where there are few units (decoding) it
  * claims (unit, chunk) pairs, partials go to scratch, and the thread that finishes last merges them all.
  * All sums are float. Bytes: each unit reads its keys' K and V once from the cache in the cache's dtype; operations: 2 (e + f) a
  * query and key, about 1.5 shuffles, loads and conversions per 16 elements of K and V, shared by the unit's queries.
@@ -82,9 +82,11 @@ PE_INLINE v16f load_cell(const int dtype, const char *cell, int64_t i) {
 }
 
 /* The same for n <= 16 elements at any distance; the other lanes are 0. */
-static v16f load_cell_n(int dtype, const char *cell, int64_t stride, int64_t i, int64_t n) {
+PE_INLINE v16f load_cell_n(int dtype, const char *cell, int64_t stride, int64_t i, int64_t n) {
   float t[16] = {0};
   if (dtype == PE_Q8_0) return load_cell(PE_Q8_0, cell, i); /* whole blocks side by side: checked before */
+  if (dtype == PE_F32 && stride == 4) return v16f_load_n((const float *)cell + i, n);
+  if (dtype == PE_F16 && stride == 2) return v16f_load_f16_n(cell + 2 * i, n);
   for (int64_t j = 0; j < n; j++) {
     const char *p = cell + (i + j) * stride;
     if (dtype == PE_F32) memcpy(&t[j], p, 4);
@@ -93,14 +95,29 @@ static v16f load_cell_n(int dtype, const char *cell, int64_t stride, int64_t i, 
   return v16f_load(t);
 }
 
-/* kt[i][j] = element i of key j, for the groups of 16 keys that hold a wanted one. */
-PE_INLINE void transpose_keys(const int dtype, const char *const *cell, uint64_t wanted, int64_t e, int64_t stride, int plain,
-                              float *kt) {
+/* Cache lines that n bytes touch; where n is no multiple of 64 they may begin anywhere in a line. */
+PE_INLINE int64_t lines_of(int64_t n) { return (n + 63) / 64 + (n % 64 != 0); }
+
+/* Ask for line i of the n bytes at p, which will be read soon. p may be null. */
+PE_INLINE void fetch(const char *p, int64_t i, int64_t n) {
+  if (p) __builtin_prefetch(p + pe_min(64 * i, n - 1), 0, 2);
+}
+
+/* kt[i][j] = element i of key j, for the groups of 16 keys that hold a wanted one. On the way it asks for `bytes` of each of the
+ * next tile's cells: the order of reading here, 16 rows side by side, is none that the hardware foresees. */
+PE_INLINE void transpose_keys(const int dtype, const char *const *cell, const char *const *next, int64_t bytes, uint64_t wanted,
+                              int64_t e, int64_t stride, int plain, float *kt) {
   for (int j = 0; j < TILE_KEYS; j += 16) {
-    if (!(wanted >> j & 0xffff)) continue;
-    int64_t i = 0;
+    const int64_t lines = lines_of(bytes) * 16, share = (lines * 16 + e - 1) / pe_max(1, e); /* of 16 rows; for a step of i */
+    int64_t asked = 0, i = 0;
+    if (!(wanted >> j & 0xffff)) {
+      for (; asked < lines; asked++) fetch(next[j + asked % 16], asked / 16, bytes);
+      continue;
+    }
     for (; plain && i + 16 <= e; i += 16) {
       v16f x[16];
+      for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
+        fetch(next[j + asked % 16], asked / 16, bytes);
 #pragma GCC unroll 16
       for (int r = 0; r < 16; r++) x[r] = load_cell(dtype, cell[j + r], i);
       transpose16(x, kt + i * TILE_KEYS + j, TILE_KEYS);
@@ -114,47 +131,62 @@ PE_INLINE void transpose_keys(const int dtype, const char *const *cell, uint64_t
 }
 
 /* v[j][i] = element i of the value of key j, for the wanted keys; 0 for i >= f. */
-PE_INLINE void convert_values(const int dtype, const char *const *cell, uint64_t wanted, int64_t f, int64_t stride, int plain,
-                              float *v) {
+PE_INLINE void convert_values(const int dtype, const char *const *cell, const char *const *next, int64_t bytes, uint64_t wanted,
+                              int64_t f, int64_t stride, int plain, float *v) {
   const int64_t fp = pe_round_up(f, 16);
-  for (; wanted; wanted &= wanted - 1) {
-    const int j = __builtin_ctzll(wanted);
+  for (int j = 0; j < TILE_KEYS; j++) {
+    for (int64_t i = 0; i < lines_of(bytes); i++) fetch(next[j], i, bytes);
+    if (!(wanted >> j & 1)) continue;
     int64_t i = 0;
     for (; plain && i + 16 <= f; i += 16) v16f_store(v + j * fp + i, load_cell(dtype, cell[j], i));
     for (; i < f; i += 16) v16f_store(v + j * fp + i, load_cell_n(dtype, cell[j], stride, i, pe_min(16, f - i)));
   }
 }
 
-/* Addresses of the tile's cells, of which only the wanted ones are looked up; the others stand for any of those. */
-static pe_status find_cells(const job *w, const pe_tensor *cache, int64_t head, int32_t sequence, int64_t first, uint64_t wanted,
-                            const char **cell, pe_stream *s) {
+/* Cells of a tile: addresses in K and V. */
+typedef struct cells_of { const char *k[TILE_KEYS], *v[TILE_KEYS]; } cells_of;
+
+/* Find the wanted cells of a tile; only they are looked up in the map. The others are null. */
+static pe_status find_cells(const job *w, int64_t head, int32_t sequence, int64_t first, uint64_t wanted, cells_of *t, pe_stream *s) {
   const int32_t *map = w->cells ? (const int32_t *)((const char *)w->cells + sequence * w->cells_stride) : 0;
-  const char *base = (const char *)cache->data + head * cache->stride[0], *any = 0;
-  for (int j = 0; j < TILE_KEYS; j++) {
-    cell[j] = 0;
+  const char *k = (const char *)w->k->data + head * w->k->stride[0], *v = (const char *)w->v->data + head * w->v->stride[0];
+  const int64_t n = pe_min(w->k->shape[1], w->v->shape[1]);
+  memset(t, 0, sizeof *t);
+  int64_t j = wanted ? __builtin_ctzll(wanted) : 0, slot = map ? (first + j) % w->l : 0;
+  for (; j < TILE_KEYS && wanted >> j; j++, slot = slot + 1 == w->l ? 0 : slot + 1) {
     if (!(wanted >> j & 1)) continue;
-    const int64_t at = map ? map[(first + j) % w->l] : first + j;
-    if (at < 0 || at >= cache->shape[1])
+    const int64_t at = map ? map[slot] : first + j;
+    if (at < 0 || at >= n)
       return pe_fail(s, PE_BAD_VALUE, "attention: key %lld of sequence %d lies in cell %lld of %lld", (long long)(first + j), sequence,
-                     (long long)at, (long long)cache->shape[1]);
-    cell[j] = any = base + at * cache->stride[1];
+                     (long long)at, (long long)n);
+    t->k[j] = k + at * w->k->stride[1];
+    t->v[j] = v + at * w->v->stride[1];
   }
-  for (int j = 0; j < TILE_KEYS; j++)
-    if (!cell[j]) cell[j] = any;
   return PE_OK;
 }
 
-static void load_tile(const job *w, const char *const *kc, const char *const *vc, uint64_t wanted, float *kt, float *v) {
+/* Bytes of one cell, for fetching ahead; 0 where its elements are spread. */
+static int64_t cell_bytes(const pe_tensor *t) {
+  const int64_t n = t->shape[2];
+  if (t->dtype == PE_Q8_0) return n / 32 * 34;
+  return t->dtype == PE_F32 && t->stride[2] == 4 ? n * 4 : t->dtype == PE_F16 && t->stride[2] == 2 ? n * 2 : 0;
+}
+
+static void load_tile(const job *w, cells_of *t, const cells_of *next, uint64_t wanted, float *kt, float *v) {
   const pe_tensor *a = w->k, *b = w->v;
+  const int64_t kb = cell_bytes(a), vb = cell_bytes(b);
+  const char *any = t->k[__builtin_ctzll(wanted)]; /* stands for the keys beside wanted ones in a group of 16 */
+  for (int j = 0; j < TILE_KEYS; j++)
+    if (!t->k[j]) t->k[j] = any;
   switch (a->dtype) {
-    case PE_F32: transpose_keys(PE_F32, kc, wanted, w->e, a->stride[2], a->stride[2] == 4, kt); break;
-    case PE_F16: transpose_keys(PE_F16, kc, wanted, w->e, a->stride[2], a->stride[2] == 2, kt); break;
-    default: transpose_keys(PE_Q8_0, kc, wanted, w->e, a->stride[2], 1, kt);
+    case PE_F32: transpose_keys(PE_F32, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
+    case PE_F16: transpose_keys(PE_F16, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
+    default: transpose_keys(PE_Q8_0, t->k, next->k, kb, wanted, w->e, a->stride[2], 1, kt);
   }
   switch (b->dtype) {
-    case PE_F32: convert_values(PE_F32, vc, wanted, w->f, b->stride[2], b->stride[2] == 4, v); break;
-    case PE_F16: convert_values(PE_F16, vc, wanted, w->f, b->stride[2], b->stride[2] == 2, v); break;
-    default: convert_values(PE_Q8_0, vc, wanted, w->f, b->stride[2], 1, v);
+    case PE_F32: convert_values(PE_F32, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
+    case PE_F16: convert_values(PE_F16, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
+    default: convert_values(PE_Q8_0, t->v, next->v, vb, wanted, w->f, b->stride[2], 1, v);
   }
 }
 
@@ -266,24 +298,39 @@ PE_INLINE int visible(const job *w, int64_t row, int64_t first, int *a, int *b) 
   return x < y;
 }
 
-/* One chunk for all queries of a unit, whose scaled queries are in t->q. */
-static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, const buffers *t, partial p, pe_stream *s) {
-  const int64_t end = u->row + u->n_rows;
+/* No key seen yet. */
+static void start(const job *w, const unit *u, partial p) {
+  const int64_t n = u->n_rows * w->group;
+  for (int64_t i = 0; i < n; i++) p.top[i] = -__builtin_inff();
+  memset(p.sum, 0, (size_t)n * 16 * 4);
+  memset(p.acc, 0, (size_t)(n * w->fp) * 4);
+}
+
+/* Keys of the tile at `first` that any row of the unit sees, one bit each. */
+static uint64_t wanted_keys(const job *w, const unit *u, int64_t first) {
+  uint64_t wanted = 0;
+  int a, b;
+  for (int64_t r = u->row; r < u->row + u->n_rows; r++)
+    if (visible(w, r, first, &a, &b)) wanted |= ~(uint64_t)0 >> (TILE_KEYS - (b - a)) << a;
+  return wanted;
+}
+
+/* One chunk for all queries of a unit, whose scaled queries are in t->q. Keys before `limit` will be needed by this thread. */
+static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t limit, const buffers *t, partial p, pe_stream *s) {
+  const int64_t end = u->row + u->n_rows, first_key = chunk * CHUNK_KEYS;
   const int32_t sequence = w->cells && w->seq ? w->seq[u->row] : 0;
-  for (int64_t i = 0; i < u->n_rows * w->group; i++) p.top[i] = -__builtin_inff();
-  memset(p.sum, 0, (size_t)(u->n_rows * w->group) * 16 * 4);
-  memset(p.acc, 0, (size_t)(u->n_rows * w->group * w->fp) * 4);
-  for (int64_t first = chunk * CHUNK_KEYS; first < (chunk + 1) * CHUNK_KEYS; first += TILE_KEYS) {
-    const char *kc[TILE_KEYS], *vc[TILE_KEYS];
-    uint64_t wanted = 0;
-    int a, b;
-    for (int64_t r = u->row; r < end; r++)
-      if (visible(w, r, first, &a, &b)) wanted |= ~(uint64_t)0 >> (TILE_KEYS - (b - a)) << a;
+  cells_of cells[2]; /* of this tile and of the next */
+  uint64_t wanted = wanted_keys(w, u, first_key), later;
+  pe_status bad = find_cells(w, u->head, sequence, first_key, wanted, &cells[0], s);
+  if (bad) return bad;
+  start(w, u, p);
+  for (int64_t i = 0; i < CHUNK_KEYS / TILE_KEYS; i++, wanted = later) {
+    const int64_t first = first_key + i * TILE_KEYS, next = first + TILE_KEYS;
+    later = next < limit ? wanted_keys(w, u, next) : 0;
+    if ((bad = find_cells(w, u->head, sequence, next, later, &cells[(i + 1) % 2], s))) return bad;
     if (!wanted) continue;
-    pe_status bad = find_cells(w, w->k, u->head, sequence, first, wanted, kc, s);
-    if (!bad) bad = find_cells(w, w->v, u->head, sequence, first, wanted, vc, s);
-    if (bad) return bad;
-    load_tile(w, kc, vc, wanted, t->kt, t->v);
+    load_tile(w, &cells[i % 2], &cells[(i + 1) % 2], wanted, t->kt, t->v);
+    int a, b;
     for (int64_t r = u->row, n; r < end; r += n) { /* runs of rows that see the same part */
       n = 1;
       if (!visible(w, r, first, &a, &b)) continue;
@@ -309,13 +356,6 @@ static void merge(const job *w, const unit *u, int64_t chunk, partial total, par
       total.top[i] = now;
     }
   }
-}
-
-static void start_total(const job *w, const unit *u, partial total) {
-  const int64_t n = u->n_rows * w->group;
-  for (int64_t i = 0; i < n; i++) total.top[i] = -__builtin_inff();
-  memset(total.sum, 0, (size_t)n * 16 * 4);
-  memset(total.acc, 0, (size_t)(n * w->fp) * 4);
 }
 
 /* out = acc / sum; a sink joins the sum only. */
@@ -351,9 +391,10 @@ static int64_t find_blocks(const job *w, int32_t *starts) {
   return n;
 }
 
-static unit unit_at(const job *w, const int32_t *starts, int64_t n_blocks, int64_t i) {
-  const int64_t b = n_blocks - 1 - i / w->g;
-  return (unit){starts[b], starts[b + 1] - starts[b], i % w->g};
+/* Unit i: heads one after the other, so that a head's keys stay in the shared cache; the last rows, which see most, first. */
+static unit unit_at(const int32_t *starts, int64_t n_blocks, int64_t i) {
+  const int64_t b = n_blocks - 1 - i % n_blocks;
+  return (unit){starts[b], starts[b + 1] - starts[b], i / n_blocks};
 }
 
 /* ---- arguments ---- */
@@ -417,17 +458,17 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
   int64_t n_pairs = 0; /* (unit, chunk) pairs, where units are too few for the threads */
   if (s->nth > 1 && n_units < 2 * s->nth)
     for (int64_t i = 0; i < n_units && n_pairs * slot <= left; i++) {
-      const unit u = unit_at(&w, starts, n_blocks, i);
+      const unit u = unit_at(starts, n_blocks, i);
       for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0 && n_pairs * slot <= left; c++) n_pairs++;
     }
 
   if (n_pairs <= n_units || n_pairs * slot > left) {
     for (int64_t i; (i = pe_next(s, 0)) < n_units;) {
-      const unit u = unit_at(&w, starts, n_blocks, i);
+      const unit u = unit_at(starts, n_blocks, i);
       load_queries(&w, &u, t.q);
-      start_total(&w, &u, total);
+      start(&w, &u, total);
       for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++) {
-        if ((bad = run_chunk(&w, &u, c, &t, part, s))) return bad;
+        if ((bad = run_chunk(&w, &u, c, INT64_MAX, &t, part, s))) return bad;
         merge(&w, &u, c, total, part);
       }
       finish(&w, &u, total);
@@ -435,22 +476,25 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
     return PE_OK;
   }
 
-  int64_t mine_next = pe_next(s, 0), at = 0, loaded = -1, done = 0;
+  /* A claim is a run of pairs, so that what is fetched ahead is mostly one's own. */
+  const int64_t run = pe_max(1, n_pairs / (4 * s->nth));
+  int64_t begin = pe_next(s, 0) * run, at = 0, loaded = -1, done = 0;
   for (int64_t i = 0; i < n_units; i++) {
-    const unit u = unit_at(&w, starts, n_blocks, i);
+    const unit u = unit_at(starts, n_blocks, i);
     for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++) {
-      if (at != mine_next) continue;
+      if (at < begin) continue;
       if (loaded != i) load_queries(&w, &u, t.q), loaded = i;
-      if ((bad = run_chunk(&w, &u, c, &t, partial_at(shared + at * slot, n), s))) return bad;
+      const int64_t limit = (c + begin + run - at) * CHUNK_KEYS;
+      if ((bad = run_chunk(&w, &u, c, limit, &t, partial_at(shared + at * slot, n), s))) return bad;
       done = __atomic_add_fetch(&s->counters[1], 1, __ATOMIC_ACQ_REL);
-      mine_next = pe_next(s, 0);
+      if (at + 1 == begin + run) begin = pe_next(s, 0) * run;
     }
   }
   if (done != n_pairs) return PE_OK; /* another thread is last */
   at = 0;
   for (int64_t i = 0; i < n_units; i++) {
-    const unit u = unit_at(&w, starts, n_blocks, i);
-    start_total(&w, &u, total);
+    const unit u = unit_at(starts, n_blocks, i);
+    start(&w, &u, total);
     for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++)
       merge(&w, &u, c, total, partial_at(shared + at * slot, n));
     finish(&w, &u, total);
