@@ -52,4 +52,4 @@ $(VENV)/test-installed: $(VENV)/created requirements/test.txt
 	touch $@
 
 clean:
-	rm -rf build csrc/gen pyengine/_engine*.so pyengine/_abi.h
+	rm -rf build csrc/gen pyengine/_engine*.so pyengine/_abi.py

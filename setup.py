@@ -45,11 +45,15 @@ def plain(text: str) -> str:
 
 
 def write_abi(path: Path) -> None:
-    """pyengine/_abi.h: what pyengine.native gives to cffi."""
+    """pyengine/_abi.py: the flat functions as cffi wants them, parsed now and not at every start."""
+    from cffi import FFI
+
     status = re.search(r"typedef enum pe_status \{.*?\} pe_status;", (CSRC / "pe.h").read_text(), re.S)
-    text = plain(status.group(0)) + "\n" + "".join(plain((CSRC / h).read_text()) for h in ABI_HEADERS if (CSRC / h).exists())
+    ffi = FFI()
+    ffi.cdef(plain(status.group(0)) + "".join(plain((CSRC / h).read_text()) for h in ABI_HEADERS))
+    ffi.set_source("pyengine._abi", None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    ffi.emit_python_code(str(path))
 
 
 class Build(build_ext):
@@ -59,7 +63,7 @@ class Build(build_ext):
         codegen.generate(CSRC)
         isas = ISAS.get(os.environ.get("PYENGINE_ARCH", platform.machine()), {"generic": []})
         for folder in {ROOT / "pyengine", Path(self.get_ext_fullpath("pyengine._engine")).resolve().parent}:
-            write_abi(folder / "_abi.h")
+            write_abi(folder / "_abi.py")
         jobs: list[tuple[Path, str, list[str]]] = []
         for src in sorted([*CSRC.glob("*.c"), *(CSRC / "cpu").glob("*.c"), CSRC / "gen" / "table.c", *(CSRC / "bind").glob("*.cpp")]):
             per_isa = src.name == "table.c" or "PE_KERNEL(" in src.read_text()

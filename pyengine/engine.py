@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,10 +29,12 @@ from pyengine.locate import find_model
 from pyengine.memory import MemoryPlan, PlanItem
 from pyengine.models import architecture
 from pyengine.sampling import Sampled, Sampler, SamplingParams, sampler_bytes
-from pyengine.template import ChatTemplate
 from pyengine.tensor import Dim, Tensor
 from pyengine.tokenizer import Tokenizer
 from pyengine.weights import Weights
+
+if TYPE_CHECKING:
+    from pyengine.template import ChatTemplate
 
 KV_DTYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 HEAD_BYTES = 32 << 20                # logits of at most this size are computed at once
@@ -442,6 +444,8 @@ class Model:
     def template(self) -> ChatTemplate:
         """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
         if self._template is None:
+            from pyengine.template import ChatTemplate                         # jinja2 takes 25 ms to import
+
             self._template = ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
         return self._template
 

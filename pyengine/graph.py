@@ -72,23 +72,16 @@ class Graph:
 def topological(outputs: Iterable[Tensor]) -> list[Node]:
     """Nodes that `outputs` need, inputs before users, in a fixed order."""
     order: list[Node] = []
-    state: dict[int, int] = {}                       # id -> 1 open, 2 done
-    for target in outputs:
-        stack: list[tuple[Node, int]] = [(target.node, 0)]
-        while stack:
-            node, i = stack.pop()
-            if i == 0:
-                if id(node) in state:
-                    continue
-                state[id(node)] = 1
-            inputs = node.inputs
-            if i < len(inputs):
-                stack.append((node, i + 1))
-                if id(inputs[i].node) not in state:
-                    stack.append((inputs[i].node, 0))
-            else:
-                state[id(node)] = 2
-                order.append(node)
+    seen: set[int] = set()
+    stack = [(t.node, False) for t in reversed(list(outputs))]
+    while stack:
+        node, inputs_done = stack.pop()
+        if inputs_done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((t.node, False) for t in reversed(node.inputs) if id(t.node) not in seen)
     return order
 
 

@@ -35,7 +35,7 @@ def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], S
         args = tuple(moved(a) for a in node.args)
         made = rule(node, args)
         if made is None:
-            made = node.outputs if args == node.args else make(node.op, args, dict(node.params))
+            made = node.outputs if args == node.args else node.with_args(args).outputs
         new[id(node)] = made
     return [new[id(t.node)][t.index] for t in outputs]
 
@@ -69,7 +69,7 @@ def share(outputs: list[Tensor]) -> list[Tensor]:
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor]:
         key = (node.op.name, tuple(key_of(a) for a in args), node.params)
         if key not in seen:
-            seen[key] = node.outputs if args == node.args else make(node.op, args, dict(node.params))
+            seen[key] = node.outputs if args == node.args else node.with_args(args).outputs
         return seen[key]
 
     def leaf(node: Node) -> Sequence[Tensor]:
@@ -241,7 +241,7 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
             new[id(node)] = make(ops.attention, (q, k, v, *map(moved, node.args[3:])), dict(node.params))
         else:
             args = tuple(moved(a) for a in node.args)
-            new[id(node)] = node.outputs if args == node.args else make(node.op, args, dict(node.params))
+            new[id(node)] = node.outputs if args == node.args else node.with_args(args).outputs
     return [new[id(t.node)][t.index] for t in outputs]
 
 

@@ -132,7 +132,7 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> 
             )
             fixed.append(parts if isinstance(arg, tuple) else parts[0])
         changed = any(a is not b for a, b in zip(fixed, args)) or tuple(fixed) != node.args
-        out = make(node.op, fixed, dict(node.params)) if changed else node.outputs
+        out = node.with_args(tuple(fixed)).outputs if changed else node.outputs
         if node.op.view in ("transpose", "slice"):
             strided_views[id(out[0].node), 0] = True
         return out

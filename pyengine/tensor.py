@@ -76,17 +76,22 @@ class Node:
     name: str = ""
     source: Any = None                             # constants: ndarray or WeightRef
     outputs: tuple[Tensor, ...] = field(default=(), init=False)
+    inputs: tuple[Tensor, ...] = field(default=(), init=False)   # list arguments flattened, absent ones left out
 
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """All input tensors, list arguments flattened, absent ones left out."""
+    def __post_init__(self) -> None:
         flat: list[Tensor] = []
         for a in self.args:
             if isinstance(a, tuple):
                 flat.extend(a)
             elif a is not None:
                 flat.append(a)
-        return tuple(flat)
+        object.__setattr__(self, "inputs", tuple(flat))
+
+    def with_args(self, args: tuple[Any, ...]) -> Node:
+        """The same op on other arguments of the same shapes and dtypes."""
+        node = Node(self.op, args, self.params)
+        object.__setattr__(node, "outputs", tuple(Tensor(node, t.shape, t.dtype, t.index) for t in self.outputs))
+        return node
 
     def __repr__(self) -> str:
         return f"<{self.op.name if self.op else self.kind} {self.name}>"
