@@ -1,7 +1,7 @@
-"""CPU kernels against the NumPy reference in float64: every declared case, odd shapes, strides, threads, instruction sets.
+"""CPU kernels against the NumPy reference in float64: declared cases, odd shapes, strides, threads, instruction sets.
 
-The kernels' C files are compiled here with a small harness (tests/c/harness.c), once per instruction set that this machine
-has, so that these tests need neither the extension nor the engine.
+The kernels' C files are compiled here with a small harness (tests/c/harness.c), once per instruction set that this
+machine has, so that these tests need neither the extension nor the engine.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from pyengine.op import REGISTRY, Case, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention")]
-OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "reduce",
-       "rope_table", "rope", "cache_append", "rope_append", "attention")
+OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax",
+       "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 FLAGS = {
     "generic": [],
     "avx2": _AVX2,
-    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
+               "-mprefer-vector-width=512"],
     "neon": ["-march=armv8.2-a+dotprod+fp16"],
 }
-NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}}
+NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi2"},
+         "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}}
 GUARD = 64
 MAX_DIMS = 6
 
 
-# ---- the fixture: one library per instruction set ---------------------------------------------------------------------
+# ---- the fixture: one library per instruction set ------------------------------------------------------------------
 
 
 def _cpu_flags() -> set[str]:
@@ -114,8 +116,9 @@ class Kernels:
         for source in [*SOURCES, gen / "table.c", ROOT / "tests" / "c" / "harness.c"]:
             objects.append(folder / f"{source.stem}_{isa}.o")
             subprocess.run(
-                [cc, "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-fPIC",
-                 *FLAGS[isa], f"-DPE_ISA={isa}", f"-I{gen}", f"-I{ROOT / 'csrc' / 'cpu'}", "-c", source, "-o", objects[-1]],
+                [cc, "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror",
+                 "-fPIC", *FLAGS[isa], f"-DPE_ISA={isa}", f"-I{gen}", f"-I{ROOT / 'csrc' / 'cpu'}", "-c", source,
+                 "-o", objects[-1]],
                 check=True)
         path = folder / f"kernels_{isa}.so"
         subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
@@ -152,7 +155,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Kernels(request.param, tmp_path_factory.mktemp(f"kernels_{request.param}"))
 
 
-# ---- arrays -----------------------------------------------------------------------------------------------------------
+# ---- arrays --------------------------------------------------------------------------------------------------------
 
 
 def guarded(shape: tuple[int, ...], fill: float = np.nan) -> np.ndarray:
@@ -212,23 +215,26 @@ def close(got: np.ndarray, want: np.ndarray, rel: float, floor: float | np.ndarr
         return
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(got.astype(np.float64) - want)
-        bad = ~(error <= rel * (np.abs(want) + floor)) & ~(np.isnan(got) & np.isnan(want)) & ~(got == want.astype(np.float32))
+        right = (error <= rel * (np.abs(want) + floor)) | (got == want.astype(np.float32))
+    bad = ~right & ~(np.isnan(got) & np.isnan(want))
     if bad.any():
         worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error, nan=np.inf), -1)), error.shape)
-        raise AssertionError(f"{what}: {bad.sum()} of {bad.size} wrong; worst at {worst}: {got[worst]!r}, not {want[worst]!r}")
+        wrong = f"{bad.sum()} of {bad.size} wrong; worst at {worst}: {got[worst]!r}, not {want[worst]!r}"
+        raise AssertionError(f"{what}: {wrong}")
 
 
 def strided_copy(rng: np.random.Generator, a: np.ndarray) -> np.ndarray:
     """The same values behind other strides: a random order of axes in memory, and gaps."""
     order = rng.permutation(a.ndim)
     padded = np.full([a.shape[i] * 2 + 1 for i in order], np.nan, a.dtype)
-    view = padded[tuple(np.s_[1 : 2 * a.shape[i] + 1 : 2] if rng.random() < 0.5 else np.s_[: a.shape[i]] for i in order)]
+    pick = lambda n: np.s_[1 : 2 * n + 1 : 2] if rng.random() < 0.5 else np.s_[:n]  # noqa: E731
+    view = padded[tuple(pick(a.shape[i]) for i in order)]
     view = view.transpose(np.argsort(order))
     view[...] = a
     return view
 
 
-# ---- arguments from a declared case -----------------------------------------------------------------------------------
+# ---- arguments from a declared case --------------------------------------------------------------------------------
 
 INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the shapes
     ("rope_table", "positions"): lambda rng, s, shapes: rng.integers(0, 100_000, s),
@@ -238,7 +244,8 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
     ("attention", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["k"][1] // 2, s),
     ("attention", "hi"): lambda rng, s, shapes: rng.integers(shapes["k"][1] // 2, shapes["k"][1] + 1, s),
     ("attention", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
-    ("attention", "cells"): lambda rng, s, shapes: np.stack([rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
+    ("attention", "cells"): lambda rng, s, shapes: np.stack(
+        [rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
 }
 
 
@@ -313,15 +320,16 @@ def copy_of(v: Value) -> Value:
     return np.ndarray(v.shape, v.dtype, whole, offset, v.strides)
 
 
-# Error allowed, relative to |result| + floor: a few units in the last place of float32 (1.2e-7), of the result or of the
-# largest intermediate where there is cancellation.
+# Error allowed, relative to |result| + floor: a few units in the last place of float32 (1.2e-7), of the result or of
+# the largest intermediate where there is cancellation.
 TOLERANCE = {
     "binary": (1e-7, 0.0), "unary": (6e-7, 0.5), "scale": (2e-7, 1.0), "softcap": (6e-7, 0.0), "contiguous": (0.0, 0.0),
-    "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0), "reduce": (1e-6, 10.0),
+    "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
+    "reduce": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0),
 }
-STEP = {"F32": 0.0, "F16": 2.0**-11, "Q8_0": 0.5 / 127}      # rounding of a cache's dtype, relative to its largest element
+STEP = {"F32": 0.0, "F16": 2.0**-11, "Q8_0": 0.5 / 127}      # rounding of a cache, relative to its largest element
 
 
 def check(kernels: Kernels, op: Op, inputs: list[Value], params: dict[str, Any], cache: str = "F32") -> list[Value]:
@@ -334,7 +342,8 @@ def check(kernels: Kernels, op: Op, inputs: list[Value], params: dict[str, Any],
         floor = 8 * np.sqrt(inputs[0].shape[-1])         # the largest of the partial sums of k normal products
     for spec, g, w in zip(op.results, got, want):
         if spec.kind == "Same":
-            close(loaded(g).astype(np.float32), w, STEP[cache] * 1.01 + rel, np.abs(w).max(initial=0.0), f"{op.name} {cache}")
+            step = STEP[cache] * 1.01 + rel
+            close(loaded(g).astype(np.float32), w, step, np.abs(w).max(initial=0.0), f"{op.name} {cache}")
         else:
             close(g, w, rel, floor, op.name)
     for threads in (2, 3):
@@ -367,7 +376,7 @@ def test_declared_cases(kernels: Kernels, name: str, index: int):
             check(kernels, op, moved, case.params)
 
 
-# ---- element by element -----------------------------------------------------------------------------------------------
+# ---- element by element --------------------------------------------------------------------------------------------
 
 SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 axes = st.integers(0, 40)
@@ -408,12 +417,13 @@ def test_contiguous_of_a_large_transpose(kernels):
 @given(st.integers(0, 3), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_concat(kernels, axis, sizes, seed):
     rng = np.random.default_rng(seed)
-    parts = [rng.standard_normal([*(3, 2, 4, 5)[:axis], n, *(3, 2, 4, 5)[axis + 1 :]]).astype(np.float32) for n in sizes]
+    shapes = [[*(3, 2, 4, 5)[:axis], n, *(3, 2, 4, 5)[axis + 1 :]] for n in sizes]
+    parts = [rng.standard_normal(s).astype(np.float32) for s in shapes]
     check(kernels, REGISTRY["concat"], [parts], {"axis": axis})
 
 
-SPECIAL = np.array([0.0, -0.0, 1e-30, -1e-30, 0.5, -0.5, 3.0, -3.0, 9.5, -9.5, 30.0, -30.0, 80.0, -80.0, 87.9, -86.0, 1e4, -1e4,
-                    1e30, -1e30, np.inf, -np.inf, np.nan], np.float32)
+SPECIAL = np.array([0.0, -0.0, 1e-30, -1e-30, 0.5, -0.5, 3.0, -3.0, 9.5, -9.5, 30.0, -30.0, 80.0, -80.0, 87.9, -86.0,
+                    1e4, -1e4, 1e30, -1e30, np.inf, -np.inf, np.nan], np.float32)
 # What a value may differ by absolutely, as a share of |x|: where the function is a difference of near numbers, float32
 # formulas (torch's too) lose digits of a small result.
 CANCELS = {"gelu": 2e-7, "gelu_tanh": 1e-9, "silu": 1e-9, "quick_gelu": 1e-9}
@@ -436,7 +446,8 @@ def test_unary_over_its_range(kernels, kind):
     assert len(x) % 16 and not np.isnan(got).any()
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu", "quick_gelu", "relu2", "sigmoid", "tanh", "exp", "square"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu", "quick_gelu", "relu2", "sigmoid", "tanh", "exp",
+                                  "square"])
 def test_unary_of_special_values(kernels, kind):
     (got,) = run(kernels, REGISTRY["unary"], [SPECIAL], {"kind": kind}, [SPECIAL.shape])
     finite = np.isfinite(SPECIAL)
@@ -448,7 +459,7 @@ def test_unary_of_special_values(kernels, kind):
     close(got[finite], want.astype(np.float64), 2e-6, np.abs(SPECIAL[finite]) * 0.1 + 1e-30, kind)
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------------------------
 
 ROW_OPS = {"rms_norm": {"eps": 1e-6}, "layer_norm": {"eps": 1e-5}, "softmax": {"scale": 0.7}, "reduce": {"kind": "sum"}}
 
@@ -487,12 +498,13 @@ def test_reduce_of_nan(kernels):
         check(kernels, REGISTRY["reduce"], [x], {"kind": kind})
 
 
-# ---- rope and caches --------------------------------------------------------------------------------------------------
+# ---- rope and caches -----------------------------------------------------------------------------------------------
 
 
 def test_rope_table_of_large_angles(kernels):
     """Exact to the last place up to 2^30, and right beyond."""
-    positions = np.array([[0, 1, 2, 7, 1000, 65_535, 131_071, 999_999, 1_000_000, 123_456_789, 2**31 - 1, -5]], np.int32)
+    positions = np.array([[0, 1, 2, 7, 1000, 65_535, 131_071, 999_999, 1_000_000, 123_456_789, 2**31 - 1, -5]],
+                         np.int32)
     inv_freq = np.array([1.0, 0.9, 0.5, 1e-3, 1.1, 1e-7, 1.5707964, 1e3, 3.1415927], np.float32)
     check(kernels, REGISTRY["rope_table"], [positions, inv_freq, None], {})
     check(kernels, REGISTRY["rope_table"], [positions, inv_freq, None], {"scale": 1.1})
@@ -501,8 +513,8 @@ def test_rope_table_of_large_angles(kernels):
 def test_rope_table_refuses_an_axis_that_is_not_there(kernels):
     for axis in (-1, 2, 2**31 - 1):
         with pytest.raises(KernelError, match="axis"):
-            run(kernels, REGISTRY["rope_table"], [np.zeros((2, 3), np.int32), np.ones(2, np.float32), np.array([0, axis], np.int32)],
-                {}, [(3, 4)])
+            inputs = [np.zeros((2, 3), np.int32), np.ones(2, np.float32), np.array([0, axis], np.int32)]
+            run(kernels, REGISTRY["rope_table"], inputs, {}, [(3, 4)])
 
 
 @SLOW
@@ -522,8 +534,8 @@ def test_rope_append(kernels, m, g, blocks, odd, norm, interleaved, cache, seed)
     rng = np.random.default_rng(seed)
     e, f = 32 * blocks - (odd if cache != "Q8_0" else 0), 32 * blocks
     t = int(rng.integers(0, e // 2 + 1)) * 2
-    shapes = {"q": (m, 2 * g, e), "k": (m, g, e), "v": (m, g, f), "table": (m, t), "k_cache": (g, 9, e), "v_cache": (g, 9, f),
-              "cells": (m,)}
+    shapes = {"q": (m, 2 * g, e), "k": (m, g, e), "v": (m, g, f), "table": (m, t), "k_cache": (g, 9, e),
+              "v_cache": (g, 9, f), "cells": (m,)}
     if norm:
         shapes |= {"q_norm": (e,), "k_norm": (e,)}
     op = REGISTRY["rope_append"]
@@ -554,12 +566,12 @@ def test_a_cell_outside_the_cache_is_refused(kernels, cell):
     assert (cache == 0).all()
 
 
-# ---- matmul -----------------------------------------------------------------------------------------------------------
+# ---- matmul --------------------------------------------------------------------------------------------------------
 
 
 @SLOW
-@given(m=st.integers(0, 140), n=st.integers(0, 140), k=st.integers(0, 40), batch=st.lists(st.integers(0, 2), max_size=2),
-       seed=st.integers(0, 2**32 - 1))
+@given(m=st.integers(0, 140), n=st.integers(0, 140), k=st.integers(0, 40),
+       batch=st.lists(st.integers(0, 2), max_size=2), seed=st.integers(0, 2**32 - 1))
 def test_matmul_any_shape_and_strides(kernels, m, n, k, batch, seed):
     rng = np.random.default_rng(seed)
     x, y = (strided_copy(rng, rng.standard_normal((*batch, rows, k)).astype(np.float32)) for rows in (m, n))
@@ -575,7 +587,7 @@ def test_matmul_rows_do_not_depend_on_the_batch(kernels):
         assert bits(part) == bits(np.ascontiguousarray(whole[rows]))
 
 
-# ---- attention --------------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------------------------
 
 ATTENTION = REGISTRY["attention"]
 
@@ -631,7 +643,7 @@ def attention_cases(draw) -> tuple[list[Value], dict[str, float], str]:
 @settings(SLOW, max_examples=120)
 @given(attention_cases())
 def test_attention(kernels, case):
-    """Against the reference; bits for bits over threads, and for each row alone, in other company and in another order."""
+    """Against the reference; bit for bit over threads, and for each row alone, in other company, in another order."""
     inputs, params, _ = case
     q, k, v, lo, hi, cells, seq, sinks = inputs
     (want,) = reference(ATTENTION, inputs, params)
@@ -644,9 +656,11 @@ def test_attention(kernels, case):
     rng = rng_of(got.shape)
     m = q.shape[0]
     for rows in [[i] for i in range(min(m, 3))] + [rng.permutation(m)[: m // 2 + 1]]:
-        part = [np.ascontiguousarray(q[rows]), k, v, lo[rows], hi[rows], cells, None if seq is None else seq[rows], sinks]
+        own = None if seq is None else seq[rows]
+        part = [np.ascontiguousarray(q[rows]), k, v, lo[rows], hi[rows], cells, own, sinks]
         for threads in (1, 2):
-            assert bits(attend(kernels, part, threads, **params)) == bits(got[rows]), f"rows {rows} differ in other company"
+            again = attend(kernels, part, threads, **params)
+            assert bits(again) == bits(got[rows]), f"rows {rows} differ in other company"
 
 
 @pytest.mark.parametrize("cache", ["F32", "F16", "Q8_0"])
@@ -660,7 +674,8 @@ def test_prefill_in_any_chunks_is_one_pass(kernels, cache, window):
     hi = np.arange(1, n + 1, dtype=np.int32)
     lo = np.maximum(0, hi - window).astype(np.int32) if window else np.zeros(n, np.int32)
     cells = rng.permutation(n).astype(np.int32)[None]
-    place = lambda c: Block(c.raw[:, np.argsort(cells[0])]) if cache == "Q8_0" else c[:, np.argsort(cells[0])]  # noqa: E731
+    order = np.argsort(cells[0])
+    place = lambda c: Block(c.raw[:, order]) if cache == "Q8_0" else c[:, order]  # noqa: E731
     whole = attend(kernels, [q, place(k), place(v), lo, hi, cells, None, None], 2)
     assert bits(attend(kernels, [q, k, v, lo, hi, None, None, None], 3)) == bits(whole), "the order of cells matters"
     for cuts in ([1, 2, 3, 50, 51, 200], [128, 256, 384], [399]):
@@ -731,7 +746,8 @@ HOSTILE = [
     ("keys -1 to 3", {"lo": -1, "hi": 3}), ("keys 0 to 41", {"lo": 0, "hi": 41}), ("to 2147483647", {"hi": 2**31 - 1}),
     ("keys -2147483648", {"lo": -(2**31)}),
     ("cell 40 of 40", {"cell": 40}), ("cell -1 of 40", {"cell": -1}), ("cell 2147483647", {"cell": 2**31 - 1}),
-    ("sequence 2 of 2", {"seq": 2}), ("sequence -1 of 2", {"seq": -1}), ("reads 11 keys, but a sequence has 10", {"l": 10, "hi": 11}),
+    ("sequence 2 of 2", {"seq": 2}), ("sequence -1 of 2", {"seq": -1}),
+    ("reads 11 keys, but a sequence has 10", {"l": 10, "hi": 11}),
 ]
 
 
@@ -763,7 +779,8 @@ def test_cells_that_no_row_needs_may_be_unset(kernels):
 def test_attention_scratch_is_bounded(kernels):
     """A plan for a long context takes a few MiB, not the size of the context."""
     op = ATTENTION
-    q, k = np.zeros((512, 16, 128), np.float32), np.lib.stride_tricks.as_strided(np.zeros(1, np.float16), (4, 131_072, 128), (0, 0, 0))
+    q = np.zeros((512, 16, 128), np.float32)
+    k = np.lib.stride_tricks.as_strided(np.zeros(1, np.float16), (4, 131_072, 128), (0, 0, 0))
     lo = np.zeros(512, np.int32)
     held = [describe(a) for a in (q, k, k, lo, lo, q)]
     pointers = (ctypes.POINTER(CTensor) * 6)(*map(ctypes.pointer, held))
