@@ -1,0 +1,291 @@
+"""Build tests/c/runner.c with the kernels, for this machine or with zig's C compiler for others, and run op cases through it.
+
+    python tests/crossbuild.py                 build the runner for this machine and for 64-bit Arm Linux
+    python tests/crossbuild.py TARGET ...      see TARGETS; where no runner can run here, every C file is compiled, none linked
+
+What is compiled for which instruction set, and with which flags, is read from setup.py. Objects and runners lie in
+build/cross/<target>; what is newer than its sources and all headers is kept.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+RUNNER = ROOT / "tests" / "c" / "runner.c"
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+
+class ToolMissing(Exception):
+    """A compiler or an emulator is not installed; the text says how to install it."""
+
+
+class BuildError(Exception):
+    """Files that do not compile, with the compiler's output."""
+
+
+def _setup_constants() -> dict[str, Any]:
+    """The flags of setup.py, which cannot be imported without building."""
+    wanted = {"AVX2", "AVX512", "ISAS", "COMMON", "C_FLAGS"}
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    kept = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id in wanted]
+    scope: dict[str, Any] = {}
+    exec(compile(ast.Module(kept, []), "setup.py", "exec"), scope)
+    return {name: scope[name] for name in wanted}
+
+
+SETUP = _setup_constants()
+# zig names processors by -mcpu with LLVM's words for features.
+ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to build for. triple: zig's name of it; "" is this machine and its own compiler."""
+
+    machine: str                 # key of setup.py's ISAS
+    triple: str = ""
+    runs: bool = True            # here or under qemu, so that linking makes sense
+
+    @property
+    def isas(self) -> dict[str, list[str]]:
+        return SETUP["ISAS"][self.machine]
+
+    def compiler(self) -> list[str]:
+        """Raises: ToolMissing."""
+        if self.triple:
+            if importlib.util.find_spec("ziglang") is None:
+                raise ToolMissing("needs zig's C compiler: pip install ziglang")
+            return [sys.executable, "-m", "ziglang", "cc", "-target", self.triple]
+        found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        if not found:
+            raise ToolMissing("needs a C compiler: install gcc or clang, or set CC")
+        return found.split()
+
+    def flags(self, isa: str) -> list[str]:
+        flags = self.isas[isa]
+        return [ZIG_WORDS.get(f, f) for f in flags] if self.triple else list(flags)
+
+
+_HERE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+TARGETS = {
+    "native": Target(_HERE),
+    "linux-aarch64": Target("aarch64", "aarch64-linux-musl"),
+    "macos-aarch64": Target("aarch64", "aarch64-macos", runs=False),
+    "windows-x86_64": Target("x86_64", "x86_64-windows-gnu", runs=False),
+    "windows-aarch64": Target("aarch64", "aarch64-windows-gnu", runs=False),
+}
+
+
+def emulator(target: Target) -> list[str]:
+    """What stands before a program of that target to run it here. Raises: ToolMissing."""
+    if target.machine == _HERE and sys.platform == "linux" or not target.triple:
+        return []
+    for name in ("qemu-aarch64-static", "qemu-aarch64"):
+        if shutil.which(name):
+            return [name, "-cpu", "max"]
+    raise ToolMissing("needs qemu-aarch64: install qemu-user-static (Debian, Ubuntu) or qemu-user-static-aarch64 (Fedora)")
+
+
+# ---- building ---------------------------------------------------------------------------------------------------------
+
+
+def _jobs(target: Target) -> list[tuple[Path, str]]:
+    """(file, instruction set) of every object; "base" for files that are compiled once."""
+    from pyengine import codegen
+
+    codegen.generate(CSRC)
+    jobs = [(RUNNER, "base")] if target.runs else []
+    for source in sorted([*CSRC.glob("*.c"), *(CSRC / "cpu").glob("*.c"), CSRC / "gen" / "table.c"]):
+        per_isa = source.name == "table.c" or "PE_KERNEL(" in source.read_text(encoding="utf-8")
+        jobs += [(source, isa) for isa in target.isas] if per_isa else [(source, "base")]
+    return jobs
+
+
+def build(name: str) -> Path:
+    """Compile what has changed and link; return the runner (for targets that do not run here, the folder of objects).
+
+    Raises: ToolMissing; BuildError with all that does not compile.
+    """
+    target, folder = TARGETS[name], ROOT / "build" / "cross" / name
+    compiler = target.compiler()
+    have = [f"-DPE_HAVE_{isa}" for isa in target.isas if isa != "generic"]
+    jobs = _jobs(target)
+    newest = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), ROOT / "setup.py", Path(__file__)])
+
+    def compile_one(job: tuple[Path, str]) -> tuple[Path, str]:
+        source, isa = job
+        out = folder / isa / f"{source.stem}.o"
+        if out.exists() and out.stat().st_mtime > max(newest, source.stat().st_mtime):
+            return out, ""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        own = have if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
+        made = out.with_suffix(f".{os.getpid()}")                          # two builds at once must not read halves
+        command = [*compiler, *SETUP["C_FLAGS"], *own, f"-I{CSRC / 'gen'}", "-c", str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return out, f"{source.relative_to(ROOT)} for {isa}:\n{done.stderr.strip()}\n"
+        made.replace(out)
+        return out, done.stderr and f"warning: {source.relative_to(ROOT)} for {isa}:\n{done.stderr.strip()}\n"
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        results = list(pool.map(compile_one, jobs))
+    broken = [text for _, text in results if text and not text.startswith("warning")]
+    if broken:
+        raise BuildError(f"{name}: {len(broken)} of {len(jobs)} files do not compile\n" + "\n".join(broken))
+    print("".join(text for _, text in results), end="", file=sys.stderr)
+    if not target.runs:
+        return folder
+    objects, runner = [o for o, _ in results], folder / "runner"
+    if not runner.exists() or runner.stat().st_mtime < max(o.stat().st_mtime for o in objects):
+        made = folder / f"runner.{os.getpid()}"
+        static = ["-static"] if target.triple else []
+        done = subprocess.run([*compiler, *static, *map(str, objects), "-o", str(made), "-lm", "-pthread"], capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"{name}: the runner does not link\n{done.stderr}")
+        made.replace(runner)
+    return runner
+
+
+# ---- running: the files of runner.c -----------------------------------------------------------------------------------
+
+PLAIN, PACK, SAME = 0, 1, 2
+MAGIC = int.from_bytes(b"pecases1", "little")
+
+
+@dataclass
+class Memory:
+    """One tensor of a case. `raw` is its memory, or with `pack` a matrix in its file's layout; strides are in bytes.
+
+    same: this is another tensor's memory (an output that is one of the inputs).
+    """
+
+    dtype: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    raw: bytes
+    pack: bool = False
+    same: Memory | None = None
+
+
+@dataclass
+class Call:
+    """A kernel with its arguments, each a list of tensors (empty where an optional one is absent); the last n_out are outputs."""
+
+    op: str
+    params: bytes
+    arguments: list[list[Memory]]
+    n_out: int = 1
+
+
+@dataclass
+class Outcome:
+    """What a kernel left: its status and message, and the memory of each tensor of its outputs."""
+
+    status: int
+    message: str
+    outputs: list[bytes] = field(default_factory=list)
+
+
+def _words(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def _bytes(b: bytes) -> bytes:
+    return _words(len(b)) + b + bytes(-len(b) % 8)
+
+
+def _encode(call: Call) -> bytes:
+    flat = [t for group in call.arguments for t in group]
+    out = [_bytes(call.op.encode()), _bytes(call.params), _words(len(call.arguments) - call.n_out, call.n_out),
+           _words(*map(len, call.arguments))]
+    for t in flat:
+        fill = (0,) * (6 - len(t.shape))
+        role = PLAIN if t.same is None and not t.pack else PACK if t.pack else SAME
+        out.append(_words(role, t.dtype, len(t.shape), *t.shape, *fill, *t.strides, *fill))
+        if t.same is None:
+            out.append(_bytes(t.raw))
+        else:
+            out.append(_words(next(i for i, other in enumerate(flat) if other is t.same)))
+    return b"".join(out)
+
+
+def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dict[int, np.ndarray] | None = None,
+        timeout: float = 600) -> list[Outcome]:
+    """Run calls one after another on a target that has been built.
+
+    Raises: ToolMissing; RuntimeError when the runner ends early, naming the op that left its memory.
+    """
+    books = codebooks or {}
+    parts = [_words(MAGIC, len(books)), *(_words(d) + _bytes(t.tobytes()) for d, t in books.items()), _words(len(calls))]
+    with tempfile.TemporaryDirectory() as folder:
+        cases, results = Path(folder, "cases"), Path(folder, "results")
+        cases.write_bytes(b"".join([*parts, *map(_encode, calls)]))
+        runner = ROOT / "build" / "cross" / name / "runner"
+        command = [*emulator(TARGETS[name]), str(runner), isa, str(threads), str(cases), str(results)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise RuntimeError(f"{name} {isa}, {threads} threads: exit code {done.returncode}: {done.stderr.strip()}")
+        data = results.read_bytes()
+    at = 0
+
+    def word() -> int:
+        nonlocal at
+        at += 8
+        return struct.unpack_from("<q", data, at - 8)[0]
+
+    def blob() -> bytes:
+        nonlocal at
+        n = word()
+        at += -(-n // 8) * 8
+        return data[at - -(-n // 8) * 8 :][:n]
+
+    out = []
+    for call in calls:
+        status, message = word(), blob().decode()
+        out.append(Outcome(status, message, [blob() for group in call.arguments[-call.n_out :] for _ in group]))
+    assert at == len(data)
+    return out
+
+
+def instruction_sets(name: str) -> list[str]:
+    """Those that a built target can run here."""
+    command = [*emulator(TARGETS[name]), str(ROOT / "build" / "cross" / name / "runner")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def main(names: Sequence[str]) -> int:
+    status = 0
+    for name in names or ("native", "linux-aarch64"):
+        if name not in TARGETS:
+            print(f"no target {name!r}; there are {', '.join(TARGETS)}", file=sys.stderr)
+            return 2
+        try:
+            built = build(name)
+            can = f", runs {', '.join(instruction_sets(name))}" if TARGETS[name].runs else ": all C files compile"
+            print(f"{name}: {built.relative_to(ROOT)}{can}")
+        except (ToolMissing, BuildError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
