@@ -56,7 +56,7 @@ def attention(
         if sinks is not None:
             total = total + np.exp(sinks[:, None] - top)
         out[i] = np.einsum("hk,hkf->hf", p / total, vj)
-    return out.reshape(m, -1)
+    return out.reshape(m, h * v.shape[2])
 
 
 attention.case(q=(1, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(1,), hi=(1,), scale=0.125)

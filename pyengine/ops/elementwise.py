@@ -63,7 +63,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 def activation(x: np.ndarray, kind: str) -> np.ndarray:
     """The functions of `unary` on arrays."""
-    sigmoid = lambda z: 0.5 * (1 + np.tanh(0.5 * z))  # noqa: E731  does not overflow
+    sigmoid = lambda z: np.exp(-np.logaddexp(0, -z))  # noqa: E731  exact at both ends
     functions = {
         "none": lambda: x,
         "silu": lambda: x * sigmoid(x),
