@@ -11,8 +11,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -
 
 demo: $(VENV)/installed
 	$(PY) -m converters.weights models
-	$(VENV)/bin/pyengine-run models/smollm2-135m-q4_1.gguf "What is the capital of France?" --temperature 0 --max-tokens 48 --verbose
-	$(VENV)/bin/pyengine-run models/gemma3-270m-q4_k_m.gguf "Write one sentence about the sea." --temperature 0 --max-tokens 48 --verbose
+	$(VENV)/bin/pyengine-run models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48 --verbose
+	$(VENV)/bin/pyengine-run models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 8 --verbose
 
 test: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all
