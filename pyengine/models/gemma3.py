@@ -58,7 +58,7 @@ class Config:
             n_heads=n_heads,
             n_kv_heads=h.size("attention.head_count_kv", n_heads),
             head_dim=head_dim,
-            vocab_size=h.meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in h.meta else h.size("vocab_size"),
+            vocab_size=h.vocab_size(),
             n_ctx_train=h.size("context_length"),
             eps=h.number("attention.layer_norm_rms_epsilon"),
             window=h.size("attention.sliding_window"),
