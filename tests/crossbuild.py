@@ -1,7 +1,8 @@
-"""Build tests/c/runner.c with the kernels, for this machine or with zig's C compiler for others, and run op cases through it.
+"""Build tests/c/runner.c with the kernels, for this machine or others, and run op cases through it.
 
-    python tests/crossbuild.py                 build the runner for this machine and for 64-bit Arm Linux
-    python tests/crossbuild.py TARGET ...      see TARGETS; where no runner can run here, every C file is compiled, none linked
+    python tests/crossbuild.py                     the runner for this machine and for 64-bit Arm Linux
+    python tests/crossbuild.py TARGET ...          see TARGETS; for those that cannot run here, compile every C file
+    python tests/crossbuild.py --count [TARGET]    NEON instructions for 32 weights in the inner loops of the products
 
 What is compiled for which instruction set, and with which flags, is read from setup.py. Objects and runners lie in
 build/cross/<target>; what is newer than its sources and all headers is kept.
@@ -13,6 +14,7 @@ import ast
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -45,7 +47,7 @@ def _setup_constants() -> dict[str, Any]:
     """The flags of setup.py, which cannot be imported without building."""
     wanted = {"AVX2", "AVX512", "ISAS", "COMMON", "C_FLAGS"}
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    kept = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id in wanted]
+    kept = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in wanted]
     scope: dict[str, Any] = {}
     exec(compile(ast.Module(kept, []), "setup.py", "exec"), scope)
     return {name: scope[name] for name in wanted}
@@ -58,11 +60,16 @@ ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullf
 
 @dataclass(frozen=True)
 class Target:
-    """What to build for. triple: zig's name of it; "" is this machine and its own compiler."""
+    """What to build for, and with what: zig for its `triple`, the cross-compiler `gcc`, or this machine's own."""
 
     machine: str                 # key of setup.py's ISAS
     triple: str = ""
+    gcc: str = ""
     runs: bool = True            # here or under qemu, so that linking makes sense
+
+    @property
+    def cross(self) -> bool:
+        return bool(self.triple or self.gcc)
 
     @property
     def isas(self) -> dict[str, list[str]]:
@@ -74,6 +81,10 @@ class Target:
             if importlib.util.find_spec("ziglang") is None:
                 raise ToolMissing("needs zig's C compiler: pip install ziglang")
             return [sys.executable, "-m", "ziglang", "cc", "-target", self.triple]
+        if self.gcc:
+            if shutil.which(self.gcc) is None:
+                raise ToolMissing(f"needs {self.gcc}: install gcc-aarch64-linux-gnu and libc6-dev-arm64-cross (Debian)")
+            return [self.gcc]
         found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if not found:
             raise ToolMissing("needs a C compiler: install gcc or clang, or set CC")
@@ -88,6 +99,7 @@ _HERE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform
 TARGETS = {
     "native": Target(_HERE),
     "linux-aarch64": Target("aarch64", "aarch64-linux-musl"),
+    "linux-aarch64-gcc": Target("aarch64", gcc="aarch64-linux-gnu-gcc"),
     "macos-aarch64": Target("aarch64", "aarch64-macos", runs=False),
     "windows-x86_64": Target("x86_64", "x86_64-windows-gnu", runs=False),
     "windows-aarch64": Target("aarch64", "aarch64-windows-gnu", runs=False),
@@ -96,15 +108,15 @@ TARGETS = {
 
 def emulator(target: Target) -> list[str]:
     """What stands before a program of that target to run it here. Raises: ToolMissing."""
-    if target.machine == _HERE and sys.platform == "linux" or not target.triple:
+    if target.machine == _HERE and sys.platform == "linux" or not target.cross:
         return []
     for name in ("qemu-aarch64-static", "qemu-aarch64"):
         if shutil.which(name):
             return [name, "-cpu", "max"]
-    raise ToolMissing("needs qemu-aarch64: install qemu-user-static (Debian, Ubuntu) or qemu-user-static-aarch64 (Fedora)")
+    raise ToolMissing("needs qemu-aarch64: install qemu-user-static (Debian, Ubuntu)")
 
 
-# ---- building ---------------------------------------------------------------------------------------------------------
+# ---- building ----------------------------------------------------------------------------------------------------
 
 
 def _jobs(target: Target) -> list[tuple[Path, str]]:
@@ -130,41 +142,43 @@ def build(name: str) -> Path:
     jobs = _jobs(target)
     newest = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), ROOT / "setup.py", Path(__file__)])
 
-    def compile_one(job: tuple[Path, str]) -> tuple[Path, str]:
+    def compile_one(job: tuple[Path, str]) -> tuple[Path, bool, str]:
+        """The object, whether it is there, and what the compiler said."""
         source, isa = job
         out = folder / isa / f"{source.stem}.o"
         if out.exists() and out.stat().st_mtime > max(newest, source.stat().st_mtime):
-            return out, ""
+            return out, True, ""
         out.parent.mkdir(parents=True, exist_ok=True)
         own = have if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
         made = out.with_suffix(f".{os.getpid()}")                          # two builds at once must not read halves
         command = [*compiler, *SETUP["C_FLAGS"], *own, f"-I{CSRC / 'gen'}", "-c", str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return out, f"{source.relative_to(ROOT)} for {isa}:\n{done.stderr.strip()}\n"
-        made.replace(out)
-        return out, done.stderr and f"warning: {source.relative_to(ROOT)} for {isa}:\n{done.stderr.strip()}\n"
+        if not done.returncode:
+            made.replace(out)
+        said = f"{source.relative_to(ROOT)} for {isa}:\n{done.stderr.strip()}\n" if done.stderr else ""
+        return out, not done.returncode, said
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         results = list(pool.map(compile_one, jobs))
-    broken = [text for _, text in results if text and not text.startswith("warning")]
+    broken = [said for _, made, said in results if not made]
     if broken:
         raise BuildError(f"{name}: {len(broken)} of {len(jobs)} files do not compile\n" + "\n".join(broken))
-    print("".join(text for _, text in results), end="", file=sys.stderr)
+    print("".join(said for _, _, said in results), end="", file=sys.stderr)
     if not target.runs:
         return folder
-    objects, runner = [o for o, _ in results], folder / "runner"
+    objects, runner = [o for o, _, _ in results], folder / "runner"
     if not runner.exists() or runner.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         made = folder / f"runner.{os.getpid()}"
-        static = ["-static"] if target.triple else []
-        done = subprocess.run([*compiler, *static, *map(str, objects), "-o", str(made), "-lm", "-pthread"], capture_output=True, text=True)
+        static = ["-static"] if target.cross else []
+        command = [*compiler, *static, *map(str, objects), "-o", str(made), "-lm", "-pthread"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{name}: the runner does not link\n{done.stderr}")
         made.replace(runner)
     return runner
 
 
-# ---- running: the files of runner.c -----------------------------------------------------------------------------------
+# ---- running: the files of runner.c ------------------------------------------------------------------------------
 
 PLAIN, PACK, SAME = 0, 1, 2
 MAGIC = int.from_bytes(b"pecases1", "little")
@@ -187,7 +201,7 @@ class Memory:
 
 @dataclass
 class Call:
-    """A kernel with its arguments, each a list of tensors (empty where an optional one is absent); the last n_out are outputs."""
+    """A kernel with its arguments, each a list of tensors (none where one is absent); the last n_out are outputs."""
 
     op: str
     params: bytes
@@ -234,10 +248,11 @@ def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dic
     Raises: ToolMissing; RuntimeError when the runner ends early, naming the op that left its memory.
     """
     books = codebooks or {}
-    parts = [_words(MAGIC, len(books)), *(_words(d) + _bytes(t.tobytes()) for d, t in books.items()), _words(len(calls))]
+    tables = [_words(d) + _bytes(t.tobytes()) for d, t in books.items()]
+    parts = [_words(MAGIC, len(books)), *tables, _words(len(calls)), *map(_encode, calls)]
     with tempfile.TemporaryDirectory() as folder:
         cases, results = Path(folder, "cases"), Path(folder, "results")
-        cases.write_bytes(b"".join([*parts, *map(_encode, calls)]))
+        cases.write_bytes(b"".join(parts))
         runner = ROOT / "build" / "cross" / name / "runner"
         command = [*emulator(TARGETS[name]), str(runner), isa, str(threads), str(cases), str(results)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -271,7 +286,65 @@ def instruction_sets(name: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
+# ---- counting instructions ---------------------------------------------------------------------------------------
+
+_BRANCH = re.compile(r"(?:b|b\.\w+|cbn?z|tbn?z)\s.*?0x([0-9a-f]+) <")
+
+
+def _loops(code: Path) -> dict[str, list[list[str]]]:
+    """The instructions of each loop, shortest first, by function: from the target of a branch back to the branch."""
+    tool = shutil.which("llvm-objdump")
+    if tool is None:
+        raise ToolMissing("needs llvm-objdump: install llvm")
+    text = subprocess.run([tool, "-d", "--no-show-raw-insn", "--mattr=+dotprod,+fullfp16", str(code)], check=True,
+                          capture_output=True, text=True).stdout
+    out = {}
+    for name, body in re.findall(r"^[0-9a-f]+ <(\w+)>:\n(.*?)(?:\n\n|\Z)", text, re.M | re.S):
+        lines = [(int(a, 16), ins.strip()) for a, _, ins in (line.partition(":") for line in body.splitlines())]
+        number = {a: i for i, (a, _) in enumerate(lines)}
+        found = [(number.get(int(m[1], 16), i + 1), i) for i, (_, ins) in enumerate(lines) if (m := _BRANCH.match(ins))]
+        out[name] = sorted(([ins for _, ins in lines[a : b + 1]] for a, b in found if a <= b), key=len)
+    return out
+
+
+def instruction_counts(name: str) -> str:
+    """A table: instructions for one block of 32 weights of one matrix row, and in brackets those that touch the stack.
+
+    decode: the loop for 1 and for 4 rows of x; unpack: the loop that opens a panel, once for all rows of x; tile: the
+    loop that multiplies it with 4 rows. A step is 16 such blocks, and 32 sdot for each row of x.
+    """
+    build(name)
+    loops = _loops(ROOT / "build" / "cross" / name / "neon" / "linear.o")
+    text = (CSRC / "cpu" / "linear.c").read_text(encoding="utf-8")
+
+    def cell(function: str, rows: int) -> str:
+        """The shortest loop with the sdot of a whole step for so many rows."""
+        for loop in loops[function]:
+            steps = sum(i.startswith("sdot") for i in loop) / (32 * rows)
+            if steps >= 1:
+                return f"{len(loop) / steps / 16:.1f} ({sum('[sp' in i for i in loop) / steps / 16:.1f})"
+        raise BuildError(f"{function}: no loop of {rows} rows is found")
+
+    def unpacked(function: str) -> str:
+        """The shortest loop that stores a whole step: 32 vectors of codes, 4 to 16 of scales."""
+        for loop in loops[function]:
+            stored = [i for i in loop if re.match(r"st(?:u?r|p)\s+q", i) and "[sp" not in i]
+            stores = len(stored) + sum(i.startswith("stp") for i in stored)
+            if stores >= 36:
+                return f"{len(loop) / (stores // 36) / 16:.1f}"
+        raise BuildError(f"{function}: no loop that stores a step is found")
+
+    rows = ["| format | decode, 1 row | decode, 4 rows | unpack | tile, 4 rows |", "|---|---|---|---|---|"]
+    for form, tile in re.findall(r"^FORMAT\((\w+), (\w+)\)", text, re.M):
+        decode = [cell(f"decode_{form}_{n}", n) for n in (1, 4)]
+        rows.append("| " + " | ".join([form, *decode, unpacked(f"unpack_{form}"), cell(f"tile_{tile}", 4)]) + " |")
+    return "\n".join(rows)
+
+
 def main(names: Sequence[str]) -> int:
+    if names and names[0] == "--count":
+        print(instruction_counts(*names[1:] or ["linux-aarch64"]))
+        return 0
     status = 0
     for name in names or ("native", "linux-aarch64"):
         if name not in TARGETS:

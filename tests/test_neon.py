@@ -1,8 +1,8 @@
 """The NEON kernels (with dot products), cross-compiled and run under qemu.
 
-Every declared case of every op, every weight format of `linear` and `rows`, and hostile run-time values, against the NumPy
-reference; and the same bits as this machine's own kernels. The tests imported from test_kernels are collected here again: they
-run on this module's `kernels`, one emulated process a call.
+Every declared case of every op, every weight format of `linear` and `rows`, and hostile run-time values, against the
+NumPy reference; and the same bits as this machine's own kernels. The tests imported from test_kernels are collected
+here again: they run on this module's `kernels`, one emulated process a call.
 """
 
 from __future__ import annotations
@@ -33,22 +33,21 @@ from pyengine.codegen import pack_params
 from pyengine.dtype import dtype
 from pyengine.op import REGISTRY
 
-ARM = "linux-aarch64"
 OK, BAD_SHAPE, BAD_VALUE, NO_KERNEL = 0, 1, 3, 5
 
 
-@pytest.fixture(scope="session")
-def arm() -> str:
-    """The target, built; skips where the tools are missing."""
+@pytest.fixture(scope="session", params=["linux-aarch64", pytest.param("linux-aarch64-gcc", marks=pytest.mark.slow)])
+def arm(request: pytest.FixtureRequest) -> str:
+    """The target, built: clang's code, and gcc's in the slow tests. Skips where the tools are missing."""
     try:
-        crossbuild.build(ARM)
-        crossbuild.emulator(crossbuild.TARGETS[ARM])
+        crossbuild.emulator(crossbuild.TARGETS[request.param])
+        crossbuild.build(request.param)
     except crossbuild.ToolMissing as missing:
         pytest.skip(str(missing))
-    return ARM
+    return request.param
 
 
-# ---- arrays to the runner and back ------------------------------------------------------------------------------------
+# ---- arrays to the runner and back -------------------------------------------------------------------------------
 
 
 def memory_of(a: np.ndarray | Block) -> Memory:
@@ -89,7 +88,8 @@ class Kernels:
     def __init__(self, target: str):
         self.target = target
 
-    def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value], params: dict[str, Any], threads: int = 1) -> None:
+    def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[Value], params: dict[str, Any],
+             threads: int = 1) -> None:
         (done,) = crossbuild.run(self.target, self.isa, threads, [call_of(name, inputs, outputs, params)])
         flat = [a for o in outputs for a in (o if isinstance(o, list) else [o])]
         for a, data in zip(flat, done.outputs):
@@ -104,15 +104,15 @@ def kernels(arm: str) -> Kernels:
 
 
 def test_every_kernel_is_tested_here() -> None:
-    found = {m for f in (crossbuild.CSRC / "cpu").glob("*.c") for m in re.findall(r"^PE_KERNEL\((\w+)\)", f.read_text(), re.M)}
-    assert found == {*OPS, "linear", "rows"}
+    text = "\n".join(f.read_text(encoding="utf-8") for f in (crossbuild.CSRC / "cpu").glob("*.c"))
+    assert set(re.findall(r"^PE_KERNEL\((\w+)\)", text, re.M)) == {*OPS, "linear", "rows"}
 
 
-# ---- linear and rows --------------------------------------------------------------------------------------------------
+# ---- linear and rows ---------------------------------------------------------------------------------------------
 
 
 class Blocks:
-    """Random bytes as a matrix [n, k] of any format, in its file's layout; blocks of wild numbers are set to zero bytes."""
+    """Random bytes as a matrix [n, k] of any format, in its file's layout; blocks of wild numbers become zero bytes."""
 
     def __init__(self, rng: np.random.Generator, name: str, n: int, k: int):
         block, self.block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
@@ -244,7 +244,7 @@ def test_rows(arm: str, name: str) -> None:
 
 
 def test_linear_refuses_what_does_not_fit(arm: str) -> None:
-    """Shapes and formats that no graph makes: a status, on every thread, and no crash. NaN and infinity stay in their row."""
+    """Shapes and formats that no graph makes give a status and no crash. NaN and infinity stay in their row."""
     rng = rng_of("neon hostile")
     w, x = Matrix(rng, "Q4_K", 40, 256), rows_of(rng, 9, 256)
     narrow, no_such = Matrix(rng, "Q4_K", 40, 512), weight(w, False)
@@ -267,7 +267,7 @@ def test_linear_refuses_what_does_not_fit(arm: str) -> None:
         assert results_of(calls[5], done[5])[0].shape == (0, 40)
 
 
-# ---- the same bits as other instruction sets --------------------------------------------------------------------------
+# ---- the same bits as other instruction sets ---------------------------------------------------------------------
 
 
 def _same(a: Outcome, b: Outcome, call: Call) -> bool:
@@ -284,7 +284,7 @@ def _same(a: Outcome, b: Outcome, call: Call) -> bool:
 
 
 def test_same_bits_as_this_machine(arm: str) -> None:
-    """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, and all weight formats."""
+    """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, all weight formats."""
     crossbuild.build("native")
     fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
     if not fused:
@@ -299,7 +299,8 @@ def test_same_bits_as_this_machine(arm: str) -> None:
                     continue
                 inputs = make_inputs(op, case, rng_of(("bits", name, i)), cache)
                 shapes = [t.shape for t in _declared_results(op, case)]
-                outputs = [inputs[list(op.args).index(spec.axes[0])] if spec.kind == "Same" else np.full(shape, np.nan, np.float32)
+                same = lambda spec: inputs[list(op.args).index(spec.axes[0])]  # noqa: B023, E731  used at once
+                outputs = [same(spec) if spec.kind == "Same" else np.full(shape, np.nan, np.float32)
                            for spec, shape in zip(op.results, shapes)]
                 calls.append((f"{name}-{i} {cache}", call_of(name, inputs, outputs, case.params)))
     rng = rng_of("neon bits")
@@ -308,7 +309,8 @@ def test_same_bits_as_this_machine(arm: str) -> None:
         for m in (1, 4, 9, 21):
             x, norm = rows_of(rng, m, 512), rng.standard_normal(512).astype(np.float32)
             for glu in ("silu", "gelu", "gelu_tanh"):
-                calls.append((f"linear {name} {m} rows {glu}", linear_call(x, pair, norm=norm, norm_eps=1e-6, glu=glu, softcap=20.0)))
+                call = linear_call(x, pair, norm=norm, norm_eps=1e-6, glu=glu, softcap=20.0)
+                calls.append((f"linear {name} {m} rows {glu}", call))
             calls.append((f"linear {name} {m} rows, file", linear_call(x, pair, packed=False)))
     only = [c for _, c in calls]
     neon = crossbuild.run(arm, "neon", 3, only)

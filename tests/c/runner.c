@@ -1,10 +1,10 @@
-/* runner.c: run op cases from a file on one instruction set and write what came out. So kernels can be tested where there is no
- * Python: under an emulator, on a phone. tests/crossbuild.py builds it and speaks its files.
+/* runner.c: run op cases from a file on one instruction set and write what came out. So kernels can be tested where
+ * there is no Python: under an emulator, on a phone. tests/crossbuild.py builds it and speaks its files.
  *
  *   runner                                 print the instruction sets that this machine and build have
  *   runner ISA THREADS CASES RESULTS
  *
- * Both files are runs of little-endian 8-byte words; "bytes" are a length and that many bytes, filled up to a whole word.
+ * Both files are runs of little-endian 8-byte words; "bytes" are a length and so many bytes, filled up to a word.
  *
  *   CASES     magic, number of codebooks, codebooks, number of cases, cases
  *   codebook  dtype, bytes
@@ -15,9 +15,9 @@
  *               2 same     number of the tensor of this case whose memory and strides it has
  *   RESULTS   for each case: status, bytes message, and for each tensor of an output the bytes of its memory
  *
- * The status is a pe_status, or -1 where the runner itself found a fault; the message says which. Every memory ends where a page
- * begins that may not be touched, bytes before it are looked at afterwards, and inputs that are not also outputs are read-only:
- * a kernel that leaves its arrays ends the program, which names the case.
+ * The status is a pe_status, or -1 where the runner itself found a fault; the message says which. Every memory ends where
+ * a page begins that may not be touched, bytes before it are looked at afterwards, and inputs that are not also outputs
+ * are read-only: a kernel that leaves its arrays ends the program, which names the op.
  */
 #define _DEFAULT_SOURCE
 #define _DARWIN_C_SOURCE
@@ -80,9 +80,9 @@ static int64_t read_count(reader *r, int64_t most) {
 static bytes read_file(const char *path) {
   FILE *f = fopen(path, "rb");
   bytes b = {0, 0};
-  if (!f || fseek(f, 0, SEEK_END) || (b.n = ftell(f)) < 0 || fseek(f, 0, SEEK_SET)) fail("cannot read the file of cases");
+  if (!f || fseek(f, 0, SEEK_END) || (b.n = ftell(f)) < 0 || fseek(f, 0, SEEK_SET)) fail("cannot read the cases");
   char *p = malloc((size_t)b.n + 1);
-  if (!p || fread(p, 1, (size_t)b.n, f) != (size_t)b.n) fail("cannot read the file of cases");
+  if (!p || fread(p, 1, (size_t)b.n, f) != (size_t)b.n) fail("cannot read the cases");
   fclose(f);
   b.p = p;
   return b;
@@ -198,7 +198,8 @@ static void run_case(reader *r, const pe_kernel_entry *kernels, pe_pool *pool, F
   for (int32_t i = 0; i < first_out; i++)
     if (owner[i] == i && !written[i]) memory_freeze(&memories[i]);
 
-  job j = {.kernel = kernels, .args = {pointers, start, count, (int32_t)n_in, (int32_t)n_out}, .params = params.p, .pool = pool};
+  job j = {.kernel = kernels, .params = params.p, .pool = pool};
+  j.args = (pe_args){pointers, start, count, (int32_t)n_in, (int32_t)n_out};
   while (j.kernel->name && strcmp(j.kernel->name, current)) j.kernel++;
   if (!j.kernel->name) fail("there is no such kernel");
   int64_t scratch = j.kernel->scratch ? j.kernel->scratch(&j.args, j.params, pe_pool_size(pool)) : 0;
