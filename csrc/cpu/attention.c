@@ -2,7 +2,7 @@
  *
  * One path serves prompts, single tokens and encoders. Work is cut as
  *
- *   unit    up to BLOCK_QUERIES queries (rows x heads of the group) of one sequence and one key/value head
+ *   unit    up to UNIT_FLOATS' worth of queries (rows x heads of the group) of one sequence and one key/value head
  *   chunk   CHUNK_KEYS keys, aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, giving a partial
  *           (top, sum[16], acc[f]) per query; partials are merged in ascending order
  *   tile    TILE_KEYS keys, aligned likewise: K is converted to float and transposed to kt[e][64], V to v[64][f] once,
@@ -20,7 +20,13 @@
 #include "../quants.h"
 #include "vec.h"
 
-enum { TILE_KEYS = 64, CHUNK_KEYS = 256, BLOCK_QUERIES = 128 };
+enum { TILE_KEYS = 64, CHUNK_KEYS = 256 };
+/* A unit's queries and sums stay in the second cache (512 KB: 496 queries of width 72, 163 of 256); each tile is converted once for
+ * them. Fewer, but not less than LEAST_QUERIES, where there would not be SHARES units for each thread. */
+enum { UNIT_FLOATS = 1 << 17, LEAST_QUERIES = 128, SHARES = 8 };
+/* A query's top moves only when a score passes it by so much: what is summed stays below CHUNK_KEYS e^8, and most tiles need no
+ * shrinking of the sums so far. */
+static const float SLACK = 8.0f;
 enum { SPLIT_BYTES = 4 << 20 }; /* at most this much scratch for partials; work that would need more is not split */
 
 /* Everything that threads and units share. Strides are in bytes. */
@@ -43,12 +49,15 @@ static partial partial_at(float *p, int64_t n) {
   return (partial){p, p + pe_round_up(n, 16), p + pe_round_up(n, 16) + n * 16};
 }
 
-static int64_t unit_rows(int64_t m, int64_t group) { return pe_max(1, pe_min(m, BLOCK_QUERIES / pe_max(1, group))); }
+static int64_t unit_rows(int64_t m, int64_t h, int64_t group, int64_t e, int64_t fp, int64_t n_threads) {
+  const int64_t most = UNIT_FLOATS / (e + 2 * (fp + 16)), fair = m * h / (SHARES * n_threads);
+  return pe_max(1, pe_min(m, pe_max(LEAST_QUERIES, pe_min(most, fair)) / pe_max(1, group)));
+}
 
 /* ---- scratch: per thread [starts of blocks][queries][partial of a chunk][running total][kt][v], then partials ---- */
 
-static int64_t thread_floats(int64_t m, int64_t group, int64_t e, int64_t f) {
-  const int64_t n = unit_rows(m, group) * group, fp = pe_round_up(f, 16);
+static int64_t thread_floats(int64_t m, int64_t h, int64_t group, int64_t e, int64_t f, int64_t n_threads) {
+  const int64_t fp = pe_round_up(f, 16), n = unit_rows(m, h, group, e, fp, n_threads) * group;
   return pe_round_up(m + 1, 16) + pe_round_up(n * e, 16) + 2 * partial_floats(n, fp) + pe_round_up(e, 16) * TILE_KEYS + TILE_KEYS * fp;
 }
 
@@ -58,7 +67,7 @@ PE_SCRATCH(attention)(const pe_args *a, const void *params, int32_t n_threads) {
   const int64_t m = q->shape[0], h = q->shape[1], group = h / pe_max(1, k->shape[0]), f = v->shape[2];
   const int64_t chunks = k->shape[1] / CHUNK_KEYS + 2;
   const int64_t split = 4 * partial_floats(pe_max(1, m) * h, pe_round_up(f, 16)) * chunks;
-  return n_threads * 4 * thread_floats(m, group, q->shape[2], f) + (n_threads > 1 ? pe_min(split, SPLIT_BYTES) : 0);
+  return n_threads * 4 * thread_floats(m, h, group, q->shape[2], f, n_threads) + (n_threads > 1 ? pe_min(split, SPLIT_BYTES) : 0);
 }
 
 /* ---- K and V as floats ---- */
@@ -214,21 +223,23 @@ PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, fl
     x[i] = z;
     best = v16f_max(z, best);
   }
-  const float old = *top, peak = v16f_hmax(best), now = peak > old ? peak : old;
-  v16f total = v16f_load(sum), shift = v16f_set1(now);
+  const float old = *top, peak = v16f_hmax(best);
+  const int moves = peak > old + SLACK; /* always so at a query's first tile of a chunk, where old = -inf and the factor 0 */
+  v16f total = v16f_load(sum);
   float factor = 1.0f;
-  if (now != old) { /* always so at a query's first tile of a chunk, where old = -inf and the factor 0 */
-    v16f r = v16f_exp(v16f_set1(old - now));
+  if (moves) {
+    v16f r = v16f_exp(v16f_set1(old - peak));
     factor = first_lane(r);
     total = v16f_mul(total, r);
+    *top = peak;
   }
+  const v16f shift = v16f_set1(*top);
   for (int i = v0; i < v1; i++) {
     v16f y = v16f_exp(v16f_sub(x[i], shift));
     v16f_store(p + 16 * i, y);
     total = v16f_add(total, y);
   }
   v16f_store(sum, total);
-  *top = now;
   return factor;
 }
 
@@ -435,7 +446,7 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
   if (w.m == 0 || w.h == 0) return PE_OK;
   if (w.g == 0 || w.h % w.g) return pe_fail(s, PE_BAD_SHAPE, "attention: %lld heads share %lld", (long long)w.h, (long long)w.g);
   w.group = w.h / w.g;
-  w.rows = unit_rows(w.m, w.group);
+  w.rows = unit_rows(w.m, w.h, w.group, w.e, w.fp, s->nth);
   if (cells) w.cells = cells->data, w.cells_stride = cells->stride[0], w.l = cells->shape[1];
   if (seq) w.seq = seq->data;
   if (sinks) w.sinks = sinks->data;
@@ -444,7 +455,8 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
   if (!bad) bad = check_rows(&w, cells ? cells->shape[0] : 1, s);
   if (bad) return bad;
 
-  const int64_t own = thread_floats(w.m, w.group, w.e, w.f), n = w.rows * w.group, left = s->scratch_bytes / 4 - own * s->nth;
+  const int64_t own = thread_floats(w.m, w.h, w.group, w.e, w.f, s->nth), n = w.rows * w.group;
+  const int64_t left = s->scratch_bytes / 4 - own * s->nth;
   if (left < 0) return pe_fail(s, PE_NO_MEMORY, "attention: scratch is too small");
   float *mine = (float *)s->scratch + own * s->ith, *shared = (float *)s->scratch + own * s->nth;
   int32_t *starts = (int32_t *)mine;
