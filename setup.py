@@ -33,7 +33,7 @@ COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "
           "-pthread"]
 C_FLAGS = ["-std=gnu11", *COMMON]
 CPP_FLAGS = ["-std=c++17", *COMMON]
-ABI_HEADERS = ["dequant.h", "sampling.h", "cpu/pack.h", "limits.h"]                        # flat functions that Python calls through cffi
+ABI_HEADERS = ["dequant.h", "sampling.h", "cpu/pack.h", "limits.h", "bpe.h"]               # flat functions that Python calls through cffi
 
 
 def plain(text: str) -> str:

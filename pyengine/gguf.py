@@ -243,6 +243,15 @@ class Metadata(Mapping[str, Any]):
             raise RequestError(f"{self._path}: {key!r} is {value.type_name}: raw bytes are kept of strings only")
         return self._strings(value) if value.is_array else self._map()[value.start:value.start + value.count]
 
+    def strings_region(self, key: str) -> tuple[memoryview, int]:
+        """Return the bytes of an array of strings as they lie in the file (length u64, then that many bytes, for each;
+        what follows the last is not theirs) and the number of strings. Raises RequestError for other types.
+        """
+        value = self._values[key]
+        if value.type != _STRING or not value.is_array:
+            raise RequestError(f"{self._path}: {key!r} is {value.type_name}, not an array of strings")
+        return memoryview(self._map())[value.start:], value.count
+
     def type_name(self, key: str) -> str:
         """Return the type that the file gives `key`: "uint32", "string", "array[float32, 262144]"."""
         return self._values[key].type_name

@@ -3,11 +3,13 @@
 A GGUF file carries its tokenizer as plain keys (`tokenizer.ggml.*`): the texts, types and scores of the tokens, the
 merges, and a few flags. Five kinds exist here, by `tokenizer.ggml.model`:
 
-    llama   pieces joined in order of their score (SentencePiece "BPE")           sentencepiece
-    gpt2    byte-level BPE; `tokenizer.ggml.pre` names the splitting expressions  tokenizers
-    gemma4  BPE over characters with U+2581 for a space                          tokenizers
+    llama   pieces joined in order of their score (SentencePiece "BPE")           csrc/bpe.c
+    gpt2    byte-level BPE; `tokenizer.ggml.pre` names the splitting expressions  csrc/bpe.c, cut by tokenizers
+    gemma4  BPE over characters with U+2581 for a space                          csrc/bpe.c
     t5      the likeliest cut of the text (SentencePiece "unigram")              tokenizers
     bert    longest match from the left of each word (WordPiece)                 below
+
+Tokens and merges stay in the file's bytes, with a hash table over them: no Python object is made for each of them.
 
 The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Known differences, all on purpose:
 - Character classes are those of the Unicode version inside `tokenizers` (17); llama.cpp has 15. Characters that
@@ -15,15 +17,15 @@ The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Kno
 - Bytes that encode a lone surrogate become U+FFFD before BPE; llama.cpp keeps them.
 - Nothing "cleans up" spaces before punctuation when ids become text: text, ids, text is exact.
 - A gpt2 vocabulary that does not name its BOS and EOS has none, unless token 11 is a control token as in Falcon.
+- A llama vocabulary without byte tokens spells what it does not have as unknown tokens, one a byte; llama.cpp aborts.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-import struct
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +34,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .errors import InvalidModelError, RequestError, UnsupportedModelError
+from .gguf import Metadata
+from .native import ffi, lib
 
 SPACE = "\u2581"                                   # SentencePiece's visible space
 NO_ID = 0xFFFFFFFF                                 # -1 written as uint32: "there is no such token"
@@ -177,6 +181,7 @@ def _byte_letters() -> list[str]:
 
 BYTE_LETTERS = _byte_letters()
 LETTER_BYTES = {letter: bytes([byte]) for byte, letter in enumerate(BYTE_LETTERS)}
+BYTE_TOKENS = [b"<0x%02X>" % byte for byte in range(256)]
 
 _BYTE_RUNS = re.compile(rb"[\x00-\x7f]+|[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}|.",
                         re.DOTALL)
@@ -201,6 +206,64 @@ def _lenient(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Strings of the file
+
+
+class _Strings:
+    """An array of strings that stays as it lies in the file, and a table that finds them (csrc/bpe.h: pe_strings).
+
+    `n`; `n_twice`, those that are there before; `n_empty`.
+    """
+
+    def __init__(self, key: str, data: memoryview | bytes, n: int):
+        self._data, self.n = memoryview(data), n
+        self._start = np.empty(n + 1, np.int64)
+        self._slots = np.zeros(1 << (2 * n - 1).bit_length() if n else 1, np.uint64)    # at most half of them taken
+        self.table = ffi.new("pe_strings *", {
+            "data": ffi.from_buffer("uint8_t[]", self._data), "n_bytes": len(self._data), "n": n,
+            "start": ffi.from_buffer("int64_t[]", self._start),
+            "slots": ffi.from_buffer("uint64_t[]", self._slots), "n_slots": len(self._slots)})
+        if lib.pe_strings_index(self.table) != lib.PE_OK:
+            raise InvalidModelError(f"tokenizer.ggml.{key}: {n} strings do not fit in {len(self._data)} bytes, or are "
+                                    f"made to collide")
+        self.n_twice, self.n_empty = self.table.n_twice, self.table.n_empty
+
+    @classmethod
+    def read(cls, meta: Mapping[str, Any], key: str) -> _Strings:
+        """Read a key of `tokenizer.ggml`. Raises: InvalidModelError if it is no list of strings."""
+        try:
+            if isinstance(meta, Metadata):
+                return cls(key, *meta.strings_region(f"tokenizer.ggml.{key}"))
+            value = meta[f"tokenizer.ggml.{key}"]
+            if type(value) is list and set(map(type, value)) <= {str}:
+                return cls.pack(key, [text.encode("utf-8", "surrogateescape") for text in value])
+        except (KeyError, RequestError, UnicodeEncodeError):
+            pass
+        raise InvalidModelError(f"tokenizer.ggml.{key}: must be there, a list of strings")
+
+    @classmethod
+    def pack(cls, key: str, strings: Sequence[bytes]) -> _Strings:
+        return cls(key, b"".join([len(raw).to_bytes(8, "little") + raw for raw in strings]), len(strings))
+
+    def __getitem__(self, i: int) -> bytes:
+        return bytes(self._data[self._start[i] + 8:self._start[i + 1]])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(self.n))
+
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        """Give the bytes of each."""
+        return self._start[ids + 1] - self._start[ids] - 8
+
+    def text(self, i: int) -> str:
+        return self[i].decode("utf-8", "surrogateescape")
+
+    def find(self, raw: bytes) -> int | None:
+        found = lib.pe_strings_find(self.table, raw, len(raw))
+        return None if found < 0 else found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The five kinds: each turns a piece of text between special tokens into ids.
 
 
@@ -208,166 +271,87 @@ class _Model(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-class _Spm:
-    """Joins the neighbours that form the token of the highest score, the leftmost first, until none do.
+class _Joiner:
+    """Joins characters into tokens, the best pair first: by the rank of merges, or without them by scores (csrc/bpe.h).
 
-    sentencepiece runs this when every token is of the type NORMAL: llama.cpp lets control, user-defined and unused
-    tokens take part in merges, where sentencepiece would not.
+    `spell[byte]` is the token of a byte of a text that is no token, or None to leave it out. `whole` takes a part that
+    is a token as it is, whatever the merges say. `byte_level` says that the strings write a letter for each byte.
     """
 
-    def __init__(self, tokens: Sequence[str], scores: np.ndarray, unk_id: int | None):
-        import sentencepiece
+    def __init__(self, tokens: _Strings, spell: Iterable[int | None], merges: _Strings | None = None,
+                 scores: np.ndarray | None = None, whole: bool = False, byte_level: bool = False):
+        scores = None if scores is None else np.ascontiguousarray(scores)
+        self._alive = tokens, merges, scores             # the struct below points into them
+        self._room = 1 + byte_level                      # ids, for each byte
+        self._bpe = ffi.new("pe_bpe *", {
+            "tokens": tokens.table, "merges": ffi.NULL if merges is None else merges.table,
+            "scores": ffi.NULL if scores is None else ffi.from_buffer("float[]", scores),
+            "spell": [-1 if i is None else i for i in spell], "whole": whole, "byte_level": byte_level})
 
-        ids = {text: i for i, text in enumerate(tokens)}
-        self._bytes = [ids.get(f"<0x{b:02X}>", ids.get(chr(b) if b < 128 else "", unk_id)) for b in range(256)]
-        fallback = all(f"<0x{b:02X}>" in ids for b in range(256))
-        types = [Kind.NORMAL] * len(tokens)
-        if fallback:
-            for b in range(256):
-                types[ids[f"<0x{b:02X}>"]] = Kind.BYTE
-        extra = ["\ufdd0"] if unk_id is None else []     # sentencepiece wants one UNKNOWN; no text reaches this one
-        self._unknown = len(tokens) if unk_id is None else None
-        if unk_id is not None:
-            types[unk_id] = Kind.UNKNOWN
-        proto = _sentencepiece_model([*tokens, *extra], [*scores.tolist(), *(0.0 for _ in extra)],
-                                     [*types, *(Kind.UNKNOWN for _ in extra)], fallback)
-        self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.LoadFromSerializedProto(proto)
-        except (RuntimeError, ValueError) as error:
-            raise InvalidModelError(f"tokenizer.ggml.tokens: not a SentencePiece vocabulary: {error}") from error
+    def encode(self, text: bytes, ends: Sequence[int] | None = None) -> list[int]:
+        """Give the ids of a text, or of its parts that end at `ends` in bytes and are not joined with each other.
+
+        Raises: RequestError for a part of 1 GiB.
+        """
+        ends = (len(text),) if ends is None else ends
+        ids, n_ids = ffi.new("int32_t[]", len(text) * self._room), ffi.new("int64_t *")
+        status = lib.pe_bpe_encode(self._bpe, text, len(text), ffi.new("int64_t[]", ends), len(ends), ids, n_ids)
+        if status == lib.PE_NO_MEMORY:
+            raise MemoryError(f"tokenize: a text of {len(text)} bytes needs up to 130 times as many")
+        if status != lib.PE_OK:
+            raise RequestError(f"tokenize: a part of a text of {len(text)} bytes is longer than 2**30 - 1")
+        return ffi.unpack(ids, n_ids[0])
+
+
+class _Spm:
+    """SentencePiece's BPE, as llama.cpp has it: tokens of all types take part."""
+
+    def __init__(self, tokens: _Strings, scores: np.ndarray, unk_id: int | None):
+        spell = []
+        for byte, name in enumerate(BYTE_TOKENS):
+            found = tokens.find(name)
+            if found is None and byte < 128:
+                found = tokens.find(bytes([byte]))
+            spell.append(unk_id if found is None else found)
+        self._joiner = _Joiner(tokens, spell, scores=scores)
 
     def encode(self, text: str) -> list[int]:
-        text = text.replace(" ", SPACE)
-        if not _SURROGATE.search(text):
-            return self._valid(text)
-        ids: list[int] = []
-        raw, start, i = text.encode("utf-8", "surrogateescape"), 0, 0
-        while i < len(raw):                              # a symbol is as long as its first byte says, valid or not
-            end = i + (1 if raw[i] < 0xC0 else 2 if raw[i] < 0xE0 else 3 if raw[i] < 0xF0 else 4)
-            try:
-                raw[i:end].decode("utf-8")
-            except UnicodeDecodeError:
-                ids += self._valid(raw[start:i].decode("utf-8"))
-                ids += [b for b in map(self._bytes.__getitem__, raw[i:end]) if b is not None]
-                start = end
-            i = end
-        return ids + self._valid(raw[start:].decode("utf-8"))
-
-    def _valid(self, text: str) -> list[int]:
-        if not text:
-            return []
-        ids = self._model.EncodeAsIds(text)
-        return ids if self._unknown is None else [i for i in ids if i != self._unknown]
-
-
-def _sentencepiece_model(tokens: Iterable[str], scores: Iterable[float], types: Iterable[int], fallback: bool) -> bytes:
-    """Write a ModelProto of sentencepiece_model.proto that merges by score and leaves the text as it is.
-
-    Fields: 1 pieces {1 piece, 2 score, 3 type}, 2 trainer_spec {3 model_type, 35 byte_fallback}, 3 normalizer_spec
-    {1 name, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces}.
-    """
-    out = []
-    pack = struct.Struct("<Bf2B").pack                   # score (tag 0x15), type (tag 0x18)
-    for text, score, kind in zip(tokens, scores, types):
-        raw = text.encode("utf-8")
-        body = b"\x0a" + _varint(len(raw)) + raw + pack(0x15, score, 0x18, kind)
-        out.append(b"\x0a" + _varint(len(body)) + body)
-    trainer = b"\x18\x02\x98\x02" + bytes([fallback])    # model_type BPE
-    normalizer = b"\x0a\x08identity\x18\x00\x20\x00\x28\x00"
-    out += [b"\x12", _varint(len(trainer)), trainer, b"\x1a", _varint(len(normalizer)), normalizer]
-    return b"".join(out)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+        return self._joiner.encode(text.replace(" ", SPACE).encode("utf-8", "surrogateescape"))
 
 
 class _Bpe:
     """Byte-level BPE: cut by the pre-tokenizer, then merge by rank inside each part."""
 
-    def __init__(self, tokens: Sequence[str], merges: Sequence[str], pre: Pre):
-        self._vocab, self._expand = _with_merged(tokens, merges, BYTE_LETTERS, _ascii)
-        self._model = _bpe(self._vocab, merges, ignore_merges=pre.ignore_merges)
-        from tokenizers import Regex, pre_tokenizers
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-        self._model.pre_tokenizer = pre_tokenizers.Sequence(
-            [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    def __init__(self, tokens: _Strings, merges: _Strings, pre: Pre):
+        from tokenizers import PreTokenizedString, Regex, pre_tokenizers
+
+        # Of a text that is no token, llama.cpp spells the letters that are ASCII.
+        spell = [tokens.find(bytes([byte])) if byte < 128 else None for byte in range(256)]
+        self._joiner = _Joiner(tokens, spell, merges, whole=pre.ignore_merges, byte_level=True)
+        self._text = PreTokenizedString
+        self._cut = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns])
 
     def encode(self, text: str) -> list[int]:
-        return _expand(self._model.encode(_lenient(text), add_special_tokens=False).ids, self._expand)
+        text = _lenient(text)
+        parts = self._text(text)
+        self._cut.pre_tokenize(parts)
+        return self._joiner.encode(text.encode(), [end for _, (_, end), _ in parts.get_splits("original", "byte")])
 
 
 class _Gemma4:
     """BPE over characters, spaces written as U+2581: lines and runs of newlines apart, a known run being one token."""
 
-    def __init__(self, tokens: Sequence[str], merges: Sequence[str]):
-        self._vocab, self._expand = _with_merged(tokens, merges, (),
-                                                 lambda text: [f"<0x{byte:02X}>" for byte in text.encode("utf-8")])
-        self._model = _bpe(self._vocab, merges, byte_fallback=True)
-        self._n_tokens = len(tokens)
+    def __init__(self, tokens: _Strings, merges: _Strings):
+        self._tokens = tokens
+        self._joiner = _Joiner(tokens, map(tokens.find, BYTE_TOKENS), merges)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in re.findall(r"\n+|[^\n]+", _lenient(text).replace(" ", SPACE)):
-            whole = self._vocab.get(part, self._n_tokens) if part[0] == "\n" else self._n_tokens
-            ids += [whole] if whole < self._n_tokens else self._model.encode(part, add_special_tokens=False).ids
-        return _expand(ids, self._expand)
-
-
-def _bpe(vocab: dict[str, int], merges: Sequence[str], **options: bool):
-    from tokenizers import Tokenizer as Pipeline
-    from tokenizers import models
-
-    pairs = [_halves(merge) for merge in dict.fromkeys(merges)]     # of equal merges, the first one's rank counts
-    return Pipeline(models.BPE(vocab=vocab, merges=pairs, fuse_unk=False, **options))
-
-
-def _halves(merge: str) -> tuple[str, str]:
-    cut = merge.find(" ", 1)                             # the left half may itself begin with a space
-    if cut < 0 or cut == len(merge) - 1:
-        raise InvalidModelError(f"tokenizer.ggml.merges: {merge!r} is not two texts with a space between")
-    return merge[:cut], merge[cut + 1:]
-
-
-def _with_merged(tokens: Sequence[str], merges: Sequence[str], letters: Iterable[str],
-                 spell: Callable[[str], Iterable[str]]) -> tuple[dict[str, int], dict[int, list[int]]]:
-    """Give texts with ids such that letters and results of merges all have one; the added ids come with spellings.
-
-    `tokenizers` wants an id for every text. llama.cpp merges first and looks a text up only then; one that is no token
-    is spelled, and what is no token even so is left out.
-    """
-    vocab = {text: i for i, text in enumerate(tokens)}
-    expand: dict[int, list[int]] = {}
-
-    def add(text: str) -> None:
-        if text not in vocab:
-            expand[len(vocab)] = [vocab[part] for part in spell(text) if vocab.get(part, len(tokens)) < len(tokens)]
-            vocab[text] = len(vocab)
-
-    for letter in letters:
-        add(letter)
-    for merge in merges:
-        left, right = _halves(merge)
-        for text in (left, right, left + right):
-            add(text)
-    return vocab, expand
-
-
-def _ascii(text: str) -> Iterable[str]:
-    """Give the letters that llama.cpp finds when it spells a text byte by byte, each byte taken for a whole letter."""
-    return (letter for letter in text if letter < "\x80")
-
-
-def _expand(ids: list[int], expand: dict[int, list[int]]) -> list[int]:
-    if not expand or expand.keys().isdisjoint(ids):
+        for part in re.findall(rb"\n+|[^\n]+", _lenient(text).replace(" ", SPACE).encode()):
+            whole = self._tokens.find(part) if part[:1] == b"\n" else None
+            ids += self._joiner.encode(part) if whole is None else [whole]
         return ids
-    return [j for i in ids for j in expand.get(i, (i,))]
 
 
 class _WordPiece:
@@ -536,8 +520,7 @@ def _offset(unit: int) -> int:
 class Tokenizer:
     """Turns text into the token ids of one model, and ids into text.
 
-    Made from metadata by `from_metadata`; building what encodes waits for the first text (a second for 262,144 tokens
-    is not spent by a program that only decodes).
+    Made from metadata by `from_metadata`; the table of merges and all else that only encodes waits for the first text.
     """
 
     def __init__(self, meta: Mapping[str, Any]):
@@ -567,23 +550,18 @@ class Tokenizer:
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def _load_tokens(self) -> None:
-        tokens = _read(self._meta, "tokens", list)
-        if not tokens or set(map(type, tokens)) != {str}:
+        tokens = _Strings.read(self._meta, "tokens")
+        if not tokens.n:
             raise InvalidModelError("tokenizer.ggml.tokens: must be a list of at least one string")
-        if "" in tokens:
-            tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]      # as llama.cpp names them
-        self._tokens: list[str] = tokens
-        self._ids = dict(zip(tokens, range(len(tokens))))
-        if len(self._ids) != len(tokens):
-            raise InvalidModelError(f"tokenizer.ggml.tokens: {len(tokens) - len(self._ids)} tokens appear twice")
-        n = len(tokens)
-        self._scores = _numbers(self._meta, "scores", n, np.float32, 0)
-        self._kinds = self._file_kinds = _numbers(self._meta, "token_type", n, np.int32, Kind.NORMAL)
+        if tokens.n_empty:                               # as llama.cpp names them
+            tokens = _Strings.pack("tokens", [raw or b"[EMPTY_%d]" % i for i, raw in enumerate(tokens)])
+        if tokens.n_twice:
+            raise InvalidModelError(f"tokenizer.ggml.tokens: {tokens.n_twice} tokens appear twice")
+        self._tokens = tokens
+        self._scores = _numbers(self._meta, "scores", tokens.n, np.float32, 0)
+        self._kinds = self._file_kinds = _numbers(self._meta, "token_type", tokens.n, np.int32, Kind.NORMAL)
         if not np.isfinite(self._scores).all():
             raise InvalidModelError("tokenizer.ggml.scores: not all are finite")
-        self._merges = _read(self._meta, "merges", list) if self._family in ("gpt2", "gemma4") else ()
-        if self._merges is None or set(map(type, self._merges)) - {str}:
-            raise InvalidModelError("tokenizer.ggml.merges: must be a list of strings")
 
     def _load_roles(self) -> None:
         """Find the tokens with a role: by their keys, by llama.cpp's defaults, by their texts; then what ends text."""
@@ -593,7 +571,7 @@ class Tokenizer:
         if self.pre in ("chatglm-bpe", "glm4", "glm5"):
             default.pop("bos", None)
 
-        default = {name: i for name, i in default.items() if i < len(self._tokens)}
+        default = {name: i for name, i in default.items() if i < self.vocab_size}
 
         def role(name: str, key: str) -> int | None:
             found = self._token_key(key)
@@ -609,24 +587,22 @@ class Tokenizer:
         self.eom_id = self._role_by_text("eom_token_id", EOM_TEXTS)
         fim = {name: self._role_by_text(f"{name}_token_id", texts) for name, texts in FIM_TEXTS.items()}
 
-        ends = {self._ids[text] for text in EOG_TEXTS if text in self._ids}
+        ends = {self.id_of(text) for text in EOG_TEXTS} - {None}
         for i in ends:
             self._override(i, Kind.CONTROL)
         ends |= {fim["fim_pad"], fim["fim_rep"], fim["fim_sep"], self.eos_id, self.eot_id, self.eom_id} - {None}
-        for text in HARMONY_TEXTS:
-            if text in self._ids:
-                self._override(self._ids[text], Kind.USER_DEFINED)
+        for i in {self.id_of(text) for text in HARMONY_TEXTS} - {None}:
+            self._override(i, Kind.USER_DEFINED)
         # "<|end|>" closes a message, not the answer, where the vocabulary has calls and returns (gpt-oss, Solar Open);
         # "</s>" is plain text where it has "<|tool_response>" (Gemma 4).
-        has = {self._tokens[i] for i in ends}
-        if "<|end|>" in has and (has >= {"<|return|>", "<|call|>"} or "<|flush|>" in has and has & {"<|call|>",
-                                                                                                    "<|calls|>"}
-                                 or has >= {"<|return|>", "<|calls|>"}):
-            ends.discard(self._ids["<|end|>"])
-            self._override(self._ids["<|end|>"], Kind.USER_DEFINED)
-        if has >= {"</s>", "<|tool_response>"}:
-            ends.discard(self._ids["</s>"])
-            self._override(self._ids["</s>"], Kind.NORMAL)
+        has = {self._tokens.text(i): i for i in ends}
+        if "<|end|>" in has and (has.keys() >= {"<|return|>", "<|call|>"} or has.keys() >= {"<|return|>", "<|calls|>"}
+                                 or "<|flush|>" in has and has.keys() & {"<|call|>", "<|calls|>"}):
+            ends.discard(has["<|end|>"])
+            self._override(has["<|end|>"], Kind.USER_DEFINED)
+        if has.keys() >= {"</s>", "<|tool_response>"}:
+            ends.discard(has["</s>"])
+            self._override(has["</s>"], Kind.NORMAL)
         self.eog_ids = frozenset(ends)
 
     def _load_flags(self) -> None:
@@ -650,33 +626,34 @@ class Tokenizer:
 
     def _load_specials(self, name: str, architecture: str) -> None:
         """List what is cut out of a text before it is tokenized, the longest first, grouped by how it begins."""
-        special = np.isin(self._kinds, (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN))
-        ids = np.flatnonzero(special).tolist()
-        ids.sort(key=lambda i: (-len(self._tokens[i].encode("utf-8", "surrogateescape")), i))
+        control = (self._kinds == Kind.CONTROL) | (self._kinds == Kind.UNKNOWN)
+        ids = np.flatnonzero(control | (self._kinds == Kind.USER_DEFINED))
+        ids = ids[np.argsort(-self._tokens.sizes(ids), kind="stable")].tolist()
+        self._special_texts = {i: self._tokens.text(i) for i in ids}
         self._order = {i: rank for rank, i in enumerate(ids)}
         self._by_prefix: dict[str, list[int]] = {}
-        for i in ids:
-            self._by_prefix.setdefault(self._tokens[i][:2], []).append(i)
-        self.special_ids = frozenset(np.flatnonzero(np.isin(self._kinds, (Kind.CONTROL, Kind.UNKNOWN))).tolist())
+        for i, text in self._special_texts.items():
+            self._by_prefix.setdefault(text[:2], []).append(i)
+        self.special_ids = frozenset(np.flatnonzero(control).tolist())
         # Blanks that a special token swallows. GGUF does not carry this; llama.cpp knows it by name, and so must we.
-        self._rstrip: frozenset[int] = frozenset()
-        self._lstrip: frozenset[int] = frozenset()
+        self._rstrip: frozenset[int | None] = frozenset()
+        self._lstrip: frozenset[int | None] = frozenset()
         pre = self.pre or ""
         if any(kind in pre for kind in ("jina-v2-de", "jina-v2-es", "jina-v2-code")) or \
                 any(kind in architecture for kind in ("nomic-bert-moe", "jina-bert-v3")):
-            self._lstrip = frozenset({self._ids["<mask>"]} if "<mask>" in self._ids else ())
+            self._lstrip = frozenset({self.id_of("<mask>")})
         elif "phi-3" in name or "phi3" in name:
-            keep = {self._ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
-            self._rstrip = frozenset({*ids, *(self._ids[text] for text in ("</s>",) if text in self._ids)} - keep)
+            keep = {self.id_of(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
+            self._rstrip = frozenset({*ids, self.id_of("</s>")} - keep)
         elif "modern-bert" in name:
-            self._lstrip = frozenset({self._ids["[MASK]"]} if "[MASK]" in self._ids else ())
+            self._lstrip = frozenset({self.id_of("[MASK]")})
 
     def _token_key(self, key: str) -> int | None:
         value = _read(self._meta, key, int)
         if value is None or value == NO_ID:
             return None
-        if not 0 <= value < len(self._tokens):
-            raise InvalidModelError(f"tokenizer.ggml.{key}: {value} is not below the {len(self._tokens)} tokens")
+        if not 0 <= value < self.vocab_size:
+            raise InvalidModelError(f"tokenizer.ggml.{key}: {value} is not below the {self.vocab_size} tokens")
         return value
 
     def _role_by_text(self, key: str, texts: Iterable[str]) -> int | None:
@@ -684,7 +661,7 @@ class Tokenizer:
         if found is None and key.split("_token_id")[0] in OLD_FIM_KEYS:
             found = self._token_key(OLD_FIM_KEYS[key.split("_token_id")[0]] + "_token_id")
         if found is None:
-            found = next((self._ids[text] for text in texts if text in self._ids), None)
+            found = next((i for i in map(self.id_of, texts) if i is not None), None)
             if found is not None:
                 self._override(found, Kind.CONTROL)
         return found
@@ -696,22 +673,25 @@ class Tokenizer:
             self._kinds[i] = kind
 
     def _is_control(self, i: int) -> bool:
-        return i < len(self._tokens) and self._kinds[i] == Kind.CONTROL
+        return i < self.vocab_size and self._kinds[i] == Kind.CONTROL
 
     @cached_property
     def _encoder(self) -> _Model:
-        tokens = self._tokens
-        try:
-            "".join(tokens).encode("utf-8")
-        except UnicodeEncodeError:                       # tokens that are not UTF-8 match no text
+        if self._family == "llama":
+            return _Spm(self._tokens, self._scores, self.unk_id)
+        if self._family in ("gpt2", "gemma4"):
+            merges = _Strings.read(self._meta, "merges")
+            wrong = lib.pe_strings_not_pair(merges.table)
+            if wrong >= 0:
+                raise InvalidModelError(f"tokenizer.ggml.merges: {merges.text(wrong)!r} is not two texts with a space "
+                                        "between")
+            if self._family == "gemma4":
+                return _Gemma4(self._tokens, merges)
+            return _Bpe(self._tokens, merges, PRE[self.pre])
+        tokens = list(map(self._tokens.text, range(self.vocab_size)))
+        if _SURROGATE.search("".join(tokens)):           # tokens that are not UTF-8 match no text
             tokens = [f"\ufdd0{i}" if _SURROGATE.search(text) else text for i, text in enumerate(tokens)]
         meta = self._meta
-        if self._family == "llama":
-            return _Spm(tokens, self._scores, self.unk_id)
-        if self._family == "gpt2":
-            return _Bpe(tokens, self._merges, PRE[self.pre])
-        if self._family == "gemma4":
-            return _Gemma4(tokens, self._merges)
         if self._family == "bert":
             lowercase = _read(meta, "normalizer.lowercase", bool, True)
             if self.unk_id is None:
@@ -757,18 +737,18 @@ class Tokenizer:
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Cut special tokens out of a text: all of the longest first, then the next in what is left."""
         found = [i for prefix, ids in self._by_prefix.items() if prefix in text
-                 for i in ids if self._tokens[i] in text]
+                 for i in ids if self._special_texts[i] in text]
         found.sort(key=self._order.__getitem__)
         parts: list[str | int] = [text] if text else []
         for i in found:
             if not parse_special and i in self.special_ids:
                 continue
-            cut: list[str | int] = []
+            special, cut = self._special_texts[i], []
             for part in parts:
-                if isinstance(part, int) or self._tokens[i] not in part:
+                if isinstance(part, int) or special not in part:
                     cut.append(part)
                     continue
-                pieces = part.split(self._tokens[i])
+                pieces = part.split(special)
                 for k, piece in enumerate(pieces):
                     if k and i in self._rstrip:
                         piece = piece.lstrip(" \t\n\v\f\r")
@@ -785,18 +765,19 @@ class Tokenizer:
 
         Raises: RequestError for an id that the vocabulary does not have.
         """
-        if not 0 <= token < len(self._tokens):
-            raise RequestError(f"token {token} is not in the vocabulary of {len(self._tokens)}")
-        text, kind = self._tokens[token], int(self._kinds[token])
+        if not 0 <= token < self.vocab_size:
+            raise RequestError(f"token {token} is not in the vocabulary of {self.vocab_size}")
+        raw, kind = self._tokens[token], int(self._kinds[token])
         if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED):
-            return text.encode("utf-8", "surrogateescape")
+            return raw
         if kind == Kind.BYTE:
-            return _byte_token(text)
+            return _byte_token(raw)
         if kind != Kind.NORMAL:
             return b""                                   # unused and undefined ones have no text
         if self._family != "gpt2":
-            return text.replace(SPACE, " ").encode("utf-8", "surrogateescape")
-        return b"".join([LETTER_BYTES.get(letter) or letter.encode("utf-8", "surrogateescape") for letter in text])
+            return raw.replace(SPACE.encode(), b" ")
+        return b"".join([LETTER_BYTES.get(letter) or letter.encode("utf-8", "surrogateescape")
+                         for letter in raw.decode("utf-8", "surrogateescape")])
 
     def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Give the text of ids. Bytes that are not UTF-8 become U+FFFD; the space that `tokenize` puts first is taken
@@ -820,18 +801,21 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """The number of tokens in the file; the model's output may be wider."""
-        return len(self._tokens)
+        return self._tokens.n
 
     def id_of(self, text: str) -> int | None:
         """Give the id of the token that the file spells this way, or None."""
-        return self._ids.get(text)
+        try:
+            return self._tokens.find(text.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:                       # a lone surrogate is in no file
+            return None
 
     def need(self, text: str) -> int:
         """Give the id of the token that the file spells this way.
 
         Raises: UnsupportedModelError if there is none.
         """
-        found = self._ids.get(text)
+        found = self.id_of(text)
         if found is None:
             raise UnsupportedModelError(f"the vocabulary has no token {text!r}, which this model needs")
         return found
@@ -880,10 +864,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_metadata(GGUFFile(path).metadata)
 
 
-def _byte_token(text: str) -> bytes:
-    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
-        return bytes([int(text[3:5], 16)])
-    raise InvalidModelError(f"tokenizer.ggml.tokens: the byte token {text!r} is not of the form <0x0A>")
+def _byte_token(raw: bytes) -> bytes:
+    if re.fullmatch(b"<0x[0-9A-Fa-f]{2}>", raw):
+        return bytes([int(raw[3:5], 16)])
+    raise InvalidModelError(f"tokenizer.ggml.tokens: the byte token {raw!r} is not of the form <0x0A>")
 
 
 def _read(meta: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -908,8 +892,8 @@ def _numbers(meta: Mapping[str, Any], key: str, count: int, dtype: type, default
     """
     value = meta.get(f"tokenizer.ggml.{key}")
     if value is None:
-        return np.full(count, default, dtype)
+        return np.broadcast_to(np.asarray(default, dtype), count)
     array = np.asarray(value)
     if array.shape != (count,) or array.dtype.kind not in "iuf":
         raise InvalidModelError(f"tokenizer.ggml.{key}: must be {count} numbers, is {array.dtype} {array.shape}")
-    return array.astype(dtype)
+    return array.astype(dtype, copy=False)

@@ -204,6 +204,11 @@ def test_strings_that_are_not_utf8_keep_their_bytes(tmp_path):
     finish(writer)
     with GGUFFile(tmp_path / "m.gguf") as file:
         assert file.metadata.raw("tokens") == strings
+        region, count = file.metadata.strings_region("tokens")
+        assert count == 4 and bytes(region[:10]) == b"\2\0\0\0\0\0\0\0ok"
+        with pytest.raises(RequestError, match="general.architecture.*not an array of strings"):
+            file.metadata.strings_region("general.architecture")
+        del region
         assert [text.encode("utf-8", "surrogateescape") for text in file.metadata["tokens"]] == strings
 
 
