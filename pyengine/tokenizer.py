@@ -39,6 +39,7 @@ from .native import ffi, lib
 
 SPACE = "\u2581"                                   # SentencePiece's visible space
 NO_ID = 0xFFFFFFFF                                 # -1 written as uint32: "there is no such token"
+PREFIX = 5    # special tokens are sought by so many characters first: Gemma's 6,242 "<unused0>" ... are not sought singly
 
 
 class Kind(IntEnum):
@@ -231,15 +232,16 @@ class _Strings:
     @classmethod
     def read(cls, meta: Mapping[str, Any], key: str) -> _Strings:
         """Read a key of `tokenizer.ggml`. Raises: InvalidModelError if it is no list of strings."""
-        try:
-            if isinstance(meta, Metadata):
-                return cls(key, *meta.strings_region(f"tokenizer.ggml.{key}"))
-            value = meta[f"tokenizer.ggml.{key}"]
-            if type(value) is list and set(map(type, value)) <= {str}:
+        name = f"tokenizer.ggml.{key}"
+        if isinstance(meta, Metadata) and name in meta and meta.type_name(name).startswith("array[string"):
+            return cls(key, *meta.strings_region(name))
+        value = None if isinstance(meta, Metadata) else meta.get(name)
+        if type(value) is list and set(map(type, value)) <= {str}:
+            try:
                 return cls.pack(key, [text.encode("utf-8", "surrogateescape") for text in value])
-        except (KeyError, RequestError, UnicodeEncodeError):
-            pass
-        raise InvalidModelError(f"tokenizer.ggml.{key}: must be there, a list of strings")
+            except UnicodeEncodeError as error:
+                raise InvalidModelError(f"{name}: {error}") from None
+        raise InvalidModelError(f"{name}: must be there, a list of strings")
 
     @classmethod
     def pack(cls, key: str, strings: Sequence[bytes]) -> _Strings:
@@ -520,7 +522,8 @@ def _offset(unit: int) -> int:
 class Tokenizer:
     """Turns text into the token ids of one model, and ids into text.
 
-    Made from metadata by `from_metadata`; the table of merges and all else that only encodes waits for the first text.
+    Made from metadata by `from_metadata`; the expressions that cut texts, and the models of bert and t5, wait for the
+    first text. Uses the file's bytes, also after the file is closed.
     """
 
     def __init__(self, meta: Mapping[str, Any]):
@@ -562,6 +565,12 @@ class Tokenizer:
         self._kinds = self._file_kinds = _numbers(self._meta, "token_type", tokens.n, np.int32, Kind.NORMAL)
         if not np.isfinite(self._scores).all():
             raise InvalidModelError("tokenizer.ggml.scores: not all are finite")
+        if self._family in ("gpt2", "gemma4"):
+            self._merges = _Strings.read(self._meta, "merges")
+            wrong = lib.pe_strings_not_pair(self._merges.table)
+            if wrong >= 0:
+                raise InvalidModelError(f"tokenizer.ggml.merges: {self._merges.text(wrong)!r} is not two texts with a "
+                                        f"space between")
 
     def _load_roles(self) -> None:
         """Find the tokens with a role: by their keys, by llama.cpp's defaults, by their texts; then what ends text."""
@@ -633,7 +642,7 @@ class Tokenizer:
         self._order = {i: rank for rank, i in enumerate(ids)}
         self._by_prefix: dict[str, list[int]] = {}
         for i, text in self._special_texts.items():
-            self._by_prefix.setdefault(text[:2], []).append(i)
+            self._by_prefix.setdefault(text[:PREFIX], []).append(i)
         self.special_ids = frozenset(np.flatnonzero(control).tolist())
         # Blanks that a special token swallows. GGUF does not carry this; llama.cpp knows it by name, and so must we.
         self._rstrip: frozenset[int | None] = frozenset()
@@ -679,15 +688,10 @@ class Tokenizer:
     def _encoder(self) -> _Model:
         if self._family == "llama":
             return _Spm(self._tokens, self._scores, self.unk_id)
-        if self._family in ("gpt2", "gemma4"):
-            merges = _Strings.read(self._meta, "merges")
-            wrong = lib.pe_strings_not_pair(merges.table)
-            if wrong >= 0:
-                raise InvalidModelError(f"tokenizer.ggml.merges: {merges.text(wrong)!r} is not two texts with a space "
-                                        "between")
-            if self._family == "gemma4":
-                return _Gemma4(self._tokens, merges)
-            return _Bpe(self._tokens, merges, PRE[self.pre])
+        if self._family == "gpt2":
+            return _Bpe(self._tokens, self._merges, PRE[self.pre])
+        if self._family == "gemma4":
+            return _Gemma4(self._tokens, self._merges)
         tokens = list(map(self._tokens.text, range(self.vocab_size)))
         if _SURROGATE.search("".join(tokens)):           # tokens that are not UTF-8 match no text
             tokens = [f"\ufdd0{i}" if _SURROGATE.search(text) else text for i, text in enumerate(tokens)]

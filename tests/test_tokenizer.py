@@ -419,7 +419,7 @@ def test_long_text_takes_linear_time(name, unit):
 
 @pytest.mark.parametrize("key, value", [
     ("model", None), ("model", 7), ("tokens", None), ("tokens", []), ("tokens", ["a", 3]), ("tokens", "abc"),
-    ("tokens", ["a", "a"]), ("scores", [1.0]), ("scores", ["x"] * 342), ("scores", 3), ("token_type", [1, 2]),
+    ("tokens", ["a", "a"]), ("tokens", ["a", "\ud800"]), ("scores", [1.0]), ("scores", ["x"] * 342), ("scores", 3), ("token_type", [1, 2]),
     ("bos_token_id", 10**6), ("eos_token_id", -5), ("bos_token_id", "1"), ("add_bos_token", 3),
     ("add_space_prefix", "yes"), ("unknown_token_id", 1.5), ("eot_token_id", 10**6), ("fim_pad_token_id", 10**6),
 ])
@@ -435,7 +435,7 @@ def test_malformed_metadata(key, value):
 def test_malformed_merges(merges):
     meta = {**golden_vocabulary("bpe, default"), "tokenizer.ggml.merges": merges}
     with pytest.raises(InvalidModelError, match="merges"):
-        Tokenizer.from_metadata(meta).tokenize("x")
+        Tokenizer.from_metadata(meta)
 
 
 def test_scores_must_be_finite():
@@ -507,6 +507,15 @@ def test_a_file_and_lists_give_the_same(name, tmp_path):
         assert ours.tokenize(text) == theirs.tokenize(text)
     assert ours.eog_ids == theirs.eog_ids and ours.special_ids == theirs.special_ids
     assert list(map(ours.piece, range(ours.vocab_size))) == list(map(theirs.piece, range(theirs.vocab_size)))
+
+
+def test_the_file_may_be_closed(tmp_path):
+    meta = golden_vocabulary("bpe, llama3")
+    meta = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in meta.items()}
+    with GGUFFile(write_gguf(tmp_path / "vocabulary.gguf", meta)) as file:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    assert tokenizer.tokenize("hello world") == small("bpe, llama3").tokenize("hello world")
+    assert tokenizer.piece(0) == b"<|endoftext|>"
 
 
 @pytest.mark.parametrize("key, value", [("tokens", [1, 2]), ("tokens", "abc"), ("merges", ["a b", "c"]), ("merges", 3),
