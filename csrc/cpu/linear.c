@@ -359,8 +359,15 @@ PE_UNROLL(8)
     for (int v = 0; v < NR; v++) v16f_store(acc + 16 * (NR * i + v), sum[i][v]);
 }
 
-static void tile_float(const float *panel, int64_t count, const float *x, int64_t ld, int64_t m, float *acc) {
-  for (; m >= MRF; m -= MRF, x += MRF * ld, acc += MRF * NR * 16) float_rows(MRF, panel, count, x, ld, acc);
+/* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. */
+static void tile_float(const float *panel, int64_t count, const uint8_t *const ahead[NR], int64_t lines, const float *x, int64_t ld,
+                       int64_t m, float *acc) {
+  const int64_t share = (lines * MRF + m - 1) / m;
+  for (int64_t asked = 0; m >= MRF; m -= MRF, x += MRF * ld, acc += MRF * NR * 16) {
+    for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
+      for (int v = 0; v < NR; v++) pe_prefetch(ahead[v] + 64 * asked);
+    float_rows(MRF, panel, count, x, ld, acc);
+  }
 #define PART(n)                                                                                                        \
   if (m >= n) {                                                                                                        \
     float_rows(n, panel, count, x, ld, acc);                                                                           \
@@ -592,7 +599,12 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t 
       } else {
         pe_status status = float_panel(w, g0 + NR * p, at, count, (float *)panel, dequantized);
         if (status) return status;
-        tile_float((const float *)panel, count, h + at, t->ldh, rows, to);
+        const int64_t size = id == PE_F32 ? 64 : 32, later = p + 1 < panels ? at : at + count; /* k where the next panel begins */
+        const uint8_t *ahead[NR];
+        for (int v = 0; v < NR; v++)
+          ahead[v] = !packed ? 0 : p + 1 < panels ? group[v] + NR * bytes + size * at
+                     : later < k ? group[v] - NR * p * bytes + size * later : next + v * bytes;
+        tile_float((const float *)panel, count, ahead, packed ? count * size / 64 : 0, h + at, t->ldh, rows, to);
       }
     }
   }
@@ -702,10 +714,11 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
       status = multiply(&t, w[set], g0, panels, glu ? strip_bytes(&t, 1, g0) : next, row0, rows, panel, dequantized, acc);
       if (!status && glu) status = multiply(&t, w[1], g0, panels, next, row0, rows, panel, dequantized, acc1);
       if (status) return pe_fail(s, PE_NO_KERNEL, "linear: format %d cannot be read", w[set]->dtype);
-      for (int64_t g = 0; g < count; g++) {
-        const int64_t at = (g / NR * rows * NR + g % NR) * 16;
-        finish(&t, set, g0 + g, row0, rows, acc + at, glu ? acc1 + at : 0, 16 * NR);
-      }
+      for (int64_t r = 0; r < rows; r += MRF) /* a strip's columns lie side by side in the result */
+        for (int64_t g = 0; g < count; g++) {
+          const int64_t from = ((g / NR * rows + r) * NR + g % NR) * 16;
+          finish(&t, set, g0 + g, row0 + r, pe_min(MRF, rows - r), acc + from, glu ? acc1 + from : 0, 16 * NR);
+        }
     }
   }
   return PE_OK;
