@@ -21,23 +21,25 @@ def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], S
             leaf: Callable[[Node], Sequence[Tensor]] = lambda node: node.outputs) -> list[Tensor]:
     """Copy the graph bottom up. `rule(node, new_args)` gives the outputs that replace a node's, or None to keep it; `leaf(node)`
     those that replace a leaf's."""
-    new: dict[int, Sequence[Tensor]] = {}
+    new: dict[int, Sequence[Tensor]] = {}                                      # of nodes that change
 
     def moved(arg: Any) -> Any:
         if isinstance(arg, tuple):
             return tuple(moved(a) for a in arg)
-        return None if arg is None else new[id(arg.node)][arg.index]
+        return arg if arg is None or id(arg.node) not in new else new[id(arg.node)][arg.index]
 
     for node in topological(outputs):
         if node.op is None:
-            new[id(node)] = leaf(node)
-            continue
-        args = tuple(moved(a) for a in node.args)
-        made = rule(node, args)
-        if made is None:
-            made = node.outputs if args == node.args else node.with_args(args).outputs
-        new[id(node)] = made
-    return [new[id(t.node)][t.index] for t in outputs]
+            made = leaf(node)
+        else:
+            touched = any(id(t.node) in new for t in node.inputs)
+            args = tuple(moved(a) for a in node.args) if touched else node.args
+            made = rule(node, args)
+            if made is None:
+                made = node.with_args(args).outputs if touched else node.outputs
+        if made is not node.outputs:
+            new[id(node)] = made
+    return [moved(t) for t in outputs]
 
 
 def make(op: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -196,53 +198,34 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
     def once(t: Tensor) -> bool:
         return len(read[id(t.node), t.index]) == 1
 
-    def unrotated(t: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
+    def before_rope(turned: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
         """What a rope turns: (tensor before q/k-norm, norm weight, eps)."""
-        x = t.node.args[0]
-        if _is(x, ops.rms_norm) and once(x) and x.node.args[1] is not None and x.node.args[2] is None:
+        x, old_x = turned.node.args[0], old.node.args[0]
+        if _is(x, ops.rms_norm) and once(old_x) and x.node.args[1] is not None and x.node.args[2] is None:
             return x.node.args[0], x.node.args[1], dict(x.node.params)["eps"]
         return x, None, None
 
-    matched: dict[int, tuple[Any, ...]] = {}
-    for node in topological(outputs):
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
         if node.op is not ops.attention:
-            continue
-        q, k, v = node.args[:3]
+            return None
+        (q, k, v), (old_q, old_k, old_v) = args[:3], node.args[:3]
         if not (_is(q, ops.rope) and _is(k, ops.cache_append) and _is(v, ops.cache_append)):
-            continue
-        k_rope = k.node.args[1]
-        same_cells = k.node.args[2] is v.node.args[2]
-        if not (_is(k_rope, ops.rope) and same_cells and all(map(once, (q, k, v, k_rope)))):
-            continue
-        if q.node.args[1] is not k_rope.node.args[1] or q.node.params != k_rope.node.params:
-            continue
-        (q0, q_norm, q_eps), (k0, k_norm, k_eps) = unrotated(q), unrotated(k_rope)
+            return None
+        (k_cache, k_turned, cells), (v_cache, v_new, v_cells) = k.node.args, v.node.args
+        if not (_is(k_turned, ops.rope) and cells is v_cells and all(map(once, (old_q, old_k, old_v, old_k.node.args[1])))):
+            return None
+        table = q.node.args[1]
+        if table is not k_turned.node.args[1] or q.node.params != k_turned.node.params:
+            return None
+        q0, q_norm, q_eps = before_rope(q, old_q)
+        k0, k_norm, k_eps = before_rope(k_turned, old_k.node.args[1])
         if q_eps is not None and k_eps is not None and q_eps != k_eps:
-            continue
-        params = dict(q.node.params) | {"eps": q_eps or k_eps or 0.0}
-        matched[id(node)] = (q0, k0, v.node.args[1], q.node.args[1], k.node.args[0], v.node.args[0], k.node.args[2],
-                             q_norm, k_norm, params)
+            return None
+        q, k, v = make(ops.rope_append, (q0, k0, v_new, table, k_cache, v_cache, cells, q_norm, k_norm),
+                       dict(q.node.params) | {"eps": q_eps or k_eps or 0.0})
+        return make(ops.attention, (q, k, v, *args[3:]), dict(node.params))
 
-    if not matched:
-        return outputs
-    new: dict[int, Sequence[Tensor]] = {}
-
-    def moved(arg: Any) -> Any:
-        if isinstance(arg, tuple):
-            return tuple(moved(a) for a in arg)
-        return None if arg is None else new[id(arg.node)][arg.index]
-
-    for node in topological(outputs):
-        if node.op is None:
-            new[id(node)] = node.outputs
-        elif id(node) in matched:
-            *parts, params = matched[id(node)]
-            q, k, v = make(ops.rope_append, [moved(p) for p in parts], params)
-            new[id(node)] = make(ops.attention, (q, k, v, *map(moved, node.args[3:])), dict(node.params))
-        else:
-            args = tuple(moved(a) for a in node.args)
-            new[id(node)] = node.outputs if args == node.args else node.with_args(args).outputs
-    return [new[id(t.node)][t.index] for t in outputs]
+    return rebuild(outputs, rule)
 
 
 PASSES: dict[str, Pass] = {
