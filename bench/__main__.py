@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|vision`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -39,6 +39,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         if unknown := set(isas) - set(engine.isas()):
             raise SystemExit(f"bench: this machine and build have {', '.join(engine.isas())}, not {', '.join(unknown)}")
         return kernels.run(isas, args.threads, args.only)
+    if args.suite == "vision":
+        from bench import vision
+
+        return vision.run(args.threads, vision.Shape(layers=args.layers), args.rounds, args.peers)
     from bench import peers
 
     paths = _paths(args.model)
@@ -69,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
     peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"],
                        help="may be repeated; default: all there are")
+    vision = suites.add_parser("vision", parents=[common], help="an image encoder of SigLIP So400m's shape, and PyTorch beside it")
+    vision.add_argument("--layers", type=int, default=2, help="of the 27 (default 2); a picture's time is scaled to all")
+    vision.add_argument("-r", "--rounds", type=int, default=5)
+    vision.add_argument("--peers", action="append", choices=["torch"], default=[], help="also measure PyTorch, in turns")
     return parser
 
 

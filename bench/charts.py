@@ -21,7 +21,8 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"kernels": lambda: [(f"roofline-{bound['isa']}", roofline(result, bound)) for bound in result["limits"]],
                "models": lambda: [("shares", bars(result, "share of the limit", 1.0))],
-               "peers": lambda: [("ratios", bars(result, "pyengine / other engine", 1.0))]}
+               "peers": lambda: [("ratios", bars(result, "pyengine / other engine", 1.0))],
+               "vision": lambda: [("vision", bars(result, "share of the peaks; ratios of speeds", 1.0))]}
     paths = []
     for name, figure in figures[result["suite"]]():
         paths.append(folder / f"{name}.png")

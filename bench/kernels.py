@@ -127,7 +127,7 @@ def jobs() -> Iterator[Job]:
 # ---- arguments ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """Random bytes of a block format that stand for a matrix; a constant's source, as a file's tensor is."""
 

@@ -276,3 +276,68 @@ def test_both_engines_say_the_same(kernels) -> None:
     ours, theirs = found["perplexity"]["pyengine"], found["perplexity"]["llama.cpp"]
     assert abs(ours / theirs - 1) < 0.005 and found["same_token_ids"]
     assert found["mean_kl"] < 6e-3                                             # both round activations: docs/benchmarks.md
+
+
+# ---- vision -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vision(kernels, monkeypatch):
+    from bench import vision
+
+    monkeypatch.setattr(limits, "peak", lambda kind, isa, n, repeat=5, native=None: 1e12)
+    return vision
+
+
+SMALL_ENCODER = {"layers": 2, "width": 64, "heads": 2, "mlp": 100, "patches": 50, "pixels": 27}
+
+
+def test_work_of_an_encoder_is_counted_by_hand(vision) -> None:
+    work = vision.Shape(**SMALL_ENCODER).operations()
+    assert work["patch"] == 2 * 50 * 27 * 64
+    assert work["products"] == 2 * 50 * (4 * 64 * 64 + 2 * 64 * 100)
+    assert work["attention"] == 2 * (50 * 50 * 32 * 2) * 2                     # scores and values, of two heads
+    full = vision.Shape(layers=27).operations()
+    assert 27 * (full["products"] + full["attention"]) == pytest.approx(5.455e12, rel=1e-3)
+    assert vision.picture_seconds(2.5, 0.5, vision.Shape(layers=2)) == 0.5 + 27
+
+
+def test_zeros_around_the_mlp_change_nothing(vision) -> None:
+    shape, rng = vision.Shape(**SMALL_ENCODER), np.random.default_rng(0)
+    weights, patches = vision.random_weights(shape, rng), rng.standard_normal((50, 27)).astype(np.float32)
+    padded = {n: vision._padded(a, n, 32) for n, a in weights.items()}
+    assert padded["0.up"].shape == (128, 64) and padded["0.up.b"].shape == (128,) and padded["1.down"].shape == (64, 128)
+    results = [vision.forward(vision.numpy_functions(w, 2), patches, shape, w["positions"]) for w in (weights, padded)]
+    assert vision.error(*results) < 1e-12
+
+
+@pytest.mark.parametrize("peer", ["torch", None])
+def test_an_encoder_is_right_in_every_format(vision, capsys, peer: str | None) -> None:
+    """Against PyTorch where it is asked for, else against NumPy."""
+    if peer:
+        pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
+    found = vision.run(2, vision.Shape(**SMALL_ENCODER), 2, [peer] if peer else [])
+    shares = [r for r in found["results"] if "nmse" in r]
+    assert [r["name"].split()[0] for r in shares] == list(vision.FORMATS)
+    assert all(r["correct"] for r in shares)
+    assert 1e-9 < shares[-1]["nmse"]                                           # Q8_0 rounds activations: not the same program
+    names = [r["name"] for r in found["results"] if "nmse" not in r]
+    assert names == [f"{f} / torch" for f in vision.FORMATS if peer] + ["Q8_0 / F32", "Q8_0 / F32, products"]
+    for name, steps in found["profiles"].items():
+        assert {"once linear patch", "linear q+k+v", "attention", "linear up", "unary", "linear down", "layer_norm"} < set(steps)
+        assert sum(steps.values()) < np.mean(found["samples"][name])
+    assert "a picture is scaled to 27 layers" in capsys.readouterr().out
+    json.dumps(found)
+
+
+def test_a_wrong_encoder_is_found(vision, monkeypatch) -> None:
+    right = vision.Ours.call
+
+    def slightly_wrong(self):
+        y = right(self)
+        y[3, 5] += 0.1
+        return y
+
+    monkeypatch.setattr(vision.Ours, "call", slightly_wrong)
+    found = vision.run(1, vision.Shape(**SMALL_ENCODER), 1, formats=("F32",))
+    assert not found["results"][0]["correct"]
