@@ -6,7 +6,9 @@
  *   chunk   CHUNK_KEYS keys, aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, giving a partial
  *           (top, sum[16], acc[f]) per query; partials are merged in ascending order
  *   tile    TILE_KEYS keys, aligned likewise: K is converted to float and transposed to kt[e][64], V to v[64][f] once,
- *           and all queries of the unit that see the tile use them, six at a time in registers (vec.h: tile)
+ *           and all queries of the unit that see the tile use them, six at a time in registers (vec.h: tile).
+ *           For few queries (decoding) floats in memory would be most of the work: there V is read where it lies, and avx512
+ *           transposes K as it is, 16 bits wide; both are converted in registers, to the same floats in the same order
  *
  * What happens to a query (fma by fma: e ascending in a score, keys ascending in acc, 16 lanes of keys in sum) follows from its
  * interval alone: neither other rows, nor the unit's size, nor threads can change a bit. Tiles and keys outside its interval are
@@ -15,7 +17,8 @@
  * A thread claims units, one key/value head after the other. Where there are few units (decoding) it
  * claims (unit, chunk) pairs, partials go to scratch, and the thread that finishes last merges them all.
  * All sums are float. Bytes: each unit reads its keys' K and V once from the cache in the cache's dtype; operations: 2 (e + f) a
- * query and key, about 1.5 shuffles, loads and conversions per 16 elements of K and V, shared by the unit's queries.
+ * query and key. Shared by the unit's queries: a load, a conversion, 4 shuffles and a store per 16 elements of K, less without the
+ * shuffles of V; for few queries on avx512 a store, 2 shuffles and a conversion (3 instructions where Q8_0) of K, a conversion of V.
  */
 #include "../quants.h"
 #include "vec.h"
@@ -27,6 +30,9 @@ enum { UNIT_FLOATS = 1 << 17, LEAST_QUERIES = 128, SHARES = 8 };
 /* A query's top moves only when a score passes it by so much: what is summed stays below CHUNK_KEYS e^8, and most tiles need no
  * shrinking of the sums so far. */
 static const float SLACK = 8.0f;
+/* Up to so many queries, K and V go from the cache straight to the fma: two register tiles convert them twice, which is less than
+ * to store floats and load them again. */
+enum { FEW_ROWS = PE_PARTS == 1 ? 8 : TILE_ROWS, FEW_QUERIES = 2 * FEW_ROWS };
 enum { SPLIT_BYTES = 4 << 20 }; /* at most this much scratch for partials; work that would need more is not split */
 
 /* Everything that threads and units share. Strides are in bytes. */
@@ -107,10 +113,8 @@ PE_INLINE v16f load_cell_n(int dtype, const char *cell, int64_t stride, int64_t 
 /* Cache lines that n bytes touch; where n is no multiple of 64 they may begin anywhere in a line. */
 PE_INLINE int64_t lines_of(int64_t n) { return (n + 63) / 64 + (n % 64 != 0); }
 
-/* Ask for line i of the n bytes at p, which will be read soon. p may be null. */
-PE_INLINE void fetch(const char *p, int64_t i, int64_t n) {
-  if (p) __builtin_prefetch(p + pe_min(64 * i, n - 1), 0, 2);
-}
+/* Ask for line i of the n bytes at p, which will be read soon. */
+PE_INLINE void fetch(const char *p, int64_t i, int64_t n) { __builtin_prefetch(p + pe_min(64 * i, n - 1), 0, 2); }
 
 /* kt[i][j] = element i of key j, for the groups of 16 keys that hold a wanted one. On the way it asks for `bytes` of each of the
  * next tile's cells: the order of reading here, 16 rows side by side, is none that the hardware foresees. */
@@ -152,25 +156,36 @@ PE_INLINE void convert_values(const int dtype, const char *const *cell, const ch
   }
 }
 
-/* Cells of a tile: addresses in K and V. */
+/* Cells of a tile: addresses in K and V. A wanted one stands for those that are not wanted. */
 typedef struct cells_of { const char *k[TILE_KEYS], *v[TILE_KEYS]; } cells_of;
 
-/* Find the wanted cells of a tile; only they are looked up in the map. The others are null. */
-static pe_status find_cells(const job *w, int64_t head, int32_t sequence, int64_t first, uint64_t wanted, cells_of *t, pe_stream *s) {
+/* Find the cells of a tile of which something is wanted; only the wanted ones are looked up in the map. */
+static pe_status find_cells(const job *w, int64_t head, int32_t sequence, int64_t first, uint64_t wanted, cells_of *t,
+                            pe_stream *s) {
   const int32_t *map = w->cells ? (const int32_t *)((const char *)w->cells + sequence * w->cells_stride) : 0;
   const char *k = (const char *)w->k->data + head * w->k->stride[0], *v = (const char *)w->v->data + head * w->v->stride[0];
-  const int64_t n = pe_min(w->k->shape[1], w->v->shape[1]);
-  memset(t, 0, sizeof *t);
-  int64_t j = wanted ? __builtin_ctzll(wanted) : 0, slot = map ? (first + j) % w->l : 0;
-  for (; j < TILE_KEYS && wanted >> j; j++, slot = slot + 1 == w->l ? 0 : slot + 1) {
-    if (!(wanted >> j & 1)) continue;
-    const int64_t at = map ? map[slot] : first + j;
-    if (at < 0 || at >= n)
-      return pe_fail(s, PE_BAD_VALUE, "attention: key %lld of sequence %d lies in cell %lld of %lld", (long long)(first + j), sequence,
-                     (long long)at, (long long)n);
-    t->k[j] = k + at * w->k->stride[1];
-    t->v[j] = v + at * w->v->stride[1];
+  const int64_t dk = w->k->stride[1], dv = w->v->stride[1], slot = map ? first % w->l : 0;
+  const uint64_t n = (uint64_t)pe_min(w->k->shape[1], w->v->shape[1]);
+  const int any = __builtin_ctzll(wanted);
+  int32_t list[TILE_KEYS];
+  const int32_t *cell = list;
+  if (map && !~wanted && slot + TILE_KEYS <= w->l) cell = map + slot;
+  else
+    for (int j = 0; j < TILE_KEYS; j++) {
+      const int64_t key = first + (wanted >> j & 1 ? j : any);
+      list[j] = map ? map[key % w->l] : (int32_t)key;
+    }
+  int outside = 0;
+  for (int j = 0; j < TILE_KEYS; j++) {
+    const int64_t at = cell[j];
+    outside |= (uint64_t)at >= n; /* negative numbers are large */
+    t->k[j] = k + at * dk;
+    t->v[j] = v + at * dv;
   }
+  for (int j = any; outside && j < TILE_KEYS; j++)
+    if ((uint64_t)(int64_t)cell[j] >= n)
+      return pe_fail(s, PE_BAD_VALUE, "attention: key %lld of sequence %d lies in cell %d of %lld", (long long)(first + j),
+                     sequence, cell[j], (long long)n);
   return PE_OK;
 }
 
@@ -181,22 +196,240 @@ static int64_t cell_bytes(const pe_tensor *t) {
   return t->dtype == PE_F32 && t->stride[2] == 4 ? n * 4 : t->dtype == PE_F16 && t->stride[2] == 2 ? n * 2 : 0;
 }
 
-static void load_tile(const job *w, cells_of *t, const cells_of *next, uint64_t wanted, float *kt, float *v) {
+/* A tile as `attend` reads it: K transposed, as floats or (narrow) as 16-bit numbers; V as floats [64][fp], or (direct) where it
+ * lies in the cache. */
+typedef struct loaded { const float *kt, *v; const cells_of *cells, *next; int narrow, direct; } loaded;
+
+/* What is left to ask for of a tile's K or V, cell after cell; `cell` is `end` where nothing is. Lines are asked for a few at a time
+ * between the fmas: a burst would fill the queue of misses, and loads wait behind it. */
+typedef struct ahead { const char *const *cell, *const *end; int64_t bytes, at; } ahead;
+
+PE_INLINE void ask(ahead *a, int64_t lines) {
+  for (; lines > 0 && a->cell != a->end; lines--) {
+    __builtin_prefetch(*a->cell + a->at, 0, 3);
+    a->at += 64;
+    if (a->at >= a->bytes) a->at = 0, a->cell++;
+  }
+}
+
+/* ---- few queries: K is transposed as 16-bit numbers, V is read where it lies, both become floats on their way to the fma ---- */
+
+#if defined(PE_AVX512) /* elsewhere 16-bit numbers save nothing: K goes through floats */
+/* to[i][j] = 16-bit element i of x[j]: 32 x 16, rows of the result ld bytes apart. */
+PE_INLINE void transpose_u16(const __m512i x[16], char *to, int64_t ld) {
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  __m512i r[16], t[16];
+#pragma GCC unroll 2
+  for (int h = 0; h < 16; h += 8) { /* 8 x 8 in each quarter of 8 registers */
+#pragma GCC unroll 4
+    for (int i = h; i < h + 8; i += 2) {
+      r[i] = _mm512_unpacklo_epi16(x[i], x[i + 1]);
+      r[i + 1] = _mm512_unpackhi_epi16(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = h; i < h + 8; i += 4)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        t[i + 2 * j] = _mm512_unpacklo_epi32(r[i + j], r[i + j + 2]);
+        t[i + 2 * j + 1] = _mm512_unpackhi_epi32(r[i + j], r[i + j + 2]);
+      }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* r[h + c]: element 8 q + c of rows h .. h + 7 in quarter q */
+      r[h + 2 * i] = _mm512_unpacklo_epi64(t[h + i], t[h + i + 4]);
+      r[h + 2 * i + 1] = _mm512_unpackhi_epi64(t[h + i], t[h + i + 4]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; c++) {
+    const __m512i a = _mm512_permutex2var_epi64(r[c], low, r[c + 8]), b = _mm512_permutex2var_epi64(r[c], high, r[c + 8]);
+    _mm256_storeu_si256((__m256i *)(to + c * ld), _mm512_castsi512_si256(a));
+    _mm256_storeu_si256((__m256i *)(to + (8 + c) * ld), _mm512_extracti64x4_epi64(a, 1));
+    _mm256_storeu_si256((__m256i *)(to + (16 + c) * ld), _mm512_castsi512_si256(b));
+    _mm256_storeu_si256((__m256i *)(to + (24 + c) * ld), _mm512_extracti64x4_epi64(b, 1));
+  }
+}
+
+/* Narrow kt: [e][64] halves, or integers followed by the blocks' scales [e / 32][64]. */
+PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
+  enum { LD = 2 * TILE_KEYS };
+  uint16_t *scale = (uint16_t *)(kt + e * LD);
+  for (int j = 0; j < TILE_KEYS; j += 16)
+    for (int64_t i = 0; i < e; i += 32) {
+      const int64_t at = dtype == PE_F16 ? 2 * i : i / 32 * 34;
+      __m512i x[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; r++) {
+        const char *p = cell[j + r] + at;
+        if (dtype == PE_F16) {
+          x[r] = e - i >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, (unsigned)(e - i)), p);
+        } else {
+          x[r] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p + 2)));
+          memcpy(scale + i / 32 * TILE_KEYS + j + r, p, 2);
+        }
+      }
+      transpose_u16(x, kt + i * LD + 2 * j, LD);
+    }
+}
+static int can_narrow(const pe_tensor *k) {
+  return k->shape[2] > 0 && (k->dtype == PE_Q8_0 || (k->dtype == PE_F16 && k->stride[2] == 2));
+}
+
+PE_INLINE v16i load_i16(const char *p) { return (v16i){(pe_pi)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p))}; }
+
+/* p[r][j] = dot of query r and key j of 16 * vectors, e ascending. */
+PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const char *kt,
+                           const char *scale, ahead *next, int64_t share, float *p) {
+  enum { LD = 2 * TILE_KEYS };
+  ahead a = *next;
+  v16f acc[FEW_ROWS][4], d[4], y[4];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_zero();
+  for (int64_t begin = 0, end; begin < e; begin = end, scale += LD) {
+    end = dtype == PE_F16 ? e : begin + 32;
+    if (dtype == PE_Q8_0)
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) d[j] = v16f_load_f16(scale + 32 * j);
+    for (int64_t i = begin; i < end; i++, kt += LD) {
+      ask(&a, share);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++)
+        y[j] = dtype == PE_F16 ? v16f_load_f16(kt + 32 * j) : v16f_mul(v16i_to_f(load_i16(kt + 32 * j)), d[j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) {
+        const v16f x = v16f_set1(q[r * e + i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) acc[r][j] = v16f_fma(x, y[j], acc[r][j]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) v16f_store(p + r * TILE_KEYS + 16 * j, acc[r][j]);
+  *next = a;
+}
+
+#define SCORES(d, r, v)                                                                                                \
+  for (int j = 0; j < 4; j += v)                                                                                       \
+    scores_body(d, r, v, q, e, (const char *)kt + 32 * j, scale + 32 * j, next, share, p + 16 * j)
+#define SCORES_ROWS(d)                                                                                                 \
+  switch (rows) {                                                                                                      \
+    case 1: SCORES(d, 1, 4); break;                                                                                    \
+    case 2: SCORES(d, 2, 4); break;                                                                                    \
+    case 3: SCORES(d, 3, 4); break;                                                                                    \
+    case 4: SCORES(d, 4, 4); break;                                                                                    \
+    case 5: SCORES(d, 5, 4); break;                                                                                    \
+    case 6: SCORES(d, 6, 4); break;                                                                                    \
+    case 7: SCORES(d, 7, 2); break;                                                                                    \
+    default: SCORES(d, 8, 2);                                                                                          \
+  }
+static __attribute__((noinline)) void narrow_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next,
+                                                    float *p) {
+  const char *scale = (const char *)kt + e * 2 * TILE_KEYS;
+  const int64_t steps = rows > 6 ? 2 * e : e, share = ((next->bytes + 63) / 64 * TILE_KEYS + steps - 1) / steps;
+  if (dtype == PE_F16) SCORES_ROWS(PE_F16)
+  else SCORES_ROWS(PE_Q8_0)
+}
+#else
+PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
+  (void)dtype, (void)cell, (void)e, (void)kt;
+}
+static void narrow_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next, float *p) {
+  (void)dtype, (void)rows, (void)q, (void)e, (void)kt, (void)next, (void)p;
+}
+static int can_narrow(const pe_tensor *k) { (void)k; return 0; }
+#endif
+
+/* c[r][j] = factor[r] c[r][j] + sum over t of p[r][t] v[t][j] for 16 * vectors columns from `first` on; n values at `cell`. */
+PE_INLINE void values_body(const int dtype, const int rows, const int vectors, const float *p, const char *const *cell,
+                           ahead *next, int64_t first, float *c, int64_t ldc, int64_t n, const float *factor) {
+  const int64_t at = dtype == PE_F32 ? 4 * first : dtype == PE_F16 ? 2 * first : first / 32 * 34;
+  const int64_t within = dtype == PE_Q8_0 && vectors == 1 ? first % 32 : 0;
+  const int lines = ((dtype == PE_F32 ? 64 : dtype == PE_F16 ? 32 : 17) * vectors + 63) / 64;
+  ahead a = *next;
+  v16f acc[FEW_ROWS][TILE_VECTORS], y[TILE_VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_mul(v16f_load(c + r * ldc + 16 * j), v16f_set1(factor[r]));
+  for (int64_t t = 0; t < n; t++) {
+    ask(&a, lines);
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) y[j] = load_cell(dtype, cell[t] + at, within + 16 * j);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      const v16f x = v16f_set1(p[r * TILE_KEYS + t]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) acc[r][j] = v16f_fma(x, y[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) v16f_store(c + r * ldc + 16 * j, acc[r][j]);
+  *next = a;
+}
+
+#define VALUES(d, r, v) values_body(d, r, v, p, cell, next, first, c, f, n, factor)
+#define VALUES_ROWS(d, v)                                                                                              \
+  switch (rows) {                                                                                                      \
+    case 1: VALUES(d, 1, v); break;                                                                                    \
+    case 2: VALUES(d, 2, v); break;                                                                                    \
+    case 3: VALUES(d, 3, v); break;                                                                                    \
+    case 4: VALUES(d, 4, v); break;                                                                                    \
+    case 5: VALUES(d, 5, v); break;                                                                                    \
+    default: VALUES(d, 6, v);                                                                                          \
+  }
+#if PE_PARTS == 1
+#define VALUES_ALL(d)                                                                                                  \
+  if (v == 4) VALUES_ROWS(d, 4)                                                                                        \
+  else if (rows == 7 && v == 2) VALUES(d, 7, 2);                                                                       \
+  else if (rows == 7) VALUES(d, 7, 1);                                                                                 \
+  else if (rows == 8 && v == 2) VALUES(d, 8, 2);                                                                       \
+  else if (rows == 8) VALUES(d, 8, 1);                                                                                 \
+  else if (v == 2) VALUES_ROWS(d, 2)                                                                                   \
+  else VALUES_ROWS(d, 1)
+#else
+#define VALUES_ALL(d) VALUES_ROWS(d, 1)
+#endif
+static __attribute__((noinline)) void direct_values(int dtype, int rows, const float *p, const char *const *cell, ahead *next,
+                                                    int64_t f, float *c, int64_t n, const float *factor) {
+  for (int64_t first = 0, v; first < f; first += 16 * v, c += 16 * v) {
+    const int64_t left = (f - first) / 16;
+    v = TILE_VECTORS == 1 ? 1 : left >= 4 && rows <= 6 ? 4 : left >= 2 ? 2 : 1; /* even until the last: whole Q8_0 blocks */
+    if (dtype == PE_F32) VALUES_ALL(PE_F32)
+    else if (dtype == PE_F16) VALUES_ALL(PE_F16)
+    else VALUES_ALL(PE_Q8_0)
+  }
+}
+
+/* ---- loading ---- */
+
+static loaded load_tile(const job *w, const cells_of *t, const cells_of *next, uint64_t wanted, int64_t queries, float *kt,
+                        float *v) {
   const pe_tensor *a = w->k, *b = w->v;
   const int64_t kb = cell_bytes(a), vb = cell_bytes(b);
-  const char *any = t->k[__builtin_ctzll(wanted)]; /* stands for the keys beside wanted ones in a group of 16 */
-  for (int j = 0; j < TILE_KEYS; j++)
-    if (!t->k[j]) t->k[j] = any;
-  switch (a->dtype) {
-    case PE_F32: transpose_keys(PE_F32, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
-    case PE_F16: transpose_keys(PE_F16, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
-    default: transpose_keys(PE_Q8_0, t->k, next->k, kb, wanted, w->e, a->stride[2], 1, kt);
+  const int few = queries <= FEW_QUERIES, narrow = few && can_narrow(a), direct = few && vb > 0 && w->f == w->fp;
+  if (narrow) {
+    if (a->dtype == PE_F16) transpose_narrow(PE_F16, t->k, w->e, (char *)kt);
+    else transpose_narrow(PE_Q8_0, t->k, w->e, (char *)kt);
+  } else {
+    switch (a->dtype) {
+      case PE_F32: transpose_keys(PE_F32, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
+      case PE_F16: transpose_keys(PE_F16, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
+      default: transpose_keys(PE_Q8_0, t->k, next->k, kb, wanted, w->e, a->stride[2], 1, kt);
+    }
   }
-  switch (b->dtype) {
-    case PE_F32: convert_values(PE_F32, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
-    case PE_F16: convert_values(PE_F16, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
-    default: convert_values(PE_Q8_0, t->v, next->v, vb, wanted, w->f, b->stride[2], 1, v);
+  if (!direct) {
+    switch (b->dtype) {
+      case PE_F32: convert_values(PE_F32, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
+      case PE_F16: convert_values(PE_F16, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
+      default: convert_values(PE_Q8_0, t->v, next->v, vb, wanted, w->f, b->stride[2], 1, v);
+    }
   }
+  return (loaded){kt, v, t, next, narrow, direct};
 }
 
 /* ---- online softmax ---- */
@@ -244,17 +477,22 @@ PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, fl
 }
 
 /* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile. */
-static void attend(const job *w, const float *q, int64_t n, int a, int b, const float *kt, const float *v, partial s) {
+static void attend(const job *w, const float *q, int64_t n, int a, int b, const loaded *t, partial s) {
+  const int most = t->narrow && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
+  ahead k = {t->next->k, t->next->k + TILE_KEYS, cell_bytes(w->k), 0};
+  ahead v = {t->next->v, t->next->v + TILE_KEYS, cell_bytes(w->v), 0};
   const int v0 = a / 16, v1 = (b + 15) / 16;
-  float p[TILE_ROWS][TILE_KEYS], factor[TILE_ROWS];
-  for (int64_t tiles = (n + TILE_ROWS - 1) / TILE_ROWS; n; tiles--) {
+  float p[FEW_ROWS][TILE_KEYS], factor[FEW_ROWS];
+  for (int64_t tiles = (n + most - 1) / most; n; tiles--) {
     const int r = (int)((n + tiles - 1) / tiles); /* as even as they can be: 7 queries are 4 + 3 */
-    tile(r, v1 - v0, q, w->e, kt + 16 * v0, TILE_KEYS, p[0] + 16 * v0, TILE_KEYS, w->e, 0);
+    if (t->narrow) narrow_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
+    else tile(r, v1 - v0, q, w->e, t->kt + 16 * v0, TILE_KEYS, p[0] + 16 * v0, TILE_KEYS, w->e, 0);
     if (a == 0 && b == TILE_KEYS)
       for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.sum + 16 * i);
     else
       for (int i = 0; i < r; i++) factor[i] = soften(p[i], a, b, v0, v1, w->softcap, s.top + i, s.sum + 16 * i);
-    tile(r, (int)(w->fp / 16), p[0] + a, TILE_KEYS, v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
+    if (t->direct) direct_values(w->v->dtype, r, p[0] + a, t->cells->v + a, &v, w->f, s.acc, b - a, factor);
+    else tile(r, (int)(w->fp / 16), p[0] + a, TILE_KEYS, t->v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
     q += r * w->e;
     s.top += r;
     s.sum += 16 * r;
@@ -332,22 +570,22 @@ static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t l
   const int32_t sequence = w->cells && w->seq ? w->seq[u->row] : 0;
   cells_of cells[2]; /* of this tile and of the next */
   uint64_t wanted = wanted_keys(w, u, first_key), later;
-  pe_status bad = find_cells(w, u->head, sequence, first_key, wanted, &cells[0], s);
+  pe_status bad = wanted ? find_cells(w, u->head, sequence, first_key, wanted, &cells[0], s) : PE_OK;
   if (bad) return bad;
   start(w, u, p);
   for (int64_t i = 0; i < CHUNK_KEYS / TILE_KEYS; i++, wanted = later) {
     const int64_t first = first_key + i * TILE_KEYS, next = first + TILE_KEYS;
     later = next < limit ? wanted_keys(w, u, next) : 0;
-    if ((bad = find_cells(w, u->head, sequence, next, later, &cells[(i + 1) % 2], s))) return bad;
+    if (later && (bad = find_cells(w, u->head, sequence, next, later, &cells[(i + 1) % 2], s))) return bad;
     if (!wanted) continue;
-    load_tile(w, &cells[i % 2], &cells[(i + 1) % 2], wanted, t->kt, t->v);
+    const loaded tile = load_tile(w, &cells[i % 2], &cells[later ? (i + 1) % 2 : i % 2], wanted, u->n_rows * w->group, t->kt, t->v);
     int a, b;
     for (int64_t r = u->row, n; r < end; r += n) { /* runs of rows that see the same part */
       n = 1;
       if (!visible(w, r, first, &a, &b)) continue;
       for (int c, d; r + n < end && visible(w, r + n, first, &c, &d) && c == a && d == b;) n++;
       const int64_t at = (r - u->row) * w->group;
-      attend(w, t->q + at * w->e, n * w->group, a, b, t->kt, t->v, (partial){p.top + at, p.sum + 16 * at, p.acc + w->fp * at});
+      attend(w, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.sum + 16 * at, p.acc + w->fp * at});
     }
   }
   return PE_OK;
