@@ -237,7 +237,7 @@ class Model:
         self._template: ChatTemplate | None = None
         unused = {n: np.empty(t.nbytes_max // 4, np.int32) for n, t in built.graph.inputs.items() if n not in program.inputs}
         self._flat = unused | {name: a.reshape(-1) for name, a in program.inputs.items()}
-        self._logits, self._hidden = program.outputs
+        self._logits = program.outputs[0]
         self._head_step = program.first_step_reading("head")
         for g in self._groups:
             program.state(f"{g.name}.table")[0] = np.arange(g.slots, dtype=np.int32)

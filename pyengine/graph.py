@@ -51,9 +51,9 @@ class Graph:
 
     def constant(self, array: np.ndarray) -> Tensor:
         """An array that never changes."""
-        from pyengine.op import _as_tensor
+        from pyengine.op import as_tensor
 
-        return _as_tensor(array)
+        return as_tensor(array)
 
     def compile(self, outputs: Tensor | Sequence[Tensor], device: str = "cpu", n_threads: int | None = None,
                 passes: Sequence[str] | None = None) -> Any:
@@ -102,7 +102,7 @@ def check_states(nodes: Sequence[Node]) -> None:
             continue
         for spec in node.op.results:
             if spec.kind == "Same":
-                source = node.args[list(node.op.args).index(spec.axes[0])]
+                source = node.op.argument(node.args, spec.axes[0])
                 if len(read[id(source.node), source.index]) > 1:
                     raise GraphError(
                         f"{node.op.name}: '{spec.axes[0]}' ({source.name or 'unnamed'}) is changed in place, so nothing else may "

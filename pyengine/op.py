@@ -31,8 +31,6 @@ from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import ShapeError
 from pyengine.tensor import Axis, Node, Tensor, make_leaf, product
 
-F32_, I32_ = dtype_of("F32"), dtype_of("I32")
-
 
 @dataclass(frozen=True)
 class Spec:
@@ -132,7 +130,7 @@ class Op:
         flat = [t for v in values for t in (v if isinstance(v, (list, tuple)) else [v])]
         if not any(isinstance(t, Tensor) for t in flat):
             return self.fn(*values, **params)
-        values = [[_as_tensor(t) for t in v] if isinstance(v, (list, tuple)) else _as_tensor(v) for v in values]
+        values = [[as_tensor(t) for t in v] if isinstance(v, (list, tuple)) else as_tensor(v) for v in values]
         return self.node(values, params)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +176,10 @@ class Op:
         object.__setattr__(node, "outputs", outputs)
         return outputs[0] if len(self.results) == 1 and not self.results[0].many else outputs
 
+    def argument(self, args: Sequence[Any], name: str) -> Any:
+        """The one of a node's arguments that has this name."""
+        return args[list(self.args).index(name)]
+
     # -- shapes -------------------------------------------------------------------------------------------------------
 
     def _infer(self, args: Sequence[Any]) -> list[tuple[tuple[Axis, ...], DType]]:
@@ -194,12 +196,12 @@ class Op:
         out: list[tuple[tuple[Axis, ...], DType]] = []
         for spec in self.results:
             if spec.kind == "Same":
-                same = args[list(self.args).index(spec.axes[0])]
+                same = self.argument(args, spec.axes[0])
                 if same is None:
                     raise ShapeError(f"{self.name}: '{spec.axes[0]}' must be given")
                 out.append((same.shape, same.dtype))
                 continue
-            n = len(args[list(self.args).index(self.per)]) if spec.many else 1
+            n = len(self.argument(args, self.per)) if spec.many else 1
             for i in range(n):
                 shape: list[Axis] = []
                 for axis in spec.axes:
@@ -277,7 +279,7 @@ def op(**facts: Any) -> Callable[[Callable[..., Any]], Op]:
     return declare
 
 
-def _as_tensor(value: Any) -> Tensor | None:
+def as_tensor(value: Any) -> Tensor | None:
     """Arrays become constants of the graph."""
     if value is None or isinstance(value, Tensor):
         return value

@@ -52,12 +52,6 @@ def _is(t: Any, op: Any) -> bool:
     return isinstance(t, Tensor) and t.node.op is op
 
 
-def _through_reshape(t: Tensor) -> Tensor:
-    while _is(t, ops.reshape):
-        t = t.node.args[0]
-    return t
-
-
 def share(outputs: list[Tensor]) -> list[Tensor]:
     """Nodes of the same op, arguments and parameters become one (rope tables of all layers), and so do constants that are the
     same weight of a file (tied embeddings)."""

@@ -18,6 +18,11 @@ from pyengine.tensor import Axis, Node, Shape, Tensor, product
 ALIGN = 64                                                                     # bytes: one cache line, one AVX-512 vector
 
 
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to whole multiples of ALIGN."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
 @dataclass(frozen=True)
 class Interval:
     """`size` bytes that are in use from step `start` to step `end`, both included."""
@@ -47,12 +52,12 @@ def place(intervals: Sequence[Interval]) -> tuple[list[int], int]:
             gap = offsets[j] - cursor
             if gap >= want.size and (best_gap is None or gap < best_gap):
                 best, best_gap = cursor, gap
-            cursor = max(cursor, offsets[j] + -(-other.size // ALIGN) * ALIGN)
+            cursor = max(cursor, offsets[j] + aligned(other.size))
         offsets[i] = cursor if best is None else best
         placed.append(i)
         placed.sort(key=lambda j: offsets[j])
         total = max(total, offsets[i] + want.size)
-    return offsets, -(-total // ALIGN) * ALIGN
+    return offsets, aligned(total)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> 
                 storage[id(node), t.index] = Storage(t, 0, contiguous_strides(t.shape, t.dtype))
             for spec, t in zip(node.op.results, node.outputs):
                 if spec.kind == "Same":
-                    source = node.args[list(node.op.args).index(spec.axes[0])]
+                    source = node.op.argument(node.args, spec.axes[0])
                     storage[id(node), t.index] = storage[id(source.node), source.index]
 
     last: dict[int, int] = {}                                                  # id of root -> last step that reads it
@@ -196,7 +201,7 @@ def _reuse(layout: Layout, number: dict[int, int], last: dict[int, int]) -> None
         name = node.op.inplace
         if name is None or any(t.index == 0 and layout.of(t).root is not t for t in node.outputs[:1]):
             continue
-        arg, t = node.args[list(node.op.args).index(name)], node.outputs[0]
+        arg, t = node.op.argument(node.args, name), node.outputs[0]
         if arg is None or isinstance(arg, tuple) or arg.shape != t.shape or arg.dtype != t.dtype:
             continue
         place_ = layout.of(arg)

@@ -15,7 +15,7 @@ from pyengine.codegen import pack_params
 from pyengine.dtype import DType
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.native import engine, ffi, lib
-from pyengine.planner import ALIGN, Layout, contiguous_strides, lay_out
+from pyengine.planner import ALIGN, Layout, aligned, contiguous_strides, lay_out
 from pyengine.tensor import Axis, Dim, Node, Tensor, axis_max, axis_value
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
@@ -81,13 +81,13 @@ def _residents(layout: Layout) -> dict[int, Resident]:
             nbytes = int(lib.pe_pack_bytes(dtype.id, int(t.shape[0]), int(t.shape[1])))
             if nbytes:
                 out[id(node)] = Resident(t, dtype.packed, "packed", nbytes, offset)
-                offset += -(-nbytes // ALIGN) * ALIGN
+                offset += aligned(nbytes)
                 continue
         if t.dtype == dtype and not isinstance(node.source, np.ndarray) and roles <= {"linear.w", "rows.table"}:
             out[id(node)] = Resident(t, dtype, "mapped", t.nbytes_max)
             continue
         out[id(node)] = Resident(t, t.dtype, "plain", t.nbytes_max, offset)
-        offset += -(-t.nbytes_max // ALIGN) * ALIGN
+        offset += aligned(t.nbytes_max)
     return out
 
 
@@ -104,9 +104,9 @@ class Prepared:
         self.residents = _residents(self.layout)
         self.states = [n.outputs[0] for n in self.layout.leaves if n.kind == "state"]
         self.arena_bytes = self.layout.arena_bytes
-        self.weight_bytes = sum(-(-r.nbytes // ALIGN) * ALIGN for r in self.residents.values() if r.form != "mapped")
+        self.weight_bytes = sum(aligned(r.nbytes) for r in self.residents.values() if r.form != "mapped")
         self.mapped_bytes = sum(r.nbytes for r in self.residents.values() if r.form == "mapped")
-        self.state_bytes = sum(-(-t.nbytes_max // ALIGN) * ALIGN for t in self.states)
+        self.state_bytes = sum(aligned(t.nbytes_max) for t in self.states)
 
     def _scratch_bytes(self, node: Node) -> int:
         tensors, ids = [], []
@@ -153,8 +153,6 @@ class Program:
         self._keep: list[Any] = []
         self.dim_names = sorted({a.name for n in [*layout.leaves, *layout.steps] for t in n.outputs for a in t.shape
                                  if isinstance(a, Dim)})
-        self.dim_max = {a.name: a.max for n in [*layout.leaves, *layout.steps] for t in n.outputs for a in t.shape
-                        if isinstance(a, Dim)}
         addresses = [self.arena.address]
         base_of: dict[int, int] = {}
         for r in prepared.residents.values():
@@ -166,7 +164,7 @@ class Program:
             base_of[id(t.node)] = len(addresses)
             self.state_address[t.name] = self.state_memory.address + offset
             addresses.append(self.state_memory.address + offset)
-            offset += -(-t.nbytes_max // ALIGN) * ALIGN
+            offset += aligned(t.nbytes_max)
         self._build(layout, prepared, base_of, len(addresses))
         for i, address in enumerate(addresses):
             self._program.bind(i, address)

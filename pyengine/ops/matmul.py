@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pyengine.errors import ShapeError
 from pyengine.op import F32, I32, Weight, op
 from pyengine.ops.elementwise import activation
 from pyengine.tensor import Tensor, axis_max
@@ -19,22 +20,16 @@ def _linear_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     shapes = linear._infer(args)
     x, w, bias, norm, residual = args
     if not 1 <= len(w) <= 4:
-        linear_error(f"{len(w)} weights; 1 to 4 are possible")
+        raise ShapeError(f"linear: {len(w)} weights; 1 to 4 are possible")
     if bias is not None and len(bias) != len(w):
-        linear_error(f"{len(bias)} biases for {len(w)} weights")
+        raise ShapeError(f"linear: {len(bias)} biases for {len(w)} weights")
     if params["glu"] != "none":
         if len(w) != 2 or w[0].shape != w[1].shape or residual is not None:
-            linear_error("glu takes two weights of equal shape and no residual")
+            raise ShapeError("linear: glu takes two weights of equal shape and no residual")
         return shapes[:1]
     if residual is not None and (len(w) != 1 or residual.shape != shapes[0][0]):
-        linear_error(f"a residual needs one weight and the shape of the result, {shapes[0][0]}")
+        raise ShapeError(f"linear: a residual needs one weight and the shape of the result, {shapes[0][0]}")
     return shapes
-
-
-def linear_error(text: str) -> None:
-    from pyengine.errors import ShapeError
-
-    raise ShapeError(f"linear: {text}")
 
 
 @op(per="w", infer=_linear_infer, flops=_linear_flops)
