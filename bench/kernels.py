@@ -135,14 +135,10 @@ class Blocks:
     dtype: DType
     raw: np.ndarray                                                            # uint8 [rows, bytes of a row]
 
-    @property
-    def source(self) -> Blocks:
-        return self
-
-    def view(self, name: str) -> np.ndarray:
+    def view(self) -> np.ndarray:
         return self.raw.reshape(-1)
 
-    def drop(self, name: str) -> bool:
+    def drop(self) -> bool:
         return False
 
     def values(self, rows: Any = slice(None)) -> np.ndarray:

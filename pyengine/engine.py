@@ -85,7 +85,7 @@ def _build(file: GGUFFile, n_ctx: int, n_batch: int, kv_dtype: str) -> _Built:
     g = Graph()
     m, w, l = Dim("m", n_batch), Dim("w", n_batch), Dim("l", n_head)
     batch = Batch(m, g.input("ids", (m,), "I32"), g.input("positions", (1, m), "I32"), g.input("wanted", (w,), "I32"),
-                  g.input("head", (l,), "I32"))
+                  g.input("head", (l,), "I32"), None)
     seq, seq_wanted = g.input("seq", (m,), "I32"), g.input("seq_wanted", (w,), "I32")
     groups: dict[Policy, _Group] = {}
     shared: dict[Policy, list[Tensor]] = {}

@@ -13,9 +13,10 @@ from pyengine.gguf import Metadata
 class Hparams:
     """Keys "<arch>.<name>" of one file. `need` raises when a key is missing; `get` is for documented constants only."""
 
-    def __init__(self, meta: Metadata):
+    def __init__(self, meta: Metadata, prefix: str | None = None):
+        """prefix: what stands before each key; default the architecture's name ("clip" for a vision encoder)."""
         self.meta = meta
-        self.arch: str = meta.need("general.architecture", str)
+        self.arch: str = prefix or meta.need("general.architecture", str)
 
     def need(self, name: str, *kinds: type) -> Any:
         """The value of a key that must be there. Raises: InvalidModelError."""

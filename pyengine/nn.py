@@ -34,13 +34,13 @@ class Linear:
 
 
 class Embedding:
-    """Rows of a table [n, d] by token id, times `scale`."""
+    """Rows of a table [n, d] by token id, times `scale`; negative ids take rows of `media` [e, d] unscaled."""
 
     def __init__(self, w: Weights, n: int, d: int, scale: float = 1.0):
         self.weight, self.scale = constant(w.tensor("weight", (n, d))), scale
 
-    def __call__(self, ids: Tensor) -> Tensor:                                     # [m] -> [m, d]
-        return ops.rows(self.weight, ids, scale=self.scale)
+    def __call__(self, ids: Tensor, media: Tensor | None = None) -> Tensor:        # [m] -> [m, d]
+        return ops.rows(self.weight, ids, media, scale=self.scale)
 
 
 class RMSNorm:

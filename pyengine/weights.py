@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pyengine.dtype import DType
+from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 from pyengine.gguf import GGUFFile, nearest, quoted
 
@@ -36,9 +36,43 @@ class WeightRef:
         """Return plain numbers in `shape`, over the mapped file. Raises RequestError for block formats."""
         return self.source.array(self.name).reshape(self.shape)
 
+    def floats(self) -> np.ndarray:
+        """Return the numbers as float32 in `shape`, dequantized. Raises: UnsupportedModelError for a format that cannot be."""
+        from pyengine.native import ffi, lib                                   # reading a file's names needs no compiled part
+
+        out = np.empty(self.shape, np.float32)
+        if lib.pe_dequantize_row(self.dtype.id, ffi.from_buffer(self.view()), ffi.cast("float *", out.ctypes.data), out.size):
+            raise UnsupportedModelError(f"{self.source.path}: tensor {self.name!r}: {self.dtype.name} cannot be read")
+        return out
+
     def drop(self) -> bool:
         """Tell the kernel that the file's pages under this tensor are not needed now."""
         return self.source.drop(self.name)
+
+
+@dataclass(frozen=True)
+class DerivedRef:
+    """A float32 weight that is computed from tensors of the file when it is loaded (a transposed matrix, joined slices).
+
+    make(*arrays) gets `WeightRef.floats` of each part and returns an array of `shape`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[WeightRef, ...]
+    make: Callable[..., np.ndarray] = field(repr=False)
+    dtype: DType = dtype_of("F32")
+
+    def view(self) -> np.ndarray:
+        """Compute the bytes, uint8 [nbytes]."""
+        made = np.ascontiguousarray(self.make(*(p.floats() for p in self.parts)), np.float32)
+        if made.shape != self.shape:
+            raise InvalidModelError(f"tensor {self.name!r}: is made with shape {made.shape}, and the model needs {self.shape}")
+        return made.reshape(-1).view(np.uint8)
+
+    def drop(self) -> bool:
+        """Tell the kernel that the file's pages under the parts are not needed now."""
+        return all([p.drop() for p in self.parts])
 
 
 class _Names:

@@ -299,12 +299,24 @@ def test_rows(kernels: Kernels, name: str) -> None:
         if packed and name == "TQ2_0":
             continue
         out = np.full((5, w.k + 1), np.nan, np.float32)
-        kernels.call("rows", [[kernels.weight(w, packed)], [array(ids)], [array(out[:, :-1])]], 1, {"scale": scale}, 2)
+        kernels.call("rows", [[kernels.weight(w, packed)], [array(ids)], [], [array(out[:, :-1])]], 1, {"scale": scale}, 2)
         assert out[:, :-1].tobytes() == (w.values[ids] * np.float32(scale)).tobytes() and np.isnan(out[:, -1]).all()
     for bad in (-1, 37, -(2**31), 2**31 - 1):
         ids[2] = bad
         with pytest.raises(KernelError, match=f"id {bad} of 37"):
-            kernels.call("rows", [[kernels.weight(w, False)], [array(ids)], [array(out[:, :-1])]], 1, {}, 1)
+            kernels.call("rows", [[kernels.weight(w, False)], [array(ids)], [], [array(out[:, :-1])]], 1, {}, 1)
+
+
+def test_rows_of_media(kernels: Kernels) -> None:
+    """Negative ids take rows of the second table, unscaled and bit for bit; those beyond it are refused."""
+    rng = rng_of("rows of media")
+    w, media = Matrix(rng, "F16", 9, 64), rng.standard_normal((3, 64)).astype(np.float32)
+    ids, out = np.array([8, -1, -3, 0, -2], np.int32), np.full((5, 64), np.nan, np.float32)
+    kernels.call("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {"scale": 2.0}, 2)
+    assert out.tobytes() == np.stack([2 * w.values[8], media[0], media[2], 2 * w.values[0], media[1]]).astype(np.float32).tobytes()
+    ids[1] = -4
+    with pytest.raises(KernelError, match="id -4 of 9"):
+        kernels.call("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {}, 1)
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])

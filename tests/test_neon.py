@@ -219,7 +219,7 @@ def test_linear_declared_cases(arm: str, index: int) -> None:
 
 def rows_call(w: Matrix | Blocks, ids: np.ndarray, packed: bool, scale: float = 1.0) -> Call:
     out = memory_of(np.full((len(ids), w.k), np.nan, np.float32))
-    return Call("rows", params_of("rows", {"scale": scale}), [[weight(w, packed)], [memory_of(ids)], [out]])
+    return Call("rows", params_of("rows", {"scale": scale}), [[weight(w, packed)], [memory_of(ids)], [], [out]])
 
 
 @pytest.mark.parametrize("name", UNPACKED + FLOATS)

@@ -1,4 +1,4 @@
-/* rows.c: out[i] = scale * table[ids[i]], the table in any format.
+/* rows.c: out[i] = scale * table[ids[i]], the table in any format; a negative id -1-j copies row j of `media` instead.
  *
  * A thread owns whole rows of `out` and claims them one by one. A row of a packed table is one lane of its group of 16 rows, so
  * all lines of the group are read. Values are those of pe_dequantize_row, bit for bit, times scale.
@@ -60,8 +60,9 @@ static pe_status packed_row(int id, const uint8_t *group, int64_t k, int64_t r, 
   }
 }
 
-PE_KERNEL(rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *out, const pe_rows_params *p, pe_stream *s) {
-  const int64_t m = ids->shape[0], n = table->shape[0], k = table->shape[1];
+PE_KERNEL(rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *media, const pe_tensor *out,
+                const pe_rows_params *p, pe_stream *s) {
+  const int64_t m = ids->shape[0], n = table->shape[0], k = table->shape[1], n_media = media ? media->shape[0] : 0;
   const v16f scale = v16f_set1(p->scale);
   const int packed = table->dtype >= PE_PACKED;
   const int64_t bytes = packed ? pe_pack_group_bytes(table->dtype - PE_PACKED, k) : 0;
@@ -69,6 +70,10 @@ PE_KERNEL(rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *o
   for (int64_t i; (i = pe_next(s, 0)) < m;) {
     const int64_t id = *(const int32_t *)((const char *)ids->data + i * ids->stride[0]);
     float *to = (float *)((char *)out->data + i * out->stride[0]);
+    if (id < 0 && -1 - id < n_media) {
+      memcpy(to, (const char *)media->data + (-1 - id) * media->stride[0], (size_t)k * sizeof(float));
+      continue;
+    }
     if (id < 0 || id >= n) return pe_fail(s, PE_BAD_VALUE, "rows: id %lld of %lld", (long long)id, (long long)n);
     if (k == 0) continue;
     pe_status status;

@@ -17,6 +17,7 @@ from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.native import engine, ffi, lib
 from pyengine.planner import ALIGN, Layout, aligned, contiguous_strides, lay_out
 from pyengine.tensor import Axis, Dim, Node, Tensor, axis_max, axis_value
+from pyengine.weights import DerivedRef
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
 _STATUS = {1: GraphError, 2: GraphError, 3: RequestError, 4: PlanError, 5: GraphError}     # by pe_status
@@ -83,7 +84,7 @@ def _residents(layout: Layout) -> dict[int, Resident]:
                 out[id(node)] = Resident(t, dtype.packed, "packed", nbytes, offset)
                 offset += aligned(nbytes)
                 continue
-        if t.dtype == dtype and not isinstance(node.source, np.ndarray) and roles <= {"linear.w", "rows.table"}:
+        if t.dtype == dtype and not isinstance(node.source, (np.ndarray, DerivedRef)) and roles <= {"linear.w", "rows.table"}:
             out[id(node)] = Resident(t, dtype, "mapped", t.nbytes_max)
             continue
         out[id(node)] = Resident(t, t.dtype, "plain", t.nbytes_max, offset)
@@ -210,7 +211,7 @@ class Program:
         self._program = engine.Program(prepared.isa, specs, nodes, n_bases, len(self.dim_names))
 
     def _mapped_address(self, r: Resident) -> int:
-        view = r.tensor.node.source.source.view(r.tensor.node.source.name)
+        view = r.tensor.node.source.view()
         self._keep.append(view)
         return view.ctypes.data
 
@@ -220,7 +221,7 @@ class Program:
         for r in residents:
             source = r.tensor.node.source
             if r.form != "mapped":
-                raw = source if isinstance(source, np.ndarray) else source.source.view(source.name)
+                raw = source if isinstance(source, np.ndarray) else source.view()
                 raw = np.ascontiguousarray(raw)
                 if r.form == "packed":
                     n, k = (int(a) for a in r.tensor.shape)
@@ -230,7 +231,7 @@ class Program:
                 else:
                     self._convert(r, raw, memory)
                 if not isinstance(source, np.ndarray):
-                    source.source.drop(source.name)
+                    source.drop()
             done += r.nbytes
             if progress:
                 progress(done, total)

@@ -22,7 +22,7 @@ def constant_array(t: Tensor) -> np.ndarray:
         return source
     import gguf
 
-    blob = np.array(source.source.view(source.name))
+    blob = np.array(source.view())
     shape = tuple(int(n) for n in t.shape)
     row_bytes = source.dtype.size(shape[-1])
     kind = gguf.GGMLQuantizationType(source.dtype.id)

@@ -87,14 +87,19 @@ matmul.case(x=(0, 4), y=(3, 4))
 
 
 @op()
-def rows(table: Weight["n k"], ids: I32["m"], *, scale: float = 1.0) -> F32["m k"]:
+def rows(table: Weight["n k"], ids: I32["m"], media: F32["e k"] | None = None, *, scale: float = 1.0) -> F32["m k"]:
     """Pick rows of a table by number, times `scale` (token embeddings; rows whose logits are wanted).
 
-    Raises: RequestError at run time for an id outside the table.
+    A negative id -1-j takes row j of `media` as it is: embeddings that stand between those of tokens.
+    Raises: RequestError at run time for an id outside the table or `media`.
     """
-    return table[ids] * np.float32(scale)
+    out = table[np.maximum(ids, 0)] * np.float32(scale)
+    if media is not None:
+        out[ids < 0] = media[-1 - ids[ids < 0]]
+    return out
 
 
 rows.case(table=(50, 64), ids=(5,))
 rows.case(table=(7, 33), ids=(3,), scale=8.0)
 rows.case(table=(7, 32), ids=(0,))
+rows.case(table=(7, 32), ids=(6,), media=(3, 32), scale=8.0)
