@@ -143,6 +143,11 @@ class Weights:
         """Bind a tensor that files may leave out; None without it. Raises as `tensor` for another shape."""
         return self.tensor(name, shape) if self.prefix + name in self._names.sources else None
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape that the file gives a tensor of this scope, for widths that no key states; None without it."""
+        file = self._names.sources.get(self.prefix + name)
+        return None if file is None else file.tensors[self.prefix + name].shape
+
     def finish(self, ignore: Iterable[str] = ()) -> None:
         """Check, once the model is built, that every tensor of the files is bound, so that nothing is left unused.
 

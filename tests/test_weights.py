@@ -51,6 +51,12 @@ def test_scopes_reach_tensors(weights):
         ref.shape = (4, 3)
 
 
+def test_shape_is_the_files_and_binds_nothing(weights):
+    assert weights["blk", 0].shape("attn_q.weight") == (3, 4) and weights.shape("blk.0.attn_k.weight") is None
+    with pytest.raises(UnsupportedModelError, match="blk.0.attn_q.weight"):
+        weights.finish()
+
+
 def test_contains_takes_whole_components(weights):
     assert "v" in weights and "blk" in weights and ("blk", 10) in weights and "token_embd" in weights
     assert "attn_q" in weights["blk", 1] and "weight" in weights["blk", 1]["attn_q"]
