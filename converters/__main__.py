@@ -1,4 +1,4 @@
-"""Command line: `python -m converters HF_DIR -o OUT.gguf [--outtype f32|f16|bf16|q8_0] [--no-tokenizer]`."""
+"""Command line: `python -m converters HF_DIR -o OUT.gguf [--outtype f32|f16|bf16|q8_0] [--split-mmproj] [--no-tokenizer]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pyengine.errors import PyEngineError
 
-from .base import OUTTYPES, convert, supported
+from .base import OUTTYPES, convert, mmproj_path, supported
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,14 +19,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors files")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.gguf")
     parser.add_argument("--outtype", choices=OUTTYPES, help="type of the matrices (default: the checkpoint's own)")
+    parser.add_argument("--split-mmproj", action="store_true",
+                        help="write the image encoder to mmproj-OUT.gguf, llama.cpp's two-file form")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no vocabulary")
     args = parser.parse_args(argv)
     try:
-        path = convert(args.folder, args.out, args.outtype, with_tokenizer=not args.no_tokenizer)
+        path = convert(args.folder, args.out, args.outtype, with_tokenizer=not args.no_tokenizer,
+                       split_mmproj=args.split_mmproj)
     except (PyEngineError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for file in [path, mmproj_path(path)] if args.split_mmproj else [path]:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -13,7 +13,8 @@ import os
 import pkgutil
 import re
 import struct
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ZeroDivisionError,
              struct.error)
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # buffers of old checkpoints that follow from the config
+# What belongs to an image encoder: llama.cpp keeps it in a file of its own, whose name starts with "mmproj-"
+VISION_TENSORS, VISION_KEYS = ("v.", "mm."), "clip."
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------------------
@@ -65,6 +68,13 @@ class Config:
         value = self.need(name)
         if type(value) is not int or not 0 < value < 2 ** 31:
             raise InvalidModelError(f"{self.file}: '{name}' is {value!r}; a positive integer is expected")
+        return value
+
+    def token(self, *names: str) -> int:
+        """Return a token id that has one of these names. Raises InvalidModelError."""
+        value = next((self.values[n] for n in names if self.values.get(n) is not None), self.need(names[0]))
+        if type(value) is not int or not 0 <= value < 2 ** 31:
+            raise InvalidModelError(f"{self.file}: '{names[0]}' is {value!r}; a token id is expected")
         return value
 
     def refuse_unless(self, name: str, *allowed: Any) -> None:
@@ -149,6 +159,18 @@ class Checkpoint:
         # a tensor in a shard that the index does not list is an unknown tensor, not one to lose
         return {name: t for shard in shards.values() for name, t in shard.items()}
 
+    def rename(self, patterns: Sequence[tuple[str, str]]) -> None:
+        """Rename tensors: every pattern (regex, replacement) in turn. Raises InvalidModelError where two become one."""
+        renamed: dict[str, Stored] = {}
+        for name, stored in self.tensors.items():
+            new = name
+            for pattern, replacement in patterns:
+                new = re.sub(pattern, replacement, new)
+            if new in renamed:
+                raise InvalidModelError(f"{self.folder}: two tensors are '{new}', one of them under the name '{name}'")
+            renamed[new] = stored
+        self.tensors = renamed
+
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read rows [start, stop) of a tensor's first axis, in the stored dtype (bfloat16 as uint16)."""
         t = self.tensors[name]
@@ -176,12 +198,18 @@ def read_json(file: Path, required: bool = False) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first."""
+    """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
+
+    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, or one `frame`.
+    """
     name: str
     source: str
     shape: tuple[int, ...]
     row_order: np.ndarray | None = None  # row i of the file is row row_order[i] of the checkpoint
     add: float = 0.0                     # added to every value
+    stored: tuple[int, ...] | None = None
+    first_row: int = 0
+    frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
 
 
 @dataclass(frozen=True)
@@ -196,8 +224,12 @@ class Constant:
 
 
 class Converter(Protocol):
-    """One architecture; `arch` is `general.architecture` and the prefix of its keys."""
+    """One architecture; `arch` is `general.architecture` and the prefix of its keys.
+
+    Names of a checkpoint's tensors change with the version that saved it: `renames` turns them into those of `tensors`.
+    """
     arch: str
+    renames: Sequence[tuple[str, str]]
 
     def __init__(self, config: dict[str, Any], file: Path): ...
     def write_keys(self, out: gguf.GGUFWriter) -> None: ...
@@ -225,6 +257,11 @@ def supported() -> dict[str, type[Converter]]:
         if not module.name.startswith("_"):
             importlib.import_module(f"{__package__}.{module.name}")
     return dict(_CONVERTERS)
+
+
+def warn(message: str) -> None:
+    """Say on stderr what a conversion went on without."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def linear(name: str, source: str, n_out: int, n_in: int, bias: bool = False,
@@ -357,41 +394,69 @@ def write_window(out: gguf.GGUFWriter, window: int | None, sliding: list[bool]) 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], outtype: str | None = None,
-            with_tokenizer: bool = True) -> Path:
+            with_tokenizer: bool = True, split_mmproj: bool = False) -> Path:
     """Convert a Hugging Face checkpoint folder to one GGUF file and return its path.
 
-    `outtype` is a key of `OUTTYPES`; None keeps the dtype that most of the checkpoint has. The file appears under
-    its name only when it is whole. Memory beyond the interpreter: the vocabulary and at most one stored tensor.
-    Raises InvalidModelError, UnsupportedModelError.
+    `outtype` is a key of `OUTTYPES`; None keeps the dtype that most of the checkpoint has. With `split_mmproj` the image
+    encoder goes to a second file, `mmproj_path(out_file)`. A file appears under its name only when it is whole. Memory
+    beyond the interpreter: the vocabulary and at most one stored tensor. Raises InvalidModelError, UnsupportedModelError.
     """
     checkpoint = Checkpoint(Path(folder))
     converter = _find_converter(checkpoint)
+    checkpoint.rename(converter.renames)
     entries = _check_entries(checkpoint, converter)
-    if outtype is None:
-        outtype = _prevailing_dtype(checkpoint)
-    wanted, file_type = OUTTYPES[outtype]
+    vision = [e for e in entries if e.name.startswith(VISION_TENSORS)]
+    if split_mmproj and not vision:
+        raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no image encoder to split off")
 
     out_file = Path(out_file)
-    partial = out_file.with_name(out_file.name + ".partial")
-    out = gguf.GGUFWriter(partial, converter.arch)
-    out.add_type("model")
-    out.add_name(_model_name(checkpoint))
-    out.add_file_type(file_type)
-    out.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    out.add_vocab_size(converter.vocab_size)
+    text = _Output(out_file, converter.arch, "model", checkpoint, outtype)
+    text.writer.add_vocab_size(converter.vocab_size)
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
-        converter.write_keys(out)
+        converter.write_keys(text.writer)
     with malformed_is(f"{checkpoint.folder}: a value of the tokenizer's files is of the wrong kind"):
-        vocabulary = read_vocabulary(checkpoint.folder, checkpoint.config) if with_tokenizer else Vocabulary.none()
-    vocabulary.write(out, converter.vocab_size)
+        # a model with an image encoder has its text model's own values one level down
+        values = {**(checkpoint.config.get("text_config") or {}), **checkpoint.config}
+        vocabulary = read_vocabulary(checkpoint.folder, values) if with_tokenizer else Vocabulary.none()
+    if with_tokenizer and vocabulary.model == "none":
+        warn(f"{checkpoint.folder}: no tokenizer; the file takes and gives token ids only")
+    vocabulary.write(text.writer, converter.vocab_size)
+    outputs = [(text, entries)]
+    if split_mmproj:
+        outputs = [(text, [e for e in entries if not e.name.startswith(VISION_TENSORS)])]
+        mmproj = _Output(mmproj_path(out_file), "clip", "mmproj", checkpoint, outtype)
+        keys = text.writer.kv_data[0]
+        mmproj.writer.kv_data[0] |= {k: keys.pop(k) for k in list(keys) if k.startswith(VISION_KEYS)}
+        outputs.append((mmproj, vision))
     try:
-        _write_tensors(out, checkpoint, entries, wanted)
-        out.close()
-        os.replace(partial, out_file)
+        for output, its_entries in outputs:
+            _write_tensors(output.writer, checkpoint, its_entries, output.wanted)
+            output.writer.close()
+        for output, _ in outputs:
+            os.replace(output.partial, output.path)
     finally:
-        out.close()
-        partial.unlink(missing_ok=True)
+        for output, _ in outputs:
+            output.writer.close()
+            output.partial.unlink(missing_ok=True)
     return out_file
+
+
+def mmproj_path(out_file: Path) -> Path:
+    """Return the name of the image encoder's file beside a text model's, as llama.cpp's converter names it."""
+    return out_file.with_name(f"mmproj-{out_file.name}")
+
+
+class _Output:
+    """A file that is being written, with the keys that every file has."""
+
+    def __init__(self, path: Path, arch: str, kind: str, checkpoint: Checkpoint, outtype: str | None):
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.wanted, file_type = OUTTYPES[outtype or _prevailing_dtype(checkpoint)]
+        self.writer = gguf.GGUFWriter(self.partial, arch)
+        self.writer.add_type(kind)
+        self.writer.add_name(_model_name(checkpoint))
+        self.writer.add_file_type(file_type)
+        self.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 @contextmanager
@@ -417,7 +482,7 @@ def _find_converter(checkpoint: Checkpoint) -> Converter:
 def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry | Constant]:
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
         entries = list(converter.tensors())
-    by_source = {e.source: e for e in entries if isinstance(e, Entry)}
+    by_source = {e.source: e.stored or e.shape for e in entries if isinstance(e, Entry)}
     missing = sorted(by_source.keys() - checkpoint.tensors.keys())
     if missing:
         raise InvalidModelError(f"{checkpoint.folder}: {_listing(missing)} missing from the checkpoint")
@@ -425,10 +490,10 @@ def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry |
                      if not COMPUTED.search(n))
     if unknown:
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no place for {_listing(unknown)}")
-    for source, entry in by_source.items():
-        if checkpoint.tensors[source].shape != entry.shape:
+    for source, shape in by_source.items():
+        if checkpoint.tensors[source].shape != shape:
             raise InvalidModelError(f"{checkpoint.folder}: tensor '{source}' has shape "
-                                    f"{checkpoint.tensors[source].shape}, config.json asks for {entry.shape}")
+                                    f"{checkpoint.tensors[source].shape}, config.json asks for {shape}")
     return entries
 
 
@@ -450,9 +515,15 @@ def _model_name(checkpoint: Checkpoint) -> str:
 
 
 def stored_type(name: str, shape: tuple[int, ...], wanted: QT) -> QT:
-    """Return the type a tensor is written in, as llama.cpp's converter chooses: vectors and norms stay float32."""
-    if len(shape) < 2 or name.endswith("_norm.weight"):
+    """Return the type a tensor is written in, as llama.cpp's converter chooses.
+
+    Vectors, norms and what an image encoder adds to or makes from pixels stay float32; Gemma 3's projector is multiplied
+    transposed and so never in blocks.
+    """
+    if len(shape) < 2 or name.endswith("_norm.weight") or name.startswith(("v.patch_embd.", "v.position_embd.")):
         return QT.F32
+    if name == "mm.input_projection.weight":
+        return QT.F32 if wanted == QT.BF16 else QT.F16 if wanted == QT.Q8_0 else wanted
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else QT.F16
 
@@ -487,13 +558,15 @@ def _chunks(checkpoint: Checkpoint, entry: Entry | Constant) -> Iterator[np.ndar
         case Constant(values=values):
             yield values
         case Entry(source=source, shape=shape, row_order=order, add=add):
-            n_rows = max(1, CHUNK // max(1, math.prod(shape[1:])))
+            n_rows = max(1, CHUNK // max(1, math.prod((entry.stored or shape)[1:])))
             # rows that are moved need the whole tensor, in its stored dtype
             whole = checkpoint.read(source, 0, shape[0]) if order is not None else None
             for i in range(0, shape[0], n_rows):
                 stop = min(i + n_rows, shape[0])
-                raw = checkpoint.read(source, i, stop) if whole is None else whole[order[i:stop]]
-                values = to_float32(raw, checkpoint.tensors[source].dtype)
+                raw = (checkpoint.read(source, entry.first_row + i, entry.first_row + stop) if whole is None
+                       else whole[order[i:stop]])
+                values = to_float32(raw if entry.frame is None else raw[:, :, entry.frame],
+                                    checkpoint.tensors[source].dtype)
                 yield values + np.float32(add) if add else values
 
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ GLOBAL_BASE, LOCAL_BASE = 1_000_000.0, 10_000.0    # Gemma3TextConfig.default_th
 @converts("Gemma3ForCausalLM")
 class Gemma3Text:
     arch = "gemma3"
+    renames: Sequence[tuple[str, str]] = ()
 
     def __init__(self, config: dict[str, Any], file: Path):
         c = self.config = Config(config, DEFAULTS, file)

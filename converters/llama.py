@@ -5,7 +5,7 @@ Follows transformers `configuration_llama.py`, `configuration_mistral.py`. Axes:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ MISTRAL_WINDOW = 4096       # MistralConfig.sliding_window, when the key is abse
 @converts("LlamaForCausalLM", "MistralForCausalLM")
 class Llama:
     arch = "llama"
+    renames: Sequence[tuple[str, str]] = ()
 
     def __init__(self, config: dict[str, Any], file: Path):
         mistral = "MistralForCausalLM" in config["architectures"]

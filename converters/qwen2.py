@@ -5,7 +5,7 @@ Follows transformers `configuration_qwen2.py`. Axes: D hidden, F feed-forward, H
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ ROPE_BASE = 10_000.0        # PreTrainedConfig.default_theta
 @converts("Qwen2ForCausalLM")
 class Qwen2:
     arch = "qwen2"
+    renames: Sequence[tuple[str, str]] = ()
+    defaults, rope_base = DEFAULTS, ROPE_BASE
 
     def __init__(self, config: dict[str, Any], file: Path):
-        c = self.config = Config(config, DEFAULTS, file)
+        c = self.config = Config(config, self.defaults, file)
         c.refuse_unless("hidden_act", "silu")
         self.vocab_size, self.d_model, self.d_ff = (
             c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
@@ -38,7 +40,7 @@ class Qwen2:
                      else "full_attention" for i in range(self.n_layers)]
         self.sliding = [kind == "sliding_attention" for kind in kinds]
         self.tied = c.need("tie_word_embeddings")
-        self.rope = rope_parameters(c, ROPE_BASE)
+        self.rope = rope_parameters(c, self.rope_base)
 
     def write_keys(self, out: GGUFWriter) -> None:
         c = self.config

@@ -21,6 +21,8 @@ from pyengine.errors import InvalidModelError, UnsupportedModelError
 SPACE = "\u2581"                               # SentencePiece's visible space
 ADDED_SCORE = -1000.0                          # of tokens that no merge makes, as in llama.cpp's converter
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
+         "spiece.model", "tekken.json", "added_tokens.json")
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
 
 # One entry: the steps of a tokenizer.json's pre-tokenizer (see `_steps`), `ignore_merges` (None: either), and
@@ -94,8 +96,11 @@ class Vocabulary:
 def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     """Read the tokenizer beside a checkpoint.
 
-    Raises InvalidModelError where there is none or it is malformed, UnsupportedModelError for a kind without a name.
+    Without any file of one it is `Vocabulary.none()`. Raises InvalidModelError where it is malformed or lacks its main
+    file, UnsupportedModelError for a kind without a name.
     """
+    if not any((folder / name).exists() for name in FILES):
+        return Vocabulary.none()
     fast, piece_file = _json(folder / "tokenizer.json"), folder / "tokenizer.model"
     settings = _json(folder / "tokenizer_config.json")
     model = fast.get("model", {})

@@ -478,14 +478,20 @@ def test_more_end_tokens_and_named_templates(tmp_path):
         convert(folder, tmp_path / "m.gguf")
 
 
-def test_no_tokenizer(tmp_path):
+def test_no_tokenizer(tmp_path, capsys):
     folder = make_checkpoint("llama", tmp_path / "c", tokenizer=None)
-    with pytest.raises(InvalidModelError, match="--no-tokenizer"):
-        convert(folder, tmp_path / "m.gguf")
+    capsys.readouterr()
+    convert(folder, tmp_path / "bare.gguf")
+    assert capsys.readouterr().err == f"warning: {folder}: no tokenizer; the file takes and gives token ids only\n"
     assert main([str(folder), "-o", str(tmp_path / "m.gguf"), "--no-tokenizer"]) == 0
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "bare.gguf").read_bytes()
     keys = read(tmp_path / "m.gguf")[0]
     assert {k: v for k, v in keys.items() if k.startswith("tokenizer.")} == {"tokenizer.ggml.model": "none"}
     assert keys["llama.vocab_size"] == 512
+    (folder / "vocab.json").write_text("{}")                # half a tokenizer is no reason to go on without one
+    with pytest.raises(InvalidModelError, match="--no-tokenizer"):
+        convert(folder, tmp_path / "m.gguf")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -532,7 +538,7 @@ def both_ends(folder):
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{Han}+"}, "behavior": "Isolated", "invert": False}
 REFUSED = {
     "architecture": (config_json(architectures=["BloomForCausalLM"]), UnsupportedModelError,
-                     "BloomForCausalLM is not supported; supported: Gemma3ForCausalLM, LlamaForCausalLM, Mistral"),
+                     "BloomForCausalLM is not supported; supported: Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Llama"),
     "no config": (lambda f: (f / "config.json").unlink(), InvalidModelError, "config.json: missing"),
     "config not json": (lambda f: (f / "config.json").write_text("{"), InvalidModelError, "config.json: not JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), InvalidModelError, "neither model.safetensors"),

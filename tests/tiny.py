@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face checkpoints, made in the test with a fixed seed, and transformers' logits for them.
+"""Tiny random Hugging Face checkpoints, made in the test with a fixed seed, and transformers' results for them.
 
 Sizes are odd on purpose (d_model no multiple of 256, fewer key heads than query heads), every parameter is random,
 norms and biases too, and no special token has its official id: what a converter or a model gets wrong shows.
@@ -7,6 +7,8 @@ norms and biases too, and no special token has its official id: what a converter
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,43 +47,86 @@ _KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         **_COMMON, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "sliding_window": 6, "query_pre_attn_scalar": 32}),
 }
+# Kinds that see pictures: as above, with text and vision configs; what is left out of a vision config is transformers'
+# default. Patch and window sizes give windows of 2 x 2 merged patches, cut at the edges of most pictures.
+_QWEN_TEXT = {**_COMMON, "vocab_size": 520, "num_key_value_heads": 2, "max_position_embeddings": 512,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+_SEEING: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration", "spm", {"mm_tokens_per_image": 4},
+               {**_KINDS["gemma3_text"][3], "max_position_embeddings": 512},
+               {"hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 3,
+                "image_size": 56, "patch_size": 14, "layer_norm_eps": 1e-5, "vision_use_head": False}),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", "qwen2", {},
+                   {**_QWEN_TEXT, "rms_norm_eps": 1e-6},
+                   {"depth": 4, "hidden_size": 80, "intermediate_size": 100, "num_heads": 4, "out_hidden_size": 96,
+                    "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 3}),
+    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "qwen2", {"tie_word_embeddings": True}, _QWEN_TEXT,
+                 {"depth": 3, "embed_dim": 80, "hidden_size": 96, "num_heads": 4, "mlp_ratio": 2}),
+}
 KINDS = tuple(_KINDS)
+SEEING_KINDS = tuple(_SEEING)
 
 
 def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str = "float32",
-                    max_shard_size: str = "1GB", tokenizer: str | None = "default", **config_overrides: Any) -> Path:
+                    max_shard_size: str = "1GB", tokenizer: str | None = "default",
+                    processor: dict[str, Any] | None = None, **config_overrides: Any) -> Path:
     """Write a tiny random checkpoint and return its folder.
 
-    `kind` is one of KINDS; `dtype` is float32, float16 or bfloat16; `tokenizer` is a key of TOKENIZERS, "default" for
-    the kind's own, or None for none; the rest overrides the config, e.g. `rope_parameters=ROPES["yarn"]`.
+    `kind` is one of KINDS or SEEING_KINDS; `dtype` is float32, float16 or bfloat16; `tokenizer` is a key of TOKENIZERS,
+    "default" for the kind's own, or None for none; the rest overrides the config, e.g. `rope_parameters=ROPES["yarn"]`.
+    Kinds that see take `text_config` and `vision_config`, which override single values, and `processor`, settings of
+    the image processor that is saved beside the model.
     """
     import torch
     import transformers
 
-    config_class, model_class, usual_tokenizer, config = _KINDS[kind]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    seeing = kind in _SEEING
+    config_class, model_class, usual_tokenizer, config = (_SEEING if seeing else _KINDS)[kind][:4]
+    family = (kind if kind == "gemma3" else "qwen2_vl") if seeing else "plain"
     if tokenizer is not None:
-        ids = save_tokenizer(usual_tokenizer if tokenizer == "default" else tokenizer, folder)
+        ids = save_tokenizer(usual_tokenizer if tokenizer == "default" else tokenizer, folder, family)
     else:
-        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        ids = {**{name: 500 + i for i, name in enumerate(_FAMILIES[family].ids)},
+               "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if seeing:
+        text, vision = _SEEING[kind][4:]
+        special = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = {**config, "text_config": {**text, **special, **config_overrides.pop("text_config", {})},
+                  "vision_config": {**vision, **config_overrides.pop("vision_config", {})}}
     config = getattr(transformers, config_class)(**{**config, **ids, **config_overrides})
     model = getattr(transformers, model_class)(config)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=random)
-            if name.endswith("norm.weight"):
-                centre = 0.0 if kind.startswith("gemma3") else 1.0      # Gemma's norms multiply by 1 + weight
+            if p.dim() == 1 and name.endswith(".weight") and ("norm" in name or "ln_q" in name):
+                # Gemma's own norms multiply by 1 + weight
+                centre = 0.0 if kind.startswith("gemma3") and "vision_tower" not in name else 1.0
                 p.copy_(centre + 0.3 * noise)
             elif p.dim() == 1:
                 p.copy_(0.5 * noise)
-            elif "embed" in name or "lm_head" in name:
+            elif p.dim() == 2 and ("embed" in name or "lm_head" in name):
                 p.copy_(noise)
             else:
-                p.copy_(1.5 * noise / p.shape[1] ** 0.5)                # attention that is far from uniform
+                p.copy_(1.5 * noise / p[0].numel() ** 0.5)              # attention that is far from uniform
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    if seeing:
+        _image_processor(kind, config, processor or {}).save_pretrained(folder)
     return folder
+
+
+def _image_processor(kind: str, config: Any, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    vision = config.vision_config
+    if kind == "gemma3":
+        size = {"height": vision.image_size, "width": vision.image_size}
+        return transformers.Gemma3ImageProcessorPil(**{"size": size, **settings})
+    return transformers.Qwen2VLImageProcessorPil(**{
+        "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size, "min_pixels": 56 * 56, "max_pixels": 224 * 224, **settings})
 
 
 def hf_logits(folder: str | Path, ids: list[int]) -> np.ndarray:
@@ -92,6 +137,110 @@ def hf_logits(folder: str | Path, ids: list[int]) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
+
+
+@dataclass
+class Seen:
+    """What transformers makes of a prompt in parts: `features` and `pixels` have one entry a picture, crop or video."""
+    ids: list[int]
+    logits: np.ndarray                          # float32 [n, vocab]
+    features: list[np.ndarray]                  # float32 [soft tokens, hidden], as the decoder receives them
+    pixels: list[np.ndarray]                    # Gemma [3, h, w]; Qwen [patches, 3 * frames * p * p]
+    grids: list[tuple[int, int, int]]           # Qwen: frames, rows and columns of patches
+
+
+def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, **settings: Any) -> Seen:
+    """Run transformers in float32, with plain attention, on a prompt of ids, texts, pictures and lists of frames.
+
+    Texts are tokenized by themselves, with nothing added; a picture becomes what the processor (the Pillow one) makes of
+    the text that the chat template writes for it; `settings` go to that processor. `fps` is the rate of a video's frames.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    config, gemma = model.config, model.config.model_type == "gemma3"
+    ids: list[int] = []
+    pixels: dict[str, list[Any]] = {"image": [], "video": []}
+    order: list[tuple[str, int]] = []
+    grids: dict[str, list[Any]] = {"image": [], "video": []}
+    processor = _processor(folder, config)
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+            continue
+        if isinstance(part, str):
+            ids += processor.tokenizer(part, add_special_tokens=False)["input_ids"]
+            continue
+        kind = "video" if isinstance(part, (list, tuple)) else "image"
+        if kind == "video":
+            patches, grid = _video_patches(processor.image_processor, folder, part)
+            n = int(np.prod(grid)) // config.vision_config.spatial_merge_size ** 2
+            ids += [config.vision_start_token_id, *[config.video_token_id] * n, config.vision_end_token_id]
+            made = {"pixel_values": torch.tensor(patches), "image_grid_thw": torch.tensor([grid])}
+        else:
+            text = processor.boi_token if gemma else "<|vision_start|><|image_pad|><|vision_end|>"
+            made = processor(text=text, images=[part], add_special_tokens=False, return_tensors="pt", **settings)
+            ids += made["input_ids"][0].tolist()
+        order += [(kind, len(pixels[kind]) + i) for i in range(len(made["pixel_values"]) if gemma else 1)]
+        pixels[kind] += list(made["pixel_values"]) if gemma else [made["pixel_values"]]
+        grids[kind] += [] if gemma else made["image_grid_thw"].tolist()
+
+    tokens = torch.tensor([ids])
+    features: dict[str, list[Any]] = {"image": [], "video": []}
+    inputs: dict[str, Any] = {}
+    with torch.no_grad():
+        if gemma:
+            inputs["token_type_ids"] = (tokens == config.image_token_id).long()
+            if pixels["image"]:
+                inputs["pixel_values"] = torch.stack(pixels["image"])
+                features["image"] = list(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+        else:
+            inputs["mm_token_type_ids"] = ((tokens == config.image_token_id) + 2 * (tokens == config.video_token_id)).int()
+            for kind, name, run in (("image", "pixel_values", model.model.get_image_features),
+                                    ("video", "pixel_values_videos", model.model.get_video_features)):
+                if pixels[kind]:
+                    inputs[name], grid = torch.cat(pixels[kind]), torch.tensor(grids[kind])
+                    inputs[f"{kind}_grid_thw"] = grid
+                    features[kind] = list(run(inputs[name], grid).pooler_output)
+            if pixels["video"] and config.model_type == "qwen2_5_vl":
+                # 24: what VideoMetadata.sampled_fps says of frames without a rate
+                seconds = config.vision_config.temporal_patch_size / (fps or 24)
+                inputs["second_per_grid_ts"] = torch.full((len(pixels["video"]),), seconds)
+        logits = model(input_ids=tokens, **inputs).logits[0].numpy()
+    return Seen(ids, logits, [features[kind][i].numpy() for kind, i in order],
+                [pixels[kind][i].numpy() for kind, i in order],
+                [tuple(grids[kind][i]) for kind, i in order if grids[kind]])
+
+
+def _processor(folder: str | Path, config: Any) -> Any:
+    """Return transformers' processor with its Pillow backend and, for Qwen, without videos, which need torchvision."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if config.model_type == "gemma3":
+        return transformers.Gemma3Processor(transformers.Gemma3ImageProcessorPil.from_pretrained(folder), tokenizer,
+                                            image_seq_length=config.mm_tokens_per_image)
+
+    class Processor(transformers.Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return type(argument)
+
+    return Processor(transformers.Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None)
+
+
+def _video_patches(images: Any, folder: str | Path, frames: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
+    """Return a video's patches [n, 3 * T * p * p] and grid: frames as the image processor has them, T to a patch."""
+    settings = Path(folder) / "video_preprocessor_config.json"
+    size = json.loads(settings.read_text())["size"] if settings.exists() else dict(images.size)
+    t, p = images.temporal_patch_size, images.patch_size
+    single = [images(images=[f], size=size, return_tensors="np") for f in frames]
+    _, rows, columns = single[0]["image_grid_thw"][0].tolist()
+    # the image processor fills a patch with T copies of its picture: one of each frame is kept; the last frame is repeated
+    kept = [s["pixel_values"].reshape(-1, 3, t, p * p)[:, :, 0] for s in single]
+    kept += [kept[-1]] * (-len(kept) % t)
+    patches = np.concatenate([np.stack(kept[i:i + t], axis=2).reshape(rows * columns, -1) for i in range(0, len(kept), t)])
+    return patches, [len(kept) // t, rows, columns]
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -117,30 +266,100 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool] | None] = {
     "deepseek-coder": (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS), True, False),
     "spm": None,                        # SentencePiece-like: visible spaces, byte fallback
 }
-_SPECIAL = ("<|start|>", "<|stop|>", "<|fill|>", "<|turn|>")
 CHAT_TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>{% endfor %}"
+# What the families' real templates do, in other words: contents are strings or lists of parts.
+GEMMA_TEMPLATE = """{{ bos_token }}
+{%- set first = messages[0] -%}
+{%- set rest = messages[1:] if first['role'] == 'system' else messages -%}
+{%- set preface = (first['content'] if first['content'] is string else first['content'][0]['text']) + '\n\n'
+    if first['role'] == 'system' else '' -%}
+{%- for m in rest -%}
+  {%- if (m['role'] == 'user') != loop.index0 is even -%}
+    {{ raise_exception('roles must alternate user/assistant/user/...') }}
+  {%- endif -%}
+  {{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (preface if loop.first else '') }}
+  {%- if m['content'] is string -%}{{ m['content'] | trim }}
+  {%- else -%}
+    {%- for part in m['content'] -%}
+      {{ '<start_of_image>' if part['type'] == 'image' else part['text'] | trim }}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+QWEN_TEMPLATE = """{%- set ns = namespace(images=0, videos=0) -%}
+{%- for m in messages -%}
+  {%- if loop.first and m['role'] != 'system' -%}
+    {{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+  {%- endif -%}
+  {{ '<|im_start|>' + m['role'] + '\n' }}
+  {%- if m['content'] is string -%}{{ m['content'] }}
+  {%- else -%}
+    {%- for part in m['content'] -%}
+      {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
+        {%- set ns.images = ns.images + 1 -%}
+        {{ ('Picture ' ~ ns.images ~ ': ' if add_vision_id else '') + '<|vision_start|><|image_pad|><|vision_end|>' }}
+      {%- elif part['type'] == 'video' or 'video' in part -%}
+        {%- set ns.videos = ns.videos + 1 -%}
+        {{ ('Video ' ~ ns.videos ~ ': ' if add_vision_id else '') + '<|vision_start|><|video_pad|><|vision_end|>' }}
+      {%- else -%}{{ part['text'] }}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
 
-def save_tokenizer(name: str, folder: Path) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Family:
+    """Special tokens of a family of models: `ids` maps names of a config.json to them, `added` are not special."""
+    special: tuple[str, ...]
+    bos: str | None
+    eos: str
+    pad: str
+    template: str
+    ids: dict[str, str]
+    added: tuple[str, ...] = ("<tool>",)
+    named: dict[str, str] | None = None         # the tokenizer's own attributes
+
+
+_FAMILIES = {
+    "plain": _Family(("<|start|>", "<|stop|>", "<|fill|>", "<|turn|>"), "<|start|>", "<|stop|>", "<|fill|>",
+                     CHAT_TEMPLATE, {}),
+    "gemma3": _Family(
+        ("<end_of_image>", "<image_soft_token>", "<bos>", "<start_of_turn>", "<pad>", "<start_of_image>", "<eos>",
+         "<end_of_turn>"), "<bos>", "<eos>", "<pad>", GEMMA_TEMPLATE,
+        {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>",
+         "image_token_index": "<image_soft_token>"}, ("\n\n", "\n\n\n"),
+        {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}),
+    "qwen2_vl": _Family(
+        ("<|video_pad|>", "<|im_end|>", "<|vision_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>",
+         "<|vision_start|>", "<|box_start|>", "<|box_end|>"), None, "<|im_end|>", "<|endoftext|>", QWEN_TEMPLATE,
+        {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+         "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}),
+}
+
+
+def save_tokenizer(name: str, folder: Path, family: str = "plain") -> dict[str, int | None]:
     """Train a tokenizer on TEXTS, save it as a checkpoint's tokenizer, and return the config's special token ids."""
     from tokenizers import AddedToken
     from tokenizers.normalizers import NFC
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
+    f = _FAMILIES[family]
     tokenizer = _train_spm() if TOKENIZERS[name] is None else _train_byte_level(*TOKENIZERS[name])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL])
-    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    start = tokenizer.token_to_id("<|start|>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in f.special])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in f.added])
     if name == "qwen2":                 # the only one that normalizes text, and that adds no bos
         tokenizer.normalizer = NFC()
     else:
-        tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", pair="<|start|> $A <|start|> $B",
-                                                      special_tokens=[("<|start|>", start)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|stop|>",
-                            pad_token="<|fill|>", chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-    return {"bos_token_id": start, "eos_token_id": tokenizer.token_to_id("<|stop|>"),
-            "pad_token_id": tokenizer.token_to_id("<|fill|>")}
+        tokenizer.post_processor = TemplateProcessing(single=f"{f.bos} $A", pair=f"{f.bos} $A {f.bos} $B",
+                                                      special_tokens=[(f.bos, tokenizer.token_to_id(f.bos))])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=f.bos, eos_token=f.eos, pad_token=f.pad,
+                            chat_template=f.template, extra_special_tokens=f.named or {}).save_pretrained(folder)
+    special = {"bos_token_id": f.bos, "eos_token_id": f.eos, "pad_token_id": f.pad, **f.ids}
+    return {key: token and tokenizer.token_to_id(token) for key, token in special.items()}
 
 
 def _train_byte_level(regexes: tuple[str, ...], digits: bool, ignore_merges: bool) -> Any:

@@ -1,0 +1,86 @@
+"""What converters of models that see share: the settings of image processors, and the keys `clip.*` of every encoder.
+
+Keys as llama.cpp's `tools/mtmd/clip.cpp` reads them; what it hard-codes stands in further keys of our own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+
+from pyengine.errors import InvalidModelError
+
+from .base import Config, malformed_is, read_json
+
+# an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
+ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick_gelu": (False, False),
+               "silu": (False, True)}
+# values of a processor that no key expresses
+FIXED: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+
+
+def image_settings(folder: Path, defaults: dict[str, Any]) -> Config:
+    """Return the image processor's settings, from the first file that transformers looks into."""
+    return _settings(folder, "image_processor", ("preprocessor_config.json",), defaults)
+
+
+def video_settings(folder: Path, defaults: dict[str, Any]) -> Config:
+    """Return the video processor's settings; old checkpoints have one file for pictures and videos."""
+    return _settings(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"), defaults)
+
+
+def _settings(folder: Path, part: str, files: tuple[str, ...], defaults: dict[str, Any]) -> Config:
+    both = folder / "processor_config.json"
+    nested = read_json(both).get(part)
+    file = both if nested is not None else next((folder / f for f in files if (folder / f).exists()), folder / files[0])
+    values = read_json(file) if nested is None else nested
+    if not isinstance(values, dict):
+        raise InvalidModelError(f"{file}: '{part}' is not a JSON object")
+    settings = Config({k: v for k, v in values.items() if v is not None}, {**FIXED, **defaults}, file)
+    for name, value in FIXED.items():
+        settings.refuse_unless(name, value)
+    return settings
+
+
+def pixel_limits(settings: Config) -> tuple[int, int]:
+    """Return the least and most pixels of a resized picture, in any of the three spellings of these settings."""
+    def limit(old: str, new: str) -> int:
+        size = settings.get("size")
+        values = (settings.get(old), size.get(new), size.get(old), settings.defaults["size"][new])
+        value = next(v for v in values if v is not None)
+        if type(value) is not int or value < 1:
+            raise InvalidModelError(f"{settings.file}: '{old}' is {value!r}; a positive integer is expected")
+        return value
+
+    with malformed_is(f"{settings.file}: 'size' is of the wrong kind"):
+        return limit("min_pixels", "shortest_edge"), limit("max_pixels", "longest_edge")
+
+
+def write_encoder_keys(out: GGUFWriter, vision: Config, images: Config, *, projector: str, image_size: int, d_model: int,
+                       d_ff: int, n_layers: int, n_heads: int, eps: float, d_text: int) -> None:
+    """Write the keys that every encoder has."""
+    vision.refuse_unless("hidden_act", *ACTIVATIONS)
+    use_gelu, use_silu = ACTIVATIONS[vision.need("hidden_act")]
+    out.add_clip_has_vision_encoder(True)
+    out.add_clip_projector_type(projector)
+    out.add_clip_vision_projector_type(projector)
+    out.add_vision_use_gelu(use_gelu)
+    out.add_vision_use_silu(use_silu)
+    out.add_string("clip.vision.hidden_act", vision.need("hidden_act"))
+    out.add_vision_image_size(image_size)
+    out.add_vision_patch_size(vision.count("patch_size"))
+    out.add_vision_embedding_length(d_model)
+    out.add_vision_feed_forward_length(d_ff)
+    out.add_vision_block_count(n_layers)
+    out.add_vision_head_count(n_heads)
+    out.add_vision_projection_dim(d_text)
+    out.add_vision_attention_layernorm_eps(eps)
+    with malformed_is(f"{images.file}: a value is of the wrong kind"):
+        for name in ("image_mean", "image_std"):
+            values = [float(v) for v in images.need(name)]
+            if len(values) != 3:
+                raise InvalidModelError(f"{images.file}: '{name}' has {len(values)} values for 3 colours")
+            out.add_array(f"clip.vision.{name}", values)
+        out.add_uint32("clip.vision.resample", int(images.need("resample")))
