@@ -23,6 +23,8 @@ _WHERE = {
     "load_tokenizer": "pyengine.tokenizer",
     "Tokenizer": "pyengine.tokenizer",
     "SamplingParams": "pyengine.sampling",
+    "Image": "pyengine.image",
+    "Video": "pyengine.image",
     "Graph": "pyengine.graph",
     "Tensor": "pyengine.tensor",
     "Dim": "pyengine.tensor",

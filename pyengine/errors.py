@@ -39,6 +39,10 @@ class RequestError(PyEngineError):
     """An argument of a request is out of its range, or of a kind that the model cannot take."""
 
 
+class ImageError(RequestError):
+    """A picture or a video cannot be read: the message names it, its format, and what to do."""
+
+
 class GraphError(PyEngineError):
     """A graph is built or run in a way that its ops do not allow."""
 
