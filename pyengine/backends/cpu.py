@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pyengine import ops, passes as fusion
+from pyengine import hardware, ops, passes as fusion
 from pyengine.codegen import pack_params
 from pyengine.dtype import DType
 from pyengine.errors import GraphError, PlanError, RequestError
@@ -30,14 +30,6 @@ def isa() -> str:
     if wanted and wanted not in available:
         raise GraphError(f"PYENGINE_ISA={wanted}: this machine and build have {', '.join(available)}")
     return wanted or available[0]
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    import psutil
-
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 @lru_cache(maxsize=4)
@@ -311,7 +303,7 @@ class Backend:
     """See the module's docstring."""
 
     def __init__(self, n_threads: int | None = None):
-        self.n_threads = n_threads or default_threads()
+        self.n_threads = n_threads or hardware.default_threads()
 
     def prepare(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False) -> Prepared:
         """Plan without loading."""

@@ -1,0 +1,104 @@
+"""What detection finds, as plain values. Sizes are bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory: `available` can be taken now without swapping and within `limit`, the smallest of the control groups."""
+
+    total: int
+    available: int
+    limit: int | None = None
+    limit_used: int | None = None    # of the limit, by all in that group, without file pages that can be dropped
+
+
+@dataclass(frozen=True)
+class CoreKind:
+    """Cores of one kind: how many, how many logical CPUs they run, how many of the cores this process may use."""
+
+    kind: str
+    n_cores: int
+    n_cpus: int
+    n_usable: int
+    max_mhz: int | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Caches of one level and size: L1 data, or unified; `n_cpus` logical CPUs share each of `n_instances`."""
+
+    level: int
+    nbytes: int
+    n_instances: int
+    n_cpus: int
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    """Memory and the logical CPUs that are near it."""
+
+    index: int
+    cpus: tuple[int, ...]
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processors: `n_threads` is how many threads the engine takes unless it is told otherwise."""
+
+    name: str
+    architecture: str
+    n_cores: int
+    n_cpus: int
+    kinds: tuple[CoreKind, ...]
+    affinity: tuple[int, ...] | None # logical CPUs that this process may run on; None: the system has no such set
+    quota: float | None              # processors' worth of time that control groups give; None: no limit
+    n_threads: int
+    caches: tuple[Cache, ...]
+    isas: tuple[str, ...]            # instruction sets that the engine has kernels for and the machine runs, best first
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something that computes and has memory: `id` is "cpu", "cuda:0", "rocm:0" or "metal:0".
+
+    total, free: bytes; on a `unified` device they are of main memory, shared with the CPU. host: main memory that the device
+    can use besides its own (AMD's GTT). compute: CUDA's compute capability ("9.0"), or AMD's target ("gfx1100").
+    """
+
+    kind: str
+    name: str
+    index: int
+    total: int
+    free: int
+    unified: bool = False
+    compute: str | None = None
+    pci: str | None = None           # 0000:07:00.0
+    uuid: str | None = None
+    parent: str | None = None        # UUID of the GPU that a MIG instance is a part of
+    host: int | None = None
+
+    @property
+    def id(self) -> str:
+        """The name by which plans speak of it."""
+        return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine as this process may use it; `devices` begins with the CPU. `notes` says what is assumed, and why."""
+
+    devices: tuple[Device, ...]
+    memory: Memory
+    cpu: Cpu
+    numa: tuple[NumaNode, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {**asdict(self), "devices": [{"id": d.id, **asdict(d)} for d in self.devices]}
