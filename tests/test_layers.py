@@ -21,7 +21,7 @@ LAYERS = {
     "media": 5, "engine": 5,
     "perplexity": 6, "cli": 6,
 }
-MODELS_MAY_IMPORT = {"ops", "nn", "kvcache", "batch", "weights", "hparams", "tensor", "errors", "models", "image"}
+MODELS_MAY_IMPORT = {"ops", "nn", "kvcache", "batch", "weights", "hparams", "tensor", "graph", "errors", "models", "image"}
 LATE = {("graph", "engine"), ("graph", "passes"), ("ops", "errors")}     # inside a function: `python -m pyengine.graph` only
 
 

@@ -1,0 +1,430 @@
+"""Qwen2-VL and Qwen2.5-VL whole: decoder, vision encoder, patch merger, image and video processor, special tokens.
+
+Papers arXiv:2409.12191 and arXiv:2502.13923. Follows transformers 5.23: `modeling_qwen2_vl.py`, `modeling_qwen2_5_vl.py`,
+`image_processing_pil_qwen2_vl.py`, `video_processing_qwen2_vl.py`. The decoder is qwen2's with positions on three axes (M-RoPE).
+
+    picture -> resized so that both sides are multiples of patch * merge -> patches in groups of merge x merge, windows in a row
+    -> encoder -> each group joined to one row of the decoder
+
+The encoder's rows are put into window order on the host, once, so that a window is an interval of rows: attention takes two
+numbers a row, and windows of partial size at the edges need no padding. Nothing attends across time steps of a video, so
+a long video is encoded in several runs.
+
+transformers and the authors' own code (modeling of the first release; qwen-vl-utils) disagree; we do as transformers does:
+- text after a video starts at the video's start + max(height, width) in merged patches; the authors let it start after the
+  greatest position of the three axes, which is later when a video lasts longer than it is wide (pictures: no difference);
+- a list of frames without a rate has 24 frames a second; the authors assume 2;
+- each frame of a video may have up to video_max_pixels; the authors also limit the sum over frames.
+Files of a video are sampled as the authors do, 2 frames a second (transformers samples only if it is asked to).
+Axes: m rows of the batch, D hidden; in the encoder n patches, t merged rows, V hidden, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.batch import Batch, Processed, View
+from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.graph import Graph
+from pyengine.hparams import Hparams
+from pyengine.image import Image, Video, resize
+from pyengine.kvcache import LayerCache, Policy
+from pyengine.models import Architecture, qwen2
+from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm
+from pyengine.tensor import Dim, Tensor
+from pyengine.weights import Weights
+
+# Constants for files without the key; of Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct:
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 16384              # preprocessor_config.json; transformers reads it for videos too
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TOKENS_PER_SECOND = 2.0                                        # config.json of Qwen2.5-VL
+VIDEO_FPS = 2.0                                                # qwen-vl-utils, FPS
+MIN_FRAMES, MAX_FRAMES = 4, 768                                # transformers Qwen2VLVideoProcessor
+LIST_FPS = 24.0                                                # transformers VideoMetadata.sampled_fps
+BICUBIC = 3                                                    # Pillow's number
+MAX_ASPECT = 200                                               # transformers smart_resize
+
+PROJECTORS = {"qwen2vl_merger": False, "qwen2.5vl_merger": True}                # name -> is it Qwen2.5-VL's
+
+
+# ---- vision encoder -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Numbers of one encoder and its processor, from the metadata."""
+
+    qwen25: bool                     # RMS norms and a gated MLP; otherwise layer norms and a plain one
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    d_out: int                       # of the decoder
+    eps: float
+    rope_base: float
+    act: str                         # of ops.unary
+    full: tuple[bool, ...]           # per layer: attention over the whole time step, not over windows
+    window: int                      # side of a window in merged patches
+    patch: int                       # side in pixels
+    depth: int                       # frames that a patch spans
+    merge: int                       # side of a group in patches
+    mean: np.ndarray
+    std: np.ndarray
+    resample: int
+    pixels: tuple[int, int]          # least and most of a picture
+    video_pixels: tuple[int, int]    # of a frame
+    video_fps: float
+    video_frames: tuple[int, int]    # least and most that are sampled
+    time_scale: float                # positions on the time axis per second; 0: one position a time step (Qwen2-VL)
+
+    @classmethod
+    def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
+        """Read the keys "clip.vision.*" as llama.cpp writes them, and ours."""
+        projector = v.get("vision.projector_type", v.get("projector_type", "", str), str)
+        if projector not in PROJECTORS:
+            raise UnsupportedModelError(f"{v.arch}.projector_type is {projector!r}; {', '.join(PROJECTORS)} are supported")
+        act = "silu" if v.get("use_silu", False, bool) else "gelu_pytorch_tanh" if v.get("use_gelu", False, bool) else "quick_gelu"
+        full = _full_layers(v, v.size("vision.block_count"), PROJECTORS[projector])
+        return cls.make(h, v, w, PROJECTORS[projector], v.get("vision.hidden_act", act, str), full)
+
+    @classmethod
+    def make(cls, h: Hparams, v: Hparams, w: Weights, qwen25: bool, act: str, full: tuple[bool, ...]) -> VisionConfig:
+        """Read what all dialects name alike. Raises: InvalidModelError, UnsupportedModelError."""
+        if act not in ACTIVATIONS:
+            raise UnsupportedModelError(f"{v.arch}.vision.hidden_act is {act!r}; {', '.join(ACTIVATIONS)} are supported")
+        d_model, n_heads = v.size("vision.embedding_length"), v.size("vision.attention.head_count")
+        if d_model % n_heads or d_model // n_heads % 4:
+            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n_heads} for a width of {d_model}: heads must have a multiple "
+                                    "of 4 elements")
+        patch, merge = v.size("vision.patch_size", 14), v.size("vision.spatial_merge_size", 2)
+        window = v.size("vision.window_size", 112) // merge // patch if not all(full) else 1
+        if not window:
+            raise InvalidModelError(f"{v.arch}.vision.window_size is smaller than {merge} patches of {patch} pixels")
+        low = v.size("vision.image_min_pixels", MIN_PIXELS)
+        high = v.size("vision.image_max_pixels", v.size("vision.max_pixels", MAX_PIXELS))
+        std = _per_channel(v, "vision.image_std", STD)
+        if not np.all(std > 0):
+            raise InvalidModelError(f"{v.arch}.vision.image_std is {std.tolist()}: must be above 0")
+        return cls(
+            qwen25=qwen25,
+            n_layers=len(full),
+            d_model=d_model,
+            d_ff=v.get("vision.feed_forward_length", 0, int) or _d_ff(w, d_model),
+            n_heads=n_heads,
+            d_out=h.size("embedding_length"),
+            eps=v.number("vision.attention.layer_norm_epsilon", 1e-6),
+            rope_base=v.number("vision.rope.freq_base", 10_000.0),
+            act=ACTIVATIONS[act],
+            full=full,
+            window=window,
+            patch=patch,
+            depth=v.size("vision.temporal_patch_size", 2),
+            merge=merge,
+            mean=_per_channel(v, "vision.image_mean", MEAN),
+            std=std,
+            resample=v.get("vision.resample", BICUBIC, int),
+            pixels=(low, high),
+            video_pixels=(v.size("vision.video_min_pixels", low), v.size("vision.video_max_pixels", high)),
+            video_fps=v.number("vision.video_fps", VIDEO_FPS),
+            video_frames=(v.size("vision.video_min_frames", MIN_FRAMES), v.size("vision.video_max_frames", MAX_FRAMES)),
+            time_scale=v.number("vision.tokens_per_second", TOKENS_PER_SECOND) if qwen25 else 0.0,
+        )
+
+
+def integers(h: Hparams, name: str) -> list[int]:
+    """An array of whole numbers. Raises: InvalidModelError for a missing key and for other values."""
+    value = h.need(name, np.ndarray)
+    if value.dtype.kind not in "iu" or np.any(value < 0):
+        raise InvalidModelError(f"{h.arch}.{name}: must hold whole numbers from 0 on")
+    return [int(i) for i in value]
+
+
+def _full_layers(v: Hparams, n_layers: int, qwen25: bool) -> tuple[bool, ...]:
+    """Layers with full attention: a list of their numbers, or every n-th one; in Qwen2-VL all."""
+    if not qwen25:
+        return (True,) * n_layers
+    if f"{v.arch}.vision.wa_layer_indexes" in v.meta:
+        numbers = integers(v, "vision.wa_layer_indexes")
+        return tuple(i in numbers for i in range(n_layers))
+    period = v.size("vision.n_wa_pattern")
+    return tuple((i + 1) % period == 0 for i in range(n_layers))
+
+
+def _d_ff(w: Weights, d_model: int) -> int:
+    """The MLP's width where no key states it (llama.cpp's first converter wrote 0, Ollama's writes none), from its matrices."""
+    shape = w["v", "blk", 0].shape("ffn_up.weight")
+    if shape is None or len(shape) != 2 or d_model not in shape:
+        raise InvalidModelError(f"tensor 'v.blk.0.ffn_up.weight' has shape {shape}: one side must be {d_model}")
+    return shape[0] if shape[1] == d_model else shape[1]
+
+
+def _per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
+    """Three finite numbers, float32."""
+    value = np.asarray(v.get(name, np.array(usual), np.ndarray))
+    if value.shape != (3,) or value.dtype.kind not in "fiu" or not np.all(np.isfinite(value)):
+        raise InvalidModelError(f"{v.arch}.{name} is {value.tolist()}, but three numbers are needed")
+    return value.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer must know of the encoder's rows: angles F32 [n, E], and the interval of rows that each one sees, I32 [n]."""
+
+    angles: Tensor
+    lo: Tensor
+    hi: Tensor
+
+
+class VisionBlock:
+    """Attention within intervals of rows and an MLP, each after a norm and added to its input."""
+
+    def __init__(self, w: Weights, c: VisionConfig):
+        self.c = c
+        norm = RMSNorm if c.qwen25 else LayerNorm
+        self.ln1, self.ln2 = norm(w["ln1"], c.d_model, c.eps), norm(w["ln2"], c.d_model, c.eps)
+        self.q, self.k, self.v, self.out = (Linear(w[n], c.d_model, c.d_model) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
+        up, down = "ffn_up", "ffn_down"
+        if w.shape("ffn_down.weight") == (c.d_ff, c.d_model) and c.d_ff != c.d_model:
+            up, down = down, up                                                # llama.cpp's first converter exchanged the names
+        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff) if c.qwen25 else None
+        self.up, self.down = Linear(w[up], c.d_model, c.d_ff), Linear(w[down], c.d_ff, c.d_model)
+
+    def __call__(self, x: Tensor, rows: Rows) -> Tensor:                           # [n, V]
+        x = x + self.attend(self.ln1(x), rows)
+        h = self.ln2(x)
+        if self.gate is None:
+            return x + self.down(ops.unary(self.up(h), kind=self.c.act))
+        return x + self.down(ops.unary(self.gate(h), kind=self.c.act) * self.up(h))
+
+    def attend(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [n, V] -> [n, V]"""
+        heads = self.c.n_heads
+        head_dim = self.c.d_model // heads
+        q, k, v = (f(x).reshape(-1, heads, head_dim) for f in (self.q, self.k, self.v))              # [n, H, E]
+        k, v = ops.rope(k, rows.angles).transpose(1, 0, 2), v.transpose(1, 0, 2)                     # [H, n, E]
+        return self.out(ops.attention(ops.rope(q, rows.angles), k, v, rows.lo, rows.hi, scale=head_dim**-0.5))
+
+
+class Vision:
+    """Encoder, merger, processor and special tokens. Nothing about a picture is kept here."""
+
+    atomic_rows = 0                                                            # rows of pictures are causal and may be cut
+
+    # llama.cpp's names: temporal slices of the patch convolution; norm and products of the merger
+    slices: Sequence[str] = ("patch_embd.weight", "patch_embd.weight.1")
+    merger: tuple[str, str, str] = ("v.post_ln", "mm.0", "mm.2")
+
+    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+        """h: text keys; v: keys of the encoder; n_ctx: no picture has more rows; token: the id of a special token's text."""
+        c = self.config = self.read(h, v, w)
+        self.start, self.end = _token(v, "image_start", token, "<|vision_start|>"), _token(v, "image_end", token, "<|vision_end|>")
+        self.soft, self.soft_video = _token(v, "image", token, "<|image_pad|>"), _token(v, "video", token, "<|video_pad|>")
+        self.image_marker, self.video_marker = ((self.start, soft, self.end) for soft in (self.soft, self.soft_video))
+        self.n_ctx = n_ctx
+        self.max_rows = min(n_ctx, max(most_rows(*limits, c.patch * c.merge) for limits in (c.pixels, c.video_pixels)))
+        self.levels = ((np.arange(256) * (1 / 255)).astype(np.float32) - c.mean[:, None]) / c.std[:, None]      # [3, 256]
+        half = c.d_model // c.n_heads // 2
+        inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
+        self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                      # height, then width: [E / 2]
+        self.axes = np.repeat(np.arange(2, dtype=np.int32), len(inv_freq))
+        if c.depth != len(self.slices):
+            raise UnsupportedModelError(f"{v.arch}.vision.temporal_patch_size is {c.depth}; files hold {len(self.slices)} slices")
+        self.embed = PatchEmbedding(w["v"], c.d_model, 3, c.patch, self.slices)
+        self.blocks = [VisionBlock(w["v", "blk", i], c) for i in range(c.n_layers)]
+        norm, first, second = self.merger
+        d_group = c.d_model * c.merge**2
+        self.norm = (RMSNorm if c.qwen25 else LayerNorm)(w[norm], c.d_model, c.eps)
+        self.first, self.second = Linear(w[first], d_group, d_group), Linear(w[second], d_group, c.d_out)
+
+    @staticmethod
+    def read(h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
+        """The configuration in this dialect."""
+        return VisionConfig.read(h, v, w)
+
+    def encode(self, g: Graph) -> Tensor:
+        """Declare the inputs and return rows for the decoder, F32 [t, D]."""
+        c = self.config
+        t = Dim("t", self.max_rows)
+        n = t * c.merge**2
+        x = self.embed(g.input("patches", (n, 3 * c.depth * c.patch**2)))                          # [n, V]
+        angles = ops.rope_table(g.input("positions", (2, n), "I32"), self.inv_freq, self.axes)     # [n, E]
+        rows = {full: Rows(angles, *(g.input(f"{'step' if full else 'window'}.{end}", (n,), "I32") for end in ("lo", "hi")))
+                for full in sorted(set(c.full))}
+        for block, full in zip(self.blocks, c.full):
+            x = block(x, rows[full])
+        x = self.norm(x).reshape(-1, c.d_model * c.merge**2)                                       # [t, V * merge^2]
+        x = self.second(ops.gelu(self.first(x)))                                                   # [t, D], in window order
+        return x if all(c.full) else ops.rows(x, g.input("order", (t,), "I32"))
+
+    # -- processor ------------------------------------------------------------------------------------------------------------
+
+    def sample(self, total: int, fps: float, wanted: float) -> np.ndarray:
+        """Numbers of the frames that give about `wanted` a second of `total` frames at `fps`; all of them if they are too few.
+
+        Source: `sample_frames` in transformers' `video_processing_qwen2_vl.py`, which takes their numbers in float32.
+        """
+        if not wanted > 0:
+            raise RequestError(f"sample_fps={wanted!r}: must be a number above 0")
+        c = self.config
+        least, most = c.video_frames
+        n = min(max(total / fps * wanted, least), min(most, total) // c.depth * c.depth)
+        n = math.floor(n / c.depth) * c.depth
+        return np.arange(0, total, total / n).astype(np.float32).astype(np.int64) if n else np.arange(total)
+
+    def process(self, media: Image | Video) -> Processed:
+        """Turn a picture or a video into the encoder's inputs. A list of frames is taken whole, a file is sampled.
+
+        Options: min_pixels and max_pixels, of a picture or of each frame; sample_fps, frames to take of a second of a video.
+        Raises: ContextOverflowError if its rows exceed the context, RequestError, ImageError.
+        """
+        c = self.config
+        moving = isinstance(media, Video)
+        unknown = set(media.options) - ({"min_pixels", "max_pixels"} | ({"sample_fps"} if moving else set()))
+        if unknown:
+            raise RequestError(f"option {min(unknown)!r}: this model takes min_pixels, max_pixels and, for videos, sample_fps")
+        low, high = c.video_pixels if moving else c.pixels
+        low, high = media.options.get("min_pixels", low), media.options.get("max_pixels", high)
+        numbers, interval = self._frames(media) if moving else (np.arange(1), np.float32(1))
+        factor = c.patch * c.merge
+        width, height = media.size
+        h, w = smart_resize(height, width, factor, low, high)
+        steps, rows = -(-len(numbers) // c.depth), h // factor * (w // factor)
+        if steps * rows > self.n_ctx:
+            raise ContextOverflowError(f"a {'video' if moving else 'picture'} of {width} x {height} pixels takes {steps * rows} "
+                                       f"positions, but the context holds {self.n_ctx}; load with a larger n_ctx, or give a smaller "
+                                       "max_pixels")
+        if rows > self.max_rows:
+            raise RequestError(f"max_pixels={high}: the encoder's largest picture has {self.max_rows} rows, and this one {rows}")
+        frames = iter(media.read(numbers)) if moving else iter([media])
+        views, run = [], self.max_rows // rows                                 # time steps of one run
+        for first in range(0, steps, run):
+            last = min(first + run, steps)
+            part = np.stack([resize(f.pixels, h, w, c.resample) for f in islice(frames, (last - first) * c.depth)])
+            views.append(self._view(part, first, interval, last == steps))
+        return Processed((self.start, *views, self.end), (width, height), (w, h))
+
+    def _frames(self, video: Video) -> tuple[np.ndarray, np.float32]:
+        """Numbers of the frames to take, and how many positions of the time axis lie between two time steps."""
+        c, total = self.config, len(video)
+        fps = video.fps or LIST_FPS
+        wanted = video.options.get("sample_fps", None if isinstance(video.frames, tuple) else c.video_fps)
+        numbers = np.arange(total) if wanted is None else self.sample(total, fps, wanted)
+        seconds = np.float32(c.depth / (len(numbers) / total * fps))           # of a time step
+        return numbers, np.float32(c.time_scale) * seconds if c.time_scale else np.float32(1)
+
+    def _view(self, frames: np.ndarray, first: int, interval: np.float32, last: bool) -> View:
+        """A run of the encoder over frames uint8 [frames, h, w, 3], the first of which belongs to time step `first`."""
+        c = self.config
+        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % c.depth, axis=0)])
+        steps, group = len(frames) // c.depth, c.merge**2
+        height, width = (s // c.patch // c.merge for s in frames.shape[1:3])   # in merged rows
+        rows = height * width
+        y, x = np.divmod(np.arange(rows), width)                               # of each merged row
+        order, counts = np.arange(rows), np.array([rows])
+        if not all(c.full):
+            window = y // c.window * -(-width // c.window) + x // c.window
+            order, counts = np.argsort(window, kind="stable"), np.bincount(window)
+        inner = np.stack(np.divmod(np.arange(group), c.merge))                 # [2, merge^2]
+        positions = np.stack([y, x])[:, order, None] * c.merge + inner[:, None]
+        inputs = {"patches": self._patches(frames, order), "positions": np.tile(positions.reshape(2, -1), steps).astype(np.int32)}
+        if any(c.full):
+            inputs["step.lo"], inputs["step.hi"] = _intervals(np.full(steps, rows * group))
+        if not all(c.full):
+            inputs["window.lo"], inputs["window.hi"] = _intervals(np.tile(counts * group, steps))
+            inputs["order"] = (np.arange(steps)[:, None] * rows + np.argsort(order)).reshape(-1).astype(np.int32)
+        time = (np.arange(first, first + steps, dtype=np.float32) * interval).astype(np.int32)
+        places = np.stack([np.repeat(time, rows), np.tile(y, steps), np.tile(x, steps)]).astype(np.int32)
+        return View(inputs, {"t": steps * rows}, places, max(height, width) if last else 0, (steps, height, width))
+
+    def _patches(self, frames: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """frames uint8 [steps * depth, h, w, 3] -> F32 [steps * patches, 3 * depth * patch^2], merged rows of a step in `order`."""
+        c = self.config
+        steps, height, width = len(frames) // c.depth, frames.shape[1] // c.patch // c.merge, frames.shape[2] // c.patch // c.merge
+        a = frames.reshape(steps, c.depth, height, c.merge, c.patch, width, c.merge, c.patch, 3)
+        a = a.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)                             # step, rows, columns, inner, channel, frame, y, x
+        a = a.reshape(steps, height * width, c.merge**2, 3, -1)[:, order]
+        out = np.empty(a.shape, np.float32)
+        for channel in range(3):
+            out[..., channel, :] = self.levels[channel][a[..., channel, :]]
+        return out.reshape(-1, 3 * c.depth * c.patch**2)
+
+
+def _token(v: Hparams, name: str, token: Callable[[str], int], text: str) -> int:
+    """A special token's id: from its key, or where there is none by its text."""
+    number = v.get(f"vision.{name}_token_id", None, int)
+    return token(text) if number is None else number
+
+
+def _intervals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and one past the last row of the run of rows that each row lies in."""
+    ends = np.cumsum(counts)
+    return np.repeat(ends - counts, counts).astype(np.int32), np.repeat(ends, counts).astype(np.int32)
+
+
+def smart_resize(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """The size to which a picture is brought: multiples of `factor`, from `least` to `most` pixels, nearly the same shape.
+
+    Sides are rounded half to even. Source: `smart_resize` in transformers' `image_processing_pil_qwen2_vl.py`.
+    Raises: RequestError for a picture that is more than 200 times as long as wide, and for impossible limits.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise RequestError(f"a picture of {width} x {height} pixels: one side may be at most {MAX_ASPECT} times the other")
+    if not all(isinstance(n, int) and 0 < n for n in (least, most)):
+        raise RequestError(f"min_pixels={least}, max_pixels={most}: must be whole numbers above 0")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > most:
+        beta = math.sqrt(height * width / most)
+        h, w = (max(factor, math.floor(s / beta / factor) * factor) for s in (height, width))
+    elif h * w < least:
+        beta = math.sqrt(least / (height * width))
+        h, w = (math.ceil(s * beta / factor) * factor for s in (height, width))
+    return h, w
+
+
+def most_rows(least: int, most: int, factor: int) -> int:
+    """The most squares of factor x factor pixels that `smart_resize` can give with these limits.
+
+    Its limits are exceeded by narrow pictures, whose short side is rounded up to `factor`, and by small ones, both of whose
+    sides are rounded up. A picture of `area` pixels is at most sqrt(200 * area) long.
+    """
+    long, short = math.sqrt(MAX_ASPECT * least) / factor, math.sqrt(least / MAX_ASPECT) / factor
+    return max(most // factor**2, math.ceil(math.sqrt(MAX_ASPECT * most) / factor), math.ceil((long + 1) * (short + 1)))
+
+
+# ---- decoder ----------------------------------------------------------------------------------------------------------------
+
+
+class Model(Architecture):
+    """A qwen2vl decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
+
+    position_axes = 3                # time, height, width
+    Vision = Vision
+
+    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+        c = self.config = qwen2.Config.read(h)
+        self.text = qwen2.Model(h, w, n_ctx)
+        sections = integers(h, "rope.dimension_sections" if f"{h.arch}.rope.dimension_sections" in h.meta else "rope.mrope_section")
+        axes = [axis for axis, n in enumerate(sections[:3]) for _ in range(n)]
+        if len(sections) not in (3, 4) or any(sections[3:]) or len(axes) != len(self.text.rope.inv_freq):
+            raise InvalidModelError(f"{h.arch}.rope.dimension_sections is {sections}: three numbers that add up to "
+                                    f"{len(self.text.rope.inv_freq)} are needed for heads of {c.head_dim}")
+        self.axes = np.array(axes, np.int32)                                   # of each frequency
+
+    def cache_policies(self) -> list[Policy]:
+        """What each layer's attention needs."""
+        return self.text.cache_policies()
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+        text = self.text
+        x = text.embed(batch.ids, batch.media)                                 # [m, D]
+        angles = ops.rope_table(batch.positions, text.rope.inv_freq, self.axes, scale=text.rope.scale)     # [m, E]
+        for i, block in enumerate(text.blocks):
+            x = block(x, batch, text.rope, angles, caches[i], last=i == len(text.blocks) - 1)
+        return text.head(text.norm(batch.select_head(x))), x

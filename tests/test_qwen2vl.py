@@ -1,0 +1,412 @@
+"""Qwen2-VL and Qwen2.5-VL against transformers: pixels, positions, encoder, decoder; tiny random models, odd sizes and ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+
+from pyengine.batch import Batch
+from pyengine.dtype import dtype
+from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.gguf import GGUFFile
+from pyengine.graph import Graph
+from pyengine.hparams import Hparams
+from pyengine.image import Image, Video
+from pyengine.kvcache import LayerCache, visible
+from pyengine.models import architecture
+from pyengine.models.qwen2vl import most_rows, smart_resize
+from pyengine.tensor import Dim
+from pyengine.weights import Weights
+
+torch = pytest.importorskip("torch", reason="needs transformers and torch: pip install -r requirements/test.txt")
+transformers = pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")
+
+N_CTX = 400
+PIXELS = {"min_pixels": 2000, "max_pixels": 30000}                             # about 8 to 104 rows of 12 x 2 pixels
+IDS = {"image_token_id": 77, "video_token_id": 91, "vision_start_token_id": 5, "vision_end_token_id": 33}
+TEXT = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [3, 2, 3]}}
+VISION = {"qwen2_5_vl": {"depth": 4, "hidden_size": 40, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 48, "patch_size": 6,
+                         "window_size": 44, "fullatt_block_indexes": [0, 2], "tokens_per_second": 3},
+          "qwen2_vl": {"depth": 3, "embed_dim": 40, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 6}}
+SIZES = [(61, 47), (30, 400), (300, 17), (9, 11), (400, 500), (96, 96), (36, 12), (200, 1)]     # width, height
+RNG = np.random.default_rng(4)
+PICTURES = [RNG.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in SIZES]
+
+TEXT_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+              "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm",
+              "input_layernorm": "attn_norm"}
+VISION_NAMES = {"attn.proj": "attn_out", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+                "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down", "norm1": "ln1", "norm2": "ln2"}
+OUTER = {"llama.cpp": ({0: "v.patch_embd.weight", 1: "v.patch_embd.weight.1"}, {"ln_q": "v.post_ln", "mlp.0": "mm.0", "mlp.2": "mm.2"}),
+         "ollama": ({0: "v.patch_embd_0.weight", 1: "v.patch_embd_1.weight"},
+                    {"ln_q": "v.merger.ln_q", "mlp.0": "v.merger.mlp.0", "mlp.2": "v.merger.mlp.2"})}
+
+
+def tensors(model, dialect: str, swapped: bool = False) -> dict[str, np.ndarray]:
+    """The model's tensors by the names of a dialect. `swapped`: ffn_up and ffn_down exchanged, as llama.cpp's first converter did."""
+    slices, merger = OUTER[dialect]
+    out = {}
+    for name, p in model.state_dict().items():
+        a, kind = p.detach().float().numpy(), name.rpartition(".")[2]
+        if ".visual." in name:
+            part = name.split(".visual.")[1].rpartition(".")[0]
+            if part == "patch_embed.proj":
+                out |= {slices[i]: a[:, :, i] for i in range(2)}
+            elif part.startswith("merger."):
+                out[f"{merger[part[7:]]}.{kind}"] = a
+            else:
+                _, i, part = part.split(".", 2)
+                if part == "attn.qkv":
+                    out |= {f"v.blk.{i}.attn_{n}.{kind}": x for n, x in zip("qkv", np.split(a, 3))}
+                else:
+                    n = VISION_NAMES[part]
+                    n = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}.get(n, n) if swapped else n
+                    out[f"v.blk.{i}.{n}.{kind}"] = a
+        elif ".layers." in name:
+            i, part = name.split(".layers.")[1].rpartition(".")[0].split(".", 1)
+            out[f"blk.{i}.{TEXT_NAMES[part]}.{kind}"] = a
+        else:
+            out[{"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[name.split(".")[-2]] + "." + kind] = a
+    return out
+
+
+def keys(model, dialect: str) -> dict[str, object]:
+    """Metadata of a dialect."""
+    arch = {"llama.cpp": "qwen2vl", "ollama": "qwen25vl"}[dialect]
+    t, v = model.config.text_config, model.config.vision_config
+    qwen25 = model.config.model_type == "qwen2_5_vl"
+    out: dict[str, object] = {
+        "block_count": t.num_hidden_layers, "context_length": 512, "embedding_length": t.hidden_size, "vocab_size": t.vocab_size,
+        "feed_forward_length": t.intermediate_size, "attention.head_count": t.num_attention_heads, "rope.freq_base": 1e5,
+        "attention.head_count_kv": t.num_key_value_heads, "attention.layer_norm_rms_epsilon": t.rms_norm_eps}
+    vision = {"block_count": v.depth, "embedding_length": v.hidden_size if qwen25 else v.embed_dim, "attention.head_count": v.num_heads,
+              "patch_size": v.patch_size, "spatial_merge_size": v.spatial_merge_size, "attention.layer_norm_epsilon": 1e-6}
+    sections = TEXT["rope_parameters"]["mrope_section"]
+    if dialect == "ollama":
+        out |= {"rope.mrope_section": sections, "vision.fullatt_block_indexes": v.fullatt_block_indexes,
+                "vision.window_size": v.window_size, "vision.temporal_patch_size": 2, "vision.max_pixels": PIXELS["max_pixels"]}
+        return {f"{arch}.{k}": x for k, x in (out | {f"vision.{k}": x for k, x in vision.items()}).items()}
+    vision |= {"projector_type": "qwen2.5vl_merger" if qwen25 else "qwen2vl_merger", "image_mean": [0.4, 0.5, 0.45],
+               "image_std": [0.2, 0.25, 0.3], "feed_forward_length": v.intermediate_size if qwen25 else v.embed_dim * v.mlp_ratio,
+               "hidden_act": v.hidden_act, "image_min_pixels": PIXELS["min_pixels"], "image_max_pixels": PIXELS["max_pixels"],
+               "image_token_id": 77, "video_token_id": 91, "image_start_token_id": 5, "image_end_token_id": 33}
+    if qwen25:
+        vision |= {"window_size": v.window_size, "wa_layer_indexes": v.fullatt_block_indexes, "tokens_per_second": 3.0}
+    out["rope.dimension_sections"] = [*sections, 0]
+    return {f"{arch}.{k}": x for k, x in out.items()} | {f"clip.vision.{k}": x for k, x in vision.items()}
+
+
+def write(path: Path, meta: dict[str, object], arrays: dict[str, np.ndarray], vision_format: str = "F32") -> Path:
+    writer = gguf.GGUFWriter(path, next(iter(meta)).split(".")[0])
+    for key, value in meta.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        add[type(value)](key, value)
+    for name, a in arrays.items():
+        a = np.ascontiguousarray(a)
+        if vision_format != "F32" and name.startswith(("v.", "mm.")) and a.ndim > 1:
+            kind = gguf.GGMLQuantizationType[vision_format if a.ndim == 2 else "F16"]
+            a = gguf.quants.quantize(a, kind)
+            writer.add_tensor(name, a, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, a)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def bind(path: Path, n_ctx: int = N_CTX) -> SimpleNamespace:
+    """The architecture and its Vision, bound to a file, every tensor of which must be used."""
+    file = GGUFFile(path)
+    h, v, w = Hparams(file.metadata), Hparams(file.metadata, "clip"), Weights(file)
+    text = architecture(h.arch)(h, w, n_ctx)
+    special = {"<|image_pad|>": 77, "<|video_pad|>": 91, "<|vision_start|>": 5, "<|vision_end|>": 33}
+    vision = text.Vision(h, v, w, n_ctx, special.__getitem__)
+    w.finish()
+    return SimpleNamespace(text=text, vision=vision, file=file)
+
+
+def random_model(kind: str):
+    config = {"qwen2_5_vl": transformers.Qwen2_5_VLConfig, "qwen2_vl": transformers.Qwen2VLConfig}[kind]
+    model = {"qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration, "qwen2_vl": transformers.Qwen2VLForConditionalGeneration}[kind]
+    model = model._from_config(config(text_config=TEXT, vision_config=VISION[kind], **IDS), attn_implementation="eager")
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            noise = torch.randn(p.shape, generator=g)
+            gain = name.endswith(".weight") and p.dim() == 1
+            p.copy_(1 + 0.3 * noise if gain else 0.4 * noise if p.dim() == 1 else 1.5 * noise / p[0].numel() ** 0.5)
+    return model.float().eval()
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+def pair(request, tmp_path_factory):
+    """A model of transformers and the same one bound to a GGUF file with llama.cpp's names."""
+    hf = random_model(request.param)
+    path = write(tmp_path_factory.mktemp("qwen") / f"{request.param}.gguf", keys(hf, "llama.cpp"), tensors(hf, "llama.cpp"))
+    return SimpleNamespace(hf=hf, path=path, kind=request.param, **vars(bind(path)))
+
+
+def encode(vision, views, device: str = "cpu") -> np.ndarray:
+    g = Graph()
+    program = g.compile(vision.encode(g), device=device)
+    return np.concatenate([program.run(**view.inputs).copy() for view in views])
+
+
+def hf_pixels(pictures, kind: str, **settings):
+    processor = transformers.Qwen2VLImageProcessorPil(**{
+        "patch_size": 6, "image_mean": [0.4, 0.5, 0.45], "image_std": [0.2, 0.25, 0.3], **PIXELS, **settings})
+    out = processor(pictures, return_tensors="pt", input_data_format="channels_last")          # a height of 1 or 3 would be ambiguous
+    return out["pixel_values"], out["image_grid_thw"]
+
+
+def hf_video(frames: np.ndarray):
+    """Pixels of a video as the image processor would give them for frames in pairs: transformers' own needs torchvision."""
+    frames = [*frames, *frames[-1:]][: len(frames) + len(frames) % 2]
+    flat = [hf_pixels([f], "") for f in frames]
+    pairs = [torch.stack([a[0].view(len(a[0]), 3, 2, 36)[:, :, 0], b[0].view(len(b[0]), 3, 2, 36)[:, :, 0]], 2).flatten(1)
+             for a, b in zip(flat[::2], flat[1::2])]
+    grid = flat[0][1].clone()
+    grid[0, 0] = len(pairs)
+    return torch.cat(pairs), grid
+
+
+def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    assert got.shape == want.shape and np.ptp(want) > 0
+    assert np.abs(got - want).max() <= tolerance * np.ptp(want), np.abs(got - want).max() / np.ptp(want)
+
+
+def in_raster_order(view, patches: np.ndarray) -> np.ndarray:
+    """Patches as transformers has them before its encoder."""
+    if "order" not in view.inputs:
+        return patches
+    return patches.reshape(view.axes["t"], 4, -1)[view.inputs["order"]].reshape(len(patches), -1)
+
+
+# ---- processor ------------------------------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_transformers(pair) -> None:
+    for picture in PICTURES:
+        want, grid = hf_pixels([picture], pair.kind)
+        done = pair.vision.process(Image(picture))
+        (view,) = done.views
+        assert np.array_equal(in_raster_order(view, view.inputs["patches"]), want.numpy())
+        assert view.grid == (1, int(grid[0, 1]) // 2, int(grid[0, 2]) // 2)
+        assert done.parts[0] == 5 and done.parts[-1] == 33 and len(done.parts) == 3
+        assert done.size == picture.shape[1::-1] and done.processed == (int(grid[0, 2]) * 6, int(grid[0, 1]) * 6)
+
+
+def test_sizes_are_transformers_and_within_the_bound() -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs
+
+    rng = np.random.default_rng(3)
+    for _ in range(3000):
+        height, width = (int(s) for s in np.exp(rng.uniform(0, 9, 2)))
+        if max(height, width) > 200 * min(height, width):
+            continue
+        factor = int(rng.choice([12, 28, 56]))
+        least, most = sorted(int(s) for s in np.exp(rng.uniform(3, 14, 2)))
+        h, w = smart_resize(height, width, factor, least, most)
+        assert (h, w) == theirs(height, width, factor, least, most)
+        assert h * w // factor**2 <= most_rows(least, most, factor)
+
+
+def test_options_change_limits_and_others_are_refused(pair) -> None:
+    small = pair.vision.process(Image(PICTURES[4], {"max_pixels": 5000}))
+    want, _ = hf_pixels([PICTURES[4]], pair.kind, max_pixels=5000)
+    assert len(small.views[0].inputs["patches"]) == len(want) < len(hf_pixels([PICTURES[4]], pair.kind)[0])
+    for picture, text in [(Image(PICTURES[0], {"pan_and_scan": True}), "pan_and_scan"), (Image(PICTURES[0], {"min_pixels": 0}), "min_pixels"),
+                          (Image(PICTURES[4], {"max_pixels": 10**6}), "largest picture has"), (Image(PICTURES[0][:1, :].repeat(9, 1)), "200 times"),
+                          (Video([PICTURES[0]], sample_fps=0), "sample_fps")]:
+        with pytest.raises((RequestError, ContextOverflowError), match=text if text != "largest picture has" else "positions|largest"):
+            pair.vision.process(picture)
+    with pytest.raises(ContextOverflowError, match="context holds 400"):
+        pair.vision.process(Video([PICTURES[4]] * 40))
+
+
+def test_sampling_is_transformers(pair) -> None:
+    def theirs(total: int, fps: float, wanted: float) -> np.ndarray:          # sample_frames, with torch's arithmetic
+        most = min(768, total) // 2 * 2
+        n = int(min(max(total / fps * wanted, 4), most, total) / 2) * 2
+        return torch.arange(0, total, total / n).int().numpy()
+
+    for total in (2, 3, 5, 17, 48, 101, 240, 3001):
+        for fps in (1.0, 12.5, 24.0, 29.97, 60.0):
+            assert np.array_equal(pair.vision.sample(total, fps, 2.0), theirs(total, fps, 2.0))
+    assert pair.vision.sample(1, 24.0, 2.0).tolist() == [0]
+    frames = [np.full((24, 24, 3), i, np.uint8) for i in range(30)]
+    sampled = pair.vision.process(Video(frames, fps=10.0, sample_fps=2.0)).views[0]
+    assert sampled.grid[0] == 3                                                # 3 seconds, 6 frames
+    chosen = pair.vision.process(Video([frames[i] for i in range(0, 30, 5)], fps=2.0)).views[0]
+    assert np.array_equal(sampled.inputs["patches"], chosen.inputs["patches"]) and np.array_equal(sampled.positions, chosen.positions)
+
+
+# ---- positions --------------------------------------------------------------------------------------------------------------------
+
+
+def prompt(vision, media) -> tuple[list[int], np.ndarray, list]:
+    """Ids as transformers wants them, our positions, and the processed media, of text between media."""
+    ids, columns, at, done = [], [], 0, [vision.process(m) for m in media]
+    for i, d in enumerate(done):
+        for part in (9, 12, *d.parts, 40 + i):
+            if isinstance(part, int):
+                ids.append(part)
+                columns.append(np.full((3, 1), at))
+                at += 1
+            else:
+                n = part.positions.shape[1]
+                ids += [vision.soft_video if isinstance(media[i], Video) else vision.soft] * n
+                columns.append(part.positions + at)
+                at += part.advance
+    return ids, np.concatenate(columns, axis=1), done
+
+
+def hf_positions(hf, ids, pictures, videos, seconds):
+    types = torch.tensor([[1 if i == 77 else 2 if i == 91 else 0 for i in ids]])
+    extra = {"second_per_grid_ts": torch.tensor(seconds)} if hf.config.model_type == "qwen2_5_vl" and seconds else {}
+    return hf.model.get_rope_index(torch.tensor([ids]), types, image_grid_thw=torch.cat(pictures) if pictures else None,
+                                   video_grid_thw=torch.cat(videos) if videos else None, **extra)[0][:, 0].numpy()
+
+
+@pytest.mark.parametrize(("frames", "fps"), [(1, None), (2, 2.0), (3, 0.7), (4, 2.0), (5, 1.3), (5, None)])
+def test_positions_are_transformers(pair, frames: int, fps: float | None) -> None:
+    clip = RNG.integers(0, 256, (frames, 30, 44, 3), dtype=np.uint8)
+    media = [Image(PICTURES[0]), Video(list(clip), fps=fps), Image(PICTURES[1])]
+    ids, positions, done = prompt(pair.vision, media)
+    grids = [torch.tensor([[d.views[0].grid[0], d.views[0].grid[1] * 2, d.views[0].grid[2] * 2]]) for d in done]
+    want = hf_positions(pair.hf, ids, [grids[0], grids[2]], [grids[1]], [2 / (fps or 24)])
+    assert np.array_equal(positions, want)
+    assert done[1].views[0].grid[0] == (frames + 1) // 2
+
+
+# ---- encoder ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_embeddings_are_transformers(pair, device: str) -> None:
+    pictures = PICTURES if device == "cpu" else PICTURES[:2]
+    pixels, grid = hf_pixels(pictures, pair.kind)
+    with torch.no_grad():
+        want = pair.hf.model.get_image_features(pixels, grid).pooler_output
+    views = [pair.vision.process(Image(p)).views[0] for p in pictures]
+    for view, rows in zip(views, want):
+        close(encode(pair.vision, [view], device), rows.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+def test_videos_are_transformers_in_one_run_or_several(pair, frames: int) -> None:
+    clip = RNG.integers(0, 256, (frames, 50, 70, 3), dtype=np.uint8)
+    pixels, grid = hf_video(clip)
+    with torch.no_grad():
+        want = pair.hf.model.get_video_features(pixels, grid).pooler_output[0].numpy()
+    done = pair.vision.process(Video(list(clip), fps=2.0))
+    assert len(done.views) == 1 and np.array_equal(in_raster_order(done.views[0], done.views[0].inputs["patches"]), pixels.numpy())
+    close(encode(pair.vision, done.views), want, 1e-5)
+    narrow = bind(pair.path).vision
+    narrow.max_rows = len(want) // done.views[0].grid[0]                       # one time step a run
+    parts = narrow.process(Video(list(clip), fps=2.0)).views
+    assert len(parts) == done.views[0].grid[0]
+    assert np.array_equal(np.concatenate([p.positions for p in parts], axis=1), done.views[0].positions)
+    assert [p.advance for p in parts] == [0] * (len(parts) - 1) + [done.views[0].advance]
+    close(encode(narrow, parts), want, 1e-5)
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("F16", 2e-3), ("BF16", 2e-2)])
+def test_weights_in_other_formats(pair, tmp_path, form: str, tolerance: float) -> None:
+    path = write(tmp_path / "m.gguf", keys(pair.hf, "llama.cpp"), tensors(pair.hf, "llama.cpp"), form)
+    views = pair.vision.process(Image(PICTURES[0])).views
+    got, want = encode(bind(path).vision, views), encode(pair.vision, views)
+    assert 0 < np.abs(got - want).max() < tolerance * np.ptp(want)
+
+
+def test_ollamas_dialect(tmp_path) -> None:
+    hf = random_model("qwen2_5_vl")
+    ours = bind(write(tmp_path / "o.gguf", keys(hf, "ollama"), tensors(hf, "ollama"))).vision
+    processor = transformers.Qwen2VLImageProcessorPil(patch_size=6, max_pixels=PIXELS["max_pixels"])
+    out = processor([PICTURES[0]], return_tensors="pt")
+    with torch.no_grad():
+        want = hf.model.get_image_features(out["pixel_values"], out["image_grid_thw"]).pooler_output[0].numpy()
+    done = ours.process(Image(PICTURES[0]))
+    assert (done.parts[0], ours.soft, ours.soft_video, done.parts[2]) == (5, 77, 91, 33)
+    close(encode(ours, done.views), want, 1e-5)
+
+
+def test_llama_cpps_first_files(tmp_path) -> None:
+    """feed_forward_length is 0, and ffn_up and ffn_down are exchanged (tools/mtmd/legacy-models/qwen2_vl_surgery.py)."""
+    hf = random_model("qwen2_vl")
+    meta = keys(hf, "llama.cpp") | {"clip.vision.feed_forward_length": 0, "clip.projector_type": "qwen2vl_merger"}
+    for name in ("projector_type", "hidden_act", "spatial_merge_size"):
+        del meta[f"clip.vision.{name}"]
+    old = bind(write(tmp_path / "old.gguf", meta, tensors(hf, "llama.cpp", swapped=True))).vision
+    new = bind(write(tmp_path / "new.gguf", keys(hf, "llama.cpp"), tensors(hf, "llama.cpp"))).vision
+    views = new.process(Image(PICTURES[0])).views
+    assert np.array_equal(encode(old, views), encode(new, views))
+
+
+def test_malformed_files_are_named(pair, tmp_path) -> None:
+    arrays = tensors(pair.hf, "llama.cpp")
+    for changes, error, text in [
+        ({"clip.vision.projector_type": "mlp"}, UnsupportedModelError, "projector_type is 'mlp'"),
+        ({"clip.vision.attention.head_count": 3}, InvalidModelError, "heads"),
+        ({"clip.vision.image_std": [0.1, 0.0, 0.1]}, InvalidModelError, "image_std"),
+        ({"clip.vision.image_mean": [0.1, 0.5]}, InvalidModelError, "image_mean"),
+        ({"clip.vision.hidden_act": "mish"}, UnsupportedModelError, "hidden_act"),
+        ({"clip.vision.temporal_patch_size": 3}, UnsupportedModelError, "temporal_patch_size"),
+        ({"clip.vision.patch_size": 7}, InvalidModelError, "patch_embd"),
+        ({"qwen2vl.rope.dimension_sections": [3, 2, 2, 0]}, InvalidModelError, "dimension_sections"),
+        ({"qwen2vl.rope.dimension_sections": [3.0, 2.0, 3.0]}, InvalidModelError, "dimension_sections"),
+    ]:
+        with pytest.raises(error, match=text):
+            bind(write(tmp_path / "bad.gguf", keys(pair.hf, "llama.cpp") | changes, arrays))
+
+
+# ---- decoder ----------------------------------------------------------------------------------------------------------------------
+
+
+def decode(text, ids: np.ndarray, positions: np.ndarray, media: np.ndarray) -> np.ndarray:
+    """Logits at every position, in one step on the CPU backend with a float32 cache."""
+    g, c, n = Graph(), text.config, len(ids)
+    m = Dim("m", n)
+    batch = Batch(m, g.input("ids", (m,), "I32"), g.input("positions", (text.position_axes, m), "I32"), g.input("wanted", (m,), "I32"),
+                  g.input("head", (m,), "I32"), g.input("media", (Dim("e", max(1, len(media))), c.d_model)))
+    rows = {name: g.input(name, (m,), "I32") for name in ("cells", "seq", "lo", "hi")}
+    table = g.constant(np.arange(n, dtype=np.int32)[None])
+    caches = [LayerCache(*(g.state(f"{i}.{s}", (c.n_kv_heads, n, c.head_dim), dtype("F32")) for s in "kv"), rows["cells"], table,
+                         rows["seq"], rows["lo"], rows["hi"], rows["seq"], rows["lo"], rows["hi"]) for i in range(c.n_layers)]
+    program = g.compile(list(text.forward(batch, caches)))
+    index = np.arange(n, dtype=np.int32)
+    lo, hi = visible(text.cache_policies()[0], index)
+    return program.run(ids=ids, positions=positions.astype(np.int32), wanted=index, head=index, media=media, cells=index, seq=index * 0,
+                       lo=lo, hi=hi)[0]
+
+
+def test_logits_are_transformers(pair) -> None:
+    clip = RNG.integers(0, 256, (3, 30, 44, 3), dtype=np.uint8)
+    media = [Image(PICTURES[0]), Video(list(clip), fps=0.9), Image(PICTURES[2])]
+    ids, positions, done = prompt(pair.vision, media)
+    pixels, grid = hf_pixels([PICTURES[0], PICTURES[2]], pair.kind)
+    moving, moving_grid = hf_video(clip)
+    extra = {"second_per_grid_ts": torch.tensor([2 / 0.9])} if pair.kind == "qwen2_5_vl" else {}
+    with torch.no_grad():
+        want = pair.hf(input_ids=torch.tensor([ids]), pixel_values=pixels, image_grid_thw=grid, pixel_values_videos=moving,
+                       video_grid_thw=moving_grid, mm_token_type_ids=torch.tensor([[1 if i == 77 else 2 if i == 91 else 0 for i in ids]]),
+                       attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **extra).logits[0].numpy()
+    rows = np.concatenate([encode(pair.vision, d.views) for d in done])
+    ids, soft = np.array(ids, np.int32), np.isin(ids, (77, 91))
+    ids[soft] = -1 - np.arange(soft.sum())
+    close(decode(pair.text, ids, positions, rows), want, 1e-5)
+
+
+def test_text_alone_is_transformers(pair) -> None:
+    ids = RNG.integers(0, 70, 40).astype(np.int32)
+    with torch.no_grad():
+        want = pair.hf(input_ids=torch.tensor(ids[None]).long()).logits[0].numpy()
+    close(decode(pair.text, ids, np.tile(np.arange(40), (3, 1)), np.zeros((1, 48), np.float32)), want, 1e-5)
