@@ -133,10 +133,10 @@ def bind(path: Path, n_ctx: int = N_CTX) -> SimpleNamespace:
     return SimpleNamespace(text=text, vision=vision, file=file)
 
 
-def random_model(kind: str):
+def random_model(kind: str, **vision):
     config = {"qwen2_5_vl": transformers.Qwen2_5_VLConfig, "qwen2_vl": transformers.Qwen2VLConfig}[kind]
     model = {"qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration, "qwen2_vl": transformers.Qwen2VLForConditionalGeneration}[kind]
-    model = model._from_config(config(text_config=TEXT, vision_config=VISION[kind], **IDS), attn_implementation="eager")
+    model = model._from_config(config(text_config=TEXT, vision_config=VISION[kind] | vision, **IDS), attn_implementation="eager")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -232,7 +232,7 @@ def test_options_change_limits_and_others_are_refused(pair) -> None:
         pair.vision.process(Video([PICTURES[4]] * 40))
 
 
-def test_sampling_is_transformers(pair) -> None:
+def test_sampling_is_transformers(pair, tmp_path) -> None:
     def theirs(total: int, fps: float, wanted: float) -> np.ndarray:          # sample_frames, with torch's arithmetic
         most = min(768, total) // 2 * 2
         n = int(min(max(total / fps * wanted, 4), most, total) / 2) * 2
@@ -246,6 +246,10 @@ def test_sampling_is_transformers(pair) -> None:
     sampled = pair.vision.process(Video(frames, fps=10.0, sample_fps=2.0)).views[0]
     assert sampled.grid[0] == 3                                                # 3 seconds, 6 frames
     chosen = pair.vision.process(Video([frames[i] for i in range(0, 30, 5)], fps=2.0)).views[0]
+    listed = keys(pair.hf, "llama.cpp") | {"clip.vision.video_sample_frames": True, "clip.vision.video_fps": 2.0}
+    always = bind(write(tmp_path / "m.gguf", listed, tensors(pair.hf, "llama.cpp"))).vision
+    assert np.array_equal(always.process(Video(frames, fps=10.0)).views[0].inputs["patches"], sampled.inputs["patches"])
+    assert always.process(Video(frames[:8])).views[0].grid[0] == 4             # without a rate nothing can be sampled
     assert np.array_equal(sampled.inputs["patches"], chosen.inputs["patches"]) and np.array_equal(sampled.positions, chosen.positions)
 
 
@@ -325,6 +329,29 @@ def test_weights_in_other_formats(pair, tmp_path, form: str, tolerance: float) -
     views = pair.vision.process(Image(PICTURES[0])).views
     got, want = encode(bind(path).vision, views), encode(pair.vision, views)
     assert 0 < np.abs(got - want).max() < tolerance * np.ptp(want)
+
+
+def test_weights_in_blocks_of_8_bits(tmp_path) -> None:
+    hf = random_model("qwen2_5_vl", hidden_size=64, intermediate_size=96, num_heads=4)
+    f32, q8 = (bind(write(tmp_path / f"{form}.gguf", keys(hf, "llama.cpp"), tensors(hf, "llama.cpp"), form)).vision for form in ("F32", "Q8_0"))
+    views = f32.process(Image(PICTURES[0])).views
+    got, want = encode(q8, views), encode(f32, views)
+    assert 0 < np.abs(got - want).max() < 0.05 * np.ptp(want)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl"])
+def test_converted_checkpoints(tiny_gguf, kind: str) -> None:
+    path, folder = tiny_gguf(kind)
+    ours = bind(path).vision
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert (ours.soft, ours.soft_video) == (config.image_token_id, config.video_token_id)
+    assert ours.image_marker == (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
+    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+    out = processor([PICTURES[4]], return_tensors="pt")
+    hf = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = hf.model.get_image_features(out["pixel_values"], out["image_grid_thw"]).pooler_output[0].numpy()
+    close(encode(ours, ours.process(Image(PICTURES[4])).views), want, 1e-5)
 
 
 def test_ollamas_dialect(tmp_path) -> None:

@@ -79,7 +79,8 @@ class VisionConfig:
     resample: int
     pixels: tuple[int, int]          # least and most of a picture
     video_pixels: tuple[int, int]    # of a frame
-    video_fps: float
+    video_fps: float                 # frames that are sampled of a second
+    sample_lists: bool               # of lists of frames with a rate too, not only of files
     video_frames: tuple[int, int]    # least and most that are sampled
     time_scale: float                # positions on the time axis per second; 0: one position a time step (Qwen2-VL)
 
@@ -132,6 +133,7 @@ class VisionConfig:
             pixels=(low, high),
             video_pixels=(v.size("vision.video_min_pixels", low), v.size("vision.video_max_pixels", high)),
             video_fps=v.number("vision.video_fps", VIDEO_FPS),
+            sample_lists=v.get("vision.video_sample_frames", False, bool),
             video_frames=(v.size("vision.video_min_frames", MIN_FRAMES), v.size("vision.video_max_frames", MAX_FRAMES)),
             time_scale=v.number("vision.tokens_per_second", TOKENS_PER_SECOND) if qwen25 else 0.0,
         )
@@ -278,7 +280,7 @@ class Vision:
         return np.arange(0, total, total / n).astype(np.float32).astype(np.int64) if n else np.arange(total)
 
     def process(self, media: Image | Video) -> Processed:
-        """Turn a picture or a video into the encoder's inputs. A list of frames is taken whole, a file is sampled.
+        """Turn a picture or a video into the encoder's inputs. A file is sampled; a list of frames only if the processor does so.
 
         Options: min_pixels and max_pixels, of a picture or of each frame; sample_fps, frames to take of a second of a video.
         Raises: ContextOverflowError if its rows exceed the context, RequestError, ImageError.
@@ -313,7 +315,8 @@ class Vision:
         """Numbers of the frames to take, and how many positions of the time axis lie between two time steps."""
         c, total = self.config, len(video)
         fps = video.fps or LIST_FPS
-        wanted = video.options.get("sample_fps", None if isinstance(video.frames, tuple) else c.video_fps)
+        whole = isinstance(video.frames, tuple) and not (c.sample_lists and video.fps)
+        wanted = video.options.get("sample_fps", None if whole else c.video_fps)
         numbers = np.arange(total) if wanted is None else self.sample(total, fps, wanted)
         seconds = np.float32(c.depth / (len(numbers) / total * fps))           # of a time step
         return numbers, np.float32(c.time_scale) * seconds if c.time_scale else np.float32(1)
