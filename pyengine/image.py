@@ -37,7 +37,7 @@ import PIL.ImageOps
 from pyengine.errors import ImageError, RequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 2 * (1 << 30) // 4 // 3        # 179 million, where Pillow and so transformers refuse; some 10 bytes each
+MAX_PIXELS = 2 * (1 << 30) // 4 // 3        # where Pillow, and so transformers, refuses; up to 20 bytes each to decode
 MAX_FILE_BYTES = 1 << 31                    # MAX_PIXELS uncompressed, four channels of 16 bits, are 1.4e9
 
 
@@ -75,6 +75,13 @@ class Image:
 
     def __repr__(self) -> str:
         return f"Image({self.size[0]}x{self.size[1]}{''.join(f', {k}={v!r}' for k, v in self.options.items())})"
+
+
+def known_options(media: Image | Video, *names: str) -> None:
+    """Refuse options that a model's processor does not have. Raises: RequestError naming those that it has."""
+    for name in media.options:
+        if name not in names:
+            raise RequestError(f"option {name!r}: this model's processor has {', '.join(names) or 'none'}")
 
 
 def open_image(source: object, **options: Any) -> Image:
@@ -416,6 +423,6 @@ def checked_indices(indices: Iterable[int], n: int) -> list[int]:
     wanted = [operator.index(i) for i in indices]
     if wanted and not 0 <= min(wanted) <= max(wanted) < n:
         raise RequestError(f"frames {min(wanted)} to {max(wanted)} of a video of {n} frames")
-    if any(a > b for a, b in zip(wanted, wanted[1:])):
+    if wanted != sorted(wanted):
         raise RequestError("numbers of frames must not fall: sort them")
     return wanted
