@@ -45,10 +45,7 @@ class PyEngine:
         if wanted > 1:                                                         # from an empty cache only
             blocks = self.model.logit_blocks(list(ids), first=len(ids) - wanted)
             return np.concatenate([rows.copy() for _, rows in blocks])
-        for start in range(0, len(ids), N_BATCH):
-            part = ids[start : start + N_BATCH]
-            logits = self.model.step(part, np.array([len(part) - 1], np.int32), 1)
-        return logits
+        return self.model.feed(ids, N_BATCH)[None]
 
     def facts(self, n_prompt: int, n_generate: int) -> dict[str, Any]:
         """What the limits are compared with: bytes that generating a token reads, operations on weights of a prompt."""

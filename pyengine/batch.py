@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from pyengine import ops
+from pyengine.errors import RequestError
 from pyengine.tensor import Dim, Tensor
 
 
@@ -83,6 +85,75 @@ class Processed:
     def views(self) -> list[View]:
         """The runs of the encoder, in order."""
         return [p for p in self.parts if isinstance(p, View)]
+
+
+@dataclass
+class Rows:
+    """A prompt laid out, one entry a position.
+
+    keys       what stands there: a token id, or (digest, row) of a media segment; equal keys have equal embeddings
+    ids        int32 [n]: token ids; -1 for rows of media
+    positions  int32 [axes, n]
+    span_end   int32 [n]: for rows of a non-causal segment the number after its last row, else 0
+    media      (first row, segment) of each media segment
+    next       position of what follows
+    """
+
+    keys: list[Hashable]
+    ids: np.ndarray
+    positions: np.ndarray
+    span_end: np.ndarray
+    media: list[tuple[int, MediaSegment]]
+    next: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def steps(self, start: int, n_batch: int) -> Iterator[tuple[int, int]]:
+        """Cut the rows from `start` on into steps of at most n_batch rows that do not cut atomic segments."""
+        atomic = [(first, first + len(s)) for first, s in self.media if s.atomic]
+        while start < len(self):
+            stop = min(start + n_batch, len(self))
+            stop = next((first for first, end in atomic if first < stop < end), stop)
+            if stop <= start:
+                raise RequestError(f"a picture of {next(e - f for f, e in atomic if f == start)} rows must be one step, but n_batch is {n_batch}")
+            yield start, stop
+            start = stop
+
+    def whole(self, n: int) -> int:
+        """n, or the start of the atomic segment that would be cut there."""
+        return next((first for first, s in self.media if s.atomic and first < n < first + len(s)), n)
+
+    def embeddings(self, start: int, stop: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Of rows [start, stop): which are media, counted from `start`, and their embeddings."""
+        for first, s in self.media:
+            a, b = max(first, start), min(first + len(s), stop)
+            if a < b:
+                yield slice(a - start, b - start), s.embedding[a - first : b - first]
+
+
+def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
+    """Lay a prompt's segments out; positions start at 0 and go on behind a media segment by its `advance`."""
+    keys: list[Hashable] = []
+    ids, positions, span_end, media = [], [], [], []
+    at = 0
+    for s in segments:
+        n, first = len(s), len(keys)
+        if isinstance(s, TokenSegment):
+            keys += s.ids
+            ids.append(np.array(s.ids, np.int32))
+            positions.append(np.broadcast_to(np.arange(at, at + n, dtype=np.int32), (axes, n)))
+            at += n
+        else:
+            keys += [(s.digest, j) for j in range(n)]
+            ids.append(np.full(n, -1, np.int32))
+            positions.append(np.broadcast_to(s.positions, (axes, n)).astype(np.int32) + at)
+            media.append((first, s))
+            at += s.advance
+        span_end.append(np.full(n, 0 if isinstance(s, TokenSegment) or s.causal else first + n, np.int32))
+    if not keys:
+        return Rows([], np.empty(0, np.int32), np.empty((axes, 0), np.int32), np.empty(0, np.int32), [], 0)
+    return Rows(keys, np.concatenate(ids), np.concatenate(positions, axis=1), np.concatenate(span_end), media, at)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 from pyengine.hparams import Hparams
 from pyengine.tensor import Tensor, make_leaf
-from pyengine.weights import WeightRef, Weights
+from pyengine.weights import DerivedRef, WeightRef, Weights
 
 
-def constant(ref: WeightRef, dtype: DType | None = None) -> Tensor:
+def constant(ref: WeightRef | DerivedRef, dtype: DType | None = None) -> Tensor:
     """A weight as a constant of the graph; with `dtype`, converted when it is loaded."""
     return make_leaf("constant", ref.name, ref.shape, dtype or ref.dtype, ref)
 
@@ -51,6 +52,40 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+# names of transformers' `hidden_act` -> kinds of `ops.unary`
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu",
+               "relu": "relu"}
+
+
+class PatchEmbedding(Linear):
+    """A convolution whose windows do not overlap, as a product over patches flattened in the order channel, (time,) y, x.
+
+    Tensors `slices` are [width, channels, p, p] each: one for pictures, one a frame where patches span several frames.
+    """
+
+    def __init__(self, w: Weights, width: int, channels: int, p: int, slices: Sequence[str] = ("weight",)):
+        parts = [w.tensor(name, (width, channels, p, p)) for name in slices]
+        shape = (width, len(parts) * channels * p * p)
+        if len(parts) == 1:
+            self.weight = constant(replace(parts[0], shape=shape))
+        else:
+            self.weight = constant(DerivedRef(parts[0].name, shape, tuple(parts), lambda *a: np.stack(a, axis=2).reshape(shape)))
+        bias = w.optional("bias", (width,))
+        self.bias = constant(bias, dtype_of("F32")) if bias else None
+
+
+class LayerNorm:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
+
+    def __init__(self, w: Weights, d: int, eps: float):
+        f32 = dtype_of("F32")
+        self.weight, self.bias = constant(w.tensor("weight", (d,)), f32), constant(w.tensor("bias", (d,)), f32)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 @dataclass(frozen=True)

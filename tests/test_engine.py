@@ -77,7 +77,7 @@ def test_bad_requests_are_named(model) -> None:
         (lambda: model.generate([1, -1]), "token id -1"),
         (lambda: model.generate([1, 2.5]), "float"),
         (lambda: model.generate([True]), "bool"),
-        (lambda: model.generate("x", images=["a.png"]), "no images"),
+        (lambda: model.generate("x", images=["a.png"]), "takes no pictures"),
         (lambda: model.generate("x", stop=[""]), "stop"),
         (lambda: model.generate("x", temperature=-1), "temperature"),
         (lambda: model.generate("x", max_tokens=-1), "max_tokens"),

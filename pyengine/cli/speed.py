@@ -69,9 +69,7 @@ def measure(model: Any, n_prompt: int, n_generate: int, repetitions: int, profil
 def _test(model: Any, name: str, ids: list[int], rows: int, repetitions: int, profile: bool) -> Result:
     def feed() -> int:
         model.reset()
-        for start in range(0, len(ids), rows):
-            part = ids[start : start + rows]
-            model.step(part, np.array([len(part) - 1], np.int32), 1)
+        model.feed(ids, rows)
         return -(-len(ids) // rows)
 
     _seconds(feed)

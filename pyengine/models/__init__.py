@@ -4,9 +4,48 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, ClassVar
 
+from pyengine.batch import Batch
 from pyengine.errors import UnsupportedModelError
+from pyengine.hparams import Hparams
+from pyengine.kvcache import LayerCache, Policy
+from pyengine.tensor import Tensor
+from pyengine.weights import Weights
+
+
+class Architecture:
+    """What a module's class `Model` offers to the engine.
+
+    config           has n_layers, d_model, n_kv_heads, head_dim, vocab_size
+    position_axes    rows of `batch.positions` (3 with M-RoPE)
+    Vision           the media encoder's class, or None
+
+    A `Vision` is made by `Vision(h, v, w, n_ctx, token)`: keys of the text model, keys "clip.*", weights "v.*" and "mm.*", the
+    context's size, and a function that gives the id of a special token's text. It has
+
+    image_marker     ids that a chat template writes for one picture, all of which `Processed.parts` replaces
+    video_marker     the same for a video, or None
+    atomic_rows      most rows of a span that must not be cut, 0 without such spans
+    max_rows         most rows of one run of the encoder
+    process(media)   an Image or Video -> Processed, on the host
+    encode(graph)    the graph of one run: declares the inputs that `View.inputs` names, returns F32 [rows, d_model]
+    """
+
+    config: Any
+    position_axes: ClassVar[int] = 1
+    Vision: ClassVar[Any] = None
+
+    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+        raise NotImplementedError
+
+    def cache_policies(self) -> list[Policy]:
+        """What each layer's attention needs."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """The graph of one step: logits [l, vocab] and hidden states of the wanted rows [w, d_model]."""
+        raise NotImplementedError
 
 
 def architectures() -> list[str]:

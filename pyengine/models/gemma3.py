@@ -1,25 +1,35 @@
-"""Gemma 3, text decoder: five sliding-window layers, then one global, and so on.
+"""Gemma 3: a text decoder of five sliding-window layers, then one global, and so on; SigLIP encoder, 256 soft tokens a picture.
 
-Paper arXiv:2503.19786. Follows transformers `modeling_gemma3.py`. Norm weights in GGUF files already hold 1 + w.
-differs: nothing. llama.cpp hard-codes the layer pattern (every 6th global), the local rope base (10,000) and the query scale;
-files that carry them as keys are believed, others get those constants.
-Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width.
+Paper arXiv:2503.19786. Follows transformers `modeling_gemma3.py`, `processing_gemma3.py` and `image_processing_pil_gemma3.py`.
+Norm weights in GGUF files already hold 1 + w. A picture's soft tokens attend to each other in both directions and to all that
+is before them; in sliding layers the window limits backwards only. Soft tokens are not multiplied by sqrt(D).
+differs: nothing. llama.cpp hard-codes the layer pattern (every 6th global), the local rope base (10,000), the query scale and the
+pooling; files that carry them as keys are believed, others get those constants.
+Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width; in the encoder P patches, V hidden.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyengine import ops
-from pyengine.batch import Batch
-from pyengine.errors import InvalidModelError
+from pyengine.batch import Batch, Processed, View
+from pyengine.errors import InvalidModelError, RequestError
+from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
-from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope
+from pyengine.models import Architecture
+from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, rope
 from pyengine.tensor import Tensor
-from pyengine.weights import Weights
+from pyengine.weights import DerivedRef, Weights
+
+if TYPE_CHECKING:
+    from pyengine.image import Image, Video
 
 GLOBAL_EVERY = 6                     # transformers Gemma3TextConfig.sliding_window_pattern
 LOCAL_ROPE_BASE = 10_000.0           # transformers Gemma3TextConfig.rope_local_base_freq
@@ -115,8 +125,185 @@ class Block:
         return self.out(y)
 
 
-class Model:
+@dataclass(frozen=True)
+class VisionConfig:
+    """Numbers of the encoder and the image processor, from the keys "clip.vision.*"."""
+
+    image_size: int
+    patch_size: int
+    n_layers: int
+    width: int
+    d_ff: int
+    n_heads: int
+    eps: float
+    act: str                         # of `ops.unary`
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int                    # Pillow's number of the filter
+    n_tokens: int                    # soft tokens of one picture
+    pan_and_scan: bool
+    min_crop_size: int
+    max_crops: int
+    min_ratio: float
+
+    @classmethod
+    def read(cls, v: Hparams) -> VisionConfig:
+        """Defaults are those of llama.cpp's files: `Gemma3ImageProcessor`, `Gemma3Processor`, and pooling by 4 x 4."""
+        side = v.size("vision.image_size") // v.size("vision.patch_size")
+        half = np.full(3, 0.5, np.float32)
+        act = v.get("vision.hidden_act", "gelu_pytorch_tanh", str)
+        if act not in ACTIVATIONS:
+            raise InvalidModelError(f"clip.vision.hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
+        return cls(
+            image_size=v.size("vision.image_size"),
+            patch_size=v.size("vision.patch_size"),
+            n_layers=v.size("vision.block_count"),
+            width=v.size("vision.embedding_length"),
+            d_ff=v.size("vision.feed_forward_length"),
+            n_heads=v.size("vision.attention.head_count"),
+            eps=v.number("vision.attention.layer_norm_epsilon"),
+            act=ACTIVATIONS[act],
+            mean=tuple(float(x) for x in v.get("vision.image_mean", half, np.ndarray)),
+            std=tuple(float(x) for x in v.get("vision.image_std", half, np.ndarray)),
+            resample=v.size("vision.resample", 2),
+            n_tokens=v.size("vision.tokens_per_image", max(1, side // 4) ** 2),
+            pan_and_scan=bool(v.get("vision.pan_and_scan", False)),
+            min_crop_size=v.size("vision.pan_and_scan_min_crop_size", 256),
+            max_crops=v.size("vision.pan_and_scan_max_num_crops", 4),
+            min_ratio=v.number("vision.pan_and_scan_min_ratio_to_activate", 1.2),
+        )
+
+
+def crops(width: int, height: int, c: VisionConfig) -> list[tuple[int, int, int, int]]:
+    """Pan and scan: boxes (x0, y0, x1, y1) that cut a long picture along its long side, or none.
+
+    As `Gemma3ImageProcessorPil.pan_and_scan`: a picture at least `min_ratio` times longer than wide is cut into as many pieces as
+    its ratio says, rounded half up, at least 2 and at most `max_crops`, unless pieces would be smaller than `min_crop_size`.
+    """
+    long, short = max(width, height), min(width, height)
+    if long / short < c.min_ratio:
+        return []
+    n = min(long // c.min_crop_size, int(long / short + 0.5))
+    n = min(c.max_crops, max(2, n))
+    step = -(-long // n)
+    if min(step, short) < c.min_crop_size:
+        return []
+    spans = [(i * step, min((i + 1) * step, long)) for i in range(n)]
+    return [(a, 0, b, height) if width >= height else (0, a, width, b) for a, b in spans]
+
+
+class VisionBlock:
+    """SigLIP's layer: attention over all patches and a feed-forward, each behind a layer norm and added to its input."""
+
+    def __init__(self, w: Weights, c: VisionConfig):
+        self.c = c
+        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
+        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
+        # llama.cpp's first converter for Gemma 3 wrote fc1 as ffn_down and fc2 as ffn_up
+        swapped = c.d_ff != c.width and w["ffn_down"].shape("weight") == (c.d_ff, c.width)
+        first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
+        self.up, self.down = Linear(w[first], c.width, c.d_ff), Linear(w[second], c.d_ff, c.width)
+
+    def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [P, V]
+        c, h = self.c, self.norm1(x)
+        q, k, v = (f(h).reshape(-1, c.n_heads, c.width // c.n_heads) for f in (self.q, self.k, self.v))    # [P, H, E]
+        k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                       # [H, P, E], views
+        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=(c.width // c.n_heads) ** -0.5))
+        return x + self.down(ops.unary(self.up(self.norm2(x)), kind=c.act))
+
+
+class Vision:
+    """SigLIP over one square picture, average pooling, projection; and what a picture becomes in a prompt.
+
+    Patches are computed in the order of the pooled windows, so that pooling is a mean over neighbours: attention does not care,
+    and position embeddings are put into the same order when they are loaded.
+    """
+
+    video_marker = None
+
+    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+        c = self.config = VisionConfig.read(v)
+        if c.width % c.n_heads:
+            raise InvalidModelError(f"clip.vision.attention.head_count is {c.n_heads}, which does not divide {c.width}")
+        side, tokens = c.image_size // c.patch_size, math.isqrt(c.n_tokens)
+        self.pool = side // tokens if tokens else 0
+        if not self.pool or tokens * tokens != c.n_tokens or (side - self.pool) // self.pool + 1 != tokens:
+            raise InvalidModelError(f"clip.vision: {side} x {side} patches cannot be pooled to {c.n_tokens} soft tokens")
+        self.start = v.get("vision.image_start_token_id", None, int)
+        self.end = v.get("vision.image_end_token_id", None, int)
+        self.start = token("<start_of_image>") if self.start is None else self.start
+        self.end = token("<end_of_image>") if self.end is None else self.end
+        self.image_marker = (self.start,)
+        self.atomic_rows = self.max_rows = c.n_tokens
+        self.order = _pooling_order(side, tokens, self.pool)
+        v_, d_model = w["v"], h.size("embedding_length")
+        self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch_size)
+        position = v_["position_embd"].tensor("weight", (side * side, c.width))
+        self.position = constant(DerivedRef(position.name, position.shape, (position,), lambda a: a[self.order]))
+        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.norm = LayerNorm(v_["post_ln"], c.width, c.eps)
+        self.soft_norm = RMSNorm(w["mm.soft_emb_norm"], c.width, c.eps)
+        projection = w["mm.input_projection"].tensor("weight", (c.width, d_model))       # HF's layout: x @ weight
+        self.projection = constant(DerivedRef(projection.name, (d_model, c.width), (projection,), lambda a: a.T))
+
+    def process(self, media: Image | Video) -> Processed:
+        """Resize to the encoder's square, whatever the aspect ratio; with pan and scan, crops of long pictures too.
+
+        Options of the image: pan_and_scan (bool). Raises: RequestError for videos.
+        """
+        from pyengine.image import Video, known_options                                 # Pillow takes 20 ms to import
+
+        c = self.config
+        if isinstance(media, Video):
+            raise RequestError("Gemma 3 takes pictures, not videos; give its frames as pictures")
+        known_options(media, "pan_and_scan")
+        boxes = crops(*media.size, c) if media.options.get("pan_and_scan", c.pan_and_scan) else []
+        views = [self._view(media.pixels), *(self._view(media.pixels[y0:y1, x0:x1]) for x0, y0, x1, y1 in boxes)]
+        first, *rest = [("\n\n", self.start, view, self.end, "\n\n") for view in views]
+        parts: list[str | int | View] = list(first)
+        if rest:                                                                        # Gemma3Processor.replace_image_token
+            parts = ["Here is the original image ", *first, " and here are some crops to help you see better "]
+            for i, crop in enumerate(rest):
+                parts += [" ", *crop] if i else crop
+        return Processed(tuple(parts), media.size, (c.image_size, c.image_size))
+
+    def _view(self, pixels: np.ndarray) -> View:
+        """One run of the encoder: pixels [h, w, 3] -> patches [P, 3 * p * p] in pooling order."""
+        from pyengine.image import resize
+
+        c, p = self.config, self.config.patch_size
+        side = c.image_size // p
+        x = resize(pixels, c.image_size, c.image_size, c.resample).astype(np.float32) * np.float32(1 / 255)
+        x = (x - np.array(c.mean, np.float32)) / np.array(c.std, np.float32)
+        x = x[: side * p, : side * p].reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3 * p * p)
+        rows = np.arange(c.n_tokens, dtype=np.int32)[None]
+        return View({"patches": x[self.order]}, {}, rows, c.n_tokens, causal=False, atomic=True)
+
+    def encode(self, g: Graph) -> Tensor:
+        """Soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""
+        c, n = self.config, len(self.order)
+        lo, hi = np.zeros(n, np.int32), np.full(n, n, np.int32)
+        x = self.patch(g.input("patches", (n, 3 * c.patch_size**2))) + self.position    # [P, V]
+        for block in self.blocks:
+            x = block(x, lo, hi)
+        x = ops.slice(self.norm(x), axis=0, start=0, stop=c.n_tokens * self.pool**2)
+        x = ops.transpose(x.reshape(c.n_tokens, self.pool**2, c.width), axes=(0, 2, 1))
+        x = ops.reduce(ops.contiguous(x), kind="mean")                                  # [n_tokens, V]
+        return ops.linear(self.soft_norm(x), [self.projection])[0]
+
+
+def _pooling_order(side: int, tokens: int, pool: int) -> np.ndarray:
+    """Numbers of patches, window by window; those that pooling drops (a side that `pool` does not divide) come last."""
+    grid = np.arange(side * side).reshape(side, side)
+    used = tokens * pool
+    windows = grid[:used, :used].reshape(tokens, pool, tokens, pool).transpose(0, 2, 1, 3).reshape(-1)
+    return np.concatenate([windows, np.setdiff1d(grid, windows)])
+
+
+class Model(Architecture):
     """A gemma3 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
+
+    Vision = Vision
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
         c = self.config = Config.read(h)
@@ -135,7 +322,7 @@ class Model:
     def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
         c = self.config
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                                # [m, D]
         ropes = {slides: (r, r.table(batch.positions)) for slides, r in ((True, self.rope_local), (False, self.rope))}
         for i, block in enumerate(self.blocks):
             x = block(x, batch, *ropes[c.sliding[i]], caches[i], last=i == c.n_layers - 1)

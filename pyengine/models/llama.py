@@ -13,6 +13,7 @@ from pyengine import ops
 from pyengine.batch import Batch
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
+from pyengine.models import Architecture
 from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
@@ -82,7 +83,7 @@ class Block:
         return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
 
 
-class Model:
+class Model(Architecture):
     """A llama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):

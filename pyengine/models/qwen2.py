@@ -16,6 +16,7 @@ from pyengine.batch import Batch
 from pyengine.errors import InvalidModelError
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
+from pyengine.models import Architecture
 from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
@@ -89,7 +90,7 @@ class Block:
         return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
 
 
-class Model:
+class Model(Architecture):
     """A qwen2 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):

@@ -15,6 +15,8 @@ transformers and the authors' own code (modeling of the first release; qwen-vl-u
   greatest position of the three axes, which is later when a video lasts longer than it is wide (pictures: no difference);
 - a list of frames without a rate has 24 frames a second; the authors assume 2;
 - each frame of a video may have up to video_max_pixels; the authors also limit the sum over frames.
+Frames of videos are resized by Pillow as pictures are (and as the authors do with lists of frames). transformers has only a
+torchvision processor for videos, which rounds differently: by 1/255 here and there, by more in noise.
 Files of a video are sampled as the authors do, 2 frames a second (transformers samples only if it is asked to).
 Axes: m rows of the batch, D hidden; in the encoder n patches, t merged rows, V hidden, H heads, E head size.
 """
@@ -34,8 +36,8 @@ from pyengine.errors import ContextOverflowError, InvalidModelError, RequestErro
 from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.image import Image, Video, resize
-from pyengine.kvcache import LayerCache, Policy
-from pyengine.models import Architecture, qwen2
+from pyengine.kvcache import LayerCache
+from pyengine.models import qwen2
 from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm
 from pyengine.tensor import Dim, Tensor
 from pyengine.weights import Weights
@@ -175,7 +177,7 @@ def _per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Geometry:
     """What a layer must know of the encoder's rows: angles F32 [n, E], and the interval of rows that each one sees, I32 [n]."""
 
     angles: Tensor
@@ -197,20 +199,20 @@ class VisionBlock:
         self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff) if c.qwen25 else None
         self.up, self.down = Linear(w[up], c.d_model, c.d_ff), Linear(w[down], c.d_ff, c.d_model)
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:                           # [n, V]
-        x = x + self.attend(self.ln1(x), rows)
+    def __call__(self, x: Tensor, geometry: Geometry) -> Tensor:                           # [n, V]
+        x = x + self.attend(self.ln1(x), geometry)
         h = self.ln2(x)
         if self.gate is None:
             return x + self.down(ops.unary(self.up(h), kind=self.c.act))
         return x + self.down(ops.unary(self.gate(h), kind=self.c.act) * self.up(h))
 
-    def attend(self, x: Tensor, rows: Rows) -> Tensor:
+    def attend(self, x: Tensor, geometry: Geometry) -> Tensor:
         """x [n, V] -> [n, V]"""
         heads = self.c.n_heads
         head_dim = self.c.d_model // heads
         q, k, v = (f(x).reshape(-1, heads, head_dim) for f in (self.q, self.k, self.v))              # [n, H, E]
-        k, v = ops.rope(k, rows.angles).transpose(1, 0, 2), v.transpose(1, 0, 2)                     # [H, n, E]
-        return self.out(ops.attention(ops.rope(q, rows.angles), k, v, rows.lo, rows.hi, scale=head_dim**-0.5))
+        k, v = ops.rope(k, geometry.angles).transpose(1, 0, 2), v.transpose(1, 0, 2)                     # [H, n, E]
+        return self.out(ops.attention(ops.rope(q, geometry.angles), k, v, geometry.lo, geometry.hi, scale=head_dim**-0.5))
 
 
 class Vision:
@@ -256,10 +258,10 @@ class Vision:
         n = t * c.merge**2
         x = self.embed(g.input("patches", (n, 3 * c.depth * c.patch**2)))                          # [n, V]
         angles = ops.rope_table(g.input("positions", (2, n), "I32"), self.inv_freq, self.axes)     # [n, E]
-        rows = {full: Rows(angles, *(g.input(f"{'step' if full else 'window'}.{end}", (n,), "I32") for end in ("lo", "hi")))
+        geometry = {full: Geometry(angles, *(g.input(f"{'step' if full else 'window'}.{end}", (n,), "I32") for end in ("lo", "hi")))
                 for full in sorted(set(c.full))}
         for block, full in zip(self.blocks, c.full):
-            x = block(x, rows[full])
+            x = block(x, geometry[full])
         x = self.norm(x).reshape(-1, c.d_model * c.merge**2)                                       # [t, V * merge^2]
         x = self.second(ops.gelu(self.first(x)))                                                   # [t, D], in window order
         return x if all(c.full) else ops.rows(x, g.input("order", (t,), "I32"))
@@ -403,31 +405,24 @@ def most_rows(least: int, most: int, factor: int) -> int:
 # ---- decoder ----------------------------------------------------------------------------------------------------------------
 
 
-class Model(Architecture):
-    """A qwen2vl decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
+class Model(qwen2.Model):
+    """qwen2's decoder with positions on three axes."""
 
     position_axes = 3                # time, height, width
     Vision = Vision
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
-        c = self.config = qwen2.Config.read(h)
-        self.text = qwen2.Model(h, w, n_ctx)
-        sections = integers(h, "rope.dimension_sections" if f"{h.arch}.rope.dimension_sections" in h.meta else "rope.mrope_section")
-        axes = [axis for axis, n in enumerate(sections[:3]) for _ in range(n)]
-        if len(sections) not in (3, 4) or any(sections[3:]) or len(axes) != len(self.text.rope.inv_freq):
-            raise InvalidModelError(f"{h.arch}.rope.dimension_sections is {sections}: three numbers that add up to "
-                                    f"{len(self.text.rope.inv_freq)} are needed for heads of {c.head_dim}")
-        self.axes = np.array(axes, np.int32)                                   # of each frequency
-
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
-        return self.text.cache_policies()
+        super().__init__(h, w, n_ctx)
+        name = "rope.dimension_sections" if f"{h.arch}.rope.dimension_sections" in h.meta else "rope.mrope_section"
+        sections, pairs = integers(h, name), len(self.rope.inv_freq)
+        if len(sections) not in (3, 4) or any(sections[3:]) or sum(sections) != pairs:
+            raise InvalidModelError(f"{h.arch}.{name} is {sections}: three numbers that add up to {pairs} are needed")
+        self.axes = np.repeat(np.arange(3, dtype=np.int32), sections[:3])      # of each frequency
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
-        text = self.text
-        x = text.embed(batch.ids, batch.media)                                 # [m, D]
-        angles = ops.rope_table(batch.positions, text.rope.inv_freq, self.axes, scale=text.rope.scale)     # [m, E]
-        for i, block in enumerate(text.blocks):
-            x = block(x, batch, text.rope, angles, caches[i], last=i == len(text.blocks) - 1)
-        return text.head(text.norm(batch.select_head(x))), x
+        x = self.embed(batch.ids, batch.media)                                 # [m, D]
+        angles = ops.rope_table(batch.positions, self.rope.inv_freq, self.axes, scale=self.rope.scale)     # [m, E]
+        for i, block in enumerate(self.blocks):
+            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
+        return self.head(self.norm(batch.select_head(x))), x

@@ -1,0 +1,147 @@
+"""Pictures and videos on their way into a prompt: processed on the host, encoded once, kept while there is room.
+
+The encoder is a program of its own. Its weights are read when the first picture comes; a model that is used for text only never
+loads them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from pyengine.batch import MediaSegment, View
+from pyengine.errors import ImageError
+from pyengine.graph import Graph
+from pyengine.tensor import Tensor
+
+if TYPE_CHECKING:
+    from pyengine.image import Image, Video
+
+Part = str | int | MediaSegment
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What became of one picture or video of a request.
+
+    kind        "image" or "video"
+    size        (width, height) of the original in pixels
+    processed   (width, height) that the encoder saw; a point (x, y) of it is (x * size[0] / processed[0], ...) of the original
+    n_tokens    soft tokens in the prompt
+    views       runs of the encoder (crops, tiles)
+    grids       (frames, rows, columns) of soft tokens of each view, where the model has them
+    cached      found in the image cache: nothing was encoded
+    process_seconds, encode_seconds: on the host, and in the encoder
+    digest      hex of sha256 over pixels and options
+    """
+
+    kind: str
+    size: tuple[int, int]
+    processed: tuple[int, int]
+    n_tokens: int
+    views: int
+    grids: tuple[tuple[int, int, int], ...]
+    cached: bool
+    process_seconds: float
+    encode_seconds: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    parts: tuple[Part, ...]
+    info: MediaInfo
+    nbytes: int
+
+
+class MediaEncoder:
+    """A model's media encoder and its image cache.
+
+    vision      the model's `Vision` (see `models.Architecture`)
+    prepared    its graph as the backend planned it
+    budget      bytes of embeddings that are kept; least recently used go first, those in use last
+    """
+
+    def __init__(self, vision: Any, prepared: Any, budget: int, progress: Callable[[int, int], None] | None = None):
+        self.vision, self.prepared, self.budget = vision, prepared, budget
+        self._program: Any = None
+        self._progress = progress
+        self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
+        self.stats = {"image_hits": 0, "image_misses": 0, "image_cache_bytes": 0}
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the encoder's weights are in memory."""
+        return self._program is not None
+
+    def get(self, media: Image | Video, in_use: Collection[bytes] = ()) -> tuple[tuple[Part, ...], MediaInfo]:
+        """What stands in the prompt for a picture or video, with embeddings, and how it came about.
+
+        in_use: digests that a conversation still holds; they are dropped from the cache last.
+        Raises: ImageError, RequestError from the model's processor.
+        """
+        from pyengine.image import Video                                       # Pillow takes 20 ms to import
+
+        entry = self._cache.get(media.digest)
+        if entry is not None:
+            self._cache.move_to_end(media.digest)
+            self.stats["image_hits"] += 1
+            return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
+        self.stats["image_misses"] += 1
+        started = time.perf_counter()
+        processed = self.vision.process(media)
+        ready = time.perf_counter()
+        parts = tuple(self._encoded(p, media.digest, i) if isinstance(p, View) else p for i, p in enumerate(processed.parts))
+        segments = [p for p in parts if isinstance(p, MediaSegment)]
+        info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
+                         sum(map(len, segments)), len(segments), tuple(s.grid for s in segments if s.grid), False,
+                         ready - started, time.perf_counter() - ready, media.digest.hex())
+        self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)), in_use)
+        return parts, info
+
+    def _keep(self, digest: bytes, entry: _Entry, in_use: Collection[bytes]) -> None:
+        def total() -> int:
+            return sum(e.nbytes for e in self._cache.values())
+
+        for used in (False, True):
+            for old in [d for d in self._cache if (d in in_use) == used]:
+                if total() + entry.nbytes > self.budget:
+                    del self._cache[old]
+        if entry.nbytes <= self.budget:
+            self._cache[digest] = entry
+        self.stats["image_cache_bytes"] = total()
+
+    def _encoded(self, view: View, digest: bytes, number: int) -> MediaSegment:
+        if self._program is None:
+            self._program = self.prepared.load(self._progress)
+        rows, program = view.positions.shape[1], self._program
+        if rows > self.vision.max_rows:
+            raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.vision.max_rows} that this model was planned for; "
+                             "make it smaller, or load with a larger n_ctx")
+        for name, array in view.inputs.items():
+            program.inputs[name].reshape(-1)[: array.size] = array.reshape(-1)
+        program.execute_named(**view.axes)
+        embedding = program.outputs[0].reshape(-1)[: rows * program.outputs[0].shape[-1]].reshape(rows, -1).copy()
+        embedding.flags.writeable = False
+        return MediaSegment(embedding, view.positions, view.advance, view.grid, view.causal, view.atomic,
+                            sha256(digest + number.to_bytes(4, "little")).digest())
+
+
+def encoder_graph(vision: Any) -> list[Tensor]:
+    """The outputs of the graph of one run of an encoder."""
+    return [vision.encode(Graph())]
+
+
+def merged(parts: Sequence[Part]) -> list[Part]:
+    """Join neighbouring texts, which are tokenized as one."""
+    out: list[Part] = []
+    for p in parts:
+        if isinstance(p, str) and out and isinstance(out[-1], str):
+            out[-1] += p
+        else:
+            out.append(p)
+    return out
