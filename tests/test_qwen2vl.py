@@ -223,13 +223,19 @@ def test_options_change_limits_and_others_are_refused(pair) -> None:
     small = pair.vision.process(Image(PICTURES[4], {"max_pixels": 5000}))
     want, _ = hf_pixels([PICTURES[4]], pair.kind, max_pixels=5000)
     assert len(small.views[0].inputs["patches"]) == len(want) < len(hf_pixels([PICTURES[4]], pair.kind)[0])
-    for picture, text in [(Image(PICTURES[0], {"pan_and_scan": True}), "pan_and_scan"), (Image(PICTURES[0], {"min_pixels": 0}), "min_pixels"),
-                          (Image(PICTURES[4], {"max_pixels": 10**6}), "largest picture has"), (Image(PICTURES[0][:1, :].repeat(9, 1)), "200 times"),
-                          (Video([PICTURES[0]], sample_fps=0), "sample_fps")]:
-        with pytest.raises((RequestError, ContextOverflowError), match=text if text != "largest picture has" else "positions|largest"):
-            pair.vision.process(picture)
-    with pytest.raises(ContextOverflowError, match="context holds 400"):
-        pair.vision.process(Video([PICTURES[4]] * 40))
+    for media, text in [
+        (Image(PICTURES[0], {"pan_and_scan": True}), "pan_and_scan"),
+        (Image(PICTURES[0], {"sample_fps": 1.0}), "sample_fps"),
+        (Image(PICTURES[0], {"min_pixels": 0}), "min_pixels"),
+        (Image(PICTURES[4], {"max_pixels": 45000}), "largest picture has"),
+        (Image(PICTURES[0][:1].repeat(9, axis=1)), "200 times"),
+        (Video([PICTURES[0]], sample_fps=0), "sample_fps"),
+    ]:
+        with pytest.raises(RequestError, match=text):
+            pair.vision.process(media)
+    for media in (Video([PICTURES[4]] * 40), Image(PICTURES[4], {"max_pixels": 10**6})):
+        with pytest.raises(ContextOverflowError, match="context holds 400"):
+            pair.vision.process(media)
 
 
 def test_sampling_is_transformers(pair, tmp_path) -> None:
@@ -387,6 +393,8 @@ def test_malformed_files_are_named(pair, tmp_path) -> None:
         ({"clip.vision.image_mean": [0.1, 0.5]}, InvalidModelError, "image_mean"),
         ({"clip.vision.hidden_act": "mish"}, UnsupportedModelError, "hidden_act"),
         ({"clip.vision.temporal_patch_size": 3}, UnsupportedModelError, "temporal_patch_size"),
+        ({"clip.vision.block_count": 2**31 - 1}, InvalidModelError, "v.blk.2147483646"),
+        ({"clip.vision.resample": 9}, InvalidModelError, "resample"),
         ({"clip.vision.patch_size": 7}, InvalidModelError, "patch_embd"),
         ({"qwen2vl.rope.dimension_sections": [3, 2, 2, 0]}, InvalidModelError, "dimension_sections"),
         ({"qwen2vl.rope.dimension_sections": [3.0, 2.0, 3.0]}, InvalidModelError, "dimension_sections"),

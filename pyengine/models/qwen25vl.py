@@ -35,7 +35,7 @@ class Vision(qwen2vl.Vision):
         """The configuration from "qwen25vl.vision.*"; `v` ("clip.*") has nothing in these files."""
         key = "vision.fullatt_block_indexes"
         numbers = qwen2vl.integers(h, key) if f"{h.arch}.{key}" in h.meta else FULL_LAYERS
-        full = tuple(i in numbers for i in range(h.size("vision.block_count")))
+        full = tuple(i in numbers for i in range(qwen2vl.n_layers(h, w)))
         return qwen2vl.VisionConfig.make(h, h, w, True, "silu", full)
 
 

@@ -84,7 +84,7 @@ class VisionConfig:
     video_fps: float                 # frames that are sampled of a second
     sample_lists: bool               # of lists of frames with a rate too, not only of files
     video_frames: tuple[int, int]    # least and most that are sampled
-    time_scale: float                # positions on the time axis per second; 0: one position a time step (Qwen2-VL)
+    time_scale: float | None         # positions on the time axis per second; None: one a time step (Qwen2-VL)
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
@@ -93,7 +93,7 @@ class VisionConfig:
         if projector not in PROJECTORS:
             raise UnsupportedModelError(f"{v.arch}.projector_type is {projector!r}; {', '.join(PROJECTORS)} are supported")
         act = "silu" if v.get("use_silu", False, bool) else "gelu_pytorch_tanh" if v.get("use_gelu", False, bool) else "quick_gelu"
-        full = _full_layers(v, v.size("vision.block_count"), PROJECTORS[projector])
+        full = _full_layers(v, n_layers(v, w), PROJECTORS[projector])
         return cls.make(h, v, w, PROJECTORS[projector], v.get("vision.hidden_act", act, str), full)
 
     @classmethod
@@ -103,15 +103,17 @@ class VisionConfig:
             raise UnsupportedModelError(f"{v.arch}.vision.hidden_act is {act!r}; {', '.join(ACTIVATIONS)} are supported")
         d_model, n_heads = v.size("vision.embedding_length"), v.size("vision.attention.head_count")
         if d_model % n_heads or d_model // n_heads % 4:
-            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n_heads} for a width of {d_model}: heads must have a multiple "
-                                    "of 4 elements")
+            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n_heads} for a width of {d_model}: heads must have "
+                                    "a multiple of 4 elements")
         patch, merge = v.size("vision.patch_size", 14), v.size("vision.spatial_merge_size", 2)
         window = v.size("vision.window_size", 112) // merge // patch if not all(full) else 1
         if not window:
             raise InvalidModelError(f"{v.arch}.vision.window_size is smaller than {merge} patches of {patch} pixels")
         low = v.size("vision.image_min_pixels", MIN_PIXELS)
         high = v.size("vision.image_max_pixels", v.size("vision.max_pixels", MAX_PIXELS))
-        std = _per_channel(v, "vision.image_std", STD)
+        std, resample = _per_channel(v, "vision.image_std", STD), v.get("vision.resample", BICUBIC, int)
+        if resample not in range(6):
+            raise InvalidModelError(f"{v.arch}.vision.resample is {resample}, but Pillow's filters are 0 to 5")
         if not np.all(std > 0):
             raise InvalidModelError(f"{v.arch}.vision.image_std is {std.tolist()}: must be above 0")
         return cls(
@@ -131,13 +133,13 @@ class VisionConfig:
             merge=merge,
             mean=_per_channel(v, "vision.image_mean", MEAN),
             std=std,
-            resample=v.get("vision.resample", BICUBIC, int),
+            resample=resample,
             pixels=(low, high),
             video_pixels=(v.size("vision.video_min_pixels", low), v.size("vision.video_max_pixels", high)),
             video_fps=v.number("vision.video_fps", VIDEO_FPS),
             sample_lists=v.get("vision.video_sample_frames", False, bool),
             video_frames=(v.size("vision.video_min_frames", MIN_FRAMES), v.size("vision.video_max_frames", MAX_FRAMES)),
-            time_scale=v.number("vision.tokens_per_second", TOKENS_PER_SECOND) if qwen25 else 0.0,
+            time_scale=v.number("vision.tokens_per_second", TOKENS_PER_SECOND) if qwen25 else None,
         )
 
 
@@ -149,15 +151,23 @@ def integers(h: Hparams, name: str) -> list[int]:
     return [int(i) for i in value]
 
 
-def _full_layers(v: Hparams, n_layers: int, qwen25: bool) -> tuple[bool, ...]:
+def n_layers(v: Hparams, w: Weights) -> int:
+    """The encoder's layers, the last of which must be in the file."""
+    n = v.size("vision.block_count")
+    if ("v", "blk", n - 1) not in w:
+        raise InvalidModelError(f"{v.arch}.vision.block_count is {n}, but no tensor is named v.blk.{n - 1}")
+    return n
+
+
+def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
     """Layers with full attention: a list of their numbers, or every n-th one; in Qwen2-VL all."""
     if not qwen25:
-        return (True,) * n_layers
+        return (True,) * n
     if f"{v.arch}.vision.wa_layer_indexes" in v.meta:
         numbers = integers(v, "vision.wa_layer_indexes")
-        return tuple(i in numbers for i in range(n_layers))
+        return tuple(i in numbers for i in range(n))
     period = v.size("vision.n_wa_pattern")
-    return tuple((i + 1) % period == 0 for i in range(n_layers))
+    return tuple((i + 1) % period == 0 for i in range(n))
 
 
 def _d_ff(w: Weights, d_model: int) -> int:
@@ -301,8 +311,8 @@ class Vision:
         steps, rows = -(-len(numbers) // c.depth), h // factor * (w // factor)
         if steps * rows > self.n_ctx:
             raise ContextOverflowError(f"a {'video' if moving else 'picture'} of {width} x {height} pixels takes {steps * rows} "
-                                       f"positions, but the context holds {self.n_ctx}; load with a larger n_ctx, or give a smaller "
-                                       "max_pixels")
+                                       f"positions, but the context holds {self.n_ctx}; load with a larger n_ctx, "
+                                       "or give a smaller max_pixels")
         if rows > self.max_rows:
             raise RequestError(f"max_pixels={high}: the encoder's largest picture has {self.max_rows} rows, and this one {rows}")
         frames = iter(media.read(numbers)) if moving else iter([media])
@@ -321,7 +331,7 @@ class Vision:
         wanted = video.options.get("sample_fps", None if whole else c.video_fps)
         numbers = np.arange(total) if wanted is None else self.sample(total, fps, wanted)
         seconds = np.float32(c.depth / (len(numbers) / total * fps))           # of a time step
-        return numbers, np.float32(c.time_scale) * seconds if c.time_scale else np.float32(1)
+        return numbers, np.float32(1) if c.time_scale is None else np.float32(c.time_scale) * seconds
 
     def _view(self, frames: np.ndarray, first: int, interval: np.float32, last: bool) -> View:
         """A run of the encoder over frames uint8 [frames, h, w, 3], the first of which belongs to time step `first`."""
