@@ -310,6 +310,15 @@ def test_row_chunks_do_not_show(checkpoints, tmp_path, monkeypatch):
     assert [convert(checkpoints("llama"), tmp_path / "a.gguf", t).read_bytes() for t in ("f16", "q8_0")] == expected
 
 
+def peak_memory(*arguments):
+    """Run the command with these arguments and return its peak resident memory in bytes."""
+    script = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+              "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", script, sys.executable, "-m", "converters", *arguments], cwd=ROOT,
+                          check=True, stdout=subprocess.PIPE)
+    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+
+
 def test_peak_memory(tmp_path):
     """300 MB of tensors, the largest 100 MB: the peak stays under twice that plus 200 MB, interpreter included."""
     from safetensors.numpy import save_file
@@ -330,12 +339,7 @@ def test_peak_memory(tmp_path):
               folder / "model.safetensors")
     assert (folder / "model.safetensors").stat().st_size > 295e6
 
-    command = [sys.executable, "-m", "converters", folder, "-o", tmp_path / "m.gguf", "--outtype", "f16",
-               "--no-tokenizer"]
-    script = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
-              "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE)
-    peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory(folder, "-o", tmp_path / "m.gguf", "--outtype", "f16", "--no-tokenizer")
     assert peak < 2 * v * d * 4 + 200e6         # measured: 55 MB
     assert (tmp_path / "m.gguf").stat().st_size > 148e6
 
