@@ -25,6 +25,8 @@ _WHERE = {
     "SamplingParams": "pyengine.sampling",
     "Image": "pyengine.image",
     "Video": "pyengine.image",
+    "open_image": "pyengine.image",
+    "open_video": "pyengine.image",
     "Graph": "pyengine.graph",
     "Tensor": "pyengine.tensor",
     "Dim": "pyengine.tensor",

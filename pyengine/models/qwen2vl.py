@@ -35,7 +35,7 @@ from pyengine.batch import Batch, Processed, View
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.graph import Graph
 from pyengine.hparams import Hparams
-from pyengine.image import Image, Video, resize
+from pyengine.image import Image, Video, known_options, resize
 from pyengine.kvcache import LayerCache
 from pyengine.models import qwen2
 from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm
@@ -299,9 +299,7 @@ class Vision:
         """
         c = self.config
         moving = isinstance(media, Video)
-        unknown = set(media.options) - ({"min_pixels", "max_pixels"} | ({"sample_fps"} if moving else set()))
-        if unknown:
-            raise RequestError(f"option {min(unknown)!r}: this model takes min_pixels, max_pixels and, for videos, sample_fps")
+        known_options(media, "min_pixels", "max_pixels", *(["sample_fps"] if moving else []))
         low, high = c.video_pixels if moving else c.pixels
         low, high = media.options.get("min_pixels", low), media.options.get("max_pixels", high)
         numbers, interval = self._frames(media) if moving else (np.arange(1), np.float32(1))
