@@ -355,9 +355,10 @@ def test_a_command_comes_first_and_anything_else_is_a_model(model, capsys) -> No
         assert execute(arguments) == 0
         shown = capsys.readouterr().out
         assert all(
-            name in shown for name in ("MODEL", "plan", "bench", "perplexity", "show", "list", "--image", "--temp")
+            name in shown
+            for name in ("MODEL", "plan", "bench", "perplexity", "show", "list", "hardware", "--image", "--temp")
         )
-    for name in ("plan", "bench", "perplexity", "show", "list"):
+    for name in ("plan", "bench", "perplexity", "show", "list", "hardware"):
         assert execute([name, "--help"]) == 0 and f"pyengine-run {name}" in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """The command `pyengine-run`: arguments in, text out. Everything else is in the library.
 
     pyengine-run MODEL [PROMPT]      one answer, or a conversation
-    pyengine-run COMMAND ...         plan, bench, perplexity, show, list
+    pyengine-run COMMAND ...         plan, bench, perplexity, show, list, hardware
 
 A first argument that is a command's name is that command; a file of such a name is given as ./plan. What is slow to
 import is imported by the command that needs it.
@@ -37,6 +37,8 @@ pyengine-run show MODEL: what its file says
 
 pyengine-run list: the models on this machine
 
+pyengine-run hardware: what this machine has, and what of it can be used
+
 Each takes --help. MODEL is a GGUF file, or a name that `list` shows."""
 
 _settings: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
@@ -48,7 +50,7 @@ Prompt = Annotated[str | None, Argument(metavar="PROMPT", show_default=False,
                                         help="The question; - reads standard input. Without it: a conversation.")]
 Context = Annotated[int | None, Option("--ctx", "-c", min=1, help="Context; default: as trained, or what fits.")]
 KvDtype = Annotated[str, Option("--kv-dtype", help="Format of cached keys and values: f32, f16 or q8_0.")]
-Threads = Annotated[int | None, Option("--threads", "-t", min=1, help="Threads; default: physical cores.")]
+Threads = Annotated[int | None, Option("--threads", "-t", min=1, help="Threads; default: fast physical cores.")]
 BatchSize = Annotated[int, Option("--batch", "-b", min=1, help="Most rows of one step.")]
 Json = Annotated[bool, Option("--json", help="Write JSON.")]
 N_BATCH = 512
@@ -250,7 +252,19 @@ def list_models(json: Json = False) -> None:
         screen.note("no models found: set PYENGINE_MODELS to a folder of GGUF files, or give a file's path")
 
 
-COMMANDS = ("plan", "bench", "perplexity", "show", "list")
+@commands.command()
+def hardware(json: Json = False) -> None:
+    """Say what this machine has: memory, cores, caches, GPUs, and what of it a model can use."""
+    from pyengine.cli import machine, screen
+
+    found = machine.detect()
+    if json:
+        screen.show_json(found.to_json())
+    else:
+        machine.show_hardware(found)
+
+
+COMMANDS = ("plan", "bench", "perplexity", "show", "list", "hardware")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

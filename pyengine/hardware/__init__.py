@@ -5,7 +5,7 @@
     hardware.available_memory()          # the questions that loading a model asks, answered without looking at the rest
     hardware.default_threads()
 
-Detectors are small classes over a `System`: files below a root, commands, environment. Tests hand over recorded machines.
+Detectors are small classes over a `System`: files below a root, commands, environment. Tests hand over recorded ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def memory_limit(system: System | None = None) -> tuple[int, int] | None:
 
 
 def available_memory(system: System | None = None) -> int:
-    """Return the bytes of main memory that can be taken now: what the system can free, and every control group allows."""
+    """Return the bytes of main memory that can be taken now: what the system can free and control groups allow."""
     return _memory(system or System())[1]
 
 
@@ -51,13 +51,14 @@ def detect(system: System | None = None) -> Hardware:
     total, available, limit = _memory(system)
     memory, processor = Memory(total, available, *(limit or (None, None))), cpu.processor(system)
     host = Device("cpu", processor.name, 0, total if limit is None else min(total, limit[0]), available)
-    return Hardware((host, *gpu.devices(system, memory)), memory, processor, tuple(cpu.NumaNodes(system).detect()), tuple(system.notes))
+    devices, nodes = (host, *gpu.devices(system, memory)), tuple(cpu.NumaNodes(system).detect())
+    return Hardware(devices, memory, processor, nodes, tuple(system.notes))
 
 
 def _memory(system: System) -> tuple[int, int, tuple[int, int] | None]:
     """Return the machine's bytes, those that can be taken, and the smallest limit with what is used of it.
 
-    A group with the larger limit may have less room left, where others of it have taken more; so the room of each counts.
+    A group with a larger limit may have less room left, where others of it have taken more: the room of each counts.
     """
     (total, available), groups = main_memory(system), Cgroups(system).memory()
     return total, max(0, min([available, *(limit - used for limit, used in groups)])), min(groups, default=None)

@@ -1,4 +1,4 @@
-"""Physical cores, which of them are fast, and how many threads to take. Apart from cpu.py because every load asks this."""
+"""Physical cores, which of them are fast, and how many threads to take: what every load asks, so cheap to import."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyengine.hardware.system import System, leading_int
+from pyengine.hardware.system import MAX_CPUS, System, leading_int
 
 CPU = "/sys/devices/system/cpu"
 
-# Below these shares of the fastest core's value a core is one of the slow kind. Capacity is speed at full clock: RK3588's
-# small cores have 0.4 of the big ones', the middle cores of three-kind phones 0.6 and more. Clocks say less: favoured cores
-# of one kind differ by up to 9% (Ryzen 7950X3D: 5.25 and 5.75 GHz), dense or small ones by 25% and more.
+# Below these shares of the fastest core's value a core is one of the slow kind. Capacity is speed at full clock:
+# RK3588's small cores have 0.4 of the big ones', the middle cores of three-kind phones 0.6 and more. Clocks say less:
+# favoured cores of one kind differ by up to 9% (Ryzen 7950X3D: 5.25 and 5.75 GHz), dense or small ones by 25% and more.
 SLOW_CAPACITY, SLOW_CLOCK = 0.6, 0.8
 
 
 class Core(NamedTuple):
-    """A physical core: the logical CPUs that it runs, its kind (performance or efficiency), its highest clock if known."""
+    """A physical core: the logical CPUs that it runs, its kind (performance or efficiency), its highest clock."""
 
     cpus: tuple[int, ...]
     kind: str = "performance"
@@ -31,8 +31,8 @@ class Core(NamedTuple):
 def threads(cores: Sequence[Core], affinity: frozenset[int] | None, quota: float | None) -> int:
     """Return the number of threads that is best for kernels: one a physical performance core that the process may use.
 
-    A second thread of a core shares its arithmetic units, and a slow core makes the others wait at the end of each op. A
-    quota of 2.5 processors takes 3: they stand still for a sixth of the time, which is still more than 2 get done.
+    A second thread of a core shares its arithmetic units, and a slow core makes the others wait at the end of each op.
+    A quota of 2.5 processors takes 3: they stand still for a sixth of the time, which is still more than 2 get done.
     """
     usable = [core for core in cores if core.usable(affinity)]
     n = len([core for core in usable if core.kind == "performance"] or usable) or len(affinity or ()) or 1
@@ -50,7 +50,7 @@ class LinuxCores:
         system, groups, seen = self.system, [], set()
         for cpu in sorted(system.cpus(f"{CPU}/online")):
             if cpu not in seen:
-                topology = f"{CPU}/cpu{cpu}/topology"                          # core_cpus_list: thread_siblings_list, renamed in 5.3
+                topology = f"{CPU}/cpu{cpu}/topology"          # core_cpus_list: since 5.3 for thread_siblings_list
                 group = system.cpus(f"{topology}/core_cpus_list") or system.cpus(f"{topology}/thread_siblings_list")
                 if not group:
                     system.note("cpu: no topology in sysfs; each logical CPU counts as a core")
@@ -77,7 +77,7 @@ class LinuxCores:
 
 
 class MacCores:
-    """Cores by sysctl, whose header says that level 0 is the fastest. They cannot be chosen, so CPUs are numbered here."""
+    """Cores by sysctl, whose header says that level 0 is the fastest. None can be chosen: CPUs are numbered here."""
 
     def __init__(self, system: System):
         self.system = system
@@ -85,11 +85,11 @@ class MacCores:
     def levels(self) -> list[tuple[str, int, int, str]]:
         """Return (prefix of its names, cores, logical CPUs, kind) of each kind of core; Intel's Macs have one."""
         values, found = self.system.sysctl(), []
-        number = lambda key: leading_int(values.get(key, ""))  # noqa: E731
-        for i in range(number("hw.nperflevels") or 0):
+        number = lambda key: n if (n := leading_int(values.get(key, "")) or 0) < MAX_CPUS else 0  # noqa: E731
+        for i in range(number("hw.nperflevels")):
             level = f"hw.perflevel{i}"
             n, n_cpus = number(f"{level}.physicalcpu"), number(f"{level}.logicalcpu")
-            name = values.get(f"{level}.name", "Efficiency" if i else "Performance")           # older systems have no names
+            name = values.get(f"{level}.name", "Efficiency" if i else "Performance")       # older systems have none
             if n and n_cpus:
                 found.append((level, n, n_cpus, "efficiency" if name == "Efficiency" else "performance"))
         n = number("hw.physicalcpu")
@@ -100,8 +100,9 @@ class MacCores:
         found, n = [], 0
         for _, n_cores, n_cpus, kind in self.levels():
             for _ in range(n_cores):
-                found.append(Core(tuple(range(n, n + n_cpus // n_cores)), kind))
-                n += n_cpus // n_cores
+                of_core = max(1, n_cpus // n_cores)
+                found.append(Core(tuple(range(n, n + of_core)), kind))
+                n += of_core
         if not found:
             self.system.note("cpu: sysctl does not say how many cores there are; one is assumed")
         return found or [Core((0,))]
@@ -117,7 +118,7 @@ class OtherCores:
         """Return the physical cores; each logical CPU counts as one where psutil does not know."""
         import psutil
 
-        self.system.note(f"cpu: kinds of cores and caches are not known on {self.system.platform}; all cores count as fast")
+        self.system.note(f"cpu: on {self.system.platform} caches and kinds of cores are unknown; all count as fast")
         n_cpus = psutil.cpu_count() or 1
         n = psutil.cpu_count(logical=False) or n_cpus
         return [Core(tuple(range(i * n_cpus // n, (i + 1) * n_cpus // n))) for i in range(n)]

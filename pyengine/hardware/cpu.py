@@ -76,10 +76,11 @@ class MacCpu:
         """Return the data and unified caches, by level, the larger first."""
         values, found = self.system.sysctl(), []
         for prefix, n_cores, n_cpus, _ in MacCores(self.system).levels():
-            of_l2 = leading_int(values.get(f"{prefix}.cpusperl2", "")) or n_cpus // n_cores
-            for level, key, shared in ((1, "l1dcachesize", n_cpus // n_cores), (2, "l2cachesize", of_l2), (3, "l3cachesize", n_cpus)):
-                if nbytes := leading_int(values.get(f"{prefix}.{key}", "")):
-                    found.append(Cache(level, nbytes, max(1, n_cpus // shared), min(shared, n_cpus)))
+            of_core = max(1, n_cpus // n_cores)
+            of_l2 = min(n_cpus, leading_int(values.get(f"{prefix}.cpusperl2", "")) or of_core)
+            for level, key, shared in ((1, "l1d", of_core), (2, "l2", of_l2), (3, "l3", n_cpus)):
+                if nbytes := leading_int(values.get(f"{prefix}.{key}cachesize", "")):
+                    found.append(Cache(level, nbytes, -(-n_cpus // shared), shared))
         return sorted(found, key=lambda c: (c.level, -c.nbytes))
 
 

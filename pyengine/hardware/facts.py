@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Memory:
-    """Main memory: `available` can be taken now without swapping and within `limit`, the smallest of the control groups."""
+    """Main memory: `available` can be taken now, without swapping, within `limit`, the smallest of control groups."""
 
     total: int
     available: int
@@ -67,8 +67,8 @@ class Cpu:
 class Device:
     """Something that computes and has memory: `id` is "cpu", "cuda:0", "rocm:0" or "metal:0".
 
-    total, free: bytes; on a `unified` device they are of main memory, shared with the CPU. host: main memory that the device
-    can use besides its own (AMD's GTT). compute: CUDA's compute capability ("9.0"), or AMD's target ("gfx1100").
+    total, free: bytes; on a `unified` device they are of main memory, shared with the CPU. host: main memory that the
+    device can use besides its own (AMD's GTT). compute: CUDA's compute capability ("9.0"), or AMD's target ("gfx1100").
     """
 
     kind: str

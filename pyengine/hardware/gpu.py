@@ -13,22 +13,22 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU as NVML has it: its facts, its speed for ordering, and its MIG instances; `mig` says that it is in that mode."""
+    """An NVIDIA GPU as NVML has it."""
 
     device: Device
-    speed: int
-    mig: bool
+    speed: int                       # cores x clock, for the order
+    mig: bool                        # it is cut into instances, or about to be
     instances: tuple[Device, ...]
 
 
 class Nvidia:
     """NVIDIA's GPUs as a CUDA program of this process would see and number them.
 
-    CUDA_VISIBLE_DEVICES takes indices, UUIDs or beginnings of them, and MIG UUIDs; what follows one that is not there is not
-    seen, and none is where one comes twice. Without CUDA_DEVICE_ORDER=PCI_BUS_ID index 0 is the fastest: CUDA does not say
-    by what measure, so cores x clock stands in for it, and a note says so where GPUs differ. A process sees one MIG instance
-    at most, and a GPU in MIG mode only as such. Sources: "CUDA Environment Variables" of the CUDA programming guide, "CUDA
-    Device Enumeration" of the MIG user guide; that repetition hides everything is what torch.cuda has observed.
+    CUDA_VISIBLE_DEVICES takes indices, UUIDs or beginnings of them, and MIG UUIDs; what follows one that is not there
+    is not seen, and none is where one comes twice. Without CUDA_DEVICE_ORDER=PCI_BUS_ID index 0 is the fastest: CUDA
+    does not say by what measure, so cores x clock stands in for it, and a note says so where GPUs differ. A process
+    sees one MIG instance at most, and a GPU in MIG mode only as such. Sources: "CUDA Environment Variables" of the CUDA
+    programming guide, "CUDA Device Enumeration" of the MIG user guide; repetition: torch.cuda, which has tried it.
     """
 
     def __init__(self, system: System, memory: Memory):
@@ -37,19 +37,21 @@ class Nvidia:
     def detect(self) -> list[Device]:
         """Return the visible devices in CUDA's order; none, with a note, where NVML is missing or fails."""
         system = self.system
-        if system.platform == "darwin" or system.platform == "linux" and not any(
-                map(system.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))):        # dxg: Windows' GPUs in WSL
-            return []
+        driver = any(map(system.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl")))
+        if system.platform == "darwin" or system.platform == "linux" and not (driver or system.exists("/dev/dxg")):
+            return []                                          # dxg: in WSL, Windows' GPUs of any maker
         try:
             nvml = system.nvml()
         except ImportError:
-            if system.platform == "linux" and not system.exists("/dev/dxg"):
+            if driver:
                 system.note("NVIDIA: a driver is here, but its GPUs cannot be asked; install pyengine[nvidia]")
+            else:
+                system.note("NVIDIA: GPUs are not looked for here without pyengine[nvidia]")
             return []
         try:
             nvml.nvmlInit()
         except nvml.NVMLError as error:
-            if system.platform == "linux" and not system.exists("/dev/dxg"):
+            if driver:
                 system.note(f"NVIDIA: the driver's library does not start ({error}); its GPUs are left out")
             return []
         try:
@@ -72,7 +74,7 @@ class Nvidia:
         def device(handle: Any, **more: Any) -> Device:
             name, uuid = (_text(getattr(nvml, f"nvmlDeviceGet{what}")(handle)) for what in ("Name", "UUID"))
             memory = ask("nvmlDeviceGetMemoryInfo", handle)
-            if memory is None:                                                 # GB10 and Jetson have no memory of their own
+            if memory is None:                                                 # GB10 and Jetson: none of their own
                 self.system.note(f"NVIDIA: {name} does not say how much memory it has; it is taken to share the CPU's")
                 return Device("cuda", name, 0, self.memory.total, self.memory.available, True, uuid=uuid, **more)
             return Device("cuda", name, 0, memory.total, memory.free, uuid=uuid, **more)
@@ -87,8 +89,9 @@ class Nvidia:
             instance = ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i)   # numbers have gaps
             if instance is not None:
                 instances.append(device(instance, parent=whole.uuid, **shared))
-        speed = ask("nvmlDeviceGetNumGpuCores", handle, default=0) * ask("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM, default=0)
-        return Gpu(whole, speed, mig, tuple(instances))
+        n_cores = ask("nvmlDeviceGetNumGpuCores", handle, default=0)
+        clock = ask("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM, default=0)
+        return Gpu(whole, n_cores * clock, mig, tuple(instances))
 
     def _ordered(self, gpus: list[Gpu]) -> list[Gpu]:
         gpus = sorted(gpus, key=lambda g: g.device.pci or "")
@@ -100,7 +103,9 @@ class Nvidia:
         return sorted(gpus, key=lambda g: -g.speed)                            # stable: equal ones stay in PCI's order
 
     def _visible(self, gpus: list[Gpu]) -> list[Device]:
+        """Return what CUDA_VISIBLE_DEVICES leaves, of MIG instances one."""
         wanted = self.system.environ.get("CUDA_VISIBLE_DEVICES")
+        setting = f"NVIDIA: CUDA_VISIBLE_DEVICES={wanted}"
         if wanted is None:
             chosen = [g.device for g in gpus if not g.mig] or [i for g in gpus for i in g.instances[:1]]
         else:
@@ -109,21 +114,22 @@ class Nvidia:
                 device = self._named(item.strip(), gpus)
                 if device is None:
                     if wanted.strip() and item.strip() != "-1":
-                        self.system.note(f"NVIDIA: CUDA_VISIBLE_DEVICES={wanted}: no GPU {item.strip()!r}; it and what follows are not seen")
+                        self.system.note(f"{setting}: there is no {item.strip()!r}; what follows is not seen either")
                     break
                 if device in chosen:
-                    self.system.note(f"NVIDIA: CUDA_VISIBLE_DEVICES={wanted}: {item.strip()} comes twice, so no GPU is seen")
+                    self.system.note(f"{setting}: {item.strip()} comes twice, so no GPU is seen")
                     return []
                 chosen.append(device)
         seen = chosen[:1] if chosen and chosen[0].parent else [d for d in chosen if d.parent is None]
         n_instances = sum(len(g.instances) for g in gpus)
         if n_instances > sum(d.parent is not None for d in seen):
-            self.system.note(f"NVIDIA: {n_instances} MIG instances; a process sees one at most, named in CUDA_VISIBLE_DEVICES")
+            self.system.note(f"NVIDIA: a process sees one of the {n_instances} MIG instances at most; "
+                             "CUDA_VISIBLE_DEVICES names it")
         return seen
 
     def _named(self, item: str, gpus: list[Gpu]) -> Device | None:
         """Return what one item of CUDA_VISIBLE_DEVICES means; None if it means nothing here."""
-        if item.startswith("MIG-"):                                            # MIG-<uuid>; before R470 MIG-GPU-<uuid>/<gi>/<ci>
+        if item.startswith("MIG-"):                                            # MIG-GPU-<uuid>/<gi>/<ci> before R470
             found = [i for g in gpus for i in g.instances if (i.uuid or "").startswith(item)]
         elif item.startswith("GPU-"):
             found = [self._whole(g) for g in gpus if (g.device.uuid or "").startswith(item)]
@@ -139,8 +145,8 @@ class Nvidia:
 class Amd:
     """AMD's GPUs by the files of the driver amdgpu, in the order of ROCm's topology (kfd), else of PCI addresses.
 
-    total and free are of the memory on board (on an APU: what the firmware sets aside); `host` is GTT, main memory that the
-    GPU can map. All cards are listed: HIP_VISIBLE_DEVICES and partitions of MI300 are not looked at. Linux:
+    total and free are of the memory on board (on an APU: what the firmware sets aside); `host` is GTT, main memory that
+    the GPU can map. All cards are listed: HIP_VISIBLE_DEVICES and partitions of MI300 are not looked at. Linux:
     Documentation/gpu/amdgpu/driver-misc.rst (since 5.1).
     """
 
@@ -155,15 +161,16 @@ class Amd:
             if system.text(f"{folder}/vendor") != "0x1002":
                 continue
             pci = system.pairs(f"{folder}/uevent", "=").get("PCI_SLOT_NAME")
-            total, used, host = (system.number(f"{folder}/mem_info_{k}") for k in ("vram_total", "vram_used", "gtt_total"))
+            sizes = ("vram_total", "vram_used", "gtt_total")
+            total, used, host = (system.number(f"{folder}/mem_info_{size}") for size in sizes)
             if total is None or used is None:
                 system.note(f"AMD: the driver of {pci or card} does not say how much memory it has; it is left out")
                 continue
             node, compute = nodes.get(pci or "", (len(nodes), None))
-            name = system.text(f"{folder}/product_name") or f"AMD GPU {compute or system.text(f'{folder}/device') or card}"
-            uuid = system.text(f"{folder}/unique_id")
-            found.append((node, pci or "", Device("rocm", name, 0, total, max(0, total - used), compute=compute, pci=pci,
-                                                  uuid=uuid and f"GPU-{uuid}", host=host)))
+            chip = compute or system.text(f"{folder}/device") or card
+            name, uuid = system.text(f"{folder}/product_name") or f"AMD GPU {chip}", system.text(f"{folder}/unique_id")
+            found.append((node, pci or "", Device("rocm", name, 0, total, max(0, total - used), compute=compute,
+                                                  pci=pci, uuid=uuid and f"GPU-{uuid}", host=host)))
         return [replace(device, index=i) for i, (_, _, device) in enumerate(sorted(found, key=lambda f: f[:2]))]
 
     def _nodes(self) -> dict[str, tuple[int, str]]:
@@ -171,7 +178,8 @@ class Amd:
         found = {}
         for node in self.system.names("/sys/class/kfd/kfd/topology/nodes"):
             values = self.system.pairs(f"/sys/class/kfd/kfd/topology/nodes/{node}/properties")
-            target, place, domain = (leading_int(values.get(k, "")) or 0 for k in ("gfx_target_version", "location_id", "domain"))
+            keys = ("gfx_target_version", "location_id", "domain")
+            target, place, domain = (leading_int(values.get(key, "")) or 0 for key in keys)
             if target:                                                         # 90010 is gfx90a; CPUs have 0
                 pci = f"{domain:04x}:{place >> 8 & 255:02x}:{place >> 3 & 31:02x}.{place & 7}"
                 found[pci] = len(found), f"gfx{target // 10000}{target // 100 % 100:x}{target % 100:x}"
@@ -181,10 +189,11 @@ class Amd:
 class Apple:
     """The GPU of Apple silicon, which shares main memory up to a limit: Metal's recommendedMaxWorkingSetSize.
 
-    iogpu.wired_limit_mb sets that limit; where it is 0 the system chooses. Metal alone says exactly what; without it, two
-    thirds of the memory below 36 GiB and three quarters from there on: 10.67 of 16 GiB, 21845 of 32768 MiB, 48 of 64 GiB, 72
-    of 96, 144 of 192 were reported (exo pull request 1672, ollama issue 434, llama.cpp issue 1870, Rapid-MLX pull request
-    183). Newer systems give large machines more (107.5 of 128 GiB: antirez/ds4 pull request 893), so this is a lower bound.
+    iogpu.wired_limit_mb sets that limit; where it is 0 the system chooses. Metal alone says exactly what; without it,
+    two thirds of the memory below 36 GiB and three quarters from there on. Reported are 10.67 of 16 GiB (exo pull
+    request 1672), 21845 of 32768 MiB (ollama issue 434), 48 of 64 GiB (llama.cpp issue 1870), 72 of 96, 96 of 128, 144
+    of 192 GiB (Rapid-MLX pull request 183). Newer systems give large machines more (107.5 of 128 GiB: antirez/ds4 pull
+    request 893), so this is a lower bound.
     """
 
     def __init__(self, system: System, memory: Memory):
@@ -201,7 +210,8 @@ class Apple:
         limit = (leading_int(values.get("iogpu.wired_limit_mb", "")) or 0) << 20
         if not limit:
             limit = total * 2 // 3 if total < 36 * GIB else total * 3 // 4
-            self.system.note("Metal: the limit of the GPU's memory is the system's; two thirds or three quarters of it are assumed")
+            self.system.note("Metal: the system sets the limit of the GPU's memory; two thirds of it are assumed, "
+                             "from 36 GiB on three quarters")
         return [Device("metal", name, 0, limit, min(limit, self.memory.available), True)]
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 from pyengine.hardware.system import System, leading_int, split_pairs
 
+# Of versions 2 and 1: limits, usage, and the line of memory.stat that counts unused pages of files.
+FILES = ((("memory.max", "memory.high"), "memory.current", "inactive_file"),
+         (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"))
 NO_LIMIT = 2**60                     # control groups of version 1 write 2**63 rounded down to a page for "no limit"
 
 
@@ -33,23 +36,23 @@ class Cgroups:
         """
         found = []
         for folder in self._folders("memory"):
-            for limits, used, stat in (((f"{folder}/memory.max", f"{folder}/memory.high"), "memory.current", "inactive_file"),
-                                       ((f"{folder}/memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")):
-                set_ = [n for n in map(self.system.number, limits) if n is not None and n < NO_LIMIT]
-                if set_:
+            for limits, usage, stat in FILES:
+                numbers = [self.system.number(f"{folder}/{name}") for name in limits]
+                known = [n for n in numbers if n is not None and n < NO_LIMIT]
+                if known:
                     unused = leading_int(self.system.pairs(f"{folder}/memory.stat").get(stat, "")) or 0
-                    found.append((min(set_), max(0, (self.system.number(f"{folder}/{used}") or 0) - unused)))
+                    found.append((min(known), max(0, (self.system.number(f"{folder}/{usage}") or 0) - unused)))
         return found
 
     def cpu_quota(self) -> float | None:
-        """Return the processors' worth of time that the tightest group gives (1.5: a CPU and a half); None without a limit."""
+        """Return the processors' time that the tightest group gives (1.5: a CPU and a half); None: no limit."""
         found = []
         for folder in self._folders("cpu"):
             quota, _, period = (self.system.text(f"{folder}/cpu.max") or "").partition(" ")
             pair = (leading_int(quota), leading_int(period))
-            if pair == (None, None):
-                pair = (self.system.number(f"{folder}/cpu.cfs_quota_us"), self.system.number(f"{folder}/cpu.cfs_period_us"))
-            if pair[0] and pair[0] > 0 and pair[1]:                            # version 1 writes -1 for "no limit"
+            if pair == (None, None):                                           # version 1, which has -1 for "no limit"
+                pair = tuple(self.system.number(f"{folder}/cpu.cfs_{name}_us") for name in ("quota", "period"))
+            if pair[0] and pair[1]:
                 found.append(pair[0] / pair[1])
         return min(found, default=None)
 
@@ -61,8 +64,8 @@ class Cgroups:
             for top, mounted, of_version2, options in self._mounts():
                 if of_version2 != version2 or not (version2 or controller in options):
                     continue
-                inside = path.removeprefix(top.rstrip("/")) if path == top or path.startswith(top.rstrip("/") + "/") else ""
-                parts = [p for p in inside.split("/") if p]
+                above, parts = ([p for p in folder.split("/") if p] for folder in (top, path))
+                parts = parts[len(above):] if parts[:len(above)] == above else []
                 if ".." in parts:                                              # a group outside of the namespace's top
                     parts = []
                 for n in range(len(parts), -1, -1):
@@ -83,7 +86,7 @@ class Cgroups:
 
 
 class LinuxMemory:
-    """(total, available) by /proc/meminfo; MemAvailable is the kernel's own estimate of what it can give without swapping."""
+    """(total, available) by /proc/meminfo, where MemAvailable is what the kernel can give without swapping."""
 
     def __init__(self, system: System):
         self.system = system

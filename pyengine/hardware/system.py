@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MAX_CPUS = 1 << 16                   # no machine has more; a list that names more is no list of CPUs
 COMMAND_SECONDS = 5.0                # longest wait for a system program; sysctl and vm_stat take milliseconds
 
 
@@ -34,24 +35,25 @@ def load_nvml() -> Any:
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """Return the set that a kernel list such as "0-3,8" names; a part that is no range is left out."""
+    """Return the set that a kernel list such as "0-3,8" names; a part that is no range of CPUs is left out."""
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if first.isdecimal() and (last or first).isdecimal():
-            found.update(range(int(first), int(last or first) + 1))
+        first, last = (whole_int(end) for end in (part.partition("-")[0], part.rpartition("-")[2]))
+        if first is not None and last is not None and last < MAX_CPUS:
+            found.update(range(first, last + 1))
     return frozenset(found)
 
 
 class System:
-    """Where detectors look, and what they have to say about it: `notes` says what is unknown and what is assumed instead."""
+    """Where detectors look. They leave in `notes` what they could not find out, and what is assumed instead."""
 
     def __init__(self, root: str = "/", platform: str = sys.platform, machine: str | None = None,
                  environ: Mapping[str, str] = os.environ, run: Callable[..., str | None] = run_command,
                  affinity: Callable[[], frozenset[int] | None] = own_affinity, nvml: Callable[[], Any] = load_nvml):
         self.root, self.platform, self.environ = root.rstrip("/"), platform, environ
         self.run, self.affinity, self.nvml = run, affinity, nvml
-        self.machine = machine or (os.uname().machine if hasattr(os, "uname") else environ.get("PROCESSOR_ARCHITECTURE", "unknown"))
+        uname = os.uname().machine if hasattr(os, "uname") else environ.get("PROCESSOR_ARCHITECTURE", "unknown")
+        self.machine = machine or uname
         self.notes: list[str] = []
         self._sysctl: dict[str, str] | None = None
 
@@ -69,16 +71,16 @@ class System:
             return None
 
     def number(self, path: str) -> int | None:
-        """Return the number that a file holds; None if it cannot be read or says something else ("max")."""
+        """Return the number that a file holds; None if it cannot be read or says something else ("max", -1)."""
         text = self.text(path)
-        return int(text) if text is not None and text.removeprefix("-").isdecimal() else None
+        return None if text is None else whole_int(text)
 
     def cpus(self, path: str) -> frozenset[int]:
         """Return the logical CPUs that a file lists; empty if it cannot be read."""
         return parse_cpus(self.text(path) or "")
 
     def names(self, path: str, prefix: str = "") -> list[str]:
-        """Return the entries of a folder that are `prefix` and a number, by number; empty if there is no such folder."""
+        """Return a folder's entries that are `prefix` and a number, by number; empty if there is no such folder."""
         try:
             found = os.listdir(self.root + path)
         except OSError:
@@ -105,12 +107,17 @@ def split_pairs(text: str, separator: str | None = None) -> dict[str, str]:
     """Return lines "key value" as a dictionary; of a key that comes again, the first."""
     found: dict[str, str] = {}
     for line in text.splitlines():
-        key, *value = line.split(separator, 1)
-        found.setdefault(key.strip(), value[0].strip() if value else "")
+        key, value = (*line.strip().split(separator, 1), "", "")[:2]
+        found.setdefault(key.strip(), value.strip())
     return found
+
+
+def whole_int(text: str) -> int | None:
+    """Return the number that a text is; None if it is none, or none of 64 bits."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None
 
 
 def leading_int(text: str) -> int | None:
     """Return the number that a text begins with: 24684092 of "24684092 kB"."""
-    digits = text[:len(text) - len(text.lstrip("0123456789"))]
-    return int(digits) if digits else None
+    return whole_int(text[:len(text) - len(text.lstrip("0123456789"))])
