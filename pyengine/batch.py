@@ -111,14 +111,17 @@ class Rows:
 
     def steps(self, start: int, n_batch: int) -> Iterator[tuple[int, int]]:
         """Cut the rows from `start` on into steps of at most n_batch rows that do not cut atomic segments."""
-        atomic = [(first, first + len(s)) for first, s in self.media if s.atomic]
         while start < len(self):
-            stop = min(start + n_batch, len(self))
-            stop = next((first for first, end in atomic if first < stop < end), stop)
-            if stop <= start:
-                raise RequestError(f"a picture of {next(e - f for f, e in atomic if f == start)} rows must be one step, but n_batch is {n_batch}")
+            stop = self.cut(start, n_batch)
+            if stop == start:
+                n = next(len(s) for first, s in self.media if first == start)
+                raise RequestError(f"a picture of {n} rows must be one step, but n_batch is {n_batch}")
             yield start, stop
             start = stop
+
+    def cut(self, start: int, n: int) -> int:
+        """Where to cut after at most n rows from `start`; `start` itself where an atomic segment of more rows begins there."""
+        return max(start, self.whole(min(start + n, len(self))))
 
     def whole(self, n: int) -> int:
         """n, or the start of the atomic segment that would be cut there."""

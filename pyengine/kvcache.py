@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyengine import ops
-from pyengine.dtype import DType
 from pyengine.tensor import Tensor
 
 
@@ -103,7 +102,3 @@ class LayerCache:
         rows = (self.lo_wanted, self.hi_wanted, self.table, self.seq_wanted) if wanted else (self.lo, self.hi, self.table, self.seq)
         return ops.attention(q, k_all, v_all, *rows, sinks, scale=scale, softcap=softcap)
 
-
-def cache_bytes(policy: Policy, n_ctx: int, n_batch: int, kv_heads: int, head_dim: int, dtype: DType) -> int:
-    """Bytes of keys (or of values) of one layer and sequence."""
-    return kv_heads * policy.slots(n_ctx, n_batch) * dtype.size(head_dim)

@@ -17,9 +17,9 @@ def logits(path: Path, ids: list[int]) -> np.ndarray:
     program = Backend().compile(built.outputs, dtype=np.float64)
     index = np.arange(len(ids))
     feed = {"ids": np.array(ids), "positions": index[None], "wanted": index, "head": index, "seq": index * 0, "seq_wanted": index * 0}
-    for g in built.groups:
+    for g, name in built.groups:
         lo, hi = visible(g.policy, index)
-        feed |= {f"{g.name}.cells": index % g.slots, f"{g.name}.lo": lo, f"{g.name}.hi": hi, f"{g.name}.lo_wanted": lo, f"{g.name}.hi_wanted": hi}
+        feed |= {f"{name}.cells": index % g.slots, f"{name}.lo": lo, f"{name}.hi": hi, f"{name}.lo_wanted": lo, f"{name}.hi_wanted": hi}
     for node in program.nodes:
         if node.kind == "state" and node.name.endswith(".table"):
             program.values[id(node), 0][0] = np.arange(node.outputs[0].shape[1])

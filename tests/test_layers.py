@@ -15,10 +15,10 @@ LAYERS = {
     "op": 1, "ops": 1,
     "codegen": 2, "native": 2, "codebooks": 2, "gguf": 2, "weights": 2, "hparams": 2, "graph": 2, "passes": 2, "planner": 2,
     "backends": 2, "hardware": 2, "locate": 2,
-    "nn": 3, "kvcache": 3, "batch": 3, "tokenizer": 3, "template": 3, "sampling": 3, "memory": 3,
+    "nn": 3, "kvcache": 3, "cells": 3, "batch": 3, "tokenizer": 3, "template": 3, "sampling": 3, "memory": 3,
     "image": 3, "grounding": 3,
     "models": 4,
-    "media": 5, "engine": 5,
+    "media": 5, "prompt": 5, "schedule": 5, "engine": 5,
     "perplexity": 6, "cli": 6,
 }
 MODELS_MAY_IMPORT = {"ops", "nn", "kvcache", "batch", "weights", "hparams", "tensor", "graph", "errors", "models", "image"}

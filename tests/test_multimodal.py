@@ -202,7 +202,7 @@ def test_pictures_come_in_many_forms(gemma) -> None:
 
 def test_where_pictures_stand_in_a_text(gemma, qwen) -> None:
     for model, marker in ((gemma, "<start_of_image>"), (qwen, "<|vision_start|><|image_pad|><|vision_end|>")):
-        marker = model._markers()["image"]
+        marker = model._prompts.markers()["image"]
         placed = model.generate(f"see {marker} and {marker}!", images=[A, B], max_tokens=1, temperature=0)
         first = model.generate("see", images=[A], max_tokens=1, temperature=0)
         front = model.generate(f"{marker}see", images=[A], max_tokens=1, temperature=0)

@@ -245,6 +245,13 @@ class Program:
         memory = np.frombuffer(self.state_memory, np.uint8)[start : start + t.nbytes_max]
         return memory.view(_NUMPY[t.dtype.name]).reshape([int(a) for a in t.shape])
 
+    def state_bytes(self, name: str) -> np.ndarray:
+        """The bytes of a state of any format: uint8 [.., bytes of a row]."""
+        t = next(t for t in self.prepared.states if t.name == name)
+        start = self.state_address[name] - self.state_memory.address
+        shape = [int(a) for a in t.shape]
+        return np.frombuffer(self.state_memory, np.uint8)[start : start + t.nbytes_max].reshape(*shape[:-1], t.dtype.size(shape[-1]))
+
     def first_step_reading(self, name: str) -> int:
         """Number of the first step that reads an input: where `execute` may resume when only that input has changed."""
         return next(i for i, n in enumerate(self.prepared.layout.steps) if any(t.node.kind == "input" and t.name == name for t in n.inputs))

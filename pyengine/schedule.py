@@ -1,0 +1,373 @@
+"""Many requests on one model: sequences join and leave between steps, and each gets the bits that it would get alone.
+
+`Runner` runs one step on rows of several sequences: it fills the program's inputs and keeps the cells. `Scheduler` decides which
+rows: one of every request that generates, and beside them a slice of the longest-waiting prompt, so that a long prompt does not
+stall the others. Kernels compute a row with one order of operations whatever else is in the step, so results do not depend on
+who else is being served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence as Many
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pyengine.batch import Rows
+from pyengine.cells import Cells, Copy, Group, Sequence
+from pyengine.errors import ContextOverflowError, RequestError
+from pyengine.kvcache import visible
+from pyengine.media import MediaInfo
+from pyengine.sampling import Sampled, Sampler
+
+BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows [start, stop) of a prompt, which follow what `sequence` has; `wanted` of them, from `start` on, give logits."""
+
+    sequence: Sequence
+    rows: Rows
+    start: int
+    stop: int
+    wanted: np.ndarray
+
+
+class Runner:
+    """The program of one step, its inputs, and the caches.
+
+    program  the compiled step; groups: cells of layers with the same policy, and the name of their inputs
+    layers   number of each layer's group
+    """
+
+    def __init__(self, program: Any, inputs: dict[str, Any], groups: Many[tuple[Group, str]], layers: Many[int], axes: int,
+                 n_batch: int, n_head: int):
+        self.program, self.axes, self.n_batch, self.n_head = program, axes, n_batch, n_head
+        self.names, self.layers = [name for _, name in groups], list(layers)
+        self.cells = Cells([g for g, _ in groups], [program.state(f"{name}.table") for _, name in groups])
+        unused = {n: np.empty(t.nbytes_max // 4, np.int32) for n, t in inputs.items() if n not in program.inputs}
+        self._flat = unused | {name: a.reshape(-1) for name, a in program.inputs.items()}
+        self._logits = program.outputs[0]
+        self._head_step = program.first_step_reading("head")
+        self._dims: dict[str, int] = {}
+        self.n_steps = 0
+
+    def step(self, work: Many[Work]) -> np.ndarray:
+        """Run one step; returns logits of the first n_head wanted rows [l, vocab], valid until the next call."""
+        flat, m, w, e = self._flat, 0, 0, 0
+        for part in work:
+            n, s = part.stop - part.start, part.sequence
+            self.copy(self.cells.extend(s, n))
+            index = np.arange(len(s), len(s) + n, dtype=np.int32)
+            here, there, wanted = slice(m, m + n), slice(w, w + len(part.wanted)), part.wanted
+            flat["ids"][here] = part.rows.ids[part.start : part.stop]
+            for rows, embedding in part.rows.embeddings(part.start, part.stop):
+                k, d = embedding.shape
+                flat["ids"][m + rows.start : m + rows.stop] = np.arange(-1 - e, -1 - e - k, -1)
+                flat["media"][e * d : (e + k) * d] = embedding.reshape(-1)
+                e += k
+            flat["seq"][here], flat["seq_wanted"][there] = s.row, s.row
+            flat["wanted"][there] = wanted + m
+            for i, (g, name) in enumerate(zip(self.cells.groups, self.names)):
+                lo, hi = visible(g.policy, index, part.rows.span_end[part.start : part.stop])
+                flat[f"{name}.cells"][here] = self.cells.cells_of(i, s, index)
+                flat[f"{name}.lo"][here], flat[f"{name}.hi"][here] = lo, hi
+                flat[f"{name}.lo_wanted"][there], flat[f"{name}.hi_wanted"][there] = lo[wanted], hi[wanted]
+            m, w = m + n, w + len(wanted)
+        at = 0
+        for axis in range(self.axes):
+            for part in work:
+                n = part.stop - part.start
+                flat["positions"][at : at + n] = part.rows.positions[axis, part.start : part.stop]
+                at += n
+        self._dims = {"m": m, "w": w, "e": e}
+        logits = self.head(0, first_step=0)
+        for part in work:
+            part.sequence.keys.extend(part.rows.keys[part.start : part.stop])
+            part.sequence.next = int(part.rows.next)
+            self.cells.touch(part.sequence)
+        self.n_steps += 1
+        return logits
+
+    def head(self, done: int, first_step: int | None = None) -> np.ndarray:
+        """Logits of the wanted rows of the last step from number `done` on, n_head at most."""
+        n = min(self.n_head, self._dims["w"] - done)
+        self._flat["head"][:n] = np.arange(done, done + n)
+        self.program.execute_named(first_step=self._head_step if first_step is None else first_step, l=n, **self._dims)
+        return self._logits[:n]
+
+    # -- contents of the caches ---------------------------------------------------------------------------------------
+
+    def storage(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of one layer's keys and of its values: uint8 [kv heads, cells, bytes of a cell]."""
+        return self.program.state_bytes(f"blk.{layer}.k"), self.program.state_bytes(f"blk.{layer}.v")
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        """Copy cells in all layers of a group."""
+        for number, source, target in copies:
+            for layer in [i for i, g in enumerate(self.layers) if g == number]:
+                for cache in self.storage(layer):
+                    cache[:, target] = cache[:, source]
+
+    def resume(self, rows: Rows) -> tuple[Sequence, int]:
+        """A sequence that has the longest useful beginning of `rows`, active, and the length of that beginning.
+
+        An idle conversation is continued where it is when most of it is used (or there is no other row); else it is forked.
+        Raises: PlanError when all rows are active.
+        """
+        cells, most = self.cells, len(rows) - 1
+        best, kept = None, 0
+        for s in cells.sequences:
+            n = rows.whole(min(common(s.keys, rows.keys), most))
+            if n > kept and cells.reach(s, n):
+                best, kept = s, n
+        if best is None:
+            return cells.new(), 0
+        if not best.active and (2 * kept > len(best) or len(cells.sequences) == cells.n_seq):
+            cells.truncate(best, kept)
+            best.active = True
+            return best, kept
+        child, copies = cells.fork(best, kept)
+        self.copy(copies)
+        return child, kept
+
+
+def common(a: Many[Hashable], b: Many[Hashable]) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+class Stops:
+    """Holds text back while it may be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]):
+        if any(not isinstance(s, str) or not s for s in stops):
+            raise RequestError("stop: must be texts that are not empty")
+        self.stops, self.held, self.found = list(stops), "", False
+
+    def push(self, text: str) -> str:
+        """Add text; returns what can be shown. After a stop string nothing more comes."""
+        if self.found:
+            return ""
+        self.held += text
+        ends = [(i, s) for s in self.stops if (i := self.held.find(s)) >= 0]
+        if ends:
+            self.found = True
+            shown, self.held = self.held[: min(ends)[0]], ""
+            return shown
+        keep = max((n for s in self.stops for n in range(1, min(len(s), len(self.held) + 1)) if self.held.endswith(s[:n])), default=0)
+        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer."""
+        shown, self.held = self.held, ""
+        return shown
+
+
+@dataclass
+class Report:
+    """How an answer came about.
+
+    tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop" or "length";
+    n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
+    media: what became of each picture or video.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
+    finish: str = "length"
+    n_prompt: int = 0
+    n_cached: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+    media: list[MediaInfo] = field(default_factory=list)
+
+
+class Request:
+    """One prompt on its way to an answer: `pieces` are texts that nobody has taken yet."""
+
+    def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, max_tokens: int | None, eog: Collection[int], report: Report):
+        self.rows, self.sampler, self.decoder, self.stops = rows, sampler, decoder, stops
+        self.max_tokens, self.eog, self.report = max_tokens, eog, report
+        self.sequence: Sequence | None = None
+        self.done = 0                                        # rows of the prompt in the cache
+        self.pending: int | None = None                      # the token that the next step appends
+        self.pieces: deque[str] = deque()
+        self.finished = False
+        self.error: BaseException | None = None
+        self.started = self.prompted = time.perf_counter()
+
+    @property
+    def media(self) -> frozenset[bytes]:
+        """Digests of its pictures."""
+        return frozenset(bytes.fromhex(info.digest) for info in self.report.media)
+
+    def take(self, logits: np.ndarray) -> None:
+        """Sample from logits [vocab] after the last row, and decide whether to go on."""
+        run, now = self.report, time.perf_counter()
+        if self.pending is None:
+            self.prompted = now
+            run.prompt_seconds = now - self.started
+        self.pending = None
+        if self.max_tokens == 0:
+            return self._end(run.finish)
+        drawn = self.sampler.sample(logits)
+        if drawn.token in self.eog:
+            return self._end("stop")
+        self.sampler.accept(drawn.token)
+        run.tokens.append(drawn.token)
+        run.sampled.append(drawn)
+        self._show(self.stops.push(self.decoder.push(drawn.token)))
+        run.seconds = time.perf_counter() - self.prompted
+        if self.stops.found:
+            run.finish, self.finished = "stop", True
+        elif len(run.tokens) == self.max_tokens:
+            self._end("length")
+        else:
+            self.pending = drawn.token
+
+    def _end(self, finish: str) -> None:
+        tail = self.stops.push(self.decoder.flush()) + self.stops.flush()
+        self.report.finish = "stop" if self.stops.found else finish
+        self._show(tail)
+        self.report.seconds = time.perf_counter() - self.prompted
+        self.finished = True
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+
+
+class Scheduler:
+    """Serves requests in the order in which they came, as many at once as there are rows of sequences."""
+
+    def __init__(self, runner: Runner, n_ctx: int):
+        self.runner, self.n_ctx = runner, n_ctx
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []
+        self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds."""
+        if not len(request.rows):
+            raise RequestError("the prompt is empty")
+        check_room(len(request.rows), self.n_ctx)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Stop working on a request; what it has computed stays as an idle conversation."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.active:
+            self._leave(request)
+        request.finished = True
+
+    def in_use(self) -> frozenset[bytes]:
+        """Digests of pictures that conversations in the caches hold."""
+        return frozenset().union(*(s.media for s in self.runner.cells.sequences))
+
+    def advance(self) -> None:
+        """Run one step for those that are served. Raises what the step raises; its requests have then ended with that error."""
+        cells = self.runner.cells
+        while self.waiting and sum(s.active for s in cells.sequences) < cells.n_seq:
+            self._join(self.waiting.popleft())
+        work = self._compose()
+        served = [r for r, _ in work]
+        try:
+            logits = self.runner.step([w for _, w in work])
+        except BaseException as error:                       # Ctrl-C too
+            for request in served:
+                request.error, request.finished = error, True
+                self._leave(request)
+            raise
+        row = 0
+        for request, w in work:
+            if request.pending is None:
+                request.done = w.stop
+            if len(w.wanted):
+                before = len(request.report.tokens)
+                try:
+                    request.take(logits[row])
+                except Exception as error:                   # of the sampler: this request's own
+                    request.error, request.finished = error, True
+                self.stats["generated_tokens"] += len(request.report.tokens) - before
+                row += 1
+            if request.finished:
+                self._leave(request)
+
+    def _join(self, request: Request) -> None:
+        request.started = time.perf_counter()
+        request.sequence, request.done = self.runner.resume(request.rows)
+        request.sequence.media = request.media
+        run = request.report
+        run.n_prompt, run.n_cached = len(request.rows), request.done
+        self.stats["prompt_tokens"] += run.n_prompt
+        self.stats["cached_tokens"] += run.n_cached
+        for token in request.rows.ids.tolist():
+            if token >= 0:
+                request.sampler.accept(token)
+        self.active.append(request)
+
+    def _leave(self, request: Request) -> None:
+        self.active.remove(request)
+        request.sequence.active = False
+
+    def _compose(self) -> list[tuple[Request, Work]]:
+        """The rows of the next step."""
+        work: list[tuple[Request, Work]] = []
+        for r in [r for r in self.active if r.pending is not None]:
+            if len(r.sequence) == self.n_ctx:
+                r.error = ContextOverflowError(f"the context of {self.n_ctx} tokens is full after {len(r.report.tokens)} generated "
+                                               "ones; load with a larger n_ctx")
+                r.finished = True
+                self._leave(r)
+                continue
+            work.append((r, Work(r.sequence, token_rows([r.pending], r.sequence.next, self.runner.axes), 0, 1, _FIRST)))
+        left = self.runner.n_batch - len(work)
+        limit = min(left, BESIDE) if work else left
+        for r in [r for r in self.active if r.pending is None]:
+            part = self._slice(r, limit, left)
+            if part is None and all(w.rows is not q.rows for q, w in work):
+                return [(r, self._slice(r, self.runner.n_batch, self.runner.n_batch))]      # a picture with no room beside the others
+            if part is None:
+                break
+            work.append((r, part))
+            limit, left = limit - (part.stop - part.start), left - (part.stop - part.start)
+            if limit <= 0:
+                break
+        return work
+
+    def _slice(self, r: Request, limit: int, most: int) -> Work | None:
+        """The next rows of a prompt: at most `limit`, or a picture that must not be cut of at most `most`; None without room."""
+        start = r.done
+        stop = r.rows.cut(start, limit) if limit > 0 else start
+        if stop == start:
+            stop = r.rows.cut(start, most)
+        if stop == start:
+            return None
+        wanted = np.array([stop - start - 1], np.int32) if stop == len(r.rows) else _NONE
+        return Work(r.sequence, r.rows, start, stop, wanted)
+
+
+_FIRST, _NONE = np.zeros(1, np.int32), np.empty(0, np.int32)
+
+
+def check_room(n: int, n_ctx: int) -> None:
+    """Raises: ContextOverflowError for a prompt that exceeds the context."""
+    if n > n_ctx:
+        raise ContextOverflowError(f"the prompt has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")
+
+
+def token_rows(ids: Many[int], position: int, axes: int) -> Rows:
+    """Rows of tokens that follow at `position`."""
+    n = len(ids)
+    positions = np.broadcast_to(np.arange(position, position + n, dtype=np.int32), (axes, n))
+    return Rows(list(ids), np.array(ids, np.int32), positions, np.zeros(n, np.int32), [], position + n)
