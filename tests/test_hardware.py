@@ -1,4 +1,4 @@
-"""What is detected of machines: recorded ones (tests/fixtures/hardware: each says where it is from), odd ones, this one."""
+"""What is detected of machines: recorded ones (tests/fixtures/hardware, each with its source), odd ones, this one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 def machine_of(folder: Path, lines: list[str], **settings) -> System:
-    """A system of lines as `grep -H "" FILES` prints them, "/path:line", and of commands: "$ command", then its output."""
+    """A system of lines as `grep -H "" FILES` prints them, "/path:line", and of "$ command", then its output."""
     files, commands, about, into = {}, {}, {}, None
     for line in lines:
         if line.startswith("$ "):
