@@ -40,11 +40,6 @@ class Hparams:
             raise InvalidModelError(f"{self.arch}.{name} is {value}, which is no possible size")
         return value
 
-    def vocab_size(self) -> int:
-        """Rows of the output head: tokens of the file's vocabulary, or the key vocab_size where it has none."""
-        tokens = "tokenizer.ggml.tokens"
-        return self.meta.count(tokens) if tokens in self.meta else self.size("vocab_size")
-
     def number(self, name: str, default: float | None = None) -> float:
         """A finite float."""
         value = self.need(name, float) if default is None else self.get(name, default, float)

@@ -22,6 +22,15 @@ def constant(ref: WeightRef | DerivedRef, dtype: DType | None = None) -> Tensor:
     return make_leaf("constant", ref.name, ref.shape, dtype or ref.dtype, ref)
 
 
+def vocab_size(w: Weights) -> int:
+    """Rows of the output head (of the embedding, where they are tied); a vocabulary may have more tokens, or fewer."""
+    for name in ("output", "token_embd"):
+        shape = w[name].shape("weight")
+        if shape is not None and len(shape) == 2:
+            return shape[0]
+    raise InvalidModelError(f"{w!r}: neither 'output.weight' nor 'token_embd.weight' is a matrix of the file")
+
+
 class Linear:
     """y = x W^T + b. W [n_out, n_in] in any format; b [n_out] where the file has one."""
 
@@ -103,8 +112,8 @@ class Rope:
         return ops.rope(x, table, interleaved=self.interleaved)
 
 
-def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int) -> Rope:
-    """The rotary embedding that a file describes, with its scaling.
+def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int, base: float = 10_000.0) -> Rope:
+    """The rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
 
     Kinds: none; linear (arXiv:2306.15595); yarn (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the
     tensor `rope_freqs`; longrope (arXiv:2402.13753), as `rope_factors_long` and `rope_factors_short`, of which the long one
@@ -113,7 +122,7 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int
     n_rot = h.size("rope.dimension_count", head_dim)
     if n_rot > head_dim or n_rot % 2:
         raise InvalidModelError(f"{h.arch}.rope.dimension_count is {n_rot}, but a head has {head_dim} elements")
-    base = h.number("rope.freq_base", 10_000.0)
+    base = h.number("rope.freq_base", base)
     inv_freq = 1.0 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
     kind = h.get("rope.scaling.type", "linear" if "rope.scale_linear" in h.meta else "none", str)
     factor = h.number("rope.scaling.factor", h.number("rope.scale_linear", 1.0))

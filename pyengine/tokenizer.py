@@ -599,6 +599,8 @@ class Tokenizer:
         ends = {self.id_of(text) for text in EOG_TEXTS} - {None}
         for i in ends:
             self._override(i, Kind.CONTROL)
+        more = self._meta.get("tokenizer.ggml.eos_token_ids")                  # Ollama's files
+        ends |= {int(i) for i in more if 0 <= i < self.vocab_size} if isinstance(more, np.ndarray) and more.dtype.kind in "iu" else set()
         ends |= {fim["fim_pad"], fim["fim_rep"], fim["fim_sep"], self.eos_id, self.eot_id, self.eom_id} - {None}
         for i in {self.id_of(text) for text in HARMONY_TEXTS} - {None}:
             self._override(i, Kind.USER_DEFINED)
@@ -628,7 +630,9 @@ class Tokenizer:
         for flag, token, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
             if flag and token is None:
                 raise InvalidModelError(f"tokenizer.ggml.{name}_token_id: missing, but add_{name}_token is set")
-        prefix = _read(meta, "add_space_prefix", bool, self._family == "llama")
+        # Ollama's Gemma files lack the key; no Gemma was trained with the prefix (transformers GemmaTokenizer).
+        plain = str(meta.get("general.architecture", "")).startswith("gemma")
+        prefix = _read(meta, "add_space_prefix", bool, self._family == "llama" and not plain)
         self.add_space_prefix = prefix and self._family in ("llama", "t5")
         self.remove_extra_whitespaces = _read(meta, "remove_extra_whitespaces", bool, False)
         self._load_specials(str(meta.get("general.name", "")).lower(), str(meta.get("general.architecture", "")))

@@ -4,7 +4,8 @@ Paper arXiv:2503.19786. Follows transformers `modeling_gemma3.py`, `processing_g
 Norm weights in GGUF files already hold 1 + w. A picture's soft tokens attend to each other in both directions and to all that
 is before them; in sliding layers the window limits backwards only. Soft tokens are not multiplied by sqrt(D).
 differs: nothing. llama.cpp hard-codes the layer pattern (every 6th global), the local rope base (10,000), the query scale and the
-pooling; files that carry them as keys are believed, others get those constants.
+pooling; files that carry them as keys are believed, others get those constants. Ollama's files have everything in one file, under names of
+their own (`convert/convert_gemma3.go`), and leave more out.
 Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width; in the encoder P patches, V hidden.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +25,14 @@ from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
-from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, rope
+from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, rope, vocab_size
 from pyengine.tensor import Tensor
 from pyengine.weights import DerivedRef, Weights
 
 if TYPE_CHECKING:
     from pyengine.image import Image, Video
 
+EPS, ROPE_BASE = 1e-6, 1_000_000.0   # transformers Gemma3TextConfig, where Ollama's files have no key
 GLOBAL_EVERY = 6                     # transformers Gemma3TextConfig.sliding_window_pattern
 LOCAL_ROPE_BASE = 10_000.0           # transformers Gemma3TextConfig.rope_local_base_freq
 
@@ -55,12 +57,13 @@ class Config:
     final_softcap: float
 
     @classmethod
-    def read(cls, h: Hparams) -> Config:
+    def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "gemma3.*"."""
         d_model, n_heads, n_layers = h.size("embedding_length"), h.size("attention.head_count"), h.size("block_count")
         head_dim = h.size("attention.key_length", 256)
-        # query_pre_attn_scalar is d_model / n_heads in the 27B checkpoint and head_dim in all others (their config.json).
-        scalar = d_model / n_heads if h.meta.get("general.size_label", "") == "27B" else head_dim
+        # query_pre_attn_scalar is d_model / n_heads in the 27B checkpoint, the one of 62 layers, and head_dim in all others
+        # (their config.json; llama.cpp, load_hparams): files that do not say it are told by that.
+        scalar = d_model / n_heads if n_layers == 62 else head_dim
         return cls(
             n_layers=n_layers,
             d_model=d_model,
@@ -68,9 +71,9 @@ class Config:
             n_heads=n_heads,
             n_kv_heads=h.size("attention.head_count_kv", n_heads),
             head_dim=head_dim,
-            vocab_size=h.vocab_size(),
+            vocab_size=vocab_size(w),
             n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
+            eps=h.number("attention.layer_norm_rms_epsilon", EPS),
             window=h.size("attention.sliding_window"),
             sliding=_pattern(h, n_layers),
             attn_scale=h.number("attention.scale", scalar**-0.5),
@@ -148,9 +151,12 @@ class VisionConfig:
 
     @classmethod
     def read(cls, v: Hparams) -> VisionConfig:
-        """Defaults are those of llama.cpp's files: `Gemma3ImageProcessor`, `Gemma3Processor`, and pooling by 4 x 4."""
+        """Read "clip.vision.*", or Ollama's "gemma3.vision.*" and "gemma3.mm.*".
+
+        Defaults are those of llama.cpp's files: `Gemma3ImageProcessor`, `Gemma3Processor`, and pooling by 4 x 4.
+        """
         side = v.size("vision.image_size") // v.size("vision.patch_size")
-        half = np.full(3, 0.5, np.float32)
+        pool, half = v.size("vision.projector.scale_factor", 4), np.full(3, 0.5, np.float32)
         act = v.get("vision.hidden_act", "gelu_pytorch_tanh", str)
         if act not in ACTIVATIONS:
             raise InvalidModelError(f"clip.vision.hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
@@ -166,7 +172,7 @@ class VisionConfig:
             mean=tuple(float(x) for x in v.get("vision.image_mean", half, np.ndarray)),
             std=tuple(float(x) for x in v.get("vision.image_std", half, np.ndarray)),
             resample=v.size("vision.resample", 2),
-            n_tokens=v.size("vision.tokens_per_image", max(1, side // 4) ** 2),
+            n_tokens=v.size("vision.tokens_per_image", v.size("mm.tokens_per_image", max(1, side // pool) ** 2)),
             pan_and_scan=bool(v.get("vision.pan_and_scan", False)),
             min_crop_size=v.size("vision.pan_and_scan_min_crop_size", 256),
             max_crops=v.size("vision.pan_and_scan_max_num_crops", 4),
@@ -192,16 +198,36 @@ def crops(width: int, height: int, c: VisionConfig) -> list[tuple[int, int, int,
     return [(a, 0, b, height) if width >= height else (0, a, width, b) for a, b in spans]
 
 
+@dataclass(frozen=True)
+class Names:
+    """How a dialect names the encoder's tensors."""
+
+    patch: str = "patch_embd"
+    position: str = "position_embd"
+    norm1: str = "ln1"
+    norm2: str = "ln2"
+    out: str = "attn_out"
+    up: str = "ffn_up"
+    down: str = "ffn_down"
+    post: str = "post_ln"
+    soft_norm: str = "soft_emb_norm"
+    projection: str = "input_projection"
+
+
+OLLAMA = Names("patch_embedding", "position_embedding", "layer_norm1", "layer_norm2", "attn_output", "mlp.fc1", "mlp.fc2",
+               "post_layernorm", "mm_soft_emb_norm", "mm_input_projection")
+
+
 class VisionBlock:
     """SigLIP's layer: attention over all patches and a feed-forward, each behind a layer norm and added to its input."""
 
-    def __init__(self, w: Weights, c: VisionConfig):
+    def __init__(self, w: Weights, c: VisionConfig, names: Names):
         self.c = c
-        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
-        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
+        self.norm1, self.norm2 = LayerNorm(w[names.norm1], c.width, c.eps), LayerNorm(w[names.norm2], c.width, c.eps)
+        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
         # llama.cpp's first converter for Gemma 3 wrote fc1 as ffn_down and fc2 as ffn_up
-        swapped = c.d_ff != c.width and w["ffn_down"].shape("weight") == (c.d_ff, c.width)
-        first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
+        swapped = c.d_ff != c.width and w[names.down].shape("weight") == (c.d_ff, c.width)
+        first, second = (names.down, names.up) if swapped else (names.up, names.down)
         self.up, self.down = Linear(w[first], c.width, c.d_ff), Linear(w[second], c.d_ff, c.width)
 
     def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [P, V]
@@ -222,6 +248,8 @@ class Vision:
     video_marker = None
 
     def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+        ollama = f"{h.arch}.vision.block_count" in h.meta
+        v, names = (h, OLLAMA) if ollama else (v, Names())
         c = self.config = VisionConfig.read(v)
         if c.width % c.n_heads:
             raise InvalidModelError(f"clip.vision.attention.head_count is {c.n_heads}, which does not divide {c.width}")
@@ -237,13 +265,13 @@ class Vision:
         self.atomic_rows = self.max_rows = c.n_tokens
         self.order = _pooling_order(side, tokens, self.pool)
         v_, d_model = w["v"], h.size("embedding_length")
-        self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch_size)
-        position = v_["position_embd"].tensor("weight", (side * side, c.width))
+        self.patch = PatchEmbedding(v_[names.patch], c.width, 3, c.patch_size)
+        position = v_[names.position].tensor("weight", (side * side, c.width))
         self.position = constant(DerivedRef(position.name, position.shape, (position,), lambda a: a[self.order]))
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
-        self.norm = LayerNorm(v_["post_ln"], c.width, c.eps)
-        self.soft_norm = RMSNorm(w["mm.soft_emb_norm"], c.width, c.eps)
-        projection = w["mm.input_projection"].tensor("weight", (c.width, d_model))       # HF's layout: x @ weight
+        self.blocks = [VisionBlock(v_["blk", i], c, names) for i in range(c.n_layers)]
+        self.norm = LayerNorm(v_[names.post], c.width, c.eps)
+        self.soft_norm = RMSNorm(w["mm", names.soft_norm], c.width, c.eps)
+        projection = w["mm", names.projection].tensor("weight", (c.width, d_model))       # HF's layout: x @ weight
         self.projection = constant(DerivedRef(projection.name, (d_model, c.width), (projection,), lambda a: a.T))
 
     def process(self, media: Image | Video) -> Processed:
@@ -306,13 +334,16 @@ class Model(Architecture):
     Vision = Vision
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
-        c = self.config = Config.read(h)
+        c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model, scale=c.d_model**0.5)
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train)
-        local = h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
+        base = h.number("rope.global.freq_base", ROPE_BASE)                        # Ollama's name
+        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train, base=base)
+        if f"{h.arch}.vision.block_count" in h.meta and f"{h.arch}.rope.scaling.type" not in h.meta and c.n_ctx_train >= 131_072:
+            self.rope = replace(self.rope, inv_freq=self.rope.inv_freq / np.float32(8))   # 4B and up; Ollama's files have no key
+        local = h.number("rope.freq_base_swa", h.number("rope.local.freq_base", LOCAL_ROPE_BASE))
         self.rope_local = Rope((1 / local ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)).astype(np.float32), 1.0, False)
 
     def cache_policies(self) -> list[Policy]:

@@ -14,7 +14,7 @@ from pyengine.batch import Batch
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
-from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope
+from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope, vocab_size
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
 
@@ -35,7 +35,7 @@ class Config:
     window: int              # 0: full attention
 
     @classmethod
-    def read(cls, h: Hparams) -> Config:
+    def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "llama.*"."""
         h.refuse(expert_count="a mixture of experts")
         d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
@@ -46,7 +46,7 @@ class Config:
             n_heads=n_heads,
             n_kv_heads=h.size("attention.head_count_kv", n_heads),
             head_dim=h.size("attention.key_length", d_model // n_heads),
-            vocab_size=h.vocab_size(),
+            vocab_size=vocab_size(w),
             n_ctx_train=h.size("context_length"),
             eps=h.number("attention.layer_norm_rms_epsilon"),
             window=h.get("attention.sliding_window", 0, int),
@@ -87,7 +87,7 @@ class Model(Architecture):
     """A llama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
-        c = self.config = Config.read(h)
+        c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)

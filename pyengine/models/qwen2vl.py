@@ -120,7 +120,7 @@ class VisionConfig:
             qwen25=qwen25,
             n_layers=len(full),
             d_model=d_model,
-            d_ff=v.get("vision.feed_forward_length", 0, int) or _d_ff(w, d_model),
+            d_ff=_d_ff(w, d_model),
             n_heads=n_heads,
             d_out=h.size("embedding_length"),
             eps=v.number("vision.attention.layer_norm_epsilon", 1e-6),
@@ -171,7 +171,7 @@ def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
 
 
 def _d_ff(w: Weights, d_model: int) -> int:
-    """The MLP's width where no key states it (llama.cpp's first converter wrote 0, Ollama's writes none), from its matrices."""
+    """The MLP's width, from its matrices: llama.cpp's key for Qwen2-VL holds the text's width or 0, Ollama's files have none."""
     shape = w["v", "blk", 0].shape("ffn_up.weight")
     if shape is None or len(shape) != 2 or d_model not in shape:
         raise InvalidModelError(f"tensor 'v.blk.0.ffn_up.weight' has shape {shape}: one side must be {d_model}")
