@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "bf16": (QT.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (QT.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+FEED_FORWARD = re.compile(r"v\.blk\.\d+\.ffn_((up|gate)\.(weight|bias)|down\.weight)$")
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
 # what reading a JSON value of the wrong kind raises
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ZeroDivisionError,
@@ -200,7 +201,8 @@ def read_json(file: Path, required: bool = False) -> dict[str, Any]:
 class Entry:
     """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
 
-    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, or one `frame`.
+    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, or one `frame`. With
+    `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
     """
     name: str
     source: str
@@ -210,6 +212,7 @@ class Entry:
     stored: tuple[int, ...] | None = None
     first_row: int = 0
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
+    padded: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -528,12 +531,28 @@ def stored_type(name: str, shape: tuple[int, ...], wanted: QT) -> QT:
     return wanted if shape[-1] % block == 0 else QT.F16
 
 
+def with_whole_blocks(entry: Entry | Constant, block: int) -> Entry | Constant:
+    """Widen an image encoder's feed-forward to whole blocks (So400m has 4304 units, Qwen2.5-VL 3420).
+
+    Units of zeros add nothing: all activations are 0 at 0, and their columns of the second matrix are 0 too.
+    """
+    if block == 1 or not (isinstance(entry, Entry) and FEED_FORWARD.match(entry.name)):
+        return entry
+    rows, *columns = entry.shape
+    units = -(-(columns[0] if ".ffn_down." in entry.name else rows) // block) * block
+    if ".ffn_down." in entry.name:
+        return replace(entry, padded=(rows, units)) if columns[0] != units else entry
+    return replace(entry, padded=(units, *columns)) if rows != units else entry
+
+
 def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[Entry | Constant], wanted: QT) -> None:
-    types = [stored_type(e.name, e.shape, wanted) for e in entries]
-    for entry, qtype in zip(entries, types):
+    entries = [with_whole_blocks(e, gguf.GGML_QUANT_SIZES[wanted][0]) for e in entries]
+    shapes = [e.padded or e.shape if isinstance(e, Entry) else e.shape for e in entries]
+    types = [stored_type(e.name, shape, wanted) for e, shape in zip(entries, shapes)]
+    for entry, shape, qtype in zip(entries, shapes, types):
         block, n_bytes = gguf.GGML_QUANT_SIZES[qtype]
-        out.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32),
-                            math.prod(entry.shape) // block * n_bytes, raw_dtype=qtype)
+        out.add_tensor_info(entry.name, shape, np.dtype(np.float32),
+                            math.prod(shape) // block * n_bytes, raw_dtype=qtype)
     out.write_header_to_file()
     with malformed_is(f"{checkpoint.folder}: a value of the config or the tokenizer is of the wrong kind"):
         out.write_kv_data_to_file()
@@ -567,7 +586,12 @@ def _chunks(checkpoint: Checkpoint, entry: Entry | Constant) -> Iterator[np.ndar
                        else whole[order[i:stop]])
                 values = to_float32(raw if entry.frame is None else raw[:, :, entry.frame],
                                     checkpoint.tensors[source].dtype)
-                yield values + np.float32(add) if add else values
+                values = values + np.float32(add) if add else values
+                if entry.padded and len(shape) == 2:
+                    values = np.pad(values, ((0, 0), (0, entry.padded[1] - shape[1])))
+                yield values
+            if entry.padded and entry.padded[0] > shape[0]:
+                yield np.zeros((entry.padded[0] - shape[0], *entry.padded[1:]), np.float32)
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

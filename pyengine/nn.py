@@ -31,6 +31,16 @@ def vocab_size(w: Weights) -> int:
     raise InvalidModelError(f"{w!r}: neither 'output.weight' nor 'token_embd.weight' is a matrix of the file")
 
 
+def mlp_width(w: Weights, width: int, names: Sequence[str] = ("ffn_up", "ffn_down")) -> int:
+    """Units of a feed-forward of two matrices, which is in no key that can be relied on (llama.cpp's for Qwen2-VL holds the text's
+    width or 0, Ollama's files have none, and units of zeros may have been added to fill blocks)."""
+    shapes = [w[name].shape("weight") for name in names]
+    units = {n for s in shapes if s is not None and len(s) == 2 and width in s for n in ((s[1] if s[0] == width else s[0]),)}
+    if len(units) != 1 or None in shapes:
+        raise InvalidModelError(f"{w!r}: {' and '.join(names)} have shapes {shapes}: a feed-forward of width {width} is needed")
+    return units.pop()
+
+
 class Linear:
     """y = x W^T + b. W [n_out, n_in] in any format; b [n_out] where the file has one."""
 

@@ -378,11 +378,17 @@ def test_types(kind, outtype, checkpoints, tmp_path):
             wanted = "F32"
         elif name == "mm.input_projection.weight":
             wanted = "F32" if outtype == "bf16" else "F16"
-        elif outtype == "q8_0" and value.shape[1] % 32:
+        elif outtype == "q8_0" and value.shape[1] % 32 and not name.endswith("ffn_down.weight"):
             wanted = "F16"
         assert types[name] == wanted, name
+        found, stored = values[name], values[name].shape
+        if outtype == "q8_0" and name.startswith("v.blk.") and ".ffn_" in name and stored != value.shape:
+            assert all(n % 32 == 0 for n, m in zip(stored, value.shape) if n != m)      # units of zeros fill the last block
+            found = found[tuple(slice(n) for n in value.shape)]
+            assert not np.any(np.delete(values[name].reshape(-1), np.arange(values[name].size).reshape(stored)[
+                tuple(slice(n) for n in value.shape)].reshape(-1)))
         scale = abs(value).max() if wanted == "Q8_0" else abs(value)
-        assert (abs(values[name] - value) <= error[wanted] * scale + 1e-7).all(), name
+        assert (abs(found - value) <= error[wanted] * scale + 1e-7).all(), name
     assert {"F32", "F16" if outtype != "bf16" else "BF16"} <= set(types.values())
 
 

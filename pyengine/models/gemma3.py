@@ -25,7 +25,7 @@ from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
-from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, rope, vocab_size
+from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, mlp_width, rope, vocab_size
 from pyengine.tensor import Tensor
 from pyengine.weights import DerivedRef, Weights
 
@@ -136,7 +136,6 @@ class VisionConfig:
     patch_size: int
     n_layers: int
     width: int
-    d_ff: int
     n_heads: int
     eps: float
     act: str                         # of `ops.unary`
@@ -165,7 +164,6 @@ class VisionConfig:
             patch_size=v.size("vision.patch_size"),
             n_layers=v.size("vision.block_count"),
             width=v.size("vision.embedding_length"),
-            d_ff=v.size("vision.feed_forward_length"),
             n_heads=v.size("vision.attention.head_count"),
             eps=v.number("vision.attention.layer_norm_epsilon"),
             act=ACTIVATIONS[act],
@@ -226,9 +224,10 @@ class VisionBlock:
         self.norm1, self.norm2 = LayerNorm(w[names.norm1], c.width, c.eps), LayerNorm(w[names.norm2], c.width, c.eps)
         self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
         # llama.cpp's first converter for Gemma 3 wrote fc1 as ffn_down and fc2 as ffn_up
-        swapped = c.d_ff != c.width and w[names.down].shape("weight") == (c.d_ff, c.width)
+        d_ff = mlp_width(w, c.width, (names.up, names.down))
+        swapped = d_ff != c.width and w[names.down].shape("weight") == (d_ff, c.width)
         first, second = (names.down, names.up) if swapped else (names.up, names.down)
-        self.up, self.down = Linear(w[first], c.width, c.d_ff), Linear(w[second], c.d_ff, c.width)
+        self.up, self.down = Linear(w[first], c.width, d_ff), Linear(w[second], d_ff, c.width)
 
     def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [P, V]
         c, h = self.c, self.norm1(x)

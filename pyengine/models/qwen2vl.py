@@ -38,7 +38,7 @@ from pyengine.hparams import Hparams
 from pyengine.image import Image, Video, known_options, resize
 from pyengine.kvcache import LayerCache
 from pyengine.models import qwen2
-from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm
+from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, mlp_width
 from pyengine.tensor import Dim, Tensor
 from pyengine.weights import Weights
 
@@ -120,7 +120,7 @@ class VisionConfig:
             qwen25=qwen25,
             n_layers=len(full),
             d_model=d_model,
-            d_ff=_d_ff(w, d_model),
+            d_ff=mlp_width(w["v", "blk", 0], d_model),
             n_heads=n_heads,
             d_out=h.size("embedding_length"),
             eps=v.number("vision.attention.layer_norm_epsilon", 1e-6),
@@ -168,14 +168,6 @@ def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
         return tuple(i in numbers for i in range(n))
     period = v.size("vision.n_wa_pattern")
     return tuple((i + 1) % period == 0 for i in range(n))
-
-
-def _d_ff(w: Weights, d_model: int) -> int:
-    """The MLP's width, from its matrices: llama.cpp's key for Qwen2-VL holds the text's width or 0, Ollama's files have none."""
-    shape = w["v", "blk", 0].shape("ffn_up.weight")
-    if shape is None or len(shape) != 2 or d_model not in shape:
-        raise InvalidModelError(f"tensor 'v.blk.0.ffn_up.weight' has shape {shape}: one side must be {d_model}")
-    return shape[0] if shape[1] == d_model else shape[1]
 
 
 def _per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
