@@ -1,6 +1,6 @@
 """Compile csrc into one extension, pyengine._engine. C code is generated from the op declarations first.
 
-Files with a PE_KERNEL line are compiled once for each instruction set; the best one that the machine has is chosen at run time.
+Files that use PE_KERNEL or PE_NAME are compiled once for each instruction set; the best one that the machine has is chosen at run time.
 PYENGINE_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
 """
 
@@ -33,7 +33,7 @@ COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "
           "-pthread"]
 C_FLAGS = ["-std=gnu11", *COMMON]
 CPP_FLAGS = ["-std=c++17", *COMMON]
-ABI_HEADERS = ["dequant.h", "sampling.h", "cpu/pack.h", "limits.h", "bpe.h"]               # flat functions that Python calls through cffi
+ABI_HEADERS = ["dequant.h", "sampling.h", "cpu/pack.h", "limits.h", "bpe.h", "quantize.h"]  # flat functions that Python calls through cffi
 
 
 def plain(text: str) -> str:
@@ -66,7 +66,7 @@ class Build(build_ext):
             write_abi(folder / "_abi.py")
         jobs: list[tuple[Path, str, list[str]]] = []
         for src in sorted([*CSRC.glob("*.c"), *(CSRC / "cpu").glob("*.c"), CSRC / "gen" / "table.c", *(CSRC / "bind").glob("*.cpp")]):
-            per_isa = src.name == "table.c" or "PE_KERNEL(" in src.read_text()
+            per_isa = src.name == "table.c" or re.search(r"PE_(KERNEL|NAME)\(", src.read_text())
             if per_isa:
                 jobs += [(src, isa, [*C_FLAGS, *flags, f"-DPE_ISA={isa}"]) for isa, flags in isas.items()]
             else:

@@ -3,6 +3,7 @@
 
 #if defined(PE_HAVE_avx512)
 extern const pe_kernel_entry pe_avx512_kernels[];
+extern pe_status pe_avx512_quantize(int32_t, const float *, void *, int64_t);
 static int has_avx512(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
@@ -11,6 +12,7 @@ static int has_avx512(void) {
 
 #if defined(PE_HAVE_avx2)
 extern const pe_kernel_entry pe_avx2_kernels[];
+extern pe_status pe_avx2_quantize(int32_t, const float *, void *, int64_t);
 /* Every processor with AVX2 and FMA also has F16C. */
 static int has_avx2(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -19,6 +21,7 @@ static int has_avx2(void) {
 
 #if defined(PE_HAVE_neon)
 extern const pe_kernel_entry pe_neon_kernels[];
+extern pe_status pe_neon_quantize(int32_t, const float *, void *, int64_t);
 #if defined(__linux__)
 #include <sys/auxv.h>
 #ifndef HWCAP_ASIMDDP
@@ -35,17 +38,18 @@ static int has_neon(void) { return 1; } /* every Apple and Windows arm64 machine
 #endif
 
 extern const pe_kernel_entry pe_generic_kernels[];
+extern pe_status pe_generic_quantize(int32_t, const float *, void *, int64_t);
 static int always(void) { return 1; }
 
 const pe_isa pe_isas[] = {
 #if defined(PE_HAVE_avx512)
-  {"avx512", pe_avx512_kernels, has_avx512},
+  {"avx512", pe_avx512_kernels, has_avx512, pe_avx512_quantize},
 #endif
 #if defined(PE_HAVE_avx2)
-  {"avx2", pe_avx2_kernels, has_avx2},
+  {"avx2", pe_avx2_kernels, has_avx2, pe_avx2_quantize},
 #endif
 #if defined(PE_HAVE_neon)
-  {"neon", pe_neon_kernels, has_neon},
+  {"neon", pe_neon_kernels, has_neon, pe_neon_quantize},
 #endif
-  {"generic", pe_generic_kernels, always},
-  {0, 0, 0}};
+  {"generic", pe_generic_kernels, always, pe_generic_quantize},
+  {0, 0, 0, 0}};

@@ -243,6 +243,20 @@ class Metadata(Mapping[str, Any]):
             raise RequestError(f"{self._path}: {key!r} is {value.type_name}: raw bytes are kept of strings only")
         return self._strings(value) if value.is_array else self._map()[value.start:value.start + value.count]
 
+    def encoded(self, key: str) -> bytes:
+        """Return the type and the value of `key` as they lie in the file, which is how another file takes them."""
+        value, buffer = self._values[key], self._map()
+        end = value.start
+        if value.type != _STRING:
+            end += value.count * _NUMPY[value.type].itemsize
+        elif not value.is_array:
+            end += value.count
+        else:
+            for _ in range(value.count):                 # lengths were checked when the file was opened
+                end += 8 + _U64.unpack_from(buffer, end)[0]
+        before = 4 + 4 + 8 if value.is_array else 4 + 8 if value.type == _STRING else 4
+        return buffer[value.start - before:end]
+
     def strings_region(self, key: str) -> tuple[memoryview, int]:
         """Return the bytes of an array of strings as they lie in the file (length u64, then that many bytes, for each;
         what follows the last is not theirs) and the number of strings. Raises RequestError for other types.

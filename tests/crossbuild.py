@@ -126,7 +126,7 @@ def _jobs(target: Target) -> list[tuple[Path, str]]:
     codegen.generate(CSRC)
     jobs = [(RUNNER, "base")] if target.runs else []
     for source in sorted([*CSRC.glob("*.c"), *(CSRC / "cpu").glob("*.c"), CSRC / "gen" / "table.c"]):
-        per_isa = source.name == "table.c" or "PE_KERNEL(" in source.read_text(encoding="utf-8")
+        per_isa = source.name == "table.c" or re.search(r"PE_(KERNEL|NAME)\(", source.read_text(encoding="utf-8"))
         jobs += [(source, isa) for isa in target.isas] if per_isa else [(source, "base")]
     return jobs
 
