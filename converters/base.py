@@ -25,7 +25,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as QT
 from gguf import LlamaFileType, RopeScalingType
 
-from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.dtype import Q8_0
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.quantize import quantize
 
 from .tokenizer import Vocabulary, read_vocabulary
 
@@ -562,13 +564,24 @@ def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[E
     out.write_padding(file, file.tell())
     for entry, qtype in zip(entries, types):
         for chunk in _chunks(checkpoint, entry):
-            with np.errstate(over="ignore"):
-                data = gguf.quants.quantize(chunk, qtype)
+            if qtype == QT.Q8_0:
+                data = _quantize_blocks(entry.name, chunk)
+            else:
+                with np.errstate(over="ignore"):
+                    data = gguf.quants.quantize(chunk, qtype)
             if qtype == QT.F16 and np.isinf(data).any() and np.isfinite(chunk).all():
                 raise UnsupportedModelError(f"tensor '{entry.name}' has values that float16 cannot hold; "
                                             "use --outtype bf16 or f32")
             data.tofile(file)
         out.write_padding(file, file.tell())
+
+
+def _quantize_blocks(name: str, chunk: np.ndarray) -> np.ndarray:
+    """Return rows in Q8_0: gguf-py's bytes, many times faster."""
+    try:
+        return quantize(chunk, Q8_0)
+    except RequestError as error:
+        raise InvalidModelError(f"tensor '{name}': {error}") from None
 
 
 def _chunks(checkpoint: Checkpoint, entry: Entry | Constant) -> Iterator[np.ndarray]:
