@@ -1,6 +1,6 @@
 """Compile csrc into one extension, pyengine._engine. C code is generated from the op declarations first.
 
-Files that use PE_KERNEL or PE_NAME are compiled once for each instruction set; the best one that the machine has is chosen at run time.
+Files that use PE_KERNEL or PE_NAME are compiled once for each instruction set; the best that the machine has is chosen at run time.
 PYENGINE_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
 """
 

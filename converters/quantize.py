@@ -46,6 +46,7 @@ MIXTURES: dict[str, tuple[str, LlamaFileType]] = {
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 PLAIN = ("F32", "F16", "BF16")
+NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")
 # What rows get that are no whole blocks of 256, and F16 where 32 does not divide them either.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
@@ -55,7 +56,8 @@ VISION = "Q8_0"
 VISION_PREFIXES = ("v.", "mm.")
 # Matrices that are never quantized: norms, routers, positions, what pixels go through first, Gemma 3's projector (used
 # transposed), and small matrices of recurrent and other architectures.
-KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|^position_embd\.|^token_types\."
+KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj"
+                  r"|^position_embd\.|^token_types\."
                   r"|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight|attn_rel_b\.weight"
                   r"|time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.weight"
                   r"|\.position_embd|\.patch_embd|\.patch_merger|^mm\.input_projection\.|sam\.(pos_embd|neck\.|net_)|\.rel_pos"
@@ -80,8 +82,8 @@ class Facts:
         heads, shared = (_first(file, f"{arch}.attention.head_count{end}") for end in ("", "_kv"))
         layers = {name: int(m[1]) for name in file.tensors if (m := LAYER.match(name))}
         values = sorted((n for n in layers if _is_value(n)), key=layers.__getitem__)
-        return Facts(max(layers.values(), default=-1) + 1, heads // (shared or heads) if heads else 0, _first(file, f"{arch}.expert_count"),
-                     "output.weight" not in file.tensors, {name: i for i, name in enumerate(values)})
+        return Facts(max(layers.values(), default=-1) + 1, heads // (shared or heads) if heads else 0,
+                     _first(file, f"{arch}.expert_count"), "output.weight" not in file.tensors, {name: i for i, name in enumerate(values)})
 
 
 def _first(file: GGUFFile, key: str) -> int:
@@ -133,7 +135,7 @@ def choose(info: TensorInfo, mixture: str, facts: Facts, vision: str = VISION) -
     """Return the format that a tensor is written in."""
     base, name = MIXTURES[mixture][0], info.name
     is_image = name.startswith(VISION_PREFIXES)
-    if len(info.shape) < 2 or not name.endswith("weight") or KEPT.search(name) or info.dtype.name.startswith(("I8", "I16", "I32", "I64", "F64")):
+    if len(info.shape) < 2 or not name.endswith("weight") or KEPT.search(name) or info.dtype.name in NO_WEIGHTS:
         return info.dtype
     if base in PLAIN:
         return dtype(base)
@@ -275,9 +277,9 @@ def _converted(file: GGUFFile, w: Written, pool: ThreadPoolExecutor) -> Iterator
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one line about what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m converters.quantize", description="Write a GGUF file again with smaller matrices.",
-                                     epilog=f"TYPE is one of {', '.join(MIXTURES)} (Q3_K, Q4_K, Q5_K: their _M).")
-    parser.add_argument("source", type=Path, metavar="IN.gguf", help="F32, F16 or BF16 best; the first part of a split file will do")
+    parser = argparse.ArgumentParser(prog="python -m converters.quantize",
+                                     description="Write a GGUF file again with smaller matrices.", epilog=f"TYPE is one of {', '.join(MIXTURES)} (Q3_K, Q4_K, Q5_K: their _M).")
+    parser.add_argument("source", type=Path, metavar="IN.gguf", help="F32, F16 or BF16 best; any part of a split file will do")
     parser.add_argument("target", type=Path, metavar="OUT.gguf")
     parser.add_argument("mixture", metavar="TYPE")
     parser.add_argument("--vision", default=VISION, metavar="FORMAT",
@@ -288,8 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.threads is not None and args.threads < 1:
             raise RequestError(f"--threads {args.threads}: at least 1 is needed")
-        progress = (lambda w: print(f"{w.info.name:40} {str(list(w.info.shape)):20} {w.info.dtype} -> {w.dtype}", flush=True)) if args.verbose else None
-        written = quantize_file(args.source, args.target, args.mixture, args.vision, args.threads, progress)
+        written = quantize_file(args.source, args.target, args.mixture, args.vision, args.threads,
+                                _print_line if args.verbose else None)
     except (PyEngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -299,6 +301,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {args.source} was quantized before ({', '.join(again)}), and quantizing twice costs quality: "
               "start from an F32, F16 or BF16 file", file=sys.stderr)
     return 0
+
+
+def _print_line(w: Written) -> None:
+    print(f"{w.info.name:40} {str(list(w.info.shape)):20} {w.info.dtype} -> {w.dtype}", flush=True)
 
 
 def _summary(written: list[Written], target: Path) -> str:

@@ -92,7 +92,8 @@ def test_no_block_is_worse_than_gguf_pys(name: str) -> None:
         ours = quantize(x, dtype(name))
         if name == "Q8_0":
             np.testing.assert_array_equal(ours, theirs)
-        error = [np.square(gguf.quants.dequantize(q, Q[name]).astype(np.float64) - x).reshape(-1, 32).sum(1) for q in (ours, theirs)]
+        error = [np.square(gguf.quants.dequantize(q, Q[name]).astype(np.float64) - x).reshape(-1, 32).sum(1)
+                 for q in (ours, theirs)]
         assert (error[0] <= error[1] * 1.0001 + 1e-30).all(), kind
 
 
@@ -144,13 +145,9 @@ def test_zeros_and_tiny_numbers(name: str) -> None:
 def test_what_is_no_number_is_refused(name: str) -> None:
     kind = dtype(name)
     for bad, says in ((np.nan, r"element \[1, 77\] is nan: only finite"), (-np.inf, r"\[1, 77\] is -inf: only finite"),
-                      (3.4e38, r"\[1, 77\] is 3.4e\+38: .* cannot hold it")):
+                      (np.finfo(np.float32).max, r"\[1, 77\] is 3.40282e\+38: .* cannot hold it")):
         x = numbers("normal")[:2, :256].copy()
         x[1, 77] = bad
-        if name == "BF16" and bad == 3.4e38:
-            bad = x[1, 77] = np.float32(3.4e38)
-            assert np.isinf(dequantize(quantize(x * 0 + 1, kind), kind)).sum() == 0
-            x[1, 77], says = np.finfo(np.float32).max, r"\[1, 77\] is 3.40282e\+38: BF16 cannot hold it"
         with pytest.raises(RequestError, match=says):
             quantize(x, kind)
 
@@ -199,8 +196,8 @@ def test_error_is_at_most_that_of_the_installed_ggml(name: str, ggml) -> None:
     assert max(found.values()) <= 1.000001, found
 
 
-@pytest.mark.parametrize("model, tensor", [("qwen", "output.weight"), ("qwen", "blk.0.ffn_down.weight"), ("gemma", "token_embd.weight"),
-                                           ("smollm2", "blk.3.ffn_up.weight")])
+@pytest.mark.parametrize("model, tensor", [
+    ("qwen", "output.weight"), ("qwen", "blk.0.ffn_down.weight"), ("gemma", "token_embd.weight"), ("smollm2", "blk.3.ffn_up.weight")])
 def test_error_on_real_tensors(model: str, tensor: str, ggml) -> None:
     with GGUFFile(real_path(model)) as file:
         info = file.tensors[tensor]
@@ -213,8 +210,8 @@ def test_error_on_real_tensors(model: str, tensor: str, ggml) -> None:
 @pytest.fixture(scope="module")
 def wide(tiny_gguf):
     """A tiny model whose rows are blocks of 256 and whose layers are enough for every rule."""
-    return tiny_gguf("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=9, num_attention_heads=8, num_key_value_heads=2,
-                     head_dim=32)[0]
+    return tiny_gguf("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=9, num_attention_heads=8,
+                     num_key_value_heads=2, head_dim=32)[0]
 
 
 def test_mixtures_are_llama_cpps(wide, tmp_path) -> None:
@@ -281,7 +278,8 @@ def test_formats_that_a_mixture_gives() -> None:
     assert choose(info("blk.0.attn_v.weight", 64, 256), "IQ4_NL", tied).name == "Q5_K"
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], split: tuple[int, int] | None = None, kind: dict[str, Q] | None = None) -> Path:
+def write(path: Path, tensors: dict[str, np.ndarray], split: tuple[int, int] | None = None,
+          kind: dict[str, Q] | None = None) -> Path:
     out = gguf.GGUFWriter(path, "llama")
     out.add_custom_alignment(64)
     out.add_string("a.text", "Zürich")
