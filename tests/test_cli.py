@@ -26,7 +26,8 @@ import pytest
 
 import pyengine
 from pyengine.cli import answer, chat, execute, screen, speed
-from pyengine.errors import ContextOverflowError, RequestError, UnsupportedModelError
+from pyengine.engine import Answer, Report
+from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.memory import MemoryPlan, PlanItem
 from pyengine.perplexity import nll, perplexity
 
@@ -39,17 +40,23 @@ FAKE = [
 ]
 
 
-class Text(str):
-    """What Model.generate and Model.chat return."""
+class Pieces:
+    """What Model.stream returns: an iterator with a report."""
 
-    tokens, finish, n_prompt, n_cached, prompt_seconds, seconds = [5, 6, 7], "stop", 9, 4, 0.5, 0.25
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def __iter__(self):
+        return self.pieces
 
 
 class FakeModel:
-    """Answers with what it was asked, in three pieces; "count" goes on for ever, "slow" takes its time before it does.
+    """A model without an image encoder. Answers with what it was asked, in three pieces; "count" goes on for ever, "slow" takes its time before it does.
 
     "overflow" fails after a piece, "silent" gives no text.
     """
+
+    media = None
 
     def __init__(self, metadata: dict | None = None, delay: float = 0.0, name: str = "fake.gguf"):
         self.file = SimpleNamespace(
@@ -62,21 +69,27 @@ class FakeModel:
     def reset(self) -> None:
         self.n_resets += 1
 
-    def encode_image(self, image):
-        raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder")
-
     def chat(self, messages, tools=None, stream=False, max_tokens=512, stop=(), **sampling):
         self.calls.append(("chat", [dict(m) for m in messages], max_tokens, stop, sampling))
         said = "|".join(f"{m['role']}:{m['content']}" for m in messages)
-        return self._pieces(said, messages[-1]["content"]) if stream else Text(said)
+        return self._stream(said, messages[-1]["content"]) if stream else self._answer(said)
 
     def stream(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
         self.calls.append(("stream", prompt, max_tokens, stop, sampling))
-        return self._pieces(prompt, prompt)
+        return self._stream(prompt, prompt)
 
     def generate(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
         self.calls.append(("generate", prompt, max_tokens, stop, sampling))
-        return Text(prompt)
+        return self._answer(prompt)
+
+    def _answer(self, said: str):
+        report = Report(tokens=[5, 6, 7], finish="stop", n_prompt=9, n_cached=4, prompt_seconds=0.5, seconds=0.25)
+        return Answer(said, report)
+
+    def _stream(self, said: str, asked: str):
+        pieces = Pieces(self._pieces(said, asked))
+        pieces.report = Report()
+        return pieces
 
     def _pieces(self, said: str, asked: str):
         if "slow" in asked:
@@ -133,7 +146,7 @@ def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert execute(["any.gguf", "What?"]) == 0
     assert capsys.readouterr() == ("<user:What?>\n", "")
     assert model.calls == [("chat", [{"role": "user", "content": "What?"}], 512, [], {})]
-    assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512})]
+    assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None})]
 
 
 def test_options_reach_the_model(model) -> None:
@@ -194,7 +207,7 @@ def test_options_reach_the_model(model) -> None:
         "frequency_penalty": 0.3,
         "seed": 7,
     }
-    assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32}
+    assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None}
     execute(["m", "Q", "-n", "-1"])
     assert model.calls[1][2] is None
 
@@ -280,10 +293,8 @@ def one_line(err: str) -> str:
         (["m", "Q", "--top-p", "nan"], "top_p"),
         (["m", "Q", "-t", "0"], "--threads"),
         (["m", "--json"], "--json needs a PROMPT"),
-        (["m", "--image", "x.png"], "--image needs a PROMPT"),
+        (["m", "--draw", "x.png"], "--draw needs a PROMPT"),
         (["m", "Q", "--raw", "--system", "S"], "--system"),
-        (["m", "Q", "--image", "/no/such.png"], "no such file"),
-        (["m", "Q", "--image", str(ROOT / "pyproject.toml")], "cannot be read as a picture"),
         (["bench", "m", "-p", "0", "-n", "0"], "nothing to measure"),
         (["perplexity", "m", "-f", "/no/such.txt"], "/no/such.txt"),
         (["perplexity", "m"], "--file"),
@@ -314,20 +325,6 @@ def test_debug_shows_the_traceback(monkeypatch, capsys) -> None:
     monkeypatch.setenv("PYENGINE_DEBUG", "1")
     assert execute(["show", "/no/such.gguf"]) == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_a_picture_needs_an_encoder(model, tmp_path, capsys) -> None:
-    from PIL import Image
-
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    assert execute(["m", "Q", "--image", str(tmp_path / "a.png")]) == 2
-    assert "no image encoder" in one_line(capsys.readouterr().err)
-    model.encode_image = lambda image: np.zeros((1, 4), np.float32)
-    assert execute(["m", "Q", "--image", str(tmp_path / "a.png")]) == 0
-    parts = model.calls[0][1][0]["content"]
-    assert (
-        [p["type"] for p in parts] == ["image", "text"] and parts[0]["image"].size == (4, 4) and parts[1]["text"] == "Q"
-    )
 
 
 def test_a_full_context_shows_the_text_and_fails(model, capsys) -> None:
@@ -485,10 +482,10 @@ def test_set_and_show(model, monkeypatch, capsys) -> None:
 
 def test_a_question_without_an_answer_is_not_kept(model) -> None:
     talk = chat.Chat(model, answer.Settings())
-    talk.say("silent")
+    talk.say(["silent"])
     assert talk.turns == []
     with pytest.raises(ContextOverflowError):
-        talk.say("overflow")
+        talk.say(["overflow"])
     assert talk.turns == [{"role": "user", "content": "overflow"}, {"role": "assistant", "content": "<"}]
 
 
@@ -501,7 +498,7 @@ def test_ctrl_c_between_pieces_keeps_the_text_and_the_cache(model, capsys) -> No
     talk, model.delay = chat.Chat(model, answer.Settings()), 0.02
     handler = signal.getsignal(signal.SIGINT)
     press_ctrl_c(0.2)
-    talk.say("count")
+    talk.say(["count"])
     said = talk.turns[1]["content"]
     assert said.startswith("0 0 ") and model.n_resets == 0 and signal.getsignal(signal.SIGINT) is handler
     assert capsys.readouterr() == (said + "\n", "(stopped)\n")
@@ -511,7 +508,7 @@ def test_ctrl_c_before_the_first_piece_forgets_the_cache(model) -> None:
     talk = chat.Chat(model, answer.Settings())
     started = time.perf_counter()
     press_ctrl_c(0.2)
-    talk.say("slow")
+    talk.say(["slow"])
     assert time.perf_counter() - started < 10 and talk.turns == [] and model.n_resets == 1
 
 
@@ -521,9 +518,9 @@ pty = pytest.importorskip("pty", reason="pseudo terminals are POSIX") if os.name
 
 
 class Terminal:
-    """The command line with this file's model at a pseudo terminal of its own."""
+    """The command line at a pseudo terminal of its own; `program` runs it, else with this file's model."""
 
-    def __init__(self, state: Path, *arguments: str):
+    def __init__(self, state: Path, *arguments: str, program: list[str] | None = None):
         import fcntl
         import termios
 
@@ -531,7 +528,7 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\x00\xa0\x00\x00\x00\x00\x00")  # 40 rows of 160 columns
         env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
         self.process = subprocess.Popen(
-            [*FAKE, *arguments],
+            [*(program or FAKE), *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -683,9 +680,8 @@ class StepModel:
     def reset(self) -> None:
         self.steps.append([])
 
-    def step(self, ids, wanted, n_head):
-        assert n_head == 1 and wanted.tolist() == [len(ids) - 1]
-        self.steps[-1].append(list(ids))
+    def feed(self, ids, n_batch):
+        self.steps[-1] += [ids[i : i + n_batch] for i in range(0, len(ids), n_batch)]
 
     def tokenize(self, text):
         return ([2] if self.tokenizer.add_bos else []) + [ord(c) % 50 for c in text]

@@ -23,6 +23,7 @@ from pyengine.cli.screen import PROGRAM, complain
 from pyengine.errors import PyEngineError, RequestError
 
 USAGE_ERROR = 2                      # exit code of everything that the user can mend
+NOTHING_DRAWN = 1                    # exit code of --draw when the answer names no boxes
 INTERRUPTED = 130                    # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 
 _COMMANDS = """[bold]Commands[/bold]
@@ -52,6 +53,7 @@ Context = Annotated[int | None, Option("--ctx", "-c", min=1, help="Context; defa
 KvDtype = Annotated[str, Option("--kv-dtype", help="Format of cached keys and values: f32, f16 or q8_0.")]
 Threads = Annotated[int | None, Option("--threads", "-t", min=1, help="Threads; default: fast physical cores.")]
 BatchSize = Annotated[int, Option("--batch", "-b", min=1, help="Most rows of one step.")]
+Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", help="Its image encoder, if in a file of its own.")]
 Json = Annotated[bool, Option("--json", help="Write JSON.")]
 N_BATCH = 512
 
@@ -60,7 +62,16 @@ N_BATCH = 512
 def run(
     model: ModelName,
     prompt: Prompt = None,
-    image: Annotated[list[str] | None, Option("--image", metavar="FILE", help="A picture; repeatable.")] = None,
+    image: Annotated[list[str] | None, Option("--image", metavar="FILE",
+                                              help="A picture, also as data URL; repeatable.")] = None,
+    video: Annotated[list[str] | None, Option("--video", metavar="FILE", help="A video; repeatable.")] = None,
+    image_option: Annotated[list[str] | None, Option("--image-option", metavar="NAME=VALUE", help=(
+        "Of the model's processor, for pictures: pan_and_scan=true, max_pixels=500000 ...; repeatable."))] = None,
+    video_option: Annotated[list[str] | None, Option("--video-option", metavar="NAME=VALUE", help=(
+        "The same for videos: sample_fps=1 ...; repeatable."))] = None,
+    mmproj: Mmproj = None,
+    draw: Annotated[Path | None, Option("--draw", metavar="OUT.png", help=(
+        "Write the last picture with the boxes and points of the answer."))] = None,
     system: Annotated[str | None, Option("--system", help="System message.")] = None,
     raw: Annotated[bool, Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
     max_tokens: Annotated[int, Option("--max-tokens", "-n", min=-1, help="Of an answer; -1: no limit.")] = 512,
@@ -83,23 +94,28 @@ def run(
     verbose: Annotated[bool, Option("--verbose", "-v", help="Say how fast it was and what memory it took.")] = False,
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
-    from pyengine.cli import answer, chat, screen
+    from pyengine.cli import answer, chat, pictures, screen
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
                 "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
                 "frequency_penalty": frequency_penalty, "seed": seed}
     settings = answer.Settings({k: v for k, v in sampling.items() if v is not None},
                                None if max_tokens < 0 else max_tokens, tuple(stop or ()))
-    if prompt is None and (image or json):
-        raise RequestError(f"{'--image' if image else '--json'} needs a PROMPT")
+    if prompt is None and (json or draw):
+        raise RequestError(f"{'--json' if json else '--draw'} needs a PROMPT")
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out")
     answer.check_sampling(settings.sampling)
+    options = {"image": pictures.parse_options(image_option or (), "--image-option"),
+               "video": pictures.parse_options(video_option or (), "--video-option")}
+    shown = [*(pictures.open_picture(file, options["image"]) for file in image or ()),
+             *(pictures.open_picture(file, options["video"], "video") for file in video or ())]
+    if draw is not None:
+        pictures.check_drawing(draw, shown)
     text = sys.stdin.read() if prompt == "-" else prompt
-    images = [answer.open_image(path) for path in image or ()]
-    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch)
-    for picture in images:
-        loaded.encode_image(picture)                  # refuses where the model has no encoder; else kept by its digest
+    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj)
+    if shown:
+        pictures.need_encoder(loaded)
     base = not raw and answer.is_base(loaded.file.metadata, loaded.file.path)
     if base and system is not None:
         raise RequestError("--system: the file has no chat template, and its model seems to only continue text")
@@ -107,22 +123,21 @@ def run(
         screen.note("the prompt is continued as it is, for --raw" if raw else
                     "the prompt is continued as it is: no chat template, and no name of one that answers" if base else
                     "the prompt goes through the chat template")
-    stopped = False
+    code = 0
     if text is None:
-        chat.run(chat.Chat(loaded, settings, system, raw or base, verbose))
+        talk = chat.Chat(loaded, settings, system, raw or base, verbose, options)
+        chat.run(talk, shown)
     else:
         turns = [{"role": "system", "content": system}] if system else []
-        if raw or base:
-            question = answer.Question([{"role": "user", "content": text}], True, tuple(images))
-        else:
-            question = answer.Question([*turns, answer.user_message(text, images)])
-        if json:
-            screen.show_json(answer.answer_json(loaded, question, settings))
-        else:
-            stopped = answer.print_answer(loaded, question, settings, verbose).stopped
+        question = answer.Question([*turns, answer.user_message([*shown, text])], raw or base)
+        found, stopped = (answer.print_json if json else answer.print_answer)(loaded, question, settings, verbose)
+        if stopped:
+            code = INTERRUPTED
+        elif draw is not None and not pictures.draw(found, shown, draw):
+            code = NOTHING_DRAWN
     if verbose:
         answer.note_memory(loaded)
-    return INTERRUPTED if stopped else 0
+    return code
 
 
 @commands.command()
@@ -132,13 +147,14 @@ def plan(
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
     threads: Threads = None,
+    mmproj: Mmproj = None,
     json: Json = False,
 ) -> None:
     """Say what a model will take, per device and purpose, without loading it."""
     from pyengine import engine
     from pyengine.cli import screen
 
-    found = engine.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads)
+    found = engine.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj)
     if json:
         screen.show_json(found.to_json())
     else:
@@ -226,6 +242,7 @@ def perplexity(
 @commands.command()
 def show(
     model: ModelName,
+    mmproj: Mmproj = None,
     template: Annotated[bool, Option("--template", help="Print the chat template only.")] = False,
     json: Json = False,
 ) -> None:
@@ -236,9 +253,9 @@ def show(
         if not files.show_template(model):
             raise RequestError(f"{model}: the file has no chat template")
     elif json:
-        screen.show_json(files.describe(model))
+        screen.show_json(files.describe(model, mmproj))
     else:
-        files.show_model(model)
+        files.show_model(model, mmproj)
 
 
 @commands.command("list")

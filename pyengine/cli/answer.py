@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pyengine.cli.screen import note, show, size
-from pyengine.errors import RequestError
+from pyengine.cli.pictures import Picture, boxes, media_json, report_line, warn_of_loss
+from pyengine.cli.screen import busy, note, show, show_json, size
 
 MAX_TOKENS = 512                     # of an answer, as in Model.generate; a small model may else repeat itself for ever
 
@@ -39,7 +39,8 @@ class Settings:
 class Report:
     """How one answer came about. Seconds count from the question, to the first text and to the end."""
 
-    text: str
+    answer: Any                      # a pyengine.Answer, as far as it came
+    names: tuple[str, ...]           # of its pictures and videos, in the order of `answer.media`
     stopped: bool                    # by Ctrl-C
     n_prompt: int
     n_cached: int                    # tokens of the prompt that an earlier turn had left in the cache
@@ -49,11 +50,13 @@ class Report:
     first_seconds: float
     seconds: float
 
-    def line(self) -> str:
-        """The numbers for --verbose."""
-        return (f"prompt {self.n_prompt} tokens ({self.n_cached} cached), {self.prompt_per_second:.1f} tokens/s; "
-                f"answer {self.n_generated} tokens, {self.generated_per_second:.1f} tokens/s; "
-                f"first text after {self.first_seconds:.3f} s, all after {self.seconds:.3f} s")
+    def lines(self) -> list[str]:
+        """The numbers for --verbose, first those of each picture."""
+        lines = [report_line(name, info) for name, info in zip(self.names, self.answer.media)]
+        lines.append(f"prompt {self.n_prompt} tokens ({self.n_cached} cached), {self.prompt_per_second:.1f} tokens/s; "
+                     f"answer {self.n_generated} tokens, {self.generated_per_second:.1f} tokens/s; "
+                     f"first text after {self.first_seconds:.3f} s, all after {self.seconds:.3f} s")
+        return lines
 
 
 class Interrupt:
@@ -87,62 +90,81 @@ def is_base(metadata: Any, path: str | Path) -> bool:
     return not any(isinstance(name, str) and _TUNED.search(name) for name in (*names, Path(path).stem))
 
 
-def open_image(path: str) -> Any:
-    """Read a picture whole. Raises: RequestError for a path that is none, or a file that Pillow cannot read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except FileNotFoundError:
-        raise RequestError(f"--image {path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:      # what Pillow's formats raise
-        raise RequestError(f"--image {path}: cannot be read as a picture: {error}") from None
+def user_message(parts: Sequence[str | Picture]) -> dict[str, Any]:
+    """Return a user's turn: a text alone as it is, else parts in their order."""
+    if all(isinstance(part, str) for part in parts):
+        return {"role": "user", "content": "".join(map(str, parts))}
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part.part() for part in parts]
+    return {"role": "user", "content": content}
 
 
-def user_message(text: str, images: list[Any]) -> dict[str, Any]:
-    """Return a user's turn: the text alone, or parts with the pictures first."""
-    if not images:
-        return {"role": "user", "content": text}
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a turn, without its pictures."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def written(message: dict[str, Any]) -> str:
+    """A turn as it can be shown: "[cat.png]" stands for a picture."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(
+        part["text"] if part["type"] == "text" else f"[{part['name']}]" for part in content)
+
+
+def media_of(messages: Messages) -> list[dict[str, Any]]:
+    """The parts that are pictures and videos, in their order."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part["type"] != "text"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that waits for an answer. Raw, the model goes on with the messages' text, one a paragraph."""
+    """A conversation that waits for an answer. Raw, the model goes on with the messages' text, one a paragraph.
+
+    Pictures of a raw question come before all text.
+    """
 
     messages: Messages
     raw: bool = False
-    images: tuple[Any, ...] = ()     # of a raw prompt; else they stand in the messages
 
-    def text(self) -> str:
-        """The prompt of a raw question."""
-        return "\n".join(message["content"] for message in self.messages)
+    def names(self) -> tuple[str, ...]:
+        """Names of the pictures and videos, in the order in which an answer reports on them."""
+        return tuple(part["name"] for part in media_of(self.messages))
 
-    def stream(self, model: Any, settings: Settings) -> Iterator[str]:
-        """The answer's pieces."""
+    def _raw(self) -> dict[str, Any]:
+        return {"prompt": "\n".join(map(text_of, self.messages)),
+                "images": [part[part["type"]] for part in media_of(self.messages)]}
+
+    def stream(self, model: Any, settings: Settings) -> Any:
+        """The answer's pieces, a pyengine.engine.Stream; pictures are encoded when this returns."""
         if self.raw:
-            return model.stream(self.text(), images=self.images, **settings.arguments())
+            return model.stream(**self._raw(), **settings.arguments())
         return model.chat(self.messages, stream=True, **settings.arguments())
 
     def generate(self, model: Any, settings: Settings) -> Any:
         """The whole answer, a pyengine.Answer."""
         if self.raw:
-            return model.generate(self.text(), images=self.images, **settings.arguments())
+            return model.generate(**self._raw(), **settings.arguments())
         return model.chat(self.messages, **settings.arguments())
 
 
 def stream(model: Any, question: Question, settings: Settings, write: Callable[[str], None]) -> Report:
     """Write the pieces of an answer as they come, until its end or Ctrl-C. Raises what generation raises."""
-    before, text, stopped = dict(model.stats), [], False
+    from pyengine import engine
+
+    before, text, origin, stopped = dict(model.stats), [], engine.Report(), False
+    names, new = question.names(), Question(question.messages[-1:]).names()
+    meanwhile = busy(f"looking at {', '.join(new)}" if new else "")
     asked = started = time.perf_counter()
     first, n_first = None, 0
     try:
         with Interrupt() as interrupt:
-            pieces = question.stream(model, settings)     # tokenizes; the prompt is processed at the first next()
+            with meanwhile:
+                pieces = question.stream(model, settings)     # tokenizes; the prompt is processed at the first next()
+            origin = pieces.report
             started = time.perf_counter()
+            for name, info in zip(names, origin.media):
+                warn_of_loss(name, info)
             for piece in pieces:
                 if first is None:
                     first, n_first = time.perf_counter(), model.stats["generated_tokens"]
@@ -160,13 +182,17 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
     n_prompt, n_cached, n_generated = (model.stats[name] - before[name]
                                        for name in ("prompt_tokens", "cached_tokens", "generated_tokens"))
     n_later = model.stats["generated_tokens"] - n_first if text else 0
-    return Report("".join(text), stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
+    found = engine.Answer("".join(text), origin)
+    return Report(found, names, stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
                   rate(n_later, ended - first), first - asked, ended - asked)
 
 
-def print_answer(model: Any, question: Question, settings: Settings, verbose: bool) -> Report:
-    """Write an answer to standard output as it comes, ended by a newline. Raises what generation raises."""
-    last = ""
+def print_answer(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:
+    """Write an answer to standard output as it comes, ended by a newline; returns it, and whether Ctrl-C ended it.
+
+    Raises what generation raises.
+    """
+    last: str | None = None
 
     def write(piece: str) -> None:
         nonlocal last
@@ -175,24 +201,34 @@ def print_answer(model: Any, question: Question, settings: Settings, verbose: bo
 
     try:
         report = stream(model, question, settings, write)
+        last = last or ""
     finally:
-        show(end="" if last.endswith("\n") else "\n")
-    if verbose:
-        note(report.line())
-    return report
+        if last is not None and not last.endswith("\n"):
+            show()
+    for line in report.lines() if verbose else ():
+        note(line)
+    return report.answer, report.stopped
 
 
-def answer_json(model: Any, question: Question, settings: Settings) -> dict[str, Any]:
-    """Return an answer with its tokens and how fast it came, as plain data. Raises what generation raises."""
+def print_json(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:
+    """Write an answer to standard output as JSON, with its tokens, pictures and boxes, and how fast it came.
+
+    Returns as `print_answer`, and raises what generation raises; `verbose` adds nothing.
+    """
     found = question.generate(model, settings)
+    for name, info in zip(question.names(), found.media):
+        warn_of_loss(name, info)
     n_later = max(0, len(found.tokens) - 1)               # the first token comes from the prompt's last step
-    return {
+    show_json({
         "model": model.plan.model, "text": str(found), "tokens": found.tokens, "finish": found.finish,
         "chat_template": not question.raw, "n_prompt": found.n_prompt, "n_cached": found.n_cached,
         "prompt_seconds": found.prompt_seconds, "generation_seconds": found.seconds,
         "prompt_tokens_per_second": rate(found.n_prompt - found.n_cached, found.prompt_seconds),
-        "generation_tokens_per_second": rate(n_later, found.seconds), "memory": memory(model),
-    }
+        "generation_tokens_per_second": rate(n_later, found.seconds),
+        "media": media_json(question.names(), found.media), "boxes": [asdict(box) for box in boxes(found)],
+        "memory": memory(model),
+    })
+    return found, False
 
 
 def check_sampling(sampling: dict[str, Any]) -> None:
@@ -220,3 +256,6 @@ def note_memory(model: Any) -> None:
     m = memory(model)
     note(f"memory: planned {size(m['planned_bytes'])} and {size(m['mapped_bytes'])} mapped, "
          f"resident {size(m['resident_bytes'])}")
+    s = model.stats
+    if s.get("image_misses"):
+        note(f"image cache: {s['image_hits']} hits, {s['image_misses']} misses, {size(s['image_cache_bytes'])} kept")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli import answer
+from pyengine.cli import answer, pictures
 from pyengine.cli.screen import complain, note, show
 from pyengine.errors import PyEngineError, RequestError
 
 HELP = '''\
 /help              this list
-/clear             forget the conversation; the system message stays
+/image FILE        add a picture to the next message; a message may also hold its path, dropped or typed
+/video FILE        add a video to the next message
+/clear             forget the conversation and its pictures; the system message stays
 /system TEXT       set the system message; without TEXT, remove it
 /set NAME VALUE    set temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, presence_penalty,
                    frequency_penalty, seed, max_tokens (-1: no limit) or stop; without VALUE, take the default again
@@ -26,6 +29,7 @@ Ctrl-C stops an answer; what there is of it stays in the conversation.
 A message that begins with / needs a space before it.'''
 
 BLOCK = '"""'
+_COMMAND = re.compile(r"/\w*(?!\S)")  # "/clear", not "/home/me/cat.png"
 SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "typical_p": float,
                              "repeat_penalty": float, "repeat_last_n": int, "presence_penalty": float,
                              "frequency_penalty": float, "seed": int}
@@ -34,21 +38,55 @@ ReadLine = Callable[[str], str]      # gives the line after a prompt, without it
 
 
 class Chat:
-    """One conversation and what its user has set. Raw, the model continues the text of all turns, without template."""
+    """One conversation and what its user has set. Raw, the model continues the text of all turns, without template.
+
+    options   settings of the model's processor, for pictures under "image" and for videos under "video"
+    waiting   pictures and videos that begin the next message
+    """
 
     def __init__(self, model: Any, settings: answer.Settings, system: str | None = None, raw: bool = False,
-                 verbose: bool = False):
+                 verbose: bool = False, options: Mapping[str, pictures.Options] | None = None):
         self.model, self.settings, self.raw, self.verbose = model, settings, raw, verbose
         self.turns: answer.Messages = []
         self.system = system
+        self.options = options or {"image": {}, "video": {}}
+        self.waiting: list[pictures.Picture] = []
 
     def messages(self) -> answer.Messages:
         """The system message, if there is one, and the turns."""
         return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
 
-    def say(self, text: str) -> None:
+    def add(self, found: Sequence[pictures.Picture]) -> None:
+        """Let pictures and videos wait for the next message. Raises: RequestError if the model takes none."""
+        if found:
+            pictures.need_encoder(self.model)
+        self.waiting += found
+        for picture in found:
+            note(f"Added {picture}")
+
+    def read(self, text: str) -> None:
+        """Take a message as it was typed: find pictures in it, and answer it; pictures alone wait for a question."""
+        parts, remarks = pictures.find_pictures(text, self.options["image"])
+        found = [part for part in parts if not isinstance(part, str)]
+        asked = any(isinstance(part, str) and part.strip() for part in parts)
+        if found and self.model.media is None:
+            names, model = ", ".join(picture.name for picture in found), Path(self.model.file.path).name
+            note(f"({model} has no image encoder: {names} {'stays text' if asked else 'is not added'})")
+            parts, found = [text], []
+        elif self.model.media is not None:
+            for remark in remarks:
+                note(remark)
+        for picture in found:
+            note(f"Added {picture}")
+        if asked:
+            self.say([*self.waiting, *parts])
+        else:
+            self.waiting += found
+
+    def say(self, parts: Sequence[str | pictures.Picture]) -> None:
         """Take a turn: show the answer and keep it. Raises what generation raises, and keeps what was shown."""
-        self.turns.append({"role": "user", "content": text})
+        self.waiting = []
+        self.turns.append(answer.user_message(parts))
         shown: list[str] = []
 
         def write(piece: str) -> None:
@@ -63,7 +101,9 @@ class Chat:
                 self.turns.append({"role": "assistant", "content": said})
                 show(end="" if said.endswith("\n") else "\n")
             else:
-                self.turns.pop()                      # a question without an answer would stand before the next one
+                question = self.turns.pop()           # without an answer it would stand before the next one
+                if names := answer.Question([question]).names():
+                    note(f"(no answer: the question is not kept, nor {', '.join(names)})")
         if report.stopped:
             note("(stopped)")
         elif not said:
@@ -71,7 +111,8 @@ class Chat:
         elif report.n_generated == self.settings.max_tokens:
             note(f"(cut after {report.n_generated} tokens; /set max_tokens N allows more)")
         if self.verbose:
-            note(report.line())
+            for line in report.lines():
+                note(line)
 
     def command(self, line: str) -> bool:
         """Do what a line that begins with / asks for; returns False at the conversation's end. Raises: RequestError."""
@@ -83,7 +124,12 @@ class Chat:
             show(HELP)
         elif name == "/clear":
             self.turns.clear()
+            self.waiting.clear()
             self.model.reset()
+        elif name in ("/image", "/video"):
+            if not rest:
+                raise RequestError(f"{name} FILE: the file is missing")
+            self.add(pictures.named_pictures(rest, self.options[name[1:]], name[1:]))
         elif name == "/system":
             if self.raw:
                 raise RequestError("/system needs the chat template, which is not used here")
@@ -127,7 +173,9 @@ class Chat:
         show("continues text, without a chat template" if self.raw else "answers through its chat template")
         self.show_settings()
         for message in self.messages():
-            show(f"{message['role']}: {message['content']}")
+            show(f"{message['role']}: {answer.written(message)}")
+        if self.waiting:
+            show(f"for the next message: {', '.join(map(str, self.waiting))}")
 
 
 def _number(name: str, value: str, kind: type) -> Any:
@@ -157,9 +205,10 @@ def read_message(read_line: ReadLine) -> str:
     return line
 
 
-def run(chat: Chat) -> None:
+def run(chat: Chat, shown: Sequence[pictures.Picture] = ()) -> None:
     """Hold the conversation: at a terminal with a history and keys, else with one turn a line of standard input.
 
+    shown: pictures and videos that begin the first message.
     At a terminal an error is shown and the conversation goes on; else it is raised, for the program at the other end.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -167,14 +216,15 @@ def run(chat: Chat) -> None:
     if terminal:
         form = "continues your text: the file has no chat template, or --raw was given" if chat.raw else "answers"
         note(f"{chat.model.plan.model} {form}. /help lists the commands, Ctrl-D ends.")
+    chat.add(shown)
     while True:
         try:
             text = read_message(read_line)
-            if text.startswith("/") and "\n" not in text:
+            if _COMMAND.match(text) and "\n" not in text:
                 if not chat.command(text):
                     return
             elif text.strip():
-                chat.say(text)
+                chat.read(text)
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,22 @@ from pyengine.locate import find_model, list_models
 SHOWN_ELEMENTS = 8                   # of a long array
 SHOWN_CHARACTERS = 200               # of a long text
 TEMPLATE = "tokenizer.chat_template"
+ENCODER = "clip"                     # llama.cpp's general.architecture of a file that holds an image encoder only
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
     """Return what a model's file says, as plain data; of a long array the type, the count and the first elements.
 
+    mmproj: the file of its image encoder, if it is in one of its own and not found by itself.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError.
     """
     found = find_model(name)
     path, projector = found if isinstance(found, list) else (found, None)
+    projector = projector if mmproj is None else Path(mmproj)
+    encoder, encoder_metadata = None, {}
+    if projector is not None:
+        with GGUFFile(projector) as file:
+            encoder, encoder_metadata = _encoder(file), {key: _plain(file.metadata, key) for key in file.metadata}
     with GGUFFile(path) as file:
         meta, tensors = file.metadata, file.tensors.values()
         arch = meta.get("general.architecture")
@@ -37,6 +45,7 @@ def describe(name: str) -> dict[str, Any]:
             "path": str(file.path),
             "files": [str(p) for p in file.paths],
             "projector": None if projector is None else str(projector),
+            "encoder": encoder or _encoder(file),
             "version": file.version,
             "architecture": _plain(meta, "general.architecture"),
             "file_bytes": sum(p.stat().st_size for p in file.paths),
@@ -49,24 +58,52 @@ def describe(name: str) -> dict[str, Any]:
             "n_tokens": meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0,
             "chat_template": TEMPLATE in meta,
             "metadata": {key: _plain(meta, key) for key in meta},
+            "projector_metadata": encoder_metadata,
         }
 
 
-def show_model(name: str) -> None:
+def _encoder(file: GGUFFile) -> dict[str, Any] | None:
+    """Return what a file says about its image encoder and projector, None if it has none.
+
+    Keys are llama.cpp's, "clip.vision.*", or Ollama's, which begin with the architecture.
+    """
+    tensors = [t for name, t in file.tensors.items() if name.startswith(("v.", "mm."))]
+    if not tensors:
+        return None
+    meta = file.metadata
+    prefix = "clip" if "clip.vision.block_count" in meta else _plain(meta, "general.architecture")
+    return {"path": str(file.path), "projector_type": _plain(meta, "clip.projector_type"), "n_tensors": len(tensors),
+            "bytes": sum(t.nbytes for t in tensors), **{key: _plain(meta, f"{prefix}.vision.{key}") for key in (
+                "block_count", "embedding_length", "patch_size")}}
+
+
+def show_model(name: str, mmproj: str | None = None) -> None:
     """Print `describe` for people. Raises as it does."""
-    d = describe(name)
-    known = lambda value: "not given" if value is None else value  # noqa: E731
+    d = describe(name, mmproj)
+
+    def known(value: Any) -> Any:
+        return "not given" if value is None else value
+
     tokenizer = f"{d['tokenizer']} ({d['pre_tokenizer']})" if d["pre_tokenizer"] else known(d["tokenizer"])
     rows = [("name", known(d["name"])), *(("file", f) for f in d["files"]), ("architecture", known(d["architecture"])),
-            ("size", size(d["file_bytes"])), ("parameters", f"{d['n_parameters']:,}"), ("context", known(d["n_ctx"])),
-            ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"),
-            ("chat template", "yes" if d["chat_template"] else "no")]
-    show_columns(rows + ([("projector", d["projector"])] if d["projector"] else []))
+            ("size", size(d["file_bytes"])), ("parameters", f"{d['n_parameters']:,}")]
+    if d["architecture"] != ENCODER:
+        rows += [("context", known(d["n_ctx"])), ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"),
+                 ("chat template", "yes" if d["chat_template"] else "no")]
+    if e := d["encoder"]:
+        shape = f"{known(e['block_count'])} blocks of width {known(e['embedding_length'])}"
+        where = f"{size(e['bytes'])} in {Path(e['path']).name}"
+        patch = f"patches of {known(e['patch_size'])}"
+        rows.append(("image encoder", f"{known(e['projector_type'])}: {shape}, {patch}, {where}"))
+    show_columns(rows)
     show("\nTensors")
     show_columns([(f"  {dtype}", f"{n['count']} tensors", f"{n['parameters']:,} parameters", size(n["bytes"]))
                   for dtype, n in d["tensors"].items()], right=(1, 2, 3))
     show("\nMetadata")
     show_columns([(f"  {key}", _line(value)) for key, value in d["metadata"].items()])
+    if d["projector"]:
+        show(f"\nMetadata of {d['projector']}")
+        show_columns([(f"  {key}", _line(value)) for key, value in d["projector_metadata"].items()])
 
 
 def show_template(name: str) -> bool:
@@ -97,15 +134,17 @@ def show_models() -> bool:
 def _plain(meta: Metadata, key: str) -> Any:
     """Return a value as JSON can hold it, None if it is missing; a long array as its type and first elements."""
     value = meta.get(key)
+    single = key in meta and "float32" in meta.type_name(key)
     if isinstance(value, (list, np.ndarray)):
         head = value[:SHOWN_ELEMENTS]
-        first = [_finite(v) for v in (head.tolist() if isinstance(head, np.ndarray) else head)]
+        first = [_number(v, single) for v in (head.tolist() if isinstance(head, np.ndarray) else head)]
         return first if len(value) <= SHOWN_ELEMENTS else {"type": meta.type_name(key), "first": first}
-    return _finite(value)
+    return _number(value, single)
 
 
-def _finite(value: Any) -> Any:
-    """Return a number that JSON cannot hold as its name: "nan", "inf"."""
+def _number(value: Any, single: bool) -> Any:
+    """Return a number as JSON can hold it: "nan" and "inf" by name, a float32 with the digits that it has."""
+    value = float(str(np.float32(value))) if single else value                # 1e-06, not 9.999999974752427e-07
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

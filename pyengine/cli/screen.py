@@ -1,4 +1,4 @@
-"""What the command line shows: text that cannot steer the terminal, columns, sizes, and the bar while a model loads."""
+"""What the command line shows: text that cannot steer the terminal, columns, sizes, and what goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,18 @@ def size(nbytes: float) -> str:
 
 
 class LoadingBar:
-    """Show how far loading is, on a terminal and only if it takes a while; an instance is `load`'s `progress`."""
+    """Show how far loading is, on a terminal and only if it takes a while; an instance is `load`'s `progress`.
+
+    It ends when it is left: an image encoder that is loaded later, with the same `progress`, shows none.
+    """
 
     def __init__(self, model: str):
-        self._name, self._started, self._bar = Path(model).name, time.perf_counter(), None
+        self._name, self._started, self._bar, self._left = Path(model).name, time.perf_counter(), None, False
 
     def __call__(self, done: int, total: int) -> None:
         """Take the bytes that are loaded, of how many."""
+        if self._left:
+            return
         if self._bar is None and done < total and time.perf_counter() - self._started > BAR_AFTER_SECONDS:
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -86,8 +92,19 @@ class LoadingBar:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._left = True
         if self._bar is not None:
             self._bar.stop()
+
+
+def busy(what: str) -> AbstractContextManager[Any]:
+    """Show on standard error, where that is a terminal, what is being done; it is gone when left."""
+    if not what or not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+    from rich.text import Text
+
+    return Console(stderr=True).status(Text(printable(what)))
 
 
 def load(model: str, **settings: Any) -> Any:
