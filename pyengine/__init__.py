@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "load": "pyengine.engine",
-    "plan": "pyengine.engine",
+    "plan": "pyengine.planning",
     "Model": "pyengine.engine",
     "Answer": "pyengine.engine",
     "MemoryPlan": "pyengine.memory",

@@ -73,15 +73,17 @@ def topological(outputs: Iterable[Tensor]) -> list[Node]:
     """Nodes that `outputs` need, inputs before users, in a fixed order."""
     order: list[Node] = []
     seen: set[int] = set()
-    stack = [(t.node, False) for t in reversed(list(outputs))]
+    stack: list[Node | None] = [t.node for t in reversed(list(outputs))]
     while stack:
-        node, inputs_done = stack.pop()
-        if inputs_done:
-            order.append(node)
+        node = stack.pop()
+        if node is None:                                     # the inputs of the node below it are done
+            order.append(stack.pop())
         elif id(node) not in seen:
             seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((t.node, False) for t in reversed(node.inputs) if id(t.node) not in seen)
+            stack += (node, None)
+            for t in reversed(node.inputs):
+                if id(t.node) not in seen:
+                    stack.append(t.node)
     return order
 
 
@@ -136,7 +138,7 @@ def main() -> None:
     import argparse
 
     from pyengine import passes
-    from pyengine.engine import model_graph
+    from pyengine.planning import model_graph
 
     parser = argparse.ArgumentParser(prog="python -m pyengine.graph", description=main.__doc__)
     parser.add_argument("model")

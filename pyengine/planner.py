@@ -38,24 +38,23 @@ def place(intervals: Sequence[Interval]) -> tuple[list[int], int]:
     Source: greedy by size, Pisarchyk and Lee 2020, arXiv:2001.03288, section 5.3.
     """
     offsets = [0] * len(intervals)
-    placed: list[int] = []                                                     # numbers of intervals, by offset
+    first = min((i.start for i in intervals), default=0)
+    live: list[list[int]] = [[] for _ in range(max((i.end for i in intervals), default=0) - first + 1)]   # placed numbers, by step
     total = 0
     for i in sorted(range(len(intervals)), key=lambda i: (-intervals[i].size, i)):
         want = intervals[i]
         if want.size == 0:
             continue
+        steps = live[want.start - first : want.end - first + 1]
         best, best_gap, cursor = None, None, 0
-        for j in placed:
-            other = intervals[j]
-            if other.end < want.start or want.end < other.start:
-                continue
-            gap = offsets[j] - cursor
+        for start, end in sorted((offsets[j], offsets[j] + intervals[j].size) for j in set().union(*steps)):
+            gap = start - cursor
             if gap >= want.size and (best_gap is None or gap < best_gap):
                 best, best_gap = cursor, gap
-            cursor = max(cursor, offsets[j] + aligned(other.size))
+            cursor = max(cursor, aligned(end))
         offsets[i] = cursor if best is None else best
-        placed.append(i)
-        placed.sort(key=lambda j: offsets[j])
+        for step in steps:
+            step.append(i)
         total = max(total, offsets[i] + want.size)
     return offsets, aligned(total)
 
@@ -196,6 +195,9 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> 
 def _reuse(layout: Layout, number: dict[int, int], last: dict[int, int]) -> None:
     """Let results take over the memory of arguments that nobody reads afterwards."""
     moved: dict[int, Tensor] = {}                                              # id of old root -> its new root
+    views: dict[int, list[tuple[int, int]]] = {}                               # id of root -> tensors in its memory
+    for key, s in layout.storage.items():
+        views.setdefault(id(s.root), []).append(key)
 
     for node in layout.steps:
         name = node.op.inplace
@@ -215,6 +217,7 @@ def _reuse(layout: Layout, number: dict[int, int], last: dict[int, int]) -> None
             continue
         moved[id(t)] = root
         last[id(root)] = last.get(id(t), number[id(node)])
-        for key, s in list(layout.storage.items()):
-            if s.root is t:
-                layout.storage[key] = Storage(root, s.offset, s.strides)
+        for key in views[id(t)]:
+            s = layout.storage[key]
+            layout.storage[key] = Storage(root, s.offset, s.strides)
+        views[id(root)] += views.pop(id(t))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pyengine import engine, ops
+from pyengine import ops, planning
 from pyengine.backends.reference import Backend
 from pyengine.kvcache import visible
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
     """Logits after each position, float64 [n, vocab], computed in one step."""
-    built = engine._build(engine._open(path), len(ids), len(ids), "f32")
+    built = planning.build(planning.open_files(path), len(ids), len(ids), "f32")
     program = Backend().compile(built.outputs, dtype=np.float64)
     index = np.arange(len(ids))
     feed = {"ids": np.array(ids), "positions": index[None], "wanted": index, "head": index, "seq": index * 0, "seq_wanted": index * 0}
