@@ -83,7 +83,8 @@ class Facts:
         layers = {name: int(m[1]) for name in file.tensors if (m := LAYER.match(name))}
         values = sorted((n for n in layers if _is_value(n)), key=layers.__getitem__)
         return Facts(max(layers.values(), default=-1) + 1, heads // (shared or heads) if heads else 0,
-                     _first(file, f"{arch}.expert_count"), "output.weight" not in file.tensors, {name: i for i, name in enumerate(values)})
+                     _first(file, f"{arch}.expert_count"), "output.weight" not in file.tensors,
+                     {name: i for i, name in enumerate(values)})
 
 
 def _first(file: GGUFFile, key: str) -> int:
@@ -278,7 +279,8 @@ def _converted(file: GGUFFile, w: Written, pool: ThreadPoolExecutor) -> Iterator
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one line about what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m converters.quantize",
-                                     description="Write a GGUF file again with smaller matrices.", epilog=f"TYPE is one of {', '.join(MIXTURES)} (Q3_K, Q4_K, Q5_K: their _M).")
+                                     description="Write a GGUF file again with smaller matrices.",
+                                     epilog=f"TYPE is one of {', '.join(MIXTURES)} (Q3_K, Q4_K, Q5_K: their _M).")
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="F32, F16 or BF16 best; any part of a split file will do")
     parser.add_argument("target", type=Path, metavar="OUT.gguf")
     parser.add_argument("mixture", metavar="TYPE")

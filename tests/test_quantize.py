@@ -197,7 +197,8 @@ def test_error_is_at_most_that_of_the_installed_ggml(name: str, ggml) -> None:
 
 
 @pytest.mark.parametrize("model, tensor", [
-    ("qwen", "output.weight"), ("qwen", "blk.0.ffn_down.weight"), ("gemma", "token_embd.weight"), ("smollm2", "blk.3.ffn_up.weight")])
+    ("qwen", "output.weight"), ("qwen", "blk.0.ffn_down.weight"), ("gemma", "token_embd.weight"),
+    ("smollm2", "blk.3.ffn_up.weight")])
 def test_error_on_real_tensors(model: str, tensor: str, ggml) -> None:
     with GGUFFile(real_path(model)) as file:
         info = file.tensors[tensor]
@@ -365,7 +366,8 @@ def test_errors_are_one_line_and_leave_no_file(tmp_path, capsys) -> None:
         ((bad, out, "Q4_0"), "'b.weight', rows from 0: element [2, 5] is nan"), ((good, out, "Q9_X"), "'Q9_X' is no file type"),
         ((good, good, "Q8_0"), "is the file that is read"), ((good, tmp_path / "m-00001-of-00003.gguf", "Q8_0"), "part of several"),
         ((tmp_path / "text.gguf", out, "Q8_0"), "not a GGUF file"), ((tmp_path / "none.gguf", out, "Q8_0"), "no such file"),
-        ((good, tmp_path / "no" / "out.gguf", "Q8_0"), "No such file"), ((good, out, "Q8_0", "--vision", "Q9"), "'Q9' is no format"),
+        ((good, tmp_path / "no" / "out.gguf", "Q8_0"), "No such file"),
+        ((good, out, "Q8_0", "--vision", "Q9"), "'Q9' is no format"),
         ((good, out, "Q8_0", "--threads", "0"), "at least 1"),
     ):
         before = sorted(tmp_path.iterdir())
@@ -396,7 +398,8 @@ def test_memory_stays_below_twice_the_largest_tensor(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "out.gguf"), "Q4_0", "-t", "2"], cwd=ROOT,
                           capture_output=True, text=True, check=True)
     peak = int(done.stdout.splitlines()[-1]) * 1024
-    assert peak < 200e6, f"{peak / 1e6:.0f} MB; measured 122 MB, most of it Python, NumPy and gguf-py"     # far below 2 tensors + 200 MB
+    # far below two tensors and 200 MB
+    assert peak < 200e6, f"{peak / 1e6:.0f} MB; measured 122 MB, most of it Python, NumPy and gguf-py"
 
 
 def test_a_quantized_model_answers_nearly_as_before(wide, tmp_path) -> None:
