@@ -13,7 +13,7 @@ from typing import Any
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.graph import check_states, topological
-from pyengine.tensor import Axis, Node, Shape, Tensor, product
+from pyengine.tensor import Axis, Node, Shape, Tensor, axis_max, product
 
 ALIGN = 64                                                                     # bytes: one cache line, one AVX-512 vector
 
@@ -89,12 +89,36 @@ class Layout:
     leaves: list[Node]
     steps: list[Node]
     storage: dict[tuple[int, int], Storage]
+    lives: dict[int, tuple[Tensor, Interval]] = field(default_factory=dict)    # id of root tensor in the arena -> when it is needed
     offsets: dict[int, int] = field(default_factory=dict)                      # id of root tensor -> arena offset
     scratch: list[tuple[int, int]] = field(default_factory=list)               # per step: (arena offset, bytes)
     arena_bytes: int = 0
 
     def of(self, t: Tensor) -> Storage:
         return self.storage[id(t.node), t.index]
+
+    def place(self, scratch: Sequence[int]) -> tuple[list[int], int]:
+        """Offsets of the tensors of `lives`, then of each step's working memory of these sizes, and the arena's bytes."""
+        return place([*(i for _, i in self.lives.values()), *(Interval(i, i, n) for i, n in enumerate(scratch))])
+
+    def busiest(self) -> list[tuple[str, int]]:
+        """What shares the arena at the step that needs most of it, as (name, bytes); the rest is gaps between them."""
+        if not self.steps:
+            return []
+        need = [n for _, n in self.scratch]
+        for _, i in self.lives.values():
+            for step in range(max(i.start, 0), min(i.end, len(need) - 1) + 1):
+                need[step] += i.size
+        step = max(range(len(need)), key=lambda i: need[i])
+        name = self.steps[step].op.name
+        held = [(_label(t), i.size) for t, i in self.lives.values() if i.start <= step <= i.end]
+        parts = [*sorted(held, key=lambda part: -part[1]), (f"working memory of {name}", self.scratch[step][1])]
+        return [*((n, size) for n, size in parts if size), ("gaps and alignment", self.arena_bytes - need[step])]
+
+
+def _label(t: Tensor) -> str:
+    shape = " x ".join(str(axis_max(a)) for a in t.shape)
+    return f"{t.name if t.node.op is None else 'result of ' + t.node.op.name} [{shape}]"
 
 
 def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Storage | None:
@@ -177,18 +201,16 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> 
         last[id(layout.of(t).root)] = len(steps)
     _reuse(layout, number, last)
 
-    roots: dict[int, tuple[Tensor, int]] = {}                                  # id -> (root, first step)
     for node in nodes:
         for t in node.outputs:
             root = layout.of(t).root
-            if root.node.kind in ("op", "input") and id(root) not in roots:
-                roots[id(root)] = (root, number.get(id(root.node), -1))
-    intervals = [Interval(first, max(last.get(i, first), first), root.nbytes_max) for i, (root, first) in roots.items()]
+            if root.node.kind in ("op", "input") and id(root) not in layout.lives:
+                first = number.get(id(root.node), -1)
+                layout.lives[id(root)] = root, Interval(first, max(last.get(id(root), first), first), root.nbytes_max)
     sizes = [scratch_bytes(n) for n in steps]
-    intervals += [Interval(i, i, size) for i, size in enumerate(sizes)]
-    offsets, layout.arena_bytes = place(intervals)
-    layout.offsets = dict(zip(roots, offsets))
-    layout.scratch = list(zip(offsets[len(roots) :], sizes))
+    offsets, layout.arena_bytes = layout.place(sizes)
+    layout.offsets = dict(zip(layout.lives, offsets))
+    layout.scratch = list(zip(offsets[len(layout.lives) :], sizes))
     return layout
 
 

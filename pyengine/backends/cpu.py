@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -92,7 +93,7 @@ class Prepared:
 
     def __init__(self, outputs: Sequence[Tensor], passes: Sequence[str] | None, single: bool, n_threads: int, isa_name: str):
         self.isa, self.n_threads, self.single = isa_name, n_threads, single
-        self._specs: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}
+        self._scratch: dict[Any, int] = {}                   # answers of `_scratch_bytes`: most layers ask the same
         self.layout = lay_out(fusion.apply(outputs, passes), self._scratch_bytes)
         self.residents = _residents(self.layout)
         self.states = [n.outputs[0] for n in self.layout.leaves if n.kind == "state"]
@@ -101,24 +102,39 @@ class Prepared:
         self.mapped_bytes = sum(r.nbytes for r in self.residents.values() if r.form == "mapped")
         self.state_bytes = sum(aligned(t.nbytes_max) for t in self.states)
 
-    def _scratch_bytes(self, node: Node) -> int:
+    def resized(self, states: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """(bytes of the arena, bytes of all states) if these states had these shapes: larger caches, without a graph of them."""
+        layout, sizes = self.layout, [n for _, n in self.layout.scratch]
+        for i, node in enumerate(layout.steps):
+            if any(layout.of(t).root.node.kind == "state" for t in node.inputs):
+                sizes[i] = self._scratch_bytes(node, states)
+        same = sizes == [n for _, n in layout.scratch]
+        total = sum(aligned(t.dtype.size(math.prod(states.get(t.name, t.shape)))) for t in self.states)
+        return layout.arena_bytes if same else layout.place(sizes)[1], total
+
+    def _scratch_bytes(self, node: Node, states: Mapping[str, tuple[int, ...]] | None = None) -> int:
+        """Working memory of a kernel at the largest shapes; with `states`, those of its caches are these."""
         tensors, ids = [], []
         for arg in (*node.args, *_result_args(node)):
             parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
-            ids.append(list(range(len(tensors), len(tensors) + len(parts))))
+            ids.append(tuple(range(len(tensors), len(tensors) + len(parts))))
             for t in parts:
-                dtype = t.dtype
+                dtype, shape = t.dtype, tuple(axis_max(a) for a in t.shape)
                 if node.op is ops.linear and t.node.kind == "constant" and t.ndim == 2 and t.dtype == _source_dtype(t):
-                    packs = lib.pe_pack_bytes(dtype.id, int(t.shape[0]), int(t.shape[1]))
+                    packs = lib.pe_pack_bytes(dtype.id, *shape)
                     dtype = dtype.packed if packs else dtype
-                shape = tuple(axis_max(a) for a in t.shape)
-                strides = contiguous_strides(shape, t.dtype)
-                tensors.append((0, 0, dtype.id, [(n, -1) for n in shape], [(n, -1) for n in strides]))
-        n = engine.scratch_bytes(self.isa, node.op.name, tensors, ids, len(node.args), pack_params(node.op, dict(node.params)),
-                                 self.n_threads)
-        if n < 0:
+                if states and self.layout.of(t).root.name in states:
+                    shape = states[self.layout.of(t).root.name]
+                tensors.append((dtype, t.dtype, shape))
+        key = node.op.name, tuple(tensors), tuple(ids), node.params
+        if key not in self._scratch:
+            specs = [(0, 0, d.id, [(n, -1) for n in shape], [(n, -1) for n in contiguous_strides(shape, plain)])
+                     for d, plain, shape in tensors]
+            self._scratch[key] = engine.scratch_bytes(self.isa, node.op.name, specs, ids, len(node.args),
+                                                      pack_params(node.op, dict(node.params)), self.n_threads)
+        if self._scratch[key] < 0:
             raise GraphError(f"the CPU backend has no kernel for op '{node.op.name}'; device='reference' runs it")
-        return n
+        return self._scratch[key]
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> Program:
         """Allocate memory, read and pack the weights (in parallel), and return the program."""
