@@ -91,7 +91,7 @@ def run(
     threads: Threads = None,
     batch: BatchSize = N_BATCH,
     json: Json = False,
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Say how fast it was and what memory it took.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Say what was seen, how fast, in what memory.")] = False,
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
     from pyengine.cli import answer, chat, pictures, screen
