@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -13,6 +15,15 @@ import numpy as np
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 from pyengine.gguf import GGUFFile, nearest, quoted
+
+
+def pages(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array of float32 zeros on pages of its own, which the system has back as soon as nothing refers to it.
+
+    malloc would keep some of what large arrays held, and a plan counts what is allocated.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape)) * 4, **private), np.float32, math.prod(shape)).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,15 @@ class WeightRef:
         return self.source.array(self.name).reshape(self.shape)
 
     def floats(self) -> np.ndarray:
-        """Return the numbers as float32 in `shape`, dequantized. Raises: UnsupportedModelError for a format that cannot be."""
+        """Return the numbers as float32 in `shape`, dequantized (F32: over the mapped file).
+
+        Raises: UnsupportedModelError for a format that cannot be.
+        """
+        if self.dtype.name == "F32":
+            return self.array()
         from pyengine.native import ffi, lib                                   # reading a file's names needs no compiled part
 
-        out = np.empty(self.shape, np.float32)
+        out = pages(self.shape)
         if lib.pe_dequantize_row(self.dtype.id, ffi.from_buffer(self.view()), ffi.cast("float *", out.ctypes.data), out.size):
             raise UnsupportedModelError(f"{self.source.path}: tensor {self.name!r}: {self.dtype.name} cannot be read")
         return out
@@ -65,9 +81,13 @@ class DerivedRef:
 
     def view(self) -> np.ndarray:
         """Compute the bytes, uint8 [nbytes]."""
-        made = np.ascontiguousarray(self.make(*(p.floats() for p in self.parts)), np.float32)
+        made = self.make(*(p.floats() for p in self.parts))
         if made.shape != self.shape:
             raise InvalidModelError(f"tensor {self.name!r}: is made with shape {made.shape}, and the model needs {self.shape}")
+        if made.dtype != np.float32 or not made.flags.c_contiguous:
+            out = pages(self.shape)
+            np.copyto(out, made)
+            made = out
         return made.reshape(-1).view(np.uint8)
 
     def drop(self) -> bool:

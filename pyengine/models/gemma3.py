@@ -27,7 +27,7 @@ from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
 from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, mlp_width, rope, vocab_size
 from pyengine.tensor import Tensor
-from pyengine.weights import DerivedRef, Weights
+from pyengine.weights import DerivedRef, Weights, pages
 
 if TYPE_CHECKING:
     from pyengine.image import Image, Video
@@ -263,15 +263,20 @@ class Vision:
         self.image_marker = (self.start,)
         self.atomic_rows = self.max_rows = c.n_tokens
         self.order = _pooling_order(side, tokens, self.pool)
+        mean, std = (np.array(a, np.float32)[:, None] for a in (c.mean, c.std))
+        self.levels = (np.arange(256, dtype=np.float32) * np.float32(1 / 255) - mean) / std         # [3, 256]
         v_, d_model = w["v"], h.size("embedding_length")
         self.patch = PatchEmbedding(v_[names.patch], c.width, 3, c.patch_size)
         position = v_[names.position].tensor("weight", (side * side, c.width))
-        self.position = constant(DerivedRef(position.name, position.shape, (position,), lambda a: a[self.order]))
+        self.position = constant(DerivedRef(position.name, position.shape, (position,), self._ordered))
         self.blocks = [VisionBlock(v_["blk", i], c, names) for i in range(c.n_layers)]
         self.norm = LayerNorm(v_[names.post], c.width, c.eps)
         self.soft_norm = RMSNorm(w["mm", names.soft_norm], c.width, c.eps)
         projection = w["mm", names.projection].tensor("weight", (c.width, d_model))       # HF's layout: x @ weight
         self.projection = constant(DerivedRef(projection.name, (d_model, c.width), (projection,), lambda a: a.T))
+
+    def _ordered(self, position: np.ndarray) -> np.ndarray:
+        return np.take(position, self.order, axis=0, out=pages(position.shape), mode="clip")
 
     def process(self, media: Image | Video) -> Processed:
         """Resize to the encoder's square, whatever the aspect ratio; with pan and scan, crops of long pictures too.
@@ -284,7 +289,10 @@ class Vision:
         if isinstance(media, Video):
             raise RequestError("Gemma 3 takes pictures, not videos; give its frames as pictures")
         known_options(media, "pan_and_scan")
-        boxes = crops(*media.size, c) if media.options.get("pan_and_scan", c.pan_and_scan) else []
+        wanted = media.options.get("pan_and_scan", c.pan_and_scan)
+        if not isinstance(wanted, bool):
+            raise RequestError(f"pan_and_scan={wanted!r}: must be True or False")
+        boxes = crops(*media.size, c) if wanted else []
         views = [self._view(media.pixels), *(self._view(media.pixels[y0:y1, x0:x1]) for x0, y0, x1, y1 in boxes)]
         first, *rest = [("\n\n", self.start, view, self.end, "\n\n") for view in views]
         parts: list[str | int | View] = list(first)
@@ -300,11 +308,13 @@ class Vision:
 
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
-        x = resize(pixels, c.image_size, c.image_size, c.resample).astype(np.float32) * np.float32(1 / 255)
-        x = (x - np.array(c.mean, np.float32)) / np.array(c.std, np.float32)
-        x = x[: side * p, : side * p].reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3 * p * p)
+        x = resize(pixels, c.image_size, c.image_size, c.resample)[: side * p, : side * p]
+        x = x.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
+        patches = pages(x.shape)
+        for channel in range(3):                                                        # by table: no copies as large as `patches`
+            patches[:, channel] = self.levels[channel][x[:, channel]]
         rows = np.arange(c.n_tokens, dtype=np.int32)[None]
-        return View({"patches": x[self.order]}, {}, rows, c.n_tokens, causal=False, atomic=True)
+        return View({"patches": patches.reshape(len(x), -1)}, {}, rows, c.n_tokens, causal=False, atomic=True)
 
     def encode(self, g: Graph) -> Tensor:
         """Soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""

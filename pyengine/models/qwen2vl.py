@@ -40,7 +40,7 @@ from pyengine.kvcache import LayerCache
 from pyengine.models import qwen2
 from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, mlp_width
 from pyengine.tensor import Dim, Tensor
-from pyengine.weights import Weights
+from pyengine.weights import Weights, pages
 
 # Constants for files without the key; of Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct:
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 16384              # preprocessor_config.json; transformers reads it for videos too
@@ -354,7 +354,7 @@ class Vision:
         a = frames.reshape(steps, c.depth, height, c.merge, c.patch, width, c.merge, c.patch, 3)
         a = a.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)                             # step, rows, columns, inner, channel, frame, y, x
         a = a.reshape(steps, height * width, c.merge**2, 3, -1)[:, order]
-        out = np.empty(a.shape, np.float32)
+        out = pages(a.shape)
         for channel in range(3):
             out[..., channel, :] = self.levels[channel][a[..., channel, :]]
         return out.reshape(-1, 3 * c.depth * c.patch**2)
@@ -380,7 +380,7 @@ def smart_resize(height: int, width: int, factor: int, least: int, most: int) ->
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise RequestError(f"a picture of {width} x {height} pixels: one side may be at most {MAX_ASPECT} times the other")
-    if not all(isinstance(n, int) and 0 < n for n in (least, most)):
+    if not all(type(n) is int and 0 < n for n in (least, most)):
         raise RequestError(f"min_pixels={least}, max_pixels={most}: must be whole numbers above 0")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > most:
