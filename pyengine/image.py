@@ -84,7 +84,7 @@ def known_options(media: Image | Video, *names: str) -> None:
             raise RequestError(f"option {name!r}: this model's processor has {', '.join(names) or 'none'}")
 
 
-def open_image(source: object, **options: Any) -> Image:
+def open_image(source: object, /, **options: Any) -> Image:
     """Read a picture.
 
     source   a path, the bytes of a file, a data URL (base64), a Pillow image, an Image, or an array [h, w] or
@@ -344,7 +344,7 @@ class Video:
     Raises: ImageError for no frames, one that cannot be read, or unequal sizes; RequestError for a rate that is none.
     """
 
-    def __init__(self, frames: Iterable[object], fps: float | None = None, **options: Any):
+    def __init__(self, frames: Iterable[object], /, fps: float | None = None, **options: Any):
         if isinstance(frames, (str, bytes, os.PathLike, Image, PIL.Image.Image)):
             raise ImageError("Video takes a list of frames; open_video opens a file")
         if fps is not None and not 0 < fps < math.inf:
@@ -386,7 +386,7 @@ class Video:
         return f"Video({len(self)} frames of {self.size[0]}x{self.size[1]}, fps={self.fps})"
 
 
-def open_video(source: object, fps: float | None = None, **options: Any) -> Video:
+def open_video(source: object, /, fps: float | None = None, **options: Any) -> Video:
     """Open a video: a path, the bytes of a file, a data URL (decoded by PyAV on demand), a list of frames, or a Video.
 
     fps   frames per second, instead of what the file or the Video states

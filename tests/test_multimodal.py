@@ -234,6 +234,8 @@ def test_what_cannot_be_taken_says_so(gemma, tiny_gguf) -> None:
         gemma.generate([[A, A], 3])
     with pytest.raises(RequestError, match="option 'zoom'"):
         gemma.encode_image(pe.open_image(A, zoom=2))
+    with pytest.raises(RequestError, match="must be True or False"):
+        gemma.encode_image(pe.open_image(A, pan_and_scan="yes"))
     with pytest.raises(ImageError, match="no such file"):
         gemma.generate("x", images=["nowhere.png"])
     with pytest.raises(ContextOverflowError, match="context holds 256"):
@@ -300,3 +302,15 @@ def test_rows_are_laid_out_and_cut() -> None:
     with pytest.raises(RequestError, match="3 rows must be one step"):
         list(rows.steps(2, 2))
     assert list(lay_out_rows([media(5, causal=True)]).steps(0, 2)) == [(0, 2), (2, 4), (4, 5)]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_a_conversation_has_the_ids_of_transformers(tiny_gguf, kind: str) -> None:
+    """Template, expansion and tokenization together: line breaks before a picture merge with those that it brings."""
+    out, folder = tiny_gguf(kind)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "what is it?\n"}, {"type": "image", "image": B}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+        {"role": "user", "content": [{"type": "text", "text": "sure? "}, {"type": "image", "image": A}, {"type": "text", "text": "\n\nLook"}]}]
+    want = tiny.hf_chat_ids(folder, messages, [A, B, A])
+    assert pe.load(out, n_ctx=512).chat_ids(messages) == want

@@ -213,6 +213,18 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
                 [tuple(grids[kind][i]) for kind, i in order if grids[kind]])
 
 
+def hf_chat_ids(folder: str | Path, messages: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> list[int]:
+    """Return the ids that transformers makes of a conversation with pictures; -1 for each soft token."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    processor = _processor(folder, config)
+    template = processor.tokenizer.chat_template
+    text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    made = processor(text=[text], images=[list(pictures)], add_special_tokens=False, return_tensors="pt")
+    return [-1 if i == config.image_token_id else i for i in made["input_ids"][0].tolist()]
+
+
 def _processor(folder: str | Path, config: Any) -> Any:
     """Return transformers' processor with its Pillow backend and, for Qwen, without videos, which need torchvision."""
     import transformers
