@@ -28,13 +28,13 @@
 #include "unpack.h"
 
 #if defined(PE_AVX512)
-enum { NR = 3, MR = 4, MRF = 8 }; /* vectors of a panel; rows of an integer and of a float tile */
+enum { NR = 3, MR = 4, MRF = 8, MRD = 8 }; /* vectors of a panel; rows of an integer and a float tile, and of the decode kernel */
 #else
-enum { NR = 1, MR = 4, MRF = 4 };
+enum { NR = 1, MR = 4, MRF = 4, MRD = 4 };
 #endif
 enum {
-  FEW = 4,            /* rows that the decode kernel takes at once, and that each thread quantizes for itself */
-  SOME = 16,          /* rows that take the decode kernel, FEW by FEW over a group that the first of them left in a cache */
+  FEW = 4,            /* rows that each thread quantizes for itself */
+  SOME = 16,          /* rows that take the decode kernel, MRD or FEW at once over a group that the first of them left in a cache */
   STEPS = 8,          /* steps of 32 of k in an unpacked panel */
   KF = 128,           /* k of a float panel */
   KD = 256,           /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
@@ -107,8 +107,8 @@ PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
   const int64_t blocks = k / t.k;
-  v16f acc[FEW];
-PE_UNROLL(4)
+  v16f acc[MRD];
+PE_UNROLL(8)
   for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
   for (int64_t b = 0; b < blocks; b++) {
     const uint8_t *head = pe_block_head(t, group, b), *body = pe_block_body(t, group, b);
@@ -125,7 +125,7 @@ PE_UNROLL_STEPS
 PE_UNROLL(9)
         for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(p + 64 * c);
       }
-PE_UNROLL(4)
+PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
         const xstep *a = STEP(i, s);
 PE_UNROLL(2)
@@ -145,7 +145,7 @@ PE_UNROLL(8)
       }
     }
   }
-PE_UNROLL(4)
+PE_UNROLL(8)
   for (int i = 0; i < rows; i++) v16f_store(out + 16 * i, acc[i]);
 }
 
@@ -263,22 +263,29 @@ TILE(halves_offset, 2, 1, 0)
 typedef void unpack_fn(const uint8_t *const group[NR], const uint8_t *const ahead[NR], int64_t s0, int64_t count, uint8_t *to);
 
 typedef struct format {
-  decode_fn *decode[FEW]; /* for 1 .. FEW rows of x, or NULL */
+  decode_fn *decode[FEW], *decode_most; /* for 1 .. FEW rows of x, and for MRD; or NULL */
   unpack_fn *unpack;
   tile_fn *tile;
 } format;
 
 #if defined(PE_GENERIC) /* too few registers for the decode kernel */
 #define DECODES(id)
-#define DECODE_TABLE(id) {0}
+#define DECODE_TABLE(id) {0}, 0
 #else
 #define DECODE(id, rows)                                                                                               \
   static void decode_##id##_##rows(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, \
                                    int64_t ld, float *out) {                                                           \
     decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, out);                                                     \
   }
-#define DECODES(id) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4)
-#define DECODE_TABLE(id) {decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}
+#if defined(PE_AVX512)
+#define DECODE_MOST(id) DECODE(id, 8)
+#define DECODE_MOST_ENTRY(id) decode_##id##_8
+#else
+#define DECODE_MOST(id)
+#define DECODE_MOST_ENTRY(id) decode_##id##_4
+#endif
+#define DECODES(id) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4) DECODE_MOST(id)
+#define DECODE_TABLE(id) {decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}, DECODE_MOST_ENTRY(id)
 #endif
 #define FORMAT(id, kind)                                                                                               \
   DECODES(id)                                                                                                          \
@@ -575,13 +582,13 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t 
       const uint8_t *group[NR]; /* beyond the last group, that one again: nobody reads the sums */
       for (int v = 0; v < NR; v++) group[v] = (const uint8_t *)w->data + pe_min(g0 + NR * p + v, groups - 1) * bytes;
       if (few && f) {
-        const int64_t parts = (rows + FEW - 1) / FEW; /* nearly equal: 5 rows are 3 and 2 */
         for (int v = 0; v < NR && g0 + NR * p + v < groups; v++) {
           const int more = v + 1 < NR && g0 + NR * p + v + 1 < groups;
-          for (int64_t part = 0; part < parts; part++) {
-            const int64_t i0 = rows * part / parts, n = rows * (part + 1) / parts - i0;
-            float y[FEW * 16];
-            f->decode[n - 1](group[v], more ? group[v] + bytes : next, bytes, k, q + i0 * ld, ld, y);
+          for (int64_t i0 = 0, n; i0 < rows; i0 += n) {
+            const int64_t left = rows - i0;
+            n = left >= MRD ? MRD : left > FEW ? (left + 1) / 2 : left; /* 5 rows are 3 and 2 */
+            float y[MRD * 16];
+            (n > FEW ? f->decode_most : f->decode[n - 1])(group[v], more ? group[v] + bytes : next, bytes, k, q + i0 * ld, ld, y);
             for (int64_t i = 0; i < n; i++) v16f_store(to + 16 * (NR * (i0 + i) + v), v16f_load(y + 16 * i));
           }
         }
