@@ -95,9 +95,14 @@ class LayerCache:
     hi_wanted: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
-               wanted: bool = False) -> Tensor:
-        """Write k, v [m, kv heads, head_dim] and attend with q [m or w, heads, head_dim]; returns [m or w, heads * head_dim]."""
-        k_all = ops.cache_append(self.k, k, self.cells)
+               wanted: bool = False, k_common: Tensor | None = None) -> Tensor:
+        """Write k, v [m, kv heads, head_dim] and attend with q [m or w, heads, head_dim]; returns [m or w, heads * head_dim].
+
+        k_common [kv heads, head_dim]: what all keys have in common, if much. A cache of blocks stores keys without it, lest
+        it coarsen their scales: it adds the same to all scores of a query, which softmax does not see.
+        """
+        left_out = k_common if self.k.dtype.block > 1 and not softcap and sinks is None else None
+        k_all = ops.cache_append(self.k, k, self.cells, left_out)
         v_all = ops.cache_append(self.v, v, self.cells)
         rows = (self.lo_wanted, self.hi_wanted, self.table, self.seq_wanted) if wanted else (self.lo, self.hi, self.table, self.seq)
         return ops.attention(q, k_all, v_all, *rows, sinks, scale=scale, softcap=softcap)

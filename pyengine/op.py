@@ -10,7 +10,8 @@ kernel prototype (`pyengine.codegen`), memory facts from the decorator (`pyengin
 Annotations
   F32["m k"]          axes by name, separated by blanks; the same name must have the same size everywhere in the op;
                       `...` first stands for any leading axes; `h*e` is a product of named axes; a number is itself
-  I32, F32            that dtype; Float: F32, F16 or BF16; Weight: any dtype that can be dequantized; Cache: F32, F16 or Q8_0
+  I32, F32            that dtype; Float: F32, F16 or BF16; Weight: any dtype that can be dequantized;
+                      Cache: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
   list[F32["m n"]]    several tensors (each with its own sizes for axis names that end in an underscore: "n_ k")
   F32["k"] | None     may be absent
 Results: F32[...] a new tensor; Same["cache"] the (modified) argument of that name; list[...] one per element of the list
@@ -55,7 +56,7 @@ class _Kind:
 
 F32, I32, Float, Weight, Cache, Same = (_Kind(k) for k in ("F32", "I32", "Float", "Weight", "Cache", "Same"))
 
-_ALLOWED = {"F32": {"F32"}, "I32": {"I32"}, "Float": {"F32", "F16", "BF16"}, "Cache": {"F32", "F16", "Q8_0"}}
+_ALLOWED = {"F32": {"F32"}, "I32": {"I32"}, "Float": {"F32", "F16", "BF16"}, "Cache": {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}}
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,8 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
         (q, k, v), (old_q, old_k, old_v) = args[:3], node.args[:3]
         if not (_is(q, ops.rope) and _is(k, ops.cache_append) and _is(v, ops.cache_append)):
             return None
-        (k_cache, k_turned, cells), (v_cache, v_new, v_cells) = k.node.args, v.node.args
-        if not (_is(k_turned, ops.rope) and cells is v_cells and all(map(once, (old_q, old_k, old_v, old_k.node.args[1])))):
+        (k_cache, k_turned, cells, k_offset), (v_cache, v_new, v_cells, v_offset) = k.node.args, v.node.args
+        if not (_is(k_turned, ops.rope) and cells is v_cells and v_offset is None and all(map(once, (old_q, old_k, old_v, old_k.node.args[1])))):
             return None
         table = q.node.args[1]
         if table is not k_turned.node.args[1] or q.node.params != k_turned.node.params:
@@ -215,7 +215,7 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
         k0, k_norm, k_eps = before_rope(k_turned, old_k.node.args[1])
         if q_eps is not None and k_eps is not None and q_eps != k_eps:
             return None
-        q, k, v = make(ops.rope_append, (q0, k0, v_new, table, k_cache, v_cache, cells, q_norm, k_norm),
+        q, k, v = make(ops.rope_append, (q0, k0, v_new, table, k_cache, v_cache, cells, q_norm, k_norm, k_offset),
                        dict(q.node.params) | {"eps": q_eps or k_eps or 0.0})
         return make(ops.attention, (q, k, v, *args[3:]), dict(node.params))
 

@@ -7,9 +7,12 @@ import pytest
 
 import pyengine as pe
 from pyengine import codegen, ops, passes
+from pyengine.backends.cpu import Backend as Cpu
 from pyengine.backends.reference import Backend as Reference
+from pyengine.dtype import dtype
 from pyengine.errors import GraphError, ShapeError
 from pyengine.graph import to_dot, topological
+from pyengine.kvcache import LayerCache
 from pyengine.op import REGISTRY
 from pyengine.tensor import Dim
 
@@ -98,6 +101,28 @@ def attention_block(g: pe.Graph) -> list[pe.Tensor]:
 def test_passes_fuse_an_attention_block() -> None:
     nodes = [n.op.name for n in topological(passes.apply(attention_block(pe.Graph()))) if n.op and not n.op.view]
     assert sorted(nodes) == sorted(["linear", "rope_table", "rope_append", "attention", "linear", "linear"])
+
+
+def test_blocks_hold_keys_without_what_they_have_in_common() -> None:
+    """One bias of 200 leaves other keys their scales, and other caches as they were."""
+    m, g, h, e, n = 40, 2, 4, 64, 40
+    common = np.zeros((g, e), np.float32)
+    common[:, 63] = 200
+    q, k, v, lo = randn(m, h, e), randn(m, g, e) + common, randn(m, g, e), np.zeros(m, np.int32)
+
+    def attend(kind: str, left_out: np.ndarray | None) -> np.ndarray:
+        graph = pe.Graph()
+        states = [graph.state(x, (g, n, e), dtype(kind)) for x in "kv"]
+        index = {x: graph.input(x, (m,), "I32") for x in ("cells", "lo", "hi")}
+        given = [graph.input(x, a.shape) for x, a in (("q", q), ("new_k", k), ("new_v", v))]
+        cache = LayerCache(*states, index["cells"], None, None, index["lo"], index["hi"], None, None, None)
+        out = cache.attend(*given, scale=0.125, k_common=None if left_out is None else graph.constant(left_out))
+        return Cpu(n_threads=2).compile([out], single=True).run(q=q, new_k=k, new_v=v, cells=np.arange(m), lo=lo, hi=np.arange(m) + 1)
+
+    exact = attend("F32", None)
+    assert (attend("F32", common) == exact).all()
+    error = [np.square(attend("Q8_0", c) - exact).mean() / np.square(exact).mean() for c in (None, common)]
+    assert error[1] < 1e-4 < 3e-2 < error[0]
 
 
 FEED = {"x": randn(5, 32), "cells": np.arange(5), "lo": np.zeros(5, int), "hi": np.arange(5) + 1, "pos": np.arange(5)[None] + 3}

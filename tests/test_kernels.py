@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -78,10 +79,10 @@ class KernelError(Exception):
 
 
 class Block:
-    """A tensor whose elements are no NumPy type: Q8_0 cells over raw bytes [..., blocks, 34]."""
+    """A tensor whose elements are no NumPy type: BF16 or blocks, over raw bytes [..., blocks, bytes of one]."""
 
-    def __init__(self, raw: np.ndarray):
-        self.raw, self.shape = raw, (*raw.shape[:-2], raw.shape[-2] * 32)
+    def __init__(self, raw: np.ndarray, kind: str):
+        self.raw, self.kind, self.shape = raw, kind, (*raw.shape[:-2], raw.shape[-2] * dtype(kind).block)
 
 
 Value = Any      # np.ndarray | Block | None | list[np.ndarray]
@@ -90,7 +91,7 @@ Value = Any      # np.ndarray | Block | None | list[np.ndarray]
 def describe(a: np.ndarray | Block) -> CTensor:
     """The descriptor of an array; its strides are the array's own."""
     if isinstance(a, Block):
-        raw, t = a.raw, dtype("Q8_0").id
+        raw, t = a.raw, dtype(a.kind).id
         strides, shape = raw.strides[:-1], a.shape
     else:
         raw, t = a, {"float32": 0, "float16": 1, "int32": 26}[a.dtype.name]
@@ -177,31 +178,22 @@ def rng_of(name: Any) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(repr(name).encode()))
 
 
-def quantize_q8_0(x: np.ndarray) -> Block:
-    """ggml's q8_0: d = max|x| / 127 in f16, q = round half away from zero of x / d (before d is rounded)."""
-    x = x.reshape(*x.shape[:-1], -1, 32).astype(np.float32)
-    d = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
-    inverse = np.where(d > 0, np.float32(1) / np.where(d > 0, d, 1), 0).astype(np.float32)
-    z = x * inverse
-    q = np.trunc(z + np.copysign(np.float32(0.5), z)).astype(np.int8)
-    raw = np.empty((*x.shape[:-1], 34), np.uint8)
-    raw[..., :2] = d.astype(np.float16).view(np.uint8)
-    raw[..., 2:] = q.view(np.uint8)
-    return Block(raw)
-
-
-def dequantize_q8_0(b: Block) -> np.ndarray:
-    d = np.ascontiguousarray(b.raw[..., :2]).view(np.float16).astype(np.float32)
-    return (d * b.raw[..., 2:].view(np.int8).astype(np.float32)).reshape(b.shape)
+CACHES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
 def stored(x: np.ndarray, kind: str) -> np.ndarray | Block:
-    """x as a cache of this dtype holds it."""
-    return quantize_q8_0(x) if kind == "Q8_0" else x.astype({"F32": np.float32, "F16": np.float16}[kind])
+    """x as a cache of this dtype holds it: gguf-py's rounding."""
+    if dtype(kind).numpy in (np.float32, np.float16):
+        return x.astype(dtype(kind).numpy)
+    raw = gguf.quants.quantize(np.ascontiguousarray(x, np.float32), gguf.GGMLQuantizationType[kind])
+    return Block(raw.view(np.uint8).reshape(*x.shape[:-1], -1, dtype(kind).nbytes), kind)
 
 
 def loaded(c: np.ndarray | Block) -> np.ndarray:
-    return dequantize_q8_0(c) if isinstance(c, Block) else c
+    if not isinstance(c, Block):
+        return c
+    raw = np.ascontiguousarray(c.raw).reshape(*c.raw.shape[:-2], -1)
+    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[c.kind]).reshape(c.shape)
 
 
 def bits(a: np.ndarray | Block) -> bytes:
@@ -232,6 +224,17 @@ def strided_copy(rng: np.random.Generator, a: np.ndarray) -> np.ndarray:
     view = view.transpose(np.argsort(order))
     view[...] = a
     return view
+
+
+def moved(rng: np.random.Generator, c: np.ndarray | Block) -> np.ndarray | Block:
+    """A cache behind other strides; blocks stay side by side."""
+    if not isinstance(c, Block):
+        return strided_copy(rng, c)
+    g, s, blocks, nbytes = c.raw.shape
+    whole = np.full((s + 1, 2 * g, blocks * nbytes + int(rng.integers(0, 9))), 0xFF, np.uint8)
+    view = np.lib.stride_tricks.as_strided(whole, c.raw.shape, (2 * whole.strides[1], whole.strides[0], nbytes, 1))
+    view[...] = c.raw
+    return Block(view, c.kind)
 
 
 # ---- arguments from a declared case --------------------------------------------------------------------------------
@@ -309,7 +312,7 @@ def copy_of(v: Value) -> Value:
     if isinstance(v, list):
         return [copy_of(a) for a in v]
     if isinstance(v, Block):
-        return Block(v.raw.copy())
+        return Block(v.raw.copy(), v.kind)
     base = v
     while isinstance(base.base, np.ndarray):
         base = base.base
@@ -329,7 +332,8 @@ TOLERANCE = {
     "rope_table": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0),
 }
-STEP = {"F32": 0.0, "F16": 2.0**-11, "Q8_0": 0.5 / 127}      # rounding of a cache, relative to its largest element
+# Rounding of a cache, relative to its largest element. Q4_0 has 8 steps on one side and 7 on the other.
+STEP = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127, "Q4_0": 1.001 / 8, "Q4_1": 1.001 / 15}
 
 
 def check(kernels: Kernels, op: Op, inputs: list[Value], params: dict[str, Any], cache: str = "F32") -> list[Value]:
@@ -365,8 +369,8 @@ def test_declared_cases(kernels: Kernels, name: str, index: int):
     case = op.cases[index]
     has_cache = any(spec.kind == "Cache" for spec in op.args.values())
     widths = {s[-1] for n, s in case.shapes.items() if op.args[n].kind == "Cache"}
-    for cache in ("F32", "F16", "Q8_0") if has_cache else ("F32",):
-        if cache == "Q8_0" and any(w % 32 for w in widths):
+    for cache in CACHES if has_cache else ("F32",):
+        if any(w % dtype(cache).block for w in widths):
             continue
         rng = rng_of((name, index, cache))
         inputs = make_inputs(op, case, rng, cache)
@@ -529,10 +533,10 @@ def test_rope(kernels, m, h, e, part, interleaved, seed):
 
 @SLOW
 @given(m=st.integers(0, 6), g=st.integers(1, 3), blocks=st.integers(1, 4), odd=st.integers(0, 31), norm=st.booleans(),
-       interleaved=st.booleans(), cache=st.sampled_from(["F32", "F16", "Q8_0"]), seed=st.integers(0, 2**32 - 1))
+       interleaved=st.booleans(), cache=st.sampled_from(CACHES), seed=st.integers(0, 2**32 - 1))
 def test_rope_append(kernels, m, g, blocks, odd, norm, interleaved, cache, seed):
     rng = np.random.default_rng(seed)
-    e, f = 32 * blocks - (odd if cache != "Q8_0" else 0), 32 * blocks
+    e, f = 32 * blocks - (odd if dtype(cache).block == 1 else 0), 32 * blocks
     t = int(rng.integers(0, e // 2 + 1)) * 2
     shapes = {"q": (m, 2 * g, e), "k": (m, g, e), "v": (m, g, f), "table": (m, t), "k_cache": (g, 9, e),
               "v_cache": (g, 9, f), "cells": (m,)}
@@ -551,10 +555,43 @@ def test_caches_with_gaps_between_heads_and_cells(kernels):
     whole = np.full((3, 11, 2, 64), 7, np.float16)
     cache = whole[1:3, ::2, 1, :]                                       # [2, 6, 64]
     x, cells = rng.standard_normal((3, 2, 64)).astype(np.float32), np.array([5, 0, 2], np.int32)
-    kernels.call("cache_append", [cache, x, cells], [cache], {}, 2)
+    kernels.call("cache_append", [cache, x, cells, None], [cache], {}, 2)
     assert (cache[:, cells] == np.swapaxes(x.astype(np.float16), 0, 1)).all()
     cache[:, cells] = 7
     assert (whole == 7).all()
+
+
+def hard_to_round(rng: np.random.Generator) -> np.ndarray:
+    """Blocks of 32: ties, equal extremes of both signs, one number, zeros, tiny and huge numbers, random ones [n, 32]."""
+    rows = [np.zeros(32), np.full(32, -3.0), np.full(32, 1e-30), np.r_[np.full(31, 1e-8), 7e-8], np.arange(32) - 15.5]
+    rows += [sign * np.r_[first, -first, rng.standard_normal(30) / 2] for first in (1.0, -1.0) for sign in (1, 3e4)]
+    for top in (127.0, -127.0, 15.0, -8.0, 8.0):                # scales of 1: halves are ties
+        rows += [np.r_[top, np.round(rng.uniform(-7, 7, 31)) + 0.5], np.r_[0.0, top, np.arange(30) / 2 - 7]]
+    return np.concatenate([np.array(rows), rng.standard_normal((300, 32)), rng.standard_normal((100, 32)) ** 9]).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_cells_are_written_with_the_bits_of_gguf(kernels, kind):
+    """Every bit of gguf-py's quantizer, over 64 elements a cell; cells that are not written keep theirs."""
+    x = hard_to_round(rng_of("round"))
+    x = np.concatenate([x, x[: len(x) % 2]]).reshape(-1, 1, 64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = stored(np.swapaxes(x, 0, 1), kind)
+        cache = stored(np.full((1, len(x) + 1, 64), 0.25, np.float32), kind)
+    kept = bits(cache)[-len(bits(cache)) // (len(x) + 1) :]
+    kernels.call("cache_append", [cache, x, np.arange(len(x), dtype=np.int32), None], [cache], {}, 2)
+    assert bits(cache) == bits(want) + kept
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_caches_of_whole_blocks_only(kernels, kind):
+    x, cells = np.ones((1, 1, 48), np.float32), np.zeros(1, np.int32)
+    cache = stored(np.ones((1, 2, 64), np.float32), kind)
+    cache.shape = (1, 2, 48)
+    with pytest.raises(KernelError, match="48 elements of 'cache' are no whole blocks"):
+        kernels.call("cache_append", [cache, x, cells, None], [cache], {})
+    with pytest.raises(KernelError, match="48 elements of 'k' are no whole blocks"):
+        kernels.call("attention", [x, cache, cache, cells, cells + 1, None, None, None], [x.copy()], {"scale": 1.0})
 
 
 @pytest.mark.parametrize("cell", [4, 2**31 - 1])
@@ -562,7 +599,7 @@ def test_a_cell_outside_the_cache_is_refused(kernels, cell):
     cache, x = np.zeros((1, 4, 8), np.float32), np.ones((2, 1, 8), np.float32)
     cells = np.array([0, cell], np.int32)
     with pytest.raises(KernelError, match=f"cell {cell} of 4"):
-        kernels.call("cache_append", [cache, x, cells], [cache], {})
+        kernels.call("cache_append", [cache, x, cells, None], [cache], {})
     assert (cache == 0).all()
 
 
@@ -599,16 +636,16 @@ def attend(kernels: Kernels, inputs: Sequence[Value], threads: int = 1, **params
 
 
 @st.composite
-def attention_cases(draw) -> tuple[list[Value], dict[str, float], str]:
-    """Any shape, dtype, interval, cell map, mixture of sequences."""
+def attention_cases(draw) -> tuple[list[Value], dict[str, float]]:
+    """Any shape, interval, cell map, mixture of sequences; any dtypes of keys and of values."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     g, group, m = draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(0, 20))
-    s, kind = draw(st.integers(1, 700)), draw(st.sampled_from(["F32", "F16", "Q8_0"]))
-    e, f = (draw(st.integers(1, 3)) * 32 if kind == "Q8_0" else draw(st.integers(1, 85)) for _ in range(2))
+    s, kinds = draw(st.integers(1, 700)), [draw(st.sampled_from(CACHES)) for _ in range(2)]
+    e, f = (draw(st.integers(1, 85)) if dtype(kind).block == 1 else draw(st.integers(1, 3)) * 32 for kind in kinds)
     q = rng.standard_normal((m, g * group, e)).astype(np.float32) * draw(st.sampled_from([0.1, 1.0, 20.0]))
-    k, v = (stored(rng.standard_normal((g, s, n)), kind) for n in (e, f))
-    if kind != "Q8_0" and draw(st.booleans()):
-        k, v = strided_copy(rng, k), strided_copy(rng, v)
+    k, v = (stored(rng.standard_normal((g, s, n)), kind) for n, kind in zip((e, f), kinds))
+    if draw(st.booleans()):
+        k, v = (moved(rng, c) for c in (k, v))
     if draw(st.booleans()):
         q = strided_copy(rng, q)
     sinks = rng.standard_normal(g * group).astype(np.float32) if draw(st.booleans()) else None
@@ -637,14 +674,14 @@ def attention_cases(draw) -> tuple[list[Value], dict[str, float], str]:
             lo, hi = lo[i // 4 * 4], hi[i // 4 * 4]
     lo, hi = (lo + first).astype(np.int32), (hi + first).astype(np.int32)
     params = {"scale": draw(st.sampled_from([0.125, 1.0])), "softcap": draw(st.sampled_from([0.0, 0.0, 30.0]))}
-    return [q, k, v, lo, hi, cells, seq, sinks], params, kind
+    return [q, k, v, lo, hi, cells, seq, sinks], params
 
 
 @settings(SLOW, max_examples=120)
 @given(attention_cases())
 def test_attention(kernels, case):
     """Against the reference; bit for bit over threads, and for each row alone, in other company, in another order."""
-    inputs, params, _ = case
+    inputs, params = case
     q, k, v, lo, hi, cells, seq, sinks = inputs
     (want,) = reference(ATTENTION, inputs, params)
     got = attend(kernels, inputs, **params)
@@ -663,7 +700,7 @@ def test_attention(kernels, case):
             assert bits(again) == bits(got[rows]), f"rows {rows} differ in other company"
 
 
-@pytest.mark.parametrize("cache", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_prefill_in_any_chunks_is_one_pass(kernels, cache, window):
     """A simulated cache that fills: the outputs are the same bits for every way to cut the prompt."""
@@ -675,7 +712,7 @@ def test_prefill_in_any_chunks_is_one_pass(kernels, cache, window):
     lo = np.maximum(0, hi - window).astype(np.int32) if window else np.zeros(n, np.int32)
     cells = rng.permutation(n).astype(np.int32)[None]
     order = np.argsort(cells[0])
-    place = lambda c: Block(c.raw[:, order]) if cache == "Q8_0" else c[:, order]  # noqa: E731
+    place = lambda c: Block(c.raw[:, order], cache) if isinstance(c, Block) else c[:, order]  # noqa: E731
     whole = attend(kernels, [q, place(k), place(v), lo, hi, cells, None, None], 2)
     assert bits(attend(kernels, [q, k, v, lo, hi, None, None, None], 3)) == bits(whole), "the order of cells matters"
     for cuts in ([1, 2, 3, 50, 51, 200], [128, 256, 384], [399]):
@@ -684,7 +721,7 @@ def test_prefill_in_any_chunks_is_one_pass(kernels, cache, window):
             future = np.s_[:, cells[0][end:]]
             kc, vc = copy_of(place(k)), copy_of(place(v))
             for c in (kc, vc):                              # what is not written yet may hold anything
-                (c.raw if cache == "Q8_0" else c.view(np.uint8))[future] = 0xFF
+                (c.raw if isinstance(c, Block) else c.view(np.uint8))[future] = 0xFF
             rows = np.s_[at:end]
             part = attend(kernels, [q[rows].copy(), kc, vc, lo[rows], hi[rows], cells, None, None], 2)
             assert bits(part) == bits(whole[rows]), f"rows {at} to {end} of {cuts} differ"

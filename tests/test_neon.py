@@ -19,7 +19,7 @@ import pytest
 import test_dequant
 from crossbuild import Call, Memory, Outcome
 from test_kernels import (  # noqa: F401
-    OPS, Block, KernelError, Value, close, describe, make_inputs, rng_of, stored,
+    CACHES, OPS, Block, KernelError, Value, close, describe, make_inputs, rng_of, stored,
     test_a_cell_outside_the_cache_is_refused, test_a_masked_key_contributes_nothing_whatever_it_holds,
     test_caches_with_gaps_between_heads_and_cells, test_declared_cases, test_empty_intervals_give_zeros,
     test_hostile_numbers_are_refused, test_prefill_in_any_chunks_is_one_pass, test_reduce_of_nan,
@@ -294,8 +294,8 @@ def test_same_bits_as_this_machine(arm: str) -> None:
         op = REGISTRY[name]
         for i, case in enumerate(op.cases):
             widths = [s[-1] for n, s in case.shapes.items() if op.args[n].kind == "Cache"]
-            for cache in ("F32", "F16", "Q8_0") if widths else ("F32",):
-                if cache == "Q8_0" and any(width % 32 for width in widths):
+            for cache in CACHES if widths else ("F32",):
+                if any(width % dtype(cache).block for width in widths):
                     continue
                 inputs = make_inputs(op, case, rng_of(("bits", name, i)), cache)
                 shapes = [t.shape for t in _declared_results(op, case)]

@@ -20,8 +20,7 @@
  * query and key. Shared by the unit's queries: a load, a conversion, 4 shuffles and a store per 16 elements of K, less without the
  * shuffles of V; for few queries on avx512 a store, 2 shuffles and a conversion (3 instructions where Q8_0) of K, a conversion of V.
  */
-#include "../quants.h"
-#include "vec.h"
+#include "cells.h"
 
 enum { TILE_KEYS = 64, CHUNK_KEYS = 256 };
 /* A unit's queries and sums stay in the second cache (512 KB: 496 queries of width 72, 163 of 256); each tile is converted once for
@@ -77,38 +76,6 @@ PE_SCRATCH(attention)(const pe_args *a, const void *params, int32_t n_threads) {
 }
 
 /* ---- K and V as floats ---- */
-
-PE_INLINE float half_to_float(const void *p) {
-  uint16_t h;
-  memcpy(&h, p, 2);
-#if defined(PE_AVX512) || defined(PE_AVX2)
-  return _cvtsh_ss(h);
-#else
-  return pe_f16_to_f32(h);
-#endif
-}
-
-/* Elements i .. i + 15 of a cell whose elements lie side by side. */
-PE_INLINE v16f load_cell(const int dtype, const char *cell, int64_t i) {
-  if (dtype == PE_F32) return v16f_load((const float *)cell + i);
-  if (dtype == PE_F16) return v16f_load_f16(cell + 2 * i);
-  const char *block = cell + i / 32 * 34;
-  return v16f_mul(v16i_to_f(v16i_load_i8(block + 2 + i % 32)), v16f_set1(half_to_float(block)));
-}
-
-/* The same for n <= 16 elements at any distance; the other lanes are 0. */
-PE_INLINE v16f load_cell_n(int dtype, const char *cell, int64_t stride, int64_t i, int64_t n) {
-  float t[16] = {0};
-  if (dtype == PE_Q8_0) return load_cell(PE_Q8_0, cell, i); /* whole blocks side by side: checked before */
-  if (dtype == PE_F32 && stride == 4) return v16f_load_n((const float *)cell + i, n);
-  if (dtype == PE_F16 && stride == 2) return v16f_load_f16_n(cell + 2 * i, n);
-  for (int64_t j = 0; j < n; j++) {
-    const char *p = cell + (i + j) * stride;
-    if (dtype == PE_F32) memcpy(&t[j], p, 4);
-    else t[j] = half_to_float(p);
-  }
-  return v16f_load(t);
-}
 
 /* Cache lines that n bytes touch; where n is no multiple of 64 they may begin anywhere in a line. */
 PE_INLINE int64_t lines_of(int64_t n) { return (n + 63) / 64 + (n % 64 != 0); }
@@ -191,30 +158,51 @@ static pe_status find_cells(const job *w, int64_t head, int32_t sequence, int64_
 
 /* Bytes of one cell, for fetching ahead; 0 where its elements are spread. */
 static int64_t cell_bytes(const pe_tensor *t) {
-  const int64_t n = t->shape[2];
-  if (t->dtype == PE_Q8_0) return n / 32 * 34;
-  return t->dtype == PE_F32 && t->stride[2] == 4 ? n * 4 : t->dtype == PE_F16 && t->stride[2] == 2 ? n * 2 : 0;
+  return t->stride[2] == cell_format_of(t->dtype).nbytes ? cell_offset(t->dtype, t->shape[2]) : 0;
 }
 
 /* A tile as `attend` reads it: K transposed, as floats or (narrow) as 16-bit numbers; V as floats [64][fp], or (direct) where it
  * lies in the cache. */
 typedef struct loaded { const float *kt, *v; const cells_of *cells, *next; int narrow, direct; } loaded;
 
-/* What is left to ask for of a tile's K or V, cell after cell; `cell` is `end` where nothing is. Lines are asked for a few at a time
- * between the fmas: a burst would fill the queue of misses, and loads wait behind it. */
-typedef struct ahead { const char *const *cell, *const *end; int64_t bytes, at; } ahead;
+/* What is left to ask for of a tile's K or V: the run of bytes at `at`, then the cells from `cell` on. Lines are asked for a few at
+ * a time between the fmas: a burst would fill the queue of misses, and loads wait behind it. */
+typedef struct ahead { const char *at, *end, *const *cell, *const *last; int64_t bytes; } ahead;
+
+/* Cells that lie one behind the other, as those of a conversation alone do, are one run. */
+static ahead ahead_of(const char *const *cell, int64_t bytes) {
+  const int64_t whole = bytes * TILE_KEYS;
+  int one = 1;
+  for (int j = 1; j < TILE_KEYS; j++) one &= cell[j] == cell[j - 1] + bytes;
+  return (ahead){cell[0], cell[0] + (one ? whole : bytes), cell + (one ? TILE_KEYS : 1), cell + TILE_KEYS, bytes};
+}
+
+/* Lines in all, for spreading them. */
+static int64_t lines_ahead(const ahead *a) { return lines_of(a->end - a->at) + lines_of(a->bytes) * (a->last - a->cell); }
 
 PE_INLINE void ask(ahead *a, int64_t lines) {
-  for (; lines > 0 && a->cell != a->end; lines--) {
-    __builtin_prefetch(*a->cell + a->at, 0, 3);
+  for (; lines > 0; lines--) {
+    __builtin_prefetch(a->at, 0, 3);
     a->at += 64;
-    if (a->at >= a->bytes) a->at = 0, a->cell++;
+    if (__builtin_expect(a->at >= a->end, 0)) {
+      if (a->cell == a->last) a->at = a->end;
+      else a->at = *a->cell++, a->end = a->at + a->bytes;
+    }
   }
 }
 
-/* ---- few queries: K is transposed as 16-bit numbers, V is read where it lies, both become floats on their way to the fma ---- */
+/* ---- few queries: K is transposed as it is, V is read where it lies, both become floats on their way to the fma ---- */
 
-#if defined(PE_AVX512) /* elsewhere 16-bit numbers save nothing: K goes through floats */
+#define PE_EACH_NARROW_FORMAT(dtype, f)                                                                                \
+  switch (dtype) {                                                                                                     \
+    case PE_F16: f(PE_F16); break;                                                                                     \
+    case PE_BF16: f(PE_BF16); break;                                                                                   \
+    case PE_Q8_0: f(PE_Q8_0); break;                                                                                   \
+    case PE_Q4_0: f(PE_Q4_0); break;                                                                                   \
+    default: f(PE_Q4_1);                                                                                               \
+  }
+
+#if defined(PE_AVX512) /* elsewhere it saves nothing: K goes through floats */
 /* to[i][j] = 16-bit element i of x[j]: 32 x 16, rows of the result ld bytes apart. */
 PE_INLINE void transpose_u16(const __m512i x[16], char *to, int64_t ld) {
   const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -249,59 +237,139 @@ PE_INLINE void transpose_u16(const __m512i x[16], char *to, int64_t ld) {
   }
 }
 
-/* Narrow kt: [e][64] halves, or integers followed by the blocks' scales [e / 32][64]. */
-PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
-  enum { LD = 2 * TILE_KEYS };
-  uint16_t *scale = (uint16_t *)(kt + e * LD);
-  for (int j = 0; j < TILE_KEYS; j += 16)
-    for (int64_t i = 0; i < e; i += 32) {
-      const int64_t at = dtype == PE_F16 ? 2 * i : i / 32 * 34;
-      __m512i x[16];
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; r++) {
-        const char *p = cell[j + r] + at;
-        if (dtype == PE_F16) {
-          x[r] = e - i >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, (unsigned)(e - i)), p);
-        } else {
-          x[r] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p + 2)));
-          memcpy(scale + i / 32 * TILE_KEYS + j + r, p, 2);
-        }
-      }
-      transpose_u16(x, kt + i * LD + 2 * j, LD);
-    }
-}
-static int can_narrow(const pe_tensor *k) {
-  return k->shape[2] > 0 && (k->dtype == PE_Q8_0 || (k->dtype == PE_F16 && k->stride[2] == 2));
+enum { WORD_ROW = 4 * TILE_KEYS }; /* bytes of a row of the transposed words: one of each key */
+
+/* Four rows: to[i][r] = word i of the 16 bytes at x[r] + at, for 16 keys, all bytes exclusive-or `flip`. */
+PE_INLINE void transpose_words(const char *const *x, int64_t at, int flip, char *to) {
+  __m512i r[4], t[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) { /* key 4 q + i in quarter q */
+    r[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(x[i] + at)));
+    r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x[i + 4] + at)), 1);
+    r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x[i + 8] + at)), 2);
+    r[i] = _mm512_inserti32x4(r[i], _mm_loadu_si128((const __m128i *)(x[i + 12] + at)), 3);
+    if (flip) r[i] = _mm512_xor_si512(r[i], _mm512_set1_epi8((char)flip));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    _mm512_storeu_si512(to + 2 * i * WORD_ROW, _mm512_unpacklo_epi64(t[i], t[i + 2]));
+    _mm512_storeu_si512(to + (2 * i + 1) * WORD_ROW, _mm512_unpackhi_epi64(t[i], t[i + 2]));
+  }
 }
 
-PE_INLINE v16i load_i16(const char *p) { return (v16i){(pe_pi)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p))}; }
+/* Narrow kt: F16 [e][64] halves; others [words of a key][64] words of BF16 or of codes (Q8_0's with 128 added), block after block
+ * each behind a row with the first 4 bytes of the block, where its scales are. */
+PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
+  const cell_format form = cell_format_of(dtype);
+  for (int j = 0; j < TILE_KEYS; j += 16) {
+    char *to = kt + (dtype == PE_F16 ? 2 : 4) * j;
+    if (dtype == PE_F16) {
+      for (int64_t i = 0; i < e; i += 32, to += 32 * 2 * TILE_KEYS) {
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) {
+          const char *p = cell[j + r] + 2 * i;
+          x[r] = e - i >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, (unsigned)(e - i)), p);
+        }
+        transpose_u16(x, to, 2 * TILE_KEYS);
+      }
+    } else if (dtype == PE_BF16) {
+      for (int64_t i = 0; i < e; i += 8, to += 4 * WORD_ROW) transpose_words(cell + j, 2 * i, 0, to);
+    } else {
+      const int head = form.nbytes - (dtype == PE_Q8_0 ? 32 : 16);
+      for (int64_t at = 0; at < cell_offset(dtype, e); at += form.nbytes) {
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) memcpy(to + 4 * r, cell[j + r] + at, 4);
+        to += WORD_ROW;
+        for (int i = head; i < form.nbytes; i += 16, to += 4 * WORD_ROW)
+          transpose_words(cell + j, at + i, dtype == PE_Q8_0 ? 0x80 : 0, to);
+      }
+    }
+  }
+}
+
+static int can_narrow(const pe_tensor *k) {
+  const int64_t e = k->shape[2];
+  return e > 0 && k->dtype != PE_F32 && k->stride[2] == cell_format_of(k->dtype).nbytes && (k->dtype != PE_BF16 || e % 8 == 0);
+}
+
+PE_INLINE v16f low_halves(v16i x) { return (v16f){(pe_pf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x.a))}; }
+
+/* Bits `mask` of x moved up by n (down where n < 0), or `bits`: the float that is 2^k more than a code. */
+PE_INLINE v16f code_plus(v16i x, const int n, int32_t mask, int32_t bits) {
+  const v16i y = n >= 0 ? v16i_shl(x, n) : v16i_shru(x, -n);
+  return (v16f){(pe_pf)_mm512_ternarylogic_epi32((__m512i)y.a, _mm512_set1_epi32(mask), _mm512_set1_epi32(bits), 0xea)};
+}
+
+/* Element number n of a word as load_cell has it: a BF16, a byte of Q8_0, a nibble of Q4. What is added to a code to make it a
+ * float without a conversion is in c; products with d, of 11 bits, are exact. */
+PE_INLINE v16f word_element(const int dtype, v16i x, const int n, v16f d, v16f c) {
+  if (dtype == PE_BF16) return v16i_as_f(n ? v16i_and(x, v16i_set1((int32_t)0xffff0000)) : v16i_shl(x, 16));
+  if (dtype == PE_Q8_0) return v16f_fma(code_plus(x, 15 - 8 * n, 255 << 15, 0x43800000), d, c); /* 256 + code + 128 */
+  if (dtype == PE_Q4_0) return v16f_fma(code_plus(x, 11 - 4 * n, 15 << 11, 0x45800000), d, c);  /* 4096 + code + 8 */
+  return v16f_fma(v16i_to_f(v16i_and(v16i_shru(x, 4 * n), v16i_set1(15))), d, c);
+}
+
+/* One element of each key: acc[r][j] += q[r * e] * y[j]. */
+PE_INLINE void score_step(const int rows, const int vectors, const float *q, int64_t e, const v16f *y, v16f acc[FEW_ROWS][4]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) {
+    const v16f x = v16f_set1(q[r * e]);
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_fma(x, y[j], acc[r][j]);
+  }
+}
 
 /* p[r][j] = dot of query r and key j of 16 * vectors, e ascending. */
-PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const char *kt,
-                           const char *scale, ahead *next, int64_t share, float *p) {
-  enum { LD = 2 * TILE_KEYS };
+PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const char *kt, ahead *next,
+                           int64_t share, float *p) {
   ahead a = *next;
-  v16f acc[FEW_ROWS][4], d[4], y[4];
+  v16f acc[FEW_ROWS][4], d[4], c[4], y[4];
+  v16i x[4];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) acc[r][j] = v16f_zero();
-  for (int64_t begin = 0, end; begin < e; begin = end, scale += LD) {
-    end = dtype == PE_F16 ? e : begin + 32;
-    if (dtype == PE_Q8_0)
-#pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) d[j] = v16f_load_f16(scale + 32 * j);
-    for (int64_t i = begin; i < end; i++, kt += LD) {
+  if (dtype == PE_F16) {
+    for (int64_t i = 0; i < e; i++, kt += 2 * TILE_KEYS) {
       ask(&a, share);
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++)
-        y[j] = dtype == PE_F16 ? v16f_load_f16(kt + 32 * j) : v16f_mul(v16i_to_f(load_i16(kt + 32 * j)), d[j]);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; r++) {
-        const v16f x = v16f_set1(q[r * e + i]);
+      for (int j = 0; j < vectors; j++) y[j] = v16f_load_f16(kt + 32 * j);
+      score_step(rows, vectors, q + i, e, y, acc);
+    }
+  } else {
+    const int block = dtype == PE_BF16 ? 8 : 32, words = dtype == PE_Q8_0 ? 8 : 4, parts = dtype == PE_BF16 ? 2 : 4;
+    const int halves = dtype == PE_Q4_0 || dtype == PE_Q4_1 ? 2 : 1;
+    for (int64_t begin = 0; begin < e; begin += block, kt += words * WORD_ROW) {
+      if (block == 32) {
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) acc[r][j] = v16f_fma(x, y[j], acc[r][j]);
+        for (int j = 0; j < vectors; j++) {
+          const v16i scales = v16i_load(kt + 64 * j);
+          d[j] = low_halves(scales);
+          c[j] = dtype == PE_Q4_1 ? low_halves(v16i_shru(scales, 16)) : v16f_mul(d[j], v16f_set1(dtype == PE_Q8_0 ? -384.0f : -4104.0f));
+        }
+        kt += WORD_ROW;
       }
+      for (int h = 0; h < halves; h++)
+        for (int w = 0; w < words; w++, q += parts) {
+          ask(&a, share);
+#pragma GCC unroll 4
+          for (int j = 0; j < vectors; j++) x[j] = v16i_load(kt + w * WORD_ROW + 64 * j);
+#pragma GCC unroll 4
+          for (int n = 0; n < parts; n++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++) {
+              if (halves == 1) y[j] = word_element(dtype, x[j], n, d[j], c[j]);
+              else y[j] = h ? word_element(dtype, x[j], 2 * n + 1, d[j], c[j]) : word_element(dtype, x[j], 2 * n, d[j], c[j]);
+            }
+            score_step(rows, vectors, q + n, e, y, acc);
+          }
+        }
     }
   }
 #pragma GCC unroll 8
@@ -311,26 +379,26 @@ PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, c
   *next = a;
 }
 
+/* Rows x vectors fill the registers: up to 24 sums beside plain numbers, 16 where scales need some. */
 #define SCORES(d, r, v)                                                                                                \
-  for (int j = 0; j < 4; j += v)                                                                                       \
-    scores_body(d, r, v, q, e, (const char *)kt + 32 * j, scale + 32 * j, next, share, p + 16 * j)
+  for (int j = 0; j < 4; j += v) scores_body(d, r, v, q, e, (const char *)kt + j * (d == PE_F16 ? 32 : 64), next, share, p + 16 * j)
 #define SCORES_ROWS(d)                                                                                                 \
   switch (rows) {                                                                                                      \
     case 1: SCORES(d, 1, 4); break;                                                                                    \
     case 2: SCORES(d, 2, 4); break;                                                                                    \
     case 3: SCORES(d, 3, 4); break;                                                                                    \
-    case 4: SCORES(d, 4, 4); break;                                                                                    \
-    case 5: SCORES(d, 5, 4); break;                                                                                    \
-    case 6: SCORES(d, 6, 4); break;                                                                                    \
+    case 4: SCORES(d, 4, (d == PE_F16 || d == PE_BF16 ? 4 : 2)); break;                                                \
+    case 5: SCORES(d, 5, (d == PE_F16 || d == PE_BF16 ? 4 : 2)); break;                                                \
+    case 6: SCORES(d, 6, (d == PE_F16 || d == PE_BF16 ? 4 : 2)); break;                                                \
     case 7: SCORES(d, 7, 2); break;                                                                                    \
     default: SCORES(d, 8, 2);                                                                                          \
   }
 static __attribute__((noinline)) void narrow_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next,
                                                     float *p) {
-  const char *scale = (const char *)kt + e * 2 * TILE_KEYS;
-  const int64_t steps = rows > 6 ? 2 * e : e, share = ((next->bytes + 63) / 64 * TILE_KEYS + steps - 1) / steps;
-  if (dtype == PE_F16) SCORES_ROWS(PE_F16)
-  else SCORES_ROWS(PE_Q8_0)
+  const int plain = dtype == PE_F16 || dtype == PE_BF16;
+  const int64_t steps = (dtype == PE_F16 ? e : dtype == PE_BF16 ? e / 2 : e / 4) * (rows > (plain ? 6 : 3) ? 2 : 1);
+  const int64_t share = (lines_ahead(next) + steps - 1) / steps;
+  PE_EACH_NARROW_FORMAT(dtype, SCORES_ROWS)
 }
 #else
 PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
@@ -344,10 +412,9 @@ static int can_narrow(const pe_tensor *k) { (void)k; return 0; }
 
 /* c[r][j] = factor[r] c[r][j] + sum over t of p[r][t] v[t][j] for 16 * vectors columns from `first` on; n values at `cell`. */
 PE_INLINE void values_body(const int dtype, const int rows, const int vectors, const float *p, const char *const *cell,
-                           ahead *next, int64_t first, float *c, int64_t ldc, int64_t n, const float *factor) {
-  const int64_t at = dtype == PE_F32 ? 4 * first : dtype == PE_F16 ? 2 * first : first / 32 * 34;
-  const int64_t within = dtype == PE_Q8_0 && vectors == 1 ? first % 32 : 0;
-  const int lines = ((dtype == PE_F32 ? 64 : dtype == PE_F16 ? 32 : 17) * vectors + 63) / 64;
+                           ahead *next, int64_t share, int64_t first, float *c, int64_t ldc, int64_t n, const float *factor) {
+  const int block = cell_format_of(dtype).block;
+  const int64_t at = cell_offset(dtype, first / block * block), within = vectors == 1 ? first % block : 0;
   ahead a = *next;
   v16f acc[FEW_ROWS][TILE_VECTORS], y[TILE_VECTORS];
 #pragma GCC unroll 8
@@ -355,7 +422,7 @@ PE_INLINE void values_body(const int dtype, const int rows, const int vectors, c
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) acc[r][j] = v16f_mul(v16f_load(c + r * ldc + 16 * j), v16f_set1(factor[r]));
   for (int64_t t = 0; t < n; t++) {
-    ask(&a, lines);
+    ask(&a, share);
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) y[j] = load_cell(dtype, cell[t] + at, within + 16 * j);
 #pragma GCC unroll 8
@@ -372,7 +439,7 @@ PE_INLINE void values_body(const int dtype, const int rows, const int vectors, c
   *next = a;
 }
 
-#define VALUES(d, r, v) values_body(d, r, v, p, cell, next, first, c, f, n, factor)
+#define VALUES(d, r, v) values_body(d, r, v, p, cell, next, share, first, c, f, n, factor)
 #define VALUES_ROWS(d, v)                                                                                              \
   switch (rows) {                                                                                                      \
     case 1: VALUES(d, 1, v); break;                                                                                    \
@@ -396,12 +463,12 @@ PE_INLINE void values_body(const int dtype, const int rows, const int vectors, c
 #endif
 static __attribute__((noinline)) void direct_values(int dtype, int rows, const float *p, const char *const *cell, ahead *next,
                                                     int64_t f, float *c, int64_t n, const float *factor) {
+  const int64_t width = TILE_VECTORS == 1 ? 16 : rows <= 6 ? 64 : 32, steps = (f + width - 1) / width * n;
+  const int64_t share = (lines_ahead(next) + steps - 1) / steps;
   for (int64_t first = 0, v; first < f; first += 16 * v, c += 16 * v) {
     const int64_t left = (f - first) / 16;
-    v = TILE_VECTORS == 1 ? 1 : left >= 4 && rows <= 6 ? 4 : left >= 2 ? 2 : 1; /* even until the last: whole Q8_0 blocks */
-    if (dtype == PE_F32) VALUES_ALL(PE_F32)
-    else if (dtype == PE_F16) VALUES_ALL(PE_F16)
-    else VALUES_ALL(PE_Q8_0)
+    v = TILE_VECTORS == 1 ? 1 : left >= 4 && rows <= 6 ? 4 : left >= 2 ? 2 : 1; /* even until the last: whole blocks */
+    PE_EACH_CELL_FORMAT(dtype, VALUES_ALL)
   }
 }
 
@@ -413,21 +480,15 @@ static loaded load_tile(const job *w, const cells_of *t, const cells_of *next, u
   const int64_t kb = cell_bytes(a), vb = cell_bytes(b);
   const int few = queries <= FEW_QUERIES, narrow = few && can_narrow(a), direct = few && vb > 0 && w->f == w->fp;
   if (narrow) {
-    if (a->dtype == PE_F16) transpose_narrow(PE_F16, t->k, w->e, (char *)kt);
-    else transpose_narrow(PE_Q8_0, t->k, w->e, (char *)kt);
+#define NARROW(d) transpose_narrow(d, t->k, w->e, (char *)kt)
+    PE_EACH_NARROW_FORMAT(a->dtype, NARROW)
   } else {
-    switch (a->dtype) {
-      case PE_F32: transpose_keys(PE_F32, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
-      case PE_F16: transpose_keys(PE_F16, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt); break;
-      default: transpose_keys(PE_Q8_0, t->k, next->k, kb, wanted, w->e, a->stride[2], 1, kt);
-    }
+#define TRANSPOSE(d) transpose_keys(d, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt)
+    PE_EACH_CELL_FORMAT(a->dtype, TRANSPOSE)
   }
   if (!direct) {
-    switch (b->dtype) {
-      case PE_F32: convert_values(PE_F32, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
-      case PE_F16: convert_values(PE_F16, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v); break;
-      default: convert_values(PE_Q8_0, t->v, next->v, vb, wanted, w->f, b->stride[2], 1, v);
-    }
+#define CONVERT(d) convert_values(d, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v)
+    PE_EACH_CELL_FORMAT(b->dtype, CONVERT)
   }
   return (loaded){kt, v, t, next, narrow, direct};
 }
@@ -479,8 +540,7 @@ PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, fl
 /* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile. */
 static void attend(const job *w, const float *q, int64_t n, int a, int b, const loaded *t, partial s) {
   const int most = t->narrow && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
-  ahead k = {t->next->k, t->next->k + TILE_KEYS, cell_bytes(w->k), 0};
-  ahead v = {t->next->v, t->next->v + TILE_KEYS, cell_bytes(w->v), 0};
+  ahead k = ahead_of(t->next->k, cell_bytes(w->k)), v = ahead_of(t->next->v, cell_bytes(w->v));
   const int v0 = a / 16, v1 = (b + 15) / 16;
   float p[FEW_ROWS][TILE_KEYS], factor[FEW_ROWS];
   for (int64_t tiles = (n + most - 1) / most; n; tiles--) {
@@ -591,18 +651,24 @@ static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t l
   return PE_OK;
 }
 
-/* total += part, for the rows that see the chunk. */
+/* total += part, for the rows that see the chunk; factors of 16 queries at once. */
 static void merge(const job *w, const unit *u, int64_t chunk, partial total, partial part) {
   for (int64_t r = 0; r < u->n_rows; r++) {
     if (!sees(w, u->row + r, chunk)) continue;
-    for (int64_t i = r * w->group; i < (r + 1) * w->group; i++) {
-      const float x = total.top[i], y = part.top[i], now = y > x ? y : x;
-      const v16f fx = v16f_exp(v16f_set1(x - now)), fy = v16f_exp(v16f_set1(y - now));
-      float *sum = total.sum + 16 * i, *acc = total.acc + w->fp * i;
-      v16f_store(sum, v16f_fma(v16f_load(part.sum + 16 * i), fy, v16f_mul(v16f_load(sum), fx)));
-      for (int64_t j = 0; j < w->fp; j += 16)
-        v16f_store(acc + j, v16f_fma(v16f_load(part.acc + w->fp * i + j), fy, v16f_mul(v16f_load(acc + j), fx)));
-      total.top[i] = now;
+    for (int64_t first = r * w->group, end = first + w->group; first < end; first += 16) {
+      const int64_t n = pe_min(16, end - first);
+      const v16f x = load_some(total.top + first, n), y = load_some(part.top + first, n), now = v16f_max(y, x);
+      float mine[16], new[16];
+      v16f_store(mine, v16f_exp(v16f_sub(x, now)));
+      v16f_store(new, v16f_exp(v16f_sub(y, now)));
+      store_some(total.top + first, now, n);
+      for (int64_t i = first; i < first + n; i++) {
+        const v16f fx = v16f_set1(mine[i - first]), fy = v16f_set1(new[i - first]);
+        float *sum = total.sum + 16 * i, *acc = total.acc + w->fp * i;
+        v16f_store(sum, v16f_fma(v16f_load(part.sum + 16 * i), fy, v16f_mul(v16f_load(sum), fx)));
+        for (int64_t j = 0; j < w->fp; j += 16)
+          v16f_store(acc + j, v16f_fma(v16f_load(part.acc + w->fp * i + j), fy, v16f_mul(v16f_load(acc + j), fx)));
+      }
     }
   }
 }
@@ -648,14 +714,6 @@ static unit unit_at(const int32_t *starts, int64_t n_blocks, int64_t i) {
 
 /* ---- arguments ---- */
 
-static pe_status check_cache(const char *name, const pe_tensor *t, pe_stream *s) {
-  if (t->dtype != PE_F32 && t->dtype != PE_F16 && t->dtype != PE_Q8_0)
-    return pe_fail(s, PE_NO_KERNEL, "attention: '%s' has dtype %d; F32, F16 and Q8_0 are possible", name, t->dtype);
-  if (t->dtype == PE_Q8_0 && (t->shape[2] % 32 || t->stride[2] != 34))
-    return pe_fail(s, PE_NO_KERNEL, "attention: '%s' must hold whole Q8_0 blocks side by side", name);
-  return PE_OK;
-}
-
 static pe_status check_rows(const job *w, int64_t n_sequences, pe_stream *s) {
   const int64_t n_cells = pe_min(w->k->shape[1], w->v->shape[1]);
   for (int64_t r = 0; r < w->m; r++) {
@@ -676,6 +734,14 @@ static pe_status check_rows(const job *w, int64_t n_sequences, pe_stream *s) {
   return PE_OK;
 }
 
+/* Where claim number `claim` of n pairs begins: runs of a thread's own, so that what is fetched ahead is mostly for itself, and
+ * ever shorter, so that threads end together. */
+static int64_t claim_at(int64_t claim, int64_t n, int64_t n_threads) {
+  int64_t at = 0;
+  for (; claim > 0 && at < n; claim--) at += pe_max(1, (n - at) / (2 * n_threads));
+  return at;
+}
+
 PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
                      const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *out,
                      const pe_attention_params *p, pe_stream *s) {
@@ -688,8 +754,8 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
   if (cells) w.cells = cells->data, w.cells_stride = cells->stride[0], w.l = cells->shape[1];
   if (seq) w.seq = seq->data;
   if (sinks) w.sinks = sinks->data;
-  pe_status bad = check_cache("k", k, s);
-  if (!bad) bad = check_cache("v", v, s);
+  pe_status bad = check_cells("attention", "k", k, 0, s);
+  if (!bad) bad = check_cells("attention", "v", v, 0, s);
   if (!bad) bad = check_rows(&w, cells ? cells->shape[0] : 1, s);
   if (bad) return bad;
 
@@ -726,18 +792,19 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
     return PE_OK;
   }
 
-  /* A claim is a run of pairs, so that what is fetched ahead is mostly one's own. */
-  const int64_t run = pe_max(1, n_pairs / (4 * s->nth));
-  int64_t begin = pe_next(s, 0) * run, at = 0, loaded = -1, done = 0;
+  int64_t claim = pe_next(s, 0), at = 0, loaded = -1, done = 0;
+  int64_t begin = claim_at(claim, n_pairs, s->nth), end = claim_at(claim + 1, n_pairs, s->nth);
   for (int64_t i = 0; i < n_units; i++) {
     const unit u = unit_at(starts, n_blocks, i);
     for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++) {
       if (at < begin) continue;
       if (loaded != i) load_queries(&w, &u, t.q), loaded = i;
-      const int64_t limit = (c + begin + run - at) * CHUNK_KEYS;
+      const int64_t limit = (c + end - at) * CHUNK_KEYS;
       if ((bad = run_chunk(&w, &u, c, limit, &t, partial_at(shared + at * slot, n), s))) return bad;
       done = __atomic_add_fetch(&s->counters[1], 1, __ATOMIC_ACQ_REL);
-      if (at + 1 == begin + run) begin = pe_next(s, 0) * run;
+      if (at + 1 < end) continue;
+      claim = pe_next(s, 0);
+      begin = claim_at(claim, n_pairs, s->nth), end = claim_at(claim + 1, n_pairs, s->nth);
     }
   }
   if (done != n_pairs) return PE_OK; /* another thread is last */

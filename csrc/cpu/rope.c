@@ -7,7 +7,7 @@
  */
 #include <math.h>
 
-#include "vec.h"
+#include "cells.h"
 
 enum { CHUNK = 16384 };
 
@@ -125,58 +125,48 @@ PE_KERNEL(rope)(const pe_tensor *x, const pe_tensor *table, const pe_tensor *out
 
 /* ---- caches ---- */
 
-/* q8_0 of 32 elements: d = max |x| / 127 as f16, codes = x / d rounded to nearest even. */
-static void store_q8_0(uint8_t *block, const float *x) {
-  v16f a = v16f_load(x), b = v16f_load(x + 16);
-  float d = v16f_hmax(v16f_max(v16f_abs(a), v16f_abs(b))) / 127.0f, inv = d > 0 ? 1.0f / d : 0.0f;
-  v16f_store_f16_n(block, v16f_set1(d), 1);
-  v16i_store_i8(block + 2, v16f_to_i(v16f_mul(a, v16f_set1(inv))));
-  v16i_store_i8(block + 18, v16f_to_i(v16f_mul(b, v16f_set1(inv))));
-}
-
-/* Write one head of one token, n elements, into its cell. */
-static void store_cell(char *cell, int32_t dtype, const float *x, int64_t n) {
-  if (dtype == PE_F32) memcpy(cell, x, (size_t)n * 4);
-  else if (dtype == PE_F16)
-    for (int64_t i = 0; i < n; i += 16) {
-      if (n - i >= 16) v16f_store_f16(cell + 2 * i, v16f_load(x + i));
-      else v16f_store_f16_n(cell + 2 * i, v16f_load_n(x + i, n - i), n - i);
-    }
-  else
-    for (int64_t i = 0; i < n; i += 32) store_q8_0((uint8_t *)cell + i / 32 * 34, x + i);
-}
-
 static char *cell_of(const pe_tensor *cache, int64_t head, int32_t cell) {
   return (char *)cache->data + head * cache->stride[0] + cell * cache->stride[1];
 }
 
 /* Can this kernel write to the cache, and do all cells lie in it? */
-static pe_status check_cache(const char *op, const pe_tensor *cache, const pe_tensor *cells, pe_stream *s) {
-  const int64_t width = cache->dtype == PE_F32 ? 4 : cache->dtype == PE_F16 ? 2 : 34;
+static pe_status check_cache(const char *op, const char *name, const pe_tensor *cache, const pe_tensor *cells, pe_stream *s) {
   const int32_t *c = cells->data;
-  if (cache->dtype != PE_F32 && cache->dtype != PE_F16 && cache->dtype != PE_Q8_0)
-    return pe_fail(s, PE_NO_KERNEL, "%s: a cache of dtype %d; F32, F16 and Q8_0 are possible", op, cache->dtype);
-  if (cache->stride[2] != width) return pe_fail(s, PE_NO_KERNEL, "%s: the cache's elements do not lie side by side", op);
-  if (cache->dtype == PE_Q8_0 && cache->shape[2] % 32)
-    return pe_fail(s, PE_BAD_SHAPE, "%s: %lld elements are no whole blocks of Q8_0", op, (long long)cache->shape[2]);
+  const pe_status bad = check_cells(op, name, cache, 1, s);
+  if (bad) return bad;
   for (int64_t i = 0; i < cells->shape[0]; i++)
     if (c[i] >= cache->shape[1])
       return pe_fail(s, PE_BAD_VALUE, "%s: row %lld goes to cell %d of %lld", op, (long long)i, c[i], (long long)cache->shape[1]);
   return PE_OK;
 }
 
-PE_KERNEL(cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_tensor *cells, const pe_tensor *out,
-                        const pe_cache_append_params *p, pe_stream *s) {
+/* y = x - offset. */
+static void subtract(const float *x, const float *offset, float *y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) store_some(y + i, v16f_sub(load_some(x + i, n - i), load_some(offset + i, n - i)), n - i);
+}
+
+/* One head a thread, less its offset. */
+PE_SCRATCH(cache_append)(const pe_args *a, const void *params, int32_t n_threads) {
+  (void)params;
+  return n_threads * pe_round_up(pe_arg(a, 1)->shape[2] * 4, 64);
+}
+
+PE_KERNEL(cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_tensor *cells, const pe_tensor *offset,
+                        const pe_tensor *out, const pe_cache_append_params *p, pe_stream *s) {
   (void)p;
   const int64_t m = x->shape[0], g = x->shape[1], e = x->shape[2], step = pe_max(1, CHUNK / pe_max(1, g * e));
   const int32_t *c = cells->data;
+  float *head = (float *)(s->scratch + s->ith * pe_round_up(e * 4, 64));
   (void)out; /* the cache itself */
-  const pe_status bad = check_cache("cache_append", cache, cells, s);
+  const pe_status bad = check_cache("cache_append", "cache", cache, cells, s);
   if (bad) return bad;
   for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
     for (int64_t i = i0; i < pe_min(m, i0 + step); i++)
-      for (int64_t j = 0; c[i] >= 0 && j < g; j++)
-        store_cell(cell_of(cache, j, c[i]), cache->dtype, (const float *)x->data + (i * g + j) * e, e);
+      for (int64_t j = 0; c[i] >= 0 && j < g; j++) {
+        const float *from = (const float *)x->data + (i * g + j) * e;
+        if (offset) subtract(from, (const float *)offset->data + j * e, head, e), from = head;
+        store_cell(cell_of(cache, j, c[i]), cache->dtype, from, e);
+      }
   return PE_OK;
 }
 
@@ -188,8 +178,8 @@ PE_SCRATCH(rope_append)(const pe_args *a, const void *params, int32_t n_threads)
 
 PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *table,
                        const pe_tensor *k_cache, const pe_tensor *v_cache, const pe_tensor *cells, const pe_tensor *q_norm,
-                       const pe_tensor *k_norm, const pe_tensor *out0, const pe_tensor *out1, const pe_tensor *out2,
-                       const pe_rope_append_params *p, pe_stream *s) {
+                       const pe_tensor *k_norm, const pe_tensor *k_offset, const pe_tensor *out0, const pe_tensor *out1,
+                       const pe_tensor *out2, const pe_rope_append_params *p, pe_stream *s) {
   (void)out1; /* the caches themselves */
   (void)out2;
   const int64_t m = q->shape[0], h = q->shape[1], g = k->shape[1], e = q->shape[2], ev = v->shape[2], t = table->shape[1];
@@ -197,8 +187,8 @@ PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *
   const int32_t *c = cells->data;
   const float *qw = q_norm ? q_norm->data : 0, *kw = k_norm ? k_norm->data : 0;
   float *head = (float *)(s->scratch + s->ith * pe_round_up(e * 4, 64));
-  pe_status bad = check_cache("rope_append", k_cache, cells, s);
-  if (!bad) bad = check_cache("rope_append", v_cache, cells, s);
+  pe_status bad = check_cache("rope_append", "k_cache", k_cache, cells, s);
+  if (!bad) bad = check_cache("rope_append", "v_cache", v_cache, cells, s);
   if (bad) return bad;
   if (t > e || t % 2) return pe_fail(s, PE_BAD_SHAPE, "rope_append: a table of %lld for heads of %lld", (long long)t, (long long)e);
   for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
@@ -212,6 +202,7 @@ PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *
       for (int64_t j = 0; c[i] >= 0 && j < g; j++) {
         const float *x = (const float *)k->data + (i * g + j) * e;
         rotate_head(x, head, e, angles, t / 2, p->interleaved, kw, kw ? inverse_rms(x, e, p->eps) : 1.0f);
+        if (k_offset) subtract(head, (const float *)k_offset->data + j * e, head, e);
         store_cell(cell_of(k_cache, j, c[i]), k_cache->dtype, head, e);
         store_cell(cell_of(v_cache, j, c[i]), v_cache->dtype, (const float *)v->data + (i * g + j) * ev, ev);
       }

@@ -17,9 +17,9 @@ from pyengine.errors import InvalidModelError
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
-from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope, vocab_size
+from pyengine.nn import Embedding, Linear, RMSNorm, Rope, constant, rope, vocab_size
 from pyengine.tensor import Tensor
-from pyengine.weights import Weights
+from pyengine.weights import DerivedRef, Weights
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,29 @@ class Config:
         )
 
 
+def common_key(w: Weights, c: Config, rope: Rope) -> Tensor | None:
+    """The key bias where rotation leaves it nearly in place [K, E]: in pairs that turn by less than 2 radians in the training context.
+
+    There, in the last pairs, biases reach 200 while keys without them are near 1. Up to 2 radians the difference to the bias at
+    position 0 is less than the bias, on average over the context (2 - 2 cos). Pairs are (i, i + n_rot / 2).
+    """
+    bias, shape = w.optional("bias", (c.n_kv_heads * c.head_dim,)), (c.n_kv_heads, c.head_dim)
+    if bias is None:
+        return None
+    still = np.ones(c.head_dim, np.float32)
+    still[: 2 * len(rope.inv_freq)] = np.tile(rope.inv_freq * c.n_ctx_train < 2, 2) * rope.scale
+    return constant(DerivedRef(bias.name, shape, (bias,), lambda b: b.reshape(shape) * still))
+
+
 class Block:
     """Pre-norm grouped-query attention and gated feed-forward, each added to its input."""
 
-    def __init__(self, w: Weights, c: Config):
+    def __init__(self, w: Weights, c: Config, rope: Rope):
         self.c = c
         self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
         self.q = Linear(w["attn_q"], c.d_model, c.n_heads * c.head_dim)
         self.k = Linear(w["attn_k"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.k_common = common_key(w["attn_k"], c, rope)
         self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
         self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
@@ -87,7 +102,8 @@ class Block:
         q = self.q(xw).reshape(-1, c.n_heads, c.head_dim)                          # [m or w, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
-        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
+        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last,
+                                     k_common=self.k_common))
 
 
 class Model(Architecture):
@@ -96,10 +112,10 @@ class Model(Architecture):
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
-        self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
+        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train)
+        self.blocks = [Block(w["blk", i], c, self.rope) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train)
 
     def cache_policies(self) -> list[Policy]:
         """What each layer's attention needs."""

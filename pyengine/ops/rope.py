@@ -57,17 +57,18 @@ rope.case(x=(0, 2, 16), table=(0, 16))
 
 
 @op()
-def cache_append(cache: Cache["g s e"], x: F32["m g e"], cells: I32["m"]) -> Same["cache"]:
-    """Write row i of every head into cell cells[i] of the cache, which is changed in place. A negative cell is skipped.
+def cache_append(cache: Cache["g s e"], x: F32["m g e"], cells: I32["m"], offset: F32["g e"] | None = None) -> Same["cache"]:
+    """Write row i of every head, less `offset`, into cell cells[i] of the cache, which is changed in place.
 
+    A negative cell is skipped. Block formats round as ggml's quantizers do.
     Raises: RequestError at run time for a cell outside the cache.
     """
     keep = cells >= 0
-    cache[:, cells[keep]] = np.swapaxes(x[keep], 0, 1)
+    cache[:, cells[keep]] = np.swapaxes(x[keep] if offset is None else x[keep] - offset, 0, 1)
     return cache
 
 
-cache_append.case(cache=(2, 20, 64), x=(5, 2, 64), cells=(5,))
+cache_append.case(cache=(2, 20, 64), x=(5, 2, 64), cells=(5,), offset=(2, 64))
 
 
 def _head_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
@@ -85,21 +86,22 @@ def rope_append(
     cells: I32["m"],
     q_norm: F32["e"] | None = None,
     k_norm: F32["e"] | None = None,
+    k_offset: F32["g e"] | None = None,
     *,
     interleaved: bool = False,
     eps: float = 0.0,
 ) -> tuple[F32["m h e"], Same["k_cache"], Same["v_cache"]]:
     """What stands between the q/k/v product and attention, in one pass: q/k-norm, rotation, cache write.
 
-    q' = rope(rms_norm(q, q_norm)), k' = rope(rms_norm(k, k_norm)); k' and v go to `cells` of the caches.
+    q' = rope(rms_norm(q, q_norm)), k' = rope(rms_norm(k, k_norm)); k' - k_offset and v go to `cells` of the caches.
     """
     q = rotate(_head_norm(q, q_norm, eps), table, interleaved)
     k = rotate(_head_norm(k, k_norm, eps), table, interleaved)
-    return q, cache_append.fn(k_cache, k, cells), cache_append.fn(v_cache, v, cells)
+    return q, cache_append.fn(k_cache, k, cells, k_offset), cache_append.fn(v_cache, v, cells)
 
 
 rope_append.case(q=(5, 4, 64), k=(5, 2, 64), v=(5, 2, 64), table=(5, 64), k_cache=(2, 9, 64), v_cache=(2, 9, 64), cells=(5,))
 rope_append.case(
     q=(3, 4, 64), k=(3, 1, 64), v=(3, 1, 32), table=(3, 64), k_cache=(1, 9, 64), v_cache=(1, 9, 32), cells=(3,),
-    q_norm=(64,), k_norm=(64,), interleaved=True, eps=1e-6,
+    q_norm=(64,), k_norm=(64,), k_offset=(1, 64), interleaved=True, eps=1e-6,
 )
