@@ -30,7 +30,7 @@ from pyengine.tensor import Dim, Tensor
 from pyengine.tokenizer import Tokenizer
 from pyengine.weights import Weights
 
-KV_DTYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
+KV_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 HEAD_BYTES = 32 << 20                # logits of at most this size are computed at once
 N_BATCH = 512                        # rows of one step
 
