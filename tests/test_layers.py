@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent / "pyengine"
 LAYERS = {
     "errors": 0, "dtype": 0, "tensor": 0,
     "op": 1, "ops": 1,
-    "codegen": 2, "native": 2, "codebooks": 2, "quantize": 2, "gguf": 2, "weights": 2, "hparams": 2, "graph": 2, "passes": 2, "planner": 2,
+    "codegen": 2, "native": 2, "codebooks": 2, "quantize": 2, "gguf": 2, "weights": 2, "hparams": 2, "graph": 2, "passes": 2, "stages": 2, "planner": 2,
     "backends": 2, "hardware": 2, "locate": 2,
     "nn": 3, "kvcache": 3, "cells": 3, "batch": 3, "tokenizer": 3, "template": 3, "sampling": 3, "memory": 3,
     "image": 3, "grounding": 3,
