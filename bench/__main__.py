@@ -39,10 +39,15 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         if unknown := set(isas) - set(engine.isas()):
             raise SystemExit(f"bench: this machine and build have {', '.join(engine.isas())}, not {', '.join(unknown)}")
         return kernels.run(isas, args.threads, args.only)
+    if args.suite == "vision" and args.encoder:
+        from bench import encoders
+
+        return encoders.run(args.encoder, args.threads, args.layers, args.rounds, args.peers, args.format or encoders.FORMATS,
+                            args.measure or ["speed"], args.text_layers, args.files)
     if args.suite == "vision":
         from bench import vision
 
-        return vision.run(args.threads, vision.Shape(layers=args.layers), args.rounds, args.peers)
+        return vision.run(args.threads, vision.Shape(layers=args.layers or 2), args.rounds, args.peers)
     from bench import peers
 
     paths = _paths(args.model)
@@ -73,10 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
     peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"],
                        help="may be repeated; default: all there are")
-    vision = suites.add_parser("vision", parents=[common], help="an image encoder of SigLIP So400m's shape, and PyTorch beside it")
-    vision.add_argument("--layers", type=int, default=2, help="of the 27 (default 2); a picture's time is scaled to all")
+    vision = suites.add_parser("vision", parents=[common], help="image encoders: ops in SigLIP So400m's shape, or whole models'")
+    vision.add_argument("--encoder", action="append", choices=["gemma3", "qwen2.5-vl"], default=[],
+                        help="of a whole model, through its own graph; without it, ops put together here")
+    vision.add_argument("--layers", type=int, help="fewer than all; a picture's time is scaled (default: all of a model's; 2 of ops)")
     vision.add_argument("-r", "--rounds", type=int, default=5)
-    vision.add_argument("--peers", action="append", choices=["torch"], default=[], help="also measure PyTorch, in turns")
+    vision.add_argument("--peers", action="append", choices=["torch", "torch-bf16", "llama.cpp"], default=[],
+                        help="also measure, in turns; the last two with --encoder")
+    whole = vision.add_argument_group("with --encoder")
+    whole.add_argument("--format", action="append", choices=["F32", "F16", "BF16", "Q8_0"], help="default: all four")
+    whole.add_argument("--measure", action="append", choices=["speed", "memory", "turns"], help="default: speed")
+    whole.add_argument("--text-layers", type=int, metavar="N", help="of the text model whose turns are measured (default: all)")
+    whole.add_argument("--files", type=Path, metavar="DIR", help="keep the random models there, and take them from there")
     return parser
 
 

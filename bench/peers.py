@@ -24,14 +24,14 @@ from bench.stats import summary
 OURS, LLAMA, IK = "pyengine", "llama.cpp", "ik_llama.cpp"
 
 
-class Engine:
-    """A worker process (bench/worker.py); `call` asks it and waits."""
+class Process:
+    """A worker process (`python -m MODULE ...`); `call` asks it and waits. `ready` is what it said when it was."""
 
-    def __init__(self, name: str, path: str | Path, n_threads: int, n_ctx: int = 512):
+    def __init__(self, name: str, module: str, *arguments: Any):
         self.name = name
-        command = [sys.executable, "-m", "bench.worker", name, str(path), "-t", str(n_threads), "--ctx", str(n_ctx)]
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.n_vocab: int = self._answer()["n_vocab"]
+        self.ready = self._answer()
 
     def _answer(self) -> Any:
         line = self.process.stdout.readline()
@@ -44,7 +44,7 @@ class Engine:
         self.process.stdin.flush()
         return self._answer()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -54,6 +54,14 @@ class Engine:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.process.stdout.close()
+
+
+class Engine(Process):
+    """An engine with a text model (bench/worker.py)."""
+
+    def __init__(self, name: str, path: str | Path, n_threads: int, n_ctx: int = 512):
+        super().__init__(name, "bench.worker", name, path, "-t", n_threads, "--ctx", n_ctx)
+        self.n_vocab: int = self.ready["n_vocab"]
 
 
 def ik_bench() -> str | None:

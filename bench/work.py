@@ -43,3 +43,22 @@ def prompt_operations(program: Any, m: int) -> float:
             x, w = node.args[0], node.args[1]
             total += 2 * axis_value(x.shape[0], dims) * sum(math.prod(int(a) for a in t.shape) for t in w)
     return float(total)
+
+
+def encoder_operations(program: Any, view: Any) -> dict[str, float]:
+    """Operations of one run of a media encoder: products with weights in blocks ("int8") and in floats, and attention.
+
+    Attention counts the keys in each row's interval, which stand in the inputs of the view or are constants.
+    """
+    total = {"int8": 0.0, "float": 0.0, "attention": 0.0}
+    for node in program.prepared.layout.steps:
+        args = dict(zip(node.op.args, node.args))
+        if node.op.name == "linear":
+            rows = axis_value(args["x"].shape[0], view.axes)
+            for t in args["w"]:
+                total["int8" if t.dtype.block > 1 else "float"] += 2.0 * rows * math.prod(int(a) for a in t.shape)
+        elif node.op.name == "attention":
+            lo, hi = (view.inputs[t.name] if t.node.kind == "input" else t.node.source for t in (args["lo"], args["hi"]))
+            widths = int(args["q"].shape[2]) + int(args["v"].shape[2])
+            total["attention"] += 2.0 * float((hi - lo).sum()) * int(args["q"].shape[1]) * widths
+    return total

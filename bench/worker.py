@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -186,6 +186,21 @@ def first_token(engine: str, path: str, n_threads: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "load_seconds": loaded - start, "text": text}
 
 
+def own_stdout() -> TextIO:
+    """Standard output for answers alone; what libraries print goes to standard error from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def serve(worker: Any, answers: TextIO) -> None:
+    """Say `worker.ready()`, then answer requests by calls of its methods until standard input ends."""
+    print(json.dumps(worker.ready()), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(getattr(worker, request.pop("call"))(**request)), file=answers, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
     parser.add_argument("engine", choices=ENGINES)
@@ -194,16 +209,11 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=N_BATCH)
     parser.add_argument("--first-token", action="store_true")
     args = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")                                        # what libraries print goes to standard error
-    os.dup2(2, 1)
+    answers = own_stdout()
     if args.first_token:
         print(json.dumps(first_token(args.engine, args.model, args.threads)), file=answers, flush=True)
         return
-    worker = Worker(ENGINES[args.engine](args.model, args.threads, args.ctx))
-    print(json.dumps(worker.ready()), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(getattr(worker, request.pop("call"))(**request)), file=answers, flush=True)
+    serve(Worker(ENGINES[args.engine](args.model, args.threads, args.ctx)), answers)
 
 
 if __name__ == "__main__":
