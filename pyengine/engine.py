@@ -18,11 +18,11 @@ import numpy as np
 from pyengine.batch import MediaSegment, Rows, lay_out_rows
 from pyengine.cells import Sequence as Cached
 from pyengine.codebooks import ensure_codebooks
-from pyengine.errors import PlanError, RequestError, UnsupportedModelError
+from pyengine.errors import RequestError, UnsupportedModelError
 from pyengine.gguf import GGUFFile
 from pyengine.media import MediaEncoder
 from pyengine.memory import MemoryPlan
-from pyengine.planning import N_BATCH, Built, check_settings, lay_out_model, open_files, plan
+from pyengine.planning import N_BATCH, Built, Settings, lay_out_model, open_files, plan, refusal
 from pyengine.prompt import Prompt, Prompts
 from pyengine.sampling import Sampler, SamplingParams
 from pyengine.schedule import Report, Request, Runner, Scheduler, Stops, Work, check_room, token_rows
@@ -35,21 +35,24 @@ __all__ = ["Answer", "Model", "Report", "Stream", "load", "plan"]
 
 
 def load(model: str | Path, mmproj: str | Path | None = None, device: str = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
-         n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, progress: Callable[[int, int], None] | None = None) -> Model:
+         n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
+         progress: Callable[[int, int], None] | None = None) -> Model:
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
     n_ctx: positions of the context; default the training context, or what of it fits the memory. n_seq: conversations
     that are served at once, each of up to n_ctx positions. kv_dtype: f32, f16, q8_0, or "keys/values".
-    n_batch: most rows of one step; it grows to the largest picture that must not be cut. progress(done_bytes, all_bytes) is
-    called while weights are read.
+    n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest
+    picture, how many such pictures are kept encoded, or (width, height, number); 0 leaves the encoder out; default what the model's
+    processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit.
     """
-    check_settings(device, n_ctx, n_batch, kv_dtype, n_seq)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device)
+    want.check()
     files = open_files(model, mmproj)
-    planned = lay_out_model(files, n_ctx, n_batch, kv_dtype, n_threads, n_seq)
+    planned = lay_out_model(files, want)
     if not planned.plan.fits:
-        raise PlanError(f"{files.name} does not fit; a smaller n_ctx or kv_dtype='q8_0' takes less\n{planned.plan.table()}", planned.plan)
+        raise refusal(files, want, planned.plan)
     ensure_codebooks(t.dtype for file in (files.model, files.mmproj) if file for t in file.tensors.values())
     media = MediaEncoder(planned.built.vision, planned.encoder, planned.image_cache, progress) if planned.encoder else None
     return Model(files.model, planned.built, planned.step.load(progress), media, planned.plan)

@@ -1,24 +1,87 @@
-"""The memory plan of a model: bytes by device and purpose, before anything is loaded."""
+"""The memory plan of a model: bytes by device and purpose, before anything is loaded.
+
+Purposes: weights (packed or copied), mapped (read where the file is mapped; the system may drop and read them again, so they
+are no part of the total), kv, arena, sampler, encoder (weights and arena of the media encoder, from the first picture on), images
+(encoded pictures that are kept, and the patches of one on the host), overhead (the process itself).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class PlanItem:
-    """`nbytes` on `device` for a `purpose`: weights, mapped (read where the file is mapped), kv, arena."""
+    """`nbytes` on `device` for a `purpose`.
+
+    layer     of the model, where the item belongs to one
+    parts     (name, bytes) that add up to `nbytes`; factors: (name, number) whose product it is; either may be empty
+    """
 
     device: str
     purpose: str
     detail: str
     nbytes: int
+    layer: int | None = None
+    parts: tuple[tuple[str, int], ...] = ()
+    factors: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def sum(cls, device: str, purpose: str, detail: str, parts: Sequence[tuple[str, int]], layer: int | None = None) -> PlanItem:
+        """An item that is the sum of its parts."""
+        return cls(device, purpose, detail, sum(n for _, n in parts), layer, parts=tuple(parts))
+
+    @classmethod
+    def product(cls, device: str, purpose: str, detail: str, factors: Sequence[tuple[str, int]], layer: int | None = None) -> PlanItem:
+        """An item that is the product of its factors."""
+        return cls(device, purpose, detail, prod(n for _, n in factors), layer, factors=tuple(factors))
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device of this machine and how much of the model it could hold.
+
+    device     "cpu", "cuda:0"; unified: its memory is the CPU's
+    n_layers   the model's last layers, each with its weights and its part of the caches, that fit beside the head and an arena
+    whole      whether everything would fit
+    """
+
+    device: str
+    name: str
+    free: int
+    unified: bool
+    n_layers: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Other settings, planned and found to fit: `settings` are arguments of `plan` and `load`."""
+
+    settings: dict[str, Any]
+    total: int
+
+    def __str__(self) -> str:
+        return f"{', '.join(f'{k}={v!r}' for k, v in self.settings.items())}: {self.total / MIB:.1f} MiB"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a model takes with these settings. `available` is what the devices could give when the plan was made."""
+    """What a model takes with these settings.
+
+    available   bytes that each device used could give when the plan was made
+    picture     most soft tokens of one run of the encoder: 0 without one
+    max_ctx     largest context, up to the trained one, that fits with all else as it is; None if none does
+    max_seq     conversations that fit so, at most `seq_limit`, which is as far as was looked
+    rooms       all devices of the machine and what they could hold
+    notes       what was chosen because it was not given, and why
+    alternatives  of a plan that was refused: the nearest settings that fit
+    """
 
     model: str
     n_ctx: int
@@ -26,38 +89,84 @@ class MemoryPlan:
     kv_dtype: str
     items: tuple[PlanItem, ...]
     available: dict[str, int]
+    n_seq: int = 1
+    n_layers: int = 0
+    picture: int = 0
+    max_ctx: int | None = None
+    max_seq: int | None = None
+    seq_limit: int = 1
+    rooms: tuple[Room, ...] = ()
+    notes: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def total(self) -> int:
-        """All bytes that are allocated; mapped weights are not, the system may drop and read them again."""
+        """All bytes that are taken; mapped weights are not, the system may drop and read them again."""
         return sum(i.nbytes for i in self.items if i.purpose != "mapped")
 
-    def of(self, purpose: str) -> int:
-        """Bytes of one purpose on all devices."""
-        return sum(i.nbytes for i in self.items if i.purpose == purpose)
+    def of(self, purpose: str, device: str | None = None) -> int:
+        """Bytes of one purpose, on one device or on all."""
+        return sum(i.nbytes for i in self.items if i.purpose == purpose and device in (None, i.device))
+
+    def on(self, device: str) -> int:
+        """All bytes that are taken on a device."""
+        return sum(i.nbytes for i in self.items if i.purpose != "mapped" and i.device == device)
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices that hold something, in the order of the items."""
+        return list(dict.fromkeys(i.device for i in self.items))
 
     @property
     def fits(self) -> bool:
         """Whether each device has room."""
-        need: dict[str, int] = {}
-        for i in self.items:
-            if i.purpose != "mapped":
-                need[i.device] = need.get(i.device, 0) + i.nbytes
-        return all(n <= self.available[d] for d, n in need.items())
+        return all(self.on(d) <= self.available[d] for d in self.devices)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        return {**asdict(self), "items": [asdict(i) for i in self.items], "total": self.total, "fits": self.fits}
+        return {**asdict(self), "total": self.total, "fits": self.fits}
+
+    def lines(self) -> list[tuple[str, str, int, str]]:
+        """(device, purpose, bytes, detail) with the layers of the same kind added up."""
+        groups: dict[tuple[str, str, str], list[PlanItem]] = {}
+        for i in self.items:
+            groups.setdefault((i.device, i.purpose, i.detail), []).append(i)
+        return [(device, purpose, sum(i.nbytes for i in same), detail + (f" ({len(same)} layers)" if same[0].layer is not None else ""))
+                for (device, purpose, detail), same in groups.items()]
 
     def table(self) -> str:
-        """The plan as text, one line a purpose; layers of the same kind are added up."""
-        groups: dict[tuple[str, str, str], list[int]] = {}
+        """The plan as text: one line a purpose, then what fits and where."""
+        times = f" x {self.n_seq} conversations" if self.n_seq > 1 else ""
+        lines = [f"{self.model}: context {self.n_ctx}{times}, batch {self.n_batch}, kv {self.kv_dtype}"]
+        lines += [f"  {device:6} {purpose:8} {nbytes / MIB:10.1f} MiB  {detail}" for device, purpose, nbytes, detail in self.lines()]
+        free = ", ".join(f"{n / MIB:.0f} MiB free on {d}" for d, n in self.available.items())
+        lines.append(f"  total           {self.total / MIB:10.1f} MiB  of {free}")
+        return "\n".join([*lines, *(f"  {line}" for line in self._what_fits()), *(f"  {note}" for note in self.notes)])
+
+    def _what_fits(self) -> Iterator[str]:
+        if self.max_ctx is not None:
+            yield f"largest context that fits: {self.max_ctx}"
+        if self.max_seq:
+            yield f"conversations that fit: {self.max_seq}" + (" or more" if self.max_seq == self.seq_limit else "")
+        for room in self.rooms:
+            holds = "all of it" if room.whole else f"{room.n_layers} of {self.n_layers} layers"
+            if room.device not in self.available:
+                yield f"{room.device} ({room.name}, {room.free / MIB:.0f} MiB free) could hold {holds}; models run on the CPU only as yet"
+
+    def explain(self) -> str:
+        """The arithmetic, term by term: each item's parts or factors, then the sum of the items."""
+        lines: list[str] = []
         for i in self.items:
-            groups.setdefault((i.device, i.purpose, i.detail), []).append(i.nbytes)
-        lines = [f"{self.model}: context {self.n_ctx}, batch {self.n_batch}, kv {self.kv_dtype}"]
-        for (device, purpose, detail), sizes in groups.items():
-            times = f" ({len(sizes)} layers)" if purpose == "kv" else ""
-            lines.append(f"  {device:6} {purpose:8} {sum(sizes) / 2**20:10.1f} MiB  {detail}{times}")
-        lines.append(f"  total           {self.total / 2**20:10.1f} MiB  of " +
-                     ", ".join(f"{n / 2**20:.0f} MiB free on {d}" for d, n in self.available.items()))
+            where = f"{i.device} {i.purpose}, {i.detail}" + ("" if i.layer is None else f", layer {i.layer}")
+            if i.factors:
+                lines.append(f"{where}: {' x '.join(f'{n} {name}' for name, n in i.factors)} = {i.nbytes}")
+            elif len(i.parts) == 1:
+                lines.append(f"{where}: {i.parts[0][0]} = {i.nbytes}")
+            elif i.parts:
+                lines += [f"{where}:", *(f"{n:>16}  {name}" for name, n in i.parts), f"{i.nbytes:>16}  = sum"]
+            else:
+                lines.append(f"{where}: {i.nbytes}")
+        for device in self.devices:
+            lines += [f"{device}, all bytes that are taken:", *(f"{n:>16}  {purpose}, {detail}" for d, purpose, n, detail in self.lines()
+                                                                if d == device and purpose != "mapped"), f"{self.on(device):>16}  = sum"]
         return "\n".join(lines)

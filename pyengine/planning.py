@@ -7,7 +7,10 @@ The program that is counted here is the one that `engine` loads and runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +19,35 @@ from pyengine.backends import backend
 from pyengine.batch import Batch
 from pyengine.cells import Group, group
 from pyengine.dtype import DType, dtype as dtype_of
-from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.errors import InvalidModelError, PlanError, RequestError, UnsupportedModelError
 from pyengine.gguf import GGUFFile
 from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import LayerCache, Policy
 from pyengine.locate import find_model
 from pyengine.media import encoder_graph
-from pyengine.memory import MemoryPlan, PlanItem
+from pyengine.memory import MIB, Alternative, MemoryPlan, PlanItem, Room
 from pyengine.models import architecture
+from pyengine.planner import aligned
 from pyengine.sampling import sampler_bytes
-from pyengine.tensor import Dim, Tensor
+from pyengine.tensor import Dim, Tensor, axis_max
 from pyengine.tokenizer import Tokenizer
 from pyengine.weights import Weights
 
 KV_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 HEAD_BYTES = 32 << 20                # logits of at most this size are computed at once
 N_BATCH = 512                        # rows of one step
+N_SEQ_LIMIT = 64                     # how far it is looked for conversations that fit
+
+# Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
+PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 32
+LEAST_PICTURE = 256                  # soft tokens: pictures are not planned smaller than this unless they are told to be
+
+# The process itself, measured as resident memory on x86-64 Linux, CPython 3.11 (tests/test_plan.py holds these to RSS):
+PROCESS_BYTES = 44 * MIB             # interpreter, NumPy, kernels, the graph as objects
+TOKEN_BYTES = 64                     # per token of the vocabulary, for the tokenizer
+PIXEL_COPIES = 3                     # of a picture in bytes while its patches are made: decoded, resized, cut
+PICTURE_BYTES = 12 * MIB             # Pillow, and what it keeps
 
 
 @dataclass
@@ -45,11 +60,21 @@ class Built:
     outputs: list[Tensor]
     groups: list[tuple[Group, str]]      # cells of layers with the same policy, and the name of their inputs
     layers: list[int]                    # number of each layer's group
-    kv: list[PlanItem]
+    kv_dtypes: tuple[DType, DType]
     n_ctx: int
     n_batch: int
     n_seq: int
     n_head: int
+
+    def states(self, n_ctx: int, n_seq: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the states with other numbers of positions and conversations, of steps with the same number of rows."""
+        c, shapes = self.arch.config, {}
+        own = [group(g.policy, n_ctx, self.n_batch, n_seq) for g, _ in self.groups]
+        for g, (_, name) in zip(own, self.groups):
+            shapes[f"{name}.table"] = (n_seq, g.slots)
+        for i, number in enumerate(self.layers):
+            shapes[f"blk.{i}.k"] = shapes[f"blk.{i}.v"] = (c.n_kv_heads, own[number].n_cells, c.head_dim)
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -95,17 +120,22 @@ def _vision(arch: Any, h: Hparams, files: Files, weights: Weights, n_ctx: int) -
     return vision
 
 
-def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1) -> Built:
-    """The graph of one step of this model."""
+def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size: int) -> tuple[int, int]:
+    """(rows of one step, rows whose logits are computed at once)."""
+    n_batch = min(max(n_batch, n_seq, atomic_rows), n_ctx * n_seq)
+    return n_batch, max(n_seq, min(n_batch, HEAD_BYTES // (4 * vocab_size)))
+
+
+def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1, pictures: bool = True) -> Built:
+    """The graph of one step of this model; without `pictures`, as if it had no media encoder."""
     h = Hparams(files.model.metadata)
     weights = Weights(files.model)
     arch = architecture(h.arch)(h, weights, n_ctx)
-    vision = _vision(arch, h, files, weights, n_ctx)
+    vision = _vision(arch, h, files, weights, n_ctx) if pictures else None
     unread = ("rope_freqs", "rope_factors_long", "rope_factors_short", *(() if vision and not files.mmproj else ("v", "mm")))
     weights.finish(ignore=unread)
     c = arch.config
-    n_batch = min(max(n_batch, n_seq, vision.atomic_rows if vision else 0), n_ctx * n_seq)
-    n_head = max(n_seq, min(n_batch, HEAD_BYTES // (4 * c.vocab_size)))
+    n_batch, n_head = step_rows(n_ctx, n_batch, n_seq, vision.atomic_rows if vision else 0, c.vocab_size)
     k_dtype, v_dtype = kv_dtypes(kv_dtype)
     for dtype in (k_dtype, v_dtype):
         if c.head_dim % dtype.block:
@@ -119,7 +149,7 @@ def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1)
     numbers: dict[Policy, int] = {}
     groups: list[tuple[Group, str]] = []
     shared: list[list[Tensor]] = []
-    caches, kv, layers = [], [], []
+    caches, layers = [], []
     for i, policy in enumerate(arch.cache_policies()):
         if policy not in numbers:
             numbers[policy] = len(groups)
@@ -136,11 +166,8 @@ def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1)
         shape = (c.n_kv_heads, own.n_cells, c.head_dim)
         k, v = g.state(f"blk.{i}.k", shape, k_dtype), g.state(f"blk.{i}.v", shape, v_dtype)
         caches.append(LayerCache(k, v, cells, table, seq, lo, hi, seq_wanted, lo_w, hi_w))
-        nbytes = c.n_kv_heads * own.n_cells * (k_dtype.size(c.head_dim) + v_dtype.size(c.head_dim))
-        times = f"{n_seq} x " if n_seq > 1 else ""
-        kv.append(PlanItem("cpu", "kv", f"{policy}: {times}{own.slots} cells", nbytes))
     logits, hidden = arch.forward(batch, caches)
-    return Built(arch, vision, g, [logits, hidden], groups, layers, kv, n_ctx, n_batch, n_seq, n_head)
+    return Built(arch, vision, g, [logits, hidden], groups, layers, (k_dtype, v_dtype), n_ctx, n_batch, n_seq, n_head)
 
 
 def kv_dtypes(name: str) -> tuple[DType, DType]:
@@ -161,17 +188,43 @@ def model_graph(name: str | Path, n_ctx: int = 4096, mmproj: str | Path | None =
     return encoder_graph(built.vision) if encoder else built.outputs
 
 
-def check_settings(device: str, n_ctx: int | None, n_batch: int, kv_dtype: str, n_seq: int) -> str:
-    kv_dtypes(kv_dtype)
-    if n_seq < 1:
-        raise RequestError(f"n_seq={n_seq}: must be at least 1")
-    if n_ctx is not None and n_ctx < 1:
-        raise RequestError(f"n_ctx={n_ctx}: must be at least 1")
-    if n_batch < 1:
-        raise RequestError(f"n_batch={n_batch}: must be at least 1")
-    if device not in ("auto", "cpu"):
-        raise RequestError(f"device={device!r}: models run on 'cpu' ('auto' picks it)")
-    return "cpu"
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a plan. n_ctx None: the training context, or what of it fits.
+
+    images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
+             number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = N_BATCH
+    kv_dtype: str = "f16"
+    n_seq: int = 1
+    n_threads: int | None = None
+    images: Any = None
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raises: RequestError for what no model can have."""
+        kv_dtypes(self.kv_dtype)
+        for name in ("n_seq", "n_ctx", "n_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name}={value}: must be at least 1")
+        if self.device not in ("auto", "cpu"):
+            raise RequestError(f"device={self.device!r}: models run on 'cpu' ('auto' picks it)")
+        self.largest_picture()
+
+    def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
+        """(width and height, number of pictures), each None where it is not given."""
+        asked = self.images
+        numbers = (asked,) if isinstance(asked, int) else tuple(asked) if isinstance(asked, (tuple, list)) else None
+        if asked is None:
+            return None, None
+        if numbers is None or not all(isinstance(n, int) for n in numbers) or not 1 <= len(numbers) <= 3 or min(numbers) < (len(numbers) > 1):
+            raise RequestError(f"images={asked!r}: give (width, height) of the largest picture, the number of pictures to keep, or "
+                               "(width, height, number)")
+        return (numbers[:2] if len(numbers) > 1 else None), (numbers[-1] if len(numbers) != 2 else None)
 
 
 @dataclass(frozen=True)
@@ -185,39 +238,268 @@ class Planned:
     plan: MemoryPlan
 
 
-def lay_out_model(files: Files, n_ctx: int | None, n_batch: int, kv_dtype: str, n_threads: int | None, n_seq: int) -> Planned:
-    """Build, lay out and count; without `n_ctx`, the training context or what fits of it."""
-    trained = Hparams(files.model.metadata).size("context_length")
-    available = {"cpu": hardware.available_memory()}
-    size = n_ctx or trained
-    while True:
-        built = build(files, size, n_batch, kv_dtype, n_seq)
-        prepared = backend("cpu", n_threads=n_threads).prepare(built.outputs)
-        encoder, image_cache = None, 0
-        extra: list[PlanItem] = []
-        if built.vision:
-            encoder = backend("cpu", n_threads=n_threads).prepare(encoder_graph(built.vision))
-            image_cache = 4 * size * built.arch.config.d_model                 # embeddings of a context full of pictures
-            extra = [PlanItem("cpu", "encoder", "weights, from the first picture on", encoder.weight_bytes),
-                     PlanItem("cpu", "mapped", "file pages of the encoder", encoder.mapped_bytes),
-                     PlanItem("cpu", "encoder", f"arena, {built.vision.max_rows} soft tokens at most", encoder.arena_bytes),
-                     PlanItem("cpu", "images", "image cache, at most", image_cache)]
-        tables = prepared.state_bytes - sum(i.nbytes for i in built.kv)
-        items = [PlanItem("cpu", "weights", "resident", prepared.weight_bytes), PlanItem("cpu", "mapped", "file pages", prepared.mapped_bytes),
-                 *built.kv, PlanItem("cpu", "kv", "tables and alignment", tables),
-                 PlanItem("cpu", "arena", f"{built.n_batch} rows a step", prepared.arena_bytes),
-                 PlanItem("cpu", "sampler", "candidates", n_seq * sampler_bytes(built.arch.config.vocab_size)), *extra]
-        plan_ = MemoryPlan(files.name, size, built.n_batch, kv_dtype, tuple(i for i in items if i.nbytes), available)
-        if plan_.fits or n_ctx is not None or size <= 256:
-            return Planned(built, prepared, encoder, image_cache, plan_)
-        size //= 2
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector still: a graph is 50,000 objects that all live, and walking them again and again doubles the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+class _Count:
+    """One model at given settings, laid out; and what it would take with other numbers of positions and conversations."""
+
+    def __init__(self, files: Files, want: Settings, machine: hardware.Hardware):
+        self.files, self.want, self.host = files, want, machine.devices[0]
+        self.machine = machine
+        self.trained = Hparams(files.model.metadata).size("context_length")
+        self.n_ctx = want.n_ctx or self.trained
+        self.size, self.n_pictures = want.largest_picture()
+        self.built = build(files, self.n_ctx, want.n_batch, want.kv_dtype, want.n_seq, pictures=self.n_pictures != 0)
+        self.step = backend("cpu", n_threads=want.n_threads).prepare(self.built.outputs)
+        self.notes: list[str] = []
+        self.items = [*self._weights(self.step, "weights", "layers", "embedding, head and norms"), *self._kv(), self._arena(), self._sampler(),
+                      *self._overhead()]
+        self.encoder, self.image_cache = None, 0
+        if self.built.vision:
+            self.encoder = self._encoder()
+            self.image_cache = self._cache_bytes(self.n_ctx)
+            self.items += self._pictures()
+
+    # -- items --------------------------------------------------------------------------------------------------------
+
+    def _weights(self, prepared: Any, purpose: str, layered: str, rest: str) -> list[PlanItem]:
+        """Weights by layer, and by whether they are copied or read where the file is mapped."""
+        groups: dict[tuple[bool, int | None], list[tuple[str, int]]] = {}
+        for r in prepared.residents.values():
+            name, mapped = r.tensor.name or "computed constant", r.form == "mapped"
+            part = name, r.nbytes if mapped else aligned(r.nbytes)
+            groups.setdefault((mapped, _layer(name)), []).append(part)
+        return [PlanItem.sum("cpu", "mapped" if mapped else purpose, rest if layer is None else layered, parts, layer)
+                for (mapped, layer), parts in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] is not None, g[0][1] or 0))]
+
+    def _kv(self) -> list[PlanItem]:
+        b, c = self.built, self.built.arch.config
+        k, v = (d.size(c.head_dim) for d in b.kv_dtypes)
+        items = []
+        for i, number in enumerate(b.layers):
+            own, _ = b.groups[number]
+            factors = [("heads", c.n_kv_heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
+            times = f"{b.n_seq} x " if b.n_seq > 1 else ""
+            items.append(PlanItem.product("cpu", "kv", f"{own.policy}: {times}{own.slots} cells", factors, i))
+        tables = [(f"{name}.table", aligned(4 * b.n_seq * own.slots)) for own, name in b.groups]
+        rest = self.step.state_bytes - sum(i.nbytes for i in items) - sum(n for _, n in tables)
+        return [*items, PlanItem.sum("cpu", "kv", "tables and alignment", [*tables, ("alignment", rest)])]
+
+    def _arena(self) -> PlanItem:
+        b = self.built
+        detail = f"{b.n_batch} rows a step, {b.n_head} of them with logits; decoding uses the same memory"
+        return PlanItem.sum("cpu", "arena", detail, self.step.layout.busiest())
+
+    def _sampler(self) -> PlanItem:
+        each = sampler_bytes(self.built.arch.config.vocab_size)
+        return PlanItem.product("cpu", "sampler", "candidates", [("conversations", self.built.n_seq), ("bytes", each)])
+
+    def _overhead(self) -> list[PlanItem]:
+        opened = [f for f in (self.files.model, self.files.mmproj) if f]
+        headers = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0)) for f in opened for i, path in enumerate(f.paths)]
+        n_tokens = self.files.model.metadata.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in self.files.model.metadata else 0
+        parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES),
+                 *([("Pillow", PICTURE_BYTES)] if self.built.vision else [])]
+        return [PlanItem.sum("cpu", "overhead", "the process itself", parts), PlanItem.sum("cpu", "mapped", "headers of files", headers)]
+
+    def _encoder(self) -> Any:
+        """The encoder laid out for the largest picture that is asked for, or that takes its share of the memory."""
+        vision, prepare = self.built.vision, backend("cpu", n_threads=self.want.n_threads).prepare
+        most = vision.max_rows
+        if self.size:
+            vision.max_rows = min(most, max(1, vision.rows(*self.size)))
+        encoder = prepare(encoder_graph(vision))
+        if self.size or vision.atomic_rows:
+            return encoder
+        limit = int(PICTURE_SHARE * self.host.total)
+        while _run_bytes(encoder) > limit and vision.max_rows > LEAST_PICTURE:
+            fits = int(vision.max_rows * limit / _run_bytes(encoder)) // 64 * 64               # the arena is nearly linear in rows
+            vision.max_rows = max(LEAST_PICTURE, min(vision.max_rows - 64, fits))
+            encoder = prepare(encoder_graph(vision))
+        if vision.max_rows < most:
+            self.notes.append(f"pictures of up to {vision.max_rows} soft tokens: the processor allows {most}, which would take more than "
+                              f"1/{1 / PICTURE_SHARE:.0f} of the memory; images=(width, height) sets another size")
+        return encoder
+
+    def _cache_bytes(self, n_ctx: int) -> int:
+        """Embeddings that are kept: as many as asked for, or a context full of them within a share of the memory."""
+        row = 4 * self.built.arch.config.d_model
+        if self.n_pictures is not None:
+            return self.n_pictures * self.built.vision.max_rows * row
+        return min(n_ctx * row, max(self.built.vision.max_rows * row, int(IMAGE_CACHE_SHARE * self.host.total)))
+
+    def _pictures(self) -> list[PlanItem]:
+        rows, e = self.built.vision.max_rows, self.encoder
+        inputs = [(f"{n.name} {list(map(axis_max, n.outputs[0].shape))}", n.outputs[0].nbytes_max) for n in e.layout.leaves if n.kind == "input"]
+        pixels = sum(n for name, n in inputs if name.startswith("patches")) // 4
+        return [*self._weights(e, "encoder", "weights of layers, from the first picture on", "weights of patches, norms and projector"),
+                PlanItem.sum("cpu", "encoder", f"arena, pictures of up to {rows} soft tokens", e.layout.busiest()),
+                PlanItem("cpu", "images", "encoded pictures that are kept, at most", self.image_cache),
+                PlanItem.sum("cpu", "images", "a picture's patches and pixels, while it is processed", [*inputs, *[("pixels", pixels)] * PIXEL_COPIES])]
+
+    # -- other numbers ------------------------------------------------------------------------------------------------
+
+    def total_at(self, n_ctx: int, n_seq: int) -> int:
+        """All bytes with these numbers and all else as it is."""
+        b, vision = self.built, self.built.vision
+        atomic, vocab = vision.atomic_rows if vision else 0, b.arch.config.vocab_size
+        if step_rows(n_ctx, self.want.n_batch, n_seq, atomic, vocab) != (b.n_batch, b.n_head):
+            other = _Count(self.files, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine)
+            return sum(i.nbytes for i in other.items if i.purpose != "mapped")
+        arena, states = self.step.resized(b.states(n_ctx, n_seq))
+        fixed = sum(i.nbytes for i in self.items if i.purpose in ("weights", "overhead"))
+        return fixed + arena + states + n_seq * sampler_bytes(vocab) + self._picture_bytes(n_ctx)
+
+    def _picture_bytes(self, n_ctx: int) -> int:
+        kept = sum(i.nbytes for i in self.items if i.purpose in ("encoder", "images"))
+        return kept - self.image_cache + self._cache_bytes(n_ctx) if self.encoder else 0
+
+    def largest_context(self) -> int | None:
+        """The largest context that fits, up to the trained one (or a larger one that was asked for); None if no step's rows do."""
+        least = min(self.n_ctx, max(self.built.n_batch, self.built.vision.max_rows if self.built.vision else 1))
+        return _largest(lambda n: self.total_at(n, self.built.n_seq), least, max(self.trained, self.n_ctx), self.host.free)
+
+    def most_conversations(self, limit: int) -> int | None:
+        """How many conversations of this context fit, at most `limit`; None if not one does."""
+        return _largest(lambda n: self.total_at(self.n_ctx, n), 1, limit, self.host.free)
+
+    def rooms(self, plan_: MemoryPlan) -> Iterator[Room]:
+        """Each device of the machine: how many layers, the last ones first, fit beside the head and an arena."""
+        layered = [0] * len(self.built.layers)
+        for i in self.items:
+            if i.layer is not None and i.purpose in ("weights", "mapped", "kv") and not i.detail.startswith("weights of"):
+                layered[i.layer] += i.nbytes
+        everything = plan_.total - plan_.of("overhead") + sum(i.nbytes for i in self.items if i.purpose == "mapped")
+        rest = sum(i.nbytes for i in self.items if i.purpose in ("weights", "mapped", "kv", "arena") and i.layer is None)
+        for device in self.machine.devices:
+            left, n = device.free - rest, 0
+            while n < len(layered) and layered[-1 - n] <= left:
+                left, n = left - layered[-1 - n], n + 1
+            yield Room(device.id, device.name, device.free, device.unified, n, everything <= device.free)
+
+    def planned(self) -> Planned:
+        """The plan, with what fits."""
+        b, limit = self.built, max(self.want.n_seq, min(N_SEQ_LIMIT, self.built.n_head))
+        plan_ = MemoryPlan(self.files.name, self.n_ctx, b.n_batch, self.want.kv_dtype, tuple(i for i in self.items if i.nbytes),
+                           {"cpu": self.host.free}, b.n_seq, len(b.layers), b.vision.max_rows if b.vision else 0,
+                           self.largest_context(), self.most_conversations(limit), limit, notes=tuple(self.notes))
+        return Planned(b, self.step, self.encoder, self.image_cache, replace(plan_, rooms=tuple(self.rooms(plan_))))
+
+
+def _layer(name: str) -> int | None:
+    """The layer that a tensor's name speaks of: 3 of "blk.3.attn_q.weight" and of "v.blk.3.ln1.bias"."""
+    parts = name.split(".")
+    number = parts[parts.index("blk") + 1] if "blk" in parts[:-1] else ""
+    return int(number) if number.isdigit() else None
+
+
+def _run_bytes(encoder: Any) -> int:
+    """What a run of the encoder takes beside its weights."""
+    return encoder.arena_bytes + sum(n.outputs[0].nbytes_max for n in encoder.layout.leaves if n.kind == "input")
+
+
+def _largest(total: Callable[[int], int], low: int, high: int, room: int) -> int | None:
+    """The largest n from low to high with total(n) <= room, for a total that does not fall; None if there is none.
+
+    Interpolates, for totals are nearly linear, and halves every other time, for steps in them.
+    """
+    if total(high) <= room:
+        return high
+    at_low, at_high, halve = total(low), total(high), False
+    if at_low > room:
+        return None
+    while high - low > 1:
+        guess = (low + high) // 2 if halve else low + (room - at_low) * (high - low) // max(1, at_high - at_low)
+        guess, halve = min(max(guess, low + 1), high - 1), not halve
+        at = total(guess)
+        if at <= room:
+            low, at_low = guess, at
+        else:
+            high, at_high = guess, at
+    return low
+
+
+def lay_out_model(files: Files, want: Settings) -> Planned:
+    """Build, lay out and count a model; without `n_ctx`, the training context or the largest that fits."""
+    with _uncollected():
+        machine = hardware.detect()
+        count = _Count(files, want, machine)
+        planned = count.planned()
+        if want.n_ctx is not None:
+            return planned
+        note = f"context: {count.trained} positions, as trained"
+        if not planned.plan.fits:
+            note = f"context: as trained, {count.trained} positions; no context of a whole step fits"
+            if planned.plan.max_ctx:
+                planned = _Count(files, replace(want, n_ctx=planned.plan.max_ctx), machine).planned()
+                note = f"context: {planned.plan.n_ctx} of the {count.trained} trained positions is the largest that fits"
+        return replace(planned, plan=replace(planned.plan, notes=(note, *planned.plan.notes)))
+
+
+def alternatives(files: Files, want: Settings, refused: MemoryPlan) -> list[Alternative]:
+    """The three nearest settings that fit, each of them planned: one change first, then a smaller context with others."""
+    found: list[Alternative] = []
+
+    def fits(**changes: Any) -> bool:
+        """Plan with these changes; note it if it fits."""
+        try:
+            plan_ = lay_out_model(files, replace(want, **{"n_ctx": refused.n_ctx, **changes})).plan
+        except UnsupportedModelError:                        # a format of the cache that does not suit its heads
+            return False
+        if plan_.fits:
+            found.append(Alternative(changes, plan_.total))
+        elif plan_.max_ctx and "n_ctx" not in changes and changes:
+            smaller.append({**changes, "n_ctx": plan_.max_ctx})
+        return plan_.fits
+
+    smaller: list[dict[str, Any]] = []
+    if refused.max_ctx:
+        fits(n_ctx=refused.max_ctx)
+    for name in ("q8_0", "q4_0"):
+        if name in KV_DTYPES and kv_bytes(name) < kv_bytes(want.kv_dtype) and fits(kv_dtype=name):
+            break
+    if refused.max_seq and refused.max_seq < want.n_seq:
+        fits(n_seq=refused.max_seq)
+    for rows in (refused.n_batch // 4, refused.n_batch // 16):
+        if len(found) < 3 and rows >= 1 and fits(n_batch=rows):
+            break
+    for side in (896, 448):
+        if len(found) < 3 and refused.picture * 28 * 28 > side * side and fits(images=(side, side)):
+            break
+    for changes in smaller:
+        if len(found) < 3:
+            fits(**changes)
+    return found[:3]
+
+
+def kv_bytes(name: str) -> float:
+    """Bytes of a key's and a value's element in this format."""
+    return sum(d.nbytes / d.block for d in kv_dtypes(name))
+
+
+def refusal(files: Files, want: Settings, plan_: MemoryPlan) -> PlanError:
+    """The error for a plan that does not fit: its table, and what would."""
+    near = alternatives(files, want, plan_)
+    says = "\n".join(f"  {a}" for a in near) if near else "  nothing that is near: a smaller model, or a file with fewer bits a weight, may"
+    return PlanError(f"{files.name} does not fit\n{plan_.table()}\nThese would fit:\n{says}", replace(plan_, alternatives=tuple(near)))
 
 
 def plan(model: str | Path, n_ctx: int | None = None, device: str = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
-         n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1) -> MemoryPlan:
-    """Count what a model will take, per device and purpose; reads headers only.
+         n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None) -> MemoryPlan:
+    """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
-    check_settings(device, n_ctx, n_batch, kv_dtype, n_seq)
-    return lay_out_model(open_files(model, mmproj), n_ctx, n_batch, kv_dtype, n_threads, n_seq).plan
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device)
+    want.check()
+    return lay_out_model(open_files(model, mmproj), want).plan

@@ -27,7 +27,8 @@ class Architecture:
     image_marker     ids that a chat template writes for one picture, all of which `Processed.parts` replaces
     video_marker     the same for a video, or None
     atomic_rows      most rows of a span that must not be cut, 0 without such spans
-    max_rows         most rows of one run of the encoder
+    max_rows         most rows of one run of the encoder; a plan may make it smaller before `encode` is called
+    rows(w, h)       rows of a picture of w x h pixels, at most
     process(media)   an Image or Video -> Processed, on the host
     encode(graph)    the graph of one run: declares the inputs that `View.inputs` names, returns F32 [rows, d_model]
     """

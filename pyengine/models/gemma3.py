@@ -278,6 +278,10 @@ class Vision:
     def _ordered(self, position: np.ndarray) -> np.ndarray:
         return np.take(position, self.order, axis=0, out=pages(position.shape), mode="clip")
 
+    def rows(self, width: int, height: int) -> int:
+        """Soft tokens of one run, whatever the picture's size."""
+        return self.config.n_tokens
+
     def process(self, media: Image | Video) -> Processed:
         """Resize to the encoder's square, whatever the aspect ratio; with pan and scan, crops of long pictures too.
 

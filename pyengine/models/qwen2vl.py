@@ -283,6 +283,12 @@ class Vision:
         n = math.floor(n / c.depth) * c.depth
         return np.arange(0, total, total / n).astype(np.float32).astype(np.int64) if n else np.arange(total)
 
+    def rows(self, width: int, height: int) -> int:
+        """Soft tokens of a picture of this size."""
+        factor = self.config.patch * self.config.merge
+        h, w = smart_resize(height, width, factor, *self.config.pixels)
+        return h // factor * (w // factor)
+
     def process(self, media: Image | Video) -> Processed:
         """Turn a picture or a video into the encoder's inputs. A file is sampled; a list of frames only if the processor does so.
 
@@ -304,7 +310,9 @@ class Vision:
                                        f"positions, but the context holds {self.n_ctx}; load with a larger n_ctx, "
                                        "or give a smaller max_pixels")
         if rows > self.max_rows:
-            raise RequestError(f"max_pixels={high}: the encoder's largest picture has {self.max_rows} rows, and this one {rows}")
+            larger = f", or load with images=({width}, {height})" if self.rows(width, height) > self.max_rows else ""
+            raise RequestError(f"a picture of {width} x {height} pixels takes {rows} soft tokens, but this model was planned for pictures of up "
+                               f"to {self.max_rows}, {self.max_rows * factor**2} pixels; give a smaller max_pixels{larger}")
         frames = iter(media.read(numbers)) if moving else iter([media])
         views, run = [], self.max_rows // rows                                 # time steps of one run
         for first in range(0, steps, run):

@@ -1,0 +1,165 @@
+"""GGUF files of full-size models with headers and no data: sparse files that `pe.plan` cannot tell from real ones.
+
+Sizes are those of the published checkpoints' config.json. Vocabularies have the published number of tokens, which are
+numbers as text; formats are Q4_0 or Q8_0 for matrices and F32 for the rest, F16 in encoders.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Tensor = tuple[str, tuple[int, ...], str]                    # name, shape with the slowest axis first, format
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A text model's published sizes."""
+
+    arch: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_ctx: int
+    tied: bool = False
+    biases: bool = False             # on q, k and v
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    head_norms: bool = False         # on q and k
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: str) -> Iterator[Tensor]:
+        """The decoder's tensors, as llama.cpp names them."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        yield "token_embd.weight", (self.vocab_size, self.d_model), dtype
+        yield "output_norm.weight", (self.d_model,), "F32"
+        if not self.tied:
+            yield "output.weight", (self.vocab_size, self.d_model), dtype
+        for i in range(self.n_layers):
+            matrices = {"attn_q": (q, self.d_model), "attn_k": (kv, self.d_model), "attn_v": (kv, self.d_model),
+                        "attn_output": (self.d_model, q), "ffn_gate": (self.d_ff, self.d_model),
+                        "ffn_up": (self.d_ff, self.d_model), "ffn_down": (self.d_model, self.d_ff)}
+            for name, shape in matrices.items():
+                yield f"blk.{i}.{name}.weight", shape, dtype
+            for name in self.norms:
+                yield f"blk.{i}.{name}.weight", (self.d_model,), "F32"
+            for name in ("attn_q_norm", "attn_k_norm") if self.head_norms else ():
+                yield f"blk.{i}.{name}.weight", (self.head_dim,), "F32"
+            for name in ("attn_q", "attn_k", "attn_v") if self.biases else ():
+                yield f"blk.{i}.{name}.bias", (matrices[name][0],), "F32"
+
+    def metadata(self) -> dict[str, Any]:
+        """Its keys."""
+        own = {"block_count": self.n_layers, "embedding_length": self.d_model, "feed_forward_length": self.d_ff,
+               "attention.head_count": self.n_heads, "attention.head_count_kv": self.n_kv_heads,
+               "attention.key_length": self.head_dim, "attention.value_length": self.head_dim,
+               "context_length": self.n_ctx, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6, **self.keys}
+        return {f"{self.arch}.{name}": value for name, value in own.items()}
+
+
+_GEMMA = {"tied": True, "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), "head_norms": True,
+          "keys": {"attention.sliding_window": 1024}}
+LLAMA_70B = Decoder("llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072)
+LLAMA_405B = Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072)
+GEMMA_12B = Decoder("gemma3", 48, 3840, 15360, 16, 8, 256, 262208, 131072, **_GEMMA)
+GEMMA_27B = Decoder("gemma3", 62, 5376, 21504, 32, 16, 128, 262208, 131072, **_GEMMA)
+QWEN_VL = {"biases": True, "keys": {"rope.dimension_sections": np.array([16, 24, 24, 0], np.int32)}}
+QWEN_VL_7B = Decoder("qwen2vl", 28, 3584, 18944, 28, 4, 128, 152064, 128000, **QWEN_VL)
+QWEN_VL_72B = Decoder("qwen2vl", 80, 8192, 29568, 64, 8, 128, 152064, 128000, **QWEN_VL)
+
+
+def siglip(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Gemma 3's encoder: keys and tensors of llama.cpp's projector file. 896 x 896 pixels, 4096 patches, 256 soft tokens."""
+    width, d_ff, n_layers, patch, side = 1152, 4304, 27, 14, 64
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "gemma3", "clip.vision.image_size": 896,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16,
+            "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": d_model, "clip.use_gelu": True}
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.patch_embd.bias", (width,), "F32"),
+                             ("v.position_embd.weight", (side * side, width), "F16"), ("mm.input_projection.weight", (width, d_model), "F16"),
+                             ("mm.soft_emb_norm.weight", (width,), "F32"), *_both("v.post_ln", width)]
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [*_both(f"{at}ln1", width), *_both(f"{at}ln2", width)]
+        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)),
+                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return keys, tensors
+
+
+def qwen_encoder(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Qwen2.5-VL's encoder: keys and tensors of llama.cpp's projector file. At most 16,384 soft tokens a picture."""
+    width, d_ff, n_layers, patch = 1280, 3420, 32, 14
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "qwen2.5vl_merger", "clip.use_silu": True, "clip.vision.image_size": 560,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16, "clip.vision.n_wa_pattern": 8,
+            "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": d_model}
+    group = 4 * width
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.patch_embd.weight.1", (width, 3, patch, patch), "F16"),
+                             ("v.post_ln.weight", (width,), "F32"), ("mm.0.weight", (group, group), "F16"), ("mm.0.bias", (group,), "F32"),
+                             ("mm.2.weight", (d_model, group), "F16"), ("mm.2.bias", (d_model,), "F32")]
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [(f"{at}ln1.weight", (width,), "F32"), (f"{at}ln2.weight", (width,), "F32")]
+        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)), "ffn_gate": (d_ff, width),
+                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return keys, tensors
+
+
+def _both(name: str, width: int) -> list[Tensor]:
+    return [(f"{name}.weight", (width,), "F32"), (f"{name}.bias", (width,), "F32")]
+
+
+def write_decoder(path: Path, model: Decoder, dtype: str = "Q4_0", part_bytes: int = 0, special: tuple[str, ...] = ()) -> Path:
+    """Write a decoder's file, in parts of at most `part_bytes` if given; `special` are the first tokens. Returns the first part."""
+    tokens = [*special, *(str(i) for i in range(model.vocab_size - len(special)))]
+    keys = {**model.metadata(), "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": [f"{a} {b}" for a in range(10) for b in range(10)],
+            "tokenizer.ggml.token_type": [3] * len(special) + [1] * (len(tokens) - len(special))}
+    return _write(path, model.arch, keys, list(model.tensors(dtype)), part_bytes)
+
+
+def write_encoder(path: Path, encoder: tuple[dict[str, Any], list[Tensor]]) -> Path:
+    """Write an encoder's file."""
+    return _write(path, "clip", *encoder, 0)
+
+
+def _write(path: Path, arch: str, keys: dict[str, Any], tensors: list[Tensor], part_bytes: int) -> Path:
+    """Write headers with gguf-py; the data that they speak of are holes in the files."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch, split_max_size=part_bytes)
+    for name, value in keys.items():
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_array(name, value.tolist() if isinstance(value, np.ndarray) else value)
+    for name, shape, dtype in tensors:
+        type_ = gguf.GGMLQuantizationType[dtype]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+        n = int(np.prod(shape))
+        writer.add_tensor_info(name, shape, np.dtype(np.float16 if dtype == "F16" else np.float32), n // block * block_bytes, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for file, table in zip(writer.fout, writer.tensors):
+        data = sum(-(-t.nbytes // 32) * 32 for t in table.values())
+        file.flush()
+        os.truncate(file.fileno(), -(-file.tell() // 32) * 32 + data)
+    writer.close()
+    return next(p for p in sorted(path.parent.glob(f"{path.stem}*.gguf")) if p == path or "-00001-of-" in p.name)
