@@ -10,11 +10,12 @@ sequence, which a fork copies. Nothing is ever moved to make room, so there is n
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from pyengine.errors import PlanError
+from pyengine.errors import PlanError, RequestError
 from pyengine.kvcache import Chunked, Full, Policy, Sliding
 
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
@@ -38,11 +39,11 @@ class Group:
         return isinstance(self.policy, Full)
 
 
-def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int) -> Group:
+def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> Group:
     """The cells that `n_seq` sequences of at most `n_ctx` tokens need; a lone sequence needs no whole pages."""
     slots = policy.slots(n_ctx, n_batch)
     if isinstance(policy, Full) and n_seq > 1:
-        slots = -(-slots // PAGE) * PAGE
+        slots = -(-slots // page) * page
     return Group(policy, slots, slots * n_seq)
 
 
@@ -63,6 +64,7 @@ class Sequence:
     active: bool = True
     used: int = 0                                            # when it was last used
     high: int = 0                                            # most tokens it ever had: rings remember the last of those
+    low: dict[int, int] = field(default_factory=dict)        # by group number: no token before it was copied into its ring
     pages: dict[int, list[int]] = field(default_factory=dict)    # by group number
 
     def __len__(self) -> int:
@@ -78,16 +80,26 @@ class Cells:
     tables: int32 [n_seq, slots] of each group; they are written here and read by attention.
     """
 
-    def __init__(self, groups: Many[Group], tables: Many[np.ndarray]):
-        self.groups, self.tables = list(groups), list(tables)
+    def __init__(self, groups: Many[Group], tables: Many[np.ndarray], page: int = PAGE):
+        self.groups, self.tables, self.page = list(groups), list(tables), page
         self.n_seq = len(tables[0])
         self.sequences: list[Sequence] = []
         self._clock = 0
-        self._free = [list(range(-(-g.n_cells // PAGE)))[::-1] if g.paged else [] for g in self.groups]
-        self._refs = [np.zeros(len(f), np.int32) for f in self._free]
         for g, table in zip(self.groups, self.tables):
             rows = np.arange(self.n_seq, dtype=np.int32)[:, None] * g.slots + np.arange(g.slots, dtype=np.int32)
             table[:] = 0 if g.paged else rows
+        self.recount()
+
+    def recount(self) -> None:
+        """Derive free pages and the number of their holders from what sequences hold, whatever an interruption has cut short."""
+        self._refs = [np.zeros(-(-g.n_cells // self.page) if g.paged else 0, np.int32) for g in self.groups]
+        for s in self.sequences:
+            for i, pages in s.pages.items():
+                np.add.at(self._refs[i], pages, 1)
+        # The lowest free page is taken first: the last page of a lone sequence may be a part of one, and must be its last block.
+        self._free = [np.flatnonzero(refs == 0).tolist() for refs in self._refs]
+        for free in self._free:
+            heapify(free)
 
     # -- sequences ----------------------------------------------------------------------------------------------------
 
@@ -96,14 +108,10 @@ class Cells:
 
         Raises: PlanError when all rows are active.
         """
-        taken = {s.row for s in self.sequences}
-        if len(taken) == self.n_seq:
-            idle = [s for s in self.sequences if not s.active]
-            if not idle:
-                raise PlanError(f"all {self.n_seq} sequences are in use; load with a larger n_seq")
-            self.drop(min(idle, key=lambda s: s.used))
-            return self.new()
-        s = Sequence(min(set(range(self.n_seq)) - taken), pages={i: [] for i, g in enumerate(self.groups) if g.paged})
+        if len(self.sequences) == self.n_seq:
+            self._evict(f"all {self.n_seq} sequences are in use; load with a larger n_seq")
+        row = min(set(range(self.n_seq)) - {s.row for s in self.sequences})
+        s = Sequence(row, pages={i: [] for i, g in enumerate(self.groups) if g.paged})
         self.sequences.append(s)
         self.touch(s)
         return s
@@ -121,10 +129,17 @@ class Cells:
     def reach(self, s: Sequence, n: int) -> int:
         """How many of the first n tokens of a sequence another one can go on from: n, or 0 where a ring has lost them."""
         n = min(n, len(s))
-        for g in self.groups:
-            if not g.paged and first_seen(g.policy, n) < s.high - g.slots:
+        for i, g in enumerate(self.groups):
+            if not g.paged and first_seen(g.policy, n) < max(s.high - g.slots, s.low.get(i, 0)):
                 return 0
         return n
+
+    def renew(self, s: Sequence, n: int) -> Sequence:
+        """The first n = reach(s, n) tokens of an idle sequence as an active one in its place: whoever held `s` finds it gone."""
+        self.truncate(s, n)
+        heir = replace(s, active=True)
+        self.sequences[self.sequences.index(s)] = heir
+        return heir
 
     def fork(self, s: Sequence, n: int) -> tuple[Sequence, list[Copy]]:
         """A new sequence of the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
@@ -136,46 +151,46 @@ class Cells:
         copies: list[Copy] = []
         for i, g in enumerate(self.groups):
             if g.paged:
-                child.pages[i] = s.pages[i][: -(-n // PAGE)]
+                child.pages[i] = s.pages[i][: -(-n // self.page)]
                 self._refs[i][child.pages[i]] += 1
                 self.tables[i][child.row] = self.tables[i][s.row]
             else:
-                tokens = np.arange(first_seen(g.policy, n), n) % g.slots
+                child.low[i] = first_seen(g.policy, n)
+                tokens = np.arange(child.low[i], n) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
         child.keys, child.high, child.media = s.keys[:n], n, s.media
         return child, copies
 
     def truncate(self, s: Sequence, n: int) -> None:
         """Keep the first n tokens; the caller has asked `reach`, or keeps none."""
+        kept = -(-n // self.page)
         for i, pages in s.pages.items():
-            for page in pages[-(-n // PAGE):]:
+            for page in pages[kept:]:
                 self._release(i, page)
-            del pages[-(-n // PAGE):]
+            del pages[kept:]
         del s.keys[n:]
         if n == 0:
             s.high = s.next = 0
+            s.low.clear()
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
     def extend(self, s: Sequence, n: int) -> list[Copy]:
         """Make cells for n more tokens, which the caller then adds to `keys`. Returns what must be copied before they are written.
 
-        Raises: PlanError when no page is left although idle sequences were dropped.
+        Raises: PlanError when there are not enough pages although idle sequences were dropped; `s` is then as it was.
         """
         first, copies = len(s), []
         for i, g in enumerate(self.groups):
-            if not g.paged:
-                continue
-            pages = s.pages[i]
-            for block in range(first // PAGE, -(-(first + n) // PAGE)):
-                if block < len(pages) and self._refs[i][pages[block]] == 1:
-                    continue
-                page = self._take(i, s)
-                start = block * PAGE
-                cells = np.arange(page * PAGE, page * PAGE + PAGE, dtype=np.int32)[: g.slots - start]
+            while g.paged and len(self._lacking(i, s, n)) > len(self._free[i]):
+                self._evict(f"no page is left of {len(self._refs[i])}; fewer or shorter conversations fit", but=s)
+        for i, g in enumerate(self.groups):
+            for block in self._lacking(i, s, n) if g.paged else ():
+                pages, start = s.pages[i], block * self.page
+                page = self._take(i)
+                cells = np.arange(page * self.page, (page + 1) * self.page, dtype=np.int32)[: g.slots - start]
                 if block < len(pages):                       # shared: this sequence gets a copy of what it has there
-                    kept = first - start
-                    copies.append((i, self.tables[i][s.row, start : first].copy(), cells[:kept]))
+                    copies.append((i, self.tables[i][s.row, start : first].copy(), cells[: first - start]))
                     self._release(i, pages[block])
                     pages[block] = page
                 else:
@@ -183,6 +198,39 @@ class Cells:
                 self.tables[i][s.row, start : start + len(cells)] = cells
         s.high = max(s.high, first + n)
         return copies
+
+    def shift(self, s: Sequence, start: int, stop: int) -> list[Copy]:
+        """Remove tokens [start, stop) of a sequence whose groups are all paged; those behind take their numbers.
+
+        Returns the cells that these had and have: both lists are of one length, and may overlap. Keys are cut, nothing is copied.
+        Raises: RequestError where a group is a ring; PlanError without pages, and `s` is then as it was.
+        """
+        if not all(g.paged for g in self.groups):
+            raise RequestError("tokens cannot be removed from the middle where layers remember a bounded past only")
+        n = len(s) - stop
+        old = [self.cells_of(i, s, np.arange(stop, len(s))).copy() for i in range(len(self.groups))]
+        kept = range(start // self.page, -(-(start + n) // self.page))
+        for i, refs in enumerate(self._refs):                # the pages that it needs anew, and those that it gives back
+            while (sum(refs[p] > 1 for p in s.pages[i][: kept.stop][kept.start :])
+                   > len(self._free[i]) + sum(refs[p] == 1 for p in s.pages[i][kept.stop :])):
+                self._evict(f"no page is left of {len(refs)}; fewer or shorter conversations fit", but=s)
+        head, tail = s.keys[:start], s.keys[stop:]
+        self.truncate(s, start)
+        copies = self.extend(s, n)
+        s.keys, s.high = head + tail, start + n
+        return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in enumerate(old)]
+
+    def restore(self, keys: Many[Hashable]) -> Sequence:
+        """A sequence with these keys, whose `live` cells the caller fills. Raises: PlanError without a row or pages."""
+        s = self.new()
+        try:
+            self.extend(s, len(keys))
+        except PlanError:
+            self.drop(s)
+            raise
+        s.keys = list(keys)
+        s.low = {i: first_seen(g.policy, len(keys)) for i, g in enumerate(self.groups) if not g.paged}
+        return s
 
     def cells_of(self, number: int, s: Sequence, index: np.ndarray) -> np.ndarray:
         """Cells of tokens `index` of a sequence in one group."""
@@ -192,20 +240,28 @@ class Cells:
         """Numbers of the tokens of a sequence that a group's cells hold and later tokens may see."""
         return np.arange(first_seen(self.groups[number].policy, len(s)), len(s))
 
-    def _take(self, i: int, s: Sequence) -> int:
-        while not self._free[i]:
-            idle = [o for o in self.sequences if not o.active and o is not s]
-            if not idle:
-                raise PlanError(f"no page is left of {len(self._refs[i])}; fewer or shorter conversations fit")
-            self.drop(min(idle, key=lambda o: o.used))
-        page = self._free[i].pop()
+    def _lacking(self, i: int, s: Sequence, n: int) -> list[int]:
+        """Blocks of a sequence that need a page of its own before n more tokens are written."""
+        pages, refs = s.pages[i], self._refs[i]
+        blocks = range(len(s) // self.page, -(-(len(s) + n) // self.page))
+        return [b for b in blocks if b >= len(pages) or refs[pages[b]] > 1]
+
+    def _evict(self, refusal: str, but: Sequence | None = None) -> None:
+        """Drop the idle sequence used longest ago. Raises: PlanError with `refusal` when none is idle."""
+        idle = [s for s in self.sequences if not s.active and s is not but]
+        if not idle:
+            raise PlanError(refusal)
+        self.drop(min(idle, key=lambda s: s.used))
+
+    def _take(self, i: int) -> int:
+        page = heappop(self._free[i])
         self._refs[i][page] = 1
         return page
 
     def _release(self, i: int, page: int) -> None:
         self._refs[i][page] -= 1
         if not self._refs[i][page]:
-            self._free[i].append(page)
+            heappush(self._free[i], page)
 
     def shared(self) -> Iterator[tuple[int, int]]:
         """(group number, number of pages that more than one sequence holds)."""

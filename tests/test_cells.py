@@ -1,0 +1,294 @@
+"""Cells against a plain dictionary: whatever sequences do, each token that is seen later reads back what was written for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pyengine.cells import Cells, Group, Sequence, first_seen, group
+from pyengine.errors import PlanError, RequestError
+from pyengine.kvcache import Chunked, Full, Sliding, visible
+
+PAGE, N_BATCH = 4, 5
+MIXES = {
+    "full": (Full(),),
+    "gemma": (Sliding(6), Full()),
+    "llama 4": (Chunked(8), Full()),
+    "rings": (Sliding(1), Chunked(3), Sliding(7)),
+}
+
+
+class Store:
+    """Cells, and an array for each group that holds in each cell the value written there last."""
+
+    def __init__(self, policies: tuple[Any, ...], n_ctx: int, n_seq: int, spare: int | None = None):
+        groups = [group(p, n_ctx, N_BATCH, n_seq, PAGE) for p in policies]
+        if spare is not None and n_seq > 1:                  # fewer pages than all sequences could fill
+            groups = [Group(g.policy, g.slots, g.slots + spare * PAGE) if g.paged else g for g in groups]
+        self.cells = Cells(groups, [np.full((n_seq, g.slots), -1, np.int32) for g in groups], PAGE)
+        self.data = [np.full(g.n_cells, -1, np.int64) for g in groups]
+        self.serial = 0
+
+    def copy(self, copies: Any) -> None:
+        for number, source, target in copies:
+            self.data[number][target] = self.data[number][source]
+
+    def write(self, s: Sequence, n: int) -> list[int]:
+        """Append n tokens in steps, as the engine does; returns their values, which are unique."""
+        values = list(range(self.serial, self.serial + n))
+        self.serial += n
+        for i in range(0, n, N_BATCH):
+            part = values[i : i + N_BATCH]
+            self.copy(self.cells.extend(s, len(part)))
+            at = np.arange(len(s), len(s) + len(part))
+            for number, array in enumerate(self.data):
+                array[self.cells.cells_of(number, s, at)] = part
+            s.keys += part
+            self.cells.touch(s)
+        return values
+
+    def read(self, number: int, s: Sequence, tokens: np.ndarray) -> list[int]:
+        return self.data[number][self.cells.cells_of(number, s, tokens)].tolist()
+
+    def check(self, model: dict[Sequence, list[int]]) -> None:
+        cells = self.cells
+        for s in cells.sequences:
+            assert s.keys == model[s]
+        for i, g in enumerate(cells.groups):
+            for s in cells.sequences:
+                live = cells.live(i, s)
+                lo, _ = visible(g.policy, np.array([len(s)]))
+                assert live.tolist() == list(range(lo[0], len(s)))
+                assert self.read(i, s, live) == [model[s][j] for j in live]
+            held = Counter(p for s in cells.sequences for p in s.pages.get(i, ()))
+            if g.paged:
+                assert {p: int(n) for p, n in enumerate(cells._refs[i]) if n} == held
+                assert sorted([*cells._free[i], *held]) == list(range(len(cells._refs[i])))
+            owners: dict[int, tuple[int, int]] = {}          # cell -> (number of its token, value): the same for all who hold it
+            for s in cells.sequences:
+                for j in cells.live(i, s):
+                    cell = int(cells.cells_of(i, s, j))
+                    assert 0 <= cell < g.n_cells
+                    assert owners.setdefault(cell, (int(j), model[s][j])) == (int(j), model[s][j])
+                    assert g.paged or cell // g.slots == s.row
+
+
+def some(machine: Machine) -> bool:
+    """Whether there are sequences."""
+    return hasattr(machine, "cells") and bool(machine.cells.sequences)
+
+
+ROW, BACK = st.integers(0, 3), st.integers(0, 9)             # one of the sequences; how far from its end
+
+
+class Machine(RuleBasedStateMachine):
+    """`model` is the plain dictionary: the values of each sequence's tokens."""
+
+    @initialize(mix=st.sampled_from(sorted(MIXES)), n_ctx=st.integers(3, 40), n_seq=st.sampled_from([3, 4, 2, 1]),
+                spare=st.none() | st.integers(0, 4), lengths=st.lists(st.integers(1, 30), max_size=3))
+    def begin(self, mix: str, n_ctx: int, n_seq: int, spare: int | None, lengths: list[int]) -> None:
+        self.store, self.n_ctx, self.model = Store(MIXES[mix], n_ctx, n_seq, spare), n_ctx, {}
+        self.files: list[tuple[list[tuple[np.ndarray, list[int]]], list[int]]] = []
+        self.cells = self.store.cells
+        for row, n in enumerate(lengths[:n_seq]):
+            self.new()
+            self.extend(row, n, N_BATCH)
+
+    def pick(self, row: int) -> Sequence:
+        return self.cells.sequences[row % len(self.cells.sequences)]
+
+    def refused(self, action: Any, but: Sequence | None = None) -> Any:
+        """What `action` returns; or None after a PlanError, which may only come when nothing idle is left."""
+        try:
+            return action()
+        except PlanError:
+            assert not [s for s in self.cells.sequences if not s.active and s is not but]
+            return None
+
+    def kept(self, s: Sequence, back: int) -> int:
+        assert self.cells.reach(s, len(s)) == len(s)
+        return self.cells.reach(s, max(0, len(s) - back))
+
+    @precondition(lambda self: not some(self) or len(self.cells.sequences) < self.cells.n_seq or not self.cells.sequences[0].active)
+    @rule()
+    def new(self) -> None:
+        full, idle = len(self.cells.sequences) == self.cells.n_seq, [s for s in self.cells.sequences if not s.active]
+        oldest = min(idle, key=lambda s: s.used, default=None)
+        s = self.refused(self.cells.new)
+        assert (s is None) == (full and not idle)
+        assert oldest is None or (oldest in self.cells.sequences) == (not full)
+        if s is not None:
+            self.model[s] = []
+
+    @precondition(some)
+    @rule(row=ROW, n=st.integers(1, 30), step=st.integers(1, N_BATCH))
+    def extend(self, row: int, n: int, step: int) -> None:
+        s = self.pick(row)
+        for _ in range(n):
+            values = self.refused(lambda: self.store.write(s, min(step, self.n_ctx - len(s))), s)
+            if not values:
+                return
+            self.model[s] += values
+
+    @precondition(some)
+    @rule(row=ROW, n=st.integers(1, N_BATCH))
+    def interrupted_step(self, row: int, n: int) -> None:
+        """Cells are made and written, but the tokens never become part of the sequence."""
+        s = self.pick(row)
+        n = min(n, self.n_ctx - len(s))
+        copies = self.refused(lambda: self.cells.extend(s, n), s)
+        if copies is not None:
+            self.store.copy(copies)
+            for i, array in enumerate(self.store.data):
+                array[self.cells.cells_of(i, s, np.arange(len(s), len(s) + n))] = -7
+
+    @precondition(some)
+    @rule(row=ROW, back=BACK)
+    def fork(self, row: int, back: int) -> None:
+        s = self.pick(row)
+        n = self.kept(s, back)
+        found = self.refused(lambda: self.cells.fork(s, n), s) if n else None
+        if found:
+            self.store.copy(found[1])
+            self.model[found[0]] = self.model[s][:n]
+
+    @precondition(some)
+    @rule(row=ROW, back=BACK)
+    def truncate(self, row: int, back: int) -> None:
+        s = self.pick(row)
+        n = self.kept(s, back)
+        self.cells.truncate(s, n)
+        del self.model[s][n:]
+
+    @precondition(some)
+    @rule(row=ROW, back=BACK)
+    def renew(self, row: int, back: int) -> None:
+        s = self.pick(row)
+        n = self.kept(s, back)
+        heir = self.cells.renew(s, n)
+        assert s not in self.cells.sequences and heir.row == s.row and heir.active
+        self.model[heir] = self.model[s][:n]
+
+    @precondition(some)
+    @rule(row=ROW, active=st.booleans())
+    def rest_or_wake(self, row: int, active: bool) -> None:
+        s = self.pick(row)
+        s.active = active
+        self.cells.touch(s)
+
+    @precondition(lambda self: some(self) and len(self.cells.sequences) > 1)
+    @rule(row=ROW)
+    def drop(self, row: int) -> None:
+        self.cells.drop(self.pick(row))
+
+    @precondition(some)
+    @rule(row=ROW, start=st.integers(0, 39), n=st.integers(1, 39))
+    def shift(self, row: int, start: int, n: int) -> None:
+        s = self.pick(row)
+        start = min(start, len(s))
+        stop = min(start + n, len(s))
+        if not all(g.paged for g in self.cells.groups):
+            with pytest.raises(RequestError, match="bounded past"):
+                self.cells.shift(s, start, stop)
+            return
+        moves = self.refused(lambda: self.cells.shift(s, start, stop), s)
+        if moves is not None:
+            held = [self.store.data[i][source] for i, source, _ in moves]        # all is read before anything is written
+            for (i, _, target), values in zip(moves, held):
+                self.store.data[i][target] = values
+            del self.model[s][start:stop]
+
+    @precondition(some)
+    @rule(row=ROW)
+    def save(self, row: int) -> None:
+        s = self.pick(row)
+        live = [self.cells.live(i, s) for i in range(len(self.cells.groups))]
+        self.files.append(([(at, self.store.read(i, s, at)) for i, at in enumerate(live)], list(self.model[s])))
+
+    @precondition(lambda self: getattr(self, "files", None))
+    @rule(number=st.integers(0, 9))
+    def restore(self, number: int) -> None:
+        live, values = self.files[number % len(self.files)]
+        s = self.refused(lambda: self.cells.restore(values))
+        if s is not None:
+            for i, (at, held) in enumerate(live):
+                self.store.data[i][self.cells.cells_of(i, s, at)] = held
+            self.model[s] = list(values)
+
+    @rule()
+    def recount(self) -> None:
+        before = [sorted(f) for f in self.cells._free], [r.tolist() for r in self.cells._refs]
+        self.cells.recount()
+        assert before == ([sorted(f) for f in self.cells._free], [r.tolist() for r in self.cells._refs])
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "store"):
+            self.store.check(self.model)
+
+
+TestCells = Machine.TestCase
+TestCells.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_lone_sequence_keeps_within_a_pool_that_is_no_whole_number_of_pages() -> None:
+    store = Store((Full(),), n_ctx=10, n_seq=1)
+    assert store.cells.groups[0].n_cells == 10
+    for _ in range(3):
+        s = store.cells.new()
+        store.check({s: store.write(s, 10)})
+        store.cells.drop(s)
+
+
+def test_a_fork_remembers_only_what_was_copied() -> None:
+    """A ring holds more than a window; a fork gets the window, so it cannot go back as far as its parent."""
+    store = Store((Sliding(4),), n_ctx=100, n_seq=2)
+    s = store.cells.new()
+    store.write(s, 20)
+    assert store.cells.reach(s, 18) == 18
+    child, copies = store.cells.fork(s, 20)
+    store.copy(copies)
+    assert store.cells.reach(child, 20) == 20 and store.cells.reach(child, 18) == 0
+    store.write(child, 3)
+    assert store.cells.reach(child, 22) == 22
+
+
+def test_a_fork_shares_pages_until_one_writes() -> None:
+    store = Store((Full(),), n_ctx=40, n_seq=3)
+    cells = store.cells
+    s = cells.new()
+    store.write(s, 10)                                       # 3 pages, the last one half full
+    free = len(cells._free[0])
+    child, copies = cells.fork(s, 10)
+    assert copies == [] and len(cells._free[0]) == free and dict(cells.shared()) == {0: 3}
+    store.write(child, 1)
+    assert len(cells._free[0]) == free - 1 and dict(cells.shared()) == {0: 2}
+    store.write(s, 1)                                        # the half-full page is its own again
+    assert len(cells._free[0]) == free - 1
+
+
+def test_refused_pages_leave_everything_as_it_was() -> None:
+    store = Store((Full(),), n_ctx=16, n_seq=2, spare=0)
+    cells = store.cells
+    a = cells.new()
+    values = store.write(a, 6)
+    b, _ = cells.fork(a, 6)
+    model = {a: values, b: list(values)}
+    with pytest.raises(PlanError, match="no page is left of 4"):
+        cells.extend(b, 10)                                  # a copy of one page and two more, of the two that are free
+    store.check(model)
+    a.active = False
+    model[b] = values + store.write(b, 5) + store.write(b, 5)
+    assert a not in cells.sequences
+    store.check(model)
+
+
+def test_first_seen_is_the_mask_s_lower_bound() -> None:
+    for policy in (Full(), Sliding(1), Sliding(5), Chunked(3)):
+        lo, _ = visible(policy, np.arange(20))
+        assert [first_seen(policy, n) for n in range(20)] == lo.tolist()
