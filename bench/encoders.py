@@ -186,11 +186,12 @@ def _print(name: str, e: Encoder, layers: int, n_threads: int, rounds: int, isa:
 def memory(name: str, e: Encoder, folder: Path, format_name: str, n_threads: int) -> dict[str, Any]:
     """What a first and a second picture add to a loaded model's own memory, at its peak, beside the plan's items for them.
 
-    Planned: the encoder's weights and arena, and the rows of the pictures, which the image cache keeps. `score` is planned / found.
+    Planned: all items for pictures, but of the image cache, which is a bound, the rows that it holds. `score` is planned / found.
     """
     with start("whole", e, folder, format_name, n_threads) as process:
         plan, found = process.ready["plan"], process.call("memory")
-    planned = {i["detail"]: i["nbytes"] for i in plan if i["purpose"] == "encoder"}
+    planned = {i["detail"]: i["nbytes"] for i in plan
+               if i["purpose"] == "encoder" or (i["purpose"] == "images" and not i["detail"].endswith("at most"))}
     before, grown = found["before"]["anon"], {}
     for i, part in enumerate(("first", "second"), 1):
         grown[part] = (found[part]["peak"]["anon"] - before) / (sum(planned.values()) + i * found[part]["rows"])
