@@ -127,6 +127,14 @@ class Rows:
         """n, or the start of the atomic segment that would be cut there."""
         return next((first for first, s in self.media if s.atomic and first < n < first + len(s)), n)
 
+    def atom(self, start: int) -> int:
+        """The number of rows from `start` on that must be one step: those of the atomic segment that begins there, or 1."""
+        return next((len(s) for first, s in self.media if s.atomic and first == start), 1)
+
+    def position(self, n: int) -> int:
+        """The position at which row n stands, or would stand."""
+        return int(self.positions[:, n].max()) if n < len(self) else int(self.next)
+
     def embeddings(self, start: int, stop: int) -> Iterator[tuple[slice, np.ndarray]]:
         """Of rows [start, stop): which are media, counted from `start`, and their embeddings."""
         for first, s in self.media:

@@ -122,9 +122,10 @@ class Cells:
         s.used = self._clock
 
     def drop(self, s: Sequence) -> None:
-        """Forget a sequence; its pages are free unless others share them."""
-        self.truncate(s, 0)
-        self.sequences.remove(s)
+        """Forget a sequence, if it is not forgotten yet; its pages are free unless others share them."""
+        if s in self.sequences:
+            self.truncate(s, 0)
+            self.sequences.remove(s)
 
     def reach(self, s: Sequence, n: int) -> int:
         """How many of the first n tokens of a sequence another one can go on from: n, or 0 where a ring has lost them."""

@@ -114,7 +114,7 @@ class Stream(Iterator[str]):
 
     def begin(self) -> None:
         """Queue the request, if it is not yet."""
-        if not self._begun:
+        if not self._begun and not self._request.finished:
             self._begun = True
             self._scheduler.submit(self._request)
 
@@ -141,7 +141,8 @@ class Model:
         self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
         self._prompts = Prompts(Path(file.path).name, self.n_vocab, lambda: self.tokenizer, lambda: self.template, media, self._scheduler.in_use)
-        self._fed: Cached | None = None                                        # the conversation of `feed`
+        self._fed: Cached | None = None                                        # the conversation of `feed`, and what it holds
+        self._fed_ids: list[int] = []
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
@@ -184,24 +185,29 @@ class Model:
         """Forget all conversations that nobody works on; encoded pictures stay in the image cache."""
         for s in [s for s in self._runner.cells.sequences if not s.active]:
             self._runner.cells.drop(s)
+        self._fed, self._fed_ids = None, []
 
     def feed(self, ids: Sequence[int], n_batch: int | None = None) -> np.ndarray:
         """Append tokens to a conversation of its own, in steps of at most n_batch; returns logits after the last one, [vocab].
 
-        `reset` begins anew. Raises: ContextOverflowError, PlanError when every conversation is in use.
+        A conversation that has gone for others is computed anew. `reset` begins another one.
+        Raises: ContextOverflowError, RequestError, PlanError when every conversation is in use.
         """
-        cells = self._runner.cells
-        if self._fed not in cells.sequences:
-            self._fed = cells.new()
-        s = self._fed
-        check_room(len(s) + len(ids), self.n_ctx)
-        rows = token_rows(ids, s.next, self._axes)
+        if not len(ids):
+            raise RequestError("feed: there are no tokens")
+        cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
+        check_room(len(whole), self.n_ctx)
+        self._fed = None                                                       # what fails or is interrupted is computed anew
+        if s not in cells.sequences:
+            s = cells.new()
+        rows = token_rows(whole[len(s) :], len(s), self._axes)
         try:
             s.active = True
             for start, stop in rows.steps(0, n_batch or self.n_batch):
                 logits = self._runner.step([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
         finally:
             s.active = False
+        self._fed, self._fed_ids = s, whole
         return logits[0]
 
     def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:

@@ -57,7 +57,28 @@ class Runner:
         self.n_steps = 0
 
     def step(self, work: Many[Work]) -> np.ndarray:
-        """Run one step; returns logits of the first n_head wanted rows [l, vocab], valid until the next call."""
+        """Run one step; returns logits of the first n_head wanted rows [l, vocab], valid until the next call.
+
+        A step that fails, or is interrupted, adds nothing to its sequences; those whose cells may be half copied are dropped.
+        """
+        try:
+            self._lay_out(work)
+        except BaseException:                                # Ctrl-C too
+            for part in work:
+                if part.sequence in self.cells.sequences:
+                    self.cells.sequences.remove(part.sequence)
+            self.cells.recount()
+            raise
+        logits = self.head(0, first_step=0)
+        for part in work:
+            part.sequence.next = part.rows.position(part.stop)
+            part.sequence.keys.extend(part.rows.keys[part.start : part.stop])
+            self.cells.touch(part.sequence)
+        self.n_steps += 1
+        return logits
+
+    def _lay_out(self, work: Many[Work]) -> None:
+        """Make cells for a step's rows and fill the program's inputs."""
         flat, m, w, e = self._flat, 0, 0, 0
         for part in work:
             n, s = part.stop - part.start, part.sequence
@@ -85,13 +106,6 @@ class Runner:
                 flat["positions"][at : at + n] = part.rows.positions[axis, part.start : part.stop]
                 at += n
         self._dims = {"m": m, "w": w, "e": e}
-        logits = self.head(0, first_step=0)
-        for part in work:
-            part.sequence.keys.extend(part.rows.keys[part.start : part.stop])
-            part.sequence.next = int(part.rows.next)
-            self.cells.touch(part.sequence)
-        self.n_steps += 1
-        return logits
 
     def head(self, done: int, first_step: int | None = None) -> np.ndarray:
         """Logits of the wanted rows of the last step from number `done` on, n_head at most."""
@@ -116,23 +130,27 @@ class Runner:
     def resume(self, rows: Rows) -> tuple[Sequence, int]:
         """A sequence that has the longest useful beginning of `rows`, active, and the length of that beginning.
 
-        An idle conversation is continued where it is when most of it is used (or there is no other row); else it is forked.
+        An idle conversation is continued where it is when most of it is used, or when it is the one that had to go for a fork.
         Raises: PlanError when all rows are active.
         """
         cells, most = self.cells, len(rows) - 1
         best, kept = None, 0
-        for s in cells.sequences:
+        for s in sorted(cells.sequences, key=lambda s: s.active):
             n = rows.whole(min(common(s.keys, rows.keys), most))
             if n > kept and cells.reach(s, n):
                 best, kept = s, n
         if best is None:
             return cells.new(), 0
-        if not best.active and (2 * kept > len(best) or len(cells.sequences) == cells.n_seq):
-            cells.truncate(best, kept)
-            best.active = True
-            return best, kept
+        idle = [s for s in cells.sequences if not s.active]
+        last = len(cells.sequences) == cells.n_seq and best is min(idle, key=lambda s: s.used, default=None)
+        if not best.active and (2 * kept > len(best) or last):
+            return cells.renew(best, kept), kept
         child, copies = cells.fork(best, kept)
-        self.copy(copies)
+        try:
+            self.copy(copies)
+        except BaseException:                                # Ctrl-C: its ring may be half copied
+            cells.drop(child)
+            raise
         return child, kept
 
 
@@ -147,7 +165,7 @@ def common(a: Many[Hashable], b: Many[Hashable]) -> int:
 class Stops:
     """Holds text back while it may be the beginning of a stop string."""
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Many[str]):
         if any(not isinstance(s, str) or not s for s in stops):
             raise RequestError("stop: must be texts that are not empty")
         self.stops, self.held, self.found = list(stops), "", False
@@ -178,7 +196,7 @@ class Report:
 
     tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop" or "length";
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
-    media: what became of each picture or video.
+    media: what became of each picture or video. sequence: the conversation in the caches, as long as it is there.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -189,6 +207,7 @@ class Report:
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     media: list[MediaInfo] = field(default_factory=list)
+    sequence: Sequence | None = field(default=None, repr=False, compare=False)
 
 
 class Request:
@@ -253,6 +272,7 @@ class Scheduler:
         self.runner, self.n_ctx = runner, n_ctx
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
+        self._stepping = False
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
     def submit(self, request: Request) -> None:
@@ -263,62 +283,86 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Stop working on a request; what it has computed stays as an idle conversation."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        if request in self.active:
-            self._leave(request)
+        """Stop working on a request; what it has computed stays as an idle conversation.
+
+        May come in the middle of a step, when a stream that nobody holds is collected: the step then ends first.
+        """
         request.finished = True
+        if not self._stepping:
+            self._sweep()
 
     def in_use(self) -> frozenset[bytes]:
         """Digests of pictures that conversations in the caches hold."""
         return frozenset().union(*(s.media for s in self.runner.cells.sequences))
 
     def advance(self) -> None:
-        """Run one step for those that are served. Raises what the step raises; its requests have then ended with that error."""
-        cells = self.runner.cells
-        while self.waiting and sum(s.active for s in cells.sequences) < cells.n_seq:
-            self._join(self.waiting.popleft())
-        work = self._compose()
-        served = [r for r, _ in work]
+        """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error."""
+        if self._stepping:
+            raise RequestError("a step is being run: one model must not be used by several threads at once")
+        self._stepping, served = True, []
         try:
-            logits = self.runner.step([w for _, w in work])
-        except BaseException as error:                       # Ctrl-C too
+            self._admit()
+            work = self._compose()
+            served = [r for r, _ in work]
+            if work:
+                self._take(work, self.runner.step([w for _, w in work]))
+        except BaseException as error:                       # Ctrl-C too, wherever it comes
             for request in served:
-                request.error, request.finished = error, True
-                self._leave(request)
+                if not request.finished:
+                    request.error, request.finished = error, True
             raise
+        finally:
+            self._stepping = False
+            self._sweep()
+
+    def _take(self, work: Many[tuple[Request, Work]], logits: np.ndarray) -> None:
+        """Hand out a step's logits: the wanted row of each request that has one, in order."""
         row = 0
         for request, w in work:
             if request.pending is None:
                 request.done = w.stop
-            if len(w.wanted):
+            if len(w.wanted) and not request.finished:
                 before = len(request.report.tokens)
                 try:
                     request.take(logits[row])
                 except Exception as error:                   # of the sampler: this request's own
                     request.error, request.finished = error, True
                 self.stats["generated_tokens"] += len(request.report.tokens) - before
-                row += 1
-            if request.finished:
-                self._leave(request)
+            row += len(w.wanted)
+
+    def _admit(self) -> None:
+        """Give rows to those that wait, as far as there are any; the first one that waits for nobody learns that there are none."""
+        cells = self.runner.cells
+        while self.waiting and (sum(s.active for s in cells.sequences) < cells.n_seq or not self.active):
+            request = self.waiting.popleft()
+            try:
+                self._join(request)
+            except BaseException as error:                   # no row, or Ctrl-C
+                if request.sequence is not None:
+                    request.sequence.active = False
+                request.error, request.finished = error, True
+                if not isinstance(error, Exception):
+                    raise
 
     def _join(self, request: Request) -> None:
         request.started = time.perf_counter()
-        request.sequence, request.done = self.runner.resume(request.rows)
-        request.sequence.media = request.media
-        run = request.report
-        run.n_prompt, run.n_cached = len(request.rows), request.done
-        self.stats["prompt_tokens"] += run.n_prompt
-        self.stats["cached_tokens"] += run.n_cached
         for token in request.rows.ids.tolist():
             if token >= 0:
                 request.sampler.accept(token)
+        request.sequence, request.done = self.runner.resume(request.rows)
+        request.sequence.media = request.media
+        run = request.report
+        run.n_prompt, run.n_cached, run.sequence = len(request.rows), request.done, request.sequence
+        self.stats["prompt_tokens"] += run.n_prompt
+        self.stats["cached_tokens"] += run.n_cached
         self.active.append(request)
 
-    def _leave(self, request: Request) -> None:
-        self.active.remove(request)
-        request.sequence.active = False
+    def _sweep(self) -> None:
+        """Let go of requests that have ended."""
+        for request in [r for r in self.active if r.finished]:
+            request.sequence.active = False
+        self.active = [r for r in self.active if not r.finished]
+        self.waiting = deque(r for r in self.waiting if not r.finished)
 
     def _compose(self) -> list[tuple[Request, Work]]:
         """The rows of the next step."""
@@ -328,31 +372,30 @@ class Scheduler:
                 r.error = ContextOverflowError(f"the context of {self.n_ctx} tokens is full after {len(r.report.tokens)} generated "
                                                "ones; load with a larger n_ctx")
                 r.finished = True
-                self._leave(r)
                 continue
             work.append((r, Work(r.sequence, token_rows([r.pending], r.sequence.next, self.runner.axes), 0, 1, _FIRST)))
         left = self.runner.n_batch - len(work)
-        limit = min(left, BESIDE) if work else left
+        limit, first = min(left, BESIDE) if work else left, True
         for r in [r for r in self.active if r.pending is None]:
-            part = self._slice(r, limit, left)
-            if part is None and all(w.rows is not q.rows for q, w in work):
-                return [(r, self._slice(r, self.runner.n_batch, self.runner.n_batch))]      # a picture with no room beside the others
+            part = self._slice(r, limit, left if first else limit)
             if part is None:
+                if first:                                    # a picture with no room beside the others has a step of its own
+                    return [(r, self._slice(r, 0, self.runner.n_batch))]
                 break
             work.append((r, part))
-            limit, left = limit - (part.stop - part.start), left - (part.stop - part.start)
+            limit, first = limit - (part.stop - part.start), False
             if limit <= 0:
                 break
         return work
 
     def _slice(self, r: Request, limit: int, most: int) -> Work | None:
-        """The next rows of a prompt: at most `limit`, or a picture that must not be cut of at most `most`; None without room."""
+        """The next rows of a prompt: at most `limit`, or one picture that must not be cut of at most `most`; None without room."""
         start = r.done
-        stop = r.rows.cut(start, limit) if limit > 0 else start
+        stop = r.rows.cut(start, limit)
         if stop == start:
-            stop = r.rows.cut(start, most)
-        if stop == start:
-            return None
+            stop = r.rows.cut(start, r.rows.atom(start))
+            if stop - start > most:
+                return None
         wanted = np.array([stop - start - 1], np.int32) if stop == len(r.rows) else _NONE
         return Work(r.sequence, r.rows, start, stop, wanted)
 
