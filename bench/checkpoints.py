@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 
 SHARD = 1 << 28                                                                # numbers in one file of a checkpoint
 THIN: dict[str, Any] = {"num_hidden_layers": 1, "intermediate_size": 256}      # a text model that is there because it must be
+QUESTIONS = ("What is there in the picture?", "And which colour does it have?")
+REPLY = "It shows a small cat that sleeps on a red sofa."
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 
@@ -74,7 +77,7 @@ ENCODERS = {
 
 
 def picture(encoder: Encoder, seed: int = 0) -> np.ndarray:
-    """A smooth random picture, uint8 [h, w, 3]: one that resizing by no factor, or a JPEG, would not be needed for."""
+    """A picture of waves and some noise, uint8 [h, w, 3], of the size that the encoder sees."""
     width, height = encoder.size
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / 64
@@ -83,7 +86,8 @@ def picture(encoder: Encoder, seed: int = 0) -> np.ndarray:
     return np.clip(out + rng.normal(0, 12, out.shape), 0, 255).astype(np.uint8)
 
 
-def write(encoder: Encoder, folder: Path, layers: int, formats: tuple[str, ...], text_layers: int = 0, vocab_size: int = 1024) -> None:
+def write(encoder: Encoder, folder: Path, layers: int, formats: tuple[str, ...], text_layers: int = 0,
+          vocab_size: int = 1024) -> None:
     """Write a random checkpoint to `folder`/hf and the pair `folder`/FORMAT.gguf, mmproj-FORMAT.gguf of each format.
 
     layers: of the encoder. text_layers: of the text model at its true width; 0 makes one thin layer. Files that are there stay.
@@ -153,7 +157,10 @@ TEMPLATE = """{%- for m in messages -%}<|turn|>{{ m['role'] }}
 
 
 def _save_tokenizer(folder: Path, encoder: Encoder) -> dict[str, int]:
-    """A byte-level vocabulary of 257 pieces, <eos>, <|turn|> and the model's own tokens; returns their ids."""
+    """A byte-level vocabulary with the words of the questions, <eos>, <|turn|> and the model's own tokens; returns their ids.
+
+    The words are tokens, as they are in real vocabularies: a question of ten words is about ten rows.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -163,6 +170,8 @@ def _save_tokenizer(folder: Path, encoder: Encoder) -> dict[str, int]:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<eos>", "<|turn|>", *encoder.special.values()]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    words = sorted(set(re.findall(r" ?\w+", " ".join([*QUESTIONS, REPLY]))) | {"user", "assistant"})
+    tokenizer.add_tokens([AddedToken(w, special=False, normalized=False) for w in words])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>",
                             chat_template=TEMPLATE.replace("MARKER", encoder.marker)).save_pretrained(folder)
     return {t: tokenizer.token_to_id(t) for t in special}

@@ -1,7 +1,7 @@
 """One engine with one encoder in a process of its own: `python -m bench.encoder_worker ENGINE FOLDER FORMAT PICTURE.npy -t N`.
 
-Requests are those of `bench.worker`: lines of JSON in, lines of JSON out. An encoding is timed from the processed picture (patches,
-pixel values) to the rows for the decoder, in each engine by its own entry point for that; what a processor does is not in it.
+Lines of JSON come in and go out, as with `bench.worker`. An encoding is timed from the processed picture (patches, pixel values)
+to the rows for the decoder, in each engine by its own entry point for that; what a processor does is not in it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.checkpoints import QUESTIONS, REPLY
 from bench.worker import own_stdout, serve
-
-QUESTIONS = ("What is it?", "And its colour?")
-REPLY = "A picture of a cat."
 
 
 def load(folder: Path, format_name: str, n_threads: int, n_ctx: int) -> Any:

@@ -1,4 +1,4 @@
-"""Whole image encoders of true size through the models' own graphs: speed beside other engines, memory beside the plan, two turns.
+"""Whole image encoders of true size by the models' own graphs: speed beside other engines, memory beside the plan, two turns.
 
 Weights are random and the same for all engines (bench/checkpoints.py). Each engine is a process of its own; in every round the
 limits and each engine are measured once, in an order that turns around from round to round.
@@ -28,7 +28,8 @@ MIB = 1 << 20
 
 
 def run(names: Sequence[str], n_threads: int, layers: int | None, rounds: int, peers: Sequence[str], formats: Sequence[str],
-        measure: Sequence[str], text_layers: int | None, files: Path | None, known: Mapping[str, Encoder] = ENCODERS) -> dict[str, Any]:
+        measure: Sequence[str], text_layers: int | None, files: Path | None,
+        known: Mapping[str, Encoder] = ENCODERS) -> dict[str, Any]:
     """Measure `speed`, `memory` and `turns` of encoders by name. `layers`: fewer than all, to save time; `files`: kept there."""
     found: dict[str, Any] = {"suite": "vision", "results": [], "limits": [], "encoders": {}}
     with _folder(files) as base:
@@ -36,7 +37,7 @@ def run(names: Sequence[str], n_threads: int, layers: int | None, rounds: int, p
             e = known[name]
             n = layers or e.depth
             if n % e.period or n > e.depth:
-                raise SystemExit(f"bench: {name} has {e.depth} layers, alike with a period of {e.period}: --layers must be a multiple")
+                raise SystemExit(f"bench: {name} has {e.depth} layers with a period of {e.period}: --layers must be a multiple")
             facts = found["encoders"][name] = {"layers": n, "of": e.depth, "size": e.size}
             if {"speed", "memory"} & set(measure):
                 folder = _write(base / f"{name}-{n}", e, n, formats, 0)
@@ -71,7 +72,8 @@ def _write(folder: Path, e: Encoder, layers: int, formats: Sequence[str], text_l
 
 def start(engine: str, e: Encoder, folder: Path, format_name: str, n_threads: int) -> Process:
     """A worker with one engine and one of the folder's files."""
-    return Process(engine, "bench.encoder_worker", engine, folder, format_name, folder / "picture.npy", "-t", n_threads, "--ctx", e.n_ctx)
+    picture = folder / "picture.npy"
+    return Process(engine, "bench.encoder_worker", engine, folder, format_name, picture, "-t", n_threads, "--ctx", e.n_ctx)
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------------
@@ -144,8 +146,8 @@ def _judged(name: str, e: Encoder, layers: int, samples: Mapping[tuple[str, str]
         for (other, g), theirs in samples.items() if engine == OURS else ():
             if other == "torch" or (other == LLAMA and g == f):
                 ratios = {kind: [b / a for a, b in zip(ours[kind], theirs[kind])] for kind in ours}
-                out.append({"name": f"{name} {f} / {other}{' ' + g if other == 'torch' else ''}", "score": summary(ratios["seconds"]),
-                            "cpu_ratio": summary(ratios["cpu"])})
+                out.append({"name": f"{name} {f} / {other}{' ' + g if other == 'torch' else ''}",
+                            "score": summary(ratios["seconds"]), "cpu_ratio": summary(ratios["cpu"])})
     return out
 
 
@@ -162,8 +164,8 @@ def _print(name: str, e: Encoder, layers: int, n_threads: int, rounds: int, isa:
            results: Sequence[Mapping[str, Any]], tables: Mapping[str, Mapping[str, float]],
            operations: Mapping[str, Mapping[str, float]]) -> None:
     scaled = f"; 's a picture' is scaled to {e.depth}" if layers < e.depth else ""
-    print(f"\n{name}, {e.size[0]} x {e.size[1]}: {layers} of {e.depth} layers{scaled}; {isa}, {n_threads} threads, {rounds} rounds: "
-          f"int8 {best['int8'] / 1e9:.0f} GOP/s, fp32 {best['fp32'] / 1e9:.0f} GOP/s\n"
+    print(f"\n{name}, {e.size[0]} x {e.size[1]}: {layers} of {e.depth} layers{scaled}; {isa}, {n_threads} threads, "
+          f"{rounds} rounds: int8 {best['int8'] / 1e9:.0f} GOP/s, fp32 {best['fp32'] / 1e9:.0f} GOP/s\n"
           f"{'':20}{'share':>14} {'of CPU time':>12} {'s a run':>9} {'s a picture':>12}  relative RMS")
     for r in results:
         score, label = r["score"], r["name"].removeprefix(name + " ").removesuffix(" share of the peaks")
@@ -197,9 +199,10 @@ def memory(name: str, e: Encoder, folder: Path, format_name: str, n_threads: int
         grown[part] = (found[part]["peak"]["anon"] - before) / (sum(planned.values()) + i * found[part]["rows"])
     print(f"\n{name} {format_name}: planned " + ", ".join(f"{detail} {n / MIB:.1f} MiB" for detail, n in planned.items()))
     for part, ratio in grown.items():
-        peak, after = ({k: (found[part][when][k] - found["before"][k]) / MIB for k in ("anon", "file")} for when in ("peak", "after"))
-        print(f"  {part:7} picture: own memory +{peak['anon']:.1f} MiB at the peak ({ratio - 1:+.2%} of the plan), +{after['anon']:.1f} "
-              f"after; pages of files +{peak['file']:.1f} at the peak, +{after['file']:.1f} after")
+        peak, after = ({k: (found[part][when][k] - found["before"][k]) / MIB for k in ("anon", "file")}
+                       for when in ("peak", "after"))
+        print(f"  {part:7} picture: own memory +{peak['anon']:.1f} MiB at the peak ({ratio - 1:+.2%} of the plan), "
+              f"+{after['anon']:.1f} after; pages of files +{peak['file']:.1f} at the peak, +{after['file']:.1f} after")
     return {"name": f"{name} {format_name} planned / resident", "score": summary([1 / v for v in grown.values()]), "plan": plan,
             "found": found, "correct": all(abs(v - 1) <= 0.03 for v in grown.values())}
 
@@ -216,7 +219,8 @@ def turns(name: str, e: Encoder, folder: Path, format_name: str, depth: int, n_t
     score = summary([a["seconds"] / b["seconds"] for a, b in zip(first, second)])
     a, b = (float(np.median([f["seconds"] for f in part])) for part in (first, second))
     encode = float(np.median([f["encode_seconds"] for f in first]))
-    print(f"\n{name} {format_name}, {depth} of {e.text['num_hidden_layers']} layers of text: first token after {a:.2f} s (encoder {encode:.2f} s, "
-          f"prompt of {first[0]['n_prompt']}), then after {b:.3f} s ({second[0]['n_prompt'] - second[0]['n_cached']} new tokens): "
+    new = second[0]["n_prompt"] - second[0]["n_cached"]
+    print(f"\n{name} {format_name}, {depth} of {e.text['num_hidden_layers']} layers of text: first token after {a:.2f} s (encoder "
+          f"{encode:.2f} s, prompt of {first[0]['n_prompt']}), then after {b:.3f} s ({new} new tokens): "
           f"{score['median']:.1f} x +-{score['spread']:.1%}")
     return {"name": f"{name} {format_name} first turn / second turn", "score": score, "text_layers": depth, "turns": found}
