@@ -76,7 +76,7 @@ class MemoryPlan:
 
     available   bytes that each device used could give when the plan was made
     picture     most soft tokens of one run of the encoder: 0 without one
-    max_ctx     largest context, up to the trained one, that fits with all else as it is; None if none does
+    max_ctx     largest context, up to the trained one, that fits with all else as it is, the largest picture too; None if none does
     max_seq     conversations that fit so, at most `seq_limit`, which is as far as was looked
     rooms       all devices of the machine and what they could hold
     notes       what was chosen because it was not given, and why
@@ -145,7 +145,7 @@ class MemoryPlan:
 
     def _what_fits(self) -> Iterator[str]:
         if self.max_ctx is not None:
-            yield f"largest context that fits: {self.max_ctx}"
+            yield f"largest context that fits: {self.max_ctx}" + (f", with pictures of up to {self.picture} soft tokens" if self.picture else "")
         if self.max_seq:
             yield f"conversations that fit: {self.max_seq}" + (" or more" if self.max_seq == self.seq_limit else "")
         for room in self.rooms:

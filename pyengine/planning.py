@@ -429,10 +429,10 @@ def _largest(total: Callable[[int], int], low: int, high: int, room: int) -> int
     return low
 
 
-def lay_out_model(files: Files, want: Settings) -> Planned:
-    """Build, lay out and count a model; without `n_ctx`, the training context or the largest that fits."""
+def lay_out_model(files: Files, want: Settings, machine: hardware.Hardware | None = None) -> Planned:
+    """Build, lay out and count a model for this machine; without `n_ctx`, the training context or the largest that fits."""
+    machine = machine or hardware.detect()
     with _uncollected():
-        machine = hardware.detect()
         count = _Count(files, want, machine)
         planned = count.planned()
         if want.n_ctx is not None:
@@ -441,30 +441,36 @@ def lay_out_model(files: Files, want: Settings) -> Planned:
         if not planned.plan.fits:
             note = f"context: as trained, {count.trained} positions; no context of a whole step fits"
             if planned.plan.max_ctx:
-                planned = _Count(files, replace(want, n_ctx=planned.plan.max_ctx), machine).planned()
-                note = f"context: {planned.plan.n_ctx} of the {count.trained} trained positions is the largest that fits"
+                planned = _Count(files, replace(want, n_ctx=_rounded(planned.plan.max_ctx)), machine).planned()
+                note = f"context: {planned.plan.n_ctx} of the {count.trained} trained positions are what fits"
         return replace(planned, plan=replace(planned.plan, notes=(note, *planned.plan.notes)))
+
+
+def _rounded(n_ctx: int) -> int:
+    """A context that people would choose: whole multiples of 256 from 512 on."""
+    return n_ctx // 256 * 256 if n_ctx >= 512 else n_ctx
 
 
 def alternatives(files: Files, want: Settings, refused: MemoryPlan) -> list[Alternative]:
     """The three nearest settings that fit, each of them planned: one change first, then a smaller context with others."""
     found: list[Alternative] = []
+    machine = hardware.detect()
 
     def fits(**changes: Any) -> bool:
         """Plan with these changes; note it if it fits."""
         try:
-            plan_ = lay_out_model(files, replace(want, **{"n_ctx": refused.n_ctx, **changes})).plan
+            plan_ = lay_out_model(files, replace(want, **{"n_ctx": refused.n_ctx, **changes}), machine).plan
         except UnsupportedModelError:                        # a format of the cache that does not suit its heads
             return False
         if plan_.fits:
             found.append(Alternative(changes, plan_.total))
         elif plan_.max_ctx and "n_ctx" not in changes and changes:
-            smaller.append({**changes, "n_ctx": plan_.max_ctx})
+            smaller.append({**changes, "n_ctx": _rounded(plan_.max_ctx)})
         return plan_.fits
 
     smaller: list[dict[str, Any]] = []
     if refused.max_ctx:
-        fits(n_ctx=refused.max_ctx)
+        fits(n_ctx=_rounded(refused.max_ctx))
     for name in ("q8_0", "q4_0"):
         if name in KV_DTYPES and kv_bytes(name) < kv_bytes(want.kv_dtype) and fits(kv_dtype=name):
             break
@@ -495,11 +501,15 @@ def refusal(files: Files, want: Settings, plan_: MemoryPlan) -> PlanError:
 
 
 def plan(model: str | Path, n_ctx: int | None = None, device: str = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
-         n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None) -> MemoryPlan:
+         n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
+         nearest: bool = False) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
+    nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
     want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device)
     want.check()
-    return lay_out_model(open_files(model, mmproj), want).plan
+    files = open_files(model, mmproj)
+    found = lay_out_model(files, want).plan
+    return replace(found, alternatives=tuple(alternatives(files, want, found))) if nearest and not found.fits else found

@@ -144,22 +144,34 @@ def run(
 def plan(
     model: ModelName,
     ctx: Context = None,
+    seq: Annotated[int, Option("--seq", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
+    picture: Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", help="Largest picture; default: what the processor "
+                                          "allows.")] = None,
+    pictures: Annotated[int | None, Option("--pictures", min=0, help="Pictures that are kept encoded; 0: no encoder.")] = None,
     threads: Threads = None,
     mmproj: Mmproj = None,
+    explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
+    png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
 ) -> None:
     """Say what a model will take, per device and purpose, without loading it."""
-    from pyengine import engine
-    from pyengine.cli import screen
+    from pyengine import planning
+    from pyengine.cli import planned as shown, screen
 
-    found = engine.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj)
+    images = shown.parse_size(picture, pictures)
+    found = planning.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
+                          nearest=True)
+    if png is not None:
+        shown.draw(found, png)
     if json:
         screen.show_json(found.to_json())
-    else:
-        screen.show(found.table())
-        screen.show("  fits" if found.fits else "  does not fit: a smaller --ctx, or --kv-dtype q8_0, takes less")
+        return
+    if explain:
+        screen.show(found.explain() + "\n")
+    screen.show(found.table())
+    screen.show(shown.verdict(found))
 
 
 @commands.command()
