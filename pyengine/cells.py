@@ -239,7 +239,11 @@ class Cells:
 
     def live(self, number: int, s: Sequence) -> np.ndarray:
         """Numbers of the tokens of a sequence that a group's cells hold and later tokens may see."""
-        return np.arange(first_seen(self.groups[number].policy, len(s)), len(s))
+        return self.seen(number, len(s))
+
+    def seen(self, number: int, n: int) -> np.ndarray:
+        """Numbers of those of n tokens that tokens behind them may see in a group."""
+        return np.arange(first_seen(self.groups[number].policy, n), n)
 
     def _lacking(self, i: int, s: Sequence, n: int) -> list[int]:
         """Blocks of a sequence that need a page of its own before n more tokens are written."""

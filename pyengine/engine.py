@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyengine import sessions
 from pyengine.batch import MediaSegment, Rows, lay_out_rows
 from pyengine.cells import Sequence as Cached
 from pyengine.codebooks import ensure_codebooks
 from pyengine.errors import RequestError, UnsupportedModelError
-from pyengine.gguf import GGUFFile
 from pyengine.media import MediaEncoder
 from pyengine.memory import MemoryPlan
-from pyengine.planning import N_BATCH, Built, Settings, lay_out_model, open_files, plan, refusal
+from pyengine.planning import N_BATCH, Built, Files, Settings, lay_out_model, open_files, plan, refusal
 from pyengine.prompt import Prompt, Prompts
 from pyengine.sampling import Sampler, SamplingParams
 from pyengine.schedule import Report, Request, Runner, Scheduler, Stops, Work, check_room, token_rows
@@ -55,7 +55,7 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: str = "aut
         raise refusal(files, want, planned.plan)
     ensure_codebooks(t.dtype for file in (files.model, files.mmproj) if file for t in file.tensors.values())
     media = MediaEncoder(planned.built.vision, planned.encoder, planned.image_cache, progress) if planned.encoder else None
-    return Model(files.model, planned.built, planned.step.load(progress), media, planned.plan)
+    return Model(files, planned.built, planned.step.load(progress), media, planned.plan)
 
 
 class Answer(str):
@@ -133,16 +133,18 @@ class Stream(Iterator[str]):
 class Model:
     """A loaded model with the caches of `n_seq` conversations. Made by `load`; not for several threads at once."""
 
-    def __init__(self, file: GGUFFile, built: Built, program: Any, media: MediaEncoder | None, plan_: MemoryPlan):
-        self.file, self.plan, self.program, self.media = file, plan_, program, media
+    def __init__(self, files: Files, built: Built, program: Any, media: MediaEncoder | None, plan_: MemoryPlan):
+        self.file, self.plan, self.program, self.media = files.model, plan_, program, media
         self.config = built.arch.config
         self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = built.n_ctx, built.n_batch, built.n_seq, self.config.vocab_size
         self._axes = built.arch.position_axes
         self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
-        self._prompts = Prompts(Path(file.path).name, self.n_vocab, lambda: self.tokenizer, lambda: self.template, media, self._scheduler.in_use)
+        self._prompts = Prompts(files.name, self.n_vocab, lambda: self.tokenizer, lambda: self.template, media, self._scheduler.in_use)
         self._fed: Cached | None = None                                        # the conversation of `feed`, and what it holds
         self._fed_ids: list[int] = []
+        self._files, self._ropes, self._formats = files, built.arch.ropes(), tuple(d.id for d in built.kv_dtypes)
+        self._fingerprint = b""
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
@@ -238,6 +240,33 @@ class Model:
                     logits = self._runner.head(done) if done < len(wanted) else logits[:0]
         finally:
             self._runner.cells.drop(s)
+
+    # -- conversations in files ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, answer: Answer | Stream | None = None) -> int:
+        """Write a conversation's part of the caches to a file: the one that `answer` belongs to, or else the one used last.
+
+        Returns the file's bytes. Raises: SessionError, RequestError where the conversation is no longer in the caches.
+        """
+        held = self._runner.cells.sequences
+        s = answer.report.sequence if answer is not None else max(held, key=lambda s: s.used, default=None)
+        if s not in held:
+            raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
+        return sessions.save(path, self._runner, s, self._identity(), self._formats)
+
+    def restore(self, path: str | Path) -> int:
+        """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
+
+        Raises: SessionError for a file that is damaged, or of another model or kv_dtype; ContextOverflowError; PlanError when
+        no cells are free.
+        """
+        return len(sessions.restore(path, self._runner, self._identity(), self._formats, self.n_vocab, self.n_ctx))
+
+    def _identity(self) -> bytes:
+        if not self._fingerprint:
+            tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
+            self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
+        return self._fingerprint
 
     # -- generation ---------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,10 @@ class ContextOverflowError(PyEngineError):
     """A prompt, or a prompt and its continuation, needs more positions than the context has."""
 
 
+class SessionError(PyEngineError):
+    """A saved conversation cannot be written or read: the file is damaged, or of another model, version or cache format."""
+
+
 class TemplateError(PyEngineError):
     """A chat template is malformed, or refuses the messages that it was given."""
 

@@ -18,7 +18,7 @@ LAYERS = {
     "nn": 3, "kvcache": 3, "cells": 3, "batch": 3, "tokenizer": 3, "template": 3, "sampling": 3, "memory": 3,
     "image": 3, "grounding": 3,
     "models": 4,
-    "media": 5, "prompt": 5, "schedule": 5, "planning": 5, "engine": 5,
+    "media": 5, "prompt": 5, "schedule": 5, "sessions": 5, "planning": 5, "engine": 5,
     "perplexity": 6, "cli": 6,
 }
 MODELS_MAY_IMPORT = {"ops", "nn", "kvcache", "batch", "weights", "hparams", "tensor", "graph", "errors", "models", "image"}

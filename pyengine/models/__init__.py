@@ -10,6 +10,7 @@ from pyengine.batch import Batch
 from pyengine.errors import UnsupportedModelError
 from pyengine.hparams import Hparams
 from pyengine.kvcache import LayerCache, Policy
+from pyengine.nn import Rope
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
 
@@ -20,6 +21,7 @@ class Architecture:
     config           has n_layers, d_model, n_kv_heads, head_dim, vocab_size
     position_axes    rows of `batch.positions` (3 with M-RoPE)
     Vision           the media encoder's class, or None
+    rope             the rotary embedding of queries and keys
 
     A `Vision` is made by `Vision(h, v, w, n_ctx, token)`: keys of the text model, keys "clip.*", weights "v.*" and "mm.*", the
     context's size, and a function that gives the id of a special token's text. It has
@@ -36,6 +38,7 @@ class Architecture:
     config: Any
     position_axes: ClassVar[int] = 1
     Vision: ClassVar[Any] = None
+    rope: Rope
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
         raise NotImplementedError
@@ -43,6 +46,10 @@ class Architecture:
     def cache_policies(self) -> list[Policy]:
         """What each layer's attention needs."""
         raise NotImplementedError
+
+    def ropes(self) -> list[Rope]:
+        """The rotary embedding of each layer's keys: they can be turned on by further positions."""
+        return [self.rope] * self.config.n_layers
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """The graph of one step: logits [l, vocab] and hidden states of the wanted rows [w, d_model]."""

@@ -363,12 +363,16 @@ class Model(Architecture):
         """What each layer's attention needs."""
         return [Sliding(self.config.window) if slides else Full() for slides in self.config.sliding]
 
+    def ropes(self) -> list[Rope]:
+        """The rotary embedding of each layer's keys."""
+        return [self.rope_local if slides else self.rope for slides in self.config.sliding]
+
     def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
         c = self.config
         x = self.embed(batch.ids, batch.media)                                                # [m, D]
-        ropes = {slides: (r, r.table(batch.positions)) for slides, r in ((True, self.rope_local), (False, self.rope))}
+        angles = {slides: (r, r.table(batch.positions)) for slides, r in ((True, self.rope_local), (False, self.rope))}
         for i, block in enumerate(self.blocks):
-            x = block(x, batch, *ropes[c.sliding[i]], caches[i], last=i == c.n_layers - 1)
+            x = block(x, batch, *angles[c.sliding[i]], caches[i], last=i == c.n_layers - 1)
         logits = self.head(self.norm(batch.select_head(x)))
         return ops.softcap(logits, cap=c.final_softcap) if c.final_softcap else logits, x
