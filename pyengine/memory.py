@@ -37,7 +37,8 @@ class PlanItem:
         return cls(device, purpose, detail, sum(n for _, n in parts), layer, parts=tuple(parts))
 
     @classmethod
-    def product(cls, device: str, purpose: str, detail: str, factors: Sequence[tuple[str, int]], layer: int | None = None) -> PlanItem:
+    def product(cls, device: str, purpose: str, detail: str, factors: Sequence[tuple[str, int]],
+                layer: int | None = None) -> PlanItem:
         """An item that is the product of its factors."""
         return cls(device, purpose, detail, prod(n for _, n in factors), layer, factors=tuple(factors))
 
@@ -131,27 +132,28 @@ class MemoryPlan:
         groups: dict[tuple[str, str, str], list[PlanItem]] = {}
         for i in self.items:
             groups.setdefault((i.device, i.purpose, i.detail), []).append(i)
-        return [(device, purpose, sum(i.nbytes for i in same), detail + (f" ({len(same)} layers)" if same[0].layer is not None else ""))
-                for (device, purpose, detail), same in groups.items()]
+        return [(*where, sum(i.nbytes for i in same), detail + (f" ({len(same)} layers)" if same[0].layer is not None else ""))
+                for (*where, detail), same in groups.items()]
 
     def table(self) -> str:
         """The plan as text: one line a purpose, then what fits and where."""
         times = f" x {self.n_seq} conversations" if self.n_seq > 1 else ""
         lines = [f"{self.model}: context {self.n_ctx}{times}, batch {self.n_batch}, kv {self.kv_dtype}"]
-        lines += [f"  {device:6} {purpose:8} {nbytes / MIB:10.1f} MiB  {detail}" for device, purpose, nbytes, detail in self.lines()]
+        lines += [f"  {device:6} {purpose:8} {n / MIB:10.1f} MiB  {detail}" for device, purpose, n, detail in self.lines()]
         free = ", ".join(f"{n / MIB:.0f} MiB free on {d}" for d, n in self.available.items())
         lines.append(f"  total           {self.total / MIB:10.1f} MiB  of {free}")
         return "\n".join([*lines, *(f"  {line}" for line in self._what_fits()), *(f"  {note}" for note in self.notes)])
 
     def _what_fits(self) -> Iterator[str]:
         if self.max_ctx is not None:
-            yield f"largest context that fits: {self.max_ctx}" + (f", with pictures of up to {self.picture} soft tokens" if self.picture else "")
+            pictures = f", with pictures of up to {self.picture} soft tokens" if self.picture else ""
+            yield f"largest context that fits: {self.max_ctx}{pictures}"
         if self.max_seq:
             yield f"conversations that fit: {self.max_seq}" + (" or more" if self.max_seq == self.seq_limit else "")
         for room in self.rooms:
             holds = "all of it" if room.whole else f"{room.n_layers} of {self.n_layers} layers"
             if room.device not in self.available:
-                yield f"{room.device} ({room.name}, {room.free / MIB:.0f} MiB free) could hold {holds}; models run on the CPU only as yet"
+                yield f"{room.device} ({room.name}, {room.free / MIB:.0f} MiB free) could hold {holds}"
 
     def explain(self) -> str:
         """The arithmetic, term by term: each item's parts or factors, then the sum of the items."""
@@ -167,6 +169,15 @@ class MemoryPlan:
             else:
                 lines.append(f"{where}: {i.nbytes}")
         for device in self.devices:
-            lines += [f"{device}, all bytes that are taken:", *(f"{n:>16}  {purpose}, {detail}" for d, purpose, n, detail in self.lines()
-                                                                if d == device and purpose != "mapped"), f"{self.on(device):>16}  = sum"]
+            taken = [(n, f"{purpose}, {detail}") for d, purpose, n, detail in self.lines() if d == device and purpose != "mapped"]
+            lines += [f"{device}, all bytes that are taken:", *(f"{n:>16}  {what}" for n, what in taken)]
+            lines.append(f"{self.on(device):>16}  = sum")
         return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """Whether it fits, and what would if that was looked for."""
+        if self.fits:
+            return "  fits"
+        if not self.alternatives:
+            return "  does not fit; nothing near does: take a smaller model, or a file with fewer bits a weight"
+        return "\n".join(["  does not fit; these would:", *(f"    {a}" for a in self.alternatives)])

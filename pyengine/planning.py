@@ -40,14 +40,14 @@ N_BATCH = 512                        # rows of one step
 N_SEQ_LIMIT = 64                     # how far it is looked for conversations that fit
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
-PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 32
+PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 64
 LEAST_PICTURE = 256                  # soft tokens: pictures are not planned smaller than this unless they are told to be
 
 # The process itself, measured as resident memory on x86-64 Linux, CPython 3.11 (tests/test_plan.py holds these to RSS):
 PROCESS_BYTES = 44 * MIB             # interpreter, NumPy, kernels, the graph as objects
 TOKEN_BYTES = 64                     # per token of the vocabulary, for the tokenizer
 PIXEL_COPIES = 3                     # of a picture in bytes while its patches are made: decoded, resized, cut
-PICTURE_BYTES = 12 * MIB             # Pillow, and what it keeps
+PICTURE_BYTES = 8 * MIB              # Pillow, and what it keeps
 
 
 @dataclass
@@ -95,7 +95,8 @@ def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
     mmproj = mmproj or found
     files = Files(GGUFFile(path), GGUFFile(mmproj) if mmproj else None)
     if files.mmproj and files.mmproj.metadata.need("general.architecture", str) != "clip":
-        raise InvalidModelError(f"{mmproj}: general.architecture is {files.mmproj.metadata['general.architecture']!r}; a projector file has 'clip'")
+        raise InvalidModelError(f"{mmproj}: general.architecture is {files.mmproj.metadata['general.architecture']!r}; "
+                                "a projector file has 'clip'")
     return files
 
 
@@ -139,7 +140,8 @@ def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1,
     k_dtype, v_dtype = kv_dtypes(kv_dtype)
     for dtype in (k_dtype, v_dtype):
         if c.head_dim % dtype.block:
-            raise UnsupportedModelError(f"kv_dtype={kv_dtype}: blocks of {dtype.block} do not divide a head of {c.head_dim}; use f16")
+            raise UnsupportedModelError(f"kv_dtype={kv_dtype}: blocks of {dtype.block} do not divide a head of {c.head_dim}; "
+                                        "use f16")
     g = Graph()
     m, w, l = Dim("m", n_batch), Dim("w", n_batch), Dim("l", n_head)
     media = g.input("media", (Dim("e", n_batch), c.d_model)) if vision else None
@@ -218,10 +220,11 @@ class Settings:
     def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
         """(width and height, number of pictures), each None where it is not given."""
         asked = self.images
-        numbers = (asked,) if isinstance(asked, int) else tuple(asked) if isinstance(asked, (tuple, list)) else None
         if asked is None:
             return None, None
-        if numbers is None or not all(isinstance(n, int) for n in numbers) or not 1 <= len(numbers) <= 3 or min(numbers) < (len(numbers) > 1):
+        numbers = (asked,) if isinstance(asked, int) else tuple(asked) if isinstance(asked, (tuple, list)) else ()
+        whole = all(isinstance(n, int) for n in numbers) and 1 <= len(numbers) <= 3
+        if not whole or min(numbers) < (len(numbers) > 1):                       # 0 is no size, but a number of pictures
             raise RequestError(f"images={asked!r}: give (width, height) of the largest picture, the number of pictures to keep, or "
                                "(width, height, number)")
         return (numbers[:2] if len(numbers) > 1 else None), (numbers[-1] if len(numbers) != 2 else None)
@@ -240,7 +243,7 @@ class Planned:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector still: a graph is 50,000 objects that all live, and walking them again and again doubles the time."""
+    """Keep the garbage collector still: a graph is 50,000 objects that all live, and walking them again doubles the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -262,8 +265,8 @@ class _Count:
         self.built = build(files, self.n_ctx, want.n_batch, want.kv_dtype, want.n_seq, pictures=self.n_pictures != 0)
         self.step = backend("cpu", n_threads=want.n_threads).prepare(self.built.outputs)
         self.notes: list[str] = []
-        self.items = [*self._weights(self.step, "weights", "layers", "embedding, head and norms"), *self._kv(), self._arena(), self._sampler(),
-                      *self._overhead()]
+        self.items = [*self._weights(self.step, "weights", "layers", "embedding, head and norms"), *self._kv(), self._arena(),
+                      self._sampler(), *self._overhead()]
         self.encoder, self.image_cache = None, 0
         if self.built.vision:
             self.encoder = self._encoder()
@@ -306,11 +309,13 @@ class _Count:
 
     def _overhead(self) -> list[PlanItem]:
         opened = [f for f in (self.files.model, self.files.mmproj) if f]
-        headers = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0)) for f in opened for i, path in enumerate(f.paths)]
-        n_tokens = self.files.model.metadata.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in self.files.model.metadata else 0
-        parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES),
-                 *([("Pillow", PICTURE_BYTES)] if self.built.vision else [])]
-        return [PlanItem.sum("cpu", "overhead", "the process itself", parts), PlanItem.sum("cpu", "mapped", "headers of files", headers)]
+        headers = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0))
+                   for f in opened for i, path in enumerate(f.paths)]
+        meta = self.files.model.metadata
+        n_tokens = meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0
+        parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES)]
+        return [PlanItem.sum("cpu", "overhead", "the process itself", parts),
+                PlanItem.sum("cpu", "mapped", "headers of files", headers)]
 
     def _encoder(self) -> Any:
         """The encoder laid out for the largest picture that is asked for, or that takes its share of the memory."""
@@ -327,8 +332,8 @@ class _Count:
             vision.max_rows = max(LEAST_PICTURE, min(vision.max_rows - 64, fits))
             encoder = prepare(encoder_graph(vision))
         if vision.max_rows < most:
-            self.notes.append(f"pictures of up to {vision.max_rows} soft tokens: the processor allows {most}, which would take more than "
-                              f"1/{1 / PICTURE_SHARE:.0f} of the memory; images=(width, height) sets another size")
+            self.notes.append(f"pictures of up to {vision.max_rows} soft tokens: the processor allows {most}, which would take "
+                              f"more than 1/{1 / PICTURE_SHARE:.0f} of the memory; images=(width, height) sets another size")
         return encoder
 
     def _cache_bytes(self, n_ctx: int) -> int:
@@ -340,12 +345,16 @@ class _Count:
 
     def _pictures(self) -> list[PlanItem]:
         rows, e = self.built.vision.max_rows, self.encoder
-        inputs = [(f"{n.name} {list(map(axis_max, n.outputs[0].shape))}", n.outputs[0].nbytes_max) for n in e.layout.leaves if n.kind == "input"]
+        inputs = [(f"{n.name} {list(map(axis_max, n.outputs[0].shape))}", n.outputs[0].nbytes_max)
+                  for n in e.layout.leaves if n.kind == "input"]
         pixels = sum(n for name, n in inputs if name.startswith("patches")) // 4
-        return [*self._weights(e, "encoder", "weights of layers, from the first picture on", "weights of patches, norms and projector"),
+        host = [*inputs, *[("pixels", pixels)] * PIXEL_COPIES]
+        layers, rest = "weights of layers, from the first picture on", "weights of patches, norms and projector"
+        return [*self._weights(e, "encoder", layers, rest),
                 PlanItem.sum("cpu", "encoder", f"arena, pictures of up to {rows} soft tokens", e.layout.busiest()),
+                PlanItem.sum("cpu", "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)]),
                 PlanItem("cpu", "images", "encoded pictures that are kept, at most", self.image_cache),
-                PlanItem.sum("cpu", "images", "a picture's patches and pixels, while it is processed", [*inputs, *[("pixels", pixels)] * PIXEL_COPIES])]
+                PlanItem.sum("cpu", "images", "a picture's patches and pixels, while it is processed", host)]
 
     # -- other numbers ------------------------------------------------------------------------------------------------
 
@@ -496,8 +505,8 @@ def kv_bytes(name: str) -> float:
 def refusal(files: Files, want: Settings, plan_: MemoryPlan) -> PlanError:
     """The error for a plan that does not fit: its table, and what would."""
     near = alternatives(files, want, plan_)
-    says = "\n".join(f"  {a}" for a in near) if near else "  nothing that is near: a smaller model, or a file with fewer bits a weight, may"
-    return PlanError(f"{files.name} does not fit\n{plan_.table()}\nThese would fit:\n{says}", replace(plan_, alternatives=tuple(near)))
+    plan_ = replace(plan_, alternatives=tuple(near))
+    return PlanError(f"{files.name} does not fit\n{plan_.table()}\n{plan_.verdict()}", plan_)
 
 
 def plan(model: str | Path, n_ctx: int | None = None, device: str = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,

@@ -84,7 +84,8 @@ def siglip(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
             "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16,
             "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": d_model, "clip.use_gelu": True}
     tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.patch_embd.bias", (width,), "F32"),
-                             ("v.position_embd.weight", (side * side, width), "F16"), ("mm.input_projection.weight", (width, d_model), "F16"),
+                             ("v.position_embd.weight", (side * side, width), "F16"),
+                             ("mm.input_projection.weight", (width, d_model), "F16"),
                              ("mm.soft_emb_norm.weight", (width,), "F32"), *_both("v.post_ln", width)]
     for i in range(n_layers):
         at = f"v.blk.{i}."
@@ -98,13 +99,15 @@ def siglip(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
 def qwen_encoder(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
     """Qwen2.5-VL's encoder: keys and tensors of llama.cpp's projector file. At most 16,384 soft tokens a picture."""
     width, d_ff, n_layers, patch = 1280, 3420, 32, 14
-    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "qwen2.5vl_merger", "clip.use_silu": True, "clip.vision.image_size": 560,
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "qwen2.5vl_merger", "clip.use_silu": True,
+            "clip.vision.image_size": 560,
             "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
             "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16, "clip.vision.n_wa_pattern": 8,
             "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": d_model}
     group = 4 * width
-    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.patch_embd.weight.1", (width, 3, patch, patch), "F16"),
-                             ("v.post_ln.weight", (width,), "F32"), ("mm.0.weight", (group, group), "F16"), ("mm.0.bias", (group,), "F32"),
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"),
+                             ("v.patch_embd.weight.1", (width, 3, patch, patch), "F16"), ("v.post_ln.weight", (width,), "F32"),
+                             ("mm.0.weight", (group, group), "F16"), ("mm.0.bias", (group,), "F32"),
                              ("mm.2.weight", (d_model, group), "F16"), ("mm.2.bias", (d_model,), "F32")]
     for i in range(n_layers):
         at = f"v.blk.{i}."
@@ -153,7 +156,8 @@ def _write(path: Path, arch: str, keys: dict[str, Any], tensors: list[Tensor], p
         type_ = gguf.GGMLQuantizationType[dtype]
         block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
         n = int(np.prod(shape))
-        writer.add_tensor_info(name, shape, np.dtype(np.float16 if dtype == "F16" else np.float32), n // block * block_bytes, raw_dtype=type_)
+        plain = np.dtype(np.float16 if dtype == "F16" else np.float32)
+        writer.add_tensor_info(name, shape, plain, n // block * block_bytes, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -30,7 +30,8 @@ def main(path: str, n_ctx: int, n_seq: int, pictures: bool) -> None:
     used: list[int] = []
 
     def say(phase: str) -> None:
-        print(json.dumps({"phase": phase, "used": used, "encoded": bool(model.media and model.media.loaded), **resident()}), flush=True)
+        encoded = bool(model.media and model.media.loaded)
+        print(json.dumps({"phase": phase, "used": used, "encoded": encoded, **resident()}), flush=True)
 
     def prompt(first: int, n: int) -> list[int]:
         used.append(n)

@@ -171,7 +171,7 @@ def plan(
     if explain:
         screen.show(found.explain() + "\n")
     screen.show(found.table())
-    screen.show(shown.verdict(found))
+    screen.show(found.verdict())
 
 
 @commands.command()

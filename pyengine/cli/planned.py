@@ -1,4 +1,4 @@
-"""The plan for people: what would fit instead, the arithmetic, a picture of it."""
+"""The plan for people: sizes of pictures as arguments, and a drawing."""
 
 from __future__ import annotations
 
@@ -23,17 +23,8 @@ def parse_size(text: str | None, count: int | None) -> Any:
     return (int(width), int(height), *([] if count is None else [count]))
 
 
-def verdict(found: MemoryPlan) -> str:
-    """The last lines of a plan: whether it fits, and what would."""
-    if found.fits:
-        return "  fits"
-    near = [f"    {a}" for a in found.alternatives]
-    return "\n".join(["  does not fit" + ("; these would:" if near else ", nor does anything near: take a smaller model, or a file with fewer bits a weight"),
-                      *near])
-
-
 def draw(found: MemoryPlan, path: Path) -> None:
-    """Draw the plan as one stacked bar a device beside what it has free. Raises: RequestError without matplotlib, or for the file."""
+    """Draw the plan as one stacked bar a device, and what it has free. Raises: RequestError without matplotlib, or for the file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -44,13 +35,15 @@ def draw(found: MemoryPlan, path: Path) -> None:
         left = 0.0
         for own, purpose, nbytes, detail in found.lines():
             if own == device and purpose != "mapped":
-                axes.barh(at, nbytes / MIB, left=left, height=0.6, label=f"{purpose}: {detail}, {nbytes / MIB:.1f} MiB", linewidth=0)
+                label = f"{purpose}: {detail}, {nbytes / MIB:.1f} MiB"
+                axes.barh(at, nbytes / MIB, left=left, height=0.6, label=label, linewidth=0)
                 left += nbytes / MIB
         if found.available[device] <= 2 * found.on(device):                    # else the bar would be a sliver beside it
             axes.vlines(found.available[device] / MIB, at - 0.4, at + 0.4, "black", "dashed")
     axes.set_yticks(range(len(found.devices)), [f"{d}\n{found.available[d] / MIB:.0f} MiB free" for d in found.devices])
     axes.set_xlabel("MiB; dashed: free, where it is near")
-    axes.set_title(f"{found.model}: context {found.n_ctx}, {found.n_seq} x, kv {found.kv_dtype}, {found.total / MIB:.1f} MiB", fontsize=10)
+    times = f" x {found.n_seq}" if found.n_seq > 1 else ""
+    axes.set_title(f"{found.model}: context {found.n_ctx}{times}, kv {found.kv_dtype}, {found.total / MIB:.1f} MiB", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=7)
     try:
         figure.savefig(path, format="png", dpi=150)
