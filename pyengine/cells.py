@@ -9,7 +9,8 @@ sequence, which a fork copies. Nothing is ever moved to make room, so there is n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence as Many
+from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 

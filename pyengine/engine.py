@@ -19,7 +19,7 @@ from pyengine import sessions
 from pyengine.batch import MediaSegment, Rows, lay_out_rows
 from pyengine.cells import Sequence as Cached
 from pyengine.codebooks import ensure_codebooks
-from pyengine.errors import RequestError, UnsupportedModelError
+from pyengine.errors import PlanError, RequestError, UnsupportedModelError
 from pyengine.media import MediaEncoder
 from pyengine.memory import MemoryPlan
 from pyengine.planning import N_BATCH, Built, Files, Settings, lay_out_model, open_files, plan, refusal
@@ -138,12 +138,14 @@ class Model:
         self.config = built.arch.config
         self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = built.n_ctx, built.n_batch, built.n_seq, self.config.vocab_size
         self._axes = built.arch.position_axes
-        self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head)
+        self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head,
+                              built.arch.ropes(), built.kv_dtypes)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
         self._prompts = Prompts(files.name, self.n_vocab, lambda: self.tokenizer, lambda: self.template, media, self._scheduler.in_use)
         self._fed: Cached | None = None                                        # the conversation of `feed`, and what it holds
         self._fed_ids: list[int] = []
-        self._files, self._ropes, self._formats = files, built.arch.ropes(), tuple(d.id for d in built.kv_dtypes)
+        self._fed_moved = False
+        self._files = files
         self._fingerprint = b""
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
@@ -187,7 +189,7 @@ class Model:
         """Forget all conversations that nobody works on; encoded pictures stay in the image cache."""
         for s in [s for s in self._runner.cells.sequences if not s.active]:
             self._runner.cells.drop(s)
-        self._fed, self._fed_ids = None, []
+        self._fed, self._fed_ids, self._fed_moved = None, [], False
 
     def feed(self, ids: Sequence[int], n_batch: int | None = None) -> np.ndarray:
         """Append tokens to a conversation of its own, in steps of at most n_batch; returns logits after the last one, [vocab].
@@ -201,6 +203,9 @@ class Model:
         check_room(len(whole), self.n_ctx)
         self._fed = None                                                       # what fails or is interrupted is computed anew
         if s not in cells.sequences:
+            if self._fed_moved:
+                raise PlanError("the conversation of `feed` has gone for others; tokens were removed from it, so it cannot be "
+                                "computed anew: reset")
             s = cells.new()
         rows = token_rows(whole[len(s) :], len(s), self._axes)
         try:
@@ -211,6 +216,18 @@ class Model:
             s.active = False
         self._fed, self._fed_ids = s, whole
         return logits[0]
+
+    def shift(self, start: int, stop: int) -> None:
+        """Remove tokens [start, stop) from the conversation of `feed`; those behind move down and keep what they know of them.
+
+        Raises: RequestError where the model or the cache's format does not allow it.
+        """
+        s = self._fed
+        if s not in self._runner.cells.sequences:
+            raise RequestError("shift: there is no conversation of `feed`, or it has gone for others")
+        self._runner.shift(s, start, stop)
+        del self._fed_ids[start:stop]
+        self._fed_moved = True
 
     def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:
         """Logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
@@ -252,7 +269,7 @@ class Model:
         s = answer.report.sequence if answer is not None else max(held, key=lambda s: s.used, default=None)
         if s not in held:
             raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
-        return sessions.save(path, self._runner, s, self._identity(), self._formats)
+        return sessions.save(path, self._runner, s, self._identity())
 
     def restore(self, path: str | Path) -> int:
         """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
@@ -260,11 +277,11 @@ class Model:
         Raises: SessionError for a file that is damaged, or of another model or kv_dtype; ContextOverflowError; PlanError when
         no cells are free.
         """
-        return len(sessions.restore(path, self._runner, self._identity(), self._formats, self.n_vocab, self.n_ctx))
+        return len(sessions.restore(path, self._runner, self._identity(), self.n_vocab, self.n_ctx))
 
     def _identity(self) -> bytes:
         if not self._fingerprint:
-            tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
+            tables = [a for r in self._runner.ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
             self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
         return self._fingerprint
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence as Many
+from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,12 @@ import numpy as np
 
 from pyengine.batch import Rows
 from pyengine.cells import Cells, Copy, Group, Sequence
+from pyengine.dtype import DType
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.kvcache import visible
 from pyengine.media import MediaInfo
+from pyengine.nn import Rope
+from pyengine.ops.rope import rotate
 from pyengine.sampling import Sampled, Sampler
 
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
@@ -41,13 +45,14 @@ class Runner:
     """The program of one step, its inputs, and the caches.
 
     program  the compiled step; groups: cells of layers with the same policy, and the name of their inputs
-    layers   number of each layer's group
+    layers   number of each layer's group; ropes, formats: the rotation of each layer's keys, and what K and V are stored in
     """
 
     def __init__(self, program: Any, inputs: dict[str, Any], groups: Many[tuple[Group, str]], layers: Many[int], axes: int,
-                 n_batch: int, n_head: int):
+                 n_batch: int, n_head: int, ropes: Many[Rope], formats: tuple[DType, DType]):
         self.program, self.axes, self.n_batch, self.n_head = program, axes, n_batch, n_head
         self.names, self.layers = [name for _, name in groups], list(layers)
+        self.ropes, self.formats = list(ropes), formats
         self.cells = Cells([g for g, _ in groups], [program.state(f"{name}.table") for _, name in groups])
         unused = {n: np.empty(t.nbytes_max // 4, np.int32) for n, t in inputs.items() if n not in program.inputs}
         self._flat = unused | {name: a.reshape(-1) for name, a in program.inputs.items()}
@@ -127,6 +132,39 @@ class Runner:
                 for cache in self.storage(layer):
                     cache[:, target] = cache[:, source]
 
+    def shift(self, s: Sequence, start: int, stop: int) -> None:
+        """Remove tokens [start, stop) of an idle sequence; those behind move down, their keys turned back by as many positions.
+
+        What moves is still the outcome of all that was read, so it is not what a prompt without those tokens would give: such a
+        prompt goes on from the tokens before `start` only. Rotation is in float32, rounded once to the cache's format.
+        Raises: RequestError where the model, the cache's format or the sequence does not allow it; PlanError.
+        """
+        if not 0 <= start < stop <= len(s) or s.active or s not in self.cells.sequences:
+            raise RequestError(f"tokens {start} to {stop} cannot be removed: an idle conversation that has them is needed, this "
+                               f"one has {len(s)}")
+        if self.axes != 1:
+            raise RequestError("tokens cannot be removed from the middle where positions have several axes (M-RoPE)")
+        if self.formats[0].name not in ("F32", "F16", "BF16"):
+            raise RequestError(f"tokens cannot be removed from the middle of a {self.formats[0]} cache: keys are turned in f32, f16 "
+                               "and bf16 only")
+        if any(isinstance(k, tuple) and isinstance(k[0], bytes) for k in s.keys[start:]):
+            raise RequestError("tokens cannot be removed before or within a picture")
+        moves = self.cells.shift(s, start, stop)
+        try:
+            for layer, number in enumerate(self.layers):
+                own = [(source, target) for i, source, target in moves if i == number]
+                keys, values = self.storage(layer)
+                held = [(keys[:, source], values[:, source]) for source, _ in own]           # read before anything is written
+                *_, (k, v) = held
+                held[-1] = turn(k, self.formats[0], self.ropes[layer], start - stop), v
+                for (_, target), (k, v) in zip(own, held):
+                    keys[:, target], values[:, target] = k, v
+        except BaseException:                                # Ctrl-C: half moved
+            self.cells.drop(s)
+            raise
+        s.keys[start:] = [(object(), k) for k in s.keys[start:]]                 # equal to no key of a prompt
+        s.next = len(s)
+
     def resume(self, rows: Rows) -> tuple[Sequence, int]:
         """A sequence that has the longest useful beginning of `rows`, active, and the length of that beginning.
 
@@ -152,6 +190,19 @@ class Runner:
             cells.drop(child)
             raise
         return child, kept
+
+
+def turn(cells: np.ndarray, dtype: DType, rope: Rope, by: int) -> np.ndarray:
+    """Keys uint8 [heads, n, bytes] turned on by a number of positions."""
+    bits = np.ascontiguousarray(cells).view(dtype.numpy)
+    x = (bits.astype(np.uint32) << 16).view(np.float32) if dtype.name == "BF16" else bits.astype(np.float32)
+    angle = np.float32(by) * rope.inv_freq.astype(np.float64)
+    table = np.broadcast_to(np.concatenate([np.cos(angle), np.sin(angle)]).astype(np.float32), (len(x), 2 * len(angle)))
+    y = rotate(x, table, rope.interleaved)
+    if dtype.name == "BF16":                                 # round to nearest, ties to even
+        u = y.view(np.uint32)
+        return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
+    return y.astype(dtype.numpy).view(np.uint8)
 
 
 def common(a: Many[Hashable], b: Many[Hashable]) -> int:
@@ -411,6 +462,6 @@ def check_room(n: int, n_ctx: int) -> None:
 
 def token_rows(ids: Many[int], position: int, axes: int) -> Rows:
     """Rows of tokens that follow at `position`."""
-    n = len(ids)
+    n, array = len(ids), np.array(ids, np.int32)
     positions = np.broadcast_to(np.arange(position, position + n, dtype=np.int32), (axes, n))
-    return Rows(list(ids), np.array(ids, np.int32), positions, np.zeros(n, np.int32), [], position + n)
+    return Rows(array.tolist(), array, positions, np.zeros(n, np.int32), [], position + n)

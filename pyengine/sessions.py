@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pyengine.cells import Sequence
+from pyengine.dtype import DTYPES, DType
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.gguf import GGUFFile
 from pyengine.schedule import Runner
@@ -61,19 +62,14 @@ def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) 
 
 @dataclass(frozen=True)
 class Session:
-    """What a file's header and the sections before the cells say.
-
-    formats: ggml's numbers of the formats of keys and of values.
-    """
+    """What the sections before the cells say; fields as in `cells.Sequence`."""
 
     keys: list[Hashable]
     next: int
     media: frozenset[bytes]
-    formats: tuple[int, int]
-    model: bytes
 
 
-def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, formats: tuple[int, int]) -> int:
+def save(path: str | Path, runner: Runner, s: Sequence, model: bytes) -> int:
     """Write a conversation, all of it or nothing; returns the file's bytes. Raises: SessionError."""
     path = Path(path)
     if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
@@ -81,7 +77,7 @@ def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, formats: t
     try:
         with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
-                for section in _sections(runner, s, model, formats):
+                for section in _sections(runner, s, model):
                     file.write(sha256(section).digest())
                     file.write(section)
                 file.flush()
@@ -96,11 +92,11 @@ def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, formats: t
     return nbytes
 
 
-def _sections(runner: Runner, s: Sequence, model: bytes, formats: tuple[int, int]) -> Iterator[Any]:
+def _sections(runner: Runner, s: Sequence, model: bytes) -> Iterator[Any]:
     digests = sorted({k[0] for k in s.keys if isinstance(k, tuple)})
     number = {d: i for i, d in enumerate(digests)}
     keys = np.array([(k, 0) if isinstance(k, int) else (-1 - number[k[0]], k[1]) for k in s.keys], "<i4")
-    yield HEADER.pack(MAGIC, VERSION, len(s), s.next, len(digests), len(s.media), *formats, model)
+    yield HEADER.pack(MAGIC, VERSION, len(s), s.next, len(digests), len(s.media), *(d.id for d in runner.formats), model)
     yield b"".join([*digests, *sorted(s.media)])
     yield keys.tobytes()
     for layer, cells in _live(runner, s):
@@ -114,7 +110,7 @@ def _live(runner: Runner, s: Sequence) -> Iterator[tuple[int, np.ndarray]]:
         yield layer, runner.cells.cells_of(number, s, runner.cells.live(number, s))
 
 
-def restore(path: str | Path, runner: Runner, model: bytes, formats: tuple[int, int], n_vocab: int, n_ctx: int) -> Sequence:
+def restore(path: str | Path, runner: Runner, model: bytes, n_vocab: int, n_ctx: int) -> Sequence:
     """Read a conversation into the caches, where it is idle: the next prompt that begins as it does goes on from it.
 
     Raises: SessionError for a file that is damaged, not one of these, or of another model, version or cache format;
@@ -123,7 +119,7 @@ def restore(path: str | Path, runner: Runner, model: bytes, formats: tuple[int, 
     path = Path(path)
     try:
         with open(path, "rb", opener=_regular) as file:
-            session = _read_head(path, file, model, formats, n_vocab, n_ctx)
+            session = _read_head(path, file, model, runner.formats, n_vocab, n_ctx)
             at, n = file.tell(), len(session.keys)
             shapes = [(*cache.shape[:1], len(runner.cells.seen(number, n)), *cache.shape[2:])
                       for layer, number in enumerate(runner.layers) for cache in runner.storage(layer)]
@@ -171,7 +167,7 @@ def _section(path: Path, file: BinaryIO, nbytes: int) -> bytes:
     return data
 
 
-def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[int, int], n_vocab: int, n_ctx: int) -> Session:
+def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[DType, DType], n_vocab: int, n_ctx: int) -> Session:
     """Read and check all that stands before the cells."""
     start = file.read(SUM + 12)
     if start[SUM : SUM + 8] != MAGIC:
@@ -183,8 +179,9 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[int, int
     _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_section(path, file, HEADER.size))
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings")
-    if (k, v) != formats:
-        raise SessionError(f"{path}: its cache has formats {k}/{v}, this model's {formats[0]}/{formats[1]} (ggml's numbers): "
+    if (k, v) != (formats[0].id, formats[1].id):
+        known = {t.id: t.name for t in DTYPES}
+        raise SessionError(f"{path}: its cache has formats {known.get(k, k)}/{known.get(v, v)}, this model's {formats[0]}/{formats[1]}: "
                            "load with the kv_dtype that it was saved with")
     if n > n_ctx:
         raise ContextOverflowError(f"{path}: the conversation has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")
@@ -196,4 +193,4 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[int, int
     if rows.min() < -n_digests or rows[:, 0].max() >= n_vocab or rows[:, 1].min() < 0:
         raise SessionError(f"{path}: names tokens or pictures that are not there")
     keys: list[Hashable] = [a if a >= 0 else (digests[-1 - a], b) for a, b in rows.tolist()]
-    return Session(keys, position, frozenset(digests[n_digests:]), formats, saved)
+    return Session(keys, position, frozenset(digests[n_digests:]))

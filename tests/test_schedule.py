@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 import pyengine as pe
+from pyengine.dtype import dtype as dtype_of
 from pyengine.errors import ContextOverflowError, PlanError, RequestError
-from pyengine.schedule import BESIDE, Request
+from pyengine.nn import Rope
+from pyengine.schedule import BESIDE, Request, turn
 
 KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl")
 N_CTX = 256
@@ -187,6 +189,18 @@ def test_a_stream_collected_in_the_middle_of_a_step(tiny_gguf, monkeypatch) -> N
     assert other.answer().tokens == want and free_rows(model) == 2
 
 
+def interrupted(function: Any, count: int) -> Any:
+    """The function, whose call number `count` is Ctrl-C."""
+    calls = itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("where", ["program", "cells", "sampler", "copy"])
 def test_an_interruption_leaves_a_usable_model(tiny_gguf, monkeypatch, kind: str, where: str) -> None:
@@ -199,15 +213,7 @@ def test_an_interruption_leaves_a_usable_model(tiny_gguf, monkeypatch, kind: str
         model.reset()
         model.generate(first, max_tokens=6, **options(model))                    # forks and copies come from here
         with monkeypatch.context() as patch:
-            original, calls = getattr(owner, name), Counter()
-
-            def interrupt(*args: Any, **kwargs: Any) -> Any:
-                calls["n"] += 1
-                if calls["n"] == count:
-                    raise KeyboardInterrupt
-                return original(*args, **kwargs)
-
-            patch.setattr(owner, name, interrupt)
+            patch.setattr(owner, name, interrupted(getattr(owner, name), count))
             streams = [model.stream(p, max_tokens=6, **options(model)) for p in (first, second)]
             with pytest.raises(KeyboardInterrupt):
                 for s in streams:
@@ -268,7 +274,7 @@ def test_prefixes_are_shared_by_pages_and_oldest_conversations_go(tiny_gguf) -> 
     free = len(cells._free[0])
     b = ask(2, *range(100))
     assert b.n_cached == 64 and dict(cells.shared()) == {0: 1}                   # a page, held by both
-    assert free - len(cells._free[0]) == 2                                       # 101 tokens of its own
+    assert free - len(cells._free[0]) == 2                                       # 201 tokens of its own
     c = ask(3, *range(100))
     assert len(cells.sequences) == 3 and c.n_cached == 64
     assert ask(1, *range(100), 7).n_cached == 165                                # the first conversation is continued, not b or c
@@ -298,3 +304,96 @@ def test_feed_keeps_its_conversation_whatever_others_do(tiny_gguf) -> None:
             model.feed([1] * N_CTX)
         model.reset()
         assert np.array_equal(model.feed(text), want)
+
+
+# ---- removal from the middle ----------------------------------------------------------------------------------------
+
+
+def as_floats(cells: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of cells as float64 [heads, n, elements]."""
+    cells = np.ascontiguousarray(cells)
+    if dtype == "bf16":
+        return (cells.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return cells.view({"f32": np.float32, "f16": np.float16}[dtype]).astype(np.float64)
+
+
+def turned(x: np.ndarray, rope: Any, by: int) -> np.ndarray:
+    """Keys [heads, n, elements] turned by `by` positions, as products of complex numbers."""
+    f = len(rope.inv_freq)
+    pairs = x[..., : 2 * f].reshape(*x.shape[:-1], f, 2) if rope.interleaved else np.stack([x[..., :f], x[..., f : 2 * f]], axis=-1)
+    z = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * by * rope.inv_freq.astype(np.float64))
+    y = np.stack([z.real, z.imag], axis=-1)
+    y = y.reshape(*x.shape[:-1], 2 * f) if rope.interleaved else np.concatenate([y[..., 0], y[..., 1]], axis=-1)
+    return np.concatenate([y, x[..., 2 * f :]], axis=-1)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_are_turned(dtype: str, interleaved: bool) -> None:
+    """Partial rotary too: the last 6 of 22 elements stay. Half a unit in the last place of each format."""
+    rope = Rope((1 / 10_000 ** (np.arange(8) / 8)).astype(np.float32), 1.3, interleaved)
+    x = np.random.default_rng(0).normal(size=(2, 9, 22)).astype(np.float32)
+    bits = (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else x.astype({"f32": "f4", "f16": "f2"}[dtype])
+    got = as_floats(turn(bits.view(np.uint8), dtype_of(dtype), rope, -37), dtype)
+    want = turned(as_floats(bits.view(np.uint8), dtype), rope, -37)
+    assert np.all(np.abs(got - want) <= {"f32": 2**-22, "f16": 2**-11, "bf16": 2**-8}[dtype] * 1.01 * np.maximum(1e-3, np.abs(want)) + 3e-7)
+    assert np.array_equal(got[..., 16:], as_floats(bits.view(np.uint8), dtype)[..., 16:])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_removal_is_what_numpy_makes_of_the_cache(tiny_gguf, kind: str, dtype: str) -> None:
+    """Values of later tokens depend on removed ones, so the comparison is with the same cells moved and turned, not with a prompt."""
+    path, text, (a, b) = tiny_gguf(kind)[0], ids(200, 1), (20, 140)
+    one, two = (pe.load(path, n_ctx=N_CTX, n_seq=2, kv_dtype=dtype) for _ in range(2))
+    alone = two.generate([*text[:70], 5], max_tokens=9, **options(one)).tokens
+    two.reset()
+    one.feed([*text, 4])
+    beside = one.stream([*text[:70], 5], max_tokens=9, **options(one))          # shares a page, to which the removal reaches
+    next(beside)
+    assert beside.report.n_cached == 70 and dict(one._runner.cells.shared()) == {0: 1}
+    cells, s = one._runner.cells, one._fed
+    layers, at = range(len(one._runner.layers)), cells.cells_of(0, s, np.arange(201))
+    before = [tuple(as_floats(c[:, at], dtype) for c in one._runner.storage(i)) for i in layers]
+    one.shift(a, b)
+    two.feed([*text[:a], *text[b:], 4])
+    for i, (keys, values) in enumerate(before):
+        keys[:, b:] = turned(keys[:, b:], one._runner.ropes[i], a - b)
+        at = two._runner.cells.cells_of(0, two._fed, np.arange(201 - b + a))
+        for cache, own, x in zip(two._runner.storage(i), one._runner.storage(i), (keys, values)):
+            x = np.delete(x, slice(a, b), axis=1).astype(np.float32)
+            got = as_floats(own[:, cells.cells_of(0, s, np.arange(201 - b + a))], dtype)
+            assert np.all(np.abs(got - x) <= {"f32": 1e-6, "f16": 2**-10, "bf16": 2**-7}[dtype] * np.abs(x) + 1e-6)
+            if dtype == "f32":
+                cache[:, at] = np.ascontiguousarray(x).view(np.uint8)
+            else:
+                cache[:, at] = own[:, cells.cells_of(0, s, np.arange(201 - b + a))]
+    got, want = one.feed(text[:9]), two.feed(text[:9])
+    assert np.abs(got - want).max() <= 2e-5 * np.ptp(want)
+    assert beside.answer().tokens == alone                                     # who shared pages keeps what it had
+    assert one.generate([*text[:a], *text[b:], 4, 9], max_tokens=1).n_cached == a      # what moved is no prompt's prefix
+    with pytest.raises(PlanError, match="gone for others"):
+        for n in range(3):
+            one.generate(ids(30, n), max_tokens=1)
+        one.feed([1])
+    one.reset()
+    one.feed([1])
+
+
+def test_removal_is_refused_where_it_would_be_wrong(tiny_gguf) -> None:
+    for kind, settings, text in (("gemma3_text", {}, "bounded past"), ("qwen2_5_vl", {}, "M-RoPE"),
+                                 ("llama", {"kv_dtype": "q8_0"}, "Q8_0 cache")):
+        path = tiny_gguf(kind, **({"head_dim": 32} if settings else {}))[0]
+        model = pe.load(path, n_ctx=64, n_batch=16, **settings)
+        with pytest.raises(RequestError, match="no conversation"):
+            model.shift(0, 1)
+        logits = model.feed(ids(20))
+        with pytest.raises(RequestError, match=text):
+            model.shift(3, 9)
+        model.reset()
+        assert np.array_equal(model.feed(ids(20)), logits)
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=64)
+    model.feed(ids(20))
+    for start, stop in ((5, 5), (-1, 3), (3, 21)):
+        with pytest.raises(RequestError, match="cannot be removed"):
+            model.shift(start, stop)

@@ -99,7 +99,7 @@ def test_refused_in_words(tiny_gguf, tmp_path) -> None:
     for other, error, text in [
         (pe.load(tiny_gguf("qwen2_5_vl")[0], **SETTINGS), SessionError, "another model"),
         (pe.load(tiny_gguf("llama", "f16", head_dim=32)[0], **SETTINGS), SessionError, "another model"),
-        (pe.load(path, **SETTINGS, kv_dtype="q8_0"), SessionError, "formats 1/1, this model's 8/8"),
+        (pe.load(path, **SETTINGS, kv_dtype="q8_0"), SessionError, "formats F16/F16, this model's Q8_0/Q8_0"),
         (pe.load(path, n_ctx=64), ContextOverflowError, "has 107 tokens, but the context holds 64"),
     ]:
         with pytest.raises(error, match=text):
@@ -192,7 +192,7 @@ def test_hostile_numbers(saved) -> None:
 
 
 def test_an_interrupted_save_leaves_the_file_that_was_there(saved, monkeypatch) -> None:
-    model, data, path = saved
+    model, _, path = saved
     path.write_bytes(b"before")
 
     def full(fd: int) -> None:
