@@ -121,7 +121,7 @@ class MediaEncoder:
         rows, program = view.positions.shape[1], self._program
         if rows > self.vision.max_rows:
             raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.vision.max_rows} that this model was planned for; "
-                             "make it smaller, or load with a larger n_ctx")
+                             "make it smaller, or load with images=(width, height) of the largest one")
         for name, array in view.inputs.items():
             program.inputs[name].reshape(-1)[: array.size] = array.reshape(-1)
         program.execute_named(**view.axes)

@@ -35,6 +35,7 @@ class Decoder:
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
     head_norms: bool = False         # on q and k
     keys: dict[str, Any] = field(default_factory=dict)
+    n_merges: int = 100              # of the tokenizer
 
     def tensors(self, dtype: str) -> Iterator[Tensor]:
         """The decoder's tensors, as llama.cpp names them."""
@@ -68,7 +69,7 @@ class Decoder:
 _GEMMA = {"tied": True, "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), "head_norms": True,
           "keys": {"attention.sliding_window": 1024}}
 LLAMA_70B = Decoder("llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072)
-LLAMA_405B = Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072)
+LLAMA_405B = Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072, n_merges=280147)
 GEMMA_12B = Decoder("gemma3", 48, 3840, 15360, 16, 8, 256, 262208, 131072, **_GEMMA)
 GEMMA_27B = Decoder("gemma3", 62, 5376, 21504, 32, 16, 128, 262208, 131072, **_GEMMA)
 QWEN_VL = {"biases": True, "keys": {"rope.dimension_sections": np.array([16, 24, 24, 0], np.int32)}}
@@ -126,7 +127,7 @@ def write_decoder(path: Path, model: Decoder, dtype: str = "Q4_0", part_bytes: i
     """Write a decoder's file, in parts of at most `part_bytes` if given; `special` are the first tokens. Returns the first part."""
     tokens = [*special, *(str(i) for i in range(model.vocab_size - len(special)))]
     keys = {**model.metadata(), "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.merges": [f"{a} {b}" for a in range(10) for b in range(10)],
+            "tokenizer.ggml.merges": [f"{i // 1000} {i % 1000}" for i in range(model.n_merges)],
             "tokenizer.ggml.token_type": [3] * len(special) + [1] * (len(tokens) - len(special))}
     return _write(path, model.arch, keys, list(model.tensors(dtype)), part_bytes)
 
