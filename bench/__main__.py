@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers|vision`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|vision|quality`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -48,6 +48,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         from bench import vision
 
         return vision.run(args.threads, vision.Shape(layers=args.layers or 2), args.rounds, args.peers)
+    if args.suite == "quality":
+        from bench import sight
+
+        (file,) = _paths([args.model])
+        return sight.run(file, args.threads, args.number, args.seed, args.weights or sight.TYPES, args.kv or sight.CACHES,
+                         args.checkpoint)
     from bench import peers
 
     paths = _paths(args.model)
@@ -78,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
     peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"],
                        help="may be repeated; default: all there are")
+    quality = suites.add_parser("quality", parents=[common], help="the demo model's answers about fresh pictures, by types of weights and caches")
+    quality.add_argument("model", help="a GGUF file, best with F32 or F16 weights: other types are made from them")
+    quality.add_argument("-n", "--number", type=int, default=200, help="conversations of each of three families (default: 200)")
+    quality.add_argument("--seed", type=int, default=20_261_121, help="of the pictures")
+    quality.add_argument("--weights", action="append", choices=["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"],
+                         help="may be repeated (default: F32, F16, Q8_0, Q4_0)")
+    quality.add_argument("--kv", action="append", help="formats of the cache, may be repeated (default: f32, f16, q8_0, q4_0)")
+    quality.add_argument("--checkpoint", type=Path, metavar="DIR", help="also transformers' scores, and whether its answers are ours")
     vision = suites.add_parser("vision", parents=[common], help="image encoders: ops in SigLIP So400m's shape, or whole models'")
     vision.add_argument("--encoder", action="append", choices=["gemma3", "qwen2.5-vl"], default=[],
                         help="of a whole model, through its own graph; without it, ops put together here")

@@ -22,7 +22,8 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     figures = {"kernels": lambda: [(f"roofline-{bound['isa']}", roofline(result, bound)) for bound in result["limits"]],
                "models": lambda: [("shares", bars(result, "share of the limit", 1.0))],
                "peers": lambda: [("ratios", bars(result, "pyengine / other engine", 1.0))],
-               "vision": lambda: [("vision", bars(result, "share of the peaks; ratios of speeds", 1.0))]}
+               "vision": lambda: [("vision", bars(result, "share of the peaks; ratios of speeds", 1.0))],
+               "quality": lambda: [("quality", bars(result, "share of right answers; overlap of boxes", 1.0))]}
     paths = []
     for name, figure in figures[result["suite"]]():
         paths.append(folder / f"{name}.png")
@@ -63,14 +64,16 @@ def bars(result: Mapping[str, Any], label: str, line: float) -> Any:
     rows = result["results"][::-1]
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * len(rows)), layout="constrained")
     values = np.array([r["score"]["median"] for r in rows])
-    low, high = (np.abs(np.array([np.percentile(r["score"]["samples"], q) for r in rows]) - values) for q in (25, 75))
+    spans = np.array([r.get("interval") or np.percentile(r["score"]["samples"], [25, 75]) for r in rows])
+    low, high = np.abs(spans.T - values)
     colours = ["tab:green" if v >= line else "tab:orange" for v in values]
     names = [r["name"].replace(".gguf", "") for r in rows]
     drawn = axes.barh(names, values, xerr=[low, high], color=colours, height=0.7, capsize=3)
     axes.bar_label(drawn, [f"{v:.2f}" for v in values], padding=6, fontsize=9)
     axes.axvline(line, color="black", lw=1)
+    what = "intervals of 95%" if "interval" in rows[0] else "medians of interleaved rounds"
     axes.set(xlabel=label, xlim=(0, max(line, float((values + high).max())) * 1.12),
-             title=f"{result['machine']['cpu']}, {result['machine']['threads']} threads, medians of interleaved rounds")
+             title=f"{result['machine']['cpu']}, {result['machine']['threads']} threads, {what}")
     axes.grid(True, axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     return figure

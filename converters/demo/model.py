@@ -1,0 +1,341 @@
+"""The demo model: its tokenizer, its configuration, packed batches and the forward pass that training uses.
+
+transformers' Qwen2_5_VLForConditionalGeneration, small. Its encoder runs picture by picture on a CPU; training here runs all pictures of
+a batch through the same modules at once, and those of one size through one attention call. `check_forward` holds this to transformers'
+own forward. Axes: n patches, r merged rows, b conversations, t tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from . import pictures
+from .pictures import ALPHABET, COLOURS, GROUP, SHAPES, Example, Picture, processed_size
+
+PATCH, MERGE, FRAMES = 14, 2, 2
+MEAN = STD = 0.5
+WIDTH = 192
+# M-RoPE gives columns the slowest turns of a head: with a usual base, those of 32 elements could not tell neighbours apart
+TEXT = {"hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]}}
+VISION = {"depth": 4, "hidden_size": WIDTH, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": WIDTH,
+          "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES, "window_size": 4 * PATCH,
+          "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>")
+# Qwen2's split of text before BPE (tokenizer.json of Qwen/Qwen2-7B): by it, converters know the kind
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+         r"\s+(?!\S)|\s+")
+TEMPLATE = """{%- for message in messages -%}
+  {{ '<|im_start|>' + message['role'] + '\\n' }}
+  {%- if message['content'] is string -%}{{ message['content'] }}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
+        {{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+      {%- elif part['type'] == 'video' or 'video' in part -%}
+        {{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+      {%- else -%}{{ part['text'] }}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+
+# ---- tokenizer and checkpoint --------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def make_tokenizer() -> Any:
+    """Train byte-level BPE on the generator's own sentences; capitals and digits stay single, so that words are spelt."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    rng = random.Random(0)
+    sentences = ["user assistant system"] * 9
+    for _ in range(300):
+        for example in (pictures.shapes_example(rng, "train"), pictures.text_example(rng, "train"),
+                        pictures.pick_example(rng, "train")):
+            for turn in example.turns:
+                for text in (turn.question, turn.answer):
+                    sentences.append("".join(c for c in text if c not in ALPHABET[26:]) if turn.task != "read" else turn.question)
+    sentences = [" ".join(w for w in s.split(" ") if not (w.strip("?").isupper() and len(w) > 1)) for s in sentences]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
+        vocab_size=512 - len(SPECIAL), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                                chat_template=TEMPLATE)
+
+
+def make_model(seed: int) -> Any:
+    """Make transformers' model with random weights."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "vocab_size": 512, "bos_token_id": None, "eos_token_id": token("<|im_end|>"),
+                     "pad_token_id": token("<|endoftext|>")},
+        vision_config=VISION, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True)
+    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model.tie_weights()
+    return model
+
+
+def save_checkpoint(model: Any, folder: Path) -> None:
+    """Write model, tokenizer, template and processor as transformers reads them."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    transformers.Qwen2VLImageProcessorPil(
+        patch_size=PATCH, temporal_patch_size=FRAMES, merge_size=MERGE, min_pixels=pictures.MIN_PIXELS,
+        max_pixels=pictures.MAX_PIXELS, image_mean=[MEAN] * 3, image_std=[STD] * 3).save_pretrained(folder)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Conversations of equal length t after padding; pictures sorted by size, rows in the order of the tokens."""
+
+    ids: Tensor                     # int64 [b, t]
+    positions: Tensor               # int64 [3, b, t]
+    targets: Tensor                 # int64 [b, t]: the next token where it belongs to an answer, else -100
+    patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied
+    grids: list[tuple[int, int]]    # per size: rows and columns of merged groups
+    rows: Tensor                    # int64 [r]: which row of the encoder's output each image token takes
+    glyphs: Tensor                  # int64 [r, 2]: the character whose centre lies in the group's left, right half; -100 unknown
+    things: Tensor                  # int64 [r]: the shape whose centre lies there; -100 unknown
+    boxes: Tensor                   # float32 [r, 4]: its box from the group's centre, in groups
+
+
+def resized(picture: Picture) -> np.ndarray:
+    """Pixels as the processor resizes them (Pillow, bicubic)."""
+    size = processed_size(*picture.size)
+    image = PIL.Image.fromarray(picture.pixels)
+    return np.asarray(image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC))
+
+
+def patches(picture: Picture) -> tuple[np.ndarray, tuple[int, int]]:
+    """Patches float32 [n, 3 * 14 * 14] in groups of 2 x 2, and the rows and columns of groups."""
+    pixels = (resized(picture).astype(np.float32) / 255 - MEAN) / STD
+    h, w = pixels.shape[0] // GROUP, pixels.shape[1] // GROUP
+    x = pixels.reshape(h, MERGE, PATCH, w, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return x.reshape(h * w * MERGE * MERGE, -1), (h, w)
+
+
+THINGS = {f"{c} {s}": i + 1 for i, (c, s) in enumerate((c, s) for c in COLOURS for s in SHAPES)}
+
+
+def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What lies in each group of a picture: characters int64 [r, 2], shape int64 [r], its box float32 [r, 4]."""
+    h, w = grid
+    sx, sy = w / picture.size[0], h / picture.size[1]
+    found: list[list[Any]] = [[] for _ in range(h * w)]
+    glyphs, things, boxes = np.zeros((h * w, 2), np.int64), np.zeros(h * w, np.int64), np.zeros((h * w, 4), np.float32)
+    for mark in picture.marks:
+        x1, y1, x2, y2 = mark.box[0] * sx, mark.box[1] * sy, mark.box[2] * sx, mark.box[3] * sy
+        column, row = min(w - 1, max(0, int((x1 + x2) / 2))), min(h - 1, max(0, int((y1 + y2) / 2)))
+        cx, cy = column + 0.5, row + 0.5
+        found[row * w + column].append((mark.what, (x1 - cx, y1 - cy, x2 - cx, y2 - cy)))
+        if len(mark.what) == 1:
+            half = row * w + column, int((x1 + x2) / 2 > cx)
+            glyphs[half] = -100 if glyphs[half] else 1 + ALPHABET.index(mark.what)
+    for i, inside in enumerate(found):
+        shapes = [(what, box) for what, box in inside if what in THINGS]
+        if len(shapes) == 1:
+            things[i], boxes[i] = THINGS[shapes[0][0]], shapes[0][1]
+        elif shapes:
+            things[i] = -100
+    return glyphs, things, boxes
+
+
+def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
+    """Token ids, targets and positions [3, t] of a conversation, as the chat template and get_rope_index make them."""
+    tokenizer, encode = make_tokenizer(), _encode
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ids: list[int] = []
+    targets: list[int] = []
+    for i, turn in enumerate(example.turns):
+        ids += encode("<|im_start|>user\n")
+        for h, w in grids if i == 0 else ():
+            ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
+        ids += encode(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n")
+        answer = encode(f"{turn.answer}<|im_end|>")
+        targets += [-100] * (len(ids) - len(targets) - 1) + list(answer)
+        ids += answer
+        ids += encode("\n")
+    targets += [-100] * (len(ids) - len(targets))
+    positions, start, i, left = np.zeros((3, len(ids)), np.int64), 0, 0, list(grids)
+    while i < len(ids):
+        if ids[i] != pad:
+            positions[:, i] = start
+            start, i = start + 1, i + 1
+            continue
+        h, w = left.pop(0)
+        rows, columns = np.divmod(np.arange(h * w), w)
+        positions[:, i:i + h * w] = start + np.stack([0 * rows, rows, columns])
+        start, i = start + max(h, w), i + h * w
+    return ids, targets, positions
+
+
+@lru_cache(maxsize=1 << 16)
+def _encode(text: str) -> tuple[int, ...]:
+    return tuple(make_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def make_batch(examples: Sequence[Example]) -> Batch:
+    """Pack conversations; ids are filled up at the end, where causal attention does not see them."""
+    done = [[patches(p) for p in e.pictures] for e in examples]
+    said = [conversation(e, [grid for _, grid in d]) for e, d in zip(examples, done)]
+    t = max(len(ids) for ids, _, _ in said)
+    ids, targets = np.zeros((len(said), t), np.int64), np.full((len(said), t), -100, np.int64)
+    positions = np.zeros((3, len(said), t), np.int64)
+    for i, (a, b, p) in enumerate(said):
+        ids[i, :len(a)], targets[i, :len(b)], positions[:, i, :len(a)] = a, b, p
+    flat = [(x, grid, picture) for d, e in zip(done, examples) for (x, grid), picture in zip(d, e.pictures)]
+    grids = sorted({grid for _, grid, _ in flat})
+    by_size = [i for g in grids for i, (_, grid, _) in enumerate(flat) if grid == g]
+    starts, at = {}, 0
+    for i in by_size:
+        starts[i] = at
+        at += flat[i][1][0] * flat[i][1][1]
+    rows = np.concatenate([starts[i] + np.arange(g[0] * g[1]) for i, (_, g, _) in enumerate(flat)])
+    aims = [row_targets(flat[i][2], flat[i][1]) for i in by_size]
+    glyphs, things, boxes = (torch.from_numpy(np.concatenate(a)) for a in zip(*aims))
+    stacks = [torch.from_numpy(np.stack([x for x, grid, _ in flat if grid == g])) for g in grids]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets), stacks, grids,
+                 torch.from_numpy(rows), glyphs, things, boxes)
+
+
+# ---- forward -------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _plan(grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Order of a picture's groups by window [r], its inverse, positions [n, 2] and which patches share a window [n, n]."""
+    h, w = grid
+    row, column = np.divmod(np.arange(h * w), w)
+    side = VISION["window_size"] // PATCH // MERGE                          # type: ignore[operator]
+    window = row // side * w + column // side
+    order = np.argsort(window, kind="stable")
+    dy, dx = np.divmod(np.arange(MERGE * MERGE), MERGE)
+    places = np.stack([(MERGE * a[order, None] + d).reshape(-1) for a, d in ((row, dy), (column, dx))], axis=-1)
+    member = np.repeat(window[order], MERGE * MERGE)
+    return (torch.from_numpy(order), torch.from_numpy(np.argsort(order)), torch.from_numpy(places),
+            torch.from_numpy(member[:, None] == member[None, :]))
+
+
+def see(model: Any, batch: Batch) -> Tensor:
+    """Run the encoder: soft rows [r, D], picture by picture in the batch's order of sizes."""
+    visual = model.model.visual
+    kernel = visual.patch_embed.proj.weight.sum(2).flatten(1)               # a still picture fills both frames of a patch
+    plans, x, turns, shapes = [_plan(g) for g in batch.grids], [], [], []
+    for stack, (order, _, places, _) in zip(batch.patches, plans):
+        b, n, k = stack.shape
+        x.append(F.linear(stack.view(b, n // 4, 4, k)[:, order].reshape(b * n, k), kernel))
+        cos, sin = visual.rotary_pos_emb(stack, places)
+        turns.append((cos.repeat(b, 1)[:, None], sin.repeat(b, 1)[:, None]))
+        shapes.append((b, n))
+    h = torch.cat(x)
+    cos, sin = (torch.cat([t[i] for t in turns]) for i in range(2))
+    counts = [b * n for b, n in shapes]
+    for i, block in enumerate(visual.blocks):
+        qkv = block.attn.qkv(block.norm1(h)).view(h.shape[0], 3, block.attn.num_heads, -1)
+        q, k = (_turn(qkv[:, j], cos, sin).to(qkv.dtype) for j in range(2))
+        out = []
+        for (b, n), (_, _, _, same), *parts in zip(shapes, plans, *(a.split(counts) for a in (q, k, qkv[:, 2]))):
+            heads = [a.view(b, n, a.shape[1], -1).transpose(1, 2) for a in parts]
+            scores = heads[0] @ heads[1].transpose(2, 3) * block.attn.scaling       # short rows: torch's fused one is slower
+            if i not in visual.fullatt_block_indexes:
+                scores = scores.masked_fill(~same, -torch.inf)
+            out.append((scores.softmax(-1).to(qkv.dtype) @ heads[2]).transpose(1, 2).reshape(b * n, -1))
+        h = h + block.attn.proj(torch.cat(out))
+        h = h + block.mlp(block.norm2(h))
+    soft = visual.merger(h)
+    parts = soft.split([c // 4 for c in counts])
+    return torch.cat([p.view(b, n // 4, -1)[:, back].flatten(0, 1) for p, (b, n), (_, back, _, _) in zip(parts, shapes, plans)])
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def hidden(model: Any, batch: Batch, soft: Tensor) -> Tensor:
+    """Run the decoder over the conversations with the pictures' rows in place: [b, t, D]."""
+    text = model.model.language_model
+    x = text.embed_tokens(batch.ids)
+    x = x.masked_scatter((batch.ids == model.config.image_token_id)[..., None], soft[batch.rows].to(x.dtype))
+    return text(inputs_embeds=x, position_ids=batch.positions, use_cache=False).last_hidden_state
+
+
+def check_forward(model: Any, examples: Sequence[Example]) -> float:
+    """Compare with transformers' own forward, one conversation at a time; return the largest difference of a logit.
+
+    The ids are those of the chat template and the patches those of the processor, so that these are compared as well.
+    """
+    tokenizer, batch, worst = make_tokenizer(), make_batch(examples), 0.0
+    processor = transformers.Qwen2VLImageProcessorPil(
+        patch_size=PATCH, temporal_patch_size=FRAMES, merge_size=MERGE, min_pixels=pictures.MIN_PIXELS,
+        max_pixels=pictures.MAX_PIXELS, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+    with torch.no_grad():
+        ours = model.lm_head(hidden(model, batch, see(model, batch)))
+        for i, example in enumerate(examples):
+            made = processor(images=[PIL.Image.fromarray(p.pixels) for p in example.pictures], return_tensors="pt")
+            messages: list[dict[str, Any]] = []
+            for j, turn in enumerate(example.turns):
+                shown = [{"type": "image"} for _ in example.pictures] if j == 0 else []
+                messages += [{"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]},
+                             {"role": "assistant", "content": turn.answer}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            for _, h, w in made["image_grid_thw"].tolist():
+                text = text.replace("<|vision_start|><|image_pad|><|vision_end|>",
+                                    "<|vision_start|>" + "<|image_pad|>" * (h * w // 4) + "<|vision_end|> ", 1)
+            ids = torch.tensor([tokenizer(text.replace("<|vision_end|> ", "<|vision_end|>"))["input_ids"]])
+            if ids[0].tolist() != batch.ids[i, :ids.shape[1]].tolist():
+                raise AssertionError(f"the template makes other ids of {example.turns}")
+            kinds = (ids == model.config.image_token_id).int()
+            theirs = model(input_ids=ids, mm_token_type_ids=kinds, **made).logits[0]
+            worst = max(worst, float((theirs - ours[i, :ids.shape[1]]).abs().max()))
+    return worst
+
+
+class Reader(nn.Module):
+    """Predicts from each of the encoder's rows what lies in its group: a second aim while training, dropped afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.glyphs = nn.Linear(WIDTH, 2 * (len(ALPHABET) + 1))
+        self.things = nn.Linear(WIDTH, len(THINGS) + 1)
+        self.boxes = nn.Linear(WIDTH, 4)
+
+    def forward(self, soft: Tensor, batch: Batch) -> tuple[Tensor, float]:
+        """Return the loss and the share of characters that are right."""
+        glyphs = self.glyphs(soft).float().view(-1, len(ALPHABET) + 1)
+        aims = batch.glyphs.view(-1)
+        loss = F.cross_entropy(glyphs, aims) + F.cross_entropy(self.things(soft).float(), batch.things)
+        there = batch.things > 0
+        if there.any():
+            loss = loss + 2 * F.l1_loss(self.boxes(soft).float()[there], batch.boxes[there])
+        inked = aims > 0
+        return loss, float((glyphs[inked].argmax(-1) == aims[inked]).sum() / max(1, int(inked.sum())))

@@ -1,0 +1,255 @@
+"""Train the demo model on a CPU: bfloat16 products, float32 weights; resumes from its last state.
+
+    python -m converters.demo.train FOLDER --stop-at 09:40
+
+FOLDER gets state.pt (to go on from), log.jsonl, checkpoint/ (transformers' format, averaged weights) and loss.png. The data of a step
+depend on the seed and the step only. The learning rate is constant and falls linearly to nothing within the last minutes, so
+that the end can be set by the clock. Control-C ends at once with what was last saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # threads that spin while they wait cost ten times the time on a busy machine
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from . import model as demo
+from .pictures import Example, pick_example, shapes_example, text_example
+
+FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 40}     # of a step, for the encoder alone: in the first stage and afterwards
+SIZES = {"read": 40, "shapes": 12, "pick": 8}               # conversations of a step after the first stage
+WEIGHTS = {"read": 1.0, "shapes": 2.0, "pick": 0.5}         # answers with boxes are mostly brackets, which are soon known
+PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
+FACTORS = (1.7, 1.0)                                        # of the rate: Muon's, AdamW's
+N_VALIDATION = 96
+
+
+def examples(task: str, n: int, rng: random.Random, split: str, step: int | None = None) -> list[Example]:
+    """Draw n conversations; texts grow longer and shapes more with the steps of training (None: at full size)."""
+    longest = 8 if step is None else min(8, 3 + step // 60)
+    most = 5 if step is None else min(5, 1 + step // 100)
+    if task == "read":
+        return [text_example(rng, split, longest) for _ in range(n)]
+    if task == "shapes":
+        return [shapes_example(rng, split, most=most) for _ in range(n)]
+    return [pick_example(rng, split) for _ in range(n)]
+
+
+class Steps(IterableDataset):
+    """Batches of each step from `first` on; `same` gives those of one step again and again, to see whether it can be learnt."""
+
+    def __init__(self, seed: int, first: int, first_stage: int, same: bool = False):
+        self.seed, self.first, self.first_stage, self.same = seed, first, first_stage, same
+
+    def __iter__(self) -> Iterator[dict[str, demo.Batch]]:
+        torch.set_num_threads(1)
+        step = self.first
+        while True:
+            rng = random.Random(f"{self.seed} {0 if self.same else step}")
+            later = step - self.first_stage
+            rows = (FIRST_ROWS if later < 0 else ROWS).items()
+            batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, n, rng, "train")])}
+            if later >= 0:
+                batches |= {t: demo.make_batch(examples(t, n, rng, "train", later)) for t, n in SIZES.items()}
+            yield batches
+            step += not self.same
+
+
+def scores(model: Any, batch: demo.Batch, conversations: list[Example]) -> dict[str, list[float]]:
+    """Per task, for each turn: 1 if every token of the answer is the likeliest one, which greedy decoding would give, else 0."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        right = (model.lm_head(demo.hidden(model, batch, demo.see(model, batch))).argmax(-1) == batch.targets)
+    found = defaultdict(list)
+    for row, aims, example in zip(right, batch.targets, conversations):
+        spans, inside = [], False
+        for i, aim in enumerate((aims >= 0).tolist()):
+            if aim and not inside:
+                spans.append([])
+            inside = aim
+            if aim:
+                spans[-1].append(bool(row[i]))
+        for turn, span in zip(example.turns, spans, strict=True):
+            # a box is right if no digit but a last one is wrong: its share of right tokens says more
+            found[turn.task].append(sum(span) / len(span) if turn.task == "locate" else float(all(span)))
+    return found
+
+
+def validate(model: Any) -> dict[str, float]:
+    """Mean of `scores` on pictures of the validation split."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for task in SIZES:
+        rng = random.Random(f"validation {task}")
+        drawn = examples(task, N_VALIDATION // (1 if task == "read" else 2), rng, "validation")
+        for name, values in scores(model, demo.make_batch(drawn), drawn).items():
+            found[name] += values
+    return {name: round(sum(v) / len(v), 4) for name, v in found.items()}
+
+
+class Training:
+    """Model, optimizer and averaged weights, which are saved and resumed together."""
+
+    def __init__(self, seed: int):
+        self.model, self.reader = demo.make_model(seed).float(), demo.Reader()
+        both = [*self.model.named_parameters(), *self.reader.named_parameters()]
+        inner = [p for name, p in both if p.dim() == 2 and ("blocks." in name or "layers." in name)]
+        rest = [p for _, p in both if not any(p is q for q in inner)]
+        self.optimizers = (
+            torch.optim.Muon(inner, lr=PEAK, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.05},
+                               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
+                              lr=PEAK, betas=(0.9, 0.98), foreach=True))
+        self.parameters, self.step, self.seconds = [p for _, p in both], 0, 0.0
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+
+    def save(self, file: Path) -> None:
+        """Write everything that going on needs; the old file stays until the new one is whole."""
+        draft = file.with_suffix(".new")
+        torch.save({"model": self.model.state_dict(), "reader": self.reader.state_dict(), "average": self.average,
+                    "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "seconds": self.seconds}, draft)
+        draft.rename(file)
+
+    def load(self, file: Path) -> None:
+        """Take up a saved state."""
+        state = torch.load(file)
+        self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+
+    def update(self, batches: dict[str, demo.Batch], rate: float) -> dict[str, float]:
+        """Do one step at a learning rate; return the losses."""
+        losses: dict[str, float] = {}
+        for task, batch in batches.items():
+            with torch.autocast("cpu", torch.bfloat16):
+                soft = demo.see(self.model, batch)
+                seen, share = self.reader(soft, batch)
+            losses[f"{task} rows"] = seen.item()
+            if task == "rows":
+                losses["glyphs"] = share
+                seen.backward()
+                continue
+            with torch.autocast("cpu", torch.bfloat16):
+                known = batch.targets >= 0
+                logits = self.model.lm_head(demo.hidden(self.model, batch, soft)[known])
+                loss = F.cross_entropy(logits.float(), batch.targets[known])
+            (WEIGHTS[task] * loss + 0.5 * seen).backward()
+            losses[task] = loss.item()
+        losses["norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
+        for optimizer, factor in zip(self.optimizers, FACTORS):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        keep = min(AVERAGE, self.step / (self.step + 10))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - keep)
+        return losses
+
+    def averaged(self) -> Any:
+        """A model with the averaged weights."""
+        model = demo.make_model(0).float().eval()
+        with torch.no_grad():
+            for p, a in zip(model.parameters(), self.average):
+                p.copy_(a)
+        return model
+
+
+def draw(log: Path, out: Path) -> None:
+    """Draw the losses and the validation's scores of a log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for task in SIZES:
+        left.plot([x["step"] for x in lines if task in x], [x[task] for x in lines if task in x], label=task, lw=0.8)
+    left.set(yscale="log", xlabel="step", ylabel="loss (nats a token of the answers)", title="training")
+    checked = [x for x in lines if "validation" in x]
+    for task in checked[-1]["validation"] if checked else ():
+        right.plot([x["step"] for x in checked], [x["validation"][task] for x in checked], label=task, marker=".")
+    right.set(xlabel="step", ylabel="share that is right", title="validation (averaged weights)", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=90)
+
+
+def main() -> None:
+    """Parse arguments and train."""
+    parser = argparse.ArgumentParser(prog="python -m converters.demo.train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=60, help="from now (default: 60)")
+    parser.add_argument("--stop-at", metavar="HH:MM", help="local time; instead of --minutes")
+    parser.add_argument("--decay", type=float, default=DECAY_MINUTES, help="minutes at the end in which the rate falls")
+    parser.add_argument("--first-stage", type=int, default=1000, metavar="STEPS", help="in which only the encoder learns")
+    parser.add_argument("--every", type=int, default=250, help="steps between validations")
+    parser.add_argument("--overfit", action="store_true", help="the same few conversations again and again: can it learn at all?")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    end = datetime.now() + timedelta(minutes=args.minutes)
+    if args.stop_at:
+        hours, minutes = map(int, args.stop_at.split(":"))
+        end = datetime.now().replace(hour=hours, minute=minutes, second=0)
+    training, state, log = Training(args.seed), args.folder / "state.pt", args.folder / "log.jsonl"
+    worst = demo.check_forward(training.model, [e for t in SIZES for e in examples(t, 2, random.Random(t), "validation")])
+    if worst > 1e-4:
+        raise SystemExit(f"the forward pass differs from transformers' by {worst}")
+    if state.exists():
+        training.load(state)
+    loader = iter(DataLoader(Steps(args.seed, training.step, args.first_stage, args.overfit), batch_size=None, num_workers=1, prefetch_factor=6))
+    size = sum(p.numel() for p in training.model.parameters())
+    bar = tqdm(initial=training.step, desc=f"{size} parameters", unit="step", mininterval=5)
+    recent: dict[str, list[float]] = defaultdict(list)
+
+    def finish(validation: dict[str, float]) -> None:
+        if validation:
+            tqdm.write(f"{training.step}: {validation}")
+            with log.open("a") as out:
+                out.write(json.dumps({"step": training.step, "validation": validation}) + "\n")
+        training.save(state)
+        demo.save_checkpoint(training.averaged(), args.folder / "checkpoint")
+
+    while (left := (end - datetime.now()).total_seconds()) > 0:
+        began = time.monotonic()
+        warm = 1.0 if training.step < args.first_stage else (training.step - args.first_stage + 1) / WARM_UP
+        rate = PEAK * min(1.0, (training.step + 1) / WARM_UP, warm, left / (60 * args.decay))
+        for name, value in training.update(next(loader), rate).items():
+            recent[name].append(value)
+        training.seconds += time.monotonic() - began
+        bar.update()
+        if training.step % 25 == 0:
+            means = {name: round(sum(v) / len(v), 4) for name, v in recent.items()}
+            recent.clear()
+            with log.open("a") as out:
+                out.write(json.dumps({"step": training.step, "rate": rate, "seconds": round(training.seconds, 1),
+                                      **means}) + "\n")
+            tqdm.write(f"{training.step}: {means}")
+        if training.step % args.every == 0:
+            finish(validate(training.averaged()) if training.step > args.first_stage else {})
+    finish(validate(training.averaged()))
+    draw(log, args.folder / "loss.png")
+
+
+if __name__ == "__main__":
+    main()
