@@ -263,6 +263,8 @@ class _Count:
         self.n_ctx = want.n_ctx or self.trained
         self.size, self.n_pictures = want.largest_picture()
         self.built = build(files, self.n_ctx, want.n_batch, want.kv_dtype, want.n_seq, pictures=self.n_pictures != 0)
+        if want.images and not self.built.vision:
+            raise RequestError(f"images={want.images!r}: {files.name} has no media encoder; where it is in a file of its own, give mmproj=")
         self.step = backend("cpu", n_threads=want.n_threads).prepare(self.built.outputs)
         self.notes: list[str] = []
         self.items = [*self._weights(self.step, "weights", "layers", "embedding, head and norms"), *self._kv(), self._arena(),
@@ -398,7 +400,8 @@ class _Count:
 
     def planned(self) -> Planned:
         """The plan, with what fits."""
-        b, limit = self.built, max(self.want.n_seq, min(N_SEQ_LIMIT, self.built.n_head))
+        b = self.built
+        limit = max(self.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * b.arch.config.vocab_size)))     # with the same logits
         plan_ = MemoryPlan(self.files.name, self.n_ctx, b.n_batch, self.want.kv_dtype, tuple(i for i in self.items if i.nbytes),
                            {"cpu": self.host.free}, b.n_seq, len(b.layers), b.vision.max_rows if b.vision else 0,
                            self.largest_context(), self.most_conversations(limit), limit, notes=tuple(self.notes))

@@ -132,6 +132,8 @@ def test_smaller_pictures_take_less(files, machine) -> None:
     assert next(i.nbytes for i in kept.items if "kept" in i.detail) == 5 * 512 * 3584 * 4
     blind = pe.plan(path, n_ctx=32_768, mmproj=mmproj, images=0)
     assert blind.picture == 0 and blind.of("encoder") == blind.of("images") == 0
+    with pytest.raises(RequestError, match="no media encoder"):
+        pe.plan(path, images=(896, 448))
     for wrong in ((0, 5), "large", (1, 2, 3, 4), -1, ()):
         with pytest.raises(RequestError, match="images="):
             pe.plan(path, images=wrong)
