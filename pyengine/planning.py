@@ -8,7 +8,8 @@ The program that is counted here is the one that `engine` loads and runs.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from pyengine.memory import MIB, Alternative, MemoryPlan, PlanItem, Room
 from pyengine.models import architecture
 from pyengine.planner import aligned
 from pyengine.sampling import sampler_bytes
+from pyengine.stages import StagedPlan, cut, spread
 from pyengine.tensor import Dim, Tensor, axis_max
 from pyengine.tokenizer import Tokenizer
 from pyengine.weights import Weights
@@ -194,6 +196,9 @@ def model_graph(name: str | Path, n_ctx: int = 4096, mmproj: str | Path | None =
 class Settings:
     """What is asked of a plan. n_ctx None: the training context, or what of it fits.
 
+    device   "cpu", or parts of main memory that are kept apart: {"cpu:0": bytes, "cpu:1": bytes}; layers are spread over them by
+             their room, caches and the output head follow
+    encoder_device  the part that holds the media encoder; None: the first
     images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
              number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory
     """
@@ -204,7 +209,13 @@ class Settings:
     n_seq: int = 1
     n_threads: int | None = None
     images: Any = None
-    device: str = "auto"
+    device: Any = "auto"
+    encoder_device: str | None = None
+
+    @property
+    def parts(self) -> dict[str, int] | None:
+        """Bytes of each part of memory, where there are several."""
+        return self.device if isinstance(self.device, dict) else None
 
     def check(self) -> None:
         """Raises: RequestError for what no model can have."""
@@ -213,8 +224,13 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name}={value}: must be at least 1")
-        if self.device not in ("auto", "cpu"):
-            raise RequestError(f"device={self.device!r}: models run on 'cpu' ('auto' picks it)")
+        for name, room in (self.parts or {}).items():
+            if not re.fullmatch(r"cpu:\d+", str(name)) or not isinstance(room, int) or room < 1:
+                raise RequestError(f"device: {name!r}: {room!r} is no part of main memory; give {{'cpu:0': bytes, 'cpu:1': bytes}}")
+        if not self.parts and self.device not in ("auto", "cpu"):
+            raise RequestError(f"device={self.device!r}: models run on 'cpu' ('auto' picks it), or on parts of it: {{'cpu:0': bytes, ..}}")
+        if self.encoder_device is not None and self.encoder_device not in (self.parts or {}):
+            raise RequestError(f"encoder_device={self.encoder_device!r}: is none of {', '.join(self.parts or ['cpu'])}")
         self.largest_picture()
 
     def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
@@ -267,8 +283,15 @@ class _Count:
             raise RequestError(f"images={want.images!r}: {files.name} has no media encoder; where it is in a file of its own, give mmproj=")
         self.step = backend("cpu", n_threads=want.n_threads).prepare(self.built.outputs)
         self.notes: list[str] = []
-        self.items = [*self._weights(self.step, "weights", "layers", "embedding, head and norms"), *self._kv(), self._arena(),
-                      self._sampler(), *self._overhead()]
+        self.main, self.free = "cpu", {"cpu": self.host.free}
+        stages = [("cpu", self.step, list(range(len(self.built.layers))))]     # (device, program laid out, its layers)
+        if want.parts:
+            self.main, self.free = next(iter(want.parts)), dict(want.parts)
+            stages = self._placed()
+        self.items = [item for device, step, layers in stages for item in (
+            *self._weights(step, device, "weights", "layers", "embedding, head and norms"), *self._kv(step, device, layers),
+            self._arena(step, device))]
+        self.items += [self._sampler(), *self._overhead()]
         self.encoder, self.image_cache = None, 0
         if self.built.vision:
             self.encoder = self._encoder()
@@ -277,37 +300,66 @@ class _Count:
 
     # -- items --------------------------------------------------------------------------------------------------------
 
-    def _weights(self, prepared: Any, purpose: str, layered: str, rest: str) -> list[PlanItem]:
+    def _placed(self) -> list[tuple[str, Any, list[int]]]:
+        """Cut the step over the parts of memory, in proportion to their room; `step` becomes the stages."""
+        names, layered, rest = list(self.free), [0] * len(self.built.layers), 0
+        for r in self.step.residents.values():
+            layer, nbytes = _layer(r.tensor.name or ""), 0 if r.form == "mapped" else aligned(r.nbytes)
+            if layer is None:
+                rest += nbytes
+            else:
+                layered[layer] += nbytes
+        for item in self._kv(self.step, self.main, range(len(layered))):
+            if item.layer is not None:
+                layered[item.layer] += item.nbytes
+        fixed = sum(i.nbytes for i in (self._sampler(), *self._overhead()) if i.purpose != "mapped")
+        rooms = [max(1, n - self.step.arena_bytes - (fixed if name == self.main else 0)) for name, n in self.free.items()]
+        found, times = None, 1
+        while found is None:                                 # what does not fit is laid out too, and refused with its table
+            found, times = spread(layered, [n * times for n in rooms], last=rest), 2 * times
+        used = sorted(set(found))
+
+        def stage_of(name: str) -> int | None:
+            layer = _layer(name)
+            return None if layer is None else used.index(found[layer])
+
+        stages = cut(self.built.outputs, stage_of, len(used))
+        self.step = StagedPlan(stages, [backend("cpu", n_threads=self.want.n_threads).prepare(s.outputs) for s in stages])
+        self.notes.append("layers: " + ", ".join(f"{found.count(d)} on {names[d]}" for d in used))
+        return [(names[d], p, [i for i, where in enumerate(found) if where == d]) for d, p in zip(used, self.step.prepared)]
+
+    def _weights(self, prepared: Any, device: str, purpose: str, layered: str, rest: str) -> list[PlanItem]:
         """Weights by layer, and by whether they are copied or read where the file is mapped."""
         groups: dict[tuple[bool, int | None], list[tuple[str, int]]] = {}
         for r in prepared.residents.values():
             name, mapped = r.tensor.name or "computed constant", r.form == "mapped"
             part = name, r.nbytes if mapped else aligned(r.nbytes)
             groups.setdefault((mapped, _layer(name)), []).append(part)
-        return [PlanItem.sum("cpu", "mapped" if mapped else purpose, rest if layer is None else layered, parts, layer)
+        return [PlanItem.sum(device, "mapped" if mapped else purpose, rest if layer is None else layered, parts, layer)
                 for (mapped, layer), parts in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] is not None, g[0][1] or 0))]
 
-    def _kv(self) -> list[PlanItem]:
+    def _kv(self, step: Any, device: str, layers: Iterable[int]) -> list[PlanItem]:
+        """Caches of some layers, and the tables of their cells."""
         b, c = self.built, self.built.arch.config
         k, v = (d.size(c.head_dim) for d in b.kv_dtypes)
         items = []
-        for i, number in enumerate(b.layers):
-            own, _ = b.groups[number]
+        for i in layers:
+            own, _ = b.groups[b.layers[i]]
             factors = [("heads", c.n_kv_heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{b.n_seq} x " if b.n_seq > 1 else ""
-            items.append(PlanItem.product("cpu", "kv", f"{own.policy}: {times}{own.slots} cells", factors, i))
-        tables = [(f"{name}.table", aligned(4 * b.n_seq * own.slots)) for own, name in b.groups]
-        rest = self.step.state_bytes - sum(i.nbytes for i in items) - sum(n for _, n in tables)
-        return [*items, PlanItem.sum("cpu", "kv", "tables and alignment", [*tables, ("alignment", rest)])]
+            items.append(PlanItem.product(device, "kv", f"{own.policy}: {times}{own.slots} cells", factors, i))
+        tables = [(t.name, aligned(t.nbytes_max)) for t in step.states if t.dtype.name == "I32"]
+        rest = step.state_bytes - sum(i.nbytes for i in items) - sum(n for _, n in tables)
+        return [*items, PlanItem.sum(device, "kv", "tables and alignment", [*tables, ("alignment", rest)])]
 
-    def _arena(self) -> PlanItem:
+    def _arena(self, step: Any, device: str) -> PlanItem:
         b = self.built
         detail = f"{b.n_batch} rows a step, {b.n_head} of them with logits; decoding uses the same memory"
-        return PlanItem.sum("cpu", "arena", detail, self.step.layout.busiest())
+        return PlanItem.sum(device, "arena", detail, step.layout.busiest())
 
     def _sampler(self) -> PlanItem:
         each = sampler_bytes(self.built.arch.config.vocab_size)
-        return PlanItem.product("cpu", "sampler", "candidates", [("conversations", self.built.n_seq), ("bytes", each)])
+        return PlanItem.product(self.main, "sampler", "candidates", [("conversations", self.built.n_seq), ("bytes", each)])
 
     def _overhead(self) -> list[PlanItem]:
         opened = [f for f in (self.files.model, self.files.mmproj) if f]
@@ -316,8 +368,8 @@ class _Count:
         meta = self.files.model.metadata
         n_tokens = meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0
         parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES)]
-        return [PlanItem.sum("cpu", "overhead", "the process itself", parts),
-                PlanItem.sum("cpu", "mapped", "headers of files", headers)]
+        return [PlanItem.sum(self.main, "overhead", "the process itself", parts),
+                PlanItem.sum(self.main, "mapped", "headers of files", headers)]
 
     def _encoder(self) -> Any:
         """The encoder laid out for the largest picture that is asked for, or that takes its share of the memory."""
@@ -346,17 +398,17 @@ class _Count:
         return min(n_ctx * row, max(self.built.vision.max_rows * row, int(IMAGE_CACHE_SHARE * self.host.total)))
 
     def _pictures(self) -> list[PlanItem]:
-        rows, e = self.built.vision.max_rows, self.encoder
+        rows, e, where = self.built.vision.max_rows, self.encoder, self.want.encoder_device or self.main
         inputs = [(f"{n.name} {list(map(axis_max, n.outputs[0].shape))}", n.outputs[0].nbytes_max)
                   for n in e.layout.leaves if n.kind == "input"]
         pixels = sum(n for name, n in inputs if name.startswith("patches")) // 4
         host = [*inputs, *[("pixels", pixels)] * PIXEL_COPIES]
         layers, rest = "weights of layers, from the first picture on", "weights of patches, norms and projector"
-        return [*self._weights(e, "encoder", layers, rest),
-                PlanItem.sum("cpu", "encoder", f"arena, pictures of up to {rows} soft tokens", e.layout.busiest()),
-                PlanItem.sum("cpu", "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)]),
-                PlanItem("cpu", "images", "encoded pictures that are kept, at most", self.image_cache),
-                PlanItem.sum("cpu", "images", "a picture's patches and pixels, while it is processed", host)]
+        return [*self._weights(e, where, "encoder", layers, rest),
+                PlanItem.sum(where, "encoder", f"arena, pictures of up to {rows} soft tokens", e.layout.busiest()),
+                PlanItem.sum(self.main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)]),
+                PlanItem(self.main, "images", "encoded pictures that are kept, at most", self.image_cache),
+                PlanItem.sum(where, "images", "a picture's patches and pixels, while it is processed", host)]
 
     # -- other numbers ------------------------------------------------------------------------------------------------
 
@@ -400,11 +452,11 @@ class _Count:
 
     def planned(self) -> Planned:
         """The plan, with what fits."""
-        b = self.built
+        b, whole = self.built, not self.want.parts           # on parts of memory what else would fit is not looked for
         limit = max(self.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * b.arch.config.vocab_size)))     # with the same logits
         plan_ = MemoryPlan(self.files.name, self.n_ctx, b.n_batch, self.want.kv_dtype, tuple(i for i in self.items if i.nbytes),
-                           {"cpu": self.host.free}, b.n_seq, len(b.layers), b.vision.max_rows if b.vision else 0,
-                           self.largest_context(), self.most_conversations(limit), limit, notes=tuple(self.notes))
+                           self.free, b.n_seq, len(b.layers), b.vision.max_rows if b.vision else 0,
+                           self.largest_context() if whole else None, self.most_conversations(limit) if whole else None, limit, notes=tuple(self.notes))
         return Planned(b, self.step, self.encoder, self.image_cache, replace(plan_, rooms=tuple(self.rooms(plan_))))
 
 
@@ -449,8 +501,12 @@ def lay_out_model(files: Files, want: Settings, machine: hardware.Hardware | Non
         planned = count.planned()
         if want.n_ctx is not None:
             return planned
-        note = f"context: {count.trained} positions, as trained"
-        if not planned.plan.fits:
+        note, n_ctx = f"context: {count.trained} positions, as trained", count.trained
+        while want.parts and not planned.plan.fits and n_ctx > 512:
+            n_ctx //= 2
+            planned = _Count(files, replace(want, n_ctx=n_ctx), machine).planned()
+            note = f"context: {n_ctx} of the {count.trained} trained positions, the first half, quarter .. that fits"
+        if not planned.plan.fits and not want.parts:
             note = f"context: as trained, {count.trained} positions; no context of a whole step fits"
             if planned.plan.max_ctx:
                 planned = _Count(files, replace(want, n_ctx=_rounded(planned.plan.max_ctx)), machine).planned()
@@ -512,15 +568,15 @@ def refusal(files: Files, want: Settings, plan_: MemoryPlan) -> PlanError:
     return PlanError(f"{files.name} does not fit\n{plan_.table()}\n{plan_.verdict()}", plan_)
 
 
-def plan(model: str | Path, n_ctx: int | None = None, device: str = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
+def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
-         nearest: bool = False) -> MemoryPlan:
+         nearest: bool = False, encoder_device: str | None = None) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device)
     want.check()
     files = open_files(model, mmproj)
     found = lay_out_model(files, want).plan

@@ -86,6 +86,18 @@ def _part(outputs: list[Tensor], received: Callable[[Node], Sequence[Tensor] | N
     return rebuild(outputs, lambda node, args: border.get(id(node)))
 
 
+@dataclass(frozen=True)
+class StagedPlan:
+    """Stages that a backend has laid out, nothing loaded; stands where one `Prepared` does."""
+
+    stages: list[Stage]
+    prepared: list[Any]
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> Chain:
+        """Allocate memory on each device and read the weights."""
+        return Chain(self.stages, [p.load(progress) for p in self.prepared])
+
+
 class Chain:
     """The stages' programs as one: the same interface as a backend's program.
 
@@ -130,6 +142,15 @@ class Chain:
 
     def _holder(self, name: str) -> Any:
         return next(p for p in self.programs if name in p.state_address)
+
+    def profile(self, on: bool) -> None:
+        """Start (and reset) or stop the clock of each step."""
+        for p in self.programs:
+            p.profile(on)
+
+    def seconds(self) -> list[tuple[Node, float]]:
+        """Steps of all stages with the seconds spent in each."""
+        return [timed for p in self.programs for timed in p.seconds()]
 
     def first_step_reading(self, name: str) -> int:
         """As a program's, of the last stage: outputs are computed there."""

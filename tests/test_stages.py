@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from PIL import Image
 
+import pyengine as pe
 from pyengine import planning
 from pyengine.backends import backend
+from pyengine.errors import PlanError, RequestError
 from pyengine.schedule import Runner, Work, token_rows
 from pyengine.stages import Chain, cut, spread
 
@@ -18,7 +21,8 @@ def runner_of(built, n: int) -> Runner:
     layers = built.arch.config.n_layers
     stages = cut(built.outputs, lambda name: int(name.split(".")[1]) * n // layers if name.startswith("blk.") else None, n)
     chain = Chain(stages, [backend("cpu").prepare(s.outputs).load() for s in stages])
-    return Runner(chain, built.graph.inputs, built.groups, built.layers, built.arch.position_axes, built.n_batch, built.n_head)
+    return Runner(chain, built.graph.inputs, built.groups, built.layers, built.arch.position_axes, built.n_batch, built.n_head,
+                  built.arch.ropes(), built.kv_dtypes)
 
 
 def logits(runner: Runner, ids: list[int]) -> np.ndarray:
@@ -73,3 +77,37 @@ def test_spread_by_room() -> None:
     assert spread([10] * 4, [100, 100], last=20) == [0, 0, 0, 1]
     assert spread([10] * 4, [25, 100]) == [0, 1, 1, 1]
     assert spread([10] * 4, [15, 15]) is None and spread([30], [10, 50]) == [1]
+
+
+def test_a_model_on_two_parts_of_memory(tiny_gguf) -> None:
+    """Placed by room, counted by device, loaded where it was counted; answers are those of one device."""
+    path, a = tiny_gguf("gemma3")[0], Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    prompt = [3, 4, a, "what is it?"]
+    one = pe.load(path, n_ctx=128)
+    free = {"cpu:0": one.plan.of("overhead") + one.plan.of("images") + (6 << 20), "cpu:1": 10 << 20}
+    two = pe.load(path, n_ctx=128, device=free, encoder_device="cpu:1")
+    assert two.plan.devices == ["cpu:0", "cpu:1"] and two.plan.available == free and two.plan.fits
+    assert np.array_equal(two.logits(prompt), one.logits(prompt))
+    assert two.generate(prompt, max_tokens=8, temperature=0).tokens == one.generate(prompt, max_tokens=8, temperature=0).tokens
+    for device, program in zip(two.plan.devices, two.program.programs):
+        assert two.plan.of("weights", device) == program.prepared.weight_bytes == program.weights.nbytes
+        assert two.plan.of("kv", device) == program.prepared.state_bytes and two.plan.of("arena", device) == program.prepared.arena_bytes
+    assert two.plan.of("encoder", "cpu:0") == 0 < two.plan.of("encoder", "cpu:1")
+    layers = [{i.layer for i in two.plan.items if i.device == d and i.purpose == "kv" and i.layer is not None} for d in two.plan.devices]
+    assert sorted(layers[0] | layers[1]) == list(range(7)) and not layers[0] & layers[1]
+    with pytest.raises(PlanError, match="cpu:1"):
+        pe.load(path, n_ctx=128, device={"cpu:0": 4 << 20, "cpu:1": 1 << 18})
+    for device, text in (({"cuda:0": 1}, "no part of main memory"), ({"cpu:0": 0}, "no part of main memory"), ("tpu", "models run on")):
+        with pytest.raises(RequestError, match=text):
+            pe.plan(path, device=device)
+    with pytest.raises(RequestError, match="is none of cpu"):
+        pe.plan(path, encoder_device="cpu:1")
+
+
+def test_a_context_that_fits_the_parts(tiny_gguf) -> None:
+    path = tiny_gguf("llama", max_position_embeddings=65536)[0]
+    one = pe.plan(path)
+    free = {"cpu:0": one.of("overhead") + (5 << 20), "cpu:1": 6 << 20}
+    found = pe.plan(path, device=free)
+    assert found.fits and found.n_ctx < 65536 and f"context: {found.n_ctx} of the 65536" in found.notes[0]
+    assert not pe.plan(path, device=free, n_ctx=2 * found.n_ctx).fits
