@@ -11,9 +11,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_example(number: int, capsys, monkeypatch) -> None:
+def test_example(number: int, capsys, monkeypatch, tmp_path) -> None:
     real_path("smollm2")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     code = BLOCKS[number].replace('"models/', f'"{WEIGHTS}/')
     exec(compile(code, f"README.md, example {number + 1}", "exec"), {})
     assert capsys.readouterr().out.strip()

@@ -50,7 +50,7 @@ ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, help="A
 Prompt = Annotated[str | None, Argument(metavar="PROMPT", show_default=False,
                                         help="The question; - reads standard input. Without it: a conversation.")]
 Context = Annotated[int | None, Option("--ctx", "-c", min=1, help="Context; default: as trained, or what fits.")]
-KvDtype = Annotated[str, Option("--kv-dtype", help="Format of cached keys and values: f32, f16 or q8_0.")]
+KvDtype = Annotated[str, Option("--kv-dtype", help="Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values.")]
 Threads = Annotated[int | None, Option("--threads", "-t", min=1, help="Threads; default: fast physical cores.")]
 BatchSize = Annotated[int, Option("--batch", "-b", min=1, help="Most rows of one step.")]
 Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", help="Its image encoder, if in a file of its own.")]
