@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers|vision|quality`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|together|vision|quality`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -54,9 +54,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         (file,) = _paths([args.model])
         return sight.run(file, args.threads, args.number, args.seed, args.weights or sight.TYPES, args.kv or sight.CACHES,
                          args.checkpoint)
-    from bench import peers
+    from bench import peers, together
 
     paths = _paths(args.model)
+    if args.suite == "together":
+        return together.run(paths, args.threads, args.conversations or [4, 16], args.prompt, args.generate, args.rounds)
     if args.suite == "models":
         return peers.models(paths, args.threads, args.prompt, args.generate, args.rounds)
     return peers.peers(paths, args.threads, args.prompt, args.generate, args.rounds, args.quality, args.engine)
@@ -84,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
     peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"],
                        help="may be repeated; default: all there are")
+    beside = suites.add_parser("together", parents=[common, runs], help="conversations side by side, beside one after the other")
+    beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
     quality = suites.add_parser("quality", parents=[common], help="the demo model's answers about fresh pictures, by types of weights and caches")
     quality.add_argument("model", help="a GGUF file, best with F32 or F16 weights: other types are made from them")
     quality.add_argument("-n", "--number", type=int, default=200, help="conversations of each of three families (default: 200)")

@@ -487,3 +487,13 @@ def test_encoders_beside_other_engines(tiny_encoders, name: str, tmp_path, monke
     assert {"Q8_0 planned / resident", "Q8_0 first turn / second turn"} <= set(results)
     assert "own memory" in capsys.readouterr().out
     json.dumps(found)
+
+
+def test_conversations_together(tiny_gguf, tmp_path, capsys) -> None:
+    from bench.__main__ import main
+
+    out = tmp_path / "together.json"
+    assert main(["together", str(tiny_gguf("llama")[0]), "-s", "3", "-p", "20", "-n", "5", "-r", "2", "-t", "1", "--json", str(out)]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["conversations"] == 3 and result["correct"] and len(result["score"]["samples"]) == 2
+    assert "answers equal" in capsys.readouterr().out
