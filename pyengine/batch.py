@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,18 +54,23 @@ Segment = TokenSegment | MediaSegment
 class View:
     """One run of an encoder: a picture, a crop of it, or a video, after the model's own processor.
 
-    inputs     the encoder graph's inputs by name
+    make       computes the encoder graph's inputs, by name, when the run comes: those of a long video are never there together
     axes       values of its run-time axes
     positions, advance, grid, causal, atomic: as in MediaSegment, whose length is positions.shape[1]
     """
 
-    inputs: dict[str, np.ndarray]
+    make: Callable[[], dict[str, np.ndarray]]
     axes: dict[str, int]
     positions: np.ndarray
     advance: int
     grid: tuple[int, int, int] | None = None
     causal: bool = True
     atomic: bool = False
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The encoder graph's inputs, computed anew. Raises: ImageError for a frame that cannot be read."""
+        return self.make()
 
 
 @dataclass(frozen=True, eq=False)

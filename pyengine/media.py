@@ -93,13 +93,17 @@ class MediaEncoder:
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
         self.stats["image_misses"] += 1
         started = time.perf_counter()
-        processed = self.vision.process(media)
-        ready = time.perf_counter()
-        parts = tuple(self._encoded(p, media.digest, i) if isinstance(p, View) else p for i, p in enumerate(processed.parts))
+        processed, encoding, made = self.vision.process(media), 0.0, []
+        for i, p in enumerate(processed.parts):
+            if isinstance(p, View):
+                p, seconds = self._encoded(p, media.digest, i)
+                encoding += seconds
+            made.append(p)
+        parts = tuple(made)
         segments = [p for p in parts if isinstance(p, MediaSegment)]
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
                          sum(map(len, segments)), len(segments), tuple(s.grid for s in segments if s.grid), False,
-                         ready - started, time.perf_counter() - ready, media.digest.hex())
+                         time.perf_counter() - started - encoding, encoding, media.digest.hex())
         self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)), in_use)
         return parts, info
 
@@ -115,20 +119,26 @@ class MediaEncoder:
             self._cache[digest] = entry
         self.stats["image_cache_bytes"] = total()
 
-    def _encoded(self, view: View, digest: bytes, number: int) -> MediaSegment:
+    def _encoded(self, view: View, digest: bytes, number: int) -> tuple[MediaSegment, float]:
+        """A view's segment, and the seconds that the encoder took; its inputs are made here and gone again before the next view's."""
+        loading = time.perf_counter()
         if self._program is None:
             self._program = self.prepared.load(self._progress)
+        loading = time.perf_counter() - loading
         rows, program = view.positions.shape[1], self._program
         if rows > self.vision.max_rows:
             raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.vision.max_rows} that this model was planned for; "
                              "make it smaller, or load with images=(width, height) of the largest one")
         for name, array in view.inputs.items():
             program.inputs[name].reshape(-1)[: array.size] = array.reshape(-1)
+        started = time.perf_counter()
         program.execute_named(**view.axes)
+        seconds = loading + time.perf_counter() - started
         embedding = program.outputs[0].reshape(-1)[: rows * program.outputs[0].shape[-1]].reshape(rows, -1).copy()
         embedding.flags.writeable = False
-        return MediaSegment(embedding, view.positions, view.advance, view.grid, view.causal, view.atomic,
-                            sha256(digest + number.to_bytes(4, "little")).digest())
+        segment = MediaSegment(embedding, view.positions, view.advance, view.grid, view.causal, view.atomic,
+                               sha256(digest + number.to_bytes(4, "little")).digest())
+        return segment, seconds
 
 
 def encoder_graph(vision: Any) -> list[Tensor]:

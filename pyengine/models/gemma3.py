@@ -307,7 +307,13 @@ class Vision:
         return Processed(tuple(parts), media.size, (c.image_size, c.image_size))
 
     def _view(self, pixels: np.ndarray) -> View:
-        """One run of the encoder: pixels [h, w, 3] -> patches [P, 3 * p * p] in pooling order."""
+        """One run of the encoder over pixels [h, w, 3]."""
+        n = self.config.n_tokens
+        rows = np.arange(n, dtype=np.int32)[None]
+        return View(lambda: {"patches": self._patches(pixels)}, {}, rows, n, causal=False, atomic=True)
+
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels uint8 [h, w, 3] -> F32 [P, 3 * p * p] in pooling order."""
         from pyengine.image import resize
 
         c, p = self.config, self.config.patch_size
@@ -317,8 +323,7 @@ class Vision:
         patches = pages(x.shape)
         for channel in range(3):                                                        # by table: no copies as large as `patches`
             patches[:, channel] = self.levels[channel][x[:, channel]]
-        rows = np.arange(c.n_tokens, dtype=np.int32)[None]
-        return View({"patches": patches.reshape(len(x), -1)}, {}, rows, c.n_tokens, causal=False, atomic=True)
+        return patches.reshape(len(x), -1)
 
     def encode(self, g: Graph) -> Tensor:
         """Soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -313,12 +312,9 @@ class Vision:
             larger = f", or load with images=({width}, {height})" if self.rows(width, height) > self.max_rows else ""
             raise RequestError(f"a picture of {width} x {height} pixels takes {rows} soft tokens, but this model was planned for pictures of up "
                                f"to {self.max_rows}, {self.max_rows * factor**2} pixels; give a smaller max_pixels{larger}")
-        frames = iter(media.read(numbers)) if moving else iter([media])
-        views, run = [], self.max_rows // rows                                 # time steps of one run
-        for first in range(0, steps, run):
-            last = min(first + run, steps)
-            part = np.stack([resize(f.pixels, h, w, c.resample) for f in islice(frames, (last - first) * c.depth)])
-            views.append(self._view(part, first, interval, last == steps))
+        run = self.max_rows // rows                                            # time steps of one run of the encoder
+        views = [self._view(media, numbers[first * c.depth : (first + run) * c.depth], (h, w), first, interval, first + run >= steps)
+                 for first in range(0, steps, run)]
         return Processed((self.start, *views, self.end), (width, height), (w, h))
 
     def _frames(self, video: Video) -> tuple[np.ndarray, np.float32]:
@@ -331,12 +327,25 @@ class Vision:
         seconds = np.float32(c.depth / (len(numbers) / total * fps))           # of a time step
         return numbers, np.float32(1) if c.time_scale is None else np.float32(c.time_scale) * seconds
 
-    def _view(self, frames: np.ndarray, first: int, interval: np.float32, last: bool) -> View:
-        """A run of the encoder over frames uint8 [frames, h, w, 3], the first of which belongs to time step `first`."""
+    def _view(self, media: Image | Video, numbers: np.ndarray, size: tuple[int, int], first: int, interval: np.float32, last: bool) -> View:
+        """A run of the encoder over the frames of these numbers, brought to `size` (height, width), from time step `first` on."""
         c = self.config
+        steps, (height, width) = -(-len(numbers) // c.depth), (s // c.patch // c.merge for s in size)       # in merged rows
+        rows = height * width
+        time = (np.arange(first, first + steps, dtype=np.float32) * interval).astype(np.int32)
+        y, x = np.divmod(np.arange(rows), width)                               # of each merged row
+        places = np.stack([np.repeat(time, rows), np.tile(y, steps), np.tile(x, steps)]).astype(np.int32)
+        return View(lambda: self._inputs(media, numbers, size), {"t": steps * rows}, places, max(height, width) if last else 0,
+                    (steps, height, width))
+
+    def _inputs(self, media: Image | Video, numbers: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Read frames, resize them, cut them into patches; the last frame is repeated to fill its time step."""
+        c = self.config
+        read = media.read(numbers) if isinstance(media, Video) else [media]
+        frames = np.stack([resize(f.pixels, *size, c.resample) for f in read])
         frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % c.depth, axis=0)])
         steps, group = len(frames) // c.depth, c.merge**2
-        height, width = (s // c.patch // c.merge for s in frames.shape[1:3])   # in merged rows
+        height, width = (s // c.patch // c.merge for s in size)
         rows = height * width
         y, x = np.divmod(np.arange(rows), width)                               # of each merged row
         order, counts = np.arange(rows), np.array([rows])
@@ -351,9 +360,7 @@ class Vision:
         if not all(c.full):
             inputs["window.lo"], inputs["window.hi"] = _intervals(np.tile(counts * group, steps))
             inputs["order"] = (np.arange(steps)[:, None] * rows + np.argsort(order)).reshape(-1).astype(np.int32)
-        time = (np.arange(first, first + steps, dtype=np.float32) * interval).astype(np.int32)
-        places = np.stack([np.repeat(time, rows), np.tile(y, steps), np.tile(x, steps)]).astype(np.int32)
-        return View(inputs, {"t": steps * rows}, places, max(height, width) if last else 0, (steps, height, width))
+        return inputs
 
     def _patches(self, frames: np.ndarray, order: np.ndarray) -> np.ndarray:
         """frames uint8 [steps * depth, h, w, 3] -> F32 [steps * patches, 3 * depth * patch^2], merged rows of a step in `order`."""
