@@ -8,7 +8,7 @@ own forward. Axes: n patches, r merged rows, b conversations, t tokens, D hidden
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ TEXT = {"hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": 4, 
 VISION = {"depth": 4, "hidden_size": WIDTH, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": WIDTH,
           "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES, "window_size": 4 * PATCH,
           "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
+TOKENIZER = Path(__file__).with_name("tokenizer.json")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")
 # Qwen2's split of text before BPE (tokenizer.json of Qwen/Qwen2-7B): by it, converters know the kind
@@ -59,8 +60,7 @@ TEMPLATE = """{%- for message in messages -%}
 # ---- tokenizer and checkpoint --------------------------------------------------------------------------------------------------
 
 
-@lru_cache
-def make_tokenizer() -> Any:
+def train_tokenizer(out: Path) -> None:
     """Train byte-level BPE on the generator's own sentences; capitals and digits stay single, so that words are spelt."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -81,7 +81,13 @@ def make_tokenizer() -> Any:
     tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
         vocab_size=512 - len(SPECIAL), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    tokenizer.save(str(out))
+
+
+@lru_cache
+def make_tokenizer() -> Any:
+    """Load the tokenizer that `train_tokenizer` has made; it stays as it is when sentences of the generator change."""
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                                 chat_template=TEMPLATE)
 
 
@@ -120,12 +126,15 @@ class Batch:
     ids: Tensor                     # int64 [b, t]
     positions: Tensor               # int64 [3, b, t]
     targets: Tensor                 # int64 [b, t]: the next token where it belongs to an answer, else -100
+    asked: Tensor                   # int64 [2, b, t]: where an answer is: colour and shape that its question names, else -100
     patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied
     grids: list[tuple[int, int]]    # per size: rows and columns of merged groups
     rows: Tensor                    # int64 [r]: which row of the encoder's output each image token takes
     glyphs: Tensor                  # int64 [r, 2]: the character whose centre lies in the group's left, right half; -100 unknown
     things: Tensor                  # int64 [r]: the shape whose centre lies there; -100 unknown
     boxes: Tensor                   # float32 [r, 4]: its box from the group's centre, in groups
+    numbers: Tensor                 # int64 [r]: of the picture in its conversation, from 0
+    places: Tensor                  # float32 [r, 2]: column and row of the group's centre in its picture, in groups
 
 
 def resized(picture: Picture) -> np.ndarray:
@@ -143,6 +152,7 @@ def patches(picture: Picture) -> tuple[np.ndarray, tuple[int, int]]:
     return x.reshape(h * w * MERGE * MERGE, -1), (h, w)
 
 
+TENS = 18                               # of pixels along the longest side
 THINGS = {f"{c} {s}": i + 1 for i, (c, s) in enumerate((c, s) for c in COLOURS for s in SHAPES)}
 
 
@@ -169,21 +179,25 @@ def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np
     return glyphs, things, boxes
 
 
-def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray]:
-    """Token ids, targets and positions [3, t] of a conversation, as the chat template and get_rope_index make them."""
+def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
+    """Token ids, targets, positions [3, t] as the chat template and get_rope_index make them, and what is asked for [2, t]."""
     tokenizer, encode = make_tokenizer(), _encode
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids: list[int] = []
     targets: list[int] = []
+    asked: list[tuple[int, int]] = []
     for i, turn in enumerate(example.turns):
         ids += encode("<|im_start|>user\n")
         for h, w in grids if i == 0 else ():
             ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
         ids += encode(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n")
         answer = encode(f"{turn.answer}<|im_end|>")
+        named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in (COLOURS, SHAPES)]
+        asked += [(-100, -100)] * (len(ids) - len(targets) - 1) + [(named[0], named[1])] * len(answer)
         targets += [-100] * (len(ids) - len(targets) - 1) + list(answer)
         ids += answer
         ids += encode("\n")
+    asked += [(-100, -100)] * (len(ids) - len(targets))
     targets += [-100] * (len(ids) - len(targets))
     positions, start, i, left = np.zeros((3, len(ids)), np.int64), 0, 0, list(grids)
     while i < len(ids):
@@ -195,7 +209,7 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
         rows, columns = np.divmod(np.arange(h * w), w)
         positions[:, i:i + h * w] = start + np.stack([0 * rows, rows, columns])
         start, i = start + max(h, w), i + h * w
-    return ids, targets, positions
+    return ids, targets, positions, np.array(asked).T
 
 
 @lru_cache(maxsize=1 << 16)
@@ -207,24 +221,28 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     """Pack conversations; ids are filled up at the end, where causal attention does not see them."""
     done = [[patches(p) for p in e.pictures] for e in examples]
     said = [conversation(e, [grid for _, grid in d]) for e, d in zip(examples, done)]
-    t = max(len(ids) for ids, _, _ in said)
+    t = max(len(ids) for ids, *_ in said)
     ids, targets = np.zeros((len(said), t), np.int64), np.full((len(said), t), -100, np.int64)
-    positions = np.zeros((3, len(said), t), np.int64)
-    for i, (a, b, p) in enumerate(said):
-        ids[i, :len(a)], targets[i, :len(b)], positions[:, i, :len(a)] = a, b, p
-    flat = [(x, grid, picture) for d, e in zip(done, examples) for (x, grid), picture in zip(d, e.pictures)]
-    grids = sorted({grid for _, grid, _ in flat})
-    by_size = [i for g in grids for i, (_, grid, _) in enumerate(flat) if grid == g]
+    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((2, len(said), t), -100, np.int64)
+    for i, (a, b, p, q) in enumerate(said):
+        ids[i, :len(a)], targets[i, :len(b)], positions[:, i, :len(a)], asked[:, i, :len(a)] = a, b, p, q
+    flat = [(x, grid, picture, n) for d, e in zip(done, examples) for n, ((x, grid), picture) in enumerate(zip(d, e.pictures))]
+    grids = sorted({grid for _, grid, *_ in flat})
+    by_size = [i for g in grids for i, (_, grid, *_) in enumerate(flat) if grid == g]
     starts, at = {}, 0
     for i in by_size:
         starts[i] = at
         at += flat[i][1][0] * flat[i][1][1]
-    rows = np.concatenate([starts[i] + np.arange(g[0] * g[1]) for i, (_, g, _) in enumerate(flat)])
+    rows = np.concatenate([starts[i] + np.arange(g[0] * g[1]) for i, (_, g, *_) in enumerate(flat)])
     aims = [row_targets(flat[i][2], flat[i][1]) for i in by_size]
     glyphs, things, boxes = (torch.from_numpy(np.concatenate(a)) for a in zip(*aims))
-    stacks = [torch.from_numpy(np.stack([x for x, grid, _ in flat if grid == g])) for g in grids]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets), stacks, grids,
-                 torch.from_numpy(rows), glyphs, things, boxes)
+    centres = [np.stack(np.divmod(np.arange(g[0] * g[1]), g[1])[::-1], axis=-1) + 0.5 for g in (flat[i][1] for i in by_size)]
+    numbers = torch.from_numpy(np.concatenate([np.full(flat[i][1][0] * flat[i][1][1], flat[i][3], np.int64) for i in by_size]))
+    places = torch.from_numpy(np.concatenate(centres).astype(np.float32))
+    stacks = [torch.from_numpy(np.stack([x for x, grid, *_ in flat if grid == g])) for g in grids]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets),
+                 torch.from_numpy(asked), stacks, grids,
+                 torch.from_numpy(rows), glyphs, things, boxes, numbers, places)
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------------------
@@ -281,12 +299,24 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
-def hidden(model: Any, batch: Batch, soft: Tensor) -> Tensor:
-    """Run the decoder over the conversations with the pictures' rows in place: [b, t, D]."""
+def hidden(model: Any, batch: Batch, soft: Tensor, halfway: list[Tensor] | None = None) -> Tensor:
+    """Run the decoder over the conversations with the pictures' rows in place: [b, t, D].
+
+    halfway: gets what the decoder's second half finds: rows [r, D] in the order of `soft`, and all tokens [b, t, D].
+    """
     text = model.model.language_model
     x = text.embed_tokens(batch.ids)
-    x = x.masked_scatter((batch.ids == model.config.image_token_id)[..., None], soft[batch.rows].to(x.dtype))
-    return text(inputs_embeds=x, position_ids=batch.positions, use_cache=False).last_hidden_state
+    shown = batch.ids == model.config.image_token_id
+    x = x.masked_scatter(shown[..., None], soft[batch.rows].to(x.dtype))
+    handle = None
+    if halfway is not None:
+        middle = text.layers[len(text.layers) // 2]
+        handle = middle.register_forward_pre_hook(lambda _, inputs: halfway.extend((inputs[0][shown][batch.rows.argsort()], inputs[0])))
+    try:
+        return text(inputs_embeds=x, position_ids=batch.positions, use_cache=False).last_hidden_state
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def check_forward(model: Any, examples: Sequence[Example]) -> float:
@@ -320,6 +350,11 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
     return worst
 
 
+def _towards(x: Tensor, words: Iterable[str], aim: Tensor, table: Tensor) -> Tensor:
+    """Loss of vectors [n, D] that are to point at the embedding of one of some words."""
+    return F.cross_entropy((x @ table[[_encode(f" {word}")[0] for word in words]].T).float(), aim)
+
+
 class Reader(nn.Module):
     """Predicts from each of the encoder's rows what lies in its group: a second aim while training, dropped afterwards."""
 
@@ -328,14 +363,45 @@ class Reader(nn.Module):
         self.glyphs = nn.Linear(WIDTH, 2 * (len(ALPHABET) + 1))
         self.things = nn.Linear(WIDTH, len(THINGS) + 1)
         self.boxes = nn.Linear(WIDTH, 4)
+        self.edges = nn.Linear(WIDTH, 4 * TENS)
+        self.numbers = nn.Linear(WIDTH, 4)
 
-    def forward(self, soft: Tensor, batch: Batch) -> tuple[Tensor, float]:
-        """Return the loss and the share of characters that are right."""
+    def forward(self, soft: Tensor, batch: Batch, table: Tensor) -> tuple[Tensor, float]:
+        """Return the loss and the share of characters that are right; table [vocabulary, D] embeds the decoder's tokens.
+
+        Rows of a shape are also drawn towards the embeddings of its two words, which is what the decoder has to find.
+        """
         glyphs = self.glyphs(soft).float().view(-1, len(ALPHABET) + 1)
         aims = batch.glyphs.view(-1)
         loss = F.cross_entropy(glyphs, aims) + F.cross_entropy(self.things(soft).float(), batch.things)
         there = batch.things > 0
         if there.any():
             loss = loss + 2 * F.l1_loss(self.boxes(soft).float()[there], batch.boxes[there])
+            which = batch.things[there] - 1
+            for words, aim in ((COLOURS, which // len(SHAPES)), (SHAPES, which % len(SHAPES))):
+                loss = loss + 0.5 * _towards(soft[there], words, aim, table)
         inked = aims > 0
         return loss, float((glyphs[inked].argmax(-1) == aims[inked]).sum() / max(1, int(inked.sum())))
+
+    def asked(self, tokens: Tensor, batch: Batch, table: Tensor) -> Tensor:
+        """Loss of the answers' tokens [b, t, D] halfway through the decoder: they point at the words that the question names.
+
+        Rows of a shape point at its words, too, so that a product of the two finds what is asked for.
+        """
+        loss = tokens.sum() * 0
+        for words, aims in zip((COLOURS, SHAPES), batch.asked):
+            if (known := aims >= 0).any():
+                loss = loss + _towards(tokens[known], words, aims[known], table)
+        return loss
+
+    def where(self, rows: Tensor, batch: Batch) -> Tensor:
+        """Loss of the rows halfway through the decoder: which picture they are of, and the tens of the edges of a shape's box in pixels.
+
+        The encoder sees one picture and has relative positions only: both are the decoder's to find out.
+        """
+        there = batch.things > 0
+        loss = F.cross_entropy(self.numbers(rows).float(), batch.numbers)
+        if there.any():
+            edges = ((batch.boxes + batch.places.repeat(1, 2))[there] * GROUP / 10).long().clamp(0, TENS - 1)
+            loss = loss + F.cross_entropy(self.edges(rows[there]).float().view(-1, TENS), edges.view(-1))
+        return loss

@@ -259,7 +259,7 @@ def shapes_example(rng: random.Random, split: str, n_turns: int = 3, most: int =
     picture = shapes_picture(rng, split, rng.randint(1, most))
     marks, turns = picture.marks, []
     colours, shapes = ([m.what.split()[i] for m in marks] for i in range(2))
-    for task in rng.choices(("locate", "count", "name"), (4, 2, 3), k=n_turns):
+    for task in rng.choices(("locate", "count", "name"), (4, 2, 4), k=n_turns):
         mark = rng.choice(marks)
         colour, shape = mark.what.split()
         if task == "locate":
@@ -278,20 +278,15 @@ def shapes_example(rng: random.Random, split: str, n_turns: int = 3, most: int =
 
 
 def pick_example(rng: random.Random, split: str) -> Example:
-    """Ask which of two to four pictures shows a shape or a text."""
-    n = rng.randint(2, 4)
+    """Ask which of two or three pictures shows a shape."""
+    n = rng.randint(2, 3)
     while True:
-        if rng.random() < 0.6:
-            pictures = [shapes_picture(rng, split, 1, (48, 62)) for _ in range(n)]
-            names = [p.marks[0].what for p in pictures]
-            questions = [f"Which picture shows {_a(name)}?" for name in names]
-        else:
-            pictures, names = map(list, zip(*(text_picture(rng, split, 5)[:2] for _ in range(n))))
-            questions = [f"Which picture says {name}?" for name in names]
+        pictures = [shapes_picture(rng, split, 1, (48, 62)) for _ in range(n)]
+        names = [p.marks[0].what for p in pictures]
         if len(set(names)) == n:
             break
     order = rng.sample(range(n), 2)
-    return Example(tuple(pictures), tuple(Turn("pick", questions[i], f"Picture {i + 1}") for i in order))
+    return Example(tuple(pictures), tuple(Turn("pick", f"Which picture shows {_a(names[i])}?", f"Picture {i + 1}") for i in order))
 
 
 def main() -> None:

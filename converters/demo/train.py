@@ -30,22 +30,21 @@ from tqdm import tqdm
 from . import model as demo
 from .pictures import Example, pick_example, shapes_example, text_example
 
-FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 40}     # of a step, for the encoder alone: in the first stage and afterwards
-SIZES = {"read": 40, "shapes": 12, "pick": 8}               # conversations of a step after the first stage
-WEIGHTS = {"read": 1.0, "shapes": 2.0, "pick": 0.5}         # answers with boxes are mostly brackets, which are soon known
+FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}     # of a step, for the encoder alone: in the first stage and afterwards
+SIZES = {"read": 36, "shapes": 24, "pick": 8}                # conversations of a step after the first stage
+WEIGHTS = {"read": 1.0, "shapes": 4.0, "pick": 3.0}         # most of an answer with a box, and of "Picture 1", is soon known
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
 FACTORS = (1.7, 1.0)                                        # of the rate: Muon's, AdamW's
 N_VALIDATION = 96
 
 
 def examples(task: str, n: int, rng: random.Random, split: str, step: int | None = None) -> list[Example]:
-    """Draw n conversations; texts grow longer and shapes more with the steps of training (None: at full size)."""
+    """Draw n conversations; in training (step) texts grow longer with the steps."""
     longest = 8 if step is None else min(8, 3 + step // 60)
-    most = 5 if step is None else min(5, 1 + step // 100)
     if task == "read":
         return [text_example(rng, split, longest) for _ in range(n)]
     if task == "shapes":
-        return [shapes_example(rng, split, most=most) for _ in range(n)]
+        return [shapes_example(rng, split) for _ in range(n)]
     return [pick_example(rng, split) for _ in range(n)]
 
 
@@ -137,7 +136,7 @@ class Training:
         for task, batch in batches.items():
             with torch.autocast("cpu", torch.bfloat16):
                 soft = demo.see(self.model, batch)
-                seen, share = self.reader(soft, batch)
+                seen, share = self.reader(soft, batch, self.model.lm_head.weight)
             losses[f"{task} rows"] = seen.item()
             if task == "rows":
                 losses["glyphs"] = share
@@ -145,10 +144,13 @@ class Training:
                 continue
             with torch.autocast("cpu", torch.bfloat16):
                 known = batch.targets >= 0
-                logits = self.model.lm_head(demo.hidden(self.model, batch, soft)[known])
+                halfway: list[torch.Tensor] = []
+                logits = self.model.lm_head(demo.hidden(self.model, batch, soft, halfway)[known])
                 loss = F.cross_entropy(logits.float(), batch.targets[known])
-            (WEIGHTS[task] * loss + 0.5 * seen).backward()
-            losses[task] = loss.item()
+                where = self.reader.where(halfway[0], batch)
+                asked = self.reader.asked(halfway[1], batch, self.model.lm_head.weight)
+            (WEIGHTS[task] * loss + 0.5 * seen + where + 0.2 * asked).backward()
+            losses[task], losses[f"{task} where"], losses[f"{task} asked"] = loss.item(), where.item(), asked.item()
         losses["norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         for optimizer, factor in zip(self.optimizers, FACTORS):
             for group in optimizer.param_groups:
@@ -228,7 +230,7 @@ def main() -> None:
             with log.open("a") as out:
                 out.write(json.dumps({"step": training.step, "validation": validation}) + "\n")
         training.save(state)
-        demo.save_checkpoint(training.averaged(), args.folder / "checkpoint")
+        demo.save_checkpoint(training.averaged().half(), args.folder / "checkpoint")
 
     while (left := (end - datetime.now()).total_seconds()) > 0:
         began = time.monotonic()
