@@ -1,18 +1,24 @@
-# make demo    set up, fetch two small real models, ask them something
+# make demo    set up; a model that we ship reads and points; fetch two small real models, ask them something
 # make test    set up, fetch three small real models, run the default tests
 # make test-all, make peers, make sanitize, make bench: see below
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+RUN := $(VENV)/bin/pyengine-run
+SAMPLES := converters/demo/samples
+SEES := converters/demo/weights/demo-q8_0.gguf
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' | grep -v csrc/gen)
 
 .PHONY: demo test test-all peers sanitize bench weights clean
 
 demo: $(VENV)/installed
+	$(RUN) $(SEES) "What does it say?" --image $(SAMPLES)/word.png --temperature 0 --verbose
+	$(RUN) $(SEES) "Where is the purple star?" --image $(SAMPLES)/shapes.png --temperature 0 --draw build/demo-boxes.png --verbose
+	printf 'What does it say?\nWhat colour is the text?\n' | $(RUN) $(SEES) --image $(SAMPLES)/word.png --temperature 0 --verbose
 	$(PY) -m converters.weights models
-	$(VENV)/bin/pyengine-run models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48 --verbose
-	$(VENV)/bin/pyengine-run models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 8 --verbose
+	$(RUN) models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48 --verbose
+	$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 8 --verbose
 
 test: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all

@@ -1,8 +1,8 @@
 """The demo model: its tokenizer, its configuration, packed batches and the forward pass that training uses.
 
-transformers' Qwen2_5_VLForConditionalGeneration, small. Its encoder runs picture by picture on a CPU; training here runs all pictures of
-a batch through the same modules at once, and those of one size through one attention call. `check_forward` holds this to transformers'
-own forward. Axes: n patches, r merged rows, b conversations, t tokens, D hidden.
+transformers' Qwen2_5_VLForConditionalGeneration, small. Its encoder runs picture by picture on a CPU; training here runs all
+pictures of a batch through the same modules at once, and those of one size through one attention call. `check_forward` holds
+this to transformers' own forward. Axes: n patches, r merged rows, b conversations, t tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -311,7 +311,8 @@ def hidden(model: Any, batch: Batch, soft: Tensor, halfway: list[Tensor] | None 
     handle = None
     if halfway is not None:
         middle = text.layers[len(text.layers) // 2]
-        handle = middle.register_forward_pre_hook(lambda _, inputs: halfway.extend((inputs[0][shown][batch.rows.argsort()], inputs[0])))
+        order = batch.rows.argsort()
+        handle = middle.register_forward_pre_hook(lambda _, inputs: halfway.extend((inputs[0][shown][order], inputs[0])))
     try:
         return text(inputs_embeds=x, position_ids=batch.positions, use_cache=False).last_hidden_state
     finally:
@@ -395,9 +396,10 @@ class Reader(nn.Module):
         return loss
 
     def where(self, rows: Tensor, batch: Batch) -> Tensor:
-        """Loss of the rows halfway through the decoder: which picture they are of, and the tens of the edges of a shape's box in pixels.
+        """Loss of the rows halfway through the decoder: which picture they are of, and the edges of a shape's box.
 
-        The encoder sees one picture and has relative positions only: both are the decoder's to find out.
+        Of the edges, the tens of their pixels. The encoder sees one picture and has relative positions only: both are the
+        decoder's to find out.
         """
         there = batch.things > 0
         loss = F.cross_entropy(self.numbers(rows).float(), batch.numbers)

@@ -1,7 +1,8 @@
 """Synthetic pictures with questions and answers, drawn from a seed.
 
-A picture shows a word or a number in capital letters, or coloured shapes. Questions ask to read, to name, to count, to locate (a box
-in Qwen2.5-VL's notation, in pixels of the picture as the processor resizes it) and which of several pictures shows something.
+A picture shows a word or a number in capital letters, or coloured shapes. Questions ask to read, to name, to count, to locate
+(a box in Qwen2.5-VL's notation, in pixels of the picture as the processor resizes it) and which of several pictures shows
+something.
 
 Training, validation and test are disjoint by construction: each word, number and layout of shapes belongs to one of them by the
 CRC of its name, and each has its own fonts.
@@ -34,7 +35,8 @@ FONTS = {
 }
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 40),
            "purple": (140, 50, 170), "orange": (245, 130, 30)}
-INKS = {"black": (20, 20, 20), **{name: COLOURS[name] for name in ("red", "green", "blue", "purple")}}     # of texts, on light paper
+# of texts, on light paper
+INKS = {"black": (20, 20, 20), **{name: COLOURS[name] for name in ("red", "green", "blue", "purple")}}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ALPHABET = LETTERS + "0123456789"
@@ -241,7 +243,7 @@ def _a(thing: str) -> str:
 
 
 def _read_turn(rng: random.Random, text: str) -> Turn:
-    questions = ["What does it say?", "Read the text."] + ["Read the number."] * text.isdigit() + ["Read the word."] * text.isalpha()
+    questions = ["What does it say?", "Read the text.", "Read the number." if text.isdigit() else "Read the word."]
     return Turn("read", rng.choice(questions), text)
 
 
@@ -254,27 +256,18 @@ def text_example(rng: random.Random, split: str, longest: int = 8) -> Example:
     return Example((picture,), tuple(turns))
 
 
-def shapes_example(rng: random.Random, split: str, n_turns: int = 3, most: int = 5) -> Example:
-    """Ask several questions about a picture of 1 to 5 shapes."""
-    picture = shapes_picture(rng, split, rng.randint(1, most))
-    marks, turns = picture.marks, []
-    colours, shapes = ([m.what.split()[i] for m in marks] for i in range(2))
-    for task in rng.choices(("locate", "count", "name"), (4, 2, 4), k=n_turns):
-        mark = rng.choice(marks)
-        colour, shape = mark.what.split()
-        if task == "locate":
-            turns.append(Turn(task, f"Where is the {mark.what}?", box_text(mark, picture.size)))
-        elif task == "count":
-            turns.append(Turn(task, "How many shapes are there?", str(len(marks))))
-        elif len(marks) == 1:
-            turns.append(Turn(task, "What is in the picture?", f"{_a(mark.what).capitalize()}."))
-        elif shapes.count(shape) == 1 and rng.random() < 0.5:
-            turns.append(Turn(task, f"What colour is the {shape}?", colour))
-        elif colours.count(colour) == 1:
-            turns.append(Turn(task, f"Which shape is {colour}?", shape))
-        else:
-            turns.append(Turn("count", "How many shapes are there?", str(len(marks))))
-    return Example((picture,), tuple({t.question: t for t in turns}.values()))
+def shapes_example(rng: random.Random, split: str) -> Example:
+    """Ask how many of 1 to 5 shapes there are; one that is alone also what and where it is, in any order."""
+    picture = shapes_picture(rng, split, 1 if rng.random() < 0.6 else rng.randint(2, 5))
+    mark = picture.marks[0]
+    colour, shape = mark.what.split()
+    turns = [Turn("count", "How many shapes are there?", str(len(picture.marks)))]
+    if len(picture.marks) == 1:
+        names = (("What is in the picture?", f"{_a(mark.what).capitalize()}."), (f"What colour is the {shape}?", colour),
+                 (f"Which shape is {colour}?", shape))
+        turns += [Turn("name", *rng.choice(names)), Turn("locate", f"Where is the {mark.what}?", box_text(mark, picture.size))]
+        rng.shuffle(turns)
+    return Example((picture,), tuple(turns))
 
 
 def pick_example(rng: random.Random, split: str) -> Example:
@@ -286,7 +279,8 @@ def pick_example(rng: random.Random, split: str) -> Example:
         if len(set(names)) == n:
             break
     order = rng.sample(range(n), 2)
-    return Example(tuple(pictures), tuple(Turn("pick", f"Which picture shows {_a(names[i])}?", f"Picture {i + 1}") for i in order))
+    turns = [Turn("pick", f"Which picture shows {_a(names[i])}?", f"Picture {i + 1}") for i in order]
+    return Example(tuple(pictures), tuple(turns))
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python -m converters.demo.train FOLDER --stop-at 09:40
 
-FOLDER gets state.pt (to go on from), log.jsonl, checkpoint/ (transformers' format, averaged weights) and loss.png. The data of a step
-depend on the seed and the step only. The learning rate is constant and falls linearly to nothing within the last minutes, so
-that the end can be set by the clock. Control-C ends at once with what was last saved.
+FOLDER gets state.pt (to go on from), log.jsonl, checkpoint/ (transformers' format, averaged weights in float16) and loss.png. The
+data of a step depend on the seed and the step only. The learning rate is constant and falls linearly to nothing within the last
+minutes, so that the end can be set by the clock. Control-C ends at once with what was last saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # threads that spin while they wait cost ten times the time on a busy machine
+# on a busy machine, threads that spin while they wait cost ten times the time
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ from tqdm import tqdm
 from . import model as demo
 from .pictures import Example, pick_example, shapes_example, text_example
 
-FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}     # of a step, for the encoder alone: in the first stage and afterwards
+# of a step, for the encoder alone: in the first stage and afterwards
+FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
 SIZES = {"read": 36, "shapes": 24, "pick": 8}                # conversations of a step after the first stage
 WEIGHTS = {"read": 1.0, "shapes": 4.0, "pick": 3.0}         # most of an answer with a box, and of "Picture 1", is soon known
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
@@ -219,7 +221,8 @@ def main() -> None:
         raise SystemExit(f"the forward pass differs from transformers' by {worst}")
     if state.exists():
         training.load(state)
-    loader = iter(DataLoader(Steps(args.seed, training.step, args.first_stage, args.overfit), batch_size=None, num_workers=1, prefetch_factor=6))
+    steps = Steps(args.seed, training.step, args.first_stage, args.overfit)
+    loader = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=6))
     size = sum(p.numel() for p in training.model.parameters())
     bar = tqdm(initial=training.step, desc=f"{size} parameters", unit="step", mininterval=5)
     recent: dict[str, list[float]] = defaultdict(list)
