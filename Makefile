@@ -14,6 +14,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -
 
 demo: $(VENV)/installed
 	$(RUN) $(SEES) "What does it say?" --image $(SAMPLES)/word.png --temperature 0 --verbose
+	mkdir -p build
 	$(RUN) $(SEES) "Where is the purple star?" --image $(SAMPLES)/shapes.png --temperature 0 --draw build/demo-boxes.png --verbose
 	printf 'What does it say?\nWhat colour is the text?\n' | $(RUN) $(SEES) --image $(SAMPLES)/word.png --temperature 0 --verbose
 	$(PY) -m converters.weights models
