@@ -191,7 +191,7 @@ class Apple:
 
     iogpu.wired_limit_mb sets that limit; where it is 0 the system chooses. Metal alone says exactly what; without it,
     two thirds of the memory below 36 GiB and three quarters from there on. Reported are 10.67 of 16 GiB (exo pull
-    request 1672), 21845 of 32768 MiB (ollama issue 434), 48 of 64 GiB (llama.cpp issue 1870), 72 of 96, 96 of 128, 144
+    request 1672), 21845 of 32768 MiB (ollama#434), 48 of 64 GiB (llama.cpp#1870), 72 of 96, 96 of 128, 144
     of 192 GiB (Rapid-MLX pull request 183). Newer systems give large machines more (107.5 of 128 GiB: antirez/ds4 pull
     request 893), so this is a lower bound.
     """
