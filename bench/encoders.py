@@ -192,8 +192,10 @@ def memory(name: str, e: Encoder, folder: Path, format_name: str, n_threads: int
     """
     with start("whole", e, folder, format_name, n_threads) as process:
         plan, found = process.ready["plan"], process.call("memory")
-    planned = {i["detail"]: i["nbytes"] for i in plan
-               if i["purpose"] == "encoder" or (i["purpose"] == "images" and not i["detail"].endswith("at most"))}
+    planned: dict[str, int] = {}
+    for i in plan:                                                             # layers have an item each
+        if i["purpose"] == "encoder" or (i["purpose"] == "images" and not i["detail"].endswith("at most")):
+            planned[i["detail"]] = planned.get(i["detail"], 0) + i["nbytes"]
     before, grown = found["before"]["anon"], {}
     for i, part in enumerate(("first", "second"), 1):
         grown[part] = (found[part]["peak"]["anon"] - before) / (sum(planned.values()) + i * found[part]["rows"])
