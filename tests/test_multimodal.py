@@ -314,3 +314,17 @@ def test_a_conversation_has_the_ids_of_transformers(tiny_gguf, kind: str) -> Non
         {"role": "user", "content": [{"type": "text", "text": "sure? "}, {"type": "image", "image": A}, {"type": "text", "text": "\n\nLook"}]}]
     want = tiny.hf_chat_ids(folder, messages, [A, B, A])
     assert pe.load(out, n_ctx=512).chat_ids(messages) == want
+
+
+def test_an_encoder_in_blocks_of_256(tiny_gguf, tmp_path) -> None:
+    """Q4_K needs rows of 256. Beside the same weights as F32, only activations are rounded, to 8 bits as with Q8_0."""
+    from converters.quantize import quantize_file
+
+    path = tiny_gguf("qwen2_5_vl", vision_config={"hidden_size": 256, "intermediate_size": 512, "num_heads": 8})[0]
+    small, wide = tmp_path / "q4_k.gguf", tmp_path / "f32.gguf"
+    quantize_file(path, small, "Q8_0", vision="Q4_K")
+    quantize_file(small, wide, "F32")
+    formats = {t.dtype.name for name, t in pe.GGUFFile(small).tensors.items() if name.startswith("v.blk.") and name.endswith("weight")}
+    assert "Q4_K" in formats
+    exact, close = (pe.load(p, n_ctx=128).encode_image(A) for p in (wide, small))
+    assert 1e-4 < np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2)) < 6e-2
