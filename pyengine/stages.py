@@ -186,12 +186,12 @@ def spread(layers: Sequence[int], rooms: Sequence[int], first: int = 0, last: in
         for i, n in enumerate(layers):
             n += last if i == len(layers) - 1 else 0
             while device < len(rooms) and used + n > share * rooms[device]:
-                device, used = device + 1, float(0)
+                device, used = device + 1, float(0 if out else first)         # what comes first is where the first layer is
             if device == len(rooms):
                 return None
             used += n
             out.append(device)
-        return out if first <= share * rooms[out[0]] or not out else None
+        return out
 
     low, high = 0.0, 1.0
     best = filled(high)

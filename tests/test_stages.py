@@ -76,6 +76,7 @@ def test_spread_by_room() -> None:
     assert spread([10] * 9, [200, 100]) == [0] * 6 + [1] * 3
     assert spread([10] * 4, [100, 100], last=20) == [0, 0, 0, 1]
     assert spread([10] * 4, [25, 100]) == [0, 1, 1, 1]
+    assert spread([10], [12, 20], first=15) is None and spread([10], [12, 30], first=15) == [1]
     assert spread([10] * 4, [15, 15]) is None and spread([30], [10, 50]) == [1]
 
 
