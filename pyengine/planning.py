@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,12 @@ def _vision(arch: Any, h: Hparams, files: Files, weights: Weights, n_ctx: int) -
             raise UnsupportedModelError(f"{source.path}: architecture {h.arch!r} has no media encoder here")
         return None
 
+    @cache
+    def tokenizer() -> Tokenizer:                            # for files without keys for the tokens; once for all of them
+        return Tokenizer.from_metadata(files.model.metadata)
+
     def token(text: str) -> int:
-        found = Tokenizer.from_metadata(files.model.metadata).id_of(text)
+        found = tokenizer().id_of(text)
         if found is None:
             raise InvalidModelError(f"{files.model.path}: no token {text!r} in the vocabulary, and no key that names it")
         return found

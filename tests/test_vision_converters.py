@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import gguf
 import numpy as np
 import pytest
 from test_converters import JUNK, edit, llama_cpp_logits, nodes, read, retensor, stored
