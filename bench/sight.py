@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.demo.pictures import Example, pick_example, shapes_example, text_example
+from converters.demo.pictures import BOXES, FAMILIES, Example, processed_size
 
 MAX_TOKENS = 48
-FAMILIES = {"text": text_example, "shapes": shapes_example, "pick": pick_example}
 TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 CACHES = ("f32", "f16", "q8_0", "q4_0")
 Z = 1.96
@@ -55,20 +54,19 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dict[str, list[float]]:
     """Each task's points: 1 or 0 for an answer that is right or not, a box's overlap with the true one."""
-    from converters.demo.pictures import processed_size
     from pyengine.grounding import find_boxes
 
     points = defaultdict(list)
     for example, said in zip(examples, answers, strict=True):
         for turn, answer in zip(example.turns, said, strict=True):
-            if turn.task != "locate":
+            if turn.task not in BOXES:
                 points[turn.task].append(float(answer == turn.answer))
                 continue
             picture = example.pictures[0]
             asked = turn.question.removeprefix("Where is the ").removesuffix("?")
             true = next(m.box for m in picture.marks if m.what == asked)
             found = [b for b in find_boxes(answer, picture.size, processed_size(*picture.size)) if hasattr(b, "x2")]
-            points["locate"].append(overlap((found[0].x1, found[0].y1, found[0].x2, found[0].y2), true) if found else 0.0)
+            points[turn.task].append(overlap((found[0].x1, found[0].y1, found[0].x2, found[0].y2), true) if found else 0.0)
     return points
 
 

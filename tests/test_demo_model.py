@@ -75,24 +75,106 @@ def test_boxes_come_back_in_pixels_of_the_original(pictures: list[np.ndarray]) -
     assert box.label in turn["question"] and 0 <= box.x1 < box.x2 <= picture.shape[1] and 0 <= box.y1 < box.y2 <= picture.shape[0]
 
 
-def test_splits_of_the_generator_share_nothing() -> None:
+@pytest.fixture(scope="module")
+def drawn() -> Any:
+    """The generator."""
     pytest.importorskip("matplotlib", reason="its fonts: pip install -r requirements/peers.txt")
-    from converters.demo import pictures as drawn
+    from converters.demo import pictures
 
+    return pictures
+
+
+def test_splits_of_the_generator_share_nothing(drawn: Any) -> None:
     seen: dict[str, set[str]] = {split: set() for split in drawn.SPLITS}
     for split in drawn.SPLITS:
-        rng = random.Random(split)
-        for _ in range(60):
-            picture, text, _ = drawn.text_picture(rng, split)
-            seen[split].add(text)
-            assert drawn.split_of(text) == split == picture.split and "".join(m.what for m in picture.marks) == text
+        for kind, make in drawn.FAMILIES.items():
+            rng = random.Random(f"{split} {kind}")
+            for example in (make(rng, split) for _ in range(40)):
+                keys = {key for picture in example.pictures for key in picture.keys}
+                assert {drawn.split_of(key) for key in keys} == {split}
+                seen[split] |= keys
+                # what an answer says of a picture's text is among its keys
+                assert all(turn.answer in keys for turn in example.turns if turn.task in ("read", "field"))
     assert all(seen[a].isdisjoint(seen[b]) for a in seen for b in seen if a != b)
     fonts = [set(drawn.FONTS[split]) for split in drawn.SPLITS]
     assert all(a.isdisjoint(b) for i, a in enumerate(fonts) for b in fonts[:i])
 
 
-def test_the_same_seed_draws_the_same() -> None:
-    pytest.importorskip("matplotlib", reason="its fonts: pip install -r requirements/peers.txt")
+def middle(mark: Any) -> np.ndarray:
+    """Centre (x, y) of what is drawn."""
+    return np.array([mark.box[0] + mark.box[2], mark.box[1] + mark.box[3]]) / 2
+
+
+def answer_by_marks(turn: Any, pictures: Any) -> Any:
+    """What a question's answer has to be, from the marks alone."""
+    marks = pictures[0].marks
+    if turn.task == "read":
+        return "".join(mark.what for mark in marks)
+    if turn.task == "count":
+        return str(len(marks))
+    if turn.task == "name":
+        colour, shape = marks[0].what.split()
+        return {"Wha": f"A{'n' * (colour == 'orange')} {colour} {shape}.", "Whi": shape}[turn.question[:3]] \
+            if "colour" not in turn.question else colour
+    if turn.task in ("locate", "find"):
+        (mark,) = (m for m in marks if turn.question == f"Where is the {m.what}?")
+        return json.dumps([{"bbox_2d": [round(v) for v in mark.box], "label": mark.what}], separators=(",", ":"))
+    if turn.task == "pick":
+        (which,) = (i for i, p in enumerate(pictures) if turn.question.endswith(f" {p.marks[0].what}?"))
+        return f"Picture {which + 1}"
+    if turn.task == "move":
+        dx, dy = middle(pictures[2].marks[0]) - middle(pictures[0].marks[0])
+        assert max(abs(dx), abs(dy)) > 10 and min(abs(dx), abs(dy)) < 1e-6
+        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+    if turn.task == "compare":
+        left, top = (min(marks, key=lambda m: middle(m)[axis]) for axis in (0, 1))
+        small = min(marks, key=lambda m: m.box[2] - m.box[0])
+        right, bottom, large = (next(m for m in marks if m is not other) for other in (left, top, small))
+        word = turn.question.rstrip("?").split()[-1]
+        what = {"left": left, "right": right, "top": top, "bottom": bottom, "smaller": small, "larger": large}[word].what
+        return f"A{'n' * what.startswith('o')} {what}."
+    assert turn.task == "field"
+    (line,) = (m for m in marks if turn.question == f"What is the {m.what}?")
+    said = [m.what for m in marks if len(m.what) == 1 and line.box[1] <= middle(m)[1] <= line.box[3]]
+    return "".join(said).removeprefix(line.what)
+
+
+def test_answers_follow_from_what_is_drawn(drawn: Any) -> None:
+    tasks = set()
+    for kind, make in drawn.FAMILIES.items():
+        rng = random.Random(kind)
+        for example in (make(rng, "test") for _ in range(40)):
+            for turn in example.turns:
+                if turn.task == "ink":                                      # no mark says it
+                    assert turn.answer in drawn.INKS
+                elif turn.task in drawn.BOXES:
+                    found, true = (json.loads(a)[0] for a in (turn.answer, answer_by_marks(turn, example.pictures)))
+                    picture = example.pictures[0]
+                    scale = np.tile(np.divide(drawn.processed_size(*picture.size), picture.size), 2)
+                    assert found["label"] == true["label"] and np.abs(found["bbox_2d"] - true["bbox_2d"] * scale).max() <= 1
+                else:
+                    assert turn.answer == answer_by_marks(turn, example.pictures), (turn, example.pictures[0].marks)
+                tasks.add(turn.task)
+    assert tasks == {"read", "ink", "count", "name", "locate", "pick", "move", "compare", "find", "field"}
+
+
+@pytest.mark.parametrize("kind", ["form", "move", "pair", "pick"])
+def test_marks_lie_where_something_is_drawn(drawn: Any, kind: str) -> None:
+    """The pixels inside of a mark's box differ more from the paper than those outside of all boxes."""
+    rng = random.Random(kind)
+    for _ in range(10):
+        for picture in drawn.FAMILIES[kind](rng, "test").pictures:
+            paper = np.median(picture.pixels.reshape(-1, 3).astype(float), axis=0)
+            away = np.abs(picture.pixels - paper).max(-1)
+            free = np.ones(away.shape, bool)
+            for mark in picture.marks:
+                x1, y1, x2, y2 = (round(v) for v in mark.box)
+                assert away[y1:y2, x1:x2].max() > 60, mark
+                free[max(0, y1 - 3):y2 + 3, max(0, x1 - 3):x2 + 3] = False
+            assert away[free].max() < 60
+
+
+def test_the_same_seed_draws_the_same(drawn: Any) -> None:
     for a, b in zip(sight.draw(3, 5), sight.draw(3, 5)):
         assert a.turns == b.turns and all(np.array_equal(p.pixels, q.pixels) for p, q in zip(a.pictures, b.pictures))
     assert sight.draw(3, 5)[0].turns != sight.draw(3, 6)[0].turns

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import pictures
-from .pictures import ALPHABET, COLOURS, GROUP, SHAPES, Example, Picture, processed_size
+from .pictures import ALPHABET, COLOURS, GROUP, KEYS, SHAPES, Example, Picture, processed_size
 
 PATCH, MERGE, FRAMES = 14, 2, 2
 MEAN = STD = 0.5
@@ -67,8 +67,8 @@ def train_tokenizer(out: Path) -> None:
     rng = random.Random(0)
     sentences = ["user assistant system"] * 9
     for _ in range(300):
-        for example in (pictures.shapes_example(rng, "train"), pictures.text_example(rng, "train"),
-                        pictures.pick_example(rng, "train")):
+        for make in pictures.FAMILIES.values():
+            example = make(rng, "train")
             for turn in example.turns:
                 for text in (turn.question, turn.answer):
                     sentences.append("".join(c for c in text if c not in ALPHABET[26:]) if turn.task != "read" else turn.question)
@@ -126,14 +126,15 @@ class Batch:
     ids: Tensor                     # int64 [b, t]
     positions: Tensor               # int64 [3, b, t]
     targets: Tensor                 # int64 [b, t]: the next token where it belongs to an answer, else -100
-    asked: Tensor                   # int64 [2, b, t]: where an answer is: colour and shape that its question names, else -100
+    asked: Tensor                   # int64 [3, b, t]: where an answer is: which of NAMED its question names, else -100
     patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied
     grids: list[tuple[int, int]]    # per size: rows and columns of merged groups
     rows: Tensor                    # int64 [r]: which row of the encoder's output each image token takes
     glyphs: Tensor                  # int64 [r, 2]: the character whose centre lies in the group's left, right half; -100 unknown
     things: Tensor                  # int64 [r]: the shape whose centre lies there; -100 unknown
     boxes: Tensor                   # float32 [r, 4]: its box from the group's centre, in groups
-    numbers: Tensor                 # int64 [r]: of the picture in its conversation, from 0
+    lines: Tensor                   # int64 [r]: the key of a form's line that lies there; -100 none
+    numbers: Tensor                 # int64 [r]: of the picture in its conversation, from 0; -100 from NUMBERED on
     places: Tensor                  # float32 [r, 2]: column and row of the group's centre in its picture, in groups
 
 
@@ -153,20 +154,25 @@ def patches(picture: Picture) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 TENS = 18                               # of pixels along the longest side
+NUMBERED = 4                            # pictures that `Reader` tells apart
+NAMED = (tuple(COLOURS), SHAPES, KEYS)  # that a question names
 THINGS = {f"{c} {s}": i + 1 for i, (c, s) in enumerate((c, s) for c in COLOURS for s in SHAPES)}
 
 
-def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What lies in each group of a picture: characters int64 [r, 2], shape int64 [r], its box float32 [r, 4]."""
+def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What lies in each group of a picture: characters int64 [r, 2], shape int64 [r], its box float32 [r, 4], line int64 [r]."""
     h, w = grid
     sx, sy = w / picture.size[0], h / picture.size[1]
     found: list[list[Any]] = [[] for _ in range(h * w)]
     glyphs, things, boxes = np.zeros((h * w, 2), np.int64), np.zeros(h * w, np.int64), np.zeros((h * w, 4), np.float32)
+    lines = np.full(h * w, -100, np.int64)
     for mark in picture.marks:
         x1, y1, x2, y2 = mark.box[0] * sx, mark.box[1] * sy, mark.box[2] * sx, mark.box[3] * sy
         column, row = min(w - 1, max(0, int((x1 + x2) / 2))), min(h - 1, max(0, int((y1 + y2) / 2)))
         cx, cy = column + 0.5, row + 0.5
         found[row * w + column].append((mark.what, (x1 - cx, y1 - cy, x2 - cx, y2 - cy)))
+        if mark.what in KEYS:
+            lines[row * w:row * w + w] = KEYS.index(mark.what)
         if len(mark.what) == 1:
             half = row * w + column, int((x1 + x2) / 2 > cx)
             glyphs[half] = -100 if glyphs[half] else 1 + ALPHABET.index(mark.what)
@@ -176,28 +182,28 @@ def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np
             things[i], boxes[i] = THINGS[shapes[0][0]], shapes[0][1]
         elif shapes:
             things[i] = -100
-    return glyphs, things, boxes
+    return glyphs, things, boxes, lines
 
 
 def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
-    """Token ids, targets, positions [3, t] as the chat template and get_rope_index make them, and what is asked for [2, t]."""
+    """Token ids, targets, positions [3, t] as the chat template and get_rope_index make them, and what is asked for [3, t]."""
     tokenizer, encode = make_tokenizer(), _encode
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids: list[int] = []
     targets: list[int] = []
-    asked: list[tuple[int, int]] = []
+    asked: list[list[int]] = []
     for i, turn in enumerate(example.turns):
         ids += encode("<|im_start|>user\n")
         for h, w in grids if i == 0 else ():
             ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
         ids += encode(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n")
         answer = encode(f"{turn.answer}<|im_end|>")
-        named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in (COLOURS, SHAPES)]
-        asked += [(-100, -100)] * (len(ids) - len(targets) - 1) + [(named[0], named[1])] * len(answer)
+        named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in NAMED]
+        asked += [[-100] * len(NAMED)] * (len(ids) - len(targets) - 1) + [named] * len(answer)
         targets += [-100] * (len(ids) - len(targets) - 1) + list(answer)
         ids += answer
         ids += encode("\n")
-    asked += [(-100, -100)] * (len(ids) - len(targets))
+    asked += [[-100] * len(NAMED)] * (len(ids) - len(targets))
     targets += [-100] * (len(ids) - len(targets))
     positions, start, i, left = np.zeros((3, len(ids)), np.int64), 0, 0, list(grids)
     while i < len(ids):
@@ -223,7 +229,7 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     said = [conversation(e, [grid for _, grid in d]) for e, d in zip(examples, done)]
     t = max(len(ids) for ids, *_ in said)
     ids, targets = np.zeros((len(said), t), np.int64), np.full((len(said), t), -100, np.int64)
-    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((2, len(said), t), -100, np.int64)
+    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((len(NAMED), len(said), t), -100, np.int64)
     for i, (a, b, p, q) in enumerate(said):
         ids[i, :len(a)], targets[i, :len(b)], positions[:, i, :len(a)], asked[:, i, :len(a)] = a, b, p, q
     flat = [(x, grid, picture, n) for d, e in zip(done, examples) for n, ((x, grid), picture) in enumerate(zip(d, e.pictures))]
@@ -235,14 +241,15 @@ def make_batch(examples: Sequence[Example]) -> Batch:
         at += flat[i][1][0] * flat[i][1][1]
     rows = np.concatenate([starts[i] + np.arange(g[0] * g[1]) for i, (_, g, *_) in enumerate(flat)])
     aims = [row_targets(flat[i][2], flat[i][1]) for i in by_size]
-    glyphs, things, boxes = (torch.from_numpy(np.concatenate(a)) for a in zip(*aims))
+    glyphs, things, boxes, lines = (torch.from_numpy(np.concatenate(a)) for a in zip(*aims))
     centres = [np.stack(np.divmod(np.arange(g[0] * g[1]), g[1])[::-1], axis=-1) + 0.5 for g in (flat[i][1] for i in by_size)]
     numbers = torch.from_numpy(np.concatenate([np.full(flat[i][1][0] * flat[i][1][1], flat[i][3], np.int64) for i in by_size]))
+    numbers[numbers >= NUMBERED] = -100
     places = torch.from_numpy(np.concatenate(centres).astype(np.float32))
     stacks = [torch.from_numpy(np.stack([x for x, grid, *_ in flat if grid == g])) for g in grids]
     return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets),
                  torch.from_numpy(asked), stacks, grids,
-                 torch.from_numpy(rows), glyphs, things, boxes, numbers, places)
+                 torch.from_numpy(rows), glyphs, things, boxes, lines, numbers, places)
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------------------
@@ -352,8 +359,8 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
 
 
 def _towards(x: Tensor, words: Iterable[str], aim: Tensor, table: Tensor) -> Tensor:
-    """Loss of vectors [n, D] that are to point at the embedding of one of some words."""
-    return F.cross_entropy((x @ table[[_encode(f" {word}")[0] for word in words]].T).float(), aim)
+    """Loss of vectors [n, D] that are to point at the embedding of one of some words; of those in capitals, of the first letter."""
+    return F.cross_entropy((x @ table[[_encode(word[0] if word.isupper() else f" {word}")[0] for word in words]].T).float(), aim)
 
 
 class Reader(nn.Module):
@@ -365,7 +372,7 @@ class Reader(nn.Module):
         self.things = nn.Linear(WIDTH, len(THINGS) + 1)
         self.boxes = nn.Linear(WIDTH, 4)
         self.edges = nn.Linear(WIDTH, 4 * TENS)
-        self.numbers = nn.Linear(WIDTH, 4)
+        self.numbers = nn.Linear(WIDTH, NUMBERED)
 
     def forward(self, soft: Tensor, batch: Batch, table: Tensor) -> tuple[Tensor, float]:
         """Return the loss and the share of characters that are right; table [vocabulary, D] embeds the decoder's tokens.
@@ -387,22 +394,24 @@ class Reader(nn.Module):
     def asked(self, tokens: Tensor, batch: Batch, table: Tensor) -> Tensor:
         """Loss of the answers' tokens [b, t, D] halfway through the decoder: they point at the words that the question names.
 
-        Rows of a shape point at its words, too, so that a product of the two finds what is asked for.
+        Rows of a shape and of a form's line point at their words, too, so that a product of the two finds what is asked for.
         """
         loss = tokens.sum() * 0
-        for words, aims in zip((COLOURS, SHAPES), batch.asked):
+        for words, aims in zip(NAMED, batch.asked):
             if (known := aims >= 0).any():
                 loss = loss + _towards(tokens[known], words, aims[known], table)
         return loss
 
-    def where(self, rows: Tensor, batch: Batch) -> Tensor:
-        """Loss of the rows halfway through the decoder: which picture they are of, and the edges of a shape's box.
+    def where(self, rows: Tensor, batch: Batch, table: Tensor) -> Tensor:
+        """Loss of the rows halfway through the decoder: which picture they are of, the edges of a shape's box, a line's key.
 
-        Of the edges, the tens of their pixels. The encoder sees one picture and has relative positions only: both are the
+        Of the edges, the tens of their pixels. The encoder sees one picture and has relative positions only: the first two are the
         decoder's to find out.
         """
-        there = batch.things > 0
+        there, lined = batch.things > 0, batch.lines >= 0
         loss = F.cross_entropy(self.numbers(rows).float(), batch.numbers)
+        if lined.any():
+            loss = loss + _towards(rows[lined], KEYS, batch.lines[lined], table)
         if there.any():
             edges = ((batch.boxes + batch.places.repeat(1, 2))[there] * GROUP / 10).long().clamp(0, TENS - 1)
             loss = loss + F.cross_entropy(self.edges(rows[there]).float().view(-1, TENS), edges.view(-1))

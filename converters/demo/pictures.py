@@ -1,11 +1,12 @@
 """Synthetic pictures with questions and answers, drawn from a seed.
 
-A picture shows a word or a number in capital letters, or coloured shapes. Questions ask to read, to name, to count, to locate
-(a box in Qwen2.5-VL's notation, in pixels of the picture as the processor resizes it) and which of several pictures shows
-something.
+A picture shows a word or a number in capital letters, a form of a few lines, or coloured shapes. Questions ask to read, to name,
+to count, to locate (a box in Qwen2.5-VL's notation, in pixels of the picture as the processor resizes it), for the value of a
+line, which of two shapes is on one side or larger, which of several pictures shows something and which way it moves from one
+picture to the next.
 
-Training, validation and test are disjoint by construction: each word, number and layout of shapes belongs to one of them by the
-CRC of its name, and each has its own fonts.
+Training, validation and test are disjoint by construction: each word, number, layout of shapes and movement belongs to one of
+them by the CRC of its name, and each has its own fonts.
 
     python -m converters.demo.pictures FOLDER -n 8 --seed 1       write some to look at, with a JSON line for each conversation
 """
@@ -17,6 +18,7 @@ import json
 import random
 import re
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -40,12 +42,15 @@ INKS = {"black": (20, 20, 20), **{name: COLOURS[name] for name in ("red", "green
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ALPHABET = LETTERS + "0123456789"
-TASKS = ("read", "ink", "name", "count", "locate", "pick")
+KEYS = ("TOTAL", "DATE", "PRICE", "ROOM", "CODE", "SEAT", "YEAR", "WEEK")       # of a form's lines; no two begin alike
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+BOXES = ("locate", "find")              # tasks whose answer is a box
+Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Something drawn: a character or "red circle", its box (x1, y1, x2, y2) in pixels of the picture."""
+    """Something drawn: a character, "red circle" or a form's line by its key; its box (x1, y1, x2, y2) in pixels of the picture."""
 
     what: str
     box: tuple[float, float, float, float]
@@ -53,11 +58,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels uint8 [height, width, 3] and what is drawn there; split: where it belongs by its content."""
+    """Pixels uint8 [height, width, 3] and what is drawn there; keys: contents that `split_of` counts to the picture's split."""
 
     pixels: np.ndarray
     marks: tuple[Mark, ...]
-    split: str
+    keys: tuple[str, ...]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,11 +138,11 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), size)
 
 
-def _near(rng: random.Random, colour: tuple[int, int, int], by: int) -> tuple[int, int, int]:
+def _near(rng: random.Random, colour: Colour, by: int) -> Colour:
     return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in colour)        # type: ignore[return-value]
 
 
-def _paper(rng: random.Random, dark: bool) -> tuple[int, int, int]:
+def _paper(rng: random.Random, dark: bool) -> Colour:
     return _near(rng, (rng.randint(10, 50),) * 3 if dark else (rng.randint(205, 250),) * 3, 8)
 
 
@@ -151,6 +156,11 @@ def _noisy(rng: random.Random, picture: Image.Image) -> np.ndarray:
     pixels = np.asarray(picture, np.float32)
     start = rng.randrange(_noise().size - pixels.size)
     return np.clip(pixels + _noise()[start:start + pixels.size].reshape(pixels.shape) * rng.uniform(0, 7), 0, 255).astype(np.uint8)
+
+
+def _bolder(rng: random.Random, split: str) -> float:
+    """Pixels that a stroke gains on each side: training has fewer bold fonts than the test."""
+    return rng.uniform(0.05, 0.35) if split == "train" and rng.random() < 0.4 else 0.0
 
 
 def text_picture(rng: random.Random, split: str, longest: int = 8) -> tuple[Picture, str, str]:
@@ -169,7 +179,8 @@ def text_picture(rng: random.Random, split: str, longest: int = 8) -> tuple[Pict
     y = (height - (bottom - top)) / 2 + rng.uniform(-0.5, 0.5) * max(0.0, slack - 6)
     paper = _paper(rng, dark=False)
     picture = Image.new("RGB", (width, height), paper)
-    ImageDraw.Draw(picture).text((x, y - top), text, fill=_near(rng, INKS[ink], 12), font=font)
+    bolder = _bolder(rng, split)
+    ImageDraw.Draw(picture).text((x, y - top), text, fill=_near(rng, INKS[ink], 12), font=font, stroke_width=bolder)
     centre = (x + ends[-1] / 2, y + (bottom - top) / 2)
     picture = picture.rotate(angle, Image.Resampling.BICUBIC, center=centre, fillcolor=paper)
     marks = []
@@ -178,7 +189,30 @@ def text_picture(rng: random.Random, split: str, longest: int = 8) -> tuple[Pict
         cx, cy = centre[0] + away * np.cos(turn), centre[1] - away * np.sin(turn)
         rx, ry = (ends[i + 1] - ends[i]) / 2, (bottom - top) / 2
         marks.append(Mark(char, (cx - rx, cy - ry, cx + rx, cy + ry)))
-    return Picture(_noisy(rng, picture), tuple(marks), split), text, ink
+    return Picture(_noisy(rng, picture), tuple(marks), (text,)), text, ink
+
+
+def form_picture(rng: random.Random, split: str) -> tuple[Picture, dict[str, str]]:
+    """Draw two or three lines of a key and a number of 2 to 4 digits; return the picture and the number of each key."""
+    lines = dict.fromkeys(rng.sample(KEYS, rng.randint(2, 3)), "")
+    for key in lines:
+        while not lines[key] or split_of(lines[key]) != split:
+            lines[key] = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 4)))
+    font, pitch = _font(rng.choice(FONTS[split]), rng.randint(16, 19)), rng.uniform(25, 31)
+    top, bottom = font.getbbox("H0")[1::2]
+    left = rng.uniform(3, 8)
+    column = left + max(font.getlength(key) for key in lines) + rng.uniform(8, 20)
+    size = int(column + max(font.getlength(value) for value in lines.values()) + rng.uniform(4, 12)), round(pitch * len(lines))
+    picture = Image.new("RGB", size, _paper(rng, dark=False))
+    draw, ink, bolder, marks = ImageDraw.Draw(picture), _near(rng, INKS[rng.choice(list(INKS))], 12), _bolder(rng, split), []
+    for i, (key, value) in enumerate(lines.items()):
+        y = pitch * (i + 0.5) - (bottom - top) / 2 + rng.uniform(-1, 1)
+        marks.append(Mark(key, (left, y, size[0], y + bottom - top)))
+        for x, text in ((left, key), (column, value)):
+            draw.text((x, y - top), text, fill=ink, font=font, stroke_width=bolder)
+            ends = [x + font.getlength(text[:j]) for j in range(len(text) + 1)]
+            marks += [Mark(char, (a, y, b, y + bottom - top)) for char, a, b in zip(text, ends, ends[1:])]
+    return Picture(_noisy(rng, picture), tuple(marks), tuple(lines.values())), lines
 
 
 def _outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, float]]:
@@ -211,11 +245,17 @@ def shapes_picture(rng: random.Random, split: str, n: int, side: tuple[int, int]
         key = " ".join(f"{kind} {int(x) // 14} {int(y) // 14}" for kind, (x, y, _) in sorted(zip(kinds, placed)))
         if len(placed) == n and split_of(key) == split:
             break
-    picture = Image.new("RGB", (2 * width, 2 * height), _paper(rng, rng.random() < 0.3))
-    draw, marks = ImageDraw.Draw(picture), []
-    for kind, (x, y, r) in zip(kinds, placed):
-        colour, shape = kind.split()
-        fill = _near(rng, COLOURS[colour], 14)
+    fills = [_near(rng, COLOURS[kind.split()[0]], 14) for kind in kinds]
+    return _draw_shapes(rng, key, (width, height), _paper(rng, rng.random() < 0.3), zip(kinds, placed, fills))
+
+
+def _draw_shapes(rng: random.Random, key: str, size: tuple[int, int], paper: Colour,
+                 shapes: Iterable[tuple[str, tuple[float, float, float], Colour]]) -> Picture:
+    """Draw shapes ("red star", centre and half of the side, colour to fill it with)."""
+    picture, marks = Image.new("RGB", (2 * size[0], 2 * size[1]), paper), []
+    draw = ImageDraw.Draw(picture)
+    for kind, (x, y, r), fill in shapes:
+        shape = kind.split()[1]
         if shape == "circle":
             corners = [(x - r, y - r), (x + r, y + r)]
             draw.ellipse([(2 * a, 2 * b) for a, b in corners], fill=fill)
@@ -224,7 +264,26 @@ def shapes_picture(rng: random.Random, split: str, n: int, side: tuple[int, int]
             draw.polygon([(2 * a, 2 * b) for a, b in corners], fill=fill)
         xs, ys = zip(*corners)
         marks.append(Mark(kind, (min(xs), min(ys), max(xs), max(ys))))
-    return Picture(_noisy(rng, picture.reduce(2)), tuple(marks), split)
+    return Picture(_noisy(rng, picture.reduce(2)), tuple(marks), (key,))
+
+
+def moving_pictures(rng: random.Random, split: str) -> tuple[tuple[Picture, ...], str]:
+    """Draw three pictures of a shape that moves from one side to the other; return them and the way (of MOVES)."""
+    while True:
+        kind, way = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}", rng.choice(list(MOVES))
+        size, r = (rng.randint(48, 62), rng.randint(48, 62)), rng.uniform(9, 11)
+        room = [n - 2 * r - 4 for n in size]
+        start = [2 + r + rng.uniform(0, n) for n in room]
+        dx, dy = MOVES[way]
+        axis = 0 if dx else 1
+        travel = room[axis] * rng.uniform(0.8, 1)
+        start[axis] = size[axis] / 2 - (dx + dy) * travel / 2
+        key = f"{kind} {way} {int(start[0]) // 4} {int(start[1]) // 4}"
+        if split_of(key) == split:
+            break
+    paper, fill = _paper(rng, rng.random() < 0.3), _near(rng, COLOURS[kind.split()[0]], 14)
+    places = [(start[0] + dx * travel * t, start[1] + dy * travel * t, r) for t in (0, 0.5, 1)]
+    return tuple(_draw_shapes(rng, key, size, paper, [(kind, place, fill)]) for place in places), way
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------------------
@@ -271,8 +330,8 @@ def shapes_example(rng: random.Random, split: str) -> Example:
 
 
 def pick_example(rng: random.Random, split: str) -> Example:
-    """Ask which of two or three pictures shows a shape."""
-    n = rng.randint(2, 3)
+    """Ask which of two to six pictures shows a shape, of two of them."""
+    n = rng.randint(2, 6)
     while True:
         pictures = [shapes_picture(rng, split, 1, (48, 62)) for _ in range(n)]
         names = [p.marks[0].what for p in pictures]
@@ -281,6 +340,51 @@ def pick_example(rng: random.Random, split: str) -> Example:
     order = rng.sample(range(n), 2)
     turns = [Turn("pick", f"Which picture shows {_a(names[i])}?", f"Picture {i + 1}") for i in order]
     return Example(tuple(pictures), tuple(turns))
+
+
+def move_example(rng: random.Random, split: str) -> Example:
+    """Ask which way a shape moves over three pictures."""
+    pictures, way = moving_pictures(rng, split)
+    return Example(pictures, (Turn("move", "Which way does it move?", way),))
+
+
+# of two shapes, the one whose box (x1, y1, x2, y2) times this is the larger one; to be clear to see, by more than CLEAR
+COMPARISONS = {"Which shape is on the left?": (-1, 0, -1, 0), "Which shape is on the right?": (1, 0, 1, 0),
+               "Which shape is at the top?": (0, -1, 0, -1), "Which shape is at the bottom?": (0, 1, 0, 1),
+               "Which shape is larger?": (-4, 0, 4, 0), "Which shape is smaller?": (4, 0, -4, 0)}
+CLEAR = 32
+
+
+def compare(question: str, marks: Sequence[Mark]) -> Mark | None:
+    """The one of two shapes that a question of COMPARISONS asks for; None if it is not clear to see."""
+    def value(mark: Mark) -> float:
+        return float(np.dot(COMPARISONS[question], mark.box))
+
+    less, more = sorted(marks, key=value)
+    return more if value(more) - value(less) > CLEAR else None
+
+
+def pair_example(rng: random.Random, split: str) -> Example:
+    """Ask which of two shapes is on the left, larger and the like, and where one is."""
+    picture = shapes_picture(rng, split, 2, (76, 95))
+    question, mark = rng.choice([(q, mark) for q in COMPARISONS if (mark := compare(q, picture.marks))])
+    turns = [Turn("compare", question, f"{_a(mark.what).capitalize()}.")]
+    if rng.random() < 0.4:
+        found = rng.choice(picture.marks)
+        turns.append(Turn("find", f"Where is the {found.what}?", box_text(found, picture.size)))
+    return Example((picture,), tuple(turns))
+
+
+def form_example(rng: random.Random, split: str) -> Example:
+    """Ask for the values of two lines of a form."""
+    picture, lines = form_picture(rng, split)
+    return Example((picture,), tuple(Turn("field", f"What is the {key}?", lines[key]) for key in rng.sample(list(lines), 2)))
+
+
+# by kind: what draws a conversation
+FAMILIES: dict[str, Callable[[random.Random, str], Example]] = {
+    "read": text_example, "shapes": shapes_example, "pick": pick_example, "move": move_example, "pair": pair_example,
+    "form": form_example}
 
 
 def main() -> None:
@@ -294,7 +398,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     rng, lines = random.Random(args.seed), []
     for i in range(args.number):
-        for kind, make in (("text", text_example), ("shapes", shapes_example), ("pick", pick_example)):
+        for kind, make in FAMILIES.items():
             example = make(rng, args.split)
             names = [f"{kind}-{i}-{j + 1}.png" for j in range(len(example.pictures))]
             for name, picture in zip(names, example.pictures):

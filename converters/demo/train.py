@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # on a busy machine, threads that spin while they wait cost ten times the time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -29,25 +29,29 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from . import model as demo
-from .pictures import Example, pick_example, shapes_example, text_example
+from .pictures import BOXES, FAMILIES, Example
 
+
+class Part(NamedTuple):
+    """What a kind of conversation has of a step after the first stage."""
+
+    conversations: int
+    weight: float                       # of the loss: most of an answer with a box, and of "Picture 1", is soon known
+    checked: int                        # conversations of a validation
+
+
+MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3.0, 48), "move": Part(4, 1.0, 48),
+       "pair": Part(12, 4.0, 48), "form": Part(12, 2.0, 48)}
 # of a step, for the encoder alone: in the first stage and afterwards
 FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
-SIZES = {"read": 36, "shapes": 24, "pick": 8}                # conversations of a step after the first stage
-WEIGHTS = {"read": 1.0, "shapes": 4.0, "pick": 3.0}         # most of an answer with a box, and of "Picture 1", is soon known
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
 FACTORS = (1.7, 1.0)                                        # of the rate: Muon's, AdamW's
-N_VALIDATION = 96
 
 
-def examples(task: str, n: int, rng: random.Random, split: str, step: int | None = None) -> list[Example]:
-    """Draw n conversations; in training (step) texts grow longer with the steps."""
-    longest = 8 if step is None else min(8, 3 + step // 60)
-    if task == "read":
-        return [text_example(rng, split, longest) for _ in range(n)]
-    if task == "shapes":
-        return [shapes_example(rng, split) for _ in range(n)]
-    return [pick_example(rng, split) for _ in range(n)]
+def examples(kind: str, n: int, rng: random.Random, split: str, step: int | None = None) -> list[Example]:
+    """Draw n conversations; in training (step) texts to read grow longer with the steps."""
+    longest = {} if kind != "read" or step is None else {"longest": min(8, 3 + step // 60)}
+    return [FAMILIES[kind](rng, split, **longest) for _ in range(n)]
 
 
 class Steps(IterableDataset):
@@ -65,7 +69,8 @@ class Steps(IterableDataset):
             rows = (FIRST_ROWS if later < 0 else ROWS).items()
             batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, n, rng, "train")])}
             if later >= 0:
-                batches |= {t: demo.make_batch(examples(t, n, rng, "train", later)) for t, n in SIZES.items()}
+                batches |= {kind: demo.make_batch(examples(kind, part.conversations, rng, "train", later))
+                            for kind, part in MIX.items()}
             yield batches
             step += not self.same
 
@@ -85,16 +90,15 @@ def scores(model: Any, batch: demo.Batch, conversations: list[Example]) -> dict[
                 spans[-1].append(bool(row[i]))
         for turn, span in zip(example.turns, spans, strict=True):
             # a box is right if no digit but a last one is wrong: its share of right tokens says more
-            found[turn.task].append(sum(span) / len(span) if turn.task == "locate" else float(all(span)))
+            found[turn.task].append(sum(span) / len(span) if turn.task in BOXES else float(all(span)))
     return found
 
 
 def validate(model: Any) -> dict[str, float]:
     """Mean of `scores` on pictures of the validation split."""
     found: dict[str, list[float]] = defaultdict(list)
-    for task in SIZES:
-        rng = random.Random(f"validation {task}")
-        drawn = examples(task, N_VALIDATION // (1 if task == "read" else 2), rng, "validation")
+    for kind, part in MIX.items():
+        drawn = examples(kind, part.checked, random.Random(f"validation {kind}"), "validation")
         for name, values in scores(model, demo.make_batch(drawn), drawn).items():
             found[name] += values
     return {name: round(sum(v) / len(v), 4) for name, v in found.items()}
@@ -149,9 +153,9 @@ class Training:
                 halfway: list[torch.Tensor] = []
                 logits = self.model.lm_head(demo.hidden(self.model, batch, soft, halfway)[known])
                 loss = F.cross_entropy(logits.float(), batch.targets[known])
-                where = self.reader.where(halfway[0], batch)
+                where = self.reader.where(halfway[0], batch, self.model.lm_head.weight)
                 asked = self.reader.asked(halfway[1], batch, self.model.lm_head.weight)
-            (WEIGHTS[task] * loss + 0.5 * seen + where + 0.2 * asked).backward()
+            (MIX[task].weight * loss + 0.5 * seen + where + 0.2 * asked).backward()
             losses[task], losses[f"{task} where"], losses[f"{task} asked"] = loss.item(), where.item(), asked.item()
         losses["norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         for optimizer, factor in zip(self.optimizers, FACTORS):
@@ -182,7 +186,7 @@ def draw(log: Path, out: Path) -> None:
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for task in SIZES:
+    for task in MIX:
         left.plot([x["step"] for x in lines if task in x], [x[task] for x in lines if task in x], label=task, lw=0.8)
     left.set(yscale="log", xlabel="step", ylabel="loss (nats a token of the answers)", title="training")
     checked = [x for x in lines if "validation" in x]
@@ -216,7 +220,7 @@ def main() -> None:
         hours, minutes = map(int, args.stop_at.split(":"))
         end = datetime.now().replace(hour=hours, minute=minutes, second=0)
     training, state, log = Training(args.seed), args.folder / "state.pt", args.folder / "log.jsonl"
-    worst = demo.check_forward(training.model, [e for t in SIZES for e in examples(t, 2, random.Random(t), "validation")])
+    worst = demo.check_forward(training.model, [e for k in MIX for e in examples(k, 2, random.Random(k), "validation")])
     if worst > 1e-4:
         raise SystemExit(f"the forward pass differs from transformers' by {worst}")
     if state.exists():
