@@ -74,6 +74,8 @@ PRODUCTS = (
     ("qwen head", (151936,), 896, ("Q8_0",), {"norm": True}),
 )
 ROWS = (1, 4, 16, 512)
+# Mixtures: (what, experts, experts of a row, width, units of an expert): Llama 4's and Qwen's proportions, of moderate size.
+MIXTURES = (("16 top-1", 16, 1, 1024, 2048), ("64 top-4", 64, 4, 1024, 512))
 ATTENTIONS = (("gemma", 4, 1, 256, 512), ("smollm2", 9, 3, 64, None), ("qwen", 14, 2, 64, None))   # heads, kv heads, width, window
 
 
@@ -106,6 +108,14 @@ def jobs() -> Iterator[Job]:
     for name in FORMATS:
         for m in ROWS:
             yield linear_job("format", (1024,), 4096, (name,), m, {})
+    for what, experts, used, d, units in MIXTURES:
+        for m in ROWS:
+            for part, n, k, rows, glu in (("gate-up", units, d, m, "silu"), ("down", d, units, m * used, "none")):
+                shapes = {"x": (rows, k), "w": [(experts, n, k)] * (1 + (glu != "none")), "chosen": (m, used)}
+                case = Case(shapes, {"w": ["Q4_K"] * len(shapes["w"])}, {"glu": glu})
+                yield Job(ops.expert_linear, case, f"{what} {part} Q4_K {n}x{k} m={m}")
+            yield Job(ops.top_experts, Case({"scores": (m, experts)}, {}, {"n_used": used, "gate": "softmax"}), f"{what} m={m}")
+            yield Job(ops.sum_experts, Case({"y": (m * used, d), "gates": (m, used)}, {}, {"n_used": used}), f"{what} {d} m={m}")
     for model, heads, kv_heads, width, window in ATTENTIONS:
         for kind in ("F16", "Q8_0"):
             for m, cells in ((1, 512), (1, 4096), (512, 512), (512, 4096)):
@@ -172,6 +182,8 @@ def integers(job: Job, name: str, shape: Sequence[int], rng: np.random.Generator
         values = np.stack([rng.permutation(shapes["k"][1])[: shape[1]] for _ in range(shape[0])])
     elif name == "cells":
         values = rng.permutation(shapes["cache" if "cache" in shapes else "k_cache"][1])[: shape[0]]
+    elif name == "chosen":
+        values = np.stack([rng.permutation(shapes["w"][0][0])[: shape[1]] for _ in range(shape[0])])
     elif name in ("lo", "hi"):
         hi = np.maximum(shapes["k"][1] - shape[0] + np.arange(shape[0]) + 1, 1)
         values = hi if name == "hi" else np.maximum(hi - (job.window or shapes["k"][1]), 0)
@@ -247,6 +259,8 @@ def traffic(job: Job, copy: Copy) -> int:
                 nbytes = nbytes * seen // job.case.shapes[name][1]
             elif job.op is ops.rows and name == "table":
                 nbytes = nbytes * job.case.shapes["ids"][0] // job.case.shapes["table"][0]
+            elif job.op is ops.expert_linear and name == "w":
+                nbytes = nbytes * len(np.unique(copy.values["chosen"])) // job.case.shapes[name][0][0]
             elif spec.kind == "Cache":
                 nbytes = nbytes * len(copy.values["cells"]) // job.case.shapes[name][1]
             total += int(nbytes)
@@ -298,6 +312,13 @@ def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
         if values["residual"] is not None:
             values["residual"] = values["residual"][:, pick[0]]
         part = [np.s_[:, p] for p in pick]
+    elif job.op is ops.expert_linear:
+        pick = np.linspace(0, len(values["chosen"]) - 1, 4).astype(int)
+        own = len(values["x"]) != len(values["chosen"])                        # a row for each expert of a row
+        used = values["chosen"].shape[1]
+        pairs = (used * pick[:, None] + np.arange(used)).reshape(-1)
+        values["x"], values["chosen"], part = values["x"][pairs if own else pick], values["chosen"][pick], pairs
+        values["w"] = [w.values().reshape(s) if isinstance(w, Blocks) else w for w, s in zip(values["w"], job.case.shapes["w"])]
     elif job.op is ops.attention:
         rows = np.unique(np.linspace(0, job.case.shapes["q"][0] - 1, 4).astype(int))
         for name in ("q", "lo", "hi", "seq"):
@@ -408,7 +429,7 @@ def measure(job: Job, isa: str, n_threads: int) -> list[dict[str, Any]]:
     copy = Copy.make(job, np.random.default_rng(0))
     ensure_codebooks(a.dtype for a in _flat(copy.values) if isinstance(a, Blocks))
     nbytes, count, cache = traffic(job, copy), operations(job, copy), last_level_cache()
-    blocks = job.op is ops.linear and any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"])
+    blocks = job.op in (ops.linear, ops.expert_linear) and any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"])
     n_cold = -(-2 * cache // nbytes)
     variants = [("hot", 1)] if nbytes < cache // 2 else []
     variants += [("cold", n_cold)] if n_cold <= MAX_COPIES else []

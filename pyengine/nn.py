@@ -53,6 +53,31 @@ class Linear:
         return ops.linear(x, [self.weight], None if self.bias is None else [self.bias])[0]
 
 
+class Experts:
+    """Gated feed-forwards of which each row uses some: y[i] = sum over j of gate[i, j] down(act(gate x) * up x) of expert chosen[i, j].
+
+    names  tensors [n_experts, d_ff, d_model], the same again, and [n_experts, d_model, d_ff], in any format; "...weight" is added
+    """
+
+    def __init__(self, w: Weights, n_experts: int, d_model: int, d_ff: int,
+                 names: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), activation: str = "silu"):
+        self.gate, self.up, self.down = (constant(w[name].tensor("weight", (n_experts, *shape)))
+                                         for name, shape in zip(names, ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff))))
+        self.activation = activation
+
+    def __call__(self, x: Tensor, chosen: Tensor, gates: Tensor, *, scale_input: bool = False) -> Tensor:
+        """x [m, D]; chosen I32 [m, u] and gates [m, u] as of `ops.top_experts` -> [m, D].
+
+        scale_input  gates multiply what goes into an expert (Llama 4), not what comes out of it
+        """
+        used, width = chosen.shape[1], x.shape[1]
+        if scale_input:
+            x = (x.reshape(-1, 1, width) * gates.reshape(-1, used, 1)).reshape(-1, width)      # [m u, D]
+        h = ops.expert_linear(x, [self.gate, self.up], chosen, glu=self.activation)            # [m u, F]
+        y = ops.expert_linear(h, [self.down], chosen)                                          # [m u, D]
+        return ops.sum_experts(y, None if scale_input else gates, n_used=used)                 # [m, D]
+
+
 class Embedding:
     """Rows of a table [n, d] by token id, times `scale`; negative ids take rows of `media` [e, d] unscaled."""
 

@@ -183,7 +183,11 @@ class Op:
 
     # -- shapes -------------------------------------------------------------------------------------------------------
 
-    def _infer(self, args: Sequence[Any]) -> list[tuple[tuple[Axis, ...], DType]]:
+    def match(self, args: Sequence[Any]) -> tuple[dict[str, Any], dict[tuple[str, int], Axis]]:
+        """Check arguments against their annotations; returns the sizes of named axes, and of those that list elements own.
+
+        Raises: ShapeError naming the argument and the axis.
+        """
         sizes: dict[str, Any] = {}
         own: dict[tuple[str, int], Axis] = {}        # axes of list elements: (name, element)
         for (name, spec), value in zip(self.args.items(), args):
@@ -194,6 +198,10 @@ class Op:
                 raise ShapeError(f"{self.name}: '{name}' must be {'a list of tensors' if spec.many else 'one tensor'}")
             for i, t in enumerate(many):
                 self._match(name, spec, t, i, sizes, own)
+        return sizes, own
+
+    def _infer(self, args: Sequence[Any]) -> list[tuple[tuple[Axis, ...], DType]]:
+        sizes, own = self.match(args)
         out: list[tuple[tuple[Axis, ...], DType]] = []
         for spec in self.results:
             if spec.kind == "Same":

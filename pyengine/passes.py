@@ -150,7 +150,7 @@ def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
-    """y + residual moves into the product, or the RMS norm, that makes y."""
+    """y + residual moves into the product, the RMS norm or the sum over experts that makes y."""
     read = users(topological(outputs))
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
@@ -165,6 +165,8 @@ def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
                     return make(ops.linear, (*y.node.args[:4], other), p)
             if _is(y, ops.rms_norm) and y.node.args[2] is None:
                 return make(ops.rms_norm, (*y.node.args[:2], other), p)
+            if _is(y, ops.sum_experts) and y.node.args[2] is None:
+                return make(ops.sum_experts, (*y.node.args[:2], other), p)
         return None
 
     return rebuild(outputs, rule)

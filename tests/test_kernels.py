@@ -26,9 +26,9 @@ from pyengine.dtype import dtype
 from pyengine.op import REGISTRY, Case, Op
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention")]
+SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "routing")]
 OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax",
-       "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention")
+       "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 FLAGS = {
     "generic": [],
@@ -159,11 +159,11 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
 
-def guarded(shape: tuple[int, ...], fill: float = np.nan) -> np.ndarray:
-    """A float32 array inside guard bytes; `check_guard` looks at them."""
+def guarded(shape: tuple[int, ...], fill: float = np.nan, kind: str = "F32") -> np.ndarray:
+    """A float32 array (or int32, of -1) inside guard bytes; `check_guard` looks at them."""
     raw = np.full(int(np.prod(shape)) * 4 + 2 * GUARD, 0xA5, np.uint8)
-    a = raw[GUARD:-GUARD].view(np.float32).reshape(shape)
-    a[...] = fill
+    a = raw[GUARD:-GUARD].view(dtype(kind).numpy).reshape(shape)
+    a[...] = fill if kind == "F32" else -1
     return a
 
 
@@ -297,7 +297,7 @@ def run(kernels: Kernels, op: Op, inputs: Sequence[Value], params: dict[str, Any
             copies[at][...] = inputs[at]
             outputs.append(copies[at])
         else:
-            outputs.append(guarded(shape))
+            outputs.append(guarded(shape, kind=spec.kind))
     kernels.call(op.name, copies, outputs, params, threads)
     for spec, out in zip(op.results, outputs):
         if spec.kind != "Same":
@@ -330,7 +330,7 @@ TOLERANCE = {
     "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
     "reduce": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
-    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0),
+    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "sum_experts": (5e-7, 3.0),
 }
 # Rounding of a cache, relative to its largest element. Q4_0 has 8 steps on one side and 7 on the other.
 STEP = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127, "Q4_0": 1.001 / 8, "Q4_1": 1.001 / 15}
@@ -464,6 +464,39 @@ def test_unary_of_special_values(kernels, kind):
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
+
+def test_experts_of_equal_and_bad_scores(kernels):
+    """Of equals the lower number comes first; a NaN gives no expert twice, and stays in its row."""
+    op, params = REGISTRY["top_experts"], {"n_used": 4, "gate": "softmax", "normed": True}
+    x = np.zeros((4, 37), np.float32)
+    x[1, [3, 30]] = 1
+    x[2, [0, 5, 36]] = np.nan
+    x[3, 7:] = -np.inf
+    chosen, gates = run(kernels, op, [x, None], params, [(4, 4), (4, 4)], 2)
+    assert chosen[[0, 1, 3]].tolist() == [[0, 1, 2, 3], [3, 30, 0, 1], [0, 1, 2, 3]]
+    assert len(set(chosen[2])) == 4 and chosen[2].min() >= 0 and chosen[2].max() < 37
+    assert (gates[0] == 0.25).all() and (gates[3] == 0.25).all() and np.isnan(gates[2]).all() and np.isfinite(gates[:2]).all()
+    np.testing.assert_allclose(gates[1], np.array([np.e, np.e, 1, 1]) / (2 * np.e + 2), rtol=1e-6)
+
+
+def test_experts_are_those_of_transformers(kernels):
+    """The routers of Mixtral, Qwen2-MoE and DeepSeek-V3 (one group), on random scores."""
+    torch = pytest.importorskip("torch", reason="pip install torch")
+    scores, bias = (rng_of(n).standard_normal(s).astype(np.float32) for n, s in (("scores", (50, 24)), ("bias", (24,))))
+    soft, sigmoid = torch.tensor(scores).softmax(-1), torch.tensor(scores).sigmoid()
+    for normed in (False, True):
+        gates, chosen = torch.topk(soft, 5)
+        want = (gates / gates.sum(-1, keepdim=True) if normed else gates).numpy()
+        got = run(kernels, REGISTRY["top_experts"], [scores, None], {"n_used": 5, "gate": "softmax", "normed": normed}, [(50, 5)] * 2)
+        assert (got[0] == chosen.numpy()).all()
+        np.testing.assert_allclose(got[1], want, rtol=1e-6)
+    chosen = torch.topk(sigmoid + torch.tensor(bias), 5)[1]
+    gates = sigmoid.gather(1, chosen)
+    params = {"n_used": 5, "gate": "sigmoid", "normed": True, "scale": 2.5}
+    got = run(kernels, REGISTRY["top_experts"], [scores, bias], params, [(50, 5)] * 2)
+    assert (got[0] == chosen.numpy()).all()
+    np.testing.assert_allclose(got[1], (2.5 * gates / gates.sum(-1, keepdim=True)).numpy(), rtol=1e-6)
+
 
 ROW_OPS = {"rms_norm": {"eps": 1e-6}, "layer_norm": {"eps": 1e-5}, "softmax": {"scale": 0.7}, "reduce": {"kind": "sum"}}
 

@@ -1,4 +1,4 @@
-"""`linear` and `rows` over packed weights, against float64 sums of gguf-py's values and exactly emulated int8 activations.
+"""`linear`, `rows` and `expert_linear` over packed weights, against float64 sums of gguf-py's values and exactly emulated int8 activations.
 
 The C files are compiled here with tests/c/harness.c, once per instruction set that this machine has.
 """
@@ -26,7 +26,7 @@ from pyengine.op import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
-SOURCES = [CPU / "linear.c", CPU / "rows.c"]
+SOURCES = [CPU / "linear.c", CPU / "rows.c", CPU / "experts.c"]
 PACKED = 256
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 FLOATS = ["F32", "F16", "BF16"]
@@ -136,6 +136,28 @@ class Kernels:
             v[...] = np.nan
             assert np.isnan(o).all(), "wrote outside the output"
         return results
+
+    def experts(self, x: np.ndarray, w: list[list[Matrix]], chosen: np.ndarray, threads: int = 1, packed: bool = True,
+                **params: Any) -> np.ndarray:
+        """w: a matrix for each expert, once or, with glu, twice."""
+        weights = []
+        for matrices in w:
+            m = matrices[0]
+            data = np.concatenate([self.pack(one) if packed else one.raw.ravel() for one in matrices])
+            held = np.empty(data.nbytes + 64, np.uint8)
+            at = held[-held.ctypes.data % 64 :][: data.nbytes]
+            at[:] = data
+            strides = (m.raw.nbytes, m.raw.strides[0], m.block_bytes)
+            shape = (len(matrices), m.n, m.k)
+            weights.append((CTensor(at.ctypes.data, m.id + PACKED * packed, 3, (ctypes.c_int64 * MAX_DIMS)(*shape),
+                                    (ctypes.c_int64 * MAX_DIMS)(*strides)), at))
+        out = np.full((chosen.size + 2, w[0][0].n + 3), np.nan, np.float32)          # a border of NaN
+        view = out[1:-1, 1:-2]
+        self.call("expert_linear", [[array(x)], weights, [array(chosen)], [array(view)]], 1, params, threads)
+        result = view.copy()
+        view[...] = np.nan
+        assert np.isnan(out).all(), "wrote outside the output"
+        return result
 
 
 def array(a: np.ndarray) -> tuple[CTensor, np.ndarray]:
@@ -317,6 +339,72 @@ def test_rows_of_media(kernels: Kernels) -> None:
     ids[1] = -4
     with pytest.raises(KernelError, match="id -4 of 9"):
         kernels.call("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {}, 1)
+
+
+# rows, experts, experts of a row
+MIXTURES = ((1, 5, 1), (1, 6, 5), (3, 5, 2), (40, 4, 1), (65, 3, 3), (300, 2, 1))
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
+def test_experts_have_the_bits_of_linear(kernels: Kernels, name: str) -> None:
+    """Every pair of a row and an expert, by itself through `linear`, is the oracle: for any number of rows and threads."""
+    rng = rng_of(("experts", name))
+    k = 256 if name in QUANTIZED else 45
+    for n, glu in ((33, "silu"), (64, "none")):
+        w = [[Matrix(rng, name, n, k) for _ in range(6)] for _ in range(1 + (glu != "none"))]
+        for m, experts, used in MIXTURES:
+            some = [matrices[:experts] for matrices in w]
+            chosen = np.stack([rng.permutation(experts)[:used] for _ in range(m)]).astype(np.int32)
+            own = glu == "none"                                                 # a row for each expert, or one for all
+            x = rows_of(rng, m * used if own else m, k)
+            pairs = x if own else np.repeat(x, used, axis=0)
+            want = np.empty((m * used, n), np.float32)
+            for e in np.unique(chosen):
+                at = np.flatnonzero(chosen.ravel() == e)
+                want[at] = kernels.linear(pairs[at], [matrices[e] for matrices in some], glu=glu)[0]
+            for threads in (1, 3):
+                assert kernels.experts(x, some, chosen, threads, glu=glu).tobytes() == want.tobytes(), (n, m, experts, threads)
+        alone = kernels.experts(x[7:8], some, chosen[7:8], 2, glu=glu)              # one row of the last mixture
+        assert alone.tobytes() == want[7 * used : 8 * used].tobytes()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F16", "TQ2_0"])
+def test_experts_in_the_file_layout(kernels: Kernels, name: str) -> None:
+    rng = rng_of(("experts, file", name))
+    w = [Matrix(rng, name, 35, 256) for _ in range(3)]
+    for m in (1, 9):
+        x, chosen = rows_of(rng, m, 256), rng.integers(0, 3, (m, 1)).astype(np.int32)
+        got = kernels.experts(x, [w], chosen, 2, packed=False)
+        for i in range(m):
+            check(got[i : i + 1], x[i : i + 1], w[chosen[i, 0]].values, False)
+
+
+def test_experts_in_two_formats(kernels: Kernels) -> None:
+    """The gate in int8, the other matrix in float32; an expert chosen twice by a row; others by no row."""
+    rng = rng_of("mixed experts")
+    gate, up = [Matrix(rng, "Q8_0", 40, 64) for _ in range(9)], [Matrix(rng, "F16", 40, 64) for _ in range(9)]
+    x, chosen = rows_of(rng, 20, 64), np.full((20, 2), 5, np.int32)
+    chosen[3] = 8, 0
+    got = kernels.experts(x, [gate, up], chosen, 2, glu="relu")
+    for i, e in enumerate(chosen.ravel()):
+        assert got[i].tobytes() == kernels.linear(x[i // 2 : i // 2 + 1], [gate[e], up[e]], glu="relu")[0][0].tobytes()
+
+
+def test_bad_experts_are_refused(kernels: Kernels) -> None:
+    rng = rng_of("bad experts")
+    w, x = [Matrix(rng, "Q4_0", 16, 64) for _ in range(3)], rows_of(rng, 30, 64)
+    for bad, threads in itertools.product((-1, 3, -(2**31), 2**31 - 1), (1, 3)):
+        chosen = np.zeros((30, 1), np.int32)
+        chosen[17] = bad
+        with pytest.raises(KernelError, match=f"expert {bad} of 3") as failed:
+            kernels.experts(x, [w], chosen, threads)
+        assert failed.value.status == 3                                            # PE_BAD_VALUE
+    for wrong in (x[:7], x[:, :32].copy()):
+        with pytest.raises(KernelError, match="expert_linear: "):
+            kernels.experts(wrong, [w], np.zeros((30, 1), np.int32))
+    x[4, 3] = np.nan
+    got = kernels.experts(x, [w], np.zeros((30, 1), np.int32))
+    assert not np.isfinite(got[4]).any() and np.isfinite(np.delete(got, 4, 0)).all()
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])

@@ -22,6 +22,7 @@ from test_kernels import (  # noqa: F401
     CACHES, OPS, Block, KernelError, Value, close, describe, make_inputs, rng_of, stored,
     test_a_cell_outside_the_cache_is_refused, test_a_masked_key_contributes_nothing_whatever_it_holds,
     test_caches_with_gaps_between_heads_and_cells, test_declared_cases, test_empty_intervals_give_zeros,
+    test_experts_of_equal_and_bad_scores,
     test_hostile_numbers_are_refused, test_prefill_in_any_chunks_is_one_pass, test_reduce_of_nan,
     test_rope_table_of_large_angles, test_rope_table_refuses_an_axis_that_is_not_there, test_rows_of_any_width,
     test_sequences_do_not_see_each_other, test_sinks_take_probability, test_softmax_of_masked_and_large_values,
@@ -105,7 +106,7 @@ def kernels(arm: str) -> Kernels:
 
 def test_every_kernel_is_tested_here() -> None:
     text = "\n".join(f.read_text(encoding="utf-8") for f in (crossbuild.CSRC / "cpu").glob("*.c"))
-    assert set(re.findall(r"^PE_KERNEL\((\w+)\)", text, re.M)) == {*OPS, "linear", "rows"}
+    assert set(re.findall(r"^PE_KERNEL\((\w+)\)", text, re.M)) == {*OPS, "linear", "rows", "expert_linear"}
 
 
 # ---- linear and rows ---------------------------------------------------------------------------------------------
@@ -267,6 +268,36 @@ def test_linear_refuses_what_does_not_fit(arm: str) -> None:
         assert results_of(calls[5], done[5])[0].shape == (0, 40)
 
 
+def experts_call(x: np.ndarray, w: Sequence[Matrix], chosen: np.ndarray, packed: bool, **params: Any) -> Call:
+    """w: all experts' matrices as one, n rows each, once or twice."""
+    weights = []
+    for t in w:
+        one = weight(t, packed)
+        one.shape, one.strides = (t.n // 48, 48, t.k), (48 * t.raw.strides[0], *one.strides)
+        weights.append(one)
+    out = memory_of(np.full((chosen.size, 51), np.nan, np.float32)[:, :48])
+    return Call("expert_linear", params_of("expert_linear", params), [[memory_of(x)], weights, [memory_of(chosen)], [out]])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F16"])
+def test_experts_have_the_bits_of_linear(arm: str, name: str) -> None:
+    """48 rows for each of 5 experts; packed and from the file; a bad expert is refused."""
+    rng = rng_of(("neon experts", name))
+    w = Matrix(rng, name, 5 * 48, 256)
+    for m, used in ((1, 3), (50, 1), (9, 2)):
+        x = rows_of(rng, m, 256)
+        chosen = np.stack([rng.permutation(5)[:used] for _ in range(m)]).astype(np.int32)
+        for packed in (True, False):
+            calls = [linear_call(x, [w], packed), experts_call(x, [w], chosen, packed)]
+            (whole,), (got,) = map(results_of, calls, crossbuild.run(arm, "neon", 3, calls))
+            want = np.stack([whole[i, 48 * e : 48 * e + 48] for i in range(m) for e in chosen[i]])
+            assert got.tobytes() == want.tobytes(), (m, used, packed)
+    chosen[8, 1] = 5
+    for threads in (1, 3):
+        (refused,) = crossbuild.run(arm, "neon", threads, [experts_call(x, [w], chosen, True)])
+        assert refused.status == BAD_VALUE and refused.message == "expert_linear: expert 5 of 5"
+
+
 # ---- the same bits as other instruction sets ---------------------------------------------------------------------
 
 
@@ -300,7 +331,7 @@ def test_same_bits_as_this_machine(arm: str) -> None:
                 inputs = make_inputs(op, case, rng_of(("bits", name, i)), cache)
                 shapes = [t.shape for t in _declared_results(op, case)]
                 same = lambda spec: inputs[list(op.args).index(spec.axes[0])]  # noqa: B023, E731  used at once
-                outputs = [same(spec) if spec.kind == "Same" else np.full(shape, np.nan, np.float32)
+                outputs = [same(spec) if spec.kind == "Same" else np.full(shape, *((-1, np.int32) if spec.kind == "I32" else (np.nan, np.float32)))
                            for spec, shape in zip(op.results, shapes)]
                 calls.append((f"{name}-{i} {cache}", call_of(name, inputs, outputs, case.params)))
     rng = rng_of("neon bits")

@@ -24,23 +24,19 @@
 #include <math.h>
 
 #include "../dequant.h"
-#include "cpu.h"
+#include "linear.h"
 #include "unpack.h"
 
 #if defined(PE_AVX512)
-enum { NR = 3, MR = 4, MRF = 8, MRD = 8 }; /* vectors of a panel; rows of an integer and a float tile, and of the decode kernel */
+enum { MR = 4, MRF = 8, MRD = 8 }; /* rows of an integer and of a float tile, and of the decode kernel: MRD or FEW at once */
 #else
-enum { NR = 1, MR = 4, MRF = 4, MRD = 4 };
+enum { MR = 4, MRF = 4, MRD = 4 };
 #endif
 enum {
-  FEW = 4,            /* rows that each thread quantizes for itself */
-  SOME = 16,          /* rows that take the decode kernel, MRD or FEW at once over a group that the first of them left in a cache */
   STEPS = 8,          /* steps of 32 of k in an unpacked panel */
   KF = 128,           /* k of a float panel */
   KD = 256,           /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
   AHEAD = 8192,       /* bytes of weights that the decode kernels prefetch */
-  ROWS = 256,         /* rows of x in a block: 256 of their k (128 KB) and the sums of a strip (192 KB) fit the second cache */
-  WIDE = 4,           /* panels in a strip; 2 of each matrix with glu */
 };
 
 /* ---- rows of x as int8 ---- */
@@ -53,8 +49,6 @@ typedef struct xstep {
   int32_t sum, sum2[2], not_used; /* sum of codes, of all and of each half */
 } xstep;
 _Static_assert(sizeof(xstep) == 64, "a step of x is a cache line");
-
-static int64_t xrow_bytes(int64_t k) { return k / 32 * 64 + 64; }
 
 /* d = amax / 127, codes to nearest even. A NaN makes d NaN, because its bits are the largest. */
 static void quantize_row(const float *x, int64_t k, xstep *to) {
@@ -467,23 +461,9 @@ PE_INLINE v16f activate(v16f y, int32_t glu) {
   }
 }
 
-typedef struct job {
-  const pe_tensor *const *w, *const *bias, *const *out;
-  const pe_tensor *residual;
-  pe_linear_params p;
-  int32_t n_w;          /* matrices */
-  int32_t n_sets;       /* lists of panels: n_w, or 1 with glu */
-  int64_t m, k;
-  int64_t rows;         /* rows of x in a block */
-  int64_t wide;         /* panels in a strip */
-  int64_t strips;       /* of all sets */
-  const char *q;        /* quantized rows, xrow_bytes apart */
-  const float *h;       /* float rows */
-  int64_t ldh;          /* floats */
-} job;
-
 /* Sums of one group of 16 outputs to memory. a, b: [rows] with `ld` floats between rows; b only with glu. */
-static void finish(const job *t, int set, int64_t g, int64_t row0, int64_t rows, const float *a, const float *b, int64_t ld) {
+static void finish(const linear_job *t, int set, int64_t g, int64_t row0, int64_t rows, const float *a, const float *b,
+                   int64_t ld) {
   const pe_tensor *out = t->out[set];
   const int64_t c = 16 * g, n = pe_min(16, t->w[set]->shape[0] - c);
   v16f bias0 = v16f_zero(), bias1 = v16f_zero();
@@ -507,7 +487,7 @@ static void finish(const job *t, int set, int64_t g, int64_t row0, int64_t rows,
       v16f cap = v16f_set1(t->p.softcap);
       y = v16f_mul(cap, v16f_tanh(v16f_div(y, cap)));
     }
-    float *to = (float *)((char *)out->data + (row0 + i) * out->stride[0]) + c;
+    float *to = (float *)((char *)out->data + (t->order ? t->order[row0 + i] : row0 + i) * out->stride[0]) + c;
     if (n == 16) v16f_store(to, y);
     else v16f_store_n(to, y, n);
   }
@@ -515,58 +495,53 @@ static void finish(const job *t, int set, int64_t g, int64_t row0, int64_t rows,
 
 /* ---- memory ---- */
 
-typedef struct memory {
-  int64_t q, h, shared;                         /* shared rows, at 0 and h */
-  int64_t own_q, own_h, panel, rows, acc, own;  /* offsets in the own part of a thread, and its size */
-} memory;
-
-static int64_t block_rows(int64_t m) { return pe_min(pe_round_up(m, 8), ROWS); }
-
-static memory memory_of(int64_t m, int64_t k, int quantized, int floats, int normed) {
-  memory y = {0, 0, 0, 0, 0, 0, 0, 0, 0};
-  const int64_t row = quantized ? xrow_bytes(k) : 0, hrow = normed ? pe_round_up(4 * k, 64) : 0;
+linear_places linear_memory(int64_t m, int64_t k, int quantized, int floats, int normed) {
+  linear_places y = {0, 0, 0, 0, 0, 0, 0};
+  const int64_t row = quantized ? linear_row(k) : 0, hrow = normed ? linear_float_row(k) : 0;
   y.h = m > FEW ? m * row : 0;
   y.shared = y.h + (m > FEW && floats ? m * hrow : 0);
   y.own_h = FEW * row;
   y.panel = y.own_h + FEW * hrow; /* a normed row on its way to int8 also stays here */
   y.rows = y.panel + pe_max(quantized ? STEPS * panel_step_bytes(2, 1) : 0, floats ? 64 * NR * KD : 0);
   y.acc = y.rows + (floats ? 64 * KD : 0);
-  y.own = y.acc + block_rows(m) * 64 * NR * WIDE; /* with glu, half as wide and twice */
+  y.own = y.acc + linear_block(m) * 64 * NR * WIDE; /* with glu, half as wide and twice */
   return y;
 }
 
-static int is_float_path(const pe_tensor *w) { return !format_of(w->dtype); }
+int linear_is_float(const pe_tensor *w) { return !format_of(w->dtype); }
 
 PE_SCRATCH(linear)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   const pe_tensor *x = a->t[a->start[0]];
   int quantized = 0, floats = 0;
   for (int i = 0; i < a->count[1]; i++) {
-    if (is_float_path(a->t[a->start[1] + i])) floats = 1;
+    if (linear_is_float(a->t[a->start[1] + i])) floats = 1;
     else quantized = 1;
   }
-  memory y = memory_of(x->shape[0], x->shape[1], quantized, floats, a->count[3] > 0);
+  linear_places y = linear_memory(x->shape[0], x->shape[1], quantized, floats, a->count[3] > 0);
   return y.shared + n_threads * y.own;
 }
 
 /* ---- the kernel ---- */
 
-static void prepare_row(const pe_tensor *x, const pe_tensor *norm, float eps, int64_t i, int64_t k, char *q, float *h) {
+void linear_prepare(const pe_tensor *x, const pe_tensor *norm, float eps, int64_t i, int64_t k, char *q, float *h) {
   const float *row = (const float *)((const char *)x->data + i * x->stride[0]);
   if (norm) {
     norm_row(row, norm->data, eps, k, h);
     row = h;
+  } else if (h) {
+    memcpy(h, row, (size_t)k * sizeof(float));
   }
   if (q) quantize_row(row, k, (xstep *)q);
 }
 
 /* acc[panel][rows][16 NR] = `panels` panels from group g0 of matrix w on, times rows row0 .. row0 + rows - 1 of x. */
-static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
+static pe_status multiply(const linear_job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
                           int64_t rows, char *panel, float *dequantized, float *acc) {
   const int packed = w->dtype >= PE_PACKED;
   const int32_t id = packed ? w->dtype - PE_PACKED : w->dtype;
   const int64_t k = t->k, groups = (w->shape[0] + 15) / 16, bytes = packed ? pe_pack_group_bytes(id, k) : 0;
-  const int64_t ld = xrow_bytes(k), sums = rows * 16 * NR;
+  const int64_t ld = linear_row(k), sums = rows * 16 * NR;
   const char *q = t->q + row0 * ld;
   const float *h = t->h + row0 * t->ldh;
   const format *f = format_of(w->dtype);
@@ -618,21 +593,35 @@ static pe_status multiply(const job *t, const pe_tensor *w, int64_t g0, int64_t 
   return PE_OK;
 }
 
-static int64_t groups_of(const pe_tensor *w) { return (w->shape[0] + 15) / 16; }
-static int64_t strips_of(const job *t, const pe_tensor *w) { return (groups_of(w) + NR * t->wide - 1) / (NR * t->wide); }
-
 /* Strip number `strip` of all sets: which set, and its first group. */
-static int locate(const job *t, int64_t strip, int64_t *g0) {
+static int locate(const linear_job *t, int64_t strip, int64_t *g0) {
   int set = 0;
-  while (set + 1 < t->n_sets && strip >= strips_of(t, t->w[set])) strip -= strips_of(t, t->w[set++]);
+  while (set + 1 < t->n_sets && strip >= linear_strips(t->w[set], t->wide)) strip -= linear_strips(t->w[set++], t->wide);
   *g0 = strip * NR * t->wide;
   return set;
 }
 
-static const uint8_t *strip_bytes(const job *t, int set, int64_t g0) { /* for prefetching only */
-  const pe_tensor *w = t->w[set];
-  int64_t bytes = w->dtype >= PE_PACKED ? pe_pack_group_bytes(w->dtype - PE_PACKED, t->k) : 16 * w->stride[0];
+const uint8_t *linear_strip_bytes(const pe_tensor *w, int64_t k, int64_t g0) {
+  int64_t bytes = w->dtype >= PE_PACKED ? pe_pack_group_bytes(w->dtype - PE_PACKED, k) : 16 * w->stride[0];
   return (const uint8_t *)w->data + g0 * bytes;
+}
+
+pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *next, int64_t row0, int64_t rows, char *own,
+                       const linear_places *y) {
+  const int glu = t->p.glu != PE_LINEAR_GLU_NONE;
+  const int64_t count = pe_min(NR * t->wide, linear_groups(t->w[set]) - g0), panels = (count + NR - 1) / NR;
+  char *panel = own + y->panel;
+  float *dequantized = (float *)(own + y->rows), *acc = (float *)(own + y->acc), *acc1 = acc + t->rows * 16 * NR * (WIDE / 2);
+  const uint8_t *after = glu ? linear_strip_bytes(t->w[1], t->k, g0) : next;
+  pe_status status = multiply(t, t->w[set], g0, panels, after, row0, rows, panel, dequantized, acc);
+  if (!status && glu) status = multiply(t, t->w[1], g0, panels, next, row0, rows, panel, dequantized, acc1);
+  if (status) return status;
+  for (int64_t r = 0; r < rows; r += MRF) /* a strip's columns lie side by side in the result */
+    for (int64_t g = 0; g < count; g++) {
+      const int64_t from = ((g / NR * rows + r) * NR + g % NR) * 16;
+      finish(t, set, g0 + g, row0 + r, pe_min(MRF, rows - r), acc + from, glu ? acc1 + from : 0, 16 * NR);
+    }
+  return PE_OK;
 }
 
 static pe_status check(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, int32_t n_bias, const pe_tensor *residual,
@@ -661,31 +650,31 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
   pe_status status = check(x, w, n_w, n_bias, residual, n_out, p, s);
   if (status || m == 0 || k == 0) return status;
 
-  job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, block_rows(m), 1, 0, 0, 0, 0};
+  linear_job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, linear_block(m), 1, 0, 0, 0, 0, 0};
   int quantized = 0, floats = 0;
   for (int i = 0; i < n_w; i++) {
-    if (is_float_path(w[i])) floats = 1;
+    if (linear_is_float(w[i])) floats = 1;
     else quantized = 1;
   }
-  const memory y = memory_of(m, k, quantized, floats, norm != 0);
+  const linear_places y = linear_memory(m, k, quantized, floats, norm != 0);
   if (s->scratch_bytes < y.shared + s->nth * y.own)
     return pe_fail(s, PE_NO_MEMORY, "linear: %lld bytes of scratch, needs %lld", (long long)s->scratch_bytes,
                    (long long)(y.shared + s->nth * y.own));
   char *own = s->scratch + y.shared + s->ith * y.own;
 
   /* Rows of x: few are prepared by every thread for itself, many by all threads together. */
-  const int64_t xrow = xrow_bytes(k), hrow = pe_round_up(4 * k, 64);
+  const int64_t xrow = linear_row(k), hrow = linear_float_row(k);
   if (m <= FEW) {
     for (int64_t i = 0; i < m && (quantized || norm); i++)
-      prepare_row(x, norm, p->norm_eps, i, k, quantized ? own + i * xrow : 0, (float *)(own + y.own_h + i * hrow));
+      linear_prepare(x, norm, p->norm_eps, i, k, quantized ? own + i * xrow : 0, norm ? (float *)(own + y.own_h + i * hrow) : 0);
     t.q = own;
     t.h = (const float *)(own + y.own_h);
   } else {
     if (quantized || norm) {
       for (int64_t c; (c = 4 * pe_next(s, 0)) < m;)
         for (int64_t i = c; i < pe_min(c + 4, m); i++)
-          prepare_row(x, norm, p->norm_eps, i, k, quantized ? s->scratch + i * xrow : 0,
-                      (float *)(floats ? s->scratch + y.h + i * hrow : own + y.own_h));
+          linear_prepare(x, norm, p->norm_eps, i, k, quantized ? s->scratch + i * xrow : 0,
+                         norm ? (float *)(floats ? s->scratch + y.h + i * hrow : own + y.own_h) : 0);
       pe_barrier(s);
     }
     t.q = s->scratch;
@@ -703,12 +692,10 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
   t.wide = m > SOME ? glu ? WIDE / 2 : WIDE : 1;
   for (;; t.wide /= 2) {
     t.strips = 0;
-    for (int i = 0; i < t.n_sets; i++) t.strips += strips_of(&t, w[i]);
+    for (int i = 0; i < t.n_sets; i++) t.strips += linear_strips(w[i], t.wide);
     if (t.wide == 1 || blocks * t.strips >= 8 * s->nth) break;
   }
   const int64_t run = m > SOME ? 1 : pe_max(1, t.strips / (16 * s->nth)), runs = (t.strips + run - 1) / run;
-  char *panel = own + y.panel;
-  float *dequantized = (float *)(own + y.rows), *acc = (float *)(own + y.acc), *acc1 = acc + t.rows * 16 * NR * (WIDE / 2);
   for (int64_t claim = pe_next(s, 1), ahead; claim < blocks * runs; claim = ahead) {
     ahead = pe_next(s, 1);
     const int64_t row0 = claim / runs * t.rows, rows = pe_min(t.rows, m - row0);
@@ -716,16 +703,9 @@ PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, co
     for (int64_t i = first; i < end; i++) {
       int64_t g0, next_g0, after = i + 1 < end ? i + 1 : ahead < blocks * runs ? ahead % runs * run : i;
       const int set = locate(&t, i, &g0), next_set = locate(&t, after, &next_g0);
-      const uint8_t *next = strip_bytes(&t, next_set, next_g0);
-      const int64_t count = pe_min(NR * t.wide, groups_of(w[set]) - g0), panels = (count + NR - 1) / NR;
-      status = multiply(&t, w[set], g0, panels, glu ? strip_bytes(&t, 1, g0) : next, row0, rows, panel, dequantized, acc);
-      if (!status && glu) status = multiply(&t, w[1], g0, panels, next, row0, rows, panel, dequantized, acc1);
+      const uint8_t *next = linear_strip_bytes(w[next_set], k, next_g0);
+      status = linear_strip(&t, set, g0, next, row0, rows, own, &y);
       if (status) return pe_fail(s, PE_NO_KERNEL, "linear: format %d cannot be read", w[set]->dtype);
-      for (int64_t r = 0; r < rows; r += MRF) /* a strip's columns lie side by side in the result */
-        for (int64_t g = 0; g < count; g++) {
-          const int64_t from = ((g / NR * rows + r) * NR + g % NR) * 16;
-          finish(&t, set, g0 + g, row0 + r, pe_min(MRF, rows - r), acc + from, glu ? acc1 + from : 0, 16 * NR);
-        }
     }
   }
   return PE_OK;

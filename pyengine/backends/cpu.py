@@ -55,6 +55,17 @@ def _source_dtype(t: Tensor) -> DType:
     return t.dtype if isinstance(source, np.ndarray) else source.dtype
 
 
+_PRODUCTS = {"linear.w", "expert_linear.w"}            # arguments that may be packed
+_ANY_FORMAT = _PRODUCTS | {"rows.table"}               # and those that may have a file's format
+
+
+def _packed_bytes(dtype: DType, shape: Sequence[int]) -> int:
+    """Bytes of a matrix [n, k] when packed, or of experts' matrices [e, n, k], each by itself; 0: there is no packed form."""
+    if len(shape) not in (2, 3):
+        return 0
+    return math.prod(shape[:-2]) * int(lib.pe_pack_bytes(dtype.id, *shape[-2:]))
+
+
 def _residents(layout: Layout) -> dict[int, Resident]:
     """Decide each constant's form from what reads it, and give it a place in one block of memory."""
     readers: dict[int, set[str]] = {}
@@ -71,13 +82,13 @@ def _residents(layout: Layout) -> dict[int, Resident]:
             continue
         t, roles = node.outputs[0], readers.get(id(node), set())
         dtype = _source_dtype(t)
-        if "linear.w" in roles and roles <= {"linear.w", "rows.table"} and t.dtype == dtype:
-            nbytes = int(lib.pe_pack_bytes(dtype.id, int(t.shape[0]), int(t.shape[1])))
+        if roles & _PRODUCTS and roles <= _ANY_FORMAT and t.dtype == dtype:
+            nbytes = _packed_bytes(dtype, [int(a) for a in t.shape])
             if nbytes:
                 out[id(node)] = Resident(t, dtype.packed, "packed", nbytes, offset)
                 offset += aligned(nbytes)
                 continue
-        if t.dtype == dtype and not isinstance(node.source, (np.ndarray, DerivedRef)) and roles <= {"linear.w", "rows.table"}:
+        if t.dtype == dtype and not isinstance(node.source, (np.ndarray, DerivedRef)) and roles <= _ANY_FORMAT:
             out[id(node)] = Resident(t, dtype, "mapped", t.nbytes_max)
             continue
         out[id(node)] = Resident(t, t.dtype, "plain", t.nbytes_max, offset)
@@ -120,9 +131,8 @@ class Prepared:
             ids.append(tuple(range(len(tensors), len(tensors) + len(parts))))
             for t in parts:
                 dtype, shape = t.dtype, tuple(axis_max(a) for a in t.shape)
-                if node.op is ops.linear and t.node.kind == "constant" and t.ndim == 2 and t.dtype == _source_dtype(t):
-                    packs = lib.pe_pack_bytes(dtype.id, *shape)
-                    dtype = dtype.packed if packs else dtype
+                if node.op in (ops.linear, ops.expert_linear) and t.node.kind == "constant" and t.dtype == _source_dtype(t):
+                    dtype = dtype.packed if _packed_bytes(dtype, shape) else dtype
                 if states and self.layout.of(t).root.name in states:
                     shape = states[self.layout.of(t).root.name]
                 tensors.append((dtype, t.dtype, shape))
@@ -232,8 +242,7 @@ class Program:
                 raw = source if isinstance(source, np.ndarray) else source.view()
                 raw = np.ascontiguousarray(raw)
                 if r.form == "packed":
-                    n, k = (int(a) for a in r.tensor.shape)
-                    engine.pack(self.pool, r.dtype.unpacked.id, raw.ctypes.data, n, k, self.weights.address + r.offset)
+                    self._pack(r, raw)
                 elif isinstance(source, np.ndarray) or source.dtype == r.dtype:
                     memory[r.offset : r.offset + r.nbytes] = raw.reshape(-1).view(np.uint8)
                 else:
@@ -243,6 +252,16 @@ class Program:
             done += r.nbytes
             if progress:
                 progress(done, total)
+
+    def _pack(self, r: Resident, raw: np.ndarray) -> None:
+        """Pack a matrix, or the experts' matrices one after the other: as one where no group of 16 rows holds rows of two."""
+        *lead, n, k = (int(a) for a in r.tensor.shape)
+        times = math.prod(lead)
+        if n % 16 == 0:
+            n, times = n * times, 1
+        for i in range(times):
+            source, target = raw.ctypes.data + i * (raw.nbytes // times), self.weights.address + r.offset + i * (r.nbytes // times)
+            engine.pack(self.pool, r.dtype.unpacked.id, source, n, k, target)
 
     def _convert(self, r: Resident, raw: np.ndarray, memory: np.ndarray) -> None:
         """Dequantize a small tensor (norm weights in F16, say) to float32."""

@@ -149,8 +149,9 @@ static void run_member(void *context, int ith, int nth) {
     memcpy(j->message, message, sizeof message);
 }
 
-static memory pack(pe_tensor *t, bytes file) {
-  int64_t n = t->shape[0], k = t->shape[1], size = pe_pack_bytes(t->dtype, n, k);
+static memory pack(pe_tensor *t, bytes file) { /* matrices one after the other as one: rows of each fill whole groups of 16 */
+  int64_t n = t->ndim == 3 ? t->shape[0] * t->shape[1] : t->shape[0], k = t->shape[t->ndim - 1], size = pe_pack_bytes(t->dtype, n, k);
+  if (t->ndim == 3 && t->shape[1] % 16) fail("experts that share a group of rows");
   if (!size) fail("a matrix that cannot be packed");
   memory m = memory_new(size, 64);
   if (pe_pack_groups(t->dtype, file.p, n, k, 0, (n + 15) / 16, m.data)) fail("a matrix that cannot be packed");
