@@ -130,7 +130,7 @@ class Batch:
     patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied
     grids: list[tuple[int, int]]    # per size: rows and columns of merged groups
     rows: Tensor                    # int64 [r]: which row of the encoder's output each image token takes
-    glyphs: Tensor                  # int64 [r, 2]: the character whose centre lies in the group's left, right half; -100 unknown
+    glyphs: Tensor                  # int64 [r, QUARTERS]: the character whose centre lies in that quarter from the left; -100 unknown
     things: Tensor                  # int64 [r]: the shape whose centre lies there; -100 unknown
     boxes: Tensor                   # float32 [r, 4]: its box from the group's centre, in groups
     lines: Tensor                   # int64 [r]: the key of a form's line that lies there; -100 none
@@ -153,6 +153,7 @@ def patches(picture: Picture) -> tuple[np.ndarray, tuple[int, int]]:
     return x.reshape(h * w * MERGE * MERGE, -1), (h, w)
 
 
+QUARTERS = 4                            # of a group's width: 7 pixels, in which there is hardly ever more than one character
 TENS = 18                               # of pixels along the longest side
 NUMBERED = 4                            # pictures that `Reader` tells apart
 NAMED = (tuple(COLOURS), SHAPES, KEYS)  # that a question names
@@ -160,11 +161,11 @@ THINGS = {f"{c} {s}": i + 1 for i, (c, s) in enumerate((c, s) for c in COLOURS f
 
 
 def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What lies in each group of a picture: characters int64 [r, 2], shape int64 [r], its box float32 [r, 4], line int64 [r]."""
+    """What lies in each group of a picture: characters int64 [r, QUARTERS], shape, box float32 [r, 4], line."""
     h, w = grid
     sx, sy = w / picture.size[0], h / picture.size[1]
     found: list[list[Any]] = [[] for _ in range(h * w)]
-    glyphs, things, boxes = np.zeros((h * w, 2), np.int64), np.zeros(h * w, np.int64), np.zeros((h * w, 4), np.float32)
+    glyphs, things, boxes = np.zeros((h * w, QUARTERS), np.int64), np.zeros(h * w, np.int64), np.zeros((h * w, 4), np.float32)
     lines = np.full(h * w, -100, np.int64)
     for mark in picture.marks:
         x1, y1, x2, y2 = mark.box[0] * sx, mark.box[1] * sy, mark.box[2] * sx, mark.box[3] * sy
@@ -174,8 +175,8 @@ def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np
         if mark.what in KEYS:
             lines[row * w:row * w + w] = KEYS.index(mark.what)
         if len(mark.what) == 1:
-            half = row * w + column, int((x1 + x2) / 2 > cx)
-            glyphs[half] = -100 if glyphs[half] else 1 + ALPHABET.index(mark.what)
+            quarter = row * w + column, min(QUARTERS - 1, max(0, int(((x1 + x2) / 2 - column) * QUARTERS)))
+            glyphs[quarter] = -100 if glyphs[quarter] else 1 + ALPHABET.index(mark.what)
     for i, inside in enumerate(found):
         shapes = [(what, box) for what, box in inside if what in THINGS]
         if len(shapes) == 1:
@@ -368,7 +369,7 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.glyphs = nn.Linear(WIDTH, 2 * (len(ALPHABET) + 1))
+        self.glyphs = nn.Linear(WIDTH, QUARTERS * (len(ALPHABET) + 1))
         self.things = nn.Linear(WIDTH, len(THINGS) + 1)
         self.boxes = nn.Linear(WIDTH, 4)
         self.edges = nn.Linear(WIDTH, 4 * TENS)
