@@ -317,8 +317,11 @@ def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
         own = len(values["x"]) != len(values["chosen"])                        # a row for each expert of a row
         used = values["chosen"].shape[1]
         pairs = (used * pick[:, None] + np.arange(used)).reshape(-1)
-        values["x"], values["chosen"], part = values["x"][pairs if own else pick], values["chosen"][pick], pairs
-        values["w"] = [w.values().reshape(s) if isinstance(w, Blocks) else w for w, s in zip(values["w"], job.case.shapes["w"])]
+        kept, chosen = np.unique(values["chosen"][pick], return_inverse=True)
+        values["x"], values["chosen"], part = values["x"][pairs if own else pick], chosen.reshape(len(pick), used), pairs
+        _, n, k = job.case.shapes["w"][0]
+        rows = (n * kept[:, None] + np.arange(n)).reshape(-1)                      # of their matrices
+        values["w"] = [w.values(rows).reshape(-1, n, k) if isinstance(w, Blocks) else w[kept] for w in values["w"]]
     elif job.op is ops.attention:
         rows = np.unique(np.linspace(0, job.case.shapes["q"][0] - 1, 4).astype(int))
         for name in ("q", "lo", "hi", "seq"):

@@ -218,6 +218,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor of the file that holds tensors of the checkpoint one after the other: an expert's matrix each, of one shape."""
+    name: str
+    parts: tuple[Entry, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.parts), *self.parts[0].shape
+
+
+@dataclass(frozen=True)
 class Constant:
     """A float32 tensor of the file that follows from the config."""
     name: str
@@ -238,7 +249,7 @@ class Converter(Protocol):
 
     def __init__(self, config: dict[str, Any], file: Path): ...
     def write_keys(self, out: gguf.GGUFWriter) -> None: ...
-    def tensors(self) -> Iterator[Entry | Constant]: ...
+    def tensors(self) -> Iterator[Entry | Stack | Constant]: ...
     def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
     @property
     def vocab_size(self) -> int: ...            # rows of the embedding
@@ -484,10 +495,11 @@ def _find_converter(checkpoint: Checkpoint) -> Converter:
                                 f"{', '.join(map(str, classes)) or 'unknown'} is not supported; supported: {', '.join(sorted(known))}")
 
 
-def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry | Constant]:
+def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry | Stack | Constant]:
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
         entries = list(converter.tensors())
-    by_source = {e.source: e.stored or e.shape for e in entries if isinstance(e, Entry)}
+    parts = [p for e in entries for p in (e.parts if isinstance(e, Stack) else [e])]
+    by_source = {e.source: e.stored or e.shape for e in parts if isinstance(e, Entry)}
     missing = sorted(by_source.keys() - checkpoint.tensors.keys())
     if missing:
         raise InvalidModelError(f"{checkpoint.folder}: {_listing(missing)} missing from the checkpoint")
@@ -522,10 +534,11 @@ def _model_name(checkpoint: Checkpoint) -> str:
 def stored_type(name: str, shape: tuple[int, ...], wanted: QT) -> QT:
     """Return the type a tensor is written in, as llama.cpp's converter chooses.
 
-    Vectors, norms and what an image encoder adds to or makes from pixels stay float32; Gemma 3's projector is multiplied
+    Vectors, norms, routers and what an image encoder adds to or makes from pixels stay float32; Gemma 3's projector is multiplied
     transposed and so never in blocks.
     """
-    if len(shape) < 2 or name.endswith("_norm.weight") or name.startswith(("v.patch_embd.", "v.position_embd.")):
+    plain = name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name.startswith(("v.patch_embd.", "v.position_embd."))
+    if len(shape) < 2 or plain:
         return QT.F32
     if name == "mm.input_projection.weight":
         return QT.F32 if wanted == QT.BF16 else QT.F16 if wanted == QT.Q8_0 else wanted
@@ -533,7 +546,7 @@ def stored_type(name: str, shape: tuple[int, ...], wanted: QT) -> QT:
     return wanted if shape[-1] % block == 0 else QT.F16
 
 
-def with_whole_blocks(entry: Entry | Constant, block: int) -> Entry | Constant:
+def with_whole_blocks(entry: Entry | Stack | Constant, block: int) -> Entry | Stack | Constant:
     """Widen an image encoder's feed-forward to whole blocks (So400m has 4304 units, Qwen2.5-VL 3420).
 
     Units of zeros add nothing: all activations are 0 at 0, and their columns of the second matrix are 0 too.
@@ -547,7 +560,7 @@ def with_whole_blocks(entry: Entry | Constant, block: int) -> Entry | Constant:
     return replace(entry, padded=(units, *columns)) if rows != units else entry
 
 
-def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[Entry | Constant], wanted: QT) -> None:
+def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[Entry | Stack | Constant], wanted: QT) -> None:
     entries = [with_whole_blocks(e, gguf.GGML_QUANT_SIZES[wanted][0]) for e in entries]
     shapes = [e.padded or e.shape if isinstance(e, Entry) else e.shape for e in entries]
     types = [stored_type(e.name, shape, wanted) for e, shape in zip(entries, shapes)]
@@ -584,11 +597,14 @@ def _quantize_blocks(name: str, chunk: np.ndarray) -> np.ndarray:
         raise InvalidModelError(f"tensor '{name}': {error}") from None
 
 
-def _chunks(checkpoint: Checkpoint, entry: Entry | Constant) -> Iterator[np.ndarray]:
+def _chunks(checkpoint: Checkpoint, entry: Entry | Stack | Constant) -> Iterator[np.ndarray]:
     """Yield a tensor in float32, some rows at a time."""
     match entry:
         case Constant(values=values):
             yield values
+        case Stack(parts=parts):
+            for part in parts:
+                yield from _chunks(checkpoint, part)
         case Entry(source=source, shape=shape, row_order=order, add=add):
             n_rows = max(1, CHUNK // max(1, math.prod((entry.stored or shape)[1:])))
             # rows that are moved need the whole tensor, in its stored dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import (Config, Constant, Entry, converts, interleaved_rows, linear, rope_parameters, rope_tensors,
+from .base import (Config, Constant, Entry, Stack, converts, interleaved_rows, linear, rope_parameters, rope_tensors,
                    write_rope_scaling, write_window)
 
 # transformers' LlamaConfig and MistralConfig where a config.json may be silent; both share these
@@ -25,10 +25,11 @@ MISTRAL_WINDOW = 4096       # MistralConfig.sliding_window, when the key is abse
 class Llama:
     arch = "llama"
     renames: Sequence[tuple[str, str]] = ()
+    defaults, rope_base = DEFAULTS, ROPE_BASE
 
     def __init__(self, config: dict[str, Any], file: Path):
         mistral = "MistralForCausalLM" in config["architectures"]
-        c = self.config = Config(config, {**DEFAULTS, **({"sliding_window": MISTRAL_WINDOW} if mistral else {})}, file)
+        c = self.config = Config(config, {**self.defaults, **({"sliding_window": MISTRAL_WINDOW} if mistral else {})}, file)
         c.refuse_unless("hidden_act", "silu")
         self.vocab_size, self.d_model, self.d_ff = (
             c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
@@ -37,7 +38,7 @@ class Llama:
         self.head_dim = c.count("head_dim") if c.get("head_dim") else self.d_model // self.n_heads
         self.window = c.get("sliding_window") if mistral else None
         self.tied = c.need("tie_word_embeddings")
-        self.rope = rope_parameters(c, ROPE_BASE)
+        self.rope = rope_parameters(c, self.rope_base)
 
     def write_keys(self, out: GGUFWriter) -> None:
         c = self.config
@@ -58,11 +59,11 @@ class Llama:
     def unused(self) -> set[str]:
         return {"lm_head.weight"} if self.tied else set()
 
-    def tensors(self) -> Iterator[Entry | Constant]:
-        d, f = self.d_model, self.d_ff
+    def tensors(self) -> Iterator[Entry | Stack | Constant]:
+        d = self.d_model
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         q_rows, k_rows = interleaved_rows(self.n_heads, self.head_dim), interleaved_rows(self.n_kv_heads, self.head_dim)
-        attn_bias, mlp_bias = self.config.need("attention_bias"), self.config.need("mlp_bias")
+        attn_bias = self.config.need("attention_bias")
         yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, d))
         yield Entry("output_norm.weight", "model.norm.weight", (d,))
         if not self.tied:
@@ -76,6 +77,11 @@ class Llama:
             yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, attn_bias)
             yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, attn_bias)
             yield Entry(f"{b}.ffn_norm.weight", f"{m}.post_attention_layernorm.weight", (d,))
-            yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d, mlp_bias)
-            yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d, mlp_bias)
-            yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f, mlp_bias)
+            yield from self.feed_forward(b, m)
+
+    def feed_forward(self, b: str, m: str) -> Iterator[Entry | Stack]:
+        """List the feed-forward of one layer, named b in the file and m in the checkpoint."""
+        d, f, bias = self.d_model, self.d_ff, self.config.need("mlp_bias")
+        yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d, bias)
+        yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d, bias)
+        yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f, bias)

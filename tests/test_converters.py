@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from converters import convert, gemma3_text, llama, qwen2
+from converters import convert, gemma3_text, llama, mixtral, qwen2
 from converters.__main__ import main
 from converters.base import interleaved_rows
 from converters.tokenizer import pre_tokenizer_name
@@ -72,6 +73,7 @@ KEYS = {
     "mistral": ("llama", {
         **COMMON, "attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32,
         "attention.sliding_window": 6, "attention.sliding_window_pattern": [True] * 3}),
+    "mixtral": ("llama", {**COMMON, "rope.freq_base": 1e6, "expert_count": 5, "expert_used_count": 2}),
     "qwen2": ("qwen2", {**COMMON, "attention.layer_norm_rms_epsilon": np.float32(1e-6)}),
     "gemma3_text": ("gemma3", {
         **{k: v for k, v in COMMON.items() if k != "rope.dimension_count"}, "block_count": 7,
@@ -95,6 +97,7 @@ def test_keys(kind, checkpoints, tmp_path):
 @pytest.mark.parametrize("defaults, config_class", [
     (llama.DEFAULTS, "LlamaConfig"), (qwen2.DEFAULTS, "Qwen2Config"), (gemma3_text.DEFAULTS, "Gemma3TextConfig"),
     ({k: v for k, v in llama.DEFAULTS.items() if not k.endswith("_bias")}, "MistralConfig"),
+    ({k: v for k, v in mixtral.Mixtral.defaults.items() if not k.endswith("_bias")}, "MixtralConfig"),
     ({"sliding_window": llama.MISTRAL_WINDOW}, "MistralConfig")])
 def test_defaults_are_those_of_transformers(defaults, config_class):
     config_class = getattr(transformers, config_class)
@@ -104,6 +107,7 @@ def test_defaults_are_those_of_transformers(defaults, config_class):
 def test_rope_bases_are_those_of_transformers():
     assert llama.ROPE_BASE == qwen2.ROPE_BASE == transformers.LlamaConfig.default_theta
     assert transformers.Qwen2Config.default_theta == qwen2.ROPE_BASE
+    assert transformers.MixtralConfig.default_theta == mixtral.Mixtral.rope_base
     assert transformers.Gemma3TextConfig.default_theta == {"global": gemma3_text.GLOBAL_BASE,
                                                            "local": gemma3_text.LOCAL_BASE}
 
@@ -201,7 +205,7 @@ def test_longrope_factors(tmp_path):
 
 def gguf_name(kind, name):
     """Return gguf-py's own name for a checkpoint's tensor."""
-    arch = {"mistral": "LLAMA", "gemma3_text": "GEMMA3"}.get(kind, kind.upper())
+    arch = {"mistral": "LLAMA", "mixtral": "LLAMA", "gemma3_text": "GEMMA3"}.get(kind, kind.upper())
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], 7).get_name(name, try_suffixes=(".weight", ".bias"))
 
 
@@ -213,11 +217,17 @@ GEMMA_NORMS = {"post_attention_layernorm": "post_attention_norm", "pre_feedforwa
 def expected_tensors(kind, folder):
     """Apply the dialect's rules to a checkpoint, written as llama.cpp documents them: heads [2, d/2] -> [d/2, 2]."""
     config = json.loads((folder / "config.json").read_text())
-    for name, value in stored(folder).items():
-        if kind in ("llama", "mistral"):
+    tensors = stored(folder)
+    if kind == "mixtral":                                  # gguf-py knows the names of an expert's matrix without its number
+        parts = {name: re.sub(r"experts\.\d+\.", "experts.", name) for name in tensors if ".experts." in name}
+        stacks = {whole: np.stack([tensors[whole.replace("experts.", f"experts.{e}.")] for e in range(config["num_local_experts"])])
+                  for whole in set(parts.values())}
+        tensors = {**{n: v for n, v in tensors.items() if n not in parts}, **stacks}
+    for name, value in tensors.items():
+        if kind in ("llama", "mistral", "mixtral"):
             for part, n_heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
                 if part in name:
-                    heads = value.reshape(n_heads, 2, config["head_dim"] // 2, -1)
+                    heads = value.reshape(n_heads, 2, len(value) // n_heads // 2, -1)
                     value = heads.swapaxes(1, 2).reshape(value.shape)
         if kind == "gemma3_text":
             if "norm" in name:
@@ -235,7 +245,7 @@ def expected_tensors(kind, folder):
 VARIANTS = {
     "llama": ("llama", {}), "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}), "mistral": ("mistral", {}), "qwen2": ("qwen2", {}),
-    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}), "gemma3_text": ("gemma3_text", {}),
+    "mixtral": ("mixtral", {}), "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}), "gemma3_text": ("gemma3_text", {}),
     "gemma3-untied": ("gemma3_text", {"tie_word_embeddings": False}),
 }
 
@@ -669,7 +679,7 @@ def linear_gemma():
 RUNS = {
     "llama": ("llama", {}), "llama-biases": ("llama", VARIANTS["llama-biases"][1]),
     "llama-tied": ("llama", {"tie_word_embeddings": True}), "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}), "qwen2-yarn": ("qwen2", {"rope_parameters": ROPES["yarn-attn"]}),
+    "mixtral": ("mixtral", {}), "qwen2": ("qwen2", {}), "qwen2-yarn": ("qwen2", {"rope_parameters": ROPES["yarn-attn"]}),
     "gemma3": ("gemma3_text", {}), "gemma3-linear": ("gemma3_text", {"rope_parameters": linear_gemma()}),
     "gemma3-softcap": ("gemma3_text", {"final_logit_softcapping": 30.0}),
     **{f"llama-{name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()},
@@ -697,7 +707,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(run, tmp_path):
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize("kind, outtype", [("llama", "f16"), ("qwen2", "bf16"), ("gemma3_text", "q8_0")])
+@pytest.mark.parametrize("kind, outtype", [("llama", "f16"), ("mixtral", "f16"), ("qwen2", "bf16"), ("gemma3_text", "q8_0")])
 def test_llama_cpp_reads_the_narrow_types(kind, outtype, checkpoints, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="make peers")
     ids = np.random.default_rng(2).integers(0, 512, 40).tolist()

@@ -331,7 +331,8 @@ def test_same_bits_as_this_machine(arm: str) -> None:
                 inputs = make_inputs(op, case, rng_of(("bits", name, i)), cache)
                 shapes = [t.shape for t in _declared_results(op, case)]
                 same = lambda spec: inputs[list(op.args).index(spec.axes[0])]  # noqa: B023, E731  used at once
-                outputs = [same(spec) if spec.kind == "Same" else np.full(shape, *((-1, np.int32) if spec.kind == "I32" else (np.nan, np.float32)))
+                empty = {"I32": (-1, np.int32)}
+                outputs = [same(spec) if spec.kind == "Same" else np.full(shape, *empty.get(spec.kind, (np.nan, np.float32)))
                            for spec, shape in zip(op.results, shapes)]
                 calls.append((f"{name}-{i} {cache}", call_of(name, inputs, outputs, case.params)))
     rng = rng_of("neon bits")

@@ -42,6 +42,8 @@ _KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", "llama-bpe", {**_COMMON, "rms_norm_eps": 1e-5}),
     "mistral": ("MistralConfig", "MistralForCausalLM", "tekken",
                 {**_COMMON, "head_dim": 32, "sliding_window": 6, "rms_norm_eps": 1e-5}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", "llama-bpe",
+                {**_COMMON, "rms_norm_eps": 1e-5, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", "qwen2", {**_COMMON, "tie_word_embeddings": True}),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", "spm", {
         **_COMMON, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -110,7 +112,8 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
             elif p.dim() == 2 and ("embed" in name or "lm_head" in name):
                 p.copy_(noise)
             else:
-                p.copy_(1.5 * noise / p[0].numel() ** 0.5)              # attention that is far from uniform
+                fan_in = p.shape[-1] if "experts" in name else p[0].numel()
+                p.copy_(1.5 * noise / fan_in ** 0.5)                    # attention that is far from uniform
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if seeing:
         _image_processor(kind, config, processor or {}).save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Llama 2, 3.x and everything of their shape (SmolLM, Mistral 7B, TinyLlama, Vicuna ...).
+"""Llama 2, 3.x and everything of their shape (SmolLM, Mistral 7B, TinyLlama, Vicuna ...), also with experts (Mixtral).
 
-Papers arXiv:2307.09288, arXiv:2407.21783. Follows transformers `modeling_llama.py`. GGUF files hold q and k with their rows
-permuted, so that the rotation is the interleaved one (pairs 2i, 2i + 1).
+Papers arXiv:2307.09288, arXiv:2407.21783, arXiv:2401.04088. Follows transformers `modeling_llama.py`, `modeling_mixtral.py`. GGUF
+files hold q and k with their rows permuted, so that the rotation is the interleaved one (pairs 2i, 2i + 1).
 Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width.
 """
 
@@ -14,7 +14,7 @@ from pyengine.batch import Batch
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
-from pyengine.nn import Embedding, Linear, RMSNorm, Rope, rope, vocab_size
+from pyengine.nn import Embedding, Experts, Linear, RMSNorm, Rope, rope, vocab_size
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
 
@@ -33,11 +33,14 @@ class Config:
     n_ctx_train: int
     eps: float
     window: int              # 0: full attention
+    n_experts: int           # 0: one feed-forward for all
+    n_used: int              # experts of a row
 
     @classmethod
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "llama.*"."""
-        h.refuse(expert_count="a mixture of experts")
+        h.refuse(expert_shared_count="an expert for all rows", leading_dense_block_count="a layer without experts")
+        n_experts = h.get("expert_count", 0, int)
         d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
         return cls(
             n_layers=h.size("block_count"),
@@ -50,11 +53,37 @@ class Config:
             n_ctx_train=h.size("context_length"),
             eps=h.number("attention.layer_norm_rms_epsilon"),
             window=h.get("attention.sliding_window", 0, int),
+            n_experts=n_experts and h.size("expert_count"),
+            n_used=n_experts and h.size("expert_used_count"),
         )
 
 
+class FeedForward:
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, w: Weights, c: Config):
+        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff)
+        self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
+        self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
+
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m or w, D]
+        return self.down(ops.silu(self.gate(x)) * self.up(x))
+
+
+class Mixture:
+    """Such feed-forwards, of which a router picks some for each row; their gates add up to 1."""
+
+    def __init__(self, w: Weights, c: Config):
+        self.n_used = c.n_used
+        self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
+        self.experts = Experts(w, c.n_experts, c.d_model, c.d_ff)
+
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m or w, D]
+        return self.experts(x, *ops.top_experts(self.router(x), n_used=self.n_used, gate="softmax", normed=True))
+
+
 class Block:
-    """Pre-norm grouped-query attention and gated feed-forward, each added to its input."""
+    """Pre-norm grouped-query attention and feed-forward (or mixture), each added to its input."""
 
     def __init__(self, w: Weights, c: Config):
         self.c = c
@@ -64,15 +93,12 @@ class Block:
         self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
         self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
-        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff)
-        self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
-        self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
+        self.ffn = (Mixture if c.n_experts else FeedForward)(w, c)
 
     def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
         xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
         x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
-        h = self.ffn_norm(x)
-        return x + self.down(ops.silu(self.gate(h)) * self.up(h))                  # [m or w, D]
+        return x + self.ffn(self.ffn_norm(x))                                      # [m or w, D]
 
     def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
         """x [m, D] gives keys and values, xw [m or w, D] the queries."""

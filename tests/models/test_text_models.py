@@ -17,6 +17,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bias-head_dim-tied": ("llama", {"attention_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
     **{f"llama-{rope}": ("llama", {"rope_parameters": dict(tiny.ROPES[rope])}) for rope in tiny.ROPES},
     "mistral-sliding": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-16-top-3": ("mixtral", {"num_local_experts": 16, "num_experts_per_tok": 3, "head_dim": 32}),
     "qwen2": ("qwen2", {}),
     "qwen2-untied-sliding": ("qwen2", {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "gemma3": ("gemma3_text", {}),
