@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED, N = 77, 8
+SEED, N = 77, 6                          # conversations of each kind
 
 
 def main(checkpoint: Path) -> None:
