@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
     quality = suites.add_parser("quality", parents=[common], help="the demo model's answers about fresh pictures, by types of weights and caches")
     quality.add_argument("model", help="a GGUF file, best with F32 or F16 weights: other types are made from them")
-    quality.add_argument("-n", "--number", type=int, default=200, help="conversations of each of three families (default: 200)")
+    quality.add_argument("-n", "--number", type=int, default=200, help="conversations of each of six kinds (default: 200)")
     quality.add_argument("--seed", type=int, default=20_261_121, help="of the pictures")
     quality.add_argument("--weights", action="append", choices=["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"],
                          help="may be repeated (default: F32, F16, Q8_0, Q4_0)")

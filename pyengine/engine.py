@@ -10,6 +10,7 @@ are computed together, `cells` where their keys and values lie.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from pyengine.memory import MemoryPlan
 from pyengine.planning import N_BATCH, Built, Files, Settings, lay_out_model, open_files, plan, refusal
 from pyengine.prompt import Prompt, Prompts
 from pyengine.sampling import Sampler, SamplingParams
-from pyengine.schedule import Report, Request, Runner, Scheduler, Stops, Work, check_room, token_rows
+from pyengine.schedule import Report, Request, Runner, Scheduler, Stops, Work, check_room, common, token_rows
 from pyengine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -262,16 +263,25 @@ class Model:
 
     # -- conversations in files ---------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, answer: Answer | Stream | None = None) -> int:
+    def save(self, path: str | Path, answer: Answer | Stream | None = None, messages: Sequence[dict[str, Any]] | None = None,
+             notes: bytes = b"") -> int:
         """Write a conversation's part of the caches to a file: the one that `answer` belongs to, or else the one used last.
 
-        Returns the file's bytes. Raises: SessionError, RequestError where the conversation is no longer in the caches.
+        messages: the conversation with its last answer; then what later prompts of it do not begin with is left out (an answer's text
+        may be cut into other tokens than it was generated in): layers that see a window could not go on from before that.
+        notes: bytes that are kept beside the cells, for `sessions.read_notes`. Returns the file's bytes.
+        Raises: SessionError, RequestError where the conversation is no longer in the caches.
         """
         held = self._runner.cells.sequences
         s = answer.report.sequence if answer is not None else max(held, key=lambda s: s.used, default=None)
         if s not in held:
             raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
-        return sessions.save(path, self._runner, s, self._identity())
+        if messages is not None:
+            rows = lay_out_rows(self._prompts.chat(messages, None)[0], self._axes)
+            n = rows.whole(common(s.keys, rows.keys))
+            if self._runner.cells.reach(s, n):
+                s = replace(s, keys=s.keys[:n], next=rows.position(n))
+        return sessions.save(path, self._runner, s, self._identity(), notes)
 
     def restore(self, path: str | Path) -> int:
         """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.

@@ -1,11 +1,12 @@
 """A conversation's part of the caches in a file, so that it need not be computed again.
 
     header    magic, version, counts, formats of keys and values, fingerprint of the model      (`HEADER`, little-endian)
-    sections  (sha256, bytes) each: header, digests of pictures, what each row is, keys and values of each layer
+    sections  (sha256, bytes) each: header, notes, digests of pictures, what each row is, keys and values of each layer
 
-A file holds what later tokens may see: all tokens of layers that see everything, the window of those that slide. Lengths are
-not stored but follow from the header and the model, so a file's size is known before any of it is read. Nothing is read into the
-caches before all sums were right.
+Version 2 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
+them is of version 1. A file holds what later tokens may see: all tokens of layers that see everything, the window of those that
+slide. Lengths are not stored but follow from the header and the model, so a file's size is known before any of it is read. Nothing
+is read into the caches before all sums were right.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.gguf import GGUFFile
 from pyengine.schedule import Runner
 
-MAGIC, VERSION = b"pe-cells", 1
+MAGIC, PLAIN, NOTED = b"pe-cells", 1, 2              # versions without and with notes
 # version, tokens, position of the next one, digests of rows, digests of pictures, ggml's numbers of the formats of keys and values
 HEADER = struct.Struct("<8s 7I 32s")
+NOTES = struct.Struct("<I")              # bytes of the notes
 SUM, SAMPLE = 32, 256                    # bytes of a sha256; of each tensor's middle, for the fingerprint
 
 
@@ -69,15 +71,17 @@ class Session:
     media: frozenset[bytes]
 
 
-def save(path: str | Path, runner: Runner, s: Sequence, model: bytes) -> int:
-    """Write a conversation, all of it or nothing; returns the file's bytes. Raises: SessionError."""
+def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, notes: bytes = b"") -> int:
+    """Write a conversation, all of it or nothing, and notes for `read_notes`; returns the file's bytes. Raises: SessionError."""
     path = Path(path)
+    if len(notes) >= 1 << 32:
+        raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
     if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
         raise SessionError(f"{path}: a conversation that is empty, or from which tokens were removed, is not saved")
     try:
         with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
-                for section in _sections(runner, s, model):
+                for section in _sections(runner, s, model, notes):
                     file.write(sha256(section).digest())
                     file.write(section)
                 file.flush()
@@ -92,11 +96,17 @@ def save(path: str | Path, runner: Runner, s: Sequence, model: bytes) -> int:
     return nbytes
 
 
-def _sections(runner: Runner, s: Sequence, model: bytes) -> Iterator[Any]:
+def _sections(runner: Runner, s: Sequence, model: bytes, notes: bytes) -> Iterator[Any]:
     digests = sorted({k[0] for k in s.keys if isinstance(k, tuple)})
     number = {d: i for i, d in enumerate(digests)}
     keys = np.array([(k, 0) if isinstance(k, int) else (-1 - number[k[0]], k[1]) for k in s.keys], "<i4")
-    yield HEADER.pack(MAGIC, VERSION, len(s), s.next, len(digests), len(s.media), *(d.id for d in runner.formats), model)
+    version, formats = NOTED if notes else PLAIN, (d.id for d in runner.formats)
+    head = HEADER.pack(MAGIC, version, len(s), s.next, len(digests), len(s.media), *formats, model)
+    if notes:
+        yield head + NOTES.pack(len(notes))
+        yield notes
+    else:
+        yield head
     yield b"".join([*digests, *sorted(s.media)])
     yield keys.tobytes()
     for layer, cells in _live(runner, s):
@@ -147,6 +157,16 @@ def restore(path: str | Path, runner: Runner, model: bytes, n_vocab: int, n_ctx:
     return s
 
 
+def read_notes(path: str | Path) -> bytes:
+    """The notes that a conversation was saved with; nothing for none. Reads no cells. Raises: SessionError."""
+    path = Path(path)
+    try:
+        with open(path, "rb", opener=_regular) as file:
+            return _read_header(path, file)[1]
+    except (OSError, ValueError) as error:                   # ValueError: a NUL in the path
+        raise SessionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 def _regular(path: str, flags: int) -> int:
     """Open a regular file only: a pipe could wait for ever."""
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
@@ -167,16 +187,27 @@ def _section(path: Path, file: BinaryIO, nbytes: int) -> bytes:
     return data
 
 
-def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[DType, DType], n_vocab: int, n_ctx: int) -> Session:
-    """Read and check all that stands before the cells."""
+def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes]:
+    """The header without the number of notes, and the notes."""
     start = file.read(SUM + 12)
     if start[SUM : SUM + 8] != MAGIC:
         raise SessionError(f"{path}: is not a saved conversation")
     version = int.from_bytes(start[SUM + 8 :], "little")
-    if version != VERSION:
-        raise SessionError(f"{path}: has version {version}, but only {VERSION} is read")
+    if version not in (PLAIN, NOTED):
+        raise SessionError(f"{path}: has version {version}, but only {PLAIN} and {NOTED} are read")
     file.seek(0)
-    _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_section(path, file, HEADER.size))
+    if version == PLAIN:
+        return _section(path, file, HEADER.size), b""
+    header = _section(path, file, HEADER.size + NOTES.size)
+    (n_notes,) = NOTES.unpack_from(header, HEADER.size)
+    if (size := os.fstat(file.fileno()).st_size) < file.tell() + SUM + n_notes:
+        raise SessionError(f"{path}: has {size} bytes, but {n_notes} of notes: it is cut off or damaged")
+    return header[: HEADER.size], _section(path, file, n_notes)
+
+
+def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[DType, DType], n_vocab: int, n_ctx: int) -> Session:
+    """Read and check all that stands before the cells."""
+    _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_read_header(path, file)[0])
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings")
     if (k, v) != (formats[0].id, formats[1].id):

@@ -9,16 +9,18 @@ import re
 import shlex
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_cli import Terminal, one_line, type_in
 
+import pyengine
 from converters.base import convert
 from pyengine import engine
-from pyengine.cli import answer, chat, execute, pictures
-from pyengine.errors import ImageError, RequestError
+from pyengine.cli import answer, chat, execute, pictures, talks
+from pyengine.errors import ImageError, RequestError, SessionError
 from pyengine.media import MediaInfo
 
 BOX = '```json\n[{"bbox_2d": [14, 28, 56, 56], "label": "cat"}, {"point_2d": [28, 28], "label": "nose"}]\n```'
@@ -298,6 +300,78 @@ def test_a_conversation_keeps_its_pictures(cats, tiny, monkeypatch, capsys) -> N
     assert "user: [cat.png] what is it?" in out and "user: [my cat.png]and this?" in out
     cached = re.findall(r"\((\d+) cached\)", err)
     assert int(cached[1]) > 4 and int(cached[2]) > int(cached[1])
+
+
+def cached(err: str) -> list[int]:
+    """Tokens of each prompt that were in the cache, from --verbose."""
+    return [int(n) for n in re.findall(r"\((\d+) cached\)", err)]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "llama"])
+def test_a_saved_conversation_goes_on_in_another_process(cats, tiny, monkeypatch, capsys, kind) -> None:
+    """The third answer is the same whether the first two were given here or come from a file, and is computed from them."""
+    shown = "" if kind == "llama" else "cat.png "
+    settings = [tiny[kind], "-n", "3", "--temp", "0", "-v"]
+    type_in(monkeypatch, f"/system Be brief.\n{shown}what is it?\nsure?\n/save talk one\nand now?\n/show\n")
+    assert execute(settings) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"\(saved 4 messages: talk one, [\d.]+ KiB\)", err)
+    type_in(monkeypatch, "something else\n/load talk one\nand now?\n/show\n")
+    assert execute(settings) == 0
+    again, notes = capsys.readouterr()
+    n = int(re.search(r"\(loaded 4 messages, (\d+) tokens: talk one\)", notes)[1])
+    assert cached(notes)[-1] == cached(err)[-1] == n > 10
+    shown_again, shown_here = (text.split("system: Be brief.")[1] for text in (again, out))
+    assert shown_again == shown_here and "something else" not in shown_again
+
+
+def test_what_cannot_be_saved_or_loaded_is_said(cats, tiny, monkeypatch, capsys) -> None:
+    def refused(lines: str, message: str, *options: str) -> None:
+        type_in(monkeypatch, lines)
+        assert execute([tiny["gemma3"], "-n", "3", *options]) == 2
+        assert message in capsys.readouterr().err
+
+    refused("/save a\n", "there is no conversation yet")
+    refused("/save\n", "/save FILE: the file is missing")
+    refused("/load none\n", "No such file")
+    refused("/load notes.txt\n", "is not a saved conversation")
+    url = "data:image/png;base64," + base64.b64encode((cats / "cat.png").read_bytes()).decode()
+    refused("what?\n/save a\n", "data URL: a picture without a file of its own", "--image", url)
+    assert not (cats / "a").exists()
+    type_in(monkeypatch, "cat.png what?\n/save a\n")
+    assert execute([tiny["gemma3"], "-n", "3"]) == 0
+    refused("/load a\n", "they would be continued as text: start without --raw", "--raw")
+    type_in(monkeypatch, "hm\n/save raw\n")
+    assert execute([tiny["gemma3"], "-n", "3", "--raw"]) == 0
+    refused("/load raw\n", "here they would be answered through the template: start with --raw")
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(cats / "cat.png")
+    refused("/load a\n", f"{cats}/cat.png, which has another content now")
+    (cats / "cat.png").unlink()
+    refused("/load a\n", f"{cats}/cat.png, which cannot be shown again")
+    model = pyengine.load(tiny["gemma3"], n_ctx=128)
+    model.generate([1, 2, 3], max_tokens=1)
+    model.save("cells")
+    refused("/load cells\n", "without its messages")
+
+
+@pytest.mark.parametrize("change", [
+    lambda talk: [], lambda talk: {**talk, "format": "2"}, lambda talk: {**talk, "turns": {"role": "user"}},
+    lambda talk: {**talk, "raw": 1},
+    lambda talk: {**talk, "system": 7}, lambda talk: {**talk, "turns": [{"role": "system", "content": "x"}]},
+    lambda talk: {**talk, "turns": [{"role": "user"}]}, lambda talk: {**talk, "turns": [{"role": "user", "content": 3}]},
+    lambda talk: {**talk, "turns": [{"role": "user", "content": [{"type": "code", "text": ""}]}]},
+    lambda talk: {**talk, "turns": [{"role": "user", "content": [{"type": "image", "path": 1, "options": {}, "digest": ""}]}]},
+    lambda talk: {**talk, "turns": [{"role": "user", "content": [{"type": "image", "path": "a", "options": [1], "digest": ""}]}]},
+    lambda talk: {**talk, "turns": [{"role": "user", "content": [
+        {"type": "video", "path": "a", "options": {"fps": "x"}, "digest": ""}]}]},
+])
+def test_messages_of_a_strange_file_are_refused(change) -> None:
+    talk = json.loads(talks.pack(talks.Talk([{"role": "user", "content": "hi"}], None, False)))
+    assert talks.unpack(Path("f"), json.dumps(talk).encode()).turns == [{"role": "user", "content": "hi"}]
+    for notes in (json.dumps(change(talk)).encode(), b"\xff", b"[" * 100_000):
+        with pytest.raises(SessionError, match="are not written as"):
+            talks.unpack(Path("f"), notes)
 
 
 def test_pictures_alone_wait_for_a_question(cats, tiny, monkeypatch, capsys) -> None:

@@ -18,6 +18,7 @@ from pyengine.errors import ContextOverflowError, PlanError, PyEngineError, Requ
 
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_seq": 2}
+NOTES = b"\x00what was said"
 KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl")
 
 
@@ -178,7 +179,7 @@ def with_header(data: bytes, **fields: int) -> bytes:
 
 def test_hostile_numbers(saved) -> None:
     data, most = saved[1], (1 << 32) - 1
-    refused(saved, with_header(data, version=2), "has version 2, but only 1 is read")
+    refused(saved, with_header(data, version=3), "has version 3, but only 1 and 2 are read")
     for fields in ({"n": most}, {"n": 0}, {"n": 1}, {"n": 256}, {"n_digests": most}, {"n_digests": 50}, {"n_media": most}, {"n_media": 0},
                    {"position": most}, {"k": 99}, {"n": 200, "n_digests": 200, "n_media": 200}):
         refused(saved, with_header(data, **fields))
@@ -189,6 +190,44 @@ def test_hostile_numbers(saved) -> None:
         keys = bytearray(data[at : at + 8 * n])
         struct.pack_into("<i", keys, 0, value)
         refused(saved, data[: at - 32] + sha256(keys).digest() + keys + data[at + len(keys):], "tokens or pictures that are not there")
+
+
+@pytest.fixture(scope="module")
+def noted(saved, tmp_path_factory) -> tuple[pe.Model, bytes, Path]:
+    """As `saved`, with notes."""
+    path = tmp_path_factory.mktemp("noted") / "a"
+    saved[0].restore(saved[2]) if saved[2].read_bytes() == saved[1] else None
+    saved[0].save(path, notes=NOTES)
+    return saved[0], path.read_bytes(), path
+
+
+def test_notes_come_back_and_nothing_else_changes(noted, saved, tmp_path) -> None:
+    model, data, _ = noted
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "plain").write_bytes(saved[1])
+    assert sessions.read_notes(tmp_path / "a") == NOTES and sessions.read_notes(tmp_path / "plain") == b""
+    model.reset()
+    n = model.restore(tmp_path / "a")
+    model.save(tmp_path / "b", notes=NOTES)
+    model.save(tmp_path / "c")
+    assert (tmp_path / "b").read_bytes() == data and (tmp_path / "c").read_bytes() == saved[1]
+    assert n == model.restore(tmp_path / "c")
+
+
+def test_damaged_notes_are_noticed(noted) -> None:
+    data, size, rng = noted[1], sessions.HEADER.size, np.random.default_rng(4)
+    for n in (size, 32 + size, 36 + size, 36 + size + 32, 36 + size + 32 + len(NOTES) - 1, len(data) - 1):
+        refused(noted, data[:n])
+    for at in [*range(32, 32 + size + 4, 5), *range(32 + size, 36 + size + 32 + len(NOTES))]:
+        changed = bytearray(data)
+        changed[at] ^= 1 << int(rng.integers(8))
+        refused(noted, bytes(changed))
+    for n in (0, len(NOTES) + 1, len(data), (1 << 32) - 1):
+        header = data[32 : 32 + size] + n.to_bytes(4, "little")
+        refused(noted, sha256(header).digest() + header + data[36 + size :])
+        with pytest.raises(SessionError):
+            sessions.read_notes(noted[2])
+    refused(noted, with_header(data, version=1))
 
 
 def test_an_interrupted_save_leaves_the_file_that_was_there(saved, monkeypatch) -> None:

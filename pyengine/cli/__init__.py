@@ -55,6 +55,9 @@ Threads = Annotated[int | None, Option("--threads", "-t", min=1, help="Threads; 
 BatchSize = Annotated[int, Option("--batch", "-b", min=1, help="Most rows of one step.")]
 Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", help="Its image encoder, if in a file of its own.")]
 Json = Annotated[bool, Option("--json", help="Write JSON.")]
+Devices = Annotated[list[str] | None, Option("--device", metavar="NAME=SIZE", help=(
+    "cpu, or parts of memory that layers are spread over: cpu:0=6GiB; repeatable."))]
+EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", help="The part that holds the image encoder.")]
 N_BATCH = 512
 
 
@@ -90,11 +93,13 @@ def run(
     kv_dtype: KvDtype = "f16",
     threads: Threads = None,
     batch: BatchSize = N_BATCH,
+    device: Devices = None,
+    encoder_device: EncoderDevice = None,
     json: Json = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Say what was seen, how fast, in what memory.")] = False,
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
-    from pyengine.cli import answer, chat, pictures, screen
+    from pyengine.cli import answer, chat, pictures, planned, screen
 
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
                 "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
@@ -106,6 +111,7 @@ def run(
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out")
     answer.check_sampling(settings.sampling)
+    devices = planned.parse_device(device or ())
     options = {"image": pictures.parse_options(image_option or (), "--image-option"),
                "video": pictures.parse_options(video_option or (), "--video-option")}
     shown = [*(pictures.open_picture(file, options["image"]) for file in image or ()),
@@ -113,7 +119,8 @@ def run(
     if draw is not None:
         pictures.check_drawing(draw, shown)
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj)
+    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj, device=devices,
+                         encoder_device=encoder_device)
     if shown:
         pictures.need_encoder(loaded)
     base = not raw and answer.is_base(loaded.file.metadata, loaded.file.path)
@@ -152,6 +159,8 @@ def plan(
     pictures: Annotated[int | None, Option("--pictures", min=0, help="Pictures that are kept encoded; 0: no encoder.")] = None,
     threads: Threads = None,
     mmproj: Mmproj = None,
+    device: Devices = None,
+    encoder_device: EncoderDevice = None,
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
@@ -162,7 +171,7 @@ def plan(
 
     images = shown.parse_size(picture, pictures)
     found = planning.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
-                          nearest=True)
+                          nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device)
     if png is not None:
         shown.draw(found, png)
     if json:

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli import answer, pictures
-from pyengine.cli.screen import complain, note, show
+from pyengine.cli import answer, pictures, talks
+from pyengine.cli.screen import complain, note, show, size
 from pyengine.errors import PyEngineError, RequestError
 
 HELP = '''\
 /help              this list
 /image FILE        add a picture to the next message; a message may also hold its path, dropped or typed
 /video FILE        add a video to the next message
+/save FILE         write the conversation, with what is computed of it, to a file
+/load FILE         go on with a conversation that /save wrote, without computing it again
 /clear             forget the conversation and its pictures; the system message stays
 /system TEXT       set the system message; without TEXT, remove it
 /set NAME VALUE    set temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, presence_penalty,
@@ -126,6 +128,10 @@ class Chat:
             self.turns.clear()
             self.waiting.clear()
             self.model.reset()
+        elif name in ("/save", "/load"):
+            if not rest:
+                raise RequestError(f"{name} FILE: the file is missing")
+            (self.save if name == "/save" else self.load)(pictures.local_path(rest.strip("'\"")))
         elif name in ("/image", "/video"):
             if not rest:
                 raise RequestError(f"{name} FILE: the file is missing")
@@ -141,6 +147,26 @@ class Chat:
         else:
             raise RequestError(f"there is no command {name}; /help lists them")
         return True
+
+    def save(self, path: Path) -> None:
+        """Write the conversation and its part of the caches. Raises: RequestError, SessionError."""
+        if not self.turns:
+            raise RequestError("/save: there is no conversation yet")
+        notes = talks.pack(talks.Talk(self.turns, self.system, self.raw))
+        nbytes = self.model.save(path, messages=None if self.raw else self.messages(), notes=notes)
+        note(f"(saved {len(self.turns)} messages: {path}, {size(nbytes)})")
+
+    def load(self, path: Path) -> None:
+        """Take up a conversation in place of this one, which stays as it is if that fails. Raises: RequestError, PyEngineError."""
+        from pyengine.sessions import read_notes
+
+        talk = talks.unpack(path, read_notes(path))
+        if talk.raw != self.raw:
+            was, now = ("continued as text" if raw else "answered through the template" for raw in (talk.raw, self.raw))
+            raise RequestError(f"{path}: its messages were {was}, here they would be {now}: start with{'out' * self.raw} --raw")
+        n = self.model.restore(path)
+        self.turns, self.system, self.waiting = talk.turns, talk.system, []
+        note(f"(loaded {len(self.turns)} messages, {n} tokens: {path})")
 
     def set(self, name: str, value: str | None = None) -> None:
         """Change a setting; without a value, go back to the default. Raises: RequestError."""

@@ -44,7 +44,8 @@ class Picture:
 
     def part(self) -> dict[str, Any]:
         """This as a part of a message's content."""
-        return {"type": self.kind, self.kind: self.media, "name": self.name}
+        path = None if self.path is None else str(self.path.absolute())
+        return {"type": self.kind, self.kind: self.media, "name": self.name, "path": path}
 
     def __str__(self) -> str:
         width, height = self.media.size

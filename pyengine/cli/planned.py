@@ -1,7 +1,9 @@
-"""The plan for people: sizes of pictures as arguments, and a drawing."""
+"""The plan for people: devices and sizes of pictures as arguments, and a drawing."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,20 @@ if TYPE_CHECKING:
     from pyengine.memory import MemoryPlan
 
 MIB = 2**20
+_UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_device(arguments: Sequence[str]) -> Any:
+    """What `plan` and `load` take as `device`, from "cpu" or from parts "cpu:0=6GiB". Raises: RequestError."""
+    parts: dict[str, int] = {}
+    for argument in arguments:
+        name, equals, room = argument.partition("=")
+        number = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kmgt]ib)?", room.lower(), re.ASCII)
+        if equals and number and name not in parts:
+            parts[name] = int(float(number[1]) * _UNITS[number[2]])
+        elif equals or len(arguments) > 1:
+            raise RequestError(f"--device {argument}: give each part of the memory once, with its bytes, as cpu:0=6GiB")
+    return parts or (arguments[0] if arguments else "auto")
 
 
 def parse_size(text: str | None, count: int | None) -> Any:

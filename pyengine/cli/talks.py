@@ -1,0 +1,101 @@
+"""A conversation's messages as the notes of a session file: texts as they are, pictures by their files and digests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyengine.cli.answer import Messages, media_of
+from pyengine.cli.pictures import open_picture
+from pyengine.errors import ImageError, RequestError, SessionError
+
+FORMAT = "pyengine-run talk 1"
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What a chat is besides its settings; raw and system as there."""
+
+    turns: Messages
+    system: str | None
+    raw: bool
+
+
+def pack(talk: Talk) -> bytes:
+    """Write a conversation. Raises: RequestError for a picture that has no file to be found in again."""
+    for part in media_of(talk.turns):
+        if part["path"] is None:
+            raise RequestError(f"{part['name']}: a picture without a file of its own could not be shown again; save it as a file first")
+    turns = [{**turn, "content": turn["content"] if isinstance(turn["content"], str) else [_packed(part) for part in turn["content"]]}
+             for turn in talk.turns]
+    return json.dumps({"format": FORMAT, "raw": talk.raw, "system": talk.system, "turns": turns}).encode()
+
+
+def _packed(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "text":
+        return part
+    media = part[part["type"]]
+    options = {**media.options, "fps": media.fps} if part["type"] == "video" else dict(media.options)
+    return {"type": part["type"], "path": part["path"], "options": options, "digest": media.digest.hex()}
+
+
+def unpack(path: Path, notes: bytes) -> Talk:
+    """Read a conversation that `pack` wrote, and its pictures from their files.
+
+    Raises: SessionError for notes that are none of these; RequestError naming a picture that is gone or has changed.
+    """
+    if not notes:
+        raise SessionError(f"{path}: holds a conversation's cache without its messages: only Model.restore reads it")
+    try:
+        found = json.loads(notes)
+        if found["format"] != FORMAT:
+            raise ValueError(found["format"])
+        turns = [{"role": _one_of(turn["role"], "user", "assistant"), "content": _content(turn["content"])} for turn in found["turns"]]
+        talk = Talk(turns, None if found["system"] is None else _text(found["system"]), _one_of(found["raw"], True, False))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SessionError(f"{path}: its messages are not written as `/save` writes them") from None
+    for part in media_of(turns):
+        _open(path, part)
+    return talk
+
+
+def _content(content: Any) -> Any:
+    return content if isinstance(content, str) else list(_parts(content))
+
+
+def _parts(content: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for part in content:
+        if _one_of(part["type"], "text", "image", "video") == "text":
+            yield {"type": "text", "text": _text(part["text"])}
+        else:
+            options = dict(part["options"])
+            if not all(value is None or isinstance(value, (bool, int, float)) for value in options.values()):
+                raise TypeError
+            yield {"type": part["type"], "path": _text(part["path"]), "options": options, "digest": bytes.fromhex(part["digest"])}
+
+
+def _open(path: Path, part: dict[str, Any]) -> None:
+    """Put the picture of a part in its place. Raises: RequestError."""
+    options, digest = part.pop("options"), part.pop("digest")
+    try:
+        opened = open_picture(part["path"], options, part["type"])
+    except ImageError as error:
+        raise RequestError(f"{path}: the conversation shows {part['path']}, which cannot be shown again: {error}") from None
+    if opened.media.digest != digest:
+        raise RequestError(f"{path}: the conversation shows {part['path']}, which has another content now; put the old one back")
+    part |= opened.part()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _one_of(value: Any, *known: Any) -> Any:
+    if not any(type(value) is type(k) and value == k for k in known):
+        raise ValueError
+    return value
