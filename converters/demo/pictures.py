@@ -369,9 +369,10 @@ def pair_example(rng: random.Random, split: str) -> Example:
     picture = shapes_picture(rng, split, 2, (76, 95))
     question, mark = rng.choice([(q, mark) for q in COMPARISONS if (mark := compare(q, picture.marks))])
     turns = [Turn("compare", question, f"{_a(mark.what).capitalize()}.")]
-    if rng.random() < 0.4:
+    if rng.random() < 0.8:
         found = rng.choice(picture.marks)
         turns.append(Turn("find", f"Where is the {found.what}?", box_text(found, picture.size)))
+        rng.shuffle(turns)
     return Example((picture,), tuple(turns))
 
 

@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3.0, 48), "move": Part(4, 1.0, 48),
-       "pair": Part(12, 4.0, 48), "form": Part(12, 2.0, 48)}
+       "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48)}
 # of a step, for the encoder alone: in the first stage and afterwards
 FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
