@@ -31,12 +31,10 @@ class PyEngine:
     """This project: the encoder's program as `load` planned it, on what the model's own processor made."""
 
     def __init__(self, folder: Path, format_name: str, picture: np.ndarray, n_threads: int, n_ctx: int):
-        from pyengine.batch import View
         from pyengine.image import open_image
 
         model = load(folder, format_name, n_threads, n_ctx)
-        parts = model.media.vision.process(open_image(picture)).parts
-        self.view = next(p for p in parts if isinstance(p, View))
+        self.view = model.media.vision.process(open_image(picture)).views[0]
         self.program = model.media.prepared.load()
 
     def encode(self) -> np.ndarray:

@@ -203,8 +203,9 @@ def read_json(file: Path, required: bool = False) -> dict[str, Any]:
 class Entry:
     """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
 
-    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, or one `frame`. With
-    `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
+    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, or, with an axis
+    less, the one row `first_row`. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros
+    behind it.
     """
     name: str
     source: str
@@ -605,6 +606,8 @@ def _chunks(checkpoint: Checkpoint, entry: Entry | Stack | Constant) -> Iterator
         case Stack(parts=parts):
             for part in parts:
                 yield from _chunks(checkpoint, part)
+        case Entry(source=source, shape=(_,) as shape, stored=(_, _), first_row=row):
+            yield to_float32(checkpoint.read(source, row, row + 1).reshape(shape), checkpoint.tensors[source].dtype)
         case Entry(source=source, shape=shape, row_order=order, add=add):
             n_rows = max(1, CHUNK // max(1, math.prod((entry.stored or shape)[1:])))
             # rows that are moved need the whole tensor, in its stored dtype

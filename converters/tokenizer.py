@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,16 @@ def _added_tokens(folder: Path, fast: dict[str, Any], settings: dict[str, Any]) 
               settings.get("added_tokens_decoder", {}).items()}
     added |= {t["id"]: (t["content"], bool(t.get("special"))) for t in fast.get("added_tokens", [])}
     return added
+
+
+def special_ids(folder: Path, texts: Sequence[str]) -> list[int]:
+    """Return the ids of added tokens by their texts. Raises InvalidModelError for one that the tokenizer's files do not have."""
+    added = _added_tokens(folder, _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json"))
+    ids = {text: i for i, (text, _) in added.items()}
+    for text in texts:
+        if text not in ids:
+            raise InvalidModelError(f"{folder}: no token {text!r} in tokenizer.json or tokenizer_config.json")
+    return [ids[text] for text in texts]
 
 
 def _add_tokens(vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], folder: Path) -> None:

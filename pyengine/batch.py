@@ -74,22 +74,35 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows [start, stop) of a view, where tokens stand between the rows of one run of an encoder (the ends of lines, say).
+
+    Each takes one position more than the row before it, on every axis; the view's own positions and advance do not count.
+    """
+
+    view: View
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
 class Processed:
     """A picture or video as one model takes it.
 
-    parts      what stands in the prompt in its place: texts and token ids (start, end ...), and views
+    parts      what stands in the prompt in its place: texts and token ids (start, end ...), views, and pieces of views in order
     size       (width, height) of the original in pixels
     processed  (width, height) after resizing, of the first view
     """
 
-    parts: tuple[str | int | View, ...]
+    parts: tuple[str | int | View | Piece, ...]
     size: tuple[int, int]
     processed: tuple[int, int]
 
     @property
     def views(self) -> list[View]:
         """The runs of the encoder, in order."""
-        return [p for p in self.parts if isinstance(p, View)]
+        found = [p.view if isinstance(p, Piece) else p for p in self.parts if isinstance(p, (View, Piece))]
+        return [v for i, v in enumerate(found) if i == 0 or v is not found[i - 1]]
 
 
 @dataclass

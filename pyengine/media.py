@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from pyengine.batch import MediaSegment, View
+import numpy as np
+
+from pyengine.batch import MediaSegment, Piece, View
 from pyengine.errors import ImageError
 from pyengine.graph import Graph
 from pyengine.tensor import Tensor
@@ -93,16 +95,19 @@ class MediaEncoder:
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
         self.stats["image_misses"] += 1
         started = time.perf_counter()
-        processed, encoding, made = self.vision.process(media), 0.0, []
+        processed, encoding, made, run = self.vision.process(media), 0.0, [], None
         for i, p in enumerate(processed.parts):
-            if isinstance(p, View):
-                p, seconds = self._encoded(p, media.digest, i)
-                encoding += seconds
+            if isinstance(p, (View, Piece)):
+                view = p.view if isinstance(p, Piece) else p
+                if view is not run:
+                    run, (embedding, seconds) = view, self._encoded(view)
+                    encoding += seconds
+                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest())
             made.append(p)
-        parts = tuple(made)
+        parts, views = tuple(made), processed.views
         segments = [p for p in parts if isinstance(p, MediaSegment)]
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
-                         sum(map(len, segments)), len(segments), tuple(s.grid for s in segments if s.grid), False,
+                         sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
                          time.perf_counter() - started - encoding, encoding, media.digest.hex())
         self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)), in_use)
         return parts, info
@@ -119,8 +124,8 @@ class MediaEncoder:
             self._cache[digest] = entry
         self.stats["image_cache_bytes"] = total()
 
-    def _encoded(self, view: View, digest: bytes, number: int) -> tuple[MediaSegment, float]:
-        """A view's segment, and the seconds that the encoder took; its inputs are made here and gone again before the next view's."""
+    def _encoded(self, view: View) -> tuple[np.ndarray, float]:
+        """A view's rows, and the seconds that the encoder took; its inputs are made here and gone again before the next view's."""
         loading = time.perf_counter()
         if self._program is None:
             self._program = self.prepared.load(self._progress)
@@ -136,9 +141,16 @@ class MediaEncoder:
         seconds = loading + time.perf_counter() - started
         embedding = program.outputs[0].reshape(-1)[: rows * program.outputs[0].shape[-1]].reshape(rows, -1).copy()
         embedding.flags.writeable = False
-        segment = MediaSegment(embedding, view.positions, view.advance, view.grid, view.causal, view.atomic,
-                               sha256(digest + number.to_bytes(4, "little")).digest())
-        return segment, seconds
+        return embedding, seconds
+
+
+def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes) -> MediaSegment:
+    """What stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
+    if isinstance(part, View):
+        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest)
+    n, view = part.stop - part.start, part.view
+    positions = np.broadcast_to(np.arange(n, dtype=np.int32), (len(view.positions), n))
+    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest)
 
 
 def encoder_graph(vision: Any) -> list[Tensor]:

@@ -166,7 +166,7 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int
         inv_freq = inv_freq / np.float32(factor if factor else 1.0)
     elif kind == "yarn":
         inv_freq, scale = _yarn(h, inv_freq, base, n_rot, factor)
-    elif kind not in ("none", "llama3", "longrope"):
+    elif kind not in ("none", "", "default", "llama3", "longrope"):              # "", "default": Ollama's words for none
         raise UnsupportedModelError(f"{h.arch}.rope.scaling.type is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
     if "rope_factors_long" in w:
         scale = h.number("rope.scaling.attn_factor", 1.0)

@@ -1,8 +1,9 @@
 """Tiny checkpoints in other programs' files: llama.cpp's pair (text and mmproj), Ollama's single file, and its store.
 
 Written from those programs' own converters and independently of ours: only the vocabulary is shared. llama.cpp:
-`conversion/gemma.py`, `conversion/qwenvl.py`, names from gguf-py; Ollama: `convert/convert_gemma3.go`,
-`convert/convert_qwen25vl.go`, `convert/reader.go`, and the keys that its published files show. No key of our own.
+`conversion/gemma.py`, `conversion/qwenvl.py`, `conversion/mistral3.py`, `conversion/llava.py`, names from gguf-py; Ollama:
+`convert/convert_gemma3.go`, `convert/convert_qwen25vl.go`, `convert/convert_mistral.go`, `convert/reader.go`, and the keys that its
+published files show. No key of our own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from converters.tokenizer import Vocabulary, read_vocabulary
 
 Tensors = Iterable[tuple[str, np.ndarray]]
+PIXTRAL = ("mistral3", "llava")         # of the kinds that are written here; transformers has Pixtral 12B as a "llava"
 
 
 class Saved:
@@ -42,7 +44,8 @@ class Saved:
 
     def text_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """List the text model's tensors under llama.cpp's names, which Ollama shares; Gemma's norms hold 1 + w."""
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3 if self.kind == "gemma3" else gguf.MODEL_ARCH.QWEN2VL, 99)
+        archs = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "mistral3": gguf.MODEL_ARCH.MISTRAL3, "llava": gguf.MODEL_ARCH.LLAMA}
+        names = gguf.get_tensor_name_map(archs.get(self.kind, gguf.MODEL_ARCH.QWEN2VL), 99)
         for source, value in self.tensors.items():
             if not source.startswith(("model.", "lm_head.")):
                 continue
@@ -55,23 +58,33 @@ class Saved:
                     if theirs in source:
                         name = f"blk.{source.split('.')[2]}.{ours}.weight"
                 value = value + 1 if "norm" in source else value
+            if self.kind in PIXTRAL and re.search(r"\.[qk]_proj\.", source):
+                value = turned(value, self.text["num_attention_heads" if ".q_proj." in source else "num_key_value_heads"])
             yield name, value
 
     def vocabulary(self) -> Vocabulary:
         return read_vocabulary(self.folder, {**self.text, **self.config})
 
 
+def turned(weight: np.ndarray, n_heads: int) -> np.ndarray:
+    """Return q or k with the halves of each head's rows interleaved: `LlamaModel.permute`."""
+    return weight.reshape(n_heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
-def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy_ffn: bool = False) -> tuple[Path, Path]:
+def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool = False) -> tuple[Path, Path]:
     """Write OUT (text) and mmproj-OUT as llama.cpp's converter does and return both paths.
 
-    `legacy_ffn`: with the encoder's ffn_up and ffn_down the wrong way round, as its first converters wrote them. What
-    these files cannot say must have the value that llama.cpp assumes: see `_assumed`.
+    `legacy`: as its first converters wrote them, with the encoder's ffn_up and ffn_down the wrong way round; Mistral 3's
+    text as "llama". What these files cannot say must have the value that llama.cpp assumes: see `_assumed`.
     """
     saved = Saved(folder)
     _assumed(saved)
-    text = _writer(out, "gemma3" if saved.kind == "gemma3" else "qwen2vl", outtype, "model")
+    mistral = saved.kind in PIXTRAL
+    archs = {"gemma3": "gemma3", "mistral3": "llama" if legacy else "mistral3", "llava": "llama"}
+    arch = archs.get(saved.kind, "qwen2vl")
+    text = _writer(out, arch, outtype, "model")
     _text_keys(text, saved)
     saved.vocabulary().write(text, saved.text["vocab_size"])
     _write(text, saved.text_tensors(), outtype)
@@ -86,21 +99,26 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy_ffn: b
     mmproj.add_vision_embedding_length(vision["embed_dim" if first else "hidden_size"])
     # Qwen2-VL's is the width of the text model, which is what llama.cpp's converter writes
     mmproj.add_vision_feed_forward_length(vision["hidden_size" if first else "intermediate_size"])
-    mmproj.add_vision_block_count(vision["num_hidden_layers" if gemma else "depth"])
-    mmproj.add_vision_head_count(vision["num_attention_heads" if gemma else "num_heads"])
+    mmproj.add_vision_block_count(vision["num_hidden_layers" if gemma or mistral else "depth"])
+    mmproj.add_vision_head_count(vision["num_attention_heads" if gemma or mistral else "num_heads"])
     mmproj.add_vision_image_mean(saved.images["image_mean"])
     mmproj.add_vision_image_std(saved.images["image_std"])
-    mmproj.add_clip_projector_type({"gemma3": "gemma3", "qwen2_vl": "qwen2vl_merger"}.get(saved.kind, "qwen2.5vl_merger"))
-    mmproj.add_vision_attention_layernorm_eps(vision["layer_norm_eps"] if gemma else 1e-6)
+    mmproj.add_clip_projector_type({"gemma3": "gemma3", "qwen2_vl": "qwen2vl_merger", **dict.fromkeys(PIXTRAL, "pixtral")}
+                                   .get(saved.kind, "qwen2.5vl_merger"))
+    mmproj.add_vision_attention_layernorm_eps(vision["layer_norm_eps"] if gemma else 1e-5 if mistral else 1e-6)
     if gemma:
         mmproj.add_vision_use_gelu(True)
         pool = vision["image_size"] // vision["patch_size"] // int(saved.config["mm_tokens_per_image"] ** 0.5)
         if pool != 4:
             mmproj.add_vision_projector_scale_factor(pool)
+    elif mistral:
+        mmproj.add_vision_use_silu(True)
+        if saved.kind == "mistral3":
+            mmproj.add_vision_spatial_merge_size(saved.config["spatial_merge_size"])
     elif not first:
         mmproj.add_vision_use_silu(True)
         mmproj.add_vision_n_wa_pattern(vision["fullatt_block_indexes"][0] + 1)
-    _write(mmproj, _clip_tensors(saved, legacy_ffn), outtype)
+    _write(mmproj, _pixtral_tensors(saved) if mistral else _clip_tensors(saved, legacy), outtype)
     return out, path
 
 
@@ -111,6 +129,9 @@ def _assumed(saved: Saved) -> None:
         assert text["query_pre_attn_scalar"] == text["head_dim"] and saved.images["image_mean"] == [0.5] * 3
         assert [k == "full_attention" for k in text["layer_types"]] == [i % 6 == 5 for i in range(text["num_hidden_layers"])]
         assert text["rope_parameters"]["sliding_attention"]["rope_theta"] == 1e4
+    elif saved.kind in PIXTRAL:
+        assert vision["hidden_act"] == "silu" and vision["rope_parameters"]["rope_theta"] == 1e4
+        assert saved.images["size"] == {"longest_edge": vision["image_size"]} and not text["sliding_window"]
     else:
         assert vision["spatial_merge_size"] == vision["temporal_patch_size"] == 2 and vision.get("window_size", 112) == 112
         full = vision.get("fullatt_block_indexes", [])
@@ -132,12 +153,29 @@ def _text_keys(out: gguf.GGUFWriter, saved: Saved) -> None:
         out.add_value_length(text["head_dim"])
         out.add_rope_freq_base(rope["full_attention"]["rope_theta"])
         out.add_sliding_window(text["sliding_window"])
+    elif saved.kind in PIXTRAL:
+        out.add_key_length(text["head_dim"])
+        out.add_value_length(text["head_dim"])
+        out.add_rope_dimension_count(text["head_dim"])
+        out.add_rope_freq_base(rope["rope_theta"])
+        out.add_vocab_size(text["vocab_size"])
     else:
         out.add_rope_freq_base(rope["rope_theta"])
         out.add_rope_dimension_sections([*rope["mrope_section"], 0])
 
 
-def _clip_tensors(saved: Saved, legacy_ffn: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _pixtral_tensors(saved: Saved) -> Iterator[tuple[str, np.ndarray]]:
+    names, heads = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 99), saved.vision["num_attention_heads"]
+    line_end = saved.vocabulary().tokens.index("[IMG_BREAK]")
+    for source, value in saved.tensors.items():
+        if source == "model.embed_tokens.weight":
+            yield "v.token_embd.img_break", value[line_end]
+        elif not source.startswith(("model.", "lm_head.")):
+            yield names.get_name(source, try_suffixes=(".weight", ".bias")), (
+                turned(value, heads) if re.search(r"\.[qk]_proj\.", source) else value)
+
+
+def _clip_tensors(saved: Saved, legacy: bool) -> Iterator[tuple[str, np.ndarray]]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 99)
     for source, value in saved.tensors.items():
         if source.startswith(("model.", "lm_head.")):
@@ -154,7 +192,7 @@ def _clip_tensors(saved: Saved, legacy_ffn: bool) -> Iterator[tuple[str, np.ndar
             known = known.replace(".qkv.", f".{part}.").replace("_projection_weight", "_projection.weight")
             name = names.get_name(known, try_suffixes=(".weight", ".bias"))
             assert name is not None, source
-            if legacy_ffn and re.search(r"\.ffn_(up|down)\.", name):
+            if legacy and re.search(r"\.ffn_(up|down)\.", name):
                 name = name.replace("ffn_up", "ffn_x").replace("ffn_down", "ffn_up").replace("ffn_x", "ffn_down")
             yield name, array + 1 if "soft_emb_norm" in name else array
 
@@ -169,17 +207,22 @@ OLLAMA_NAMES = {        # strings.NewReplacer: at each place the first that fits
                ("multi_modal_projector", "mm")),
     "qwen2_5_vl": (("visual", "v"), ("blocks", "blk"), ("attn.proj", "attn_out"), ("norm1", "ln1"), ("norm2", "ln2"),
                    ("mlp.down_proj", "ffn_down"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up")),
+    "mistral3": (("transformer.layers", "blk"), ("vision_tower", "v"), ("ln_pre", "encoder_norm"),
+                 ("attention.q_proj", "attn_q"), ("attention.k_proj", "attn_k"), ("attention.v_proj", "attn_v"),
+                 ("attention.o_proj", "attn_output"), ("attention_norm", "attn_norm"),
+                 ("feed_forward.gate_proj", "ffn_gate"), ("feed_forward.down_proj", "ffn_down"),
+                 ("feed_forward.up_proj", "ffn_up"), ("multi_modal_projector", "mm")),
 }
 
 
 def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int = 0) -> Path:
-    """Write a gemma3 or qwen2_5_vl checkpoint as one file in Ollama's layout and return its path.
+    """Write a gemma3, qwen2_5_vl or mistral3 checkpoint as one file in Ollama's layout and return its path.
 
     `extra_tokens`: so many tokens beyond the embedding's rows, as published Gemma 3 files have. They have no template.
     """
     saved = Saved(folder)
     text, vision, gemma = saved.text, saved.vision, saved.kind == "gemma3"
-    arch = "gemma3" if gemma else "qwen25vl"
+    arch = "qwen25vl" if saved.kind == "qwen2_5_vl" else saved.kind
     w = _writer(out, arch, outtype)
     w.add_block_count(text["num_hidden_layers"])
     w.add_context_length(text["max_position_embeddings"])
@@ -196,6 +239,25 @@ def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int
         numbers = {"block_count": vision["num_hidden_layers"], "feed_forward_length": vision["intermediate_size"],
                    "image_size": vision["image_size"], "attention.head_count": vision["num_attention_heads"]}
         eps = vision["layer_norm_eps"]
+    elif saved.kind == "mistral3":      # no epsilon of the encoder, no activation; what the config lacks is 0 or empty
+        assert vision["hidden_act"] == "silu" and saved.images["size"] == {"longest_edge": vision["image_size"]}
+        w.add_layer_norm_rms_eps(text["rms_norm_eps"])
+        w.add_key_length(text["head_dim"])
+        w.add_value_length(text["head_dim"])
+        w.add_rope_dimension_count(text["head_dim"])
+        w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+        w.add_string("mistral3.rope.scaling.type", text["rope_parameters"]["rope_type"])
+        for name in ("factor", "beta_fast", "beta_slow"):
+            w.add_float32(f"mistral3.rope.scaling.{name}", 0.0)
+        w.add_uint32("mistral3.image_token_index", saved.config["image_token_index"])
+        w.add_uint32("mistral3.spatial_merge_size", saved.config["spatial_merge_size"])
+        w.add_bool("mistral3.mm.projector_bias", saved.config["multimodal_projector_bias"])
+        w.add_string("mistral3.mm.projector_hidden_act", saved.config["projector_hidden_act"])
+        w.add_float32("mistral3.vision.rope.freq_base", vision["rope_parameters"]["rope_theta"])
+        numbers = {"block_count": vision["num_hidden_layers"], "feed_forward_length": vision["intermediate_size"],
+                   "image_size": vision["image_size"], "attention.head_count": vision["num_attention_heads"],
+                   "attention.key_length": vision["head_dim"]}
+        eps = None
     else:
         w.add_layer_norm_rms_eps(text["rms_norm_eps"])
         w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
@@ -209,7 +271,8 @@ def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int
     for name, value in {**numbers, "embedding_length": vision["hidden_size"], "num_channels": 3,
                         "patch_size": vision["patch_size"]}.items():
         w.add_uint32(f"{arch}.vision.{name}", value)
-    w.add_float32(f"{arch}.vision.attention.layer_norm_epsilon", eps)
+    if eps is not None:
+        w.add_float32(f"{arch}.vision.attention.layer_norm_epsilon", eps)
     _ollama_vocabulary(w, saved.vocabulary(), text["vocab_size"] + extra_tokens, bool(extra_tokens))
     _write(w, [*saved.text_tensors(), *_ollama_vision(saved)], outtype, conv_too=True)
     return out

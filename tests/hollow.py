@@ -72,6 +72,7 @@ LLAMA_70B = Decoder("llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072)
 LLAMA_405B = Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072, n_merges=280147)
 GEMMA_12B = Decoder("gemma3", 48, 3840, 15360, 16, 8, 256, 262208, 131072, **_GEMMA)
 GEMMA_27B = Decoder("gemma3", 62, 5376, 21504, 32, 16, 128, 262208, 131072, **_GEMMA)
+MISTRAL_SMALL = Decoder("mistral3", 40, 5120, 32768, 32, 8, 128, 131072, 131072)         # 3.1 24B
 QWEN_VL = {"biases": True, "keys": {"rope.dimension_sections": np.array([16, 24, 24, 0], np.int32)}}
 QWEN_VL_7B = Decoder("qwen2vl", 28, 3584, 18944, 28, 4, 128, 152064, 128000, **QWEN_VL)
 QWEN_VL_72B = Decoder("qwen2vl", 80, 8192, 29568, 64, 8, 128, 152064, 128000, **QWEN_VL)
@@ -116,6 +117,28 @@ def qwen_encoder(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
         for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)), "ffn_gate": (d_ff, width),
                             "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
             tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return keys, tensors
+
+
+def pixtral(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Mistral Small 3.1's encoder: keys and tensors of llama.cpp's projector file. Up to 1540 x 1540 pixels, 3025 soft tokens."""
+    width, d_ff, n_layers, patch, merge = 1024, 4096, 24, 14, 2
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "pixtral", "clip.use_silu": True,
+            "clip.vision.image_size": 1540,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16,
+            "clip.vision.spatial_merge_size": merge,
+            "clip.vision.attention.layer_norm_epsilon": 1e-5, "clip.vision.projection_dim": d_model}
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.pre_ln.weight", (width,), "F32"),
+                             ("v.token_embd.img_break", (d_model,), "F32"), ("mm.input_norm.weight", (width,), "F32"),
+                             ("mm.patch_merger.weight", (width, width * merge**2), "F16"), ("mm.1.weight", (d_model, width), "F16"),
+                             ("mm.2.weight", (d_model, d_model), "F16")]
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [(f"{at}ln1.weight", (width,), "F32"), (f"{at}ln2.weight", (width,), "F32")]
+        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)), "ffn_gate": (d_ff, width),
+                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors.append((f"{at}{name}.weight", shape, "F16"))
     return keys, tensors
 
 

@@ -26,6 +26,7 @@ hollow = pytest.importorskip("hollow")
 pytest.importorskip("gguf")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 GEMMA_TOKENS = ("<start_of_image>", "<end_of_image>")
+MISTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -39,6 +40,8 @@ def files(tmp_path_factory) -> dict[str, tuple[Path, Path | None]]:
                       hollow.write_encoder(folder / f"mmproj-{name}.gguf", hollow.siglip(model.d_model)))
     made["qwen-7b"] = (hollow.write_decoder(folder / "qwen-7b.gguf", hollow.QWEN_VL_7B, special=QWEN_TOKENS),
                        hollow.write_encoder(folder / "mmproj-qwen-7b.gguf", hollow.qwen_encoder(hollow.QWEN_VL_7B.d_model)))
+    made["mistral-24b"] = (hollow.write_decoder(folder / "mistral-24b.gguf", hollow.MISTRAL_SMALL, special=MISTRAL_TOKENS),
+                           hollow.write_encoder(folder / "mmproj-mistral-24b.gguf", hollow.pixtral(hollow.MISTRAL_SMALL.d_model)))
     made["llama-405b"] = hollow.write_decoder(folder / "llama-405b.gguf", hollow.LLAMA_405B, "Q8_0", part_bytes=40 * GIB), None
     return made
 
@@ -118,6 +121,35 @@ def test_qwen2_5_vl_7b(files, machine) -> None:
     assert any(dict(i.parts).get("patches [65536, 1176]") == f32 for i in plan.items if i.purpose == "images")
 
 
+def test_mistral_small_3_1_24b(files, machine) -> None:
+    """40 layers with 8 heads of 128: 160 KiB a token. A picture of 1540 x 1540 has 110 x 110 patches, merged to 55 x 55 rows."""
+    machine(64 * GIB)
+    token = 40 * 8 * 128 * 2 * 2
+    assert token == 160 * KIB
+    path, mmproj = files["mistral-24b"]
+    plan = pe.plan(path, n_ctx=131_072, mmproj=mmproj)
+    assert kv(plan) == {"Full": 131_072 * token} and kv(plan)["Full"] == 20 * GIB
+    d, ff, q, k = 5120, 32_768, 32 * 128, 8 * 128
+    layer = (d * q + 2 * d * k + q * d + 3 * d * ff) // 32 * 18 + 4 * 2 * d             # Q4_0: 18 bytes a block of 32; norms in f32
+    assert layer == 312_647_680
+    assert [i.nbytes for i in plan.items if i.purpose == "weights" and i.layer is not None] == [layer] * 40
+    head = 131_072 * d // 32 * 18                                                       # as many for the embedding, which is mapped
+    rest = {i.purpose: i.nbytes for i in plan.items if i.detail == "embedding, head and norms"}
+    assert rest["mapped"] == head and head + 4 * d <= rest["weights"] <= head + 4 * d + 64 * KIB
+    v, v_ff, rows = 1024, 4096, 55 * 55
+    encoder = 2 * (4 * v * v + 3 * v * v_ff) + 4 * 2 * v                                # f16 matrices, two f32 norms
+    assert [i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is not None] == [encoder] * 24
+    projector = 2 * (v * 3 * 14 * 14 + v * 4 * v + d * v + d * d) + 4 * 2 * v           # patches, merger, two products; two norms
+    assert 0 <= sum(i.nbytes for i in plan.items if i.detail == "weights of patches, norms and projector") - projector < 4096
+    n = 4 * rows
+    assert plan.picture == rows and n == (1540 // 14) ** 2 == 12_100
+    busiest = 4 * n * (v_ff + v + 64 + 2)                       # the feed-forward's units, its input, angles, intervals
+    arena = next(i for i in plan.items if "arena, pictures" in i.detail)
+    assert busiest == 251_002_400 and busiest < arena.nbytes < 1.3 * busiest            # and what its product works on
+    assert 4 * 16 * n * n > 30 * arena.nbytes                                           # scores of 16 heads, as a matrix
+    assert any(dict(i.parts).get("patches [12100, 588]") == 4 * n * 588 for i in plan.items if i.purpose == "images")
+
+
 def test_smaller_pictures_take_less(files, machine) -> None:
     """16,384 soft tokens would take more than an eighth of 8 GiB: the plan admits less, and says so."""
     machine(8 * GIB)
@@ -172,7 +204,7 @@ def check_arithmetic(plan: MemoryPlan, tensors: dict[str, Any]) -> None:
                 if name in tensors and i.layer is not None:
                     assert f"blk.{i.layer}." in name
     for name, info in tensors.items():                                   # each tensor of the file is counted
-        assert name in named or name.endswith(".weight.1"), name
+        assert name in named or name.endswith((".weight.1", "img_break")), name        # part of another one; a row of the embedding
         if name in named and info.dtype.block > 1:                       # packed in groups of 16 rows; read twice: mapped too
             assert info.nbytes <= named[name] <= 2 * info.nbytes + 16 * info.nbytes // info.shape[0] + 64
     assert plan.total == sum(i.nbytes for i in plan.items if i.purpose != "mapped") == sum(plan.on(d) for d in plan.devices)
@@ -283,7 +315,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3"])
 def test_what_is_allocated_is_what_was_planned(tiny_gguf, kind: str) -> None:
     path = tiny_gguf(kind)[0]
     settings = {"n_ctx": 200, "n_seq": 3, "n_batch": 32, "images": (120, 90, 2)}

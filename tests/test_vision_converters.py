@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_converters import JUNK, edit, llama_cpp_logits, nodes, read, retensor, stored
 
-from converters import convert, gemma3, qwen2_vl
+from converters import convert, gemma3, mistral3, qwen2_vl
 from converters.__main__ import main
 from converters.base import mmproj_path
 from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelError
@@ -114,6 +114,13 @@ CLIP = {
     "qwen2_vl": ({
         **QWEN, "projector_type": "qwen2vl_merger", "use_gelu": False, "use_silu": False, "hidden_act": "quick_gelu",
         "block_count": 3, "feed_forward_length": 160}, IDS),
+    "mistral3": ({
+        "has_vision_encoder": True, "projector_type": "pixtral", "use_gelu": False, "use_silu": True, "hidden_act": "silu",
+        "image_size": 130, "longest_edge": 130, "patch_size": 14, "spatial_merge_size": 2, "embedding_length": 80,
+        "feed_forward_length": 100, "block_count": 3, "attention.head_count": 4, "projection_dim": 96, "resample": 3,
+        "attention.layer_norm_epsilon": np.float32(1e-5), "rope.freq_base": 1e4,
+        **{k: QWEN[k] for k in ("image_mean", "image_std")}},
+        {"image_token_id": "[IMG]", "image_break_token_id": "[IMG_BREAK]", "image_end_token_id": "[IMG_END]"}),
 }
 
 
@@ -125,7 +132,11 @@ def test_keys(kind, checkpoints, tmp_path):
     assert clip_keys(path) == {**expected, **{name: tokens.index(text) for name, text in special.items()}}
     keys = read(path)[0]
     assert keys["clip.vision.projector_type"] == keys["clip.projector_type"]
-    if kind != "gemma3":
+    if kind == "mistral3":
+        assert keys["general.architecture"] == "mistral3" and keys["tokenizer.chat_template"] == tiny.MISTRAL_TEMPLATE
+        assert keys["tokenizer.ggml.pre"] == "tekken" and keys["mistral3.attention.key_length"] == 32
+        assert keys["mistral3.rope.freq_base"] == 1e4 and "mistral3.attention.sliding_window" not in keys
+    elif kind != "gemma3":
         assert keys["general.architecture"] == "qwen2vl" and keys["qwen2vl.rope.dimension_sections"] == [2, 3, 3, 0]
         assert keys["tokenizer.chat_template"] == tiny.QWEN_TEMPLATE and keys["qwen2vl.vocab_size"] == 520
     else:
@@ -134,7 +145,9 @@ def test_keys(kind, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("defaults, name", [
     (gemma3.DEFAULTS, "Gemma3Config"), (gemma3.VISION, "SiglipVisionConfig"),
-    (gemma3.IMAGES, "Gemma3ImageProcessorPil"), (qwen2_vl.DEFAULTS, "Qwen2_5_VLConfig"),
+    (gemma3.IMAGES, "Gemma3ImageProcessorPil"), (mistral3.DEFAULTS, "Mistral3Config"),
+    (mistral3.VISION, "PixtralVisionConfig"), (mistral3.IMAGES, "PixtralImageProcessorPil"),
+    (qwen2_vl.DEFAULTS, "Qwen2_5_VLConfig"),
     (qwen2_vl.DEFAULTS, "Qwen2VLConfig"), (qwen2_vl.VISION, "models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig"),
     (qwen2_vl.VISION_25, "models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig"),
     (qwen2_vl.TEXT, "models.qwen2_vl.configuration_qwen2_vl.Qwen2VLTextConfig"),
@@ -173,6 +186,8 @@ RENAMES = {     # what other versions of transformers call the same tensors
                    (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))],
 }
 RENAMES["qwen2_vl"] = RENAMES["qwen2_5_vl"]
+RENAMES["mistral3"] = [(("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
+                        ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."))]
 
 
 @pytest.mark.parametrize("kind, form", [(kind, i) for kind, forms in RENAMES.items() for i in range(len(forms))])
@@ -233,7 +248,7 @@ def test_shards_give_the_same_file(checkpoints, tmp_path):
 
 def test_row_chunks_do_not_show(checkpoints, tmp_path, monkeypatch):
     """Parts of a tensor and frames of a convolution are read a few rows at a time."""
-    kinds = ("qwen2_5_vl", "gemma3")
+    kinds = ("qwen2_5_vl", "gemma3", "mistral3")
     expected = [convert(checkpoints(kind), tmp_path / "a.gguf", "q8_0").read_bytes() for kind in kinds]
     monkeypatch.setattr("converters.base.CHUNK", 7 * 80 + 5)
     assert [convert(checkpoints(kind), tmp_path / "a.gguf", "q8_0").read_bytes() for kind in kinds] == expected
@@ -247,6 +262,8 @@ VARIANTS = {
     "qwen-frames": ("qwen2_5_vl", {"vision_config": {"temporal_patch_size": 3, "patch_size": 6}}),
     "qwen-one-frame": ("qwen2_vl", {"vision_config": {"temporal_patch_size": 1, "mlp_ratio": 3}}),
     "qwen-untied": ("qwen2_vl", {"tie_word_embeddings": False}),
+    "mistral-tied": ("mistral3", {"tie_word_embeddings": True}),
+    "mistral-sizes": ("mistral3", {"spatial_merge_size": 3, "multimodal_projector_bias": True, "vision_config": {"patch_size": 6}}),
 }
 
 
@@ -258,8 +275,11 @@ def test_odd_sizes(variant, tmp_path):
     _, values, _ = read(convert(folder, tmp_path / "m.gguf", "f32"))
     skipped = sum(v.size for n, v in stored(folder).items() if ".head." in n)
     assert (skipped > 0) == (variant == "gemma-head")
+    twice = values.pop("v.token_embd.img_break", np.empty(0))           # a row of the embedding
     assert sum(v.size for v in values.values()) == sum(v.size for v in stored(folder).values()) - skipped
-    assert ("output.weight" in values) == ("untied" in variant or kind == "qwen2_5_vl")
+    assert ("output.weight" in values) == ("untied" in variant or kind == "qwen2_5_vl" or variant == "mistral-sizes")
+    if kind == "mistral3":
+        assert np.array_equal(twice, values["token_embd.weight"][clip_keys(tmp_path / "m.gguf")["image_break_token_id"]])
     if variant == "gemma-sizes":
         assert values["v.patch_embd.weight"].shape == (72, 3, 11, 11) and values["v.position_embd.weight"].shape == (81, 72)
         assert clip_keys(tmp_path / "m.gguf")["projector.scale_factor"] == 3
@@ -273,7 +293,8 @@ def test_odd_sizes(variant, tmp_path):
     ("gemma3", "hidden_act", "gelu"), ("gemma3", "hidden_act", "silu"), ("gemma3", "layer_norm_eps", 1e-3),
     ("qwen2_vl", "hidden_act", "gelu_pytorch_tanh"), ("qwen2_5_vl", "hidden_act", "gelu"),
     ("qwen2_5_vl", "window_size", 84), ("qwen2_5_vl", "tokens_per_second", 25),
-    ("qwen2_5_vl", "rope_parameters", {"rope_type": "axial", "rope_theta": 500.0})])
+    ("qwen2_5_vl", "rope_parameters", {"rope_type": "axial", "rope_theta": 500.0}), ("mistral3", "hidden_act", "gelu"),
+    ("mistral3", "rope_parameters", {"rope_type": "axial", "rope_theta": 500.0}), ("mistral3", "image_size", 420)])
 def test_values_of_the_encoder_reach_the_file(kind, key, value, tmp_path):
     folder = make_checkpoint(kind, tmp_path / "c", vision_config={key: value})
     keys = clip_keys(convert(folder, tmp_path / "m.gguf"))
@@ -479,6 +500,20 @@ REFUSED = {
                   InvalidModelError, "two tensors are 'visual.merger.ln_q.bias'"),
     "processor": ("qwen2_vl", lambda f: (f / "processor_config.json").write_text('{"image_processor": 3}'),
                   InvalidModelError, "'image_processor' is not a JSON object"),
+    "Ministral 3": ("mistral3", text(model_type="ministral3"), UnsupportedModelError, "'model_type' is 'ministral3'"),
+    "no text": ("mistral3", lambda f: edit(f / "config.json", text_config=None), InvalidModelError, "'text_config' is missing"),
+    "other layers": ("mistral3", lambda f: edit(f / "config.json", vision_feature_layer=-2), UnsupportedModelError,
+                     "'vision_feature_layer' is -2"),
+    "heads of the encoder": ("mistral3", vision(num_attention_heads=8), InvalidModelError, "a multiple of 4 elements"),
+    "rope of Pixtral": ("mistral3", vision(rope_parameters={"rope_type": "yarn"}), UnsupportedModelError,
+                        "rope 'yarn' of the encoder"),
+    "two edges": ("mistral3", processor(size={"height": 5, "width": 6}), UnsupportedModelError, "'size' is"),
+    "another patch": ("mistral3", lambda f: (f / "processor_config.json").write_text('{"patch_size": 16}'), UnsupportedModelError,
+                      "'patch_size' is 16"),
+    "no such token": ("mistral3", lambda f: (f / "processor_config.json").write_text('{"image_end_token": "<end>"}'),
+                      InvalidModelError, "no token '<end>'"),
+    "activation of the projector": ("mistral3", lambda f: edit(f / "config.json", projector_hidden_act="relu"),
+                                    UnsupportedModelError, "'projector_hidden_act' is 'relu'"),
     "no object": ("qwen2_vl", lambda f: edit(f / "config.json", text_config=[1]), InvalidModelError, "wrong kind"),
 }
 
@@ -501,7 +536,7 @@ def test_splitting_a_text_model_is_refused(tmp_path, capsys):
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-@pytest.mark.parametrize("kind, name", [(k, f) for k in ("gemma3", "qwen2_5_vl")
+@pytest.mark.parametrize("kind, name", [(k, f) for k in ("gemma3", "qwen2_5_vl", "mistral3")
                                         for f in ("config.json", "preprocessor_config.json")])
 def test_damaged_files_never_crash(kind, name, tmp_path):
     folder = make_checkpoint(kind, tmp_path / "c")
@@ -548,9 +583,15 @@ def test_llama_cpp_gives_the_logits_of_transformers(run, tmp_path):
 def test_llama_cpp_encodes_pictures_as_transformers_does(kind, outtype, checkpoints, tmp_path):
     pytest.importorskip("llama_cpp", reason="make peers")
     text_file = convert(checkpoints(kind), tmp_path / "m.gguf", outtype, split_mmproj=True)
-    image = picture(56, 56) if kind == "gemma3" else picture(168, 140)      # no resizing; Qwen: 6 x 5 tokens, 2 x 2 windows
+    # no resizing; Qwen: 6 x 5 tokens, 2 x 2 windows
+    image = picture(*{"gemma3": (56, 56), "mistral3": (112, 84)}.get(kind, (168, 140)))
     seen = tiny.hf_seen(checkpoints(kind), [image])
     ids, rows = foreign.mtmd_rows(text_file, mmproj_path(text_file), image)
+    if kind == "mistral3":                  # the ends of lines are among its rows, from v.token_embd.img_break
+        line_end = clip_keys(mmproj_path(text_file))["image_break_token_id"]
+        ends = np.array(seen.ids[:-1]) == line_end
+        assert ends.sum() == 2 and np.allclose(rows[ends], read(text_file)[1]["token_embd.weight"][line_end])
+        rows, ids = rows[~ends], [line_end if end else i for i, end in zip(ids, [*ends, False])]
     # measured 5e-4 in F32: llama.cpp's GELU is the tanh one where Qwen's merger has the exact one, from a table of float16
     assert abs(rows - seen.features[0]).max() < (2e-3 if outtype == "f32" else 1e-2) * np.ptp(seen.features[0])
     soft = clip_keys(mmproj_path(text_file))["image_token_id"]

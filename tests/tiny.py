@@ -64,7 +64,15 @@ _SEEING: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any], dict[str
                     "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 3}),
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "qwen2", {"tie_word_embeddings": True}, _QWEN_TEXT,
                  {"depth": 3, "embed_dim": 80, "hidden_size": 96, "num_heads": 4, "mlp_ratio": 2}),
+    "mistral3": ("Mistral3Config", "Mistral3ForConditionalGeneration", "tekken", {"tie_word_embeddings": False},
+                 {**_KINDS["mistral"][3], "sliding_window": None, "max_position_embeddings": 512, "model_type": "mistral"},
+                 {"hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
+                  "image_size": 130, "patch_size": 14, "hidden_act": "silu", "model_type": "pixtral"}),
 }
+# Pixtral 12B: no groups of patches; read from llama.cpp's pair, without a converter of ours
+_PAIRED = {"pixtral": ("LlavaConfig", "LlavaForConditionalGeneration", "tekken",
+                       {"tie_word_embeddings": False, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+                       _SEEING["mistral3"][4], {**_SEEING["mistral3"][5], "patch_size": 16})}
 KINDS = tuple(_KINDS)
 SEEING_KINDS = tuple(_SEEING)
 
@@ -74,8 +82,8 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
                     processor: dict[str, Any] | None = None, **config_overrides: Any) -> Path:
     """Write a tiny random checkpoint and return its folder.
 
-    `kind` is one of KINDS or SEEING_KINDS; `dtype` is float32, float16 or bfloat16; `tokenizer` is a key of TOKENIZERS,
-    "default" for the kind's own, or None for none; the rest overrides the config, e.g. `rope_parameters=ROPES["yarn"]`.
+    `kind` is one of KINDS or SEEING_KINDS, or "pixtral"; `dtype` is float32, float16 or bfloat16; `tokenizer` is a key of
+    TOKENIZERS, "default" for the kind's own, or None for none; the rest overrides the config, e.g. `rope_parameters=ROPES["yarn"]`.
     Kinds that see take `text_config` and `vision_config`, which override single values, and `processor`, settings of
     the image processor that is saved beside the model.
     """
@@ -84,16 +92,17 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    seeing = kind in _SEEING
-    config_class, model_class, usual_tokenizer, config = (_SEEING if seeing else _KINDS)[kind][:4]
-    family = (kind if kind == "gemma3" else "qwen2_vl") if seeing else "plain"
+    kinds = {**_KINDS, **_SEEING, **_PAIRED}
+    seeing = kind not in _KINDS
+    config_class, model_class, usual_tokenizer, config = kinds[kind][:4]
+    family = {"gemma3": "gemma3", "mistral3": "mistral3", "pixtral": "mistral3"}.get(kind, "qwen2_vl") if seeing else "plain"
     if tokenizer is not None:
         ids = save_tokenizer(usual_tokenizer if tokenizer == "default" else tokenizer, folder, family)
     else:
         ids = {**{name: 500 + i for i, name in enumerate(_FAMILIES[family].ids)},
                "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if seeing:
-        text, vision = _SEEING[kind][4:]
+        text, vision = kinds[kind][4:]
         special = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = {**config, "text_config": {**text, **special, **config_overrides.pop("text_config", {})},
                   "vision_config": {**vision, **config_overrides.pop("vision_config", {})}}
@@ -103,7 +112,7 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=random)
-            if p.dim() == 1 and name.endswith(".weight") and ("norm" in name or "ln_q" in name):
+            if p.dim() == 1 and name.endswith(".weight") and any(part in name for part in ("norm", "ln_q", "ln_pre")):
                 # Gemma's own norms multiply by 1 + weight
                 centre = 0.0 if kind.startswith("gemma3") and "vision_tower" not in name else 1.0
                 p.copy_(centre + 0.3 * noise)
@@ -127,6 +136,9 @@ def _image_processor(kind: str, config: Any, settings: dict[str, Any]) -> Any:
     if kind == "gemma3":
         size = {"height": vision.image_size, "width": vision.image_size}
         return transformers.Gemma3ImageProcessorPil(**{"size": size, **settings})
+    if kind in ("mistral3", "pixtral"):
+        size = {"longest_edge": vision.image_size}
+        return transformers.PixtralImageProcessorPil(**{"size": size, "patch_size": vision.patch_size, **settings})
     return transformers.Qwen2VLImageProcessorPil(**{
         "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size, "min_pixels": 56 * 56, "max_pixels": 224 * 224, **settings})
@@ -148,7 +160,7 @@ class Seen:
     ids: list[int]
     logits: np.ndarray                          # float32 [n, vocab]
     features: list[np.ndarray]                  # float32 [soft tokens, hidden], as the decoder receives them
-    pixels: list[np.ndarray]                    # Gemma [3, h, w]; Qwen [patches, 3 * frames * p * p]
+    pixels: list[np.ndarray]                    # Gemma, Mistral [3, h, w]; Qwen [patches, 3 * frames * p * p]
     grids: list[tuple[int, int, int]]           # Qwen: frames, rows and columns of patches
 
 
@@ -162,7 +174,7 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    config, gemma = model.config, model.config.model_type == "gemma3"
+    config, gemma, mistral = model.config, model.config.model_type == "gemma3", model.config.model_type in ("mistral3", "llava")
     ids: list[int] = []
     pixels: dict[str, list[Any]] = {"image": [], "video": []}
     order: list[tuple[str, int]] = []
@@ -182,12 +194,12 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
             ids += [config.vision_start_token_id, *[config.video_token_id] * n, config.vision_end_token_id]
             made = {"pixel_values": torch.tensor(patches), "image_grid_thw": torch.tensor([grid])}
         else:
-            text = processor.boi_token if gemma else "<|vision_start|><|image_pad|><|vision_end|>"
+            text = processor.boi_token if gemma else "[IMG]" if mistral else "<|vision_start|><|image_pad|><|vision_end|>"
             made = processor(text=text, images=[part], add_special_tokens=False, return_tensors="pt", **settings)
             ids += made["input_ids"][0].tolist()
         order += [(kind, len(pixels[kind]) + i) for i in range(len(made["pixel_values"]) if gemma else 1)]
-        pixels[kind] += list(made["pixel_values"]) if gemma else [made["pixel_values"]]
-        grids[kind] += [] if gemma else made["image_grid_thw"].tolist()
+        pixels[kind] += list(made["pixel_values"]) if gemma or mistral else [made["pixel_values"]]
+        grids[kind] += [] if gemma or mistral else made["image_grid_thw"].tolist()
 
     tokens = torch.tensor([ids])
     features: dict[str, list[Any]] = {"image": [], "video": []}
@@ -198,6 +210,13 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
             if pixels["image"]:
                 inputs["pixel_values"] = torch.stack(pixels["image"])
                 features["image"] = list(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+        elif mistral:
+            if pixels["image"]:
+                inputs["image_sizes"] = torch.tensor([p.shape[1:] for p in pixels["image"]])
+                height, width = inputs["image_sizes"].amax(0).tolist()          # as the processor pads pictures given together
+                inputs["pixel_values"] = torch.stack([torch.nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]))
+                                                      for p in pixels["image"]])
+                features["image"] = list(model.model.get_image_features(**inputs).pooler_output)
         else:
             inputs["mm_token_type_ids"] = ((tokens == config.image_token_id) + 2 * (tokens == config.video_token_id)).int()
             for kind, name, run in (("image", "pixel_values", model.model.get_image_features),
@@ -236,12 +255,36 @@ def _processor(folder: str | Path, config: Any) -> Any:
     if config.model_type == "gemma3":
         return transformers.Gemma3Processor(transformers.Gemma3ImageProcessorPil.from_pretrained(folder), tokenizer,
                                             image_seq_length=config.mm_tokens_per_image)
+    if config.model_type in ("mistral3", "llava"):
+        images = transformers.PixtralImageProcessorPil.from_pretrained(folder)
+        return _pixtral_processor()(images, tokenizer, config.vision_config.patch_size, getattr(config, "spatial_merge_size", 1))
 
     class Processor(transformers.Qwen2VLProcessor):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return type(argument)
 
     return Processor(transformers.Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None)
+
+
+def _pixtral_processor() -> type:
+    """Return transformers' PixtralProcessor for image processors of any backend.
+
+    Its module asks for one function of the torchvision one, which the Pillow one has too.
+    """
+    import importlib.util
+    import sys
+
+    package = "transformers.models.pixtral"
+    if importlib.util.find_spec("torchvision") is None:
+        pillow = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+        sys.modules.setdefault(f"{package}.image_processing_pixtral", pillow)
+    base = importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+
+    class Processor(base):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return type(argument)
+
+    return Processor
 
 
 def _video_patches(images: Any, folder: str | Path, frames: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
@@ -324,6 +367,28 @@ QWEN_TEMPLATE = """{%- set ns = namespace(images=0, videos=0) -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
+MISTRAL_TEMPLATE = """{{ bos_token }}
+{%- for m in messages -%}
+  {%- if m['role'] == 'system' -%}
+    {{ '[SYSTEM_PROMPT]' + (m['content'] if m['content'] is string else m['content'][0]['text']) + '[/SYSTEM_PROMPT]' }}
+  {%- elif m['role'] == 'user' -%}
+    {{ '[INST]' }}
+    {%- if m['content'] is string -%}{{ m['content'] }}
+    {%- else -%}
+      {%- for part in m['content'] -%}
+        {%- if part['type'] == 'text' -%}{{ part['text'] }}
+        {%- elif part['type'] in ('image', 'image_url') -%}{{ '[IMG]' }}
+        {%- else -%}{{ raise_exception('only text and images are supported') }}
+        {%- endif -%}
+      {%- endfor -%}
+    {%- endif -%}
+    {{ '[/INST]' }}
+  {%- elif m['role'] == 'assistant' -%}
+    {{ (m['content'] if m['content'] is string else m['content'][0]['text']) + eos_token }}
+  {%- else -%}{{ raise_exception('roles are system, user and assistant') }}
+  {%- endif -%}
+{%- endfor -%}"""
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -347,6 +412,9 @@ _FAMILIES = {
         {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>",
          "image_token_index": "<image_soft_token>"}, ("\n\n", "\n\n\n"),
         {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}),
+    "mistral3": _Family(
+        ("[IMG_END]", "<s>", "[INST]", "[IMG]", "</s>", "[SYSTEM_PROMPT]", "[IMG_BREAK]", "[/INST]", "<pad>", "[/SYSTEM_PROMPT]"),
+        "<s>", "</s>", "<pad>", MISTRAL_TEMPLATE, {"image_token_index": "[IMG]"}),
     "qwen2_vl": _Family(
         ("<|video_pad|>", "<|im_end|>", "<|vision_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>",
          "<|vision_start|>", "<|box_start|>", "<|box_end|>"), None, "<|im_end|>", "<|endoftext|>", QWEN_TEMPLATE,

@@ -1,4 +1,7 @@
-"""Architectures: one module each, found by the name that a file gives as general.architecture."""
+"""Architectures: one module each, found by the name that a file gives as general.architecture.
+
+Modules whose name begins with an underscore are no architectures: they hold what several of them share.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Architecture:
 
     config           has n_layers, d_model, n_kv_heads, head_dim, vocab_size
     position_axes    rows of `batch.positions` (3 with M-RoPE)
-    Vision           the media encoder's class, or None
+    Vision           the media encoder's class (or a function that makes the one which the files hold), or None
     rope             the rotary embedding of queries and keys
 
     A `Vision` is made by `Vision(h, v, w, n_ctx, token)`: keys of the text model, keys "clip.*", weights "v.*" and "mm.*", the
@@ -58,7 +61,7 @@ class Architecture:
 
 def architectures() -> list[str]:
     """Names of the architectures that can be run."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def architecture(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Llama 2, 3.x and everything of their shape (SmolLM, Mistral 7B, TinyLlama, Vicuna ...), also with experts (Mixtral).
 
 Papers arXiv:2307.09288, arXiv:2407.21783, arXiv:2401.04088. Follows transformers `modeling_llama.py`, `modeling_mixtral.py`. GGUF
-files hold q and k with their rows permuted, so that the rotation is the interleaved one (pairs 2i, 2i + 1).
+files hold q and k with their rows permuted, so that the rotation is the interleaved one (pairs 2i, 2i + 1). Encoders that may
+stand beside this decoder: `_projectors`.
 Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width.
 """
 
@@ -13,7 +14,7 @@ from pyengine import ops
 from pyengine.batch import Batch
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
-from pyengine.models import Architecture
+from pyengine.models import Architecture, _projectors
 from pyengine.nn import Embedding, Experts, Linear, RMSNorm, Rope, rope, vocab_size
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
@@ -112,6 +113,8 @@ class Block:
 class Model(Architecture):
     """A llama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
+    Vision = staticmethod(_projectors.encoder)
+
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
@@ -127,7 +130,7 @@ class Model(Architecture):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                     # [m, D]
         angles = self.rope.table(batch.positions)                                  # [m, E]
         for i, block in enumerate(self.blocks):
             x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)

@@ -37,6 +37,7 @@ from pyengine.hparams import Hparams
 from pyengine.image import Image, Video, known_options, resize
 from pyengine.kvcache import LayerCache
 from pyengine.models import qwen2
+from pyengine.models._vision import levels, mean_and_std, n_layers, resample_filter, special_token
 from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, mlp_width
 from pyengine.tensor import Dim, Tensor
 from pyengine.weights import Weights, pages
@@ -51,6 +52,8 @@ LIST_FPS = 24.0                                                # transformers Vi
 BICUBIC = 3                                                    # Pillow's number
 MAX_ASPECT = 200                                               # transformers smart_resize
 
+SPECIAL = (("image_start", "<|vision_start|>"), ("image_end", "<|vision_end|>"), ("image", "<|image_pad|>"),
+           ("video", "<|video_pad|>"))
 PROJECTORS = {"qwen2vl_merger": False, "qwen2.5vl_merger": True}                # name -> is it Qwen2.5-VL's
 
 
@@ -110,11 +113,7 @@ class VisionConfig:
             raise InvalidModelError(f"{v.arch}.vision.window_size is smaller than {merge} patches of {patch} pixels")
         low = v.size("vision.image_min_pixels", MIN_PIXELS)
         high = v.size("vision.image_max_pixels", v.size("vision.max_pixels", MAX_PIXELS))
-        std, resample = _per_channel(v, "vision.image_std", STD), v.get("vision.resample", BICUBIC, int)
-        if resample not in range(6):
-            raise InvalidModelError(f"{v.arch}.vision.resample is {resample}, but Pillow's filters are 0 to 5")
-        if not np.all(std > 0):
-            raise InvalidModelError(f"{v.arch}.vision.image_std is {std.tolist()}: must be above 0")
+        mean, std = mean_and_std(v, MEAN, STD)
         return cls(
             qwen25=qwen25,
             n_layers=len(full),
@@ -130,9 +129,9 @@ class VisionConfig:
             patch=patch,
             depth=v.size("vision.temporal_patch_size", 2),
             merge=merge,
-            mean=_per_channel(v, "vision.image_mean", MEAN),
+            mean=mean,
             std=std,
-            resample=resample,
+            resample=resample_filter(v, BICUBIC),
             pixels=(low, high),
             video_pixels=(v.size("vision.video_min_pixels", low), v.size("vision.video_max_pixels", high)),
             video_fps=v.number("vision.video_fps", VIDEO_FPS),
@@ -150,14 +149,6 @@ def integers(h: Hparams, name: str) -> list[int]:
     return [int(i) for i in value]
 
 
-def n_layers(v: Hparams, w: Weights) -> int:
-    """The encoder's layers, the last of which must be in the file."""
-    n = v.size("vision.block_count")
-    if ("v", "blk", n - 1) not in w:
-        raise InvalidModelError(f"{v.arch}.vision.block_count is {n}, but no tensor is named v.blk.{n - 1}")
-    return n
-
-
 def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
     """Layers with full attention: a list of their numbers, or every n-th one; in Qwen2-VL all."""
     if not qwen25:
@@ -167,14 +158,6 @@ def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
         return tuple(i in numbers for i in range(n))
     period = v.size("vision.n_wa_pattern")
     return tuple((i + 1) % period == 0 for i in range(n))
-
-
-def _per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
-    """Three finite numbers, float32."""
-    value = np.asarray(v.get(name, np.array(usual), np.ndarray))
-    if value.shape != (3,) or value.dtype.kind not in "fiu" or not np.all(np.isfinite(value)):
-        raise InvalidModelError(f"{v.arch}.{name} is {value.tolist()}, but three numbers are needed")
-    return value.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -228,12 +211,11 @@ class Vision:
     def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
         """h: text keys; v: keys of the encoder; n_ctx: no picture has more rows; token: the id of a special token's text."""
         c = self.config = self.read(h, v, w)
-        self.start, self.end = _token(v, "image_start", token, "<|vision_start|>"), _token(v, "image_end", token, "<|vision_end|>")
-        self.soft, self.soft_video = _token(v, "image", token, "<|image_pad|>"), _token(v, "video", token, "<|video_pad|>")
+        self.start, self.end, self.soft, self.soft_video = (special_token(v, name, token, text) for name, text in SPECIAL)
         self.image_marker, self.video_marker = ((self.start, soft, self.end) for soft in (self.soft, self.soft_video))
         self.n_ctx = n_ctx
         self.max_rows = min(n_ctx, max(most_rows(*limits, c.patch * c.merge) for limits in (c.pixels, c.video_pixels)))
-        self.levels = ((np.arange(256) * (1 / 255)).astype(np.float32) - c.mean[:, None]) / c.std[:, None]      # [3, 256]
+        self.levels = levels(c.mean, c.std)                                    # [3, 256]
         half = c.d_model // c.n_heads // 2
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
         self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                      # height, then width: [E / 2]
@@ -373,12 +355,6 @@ class Vision:
         for channel in range(3):
             out[..., channel, :] = self.levels[channel][a[..., channel, :]]
         return out.reshape(-1, 3 * c.depth * c.patch**2)
-
-
-def _token(v: Hparams, name: str, token: Callable[[str], int], text: str) -> int:
-    """A special token's id: from its key, or where there is none by its text."""
-    number = v.get(f"vision.{name}_token_id", None, int)
-    return token(text) if number is None else number
 
 
 def _intervals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
