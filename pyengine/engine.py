@@ -37,20 +37,22 @@ __all__ = ["Answer", "Model", "Report", "Stream", "load", "plan"]
 
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
-         encoder_device: str | None = None, progress: Callable[[int, int], None] | None = None) -> Model:
+         encoder_device: str | None = None, expert_device: str | None = None,
+         progress: Callable[[int, int], None] | None = None) -> Model:
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
     device: "cpu", or parts of main memory, {"cpu:0": bytes, "cpu:1": bytes}, over which layers are spread by their room; the media
-    encoder goes to `encoder_device` of them. n_ctx: positions of the context; default the training context, or what of it fits the memory. n_seq: conversations
-    that are served at once, each of up to n_ctx positions. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or
-    "keys/values" ("q8_0/q4_0").
+    encoder goes to `encoder_device` of them; `expert_device` takes the experts' weights, and the products that read them, while layers
+    stay on the others (default: experts are with their layers).
+    n_ctx: positions of the context; default the training context, or what of it fits the memory. n_seq: conversations that are
+    served at once, each of up to n_ctx positions. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
     n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest
     picture, how many such pictures are kept encoded, or (width, height, number); 0 leaves the encoder out; default what the model's
     processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device)
     want.check()
     files = open_files(model, mmproj)
     planned = lay_out_model(files, want)

@@ -81,6 +81,20 @@ def contiguous_strides(shape: Shape, dtype: DType) -> tuple[Axis, ...]:
     return tuple(strides)
 
 
+@dataclass(frozen=True)
+class Turns:
+    """A graph that runs in several turns; between them another device runs, and values are copied from outputs and into inputs.
+
+    outputs   the turn that computes each output, not falling: 0 0 1 2 ..
+    kept      whether an output is read when the last turn is over; else when its own is
+    arrivals  the turn before which an input is written, by its name; the others are written before the first
+    """
+
+    outputs: tuple[int, ...]
+    kept: tuple[bool, ...]
+    arrivals: dict[str, int]
+
+
 @dataclass
 class Layout:
     """A graph ready for a backend: steps in order, storage of each tensor, arena offsets of the roots in it."""
@@ -93,6 +107,7 @@ class Layout:
     offsets: dict[int, int] = field(default_factory=dict)                      # id of root tensor -> arena offset
     scratch: list[tuple[int, int]] = field(default_factory=list)               # per step: (arena offset, bytes)
     arena_bytes: int = 0
+    turns: list[tuple[int, int]] = field(default_factory=list)                 # (first step, first of the next turn)
 
     def of(self, t: Tensor) -> Storage:
         return self.storage[id(t.node), t.index]
@@ -136,11 +151,11 @@ def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Stor
     return Storage(source.root, source.offset + (params["start"] * step if params["start"] else 0), source.strides)
 
 
-def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> Layout:
+def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], turns: Turns | None = None) -> Layout:
     """Order the graph, resolve views and reuse of memory, and give everything its place in the arena.
 
     `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
-    reader and are not get a `contiguous` step.
+    reader and are not get a `contiguous` step. `turns`: the graph runs in pieces; one that runs at once is a single turn.
     """
     from pyengine import ops
     from pyengine.passes import rebuild, make
@@ -197,21 +212,35 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int]) -> 
     for node in steps:
         for t in node.inputs:
             last[id(layout.of(t).root)] = number[id(node)]
-    for t in outputs:
-        last[id(layout.of(t).root)] = len(steps)
+    turns = turns or Turns((0,) * len(outputs), (True,) * len(outputs), {})
+    layout.turns = _turns(layout, number, turns)
+    for t, turn, kept in zip(outputs, turns.outputs, turns.kept):
+        root = id(layout.of(t).root)
+        last[root] = max(last.get(root, 0), len(steps) if kept else layout.turns[turn][1])
     _reuse(layout, number, last)
 
     for node in nodes:
         for t in node.outputs:
             root = layout.of(t).root
             if root.node.kind in ("op", "input") and id(root) not in layout.lives:
-                first = number.get(id(root.node), -1)
+                arrival = turns.arrivals.get(root.name, 0) if root.node.kind == "input" else 0
+                first = number.get(id(root.node), layout.turns[arrival][0] if arrival else -1)
                 layout.lives[id(root)] = root, Interval(first, max(last.get(id(root), first), first), root.nbytes_max)
     sizes = [scratch_bytes(n) for n in steps]
     offsets, layout.arena_bytes = layout.place(sizes)
     layout.offsets = dict(zip(layout.lives, offsets))
     layout.scratch = list(zip(offsets[len(layout.lives) :], sizes))
     return layout
+
+
+def _turns(layout: Layout, number: dict[int, int], turns: Turns) -> list[tuple[int, int]]:
+    """First step of each turn, and of the next. Steps are in the order in which outputs need them, so a turn's are side by side."""
+    ends = [0] * (max(turns.outputs, default=0) + 1)
+    for t, turn in zip(layout.outputs, turns.outputs):
+        while t.node.op is not None and t.node.op.view:
+            t = t.node.args[0]
+        ends[turn] = max(ends[turn], ends[turn - 1] if turn else 0, number.get(id(t.node), -1) + 1)
+    return list(zip([0, *ends], ends))
 
 
 def _reuse(layout: Layout, number: dict[int, int], last: dict[int, int]) -> None:

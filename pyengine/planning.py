@@ -204,6 +204,7 @@ class Settings:
     device   "cpu", or parts of main memory that are kept apart: {"cpu:0": bytes, "cpu:1": bytes}; layers are spread over them by
              their room, caches and the output head follow
     encoder_device  the part that holds the media encoder; None: the first
+    expert_device   the part that holds the experts' weights and computes with them; layers go to the others. None: with their layer
     images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
              number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory
     """
@@ -216,6 +217,7 @@ class Settings:
     images: Any = None
     device: Any = "auto"
     encoder_device: str | None = None
+    expert_device: str | None = None
 
     @property
     def parts(self) -> dict[str, int] | None:
@@ -234,8 +236,10 @@ class Settings:
                 raise RequestError(f"device: {name!r}: {room!r} is no part of main memory; give {{'cpu:0': bytes, 'cpu:1': bytes}}")
         if not self.parts and self.device not in ("auto", "cpu"):
             raise RequestError(f"device={self.device!r}: models run on 'cpu' ('auto' picks it), or on parts of it: {{'cpu:0': bytes, ..}}")
-        if self.encoder_device is not None and self.encoder_device not in (self.parts or {}):
-            raise RequestError(f"encoder_device={self.encoder_device!r}: is none of {', '.join(self.parts or ['cpu'])}")
+        for name in ("encoder_device", "expert_device"):
+            where = getattr(self, name)
+            if where is not None and where not in (self.parts or {}):
+                raise RequestError(f"{name}={where!r}: is none of {', '.join(self.parts or ['cpu'])}")
         self.largest_picture()
 
     def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
@@ -294,7 +298,7 @@ class _Count:
             self.main, self.free = next(iter(want.parts)), dict(want.parts)
             stages = self._placed()
         self.items = [item for device, step, layers in stages for item in (
-            *self._weights(step, device, "weights", "layers", "embedding, head and norms"), *self._kv(step, device, layers),
+            *self._weights(step, device, "weights", ("layers", "experts of layers", "embedding, head and norms")), *self._kv(step, device, layers),
             self._arena(step, device))]
         self.items += [self._sampler(), *self._overhead()]
         self.encoder, self.image_cache = None, 0
@@ -306,10 +310,16 @@ class _Count:
     # -- items --------------------------------------------------------------------------------------------------------
 
     def _placed(self) -> list[tuple[str, Any, list[int]]]:
-        """Cut the step over the parts of memory, in proportion to their room; `step` becomes the stages."""
+        """Cut the step over the parts of memory, layers in proportion to their room; `step` becomes what they compute."""
         names, layered, rest = list(self.free), [0] * len(self.built.layers), 0
+        where = self.want.expert_device
+        apart = {r.tensor.name for r in self.step.residents.values() if where and _is_experts(r.tensor.name)}
+        if where and not apart:
+            raise RequestError(f"expert_device={where!r}: {self.files.name} has no experts")
         for r in self.step.residents.values():
             layer, nbytes = _layer(r.tensor.name or ""), 0 if r.form == "mapped" else aligned(r.nbytes)
+            if r.tensor.name in apart:
+                continue
             if layer is None:
                 rest += nbytes
             else:
@@ -319,29 +329,46 @@ class _Count:
                 layered[item.layer] += item.nbytes
         fixed = sum(i.nbytes for i in (self._sampler(), *self._overhead()) if i.purpose != "mapped")
         rooms = [max(1, n - self.step.arena_bytes - (fixed if name == self.main else 0)) for name, n in self.free.items()]
+        if where and len(names) > 1:
+            rooms[names.index(where)] = 0                    # layers stay away from their experts
         found, times = None, 1
         while found is None:                                 # what does not fit is laid out too, and refused with its table
             found, times = spread(layered, [n * times for n in rooms], last=rest), 2 * times
-        used = sorted(set(found))
+        used = sorted({*found, *([names.index(where)] if where else [])})
+        devices: list[int] = []                              # of each stage: runs of layers, between them the experts of one
+        stages: dict[tuple[int, bool], int] = {}             # (layer, its experts) -> stage
+        for layer, device in enumerate(found):
+            for experts in (False, True):
+                on = used.index(names.index(where) if where and experts else device)
+                if not devices or (devices[-1] != on and (not experts or any(_layer(n) == layer for n in apart))):
+                    devices.append(on)
+                stages[layer, experts] = len(devices) - 1
+        if devices[-1] != used.index(found[-1]):
+            devices.append(used.index(found[-1]))            # the output head is where the last layer is
 
         def stage_of(name: str) -> int | None:
             layer = _layer(name)
-            return None if layer is None else used.index(found[layer])
+            if layer is None:
+                return len(devices) - 1 if name == "head" or name.startswith("output") else None
+            return stages[layer, name in apart]
 
-        stages = cut(self.built.outputs, stage_of, len(used))
-        self.step = StagedPlan(stages, [backend("cpu", n_threads=self.want.n_threads).prepare(s.outputs) for s in stages])
-        self.notes.append("layers: " + ", ".join(f"{found.count(d)} on {names[d]}" for d in used))
-        return [(names[d], p, [i for i, where in enumerate(found) if where == d]) for d, p in zip(used, self.step.prepared)]
+        parts = cut(self.built.outputs, stage_of, devices)
+        self.step = StagedPlan.lay_out(parts, backend("cpu", n_threads=self.want.n_threads).prepare)
+        self.notes.append("layers: " + ", ".join(f"{found.count(d)} on {names[d]}" for d in used if d in found)
+                          + (f", their experts on {where}" if where else ""))
+        return [(names[d], p, [i for i, on in enumerate(found) if on == d]) for d, p in zip(used, self.step.prepared)]
 
-    def _weights(self, prepared: Any, device: str, purpose: str, layered: str, rest: str) -> list[PlanItem]:
-        """Weights by layer, and by whether they are copied or read where the file is mapped."""
-        groups: dict[tuple[bool, int | None], list[tuple[str, int]]] = {}
+    def _weights(self, prepared: Any, device: str, purpose: str, kinds: tuple[str, str, str]) -> list[PlanItem]:
+        """Weights by layer, and by whether they are copied or read where the file is mapped. kinds: what to call those of layers,
+        of their experts, and the rest."""
+        groups: dict[tuple[bool, int, int], list[tuple[str, int]]] = {}
         for r in prepared.residents.values():
-            name, mapped = r.tensor.name or "computed constant", r.form == "mapped"
+            name, mapped, layer = r.tensor.name or "computed constant", r.form == "mapped", _layer(r.tensor.name or "")
             part = name, r.nbytes if mapped else aligned(r.nbytes)
-            groups.setdefault((mapped, _layer(name)), []).append(part)
-        return [PlanItem.sum(device, "mapped" if mapped else purpose, rest if layer is None else layered, parts, layer)
-                for (mapped, layer), parts in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] is not None, g[0][1] or 0))]
+            kind = 2 if layer is None else int(_is_experts(name))
+            groups.setdefault((mapped, -1 if layer is None else layer, kind), []).append(part)
+        return [PlanItem.sum(device, "mapped" if mapped else purpose, kinds[kind], parts, None if kind == 2 else layer)
+                for (mapped, layer, kind), parts in sorted(groups.items(), key=lambda g: g[0])]
 
     def _kv(self, step: Any, device: str, layers: Iterable[int]) -> list[PlanItem]:
         """Caches of some layers, and the tables of their cells."""
@@ -409,7 +436,7 @@ class _Count:
         pixels = sum(n for name, n in inputs if name.startswith("patches")) // 4
         host = [*inputs, *[("pixels", pixels)] * PIXEL_COPIES]
         layers, rest = "weights of layers, from the first picture on", "weights of patches, norms and projector"
-        return [*self._weights(e, where, "encoder", layers, rest),
+        return [*self._weights(e, where, "encoder", (layers, layers, rest)),
                 PlanItem.sum(where, "encoder", f"arena, pictures of up to {rows} soft tokens", e.layout.busiest()),
                 PlanItem.sum(self.main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)]),
                 PlanItem(self.main, "images", "encoded pictures that are kept, at most", self.image_cache),
@@ -470,6 +497,11 @@ def _layer(name: str) -> int | None:
     parts = name.split(".")
     number = parts[parts.index("blk") + 1] if "blk" in parts[:-1] else ""
     return int(number) if number.isdigit() else None
+
+
+def _is_experts(name: str | None) -> bool:
+    """Whether a tensor holds a matrix for each expert of a layer, of which a row reads some: "blk.3.ffn_up_exps.weight"."""
+    return name is not None and "_exps." in name
 
 
 def _run_bytes(encoder: Any) -> int:
@@ -542,6 +574,9 @@ def alternatives(files: Files, want: Settings, refused: MemoryPlan) -> list[Alte
         return plan_.fits
 
     smaller: list[dict[str, Any]] = []
+    experts = want.parts and want.expert_device is None and any(_is_experts(name) for name in files.model.tensors)
+    for where in (want.parts or {}) if experts and len(want.parts) > 1 else ():
+        fits(expert_device=where)
     if refused.max_ctx:
         fits(n_ctx=_rounded(refused.max_ctx))
     for name in ("q8_0", "q4_0"):
@@ -575,13 +610,13 @@ def refusal(files: Files, want: Settings, plan_: MemoryPlan) -> PlanError:
 
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
-         nearest: bool = False, encoder_device: str | None = None) -> MemoryPlan:
+         nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device)
     want.check()
     files = open_files(model, mmproj)
     found = lay_out_model(files, want).plan

@@ -1,7 +1,8 @@
-"""One graph on several devices: cut into stages that run one after the other, each a program with memory of its own.
+"""One graph on several devices: cut into stages that run one after the other, each on one of the devices.
 
 A node belongs to the stage of the latest layer that it depends on; what depends on no layer (embeddings, rope tables) is computed
-in every stage that needs it. A value that a later stage needs is an output of its own stage and an input there.
+on every device that needs it. Stages of one device are turns of one program: they share an arena, weights and states. A value that
+another device needs is an output of its own program and an input there, copied when its stage is over.
 """
 
 from __future__ import annotations
@@ -14,62 +15,82 @@ import numpy as np
 
 from pyengine.graph import topological
 from pyengine.passes import rebuild
+from pyengine.planner import Turns
 from pyengine.tensor import Node, Tensor, axis_value, make_leaf, product
 
 ANYWHERE = -1
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Part of a graph. `sends` are those of its outputs that later stages read, by the name of the input there; `results` are the
-    places of the whole graph's outputs among its own: (number in the whole graph, number here)."""
+class Part:
+    """What one device computes of a graph.
+
+    stages   numbers of its stages, in order: its turns
+    sends    those of its outputs that other devices read, by the name of the input there
+    results  the places of the whole graph's outputs among its own: (number in the whole graph, number here)
+    """
 
     outputs: list[Tensor]
+    turns: Turns
+    stages: list[int]
     sends: dict[str, int]
     results: list[tuple[int, int]]
 
 
-def cut(outputs: Sequence[Tensor], stage_of: Callable[[str], int | None], n: int) -> list[Stage]:
-    """Cut a graph into n stages. stage_of: the stage of a constant or state by its name, None for those that are needed anywhere.
+def cut(outputs: Sequence[Tensor], stage_of: Callable[[str], int | None], devices: Sequence[int]) -> list[Part]:
+    """Cut a graph into stages; stage s runs on device number devices[s]. Returns the part of each device, 0 .. max(devices).
 
-    Outputs that depend on no layer belong to the last stage.
+    stage_of: the stage of a constant, state or input by its name, None for those that are needed anywhere. Outputs that depend on
+    no layer belong to the last stage.
     """
+    n, nodes = len(devices), topological(outputs)
     stage: dict[int, int] = {}
-    for node in topological(outputs):
-        own = stage_of(node.name) if node.kind in ("constant", "state") and node.name else None
+    for node in nodes:
+        own = stage_of(node.name) if node.op is None and node.name else None
         stage[id(node)] = max([ANYWHERE if own is None else own, *(stage[id(t.node)] for t in node.inputs)])
 
-    def home(t: Tensor) -> int:
-        return n - 1 if stage[id(t.node)] == ANYWHERE else stage[id(t.node)]
+    def home(node: Node) -> int:
+        return n - 1 if stage[id(node)] == ANYWHERE else stage[id(node)]
 
     wanted: list[dict[tuple[int, int], Tensor]] = [{} for _ in range(n)]       # values that a stage must give, in order
-    for i, t in enumerate(outputs):
-        wanted[home(t)][id(t.node), t.index] = t
-    names: dict[tuple[int, int], str] = {}
-    made: list[list[Tensor]] = [[] for _ in range(n)]
-    for s in reversed(range(n)):                                               # later stages say what earlier ones must send
-        def received(node: Node, s: int = s) -> Sequence[Tensor] | None:
-            if not 0 <= stage[id(node)] < s:
+    names: dict[tuple[int, int], str] = {}                                     # of those that other devices read
+    for node in nodes:
+        for t in node.inputs if stage[id(node)] != ANYWHERE else ():
+            there = stage[id(t.node)]
+            if t.node.op is not None and there != ANYWHERE and devices[there] != devices[stage[id(node)]]:
+                names.setdefault((id(t.node), t.index), f"from{there}.{len(names)}")
+                wanted[there][id(t.node), t.index] = t
+    for t in outputs:
+        wanted[home(t.node)][id(t.node), t.index] = t
+    kept = {(id(t.node), t.index) for t in outputs}
+    parts = []
+    for device in range(max(devices) + 1):
+        stages = [s for s in range(n) if devices[s] == device and wanted[s]]
+        keys = [key for s in stages for key in wanted[s]]
+        places = {key: i for i, key in enumerate(keys)}
+        arrivals: dict[str, int] = {}
+
+        def received(node: Node, device: int = device, stages: list[int] = stages, arrivals: dict[str, int] = arrivals) -> Any:
+            """Inputs that stand for the outputs of a node of another device."""
+            s = stage[id(node)]
+            if s == ANYWHERE or devices[s] == device:
                 return None
             leaves = []
             for t in node.outputs:
-                key = id(node), t.index
-                names.setdefault(key, f"from{stage[id(node)]}.{len(names)}")
-                wanted[stage[id(node)]][key] = t
-                leaves.append(make_leaf("input", names[key], t.shape, t.dtype))
+                name = names.get((id(t.node), t.index), f"unread{s}.{t.index}")
+                arrivals[name] = next((turn for turn, later in enumerate(stages) if later > s), 0)
+                leaves.append(make_leaf("input", name, t.shape, t.dtype))
             return leaves
 
-        made[s] = _part(list(wanted[s].values()), received)
-    result = []
-    for s in range(n):
-        places = {key: i for i, key in enumerate(wanted[s])}
-        sends = {names[key]: i for key, i in places.items() if key in names}
-        result.append(Stage(made[s], sends, [(i, places[id(t.node), t.index]) for i, t in enumerate(outputs) if home(t) == s]))
-    return result
+        made = _part([wanted[s][key] for s in stages for key in wanted[s]], received)
+        turns = Turns(tuple(turn for turn, s in enumerate(stages) for _ in wanted[s]), tuple(key in kept for key in keys), arrivals)
+        results = [(i, places[id(t.node), t.index]) for i, t in enumerate(outputs) if devices[home(t.node)] == device]
+        parts.append(Part(made, turns, stages, {names[key]: i for key, i in places.items() if key in names}, results))
+    return parts
 
 
 def _part(outputs: list[Tensor], received: Callable[[Node], Sequence[Tensor] | None]) -> list[Tensor]:
-    """A copy of the graph in which nodes of earlier stages are inputs; what only they need is left behind."""
+    """A copy of the graph in which nodes of other devices are inputs; what only they need is left behind."""
     border: dict[int, Sequence[Tensor]] = {}
     needed = [t.node for t in outputs]
     seen: set[int] = set()
@@ -88,52 +109,64 @@ def _part(outputs: list[Tensor], received: Callable[[Node], Sequence[Tensor] | N
 
 @dataclass(frozen=True)
 class StagedPlan:
-    """Stages that a backend has laid out, nothing loaded; stands where one `Prepared` does."""
+    """Parts that a backend has laid out, nothing loaded; stands where one `Prepared` does."""
 
-    stages: list[Stage]
+    parts: list[Part]
     prepared: list[Any]
+
+    @classmethod
+    def lay_out(cls, parts: list[Part], prepare: Callable[..., Any]) -> StagedPlan:
+        """Lay out each part with a backend's `prepare`."""
+        return cls(parts, [prepare(p.outputs, turns=p.turns) for p in parts])
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> Chain:
         """Allocate memory on each device and read the weights."""
-        return Chain(self.stages, [p.load(progress) for p in self.prepared])
+        return Chain(self.parts, [p.load(progress) for p in self.prepared])
+
+
+Copies = list[tuple[np.ndarray, np.ndarray, Tensor]]                           # (from, to, shape)
 
 
 class Chain:
-    """The stages' programs as one: the same interface as a backend's program.
+    """The devices' programs as one: the same interface as a backend's program.
 
-    Inputs that several stages read are written to the first of them and copied to the others; tables of cells too.
+    Inputs that several devices read are written to the first of them and copied to the others; tables of cells too.
     """
 
-    def __init__(self, stages: Sequence[Stage], programs: Sequence[Any]):
-        self.stages, self.programs = list(stages), list(programs)
+    def __init__(self, parts: Sequence[Part], programs: Sequence[Any]):
+        self.parts, self.programs = list(parts), list(programs)
         self.inputs: dict[str, np.ndarray] = {}
-        self._shared: list[tuple[np.ndarray, np.ndarray, Tensor]] = []         # inputs of several stages: (from, to, shape)
-        self._sent: list[list[tuple[np.ndarray, np.ndarray, Tensor]]] = []     # before each stage, from earlier ones
+        self._shared: Copies = []                                              # inputs of several devices
         self._tables: list[tuple[np.ndarray, np.ndarray]] = []
+        sent = {name for part in self.parts for name in part.sends}
+        received: dict[str, list[tuple[np.ndarray, Tensor]]] = {name: [] for name in sent}
         states: dict[str, np.ndarray] = {}
-        sent: dict[str, np.ndarray] = {}
-        for stage, program in zip(self.stages, self.programs):
-            received = []
+        for program in self.programs:
             leaves = {n.name: n.outputs[0] for n in program.prepared.layout.leaves if n.kind == "input"}
             for name, array in program.inputs.items():
                 if name in sent:
-                    received.append((sent[name], array, leaves[name]))
+                    received[name].append((array, leaves[name]))
                 elif name in self.inputs:
                     self._shared.append((self.inputs[name], array, leaves[name]))
                 else:
                     self.inputs[name] = array
-            self._sent.append(received)
-            sent |= {name: program.outputs[i] for name, i in stage.sends.items()}
             for t in program.prepared.states:
                 if t.dtype.name == "I32":
                     state = program.state(t.name)
                     self._tables += [(states[t.name], state)] if t.name in states else []
                     states.setdefault(t.name, state)
-        places = {i: program.outputs[k] for stage, program in zip(self.stages, self.programs) for i, k in stage.results}
+        turns = sorted((s, turn, d) for d, part in enumerate(self.parts) for turn, s in enumerate(part.stages))
+        self._order: list[tuple[Any, int, Copies]] = []                        # program, its turn, what is copied afterwards
+        for _, turn, d in turns:
+            part, program = self.parts[d], self.programs[d]
+            copies = [(program.outputs[i], target, t) for name, i in part.sends.items() if part.turns.outputs[i] == turn
+                      for target, t in received[name]]
+            self._order.append((program, turn, copies))
+        places = {i: program.outputs[k] for part, program in zip(self.parts, self.programs) for i, k in part.results}
         self.outputs = [places[i] for i in range(len(places))]
 
     def state(self, name: str) -> np.ndarray:
-        """The array over a state of plain numbers; of one that several stages have, the first."""
+        """The array over a state of plain numbers; of one that several devices have, the first."""
         return self._holder(name).state(name)
 
     def state_bytes(self, name: str) -> np.ndarray:
@@ -149,27 +182,28 @@ class Chain:
             p.profile(on)
 
     def seconds(self) -> list[tuple[Node, float]]:
-        """Steps of all stages with the seconds spent in each."""
+        """Steps of all devices with the seconds spent in each."""
         return [timed for p in self.programs for timed in p.seconds()]
 
     def first_step_reading(self, name: str) -> int:
-        """As a program's, of the last stage: outputs are computed there."""
-        return self.programs[-1].first_step_reading(name)
+        """As a program's, of the one that runs last: outputs are computed there."""
+        return self._order[-1][0].first_step_reading(name)
 
     def execute_named(self, first_step: int = 0, **dims: int) -> None:
-        """Run all stages; from `first_step` of the last one on, only that."""
+        """Run all stages; from `first_step` of the last one's program on, only that."""
         if first_step:
-            self.programs[-1].execute_named(first_step, **dims)
+            program, turn, _ = self._order[-1]
+            program.execute_named(first_step, turn, **dims)
             return
         for source, table in self._tables:
             table[:] = source
-        self._copy(self._shared, dims)                                         # before a stage reuses the memory of its inputs
-        for received, program in zip(self._sent, self.programs):
-            self._copy(received, dims)
-            program.execute_named(**dims)
+        self._copy(self._shared, dims)                                         # before a turn reuses the memory of its inputs
+        for program, turn, copies in self._order:
+            program.execute_named(0, turn, **dims)
+            self._copy(copies, dims)
 
     @staticmethod
-    def _copy(copies: Sequence[tuple[np.ndarray, np.ndarray, Tensor]], dims: dict[str, int]) -> None:
+    def _copy(copies: Copies, dims: dict[str, int]) -> None:
         for source, target, t in copies:
             n = axis_value(product(t.shape), dims)
             target.reshape(-1)[:n] = source.reshape(-1)[:n]

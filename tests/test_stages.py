@@ -12,15 +12,15 @@ from pyengine import planning
 from pyengine.backends import backend
 from pyengine.errors import PlanError, RequestError
 from pyengine.schedule import Runner, Work, token_rows
-from pyengine.stages import Chain, cut, spread
+from pyengine.stages import StagedPlan, cut, spread
 
 IDS = np.random.default_rng(7).integers(0, 512, 50).tolist()
 
 
 def runner_of(built, n: int) -> Runner:
     layers = built.arch.config.n_layers
-    stages = cut(built.outputs, lambda name: int(name.split(".")[1]) * n // layers if name.startswith("blk.") else None, n)
-    chain = Chain(stages, [backend("cpu").prepare(s.outputs).load() for s in stages])
+    parts = cut(built.outputs, lambda name: int(name.split(".")[1]) * n // layers if name.startswith("blk.") else None, range(n))
+    chain = StagedPlan.lay_out(parts, backend("cpu").prepare).load()
     return Runner(chain, built.graph.inputs, built.groups, built.layers, built.arch.position_axes, built.n_batch, built.n_head,
                   built.arch.ropes(), built.kv_dtypes)
 
@@ -101,8 +101,72 @@ def test_a_model_on_two_parts_of_memory(tiny_gguf) -> None:
     for device, text in (({"cuda:0": 1}, "no part of main memory"), ({"cpu:0": 0}, "no part of main memory"), ("tpu", "models run on")):
         with pytest.raises(RequestError, match=text):
             pe.plan(path, device=device)
-    with pytest.raises(RequestError, match="is none of cpu"):
-        pe.plan(path, encoder_device="cpu:1")
+    for name in ("encoder_device", "expert_device"):
+        with pytest.raises(RequestError, match=f"{name}='cpu:1': is none of cpu"):
+            pe.plan(path, **{name: "cpu:1"})
+    with pytest.raises(RequestError, match="has no experts"):
+        pe.plan(path, device=free, expert_device="cpu:1")
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_gguf):
+    return tiny_gguf("mixtral", num_hidden_layers=4, num_local_experts=16, intermediate_size=224)[0]
+
+
+def experts_of(items) -> set[int]:
+    return {i.layer for i in items if i.detail == "experts of layers"}
+
+
+def test_experts_on_a_part_of_their_own(mixture) -> None:
+    """Attention, caches and head stay; each device has one arena and one set of states; counted and loaded alike, bits of one device."""
+    one = pe.load(mixture, n_ctx=96, n_batch=32)
+    free = {"cpu:0": one.plan.of("overhead") + (8 << 20), "cpu:1": 64 << 20}
+    two = pe.load(mixture, n_ctx=96, n_batch=32, device=free, expert_device="cpu:1")
+    assert two.plan.fits and two.plan.devices == ["cpu:0", "cpu:1"] and "their experts on cpu:1" in two.plan.table()
+    assert np.array_equal(two.logits(IDS), one.logits(IDS))
+    assert two.generate(IDS[:9], max_tokens=12, temperature=0).tokens == one.generate(IDS[:9], max_tokens=12, temperature=0).tokens
+    home, away = two.program.programs
+    for device, program in zip(two.plan.devices, (home, away)):
+        assert two.plan.of("weights", device) == program.prepared.weight_bytes == program.weights.nbytes
+        assert two.plan.of("arena", device) == program.prepared.arena_bytes == program.arena.nbytes
+        assert two.plan.of("kv", device) == program.prepared.state_bytes
+    assert two.plan.of("weights") == one.plan.of("weights") and two.plan.of("kv") == one.plan.of("kv") == two.plan.of("kv", "cpu:0")
+    items = {d: [i for i in two.plan.items if i.device == d and i.purpose == "weights"] for d in two.plan.devices}
+    assert experts_of(items["cpu:1"]) == {0, 1, 2, 3} and len(items["cpu:1"]) == 4 and not experts_of(items["cpu:0"])
+    assert experts_of(one.plan.items) == {0, 1, 2, 3}
+    names = {r.tensor.name for r in away.prepared.residents.values()}
+    assert len(names) == 12 and all("_exps." in n for n in names)
+    steps = [n.op.name for n in away.prepared.layout.steps]
+    assert [name for name in steps if name != "rows"] == ["expert_linear", "expert_linear", "sum_experts"] * 4
+    layout, n_received = away.prepared.layout, 0
+    for t, life in layout.lives.values():                                # values on the way hold memory for one layer's turn only
+        if t.node.kind == "input" and t.name.startswith("from"):
+            turn, n_received = int(t.name[4:].split(".")[0]) // 2, n_received + 1
+            begin, end = layout.turns[turn]
+            assert life.start == (begin if turn else -1) and life.end < end
+    assert n_received == 16 and len(layout.turns) == 4
+
+
+def test_layers_and_experts_over_three_parts(mixture) -> None:
+    one = pe.load(mixture, n_ctx=96, n_batch=32)
+    arena = one.plan.of("arena")
+    free = {"cpu:0": one.plan.of("overhead") + arena + (1 << 20), "cpu:1": 32 << 20, "cpu:2": arena + (1 << 20)}
+    three = pe.load(mixture, n_ctx=96, n_batch=32, device=free, expert_device="cpu:1")
+    caches = [{i.layer for i in three.plan.items if i.device == d and i.purpose == "kv" and i.layer is not None} for d in free]
+    assert caches[0] and caches[2] and not caches[1] and caches[0] | caches[2] == {0, 1, 2, 3}
+    assert np.array_equal(three.logits(IDS), one.logits(IDS))
+
+
+def test_a_refusal_names_the_experts(mixture) -> None:
+    """What does not fit with the experts of its layers, and would with them elsewhere."""
+    whole = pe.plan(mixture, n_ctx=96, n_batch=32)
+    experts = sum(i.nbytes for i in whole.items if i.detail == "experts of layers")
+    free = {"cpu:0": whole.of("overhead") + (2 << 20), "cpu:1": experts + (1 << 19)}
+    refused = pe.plan(mixture, n_ctx=96, n_batch=32, device=free, nearest=True)
+    assert not refused.fits and refused.alternatives[0].settings == {"expert_device": "cpu:1"}
+    assert pe.plan(mixture, n_ctx=96, n_batch=32, device=free, expert_device="cpu:1").fits
+    with pytest.raises(PlanError, match="expert_device='cpu:1'"):
+        pe.load(mixture, n_ctx=96, n_batch=32, device=free)
 
 
 def test_a_context_that_fits_the_parts(tiny_gguf) -> None:

@@ -16,7 +16,7 @@ from pyengine.codegen import pack_params
 from pyengine.dtype import DType
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.native import engine, ffi, lib
-from pyengine.planner import ALIGN, Layout, aligned, contiguous_strides, lay_out
+from pyengine.planner import ALIGN, Layout, Turns, aligned, contiguous_strides, lay_out
 from pyengine.tensor import Axis, Dim, Node, Tensor, axis_max, axis_value
 from pyengine.weights import DerivedRef
 
@@ -102,10 +102,11 @@ class Prepared:
     arena_bytes, weight_bytes (resident), mapped_bytes (read where the file is mapped), state_bytes.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], passes: Sequence[str] | None, single: bool, n_threads: int, isa_name: str):
+    def __init__(self, outputs: Sequence[Tensor], passes: Sequence[str] | None, single: bool, n_threads: int, isa_name: str,
+                 turns: Turns | None = None):
         self.isa, self.n_threads, self.single = isa_name, n_threads, single
         self._scratch: dict[Any, int] = {}                   # answers of `_scratch_bytes`: most layers ask the same
-        self.layout = lay_out(fusion.apply(outputs, passes), self._scratch_bytes)
+        self.layout = lay_out(fusion.apply(outputs, passes), self._scratch_bytes, turns)
         self.residents = _residents(self.layout)
         self.states = [n.outputs[0] for n in self.layout.leaves if n.kind == "state"]
         self.arena_bytes = self.layout.arena_bytes
@@ -184,9 +185,10 @@ class Program:
             self.state_address[t.name] = self.state_memory.address + offset
             addresses.append(self.state_memory.address + offset)
             offset += aligned(t.nbytes_max)
-        self._build(layout, prepared, base_of, len(addresses))
-        for i, address in enumerate(addresses):
-            self._program.bind(i, address)
+        self._turns = [self._build(layout, begin, end, base_of, len(addresses)) for begin, end in layout.turns]
+        for program in self._turns:
+            for i, address in enumerate(addresses):
+                program.bind(i, address)
         self._load_weights(list(prepared.residents.values()), progress)
         arena = np.frombuffer(self.arena, np.uint8)
         self.inputs = {n.name: self._array(arena, n.outputs[0]) for n in layout.leaves if n.kind == "input"}
@@ -201,7 +203,8 @@ class Program:
         shape = tuple(axis_max(a) for a in t.shape)
         return arena[start : start + t.nbytes_max].view(_NUMPY[t.dtype.name]).reshape(shape)
 
-    def _build(self, layout: Layout, prepared: Prepared, base_of: dict[int, int], n_bases: int) -> None:
+    def _build(self, layout: Layout, begin: int, end: int, base_of: dict[int, int], n_bases: int) -> Any:
+        """The compiled program of steps begin .. end - 1."""
         dim_id = {name: i for i, name in enumerate(self.dim_names)}
 
         def axis(a: Axis) -> tuple[int, int]:
@@ -210,7 +213,7 @@ class Program:
         specs: list[Any] = []
         number: dict[tuple[int, int], int] = {}
         nodes: list[Any] = []
-        for step, (scratch_offset, scratch_bytes) in zip(layout.steps, layout.scratch):
+        for step, (scratch_offset, scratch_bytes) in zip(layout.steps[begin:end], layout.scratch[begin:end]):
             ids = []
             for arg in (*step.args, *_result_args(step)):
                 parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
@@ -218,7 +221,7 @@ class Program:
                     if (id(t.node), t.index) in number:
                         continue
                     place = layout.of(t)
-                    resident = prepared.residents.get(id(place.root.node))
+                    resident = self.prepared.residents.get(id(place.root.node))
                     base = base_of.get(id(place.root.node), 0)
                     offset = place.offset + (0 if base else layout.offsets[id(place.root)])
                     dtype = resident.dtype if resident else t.dtype
@@ -226,7 +229,7 @@ class Program:
                     specs.append((base, offset, dtype.id, [axis(a) for a in t.shape], [axis(a) for a in place.strides]))
                 ids.append([number[id(t.node), t.index] for t in parts])
             nodes.append((step.op.name, ids, len(step.args), pack_params(step.op, dict(step.params)), scratch_offset, scratch_bytes))
-        self._program = engine.Program(prepared.isa, specs, nodes, n_bases, len(self.dim_names))
+        return engine.Program(self.prepared.isa, specs, nodes, n_bases, len(self.dim_names))
 
     def _mapped_address(self, r: Resident) -> int:
         view = r.tensor.node.source.view()
@@ -291,19 +294,24 @@ class Program:
         """Number of the first step that reads an input: where `execute` may resume when only that input has changed."""
         return next(i for i, n in enumerate(self.prepared.layout.steps) if any(t.node.kind == "input" and t.name == name for t in n.inputs))
 
-    def execute_named(self, first_step: int = 0, **dims: int) -> None:
-        """`execute` with run-time axes by name."""
-        self.execute([dims[n] for n in self.dim_names], first_step)
+    def execute_named(self, first_step: int = 0, turn: int | None = None, **dims: int) -> None:
+        """`execute` with run-time axes by name; only one `turn`, where a layout has several."""
+        self.execute([dims[n] for n in self.dim_names], first_step, turn)
 
-    def execute(self, dims: Sequence[int], first_step: int = 0) -> None:
+    def execute(self, dims: Sequence[int], first_step: int = 0, turn: int | None = None) -> None:
         """Replay, from step `first_step`, on the contents of `inputs`; `dims` are the run-time axes in the order of `dim_names`.
 
         Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
         """
-        status, node, message = self._program.run(self.pool, dims, first_step)
-        if status:
-            name = self.prepared.layout.steps[node].op.name if node >= 0 else "?"
-            raise _STATUS[status](f"{name}: {message or 'the kernel refused its arguments'}")
+        turns = self.prepared.layout.turns
+        for number in range(len(turns)) if turn is None else (turn,):
+            begin, end = turns[number]
+            if first_step >= end > begin:
+                continue
+            status, node, message = self._turns[number].run(self.pool, dims, max(0, first_step - begin))
+            if status:
+                name = self.prepared.layout.steps[begin + node].op.name if node >= 0 else "?"
+                raise _STATUS[status](f"{name}: {message or 'the kernel refused its arguments'}")
 
     def run(self, **arrays: np.ndarray) -> Any:
         """Compute the outputs from arrays by input name; run-time axes take their values from the arrays' shapes."""
@@ -334,11 +342,12 @@ class Program:
 
     def profile(self, on: bool) -> None:
         """Start (and reset) or stop the clock of each step."""
-        self._program.profile(on)
+        for program in self._turns:
+            program.profile(on)
 
     def seconds(self) -> list[tuple[Node, float]]:
         """Steps with the seconds spent in each since `profile(True)`."""
-        return list(zip(self.prepared.layout.steps, self._program.seconds()))
+        return list(zip(self.prepared.layout.steps, (s for program in self._turns for s in program.seconds())))
 
 
 class Backend:
@@ -347,9 +356,10 @@ class Backend:
     def __init__(self, n_threads: int | None = None):
         self.n_threads = n_threads or hardware.default_threads()
 
-    def prepare(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False) -> Prepared:
+    def prepare(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False,
+                turns: Turns | None = None) -> Prepared:
         """Plan without loading."""
-        return Prepared(outputs, passes, single, self.n_threads, isa())
+        return Prepared(outputs, passes, single, self.n_threads, isa(), turns)
 
     def compile(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False) -> Program:
         """Plan and load."""
