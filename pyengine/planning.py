@@ -298,8 +298,8 @@ class _Count:
             self.main, self.free = next(iter(want.parts)), dict(want.parts)
             stages = self._placed()
         self.items = [item for device, step, layers in stages for item in (
-            *self._weights(step, device, "weights", ("layers", "experts of layers", "embedding, head and norms")), *self._kv(step, device, layers),
-            self._arena(step, device))]
+            *self._weights(step, device, "weights", ("layers", "experts of layers", "embedding, head and norms")),
+            *self._kv(step, device, layers), self._arena(step, device))]
         self.items += [self._sampler(), *self._overhead()]
         self.encoder, self.image_cache = None, 0
         if self.built.vision:

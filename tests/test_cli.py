@@ -147,7 +147,8 @@ def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert capsys.readouterr() == ("<user:What?>\n", "")
     assert model.calls == [("chat", [{"role": "user", "content": "What?"}], 512, [], {})]
     assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
-                                                "device": "auto", "encoder_device": None})]
+                                                "device": "auto", "encoder_device": None,
+                                                "expert_device": None})]
 
 
 def test_options_reach_the_model(model) -> None:
@@ -209,16 +210,16 @@ def test_options_reach_the_model(model) -> None:
         "seed": 7,
     }
     assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "device": "auto",
-                                  "encoder_device": None}
+                                  "encoder_device": None, "expert_device": None}
     execute(["m", "Q", "-n", "-1"])
     assert model.calls[1][2] is None
 
 
 def test_devices_and_their_sizes(model, capsys) -> None:
     parts = ["--device", "cpu:0=6GiB", "--device", "cpu:1=1.5mib", "--device", "cpu:2=700"]
-    execute(["m", "Q", *parts, "--encoder-device", "cpu:1"])
+    execute(["m", "Q", *parts, "--encoder-device", "cpu:1", "--expert-device", "cpu:2"])
     assert model.loaded[0][2]["device"] == {"cpu:0": 6 << 30, "cpu:1": 3 << 19, "cpu:2": 700}
-    assert model.loaded[0][2]["encoder_device"] == "cpu:1"
+    assert (model.loaded[0][2]["encoder_device"], model.loaded[0][2]["expert_device"]) == ("cpu:1", "cpu:2")
     execute(["m", "Q", "--device", "cpu"])
     assert model.loaded[1][2]["device"] == "cpu"
     capsys.readouterr()
@@ -814,7 +815,8 @@ def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
     assert kv == 3 * 2 * 64 * 2 * 16 * 2  # layers, k and v, cells, heads, head_dim, bytes
     assert execute(["plan", path, "--ctx", "64", "--json", "--device", "cpu:0=300KiB", "--device", "cpu:1=0.3MiB"]) == 0
     assert {i["device"] for i in json.loads(capsys.readouterr().out)["items"]} == {"cpu:0", "cpu:1"}
-    for wrong, message in ((["--device", "gpu:0=1GiB"], "is no part of main memory"), (["--encoder-device", "cpu:1"], "is none of cpu")):
+    for wrong, message in ((["--device", "gpu:0=1GiB"], "is no part of main memory"),
+                           (["--encoder-device", "cpu:1"], "is none of cpu"), (["--expert-device", "cpu:1"], "is none of cpu")):
         assert execute(["plan", path, *wrong]) == 2
         assert message in one_line(capsys.readouterr().err)
     assert execute(["plan", path, "--ctx", "64"]) == 0

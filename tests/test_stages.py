@@ -118,7 +118,7 @@ def experts_of(items) -> set[int]:
 
 
 def test_experts_on_a_part_of_their_own(mixture) -> None:
-    """Attention, caches and head stay; each device has one arena and one set of states; counted and loaded alike, bits of one device."""
+    """Attention, caches and head stay; a device has one arena and one set of states, counted and loaded alike; bits of one device."""
     one = pe.load(mixture, n_ctx=96, n_batch=32)
     free = {"cpu:0": one.plan.of("overhead") + (8 << 20), "cpu:1": 64 << 20}
     two = pe.load(mixture, n_ctx=96, n_batch=32, device=free, expert_device="cpu:1")

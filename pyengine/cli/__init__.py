@@ -58,6 +58,7 @@ Json = Annotated[bool, Option("--json", help="Write JSON.")]
 Devices = Annotated[list[str] | None, Option("--device", metavar="NAME=SIZE", help=(
     "cpu, or parts of memory that layers are spread over: cpu:0=6GiB; repeatable."))]
 EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", help="The part that holds the image encoder.")]
+ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", help="The part that holds the layers' experts.")]
 N_BATCH = 512
 
 
@@ -95,6 +96,7 @@ def run(
     batch: BatchSize = N_BATCH,
     device: Devices = None,
     encoder_device: EncoderDevice = None,
+    expert_device: ExpertDevice = None,
     json: Json = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Say what was seen, how fast, in what memory.")] = False,
 ) -> int:
@@ -120,7 +122,7 @@ def run(
         pictures.check_drawing(draw, shown)
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj, device=devices,
-                         encoder_device=encoder_device)
+                         encoder_device=encoder_device, expert_device=expert_device)
     if shown:
         pictures.need_encoder(loaded)
     base = not raw and answer.is_base(loaded.file.metadata, loaded.file.path)
@@ -161,6 +163,7 @@ def plan(
     mmproj: Mmproj = None,
     device: Devices = None,
     encoder_device: EncoderDevice = None,
+    expert_device: ExpertDevice = None,
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
@@ -171,7 +174,8 @@ def plan(
 
     images = shown.parse_size(picture, pictures)
     found = planning.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
-                          nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device)
+                          nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
+                          expert_device=expert_device)
     if png is not None:
         shown.draw(found, png)
     if json:
