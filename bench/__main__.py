@@ -61,7 +61,14 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         return together.run(paths, args.threads, args.conversations or [4, 16], args.prompt, args.generate, args.rounds)
     if args.suite == "models":
         return peers.models(paths, args.threads, args.prompt, args.generate, args.rounds)
-    return peers.peers(paths, args.threads, args.prompt, args.generate, args.rounds, args.quality, args.engine)
+    return peers.peers(paths, args.threads, args.prompt, args.generate, args.rounds, args.quality, args.engine, dict(args.peer))
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=FOLDER, a folder that is there")
+    return name, Path(folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,10 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("-n", "--generate", type=int, default=128)
     runs.add_argument("-r", "--rounds", type=int, default=5)
     suites.add_parser("models", parents=[common, runs], help="whole models, as a share of the machine's limits")
-    peers = suites.add_parser("peers", parents=[common, runs], help="beside llama.cpp and, with $PYENGINE_IK_BENCH, ik_llama.cpp")
+    peers = suites.add_parser("peers", parents=[common, runs], help="beside llama.cpp and other builds of it")
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
-    peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp", "ik_llama.cpp"],
-                       help="may be repeated; default: all there are")
+    peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp"], help="may be repeated; default: both")
+    peers.add_argument("--peer", action="append", type=_named_folder, default=[], metavar="NAME=FOLDER",
+                       help="another engine: a folder that `pip install --target` filled with llama_cpp or ik_llama_cpp; repeatable")
     beside = suites.add_parser("together", parents=[common, runs], help="conversations side by side, beside one after the other")
     beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
     quality = suites.add_parser("quality", parents=[common], help="the demo model's answers about fresh pictures, by types of weights and caches")

@@ -7,12 +7,11 @@ turns around from round to round, so that whatever else the machine does falls o
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from bench.machine import ROOT
 from bench.stats import summary
 
 OURS, LLAMA, IK = "pyengine", "llama.cpp", "ik_llama.cpp"
+PACKAGES = {"llama_cpp": LLAMA, "ik_llama_cpp": IK}        # what a folder of `--peer` may hold, and the worker that speaks to it
 
 
 class Process:
@@ -57,28 +57,21 @@ class Process:
 
 
 class Engine(Process):
-    """An engine with a text model (bench/worker.py)."""
+    """An engine with a text model (bench/worker.py); `folder` holds its package where it is not the installed one."""
 
-    def __init__(self, name: str, path: str | Path, n_threads: int, n_ctx: int = 512):
-        super().__init__(name, "bench.worker", name, path, "-t", n_threads, "--ctx", n_ctx)
+    def __init__(self, name: str, path: str | Path, n_threads: int, n_ctx: int = 512, folder: Path | None = None):
+        super().__init__(name, "bench.worker", *_which(name, folder), path, "-t", n_threads, "--ctx", n_ctx)
         self.n_vocab: int = self.ready["n_vocab"]
 
 
-def ik_bench() -> str | None:
-    """Path to ik_llama.cpp's llama-bench, from $PYENGINE_IK_BENCH."""
-    path = os.environ.get("PYENGINE_IK_BENCH")
-    if path and not Path(path).is_file():
-        raise FileNotFoundError(f"PYENGINE_IK_BENCH={path}: there is no such file")
-    return path
-
-
-def run_ik(program: str, path: Path, n_prompt: int, n_generate: int, n_threads: int) -> dict[str, float]:
-    """One repetition of ik_llama.cpp's own benchmark; tokens/s by test."""
-    command = [program, "-m", str(path), "-p", str(n_prompt), "-n", str(n_generate), "-t", str(n_threads), "-r", "1", "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    tests = json.loads(done.stdout)
-    return {"pp": next(t["avg_ts"] for t in tests if t["n_prompt"] and not t["n_gen"]),
-            "tg": next(t["avg_ts"] for t in tests if t["n_gen"] and not t["n_prompt"])}
+def _which(name: str, folder: Path | None) -> list[str]:
+    """The worker's arguments that say which engine it is. Raises: FileNotFoundError for a folder without one."""
+    if folder is None:
+        return [name]
+    kinds = [kind for package, kind in PACKAGES.items() if (folder / package).is_dir()]
+    if not kinds:
+        raise FileNotFoundError(f"{folder}: holds none of the packages {', '.join(PACKAGES)}; make it with pip install --target")
+    return [kinds[0], "--folder", str(folder.resolve())]
 
 
 def random_ids(n: int, n_vocab: int) -> list[int]:
@@ -86,11 +79,14 @@ def random_ids(n: int, n_vocab: int) -> list[int]:
     return np.random.default_rng(0).integers(0, n_vocab, n).tolist()
 
 
-def speeds(path: Path, names: Sequence[str], n_threads: int, n_prompt: int, n_generate: int, rounds: int) -> dict[str, Any]:
+def speeds(path: Path, names: Sequence[str], n_threads: int, n_prompt: int, n_generate: int, rounds: int,
+           folders: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Any]:
     """Tokens/s of each engine and the limits, one sample a round. Models of one file are all loaded before the first round."""
     n_ctx = max(n_prompt, n_generate)
-    engines = [Engine(n, path, n_threads, n_ctx) for n in names if n != IK]
+    engines: list[Engine] = []
     try:
+        for name in names:
+            engines.append(Engine(name, path, n_threads, n_ctx, folders.get(name)))
         ids = random_ids(n_ctx, min(e.n_vocab for e in engines))
         tests = {"pp": ("prompt", ids[:n_prompt]), "tg": ("generate", ids[:n_generate])}
         facts = {e.name: e.call("facts", n_prompt=n_prompt, n_generate=n_generate) for e in engines}
@@ -107,24 +103,40 @@ def speeds(path: Path, names: Sequence[str], n_threads: int, n_prompt: int, n_ge
             for test, (call, tokens) in tests.items():
                 for e in engines[:: 1 if r % 2 == 0 else -1]:
                     samples[e.name][test].append(len(tokens) / e.call(call, ids=tokens))
-            if IK in names:
-                for test, value in run_ik(ik_bench(), path, n_prompt, n_generate, n_threads).items():
-                    samples[IK][test].append(value)
     finally:
         for e in engines:
             e.__exit__(None, None, None)
     return {"samples": samples, "limits": bounds, "facts": {n: {k: v for k, v in f.items() if k != "eog"} for n, f in facts.items()}}
 
 
-def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Load to first token in fresh processes, the file in the page cache."""
+def _warm(nbytes: int) -> None:
+    """Write to so much memory and give it back.
+
+    The next process gets these pages. Where a virtual machine returns free memory to its host, each new page of 2 MiB may otherwise
+    take some ms, which would be a measurement of the host.
+    """
+    from pyengine.native import engine
+
+    np.frombuffer(engine.Buffer(nbytes, True), np.uint8)[::4096] = 1
+
+
+def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int,
+                 folders: Mapping[str, Path] = MappingProxyType({})) -> dict[str, list[dict[str, Any]]]:
+    """Load to first token in fresh processes, the file in the page cache, Python's modules compiled as pip does."""
+    import compileall
+
+    compileall.compile_dir(ROOT / "pyengine", quiet=1)
+    for folder in folders.values():
+        compileall.compile_dir(folder, quiet=1)
     with open(path, "rb") as f:
         while f.read(1 << 24):
             pass
-    out: dict[str, list[dict[str, Any]]] = {n: [] for n in names if n != IK}
+    out: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
     for r in range(rounds):
         for name in list(out)[:: 1 if r % 2 == 0 else -1]:
-            command = [sys.executable, "-m", "bench.worker", name, str(path), "-t", str(n_threads), "--first-token"]
+            which = _which(name, folders.get(name))
+            command = [sys.executable, "-m", "bench.worker", *which, str(path), "-t", str(n_threads), "--first-token"]
+            _warm(2 * path.stat().st_size + (1 << 29))
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
             out[name].append(json.loads(done.stdout))
     return out
@@ -158,21 +170,24 @@ def models(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int
 
 
 def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int, rounds: int, quality: bool = False,
-          names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Ratios of our speed to that of each other engine, on each file; with `quality` also whether they say the same."""
-    names = list(names or (OURS, LLAMA, *([IK] if ik_bench() else [])))
+          names: Sequence[str] | None = None, folders: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Any]:
+    """Ratios of our speed to that of each other engine, on each file; with `quality` also whether they say the same.
+
+    folders: other builds, by the names that results give them: folders with the package llama_cpp or ik_llama_cpp.
+    """
+    names = [*(names or (OURS, LLAMA)), *folders]
     results: list[dict[str, Any]] = []
     files: dict[str, Any] = {}
     for path in paths:
-        found = files[path.name] = speeds(path, names, n_threads, n_prompt, n_generate, rounds)
-        found["first_token"] = first_tokens(path, names, n_threads, min(rounds, 5))
+        found = files[path.name] = speeds(path, names, n_threads, n_prompt, n_generate, rounds, folders)
+        found["first_token"] = first_tokens(path, names, n_threads, rounds, folders)
         print(f"{path.name}, {n_threads} threads, read {max(found['limits']['read']) / 1e9:.1f} GB/s")
         for name in names:
             pp, tg = (summary(found["samples"][name][t]) for t in ("pp", "tg"))
-            first = [f["seconds"] for f in found["first_token"].get(name, [])]
+            first = [f["seconds"] for f in found["first_token"][name]]
             print(f"  {name:14} pp{n_prompt} {pp['median']:9.1f} +-{pp['spread']:.1%}   "
                   f"tg{n_generate} {tg['median']:8.1f} +-{tg['spread']:.1%}"
-                  + (f"   first token {np.median(first):6.2f} s" if first else ""), flush=True)
+                  f"   first token {np.median(first):6.3f} s", flush=True)
         if OURS not in names:
             continue
         found["shares"] = _shares(path.name, n_prompt, n_generate, found)
@@ -182,9 +197,8 @@ def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int,
                 continue
             new = [_ratios(f"{path.name} pp{n_prompt} / {name}", own["pp"], found["samples"][name]["pp"]),
                    _ratios(f"{path.name} tg{n_generate} / {name}", own["tg"], found["samples"][name]["tg"])]
-            if name in found["first_token"]:
-                rate = {n: [1 / f["seconds"] for f in found["first_token"][n]] for n in (OURS, name)}
-                new.append(_ratios(f"{path.name} first token / {name}", rate[OURS], rate[name]))
+            rate = {n: [1 / f["seconds"] for f in found["first_token"][n]] for n in (OURS, name)}
+            new.append(_ratios(f"{path.name} first token / {name}", rate[OURS], rate[name]))
             for r in new:
                 score = r["score"]
                 print(f"  {r['name'].removeprefix(path.name):34} {score['median']:6.2f} x  +-{score['spread']:.1%}", flush=True)

@@ -1,6 +1,6 @@
 """One engine with one model in a process of its own, that measures what it is asked: `python -m bench.worker ENGINE MODEL`.
 
-Requests come as lines of JSON on standard input ({"call": name, ...arguments}), answers go to standard output. Both engines are
+Requests come as lines of JSON on standard input ({"call": name, ...arguments}), answers go to standard output. All engines are
 driven by the same calls: a prompt is evaluated from an empty cache in batches of 512 and gives the logits of its last token; in
 generation each token is one evaluation that gives logits, without sampling (llama-bench's definitions of pp and tg).
 """
@@ -24,6 +24,10 @@ FIRST_PROMPT = "The capital of France is"
 
 class PyEngine:
     """This project."""
+
+    @staticmethod
+    def imports() -> None:
+        import pyengine.engine  # noqa: F401
 
     def __init__(self, path: str, n_threads: int, n_ctx: int):
         import pyengine as pe
@@ -59,15 +63,16 @@ class PyEngine:
 class LlamaCpp:
     """llama.cpp through the C functions that llama-cpp-python exposes; settings are those of its own programs."""
 
-    def __init__(self, path: str, n_threads: int, n_ctx: int):
-        from llama_cpp import llama_cpp as api
+    @staticmethod
+    def imports() -> None:
+        import llama_cpp  # noqa: F401
 
-        self.api = api
-        self._quiet = api.llama_log_callback(lambda level, text, data: None)
-        api.llama_log_set(self._quiet, None)
+    def __init__(self, path: str, n_threads: int, n_ctx: int):
+        self.api = api = self._library()
         api.llama_backend_init()
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
+        self._adjust(params)
         self.model = api.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise SystemExit(f"llama.cpp does not load {path}")
@@ -76,12 +81,27 @@ class LlamaCpp:
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, N_BATCH, N_BATCH
         settings.n_threads = settings.n_threads_batch = n_threads
-        settings.swa_full = False                                              # as llama-cli and llama-bench set it
+        self._settle(settings)
         self.context = api.llama_init_from_model(self.model, settings)
         if not self.context:
             raise SystemExit(f"llama.cpp makes no context of {n_ctx} for {path}")
         self.batch = api.llama_batch_init(N_BATCH, 0, 1)
         self.n_past = 0
+
+    def _library(self) -> Any:
+        """The C functions."""
+        from llama_cpp import llama_cpp as api
+
+        self._quiet = api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(self._quiet, None)
+        return api
+
+    def _adjust(self, params: Any) -> None:
+        """Set what is not the library's default for a model."""
+
+    def _settle(self, settings: Any) -> None:
+        """Settings of the context that are not the library's defaults."""
+        settings.swa_full = False                                              # as llama-cli and llama-bench set it
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         data = text.encode()
@@ -125,7 +145,50 @@ class LlamaCpp:
                 "eog": [i for i in range(self.n_vocab) if self.api.llama_vocab_is_eog(v, i)]}
 
 
-ENGINES = {"pyengine": PyEngine, "llama.cpp": LlamaCpp}
+class IkLlama(LlamaCpp):
+    """ik_llama.cpp through ik-llama-cpp-python: the functions of an older llama.cpp under the same names, some with other arguments.
+
+    Weights are repacked as they are loaded and attention is fused, which its programs do when asked (-rtr 1 -fa 1).
+    """
+
+    @staticmethod
+    def imports() -> None:
+        import ik_llama_cpp  # noqa: F401
+
+    def __init__(self, path: str, n_threads: int, n_ctx: int):
+        super().__init__(path, n_threads, n_ctx)
+        self.vocab = self.model                                                # its text functions take the model
+
+    def _library(self) -> Any:
+        from ik_llama_cpp import _ctypes_api as api
+
+        api.llama_get_logits = api._lib.llama_get_logits                       # not among its bindings
+        api.llama_get_logits.argtypes, api.llama_get_logits.restype = [ctypes.c_void_p], ctypes.POINTER(ctypes.c_float)
+        api._lib.llama_print_system_info.restype = ctypes.c_char_p
+        return api
+
+    def _adjust(self, params: Any) -> None:
+        params.repack_tensors = True
+
+    def _settle(self, settings: Any) -> None:
+        settings.flash_attn = True
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        buffer, out = ctypes.create_string_buffer(256), b""
+        for i in ids:
+            n = self.api.llama_token_to_piece(self.vocab, i, buffer, len(buffer), 0, True)
+            out += buffer.raw[: max(n, 0)]
+        return out.decode("utf-8", "replace")
+
+    def reset(self) -> None:
+        self.api.llama_kv_cache_clear(self.context)
+        self.n_past = 0
+
+    def facts(self, n_prompt: int, n_generate: int) -> dict[str, Any]:
+        return {"system": self.api._lib.llama_print_system_info().decode().strip()}
+
+
+ENGINES = {"pyengine": PyEngine, "llama.cpp": LlamaCpp, "ik_llama.cpp": IkLlama}
 
 
 class Worker:
@@ -178,12 +241,19 @@ class Worker:
 
 
 def first_token(engine: str, path: str, n_threads: int) -> dict[str, Any]:
-    """Seconds from before the engine is imported until its first token is text."""
+    """Seconds from before the engine is imported until its first token is text, and the shares of its parts.
+
+    The interpreter and NumPy, which every engine's Python package needs, are there before.
+    """
     start = time.perf_counter()
+    ENGINES[engine].imports()
+    imported = time.perf_counter()
     e = ENGINES[engine](path, n_threads, N_BATCH)
     loaded = time.perf_counter()
     text = e.detokenize([int(e.evaluate(e.tokenize(FIRST_PROMPT))[0].argmax())])
-    return {"seconds": time.perf_counter() - start, "load_seconds": loaded - start, "text": text}
+    end = time.perf_counter()
+    return {"seconds": end - start, "import_seconds": imported - start, "load_seconds": loaded - imported,
+            "prompt_seconds": end - loaded, "text": text}
 
 
 def own_stdout() -> TextIO:
@@ -208,7 +278,10 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, required=True)
     parser.add_argument("--ctx", type=int, default=N_BATCH)
     parser.add_argument("--first-token", action="store_true")
+    parser.add_argument("--folder", help="holds the engine's package; default: the installed one")
     args = parser.parse_args()
+    if args.folder:
+        sys.path.insert(0, args.folder)
     answers = own_stdout()
     if args.first_token:
         print(json.dumps(first_token(args.engine, args.model, args.threads)), file=answers, flush=True)

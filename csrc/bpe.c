@@ -40,6 +40,16 @@ static inline uint64_t slot_of(uint64_t h, int64_t i) { return (h & 0xffffffff00
 static inline int64_t index_in(uint64_t slot) { return (int64_t)(slot & 0xffffffffu) - 1; }
 static inline int same_tag(uint64_t slot, uint64_t h) { return slot >> 32 == h >> 32; }
 
+int64_t pe_strings_pass(const uint8_t *data, int64_t n_bytes, int64_t n, int64_t *at) {
+  for (int64_t i = 0; i < n; i++) {
+    if (n_bytes - *at < LENGTH_BYTES) return i;
+    uint64_t size = load_u64(data + *at);
+    if (size > (uint64_t)(n_bytes - *at - LENGTH_BYTES)) return i;
+    *at += LENGTH_BYTES + (int64_t)size;
+  }
+  return n;
+}
+
 pe_status pe_strings_index(pe_strings *s) {
   if (s->n < 0 || s->n >= INT32_MAX || s->n_slots <= s->n || (s->n_slots & (s->n_slots - 1))) return PE_BAD_SHAPE;
   s->n_twice = s->n_empty = s->longest = 0;

@@ -32,6 +32,9 @@ typedef struct pe_strings {
   int64_t longest;       /* written: bytes of the longest string */
 } pe_strings;
 
+/* Pass over n strings from data[*at] on. Returns how many of them lie within the data as a whole; *at is moved behind these. */
+PE_API int64_t pe_strings_pass(const uint8_t *data, int64_t n_bytes, int64_t n, int64_t *at);
+
 /* Fill the written fields. PE_BAD_SHAPE: a length exceeds what is left of the data, or n_slots is no such number.
  * PE_BAD_VALUE: so many hashes are equal that finding would be slow; only made-up strings get there. */
 PE_API pe_status pe_strings_index(pe_strings *s);

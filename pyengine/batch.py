@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -185,8 +186,7 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
     return Rows(keys, np.concatenate(ids), np.concatenate(positions, axis=1), np.concatenate(span_end), media, at)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The graph's inputs for one step of `m` rows, `w` of which go through the last layer and `l` through the output head."""
 
     rows: Dim                # m

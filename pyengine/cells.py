@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -22,8 +23,7 @@ from pyengine.kvcache import Chunked, Full, Policy, Sliding
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Layers with the same policy: they share a table.
 
     slots   tokens of one sequence that the table can name

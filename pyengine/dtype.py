@@ -6,8 +6,7 @@ a plain type is a block of one. Ids and sizes are those of ggml (`ggml.h: enum g
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ PACKED_BIT = 256  # id of a packed format = id of the format + PACKED_BIT; every
 _PACKED_SUFFIX = ":packed"
 
 
-@dataclass(frozen=True)
-class DType:
+class DType(NamedTuple):
     """Describe how elements of one type lie in memory.
 
     name    ggml's name: "F32", "Q4_K"; a packed form appends ":packed"
@@ -115,6 +113,8 @@ def dtype(key: str | int) -> DType:
     if isinstance(key, str):
         found = _BY_NAME.get(key.casefold())
         if found is None:
+            import difflib                               # for errors only
+
             near = difflib.get_close_matches(key.upper(), [t.name for t in DTYPES], n=3)
             raise UnsupportedModelError(f"no dtype is named {key!r}" + (f"; near: {', '.join(near)}" if near else ""))
         return found

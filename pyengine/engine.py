@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyengine import sessions
 from pyengine.batch import MediaSegment, Rows, lay_out_rows
 from pyengine.cells import Sequence as Cached
 from pyengine.codebooks import ensure_codebooks
@@ -274,6 +273,8 @@ class Model:
         notes: bytes that are kept beside the cells, for `sessions.read_notes`. Returns the file's bytes.
         Raises: SessionError, RequestError where the conversation is no longer in the caches.
         """
+        from pyengine import sessions
+
         held = self._runner.cells.sequences
         s = answer.report.sequence if answer is not None else max(held, key=lambda s: s.used, default=None)
         if s not in held:
@@ -291,10 +292,14 @@ class Model:
         Raises: SessionError for a file that is damaged, or of another model or kv_dtype; ContextOverflowError; PlanError when
         no cells are free.
         """
+        from pyengine import sessions
+
         return len(sessions.restore(path, self._runner, self._identity(), self.n_vocab, self.n_ctx))
 
     def _identity(self) -> bytes:
         if not self._fingerprint:
+            from pyengine import sessions
+
             tables = [a for r in self._runner.ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
             self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
         return self._fingerprint

@@ -17,7 +17,6 @@ Source: docs/gguf.md of ggml.
 
 from __future__ import annotations
 
-import difflib
 import math
 import mmap
 import os
@@ -25,7 +24,6 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +32,7 @@ import numpy as np
 
 from pyengine.dtype import DType, dtype
 from pyengine.errors import InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
+from pyengine.native import ffi, lib
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -56,6 +55,8 @@ _TYPE_NAMES = {**_NUMBERS, _STRING: "string", _ARRAY: "array"}
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; near: a, b" for an error's end, or "" where nothing resembles `name`. Bounded for hostile names."""
+    import difflib                                       # for errors only
+
     short = list(islice(dict.fromkeys(n for n in names if len(n) <= 200), 4096))
     near = difflib.get_close_matches(name, short, n=3) if len(name) <= 200 else []
     return f"; near: {', '.join(near)}" if near else ""
@@ -66,8 +67,7 @@ def quoted(name: str) -> str:
     return repr(name if len(name) <= 100 else name[:100] + "...")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Say what a tensor is and where its bytes lie."""
 
     name: str
@@ -165,16 +165,16 @@ class _Scanner:
             return self._numbers(key, type, True, count)
         self.require(count * 8, f"the {count} strings of {key}")
         found = _Value(type, True, count, self.pos)
-        # The only way to the end of an array of strings is from length to length; this loop is the cost of opening.
-        unpack, buffer, pos, last = _U64.unpack_from, self.buffer, self.pos, self.size - 8
-        for i in range(count):
-            if pos > last:
-                raise self.fail(f"{key}[{i}]", "begins past the end of the file", pos)
-            pos += 8 + unpack(buffer, pos)[0]
-        if pos > self.size:
-            past = pos - self.size
-            raise self.fail(f"{key}[{count - 1}]", f"ends {past} bytes past the end of the file", self.size)
-        self.pos = pos
+        # The only way to the end of an array of strings is from length to length: in C, for a vocabulary has 300,000.
+        at = ffi.new("int64_t *", self.pos)
+        with ffi.from_buffer("uint8_t[]", self.buffer) as data:
+            n_whole = lib.pe_strings_pass(data, self.size, count, at)
+        self.pos = at[0]
+        if n_whole < count:
+            if self.pos > self.size - 8:
+                raise self.fail(f"{key}[{n_whole}]", "begins past the end of the file")
+            past = self.pos + 8 + _U64.unpack_from(self.buffer, self.pos)[0] - self.size
+            raise self.fail(f"{key}[{n_whole}]", f"ends {past} bytes past the end of the file")
         return found
 
     def _numbers(self, key: str, type: int, is_array: bool, count: int) -> _Value:
@@ -365,7 +365,7 @@ class _Part:
             if end > scan.size:
                 raise scan.fail(f"offset of {name}", f"is {info.offset}: with {info.nbytes} bytes, and the data from "
                                 f"byte {start} on, it ends {end - scan.size} bytes past the end of the file", where)
-            tensors[info.name] = replace(info, offset=start + info.offset)
+            tensors[info.name] = info._replace(offset=start + info.offset)
         end, before = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.offset):
             if info.offset < end:

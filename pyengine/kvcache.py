@@ -7,6 +7,7 @@ sequence lies in cell table[j % len(table)].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,8 +80,7 @@ def visible(policy: Policy, index: np.ndarray, span_end: np.ndarray | None = Non
     return lo.astype(np.int32), hi.astype(np.int32)
 
 
-@dataclass(frozen=True)
-class LayerCache:
+class LayerCache(NamedTuple):
     """One layer's cache in a graph: states k, v [kv heads, cells, head_dim], and the run-time inputs of its policy."""
 
     k: Tensor

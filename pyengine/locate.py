@@ -14,7 +14,6 @@ goes with the models of its repository; in $PYENGINE_MODELS, with those of the s
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -176,6 +175,8 @@ def _in_ollama(root: Path, problems: list[str]) -> Iterator[FoundModel]:
 
 def _read_manifest(path: Path, blobs: Path) -> tuple[Path, Path | None]:
     """Return the blobs of the model and of its projector. Raises: ModelNotFoundError for what is malformed."""
+    import json                                          # most models are given by their path
+
     text = _read_text(path, MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:
         raise ModelNotFoundError(f"{path}: manifest is larger than {MAX_MANIFEST_BYTES} bytes")

@@ -10,7 +10,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,6 +85,8 @@ class MediaEncoder:
         in_use: digests that a conversation still holds; they are dropped from the cache last.
         Raises: ImageError, RequestError from the model's processor.
         """
+        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
+
         from pyengine.image import Video                                       # Pillow takes 20 ms to import
 
         entry = self._cache.get(media.digest)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,7 +112,7 @@ class PatchEmbedding(Linear):
         parts = [w.tensor(name, (width, channels, p, p)) for name in slices]
         shape = (width, len(parts) * channels * p * p)
         if len(parts) == 1:
-            self.weight = constant(replace(parts[0], shape=shape))
+            self.weight = constant(parts[0]._replace(shape=shape))
         else:
             self.weight = constant(DerivedRef(parts[0].name, shape, tuple(parts), lambda *a: np.stack(a, axis=2).reshape(shape)))
         bias = w.optional("bias", (width,))
@@ -132,8 +131,7 @@ class LayerNorm:
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-@dataclass(frozen=True)
-class Rope:
+class Rope(NamedTuple):
     """Frequencies of a rotary embedding: `inv_freq` float32 [n_rot / 2]; `scale` multiplies cosines and sines."""
 
     inv_freq: np.ndarray

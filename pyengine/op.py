@@ -24,7 +24,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -59,8 +59,7 @@ F32, I32, Float, Weight, Cache, Same = (_Kind(k) for k in ("F32", "I32", "Float"
 _ALLOWED = {"F32": {"F32"}, "I32": {"I32"}, "Float": {"F32", "F16", "BF16"}, "Cache": {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}}
 
 
-@dataclass(frozen=True)
-class Param:
+class Param(NamedTuple):
     """A keyword-only argument: float, int, bool, a tuple of ints (at most 6), or a Literal of strings (an enum in C)."""
 
     name: str
@@ -92,8 +91,7 @@ def _param_of(p: inspect.Parameter, annotation: Any, where: str) -> Param:
     return Param(p.name, kinds[annotation], p.default)
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Shapes of the arguments (None: absent; a list for list arguments), dtypes where not F32, and parameters."""
 
     shapes: dict[str, Any]
@@ -173,8 +171,7 @@ class Op:
         args = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         shapes = self.infer(args, params) if self.infer else self._infer(args)
         node = Node(self, args, tuple(params.items()))
-        outputs = tuple(Tensor(node, tuple(s), d, i) for i, (s, d) in enumerate(shapes))
-        object.__setattr__(node, "outputs", outputs)
+        node.outputs = outputs = tuple([Tensor(node, tuple(s), d, i) for i, (s, d) in enumerate(shapes)])
         return outputs[0] if len(self.results) == 1 and not self.results[0].many else outputs
 
     def argument(self, args: Sequence[Any], name: str) -> Any:

@@ -18,9 +18,9 @@ Pass = Callable[[list[Tensor]], list[Tensor]]
 
 
 def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], Sequence[Tensor] | None],
-            leaf: Callable[[Node], Sequence[Tensor]] = lambda node: node.outputs) -> list[Tensor]:
+            leaf: Callable[[Node], Sequence[Tensor]] = lambda node: node.outputs, nodes: Sequence[Node] | None = None) -> list[Tensor]:
     """Copy the graph bottom up. `rule(node, new_args)` gives the outputs that replace a node's, or None to keep it; `leaf(node)`
-    those that replace a leaf's."""
+    those that replace a leaf's. nodes: `topological(outputs)`, where it is known."""
     new: dict[int, Sequence[Tensor]] = {}                                      # of nodes that change
 
     def moved(arg: Any) -> Any:
@@ -28,15 +28,18 @@ def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], S
             return tuple(moved(a) for a in arg)
         return arg if arg is None or id(arg.node) not in new else new[id(arg.node)][arg.index]
 
-    for node in topological(outputs):
+    for node in topological(outputs) if nodes is None else nodes:
         if node.op is None:
             made = leaf(node)
         else:
-            touched = any(id(t.node) in new for t in node.inputs)
-            args = tuple(moved(a) for a in node.args) if touched else node.args
+            args = node.args
+            for t in node.inputs:
+                if id(t.node) in new:
+                    args = tuple([moved(a) for a in args])
+                    break
             made = rule(node, args)
             if made is None:
-                made = node.with_args(args).outputs if touched else node.outputs
+                made = node.outputs if args is node.args else node.with_args(args).outputs
         if made is not node.outputs:
             new[id(node)] = made
     return [moved(t) for t in outputs]
@@ -79,7 +82,8 @@ def share(outputs: list[Tensor]) -> list[Tensor]:
 def merge_products(outputs: list[Tensor]) -> list[Tensor]:
     """Plain products of one input become one node: q/k/v, gate/up. The input is read and quantized once."""
     groups: dict[Any, list[Node]] = {}
-    for node in topological(outputs):
+    nodes = topological(outputs)
+    for node in nodes:
         if node.op is not ops.linear:
             continue
         x, w, bias, norm, residual = node.args
@@ -100,12 +104,13 @@ def merge_products(outputs: list[Tensor]) -> list[Tensor]:
         i = next(i for i, n in enumerate(group) if n is node)
         return (merged[id(group)][i],)
 
-    return rebuild(outputs, rule)
+    return rebuild(outputs, rule, nodes=nodes)
 
 
 def fold_norm(outputs: list[Tensor]) -> list[Tensor]:
     """An RMS norm that only one product reads moves into that product."""
-    read = users(topological(outputs))
+    nodes = topological(outputs)
+    read = users(nodes)
     kept = {(id(t.node), t.index) for t in outputs}
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
@@ -120,7 +125,7 @@ def fold_norm(outputs: list[Tensor]) -> list[Tensor]:
         params = dict(node.params) | {"norm_eps": dict(args[0].node.params)["eps"]}
         return make(ops.linear, (x, args[1], args[2], weight, args[4]), params)
 
-    return rebuild(outputs, rule)
+    return rebuild(outputs, rule, nodes=nodes)
 
 
 _GLU = ("silu", "gelu_tanh", "gelu", "relu")
@@ -128,7 +133,8 @@ _GLU = ("silu", "gelu_tanh", "gelu", "relu")
 
 def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
     """activation(gate) * up, both from one product, becomes part of that product."""
-    read = users(topological(outputs))
+    nodes = topological(outputs)
+    read = users(nodes)
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
         if node.op is not ops.binary or dict(node.params)["kind"] != "mul":
@@ -146,12 +152,13 @@ def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
                 return make(ops.linear, gate.node.args, dict(gate.node.params) | {"glu": dict(act.node.params)["kind"]})
         return None
 
-    return rebuild(outputs, rule)
+    return rebuild(outputs, rule, nodes=nodes)
 
 
 def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
     """y + residual moves into the product, the RMS norm or the sum over experts that makes y."""
-    read = users(topological(outputs))
+    nodes = topological(outputs)
+    read = users(nodes)
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
         if node.op is not ops.binary or dict(node.params)["kind"] != "add":
@@ -169,12 +176,13 @@ def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
                 return make(ops.sum_experts, (*y.node.args[:2], other), p)
         return None
 
-    return rebuild(outputs, rule)
+    return rebuild(outputs, rule, nodes=nodes)
 
 
 def fold_softcap(outputs: list[Tensor]) -> list[Tensor]:
     """A soft cap of a product's only result moves into the product."""
-    read = users(topological(outputs))
+    nodes = topological(outputs)
+    read = users(nodes)
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
         if node.op is not ops.softcap or not _is(args[0], ops.linear) or len(args[0].node.outputs) != 1:
@@ -184,12 +192,13 @@ def fold_softcap(outputs: list[Tensor]) -> list[Tensor]:
             return None
         return make(ops.linear, y.node.args, dict(y.node.params) | {"softcap": dict(node.params)["cap"]})
 
-    return rebuild(outputs, rule)
+    return rebuild(outputs, rule, nodes=nodes)
 
 
 def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
     """q/k-norm, rotation of q and k, and both cache writes before an attention become one node."""
-    read = users(topological(outputs))
+    nodes = topological(outputs)
+    read = users(nodes)
 
     def once(t: Tensor) -> bool:
         return len(read[id(t.node), t.index]) == 1
@@ -221,7 +230,7 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
                        dict(q.node.params) | {"eps": q_eps or k_eps or 0.0})
         return make(ops.attention, (q, k, v, *args[3:]), dict(node.params))
 
-    return rebuild(outputs, rule)
+    return rebuild(outputs, rule, nodes=nodes)
 
 
 PASSES: dict[str, Pass] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
@@ -23,8 +23,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """`size` bytes that are in use from step `start` to step `end`, both included."""
 
     start: int
@@ -59,8 +58,7 @@ def place(intervals: Sequence[Interval]) -> tuple[list[int], int]:
     return offsets, aligned(total)
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """Where a tensor's elements are: `root` owns the memory, `offset` bytes into it, strides in bytes."""
 
     root: Tensor
@@ -164,6 +162,9 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
 
     def needs_copy(node: Node, args: tuple[Any, ...]) -> Any:
         """Insert copies: arguments that are strided views where the op wants contiguous ones."""
+        strides = node.op.view in ("transpose", "slice")
+        if not strided_views and not strides:
+            return None
         names = list(node.op.args)
         fixed = []
         for name, arg in zip(names, args):
@@ -176,7 +177,7 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
             fixed.append(parts if isinstance(arg, tuple) else parts[0])
         changed = any(a is not b for a, b in zip(fixed, args)) or tuple(fixed) != node.args
         out = node.with_args(tuple(fixed)).outputs if changed else node.outputs
-        if node.op.view in ("transpose", "slice"):
+        if strides:
             strided_views[id(out[0].node), 0] = True
         return out
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyengine import hardware
 from pyengine.backends import backend
@@ -255,8 +255,7 @@ class Settings:
         return (numbers[:2] if len(numbers) > 1 else None), (numbers[-1] if len(numbers) != 2 else None)
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """A model laid out, nothing loaded: its step, its media encoder's run (or None), and the count of both."""
 
     built: Built
@@ -548,7 +547,7 @@ def lay_out_model(files: Files, want: Settings, machine: hardware.Hardware | Non
             if planned.plan.max_ctx:
                 planned = _Count(files, replace(want, n_ctx=_rounded(planned.plan.max_ctx)), machine).planned()
                 note = f"context: {planned.plan.n_ctx} of the {count.trained} trained positions are what fits"
-        return replace(planned, plan=replace(planned.plan, notes=(note, *planned.plan.notes)))
+        return planned._replace(plan=replace(planned.plan, notes=(note, *planned.plan.notes)))
 
 
 def _rounded(n_ctx: int) -> int:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ from pyengine.sampling import Sampled, Sampler
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Rows [start, stop) of a prompt, which follow what `sequence` has; `wanted` of them, from `start` on, give logits."""
 
     sequence: Sequence

@@ -8,8 +8,7 @@ another device needs is an output of its own program and an input there, copied 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ from pyengine.tensor import Node, Tensor, axis_value, make_leaf, product
 ANYWHERE = -1
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What one device computes of a graph.
 
     stages   numbers of its stages, in order: its turns
@@ -107,8 +105,7 @@ def _part(outputs: list[Tensor], received: Callable[[Node], Sequence[Tensor] | N
     return rebuild(outputs, lambda node, args: border.get(id(node)))
 
 
-@dataclass(frozen=True)
-class StagedPlan:
+class StagedPlan(NamedTuple):
     """Parts that a backend has laid out, nothing loaded; stands where one `Prepared` does."""
 
     parts: list[Part]

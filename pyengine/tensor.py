@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pyengine.dtype import DType
@@ -65,46 +65,48 @@ def product(axes: Sequence[Axis]) -> Axis:
     return n if dim is None else dim * n
 
 
-@dataclass(frozen=True, eq=False)
 class Node:
-    """An op applied to arguments. Leaves have `op` None and a `kind`: input, constant or state."""
+    """An op applied to arguments. Leaves have `op` None and a `kind`: input, constant or state. Nobody changes it once it has outputs.
 
-    op: Any                                        # pyengine.op.Op, or None for a leaf
-    args: tuple[Any, ...] = ()                     # Tensor | None | tuple[Tensor, ...] in the order of the declaration
-    params: tuple[tuple[str, Any], ...] = ()
-    kind: str = "op"
-    name: str = ""
-    source: Any = None                             # constants: ndarray or WeightRef
-    outputs: tuple[Tensor, ...] = field(default=(), init=False)
-    inputs: tuple[Tensor, ...] = field(default=(), init=False)   # list arguments flattened, absent ones left out
+    A graph is made and rewritten pass by pass, thousands of nodes before the first token: this and `Tensor` are plain classes, since
+    frozen dataclasses take four times as long to make.
+    """
 
-    def __post_init__(self) -> None:
-        flat: list[Tensor] = []
-        for a in self.args:
+    __slots__ = ("op", "args", "params", "kind", "name", "source", "outputs", "inputs")
+
+    def __init__(self, op: Any, args: tuple[Any, ...] = (), params: tuple[tuple[str, Any], ...] = (), kind: str = "op", name: str = "",
+                 source: Any = None):
+        self.op = op                                   # pyengine.op.Op, or None for a leaf
+        self.args = args                               # Tensor | None | tuple[Tensor, ...] in the order of the declaration
+        self.params = params
+        self.kind, self.name = kind, name
+        self.source = source                           # constants: ndarray or WeightRef
+        self.outputs: tuple[Tensor, ...] = ()
+        flat: list[Tensor] = []                        # list arguments flattened, absent ones left out
+        for a in args:
             if isinstance(a, tuple):
                 flat.extend(a)
             elif a is not None:
                 flat.append(a)
-        object.__setattr__(self, "inputs", tuple(flat))
+        self.inputs = tuple(flat)
 
     def with_args(self, args: tuple[Any, ...]) -> Node:
         """The same op on other arguments of the same shapes and dtypes."""
         node = Node(self.op, args, self.params)
-        object.__setattr__(node, "outputs", tuple(Tensor(node, t.shape, t.dtype, t.index) for t in self.outputs))
+        node.outputs = tuple([Tensor(node, t.shape, t.dtype, t.index) for t in self.outputs])
         return node
 
     def __repr__(self) -> str:
         return f"<{self.op.name if self.op else self.kind} {self.name}>"
 
 
-@dataclass(frozen=True, eq=False)
 class Tensor:
-    """One value in a graph: `shape` slowest axis first, `dtype` from pyengine.dtype."""
+    """One value in a graph: `shape` slowest axis first, `dtype` from pyengine.dtype, `index` among its node's outputs."""
 
-    node: Node
-    shape: Shape
-    dtype: DType
-    index: int = 0
+    __slots__ = ("node", "shape", "dtype", "index")
+
+    def __init__(self, node: Node, shape: Shape, dtype: DType, index: int = 0):
+        self.node, self.shape, self.dtype, self.index = node, shape, dtype, index
 
     @property
     def ndim(self) -> int:
@@ -132,5 +134,5 @@ def make_leaf(kind: str, name: str, shape: Sequence[Axis], dtype: DType, source:
     """A tensor that no op computes: kind is input, constant or state (memory that outlives a run: KV caches)."""
     node = Node(None, kind=kind, name=name, source=source)
     out = Tensor(node, tuple(shape), dtype)
-    object.__setattr__(node, "outputs", (out,))
+    node.outputs = (out,)
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,14 +26,13 @@ def pages(shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape)) * 4, **private), np.float32, math.prod(shape)).reshape(shape)
 
 
-@dataclass(frozen=True)
-class WeightRef:
+class WeightRef(NamedTuple):
     """Name one tensor of a file, with the shape that the model gives it. Nothing is read until bytes are asked for."""
 
     name: str
     shape: tuple[int, ...]     # slowest axis first
     dtype: DType
-    source: GGUFFile = field(repr=False)
+    source: GGUFFile
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +65,7 @@ class WeightRef:
         return self.source.drop(self.name)
 
 
-@dataclass(frozen=True)
-class DerivedRef:
+class DerivedRef(NamedTuple):
     """A float32 weight that is computed from tensors of the file when it is loaded (a transposed matrix, joined slices).
 
     make(*arrays) gets `WeightRef.floats` of each part and returns an array of `shape`.
@@ -76,7 +74,7 @@ class DerivedRef:
     name: str
     shape: tuple[int, ...]
     parts: tuple[WeightRef, ...]
-    make: Callable[..., np.ndarray] = field(repr=False)
+    make: Callable[..., np.ndarray]
     dtype: DType = dtype_of("F32")
 
     def view(self) -> np.ndarray:

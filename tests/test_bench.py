@@ -252,6 +252,26 @@ def test_our_worker_measures_and_judges_a_model(kernels, tiny_gguf, monkeypatch,
     assert "of read" in capsys.readouterr().out
 
 
+def test_parts_of_the_first_token_add_up(tiny_gguf) -> None:
+    from bench import peers
+
+    (found,) = peers.first_tokens(tiny_gguf("llama")[0], [peers.OURS], 1, 1)[peers.OURS]
+    parts = [found[f"{name}_seconds"] for name in ("import", "load", "prompt")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(found["seconds"])
+
+
+def test_a_folder_says_which_engine_it_holds(tmp_path) -> None:
+    from bench import __main__, peers
+
+    for package, kind in peers.PACKAGES.items():
+        (tmp_path / kind / package).mkdir(parents=True)
+        assert peers._which("other", tmp_path / kind) == [kind, "--folder", str(tmp_path / kind)]
+    args = __main__._parser().parse_args(["peers", "m.gguf", "--peer", f"other={tmp_path}"])
+    assert dict(args.peer) == {"other": tmp_path}
+    with pytest.raises(FileNotFoundError, match="holds none of the packages llama_cpp, ik_llama_cpp"):
+        peers._which(*args.peer[0])
+
+
 def test_a_worker_that_fails_is_an_error(tmp_path) -> None:
     from bench.peers import Engine
 

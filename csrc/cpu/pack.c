@@ -76,11 +76,17 @@ static void put_plane1(uint8_t *to, const uint8_t *bits, int shift) {
   put(to, 0, w);
 }
 
-/* The fifth bits of a 32-block: bit i of qh belongs to k = i. The product spreads bits 0..3 to bytes 0..3. */
+/* Bits 0..3 of a byte become bit 0 of bytes 0..3, its bits 4..7 their bit 1. The product spreads four bits. */
+#define SPREAD4(b) (((b) & 15u) * 0x00204081u & 0x01010101u)
+#define SPREAD(b) (SPREAD4(b) | SPREAD4((b) >> 4) << 1)
+#define SPREAD_4(b) SPREAD(b), SPREAD((b) + 1), SPREAD((b) + 2), SPREAD((b) + 3)
+#define SPREAD_16(b) SPREAD_4(b), SPREAD_4((b) + 4), SPREAD_4((b) + 8), SPREAD_4((b) + 12)
+#define SPREAD_64(b) SPREAD_16(b), SPREAD_16((b) + 16), SPREAD_16((b) + 32), SPREAD_16((b) + 48)
+static const uint32_t spread[256] = {SPREAD_64(0u), SPREAD_64(64u), SPREAD_64(128u), SPREAD_64(192u)};
+
+/* The fifth bits of a 32-block: bit i of qh belongs to k = i. */
 static void put_plane1_of_32(uint8_t *to, const uint8_t *qh) {
-  uint32_t bits = word(qh), w = 0;
-  for (int g = 0; g < 8; g++) w |= ((bits >> 4 * g & 15u) * 0x00204081u & 0x01010101u) << g;
-  put(to, 0, w);
+  put(to, 0, spread[qh[0]] | spread[qh[1]] << 2 | spread[qh[2]] << 4 | spread[qh[3]] << 6);
 }
 
 /* One block of row r; `head` and `body` are those of the block. */
@@ -216,6 +222,13 @@ static void pack_floats(const uint8_t *src, int64_t size, int64_t rows, int64_t 
   }
 }
 
+/* The next group, on both sides: lines that are needed some thousand instructions later. Rows are too short for the processor to
+ * foresee them; without this, packing takes twice as long from memory as from a cache (2026-11, Zen 5). */
+static inline void fetch_ahead(const uint8_t *to, int64_t n_to, const uint8_t *from, int64_t n_from) {
+  for (int64_t i = 0; i < n_to; i += 64) __builtin_prefetch(to + i, 1);
+  for (int64_t i = 0; i < n_from; i += 64) __builtin_prefetch(from + i, 0);
+}
+
 pe_status pe_pack_groups(int32_t dtype, const void *src, int64_t n, int64_t k, int64_t group_begin, int64_t group_end,
                          void *dst) {
   layout l = layout_of(dtype);
@@ -223,7 +236,7 @@ pe_status pe_pack_groups(int32_t dtype, const void *src, int64_t n, int64_t k, i
   if (!pe_pack_bytes(dtype, n, k)) return PE_BAD_SHAPE;
   if (group_begin < 0 || group_begin > group_end || group_end > (n + 15) / 16) return PE_BAD_SHAPE;
   int64_t group = pe_pack_group_bytes(dtype, k), block = file_block_bytes(dtype), blocks = k / l.k;
-  int64_t unit = l.blocks * (l.head + l.body);
+  int64_t unit = l.blocks * (l.head + l.body), share = group / (16 * blocks);
   for (int64_t g = group_begin; g < group_end; g++) {
     const uint8_t *from = (const uint8_t *)src + 16 * g * blocks * block;
     uint8_t *to = (uint8_t *)dst + g * group;
@@ -235,11 +248,15 @@ pe_status pe_pack_groups(int32_t dtype, const void *src, int64_t n, int64_t k, i
       memset(to + k * l.body, 0, (size_t)(group - k * l.body));
       continue;
     }
+    const uint8_t *next_to = to + group, *next_from = from + 16 * blocks * block;
     for (int64_t b = 0; b < blocks; b++) {
       uint8_t *base = to + b / l.blocks * unit, *head = base + b % l.blocks * l.head;
       uint8_t *body = base + l.blocks * l.head + b % l.blocks * l.body;
       if (b == blocks - 1) memset(head, 0, (size_t)((l.blocks - b % l.blocks) * l.head)); /* fills the last unit */
-      for (int64_t r = 0; r < rows; r++) pack_block(dtype, from + (r * blocks + b) * block, head, body, (int)r);
+      for (int64_t r = 0; r < rows; r++, next_to += share, next_from += block) {
+        fetch_ahead(next_to, share, next_from, block);
+        pack_block(dtype, from + (r * blocks + b) * block, head, body, (int)r);
+      }
     }
     int64_t used = (blocks + l.blocks - 1) / l.blocks * l.blocks * l.head + blocks * l.body;
     memset(to + used, 0, (size_t)(group - used));

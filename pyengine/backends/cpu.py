@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -117,12 +117,17 @@ class Prepared:
     def resized(self, states: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """(bytes of the arena, bytes of all states) if these states had these shapes: larger caches, without a graph of them."""
         layout, sizes = self.layout, [n for _, n in self.layout.scratch]
-        for i, node in enumerate(layout.steps):
-            if any(layout.of(t).root.node.kind == "state" for t in node.inputs):
-                sizes[i] = self._scratch_bytes(node, states)
+        for i in self._stateful:
+            sizes[i] = self._scratch_bytes(layout.steps[i], states)
         same = sizes == [n for _, n in layout.scratch]
         total = sum(aligned(t.dtype.size(math.prod(states.get(t.name, t.shape)))) for t in self.states)
         return layout.arena_bytes if same else layout.place(sizes)[1], total
+
+    @cached_property
+    def _stateful(self) -> list[int]:
+        """Numbers of the steps that read a state."""
+        of = self.layout.of
+        return [i for i, node in enumerate(self.layout.steps) if any(of(t).root.node.kind == "state" for t in node.inputs)]
 
     def _scratch_bytes(self, node: Node, states: Mapping[str, tuple[int, ...]] | None = None) -> int:
         """Working memory of a kernel at the largest shapes; with `states`, those of its caches are these."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -360,7 +360,7 @@ class Model(Architecture):
         base = h.number("rope.global.freq_base", ROPE_BASE)                        # Ollama's name
         self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train, base=base)
         if f"{h.arch}.vision.block_count" in h.meta and f"{h.arch}.rope.scaling.type" not in h.meta and c.n_ctx_train >= 131_072:
-            self.rope = replace(self.rope, inv_freq=self.rope.inv_freq / np.float32(8))   # 4B and up; Ollama's files have no key
+            self.rope = self.rope._replace(inv_freq=self.rope.inv_freq / np.float32(8))   # 4B and up; Ollama's files have no key
         local = h.number("rope.freq_base_swa", h.number("rope.local.freq_base", LOCAL_ROPE_BASE))
         self.rope_local = Rope((1 / local ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)).astype(np.float32), 1.0, False)
 
