@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--quality", action="store_true", help="also perplexity, divergence and greedy texts of both")
     peers.add_argument("--engine", action="append", choices=["pyengine", "llama.cpp"], help="may be repeated; default: both")
     peers.add_argument("--peer", action="append", type=_named_folder, default=[], metavar="NAME=FOLDER",
-                       help="another engine: a folder that `pip install --target` filled with llama_cpp or ik_llama_cpp; repeatable")
+                       help="another engine: a folder into which pip installed llama_cpp or ik_llama_cpp; repeatable")
     beside = suites.add_parser("together", parents=[common, runs], help="conversations side by side, beside one after the other")
     beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
     quality = suites.add_parser("quality", parents=[common], help="the demo model's answers about fresh pictures, by types of weights and caches")

@@ -146,7 +146,7 @@ class LlamaCpp:
 
 
 class IkLlama(LlamaCpp):
-    """ik_llama.cpp through ik-llama-cpp-python: the functions of an older llama.cpp under the same names, some with other arguments.
+    """ik_llama.cpp through ik-llama-cpp-python: an older llama.cpp's functions under the same names, some with other arguments.
 
     Weights are repacked as they are loaded and attention is fused, which its programs do when asked (-rtr 1 -fa 1).
     """

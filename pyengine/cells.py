@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 import numpy as np
 

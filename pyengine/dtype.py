@@ -113,7 +113,7 @@ def dtype(key: str | int) -> DType:
     if isinstance(key, str):
         found = _BY_NAME.get(key.casefold())
         if found is None:
-            import difflib                               # for errors only
+            import difflib  # for errors only
 
             near = difflib.get_close_matches(key.upper(), [t.name for t in DTYPES], n=3)
             raise UnsupportedModelError(f"no dtype is named {key!r}" + (f"; near: {', '.join(near)}" if near else ""))

@@ -55,7 +55,7 @@ _TYPE_NAMES = {**_NUMBERS, _STRING: "string", _ARRAY: "array"}
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return "; near: a, b" for an error's end, or "" where nothing resembles `name`. Bounded for hostile names."""
-    import difflib                                       # for errors only
+    import difflib  # for errors only
 
     short = list(islice(dict.fromkeys(n for n in names if len(n) <= 200), 4096))
     near = difflib.get_close_matches(name, short, n=3) if len(name) <= 200 else []

@@ -175,7 +175,7 @@ def _in_ollama(root: Path, problems: list[str]) -> Iterator[FoundModel]:
 
 def _read_manifest(path: Path, blobs: Path) -> tuple[Path, Path | None]:
     """Return the blobs of the model and of its projector. Raises: ModelNotFoundError for what is malformed."""
-    import json                                          # most models are given by their path
+    import json  # most models are given by their path
 
     text = _read_text(path, MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:

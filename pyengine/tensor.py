@@ -66,13 +66,13 @@ def product(axes: Sequence[Axis]) -> Axis:
 
 
 class Node:
-    """An op applied to arguments. Leaves have `op` None and a `kind`: input, constant or state. Nobody changes it once it has outputs.
+    """An op applied to arguments. Leaves have `op` None and a `kind`: input, constant or state. Never changed once it is made.
 
-    A graph is made and rewritten pass by pass, thousands of nodes before the first token: this and `Tensor` are plain classes, since
-    frozen dataclasses take four times as long to make.
+    A graph is made and rewritten pass by pass, thousands of nodes before the first token: this and `Tensor` are plain classes,
+    since frozen dataclasses take several times as long to make.
     """
 
-    __slots__ = ("op", "args", "params", "kind", "name", "source", "outputs", "inputs")
+    __slots__ = ("args", "inputs", "kind", "name", "op", "outputs", "params", "source")
 
     def __init__(self, op: Any, args: tuple[Any, ...] = (), params: tuple[tuple[str, Any], ...] = (), kind: str = "op", name: str = "",
                  source: Any = None):
@@ -103,7 +103,7 @@ class Node:
 class Tensor:
     """One value in a graph: `shape` slowest axis first, `dtype` from pyengine.dtype, `index` among its node's outputs."""
 
-    __slots__ = ("node", "shape", "dtype", "index")
+    __slots__ = ("dtype", "index", "node", "shape")
 
     def __init__(self, node: Node, shape: Shape, dtype: DType, index: int = 0):
         self.node, self.shape, self.dtype, self.index = node, shape, dtype, index
