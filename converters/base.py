@@ -37,7 +37,8 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "bf16": (QT.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (QT.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-FEED_FORWARD = re.compile(r"v\.blk\.\d+\.ffn_((up|gate)\.(weight|bias)|down\.weight)$")
+FLOAT32 = ("v.patch_embd.", "v.position_embd.", "v.pre_tile_position_embd.", "v.post_tile_position_embd.")
+FEED_FORWARD = re.compile(r"v\.(global\.)?blk\.\d+\.ffn_((up|gate)\.(weight|bias)|down\.weight)$")
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
 # what reading a JSON value of the wrong kind raises
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ZeroDivisionError,
@@ -216,6 +217,7 @@ class Entry:
     first_row: int = 0
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
     padded: tuple[int, ...] | None = None
+    make: Callable[[np.ndarray], np.ndarray] | None = None   # applied to the values, float32
 
 
 @dataclass(frozen=True)
@@ -535,12 +537,13 @@ def _model_name(checkpoint: Checkpoint) -> str:
 def stored_type(name: str, shape: tuple[int, ...], wanted: QT) -> QT:
     """Return the type a tensor is written in, as llama.cpp's converter chooses.
 
-    Vectors, norms, routers and what an image encoder adds to or makes from pixels stay float32; Gemma 3's projector is multiplied
-    transposed and so never in blocks.
+    Vectors, norms, routers and what an image encoder adds to or makes from pixels stay float32, but for positions in tiles, of
+    which there are many (in blocks they never are); Gemma 3's projector is multiplied transposed and so never in blocks.
     """
-    plain = name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name.startswith(("v.patch_embd.", "v.position_embd."))
-    if len(shape) < 2 or plain:
+    if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name.startswith(FLOAT32):
         return QT.F32
+    if name == "v.tile_position_embd.weight":
+        return QT.F16 if wanted == QT.Q8_0 else wanted
     if name == "mm.input_projection.weight":
         return QT.F32 if wanted == QT.BF16 else QT.F16 if wanted == QT.Q8_0 else wanted
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
@@ -619,6 +622,7 @@ def _chunks(checkpoint: Checkpoint, entry: Entry | Stack | Constant) -> Iterator
                 values = to_float32(raw if entry.frame is None else raw[:, :, entry.frame],
                                     checkpoint.tensors[source].dtype)
                 values = values + np.float32(add) if add else values
+                values = entry.make(values) if entry.make else values
                 if entry.padded and len(shape) == 2:
                     values = np.pad(values, ((0, 0), (0, entry.padded[1] - shape[1])))
                 yield values

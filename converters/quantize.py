@@ -60,7 +60,7 @@ KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight|ffn_gate_tid2eid|altup|l
                   r"|^position_embd\.|^token_types\."
                   r"|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight|attn_rel_b\.weight"
                   r"|time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.weight"
-                  r"|\.position_embd|\.patch_embd|\.patch_merger|^mm\.input_projection\.|sam\.(pos_embd|neck\.|net_)|\.rel_pos"
+                  r"|[._]position_embd|\.patch_embd|\.patch_merger|^mm\.input_projection\.|sam\.(pos_embd|neck\.|net_)|\.rel_pos"
                   r"|a\.rvq\.codebook|mm\.a\.code_embd")
 LAYER = re.compile(r"^blk\.(\d+)\.")
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")        # meaningless in a file that is whole

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from pyengine import ops
 from pyengine.errors import RequestError
+from pyengine.kvcache import seen_across
 from pyengine.tensor import Dim, Tensor
 
 
@@ -34,6 +35,8 @@ class MediaSegment:
     causal     False: its rows see each other in both directions, and nothing else does
     atomic     True: never cut at a batch boundary
     digest     sha256 of pixels, shape and processor settings
+    token      None: its rows stand in the sequence. Else one position stands there, with this id, and the rows are what
+               cross-attention sees
     """
 
     embedding: np.ndarray
@@ -43,9 +46,11 @@ class MediaSegment:
     causal: bool
     atomic: bool
     digest: bytes
+    token: int | None = None
 
     def __len__(self) -> int:
-        return len(self.embedding)
+        """Positions of the prompt."""
+        return len(self.embedding) if self.token is None else 1
 
 
 Segment = TokenSegment | MediaSegment
@@ -57,7 +62,7 @@ class View:
 
     make       computes the encoder graph's inputs, by name, when the run comes: those of a long video are never there together
     axes       values of its run-time axes
-    positions, advance, grid, causal, atomic: as in MediaSegment, whose length is positions.shape[1]
+    positions, advance, grid, causal, atomic, token: as in MediaSegment, which has positions.shape[1] rows
     """
 
     make: Callable[[], dict[str, np.ndarray]]
@@ -67,6 +72,7 @@ class View:
     grid: tuple[int, int, int] | None = None
     causal: bool = True
     atomic: bool = False
+    token: int | None = None
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -116,6 +122,8 @@ class Rows:
     span_end   int32 [n]: for rows of a non-causal segment the number after its last row, else 0
     media      (first row, segment) of each media segment
     next       position of what follows
+    sees       int32 [2, n]: encoder rows lo <= j < hi that cross-attention sees from each row
+    crossed    (row, segment) of each picture whose rows are seen so
     """
 
     keys: list[Hashable]
@@ -124,6 +132,8 @@ class Rows:
     span_end: np.ndarray
     media: list[tuple[int, MediaSegment]]
     next: int
+    sees: np.ndarray
+    crossed: list[tuple[int, MediaSegment]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -161,11 +171,17 @@ class Rows:
             if a < b:
                 yield slice(a - start, b - start), s.embedding[a - first : b - first]
 
+    def across(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Pictures among rows [start, stop) that are seen across: (row, encoder rows [n, d_model])."""
+        return [(i, s.embedding) for i, s in self.crossed if start <= i < stop]
+
 
 def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
     """Lay a prompt's segments out; positions start at 0 and go on behind a media segment by its `advance`."""
     keys: list[Hashable] = []
-    ids, positions, span_end, media = [], [], [], []
+    ids, positions, span_end, media, sees = [], [], [], [], []
+    crossed: list[tuple[int, MediaSegment]] = []
+    pictures: list[tuple[int, int]] = []                     # as `seen_across` takes them
     at = 0
     for s in segments:
         n, first = len(s), len(keys)
@@ -174,16 +190,44 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
             ids.append(np.array(s.ids, np.int32))
             positions.append(np.broadcast_to(np.arange(at, at + n, dtype=np.int32), (axes, n)))
             at += n
+        elif s.token is not None:
+            crossed.append((first, s))
+            pictures.append((first, sum(len(c.embedding) for _, c in crossed)))
+            keys.append((s.digest, 0))
+            ids.append(np.array([s.token], np.int32))
+            positions.append(np.full((axes, 1), at, np.int32))
+            at += s.advance
         else:
             keys += [(s.digest, j) for j in range(n)]
             ids.append(np.full(n, -1, np.int32))
             positions.append(np.broadcast_to(s.positions, (axes, n)).astype(np.int32) + at)
             media.append((first, s))
             at += s.advance
+        sees.append(np.repeat(np.array(seen_across(pictures), np.int32)[:, None], n, axis=1))
         span_end.append(np.full(n, 0 if isinstance(s, TokenSegment) or s.causal else first + n, np.int32))
     if not keys:
-        return Rows([], np.empty(0, np.int32), np.empty((axes, 0), np.int32), np.empty(0, np.int32), [], 0)
-    return Rows(keys, np.concatenate(ids), np.concatenate(positions, axis=1), np.concatenate(span_end), media, at)
+        none = np.empty(0, np.int32)
+        return Rows([], none, np.empty((axes, 0), np.int32), none, [], 0, np.empty((2, 0), np.int32))
+    return Rows(keys, np.concatenate(ids), np.concatenate(positions, axis=1), np.concatenate(span_end), media, at,
+                np.concatenate(sees, axis=1), crossed)
+
+
+class Across(NamedTuple):
+    """What layers that attend across work on: `c` encoder rows that this step adds to their caches, and the `s` of its rows that
+    see any. The others skip those layers, so a step of text alone does not pay for them.
+    """
+
+    states: Tensor           # F32 [c, d_model]
+    rows: Tensor             # I32 [s]: which rows of the step see encoder rows
+    back: Tensor             # I32 [m]: the number of a row among those, or -1 - its own number
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of x [m, d] that see encoder rows: [s, d]."""
+        return ops.rows(x, self.rows)
+
+    def put(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [m, d] with those rows replaced by y [s, d]."""
+        return ops.rows(y, self.back, x)
 
 
 class Batch(NamedTuple):
@@ -194,7 +238,8 @@ class Batch(NamedTuple):
     positions: Tensor        # I32 [axes, m]
     wanted: Tensor           # I32 [w]: rows that the last layer computes
     head: Tensor             # I32 [l]: of those, rows whose logits are computed
-    media: Tensor | None     # F32 [e, d]: embeddings of this step's media rows; id -1-j takes row j. None: no media encoder
+    media: Tensor | None     # F32 [e, d]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
+    across: Across | None = None     # None: no layer attends across
 
     def select(self, x: Tensor) -> Tensor:
         """The wanted rows of x [m, d]: [w, d]."""

@@ -1,10 +1,11 @@
 """Which cells of the caches hold which tokens of which sequence. Bookkeeping only: data is copied by whoever holds it.
 
 Layers that see everything (`Full`) take pages of PAGE cells from one pool; sequences with a common prefix share its pages, and a
-shared page is copied before it is written. Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each
-sequence, which a fork copies. Nothing is ever moved to make room, so there is nothing to defragment.
+shared page is copied before it is written. So do those that see an encoder's rows (`Cross`), which have numbers of their own.
+Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each sequence, which a fork copies. Nothing is ever
+moved to make room, so there is nothing to defragment.
 
-    table[row, j % slots] = cell of token j of the sequence in that row      (the tensor that attention reads)
+    table[row, j % slots] = cell of token (or encoder row) j of the sequence in that row      (the tensor that attention reads)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyengine.errors import PlanError, RequestError
-from pyengine.kvcache import Chunked, Full, Policy, Sliding
+from pyengine.kvcache import Chunked, Cross, Full, Policy, Sliding, seen_across
 
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
 
@@ -26,7 +27,7 @@ PAGE = 64                    # tiles of attention hold 64 keys at most, so a til
 class Group(NamedTuple):
     """Layers with the same policy: they share a table.
 
-    slots   tokens of one sequence that the table can name
+    slots   tokens, or encoder rows, of one sequence that the table can name
     n_cells cells of each layer's cache, for all sequences
     """
 
@@ -37,13 +38,13 @@ class Group(NamedTuple):
     @property
     def paged(self) -> bool:
         """Whether cells come from a pool of pages; else each sequence has a ring."""
-        return isinstance(self.policy, Full)
+        return isinstance(self.policy, (Full, Cross))
 
 
 def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> Group:
     """The cells that `n_seq` sequences of at most `n_ctx` tokens need; a lone sequence needs no whole pages."""
     slots = policy.slots(n_ctx, n_batch)
-    if isinstance(policy, Full) and n_seq > 1:
+    if isinstance(policy, (Full, Cross)) and n_seq > 1:
         slots = -(-slots // page) * page
     return Group(policy, slots, slots * n_seq)
 
@@ -53,6 +54,7 @@ class Sequence:
     """One conversation's tokens in the caches.
 
     keys     what each row is: a token id, or (digest, row) of a picture
+    pictures (number of its token, encoder rows up to its end) of each picture that is seen across
     next     position of the row that follows
     media    digests of its pictures
     active   a request works on it; else it is kept for its prefix until room is needed
@@ -60,6 +62,7 @@ class Sequence:
 
     row: int
     keys: list[Hashable] = field(default_factory=list)
+    pictures: list[tuple[int, int]] = field(default_factory=list)
     next: int = 0
     media: frozenset[bytes] = frozenset()
     active: bool = True
@@ -70,6 +73,15 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def crossed(self, n: int | None = None) -> int:
+        """Encoder rows that it has, or that its first n tokens brought."""
+        return next((rows for token, rows in reversed(self.pictures) if n is None or token < n), 0)
+
+    @property
+    def sees(self) -> tuple[int, int]:
+        """Encoder rows that its next token sees."""
+        return seen_across(self.pictures)
 
 
 Copy = tuple[int, np.ndarray, np.ndarray]                    # group number, cells from, cells to
@@ -153,7 +165,7 @@ class Cells:
         copies: list[Copy] = []
         for i, g in enumerate(self.groups):
             if g.paged:
-                child.pages[i] = s.pages[i][: -(-n // self.page)]
+                child.pages[i] = s.pages[i][: -(-self.filled(i, s, n) // self.page)]
                 self._refs[i][child.pages[i]] += 1
                 self.tables[i][child.row] = self.tables[i][s.row]
             else:
@@ -161,33 +173,44 @@ class Cells:
                 tokens = np.arange(child.low[i], n) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
         child.keys, child.high, child.media = s.keys[:n], n, s.media
+        child.pictures = [p for p in s.pictures if p[0] < n]
         return child, copies
 
     def truncate(self, s: Sequence, n: int) -> None:
         """Keep the first n tokens; the caller has asked `reach`, or keeps none."""
-        kept = -(-n // self.page)
         for i, pages in s.pages.items():
+            kept = -(-self.filled(i, s, n) // self.page)
             for page in pages[kept:]:
                 self._release(i, page)
             del pages[kept:]
         del s.keys[n:]
+        s.pictures = [p for p in s.pictures if p[0] < n]
         if n == 0:
             s.high = s.next = 0
             s.low.clear()
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def extend(self, s: Sequence, n: int) -> list[Copy]:
-        """Make cells for n more tokens, which the caller then adds to `keys`. Returns what must be copied before they are written.
+    def filled(self, number: int, s: Sequence, n: int | None = None) -> int:
+        """Tokens, or encoder rows, that a sequence has in a group; with n, its first n tokens'."""
+        if isinstance(self.groups[number].policy, Cross):
+            return s.crossed(n)
+        return len(s) if n is None else n
+
+    def extend(self, s: Sequence, n: int, crossed: int = 0) -> list[Copy]:
+        """Make cells for n more tokens, which the caller then adds to `keys`, and for the encoder rows that they bring, which it
+        adds to `pictures`. Returns what must be copied before they are written.
 
         Raises: PlanError when there are not enough pages although idle sequences were dropped; `s` is then as it was.
         """
-        first, copies = len(s), []
+        copies: list[Copy] = []
+        more = [crossed if isinstance(g.policy, Cross) else n for g in self.groups]
         for i, g in enumerate(self.groups):
-            while g.paged and len(self._lacking(i, s, n)) > len(self._free[i]):
+            while g.paged and len(self._lacking(i, s, more[i])) > len(self._free[i]):
                 self._evict(f"no page is left of {len(self._refs[i])}; fewer or shorter conversations fit", but=s)
         for i, g in enumerate(self.groups):
-            for block in self._lacking(i, s, n) if g.paged else ():
+            first = self.filled(i, s)
+            for block in self._lacking(i, s, more[i]) if g.paged else ():
                 pages, start = s.pages[i], block * self.page
                 page = self._take(i)
                 cells = np.arange(page * self.page, (page + 1) * self.page, dtype=np.int32)[: g.slots - start]
@@ -198,11 +221,11 @@ class Cells:
                 else:
                     pages.append(page)
                 self.tables[i][s.row, start : start + len(cells)] = cells
-        s.high = max(s.high, first + n)
+        s.high = max(s.high, len(s) + n)
         return copies
 
     def shift(self, s: Sequence, start: int, stop: int) -> list[Copy]:
-        """Remove tokens [start, stop) of a sequence whose groups are all paged; those behind take their numbers.
+        """Remove tokens [start, stop) of a sequence whose groups are all paged; those behind, no pictures, take their numbers.
 
         Returns the cells that these had and have: both lists are of one length, and may overlap. Keys are cut, nothing is copied.
         Raises: RequestError where a group is a ring; PlanError without pages, and `s` is then as it was.
@@ -210,9 +233,10 @@ class Cells:
         if not all(g.paged for g in self.groups):
             raise RequestError("tokens cannot be removed from the middle where layers remember a bounded past only")
         n = len(s) - stop
-        old = [self.cells_of(i, s, np.arange(stop, len(s))).copy() for i in range(len(self.groups))]
+        own = [i for i, g in enumerate(self.groups) if not isinstance(g.policy, Cross)]
+        old = [(i, self.cells_of(i, s, np.arange(stop, len(s))).copy()) for i in own]
         kept = range(start // self.page, -(-(start + n) // self.page))
-        for i, refs in enumerate(self._refs):                # the pages that it needs anew, and those that it gives back
+        for i, refs in ((i, self._refs[i]) for i in own):    # the pages that it needs anew, and those that it gives back
             while (sum(refs[p] > 1 for p in s.pages[i][: kept.stop][kept.start :])
                    > len(self._free[i]) + sum(refs[p] == 1 for p in s.pages[i][kept.stop :])):
                 self._evict(f"no page is left of {len(refs)}; fewer or shorter conversations fit", but=s)
@@ -220,36 +244,36 @@ class Cells:
         self.truncate(s, start)
         copies = self.extend(s, n)
         s.keys, s.high = head + tail, start + n
-        return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in enumerate(old)]
+        return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in old]
 
-    def restore(self, keys: Many[Hashable]) -> Sequence:
-        """A sequence with these keys, whose `live` cells the caller fills. Raises: PlanError without a row or pages."""
+    def restore(self, keys: Many[Hashable], pictures: Many[tuple[int, int]] = ()) -> Sequence:
+        """A sequence of these keys and pictures, whose `live` cells the caller fills. Raises: PlanError without a row or pages."""
         s = self.new()
         try:
-            self.extend(s, len(keys))
+            self.extend(s, len(keys), pictures[-1][1] if pictures else 0)
         except PlanError:
             self.drop(s)
             raise
-        s.keys = list(keys)
+        s.keys, s.pictures = list(keys), list(pictures)
         s.low = {i: first_seen(g.policy, len(keys)) for i, g in enumerate(self.groups) if not g.paged}
         return s
 
     def cells_of(self, number: int, s: Sequence, index: np.ndarray) -> np.ndarray:
-        """Cells of tokens `index` of a sequence in one group."""
+        """Cells of tokens, or encoder rows, `index` of a sequence in one group."""
         return self.tables[number][s.row, index % self.groups[number].slots]
 
     def live(self, number: int, s: Sequence) -> np.ndarray:
-        """Numbers of the tokens of a sequence that a group's cells hold and later tokens may see."""
-        return self.seen(number, len(s))
+        """Numbers of the tokens, or encoder rows, of a sequence that a group's cells hold and later tokens may see."""
+        return self.seen(number, self.filled(number, s))
 
     def seen(self, number: int, n: int) -> np.ndarray:
-        """Numbers of those of n tokens that tokens behind them may see in a group."""
+        """Numbers of those of n tokens, or encoder rows, that tokens behind them may see in a group."""
         return np.arange(first_seen(self.groups[number].policy, n), n)
 
     def _lacking(self, i: int, s: Sequence, n: int) -> list[int]:
-        """Blocks of a sequence that need a page of its own before n more tokens are written."""
-        pages, refs = s.pages[i], self._refs[i]
-        blocks = range(len(s) // self.page, -(-(len(s) + n) // self.page))
+        """Blocks of a sequence that need a page of its own before n more tokens, or encoder rows, are written."""
+        pages, refs, first = s.pages[i], self._refs[i], self.filled(i, s)
+        blocks = range(first // self.page, -(-(first + n) // self.page)) if n else ()
         return [b for b in blocks if b >= len(pages) or refs[pages[b]] > 1]
 
     def _evict(self, refusal: str, but: Sequence | None = None) -> None:

@@ -145,7 +145,9 @@ class Model:
         self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head,
                               built.arch.ropes(), built.kv_dtypes)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
-        self._prompts = Prompts(files.name, self.n_vocab, lambda: self.tokenizer, lambda: self.template, media, self._scheduler.in_use)
+        self._n_ids = built.arch.n_ids
+        self._prompts = Prompts(files.name, self._n_ids, lambda: self.tokenizer, lambda: self.template, media,
+                                self._scheduler.in_use)
         self._fed: Cached | None = None                                        # the conversation of `feed`, and what it holds
         self._fed_ids: list[int] = []
         self._fed_moved = False
@@ -249,6 +251,7 @@ class Model:
         asked for."""
         rows = prompt if isinstance(prompt, Rows) else token_rows(prompt, 0, self._axes)
         check_room(len(rows), self.n_ctx)
+        self._runner.check_across(rows)
         s = self._runner.cells.new()
         try:
             for start, stop in rows.steps(0, self.n_batch):
@@ -294,7 +297,7 @@ class Model:
         """
         from pyengine import sessions
 
-        return len(sessions.restore(path, self._runner, self._identity(), self.n_vocab, self.n_ctx))
+        return len(sessions.restore(path, self._runner, self._identity(), self._n_ids, self.n_ctx))
 
     def _identity(self) -> bytes:
         if not self._fingerprint:
@@ -348,7 +351,7 @@ class Model:
         return self._template
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation in the model's own chat format; -1 for each soft token of a picture."""
+        """Token ids of a conversation in the model's own chat format; -1 for each position that a picture's soft token takes."""
         return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,

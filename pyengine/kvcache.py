@@ -1,11 +1,12 @@
 """Key/value caches: what a layer's attention needs is a policy; storage and masks follow from it.
 
 A query sees an interval of earlier tokens, so a mask is two numbers a row, and a cache is a ring of cells: token j of a
-sequence lies in cell table[j % len(table)].
+sequence lies in cell table[j % len(table)]. Layers that attend across, to an encoder's rows, number those rows instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,9 +49,9 @@ class Chunked:
 
 @dataclass(frozen=True)
 class Cross:
-    """All of `n` encoder positions are seen, whatever the token's own number."""
+    """Rows of an encoder are seen, not tokens (`seen_across`); a conversation holds at most `n`, which the plan decides."""
 
-    n: int
+    n: int = 0
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
         """Cells of one sequence."""
@@ -60,8 +61,23 @@ class Cross:
 Policy = Full | Sliding | Chunked | Cross
 
 
-def visible(policy: Policy, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The one mask rule: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
+def seen_across(pictures: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Encoder rows lo <= j < hi that a token sees behind these pictures: those of the last ones, as far as they stand side by side.
+
+    pictures: (number of its token, encoder rows up to its end) of each; rows are counted through the whole conversation. The
+    same as transformers' `get_cross_attention_token_mask` says from the pictures' side.
+    """
+    if not pictures:
+        return 0, 0
+    first = len(pictures) - 1
+    while first and pictures[first - 1][0] == pictures[first][0] - 1:
+        first -= 1
+    return pictures[first - 1][1] if first else 0, pictures[-1][1]
+
+
+def visible(policy: Full | Sliding | Chunked, index: np.ndarray,
+            span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The one mask rule of self-attention: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
 
     index: number of each row's token in its sequence. span_end: for rows of a non-causal span (a picture that attends to
     itself in both directions) the number after its last token, else anything <= index + 1. The window limits backwards
@@ -75,8 +91,6 @@ def visible(policy: Policy, index: np.ndarray, span_end: np.ndarray | None = Non
             lo = np.maximum(index - window + 1, 0)
         case Chunked(size):
             lo = index // size * size
-        case Cross(n):
-            lo, hi = np.zeros_like(index), np.full_like(index, n)
     return lo.astype(np.int32), hi.astype(np.int32)
 
 
@@ -107,3 +121,23 @@ class LayerCache(NamedTuple):
         rows = (self.lo_wanted, self.hi_wanted, self.table, self.seq_wanted) if wanted else (self.lo, self.hi, self.table, self.seq)
         return ops.attention(q, k_all, v_all, *rows, sinks, scale=scale, softcap=softcap)
 
+
+
+class CrossCache(NamedTuple):
+    """The cache of a layer that attends across: states k, v [kv heads, cells, head_dim], and the run-time inputs of a step.
+
+    c encoder rows are added in a step, s rows of text see any.
+    """
+
+    k: Tensor
+    v: Tensor
+    cells: Tensor            # I32 [c]: where encoder rows are written
+    table: Tensor            # I32 [sequences, cells of one]
+    seq: Tensor              # I32 [s]
+    lo: Tensor               # I32 [s]
+    hi: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """Write k, v [c, kv heads, head_dim] and attend with q [s, heads, head_dim]; returns [s, heads * head_dim]."""
+        k_all, v_all = ops.cache_append(self.k, k, self.cells), ops.cache_append(self.v, v, self.cells)
+        return ops.attention(q, k_all, v_all, self.lo, self.hi, self.table, self.seq, scale=scale)

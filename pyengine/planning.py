@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 from pyengine import hardware
 from pyengine.backends import backend
-from pyengine.batch import Batch
+from pyengine.batch import Across, Batch
 from pyengine.cells import Group, group
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import InvalidModelError, PlanError, RequestError, UnsupportedModelError
 from pyengine.gguf import GGUFFile
 from pyengine.graph import Graph
 from pyengine.hparams import Hparams
-from pyengine.kvcache import LayerCache, Policy
+from pyengine.kvcache import Cross, CrossCache, LayerCache, Policy
 from pyengine.locate import find_model
 from pyengine.media import encoder_graph
 from pyengine.memory import MIB, Alternative, MemoryPlan, PlanItem, Room
@@ -44,6 +44,8 @@ N_SEQ_LIMIT = 64                     # how far it is looked for conversations th
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
 PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 64
+# and that of one conversation's pictures in layers that attend across, which hold at most so many of the largest
+ACROSS_SHARE, ACROSS_PICTURES = 1 / 16, 8
 LEAST_PICTURE = 256                  # soft tokens: pictures are not planned smaller than this unless they are told to be
 
 # The process itself, measured as resident memory on x86-64 Linux, CPython 3.11 (tests/test_plan.py holds these to RSS):
@@ -62,7 +64,7 @@ class Built:
     graph: Graph
     outputs: list[Tensor]
     groups: list[tuple[Group, str]]      # cells of layers with the same policy, and the name of their inputs
-    layers: list[int]                    # number of each layer's group
+    layers: list[int | None]             # number of each layer's group; None for one without a cache
     kv_dtypes: tuple[DType, DType]
     n_ctx: int
     n_batch: int
@@ -76,8 +78,14 @@ class Built:
         for g, (_, name) in zip(own, self.groups):
             shapes[f"{name}.table"] = (n_seq, g.slots)
         for i, number in enumerate(self.layers):
-            shapes[f"blk.{i}.k"] = shapes[f"blk.{i}.v"] = (c.n_kv_heads, own[number].n_cells, c.head_dim)
+            if number is not None:
+                shapes[f"blk.{i}.k"] = shapes[f"blk.{i}.v"] = (c.n_kv_heads, own[number].n_cells, c.head_dim)
         return shapes
+
+    @property
+    def across(self) -> int:
+        """Encoder rows of one conversation that layers which attend across hold; 0 without such layers."""
+        return next((g.policy.n for g, _ in self.groups if isinstance(g.policy, Cross)), 0)
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,13 @@ def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size
     return n_batch, max(n_seq, min(n_batch, HEAD_BYTES // (4 * vocab_size)))
 
 
-def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1, pictures: bool = True) -> Built:
-    """The graph of one step of this model; without `pictures`, as if it had no media encoder."""
+def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1, pictures: bool = True,
+          size: tuple[int, int] | None = None, n_pictures: int | None = None, room: int = 1 << 62) -> Built:
+    """The graph of one step of this model; without `pictures`, as if it had no media encoder.
+
+    size, n_pictures: width and height of the largest picture, and how many of those a conversation's layers that attend across
+    hold; default the processor's largest, and as many as `room` bytes do.
+    """
     h = Hparams(files.model.metadata)
     weights = Weights(files.model)
     arch = architecture(h.arch)(h, weights, n_ctx)
@@ -151,32 +164,63 @@ def build(files: Files, n_ctx: int, n_batch: int, kv_dtype: str, n_seq: int = 1,
                                         "use f16")
     g = Graph()
     m, w, l = Dim("m", n_batch), Dim("w", n_batch), Dim("l", n_head)
-    media = g.input("media", (Dim("e", n_batch), c.d_model)) if vision else None
+    cell = c.n_kv_heads * (k_dtype.size(c.head_dim) + v_dtype.size(c.head_dim))
+    policies = _with_encoder_rows(arch.cache_policies(), vision, cell, size, n_pictures, room)
+    n_across = max((p.n for p in policies if isinstance(p, Cross)), default=0)
+    added, seeing = Dim("c", min(n_across, n_batch)), Dim("s", n_batch)
+    media = g.input("media", (Dim("e", n_batch), c.d_model)) if vision and not n_across else None
+    across = Across(g.input("across", (added, c.d_model)), g.input("across.rows", (seeing,), "I32"),
+                    g.input("across.back", (m,), "I32")) if n_across else None
     batch = Batch(m, g.input("ids", (m,), "I32"), g.input("positions", (arch.position_axes, m), "I32"),
-                  g.input("wanted", (w,), "I32"), g.input("head", (l,), "I32"), media)
+                  g.input("wanted", (w,), "I32"), g.input("head", (l,), "I32"), media, across)
     seq, seq_wanted = g.input("seq", (m,), "I32"), g.input("seq_wanted", (w,), "I32")
     numbers: dict[Policy, int] = {}
     groups: list[tuple[Group, str]] = []
     shared: list[list[Tensor]] = []
-    caches, layers = [], []
-    for i, policy in enumerate(arch.cache_policies()):
+    caches: list[LayerCache | CrossCache | None] = []
+    layers: list[int | None] = []
+    for i, policy in enumerate(policies):
+        if policy is None:
+            layers.append(None)
+            caches.append(None)
+            continue
         if policy not in numbers:
             numbers[policy] = len(groups)
             name = f"{type(policy).__name__.lower()}{len(groups)}"
             groups.append((group(policy, n_ctx, n_batch, n_seq), name))
             shared.append([
+                g.input(f"{name}.cells", (added,), "I32"), g.state(f"{name}.table", (n_seq, groups[-1][0].slots), "I32"),
+                *(g.input(f"{name}.{part}", (seeing,), "I32") for part in ("seq", "lo", "hi")),
+            ] if isinstance(policy, Cross) else [
                 g.input(f"{name}.cells", (m,), "I32"), g.state(f"{name}.table", (n_seq, groups[-1][0].slots), "I32"),
                 g.input(f"{name}.lo", (m,), "I32"), g.input(f"{name}.hi", (m,), "I32"),
                 g.input(f"{name}.lo_wanted", (w,), "I32"), g.input(f"{name}.hi_wanted", (w,), "I32"),
             ])
         layers.append(numbers[policy])
-        own, _ = groups[layers[-1]]
-        cells, table, lo, hi, lo_w, hi_w = shared[layers[-1]]
+        own, _ = groups[numbers[policy]]
         shape = (c.n_kv_heads, own.n_cells, c.head_dim)
         k, v = g.state(f"blk.{i}.k", shape, k_dtype), g.state(f"blk.{i}.v", shape, v_dtype)
-        caches.append(LayerCache(k, v, cells, table, seq, lo, hi, seq_wanted, lo_w, hi_w))
+        if isinstance(policy, Cross):
+            caches.append(CrossCache(k, v, *shared[numbers[policy]]))
+        else:
+            cells, table, lo, hi, lo_w, hi_w = shared[numbers[policy]]
+            caches.append(LayerCache(k, v, cells, table, seq, lo, hi, seq_wanted, lo_w, hi_w))
     logits, hidden = arch.forward(batch, caches)
     return Built(arch, vision, g, [logits, hidden], groups, layers, (k_dtype, v_dtype), n_ctx, n_batch, n_seq, n_head)
+
+
+def _with_encoder_rows(policies: list[Policy], vision: Any, cell: int, size: tuple[int, int] | None, n_pictures: int | None,
+                       room: int) -> list[Policy | None]:
+    """Layers' policies with the number of encoder rows that `Cross` holds; None for such layers where there is no encoder.
+
+    cell: bytes of a key and a value of one layer; the rest as in `build`.
+    """
+    n_layers = sum(isinstance(p, Cross) for p in policies)
+    rows = 0
+    if vision and n_layers:
+        largest = min(vision.max_rows, vision.rows(*size)) if size else vision.max_rows
+        rows = largest * (n_pictures or max(1, min(ACROSS_PICTURES, room // (n_layers * largest * cell))))
+    return [p if not isinstance(p, Cross) else Cross(rows) if rows else None for p in policies]
 
 
 def kv_dtypes(name: str) -> tuple[DType, DType]:
@@ -206,7 +250,8 @@ class Settings:
     encoder_device  the part that holds the media encoder; None: the first
     expert_device   the part that holds the experts' weights and computes with them; layers go to the others. None: with their layer
     images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
-             number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory
+             number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory.
+             Where layers attend across, a conversation holds that number of pictures; None: ACROSS_SHARE of the memory
     """
 
     n_ctx: int | None = None
@@ -286,7 +331,8 @@ class _Count:
         self.trained = Hparams(files.model.metadata).size("context_length")
         self.n_ctx = want.n_ctx or self.trained
         self.size, self.n_pictures = want.largest_picture()
-        self.built = build(files, self.n_ctx, want.n_batch, want.kv_dtype, want.n_seq, pictures=self.n_pictures != 0)
+        self.built = build(files, self.n_ctx, want.n_batch, want.kv_dtype, want.n_seq, pictures=self.n_pictures != 0,
+                           size=self.size, n_pictures=self.n_pictures, room=int(ACROSS_SHARE * self.host.total))
         if want.images and not self.built.vision:
             raise RequestError(f"images={want.images!r}: {files.name} has no media encoder; where it is in a file of its own, give mmproj=")
         self.step = backend("cpu", n_threads=want.n_threads).prepare(self.built.outputs)
@@ -375,6 +421,8 @@ class _Count:
         k, v = (d.size(c.head_dim) for d in b.kv_dtypes)
         items = []
         for i in layers:
+            if b.layers[i] is None:
+                continue
             own, _ = b.groups[b.layers[i]]
             factors = [("heads", c.n_kv_heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{b.n_seq} x " if b.n_seq > 1 else ""
@@ -415,7 +463,11 @@ class _Count:
         while _run_bytes(encoder) > limit and vision.max_rows > LEAST_PICTURE:
             fits = int(vision.max_rows * limit / _run_bytes(encoder)) // 64 * 64               # the arena is nearly linear in rows
             vision.max_rows = max(LEAST_PICTURE, min(vision.max_rows - 64, fits))
-            encoder = prepare(encoder_graph(vision))
+            smaller = prepare(encoder_graph(vision))
+            if _run_bytes(smaller) >= _run_bytes(encoder):   # a run takes the same whatever the picture's size
+                vision.max_rows = most
+                break
+            encoder = smaller
         if vision.max_rows < most:
             self.notes.append(f"pictures of up to {vision.max_rows} soft tokens: the processor allows {most}, which would take "
                               f"more than 1/{1 / PICTURE_SHARE:.0f} of the memory; images=(width, height) sets another size")
@@ -426,7 +478,8 @@ class _Count:
         row = 4 * self.built.arch.config.d_model
         if self.n_pictures is not None:
             return self.n_pictures * self.built.vision.max_rows * row
-        return min(n_ctx * row, max(self.built.vision.max_rows * row, int(IMAGE_CACHE_SHARE * self.host.total)))
+        most = max(n_ctx, self.built.across) * row
+        return min(most, max(self.built.vision.max_rows * row, int(IMAGE_CACHE_SHARE * self.host.total)))
 
     def _pictures(self) -> list[PlanItem]:
         rows, e, where = self.built.vision.max_rows, self.encoder, self.want.encoder_device or self.main
@@ -460,7 +513,8 @@ class _Count:
 
     def largest_context(self) -> int | None:
         """The largest context that fits, up to the trained one (or a larger one that was asked for); None if no step's rows do."""
-        least = min(self.n_ctx, max(self.built.n_batch, self.built.vision.max_rows if self.built.vision else 1))
+        picture = self.built.vision.max_rows if self.built.vision and not self.built.across else 1
+        least = min(self.n_ctx, max(self.built.n_batch, picture))
         return _largest(lambda n: self.total_at(n, self.built.n_seq), least, max(self.trained, self.n_ctx), self.host.free)
 
     def most_conversations(self, limit: int) -> int | None:

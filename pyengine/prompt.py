@@ -23,12 +23,13 @@ Prompt = tuple[list[Segment], list[MediaInfo]]
 class Prompts:
     """Makes prompts for one model.
 
+    n_ids    ids that a prompt may have: rows of the embedding
     media    its encoder, or None; in_use: gives the digests that conversations hold
     """
 
-    def __init__(self, name: str, n_vocab: int, tokenizer: Callable[[], Tokenizer], template: Callable[[], ChatTemplate],
+    def __init__(self, name: str, n_ids: int, tokenizer: Callable[[], Tokenizer], template: Callable[[], ChatTemplate],
                  media: MediaEncoder | None, in_use: Callable[[], Collection[bytes]]):
-        self.name, self.n_vocab, self.media = name, n_vocab, media
+        self.name, self.n_ids, self.media = name, n_ids, media
         self._tokenizer, self._template, self._in_use = tokenizer, template, in_use
 
     @property
@@ -38,8 +39,8 @@ class Prompts:
 
     def _tokens(self, ids: Sequence[int]) -> TokenSegment:
         for i in ids:
-            if not 0 <= i < self.n_vocab:
-                raise RequestError(f"token id {i} is outside the vocabulary of {self.n_vocab}")
+            if not 0 <= i < self.n_ids:
+                raise RequestError(f"token id {i} is outside the vocabulary of {self.n_ids}")
         return TokenSegment(tuple(ids))
 
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:

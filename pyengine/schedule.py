@@ -21,11 +21,12 @@ from pyengine.batch import Rows
 from pyengine.cells import Cells, Copy, Group, Sequence
 from pyengine.dtype import DType
 from pyengine.errors import ContextOverflowError, RequestError
-from pyengine.kvcache import visible
+from pyengine.kvcache import Cross, visible
 from pyengine.media import MediaInfo
 from pyengine.nn import Rope
 from pyengine.ops.rope import rotate
 from pyengine.sampling import Sampled, Sampler
+from pyengine.tensor import axis_max
 
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
 
@@ -44,17 +45,21 @@ class Runner:
     """The program of one step, its inputs, and the caches.
 
     program  the compiled step; groups: cells of layers with the same policy, and the name of their inputs
-    layers   number of each layer's group; ropes, formats: the rotation of each layer's keys, and what K and V are stored in
+    layers   number of each layer's group, None without a cache; ropes, formats: the rotation of each layer's keys, and what K and V
+             are stored in
     """
 
-    def __init__(self, program: Any, inputs: dict[str, Any], groups: Many[tuple[Group, str]], layers: Many[int], axes: int,
+    def __init__(self, program: Any, inputs: dict[str, Any], groups: Many[tuple[Group, str]], layers: Many[int | None], axes: int,
                  n_batch: int, n_head: int, ropes: Many[Rope], formats: tuple[DType, DType]):
         self.program, self.axes, self.n_batch, self.n_head = program, axes, n_batch, n_head
         self.names, self.layers = [name for _, name in groups], list(layers)
+        self.cached = [(layer, number) for layer, number in enumerate(layers) if number is not None]
         self.ropes, self.formats = list(ropes), formats
         self.cells = Cells([g for g, _ in groups], [program.state(f"{name}.table") for _, name in groups])
         unused = {n: np.empty(t.nbytes_max // 4, np.int32) for n, t in inputs.items() if n not in program.inputs}
         self._flat = unused | {name: a.reshape(-1) for name, a in program.inputs.items()}
+        self._across = next((i for i, (g, _) in enumerate(groups) if isinstance(g.policy, Cross)), None)
+        self._n_across = axis_max(inputs["across"].shape[0]) if "across" in inputs else 0     # encoder rows of one run
         self._logits = program.outputs[0]
         self._head_step = program.first_step_reading("head")
         self._dims: dict[str, int] = {}
@@ -75,18 +80,24 @@ class Runner:
             raise
         logits = self.head(0, first_step=0)
         for part in work:
-            part.sequence.next = part.rows.position(part.stop)
-            part.sequence.keys.extend(part.rows.keys[part.start : part.stop])
-            self.cells.touch(part.sequence)
+            s = part.sequence
+            for i, rows in part.rows.across(part.start, part.stop):
+                s.pictures.append((len(s) + i - part.start, s.crossed() + len(rows)))
+            s.next = part.rows.position(part.stop)
+            s.keys.extend(part.rows.keys[part.start : part.stop])
+            self.cells.touch(s)
         self.n_steps += 1
         return logits
 
     def _lay_out(self, work: Many[Work]) -> None:
         """Make cells for a step's rows and fill the program's inputs."""
+        for part in work:
+            pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
+            self.copy(self.cells.extend(part.sequence, part.stop - part.start, sum(map(len, pictures))))
+            self._cross(part.sequence, pictures)
         flat, m, w, e = self._flat, 0, 0, 0
         for part in work:
             n, s = part.stop - part.start, part.sequence
-            self.copy(self.cells.extend(s, n))
             index = np.arange(len(s), len(s) + n, dtype=np.int32)
             here, there, wanted = slice(m, m + n), slice(w, w + len(part.wanted)), part.wanted
             flat["ids"][here] = part.rows.ids[part.start : part.stop]
@@ -98,6 +109,8 @@ class Runner:
             flat["seq"][here], flat["seq_wanted"][there] = s.row, s.row
             flat["wanted"][there] = wanted + m
             for i, (g, name) in enumerate(zip(self.cells.groups, self.names)):
+                if i == self._across:
+                    continue
                 lo, hi = visible(g.policy, index, part.rows.span_end[part.start : part.stop])
                 flat[f"{name}.cells"][here] = self.cells.cells_of(i, s, index)
                 flat[f"{name}.lo"][here], flat[f"{name}.hi"][here] = lo, hi
@@ -109,7 +122,37 @@ class Runner:
                 n = part.stop - part.start
                 flat["positions"][at : at + n] = part.rows.positions[axis, part.start : part.stop]
                 at += n
-        self._dims = {"m": m, "w": w, "e": e}
+        self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work)}
+
+    def _cross(self, s: Sequence, pictures: Iterable[np.ndarray]) -> None:
+        """Write encoder rows [n, d_model] to the caches of layers that attend across, in runs of the program without rows of text.
+
+        So they cost one run's input, and no run of the steps that follow, however many there are.
+        """
+        first, name = s.crossed(), self.names[self._across] if self._across is not None else ""
+        for rows in pictures:
+            for start in range(0, len(rows), self._n_across):
+                part = rows[start : start + self._n_across]
+                self._flat["across"][: part.size] = part.reshape(-1)
+                self._flat[f"{name}.cells"][: len(part)] = self.cells.cells_of(self._across, s, np.arange(first, first + len(part)))
+                self.program.execute_named(m=0, w=0, e=0, l=0, s=0, c=len(part))
+                first += len(part)
+
+    def _look_across(self, work: Many[Work]) -> int:
+        """Fill the inputs that say which rows of a step see which encoder rows; returns how many do."""
+        if self._across is None:
+            return 0
+        flat, name, m, n = self._flat, self.names[self._across], 0, 0
+        for part in work:
+            lo, hi = part.rows.sees[:, part.start : part.stop]
+            rows = np.arange(m, m + len(lo), dtype=np.int32)
+            seeing = hi > lo
+            here = slice(n, n + int(seeing.sum()))
+            flat["across.rows"][here], flat[f"{name}.seq"][here] = rows[seeing], part.sequence.row
+            flat[f"{name}.lo"][here], flat[f"{name}.hi"][here] = lo[seeing], hi[seeing]
+            flat["across.back"][m : m + len(lo)] = np.where(seeing, n + np.cumsum(seeing) - 1, -1 - rows)
+            m, n = m + len(lo), here.stop
+        return n
 
     def head(self, done: int, first_step: int | None = None) -> np.ndarray:
         """Logits of the wanted rows of the last step from number `done` on, n_head at most."""
@@ -117,6 +160,23 @@ class Runner:
         self._flat["head"][:n] = np.arange(done, done + n)
         self.program.execute_named(first_step=self._head_step if first_step is None else first_step, l=n, **self._dims)
         return self._logits[:n]
+
+    def across(self, number: int) -> bool:
+        """Whether a group's layers attend across."""
+        return number == self._across
+
+    @property
+    def room_across(self) -> int:
+        """Encoder rows that a conversation holds, at most."""
+        return 0 if self._across is None else self.cells.groups[self._across].policy.n
+
+    def check_across(self, rows: Rows) -> None:
+        """Raises: ContextOverflowError for pictures that have more encoder rows than a conversation's caches."""
+        n = sum(len(s.embedding) for _, s in rows.crossed)
+        if n > self.room_across:
+            raise ContextOverflowError(f"the prompt's {len(rows.crossed)} pictures have {n} encoder rows, but a conversation holds "
+                                       f"{self.room_across}; load with images=(width, height, number) for a larger number of "
+                                       "pictures, or make them smaller")
 
     # -- contents of the caches ---------------------------------------------------------------------------------------
 
@@ -127,7 +187,7 @@ class Runner:
     def copy(self, copies: Iterable[Copy]) -> None:
         """Copy cells in all layers of a group."""
         for number, source, target in copies:
-            for layer in [i for i, g in enumerate(self.layers) if g == number]:
+            for layer in [i for i, g in self.cached if g == number]:
                 for cache in self.storage(layer):
                     cache[:, target] = cache[:, source]
 
@@ -150,7 +210,7 @@ class Runner:
             raise RequestError("tokens cannot be removed before or within a picture")
         moves = self.cells.shift(s, start, stop)
         try:
-            for layer, number in enumerate(self.layers):
+            for layer, number in [(i, g) for i, g in self.cached if g != self._across]:
                 own = [(source, target) for i, source, target in moves if i == number]
                 keys, values = self.storage(layer)
                 held = [(keys[:, source], values[:, source]) for source, _ in own]           # read before anything is written
@@ -330,6 +390,7 @@ class Scheduler:
         if not len(request.rows):
             raise RequestError("the prompt is empty")
         check_room(len(request.rows), self.n_ctx)
+        self.runner.check_across(request.rows)
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -397,7 +458,7 @@ class Scheduler:
     def _join(self, request: Request) -> None:
         request.started = time.perf_counter()
         for token in request.rows.ids.tolist():
-            if token >= 0:
+            if 0 <= token < request.sampler.n_vocab:         # the others are never sampled
                 request.sampler.accept(token)
         request.sequence, request.done = self.runner.resume(request.rows)
         request.sequence.media = request.media
@@ -423,7 +484,8 @@ class Scheduler:
                                                "ones; load with a larger n_ctx")
                 r.finished = True
                 continue
-            work.append((r, Work(r.sequence, token_rows([r.pending], r.sequence.next, self.runner.axes), 0, 1, _FIRST)))
+            row = token_rows([r.pending], r.sequence.next, self.runner.axes, r.sequence.sees)
+            work.append((r, Work(r.sequence, row, 0, 1, _FIRST)))
         left = self.runner.n_batch - len(work)
         limit, first = min(left, BESIDE) if work else left, True
         for r in [r for r in self.active if r.pending is None]:
@@ -459,8 +521,9 @@ def check_room(n: int, n_ctx: int) -> None:
         raise ContextOverflowError(f"the prompt has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")
 
 
-def token_rows(ids: Many[int], position: int, axes: int) -> Rows:
-    """Rows of tokens that follow at `position`."""
+def token_rows(ids: Many[int], position: int, axes: int, sees: tuple[int, int] = (0, 0)) -> Rows:
+    """Rows of tokens that follow at `position` and see these encoder rows."""
     n, array = len(ids), np.array(ids, np.int32)
     positions = np.broadcast_to(np.arange(position, position + n, dtype=np.int32), (axes, n))
-    return Rows(array.tolist(), array, positions, np.zeros(n, np.int32), [], position + n)
+    return Rows(array.tolist(), array, positions, np.zeros(n, np.int32), [], position + n,
+                np.repeat(np.array(sees, np.int32)[:, None], n, axis=1))

@@ -4,9 +4,10 @@
     sections  (sha256, bytes) each: header, notes, digests of pictures, what each row is, keys and values of each layer
 
 Version 2 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
-them is of version 1. A file holds what later tokens may see: all tokens of layers that see everything, the window of those that
-slide. Lengths are not stored but follow from the header and the model, so a file's size is known before any of it is read. Nothing
-is read into the caches before all sums were right.
+them is of version 1. A row is a token id and 0, or -1 - the number of a digest and the row of that picture; of a picture that is seen
+across, less than 0: minus its encoder rows. A file holds what later tokens may see: all tokens of layers that see everything, the
+window of those that slide, all encoder rows of those that attend across. Lengths are not stored but follow from rows and the model,
+so a file's size is known before any cell is read. Nothing is read into the caches before all sums were right.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Session:
     """What the sections before the cells say; fields as in `cells.Sequence`."""
 
     keys: list[Hashable]
+    pictures: list[tuple[int, int]]
     next: int
     media: frozenset[bytes]
 
@@ -100,6 +102,9 @@ def _sections(runner: Runner, s: Sequence, model: bytes, notes: bytes) -> Iterat
     digests = sorted({k[0] for k in s.keys if isinstance(k, tuple)})
     number = {d: i for i, d in enumerate(digests)}
     keys = np.array([(k, 0) if isinstance(k, int) else (-1 - number[k[0]], k[1]) for k in s.keys], "<i4")
+    ends = [0, *(end for _, end in s.pictures)]
+    for (token, end), start in zip(s.pictures, ends):
+        keys[token, 1] = start - end
     version, formats = NOTED if notes else PLAIN, (d.id for d in runner.formats)
     head = HEADER.pack(MAGIC, version, len(s), s.next, len(digests), len(s.media), *formats, model)
     if notes:
@@ -116,23 +121,25 @@ def _sections(runner: Runner, s: Sequence, model: bytes, notes: bytes) -> Iterat
 
 def _live(runner: Runner, s: Sequence) -> Iterator[tuple[int, np.ndarray]]:
     """(layer, its cells that later tokens of a sequence may see)."""
-    for layer, number in enumerate(runner.layers):
+    for layer, number in runner.cached:
         yield layer, runner.cells.cells_of(number, s, runner.cells.live(number, s))
 
 
-def restore(path: str | Path, runner: Runner, model: bytes, n_vocab: int, n_ctx: int) -> Sequence:
+def restore(path: str | Path, runner: Runner, model: bytes, n_ids: int, n_ctx: int) -> Sequence:
     """Read a conversation into the caches, where it is idle: the next prompt that begins as it does goes on from it.
 
-    Raises: SessionError for a file that is damaged, not one of these, or of another model, version or cache format;
-    ContextOverflowError for more tokens than the context has; PlanError when no cells are free.
+    n_ids: ids that a prompt may have. Raises: SessionError for a file that is damaged, not one of these, or of another model,
+    version or cache format; ContextOverflowError for more tokens than the context has, or more encoder rows than a conversation
+    holds; PlanError when no cells are free.
     """
     path = Path(path)
     try:
         with open(path, "rb", opener=_regular) as file:
-            session = _read_head(path, file, model, runner.formats, n_vocab, n_ctx)
+            session = _read_head(path, file, model, runner, n_ids, n_ctx)
             at, n = file.tell(), len(session.keys)
-            shapes = [(*cache.shape[:1], len(runner.cells.seen(number, n)), *cache.shape[2:])
-                      for layer, number in enumerate(runner.layers) for cache in runner.storage(layer)]
+            crossed = session.pictures[-1][1] if session.pictures else 0
+            shapes = [(*cache.shape[:1], len(runner.cells.seen(number, crossed if runner.across(number) else n)), *cache.shape[2:])
+                      for layer, number in runner.cached for cache in runner.storage(layer)]
             want = at + sum(SUM + int(np.prod(shape)) for shape in shapes)
             size = os.fstat(file.fileno()).st_size
             if size != want:
@@ -140,7 +147,7 @@ def restore(path: str | Path, runner: Runner, model: bytes, n_vocab: int, n_ctx:
             for shape in shapes:
                 _section(path, file, int(np.prod(shape)))
             file.seek(at)
-            s = runner.cells.restore(session.keys)
+            s = runner.cells.restore(session.keys, session.pictures)
             try:
                 for layer, cells in _live(runner, s):
                     for cache in runner.storage(layer):
@@ -205,8 +212,9 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes]:
     return header[: HEADER.size], _section(path, file, n_notes)
 
 
-def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[DType, DType], n_vocab: int, n_ctx: int) -> Session:
+def _read_head(path: Path, file: BinaryIO, model: bytes, runner: Runner, n_ids: int, n_ctx: int) -> Session:
     """Read and check all that stands before the cells."""
+    formats: tuple[DType, DType] = runner.formats
     _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_read_header(path, file)[0])
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings")
@@ -221,7 +229,12 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, formats: tuple[DType, D
     raw = _section(path, file, SUM * (n_digests + n_media))
     digests = [raw[i : i + SUM] for i in range(0, len(raw), SUM)]
     rows = np.frombuffer(_section(path, file, 8 * n), "<i4").reshape(n, 2)
-    if rows.min() < -n_digests or rows[:, 0].max() >= n_vocab or rows[:, 1].min() < 0:
+    if rows[:, 0].min() < -n_digests or rows[:, 0].max() >= n_ids or rows[rows[:, 0] >= 0, 1].any():
         raise SessionError(f"{path}: names tokens or pictures that are not there")
-    keys: list[Hashable] = [a if a >= 0 else (digests[-1 - a], b) for a, b in rows.tolist()]
-    return Session(keys, position, frozenset(digests[n_digests:]))
+    keys: list[Hashable] = [a if a >= 0 else (digests[-1 - a], max(b, 0)) for a, b in rows.tolist()]
+    across = np.flatnonzero(rows[:, 1] < 0)
+    ends = np.cumsum(-rows[across, 1].astype(np.int64))
+    if len(ends) and ends[-1] > runner.room_across:
+        raise ContextOverflowError(f"{path}: its pictures have {ends[-1]} encoder rows, but a conversation holds {runner.room_across}; "
+                                   "load with images=(width, height, number) for more")
+    return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]))

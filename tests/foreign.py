@@ -2,7 +2,8 @@
 
 Written from those programs' own converters and independently of ours: only the vocabulary is shared. llama.cpp:
 `conversion/gemma.py`, `conversion/qwenvl.py`, `conversion/mistral3.py`, `conversion/llava.py`, names from gguf-py; Ollama:
-`convert/convert_gemma3.go`, `convert/convert_qwen25vl.go`, `convert/convert_mistral.go`, `convert/reader.go`, and the keys that its
+`convert/convert_gemma3.go`, `convert/convert_qwen25vl.go`, `convert/convert_mistral.go`, `convert/convert_mllama.go`,
+`convert/convert_llama.go`, `convert/reader.go`, and the keys that its
 published files show. No key of our own.
 """
 
@@ -212,15 +213,31 @@ OLLAMA_NAMES = {        # strings.NewReplacer: at each place the first that fits
                  ("attention.o_proj", "attn_output"), ("attention_norm", "attn_norm"),
                  ("feed_forward.gate_proj", "ffn_gate"), ("feed_forward.down_proj", "ffn_down"),
                  ("feed_forward.up_proj", "ffn_up"), ("multi_modal_projector", "mm")),
+    "mllama": (("lm_head", "output"), ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("model.layers", "blk"),
+               ("input_layernorm", "attn_norm"), ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"),
+               ("self_attn.v_proj", "attn_v"), ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"),
+               ("mlp.down_proj", "ffn_down"), ("mlp.up_proj", "ffn_up"), ("post_attention_layernorm", "ffn_norm"),
+               ("language_model.", ""), ("gate_attn", "attn_gate"), ("gate_ffn", "ffn_gate"), ("cross_attn.", "cross_attn_"),
+               ("vision_model", "v"), ("class_embedding", "class_embd"), ("patch_embedding", "patch_embd"),
+               ("gated_positional_embedding.tile_embedding", "tile_position_embd"),
+               ("gated_positional_embedding.embedding", "position_embd.weight"), ("gated_positional_embedding", "position_embd"),
+               ("embedding.weight", "weight"), ("pre_tile_positional_embedding", "pre_tile_position_embd"),
+               ("post_tile_positional_embedding", "post_tile_position_embd"), ("layernorm_pre", "pre_ln"),
+               ("layernorm_post", "post_ln"), ("global_transformer.layers", "global.blk"), ("transformer.layers", "blk"),
+               ("mlp.fc1", "ffn_up"), ("mlp.fc2", "ffn_down"), ("multi_modal_projector", "mm.0")),
 }
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # imageproc.ClipDefaultMean, ClipDefaultSTD
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int = 0) -> Path:
-    """Write a gemma3, qwen2_5_vl or mistral3 checkpoint as one file in Ollama's layout and return its path.
+    """Write a gemma3, qwen2_5_vl, mistral3 or mllama checkpoint as one file in Ollama's layout and return its path.
 
     `extra_tokens`: so many tokens beyond the embedding's rows, as published Gemma 3 files have. They have no template.
     """
     saved = Saved(folder)
+    if saved.kind == "mllama":
+        return _ollama_across(saved, out, outtype, extra_tokens)
     text, vision, gemma = saved.text, saved.vision, saved.kind == "gemma3"
     arch = "qwen25vl" if saved.kind == "qwen2_5_vl" else saved.kind
     w = _writer(out, arch, outtype)
@@ -294,6 +311,65 @@ def _ollama_vision(saved: Saved) -> Iterator[tuple[str, np.ndarray]]:
         else:
             shifted = saved.kind == "gemma3" and not name.startswith("v.") and name.endswith("_norm.weight")
             yield name, value + 1 if shifted else value
+
+
+def _ollama_across(saved: Saved, out: Path, outtype: str, extra_tokens: int) -> Path:
+    """Llama 3.2 Vision, as `convert_mllama.go` writes it: heads become interleaved in the encoder and in cross-attention too.
+
+    With `extra_tokens`, under the names of the published file, which `model_vision.go` reads: its feed-forward is exchanged.
+    """
+    text, vision = saved.text, saved.vision
+    assert (saved.images["image_mean"], saved.images["image_std"]) == (list(CLIP_MEAN), list(CLIP_STD))
+    assert vision["hidden_act"] == "gelu"
+    w = _writer(out, "mllama", outtype)
+    w.add_block_count(text["num_hidden_layers"])
+    w.add_context_length(text["max_position_embeddings"])
+    w.add_embedding_length(text["hidden_size"])
+    w.add_feed_forward_length(text["intermediate_size"])
+    w.add_head_count(text["num_attention_heads"])
+    w.add_head_count_kv(text["num_key_value_heads"])
+    w.add_layer_norm_rms_eps(text["rms_norm_eps"])
+    w.add_rope_dimension_count(text["hidden_size"] // text["num_attention_heads"])
+    rope = text["rope_parameters"]
+    w.add_rope_freq_base(rope["rope_theta"])
+    w.add_array("mllama.attention.cross_attention_layers", text["cross_attention_layers"])
+    for name, key in (("block_count", "num_hidden_layers"), ("global.block_count", "num_global_layers"),
+                      ("embedding_length", "hidden_size"), ("feed_forward_length", "intermediate_size"),
+                      ("attention.head_count", "attention_heads"), ("image_size", "image_size"), ("patch_size", "patch_size"),
+                      ("max_num_tiles", "max_num_tiles"), ("num_channels", "num_channels")):
+        w.add_uint32(f"mllama.vision.{name}", vision[key])
+    w.add_float32("mllama.vision.attention.layer_norm_epsilon", vision["norm_eps"])
+    # Ollama keeps the state before a layer of this number, as the authors do; the checkpoint's own transformers the one behind it
+    w.add_array("mllama.vision.intermediate_layers_indices", [i + 1 for i in vision["intermediate_layers_indices"]])
+    _ollama_vocabulary(w, saved.vocabulary(), text["vocab_size"] + 8 + extra_tokens, bool(extra_tokens))
+    replacements = dict(OLLAMA_NAMES["mllama"])
+    pattern = re.compile("|".join(map(re.escape, replacements)))
+    heads = {"attn_q": text["num_attention_heads"], "attn_k": text["num_key_value_heads"]}
+    if not extra_tokens:                                    # convert_llama.go: the suffixes attn_q_proj and attn_k_proj
+        heads |= {f"cross_{name}_proj": n for name, n in heads.items()}
+    length, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wave = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, 16, 2) / 16)
+    smooth = (length / wave - low) / (high - low)
+    factors = np.where(wave < length / high, 1.0, np.where(wave > length / low, factor, 1 / ((1 - smooth) / factor + smooth)))
+    tensors = [("rope_freqs.weight", factors)]
+    for source, value in saved.tensors.items():
+        name = pattern.sub(lambda m: replacements[m.group()], source)
+        if name == "v.position_embd.gate":
+            tensors += [(name, 1 - np.tanh(value)), ("v.tile_position_embd.gate", np.tanh(value))]
+            continue
+        part = name.split(".")[-2] if "." in name else ""
+        if part in heads:
+            n = vision["attention_heads"] if name.startswith("v.") else heads[part]
+            value = value.reshape(n, 2, len(value) // n // 2, -1).swapaxes(1, 2).reshape(value.shape)
+        if name.startswith("v.") and extra_tokens:
+            for theirs, published in (("attn_norm", "ln1"), ("ffn_norm", "ln2"), ("attn_output", "attn_out"), ("ffn_up", "ffn_"),
+                                      ("ffn_down", "ffn_up"), ("ffn_.", "ffn_down.")):
+                name = name.replace(theirs, published)
+        gated = name.startswith("v.") and name.endswith(("tile_position_embd.gate", "attn_gate", "ffn_gate"))
+        tensors.append((name, np.tanh(value) if gated else value))
+    _write(w, tensors, outtype, conv_too=True)
+    return out
 
 
 def _ollama_vocabulary(w: gguf.GGUFWriter, v: Vocabulary, n: int, bare: bool) -> None:

@@ -73,6 +73,8 @@ LLAMA_405B = Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072, n_
 GEMMA_12B = Decoder("gemma3", 48, 3840, 15360, 16, 8, 256, 262208, 131072, **_GEMMA)
 GEMMA_27B = Decoder("gemma3", 62, 5376, 21504, 32, 16, 128, 262208, 131072, **_GEMMA)
 MISTRAL_SMALL = Decoder("mistral3", 40, 5120, 32768, 32, 8, 128, 131072, 131072)         # 3.1 24B
+LLAMA_VISION = Decoder("mllama", 40, 4096, 14336, 32, 8, 128, 128256, 131072)
+LLAMA_VISION_ACROSS = (3, 8, 13, 18, 23, 28, 33, 38)         # layers that attend to the picture
 QWEN_VL = {"biases": True, "keys": {"rope.dimension_sections": np.array([16, 24, 24, 0], np.int32)}}
 QWEN_VL_7B = Decoder("qwen2vl", 28, 3584, 18944, 28, 4, 128, 152064, 128000, **QWEN_VL)
 QWEN_VL_72B = Decoder("qwen2vl", 80, 8192, 29568, 64, 8, 128, 152064, 128000, **QWEN_VL)
@@ -140,6 +142,52 @@ def pixtral(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
                             "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
             tensors.append((f"{at}{name}.weight", shape, "F16"))
     return keys, tensors
+
+
+def tiled_encoder(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Llama 3.2 Vision's encoder: our keys, Ollama's names. Four tiles of 560 x 560 pixels, 1601 rows each."""
+    width, d_ff, n_layers, n_global, patch, tiles, rows, ratios = 1280, 5120, 32, 8, 14, 4, 40 * 40 + 1, 9
+    states = np.array([3, 7, 15, 23, 30], np.int32)
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "mllama", "clip.vision.image_size": 560,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.global.block_count": n_global,
+            "clip.vision.embedding_length": width, "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16,
+            "clip.vision.attention.layer_norm_epsilon": 1e-5, "clip.vision.max_num_tiles": tiles,
+            "clip.vision.feature_layer": states, "clip.vision.image_token_id": 128256, "clip.vision.hidden_act": "gelu"}
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F32"), ("v.class_embd", (width,), "F32"),
+                             ("v.position_embd.weight", (rows, width), "F32"), ("v.position_embd.gate", (1,), "F32"),
+                             ("v.tile_position_embd.weight", (ratios, tiles * rows * width), "F16"),
+                             ("v.tile_position_embd.gate", (1,), "F32"), *_both("v.pre_ln", width), *_both("v.post_ln", width)]
+    for when in ("pre", "post"):
+        name = f"v.{when}_tile_position_embd"
+        tensors += [(f"{name}.weight", (ratios, tiles * width), "F32"), (f"{name}.gate", (1,), "F32")]
+    for at in (*(f"v.blk.{i}." for i in range(n_layers)), *(f"v.global.blk.{i}." for i in range(n_global))):
+        tensors += [*_both(f"{at}ln1", width), *_both(f"{at}ln2", width),
+                    *((f"{at}{name}.weight", (width, width), "F16") for name in ("attn_q", "attn_k", "attn_v", "attn_out")),
+                    (f"{at}ffn_up.weight", (d_ff, width), "F16"), (f"{at}ffn_up.bias", (d_ff,), "F32"),
+                    (f"{at}ffn_down.weight", (width, d_ff), "F16"), (f"{at}ffn_down.bias", (width,), "F32")]
+        tensors += [(f"{at}{name}", (1,), "F32") for name in (("attn_gate", "ffn_gate") if "global" in at else ())]
+    return keys, [*tensors, ("mm.0.weight", (d_model, width * (1 + len(states))), "F16"), ("mm.0.bias", (d_model,), "F32")]
+
+
+def write_llama_vision(path: Path, dtype: str = "Q4_0") -> Path:
+    """Write Llama 3.2 Vision 11B, decoder and encoder in one file."""
+    model = LLAMA_VISION
+    d, kv, e = model.d_model, model.n_kv_heads * model.head_dim, model.head_dim
+    other = {f"blk.{i}.attn_{name}.weight" for i in LLAMA_VISION_ACROSS for name in ("q", "k", "v", "output")}
+    own = [t for t in model.tensors(dtype) if t[0] not in other]
+    own[0] = ("token_embd.weight", (model.vocab_size + 8, d), dtype)
+    for i in LLAMA_VISION_ACROSS:
+        at = f"blk.{i}.cross_attn_"
+        shapes = {"q": (d, d), "k": (kv, d), "v": (kv, d), "o": (d, d)}
+        own += [(f"{at}{name}_proj.weight", shape, dtype) for name, shape in shapes.items()]
+        own += [(f"{at}{name}_norm.weight", (e,), "F32") for name in ("q", "k")]
+        own += [(f"{at}{name}_gate", (1,), "F32") for name in ("attn", "mlp")]
+    keys, tensors = tiled_encoder(d)
+    tokens = [str(i) for i in range(model.vocab_size + 8)]
+    keys = {**model.metadata(), "mllama.attention.cross_attention_layers": np.array(LLAMA_VISION_ACROSS, np.int32), **keys,
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": ["1 1"], "tokenizer.ggml.token_type": [1] * len(tokens)}
+    return _write(path, model.arch, keys, own + tensors, 0)
 
 
 def _both(name: str, width: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pyengine.cells import Cells, Group, Sequence, first_seen, group
 from pyengine.errors import PlanError, RequestError
-from pyengine.kvcache import Chunked, Full, Sliding, visible
+from pyengine.kvcache import Chunked, Cross, Full, Sliding, visible
 
 PAGE, N_BATCH = 4, 5
 MIXES = {
@@ -21,7 +21,14 @@ MIXES = {
     "gemma": (Sliding(6), Full()),
     "llama 4": (Chunked(8), Full()),
     "rings": (Sliding(1), Chunked(3), Sliding(7)),
+    "across": (Full(), Cross(50)),
+    "across and a window": (Cross(50), Sliding(6)),
 }
+
+
+def brought(value: int) -> list[int]:
+    """Encoder rows that a token brings: every fourth one is a picture of 1 to 5."""
+    return [-1000 * value - j for j in range(1, 2 + value % 5)] if value % 4 == 3 else []
 
 
 class Store:
@@ -45,10 +52,14 @@ class Store:
         self.serial += n
         for i in range(0, n, N_BATCH):
             part = values[i : i + N_BATCH]
-            self.copy(self.cells.extend(s, len(part)))
-            at = np.arange(len(s), len(s) + len(part))
+            rows = [r for v in part for r in brought(v)]
+            self.copy(self.cells.extend(s, len(part), len(rows)))
             for number, array in enumerate(self.data):
-                array[self.cells.cells_of(number, s, at)] = part
+                own, first = rows if self.across(number) else part, self.cells.filled(number, s)
+                array[self.cells.cells_of(number, s, np.arange(first, first + len(own)))] = own
+            for j, value in enumerate(part):
+                if brought(value):
+                    s.pictures.append((len(s) + j, s.crossed() + len(brought(value))))
             s.keys += part
             self.cells.touch(s)
         return values
@@ -56,16 +67,23 @@ class Store:
     def read(self, number: int, s: Sequence, tokens: np.ndarray) -> list[int]:
         return self.data[number][self.cells.cells_of(number, s, tokens)].tolist()
 
+    def across(self, number: int) -> bool:
+        return isinstance(self.cells.groups[number].policy, Cross)
+
+    def values(self, number: int, tokens: list[int]) -> list[int]:
+        """What a group holds of these tokens."""
+        return [r for t in tokens for r in brought(t)] if self.across(number) else tokens
+
     def check(self, model: dict[Sequence, list[int]]) -> None:
         cells = self.cells
         for s in cells.sequences:
             assert s.keys == model[s]
         for i, g in enumerate(cells.groups):
             for s in cells.sequences:
-                live = cells.live(i, s)
-                lo, _ = visible(g.policy, np.array([len(s)]))
-                assert live.tolist() == list(range(lo[0], len(s)))
-                assert self.read(i, s, live) == [model[s][j] for j in live]
+                live, values = cells.live(i, s), self.values(i, model[s])
+                first = 0 if self.across(i) else visible(g.policy, np.array([len(s)]))[0][0]
+                assert live.tolist() == list(range(first, len(values)))
+                assert self.read(i, s, live) == [values[j] for j in live]
             held = Counter(p for s in cells.sequences for p in s.pages.get(i, ()))
             if g.paged:
                 assert {p: int(n) for p, n in enumerate(cells._refs[i]) if n} == held
@@ -75,7 +93,8 @@ class Store:
                 for j in cells.live(i, s):
                     cell = int(cells.cells_of(i, s, j))
                     assert 0 <= cell < g.n_cells
-                    assert owners.setdefault(cell, (int(j), model[s][j])) == (int(j), model[s][j])
+                    value = self.values(i, model[s])[j]
+                    assert owners.setdefault(cell, (int(j), value)) == (int(j), value)
                     assert g.paged or cell // g.slots == s.row
 
 
@@ -94,7 +113,7 @@ class Machine(RuleBasedStateMachine):
                 spare=st.none() | st.integers(0, 4), lengths=st.lists(st.integers(1, 30), max_size=3))
     def begin(self, mix: str, n_ctx: int, n_seq: int, spare: int | None, lengths: list[int]) -> None:
         self.store, self.n_ctx, self.model = Store(MIXES[mix], n_ctx, n_seq, spare), n_ctx, {}
-        self.files: list[tuple[list[tuple[np.ndarray, list[int]]], list[int]]] = []
+        self.files: list[tuple[list[tuple[np.ndarray, list[int]]], list[int], list[tuple[int, int]]]] = []
         self.cells = self.store.cells
         for row, n in enumerate(lengths[:n_seq]):
             self.new()
@@ -142,11 +161,12 @@ class Machine(RuleBasedStateMachine):
         """Cells are made and written, but the tokens never become part of the sequence."""
         s = self.pick(row)
         n = min(n, self.n_ctx - len(s))
-        copies = self.refused(lambda: self.cells.extend(s, n), s)
+        copies = self.refused(lambda: self.cells.extend(s, n, n), s)
         if copies is not None:
             self.store.copy(copies)
             for i, array in enumerate(self.store.data):
-                array[self.cells.cells_of(i, s, np.arange(len(s), len(s) + n))] = -7
+                first = self.cells.filled(i, s)
+                array[self.cells.cells_of(i, s, np.arange(first, first + n))] = -7
 
     @precondition(some)
     @rule(row=ROW, back=BACK)
@@ -197,6 +217,8 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(RequestError, match="bounded past"):
                 self.cells.shift(s, start, stop)
             return
+        if any(token >= start for token, _ in s.pictures):               # the runner refuses it
+            return
         moves = self.refused(lambda: self.cells.shift(s, start, stop), s)
         if moves is not None:
             held = [self.store.data[i][source] for i, source, _ in moves]        # all is read before anything is written
@@ -209,13 +231,13 @@ class Machine(RuleBasedStateMachine):
     def save(self, row: int) -> None:
         s = self.pick(row)
         live = [self.cells.live(i, s) for i in range(len(self.cells.groups))]
-        self.files.append(([(at, self.store.read(i, s, at)) for i, at in enumerate(live)], list(self.model[s])))
+        self.files.append(([(at, self.store.read(i, s, at)) for i, at in enumerate(live)], list(self.model[s]), list(s.pictures)))
 
     @precondition(lambda self: getattr(self, "files", None))
     @rule(number=st.integers(0, 9))
     def restore(self, number: int) -> None:
-        live, values = self.files[number % len(self.files)]
-        s = self.refused(lambda: self.cells.restore(values))
+        live, values, pictures = self.files[number % len(self.files)]
+        s = self.refused(lambda: self.cells.restore(values, pictures))
         if s is not None:
             for i, (at, held) in enumerate(live):
                 self.store.data[i][self.cells.cells_of(i, s, at)] = held

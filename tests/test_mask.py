@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyengine.kvcache import Chunked, Cross, Full, Policy, Sliding, visible
+from pyengine.kvcache import Chunked, Cross, Full, Policy, Sliding, seen_across, visible
 
 
 def draw(policy: Policy, n: int, span: tuple[int, int] | None = None) -> str:
@@ -25,10 +25,16 @@ def draw(policy: Policy, n: int, span: tuple[int, int] | None = None) -> str:
     (Chunked(2), None, "#....\n##...\n..#..\n..##.\n....#"),
     (Full(), (1, 4), "#....\n####.\n####.\n####.\n#####"),            # a picture sees all of itself; text after it is causal
     (Sliding(2), (1, 4), "#....\n####.\n.###.\n..##.\n...##"),        # the window limits backwards only
-    (Cross(5), None, "#####\n#####\n#####\n#####\n#####"),
 ])
 def test_masks(policy: Policy, span: tuple[int, int] | None, picture: str) -> None:
     assert draw(policy, 5, span) == picture
+
+
+def test_pictures_side_by_side_are_seen_together() -> None:
+    """(number of the token, encoder rows up to its end) of each picture -> the rows that text behind them sees."""
+    for pictures, seen in (([], (0, 0)), ([(0, 4)], (0, 4)), ([(3, 4), (7, 6)], (4, 6)), ([(3, 4), (4, 6)], (0, 6)),
+                           ([(1, 4), (3, 6), (4, 7), (5, 9)], (4, 9)), ([(1, 4), (2, 6), (4, 7)], (6, 7))):
+        assert seen_across(pictures) == seen
 
 
 def test_slots_are_what_a_batch_needs_and_no_more() -> None:

@@ -14,7 +14,7 @@ from pyengine.errors import ContextOverflowError, ImageError, RequestError, Unsu
 from pyengine.kvcache import Full, Sliding, visible
 
 tiny = pytest.importorskip("tiny")
-KINDS = ("gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3")
+KINDS = ("gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3", "mllama")
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -304,7 +304,7 @@ def test_rows_are_laid_out_and_cut() -> None:
     assert list(lay_out_rows([media(5, causal=True)]).steps(0, 2)) == [(0, 2), (2, 4), (4, 5)]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mistral3", "mllama"])
 def test_a_conversation_has_the_ids_of_transformers(tiny_gguf, kind: str) -> None:
     """Template, expansion and tokenization together: line breaks before a picture merge with those that it brings."""
     out, folder = tiny_gguf(kind)

@@ -16,7 +16,7 @@ from pyengine.errors import ContextOverflowError, PlanError, RequestError
 from pyengine.nn import Rope
 from pyengine.schedule import BESIDE, Request, turn
 
-KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3")
+KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama")
 N_CTX = 256
 
 
@@ -31,7 +31,7 @@ def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
 def prompts(kind: str) -> list[list[Any]]:
     """Lengths on both sides of n_batch, windows and pages; two with a common beginning."""
     plain = [ids(3), ids(70, 1), ids(17, 2), ids(130, 3), [*ids(70, 1)[:66], 9, 8, 7], ids(1, 4)]
-    if kind not in ("gemma3", "qwen2_5_vl", "mistral3"):
+    if kind not in ("gemma3", "qwen2_5_vl", "mistral3", "mllama"):
         return plain
     a, b = picture(1), picture(2, 90, 70)
     return [*plain[:4], [4, a, *ids(9)], [*ids(30, 5), b, 7, a, 8], [4, a, 5, 6]]

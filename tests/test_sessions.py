@@ -19,7 +19,8 @@ from pyengine.errors import ContextOverflowError, PlanError, PyEngineError, Requ
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_seq": 2}
 NOTES = b"\x00what was said"
-KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3")
+KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama")
+SEEING = ("gemma3", "qwen2_5_vl", "mistral3", "mllama")
 
 
 def picture(seed: int) -> Image.Image:
@@ -27,7 +28,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def prompt(kind: str, *tail: int) -> list[Any]:
-    seen = [picture(1), 8, picture(2)] if kind in ("gemma3", "qwen2_5_vl", "mistral3") else []
+    seen = [picture(1), 8, picture(2)] if kind in SEEING else []
     return [*IDS[:90], *seen, *IDS[90:100], *tail]
 
 
@@ -56,7 +57,7 @@ def test_what_comes_back_is_what_was_saved(tiny_gguf, tmp_path, kind: str, kv_dt
         assert [x.logprob for x in again.sampled] == [x.logprob for x in on.sampled]
         other.reset()
         other.restore(tmp_path / "a")
-        assert len(other._runner.cells.sequences[0].media) == (2 if kind in ("gemma3", "qwen2_5_vl", "mistral3") else 0)
+        assert len(other._runner.cells.sequences[0].media) == (2 if kind in SEEING else 0)
         other.save(tmp_path / "b")
         assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
@@ -228,6 +229,25 @@ def test_damaged_notes_are_noticed(noted) -> None:
         with pytest.raises(SessionError):
             sessions.read_notes(noted[2])
     refused(noted, with_header(data, version=1))
+
+
+def test_hostile_encoder_rows(tiny_gguf, tmp_path) -> None:
+    """How many rows a picture has that is seen across."""
+    model = pe.load(tiny_gguf("mllama")[0], **SETTINGS)
+    ask(model, prompt("mllama"))                             # pictures are tokens 90 and 92, of 40 rows each
+    model.save(tmp_path / "a")
+    data = (tmp_path / "a").read_bytes()
+    n, n_digests, n_media = struct.unpack_from("<I4xII", data, 32 + 12)
+    at = 32 + sessions.HEADER.size + 32 + 32 * (n_digests + n_media) + 32
+    keys = np.frombuffer(data[at : at + 8 * n], "<i4").reshape(n, 2)
+    assert keys[[90, 91, 92], 1].tolist() == [-40, 0, -40] and keys[[90, 92], 0].max() < 0
+    held = (model, data, tmp_path / "a")
+    for token, rows, error in ((90, 0, "bytes, but"), (90, -39, "bytes, but"), (91, -40, "not there"), (90, 40, "bytes, but"),
+                               (92, -(1 << 31), "encoder rows, but a conversation holds"), (0, 5, "not there")):
+        changed = keys.copy()
+        changed[token, 1] = rows
+        section = changed.tobytes()
+        refused(held, data[: at - 32] + sha256(section).digest() + section + data[at + 8 * n :], error)
 
 
 def test_an_interrupted_save_leaves_the_file_that_was_there(saved, monkeypatch) -> None:

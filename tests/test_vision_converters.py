@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers", reason="pip install transform
 
 import foreign  # noqa: E402
 import tiny  # noqa: E402
-from tiny import SEEING_KINDS, make_checkpoint  # noqa: E402
+from tiny import LLAMA_CPP_KINDS, SEEING_KINDS, make_checkpoint  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
@@ -49,7 +49,7 @@ def clip_keys(path):
 
 # --- one file and two -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", SEEING_KINDS)
+@pytest.mark.parametrize("kind", LLAMA_CPP_KINDS)
 def test_every_tensor_is_where_llama_cpp_has_it(kind, checkpoints, tmp_path):
     convert(checkpoints(kind), tmp_path / "m.gguf", "f32", split_mmproj=True)
     theirs = foreign.llama_cpp_files(checkpoints(kind), tmp_path / "theirs.gguf")
@@ -107,6 +107,12 @@ CLIP = {
         "pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": np.float32(1.2)},
         {"image_token_id": "<image_soft_token>", "image_start_token_id": "<start_of_image>",
          "image_end_token_id": "<end_of_image>"}),
+    "mllama": ({
+        "has_vision_encoder": True, "projector_type": "mllama", "use_gelu": True, "use_silu": False, "hidden_act": "gelu",
+        "image_size": 44, "patch_size": 14, "embedding_length": 72, "feed_forward_length": 100, "block_count": 4,
+        "global.block_count": 2, "attention.head_count": 3, "projection_dim": 96, "attention.layer_norm_epsilon": np.float32(1e-4),
+        "image_mean": [np.float32(x) for x in (0.48, 0.45, 0.4)], "image_std": [np.float32(x) for x in (0.26, 0.27, 0.28)],
+        "resample": 2, "max_num_tiles": 4, "feature_layer": [1, 3]}, {"image_token_id": "<|image|>"}),
     "qwen2_5_vl": ({
         **QWEN, "projector_type": "qwen2.5vl_merger", "use_gelu": False, "use_silu": True, "hidden_act": "silu",
         "block_count": 4, "feed_forward_length": 100, "tokens_per_second": 3.0, "window_size": 112,
@@ -136,6 +142,9 @@ def test_keys(kind, checkpoints, tmp_path):
         assert keys["general.architecture"] == "mistral3" and keys["tokenizer.chat_template"] == tiny.MISTRAL_TEMPLATE
         assert keys["tokenizer.ggml.pre"] == "tekken" and keys["mistral3.attention.key_length"] == 32
         assert keys["mistral3.rope.freq_base"] == 1e4 and "mistral3.attention.sliding_window" not in keys
+    elif kind == "mllama":
+        assert keys["general.architecture"] == kind and keys["tokenizer.chat_template"] == tiny.LLAMA_TEMPLATE
+        assert keys["mllama.attention.cross_attention_layers"] == [1, 3, 4] and keys["mllama.vocab_size"] == len(tokens)
     elif kind != "gemma3":
         assert keys["general.architecture"] == "qwen2vl" and keys["qwen2vl.rope.dimension_sections"] == [2, 3, 3, 0]
         assert keys["tokenizer.chat_template"] == tiny.QWEN_TEMPLATE and keys["qwen2vl.vocab_size"] == 520
@@ -394,15 +403,17 @@ def test_types(kind, outtype, checkpoints, tmp_path):
     error = {"F32": 0, "F16": 2 ** -11, "BF16": 2 ** -8, "Q8_0": 1 / 127}
     for name, value in exact.items():
         wanted = outtype.upper()
-        if value.ndim != 2 or name.startswith("v.position_embd"):
+        if value.ndim != 2 or name.startswith(("v.position_embd", "v.pre_tile_position_embd", "v.post_tile_position_embd")):
             wanted = "F32"
+        elif name == "v.tile_position_embd.weight":          # as many as a layer has weights, never in blocks
+            wanted = "F16" if outtype == "q8_0" else wanted
         elif name == "mm.input_projection.weight":
             wanted = "F32" if outtype == "bf16" else "F16"
         elif outtype == "q8_0" and value.shape[1] % 32 and not name.endswith("ffn_down.weight"):
             wanted = "F16"
         assert types[name] == wanted, name
         found, stored = values[name], values[name].shape
-        if outtype == "q8_0" and name.startswith("v.blk.") and ".ffn_" in name and stored != value.shape:
+        if outtype == "q8_0" and name.startswith(("v.blk.", "v.global.blk.")) and ".ffn_" in name and stored != value.shape:
             assert all(n % 32 == 0 for n, m in zip(stored, value.shape) if n != m)      # units of zeros fill the last block
             found = found[tuple(slice(n) for n in value.shape)]
             assert not np.any(np.delete(values[name].reshape(-1), np.arange(values[name].size).reshape(stored)[
@@ -559,7 +570,7 @@ def test_damaged_files_never_crash(kind, name, tmp_path):
 # --- llama.cpp runs what we write -------------------------------------------------------------------------------------
 
 RUNS = {
-    **{kind: (kind, {}) for kind in SEEING_KINDS},
+    **{kind: (kind, {}) for kind in LLAMA_CPP_KINDS},
     "qwen2_5_vl-yarn": ("qwen2_5_vl", {"text_config": {"rope_parameters": {
         **ROPE, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}}}),
     "qwen2_vl-untied": ("qwen2_vl", {"tie_word_embeddings": False}),
@@ -579,7 +590,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(run, tmp_path):
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize("kind, outtype", [*((kind, "f32") for kind in SEEING_KINDS), ("gemma3", "f16")])
+@pytest.mark.parametrize("kind, outtype", [*((kind, "f32") for kind in LLAMA_CPP_KINDS), ("gemma3", "f16")])
 def test_llama_cpp_encodes_pictures_as_transformers_does(kind, outtype, checkpoints, tmp_path):
     pytest.importorskip("llama_cpp", reason="make peers")
     text_file = convert(checkpoints(kind), tmp_path / "m.gguf", outtype, split_mmproj=True)

@@ -62,6 +62,13 @@ _SEEING: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any], dict[str
                    {**_QWEN_TEXT, "rms_norm_eps": 1e-6},
                    {"depth": 4, "hidden_size": 80, "intermediate_size": 100, "num_heads": 4, "out_hidden_size": 96,
                     "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 3}),
+    # cross-attention between self-attention and next to it; 3 patches along a tile, so that tiles have padding
+    "mllama": ("MllamaConfig", "MllamaForConditionalGeneration", "llama-bpe", {},
+               {**_COMMON, "num_hidden_layers": 6, "cross_attention_layers": [1, 3, 4], "max_position_embeddings": 512,
+                "rope_parameters": ROPES["llama3"], "rms_norm_eps": 1e-5},
+               {"hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 3,
+                "image_size": 44, "patch_size": 14, "intermediate_layers_indices": [0, 2], "vision_output_dim": 216,
+                "norm_eps": 1e-4}),
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "qwen2", {"tie_word_embeddings": True}, _QWEN_TEXT,
                  {"depth": 3, "embed_dim": 80, "hidden_size": 96, "num_heads": 4, "mlp_ratio": 2}),
     "mistral3": ("Mistral3Config", "Mistral3ForConditionalGeneration", "tekken", {"tie_word_embeddings": False},
@@ -75,6 +82,7 @@ _PAIRED = {"pixtral": ("LlavaConfig", "LlavaForConditionalGeneration", "tekken",
                        _SEEING["mistral3"][4], {**_SEEING["mistral3"][5], "patch_size": 16})}
 KINDS = tuple(_KINDS)
 SEEING_KINDS = tuple(_SEEING)
+LLAMA_CPP_KINDS = tuple(kind for kind in _SEEING if kind != "mllama")      # those that see there
 
 
 def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str = "float32",
@@ -95,7 +103,7 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
     kinds = {**_KINDS, **_SEEING, **_PAIRED}
     seeing = kind not in _KINDS
     config_class, model_class, usual_tokenizer, config = kinds[kind][:4]
-    family = {"gemma3": "gemma3", "mistral3": "mistral3", "pixtral": "mistral3"}.get(kind, "qwen2_vl") if seeing else "plain"
+    family = {"pixtral": "mistral3"}.get(kind, kind if kind in _FAMILIES else "qwen2_vl") if seeing else "plain"
     if tokenizer is not None:
         ids = save_tokenizer(usual_tokenizer if tokenizer == "default" else tokenizer, folder, family)
     else:
@@ -104,6 +112,8 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
     if seeing:
         text, vision = kinds[kind][4:]
         special = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if kind == "mllama":                # the picture's token is the first that the output head does not have
+            special["vocab_size"] = ids["image_token_index"]
         config = {**config, "text_config": {**text, **special, **config_overrides.pop("text_config", {})},
                   "vision_config": {**vision, **config_overrides.pop("vision_config", {})}}
     config = getattr(transformers, config_class)(**{**config, **ids, **config_overrides})
@@ -133,8 +143,12 @@ def _image_processor(kind: str, config: Any, settings: dict[str, Any]) -> Any:
     import transformers
 
     vision = config.vision_config
+    size = {"height": getattr(vision, "image_size", 0), "width": getattr(vision, "image_size", 0)}
+    if kind == "mllama":
+        return transformers.MllamaImageProcessorPil(**{
+            "size": size, "max_image_tiles": vision.max_num_tiles, "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.27, 0.28],
+            **settings})
     if kind == "gemma3":
-        size = {"height": vision.image_size, "width": vision.image_size}
         return transformers.Gemma3ImageProcessorPil(**{"size": size, **settings})
     if kind in ("mistral3", "pixtral"):
         size = {"longest_edge": vision.image_size}
@@ -175,6 +189,8 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
 
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     config, gemma, mistral = model.config, model.config.model_type == "gemma3", model.config.model_type in ("mistral3", "llava")
+    if config.model_type == "mllama":
+        return _seen_across(model, folder, parts, **settings)
     ids: list[int] = []
     pixels: dict[str, list[Any]] = {"image": [], "video": []}
     order: list[tuple[str, int]] = []
@@ -235,6 +251,46 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
                 [tuple(grids[kind][i]) for kind, i in order if grids[kind]])
 
 
+def _seen_across(model: Any, folder: str | Path, parts: Sequence[Any], **settings: Any) -> Seen:
+    """`hf_seen` of a model with cross-attention: `features` are the rows of real tiles; `grids` (aspect ratio, tiles, rows of one).
+
+    Rows before the first picture: transformers lets them see every tile, empty ones too, and leaves out the feed-forward only.
+    The authors' code multiplies attention's result by the same mask, and so does this.
+    """
+    import torch
+    from transformers.models.mllama import modeling_mllama as modeling
+    from transformers.models.mllama import processing_mllama as processing
+
+    config, processor = model.config, _processor(folder, model.config)
+    ids: list[int] = []
+    pictures = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+        elif isinstance(part, str):
+            ids += processor.tokenizer(part, add_special_tokens=False)["input_ids"]
+        else:
+            ids.append(config.image_token_index)
+            pictures.append(part)
+    if not pictures:
+        with torch.no_grad():
+            return Seen(ids, model(input_ids=torch.tensor([ids])).logits[0].numpy(), [], [], [])
+    made = processor.image_processor([pictures], return_tensors="pt", **settings)
+    tiles = made.pop("num_tiles")
+    sparse = processing.get_cross_attention_token_mask(ids, config.image_token_index)
+    mask = processing.convert_sparse_cross_attention_mask_to_dense([sparse], tiles, config.vision_config.max_num_tiles, len(ids))
+    sees = torch.tensor(mask.any(axis=(2, 3))).float()[:, :, None]              # [1, n, 1]
+    for m in model.modules():
+        if isinstance(m, modeling.MllamaTextCrossAttention) and not sees.all():
+            m.register_forward_hook(lambda m, args, out: (out[0] * sees, *out[1:]))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), cross_attention_mask=torch.tensor(mask), **made).logits[0].numpy()
+        rows = model.model.multi_modal_projector(model.model.vision_model(**made).last_hidden_state)[0].numpy()
+    return Seen(ids, logits, [f[:n].reshape(-1, f.shape[-1]) for f, n in zip(rows, tiles[0])],
+                [p[:n].numpy() for p, n in zip(made["pixel_values"][0], tiles[0])],
+                [(int(i), n, rows.shape[2]) for i, n in zip(made["aspect_ratio_ids"][0], tiles[0])])
+
+
 def hf_chat_ids(folder: str | Path, messages: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> list[int]:
     """Return the ids that transformers makes of a conversation with pictures; -1 for each soft token."""
     from transformers import AutoConfig
@@ -244,7 +300,8 @@ def hf_chat_ids(folder: str | Path, messages: Sequence[dict[str, Any]], pictures
     template = processor.tokenizer.chat_template
     text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     made = processor(text=[text], images=[list(pictures)], add_special_tokens=False, return_tensors="pt")
-    return [-1 if i == config.image_token_id else i for i in made["input_ids"][0].tolist()]
+    soft = None if config.model_type == "mllama" else config.image_token_id      # there the picture's token is one of the prompt's
+    return [-1 if i == soft else i for i in made["input_ids"][0].tolist()]
 
 
 def _processor(folder: str | Path, config: Any) -> Any:
@@ -258,6 +315,9 @@ def _processor(folder: str | Path, config: Any) -> Any:
     if config.model_type in ("mistral3", "llava"):
         images = transformers.PixtralImageProcessorPil.from_pretrained(folder)
         return _pixtral_processor()(images, tokenizer, config.vision_config.patch_size, getattr(config, "spatial_merge_size", 1))
+
+    if config.model_type == "mllama":
+        return transformers.MllamaProcessor(transformers.MllamaImageProcessorPil.from_pretrained(folder), tokenizer)
 
     class Processor(transformers.Qwen2VLProcessor):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -345,6 +405,18 @@ GEMMA_TEMPLATE = """{{ bos_token }}
   {{ '<end_of_turn>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+LLAMA_TEMPLATE = """{{ bos_token }}
+{%- for m in messages -%}
+  {{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}
+  {%- if m['content'] is string -%}{{ m['content'] | trim }}
+  {%- else -%}
+    {%- for part in m['content'] -%}
+      {{ '<|image|>' if part['type'] == 'image' else part['text'] | trim }}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"""
 QWEN_TEMPLATE = """{%- set ns = namespace(images=0, videos=0) -%}
 {%- for m in messages -%}
   {%- if loop.first and m['role'] != 'system' -%}
@@ -415,6 +487,10 @@ _FAMILIES = {
     "mistral3": _Family(
         ("[IMG_END]", "<s>", "[INST]", "[IMG]", "</s>", "[SYSTEM_PROMPT]", "[IMG_BREAK]", "[/INST]", "<pad>", "[/SYSTEM_PROMPT]"),
         "<s>", "</s>", "<pad>", MISTRAL_TEMPLATE, {"image_token_index": "[IMG]"}),
+    "mllama": _Family(      # the picture's token comes last
+        ("<|end_header_id|>", "<|finetune_right_pad_id|>", "<|begin_of_text|>", "<|eot_id|>", "<|python_tag|>",
+         "<|start_header_id|>", "<|image|>"), "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", LLAMA_TEMPLATE,
+        {"image_token_index": "<|image|>"}, ()),
     "qwen2_vl": _Family(
         ("<|video_pad|>", "<|im_end|>", "<|vision_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>",
          "<|vision_start|>", "<|box_start|>", "<|box_end|>"), None, "<|im_end|>", "<|endoftext|>", QWEN_TEMPLATE,

@@ -22,6 +22,7 @@ class Architecture:
     """What a module's class `Model` offers to the engine.
 
     config           has n_layers, d_model, n_kv_heads, head_dim, vocab_size
+    n_ids            ids that a prompt may have; more than `vocab_size` where the embedding has more rows than the output head
     position_axes    rows of `batch.positions` (3 with M-RoPE)
     Vision           the media encoder's class (or a function that makes the one which the files hold), or None
     rope             the rotary embedding of queries and keys
@@ -46,16 +47,24 @@ class Architecture:
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
         raise NotImplementedError
 
+    @property
+    def n_ids(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
+
     def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+        """What each layer's attention needs. The plan says how many encoder rows `Cross` holds."""
         raise NotImplementedError
 
     def ropes(self) -> list[Rope]:
         """The rotary embedding of each layer's keys: they can be turned on by further positions."""
         return [self.rope] * self.config.n_layers
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """The graph of one step: logits [l, vocab] and hidden states of the wanted rows [w, d_model]."""
+    def forward(self, batch: Batch, caches: list[Any]) -> tuple[Tensor, Tensor]:
+        """The graph of one step: logits [l, vocab] and hidden states of the wanted rows [w, d_model].
+
+        caches: a `LayerCache` each; for layers that attend across a `CrossCache`, or None without an encoder.
+        """
         raise NotImplementedError
 
 
