@@ -27,7 +27,7 @@ from pyengine.tensor import Tensor, make_leaf
 
 REPEAT = 7                                                                     # samples of one job
 SAMPLE_SECONDS = 0.01                                                          # each at least
-MAX_COPIES = 512
+MAX_COPIES, MAX_BYTES = 512, 4 << 30                                         # of a job; of a mixture a copy reads few of its bytes
 CHECKED_ROWS = 64                                                              # of a large product: the reference is slow
 
 # Bytes of a block at which its float16 scales stand (csrc/quants.h); all other bytes may be anything.
@@ -435,7 +435,8 @@ def measure(job: Job, isa: str, n_threads: int) -> list[dict[str, Any]]:
     blocks = job.op in (ops.linear, ops.expert_linear) and any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"])
     n_cold = -(-2 * cache // nbytes)
     variants = [("hot", 1)] if nbytes < cache // 2 else []
-    variants += [("cold", n_cold)] if n_cold <= MAX_COPIES else []
+    held = sum(a.raw.nbytes if isinstance(a, Blocks) else a.nbytes for a in _flat(copy.values))
+    variants += [("cold", n_cold)] if n_cold <= MAX_COPIES and n_cold * held <= MAX_BYTES else []
     want = expected(job, copy)
     records = []
     for state, n in variants:
