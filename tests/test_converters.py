@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from converters import convert, gemma3_text, llama, mixtral, qwen2
+from converters import convert, gemma3_text, llama, mixtral, qwen2, qwen3moe
 from converters.__main__ import main
 from converters.base import interleaved_rows
 from converters.tokenizer import pre_tokenizer_name
@@ -75,6 +75,9 @@ KEYS = {
         "attention.sliding_window": 6, "attention.sliding_window_pattern": [True] * 3}),
     "mixtral": ("llama", {**COMMON, "rope.freq_base": 1e6, "expert_count": 5, "expert_used_count": 2}),
     "qwen2": ("qwen2", {**COMMON, "attention.layer_norm_rms_epsilon": np.float32(1e-6)}),
+    "qwen3moe": ("qwen3moe", {**COMMON, "attention.layer_norm_rms_epsilon": np.float32(1e-6), "attention.key_length": 32,
+                              "attention.value_length": 32, "rope.dimension_count": 32, "expert_count": 12,
+                              "expert_used_count": 4, "expert_feed_forward_length": 64}),
     "gemma3_text": ("gemma3", {
         **{k: v for k, v in COMMON.items() if k != "rope.dimension_count"}, "block_count": 7,
         "attention.head_count": 4, "attention.key_length": 32, "attention.value_length": 32,
@@ -98,7 +101,7 @@ def test_keys(kind, checkpoints, tmp_path):
     (llama.DEFAULTS, "LlamaConfig"), (qwen2.DEFAULTS, "Qwen2Config"), (gemma3_text.DEFAULTS, "Gemma3TextConfig"),
     ({k: v for k, v in llama.DEFAULTS.items() if not k.endswith("_bias")}, "MistralConfig"),
     ({k: v for k, v in mixtral.Mixtral.defaults.items() if not k.endswith("_bias")}, "MixtralConfig"),
-    ({"sliding_window": llama.MISTRAL_WINDOW}, "MistralConfig")])
+    (qwen3moe.DEFAULTS, "Qwen3MoeConfig"), ({"sliding_window": llama.MISTRAL_WINDOW}, "MistralConfig")])
 def test_defaults_are_those_of_transformers(defaults, config_class):
     config_class = getattr(transformers, config_class)
     assert {name: getattr(config_class, name) for name in defaults} == defaults
@@ -218,9 +221,10 @@ def expected_tensors(kind, folder):
     """Apply the dialect's rules to a checkpoint, written as llama.cpp documents them: heads [2, d/2] -> [d/2, 2]."""
     config = json.loads((folder / "config.json").read_text())
     tensors = stored(folder)
-    if kind == "mixtral":                                  # gguf-py knows the names of an expert's matrix without its number
+    if kind in ("mixtral", "qwen3moe"):                    # gguf-py knows the names of an expert's matrix without its number
         parts = {name: re.sub(r"experts\.\d+\.", "experts.", name) for name in tensors if ".experts." in name}
-        stacks = {whole: np.stack([tensors[whole.replace("experts.", f"experts.{e}.")] for e in range(config["num_local_experts"])])
+        n = config.get("num_experts") or config["num_local_experts"]
+        stacks = {whole: np.stack([tensors[whole.replace("experts.", f"experts.{e}.")] for e in range(n)])
                   for whole in set(parts.values())}
         tensors = {**{n: v for n, v in tensors.items() if n not in parts}, **stacks}
     for name, value in tensors.items():
@@ -245,7 +249,8 @@ def expected_tensors(kind, folder):
 VARIANTS = {
     "llama": ("llama", {}), "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}), "mistral": ("mistral", {}), "qwen2": ("qwen2", {}),
-    "mixtral": ("mixtral", {}), "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}), "gemma3_text": ("gemma3_text", {}),
+    "mixtral": ("mixtral", {}), "qwen3moe": ("qwen3moe", {}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}), "gemma3_text": ("gemma3_text", {}),
     "gemma3-untied": ("gemma3_text", {"tie_word_embeddings": False}),
 }
 
@@ -659,6 +664,13 @@ def test_gemma_refuses(change, words, tmp_path):
         convert(folder, tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("change", [{"norm_topk_prob": False}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}])
+def test_qwen_experts_refuse(change, tmp_path):
+    folder = make_checkpoint("qwen3moe", tmp_path / "c", **change)
+    with pytest.raises(UnsupportedModelError, match=next(iter(change))):
+        convert(folder, tmp_path / "m.gguf")
+
+
 def test_unigram_tokenizer_model_is_refused(tmp_path):
     folder = make_checkpoint("llama", tmp_path / "c", tokenizer=None)
     train_sentencepiece(folder / "tokenizer.model", model_type="unigram")
@@ -679,7 +691,8 @@ def linear_gemma():
 RUNS = {
     "llama": ("llama", {}), "llama-biases": ("llama", VARIANTS["llama-biases"][1]),
     "llama-tied": ("llama", {"tie_word_embeddings": True}), "mistral": ("mistral", {"sliding_window": None}),
-    "mixtral": ("mixtral", {}), "qwen2": ("qwen2", {}), "qwen2-yarn": ("qwen2", {"rope_parameters": ROPES["yarn-attn"]}),
+    "mixtral": ("mixtral", {}), "qwen3moe": ("qwen3moe", {}),
+    "qwen2": ("qwen2", {}), "qwen2-yarn": ("qwen2", {"rope_parameters": ROPES["yarn-attn"]}),
     "gemma3": ("gemma3_text", {}), "gemma3-linear": ("gemma3_text", {"rope_parameters": linear_gemma()}),
     "gemma3-softcap": ("gemma3_text", {"final_logit_softcapping": 30.0}),
     **{f"llama-{name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()},

@@ -45,6 +45,9 @@ _KINDS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", "llama-bpe",
                 {**_COMMON, "rms_norm_eps": 1e-5, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", "qwen2", {**_COMMON, "tie_word_embeddings": True}),
+    "qwen3moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", "qwen2",
+                 {**_COMMON, "head_dim": 32, "num_experts": 12, "num_experts_per_tok": 4, "moe_intermediate_size": 64,
+                  "norm_topk_prob": True}),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", "spm", {
         **_COMMON, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "sliding_window": 6, "query_pre_attn_scalar": 32}),

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-16-top-3": ("mixtral", {"num_local_experts": 16, "num_experts_per_tok": 3, "head_dim": 32}),
     "qwen2": ("qwen2", {}),
     "qwen2-untied-sliding": ("qwen2", {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3moe": ("qwen3moe", {"num_experts_per_tok": 3}),    # with 4, two experts of a row are 3e-5 apart: f16 swaps them
     "gemma3": ("gemma3_text", {}),
     "gemma3-softcap": ("gemma3_text", {"final_logit_softcapping": 5.0}),
     "gemma3-scale": ("gemma3_text", {"query_pre_attn_scalar": 50}),

@@ -1,0 +1,63 @@
+"""Qwen3 with experts: `qwen3moe` in GGUF. Follows transformers `configuration_qwen3_moe.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+
+from .base import Config, Entry, Stack, converts, linear
+from .qwen2 import Qwen2
+
+# transformers' Qwen3MoeConfig where a config.json may be silent
+DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
+                            "use_sliding_window": False, "sliding_window": 4096, "num_experts_per_tok": 8,
+                            "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1,
+                            "mlp_only_layers": None}
+
+
+@converts("Qwen3MoeForCausalLM")
+class Qwen3Moe(Qwen2):
+    arch = "qwen3moe"
+    defaults = DEFAULTS
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        c = Config(config, self.defaults, file)
+        c.refuse_unless("use_sliding_window", False)
+        c.refuse_unless("attention_bias", False)
+        c.refuse_unless("norm_topk_prob", True)             # there is no key for gates that are not normalised
+        c.refuse_unless("decoder_sparse_step", 1)
+        c.refuse_unless("mlp_only_layers", None, [])
+        super().__init__(config, file)
+        self.n_experts = c.count("num_experts" if c.get("num_experts") is not None else "num_local_experts")
+        self.d_expert = c.count("moe_intermediate_size")
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        super().write_keys(out)
+        out.add_expert_count(self.n_experts)
+        out.add_expert_used_count(self.config.count("num_experts_per_tok"))
+        out.add_expert_feed_forward_length(self.d_expert)
+
+    def tensors(self) -> Iterator[Entry | Stack]:
+        d, f, e = self.d_model, self.d_expert, self.head_dim
+        q, kv = self.n_heads * e, self.n_kv_heads * e
+        yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, d))
+        yield Entry("output_norm.weight", "model.norm.weight", (d,))
+        if not self.tied:
+            yield Entry("output.weight", "lm_head.weight", (self.vocab_size, d))
+        for i in range(self.n_layers):
+            b, m = f"blk.{i}", f"model.layers.{i}"
+            yield Entry(f"{b}.attn_norm.weight", f"{m}.input_layernorm.weight", (d,))
+            yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
+            yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
+            yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
+            yield Entry(f"{b}.attn_q_norm.weight", f"{m}.self_attn.q_norm.weight", (e,))
+            yield Entry(f"{b}.attn_k_norm.weight", f"{m}.self_attn.k_norm.weight", (e,))
+            yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
+            yield Entry(f"{b}.ffn_norm.weight", f"{m}.post_attention_layernorm.weight", (d,))
+            yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d))
+            for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
+                parts = (Entry(name, f"{m}.mlp.experts.{n}.{name}_proj.weight", shape) for n in range(self.n_experts))
+                yield Stack(f"{b}.ffn_{name}_exps.weight", tuple(parts))

@@ -1,0 +1,112 @@
+"""Qwen3 with experts (Qwen3-30B-A3B, Qwen3-Coder ...).
+
+Paper arXiv:2505.09388. Follows transformers `modeling_qwen3_moe.py`: queries and keys of a head are normed before they are rotated
+(NEOX order), no biases, and in every layer a mixture whose gates add up to 1. llama.cpp normalises the gates of every file of this
+architecture; there is no key for it.
+Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyengine import ops
+from pyengine.batch import Batch
+from pyengine.hparams import Hparams
+from pyengine.kvcache import Full, LayerCache, Policy
+from pyengine.models import Architecture
+from pyengine.nn import Embedding, Experts, Linear, RMSNorm, Rope, rope, vocab_size
+from pyengine.tensor import Tensor
+from pyengine.weights import Weights
+
+
+@dataclass(frozen=True)
+class Config:
+    """Numbers of one checkpoint, from its metadata."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int                # of an expert
+    n_experts: int
+    n_used: int              # experts of a row
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_ctx_train: int
+    eps: float
+
+    @classmethod
+    def read(cls, h: Hparams, w: Weights) -> Config:
+        """Read the keys "qwen3moe.*"."""
+        h.refuse(attention__sliding_window="a sliding window", expert_shared_count="an expert for all rows",
+                 leading_dense_block_count="a layer without experts")
+        d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
+        return cls(
+            n_layers=h.size("block_count"),
+            d_model=d_model,
+            d_ff=h.size("expert_feed_forward_length"),
+            n_experts=h.size("expert_count"),
+            n_used=h.size("expert_used_count"),
+            n_heads=n_heads,
+            n_kv_heads=h.size("attention.head_count_kv", n_heads),
+            head_dim=h.size("attention.key_length", d_model // n_heads),
+            vocab_size=vocab_size(w),
+            n_ctx_train=h.size("context_length"),
+            eps=h.number("attention.layer_norm_rms_epsilon"),
+        )
+
+
+class Block:
+    """Pre-norm grouped-query attention and mixture, each added to its input."""
+
+    def __init__(self, w: Weights, c: Config):
+        self.c = c
+        self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
+        self.q = Linear(w["attn_q"], c.d_model, c.n_heads * c.head_dim)
+        self.k = Linear(w["attn_k"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.q_norm, self.k_norm = (RMSNorm(w[name], c.head_dim, c.eps) for name in ("attn_q_norm", "attn_k_norm"))
+        self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
+        self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
+        self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
+        self.experts = Experts(w, c.n_experts, c.d_model, c.d_ff)
+
+    def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
+        xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
+        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
+        h = self.ffn_norm(x)
+        chosen, gates = ops.top_experts(self.router(h), n_used=self.c.n_used, gate="softmax", normed=True)
+        return x + self.experts(h, chosen, gates)                                  # [m or w, D]
+
+    def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
+        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+        c = self.c
+        q = self.q_norm(self.q(xw).reshape(-1, c.n_heads, c.head_dim))             # [m or w, H, E]
+        k = self.k_norm(self.k(x).reshape(-1, c.n_kv_heads, c.head_dim))           # [m, K, E]
+        v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
+        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
+
+
+class Model(Architecture):
+    """A qwen3moe decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
+
+    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+        c = self.config = Config.read(h, w)
+        self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
+        self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
+        self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
+        self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
+        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train)
+
+    def cache_policies(self) -> list[Policy]:
+        """What each layer's attention needs."""
+        return [Full()] * self.config.n_layers
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+        x = self.embed(batch.ids)                                                  # [m, D]
+        angles = self.rope.table(batch.positions)                                  # [m, E]
+        for i, block in enumerate(self.blocks):
+            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
+        return self.head(self.norm(batch.select_head(x))), x
