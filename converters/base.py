@@ -204,9 +204,9 @@ def read_json(file: Path, required: bool = False) -> dict[str, Any]:
 class Entry:
     """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
 
-    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, or, with an axis
-    less, the one row `first_row`. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros
-    behind it.
+    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, with an axis less
+    the one row `first_row`, or, of a stack of matrices that the checkpoint keeps transposed, `shape[1]` columns from
+    `first_column` on. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
     """
     name: str
     source: str
@@ -216,6 +216,7 @@ class Entry:
     stored: tuple[int, ...] | None = None
     first_row: int = 0
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
+    first_column: int | None = None      # of matrices [n, in, columns], which become [n, shape[1], in]
     padded: tuple[int, ...] | None = None
     make: Callable[[np.ndarray], np.ndarray] | None = None   # applied to the values, float32
 
@@ -389,8 +390,9 @@ def rope_tensors(rope: dict[str, Any], config: Config, head_dim: int) -> Iterato
         factor, low, high = (_need(rope, n, config) for n in ("factor", "low_freq_factor", "high_freq_factor"))
         frequency = 1.0 / rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
         turns = original * frequency / (2 * math.pi)       # rotations of each pair within the original context
-        # below `low` turns: slowed by `factor`; above `high`: untouched; between: a linear blend of the frequencies
-        blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        # below `low` turns: slowed by `factor`; above `high`: untouched; between: a linear blend of the frequencies.
+        # Llama 4 has nothing between: `low` is `high`.
+        blend = np.clip((turns - low) / (high - low), 0.0, 1.0) if high != low else (turns > high).astype(np.float64)
         yield factors("rope_freqs", 1.0 / ((1.0 - blend) / factor + blend))
     elif rope["rope_type"] == "longrope":
         yield factors("rope_factors_long", _need(rope, "long_factor", config))
@@ -619,8 +621,11 @@ def _chunks(checkpoint: Checkpoint, entry: Entry | Stack | Constant) -> Iterator
                 stop = min(i + n_rows, shape[0])
                 raw = (checkpoint.read(source, entry.first_row + i, entry.first_row + stop) if whole is None
                        else whole[order[i:stop]])
-                values = to_float32(raw if entry.frame is None else raw[:, :, entry.frame],
-                                    checkpoint.tensors[source].dtype)
+                if entry.frame is not None:
+                    raw = raw[:, :, entry.frame]
+                if entry.first_column is not None:
+                    raw = raw[:, :, entry.first_column : entry.first_column + shape[1]].swapaxes(1, 2)
+                values = np.ascontiguousarray(to_float32(raw, checkpoint.tensors[source].dtype))
                 values = values + np.float32(add) if add else values
                 values = entry.make(values) if entry.make else values
                 if entry.padded and len(shape) == 2:

@@ -33,6 +33,9 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT_4O = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}|"
+           r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 PRE_TOKENIZERS: tuple[tuple[tuple[str, ...], bool | None, str], ...] = (
     (("bytes+regex",), False, "gpt-2"),
@@ -41,6 +44,7 @@ PRE_TOKENIZERS: tuple[tuple[tuple[str, ...], bool | None, str], ...] = (
     ((f"split {_WORDS}\\p{{N}}{{1,3}}{_REST}", "bytes"), True, "llama-bpe"),
     ((f"split {_WORDS}\\p{{N}}{{1,3}}{_REST}", "bytes"), False, "dbrx"),     # the same regex, merges kept
     ((f"split {_TEKKEN}", "bytes"), None, "tekken"),
+    ((f"split {_GPT_4O}", "bytes"), None, "llama4"),
     (("split [\r\n]", "split \\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf…",
       "split \\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", "split \\s+$",
       f"split {_IDEOGRAPHS}", "digits", "bytes"), False, "deepseek-llm"),

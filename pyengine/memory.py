@@ -146,7 +146,7 @@ class MemoryPlan:
 
     def _what_fits(self) -> Iterator[str]:
         if self.max_ctx is not None:
-            pictures = f", with pictures of up to {self.picture} soft tokens" if self.picture else ""
+            pictures = f", with up to {self.picture} soft tokens of a picture at once" if self.picture else ""
             yield f"largest context that fits: {self.max_ctx}{pictures}"
         if self.max_seq:
             yield f"conversations that fit: {self.max_seq}" + (" or more" if self.max_seq == self.seq_limit else "")

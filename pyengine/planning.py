@@ -477,7 +477,8 @@ class _Count:
         """Embeddings that are kept: as many as asked for, or a context full of them within a share of the memory."""
         row = 4 * self.built.arch.config.d_model
         if self.n_pictures is not None:
-            return self.n_pictures * self.built.vision.max_rows * row
+            vision = self.built.vision                       # a picture in tiles has more rows than a run
+            return self.n_pictures * max(vision.max_rows, min(vision.rows(*self.size), n_ctx) if self.size else 0) * row
         most = max(n_ctx, self.built.across) * row
         return min(most, max(self.built.vision.max_rows * row, int(IMAGE_CACHE_SHARE * self.host.total)))
 
@@ -489,7 +490,7 @@ class _Count:
         host = [*inputs, *[("pixels", pixels)] * PIXEL_COPIES]
         layers, rest = "weights of layers, from the first picture on", "weights of patches, norms and projector"
         return [*self._weights(e, where, "encoder", (layers, layers, rest)),
-                PlanItem.sum(where, "encoder", f"arena, pictures of up to {rows} soft tokens", e.layout.busiest()),
+                PlanItem.sum(where, "encoder", f"arena, up to {rows} soft tokens a run", e.layout.busiest()),
                 PlanItem.sum(self.main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)]),
                 PlanItem(self.main, "images", "encoded pictures that are kept, at most", self.image_cache),
                 PlanItem.sum(where, "images", "a picture's patches and pixels, while it is processed", host)]

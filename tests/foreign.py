@@ -1,9 +1,9 @@
 """Tiny checkpoints in other programs' files: llama.cpp's pair (text and mmproj), Ollama's single file, and its store.
 
 Written from those programs' own converters and independently of ours: only the vocabulary is shared. llama.cpp:
-`conversion/gemma.py`, `conversion/qwenvl.py`, `conversion/mistral3.py`, `conversion/llava.py`, names from gguf-py; Ollama:
-`convert/convert_gemma3.go`, `convert/convert_qwen25vl.go`, `convert/convert_mistral.go`, `convert/convert_mllama.go`,
-`convert/convert_llama.go`, `convert/reader.go`, and the keys that its
+`conversion/gemma.py`, `conversion/qwenvl.py`, `conversion/mistral3.py`, `conversion/llava.py`, `conversion/llama4.py`, names from
+gguf-py; Ollama: `convert/convert_gemma3.go`, `convert/convert_qwen25vl.go`, `convert/convert_mistral.go`,
+`convert/convert_mllama.go`, `convert/convert_llama.go`, `convert/convert_llama4.go`, `convert/reader.go`, and the keys that its
 published files show. No key of our own.
 """
 
@@ -45,10 +45,20 @@ class Saved:
 
     def text_tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """List the text model's tensors under llama.cpp's names, which Ollama shares; Gemma's norms hold 1 + w."""
-        archs = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "mistral3": gguf.MODEL_ARCH.MISTRAL3, "llava": gguf.MODEL_ARCH.LLAMA}
+        archs = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "llama4": gguf.MODEL_ARCH.LLAMA4, "mistral3": gguf.MODEL_ARCH.MISTRAL3,
+                 "llava": gguf.MODEL_ARCH.LLAMA}
         names = gguf.get_tensor_name_map(archs.get(self.kind, gguf.MODEL_ARCH.QWEN2VL), 99)
+        if self.kind == "llama4" and self.text["rope_parameters"]["rope_type"] == "llama3":
+            yield "rope_freqs.weight", _llama3_factors(self.text)
         for source, value in self.tensors.items():
             if not source.startswith(("model.", "lm_head.")):
+                continue
+            if ".experts." in source:       # [experts, in, out]; gate and up side by side
+                parts = zip(("gate_proj", "up_proj"), np.split(value, 2, axis=2)) if "gate_up" in source else [("down_proj", value)]
+                for part, matrices in parts:
+                    name = names.get_name(f"{source.rpartition('.')[0]}.{part}")
+                    assert name is not None, source
+                    yield f"{name}.weight", matrices.swapaxes(1, 2)
                 continue
             name = names.get_name(source, try_suffixes=(".weight", ".bias"))
             assert name is not None, source
@@ -78,12 +88,13 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
     """Write OUT (text) and mmproj-OUT as llama.cpp's converter does and return both paths.
 
     `legacy`: as its first converters wrote them, with the encoder's ffn_up and ffn_down the wrong way round; Mistral 3's
-    text as "llama". What these files cannot say must have the value that llama.cpp assumes: see `_assumed`.
+    text as "llama"; Llama 4, with the name of a norm that its table has had since Gemma 4. What these files cannot say must have
+    the value that llama.cpp assumes: see `_assumed`.
     """
     saved = Saved(folder)
     _assumed(saved)
     mistral = saved.kind in PIXTRAL
-    archs = {"gemma3": "gemma3", "mistral3": "llama" if legacy else "mistral3", "llava": "llama"}
+    archs = {"gemma3": "gemma3", "llama4": "llama4", "mistral3": "llama" if legacy else "mistral3", "llava": "llama"}
     arch = archs.get(saved.kind, "qwen2vl")
     text = _writer(out, arch, outtype, "model")
     _text_keys(text, saved)
@@ -92,7 +103,7 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
 
     path = out.with_name(f"mmproj-{out.name}")
     mmproj, vision = _writer(path, "clip", outtype, "mmproj"), saved.vision
-    gemma, first = saved.kind == "gemma3", saved.kind == "qwen2_vl"
+    gemma, first, llama = (saved.kind == kind for kind in ("gemma3", "qwen2_vl", "llama4"))
     mmproj.add_clip_has_vision_encoder(True)
     mmproj.add_vision_projection_dim(saved.text["hidden_size"])
     mmproj.add_vision_image_size(vision.get("image_size", 560))
@@ -100,14 +111,17 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
     mmproj.add_vision_embedding_length(vision["embed_dim" if first else "hidden_size"])
     # Qwen2-VL's is the width of the text model, which is what llama.cpp's converter writes
     mmproj.add_vision_feed_forward_length(vision["hidden_size" if first else "intermediate_size"])
-    mmproj.add_vision_block_count(vision["num_hidden_layers" if gemma or mistral else "depth"])
-    mmproj.add_vision_head_count(vision["num_attention_heads" if gemma or mistral else "num_heads"])
+    mmproj.add_vision_block_count(vision["num_hidden_layers" if gemma or mistral or llama else "depth"])
+    mmproj.add_vision_head_count(vision["num_attention_heads" if gemma or mistral or llama else "num_heads"])
     mmproj.add_vision_image_mean(saved.images["image_mean"])
     mmproj.add_vision_image_std(saved.images["image_std"])
-    mmproj.add_clip_projector_type({"gemma3": "gemma3", "qwen2_vl": "qwen2vl_merger", **dict.fromkeys(PIXTRAL, "pixtral")}
-                                   .get(saved.kind, "qwen2.5vl_merger"))
-    mmproj.add_vision_attention_layernorm_eps(vision["layer_norm_eps"] if gemma else 1e-5 if mistral else 1e-6)
-    if gemma:
+    mmproj.add_clip_projector_type({"gemma3": "gemma3", "llama4": "llama4", "qwen2_vl": "qwen2vl_merger",
+                                    **dict.fromkeys(PIXTRAL, "pixtral")}.get(saved.kind, "qwen2.5vl_merger"))
+    mmproj.add_vision_attention_layernorm_eps(vision["layer_norm_eps"] if gemma else 1e-5 if mistral or llama else 1e-6)
+    if llama:
+        mmproj.add_vision_use_gelu(True)
+        mmproj.add_vision_projector_scale_factor(int(1 / vision["pixel_shuffle_ratio"]))
+    elif gemma:
         mmproj.add_vision_use_gelu(True)
         pool = vision["image_size"] // vision["patch_size"] // int(saved.config["mm_tokens_per_image"] ** 0.5)
         if pool != 4:
@@ -133,6 +147,10 @@ def _assumed(saved: Saved) -> None:
     elif saved.kind in PIXTRAL:
         assert vision["hidden_act"] == "silu" and vision["rope_parameters"]["rope_theta"] == 1e4
         assert saved.images["size"] == {"longest_edge": vision["image_size"]} and not text["sliding_window"]
+    elif saved.kind == "llama4":
+        assert [bool(r) for r in text["no_rope_layers"]] == [i % 4 != 3 for i in range(text["num_hidden_layers"])]
+        assert text["attention_chunk_size"] == text["floor_scale"] == 8192 and text["attn_scale"] == 0.1
+        assert text["use_qk_norm"] == (text["num_local_experts"] != 128) and vision["rope_parameters"]["rope_theta"] == 1e4
     else:
         assert vision["spatial_merge_size"] == vision["temporal_patch_size"] == 2 and vision.get("window_size", 112) == 112
         full = vision.get("fullatt_block_indexes", [])
@@ -144,7 +162,8 @@ def _text_keys(out: gguf.GGUFWriter, saved: Saved) -> None:
     out.add_block_count(text["num_hidden_layers"])
     out.add_context_length(text["max_position_embeddings"])
     out.add_embedding_length(text["hidden_size"])
-    out.add_feed_forward_length(text["intermediate_size"])
+    if saved.kind != "llama4":
+        out.add_feed_forward_length(text["intermediate_size"])
     out.add_head_count(text["num_attention_heads"])
     out.add_head_count_kv(text["num_key_value_heads"])
     out.add_layer_norm_rms_eps(text["rms_norm_eps"])
@@ -160,6 +179,16 @@ def _text_keys(out: gguf.GGUFWriter, saved: Saved) -> None:
         out.add_rope_dimension_count(text["head_dim"])
         out.add_rope_freq_base(rope["rope_theta"])
         out.add_vocab_size(text["vocab_size"])
+    elif saved.kind == "llama4":
+        out.add_key_length(text["head_dim"])
+        out.add_value_length(text["head_dim"])
+        out.add_rope_freq_base(rope["rope_theta"])
+        out.add_rope_dimension_count(text["head_dim"])
+        out.add_feed_forward_length(text["intermediate_size_mlp"])
+        out.add_expert_feed_forward_length(text["intermediate_size"])
+        out.add_expert_count(text["num_local_experts"])
+        out.add_expert_used_count(text["num_experts_per_tok"])
+        out.add_interleave_moe_layer_step(text["interleave_moe_layer_step"])
     else:
         out.add_rope_freq_base(rope["rope_theta"])
         out.add_rope_dimension_sections([*rope["mrope_section"], 0])
@@ -174,6 +203,22 @@ def _pixtral_tensors(saved: Saved) -> Iterator[tuple[str, np.ndarray]]:
         elif not source.startswith(("model.", "lm_head.")):
             yield names.get_name(source, try_suffixes=(".weight", ".bias")), (
                 turned(value, heads) if re.search(r"\.[qk]_proj\.", source) else value)
+
+
+def _llama3_factors(text: dict[str, Any]) -> np.ndarray:
+    """Divisors of rope's frequencies, as both programs' converters compute them, one by one."""
+    rope, dim = text["rope_parameters"], text["head_dim"]
+    original = rope["original_max_position_embeddings"]
+    low, high = original / rope["low_freq_factor"], original / rope["high_freq_factor"]
+    factors = []
+    for i in range(0, dim, 2):
+        wave = 2 * np.pi * rope["rope_theta"] ** (i / dim)
+        if low != high and high <= wave <= low:
+            smooth = (original / wave - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+        else:
+            factors.append(1 if wave < high else rope["factor"])
+    return np.array(factors, np.float32)
 
 
 def _clip_tensors(saved: Saved, legacy: bool) -> Iterator[tuple[str, np.ndarray]]:
@@ -191,9 +236,16 @@ def _clip_tensors(saved: Saved, legacy: bool) -> Iterator[tuple[str, np.ndarray]
         for part, array in parts:
             known = re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", source)
             known = known.replace(".qkv.", f".{part}.").replace("_projection_weight", "_projection.weight")
+            if source == "multi_modal_projector.linear_1.weight":
+                yield "mm.model.fc.weight", array
+                continue
+            if known.endswith("positional_embedding_vlm"):
+                known += ".weight"
             name = names.get_name(known, try_suffixes=(".weight", ".bias"))
             assert name is not None, source
-            if legacy and re.search(r"\.ffn_(up|down)\.", name):
+            if saved.kind == "llama4":
+                name = name if legacy else name.replace("attn_post_norm", "ln2")
+            elif legacy and re.search(r"\.ffn_(up|down)\.", name):
                 name = name.replace("ffn_up", "ffn_x").replace("ffn_down", "ffn_up").replace("ffn_x", "ffn_down")
             yield name, array + 1 if "soft_emb_norm" in name else array
 
@@ -206,6 +258,10 @@ OLLAMA_NAMES = {        # strings.NewReplacer: at each place the first that fits
                ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
                ("self_attn.out_proj", "attn_output"), ("input_projection_weight", "input_projection.weight"),
                ("multi_modal_projector", "mm")),
+    "llama4": (("model.layers", "blk"), ("input_layernorm", "attn_norm"), ("self_attn.q_proj", "attn_q"),
+               ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"), ("self_attn.o_proj", "attn_output"),
+               ("post_attention_layernorm", "ffn_norm"), ("vision_model", "v"), ("multi_modal_projector", "mm"),
+               ("patch_embedding.linear", "patch_embedding")),
     "qwen2_5_vl": (("visual", "v"), ("blocks", "blk"), ("attn.proj", "attn_out"), ("norm1", "ln1"), ("norm2", "ln2"),
                    ("mlp.down_proj", "ffn_down"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up")),
     "mistral3": (("transformer.layers", "blk"), ("vision_tower", "v"), ("ln_pre", "encoder_norm"),
@@ -231,7 +287,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int = 0) -> Path:
-    """Write a gemma3, qwen2_5_vl, mistral3 or mllama checkpoint as one file in Ollama's layout and return its path.
+    """Write a gemma3, llama4, qwen2_5_vl, mistral3 or mllama checkpoint as one file in Ollama's layout and return its path.
 
     `extra_tokens`: so many tokens beyond the embedding's rows, as published Gemma 3 files have. They have no template.
     """
@@ -274,6 +330,23 @@ def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int
         numbers = {"block_count": vision["num_hidden_layers"], "feed_forward_length": vision["intermediate_size"],
                    "image_size": vision["image_size"], "attention.head_count": vision["num_attention_heads"],
                    "attention.key_length": vision["head_dim"]}
+    elif saved.kind == "llama4":        # the dense layers' width has a key of its own; nothing about chunks and temperature
+        _assumed(saved)
+        w.add_layer_norm_rms_eps(text["rms_norm_eps"])
+        w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+        w.add_rope_dimension_count(text["hidden_size"] // text["num_attention_heads"])
+        w.add_key_length(text["head_dim"])
+        w.add_value_length(text["head_dim"])
+        for name, key in (("intermediate_size", "intermediate_size_mlp"), ("intermediate_size_moe", "intermediate_size"),
+                          ("expert_count", "num_local_experts"), ("expert_used_count", "num_experts_per_tok"),
+                          ("interleave_moe_layer_step", "interleave_moe_layer_step")):
+            w.add_uint32(f"llama4.{name}", text[key])
+        w.add_bool("llama4.use_qk_norm", text["use_qk_norm"])
+        w.add_float32("llama4.vision.rope.freq_base", vision["rope_parameters"]["rope_theta"])
+        w.add_float32("llama4.vision.layer_norm_epsilon", vision["norm_eps"])
+        w.add_float32("llama4.vision.pixel_shuffle_ratio", vision["pixel_shuffle_ratio"])
+        numbers = {"block_count": vision["num_hidden_layers"], "feed_forward_length": vision["intermediate_size"],
+                   "image_size": vision["image_size"], "attention.head_count": vision["num_attention_heads"]}
         eps = None
     else:
         w.add_layer_norm_rms_eps(text["rms_norm_eps"])
@@ -435,6 +508,15 @@ def _write(writer: gguf.GGUFWriter, tensors: Tensors, outtype: str, conv_too: bo
 
 
 # --- llama.cpp runs a pair --------------------------------------------------------------------------------------------
+
+def llama4_order(rows: np.ndarray) -> np.ndarray:
+    """Put the rows that llama.cpp makes of a tile of Llama 4 into transformers' order: it goes through columns, not through rows.
+
+    Its pixel shuffle (`clip.cpp`, `build_llama4`) leaves out the last of transformers' two transpositions.
+    """
+    side = int(len(rows) ** 0.5)
+    return rows[np.arange(len(rows)).reshape(side, side).T.reshape(-1)]
+
 
 def mtmd_rows(text: Path, mmproj: Path, picture: Any) -> tuple[list[int | None], np.ndarray]:
     """Return what llama.cpp puts in a picture's place (ids, None for the rows) and the rows [n, width] that it encodes.

@@ -66,6 +66,30 @@ class Decoder:
         return {f"{self.arch}.{name}": value for name, value in own.items()}
 
 
+@dataclass(frozen=True)
+class Llama4(Decoder):
+    """Experts in every layer; `d_ff` is the width of each and of the one that all tokens go through."""
+
+    n_experts: int = 16
+
+    def tensors(self, dtype: str) -> Iterator[Tensor]:
+        """The decoder's tensors; the router stays in F32."""
+        for name, shape, kind in super().tensors(dtype):
+            block, _, part = name.removesuffix(".weight").rpartition(".")
+            if part in ("ffn_gate", "ffn_up", "ffn_down"):
+                yield f"{block}.{part}_shexp.weight", shape, kind
+                yield f"{block}.{part}_exps.weight", (self.n_experts, *shape), kind
+            else:
+                yield name, shape, kind
+            if part == "ffn_norm":
+                yield f"{block}.ffn_gate_inp.weight", (self.n_experts, self.d_model), "F32"
+
+    def metadata(self) -> dict[str, Any]:
+        """Its keys."""
+        return {**super().metadata(), "llama4.expert_count": self.n_experts, "llama4.expert_used_count": 1,
+                "llama4.expert_feed_forward_length": self.d_ff, "llama4.interleave_moe_layer_step": 1}
+
+
 _GEMMA = {"tied": True, "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), "head_norms": True,
           "keys": {"attention.sliding_window": 1024}}
 LLAMA_70B = Decoder("llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072)
@@ -78,6 +102,8 @@ LLAMA_VISION_ACROSS = (3, 8, 13, 18, 23, 28, 33, 38)         # layers that atten
 QWEN_VL = {"biases": True, "keys": {"rope.dimension_sections": np.array([16, 24, 24, 0], np.int32)}}
 QWEN_VL_7B = Decoder("qwen2vl", 28, 3584, 18944, 28, 4, 128, 152064, 128000, **QWEN_VL)
 QWEN_VL_72B = Decoder("qwen2vl", 80, 8192, 29568, 64, 8, 128, 152064, 128000, **QWEN_VL)
+
+LLAMA_4_SCOUT = Llama4("llama4", 48, 5120, 8192, 40, 8, 128, 202048, 10485760)
 
 
 def siglip(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
@@ -188,6 +214,26 @@ def write_llama_vision(path: Path, dtype: str = "Q4_0") -> Path:
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.merges": ["1 1"], "tokenizer.ggml.token_type": [1] * len(tokens)}
     return _write(path, model.arch, keys, own + tensors, 0)
+
+
+def llama4_encoder(d_model: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Llama 4's encoder: keys and tensors of llama.cpp's projector file. 336 x 336 pixels a tile, 144 soft tokens."""
+    width, d_ff, n_layers, patch, side, adapter = 1408, 5632, 34, 14, 24, 4096
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "llama4", "clip.use_gelu": True, "clip.vision.image_size": 336,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16, "clip.vision.projector.scale_factor": 2,
+            "clip.vision.attention.layer_norm_epsilon": 1e-5, "clip.vision.projection_dim": d_model}
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3 * patch * patch), "F16"), ("v.class_embd", (width,), "F32"),
+                             ("v.position_embd.weight", (side * side + 1, width), "F16"), *_both("v.pre_ln", width),
+                             *_both("v.post_ln", width), ("mm.model.mlp.1.weight", (adapter, 4 * width), "F16"),
+                             ("mm.model.mlp.2.weight", (adapter, adapter), "F16"), ("mm.model.fc.weight", (d_model, adapter), "F16")]
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [*_both(f"{at}ln1", width), *_both(f"{at}ln2", width)]
+        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)),
+                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return keys, tensors
 
 
 def _both(name: str, width: int) -> list[Tensor]:

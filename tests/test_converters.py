@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from converters import convert, gemma3_text, llama, mixtral, qwen2, qwen3moe
+from converters import convert, gemma3_text, llama, llama4, mixtral, qwen2, qwen3moe
 from converters.__main__ import main
 from converters.base import interleaved_rows
 from converters.tokenizer import pre_tokenizer_name
@@ -84,6 +84,13 @@ KEYS = {
         "attention.layer_norm_rms_epsilon": np.float32(1e-6), "attention.scale": np.float32(32 ** -0.5),
         "attention.sliding_window": 6, "attention.sliding_window_pattern": [True] * 5 + [False, True],
         "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}),
+    "llama4_text": ("llama4", {
+        "vocab_size": 520, "block_count": 4, "context_length": 512, "embedding_length": 96, "feed_forward_length": 160,
+        "expert_feed_forward_length": 64, "expert_count": 5, "expert_used_count": 1, "interleave_moe_layer_step": 2,
+        "attention.head_count": 6, "attention.head_count_kv": 2, "attention.key_length": 16, "attention.value_length": 16,
+        "attention.layer_norm_rms_epsilon": np.float32(1e-5), "rope.dimension_count": 16, "rope.freq_base": 5e3,
+        "rope.layers": [True] * 3 + [False], "attention.chunked_layers": [True] * 3 + [False], "attention.chunk_size": 8192,
+        "attention.temperature_length": 8192, "attention.temperature_scale": np.float32(0.1), "use_qk_norm": True}),
 }
 
 
@@ -99,6 +106,7 @@ def test_keys(kind, checkpoints, tmp_path):
 
 @pytest.mark.parametrize("defaults, config_class", [
     (llama.DEFAULTS, "LlamaConfig"), (qwen2.DEFAULTS, "Qwen2Config"), (gemma3_text.DEFAULTS, "Gemma3TextConfig"),
+    (llama4.TEXT, "Llama4TextConfig"),
     ({k: v for k, v in llama.DEFAULTS.items() if not k.endswith("_bias")}, "MistralConfig"),
     ({k: v for k, v in mixtral.Mixtral.defaults.items() if not k.endswith("_bias")}, "MixtralConfig"),
     (qwen3moe.DEFAULTS, "Qwen3MoeConfig"), ({"sliding_window": llama.MISTRAL_WINDOW}, "MistralConfig")])
@@ -111,6 +119,7 @@ def test_rope_bases_are_those_of_transformers():
     assert llama.ROPE_BASE == qwen2.ROPE_BASE == transformers.LlamaConfig.default_theta
     assert transformers.Qwen2Config.default_theta == qwen2.ROPE_BASE
     assert transformers.MixtralConfig.default_theta == mixtral.Mixtral.rope_base
+    assert transformers.Llama4TextConfig.default_theta == llama4.ROPE_BASE
     assert transformers.Gemma3TextConfig.default_theta == {"global": gemma3_text.GLOBAL_BASE,
                                                            "local": gemma3_text.LOCAL_BASE}
 

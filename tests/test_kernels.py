@@ -241,6 +241,7 @@ def moved(rng: np.random.Generator, c: np.ndarray | Block) -> np.ndarray | Block
 
 INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the shapes
     ("rope_table", "positions"): lambda rng, s, shapes: rng.integers(0, 100_000, s),
+    ("temperature", "positions"): lambda rng, s, shapes: rng.integers(-2, 100_000, s),
     ("rope_table", "axis"): lambda rng, s, shapes: rng.integers(0, shapes["positions"][0], s),
     ("cache_append", "cells"): lambda rng, s, shapes: rng.permutation(shapes["cache"][1])[: s[0]],
     ("rope_append", "cells"): lambda rng, s, shapes: rng.permutation(shapes["k_cache"][1])[: s[0]],

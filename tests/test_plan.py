@@ -29,6 +29,8 @@ GEMMA_TOKENS = ("<start_of_image>", "<end_of_image>")
 MISTRAL_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
+LLAMA4_TOKENS = ("<|image_start|>", "<|image_end|>", "<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, tuple[Path, Path | None]]:
@@ -44,6 +46,8 @@ def files(tmp_path_factory) -> dict[str, tuple[Path, Path | None]]:
                            hollow.write_encoder(folder / "mmproj-mistral-24b.gguf", hollow.pixtral(hollow.MISTRAL_SMALL.d_model)))
     made["llama-vision"] = hollow.write_llama_vision(folder / "llama-vision.gguf"), None
     made["llama-405b"] = hollow.write_decoder(folder / "llama-405b.gguf", hollow.LLAMA_405B, "Q8_0", part_bytes=40 * GIB), None
+    made["llama4-scout"] = (hollow.write_decoder(folder / "scout.gguf", hollow.LLAMA_4_SCOUT, special=LLAMA4_TOKENS),
+                            hollow.write_encoder(folder / "mmproj-scout.gguf", hollow.llama4_encoder(hollow.LLAMA_4_SCOUT.d_model)))
     return made
 
 
@@ -180,10 +184,36 @@ def test_mistral_small_3_1_24b(files, machine) -> None:
     n = 4 * rows
     assert plan.picture == rows and n == (1540 // 14) ** 2 == 12_100
     busiest = 4 * n * (v_ff + v + 64 + 2)                       # the feed-forward's units, its input, angles, intervals
-    arena = next(i for i in plan.items if "arena, pictures" in i.detail)
+    arena = next(i for i in plan.items if i.detail.startswith("arena, up to"))
     assert busiest == 251_002_400 and busiest < arena.nbytes < 1.3 * busiest            # and what its product works on
     assert 4 * 16 * n * n > 30 * arena.nbytes                                           # scores of 16 heads, as a matrix
     assert any(dict(i.parts).get("patches [12100, 588]") == 4 * n * 588 for i in plan.items if i.purpose == "images")
+
+
+def test_llama_4_scout_at_131072_tokens(files, machine) -> None:
+    """4 KiB a token and layer in f16; 12 layers see everything, 36 their chunk of 8192, where a naive engine has 48 full ones."""
+    machine(96 * GIB)
+    token = 8 * 128 * 2 * 2                                              # heads, head size, bytes of f16, keys and values
+    assert token == 4 * KIB
+    path, mmproj = files["llama4-scout"]
+    plan = pe.plan(path, n_ctx=131_072, mmproj=mmproj)
+    assert kv(plan) == {"Full": 12 * 131_072 * token, "Chunked": 36 * (8192 + 512) * token}
+    assert kv(plan)["Full"] == 6 * GIB and 7.1 * GIB < sum(kv(plan).values()) < 7.2 * GIB
+    assert 48 * 131_072 * token == 24 * GIB
+    d, q, k, f = 5120, 40 * 128, 8 * 128, 8192
+    attention = d * q + 2 * d * k + q * d
+    expert = 3 * d * f                                                   # gate, up and down: 126 million weights
+    shared = (attention + expert) // 32 * 18 + 4 * 16 * d + 4 * 2 * d    # Q4_0; router and norms in f32
+    found = sorted(i.nbytes for i in plan.items if i.purpose == "weights" and i.layer is not None)
+    assert found == [shared] * 48 + [16 * expert // 32 * 18] * 48
+    rest = sum(i.nbytes for i in plan.items if i.purpose in ("weights", "mapped") and i.layer is None and "headers" not in i.detail)
+    assert abs(rest - 2 * (202_048 * d // 32 * 18)) < MIB                # head and embedding
+    assert 56 * GIB < plan.of("weights") + plan.of("mapped") < 57 * GIB  # 108 thousand million weights
+    encoder = 2 * (4 * 1408**2 + 2 * 1408 * 5632) + 4 * (4 * 1408 + 5632 + 1408 + 4 * 1408)
+    assert [i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is not None] == [encoder] * 34
+    assert plan.picture == 24 * 24 // 4 == 144                           # of one tile, which is one run of the encoder
+    kept = pe.plan(path, n_ctx=131_072, mmproj=mmproj, images=(1344, 1344, 3))
+    assert next(i.nbytes for i in kept.items if "kept" in i.detail) == 3 * 17 * 144 * d * 4          # 4 x 4 tiles and the whole
 
 
 def test_smaller_pictures_take_less(files, machine) -> None:
@@ -191,7 +221,7 @@ def test_smaller_pictures_take_less(files, machine) -> None:
     machine(8 * GIB)
     path, mmproj = files["qwen-7b"]
     plan = pe.plan(path, n_ctx=32_768, mmproj=mmproj)
-    run = sum(i.nbytes for i in plan.items if "arena, pictures" in i.detail or "patches" in i.detail and i.purpose == "images")
+    run = sum(i.nbytes for i in plan.items if i.detail.startswith("arena, up") or "patches" in i.detail and i.purpose == "images")
     assert 256 <= plan.picture < 16_384 and run < 1.5 * GIB
     assert any(f"pictures of up to {plan.picture} soft tokens" in n and "images=" in n for n in plan.notes)
     asked = pe.plan(path, n_ctx=32_768, mmproj=mmproj, images=(896, 448))
@@ -207,7 +237,7 @@ def test_smaller_pictures_take_less(files, machine) -> None:
             pe.plan(path, images=wrong)
 
 
-@pytest.mark.parametrize("name", ["gemma-27b", "qwen-7b", "llama-vision", "llama-405b"])
+@pytest.mark.parametrize("name", ["gemma-27b", "qwen-7b", "llama-vision", "llama-405b", "llama4-scout"])
 def test_planning_takes_no_time(files, name: str) -> None:
     """Half a second of the processor's time at most, in a file of 400 GiB and 126 layers too; nothing but headers is read."""
     path, mmproj = files[name]

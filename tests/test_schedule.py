@@ -16,7 +16,7 @@ from pyengine.errors import ContextOverflowError, PlanError, RequestError
 from pyengine.nn import Rope
 from pyengine.schedule import BESIDE, Request, turn
 
-KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama")
+KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama", "llama4")
 N_CTX = 256
 
 

@@ -19,7 +19,7 @@ from pyengine.errors import ContextOverflowError, PlanError, PyEngineError, Requ
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_seq": 2}
 NOTES = b"\x00what was said"
-KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama")
+KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama", "llama4")
 SEEING = ("gemma3", "qwen2_5_vl", "mistral3", "mllama")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,27 @@ _SEEING: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any], dict[str
                  {**_KINDS["mistral"][3], "sliding_window": None, "max_position_embeddings": 512, "model_type": "mistral"},
                  {"hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
                   "image_size": 130, "patch_size": 14, "hidden_act": "silu", "model_type": "pixtral"}),
+    # chunks of 24 and steps of temperature every 10 tokens; layers 1 and 3 have experts, layer 3 no positions
+    "llama4": ("Llama4Config", "Llama4ForConditionalGeneration", "llama4", {},
+               {**_COMMON, "vocab_size": 520, "num_hidden_layers": 5, "head_dim": 16, "max_position_embeddings": 512,
+                "intermediate_size": 64, "intermediate_size_mlp": 160, "num_local_experts": 5, "interleave_moe_layer_step": 2,
+                "attention_chunk_size": 24, "floor_scale": 10, "attn_scale": 0.4, "rms_norm_eps": 1e-5,
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 16.0, "low_freq_factor": 1.0,
+                                    "high_freq_factor": 1.0, "original_max_position_embeddings": 64}},
+               {"hidden_size": 80, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56,
+                "patch_size": 14, "projector_input_dim": 72, "projector_output_dim": 72, "vision_output_dim": 72}),
 }
 # Pixtral 12B: no groups of patches; read from llama.cpp's pair, without a converter of ours
 _PAIRED = {"pixtral": ("LlavaConfig", "LlavaForConditionalGeneration", "tekken",
                        {"tie_word_embeddings": False, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
                        _SEEING["mistral3"][4], {**_SEEING["mistral3"][5], "patch_size": 16})}
+# settings under which llama.cpp's constants are those of the checkpoint
+LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"vision_config": {"window_size": 112}},
+    "llama4": {"text_config": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1}},
+}
+_KINDS["llama4_text"] = ("Llama4TextConfig", "Llama4ForCausalLM", "llama4", {
+    **_SEEING["llama4"][4], **LLAMA_CPP["llama4"]["text_config"], "num_hidden_layers": 4})
 KINDS = tuple(_KINDS)
 SEEING_KINDS = tuple(_SEEING)
 LLAMA_CPP_KINDS = tuple(kind for kind in _SEEING if kind != "mllama")      # those that see there
@@ -134,7 +151,7 @@ def make_checkpoint(kind: str, folder: str | Path, seed: int = 0, *, dtype: str 
             elif p.dim() == 2 and ("embed" in name or "lm_head" in name):
                 p.copy_(noise)
             else:
-                fan_in = p.shape[-1] if "experts" in name else p[0].numel()
+                fan_in = p.shape[1 if kind.startswith("llama4") else 2] if p.dim() == 3 else p[0].numel()       # experts
                 p.copy_(1.5 * noise / fan_in ** 0.5)                    # attention that is far from uniform
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if seeing:
@@ -156,9 +173,47 @@ def _image_processor(kind: str, config: Any, settings: dict[str, Any]) -> Any:
     if kind in ("mistral3", "pixtral"):
         size = {"longest_edge": vision.image_size}
         return transformers.PixtralImageProcessorPil(**{"size": size, "patch_size": vision.patch_size, **settings})
+    if kind == "llama4":
+        return _llama4_images()(**{"size": {"height": vision.image_size, "width": vision.image_size}, **settings})
     return transformers.Qwen2VLImageProcessorPil(**{
         "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size, "min_pixels": 56 * 56, "max_pixels": 224 * 224, **settings})
+
+
+@cache
+def _llama4_images() -> Any:
+    """Return transformers' Llama4ImageProcessor, which is a torchvision one only, with Pillow's resizing.
+
+    What it takes from torchvision is written out here: padding with zeros, and normalization in the picture's own dtype.
+    """
+    import sys
+    import types
+    from unittest import mock
+
+    import torch
+    from PIL import Image
+    from transformers import image_processing_backends  # noqa: F401  looks for torchvision, before there seems to be one
+
+    def pad(images: Any, padding: Sequence[int], fill: Sequence[int]) -> Any:
+        assert not any(fill) and not any(padding[:2])
+        return torch.nn.functional.pad(images, (0, padding[2], 0, padding[3]))
+
+    v2 = types.ModuleType("torchvision.transforms.v2")
+    v2.functional = types.SimpleNamespace(pad=pad)
+    names = ("torchvision", "torchvision.transforms")
+    with mock.patch.dict(sys.modules, {**{n: types.ModuleType(n) for n in names}, v2.__name__: v2}):
+        from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+
+    class Llama4Images(Llama4ImageProcessor):
+        def resize(self, image: Any, size: Any, resample: Any = None, **_: Any) -> Any:
+            pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()).resize((size.width, size.height), resample) for i in image]
+            return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+
+        def normalize(self, image: Any, mean: Any, std: Any, **_: Any) -> Any:
+            mean, std = (torch.tensor(x, dtype=image.dtype).view(-1, 1, 1) for x in (mean, std))
+            return (image - mean) / std
+
+    return Llama4Images
 
 
 def hf_logits(folder: str | Path, ids: list[int]) -> np.ndarray:
@@ -177,7 +232,7 @@ class Seen:
     ids: list[int]
     logits: np.ndarray                          # float32 [n, vocab]
     features: list[np.ndarray]                  # float32 [soft tokens, hidden], as the decoder receives them
-    pixels: list[np.ndarray]                    # Gemma, Mistral [3, h, w]; Qwen [patches, 3 * frames * p * p]
+    pixels: list[np.ndarray]                    # Gemma, Mistral [3, h, w]; Llama 4 [tiles, 3, h, w]; Qwen [patches, 3 * T * p * p]
     grids: list[tuple[int, int, int]]           # Qwen: frames, rows and columns of patches
 
 
@@ -191,8 +246,9 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    config, gemma, mistral = model.config, model.config.model_type == "gemma3", model.config.model_type in ("mistral3", "llava")
-    if config.model_type == "mllama":
+    config, family = model.config, model.config.model_type
+    gemma, llama, mistral = family == "gemma3", family == "llama4", family in ("mistral3", "llava")
+    if family == "mllama":
         return _seen_across(model, folder, parts, **settings)
     ids: list[int] = []
     pixels: dict[str, list[Any]] = {"image": [], "video": []}
@@ -213,12 +269,13 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
             ids += [config.vision_start_token_id, *[config.video_token_id] * n, config.vision_end_token_id]
             made = {"pixel_values": torch.tensor(patches), "image_grid_thw": torch.tensor([grid])}
         else:
-            text = processor.boi_token if gemma else "[IMG]" if mistral else "<|vision_start|><|image_pad|><|vision_end|>"
+            text = (processor.boi_token if gemma else "<|image|>" if llama else "[IMG]" if mistral
+                    else "<|vision_start|><|image_pad|><|vision_end|>")
             made = processor(text=text, images=[part], add_special_tokens=False, return_tensors="pt", **settings)
             ids += made["input_ids"][0].tolist()
         order += [(kind, len(pixels[kind]) + i) for i in range(len(made["pixel_values"]) if gemma else 1)]
         pixels[kind] += list(made["pixel_values"]) if gemma or mistral else [made["pixel_values"]]
-        grids[kind] += [] if gemma or mistral else made["image_grid_thw"].tolist()
+        grids[kind] += [] if gemma or llama or mistral else made["image_grid_thw"].tolist()
 
     tokens = torch.tensor([ids])
     features: dict[str, list[Any]] = {"image": [], "video": []}
@@ -236,6 +293,12 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
                 inputs["pixel_values"] = torch.stack([torch.nn.functional.pad(p, (0, width - p.shape[2], 0, height - p.shape[1]))
                                                       for p in pixels["image"]])
                 features["image"] = list(model.model.get_image_features(**inputs).pooler_output)
+        elif llama:
+            pixels["image"] = [p.float() for p in pixels["image"]]              # numbers that bfloat16 holds
+            if pixels["image"]:
+                inputs["pixel_values"] = torch.cat(pixels["image"])
+                rows = [model.get_image_features(p, return_dict=True).last_hidden_state.flatten(0, 1) for p in pixels["image"]]
+                features["image"] = [model.multi_modal_projector(r) for r in rows]
         else:
             inputs["mm_token_type_ids"] = ((tokens == config.image_token_id) + 2 * (tokens == config.video_token_id)).int()
             for kind, name, run in (("image", "pixel_values", model.model.get_image_features),
@@ -321,6 +384,12 @@ def _processor(folder: str | Path, config: Any) -> Any:
 
     if config.model_type == "mllama":
         return transformers.MllamaProcessor(transformers.MllamaImageProcessorPil.from_pretrained(folder), tokenizer)
+    if config.model_type == "llama4":
+        class Llama4(transformers.Llama4Processor):
+            def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+                return type(argument)
+
+        return Llama4(_llama4_images().from_pretrained(folder), tokenizer)
 
     class Processor(transformers.Qwen2VLProcessor):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -371,6 +440,9 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
           r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
           r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_SUFFIXED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+             r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 # regexes before byte-level BPE (none: the ByteLevel step's own), whether digits are cut singly, ignore_merges
 TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool] | None] = {
@@ -380,6 +452,7 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool] | None] = {
     "llama-bpe": ((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), False, True),
     "dbrx": ((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), False, False),
     "tekken": ((_CASED,), False, True),
+    "llama4": ((_SUFFIXED,), False, True),
     # the real one's first class goes on through all cased scripts
     "deepseek-llm": (("[\r\n]", "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf]+",
                       "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", "\\s+$", _IDEOGRAPHS),
@@ -463,6 +536,16 @@ MISTRAL_TEMPLATE = """{{ bos_token }}
   {%- else -%}{{ raise_exception('roles are system, user and assistant') }}
   {%- endif -%}
 {%- endfor -%}"""
+LLAMA4_TEMPLATE = """{{ bos_token }}
+{%- for m in messages -%}
+  {{ '<|header_start|>' + m['role'] + '<|header_end|>\n\n' }}
+  {%- if m['content'] is string -%}{{ m['content'] }}
+  {%- else -%}
+    {%- for part in m['content'] -%}{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
+  {%- endif -%}
+  {{ '<|eot|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|header_start|>assistant<|header_end|>\n\n' }}{%- endif -%}"""
 
 
 @dataclass(frozen=True)
@@ -499,6 +582,11 @@ _FAMILIES = {
          "<|vision_start|>", "<|box_start|>", "<|box_end|>"), None, "<|im_end|>", "<|endoftext|>", QWEN_TEMPLATE,
         {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
          "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}),
+    "llama4": _Family(
+        ("<|image_end|>", "<|begin_of_text|>", "<|tile_y_separator|>", "<|patch|>", "<|eot|>", "<|image_start|>",
+         "<|header_start|>", "<|tile_x_separator|>", "<|header_end|>", "<|image|>", "<|finetune_right_pad|>"), "<|begin_of_text|>",
+        "<|eot|>", "<|finetune_right_pad|>", LLAMA4_TEMPLATE,
+        {"boi_token_index": "<|image_start|>", "eoi_token_index": "<|image_end|>", "image_token_index": "<|patch|>"}),
 }
 
 

@@ -1,4 +1,4 @@
-/* rope.c: rope_table, rope, cache_append, rope_append.
+/* rope.c: rope_table, temperature, rope, cache_append, rope_append.
  *
  * A thread claims chunks of whole rows (tokens), about 16k elements each; every element depends on its own row only. The table
  * is computed in double and rounded once; rotations and norms in float. Traffic: q, k and v are read once, q written once, and
@@ -66,6 +66,19 @@ PE_KERNEL(rope_table)(const pe_tensor *positions, const pe_tensor *inv_freq, con
         memcpy(row + j, c, (size_t)n * 4);
         memcpy(row + f + j, sn, (size_t)n * 4);
       }
+    }
+  return PE_OK;
+}
+
+PE_KERNEL(temperature)(const pe_tensor *positions, const pe_tensor *out, const pe_temperature_params *p, pe_stream *s) {
+  const int64_t m = positions->shape[1];
+  const int32_t *pos = positions->data;
+  if (positions->shape[0] < 1) return pe_fail(s, PE_BAD_SHAPE, "temperature: positions has no rows");
+  if (p->floor < 1) return pe_fail(s, PE_BAD_VALUE, "temperature: a floor of %lld", (long long)p->floor);
+  for (int64_t i0; (i0 = pe_next(s, 0) * 1024) < m;)
+    for (int64_t i = i0; i < pe_min(m, i0 + 1024); i++) {
+      const int64_t steps = pe_max(0, (int64_t)pos[i] + 1) / p->floor;
+      ((float *)out->data)[i] = (float)(1.0 + (double)p->scale * log1p((double)steps));
     }
   return PE_OK;
 }

@@ -11,14 +11,14 @@ from pyengine.ops.experts import expert_linear, sum_experts, top_experts
 from pyengine.ops.layout import concat, contiguous, reshape, slice, transpose  # noqa: A004
 from pyengine.ops.matmul import linear, matmul, rows
 from pyengine.ops.norm import layer_norm, reduce, rms_norm, softmax
-from pyengine.ops.rope import cache_append, rope, rope_append, rope_table
+from pyengine.ops.rope import cache_append, rope, rope_append, rope_table, temperature
 from pyengine.tensor import Tensor
 
 __all__ = [
     "REGISTRY", "add", "attention", "binary", "cache_append", "concat", "contiguous", "div", "exp", "expert_linear", "gelu",
     "gelu_tanh", "layer_norm", "linear", "matmul", "mul", "reduce", "relu", "reshape", "rms_norm", "rope", "rope_append",
-    "rope_table", "rows", "scale", "sigmoid", "silu", "slice", "softcap", "softmax", "sub", "sum_experts", "tanh", "top_experts",
-    "transpose", "unary",
+    "rope_table", "rows", "scale", "sigmoid", "silu", "slice", "softcap", "softmax", "sub", "sum_experts", "tanh", "temperature",
+    "top_experts", "transpose", "unary",
 ]
 
 # Operators of symbolic tensors, so that models read as formulas.

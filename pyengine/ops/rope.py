@@ -30,6 +30,22 @@ rope_table.case(positions=(3, 5), inv_freq=(20,), axis=(20,), scale=1.25)
 rope_table.case(positions=(1, 0), inv_freq=(8,))
 
 
+@op()
+def temperature(positions: I32["a m"], *, floor: int, scale: float) -> F32["m"]:
+    """How much sharper attention becomes with distance: 1 + scale * log(1 + (position + 1) // floor).
+
+    Queries of layers without positions are multiplied by it. Row 0 of `positions` counts; below 0 it is 1.
+    Nakanishi 2025, arXiv:2501.19399, in the steps of Llama 4. Raises: RequestError at run time for a floor below 1.
+    """
+    steps = np.maximum(positions[0].astype(np.int64) + 1, 0) // floor
+    return (1 + scale * np.log1p(steps.astype(np.float64))).astype(np.float32)
+
+
+temperature.case(positions=(1, 9), floor=4, scale=0.1)
+temperature.case(positions=(3, 700), floor=8192, scale=0.1)
+temperature.case(positions=(1, 0), floor=1, scale=1.0)
+
+
 def rotate(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.ndarray:
     """The rotation of `rope` on arrays [m, h, e]."""
     f = table.shape[-1] // 2

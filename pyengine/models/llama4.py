@@ -1,0 +1,494 @@
+"""Llama 4 whole: a text decoder with experts and chunked attention, a vision encoder over tiles, image processor, special tokens.
+
+Follows transformers 5.23: `modeling_llama4.py`, `image_processing_llama4.py`, `processing_llama4.py`. Three layers of four rotate
+queries and keys and see their own chunk of the context only; the fourth has no positions, sees everything, and its queries grow
+with distance (`ops.temperature`). Scout scales rotated queries and keys to unit root-mean-square, Maverick does not. A layer's
+feed-forward is dense, or one expert of many, chosen by its score, whose sigmoid multiplies the expert's input, plus a shared one.
+
+    picture -> a canvas of up to 16 tiles that fits it best, and the whole picture in one tile more
+    tile -> patches in groups of 2 x 2, a class row behind them -> encoder -> groups joined to one row -> adapter -> projector
+    prompt: start (tile, separator)... image tile end
+
+The decoder sees soft tokens as it sees text: causally, and across borders of chunks not at all.
+
+Pixels are scaled in bfloat16, as Meta's code and transformers do. transformers has only a torchvision processor, which differs by
+1/255 here and there: pictures are resized by Pillow, as for all models, to the sizes that transformers computes. llama.cpp (in
+llama-cpp-python 0.3.36) fits canvases of 3 x 3, leaves out the picture token, and gives the rows of a tile column by column.
+
+llama.cpp hard-codes the chunk (8192), the temperature's floor and scale, the layers without positions (every fourth) and that 128
+experts mean no q/k-norm: files that carry them as keys are believed, others get those constants. Ollama's files have everything in
+one, under names of their own (`convert/convert_llama4.go`).
+Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size; in the encoder P patches of a tile, V hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.batch import Batch, Processed, View
+from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.graph import Graph
+from pyengine.hparams import Hparams
+from pyengine.kvcache import Chunked, Full, LayerCache, Policy
+from pyengine.models import Architecture
+from pyengine.nn import Embedding, Experts, LayerNorm, Linear, RMSNorm, Rope, constant, mlp_width, rope, vocab_size
+from pyengine.tensor import Tensor
+from pyengine.weights import DerivedRef, Weights, pages
+
+if TYPE_CHECKING:
+    from pyengine.image import Image, Video
+
+# Constants of files without the key; transformers' Llama4TextConfig, Llama4VisionConfig and Llama4ImageProcessor
+CHUNK, FLOOR, TEMPERATURE = 8192, 8192, 0.1
+NO_ROPE_EVERY = 4
+ROPE_BASE = 500_000.0
+UNNORMED = 128                       # experts of Maverick, which has no q/k-norm (llama.cpp, load_arch_hparams)
+MAX_TILES = 16
+BILINEAR = 2                         # Pillow's number
+
+
+# ---- decoder ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Numbers of one checkpoint, from its metadata."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_ctx_train: int
+    eps: float
+    n_experts: int                   # 0: all layers are dense
+    n_used: int
+    rotated: tuple[bool, ...]        # per layer: queries and keys have positions
+    chunked: tuple[bool, ...]
+    chunk: int
+    floor: int                       # of the temperature of layers without positions
+    temperature: float               # 0: none
+    qk_norm: bool
+
+    @classmethod
+    def read(cls, h: Hparams, w: Weights) -> Config:
+        """Read the keys "llama4.*"."""
+        d_model, n_heads, n_layers = h.size("embedding_length"), h.size("attention.head_count"), h.size("block_count")
+        n_experts = h.get("expert_count", 0, int)
+        if h.get("attention.sliding_window", None) == 0 and f"{h.arch}.attention.chunked_layers" not in h.meta:
+            raise UnsupportedModelError(f"{h.arch}.attention.sliding_window is 0, so nothing is chunked, and no key says which layers "
+                                        "have positions")
+        rotated = _layers(h, "rope.layers", tuple((i + 1) % NO_ROPE_EVERY != 0 for i in range(n_layers)))
+        return cls(
+            n_layers=n_layers,
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=h.size("attention.head_count_kv", n_heads),
+            head_dim=h.size("attention.key_length", d_model // n_heads),
+            vocab_size=vocab_size(w),
+            n_ctx_train=h.size("context_length"),
+            eps=h.number("attention.layer_norm_rms_epsilon"),
+            n_experts=n_experts,
+            n_used=h.size("expert_used_count") if n_experts else 0,
+            rotated=rotated,
+            chunked=_layers(h, "attention.chunked_layers", rotated),
+            chunk=h.size("attention.chunk_size", CHUNK),
+            floor=h.size("attention.temperature_length", FLOOR),
+            temperature=h.number("attention.temperature_scale", TEMPERATURE),
+            qk_norm=h.get("use_qk_norm", n_experts != UNNORMED, bool),
+        )
+
+
+def _layers(h: Hparams, name: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
+    """A switch for each layer. Raises: InvalidModelError for another number of them."""
+    value = h.get(name, np.array(default), np.ndarray)
+    if len(value) != len(default):
+        raise InvalidModelError(f"{h.arch}.{name} has {len(value)} entries for {len(default)} layers")
+    return tuple(bool(v) for v in value)
+
+
+class FeedForward:
+    """down(silu(gate(x)) * up(x)); `kind` ends the tensors' names."""
+
+    def __init__(self, w: Weights, c: Config, kind: str = ""):
+        d_ff = mlp_width(w, c.d_model, (f"ffn_up{kind}", f"ffn_down{kind}"))
+        self.gate, self.up = (Linear(w[f"ffn_{n}{kind}"], c.d_model, d_ff) for n in ("gate", "up"))
+        self.down = Linear(w[f"ffn_down{kind}"], d_ff, c.d_model)
+
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m, D] -> [m, D]
+        return self.down(ops.silu(self.gate(x)) * self.up(x))
+
+
+class Mixture:
+    """The experts with the highest scores, fed with the input times the score's sigmoid, and one that all rows go through."""
+
+    def __init__(self, w: Weights, c: Config):
+        shape = w["ffn_up_exps"].shape("weight")
+        if shape is None or len(shape) != 3:
+            raise InvalidModelError(f"{w!r}: ffn_up_exps.weight must be a tensor of {c.n_experts} matrices")
+        self.n_used = c.n_used
+        self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
+        self.experts = Experts(w, c.n_experts, c.d_model, shape[1])
+        self.shared = FeedForward(w, c, "_shexp")
+
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m, D] -> [m, D]
+        chosen, gates = ops.top_experts(self.router(x), n_used=self.n_used, gate="sigmoid")        # [m, used] each
+        return self.experts(x, chosen, gates, scale_input=True) + self.shared(x)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows stand: angles [m, E] for layers that rotate, and factors [m, 1] of queries for those that do not, or None."""
+
+    angles: Tensor
+    factors: Tensor | None
+
+    def select(self, batch: Batch) -> Places:
+        """The wanted rows."""
+        return Places(batch.select(self.angles), None if self.factors is None else batch.select(self.factors))
+
+
+class Block:
+    """Pre-norm grouped-query attention and feed-forward, each added to its input."""
+
+    def __init__(self, w: Weights, c: Config, number: int):
+        self.c, self.rotated = c, c.rotated[number]
+        self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
+        self.q = Linear(w["attn_q"], c.d_model, c.n_heads * c.head_dim)
+        self.k = Linear(w["attn_k"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
+        self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
+        self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
+        self.feed_forward = Mixture(w, c) if "ffn_gate_inp" in w else FeedForward(w, c)
+
+    def __call__(self, x: Tensor, batch: Batch, rope: Rope, places: Places, cache: LayerCache, last: bool) -> Tensor:
+        xw, places_w = (batch.select(x), places.select(batch)) if last else (x, places)            # [w, D]
+        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, places, places_w, cache, last)
+        return x + self.feed_forward(self.ffn_norm(x))                             # [m or w, D]
+
+    def attend(self, x: Tensor, xw: Tensor, rope: Rope, places: Places, places_w: Places, cache: LayerCache, last: bool) -> Tensor:
+        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+        c = self.c
+        q = self.q(xw).reshape(-1, c.n_heads, c.head_dim)                          # [m or w, H, E]
+        k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
+        v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
+        if self.rotated:
+            q, k = rope(q, places_w.angles), rope(k, places.angles)
+            if c.qk_norm:
+                q, k = (ops.rms_norm(t, eps=c.eps) for t in (q, k))
+        elif places_w.factors is not None:
+            q = q * places_w.factors.reshape(-1, 1, 1)
+        return self.out(cache.attend(q, k, v, scale=c.head_dim**-0.5, wanted=last))
+
+
+# ---- vision encoder ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Numbers of the encoder and the image processor."""
+
+    tile: int                        # side of a tile in pixels
+    patch: int
+    group: int                       # side in patches of what becomes one soft token
+    n_layers: int
+    width: int
+    n_heads: int
+    eps: float
+    rope_base: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int                    # Pillow's number of the filter
+    max_tiles: int
+    largest_canvas: bool             # make pictures as large as the canvases allow
+
+    @classmethod
+    def read(cls, v: Hparams, ollama: bool) -> VisionConfig:
+        """Read "clip.vision.*" as llama.cpp writes them and ours, or Ollama's "llama4.vision.*"."""
+        half = np.full(3, 0.5, np.float32)
+        if not ollama and (kind := v.get("vision.projector_type", v.get("projector_type", "", str), str)) != "llama4":
+            raise UnsupportedModelError(f"{v.arch}.projector_type is {kind!r}; llama4 is supported")
+        ratio = v.number("vision.pixel_shuffle_ratio", 0.5)
+        c = cls(
+            tile=v.size("vision.image_size"),
+            patch=v.size("vision.patch_size"),
+            group=v.size("vision.projector.scale_factor", round(1 / ratio) if 0 < ratio <= 1 else 2),
+            n_layers=v.size("vision.block_count"),
+            width=v.size("vision.embedding_length"),
+            n_heads=v.size("vision.attention.head_count"),
+            eps=v.number("vision.layer_norm_epsilon" if ollama else "vision.attention.layer_norm_epsilon"),
+            rope_base=v.number("vision.rope.freq_base", 10_000.0),
+            mean=tuple(float(x) for x in v.get("vision.image_mean", half, np.ndarray)),
+            std=tuple(float(x) for x in v.get("vision.image_std", half, np.ndarray)),
+            resample=v.get("vision.resample", BILINEAR, int),
+            max_tiles=v.size("vision.max_tiles", MAX_TILES),
+            largest_canvas=v.get("vision.resize_to_max_canvas", False, bool),
+        )
+        if c.width % c.n_heads or c.width // c.n_heads % 4:
+            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {c.n_heads} for a width of {c.width}: heads must have a "
+                                    "multiple of 4 elements")
+        if c.tile % (c.patch * c.group):
+            raise InvalidModelError(f"{v.arch}.vision: tiles of {c.tile} pixels are no multiple of {c.group} patches of {c.patch}")
+        if not 1 <= c.max_tiles <= 1024 or c.resample not in range(6) or len(c.mean) != 3 or len(c.std) != 3 or not all(c.std):
+            raise InvalidModelError(f"{v.arch}.vision: max_tiles {c.max_tiles}, resample {c.resample}, image_mean {c.mean} and "
+                                    f"image_std {c.std} must be 1 to 1024, 0 to 5, three numbers and three numbers that are not 0")
+        return c
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a dialect names the encoder's tensors."""
+
+    patch: str = "v.patch_embd"
+    cls: str = "v.class_embd"
+    position: str = "v.position_embd.weight"
+    before: str = "v.pre_ln"
+    after: str = "v.post_ln"
+    norm1: str = "ln1"
+    norm2: str = "ln2"
+    out: str = "attn_out"
+    up: str = "ffn_up"
+    down: str = "ffn_down"
+    first: str = "mm.model.mlp.1"
+    second: str = "mm.model.mlp.2"
+    projector: str = "mm.model.fc"
+
+
+OLLAMA = Names("v.patch_embedding", "v.class_embedding", "v.positional_embedding_vlm", "v.layernorm_pre", "v.layernorm_post",
+               "attn_norm", "ffn_norm", "attn_output", "mlp.fc1", "mlp.fc2", "v.vision_adapter.mlp.fc1", "v.vision_adapter.mlp.fc2",
+               "mm.linear_1")
+
+
+class VisionBlock:
+    """Attention over all rows of a tile and an MLP, each behind a layer norm and added to its input."""
+
+    def __init__(self, w: Weights, c: VisionConfig, names: Names):
+        self.c = c
+        # gguf-py's table of names has a second entry for the second norm since Gemma 4, and converters that use it write that
+        self.norm1, self.norm2 = (LayerNorm(n, c.width, c.eps) for n in (w[names.norm1], w.first(names.norm2, "attn_post_norm")))
+        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
+        d_ff = mlp_width(w, c.width, (names.up, names.down))
+        self.up, self.down = Linear(w[names.up], c.width, d_ff), Linear(w[names.down], d_ff, c.width)
+
+    def __call__(self, x: Tensor, angles: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:       # [P + 1, V]
+        head_dim, h = self.c.width // self.c.n_heads, self.norm1(x)
+        q, k, v = (f(h).reshape(-1, self.c.n_heads, head_dim) for f in (self.q, self.k, self.v))   # [P + 1, H, E]
+        q, k = (ops.rope(t, angles, interleaved=True) for t in (q, k))
+        k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)                                          # [H, P + 1, E], views
+        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=head_dim**-0.5))
+        return x + self.down(ops.gelu(self.up(self.norm2(x))))
+
+
+class Vision:
+    """The encoder of one tile, adapter, projector; and what a picture becomes in a prompt.
+
+    Patches are put into groups on the host, so that a group's rows lie side by side and pixel shuffle is a reshape: attention does
+    not care, and position embeddings are put into the same order when they are loaded. The class row is a patch of zeros, the
+    last one, whose embedding is added with its position's.
+    """
+
+    video_marker = None
+    atomic_rows = 0                                                            # rows of pictures are causal and may be cut
+
+    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+        ollama = f"{h.arch}.vision.block_count" in h.meta
+        v, names = (h, OLLAMA) if ollama else (v, Names())
+        c = self.config = VisionConfig.read(v, ollama)
+
+        def special(key: str, text: str) -> int:
+            """A token's id: from its key, or where there is none by its text."""
+            number = v.get(f"vision.{key}_token_id", None, int)
+            return token(text) if number is None else number
+
+        self.start, self.end = special("image_start", "<|image_start|>"), special("image_end", "<|image_end|>")
+        self.across = special("tile_x_separator", "<|tile_x_separator|>")      # between tiles of a row
+        self.down = special("tile_y_separator", "<|tile_y_separator|>")        # behind a row
+        self.whole = special("image_marker", "<|image|>")                      # stands before the tile of the whole picture
+        self.image_marker = (self.whole,)
+        self.n_ctx = n_ctx
+        side = c.tile // c.patch
+        self.max_rows = (side // c.group) ** 2
+        self.order = grouped(side, c.group)
+        self.levels = levels(c.mean, c.std)
+        d_model, n, d_group = h.size("embedding_length"), side * side, c.width * c.group**2
+        self.patch = Linear(w[names.patch], 3 * c.patch**2, c.width)
+        parts = w.tensor(names.position, (n + 1, c.width)), w.tensor(names.cls, (c.width,))
+        self.position = constant(DerivedRef(parts[0].name, parts[0].shape, parts, self._positions))
+        self.before, self.after = LayerNorm(w[names.before], c.width, c.eps), LayerNorm(w[names.after], c.width, c.eps)
+        self.blocks = [VisionBlock(w["v", "blk", i], c, names) for i in range(c.n_layers)]
+        hidden = (w[names.first].shape("weight") or (0,))[0]
+        self.first, self.second = Linear(w[names.first], d_group, hidden), Linear(w[names.second], hidden, hidden)
+        self.projector = Linear(w[names.projector], hidden, d_model)
+        half = c.width // c.n_heads // 2
+        inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
+        self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                    # columns, then rows: [E / 2]
+        self.axes = np.repeat(np.arange(2, dtype=np.int32), len(inv_freq))
+        y, x = np.divmod(self.order, side)
+        self.places = np.concatenate([np.stack([x, y]) + 1, np.zeros((2, 1))], axis=1).astype(np.int32)        # class row: angle 0
+
+    def _positions(self, position: np.ndarray, cls: np.ndarray) -> np.ndarray:
+        out = pages(position.shape)
+        np.take(position, self.order, axis=0, out=out[:-1], mode="clip")
+        out[-1] = position[-1] + cls
+        return out
+
+    def rows(self, width: int, height: int) -> int:
+        """Soft tokens of a picture of this size, all tiles together."""
+        rows, columns = canvas(height, width, self.config.tile, self.config.max_tiles, self.config.largest_canvas)
+        return self.max_rows * (rows * columns + (rows * columns > 1))
+
+    def encode(self, g: Graph) -> Tensor:
+        """Soft tokens [P / group^2, D] of "patches" [P + 1, 3 * p * p]."""
+        c, n = self.config, len(self.order)
+        lo, hi = np.zeros(n + 1, np.int32), np.full(n + 1, n + 1, np.int32)
+        angles = ops.rope_table(self.places, self.inv_freq, self.axes)         # [P + 1, E]
+        x = self.before(self.patch(g.input("patches", (n + 1, 3 * c.patch**2))) + self.position)   # [P + 1, V]
+        for block in self.blocks:
+            x = block(x, angles, lo, hi)
+        x = ops.slice(self.after(x), axis=0, start=0, stop=n).reshape(self.max_rows, c.width * c.group**2)
+        return self.projector(ops.gelu(self.second(ops.gelu(self.first(x)))))  # [P / group^2, D]
+
+    # -- processor ------------------------------------------------------------------------------------------------------------
+
+    def process(self, media: Image | Video) -> Processed:
+        """Fit a picture into a canvas of tiles; one tile more shows it whole, squeezed, unless one is all.
+
+        Options of the image: max_tiles. Raises: RequestError for videos, ContextOverflowError if its rows exceed the context.
+        """
+        from pyengine.image import Video, known_options, resize  # Pillow takes 20 ms to import
+
+        c = self.config
+        if isinstance(media, Video):
+            raise RequestError("Llama 4 takes pictures, not videos; give its frames as pictures")
+        known_options(media, "max_tiles")
+        most = media.options.get("max_tiles", c.max_tiles)
+        if type(most) is not int or not 1 <= most <= c.max_tiles:
+            raise RequestError(f"max_tiles={most!r}: must be a whole number from 1 to {c.max_tiles}")
+        width, height = media.size
+        rows, columns = canvas(height, width, c.tile, most, c.largest_canvas)
+        n = rows * columns + (rows * columns > 1)
+        if n * self.max_rows > self.n_ctx:
+            raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {n} tiles of {self.max_rows} positions, but the "
+                                       f"context holds {self.n_ctx}; load with a larger n_ctx, or give a smaller max_tiles")
+        h, w = fitted(height, width, (rows * c.tile, columns * c.tile), c.tile, c.largest_canvas)
+        pixels = np.zeros((rows * c.tile, columns * c.tile, 3), np.uint8)      # black to the right and below
+        pixels[:h, :w] = resize(media.pixels, h, w, c.resample)
+        tiles = [self._view(pixels[y : y + c.tile, x : x + c.tile]) for y in range(0, rows * c.tile, c.tile)
+                 for x in range(0, columns * c.tile, c.tile)]
+        parts: list[str | int | View] = [self.start]
+        if len(tiles) == 1:
+            return Processed((self.start, self.whole, tiles[0], self.end), media.size, (w, h))
+        for i, tile in enumerate(tiles):
+            parts += [tile, self.across if (i + 1) % columns else self.down]
+        parts += [self.whole, self._view(resize(media.pixels, c.tile, c.tile, c.resample)), self.end]
+        return Processed(tuple(parts), media.size, (w, h))
+
+    def _view(self, pixels: np.ndarray) -> View:
+        """One run of the encoder over a tile [tile, tile, 3]."""
+        rows = np.arange(self.max_rows, dtype=np.int32)[None]
+        return View(lambda: {"patches": self._patches(pixels)}, {}, rows, self.max_rows)
+
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels uint8 [tile, tile, 3] -> F32 [P + 1, 3 * p * p], group by group."""
+        p, side = self.config.patch, self.config.tile // self.config.patch
+        x = pixels.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
+        patches = pages((len(x) + 1, 3, p * p))
+        for channel in range(3):
+            patches[:-1, channel] = self.levels[channel][x[:, channel]]
+        return patches.reshape(len(patches), -1)
+
+
+def grouped(side: int, group: int) -> np.ndarray:
+    """Numbers of side x side patches, one group of group x group behind the other."""
+    grid = np.arange(side * side).reshape(side // group, group, side // group, group)
+    return grid.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 values rounded to bfloat16, half to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """What the 256 values of each channel become, float32 [3, 256]: each operation rounded to bfloat16."""
+    scaled = bfloat16(np.arange(256, dtype=np.float32) * np.float32(1 / 255))
+    m, s = (bfloat16(np.array(a, np.float32))[:, None] for a in (mean, std))
+    return bfloat16(bfloat16(scaled - m) / s)
+
+
+def canvas(height: int, width: int, tile: int, max_tiles: int, largest: bool) -> tuple[int, int]:
+    """Rows and columns of tiles of the canvas for a picture.
+
+    The one to which it must be enlarged least (most with `largest`), or shrunk least where it fits none; of equals the smallest.
+    Scales are compared in float32. Source: `get_best_fit` in transformers' `image_processing_llama4.py`.
+    """
+    grid = np.array([(y, x) for y in range(1, max_tiles + 1) for x in range(1, max_tiles // y + 1)])
+    scales = ((grid * tile).astype(np.float32) / np.array([height, width], np.float32)).min(axis=1)
+    fits = scales[scales >= 1]
+    scale = scales.max() if largest or not len(fits) else fits.min()
+    best = grid[scales == scale]
+    rows, columns = best[best.prod(axis=1).argmin()].tolist()
+    return rows, columns
+
+
+def fitted(height: int, width: int, canvas: tuple[int, int], tile: int, largest: bool) -> tuple[int, int]:
+    """Height and width of a picture in its canvas: its shape kept, sides rounded down, and not enlarged beyond `tile` on either
+    side unless `largest`.
+
+    Source: `_preprocess` and `get_max_res_without_distortion` in transformers' `image_processing_llama4.py`, where a side of the
+    canvas is a tensor, and so divided in float32, and a side of the picture is a number, divided in float64.
+    """
+    def scale(side: int, room: int) -> tuple[int, np.floating | float]:
+        wanted = max(side, tile)
+        return (room, np.float32(room) / np.float32(side)) if largest or room < wanted else (wanted, wanted / side)
+
+    (h, scale_h), (w, scale_w) = scale(height, canvas[0]), scale(width, canvas[1])
+    both = (scale_w, scale_h) if type(scale_w) is type(scale_h) else (np.float32(scale_w), np.float32(scale_h))
+    if both[0] < both[1]:
+        h = min(math.floor(type(scale_w)(height) * scale_w), h)
+    else:
+        w = min(math.floor(type(scale_h)(width) * scale_h), w)
+    return max(h, 1), max(w, 1)
+
+
+class Model(Architecture):
+    """A llama4 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
+
+    Vision = Vision
+
+    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+        c = self.config = Config.read(h, w)
+        self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
+        self.blocks = [Block(w["blk", i], c, i) for i in range(c.n_layers)]
+        self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
+        self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
+        self.rope = rope(h, w, c.head_dim, interleaved=True, n_ctx=n_ctx or c.n_ctx_train, base=ROPE_BASE)
+
+    def cache_policies(self) -> list[Policy]:
+        """What each layer's attention needs."""
+        return [Chunked(self.config.chunk) if chunked else Full() for chunked in self.config.chunked]
+
+    def ropes(self) -> list[Rope]:
+        """The rotary embedding of each layer's keys; the norm behind it does not see a rotation."""
+        none = Rope(np.empty(0, np.float32), 1.0, True)
+        return [self.rope if rotated else none for rotated in self.config.rotated]
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+        c = self.config
+        x = self.embed(batch.ids, batch.media)                                     # [m, D]
+        factors = None
+        if c.temperature and not all(c.rotated):
+            factors = ops.temperature(batch.positions, floor=c.floor, scale=c.temperature).reshape(-1, 1)      # [m, 1]
+        places = Places(self.rope.table(batch.positions), factors)
+        for i, block in enumerate(self.blocks):
+            x = block(x, batch, self.rope, places, caches[i], last=i == c.n_layers - 1)
+        return self.head(self.norm(batch.select_head(x))), x
