@@ -181,19 +181,56 @@ def rng_of(name: Any) -> np.random.Generator:
 CACHES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
+def mixed(x: np.ndarray) -> np.ndarray:
+    """H x over the last axis, in the dtype of x and the kernels' order of sums: what blocks of a cache hold. H is its own inverse."""
+    n = x.shape[-1]
+    s = n & -n
+    lanes = np.arange(16)
+    sign = np.array([[(-1) ** int(i & j).bit_count() for i in lanes] for j in lanes], x.dtype)
+    runs = x.reshape(*x.shape[:-1], -1, 16)
+    y = np.zeros_like(runs)
+    for j in lanes:
+        y = y + runs[..., j : j + 1] * sign[j]
+    h = 16
+    while h < s:
+        pairs = y.reshape(*x.shape[:-1], -1, 2, h)
+        y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2)
+        h *= 2
+    return y.reshape(x.shape) * x.dtype.type(1 / np.sqrt(s))
+
+
+def in_blocks(c: Value) -> bool:
+    return isinstance(c, Block) and dtype(c.kind).block > 1
+
+
+def rounded(q: np.ndarray, scale: float) -> np.ndarray:
+    """Queries as attention over keys in blocks takes them: scaled, mixed, codes of 8 bits times one d a head; float64, turned back."""
+    x = mixed(q.astype(np.float32) * np.float32(scale))
+    d = np.abs(x).max(axis=-1, keepdims=True, initial=0) / np.float32(127)
+    codes = np.rint(x * np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0))
+    return mixed(codes.astype(np.float64) * d) / scale
+
+
 def stored(x: np.ndarray, kind: str) -> np.ndarray | Block:
-    """x as a cache of this dtype holds it: gguf-py's rounding."""
+    """x as a cache of this dtype holds it: mixed where it is in blocks, gguf-py's rounding."""
     if dtype(kind).numpy in (np.float32, np.float16):
         return x.astype(dtype(kind).numpy)
-    raw = gguf.quants.quantize(np.ascontiguousarray(x, np.float32), gguf.GGMLQuantizationType[kind])
+    x = np.ascontiguousarray(x, np.float32)
+    raw = gguf.quants.quantize(mixed(x) if dtype(kind).block > 1 else x, gguf.GGMLQuantizationType[kind])
     return Block(raw.view(np.uint8).reshape(*x.shape[:-1], -1, dtype(kind).nbytes), kind)
 
 
-def loaded(c: np.ndarray | Block) -> np.ndarray:
+def elements(c: np.ndarray | Block) -> np.ndarray:
+    """What stands in a cache, as float32."""
     if not isinstance(c, Block):
         return c
     raw = np.ascontiguousarray(c.raw).reshape(*c.raw.shape[:-2], -1)
     return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[c.kind]).reshape(c.shape)
+
+
+def loaded(c: np.ndarray | Block) -> np.ndarray:
+    """The keys or values that a cache stands for."""
+    return mixed(elements(c).astype(np.float64)) if in_blocks(c) else elements(c)
 
 
 def bits(a: np.ndarray | Block) -> bytes:
@@ -279,6 +316,8 @@ def reference(op: Op, inputs: Sequence[Value], params: dict[str, Any]) -> list[n
     if op.name == "attention" and len(inputs[0]) == 0:
         return [np.zeros((0, inputs[0].shape[1] * inputs[2].shape[2]))]
     args = [[wide(p) for p in v] if isinstance(v, list) else None if v is None else wide(loaded(v)) for v in inputs]
+    if op.name == "attention" and in_blocks(inputs[1]):
+        args[0] = rounded(inputs[0], params["scale"])
     with np.errstate(all="ignore"):
         out = op.fn(*args, **{p.name: params.get(p.name, p.default) for p in op.params.values()})
     return list(out) if isinstance(out, tuple) else [out]
@@ -347,8 +386,8 @@ def check(kernels: Kernels, op: Op, inputs: list[Value], params: dict[str, Any],
         floor = 8 * np.sqrt(inputs[0].shape[-1])         # the largest of the partial sums of k normal products
     for spec, g, w in zip(op.results, got, want):
         if spec.kind == "Same":
-            step = STEP[cache] * 1.01 + rel
-            close(loaded(g).astype(np.float32), w, step, np.abs(w).max(initial=0.0), f"{op.name} {cache}")
+            step, w = STEP[cache] * 1.01 + rel, mixed(w) if in_blocks(g) else w
+            close(elements(g).astype(np.float32), w, step, np.abs(w).max(initial=0.0), f"{op.name} {cache}")
         else:
             close(g, w, rel, floor, op.name)
     for threads in (2, 3):
@@ -609,12 +648,44 @@ def test_cells_are_written_with_the_bits_of_gguf(kernels, kind):
     """Every bit of gguf-py's quantizer, over 64 elements a cell; cells that are not written keep theirs."""
     x = hard_to_round(rng_of("round"))
     x = np.concatenate([x, x[: len(x) % 2]]).reshape(-1, 1, 64)
+    if dtype(kind).block > 1:                               # mixing turns it back; 1 / sqrt(64) and few bits: without rounding
+        x = mixed(x)
     with np.errstate(over="ignore", invalid="ignore"):
         want = stored(np.swapaxes(x, 0, 1), kind)
         cache = stored(np.full((1, len(x) + 1, 64), 0.25, np.float32), kind)
     kept = bits(cache)[-len(bits(cache)) // (len(x) + 1) :]
     kernels.call("cache_append", [cache, x, np.arange(len(x), dtype=np.int32), None], [cache], {}, 2)
     assert bits(cache) == bits(want) + kept
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256, 160])
+def test_blocks_hold_hadamard_mixed_elements(kernels, width):
+    """Against Sylvester's recursion: an orthogonal matrix for each run of the largest power of two that divides the width."""
+    size = width & -width
+    h = np.ones((1, 1))
+    while len(h) < size:
+        h = np.block([[h, h], [h, -h]])
+    whole = np.kron(np.eye(width // size), h / np.sqrt(size))
+    np.testing.assert_allclose(whole @ whole, np.eye(width), atol=1e-15)
+    x = rng_of(width).standard_normal((7, 1, width)).astype(np.float32)
+    cache = stored(np.zeros((1, 7, width), np.float32), "Q8_0")
+    kernels.call("cache_append", [cache, x, np.arange(7, dtype=np.int32), None], [cache], {})
+    want = x[:, 0] @ whole
+    np.testing.assert_allclose(elements(cache)[0], want, atol=np.abs(want).max() / 127 * 0.51)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_one_large_channel_does_not_coarsen_a_cell(kernels, kind):
+    """Keys and values with an outlier in one channel: less than half the error of rounding them as they are."""
+    rng = rng_of("outlier")
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((9, 4, 64), (2, 100, 64), (2, 100, 64)))
+    k[..., 3], v[..., 9] = 30, 30
+    lo, hi = np.zeros(9, np.int32), np.full(9, 100, np.int32)
+    plain = [elements(Block(gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind]).view(np.uint8).reshape(*x.shape[:2], 2, -1), kind))
+             for x in (k, v)]
+    exact, unmixed, got = (attend(kernels, [q, *kv, lo, hi, None, None, None])
+                           for kv in ((k, v), plain, (stored(k, kind), stored(v, kind))))
+    assert np.square(got - exact).sum() < np.square(unmixed - exact).sum() / 4
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])

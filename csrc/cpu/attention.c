@@ -161,9 +161,10 @@ static int64_t cell_bytes(const pe_tensor *t) {
   return t->stride[2] == cell_format_of(t->dtype).nbytes ? cell_offset(t->dtype, t->shape[2]) : 0;
 }
 
-/* A tile as `attend` reads it: K transposed, as floats or (narrow) as 16-bit numbers; V as floats [64][fp], or (direct) where it
- * lies in the cache. */
-typedef struct loaded { const float *kt, *v; const cells_of *cells, *next; int narrow, direct; } loaded;
+/* A tile as `attend` reads it: K transposed, as floats, 16 bits wide, or as codes of blocks; V as floats [64][fp], or (direct) where
+ * it lies in the cache. */
+enum form { FLOATS, NARROW, CODES };
+typedef struct loaded { const float *kt, *v; const cells_of *cells, *next; enum form form; int direct; } loaded;
 
 /* What is left to ask for of a tile's K or V: the run of bytes at `at`, then the cells from `cell` on. Lines are asked for a few at
  * a time between the fmas: a burst would fill the queue of misses, and loads wait behind it. */
@@ -193,14 +194,7 @@ PE_INLINE void ask(ahead *a, int64_t lines) {
 
 /* ---- few queries: K is transposed as it is, V is read where it lies, both become floats on their way to the fma ---- */
 
-#define PE_EACH_NARROW_FORMAT(dtype, f)                                                                                \
-  switch (dtype) {                                                                                                     \
-    case PE_F16: f(PE_F16); break;                                                                                     \
-    case PE_BF16: f(PE_BF16); break;                                                                                   \
-    case PE_Q8_0: f(PE_Q8_0); break;                                                                                   \
-    case PE_Q4_0: f(PE_Q4_0); break;                                                                                   \
-    default: f(PE_Q4_1);                                                                                               \
-  }
+enum { WORD_ROW = 4 * TILE_KEYS }; /* bytes of a row of transposed words, 4 bytes each: one of each key */
 
 #if defined(PE_AVX512) /* elsewhere it saves nothing: K goes through floats */
 /* to[i][j] = 16-bit element i of x[j]: 32 x 16, rows of the result ld bytes apart. */
@@ -237,8 +231,6 @@ PE_INLINE void transpose_u16(const __m512i x[16], char *to, int64_t ld) {
   }
 }
 
-enum { WORD_ROW = 4 * TILE_KEYS }; /* bytes of a row of the transposed words: one of each key */
-
 /* Four rows: to[i][r] = word i of the 16 bytes at x[r] + at, for 16 keys, all bytes exclusive-or `flip`. */
 PE_INLINE void transpose_words(const char *const *x, int64_t at, int flip, char *to) {
   __m512i r[4], t[4];
@@ -262,10 +254,8 @@ PE_INLINE void transpose_words(const char *const *x, int64_t at, int flip, char 
   }
 }
 
-/* Narrow kt: F16 [e][64] halves; others [words of a key][64] words of BF16 or of codes (Q8_0's with 128 added), block after block
- * each behind a row with the first 4 bytes of the block, where its scales are. */
+/* Narrow kt: F16 [e][64] halves; BF16 [e / 2][64] words of two. */
 PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
-  const cell_format form = cell_format_of(dtype);
   for (int j = 0; j < TILE_KEYS; j += 16) {
     char *to = kt + (dtype == PE_F16 ? 2 : 4) * j;
     if (dtype == PE_F16) {
@@ -278,41 +268,14 @@ PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_
         }
         transpose_u16(x, to, 2 * TILE_KEYS);
       }
-    } else if (dtype == PE_BF16) {
-      for (int64_t i = 0; i < e; i += 8, to += 4 * WORD_ROW) transpose_words(cell + j, 2 * i, 0, to);
     } else {
-      const int head = form.nbytes - (dtype == PE_Q8_0 ? 32 : 16);
-      for (int64_t at = 0; at < cell_offset(dtype, e); at += form.nbytes) {
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++) memcpy(to + 4 * r, cell[j + r] + at, 4);
-        to += WORD_ROW;
-        for (int i = head; i < form.nbytes; i += 16, to += 4 * WORD_ROW)
-          transpose_words(cell + j, at + i, dtype == PE_Q8_0 ? 0x80 : 0, to);
-      }
+      for (int64_t i = 0; i < e; i += 8, to += 4 * WORD_ROW) transpose_words(cell + j, 2 * i, 0, to);
     }
   }
 }
 
 static int can_narrow(const pe_tensor *k) {
-  const int64_t e = k->shape[2];
-  return e > 0 && k->dtype != PE_F32 && k->stride[2] == cell_format_of(k->dtype).nbytes && (k->dtype != PE_BF16 || e % 8 == 0);
-}
-
-PE_INLINE v16f low_halves(v16i x) { return (v16f){(pe_pf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x.a))}; }
-
-/* Bits `mask` of x moved up by n (down where n < 0), or `bits`: the float that is 2^k more than a code. */
-PE_INLINE v16f code_plus(v16i x, const int n, int32_t mask, int32_t bits) {
-  const v16i y = n >= 0 ? v16i_shl(x, n) : v16i_shru(x, -n);
-  return (v16f){(pe_pf)_mm512_ternarylogic_epi32((__m512i)y.a, _mm512_set1_epi32(mask), _mm512_set1_epi32(bits), 0xea)};
-}
-
-/* Element number n of a word as load_cell has it: a BF16, a byte of Q8_0, a nibble of Q4. What is added to a code to make it a
- * float without a conversion is in c; products with d, of 11 bits, are exact. */
-PE_INLINE v16f word_element(const int dtype, v16i x, const int n, v16f d, v16f c) {
-  if (dtype == PE_BF16) return v16i_as_f(n ? v16i_and(x, v16i_set1((int32_t)0xffff0000)) : v16i_shl(x, 16));
-  if (dtype == PE_Q8_0) return v16f_fma(code_plus(x, 15 - 8 * n, 255 << 15, 0x43800000), d, c); /* 256 + code + 128 */
-  if (dtype == PE_Q4_0) return v16f_fma(code_plus(x, 11 - 4 * n, 15 << 11, 0x45800000), d, c);  /* 4096 + code + 8 */
-  return v16f_fma(v16i_to_f(v16i_and(v16i_shru(x, 4 * n), v16i_set1(15))), d, c);
+  return (k->dtype == PE_F16 || (k->dtype == PE_BF16 && k->shape[2] % 8 == 0)) && k->shape[2] > 0 && k->stride[2] == 2;
 }
 
 /* One element of each key: acc[r][j] += q[r * e] * y[j]. */
@@ -329,8 +292,7 @@ PE_INLINE void score_step(const int rows, const int vectors, const float *q, int
 PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const char *kt, ahead *next,
                            int64_t share, float *p) {
   ahead a = *next;
-  v16f acc[FEW_ROWS][4], d[4], c[4], y[4];
-  v16i x[4];
+  v16f acc[FEW_ROWS][4], y[4];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -343,33 +305,17 @@ PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, c
       score_step(rows, vectors, q + i, e, y, acc);
     }
   } else {
-    const int block = dtype == PE_BF16 ? 8 : 32, words = dtype == PE_Q8_0 ? 8 : 4, parts = dtype == PE_BF16 ? 2 : 4;
-    const int halves = dtype == PE_Q4_0 || dtype == PE_Q4_1 ? 2 : 1;
-    for (int64_t begin = 0; begin < e; begin += block, kt += words * WORD_ROW) {
-      if (block == 32) {
+    for (int64_t i = 0; i < e; i += 2, kt += WORD_ROW) {
+      ask(&a, share);
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; n++) {
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) {
-          const v16i scales = v16i_load(kt + 64 * j);
-          d[j] = low_halves(scales);
-          c[j] = dtype == PE_Q4_1 ? low_halves(v16i_shru(scales, 16)) : v16f_mul(d[j], v16f_set1(dtype == PE_Q8_0 ? -384.0f : -4104.0f));
+          const v16i x = v16i_load(kt + 64 * j);
+          y[j] = v16i_as_f(n ? v16i_and(x, v16i_set1((int32_t)0xffff0000)) : v16i_shl(x, 16));
         }
-        kt += WORD_ROW;
+        score_step(rows, vectors, q + i + n, e, y, acc);
       }
-      for (int h = 0; h < halves; h++)
-        for (int w = 0; w < words; w++, q += parts) {
-          ask(&a, share);
-#pragma GCC unroll 4
-          for (int j = 0; j < vectors; j++) x[j] = v16i_load(kt + w * WORD_ROW + 64 * j);
-#pragma GCC unroll 4
-          for (int n = 0; n < parts; n++) {
-#pragma GCC unroll 4
-            for (int j = 0; j < vectors; j++) {
-              if (halves == 1) y[j] = word_element(dtype, x[j], n, d[j], c[j]);
-              else y[j] = h ? word_element(dtype, x[j], 2 * n + 1, d[j], c[j]) : word_element(dtype, x[j], 2 * n, d[j], c[j]);
-            }
-            score_step(rows, vectors, q + n, e, y, acc);
-          }
-        }
     }
   }
 #pragma GCC unroll 8
@@ -379,7 +325,7 @@ PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, c
   *next = a;
 }
 
-/* Rows x vectors fill the registers: up to 24 sums beside plain numbers, 16 where scales need some. */
+/* Rows x vectors fill the registers: up to 24 sums. */
 #define SCORES(d, r, v)                                                                                                \
   for (int j = 0; j < 4; j += v) scores_body(d, r, v, q, e, (const char *)kt + j * (d == PE_F16 ? 32 : 64), next, share, p + 16 * j)
 #define SCORES_ROWS(d)                                                                                                 \
@@ -387,18 +333,17 @@ PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, c
     case 1: SCORES(d, 1, 4); break;                                                                                    \
     case 2: SCORES(d, 2, 4); break;                                                                                    \
     case 3: SCORES(d, 3, 4); break;                                                                                    \
-    case 4: SCORES(d, 4, (d == PE_F16 || d == PE_BF16 ? 4 : 2)); break;                                                \
-    case 5: SCORES(d, 5, (d == PE_F16 || d == PE_BF16 ? 4 : 2)); break;                                                \
-    case 6: SCORES(d, 6, (d == PE_F16 || d == PE_BF16 ? 4 : 2)); break;                                                \
+    case 4: SCORES(d, 4, 4); break;                                                                                    \
+    case 5: SCORES(d, 5, 4); break;                                                                                    \
+    case 6: SCORES(d, 6, 4); break;                                                                                    \
     case 7: SCORES(d, 7, 2); break;                                                                                    \
     default: SCORES(d, 8, 2);                                                                                          \
   }
 static __attribute__((noinline)) void narrow_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next,
                                                     float *p) {
-  const int plain = dtype == PE_F16 || dtype == PE_BF16;
-  const int64_t steps = (dtype == PE_F16 ? e : dtype == PE_BF16 ? e / 2 : e / 4) * (rows > (plain ? 6 : 3) ? 2 : 1);
-  const int64_t share = (lines_ahead(next) + steps - 1) / steps;
-  PE_EACH_NARROW_FORMAT(dtype, SCORES_ROWS)
+  const int64_t steps = (dtype == PE_F16 ? e : e / 2) * (rows > 6 ? 2 : 1), share = (lines_ahead(next) + steps - 1) / steps;
+  if (dtype == PE_F16) SCORES_ROWS(PE_F16)
+  else SCORES_ROWS(PE_BF16)
 }
 #else
 PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_t e, char *kt) {
@@ -408,7 +353,142 @@ static void narrow_scores(int dtype, int rows, const float *q, int64_t e, const 
   (void)dtype, (void)rows, (void)q, (void)e, (void)kt, (void)next, (void)p;
 }
 static int can_narrow(const pe_tensor *k) { (void)k; return 0; }
+/* Four rows: to[i][r] = word i of the 16 bytes at x[r] + at, for 16 keys, all bytes exclusive-or `flip`. */
+PE_INLINE void transpose_words(const char *const *x, int64_t at, int flip, char *to) {
+  for (int r = 0; r < 16; r++)
+    for (int i = 0; i < 4; i++) {
+      uint32_t word;
+      memcpy(&word, x[r] + at + 4 * i, 4);
+      word ^= 0x01010101u * (uint32_t)flip;
+      memcpy(to + i * WORD_ROW + 4 * r, &word, 4);
+    }
+}
 #endif
+
+/* ---- keys in blocks: their codes are multiplied as integers with queries of 8 bits ---- */
+
+#define PE_EACH_BLOCK_FORMAT(dtype, f)                                                                                 \
+  switch (dtype) {                                                                                                     \
+    case PE_Q8_0: f(PE_Q8_0); break;                                                                                   \
+    case PE_Q4_0: f(PE_Q4_0); break;                                                                                   \
+    default: f(PE_Q4_1);                                                                                               \
+  }
+
+/* A query x [e] of floats, replaced by what lies in its first bytes: codes = x / d rounded [e], their sums over 32 [e / 32], d = max |x| / 127. */
+static void round_query(float *x, int64_t e) {
+  int8_t *codes = (int8_t *)x;
+  v16f most = v16f_zero();
+  for (int64_t i = 0; i < e; i += 16) most = v16f_max(v16f_abs(v16f_load(x + i)), most);
+  const float d = v16f_hmax(most) / 127.0f;
+  const v16f inv = v16f_set1(inverse(d));
+  for (int64_t i = 0; i < e; i += 16) v16i_store_i8(codes + i, v16f_to_i(v16f_mul(v16f_load(x + i), inv)));
+  for (int64_t b = 0; b < e / 32; b++) {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; i++) sum += codes[32 * b + i];
+    memcpy(codes + e + 4 * b, &sum, 4);
+  }
+  memcpy(codes + e + e / 8, &d, 4);
+}
+
+/* kt: for each block a row of scales (64 d, then 64 m, as halves), then rows of words of codes, Q8_0's with 128 added. */
+PE_INLINE void transpose_blocks(const int dtype, const char *const *cell, int64_t e, char *kt) {
+  const cell_format form = cell_format_of(dtype);
+  const int head = form.nbytes - (dtype == PE_Q8_0 ? 32 : 16);
+  for (int j = 0; j < TILE_KEYS; j += 16) {
+    char *to = kt;
+    for (int64_t at = 0; at < cell_offset(dtype, e); at += form.nbytes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; r++) {
+        memcpy(to + 2 * (j + r), cell[j + r] + at, 2);
+        if (dtype == PE_Q4_1) memcpy(to + WORD_ROW / 2 + 2 * (j + r), cell[j + r] + at + 2, 2);
+      }
+      to += WORD_ROW;
+      for (int i = head; i < form.nbytes; i += 16, to += 4 * WORD_ROW)
+        transpose_words(cell + j, at + i, dtype == PE_Q8_0 ? 0x80 : 0, to + 4 * j);
+    }
+  }
+}
+
+/* p[r][j] = dot of query r, `ld` bytes after the one before, and key j of 16 * vectors, blocks ascending. */
+PE_INLINE void codes_body(const int dtype, const int rows, const int vectors, const int8_t *q, int64_t ld, int64_t e, const char *kt,
+                          int first, ahead *next, int64_t share, float *p) {
+  const int words = dtype == PE_Q8_0 ? 8 : 4, halves = dtype == PE_Q8_0 ? 1 : 2;
+  const int zero = dtype == PE_Q8_0 ? 128 - PE_DOT_ZERO : dtype == PE_Q4_0 ? 8 : 0; /* of the codes, as the products see them */
+  ahead a = *next;
+  v16f acc[FEW_ROWS][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_zero();
+  for (int64_t b = 0; b < e / 32; b++, kt += (1 + words) * WORD_ROW) {
+    int32_t sum[FEW_ROWS];
+    v16i dot[FEW_ROWS][4];
+    v64u x[4];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      memcpy(&sum[r], q + r * ld + e + 4 * b, 4);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) dot[r][j] = v16i_set1(-zero * sum[r]);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < halves; h++)
+#pragma GCC unroll 8
+      for (int w = 0; w < words; w++) {
+        ask(&a, share);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) {
+          x[j] = v64u_load(kt + (1 + w) * WORD_ROW + 4 * first + 64 * j);
+          if (halves == 2) x[j] = v64u_and(h ? v64u_shr16(x[j], 4) : x[j], v64u_set1(15));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+          const v64u y = v64u_set4(q + r * ld + 32 * b + 4 * (h * words + w));
+#pragma GCC unroll 4
+          for (int j = 0; j < vectors; j++) dot[r][j] = dtype == PE_Q8_0 ? dot_z128(dot[r][j], x[j], y) : dot_u7(dot[r][j], x[j], y);
+        }
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) {
+      const v16f d = v16f_load_f16(kt + 2 * first + 32 * j);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) acc[r][j] = v16f_fma(v16i_to_f(dot[r][j]), d, acc[r][j]);
+      if (dtype != PE_Q4_1) continue;
+      const v16f m = v16f_load_f16(kt + WORD_ROW / 2 + 2 * first + 32 * j);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) acc[r][j] = v16f_fma(v16f_set1((float)sum[r]), m, acc[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) {
+    float d;
+    memcpy(&d, q + r * ld + e + e / 8, 4);
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) v16f_store(p + r * TILE_KEYS + 16 * j, v16f_mul(acc[r][j], v16f_set1(d)));
+  }
+  *next = a;
+}
+
+/* Both sums of rows x vectors in registers. */
+#define CODE_SCORES(d, r, v)                                                                                                 \
+  for (int j = 0; j < TILE_KEYS; j += 16 * v) codes_body(d, r, v, (const int8_t *)q, 4 * e, e, (const char *)kt, j, next, share, p + j)
+#define CODES_ROWS(d)                                                                                                  \
+  switch (rows) {                                                                                                      \
+    case 1: CODE_SCORES(d, 1, CODES_MANY); break;                                                                            \
+    case 2: CODE_SCORES(d, 2, CODES_MANY); break;                                                                            \
+    case 3: CODE_SCORES(d, 3, CODES_MANY); break;                                                                            \
+    case 4: CODE_SCORES(d, 4, CODES_FEW); break;                                                                             \
+    case 5: CODE_SCORES(d, 5, CODES_FEW); break;                                                                             \
+    case 6: CODE_SCORES(d, 6, CODES_FEW); break;                                                                             \
+    case 7: CODE_SCORES(d, 7, CODES_FEW); break;                                                                             \
+    default: CODE_SCORES(d, 8, 1);                                                                                           \
+  }
+enum { CODES_MANY = PE_PARTS == 1 ? 4 : 1, CODES_FEW = PE_PARTS == 1 ? 2 : 1 };
+static __attribute__((noinline)) void block_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next,
+                                                   float *p) {
+  const int vectors = rows <= 3 ? CODES_MANY : rows < 8 ? CODES_FEW : 1;
+  const int64_t steps = e / 4 * (4 / vectors), share = (lines_ahead(next) + steps - 1) / steps;
+  PE_EACH_BLOCK_FORMAT(dtype, CODES_ROWS)
+}
 
 /* c[r][j] = factor[r] c[r][j] + sum over t of p[r][t] v[t][j] for 16 * vectors columns from `first` on; n values at `cell`. */
 PE_INLINE void values_body(const int dtype, const int rows, const int vectors, const float *p, const char *const *cell,
@@ -478,19 +558,25 @@ static loaded load_tile(const job *w, const cells_of *t, const cells_of *next, u
                         float *v) {
   const pe_tensor *a = w->k, *b = w->v;
   const int64_t kb = cell_bytes(a), vb = cell_bytes(b);
-  const int few = queries <= FEW_QUERIES, narrow = few && can_narrow(a), direct = few && vb > 0 && w->f == w->fp;
-  if (narrow) {
-#define NARROW(d) transpose_narrow(d, t->k, w->e, (char *)kt)
-    PE_EACH_NARROW_FORMAT(a->dtype, NARROW)
+  const int few = queries <= FEW_QUERIES, direct = few && vb > 0 && w->f == w->fp;
+  const enum form form = in_blocks(a) ? CODES : few && can_narrow(a) ? NARROW : FLOATS;
+  if (form == CODES) {
+#define TRANSPOSE_BLOCKS(d) transpose_blocks(d, t->k, w->e, (char *)kt)
+    PE_EACH_BLOCK_FORMAT(a->dtype, TRANSPOSE_BLOCKS)
+  } else if (form == NARROW) {
+    if (a->dtype == PE_F16) transpose_narrow(PE_F16, t->k, w->e, (char *)kt);
+    else transpose_narrow(PE_BF16, t->k, w->e, (char *)kt);
   } else {
 #define TRANSPOSE(d) transpose_keys(d, t->k, next->k, kb, wanted, w->e, a->stride[2], kb > 0, kt)
-    PE_EACH_CELL_FORMAT(a->dtype, TRANSPOSE)
+    if (a->dtype == PE_F32) TRANSPOSE(PE_F32);
+    else if (a->dtype == PE_F16) TRANSPOSE(PE_F16);
+    else TRANSPOSE(PE_BF16);
   }
   if (!direct) {
 #define CONVERT(d) convert_values(d, t->v, next->v, vb, wanted, w->f, b->stride[2], vb > 0, v)
     PE_EACH_CELL_FORMAT(b->dtype, CONVERT)
   }
-  return (loaded){kt, v, t, next, narrow, direct};
+  return (loaded){kt, v, t, next, form, direct};
 }
 
 /* ---- online softmax ---- */
@@ -539,13 +625,14 @@ PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, fl
 
 /* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile. */
 static void attend(const job *w, const float *q, int64_t n, int a, int b, const loaded *t, partial s) {
-  const int most = t->narrow && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
+  const int most = t->form != FLOATS && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
   ahead k = ahead_of(t->next->k, cell_bytes(w->k)), v = ahead_of(t->next->v, cell_bytes(w->v));
   const int v0 = a / 16, v1 = (b + 15) / 16;
   float p[FEW_ROWS][TILE_KEYS], factor[FEW_ROWS];
   for (int64_t tiles = (n + most - 1) / most; n; tiles--) {
     const int r = (int)((n + tiles - 1) / tiles); /* as even as they can be: 7 queries are 4 + 3 */
-    if (t->narrow) narrow_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
+    if (t->form == CODES) block_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
+    else if (t->form == NARROW) narrow_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
     else tile(r, v1 - v0, q, w->e, t->kt + 16 * v0, TILE_KEYS, p[0] + 16 * v0, TILE_KEYS, w->e, 0);
     if (a == 0 && b == TILE_KEYS)
       for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.sum + 16 * i);
@@ -585,8 +672,10 @@ static int64_t next_chunk(const job *w, const unit *u, int64_t chunk) {
   return best;
 }
 
+/* Scaled queries [e] side by side; where K is in blocks, mixed and rounded. */
 static void load_queries(const job *w, const unit *u, float *to) {
   const v16f scale = v16f_set1(w->scale);
+  const int blocks = in_blocks(w->k);
   for (int64_t r = u->row; r < u->row + u->n_rows; r++)
     for (int64_t i = 0; i < w->group; i++, to += w->e) {
       const char *q = (const char *)w->q->data + r * w->q->stride[0] + (u->head * w->group + i) * w->q->stride[1];
@@ -595,6 +684,10 @@ static void load_queries(const job *w, const unit *u, float *to) {
         v16f x = w->q->stride[2] == 4 ? load_some((const float *)q + j, left)
                                       : load_cell_n(PE_F32, q, w->q->stride[2], j, pe_min(16, left));
         store_some(to + j, v16f_mul(x, scale), left);
+      }
+      if (blocks) {
+        mix(to, w->e);
+        round_query(to, w->e);
       }
     }
 }
@@ -692,6 +785,7 @@ static void finish(const job *w, const unit *u, partial total) {
       }
       for (int64_t j = 0; j < w->f; j += 16)
         store_some(out + j, v16f_div(v16f_mul(v16f_load(acc + j), shrink), v16f_set1(sum)), w->f - j);
+      if (in_blocks(w->v)) mix(out, w->f);
     }
 }
 

@@ -1,6 +1,9 @@
 /* cells.h: what one cell of a key/value cache holds, one head of one token: plain numbers (F32, F16, BF16), or blocks of 32 as
  * csrc/quants.h draws them (Q8_0, Q4_0, Q4_1). Writing rounds as gguf-py's quantizers do, bit for bit; reading is exact but for
- * Q4_1's sum. In an array of plain numbers the elements of a cell may lie at any distance, blocks lie side by side. */
+ * Q4_1's sum. In an array of plain numbers the elements of a cell may lie at any distance, blocks lie side by side.
+ *
+ * Blocks hold mixed elements, H x of a key or value x: a few channels are much larger than the rest, and would coarsen the scales of their
+ * blocks. H is orthogonal, so q k = (H q)(H k), and sums of values are turned back once (Ashkboos et al. 2024, arXiv:2404.00456). */
 #ifndef PE_CELLS_H
 #define PE_CELLS_H
 
@@ -48,6 +51,50 @@ static __attribute__((unused)) pe_status check_cells(const char *op, const char 
   if ((side_by_side || f.block > 1) && t->stride[2] != f.nbytes)
     return pe_fail(s, PE_NO_KERNEL, "%s: the elements of '%s' do not lie side by side", op, name);
   return PE_OK;
+}
+
+PE_INLINE int in_blocks(const pe_tensor *t) { return cell_format_of(t->dtype).block > 1; }
+
+/* ---- mixing ---- */
+
+static const float SIGNS[16][16] = { /* Hadamard's matrix of 16 */
+    { 1,  1,  1,  1,  1,  1,  1,  1,  1,  1,  1,  1,  1,  1,  1,  1},
+    { 1, -1,  1, -1,  1, -1,  1, -1,  1, -1,  1, -1,  1, -1,  1, -1},
+    { 1,  1, -1, -1,  1,  1, -1, -1,  1,  1, -1, -1,  1,  1, -1, -1},
+    { 1, -1, -1,  1,  1, -1, -1,  1,  1, -1, -1,  1,  1, -1, -1,  1},
+    { 1,  1,  1,  1, -1, -1, -1, -1,  1,  1,  1,  1, -1, -1, -1, -1},
+    { 1, -1,  1, -1, -1,  1, -1,  1,  1, -1,  1, -1, -1,  1, -1,  1},
+    { 1,  1, -1, -1, -1, -1,  1,  1,  1,  1, -1, -1, -1, -1,  1,  1},
+    { 1, -1, -1,  1, -1,  1,  1, -1,  1, -1, -1,  1, -1,  1,  1, -1},
+    { 1,  1,  1,  1,  1,  1,  1,  1, -1, -1, -1, -1, -1, -1, -1, -1},
+    { 1, -1,  1, -1,  1, -1,  1, -1, -1,  1, -1,  1, -1,  1, -1,  1},
+    { 1,  1, -1, -1,  1,  1, -1, -1, -1, -1,  1,  1, -1, -1,  1,  1},
+    { 1, -1, -1,  1,  1, -1, -1,  1, -1,  1,  1, -1, -1,  1,  1, -1},
+    { 1,  1,  1,  1, -1, -1, -1, -1, -1, -1, -1, -1,  1,  1,  1,  1},
+    { 1, -1,  1, -1, -1,  1, -1,  1, -1,  1, -1,  1,  1, -1,  1, -1},
+    { 1,  1, -1, -1, -1, -1,  1,  1, -1, -1,  1,  1,  1,  1, -1, -1},
+    { 1, -1, -1,  1, -1,  1,  1, -1, -1,  1,  1, -1,  1, -1, -1,  1},
+};
+
+/* x = H x, n elements, a multiple of 32. H: for each run of s elements, the largest power of two that divides n, Sylvester's Hadamard
+ * matrix over sqrt(s), which is its own inverse. Within 16 elements it is a product, j ascending; beyond them, butterflies. */
+static __attribute__((unused)) void mix(float *x, int64_t n) {
+  const int64_t s = n & -n;
+  const v16f shrink = v16f_set1((float)(1.0 / __builtin_sqrt((double)s)));
+  for (int64_t i = 0; i < n; i += 16) {
+    v16f y = v16f_zero();
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) y = v16f_fma(v16f_set1(x[i + j]), v16f_load(SIGNS[j]), y);
+    v16f_store(x + i, y);
+  }
+  for (int64_t h = 16; h < s; h *= 2)
+    for (int64_t i = 0; i < n; i += 2 * h)
+      for (int64_t j = i; j < i + h; j += 16) {
+        const v16f a = v16f_load(x + j), b = v16f_load(x + j + h);
+        v16f_store(x + j, v16f_add(a, b));
+        v16f_store(x + j + h, v16f_sub(a, b));
+      }
+  for (int64_t i = 0; i < n; i += 16) v16f_store(x + i, v16f_mul(v16f_load(x + i), shrink));
 }
 
 /* ---- writing ---- */

@@ -158,7 +158,19 @@ static void subtract(const float *x, const float *offset, float *y, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) store_some(y + i, v16f_sub(load_some(x + i, n - i), load_some(offset + i, n - i)), n - i);
 }
 
-/* One head a thread, less its offset. */
+/* Write one head; `head` is room for its elements, where it may be already. */
+static void append(const pe_tensor *cache, int64_t g, int32_t cell, const float *x, const float *offset, float *head) {
+  const int64_t e = cache->shape[2];
+  if (offset) subtract(x, offset, head, e), x = head;
+  if (in_blocks(cache)) {
+    if (x != head) memcpy(head, x, (size_t)e * 4);
+    mix(head, e);
+    x = head;
+  }
+  store_cell(cell_of(cache, g, cell), cache->dtype, x, e);
+}
+
+/* One head a thread. */
 PE_SCRATCH(cache_append)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   return n_threads * pe_round_up(pe_arg(a, 1)->shape[2] * 4, 64);
@@ -175,18 +187,17 @@ PE_KERNEL(cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_ten
   if (bad) return bad;
   for (int64_t i0; (i0 = pe_next(s, 0) * step) < m;)
     for (int64_t i = i0; i < pe_min(m, i0 + step); i++)
-      for (int64_t j = 0; c[i] >= 0 && j < g; j++) {
-        const float *from = (const float *)x->data + (i * g + j) * e;
-        if (offset) subtract(from, (const float *)offset->data + j * e, head, e), from = head;
-        store_cell(cell_of(cache, j, c[i]), cache->dtype, from, e);
-      }
+      for (int64_t j = 0; c[i] >= 0 && j < g; j++)
+        append(cache, j, c[i], (const float *)x->data + (i * g + j) * e, offset ? (const float *)offset->data + j * e : 0, head);
   return PE_OK;
 }
 
-/* One head of k a thread. */
+/* One head of k or v a thread. */
+static int64_t head_bytes(const pe_tensor *k, const pe_tensor *v) { return pe_round_up(pe_max(k->shape[2], v->shape[2]) * 4, 64); }
+
 PE_SCRATCH(rope_append)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
-  return n_threads * pe_round_up(pe_arg(a, 1)->shape[2] * 4, 64);
+  return n_threads * head_bytes(pe_arg(a, 1), pe_arg(a, 2));
 }
 
 PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *table,
@@ -199,7 +210,7 @@ PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *
   const int64_t step = pe_max(1, CHUNK / pe_max(1, h * e + g * (e + ev)));
   const int32_t *c = cells->data;
   const float *qw = q_norm ? q_norm->data : 0, *kw = k_norm ? k_norm->data : 0;
-  float *head = (float *)(s->scratch + s->ith * pe_round_up(e * 4, 64));
+  float *head = (float *)(s->scratch + s->ith * head_bytes(k, v));
   pe_status bad = check_cache("rope_append", "k_cache", k_cache, cells, s);
   if (!bad) bad = check_cache("rope_append", "v_cache", v_cache, cells, s);
   if (bad) return bad;
@@ -215,9 +226,8 @@ PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *
       for (int64_t j = 0; c[i] >= 0 && j < g; j++) {
         const float *x = (const float *)k->data + (i * g + j) * e;
         rotate_head(x, head, e, angles, t / 2, p->interleaved, kw, kw ? inverse_rms(x, e, p->eps) : 1.0f);
-        if (k_offset) subtract(head, (const float *)k_offset->data + j * e, head, e);
-        store_cell(cell_of(k_cache, j, c[i]), k_cache->dtype, head, e);
-        store_cell(cell_of(v_cache, j, c[i]), v_cache->dtype, (const float *)v->data + (i * g + j) * ev, ev);
+        append(k_cache, j, c[i], head, k_offset ? (const float *)k_offset->data + j * e : 0, head);
+        append(v_cache, j, c[i], (const float *)v->data + (i * g + j) * ev, 0, head);
       }
     }
   return PE_OK;
