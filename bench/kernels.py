@@ -23,6 +23,7 @@ from pyengine.codebooks import ensure_codebooks
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import GraphError
 from pyengine.op import REGISTRY, Case, Op
+from pyengine.ops.rope import mixed
 from pyengine.tensor import Tensor, make_leaf
 
 REPEAT = 7                                                                     # samples of one job
@@ -335,6 +336,7 @@ def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
         v = values[name]
         if isinstance(v, Blocks) and job.op.args[name].kind == "Cache":
             v = v.values().reshape(job.case.shapes[name])
+            v = mixed(v) if values[name].dtype.block > 1 else v
         args.append([wide(a) for a in v] if isinstance(v, list) else None if v is None else wide(v))
     defaults = {p.name: p.default for p in job.op.params.values() if p.name not in job.case.params}
     result = job.op.fn(*args, **defaults, **job.case.params)

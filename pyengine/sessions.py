@@ -30,7 +30,7 @@ from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.gguf import GGUFFile
 from pyengine.schedule import Runner
 
-MAGIC, PLAIN, NOTED = b"pe-cells", 1, 2              # versions without and with notes
+MAGIC, PLAIN, NOTED = b"pe-cells", 3, 4              # versions without and with notes; 1 and 2 did not mix blocks
 # version, tokens, position of the next one, digests of rows, digests of pictures, ggml's numbers of the formats of keys and values
 HEADER = struct.Struct("<8s 7I 32s")
 NOTES = struct.Struct("<I")              # bytes of the notes

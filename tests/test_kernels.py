@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from pyengine import codegen
 from pyengine.dtype import dtype
 from pyengine.op import REGISTRY, Case, Op
+from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "routing")]
@@ -179,24 +180,6 @@ def rng_of(name: Any) -> np.random.Generator:
 
 
 CACHES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """H x over the last axis, in the dtype of x and the kernels' order of sums: what blocks of a cache hold. H is its own inverse."""
-    n = x.shape[-1]
-    s = n & -n
-    lanes = np.arange(16)
-    sign = np.array([[(-1) ** int(i & j).bit_count() for i in lanes] for j in lanes], x.dtype)
-    runs = x.reshape(*x.shape[:-1], -1, 16)
-    y = np.zeros_like(runs)
-    for j in lanes:
-        y = y + runs[..., j : j + 1] * sign[j]
-    h = 16
-    while h < s:
-        pairs = y.reshape(*x.shape[:-1], -1, 2, h)
-        y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2)
-        h *= 2
-    return y.reshape(x.shape) * x.dtype.type(1 / np.sqrt(s))
 
 
 def in_blocks(c: Value) -> bool:

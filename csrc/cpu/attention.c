@@ -8,7 +8,11 @@
  *   tile    TILE_KEYS keys, aligned likewise: K is converted to float and transposed to kt[e][64], V to v[64][f] once,
  *           and all queries of the unit that see the tile use them, six at a time in registers (vec.h: tile).
  *           For few queries (decoding) floats in memory would be most of the work: there V is read where it lies, and avx512
- *           transposes K as it is, 16 bits wide; both are converted in registers, to the same floats in the same order
+ *           transposes K as it is, 16 bits wide; both are converted in registers, to the same floats in the same order.
+ *           K in blocks stays in codes, 4 bytes of a key to a word: queries are rounded to 8 bits, with one scale a head, and
+ *           multiplied with them as integers; the sum of each block times its scale is added to the score in float
+ *
+ * Blocks hold mixed elements (cells.h): queries are mixed before they are rounded, results are mixed back.
  *
  * What happens to a query (fma by fma: e ascending in a score, keys ascending in acc, 16 lanes of keys in sum) follows from its
  * interval alone: neither other rows, nor the unit's size, nor threads can change a bit. Tiles and keys outside its interval are
@@ -18,7 +22,8 @@
  * claims (unit, chunk) pairs, partials go to scratch, and the thread that finishes last merges them all.
  * All sums are float. Bytes: each unit reads its keys' K and V once from the cache in the cache's dtype; operations: 2 (e + f) a
  * query and key. Shared by the unit's queries: a load, a conversion, 4 shuffles and a store per 16 elements of K, less without the
- * shuffles of V; for few queries on avx512 a store, 2 shuffles and a conversion (3 instructions where Q8_0) of K, a conversion of V.
+ * shuffles of V; for few queries on avx512 a store, 2 shuffles and a conversion of K, a conversion of V. A block of Q8_0 keys takes
+ * 8 integer products of 16 keys, a conversion and an fma.
  */
 #include "cells.h"
 

@@ -33,6 +33,8 @@ def attention(
     bidirectional spans (hi reaches the span's end), cross (all keys), windows of an encoder. An empty interval gives zeros.
     softcap: logits = softcap * tanh(logits / softcap). sinks: one more logit per head that takes probability and gives
     nothing (gpt-oss). Vaswani et al. 2017, arXiv:1706.03762; grouped heads: arXiv:2305.13245.
+    Caches in block formats hold `rope.mixed` keys and values, which this takes into account; with keys in blocks, kernels round
+    mixed queries to 8 bits, one scale a head.
     """
     m, h, _ = q.shape
     g = k.shape[0]

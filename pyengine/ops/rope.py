@@ -72,11 +72,33 @@ rope.case(x=(2, 1, 80), table=(2, 40))
 rope.case(x=(0, 2, 16), table=(0, 16))
 
 
+def mixed(x: np.ndarray) -> np.ndarray:
+    """H x over the last axis (a multiple of 32), in the dtype of x: what block formats of a cache hold instead of x.
+
+    H: for each run of s elements, the largest power of two that divides the axis, Sylvester's Hadamard matrix over sqrt(s). It is
+    orthogonal and its own inverse, and spreads a channel that is larger than the rest over all scales (arXiv:2404.00456). Sums
+    are in the kernels' order.
+    """
+    n = x.shape[-1]
+    s, lanes = n & -n, range(16)
+    sign = np.array([[1 - 2 * (bin(i & j).count("1") % 2) for i in lanes] for j in lanes], x.dtype)
+    runs = x.reshape(*x.shape[:-1], -1, 16)
+    y = np.zeros_like(runs)
+    for j in lanes:
+        y = y + runs[..., j : j + 1] * sign[j]
+    h = 16
+    while h < s:
+        pairs = y.reshape(*x.shape[:-1], -1, 2, h)
+        y = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2)
+        h *= 2
+    return y.reshape(x.shape) * x.dtype.type(1 / np.sqrt(s))
+
+
 @op()
 def cache_append(cache: Cache["g s e"], x: F32["m g e"], cells: I32["m"], offset: F32["g e"] | None = None) -> Same["cache"]:
     """Write row i of every head, less `offset`, into cell cells[i] of the cache, which is changed in place.
 
-    A negative cell is skipped. Block formats round as ggml's quantizers do.
+    A negative cell is skipped. Block formats hold `mixed` elements, rounded as ggml's quantizers do.
     Raises: RequestError at run time for a cell outside the cache.
     """
     keep = cells >= 0
