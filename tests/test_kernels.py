@@ -187,7 +187,7 @@ def in_blocks(c: Value) -> bool:
 
 
 def rounded(q: np.ndarray, scale: float) -> np.ndarray:
-    """Queries as attention over keys in blocks takes them: scaled, mixed, codes of 8 bits times one d a head; float64, turned back."""
+    """Queries as attention over keys in blocks takes them: scaled, mixed, codes of 8 bits times one d a head; turned back."""
     x = mixed(q.astype(np.float32) * np.float32(scale))
     d = np.abs(x).max(axis=-1, keepdims=True, initial=0) / np.float32(127)
     codes = np.rint(x * np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0))
@@ -664,8 +664,8 @@ def test_one_large_channel_does_not_coarsen_a_cell(kernels, kind):
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((9, 4, 64), (2, 100, 64), (2, 100, 64)))
     k[..., 3], v[..., 9] = 30, 30
     lo, hi = np.zeros(9, np.int32), np.full(9, 100, np.int32)
-    plain = [elements(Block(gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind]).view(np.uint8).reshape(*x.shape[:2], 2, -1), kind))
-             for x in (k, v)]
+    rounded_ = [gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind]) for x in (k, v)]
+    plain = [elements(Block(raw.view(np.uint8).reshape(2, 100, 2, -1), kind)) for raw in rounded_]
     exact, unmixed, got = (attend(kernels, [q, *kv, lo, hi, None, None, None])
                            for kv in ((k, v), plain, (stored(k, kind), stored(v, kind))))
     assert np.square(got - exact).sum() < np.square(unmixed - exact).sum() / 4

@@ -294,8 +294,8 @@ PE_INLINE void score_step(const int rows, const int vectors, const float *q, int
 }
 
 /* p[r][j] = dot of query r and key j of 16 * vectors, e ascending. */
-PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const char *kt, ahead *next,
-                           int64_t share, float *p) {
+PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const char *kt,
+                           ahead *next, int64_t share, float *p) {
   ahead a = *next;
   v16f acc[FEW_ROWS][4], y[4];
 #pragma GCC unroll 8
@@ -379,7 +379,8 @@ PE_INLINE void transpose_words(const char *const *x, int64_t at, int flip, char 
     default: f(PE_Q4_1);                                                                                               \
   }
 
-/* A query x [e] of floats, replaced by what lies in its first bytes: codes = x / d rounded [e], their sums over 32 [e / 32], d = max |x| / 127. */
+/* A query x [e] of floats, replaced by what lies in its first bytes: codes = x / d rounded [e], their sums over 32 [e / 32],
+ * d = max |x| / 127. */
 static void round_query(float *x, int64_t e) {
   int8_t *codes = (int8_t *)x;
   v16f most = v16f_zero();
@@ -449,7 +450,8 @@ PE_INLINE void codes_body(const int dtype, const int rows, const int vectors, co
         for (int r = 0; r < rows; r++) {
           const v64u y = v64u_set4(q + r * ld + 32 * b + 4 * (h * words + w));
 #pragma GCC unroll 4
-          for (int j = 0; j < vectors; j++) dot[r][j] = dtype == PE_Q8_0 ? dot_z128(dot[r][j], x[j], y) : dot_u7(dot[r][j], x[j], y);
+          for (int j = 0; j < vectors; j++)
+            dot[r][j] = dtype == PE_Q8_0 ? dot_z128(dot[r][j], x[j], y) : dot_u7(dot[r][j], x[j], y);
         }
       }
 #pragma GCC unroll 4
@@ -473,19 +475,26 @@ PE_INLINE void codes_body(const int dtype, const int rows, const int vectors, co
   *next = a;
 }
 
-/* Both sums of rows x vectors in registers. */
-#define CODE_SCORES(d, r, v)                                                                                                 \
-  for (int j = 0; j < TILE_KEYS; j += 16 * v) codes_body(d, r, v, (const int8_t *)q, 4 * e, e, (const char *)kt, j, next, share, p + j)
+/* Both sums of rows x vectors in registers; 7 and 8 rows come with avx512 only (FEW_ROWS). */
+#define CODE_SCORES(d, r, v)                                                                                           \
+  for (int j = 0; j < TILE_KEYS; j += 16 * v)                                                                          \
+    codes_body(d, r, v, (const int8_t *)q, 4 * e, e, (const char *)kt, j, next, share, p + j)
+#if PE_PARTS == 1
+#define CODES_SEVEN(d)                                                                                                 \
+    case 7: CODE_SCORES(d, 7, CODES_FEW); break;                                                                       \
+    case 8: CODE_SCORES(d, 8, 1); break;
+#else
+#define CODES_SEVEN(d)
+#endif
 #define CODES_ROWS(d)                                                                                                  \
   switch (rows) {                                                                                                      \
-    case 1: CODE_SCORES(d, 1, CODES_MANY); break;                                                                            \
-    case 2: CODE_SCORES(d, 2, CODES_MANY); break;                                                                            \
-    case 3: CODE_SCORES(d, 3, CODES_MANY); break;                                                                            \
-    case 4: CODE_SCORES(d, 4, CODES_FEW); break;                                                                             \
-    case 5: CODE_SCORES(d, 5, CODES_FEW); break;                                                                             \
-    case 6: CODE_SCORES(d, 6, CODES_FEW); break;                                                                             \
-    case 7: CODE_SCORES(d, 7, CODES_FEW); break;                                                                             \
-    default: CODE_SCORES(d, 8, 1);                                                                                           \
+    case 1: CODE_SCORES(d, 1, CODES_MANY); break;                                                                      \
+    case 2: CODE_SCORES(d, 2, CODES_MANY); break;                                                                      \
+    case 3: CODE_SCORES(d, 3, CODES_MANY); break;                                                                      \
+    case 4: CODE_SCORES(d, 4, CODES_FEW); break;                                                                       \
+    case 5: CODE_SCORES(d, 5, CODES_FEW); break;                                                                       \
+    CODES_SEVEN(d)                                                                                                     \
+    default: CODE_SCORES(d, 6, CODES_FEW);                                                                             \
   }
 enum { CODES_MANY = PE_PARTS == 1 ? 4 : 1, CODES_FEW = PE_PARTS == 1 ? 2 : 1 };
 static __attribute__((noinline)) void block_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next,

@@ -2,8 +2,9 @@
  * csrc/quants.h draws them (Q8_0, Q4_0, Q4_1). Writing rounds as gguf-py's quantizers do, bit for bit; reading is exact but for
  * Q4_1's sum. In an array of plain numbers the elements of a cell may lie at any distance, blocks lie side by side.
  *
- * Blocks hold mixed elements, H x of a key or value x: a few channels are much larger than the rest, and would coarsen the scales of their
- * blocks. H is orthogonal, so q k = (H q)(H k), and sums of values are turned back once (Ashkboos et al. 2024, arXiv:2404.00456). */
+ * Blocks hold mixed elements, H x of a key or value x: a few channels are much larger than the rest, and would coarsen the
+ * scales of their blocks. H is orthogonal, so q k = (H q)(H k), and sums of values are turned back once (Ashkboos et al. 2024,
+ * arXiv:2404.00456). */
 #ifndef PE_CELLS_H
 #define PE_CELLS_H
 
@@ -76,8 +77,8 @@ static const float SIGNS[16][16] = { /* Hadamard's matrix of 16 */
     { 1, -1, -1,  1, -1,  1,  1, -1, -1,  1,  1, -1,  1, -1, -1,  1},
 };
 
-/* x = H x, n elements, a multiple of 32. H: for each run of s elements, the largest power of two that divides n, Sylvester's Hadamard
- * matrix over sqrt(s), which is its own inverse. Within 16 elements it is a product, j ascending; beyond them, butterflies. */
+/* x = H x, n elements, a multiple of 32. H: for each run of s elements, the largest power of two that divides n, Sylvester's
+ * Hadamard matrix over sqrt(s), which is its own inverse. Within 16 elements it is a product, j ascending; beyond, butterflies. */
 static __attribute__((unused)) void mix(float *x, int64_t n) {
   const int64_t s = n & -n;
   const v16f shrink = v16f_set1((float)(1.0 / __builtin_sqrt((double)s)));

@@ -81,7 +81,7 @@ def mixed(x: np.ndarray) -> np.ndarray:
     """
     n = x.shape[-1]
     s, lanes = n & -n, range(16)
-    sign = np.array([[1 - 2 * (bin(i & j).count("1") % 2) for i in lanes] for j in lanes], x.dtype)
+    sign = np.array([[1 - 2 * ((i & j).bit_count() % 2) for i in lanes] for j in lanes], x.dtype)
     runs = x.reshape(*x.shape[:-1], -1, 16)
     y = np.zeros_like(runs)
     for j in lanes:
