@@ -121,8 +121,8 @@ def relative_rms(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def ideal_seconds(operations: Mapping[str, float], int8: float, fp32: float) -> float:
-    """Time at the machine's peaks: products with blocks at int8's, everything else at fp32's."""
-    return operations["int8"] / int8 + (operations["float"] + operations["attention"]) / fp32
+    """Time at the machine's peaks: products of bytes at int8's, everything else at fp32's."""
+    return (operations["int8"] + operations["attention_int8"]) / int8 + (operations["float"] + operations["attention"]) / fp32
 
 
 def _judged(name: str, e: Encoder, layers: int, samples: Mapping[tuple[str, str], Mapping[str, list[float]]],
@@ -131,7 +131,8 @@ def _judged(name: str, e: Encoder, layers: int, samples: Mapping[tuple[str, str]
     """Each engine's share of the limits, then ratios of ours to the others round by round, by wall time and by time on CPUs."""
     out: list[dict[str, Any]] = []
     exact = next(iter(operations.values()))
-    floats = {"int8": 0.0, "float": exact["int8"] + exact["float"], "attention": exact["attention"]}
+    floats = {"int8": 0.0, "float": exact["int8"] + exact["float"], "attention": exact["attention"] + exact["attention_int8"],
+              "attention_int8": 0.0}
     for (engine, f), s in samples.items():
         ideal = ideal_seconds(floats if engine == "torch" else operations[f], **best)
         result = {"name": f"{name} {engine} {f} share of the peaks", "score": summary([ideal / v for v in s["seconds"]]),

@@ -46,11 +46,11 @@ def prompt_operations(program: Any, m: int) -> float:
 
 
 def encoder_operations(program: Any, view: Any) -> dict[str, float]:
-    """Operations of one run of a media encoder: products with weights in blocks ("int8") and in floats, and attention.
+    """Operations of one run of a media encoder: products with weights in blocks ("int8") and in floats, attention in each of the two.
 
     Attention counts the keys in each row's interval, which stand in the inputs of the view or are constants.
     """
-    total = {"int8": 0.0, "float": 0.0, "attention": 0.0}
+    total = {"int8": 0.0, "float": 0.0, "attention": 0.0, "attention_int8": 0.0}
     for node in program.prepared.layout.steps:
         args = dict(zip(node.op.args, node.args))
         if node.op.name == "linear":
@@ -60,5 +60,6 @@ def encoder_operations(program: Any, view: Any) -> dict[str, float]:
         elif node.op.name == "attention":
             lo, hi = (view.inputs[t.name] if t.node.kind == "input" else t.node.source for t in (args["lo"], args["hi"]))
             widths = int(args["q"].shape[2]) + int(args["v"].shape[2])
-            total["attention"] += 2.0 * float((hi - lo).sum()) * int(args["q"].shape[1]) * widths
+            kind = "attention_int8" if dict(node.params)["products"] == "int8" else "attention"
+            total[kind] += 2.0 * float((hi - lo).sum()) * int(args["q"].shape[1]) * widths
     return total

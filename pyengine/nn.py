@@ -77,6 +77,12 @@ class Experts:
         return ops.sum_experts(y, None if scale_input else gates, n_used=used)                 # [m, D]
 
 
+def attention_products(*projections: Linear) -> str:
+    """How an encoder's attention multiplies, for `ops.attention`: bytes where the weights around it are in blocks, whose products
+    round activations to 8 bits too; floats elsewhere, so that F32, F16 and BF16 files give the authors' numbers."""
+    return "int8" if all(p.weight.dtype.block > 1 for p in projections) else "float"
+
+
 class Embedding:
     """Rows of a table [n, d] by token id, times `scale`; negative ids take rows of `media` [e, d] unscaled."""
 

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from pyengine import codegen
 from pyengine.dtype import dtype
+from pyengine.errors import ShapeError
 from pyengine.op import REGISTRY, Case, Op
 from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "routing")]
+SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "attention_int8", "routing")]
 OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax",
        "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -355,6 +356,8 @@ TOLERANCE = {
     "rope_table": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "sum_experts": (5e-7, 3.0),
 }
+# Attention by bytes: a float that lies near the middle of two codes may become either.
+TOLERANCE_INT8 = (5e-3, 1.0)
 # Rounding of a cache, relative to its largest element. Q4_0 has 8 steps on one side and 7 on the other.
 STEP = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127, "Q4_0": 1.001 / 8, "Q4_1": 1.001 / 15}
 
@@ -364,7 +367,7 @@ def check(kernels: Kernels, op: Op, inputs: list[Value], params: dict[str, Any],
     want = reference(op, inputs, params)
     shapes = [w.shape for w in want]
     got = run(kernels, op, inputs, params, shapes)
-    rel, floor = TOLERANCE[op.name]
+    rel, floor = TOLERANCE_INT8 if params.get("products") == "int8" else TOLERANCE[op.name]
     if op.name == "matmul":
         floor = 8 * np.sqrt(inputs[0].shape[-1])         # the largest of the partial sums of k normal products
     for spec, g, w in zip(op.results, got, want):
@@ -765,6 +768,21 @@ def attention_cases(draw) -> tuple[list[Value], dict[str, float]]:
     return [q, k, v, lo, hi, cells, seq, sinks], params
 
 
+def alone_and_together(kernels: Kernels, inputs: Sequence[Value], got: np.ndarray, **params: Any) -> None:
+    """The same bits over threads, and for each row alone, in other company, in another order."""
+    q, k, v, lo, hi, cells, seq, sinks = inputs
+    for threads in (2, 3, 7):
+        assert bits(attend(kernels, inputs, threads, **params)) == bits(got), f"{threads} threads give other bits"
+    rng = rng_of(got.shape)
+    m = q.shape[0]
+    for rows in [[i] for i in range(min(m, 3))] + [rng.permutation(m)[: m // 2 + 1]]:
+        own = None if seq is None else seq[rows]
+        part = [np.ascontiguousarray(q[rows]), k, v, lo[rows], hi[rows], cells, own, sinks]
+        for threads in (1, 2):
+            again = attend(kernels, part, threads, **params)
+            assert bits(again) == bits(got[rows]), f"rows {rows} differ in other company"
+
+
 @settings(SLOW, max_examples=120)
 @given(attention_cases())
 def test_attention(kernels, case):
@@ -776,16 +794,33 @@ def test_attention(kernels, case):
     # a score's error is that of its sum; it enters the result through exp, times the spread of the values
     spread = 1 + np.abs(params["scale"]) * np.abs(q).max(initial=0) * np.sqrt(q.shape[2]) * 4
     close(got, want, 3e-7 * spread, np.abs(loaded(v)[np.isfinite(loaded(v))]).max(initial=0), "attention")
-    for threads in (2, 3, 7):
-        assert bits(attend(kernels, inputs, threads, **params)) == bits(got), f"{threads} threads give other bits"
-    rng = rng_of(got.shape)
-    m = q.shape[0]
-    for rows in [[i] for i in range(min(m, 3))] + [rng.permutation(m)[: m // 2 + 1]]:
-        own = None if seq is None else seq[rows]
-        part = [np.ascontiguousarray(q[rows]), k, v, lo[rows], hi[rows], cells, own, sinks]
-        for threads in (1, 2):
-            again = attend(kernels, part, threads, **params)
-            assert bits(again) == bits(got[rows]), f"rows {rows} differ in other company"
+    alone_and_together(kernels, inputs, got, **params)
+
+
+@settings(SLOW, max_examples=40)
+@given(attention_cases(), st.sampled_from([0.0, 30.0]))
+def test_attention_of_bytes(kernels, case, common):
+    """The same cases without cells, sinks and soft cap; what keys or values have in common costs nothing."""
+    (q, k, v, lo, hi, *_), _ = case
+    lo, hi = lo % 1000, np.minimum(hi - lo + lo % 1000, min(k.shape[1], v.shape[1])).astype(np.int32)   # of cells, without a map
+    q, k, v = map(np.ascontiguousarray, (np.clip(q, -1, 1), *(loaded(c).astype(np.float32) + np.float32(common) for c in (k, v))))
+    inputs, params = [q, k, v, lo, hi, None, None, None], {"scale": q.shape[2] ** -0.5, "products": "int8"}
+    (want,) = reference(ATTENTION, inputs, params)
+    got = attend(kernels, inputs, **params)
+    close(got, want, 5e-3, np.abs(v - common).max(initial=0), "bytes")
+    alone_and_together(kernels, inputs, got, **params)
+
+
+def test_attention_of_bytes_is_nearly_that_of_floats(kernels):
+    """An encoder's shape: error of 8-bit codes of queries, keys, probabilities and values, also where keys share a large part."""
+    rng = rng_of("bytes")
+    m, h, e = 300, 2, 72
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((m, h, e), (h, m, e), (h, m, e)))
+    lo, hi = np.zeros(m, np.int32), np.full(m, m, np.int32)
+    for shift in (np.zeros(e, np.float32), 20 * rng.standard_normal(e).astype(np.float32)):
+        inputs = [q, k + shift, v + shift, lo, hi, None, None, None]
+        exact, got = (attend(kernels, inputs, scale=e**-0.5, products=p) for p in ("float", "int8"))
+        assert 1e-3 < np.sqrt(np.mean((got - exact) ** 2) / np.mean((exact - np.tile(shift, h)) ** 2)) < 1.5e-2
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -840,23 +875,54 @@ def test_sequences_do_not_see_each_other(kernels):
         assert bits(alone) == bits(got[rows])
 
 
-def test_a_masked_key_contributes_nothing_whatever_it_holds(kernels):
+PRODUCTS = pytest.mark.parametrize("products", ["float", "int8"])
+
+
+@PRODUCTS
+def test_a_masked_key_contributes_nothing_whatever_it_holds(kernels, products):
     """Keys that one row sees and another does not: infinities stay with the rows that see them."""
     rng = rng_of("masked")
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((3, 2, 32), (1, 64, 32), (1, 64, 32)))
     lo, hi = np.array([0, 20, 50], np.int32), np.array([20, 50, 64], np.int32)
-    clean = attend(kernels, [q, k, v, lo, hi, None, None, None])
+    clean = attend(kernels, [q, k, v, lo, hi, None, None, None], products=products)
     k[:, 20:50], v[:, 20:50] = np.nan, np.inf
-    got = attend(kernels, [q, k, v, lo, hi, None, None, None])
+    got = attend(kernels, [q, k, v, lo, hi, None, None, None], products=products)
     assert bits(got[[0, 2]]) == bits(clean[[0, 2]])
     assert np.isnan(got[1]).all()
 
 
-def test_empty_intervals_give_zeros(kernels):
+@PRODUCTS
+def test_empty_intervals_give_zeros(kernels, products):
     q, k = np.ones((4, 2, 16), np.float32), np.full((1, 40, 16), np.nan, np.float32)
     lo, hi = np.array([0, 5, 39, -7], np.int32), np.array([0, 4, 39, -9], np.int32)
-    for sinks in (None, np.ones(2, np.float32)):
-        assert (attend(kernels, [q, k, k, lo, hi, None, None, sinks], 2) == 0).all()
+    for sinks in (None, np.ones(2, np.float32)) if products == "float" else (None,):
+        assert (attend(kernels, [q, k, k, lo, hi, None, None, sinks], 2, products=products) == 0).all()
+
+
+def test_a_nan_of_a_query_or_value_stays_there(kernels):
+    rng = rng_of("nan")
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((5, 1, 20), (1, 70, 20), (1, 70, 20)))
+    q[2, 0, 3], v[0, 69, 7] = np.nan, np.nan
+    lo, hi = np.zeros(5, np.int32), np.array([70, 70, 70, 60, 70], np.int32)
+    for products in ("float", "int8"):
+        got = attend(kernels, [q, k, v, lo, hi, None, None, None], products=products)
+        want = np.zeros((5, 20), bool)
+        want[2], want[[0, 1, 4], 7] = True, True
+        assert (np.isnan(got) == want).all(), products
+
+
+def test_bytes_take_no_cells_sinks_or_cap(kernels):
+    q, k, one, i = np.ones((1, 1, 16), np.float32), np.ones((1, 4, 16), np.float32), np.ones(1, np.int32), np.zeros(1, np.int32)
+    plain = {"scale": 1.0, "products": "int8"}
+    for extra, params in (([np.zeros((1, 4), np.int32), None, None], {}), ([None, i, None], {}),
+                          ([None, None, np.ones(1, np.float32)], {}), ([None, None, None], {"softcap": 3.0})):
+        with pytest.raises(KernelError, match="int8 take neither"):
+            attend(kernels, [q, k, k, i, one, *extra], **plain, **params)
+        with pytest.raises(ShapeError, match="int8 take neither"):
+            ATTENTION(q, k, k, i, one, *extra, **plain, **params)
+    wide, blocks = np.ones((1, 1, 32), np.float32), stored(np.ones((1, 4, 32), np.float32), "Q8_0")
+    with pytest.raises(KernelError, match="int8 take neither"):
+        attend(kernels, [wide, blocks, blocks, i, one, None, None, None], **plain)
 
 
 def test_sinks_take_probability(kernels):
@@ -885,9 +951,10 @@ def test_hostile_numbers_are_refused(kernels, message, change):
         cells = np.tile(np.arange(change.get("l", 40), dtype=np.int32), (2, 1))
         cells[1, 2] = change.get("cell", 2)
         seq = np.array([0, change.get("seq", 1)], np.int32)
-    for threads in (1, 3):
-        with pytest.raises(KernelError, match=message):
-            attend(kernels, [q, k, k, lo, hi, cells, seq, None], threads)
+    for products in ("float", "int8") if cells is None else ("float",):
+        for threads in (1, 3):
+            with pytest.raises(KernelError, match=message):
+                attend(kernels, [q, k, k, lo, hi, cells, seq, None], threads, products=products)
 
 
 def test_cells_that_no_row_needs_may_be_unset(kernels):
@@ -901,7 +968,8 @@ def test_cells_that_no_row_needs_may_be_unset(kernels):
     close(attend(kernels, inputs), want, 1e-6, 1.0)
 
 
-def test_attention_scratch_is_bounded(kernels):
+@PRODUCTS
+def test_attention_scratch_is_bounded(kernels, products):
     """A plan for a long context takes a few MiB, not the size of the context."""
     op = ATTENTION
     q = np.zeros((512, 16, 128), np.float32)
@@ -912,5 +980,6 @@ def test_attention_scratch_is_bounded(kernels):
     start, count = np.array([0, 1, 2, 3, 4, 5, 5, 5, 5], np.int32), np.array([1, 1, 1, 1, 1, 0, 0, 0, 1], np.int32)
     ints = lambda a: a.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))  # noqa: E731
     args = CArgs(pointers, ints(start), ints(count), len(op.args), 1)
-    n = kernels.lib.harness_scratch(b"attention", ctypes.byref(args), None, 2)
+    params = ctypes.create_string_buffer(codegen.pack_params(op, {"scale": 1.0, "softcap": 0.0, "products": products}))
+    n = kernels.lib.harness_scratch(b"attention", ctypes.byref(args), params, 2)
     assert 0 < n < 8 << 20

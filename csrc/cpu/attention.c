@@ -25,6 +25,7 @@
  * shuffles of V; for few queries on avx512 a store, 2 shuffles and a conversion of K, a conversion of V. A block of Q8_0 keys takes
  * 8 integer products of 16 keys, a conversion and an fma.
  */
+#include "attention_int8.h"
 #include "cells.h"
 
 enum { TILE_KEYS = 64, CHUNK_KEYS = 256 };
@@ -72,8 +73,9 @@ static int64_t thread_floats(int64_t m, int64_t h, int64_t group, int64_t e, int
 }
 
 PE_SCRATCH(attention)(const pe_args *a, const void *params, int32_t n_threads) {
-  (void)params;
   const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
+  if (((const pe_attention_params *)params)->products == PE_ATTENTION_PRODUCTS_INT8)
+    return PE_NAME(attention_int8_scratch)(q, k, v, n_threads);
   const int64_t m = q->shape[0], h = q->shape[1], group = h / pe_max(1, k->shape[0]), f = v->shape[2];
   const int64_t chunks = k->shape[1] / CHUNK_KEYS + 2;
   const int64_t split = 4 * partial_floats(pe_max(1, m) * h, pe_round_up(f, 16)) * chunks;
@@ -864,6 +866,11 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
   if (sinks) w.sinks = sinks->data;
   pe_status bad = check_cells("attention", "k", k, 0, s);
   if (!bad) bad = check_cells("attention", "v", v, 0, s);
+  if (!bad && p->products == PE_ATTENTION_PRODUCTS_INT8) {
+    if (cells || seq || sinks || p->softcap != 0.0f || cell_format_of(k->dtype).block > 1 || cell_format_of(v->dtype).block > 1)
+      return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap");
+    return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
+  }
   if (!bad) bad = check_rows(&w, cells ? cells->shape[0] : 1, s);
   if (bad) return bad;
 

@@ -30,7 +30,7 @@ from pyengine.errors import ContextOverflowError, InvalidModelError, RequestErro
 from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.models._vision import levels, mean_and_std, n_layers, resample_filter, special_token
-from pyengine.nn import ACTIVATIONS, Linear, PatchEmbedding, RMSNorm, Rope, mlp_width
+from pyengine.nn import ACTIVATIONS, Linear, PatchEmbedding, RMSNorm, Rope, attention_products, mlp_width
 from pyengine.tensor import Dim, Tensor
 from pyengine.weights import Weights, pages
 
@@ -126,6 +126,7 @@ class VisionBlock:
         self.c = c
         self.attn_norm, self.ffn_norm = (RMSNorm(w[n], c.width, c.eps) for n in (names.attn_norm, names.ffn_norm))
         self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
+        self.products = attention_products(self.q, self.k, self.v, self.out)
         self.gate, self.up = (Linear(w[n], c.width, c.d_ff) for n in ("ffn_gate", "ffn_up"))
         self.down = Linear(w["ffn_down"], c.d_ff, c.width)
 
@@ -133,7 +134,7 @@ class VisionBlock:
         c, h, head_dim = self.c, self.attn_norm(x), self.c.width // self.c.n_heads
         q, k, v = (f(h).reshape(-1, c.n_heads, head_dim) for f in (self.q, self.k, self.v))          # [n, H, E]
         k, v = (ops.transpose(y, axes=(1, 0, 2)) for y in (rope(k, angles), v))                      # [H, n, E], views
-        x = x + self.out(ops.attention(rope(q, angles), k, v, lo, hi, scale=head_dim**-0.5))
+        x = x + self.out(ops.attention(rope(q, angles), k, v, lo, hi, scale=head_dim**-0.5, products=self.products))
         h = self.ffn_norm(x)
         return x + self.down(ops.unary(self.gate(h), kind=c.act) * self.up(h))
 

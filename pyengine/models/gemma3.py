@@ -25,7 +25,9 @@ from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Full, LayerCache, Policy, Sliding
 from pyengine.models import Architecture
-from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, constant, mlp_width, rope, vocab_size
+from pyengine.nn import (
+    ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, attention_products, constant, mlp_width, rope, vocab_size,
+)
 from pyengine.tensor import Tensor
 from pyengine.weights import DerivedRef, Weights, pages
 
@@ -223,6 +225,7 @@ class VisionBlock:
         self.c = c
         self.norm1, self.norm2 = LayerNorm(w[names.norm1], c.width, c.eps), LayerNorm(w[names.norm2], c.width, c.eps)
         self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
+        self.products = attention_products(self.q, self.k, self.v, self.out)
         # llama.cpp's first converter for Gemma 3 wrote fc1 as ffn_down and fc2 as ffn_up
         d_ff = mlp_width(w, c.width, (names.up, names.down))
         swapped = d_ff != c.width and w[names.down].shape("weight") == (d_ff, c.width)
@@ -233,7 +236,7 @@ class VisionBlock:
         c, h = self.c, self.norm1(x)
         q, k, v = (f(h).reshape(-1, c.n_heads, c.width // c.n_heads) for f in (self.q, self.k, self.v))    # [P, H, E]
         k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                       # [H, P, E], views
-        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=(c.width // c.n_heads) ** -0.5))
+        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=(c.width // c.n_heads) ** -0.5, products=self.products))
         return x + self.down(ops.unary(self.up(self.norm2(x)), kind=c.act))
 
 

@@ -38,7 +38,7 @@ from pyengine.image import Image, Video, known_options, resize
 from pyengine.kvcache import LayerCache
 from pyengine.models import qwen2
 from pyengine.models._vision import levels, mean_and_std, n_layers, resample_filter, special_token
-from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, mlp_width
+from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, attention_products, mlp_width
 from pyengine.tensor import Dim, Tensor
 from pyengine.weights import Weights, pages
 
@@ -177,6 +177,7 @@ class VisionBlock:
         norm = RMSNorm if c.qwen25 else LayerNorm
         self.ln1, self.ln2 = norm(w["ln1"], c.d_model, c.eps), norm(w["ln2"], c.d_model, c.eps)
         self.q, self.k, self.v, self.out = (Linear(w[n], c.d_model, c.d_model) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
+        self.products = attention_products(self.q, self.k, self.v, self.out)
         up, down = "ffn_up", "ffn_down"
         if w.shape("ffn_down.weight") == (c.d_ff, c.d_model) and c.d_ff != c.d_model:
             up, down = down, up                                                # llama.cpp's first converter exchanged the names
@@ -196,7 +197,8 @@ class VisionBlock:
         head_dim = self.c.d_model // heads
         q, k, v = (f(x).reshape(-1, heads, head_dim) for f in (self.q, self.k, self.v))              # [n, H, E]
         k, v = ops.rope(k, geometry.angles).transpose(1, 0, 2), v.transpose(1, 0, 2)                     # [H, n, E]
-        return self.out(ops.attention(ops.rope(q, geometry.angles), k, v, geometry.lo, geometry.hi, scale=head_dim**-0.5))
+        y = ops.attention(ops.rope(q, geometry.angles), k, v, geometry.lo, geometry.hi, scale=head_dim**-0.5, products=self.products)
+        return self.out(y)
 
 
 class Vision:
