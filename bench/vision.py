@@ -123,11 +123,12 @@ class Ours:
         matrix = {n: make_leaf("constant", n, (len(a.raw), a.raw.shape[1] // a.dtype.nbytes * a.dtype.block), a.dtype, a)
                   for n, a in weights.items() if isinstance(a, Blocks)}
         lo, hi = np.zeros(m, np.int32), np.full(m, m, np.int32)
+        products = "int8" if _in_blocks(weights) else "float"                  # as the models' encoders choose
 
         def attention(q: Any, k: Any, v: Any) -> Any:
             q, k, v = (ops.reshape(t, shape=(m, heads, -1)) for t in (q, k, v))
             k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))
-            return ops.attention(q, k, v, lo, hi, scale=(shape.width // heads) ** -0.5)
+            return ops.attention(q, k, v, lo, hi, scale=(shape.width // heads) ** -0.5, products=products)
 
         functions = Functions(
             linear=lambda x, *names: _several(ops.linear(x, [matrix[n] for n in names], [weights[f"{n}.b"] for n in names])),
@@ -148,6 +149,10 @@ class Ours:
             name = _label(node)
             table[name] = table.get(name, 0.0) + seconds
         return table
+
+
+def _in_blocks(weights: Mapping[str, Any]) -> bool:
+    return any(isinstance(a, Blocks) and a.dtype.block > 1 for a in weights.values())
 
 
 def _several(t: Any) -> tuple[Any, ...]:
@@ -212,10 +217,9 @@ def torch_call(weights: Mapping[str, np.ndarray], shape: Shape, patches: np.ndar
 
 
 def ideal_seconds(shape: Shape, weights: Mapping[str, np.ndarray | Blocks], int8: float, fp32: float) -> float:
-    """Time at the machine's peaks: products with blocks at int8's, everything else at fp32's."""
+    """Time at the machine's peaks: with weights in blocks the layers' products and attention at int8's, everything else at fp32's."""
     work = shape.operations()
-    blocks = any(isinstance(a, Blocks) and a.dtype.block > 1 for a in weights.values())
-    return (work["patch"] + shape.layers * work["attention"]) / fp32 + shape.layers * work["products"] / (int8 if blocks else fp32)
+    return work["patch"] / fp32 + shape.layers * (work["products"] + work["attention"]) / (int8 if _in_blocks(weights) else fp32)
 
 
 def picture_seconds(total: float, once: float, shape: Shape) -> float:
@@ -282,9 +286,9 @@ def _results(shape: Shape, stored: Mapping[str, Any], seconds: Mapping[str, list
     for a, b in [(name, "torch") for name in stored] + [("Q8_0", "F32")]:
         if a in seconds and b in seconds:
             out.append({"name": f"{a} / {b}", "score": summary([y / x for x, y in zip(seconds[a], seconds[b])])})
-    if {"Q8_0", "F32"} <= set(profiles):                                       # attention computes in float in both
-        products = {name: sum(v for k, v in profiles[name].items() if k.startswith("linear ")) for name in ("Q8_0", "F32")}
-        out.append({"name": "Q8_0 / F32, products", "score": summary([products["F32"] / products["Q8_0"]])})
+    for what, op in (("products", "linear "), ("attention", "attention")) if {"Q8_0", "F32"} <= set(profiles) else ():
+        parts = {name: sum(v for k, v in profiles[name].items() if k.startswith(op)) for name in ("Q8_0", "F32")}
+        out.append({"name": f"Q8_0 / F32, {what}", "score": summary([parts["F32"] / parts["Q8_0"]])})
     return out
 
 

@@ -342,7 +342,7 @@ def test_an_encoder_is_right_in_every_format(vision, capsys, peer: str | None) -
     assert all(r["correct"] for r in shares)
     assert 1e-9 < shares[-1]["nmse"]                                           # Q8_0 rounds activations: not the same program
     names = [r["name"] for r in found["results"] if "nmse" not in r]
-    assert names == [f"{f} / torch" for f in vision.FORMATS if peer] + ["Q8_0 / F32", "Q8_0 / F32, products"]
+    assert names == [f"{f} / torch" for f in vision.FORMATS if peer] + ["Q8_0 / F32", "Q8_0 / F32, products", "Q8_0 / F32, attention"]
     for name, steps in found["profiles"].items():
         assert {"once linear patch", "linear q+k+v", "attention", "linear up", "unary", "linear down", "layer_norm"} < set(steps)
         assert sum(steps.values()) < np.mean(found["samples"][name])
@@ -424,12 +424,13 @@ def test_work_of_whole_encoders_is_counted_by_hand(tiny_encoders) -> None:
 
     patch, layer = 2 * 256 * 588 * 64, 2 * 256 * (4 * 64 * 64 + 2 * 64 * 100)
     attention, projection = 4 * 256 * 256 * 64, 2 * 256 * 64 * 64
-    assert operations("gemma3", "F32") == {"int8": 0, "float": patch + 2 * layer + projection, "attention": 2 * attention}
+    assert operations("gemma3", "F32") == {"int8": 0, "float": patch + 2 * layer + projection, "attention": 2 * attention,
+                                           "attention_int8": 0}
     n = 12 * 8                                                                 # patches, in windows of 8 x 8 and 4 x 8
     patch, layer = 2 * n * 1176 * 64, 2 * n * (4 * 64 * 64 + 3 * 64 * 128)     # filled up to blocks
     attention = 4 * 64 * (64 * 64 + 32 * 32 + n * n)                           # one layer of windows, one of all
     merger = 2 * n // 4 * (256 * 256 + 256 * 64)
-    assert operations("qwen2.5-vl", "Q8_0") == {"int8": 2 * layer + merger, "float": patch, "attention": attention}
+    assert operations("qwen2.5-vl", "Q8_0") == {"int8": 2 * layer + merger, "float": patch, "attention": 0, "attention_int8": attention}
 
 
 @pytest.mark.parametrize("name", TINY_ENCODERS)
@@ -473,7 +474,8 @@ def test_engines_are_judged_by_the_limits_and_each_other(kernels) -> None:
                ("pyengine", "Q8_0"): {"seconds": [1.0, 1.0], "cpu": [2.0, 1.0]},
                ("llama.cpp", "Q8_0"): {"seconds": [8.0, 6.0], "cpu": [8.0, 8.0]},
                ("torch", "F32"): {"seconds": [5.0, 5.0], "cpu": [9.0, 9.0]}}
-    operations = {"F32": {"int8": 0.0, "float": 60.0, "attention": 40.0}, "Q8_0": {"int8": 60.0, "float": 0.0, "attention": 40.0}}
+    operations = {"F32": {"int8": 0.0, "float": 60.0, "attention": 40.0, "attention_int8": 0.0},
+                  "Q8_0": {"int8": 60.0, "float": 30.0, "attention": 0.0, "attention_int8": 20.0}}
     steps = {f: [("linear v.patch_embd", False, 0.4), ("attention", True, 1.0)] for f in operations}
     errors = dict.fromkeys(samples, 0.05)
     found = encoders._judged("x", e, 3, samples, operations, {"int8": 200.0, "fp32": 100.0}, errors, steps, 2)

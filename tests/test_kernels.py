@@ -771,10 +771,10 @@ def attention_cases(draw) -> tuple[list[Value], dict[str, float]]:
 def alone_and_together(kernels: Kernels, inputs: Sequence[Value], got: np.ndarray, **params: Any) -> None:
     """The same bits over threads, and for each row alone, in other company, in another order."""
     q, k, v, lo, hi, cells, seq, sinks = inputs
+    m = len(q)
     for threads in (2, 3, 7):
         assert bits(attend(kernels, inputs, threads, **params)) == bits(got), f"{threads} threads give other bits"
     rng = rng_of(got.shape)
-    m = q.shape[0]
     for rows in [[i] for i in range(min(m, 3))] + [rng.permutation(m)[: m // 2 + 1]]:
         own = None if seq is None else seq[rows]
         part = [np.ascontiguousarray(q[rows]), k, v, lo[rows], hi[rows], cells, own, sinks]
@@ -788,7 +788,7 @@ def alone_and_together(kernels: Kernels, inputs: Sequence[Value], got: np.ndarra
 def test_attention(kernels, case):
     """Against the reference; bit for bit over threads, and for each row alone, in other company, in another order."""
     inputs, params = case
-    q, k, v, lo, hi, cells, seq, sinks = inputs
+    q, _, v = inputs[:3]
     (want,) = reference(ATTENTION, inputs, params)
     got = attend(kernels, inputs, **params)
     # a score's error is that of its sum; it enters the result through exp, times the spread of the values

@@ -1,20 +1,21 @@
 /* attention_int8.c: attention with products="int8", for encoders: both of its products are of bytes, summed exactly in int32.
  *
  *   q   x scale log2(e), one scale a query
- *   k   less the mean of its interval, which adds the same to all scores of a query, one scale a key (as SageAttention,
- *       Zhang et al. 2024, arXiv:2410.02367, does both)
+ *   k   less a centre, which adds the same to all scores of a query, one scale a key (SageAttention, Zhang et al. 2024,
+ *       arXiv:2410.02367, does both)
  *   p   of a query and a tile of 64 keys: 255 * 2^(score - peak of the tile), to the nearest integer; the integers are summed as
  *       the divisor
- *   v   less the mean of its interval, which the result gets back, one scale for each element in a tile
+ *   v   less a centre, which the result gets back, one scale for each element in a tile
  *
- * Everything is relative to a row's own interval: tiles are counted from `lo`, means and scales are of keys within it. So a row's
- * bits follow from its query, its interval and the keys in it; neither other rows nor threads can change them, and keys outside
- * are never read. Rows that share an interval share its bytes, which is what makes this fast: in an encoder a picture's rows do.
+ * Everything is relative to a row's own interval: tiles are counted from `lo`, a centre is the mean of up to 64 keys spread over
+ * the interval, scales are of keys within it. So a row's bits follow from its query, its interval and the keys in it; neither other
+ * rows nor threads can change them, and keys outside are never read. Rows that share an interval share its bytes, which is
+ * what makes this fast: in an encoder a picture's rows do, or a window's.
  *
- * A thread claims units: rows of one interval (as many as the second cache holds) and one key/value head. Per unit it makes the
- * means, then for TILES tiles the bytes of K [e / 4][64 keys][4] and V [16][f][4 keys], then passes all queries by, ROWS at once.
- * Instructions of a query and a tile, 16 lanes each: e + f / 1 dot products (4 lanes of k each), 100 for the softmax, 4 f / 16 to
- * add the tile to the sums. Bytes: K and V are read twice a unit.
+ * A thread claims units: rows of one interval (as many as the second cache holds) and one key/value head. For TILES tiles at a time
+ * it makes the bytes of K [e / 4][64 keys][4] and V [16][f][4 keys], then passes all queries by, ROWS at once. Vector
+ * instructions of a query and a tile: e + f dot products, 26 loads of their bytes, about 75 for the softmax, f / 4 to add the
+ * tile to the sums; of a key in each unit about 100. Bytes: a unit reads its keys' K and V once, and its queries.
  */
 #include "attention_int8.h"
 
@@ -36,20 +37,20 @@ typedef struct job {
 } job;
 
 typedef struct bytes_tile {
-  uint8_t *k; /* [words, rounded up to 16][64][4]: codes + 128 of key j */
-  float *ks;  /* [64] */
-  int8_t *v;  /* [16][fp][4]: codes of keys l, l + 16, l + 32, l + 48 */
-  float *vs;  /* [fp] */
+  uint8_t *k;     /* [words, rounded up to 16][64][4]: codes + 128 of key j */
+  float *ks;      /* [64] */
+  int8_t *v;      /* [16][fp][4]: codes of keys l, l + 16, l + 32, l + 48 */
+  float *vs;      /* [fp] */
   int32_t *v_sum; /* [fp]: sums of codes */
-  int n;      /* keys; the others are zeros */
-  float poison; /* NaN where a scale of K is, else 0 */
+  int n;          /* keys; the others are zeros */
+  float poison;   /* NaN where a scale of K is, else 0 */
 } bytes_tile;
 
 /* A thread's scratch; `top`, `sum` and `acc` are of the tiles so far: relative to 2^top, sum in 16 lanes. */
 typedef struct buffers {
   int32_t *starts;            /* [m + 1]: first rows of blocks */
-  float *k_centre, *v_centre;     /* [kp], [fp] */
-  float *cell, *cells;        /* [kp] or [fp]; [64][fp] */
+  float *k_centre, *v_centre; /* [kp], [fp] */
+  float *cell, *cells;        /* [kp]; [64][fp] */
   int8_t *codes;              /* [16][words rounded up to 16][4] */
   bytes_tile tiles[TILES];
   int8_t *q;                  /* [n][kp] */
@@ -71,7 +72,7 @@ static int64_t lay_out(const job *w, char *base, buffers *b) {
   b->starts = take(base, &at, 4 * (w->m + 1));
   b->k_centre = take(base, &at, 4 * w->kp);
   b->v_centre = take(base, &at, 4 * w->fp);
-  b->cell = take(base, &at, 4 * pe_max(w->kp, w->fp));
+  b->cell = take(base, &at, 4 * w->kp);
   b->cells = take(base, &at, 4 * KEYS * w->fp);
   b->codes = take(base, &at, 16 * 4 * words);
   for (int i = 0; i < TILES; i++) {
@@ -286,8 +287,8 @@ PE_INLINE v16i probabilities(const float u[KEYS], float scale, float peak, uint8
 }
 
 /* acc[r][i] = factor[r] acc[r][i] + weight[r] vs[i] (codes of query r . codes of element i), 16 * vectors of i. */
-PE_INLINE void values_body(const int vectors, const bytes_tile *t, int64_t first, int64_t fp, uint8_t p[ROWS][KEYS], const float *factor,
-                           const float *weight, float *acc) {
+PE_INLINE void values_body(const int vectors, const bytes_tile *t, int64_t first, int64_t fp, uint8_t p[ROWS][KEYS],
+                           const float *factor, const float *weight, float *acc) {
   v16i dot[ROWS][VECTORS];
 #pragma GCC unroll 4
   for (int j = 0; j < vectors; j++) {
@@ -439,8 +440,8 @@ static int64_t find_blocks(const job *w, int32_t *starts) {
   return n;
 }
 
-pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
-                                  const pe_tensor *out, float scale, pe_stream *s) {
+pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo,
+                                  const pe_tensor *hi, const pe_tensor *out, float scale, pe_stream *s) {
   job w = job_of(q, k, v, s->nth);
   w.lo = lo->data, w.hi = hi->data, w.out = out->data, w.scale = scale;
   const int64_t n_cells = pe_min(k->shape[1], v->shape[1]);

@@ -5,7 +5,7 @@
 #include "cpu.h"
 
 int64_t PE_NAME(attention_int8_scratch)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, int32_t n_threads);
-pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
-                                  const pe_tensor *out, float scale, pe_stream *s);
+pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo,
+                                  const pe_tensor *hi, const pe_tensor *out, float scale, pe_stream *s);
 
 #endif
