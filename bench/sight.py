@@ -145,10 +145,10 @@ def theirs(checkpoint: Path) -> Say:
 
 
 def run(file: Path, n_threads: int, n: int, seed: int, types: Sequence[str], caches: Sequence[str],
-        checkpoint: Path | None = None, n_equal: int = 200) -> dict[str, Any]:
+        checkpoint: Path | None = None) -> dict[str, Any]:
     """Score the file with other types of weights (the cache in f16) and with other caches (its own weights).
 
-    With a checkpoint: also transformers' scores, and how many of at least n_equal turns it answers like F32 weights and cache.
+    With a checkpoint: also transformers' scores, and how many turns it answers like F32 weights and cache.
     """
     examples, results, answers = draw(n, seed), [], {}
     print(f"{file.name}: {n} conversations of each family, seed {seed}")
@@ -177,8 +177,7 @@ def run(file: Path, n_threads: int, n: int, seed: int, types: Sequence[str], cac
             exact = with_weights(file, "F32", Path(folder, "exact.gguf"))
             note("transformers F32", theirs(checkpoint))
             note("F32, cache f32", ours(exact, "f32", n_threads))
-            few = range(0, len(examples), max(1, len(examples) * 2 // n_equal))
-            a, b = ([x for i in few for x in answers[name][i]] for name in ("transformers F32", "F32, cache f32"))
+            a, b = ([x for said in answers[name] for x in said] for name in ("transformers F32", "F32, cache f32"))
             found["equal"] = [sum(x == y for x, y in zip(a, b)), len(a)]
             print(f"  equal to transformers' greedy answers: {found['equal'][0]} of {len(a)}")
     return found

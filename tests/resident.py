@@ -40,7 +40,7 @@ def main(path: str, n_ctx: int, n_seq: int, pictures: bool) -> None:
     print(json.dumps(model.plan.to_json()), flush=True)
     p = model.program
     print(json.dumps({"weights": p.weights.nbytes, "arena": p.arena.nbytes, "state": p.state_memory.nbytes}), flush=True)
-    model.tokenizer  # noqa: B018: built when it is first asked for
+    model.tokenizer  # noqa: B018 -- built when it is first asked for
     say("loaded")
     first = prompt(100, min(4096, n_ctx - 8))
     for _ in model.logit_blocks(first, first=max(0, len(first) - 100)):            # as many logits at once as there ever are

@@ -191,7 +191,8 @@ def draw(log: Path, out: Path) -> None:
     left.set(yscale="log", xlabel="step", ylabel="loss (nats a token of the answers)", title="training")
     checked = [x for x in lines if "validation" in x]
     for task in checked[-1]["validation"] if checked else ():
-        right.plot([x["step"] for x in checked], [x["validation"][task] for x in checked], label=task, marker=".")
+        since = [x for x in checked if task in x["validation"]]
+        right.plot([x["step"] for x in since], [x["validation"][task] for x in since], label=task, marker=".")
     right.set(xlabel="step", ylabel="share that is right", title="validation (averaged weights)", ylim=(0, 1.02))
     for axes in (left, right):
         axes.legend()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pyengine.batch import Batch
 from pyengine.errors import UnsupportedModelError
 from pyengine.hparams import Hparams
-from pyengine.kvcache import LayerCache, Policy
+from pyengine.kvcache import Policy
 from pyengine.nn import Rope
 from pyengine.tensor import Tensor
 from pyengine.weights import Weights
