@@ -37,7 +37,9 @@ from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Chunked, Full, LayerCache, Policy
 from pyengine.models import Architecture
-from pyengine.nn import Embedding, Experts, LayerNorm, Linear, RMSNorm, Rope, constant, mlp_width, rope, vocab_size
+from pyengine.nn import (
+    Embedding, Experts, LayerNorm, Linear, RMSNorm, Rope, attention_products, constant, mlp_width, rope, vocab_size,
+)
 from pyengine.tensor import Tensor
 from pyengine.weights import DerivedRef, Weights, pages
 
@@ -274,6 +276,7 @@ class VisionBlock:
         # gguf-py's table of names has a second entry for the second norm since Gemma 4, and converters that use it write that
         self.norm1, self.norm2 = (LayerNorm(n, c.width, c.eps) for n in (w[names.norm1], w.first(names.norm2, "attn_post_norm")))
         self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
+        self.products = attention_products(self.q, self.k, self.v, self.out)
         d_ff = mlp_width(w, c.width, (names.up, names.down))
         self.up, self.down = Linear(w[names.up], c.width, d_ff), Linear(w[names.down], d_ff, c.width)
 
@@ -282,7 +285,7 @@ class VisionBlock:
         q, k, v = (f(h).reshape(-1, self.c.n_heads, head_dim) for f in (self.q, self.k, self.v))   # [P + 1, H, E]
         q, k = (ops.rope(t, angles, interleaved=True) for t in (q, k))
         k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)                                          # [H, P + 1, E], views
-        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=head_dim**-0.5))
+        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=head_dim**-0.5, products=self.products))
         return x + self.down(ops.gelu(self.up(self.norm2(x))))
 
 

@@ -37,7 +37,9 @@ from pyengine.kvcache import Cross, CrossCache, Full, Policy
 from pyengine.models import Architecture
 from pyengine.models.llama import Block, FeedForward
 from pyengine.models.llama import Config as TextConfig
-from pyengine.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, constant, mlp_width, rope
+from pyengine.nn import (
+    ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, attention_products, constant, mlp_width, rope,
+)
 from pyengine.tensor import Tensor
 from pyengine.weights import DerivedRef, Weights, pages
 
@@ -195,6 +197,7 @@ class VisionBlock:
         self.norm2 = LayerNorm(w.first("ln2", "ffn_norm"), c.width, c.eps)
         self.q, self.k, self.v = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v"))
         self.out = Linear(w.first("attn_out", "attn_output"), c.width, c.width)
+        self.products = attention_products(self.q, self.k, self.v, self.out)
         d_ff = mlp_width(w, c.width)
         swapped = d_ff != c.width and w.shape("ffn_down.weight") == (d_ff, c.width)      # in Ollama's published file
         up, down = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
@@ -207,7 +210,7 @@ class VisionBlock:
         e = c.width // c.n_heads
         q, k, v = (f(h).reshape(-1, c.n_heads, e) for f in (self.q, self.k, self.v))    # [N, H, E]
         k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                       # [H, N, E], views
-        y = self.out(ops.attention(q, k, v, lo, hi, scale=e**-0.5))
+        y = self.out(ops.attention(q, k, v, lo, hi, scale=e**-0.5, products=self.products))
         x = x + (y if self.attn_weight is None else y * self.attn_weight)
         y = self.down(ops.unary(self.up(self.norm2(x)), kind=c.act))
         return x + (y if self.ffn_weight is None else y * self.ffn_weight)
