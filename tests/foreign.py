@@ -303,6 +303,7 @@ def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int
     w.add_feed_forward_length(text["intermediate_size"])
     w.add_head_count(text["num_attention_heads"])
     w.add_head_count_kv(text["num_key_value_heads"])
+    eps = None          # of the encoder, where the file says it under the usual name
     if gemma:           # no norm epsilon, no rope bases: Ollama's constants
         assert text["rms_norm_eps"] == 1e-6 and saved.images["image_mean"] == [0.5] * 3
         w.add_key_length(text["head_dim"])
@@ -347,7 +348,6 @@ def ollama_file(folder: Path, out: Path, outtype: str = "f16", extra_tokens: int
         w.add_float32("llama4.vision.pixel_shuffle_ratio", vision["pixel_shuffle_ratio"])
         numbers = {"block_count": vision["num_hidden_layers"], "feed_forward_length": vision["intermediate_size"],
                    "image_size": vision["image_size"], "attention.head_count": vision["num_attention_heads"]}
-        eps = None
     else:
         w.add_layer_norm_rms_eps(text["rms_norm_eps"])
         w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])

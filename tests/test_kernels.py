@@ -29,7 +29,7 @@ from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "attention_int8", "routing")]
-OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax",
+OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "temperature",
        "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 FLAGS = {
@@ -353,7 +353,7 @@ TOLERANCE = {
     "binary": (1e-7, 0.0), "unary": (6e-7, 0.5), "scale": (2e-7, 1.0), "softcap": (6e-7, 0.0), "contiguous": (0.0, 0.0),
     "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
     "reduce": (1e-6, 10.0),
-    "rope_table": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
+    "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "sum_experts": (5e-7, 3.0),
 }
 # Attention by bytes: a float that lies near the middle of two codes may become either.
