@@ -8,14 +8,10 @@ from typing import Any
 from pyengine.errors import UnsupportedModelError
 from pyengine.hparams import Hparams
 from pyengine.models import _pixtral
+from pyengine.models._vision import projector_type
 from pyengine.weights import Weights
 
 ENCODERS: dict[str, Callable[..., Any]] = {"pixtral": _pixtral.Vision}
-
-
-def projector_type(v: Hparams) -> str:
-    """The name of the encoder and its projector in a file's keys "clip.*"; "" where there is none."""
-    return v.get("vision.projector_type", v.get("projector_type", "", str), str)
 
 
 def encoder(h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]) -> Any:

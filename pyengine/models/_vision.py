@@ -11,6 +11,11 @@ from pyengine.hparams import Hparams
 from pyengine.weights import Weights
 
 
+def projector_type(v: Hparams) -> str:
+    """The name of the encoder and its projector in a file's keys "clip.*"; "" where there is none."""
+    return v.get("vision.projector_type", v.get("projector_type", "", str), str)
+
+
 def n_layers(v: Hparams, w: Weights) -> int:
     """The encoder's layers, the last of which must be in the file."""
     n = v.size("vision.block_count")

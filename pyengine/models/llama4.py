@@ -37,6 +37,7 @@ from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Chunked, Full, LayerCache, Policy
 from pyengine.models import Architecture
+from pyengine.models._vision import projector_type, special_token
 from pyengine.nn import (
     Embedding, Experts, LayerNorm, Linear, RMSNorm, Rope, attention_products, constant, mlp_width, rope, vocab_size,
 )
@@ -215,7 +216,7 @@ class VisionConfig:
     def read(cls, v: Hparams, ollama: bool) -> VisionConfig:
         """Read "clip.vision.*" as llama.cpp writes them and ours, or Ollama's "llama4.vision.*"."""
         half = np.full(3, 0.5, np.float32)
-        if not ollama and (kind := v.get("vision.projector_type", v.get("projector_type", "", str), str)) != "llama4":
+        if not ollama and (kind := projector_type(v)) != "llama4":
             raise UnsupportedModelError(f"{v.arch}.projector_type is {kind!r}; llama4 is supported")
         ratio = v.number("vision.pixel_shuffle_ratio", 0.5)
         c = cls(
@@ -306,9 +307,7 @@ class Vision:
         c = self.config = VisionConfig.read(v, ollama)
 
         def special(key: str, text: str) -> int:
-            """A token's id: from its key, or where there is none by its text."""
-            number = v.get(f"vision.{key}_token_id", None, int)
-            return token(text) if number is None else number
+            return special_token(v, key, token, text)
 
         self.start, self.end = special("image_start", "<|image_start|>"), special("image_end", "<|image_end|>")
         self.across = special("tile_x_separator", "<|tile_x_separator|>")      # between tiles of a row

@@ -37,7 +37,7 @@ from pyengine.hparams import Hparams
 from pyengine.image import Image, Video, known_options, resize
 from pyengine.kvcache import LayerCache
 from pyengine.models import qwen2
-from pyengine.models._vision import levels, mean_and_std, n_layers, resample_filter, special_token
+from pyengine.models._vision import levels, mean_and_std, n_layers, projector_type, resample_filter, special_token
 from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, attention_products, mlp_width
 from pyengine.tensor import Dim, Tensor
 from pyengine.weights import Weights, pages
@@ -91,7 +91,7 @@ class VisionConfig:
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.vision.*" as llama.cpp writes them, and ours."""
-        projector = v.get("vision.projector_type", v.get("projector_type", "", str), str)
+        projector = projector_type(v)
         if projector not in PROJECTORS:
             raise UnsupportedModelError(f"{v.arch}.projector_type is {projector!r}; {', '.join(PROJECTORS)} are supported")
         act = "silu" if v.get("use_silu", False, bool) else "gelu_pytorch_tanh" if v.get("use_gelu", False, bool) else "quick_gelu"
