@@ -35,6 +35,7 @@ from pyengine.graph import Graph
 from pyengine.hparams import Hparams
 from pyengine.kvcache import Cross, CrossCache, Full, Policy
 from pyengine.models import Architecture
+from pyengine.models._vision import mean_and_std
 from pyengine.models.llama import Block, FeedForward
 from pyengine.models.llama import Config as TextConfig
 from pyengine.nn import (
@@ -123,10 +124,7 @@ class VisionConfig:
         n_layers = v.size("vision.block_count")
         states = next((n for n in ("vision.feature_layer", "vision.intermediate_layers_indices") if f"{v.arch}.{n}" in v.meta),
                       "vision.feature_layer")
-        mean, std = (np.asarray(v.get(f"vision.{n}", np.array(usual), np.ndarray), np.float32)
-                     for n, usual in (("image_mean", MEAN), ("image_std", STD)))
-        if mean.shape != (3,) or std.shape != (3,) or not np.all(std > 0):
-            raise InvalidModelError(f"{v.arch}.vision: image_mean {mean.tolist()}, image_std {std.tolist()}: three each are needed")
+        mean, std = mean_and_std(v, MEAN, STD)
         c = cls(
             image_size=v.size("vision.image_size"),
             patch_size=v.size("vision.patch_size"),
