@@ -58,7 +58,7 @@ def write_abi(path: Path) -> None:
 
 class Build(build_ext):
     def build_extensions(self) -> None:
-        from pyengine import codegen
+        from pyengine.compiler import codegen
 
         codegen.generate(CSRC)
         isas = ISAS.get(os.environ.get("PYENGINE_ARCH", platform.machine()), {"generic": []})

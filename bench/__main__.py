@@ -21,7 +21,7 @@ def _paths(names: list[str]) -> list[Path]:
         if not found:
             raise SystemExit("bench: give a model: there is no *.gguf in models/")
         return found
-    from pyengine.locate import find_model
+    from pyengine.files.stores import find_model
 
     out = []
     for name in names:

@@ -31,7 +31,7 @@ class PyEngine:
     """This project: the encoder's program as `load` planned it, on what the model's own processor made."""
 
     def __init__(self, folder: Path, format_name: str, picture: np.ndarray, n_threads: int, n_ctx: int):
-        from pyengine.image import open_image
+        from pyengine.media.image import open_image
 
         model = load(folder, format_name, n_threads, n_ctx)
         self.view = model.media.vision.process(open_image(picture)).views[0]
@@ -208,7 +208,7 @@ class Whole:
 
     def memory(self) -> dict[str, Any]:
         """Resident bytes: before, at the peak of and after a first and a second picture."""
-        from pyengine.image import open_image
+        from pyengine.media.image import open_image
 
         self.model.media.vision.process(open_image(self._picture(9)))          # imports, and what malloc keeps
         out: dict[str, Any] = {"before": status()}

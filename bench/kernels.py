@@ -19,12 +19,12 @@ from bench import limits
 from bench.machine import last_level_cache
 from bench.stats import summary
 from pyengine import ops
-from pyengine.codebooks import ensure_codebooks
+from pyengine.native.blocks import ensure_codebooks
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import GraphError
-from pyengine.op import REGISTRY, Case, Op
+from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
-from pyengine.tensor import Tensor, make_leaf
+from pyengine.graph.tensor import make_leaf, Tensor
 
 REPEAT = 7                                                                     # samples of one job
 SAMPLE_SECONDS = 0.01                                                          # each at least

@@ -54,7 +54,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dict[str, list[float]]:
     """Each task's points: 1 or 0 for an answer that is right or not, a box's overlap with the true one."""
-    from pyengine.grounding import find_boxes
+    from pyengine.chat.boxes import find_boxes
 
     points = defaultdict(list)
     for example, said in zip(examples, answers, strict=True):

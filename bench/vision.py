@@ -20,7 +20,7 @@ from bench.stats import summary
 from pyengine import Graph, ops
 from pyengine.backends.cpu import isa
 from pyengine.dtype import dtype
-from pyengine.tensor import Node, make_leaf
+from pyengine.graph.tensor import make_leaf, Node
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0")
 TOLERANCE = {"F32": 1e-9, "F16": 1e-9, "BF16": 1e-9, "Q8_0": 1e-3}             # squared error / squared result; 8-bit activations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pyengine.tensor import axis_value
+from pyengine.graph.tensor import axis_value
 
 
 def generation_bytes(program: Any, n: int) -> float:

@@ -27,7 +27,7 @@ class PyEngine:
 
     @staticmethod
     def imports() -> None:
-        import pyengine.engine  # noqa: F401
+        import pyengine.engine.load  # noqa: F401
 
     def __init__(self, path: str, n_threads: int, n_ctx: int):
         import pyengine as pe

@@ -27,7 +27,7 @@ from gguf import LlamaFileType, RopeScalingType
 
 from pyengine.dtype import Q8_0
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.quantize import quantize
+from pyengine.native.blocks import quantize
 
 from .tokenizer import Vocabulary, read_vocabulary
 

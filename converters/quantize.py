@@ -27,8 +27,8 @@ from gguf import LlamaFileType
 
 from pyengine.dtype import DType, dtype
 from pyengine.errors import InvalidModelError, PyEngineError, RequestError
-from pyengine.gguf import DEFAULT_ALIGNMENT, MAGIC, SPLIT_NAME, GGUFFile, TensorInfo
-from pyengine.quantize import QUANTIZABLE, dequantize, quantize
+from pyengine.files.gguf import DEFAULT_ALIGNMENT, GGUFFile, MAGIC, SPLIT_NAME, TensorInfo
+from pyengine.native.blocks import dequantize, QUANTIZABLE, quantize
 
 CHUNK = 1 << 20             # elements that a thread takes at once: 4 MiB of float32
 

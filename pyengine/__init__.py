@@ -15,22 +15,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load": "pyengine.engine",
-    "plan": "pyengine.planning",
-    "Model": "pyengine.engine",
-    "Answer": "pyengine.engine",
-    "MemoryPlan": "pyengine.memory",
-    "load_tokenizer": "pyengine.tokenizer",
-    "Tokenizer": "pyengine.tokenizer",
-    "SamplingParams": "pyengine.sampling",
-    "Image": "pyengine.image",
-    "Video": "pyengine.image",
-    "open_image": "pyengine.image",
-    "open_video": "pyengine.image",
-    "Graph": "pyengine.graph",
-    "Tensor": "pyengine.tensor",
-    "Dim": "pyengine.tensor",
-    "GGUFFile": "pyengine.gguf",
+    "load": "pyengine.engine.load",
+    "plan": "pyengine.memory.fit",
+    "Model": "pyengine.engine.model",
+    "Answer": "pyengine.engine.answer",
+    "MemoryPlan": "pyengine.memory.plan",
+    "load_tokenizer": "pyengine.text.tokenizer",
+    "Tokenizer": "pyengine.text.tokenizer",
+    "SamplingParams": "pyengine.text.sampling",
+    "Image": "pyengine.media.image",
+    "Video": "pyengine.media.video",
+    "open_image": "pyengine.media.image",
+    "open_video": "pyengine.media.video",
+    "Graph": "pyengine.backends.graph",
+    "Tensor": "pyengine.graph.tensor",
+    "Dim": "pyengine.graph.tensor",
+    "GGUFFile": "pyengine.files.gguf",
 }
 _MODULES = ("ops", "nn", "errors")
 __all__ = ["__version__", *_WHERE, *_MODULES]

@@ -66,7 +66,7 @@ def native(*symbols: str):
         pass
     stand_in = types.ModuleType("pyengine.native")
     stand_in.ffi, stand_in.lib = compile_c(("dequant.c", "sampling.c"), ("dequant.h", "sampling.h"))
-    users = ("pyengine.native", "pyengine.codebooks", "pyengine.sampling")
+    users = ("pyengine.native", "pyengine.native.blocks", "pyengine.text.sampling")
     kept = {name: sys.modules.pop(name, None) for name in users}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pyengine.native", stand_in)

@@ -121,7 +121,7 @@ def emulator(target: Target) -> list[str]:
 
 def _jobs(target: Target) -> list[tuple[Path, str]]:
     """(file, instruction set) of every object; "base" for files that are compiled once."""
-    from pyengine import codegen
+    from pyengine.compiler import codegen
 
     codegen.generate(CSRC)
     jobs = [(RUNNER, "base")] if target.runs else []

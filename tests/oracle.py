@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pyengine import ops, planning
+from pyengine import ops
+from pyengine.files.model_files import open_files
+from pyengine.programs.step import build
 from pyengine.backends.reference import Backend
-from pyengine.kvcache import visible
+from pyengine.cache.policy import visible
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
     """Logits after each position, float64 [n, vocab], computed in one step."""
-    built = planning.build(planning.open_files(path), len(ids), len(ids), "f32")
+    built = build(open_files(path), len(ids), len(ids), "f32")
     program = Backend().compile(built.outputs, dtype=np.float64)
     index = np.arange(len(ids))
     feed = {"ids": np.array(ids), "positions": index[None], "wanted": index, "head": index, "seq": index * 0, "seq_wanted": index * 0}

@@ -11,7 +11,7 @@ from PIL import Image
 from test_multimodal import DOT, LONG, THIN, A, B, picture
 
 import pyengine as pe
-from pyengine.batch import MediaSegment, TokenSegment, lay_out_rows
+from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, SessionError, UnsupportedModelError
 
 tiny = pytest.importorskip("tiny")
@@ -282,7 +282,7 @@ def test_a_saved_conversation_needs_room_for_its_pictures(path, tmp_path) -> Non
 
 
 def test_tiles_are_those_of_transformers() -> None:
-    from pyengine.models.mllama import VisionConfig, arrange, arrangements, fit
+    from pyengine.models.mllama import arrange, arrangements, fit, VisionConfig
     from transformers.models.mllama import image_processing_pil_mllama as theirs
 
     rng = np.random.default_rng(0)

@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pyengine.cells import Cells, Group, Sequence, first_seen, group
+from pyengine.cache.cells import Cells, first_seen, Group, group, Sequence
 from pyengine.errors import PlanError, RequestError
-from pyengine.kvcache import Chunked, Cross, Full, Sliding, visible
+from pyengine.cache.policy import Chunked, Cross, Full, Sliding, visible
 
 PAGE, N_BATCH = 4, 5
 MIXES = {

@@ -25,11 +25,13 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.cli import answer, chat, execute, screen, speed
-from pyengine.engine import Answer, Report
+from pyengine.cli import answer, chat, execute, screen
+from pyengine.engine.answer import Answer
+from pyengine.engine.request import Report
 from pyengine.errors import ContextOverflowError, RequestError
-from pyengine.memory import MemoryPlan, PlanItem
-from pyengine.perplexity import nll, perplexity
+from pyengine.measure import speed
+from pyengine.memory.plan import MemoryPlan, PlanItem
+from pyengine.measure.perplexity import nll, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 # The command line in a process of its own, with this file's model
@@ -231,7 +233,7 @@ def test_devices_and_their_sizes(model, capsys) -> None:
 
 
 def test_what_can_be_set_are_fields_of_the_sampling_parameters() -> None:
-    from pyengine.sampling import SamplingParams
+    from pyengine.text.sampling import SamplingParams
 
     assert set(chat.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
 

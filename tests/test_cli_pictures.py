@@ -18,10 +18,10 @@ from test_cli import Terminal, one_line, type_in
 
 import pyengine
 from converters.base import convert
-from pyengine import engine
+from pyengine.engine.answer import Stream
 from pyengine.cli import answer, chat, execute, pictures, talks
 from pyengine.errors import ImageError, RequestError, SessionError
-from pyengine.media import MediaInfo
+from pyengine.engine.encoded import MediaInfo
 
 BOX = '```json\n[{"bbox_2d": [14, 28, 56, 56], "label": "cat"}, {"point_2d": [28, 28], "label": "nose"}]\n```'
 
@@ -56,7 +56,7 @@ def says(monkeypatch):
             stream.report.tokens.append(7)
             return text
 
-        monkeypatch.setattr(engine.Stream, "__next__", __next__)
+        monkeypatch.setattr(Stream, "__next__", __next__)
 
     return set_text
 

@@ -20,7 +20,7 @@ OK, BAD_SHAPE, BAD_DTYPE, BAD_VALUE, NO_KERNEL = 0, 1, 2, 3, 5
 @pytest.fixture(scope="module")
 def native():
     with cbuild.native("pe_dequantize_row") as module:
-        from pyengine.codebooks import ensure_codebooks
+        from pyengine.native.blocks import ensure_codebooks
         from pyengine.dtype import dtype
 
         ensure_codebooks(dtype(name) for name in FORMATS)

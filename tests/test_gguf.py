@@ -18,10 +18,9 @@ from gguf import GGUFValueType as V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyengine.dtype import BF16, DTYPES, F32, Q4_K, dtype
-from pyengine.errors import (InvalidModelError, ModelNotFoundError, PyEngineError, RequestError, ShapeError,
-                             UnsupportedModelError)
-from pyengine.gguf import GGUFFile, TensorInfo
+from pyengine.dtype import BF16, dtype, DTYPES, F32, Q4_K
+from pyengine.errors import InvalidModelError, ModelNotFoundError, PyEngineError, RequestError, ShapeError, UnsupportedModelError
+from pyengine.files.gguf import GGUFFile, TensorInfo
 
 
 # -- dtypes ------------------------------------------------------------------------------------------------------------

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 import pyengine as pe
-from pyengine import codegen, ops, passes
+from pyengine import ops
+from pyengine.compiler import codegen, passes
 from pyengine.backends.cpu import Backend as Cpu
 from pyengine.backends.reference import Backend as Reference
 from pyengine.dtype import dtype
 from pyengine.errors import GraphError, ShapeError
-from pyengine.graph import to_dot, topological
-from pyengine.kvcache import LayerCache
-from pyengine.op import REGISTRY
-from pyengine.tensor import Dim
+from pyengine.compiler.listing import to_dot
+from pyengine.graph.graph import topological
+from pyengine.nn.cache import LayerCache
+from pyengine.graph.op import REGISTRY
+from pyengine.graph.tensor import Dim
 
 rng = np.random.default_rng(7)
 

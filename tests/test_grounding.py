@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import RequestError
-from pyengine.grounding import Box, Point, draw, find_boxes
-from pyengine.image import Image
+from pyengine.chat.boxes import Box, draw, find_boxes, Point
+from pyengine.media.image import Image
 
 SIZE, PROCESSED = (1120, 560), (560, 280)
 

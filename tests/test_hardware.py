@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pyengine import hardware
 from pyengine.cli import execute, machine
-from pyengine.hardware import System, gpu
+from pyengine.hardware import gpu, System
 from pyengine.hardware.cores import Core, physical_cores, threads
 from pyengine.hardware.facts import Cache, Device, Memory
 from pyengine.hardware.memory import Cgroups

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyengine as pe
-from pyengine import image as image_module
+from pyengine.media import image as image_module
 from pyengine.errors import ImageError, RequestError
-from pyengine.image import Image, Video, open_image, open_video, resize
+from pyengine.media.image import Image, open_image, resize
+from pyengine.media.video import open_video, Video
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)

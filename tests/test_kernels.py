@@ -21,10 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyengine import codegen
+from pyengine.compiler import codegen
 from pyengine.dtype import dtype
 from pyengine.errors import ShapeError
-from pyengine.op import REGISTRY, Case, Op
+from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parent.parent

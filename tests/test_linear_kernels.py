@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from test_kernels import FLAGS, MAX_DIMS, CArgs, CTensor, KernelError, isas, rng_of
 
-from pyengine import codegen
+from pyengine.compiler import codegen
 from pyengine.dtype import dtype
-from pyengine.op import REGISTRY
+from pyengine.graph.op import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_multimodal import picture, same
 
 import pyengine as pe
-from pyengine import planning
+from pyengine.files.model_files import open_files
+from pyengine.programs.step import build
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.kvcache import Chunked, Full
+from pyengine.cache.policy import Chunked, Full
 
 tiny = pytest.importorskip("tiny")
 llama4 = pytest.importorskip("pyengine.models.llama4")
@@ -214,7 +215,7 @@ def test_keys_that_cannot_be(tiny_gguf) -> None:
     for key, value, error in (("llama4.rope.layers", np.array([True]), "1 entries for 5 layers"),
                               ("clip.vision.attention.head_count", 16, "multiple of 4 elements"),
                               ("clip.vision.patch_size", 15, "no multiple"), ("clip.vision.max_tiles", 5000, "max_tiles 5000")):
-        files = planning.open_files(path)
+        files = open_files(path)
         files.model.metadata._decoded[key] = value
         with pytest.raises(InvalidModelError, match=error):
-            planning.build(files, 64, 16, "f16")
+            build(files, 64, 16, "f16")

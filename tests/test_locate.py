@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyengine.errors import ModelNotFoundError
-from pyengine.locate import MAX_MANIFEST_BYTES, find_model, list_models
+from pyengine.files.stores import find_model, list_models, MAX_MANIFEST_BYTES
 
 MODEL, PROJECTOR = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyengine.kvcache import Chunked, Cross, Full, Policy, Sliding, seen_across, visible
+from pyengine.cache.policy import Chunked, Cross, Full, Policy, seen_across, Sliding, visible
 
 
 def draw(policy: Policy, n: int, span: tuple[int, int] | None = None) -> str:

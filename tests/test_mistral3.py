@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import pyengine as pe
-from pyengine import planning
+from pyengine.files.model_files import open_files
+from pyengine.programs.step import build
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.image import Image
+from pyengine.media.image import Image
 from pyengine.models import architectures
 
 transformers = pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")
@@ -26,7 +27,7 @@ A, B = PICTURES[0], PICTURES[4]
 
 
 def vision(path, mmproj=None, n_ctx=256):
-    return planning.build(planning.open_files(path, mmproj), n_ctx, 32, "f16").vision
+    return build(open_files(path, mmproj), n_ctx, 32, "f16").vision
 
 
 def close(got: np.ndarray, want: np.ndarray, share: float = 2e-5) -> None:

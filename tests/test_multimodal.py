@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import pyengine as pe
-from pyengine.batch import MediaSegment, TokenSegment, lay_out_rows
+from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
 from pyengine.errors import ContextOverflowError, ImageError, RequestError, UnsupportedModelError
-from pyengine.kvcache import Full, Sliding, visible
+from pyengine.cache.policy import Full, Sliding, visible
 
 tiny = pytest.importorskip("tiny")
 KINDS = ("gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3", "mllama")

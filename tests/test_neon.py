@@ -31,9 +31,9 @@ from test_kernels import (  # noqa: F401
 )
 from test_linear_kernels import FLOATS, QUANTIZED, Matrix, check as check_product, rows_of
 
-from pyengine.codegen import pack_params
+from pyengine.compiler.codegen import pack_params
 from pyengine.dtype import dtype
-from pyengine.op import REGISTRY
+from pyengine.graph.op import REGISTRY
 
 OK, BAD_SHAPE, BAD_VALUE, NO_KERNEL = 0, 1, 3, 5
 
@@ -355,7 +355,7 @@ def test_same_bits_as_this_machine(arm: str) -> None:
 
 def _declared_results(op: Any, case: Any) -> Sequence[Any]:
     """Tensors with the shapes of a case's results."""
-    from pyengine.tensor import make_leaf
+    from pyengine.graph.tensor import make_leaf
 
     def leaf(name: str, shape: tuple[int, ...]) -> Any:
         kind = "I32" if op.args[name].kind == "I32" else "F32"

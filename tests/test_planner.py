@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import pyengine as pe
-from pyengine import ops, passes
+from pyengine import ops
+from pyengine.compiler import passes
 from pyengine.errors import GraphError
-from pyengine.planner import Interval, contiguous_strides, lay_out, place
+from pyengine.compiler.arena import contiguous_strides, Interval, lay_out, place
 from pyengine.dtype import dtype
-from pyengine.tensor import Dim
+from pyengine.graph.tensor import Dim
 
 intervals = st.lists(
     st.tuples(st.integers(0, 30), st.integers(0, 10), st.integers(0, 5000)).map(lambda t: Interval(t[0], t[0] + t[1], t[2])),

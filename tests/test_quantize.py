@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType as Q
 from converters.quantize import MIXTURES, Facts, choose, main, quantize_file
 from pyengine.dtype import dtype
 from pyengine.errors import InvalidModelError, RequestError, ShapeError
-from pyengine.gguf import GGUFFile, TensorInfo
-from pyengine.quantize import QUANTIZABLE, dequantize, quantize
+from pyengine.files.gguf import GGUFFile, TensorInfo
+from pyengine.native.blocks import dequantize, QUANTIZABLE, quantize
 
 BLOCKS = [name for name in QUANTIZABLE if dtype(name).block > 1]
 

@@ -9,18 +9,20 @@ import gguf
 import numpy as np
 import pytest
 
-from pyengine.batch import Batch
+from pyengine.nn.batch import Batch
 from pyengine.dtype import dtype
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.gguf import GGUFFile
-from pyengine.graph import Graph
-from pyengine.hparams import Hparams
-from pyengine.image import Image, Video
-from pyengine.kvcache import LayerCache, visible
+from pyengine.files.gguf import GGUFFile
+from pyengine.graph.graph import Graph
+from pyengine.files.hparams import Hparams
+from pyengine.media.image import Image
+from pyengine.media.video import Video
+from pyengine.cache.policy import visible
+from pyengine.nn.cache import LayerCache
 from pyengine.models import architecture
 from pyengine.models.qwen2vl import most_rows, smart_resize
-from pyengine.tensor import Dim
-from pyengine.weights import Weights
+from pyengine.graph.tensor import Dim
+from pyengine.files.weights import Weights
 
 torch = pytest.importorskip("torch", reason="needs transformers and torch: pip install -r requirements/test.txt")
 transformers = pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")

@@ -14,7 +14,7 @@ import pytest
 from conftest import REAL, ROOT, real_path
 
 import pyengine as pe
-from pyengine.perplexity import perplexity
+from pyengine.measure.perplexity import perplexity
 
 TEXT = (ROOT / "tests/data/plain_text.txt").read_text()
 LLAMA_CPP = {"smollm2": 53.977373, "gemma": 50.768003, "qwen": 53.787334}
@@ -64,7 +64,7 @@ def test_a_conversation_reuses_its_cache(real_model) -> None:
 
 def test_graph_of_a_model_can_be_drawn() -> None:
     path = real_path("smollm2")
-    run = lambda *flags: subprocess.run([sys.executable, "-m", "pyengine.graph", str(path), *flags], check=True, capture_output=True,  # noqa: E731
+    run = lambda *flags: subprocess.run([sys.executable, "-m", "pyengine.cli", "graph", str(path), *flags], check=True, capture_output=True,  # noqa: E731
                                         text=True, cwd=ROOT).stdout
     assert run("--dot").startswith("digraph") and "rope_append" in run() and "rope_append" not in run("--no-passes")
 

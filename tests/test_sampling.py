@@ -17,7 +17,7 @@ OFF = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)  # nothing truncates
 @pytest.fixture(scope="module")
 def sampling():
     with cbuild.native("pe_sample"):
-        from pyengine import sampling
+        from pyengine.text import sampling
 
         yield sampling
 

@@ -13,8 +13,10 @@ from PIL import Image
 import pyengine as pe
 from pyengine.dtype import dtype as dtype_of
 from pyengine.errors import ContextOverflowError, PlanError, RequestError
-from pyengine.nn import Rope
-from pyengine.schedule import BESIDE, Request, turn
+from pyengine.nn.rope import Rope
+from pyengine.cache.store import turn
+from pyengine.engine.request import Request
+from pyengine.engine.scheduler import BESIDE
 
 KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama", "llama4")
 N_CTX = 256
@@ -116,7 +118,7 @@ def test_a_long_prompt_does_not_stall_others(tiny_gguf, monkeypatch) -> None:
 def test_a_picture_beside_others_takes_its_own_rows_only(tiny_gguf, monkeypatch) -> None:
     """16 soft tokens in one step, where n_batch leaves 15 beside the other one: a step of its own, and nothing more in it."""
     path = tiny_gguf("gemma3", mm_tokens_per_image=16, text_config={"sliding_window": 6})[0]
-    monkeypatch.setattr("pyengine.schedule.BESIDE", 4)
+    monkeypatch.setattr("pyengine.engine.scheduler.BESIDE", 4)
     for n_batch, alone in ((16, True), (40, False)):
         model = pe.load(path, n_ctx=N_CTX, n_batch=n_batch, n_seq=2)
         steps = rows_of_steps(model, monkeypatch)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import pyengine as pe
-from pyengine import sessions
+from pyengine.cache import sessions
 from pyengine.errors import ContextOverflowError, PlanError, PyEngineError, RequestError, SessionError
 
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()

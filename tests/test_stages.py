@@ -8,11 +8,15 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import pyengine as pe
-from pyengine import planning
-from pyengine.backends import backend
+from pyengine.files.model_files import open_files
+from pyengine.programs.step import build
 from pyengine.errors import PlanError, RequestError
-from pyengine.schedule import Runner, Work, token_rows
-from pyengine.stages import StagedPlan, cut, spread
+from pyengine.programs.rows import token_rows
+from pyengine.programs.step import Runner, Work
+from pyengine.backends import backend
+from pyengine.backends.chain import StagedPlan
+from pyengine.compiler.cut import cut
+from pyengine.memory.placement import spread
 
 IDS = np.random.default_rng(7).integers(0, 512, 50).tolist()
 
@@ -40,8 +44,8 @@ def logits(runner: Runner, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gemma3", "qwen2_5_vl"])
 def test_stages_give_the_bits_of_the_whole(tiny_gguf, kind: str) -> None:
-    files = planning.open_files(tiny_gguf(kind)[0])
-    built = planning.build(files, 64, 16, "f16")
+    files = open_files(tiny_gguf(kind)[0])
+    built = build(files, 64, 16, "f16")
     built.n_head = 5                                                     # the head runs several times a step
     whole = logits(runner_of(built, 1), IDS)
     for n in (2, 3):
@@ -49,11 +53,11 @@ def test_stages_give_the_bits_of_the_whole(tiny_gguf, kind: str) -> None:
         assert np.array_equal(logits(runner, IDS), whole)
         programs = runner.program.programs
         assert len(programs) == n and all(p.prepared.weight_bytes for p in programs)
-        assert sum(p.prepared.state_bytes for p in programs) >= planning.backend("cpu").prepare(built.outputs).state_bytes
+        assert sum(p.prepared.state_bytes for p in programs) >= backend("cpu").prepare(built.outputs).state_bytes
 
 
 def test_weights_are_in_one_stage_only(tiny_gguf) -> None:
-    built = planning.build(planning.open_files(tiny_gguf("llama")[0]), 64, 16, "f16")
+    built = build(open_files(tiny_gguf("llama")[0]), 64, 16, "f16")
     programs = runner_of(built, 3).program.programs
     names = [{r.tensor.name for r in p.prepared.residents.values() if r.tensor.name.startswith("blk.")} for p in programs]
     assert all(names) and not (names[0] & names[1] or names[1] & names[2] or names[0] & names[2])

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pyengine import template
 from pyengine.errors import RequestError, TemplateError
-from pyengine.template import ChatTemplate, default_template
+from pyengine.chat.defaults import default_template, GEMMA
+from pyengine.chat.sandbox import MAX_SOURCE
+from pyengine.chat.template import ChatTemplate
 
 WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", Path(__file__).parent.parent / "models"))
 REAL = ("gemma3-270m-q4_k_m.gguf", "smollm2-135m-q4_1.gguf", "qwen2.5-coder-0.5b-q4_k_m.gguf")
@@ -84,15 +85,15 @@ def test_defaults_are_templates_for_transformers_too(name):
 def test_templates_of_real_files(name):
     if not (WEIGHTS / name).exists():
         pytest.skip(f"{WEIGHTS / name} is not there: make weights, or set PYENGINE_TEST_WEIGHTS")
-    from pyengine.gguf import GGUFFile
-    from pyengine.tokenizer import Tokenizer
+    from pyengine.files.gguf import GGUFFile
+    from pyengine.text.tokenizer import Tokenizer
 
     meta = GGUFFile(WEIGHTS / name).metadata
     tokenizer = Tokenizer.from_metadata(meta)
     made = ChatTemplate.from_metadata(meta, tokenizer)
     assert made.bos == tokenizer.piece(tokenizer.bos_id).decode()
     if meta.get("tokenizer.chat_template") is None:
-        assert made.source == default_template(meta, tokenizer) == template.GEMMA
+        assert made.source == default_template(meta, tokenizer) == GEMMA
     else:
         assert made.source == meta["tokenizer.chat_template"]
     assert_same(made.source)
@@ -157,7 +158,7 @@ def test_variables():
 @pytest.mark.parametrize("source", ["{% for %}", "{{ x", "{% endif %}", "{{ 'a' | no_such_filter }}",
                                     "{% include 'x' %}",
                                     "(" * 5000 + "{{" + "(" * 5000, "{{ " + "[" * 3000 + "]" * 3000 + " }}",
-                                    "x" * (template.MAX_SOURCE + 1)],
+                                    "x" * (MAX_SOURCE + 1)],
                          ids=["for", "open", "endif", "filter", "include", "parentheses", "brackets", "long"])
 def test_malformed_templates(source):
     with pytest.raises(TemplateError):

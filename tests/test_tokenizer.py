@@ -22,9 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.gguf import GGUFFile
+from pyengine.files.gguf import GGUFFile
 from pyengine.native import ffi, lib
-from pyengine.tokenizer import BYTE_LETTERS, PRE, Kind, Tokenizer, load_tokenizer
+from pyengine.text.pretokenizers import PRE
+from pyengine.text.tokenizer import load_tokenizer, Tokenizer
+from pyengine.text.vocabulary import BYTE_LETTERS, Kind
 
 ROOT = Path(__file__).parent
 GOLDEN = ROOT / "data" / "tokenizer_golden.json"

@@ -8,8 +8,8 @@ import pytest
 
 from pyengine.dtype import F32, Q8_0
 from pyengine.errors import InvalidModelError, UnsupportedModelError
-from pyengine.gguf import GGUFFile
-from pyengine.weights import Weights
+from pyengine.files.gguf import GGUFFile
+from pyengine.files.weights import Weights
 
 RNG = np.random.default_rng(7)
 ARRAYS = {

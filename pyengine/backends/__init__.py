@@ -1,4 +1,4 @@
-"""Backends run compiled graphs. A backend is a module of this package that defines `Backend`; it is found by its name."""
+"""Where graphs run. A backend is a module or package here that defines `Backend`; it is found by its name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 from pyengine.errors import GraphError
 
 
+_SHARED = {"base", "chain", "graph", "prepared"}       # what backends have in common
+
+
 def names() -> list[str]:
     """The backends that this installation has."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
 
 
 def backend(device: str = "cpu", n_threads: int | None = None) -> Any:

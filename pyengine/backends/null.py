@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pyengine import passes as fusion
+from pyengine.compiler import passes as fusion
 from pyengine.errors import GraphError
-from pyengine.planner import Layout, lay_out
-from pyengine.tensor import Tensor
+from pyengine.compiler.arena import lay_out, Layout
+from pyengine.graph.tensor import Tensor
 
 
 class Program:

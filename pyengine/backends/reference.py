@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pyengine import passes as fusion
+from pyengine.compiler import passes as fusion
 from pyengine.errors import GraphError
-from pyengine.graph import check_states, topological
-from pyengine.tensor import Tensor
+from pyengine.graph.graph import check_states, topological
+from pyengine.graph.tensor import Tensor
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from pyengine.cli.screen import PROGRAM, complain
+from pyengine.cli.screen import complain, PROGRAM
 from pyengine.errors import PyEngineError, RequestError
 
 USAGE_ERROR = 2                      # exit code of everything that the user can mend
@@ -169,11 +169,11 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a model will take, per device and purpose, without loading it."""
-    from pyengine import planning
     from pyengine.cli import planned as shown, screen
+    from pyengine.memory import fit
 
     images = shown.parse_size(picture, pictures)
-    found = planning.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
+    found = fit.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
                           nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
                           expert_device=expert_device)
     if png is not None:
@@ -200,7 +200,8 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure tokens per second by llama-bench's definitions."""
-    from pyengine.cli import screen, speed
+    from pyengine.cli import screen
+    from pyengine.measure import speed
 
     if not prompt and not generate:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
@@ -239,7 +240,7 @@ def perplexity(
     import time
 
     from pyengine.cli import screen
-    from pyengine.perplexity import perplexity as measure
+    from pyengine.measure.perplexity import perplexity as measure
 
     try:
         text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -306,7 +307,16 @@ def hardware(json: Json = False) -> None:
         machine.show_hardware(found)
 
 
-COMMANDS = ("plan", "bench", "perplexity", "show", "list", "hardware")
+@commands.command()
+def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz text: pipe it into `dot -Tsvg`.")] = False,
+          no_passes: Annotated[bool, Option("--no-passes", help="The graph as the model wrote it, before fusion.")] = False) -> None:
+    """Print the graph of a model's step, as text or for Graphviz."""
+    from pyengine.cli.graph import listing
+
+    print(listing(model, dot, not no_passes))
+
+
+COMMANDS = ("plan", "bench", "perplexity", "show", "list", "hardware", "graph")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

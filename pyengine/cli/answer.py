@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pyengine.cli.pictures import Picture, boxes, media_json, report_line, warn_of_loss
+from pyengine.cli.pictures import boxes, media_json, Picture, report_line, warn_of_loss
 from pyengine.cli.screen import busy, note, show, show_json, size
 
 MAX_TOKENS = 512                     # of an answer, as in Model.generate; a small model may else repeat itself for ever
@@ -136,7 +136,7 @@ class Question:
                 "images": [part[part["type"]] for part in media_of(self.messages)]}
 
     def stream(self, model: Any, settings: Settings) -> Any:
-        """The answer's pieces, a pyengine.engine.Stream; pictures are encoded when this returns."""
+        """The answer's pieces, a pyengine.engine.answer.Stream; pictures are encoded when this returns."""
         if self.raw:
             return model.stream(**self._raw(), **settings.arguments())
         return model.chat(self.messages, stream=True, **settings.arguments())
@@ -150,9 +150,10 @@ class Question:
 
 def stream(model: Any, question: Question, settings: Settings, write: Callable[[str], None]) -> Report:
     """Write the pieces of an answer as they come, until its end or Ctrl-C. Raises what generation raises."""
-    from pyengine import engine
+    from pyengine.engine.answer import Answer
+    from pyengine.engine.request import Report
 
-    before, text, origin, stopped = dict(model.stats), [], engine.Report(), False
+    before, text, origin, stopped = dict(model.stats), [], Report(), False
     names, new = question.names(), Question(question.messages[-1:]).names()
     meanwhile = busy(f"looking at {', '.join(new)}" if new else "")
     asked = started = time.perf_counter()
@@ -182,7 +183,7 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
     n_prompt, n_cached, n_generated = (model.stats[name] - before[name]
                                        for name in ("prompt_tokens", "cached_tokens", "generated_tokens"))
     n_later = model.stats["generated_tokens"] - n_first if text else 0
-    found = engine.Answer("".join(text), origin)
+    found = Answer("".join(text), origin)
     return Report(found, names, stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
                   rate(n_later, ended - first), first - asked, ended - asked)
 
@@ -233,7 +234,7 @@ def print_json(model: Any, question: Question, settings: Settings, verbose: bool
 
 def check_sampling(sampling: dict[str, Any]) -> None:
     """Check sampling parameters before a model is loaded. Raises: RequestError."""
-    from pyengine.sampling import SamplingParams
+    from pyengine.text.sampling import SamplingParams
 
     SamplingParams(**sampling)
 

@@ -158,7 +158,7 @@ class Chat:
 
     def load(self, path: Path) -> None:
         """Take up a conversation in place of this one, which stays as it is if that fails. Raises: RequestError, PyEngineError."""
-        from pyengine.sessions import read_notes
+        from pyengine.cache.sessions import read_notes
 
         talk = talks.unpack(path, read_notes(path))
         if talk.raw != self.raw:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pyengine.cli.screen import show, show_columns, size
-from pyengine.gguf import GGUFFile, Metadata
-from pyengine.locate import find_model, list_models
+from pyengine.files.gguf import GGUFFile, Metadata
+from pyengine.files.stores import find_model, list_models
 
 SHOWN_ELEMENTS = 8                   # of a long array
 SHOWN_CHARACTERS = 200               # of a long text

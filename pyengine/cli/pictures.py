@@ -58,7 +58,8 @@ def open_picture(source: str, options: Options, kind: str = "image") -> Picture:
 
     Raises: ImageError naming it.
     """
-    from pyengine.image import open_image, open_video
+    from pyengine.media.image import open_image
+    from pyengine.media.video import open_video
 
     read = open_video if kind == "video" else open_image
     if source[:5].lower() == "data:":
@@ -225,7 +226,7 @@ def check_drawing(out: Path, pictures: Sequence[Picture]) -> None:
     """Check, before a model is loaded, that boxes can be drawn to a file. Raises: RequestError."""
     from PIL import Image
 
-    from pyengine.image import FORMATS
+    from pyengine.media.image import FORMATS
 
     if not any(picture.kind == "image" for picture in pictures):
         raise RequestError("--draw needs a picture to draw on: --image FILE")
@@ -244,7 +245,7 @@ def draw(found: Any, pictures: Sequence[Picture], out: Path) -> bool:
     """
     from PIL import Image
 
-    from pyengine.grounding import draw as drawn
+    from pyengine.chat.boxes import draw as drawn
 
     marks = boxes(found)
     if not marks:

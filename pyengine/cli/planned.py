@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyengine.errors import RequestError
 
 if TYPE_CHECKING:
-    from pyengine.memory import MemoryPlan
+    from pyengine.memory.plan import MemoryPlan
 
 MIB = 2**20
 _UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli.answer import Messages, media_of
+from pyengine.cli.answer import media_of, Messages
 from pyengine.cli.pictures import open_picture
 from pyengine.errors import ImageError, RequestError, SessionError
 

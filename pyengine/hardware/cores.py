@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyengine.hardware.system import MAX_CPUS, System, leading_int
+from pyengine.hardware.system import leading_int, MAX_CPUS, System
 
 CPU = "/sys/devices/system/cpu"
 

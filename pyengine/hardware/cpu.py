@@ -7,7 +7,7 @@ from collections import Counter
 from pyengine.hardware.cores import CPU, MacCores, physical_cores, threads
 from pyengine.hardware.facts import Cache, CoreKind, Cpu, NumaNode
 from pyengine.hardware.memory import Cgroups
-from pyengine.hardware.system import System, leading_int
+from pyengine.hardware.system import leading_int, System
 
 # Names of Arm's cores by "CPU part", where "CPU implementer" is 0x41: Linux, arch/arm64/include/asm/cputype.h.
 ARM_PARTS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyengine.hardware.facts import Device, Memory
-from pyengine.hardware.system import System, leading_int
+from pyengine.hardware.system import leading_int, System
 
 GIB = 1 << 30
 

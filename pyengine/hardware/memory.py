@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyengine.hardware.system import System, leading_int, split_pairs
+from pyengine.hardware.system import leading_int, split_pairs, System
 
 # Of versions 2 and 1: limits, usage, and the line of memory.stat that counts unused pages of files.
 FILES = ((("memory.max", "memory.high"), "memory.current", "inactive_file"),

@@ -19,20 +19,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyengine import ops
-from pyengine.batch import Batch, Processed, View
+from pyengine.media.views import Processed, View
+from pyengine.nn.batch import Batch
 from pyengine.errors import InvalidModelError, RequestError
-from pyengine.graph import Graph
-from pyengine.hparams import Hparams
-from pyengine.kvcache import Full, LayerCache, Policy, Sliding
-from pyengine.models import Architecture
-from pyengine.nn import (
-    ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, Rope, attention_products, constant, mlp_width, rope, vocab_size,
-)
-from pyengine.tensor import Tensor
-from pyengine.weights import DerivedRef, Weights, pages
+from pyengine.graph.graph import Graph
+from pyengine.files.hparams import Hparams
+from pyengine.cache.policy import Full, Policy, Sliding
+from pyengine.nn.cache import LayerCache
+from pyengine.models.architecture import Architecture
+from pyengine.nn.decoder import vocab_size
+from pyengine.nn.encoder import attention_products
+from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
+from pyengine.nn.rope import Rope, rope
+from pyengine.graph.tensor import Tensor
+from pyengine.files.weights import DerivedRef, pages, Weights
 
 if TYPE_CHECKING:
-    from pyengine.image import Image, Video
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
 
 EPS, ROPE_BASE = 1e-6, 1_000_000.0   # transformers Gemma3TextConfig, where Ollama's files have no key
 GLOBAL_EVERY = 6                     # transformers Gemma3TextConfig.sliding_window_pattern
@@ -290,12 +294,13 @@ class Vision:
 
         Options of the image: pan_and_scan (bool). Raises: RequestError for videos.
         """
-        from pyengine.image import Video, known_options                                 # Pillow takes 20 ms to import
+        from pyengine.media.image import known_options                                 # Pillow takes 20 ms to import
+        from pyengine.media.video import Video
 
         c = self.config
         if isinstance(media, Video):
             raise RequestError("Gemma 3 takes pictures, not videos; give its frames as pictures")
-        known_options(media, "pan_and_scan")
+        known_options(media.options, "pan_and_scan")
         wanted = media.options.get("pan_and_scan", c.pan_and_scan)
         if not isinstance(wanted, bool):
             raise RequestError(f"pan_and_scan={wanted!r}: must be True or False")
@@ -317,7 +322,7 @@ class Vision:
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """pixels uint8 [h, w, 3] -> F32 [P, 3 * p * p] in pooling order."""
-        from pyengine.image import resize
+        from pyengine.media.image import resize
 
         c, p = self.config, self.config.patch_size
         side = c.image_size // p

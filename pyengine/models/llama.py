@@ -2,7 +2,7 @@
 
 Papers arXiv:2307.09288, arXiv:2407.21783, arXiv:2401.04088. Follows transformers `modeling_llama.py`, `modeling_mixtral.py`. GGUF
 files hold q and k with their rows permuted, so that the rotation is the interleaved one (pairs 2i, 2i + 1). Encoders that may
-stand beside this decoder: `_projectors`.
+stand beside this decoder: `encoders`.
 Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width.
 """
 
@@ -11,13 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyengine import ops
-from pyengine.batch import Batch
-from pyengine.hparams import Hparams
-from pyengine.kvcache import Full, LayerCache, Policy, Sliding
-from pyengine.models import Architecture, _projectors
-from pyengine.nn import Embedding, Experts, Linear, RMSNorm, Rope, rope, vocab_size
-from pyengine.tensor import Tensor
-from pyengine.weights import Weights
+from pyengine.nn.batch import Batch
+from pyengine.files.hparams import Hparams
+from pyengine.cache.policy import Full, Policy, Sliding
+from pyengine.nn.cache import LayerCache
+from pyengine.models import encoders
+from pyengine.models.architecture import Architecture
+from pyengine.nn.decoder import vocab_size
+from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
+from pyengine.nn.rope import Rope, rope
+from pyengine.graph.tensor import Tensor
+from pyengine.files.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Block:
 class Model(Architecture):
     """A llama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    Vision = staticmethod(_projectors.encoder)
+    Vision = staticmethod(encoders.encoder)
 
     def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
         c = self.config = Config.read(h, w)

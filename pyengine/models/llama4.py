@@ -31,21 +31,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyengine import ops
-from pyengine.batch import Batch, Processed, View
+from pyengine.media.views import Processed, View
+from pyengine.nn.batch import Batch
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.graph import Graph
-from pyengine.hparams import Hparams
-from pyengine.kvcache import Chunked, Full, LayerCache, Policy
-from pyengine.models import Architecture
-from pyengine.models._vision import projector_type, special_token
-from pyengine.nn import (
-    Embedding, Experts, LayerNorm, Linear, RMSNorm, Rope, attention_products, constant, mlp_width, rope, vocab_size,
-)
-from pyengine.tensor import Tensor
-from pyengine.weights import DerivedRef, Weights, pages
+from pyengine.graph.graph import Graph
+from pyengine.files.hparams import Hparams
+from pyengine.cache.policy import Chunked, Full, Policy
+from pyengine.nn.cache import LayerCache
+from pyengine.models.architecture import Architecture
+from pyengine.nn.encoder import projector_type, special_token
+from pyengine.nn.decoder import vocab_size
+from pyengine.nn.encoder import attention_products
+from pyengine.nn.layers import constant, Embedding, Experts, LayerNorm, Linear, mlp_width, RMSNorm
+from pyengine.nn.rope import Rope, rope
+from pyengine.graph.tensor import Tensor
+from pyengine.files.weights import DerivedRef, pages, Weights
 
 if TYPE_CHECKING:
-    from pyengine.image import Image, Video
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
 
 # Constants of files without the key; transformers' Llama4TextConfig, Llama4VisionConfig and Llama4ImageProcessor
 CHUNK, FLOOR, TEMPERATURE = 8192, 8192, 0.1
@@ -364,12 +368,13 @@ class Vision:
 
         Options of the image: max_tiles. Raises: RequestError for videos, ContextOverflowError if its rows exceed the context.
         """
-        from pyengine.image import Video, known_options, resize  # Pillow takes 20 ms to import
+        from pyengine.media.image import known_options, resize  # Pillow takes 20 ms to import
+        from pyengine.media.video import Video
 
         c = self.config
         if isinstance(media, Video):
             raise RequestError("Llama 4 takes pictures, not videos; give its frames as pictures")
-        known_options(media, "max_tiles")
+        known_options(media.options, "max_tiles")
         most = media.options.get("max_tiles", c.max_tiles)
         if type(most) is not int or not 1 <= most <= c.max_tiles:
             raise RequestError(f"max_tiles={most!r}: must be a whole number from 1 to {c.max_tiles}")

@@ -1,6 +1,6 @@
 """Mistral Small 3.1 and 3.2 whole: llama's decoder beside Pixtral's encoder, with a patch merger.
 
-Follows transformers 5.23 `modeling_mistral3.py`; `_pixtral` has the encoder. Files: ours and llama.cpp's of this name (with the
+Follows transformers 5.23 `modeling_mistral3.py`; `pixtral` has the encoder. Files: ours and llama.cpp's of this name (with the
 encoder in keys "clip.*"; llama.cpp's first converters called the text "llama"), and Ollama's, whose names are its own
 (`convert/convert_mistral.go`, `model/models/mistral3/*.go`):
 
@@ -23,18 +23,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pyengine.hparams import Hparams
-from pyengine.models import _pixtral, _projectors, llama
-from pyengine.weights import Weights
+from pyengine.files.hparams import Hparams
+from pyengine.models import encoders, llama
+from pyengine.models.encoders import pixtral
+from pyengine.files.weights import Weights
 
-OLLAMA = _pixtral.Names("patch_conv", "encoder_norm", "attn_norm", "ffn_norm", "attn_output", "norm", "patch_merger.merging_layer",
+OLLAMA = pixtral.Names("patch_conv", "encoder_norm", "attn_norm", "ffn_norm", "attn_output", "norm", "patch_merger.merging_layer",
                         "linear_1", "linear_2", interleaved=False)
 MERGE = 2                            # of a file without the key: model.go, newMultiModalProjector
 TEMPERATURE = "attention that is scaled with the position (Ministral 3)"
 MAGNITUDE = "rope scaling with a magnitude of its own (Ministral 3)"
 
 
-class Vision(_pixtral.Vision):
+class Vision(pixtral.Vision):
     """The encoder by Ollama's names."""
 
     names = OLLAMA
@@ -43,15 +44,15 @@ class Vision(_pixtral.Vision):
         super().__init__(h, h, w, n_ctx, token)                                # `v` ("clip.*") has nothing in these files
 
     @staticmethod
-    def read(h: Hparams, v: Hparams, w: Weights) -> _pixtral.VisionConfig:
+    def read(h: Hparams, v: Hparams, w: Weights) -> pixtral.VisionConfig:
         """The configuration from "mistral3.vision.*"."""
         act = h.get("mm.projector_hidden_act", "gelu", str)
-        return _pixtral.VisionConfig.make(h, h, w, "silu", act, h.size("spatial_merge_size", MERGE))
+        return pixtral.VisionConfig.make(h, h, w, "silu", act, h.size("spatial_merge_size", MERGE))
 
 
 def encoder(h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]) -> Any:
     """The encoder, in the dialect that the file's keys are written in."""
-    make = Vision if f"{h.arch}.vision.block_count" in h.meta else _projectors.encoder
+    make = Vision if f"{h.arch}.vision.block_count" in h.meta else encoders.encoder
     return make(h, v, w, n_ctx, token)
 
 

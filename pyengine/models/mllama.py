@@ -29,23 +29,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyengine import ops
-from pyengine.batch import Across, Batch, Processed, View
+from pyengine.media.views import Processed, View
+from pyengine.nn.batch import Across, Batch
 from pyengine.errors import InvalidModelError, RequestError
-from pyengine.graph import Graph
-from pyengine.hparams import Hparams
-from pyengine.kvcache import Cross, CrossCache, Full, Policy
-from pyengine.models import Architecture
-from pyengine.models._vision import mean_and_std
+from pyengine.graph.graph import Graph
+from pyengine.files.hparams import Hparams
+from pyengine.cache.policy import Cross, Full, Policy
+from pyengine.nn.cache import CrossCache
+from pyengine.models.architecture import Architecture
+from pyengine.nn.encoder import mean_and_std
 from pyengine.models.llama import Block, FeedForward
 from pyengine.models.llama import Config as TextConfig
-from pyengine.nn import (
-    ACTIVATIONS, Embedding, LayerNorm, Linear, PatchEmbedding, RMSNorm, attention_products, constant, mlp_width, rope,
-)
-from pyengine.tensor import Tensor
-from pyengine.weights import DerivedRef, Weights, pages
+from pyengine.nn.encoder import attention_products
+from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
+from pyengine.nn.rope import rope
+from pyengine.graph.tensor import Tensor
+from pyengine.files.weights import DerivedRef, pages, Weights
 
 if TYPE_CHECKING:
-    from pyengine.image import Image, Video
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
 
 MULTIPLE = 8                         # rows of a tile are filled up to it: MllamaVisionModel.forward
 NORM_EPS = 1e-5                      # of the norms before and behind the local layers: torch's default
@@ -264,12 +267,13 @@ class Vision:
 
     def process(self, media: Image | Video) -> Processed:
         """Resize into the best canvas of tiles, fill it up with black. Raises: RequestError for videos, and beyond the plan."""
-        from pyengine.image import Video, known_options                                 # Pillow takes 20 ms to import
+        from pyengine.media.image import known_options                                 # Pillow takes 20 ms to import
+        from pyengine.media.video import Video
 
         c = self.config
         if isinstance(media, Video):
             raise RequestError("this model takes pictures, not videos; give a video's frames as pictures")
-        known_options(media)
+        known_options(media.options)
         width, height = media.size
         tiles = arrange(width, height, c)
         n = tiles[0] * tiles[1] * c.rows
@@ -281,7 +285,7 @@ class Vision:
 
     def _inputs(self, pixels: np.ndarray, tiles: tuple[int, int]) -> dict[str, np.ndarray]:
         """pixels uint8 [h, w, 3] -> the encoder graph's inputs."""
-        from pyengine.image import resize
+        from pyengine.media.image import resize
 
         c, (y, x), size, p = self.config, tiles, self.config.image_size, self.config.patch_size
         width, height = fit(pixels.shape[1], pixels.shape[0], tiles, size)

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyengine import ops
-from pyengine.batch import Batch
+from pyengine.nn.batch import Batch
 from pyengine.errors import InvalidModelError
-from pyengine.hparams import Hparams
-from pyengine.kvcache import Full, LayerCache, Policy, Sliding
-from pyengine.models import Architecture
-from pyengine.nn import Embedding, Linear, RMSNorm, Rope, constant, rope, vocab_size
-from pyengine.tensor import Tensor
-from pyengine.weights import DerivedRef, Weights
+from pyengine.files.hparams import Hparams
+from pyengine.cache.policy import Full, Policy, Sliding
+from pyengine.nn.cache import LayerCache
+from pyengine.models.architecture import Architecture
+from pyengine.nn.decoder import vocab_size
+from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
+from pyengine.nn.rope import Rope, rope
+from pyengine.graph.tensor import Tensor
+from pyengine.files.weights import DerivedRef, Weights
 
 
 @dataclass(frozen=True)

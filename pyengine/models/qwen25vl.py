@@ -17,9 +17,9 @@ special tokens, mean and deviation are in no key: the tokens are found by their 
 
 from __future__ import annotations
 
-from pyengine.hparams import Hparams
+from pyengine.files.hparams import Hparams
 from pyengine.models import qwen2vl
-from pyengine.weights import Weights
+from pyengine.files.weights import Weights
 
 FULL_LAYERS = (7, 15, 23, 31)        # of a file without the key: model_vision.go, newVisionModel
 

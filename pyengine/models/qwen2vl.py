@@ -30,17 +30,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyengine import ops
-from pyengine.batch import Batch, Processed, View
+from pyengine.media.views import Processed, View
+from pyengine.nn.batch import Batch
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.graph import Graph
-from pyengine.hparams import Hparams
-from pyengine.image import Image, Video, known_options, resize
-from pyengine.kvcache import LayerCache
+from pyengine.graph.graph import Graph
+from pyengine.files.hparams import Hparams
+from pyengine.media.image import Image, known_options, resize
+from pyengine.media.video import Video
+from pyengine.nn.cache import LayerCache
 from pyengine.models import qwen2
-from pyengine.models._vision import levels, mean_and_std, n_layers, projector_type, resample_filter, special_token
-from pyengine.nn import ACTIVATIONS, LayerNorm, Linear, PatchEmbedding, RMSNorm, attention_products, mlp_width
-from pyengine.tensor import Dim, Tensor
-from pyengine.weights import Weights, pages
+from pyengine.nn.encoder import levels, mean_and_std, n_layers, projector_type, resample_filter, special_token
+from pyengine.nn.encoder import attention_products
+from pyengine.nn.layers import ACTIVATIONS, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
+from pyengine.graph.tensor import Dim, Tensor
+from pyengine.files.weights import pages, Weights
 
 # Constants for files without the key; of Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct:
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 16384              # preprocessor_config.json; transformers reads it for videos too
@@ -280,7 +283,7 @@ class Vision:
         """
         c = self.config
         moving = isinstance(media, Video)
-        known_options(media, "min_pixels", "max_pixels", *(["sample_fps"] if moving else []))
+        known_options(media.options, "min_pixels", "max_pixels", *(["sample_fps"] if moving else []))
         low, high = c.video_pixels if moving else c.pixels
         low, high = media.options.get("min_pixels", low), media.options.get("max_pixels", high)
         numbers, interval = self._frames(media) if moving else (np.arange(1), np.float32(1))

@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyengine import ops
-from pyengine.batch import Batch
-from pyengine.hparams import Hparams
-from pyengine.kvcache import Full, LayerCache, Policy
-from pyengine.models import Architecture
-from pyengine.nn import Embedding, Experts, Linear, RMSNorm, Rope, rope, vocab_size
-from pyengine.tensor import Tensor
-from pyengine.weights import Weights
+from pyengine.nn.batch import Batch
+from pyengine.files.hparams import Hparams
+from pyengine.cache.policy import Full, Policy
+from pyengine.nn.cache import LayerCache
+from pyengine.models.architecture import Architecture
+from pyengine.nn.decoder import vocab_size
+from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
+from pyengine.nn.rope import Rope, rope
+from pyengine.graph.tensor import Tensor
+from pyengine.files.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyengine.op import REGISTRY
+from pyengine.graph.op import REGISTRY
 from pyengine.ops.attention import attention
 from pyengine.ops.elementwise import (
     add, binary, div, exp, gelu, gelu_tanh, mul, relu, scale, sigmoid, silu, softcap, sub, tanh, unary,
@@ -12,7 +12,7 @@ from pyengine.ops.layout import concat, contiguous, reshape, slice, transpose  #
 from pyengine.ops.matmul import linear, matmul, rows
 from pyengine.ops.norm import layer_norm, reduce, rms_norm, softmax
 from pyengine.ops.rope import cache_append, rope, rope_append, rope_table, temperature
-from pyengine.tensor import Tensor
+from pyengine.graph.tensor import Tensor
 
 __all__ = [
     "REGISTRY", "add", "attention", "binary", "cache_append", "concat", "contiguous", "div", "exp", "expert_linear", "gelu",

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from pyengine.errors import ShapeError
-from pyengine.op import F32, I32, Cache, op
-from pyengine.tensor import axis_max
+from pyengine.graph.op import Cache, F32, I32, op
+from pyengine.graph.tensor import axis_max
 
 TILE_KEYS = 64
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from pyengine.dtype import dtype
 from pyengine.errors import ShapeError
-from pyengine.op import F32, op
-from pyengine.tensor import Tensor
+from pyengine.graph.op import F32, op
+from pyengine.graph.tensor import Tensor
 
 
 def broadcast_shapes(name: str, a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:

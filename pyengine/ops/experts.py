@@ -12,9 +12,9 @@ import numpy as np
 
 from pyengine.dtype import dtype
 from pyengine.errors import ShapeError
-from pyengine.op import F32, I32, Weight, op
+from pyengine.graph.op import F32, I32, op, Weight
 from pyengine.ops.elementwise import activation
-from pyengine.tensor import axis_max, product
+from pyengine.graph.tensor import axis_max, product
 
 
 def _top_experts_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:

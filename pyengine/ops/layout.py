@@ -9,8 +9,8 @@ import numpy as np
 
 from pyengine.dtype import dtype
 from pyengine.errors import ShapeError
-from pyengine.op import F32, Float, op
-from pyengine.tensor import Dim, Tensor, product
+from pyengine.graph.op import F32, Float, op
+from pyengine.graph.tensor import Dim, product, Tensor
 
 
 def _infer_reshape(args: tuple[Tensor], params: dict[str, Any]) -> list[Any]:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pyengine.errors import ShapeError
-from pyengine.op import F32, I32, Weight, op
+from pyengine.graph.op import F32, I32, op, Weight
 from pyengine.ops.elementwise import activation
-from pyengine.tensor import Tensor, axis_max
+from pyengine.graph.tensor import axis_max, Tensor
 
 
 def _linear_flops(x: Tensor, w: tuple[Tensor, ...], *_: Any, **__: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from pyengine.op import F32, op
+from pyengine.graph.op import F32, op
 
 
 @op(inplace="x", flops=lambda x, weight, residual, eps: 4 * x.size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyengine.op import F32, I32, Cache, Same, op
+from pyengine.graph.op import Cache, F32, I32, op, Same
 
 
 @op()

@@ -1,0 +1,34 @@
+"""Graphs that compile themselves: what the library gives to its users as `pyengine.Graph`.
+
+    with pe.Graph() as g:
+        x = g.input("x", (pe.Dim("m", max=512), 64))
+        y = ops.silu(ops.linear(x, [w])[0])
+    program = g.compile(y)
+    program.run(x=array)
+
+A graph is compiled by fusions (`pyengine.compiler.passes`), a plan of memory (`pyengine.compiler.arena`) and a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pyengine.backends import backend
+from pyengine.graph import graph
+from pyengine.graph.tensor import Tensor
+
+
+class Graph(graph.Graph):
+    """A named set of inputs, constants and states. Building computes nothing; `compile` makes a program of it."""
+
+    def compile(self, outputs: Tensor | Sequence[Tensor], device: str = "cpu", n_threads: int | None = None,
+                passes: Sequence[str] | None = None) -> Any:
+        """Make a program that computes `outputs` from the graph's inputs.
+
+        device: "cpu", "reference" (NumPy), or "null" (plans and traces, computes nothing); passes: names from
+        `pyengine.compiler.passes.PASSES` (default all). Returns an object with `run(**inputs)`: one array, or a list for a list.
+        """
+        single = isinstance(outputs, Tensor)
+        targets = [outputs] if single else list(outputs)
+        return backend(device, n_threads=n_threads).compile(targets, passes=passes, single=single)

@@ -1,0 +1,1 @@
+"""What is kept between steps: policies, cells, contents, sessions."""

@@ -1,0 +1,240 @@
+"""A conversation's part of the caches in a file, so that it need not be computed again.
+
+    header    magic, version, counts, formats of keys and values, fingerprint of the model      (`HEADER`, little-endian)
+    sections  (sha256, bytes) each: header, notes, digests of pictures, what each row is, keys and values of each layer
+
+Version 2 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
+them is of version 1. A row is a token id and 0, or -1 - the number of a digest and the row of that picture; of a picture that is seen
+across, less than 0: minus its encoder rows. A file holds what later tokens may see: all tokens of layers that see everything, the
+window of those that slide, all encoder rows of those that attend across. Lengths are not stored but follow from rows and the model,
+so a file's size is known before any cell is read. Nothing is read into the caches before all sums were right.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import tempfile
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pyengine.cache.cells import Sequence
+from pyengine.dtype import DType, DTYPES
+from pyengine.errors import ContextOverflowError, PlanError, SessionError
+from pyengine.files.gguf import GGUFFile
+from pyengine.programs.step import Runner
+
+MAGIC, PLAIN, NOTED = b"pe-cells", 3, 4              # versions without and with notes; 1 and 2 did not mix blocks
+# version, tokens, position of the next one, digests of rows, digests of pictures, ggml's numbers of the formats of keys and values
+HEADER = struct.Struct("<8s 7I 32s")
+NOTES = struct.Struct("<I")              # bytes of the notes
+SUM, SAMPLE = 32, 256                    # bytes of a sha256; of each tensor's middle, for the fingerprint
+
+
+def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) -> bytes:
+    """What tells two models apart: metadata, tensors' names, shapes and formats, a sample of each one's bytes; rotary frequencies.
+
+    tables: what else keys in the cache depend on, such as frequencies that follow from the context's size.
+    """
+    h = sha256()
+
+    def add(data: bytes) -> None:
+        h.update(len(data).to_bytes(8, "little") + data)
+
+    for file in files:
+        if file is None:
+            continue
+        for key in sorted(file.metadata):
+            if not key.startswith(("general.", "split.")) or key == "general.architecture":      # a name is no part of it
+                add(key.encode("utf-8", "surrogateescape"))
+                add(file.metadata.encoded(key))
+        for name, t in sorted(file.tensors.items()):
+            add(f"{name} {t.shape} {t.dtype}".encode("utf-8", "surrogateescape"))
+            middle = max(0, t.nbytes // 2 - SAMPLE)
+            add(file.view(name)[middle : middle + SAMPLE].tobytes())
+    for table in tables:
+        add(np.ascontiguousarray(table).tobytes())
+    return h.digest()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the sections before the cells say; fields as in `cells.Sequence`."""
+
+    keys: list[Hashable]
+    pictures: list[tuple[int, int]]
+    next: int
+    media: frozenset[bytes]
+
+
+def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, notes: bytes = b"") -> int:
+    """Write a conversation, all of it or nothing, and notes for `read_notes`; returns the file's bytes. Raises: SessionError."""
+    path = Path(path)
+    if len(notes) >= 1 << 32:
+        raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
+    if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
+        raise SessionError(f"{path}: a conversation that is empty, or from which tokens were removed, is not saved")
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                for section in _sections(runner, s, model, notes):
+                    file.write(sha256(section).digest())
+                    file.write(section)
+                file.flush()
+                os.fsync(file.fileno())
+                nbytes = file.tell()
+                os.replace(file.name, path)
+            except BaseException:                            # Ctrl-C too
+                os.unlink(file.name)
+                raise
+    except (OSError, ValueError) as error:                   # ValueError: a NUL in the path
+        raise SessionError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    return nbytes
+
+
+def _sections(runner: Runner, s: Sequence, model: bytes, notes: bytes) -> Iterator[Any]:
+    digests = sorted({k[0] for k in s.keys if isinstance(k, tuple)})
+    number = {d: i for i, d in enumerate(digests)}
+    keys = np.array([(k, 0) if isinstance(k, int) else (-1 - number[k[0]], k[1]) for k in s.keys], "<i4")
+    ends = [0, *(end for _, end in s.pictures)]
+    for (token, end), start in zip(s.pictures, ends):
+        keys[token, 1] = start - end
+    version, formats = NOTED if notes else PLAIN, (d.id for d in runner.formats)
+    head = HEADER.pack(MAGIC, version, len(s), s.next, len(digests), len(s.media), *formats, model)
+    if notes:
+        yield head + NOTES.pack(len(notes))
+        yield notes
+    else:
+        yield head
+    yield b"".join([*digests, *sorted(s.media)])
+    yield keys.tobytes()
+    for layer, cells in _live(runner, s):
+        for cache in runner.storage(layer):
+            yield np.ascontiguousarray(cache[:, cells])
+
+
+def _live(runner: Runner, s: Sequence) -> Iterator[tuple[int, np.ndarray]]:
+    """(layer, its cells that later tokens of a sequence may see)."""
+    for layer, number in runner.cached:
+        yield layer, runner.cells.cells_of(number, s, runner.cells.live(number, s))
+
+
+def restore(path: str | Path, runner: Runner, model: bytes, n_ids: int, n_ctx: int) -> Sequence:
+    """Read a conversation into the caches, where it is idle: the next prompt that begins as it does goes on from it.
+
+    n_ids: ids that a prompt may have. Raises: SessionError for a file that is damaged, not one of these, or of another model,
+    version or cache format; ContextOverflowError for more tokens than the context has, or more encoder rows than a conversation
+    holds; PlanError when no cells are free.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb", opener=_regular) as file:
+            session = _read_head(path, file, model, runner, n_ids, n_ctx)
+            at, n = file.tell(), len(session.keys)
+            crossed = session.pictures[-1][1] if session.pictures else 0
+            shapes = [(*cache.shape[:1], len(runner.cells.seen(number, crossed if runner.across(number) else n)), *cache.shape[2:])
+                      for layer, number in runner.cached for cache in runner.storage(layer)]
+            want = at + sum(SUM + int(np.prod(shape)) for shape in shapes)
+            size = os.fstat(file.fileno()).st_size
+            if size != want:
+                raise SessionError(f"{path}: has {size} bytes, but {n} tokens of this model take {want}: it is cut off or damaged")
+            for shape in shapes:
+                _section(path, file, int(np.prod(shape)))
+            file.seek(at)
+            s = runner.cells.restore(session.keys, session.pictures)
+            try:
+                for layer, cells in _live(runner, s):
+                    for cache in runner.storage(layer):
+                        shape = (cache.shape[0], len(cells), cache.shape[2])
+                        cache[:, cells] = np.frombuffer(_section(path, file, int(np.prod(shape))), np.uint8).reshape(shape)
+            except BaseException:                            # Ctrl-C, or the file has changed
+                runner.cells.drop(s)
+                raise
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:                   # ValueError: a NUL in the path
+        raise SessionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    s.next, s.media, s.active = session.next, session.media, False
+    return s
+
+
+def read_notes(path: str | Path) -> bytes:
+    """The notes that a conversation was saved with; nothing for none. Reads no cells. Raises: SessionError."""
+    path = Path(path)
+    try:
+        with open(path, "rb", opener=_regular) as file:
+            return _read_header(path, file)[1]
+    except (OSError, ValueError) as error:                   # ValueError: a NUL in the path
+        raise SessionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _regular(path: str, flags: int) -> int:
+    """Open a regular file only: a pipe could wait for ever."""
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(0, "not a regular file")
+    return fd
+
+
+def _section(path: Path, file: BinaryIO, nbytes: int) -> bytes:
+    """The next section, whose size the caller has compared with the file's. Raises: SessionError unless its sum is right."""
+    start = file.tell()
+    want, data = file.read(SUM), file.read(nbytes)
+    if len(data) != nbytes:
+        raise SessionError(f"{path}: ends at byte {start + len(want) + len(data)}, within a section: it is cut off")
+    if sha256(data).digest() != want:
+        raise SessionError(f"{path}: bytes {start} to {start + SUM + nbytes} do not have the sum that was written with them: it is damaged")
+    return data
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes]:
+    """The header without the number of notes, and the notes."""
+    start = file.read(SUM + 12)
+    if start[SUM : SUM + 8] != MAGIC:
+        raise SessionError(f"{path}: is not a saved conversation")
+    version = int.from_bytes(start[SUM + 8 :], "little")
+    if version not in (PLAIN, NOTED):
+        raise SessionError(f"{path}: has version {version}, but only {PLAIN} and {NOTED} are read")
+    file.seek(0)
+    if version == PLAIN:
+        return _section(path, file, HEADER.size), b""
+    header = _section(path, file, HEADER.size + NOTES.size)
+    (n_notes,) = NOTES.unpack_from(header, HEADER.size)
+    if (size := os.fstat(file.fileno()).st_size) < file.tell() + SUM + n_notes:
+        raise SessionError(f"{path}: has {size} bytes, but {n_notes} of notes: it is cut off or damaged")
+    return header[: HEADER.size], _section(path, file, n_notes)
+
+
+def _read_head(path: Path, file: BinaryIO, model: bytes, runner: Runner, n_ids: int, n_ctx: int) -> Session:
+    """Read and check all that stands before the cells."""
+    formats: tuple[DType, DType] = runner.formats
+    _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_read_header(path, file)[0])
+    if saved != model:
+        raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings")
+    if (k, v) != (formats[0].id, formats[1].id):
+        known = {t.id: t.name for t in DTYPES}
+        raise SessionError(f"{path}: its cache has formats {known.get(k, k)}/{known.get(v, v)}, this model's {formats[0]}/{formats[1]}: "
+                           "load with the kv_dtype that it was saved with")
+    if n > n_ctx:
+        raise ContextOverflowError(f"{path}: the conversation has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")
+    if not 0 < n or n_digests > n or n_media > n or position >= 1 << 31:
+        raise SessionError(f"{path}: {n} tokens, {n_digests} + {n_media} digests and position {position} contradict each other")
+    raw = _section(path, file, SUM * (n_digests + n_media))
+    digests = [raw[i : i + SUM] for i in range(0, len(raw), SUM)]
+    rows = np.frombuffer(_section(path, file, 8 * n), "<i4").reshape(n, 2)
+    if rows[:, 0].min() < -n_digests or rows[:, 0].max() >= n_ids or rows[rows[:, 0] >= 0, 1].any():
+        raise SessionError(f"{path}: names tokens or pictures that are not there")
+    keys: list[Hashable] = [a if a >= 0 else (digests[-1 - a], max(b, 0)) for a, b in rows.tolist()]
+    across = np.flatnonzero(rows[:, 1] < 0)
+    ends = np.cumsum(-rows[across, 1].astype(np.int64))
+    if len(ends) and ends[-1] > runner.room_across:
+        raise ContextOverflowError(f"{path}: its pictures have {ends[-1]} encoder rows, but a conversation holds {runner.room_across}; "
+                                   "load with images=(width, height, number) for more")
+    return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]))

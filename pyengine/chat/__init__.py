@@ -1,0 +1,1 @@
+"""Messages to text: templates, and what answers name."""

@@ -1,0 +1,182 @@
+"""Boxes and points that models print, as pixels of the original picture; and drawing them.
+
+Two notations are read (Qwen2.5-VL: arXiv:2502.13923, section 2.2; Qwen2-VL: arXiv:2409.12191, section 2.2):
+
+    Qwen2.5-VL  JSON objects {"bbox_2d": [x1, y1, x2, y2], "label": "..."} or {"point_2d": [x, y], ...}, in a list or
+                not, fenced or not, cut off or not; in pixels of the picture as the processor has resized it
+    Qwen2-VL    <|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>, in thousandths of
+                width and height; without special tokens, which generated text leaves out: label(x1,y1),(x2,y2)
+
+Objects are read token by token, not by a JSON parser, so that a cut or faulty answer still gives the boxes that are
+whole, and no nesting is too deep. No pattern reads far before it fails, so any text takes linear time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import PIL.Image
+import PIL.ImageColor
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from pyengine.errors import RequestError
+from pyengine.media.image import Image
+
+KEYS = {"bbox_2d": 4, "point_2d": 2}                     # how many numbers each has
+LABELS = ("label", "text_content")                       # the second where Qwen2.5-VL reads documents
+THOUSANDTHS = 1000                                       # Qwen2-VL's scale
+
+_NUMBER = r'"?(-?\d{1,9}(?:\.\d{1,18})?)"?'              # models quote some
+_SPACE = r"\s{0,99}"
+_TOKEN = re.compile(rf"(?P<numbers>\[{_SPACE}{_NUMBER}(?:{_SPACE},{_SPACE}{_NUMBER}){{1,3}}{_SPACE}\])"
+                    r"|(?P<brace>[{}])"
+                    r'|"(?P<text>[^"\\\n]*(?:\\.[^"\\\n]*)*)"?(?P<key>\s{0,99}:)?')
+_PAIR = r"\((\d{1,4}),\s?(\d{1,4})\)"
+_PAIRS = re.compile(rf"<\|box_start\|>{_PAIR}(?:,\s?{_PAIR})?<\|box_end\|>|{_PAIR},\s?{_PAIR}")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels of the original picture: x1 <= x2 to the right, y1 <= y2 down; image: which picture."""
+
+    label: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point in pixels of the original picture; image: which picture."""
+
+    label: str
+    x: float
+    y: float
+    image: int = 0
+
+
+def find_boxes(text: str, size: tuple[int, int], processed: tuple[int, int], scale: float | None = None,
+               image: int = 0) -> list[Box | Point]:
+    """Find the boxes and points in a model's answer, in its order; those outside the picture are moved to its edge.
+
+    size       (width, height) of the original picture
+    processed  (width, height) that the processor made of it
+    scale      what JSON coordinates count to on both axes; None: to the processed width and height
+    image      number of the picture, for the results
+    A text with JSON boxes is not searched for the other notation.
+    Raises: RequestError for sizes below 1.
+    """
+    if min(*size, *processed) < 1 or scale is not None and not scale > 0:
+        raise RequestError(f"boxes: size {size}, processed {processed} and scale {scale} must be above 0")
+    found = [(numbers, label, processed if scale is None else (scale, scale)) for numbers, label in _json(text)]
+    found = found or [(numbers, label, (THOUSANDTHS, THOUSANDTHS)) for numbers, label in _pairs(text)]
+    boxes: list[Box | Point] = []
+    for numbers, label, full in found:
+        x = [min(max(n * size[0] / full[0], 0.0), float(size[0])) for n in numbers[0::2]]
+        y = [min(max(n * size[1] / full[1], 0.0), float(size[1])) for n in numbers[1::2]]
+        boxes.append(Point(label, x[0], y[0], image) if len(x) == 1
+                     else Box(label, min(x), min(y), max(x), max(y), image))
+    return boxes
+
+
+@dataclass
+class _Object:
+    """A JSON object as far as it has been read."""
+
+    key: str = ""
+    label: str = ""
+    coordinates: list[list[float]] = field(default_factory=list)
+
+
+def _json(text: str) -> Iterator[tuple[list[float], str]]:
+    """(coordinates, label) of each box or point in JSON objects; several lists under one key are as many boxes."""
+    open_objects: list[_Object] = []
+    at = text.find("{")
+    while at >= 0 and (token := _TOKEN.search(text, at)):
+        at = token.end()
+        if token["brace"] == "{":
+            open_objects.append(_Object())
+        elif token["brace"] == "}":
+            closed = open_objects.pop()
+            yield from ((numbers, closed.label) for numbers in closed.coordinates)
+            if not open_objects:
+                at = text.find("{", at)                  # between objects there may be prose, with quotes
+        elif token["key"]:
+            open_objects[-1].key = token["text"]
+        elif token["text"] is not None:
+            if open_objects[-1].key in LABELS:
+                open_objects[-1].label = _unescaped(token["text"])
+        else:
+            numbers = [float(n) for n in re.findall(_NUMBER, token["numbers"])]
+            if KEYS.get(open_objects[-1].key) == len(numbers):
+                open_objects[-1].coordinates.append(numbers)
+    for cut in open_objects:
+        yield from ((numbers, cut.label) for numbers in cut.coordinates)
+
+
+def _unescaped(text: str) -> str:
+    try:
+        return str(json.loads(f'"{text}"', strict=False))
+    except ValueError:                                   # cut within an escape, or one that JSON does not have
+        return text
+
+
+def _pairs(text: str) -> Iterator[tuple[list[float], str]]:
+    """(coordinates, label) of each "label(x1,y1),(x2,y2)"; a box that follows another directly has its label."""
+    at, label = 0, ""
+    for match in _PAIRS.finditer(text):
+        numbers = [float(n) for n in match.groups() if n is not None]
+        before = text[at:match.start()].rpartition("<|object_ref_start|>")[2].partition("<|object_ref_end|>")[0]
+        label = before[before.rfind("\n") + 1:].strip(" \t,.:;-") or label
+        at = match.end()
+        if max(numbers) <= THOUSANDTHS:
+            yield numbers, label
+
+
+def draw(image: Image, boxes: Iterable[Box | Point]) -> PIL.Image.Image:
+    """Draw boxes and points with their labels on a copy of the picture: one colour for each label."""
+    picture = PIL.Image.fromarray(image.pixels)
+    pen = PIL.ImageDraw.Draw(picture)
+    line = max(2, round(min(picture.size) / 200))
+    font = PIL.ImageFont.load_default(max(12, round(min(picture.size) / 32)))
+    boxes = list(boxes)
+    colours = {label: _colour(i) for i, label in enumerate(dict.fromkeys(b.label for b in boxes))}
+    for box in boxes:
+        colour = colours[box.label]
+        if isinstance(box, Box):
+            pen.rectangle((box.x1, box.y1, box.x2, box.y2), outline=colour, width=line)
+        else:
+            pen.circle((box.x, box.y), 3 * line, fill=colour, outline="white", width=max(1, line // 2))
+    for box in boxes:                                    # above every line
+        if box.label:
+            _draw_label(pen, picture.size, box, colours[box.label], line, font)
+    return picture
+
+
+def _draw_label(pen: PIL.ImageDraw.ImageDraw, size: tuple[int, int], box: Box | Point, colour: tuple[int, int, int],
+                line: int, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont) -> None:
+    """A filled tab with the text: above a box or beside a point, and always in the picture."""
+    text = " ".join(box.label[:60].encode("utf-8", "replace").decode().split())
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+    width, height = right - left + 2 * line, bottom - top + 2 * line
+    if isinstance(box, Box):
+        x, y = box.x1, box.y1 - height
+    else:
+        right_of = box.x + 4 * line
+        x, y = right_of if right_of + width <= size[0] else box.x - 4 * line - width, box.y - height / 2
+    x, y = max(0.0, min(x, size[0] - width)), max(0.0, min(y, size[1] - height))
+    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    red, green, blue = colour
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140                  # ITU-R BT.601 luma
+    pen.text((x + line - left, y + line - top), text, fill="white" if dark else "black", font=font)
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """Hues a golden angle apart: any number of neighbours differ."""
+    return PIL.ImageColor.getrgb(f"hsv({number * 137.508 % 360:.1f}, 90%, {95 - 25 * (number % 3 == 2)}%)")[:3]

@@ -1,0 +1,1 @@
+"""Running: load, schedule, generate."""

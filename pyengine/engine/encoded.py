@@ -1,0 +1,154 @@
+"""Pictures and videos on their way into a prompt: processed on the host, encoded once, kept while there is room.
+
+The encoder is a program of its own. Its weights are read when the first picture comes; a model that is used for text only never
+loads them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from pyengine.errors import ImageError
+from pyengine.media.views import Piece, View
+from pyengine.programs.rows import MediaSegment
+
+if TYPE_CHECKING:
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
+
+Part = str | int | MediaSegment
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What became of one picture or video of a request.
+
+    kind        "image" or "video"
+    size        (width, height) of the original in pixels
+    processed   (width, height) that the encoder saw; a point (x, y) of it is (x * size[0] / processed[0], ...) of the original
+    n_tokens    soft tokens in the prompt
+    views       runs of the encoder (crops, tiles)
+    grids       (frames, rows, columns) of soft tokens of each view, where the model has them
+    cached      found in the image cache: nothing was encoded
+    process_seconds, encode_seconds: on the host, and in the encoder
+    digest      hex of sha256 over pixels and options
+    """
+
+    kind: str
+    size: tuple[int, int]
+    processed: tuple[int, int]
+    n_tokens: int
+    views: int
+    grids: tuple[tuple[int, int, int], ...]
+    cached: bool
+    process_seconds: float
+    encode_seconds: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    parts: tuple[Part, ...]
+    info: MediaInfo
+    nbytes: int
+
+
+class MediaEncoder:
+    """A model's media encoder and its image cache.
+
+    vision      the model's `Vision` (see `models.Architecture`)
+    prepared    its graph as the backend planned it
+    budget      bytes of embeddings that are kept; least recently used go first, those in use last
+    """
+
+    def __init__(self, vision: Any, prepared: Any, budget: int, progress: Callable[[int, int], None] | None = None):
+        self.vision, self.prepared, self.budget = vision, prepared, budget
+        self._program: Any = None
+        self._progress = progress
+        self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
+        self.stats = {"image_hits": 0, "image_misses": 0, "image_cache_bytes": 0}
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the encoder's weights are in memory."""
+        return self._program is not None
+
+    def get(self, media: Image | Video, in_use: Collection[bytes] = ()) -> tuple[tuple[Part, ...], MediaInfo]:
+        """What stands in the prompt for a picture or video, with embeddings, and how it came about.
+
+        in_use: digests that a conversation still holds; they are dropped from the cache last.
+        Raises: ImageError, RequestError from the model's processor.
+        """
+        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
+
+        from pyengine.media.video import Video                                       # Pillow takes 20 ms to import
+
+        entry = self._cache.get(media.digest)
+        if entry is not None:
+            self._cache.move_to_end(media.digest)
+            self.stats["image_hits"] += 1
+            return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
+        self.stats["image_misses"] += 1
+        started = time.perf_counter()
+        processed, encoding, made, run = self.vision.process(media), 0.0, [], None
+        for i, p in enumerate(processed.parts):
+            if isinstance(p, (View, Piece)):
+                view = p.view if isinstance(p, Piece) else p
+                if view is not run:
+                    run, (embedding, seconds) = view, self._encoded(view)
+                    encoding += seconds
+                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest())
+            made.append(p)
+        parts, views = tuple(made), processed.views
+        segments = [p for p in parts if isinstance(p, MediaSegment)]
+        info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
+                         sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
+                         time.perf_counter() - started - encoding, encoding, media.digest.hex())
+        self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)), in_use)
+        return parts, info
+
+    def _keep(self, digest: bytes, entry: _Entry, in_use: Collection[bytes]) -> None:
+        def total() -> int:
+            return sum(e.nbytes for e in self._cache.values())
+
+        for used in (False, True):
+            for old in [d for d in self._cache if (d in in_use) == used]:
+                if total() + entry.nbytes > self.budget:
+                    del self._cache[old]
+        if entry.nbytes <= self.budget:
+            self._cache[digest] = entry
+        self.stats["image_cache_bytes"] = total()
+
+    def _encoded(self, view: View) -> tuple[np.ndarray, float]:
+        """A view's rows, and the seconds that the encoder took; its inputs are made here and gone again before the next view's."""
+        loading = time.perf_counter()
+        if self._program is None:
+            self._program = self.prepared.load(self._progress)
+        loading = time.perf_counter() - loading
+        rows, program = view.positions.shape[1], self._program
+        if rows > self.vision.max_rows:
+            raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.vision.max_rows} that this model was planned for; "
+                             "make it smaller, or load with images=(width, height) of the largest one")
+        for name, array in view.inputs.items():
+            program.inputs[name].reshape(-1)[: array.size] = array.reshape(-1)
+        started = time.perf_counter()
+        program.execute_named(**view.axes)
+        seconds = loading + time.perf_counter() - started
+        embedding = program.outputs[0].reshape(-1)[: rows * program.outputs[0].shape[-1]].reshape(rows, -1).copy()
+        embedding.flags.writeable = False
+        return embedding, seconds
+
+
+def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes) -> MediaSegment:
+    """What stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
+    if isinstance(part, View):
+        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token)
+    n, view = part.stop - part.start, part.view
+    positions = np.broadcast_to(np.arange(n, dtype=np.int32), (len(view.positions), n))
+    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest)

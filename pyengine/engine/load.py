@@ -1,0 +1,41 @@
+"""Load a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyengine.engine.encoded import MediaEncoder
+from pyengine.engine.model import Model
+from pyengine.files.model_files import open_files
+from pyengine.memory.fit import lay_out_model, N_BATCH, refusal, Settings
+from pyengine.native.blocks import ensure_codebooks
+
+
+def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
+         n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
+         encoder_device: str | None = None, expert_device: str | None = None,
+         progress: Callable[[int, int], None] | None = None) -> Model:
+    """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
+
+    mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
+    device: "cpu", or parts of main memory, {"cpu:0": bytes, "cpu:1": bytes}, over which layers are spread by their room; the media
+    encoder goes to `encoder_device` of them; `expert_device` takes the experts' weights, and the products that read them, while
+    layers stay on the others (default: experts are with their layers).
+    n_ctx: positions of the context; default the training context, or what of it fits the memory. n_seq: conversations that are
+    served at once, each of up to n_ctx positions. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
+    n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest
+    picture, how many such pictures are kept encoded, or (width, height, number); 0 leaves the encoder out; default what the model's
+    processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
+    Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit.
+    """
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device)
+    want.check()
+    files = open_files(model, mmproj)
+    planned = lay_out_model(files, want)
+    if not planned.plan.fits:
+        raise refusal(files, want, planned.plan)
+    ensure_codebooks(t.dtype for file in (files.model, files.mmproj) if file for t in file.tensors.values())
+    media = MediaEncoder(planned.built.vision, planned.encoder, planned.image_cache, progress) if planned.encoder else None
+    return Model(files, planned.built, planned.step.load(progress), media, planned.plan)

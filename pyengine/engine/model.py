@@ -1,0 +1,266 @@
+"""Load a model, run its steps, generate.
+
+    `planning` lays the model out -> its program is loaded -> steps replay it
+
+One graph serves prompts and generation of all conversations: the number of rows, their positions and cells are run-time inputs.
+`prompt` makes segments of texts and pictures (these by `media`, an encoder with a graph of its own), `schedule` decides which rows
+are computed together, `cells` where their keys and values lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from pyengine.cache.cells import Sequence as Cached
+from pyengine.engine.answer import Answer, Stream
+from pyengine.engine.encoded import MediaEncoder
+from pyengine.engine.prompts import Prompt, Prompts
+from pyengine.engine.request import Report, Request, Stops
+from pyengine.engine.scheduler import check_room, Scheduler
+from pyengine.errors import PlanError, RequestError, UnsupportedModelError
+from pyengine.files.model_files import Files
+from pyengine.memory.plan import MemoryPlan
+from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
+from pyengine.programs.step import Built, Runner, Work
+from pyengine.text.sampling import Sampler, SamplingParams
+from pyengine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pyengine.chat.template import ChatTemplate
+
+
+class Model:
+    """A loaded model with the caches of `n_seq` conversations. Made by `load`; not for several threads at once."""
+
+    def __init__(self, files: Files, built: Built, program: Any, media: MediaEncoder | None, plan_: MemoryPlan):
+        self.file, self.plan, self.program, self.media = files.model, plan_, program, media
+        self.config = built.arch.config
+        self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = built.n_ctx, built.n_batch, built.n_seq, self.config.vocab_size
+        self._axes = built.arch.position_axes
+        self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head,
+                              built.arch.ropes(), built.kv_dtypes)
+        self._scheduler = Scheduler(self._runner, self.n_ctx)
+        self._n_ids = built.arch.n_ids
+        self._prompts = Prompts(files.name, self._n_ids, lambda: self.tokenizer, lambda: self.template, media,
+                                self._scheduler.in_use)
+        self._fed: Cached | None = None                                        # the conversation of `feed`, and what it holds
+        self._fed_ids: list[int] = []
+        self._fed_moved = False
+        self._files = files
+        self._fingerprint = b""
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Built from the file when it is first needed."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_metadata(self.file.metadata)
+        return self._tokenizer
+
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text; `add_special` adds BOS and EOS where the model wants them."""
+        return self.tokenizer.tokenize(text, add_special=add_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self.tokenizer.detokenize(ids)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts since the model was loaded: tokens, steps, and hits and misses of the image cache."""
+        return {**self._scheduler.stats, "steps": self._runner.n_steps, **(self.media.stats if self.media else {})}
+
+    def encode_image(self, image: Any) -> np.ndarray:
+        """Soft tokens of a picture (or of a list of frames), as the decoder receives them: float32 [n, d_model].
+
+        Without start, end or row-break tokens; after the projector, before any multiplier of the decoder. Kept in the image
+        cache. Raises: UnsupportedModelError without an encoder, ImageError.
+        """
+        if self.media is None:
+            raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder; where it is in a file of its own, load with mmproj=")
+        parts, _ = self._prompts.encoded(image)
+        return np.concatenate([p.embedding for p in parts if isinstance(p, MediaSegment)])
+
+    # -- plain steps --------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all conversations that nobody works on; encoded pictures stay in the image cache."""
+        for s in [s for s in self._runner.cells.sequences if not s.active]:
+            self._runner.cells.drop(s)
+        self._fed, self._fed_ids, self._fed_moved = None, [], False
+
+    def feed(self, ids: Sequence[int], n_batch: int | None = None) -> np.ndarray:
+        """Append tokens to a conversation of its own, in steps of at most n_batch; returns logits after the last one, [vocab].
+
+        A conversation that has gone for others is computed anew. `reset` begins another one.
+        Raises: ContextOverflowError, RequestError, PlanError when every conversation is in use.
+        """
+        if not len(ids):
+            raise RequestError("feed: there are no tokens")
+        cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
+        check_room(len(whole), self.n_ctx)
+        self._fed = None                                                       # what fails or is interrupted is computed anew
+        if s not in cells.sequences:
+            if self._fed_moved:
+                raise PlanError("the conversation of `feed` has gone for others; tokens were removed from it, so it cannot be "
+                                "computed anew: reset")
+            s = cells.new()
+        rows = token_rows(whole[len(s) :], len(s), self._axes)
+        try:
+            s.active = True
+            for start, stop in rows.steps(0, n_batch or self.n_batch):
+                logits = self._runner.step([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
+        finally:
+            s.active = False
+        self._fed, self._fed_ids = s, whole
+        return logits[0]
+
+    def shift(self, start: int, stop: int) -> None:
+        """Remove tokens [start, stop) from the conversation of `feed`; those behind move down and keep what they know of them.
+
+        Raises: RequestError where the model or the cache's format does not allow it.
+        """
+        s = self._fed
+        if s not in self._runner.cells.sequences:
+            raise RequestError("shift: there is no conversation of `feed`, or it has gone for others")
+        self._runner.shift(s, start, stop)
+        del self._fed_ids[start:stop]
+        self._fed_moved = True
+
+    def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:
+        """Logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
+
+        Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
+        """
+        rows = lay_out_rows(self._prompts.prompt(prompt)[0], self._axes)
+        out = np.empty((len(rows), self.n_vocab), np.float32)
+        for start, block in self.logit_blocks(rows):
+            out[start : start + len(block)] = block
+        return out
+
+    def logit_blocks(self, prompt: Rows | Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """The rows of `logits` from position `first` on, in blocks (position, [n, vocab]) that are valid until the next one is
+        asked for."""
+        rows = prompt if isinstance(prompt, Rows) else token_rows(prompt, 0, self._axes)
+        check_room(len(rows), self.n_ctx)
+        self._runner.check_across(rows)
+        s = self._runner.cells.new()
+        try:
+            for start, stop in rows.steps(0, self.n_batch):
+                skip = min(max(first - start, 0), stop - start)
+                wanted = np.arange(skip, stop - start, dtype=np.int32)
+                done, logits = 0, self._runner.step([Work(s, rows, start, stop, wanted)])
+                while len(logits):
+                    yield start + skip + done, logits
+                    done += len(logits)
+                    logits = self._runner.head(done) if done < len(wanted) else logits[:0]
+        finally:
+            self._runner.cells.drop(s)
+
+    # -- conversations in files ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, answer: Answer | Stream | None = None, messages: Sequence[dict[str, Any]] | None = None,
+             notes: bytes = b"") -> int:
+        """Write a conversation's part of the caches to a file: the one that `answer` belongs to, or else the one used last.
+
+        messages: the conversation with its last answer; then what later prompts of it do not begin with is left out (an answer's text
+        may be cut into other tokens than it was generated in): layers that see a window could not go on from before that.
+        notes: bytes that are kept beside the cells, for `sessions.read_notes`. Returns the file's bytes.
+        Raises: SessionError, RequestError where the conversation is no longer in the caches.
+        """
+        from pyengine.cache import sessions
+
+        held = self._runner.cells.sequences
+        s = answer.report.sequence if answer is not None else max(held, key=lambda s: s.used, default=None)
+        if s not in held:
+            raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
+        if messages is not None:
+            rows = lay_out_rows(self._prompts.chat(messages, None)[0], self._axes)
+            n = rows.whole(common(s.keys, rows.keys))
+            if self._runner.cells.reach(s, n):
+                s = replace(s, keys=s.keys[:n], next=rows.position(n))
+        return sessions.save(path, self._runner, s, self._identity(), notes)
+
+    def restore(self, path: str | Path) -> int:
+        """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
+
+        Raises: SessionError for a file that is damaged, or of another model or kv_dtype; ContextOverflowError; PlanError when
+        no cells are free.
+        """
+        from pyengine.cache import sessions
+
+        return len(sessions.restore(path, self._runner, self._identity(), self._n_ids, self.n_ctx))
+
+    def _identity(self) -> bytes:
+        if not self._fingerprint:
+            from pyengine.cache import sessions
+
+            tables = [a for r in self._runner.ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
+            self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
+        return self._fingerprint
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
+                 stop: str | Sequence[str] = (), **sampling: Any) -> Answer:
+        """Continue a prompt. See `stream` for the arguments; returns the whole text."""
+        return self.stream(prompt, images, max_tokens, stop, **sampling).answer()
+
+    def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] = (),
+                      **sampling: Any) -> list[Answer]:
+        """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
+        streams = [self.stream(p, (), max_tokens, stop, **sampling) for p in prompts]
+        for s in streams:
+            s.begin()
+        return [s.answer() for s in streams]
+
+    def stream(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
+               stop: str | Sequence[str] = (), **sampling: Any) -> Stream:
+        """Continue a prompt, yielding pieces of whole characters.
+
+        max_tokens: None goes on until the model ends or the context is full. stop: texts that end the answer; they are not
+        part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...).
+        Raises: ContextOverflowError when the context is full, RequestError, ImageError.
+        """
+        return self._stream(self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
+
+    def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str], sampling: dict[str, Any], at_start: bool) -> Stream:
+        if max_tokens is not None and max_tokens < 0:
+            raise RequestError(f"max_tokens={max_tokens}: must not be negative")
+        segments, media = prompt
+        request = Request(lay_out_rows(segments, self._axes), Sampler(SamplingParams(**sampling), self.n_vocab),
+                          self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else list(stop)),
+                          max_tokens, self.tokenizer.eog_ids, Report(media=media))
+        return Stream(request, self._scheduler)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
+        if self._template is None:
+            from pyengine.chat.template import ChatTemplate                         # jinja2 takes 25 ms to import
+
+            self._template = ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
+        return self._template
+
+    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation in the model's own chat format; -1 for each position that a picture's soft token takes."""
+        return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
+
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
+             max_tokens: int | None = 512, stop: str | Sequence[str] = (), **sampling: Any) -> Any:
+        """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
+
+        Parts of a content: {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "image_url", "image_url":
+        {"url": ..}}, {"type": "video", "video": [frames] or a file}, or a picture as it is; a message may also have "images".
+        Raises: TemplateError, ContextOverflowError, RequestError, ImageError.
+        """
+        pieces = self._stream(self._prompts.chat(messages, tools), max_tokens, stop, sampling, at_start=True)
+        return pieces if stream else pieces.answer()

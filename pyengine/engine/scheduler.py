@@ -1,0 +1,168 @@
+"""Many requests on one model: sequences join and leave between steps, and each gets the bits that it would get alone.
+
+`Runner` runs one step on rows of several sequences: it fills the program's inputs and keeps the cells. `Scheduler` decides which
+rows: one of every request that generates, and beside them a slice of the longest-waiting prompt, so that a long prompt does not
+stall the others. Kernels compute a row with one order of operations whatever else is in the step, so results do not depend on
+who else is being served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Many
+
+import numpy as np
+
+from pyengine.engine.request import Request
+from pyengine.errors import ContextOverflowError, RequestError
+from pyengine.programs.rows import token_rows
+from pyengine.programs.step import Runner, Work
+
+BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
+
+
+class Scheduler:
+    """Serves requests in the order in which they came, as many at once as there are rows of sequences."""
+
+    def __init__(self, runner: Runner, n_ctx: int):
+        self.runner, self.n_ctx = runner, n_ctx
+        self.waiting: deque[Request] = deque()
+        self.active: list[Request] = []
+        self._stepping = False
+        self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds."""
+        if not len(request.rows):
+            raise RequestError("the prompt is empty")
+        check_room(len(request.rows), self.n_ctx)
+        self.runner.check_across(request.rows)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Stop working on a request; what it has computed stays as an idle conversation.
+
+        May come in the middle of a step, when a stream that nobody holds is collected: the step then ends first.
+        """
+        request.finished = True
+        if not self._stepping:
+            self._sweep()
+
+    def in_use(self) -> frozenset[bytes]:
+        """Digests of pictures that conversations in the caches hold."""
+        return frozenset().union(*(s.media for s in self.runner.cells.sequences))
+
+    def advance(self) -> None:
+        """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error."""
+        if self._stepping:
+            raise RequestError("a step is being run: one model must not be used by several threads at once")
+        self._stepping, served = True, []
+        try:
+            self._admit()
+            work = self._compose()
+            served = [r for r, _ in work]
+            if work:
+                self._take(work, self.runner.step([w for _, w in work]))
+        except BaseException as error:                       # Ctrl-C too, wherever it comes
+            for request in served:
+                if not request.finished:
+                    request.error, request.finished = error, True
+            raise
+        finally:
+            self._stepping = False
+            self._sweep()
+
+    def _take(self, work: Many[tuple[Request, Work]], logits: np.ndarray) -> None:
+        """Hand out a step's logits: the wanted row of each request that has one, in order."""
+        row = 0
+        for request, w in work:
+            if request.pending is None:
+                request.done = w.stop
+            if len(w.wanted) and not request.finished:
+                before = len(request.report.tokens)
+                try:
+                    request.take(logits[row])
+                except Exception as error:                   # of the sampler: this request's own
+                    request.error, request.finished = error, True
+                self.stats["generated_tokens"] += len(request.report.tokens) - before
+            row += len(w.wanted)
+
+    def _admit(self) -> None:
+        """Give rows to those that wait, as far as there are any; the first one that waits for nobody learns that there are none."""
+        cells = self.runner.cells
+        while self.waiting and (sum(s.active for s in cells.sequences) < cells.n_seq or not self.active):
+            request = self.waiting.popleft()
+            try:
+                self._join(request)
+            except BaseException as error:                   # no row, or Ctrl-C
+                if request.sequence is not None:
+                    request.sequence.active = False
+                request.error, request.finished = error, True
+                if not isinstance(error, Exception):
+                    raise
+
+    def _join(self, request: Request) -> None:
+        request.started = time.perf_counter()
+        for token in request.rows.ids.tolist():
+            if 0 <= token < request.sampler.n_vocab:         # the others are never sampled
+                request.sampler.accept(token)
+        request.sequence, request.done = self.runner.resume(request.rows)
+        request.sequence.media = request.media
+        run = request.report
+        run.n_prompt, run.n_cached, run.sequence = len(request.rows), request.done, request.sequence
+        self.stats["prompt_tokens"] += run.n_prompt
+        self.stats["cached_tokens"] += run.n_cached
+        self.active.append(request)
+
+    def _sweep(self) -> None:
+        """Let go of requests that have ended."""
+        for request in [r for r in self.active if r.finished]:
+            request.sequence.active = False
+        self.active = [r for r in self.active if not r.finished]
+        self.waiting = deque(r for r in self.waiting if not r.finished)
+
+    def _compose(self) -> list[tuple[Request, Work]]:
+        """The rows of the next step."""
+        work: list[tuple[Request, Work]] = []
+        for r in [r for r in self.active if r.pending is not None]:
+            if len(r.sequence) == self.n_ctx:
+                r.error = ContextOverflowError(f"the context of {self.n_ctx} tokens is full after {len(r.report.tokens)} generated "
+                                               "ones; load with a larger n_ctx")
+                r.finished = True
+                continue
+            row = token_rows([r.pending], r.sequence.next, self.runner.axes, r.sequence.sees)
+            work.append((r, Work(r.sequence, row, 0, 1, _FIRST)))
+        left = self.runner.n_batch - len(work)
+        limit, first = min(left, BESIDE) if work else left, True
+        for r in [r for r in self.active if r.pending is None]:
+            part = self._slice(r, limit, left if first else limit)
+            if part is None:
+                if first:                                    # a picture with no room beside the others has a step of its own
+                    return [(r, self._slice(r, 0, self.runner.n_batch))]
+                break
+            work.append((r, part))
+            limit, first = limit - (part.stop - part.start), False
+            if limit <= 0:
+                break
+        return work
+
+    def _slice(self, r: Request, limit: int, most: int) -> Work | None:
+        """The next rows of a prompt: at most `limit`, or one picture that must not be cut of at most `most`; None without room."""
+        start = r.done
+        stop = r.rows.cut(start, limit)
+        if stop == start:
+            stop = r.rows.cut(start, r.rows.atom(start))
+            if stop - start > most:
+                return None
+        wanted = np.array([stop - start - 1], np.int32) if stop == len(r.rows) else _NONE
+        return Work(r.sequence, r.rows, start, stop, wanted)
+
+
+_FIRST, _NONE = np.zeros(1, np.int32), np.empty(0, np.int32)
+
+
+def check_room(n: int, n_ctx: int) -> None:
+    """Raises: ContextOverflowError for a prompt that exceeds the context."""
+    if n > n_ctx:
+        raise ContextOverflowError(f"the prompt has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")

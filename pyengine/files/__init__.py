@@ -1,0 +1,1 @@
+"""What lies on disk: GGUF files, the names and numbers in them, and where models are kept."""

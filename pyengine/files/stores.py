@@ -1,0 +1,297 @@
+"""Find models by name where people already keep them. Nothing is copied, downloaded or written.
+
+Places, in the order in which a name is looked up:
+
+    $PYENGINE_MODELS   folders of GGUF files, separated as in $PATH; a name is the path below the folder, or the file's
+    Ollama             $OLLAMA_MODELS or ~/.ollama/models; "gemma3:270m", "gemma3" (= latest), "hf.co/org/repo:tag"
+    Hugging Face       $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub; "org/repo:Q4_K_M", "org/repo"
+    LM Studio          ~/.lmstudio/models and ~/.cache/lm-studio/models; named as Hugging Face's
+
+Names are compared without case. Where a name fits several files ("org/repo" with many quantizations), Q4_K_M is taken
+if it is among them; otherwise the error lists them. A projector ("mmproj-*.gguf", or a layer of Ollama's manifest)
+goes with the models of its repository; in $PYENGINE_MODELS, with those of the same name but for the quantization.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyengine.errors import ModelNotFoundError
+from pyengine.files.gguf import nearest, quoted, SPLIT_NAME
+
+MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
+MAX_DEPTH = 4                      # folders below one of $PYENGINE_MODELS
+PREFERRED_TAG = "Q4_K_M"
+
+_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
+_TAG = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
+_OLLAMA_MODEL = "application/vnd.ollama.image.model"
+_OLLAMA_PROJECTOR = "application/vnd.ollama.image.projector"
+_OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")      # left out of the names that Ollama shows
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model on this machine. Of a split one, `path` is the first part and `nbytes` counts all of them."""
+
+    name: str
+    path: Path
+    nbytes: int                        # of the model and its projector
+    source: str                        # "PYENGINE_MODELS", "Ollama", "Hugging Face" or "LM Studio"
+    mmproj: Path | None = None
+    aliases: tuple[str, ...] = ()      # other names that find it
+
+
+def find_model(name_or_path: str | os.PathLike[str]) -> Path | list[Path]:
+    """Return the file of a model: a path as it is, or the model of that name; [model, projector] where it has one.
+
+    Raises: ModelNotFoundError saying where was searched, with close names, or the names among which to choose.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name)
+    if _is_file(path):
+        return path
+    problems: list[str] = []
+    seen: list[FoundModel] = []
+    for source, folder in _places():
+        models = _in_place(source, folder, problems)
+        matches = _matches(name, models)
+        if len(matches) > 1:
+            raise ModelNotFoundError(f"{quoted(name)} fits {len(matches)} models of {source}; choose one of: "
+                                     + ", ".join(_shown(model, matches) for model in matches[:20]))
+        if matches:
+            found = matches[0]
+            return found.path if found.mmproj is None else [found.path, found.mmproj]
+        seen += models
+    kind = "is a directory, and no model has that name" if _is_dir(path) else "no such file, and no model of that name"
+    searched = ", ".join(f"{source} ({folder})" for source, folder in _places()) or "nowhere: no such place exists"
+    refused = f"; refused: {'; '.join(problems[:3])}" if problems else ""
+    near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases)])
+    raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}")
+
+
+def list_models() -> list[FoundModel]:
+    """Return every model in the places above, in their order, sorted by name within each."""
+    return [model for source, folder in _places() for model in _in_place(source, folder, [])]
+
+
+def _matches(name: str, models: list[FoundModel]) -> list[FoundModel]:
+    """Return the models that `name` may mean: by name before by alias, and the preferred quantization among several."""
+    wanted = name.casefold()
+    matches = ([model for model in models if model.name.casefold() == wanted]
+               or [model for model in models if wanted in map(str.casefold, model.aliases)])
+    preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
+    return preferred if len(preferred) == 1 else matches
+
+
+def _in_place(source: str, folder: Path, problems: list[str]) -> list[FoundModel]:
+    """Return the models of one place by name. What is there but cannot be used is told to `problems`."""
+    readers = {"PYENGINE_MODELS": _in_folder, "Ollama": _in_ollama, "Hugging Face": _in_hub, "LM Studio": _in_lm_studio}
+    return sorted(readers[source](folder, problems), key=lambda model: (model.name.casefold(), model.path))
+
+
+def _places() -> list[tuple[str, Path]]:
+    """Return (source, folder) for each folder that exists, in the order of the search."""
+    env = os.environ.get
+    cache = env("XDG_CACHE_HOME") or "~/.cache"
+    hub = env("HF_HUB_CACHE") or os.path.join(env("HF_HOME") or os.path.join(cache, "huggingface"), "hub")
+    places = [("PYENGINE_MODELS", folder) for folder in env("PYENGINE_MODELS", "").split(os.pathsep) if folder]
+    places += [("Ollama", env("OLLAMA_MODELS") or "~/.ollama/models"), ("Hugging Face", hub),
+               ("LM Studio", "~/.lmstudio/models"), ("LM Studio", "~/.cache/lm-studio/models")]
+    return [(source, path) for source, folder in places if _is_dir(path := Path(os.path.expanduser(folder)))]
+
+
+def _in_folder(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+    for folder, files in _folders(root, MAX_DEPTH, problems):
+        below = folder.relative_to(root)
+        for stem, paths in _models(files):
+            own = [path for path in files if _base(path.stem) == _base(stem)]     # a folder may mix several models
+            aliases = (stem, paths[0].name, (below / paths[0].name).as_posix())
+            yield _found((below / stem).as_posix(), paths, "PYENGINE_MODELS", _projector(own), aliases)
+
+
+def _in_hub(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+    """models--ORG--REPO/snapshots/REVISION/**/*.gguf; of a file in several revisions, main's or else the newest's."""
+    for repo in _children(root, problems):
+        if not repo.name.startswith("models--"):
+            continue
+        name = repo.name.removeprefix("models--").replace("--", "/")
+        main = _read_text(repo / "refs" / "main", 200).strip()
+        snapshots = sorted(filter(_is_dir, _children(repo / "snapshots", problems)),
+                           key=lambda path: (path.name != main, -path.stat().st_mtime, path.name))
+        seen: set[str] = set()
+        for snapshot in snapshots:
+            for folder, files in _folders(snapshot, 2, problems):
+                for model in _in_repo(name, files, "Hugging Face"):
+                    if model.name not in seen:
+                        seen.add(model.name)
+                        yield model
+
+
+def _in_lm_studio(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+    """PUBLISHER/REPO/*.gguf."""
+    for publisher in _children(root, problems):
+        for repo in _children(publisher, problems):
+            for _, files in _folders(repo, 1, problems):
+                yield from _in_repo(f"{publisher.name}/{repo.name}", files, "LM Studio")
+
+
+def _in_repo(repo: str, files: list[Path], source: str) -> Iterator[FoundModel]:
+    """Name the models of one folder of a repository: by tag, "org/repo:Q4_K_M", or by file where that is not unique."""
+    models = _models(files)
+    tags = [_tag(stem).upper() for stem, _ in models]
+    for (stem, paths), tag in zip(models, tags):
+        tagged = (f"{repo}:{tag}",) if tag else ()
+        name = tagged[0] if tags.count(tag) == 1 and tagged else f"{repo}/{stem}"
+        aliases = (repo, *tagged, f"{repo}/{stem}", f"{repo}/{paths[0].name}", stem, paths[0].name)
+        yield _found(name, paths, source, _projector(files), aliases)
+
+
+def _in_ollama(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+    """manifests/HOST/NAMESPACE/NAME/TAG, JSON that lists blobs by digest."""
+    for host in _children(root / "manifests", problems):
+        for namespace in _children(host, problems):
+            for name in _children(namespace, problems):
+                for tag in _children(name, problems):
+                    if not _is_file(tag):
+                        continue
+                    parts = [host.name, namespace.name, name.name]
+                    for default in _OLLAMA_DEFAULTS:
+                        parts = parts[1:] if parts[0] == default else parts
+                    short = "/".join(parts)
+                    try:
+                        model, projector = _read_manifest(tag, root / "blobs")
+                    except ModelNotFoundError as error:
+                        problems.append(str(error))
+                        continue
+                    longs = (short, "/".join((host.name, namespace.name, name.name)))
+                    aliases = tuple(f"{long}:{tag.name}" for long in longs) + (longs if tag.name == "latest" else ())
+                    yield _found(f"{short}:{tag.name}", [model], "Ollama", projector, aliases)
+
+
+def _read_manifest(path: Path, blobs: Path) -> tuple[Path, Path | None]:
+    """Return the blobs of the model and of its projector. Raises: ModelNotFoundError for what is malformed."""
+    import json  # most models are given by their path
+
+    text = _read_text(path, MAX_MANIFEST_BYTES + 1)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ModelNotFoundError(f"{path}: manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ModelNotFoundError(f"{path}: manifest is not JSON") from None
+    layers = manifest.get("layers") if isinstance(manifest, dict) else None
+    found: dict[str, Path] = {}
+    for layer in layers if isinstance(layers, list) else ():
+        kind, digest = (layer.get("mediaType"), layer.get("digest")) if isinstance(layer, dict) else (None, None)
+        if kind not in (_OLLAMA_MODEL, _OLLAMA_PROJECTOR):
+            continue
+        match = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None     # so it cannot leave the folder
+        if match is None:
+            raise ModelNotFoundError(f"{path}: digest of {kind} is not sha256:<64 hex digits>")
+        blob = blobs / f"sha256-{match[1]}"
+        if not _is_file(blob):
+            raise ModelNotFoundError(f"{path}: blob {blob.name} is missing")
+        if kind in found:
+            raise ModelNotFoundError(f"{path}: manifest has two layers {kind}")
+        found[kind] = blob
+    if _OLLAMA_MODEL not in found:
+        raise ModelNotFoundError(f"{path}: manifest has no layer {_OLLAMA_MODEL}")
+    return found[_OLLAMA_MODEL], found.get(_OLLAMA_PROJECTOR)
+
+
+def _models(files: list[Path]) -> list[tuple[str, list[Path]]]:
+    """Group the GGUF files of a folder into models: (stem, parts in order). Projectors are left out.
+
+    A split model whose first part is missing is left out too: it could not be opened.
+    """
+    models: dict[tuple[str, str], list[Path]] = {}       # by stem and number of parts
+    for path in sorted(files):
+        if not _is_projector(path):
+            match = SPLIT_NAME.search(path.name)
+            key = (path.name[:match.start()], match[2]) if match else (path.stem, "")
+            models.setdefault(key, []).append(path)
+    return [(stem, paths) for (stem, n_parts), paths in models.items()
+            if not n_parts or paths[0].name.endswith(f"-00001-of-{n_parts}.gguf")]
+
+
+def _projector(files: list[Path]) -> Path | None:
+    """Return the folder's projector: of several, the f16 one, else the first by name."""
+    return min((path for path in files if _is_projector(path)), default=None,
+               key=lambda path: (_tag(path.stem).upper() != "F16", path.name))
+
+
+def _base(stem: str) -> str:
+    """Return a stem without its quantization and without "mmproj": what a model and its projector have in common."""
+    return re.sub(r"mmproj[-._]|[-._]mmproj", "", _TAG.sub("", stem.casefold()))
+
+
+def _is_projector(path: Path) -> bool:
+    return "mmproj" in path.name.casefold()
+
+
+def _found(name: str, paths: list[Path], source: str, projector: Path | None, aliases: tuple[str, ...]) -> FoundModel:
+    nbytes = sum(path.stat().st_size for path in [*paths, *([projector] if projector else [])])
+    return FoundModel(name, paths[0], nbytes, source, projector, tuple(dict.fromkeys(aliases)))
+
+
+def _shown(model: FoundModel, among: list[FoundModel]) -> str:
+    """Return the name, or the path where the name would not tell it from the others."""
+    names = [other.name for other in among]
+    return model.name if names.count(model.name) == 1 else str(model.path)
+
+
+def _tag(stem: str) -> str:
+    """Return the quantization that ends a file's stem or a model's name, "" where none does."""
+    match = _TAG.search(stem.rpartition(":")[2])
+    return match[1] if match else ""
+
+
+def _folders(root: Path, depth: int, problems: list[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield `root` and the folders below it with the GGUF files of each. Hidden folders and linked ones are passed."""
+    children = _children(root, problems)
+    yield root, [path for path in children if path.suffix == ".gguf" and _is_file(path)]
+    if depth:
+        for path in children:
+            if _is_dir(path) and not path.is_symlink():
+                yield from _folders(path, depth - 1, problems)
+
+
+def _children(folder: Path, problems: list[str]) -> list[Path]:
+    """Return what is in a folder, sorted, without hidden names; empty where it is no folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        problems.append(f"{folder}: {error.strerror}")
+        return []
+
+
+def _read_text(path: Path, limit: int) -> str:
+    """Return at most `limit` bytes of a file as text; "" where there is no such regular file or it cannot be read."""
+    if not _is_file(path):
+        return ""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):      # a name too long for the system; a NUL (Python before 3.12 raises for both)
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False

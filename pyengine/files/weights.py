@@ -1,0 +1,193 @@
+"""Bind the tensors of GGUF files to the places of a model, by name and shape, and account for every one of them.
+
+`Weights` is a scope over dotted names: `w["blk", 3]["attn_q"].tensor("weight", shape=(n, k))` is "blk.3.attn_q.weight".
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.files.gguf import GGUFFile, nearest, quoted
+
+
+def pages(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array of float32 zeros on pages of its own, which the system has back as soon as nothing refers to it.
+
+    malloc would keep some of what large arrays held, and a plan counts what is allocated.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape)) * 4, **private), np.float32, math.prod(shape)).reshape(shape)
+
+
+class WeightRef(NamedTuple):
+    """Name one tensor of a file, with the shape that the model gives it. Nothing is read until bytes are asked for."""
+
+    name: str
+    shape: tuple[int, ...]     # slowest axis first
+    dtype: DType
+    source: GGUFFile
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.tensors[self.name].nbytes
+
+    def view(self) -> np.ndarray:
+        """Return the bytes, uint8 [nbytes], over the mapped file."""
+        return self.source.view(self.name)
+
+    def array(self) -> np.ndarray:
+        """Return plain numbers in `shape`, over the mapped file. Raises RequestError for block formats."""
+        return self.source.array(self.name).reshape(self.shape)
+
+    def floats(self) -> np.ndarray:
+        """Return the numbers as float32 in `shape`, dequantized (F32: over the mapped file).
+
+        Raises: UnsupportedModelError for a format that cannot be.
+        """
+        if self.dtype.name == "F32":
+            return self.array()
+        from pyengine.native import ffi, lib                                   # reading a file's names needs no compiled part
+
+        out = pages(self.shape)
+        if lib.pe_dequantize_row(self.dtype.id, ffi.from_buffer(self.view()), ffi.cast("float *", out.ctypes.data), out.size):
+            raise UnsupportedModelError(f"{self.source.path}: tensor {self.name!r}: {self.dtype.name} cannot be read")
+        return out
+
+    def drop(self) -> bool:
+        """Tell the kernel that the file's pages under this tensor are not needed now."""
+        return self.source.drop(self.name)
+
+
+class DerivedRef(NamedTuple):
+    """A float32 weight that is computed from tensors of the file when it is loaded (a transposed matrix, joined slices).
+
+    make(*arrays) gets `WeightRef.floats` of each part and returns an array of `shape`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[WeightRef, ...]
+    make: Callable[..., np.ndarray]
+    dtype: DType = dtype_of("F32")
+
+    def view(self) -> np.ndarray:
+        """Compute the bytes, uint8 [nbytes]."""
+        made = self.make(*(p.floats() for p in self.parts))
+        if made.shape != self.shape:
+            raise InvalidModelError(f"tensor {self.name!r}: is made with shape {made.shape}, and the model needs {self.shape}")
+        if made.dtype != np.float32 or not made.flags.c_contiguous:
+            out = pages(self.shape)
+            np.copyto(out, made)
+            made = out
+        return made.reshape(-1).view(np.uint8)
+
+    def drop(self) -> bool:
+        """Tell the kernel that the file's pages under the parts are not needed now."""
+        return all([p.drop() for p in self.parts])
+
+
+class _Names:
+    """What all scopes of one model share: where each tensor is, which scopes exist, and what has been bound."""
+
+    def __init__(self, files: tuple[GGUFFile, ...]):
+        self.sources: dict[str, GGUFFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if name in self.sources:
+                    raise InvalidModelError(f"{file.path}: tensor {quoted(name)}: is in {self.sources[name].path} too")
+                self.sources[name] = file
+        self.scopes = {name[:i] for name in self.sources for i, char in enumerate(name[:200]) if char == "."}
+        self.bound: set[str] = set()
+        self.paths = ", ".join(str(file.path) for file in files)
+
+
+class Weights:
+    """Give the tensors of one or more GGUF files (text and projector, say) below a prefix of their names."""
+
+    def __init__(self, *files: GGUFFile):
+        self._names, self.prefix = _Names(files), ""
+
+    def __getitem__(self, path: str | int | tuple[str | int, ...]) -> Weights:
+        """Return the scope below: `w["blk", 3]` is everything named "blk.3...". It may be empty."""
+        scope = Weights.__new__(Weights)
+        scope._names, scope.prefix = self._names, self.prefix + _dotted(path) + "."
+        return scope
+
+    def __contains__(self, path: str | int | tuple[str | int, ...]) -> bool:
+        """Say whether a tensor has this name here, or lies in the scope of this name."""
+        name = self.prefix + _dotted(path)
+        return name in self._names.sources or name in self._names.scopes
+
+    def __repr__(self) -> str:
+        return f"Weights({self.prefix!r})"
+
+    def first(self, *paths: str | int | tuple[str | int, ...]) -> Weights:
+        """Return the first of these scopes that has tensors: `w.first("output", "token_embd")` for tied embeddings.
+
+        Raises: InvalidModelError naming all of them.
+        """
+        for path in paths:
+            if path in self:
+                return self[path]
+        raise InvalidModelError(f"{self._names.paths}: no tensor below any of "
+                                f"{', '.join(repr(self.prefix + _dotted(path)) for path in paths)}")
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> WeightRef:
+        """Bind the tensor `name` of this scope, which must have this shape (slowest axis first).
+
+        Axes of length 1 in front do not count: GGUF does not tell (n,) from (1, n).
+        Raises: InvalidModelError for a missing tensor, with the nearest names, and for another shape, with both.
+        """
+        full = self.prefix + name
+        file = self._names.sources.get(full)
+        if file is None:
+            raise InvalidModelError(f"{self._names.paths}: tensor {full!r}: is missing"
+                                    f"{nearest(full, self._names.sources)}")
+        info = file.tensors[full]
+        if _significant(info.shape) != _significant(shape):
+            raise InvalidModelError(f"{file.paths[info.part]}: tensor {full!r}: has shape {info.shape}, and the model "
+                                    f"needs {tuple(shape)}, at byte {info.offset}")
+        self._names.bound.add(full)
+        return WeightRef(full, tuple(shape), info.dtype, file)
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> WeightRef | None:
+        """Bind a tensor that files may leave out; None without it. Raises as `tensor` for another shape."""
+        return self.tensor(name, shape) if self.prefix + name in self._names.sources else None
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape that the file gives a tensor of this scope, for widths that no key states; None without it."""
+        file = self._names.sources.get(self.prefix + name)
+        return None if file is None else file.tensors[self.prefix + name].shape
+
+    def finish(self, ignore: Iterable[str] = ()) -> None:
+        """Check, once the model is built, that every tensor of the files is bound, so that nothing is left unused.
+
+        ignore  scopes or tensors that may stay unbound: "rope_freqs" covers "rope_freqs.weight"
+        Raises: UnsupportedModelError naming up to five that are not.
+        """
+        ignored = tuple(ignore)
+        left = [name for name in self._names.sources if name not in self._names.bound
+                and not any(name == scope or name.startswith(scope + ".") for scope in ignored)]
+        if left:
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            raise UnsupportedModelError(f"{self._names.paths}: tensors that the model does not use: "
+                                        f"{', '.join(quoted(name) for name in left[:5])}{more}")
+
+
+def _dotted(path: str | int | tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path)) if isinstance(path, tuple) else str(path)
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` without its leading axes of length 1."""
+    shape = tuple(shape)
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape

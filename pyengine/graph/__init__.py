@@ -1,0 +1,1 @@
+"""What is computed: symbolic tensors, ops as declarations, graphs."""

@@ -1,0 +1,97 @@
+"""Graphs: build with ops, compile once, run many times.
+
+    with pe.Graph() as g:
+        x = g.input("x", (pe.Dim("m", max=512), 64))
+        y = ops.silu(ops.linear(x, [w])[0])
+
+Nothing is computed here: `pyengine.backends.graph` has the `Graph` that compiles and runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.errors import GraphError
+from pyengine.graph.tensor import Axis, make_leaf, Node, Tensor
+
+
+class Graph:
+    """A named set of inputs, constants and states. Building computes nothing."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.states: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def _leaf(self, table: dict[str, Tensor], kind: str, name: str, shape: Sequence[Axis], dtype: str | DType) -> Tensor:
+        if name in self.inputs or name in self.states:
+            raise GraphError(f"graph: '{name}' is declared twice")
+        table[name] = make_leaf(kind, name, shape, dtype if isinstance(dtype, DType) else dtype_of(dtype))
+        return table[name]
+
+    def input(self, name: str, shape: Sequence[Axis], dtype: str | DType = "F32") -> Tensor:
+        """An array that is given at each run."""
+        return self._leaf(self.inputs, "input", name, shape, dtype)
+
+    def state(self, name: str, shape: Sequence[int], dtype: str | DType = "F32") -> Tensor:
+        """Memory that outlives a run (a KV cache); it starts as zeros and ops such as cache_append change it."""
+        return self._leaf(self.states, "state", name, shape, dtype)
+
+    def constant(self, array: np.ndarray) -> Tensor:
+        """An array that never changes."""
+        from pyengine.graph.op import as_tensor
+
+        return as_tensor(array)
+
+
+def topological(outputs: Iterable[Tensor]) -> list[Node]:
+    """Nodes that `outputs` need, inputs before users, in a fixed order."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack: list[Node | None] = [t.node for t in reversed(list(outputs))]
+    while stack:
+        node = stack.pop()
+        if node is None:                                     # the inputs of the node below it are done
+            order.append(stack.pop())
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack += (node, None)
+            for t in reversed(node.inputs):
+                if id(t.node) not in seen:
+                    stack.append(t.node)
+    return order
+
+
+def users(nodes: Iterable[Node]) -> dict[tuple[int, int], list[Node]]:
+    """(id of node, output index) -> nodes that read it, once per reading."""
+    table: dict[tuple[int, int], list[Node]] = {}
+    for node in nodes:
+        for t in node.inputs:
+            table.setdefault((id(t.node), t.index), []).append(node)
+    return table
+
+
+def check_states(nodes: Sequence[Node]) -> None:
+    """Refuse graphs whose meaning would depend on the order in which memory is overwritten."""
+    read = users(nodes)
+    for node in nodes:
+        if node.op is None:
+            continue
+        for spec in node.op.results:
+            if spec.kind == "Same":
+                source = node.op.argument(node.args, spec.axes[0])
+                if len(read[id(source.node), source.index]) > 1:
+                    raise GraphError(
+                        f"{node.op.name}: '{spec.axes[0]}' ({source.name or 'unnamed'}) is changed in place, so nothing else may "
+                        "read its old value; use the op's result instead"
+                    )
+                if source.node.op is None and source.node.kind != "state":
+                    raise GraphError(f"{node.op.name}: '{spec.axes[0]}' is changed in place, so it must be a state")

@@ -1,0 +1,46 @@
+"""A step's rows in a graph."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pyengine import ops
+from pyengine.graph.tensor import Dim, Tensor
+
+
+class Across(NamedTuple):
+    """What layers that attend across work on: `c` encoder rows that this step adds to their caches, and the `s` of its rows that
+    see any. The others skip those layers, so a step of text alone does not pay for them.
+    """
+
+    states: Tensor           # F32 [c, d_model]
+    rows: Tensor             # I32 [s]: which rows of the step see encoder rows
+    back: Tensor             # I32 [m]: the number of a row among those, or -1 - its own number
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of x [m, d] that see encoder rows: [s, d]."""
+        return ops.rows(x, self.rows)
+
+    def put(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [m, d] with those rows replaced by y [s, d]."""
+        return ops.rows(y, self.back, x)
+
+
+class Batch(NamedTuple):
+    """The graph's inputs for one step of `m` rows, `w` of which go through the last layer and `l` through the output head."""
+
+    rows: Dim                # m
+    ids: Tensor              # I32 [m]
+    positions: Tensor        # I32 [axes, m]
+    wanted: Tensor           # I32 [w]: rows that the last layer computes
+    head: Tensor             # I32 [l]: of those, rows whose logits are computed
+    media: Tensor | None     # F32 [e, d]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
+    across: Across | None = None     # None: no layer attends across
+
+    def select(self, x: Tensor) -> Tensor:
+        """The wanted rows of x [m, d]: [w, d]."""
+        return ops.rows(x, self.wanted)
+
+    def select_head(self, x: Tensor) -> Tensor:
+        """Of wanted rows x [w, d], those whose logits are asked for: [l, d]."""
+        return ops.rows(x, self.head)

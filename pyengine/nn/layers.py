@@ -1,0 +1,119 @@
+"""Small building blocks that all models share. Each binds its weights by name and shape; calling it adds nodes to a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.errors import InvalidModelError
+from pyengine.files.weights import DerivedRef, WeightRef, Weights
+from pyengine.graph.tensor import make_leaf, Tensor
+
+
+def constant(ref: WeightRef | DerivedRef, dtype: DType | None = None) -> Tensor:
+    """A weight as a constant of the graph; with `dtype`, converted when it is loaded."""
+    return make_leaf("constant", ref.name, ref.shape, dtype or ref.dtype, ref)
+
+
+def mlp_width(w: Weights, width: int, names: Sequence[str] = ("ffn_up", "ffn_down")) -> int:
+    """Units of a feed-forward of two matrices, which is in no key that can be relied on (llama.cpp's for Qwen2-VL holds the text's
+    width or 0, Ollama's files have none, and units of zeros may have been added to fill blocks)."""
+    shapes = [w[name].shape("weight") for name in names]
+    units = {n for s in shapes if s is not None and len(s) == 2 and width in s for n in ((s[1] if s[0] == width else s[0]),)}
+    if len(units) != 1 or None in shapes:
+        raise InvalidModelError(f"{w!r}: {' and '.join(names)} have shapes {shapes}: a feed-forward of width {width} is needed")
+    return units.pop()
+
+
+class Linear:
+    """y = x W^T + b. W [n_out, n_in] in any format; b [n_out] where the file has one."""
+
+    def __init__(self, w: Weights, n_in: int, n_out: int):
+        self.weight = constant(w.tensor("weight", (n_out, n_in)))
+        bias = w.optional("bias", (n_out,))
+        self.bias = constant(bias, dtype_of("F32")) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m, n_in] -> [m, n_out]
+        return ops.linear(x, [self.weight], None if self.bias is None else [self.bias])[0]
+
+
+class Experts:
+    """Gated feed-forwards of which each row uses some: y[i] = sum over j of gate[i, j] down(act(gate x) * up x) of expert chosen[i, j].
+
+    names  tensors [n_experts, d_ff, d_model], the same again, and [n_experts, d_model, d_ff], in any format; "...weight" is added
+    """
+
+    def __init__(self, w: Weights, n_experts: int, d_model: int, d_ff: int,
+                 names: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), activation: str = "silu"):
+        self.gate, self.up, self.down = (constant(w[name].tensor("weight", (n_experts, *shape)))
+                                         for name, shape in zip(names, ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff))))
+        self.activation = activation
+
+    def __call__(self, x: Tensor, chosen: Tensor, gates: Tensor, *, scale_input: bool = False) -> Tensor:
+        """x [m, D]; chosen I32 [m, u] and gates [m, u] as of `ops.top_experts` -> [m, D].
+
+        scale_input  gates multiply what goes into an expert (Llama 4), not what comes out of it
+        """
+        used, width = chosen.shape[1], x.shape[1]
+        if scale_input:
+            x = (x.reshape(-1, 1, width) * gates.reshape(-1, used, 1)).reshape(-1, width)      # [m u, D]
+        h = ops.expert_linear(x, [self.gate, self.up], chosen, glu=self.activation)            # [m u, F]
+        y = ops.expert_linear(h, [self.down], chosen)                                          # [m u, D]
+        return ops.sum_experts(y, None if scale_input else gates, n_used=used)                 # [m, D]
+
+
+class Embedding:
+    """Rows of a table [n, d] by token id, times `scale`; negative ids take rows of `media` [e, d] unscaled."""
+
+    def __init__(self, w: Weights, n: int, d: int, scale: float = 1.0):
+        self.weight, self.scale = constant(w.tensor("weight", (n, d))), scale
+
+    def __call__(self, ids: Tensor, media: Tensor | None = None) -> Tensor:        # [m] -> [m, d]
+        return ops.rows(self.weight, ids, media, scale=self.scale)
+
+
+class RMSNorm:
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, w: Weights, d: int, eps: float):
+        self.weight, self.eps = constant(w.tensor("weight", (d,)), dtype_of("F32")), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+# names of transformers' `hidden_act` -> kinds of `ops.unary`
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu",
+               "relu": "relu"}
+
+
+class PatchEmbedding(Linear):
+    """A convolution whose windows do not overlap, as a product over patches flattened in the order channel, (time,) y, x.
+
+    Tensors `slices` are [width, channels, p, p] each: one for pictures, one a frame where patches span several frames.
+    """
+
+    def __init__(self, w: Weights, width: int, channels: int, p: int, slices: Sequence[str] = ("weight",)):
+        parts = [w.tensor(name, (width, channels, p, p)) for name in slices]
+        shape = (width, len(parts) * channels * p * p)
+        if len(parts) == 1:
+            self.weight = constant(parts[0]._replace(shape=shape))
+        else:
+            self.weight = constant(DerivedRef(parts[0].name, shape, tuple(parts), lambda *a: np.stack(a, axis=2).reshape(shape)))
+        bias = w.optional("bias", (width,))
+        self.bias = constant(bias, dtype_of("F32")) if bias else None
+
+
+class LayerNorm:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
+
+    def __init__(self, w: Weights, d: int, eps: float):
+        f32 = dtype_of("F32")
+        self.weight, self.bias = constant(w.tensor("weight", (d,)), f32), constant(w.tensor("bias", (d,)), f32)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)

@@ -1,0 +1,78 @@
+"""Rotary embeddings: tables of angles, and the scalings of files."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.files.hparams import Hparams
+from pyengine.files.weights import Weights
+from pyengine.graph.tensor import Tensor
+
+
+class Rope(NamedTuple):
+    """Frequencies of a rotary embedding: `inv_freq` float32 [n_rot / 2]; `scale` multiplies cosines and sines."""
+
+    inv_freq: np.ndarray
+    scale: float
+    interleaved: bool
+
+    def table(self, positions: Tensor) -> Tensor:                                  # [1, m] -> [m, n_rot]
+        return ops.rope_table(positions, self.inv_freq, scale=self.scale)
+
+    def __call__(self, x: Tensor, table: Tensor) -> Tensor:                        # [m, h, e]
+        return ops.rope(x, table, interleaved=self.interleaved)
+
+
+def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int, base: float = 10_000.0) -> Rope:
+    """The rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
+
+    Kinds: none; linear (arXiv:2306.15595); yarn (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the
+    tensor `rope_freqs`; longrope (arXiv:2402.13753), as `rope_factors_long` and `rope_factors_short`, of which the long one
+    is used when `n_ctx` exceeds the original context.
+    """
+    n_rot = h.size("rope.dimension_count", head_dim)
+    if n_rot > head_dim or n_rot % 2:
+        raise InvalidModelError(f"{h.arch}.rope.dimension_count is {n_rot}, but a head has {head_dim} elements")
+    base = h.number("rope.freq_base", base)
+    inv_freq = 1.0 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
+    kind = h.get("rope.scaling.type", "linear" if "rope.scale_linear" in h.meta else "none", str)
+    factor = h.number("rope.scaling.factor", h.number("rope.scale_linear", 1.0))
+    scale = 1.0
+    if kind == "linear":
+        inv_freq = inv_freq / np.float32(factor if factor else 1.0)
+    elif kind == "yarn":
+        inv_freq, scale = _yarn(h, inv_freq, base, n_rot, factor)
+    elif kind not in ("none", "", "default", "llama3", "longrope"):              # "", "default": Ollama's words for none
+        raise UnsupportedModelError(f"{h.arch}.rope.scaling.type is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
+    if "rope_factors_long" in w:
+        scale = h.number("rope.scaling.attn_factor", 1.0)
+    return Rope((inv_freq / _factors(h, w, n_rot, n_ctx)).astype(np.float32), float(scale), interleaved)
+
+
+def _factors(h: Hparams, w: Weights, n_rot: int, n_ctx: int) -> Any:
+    """Divisors of the frequencies that stand in the file as a tensor, or 1."""
+    llama3 = w["rope_freqs"].optional("weight", (n_rot // 2,))
+    long = w["rope_factors_long"].optional("weight", (n_rot // 2,))
+    short = w["rope_factors_short"].optional("weight", (n_rot // 2,))
+    if long and short:
+        return (long if n_ctx > h.size("rope.scaling.original_context_length") else short).array().astype(np.float32)
+    return llama3.array().astype(np.float32) if llama3 else np.float32(1)
+
+
+def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: float) -> tuple[np.ndarray, float]:
+    original = h.size("rope.scaling.original_context_length", h.size("context_length"))
+    fast, slow = h.number("rope.scaling.yarn_beta_fast", 32.0), h.number("rope.scaling.yarn_beta_slow", 1.0)
+
+    def turns(n: float) -> float:
+        """The frequency number that makes n turns within the original context."""
+        return n_rot * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(turns(fast)), 0), min(math.ceil(turns(slow)), n_rot - 1)
+    ramp = np.clip((np.arange(n_rot // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
+    return inv_freq, h.number("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)

@@ -1,0 +1,1 @@
+"""What a model runs: its programs' inputs, declared and filled."""

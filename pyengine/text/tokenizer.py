@@ -1,0 +1,407 @@
+"""Text to token ids and back, from the metadata of a GGUF file alone.
+
+A GGUF file carries its tokenizer as plain keys (`tokenizer.ggml.*`): the texts, types and scores of the tokens, the
+merges, and a few flags. Five kinds exist here, by `tokenizer.ggml.model`:
+
+    llama   pieces joined in order of their score (SentencePiece "BPE")           csrc/bpe.c
+    gpt2    byte-level BPE; `tokenizer.ggml.pre` names the splitting expressions  csrc/bpe.c, cut by tokenizers
+    gemma4  BPE over characters with U+2581 for a space                          csrc/bpe.c
+    t5      the likeliest cut of the text (SentencePiece "unigram")              tokenizers
+    bert    longest match from the left of each word (WordPiece)                 below
+
+Tokens and merges stay in the file's bytes, with a hash table over them: no Python object is made for each of them.
+
+The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Known differences, all on purpose:
+- Character classes are those of the Unicode version inside `tokenizers` (17); llama.cpp has 15. Characters that
+  are newer than that may be cut elsewhere.
+- Bytes that encode a lone surrogate become U+FFFD before BPE; llama.cpp keeps them.
+- Nothing "cleans up" spaces before punctuation when ids become text: text, ids, text is exact.
+- A gpt2 vocabulary that does not name its BOS and EOS has none, unless token 11 is a control token as in Falcon.
+- A llama vocabulary without byte tokens spells what it does not have as unknown tokens, one a byte; llama.cpp aborts.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.native import lib
+from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
+from pyengine.text.pretokenizers import PRE, Pre
+from pyengine.text.roles import EOG_TEXTS, EOM_TEXTS, EOT_TEXTS, FIM_TEXTS, HARMONY_TEXTS, OLD_FIM_KEYS
+from pyengine.text.unigram import Unigram
+from pyengine.text.vocabulary import byte_token, Kind, LETTER_BYTES, NO_ID, read_key, read_numbers, SPACE, Strings, SURROGATE
+from pyengine.text.wordpiece import WordPiece
+
+PREFIX = 5    # special tokens are sought by so many characters first: Gemma's 6,242 "<unused0>" ... are not sought singly
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The five kinds: each turns a piece of text between special tokens into ids.
+
+
+class _Model(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class Tokenizer:
+    """Turns text into the token ids of one model, and ids into text.
+
+    Made from metadata by `from_metadata`; the expressions that cut texts, and the models of bert and t5, wait for the
+    first text. Uses the file's bytes, also after the file is closed.
+    """
+
+    def __init__(self, meta: Mapping[str, Any]):
+        self._meta = meta
+        self.model = read_key(meta, "model", str)
+        if self.model is None:
+            raise InvalidModelError("tokenizer.ggml.model: missing; the file has no tokenizer")
+        if self.model not in ("llama", "gpt2", "gemma4", "bert", "t5"):
+            raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known: llama, gpt2, gemma4, bert, t5")
+        self.pre = read_key(meta, "pre", str) or "default" if self.model == "gpt2" else None
+        gemma4 = self.model == "gemma4" or self.pre in ("gemma4", "granite-embed-multi-311m")
+        self._family = "gemma4" if gemma4 else self.model
+        if self._family == "gpt2" and self.pre not in PRE:
+            raise UnsupportedModelError(f"tokenizer.ggml.pre: {self.pre!r}; known: {', '.join(sorted(PRE))}, gemma4")
+        self._load_tokens()
+        self._load_roles()
+        self._load_flags()
+
+    @classmethod
+    def from_metadata(cls, meta: Mapping[str, Any]) -> Tokenizer:
+        """Make a tokenizer from the metadata of a GGUF file.
+
+        Raises: InvalidModelError for malformed keys, UnsupportedModelError for kinds that are not known.
+        """
+        return cls(meta)
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def _load_tokens(self) -> None:
+        tokens = Strings.read(self._meta, "tokens")
+        if not tokens.n:
+            raise InvalidModelError("tokenizer.ggml.tokens: must be a list of at least one string")
+        if tokens.n_empty:                               # as llama.cpp names them
+            tokens = Strings.pack("tokens", [raw or b"[EMPTY_%d]" % i for i, raw in enumerate(tokens)])
+        if tokens.n_twice:
+            raise InvalidModelError(f"tokenizer.ggml.tokens: {tokens.n_twice} tokens appear twice")
+        self._tokens = tokens
+        self._scores = read_numbers(self._meta, "scores", tokens.n, np.float32, 0)
+        self._kinds = self._file_kinds = read_numbers(self._meta, "token_type", tokens.n, np.int32, Kind.NORMAL)
+        if not np.isfinite(self._scores).all():
+            raise InvalidModelError("tokenizer.ggml.scores: not all are finite")
+        if self._family in ("gpt2", "gemma4"):
+            self._merges = Strings.read(self._meta, "merges")
+            wrong = lib.pe_strings_not_pair(self._merges.table)
+            if wrong >= 0:
+                raise InvalidModelError(f"tokenizer.ggml.merges: {self._merges.text(wrong)!r} is not two texts with a "
+                                        f"space between")
+
+    def _load_roles(self) -> None:
+        """Find the tokens with a role: by their keys, by llama.cpp's defaults, by their texts; then what ends text."""
+        default = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "t5": {"eos": 1, "unk": 2, "pad": 0},
+                   "bert": {"bos": 101, "sep": 102, "unk": 100, "pad": 0, "mask": 103},
+                   "gpt2": {"bos": 11, "eos": 11} if self._is_control(11) else {}, "gemma4": {}}[self._family]
+        if self.pre in ("chatglm-bpe", "glm4", "glm5"):
+            default.pop("bos", None)
+
+        default = {name: i for name, i in default.items() if i < self.vocab_size}
+
+        def role(name: str, key: str) -> int | None:
+            found = self._token_key(key)
+            return default.get(name) if found is None else found
+
+        self.bos_id = role("bos", "bos_token_id")
+        self.eos_id = role("eos", "eos_token_id")
+        self.unk_id = role("unk", "unknown_token_id")
+        self.pad_id = role("pad", "padding_token_id")
+        self.sep_id = role("sep", "seperator_token_id")           # the format's spelling
+        self.mask_id = role("mask", "mask_token_id")
+        self.eot_id = self._role_by_text("eot_token_id", EOT_TEXTS)
+        self.eom_id = self._role_by_text("eom_token_id", EOM_TEXTS)
+        fim = {name: self._role_by_text(f"{name}_token_id", texts) for name, texts in FIM_TEXTS.items()}
+
+        ends = {self.id_of(text) for text in EOG_TEXTS} - {None}
+        for i in ends:
+            self._override(i, Kind.CONTROL)
+        more = self._meta.get("tokenizer.ggml.eos_token_ids")                  # Ollama's files
+        ends |= {int(i) for i in more if 0 <= i < self.vocab_size} if isinstance(more, np.ndarray) and more.dtype.kind in "iu" else set()
+        ends |= {fim["fim_pad"], fim["fim_rep"], fim["fim_sep"], self.eos_id, self.eot_id, self.eom_id} - {None}
+        for i in {self.id_of(text) for text in HARMONY_TEXTS} - {None}:
+            self._override(i, Kind.USER_DEFINED)
+        # "<|end|>" closes a message, not the answer, where the vocabulary has calls and returns (gpt-oss, Solar Open);
+        # "</s>" is plain text where it has "<|tool_response>" (Gemma 4).
+        has = {self._tokens.text(i): i for i in ends}
+        if "<|end|>" in has and (has.keys() >= {"<|return|>", "<|call|>"} or has.keys() >= {"<|return|>", "<|calls|>"}
+                                 or "<|flush|>" in has and has.keys() & {"<|call|>", "<|calls|>"}):
+            ends.discard(has["<|end|>"])
+            self._override(has["<|end|>"], Kind.USER_DEFINED)
+        if has.keys() >= {"</s>", "<|tool_response>"}:
+            ends.discard(has["</s>"])
+            self._override(has["</s>"], Kind.NORMAL)
+        self.eog_ids = frozenset(ends)
+
+    def _load_flags(self) -> None:
+        meta = self._meta
+        pre = PRE.get(self.pre, Pre(())) if self._family == "gpt2" else Pre(())
+        self.add_bos = read_key(meta, "add_bos_token", bool, self._family in ("llama", "bert", "gemma4") or pre.add_bos)
+        self.add_eos = read_key(meta, "add_eos_token", bool, self._family == "t5")
+        if self._family == "gemma4":
+            self.add_bos = True                          # whatever the file says: early conversions had it wrong
+        if self._family == "bert":
+            self.add_bos, self.add_eos = True, False     # [CLS] and [SEP] always
+            if self.sep_id is None:
+                raise InvalidModelError("tokenizer.ggml.seperator_token_id: a bert vocabulary needs it")
+        for flag, token, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
+            if flag and token is None:
+                raise InvalidModelError(f"tokenizer.ggml.{name}_token_id: missing, but add_{name}_token is set")
+        # Ollama's Gemma files lack the key; no Gemma was trained with the prefix (transformers GemmaTokenizer).
+        plain = str(meta.get("general.architecture", "")).startswith("gemma")
+        prefix = read_key(meta, "add_space_prefix", bool, self._family == "llama" and not plain)
+        self.add_space_prefix = prefix and self._family in ("llama", "t5")
+        self.remove_extra_whitespaces = read_key(meta, "remove_extra_whitespaces", bool, False)
+        self._load_specials(str(meta.get("general.name", "")).lower(), str(meta.get("general.architecture", "")))
+
+    def _load_specials(self, name: str, architecture: str) -> None:
+        """List what is cut out of a text before it is tokenized, the longest first, grouped by how it begins."""
+        control = (self._kinds == Kind.CONTROL) | (self._kinds == Kind.UNKNOWN)
+        ids = np.flatnonzero(control | (self._kinds == Kind.USER_DEFINED))
+        ids = ids[np.argsort(-self._tokens.sizes(ids), kind="stable")].tolist()
+        self._special_texts = {i: self._tokens.text(i) for i in ids}
+        self._order = {i: rank for rank, i in enumerate(ids)}
+        self._by_prefix: dict[str, list[int]] = {}
+        for i, text in self._special_texts.items():
+            self._by_prefix.setdefault(text[:PREFIX], []).append(i)
+        self.special_ids = frozenset(np.flatnonzero(control).tolist())
+        # Blanks that a special token swallows. GGUF does not carry this; llama.cpp knows it by name, and so must we.
+        self._rstrip: frozenset[int | None] = frozenset()
+        self._lstrip: frozenset[int | None] = frozenset()
+        pre = self.pre or ""
+        if any(kind in pre for kind in ("jina-v2-de", "jina-v2-es", "jina-v2-code")) or \
+                any(kind in architecture for kind in ("nomic-bert-moe", "jina-bert-v3")):
+            self._lstrip = frozenset({self.id_of("<mask>")})
+        elif "phi-3" in name or "phi3" in name:
+            keep = {self.id_of(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
+            self._rstrip = frozenset({*ids, self.id_of("</s>")} - keep)
+        elif "modern-bert" in name:
+            self._lstrip = frozenset({self.id_of("[MASK]")})
+
+    def _token_key(self, key: str) -> int | None:
+        value = read_key(self._meta, key, int)
+        if value is None or value == NO_ID:
+            return None
+        if not 0 <= value < self.vocab_size:
+            raise InvalidModelError(f"tokenizer.ggml.{key}: {value} is not below the {self.vocab_size} tokens")
+        return value
+
+    def _role_by_text(self, key: str, texts: Iterable[str]) -> int | None:
+        found = self._token_key(key)
+        if found is None and key.split("_token_id")[0] in OLD_FIM_KEYS:
+            found = self._token_key(OLD_FIM_KEYS[key.split("_token_id")[0]] + "_token_id")
+        if found is None:
+            found = next((i for i in map(self.id_of, texts) if i is not None), None)
+            if found is not None:
+                self._override(found, Kind.CONTROL)
+        return found
+
+    def _override(self, i: int, kind: Kind) -> None:
+        if self._kinds[i] != kind:
+            if self._kinds is self._file_kinds:
+                self._kinds = self._kinds.copy()
+            self._kinds[i] = kind
+
+    def _is_control(self, i: int) -> bool:
+        return i < self.vocab_size and self._kinds[i] == Kind.CONTROL
+
+    @cached_property
+    def _encoder(self) -> _Model:
+        if self._family == "llama":
+            return Spm(self._tokens, self._scores, self.unk_id)
+        if self._family == "gpt2":
+            return Bpe(self._tokens, self._merges, PRE[self.pre])
+        if self._family == "gemma4":
+            return Gemma4Bpe(self._tokens, self._merges)
+        tokens = list(map(self._tokens.text, range(self.vocab_size)))
+        if SURROGATE.search("".join(tokens)):           # tokens that are not UTF-8 match no text
+            tokens = [f"\ufdd0{i}" if SURROGATE.search(text) else text for i, text in enumerate(tokens)]
+        meta = self._meta
+        if self._family == "bert":
+            lowercase = read_key(meta, "normalizer.lowercase", bool, True)
+            if self.unk_id is None:
+                raise InvalidModelError("tokenizer.ggml.unknown_token_id: a bert vocabulary needs it")
+            return WordPiece(tokens, self.unk_id, lowercase, read_key(meta, "normalizer.strip_accents", bool, lowercase))
+        charsmap = meta.get("tokenizer.ggml.precompiled_charsmap", b"")
+        blob = charsmap if isinstance(charsmap, bytes) else np.asarray(charsmap).astype(np.uint8).tobytes()
+        return Unigram(tokens, self._scores, self._file_kinds, self.unk_id, blob, self.add_space_prefix,
+                        self.remove_extra_whitespaces)
+
+    # -- text to ids -----------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str | bytes, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Give the ids of a text.
+
+        `add_special` puts BOS, EOS or whatever the model's file asks for around them. `parse_special` reads the texts
+        of control tokens ("<|im_start|>") as those tokens; without it they are plain text, and only user-defined
+        tokens are still read as themselves. Bytes need not be UTF-8.
+        """
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "surrogateescape")
+        elif isinstance(text, str):
+            text = SURROGATE.sub("\ufffd", text)
+        else:
+            raise RequestError(f"tokenize: text must be str or bytes, not {type(text).__name__}")
+        ids: list[int] = []
+        if add_special and self.add_bos:
+            ids.append(self.bos_id)
+        after_special = True
+        for part in self._partition(text, parse_special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                prefix = " " if self._family == "llama" and self.add_space_prefix and after_special else ""
+                ids += self._encoder.encode(prefix + part)
+            after_special = isinstance(part, int)
+        if add_special and self._family == "bert":
+            ids.append(self.sep_id)
+        elif add_special and self.add_eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def _partition(self, text: str, parse_special: bool) -> list[str | int]:
+        """Cut special tokens out of a text: all of the longest first, then the next in what is left."""
+        found = [i for prefix, ids in self._by_prefix.items() if prefix in text
+                 for i in ids if self._special_texts[i] in text]
+        found.sort(key=self._order.__getitem__)
+        parts: list[str | int] = [text] if text else []
+        for i in found:
+            if not parse_special and i in self.special_ids:
+                continue
+            special, cut = self._special_texts[i], []
+            for part in parts:
+                if isinstance(part, int) or special not in part:
+                    cut.append(part)
+                    continue
+                pieces = part.split(special)
+                for k, piece in enumerate(pieces):
+                    if k and i in self._rstrip:
+                        piece = piece.lstrip(" \t\n\v\f\r")
+                    if k < len(pieces) - 1 and i in self._lstrip:
+                        piece = piece.rstrip(" \t\n\v\f\r")
+                    cut += [i] * (k > 0) + [piece] * (piece != "")
+            parts = cut
+        return parts
+
+    # -- ids to text -----------------------------------------------------------------------------------------------
+
+    def piece(self, token: int) -> bytes:
+        """Give the bytes of one token; they need not be whole characters. Special tokens give their own text.
+
+        Raises: RequestError for an id that the vocabulary does not have.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise RequestError(f"token {token} is not in the vocabulary of {self.vocab_size}")
+        raw, kind = self._tokens[token], int(self._kinds[token])
+        if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED):
+            return raw
+        if kind == Kind.BYTE:
+            return byte_token(raw)
+        if kind != Kind.NORMAL:
+            return b""                                   # unused and undefined ones have no text
+        if self._family != "gpt2":
+            return raw.replace(SPACE.encode(), b" ")
+        return b"".join([LETTER_BYTES.get(letter) or letter.encode("utf-8", "surrogateescape")
+                         for letter in raw.decode("utf-8", "surrogateescape")])
+
+    def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Give the text of ids. Bytes that are not UTF-8 become U+FFFD; the space that `tokenize` puts first is taken
+        away again (after a leading BOS as well). `skip_special` leaves control and unknown tokens out.
+
+        Raises: RequestError for an id that the vocabulary does not have.
+        """
+        decoder = self.decoder(skip_special)
+        return "".join([*map(decoder.push, ids), decoder.flush()])
+
+    def decoder(self, skip_special: bool = True, at_start: bool = True) -> StreamDecoder:
+        """Give a decoder for ids that come one at a time.
+
+        `at_start` says that they begin a text or an answer, so that SentencePiece's leading space is not part of it;
+        give False where they continue a text in mid-sentence.
+        """
+        return StreamDecoder(self, skip_special, at_start)
+
+    # -- vocabulary ------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens in the file; the model's output may be wider."""
+        return self._tokens.n
+
+    def id_of(self, text: str) -> int | None:
+        """Give the id of the token that the file spells this way, or None."""
+        try:
+            return self._tokens.find(text.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:                       # a lone surrogate is in no file
+            return None
+
+    def need(self, text: str) -> int:
+        """Give the id of the token that the file spells this way.
+
+        Raises: UnsupportedModelError if there is none.
+        """
+        found = self.id_of(text)
+        if found is None:
+            raise UnsupportedModelError(f"the vocabulary has no token {text!r}, which this model needs")
+        return found
+
+    def __repr__(self) -> str:
+        kind = self.model if self.pre is None else f"{self.model}, {self.pre}"
+        return f"Tokenizer({kind}, {self.vocab_size} tokens)"
+
+
+class StreamDecoder:
+    """Turns ids that come one at a time into text; holds bytes back until they make whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True):
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._strip = at_start and (tokenizer.add_space_prefix or tokenizer.model == "bert")
+        self._first = True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """Give the text that this token completes; it may be empty.
+
+        Raises: RequestError for an id that the vocabulary does not have.
+        """
+        raw = self._tokenizer.piece(token)
+        if self._strip and token not in self._tokenizer.special_ids:
+            self._strip = False
+            raw = raw[1:] if raw[:1] == b" " else raw
+        elif not (self._first and token == self._tokenizer.bos_id):
+            self._strip = False
+        self._first = False
+        return "" if token in self._skip else self._utf8.decode(raw)
+
+    def flush(self) -> str:
+        """Give what is held back: the start of a character that never came whole is U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read the tokenizer of a GGUF file; one that holds nothing but a vocabulary will do.
+
+    Raises: InvalidModelError, UnsupportedModelError.
+    """
+    from pyengine.files.gguf import GGUFFile
+
+    return Tokenizer.from_metadata(GGUFFile(path).metadata)

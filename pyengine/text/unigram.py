@@ -1,0 +1,108 @@
+"""Unigram, SentencePiece's algorithm with a character map."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from pyengine.errors import InvalidModelError
+from pyengine.text.vocabulary import BYTE_RUNS, lenient, Kind, SPACE
+
+
+class Unigram:
+    """Cuts the text into the tokens whose scores sum highest (Kudo 2018, arXiv:1804.10959)."""
+
+    def __init__(self, tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray, unk_id: int | None,
+                 charsmap: bytes, prefix: bool, merge_spaces: bool):
+        from tokenizers import Tokenizer as Pipeline
+        from tokenizers import models
+
+        if unk_id is None:
+            raise InvalidModelError("tokenizer.ggml.unknown_token_id: a t5 vocabulary needs an unknown token")
+        normal = scores[kinds == Kind.NORMAL]
+        worst = float(normal.min()) if normal.size else 0.0
+        vocab = []
+        for i, (text, score, kind) in enumerate(zip(tokens, scores.tolist(), kinds.tolist())):
+            if kind == Kind.USER_DEFINED:
+                vocab.append((text, 0.0))
+            elif kind in (Kind.NORMAL, Kind.UNUSED):
+                vocab.append((text, score))
+            else:
+                vocab.append((f"\ufdd0{i}", worst))      # no text reaches a control token from here
+        self._model = Pipeline(models.Unigram(vocab, unk_id, False))
+        self._charsmap = _Charsmap(charsmap)
+        self._prefix, self._merge_spaces = prefix, merge_spaces
+        fixed = sorted((t for t, k in zip(tokens, kinds.tolist()) if k == Kind.USER_DEFINED), key=len, reverse=True)
+        self._fixed = re.compile("|".join(map(re.escape, fixed))) if fixed else None
+
+    def encode(self, text: str) -> list[int]:
+        parts, start = [], 0
+        for match in self._fixed.finditer(text) if self._fixed else ():
+            parts += [self._charsmap.apply(text[start:match.start()]), match.group()]
+            start = match.end()
+        text = "".join([*parts, self._charsmap.apply(text[start:])])
+        if self._merge_spaces:
+            words = [word for word in text.split(" ") if word]
+            text = "".join(SPACE + word for word in words)
+        else:
+            # The one extra space goes before the first word; a text of blanks alone gets none.
+            text = (SPACE if self._prefix and text.strip(" ") else "") + text.replace(" ", SPACE)
+        return self._model.encode(text, add_special_tokens=False).ids if text else []
+
+
+class _Charsmap:
+    """Replaces prefixes of the text by the longest rule that fits, as SentencePiece's `precompiled_charsmap` says.
+
+    Layout: u32 size of the trie in bytes, the trie, then NUL-ended replacements. The trie is a double array of u32:
+    bits 10..30 offset (shifted by 8 more if bit 9), bits 0..7 the label, bit 8 "a rule ends here", whose value (an
+    index into the replacements) is the node at the offset (Darts-clone, as sentencepiece embeds it).
+    """
+
+    def __init__(self, blob: bytes):
+        size = int.from_bytes(blob[:4], "little") if len(blob) >= 4 else 0
+        if blob and (len(blob) < 4 or size % 4 or 4 + size >= len(blob)):
+            raise InvalidModelError(f"tokenizer.ggml.precompiled_charsmap: a trie of {size} bytes does not fit in "
+                                    f"{len(blob)} bytes")
+        self._units = np.frombuffer(blob, "<u4", size // 4, 4).tolist() if size else []
+        self._strings = blob[4 + size:]
+
+    def apply(self, text: str) -> str:
+        """Give the text as the rules have it; no rule applies to escaped bytes, which become U+FFFD."""
+        if not self._units:
+            return lenient(text)
+        raw, out, i = text.encode("utf-8", "surrogateescape"), [], 0
+        while i < len(raw):
+            length, value = self._longest(raw, i)
+            if length:
+                end = self._strings.find(b"\0", value)
+                if end < 0:
+                    raise InvalidModelError(f"tokenizer.ggml.precompiled_charsmap: no replacement at {value}")
+                out.append(self._strings[value:end])
+            else:
+                length = 1 if raw[i] < 0x80 else len(BYTE_RUNS.match(raw, i).group())
+                out.append(raw[i:i + length] if length > 1 or raw[i] < 0x80 else b"\xef\xbf\xbd")
+            i += length
+        return b"".join(out).decode("utf-8", "replace")
+
+    def _longest(self, raw: bytes, start: int) -> tuple[int, int]:
+        units, best = self._units, (0, 0)
+        try:
+            node = _offset(units[0])
+            for i in range(start, len(raw)):
+                byte = raw[i]
+                node ^= byte
+                unit = units[node]
+                if not byte or unit & 0x800000FF != byte:
+                    break
+                node ^= _offset(unit)
+                if unit >> 8 & 1:
+                    best = (i - start + 1, units[node] & 0x7FFFFFFF)
+        except IndexError:
+            raise InvalidModelError("tokenizer.ggml.precompiled_charsmap: the trie points outside of itself") from None
+        return best
+
+
+def _offset(unit: int) -> int:
+    return unit >> 10 << ((unit & 1 << 9) >> 6)

@@ -1,0 +1,70 @@
+"""WordPiece, BERT's algorithm."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+from pyengine.text.vocabulary import lenient, SPACE
+
+
+class WordPiece:
+    """Cuts each word into the longest tokens from its left; a word that cannot be cut whole is one unknown token.
+
+    The vocabulary is the converter's: a word's first piece begins with U+2581, the others have no "##". Written out
+    here because llama.cpp has no longest word and `tokenizers` takes quadratic time without one.
+    """
+
+    def __init__(self, tokens: Sequence[str], unk_id: int, lowercase: bool, strip_accents: bool):
+        self._ids = {text: i for i, text in enumerate(tokens)}
+        self._longest = max(map(len, tokens))
+        self._unk_id, self._lowercase, self._strip_accents = unk_id, lowercase, strip_accents
+
+    def encode(self, text: str) -> list[int]:
+        return [i for word in self._words(lenient(text)) for i in self._pieces(SPACE + word)]
+
+    def _words(self, text: str) -> list[str]:
+        """Split at blanks and around signs and Chinese characters (BERT's BasicTokenizer, as llama.cpp has it)."""
+        out = []
+        for char in text:
+            if self._strip_accents:
+                char = _first_decomposed(char)
+            category = unicodedata.category(char)
+            if char.isspace() and char not in "\x1c\x1d\x1e\x1f":
+                out.append(" ")
+            elif char in "\0\ufffd" or category in ("Cc", "Cf", "Co") or category[0] == "M" and self._strip_accents:
+                continue
+            else:
+                lower = char.lower() if self._lowercase else char
+                lower = lower if len(lower) == 1 else lower[0]
+                alone = category[0] == "P" or category[0] == "S" and char < "\x7f" or _is_chinese(ord(char))
+                out.append(f" {lower} " if alone else lower)
+        return "".join(out).split(" ")
+
+    def _pieces(self, word: str) -> list[int]:
+        if word == SPACE:
+            return []
+        ids: list[int] = []
+        start = 0
+        while start < len(word):
+            for end in range(min(len(word), start + self._longest), start, -1):
+                found = self._ids.get(word[start:end])
+                if found is not None:
+                    break
+            else:
+                return [self._unk_id]
+            ids.append(found)
+            start = end
+        return ids
+
+
+def _first_decomposed(char: str) -> str:
+    """Give the first character of the canonical decomposition."""
+    return unicodedata.normalize("NFD", char)[0]
+
+
+def _is_chinese(code: int) -> bool:
+    """Tell whether BERT puts blanks around the character (its tokenization.py; 0x2B920 is transformers' slip)."""
+    return (0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0x20000 <= code <= 0x2A6DF
+            or 0x2A700 <= code <= 0x2B73F or 0x2B740 <= code <= 0x2B81F or 0x2B920 <= code <= 0x2CEAF
+            or 0xF900 <= code <= 0xFAFF or 0x2F800 <= code <= 0x2FA1F)
