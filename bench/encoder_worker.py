@@ -34,7 +34,7 @@ class PyEngine:
         from pyengine.media.image import open_image
 
         model = load(folder, format_name, n_threads, n_ctx)
-        self.view = model.media.vision.process(open_image(picture)).views[0]
+        self.view = model.media.process(open_image(picture)).views[0]
         self.program = model.media.prepared.load()
 
     def encode(self) -> np.ndarray:
@@ -210,7 +210,7 @@ class Whole:
         """Resident bytes: before, at the peak of and after a first and a second picture."""
         from pyengine.media.image import open_image
 
-        self.model.media.vision.process(open_image(self._picture(9)))          # imports, and what malloc keeps
+        self.model.media.process(open_image(self._picture(9)))          # imports, and what malloc keeps
         out: dict[str, Any] = {"before": status()}
         for number, name in enumerate(("first", "second")):
             picture = self._picture(number)

@@ -399,7 +399,7 @@ class Timed:
             self.program.inputs[name].reshape(-1)[:] = array.reshape(-1)
         for name, array in states.items():
             raw = np.ascontiguousarray(array)
-            ctypes.memmove(self.program.state_address[name], raw.ctypes.data, raw.nbytes)
+            ctypes.memmove(self.program.states[name].memory.ctypes.data, raw.ctypes.data, raw.nbytes)
 
     def results(self) -> list[np.ndarray]:
         """What copy 0 has computed: arrays of the program, and caches as they are now."""
@@ -408,7 +408,7 @@ class Timed:
 
     def _state(self, name: str) -> np.ndarray:
         raw = np.empty_like(self.states[f"{name}.0"])
-        ctypes.memmove(raw.ctypes.data, self.program.state_address[f"{name}.0"], raw.nbytes)
+        ctypes.memmove(raw.ctypes.data, self.program.states[f"{name}.0"].memory.ctypes.data, raw.nbytes)
         value = self.copy.values[name]
         values = Blocks(name, value.dtype, raw).values() if isinstance(value, Blocks) else raw
         return values.reshape(self.job.case.shapes[name])
@@ -417,7 +417,7 @@ class Timed:
         """Seconds of one copy, on average."""
         self.program.profile(True)
         for _ in range(times):
-            self.program.execute([])
+            self.program.execute()
         total = sum(s for node, s in self.program.seconds() if node.op is self.job.op)
         self.program.profile(False)
         return total / times / self.n

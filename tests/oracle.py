@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pyengine import ops
-from pyengine.files.model_files import open_files
-from pyengine.programs.step import build
+from pyengine import hardware, ops
 from pyengine.backends.reference import Backend
-from pyengine.cache.policy import visible
+from pyengine.engine.runner import Runner
+from pyengine.files.model_files import open_files
+from pyengine.graph.graph import Graph
+from pyengine.graph.tensor import Tensor
+from pyengine.media.views import Limits, Processed
+from pyengine.memory.layout import ModelLayout
+from pyengine.memory.settings import Settings
+from pyengine.models.architecture import Encoder
+from pyengine.programs.bound import bind
+from pyengine.programs.rows import token_rows
+from pyengine.programs.step import Step, Work
+
+
+def step_of(path: Path, n_ctx: int = 64, n_batch: int = 16, kv_dtype: str = "f16", mmproj: Path | None = None, **sizes: int) -> Step:
+    """A model's step at these sizes."""
+    layout = ModelLayout(bind(open_files(path, mmproj)), Settings(n_ctx, n_batch, kv_dtype), hardware.detect())
+    return Step(layout.bound.model, replace(layout.sizes, **sizes))
+
+
+class Planned:
+    """An encoder as plans use it: within the limits of a context, and of the rows of a run."""
+
+    def __init__(self, encoder: Encoder, n_ctx: int, rows: int | None = None):
+        self.encoder, self.limits = encoder, Limits(n_ctx, rows or encoder.most_rows(n_ctx))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def process(self, media: Any) -> Processed:
+        return self.encoder.process(media, self.limits)
+
+    def declare(self, graph: Graph) -> Tensor:
+        return self.encoder.declare(graph, self.limits.rows)
+
+
+def encoder_of(path: Path, mmproj: Path | None = None, n_ctx: int = 256) -> Planned:
+    """The encoder that a model's files hold."""
+    return Planned(bind(open_files(path, mmproj)).image, n_ctx)
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
     """Logits after each position, float64 [n, vocab], computed in one step."""
-    built = build(open_files(path), len(ids), len(ids), "f32")
-    program = Backend().compile(built.outputs, dtype=np.float64)
-    index = np.arange(len(ids))
-    feed = {"ids": np.array(ids), "positions": index[None], "wanted": index, "head": index, "seq": index * 0, "seq_wanted": index * 0}
-    for g, name in built.groups:
-        lo, hi = visible(g.policy, index)
-        feed |= {f"{name}.cells": index % g.slots, f"{name}.lo": lo, f"{name}.hi": hi, f"{name}.lo_wanted": lo, f"{name}.hi_wanted": hi}
-    for node in program.nodes:
-        if node.kind == "state" and node.name.endswith(".table"):
-            program.values[id(node), 0][0] = np.arange(node.outputs[0].shape[1])
-    return program.run(**feed)[0]
+    n = len(ids)
+    step = step_of(path, n, n, "f32", n_head=n)
+    runner = Runner(step, Backend(dtype=np.float64).prepare(step.declare()).load())
+    return runner.run([Work(runner.cells.new(), token_rows(ids, 0, runner.axes), 0, n, np.arange(n, dtype=np.int32))])
 
 
 def int8_activations(x, w, bias=None, norm=None, residual=None, **params):

@@ -11,6 +11,7 @@ from PIL import Image
 from test_multimodal import DOT, LONG, THIN, A, B, picture
 
 import pyengine as pe
+from pyengine.media.views import Limits
 from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, SessionError, UnsupportedModelError
 
@@ -113,13 +114,13 @@ def test_text_before_the_first_picture_is_text(path) -> None:
 
 def test_rows_that_see_nothing_skip_the_layers(path) -> None:
     model = pe.load(path, n_ctx=128)
-    seeing, run = [], model.program.execute_named
+    seeing, run = [], model.program.execute
 
-    def watched(first_step: int = 0, **dims: int) -> None:
+    def watched(entry: str | None = None, **dims: int) -> None:
         seeing.append((dims["m"], dims["s"], dims["c"]))
-        run(first_step, **dims)
+        run(entry, **dims)
 
-    model.program.execute_named = watched
+    model.program.execute = watched
     model.logits([1, 2, 3])
     model.logits([1, 2, DOT, 3, 4])
     assert seeing == [(3, 0, 0), (0, 0, 10), (5, 3, 0)]
@@ -183,8 +184,8 @@ def test_conversations_side_by_side_are_those_alone(path) -> None:
 def written(model: pe.Model) -> list[int]:
     """Numbers of encoder rows, as they are written from now on."""
     found: list[int] = []
-    cross = model._runner._cross
-    model._runner._cross = lambda s, pictures: (found.extend(len(p) for p in pictures), cross(s, pictures))[1]
+    cross = model._runner.inputs.cross
+    model._runner.inputs.cross = lambda s, pictures: (found.extend(len(p) for p in pictures), cross(s, pictures))[1]
     return found
 
 
@@ -209,8 +210,8 @@ def test_forks_share_pictures(path) -> None:
     ask(model, [*start, 5, 6, 7, 8])
     ask(model, [*start, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18])
     forked = ask(model, [*start, 19, DOT, 20])
-    number = model._runner._across
-    assert rows == [40, 40, 10] and len(cells.sequences) == 3 and dict(cells.shared())[number] == 2
+    number = model._runner.step.across
+    assert rows == [40, 40, 10] and len(cells.conversations) == 3 and dict(cells.shared())[number] == 2
     equal(forked, ask(fresh, [*start, 19, DOT, 20]))
     equal(ask(model, [*start, 5, 6, 7, 9]), ask(fresh, [*start, 5, 6, 7, 9]))
     assert rows == [40, 40, 10]
@@ -253,18 +254,19 @@ def test_idle_conversations_go_for_pictures_of_others(path) -> None:
     for p in [*prompts, *prompts]:
         fresh.reset()
         equal(ask(model, p), ask(fresh, p))
-        assert len(model._runner.cells.sequences) <= 2
+        assert len(model._runner.cells.conversations) <= 2
 
 
 def test_tokens_behind_a_picture_can_be_removed(path) -> None:
     """Encoder rows have no positions: they stay, the same keys are left of the text's layers."""
     model = pe.load(path, n_ctx=64)
     ask(model, [3, A, *range(20, 40)])
-    runner, s = model._runner, model._runner.cells.sequences[0]
-    held = [runner.storage(1)[0].copy(), runner.storage(1)[1].copy()]
+    runner, s = model._runner, model._runner.cells.conversations[0]
+    layer, every = runner.store.layers[1], np.arange(runner.store.layers[1].k.shape[1])
+    held = [layer.k.gather(every), layer.v.gather(every)]
     runner.shift(s, 6, 10)
     assert s.crossed() == 40 and s.sees == (0, 40) and len(s.keys) == 2 + 20 + 7 - 4
-    assert all(np.array_equal(a, b) for a, b in zip(held, runner.storage(1)))
+    assert all(np.array_equal(a, b) for a, b in zip(held, (layer.k.gather(every), layer.v.gather(every))))
     with pytest.raises(RequestError, match="before or within a picture"):
         runner.shift(s, 0, 1)
 
@@ -299,14 +301,14 @@ def test_tiles_are_those_of_transformers() -> None:
 
 def test_pixels_and_aspect_ratios_are_those_of_transformers(tiny_gguf) -> None:
     out, folder = tiny_gguf("mllama")
-    vision = pe.load(out, n_ctx=16).media.vision
+    vision = pe.load(out, n_ctx=16).media.encoder
     c, p = vision.config, vision.config.patch_size
     sizes = ((44, 44), (88, 88), (45, 43), (300, 10), (10, 3000), (200, 130), (44, 120), (44, 80))
     pictures = [A, B, LONG, THIN, DOT, *(picture(h, w) for h, w in sizes)]
     want = tiny.hf_seen(folder, [*pictures, 3])
     assert {n for _, n, _ in want.grids} == {1, 2, 3, 4}
     for image, pixels, (ratio, n, _) in zip(pictures, want.pixels, want.grids):
-        processed = vision.process(pe.open_image(image))
+        processed = vision.process(pe.open_image(image), Limits(16, vision.most_rows(16)))
         inputs = processed.views[0].inputs
         assert processed.views[0].positions.shape[1] == n * c.rows
         assert inputs["places"][0] == ratio * c.max_tiles * c.rows

@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pyengine.cache.cells import Cells, first_seen, Group, group, Sequence
+from pyengine.cache.cells import Cells, Conversation, Group, group
 from pyengine.errors import PlanError, RequestError
-from pyengine.cache.policy import Chunked, Cross, Full, Sliding, visible
+from pyengine.cache.policy import Chunked, Cross, Full, Sliding
 
 PAGE, N_BATCH = 4, 5
 MIXES = {
@@ -37,7 +37,7 @@ class Store:
     def __init__(self, policies: tuple[Any, ...], n_ctx: int, n_seq: int, spare: int | None = None):
         groups = [group(p, n_ctx, N_BATCH, n_seq, PAGE) for p in policies]
         if spare is not None and n_seq > 1:                  # fewer pages than all sequences could fill
-            groups = [Group(g.policy, g.slots, g.slots + spare * PAGE) if g.paged else g for g in groups]
+            groups = [Group(g.policy, g.slots, g.slots + spare * PAGE) if g.policy.paged else g for g in groups]
         self.cells = Cells(groups, [np.full((n_seq, g.slots), -1, np.int32) for g in groups], PAGE)
         self.data = [np.full(g.n_cells, -1, np.int64) for g in groups]
         self.serial = 0
@@ -46,7 +46,7 @@ class Store:
         for number, source, target in copies:
             self.data[number][target] = self.data[number][source]
 
-    def write(self, s: Sequence, n: int) -> list[int]:
+    def write(self, s: Conversation, n: int) -> list[int]:
         """Append n tokens in steps, as the engine does; returns their values, which are unique."""
         values = list(range(self.serial, self.serial + n))
         self.serial += n
@@ -64,7 +64,7 @@ class Store:
             self.cells.touch(s)
         return values
 
-    def read(self, number: int, s: Sequence, tokens: np.ndarray) -> list[int]:
+    def read(self, number: int, s: Conversation, tokens: np.ndarray) -> list[int]:
         return self.data[number][self.cells.cells_of(number, s, tokens)].tolist()
 
     def across(self, number: int) -> bool:
@@ -74,33 +74,33 @@ class Store:
         """What a group holds of these tokens."""
         return [r for t in tokens for r in brought(t)] if self.across(number) else tokens
 
-    def check(self, model: dict[Sequence, list[int]]) -> None:
+    def check(self, model: dict[Conversation, list[int]]) -> None:
         cells = self.cells
-        for s in cells.sequences:
+        for s in cells.conversations:
             assert s.keys == model[s]
         for i, g in enumerate(cells.groups):
-            for s in cells.sequences:
+            for s in cells.conversations:
                 live, values = cells.live(i, s), self.values(i, model[s])
-                first = 0 if self.across(i) else visible(g.policy, np.array([len(s)]))[0][0]
+                first = 0 if self.across(i) else g.policy.visible(np.array([len(s)]))[0][0]
                 assert live.tolist() == list(range(first, len(values)))
                 assert self.read(i, s, live) == [values[j] for j in live]
-            held = Counter(p for s in cells.sequences for p in s.pages.get(i, ()))
-            if g.paged:
+            held = Counter(p for s in cells.conversations for p in s.pages.get(i, ()))
+            if g.policy.paged:
                 assert {p: int(n) for p, n in enumerate(cells._refs[i]) if n} == held
                 assert sorted([*cells._free[i], *held]) == list(range(len(cells._refs[i])))
             owners: dict[int, tuple[int, int]] = {}          # cell -> (number of its token, value): the same for all who hold it
-            for s in cells.sequences:
+            for s in cells.conversations:
                 for j in cells.live(i, s):
                     cell = int(cells.cells_of(i, s, j))
                     assert 0 <= cell < g.n_cells
                     value = self.values(i, model[s])[j]
                     assert owners.setdefault(cell, (int(j), value)) == (int(j), value)
-                    assert g.paged or cell // g.slots == s.row
+                    assert g.policy.paged or cell // g.slots == s.row
 
 
 def some(machine: Machine) -> bool:
     """Whether there are sequences."""
-    return hasattr(machine, "cells") and bool(machine.cells.sequences)
+    return hasattr(machine, "cells") and bool(machine.cells.conversations)
 
 
 ROW, BACK = st.integers(0, 3), st.integers(0, 9)             # one of the sequences; how far from its end
@@ -119,29 +119,29 @@ class Machine(RuleBasedStateMachine):
             self.new()
             self.extend(row, n, N_BATCH)
 
-    def pick(self, row: int) -> Sequence:
-        return self.cells.sequences[row % len(self.cells.sequences)]
+    def pick(self, row: int) -> Conversation:
+        return self.cells.conversations[row % len(self.cells.conversations)]
 
-    def refused(self, action: Any, but: Sequence | None = None) -> Any:
+    def refused(self, action: Any, but: Conversation | None = None) -> Any:
         """What `action` returns; or None after a PlanError, which may only come when nothing idle is left."""
         try:
             return action()
         except PlanError:
-            assert not [s for s in self.cells.sequences if not s.active and s is not but]
+            assert not [s for s in self.cells.conversations if not s.active and s is not but]
             return None
 
-    def kept(self, s: Sequence, back: int) -> int:
+    def kept(self, s: Conversation, back: int) -> int:
         assert self.cells.reach(s, len(s)) == len(s)
         return self.cells.reach(s, max(0, len(s) - back))
 
-    @precondition(lambda self: not some(self) or len(self.cells.sequences) < self.cells.n_seq or not self.cells.sequences[0].active)
+    @precondition(lambda self: not some(self) or len(self.cells.conversations) < self.cells.n_seq or not self.cells.conversations[0].active)
     @rule()
     def new(self) -> None:
-        full, idle = len(self.cells.sequences) == self.cells.n_seq, [s for s in self.cells.sequences if not s.active]
+        full, idle = len(self.cells.conversations) == self.cells.n_seq, [s for s in self.cells.conversations if not s.active]
         oldest = min(idle, key=lambda s: s.used, default=None)
         s = self.refused(self.cells.new)
         assert (s is None) == (full and not idle)
-        assert oldest is None or (oldest in self.cells.sequences) == (not full)
+        assert oldest is None or (oldest in self.cells.conversations) == (not full)
         if s is not None:
             self.model[s] = []
 
@@ -192,7 +192,7 @@ class Machine(RuleBasedStateMachine):
         s = self.pick(row)
         n = self.kept(s, back)
         heir = self.cells.renew(s, n)
-        assert s not in self.cells.sequences and heir.row == s.row and heir.active
+        assert s not in self.cells.conversations and heir.row == s.row and heir.active
         self.model[heir] = self.model[s][:n]
 
     @precondition(some)
@@ -202,7 +202,7 @@ class Machine(RuleBasedStateMachine):
         s.active = active
         self.cells.touch(s)
 
-    @precondition(lambda self: some(self) and len(self.cells.sequences) > 1)
+    @precondition(lambda self: some(self) and len(self.cells.conversations) > 1)
     @rule(row=ROW)
     def drop(self, row: int) -> None:
         self.cells.drop(self.pick(row))
@@ -213,7 +213,7 @@ class Machine(RuleBasedStateMachine):
         s = self.pick(row)
         start = min(start, len(s))
         stop = min(start + n, len(s))
-        if not all(g.paged for g in self.cells.groups):
+        if not all(g.policy.paged for g in self.cells.groups):
             with pytest.raises(RequestError, match="bounded past"):
                 self.cells.shift(s, start, stop)
             return
@@ -307,11 +307,11 @@ def test_refused_pages_leave_everything_as_it_was() -> None:
     store.check(model)
     a.active = False
     model[b] = values + store.write(b, 5) + store.write(b, 5)
-    assert a not in cells.sequences
+    assert a not in cells.conversations
     store.check(model)
 
 
 def test_first_seen_is_the_mask_s_lower_bound() -> None:
     for policy in (Full(), Sliding(1), Sliding(5), Chunked(3)):
-        lo, _ = visible(policy, np.arange(20))
-        assert [first_seen(policy, n) for n in range(20)] == lo.tolist()
+        lo, _ = policy.visible(np.arange(20))
+        assert [policy.first_of(n) for n in range(20)] == lo.tolist()

@@ -117,7 +117,7 @@ def test_blocks_hold_keys_without_what_they_have_in_common() -> None:
         states = [graph.state(x, (g, n, e), dtype(kind)) for x in "kv"]
         index = {x: graph.input(x, (m,), "I32") for x in ("cells", "lo", "hi")}
         given = [graph.input(x, a.shape) for x, a in (("q", q), ("new_k", k), ("new_v", v))]
-        cache = LayerCache(*states, index["cells"], None, None, index["lo"], index["hi"], None, None, None)
+        cache = LayerCache(*states, None, index["cells"], None, index["lo"], index["hi"])
         out = cache.attend(*given, scale=0.125, k_common=None if left_out is None else graph.constant(left_out))
         return Cpu(n_threads=2).compile([out], single=True).run(q=q, new_k=k, new_v=v, cells=np.arange(m), lo=lo, hi=np.arange(m) + 1)
 
@@ -138,9 +138,9 @@ def with_seed(build, g: pe.Graph):
 
 @pytest.mark.parametrize("left_out", [None, *passes.PASSES])
 def test_each_pass_keeps_the_result(left_out: str | None) -> None:
-    want = Reference().compile(with_seed(attention_block, pe.Graph()), passes=[], dtype=np.float64).run(**FEED)[0]
+    want = Reference(dtype=np.float64).compile(with_seed(attention_block, pe.Graph()), passes=[]).run(**FEED)[0]
     some = [p for p in passes.PASSES if p != left_out]
-    got = Reference().compile(with_seed(attention_block, pe.Graph()), passes=some, dtype=np.float64).run(**FEED)[0]
+    got = Reference(dtype=np.float64).compile(with_seed(attention_block, pe.Graph()), passes=some).run(**FEED)[0]
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 

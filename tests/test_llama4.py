@@ -12,7 +12,8 @@ from test_multimodal import picture, same
 
 import pyengine as pe
 from pyengine.files.model_files import open_files
-from pyengine.programs.step import build
+from oracle import Planned
+from pyengine.programs.bound import bind
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.cache.policy import Chunked, Full
 
@@ -142,7 +143,7 @@ def test_a_conversation_has_the_ids_of_transformers(tiny_gguf) -> None:
 def test_tokens_of_the_tiles_without_keys_for_them(tiny_gguf) -> None:
     """Their texts name them, as in files of llama.cpp's converter."""
     model = pe.load(tiny_gguf("llama4")[0], n_ctx=256)
-    v, token = model.media.vision, model.tokenizer.id_of
+    v, token = model.media.encoder, model.tokenizer.id_of
     assert (v.start, v.end, v.across, v.down, v.whole) == tuple(map(token, (
         "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>")))
 
@@ -179,12 +180,12 @@ def test_canvases_and_sizes_are_those_of_transformers(height: int, width: int, t
 def test_pixels_are_those_of_transformers(tiny_gguf, options: dict[str, Any]) -> None:
     """To the last bit: Pillow's resizing, padding, bfloat16."""
     out, folder = tiny_gguf("llama4", processor=options)
-    vision = pe.load(out, n_ctx=512).media.vision
+    vision = Planned(pe.load(out, n_ctx=512).media.encoder, 512)
     processor = tiny._llama4_images().from_pretrained(folder)
     for image in (ONE, WIDE, TALL, LARGE, DOT):
         want = processor(image, return_tensors="pt")["pixel_values"].float().numpy()               # [tiles, 3, 56, 56]
         views = vision.process(pe.open_image(image)).views
-        assert len(views) == len(want) == vision.rows(*image.size) // 4
+        assert len(views) == len(want) == vision.n_rows(*image.size) // 4
         for view, tile in zip(views, want):
             patches = tile.reshape(3, 4, 14, 4, 14).transpose(1, 3, 0, 2, 4).reshape(16, -1)[vision.order]
             assert np.array_equal(view.inputs["patches"], np.concatenate([patches, np.zeros((1, 588), np.float32)]))
@@ -218,4 +219,4 @@ def test_keys_that_cannot_be(tiny_gguf) -> None:
         files = open_files(path)
         files.model.metadata._decoded[key] = value
         with pytest.raises(InvalidModelError, match=error):
-            build(files, 64, 16, "f16")
+            bind(files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyengine.cache.policy import Chunked, Cross, Full, Policy, seen_across, Sliding, visible
+from pyengine.cache.policy import Chunked, Cross, Full, Policy, seen_across, Sliding
 
 
 def draw(policy: Policy, n: int, span: tuple[int, int] | None = None) -> str:
@@ -13,7 +13,7 @@ def draw(policy: Policy, n: int, span: tuple[int, int] | None = None) -> str:
     end = None
     if span:
         end = np.where((index >= span[0]) & (index < span[1]), span[1], 0)
-    lo, hi = visible(policy, index, end)
+    lo, hi = policy.visible(index, end)
     return "\n".join("".join("#" if lo[i] <= j < hi[i] else "." for j in range(n)) for i in range(n))
 
 
@@ -54,5 +54,5 @@ def test_a_ring_never_overwrites_a_key_that_is_still_seen(n_batch: int) -> None:
         index = np.arange(start, min(start + n_batch, n))
         for i in index:
             cell_holds[int(i) % slots] = int(i)
-        for lo, hi in zip(*visible(policy, index)):
+        for lo, hi in zip(*policy.visible(index)):
             assert all(cell_holds[j % slots] == j for j in range(lo, hi))

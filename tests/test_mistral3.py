@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import pyengine as pe
-from pyengine.files.model_files import open_files
-from pyengine.programs.step import build
+from oracle import encoder_of
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.media.image import Image
 from pyengine.models import architectures
@@ -24,10 +23,6 @@ SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (112, 112), (28, 8
 RNG = np.random.default_rng(4)
 PICTURES = [RNG.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in SIZES]
 A, B = PICTURES[0], PICTURES[4]
-
-
-def vision(path, mmproj=None, n_ctx=256):
-    return build(open_files(path, mmproj), n_ctx, 32, "f16").vision
 
 
 def close(got: np.ndarray, want: np.ndarray, share: float = 2e-5) -> None:
@@ -49,7 +44,7 @@ OTHER = {"image_mean": [0.4, 0.5, 0.45], "image_std": [0.2, 0.25, 0.3], "resampl
 @pytest.mark.parametrize("settings", [{}, OTHER], ids=["as released", "others"])
 def test_pixels_are_bit_for_bit_those_of_transformers(tiny_gguf, settings) -> None:
     path, folder = tiny_gguf("mistral3", processor=settings)
-    ours, theirs = vision(path), transformers.PixtralImageProcessorPil.from_pretrained(folder)
+    ours, theirs = encoder_of(path), transformers.PixtralImageProcessorPil.from_pretrained(folder)
     for pixels in PICTURES:
         made = theirs(pixels, patch_size=28, return_tensors="np", input_data_format="channels_last")      # 14 x merge of 2
         done = ours.process(Image(pixels))
@@ -58,7 +53,7 @@ def test_pixels_are_bit_for_bit_those_of_transformers(tiny_gguf, settings) -> No
         patches = view.inputs["patches"].reshape(lines, columns, 2, 2, 3, 14, 14).transpose(4, 0, 2, 5, 1, 3, 6)
         assert np.array_equal(patches.reshape(3, lines * 28, columns * 28), made["pixel_values"][0])
         assert done.size == pixels.shape[1::-1] and done.processed == (columns * 28, lines * 28)
-        assert ours.rows(*done.size) == lines * columns == view.positions.shape[1]
+        assert ours.n_rows(*done.size) == lines * columns == view.positions.shape[1]
         ends = [p for p in done.parts if isinstance(p, int)]
         assert ends == [ours.line_end] * (lines - 1) + [ours.end] and done.parts[-1] == ours.end
         pieces = [(p.start, p.stop) for p in done.parts if not isinstance(p, int)]
@@ -68,7 +63,7 @@ def test_pixels_are_bit_for_bit_those_of_transformers(tiny_gguf, settings) -> No
 def test_sizes_are_transformers_and_within_the_bound(tiny_gguf) -> None:
     from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size as theirs
 
-    ours = vision(tiny_gguf("mistral3")[0])
+    ours = encoder_of(tiny_gguf("mistral3")[0])
     for _ in range(2000):
         height, width = (int(s) for s in np.exp(RNG.uniform(0, 9, 2)))
         longest = int(np.exp(RNG.uniform(2, 8)))

@@ -11,7 +11,7 @@ from PIL import Image
 import pyengine as pe
 from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
 from pyengine.errors import ContextOverflowError, ImageError, RequestError, UnsupportedModelError
-from pyengine.cache.policy import Full, Sliding, visible
+from pyengine.cache.policy import Full, Sliding
 
 tiny = pytest.importorskip("tiny")
 KINDS = ("gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3", "mllama")
@@ -259,7 +259,7 @@ def test_a_picture_beyond_the_plan_is_refused_with_numbers(tiny_gguf) -> None:
 def drawn(policy, segments) -> list[str]:
     rows = lay_out_rows(segments)
     index = np.arange(len(rows), dtype=np.int32)
-    lo, hi = visible(policy, index, rows.span_end)
+    lo, hi = policy.visible(index, rows.span_end)
     return ["".join("x" if a <= j < b else "." for j in index) for a, b in zip(lo, hi)]
 
 

@@ -18,9 +18,11 @@ from conftest import REAL, real_path
 import pyengine as pe
 from pyengine import hardware
 from pyengine.backends import backend
+from oracle import step_of
 from pyengine.files.model_files import open_files
-from pyengine.memory import fit
-from pyengine.programs.step import build
+from pyengine.memory.layout import ModelLayout
+from pyengine.memory.settings import Settings
+from pyengine.programs.bound import bind
 from pyengine.errors import ImageError, PlanError, RequestError
 from pyengine.files.gguf import GGUFFile
 from pyengine.hardware.facts import Device
@@ -291,8 +293,7 @@ def test_every_number_is_made_of_named_parts(files) -> None:
 
 
 def test_the_arena_is_what_its_busiest_step_needs(tiny_gguf) -> None:
-    built = build(open_files(tiny_gguf("gemma3_text")[0]), 256, 512, "f16")
-    layout = backend("cpu", n_threads=1).prepare(built.outputs).layout
+    layout = backend("cpu", n_threads=1).prepare(step_of(tiny_gguf("gemma3_text")[0], 256, 512).declare()).layout
     need = [scratch + sum(i.size for _, i in layout.lives.values() if i.start <= step <= i.end)
             for step, (_, scratch) in enumerate(layout.scratch)]
     *parts, (last, gaps) = layout.busiest()
@@ -334,12 +335,12 @@ def test_without_a_context_the_largest_that_fits_is_taken_and_named(files, machi
 def test_a_larger_cache_is_counted_as_if_it_had_been_built(tiny_gguf) -> None:
     """What the searches count is what a plan of these numbers counts."""
     for kind in ("gemma3_text", "gemma3", "qwen2_5_vl", "mllama"):
-        files = open_files(tiny_gguf(kind)[0])
-        count = fit._Count(files, fit.Settings(n_ctx=128, n_batch=16, n_seq=2), hardware.detect())
+        bound = bind(open_files(tiny_gguf(kind)[0]))
+        layout = ModelLayout(bound, Settings(n_ctx=128, n_batch=16, n_seq=2), hardware.detect())
         for n_ctx, n_seq in ((128, 2), (512, 2), (65, 1), (100, 7), (4, 1), (512, 30)):
-            built = fit._Count(files, fit.Settings(n_ctx=n_ctx, n_batch=16, n_seq=n_seq), hardware.detect()).planned()
-            if built.plan.picture == (count.built.vision.max_rows if count.built.vision else 0):
-                assert count.total_at(n_ctx, n_seq) == built.plan.total, (kind, n_ctx, n_seq)
+            other = ModelLayout(bound, Settings(n_ctx=n_ctx, n_batch=16, n_seq=n_seq), hardware.detect())
+            if other.sizes.runs == layout.sizes.runs:
+                assert layout.total_at(n_ctx, n_seq) == other.total, (kind, n_ctx, n_seq)
 
 
 def test_refusals_name_three_things_that_fit(files, machine) -> None:

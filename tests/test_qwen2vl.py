@@ -13,13 +13,14 @@ from pyengine.nn.batch import Batch
 from pyengine.dtype import dtype
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile
-from pyengine.graph.graph import Graph
+from pyengine.backends.graph import Graph
 from pyengine.files.hparams import Hparams
 from pyengine.media.image import Image
 from pyengine.media.video import Video
-from pyengine.cache.policy import visible
+from oracle import Planned
 from pyengine.nn.cache import LayerCache
-from pyengine.models import architecture
+from pyengine.models import model_class
+from pyengine.models.architecture import EncoderFiles
 from pyengine.models.qwen2vl import most_rows, smart_resize
 from pyengine.graph.tensor import Dim
 from pyengine.files.weights import Weights
@@ -124,15 +125,15 @@ def write(path: Path, meta: dict[str, object], arrays: dict[str, np.ndarray], vi
     return path
 
 
-def bind(path: Path, n_ctx: int = N_CTX) -> SimpleNamespace:
-    """The architecture and its Vision, bound to a file, every tensor of which must be used."""
+def bind(path: Path, n_ctx: int = N_CTX, rows: int | None = None) -> SimpleNamespace:
+    """The architecture and its encoder, bound to a file, every tensor of which must be used."""
     file = GGUFFile(path)
     h, v, w = Hparams(file.metadata), Hparams(file.metadata, "clip"), Weights(file)
-    text = architecture(h.arch)(h, w, n_ctx)
+    text = model_class(h.arch)(h, w)
     special = {"<|image_pad|>": 77, "<|video_pad|>": 91, "<|vision_start|>": 5, "<|vision_end|>": 33}
-    vision = text.Vision(h, v, w, n_ctx, special.__getitem__)
+    encoder = text.encoders(EncoderFiles(h, v, w, special.__getitem__))["image"]
     w.finish()
-    return SimpleNamespace(text=text, vision=vision, file=file)
+    return SimpleNamespace(text=text, vision=Planned(encoder, n_ctx, rows), file=file)
 
 
 def random_model(kind: str, **vision):
@@ -158,7 +159,7 @@ def pair(request, tmp_path_factory):
 
 def encode(vision, views, device: str = "cpu") -> np.ndarray:
     g = Graph()
-    program = g.compile(vision.encode(g), device=device)
+    program = g.compile(vision.declare(g), device=device)
     return np.concatenate([program.run(**view.inputs).copy() for view in views])
 
 
@@ -322,8 +323,7 @@ def test_videos_are_transformers_in_one_run_or_several(pair, frames: int) -> Non
     done = pair.vision.process(Video(list(clip), fps=2.0))
     assert len(done.views) == 1 and np.array_equal(in_raster_order(done.views[0], done.views[0].inputs["patches"]), pixels.numpy())
     close(encode(pair.vision, done.views), want, 1e-5)
-    narrow = bind(pair.path).vision
-    narrow.max_rows = len(want) // done.views[0].grid[0]                       # one time step a run
+    narrow = bind(pair.path, rows=len(want) // done.views[0].grid[0]).vision      # one time step a run
     parts = narrow.process(Video(list(clip), fps=2.0)).views
     assert len(parts) == done.views[0].grid[0]
     assert np.array_equal(np.concatenate([p.positions for p in parts], axis=1), done.views[0].positions)
@@ -353,7 +353,7 @@ def test_converted_checkpoints(tiny_gguf, kind: str) -> None:
     ours = bind(path).vision
     config = transformers.AutoConfig.from_pretrained(folder)
     assert (ours.soft, ours.soft_video) == (config.image_token_id, config.video_token_id)
-    assert ours.image_marker == (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
+    assert ours.markers["image"] == (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
     processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
     out = processor([PICTURES[4]], return_tensors="pt")
     hf = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
@@ -412,17 +412,16 @@ def decode(text, ids: np.ndarray, positions: np.ndarray, media: np.ndarray) -> n
     """Logits at every position, in one step on the CPU backend with a float32 cache."""
     g, c, n = Graph(), text.config, len(ids)
     m = Dim("m", n)
-    batch = Batch(m, g.input("ids", (m,), "I32"), g.input("positions", (text.position_axes, m), "I32"), g.input("wanted", (m,), "I32"),
-                  g.input("head", (m,), "I32"), g.input("media", (Dim("e", max(1, len(media))), c.d_model)))
+    batch = Batch(n, g.input("ids", (m,), "I32"), g.input("positions", (text.position_axes, m), "I32"),
+                  g.input("media", (Dim("e", max(1, len(media))), c.d_model)))
     rows = {name: g.input(name, (m,), "I32") for name in ("cells", "seq", "lo", "hi")}
     table = g.constant(np.arange(n, dtype=np.int32)[None])
-    caches = [LayerCache(*(g.state(f"{i}.{s}", (c.n_kv_heads, n, c.head_dim), dtype("F32")) for s in "kv"), rows["cells"], table,
-                         rows["seq"], rows["lo"], rows["hi"], rows["seq"], rows["lo"], rows["hi"]) for i in range(c.n_layers)]
-    program = g.compile(list(text.forward(batch, caches)))
+    caches = [LayerCache(*(g.state(f"{i}.{s}", (c.n_kv_heads, n, c.head_dim), dtype("F32")) for s in "kv"), table, rows["cells"],
+                         rows["seq"], rows["lo"], rows["hi"]) for i in range(c.n_layers)]
+    program = g.compile(text.logits(text.forward(batch, caches)))
     index = np.arange(n, dtype=np.int32)
-    lo, hi = visible(text.cache_policies()[0], index)
-    return program.run(ids=ids, positions=positions.astype(np.int32), wanted=index, head=index, media=media, cells=index, seq=index * 0,
-                       lo=lo, hi=hi)[0]
+    lo, hi = text.policies()[0].visible(index)
+    return program.run(ids=ids, positions=positions.astype(np.int32), media=media, cells=index, seq=index * 0, lo=lo, hi=hi)
 
 
 def test_logits_are_transformers(pair) -> None:

@@ -14,7 +14,7 @@ import pyengine as pe
 from pyengine.dtype import dtype as dtype_of
 from pyengine.errors import ContextOverflowError, PlanError, RequestError
 from pyengine.nn.rope import Rope
-from pyengine.cache.store import turn
+from pyengine.cache.store import Rotation, rotate_keys
 from pyengine.engine.request import Request
 from pyengine.engine.scheduler import BESIDE
 
@@ -87,13 +87,13 @@ def test_each_gets_the_bits_that_it_gets_alone(tiny_gguf, seen, kind: str) -> No
 def rows_of_steps(model: pe.Model, monkeypatch) -> list[list[tuple[int, int, bool]]]:
     """Of each step from now on: (row of the sequence, rows, of a prompt?)."""
     steps: list[list[tuple[int, int, bool]]] = []
-    step = model._runner.step
+    step = model._runner.run
 
     def spy(work: Any) -> Any:
-        steps.append([(w.sequence.row, w.stop - w.start, len(w.rows) > 1) for w in work])
+        steps.append([(w.conversation.row, w.stop - w.start, len(w.rows) > 1) for w in work])
         return step(work)
 
-    monkeypatch.setattr(model._runner, "step", spy)
+    monkeypatch.setattr(model._runner, "run", spy)
     return steps
 
 
@@ -108,7 +108,7 @@ def test_a_long_prompt_does_not_stall_others(tiny_gguf, monkeypatch) -> None:
     before = len(steps)
     assert len(quick.answer().tokens) == 40
     beside = steps[before:]
-    row = quick.report.sequence.row
+    row = quick.report.conversation.row
     assert all((row, 1, False) in work for work in beside)                       # a token in every step
     assert max(sum(n for _, n, of_prompt in work if of_prompt) for work in beside) == BESIDE
     assert [sum(n for _, n, of_prompt in work if of_prompt) for work in beside[:7]] == [BESIDE] * 7
@@ -128,7 +128,7 @@ def test_a_picture_beside_others_takes_its_own_rows_only(tiny_gguf, monkeypatch)
         seeing = model.stream([*ids(6), picture(1), *ids(20)], max_tokens=2, **options(model))
         seeing.begin()
         quick.answer()
-        row = quick.report.sequence.row
+        row = quick.report.conversation.row
         prompt = [sum(n for _, n, of_prompt in work if of_prompt) for work in steps[before:]]
         assert sum(n > 4 for n in prompt) == 1 and max(prompt) == 16
         assert sum((row, 1, False) not in work for work in steps[before:]) == alone
@@ -148,7 +148,7 @@ def test_they_are_served_in_the_order_in_which_they_came(tiny_gguf) -> None:
 
 
 def free_rows(model: pe.Model) -> int:
-    return model.n_seq - sum(s.active for s in model._runner.cells.sequences)
+    return model.n_seq - sum(s.active for s in model._runner.cells.conversations)
 
 
 def test_closed_forgotten_and_collected_streams_free_their_rows(tiny_gguf) -> None:
@@ -181,13 +181,13 @@ def test_a_stream_collected_in_the_middle_of_a_step(tiny_gguf, monkeypatch) -> N
     other = model.stream(ids(20, 1), max_tokens=6, **options(model))
     next(held[0])
     other.begin()
-    step = model._runner.step
+    step = model._runner.run
 
     def collecting(work: Any) -> Any:
         held.clear()
         return step(work)
 
-    monkeypatch.setattr(model._runner, "step", collecting)
+    monkeypatch.setattr(model._runner, "run", collecting)
     assert other.answer().tokens == want and free_rows(model) == 2
 
 
@@ -209,8 +209,8 @@ def test_an_interruption_leaves_a_usable_model(tiny_gguf, monkeypatch, kind: str
     model = pe.load(tiny_gguf(kind)[0], n_ctx=N_CTX, n_batch=24, n_seq=3)
     first, second = ids(70, 1), [*ids(70, 1)[:68], 5, 6]
     want = [model.generate(p, max_tokens=6, **options(model)).tokens for p in (first, second)]
-    owner, name = {"program": (model.program, "execute_named"), "cells": (model._runner.cells, "cells_of"),
-                   "copy": (model._runner, "copy"), "sampler": (Request, "take")}[where]
+    owner, name = {"program": (model.program, "execute"), "cells": (model._runner.cells, "cells_of"),
+                   "copy": (model._runner.store, "copy"), "sampler": (Request, "take")}[where]
     for count in (1, 2, 3, 5):
         model.reset()
         model.generate(first, max_tokens=6, **options(model))                    # forks and copies come from here
@@ -278,11 +278,11 @@ def test_prefixes_are_shared_by_pages_and_oldest_conversations_go(tiny_gguf) -> 
     assert b.n_cached == 64 and dict(cells.shared()) == {0: 1}                   # a page, held by both
     assert free - len(cells._free[0]) == 2                                       # 201 tokens of its own
     c = ask(3, *range(100))
-    assert len(cells.sequences) == 3 and c.n_cached == 64
+    assert len(cells.conversations) == 3 and c.n_cached == 64
     assert ask(1, *range(100), 7).n_cached == 165                                # the first conversation is continued, not b or c
-    assert b.report.sequence in cells.sequences
+    assert b.report.conversation in cells.conversations
     d = ask(4, *range(100))                                                      # b is the oldest now: it goes
-    assert d.n_cached == 64 and b.report.sequence not in cells.sequences and c.report.sequence in cells.sequences
+    assert d.n_cached == 64 and b.report.conversation not in cells.conversations and c.report.conversation in cells.conversations
     assert ask(3, *range(100), 7).n_cached == 165
 
 
@@ -331,12 +331,12 @@ def turned(x: np.ndarray, rope: Any, by: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_keys_are_turned(dtype: str, interleaved: bool) -> None:
+def test_keys_are_rotated(dtype: str, interleaved: bool) -> None:
     """Partial rotary too: the last 6 of 22 elements stay. Half a unit in the last place of each format."""
     rope = Rope((1 / 10_000 ** (np.arange(8) / 8)).astype(np.float32), 1.3, interleaved)
     x = np.random.default_rng(0).normal(size=(2, 9, 22)).astype(np.float32)
     bits = (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else x.astype({"f32": "f4", "f16": "f2"}[dtype])
-    got = as_floats(turn(bits.view(np.uint8), dtype_of(dtype), rope, -37), dtype)
+    got = as_floats(rotate_keys(bits.view(np.uint8), dtype_of(dtype), Rotation(rope.inv_freq, interleaved), -37), dtype)
     want = turned(as_floats(bits.view(np.uint8), dtype), rope, -37)
     assert np.all(np.abs(got - want) <= {"f32": 2**-22, "f16": 2**-11, "bf16": 2**-8}[dtype] * 1.01 * np.maximum(1e-3, np.abs(want)) + 3e-7)
     assert np.array_equal(got[..., 16:], as_floats(bits.view(np.uint8), dtype)[..., 16:])
@@ -355,21 +355,22 @@ def test_removal_is_what_numpy_makes_of_the_cache(tiny_gguf, kind: str, dtype: s
     next(beside)
     assert beside.report.n_cached == 70 and dict(one._runner.cells.shared()) == {0: 1}
     cells, s = one._runner.cells, one._fed
-    layers, at = range(len(one._runner.layers)), cells.cells_of(0, s, np.arange(201))
-    before = [tuple(as_floats(c[:, at], dtype) for c in one._runner.storage(i)) for i in layers]
+    at = cells.cells_of(0, s, np.arange(201))
+    before = [tuple(as_floats(c.gather(at), dtype) for c in (layer.k, layer.v)) for layer in one._runner.store.layers]
     one.shift(a, b)
     two.feed([*text[:a], *text[b:], 4])
     for i, (keys, values) in enumerate(before):
-        keys[:, b:] = turned(keys[:, b:], one._runner.ropes[i], a - b)
+        keys[:, b:] = turned(keys[:, b:], one._ropes[i], a - b)
         at = two._runner.cells.cells_of(0, two._fed, np.arange(201 - b + a))
-        for cache, own, x in zip(two._runner.storage(i), one._runner.storage(i), (keys, values)):
+        (theirs, ours), moved = (runner.store.layers[i] for runner in (two._runner, one._runner)), cells.cells_of(0, s, np.arange(201 - b + a))
+        for cache, own, x in ((theirs.k, ours.k, keys), (theirs.v, ours.v, values)):
             x = np.delete(x, slice(a, b), axis=1).astype(np.float32)
-            got = as_floats(own[:, cells.cells_of(0, s, np.arange(201 - b + a))], dtype)
+            got = as_floats(own.gather(moved), dtype)
             assert np.all(np.abs(got - x) <= {"f32": 1e-6, "f16": 2**-10, "bf16": 2**-7}[dtype] * np.abs(x) + 1e-6)
             if dtype == "f32":
-                cache[:, at] = np.ascontiguousarray(x).view(np.uint8)
+                cache.scatter(at, np.ascontiguousarray(x).view(np.uint8))
             else:
-                cache[:, at] = own[:, cells.cells_of(0, s, np.arange(201 - b + a))]
+                cache.scatter(at, own.gather(moved))
     got, want = one.feed(text[:9]), two.feed(text[:9])
     assert np.abs(got - want).max() <= 2e-5 * np.ptp(want)
     assert beside.answer().tokens == alone                                     # who shared pages keeps what it had

@@ -57,7 +57,7 @@ def test_what_comes_back_is_what_was_saved(tiny_gguf, tmp_path, kind: str, kv_dt
         assert [x.logprob for x in again.sampled] == [x.logprob for x in on.sampled]
         other.reset()
         other.restore(tmp_path / "a")
-        assert len(other._runner.cells.sequences[0].media) == (2 if kind in SEEING else 0)
+        assert len(other._runner.cells.conversations[0].media) == (2 if kind in SEEING else 0)
         other.save(tmp_path / "b")
         assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
@@ -106,7 +106,7 @@ def test_refused_in_words(tiny_gguf, tmp_path) -> None:
     ]:
         with pytest.raises(error, match=text):
             other.restore(tmp_path / "a")
-        assert not other._runner.cells.sequences
+        assert not other._runner.cells.conversations
     lone = pe.load(path, n_ctx=256)
     stream = lone.stream(IDS[:5], max_tokens=9)
     next(stream)
@@ -147,11 +147,11 @@ def saved(tiny_gguf, tmp_path_factory) -> tuple[pe.Model, bytes, Path]:
 def refused(saved: Any, data: bytes, text: str | None = None) -> None:
     """A hostile file is refused in words, and what is cached stays."""
     model, _, path = saved
-    held = list(model._runner.cells.sequences)
+    held = list(model._runner.cells.conversations)
     path.write_bytes(data)
     with pytest.raises(PyEngineError, match=text):
         model.restore(path)
-    assert model._runner.cells.sequences == held
+    assert model._runner.cells.conversations == held
 
 
 def test_every_cut_is_noticed(saved) -> None:

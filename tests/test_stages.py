@@ -7,33 +7,31 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
+import oracle
 import pyengine as pe
-from pyengine.files.model_files import open_files
-from pyengine.programs.step import build
+from pyengine.engine.runner import Runner
 from pyengine.errors import PlanError, RequestError
 from pyengine.programs.rows import token_rows
-from pyengine.programs.step import Runner, Work
+from pyengine.programs.step import Step, Work
 from pyengine.backends import backend
-from pyengine.backends.chain import StagedPlan
+from pyengine.backends.chain import PreparedChain
 from pyengine.compiler.cut import cut
 from pyengine.memory.placement import spread
 
 IDS = np.random.default_rng(7).integers(0, 512, 50).tolist()
 
 
-def runner_of(built, n: int) -> Runner:
-    layers = built.arch.config.n_layers
-    parts = cut(built.outputs, lambda name: int(name.split(".")[1]) * n // layers if name.startswith("blk.") else None, range(n))
-    chain = StagedPlan.lay_out(parts, backend("cpu").prepare).load()
-    return Runner(chain, built.graph.inputs, built.groups, built.layers, built.arch.position_axes, built.n_batch, built.n_head,
-                  built.arch.ropes(), built.kv_dtypes)
+def runner_of(step: Step, n: int) -> Runner:
+    layers, declared = step.model.config.n_layers, step.declare()
+    parts = cut(declared.outputs, lambda name: int(name.split(".")[1]) * n // layers if name.startswith("blk.") else None, range(n))
+    return Runner(step, PreparedChain.lay_out(parts, [backend("cpu")] * n, dict(declared.entries)).load())
 
 
 def logits(runner: Runner, ids: list[int]) -> np.ndarray:
     s, rows, out = runner.cells.new(), token_rows(ids, 0, runner.axes), []
     for start, stop in rows.steps(0, runner.n_batch):
         wanted = np.arange(stop - start, dtype=np.int32)
-        part = runner.step([Work(s, rows, start, stop, wanted)])
+        part = runner.run([Work(s, rows, start, stop, wanted)])
         done = 0
         while len(part):
             out.append(part.copy())
@@ -44,21 +42,18 @@ def logits(runner: Runner, ids: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "gemma3", "qwen2_5_vl"])
 def test_stages_give_the_bits_of_the_whole(tiny_gguf, kind: str) -> None:
-    files = open_files(tiny_gguf(kind)[0])
-    built = build(files, 64, 16, "f16")
-    built.n_head = 5                                                     # the head runs several times a step
-    whole = logits(runner_of(built, 1), IDS)
+    step = oracle.step_of(tiny_gguf(kind)[0], n_head=5)                  # the head runs several times a step
+    whole = logits(runner_of(step, 1), IDS)
     for n in (2, 3):
-        runner = runner_of(built, n)
+        runner = runner_of(step, n)
         assert np.array_equal(logits(runner, IDS), whole)
         programs = runner.program.programs
         assert len(programs) == n and all(p.prepared.weight_bytes for p in programs)
-        assert sum(p.prepared.state_bytes for p in programs) >= backend("cpu").prepare(built.outputs).state_bytes
+        assert sum(p.prepared.state_bytes for p in programs) >= backend("cpu").prepare(step.declare()).state_bytes
 
 
 def test_weights_are_in_one_stage_only(tiny_gguf) -> None:
-    built = build(open_files(tiny_gguf("llama")[0]), 64, 16, "f16")
-    programs = runner_of(built, 3).program.programs
+    programs = runner_of(oracle.step_of(tiny_gguf("llama")[0]), 3).program.programs
     names = [{r.tensor.name for r in p.prepared.residents.values() if r.tensor.name.startswith("blk.")} for p in programs]
     assert all(names) and not (names[0] & names[1] or names[1] & names[2] or names[0] & names[2])
 

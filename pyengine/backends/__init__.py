@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
 
+from pyengine.backends.base import Backend
 from pyengine.errors import GraphError
 
 
-_SHARED = {"base", "chain", "graph", "prepared"}       # what backends have in common
+_SHARED = {"base", "chain", "graph", "host", "prepared"}       # what backends have in common
 
 
 def names() -> list[str]:
@@ -17,7 +17,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
 
 
-def backend(device: str = "cpu", n_threads: int | None = None) -> Any:
+def backend(device: str = "cpu", n_threads: int | None = None) -> Backend:
     """The backend for a device name.
 
     Raises: GraphError if there is none of that name.

@@ -2,64 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from pyengine.backends import base
+from pyengine.backends.base import Backend, Declared, Prepared, Progress
 from pyengine.compiler.cut import Part
 from pyengine.graph.tensor import axis_value, Node, product, Tensor
-
-
-class StagedPlan(NamedTuple):
-    """Parts that a backend has laid out, nothing loaded; stands where one `Prepared` does."""
-
-    parts: list[Part]
-    prepared: list[Any]
-
-    @classmethod
-    def lay_out(cls, parts: list[Part], prepare: Callable[..., Any]) -> StagedPlan:
-        """Lay out each part with a backend's `prepare`."""
-        return cls(parts, [prepare(p.outputs, turns=p.turns) for p in parts])
-
-    def load(self, progress: Callable[[int, int], None] | None = None) -> Chain:
-        """Allocate memory on each device and read the weights."""
-        return Chain(self.parts, [p.load(progress) for p in self.prepared])
-
 
 Copies = list[tuple[np.ndarray, np.ndarray, Tensor]]                           # (from, to, shape)
 
 
-class Chain:
-    """The devices' programs as one: the same interface as a backend's program.
+class PreparedChain(NamedTuple):
+    """Parts that backends have laid out, nothing loaded; stands where one `Prepared` does."""
 
-    Inputs that several devices read are written to the first of them and copied to the others; tables of cells too.
+    parts: list[Part]
+    prepared: list[Prepared]
+
+    @classmethod
+    def lay_out(cls, parts: list[Part], backends: Sequence[Backend], entries: dict[str, str]) -> PreparedChain:
+        """Lay out each part with the backend of its device. Entries are in the program that runs last."""
+        last = max(range(len(parts)), key=lambda d: max(parts[d].stages, default=-1))
+        return cls(parts, [own.prepare(Declared(p.outputs, entries if d == last else {}), p.turns)
+                           for d, (p, own) in enumerate(zip(parts, backends))])
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Steps of all parts without a kernel."""
+        names = {name for p in self.prepared for name in p.fallbacks}
+        return {name: sum(p.fallbacks.get(name, 0) for p in self.prepared) for name in sorted(names)}
+
+    def load(self, progress: Progress | None = None) -> Chain:
+        """Allocate memory on each device and read the weights."""
+        return Chain(self, [p.load(progress) for p in self.prepared])
+
+
+class Chain(base.Program):
+    """The devices' programs as one.
+
+    Inputs that several devices read are written to the first of them and copied to the others; tables of cells too. A state that
+    several devices have is the first one's.
     """
 
-    def __init__(self, parts: Sequence[Part], programs: Sequence[Any]):
-        self.parts, self.programs = list(parts), list(programs)
-        self.inputs: dict[str, np.ndarray] = {}
+    def __init__(self, prepared: PreparedChain, programs: Sequence[base.Program]):
+        self.prepared, self.parts, self.programs = prepared, prepared.parts, list(programs)
+        self.inputs, self.tables = {}, {}
         self._shared: Copies = []                                              # inputs of several devices
-        self._tables: list[tuple[np.ndarray, np.ndarray]] = []
-        sent = {name for part in self.parts for name in part.sends}
-        received: dict[str, list[tuple[np.ndarray, Tensor]]] = {name: [] for name in sent}
-        states: dict[str, np.ndarray] = {}
+        self._copied: list[tuple[np.ndarray, np.ndarray]] = []                 # and tables
+        received: dict[str, list[tuple[np.ndarray, Tensor]]] = {name: [] for part in self.parts for name in part.sends}
         for program in self.programs:
             leaves = {n.name: n.outputs[0] for n in program.prepared.layout.leaves if n.kind == "input"}
             for name, array in program.inputs.items():
-                if name in sent:
+                if name in received:
                     received[name].append((array, leaves[name]))
                 elif name in self.inputs:
                     self._shared.append((self.inputs[name], array, leaves[name]))
                 else:
                     self.inputs[name] = array
-            for t in program.prepared.states:
-                if t.dtype.name == "I32":
-                    state = program.state(t.name)
-                    self._tables += [(states[t.name], state)] if t.name in states else []
-                    states.setdefault(t.name, state)
+            for name, table in program.tables.items():
+                if name in self.tables:
+                    self._copied.append((self.tables[name], table))
+                else:
+                    self.tables[name] = table
+        self.states = {name: state for program in reversed(self.programs) for name, state in program.states.items()}
         turns = sorted((s, turn, d) for d, part in enumerate(self.parts) for turn, s in enumerate(part.stages))
-        self._order: list[tuple[Any, int, Copies]] = []                        # program, its turn, what is copied afterwards
+        self._order: list[tuple[base.Program, int, Copies]] = []               # program, its turn, what is copied afterwards
         for _, turn, d in turns:
             part, program = self.parts[d], self.programs[d]
             copies = [(program.outputs[i], target, t) for name, i in part.sends.items() if part.turns.outputs[i] == turn
@@ -68,41 +77,17 @@ class Chain:
         places = {i: program.outputs[k] for part, program in zip(self.parts, self.programs) for i, k in part.results}
         self.outputs = [places[i] for i in range(len(places))]
 
-    def state(self, name: str) -> np.ndarray:
-        """The array over a state of plain numbers; of one that several devices have, the first."""
-        return self._holder(name).state(name)
-
-    def state_bytes(self, name: str) -> np.ndarray:
-        """The bytes of a state."""
-        return self._holder(name).state_bytes(name)
-
-    def _holder(self, name: str) -> Any:
-        return next(p for p in self.programs if name in p.state_address)
-
-    def profile(self, on: bool) -> None:
-        """Start (and reset) or stop the clock of each step."""
-        for p in self.programs:
-            p.profile(on)
-
-    def seconds(self) -> list[tuple[Node, float]]:
-        """Steps of all devices with the seconds spent in each."""
-        return [timed for p in self.programs for timed in p.seconds()]
-
-    def first_step_reading(self, name: str) -> int:
-        """As a program's, of the one that runs last: outputs are computed there."""
-        return self._order[-1][0].first_step_reading(name)
-
-    def execute_named(self, first_step: int = 0, **dims: int) -> None:
-        """Run all stages; from `first_step` of the last one's program on, only that."""
-        if first_step:
-            program, turn, _ = self._order[-1]
-            program.execute_named(first_step, turn, **dims)
+    def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
+        """Run all stages; from an entry on only the last one's, where it is."""
+        if entry is not None:
+            program, last, _ = self._order[-1]
+            program.execute(entry, last, **dims)
             return
-        for source, table in self._tables:
+        for source, table in self._copied:
             table[:] = source
         self._copy(self._shared, dims)                                         # before a turn reuses the memory of its inputs
-        for program, turn, copies in self._order:
-            program.execute_named(0, turn, **dims)
+        for program, own, copies in self._order:
+            program.execute(None, own, **dims)
             self._copy(copies, dims)
 
     @staticmethod
@@ -110,3 +95,12 @@ class Chain:
         for source, target, t in copies:
             n = axis_value(product(t.shape), dims)
             target.reshape(-1)[:n] = source.reshape(-1)[:n]
+
+    def profile(self, on: bool) -> None:
+        """Start (and reset) or stop the clock of each step."""
+        for p in self.programs:
+            p.profile(on)
+
+    def seconds(self) -> list[tuple[Node, float]]:
+        """Return steps of all devices with the seconds spent in each."""
+        return [timed for p in self.programs for timed in p.seconds()]

@@ -12,9 +12,9 @@ A graph is compiled by fusions (`pyengine.compiler.passes`), a plan of memory (`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pyengine.backends import backend
+from pyengine.backends.base import Program
 from pyengine.graph import graph
 from pyengine.graph.tensor import Tensor
 
@@ -23,12 +23,14 @@ class Graph(graph.Graph):
     """A named set of inputs, constants and states. Building computes nothing; `compile` makes a program of it."""
 
     def compile(self, outputs: Tensor | Sequence[Tensor], device: str = "cpu", n_threads: int | None = None,
-                passes: Sequence[str] | None = None) -> Any:
+                passes: Sequence[str] | None = None, strict: bool = False) -> Program:
         """Make a program that computes `outputs` from the graph's inputs.
 
         device: "cpu", "reference" (NumPy), or "null" (plans and traces, computes nothing); passes: names from
-        `pyengine.compiler.passes.PASSES` (default all). Returns an object with `run(**inputs)`: one array, or a list for a list.
+        `pyengine.compiler.passes.PASSES` (default all).
+        Ops without a kernel on the device are computed by the NumPy reference; `strict` refuses them (GraphError).
+        Returns a program with `run(**inputs)`: one array, or a list for a list.
         """
         single = isinstance(outputs, Tensor)
         targets = [outputs] if single else list(outputs)
-        return backend(device, n_threads=n_threads).compile(targets, passes=passes, single=single)
+        return backend(device, n_threads=n_threads).compile(targets, passes=passes, single=single, strict=strict)

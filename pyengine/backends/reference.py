@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from pyengine.compiler import passes as fusion
+from pyengine.backends import base
+from pyengine.backends.host import HostState, NUMPY
+from pyengine.backends.prepared import Counted, States
+from pyengine.compiler.arena import Turns
+from pyengine.dtype import DType
 from pyengine.errors import GraphError
-from pyengine.graph.graph import check_states, topological
-from pyengine.graph.tensor import Tensor
-
-_NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+from pyengine.graph.tensor import axis_max, axis_value, Node, Tensor
 
 
 def constant_array(t: Tensor) -> np.ndarray:
@@ -24,59 +26,116 @@ def constant_array(t: Tensor) -> np.ndarray:
 
     blob = np.array(source.view())
     shape = tuple(int(n) for n in t.shape)
-    row_bytes = source.dtype.size(shape[-1])
     kind = gguf.GGMLQuantizationType(source.dtype.id)
-    return gguf.quants.dequantize(blob.reshape(-1, row_bytes), kind).reshape(shape).astype(np.float32)
+    return gguf.quants.dequantize(blob.reshape(-1, source.dtype.size(shape[-1])), kind).reshape(shape).astype(np.float32)
 
 
-class Program:
-    """A graph in order; `dtype` float64 gives an oracle with rounding errors far below those of kernels."""
+class Prepared(Counted):
+    """A graph counted as it lies in NumPy: constants as numbers of `dtype`, no packed forms, no working memory."""
 
-    def __init__(self, outputs: list[Tensor], single: bool, dtype: Any = np.float32):
-        self.outputs, self.single, self.dtype = outputs, single, dtype
-        self.nodes = topological(outputs)
-        check_states(self.nodes)
-        self.values: dict[tuple[int, int], np.ndarray] = {}
-        for node in self.nodes:
+    def __init__(self, declared: base.Declared, turns: Turns | None, passes: Sequence[str] | None, dtype: Any):
+        super().__init__(declared, turns, passes, None)
+        self.dtype = dtype
+        self.weight_bytes = sum(axis_product(r.tensor) for r in self.residents.values()) * np.dtype(dtype).itemsize
+        self.mapped_bytes = 0
+
+    def packed_bytes(self, dtype: DType, shape: Sequence[int]) -> int:
+        """Return 0: nothing is packed."""
+        return 0
+
+    def scratch_bytes(self, node: Node, states: States | None = None) -> int:
+        """Return 0."""
+        return 0
+
+    def load(self, progress: base.Progress | None = None) -> Program:
+        """Dequantize the constants and return the program."""
+        return Program(self)
+
+
+def axis_product(t: Tensor) -> int:
+    """Elements of a tensor, run-time axes at their largest."""
+    return int(np.prod([axis_max(a) for a in t.shape], dtype=np.int64))
+
+
+class Program(base.Program):
+    """A graph in order; float64 gives an oracle with rounding errors far below those of kernels."""
+
+    def __init__(self, prepared: Prepared):
+        self.prepared, self.dtype, layout = prepared, prepared.dtype, prepared.layout
+        self._values: dict[tuple[int, int], np.ndarray] = {}
+        self._seconds, self._timed = [0.0] * len(layout.steps), False
+        self.inputs, self.tables, self.states = {}, {}, {}
+        for node in layout.leaves:
             t = node.outputs[0]
             if node.kind == "constant":
                 array = constant_array(t)
-                self.values[id(node), 0] = array if array.dtype == np.int32 else array.astype(dtype)
-            elif node.kind == "state":
-                if t.dtype.name not in _NUMPY:
-                    raise GraphError(f"reference: states of dtype {t.dtype.name} are not supported; use F32 or F16")
-                self.values[id(node), 0] = np.zeros(t.shape, _NUMPY[t.dtype.name])
+                self._values[id(node), 0] = array if array.dtype == np.int32 else array.astype(self.dtype)
+            elif node.kind == "input":
+                self.inputs[node.name] = np.zeros([axis_max(a) for a in t.shape], self._numpy(t))
+            elif t.dtype.name not in NUMPY:
+                raise GraphError(f"reference: states of dtype {t.dtype.name} are not supported; use F32 or F16")
+            else:
+                array = self._values[id(node), 0] = np.zeros([int(a) for a in t.shape], NUMPY[t.dtype.name])
+                if node.kind == "table":
+                    self.tables[node.name] = array
+                else:
+                    self.states[node.name] = HostState(t, array.reshape(-1).view(np.uint8))
+        self.outputs = [np.zeros([axis_max(a) for a in t.shape], self._numpy(t)) for t in layout.outputs]
+        self._entries = {entry: prepared.entry_step(entry) for entry in prepared.entries}
 
-    def run(self, **inputs: np.ndarray) -> Any:
-        """Compute the outputs from arrays by input name."""
-        values = self.values
+    def _numpy(self, t: Tensor) -> Any:
+        return np.int32 if t.dtype.name == "I32" else self.dtype
 
-        def value(arg: Any) -> Any:
-            if isinstance(arg, tuple):
-                return [value(a) for a in arg]
-            return None if arg is None else values[id(arg.node), arg.index]
-
-        for node in self.nodes:
+    def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
+        """Compute step by step on what stands in the inputs."""
+        for node in self.prepared.layout.leaves:
             if node.kind == "input":
-                if node.name not in inputs:
-                    raise GraphError(f"run: input '{node.name}' is missing")
-                array = np.asarray(inputs[node.name])
-                values[id(node), 0] = array if node.outputs[0].dtype.name == "I32" else array.astype(self.dtype)
-            elif node.op is not None:
-                result = node.op.fn(*map(value, node.args), **dict(node.params))
-                for t, array in zip(node.outputs, result if isinstance(result, (tuple, list)) else [result]):
-                    values[id(node), t.index] = array
-        out = [values[id(t.node), t.index] for t in self.outputs]
-        return out[0] if self.single else out
+                shape = [axis_value(a, dims) for a in node.outputs[0].shape]
+                self._values[id(node), 0] = self.inputs[node.name].reshape(-1)[: int(np.prod(shape))].reshape(shape)
+        steps, turns = self.prepared.layout.steps, self.prepared.layout.turns
+        begin, end = (0, len(steps)) if turn is None else turns[turn]
+        for i in range(max(begin, 0 if entry is None else self._entries[entry]), end):
+            self._step(i, steps[i])
+        for t, out in zip(self.prepared.layout.outputs, self.outputs):
+            if turn is None or (id(t.node), t.index) in self._values or t.node.op.view:
+                value = self._value(t)
+                out.reshape(-1)[: value.size] = value.reshape(-1)
+
+    def _step(self, number: int, node: Node) -> None:
+        started = time.perf_counter() if self._timed else 0.0
+        result = node.op.fn(*map(self._value, node.args), **dict(node.params))
+        for t, array in zip(node.outputs, result if isinstance(result, (tuple, list)) else [result]):
+            self._values[id(node), t.index] = array
+        if self._timed:
+            self._seconds[number] += time.perf_counter() - started
+
+    def _value(self, arg: Any) -> Any:
+        """An argument's array; views are computed when they are read, so that they never outlive what they show."""
+        if isinstance(arg, tuple):
+            return [self._value(a) for a in arg]
+        if arg is None:
+            return None
+        if arg.node.op is not None and arg.node.op.view:
+            return arg.node.op.fn(*map(self._value, arg.node.args), **dict(arg.node.params))
+        return self._values[id(arg.node), arg.index]
+
+    def profile(self, on: bool) -> None:
+        """Start (and reset) or stop the clock of each step."""
+        self._seconds, self._timed = [0.0] * len(self._seconds), on
+
+    def seconds(self) -> list[tuple[Node, float]]:
+        """Return steps with the seconds spent in each."""
+        return list(zip(self.prepared.layout.steps, self._seconds))
 
 
-class Backend:
-    """See the module's docstring."""
+class Backend(base.Backend):
+    """See the module's docstring. dtype: of all numbers that are computed."""
 
-    def __init__(self, n_threads: int | None = None):
-        self.n_threads = n_threads
+    name: ClassVar[str] = "reference"
 
-    def compile(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False,
-                dtype: Any = np.float32) -> Program:
+    def __init__(self, n_threads: int | None = None, dtype: Any = np.float32):
+        self.n_threads, self.dtype = n_threads, dtype
+
+    def prepare(self, declared: base.Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Prepared:
         """Order the graph; passes are applied too, so that a fused op's reference is tested."""
-        return Program(fusion.apply(outputs, passes), single, dtype)
+        return Prepared(declared, turns, passes, self.dtype)

@@ -1,23 +1,23 @@
-"""Which cells of the caches hold which tokens of which sequence. Bookkeeping only: data is copied by whoever holds it.
+"""Which cells of the caches hold which tokens of which conversation. Bookkeeping only: data is copied by whoever holds it.
 
-Layers that see everything (`Full`) take pages of PAGE cells from one pool; sequences with a common prefix share its pages, and a
+Layers that see everything (`Full`) take pages of PAGE cells from one pool; conversations with a common prefix share its pages, and a
 shared page is copied before it is written. So do those that see an encoder's rows (`Cross`), which have numbers of their own.
-Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each sequence, which a fork copies. Nothing is ever
+Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Nothing is ever
 moved to make room, so there is nothing to defragment.
 
-    table[row, j % slots] = cell of token (or encoder row) j of the sequence in that row      (the tensor that attention reads)
+    table[row, j % slots] = cell of token (or encoder row) j of the conversation in that row      (the tensor that attention reads)
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence as Many
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
 
-from pyengine.cache.policy import Chunked, Cross, Full, Policy, seen_across, Sliding
+from pyengine.cache.policy import Policy, seen_across
 from pyengine.errors import PlanError, RequestError
 
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
@@ -26,30 +26,25 @@ PAGE = 64                    # tiles of attention hold 64 keys at most, so a til
 class Group(NamedTuple):
     """Layers with the same policy: they share a table.
 
-    slots   tokens, or encoder rows, of one sequence that the table can name
-    n_cells cells of each layer's cache, for all sequences
+    slots   tokens, or encoder rows, of one conversation that the table can name
+    n_cells cells of each layer's cache, for all conversations
     """
 
     policy: Policy
     slots: int
     n_cells: int
 
-    @property
-    def paged(self) -> bool:
-        """Whether cells come from a pool of pages; else each sequence has a ring."""
-        return isinstance(self.policy, (Full, Cross))
-
 
 def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> Group:
-    """The cells that `n_seq` sequences of at most `n_ctx` tokens need; a lone sequence needs no whole pages."""
+    """The cells that `n_seq` conversations of at most `n_ctx` tokens need; a lone conversation needs no whole pages."""
     slots = policy.slots(n_ctx, n_batch)
-    if isinstance(policy, (Full, Cross)) and n_seq > 1:
+    if policy.paged and n_seq > 1:
         slots = -(-slots // page) * page
     return Group(policy, slots, slots * n_seq)
 
 
 @dataclass(eq=False)
-class Sequence:
+class Conversation:
     """One conversation's tokens in the caches.
 
     keys     what each row is: a token id, or (digest, row) of a picture
@@ -92,70 +87,70 @@ class Cells:
     tables: int32 [n_seq, slots] of each group; they are written here and read by attention.
     """
 
-    def __init__(self, groups: Many[Group], tables: Many[np.ndarray], page: int = PAGE):
+    def __init__(self, groups: Sequence[Group], tables: Sequence[np.ndarray], page: int = PAGE):
         self.groups, self.tables, self.page = list(groups), list(tables), page
         self.n_seq = len(tables[0])
-        self.sequences: list[Sequence] = []
+        self.conversations: list[Conversation] = []
         self._clock = 0
         for g, table in zip(self.groups, self.tables):
             rows = np.arange(self.n_seq, dtype=np.int32)[:, None] * g.slots + np.arange(g.slots, dtype=np.int32)
-            table[:] = 0 if g.paged else rows
+            table[:] = 0 if g.policy.paged else rows
         self.recount()
 
     def recount(self) -> None:
-        """Derive free pages and the number of their holders from what sequences hold, whatever an interruption has cut short."""
-        self._refs = [np.zeros(-(-g.n_cells // self.page) if g.paged else 0, np.int32) for g in self.groups]
-        for s in self.sequences:
+        """Derive free pages and the number of their holders from what conversations hold, whatever an interruption has cut short."""
+        self._refs = [np.zeros(-(-g.n_cells // self.page) if g.policy.paged else 0, np.int32) for g in self.groups]
+        for s in self.conversations:
             for i, pages in s.pages.items():
                 np.add.at(self._refs[i], pages, 1)
-        # The lowest free page is taken first: the last page of a lone sequence may be a part of one, and must be its last block.
+        # The lowest free page is taken first: the last page of a lone conversation may be a part of one, and must be its last block.
         self._free = [np.flatnonzero(refs == 0).tolist() for refs in self._refs]
         for free in self._free:
             heapify(free)
 
-    # -- sequences ----------------------------------------------------------------------------------------------------
+    # -- conversations ----------------------------------------------------------------------------------------------------
 
-    def new(self) -> Sequence:
-        """An empty sequence, in a free row or that of the idle sequence used longest ago.
+    def new(self) -> Conversation:
+        """An empty conversation, in a free row or that of the idle conversation used longest ago.
 
         Raises: PlanError when all rows are active.
         """
-        if len(self.sequences) == self.n_seq:
-            self._evict(f"all {self.n_seq} sequences are in use; load with a larger n_seq")
-        row = min(set(range(self.n_seq)) - {s.row for s in self.sequences})
-        s = Sequence(row, pages={i: [] for i, g in enumerate(self.groups) if g.paged})
-        self.sequences.append(s)
+        if len(self.conversations) == self.n_seq:
+            self._evict(f"all {self.n_seq} conversations are in use; load with a larger n_seq")
+        row = min(set(range(self.n_seq)) - {s.row for s in self.conversations})
+        s = Conversation(row, pages={i: [] for i, g in enumerate(self.groups) if g.policy.paged})
+        self.conversations.append(s)
         self.touch(s)
         return s
 
-    def touch(self, s: Sequence) -> None:
-        """Note that a sequence is used now."""
+    def touch(self, s: Conversation) -> None:
+        """Note that a conversation is used now."""
         self._clock += 1
         s.used = self._clock
 
-    def drop(self, s: Sequence) -> None:
-        """Forget a sequence, if it is not forgotten yet; its pages are free unless others share them."""
-        if s in self.sequences:
+    def drop(self, s: Conversation) -> None:
+        """Forget a conversation, if it is not forgotten yet; its pages are free unless others share them."""
+        if s in self.conversations:
             self.truncate(s, 0)
-            self.sequences.remove(s)
+            self.conversations.remove(s)
 
-    def reach(self, s: Sequence, n: int) -> int:
-        """How many of the first n tokens of a sequence another one can go on from: n, or 0 where a ring has lost them."""
+    def reach(self, s: Conversation, n: int) -> int:
+        """How many of the first n tokens of a conversation another one can go on from: n, or 0 where a ring has lost them."""
         n = min(n, len(s))
         for i, g in enumerate(self.groups):
-            if not g.paged and first_seen(g.policy, n) < max(s.high - g.slots, s.low.get(i, 0)):
+            if not g.policy.paged and g.policy.first_of(n) < max(s.high - g.slots, s.low.get(i, 0)):
                 return 0
         return n
 
-    def renew(self, s: Sequence, n: int) -> Sequence:
-        """The first n = reach(s, n) tokens of an idle sequence as an active one in its place: whoever held `s` finds it gone."""
+    def renew(self, s: Conversation, n: int) -> Conversation:
+        """The first n = reach(s, n) tokens of an idle conversation as an active one in its place: whoever held `s` finds it gone."""
         self.truncate(s, n)
         heir = replace(s, active=True)
-        self.sequences[self.sequences.index(s)] = heir
+        self.conversations[self.conversations.index(s)] = heir
         return heir
 
-    def fork(self, s: Sequence, n: int) -> tuple[Sequence, list[Copy]]:
-        """A new sequence of the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
+    def fork(self, s: Conversation, n: int) -> tuple[Conversation, list[Copy]]:
+        """A new conversation of the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
         was, s.active = s.active, True                       # it must outlive the search for a row
         try:
             child = self.new()
@@ -163,19 +158,19 @@ class Cells:
             s.active = was
         copies: list[Copy] = []
         for i, g in enumerate(self.groups):
-            if g.paged:
+            if g.policy.paged:
                 child.pages[i] = s.pages[i][: -(-self.filled(i, s, n) // self.page)]
                 self._refs[i][child.pages[i]] += 1
                 self.tables[i][child.row] = self.tables[i][s.row]
             else:
-                child.low[i] = first_seen(g.policy, n)
+                child.low[i] = g.policy.first_of(n)
                 tokens = np.arange(child.low[i], n) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
         child.keys, child.high, child.media = s.keys[:n], n, s.media
         child.pictures = [p for p in s.pictures if p[0] < n]
         return child, copies
 
-    def truncate(self, s: Sequence, n: int) -> None:
+    def truncate(self, s: Conversation, n: int) -> None:
         """Keep the first n tokens; the caller has asked `reach`, or keeps none."""
         for i, pages in s.pages.items():
             kept = -(-self.filled(i, s, n) // self.page)
@@ -190,30 +185,30 @@ class Cells:
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def filled(self, number: int, s: Sequence, n: int | None = None) -> int:
-        """Tokens, or encoder rows, that a sequence has in a group; with n, its first n tokens'."""
-        if isinstance(self.groups[number].policy, Cross):
+    def filled(self, number: int, s: Conversation, n: int | None = None) -> int:
+        """Tokens, or encoder rows, that a conversation has in a group; with n, its first n tokens'."""
+        if self.groups[number].policy.across:
             return s.crossed(n)
         return len(s) if n is None else n
 
-    def extend(self, s: Sequence, n: int, crossed: int = 0) -> list[Copy]:
+    def extend(self, s: Conversation, n: int, crossed: int = 0) -> list[Copy]:
         """Make cells for n more tokens, which the caller then adds to `keys`, and for the encoder rows that they bring, which it
         adds to `pictures`. Returns what must be copied before they are written.
 
-        Raises: PlanError when there are not enough pages although idle sequences were dropped; `s` is then as it was.
+        Raises: PlanError when there are not enough pages although idle conversations were dropped; `s` is then as it was.
         """
         copies: list[Copy] = []
-        more = [crossed if isinstance(g.policy, Cross) else n for g in self.groups]
+        more = [crossed if g.policy.across else n for g in self.groups]
         for i, g in enumerate(self.groups):
-            while g.paged and len(self._lacking(i, s, more[i])) > len(self._free[i]):
+            while g.policy.paged and len(self._lacking(i, s, more[i])) > len(self._free[i]):
                 self._evict(f"no page is left of {len(self._refs[i])}; fewer or shorter conversations fit", but=s)
         for i, g in enumerate(self.groups):
             first = self.filled(i, s)
-            for block in self._lacking(i, s, more[i]) if g.paged else ():
+            for block in self._lacking(i, s, more[i]) if g.policy.paged else ():
                 pages, start = s.pages[i], block * self.page
                 page = self._take(i)
                 cells = np.arange(page * self.page, (page + 1) * self.page, dtype=np.int32)[: g.slots - start]
-                if block < len(pages):                       # shared: this sequence gets a copy of what it has there
+                if block < len(pages):                       # shared: this conversation gets a copy of what it has there
                     copies.append((i, self.tables[i][s.row, start : first].copy(), cells[: first - start]))
                     self._release(i, pages[block])
                     pages[block] = page
@@ -223,16 +218,16 @@ class Cells:
         s.high = max(s.high, len(s) + n)
         return copies
 
-    def shift(self, s: Sequence, start: int, stop: int) -> list[Copy]:
-        """Remove tokens [start, stop) of a sequence whose groups are all paged; those behind, no pictures, take their numbers.
+    def shift(self, s: Conversation, start: int, stop: int) -> list[Copy]:
+        """Remove tokens [start, stop) of a conversation whose groups are all paged; those behind, no pictures, take their numbers.
 
         Returns the cells that these had and have: both lists are of one length, and may overlap. Keys are cut, nothing is copied.
         Raises: RequestError where a group is a ring; PlanError without pages, and `s` is then as it was.
         """
-        if not all(g.paged for g in self.groups):
+        if not all(g.policy.paged for g in self.groups):
             raise RequestError("tokens cannot be removed from the middle where layers remember a bounded past only")
         n = len(s) - stop
-        own = [i for i, g in enumerate(self.groups) if not isinstance(g.policy, Cross)]
+        own = [i for i, g in enumerate(self.groups) if not g.policy.across]
         old = [(i, self.cells_of(i, s, np.arange(stop, len(s))).copy()) for i in own]
         kept = range(start // self.page, -(-(start + n) // self.page))
         for i, refs in ((i, self._refs[i]) for i in own):    # the pages that it needs anew, and those that it gives back
@@ -245,8 +240,8 @@ class Cells:
         s.keys, s.high = head + tail, start + n
         return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in old]
 
-    def restore(self, keys: Many[Hashable], pictures: Many[tuple[int, int]] = ()) -> Sequence:
-        """A sequence of these keys and pictures, whose `live` cells the caller fills. Raises: PlanError without a row or pages."""
+    def restore(self, keys: Sequence[Hashable], pictures: Sequence[tuple[int, int]] = ()) -> Conversation:
+        """A conversation of these keys and pictures, whose `live` cells the caller fills. Raises: PlanError without a row or pages."""
         s = self.new()
         try:
             self.extend(s, len(keys), pictures[-1][1] if pictures else 0)
@@ -254,30 +249,30 @@ class Cells:
             self.drop(s)
             raise
         s.keys, s.pictures = list(keys), list(pictures)
-        s.low = {i: first_seen(g.policy, len(keys)) for i, g in enumerate(self.groups) if not g.paged}
+        s.low = {i: g.policy.first_of(len(keys)) for i, g in enumerate(self.groups) if not g.policy.paged}
         return s
 
-    def cells_of(self, number: int, s: Sequence, index: np.ndarray) -> np.ndarray:
-        """Cells of tokens, or encoder rows, `index` of a sequence in one group."""
+    def cells_of(self, number: int, s: Conversation, index: np.ndarray) -> np.ndarray:
+        """Cells of tokens, or encoder rows, `index` of a conversation in one group."""
         return self.tables[number][s.row, index % self.groups[number].slots]
 
-    def live(self, number: int, s: Sequence) -> np.ndarray:
-        """Numbers of the tokens, or encoder rows, of a sequence that a group's cells hold and later tokens may see."""
+    def live(self, number: int, s: Conversation) -> np.ndarray:
+        """Numbers of the tokens, or encoder rows, of a conversation that a group's cells hold and later tokens may see."""
         return self.seen(number, self.filled(number, s))
 
     def seen(self, number: int, n: int) -> np.ndarray:
         """Numbers of those of n tokens, or encoder rows, that tokens behind them may see in a group."""
-        return np.arange(first_seen(self.groups[number].policy, n), n)
+        return np.arange(self.groups[number].policy.first_of(n), n)
 
-    def _lacking(self, i: int, s: Sequence, n: int) -> list[int]:
-        """Blocks of a sequence that need a page of its own before n more tokens, or encoder rows, are written."""
+    def _lacking(self, i: int, s: Conversation, n: int) -> list[int]:
+        """Blocks of a conversation that need a page of its own before n more tokens, or encoder rows, are written."""
         pages, refs, first = s.pages[i], self._refs[i], self.filled(i, s)
         blocks = range(first // self.page, -(-(first + n) // self.page)) if n else ()
         return [b for b in blocks if b >= len(pages) or refs[pages[b]] > 1]
 
-    def _evict(self, refusal: str, but: Sequence | None = None) -> None:
-        """Drop the idle sequence used longest ago. Raises: PlanError with `refusal` when none is idle."""
-        idle = [s for s in self.sequences if not s.active and s is not but]
+    def _evict(self, refusal: str, but: Conversation | None = None) -> None:
+        """Drop the idle conversation used longest ago. Raises: PlanError with `refusal` when none is idle."""
+        idle = [s for s in self.conversations if not s.active and s is not but]
         if not idle:
             raise PlanError(refusal)
         self.drop(min(idle, key=lambda s: s.used))
@@ -292,17 +287,11 @@ class Cells:
         if not self._refs[i][page]:
             heappush(self._free[i], page)
 
+    def media(self) -> frozenset[bytes]:
+        """Digests of the pictures that conversations hold."""
+        return frozenset().union(*(s.media for s in self.conversations))
+
     def shared(self) -> Iterator[tuple[int, int]]:
-        """(group number, number of pages that more than one sequence holds)."""
+        """(group number, number of pages that more than one conversation holds)."""
         for i, refs in enumerate(self._refs):
             yield i, int((refs > 1).sum())
-
-
-def first_seen(policy: Policy, n: int) -> int:
-    """The first token that token n, the next one, sees."""
-    match policy:
-        case Sliding(window):
-            return max(0, n - window + 1)
-        case Chunked(size):
-            return n // size * size
-    return 0

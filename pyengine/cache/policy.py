@@ -1,60 +1,138 @@
-"""Key/value caches: what a layer's attention needs is a policy; storage and masks follow from it.
+"""How a kind of layer sees: a policy owns the cells that it needs, the first key that a token sees, and what a step brings for it.
 
 A query sees an interval of earlier tokens, so a mask is two numbers a row, and a cache is a ring of cells: token j of a
-sequence lies in cell table[j % len(table)]. Layers that attend across, to an encoder's rows, number those rows instead.
+conversation lies in cell table[j % len(table)]. Layers that attend across, to an encoder's rows, number those rows instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 
+class InputSpec(NamedTuple):
+    """An int32 input of a step that belongs to the layers of one policy.
+
+    axis  whose rows it describes: "m" all rows of the step, "c" encoder rows that are added, "s" rows that see encoder rows
+    """
+
+    name: str
+    axis: str
+
+
 @dataclass(frozen=True)
-class Full:
+class Policy:
+    """What a layer's attention needs. Layers whose policies are equal share a table of cells.
+
+    paged   cells come from a pool of pages, and conversations with a common beginning share them; else each has a ring
+    across  the cells hold an encoder's rows, not tokens
+    """
+
+    paged: ClassVar[bool] = True
+    across: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """A word for it, in names of inputs."""
+        return type(self).__name__.lower()
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return the cells of one conversation of at most n_ctx tokens, in steps of at most n_batch rows."""
+        raise NotImplementedError
+
+    def first(self, n: Any) -> Any:
+        """Return the first token that token n sees, or of an array of numbers each one's: all else follows from this rule."""
+        raise NotImplementedError
+
+    def first_of(self, n: int) -> int:
+        """Return `first` of a single token."""
+        return int(self.first(n))
+
+    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The one mask rule of self-attention: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
+
+        index: number of each row's token in its conversation. span_end: for rows of a non-causal span (a picture that attends to
+        itself in both directions) the number after its last token, else anything <= index + 1. The window limits backwards
+        only, spans forwards only, as transformers does for Gemma 3 (`token_type_ids_mask_function`).
+        """
+        hi = index + 1 if span_end is None else np.maximum(index + 1, span_end)
+        return self.first(index).astype(np.int32), hi.astype(np.int32)
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return what a step brings for layers of this policy, beside the table of cells."""
+        return InputSpec("cells", "m"), InputSpec("lo", "m"), InputSpec("hi", "m")
+
+
+@dataclass(frozen=True)
+class Full(Policy):
     """Every earlier token is seen."""
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Cells of one sequence."""
+        """Return a cell for each token."""
         return n_ctx
+
+    def first(self, n: Any) -> Any:
+        """Return zeros."""
+        return np.zeros_like(n)
 
 
 @dataclass(frozen=True)
-class Sliding:
+class Sliding(Policy):
     """The last `window` tokens are seen, the query itself included."""
 
+    paged: ClassVar[bool] = False
     window: int
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Cells of one sequence: the window of the oldest row of a batch, and the batch."""
+        """Return the window of the oldest row of a batch, and the batch."""
         return min(n_ctx, self.window + n_batch)
+
+    def first(self, n: Any) -> Any:
+        """Return the beginnings of the windows."""
+        return np.maximum(n - self.window + 1, 0)
 
 
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(Policy):
     """Tokens of the query's own chunk are seen: those from the last multiple of `size` (Llama 4)."""
 
+    paged: ClassVar[bool] = False
     size: int
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Cells of one sequence: a chunk, and the batch that may begin the next one."""
+        """Return a chunk, and the batch that may begin the next one."""
         return min(n_ctx, self.size + n_batch)
+
+    def first(self, n: Any) -> Any:
+        """Return the beginnings of the chunks."""
+        return n // self.size * self.size
 
 
 @dataclass(frozen=True)
-class Cross:
+class Cross(Policy):
     """Rows of an encoder are seen, not tokens (`seen_across`); a conversation holds at most `n`, which the plan decides."""
 
+    across: ClassVar[bool] = True
     n: int = 0
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Cells of one sequence."""
+        """Return a cell for each encoder row."""
         return self.n
 
+    def holding(self, n: int) -> Cross:
+        """Return the same for conversations that hold n encoder rows."""
+        return Cross(n)
 
-Policy = Full | Sliding | Chunked | Cross
+    def first(self, n: Any) -> Any:
+        """Return zeros: all rows of a conversation stay."""
+        return np.zeros_like(n)
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return where encoder rows are written, and what the rows that see any of them see."""
+        return InputSpec("cells", "c"), InputSpec("seq", "s"), InputSpec("lo", "s"), InputSpec("hi", "s")
 
 
 def seen_across(pictures: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -69,22 +147,3 @@ def seen_across(pictures: Sequence[tuple[int, int]]) -> tuple[int, int]:
     while first and pictures[first - 1][0] == pictures[first][0] - 1:
         first -= 1
     return pictures[first - 1][1] if first else 0, pictures[-1][1]
-
-
-def visible(policy: Full | Sliding | Chunked, index: np.ndarray,
-            span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The one mask rule of self-attention: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
-
-    index: number of each row's token in its sequence. span_end: for rows of a non-causal span (a picture that attends to
-    itself in both directions) the number after its last token, else anything <= index + 1. The window limits backwards
-    only, spans forwards only, as transformers does for Gemma 3 (`token_type_ids_mask_function`).
-    """
-    hi = index + 1 if span_end is None else np.maximum(index + 1, span_end)
-    match policy:
-        case Full():
-            lo = np.zeros_like(index)
-        case Sliding(window):
-            lo = np.maximum(index - window + 1, 0)
-        case Chunked(size):
-            lo = index // size * size
-    return lo.astype(np.int32), hi.astype(np.int32)

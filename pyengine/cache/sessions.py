@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pyengine.cache.cells import Sequence
+from pyengine.cache.cells import Conversation
+from pyengine.cache.store import Store
 from pyengine.dtype import DType, DTYPES
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
-from pyengine.programs.step import Runner
 
 MAGIC, PLAIN, NOTED = b"pe-cells", 3, 4              # versions without and with notes; 1 and 2 did not mix blocks
 # version, tokens, position of the next one, digests of rows, digests of pictures, ggml's numbers of the formats of keys and values
@@ -65,7 +65,7 @@ def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) 
 
 @dataclass(frozen=True)
 class Session:
-    """What the sections before the cells say; fields as in `cells.Sequence`."""
+    """What the sections before the cells say; fields as in `cells.Conversation`."""
 
     keys: list[Hashable]
     pictures: list[tuple[int, int]]
@@ -73,7 +73,7 @@ class Session:
     media: frozenset[bytes]
 
 
-def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, notes: bytes = b"") -> int:
+def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: bytes = b"") -> int:
     """Write a conversation, all of it or nothing, and notes for `read_notes`; returns the file's bytes. Raises: SessionError."""
     path = Path(path)
     if len(notes) >= 1 << 32:
@@ -83,7 +83,7 @@ def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, notes: byt
     try:
         with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
-                for section in _sections(runner, s, model, notes):
+                for section in _sections(store, s, model, notes):
                     file.write(sha256(section).digest())
                     file.write(section)
                 file.flush()
@@ -98,14 +98,14 @@ def save(path: str | Path, runner: Runner, s: Sequence, model: bytes, notes: byt
     return nbytes
 
 
-def _sections(runner: Runner, s: Sequence, model: bytes, notes: bytes) -> Iterator[Any]:
+def _sections(store: Store, s: Conversation, model: bytes, notes: bytes) -> Iterator[Any]:
     digests = sorted({k[0] for k in s.keys if isinstance(k, tuple)})
     number = {d: i for i, d in enumerate(digests)}
     keys = np.array([(k, 0) if isinstance(k, int) else (-1 - number[k[0]], k[1]) for k in s.keys], "<i4")
     ends = [0, *(end for _, end in s.pictures)]
     for (token, end), start in zip(s.pictures, ends):
         keys[token, 1] = start - end
-    version, formats = NOTED if notes else PLAIN, (d.id for d in runner.formats)
+    version, formats = NOTED if notes else PLAIN, (d.id for d in store.formats)
     head = HEADER.pack(MAGIC, version, len(s), s.next, len(digests), len(s.media), *formats, model)
     if notes:
         yield head + NOTES.pack(len(notes))
@@ -114,18 +114,20 @@ def _sections(runner: Runner, s: Sequence, model: bytes, notes: bytes) -> Iterat
         yield head
     yield b"".join([*digests, *sorted(s.media)])
     yield keys.tobytes()
-    for layer, cells in _live(runner, s):
-        for cache in runner.storage(layer):
-            yield np.ascontiguousarray(cache[:, cells])
+    for cache, cells in store.live(s):
+        yield np.ascontiguousarray(cache.gather(cells))
 
 
-def _live(runner: Runner, s: Sequence) -> Iterator[tuple[int, np.ndarray]]:
-    """(layer, its cells that later tokens of a sequence may see)."""
-    for layer, number in runner.cached:
-        yield layer, runner.cells.cells_of(number, s, runner.cells.live(number, s))
+def _shapes(store: Store, tokens: int, crossed: int) -> list[tuple[int, int, int]]:
+    """Shapes of what is saved of each cache for so many tokens and encoder rows: (heads, cells, bytes of one)."""
+    shapes = []
+    for layer in store.layers:
+        n = crossed if store.cells.groups[layer.group].policy.across else tokens
+        shapes += [(cache.shape[0], len(store.cells.seen(layer.group, n)), cache.dtype.size(cache.shape[2])) for cache in (layer.k, layer.v)]
+    return shapes
 
 
-def restore(path: str | Path, runner: Runner, model: bytes, n_ids: int, n_ctx: int) -> Sequence:
+def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int) -> Conversation:
     """Read a conversation into the caches, where it is idle: the next prompt that begins as it does goes on from it.
 
     n_ids: ids that a prompt may have. Raises: SessionError for a file that is damaged, not one of these, or of another model,
@@ -135,11 +137,10 @@ def restore(path: str | Path, runner: Runner, model: bytes, n_ids: int, n_ctx: i
     path = Path(path)
     try:
         with open(path, "rb", opener=_regular) as file:
-            session = _read_head(path, file, model, runner, n_ids, n_ctx)
+            session = _read_head(path, file, model, store, n_ids, n_ctx)
             at, n = file.tell(), len(session.keys)
             crossed = session.pictures[-1][1] if session.pictures else 0
-            shapes = [(*cache.shape[:1], len(runner.cells.seen(number, crossed if runner.across(number) else n)), *cache.shape[2:])
-                      for layer, number in runner.cached for cache in runner.storage(layer)]
+            shapes = _shapes(store, n, crossed)
             want = at + sum(SUM + int(np.prod(shape)) for shape in shapes)
             size = os.fstat(file.fileno()).st_size
             if size != want:
@@ -147,14 +148,12 @@ def restore(path: str | Path, runner: Runner, model: bytes, n_ids: int, n_ctx: i
             for shape in shapes:
                 _section(path, file, int(np.prod(shape)))
             file.seek(at)
-            s = runner.cells.restore(session.keys, session.pictures)
+            s = store.cells.restore(session.keys, session.pictures)
             try:
-                for layer, cells in _live(runner, s):
-                    for cache in runner.storage(layer):
-                        shape = (cache.shape[0], len(cells), cache.shape[2])
-                        cache[:, cells] = np.frombuffer(_section(path, file, int(np.prod(shape))), np.uint8).reshape(shape)
+                for (cache, cells), shape in zip(store.live(s), shapes):
+                    cache.scatter(cells, np.frombuffer(_section(path, file, int(np.prod(shape))), np.uint8).reshape(shape))
             except BaseException:                            # Ctrl-C, or the file has changed
-                runner.cells.drop(s)
+                store.cells.drop(s)
                 raise
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
@@ -212,9 +211,9 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes]:
     return header[: HEADER.size], _section(path, file, n_notes)
 
 
-def _read_head(path: Path, file: BinaryIO, model: bytes, runner: Runner, n_ids: int, n_ctx: int) -> Session:
+def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: int, n_ctx: int) -> Session:
     """Read and check all that stands before the cells."""
-    formats: tuple[DType, DType] = runner.formats
+    formats: tuple[DType, DType] = store.formats
     _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_read_header(path, file)[0])
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings")
@@ -234,7 +233,8 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, runner: Runner, n_ids: 
     keys: list[Hashable] = [a if a >= 0 else (digests[-1 - a], max(b, 0)) for a, b in rows.tolist()]
     across = np.flatnonzero(rows[:, 1] < 0)
     ends = np.cumsum(-rows[across, 1].astype(np.int64))
-    if len(ends) and ends[-1] > runner.room_across:
-        raise ContextOverflowError(f"{path}: its pictures have {ends[-1]} encoder rows, but a conversation holds {runner.room_across}; "
+    most = max((g.policy.n for g in store.cells.groups if g.policy.across), default=0)
+    if len(ends) and ends[-1] > most:
+        raise ContextOverflowError(f"{path}: its pictures have {ends[-1]} encoder rows, but a conversation holds {most}; "
                                    "load with images=(width, height, number) for more")
     return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]))

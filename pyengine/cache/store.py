@@ -1,21 +1,106 @@
-"""Contents of the caches: copied, rotated, gathered and written."""
+"""Contents of the caches: copied, gathered, written, and keys rotated to other positions. The three verbs of states are all it needs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
 import numpy as np
 
+from pyengine.backends.base import State
+from pyengine.cache.cells import Cells, Conversation, Copy
 from pyengine.dtype import DType
-from pyengine.nn.rope import Rope
+from pyengine.errors import RequestError
 from pyengine.ops.rope import rotate
 
 
-def turn(cells: np.ndarray, dtype: DType, rope: Rope, by: int) -> np.ndarray:
-    """Keys uint8 [heads, n, bytes] turned on by a number of positions."""
+class Rotation(NamedTuple):
+    """How a layer's keys are rotated: `inv_freq` float32 [n_rot / 2], and whether pairs are neighbours."""
+
+    inv_freq: np.ndarray
+    interleaved: bool
+
+
+class Layer(NamedTuple):
+    """The caches of one layer, and the number of the group whose cells they have."""
+
+    number: int
+    group: int
+    k: State
+    v: State
+    rotation: Rotation
+
+
+class Store:
+    """The contents of one model's caches, beside the cells that say what they are."""
+
+    def __init__(self, cells: Cells, layers: Sequence[Layer]):
+        self.cells, self.layers = cells, list(layers)
+
+    @property
+    def formats(self) -> tuple[DType, DType]:
+        """What keys and values are stored in. A model without caches has none to ask for."""
+        return self.layers[0].k.dtype, self.layers[0].v.dtype
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        """Copy cells in all layers of a group."""
+        for number, source, target in copies:
+            for layer in self.layers:
+                if layer.group == number:
+                    layer.k.copy(source, target)
+                    layer.v.copy(source, target)
+
+    def live(self, s: Conversation) -> Iterator[tuple[State, np.ndarray]]:
+        """Each cache, keys before values of each layer, and its cells that later tokens of a conversation may see."""
+        for layer in self.layers:
+            cells = self.cells.cells_of(layer.group, s, self.cells.live(layer.group, s))
+            yield layer.k, cells
+            yield layer.v, cells
+
+    def shift(self, s: Conversation, start: int, stop: int) -> None:
+        """Remove tokens [start, stop) of an idle conversation; those behind move down, their keys rotated back by as many positions.
+
+        What moves is still the outcome of all that was read, so it is not what a prompt without those tokens would give: such a
+        prompt goes on from the tokens before `start` only. Rotation is in float32, rounded once to the cache's format.
+        Raises: RequestError where the cache's format or the conversation does not allow it; PlanError.
+        """
+        if not 0 <= start < stop <= len(s) or s.active or s not in self.cells.conversations:
+            raise RequestError(f"tokens {start} to {stop} cannot be removed: an idle conversation that has them is needed, this "
+                               f"one has {len(s)}")
+        if self.formats[0].name not in ("F32", "F16", "BF16"):
+            raise RequestError(f"tokens cannot be removed from the middle of a {self.formats[0]} cache: keys are rotated in f32, f16 "
+                               "and bf16 only")
+        if any(isinstance(k, tuple) and isinstance(k[0], bytes) for k in s.keys[start:]):
+            raise RequestError("tokens cannot be removed before or within a picture")
+        moves = self.cells.shift(s, start, stop)
+        try:
+            for layer in self.layers:
+                if not self.cells.groups[layer.group].policy.across:
+                    self._move(layer, [(source, target) for i, source, target in moves if i == layer.group], start - stop)
+        except BaseException:                                # Ctrl-C: half moved
+            self.cells.drop(s)
+            raise
+        s.keys[start:] = [(object(), k) for k in s.keys[start:]]                 # equal to no key of a prompt
+        s.next = len(s)
+
+    @staticmethod
+    def _move(layer: Layer, moves: list[tuple[np.ndarray, np.ndarray]], by: int) -> None:
+        """Move cells of one layer; the last ones' keys are rotated by `by` positions."""
+        held = [(layer.k.gather(source), layer.v.gather(source)) for source, _ in moves]     # read before anything is written
+        *_, (k, v) = held
+        held[-1] = rotate_keys(k, layer.k.dtype, layer.rotation, by), v
+        for (_, target), (k, v) in zip(moves, held):
+            layer.k.scatter(target, k)
+            layer.v.scatter(target, v)
+
+
+def rotate_keys(cells: np.ndarray, dtype: DType, rotation: Rotation, by: int) -> np.ndarray:
+    """Rotate keys, uint8 [heads, n, bytes], forward by a number of positions."""
     bits = np.ascontiguousarray(cells).view(dtype.numpy)
     x = (bits.astype(np.uint32) << 16).view(np.float32) if dtype.name == "BF16" else bits.astype(np.float32)
-    angle = np.float32(by) * rope.inv_freq.astype(np.float64)
+    angle = np.float32(by) * rotation.inv_freq.astype(np.float64)
     table = np.broadcast_to(np.concatenate([np.cos(angle), np.sin(angle)]).astype(np.float32), (len(x), 2 * len(angle)))
-    y = rotate(x, table, rope.interleaved)
+    y = rotate(x, table, rotation.interleaved)
     if dtype.name == "BF16":                                 # round to nearest, ties to even
         u = y.view(np.uint32)
         return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)

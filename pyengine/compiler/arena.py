@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pyengine import ops
+from pyengine.compiler.rewrite import make, rebuild
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.graph.graph import check_states, topological
@@ -155,9 +157,6 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
     `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
     reader and are not get a `contiguous` step. `turns`: the graph runs in pieces; one that runs at once is a single turn.
     """
-    from pyengine import ops
-    from pyengine.compiler.rewrite import make, rebuild
-
     strided_views: dict[tuple[int, int], bool] = {}
 
     def needs_copy(node: Node, args: tuple[Any, ...]) -> Any:

@@ -12,7 +12,7 @@ def to_dot(outputs: Sequence[Tensor], title: str = "graph") -> str:
     """The graph in Graphviz's language; constants are left out, edges carry shapes."""
     nodes = topological(outputs)
     number = {id(n): i for i, n in enumerate(nodes)}
-    colour = {"input": "lightblue", "state": "khaki", "op": "white"}
+    colour = {"input": "lightblue", "table": "lightcyan", "state": "khaki", "op": "white"}
     lines = [f'digraph "{title}" {{', '  node [shape=box, style="rounded,filled", fontname="Helvetica"];']
     for n in nodes:
         if n.kind == "constant":

@@ -6,7 +6,7 @@ Every pass can be switched off by name (`Graph.compile(passes=...)`); a test com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def fold_norm(outputs: list[Tensor]) -> list[Tensor]:
     return rebuild(outputs, rule, nodes=nodes)
 
 
-_GLU = ("silu", "gelu_tanh", "gelu", "relu")
+_GLU = frozenset(ops.linear.params["glu"].choices) - {"none"}
 
 
 def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
@@ -200,21 +200,32 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
     return rebuild(outputs, rule, nodes=nodes)
 
 
-PASSES: dict[str, Pass] = {
-    "share": share,
-    "merge_products": merge_products,
-    "fold_norm": fold_norm,
-    "fold_glu": fold_glu,
-    "fold_residual": fold_residual,
-    "fold_softcap": fold_softcap,
-    "fold_rope_append": fold_rope_append,
+class Fusion(NamedTuple):
+    """A pass, and the ops that it writes: a backend without a kernel of one of them runs the graph unfused instead."""
+
+    rewrite: Pass
+    needs: frozenset[str] = frozenset()
+
+
+def _fusion(rewrite: Pass, *needs: Any) -> Fusion:
+    return Fusion(rewrite, frozenset(op.name for op in needs))
+
+
+PASSES: dict[str, Fusion] = {
+    "share": _fusion(share),
+    "merge_products": _fusion(merge_products, ops.linear),
+    "fold_norm": _fusion(fold_norm, ops.linear),
+    "fold_glu": _fusion(fold_glu, ops.linear),
+    "fold_residual": _fusion(fold_residual, ops.linear, ops.rms_norm, ops.sum_experts),
+    "fold_softcap": _fusion(fold_softcap, ops.linear),
+    "fold_rope_append": _fusion(fold_rope_append, ops.rope_append),
 }
 
 
-def apply(outputs: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Tensor]:
-    """Run passes in the order of PASSES; `names` picks some."""
+def apply(outputs: Sequence[Tensor], names: Sequence[str] | None = None, kernels: frozenset[str] | None = None) -> list[Tensor]:
+    """Run passes in the order of PASSES; `names` picks some. kernels: ops that the backend has; None: all."""
     result = list(outputs)
-    for name, one in PASSES.items():
-        if names is None or name in names:
-            result = one(result)
+    for name, fusion in PASSES.items():
+        if (names is None or name in names) and (kernels is None or fusion.needs <= kernels):
+            result = fusion.rewrite(result)
     return result

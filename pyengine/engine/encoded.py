@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import Any, TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyengine.backends.base import Prepared, Program, Progress
+from pyengine.cache.cells import Cells
 from pyengine.errors import ImageError
-from pyengine.media.views import Piece, View
+from pyengine.media.views import Limits, Piece, Processed, View
+from pyengine.models.architecture import Encoder
+from pyengine.programs import encoder
 from pyengine.programs.rows import MediaSegment
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ class MediaInfo:
     grids       (frames, rows, columns) of soft tokens of each view, where the model has them
     cached      found in the image cache: nothing was encoded
     process_seconds, encode_seconds: on the host, and in the encoder
-    digest      hex of sha256 over pixels and options
+    digest      hex of sha256 over pixels and options; key: the same as bytes, by which it is found in the image cache
     """
 
     kind: str
@@ -50,6 +53,7 @@ class MediaInfo:
     process_seconds: float
     encode_seconds: float
     digest: str
+    key: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,18 @@ class _Entry:
     nbytes: int
 
 
-class MediaEncoder:
+class EncodedMedia:
     """A model's media encoder and its image cache.
 
-    vision      the model's `Vision` (see `models.Architecture`)
-    prepared    its graph as the backend planned it
-    budget      bytes of embeddings that are kept; least recently used go first, those in use last
+    prepared    its run as the backend planned it
+    limits      what the plan leaves for one medium
+    budget      bytes of embeddings that are kept; least recently used go first, those that a conversation of `cells` holds last
     """
 
-    def __init__(self, vision: Any, prepared: Any, budget: int, progress: Callable[[int, int], None] | None = None):
-        self.vision, self.prepared, self.budget = vision, prepared, budget
-        self._program: Any = None
+    def __init__(self, encoder: Encoder, prepared: Prepared, limits: Limits, budget: int, cells: Cells,
+                 progress: Progress | None = None):
+        self.encoder, self.prepared, self.limits, self.budget, self.cells = encoder, prepared, limits, budget, cells
+        self._program: Program | None = None
         self._progress = progress
         self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
         self.stats = {"image_hits": 0, "image_misses": 0, "image_cache_bytes": 0}
@@ -79,10 +84,13 @@ class MediaEncoder:
         """Whether the encoder's weights are in memory."""
         return self._program is not None
 
-    def get(self, media: Image | Video, in_use: Collection[bytes] = ()) -> tuple[tuple[Part, ...], MediaInfo]:
+    def process(self, media: Image | Video) -> Processed:
+        """Process a picture or video within the plan's limits, without encoding it. Raises as the model's processor does."""
+        return self.encoder.process(media, self.limits)
+
+    def get(self, media: Image | Video) -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video, with embeddings, and how it came about.
 
-        in_use: digests that a conversation still holds; they are dropped from the cache last.
         Raises: ImageError, RequestError from the model's processor.
         """
         from hashlib import sha256                                             # OpenSSL takes 2 ms to load
@@ -96,7 +104,7 @@ class MediaEncoder:
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
         self.stats["image_misses"] += 1
         started = time.perf_counter()
-        processed, encoding, made, run = self.vision.process(media), 0.0, [], None
+        processed, encoding, made, run = self.process(media), 0.0, [], None
         for i, p in enumerate(processed.parts):
             if isinstance(p, (View, Piece)):
                 view = p.view if isinstance(p, Piece) else p
@@ -109,14 +117,15 @@ class MediaEncoder:
         segments = [p for p in parts if isinstance(p, MediaSegment)]
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
                          sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
-                         time.perf_counter() - started - encoding, encoding, media.digest.hex())
-        self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)), in_use)
+                         time.perf_counter() - started - encoding, encoding, media.digest.hex(), media.digest)
+        self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)))
         return parts, info
 
-    def _keep(self, digest: bytes, entry: _Entry, in_use: Collection[bytes]) -> None:
+    def _keep(self, digest: bytes, entry: _Entry) -> None:
         def total() -> int:
             return sum(e.nbytes for e in self._cache.values())
 
+        in_use = self.cells.media()
         for used in (False, True):
             for old in [d for d in self._cache if (d in in_use) == used]:
                 if total() + entry.nbytes > self.budget:
@@ -131,18 +140,12 @@ class MediaEncoder:
         if self._program is None:
             self._program = self.prepared.load(self._progress)
         loading = time.perf_counter() - loading
-        rows, program = view.positions.shape[1], self._program
-        if rows > self.vision.max_rows:
-            raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.vision.max_rows} that this model was planned for; "
+        rows = view.positions.shape[1]
+        if rows > self.limits.rows:
+            raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.limits.rows} that this model was planned for; "
                              "make it smaller, or load with images=(width, height) of the largest one")
-        for name, array in view.inputs.items():
-            program.inputs[name].reshape(-1)[: array.size] = array.reshape(-1)
         started = time.perf_counter()
-        program.execute_named(**view.axes)
-        seconds = loading + time.perf_counter() - started
-        embedding = program.outputs[0].reshape(-1)[: rows * program.outputs[0].shape[-1]].reshape(rows, -1).copy()
-        embedding.flags.writeable = False
-        return embedding, seconds
+        return encoder.run(self._program, view), loading + time.perf_counter() - started
 
 
 def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes) -> MediaSegment:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyengine.engine.encoded import MediaEncoder
 from pyengine.engine.model import Model
 from pyengine.files.model_files import open_files
-from pyengine.memory.fit import lay_out_model, N_BATCH, refusal, Settings
-from pyengine.native.blocks import ensure_codebooks
+from pyengine.memory.fit import fit, refusal
+from pyengine.memory.settings import Settings
+from pyengine.programs.bound import bind
+from pyengine.programs.sizes import N_BATCH
 
 
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
@@ -20,8 +21,8 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
-    device: "cpu", or parts of main memory, {"cpu:0": bytes, "cpu:1": bytes}, over which layers are spread by their room; the media
-    encoder goes to `encoder_device` of them; `expert_device` takes the experts' weights, and the products that read them, while
+    device: "cpu", or parts of main memory, {"cpu:0": bytes, "cpu:1": bytes}, over which layers are divided in proportion to
+    the free memory of each; the media encoder goes to `encoder_device` of them; `expert_device` takes the experts' weights, and the products that read them, while
     layers stay on the others (default: experts are with their layers).
     n_ctx: positions of the context; default the training context, or what of it fits the memory. n_seq: conversations that are
     served at once, each of up to n_ctx positions. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
@@ -32,10 +33,8 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     """
     want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device)
     want.check()
-    files = open_files(model, mmproj)
-    planned = lay_out_model(files, want)
-    if not planned.plan.fits:
-        raise refusal(files, want, planned.plan)
-    ensure_codebooks(t.dtype for file in (files.model, files.mmproj) if file for t in file.tensors.values())
-    media = MediaEncoder(planned.built.vision, planned.encoder, planned.image_cache, progress) if planned.encoder else None
-    return Model(files, planned.built, planned.step.load(progress), media, planned.plan)
+    bound = bind(open_files(model, mmproj), want.pictures)
+    fitted = fit(bound, want)
+    if not fitted.plan.fits:
+        raise refusal(bound, want, fitted)
+    return Model(fitted, fitted.layout.prepared.load(progress), progress)

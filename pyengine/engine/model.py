@@ -1,10 +1,8 @@
-"""Load a model, run its steps, generate.
-
-    `planning` lays the model out -> its program is loaded -> steps replay it
+"""A loaded model: plain steps, conversations, generation.
 
 One graph serves prompts and generation of all conversations: the number of rows, their positions and cells are run-time inputs.
-`prompt` makes segments of texts and pictures (these by `media`, an encoder with a graph of its own), `schedule` decides which rows
-are computed together, `cells` where their keys and values lie.
+`prompts` makes segments of texts and pictures (these by `encoded`, an encoder with a program of its own), `scheduler` decides which
+rows are computed together, `runner` runs them, `cache.cells` says where their keys and values lie.
 """
 
 from __future__ import annotations
@@ -16,17 +14,20 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from pyengine.cache.cells import Sequence as Cached
+from pyengine.backends.base import Program, Progress
+from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Stream
-from pyengine.engine.encoded import MediaEncoder
+from pyengine.engine.encoded import EncodedMedia
+from pyengine.engine.language import Language
 from pyengine.engine.prompts import Prompt, Prompts
 from pyengine.engine.request import Report, Request, Stops
+from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
 from pyengine.errors import PlanError, RequestError, UnsupportedModelError
-from pyengine.files.model_files import Files
-from pyengine.memory.plan import MemoryPlan
+from pyengine.media.views import Limits
+from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
-from pyengine.programs.step import Built, Runner, Work
+from pyengine.programs.step import Work
 from pyengine.text.sampling import Sampler, SamplingParams
 from pyengine.text.tokenizer import Tokenizer
 
@@ -37,33 +38,32 @@ if TYPE_CHECKING:
 class Model:
     """A loaded model with the caches of `n_seq` conversations. Made by `load`; not for several threads at once."""
 
-    def __init__(self, files: Files, built: Built, program: Any, media: MediaEncoder | None, plan_: MemoryPlan):
-        self.file, self.plan, self.program, self.media = files.model, plan_, program, media
-        self.config = built.arch.config
-        self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = built.n_ctx, built.n_batch, built.n_seq, self.config.vocab_size
-        self._axes = built.arch.position_axes
-        self._runner = Runner(program, built.graph.inputs, built.groups, built.layers, self._axes, self.n_batch, built.n_head,
-                              built.arch.ropes(), built.kv_dtypes)
+    def __init__(self, fitted: Fitted, program: Program, progress: Progress | None = None):
+        layout, self.plan, self.program = fitted.layout, fitted.plan, program
+        bound, sizes, image = layout.bound, layout.sizes, layout.bound.image
+        self._files, self.file, self.config = bound.files, bound.files.model, bound.model.config
+        self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = sizes.n_ctx, sizes.n_batch, sizes.n_seq, self.config.vocab_size
+        self._n_ids, self._ropes = bound.model.n_ids, bound.model.ropes(sizes.n_ctx)
+        self._runner = Runner(layout.step, program)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
-        self._n_ids = built.arch.n_ids
-        self._prompts = Prompts(files.name, self._n_ids, lambda: self.tokenizer, lambda: self.template, media,
-                                self._scheduler.in_use)
-        self._fed: Cached | None = None                                        # the conversation of `feed`, and what it holds
+        self.media: EncodedMedia | None = None
+        if image is not None:
+            limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
+            self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress)
+        self._language = Language(self.file.metadata)
+        self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media)
+        self._axes = self._runner.axes
+        self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds
         self._fed_ids: list[int] = []
         self._fed_moved = False
-        self._files = files
         self._fingerprint = b""
-        self._tokenizer: Tokenizer | None = None
-        self._template: ChatTemplate | None = None
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Built from the file when it is first needed."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.from_metadata(self.file.metadata)
-        return self._tokenizer
+        return self._language.tokenizer
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text; `add_special` adds BOS and EOS where the model wants them."""
@@ -93,7 +93,7 @@ class Model:
 
     def reset(self) -> None:
         """Forget all conversations that nobody works on; encoded pictures stay in the image cache."""
-        for s in [s for s in self._runner.cells.sequences if not s.active]:
+        for s in [s for s in self._runner.cells.conversations if not s.active]:
             self._runner.cells.drop(s)
         self._fed, self._fed_ids, self._fed_moved = None, [], False
 
@@ -108,7 +108,7 @@ class Model:
         cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
         check_room(len(whole), self.n_ctx)
         self._fed = None                                                       # what fails or is interrupted is computed anew
-        if s not in cells.sequences:
+        if s not in cells.conversations:
             if self._fed_moved:
                 raise PlanError("the conversation of `feed` has gone for others; tokens were removed from it, so it cannot be "
                                 "computed anew: reset")
@@ -117,7 +117,7 @@ class Model:
         try:
             s.active = True
             for start, stop in rows.steps(0, n_batch or self.n_batch):
-                logits = self._runner.step([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
+                logits = self._runner.run([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
         finally:
             s.active = False
         self._fed, self._fed_ids = s, whole
@@ -129,7 +129,7 @@ class Model:
         Raises: RequestError where the model or the cache's format does not allow it.
         """
         s = self._fed
-        if s not in self._runner.cells.sequences:
+        if s not in self._runner.cells.conversations:
             raise RequestError("shift: there is no conversation of `feed`, or it has gone for others")
         self._runner.shift(s, start, stop)
         del self._fed_ids[start:stop]
@@ -157,7 +157,7 @@ class Model:
             for start, stop in rows.steps(0, self.n_batch):
                 skip = min(max(first - start, 0), stop - start)
                 wanted = np.arange(skip, stop - start, dtype=np.int32)
-                done, logits = 0, self._runner.step([Work(s, rows, start, stop, wanted)])
+                done, logits = 0, self._runner.run([Work(s, rows, start, stop, wanted)])
                 while len(logits):
                     yield start + skip + done, logits
                     done += len(logits)
@@ -178,8 +178,8 @@ class Model:
         """
         from pyengine.cache import sessions
 
-        held = self._runner.cells.sequences
-        s = answer.report.sequence if answer is not None else max(held, key=lambda s: s.used, default=None)
+        held = self._runner.cells.conversations
+        s = answer.report.conversation if answer is not None else max(held, key=lambda s: s.used, default=None)
         if s not in held:
             raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
         if messages is not None:
@@ -187,7 +187,7 @@ class Model:
             n = rows.whole(common(s.keys, rows.keys))
             if self._runner.cells.reach(s, n):
                 s = replace(s, keys=s.keys[:n], next=rows.position(n))
-        return sessions.save(path, self._runner, s, self._identity(), notes)
+        return sessions.save(path, self._runner.store, s, self._identity(), notes)
 
     def restore(self, path: str | Path) -> int:
         """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
@@ -197,13 +197,13 @@ class Model:
         """
         from pyengine.cache import sessions
 
-        return len(sessions.restore(path, self._runner, self._identity(), self._n_ids, self.n_ctx))
+        return len(sessions.restore(path, self._runner.store, self._identity(), self._n_ids, self.n_ctx))
 
     def _identity(self) -> bytes:
         if not self._fingerprint:
             from pyengine.cache import sessions
 
-            tables = [a for r in self._runner.ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
+            tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
             self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
         return self._fingerprint
 
@@ -244,11 +244,7 @@ class Model:
     @property
     def template(self) -> ChatTemplate:
         """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
-        if self._template is None:
-            from pyengine.chat.template import ChatTemplate                         # jinja2 takes 25 ms to import
-
-            self._template = ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
-        return self._template
+        return self._language.template
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a conversation in the model's own chat format; -1 for each position that a picture's soft token takes."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from pyengine.engine.encoded import MediaEncoder, MediaInfo, Part
+from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
+from pyengine.engine.language import Language
 from pyengine.errors import RequestError
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from pyengine.chat.template import ChatTemplate
     from pyengine.media.image import Image
     from pyengine.media.video import Video
 
@@ -24,19 +24,17 @@ Prompt = tuple[list[Segment], list[MediaInfo]]
 class Prompts:
     """Makes prompts for one model.
 
-    n_ids    ids that a prompt may have: rows of the embedding
-    media    its encoder, or None; in_use: gives the digests that conversations hold
+    n_ids     ids that a prompt may have: rows of the embedding
+    language  its tokenizer and chat template; media: its encoder, or None
     """
 
-    def __init__(self, name: str, n_ids: int, tokenizer: Callable[[], Tokenizer], template: Callable[[], ChatTemplate],
-                 media: MediaEncoder | None, in_use: Callable[[], Collection[bytes]]):
-        self.name, self.n_ids, self.media = name, n_ids, media
-        self._tokenizer, self._template, self._in_use = tokenizer, template, in_use
+    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None):
+        self.name, self.n_ids, self.language, self.media = name, n_ids, language, media
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Built when it is first needed."""
-        return self._tokenizer()
+        return self.language.tokenizer
 
     def _tokens(self, ids: Sequence[int]) -> TokenSegment:
         for i in ids:
@@ -47,7 +45,7 @@ class Prompts:
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video; see `media_of` for the arguments."""
         self._need_encoder()
-        return self.media.get(media_of(source, kind), self._in_use())
+        return self.media.get(media_of(source, kind))
 
     def _need_encoder(self) -> None:
         if self.media is None:
@@ -87,9 +85,8 @@ class Prompts:
 
     def markers(self) -> dict[str, str]:
         """What a template writes for a picture and for a video; empty where the vocabulary lacks those tokens."""
-        vision = self.media.vision if self.media else None
-        ids = {"image": vision.image_marker, "video": vision.video_marker} if vision else {}
-        return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") for kind, i in ids.items() if i}
+        ids = self.media.encoder.markers if self.media else {}
+        return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") for kind, i in ids.items()}
 
     def text(self, text: str, media: Sequence[tuple[str, Any]]) -> Prompt:
         """A text with as many markers as media (kind, source), or with none: then the media come first. BOS as for any text."""
@@ -120,13 +117,13 @@ class Prompts:
         """A conversation in the model's own chat format, ready for the answer."""
         shown, media = _without_media(messages)
         if not media:
-            return self.text(self._template().render(shown, tools=tools, add_generation_prompt=True), [])
+            return self.text(self.language.template.render(shown, tools=tools, add_generation_prompt=True), [])
         self._need_encoder()
         markers = self.markers()
-        text = self._template().render(shown, tools=tools, add_generation_prompt=True, media_marker=markers.get("image"))
+        text = self.language.template.render(shown, tools=tools, add_generation_prompt=True, media_marker=markers.get("image"))
         if sum(text.count(m) for m in markers.values()) != len(media):         # a template that knows of no pictures
             flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in shown]
-            text = self._template().render(flat, tools=tools, add_generation_prompt=True)
+            text = self.language.template.render(flat, tools=tools, add_generation_prompt=True)
         return self.text(text, media)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence as Many
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pyengine.cache.cells import Sequence
+from pyengine.cache.cells import Conversation
 from pyengine.engine.encoded import MediaInfo
 from pyengine.errors import RequestError
 from pyengine.programs.rows import Rows
@@ -20,7 +20,7 @@ from pyengine.text.sampling import Sampled, Sampler
 class Stops:
     """Holds text back while it may be the beginning of a stop string."""
 
-    def __init__(self, stops: Many[str]):
+    def __init__(self, stops: Sequence[str]):
         if any(not isinstance(s, str) or not s for s in stops):
             raise RequestError("stop: must be texts that are not empty")
         self.stops, self.held, self.found = list(stops), "", False
@@ -51,7 +51,7 @@ class Report:
 
     tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop" or "length";
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
-    media: what became of each picture or video. sequence: the conversation in the caches, as long as it is there.
+    media: what became of each picture or video. conversation: that in the caches, as long as it is there.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Report:
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     media: list[MediaInfo] = field(default_factory=list)
-    sequence: Sequence | None = field(default=None, repr=False, compare=False)
+    conversation: Conversation | None = field(default=None, repr=False, compare=False)
 
 
 class Request:
@@ -71,7 +71,7 @@ class Request:
     def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, max_tokens: int | None, eog: Collection[int], report: Report):
         self.rows, self.sampler, self.decoder, self.stops = rows, sampler, decoder, stops
         self.max_tokens, self.eog, self.report = max_tokens, eog, report
-        self.sequence: Sequence | None = None
+        self.conversation: Conversation | None = None
         self.done = 0                                        # rows of the prompt in the cache
         self.pending: int | None = None                      # the token that the next step appends
         self.pieces: deque[str] = deque()
@@ -82,7 +82,7 @@ class Request:
     @property
     def media(self) -> frozenset[bytes]:
         """Digests of its pictures."""
-        return frozenset(bytes.fromhex(info.digest) for info in self.report.media)
+        return frozenset(info.key for info in self.report.media)
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [vocab] after the last row, and decide whether to go on."""

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 import numpy as np
 
 from pyengine.engine.request import Request
+from pyengine.engine.runner import Runner
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import token_rows
-from pyengine.programs.step import Runner, Work
+from pyengine.programs.step import Work
 
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
 
 
 class Scheduler:
-    """Serves requests in the order in which they came, as many at once as there are rows of sequences."""
+    """Serves requests in the order in which they came, as many at once as there are rows of conversations."""
 
     def __init__(self, runner: Runner, n_ctx: int):
         self.runner, self.n_ctx = runner, n_ctx
@@ -49,10 +50,6 @@ class Scheduler:
         if not self._stepping:
             self._sweep()
 
-    def in_use(self) -> frozenset[bytes]:
-        """Digests of pictures that conversations in the caches hold."""
-        return frozenset().union(*(s.media for s in self.runner.cells.sequences))
-
     def advance(self) -> None:
         """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error."""
         if self._stepping:
@@ -63,7 +60,7 @@ class Scheduler:
             work = self._compose()
             served = [r for r, _ in work]
             if work:
-                self._take(work, self.runner.step([w for _, w in work]))
+                self._take(work, self.runner.run([w for _, w in work]))
         except BaseException as error:                       # Ctrl-C too, wherever it comes
             for request in served:
                 if not request.finished:
@@ -73,7 +70,7 @@ class Scheduler:
             self._stepping = False
             self._sweep()
 
-    def _take(self, work: Many[tuple[Request, Work]], logits: np.ndarray) -> None:
+    def _take(self, work: Sequence[tuple[Request, Work]], logits: np.ndarray) -> None:
         """Hand out a step's logits: the wanted row of each request that has one, in order."""
         row = 0
         for request, w in work:
@@ -91,13 +88,13 @@ class Scheduler:
     def _admit(self) -> None:
         """Give rows to those that wait, as far as there are any; the first one that waits for nobody learns that there are none."""
         cells = self.runner.cells
-        while self.waiting and (sum(s.active for s in cells.sequences) < cells.n_seq or not self.active):
+        while self.waiting and (sum(s.active for s in cells.conversations) < cells.n_seq or not self.active):
             request = self.waiting.popleft()
             try:
                 self._join(request)
             except BaseException as error:                   # no row, or Ctrl-C
-                if request.sequence is not None:
-                    request.sequence.active = False
+                if request.conversation is not None:
+                    request.conversation.active = False
                 request.error, request.finished = error, True
                 if not isinstance(error, Exception):
                     raise
@@ -107,10 +104,10 @@ class Scheduler:
         for token in request.rows.ids.tolist():
             if 0 <= token < request.sampler.n_vocab:         # the others are never sampled
                 request.sampler.accept(token)
-        request.sequence, request.done = self.runner.resume(request.rows)
-        request.sequence.media = request.media
+        request.conversation, request.done = self.runner.resume(request.rows)
+        request.conversation.media = request.media
         run = request.report
-        run.n_prompt, run.n_cached, run.sequence = len(request.rows), request.done, request.sequence
+        run.n_prompt, run.n_cached, run.conversation = len(request.rows), request.done, request.conversation
         self.stats["prompt_tokens"] += run.n_prompt
         self.stats["cached_tokens"] += run.n_cached
         self.active.append(request)
@@ -118,7 +115,7 @@ class Scheduler:
     def _sweep(self) -> None:
         """Let go of requests that have ended."""
         for request in [r for r in self.active if r.finished]:
-            request.sequence.active = False
+            request.conversation.active = False
         self.active = [r for r in self.active if not r.finished]
         self.waiting = deque(r for r in self.waiting if not r.finished)
 
@@ -126,13 +123,13 @@ class Scheduler:
         """The rows of the next step."""
         work: list[tuple[Request, Work]] = []
         for r in [r for r in self.active if r.pending is not None]:
-            if len(r.sequence) == self.n_ctx:
+            if len(r.conversation) == self.n_ctx:
                 r.error = ContextOverflowError(f"the context of {self.n_ctx} tokens is full after {len(r.report.tokens)} generated "
                                                "ones; load with a larger n_ctx")
                 r.finished = True
                 continue
-            row = token_rows([r.pending], r.sequence.next, self.runner.axes, r.sequence.sees)
-            work.append((r, Work(r.sequence, row, 0, 1, _FIRST)))
+            row = token_rows([r.pending], r.conversation.next, self.runner.axes, r.conversation.sees)
+            work.append((r, Work(r.conversation, row, 0, 1, _FIRST)))
         left = self.runner.n_batch - len(work)
         limit, first = min(left, BESIDE) if work else left, True
         for r in [r for r in self.active if r.pending is None]:
@@ -156,7 +153,7 @@ class Scheduler:
             if stop - start > most:
                 return None
         wanted = np.array([stop - start - 1], np.int32) if stop == len(r.rows) else _NONE
-        return Work(r.sequence, r.rows, start, stop, wanted)
+        return Work(r.conversation, r.rows, start, stop, wanted)
 
 
 _FIRST, _NONE = np.zeros(1, np.int32), np.empty(0, np.int32)

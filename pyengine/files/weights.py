@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyengine.dtype import DType, dtype as dtype_of
-from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile, nearest, quoted
 
 
@@ -53,12 +53,12 @@ class WeightRef(NamedTuple):
         """
         if self.dtype.name == "F32":
             return self.array()
-        from pyengine.native import ffi, lib                                   # reading a file's names needs no compiled part
+        from pyengine.native.blocks import dequantize                          # reading a file's names needs no compiled part
 
-        out = pages(self.shape)
-        if lib.pe_dequantize_row(self.dtype.id, ffi.from_buffer(self.view()), ffi.cast("float *", out.ctypes.data), out.size):
-            raise UnsupportedModelError(f"{self.source.path}: tensor {self.name!r}: {self.dtype.name} cannot be read")
-        return out
+        try:
+            return dequantize(self.view(), self.dtype, out=pages(self.shape))
+        except RequestError:
+            raise UnsupportedModelError(f"{self.source.path}: tensor {self.name!r}: {self.dtype.name} cannot be read") from None
 
     def drop(self) -> bool:
         """Tell the kernel that the file's pages under this tensor are not needed now."""
@@ -191,3 +191,15 @@ def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a tensor's name speaks of: 3 for "blk.3.attn_q.weight" and for "v.blk.3.ln1.bias"; else None."""
+    parts = name.split(".")
+    number = parts[parts.index("blk") + 1] if "blk" in parts[:-1] else ""
+    return int(number) if number.isdigit() else None
+
+
+def behind_layers(name: str) -> bool:
+    """Say whether a tensor stands behind the last layer: the output head and its norm."""
+    return name.startswith("output")

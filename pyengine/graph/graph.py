@@ -24,6 +24,7 @@ class Graph:
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
+        self.tables: dict[str, Tensor] = {}
 
     def __enter__(self) -> Graph:
         return self
@@ -32,7 +33,7 @@ class Graph:
         return None
 
     def _leaf(self, table: dict[str, Tensor], kind: str, name: str, shape: Sequence[Axis], dtype: str | DType) -> Tensor:
-        if name in self.inputs or name in self.states:
+        if name in self.inputs or name in self.states or name in self.tables:
             raise GraphError(f"graph: '{name}' is declared twice")
         table[name] = make_leaf(kind, name, shape, dtype if isinstance(dtype, DType) else dtype_of(dtype))
         return table[name]
@@ -44,6 +45,10 @@ class Graph:
     def state(self, name: str, shape: Sequence[int], dtype: str | DType = "F32") -> Tensor:
         """Memory that outlives a run (a KV cache); it starts as zeros and ops such as cache_append change it."""
         return self._leaf(self.states, "state", name, shape, dtype)
+
+    def table(self, name: str, shape: Sequence[int]) -> Tensor:
+        """An int32 input that keeps its value from run to run: the host writes it where something changes (where cells lie)."""
+        return self._leaf(self.tables, "table", name, shape, "I32")
 
     def constant(self, array: np.ndarray) -> Tensor:
         """An array that never changes."""

@@ -114,6 +114,11 @@ class Op:
     per: str | None = None                   # list argument that gives the number of results of a list result
     infer: Callable[..., Any] | None = None  # (args, params) -> [(shape, dtype)] where annotations do not suffice
     flops: Callable[..., Any] | None = None  # (*args with .shape, **params) -> number of operations
+    packed: tuple[str, ...] = ()             # weights that kernels may want in a packed form of their own
+    sparse: tuple[str, ...] = ()             # weights of which a row reads some matrices only
+    any_format: tuple[str, ...] = ()         # and those that kernels read in any format of a file, packed or not
+    rowwise: bool = False                    # a row of the results needs that row only of the arguments that have the rows' axis
+    light: bool = False                      # computing some rows again costs no more than moving them
     cases: list[Case] = field(default_factory=list)
 
     @property

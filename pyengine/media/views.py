@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Limits(NamedTuple):
+    """What a plan leaves for one medium: positions of the context, and the most rows of one run of the encoder."""
+
+    n_ctx: int
+    rows: int
 
 
 @dataclass(frozen=True, eq=False)

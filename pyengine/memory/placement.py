@@ -1,23 +1,111 @@
-"""Layers to devices."""
+"""Layers to devices: which part of memory holds what, and the step's graph cut accordingly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pyengine.backends.base import Backend, Declared
+from pyengine.backends.chain import PreparedChain
+from pyengine.backends.prepared import Counted
+from pyengine.compiler.cut import cut
+from pyengine.errors import RequestError
+from pyengine.files.weights import behind_layers, layer_of
+from pyengine.programs import step
 
 
-def spread(layers: Sequence[int], rooms: Sequence[int], first: int = 0, last: int = 0) -> list[int] | None:
-    """The device of each layer, in order and in proportion to the devices' room; None if they do not fit.
+@dataclass(frozen=True)
+class Demand:
+    """What places must hold: bytes of each layer's weights and caches, of what belongs to no layer, and a run's on every device.
 
-    layers: bytes of each; rooms: bytes of each device; first, last: bytes that go with the first and with the last layer (embedding,
-    output head). The fullest device is as little full as can be, so no device is used to the brim while another one idles.
+    apart  names of the experts' tensors, where they have a device of their own
+    """
+
+    layers: Sequence[int]
+    rest: int
+    arena: int
+    apart: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A step's graph over devices: names of those used, the program of each, its layers, and a word about it."""
+
+    devices: list[str]
+    prepared: PreparedChain
+    layers: list[list[int]]
+    note: str
+
+
+def demand(whole: Counted, caches: Mapping[int, int], n_layers: int, experts_apart: bool) -> Demand:
+    """Return what a step laid out on one device asks of places. caches: bytes by layer."""
+    layers = [caches.get(i, 0) for i in range(n_layers)]
+    apart = frozenset(r.name for r in whole.residents.values() if experts_apart and r.sparse)
+    rest = 0
+    for r in whole.residents.values():
+        layer = layer_of(r.name)
+        if layer is None:
+            rest += r.held
+        elif r.name not in apart:
+            layers[layer] += r.held
+    return Demand(layers, rest, whole.arena_bytes, apart)
+
+
+def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: int, expert_device: str | None,
+          backend_of: Callable[[str], Backend]) -> Placement:
+    """Divide a step's layers over devices in proportion to what they have free, and lay each part out.
+
+    free: bytes of each device, the main one first; fixed: bytes that the main one holds beside. What does not fit is laid out too.
+    Raises: RequestError where experts shall be apart and there are none.
+    """
+    names, where = list(free), expert_device
+    if where and not need.apart:
+        raise RequestError(f"expert_device={where!r}: the model has no experts")
+    left = [max(1, n - need.arena - (fixed if name == names[0] else 0)) for name, n in free.items()]
+    if where and len(names) > 1:
+        left[names.index(where)] = 0                         # layers stay away from their experts
+    found, times = None, 1
+    while found is None:                                     # what does not fit is laid out too, and refused with its table
+        found, times = spread(need.layers, [n * times for n in left], last=need.rest), 2 * times
+    used = sorted({*found, *([names.index(where)] if where else [])})
+    devices: list[int] = []                                  # of each stage: runs of layers, between them the experts of one
+    stages: dict[tuple[int, bool], int] = {}                 # (layer, its experts) -> stage
+    with_experts = {layer_of(name) for name in need.apart}
+    for layer, device in enumerate(found):
+        for experts in (False, True):
+            on = used.index(names.index(where) if where and experts else device)
+            if not devices or (devices[-1] != on and (not experts or layer in with_experts)):
+                devices.append(on)
+            stages[layer, experts] = len(devices) - 1
+    if devices[-1] != used.index(found[-1]):
+        devices.append(used.index(found[-1]))                # the output head is where the last layer is
+
+    def stage_of(name: str) -> int | None:
+        layer, last = layer_of(name), len(devices) - 1
+        if layer is not None:
+            return stages[layer, name in need.apart]
+        return last if behind_layers(name) else step.stage_of(name, last)
+
+    parts = cut(declared.outputs, stage_of, devices)
+    chain = PreparedChain.lay_out(parts, [backend_of(names[d]) for d in used], dict(declared.entries))
+    note = "layers: " + ", ".join(f"{found.count(d)} on {names[d]}" for d in used if d in found)
+    return Placement([names[d] for d in used], chain, [[i for i, on in enumerate(found) if on == d] for d in used],
+                     note + (f", their experts on {where}" if where else ""))
+
+
+def spread(layers: Sequence[int], free: Sequence[int], first: int = 0, last: int = 0) -> list[int] | None:
+    """Return the device of each layer, in order and in proportion to the devices' free memory; None if they do not fit.
+
+    layers: bytes of each; free: bytes of each device; first, last: bytes that go with the first and with the last layer (embedding,
+    output head). Minimises the largest share of memory used on any device, so none is full while another one idles.
     """
     def filled(share: float) -> list[int] | None:
         device, used, out = 0, float(first), []
         for i, n in enumerate(layers):
             n += last if i == len(layers) - 1 else 0
-            while device < len(rooms) and used + n > share * rooms[device]:
+            while device < len(free) and used + n > share * free[device]:
                 device, used = device + 1, float(0 if out else first)         # what comes first is where the first layer is
-            if device == len(rooms):
+            if device == len(free):
                 return None
             used += n
             out.append(device)

@@ -19,7 +19,7 @@ MIB = 2**20
 class PlanItem:
     """`nbytes` on `device` for a `purpose`.
 
-    layer     of the model, where the item belongs to one
+    layer     of the program's model, where the item belongs to one; program: "step", or the kind of an encoder
     parts     (name, bytes) that add up to `nbytes`; factors: (name, number) whose product it is; either may be empty
     """
 
@@ -30,11 +30,13 @@ class PlanItem:
     layer: int | None = None
     parts: tuple[tuple[str, int], ...] = ()
     factors: tuple[tuple[str, int], ...] = ()
+    program: str = "step"
 
     @classmethod
-    def sum(cls, device: str, purpose: str, detail: str, parts: Sequence[tuple[str, int]], layer: int | None = None) -> PlanItem:
-        """An item that is the sum of its parts."""
-        return cls(device, purpose, detail, sum(n for _, n in parts), layer, parts=tuple(parts))
+    def sum(cls, device: str, purpose: str, detail: str, parts: Sequence[tuple[str, int]], layer: int | None = None,
+            program: str = "step") -> PlanItem:
+        """Make an item that is the sum of its parts."""
+        return cls(device, purpose, detail, sum(n for _, n in parts), layer, parts=tuple(parts), program=program)
 
     @classmethod
     def product(cls, device: str, purpose: str, detail: str, factors: Sequence[tuple[str, int]],
@@ -44,7 +46,7 @@ class PlanItem:
 
 
 @dataclass(frozen=True)
-class Room:
+class Headroom:
     """A device of this machine and how much of the model it could hold.
 
     device     "cpu", "cuda:0"; unified: its memory is the CPU's
@@ -96,7 +98,7 @@ class MemoryPlan:
     max_ctx: int | None = None
     max_seq: int | None = None
     seq_limit: int = 1
-    rooms: tuple[Room, ...] = ()
+    rooms: tuple[Headroom, ...] = ()
     notes: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 

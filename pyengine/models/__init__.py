@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
 
 from pyengine.errors import UnsupportedModelError
+from pyengine.models.architecture import Architecture
 
 
 def architectures() -> list[str]:
@@ -14,7 +14,7 @@ def architectures() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "architecture")
 
 
-def architecture(name: str) -> Any:
+def model_class(name: str) -> type[Architecture]:
     """The class `Model` of an architecture's module. Raises: UnsupportedModelError listing those that there are."""
     if name not in architectures():
         raise UnsupportedModelError(f"architecture {name!r} is not supported; these are: {', '.join(architectures())}")

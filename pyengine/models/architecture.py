@@ -1,62 +1,116 @@
-"""The contract between an architecture's module and the engine."""
+"""The contracts between an architecture's module and the engine: `Architecture`, and the `Encoder`s that stand beside a decoder.
+
+Weights are bound once, when a model is made; nothing of it depends on sizes. What a plan decides (contexts, rows, the largest
+picture) comes as arguments, so one model serves any number of plans. Nothing is assigned to these objects from outside.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 from pyengine.cache.policy import Policy
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
+from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
+from pyengine.media.views import Limits, Processed
 from pyengine.nn.batch import Batch
-from pyengine.nn.rope import Rope
+from pyengine.nn.rope import Rotary, Rope
+
+if TYPE_CHECKING:
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
 
 
-class Architecture:
+class EncoderFiles(NamedTuple):
+    """What encoders are bound from.
+
+    text     keys of the decoder; keys: those of the encoder ("clip.*")
+    weights  "v.*" and "mm.*"
+    token    gives the id of a special token's text
+    """
+
+    text: Hparams
+    keys: Hparams
+    weights: Weights
+    token: Callable[[str], int]
+
+
+class Encoder(ABC):
+    """Pictures (later sounds, texts) to rows that a decoder reads.
+
+    kind         "image", "audio" or "text"
+    markers      ids that a chat template writes for one medium, by "image" or "video": all of them are what `Processed.parts` replaces
+    atomic_rows  most rows of a span that must not be cut at a batch boundary; 0 without such spans
+    """
+
+    kind: ClassVar[str] = "image"
+    markers: Mapping[str, tuple[int, ...]]
+    atomic_rows: int = 0
+
+    @abstractmethod
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the most rows that one run can be asked for with contexts of n_ctx positions."""
+
+    @abstractmethod
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the rows of a picture of width x height pixels, at most."""
+
+    @abstractmethod
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
+        """Turn a medium into the encoder's runs and what stands around their rows, on the host.
+
+        Raises: RequestError for what the model does not take, and beyond the limits; ContextOverflowError.
+        """
+
+    @abstractmethod
+    def declare(self, graph: Graph, rows: int) -> Tensor:
+        """Build the graph of one run of at most `rows` rows: declares the inputs that `View.inputs` names, returns F32 [rows, d_model]."""
+
+
+class Architecture(ABC):
     """What a module's class `Model` offers to the engine.
 
-    config           has n_layers, d_model, n_kv_heads, head_dim, vocab_size
-    n_ids            ids that a prompt may have; more than `vocab_size` where the embedding has more rows than the output head
-    position_axes    rows of `batch.positions` (3 with M-RoPE)
-    Vision           the media encoder's class (or a function that makes the one which the files hold), or None
-    rope             the rotary embedding of queries and keys
-
-    A `Vision` is made by `Vision(h, v, w, n_ctx, token)`: keys of the text model, keys "clip.*", weights "v.*" and "mm.*", the
-    context's size, and a function that gives the id of a special token's text. It has
-
-    image_marker     ids that a chat template writes for one picture, all of which `Processed.parts` replaces
-    video_marker     the same for a video, or None
-    atomic_rows      most rows of a span that must not be cut, 0 without such spans
-    max_rows         most rows of one run of the encoder; a plan may make it smaller before `encode` is called
-    rows(w, h)       rows of a picture of w x h pixels, at most
-    process(media)   an Image or Video -> Processed, on the host
-    encode(graph)    the graph of one run: declares the inputs that `View.inputs` names, returns F32 [rows, d_model]
+    config         has n_layers, d_model, n_kv_heads, head_dim, vocab_size
+    position_axes  rows of `batch.positions` (3 with M-RoPE)
+    rope           the rotary embedding of queries and keys
     """
 
     config: Any
     position_axes: ClassVar[int] = 1
-    Vision: ClassVar[Any] = None
-    rope: Rope
+    rope: Rotary
 
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, h: Hparams, w: Weights):
+        """Bind the weights. Raises: InvalidModelError, UnsupportedModelError."""
+
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoders that the files hold, by kind; none for an architecture without."""
+        return {}
 
     @property
     def n_ids(self) -> int:
-        """Rows of the embedding."""
+        """Ids that a prompt may have: rows of the embedding, which may be more than those of the output head."""
         return self.config.vocab_size
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs. The plan says how many encoder rows `Cross` holds."""
-        raise NotImplementedError
+    @abstractmethod
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs. The plan says how many encoder rows `Cross` holds."""
 
-    def ropes(self) -> list[Rope]:
-        """The rotary embedding of each layer's keys: they can be turned on by further positions."""
-        return [self.rope] * self.config.n_layers
+    def ropes(self, n_ctx: int) -> list[Rope]:
+        """Return the rotary embedding of each layer's keys: they can be rotated by further positions."""
+        return [self.rope.at(n_ctx)] * self.config.n_layers
 
-    def forward(self, batch: Batch, caches: list[Any]) -> tuple[Tensor, Tensor]:
-        """The graph of one step: logits [l, vocab] and hidden states of the wanted rows [w, d_model].
+    @abstractmethod
+    def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
+        """Build the graph of one step for all its rows; returns hidden states [m, d_model].
 
         caches: a `LayerCache` each; for layers that attend across a `CrossCache`, or None without an encoder.
         """
-        raise NotImplementedError
+
+    @abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """Build the output head: hidden states [l, d_model] to logits [l, vocab]."""

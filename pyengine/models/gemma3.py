@@ -12,21 +12,20 @@ Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyengine import ops
-from pyengine.media.views import Processed, View
+from pyengine.media.views import Limits, Processed, View
 from pyengine.nn.batch import Batch
 from pyengine.errors import InvalidModelError, RequestError
 from pyengine.graph.graph import Graph
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
-from pyengine.models.architecture import Architecture
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.decoder import vocab_size
 from pyengine.nn.encoder import attention_products
 from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
@@ -117,20 +116,18 @@ class Block:
         self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
         self.ffn_post = RMSNorm(w["post_ffw_norm"], c.d_model, c.eps)
 
-    def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
-        y = self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
-        x = xw + self.attn_post(y)
+    def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:     # [m, D]
+        x = x + self.attn_post(self.attend(self.attn_norm(x), rope, angles, cache))
         h = self.ffn_norm(x)
-        return x + self.ffn_post(self.down(ops.gelu_tanh(self.gate(h)) * self.up(h)))     # [m or w, D]
+        return x + self.ffn_post(self.down(ops.gelu_tanh(self.gate(h)) * self.up(h)))     # [m, D]
 
-    def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+    def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
+        """x [m, D] -> [m, D]"""
         c = self.c
-        q = self.q_norm(self.q(xw).reshape(-1, c.n_heads, c.head_dim))             # [m or w, H, E]
+        q = self.q_norm(self.q(x).reshape(-1, c.n_heads, c.head_dim))             # [m, H, E]
         k = self.k_norm(self.k(x).reshape(-1, c.n_kv_heads, c.head_dim))           # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
-        y = cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.attn_scale, softcap=c.attn_softcap, wanted=last)
+        y = cache.attend(rope(q, angles), rope(k, angles), v, scale=c.attn_scale, softcap=c.attn_softcap)
         return self.out(y)
 
 
@@ -244,16 +241,15 @@ class VisionBlock:
         return x + self.down(ops.unary(self.up(self.norm2(x)), kind=c.act))
 
 
-class Vision:
+class Vision(Encoder):
     """SigLIP over one square picture, average pooling, projection; and what a picture becomes in a prompt.
 
     Patches are computed in the order of the pooled windows, so that pooling is a mean over neighbours: attention does not care,
     and position embeddings are put into the same order when they are loaded.
     """
 
-    video_marker = None
-
-    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+    def __init__(self, files: EncoderFiles):
+        h, v, w, token = files
         ollama = f"{h.arch}.vision.block_count" in h.meta
         v, names = (h, OLLAMA) if ollama else (v, Names())
         c = self.config = VisionConfig.read(v)
@@ -267,8 +263,8 @@ class Vision:
         self.end = v.get("vision.image_end_token_id", None, int)
         self.start = token("<start_of_image>") if self.start is None else self.start
         self.end = token("<end_of_image>") if self.end is None else self.end
-        self.image_marker = (self.start,)
-        self.atomic_rows = self.max_rows = c.n_tokens
+        self.markers = {"image": (self.start,)}
+        self.atomic_rows = c.n_tokens
         self.order = _pooling_order(side, tokens, self.pool)
         mean, std = (np.array(a, np.float32)[:, None] for a in (c.mean, c.std))
         self.levels = (np.arange(256, dtype=np.float32) * np.float32(1 / 255) - mean) / std         # [3, 256]
@@ -285,11 +281,15 @@ class Vision:
     def _ordered(self, position: np.ndarray) -> np.ndarray:
         return np.take(position, self.order, axis=0, out=pages(position.shape), mode="clip")
 
-    def rows(self, width: int, height: int) -> int:
-        """Soft tokens of one run, whatever the picture's size."""
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the soft tokens of one run."""
         return self.config.n_tokens
 
-    def process(self, media: Image | Video) -> Processed:
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the soft tokens of one run, whatever the picture's size."""
+        return self.config.n_tokens
+
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
         """Resize to the encoder's square, whatever the aspect ratio; with pan and scan, crops of long pictures too.
 
         Options of the image: pan_and_scan (bool). Raises: RequestError for videos.
@@ -333,7 +333,7 @@ class Vision:
             patches[:, channel] = self.levels[channel][x[:, channel]]
         return patches.reshape(len(x), -1)
 
-    def encode(self, g: Graph) -> Tensor:
+    def declare(self, g: Graph, rows: int) -> Tensor:
         """Soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""
         c, n = self.config, len(self.order)
         lo, hi = np.zeros(n, np.int32), np.full(n, n, np.int32)
@@ -357,35 +357,42 @@ def _pooling_order(side: int, tokens: int, pool: int) -> np.ndarray:
 class Model(Architecture):
     """A gemma3 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    Vision = Vision
-
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model, scale=c.d_model**0.5)
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         base = h.number("rope.global.freq_base", ROPE_BASE)                        # Ollama's name
-        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train, base=base)
+        self.rope = rope(h, w, c.head_dim, interleaved=False, base=base)
         if f"{h.arch}.vision.block_count" in h.meta and f"{h.arch}.rope.scaling.type" not in h.meta and c.n_ctx_train >= 131_072:
-            self.rope = self.rope._replace(inv_freq=self.rope.inv_freq / np.float32(8))   # 4B and up; Ollama's files have no key
+            whole = self.rope.rope                                                 # 4B and up; Ollama's files have no key
+            self.rope = self.rope._replace(rope=whole._replace(inv_freq=whole.inv_freq / np.float32(8)))
         local = h.number("rope.freq_base_swa", h.number("rope.local.freq_base", LOCAL_ROPE_BASE))
         self.rope_local = Rope((1 / local ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)).astype(np.float32), 1.0, False)
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind SigLIP, where the files hold it."""
+        return {"image": Vision(files)}
+
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs."""
         return [Sliding(self.config.window) if slides else Full() for slides in self.config.sliding]
 
-    def ropes(self) -> list[Rope]:
-        """The rotary embedding of each layer's keys."""
-        return [self.rope_local if slides else self.rope for slides in self.config.sliding]
+    def ropes(self, n_ctx: int) -> list[Rope]:
+        """Return the rotary embedding of each layer's keys."""
+        return [self.rope_local if slides else self.rope.at(n_ctx) for slides in self.config.sliding]
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
-        c = self.config
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
+        """Return hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                                # [m, D]
-        angles = {slides: (r, r.table(batch.positions)) for slides, r in ((True, self.rope_local), (False, self.rope))}
-        for i, block in enumerate(self.blocks):
-            x = block(x, batch, *angles[c.sliding[i]], caches[i], last=i == c.n_layers - 1)
-        logits = self.head(self.norm(batch.select_head(x)))
-        return ops.softcap(logits, cap=c.final_softcap) if c.final_softcap else logits, x
+        angles = {slides: (r, r.table(batch.positions)) for slides, r in ((True, self.rope_local), (False, self.rope.at(batch.n_ctx)))}
+        for block, slides, cache in zip(self.blocks, self.config.sliding, caches):
+            x = block(x, *angles[slides], cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [l, vocab] of hidden states [l, D]."""
+        y, cap = self.head(self.norm(x)), self.config.final_softcap
+        return ops.softcap(y, cap=cap) if cap else y

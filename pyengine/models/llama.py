@@ -16,7 +16,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
 from pyengine.models import encoders
-from pyengine.models.architecture import Architecture
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.decoder import vocab_size
 from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
@@ -71,7 +71,7 @@ class FeedForward:
         self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
         self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
 
-    def __call__(self, x: Tensor) -> Tensor:                                       # [m or w, D]
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m, D]
         return self.down(ops.silu(self.gate(x)) * self.up(x))
 
 
@@ -83,7 +83,7 @@ class Mixture:
         self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
         self.experts = Experts(w, c.n_experts, c.d_model, c.d_ff)
 
-    def __call__(self, x: Tensor) -> Tensor:                                       # [m or w, D]
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m, D]
         return self.experts(x, *ops.top_experts(self.router(x), n_used=self.n_used, gate="softmax", normed=True))
 
 
@@ -100,42 +100,49 @@ class Block:
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
         self.ffn = (Mixture if c.n_experts else FeedForward)(w, c)
 
-    def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
-        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
-        return x + self.ffn(self.ffn_norm(x))                                      # [m or w, D]
+    def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:     # [m, D]
+        x = x + self.attend(self.attn_norm(x), rope, angles, cache)
+        return x + self.ffn(self.ffn_norm(x))                                      # [m, D]
 
-    def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+    def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
+        """x [m, D] -> [m, D]"""
         c = self.c
-        q = self.q(xw).reshape(-1, c.n_heads, c.head_dim)                          # [m or w, H, E]
+        q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                          # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
-        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
+        return self.out(cache.attend(rope(q, angles), rope(k, angles), v, scale=c.head_dim**-0.5))
 
 
 class Model(Architecture):
     """A llama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    Vision = staticmethod(encoders.encoder)
-
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        self.rope = rope(h, w, c.head_dim, interleaved=True, n_ctx=n_ctx or c.n_ctx_train)
+        self.rope = rope(h, w, c.head_dim, interleaved=True)
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder that the file's projector names."""
+        return encoders.beside(files)
+
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs."""
         c = self.config
         return [Sliding(c.window) if c.window else Full()] * c.n_layers
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
+        """Return hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                     # [m, D]
-        angles = self.rope.table(batch.positions)                                  # [m, E]
-        for i, block in enumerate(self.blocks):
-            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
-        return self.head(self.norm(batch.select_head(x))), x
+        rope = self.rope.at(batch.n_ctx)
+        angles = rope.table(batch.positions)                                       # [m, E]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, rope, angles, cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [l, vocab] of hidden states [l, D]."""
+        return self.head(self.norm(x))

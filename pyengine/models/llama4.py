@@ -24,21 +24,20 @@ Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size; in the enc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyengine import ops
-from pyengine.media.views import Processed, View
+from pyengine.media.views import Limits, Processed, View
 from pyengine.nn.batch import Batch
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.graph.graph import Graph
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Chunked, Full, Policy
 from pyengine.nn.cache import LayerCache
-from pyengine.models.architecture import Architecture
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.encoder import projector_type, special_token
 from pyengine.nn.decoder import vocab_size
 from pyengine.nn.encoder import attention_products
@@ -157,10 +156,6 @@ class Places:
     angles: Tensor
     factors: Tensor | None
 
-    def select(self, batch: Batch) -> Places:
-        """The wanted rows."""
-        return Places(batch.select(self.angles), None if self.factors is None else batch.select(self.factors))
-
 
 class Block:
     """Pre-norm grouped-query attention and feed-forward, each added to its input."""
@@ -175,24 +170,23 @@ class Block:
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
         self.feed_forward = Mixture(w, c) if "ffn_gate_inp" in w else FeedForward(w, c)
 
-    def __call__(self, x: Tensor, batch: Batch, rope: Rope, places: Places, cache: LayerCache, last: bool) -> Tensor:
-        xw, places_w = (batch.select(x), places.select(batch)) if last else (x, places)            # [w, D]
-        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, places, places_w, cache, last)
-        return x + self.feed_forward(self.ffn_norm(x))                             # [m or w, D]
+    def __call__(self, x: Tensor, rope: Rope, places: Places, cache: LayerCache) -> Tensor:        # [m, D]
+        x = x + self.attend(self.attn_norm(x), rope, places, cache)
+        return x + self.feed_forward(self.ffn_norm(x))                             # [m, D]
 
-    def attend(self, x: Tensor, xw: Tensor, rope: Rope, places: Places, places_w: Places, cache: LayerCache, last: bool) -> Tensor:
-        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+    def attend(self, x: Tensor, rope: Rope, places: Places, cache: LayerCache) -> Tensor:
+        """x [m, D] -> [m, D]"""
         c = self.c
-        q = self.q(xw).reshape(-1, c.n_heads, c.head_dim)                          # [m or w, H, E]
+        q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                           # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
         if self.rotated:
-            q, k = rope(q, places_w.angles), rope(k, places.angles)
+            q, k = rope(q, places.angles), rope(k, places.angles)
             if c.qk_norm:
                 q, k = (ops.rms_norm(t, eps=c.eps) for t in (q, k))
-        elif places_w.factors is not None:
-            q = q * places_w.factors.reshape(-1, 1, 1)
-        return self.out(cache.attend(q, k, v, scale=c.head_dim**-0.5, wanted=last))
+        elif places.factors is not None:
+            q = q * places.factors.reshape(-1, 1, 1)
+        return self.out(cache.attend(q, k, v, scale=c.head_dim**-0.5))
 
 
 # ---- vision encoder ---------------------------------------------------------------------------------------------------------
@@ -294,7 +288,7 @@ class VisionBlock:
         return x + self.down(ops.gelu(self.up(self.norm2(x))))
 
 
-class Vision:
+class Vision(Encoder):
     """The encoder of one tile, adapter, projector; and what a picture becomes in a prompt.
 
     Patches are put into groups on the host, so that a group's rows lie side by side and pixel shuffle is a reshape: attention does
@@ -302,10 +296,8 @@ class Vision:
     last one, whose embedding is added with its position's.
     """
 
-    video_marker = None
-    atomic_rows = 0                                                            # rows of pictures are causal and may be cut
-
-    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+    def __init__(self, files: EncoderFiles):
+        h, v, w, token = files
         ollama = f"{h.arch}.vision.block_count" in h.meta
         v, names = (h, OLLAMA) if ollama else (v, Names())
         c = self.config = VisionConfig.read(v, ollama)
@@ -317,10 +309,9 @@ class Vision:
         self.across = special("tile_x_separator", "<|tile_x_separator|>")      # between tiles of a row
         self.down = special("tile_y_separator", "<|tile_y_separator|>")        # behind a row
         self.whole = special("image_marker", "<|image|>")                      # stands before the tile of the whole picture
-        self.image_marker = (self.whole,)
-        self.n_ctx = n_ctx
+        self.markers = {"image": (self.whole,)}
         side = c.tile // c.patch
-        self.max_rows = (side // c.group) ** 2
+        self.tile_rows = (side // c.group) ** 2
         self.order = grouped(side, c.group)
         self.levels = levels(c.mean, c.std)
         d_model, n, d_group = h.size("embedding_length"), side * side, c.width * c.group**2
@@ -345,12 +336,16 @@ class Vision:
         out[-1] = position[-1] + cls
         return out
 
-    def rows(self, width: int, height: int) -> int:
-        """Soft tokens of a picture of this size, all tiles together."""
-        rows, columns = canvas(height, width, self.config.tile, self.config.max_tiles, self.config.largest_canvas)
-        return self.max_rows * (rows * columns + (rows * columns > 1))
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the rows of a tile, which a run is."""
+        return self.tile_rows
 
-    def encode(self, g: Graph) -> Tensor:
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the soft tokens of a picture of this size, all tiles together."""
+        rows, columns = canvas(height, width, self.config.tile, self.config.max_tiles, self.config.largest_canvas)
+        return self.tile_rows * (rows * columns + (rows * columns > 1))
+
+    def declare(self, g: Graph, rows: int) -> Tensor:
         """Soft tokens [P / group^2, D] of "patches" [P + 1, 3 * p * p]."""
         c, n = self.config, len(self.order)
         lo, hi = np.zeros(n + 1, np.int32), np.full(n + 1, n + 1, np.int32)
@@ -358,12 +353,12 @@ class Vision:
         x = self.before(self.patch(g.input("patches", (n + 1, 3 * c.patch**2))) + self.position)   # [P + 1, V]
         for block in self.blocks:
             x = block(x, angles, lo, hi)
-        x = ops.slice(self.after(x), axis=0, start=0, stop=n).reshape(self.max_rows, c.width * c.group**2)
+        x = ops.slice(self.after(x), axis=0, start=0, stop=n).reshape(self.tile_rows, c.width * c.group**2)
         return self.projector(ops.gelu(self.second(ops.gelu(self.first(x)))))  # [P / group^2, D]
 
     # -- processor ------------------------------------------------------------------------------------------------------------
 
-    def process(self, media: Image | Video) -> Processed:
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
         """Fit a picture into a canvas of tiles; one tile more shows it whole, squeezed, unless one is all.
 
         Options of the image: max_tiles. Raises: RequestError for videos, ContextOverflowError if its rows exceed the context.
@@ -381,9 +376,9 @@ class Vision:
         width, height = media.size
         rows, columns = canvas(height, width, c.tile, most, c.largest_canvas)
         n = rows * columns + (rows * columns > 1)
-        if n * self.max_rows > self.n_ctx:
-            raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {n} tiles of {self.max_rows} positions, but the "
-                                       f"context holds {self.n_ctx}; load with a larger n_ctx, or give a smaller max_tiles")
+        if n * self.tile_rows > limits.n_ctx:
+            raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {n} tiles of {self.tile_rows} positions, but the "
+                                       f"context holds {limits.n_ctx}; load with a larger n_ctx, or give a smaller max_tiles")
         h, w = fitted(height, width, (rows * c.tile, columns * c.tile), c.tile, c.largest_canvas)
         pixels = np.zeros((rows * c.tile, columns * c.tile, 3), np.uint8)      # black to the right and below
         pixels[:h, :w] = resize(media.pixels, h, w, c.resample)
@@ -399,8 +394,8 @@ class Vision:
 
     def _view(self, pixels: np.ndarray) -> View:
         """One run of the encoder over a tile [tile, tile, 3]."""
-        rows = np.arange(self.max_rows, dtype=np.int32)[None]
-        return View(lambda: {"patches": self._patches(pixels)}, {}, rows, self.max_rows)
+        rows = np.arange(self.tile_rows, dtype=np.int32)[None]
+        return View(lambda: {"patches": self._patches(pixels)}, {}, rows, self.tile_rows)
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """pixels uint8 [tile, tile, 3] -> F32 [P + 1, 3 * p * p], group by group."""
@@ -469,33 +464,41 @@ def fitted(height: int, width: int, canvas: tuple[int, int], tile: int, largest:
 class Model(Architecture):
     """A llama4 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    Vision = Vision
-
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
         self.blocks = [Block(w["blk", i], c, i) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        self.rope = rope(h, w, c.head_dim, interleaved=True, n_ctx=n_ctx or c.n_ctx_train, base=ROPE_BASE)
+        self.rope = rope(h, w, c.head_dim, interleaved=True, base=ROPE_BASE)
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder, where the files hold it."""
+        return {"image": Vision(files)}
+
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs."""
         return [Chunked(self.config.chunk) if chunked else Full() for chunked in self.config.chunked]
 
-    def ropes(self) -> list[Rope]:
-        """The rotary embedding of each layer's keys; the norm behind it does not see a rotation."""
+    def ropes(self, n_ctx: int) -> list[Rope]:
+        """Return the rotary embedding of each layer's keys; the norm behind it does not see a rotation."""
         none = Rope(np.empty(0, np.float32), 1.0, True)
-        return [self.rope if rotated else none for rotated in self.config.rotated]
+        return [self.rope.at(n_ctx) if rotated else none for rotated in self.config.rotated]
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
+        """Return hidden states [m, D]."""
         c = self.config
         x = self.embed(batch.ids, batch.media)                                     # [m, D]
         factors = None
         if c.temperature and not all(c.rotated):
             factors = ops.temperature(batch.positions, floor=c.floor, scale=c.temperature).reshape(-1, 1)      # [m, 1]
-        places = Places(self.rope.table(batch.positions), factors)
-        for i, block in enumerate(self.blocks):
-            x = block(x, batch, self.rope, places, caches[i], last=i == c.n_layers - 1)
-        return self.head(self.norm(batch.select_head(x))), x
+        rope = self.rope.at(batch.n_ctx)
+        places = Places(rope.table(batch.positions), factors)
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, rope, places, cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [l, vocab] of hidden states [l, D]."""
+        return self.head(self.norm(x))

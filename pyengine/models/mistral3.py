@@ -20,11 +20,10 @@ Ministral 3, which has the same name in files, scales attention with the positio
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
 
 from pyengine.files.hparams import Hparams
 from pyengine.models import encoders, llama
+from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders import pixtral
 from pyengine.files.weights import Weights
 
@@ -40,8 +39,8 @@ class Vision(pixtral.Vision):
 
     names = OLLAMA
 
-    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
-        super().__init__(h, h, w, n_ctx, token)                                # `v` ("clip.*") has nothing in these files
+    def __init__(self, files: EncoderFiles):
+        super().__init__(files._replace(keys=files.text))                      # "clip.*" has nothing in these files
 
     @staticmethod
     def read(h: Hparams, v: Hparams, w: Weights) -> pixtral.VisionConfig:
@@ -50,18 +49,16 @@ class Vision(pixtral.Vision):
         return pixtral.VisionConfig.make(h, h, w, "silu", act, h.size("spatial_merge_size", MERGE))
 
 
-def encoder(h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]) -> Any:
-    """The encoder, in the dialect that the file's keys are written in."""
-    make = Vision if f"{h.arch}.vision.block_count" in h.meta else encoders.encoder
-    return make(h, v, w, n_ctx, token)
-
-
 class Model(llama.Model):
     """llama's decoder."""
 
-    Vision = staticmethod(encoder)
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder, in the dialect that the file's keys are written in."""
+        ollama = f"{files.text.arch}.vision.block_count" in files.text.meta
+        return {"image": Vision(files)} if ollama else encoders.beside(files)
 
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         h.refuse(attention__temperature_scale=TEMPERATURE, rope__scaling_beta=TEMPERATURE,       # llama.cpp's name, Ollama's
                  rope__scaling__yarn_log_multiplier=MAGNITUDE, rope__scaling__mscale_all_dim=MAGNITUDE)
-        super().__init__(h, w, n_ctx)
+        super().__init__(h, w)

@@ -22,21 +22,20 @@ T tiles, P patches of one and its class row, N = T P + padding, V hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyengine import ops
-from pyengine.media.views import Processed, View
+from pyengine.media.views import Limits, Processed, View
 from pyengine.nn.batch import Across, Batch
 from pyengine.errors import InvalidModelError, RequestError
 from pyengine.graph.graph import Graph
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Cross, Full, Policy
 from pyengine.nn.cache import CrossCache
-from pyengine.models.architecture import Architecture
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.encoder import mean_and_std
 from pyengine.models.llama import Block, FeedForward
 from pyengine.models.llama import Config as TextConfig
@@ -217,23 +216,21 @@ class VisionBlock:
         return x + (y if self.ffn_weight is None else y * self.ffn_weight)
 
 
-class Vision:
+class Vision(Encoder):
     """The encoder over all tiles of one picture, and what a picture becomes in a prompt.
 
     Rows are those of tile 0, tile 1 .. and then all padding, so the rows that hold picture are the first ones. They see all rows;
     the others, empty tiles and padding, see those only.
     """
 
-    video_marker = None
-    atomic_rows = 0
-
-    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
+    def __init__(self, files: EncoderFiles):
+        h, v, w, token = files
         v = h if f"{h.arch}.vision.block_count" in h.meta else v                        # Ollama's
         c = self.config = VisionConfig.read(v)
         found = v.get("vision.image_token_id", None, int)
         self.token = token("<|image|>") if found is None else found
-        self.image_marker = (self.token,)
-        self.max_rows = c.max_tiles * c.rows
+        self.markers = {"image": (self.token,)}
+        self.all_rows = c.max_tiles * c.rows                                            # of all tiles
         mean, std = (np.array(a, np.float32)[:, None] for a in (c.mean, c.std))
         self.levels = (np.arange(256, dtype=np.float32) * np.float32(1 / 255) - mean) / std         # [3, 256]
         v_, n = w["v"], len(arrangements(c.max_tiles)) + 1
@@ -241,10 +238,10 @@ class Vision:
         own = (v_["position_embd"].tensor("weight", (c.rows, c.width)), v_["position_embd"].tensor("gate", (1,)),
                v_.tensor("class_embd", (c.width,)))
         self.position = constant(DerivedRef(own[0].name, own[0].shape, own, _with_class))
-        tiled = v_["tile_position_embd"].tensor("weight", (n, self.max_rows * c.width))
+        tiled = v_["tile_position_embd"].tensor("weight", (n, self.all_rows * c.width))
         if c.width % tiled.dtype.block:
             raise InvalidModelError(f"{tiled.name}: blocks of {tiled.dtype.name} do not divide rows of {c.width}")
-        self.tile_position = constant(tiled._replace(shape=(n * self.max_rows, c.width)))
+        self.tile_position = constant(tiled._replace(shape=(n * self.all_rows, c.width)))
         self.tile_weight = constant(v_["tile_position_embd"].tensor("gate", (1,)))
         self.pre_tile, self.post_tile = (self._tile_table(v_[f"{when}_tile_position_embd"], n) for when in ("pre", "post"))
         self.pre_norm, self.post_norm = LayerNorm(v_["pre_ln"], c.width, NORM_EPS), LayerNorm(v_["post_ln"], c.width, NORM_EPS)
@@ -260,12 +257,16 @@ class Vision:
         return constant(DerivedRef(table.name, (n * c.max_tiles + 1, c.width), (table, weight),
                                    lambda a, g: np.concatenate([(a * g).reshape(-1, c.width), zeros])))
 
-    def rows(self, width: int, height: int) -> int:
-        """Rows of a picture of that size."""
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the rows of a picture that fills all tiles."""
+        return self.all_rows
+
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the rows of a picture of that size."""
         y, x = arrange(width, height, self.config)
         return y * x * self.config.rows
 
-    def process(self, media: Image | Video) -> Processed:
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
         """Resize into the best canvas of tiles, fill it up with black. Raises: RequestError for videos, and beyond the plan."""
         from pyengine.media.image import known_options                                 # Pillow takes 20 ms to import
         from pyengine.media.video import Video
@@ -277,9 +278,9 @@ class Vision:
         width, height = media.size
         tiles = arrange(width, height, c)
         n = tiles[0] * tiles[1] * c.rows
-        if n > self.max_rows:
+        if n > limits.rows:
             raise RequestError(f"a picture of {width} x {height} pixels takes {tiles[0] * tiles[1]} tiles, {n} encoder rows, but "
-                               f"the model was loaded for up to {self.max_rows}; load with images=({width}, {height})")
+                               f"the model was loaded for up to {limits.rows}; load with images=({width}, {height})")
         view = View(lambda: self._inputs(media.pixels, tiles), {}, np.zeros((1, n), np.int32), 1, (1, *tiles), token=self.token)
         return Processed((view,), media.size, fit(width, height, tiles, c.image_size))
 
@@ -307,7 +308,7 @@ class Vision:
                 "places": first * c.rows + np.arange(c.max_tiles * c.rows, dtype=np.int32),
                 "hi": np.where(np.arange(n) < n_real, n, n_real).astype(np.int32)}
 
-    def encode(self, g: Graph) -> Tensor:
+    def declare(self, g: Graph, rows: int) -> Tensor:
         """Rows F32 [N, D] of "patches" [T P, 3 p p], with zeros for class rows and empty tiles; the picture's own come first.
 
         before [T P], behind [N], places [T P]: rows of the tables of tiles; hi [N]: how many rows each one sees.
@@ -343,9 +344,7 @@ def _with_class(position: np.ndarray, weight: np.ndarray, class_row: np.ndarray)
 class Model(Architecture):
     """An mllama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    Vision = Vision
-
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         h.refuse(expert_count="a mixture of experts")
         c = self.config = TextConfig.read(h, w)
         self.across = numbers(h, "attention.cross_attention_layers", c.n_layers)
@@ -357,26 +356,34 @@ class Model(Architecture):
                        for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)
-        self.rope = rope(h, w, c.head_dim, interleaved=True, n_ctx=n_ctx or c.n_ctx_train)
+        self.rope = rope(h, w, c.head_dim, interleaved=True)
+
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder, where the files hold it."""
+        return {"image": Vision(files)}
 
     @property
     def n_ids(self) -> int:
         """Rows of the embedding: the picture's token lies behind the output head's."""
         return self._n_ids
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs."""
         return [Cross() if i in self.across else Full() for i in range(self.config.n_layers)]
 
-    def forward(self, batch: Batch, caches: list[Any]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+    def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
+        """Return hidden states [m, D]."""
         x = self.embed(batch.ids)                                                  # [m, D]
-        angles = self.rope.table(batch.positions)                                  # [m, E]
-        last = self.config.n_layers - 1
-        for i, (block, cache) in enumerate(zip(self.blocks, caches)):
+        rope = self.rope.at(batch.n_ctx)
+        angles = rope.table(batch.positions)                                       # [m, E]
+        for block, cache in zip(self.blocks, caches):
             if isinstance(block, Block):
-                x = block(x, batch, self.rope, angles, cache, last=i == last)      # [m or w, D]
+                x = block(x, rope, angles, cache)
             elif cache is not None:
                 x = block(x, batch.across, cache)
-        x = batch.select(x) if last in self.across else x
-        return self.head(self.norm(batch.select_head(x))), x
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [l, vocab] of hidden states [l, D]."""
+        return self.head(self.norm(x))

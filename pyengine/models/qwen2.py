@@ -22,7 +22,7 @@ from pyengine.nn.decoder import vocab_size
 from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
-from pyengine.files.weights import DerivedRef, Weights
+from pyengine.files.weights import DerivedRef, WeightRef, Weights
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class Config:
         )
 
 
-def common_key(w: Weights, c: Config, rope: Rope) -> Tensor | None:
-    """The key bias where rotation leaves it nearly in place [K, E]: in pairs that turn by less than 2 radians in the training context.
+def common_key(bias: WeightRef | None, c: Config, rope: Rope) -> Tensor | None:
+    """The key bias [K * E] where rotation leaves it nearly in place [K, E]: in pairs that turn by less than 2 radians in the training context.
 
     There, in the last pairs, biases reach 200 while keys without them are near 1. Up to 2 radians the difference to the bias at
     position 0 is less than the bias, on average over the context (2 - 2 cos). Pairs are (i, i + n_rot / 2).
     """
-    bias, shape = w.optional("bias", (c.n_kv_heads * c.head_dim,)), (c.n_kv_heads, c.head_dim)
     if bias is None:
         return None
+    shape = c.n_kv_heads, c.head_dim
     still = np.ones(c.head_dim, np.float32)
     still[: 2 * len(rope.inv_freq)] = np.tile(rope.inv_freq * c.n_ctx_train < 2, 2) * rope.scale
     return constant(DerivedRef(bias.name, shape, (bias,), lambda b: b.reshape(shape) * still))
@@ -80,12 +80,12 @@ def common_key(w: Weights, c: Config, rope: Rope) -> Tensor | None:
 class Block:
     """Pre-norm grouped-query attention and gated feed-forward, each added to its input."""
 
-    def __init__(self, w: Weights, c: Config, rope: Rope):
+    def __init__(self, w: Weights, c: Config):
         self.c = c
         self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
         self.q = Linear(w["attn_q"], c.d_model, c.n_heads * c.head_dim)
         self.k = Linear(w["attn_k"], c.d_model, c.n_kv_heads * c.head_dim)
-        self.k_common = common_key(w["attn_k"], c, rope)
+        self.k_bias = w["attn_k"].optional("bias", (c.n_kv_heads * c.head_dim,))
         self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
         self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
@@ -93,41 +93,45 @@ class Block:
         self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
         self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
 
-    def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
-        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
+    def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:     # [m, D]
+        x = x + self.attend(self.attn_norm(x), rope, angles, cache)
         h = self.ffn_norm(x)
-        return x + self.down(ops.silu(self.gate(h)) * self.up(h))                  # [m or w, D]
+        return x + self.down(ops.silu(self.gate(h)) * self.up(h))                  # [m, D]
 
-    def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+    def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
+        """x [m, D] -> [m, D]"""
         c = self.c
-        q = self.q(xw).reshape(-1, c.n_heads, c.head_dim)                          # [m or w, H, E]
+        q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                          # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
-        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last,
-                                     k_common=self.k_common))
+        return self.out(cache.attend(rope(q, angles), rope(k, angles), v, scale=c.head_dim**-0.5,
+                                     k_common=common_key(self.k_bias, c, rope)))
 
 
 class Model(Architecture):
     """A qwen2 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
-        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train)
-        self.blocks = [Block(w["blk", i], c, self.rope) for i in range(c.n_layers)]
+        self.rope = rope(h, w, c.head_dim, interleaved=False)
+        self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs."""
         return [Sliding(window) if window else Full() for window in self.config.windows]
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
+        """Return hidden states [m, D]."""
         x = self.embed(batch.ids)                                                  # [m, D]
-        angles = self.rope.table(batch.positions)                                  # [m, E]
-        for i, block in enumerate(self.blocks):
-            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
-        return self.head(self.norm(batch.select_head(x))), x
+        rope = self.rope.at(batch.n_ctx)
+        angles = rope.table(batch.positions)                                       # [m, E]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, rope, angles, cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [l, vocab] of hidden states [l, D]."""
+        return self.head(self.norm(x))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from pyengine.files.hparams import Hparams
 from pyengine.models import qwen2vl
+from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.files.weights import Weights
 
 FULL_LAYERS = (7, 15, 23, 31)        # of a file without the key: model_vision.go, newVisionModel
@@ -42,4 +43,7 @@ class Vision(qwen2vl.Vision):
 class Model(qwen2vl.Model):
     """qwen2vl's decoder."""
 
-    Vision = Vision
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder, where the files hold it."""
+        return {"image": Vision(files)}

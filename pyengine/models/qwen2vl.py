@@ -24,13 +24,13 @@ Axes: m rows of the batch, D hidden; in the encoder n patches, t merged rows, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pyengine import ops
-from pyengine.media.views import Processed, View
+from pyengine.media.views import Limits, Processed, View
 from pyengine.nn.batch import Batch
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.graph.graph import Graph
@@ -39,6 +39,7 @@ from pyengine.media.image import Image, known_options, resize
 from pyengine.media.video import Video
 from pyengine.nn.cache import LayerCache
 from pyengine.models import qwen2
+from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import levels, mean_and_std, n_layers, projector_type, resample_filter, special_token
 from pyengine.nn.encoder import attention_products
 from pyengine.nn.layers import ACTIVATIONS, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
@@ -204,7 +205,7 @@ class VisionBlock:
         return self.out(y)
 
 
-class Vision:
+class Vision(Encoder):
     """Encoder, merger, processor and special tokens. Nothing about a picture is kept here."""
 
     atomic_rows = 0                                                            # rows of pictures are causal and may be cut
@@ -213,13 +214,11 @@ class Vision:
     slices: Sequence[str] = ("patch_embd.weight", "patch_embd.weight.1")
     merger: tuple[str, str, str] = ("v.post_ln", "mm.0", "mm.2")
 
-    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
-        """h: text keys; v: keys of the encoder; n_ctx: no picture has more rows; token: the id of a special token's text."""
+    def __init__(self, files: EncoderFiles):
+        h, v, w, token = files
         c = self.config = self.read(h, v, w)
         self.start, self.end, self.soft, self.soft_video = (special_token(v, name, token, text) for name, text in SPECIAL)
-        self.image_marker, self.video_marker = ((self.start, soft, self.end) for soft in (self.soft, self.soft_video))
-        self.n_ctx = n_ctx
-        self.max_rows = min(n_ctx, max(most_rows(*limits, c.patch * c.merge) for limits in (c.pixels, c.video_pixels)))
+        self.markers = {kind: (self.start, soft, self.end) for kind, soft in (("image", self.soft), ("video", self.soft_video))}
         self.levels = levels(c.mean, c.std)                                    # [3, 256]
         half = c.d_model // c.n_heads // 2
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
@@ -239,10 +238,15 @@ class Vision:
         """The configuration in this dialect."""
         return VisionConfig.read(h, v, w)
 
-    def encode(self, g: Graph) -> Tensor:
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the rows of the largest picture or time step that the processor makes, which the context must hold."""
+        c = self.config
+        return min(n_ctx, max(most_rows(*limits, c.patch * c.merge) for limits in (c.pixels, c.video_pixels)))
+
+    def declare(self, g: Graph, rows: int) -> Tensor:
         """Declare the inputs and return rows for the decoder, F32 [t, D]."""
         c = self.config
-        t = Dim("t", self.max_rows)
+        t = Dim("t", rows)
         n = t * c.merge**2
         x = self.embed(g.input("patches", (n, 3 * c.depth * c.patch**2)))                          # [n, V]
         angles = ops.rope_table(g.input("positions", (2, n), "I32"), self.inv_freq, self.axes)     # [n, E]
@@ -269,13 +273,13 @@ class Vision:
         n = math.floor(n / c.depth) * c.depth
         return np.arange(0, total, total / n).astype(np.float32).astype(np.int64) if n else np.arange(total)
 
-    def rows(self, width: int, height: int) -> int:
-        """Soft tokens of a picture of this size."""
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the soft tokens of a picture of this size."""
         factor = self.config.patch * self.config.merge
         h, w = smart_resize(height, width, factor, *self.config.pixels)
         return h // factor * (w // factor)
 
-    def process(self, media: Image | Video) -> Processed:
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
         """Turn a picture or a video into the encoder's inputs. A file is sampled; a list of frames only if the processor does so.
 
         Options: min_pixels and max_pixels, of a picture or of each frame; sample_fps, frames to take of a second of a video.
@@ -291,15 +295,15 @@ class Vision:
         width, height = media.size
         h, w = smart_resize(height, width, factor, low, high)
         steps, rows = -(-len(numbers) // c.depth), h // factor * (w // factor)
-        if steps * rows > self.n_ctx:
+        if steps * rows > limits.n_ctx:
             raise ContextOverflowError(f"a {'video' if moving else 'picture'} of {width} x {height} pixels takes {steps * rows} "
-                                       f"positions, but the context holds {self.n_ctx}; load with a larger n_ctx, "
+                                       f"positions, but the context holds {limits.n_ctx}; load with a larger n_ctx, "
                                        "or give a smaller max_pixels")
-        if rows > self.max_rows:
-            larger = f", or load with images=({width}, {height})" if self.rows(width, height) > self.max_rows else ""
+        if rows > limits.rows:
+            larger = f", or load with images=({width}, {height})" if self.n_rows(width, height) > limits.rows else ""
             raise RequestError(f"a picture of {width} x {height} pixels takes {rows} soft tokens, but this model was planned for pictures of up "
-                               f"to {self.max_rows}, {self.max_rows * factor**2} pixels; give a smaller max_pixels{larger}")
-        run = self.max_rows // rows                                            # time steps of one run of the encoder
+                               f"to {limits.rows}, {limits.rows * factor**2} pixels; give a smaller max_pixels{larger}")
+        run = limits.rows // rows                                            # time steps of one run of the encoder
         views = [self._view(media, numbers[first * c.depth : (first + run) * c.depth], (h, w), first, interval, first + run >= steps)
                  for first in range(0, steps, run)]
         return Processed((self.start, *views, self.end), (width, height), (w, h))
@@ -405,20 +409,25 @@ class Model(qwen2.Model):
     """qwen2's decoder with positions on three axes."""
 
     position_axes = 3                # time, height, width
-    Vision = Vision
 
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
-        super().__init__(h, w, n_ctx)
+    def __init__(self, h: Hparams, w: Weights):
+        super().__init__(h, w)
         name = "rope.dimension_sections" if f"{h.arch}.rope.dimension_sections" in h.meta else "rope.mrope_section"
-        sections, pairs = integers(h, name), len(self.rope.inv_freq)
+        sections, pairs = integers(h, name), len(self.rope.rope.inv_freq)
         if len(sections) not in (3, 4) or any(sections[3:]) or sum(sections) != pairs:
             raise InvalidModelError(f"{h.arch}.{name} is {sections}: three numbers that add up to {pairs} are needed")
         self.axes = np.repeat(np.arange(3, dtype=np.int32), sections[:3])      # of each frequency
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder, where the files hold it."""
+        return {"image": Vision(files)}
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
+        """Return hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                 # [m, D]
-        angles = ops.rope_table(batch.positions, self.rope.inv_freq, self.axes, scale=self.rope.scale)     # [m, E]
-        for i, block in enumerate(self.blocks):
-            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
-        return self.head(self.norm(batch.select_head(x))), x
+        rope = self.rope.at(batch.n_ctx)
+        angles = ops.rope_table(batch.positions, rope.inv_freq, self.axes, scale=rope.scale)               # [m, E]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, rope, angles, cache)
+        return x

@@ -75,41 +75,45 @@ class Block:
         self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
         self.experts = Experts(w, c.n_experts, c.d_model, c.d_ff)
 
-    def __call__(self, x: Tensor, batch: Batch, rope: Rope, angles: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        xw, angles_w = (batch.select(x), batch.select(angles)) if last else (x, angles)   # [w, D], [w, E]
-        x = xw + self.attend(self.attn_norm(x), self.attn_norm(xw), rope, angles, angles_w, cache, last)
+    def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:     # [m, D]
+        x = x + self.attend(self.attn_norm(x), rope, angles, cache)
         h = self.ffn_norm(x)
         chosen, gates = ops.top_experts(self.router(h), n_used=self.c.n_used, gate="softmax", normed=True)
-        return x + self.experts(h, chosen, gates)                                  # [m or w, D]
+        return x + self.experts(h, chosen, gates)                                  # [m, D]
 
-    def attend(self, x: Tensor, xw: Tensor, rope: Rope, angles: Tensor, angles_w: Tensor, cache: LayerCache, last: bool) -> Tensor:
-        """x [m, D] gives keys and values, xw [m or w, D] the queries."""
+    def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
+        """x [m, D] -> [m, D]"""
         c = self.c
-        q = self.q_norm(self.q(xw).reshape(-1, c.n_heads, c.head_dim))             # [m or w, H, E]
+        q = self.q_norm(self.q(x).reshape(-1, c.n_heads, c.head_dim))             # [m, H, E]
         k = self.k_norm(self.k(x).reshape(-1, c.n_kv_heads, c.head_dim))           # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
-        return self.out(cache.attend(rope(q, angles_w), rope(k, angles), v, scale=c.head_dim**-0.5, wanted=last))
+        return self.out(cache.attend(rope(q, angles), rope(k, angles), v, scale=c.head_dim**-0.5))
 
 
 class Model(Architecture):
     """A qwen3moe decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
-    def __init__(self, h: Hparams, w: Weights, n_ctx: int | None = None):
+    def __init__(self, h: Hparams, w: Weights):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        self.rope = rope(h, w, c.head_dim, interleaved=False, n_ctx=n_ctx or c.n_ctx_train)
+        self.rope = rope(h, w, c.head_dim, interleaved=False)
 
-    def cache_policies(self) -> list[Policy]:
-        """What each layer's attention needs."""
+    def policies(self) -> list[Policy]:
+        """Return what each layer's attention needs."""
         return [Full()] * self.config.n_layers
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
-        """Return logits [l, vocab] and hidden states of the wanted rows [w, D]."""
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
+        """Return hidden states [m, D]."""
         x = self.embed(batch.ids)                                                  # [m, D]
-        angles = self.rope.table(batch.positions)                                  # [m, E]
-        for i, block in enumerate(self.blocks):
-            x = block(x, batch, self.rope, angles, caches[i], last=i == len(self.blocks) - 1)
-        return self.head(self.norm(batch.select_head(x))), x
+        rope = self.rope.at(batch.n_ctx)
+        angles = rope.table(batch.positions)                                       # [m, E]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, rope, angles, cache)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits [l, vocab] of hidden states [l, D]."""
+        return self.head(self.norm(x))

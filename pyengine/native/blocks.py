@@ -45,11 +45,16 @@ def quantize(values: np.ndarray, dtype: DType, isa: str | None = None) -> np.nda
     return out
 
 
-def dequantize(raw: np.ndarray, dtype: DType) -> np.ndarray:
-    """Return the values of uint8 `raw` [..., bytes of a row] as float32 [..., n], bit for bit as gguf-py computes them."""
+def dequantize(raw: np.ndarray, dtype: DType, out: np.ndarray | None = None) -> np.ndarray:
+    """Return the values of uint8 `raw` [..., bytes of a row] as float32 [..., n], bit for bit as gguf-py computes them.
+
+    out: contiguous float32 array of as many elements, which is filled instead of a new one.
+    Raises: RequestError for a format that has no values.
+    """
     ensure_codebooks([dtype])
     raw = np.ascontiguousarray(raw)
-    out = np.empty((*raw.shape[:-1], raw.shape[-1] // dtype.nbytes * dtype.block), np.float32)
+    if out is None:
+        out = np.empty((*raw.shape[:-1], raw.shape[-1] // dtype.nbytes * dtype.block), np.float32)
     status = lib.pe_dequantize_row(dtype.id, ffi.cast("void *", raw.ctypes.data), ffi.cast("float *", out.ctypes.data), out.size)
     if status:
         raise RequestError(f"{dtype} cannot be turned into float32")

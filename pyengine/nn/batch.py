@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyengine import ops
-from pyengine.graph.tensor import Dim, Tensor
+from pyengine.graph.tensor import Tensor
 
 
 class Across(NamedTuple):
@@ -27,20 +27,13 @@ class Across(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The graph's inputs for one step of `m` rows, `w` of which go through the last layer and `l` through the output head."""
+    """The graph's inputs for one step of `m` rows.
 
-    rows: Dim                # m
+    n_ctx    positions of the largest context: what some scalings of the rotation depend on
+    """
+
+    n_ctx: int
     ids: Tensor              # I32 [m]
     positions: Tensor        # I32 [axes, m]
-    wanted: Tensor           # I32 [w]: rows that the last layer computes
-    head: Tensor             # I32 [l]: of those, rows whose logits are computed
-    media: Tensor | None     # F32 [e, d]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
+    media: Tensor | None = None      # F32 [e, d]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
     across: Across | None = None     # None: no layer attends across
-
-    def select(self, x: Tensor) -> Tensor:
-        """The wanted rows of x [m, d]: [w, d]."""
-        return ops.rows(x, self.wanted)
-
-    def select_head(self, x: Tensor) -> Tensor:
-        """Of wanted rows x [w, d], those whose logits are asked for: [l, d]."""
-        return ops.rows(x, self.head)

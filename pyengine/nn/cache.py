@@ -9,31 +9,27 @@ from pyengine.graph.tensor import Tensor
 
 
 class LayerCache(NamedTuple):
-    """One layer's cache in a graph: states k, v [kv heads, cells, head_dim], and the run-time inputs of its policy."""
+    """One layer's cache: states k, v [kv heads, cells, head_dim], and the run-time inputs of its policy."""
 
     k: Tensor
     v: Tensor
+    table: Tensor            # I32 [conversations, cells of one]: where tokens of a conversation lie
     cells: Tensor            # I32 [m]: where the rows of this step are written
-    table: Tensor            # I32 [sequences, cells of one]: where tokens of a sequence lie
-    seq: Tensor              # I32 [m]
-    lo: Tensor               # I32 [m]
+    seq: Tensor              # I32 [m]: the conversation of each row
+    lo: Tensor               # I32 [m]: the interval of tokens that it sees
     hi: Tensor
-    seq_wanted: Tensor       # the same for the wanted rows only, I32 [w]
-    lo_wanted: Tensor
-    hi_wanted: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
-               wanted: bool = False, k_common: Tensor | None = None) -> Tensor:
-        """Write k, v [m, kv heads, head_dim] and attend with q [m or w, heads, head_dim]; returns [m or w, heads * head_dim].
+               k_common: Tensor | None = None) -> Tensor:
+        """Write k, v [m, kv heads, head_dim] and attend with q [m, heads, head_dim]; returns [m, heads * head_dim].
 
-        k_common [kv heads, head_dim]: what all keys have in common, if much. A cache of blocks stores keys without it, lest
-        it coarsen their scales: it adds the same to all scores of a query, which softmax does not see.
+        k_common [kv heads, head_dim]: what all keys have in common, if much. A cache of blocks stores keys without it, because it
+        would make their scales coarser: it adds the same to all scores of a query, which softmax does not see.
         """
         left_out = k_common if self.k.dtype.block > 1 and not softcap and sinks is None else None
         k_all = ops.cache_append(self.k, k, self.cells, left_out)
         v_all = ops.cache_append(self.v, v, self.cells)
-        rows = (self.lo_wanted, self.hi_wanted, self.table, self.seq_wanted) if wanted else (self.lo, self.hi, self.table, self.seq)
-        return ops.attention(q, k_all, v_all, *rows, sinks, scale=scale, softcap=softcap)
+        return ops.attention(q, k_all, v_all, self.lo, self.hi, self.table, self.seq, sinks, scale=scale, softcap=softcap)
 
 
 class CrossCache(NamedTuple):
@@ -44,8 +40,8 @@ class CrossCache(NamedTuple):
 
     k: Tensor
     v: Tensor
+    table: Tensor            # I32 [conversations, cells of one]
     cells: Tensor            # I32 [c]: where encoder rows are written
-    table: Tensor            # I32 [sequences, cells of one]
     seq: Tensor              # I32 [s]
     lo: Tensor               # I32 [s]
     hi: Tensor

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pyengine import ops
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 from pyengine.files.hparams import Hparams
-from pyengine.files.weights import Weights
+from pyengine.files.weights import WeightRef, Weights
 from pyengine.graph.tensor import Tensor
 
 
@@ -28,12 +28,30 @@ class Rope(NamedTuple):
         return ops.rope(x, table, interleaved=self.interleaved)
 
 
-def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int, base: float = 10_000.0) -> Rope:
+class Rotary(NamedTuple):
+    """The rotary embedding that a file describes; what it is for a context's size, `at` says.
+
+    factors       divisors of the frequencies, up to the context of `original` positions and beyond it; None: none
+    """
+
+    rope: Rope
+    short: WeightRef | None = None
+    long: WeightRef | None = None
+    original: int = 0
+
+    def at(self, n_ctx: int) -> Rope:
+        """Return the frequencies for contexts of n_ctx positions."""
+        ref = self.long if self.long and n_ctx > self.original else self.short
+        divisor = ref.array().astype(np.float32) if ref else np.float32(1)
+        return self.rope._replace(inv_freq=(self.rope.inv_freq / divisor).astype(np.float32))
+
+
+def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: float = 10_000.0) -> Rotary:
     """The rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
 
     Kinds: none; linear (arXiv:2306.15595); yarn (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the
     tensor `rope_freqs`; longrope (arXiv:2402.13753), as `rope_factors_long` and `rope_factors_short`, of which the long one
-    is used when `n_ctx` exceeds the original context.
+    is used for contexts beyond the original one.
     """
     n_rot = h.size("rope.dimension_count", head_dim)
     if n_rot > head_dim or n_rot % 2:
@@ -51,17 +69,15 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, n_ctx: int
         raise UnsupportedModelError(f"{h.arch}.rope.scaling.type is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
     if "rope_factors_long" in w:
         scale = h.number("rope.scaling.attn_factor", 1.0)
-    return Rope((inv_freq / _factors(h, w, n_rot, n_ctx)).astype(np.float32), float(scale), interleaved)
+    return Rotary(Rope(inv_freq, float(scale), interleaved), *_factors(h, w, n_rot))
 
 
-def _factors(h: Hparams, w: Weights, n_rot: int, n_ctx: int) -> Any:
-    """Divisors of the frequencies that stand in the file as a tensor, or 1."""
-    llama3 = w["rope_freqs"].optional("weight", (n_rot // 2,))
-    long = w["rope_factors_long"].optional("weight", (n_rot // 2,))
-    short = w["rope_factors_short"].optional("weight", (n_rot // 2,))
+def _factors(h: Hparams, w: Weights, n_rot: int) -> tuple[WeightRef | None, WeightRef | None, int]:
+    """Divisors of the frequencies that stand in the file as tensors, up to a context and beyond it, and that context."""
+    llama3, long, short = (w[name].optional("weight", (n_rot // 2,)) for name in ("rope_freqs", "rope_factors_long", "rope_factors_short"))
     if long and short:
-        return (long if n_ctx > h.size("rope.scaling.original_context_length") else short).array().astype(np.float32)
-    return llama3.array().astype(np.float32) if llama3 else np.float32(1)
+        return short, long, h.size("rope.scaling.original_context_length")
+    return llama3, None, 0
 
 
 def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: float) -> tuple[np.ndarray, float]:

@@ -30,7 +30,7 @@ def _infer_binary(args: tuple[Tensor, Tensor], params: dict[str, Any]) -> list[A
     return [(broadcast_shapes("binary", args[0].shape, args[1].shape), dtype("F32"))]
 
 
-@op(inplace="x", strided=("x", "y"), infer=_infer_binary)
+@op(inplace="x", strided=("x", "y"), infer=_infer_binary, rowwise=True)
 def binary(x: F32["..."], y: F32["..."], *, kind: Literal["add", "sub", "mul", "div", "max", "min"]) -> F32["..."]:
     """Combine two arrays with NumPy's broadcasting."""
     f = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum}
@@ -44,7 +44,7 @@ binary.case(x=(4, 1), y=(1, 33), kind="div")
 binary.case(x=(0, 8), y=(8,), kind="max")
 
 
-@op(inplace="x")
+@op(inplace="x", rowwise=True)
 def unary(
     x: F32["..."],
     *,
@@ -89,7 +89,7 @@ unary.case(x=(512, 2048), kind="silu")
 unary.case(x=(0, 8), kind="gelu")
 
 
-@op(inplace="x")
+@op(inplace="x", rowwise=True)
 def scale(x: F32["..."], *, factor: float, offset: float = 0.0) -> F32["..."]:
     """x * factor + offset."""
     return x * np.float32(factor) + np.float32(offset)
@@ -99,7 +99,7 @@ scale.case(x=(7, 33), factor=0.5)
 scale.case(x=(1, 640), factor=25.25, offset=-1.0)
 
 
-@op(inplace="x")
+@op(inplace="x", rowwise=True)
 def softcap(x: F32["..."], *, cap: float) -> F32["..."]:
     """cap * tanh(x / cap): keeps values within +-cap. Gemma 2, arXiv:2408.00118, section 2."""
     return np.float32(cap) * np.tanh(x / np.float32(cap))

@@ -25,7 +25,7 @@ def _top_experts_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[An
     return [((m, used), dtype("I32")), ((m, used), dtype("F32"))]
 
 
-@op(infer=_top_experts_infer)
+@op(infer=_top_experts_infer, rowwise=True)
 def top_experts(
     scores: F32["m n"],
     bias: F32["n"] | None = None,
@@ -79,7 +79,7 @@ def _expert_linear_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[
     return [((pairs, w[0].shape[1]), dtype("F32"))]
 
 
-@op(infer=_expert_linear_infer, flops=_expert_linear_flops)
+@op(infer=_expert_linear_infer, flops=_expert_linear_flops, packed=("w",), sparse=("w",), rowwise=True)
 def expert_linear(
     x: F32["x k"],
     w: list[Weight["e n k"]],
@@ -121,7 +121,7 @@ def _sum_experts_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[An
     return [((m, y.shape[1]), dtype("F32"))]
 
 
-@op(inplace="residual", infer=_sum_experts_infer)
+@op(inplace="residual", infer=_sum_experts_infer, rowwise=True)
 def sum_experts(y: F32["p n"], gates: F32["m u"] | None = None, residual: F32["m n"] | None = None, *, n_used: int) -> F32["m n"]:
     """Add up what the experts of each row give: out[i] = sum over j of gates[i, j] y[u i + j], then + residual[i]; u = n_used.
 

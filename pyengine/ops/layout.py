@@ -29,7 +29,7 @@ def _infer_reshape(args: tuple[Tensor], params: dict[str, Any]) -> list[Any]:
     return [(tuple(target), x.dtype)]
 
 
-@op(view="reshape", infer=_infer_reshape)
+@op(view="reshape", infer=_infer_reshape, rowwise=True)
 def reshape(x: Float["..."], *, shape: tuple[int, ...]) -> Float["..."]:
     """The same elements in another shape; one axis may be -1. A run-time axis can only come back through -1."""
     return x.reshape(shape)

@@ -32,7 +32,7 @@ def _linear_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     return shapes
 
 
-@op(per="w", infer=_linear_infer, flops=_linear_flops)
+@op(per="w", infer=_linear_infer, flops=_linear_flops, packed=("w",), rowwise=True)
 def linear(
     x: F32["m k"],
     w: list[Weight["n_ k"]],
@@ -86,7 +86,7 @@ matmul.case(x=(2, 3, 17, 33), y=(2, 3, 9, 33))
 matmul.case(x=(0, 4), y=(3, 4))
 
 
-@op()
+@op(any_format=("table",))
 def rows(table: Weight["n k"], ids: I32["m"], media: F32["e k"] | None = None, *, scale: float = 1.0) -> F32["m k"]:
     """Pick rows of a table by number, times `scale` (token embeddings; rows whose logits are wanted).
 

@@ -9,7 +9,7 @@ import numpy as np
 from pyengine.graph.op import F32, op
 
 
-@op(inplace="x", flops=lambda x, weight, residual, eps: 4 * x.size)
+@op(inplace="x", flops=lambda x, weight, residual, eps: 4 * x.size, rowwise=True, light=True)
 def rms_norm(x: F32["... d"], weight: F32["d"] | None = None, residual: F32["... d"] | None = None, *, eps: float) -> F32["... d"]:
     """Scale each row to unit root-mean-square, then by `weight`; add `residual`.
 
@@ -28,7 +28,7 @@ rms_norm.case(x=(0, 8), weight=(8,), eps=1e-6)
 rms_norm.case(x=(512, 896), weight=(896,), eps=1e-6)
 
 
-@op(inplace="x", flops=lambda x, weight, bias, eps: 6 * x.size)
+@op(inplace="x", flops=lambda x, weight, bias, eps: 6 * x.size, rowwise=True, light=True)
 def layer_norm(x: F32["... d"], weight: F32["d"] | None = None, bias: F32["d"] | None = None, *, eps: float) -> F32["... d"]:
     """Centre each row, scale it to unit variance, then weight and bias.
 

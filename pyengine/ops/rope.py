@@ -60,7 +60,7 @@ def rotate(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.ndarray:
     return y
 
 
-@op(inplace="x")
+@op(inplace="x", rowwise=True)
 def rope(x: F32["m h e"], table: F32["m t"], *, interleaved: bool = False) -> F32["m h e"]:
     """Rotate the first t elements of each head by the angles of its row's `table`; the rest (partial rotary) stays."""
     return rotate(x, table, interleaved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence as Many
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,7 +153,7 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
                 np.concatenate(sees, axis=1), crossed)
 
 
-def token_rows(ids: Many[int], position: int, axes: int, sees: tuple[int, int] = (0, 0)) -> Rows:
+def token_rows(ids: Sequence[int], position: int, axes: int, sees: tuple[int, int] = (0, 0)) -> Rows:
     """Rows of tokens that follow at `position` and see these encoder rows."""
     n, array = len(ids), np.array(ids, np.int32)
     positions = np.broadcast_to(np.arange(position, position + n, dtype=np.int32), (axes, n))
@@ -161,7 +161,7 @@ def token_rows(ids: Many[int], position: int, axes: int, sees: tuple[int, int] =
                 np.repeat(np.array(sees, np.int32)[:, None], n, axis=1))
 
 
-def common(a: Many[Hashable], b: Many[Hashable]) -> int:
+def common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """Length of the common beginning."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from pyengine.errors import UnsupportedModelError
-from pyengine.files.hparams import Hparams
+from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders import pixtral
 from pyengine.nn.encoder import projector_type
-from pyengine.files.weights import Weights
 
-ENCODERS: dict[str, Callable[..., Any]] = {"pixtral": pixtral.Vision}
+ENCODERS: dict[str, type[Encoder]] = {"pixtral": pixtral.Vision}
 
 
-def encoder(h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]) -> Any:
-    """The `Vision` that the file's projector names. Raises: UnsupportedModelError for another one."""
-    name = projector_type(v)
+def beside(files: EncoderFiles) -> dict[str, Encoder]:
+    """Bind the encoder that the file's projector names. Raises: UnsupportedModelError for another one."""
+    name = projector_type(files.keys)
     if name not in ENCODERS:
-        raise UnsupportedModelError(f"{v.arch}.projector_type is {name!r}; beside {h.arch!r} these are supported: "
+        raise UnsupportedModelError(f"{files.keys.arch}.projector_type is {name!r}; beside {files.text.arch!r} these are supported: "
                                     f"{', '.join(sorted(ENCODERS))}")
-    return ENCODERS[name](h, v, w, n_ctx, token)
+    return {"image": ENCODERS[name](files)}

@@ -18,16 +18,16 @@ Axes: n patches, t merged rows, V hidden, H heads, E head size; D hidden of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyengine import ops
-from pyengine.media.views import Piece, Processed, View
+from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.graph.graph import Graph
+from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.files.hparams import Hparams
 from pyengine.nn.encoder import levels, mean_and_std, n_layers, resample_filter, special_token
 from pyengine.nn.encoder import attention_products
@@ -142,20 +142,17 @@ class VisionBlock:
         return x + self.down(ops.unary(self.gate(h), kind=c.act) * self.up(h))
 
 
-class Vision:
+class Vision(Encoder):
     """Encoder, merger, projector, processor and special tokens. Nothing about a picture is kept here."""
 
-    video_marker = None
-    atomic_rows = 0                  # rows of pictures are causal and may be cut
     names = Names()                  # llama.cpp's
 
-    def __init__(self, h: Hparams, v: Hparams, w: Weights, n_ctx: int, token: Callable[[str], int]):
-        """h: text keys; v: keys of the encoder; n_ctx: no picture has more rows; token: the id of a special token's text."""
+    def __init__(self, files: EncoderFiles):
+        h, v, w, token = files
         c, names = self.read(h, v, w), self.names
-        self.config, self.n_ctx = c, n_ctx
+        self.config = c
         self.soft, self.line_end, self.end = (special_token(v, name, token, text) for name, text in SPECIAL)
-        self.image_marker = (self.soft,)
-        self.max_rows = min(n_ctx, self._lines(c.longest_edge) ** 2)
+        self.markers = {"image": (self.soft,)}
         self.levels = levels(c.mean, c.std)                                    # [3, 256]
         head_dim = c.width // c.n_heads
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
@@ -178,10 +175,14 @@ class Vision:
         """The configuration in this dialect."""
         return VisionConfig.read(h, v, w)
 
-    def encode(self, g: Graph) -> Tensor:
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the rows of the largest picture, which the context must hold."""
+        return min(n_ctx, self._lines(self.config.longest_edge) ** 2)
+
+    def declare(self, g: Graph, rows: int) -> Tensor:
         """Declare the inputs and return rows for the decoder, F32 [t, D]."""
         c, group = self.config, self.config.merge**2
-        n = Dim("t", self.max_rows) * group
+        n = Dim("t", rows) * group
         lo, hi = (g.input(name, (n,), "I32") for name in ("lo", "hi"))
         x = self.norm(self.patch(g.input("patches", (n, 3 * c.patch**2))))                           # [n, V]
         angles = ops.rope_table(g.input("positions", (2, n), "I32"), self.rope.inv_freq, self.axes)  # [n, E]
@@ -211,12 +212,12 @@ class Vision:
                                "its shorter side; cut it")
         return self._lines(h), self._lines(w)
 
-    def rows(self, width: int, height: int) -> int:
-        """Soft tokens of a picture of this size."""
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the soft tokens of a picture of this size."""
         lines, columns = self.grid(width, height, self.config.longest_edge)
         return lines * columns
 
-    def process(self, media: Image | Video) -> Processed:
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
         """Turn a picture into the encoder's inputs and the tokens around its lines.
 
         Option: longest_edge, pixels of the longer side at most, up to the processor's own limit.
@@ -235,12 +236,12 @@ class Vision:
         width, height = media.size
         lines, columns = self.grid(width, height, longest)
         rows, side = lines * columns, c.patch * c.merge
-        if rows + lines > self.n_ctx:
+        if rows + lines > limits.n_ctx:
             raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {rows + lines} positions, but the context "
-                                       f"holds {self.n_ctx}; load with a larger n_ctx, or give a smaller longest_edge")
-        if rows > self.max_rows:
+                                       f"holds {limits.n_ctx}; load with a larger n_ctx, or give a smaller longest_edge")
+        if rows > limits.rows:
             raise RequestError(f"a picture of {width} x {height} pixels takes {rows} soft tokens, but this model was planned for "
-                               f"pictures of up to {self.max_rows}; give a smaller longest_edge, or load with "
+                               f"pictures of up to {limits.rows}; give a smaller longest_edge, or load with "
                                f"images=({width}, {height})")
         places = np.arange(rows, dtype=np.int32)[None]
         view = View(lambda: self._inputs(media, lines, columns), {"t": rows}, places, rows, (1, lines, columns))

@@ -1,0 +1,187 @@
+"""The contracts of a backend: what it must offer so that everything above it runs.
+
+    declared -> Backend.prepare -> Prepared (every byte counted, nothing loaded) -> load -> Program (memory, weights) -> execute
+
+Inputs, tables and outputs are host arrays: a program sends what changed before a run and fetches the outputs after it. Of memory that
+stays on the device, states, nobody above this package sees more than the three verbs of `State`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pyengine.compiler.arena import Layout, Turns
+from pyengine.dtype import DType
+from pyengine.errors import GraphError
+from pyengine.graph.tensor import axis_max, axis_value, Node, Tensor
+
+Progress = Callable[[int, int], None]                    # (bytes done, all bytes)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A program as a model declares it: outputs of a graph, and where a run may begin.
+
+    entries  name of an entry -> the input whose first reader it begins at: what may change while all before it stays
+    """
+
+    outputs: list[Tensor]
+    entries: Mapping[str, str] = field(default_factory=dict)
+
+
+class State(ABC):
+    """Memory of the device that outlives a run: cells [heads, cells, elements] of a cache, in any format.
+
+    Cells are numbered along the second axis; `cells` are int arrays [n]. Bytes are those of the format: uint8 [heads, n, bytes].
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    nbytes: int
+
+    @abstractmethod
+    def gather(self, cells: np.ndarray) -> np.ndarray:
+        """Return a copy of these cells' bytes."""
+
+    @abstractmethod
+    def scatter(self, cells: np.ndarray, data: np.ndarray) -> None:
+        """Write bytes into these cells."""
+
+    @abstractmethod
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy cells to others of the same state; none is both."""
+
+
+class Program(ABC):
+    """A compiled graph with its memory, ready to be replayed.
+
+    inputs   host array of each input, run-time axes at their largest; what is written there counts at the next run
+    tables   host array of each table: written where something changes, read by every later run
+    outputs  host array of each output, valid until the next run
+    states   by name
+    """
+
+    prepared: Any
+    single: bool = False                                 # `run` returns one array, not a list
+    inputs: dict[str, np.ndarray]
+    tables: dict[str, np.ndarray]
+    outputs: list[np.ndarray]
+    states: Mapping[str, State]
+
+    @abstractmethod
+    def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
+        """Replay on what stands in the inputs, from the beginning or from an entry; only one `turn`, where there are several.
+
+        dims: values of the run-time axes.
+        Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
+        """
+
+    def run(self, **arrays: np.ndarray) -> Any:
+        """Compute the outputs from arrays by input name; run-time axes take their values from the arrays' shapes.
+
+        Raises: GraphError for missing and unknown names, and for shapes that do not fit.
+        """
+        leaves = {n.name: n.outputs[0] for n in self.prepared.layout.leaves if n.kind == "input"}
+        dims = dims_of(leaves, arrays)
+        for name in leaves:
+            flat = self.inputs[name].reshape(-1)
+            value = np.asarray(arrays[name], dtype=flat.dtype).reshape(-1)
+            flat[: value.size] = value
+        self.execute(**dims)
+        out = []
+        for t, array in zip(self.prepared.layout.outputs, self.outputs):
+            shape = tuple(axis_value(a, dims) for a in t.shape)
+            out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
+        return out[0] if self.single else out
+
+    @abstractmethod
+    def profile(self, on: bool) -> None:
+        """Start (and reset) or stop the clock of each step."""
+
+    @abstractmethod
+    def seconds(self) -> list[tuple[Node, float]]:
+        """Return steps with the seconds spent in each since `profile(True)`."""
+
+
+class Prepared(ABC):
+    """A graph with every byte counted and nothing loaded.
+
+    weight_bytes are copied to the device, mapped_bytes are read where the file is mapped.
+    fallbacks  ops without a kernel here, which the NumPy reference computes -> number of steps
+    """
+
+    layout: Layout
+    arena_bytes: int
+    weight_bytes: int
+    mapped_bytes: int
+    state_bytes: int
+    fallbacks: dict[str, int]
+
+    @abstractmethod
+    def resized(self, states: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """Return (bytes of the arena, bytes of all states and tables) if these had these shapes: larger caches, without a new graph."""
+
+    @abstractmethod
+    def load(self, progress: Progress | None = None) -> Program:
+        """Allocate memory, read the weights, and return the program."""
+
+
+class Backend(ABC):
+    """A kind of device.
+
+    name     as in `device=`
+    kernels  names of the ops that it computes itself; None: every op there is
+    """
+
+    name: ClassVar[str]
+    kernels: frozenset[str] | None = None
+
+    @abstractmethod
+    def prepare(self, declared: Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Prepared:
+        """Fuse, lay out and count a program. turns: it runs in pieces, between which other devices run; passes: None for all."""
+
+    def compile(self, outputs: Sequence[Tensor], passes: Sequence[str] | None = None, single: bool = False, strict: bool = False) -> Program:
+        """Prepare and load in one go. Raises: GraphError with `strict` for ops that have no kernel here."""
+        prepared = self.prepare(Declared(list(outputs)), passes=passes)
+        check_kernels(prepared, self.name, strict)
+        program = prepared.load()
+        program.single = single
+        return program
+
+
+def check_kernels(prepared: Prepared, device: str, strict: bool = False) -> None:
+    """Raise GraphError for steps that the reference would compute, if that is not wanted: `strict`, or $PYENGINE_STRICT=1."""
+    if prepared.fallbacks and (strict or os.environ.get("PYENGINE_STRICT") == "1"):
+        raise GraphError(f"{device} has no kernel for {said(prepared.fallbacks)}; without `strict` the NumPy reference computes them")
+
+
+def said(fallbacks: Mapping[str, int]) -> str:
+    """Steps without a kernel in words: "conv2d (12 steps)"."""
+    return ", ".join(f"{name} ({n} step{'s' if n > 1 else ''})" for name, n in sorted(fallbacks.items()))
+
+
+def dims_of(leaves: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Values of the run-time axes, from the shapes of all inputs. Raises: GraphError for names and shapes that do not fit."""
+    dims: dict[str, int] = {}
+    if set(arrays) != set(leaves):
+        missing, unknown = sorted(set(leaves) - set(arrays)), sorted(set(arrays) - set(leaves))
+        wrong = f"input {missing[0]!r} is missing" if missing else f"there is no input {unknown[0]!r}"
+        raise GraphError(f"run: {wrong}; inputs are {sorted(leaves)}")
+    for name, t in leaves.items():
+        shape = np.shape(arrays[name])
+        if len(shape) != t.ndim:
+            raise GraphError(f"run: '{name}' has shape {shape}, but must have axes {t.shape}")
+        for axis, n in zip(t.shape, shape):
+            if isinstance(axis, int):
+                if axis != n:
+                    raise GraphError(f"run: '{name}' has shape {shape}, but must have axes {t.shape}")
+            elif n % axis.scale or dims.setdefault(axis.name, n // axis.scale) * axis.scale != n or n > axis_max(axis):
+                raise GraphError(f"run: '{name}' has shape {shape}: axis {axis} is at most {axis_max(axis)}, and the same everywhere")
+    return dims

@@ -1,0 +1,101 @@
+"""One step of a model with its caches: cells are made, contents copied, inputs filled, the program run, and what it added noted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pyengine.backends.base import Program
+from pyengine.cache.cells import Conversation
+from pyengine.cache.store import Store
+from pyengine.errors import ContextOverflowError, RequestError
+from pyengine.programs.rows import common, Rows
+from pyengine.programs.step import Step, StepProgram, Work
+
+
+class Runner:
+    """A step's program with the cells and contents of its caches."""
+
+    def __init__(self, step: Step, program: Program):
+        self.step, self.program = step, program
+        self.axes, self.n_batch = step.model.position_axes, step.sizes.n_batch
+        self.cells = step.cells(program)
+        self.store = Store(self.cells, step.caches(program))
+        self.inputs = StepProgram(step, program, self.cells)
+        self.n_steps = 0
+
+    def run(self, work: Sequence[Work]) -> np.ndarray:
+        """Run one step; returns logits of the first n_head wanted rows [l, vocab], valid until the next call.
+
+        A step that fails, or is interrupted, adds nothing to its conversations; those whose cells may be half copied are dropped.
+        """
+        try:
+            self._make_cells(work)
+            self.inputs.fill(work)
+        except BaseException:                                # Ctrl-C too
+            for part in work:
+                if part.conversation in self.cells.conversations:
+                    self.cells.conversations.remove(part.conversation)
+            self.cells.recount()
+            raise
+        logits = self.inputs.run()
+        for part in work:
+            s = part.conversation
+            for i, rows in part.rows.across(part.start, part.stop):
+                s.pictures.append((len(s) + i - part.start, s.crossed() + len(rows)))
+            s.next = part.rows.position(part.stop)
+            s.keys.extend(part.rows.keys[part.start : part.stop])
+            self.cells.touch(s)
+        self.n_steps += 1
+        return logits
+
+    def _make_cells(self, work: Sequence[Work]) -> None:
+        for part in work:
+            pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
+            self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures))))
+            self.inputs.cross(part.conversation, pictures)
+
+    def head(self, done: int) -> np.ndarray:
+        """Return logits of the wanted rows of the last step from number `done` on, n_head at most."""
+        return self.inputs.head(done)
+
+    def check_across(self, rows: Rows) -> None:
+        """Raises: ContextOverflowError for pictures that have more encoder rows than a conversation's caches."""
+        n, most = sum(len(s.embedding) for _, s in rows.crossed), self.step.sizes.across
+        if n > most:
+            raise ContextOverflowError(f"the prompt's {len(rows.crossed)} pictures have {n} encoder rows, but a conversation holds "
+                                       f"{most}; load with images=(width, height, number) for a larger number of pictures, or make "
+                                       "them smaller")
+
+    def shift(self, s: Conversation, start: int, stop: int) -> None:
+        """Remove tokens from an idle conversation: see `Store.shift`. Raises: RequestError where positions have several axes too."""
+        if self.axes != 1:
+            raise RequestError("tokens cannot be removed from the middle where positions have several axes (M-RoPE)")
+        self.store.shift(s, start, stop)
+
+    def resume(self, rows: Rows) -> tuple[Conversation, int]:
+        """A conversation that has the longest useful beginning of `rows`, active, and the length of that beginning.
+
+        An idle conversation is continued where it is when most of it is used, or when it is the one that had to go for a fork.
+        Raises: PlanError when all rows are active.
+        """
+        cells, most = self.cells, len(rows) - 1
+        best, kept = None, 0
+        for s in sorted(cells.conversations, key=lambda s: s.active):
+            n = rows.whole(min(common(s.keys, rows.keys), most))
+            if n > kept and cells.reach(s, n):
+                best, kept = s, n
+        if best is None:
+            return cells.new(), 0
+        idle = [s for s in cells.conversations if not s.active]
+        last = len(cells.conversations) == cells.n_seq and best is min(idle, key=lambda s: s.used, default=None)
+        if not best.active and (2 * kept > len(best) or last):
+            return cells.renew(best, kept), kept
+        child, copies = cells.fork(best, kept)
+        try:
+            self.store.copy(copies)
+        except BaseException:                                # Ctrl-C: its ring may be half copied
+            cells.drop(child)
+            raise
+        return child, kept

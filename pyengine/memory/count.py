@@ -1,0 +1,102 @@
+"""Programs laid out, as items of a plan: pure functions from what is prepared to bytes by device and purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pyengine.backends.prepared import Counted, Resident
+from pyengine.compiler.arena import aligned
+from pyengine.files.model_files import Files
+from pyengine.files.weights import layer_of
+from pyengine.graph.tensor import axis_max
+from pyengine.memory.plan import MIB, PlanItem
+from pyengine.programs.step import Step
+from pyengine.text.sampling import sampler_bytes
+
+# The process itself, measured as resident memory on x86-64 Linux, CPython 3.11 (tests/test_plan.py holds these to RSS):
+PROCESS_BYTES = 44 * MIB             # interpreter, NumPy, kernels, the graph as objects
+TOKEN_BYTES = 64                     # per token of the vocabulary, for the tokenizer
+PIXEL_COPIES = 3                     # of a picture in bytes while its patches are made: decoded, resized, cut
+PICTURE_BYTES = 8 * MIB              # Pillow, and what it keeps
+
+STEP_KINDS = "layers", "experts of layers", "embedding, head and norms"
+ENCODER_KINDS = ("weights of layers, from the first picture on",) * 2 + ("weights of patches, norms and projector",)
+
+
+def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Sequence[str], program: str = "step") -> list[PlanItem]:
+    """Count weights by layer, and by whether they are copied or read where the file is mapped.
+
+    kinds: what to call those of layers, of their experts, and the rest.
+    """
+    groups: dict[tuple[bool, int, int], list[tuple[str, int]]] = {}
+    for r in residents:
+        mapped, layer = r.form == "mapped", layer_of(r.name)
+        part = r.name or "computed constant", r.nbytes if mapped else r.held
+        kind = 2 if layer is None else int(r.sparse)
+        groups.setdefault((mapped, -1 if layer is None else layer, kind), []).append(part)
+    return [PlanItem.sum(device, "mapped" if mapped else purpose, kinds[kind], parts, None if kind == 2 else layer, program)
+            for (mapped, layer, kind), parts in sorted(groups.items(), key=lambda g: g[0])]
+
+
+def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
+    """Count keys and values of some layers."""
+    c, s, items = step.model.config, step.sizes, []
+    k, v = s.k.size(c.head_dim), s.v.size(c.head_dim)
+    for i in layers:
+        if step.layers[i] is not None:
+            own = step.groups[step.layers[i]]
+            factors = [("heads", c.n_kv_heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
+            times = f"{s.n_seq} x " if s.n_seq > 1 else ""
+            items.append(PlanItem.product(device, "kv", f"{own.policy}: {times}{own.slots} cells", factors, i))
+    return items
+
+
+def lasting(prepared: Counted, device: str, items: Sequence[PlanItem]) -> PlanItem:
+    """Count the tables of cells, and what aligning them and the caches (`items`) takes."""
+    tables = [(t.name, aligned(t.nbytes_max)) for t in prepared.tables]
+    rest = prepared.state_bytes - sum(i.nbytes for i in items) - sum(n for _, n in tables)
+    return PlanItem.sum(device, "kv", "tables and alignment", [*tables, ("alignment", rest)])
+
+
+def arena(prepared: Counted, device: str, step: Step) -> PlanItem:
+    """Count what runs of the step share."""
+    detail = f"{step.sizes.n_batch} rows a step, {step.sizes.n_head} of them with logits; decoding uses the same memory"
+    return PlanItem.sum(device, "arena", detail, prepared.layout.busiest())
+
+
+def sampler(device: str, n_seq: int, vocab_size: int) -> PlanItem:
+    """Count the candidates of each conversation's sampler."""
+    return PlanItem.product(device, "sampler", "candidates", [("conversations", n_seq), ("bytes", sampler_bytes(vocab_size))])
+
+
+def overhead(files: Files, device: str) -> list[PlanItem]:
+    """Count the process itself, and the headers of its files."""
+    opened = [f for f in (files.model, files.mmproj) if f]
+    headers = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0))
+               for f in opened for i, path in enumerate(f.paths)]
+    meta = files.model.metadata
+    n_tokens = meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0
+    parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES)]
+    return [PlanItem.sum(device, "overhead", "the process itself", parts), PlanItem.sum(device, "mapped", "headers of files", headers)]
+
+
+def input_bytes(prepared: Counted) -> list[tuple[str, int]]:
+    """Count a run's inputs at their largest: (name and shape, bytes)."""
+    return [(f"{n.name} {list(map(axis_max, n.outputs[0].shape))}", n.outputs[0].nbytes_max)
+            for n in prepared.layout.leaves if n.kind == "input"]
+
+
+def run_bytes(prepared: Counted) -> int:
+    """Return what a run takes beside its weights."""
+    return prepared.arena_bytes + sum(n for _, n in input_bytes(prepared))
+
+
+def encoder(kind: str, prepared: Counted, rows: int, device: str, main: str, image_cache: int) -> list[PlanItem]:
+    """Count an encoder: its weights and arena, the image cache, and what a picture takes on the host while it is processed."""
+    numbers = sum(n.outputs[0].nbytes_max for n in prepared.layout.leaves if n.kind == "input" and n.outputs[0].dtype.name == "F32")
+    host = [*input_bytes(prepared), *[("pixels", numbers // 4)] * PIXEL_COPIES]            # a byte for each number of the patches
+    return [*weights(prepared.residents.values(), device, "encoder", ENCODER_KINDS, kind),
+            PlanItem.sum(device, "encoder", f"arena, up to {rows} soft tokens a run", prepared.layout.busiest(), program=kind),
+            PlanItem.sum(main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)], program=kind),
+            PlanItem(main, "images", "encoded pictures that are kept, at most", image_cache, program=kind),
+            PlanItem.sum(device, "images", "a picture's patches and pixels, while it is processed", host, program=kind)]

@@ -1,0 +1,173 @@
+"""A model laid out at given settings: its sizes, its programs declared and prepared, and the items that they add up to.
+
+    Bound + Settings + machine -> Sizes -> declared -> prepared -> items
+
+Nothing here changes the model; another context or number of conversations is another layout of the same bound model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+from pyengine import hardware
+from pyengine.backends import backend
+from pyengine.backends.base import Prepared
+from pyengine.backends.chain import PreparedChain
+from pyengine.backends.prepared import Counted
+from pyengine.errors import RequestError
+from pyengine.memory import count
+from pyengine.memory.placement import demand, place
+from pyengine.memory.plan import PlanItem
+from pyengine.memory.settings import Settings
+from pyengine.models.architecture import Encoder
+from pyengine.programs import encoder as encoders
+from pyengine.programs.bound import Bound
+from pyengine.programs.sizes import check_head, Sizes, step_rows
+from pyengine.programs.step import Step
+
+# Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
+PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 64
+# and that of one conversation's pictures in layers that attend across, which hold at most so many of the largest
+ACROSS_SHARE, ACROSS_PICTURES = 1 / 16, 8
+LEAST_PICTURE = 256                  # soft tokens: pictures are not planned smaller than this unless they are told to be
+
+
+class Stage(NamedTuple):
+    """What one device does of the step."""
+
+    device: str
+    prepared: Counted
+    layers: list[int]
+
+
+class ModelLayout:
+    """See the module's docstring. main: the device that holds what is the process's own; free: bytes of each device."""
+
+    def __init__(self, bound: Bound, want: Settings, machine: hardware.Hardware):
+        self.size, self.n_pictures = want.largest_picture()
+        self.bound = bound.without_encoders() if self.n_pictures == 0 else bound
+        self.want, self.machine, self.host = want, machine, machine.devices[0]
+        if want.images and not self.bound.encoders:
+            raise RequestError(f"images={want.images!r}: {bound.files.name} has no media encoder; where it is in a file of its own, give mmproj=")
+        self.notes: list[str] = []
+        self.main, self.free = next(iter(want.parts or {"cpu": 0})), dict(want.parts or {"cpu": self.host.free})
+        self._backend = backend("cpu", n_threads=want.n_threads)
+        self.encoder: Counted | None = None
+        self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
+        self.step = Step(self.bound.model, self.sizes)
+        self.image_cache = self._image_cache(self.sizes.n_ctx)
+        self.stages, self.prepared = self._prepared()
+        self.items = self._items()
+
+    # -- sizes --------------------------------------------------------------------------------------------------------
+
+    def _sizes(self, n_ctx: int) -> Sizes:
+        """Decide all sizes; the encoder is laid out for the largest picture on the way."""
+        want, c = self.want, self.bound.model.config
+        k, v = check_head(want.kv_dtype, c.head_dim)
+        n_batch, n_head = step_rows(n_ctx, want.n_batch, want.n_seq, self.bound.atomic_rows, c.vocab_size)
+        image, runs, across = self.bound.image, {}, 0
+        if image is not None:
+            across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
+            runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
+        return Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across)
+
+    def _encoder_rows(self, image: Encoder, n_ctx: int, cell: int) -> int:
+        """Encoder rows of a conversation in layers that attend across. cell: bytes of a key and a value of one layer."""
+        n_layers, most = sum(p.across for p in self.bound.model.policies()), image.most_rows(n_ctx)
+        if not n_layers:
+            return 0
+        largest = min(most, image.n_rows(*self.size)) if self.size else most
+        share = int(ACROSS_SHARE * self.host.total)
+        return largest * (self.n_pictures or max(1, min(ACROSS_PICTURES, share // (n_layers * largest * cell))))
+
+    def _largest_run(self, image: Encoder, n_ctx: int) -> tuple[int, Counted]:
+        """Rows of a run, and its program, for the largest picture that is asked for, or that takes its share of the memory."""
+        def laid_out(rows: int) -> Counted:
+            return self._backend.prepare(encoders.declare(image, rows))
+
+        most = image.most_rows(n_ctx)
+        rows = min(most, max(1, image.n_rows(*self.size))) if self.size else most
+        found, limit = laid_out(rows), int(PICTURE_SHARE * self.host.total)
+        if self.size or image.atomic_rows:
+            return rows, found
+        while count.run_bytes(found) > limit and rows > LEAST_PICTURE:
+            fits = int(rows * limit / count.run_bytes(found)) // 64 * 64       # the arena is nearly linear in rows
+            fewer = max(LEAST_PICTURE, min(rows - 64, fits))
+            smaller = laid_out(fewer)
+            if count.run_bytes(smaller) >= count.run_bytes(found):             # a run takes the same whatever the picture's size
+                return most, found
+            rows, found = fewer, smaller
+        if rows < most:
+            self.notes.append(f"pictures of up to {rows} soft tokens: the processor allows {most}, which would take more than "
+                              f"1/{1 / PICTURE_SHARE:.0f} of the memory; images=(width, height) sets another size")
+        return rows, found
+
+    def _image_cache(self, n_ctx: int) -> int:
+        """Bytes of embeddings that are kept: as many as asked for, or a context full of them within a share of the memory."""
+        image = self.bound.image
+        if image is None:
+            return 0
+        row, run = 4 * self.bound.model.config.d_model, self.sizes.runs[image.kind]
+        if self.n_pictures is not None:                      # a picture in tiles has more rows than a run
+            return self.n_pictures * max(run, min(image.n_rows(*self.size), n_ctx) if self.size else 0) * row
+        return min(max(n_ctx, self.sizes.across) * row, max(run * row, int(IMAGE_CACHE_SHARE * self.host.total)))
+
+    # -- programs -----------------------------------------------------------------------------------------------------
+
+    def _prepared(self) -> tuple[list[Stage], Prepared | PreparedChain]:
+        """Lay the step out, on one device or divided over parts of memory."""
+        declared, n_layers = self.step.declare(), len(self.step.layers)
+        whole = self._backend.prepare(declared)
+        if not self.want.parts:
+            return [Stage(self.main, whole, list(range(n_layers)))], whole
+        cached = {i.layer: i.nbytes for i in count.caches(self.step, self.main, range(n_layers))}
+        fixed = sum(i.nbytes for i in self._own() if i.purpose != "mapped")
+        need = demand(whole, cached, n_layers, self.want.expert_device is not None)
+        placed = place(declared, need, self.free, fixed, self.want.expert_device, lambda _: self._backend)
+        self.notes.append(placed.note)
+        return [Stage(*s) for s in zip(placed.devices, placed.prepared.prepared, placed.layers)], placed.prepared
+
+    @property
+    def whole(self) -> Counted:
+        """The step on one device."""
+        return self.stages[0].prepared
+
+    # -- items --------------------------------------------------------------------------------------------------------
+
+    def _own(self) -> list[PlanItem]:
+        """What is on the main device whatever the placement."""
+        return [count.sampler(self.main, self.sizes.n_seq, self.bound.model.config.vocab_size), *count.overhead(self.bound.files, self.main)]
+
+    def _items(self) -> list[PlanItem]:
+        items: list[PlanItem] = []
+        for device, prepared, layers in self.stages:
+            items += count.weights(prepared.residents.values(), device, "weights", count.STEP_KINDS)
+            caches = count.caches(self.step, device, layers)
+            items += [*caches, count.lasting(prepared, device, caches), count.arena(prepared, device, self.step)]
+        items += self._own()
+        if self.encoder:
+            kind = self.bound.image.kind
+            items += count.encoder(kind, self.encoder, self.sizes.runs[kind], self.want.encoder_device or self.main, self.main, self.image_cache)
+        return items
+
+    @cached_property
+    def total(self) -> int:
+        """All bytes that are taken; mapped weights are not."""
+        return sum(i.nbytes for i in self.items if i.purpose != "mapped")
+
+    def of_purposes(self, *purposes: str) -> int:
+        """Bytes of some purposes."""
+        return sum(i.nbytes for i in self.items if i.purpose in purposes)
+
+    def total_at(self, n_ctx: int, n_seq: int) -> int:
+        """Return all bytes with these numbers and all else as it is."""
+        vocab = self.bound.model.config.vocab_size
+        if step_rows(n_ctx, self.want.n_batch, n_seq, self.bound.atomic_rows, vocab) != (self.sizes.n_batch, self.sizes.n_head):
+            return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine).total
+        arena, lasting = self.whole.resized(self.step.lasting_shapes(n_ctx, n_seq))
+        sampler = count.sampler(self.main, n_seq, vocab).nbytes
+        pictures = self.of_purposes("encoder", "images") - self.image_cache + self._image_cache(n_ctx)
+        return self.of_purposes("weights", "overhead") + arena + lasting + sampler + pictures

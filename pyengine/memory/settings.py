@@ -1,0 +1,74 @@
+"""What is asked of a plan, and what of that no model can have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pyengine.errors import RequestError
+from pyengine.programs.sizes import kv_dtypes, N_BATCH
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a plan. n_ctx None: the training context, or what of it fits.
+
+    device   "cpu", or parts of main memory that are kept apart: {"cpu:0": bytes, "cpu:1": bytes}; layers are divided in proportion
+             to the free memory of each; caches and the output head follow
+    encoder_device  the part that holds the media encoder; None: the first
+    expert_device   the part that holds the experts' weights and computes with them; layers go to the others. None: with their layer
+    images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
+             number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory.
+             Where layers attend across, a conversation holds that number of pictures; None: ACROSS_SHARE of the memory
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = N_BATCH
+    kv_dtype: str = "f16"
+    n_seq: int = 1
+    n_threads: int | None = None
+    images: Any = None
+    device: Any = "auto"
+    encoder_device: str | None = None
+    expert_device: str | None = None
+
+    @property
+    def parts(self) -> dict[str, int] | None:
+        """Bytes of each part of memory, where there are several."""
+        return self.device if isinstance(self.device, dict) else None
+
+    @property
+    def pictures(self) -> bool:
+        """Whether an encoder is wanted."""
+        return self.largest_picture()[1] != 0
+
+    def check(self) -> None:
+        """Refuse what no model can have. Raises: RequestError."""
+        kv_dtypes(self.kv_dtype)
+        for name in ("n_seq", "n_ctx", "n_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name}={value}: must be at least 1")
+        for name, free in (self.parts or {}).items():
+            if not re.fullmatch(r"cpu:\d+", str(name)) or not isinstance(free, int) or free < 1:
+                raise RequestError(f"device: {name!r}: {free!r} is no part of main memory; give {{'cpu:0': bytes, 'cpu:1': bytes}}")
+        if not self.parts and self.device not in ("auto", "cpu"):
+            raise RequestError(f"device={self.device!r}: models run on 'cpu' ('auto' picks it), or on parts of it: {{'cpu:0': bytes, ..}}")
+        for name in ("encoder_device", "expert_device"):
+            where = getattr(self, name)
+            if where is not None and where not in (self.parts or {}):
+                raise RequestError(f"{name}={where!r}: is none of {', '.join(self.parts or ['cpu'])}")
+        self.largest_picture()
+
+    def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
+        """(width and height, number of pictures), each None where it is not given."""
+        asked = self.images
+        if asked is None:
+            return None, None
+        numbers = (asked,) if isinstance(asked, int) else tuple(asked) if isinstance(asked, (tuple, list)) else ()
+        whole = all(isinstance(n, int) for n in numbers) and 1 <= len(numbers) <= 3
+        if not whole or min(numbers) < (len(numbers) > 1):                       # 0 is no size, but a number of pictures
+            raise RequestError(f"images={asked!r}: give (width, height) of the largest picture, the number of pictures to keep, or "
+                               "(width, height, number)")
+        return (numbers[:2] if len(numbers) > 1 else None), (numbers[-1] if len(numbers) != 2 else None)

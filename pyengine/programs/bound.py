@@ -1,0 +1,83 @@
+"""A model bound to its files: its weights by name and shape, its encoders by kind. Made once; plans of any size come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.files.hparams import Hparams
+from pyengine.files.model_files import Files
+from pyengine.files.weights import Weights
+from pyengine.models import model_class
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
+from pyengine.text.tokenizer import Tokenizer
+
+READ_ELSEWHERE = ("rope_freqs", "rope_factors_long", "rope_factors_short")     # by some architectures only
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A decoder, and the encoders that the files hold."""
+
+    files: Files
+    model: Architecture
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Encoder | None:
+        """The encoder of pictures."""
+        return self.encoders.get("image")
+
+    @property
+    def atomic_rows(self) -> int:
+        """Most rows of a span that no step may cut."""
+        return max((e.atomic_rows for e in self.encoders.values()), default=0)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Positions of the contexts that the model was trained with."""
+        return Hparams(self.files.model.metadata).size("context_length")
+
+    def without_encoders(self) -> Bound:
+        """Return the model as if its files held no encoder."""
+        return Bound(self.files, self.model)
+
+
+def bind(files: Files, with_encoders: bool = True) -> Bound:
+    """Bind every tensor of a model's files; without encoders, theirs are left alone.
+
+    Raises: InvalidModelError for tensors that are missing or have other shapes; UnsupportedModelError for those that nothing reads.
+    """
+    h, weights = Hparams(files.model.metadata), Weights(files.model)
+    kind = model_class(h.arch)
+    model = kind(h, weights)
+    encoders = _encoders(kind, h, files, weights) if with_encoders else {}
+    weights.finish(ignore=(*READ_ELSEWHERE, *(() if encoders and not files.mmproj else ("v", "mm"))))
+    return Bound(files, model, encoders)
+
+
+def _encoders(kind: type[Architecture], h: Hparams, files: Files, weights: Weights) -> dict[str, Encoder]:
+    """The encoders, none where the files hold none or the architecture cannot run them."""
+    source = files.mmproj or files.model
+    if files.mmproj is None and "v" not in weights:
+        return {}
+
+    @cache
+    def tokenizer() -> Tokenizer:                            # for files without keys for the tokens; once for all of them
+        return Tokenizer.from_metadata(files.model.metadata)
+
+    def token(text: str) -> int:
+        found = tokenizer().id_of(text)
+        if found is None:
+            raise InvalidModelError(f"{files.model.path}: no token {text!r} in the vocabulary, and no key that names it")
+        return found
+
+    own = weights if files.mmproj is None else Weights(files.mmproj)
+    encoders = kind.encoders(EncoderFiles(h, Hparams(source.metadata, "clip"), own, token))
+    if files.mmproj is not None:
+        if not encoders:
+            raise UnsupportedModelError(f"{source.path}: architecture {h.arch!r} has no media encoder here")
+        own.finish()
+    return encoders

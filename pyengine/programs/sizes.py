@@ -1,0 +1,63 @@
+"""All that decides the largest shapes of a model's programs: one frozen value, from which they are declared, counted and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.errors import RequestError, UnsupportedModelError
+
+KV_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
+HEAD_BYTES = 32 << 20                # logits of at most this size are computed at once
+N_BATCH = 512                        # rows of one step, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The largest shapes that a model's programs are made for.
+
+    n_ctx    positions of one conversation's context
+    n_batch  rows of one step; n_head: of those, rows whose logits are computed at once
+    n_seq    conversations side by side
+    k, v     formats of cached keys and values
+    runs     rows of one run of each encoder, by its kind
+    across   encoder rows of one conversation in layers that attend across; 0 without such layers or an encoder
+    """
+
+    n_ctx: int
+    n_batch: int
+    n_seq: int
+    n_head: int
+    k: DType
+    v: DType
+    runs: Mapping[str, int] = field(default_factory=dict)
+    across: int = 0
+
+    def with_(self, **changes: Any) -> Sizes:
+        """Return the same with other numbers."""
+        return replace(self, **changes)
+
+
+def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size: int) -> tuple[int, int]:
+    """Return (rows of one step, rows whose logits are computed at once)."""
+    n_batch = min(max(n_batch, n_seq, atomic_rows), n_ctx * n_seq)
+    return n_batch, max(n_seq, min(n_batch, HEAD_BYTES // (4 * vocab_size)))
+
+
+def kv_dtypes(name: str) -> tuple[DType, DType]:
+    """Return the formats of keys and values: "q8_0" for both, "q8_0/q4_0" for each. Raises: RequestError naming those that there are."""
+    k, _, v = name.partition("/")
+    for part in (k, v or k):
+        if part not in KV_DTYPES:
+            raise RequestError(f"kv_dtype={name!r}: use one of {', '.join(KV_DTYPES)}, or two of them as keys/values")
+    return dtype_of(KV_DTYPES[k]), dtype_of(KV_DTYPES[v or k])
+
+
+def check_head(name: str, head_dim: int) -> tuple[DType, DType]:
+    """Return `kv_dtypes` if their blocks divide a head. Raises: UnsupportedModelError if they do not."""
+    for dtype in kv_dtypes(name):
+        if head_dim % dtype.block:
+            raise UnsupportedModelError(f"kv_dtype={name}: blocks of {dtype.block} do not divide a head of {head_dim}; use f16")
+    return kv_dtypes(name)
