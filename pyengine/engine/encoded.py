@@ -6,6 +6,7 @@ loads them.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,7 @@ class EncodedMedia:
         self._program: Program | None = None
         self._progress = progress
         self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
         self.stats = {"image_hits": 0, "image_misses": 0, "image_cache_bytes": 0}
 
     @property
@@ -93,16 +95,23 @@ class EncodedMedia:
 
         Raises: ImageError, RequestError from the model's processor.
         """
-        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
-
-        from pyengine.media.video import Video                                       # Pillow takes 20 ms to import
-
-        entry = self._cache.get(media.digest)
-        if entry is not None:
+        with self._lock:                                     # one encoder, one cache: another thread waits
+            entry = self._cache.get(media.digest)
+            if entry is None:
+                self.stats["image_misses"] += 1
+                entry = self._encode(media)
+                self._keep(media.digest, entry)
+                return entry.parts, entry.info
             self._cache.move_to_end(media.digest)
             self.stats["image_hits"] += 1
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
-        self.stats["image_misses"] += 1
+
+    def _encode(self, media: Image | Video) -> _Entry:
+        """Process and encode a picture or video that is not in the cache."""
+        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
+
+        from pyengine.media.video import Video                                 # Pillow takes 20 ms to import
+
         started = time.perf_counter()
         processed, encoding, made, run = self.process(media), 0.0, [], None
         for i, p in enumerate(processed.parts):
@@ -118,8 +127,7 @@ class EncodedMedia:
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
                          sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
                          time.perf_counter() - started - encoding, encoding, media.digest.hex(), media.digest)
-        self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)))
-        return parts, info
+        return _Entry(parts, info, sum(s.embedding.nbytes for s in segments))
 
     def _keep(self, digest: bytes, entry: _Entry) -> None:
         def total() -> int:

@@ -108,6 +108,11 @@ class Request:
         else:
             self.pending = drawn.token
 
+    def fill(self) -> None:
+        """End because the context is full: what was generated so far is the answer, of finish "length"."""
+        self.pending = None
+        self._end("length")
+
     def _end(self, finish: str) -> None:
         tail = self.stops.push(self.decoder.flush()) + self.stops.flush()
         self.report.finish = "stop" if self.stops.found else finish
