@@ -6,6 +6,7 @@ run time, so both sides of the boundary come from one text.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from pathlib import Path
@@ -82,14 +83,14 @@ def kernels_header() -> str:
 
 
 def kernels_table(sources: list[Path]) -> str:
-    """Text of gen/table.c: the kernels that these sources define, found by their PE_KERNEL and PE_SCRATCH lines."""
+    """Text of gen/cpu/table.c: the kernels that these sources define, found by their PE_KERNEL and PE_SCRATCH lines."""
     text = "\n".join(p.read_text() for p in sources)
     found = set(re.findall(r"^PE_KERNEL\((\w+)\)", text, re.M))
     scratch = set(re.findall(r"^PE_SCRATCH\((\w+)\)", text, re.M))
     unknown = (found | scratch) - set(ops.REGISTRY)
     if unknown:
         raise ValueError(f"kernels of ops that are not declared: {', '.join(sorted(unknown))}")
-    lines = [_HEADER, '#include "../cpu/cpu.h"\n#include "../table.h"\n']
+    lines = [_HEADER, '#include "cpu/cpu.h"\n#include "table.h"\n']
     rows = []
     for name in (n for n in ops.REGISTRY if n in found):
         size = "0"
@@ -103,14 +104,15 @@ def kernels_table(sources: list[Path]) -> str:
 
 
 def generate(csrc: Path) -> None:
-    """Write csrc/gen; files that would not change keep their time stamp."""
-    gen = csrc / "gen"
-    gen.mkdir(exist_ok=True)
-    texts = {"kernels.h": kernels_header(), "table.c": kernels_table(sorted((csrc / "cpu").glob("*.c")))}
+    """Write csrc/gen; files that would not change keep their time stamp, and who reads meanwhile finds whole files."""
+    texts = {"kernels.h": kernels_header(), "cpu/table.c": kernels_table(sorted((csrc / "cpu").glob("*.c")))}
     for name, text in texts.items():
-        path = gen / name
+        path = csrc / "gen" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+            new = path.with_name(f"{path.name}.{os.getpid()}")
+            new.write_text(text)
+            new.replace(path)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 from test_kernels import FLAGS, MAX_DIMS, CArgs, CTensor, KernelError, isas, rng_of
 
+from csrc import build_rules as rules
 from pyengine import codegen
 from pyengine.dtype import dtype
 from pyengine.op import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = ROOT / "csrc" / "cpu"
+CPU = rules.CSRC / "cpu"
 SOURCES = [CPU / "linear.c", CPU / "rows.c", CPU / "experts.c"]
 PACKED = 256
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
@@ -61,20 +62,18 @@ class Kernels:
     """linear and rows of one instruction set, and the packer."""
 
     def __init__(self, isa: str, folder: Path):
-        gen = folder / "gen"
-        gen.mkdir(exist_ok=True)
-        (gen / "kernels.h").write_text(codegen.kernels_header())
-        (gen / "table.c").write_text(codegen.kernels_table(SOURCES))
+        codegen.generate(rules.CSRC)
+        table = folder / "table.c"
+        table.write_text(codegen.kernels_table(SOURCES))
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")
-        once = [CPU / "pack.c", ROOT / "csrc" / "dequant.c"]
+        once = [CPU / "pack.c", rules.CSRC / "host" / "dequant.c"]
         objects = []
-        for source in [*SOURCES, gen / "table.c", ROOT / "tests" / "c" / "harness.c", *once]:
+        for source in [*SOURCES, table, ROOT / "tests" / "c" / "harness.c", *once]:
             objects.append(folder / f"{source.stem}_{isa}.o")
-            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{gen}", f"-I{CPU}"]
-            common = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
-            subprocess.run([cc, *common, "-Wall", "-Wextra", "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
+            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}"]
+            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
         path = folder / f"linear_{isa}.so"
         subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
         self.isa, self.lib = isa, ctypes.CDLL(str(path))

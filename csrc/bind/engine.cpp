@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "../cpu/pack.h"
-#include "../isa.h"
-#include "../program.h"
+#include "../cpu/isa.h"
+#include "../cpu/program.h"
 
 namespace py = pybind11;
 

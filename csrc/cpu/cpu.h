@@ -15,7 +15,7 @@
 #define PE_KERNEL(op) pe_status PE_NAME(op)
 #define PE_SCRATCH(op) int64_t PE_NAME(PE_CAT3(op, _, scratch))
 
-#include "kernels.h" /* generated: parameter structs and prototypes for this PE_ISA */
+#include "../gen/kernels.h" /* generated: parameter structs and prototypes for this PE_ISA */
 #include "simd.h"
 
 static inline int64_t pe_min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -23,7 +23,7 @@
  */
 #include <math.h>
 
-#include "../dequant.h"
+#include "../host/dequant.h"
 #include "linear.h"
 #include "unpack.h"
 

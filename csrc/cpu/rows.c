@@ -3,7 +3,7 @@
  * A thread owns whole rows of `out` and claims them one by one. A row of a packed table is one lane of its group of 16 rows, so
  * all lines of the group are read. Values are those of pe_dequantize_row, bit for bit, times scale.
  */
-#include "../dequant.h"
+#include "../host/dequant.h"
 #include "cpu.h"
 #include "unpack.h"
 

@@ -13,7 +13,7 @@
 #ifndef PE_BPE_H
 #define PE_BPE_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

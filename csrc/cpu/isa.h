@@ -2,7 +2,7 @@
 #ifndef PE_ISA_H
 #define PE_ISA_H
 
-#include "table.h"
+#include "../table.h"
 
 #ifdef __cplusplus
 extern "C" {

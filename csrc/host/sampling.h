@@ -25,7 +25,7 @@
 #ifndef PE_SAMPLING_H
 #define PE_SAMPLING_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -2,7 +2,7 @@
 #ifndef PE_DEQUANT_H
 #define PE_DEQUANT_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

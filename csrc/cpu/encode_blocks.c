@@ -1,4 +1,4 @@
-/* quantize.c: float32 into blocks, 16 blocks (of K formats: sub-blocks) at once, one in each lane of a vector. What a block gets
+/* encode_blocks.c: float32 into blocks, 16 blocks (of K formats: sub-blocks) at once, one in each lane of a vector. What a block gets
  * is the outcome of a search for the least sum of squared differences, unweighted:
  *
  *   scale     x ~ d q. For codes q the best scale is sum(xq) / sum(qq), and it explains sum(xq)^2 / sum(qq) of sum(xx). Codes come

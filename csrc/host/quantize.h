@@ -2,7 +2,7 @@
 #ifndef PE_QUANTIZE_H
 #define PE_QUANTIZE_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -5,7 +5,7 @@
  * -ffp-contract=off and without -ffast-math.
  */
 #include "dequant.h"
-#include "quants.h"
+#include "../quants.h"
 
 #include <float.h>
 #include <string.h>

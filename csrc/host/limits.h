@@ -3,7 +3,7 @@
 #ifndef PE_LIMITS_H
 #define PE_LIMITS_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {
