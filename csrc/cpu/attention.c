@@ -165,7 +165,7 @@ static pe_status find_cells(const job *w, int64_t head, int32_t sequence, int64_
 
 /* Bytes of one cell, for fetching ahead; 0 where its elements are spread. */
 static int64_t cell_bytes(const pe_tensor *t) {
-  return t->stride[2] == cell_format_of(t->dtype).nbytes ? cell_offset(t->dtype, t->shape[2]) : 0;
+  return t->stride[2] == cell_format_of(t->dtype).bytes ? cell_offset(t->dtype, t->shape[2]) : 0;
 }
 
 /* A tile as `attend` reads it: K transposed, as floats, 16 bits wide, or as codes of blocks; V as floats [64][fp], or (direct) where
@@ -400,18 +400,18 @@ static void round_query(float *x, int64_t e) {
 
 /* kt: for each block a row of scales (64 d, then 64 m, as halves), then rows of words of codes, Q8_0's with 128 added. */
 PE_INLINE void transpose_blocks(const int dtype, const char *const *cell, int64_t e, char *kt) {
-  const cell_format form = cell_format_of(dtype);
-  const int head = form.nbytes - (dtype == PE_Q8_0 ? 32 : 16);
+  const pe_format form = cell_format_of(dtype);
+  const int head = form.bytes - (dtype == PE_Q8_0 ? 32 : 16);
   for (int j = 0; j < TILE_KEYS; j += 16) {
     char *to = kt;
-    for (int64_t at = 0; at < cell_offset(dtype, e); at += form.nbytes) {
+    for (int64_t at = 0; at < cell_offset(dtype, e); at += form.bytes) {
 #pragma GCC unroll 16
       for (int r = 0; r < 16; r++) {
         memcpy(to + 2 * (j + r), cell[j + r] + at, 2);
         if (dtype == PE_Q4_1) memcpy(to + WORD_ROW / 2 + 2 * (j + r), cell[j + r] + at + 2, 2);
       }
       to += WORD_ROW;
-      for (int i = head; i < form.nbytes; i += 16, to += 4 * WORD_ROW)
+      for (int i = head; i < form.bytes; i += 16, to += 4 * WORD_ROW)
         transpose_words(cell + j, at + i, dtype == PE_Q8_0 ? 0x80 : 0, to + 4 * j);
     }
   }
@@ -509,7 +509,7 @@ static __attribute__((noinline)) void block_scores(int dtype, int rows, const fl
 /* c[r][j] = factor[r] c[r][j] + sum over t of p[r][t] v[t][j] for 16 * vectors columns from `first` on; n values at `cell`. */
 PE_INLINE void values_body(const int dtype, const int rows, const int vectors, const float *p, const char *const *cell,
                            ahead *next, int64_t share, int64_t first, float *c, int64_t ldc, int64_t n, const float *factor) {
-  const int block = cell_format_of(dtype).block;
+  const int block = cell_format_of(dtype).elements;
   const int64_t at = cell_offset(dtype, first / block * block), within = vectors == 1 ? first % block : 0;
   ahead a = *next;
   v16f acc[FEW_ROWS][TILE_VECTORS], y[TILE_VECTORS];
@@ -867,7 +867,7 @@ PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v,
   pe_status bad = check_cells("attention", "k", k, 0, s);
   if (!bad) bad = check_cells("attention", "v", v, 0, s);
   if (!bad && p->products == PE_ATTENTION_PRODUCTS_INT8) {
-    if (cells || seq || sinks || p->softcap != 0.0f || cell_format_of(k->dtype).block > 1 || cell_format_of(v->dtype).block > 1)
+    if (cells || seq || sinks || p->softcap != 0.0f || cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1)
       return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap");
     return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
   }

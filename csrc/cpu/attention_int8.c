@@ -135,7 +135,7 @@ PE_INLINE float to_codes(const float *x, v16i most, int64_t n, int8_t *to) {
 static const char *cell_at(const pe_tensor *t, int64_t head, int64_t key) {
   return (const char *)t->data + head * t->stride[0] + key * t->stride[1];
 }
-static int side_by_side(const pe_tensor *t) { return t->stride[2] == cell_format_of(t->dtype).nbytes; }
+static int side_by_side(const pe_tensor *t) { return t->stride[2] == cell_format_of(t->dtype).bytes; }
 
 /* Elements i .. i + 15 of a cell of n, 0 beyond. */
 PE_INLINE v16f load_part(const int dtype, const char *cell, int plain, int64_t stride, int64_t i, int64_t n) {

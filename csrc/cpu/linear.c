@@ -281,60 +281,25 @@ typedef struct format {
 #define DECODES(id) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4) DECODE_MOST(id)
 #define DECODE_TABLE(id) {decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}, DECODE_MOST_ENTRY(id)
 #endif
-#define FORMAT(id, kind)                                                                                               \
+#define FORMAT(id, blocks, head, body, kind, ...)                                                                      \
   DECODES(id)                                                                                                          \
   static void unpack_##id(const uint8_t *const group[NR], const uint8_t *const ahead[NR], int64_t s0, int64_t count,   \
                           uint8_t *to) {                                                                               \
     unpack_panel(PE_##id, group, ahead, s0, count, to);                                                                \
   }                                                                                                                    \
   static const format format_##id = {DECODE_TABLE(id), unpack_##id, tile_##kind};
-FORMAT(Q4_0, zero)
-FORMAT(Q4_1, offset)
-FORMAT(Q5_0, zero)
-FORMAT(Q5_1, offset)
-FORMAT(Q8_0, zero128)
-FORMAT(Q2_K, halves_offset)
-FORMAT(Q3_K, halves_zero)
-FORMAT(Q4_K, offset)
-FORMAT(Q5_K, offset)
-FORMAT(Q6_K, halves_zero)
-FORMAT(IQ4_NL, zero128)
-FORMAT(IQ4_XS, zero128)
-FORMAT(MXFP4, zero)
+PE_PACKED_BLOCKS(FORMAT)
 
 static const format *format_of(int32_t dtype) { /* NULL: no quantized kernel, go through floats */
   switch (dtype - PE_PACKED) {
-#define CASE(id) case PE_##id: return &format_##id;
-    CASE(Q4_0) CASE(Q4_1) CASE(Q5_0) CASE(Q5_1) CASE(Q8_0) CASE(Q2_K) CASE(Q3_K) CASE(Q4_K) CASE(Q5_K) CASE(Q6_K)
-    CASE(IQ4_NL) CASE(IQ4_XS) CASE(MXFP4)
+#define CASE(name, ...) case PE_##name: return &format_##name;
+    PE_PACKED_BLOCKS(CASE)
 #undef CASE
     default: return 0;
   }
 }
 
 /* ---- float weights ---- */
-
-static int64_t block_of(int32_t dtype) { /* elements of a block in the file's layout */
-  switch (dtype) {
-    case PE_F32:
-    case PE_F16:
-    case PE_BF16:
-    case PE_F64:
-    case PE_I8:
-    case PE_I16:
-    case PE_I32:
-    case PE_I64: return 1;
-    case PE_Q4_0:
-    case PE_Q4_1:
-    case PE_Q5_0:
-    case PE_Q5_1:
-    case PE_Q8_0:
-    case PE_IQ4_NL:
-    case PE_MXFP4: return 32;
-    case PE_NVFP4: return 64;
-    default: return 256;
-  }
-}
 
 /* acc[i][16 NR] += panel [count][16 NR] times `rows` <= MRF rows of x. */
 PE_INLINE void float_rows(int rows, const float *panel, int64_t count, const float *x, int64_t ld, float *acc) {
@@ -428,7 +393,7 @@ static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t
     const int64_t g = pe_min(g0 + v, last);
     if (w->dtype >= PE_PACKED) {
       const int32_t id = w->dtype - PE_PACKED;
-      const uint8_t *from = (const uint8_t *)w->data + g * pe_pack_group_bytes(id, k) + k0 * (id == PE_F32 ? 64 : 32);
+      const uint8_t *from = (const uint8_t *)w->data + g * pe_pack_group_bytes(id, k) + k0 * 16 * pe_format_of(id).bytes;
       float *to = panel + 16 * v;
 #define WIDEN(id_, size)                                                                                               \
   if (id == id_)                                                                                                       \
@@ -437,7 +402,8 @@ static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t
 #undef WIDEN
       continue;
     }
-    const int64_t block = block_of(w->dtype);
+    const int64_t block = pe_format_of(w->dtype).elements;
+    if (!block) return PE_BAD_DTYPE;
     for (int64_t r = 0; r < 16; r++) {
       const char *from = (const char *)w->data + pe_min(16 * g + r, n - 1) * w->stride[0] + k0 / block * w->stride[1];
       pe_status status = pe_dequantize_row(w->dtype, from, rows + KD * r, count);
@@ -581,7 +547,7 @@ static pe_status multiply(const linear_job *t, const pe_tensor *w, int64_t g0, i
       } else {
         pe_status status = float_panel(w, g0 + NR * p, at, count, (float *)panel, dequantized);
         if (status) return status;
-        const int64_t size = id == PE_F32 ? 64 : 32, later = p + 1 < panels ? at : at + count; /* k where the next panel begins */
+        const int64_t size = 16 * pe_format_of(id).bytes, later = p + 1 < panels ? at : at + count; /* k where the next panel begins */
         const uint8_t *ahead[NR];
         for (int v = 0; v < NR; v++)
           ahead[v] = !packed ? 0 : p + 1 < panels ? group[v] + NR * bytes + size * at

@@ -41,11 +41,9 @@ static pe_status packed_row(int id, const uint8_t *group, int64_t k, int64_t r, 
   const v16f scale = v16f_set1(times);
   uint16_t h;
   switch (id) {
-#define QUANTIZED(name)                                                                                                \
-  case PE_##name: row_of_group(PE_##name, group, k, r, scale, to); return PE_OK;
-    QUANTIZED(Q4_0) QUANTIZED(Q4_1) QUANTIZED(Q5_0) QUANTIZED(Q5_1) QUANTIZED(Q8_0) QUANTIZED(Q2_K) QUANTIZED(Q3_K)
-    QUANTIZED(Q4_K) QUANTIZED(Q5_K) QUANTIZED(Q6_K) QUANTIZED(IQ4_NL) QUANTIZED(IQ4_XS) QUANTIZED(MXFP4)
-#undef QUANTIZED
+#define BLOCKS(name, ...) case PE_##name: row_of_group(PE_##name, group, k, r, scale, to); return PE_OK;
+    PE_PACKED_BLOCKS(BLOCKS)
+#undef BLOCKS
     case PE_F32:
       for (int64_t i = 0; i < k; i++) to[i] = ((const float *)group)[16 * i + r] * times;
       return PE_OK;
