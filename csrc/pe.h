@@ -4,7 +4,7 @@
  * `pe_stream`; the kernel divides its work with pe_next (dynamic chunks) or ith/nth, and must give bitwise the same result for
  * any number of threads, and for any number of other rows in the same batch. The runner waits for all threads after each
  * kernel. Parameter structs and named prototypes (gen/kernels.h) and tables of kernels (gen/cpu/table.c) are generated from the op
- * declarations, formats (gen/formats.h) from the table of dtypes: see codegen.py.
+ * declarations in pyengine/ops, formats (gen/formats.h) from the table of dtypes.
  */
 #ifndef PE_H
 #define PE_H

@@ -218,7 +218,7 @@ PE_BLOCK_SIZE(block_q8_K, Q8_K);
  * An index selects a row of a codebook ("grid"): 8 elements for IQ1 and IQ2, 4 for IQ3. Elements are positive in IQ2
  * and IQ3 and carry their signs separately: eight bits, bit i = 1 for a negative element i, or the first seven of
  * such eight bits, the last being their parity (the number of minus signs is even). The codebooks are data:
- * pe_set_codebook in dequant.h. */
+ * pe_set_codebook in host/dequant.h. */
 
 /* 8 sub-blocks of 32 elements, each two little-endian uint32 in qs[4 j .. 4 j + 3]:
  *

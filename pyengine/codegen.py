@@ -131,15 +131,28 @@ def _steps(form: dtype.PackedForm) -> tuple[str, int, int, int]:
     return kind, 1 + kind.startswith("halves"), int(kind.endswith("offset")), form.zero
 
 
-def kernels_table(sources: list[Path]) -> str:
-    """Text of gen/cpu/table.c: the kernels that these sources define, found by their PE_KERNEL and PE_SCRATCH lines."""
-    text = "\n".join(p.read_text() for p in sources)
-    found = set(re.findall(r"^PE_KERNEL\((\w+)\)", text, re.M))
-    scratch = set(re.findall(r"^PE_SCRATCH\((\w+)\)", text, re.M))
-    unknown = (found | scratch) - set(ops.REGISTRY)
-    if unknown:
-        raise ValueError(f"kernels of ops that are not declared: {', '.join(sorted(unknown))}")
-    lines = [_HEADER, '#include "cpu/cpu.h"\n#include "table.h"\n']
+def kernels_of(backend: str, sources: Iterable[Path]) -> tuple[set[str], set[str]]:
+    """The ops for which these files have kernels, and those with working memory: their PE_KERNEL and PE_SCRATCH lines.
+
+    Raises: ValueError if a line names another backend or an op that is not declared.
+    """
+    lines = re.findall(r"^PE_(KERNEL|SCRATCH)\((\w+), (\w+)\)", "\n".join(p.read_text() for p in sources), re.M)
+    for _, of, op in lines:
+        if of != backend or op not in ops.REGISTRY:
+            raise ValueError(f"csrc/{backend}: a kernel of {of} for '{op}'" + (", which is not declared" if of == backend else ""))
+    return {op for what, _, op in lines if what == "KERNEL"}, {op for what, _, op in lines if what == "SCRATCH"}
+
+
+def backends(csrc: Path) -> dict[str, list[Path]]:
+    """The files of each backend: a backend is a folder with a header of its own name, such as cpu/cpu.h."""
+    folders = sorted(p for p in csrc.iterdir() if (p / f"{p.name}.h").exists())
+    return {p.name: sorted(f for f in p.iterdir() if f.suffix in (".c", ".cpp", ".cu", ".m", ".mm")) for p in folders}
+
+
+def kernels_table(backend: str, sources: Iterable[Path]) -> str:
+    """Text of gen/<backend>/table.c: the kernels that these sources define."""
+    found, scratch = kernels_of(backend, sources)
+    lines = [_HEADER, f'#include "{backend}/{backend}.h"\n#include "table.h"\n']
     rows = []
     for name in (n for n in ops.REGISTRY if n in found):
         size = "0"
@@ -154,7 +167,8 @@ def kernels_table(sources: list[Path]) -> str:
 
 def generate(csrc: Path) -> None:
     """Write csrc/gen; files that would not change keep their time stamp, and who reads meanwhile finds whole files."""
-    texts = {"formats.h": formats_header(), "kernels.h": kernels_header(), "cpu/table.c": kernels_table(sorted((csrc / "cpu").glob("*.c")))}
+    texts = {"formats.h": formats_header(), "kernels.h": kernels_header()}
+    texts |= {f"{name}/table.c": kernels_table(name, sources) for name, sources in backends(csrc).items()}
     for name, text in texts.items():
         path = csrc / "gen" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ class Kernels:
         self.isa = isa
         codegen.generate(rules.CSRC)
         table = folder / "table.c"
-        table.write_text(codegen.kernels_table(SOURCES))
+        table.write_text(codegen.kernels_table("cpu", SOURCES))
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")

@@ -64,7 +64,7 @@ class Kernels:
     def __init__(self, isa: str, folder: Path):
         codegen.generate(rules.CSRC)
         table = folder / "table.c"
-        table.write_text(codegen.kernels_table(SOURCES))
+        table.write_text(codegen.kernels_table("cpu", SOURCES))
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")

@@ -1,4 +1,5 @@
 /* attention.c: softmax(scale q k^T) v over an interval of keys for each query.
+ * Reference: pyengine/ops/attention.py: attention.
  *
  * One path serves prompts, single tokens and encoders. Work is cut as
  *
@@ -72,7 +73,7 @@ static int64_t thread_floats(int64_t m, int64_t h, int64_t group, int64_t e, int
   return pe_round_up(m + 1, 16) + pe_round_up(n * e, 16) + 2 * partial_floats(n, fp) + pe_round_up(e, 16) * TILE_KEYS + TILE_KEYS * fp;
 }
 
-PE_SCRATCH(attention)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, attention)(const pe_args *a, const void *params, int32_t n_threads) {
   const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
   if (((const pe_attention_params *)params)->products == PE_ATTENTION_PRODUCTS_INT8)
     return PE_NAME(attention_int8_scratch)(q, k, v, n_threads);
@@ -852,7 +853,7 @@ static int64_t claim_at(int64_t claim, int64_t n, int64_t n_threads) {
   return at;
 }
 
-PE_KERNEL(attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
+PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
                      const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *out,
                      const pe_attention_params *p, pe_stream *s) {
   job w = {.q = q, .k = k, .v = v, .lo = lo->data, .hi = hi->data, .scale = p->scale, .softcap = p->softcap, .out = out->data};

@@ -1,4 +1,5 @@
 /* attention_int8.c: attention with products="int8", for encoders: both of its products are of bytes, summed exactly in int32.
+ * Reference: pyengine/ops/attention.py: attend_int8.
  *
  *   q   x scale log2(e), one scale a query
  *   k   less a centre, which adds the same to all scores of a query, one scale a key (SageAttention, Zhang et al. 2024,

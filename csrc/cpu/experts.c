@@ -1,4 +1,5 @@
 /* experts.c: expert_linear, the products of rows with the weights of the experts that they chose.
+ * Reference: pyengine/ops/experts.py: expert_linear.
  *
  * A pair is a row and one of its experts; p = m u of them. Every thread sorts the pairs by expert (counting: 8 bytes a pair, 4 an
  * expert). Rows of x are prepared once as `linear` does, int8 or float32, and laid down in that order, so that the rows of one
@@ -38,7 +39,7 @@ static places places_of(const pe_tensor *const *w, int32_t n_w, int64_t pairs) {
   return t;
 }
 
-PE_SCRATCH(expert_linear)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, expert_linear)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   const pe_tensor *chosen = a->t[a->start[2]];
   places t = places_of(a->t + a->start[1], a->count[1], chosen->shape[0] * chosen->shape[1]);
@@ -144,7 +145,7 @@ static claim claim_of(claim c, int64_t i, const deal *d, const int32_t *ends, in
   return c;
 }
 
-PE_KERNEL(expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *chosen,
+PE_KERNEL(cpu, expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *chosen,
                          const pe_tensor *out, const pe_expert_linear_params *p, pe_stream *s) {
   pe_status status = check_experts(x, w, n_w, chosen, out, p, s);
   const int64_t m = chosen->shape[0], used = chosen->shape[1], pairs = m * used, experts = w[0]->shape[0], k = x->shape[1];

@@ -1,4 +1,5 @@
 /* linear.c: one to four weight matrices times the same rows, with everything fused that touches those rows.
+ * Reference: pyengine/ops/matmul.py: linear.
  *
  *   h = rms_norm(x, norm) if norm else x                  x F32 [m, k]
  *   y_i = h w_i^T + bias_i                                w_i [n_i, k]: packed (pack.h), or in the file's layout
@@ -476,7 +477,7 @@ linear_places linear_memory(int64_t m, int64_t k, int quantized, int floats, int
 
 int linear_is_float(const pe_tensor *w) { return !format_of(w->dtype); }
 
-PE_SCRATCH(linear)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, linear)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   const pe_tensor *x = a->t[a->start[0]];
   int quantized = 0, floats = 0;
@@ -608,7 +609,7 @@ static pe_status check(const pe_tensor *x, const pe_tensor *const *w, int32_t n_
   return PE_OK;
 }
 
-PE_KERNEL(linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *const *bias, int32_t n_bias,
+PE_KERNEL(cpu, linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *const *bias, int32_t n_bias,
                   const pe_tensor *norm, const pe_tensor *residual, const pe_tensor *const *out, int32_t n_out,
                   const pe_linear_params *p, pe_stream *s) {
   const int64_t m = x->shape[0], k = x->shape[1];

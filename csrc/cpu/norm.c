@@ -1,4 +1,5 @@
 /* norm.c: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
+ * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
  *
  * A thread claims chunks of whole rows. Sums run in 16 float lanes in the order of the row, then the tree of v16f_sum, so a
  * row's result depends on that row alone. Each kernel reads x two or three times (once from memory, then from cache) and writes
@@ -34,7 +35,7 @@ PE_INLINE void scale_row(const float *x, float *y, int64_t d, float centre, floa
   }
 }
 
-PE_KERNEL(rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *residual, const pe_tensor *out,
+PE_KERNEL(cpu, rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *residual, const pe_tensor *out,
                     const pe_rms_norm_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
   const float *in = x->data, *w = data_or_null(weight), *r = data_or_null(residual);
@@ -47,7 +48,7 @@ PE_KERNEL(rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor
   return PE_OK;
 }
 
-PE_KERNEL(layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
+PE_KERNEL(cpu, layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
                       const pe_layer_norm_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
   const float *in = x->data, *w = data_or_null(weight), *b = data_or_null(bias);
@@ -70,7 +71,7 @@ static float max_of(const float *x, int64_t d, float scale) {
   return v16f_hmax(top);
 }
 
-PE_KERNEL(softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softmax_params *p, pe_stream *s) {
+PE_KERNEL(cpu, softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softmax_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = pe_max(1, rows_per_chunk(d) / 4);
   const v16f k = v16f_set1(p->scale);
   for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
@@ -101,7 +102,7 @@ static float extreme_of(const float *x, int64_t d, float sign) {
   return sign * top;
 }
 
-PE_KERNEL(reduce)(const pe_tensor *x, const pe_tensor *out, const pe_reduce_params *p, pe_stream *s) {
+PE_KERNEL(cpu, reduce)(const pe_tensor *x, const pe_tensor *out, const pe_reduce_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
   const int extreme = p->kind == PE_REDUCE_KIND_MAX || p->kind == PE_REDUCE_KIND_MIN;
   if (extreme && d == 0 && n) return pe_fail(s, PE_BAD_SHAPE, "reduce: max and min need at least one element");

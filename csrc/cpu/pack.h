@@ -1,4 +1,4 @@
-/* pack.h: weights repacked so that 16 rows lie side by side. pyengine.native reads these declarations, so they stay plain.
+/* pack.h: weights repacked so that 16 rows lie side by side. setup.py reads these declarations for cffi, so they stay plain.
  *
  * A matrix [n, k] becomes ceil(n / 16) groups of 16 rows; rows beyond n are zero. A group is one run of memory that the
  * decode kernel reads from end to end. Everything in it is a vector with one lane a row:

@@ -1,4 +1,5 @@
 /* rows.c: out[i] = scale * table[ids[i]], the table in any format; a negative id -1-j copies row j of `media` instead.
+ * Reference: pyengine/ops/matmul.py: rows.
  *
  * A thread owns whole rows of `out` and claims them one by one. A row of a packed table is one lane of its group of 16 rows, so
  * all lines of the group are read. Values are those of pe_dequantize_row, bit for bit, times scale.
@@ -58,7 +59,7 @@ static pe_status packed_row(int id, const uint8_t *group, int64_t k, int64_t r, 
   }
 }
 
-PE_KERNEL(rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *media, const pe_tensor *out,
+PE_KERNEL(cpu, rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *media, const pe_tensor *out,
                 const pe_rows_params *p, pe_stream *s) {
   const int64_t m = ids->shape[0], n = table->shape[0], k = table->shape[1], n_media = media ? media->shape[0] : 0;
   const v16f scale = v16f_set1(p->scale);
