@@ -21,6 +21,7 @@
 #include "attention_int8.h"
 
 #include "cells.h"
+#include "codes.h"
 
 enum { KEYS = 64, TILES = 4, ROWS = PE_PARTS == 2 ? 4 : 6, VECTORS = PE_PARTS == 1 ? 4 : 1 };
 /* Queries of a unit: what is kept of them fits the second cache; fewer where there would not be SHARES units a thread. */
@@ -107,28 +108,6 @@ int64_t PE_NAME(attention_int8_scratch)(const pe_tensor *q, const pe_tensor *k, 
   buffers none;
   const job w = job_of(q, k, v, n_threads);
   return n_threads * lay_out(&w, 0, &none);
-}
-
-/* ---- floats to bytes ---- */
-
-PE_INLINE v16i magnitude(v16f x) { return v16i_and(v16f_bits(x), v16i_set1(0x7fffffff)); } /* as bits; NaN is the largest */
-
-/* What a code is worth where `most` is the largest magnitude, and the inverse of that. */
-PE_INLINE float code_scale(v16i most, float *inverse) {
-  const int32_t bits = v16i_hmax(most);
-  float amax;
-  memcpy(&amax, &bits, 4);
-  *inverse = amax > 0 ? 127.0f / amax : 0.0f;
-  if (*inverse > 3e38f) return *inverse = 0.0f; /* so small that the inverse overflows */
-  return amax / 127.0f;
-}
-
-/* Codes of x [n, a multiple of 16], whose magnitudes are at most `most`; returns their scale. */
-PE_INLINE float to_codes(const float *x, v16i most, int64_t n, int8_t *to) {
-  float inverse;
-  const float scale = code_scale(most, &inverse);
-  for (int64_t i = 0; i < n; i += 16) v16i_store_i8(to + i, v16f_to_i(v16f_mul(v16f_load(x + i), v16f_set1(inverse))));
-  return scale;
 }
 
 /* ---- cells of K and V ---- */

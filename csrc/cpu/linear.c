@@ -22,11 +22,11 @@
  * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel and the sums
  * of a strip [panel][rows of a block][16 NR].
  */
-#include <math.h>
-
 #include "../host/dequant.h"
+#include "codes.h"
 #include "linear.h"
 #include "unpack.h"
+#include "vec.h"
 
 #if defined(PE_AVX512)
 enum { MR = 4, MRF = 8, MRD = 8 }; /* rows of an integer and of a float tile, and of the decode kernel: MRD or FEW at once */
@@ -51,20 +51,15 @@ typedef struct xstep {
 } xstep;
 _Static_assert(sizeof(xstep) == 64, "a step of x is a cache line");
 
-/* d = amax / 127, codes to nearest even. A NaN makes d NaN, because its bits are the largest. */
 static void quantize_row(const float *x, int64_t k, xstep *to) {
-  const v16i magnitude = v16i_set1(0x7fffffff);
   for (int64_t b = 0; b < k / 32; b++, to++) {
-    v16f x0 = v16f_load(x + 32 * b), x1 = v16f_load(x + 32 * b + 16);
-    int32_t bits = v16i_hmax(v16i_max(v16i_and(v16f_bits(x0), magnitude), v16i_and(v16f_bits(x1), magnitude)));
-    float amax;
-    memcpy(&amax, &bits, 4);
-    float d = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
-    if (inverse > 3e38f) d = inverse = 0.0f; /* amax so small that its inverse overflows */
-    v16i q0 = v16f_to_i(v16f_mul(x0, v16f_set1(inverse))), q1 = v16f_to_i(v16f_mul(x1, v16f_set1(inverse)));
+    const v16f x0 = v16f_load(x + 32 * b), x1 = v16f_load(x + 32 * b + 16);
+    float inverse;
+    const float d = code_scale(v16i_max(magnitude(x0), magnitude(x1)), &inverse);
+    const v16i q0 = codes_of(x0, inverse), q1 = codes_of(x1, inverse);
     v16i_store_i8(to->q, q0);
     v16i_store_i8(to->q + 16, q1);
-    int32_t s0 = v16i_sum(q0), s1 = v16i_sum(q1);
+    const int32_t s0 = v16i_sum(q0), s1 = v16i_sum(q1);
     to->d = d;
     to->dsum = d * (float)(s0 + s1);
     to->dsum2[0] = d * (float)s0;
@@ -73,23 +68,6 @@ static void quantize_row(const float *x, int64_t k, xstep *to) {
     to->sum2[0] = s0;
     to->sum2[1] = s1;
   }
-}
-
-static void norm_row(const float *x, const float *w, float eps, int64_t k, float *to) {
-  v16f ss = v16f_zero();
-  int64_t i = 0;
-  for (; i + 16 <= k; i += 16) {
-    v16f v = v16f_load(x + i);
-    ss = v16f_fma(v, v, ss);
-  }
-  if (i < k) {
-    v16f v = v16f_load_n(x + i, k - i);
-    ss = v16f_fma(v, v, ss);
-  }
-  v16f scale = v16f_set1(1.0f / sqrtf(v16f_sum(ss) / (float)k + eps));
-  for (i = 0; i + 16 <= k; i += 16)
-    v16f_store(to + i, v16f_mul(v16f_mul(v16f_load(x + i), scale), v16f_load(w + i)));
-  if (i < k) v16f_store_n(to + i, v16f_mul(v16f_mul(v16f_load_n(x + i, k - i), scale), v16f_load_n(w + i, k - i)), k - i);
 }
 
 /* ---- quantized weights, few rows ---- */
@@ -494,7 +472,7 @@ PE_SCRATCH(cpu, linear)(const pe_args *a, const void *params, int32_t n_threads)
 void linear_prepare(const pe_tensor *x, const pe_tensor *norm, float eps, int64_t i, int64_t k, char *q, float *h) {
   const float *row = (const float *)((const char *)x->data + i * x->stride[0]);
   if (norm) {
-    norm_row(row, norm->data, eps, k, h);
+    scale_row(row, h, k, 0.0f, inverse_rms(row, k, eps), norm->data, 0);
     row = h;
   } else if (h) {
     memcpy(h, row, (size_t)k * sizeof(float));

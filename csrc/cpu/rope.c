@@ -118,11 +118,6 @@ PE_INLINE void rotate_head(const float *x, float *y, int64_t e, const float *t, 
   }
 }
 
-/* 1 / root mean square, as rms_norm has it. */
-static float inverse_rms(const float *x, int64_t e, float eps) {
-  return 1.0f / __builtin_sqrtf(sum_of_squares(x, e, 0.0f) / (float)e + eps);
-}
-
 PE_KERNEL(cpu, rope)(const pe_tensor *x, const pe_tensor *table, const pe_tensor *out, const pe_rope_params *p, pe_stream *s) {
   const int64_t m = x->shape[0], h = x->shape[1], e = x->shape[2], t = table->shape[1];
   const int64_t step = pe_max(1, CHUNK / pe_max(1, h * e));
