@@ -300,9 +300,11 @@ def instruction_counts(name: str) -> str:
     decode: the loop for 1 and for 4 rows of x; unpack: the loop that opens a panel, once for all rows of x; tile: the
     loop that multiplies it with 4 rows. A step is 16 such blocks, and 32 sdot for each row of x.
     """
+    from pyengine.dtype import PACKED_FORMS
+
     build(name)
-    loops = _loops(ROOT / "build" / "cross" / name / "neon" / "linear.o")
-    text = (CSRC / "cpu" / "linear.c").read_text(encoding="utf-8")
+    objects = ROOT / "build" / "cross" / name / "neon"
+    loops = {**_loops(objects / "linear_few.o"), **_loops(objects / "linear_tiles.o")}
 
     def cell(function: str, rows: int) -> str:
         """The shortest loop with the sdot of a whole step for so many rows."""
@@ -322,7 +324,10 @@ def instruction_counts(name: str) -> str:
         raise BuildError(f"{function}: no loop that stores a step is found")
 
     rows = ["| format | decode, 1 row | decode, 4 rows | unpack | tile, 4 rows |", "|---|---|---|---|---|"]
-    for form, tile in re.findall(r"^FORMAT\((\w+), (\w+)\)", text, re.M):
+    for form, packed in PACKED_FORMS.items():
+        if packed.steps is None:
+            continue
+        tile = "zero128" if packed.zero == 128 else packed.steps
         decode = [cell(f"decode_{form}_{n}", n) for n in (1, 4)]
         rows.append("| " + " | ".join([form, *decode, unpacked(f"unpack_{form}"), cell(f"tile_{tile}", 4)]) + " |")
     return "\n".join(rows)

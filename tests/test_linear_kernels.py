@@ -27,7 +27,7 @@ from pyengine.op import REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = rules.CSRC / "cpu"
-SOURCES = [CPU / f"{n}.c" for n in ("linear", "rows", "experts", "norm")]
+SOURCES = sorted([*CPU.glob("linear*.c"), *(CPU / f"{n}.c" for n in ("rows", "experts", "norm"))])
 PACKED = 256
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 FLOATS = ["F32", "F16", "BF16"]

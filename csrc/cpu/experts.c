@@ -92,25 +92,25 @@ static pe_tensor expert_of(const pe_tensor *w, int64_t e) {
   return t;
 }
 
-/* How the strips of experts are dealt out. Experts with more than SOME rows: a claim is a strip of `wide` panels and a block of
+/* How the strips of experts are dealt out. Experts with more than ROWS_SOME rows: a claim is a strip of `wide` panels and a block of
  * rows. Others: a run of strips of one panel. */
 typedef struct deal {
   int64_t wide, strips;        /* of an expert with many rows */
   int64_t run, single, claims; /* of one with few: strips in a run, of all its matrix, and runs */
 } deal;
 
-static int64_t blocks_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
-static int64_t claims_of(const deal *d, int64_t rows) { return rows > SOME ? blocks_of(rows) * d->strips : rows ? d->claims : 0; }
+static int64_t blocks_of(int64_t rows) { return (rows + ROWS_BLOCK - 1) / ROWS_BLOCK; }
+static int64_t claims_of(const deal *d, int64_t rows) { return rows > ROWS_SOME ? blocks_of(rows) * d->strips : rows ? d->claims : 0; }
 
 /* As in `linear`: strips as wide as leave 8 claims for each thread, runs that leave 16. */
 static deal deal_out(const pe_tensor *w, int glu, const int32_t *ends, int64_t experts, int64_t threads) {
   int64_t blocks = 0, few = 0;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t rows = ends[e] - (e ? ends[e - 1] : 0);
-    if (rows > SOME) blocks += blocks_of(rows);
+    if (rows > ROWS_SOME) blocks += blocks_of(rows);
     else few += rows > 0;
   }
-  deal d = {glu ? WIDE / 2 : WIDE, 0, 1, linear_strips(w, 1), 0};
+  deal d = {glu ? STRIP_PANELS / 2 : STRIP_PANELS, 0, 1, linear_strips(w, 1), 0};
   for (;; d.wide /= 2) {
     d.strips = linear_strips(w, d.wide);
     if (d.wide == 1 || blocks * d.strips + few * d.single >= 8 * threads) break;
@@ -134,9 +134,9 @@ static claim claim_of(claim c, int64_t i, const deal *d, const int32_t *ends, in
       c.begun += n;
       continue;
     }
-    const int many = rows > SOME;
-    c.row0 = row0 + (many ? at / d->strips * ROWS : 0);
-    c.rows = many ? pe_min(ROWS, row0 + rows - c.row0) : rows;
+    const int many = rows > ROWS_SOME;
+    c.row0 = row0 + (many ? at / d->strips * ROWS_BLOCK : 0);
+    c.rows = many ? pe_min(ROWS_BLOCK, row0 + rows - c.row0) : rows;
     c.wide = many ? d->wide : 1;
     c.first = many ? at % d->strips : at * d->run;
     c.end = many ? c.first + 1 : pe_min(d->single, c.first + d->run);
@@ -161,7 +161,7 @@ PE_KERNEL(cpu, expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int
 
   /* Rows of x, in the order of pairs: few are prepared by every thread for itself, many by all threads together. */
   const int64_t qrow = linear_row(k), hrow = linear_float_row(k), each = x->shape[0] == m ? used : 1;
-  const int floats = linear_is_float(w[0]) || linear_is_float(w[n_w - 1]), alone = pairs <= FEW;
+  const int floats = linear_is_float(w[0]) || linear_is_float(w[n_w - 1]), alone = pairs <= ROWS_FEW;
   const int quantized = !linear_is_float(w[0]) || !linear_is_float(w[n_w - 1]);
   char *q = alone ? own : s->scratch, *h = alone ? own + y.y.own_h : s->scratch + y.y.h;
   for (int64_t i = 0; (i = alone ? i : pe_next(s, 0)) < x->shape[0]; i++) {
@@ -192,9 +192,9 @@ PE_KERNEL(cpu, expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int
     t.wide = c.wide;
     for (int64_t i = c.first; i < c.end; i++) {
       const int more = i + 1 < c.end;
-      const int64_t next = NR * (more ? c.wide * (i + 1) : ahead.e < experts ? ahead.wide * ahead.first : c.wide * i);
+      const int64_t next = PANEL_GROUPS * (more ? c.wide * (i + 1) : ahead.e < experts ? ahead.wide * ahead.first : c.wide * i);
       const uint8_t *bytes = linear_strip_bytes(more ? &one[0] : &next_one[0], k, next);
-      status = linear_strip(&t, 0, NR * c.wide * i, bytes, c.row0, c.rows, own, &y.y);
+      status = linear_strip(&t, 0, PANEL_GROUPS * c.wide * i, bytes, c.row0, c.rows, own, &y.y);
       if (status) return pe_fail(s, PE_NO_KERNEL, "expert_linear: format %d cannot be read", w[0]->dtype);
     }
   }
