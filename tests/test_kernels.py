@@ -29,7 +29,7 @@ from pyengine.op import REGISTRY, Case, Op
 from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "attention_int8", "routing")]
+SOURCES = sorted([*(rules.CSRC / "cpu").glob("attention*.c"), *(rules.CSRC / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "routing"))])
 OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "temperature",
        "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")
 FLAGS = rules.isas(platform.machine())
