@@ -17,7 +17,7 @@ from pyengine.dtype import dtype
 
 @pytest.fixture(scope="module")
 def native():
-    ffi, lib = compile_c(("limits.c", "isa.c") if _is_arm() else ("limits.c",), ("limits.h",))
+    ffi, lib = compile_c(("host/limits.c", "cpu/isa.c") if _is_arm() else ("host/limits.c",), ("host/limits.h",))
     return types.SimpleNamespace(ffi=ffi, lib=lib)
 
 
