@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pyengine.errors import PyEngineError
 
-from .base import OUTTYPES, convert, mmproj_path, supported
+from .contract import supported
+from .writer import OUTTYPES, convert, mmproj_path
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,8 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .base import Config, Entry, converts, linear
+from .checkpoint import Config
+from .contract import Entry, converts, linear
 from .gemma3_text import Gemma3Text
 from .vision import image_settings, write_encoder_keys
 

@@ -15,7 +15,10 @@ from gguf import GGUFWriter
 
 from pyengine.errors import UnsupportedModelError
 
-from .base import Config, Entry, converts, linear, rope_parameters, write_rope_scaling, write_window
+from .checkpoint import Config
+from .contract import Entry, converts, linear
+from .decoder import write_window
+from .rope import rope_parameters, write_rope_scaling
 
 # transformers' Gemma3TextConfig where a config.json may be silent
 DEFAULTS: dict[str, Any] = {

@@ -11,8 +11,10 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import (Config, Constant, Entry, Stack, converts, interleaved_rows, linear, rope_parameters, rope_tensors,
-                   write_rope_scaling, write_window)
+from .checkpoint import Config
+from .contract import Constant, Entry, Stack, converts, linear
+from .decoder import write_window
+from .rope import interleaved_rows, rope_parameters, rope_tensors, write_rope_scaling
 
 # transformers' LlamaConfig and MistralConfig where a config.json may be silent; both share these
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,

@@ -15,18 +15,9 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .base import (
-    Config,
-    Constant,
-    Entry,
-    converts,
-    linear,
-    malformed_is,
-    read_json,
-    rope_parameters,
-    rope_tensors,
-    write_rope_scaling,
-)
+from .checkpoint import Config, malformed_is, read_json
+from .contract import Constant, Entry, converts, linear
+from .rope import rope_parameters, rope_tensors, write_rope_scaling
 from .vision import image_settings, write_encoder_keys
 
 # transformers' Llama4TextConfig, Llama4VisionConfig, Llama4Config and Llama4ImageProcessor where a checkpoint may be silent

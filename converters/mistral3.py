@@ -15,7 +15,9 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .base import Checkpoint, Config, Constant, Entry, converts, interleaved_rows, linear, malformed_is, read_json
+from .checkpoint import Checkpoint, Config, malformed_is, read_json
+from .contract import Constant, Entry, converts, linear
+from .rope import interleaved_rows
 from .llama import Llama
 from .tokenizer import special_ids
 from .vision import image_settings, write_encoder_keys

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from gguf import GGUFWriter
 
-from .base import Entry, Stack, converts
+from .contract import Entry, Stack, converts
 from .llama import DEFAULTS, Llama
 
 

@@ -18,7 +18,8 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .base import Config, Constant, Entry, converts, linear
+from .checkpoint import Config
+from .contract import Constant, Entry, converts, linear
 from .llama import DEFAULTS as LLAMA
 from .llama import Llama
 from .vision import image_settings, write_encoder_keys

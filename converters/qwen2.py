@@ -11,7 +11,10 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import Config, Entry, converts, linear, rope_parameters, write_rope_scaling, write_window
+from .checkpoint import Config
+from .contract import Entry, converts, linear
+from .decoder import write_window
+from .rope import rope_parameters, write_rope_scaling
 
 # transformers' Qwen2Config where a config.json may be silent
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,

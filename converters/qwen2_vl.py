@@ -16,7 +16,8 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .base import Config, Entry, converts, linear
+from .checkpoint import Config
+from .contract import Entry, converts, linear
 from .qwen2 import Qwen2
 from .vision import image_settings, pixel_limits, video_settings, write_encoder_keys
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import Config, Entry, Stack, converts, linear
+from .checkpoint import Config
+from .contract import Entry, Stack, converts, linear
 from .qwen2 import Qwen2
 
 # transformers' Qwen3MoeConfig where a config.json may be silent

@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .base import Config, malformed_is, read_json
+from .checkpoint import Config, malformed_is, read_json
 
 # an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
 ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick_gelu": (False, False),

@@ -14,7 +14,7 @@ import pytest
 
 from converters import convert, gemma3_text, llama, llama4, mixtral, qwen2, qwen3moe
 from converters.__main__ import main
-from converters.base import interleaved_rows
+from converters.rope import interleaved_rows
 from converters.tokenizer import pre_tokenizer_name
 from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelError
 
@@ -330,7 +330,7 @@ def test_shards_give_the_same_file(checkpoints, tmp_path):
 
 def test_row_chunks_do_not_show(checkpoints, tmp_path, monkeypatch):
     expected = [convert(checkpoints("llama"), tmp_path / "a.gguf", t).read_bytes() for t in ("f16", "q8_0")]
-    monkeypatch.setattr("converters.base.CHUNK", 7 * 96 + 5)
+    monkeypatch.setattr("converters.writer.CHUNK", 7 * 96 + 5)
     assert [convert(checkpoints("llama"), tmp_path / "a.gguf", t).read_bytes() for t in ("f16", "q8_0")] == expected
 
 
