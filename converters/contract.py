@@ -80,18 +80,24 @@ _CONVERTERS: dict[str, type[Converter]] = {}
 
 
 def converts(*classes: str) -> Callable[[type], type]:
-    """Register the decorated class for these names in a config.json's `architectures`."""
+    """Register the decorated class for these names in a config.json's `architectures`. Raises TypeError for a name that is taken."""
     def register(cls: type) -> type:
-        _CONVERTERS.update(dict.fromkeys(classes, cls))
+        for name in classes:
+            other = _CONVERTERS.setdefault(name, cls).__module__
+            if other != cls.__module__:
+                raise TypeError(f"{name} is converted by both {other} and {cls.__module__}")
         return cls
     return register
 
 
 def supported() -> dict[str, type[Converter]]:
-    """Return the converter of each supported architecture, by its Hugging Face class name."""
+    """Return the converter of each supported architecture, by its Hugging Face class name.
+
+    Modules beside this one are imported, and those that are architectures register themselves; packages are tools and stay out.
+    """
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
+        if not module.ispkg and not module.name.startswith("_"):
             importlib.import_module(f"{__package__}.{module.name}")
     return dict(_CONVERTERS)
 
