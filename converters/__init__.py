@@ -7,8 +7,8 @@ A module that declares `@converts(...)` is one architecture, found because it is
     decoder, rope, vision, tokenizer   what several of them say alike
     writer       the GGUF file
 
-Packages are tools: `quantize` writes a GGUF file in smaller formats, `weights` fetches the models that demo and tests use, `demo` is
-a small model of our own. Nothing here is imported by `pyengine` at run time.
+Packages are tools: `quantize` writes a GGUF file in smaller formats, `weights` fetches the models that demo and tests use, `demo`
+is a small model of our own. Nothing here is imported by `pyengine` at run time.
 """
 
 from __future__ import annotations

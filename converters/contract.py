@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from gguf import GGMLQuantizationType as QT
 from gguf import GGUFWriter
+
+# for `Entry.instead`: tensors that are few and count much, and tensors that are no factors of a product with blocks
+FLOAT32 = {QT.F16: QT.F32, QT.BF16: QT.F32, QT.Q8_0: QT.F32}
+NO_BLOCKS = {QT.Q8_0: QT.F16}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Entry:
     A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, with an axis less
     the one row `first_row`, or, of a stack of matrices that the checkpoint keeps transposed, `shape[1]` columns from
     `first_column` on. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
+    Vectors are float32 and matrices of the type that is asked for, or of the one that stands for it in `instead`.
     """
     name: str
     source: str
@@ -34,7 +40,9 @@ class Entry:
     first_row: int = 0
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
     first_column: int | None = None      # of matrices [n, in, columns], which become [n, shape[1], in]
+    units: int | None = None             # the axis that may be filled up with zeros to whole blocks
     padded: tuple[int, ...] | None = None
+    instead: Mapping[QT, QT] = field(default_factory=dict)
     make: Callable[[np.ndarray], np.ndarray] | None = None   # applied to the values, float32
 
 
@@ -80,7 +88,7 @@ _CONVERTERS: dict[str, type[Converter]] = {}
 
 
 def converts(*classes: str) -> Callable[[type], type]:
-    """Register the decorated class for these names in a config.json's `architectures`. Raises TypeError for a name that is taken."""
+    """Register the decorated class for these names in a config.json's `architectures`. Raises TypeError for a taken name."""
     def register(cls: type) -> type:
         for name in classes:
             other = _CONVERTERS.setdefault(name, cls).__module__

@@ -16,9 +16,9 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config, malformed_is, read_json
-from .contract import Constant, Entry, converts, linear
+from .contract import FLOAT32, Constant, Entry, converts, linear
 from .rope import rope_parameters, rope_tensors, write_rope_scaling
-from .vision import image_settings, write_encoder_keys
+from .vision import feed_forward, image_settings, write_encoder_keys
 
 # transformers' Llama4TextConfig, Llama4VisionConfig, Llama4Config and Llama4ImageProcessor where a checkpoint may be silent
 TEXT: dict[str, Any] = {
@@ -133,7 +133,7 @@ class Llama4Text:
     def mixture(self, name: str, source: str) -> Iterator[Entry]:
         """List the router, the experts and the one that all tokens go through."""
         n, d, f = self.n_experts, self.d_model, self.d_expert
-        yield from linear(f"{name}.ffn_gate_inp", f"{source}.router", n, d)
+        yield Entry(f"{name}.ffn_gate_inp.weight", f"{source}.router.weight", (n, d), instead=FLOAT32)
         for part, first in (("gate", 0), ("up", f)):
             yield Entry(f"{name}.ffn_{part}_exps.weight", f"{source}.experts.gate_up_proj", (n, f, d), stored=(n, d, 2 * f),
                         first_column=first)
@@ -194,9 +194,10 @@ class Llama4(Llama4Text):
             for part in ("weight", "bias"):
                 yield Entry(f"{name}.{part}", f"{source}.{part}", (v,))
 
-        yield Entry("v.patch_embd.weight", "vision_model.patch_embedding.linear.weight", (v, 3 * self.patch_size**2))
+        yield Entry("v.patch_embd.weight", "vision_model.patch_embedding.linear.weight", (v, 3 * self.patch_size**2),
+                    instead=FLOAT32)
         yield Entry("v.class_embd", "vision_model.class_embedding", (v,))
-        yield Entry("v.position_embd.weight", "vision_model.positional_embedding_vlm", (self.n_patches + 1, v))
+        yield Entry("v.position_embd.weight", "vision_model.positional_embedding_vlm", (self.n_patches + 1, v), instead=FLOAT32)
         yield from norm("v.pre_ln", "vision_model.layernorm_pre")
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_model.model.layers.{i}"
@@ -204,8 +205,7 @@ class Llama4(Llama4Text):
             for name, source in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj"), ("attn_out", "o_proj")):
                 yield from linear(f"{b}.{name}", f"{m}.self_attn.{source}", v, v, bias=True)
             yield from norm(f"{b}.ln2", f"{m}.post_attention_layernorm")
-            yield from linear(f"{b}.ffn_up", f"{m}.mlp.fc1", f, v, bias=True)
-            yield from linear(f"{b}.ffn_down", f"{m}.mlp.fc2", v, f, bias=True)
+            yield from feed_forward(b, f"{m}.mlp", v, f, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield from norm("v.post_ln", "vision_model.layernorm_post")
         yield from linear("mm.model.mlp.1", "vision_model.vision_adapter.mlp.fc1", self.v_out, f)
         yield from linear("mm.model.mlp.2", "vision_model.vision_adapter.mlp.fc2", self.v_out, self.v_out)

@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from .checkpoint import Config
-from .contract import Entry, Stack, converts, linear
+from .contract import FLOAT32, Entry, Stack, converts, linear
 from .qwen2 import Qwen2
 
 # transformers' Qwen3MoeConfig where a config.json may be silent
@@ -58,7 +58,7 @@ class Qwen3Moe(Qwen2):
             yield Entry(f"{b}.attn_k_norm.weight", f"{m}.self_attn.k_norm.weight", (e,))
             yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
             yield Entry(f"{b}.ffn_norm.weight", f"{m}.post_attention_layernorm.weight", (d,))
-            yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d))
+            yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d), instead=FLOAT32)
             for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
                 parts = (Entry(name, f"{m}.mlp.experts.{n}.{name}_proj.weight", shape) for n in range(self.n_experts))
                 yield Stack(f"{b}.ffn_{name}_exps.weight", tuple(parts))

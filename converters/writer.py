@@ -29,8 +29,6 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "bf16": (QT.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (QT.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-FLOAT32 = ("v.patch_embd.", "v.position_embd.", "v.pre_tile_position_embd.", "v.post_tile_position_embd.")
-FEED_FORWARD = re.compile(r"v\.(global\.)?blk\.\d+\.ffn_((up|gate)\.(weight|bias)|down\.weight)$")
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # buffers of old checkpoints that follow from the config
 # What belongs to an image encoder: llama.cpp keeps it in a file of its own, whose name starts with "mmproj-"
@@ -143,40 +141,28 @@ def _listing(names: list[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(repr(n) for n in names[:3])}{more}"
 
 
-def stored_type(name: str, shape: tuple[int, ...], wanted: QT) -> QT:
-    """Return the type a tensor is written in, as llama.cpp's converter chooses.
-
-    Vectors, norms, routers and what an image encoder adds to or makes from pixels stay float32, but for positions in tiles, of
-    which there are many (in blocks they never are); Gemma 3's projector is multiplied transposed and so never in blocks.
-    """
-    if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name.startswith(FLOAT32):
+def stored_type(entry: Entry | Stack | Constant, shape: tuple[int, ...], wanted: QT) -> QT:
+    """Return the type that a tensor is written in: vectors in float32, rows that are no whole blocks in float16."""
+    if isinstance(entry, Constant) or len(shape) < 2:
         return QT.F32
-    if name == "v.tile_position_embd.weight":
-        return QT.F16 if wanted == QT.Q8_0 else wanted
-    if name == "mm.input_projection.weight":
-        return QT.F32 if wanted == QT.BF16 else QT.F16 if wanted == QT.Q8_0 else wanted
+    wanted = entry.instead.get(wanted, wanted) if isinstance(entry, Entry) else wanted
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else QT.F16
 
 
 def with_whole_blocks(entry: Entry | Stack | Constant, block: int) -> Entry | Stack | Constant:
-    """Widen an image encoder's feed-forward to whole blocks (So400m has 4304 units, Qwen2.5-VL 3420).
-
-    Units of zeros add nothing: all activations are 0 at 0, and their columns of the second matrix are 0 too.
-    """
-    if block == 1 or not (isinstance(entry, Entry) and FEED_FORWARD.match(entry.name)):
+    """Fill up the axis that may be, to whole blocks."""
+    if not isinstance(entry, Entry) or entry.units is None or entry.shape[entry.units] % block == 0:
         return entry
-    rows, *columns = entry.shape
-    units = -(-(columns[0] if ".ffn_down." in entry.name else rows) // block) * block
-    if ".ffn_down." in entry.name:
-        return replace(entry, padded=(rows, units)) if columns[0] != units else entry
-    return replace(entry, padded=(units, *columns)) if rows != units else entry
+    shape = list(entry.shape)
+    shape[entry.units] += -shape[entry.units] % block
+    return replace(entry, padded=tuple(shape))
 
 
 def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[Entry | Stack | Constant], wanted: QT) -> None:
     entries = [with_whole_blocks(e, gguf.GGML_QUANT_SIZES[wanted][0]) for e in entries]
     shapes = [e.padded or e.shape if isinstance(e, Entry) else e.shape for e in entries]
-    types = [stored_type(e.name, shape, wanted) for e, shape in zip(entries, shapes)]
+    types = [stored_type(e, shape, wanted) for e, shape in zip(entries, shapes)]
     for entry, shape, qtype in zip(entries, shapes, types):
         block, n_bytes = gguf.GGML_QUANT_SIZES[qtype]
         out.add_tensor_info(entry.name, shape, np.dtype(np.float32),

@@ -1,8 +1,8 @@
 """Which format each tensor of a file gets.
 
 A mixture in llama.cpp's sense: most matrices get its first format, and those that suffer most, or fill few bytes, a finer one. The
-rules are llama.cpp's (src/llama-quant.cpp: `llama_tensor_get_type_impl`, `tensor_allows_quantization`, `tensor_type_fallback`, without
-importance matrix), written as data below. Matrices of an image encoder are the exception: see `VISION`.
+rules are llama.cpp's (src/llama-quant.cpp: `llama_tensor_get_type_impl`, `tensor_allows_quantization`, `tensor_type_fallback`,
+without importance matrix), written as data below. Matrices of an image encoder are the exception: see `VISION`.
 """
 
 from __future__ import annotations
