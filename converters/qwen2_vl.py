@@ -122,7 +122,7 @@ class Qwen2VL(Qwen2):
         if videos.get("fps") is not None:
             out.add_float32("clip.vision.video_fps", videos.need("fps"))
 
-    def norm(self, name: str, source: str) -> Iterator[Entry]:
+    def vision_norm(self, name: str, source: str) -> Iterator[Entry]:
         """List the parameters of one of the encoder's norms."""
         for part in ("weight", "bias"):
             yield Entry(f"{name}.{part}", f"{source}.{part}", (self.v_model,))
@@ -135,14 +135,14 @@ class Qwen2VL(Qwen2):
                         stored=(v, 3, self.n_frames, p, p), frame=t, instead=FLOAT32)
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"visual.blocks.{i}"
-            yield from self.norm(f"{b}.ln1", f"{m}.norm1")
+            yield from self.vision_norm(f"{b}.ln1", f"{m}.norm1")
             for j, part in enumerate("qkv"):
                 yield Entry(f"{b}.attn_{part}.weight", f"{m}.attn.qkv.weight", (v, v), stored=(3 * v, v), first_row=j * v)
                 yield Entry(f"{b}.attn_{part}.bias", f"{m}.attn.qkv.bias", (v,), stored=(3 * v,), first_row=j * v)
             yield from linear(f"{b}.attn_out", f"{m}.attn.proj", v, v, bias=True)
-            yield from self.norm(f"{b}.ln2", f"{m}.norm2")
+            yield from self.vision_norm(f"{b}.ln2", f"{m}.norm2")
             yield from feed_forward(b, f"{m}.mlp", v, self.v_ff, self.mlp)
-        yield from self.norm("v.post_ln", "visual.merger.ln_q")
+        yield from self.vision_norm("v.post_ln", "visual.merger.ln_q")
         yield from linear("mm.0", "visual.merger.mlp.0", merged, merged, bias=True)
         yield from linear("mm.2", "visual.merger.mlp.2", self.d_model, merged, bias=True)
 
@@ -168,5 +168,5 @@ class Qwen25VL(Qwen2VL):
         if full == list(range(period - 1, self.v_layers, period)):
             out.add_vision_n_wa_pattern(period)
 
-    def norm(self, name: str, source: str) -> Iterator[Entry]:
+    def vision_norm(self, name: str, source: str) -> Iterator[Entry]:
         yield Entry(f"{name}.weight", f"{source}.weight", (self.v_model,))
