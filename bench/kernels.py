@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import limits
-from bench.machine import last_level_cache
-from bench.stats import summary
+from . import limits
+from .machine import last_level_cache
+from .stats import summary
 from pyengine import ops
 from pyengine.native.blocks import ensure_codebooks
 from pyengine.dtype import DType, dtype as dtype_of

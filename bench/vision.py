@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import limits
-from bench.kernels import Blocks
-from bench.stats import summary
+from . import limits
+from .kernels import Blocks
+from .stats import summary
 from pyengine import Graph, ops
 from pyengine.backends.cpu import isa
 from pyengine.dtype import dtype

@@ -255,25 +255,25 @@ def test_our_worker_measures_and_judges_a_model(kernels, tiny_gguf, monkeypatch,
 def test_parts_of_the_first_token_add_up(tiny_gguf) -> None:
     from bench import peers
 
-    (found,) = peers.first_tokens(tiny_gguf("llama")[0], [peers.OURS], 1, 1)[peers.OURS]
+    (found,) = peers.first_tokens(tiny_gguf("llama")[0], ["pyengine"], 1, 1)["pyengine"]
     parts = [found[f"{name}_seconds"] for name in ("import", "load", "prompt")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(found["seconds"])
 
 
 def test_a_folder_says_which_engine_it_holds(tmp_path) -> None:
-    from bench import __main__, peers
+    from bench import __main__, engines
 
-    for package, kind in peers.PACKAGES.items():
+    for package, kind in engines.PACKAGES.items():
         (tmp_path / kind / package).mkdir(parents=True)
-        assert peers._which("other", tmp_path / kind) == [kind, "--folder", str(tmp_path / kind)]
+        assert engines.which("other", tmp_path / kind) == [kind, "--folder", str(tmp_path / kind)]
     args = __main__._parser().parse_args(["peers", "m.gguf", "--peer", f"other={tmp_path}"])
     assert dict(args.peer) == {"other": tmp_path}
     with pytest.raises(FileNotFoundError, match="holds none of the packages llama_cpp, ik_llama_cpp"):
-        peers._which(*args.peer[0])
+        engines.which(*args.peer[0])
 
 
 def test_a_worker_that_fails_is_an_error(tmp_path) -> None:
-    from bench.peers import Engine
+    from bench.engines import Engine
 
     with pytest.raises(RuntimeError, match="pyengine: the worker ended with exit code 1"):
         Engine("pyengine", tmp_path / "missing.gguf", 1)
@@ -286,13 +286,55 @@ def test_divergence_of_known_distributions() -> None:
     assert divergence(p, q) == pytest.approx([0, 0.9 * np.log(1.8) + 0.1 * np.log(0.2)])
 
 
+class Spoken:
+    """An engine of four tokens in a turn, which gives each the same probability after every text, and then says `says`."""
+
+    n_vocab = 4
+
+    def __init__(self, name: str, probabilities: list[float], says: int):
+        self.name, self.p, self.says = name, probabilities, says
+
+    def call(self, name: str, **arguments):
+        match name:
+            case "facts":
+                return {"add_bos": False, "bos": 0, "eog": [3]}
+            case "tokenize":
+                return [i % 4 for i in range(len(arguments["text"]))]
+            case "log_probabilities":
+                np.save(arguments["file"], np.tile(np.log(np.float32(self.p)), (arguments["wanted"], 1)))
+            case "greedy":
+                return {"tokens": [0, self.says] * (arguments["n"] // 2), "gaps": [0.5] * arguments["n"]}
+
+
+def test_quality_is_computed_from_the_engines_it_is_given(capsys) -> None:
+    from bench import quality
+
+    ours, theirs = Spoken("a", [0.25, 0.25, 0.25, 0.25], 1), Spoken("b", [0.5, 0.25, 0.125, 0.125], 2)
+    found = quality.compare(ours, theirs, n_chunks=3)
+    assert found["scored_tokens"] == 3 * 255                                   # of each second half all but the first token
+    assert found["perplexity"]["a"] == pytest.approx(4)
+    nats = 63 * np.log(2) + 64 * np.log(4) + 64 * np.log(8) + 64 * np.log(8)    # 256 in turn, without the first, which is 0
+    assert found["perplexity"]["b"] == pytest.approx(np.exp(nats / 255))
+    assert found["mean_kl"] == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))   # 0.5 ln 2 + 0.25 ln 1 + 2 x 0.125 ln 0.5
+    assert found["same_token_ids"] and found["greedy_equal"] == 0
+    assert {(g["parted_at"], g["gap"]) for g in found["greedy"]} == {(1, 0.5)}
+    assert "b's top two are within 0.500 nats" in capsys.readouterr().out
+    same = quality.compare(ours, Spoken("b", ours.p, 1), n_chunks=1)
+    assert same["max_kl"] == 0 and same["greedy_equal"] == len(quality.PROMPTS)
+    theirs.n_vocab = 5
+    with pytest.raises(RuntimeError, match="4 logits from a, 5 from b"):
+        quality.compare(ours, theirs)
+
+
 @pytest.mark.slow
 def test_both_engines_say_the_same(kernels) -> None:
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
-    from bench.quality import compare as quality
+    from bench import quality
+    from bench.engines import LLAMA, OURS, Engine
     from conftest import real_path
 
-    found = quality(real_path("smollm2"), 2, n_chunks=2)
+    with Engine(LLAMA, real_path("smollm2"), 2, quality.N_CTX) as theirs, Engine(OURS, real_path("smollm2"), 2, quality.N_CTX) as ours:
+        found = quality.compare(ours, theirs, n_chunks=2)
     ours, theirs = found["perplexity"]["pyengine"], found["perplexity"]["llama.cpp"]
     assert abs(ours / theirs - 1) < 0.005 and found["same_token_ids"]
     assert found["mean_kl"] < 6e-3                                             # both round activations: docs/benchmarks.md
