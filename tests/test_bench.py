@@ -151,6 +151,15 @@ def test_work_of_a_product_is_counted_by_hand(kernels) -> None:
     assert kernels.traffic(job, made) == 4 * 3 * 256 + weights + 4 * 256 + 4 * 3 * 128
 
 
+def test_work_of_experts_is_counted_by_hand(kernels) -> None:
+    case = kernels.Case({"x": (3, 256), "w": [(8, 64, 256)] * 2, "chosen": (3, 2)}, {"w": ["Q4_K"] * 2}, {"glu": "silu"})
+    job = kernels.Job(kernels.ops.expert_linear, case, "x")
+    made = kernels.Copy.make(job, np.random.default_rng(0))
+    made.values["chosen"] = np.array([[0, 3], [3, 5], [5, 0]], np.int32)
+    assert kernels.operations(job, made) == 2 * 3 * 2 * 64 * 256 * 2           # rows, experts of each, two matrices
+    assert kernels.traffic(job, made) == 4 * 3 * 256 + 2 * 3 * 64 * 144 + 4 * 6 + 4 * 6 * 64    # of three experts
+
+
 def test_work_of_attention_counts_the_keys_that_are_seen(kernels) -> None:
     job = next(j for j in kernels.jobs() if "attention gemma" in j.name and "F16 keys=4096 window=512 m=1" in j.name)
     made = kernels.Copy.make(job, np.random.default_rng(0))
@@ -235,6 +244,73 @@ def test_work_of_a_model_is_counted_by_hand(kernels, tiny_gguf) -> None:
             once = t is head or (name.startswith(f"blk.{last}.") and name.split(".")[2] not in ("attn_k", "attn_v"))
             ops += 2 * int(np.prod(t.shape)) * (1 if once else 10)
     assert prompt_operations(model.program, 10) == ops                         # of the last layer only keys and values of all rows
+
+
+# d_model 96; rows of q and of k and v; router; units of an expert's three matrices, experts of a row, experts; vocabulary
+MIXTURES = {"qwen3moe": (192, 64, 12, 64, 4, 12, 512), "mixtral": (96, 32, 5, 160, 2, 5, 512)}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_work_of_a_mixture_is_that_of_the_experts_a_row_uses(kernels, tiny_gguf, kind: str) -> None:
+    import pyengine as pe
+    from bench.work import generation_bytes, prompt_operations
+
+    model = pe.load(tiny_gguf(kind)[0], n_ctx=64)
+    q, kv, router, units, used, n_experts, vocab = MIXTURES[kind]
+    rest = 2 * 96 * (2 * q + router + used * 3 * units)    # a row's in a layer, but for keys and values
+    assert prompt_operations(model.program, 10) == 2 * 10 * (rest + 2 * 96 * 2 * kv) + rest + 10 * 2 * 96 * 2 * kv + 2 * 96 * vocab
+    experts = sum(t.nbytes for name, t in model.file.tensors.items() if "_exps." in name)
+    assert experts == 3 * n_experts * 3 * 96 * units * 4
+    once = model.file.tensors["token_embd.weight"].nbytes if "output.weight" in model.file.tensors else 0
+    read = sum(t.nbytes for t in model.file.tensors.values()) - once - experts + experts * used // n_experts
+    read += 3 * 2 * kv * 4 // 2 * 2                                             # f16, 3 layers, 2 cells on average
+    read += 3 * (-n_experts % 16) * 96 * 4                                      # rows of routers are filled up to 16
+    assert generation_bytes(model.program, 3) == read + 96 * 4 + q // 6 // 2 * 4    # a row of the table, frequencies
+
+
+def test_a_text_alone_does_no_work_of_layers_that_attend_across(kernels, tiny_gguf) -> None:
+    import pyengine as pe
+    from bench.work import generation_bytes, prompt_operations
+
+    model = pe.load(tiny_gguf("mllama")[0], n_ctx=64)
+    across = {int(i) for i in model.file.metadata["mllama.attention.cross_attention_layers"]}
+    rows = {f"blk.{i}." for i in range(model.file.metadata["mllama.block_count"]) if i not in across}
+    last = f"blk.{model.file.metadata['mllama.block_count'] - 1}."
+    assert last in rows and across
+    count = read = 0
+    for name, t in model.file.tensors.items():
+        if name == "output.weight" or any(name.startswith(b) for b in rows):
+            keys = name.removeprefix(last) in ("attn_k.weight", "attn_v.weight")
+            once = name == "output.weight" or name.startswith(last) and not keys
+            count += 2 * int(np.prod(t.shape)) * (1 if once else 10) * (len(t.shape) == 2)
+            read += t.nbytes
+    assert prompt_operations(model.program, 10) == count
+    kv = sum(2 * int(s.shape[0]) * int(s.shape[2]) * 2 for s in model.program.prepared.states if s.ndim == 3) // 2
+    kv = kv * len(rows) // (len(rows) + len(across))
+    assert read + 2 * kv <= generation_bytes(model.program, 3) <= read + 2 * kv + 8192
+
+
+def test_declared_operations_are_sums_over_weights(kernels) -> None:
+    """What `work` reads from the registry holds for every op, and an op of another kind shows here."""
+    from bench import work
+
+    picked, counted = {}, set()
+    for op in kernels.REGISTRY.values():
+        picked |= {(op.name, name): by for name in op.args if (by := work.picked_by(op, name))}
+        for case in op.cases if op.flops else ():
+            many = {n: s if isinstance(s, list) else [] if s is None else [s] for n in op.args for s in (case.shapes.get(n),)}
+            args = {n: [work.Sized(s) for s in v] if op.args[n].many else work.Sized(v[0]) if v else None for n, v in many.items()}
+            params = {p.name: p.default for p in op.params.values()} | case.params
+            whole = work.operations(op, args, params)
+            assert whole >= 0 and (whole > 0) == all(all(s) for v in many.values() for s in v), op.name
+            weights = work.weights_of(op)
+            parts = [work.operations(op, {**args, n: w}, params) for n in weights for w in work.listed(args[n])]
+            assert not weights or sum(parts) == whole, op.name
+            counted.add(op.name)
+    assert picked == {("rows", "table"): "ids", ("expert_linear", "w"): "chosen"}
+    assert {"linear", "expert_linear", "matmul", "attention", "rms_norm"} <= counted
+    products = {op.name for op in kernels.REGISTRY.values() if work.weights_of(op)} - {"rows"}
+    assert products <= counted, "a product with weights declares its operations"
 
 
 def test_our_worker_measures_and_judges_a_model(kernels, tiny_gguf, monkeypatch, capsys) -> None:
@@ -333,7 +409,8 @@ def test_both_engines_say_the_same(kernels) -> None:
     from bench.engines import LLAMA, OURS, Engine
     from conftest import real_path
 
-    with Engine(LLAMA, real_path("smollm2"), 2, quality.N_CTX) as theirs, Engine(OURS, real_path("smollm2"), 2, quality.N_CTX) as ours:
+    path = real_path("smollm2")
+    with Engine(LLAMA, path, 2, quality.N_CTX) as theirs, Engine(OURS, path, 2, quality.N_CTX) as ours:
         found = quality.compare(ours, theirs, n_chunks=2)
     ours, theirs = found["perplexity"]["pyengine"], found["perplexity"]["llama.cpp"]
     assert abs(ours / theirs - 1) < 0.005 and found["same_token_ids"]
@@ -466,13 +543,15 @@ def test_work_of_whole_encoders_is_counted_by_hand(tiny_encoders) -> None:
 
     patch, layer = 2 * 256 * 588 * 64, 2 * 256 * (4 * 64 * 64 + 2 * 64 * 100)
     attention, projection = 4 * 256 * 256 * 64, 2 * 256 * 64 * 64
-    assert operations("gemma3", "F32") == {"int8": 0, "float": patch + 2 * layer + projection, "attention": 2 * attention,
+    norms = 6 * 256 * 64 * 5 + 256 * 64                                        # two a layer and the last; a mean
+    assert operations("gemma3", "F32") == {"int8": 0, "float": patch + 2 * layer + projection + norms, "attention": 2 * attention,
                                            "attention_int8": 0}
     n = 12 * 8                                                                 # patches, in windows of 8 x 8 and 4 x 8
     patch, layer = 2 * n * 1176 * 64, 2 * n * (4 * 64 * 64 + 3 * 64 * 128)     # filled up to blocks
     attention = 4 * 64 * (64 * 64 + 32 * 32 + n * n)                           # one layer of windows, one of all
-    merger = 2 * n // 4 * (256 * 256 + 256 * 64)
-    assert operations("qwen2.5-vl", "Q8_0") == {"int8": 2 * layer + merger, "float": patch, "attention": 0, "attention_int8": attention}
+    merger, norm = 2 * n // 4 * (256 * 256 + 256 * 64), 4 * n * 64             # other norms are part of a product
+    assert operations("qwen2.5-vl", "Q8_0") == {"int8": 2 * layer + merger, "float": patch + norm, "attention": 0,
+                                              "attention_int8": attention}
 
 
 @pytest.mark.parametrize("name", TINY_ENCODERS)
