@@ -17,12 +17,13 @@ PACKAGES = {"llama_cpp": LLAMA, "ik_llama_cpp": IK}        # what a folder of `-
 def worker(module: str, *arguments: Any) -> dict[str, Any]:
     """Return `args` and `env` for subprocess that run a module of this package, under the name that it has here.
 
-    The package is `bench` in a checkout and `pyengine.bench` where pyengine is installed; it is found from any working folder.
+    The package is `bench` in a checkout and `pyengine.bench` where pyengine is installed; it is found from any working folder. An op
+    without a kernel is an error there: the NumPy reference is not to be timed.
     """
     top = sys.modules[__package__.partition(".")[0]]
     path = [str(Path(top.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     return {"args": [sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)],
-            "env": {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}}
+            "env": {"PYENGINE_STRICT": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}}
 
 
 class Process:

@@ -321,7 +321,8 @@ class Timed:
     """A compiled program of `n` copies of a job."""
 
     def __init__(self, job: Job, copy: Copy, n: int, isa: str, n_threads: int):
-        from pyengine.backends.cpu import Prepared
+        from pyengine.backends.base import check_kernels, Declared
+        from pyengine.backends.cpu import kernels_of, Prepared
 
         outputs: list[Tensor] = []
         arrays: dict[str, np.ndarray] = {}
@@ -342,7 +343,9 @@ class Timed:
                 self.specs, self.states = specs, new_states
             # Inputs are outputs too: their memory must not be given to a later step, as they are set only once.
             outputs += own + [t for node in [results[0].node] for t in node.inputs if t.node.kind == "input"]
-        self.program = Prepared(outputs, (), False, n_threads, isa).load()
+        prepared = Prepared(Declared(outputs), None, (), kernels_of(isa), isa, n_threads)
+        check_kernels(prepared, isa, strict=True)                              # the NumPy reference is not what is timed
+        self.program = prepared.load()
         for name, array in arrays.items():
             self.program.inputs[name].reshape(-1)[:] = array.reshape(-1)
         for name, array in states.items():

@@ -188,6 +188,16 @@ def test_cold_runs_walk_through_more_than_the_cache(small, monkeypatch) -> None:
     assert timed.program.prepared.weight_bytes >= 8 * 512 * 512 // 32 * 34     # copies are not one tensor
 
 
+def test_a_missing_kernel_is_named_and_not_replaced(small, monkeypatch, capsys) -> None:
+    from pyengine.backends import cpu
+
+    monkeypatch.setattr(cpu, "kernels_of", lambda isa: frozenset({"rms_norm"}))
+    monkeypatch.setattr(limits, "measure", lambda isa, n, repeat=5, native=None: limits.Limits(isa, n, 1e10, 1e11, 1e10))
+    found = small.run(["generic"], 1, "softmax case|rms_norm case 4x640")
+    assert {r["op"] for r in found["results"]} == {"rms_norm"} and len(found["missing"]) == 2
+    assert "generic has no kernel for softmax" in found["missing"][0]["reason"]
+
+
 @pytest.mark.parametrize("pattern", ["linear case 3x64 40x64 3x40", "cache_append case"])
 def test_a_wrong_result_is_found(small, monkeypatch, pattern: str) -> None:
     (job,) = [j for j in small.jobs() if j.name.startswith(pattern)]
@@ -308,6 +318,7 @@ def test_declared_operations_are_sums_over_weights(kernels) -> None:
             assert not weights or sum(parts) == whole, op.name
             counted.add(op.name)
     assert picked == {("rows", "table"): "ids", ("expert_linear", "w"): "chosen"}
+    assert {(op.name, name) for op in kernels.REGISTRY.values() for name in op.sparse} <= picked.keys()
     assert {"linear", "expert_linear", "matmul", "attention", "rms_norm"} <= counted
     products = {op.name for op in kernels.REGISTRY.values() if work.weights_of(op)} - {"rows"}
     assert products <= counted, "a product with weights declares its operations"
