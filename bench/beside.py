@@ -1,4 +1,4 @@
-"""The converters, which stand beside this package: as `converters` in a checkout, as `pyengine.converters` where it is installed."""
+"""The converters, which stand beside this package: `converters` in a checkout, `pyengine.converters` where it is installed."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run(installed: Path, *arguments: str) -> str:
-    """Standard output of Python in that folder's stead of the checkout, with a working folder that has neither."""
+    """Standard output of Python that finds that folder before the checkout, in a working folder that is neither."""
     work = installed / "work"
     work.mkdir(exist_ok=True)
-    done = subprocess.run([sys.executable, *arguments], cwd=work, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True,
-                          text=True, check=True)
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, *arguments], cwd=work, env=env, capture_output=True, text=True, check=True)
     return done.stdout
 
 
@@ -43,7 +43,8 @@ def test_one_name_is_installed(installed: Path) -> None:
         assert {p.relative_to(installed / "pyengine" / name) for p in (installed / "pyengine" / name).rglob("*.py")} == files
 
 
-@pytest.mark.parametrize("module", ["converters", "converters.quantize", "converters.weights", "bench", "bench.worker", "bench.encoder_worker"])
+@pytest.mark.parametrize("module", ["converters", "converters.quantize", "converters.weights",
+                                    "bench", "bench.worker", "bench.encoder_worker"])
 def test_commands_have_the_name_that_they_are_run_by(installed: Path, module: str) -> None:
     assert run(installed, "-m", f"pyengine.{module}", "--help").startswith(f"usage: python -m pyengine.{module} ")
 
@@ -62,8 +63,7 @@ def test_workers_run_from_any_folder_under_either_name(installed: Path) -> None:
     code = ("import os, sys, {package}.engines as e; os.chdir('/')\n"
             "with e.Engine(e.OURS, sys.argv[1], 1) as engine: print(engine.n_vocab, engine.process.args[2])")
     inside = run(installed, "-c", code.format(package="pyengine.bench"), str(model)).split()
-    done = subprocess.run([sys.executable, "-c", code.format(package="bench"), str(model)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          check=True)
-    beside = done.stdout.split()
+    command = [sys.executable, "-c", code.format(package="bench"), str(model)]
+    beside = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert inside[0] == beside[0] and int(inside[0]) > 100
     assert (inside[1], beside[1]) == ("pyengine.bench.worker", "bench.worker")
