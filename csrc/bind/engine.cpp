@@ -208,7 +208,8 @@ struct type_caster<NodeSpec> {
 namespace {
 
 pe_program_tensor tensor_of(const TensorSpec &spec) {
-  if (spec.shape.size() > PE_MAX_DIMS || spec.strides.size() != spec.shape.size()) throw std::invalid_argument("tensor: too many axes");
+  if (spec.shape.size() > PE_MAX_DIMS || spec.strides.size() != spec.shape.size())
+    throw std::invalid_argument("tensor: too many axes");
   pe_program_tensor t{};
   t.base = spec.base;
   t.offset = spec.offset;
@@ -237,7 +238,8 @@ struct Arguments {
           tensors.push_back(all + id);
         }
       }
-    args = {tensors.data(), start.data(), count.data(), static_cast<int32_t>(node.inputs.size()), static_cast<int32_t>(node.outputs.size())};
+    args = {tensors.data(), start.data(), count.data(), static_cast<int32_t>(node.inputs.size()),
+            static_cast<int32_t>(node.outputs.size())};
   }
 };
 
