@@ -6,7 +6,7 @@ its own, and a modified state is the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,6 +112,13 @@ class Layout:
     def of(self, t: Tensor) -> Storage:
         return self.storage[id(t.node), t.index]
 
+    def entry_step(self, name: str) -> int:
+        """Return the number of the first step that reads an input. Raises: GraphError where none does."""
+        for i, node in enumerate(self.steps):
+            if any(self.of(t).root.node.kind == "input" and self.of(t).root.name == name for t in node.inputs):
+                return i
+        raise GraphError(f"no step reads the input {name!r}, so no run can begin there")
+
     def place(self, scratch: Sequence[int]) -> tuple[list[int], int]:
         """Offsets of the tensors of `lives`, then of each step's working memory of these sizes, and the arena's bytes."""
         return place([*(i for _, i in self.lives.values()), *(Interval(i, i, n) for i, n in enumerate(scratch))])
@@ -151,11 +158,14 @@ def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Stor
     return Storage(source.root, source.offset + (params["start"] * step if params["start"] else 0), source.strides)
 
 
-def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], turns: Turns | None = None) -> Layout:
+def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], turns: Turns | None = None,
+            entries: Iterable[str] = ()) -> Layout:
     """Order the graph, resolve views and reuse of memory, and give everything its place in the arena.
 
     `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
     reader and are not get a `contiguous` step. `turns`: the graph runs in pieces; one that runs at once is a single turn.
+    `entries`: names of inputs at whose first reader a run may begin again, on what all steps before it left.
+    Raises: GraphError for an entry that no step reads, and for graphs that cannot be laid out.
     """
     outputs = _with_copies(outputs)
     nodes = topological(outputs)
@@ -167,6 +177,7 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
     turns = turns or Turns((0,) * len(outputs), (True,) * len(outputs), {})
     layout.turns = _turns(layout, number, turns)
     last = _last_reads(layout, turns)
+    _keep(layout, number, last, entries)
     _reuse(layout, number, last)
     for node in nodes:
         for t in node.outputs:
@@ -237,6 +248,17 @@ def _last_reads(layout: Layout, turns: Turns) -> dict[int, int]:
         root = id(layout.of(t).root)
         last[root] = max(last.get(root, 0), len(layout.steps) if kept else layout.turns[turn][1])
     return last
+
+
+def _keep(layout: Layout, number: dict[int, int], last: dict[int, int], entries: Iterable[str]) -> None:
+    """Keep until the end what steps from an entry on read of those before it; its own input is written anew."""
+    for name in entries:
+        begin = layout.entry_step(name)
+        for node in layout.steps[begin:]:
+            for t in node.inputs:
+                root = layout.of(t).root
+                if root.name != name and number.get(id(root.node), -1) < begin:
+                    last[id(root)] = len(layout.steps)
 
 
 def _turns(layout: Layout, number: dict[int, int], turns: Turns) -> list[tuple[int, int]]:

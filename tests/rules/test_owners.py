@@ -112,5 +112,5 @@ def test_one_that_is_not_found_is_found_here() -> None:
 
 def test_the_suites_run_over_all_that_there_are() -> None:
     """No list of kinds: parameters come from what is found."""
-    for name, found in (("test_backends.py", "backends.names()"), ("test_architectures.py", "architectures()")):
+    for name, found in (("test_backends.py", "params=names()"), ("test_architectures.py", "architectures()")):
         assert found in (ROOT / "tests" / "contract" / name).read_text(), name
