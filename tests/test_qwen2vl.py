@@ -12,6 +12,7 @@ import pytest
 from pyengine.nn.batch import Batch
 from pyengine.dtype import dtype
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.files.dialects import translate
 from pyengine.files.gguf import GGUFFile
 from pyengine.backends.graph import Graph
 from pyengine.files.hparams import Hparams
@@ -127,7 +128,7 @@ def write(path: Path, meta: dict[str, object], arrays: dict[str, np.ndarray], vi
 
 def bind(path: Path, n_ctx: int = N_CTX, rows: int | None = None) -> SimpleNamespace:
     """The architecture and its encoder, bound to a file, every tensor of which must be used."""
-    file = GGUFFile(path)
+    file = translate(GGUFFile(path))
     h, v, w = Hparams(file.metadata), Hparams(file.metadata, "clip"), Weights(file)
     text = model_class(h.arch)(h, w)
     special = {"<|image_pad|>": 77, "<|video_pad|>": 91, "<|vision_start|>": 5, "<|vision_end|>": 33}

@@ -43,7 +43,7 @@ def weights(tmp_path):
 def test_scopes_reach_tensors(weights):
     ref = weights["blk", 0]["attn_q"].tensor("weight", shape=(3, 4))
     assert (ref.name, ref.shape, ref.dtype, ref.nbytes) == ("blk.0.attn_q.weight", (3, 4), F32, 48)
-    np.testing.assert_array_equal(ref.array(), ARRAYS["blk.0.attn_q.weight"])
+    np.testing.assert_array_equal(ref.floats(), ARRAYS["blk.0.attn_q.weight"])
     assert ref.view().tobytes() == ARRAYS["blk.0.attn_q.weight"].tobytes()
     same = weights["blk"][0, "attn_q"].tensor("weight", shape=(3, 4))
     assert same == ref and hash(same) == hash(ref)
@@ -95,7 +95,7 @@ def test_wrong_shape_names_both(weights, shape):
 def test_leading_axes_of_one_do_not_count_and_the_model_s_shape_holds(weights):
     for shape in ((5,), (1, 5), (1, 1, 5)):
         ref = weights["v", "patch_embd"].tensor("bias", shape=shape)
-        assert ref.shape == ref.array().shape == shape
+        assert ref.shape == ref.floats().shape == shape
 
 
 def test_finish_lists_what_was_never_bound(weights):
