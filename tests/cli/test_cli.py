@@ -33,7 +33,7 @@ from pyengine.measure import speed
 from pyengine.memory.plan import MemoryPlan, PlanItem
 from pyengine.measure.perplexity import nll, perplexity
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # The command line in a process of its own, with this file's model
 FAKE = [
     sys.executable,

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import A, B, DOT, LONG, THIN, picture, same
 
 import pyengine as pe
 from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
@@ -17,15 +17,6 @@ tiny = pytest.importorskip("tiny")
 KINDS = ("gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3", "mllama")
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours and noise: resizing must be right, not only close."""
-    rng = np.random.default_rng((seed, height, width))
-    y, x = np.mgrid[0:height, 0:width]
-    waves = 90 * np.sin(x[..., None] * rng.uniform(0.02, 0.3, 3)) * np.cos(y[..., None] * rng.uniform(0.02, 0.3, 3))
-    return Image.fromarray(np.clip(128 + waves + rng.normal(0, 20, (height, width, 3)), 0, 255).astype(np.uint8))
-
-
-A, B, LONG, THIN, DOT = picture(60, 80), picture(97, 53, 1), picture(40, 170), picture(150, 29, 2), picture(1, 1)
 PROMPTS = {
     "text": [3, 7, "only text here", 9],
     "one": ["what is ", A, " this?"],
@@ -34,12 +25,6 @@ PROMPTS = {
     "awkward": ["long ", LONG, " thin ", THIN, " dot ", DOT, " end"],
     "last": ["look at ", A],
 }
-
-
-def same(got: np.ndarray, want: np.ndarray) -> None:
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= 2e-5 * np.ptp(want)
-    assert np.array_equal(got.argmax(-1), want.argmax(-1))
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -21,9 +21,10 @@ from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelEr
 transformers = pytest.importorskip("transformers", reason="pip install transformers torch")
 
 import tiny  # noqa: E402
+from foreign import llama_cpp_logits  # noqa: E402
 from tiny import ROPES, make_checkpoint  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NORMAL, CONTROL, USER_DEFINED, UNUSED = (int(getattr(gguf.TokenType, n))
                                          for n in ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED"))
 
@@ -736,11 +737,3 @@ def test_llama_cpp_reads_the_narrow_types(kind, outtype, checkpoints, tmp_path):
     expected = tiny.hf_logits(checkpoints(kind), ids)
     found = llama_cpp_logits(llama_cpp, convert(checkpoints(kind), tmp_path / "m.gguf", outtype), ids)
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.05 * expected.std()
-
-
-def llama_cpp_logits(llama_cpp, path, ids, **options):
-    model = llama_cpp.Llama(
-        str(path), n_ctx=256, n_batch=256, n_threads=2, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False, verbose=False, **options)
-    model.eval(ids)
-    return model.scores[:len(ids)].copy()

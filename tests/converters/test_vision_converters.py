@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_converters import JUNK, edit, llama_cpp_logits, nodes, read, retensor, stored
+from test_converters import JUNK, edit, nodes, read, retensor, stored
 
 from converters import convert, gemma3, llama4, mistral3, qwen2_vl
 from converters.__main__ import main
@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="pip install transform
 
 import foreign  # noqa: E402
 import tiny  # noqa: E402
+from foreign import llama_cpp_logits  # noqa: E402
 from tiny import LLAMA_CPP_KINDS, SEEING_KINDS, make_checkpoint  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}

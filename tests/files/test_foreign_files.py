@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_converters import llama_cpp_logits
 
 import pyengine as pe
 from converters import convert
@@ -14,6 +13,7 @@ pytest.importorskip("transformers", reason="pip install transformers torch")
 
 import foreign  # noqa: E402
 import tiny  # noqa: E402
+from foreign import llama_cpp_logits  # noqa: E402
 
 N_CTX = 256
 LAYOUTS = {     # what writes the files of a checkpoint: path of the model, path of its encoder or None

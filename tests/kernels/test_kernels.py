@@ -27,7 +27,7 @@ from pyengine.errors import ShapeError
 from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "attention_int8", "routing")]
 OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "temperature",
        "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")

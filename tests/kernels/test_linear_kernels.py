@@ -24,7 +24,7 @@ from pyengine.compiler import codegen
 from pyengine.dtype import dtype
 from pyengine.graph.op import REGISTRY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "csrc" / "cpu"
 SOURCES = [CPU / "linear.c", CPU / "rows.c", CPU / "experts.c"]
 PACKED = 256

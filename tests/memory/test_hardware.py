@@ -22,7 +22,7 @@ from pyengine.hardware.facts import Cache, Device, Memory
 from pyengine.hardware.memory import Cgroups
 from pyengine.hardware.system import parse_cpus, run_command
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "fixtures" / "hardware"
 MIB, GIB = 1 << 20, 1 << 30
 

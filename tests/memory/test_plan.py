@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REAL, real_path
+from conftest import REAL, ROOT, real_path
 
 import pyengine as pe
 from pyengine import hardware
@@ -440,8 +440,7 @@ def expected(plan: dict[str, Any], used: list[int], encoded: bool) -> int:
 
 
 def check_resident(path: Path, n_ctx: int, n_seq: int, *flags: str) -> None:
-    child = Path(__file__).parent / "resident.py"
-    command = [sys.executable, str(child), str(path), str(n_ctx), str(n_seq), *flags]
+    command = [sys.executable, str(ROOT / "tests/support/resident.py"), str(path), str(n_ctx), str(n_seq), *flags]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     plan, allocated, *phases = map(json.loads, run.stdout.splitlines())
     for purpose, name in (("weights", "weights"), ("arena", "arena"), ("kv", "state")):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_multimodal import picture, same
+from pictures import picture, same
 
 import pyengine as pe
 from pyengine.files.model_files import open_files

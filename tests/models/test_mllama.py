@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_multimodal import DOT, LONG, THIN, A, B, picture
+from pictures import A, B, DOT, LONG, THIN, picture, same
 
 import pyengine as pe
 from pyengine.media.views import Limits
@@ -17,12 +17,6 @@ from pyengine.errors import ContextOverflowError, InvalidModelError, RequestErro
 
 tiny = pytest.importorskip("tiny")
 SEVERAL = [7, 8, A, B, "x y z", LONG, DOT, "and so on", THIN, "abc", A]     # 4, 4, 4, 1, 4 and 4 tiles
-
-
-def same(got: np.ndarray, want: np.ndarray) -> None:
-    assert got.shape == want.shape
-    assert np.abs(got - want).max() <= 2e-5 * np.ptp(want)
-    assert np.array_equal(got.argmax(-1), want.argmax(-1))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pyengine"
 
 # In the order in which data flows, from what needs nothing to the front doors: an import names an earlier one, inside functions too.

@@ -1,8 +1,8 @@
 """Build tests/c/runner.c with the kernels, for this machine or others, and run op cases through it.
 
-    python tests/crossbuild.py                     the runner for this machine and for 64-bit Arm Linux
-    python tests/crossbuild.py TARGET ...          see TARGETS; for those that cannot run here, compile every C file
-    python tests/crossbuild.py --count [TARGET]    NEON instructions for 32 weights in the inner loops of the products
+    python tests/support/crossbuild.py                     the runner for this machine and for 64-bit Arm Linux
+    python tests/support/crossbuild.py TARGET ...          see TARGETS; for those that cannot run here, compile every C file
+    python tests/support/crossbuild.py --count [TARGET]    NEON instructions for 32 weights in the inner loops of the products
 
 What is compiled for which instruction set, and with which flags, is read from setup.py. Objects and runners lie in
 build/cross/<target>; what is newer than its sources and all headers is kept.
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 RUNNER = ROOT / "tests" / "c" / "runner.c"
 if __name__ == "__main__":

@@ -507,7 +507,16 @@ def _write(writer: gguf.GGUFWriter, tensors: Tensors, outtype: str, conv_too: bo
     writer.close()
 
 
-# --- llama.cpp runs a pair --------------------------------------------------------------------------------------------
+# --- llama.cpp runs what was written ----------------------------------------------------------------------------------
+
+def llama_cpp_logits(llama_cpp: Any, path: Path, ids: list[int], **options: Any) -> np.ndarray:
+    """Return llama.cpp's logits at every position, float32 [n, vocab], with its cache in float32."""
+    model = llama_cpp.Llama(
+        str(path), n_ctx=256, n_batch=256, n_threads=2, logits_all=True, type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False, verbose=False, **options)
+    model.eval(ids)
+    return model.scores[:len(ids)].copy()
+
 
 def llama4_order(rows: np.ndarray) -> np.ndarray:
     """Put the rows that llama.cpp makes of a tile of Llama 4 into transformers' order: it goes through columns, not through rows.

@@ -1,4 +1,6 @@
-"""Record what transformers answers with the demo model: `python tests/record_demo.py CHECKPOINT` writes tests/data/demo.{json,npz}.
+"""Record what transformers answers with the demo model.
+
+`python tests/support/record_demo.py CHECKPOINT` writes tests/data/demo.{json,npz}.
 
 The pictures are of the test split and drawn from a seed that no other thing uses. Answers are greedy, in float32, from the
 checkpoint that the files in converters/demo/weights were converted from.
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SEED, N = 77, 6                          # conversations of each kind
 
 
@@ -31,7 +33,7 @@ def main(checkpoint: Path) -> None:
         pictures += [p.pixels for p in example.pictures]
         turns = [{"task": t.task, "question": t.question, "true": t.answer, "transformers": a} for t, a in zip(example.turns, said)]
         conversations.append({"pictures": list(shown), "turns": turns})
-    made = {"made_by": "tests/record_demo.py", "seed": SEED, "transformers": transformers.__version__, "torch": torch.__version__}
+    made = {"made_by": "tests/support/record_demo.py", "seed": SEED, "transformers": transformers.__version__, "torch": torch.__version__}
     (ROOT / "tests/data/demo.json").write_text(json.dumps({**made, "conversations": conversations}, indent=1) + "\n")
     np.savez_compressed(ROOT / "tests/data/demo.npz", *pictures)
 

@@ -1,6 +1,6 @@
 """A process of its own that loads a model, uses it step by step, and says what was planned and what is resident.
 
-    python tests/resident.py MODEL N_CTX N_SEQ [pictures]      one JSON line a phase: name, resident, tokens in each conversation
+    python tests/support/resident.py MODEL N_CTX N_SEQ [pictures]      one JSON line a phase: name, resident, tokens in each conversation
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def resident() -> dict[str, int]:

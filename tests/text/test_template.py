@@ -14,7 +14,7 @@ from pyengine.chat.defaults import default_template, GEMMA
 from pyengine.chat.sandbox import MAX_SOURCE
 from pyengine.chat.template import ChatTemplate
 
-WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", Path(__file__).parent.parent / "models"))
+WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", Path(__file__).resolve().parents[2] / "models"))
 REAL = ("gemma3-270m-q4_k_m.gguf", "smollm2-135m-q4_1.gguf", "qwen2.5-coder-0.5b-q4_k_m.gguf")
 
 CONVERSATIONS = [

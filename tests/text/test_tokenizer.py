@@ -1,7 +1,7 @@
 """Token ids against llama.cpp's: golden ones for small vocabularies always, llama.cpp itself and real files if there.
 
 `tests/data/tokenizer_golden.json` holds vocabularies made here (no model's) and the ids that llama.cpp gave for TEXTS;
-`python tests/test_tokenizer.py` writes it anew with llama-cpp-python.
+`PYTHONPATH=tests/support python tests/text/test_tokenizer.py` writes it anew with llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pyengine.text.pretokenizers import PRE
 from pyengine.text.tokenizer import load_tokenizer, Tokenizer
 from pyengine.text.vocabulary import BYTE_LETTERS, Kind
 
-ROOT = Path(__file__).parent
-GOLDEN = ROOT / "data" / "tokenizer_golden.json"
-WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", ROOT.parent / "models"))
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests/data/tokenizer_golden.json"
+WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", ROOT / "models"))
 REAL = ("gemma3-270m-q4_k_m.gguf", "smollm2-135m-q4_1.gguf", "qwen2.5-coder-0.5b-q4_k_m.gguf")
 
 TEXTS: list[str | bytes] = [
@@ -235,7 +235,7 @@ def write_golden() -> None:
 
     import llama_cpp
 
-    out: dict = {"made_by": f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, by python tests/test_tokenizer.py",
+    out: dict = {"made_by": f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, by python tests/text/test_tokenizer.py",
                  "texts": [t if isinstance(t, str) else {"hex": t.hex()} for t in TEXTS], "vocabularies": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, meta in small_vocabularies().items():
