@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cases
 import pyengine as pe
 from pyengine.cache import sessions
 from pyengine.errors import ContextOverflowError, PlanError, PyEngineError, RequestError, SessionError
@@ -19,8 +20,7 @@ from pyengine.errors import ContextOverflowError, PlanError, PyEngineError, Requ
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "n_seq": 2}
 NOTES = b"\x00what was said"
-KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama", "llama4")
-SEEING = ("gemma3", "qwen2_5_vl", "mistral3", "mllama")
+KINDS = cases.kinds(own_cache=True)
 
 
 def picture(seed: int) -> Image.Image:
@@ -28,7 +28,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def prompt(kind: str, *tail: int) -> list[Any]:
-    seen = [picture(1), 8, picture(2)] if kind in SEEING else []
+    seen = [picture(1), 8, picture(2)] if cases.find(kind).sees else []
     return [*IDS[:90], *seen, *IDS[90:100], *tail]
 
 
@@ -57,7 +57,7 @@ def test_what_comes_back_is_what_was_saved(tiny_gguf, tmp_path, kind: str, kv_dt
         assert [x.logprob for x in again.sampled] == [x.logprob for x in on.sampled]
         other.reset()
         other.restore(tmp_path / "a")
-        assert len(other._runner.cells.conversations[0].media) == (2 if kind in SEEING else 0)
+        assert len(other._runner.cells.conversations[0].media) == (2 if cases.find(kind).sees else 0)
         other.save(tmp_path / "b")
         assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Text models against transformers, on tiny random checkpoints in float32, at every position."""
+"""Every text architecture against transformers, on tiny random checkpoints in float32, at every position."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cases
 import oracle
 import pyengine as pe
 import tiny
 from pyengine import ops
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-bias-head_dim-tied": ("llama", {"attention_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
-    **{f"llama-{rope}": ("llama", {"rope_parameters": dict(tiny.ROPES[rope])}) for rope in tiny.ROPES},
-    "mistral-sliding": ("mistral", {}),
-    "mixtral": ("mixtral", {}),
-    "mixtral-16-top-3": ("mixtral", {"num_local_experts": 16, "num_experts_per_tok": 3, "head_dim": 32}),
-    "qwen2": ("qwen2", {}),
-    "qwen2-untied-sliding": ("qwen2", {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
-    "qwen3moe": ("qwen3moe", {"num_experts_per_tok": 3}),    # with 4, two experts of a row are 3e-5 apart: f16 swaps them
-    "gemma3": ("gemma3_text", {}),
-    "gemma3-softcap": ("gemma3_text", {"final_logit_softcapping": 5.0}),
-    "gemma3-scale": ("gemma3_text", {"query_pre_attn_scalar": 50}),
-}
+    name: (case.kind, config) for case in cases.select(sees=False) for name, config in case.compared.items()}
+PLAIN = cases.kinds(sees=False, own_cache=True)
 N = 100
 
 
@@ -67,7 +57,7 @@ def test_any_number_of_threads_gives_the_same_bits(case, n_threads: int) -> None
     assert np.array_equal(pe.load(path, n_ctx=128, n_threads=n_threads).logits(ids), pe.load(path, n_ctx=128, n_threads=2).logits(ids))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("outtype", ["f16", "bf16"])
 def test_half_precision_weights_are_used_exactly(kind: str, outtype: str, tiny_gguf) -> None:
     """The reference backend, which equals transformers on the float32 file, gets the same 16-bit weights."""
@@ -76,7 +66,7 @@ def test_half_precision_weights_are_used_exactly(kind: str, outtype: str, tiny_g
     assert_close(pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids), oracle.logits(path, ids), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("kind", PLAIN)
 def test_quantized_weights_cost_int8_activations_and_no_more(kind: str, tiny_gguf, monkeypatch) -> None:
     """Equal to the reference with activations rounded in blocks of 32. A value between two codes may round either way, and that
     row then differs by as much as rounding does: so the median row must agree, not the last."""

@@ -20,11 +20,13 @@ from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelEr
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers torch")
 
+import cases  # noqa: E402
 import tiny  # noqa: E402
 from foreign import llama_cpp_logits  # noqa: E402
 from tiny import ROPES, make_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+TEXT = cases.kinds(sees=False)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = (int(getattr(gguf.TokenType, n))
                                          for n in ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED"))
 
@@ -65,40 +67,10 @@ def checkpoints(tmp_path_factory):
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
-COMMON = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 160,
-          "vocab_size": 512, "attention.head_count": 6, "attention.head_count_kv": 2, "attention.key_length": 16,
-          "attention.value_length": 16, "attention.layer_norm_rms_epsilon": np.float32(1e-5),
-          "rope.dimension_count": 16, "rope.freq_base": 10000.0}
-KEYS = {
-    "llama": ("llama", COMMON),
-    "mistral": ("llama", {
-        **COMMON, "attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32,
-        "attention.sliding_window": 6, "attention.sliding_window_pattern": [True] * 3}),
-    "mixtral": ("llama", {**COMMON, "rope.freq_base": 1e6, "expert_count": 5, "expert_used_count": 2}),
-    "qwen2": ("qwen2", {**COMMON, "attention.layer_norm_rms_epsilon": np.float32(1e-6)}),
-    "qwen3moe": ("qwen3moe", {**COMMON, "attention.layer_norm_rms_epsilon": np.float32(1e-6), "attention.key_length": 32,
-                              "attention.value_length": 32, "rope.dimension_count": 32, "expert_count": 12,
-                              "expert_used_count": 4, "expert_feed_forward_length": 64}),
-    "gemma3_text": ("gemma3", {
-        **{k: v for k, v in COMMON.items() if k != "rope.dimension_count"}, "block_count": 7,
-        "attention.head_count": 4, "attention.key_length": 32, "attention.value_length": 32,
-        "attention.layer_norm_rms_epsilon": np.float32(1e-6), "attention.scale": np.float32(32 ** -0.5),
-        "attention.sliding_window": 6, "attention.sliding_window_pattern": [True] * 5 + [False, True],
-        "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}),
-    "llama4_text": ("llama4", {
-        "vocab_size": 520, "block_count": 4, "context_length": 512, "embedding_length": 96, "feed_forward_length": 160,
-        "expert_feed_forward_length": 64, "expert_count": 5, "expert_used_count": 1, "interleave_moe_layer_step": 2,
-        "attention.head_count": 6, "attention.head_count_kv": 2, "attention.key_length": 16, "attention.value_length": 16,
-        "attention.layer_norm_rms_epsilon": np.float32(1e-5), "rope.dimension_count": 16, "rope.freq_base": 5e3,
-        "rope.layers": [True] * 3 + [False], "attention.chunked_layers": [True] * 3 + [False], "attention.chunk_size": 8192,
-        "attention.temperature_length": 8192, "attention.temperature_scale": np.float32(0.1), "use_qk_norm": True}),
-}
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", TEXT)
 def test_keys(kind, checkpoints, tmp_path):
     keys, _, _ = read(convert(checkpoints(kind), tmp_path / "m.gguf", "f16"))
-    arch, expected = KEYS[kind]
+    arch, expected = cases.find(kind).arch, cases.find(kind).converted.keys
     assert {k.removeprefix(f"{arch}."): v for k, v in keys.items() if k.startswith(f"{arch}.")} == expected
     assert {k: v for k, v in keys.items() if k.startswith("general.")} == {
         "general.architecture": arch, "general.type": "model", "general.name": kind, "general.file_type": 1,
@@ -216,53 +188,25 @@ def test_longrope_factors(tmp_path):
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
-def gguf_name(kind, name):
-    """Return gguf-py's own name for a checkpoint's tensor."""
-    arch = {"mistral": "LLAMA", "mixtral": "LLAMA", "gemma3_text": "GEMMA3"}.get(kind, kind.upper())
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], 7).get_name(name, try_suffixes=(".weight", ".bias"))
-
-
-# llama.cpp's converter names these itself: in Gemma post_attention_layernorm is not the norm before the FFN
-GEMMA_NORMS = {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
-               "post_feedforward_layernorm": "post_ffw_norm"}
-
-
 def expected_tensors(kind, folder):
-    """Apply the dialect's rules to a checkpoint, written as llama.cpp documents them: heads [2, d/2] -> [d/2, 2]."""
+    """Apply the rules of an architecture, which its case has, to a checkpoint; names are gguf-py's where it has none of its own."""
     config = json.loads((folder / "config.json").read_text())
-    tensors = stored(folder)
-    if kind in ("mixtral", "qwen3moe"):                    # gguf-py knows the names of an expert's matrix without its number
-        parts = {name: re.sub(r"experts\.\d+\.", "experts.", name) for name in tensors if ".experts." in name}
+    converted, tensors = cases.find(kind).converted, stored(folder)
+    # gguf-py knows the names of an expert's matrix without its number
+    parts = {name: re.sub(r"experts\.\d+\.", "experts.", name) for name in tensors if re.search(r"experts\.\d+\.", name)}
+    if parts:
         n = config.get("num_experts") or config["num_local_experts"]
         stacks = {whole: np.stack([tensors[whole.replace("experts.", f"experts.{e}.")] for e in range(n)])
                   for whole in set(parts.values())}
         tensors = {**{n: v for n, v in tensors.items() if n not in parts}, **stacks}
-    for name, value in tensors.items():
-        if kind in ("llama", "mistral", "mixtral"):
-            for part, n_heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
-                if part in name:
-                    heads = value.reshape(n_heads, 2, len(value) // n_heads // 2, -1)
-                    value = heads.swapaxes(1, 2).reshape(value.shape)
-        if kind == "gemma3_text":
-            if "norm" in name:
-                value = 1 + value
-            for theirs, ours in GEMMA_NORMS.items():
-                if theirs in name:
-                    yield f"blk.{name.split('.')[2]}.{ours}.weight", value
-                    break
-            else:
-                yield gguf_name(kind, name), value
-        else:
-            yield gguf_name(kind, name), value
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[converted.names], 7)
+    for source, value in tensors.items():
+        name, value = converted.tensor(source, value, config)
+        yield name or names.get_name(source, try_suffixes=(".weight", ".bias")), value
 
 
-VARIANTS = {
-    "llama": ("llama", {}), "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}), "mistral": ("mistral", {}), "qwen2": ("qwen2", {}),
-    "mixtral": ("mixtral", {}), "qwen3moe": ("qwen3moe", {}),
-    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}), "gemma3_text": ("gemma3_text", {}),
-    "gemma3-untied": ("gemma3_text", {"tie_word_embeddings": False}),
-}
+VARIANTS = {name: (case.kind, config) for case in cases.select(sees=False)
+            for name, config in ({case.kind: {}} if case.converted.tensors is None else case.converted.tensors).items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -387,7 +331,7 @@ def test_vocabulary(name, tmp_path):
     assert keys["bos_token_id"] == vocabulary["<|start|>"] and keys["eos_token_id"] == vocabulary["<|stop|>"]
     assert keys["padding_token_id"] == vocabulary["<|fill|>"]
     assert keys["add_bos_token"] == (name != "qwen2") and keys["add_eos_token"] is False
-    assert keys["tokenizer.chat_template"] == tiny.CHAT_TEMPLATE
+    assert keys["tokenizer.chat_template"] == cases.CHAT_TEMPLATE
     if name == "spm":
         assert (keys["model"], keys["pre"], keys["add_space_prefix"]) == ("llama", "default", False)
         assert types[0x0A] == gguf.TokenType.BYTE and keys["tokens"][0x0A] == "<0x0A>"
@@ -500,7 +444,7 @@ def test_more_end_tokens_and_named_templates(tmp_path):
     assert keys["tokenizer.ggml.eos_token_id"] == ids["<|stop|>"]
     assert keys["tokenizer.ggml.eot_token_id"] == ids["<|turn|>"]
     assert keys["tokenizer.ggml.eom_token_id"] == ids["<tool>"]
-    assert keys["tokenizer.chat_template"] == tiny.CHAT_TEMPLATE
+    assert keys["tokenizer.chat_template"] == cases.CHAT_TEMPLATE
     assert keys["tokenizer.chat_template.tool_use"] == "tools!"
     edit(folder / "generation_config.json", eos_token_id=[1, 2, 3, 4, ids["<|stop|>"]])
     with pytest.raises(UnsupportedModelError, match="4 end tokens"):
@@ -693,23 +637,7 @@ def test_unigram_tokenizer_model_is_refused(tmp_path):
 
 # --- llama.cpp runs what we write -------------------------------------------------------------------------------------
 
-def linear_gemma():
-    return {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-
-
-RUNS = {
-    "llama": ("llama", {}), "llama-biases": ("llama", VARIANTS["llama-biases"][1]),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}), "mistral": ("mistral", {"sliding_window": None}),
-    "mixtral": ("mixtral", {}), "qwen3moe": ("qwen3moe", {}),
-    "qwen2": ("qwen2", {}), "qwen2-yarn": ("qwen2", {"rope_parameters": ROPES["yarn-attn"]}),
-    "gemma3": ("gemma3_text", {}), "gemma3-linear": ("gemma3_text", {"rope_parameters": linear_gemma()}),
-    "gemma3-softcap": ("gemma3_text", {"final_logit_softcapping": 30.0}),
-    **{f"llama-{name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()},
-    "llama-longrope-short": ("llama", {
-        "rope_parameters": {**ROPES["longrope"], "original_max_position_embeddings": 512},
-        "max_position_embeddings": 2048}),
-}
+RUNS = {name: (case.kind, config) for case in cases.select(sees=False) for name, config in case.llama_cpp_runs.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -725,12 +653,11 @@ def test_llama_cpp_gives_the_logits_of_transformers(run, tmp_path):
     found = llama_cpp_logits(llama_cpp, convert(folder, tmp_path / "m.gguf", "f32"), ids,
                              yarn_beta_fast=yarn.get("beta_fast", 32.0), yarn_beta_slow=yarn.get("beta_slow", 1.0))
     error = abs(found - expected) / np.ptp(expected)
-    # measured: 3e-6; Gemma 7e-5, whose GELU llama.cpp looks up in a table of float16
-    assert error.max() < (2e-4 if kind == "gemma3_text" else 2e-5)
+    assert error.max() < cases.find(kind).converted.error              # measured: 3e-6
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize("kind, outtype", [("llama", "f16"), ("mixtral", "f16"), ("qwen2", "bf16"), ("gemma3_text", "q8_0")])
+@pytest.mark.parametrize("kind, outtype", [(case.kind, case.converted.narrow) for case in cases.select(sees=False) if case.converted.narrow])
 def test_llama_cpp_reads_the_narrow_types(kind, outtype, checkpoints, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="make peers")
     ids = np.random.default_rng(2).integers(0, 512, 40).tolist()

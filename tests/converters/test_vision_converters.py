@@ -15,11 +15,14 @@ from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelEr
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers torch")
 
+import cases  # noqa: E402
 import foreign  # noqa: E402
 import tiny  # noqa: E402
 from foreign import llama_cpp_logits  # noqa: E402
-from tiny import LLAMA_CPP_KINDS, SEEING_KINDS, make_checkpoint  # noqa: E402
+from tiny import make_checkpoint  # noqa: E402
 
+SEEING = cases.kinds(sees=True)
+LLAMA_CPP = [case.kind for case in cases.select(sees=True) if case.llama_cpp]        # those that see there
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
 
@@ -30,7 +33,7 @@ def checkpoints(tmp_path_factory):
 
     def get(kind):
         if kind not in made:
-            made[kind] = make_checkpoint(kind, tmp_path_factory.mktemp("checkpoints") / kind, **tiny.LLAMA_CPP.get(kind, {}))
+            made[kind] = make_checkpoint(kind, tmp_path_factory.mktemp("checkpoints") / kind, **cases.find(kind).assumed)
         return made[kind]
     return get
 
@@ -48,7 +51,7 @@ def clip_keys(path):
 
 # --- one file and two -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", LLAMA_CPP_KINDS)
+@pytest.mark.parametrize("kind", LLAMA_CPP)
 def test_every_tensor_is_where_llama_cpp_has_it(kind, checkpoints, tmp_path):
     convert(checkpoints(kind), tmp_path / "m.gguf", "f32", split_mmproj=True)
     theirs = foreign.llama_cpp_files(checkpoints(kind), tmp_path / "theirs.gguf")
@@ -64,7 +67,7 @@ def test_every_tensor_is_where_llama_cpp_has_it(kind, checkpoints, tmp_path):
                 assert keys[key] == value, key
 
 
-@pytest.mark.parametrize("kind", SEEING_KINDS)
+@pytest.mark.parametrize("kind", SEEING)
 def test_splitting_only_divides(kind, checkpoints, tmp_path, capsys):
     whole = tmp_path / "whole.gguf"
     capsys.readouterr()
@@ -87,79 +90,17 @@ def test_splitting_only_divides(kind, checkpoints, tmp_path, capsys):
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
-IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "image_start_token_id": "<|vision_start|>",
-       "image_end_token_id": "<|vision_end|>"}
-QWEN = {"has_vision_encoder": True, "image_size": 560, "patch_size": 14, "embedding_length": 80, "projection_dim": 96,
-        "attention.head_count": 4, "attention.layer_norm_epsilon": np.float32(1e-6), "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "rope.freq_base": 1e4, "resample": 3, "image_min_pixels": 3136,
-        "image_max_pixels": 50176, "video_min_pixels": 3136, "video_max_pixels": 50176, "video_min_frames": 4,
-        "video_max_frames": 768, "video_sample_frames": False,
-        "image_mean": [np.float32(x) for x in (0.48145466, 0.4578275, 0.40821073)],
-        "image_std": [np.float32(x) for x in (0.26862954, 0.26130258, 0.27577711)]}
-CLIP = {
-    "gemma3": ({
-        "has_vision_encoder": True, "projector_type": "gemma3", "use_gelu": True, "use_silu": False, "image_size": 56,
-        "hidden_act": "gelu_pytorch_tanh", "patch_size": 14, "embedding_length": 72, "feed_forward_length": 100,
-        "block_count": 3, "attention.head_count": 3, "projection_dim": 96, "image_mean": [0.5] * 3,
-        "attention.layer_norm_epsilon": np.float32(1e-5), "image_std": [0.5] * 3, "resample": 2, "tokens_per_image": 4,
-        "projector.scale_factor": 2, "pan_and_scan": False, "pan_and_scan_min_crop_size": 256,
-        "pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": np.float32(1.2)},
-        {"image_token_id": "<image_soft_token>", "image_start_token_id": "<start_of_image>",
-         "image_end_token_id": "<end_of_image>"}),
-    "mllama": ({
-        "has_vision_encoder": True, "projector_type": "mllama", "use_gelu": True, "use_silu": False, "hidden_act": "gelu",
-        "image_size": 44, "patch_size": 14, "embedding_length": 72, "feed_forward_length": 100, "block_count": 4,
-        "global.block_count": 2, "attention.head_count": 3, "projection_dim": 96, "attention.layer_norm_epsilon": np.float32(1e-4),
-        "image_mean": [np.float32(x) for x in (0.48, 0.45, 0.4)], "image_std": [np.float32(x) for x in (0.26, 0.27, 0.28)],
-        "resample": 2, "max_num_tiles": 4, "feature_layer": [1, 3]}, {"image_token_id": "<|image|>"}),
-    "qwen2_5_vl": ({
-        **QWEN, "projector_type": "qwen2.5vl_merger", "use_gelu": False, "use_silu": True, "hidden_act": "silu",
-        "block_count": 4, "feed_forward_length": 100, "tokens_per_second": 3.0, "window_size": 112,
-        "wa_layer_indexes": [1, 3], "n_wa_pattern": 2}, IDS),
-    "qwen2_vl": ({
-        **QWEN, "projector_type": "qwen2vl_merger", "use_gelu": False, "use_silu": False, "hidden_act": "quick_gelu",
-        "block_count": 3, "feed_forward_length": 160}, IDS),
-    "mistral3": ({
-        "has_vision_encoder": True, "projector_type": "pixtral", "use_gelu": False, "use_silu": True, "hidden_act": "silu",
-        "image_size": 130, "longest_edge": 130, "patch_size": 14, "spatial_merge_size": 2, "embedding_length": 80,
-        "feed_forward_length": 100, "block_count": 3, "attention.head_count": 4, "projection_dim": 96, "resample": 3,
-        "attention.layer_norm_epsilon": np.float32(1e-5), "rope.freq_base": 1e4,
-        **{k: QWEN[k] for k in ("image_mean", "image_std")}},
-        {"image_token_id": "[IMG]", "image_break_token_id": "[IMG_BREAK]", "image_end_token_id": "[IMG_END]"}),
-    "llama4": ({
-        "has_vision_encoder": True, "projector_type": "llama4", "use_gelu": True, "use_silu": False, "image_size": 56,
-        "hidden_act": "gelu", "patch_size": 14, "embedding_length": 80, "feed_forward_length": 320, "block_count": 3,
-        "attention.head_count": 4, "projection_dim": 96, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
-        "attention.layer_norm_epsilon": np.float32(1e-5), "projector.scale_factor": 2, "rope.freq_base": 1e4, "max_tiles": 16,
-        "resize_to_max_canvas": False},
-        {"image_start_token_id": "<|image_start|>", "image_end_token_id": "<|image_end|>", "image_marker_token_id": "<|image|>",
-         "tile_x_separator_token_id": "<|tile_x_separator|>", "tile_y_separator_token_id": "<|tile_y_separator|>"}),
-}
-
-
-@pytest.mark.parametrize("kind", SEEING_KINDS)
+@pytest.mark.parametrize("kind", SEEING)
 def test_keys(kind, checkpoints, tmp_path):
     path = convert(checkpoints(kind), tmp_path / "m.gguf")
-    expected, special = CLIP[kind]
-    tokens = read(path)[0]["tokenizer.ggml.tokens"]
-    assert clip_keys(path) == {**expected, **{name: tokens.index(text) for name, text in special.items()}}
-    keys = read(path)[0]
+    case, keys = cases.find(kind), read(path)[0]
+    tokens = keys["tokenizer.ggml.tokens"]
+    special = {name: tokens.index(text) for name, text in case.converted.clip_tokens.items()}
+    assert clip_keys(path) == {**case.converted.clip, **special}
     assert keys["clip.vision.projector_type"] == keys["clip.projector_type"]
-    if kind == "mistral3":
-        assert keys["general.architecture"] == "mistral3" and keys["tokenizer.chat_template"] == tiny.MISTRAL_TEMPLATE
-        assert keys["tokenizer.ggml.pre"] == "tekken" and keys["mistral3.attention.key_length"] == 32
-        assert keys["mistral3.rope.freq_base"] == 1e4 and "mistral3.attention.sliding_window" not in keys
-    elif kind == "mllama":
-        assert keys["general.architecture"] == kind and keys["tokenizer.chat_template"] == tiny.LLAMA_TEMPLATE
-        assert keys["mllama.attention.cross_attention_layers"] == [1, 3, 4] and keys["mllama.vocab_size"] == len(tokens)
-    elif kind == "llama4":
-        assert keys["general.architecture"] == keys["tokenizer.ggml.pre"] == "llama4"
-        assert keys["tokenizer.chat_template"] == tiny.LLAMA4_TEMPLATE
-    elif kind != "gemma3":
-        assert keys["general.architecture"] == "qwen2vl" and keys["qwen2vl.rope.dimension_sections"] == [2, 3, 3, 0]
-        assert keys["tokenizer.chat_template"] == tiny.QWEN_TEMPLATE and keys["qwen2vl.vocab_size"] == 520
-    else:
-        assert keys["general.architecture"] == "gemma3" and keys["tokenizer.chat_template"] == tiny.GEMMA_TEMPLATE
+    assert keys["general.architecture"] == case.arch and keys[f"{case.arch}.vocab_size"] == len(tokens)
+    assert {key: keys[key] for key in case.converted.keys} == case.converted.keys
+    assert not set(case.converted.absent) & set(keys)
 
 
 @pytest.mark.parametrize("defaults, name", [
@@ -195,21 +136,7 @@ def test_video_defaults_are_those_of_transformers():
 
 # --- forms of a checkpoint --------------------------------------------------------------------------------------------
 
-RENAMES = {     # what other versions of transformers call the same tensors
-    "gemma3": [(("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
-                ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector.")),
-               (("vision_tower.", "vision_tower.vision_model."),),
-               (("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower.vision_model."),
-                ("multi_modal_projector.", "model.multi_modal_projector."))],
-    "qwen2_5_vl": [(("model.", "model.language_model."), ("visual.", "model.visual.")),
-                   (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))],
-}
-RENAMES["qwen2_vl"] = RENAMES["qwen2_5_vl"]
-RENAMES["mistral3"] = [(("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
-                        ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."))]
-
-
-@pytest.mark.parametrize("kind, form", [(kind, i) for kind, forms in RENAMES.items() for i in range(len(forms))])
+@pytest.mark.parametrize("kind, form", [(kind, i) for kind in SEEING for i in range(len(cases.find(kind).converted.renames))])
 def test_tensors_under_other_names_give_the_same_file(kind, form, tmp_path):
     folder = make_checkpoint(kind, tmp_path / "c")
     expected = convert(folder, tmp_path / "a.gguf").read_bytes()
@@ -218,7 +145,7 @@ def test_tensors_under_other_names_give_the_same_file(kind, form, tmp_path):
     def rename(tensors):
         nonlocal n_renamed
         for name in list(tensors):
-            for old, new in RENAMES[kind][form]:
+            for old, new in cases.find(kind).converted.renames[form]:
                 if name.startswith(old):
                     tensors[new + name.removeprefix(old)] = tensors.pop(name)
                     n_renamed += 1
@@ -405,7 +332,7 @@ def test_gemma_ids_under_either_name(tmp_path):
 
 # --- types ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", SEEING_KINDS)
+@pytest.mark.parametrize("kind", SEEING)
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
 def test_types(kind, outtype, checkpoints, tmp_path):
     exact = read(convert(checkpoints(kind), tmp_path / "m.gguf", "f32"))[1]
@@ -580,14 +507,7 @@ def test_damaged_files_never_crash(kind, name, tmp_path):
 
 # --- llama.cpp runs what we write -------------------------------------------------------------------------------------
 
-RUNS = {
-    **{kind: (kind, tiny.LLAMA_CPP.get(kind, {})) for kind in LLAMA_CPP_KINDS},
-    "llama4-plain": ("llama4", {"text_config": {**tiny.LLAMA_CPP["llama4"]["text_config"], "num_experts_per_tok": 2,
-                                                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}}),
-    "qwen2_5_vl-yarn": ("qwen2_5_vl", {"text_config": {"rope_parameters": {
-        **ROPE, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}}}),
-    "qwen2_vl-untied": ("qwen2_vl", {"tie_word_embeddings": False}),
-}
+RUNS = {name: (kind, config) for kind in LLAMA_CPP for name, config in cases.find(kind).llama_cpp_runs.items()}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -603,31 +523,20 @@ def test_llama_cpp_gives_the_logits_of_transformers(run, tmp_path):
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize("kind, outtype", [*((kind, "f32") for kind in LLAMA_CPP_KINDS), ("gemma3", "f16")])
+@pytest.mark.parametrize("kind, outtype", [(kind, outtype) for kind in LLAMA_CPP for outtype in cases.find(kind).llama_cpp.outtypes])
 def test_llama_cpp_encodes_pictures_as_transformers_does(kind, outtype, checkpoints, tmp_path):
     pytest.importorskip("llama_cpp", reason="make peers")
     text_file = convert(checkpoints(kind), tmp_path / "m.gguf", outtype, split_mmproj=True)
-    # no resizing; Qwen: 6 x 5 tokens, 2 x 2 windows
-    image = picture(*{"gemma3": (56, 56), "llama4": (56, 56), "mistral3": (112, 84)}.get(kind, (168, 140)))
+    theirs = cases.find(kind).llama_cpp
+    image = picture(*theirs.picture)
     seen = tiny.hf_seen(checkpoints(kind), [image])
     ids, rows = foreign.mtmd_rows(text_file, mmproj_path(text_file), image)
-    if kind == "mistral3":                  # the ends of lines are among its rows, from v.token_embd.img_break
-        line_end = clip_keys(mmproj_path(text_file))["image_break_token_id"]
-        ends = np.array(seen.ids[:-1]) == line_end
-        assert ends.sum() == 2 and np.allclose(rows[ends], read(text_file)[1]["token_embd.weight"][line_end])
-        rows, ids = rows[~ends], [line_end if end else i for i, end in zip(ids, [*ends, False])]
+    assert ids == theirs.ids(seen, clip_keys(mmproj_path(text_file)).get("image_token_id"))
+    embedded, tokens = theirs.between(rows, seen)
+    assert np.allclose(embedded, read(text_file)[1]["token_embd.weight"][tokens])
+    rows = theirs.rows(rows, seen)
     # measured 5e-4 in F32: llama.cpp's GELU is the tanh one where Qwen's merger has the exact one, from a table of float16
-    rows = foreign.llama4_order(rows) if kind == "llama4" else rows
-    # 1.8e-3 for Llama 4, whose pixels are rounded to bfloat16, but not by llama.cpp; 3e-4 without the rounding
-    tolerance = (3e-3 if kind == "llama4" else 2e-3) if outtype == "f32" else 1e-2
-    assert abs(rows - seen.features[0]).max() < tolerance * np.ptp(seen.features[0])
-    if kind == "llama4":                # llama.cpp leaves out the token before the whole picture
-        assert ids == [seen.ids[0], *[None] * 4, seen.ids[-1]]
-        return
-    soft = clip_keys(mmproj_path(text_file))["image_token_id"]
-    theirs = [soft if i is None else i for i in ids]
-    # Gemma's processor also puts blank lines around, llama.cpp does not
-    assert theirs == (seen.ids[1:-1] if kind == "gemma3" else seen.ids)
+    assert abs(rows - seen.features[0]).max() < (theirs.error if outtype == "f32" else 1e-2) * np.ptp(seen.features[0])
 
 
 def test_llama_cpp_refuses_layers_that_its_key_cannot_list(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cases
 import pyengine as pe
 from pyengine.dtype import dtype as dtype_of
 from pyengine.errors import ContextOverflowError, PlanError, RequestError
@@ -18,7 +19,7 @@ from pyengine.cache.store import Rotation, rotate_keys
 from pyengine.engine.request import Request
 from pyengine.engine.scheduler import BESIDE
 
-KINDS = ("llama", "gemma3_text", "gemma3", "qwen2_5_vl", "mistral3", "mllama", "llama4")
+KINDS = cases.kinds(own_cache=True)
 N_CTX = 256
 
 
@@ -33,7 +34,7 @@ def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
 def prompts(kind: str) -> list[list[Any]]:
     """Lengths on both sides of n_batch, windows and pages; two with a common beginning."""
     plain = [ids(3), ids(70, 1), ids(17, 2), ids(130, 3), [*ids(70, 1)[:66], 9, 8, 7], ids(1, 4)]
-    if kind not in ("gemma3", "qwen2_5_vl", "mistral3", "mllama"):
+    if not cases.find(kind).sees:
         return plain
     a, b = picture(1), picture(2, 90, 70)
     return [*plain[:4], [4, a, *ids(9)], [*ids(30, 5), b, 7, a, 8], [4, a, 5, 6]]
@@ -203,7 +204,7 @@ def interrupted(function: Any, count: int) -> Any:
     return call
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", cases.kinds(sees=False, own_cache=True))
 @pytest.mark.parametrize("where", ["program", "cells", "sampler", "copy"])
 def test_an_interruption_leaves_a_usable_model(tiny_gguf, monkeypatch, kind: str, where: str) -> None:
     model = pe.load(tiny_gguf(kind)[0], n_ctx=N_CTX, n_batch=24, n_seq=3)
@@ -287,7 +288,7 @@ def test_prefixes_are_shared_by_pages_and_oldest_conversations_go(tiny_gguf) -> 
 
 
 def test_pictures_are_found_by_digest(tiny_gguf) -> None:
-    for kind in ("gemma3", "qwen2_5_vl"):
+    for kind in cases.kinds(sees=True, own_cache=True):
         model = pe.load(tiny_gguf(kind)[0], n_ctx=N_CTX, n_seq=3)
         one = model.generate([1, picture(1), *ids(20)], max_tokens=1, **options(model))
         again, other = (model.generate([1, picture(n), *ids(20), 5], max_tokens=1, **options(model)) for n in (1, 2))
@@ -343,7 +344,7 @@ def test_keys_are_rotated(dtype: str, interleaved: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", cases.kinds(sees=False, ring=False, own_cache=True))
 def test_removal_is_what_numpy_makes_of_the_cache(tiny_gguf, kind: str, dtype: str) -> None:
     """Values of later tokens depend on removed ones, so the comparison is with the same cells moved and turned, not with a prompt."""
     path, text, (a, b) = tiny_gguf(kind)[0], ids(200, 1), (20, 140)

@@ -11,6 +11,7 @@ from converters.base import mmproj_path
 
 pytest.importorskip("transformers", reason="pip install transformers torch")
 
+import cases  # noqa: E402
 import foreign  # noqa: E402
 import tiny  # noqa: E402
 from foreign import llama_cpp_logits  # noqa: E402
@@ -24,8 +25,9 @@ LAYOUTS = {     # what writes the files of a checkpoint: path of the model, path
     "Ollama": lambda folder, out: (foreign.ollama_file(folder, out), None),
     "Ollama, more tokens than rows": lambda folder, out: (foreign.ollama_file(folder, out, extra_tokens=3), None),
 }
-CASES = [(kind, layout) for kind in tiny.SEEING_KINDS for layout in LAYOUTS
-         if not (kind == "qwen2_vl" and layout.startswith("Ollama")) and not (kind == "mllama" and layout.startswith("llama.cpp"))]
+LLAMA_CPP = [case.kind for case in cases.select(sees=True) if case.llama_cpp]        # those that see there
+CASES = [(case.kind, layout) for case in cases.select(sees=True) for layout in LAYOUTS
+         if (case.dialect.ollama_arch or not layout.startswith("Ollama")) and (case.llama_cpp or not layout.startswith("llama.cpp"))]
 
 
 def picture(width, height, seed):
@@ -45,8 +47,8 @@ def models(tmp_path_factory):
     def get(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp("checkpoints") / kind
-            assumed = {"mllama": {"processor": {"image_mean": foreign.CLIP_MEAN, "image_std": foreign.CLIP_STD}}, **tiny.LLAMA_CPP}
-            tiny.make_checkpoint(kind, folder, dtype="float16", **assumed.get(kind, {}))
+            case = cases.find(kind)
+            tiny.make_checkpoint(case, folder, dtype="float16", **case.assumed, **case.dialect.settings)
             parts = [5, "a dog", picture(150, 100, 1), " and ", picture(90, 200, 2), "What is it?"]
             made[kind] = folder, parts, tiny.hf_seen(folder, parts)
         return made[kind]
@@ -82,7 +84,7 @@ def test_ollamas_store(kind, layout, models, tmp_path, monkeypatch):
     check(pe.load("seer:tiny", n_ctx=N_CTX, kv_dtype="f32"), parts, seen)
 
 
-@pytest.mark.parametrize("kind", tiny.LLAMA_CPP_KINDS)
+@pytest.mark.parametrize("kind", LLAMA_CPP)
 def test_llama_cpps_text_file_alone_is_a_text_model(kind, models, tmp_path):
     folder, parts, _ = models(kind)
     words = [p for p in parts if isinstance(p, (int, str))]
@@ -92,20 +94,17 @@ def test_llama_cpps_text_file_alone_is_a_text_model(kind, models, tmp_path):
     assert abs(found - expected).max() < 1e-4 * np.ptp(expected)
 
 
-@pytest.mark.parametrize("kind", tiny.LLAMA_CPP_KINDS)
+@pytest.mark.parametrize("kind", LLAMA_CPP)
 def test_llama_cpp_itself_reads_the_pair(kind, models, tmp_path):
     """The fixture is what it says it is."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="make peers")
     folder = models(kind)[0]
     path, mmproj = foreign.llama_cpp_files(folder, tmp_path / "m.gguf")
-    image = picture(*{"gemma3": (56, 56), "llama4": (56, 56), "mistral3": (112, 84)}.get(kind, (168, 140)), 3)
+    theirs = cases.find(kind).llama_cpp
+    image = picture(*theirs.picture, 3)
     seen = tiny.hf_seen(folder, [image])
-    _, rows = foreign.mtmd_rows(path, mmproj, image)
-    if kind == "mistral3":                                  # ends of lines are among llama.cpp's rows
-        rows = rows[np.array(seen.ids[:-1]) == seen.ids[0]]
-    rows = foreign.llama4_order(rows) if kind == "llama4" else rows
-    # Llama 4's pixels are rounded to bfloat16, but not by llama.cpp: measured 1.8e-3, and 3e-4 without the rounding
-    assert abs(rows - seen.features[0]).max() < (3e-3 if kind == "llama4" else 2e-3) * np.ptp(seen.features[0])
+    rows = theirs.rows(foreign.mtmd_rows(path, mmproj, image)[1], seen)
+    assert abs(rows - seen.features[0]).max() < theirs.error * np.ptp(seen.features[0])
     ids = np.random.default_rng(1).integers(0, 390, 60).tolist()
     expected = tiny.hf_seen(folder, ids).logits
     assert abs(llama_cpp_logits(llama_cpp, path, ids) - expected).max() < 2e-4 * np.ptp(expected)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+
+import pyengine as pe
+from cases import Case, Converted, Tokens
+from foreign import Dialect, LlamaCpp, Saved, vision_name
+from foreign import Tensors as NamedTensors
+from hollow import Decoder, Encoder, Full, kv, Tensor
+from pictures import A
+from sight import of_any_backend, Run, Sight
+from tiny import COMMON
 
 from pyengine.nn.batch import Batch
 from pyengine.dtype import dtype
@@ -25,8 +37,249 @@ from pyengine.models.qwen2vl import most_rows, smart_resize
 from pyengine.graph.tensor import Dim
 from pyengine.files.weights import Weights
 
-torch = pytest.importorskip("torch", reason="needs transformers and torch: pip install -r requirements/test.txt")
-transformers = pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")
+try:
+    import torch
+    import transformers
+except ImportError:         # the cases are found without them
+    torch = transformers = None
+
+KIB, GIB = 2**10, 2**30
+pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers and torch: pip install -r requirements/test.txt")
+
+
+# ---- the cases ------------------------------------------------------------------------------------------------------------------
+
+
+# What the family's real template does, in other words: contents are strings or lists of parts.
+TEMPLATE = """{%- set ns = namespace(images=0, videos=0) -%}
+{%- for m in messages -%}
+  {%- if loop.first and m['role'] != 'system' -%}
+    {{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+  {%- endif -%}
+  {{ '<|im_start|>' + m['role'] + '\n' }}
+  {%- if m['content'] is string -%}{{ m['content'] }}
+  {%- else -%}
+    {%- for part in m['content'] -%}
+      {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
+        {%- set ns.images = ns.images + 1 -%}
+        {{ ('Picture ' ~ ns.images ~ ': ' if add_vision_id else '') + '<|vision_start|><|image_pad|><|vision_end|>' }}
+      {%- elif part['type'] == 'video' or 'video' in part -%}
+        {%- set ns.videos = ns.videos + 1 -%}
+        {{ ('Video ' ~ ns.videos ~ ': ' if add_vision_id else '') + '<|vision_start|><|video_pad|><|vision_end|>' }}
+      {%- else -%}{{ part['text'] }}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
+TOKENS = Tokens(
+    ("<|video_pad|>", "<|im_end|>", "<|vision_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>",
+     "<|vision_start|>", "<|box_start|>", "<|box_end|>"), None, "<|im_end|>", "<|endoftext|>", TEMPLATE,
+    {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+     "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"})
+
+
+class QwenSight(Sight):
+    """`Seen.pixels` are patches [n, 3 * T * p * p], its grids frames, rows and columns of patches. Videos need no torchvision here."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl")
+    marker = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def images(self, config: Any, settings: dict[str, Any]) -> Any:
+        vision = config.vision_config
+        return transformers.Qwen2VLImageProcessorPil(**{
+            "patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size, "min_pixels": 56 * 56, "max_pixels": 224 * 224, **settings})
+
+    def processor(self, folder: Path, config: Any, tokenizer: Any) -> Any:
+        images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+        return of_any_backend(transformers.Qwen2VLProcessor)(images, tokenizer, None)
+
+    def part(self, processor: Any, config: Any, folder: Path, part: Any, **settings: Any) -> tuple[list[int], dict[str, Any]]:
+        if not isinstance(part, (list, tuple)):
+            ids, made = super().part(processor, config, folder, part, **settings)
+            return ids, {"kind": "image", "pixels": made["pixel_values"], "grid": made["image_grid_thw"][0].tolist()}
+        patches, grid = video_patches(processor.image_processor, folder, part)
+        n = int(np.prod(grid)) // config.vision_config.spatial_merge_size ** 2
+        ids = [config.vision_start_token_id, *[config.video_token_id] * n, config.vision_end_token_id]
+        return ids, {"kind": "video", "pixels": torch.tensor(patches), "grid": grid}
+
+    def run(self, model: Any, tokens: Any, made: list[dict[str, Any]], fps: float | None) -> Run:
+        config = model.config
+        inputs: dict[str, Any] = {
+            "mm_token_type_ids": ((tokens == config.image_token_id) + 2 * (tokens == config.video_token_id)).int()}
+        features: dict[str, Any] = {}
+        for kind, name, run in (("image", "pixel_values", model.model.get_image_features),
+                                ("video", "pixel_values_videos", model.model.get_video_features)):
+            its = [m for m in made if m["kind"] == kind]
+            if its:
+                inputs[name], grid = torch.cat([m["pixels"] for m in its]), torch.tensor([m["grid"] for m in its])
+                inputs[f"{kind}_grid_thw"] = grid
+                features[kind] = iter(run(inputs[name], grid).pooler_output)
+                if kind == "video" and config.model_type == "qwen2_5_vl":
+                    # 24: what VideoMetadata.sampled_fps says of frames without a rate
+                    inputs["second_per_grid_ts"] = torch.full((len(its),), config.vision_config.temporal_patch_size / (fps or 24))
+        return Run(inputs, [next(features[m["kind"]]) for m in made], [m["pixels"] for m in made], [tuple(m["grid"]) for m in made])
+
+
+def video_patches(images: Any, folder: Path, frames: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
+    """Return a video's patches [n, 3 * T * p * p] and grid: frames as the image processor has them, T to a patch."""
+    settings = folder / "video_preprocessor_config.json"
+    size = json.loads(settings.read_text())["size"] if settings.exists() else dict(images.size)
+    t, p = images.temporal_patch_size, images.patch_size
+    single = [images(images=[f], size=size, return_tensors="np") for f in frames]
+    _, rows, columns = single[0]["image_grid_thw"][0].tolist()
+    # the image processor fills a patch with T copies of its picture: one of each frame is kept; the last frame is repeated
+    kept = [s["pixel_values"].reshape(-1, 3, t, p * p)[:, :, 0] for s in single]
+    kept += [kept[-1]] * (-len(kept) % t)
+    patches = np.concatenate([np.stack(kept[i:i + t], axis=2).reshape(rows * columns, -1) for i in range(0, len(kept), t)])
+    return patches, [len(kept) // t, rows, columns]
+
+
+class Qwen2Dialect(Dialect):
+    """llama.cpp's `conversion/qwenvl.py`. Qwen2-VL's feed-forward length is the width of the text model, as its converter writes it."""
+
+    model_types = ("qwen2_vl",)
+    arch, names, projector = "qwen2vl", gguf.MODEL_ARCH.QWEN2VL, "qwen2vl_merger"
+    vision_sizes = ("hidden_size", "embed_dim", "depth", "num_heads")
+
+    def assume(self, saved: Saved) -> None:
+        vision = saved.vision
+        assert vision["spatial_merge_size"] == vision["temporal_patch_size"] == 2 and vision.get("window_size", 112) == 112
+        full = vision.get("fullatt_block_indexes", [])
+        assert not full or full == list(range(full[0], vision["depth"], full[0] + 1))
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        rope = saved.text["rope_parameters"]
+        w.add_rope_freq_base(rope["rope_theta"])
+        w.add_rope_dimension_sections([*rope["mrope_section"], 0])
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        w.add_vision_attention_layernorm_eps(1e-6)
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> NamedTensors:
+        if source == "visual.patch_embed.proj.weight":
+            yield "v.patch_embd.weight", value[:, :, 0]
+            yield "v.patch_embd.weight.1", value[:, :, 1]
+        elif ".qkv." in source:
+            for part, third in zip("qkv", np.split(value, 3)):
+                yield vision_name(source.replace(".qkv.", f".{part}."), legacy), third
+        else:
+            yield vision_name(source, legacy), value
+
+
+class Qwen25Dialect(Qwen2Dialect):
+    """The same with windows; Ollama's `convert/convert_qwen25vl.go`."""
+
+    model_types = ("qwen2_5_vl",)
+    projector = "qwen2.5vl_merger"
+    vision_sizes = ("intermediate_size", "hidden_size", "depth", "num_heads")
+    ollama_arch = "qwen25vl"
+    ollama_names = (("visual", "v"), ("blocks", "blk"), ("attn.proj", "attn_out"), ("norm1", "ln1"), ("norm2", "ln2"),
+                    ("mlp.down_proj", "ffn_down"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"))
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        super().vision_keys(w, saved)
+        w.add_vision_use_silu(True)
+        w.add_vision_n_wa_pattern(saved.vision["fullatt_block_indexes"][0] + 1)
+
+    def ollama_keys(self, w: gguf.GGUFWriter, saved: Saved) -> tuple[dict[str, int], float | None]:
+        text, vision = saved.text, saved.vision
+        w.add_layer_norm_rms_eps(text["rms_norm_eps"])
+        w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+        w.add_array("qwen25vl.rope.mrope_section", text["rope_parameters"]["mrope_section"])
+        w.add_float32("qwen25vl.vision.rope.freq_base", 1e4)
+        w.add_array("qwen25vl.vision.fullatt_block_indexes", vision["fullatt_block_indexes"])
+        return {"block_count": vision["depth"], "spatial_merge_size": vision["spatial_merge_size"],
+                "spatial_patch_size": 0, "window_size": vision["window_size"],
+                "temporal_patch_size": vision["temporal_patch_size"], "attention.head_count": vision["num_heads"]}, 1e-6
+
+    def ollama_tensor(self, name: str, value: np.ndarray) -> NamedTensors:
+        if "patch_embed.proj" in name:
+            for i in range(2):      # [out, 3, 1, p, p], then without the 1
+                yield name.replace("patch_embed.proj", f"patch_embd_{i}"), value[:, :, i]
+        elif "attn.qkv" in name:
+            for part, third in zip("qkv", np.split(value, 3)):
+                yield name.replace("attn.qkv", f"attn_{part}"), third
+        else:
+            yield name, value
+
+
+def full_encoder(d_model: int) -> Encoder:
+    """Qwen2.5-VL's encoder: keys and tensors of llama.cpp's projector file. At most 16,384 soft tokens a picture."""
+    width, d_ff, n_layers, patch = 1280, 3420, 32, 14
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "qwen2.5vl_merger", "clip.use_silu": True,
+            "clip.vision.image_size": 560,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16, "clip.vision.n_wa_pattern": 8,
+            "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.projection_dim": d_model}
+    group = 4 * width
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"),
+                             ("v.patch_embd.weight.1", (width, 3, patch, patch), "F16"), ("v.post_ln.weight", (width,), "F32"),
+                             ("mm.0.weight", (group, group), "F16"), ("mm.0.bias", (group,), "F32"),
+                             ("mm.2.weight", (d_model, group), "F16"), ("mm.2.bias", (d_model,), "F32")]
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [(f"{at}ln1.weight", (width,), "F32"), (f"{at}ln2.weight", (width,), "F32")]
+        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)), "ffn_gate": (d_ff, width),
+                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return keys, tensors
+
+
+FULL = Decoder("qwen2vl", 28, 3584, 18944, 28, 4, 128, 152064, 128000, biases=True,
+               keys={"rope.dimension_sections": np.array([16, 24, 24, 0], np.int32)})
+FULL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+TEXT_CONFIG = {**COMMON, "vocab_size": 520, "max_position_embeddings": 512,
+               "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+FILE = {"general.architecture": "qwen2vl", "qwen2vl.rope.dimension_sections": [2, 3, 3, 0], "tokenizer.chat_template": TEMPLATE,
+        "qwen2vl.vocab_size": 520}
+CLIP = {"has_vision_encoder": True, "image_size": 560, "patch_size": 14, "embedding_length": 80, "projection_dim": 96,
+        "attention.head_count": 4, "attention.layer_norm_epsilon": np.float32(1e-6), "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "rope.freq_base": 1e4, "resample": 3, "image_min_pixels": 3136,
+        "image_max_pixels": 50176, "video_min_pixels": 3136, "video_max_pixels": 50176, "video_min_frames": 4,
+        "video_max_frames": 768, "video_sample_frames": False,
+        "image_mean": [np.float32(x) for x in (0.48145466, 0.4578275, 0.40821073)],
+        "image_std": [np.float32(x) for x in (0.26862954, 0.26130258, 0.27577711)]}
+CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "image_start_token_id": "<|vision_start|>",
+               "image_end_token_id": "<|vision_end|>"}
+RENAMES = ((("model.", "model.language_model."), ("visual.", "model.visual.")),
+           (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")))
+ASSUMED = {"vision_config": {"window_size": 112}}
+YARN = {"text_config": {"rope_parameters": {**TEXT_CONFIG["rope_parameters"], "rope_type": "yarn", "factor": 8.0,
+                                           "original_max_position_embeddings": 64}}}
+
+# Patch and window sizes give windows of 2 x 2 merged patches, cut at the edges of most pictures.
+QWEN25 = Case(
+    "qwen2_5_vl", "qwen2vl", "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", "qwen2", {},
+    {**TEXT_CONFIG, "rms_norm_eps": 1e-6},
+    {"depth": 4, "hidden_size": 80, "intermediate_size": 100, "num_heads": 4, "out_hidden_size": 96,
+     "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": 3},
+    TOKENS, QwenSight(), mrope=True, videos=True,
+    converted=Converted(
+        FILE, clip={**CLIP, "projector_type": "qwen2.5vl_merger", "use_gelu": False, "use_silu": True, "hidden_act": "silu",
+                    "block_count": 4, "feed_forward_length": 100, "tokens_per_second": 3.0, "window_size": 112,
+                    "wa_layer_indexes": [1, 3], "n_wa_pattern": 2},
+        clip_tokens=CLIP_TOKENS, renames=RENAMES, runs={"qwen2_5_vl": ASSUMED, "qwen2_5_vl-yarn": YARN}),
+    dialect=Qwen25Dialect(), llama_cpp=LlamaCpp(assumed=ASSUMED),
+    full={"qwen-7b": Full(FULL, FULL_TOKENS, full_encoder)})
+
+QWEN2 = Case(
+    "qwen2_vl", "qwen2vl", "Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "qwen2", {"tie_word_embeddings": True}, TEXT_CONFIG,
+    {"depth": 3, "embed_dim": 80, "hidden_size": 96, "num_heads": 4, "mlp_ratio": 2},
+    TOKENS, QwenSight(), mrope=True, videos=True, cached_as="qwen2_5_vl",
+    converted=Converted(
+        FILE, clip={**CLIP, "projector_type": "qwen2vl_merger", "use_gelu": False, "use_silu": False, "hidden_act": "quick_gelu",
+                    "block_count": 3, "feed_forward_length": 160},
+        clip_tokens=CLIP_TOKENS, renames=RENAMES, runs={"qwen2_vl": {}, "qwen2_vl-untied": {"tie_word_embeddings": False}}),
+    dialect=Qwen2Dialect(), llama_cpp=LlamaCpp())
+
+CASES = (QWEN25, QWEN2)
+
+
+# ---- another tiny model, bound by itself ------------------------------------------------------------------------------------------
 
 N_CTX = 400
 PIXELS = {"min_pixels": 2000, "max_pixels": 30000}                             # about 8 to 104 rows of 12 x 2 pixels
@@ -149,7 +402,7 @@ def random_model(kind: str, **vision):
     return model.float().eval()
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
+@pytest.fixture(scope="module", params=[c.kind for c in CASES])
 def pair(request, tmp_path_factory):
     """A model of transformers and the same one bound to a GGUF file with llama.cpp's names."""
     hf = random_model(request.param)
@@ -347,7 +600,7 @@ def test_weights_in_blocks_of_8_bits(tmp_path) -> None:
     assert 0 < np.abs(got - want).max() < 0.05 * np.ptp(want)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("kind", [c.kind for c in CASES])
 def test_converted_checkpoints(tiny_gguf, kind: str) -> None:
     path, folder = tiny_gguf(kind)
     ours = bind(path).vision
@@ -446,3 +699,40 @@ def test_text_alone_is_transformers(pair) -> None:
     with torch.no_grad():
         want = pair.hf(input_ids=torch.tensor(ids[None]).long()).logits[0].numpy()
     close(decode(pair.text, ids, np.tile(np.arange(40), (3, 1)), np.zeros((1, 48), np.float32)), want, 1e-5)
+
+
+# ---- whole ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_in_blocks_of_256(tiny_gguf, tmp_path) -> None:
+    """Q4_K needs rows of 256. Beside the same weights as F32, only activations are rounded, to 8 bits as with Q8_0."""
+    from converters.quantize import quantize_file
+
+    path = tiny_gguf("qwen2_5_vl", vision_config={"hidden_size": 256, "intermediate_size": 512, "num_heads": 8})[0]
+    small, wide = tmp_path / "q4_k.gguf", tmp_path / "f32.gguf"
+    quantize_file(path, small, "Q8_0", vision="Q4_K")
+    quantize_file(small, wide, "F32")
+    formats = {t.dtype.name for name, t in pe.GGUFFile(small).tensors.items() if name.startswith("v.blk.") and name.endswith("weight")}
+    assert "Q4_K" in formats
+    exact, close = (pe.load(p, n_ctx=128).encode_image(A) for p in (wide, small))
+    assert 1e-4 < np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2)) < 6e-2
+
+
+def test_qwen2_5_vl_7b(full_size, machine) -> None:
+    """28 layers with 4 heads of 128: 56 KiB a token. The encoder's largest picture has 16,384 soft tokens."""
+    machine(64 * GIB)
+    token = 28 * 4 * 128 * 2 * 2
+    assert token == 56 * KIB
+    path, mmproj = full_size("qwen-7b")
+    plan = pe.plan(path, n_ctx=131_072, mmproj=mmproj)
+    assert kv(plan) == {"Full": 131_072 * token} and kv(plan)["Full"] == 7 * GIB
+    assert plan.picture == 28 * 28 * 16_384 // 28**2
+    group = 4 * 1280
+    merger = 2 * (group * group + 3584 * group) + 4 * (group + 3584 + 1280)         # f16 matrices, f32 biases and norm
+    patches = 4 * 1280 * 2 * 3 * 14 * 14                                            # made from two slices: float32
+    assert sum(i.nbytes for i in plan.items if i.detail == "weights of patches, norms and projector") - merger - patches < 4096
+    layer = 2 * (4 * 1280**2 + 3 * 1280 * 3420) + 4 * (2 * 1280 + 4 * 1280 + 2 * 3420 + 1280)
+    padded = [i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is not None]
+    assert len(padded) == 32 and set(padded) == {padded[0]} and layer <= padded[0] < 1.01 * layer    # rows in groups of 16
+    f32 = 4 * 4 * 16_384 * 3 * 2 * 14 * 14                                          # patches of four to a soft token
+    assert any(dict(i.parts).get("patches [65536, 1176]") == f32 for i in plan.items if i.purpose == "images")

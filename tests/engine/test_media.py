@@ -1,4 +1,4 @@
-"""Pictures in prompts, whole models: against transformers at every position, and the engine's promises about media."""
+"""The engine's promises about pictures in prompts: loaded late, encoded once, placed, cached, refused in words; rows and masks."""
 
 from __future__ import annotations
 
@@ -6,100 +6,12 @@ import io
 
 import numpy as np
 import pytest
-from pictures import A, B, DOT, LONG, THIN, picture, same
+from pictures import A, B, LONG, picture
 
 import pyengine as pe
 from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
 from pyengine.errors import ContextOverflowError, ImageError, RequestError, UnsupportedModelError
 from pyengine.cache.policy import Full, Sliding
-
-tiny = pytest.importorskip("tiny")
-KINDS = ("gemma3", "qwen2_5_vl", "qwen2_vl", "mistral3", "mllama")
-
-
-PROMPTS = {
-    "text": [3, 7, "only text here", 9],
-    "one": ["what is ", A, " this?"],
-    "two": [5, A, "and", B, "differ how?", 6],
-    "side by side": [A, B, 4],
-    "awkward": ["long ", LONG, " thin ", THIN, " dot ", DOT, " end"],
-    "last": ["look at ", A],
-}
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_transformers(tiny_gguf, kind: str, name: str) -> None:
-    out, folder = tiny_gguf(kind)
-    want = tiny.hf_seen(folder, PROMPTS[name])
-    for n_batch in (512, 9):
-        model = pe.load(out, n_ctx=256, kv_dtype="f32", n_batch=n_batch)
-        same(model.logits(PROMPTS[name]), want.logits)
-    media = [p for p in PROMPTS[name] if not isinstance(p, (int, str))]
-    for part, features in zip(media, want.features):
-        same(model.encode_image(part), features)
-
-
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl"])
-@pytest.mark.parametrize("n_frames", [1, 2, 5])
-def test_videos_are_those_of_transformers(tiny_gguf, kind: str, n_frames: int) -> None:
-    out, folder = tiny_gguf(kind)
-    frames = [picture(60, 90, seed) for seed in range(n_frames)]
-    prompt = [3, A, "then", frames, "what moves?", 9]
-    want = tiny.hf_seen(folder, prompt)
-    for n_batch in (512, 7):
-        same(pe.load(out, n_ctx=256, kv_dtype="f32", n_batch=n_batch).logits(prompt), want.logits)
-
-
-def test_a_picture_larger_than_window_and_batch(tiny_gguf) -> None:
-    """Gemma: 16 soft tokens, a window of 6 and steps of 4: the step grows, and the window limits backwards only."""
-    out, folder = tiny_gguf("gemma3", mm_tokens_per_image=16, text_config={"sliding_window": 6})
-    prompt = [1, 2, 3, 4, 5, A, 6, 7, B, "and so on, and so on"]
-    want = tiny.hf_seen(folder, prompt)
-    model = pe.load(out, n_ctx=128, kv_dtype="f32", n_batch=4)
-    assert model.n_batch == 16 and model.plan.n_batch == 16
-    same(model.logits(prompt), want.logits)
-
-
-def test_pan_and_scan(tiny_gguf) -> None:
-    settings = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 30, "pan_and_scan_max_num_crops": 3}
-    out, folder = tiny_gguf("gemma3", processor={**settings, "do_pan_and_scan": False})
-    for image, n_crops in ((picture(40, 170), 3), (picture(140, 70), 2), (A, 2), (picture(64, 60), 0), (picture(28, 90), 0)):
-        prompt = [3, pe.open_image(image, pan_and_scan=True), 4]
-        want = tiny.hf_seen(folder, [3, image, 4], **settings)
-        assert len(want.features) == 1 + n_crops
-        model = pe.load(out, n_ctx=256, kv_dtype="f32")
-        same(model.logits(prompt), want.logits)
-        answer = model.generate(prompt, max_tokens=1, temperature=0)
-        assert answer.media[0].views == 1 + n_crops
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_text_goes_on_as_transformers(tiny_gguf, kind: str) -> None:
-    """Positions behind a picture, token after token."""
-    out, folder = tiny_gguf(kind)
-    prompt = [5, A, "and", B, 6]
-    model = pe.load(out, n_ctx=256, kv_dtype="f32")
-    never_end = tuple((i, -1e9) for i in model.tokenizer.eog_ids)
-    answer = model.generate(prompt, max_tokens=12, temperature=0, logit_bias=never_end)
-    want = tiny.hf_seen(folder, [*prompt, *answer.tokens])
-    n = answer.n_prompt
-    masked = want.logits[n - 1 : -1].copy()
-    masked[:, list(model.tokenizer.eog_ids)] = -np.inf
-    assert answer.tokens == masked.argmax(-1).tolist()
-    same(model.logits([*prompt, *answer.tokens]), want.logits)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_encoder_weights_in_other_formats(tiny_gguf, kind: str, outtype: str) -> None:
-    """Close to float32 in the measure of the format; equal would mean that the format was not used."""
-    exact, close = (pe.load(tiny_gguf(kind, o)[0], n_ctx=128).encode_image(A) for o in ("f32", outtype))
-    error = np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2))
-    assert 1e-6 < error < {"f16": 4e-3, "bf16": 3e-2, "q8_0": 6e-2}[outtype]
-
-
-# ---- the engine's promises ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -287,29 +199,3 @@ def test_rows_are_laid_out_and_cut() -> None:
     with pytest.raises(RequestError, match="3 rows must be one step"):
         list(rows.steps(2, 2))
     assert list(lay_out_rows([media(5, causal=True)]).steps(0, 2)) == [(0, 2), (2, 4), (4, 5)]
-
-
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mistral3", "mllama"])
-def test_a_conversation_has_the_ids_of_transformers(tiny_gguf, kind: str) -> None:
-    """Template, expansion and tokenization together: line breaks before a picture merge with those that it brings."""
-    out, folder = tiny_gguf(kind)
-    messages = [
-        {"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "what is it?\n"}, {"type": "image", "image": B}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
-        {"role": "user", "content": [{"type": "text", "text": "sure? "}, {"type": "image", "image": A}, {"type": "text", "text": "\n\nLook"}]}]
-    want = tiny.hf_chat_ids(folder, messages, [A, B, A])
-    assert pe.load(out, n_ctx=512).chat_ids(messages) == want
-
-
-def test_an_encoder_in_blocks_of_256(tiny_gguf, tmp_path) -> None:
-    """Q4_K needs rows of 256. Beside the same weights as F32, only activations are rounded, to 8 bits as with Q8_0."""
-    from converters.quantize import quantize_file
-
-    path = tiny_gguf("qwen2_5_vl", vision_config={"hidden_size": 256, "intermediate_size": 512, "num_heads": 8})[0]
-    small, wide = tmp_path / "q4_k.gguf", tmp_path / "f32.gguf"
-    quantize_file(path, small, "Q8_0", vision="Q4_K")
-    quantize_file(small, wide, "F32")
-    formats = {t.dtype.name for name, t in pe.GGUFFile(small).tensors.items() if name.startswith("v.blk.") and name.endswith("weight")}
-    assert "Q4_K" in formats
-    exact, close = (pe.load(p, n_ctx=128).encode_image(A) for p in (wide, small))
-    assert 1e-4 < np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2)) < 6e-2
