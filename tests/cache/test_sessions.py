@@ -110,7 +110,7 @@ def test_refused_in_words(tiny_gguf, tmp_path) -> None:
     lone = pe.load(path, n_ctx=256)
     stream = lone.stream(IDS[:5], max_tokens=9)
     next(stream)
-    with pytest.raises(PlanError, match="all 1 sequences are in use"):
+    with pytest.raises(PlanError, match="all 1 conversations are in use"):
         lone.restore(tmp_path / "a")
     stream.close()
     assert lone.restore(tmp_path / "a") == 107

@@ -7,7 +7,7 @@ import pytest
 
 import pyengine as pe
 from converters import convert
-from converters.base import mmproj_path
+from converters.writer import mmproj_path
 
 pytest.importorskip("transformers", reason="pip install transformers torch")
 

@@ -106,7 +106,7 @@ def test_refusals(native):
 
 def test_codebooks_are_asked_for():
     """A fresh library knows no codebook, takes one of the right size, and then no other."""
-    ffi, lib = cbuild.compile_c(("dequant.c",), ("dequant.h",))
+    ffi, lib = cbuild.compile_c(("host/dequant.c",), ("host/dequant.h",))
     out, raw = ffi.new("float[256]", [5.0] * 256), ffi.new("char[256]")
     for name in CODEBOOKS:
         if name != "IQ1_M":  # shares IQ1_S's
@@ -131,7 +131,7 @@ def test_without_undefined_behaviour(tmp_path):
     calls = "".join(f"  if (run({dtype}, {size[0]}, {size[1]})) return 1;\n" for dtype, size in sizes.items())
     program = tmp_path / "run.c"
     program.write_text(
-        f"""#include "{cbuild.CSRC / "dequant.h"}"
+        f"""#include "{cbuild.CSRC / "host/dequant.h"}"
 #include <stdlib.h>
 static int run(int dtype, int elements, int bytes) {{
   static int8_t grid[2048 * 8];
@@ -151,4 +151,4 @@ int main(void) {{
 """,
         encoding="utf-8",
     )
-    cbuild.run_sanitized((program, cbuild.CSRC / "dequant.c"), tmp_path / "run")
+    cbuild.run_sanitized((program, cbuild.CSRC / "host/dequant.c"), tmp_path / "run")

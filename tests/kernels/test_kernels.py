@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from csrc import build_rules as rules
 from pyengine.compiler import codegen
 from pyengine.dtype import dtype
 from pyengine.errors import ShapeError
@@ -28,17 +29,10 @@ from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "csrc" / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "attention", "attention_int8", "routing")]
+SOURCES = sorted([*(rules.CSRC / "cpu").glob("attention*.c"), *(rules.CSRC / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "routing"))])
 OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "temperature",
        "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")
-_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-FLAGS = {
-    "generic": [],
-    "avx2": _AVX2,
-    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
-               "-mprefer-vector-width=512"],
-    "neon": ["-march=armv8.2-a+dotprod+fp16"],
-}
+FLAGS = rules.isas(platform.machine())
 NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi2"},
          "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}}
 GUARD = 64
@@ -108,21 +102,17 @@ class Kernels:
 
     def __init__(self, isa: str, folder: Path):
         self.isa = isa
-        gen = folder / "gen"
-        gen.mkdir(exist_ok=True)
-        (gen / "kernels.h").write_text(codegen.kernels_header())
-        (gen / "table.c").write_text(codegen.kernels_table(SOURCES))
+        codegen.generate(rules.CSRC)
+        table = folder / "table.c"
+        table.write_text(codegen.kernels_table("cpu", SOURCES))
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")
         objects = []
-        for source in [*SOURCES, gen / "table.c", ROOT / "tests" / "c" / "harness.c"]:
+        for source in [*SOURCES, table, ROOT / "tests" / "c" / "harness.c"]:
             objects.append(folder / f"{source.stem}_{isa}.o")
-            subprocess.run(
-                [cc, "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror",
-                 "-fPIC", *FLAGS[isa], f"-DPE_ISA={isa}", f"-I{gen}", f"-I{ROOT / 'csrc' / 'cpu'}", "-c", source,
-                 "-o", objects[-1]],
-                check=True)
+            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}", "-c", source,
+                            "-o", objects[-1]], check=True)
         path = folder / f"kernels_{isa}.so"
         subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
         self.lib = ctypes.CDLL(str(path))

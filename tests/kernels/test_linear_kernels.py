@@ -20,18 +20,18 @@ import numpy as np
 import pytest
 from test_kernels import FLAGS, MAX_DIMS, CArgs, CTensor, KernelError, isas, rng_of
 
+from bench.blocks import SCALES
+from csrc import build_rules as rules
 from pyengine.compiler import codegen
 from pyengine.dtype import dtype
 from pyengine.graph.op import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = ROOT / "csrc" / "cpu"
-SOURCES = [CPU / "linear.c", CPU / "rows.c", CPU / "experts.c"]
+CPU = rules.CSRC / "cpu"
+SOURCES = sorted([*CPU.glob("linear*.c"), *(CPU / f"{n}.c" for n in ("rows", "experts", "norm"))])
 PACKED = 256
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 FLOATS = ["F32", "F16", "BF16"]
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "MXFP4": [], "Q2_K": [80, 82],
-          "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_XS": [0], "TQ2_0": [64]}  # where a block has f16
 
 
 class Matrix:
@@ -48,7 +48,7 @@ class Matrix:
         else:
             self.raw = rng.integers(0, 256, (n, k // block * size), np.uint8)
             blocks = self.raw.reshape(-1, size)
-            for at in HALVES[name]:
+            for at in SCALES.get(name, ()):
                 blocks[:, at : at + 2] = rng.uniform(-0.1, 0.1, (len(blocks), 1)).astype(np.float16).view(np.uint8)
             if name == "MXFP4":
                 blocks[:, 0] = rng.integers(118, 130, len(blocks))
@@ -61,20 +61,18 @@ class Kernels:
     """linear and rows of one instruction set, and the packer."""
 
     def __init__(self, isa: str, folder: Path):
-        gen = folder / "gen"
-        gen.mkdir(exist_ok=True)
-        (gen / "kernels.h").write_text(codegen.kernels_header())
-        (gen / "table.c").write_text(codegen.kernels_table(SOURCES))
+        codegen.generate(rules.CSRC)
+        table = folder / "table.c"
+        table.write_text(codegen.kernels_table("cpu", SOURCES))
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")
-        once = [CPU / "pack.c", ROOT / "csrc" / "dequant.c"]
+        once = [CPU / "pack.c", rules.CSRC / "host" / "dequant.c"]
         objects = []
-        for source in [*SOURCES, gen / "table.c", ROOT / "tests" / "c" / "harness.c", *once]:
+        for source in [*SOURCES, table, ROOT / "tests" / "c" / "harness.c", *once]:
             objects.append(folder / f"{source.stem}_{isa}.o")
-            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{gen}", f"-I{CPU}"]
-            common = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
-            subprocess.run([cc, *common, "-Wall", "-Wextra", "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
+            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}"]
+            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
         path = folder / f"linear_{isa}.so"
         subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
         self.isa, self.lib = isa, ctypes.CDLL(str(path))
@@ -286,6 +284,21 @@ def test_everything_around_the_product(kernels: Kernels, m: int) -> None:
     for glu, act in acts.items():
         got = kernels.linear(h, pair, bias=biases, glu=glu, threads=2)[0]
         np.testing.assert_allclose(got, act * up, rtol=1e-6, atol=1e-6 * np.abs(up).max() * (1 + np.abs(gate).max()))
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
+def test_a_fused_norm_has_the_bits_of_rms_norm(kernels: Kernels, name: str) -> None:
+    """linear(x, norm) is linear(rms_norm(x)) bit for bit: any width, any number of rows, weights packed or as in the file."""
+    rng = rng_of(("fused norm", name))
+    block = dtype(name).block
+    widths = (5, 16, 37, 64, 77, 333, 640) if name in FLOATS else [block * n for n in ((1, 3) if block == 256 else (1, 2, 3, 5, 19))]
+    for k, m in itertools.product(widths, (1, 3, 5, 20)):
+        w, x, gain = Matrix(rng, name, 21, k), rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
+        h = np.empty_like(x)
+        kernels.call("rms_norm", [[array(x)], [array(gain)], [], [array(h)]], 1, {"eps": 1e-5}, 2)
+        for packed in (True, False):
+            fused = kernels.linear(x, [w], norm=gain, norm_eps=1e-5, threads=2, packed=packed)[0]
+            assert fused.tobytes() == kernels.linear(h, [w], packed=packed)[0].tobytes(), (k, m, packed)
 
 
 def test_output_may_be_the_residual(kernels: Kernels) -> None:

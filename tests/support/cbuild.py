@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,20 +18,15 @@ from pathlib import Path
 import cffi
 import pytest
 
+from csrc import build_rules as rules
+from pyengine.compiler import codegen
 from pyengine.errors import PyEngineError
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+CSRC = rules.CSRC
 FLAGS = (
     *("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"),
 )
-
-
-def declarations(header: str) -> str:
-    """Return the text of `csrc/<header>` as `ffi.cdef` takes it: no preprocessor lines, no PE_API."""
-    text = (CSRC / header).read_text(encoding="utf-8")
-    text = re.sub(r'#ifdef __cplusplus\s*(extern "C" \{|\})\s*#endif', "", text)
-    return re.sub(r"^#.*$|\bPE_API\b", "", text, flags=re.MULTILINE)
 
 
 def _compiler() -> list[str]:
@@ -44,8 +38,9 @@ def _compiler() -> list[str]:
 
 def compile_c(sources: tuple[str, ...], headers: tuple[str, ...], extra_flags: tuple[str, ...] = ()):
     """Compile files of `csrc` to a shared library; return (ffi, lib). Skips the test if there is no C compiler."""
+    codegen.generate(CSRC)
     ffi = cffi.FFI()
-    ffi.cdef("typedef int pe_status;" + "".join(map(declarations, headers)))
+    ffi.cdef(rules.declarations(CSRC / header for header in headers))
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "library.so")
         files = [str(CSRC / source) for source in sources]
@@ -65,7 +60,7 @@ def native(*symbols: str):
     except (ImportError, PyEngineError):  # the extension is not built
         pass
     stand_in = types.ModuleType("pyengine.native")
-    stand_in.ffi, stand_in.lib = compile_c(("dequant.c", "sampling.c"), ("dequant.h", "sampling.h"))
+    stand_in.ffi, stand_in.lib = compile_c(("host/dequant.c", "host/sampling.c"), ("host/dequant.h", "host/sampling.h"))
     users = ("pyengine.native", "pyengine.native.blocks", "pyengine.text.sampling")
     kept = {name: sys.modules.pop(name, None) for name in users}
     with pytest.MonkeyPatch.context() as patch:
@@ -80,6 +75,7 @@ def native(*symbols: str):
 
 def run_sanitized(sources: tuple[Path, ...], program: Path) -> None:
     """Build a program with the address and undefined-behaviour sanitizers and run it; a finding fails the test."""
+    codegen.generate(CSRC)
     sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
     flags = tuple(flag for flag in FLAGS if flag not in ("-shared", "-fPIC", "-O3"))
     build = [*_compiler(), *flags, *sanitize, *map(str, sources), "-o", str(program), "-lm"]

@@ -4,13 +4,12 @@
     python tests/support/crossbuild.py TARGET ...          see TARGETS; for those that cannot run here, compile every C file
     python tests/support/crossbuild.py --count [TARGET]    NEON instructions for 32 weights in the inner loops of the products
 
-What is compiled for which instruction set, and with which flags, is read from setup.py. Objects and runners lie in
-build/cross/<target>; what is newer than its sources and all headers is kept.
+What is compiled for which instruction set, and with which flags, is said by csrc/build_rules.py. Objects and runners lie in
+build/cross/<target>; what is newer than all that it was made of is kept.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import platform
@@ -24,15 +23,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
 RUNNER = ROOT / "tests" / "c" / "runner.c"
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+
+from csrc import build_rules as rules  # noqa: E402  found through the line above
+
+CSRC = rules.CSRC
 
 
 class ToolMissing(Exception):
@@ -43,17 +44,6 @@ class BuildError(Exception):
     """Files that do not compile, with the compiler's output."""
 
 
-def _setup_constants() -> dict[str, Any]:
-    """The flags of setup.py, which cannot be imported without building."""
-    wanted = {"AVX2", "AVX512", "ISAS", "COMMON", "C_FLAGS"}
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    kept = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in wanted]
-    scope: dict[str, Any] = {}
-    exec(compile(ast.Module(kept, []), "setup.py", "exec"), scope)
-    return {name: scope[name] for name in wanted}
-
-
-SETUP = _setup_constants()
 # zig names processors by -mcpu with LLVM's words for features.
 ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16"}
 
@@ -62,7 +52,7 @@ ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullf
 class Target:
     """What to build for, and with what: zig for its `triple`, the cross-compiler `gcc`, or this machine's own."""
 
-    machine: str                 # key of setup.py's ISAS
+    machine: str                 # as platform.machine() names it
     triple: str = ""
     gcc: str = ""
     runs: bool = True            # here or under qemu, so that linking makes sense
@@ -73,7 +63,7 @@ class Target:
 
     @property
     def isas(self) -> dict[str, list[str]]:
-        return SETUP["ISAS"][self.machine]
+        return rules.isas(self.machine)
 
     def compiler(self) -> list[str]:
         """Raises: ToolMissing."""
@@ -125,10 +115,7 @@ def _jobs(target: Target) -> list[tuple[Path, str]]:
 
     codegen.generate(CSRC)
     jobs = [(RUNNER, "base")] if target.runs else []
-    for source in sorted([*CSRC.glob("*.c"), *(CSRC / "cpu").glob("*.c"), CSRC / "gen" / "table.c"]):
-        per_isa = source.name == "table.c" or re.search(r"PE_(KERNEL|NAME)\(", source.read_text(encoding="utf-8"))
-        jobs += [(source, isa) for isa in target.isas] if per_isa else [(source, "base")]
-    return jobs
+    return jobs + [(source, isa) for source, isa, _ in rules.objects(target.machine)]
 
 
 def build(name: str) -> Path:
@@ -138,22 +125,22 @@ def build(name: str) -> Path:
     """
     target, folder = TARGETS[name], ROOT / "build" / "cross" / name
     compiler = target.compiler()
-    have = [f"-DPE_HAVE_{isa}" for isa in target.isas if isa != "generic"]
     jobs = _jobs(target)
-    newest = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), ROOT / "setup.py", Path(__file__)])
 
     def compile_one(job: tuple[Path, str]) -> tuple[Path, bool, str]:
         """The object, whether it is there, and what the compiler said."""
         source, isa = job
         out = folder / isa / f"{source.stem}.o"
-        if out.exists() and out.stat().st_mtime > max(newest, source.stat().st_mtime):
+        if not rules.stale(out, [Path(__file__), Path(rules.__file__)]):
             return out, True, ""
         out.parent.mkdir(parents=True, exist_ok=True)
-        own = have if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
-        made = out.with_suffix(f".{os.getpid()}")                          # two builds at once must not read halves
-        command = [*compiler, *SETUP["C_FLAGS"], *own, f"-I{CSRC / 'gen'}", "-c", str(source), "-o", str(made)]
+        own = rules.have(target.machine) if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
+        # Two builds at once must not read halves.
+        made, listed = out.with_suffix(f".{os.getpid()}"), out.with_suffix(f".{os.getpid()}.d")
+        command = [*compiler, *rules.C_FLAGS, *own, f"-I{CSRC}", "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if not done.returncode:
+            listed.replace(out.with_suffix(".d"))
             made.replace(out)
         said = f"{source.relative_to(ROOT)} for {isa}:\n{done.stderr.strip()}\n" if done.stderr else ""
         return out, not done.returncode, said
@@ -313,9 +300,11 @@ def instruction_counts(name: str) -> str:
     decode: the loop for 1 and for 4 rows of x; unpack: the loop that opens a panel, once for all rows of x; tile: the
     loop that multiplies it with 4 rows. A step is 16 such blocks, and 32 sdot for each row of x.
     """
+    from pyengine.dtype import PACKED_FORMS
+
     build(name)
-    loops = _loops(ROOT / "build" / "cross" / name / "neon" / "linear.o")
-    text = (CSRC / "cpu" / "linear.c").read_text(encoding="utf-8")
+    objects = ROOT / "build" / "cross" / name / "neon"
+    loops = {**_loops(objects / "linear_few.o"), **_loops(objects / "linear_tiles.o")}
 
     def cell(function: str, rows: int) -> str:
         """The shortest loop with the sdot of a whole step for so many rows."""
@@ -335,7 +324,10 @@ def instruction_counts(name: str) -> str:
         raise BuildError(f"{function}: no loop that stores a step is found")
 
     rows = ["| format | decode, 1 row | decode, 4 rows | unpack | tile, 4 rows |", "|---|---|---|---|---|"]
-    for form, tile in re.findall(r"^FORMAT\((\w+), (\w+)\)", text, re.M):
+    for form, packed in PACKED_FORMS.items():
+        if packed.steps is None:
+            continue
+        tile = "zero128" if packed.zero == 128 else packed.steps
         decode = [cell(f"decode_{form}_{n}", n) for n in (1, 4)]
         rows.append("| " + " | ".join([form, *decode, unpacked(f"unpack_{form}"), cell(f"tile_{tile}", 4)]) + " |")
     return "\n".join(rows)

@@ -266,7 +266,7 @@ def test_refused_by_the_vocabulary(sampling):
 
 def test_random_stream():
     """SplitMix64 from the paper, written with Python's integers."""
-    ffi, lib = cbuild.compile_c(("sampling.c",), ("sampling.h",))
+    ffi, lib = cbuild.compile_c(("host/sampling.c",), ("host/sampling.h",))
     mask = 2**64 - 1
 
     def mix(z):
@@ -296,7 +296,7 @@ def test_same_tokens_whatever_the_compiler_does():
     rows = [rng.standard_normal(n_vocab).astype(np.float32) * s for s in (0.1, 1, 2, 5)]
     results = []
     for flag in ("-O3", "-O0", "-Os"):
-        ffi, lib = cbuild.compile_c(("sampling.c",), ("sampling.h",), (flag,))
+        ffi, lib = cbuild.compile_c(("host/sampling.c",), ("host/sampling.h",), (flag,))
         scratch = np.empty(lib.pe_sample_scratch(n_vocab) + 64, np.uint8)
         at = ffi.cast("void *", scratch.ctypes.data + -scratch.ctypes.data % 64)
         out, found = ffi.new("pe_sampled *"), []
@@ -314,7 +314,7 @@ def test_same_tokens_whatever_the_compiler_does():
 
 def test_c_refuses_what_python_would_not_pass(sampling):
     """The flat function is called by others too: bad parameters and tokens are refused, nothing is written."""
-    ffi, lib = cbuild.compile_c(("sampling.c",), ("sampling.h",))
+    ffi, lib = cbuild.compile_c(("host/sampling.c",), ("host/sampling.h",))
     logits, scratch = ffi.new("float[8]", [1.0] * 8), ffi.new("char[]", lib.pe_sample_scratch(8) + 64)
     out = ffi.new("pe_sampled *")
     good = [1.0, 0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
@@ -341,7 +341,7 @@ def test_without_undefined_behaviour(tmp_path):
     """All steps on exactly sized memory under the address and undefined-behaviour sanitizers."""
     program = tmp_path / "run.c"
     program.write_text(
-        f"""#include "{cbuild.CSRC / "sampling.h"}"
+        f"""#include "{cbuild.CSRC / "host/sampling.h"}"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -379,7 +379,7 @@ int main(void) {{
 """,
         encoding="utf-8",
     )
-    cbuild.run_sanitized((program, cbuild.CSRC / "sampling.c"), tmp_path / "run")
+    cbuild.run_sanitized((program, cbuild.CSRC / "host/sampling.c"), tmp_path / "run")
 
 
 def test_speed(sampling, capsys):

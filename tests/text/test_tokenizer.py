@@ -498,7 +498,7 @@ def test_minus_one_means_no_token():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokens where the file has them, and the C functions (csrc/bpe.h)
+# Tokens where the file has them, and the C functions (csrc/host/bpe.h)
 
 
 @pytest.mark.parametrize("name", ["spm", "bpe, llama3", "gemma4", "bert", "t5"])
@@ -600,13 +600,13 @@ def test_nothing_is_read_or_written_outside(tmp_path):
     """Random and malformed strings, parts and texts under the address and undefined-behaviour sanitizers."""
     program = tmp_path / "program.c"
     program.write_text(SANITIZED, encoding="utf-8")
-    cbuild.run_sanitized((program, cbuild.CSRC / "bpe.c"), tmp_path / "run")
+    cbuild.run_sanitized((program, cbuild.CSRC / "host/bpe.c"), tmp_path / "run")
 
 
 SANITIZED = r"""
 #include <stdlib.h>
 #include <string.h>
-#include "CSRC/bpe.h"
+#include "CSRC/host/bpe.h"
 
 static uint64_t state = 1;
 static uint32_t random_below(uint32_t n) {

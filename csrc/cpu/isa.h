@@ -2,7 +2,7 @@
 #ifndef PE_ISA_H
 #define PE_ISA_H
 
-#include "table.h"
+#include "../table.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -12,7 +12,7 @@ typedef struct pe_isa {
   const char *name;
   const pe_kernel_entry *kernels;
   int (*supported)(void);
-  pe_status (*quantize)(int32_t dtype, const float *src, void *dst, int64_t n); /* quantize.h */
+  pe_status (*quantize)(int32_t dtype, const float *src, void *dst, int64_t n); /* ../host/quantize.h */
 } pe_isa;
 
 extern const pe_isa pe_isas[]; /* best first; ends with a null name */

@@ -1,4 +1,4 @@
-/* sampling.h: choose the next token from one row of logits. pyengine.native reads this file, so it stays plain.
+/* sampling.h: choose the next token from one row of logits. setup.py reads these declarations for cffi, so they stay plain.
  *
  * The chain, in the order of llama.cpp's default:
  *
@@ -25,7 +25,7 @@
 #ifndef PE_SAMPLING_H
 #define PE_SAMPLING_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

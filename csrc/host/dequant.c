@@ -5,7 +5,7 @@
  * -ffp-contract=off and without -ffast-math.
  */
 #include "dequant.h"
-#include "quants.h"
+#include "../quants.h"
 
 #include <float.h>
 #include <string.h>
@@ -408,39 +408,39 @@ static void bf16(const void *src, float *y) {
 
 pe_status pe_dequantize_row(int32_t dtype, const void *src, float *dst, int64_t n) {
   void (*block)(const void *, float *);
-  int64_t elements, bytes;
   switch (dtype) {
-#define FORMAT(id, function, n_elements, n_bytes) \
-  case id: block = function, elements = n_elements, bytes = n_bytes; break
-    FORMAT(PE_F32, f32, 1, 4);
-    FORMAT(PE_F16, f16, 1, 2);
-    FORMAT(PE_BF16, bf16, 1, 2);
-    FORMAT(PE_Q4_0, q4_0, 32, sizeof(block_q4_0));
-    FORMAT(PE_Q4_1, q4_1, 32, sizeof(block_q4_1));
-    FORMAT(PE_Q5_0, q5_0, 32, sizeof(block_q5_0));
-    FORMAT(PE_Q5_1, q5_1, 32, sizeof(block_q5_1));
-    FORMAT(PE_Q8_0, q8_0, 32, sizeof(block_q8_0));
-    FORMAT(PE_IQ4_NL, iq4_nl, 32, sizeof(block_iq4_nl));
-    FORMAT(PE_MXFP4, mxfp4, 32, sizeof(block_mxfp4));
-    FORMAT(PE_NVFP4, nvfp4, 64, sizeof(block_nvfp4));
-    FORMAT(PE_Q2_K, q2_k, 256, sizeof(block_q2_K));
-    FORMAT(PE_Q3_K, q3_k, 256, sizeof(block_q3_K));
-    FORMAT(PE_Q4_K, q4_k, 256, sizeof(block_q4_K));
-    FORMAT(PE_Q5_K, q5_k, 256, sizeof(block_q5_K));
-    FORMAT(PE_Q6_K, q6_k, 256, sizeof(block_q6_K));
-    FORMAT(PE_IQ2_XXS, iq2_xxs, 256, sizeof(block_iq2_xxs));
-    FORMAT(PE_IQ2_XS, iq2_xs, 256, sizeof(block_iq2_xs));
-    FORMAT(PE_IQ2_S, iq2_s, 256, sizeof(block_iq2_s));
-    FORMAT(PE_IQ3_XXS, iq3_xxs, 256, sizeof(block_iq3_xxs));
-    FORMAT(PE_IQ3_S, iq3_s, 256, sizeof(block_iq3_s));
-    FORMAT(PE_IQ1_S, iq1_s, 256, sizeof(block_iq1_s));
-    FORMAT(PE_IQ1_M, iq1_m, 256, sizeof(block_iq1_m));
-    FORMAT(PE_IQ4_XS, iq4_xs, 256, sizeof(block_iq4_xs));
-    FORMAT(PE_TQ1_0, tq1_0, 256, sizeof(block_tq1_0));
-    FORMAT(PE_TQ2_0, tq2_0, 256, sizeof(block_tq2_0));
+#define FORMAT(name, function) \
+  case PE_##name: block = function; break
+    FORMAT(F32, f32);
+    FORMAT(F16, f16);
+    FORMAT(BF16, bf16);
+    FORMAT(Q4_0, q4_0);
+    FORMAT(Q4_1, q4_1);
+    FORMAT(Q5_0, q5_0);
+    FORMAT(Q5_1, q5_1);
+    FORMAT(Q8_0, q8_0);
+    FORMAT(IQ4_NL, iq4_nl);
+    FORMAT(MXFP4, mxfp4);
+    FORMAT(NVFP4, nvfp4);
+    FORMAT(Q2_K, q2_k);
+    FORMAT(Q3_K, q3_k);
+    FORMAT(Q4_K, q4_k);
+    FORMAT(Q5_K, q5_k);
+    FORMAT(Q6_K, q6_k);
+    FORMAT(IQ2_XXS, iq2_xxs);
+    FORMAT(IQ2_XS, iq2_xs);
+    FORMAT(IQ2_S, iq2_s);
+    FORMAT(IQ3_XXS, iq3_xxs);
+    FORMAT(IQ3_S, iq3_s);
+    FORMAT(IQ1_S, iq1_s);
+    FORMAT(IQ1_M, iq1_m);
+    FORMAT(IQ4_XS, iq4_xs);
+    FORMAT(TQ1_0, tq1_0);
+    FORMAT(TQ2_0, tq2_0);
 #undef FORMAT
     default: return PE_BAD_DTYPE;
   }
+  const int64_t elements = pe_format_of(dtype).elements, bytes = pe_format_of(dtype).bytes;
   if (n < 0 || n % elements) return PE_BAD_SHAPE;
   if (codebook_of(dtype) && !pe_codebook(dtype)) return PE_NO_KERNEL;
   for (int64_t i = 0; i < n / elements; i++) block((const char *)src + i * bytes, dst + i * elements);

@@ -52,7 +52,7 @@ LOOP(int8_avx512, TARGET("avx512f,avx512vnni"), __m512i, 128)
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static int has_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); }
 #elif defined(__aarch64__)
-#include "isa.h" /* what the machine has is asked there */
+#include "../cpu/isa.h" /* what the machine has is asked there */
 #define STEP(a, x, y) vfmaq_f32(a, x, y)
 LOOP(fp32_neon, , float32x4_t, 8)
 #undef STEP

@@ -2,7 +2,7 @@
 #ifndef PE_POOL_H
 #define PE_POOL_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,9 +1,10 @@
 /* limits.h: loops that do nothing but what the hardware limits: reading memory, int8 dot products, fp32 multiply-adds. The
- * benchmarks time them in the run that they report, so that a kernel's speed can be given as a share of what is possible. */
+ * benchmarks time them in the run that they report, so that a kernel's speed can be given as a share of what is possible.
+ * setup.py reads these declarations for cffi, so they stay plain. */
 #ifndef PE_LIMITS_H
 #define PE_LIMITS_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

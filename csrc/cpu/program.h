@@ -3,7 +3,7 @@
 #define PE_PROGRAM_H
 
 #include "pool.h"
-#include "table.h"
+#include "../table.h"
 
 #ifdef __cplusplus
 extern "C" {

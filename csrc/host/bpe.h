@@ -1,5 +1,5 @@
-/* bpe.h: find strings of a GGUF file by their text, and join the characters of a text into tokens. pyengine.native
- * reads this file, so it stays plain.
+/* bpe.h: find strings of a GGUF file by their text, and join the characters of a text into tokens. setup.py
+ * reads these declarations for cffi, so they stay plain.
  *
  * Both kinds of BPE start from the characters of a part of the text and join two neighbours at a time, the best pair
  * first and of equal ones the leftmost, until no pair can be joined:
@@ -13,7 +13,7 @@
 #ifndef PE_BPE_H
 #define PE_BPE_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

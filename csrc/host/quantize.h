@@ -1,8 +1,8 @@
-/* quantize.h: float32 into the formats of GGUF files. pyengine.native reads these declarations, so they stay plain. */
+/* quantize.h: float32 into the formats of GGUF files. setup.py reads these declarations for cffi, so they stay plain. */
 #ifndef PE_QUANTIZE_H
 #define PE_QUANTIZE_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {

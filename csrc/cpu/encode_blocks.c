@@ -1,4 +1,4 @@
-/* quantize.c: float32 into blocks, 16 blocks (of K formats: sub-blocks) at once, one in each lane of a vector. What a block gets
+/* encode_blocks.c: float32 into blocks, 16 blocks (of K formats: sub-blocks) at once, one in each lane of a vector. What a block gets
  * is the outcome of a search for the least sum of squared differences, unweighted:
  *
  *   scale     x ~ d q. For codes q the best scale is sum(xq) / sum(qq), and it explains sum(xq)^2 / sum(qq) of sum(xx). Codes come
@@ -573,16 +573,14 @@ static pe_status narrow(int32_t dtype, const float *src, uint16_t *dst, int64_t 
 }
 
 static const struct {
-  int32_t dtype, in_lane, in_block;
-  int64_t bytes;
+  int32_t dtype, in_lane, in_block, bytes;
   pe_status (*quantize)(const v16f *x, int n_lanes, void *out);
 } formats[] = {
-  {PE_Q8_0, 32, 32, sizeof(block_q8_0), q8_0},     {PE_Q4_0, 32, 32, sizeof(block_q4_0), q4_0},
-  {PE_Q4_1, 32, 32, sizeof(block_q4_1), q4_1},     {PE_Q5_0, 32, 32, sizeof(block_q5_0), q5_0},
-  {PE_Q5_1, 32, 32, sizeof(block_q5_1), q5_1},     {PE_IQ4_NL, 32, 32, sizeof(block_iq4_nl), iq4_nl},
-  {PE_Q2_K, 16, 256, sizeof(block_q2_K), q2_k},    {PE_Q3_K, 16, 256, sizeof(block_q3_K), q3_k},
-  {PE_Q4_K, 32, 256, sizeof(block_q4_K), q4_k},    {PE_Q5_K, 32, 256, sizeof(block_q5_K), q5_k},
-  {PE_Q6_K, 16, 256, sizeof(block_q6_K), q6_k},
+#define ENCODER(name, in_lane, quantize) {PE_##name, in_lane, PE_BLOCK_##name, PE_BYTES_##name, quantize}
+  ENCODER(Q8_0, 32, q8_0), ENCODER(Q4_0, 32, q4_0), ENCODER(Q4_1, 32, q4_1), ENCODER(Q5_0, 32, q5_0), ENCODER(Q5_1, 32, q5_1),
+  ENCODER(IQ4_NL, 32, iq4_nl), ENCODER(Q2_K, 16, q2_k), ENCODER(Q3_K, 16, q3_k), ENCODER(Q4_K, 32, q4_k), ENCODER(Q5_K, 32, q5_k),
+  ENCODER(Q6_K, 16, q6_k),
+#undef ENCODER
 };
 
 pe_status PE_NAME(quantize)(int32_t dtype, const float *src, void *dst, int64_t n) {

@@ -1,8 +1,8 @@
-/* dequant.h: one row of any GGUF format as float32. pyengine.native reads these declarations, so they stay plain. */
+/* dequant.h: one row of any GGUF format as float32. setup.py reads these declarations for cffi, so they stay plain. */
 #ifndef PE_DEQUANT_H
 #define PE_DEQUANT_H
 
-#include "pe.h"
+#include "../pe.h"
 
 #ifdef __cplusplus
 extern "C" {
