@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from test_cli import Terminal, one_line, type_in
 
+import cases
 import pyengine
 from converters import convert
 from pyengine.engine.answer import Stream
@@ -41,7 +42,12 @@ def cats(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny(tiny_gguf):
-    return {kind: str(tiny_gguf(kind)[0]) for kind in ("gemma3", "qwen2_5_vl", "llama")}
+    """tiny["gemma3"]: path of a tiny model."""
+    class Paths:
+        def __getitem__(self, kind: str) -> str:
+            return str(tiny_gguf(kind)[0])
+
+    return Paths()
 
 
 @pytest.fixture
@@ -307,10 +313,10 @@ def cached(err: str) -> list[int]:
     return [int(n) for n in re.findall(r"\((\d+) cached\)", err)]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "llama"])
+@pytest.mark.parametrize("kind", [cases.first(sees=True, mrope=False), cases.first(sees=True, mrope=True), cases.first(sees=False, ring=False)])
 def test_a_saved_conversation_goes_on_in_another_process(cats, tiny, monkeypatch, capsys, kind) -> None:
     """The third answer is the same whether the first two were given here or come from a file, and is computed from them."""
-    shown = "" if kind == "llama" else "cat.png "
+    shown = "cat.png " if cases.find(kind).sees else ""
     settings = [tiny[kind], "-n", "3", "--temp", "0", "-v"]
     type_in(monkeypatch, f"/system Be brief.\n{shown}what is it?\nsure?\n/save talk one\nand now?\n/show\n")
     assert execute(settings) == 0

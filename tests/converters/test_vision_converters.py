@@ -155,19 +155,6 @@ def test_tensors_under_other_names_give_the_same_file(kind, form, tmp_path):
     assert convert(folder, tmp_path / "a.gguf").read_bytes() == expected
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
-def test_a_flat_config_of_early_checkpoints_gives_the_same_file(kind, tmp_path):
-    folder = make_checkpoint(kind, tmp_path / "c", tie_word_embeddings=True)
-    expected = convert(folder, tmp_path / "a.gguf").read_bytes()
-    config = json.loads((folder / "config.json").read_text())
-    text = {k: v for k, v in config.pop("text_config").items() if k not in ("rope_parameters", "layer_types", "model_type")}
-    vision = {k: v for k, v in config["vision_config"].items() if k != "rope_parameters"}
-    (folder / "config.json").write_text(json.dumps({
-        **config, **text, "vision_config": {**vision, "in_chans": 3, "spatial_patch_size": 14}, "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}))
-    assert convert(folder, tmp_path / "a.gguf").read_bytes() == expected
-
-
 def test_a_sparse_gemma_config_takes_the_defaults(tmp_path):
     """Released Gemma 3 files leave out what equals the class defaults, head counts too."""
     folder = make_checkpoint("gemma3", tmp_path / "c", text_config={
@@ -194,7 +181,7 @@ def test_shards_give_the_same_file(checkpoints, tmp_path):
 
 def test_row_chunks_do_not_show(checkpoints, tmp_path, monkeypatch):
     """Parts of a tensor and frames of a convolution are read a few rows at a time."""
-    kinds = ("qwen2_5_vl", "gemma3", "mistral3")
+    kinds = cases.kinds(sees=True, own_cache=True)
     expected = [convert(checkpoints(kind), tmp_path / "a.gguf", "q8_0").read_bytes() for kind in kinds]
     monkeypatch.setattr("converters.writer.CHUNK", 7 * 80 + 5)
     assert [convert(checkpoints(kind), tmp_path / "a.gguf", "q8_0").read_bytes() for kind in kinds] == expected
@@ -485,7 +472,7 @@ def test_splitting_a_text_model_is_refused(tmp_path, capsys):
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-@pytest.mark.parametrize("kind, name", [(k, f) for k in ("gemma3", "qwen2_5_vl", "mistral3")
+@pytest.mark.parametrize("kind, name", [(k, f) for k in cases.kinds(sees=True, own_cache=True)
                                         for f in ("config.json", "preprocessor_config.json")])
 def test_damaged_files_never_crash(kind, name, tmp_path):
     folder = make_checkpoint(kind, tmp_path / "c")

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 import pyengine as pe
+import tiny
 from cases import Case, Converted, Tokens
 from foreign import Dialect, LlamaCpp, Saved, vision_name
 from foreign import Tensors as NamedTensors
+from converters import convert
 from hollow import Decoder, Encoder, Full, kv, Tensor
 from pictures import A
 from sight import of_any_backend, Run, Sight
@@ -656,6 +658,19 @@ def test_malformed_files_are_named(pair, tmp_path) -> None:
     ]:
         with pytest.raises(error, match=text):
             bind(write(tmp_path / "bad.gguf", keys(pair.hf, "llama.cpp") | changes, arrays))
+
+
+@pytest.mark.parametrize("kind", [c.kind for c in CASES])
+def test_a_flat_config_of_early_checkpoints_gives_the_same_file(kind: str, tmp_path) -> None:
+    folder = tiny.make_checkpoint(kind, tmp_path / "c", tie_word_embeddings=True)
+    expected = convert(folder, tmp_path / "a.gguf").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    text = {k: v for k, v in config.pop("text_config").items() if k not in ("rope_parameters", "layer_types", "model_type")}
+    vision = {k: v for k, v in config["vision_config"].items() if k != "rope_parameters"}
+    (folder / "config.json").write_text(json.dumps({
+        **config, **text, "vision_config": {**vision, "in_chans": 3, "spatial_patch_size": 14}, "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}))
+    assert convert(folder, tmp_path / "a.gguf").read_bytes() == expected
 
 
 # ---- decoder ----------------------------------------------------------------------------------------------------------------------

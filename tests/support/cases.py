@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hollow import Full
     from sight import Sight
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
+FOLDERS = [Path(__file__).resolve().parents[1] / "models"]
 CHAT_TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>{% endfor %}"
 
 
@@ -118,13 +118,14 @@ class Case:
 @cache
 def every() -> dict[str, Case]:
     """Find the cases of all architectures by name."""
-    if str(MODELS) not in sys.path:
-        sys.path.insert(0, str(MODELS))
     found: dict[str, Case] = {}
-    for file in sorted(MODELS.glob("test_*.py")):
-        for case in importlib.import_module(file.stem).CASES:
-            assert case.kind not in found, f"{file}: {case.kind} is declared twice"
-            found[case.kind] = case
+    for folder in FOLDERS:
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        for file in sorted(folder.glob("test_*.py")):
+            for case in importlib.import_module(file.stem).CASES:
+                assert case.kind not in found, f"{file}: {case.kind} is declared twice"
+                found[case.kind] = case
     return found
 
 
