@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE = [
     sys.executable,
     "-c",
-    "import sys; sys.path.insert(0, 'tests'); import test_cli; test_cli.main_with_fake_model()",
+    "import sys; sys.path.insert(0, 'tests/cli'); import test_cli; test_cli.main_with_fake_model()",
 ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pyengine.chat import defaults, sandbox
 from pyengine.errors import RequestError, TemplateError
 from pyengine.chat.defaults import default_template, GEMMA
 from pyengine.chat.sandbox import MAX_SOURCE
@@ -78,7 +79,7 @@ def test_same_text_as_transformers(name):
 
 @pytest.mark.parametrize("name", ["CHATML", "GEMMA", "LLAMA3", "INST", "PLAIN"])
 def test_defaults_are_templates_for_transformers_too(name):
-    assert_same(getattr(template, name))
+    assert_same(getattr(defaults, name))
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -223,7 +224,7 @@ def test_formats_that_are_not_hostile():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates(name, monkeypatch):
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
     start = time.perf_counter()
     with pytest.raises(TemplateError):
         ChatTemplate(HOSTILE[name]).render([{"role": "user", "content": "x"}])
