@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -71,4 +71,15 @@ class Build(build_ext):
                                          build_temp=self.build_temp, target_lang="c++")
 
 
-setup(ext_modules=[Extension("pyengine._engine", [])], cmdclass={"build_ext": Build})
+# Beside pyengine in a checkout, and inside of it where it is installed: other programs may have packages of these names.
+INSIDE = ("bench", "converters")
+
+
+def packages() -> list[str]:
+    """All packages by their installed names."""
+    inside = find_packages(str(ROOT), include=[f"{name}{end}" for name in INSIDE for end in ("", ".*")])
+    return find_packages(str(ROOT), include=["pyengine", "pyengine.*"]) + [f"pyengine.{name}" for name in inside]
+
+
+setup(packages=packages(), package_dir={f"pyengine.{name}": name for name in INSIDE}, ext_modules=[Extension("pyengine._engine", [])],
+      cmdclass={"build_ext": Build})

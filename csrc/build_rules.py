@@ -1,4 +1,4 @@
-"""What is compiled from csrc, for which instruction sets and with which flags: for setup.py and for tests that compile by themselves."""
+"""What is compiled from csrc, for which instruction sets and with which flags: for setup.py, and for tests that compile."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def tiny_gguf(tmp_path_factory):
     """tiny_gguf("llama", outtype="f32", **config) -> (GGUF path, checkpoint folder) of a seeded random model."""
     pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")
     import tiny
-    from converters.base import convert
+    from converters import convert
 
     made: dict[Any, Any] = {}
 

@@ -136,7 +136,8 @@ def build(name: str) -> Path:
             return out, True, ""
         out.parent.mkdir(parents=True, exist_ok=True)
         own = rules.have(target.machine) if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
-        made, listed = out.with_suffix(f".{os.getpid()}"), out.with_suffix(f".{os.getpid()}.d")  # two builds at once must not read halves
+        # Two builds at once must not read halves.
+        made, listed = out.with_suffix(f".{os.getpid()}"), out.with_suffix(f".{os.getpid()}.d")
         command = [*compiler, *rules.C_FLAGS, *own, f"-I{CSRC}", "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if not done.returncode:

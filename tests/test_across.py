@@ -321,7 +321,7 @@ def test_pixels_and_aspect_ratios_are_those_of_transformers(tiny_gguf) -> None:
 
 def test_the_meaning_of_layer_numbers_is_the_version_s(tiny_gguf, tmp_path) -> None:
     """The authors count layers before a state; transformers since 4.54 takes the state behind that layer."""
-    from converters.base import convert
+    from converters import convert
 
     folder = tiny_gguf("mllama")[1]
     for version, states in (("5.23.0", [1, 3]), ("4.54.1", [1, 3]), ("4.45.0.dev0", [0, 2]), (None, [0, 2])):
@@ -336,7 +336,7 @@ def test_the_meaning_of_layer_numbers_is_the_version_s(tiny_gguf, tmp_path) -> N
 
 
 def test_what_the_converter_refuses(tiny_gguf, tmp_path) -> None:
-    from converters.base import convert
+    from converters import convert
 
     folder = tiny_gguf("mllama")[1]
     for file in folder.iterdir():

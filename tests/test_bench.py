@@ -151,6 +151,15 @@ def test_work_of_a_product_is_counted_by_hand(kernels) -> None:
     assert kernels.traffic(job, made) == 4 * 3 * 256 + weights + 4 * 256 + 4 * 3 * 128
 
 
+def test_work_of_experts_is_counted_by_hand(kernels) -> None:
+    case = kernels.Case({"x": (3, 256), "w": [(8, 64, 256)] * 2, "chosen": (3, 2)}, {"w": ["Q4_K"] * 2}, {"glu": "silu"})
+    job = kernels.Job(kernels.ops.expert_linear, case, "x")
+    made = kernels.Copy.make(job, np.random.default_rng(0))
+    made.values["chosen"] = np.array([[0, 3], [3, 5], [5, 0]], np.int32)
+    assert kernels.operations(job, made) == 2 * 3 * 2 * 64 * 256 * 2           # rows, experts of each, two matrices
+    assert kernels.traffic(job, made) == 4 * 3 * 256 + 2 * 3 * 64 * 144 + 4 * 6 + 4 * 6 * 64    # of three experts
+
+
 def test_work_of_attention_counts_the_keys_that_are_seen(kernels) -> None:
     job = next(j for j in kernels.jobs() if "attention gemma" in j.name and "F16 keys=4096 window=512 m=1" in j.name)
     made = kernels.Copy.make(job, np.random.default_rng(0))
@@ -177,6 +186,16 @@ def test_cold_runs_walk_through_more_than_the_cache(small, monkeypatch) -> None:
     assert hot["correct"] and cold["correct"]
     timed = small.Timed(job, small.Copy.make(job, np.random.default_rng(0)), 8, "generic", 1)
     assert timed.program.prepared.weight_bytes >= 8 * 512 * 512 // 32 * 34     # copies are not one tensor
+
+
+def test_a_missing_kernel_is_named_and_not_replaced(small, monkeypatch, capsys) -> None:
+    from pyengine.backends import cpu
+
+    monkeypatch.setattr(cpu, "kernels_of", lambda isa: frozenset({"rms_norm"}))
+    monkeypatch.setattr(limits, "measure", lambda isa, n, repeat=5, native=None: limits.Limits(isa, n, 1e10, 1e11, 1e10))
+    found = small.run(["generic"], 1, "softmax case|rms_norm case 4x640")
+    assert {r["op"] for r in found["results"]} == {"rms_norm"} and len(found["missing"]) == 2
+    assert "generic has no kernel for softmax" in found["missing"][0]["reason"]
 
 
 @pytest.mark.parametrize("pattern", ["linear case 3x64 40x64 3x40", "cache_append case"])
@@ -237,6 +256,74 @@ def test_work_of_a_model_is_counted_by_hand(kernels, tiny_gguf) -> None:
     assert prompt_operations(model.program, 10) == ops                         # of the last layer only keys and values of all rows
 
 
+# d_model 96; rows of q and of k and v; router; units of an expert's three matrices, experts of a row, experts; vocabulary
+MIXTURES = {"qwen3moe": (192, 64, 12, 64, 4, 12, 512), "mixtral": (96, 32, 5, 160, 2, 5, 512)}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_work_of_a_mixture_is_that_of_the_experts_a_row_uses(kernels, tiny_gguf, kind: str) -> None:
+    import pyengine as pe
+    from bench.work import generation_bytes, prompt_operations
+
+    model = pe.load(tiny_gguf(kind)[0], n_ctx=64)
+    q, kv, router, units, used, n_experts, vocab = MIXTURES[kind]
+    rest = 2 * 96 * (2 * q + router + used * 3 * units)    # a row's in a layer, but for keys and values
+    assert prompt_operations(model.program, 10) == 2 * 10 * (rest + 2 * 96 * 2 * kv) + rest + 10 * 2 * 96 * 2 * kv + 2 * 96 * vocab
+    experts = sum(t.nbytes for name, t in model.file.tensors.items() if "_exps." in name)
+    assert experts == 3 * n_experts * 3 * 96 * units * 4
+    once = model.file.tensors["token_embd.weight"].nbytes if "output.weight" in model.file.tensors else 0
+    read = sum(t.nbytes for t in model.file.tensors.values()) - once - experts + experts * used // n_experts
+    read += 3 * 2 * kv * 4 // 2 * 2                                             # f16, 3 layers, 2 cells on average
+    read += 3 * (-n_experts % 16) * 96 * 4                                      # rows of routers are filled up to 16
+    assert generation_bytes(model.program, 3) == read + 96 * 4 + q // 6 // 2 * 4    # a row of the table, frequencies
+
+
+def test_a_text_alone_does_no_work_of_layers_that_attend_across(kernels, tiny_gguf) -> None:
+    import pyengine as pe
+    from bench.work import generation_bytes, prompt_operations
+
+    model = pe.load(tiny_gguf("mllama")[0], n_ctx=64)
+    across = {int(i) for i in model.file.metadata["mllama.attention.cross_attention_layers"]}
+    rows = {f"blk.{i}." for i in range(model.file.metadata["mllama.block_count"]) if i not in across}
+    last = f"blk.{model.file.metadata['mllama.block_count'] - 1}."
+    assert last in rows and across
+    count = read = 0
+    for name, t in model.file.tensors.items():
+        if name == "output.weight" or any(name.startswith(b) for b in rows):
+            keys = name.removeprefix(last) in ("attn_k.weight", "attn_v.weight")
+            once = name == "output.weight" or name.startswith(last) and not keys
+            count += 2 * int(np.prod(t.shape)) * (1 if once else 10) * (len(t.shape) == 2)
+            read += t.nbytes
+    assert prompt_operations(model.program, 10) == count
+    kv = sum(2 * int(s.shape[0]) * int(s.shape[2]) * 2 for s in model.program.prepared.states if s.ndim == 3) // 2
+    kv = kv * len(rows) // (len(rows) + len(across))
+    assert read + 2 * kv <= generation_bytes(model.program, 3) <= read + 2 * kv + 8192
+
+
+def test_declared_operations_are_sums_over_weights(kernels) -> None:
+    """What `work` reads from the registry holds for every op, and an op of another kind shows here."""
+    from bench import work
+
+    picked, counted = {}, set()
+    for op in kernels.REGISTRY.values():
+        picked |= {(op.name, name): by for name in op.args if (by := work.picked_by(op, name))}
+        for case in op.cases if op.flops else ():
+            many = {n: s if isinstance(s, list) else [] if s is None else [s] for n in op.args for s in (case.shapes.get(n),)}
+            args = {n: [work.Sized(s) for s in v] if op.args[n].many else work.Sized(v[0]) if v else None for n, v in many.items()}
+            params = {p.name: p.default for p in op.params.values()} | case.params
+            whole = work.operations(op, args, params)
+            assert whole >= 0 and (whole > 0) == all(all(s) for v in many.values() for s in v), op.name
+            weights = work.weights_of(op)
+            parts = [work.operations(op, {**args, n: w}, params) for n in weights for w in work.listed(args[n])]
+            assert not weights or sum(parts) == whole, op.name
+            counted.add(op.name)
+    assert picked == {("rows", "table"): "ids", ("expert_linear", "w"): "chosen"}
+    assert {(op.name, name) for op in kernels.REGISTRY.values() for name in op.sparse} <= picked.keys()
+    assert {"linear", "expert_linear", "matmul", "attention", "rms_norm"} <= counted
+    products = {op.name for op in kernels.REGISTRY.values() if work.weights_of(op)} - {"rows"}
+    assert products <= counted, "a product with weights declares its operations"
+
+
 def test_our_worker_measures_and_judges_a_model(kernels, tiny_gguf, monkeypatch, capsys) -> None:
     from bench import peers
 
@@ -255,25 +342,25 @@ def test_our_worker_measures_and_judges_a_model(kernels, tiny_gguf, monkeypatch,
 def test_parts_of_the_first_token_add_up(tiny_gguf) -> None:
     from bench import peers
 
-    (found,) = peers.first_tokens(tiny_gguf("llama")[0], [peers.OURS], 1, 1)[peers.OURS]
+    (found,) = peers.first_tokens(tiny_gguf("llama")[0], ["pyengine"], 1, 1)["pyengine"]
     parts = [found[f"{name}_seconds"] for name in ("import", "load", "prompt")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(found["seconds"])
 
 
 def test_a_folder_says_which_engine_it_holds(tmp_path) -> None:
-    from bench import __main__, peers
+    from bench import __main__, engines
 
-    for package, kind in peers.PACKAGES.items():
+    for package, kind in engines.PACKAGES.items():
         (tmp_path / kind / package).mkdir(parents=True)
-        assert peers._which("other", tmp_path / kind) == [kind, "--folder", str(tmp_path / kind)]
+        assert engines.which("other", tmp_path / kind) == [kind, "--folder", str(tmp_path / kind)]
     args = __main__._parser().parse_args(["peers", "m.gguf", "--peer", f"other={tmp_path}"])
     assert dict(args.peer) == {"other": tmp_path}
     with pytest.raises(FileNotFoundError, match="holds none of the packages llama_cpp, ik_llama_cpp"):
-        peers._which(*args.peer[0])
+        engines.which(*args.peer[0])
 
 
 def test_a_worker_that_fails_is_an_error(tmp_path) -> None:
-    from bench.peers import Engine
+    from bench.engines import Engine
 
     with pytest.raises(RuntimeError, match="pyengine: the worker ended with exit code 1"):
         Engine("pyengine", tmp_path / "missing.gguf", 1)
@@ -286,13 +373,56 @@ def test_divergence_of_known_distributions() -> None:
     assert divergence(p, q) == pytest.approx([0, 0.9 * np.log(1.8) + 0.1 * np.log(0.2)])
 
 
+class Spoken:
+    """An engine of four tokens in a turn, which gives each the same probability after every text, and then says `says`."""
+
+    n_vocab = 4
+
+    def __init__(self, name: str, probabilities: list[float], says: int):
+        self.name, self.p, self.says = name, probabilities, says
+
+    def call(self, name: str, **arguments):
+        match name:
+            case "facts":
+                return {"add_bos": False, "bos": 0, "eog": [3]}
+            case "tokenize":
+                return [i % 4 for i in range(len(arguments["text"]))]
+            case "log_probabilities":
+                np.save(arguments["file"], np.tile(np.log(np.float32(self.p)), (arguments["wanted"], 1)))
+            case "greedy":
+                return {"tokens": [0, self.says] * (arguments["n"] // 2), "gaps": [0.5] * arguments["n"]}
+
+
+def test_quality_is_computed_from_the_engines_it_is_given(capsys) -> None:
+    from bench import quality
+
+    ours, theirs = Spoken("a", [0.25, 0.25, 0.25, 0.25], 1), Spoken("b", [0.5, 0.25, 0.125, 0.125], 2)
+    found = quality.compare(ours, theirs, n_chunks=3)
+    assert found["scored_tokens"] == 3 * 255                                   # of each second half all but the first token
+    assert found["perplexity"]["a"] == pytest.approx(4)
+    nats = 63 * np.log(2) + 64 * np.log(4) + 64 * np.log(8) + 64 * np.log(8)    # 256 in turn, without the first, which is 0
+    assert found["perplexity"]["b"] == pytest.approx(np.exp(nats / 255))
+    assert found["mean_kl"] == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))   # 0.5 ln 2 + 0.25 ln 1 + 2 x 0.125 ln 0.5
+    assert found["same_token_ids"] and found["greedy_equal"] == 0
+    assert {(g["parted_at"], g["gap"]) for g in found["greedy"]} == {(1, 0.5)}
+    assert "b's top two are within 0.500 nats" in capsys.readouterr().out
+    same = quality.compare(ours, Spoken("b", ours.p, 1), n_chunks=1)
+    assert same["max_kl"] == 0 and same["greedy_equal"] == len(quality.PROMPTS)
+    theirs.n_vocab = 5
+    with pytest.raises(RuntimeError, match="4 logits from a, 5 from b"):
+        quality.compare(ours, theirs)
+
+
 @pytest.mark.slow
 def test_both_engines_say_the_same(kernels) -> None:
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
-    from bench.quality import compare as quality
+    from bench import quality
+    from bench.engines import LLAMA, OURS, Engine
     from conftest import real_path
 
-    found = quality(real_path("smollm2"), 2, n_chunks=2)
+    path = real_path("smollm2")
+    with Engine(LLAMA, path, 2, quality.N_CTX) as theirs, Engine(OURS, path, 2, quality.N_CTX) as ours:
+        found = quality.compare(ours, theirs, n_chunks=2)
     ours, theirs = found["perplexity"]["pyengine"], found["perplexity"]["llama.cpp"]
     assert abs(ours / theirs - 1) < 0.005 and found["same_token_ids"]
     assert found["mean_kl"] < 6e-3                                             # both round activations: docs/benchmarks.md
@@ -424,13 +554,15 @@ def test_work_of_whole_encoders_is_counted_by_hand(tiny_encoders) -> None:
 
     patch, layer = 2 * 256 * 588 * 64, 2 * 256 * (4 * 64 * 64 + 2 * 64 * 100)
     attention, projection = 4 * 256 * 256 * 64, 2 * 256 * 64 * 64
-    assert operations("gemma3", "F32") == {"int8": 0, "float": patch + 2 * layer + projection, "attention": 2 * attention,
+    norms = 6 * 256 * 64 * 5 + 256 * 64                                        # two a layer and the last; a mean
+    assert operations("gemma3", "F32") == {"int8": 0, "float": patch + 2 * layer + projection + norms, "attention": 2 * attention,
                                            "attention_int8": 0}
     n = 12 * 8                                                                 # patches, in windows of 8 x 8 and 4 x 8
     patch, layer = 2 * n * 1176 * 64, 2 * n * (4 * 64 * 64 + 3 * 64 * 128)     # filled up to blocks
     attention = 4 * 64 * (64 * 64 + 32 * 32 + n * n)                           # one layer of windows, one of all
-    merger = 2 * n // 4 * (256 * 256 + 256 * 64)
-    assert operations("qwen2.5-vl", "Q8_0") == {"int8": 2 * layer + merger, "float": patch, "attention": 0, "attention_int8": attention}
+    merger, norm = 2 * n // 4 * (256 * 256 + 256 * 64), 4 * n * 64             # other norms are part of a product
+    assert operations("qwen2.5-vl", "Q8_0") == {"int8": 2 * layer + merger, "float": patch + norm, "attention": 0,
+                                              "attention_int8": attention}
 
 
 @pytest.mark.parametrize("name", TINY_ENCODERS)

@@ -17,7 +17,7 @@ from PIL import Image
 from test_cli import Terminal, one_line, type_in
 
 import pyengine
-from converters.base import convert
+from converters import convert
 from pyengine.engine.answer import Stream
 from pyengine.cli import answer, chat, execute, pictures, talks
 from pyengine.errors import ImageError, RequestError, SessionError

@@ -14,7 +14,7 @@ import pytest
 
 from converters import convert, gemma3_text, llama, llama4, mixtral, qwen2, qwen3moe
 from converters.__main__ import main
-from converters.base import interleaved_rows
+from converters.rope import interleaved_rows
 from converters.tokenizer import pre_tokenizer_name
 from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelError
 
@@ -60,6 +60,52 @@ def checkpoints(tmp_path_factory):
             made[kind] = make_checkpoint(kind, tmp_path_factory.mktemp("checkpoints") / kind)
         return made[kind]
     return get
+
+
+# --- which architectures ----------------------------------------------------------------------------------------------
+
+def test_tools_are_no_converters():
+    """Looking for converters loads none of the tools, nor what only tools need."""
+    code = ("import sys; from converters import supported; supported(); "
+            "print(*sorted({'.'.join(m.split('.')[:2]) for m in sys.modules if m.startswith('converters.')}))")
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    packages = {p.parent.name for p in (ROOT / "converters").glob("*/__init__.py")}
+    assert {"quantize", "weights", "demo"} <= packages
+    assert {m.removeprefix("converters.") for m in loaded} == {
+        p.stem for p in (ROOT / "converters").glob("*.py") if not p.stem.startswith("_")}
+
+
+EXAMPLE = """
+from .contract import converts
+from .llama import Llama
+
+
+@converts({names})
+class Example(Llama):
+    arch = "example"
+"""
+
+
+def test_a_module_is_all_that_an_architecture_needs(checkpoints, tmp_path, monkeypatch):
+    import converters
+    from converters import contract
+
+    converters.supported()                                  # what is there registers itself once
+    monkeypatch.setattr(converters, "__path__", [*converters.__path__, str(tmp_path)])
+    monkeypatch.setattr(contract, "_CONVERTERS", dict(contract._CONVERTERS))
+    (tmp_path / "example.py").write_text(EXAMPLE.format(names='"ExampleForCausalLM"'))
+    try:
+        assert converters.supported()["ExampleForCausalLM"].arch == "example"
+        folder = make_checkpoint("llama", tmp_path / "c")
+        edit(folder / "config.json", architectures=["ExampleForCausalLM"])
+        assert read(convert(folder, tmp_path / "m.gguf"))[0]["general.architecture"] == "example"
+        (tmp_path / "again.py").write_text(EXAMPLE.format(names='"ExampleForCausalLM"'))
+        with pytest.raises(TypeError, match="ExampleForCausalLM is converted by both converters.example and converters.again"):
+            converters.supported()
+    finally:
+        for name in ("example", "again"):
+            sys.modules.pop(f"converters.{name}", None)
+            converters.__dict__.pop(name, None)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -330,7 +376,7 @@ def test_shards_give_the_same_file(checkpoints, tmp_path):
 
 def test_row_chunks_do_not_show(checkpoints, tmp_path, monkeypatch):
     expected = [convert(checkpoints("llama"), tmp_path / "a.gguf", t).read_bytes() for t in ("f16", "q8_0")]
-    monkeypatch.setattr("converters.base.CHUNK", 7 * 96 + 5)
+    monkeypatch.setattr("converters.writer.CHUNK", 7 * 96 + 5)
     assert [convert(checkpoints("llama"), tmp_path / "a.gguf", t).read_bytes() for t in ("f16", "q8_0")] == expected
 
 

@@ -8,7 +8,7 @@ from test_converters import llama_cpp_logits
 
 import pyengine as pe
 from converters import convert
-from converters.base import mmproj_path
+from converters.writer import mmproj_path
 
 pytest.importorskip("transformers", reason="pip install transformers torch")
 

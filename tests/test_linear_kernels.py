@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from test_kernels import FLAGS, MAX_DIMS, CArgs, CTensor, KernelError, isas, rng_of
 
+from bench.blocks import SCALES
 from csrc import build_rules as rules
 from pyengine.compiler import codegen
 from pyengine.dtype import dtype
@@ -31,8 +32,6 @@ SOURCES = sorted([*CPU.glob("linear*.c"), *(CPU / f"{n}.c" for n in ("rows", "ex
 PACKED = 256
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
 FLOATS = ["F32", "F16", "BF16"]
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "MXFP4": [], "Q2_K": [80, 82],
-          "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_XS": [0], "TQ2_0": [64]}  # where a block has f16
 
 
 class Matrix:
@@ -49,7 +48,7 @@ class Matrix:
         else:
             self.raw = rng.integers(0, 256, (n, k // block * size), np.uint8)
             blocks = self.raw.reshape(-1, size)
-            for at in HALVES[name]:
+            for at in SCALES.get(name, ()):
                 blocks[:, at : at + 2] = rng.uniform(-0.1, 0.1, (len(blocks), 1)).astype(np.float16).view(np.uint8)
             if name == "MXFP4":
                 blocks[:, 0] = rng.integers(118, 130, len(blocks))

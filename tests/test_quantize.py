@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, real_path
 from gguf import GGMLQuantizationType as Q
 
-from converters.quantize import MIXTURES, Facts, choose, main, quantize_file
+from converters.quantize import MIXTURES, Facts, choose, quantize_file
+from converters.quantize.__main__ import main
 from pyengine.dtype import dtype
 from pyengine.errors import InvalidModelError, RequestError, ShapeError
 from pyengine.files.gguf import GGUFFile, TensorInfo
@@ -393,7 +394,7 @@ def test_memory_stays_below_twice_the_largest_tensor(tmp_path) -> None:
     largest = 4 * shape[0] * shape[1]
     with source.open("r+b") as file:
         file.truncate(-(-source.stat().st_size // 32) * 32 + 4 * largest)
-    code = ("import sys\nfrom converters.quantize import main\nstatus = main(sys.argv[1:])\n"
+    code = ("import sys\nfrom converters.quantize.__main__ import main\nstatus = main(sys.argv[1:])\n"
             "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\nsys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "out.gguf"), "Q4_0", "-t", "2"], cwd=ROOT,
                           capture_output=True, text=True, check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import Any
 
@@ -66,6 +68,32 @@ def test_pictures_of_one_model_in_two_threads(tiny_gguf) -> None:
     together(*(lambda own=pictures[k::2]: [model.encode_image(p) for p in own] for k in range(2)))
     for p in pictures:
         assert np.array_equal(model.encode_image(p), alone.encode_image(p))
+
+
+def test_two_models_in_two_threads(tiny_gguf) -> None:
+    """They share the process's threads, and take turns on them."""
+    models = [pe.load(tiny_gguf(kind)[0], n_ctx=128, n_threads=2) for kind in ("llama", "qwen2")]
+    prompt = ids(60, 5)
+    want = [m.logits(prompt) for m in models]
+    got = together(*(lambda m=m: [m.logits(prompt) for _ in range(60)] for m in models))
+    for own, right in zip(got, want):
+        assert all(np.array_equal(x, right) for x in own)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_fork_computes(tiny_gguf) -> None:
+    """The parent's threads are not there; the child makes its own."""
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=64, n_threads=2)
+    want = model.logits(ids(20, 1))
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os.write(into, b"y" if np.array_equal(model.logits(ids(20, 1)), want) else b"n")
+        os._exit(0)
+    os.close(into)
+    assert os.read(out, 1) == b"y" and os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(model.logits(ids(20, 1)), want)
 
 
 def test_blocks_of_logits_do_not_survive_another_step(tiny_gguf) -> None:

@@ -10,7 +10,7 @@ from test_converters import JUNK, edit, llama_cpp_logits, nodes, read, retensor,
 
 from converters import convert, gemma3, llama4, mistral3, qwen2_vl
 from converters.__main__ import main
-from converters.base import mmproj_path
+from converters.writer import mmproj_path
 from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelError
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers torch")
@@ -268,7 +268,7 @@ def test_row_chunks_do_not_show(checkpoints, tmp_path, monkeypatch):
     """Parts of a tensor and frames of a convolution are read a few rows at a time."""
     kinds = ("qwen2_5_vl", "gemma3", "mistral3")
     expected = [convert(checkpoints(kind), tmp_path / "a.gguf", "q8_0").read_bytes() for kind in kinds]
-    monkeypatch.setattr("converters.base.CHUNK", 7 * 80 + 5)
+    monkeypatch.setattr("converters.writer.CHUNK", 7 * 80 + 5)
     assert [convert(checkpoints(kind), tmp_path / "a.gguf", "q8_0").read_bytes() for kind in kinds] == expected
 
 

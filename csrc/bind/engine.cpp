@@ -5,9 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -51,22 +53,44 @@ class Buffer {
   int64_t nbytes_;
 };
 
+// A team of threads. Programs that share it run one after the other, whichever thread they come from; a child of fork, which has
+// none of the threads, gets a team of its own when it first runs something.
 class Pool {
  public:
-  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr) {
+  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr), owner_(getpid()) {
     if (!pool_) throw std::invalid_argument("Pool: cannot make " + std::to_string(n) + " threads");
   }
   ~Pool() {
     py::gil_scoped_release release;
-    pe_pool_free(pool_);
+    if (owner_ == getpid()) pe_pool_free(pool_);
   }
   Pool(const Pool &) = delete;
   Pool &operator=(const Pool &) = delete;
-  pe_pool *get() const { return pool_; }
   int size() const { return pe_pool_size(pool_); }
 
+  // Call work(pe_pool *) when nobody else uses the team, without the interpreter's lock.
+  template <class Work>
+  auto run(Work work) {
+    renew();
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> turn(*busy_);
+    return work(pool_);
+  }
+
  private:
+  void renew() {                                              // under the interpreter's lock, so by one thread
+    if (owner_ == getpid()) return;
+    pe_pool *fresh = pe_pool_new(pe_pool_size(pool_));
+    if (!fresh) throw std::runtime_error("Pool: this child of fork cannot make threads");
+    pool_ = fresh;                                            // the parent's team is memory without threads: it is left alone
+    busy_.release();                                          // its lock may be held by a thread that is not here
+    busy_ = std::make_unique<std::mutex>();
+    owner_ = getpid();
+  }
+
   pe_pool *pool_;
+  pid_t owner_;
+  std::unique_ptr<std::mutex> busy_ = std::make_unique<std::mutex>();
 };
 
 const pe_isa &isa_of(const std::string &name) {
@@ -184,7 +208,8 @@ struct type_caster<NodeSpec> {
 namespace {
 
 pe_program_tensor tensor_of(const TensorSpec &spec) {
-  if (spec.shape.size() > PE_MAX_DIMS || spec.strides.size() != spec.shape.size()) throw std::invalid_argument("tensor: too many axes");
+  if (spec.shape.size() > PE_MAX_DIMS || spec.strides.size() != spec.shape.size())
+    throw std::invalid_argument("tensor: too many axes");
   pe_program_tensor t{};
   t.base = spec.base;
   t.offset = spec.offset;
@@ -213,7 +238,8 @@ struct Arguments {
           tensors.push_back(all + id);
         }
       }
-    args = {tensors.data(), start.data(), count.data(), static_cast<int32_t>(node.inputs.size()), static_cast<int32_t>(node.outputs.size())};
+    args = {tensors.data(), start.data(), count.data(), static_cast<int32_t>(node.inputs.size()),
+            static_cast<int32_t>(node.outputs.size())};
   }
 };
 
@@ -259,9 +285,10 @@ class Program {
   std::tuple<int32_t, int32_t, std::string> run(Pool &pool, const std::vector<int64_t> &dims, int32_t first) {
     if (static_cast<int32_t>(dims.size()) != n_dims_) throw std::invalid_argument("run: wrong number of dims");
     if (first < 0 || first > program_.n_nodes) throw std::invalid_argument("run: no such node");
-    py::gil_scoped_release release;
-    int32_t status = pe_program_run(&program_, pool.get(), dims.data(), first);
-    return {status, program_.failed_node, program_.message};
+    return pool.run([&](pe_pool *team) -> std::tuple<int32_t, int32_t, std::string> {
+      int32_t status = pe_program_run(&program_, team, dims.data(), first);
+      return {status, program_.failed_node, program_.message};
+    });
   }
 
   void profile(bool on) {
@@ -330,8 +357,7 @@ void pack_member(void *context, int, int) {
 
 void pack(Pool &pool, int32_t dtype, uint64_t src, int64_t n, int64_t k, uint64_t dst) {
   PackJob job{dtype, reinterpret_cast<const void *>(src), n, k, (n + 15) / 16, 0, reinterpret_cast<void *>(dst), PE_OK};
-  py::gil_scoped_release release;
-  pe_pool_run(pool.get(), pack_member, &job);
+  pool.run([&](pe_pool *team) { pe_pool_run(team, pack_member, &job); });
   if (job.status != PE_OK) throw std::runtime_error("pack: status " + std::to_string(job.status));
 }
 

@@ -1,7 +1,8 @@
 /* attention.c: softmax(scale q k^T) v over an interval of keys for each query.
  * Reference: pyengine/ops/attention.py: attention.
  *
- * One path serves prompts, single tokens and encoders. Work is cut as
+ * One path serves prompts, single tokens and encoders. Here are units and their schedule; attention_tiles.h has what is done with a
+ * tile, attention_softmax.h what is kept of a query. Work is cut as
  *
  *   unit    up to UNIT_FLOATS' worth of queries (rows x heads of the group) of one sequence and one key/value head
  *   chunk   CHUNK_KEYS keys, aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, giving a partial
@@ -43,7 +44,7 @@ static int64_t unit_queries(const pe_tensor *q, const pe_tensor *v) {
 
 static int64_t thread_floats(const job *w) {
   const int64_t n = w->rows * w->group;
-  return pe_round_up(w->m + 1, 16) + pe_round_up(n * w->e, 16) + 2 * partial_floats(n, w->fp) + w->ep * TILE_KEYS + TILE_KEYS * w->fp;
+  return pe_round_up(w->m + 1, 16) + pe_round_up(n * w->e, 16) + 2 * partial_floats(n, w->fp) + (w->ep + w->fp) * TILE_KEYS;
 }
 
 PE_SCRATCH(cpu, attention)(const pe_args *a, const void *params, int32_t n_threads) {
@@ -256,7 +257,7 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
   pe_status bad = check_cells("attention", "k", k, 0, s);
   if (!bad) bad = check_cells("attention", "v", v, 0, s);
   if (!bad && p->products == PE_ATTENTION_PRODUCTS_INT8) {
-    if (cells || seq || sinks || p->softcap != 0.0f || cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1)
+    if (cells || seq || sinks || p->softcap != 0.0f || in_blocks(k) || in_blocks(v))
       return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap");
     return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
   }

@@ -1,5 +1,5 @@
-/* attention.h: what both forms of attention share, floats (attention.c) and bytes (attention_int8.c): the job of a node, and the units
- * that threads claim. */
+/* attention.h: what both forms of attention share, floats (attention.c) and bytes (attention_int8.c): the job of a node, and the
+ * units that threads claim. */
 #ifndef PE_ATTENTION_H
 #define PE_ATTENTION_H
 

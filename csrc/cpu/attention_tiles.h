@@ -1,5 +1,5 @@
-/* attention_tiles.h: one tile of keys: K and V found in the cache and loaded for all queries of a unit, scores of few queries with K as it
- * is in the cache, and sums of V read where it lies. attention.c includes it; how tiles and units are cut stands there.
+/* attention_tiles.h: one tile of keys: K and V found in the cache and loaded for all queries of a unit, scores of few queries with K
+ * as it is in the cache, and sums of V read where it lies. attention.c includes it; how tiles and units are cut stands there.
  *
  *   cache of K           few queries                                  many
  *   F32                  floats: transpose_keys, then vec.h's tile     the same
@@ -8,8 +8,14 @@
  *
  *   cache of V           few queries: direct_values                    many: convert_values, tile
  *
- * Names of inner functions: X_body is the loop over a tile for constant rows and vectors, in registers; X_rows walks the tile with it;
- * X_any picks the number of rows. All are inlined into one function for each X.
+ * Names of inner functions: X_body is the loop over a tile for constant rows and vectors, in registers; X_rows walks the tile with
+ * it; X_any picks the number of rows. All are inlined into one function for each X. Vectors of 16 keys (of 16 columns for values) by
+ * rows, on avx512; elsewhere it is one vector and up to 6 rows:
+ *
+ *   rows      1  2  3  4  5  6  7  8
+ *   scores    4  4  4  4  4  4  2  2     sums
+ *   codes     4  4  4  2  2  2  2  1     sums of integers and of floats
+ *   values    4  4  4  4  4  4  2  2     sums; 2 or 1 for the columns that are left
  */
 #ifndef PE_ATTENTION_TILES_H
 #define PE_ATTENTION_TILES_H
@@ -271,13 +277,14 @@ PE_INLINE void scores_body(const int dtype, const int rows, const int vectors, c
 }
 
 /* All keys of a tile, as many vectors at a time as leave room in registers: up to 24 sums. */
-PE_INLINE void scores_rows(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const float *kt, ahead *next,
-                           int64_t share, float *p) {
+PE_INLINE void scores_rows(const int dtype, const int rows, const int vectors, const float *q, int64_t e, const float *kt,
+                           ahead *next, int64_t share, float *p) {
   for (int j = 0; j < TILE_KEYS / 16; j += vectors)
     scores_body(dtype, rows, vectors, q, e, (const char *)kt + j * (dtype == PE_F16 ? 32 : 64), next, share, p + 16 * j);
 }
 
-PE_INLINE void scores_any(const int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next, int64_t share, float *p) {
+PE_INLINE void scores_any(const int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next, int64_t share,
+                          float *p) {
   switch (rows) {
     case 1: scores_rows(dtype, 1, 4, q, e, kt, next, share, p); break;
     case 2: scores_rows(dtype, 2, 4, q, e, kt, next, share, p); break;
@@ -421,16 +428,19 @@ PE_INLINE void codes_body(const int dtype, const int rows, const int vectors, co
   *next = a;
 }
 
-/* Vectors of keys at a time for so many rows: both sums of rows x vectors in registers. 7 and 8 rows come with avx512 only (FEW_ROWS). */
+/* Vectors of keys at a time for so many rows: both sums of rows x vectors in registers. 7 and 8 rows come with avx512 only
+ * (FEW_ROWS). */
 PE_INLINE int codes_vectors(const int rows) { return PE_PARTS > 1 ? 1 : rows <= 3 ? 4 : rows < 8 ? 2 : 1; }
 
-PE_INLINE void codes_rows(const int dtype, const int rows, const float *q, int64_t e, const float *kt, ahead *next, int64_t share, float *p) {
+PE_INLINE void codes_rows(const int dtype, const int rows, const float *q, int64_t e, const float *kt, ahead *next, int64_t share,
+                          float *p) {
   const int vectors = codes_vectors(rows);
   for (int j = 0; j < TILE_KEYS; j += 16 * vectors)
     codes_body(dtype, rows, vectors, (const int8_t *)q, 4 * e, e, (const char *)kt, j, next, share, p + j);
 }
 
-PE_INLINE void codes_any(const int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next, int64_t share, float *p) {
+PE_INLINE void codes_any(const int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next, int64_t share,
+                         float *p) {
   switch (rows) {
     case 1: codes_rows(dtype, 1, q, e, kt, next, share, p); break;
     case 2: codes_rows(dtype, 2, q, e, kt, next, share, p); break;
@@ -482,8 +492,8 @@ PE_INLINE void values_body(const int dtype, const int rows, const int vectors, c
   *next = a;
 }
 
-PE_INLINE void values_any(const int dtype, int rows, const int vectors, const float *p, const char *const *cell, ahead *next, int64_t share,
-                          int64_t first, float *c, int64_t ldc, int64_t n, const float *factor) {
+PE_INLINE void values_any(const int dtype, int rows, const int vectors, const float *p, const char *const *cell, ahead *next,
+                          int64_t share, int64_t first, float *c, int64_t ldc, int64_t n, const float *factor) {
   switch (rows) {
     case 1: values_body(dtype, 1, vectors, p, cell, next, share, first, c, ldc, n, factor); break;
     case 2: values_body(dtype, 2, vectors, p, cell, next, share, first, c, ldc, n, factor); break;

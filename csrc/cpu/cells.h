@@ -11,15 +11,12 @@
 #include "../quants.h"
 #include "vec.h"
 
-/* The block of a format that caches may have; no elements where none has it. */
+/* The block of a format that caches may have; no elements where none has it. Asked for every tile, so its switch is short. */
 PE_INLINE pe_format cell_format_of(int32_t dtype) {
   switch (dtype) {
-    case PE_F32:
-    case PE_F16:
-    case PE_BF16:
-    case PE_Q8_0:
-    case PE_Q4_0:
-    case PE_Q4_1: return pe_format_of(dtype);
+#define CELL(name) case PE_##name: return (pe_format){PE_BLOCK_##name, PE_BYTES_##name};
+    CELL(F32) CELL(F16) CELL(BF16) CELL(Q8_0) CELL(Q4_0) CELL(Q4_1)
+#undef CELL
     default: return (pe_format){0, 0};
   }
 }

@@ -1,6 +1,6 @@
-/* cpu.h: what every file of CPU kernels includes. A file that uses PE_KERNEL, PE_SCRATCH or PE_NAME is compiled once per instruction
- * set with -DPE_ISA=<name>; PE_NAME gives its functions a name of their own. The others (pack.c, pool.c, program.c, isa.c) are compiled
- * once. */
+/* cpu.h: what every file of CPU kernels includes. A file that uses PE_KERNEL, PE_SCRATCH or PE_NAME is compiled once per
+ * instruction set with -DPE_ISA=<name>; PE_NAME gives its functions a name of their own. The others (pack.c, pool.c, program.c, isa.c)
+ * are compiled once. */
 #ifndef PE_CPU_H
 #define PE_CPU_H
 

@@ -100,7 +100,9 @@ typedef struct deal {
 } deal;
 
 static int64_t blocks_of(int64_t rows) { return (rows + ROWS_BLOCK - 1) / ROWS_BLOCK; }
-static int64_t claims_of(const deal *d, int64_t rows) { return rows > ROWS_SOME ? blocks_of(rows) * d->strips : rows ? d->claims : 0; }
+static int64_t claims_of(const deal *d, int64_t rows) {
+  return rows > ROWS_SOME ? blocks_of(rows) * d->strips : rows ? d->claims : 0;
+}
 
 /* As in `linear`: strips as wide as leave 8 claims for each thread, runs that leave 16. */
 static deal deal_out(const pe_tensor *w, int glu, const int32_t *ends, int64_t experts, int64_t threads) {

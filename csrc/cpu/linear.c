@@ -5,8 +5,8 @@
  *   y_i = h w_i^T + bias_i                                w_i [n_i, k]: packed (pack.h), or in the file's layout
  *   out_0 = act(y_0) * y_1 if glu, else out_i = y_i (+ residual), then the soft cap
  *
- * Work.  A panel is PANEL_GROUPS groups of 16 rows of one matrix, a strip 1 to 4 panels; an item is a strip times a block of up to 256
- * rows of x. Threads claim runs of items, so a matrix is read once for each block of rows, in order. With glu an item is the
+ * Work.  A panel is PANEL_GROUPS groups of 16 rows of one matrix, a strip 1 to 4 panels; an item is a strip times a block of up to
+ * 256 rows of x. Threads claim runs of items, so a matrix is read once for each block of rows, in order. With glu an item is the
  * strips of both matrices.
  *
  * Quantized weights.  h becomes int8, symmetric, one scale for 32 of k; products are exact in int32 and enter one float
@@ -95,7 +95,8 @@ linear_places linear_memory(int64_t m, int64_t k, int quantized, int floats, int
   y.shared = y.h + (m > ROWS_FEW && floats ? m * hrow : 0);
   y.own_h = ROWS_FEW * row;
   y.panel = y.own_h + ROWS_FEW * hrow; /* a normed row on its way to int8 also stays here */
-  y.rows = y.panel + pe_max(quantized ? PANEL_STEPS * panel_step_bytes(2, 1) : 0, floats ? 64 * PANEL_GROUPS * FILE_PANEL_DEPTH : 0);
+  y.rows = y.panel + pe_max(quantized ? PANEL_STEPS * panel_step_bytes(2, 1) : 0,
+                            floats ? 64 * PANEL_GROUPS * FILE_PANEL_DEPTH : 0);
   y.acc = y.rows + (floats ? 64 * FILE_PANEL_DEPTH : 0);
   y.own = y.acc + linear_block(m) * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
   return y;
@@ -164,9 +165,11 @@ const uint8_t *linear_strip_bytes(const pe_tensor *w, int64_t k, int64_t g0) {
 pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *next, int64_t row0, int64_t rows, char *own,
                        const linear_places *y) {
   const int glu = t->p.glu != PE_LINEAR_GLU_NONE;
-  const int64_t count = pe_min(PANEL_GROUPS * t->wide, linear_groups(t->w[set]) - g0), panels = (count + PANEL_GROUPS - 1) / PANEL_GROUPS;
+  const int64_t count = pe_min(PANEL_GROUPS * t->wide, linear_groups(t->w[set]) - g0);
+  const int64_t panels = (count + PANEL_GROUPS - 1) / PANEL_GROUPS;
   char *panel = own + y->panel;
-  float *dequantized = (float *)(own + y->rows), *acc = (float *)(own + y->acc), *acc1 = acc + t->rows * 16 * PANEL_GROUPS * (STRIP_PANELS / 2);
+  float *dequantized = (float *)(own + y->rows), *acc = (float *)(own + y->acc);
+  float *acc1 = acc + t->rows * 16 * PANEL_GROUPS * (STRIP_PANELS / 2);
   const uint8_t *after = glu ? linear_strip_bytes(t->w[1], t->k, g0) : next;
   pe_status status = multiply(t, t->w[set], g0, panels, after, row0, rows, panel, dequantized, acc);
   if (!status && glu) status = multiply(t, t->w[1], g0, panels, next, row0, rows, panel, dequantized, acc1);

@@ -70,6 +70,8 @@ pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *
 const uint8_t *linear_strip_bytes(const pe_tensor *w, int64_t k, int64_t g0);
 
 static inline int64_t linear_groups(const pe_tensor *w) { return (w->shape[0] + 15) / 16; }
-static inline int64_t linear_strips(const pe_tensor *w, int64_t wide) { return (linear_groups(w) + PANEL_GROUPS * wide - 1) / (PANEL_GROUPS * wide); }
+static inline int64_t linear_strips(const pe_tensor *w, int64_t wide) {
+  return (linear_groups(w) + PANEL_GROUPS * wide - 1) / (PANEL_GROUPS * wide);
+}
 
 #endif

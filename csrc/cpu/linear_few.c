@@ -1,8 +1,8 @@
 /* linear_few.c: `linear` with packed blocks and few rows of x: linear.c says what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
- * A step of 16 rows of the matrix x 32 of k stays in registers and is multiplied with up to DECODE_ROWS rows of x. The weights' bytes
- * are read once, in order; 8 dot products for each row and 9 to 24 instructions of unpacking go on 16 x 32 weights (e.g. 288 bytes
+ * A step of 16 rows of the matrix x 32 of k stays in registers and is multiplied with up to DECODE_ROWS rows of x. The weights'
+ * bytes are read once, in order; 8 dot products for each row and 9 to 24 instructions of unpacking go on 16 x 32 weights (e.g. 288 bytes
  * of Q4_0): memory is the limit.
  */
 #include "linear_parts.h"

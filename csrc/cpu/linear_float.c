@@ -2,8 +2,8 @@
  * what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
- * Up to ROWS_FEW rows of x read packed floats where they lie. Else weights become float panels of 128 of k (256 from the file's layout),
- * and a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one accumulator an output, fma in k order.
+ * Up to ROWS_FEW rows of x read packed floats where they lie. Else weights become float panels of 128 of k (256 from the file's
+ * layout), and a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one accumulator an output, fma in k order.
  */
 #include "../host/dequant.h"
 #include "linear_parts.h"
@@ -33,10 +33,11 @@ PE_UNROLL(8)
 }
 
 /* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. */
-static void tile_float(const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines, const float *x, int64_t ld,
-                       int64_t m, float *acc) {
+static void tile_float(const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines, const float *x,
+                       int64_t ld, int64_t m, float *acc) {
   const int64_t share = (lines * FLOAT_TILE_ROWS + m - 1) / m;
-  for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, acc += FLOAT_TILE_ROWS * PANEL_GROUPS * 16) {
+  const int64_t sums = FLOAT_TILE_ROWS * PANEL_GROUPS * 16;
+  for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, acc += sums) {
     for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
       for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(ahead[v] + 64 * asked);
     float_rows(FLOAT_TILE_ROWS, panel, count, x, ld, acc);
@@ -84,7 +85,8 @@ PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
 }
 
-static void stream(int id, int64_t m, const uint8_t *const group[PANEL_GROUPS], int64_t count, const float *x, int64_t ld, float *acc) {
+static void stream(int id, int64_t m, const uint8_t *const group[PANEL_GROUPS], int64_t count, const float *x, int64_t ld,
+                   float *acc) {
 #define STREAM(id_, rows)                                                                                              \
   if (id == PE_##id_ && m == rows) stream_rows(PE_##id_, rows, group, count, x, ld, acc);
   STREAM(F32, 1) STREAM(F32, 2) STREAM(F32, 3) STREAM(F32, 4)
@@ -93,7 +95,8 @@ static void stream(int id, int64_t m, const uint8_t *const group[PANEL_GROUPS], 
 #undef STREAM
 }
 
-/* Columns k0 .. k0 + count - 1 of the groups of a panel, as floats [count][16 PANEL_GROUPS]. `rows` is room for [16][FILE_PANEL_DEPTH] floats. */
+/* Columns k0 .. k0 + count - 1 of the groups of a panel, as floats [count][16 PANEL_GROUPS]. `rows` is room for
+ * [16][FILE_PANEL_DEPTH] floats. */
 static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t count, float *panel, float *rows) {
   const int64_t n = w->shape[0], k = w->shape[1], last = (n - 1) / 16;
   for (int v = 0; v < PANEL_GROUPS; v++) {

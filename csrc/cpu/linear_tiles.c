@@ -1,14 +1,14 @@
 /* linear_tiles.c: `linear` with packed blocks and many rows of x: linear.c says what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
- * A panel of 256 of k is unpacked once into L1 (12 KB of codes, 1.5 to 6 KB of scales on avx512), and a tile takes INT_TILE_ROWS rows
- * of x times PANEL_GROUPS vectors: 12 integer and 12 float accumulators in 32 registers.
+ * A panel of 256 of k is unpacked once into L1 (12 KB of codes, 1.5 to 6 KB of scales on avx512), and a tile takes INT_TILE_ROWS
+ * rows of x times PANEL_GROUPS vectors: 12 integer and 12 float accumulators in 32 registers.
  */
 #include "linear_parts.h"
 
 /* Steps s0 .. s0 + count - 1 of PANEL_GROUPS groups. ahead[v]: what will be unpacked next in place of this part of group v. */
-PE_INLINE void unpack_panel(int id, const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0, int64_t count,
-                            uint8_t *to) {
+PE_INLINE void unpack_panel(int id, const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0,
+                            int64_t count, uint8_t *to) {
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32;
   const int64_t step = panel_step_bytes(t.halves, t.offsets);
@@ -77,7 +77,8 @@ PE_UNROLL(8)
         if (offsets) {
           v16f ds = v16f_set1(halves == 2 ? linear_step_of(x, ld, i, s)->dsum2[h] : linear_step_of(x, ld, i, s)->dsum);
 PE_UNROLL(8)
-          for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_fma(v16f_load(f + 16 * (PANEL_GROUPS * (halves + h) + v)), ds, sum[i][v]);
+          for (int v = 0; v < PANEL_GROUPS; v++)
+            sum[i][v] = v16f_fma(v16f_load(f + 16 * (PANEL_GROUPS * (halves + h) + v)), ds, sum[i][v]);
         }
       }
     }
@@ -97,7 +98,8 @@ typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], const uint8_t *
 #define TILE(name, halves, offsets, z128)                                                                              \
   static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
                           int64_t m, float *acc) {                                                                     \
-    for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, acc += INT_TILE_ROWS * PANEL_GROUPS * 16)                                                        \
+    const int64_t sums = INT_TILE_ROWS * PANEL_GROUPS * 16;                                                            \
+    for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, acc += sums)                               \
       tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                                        \
     if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
     if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
@@ -136,7 +138,8 @@ void PE_NAME(linear_tiles)(const linear_product *t) {
   for (int64_t at = 0; at < t->k; at += chunk) {
     const int64_t count = pe_min(chunk, t->k - at);
     for (int64_t p = 0; p < t->panels; p++) {
-      const uint8_t *group[PANEL_GROUPS], *ahead[PANEL_GROUPS]; /* ahead: these 256 of k of the next panel, after the last the next 256 of the first */
+      /* ahead: these 256 of k of the next panel; after the last, the next 256 of the first */
+      const uint8_t *group[PANEL_GROUPS], *ahead[PANEL_GROUPS];
       for (int v = 0; v < PANEL_GROUPS; v++) {
         group[v] = linear_group(t, p, v);
         ahead[v] = p + 1 < t->panels   ? pe_block_head(c, group[v] + PANEL_GROUPS * t->bytes, at / c.k)

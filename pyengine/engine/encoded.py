@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +41,7 @@ class MediaInfo:
     grids       (frames, rows, columns) of soft tokens of each view, where the model has them
     cached      found in the image cache: nothing was encoded
     process_seconds, encode_seconds: on the host, and in the encoder
-    digest      hex of sha256 over pixels and options; key: the same as bytes, by which it is found in the image cache
+    digest      hex of sha256 over pixels and options
     """
 
     kind: str
@@ -54,7 +54,6 @@ class MediaInfo:
     process_seconds: float
     encode_seconds: float
     digest: str
-    key: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,13 @@ class EncodedMedia:
                 if view is not run:
                     run, (embedding, seconds) = view, self._encoded(view)
                     encoding += seconds
-                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest())
+                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest(), media.digest)
             made.append(p)
         parts, views = tuple(made), processed.views
         segments = [p for p in parts if isinstance(p, MediaSegment)]
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
                          sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
-                         time.perf_counter() - started - encoding, encoding, media.digest.hex(), media.digest)
+                         time.perf_counter() - started - encoding, encoding, media.digest.hex())
         return _Entry(parts, info, sum(s.embedding.nbytes for s in segments))
 
     def _keep(self, digest: bytes, entry: _Entry) -> None:
@@ -156,10 +155,10 @@ class EncodedMedia:
         return encoder.run(self._program, view), loading + time.perf_counter() - started
 
 
-def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes) -> MediaSegment:
+def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes, source: bytes) -> MediaSegment:
     """What stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
     if isinstance(part, View):
-        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token)
+        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source)
     n, view = part.stop - part.start, part.view
     positions = np.broadcast_to(np.arange(n, dtype=np.int32), (len(view.positions), n))
-    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest)
+    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest, source=source)

@@ -82,7 +82,7 @@ class Request:
     @property
     def media(self) -> frozenset[bytes]:
         """Digests of its pictures."""
-        return frozenset(info.key for info in self.report.media)
+        return frozenset(s.source for _, s in (*self.rows.media, *self.rows.crossed))
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [vocab] after the last row, and decide whether to go on."""
