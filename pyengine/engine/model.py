@@ -238,7 +238,7 @@ class Model:
             from pyengine.cache import sessions
 
             tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
-            self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
+            self._fingerprint = sessions.fingerprint(self._files.opened, tables)
         return self._fingerprint
 
     # -- generation ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 /* runner.c: run op cases from a file on one instruction set and write what came out. So kernels can be tested where
- * there is no Python: under an emulator, on a phone. tests/crossbuild.py builds it and speaks its files.
+ * there is no Python: under an emulator, on a phone. tests/support/crossbuild.py builds it and speaks its files.
  *
  *   runner                                 print the instruction sets that this machine and build have
  *   runner ISA THREADS CASES RESULTS

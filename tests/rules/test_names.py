@@ -106,7 +106,6 @@ def model_names(files: Sequence[Source], kinds: Iterable[str]) -> list[str]:
             if re.fullmatch(r"[\w.*]+", text) and pattern.fullmatch(text)]
 
 
-@pytest.mark.xfail(strict=True, reason="keys of encoders are translated when a file is opened from the next merge on")
 def test_architectures_tensors_and_keys_are_named_at_home() -> None:
     assert model_names(package(), architectures()) == []
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +19,6 @@ from pyengine.memory.layout import ModelLayout
 from pyengine.memory.settings import Settings
 from pyengine.programs.bound import bind, Bound
 
-pytest.importorskip("tiny")
 HELD = ("pyengine.models", "pyengine.nn")                    # whose objects a model is made of
 
 
@@ -100,7 +100,7 @@ def use(bound: Bound, seeing: bool, **changes: Any) -> list[np.ndarray]:
     return out
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2_5_vl", "mistral3", "mllama", "llama4"])
+@pytest.mark.parametrize("kind", cases.kinds(own_cache=True))
 def test_a_bound_model_is_not_assigned_to(tiny_gguf, kind: str) -> None:
     """Two uses of one object, other plans in between, give what a fresh one gives."""
     files = open_files(tiny_gguf(kind)[0])
