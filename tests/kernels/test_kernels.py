@@ -29,9 +29,11 @@ from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted([*(rules.CSRC / "cpu").glob("attention*.c"), *(rules.CSRC / "cpu" / f"{n}.c" for n in ("elementwise", "norm", "matmul", "rope", "routing"))])
-OPS = ("binary", "unary", "scale", "softcap", "contiguous", "concat", "matmul", "rms_norm", "layer_norm", "softmax", "temperature",
-       "reduce", "rope_table", "rope", "cache_append", "rope_append", "attention", "top_experts", "sum_experts")
+# Kernels whose weights have formats of their own are those of test_linear_kernels.py; all others are tested here.
+FORMATS = {name for name, op in REGISTRY.items() if op.packed or op.any_format}
+_WITH = [p for p in sorted((rules.CSRC / "cpu").glob("*.c")) if (found := codegen.kernels_of("cpu", [p])[0]) and not found & FORMATS]
+SOURCES = sorted({*_WITH, *(part for p in _WITH for part in p.parent.glob(f"{p.stem}_*.c"))})
+OPS = tuple(name for name in REGISTRY if name in codegen.kernels_of("cpu", SOURCES)[0])
 FLAGS = rules.isas(platform.machine())
 NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi2"},
          "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}}
