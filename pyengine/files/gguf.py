@@ -12,7 +12,7 @@ type against the bytes that are there before it is used; values are decoded when
 claims is therefore never allocated: a hostile file costs at most time linear in its own size.
 
 GGUF lists axes fastest first; `TensorInfo.shape` is NumPy's order, slowest first, reversed here and nowhere else.
-Source: docs/gguf.md of ggml.
+Source: ggml, gguf.md.
 """
 
 from __future__ import annotations

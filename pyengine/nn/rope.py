@@ -13,6 +13,8 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import WeightRef, Weights
 from pyengine.graph.tensor import Tensor
 
+FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"                # tensors that some architectures read
+
 
 class Rope(NamedTuple):
     """Frequencies of a rotary embedding: `inv_freq` float32 [n_rot / 2]; `scale` multiplies cosines and sines."""
@@ -76,7 +78,7 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: floa
 
 def _factors(h: Hparams, w: Weights, n_rot: int) -> tuple[WeightRef | None, WeightRef | None, int]:
     """Divisors of the frequencies that stand in the file as tensors, up to a context and beyond it, and that context."""
-    llama3, long, short = (w[name].optional("weight", (n_rot // 2,)) for name in ("rope_freqs", "rope_factors_long", "rope_factors_short"))
+    llama3, long, short = (w[name].optional("weight", (n_rot // 2,)) for name in FACTORS)
     if long and short:
         return short, long, h.size("rope.scaling.original_context_length")
     return llama3, None, 0

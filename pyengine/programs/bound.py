@@ -13,9 +13,8 @@ from pyengine.files.model_files import Files
 from pyengine.files.weights import Weights
 from pyengine.models import model_class
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
+from pyengine.nn.rope import FACTORS
 from pyengine.text.tokenizer import Tokenizer
-
-READ_ELSEWHERE = ("rope_freqs", "rope_factors_long", "rope_factors_short")     # by some architectures only
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
     kind = model_class(h.arch)
     model = kind(h, weights)
     encoders = _encoders(kind, h, files, weights) if with_encoders else {}
-    weights.finish(ignore=(*READ_ELSEWHERE, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
+    weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     return Bound(files, model, encoders)
 
 
