@@ -3,7 +3,7 @@
  * A row of a quantized tensor is a run of blocks; each block holds QK consecutive elements (32, or 256 for the K, IQ
  * and TQ families). Everything is little-endian. In the drawings one box is one byte, its most significant bits on
  * the left; `x[i]` is element i of the block and `q[i]` its integer code. Names and sizes are ggml's; the sizes and
- * the arithmetic agree with gguf-py 0.19 (constants.py:GGML_QUANT_SIZES, quants.py), which tests/test_dequant.py
+ * the arithmetic agree with gguf-py 0.19 (constants.py:GGML_QUANT_SIZES, quants.py), which tests/kernels/test_dequant.py
  * checks bit by bit.
  *
  * Blocks of a file are aligned to their own size only, so a pointer to one may be odd (block_mxfp4 is 17 bytes long).

@@ -105,7 +105,7 @@ void PE_NAME(linear_few)(const linear_product *t) {
       for (int64_t i0 = 0, n; i0 < t->rows; i0 += n) {
         const int64_t left = t->rows - i0;
         n = left >= DECODE_ROWS ? DECODE_ROWS : left > ROWS_FEW ? (left + 1) / 2 : left; /* 5 rows are 3 and 2 */
-        float y[DECODE_ROWS * 16];
+        _Alignas(64) float y[DECODE_ROWS * 16];
         (n > ROWS_FEW ? f->most : f->few[n - 1])(group, next, t->bytes, t->k, t->q + i0 * t->ldq, t->ldq, y);
         for (int64_t i = 0; i < n; i++) v16f_store(to + 16 * (PANEL_GROUPS * (i0 + i) + v), v16f_load(y + 16 * i));
       }
