@@ -80,11 +80,14 @@ def without(files: Sequence[Source], *folders: str) -> list[Source]:
     return [f for f in files if not f.path.startswith(folders)]
 
 
-def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, ast.ClassDef | None]]:
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, Function, ast.ClassDef | None]]:
     """Each function with its dotted name and the class that it is a method of."""
-    def walk(node: ast.AST, prefix: str, owner: ast.ClassDef | None) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, ast.ClassDef | None]]:
+    def walk(node: ast.AST, prefix: str, owner: ast.ClassDef | None) -> Iterator[tuple[str, Function, ast.ClassDef | None]]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if isinstance(child, Function):
                 yield prefix + child.name, child, owner
                 yield from walk(child, f"{prefix}{child.name}.", None)
             elif isinstance(child, ast.ClassDef):

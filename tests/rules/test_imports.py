@@ -127,8 +127,8 @@ def test_outside_packages_are_the_declared_ones(files) -> None:
 
 def planted(*texts: tuple[str, str]) -> list[Source]:
     """Modules of these texts, and empty ones that they may import."""
-    there = ["errors", "ops/linear", "nn/layers", "models/llama", "programs/step", "engine/model", "backends/base", "backends/cpu", "cache/policy",
-             "cache/store"]
+    there = ["errors", "ops/linear", "nn/layers", "models/llama", "programs/step", "engine/model", "backends/base", "backends/cpu",
+             "cache/policy", "cache/store"]
     return [*(Source(f"pyengine/{name}.py", "") for name in there), *(Source(f"pyengine/{path}.py", text) for path, text in texts)]
 
 

@@ -90,7 +90,8 @@ def test_an_input_named_elsewhere_is_found(text: str) -> None:
 # -- architectures, tensors, keys -----------------------------------------------------------------------------------------
 
 AT_HOME = ("pyengine/models/", "pyengine/nn/", "pyengine/files/dialects.py", "pyengine/text/", "pyengine/chat/defaults.py")
-TENSOR = r".*_exps\.?|.*_shexp\.?|patches|patch_embd.*|token_embd|output_norm|attn_\w+|ffn_\w+|rope_(freqs|factors_\w+)|v\.|mm\.?|v\.(blk|patch)\..*"
+TENSOR = (r".*_exps\.?|.*_shexp\.?|patches|patch_embd.*|token_embd|output_norm|attn_\w+|ffn_\w+|rope_(freqs|factors_\w+)"
+          r"|v\.|mm\.?|v\.(blk|patch)\..*")
 KEY = r"clip|clip\..*"
 
 
@@ -110,8 +111,8 @@ def test_architectures_tensors_and_keys_are_named_at_home() -> None:
     assert model_names(package(), architectures()) == []
 
 
-@pytest.mark.parametrize("text", ["gemma3", "qwen2.5", "llama", "ffn_gate_exps", "_exps.", "patches", "clip", "clip.vision.image_size", "pixtral",
-                                  "attn_q", "mm"])
+@pytest.mark.parametrize("text", ["gemma3", "qwen2.5", "llama", "ffn_gate_exps", "_exps.", "patches", "clip",
+                                  "clip.vision.image_size", "pixtral", "attn_q", "mm"])
 def test_a_name_far_from_home_is_found(text: str) -> None:
     planted = [Source(f"pyengine/{where}.py", f"x = name.startswith({text!r})") for where in ("memory/x", "models/x", "files/dialects")]
     found = model_names(planted, ["llama", "gemma3", "qwen2", "qwen2vl"])
@@ -151,8 +152,9 @@ def test_numbers_of_formats_are_in_one_table() -> None:
     assert format_facts([*package(), *read("csrc/**/*.[ch]", "csrc/**/*.cpp", "converters/**/*.py", "bench/*.py")]) == []
 
 
-@pytest.mark.parametrize("path, text", [("csrc/cpu/x.c", "static const int t[][2] = {\n  {PE_Q4_0, 32, 18}};"), ("csrc/x.h", "enum { PE_Q6_K = 14 };"),
-                                        ("csrc/cpu/x.h", "#define FORMATS(X) X(Q8_0, 8, 32, 34)"), ("pyengine/x.py", "T = [('Q4_K', 256, 144)]")])
+@pytest.mark.parametrize("path, text", [
+    ("csrc/cpu/x.c", "static const int t[][2] = {\n  {PE_Q4_0, 32, 18}};"), ("csrc/x.h", "enum { PE_Q6_K = 14 };"),
+    ("csrc/cpu/x.h", "#define FORMATS(X) X(Q8_0, 8, 32, 34)"), ("pyengine/x.py", "T = [('Q4_K', 256, 144)]")])
 def test_numbers_of_formats_elsewhere_are_found(path: str, text: str) -> None:
     assert len(found := format_facts([Source(path, text)])) == 1 and found[0].startswith(path)
     assert format_facts([Source("csrc/x.c", "/* Q4_0: (Q4_0, 32, 18) */ ENCODER(Q4_0, 32, q4_0) int x = (PE_BLOCK_Q4_0, 3);")]) == []

@@ -79,7 +79,8 @@ def test_an_indexed_state_is_found(text: str) -> None:
 def unheld(files: Sequence[Source]) -> list[str]:
     """What of the two contracts no suite is run over: a module that is not found by its name, or has not the class it must have."""
     found = []
-    for folder, there, kind in (("pyengine/backends/", set(backends.names()), "Backend"), ("pyengine/models/", set(models.architectures()), "Model")):
+    for folder, there, kind in (("pyengine/backends/", set(backends.names()), "Backend"),
+                                ("pyengine/models/", set(models.architectures()), "Model")):
         for f in within(files, folder):
             name = f.path.removeprefix(folder).removesuffix(".py").removesuffix("/__init__")
             has = any(isinstance(n, (ast.ClassDef, ast.Assign, ast.ImportFrom)) and kind in defined(n) for n in f.tree.body)

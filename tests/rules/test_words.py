@@ -22,8 +22,9 @@ _MODULE = re.compile(r"(?<![\w./-])(?:pyengine|converters|bench)(?:\.[a-z_]\w*)+
 _FILE = re.compile(r"(?<![\w./*<>-])(?:gen/(?:\w+/)?)?[a-z_]\w*\.(?:py|c|h|cpp)(?![\w/])")
 MADE = ("csrc/gen", "pyengine/_abi", "pyengine/_engine")           # by the build, so they are in no checkout
 # Bare names of other projects' files; with a folder before them they are none of ours anyway.
-FOREIGN = re.compile(r"(modeling|modular|configuration|processing|image_processing\w*|image|video_processing\w*|convert|run|feature_extraction)_\w+\.py|tokenization(_\w+)?\.py"
-                     r"|(ggml|(ik_)?llama|clip|mtmd|sgemm)\w*\.(c|h|cpp)|(quants|tensor_mapping|vocab|gguf_reader|gguf_writer|constants|generation|model|functional)\.py|siglip\.cpp")
+FOREIGN = re.compile(r"(modeling|modular|configuration|processing|image|image_processing|video_processing|convert|run|feature_extraction)_\w+\.py"
+                     r"|tokenization(_\w+)?\.py|(ggml|(ik_)?llama|clip|mtmd|sgemm|siglip)\w*\.(c|h|cpp)"
+                     r"|(quants|tensor_mapping|vocab|gguf_reader|gguf_writer|constants|generation|model|functional)\.py")
 
 
 def exists(path: str, root: Path) -> bool:
@@ -81,13 +82,15 @@ def test_what_pages_name_is_there(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("path, text", [
-    ("pyengine/x.py", "# see pyengine/planning.py"), ("pyengine/x.py", '"""`pyengine.planner` reads it."""'), ("csrc/cpu/x.c", "/* as in gen/params.h */"),
-    ("csrc/cpu/x.c", "// declared in nowhere.h, not in pool.h"), ("docs/x.md", "The files of `csrc/metal/` are"), ("docs/x.md", "`pyengine.ops.conv2d`"),
+    ("pyengine/x.py", "# see pyengine/planning.py"), ("pyengine/x.py", '"""`pyengine.planner` reads it."""'),
+    ("csrc/cpu/x.c", "/* as in gen/params.h */"), ("csrc/cpu/x.c", "// declared in nowhere.h, not in pool.h"),
+    ("docs/x.md", "The files of `csrc/metal/` are"), ("docs/x.md", "`pyengine.ops.conv2d`"),
     ("pyengine/x.py", "# gen/table.c is not gen/cpu/table.c"),
 ])
 def test_a_path_to_nowhere_is_found(path: str, text: str, tmp_path) -> None:
     assert len(missing_paths([Source(path, text)], written_by_codegen(tmp_path))) == 1
-    good = "/* csrc/cpu/pool.c, gen/cpu/table.c, formats.h, pyengine.ops.linear, docs/adding-an-*.md, tests/models/<arch>.py, csrc/gen, modeling_llama.py */"
+    good = ("/* csrc/cpu/pool.c, gen/cpu/table.c, formats.h, pyengine.ops.linear, docs/adding-an-*.md, tests/models/test_<arch>.py, csrc/gen, "
+            "modeling_llama.py, pyengine._engine, pyengine.converters.quantize */")
     assert missing_paths([Source("csrc/x.c", good)], ["formats.h", "cpu/table.c"]) == []
 
 
