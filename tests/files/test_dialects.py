@@ -19,8 +19,10 @@ from pyengine.files.weights import Weights
 
 pytest.importorskip("transformers", reason="pip install transformers torch")
 
+import cases  # noqa: E402
 import foreign  # noqa: E402
 import tiny  # noqa: E402
+from pyengine.models.mllama import MEAN, STD  # noqa: E402
 
 
 def write(path: Path, arch: str, keys: dict[str, Any], tensors: dict[str, tuple[int, ...]] | None = None) -> GGUFFile:
@@ -63,15 +65,15 @@ def rewritten(source: Path, path: Path, drop: tuple[str, ...] = (), keys: dict[s
 # ---- what is llama.cpp's already ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*tiny.SEEING_KINDS, "llama", "gemma3_text", "qwen2", "qwen3moe", "llama4_text"])
+@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.converted])
 def test_our_files_pass_as_they_are(kind, tiny_gguf) -> None:
     file = GGUFFile(tiny_gguf(kind)[0])
     assert translate(file) is file
 
 
-@pytest.mark.parametrize("kind", tiny.LLAMA_CPP_KINDS)
+@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.llama_cpp])
 def test_llama_cpps_files_pass_as_they_are(kind, tmp_path) -> None:
-    folder = tiny.make_checkpoint(kind, tmp_path / "c", **tiny.LLAMA_CPP.get(kind, {}))
+    folder = tiny.make_checkpoint(kind, tmp_path / "c", **cases.find(kind).assumed)
     files = open_files(*foreign.llama_cpp_files(folder, tmp_path / "m.gguf"))
     assert (files.model, files.mmproj) == files.opened
 
@@ -134,10 +136,10 @@ def test_other_kinds_of_values_are_left_to_the_model(tmp_path) -> None:
 # ---- Ollama's files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "llama4", "mistral3", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.llama_cpp and c.dialect and c.dialect.ollama_arch])
 def test_ollamas_names_become_those_of_gguf_py(kind, tmp_path) -> None:
     """The same checkpoint by both programs' converters: the same names, shapes and numbers."""
-    folder = tiny.make_checkpoint(kind, tmp_path / "c", dtype="float16", **tiny.LLAMA_CPP.get(kind, {}))
+    folder = tiny.make_checkpoint(kind, tmp_path / "c", dtype="float16", **cases.find(kind).assumed)
     text, mmproj = (GGUFFile(p) for p in foreign.llama_cpp_files(folder, tmp_path / "l.gguf"))
     file = open_files(foreign.ollama_file(folder, tmp_path / "o.gguf", "f32")).model
     want = {name: f for f in (text, mmproj) for name in f.tensors if name != "v.token_embd.img_break"}
@@ -156,7 +158,7 @@ def test_ollamas_names_become_those_of_gguf_py(kind, tmp_path) -> None:
 
 
 def test_names_of_both_of_ollamas_files_of_llama_3_2_vision(tmp_path) -> None:
-    folder = tiny.make_checkpoint("mllama", tmp_path / "c", processor={"image_mean": foreign.CLIP_MEAN, "image_std": foreign.CLIP_STD})
+    folder = tiny.make_checkpoint("mllama", tmp_path / "c", processor={"image_mean": MEAN, "image_std": STD})
     from converters import convert
 
     ours = GGUFFile(convert(folder, tmp_path / "m.gguf", "f32"))
