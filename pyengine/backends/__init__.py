@@ -13,12 +13,12 @@ _SHARED = {"base", "chain", "graph", "host", "prepared"}       # what backends h
 
 
 def names() -> list[str]:
-    """The backends that this installation has."""
+    """Return the names of the backends that this installation has."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
 
 
 def backend(device: str = "cpu", n_threads: int | None = None) -> Backend:
-    """The backend for a device name.
+    """Return the backend for a device name.
 
     Raises: GraphError if there is none of that name.
     """

@@ -163,12 +163,12 @@ def check_kernels(prepared: Prepared, device: str, strict: bool = False) -> None
 
 
 def said(fallbacks: Mapping[str, int]) -> str:
-    """Steps without a kernel in words: "conv2d (12 steps)"."""
+    """Describe the steps without a kernel: "conv2d (12 steps)"."""
     return ", ".join(f"{name} ({n} step{'s' if n > 1 else ''})" for name, n in sorted(fallbacks.items()))
 
 
 def dims_of(leaves: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Values of the run-time axes, from the shapes of all inputs. Raises: GraphError for names and shapes that do not fit."""
+    """Read the values of the run-time axes from all inputs' shapes. Raises: GraphError for names and shapes that do not fit."""
     dims: dict[str, int] = {}
     if set(arrays) != set(leaves):
         missing, unknown = sorted(set(leaves) - set(arrays)), sorted(set(arrays) - set(leaves))

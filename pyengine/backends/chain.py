@@ -78,7 +78,7 @@ class Chain(base.Program):
         self.outputs = [places[i] for i in range(len(places))]
 
     def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
-        """Run all stages; from an entry on only the last one's, where it is."""
+        """Run all stages; from an entry on, only the last turn, which contains it."""
         if entry is not None:
             program, last, _ = self._order[-1]
             program.execute(entry, last, **dims)

@@ -20,7 +20,7 @@ from pyengine.graph.tensor import Tensor
 
 
 class Graph(graph.Graph):
-    """A named set of inputs, constants and states. Building computes nothing; `compile` makes a program of it."""
+    """A named set of inputs, constants and states. Building computes nothing; `compile` turns it into a program."""
 
     def compile(self, outputs: Tensor | Sequence[Tensor], device: str = "cpu", n_threads: int | None = None,
                 passes: Sequence[str] | None = None, strict: bool = False) -> Program:

@@ -32,5 +32,5 @@ class HostState(State):
 
 
 def tensor_over(memory: np.ndarray, start: int, shape: tuple[int, ...], dtype: DType, strides: tuple[int, ...] | None = None) -> np.ndarray:
-    """An array of plain numbers over bytes of the host, from byte `start` on."""
+    """Return an array of plain numbers over bytes of the host, from byte `start` on."""
     return np.ndarray(shape, NUMPY[dtype.name], memory.data, start, strides)

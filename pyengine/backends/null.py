@@ -17,7 +17,7 @@ from pyengine.graph.tensor import axis_max, Node, Tensor
 
 
 def host_arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    """An array of zeros for each tensor, run-time axes at their largest."""
+    """Return an array of zeros for each tensor, run-time axes at their largest."""
     return [np.zeros([axis_max(a) for a in t.shape], NUMPY[t.dtype.name]) for t in tensors]
 
 

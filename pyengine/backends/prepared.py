@@ -45,18 +45,18 @@ class Resident:
 
 
 def source_dtype(t: Tensor) -> DType:
-    """The format in which a constant's numbers are given."""
+    """Return the format in which a constant's numbers are given."""
     source = t.node.source
     return t.dtype if isinstance(source, np.ndarray) else source.dtype
 
 
 def result_args(node: Node) -> list[Tensor | tuple[Tensor, ...]]:
-    """Results grouped as a kernel's arguments: one tensor each, or the list of a list result."""
+    """Group results as a kernel's arguments: one tensor each, or the list of a list result."""
     return [tuple(node.outputs)] if node.op.results[0].many else list(node.outputs)
 
 
 class Counted(Prepared):
-    """A prepared program whose backend says how weights are packed, and what its kernels need beside their arguments.
+    """A prepared program whose backend says how weights are packed, and what its kernels need besides their arguments.
 
     kernels  names of the ops that the backend has; None: all
     """
@@ -117,8 +117,8 @@ class Counted(Prepared):
         return [i for i, node in enumerate(self.layout.steps) if any(of(t).root.node.kind in ("state", "table") for t in node.inputs)]
 
     def _readers(self, nodes: Sequence[Node]) -> dict[int, set[str]]:
-        """How each constant is read, by the id of its node: "packed", "any" format, or as "plain" numbers (a view of it always is);
-        "sparse" too where a row reads some of its matrices."""
+        """Return how each constant is read, by the id of its node: "packed", in "any" format, or as "plain" numbers (views always
+        are); also "sparse" where a row reads some of its matrices."""
         readers: dict[int, set[str]] = {}
         for node in nodes:
             for name, arg in zip(node.op.args, node.args) if node.op is not None and not node.op.view else ():

@@ -18,7 +18,7 @@ from pyengine.graph.tensor import axis_max, axis_value, Node, Tensor
 
 
 def constant_array(t: Tensor) -> np.ndarray:
-    """A constant as float32 (or int32); block formats are dequantized by gguf-py."""
+    """Return a constant as float32 (or int32); block formats are dequantized by gguf-py."""
     source = t.node.source
     if isinstance(source, np.ndarray):
         return source
@@ -53,7 +53,7 @@ class Prepared(Counted):
 
 
 def axis_product(t: Tensor) -> int:
-    """Elements of a tensor, run-time axes at their largest."""
+    """Count the elements of a tensor, run-time axes at their largest."""
     return int(np.prod([axis_max(a) for a in t.shape], dtype=np.int64))
 
 
@@ -119,7 +119,7 @@ class Program(base.Program):
         return (id(t.node), t.index) in self._values
 
     def _value(self, arg: Any) -> Any:
-        """An argument's array; views are computed when they are read, so that they never outlive what they show."""
+        """Return an argument's array; views are computed when they are read, so that they never outlive what they show."""
         if isinstance(arg, tuple):
             return [self._value(a) for a in arg]
         if arg is None:

@@ -3,7 +3,7 @@
 Layers that see everything (`Full`) take pages of PAGE cells from one pool; conversations with a common prefix share its pages, and a
 shared page is copied before it is written. So do those that see an encoder's rows (`Cross`), which have numbers of their own.
 Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Nothing is ever
-moved to make room, so there is nothing to defragment.
+moved to make space, so there is nothing to defragment.
 
     table[row, j % slots] = cell of token (or encoder row) j of the conversation in that row      (the tensor that attention reads)
 """
@@ -36,7 +36,7 @@ class Group(NamedTuple):
 
 
 def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> Group:
-    """The cells that `n_seq` conversations of at most `n_ctx` tokens need; a lone conversation needs no whole pages."""
+    """Return the cells that `n_seq` conversations of at most `n_ctx` tokens need; a lone conversation needs no whole pages."""
     slots = policy.slots(n_ctx, n_batch)
     if policy.paged and n_seq > 1:
         slots = -(-slots // page) * page
@@ -51,7 +51,7 @@ class Conversation:
     pictures (number of its token, encoder rows up to its end) of each picture that is seen across
     next     position of the row that follows
     media    digests of its pictures
-    active   a request works on it; else it is kept for its prefix until room is needed
+    active   a request works on it; else it is kept for its prefix until space is needed
     """
 
     row: int
@@ -69,7 +69,7 @@ class Conversation:
         return len(self.keys)
 
     def crossed(self, n: int | None = None) -> int:
-        """Encoder rows that it has, or that its first n tokens brought."""
+        """Return the number of encoder rows that it has, or that its first n tokens brought."""
         return next((rows for token, rows in reversed(self.pictures) if n is None or token < n), 0)
 
     @property
@@ -111,7 +111,7 @@ class Cells:
     # -- conversations ----------------------------------------------------------------------------------------------------
 
     def new(self) -> Conversation:
-        """An empty conversation, in a free row or that of the idle conversation used longest ago.
+        """Begin an empty conversation, in a free row or in that of the idle conversation used longest ago.
 
         Raises: PlanError when all rows are active.
         """
@@ -135,7 +135,7 @@ class Cells:
             self.conversations.remove(s)
 
     def reach(self, s: Conversation, n: int) -> int:
-        """How many of the first n tokens of a conversation another one can go on from: n, or 0 where a ring has lost them."""
+        """Return how many of the first n tokens of a conversation another can go on from: n, or 0 where a ring has lost them."""
         n = min(n, len(s))
         for i, g in enumerate(self.groups):
             if not g.policy.paged and g.policy.first_of(n) < max(s.high - g.slots, s.low.get(i, 0)):
@@ -143,14 +143,14 @@ class Cells:
         return n
 
     def renew(self, s: Conversation, n: int) -> Conversation:
-        """The first n = reach(s, n) tokens of an idle conversation as an active one in its place: whoever held `s` finds it gone."""
+        """Turn the first n = reach(s, n) tokens of an idle conversation into an active one in its place; `s` itself is gone."""
         self.truncate(s, n)
         heir = replace(s, active=True)
         self.conversations[self.conversations.index(s)] = heir
         return heir
 
     def fork(self, s: Conversation, n: int) -> tuple[Conversation, list[Copy]]:
-        """A new conversation of the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
+        """Begin a new conversation with the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
         was, s.active = s.active, True                       # it must outlive the search for a row
         try:
             child = self.new()
@@ -186,7 +186,7 @@ class Cells:
     # -- cells --------------------------------------------------------------------------------------------------------
 
     def filled(self, number: int, s: Conversation, n: int | None = None) -> int:
-        """Tokens, or encoder rows, that a conversation has in a group; with n, its first n tokens'."""
+        """Return the number of tokens, or encoder rows, that a conversation has in a group; with n, those of its first n tokens."""
         if self.groups[number].policy.across:
             return s.crossed(n)
         return len(s) if n is None else n
@@ -219,7 +219,7 @@ class Cells:
         return copies
 
     def shift(self, s: Conversation, start: int, stop: int) -> list[Copy]:
-        """Remove tokens [start, stop) of a conversation whose groups are all paged; those behind, no pictures, take their numbers.
+        """Remove tokens [start, stop) of a conversation whose groups are all paged; later ones, no pictures, take their numbers.
 
         Returns the cells that these had and have: both lists are of one length, and may overlap. Keys are cut, nothing is copied.
         Raises: RequestError where a group is a ring; PlanError without pages, and `s` is then as it was.
@@ -230,7 +230,7 @@ class Cells:
         own = [i for i, g in enumerate(self.groups) if not g.policy.across]
         old = [(i, self.cells_of(i, s, np.arange(stop, len(s))).copy()) for i in own]
         kept = range(start // self.page, -(-(start + n) // self.page))
-        for i, refs in ((i, self._refs[i]) for i in own):    # the pages that it needs anew, and those that it gives back
+        for i, refs in ((i, self._refs[i]) for i in own):    # the new pages that it needs, and those that it gives back
             while (sum(refs[p] > 1 for p in s.pages[i][: kept.stop][kept.start :])
                    > len(self._free[i]) + sum(refs[p] == 1 for p in s.pages[i][kept.stop :])):
                 self._evict(f"no page is left of {len(refs)}; fewer or shorter conversations fit", but=s)
@@ -241,7 +241,7 @@ class Cells:
         return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in old]
 
     def restore(self, keys: Sequence[Hashable], pictures: Sequence[tuple[int, int]] = ()) -> Conversation:
-        """A conversation of these keys and pictures, whose `live` cells the caller fills. Raises: PlanError without a row or pages."""
+        """Restore a conversation of keys and pictures; the caller fills `live` cells. Raises: PlanError without a row or pages."""
         s = self.new()
         try:
             self.extend(s, len(keys), pictures[-1][1] if pictures else 0)
@@ -253,19 +253,19 @@ class Cells:
         return s
 
     def cells_of(self, number: int, s: Conversation, index: np.ndarray) -> np.ndarray:
-        """Cells of tokens, or encoder rows, `index` of a conversation in one group."""
+        """Return the cells of tokens, or encoder rows, `index` of a conversation in one group."""
         return self.tables[number][s.row, index % self.groups[number].slots]
 
     def live(self, number: int, s: Conversation) -> np.ndarray:
-        """Numbers of the tokens, or encoder rows, of a conversation that a group's cells hold and later tokens may see."""
+        """Return the numbers of a conversation's tokens, or encoder rows, that a group's cells hold and later tokens may see."""
         return self.seen(number, self.filled(number, s))
 
     def seen(self, number: int, n: int) -> np.ndarray:
-        """Numbers of those of n tokens, or encoder rows, that tokens behind them may see in a group."""
+        """Return the numbers of those of n tokens, or encoder rows, that later tokens may see in a group."""
         return np.arange(self.groups[number].policy.first_of(n), n)
 
     def _lacking(self, i: int, s: Conversation, n: int) -> list[int]:
-        """Blocks of a conversation that need a page of its own before n more tokens, or encoder rows, are written."""
+        """Return the blocks for which a conversation needs a page of its own before n more tokens, or encoder rows, are written."""
         pages, refs, first = s.pages[i], self._refs[i], self.filled(i, s)
         blocks = range(first // self.page, -(-(first + n) // self.page)) if n else ()
         return [b for b in blocks if b >= len(pages) or refs[pages[b]] > 1]
@@ -288,10 +288,10 @@ class Cells:
             heappush(self._free[i], page)
 
     def media(self) -> frozenset[bytes]:
-        """Digests of the pictures that conversations hold."""
+        """Return the digests of the pictures that conversations hold."""
         return frozenset().union(*(s.media for s in self.conversations))
 
     def shared(self) -> Iterator[tuple[int, int]]:
-        """(group number, number of pages that more than one conversation holds)."""
+        """Yield (group number, number of pages that more than one conversation holds)."""
         for i, refs in enumerate(self._refs):
             yield i, int((refs > 1).sum())

@@ -36,7 +36,7 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """A word for it, in names of inputs."""
+        """Its name within the names of inputs."""
         return type(self).__name__.lower()
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
@@ -52,7 +52,7 @@ class Policy:
         return int(self.first(n))
 
     def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The one mask rule of self-attention: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
+        """Apply the one mask rule of self-attention: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
 
         index: number of each row's token in its conversation. span_end: for rows of a non-causal span (a picture that attends to
         itself in both directions) the number after its last token, else anything <= index + 1. The window limits backwards
@@ -62,13 +62,13 @@ class Policy:
         return self.first(index).astype(np.int32), hi.astype(np.int32)
 
     def inputs(self) -> tuple[InputSpec, ...]:
-        """Return what a step brings for layers of this policy, beside the table of cells."""
+        """Return what a step brings for layers of this policy, besides the table of cells."""
         return InputSpec("cells", "m"), InputSpec("lo", "m"), InputSpec("hi", "m")
 
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Every earlier token is seen."""
+    """A policy by which every earlier token is seen."""
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
         """Return a cell for each token."""
@@ -136,7 +136,7 @@ class Cross(Policy):
 
 
 def seen_across(pictures: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Encoder rows lo <= j < hi that a token sees behind these pictures: those of the last ones, as far as they stand side by side.
+    """Return the encoder rows lo <= j < hi that a token after these pictures sees: those of the last run of adjacent pictures.
 
     pictures: (number of its token, encoder rows up to its end) of each; rows are counted through the whole conversation. The
     same as transformers' `get_cross_attention_token_mask` says from the pictures' side.

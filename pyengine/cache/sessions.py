@@ -38,7 +38,7 @@ SUM, SAMPLE = 32, 256                    # bytes of a sha256; of each tensor's m
 
 
 def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) -> bytes:
-    """What tells two models apart: metadata, tensors' names, shapes and formats, a sample of each one's bytes; rotary frequencies.
+    """Hash what tells two models apart: metadata, tensors' names, shapes and formats, sampled bytes of each; rotary frequencies.
 
     tables: what else keys in the cache depend on, such as frequencies that follow from the context's size.
     """
@@ -51,7 +51,7 @@ def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) 
         if file is None:
             continue
         for key in sorted(file.metadata):
-            if not key.startswith(("general.", "split.")) or key == "general.architecture":      # a name is no part of it
+            if not key.startswith(("general.", "split.")) or key == "general.architecture":      # a name does not count
                 add(key.encode("utf-8", "surrogateescape"))
                 add(file.metadata.encoded(key))
         for name, t in sorted(file.tensors.items()):
@@ -119,7 +119,7 @@ def _sections(store: Store, s: Conversation, model: bytes, notes: bytes) -> Iter
 
 
 def _shapes(store: Store, tokens: int, crossed: int) -> list[tuple[int, int, int]]:
-    """Shapes of what is saved of each cache for so many tokens and encoder rows: (heads, cells, bytes of one)."""
+    """Return the shape of what each cache saves for these numbers of tokens and encoder rows: (heads, cells, bytes of one)."""
     shapes = []
     for layer in store.layers:
         n = crossed if store.cells.groups[layer.group].policy.across else tokens
@@ -128,7 +128,7 @@ def _shapes(store: Store, tokens: int, crossed: int) -> list[tuple[int, int, int
 
 
 def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int) -> Conversation:
-    """Read a conversation into the caches, where it is idle: the next prompt that begins as it does goes on from it.
+    """Read a conversation into the caches, where it is idle: the next prompt with the same beginning continues from it.
 
     n_ids: ids that a prompt may have. Raises: SessionError for a file that is damaged, not one of these, or of another model,
     version or cache format; ContextOverflowError for more tokens than the context has, or more encoder rows than a conversation
@@ -164,7 +164,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
 
 
 def read_notes(path: str | Path) -> bytes:
-    """The notes that a conversation was saved with; nothing for none. Reads no cells. Raises: SessionError."""
+    """Return the notes that a conversation was saved with; empty if there are none. Reads no cells. Raises: SessionError."""
     path = Path(path)
     try:
         with open(path, "rb", opener=_regular) as file:
@@ -183,7 +183,7 @@ def _regular(path: str, flags: int) -> int:
 
 
 def _section(path: Path, file: BinaryIO, nbytes: int) -> bytes:
-    """The next section, whose size the caller has compared with the file's. Raises: SessionError unless its sum is right."""
+    """Read the next section, whose size the caller has compared with the file's. Raises: SessionError unless its sum is right."""
     start = file.tell()
     want, data = file.read(SUM), file.read(nbytes)
     if len(data) != nbytes:
@@ -194,7 +194,7 @@ def _section(path: Path, file: BinaryIO, nbytes: int) -> bytes:
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes]:
-    """The header without the number of notes, and the notes."""
+    """Read the header without the number of notes, and the notes."""
     start = file.read(SUM + 12)
     if start[SUM : SUM + 8] != MAGIC:
         raise SessionError(f"{path}: is not a saved conversation")

@@ -39,7 +39,7 @@ class Store:
 
     @property
     def formats(self) -> tuple[DType, DType]:
-        """What keys and values are stored in. A model without caches has none to ask for."""
+        """The formats in which keys and values are stored. A model without caches has none to ask for."""
         return self.layers[0].k.dtype, self.layers[0].v.dtype
 
     def copy(self, copies: Iterable[Copy]) -> None:
@@ -51,14 +51,14 @@ class Store:
                     layer.v.copy(source, target)
 
     def live(self, s: Conversation) -> Iterator[tuple[State, np.ndarray]]:
-        """Each cache, keys before values of each layer, and its cells that later tokens of a conversation may see."""
+        """Yield each cache, keys before values of each layer, and its cells that later tokens of a conversation may see."""
         for layer in self.layers:
             cells = self.cells.cells_of(layer.group, s, self.cells.live(layer.group, s))
             yield layer.k, cells
             yield layer.v, cells
 
     def shift(self, s: Conversation, start: int, stop: int) -> None:
-        """Remove tokens [start, stop) of an idle conversation; those behind move down, their keys rotated back by as many positions.
+        """Remove tokens [start, stop) of an idle conversation; later ones move down, with keys rotated back by as many positions.
 
         What moves is still the outcome of all that was read, so it is not what a prompt without those tokens would give: such a
         prompt goes on from the tokens before `start` only. Rotation is in float32, rounded once to the cache's format.

@@ -21,7 +21,7 @@ ALIGN = 64                                                                     #
 
 
 def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to whole multiples of ALIGN."""
+    """Round `nbytes` up to a multiple of ALIGN."""
     return -(-nbytes // ALIGN) * ALIGN
 
 
@@ -34,7 +34,7 @@ class Interval(NamedTuple):
 
 
 def place(intervals: Sequence[Interval]) -> tuple[list[int], int]:
-    """Offsets such that no two intervals that overlap in time overlap in memory, and the total; largest first, best fit.
+    """Return offsets such that no two intervals that overlap in time overlap in memory, and the total; largest first, best fit.
 
     Source: greedy by size, Pisarchyk and Lee 2020, arXiv:2001.03288, section 5.3.
     """
@@ -69,7 +69,7 @@ class Storage(NamedTuple):
 
 
 def contiguous_strides(shape: Shape, dtype: DType) -> tuple[Axis, ...]:
-    """Row-major strides in bytes; the last axis of a block format steps by one block."""
+    """Return row-major strides in bytes; the last axis of a block format steps by one block."""
     strides: list[Axis] = []
     for i in range(len(shape)):
         if i == len(shape) - 1:
@@ -120,11 +120,11 @@ class Layout:
         raise GraphError(f"no step reads the input {name!r}, so no run can begin there")
 
     def place(self, scratch: Sequence[int]) -> tuple[list[int], int]:
-        """Offsets of the tensors of `lives`, then of each step's working memory of these sizes, and the arena's bytes."""
+        """Return offsets of the tensors of `lives`, then of each step's working memory of these sizes, and the arena's bytes."""
         return place([*(i for _, i in self.lives.values()), *(Interval(i, i, n) for i, n in enumerate(scratch))])
 
     def busiest(self) -> list[tuple[str, int]]:
-        """What shares the arena at the step that needs most of it, as (name, bytes); the rest is gaps between them."""
+        """Return what shares the arena at the step that needs most memory, as (name, bytes); the rest is gaps between them."""
         if not self.steps:
             return []
         need = [n for _, n in self.scratch]
@@ -144,7 +144,7 @@ def _label(t: Tensor) -> str:
 
 
 def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Storage | None:
-    """Storage of a view of x, or None when it needs a copy (a reshape of something that is not contiguous)."""
+    """Return the storage of a view of x, or None when it needs a copy (a reshape of something that is not contiguous)."""
     kind = t.node.op.view
     if kind == "reshape":
         if source.strides != contiguous_strides(x.shape, x.dtype):
@@ -222,7 +222,7 @@ def _with_copies(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _storage(nodes: Sequence[Node]) -> dict[tuple[int, int], Storage]:
-    """Where each tensor's elements are before any memory is used again: views in their sources, changed states in the states."""
+    """Return where each tensor's elements are before any memory is reused: views in their sources, changed states in the states."""
     storage: dict[tuple[int, int], Storage] = {}
     for node in nodes:
         if node.op is not None and node.op.view:
@@ -242,7 +242,7 @@ def _storage(nodes: Sequence[Node]) -> dict[tuple[int, int], Storage]:
 
 
 def _last_reads(layout: Layout, turns: Turns) -> dict[int, int]:
-    """The last step that reads a root's memory, by its id; of outputs one behind the last step, or behind their turn's."""
+    """Return the last step that reads each root's memory, by its id; for outputs, the one after the last step or their turn's."""
     last = {id(layout.of(t).root): i for i, node in enumerate(layout.steps) for t in node.inputs}
     for t, turn, kept in zip(layout.outputs, turns.outputs, turns.kept):
         root = id(layout.of(t).root)
@@ -251,7 +251,7 @@ def _last_reads(layout: Layout, turns: Turns) -> dict[int, int]:
 
 
 def _keep(layout: Layout, number: dict[int, int], last: dict[int, int], entries: Iterable[str]) -> None:
-    """Keep until the end what steps from an entry on read of those before it; its own input is written anew."""
+    """Keep until the end what steps from an entry on read of those before it; its own input is written again."""
     for name in entries:
         begin = layout.entry_step(name)
         for node in layout.steps[begin:]:
@@ -262,7 +262,7 @@ def _keep(layout: Layout, number: dict[int, int], last: dict[int, int], entries:
 
 
 def _turns(layout: Layout, number: dict[int, int], turns: Turns) -> list[tuple[int, int]]:
-    """First step of each turn, and of the next. Steps are in the order in which outputs need them, so a turn's are side by side."""
+    """Return the first step of each turn, and of the next. Steps are in the order that outputs need, so a turn's are adjacent."""
     ends = [0] * (max(turns.outputs, default=0) + 1)
     for t, turn in zip(layout.outputs, turns.outputs):
         while t.node.op is not None and t.node.op.view:

@@ -19,7 +19,7 @@ ANYWHERE = -1
 
 
 class Part(NamedTuple):
-    """What one device computes of a graph.
+    """The part of a graph that one device computes.
 
     stages   numbers of its stages, in order: its turns
     sends    those of its outputs that other devices read, by the name of the input there
@@ -67,7 +67,7 @@ def cut(outputs: Sequence[Tensor], stage_of: Callable[[str], int | None], device
         arrivals: dict[str, int] = {}
 
         def received(node: Node, device: int = device, stages: list[int] = stages, arrivals: dict[str, int] = arrivals) -> Any:
-            """Inputs that stand for the outputs of a node of another device."""
+            """Return inputs that stand for the outputs of a node of another device."""
             s = stage[id(node)]
             if s == ANYWHERE or devices[s] == device:
                 return None
@@ -86,7 +86,7 @@ def cut(outputs: Sequence[Tensor], stage_of: Callable[[str], int | None], device
 
 
 def _part(outputs: list[Tensor], received: Callable[[Node], Sequence[Tensor] | None]) -> list[Tensor]:
-    """A copy of the graph in which nodes of other devices are inputs; what only they need is left behind."""
+    """Copy the graph with nodes of other devices as inputs; what only they need is left out."""
     border: dict[int, Sequence[Tensor]] = {}
     needed = [t.node for t in outputs]
     seen: set[int] = set()

@@ -9,7 +9,7 @@ from pyengine.graph.tensor import Tensor
 
 
 def to_dot(outputs: Sequence[Tensor], title: str = "graph") -> str:
-    """The graph in Graphviz's language; constants are left out, edges carry shapes."""
+    """Render the graph in Graphviz's language; constants are left out, edges carry shapes."""
     nodes = topological(outputs)
     number = {id(n): i for i, n in enumerate(nodes)}
     colour = {"input": "lightblue", "table": "lightcyan", "state": "khaki", "op": "white"}
@@ -28,7 +28,7 @@ def to_dot(outputs: Sequence[Tensor], title: str = "graph") -> str:
 
 
 def to_text(outputs: Sequence[Tensor]) -> str:
-    """One line a node: number, op, shapes of the results, and what it reads."""
+    """Render one line a node: number, op, shapes of the results, and what it reads."""
     number: dict[int, int] = {}
     lines = []
     for node in topological(outputs):

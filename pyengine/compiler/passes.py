@@ -23,8 +23,8 @@ def _is(t: Any, op: Any) -> bool:
 
 
 def share(outputs: list[Tensor]) -> list[Tensor]:
-    """Nodes of the same op, arguments and parameters become one (rope tables of all layers), and so do constants that are the
-    same weight of a file (tied embeddings)."""
+    """Merge nodes of the same op, arguments and parameters into one (rope tables of all layers), and constants that are the same
+    weight of a file (tied embeddings)."""
     seen: dict[Any, Sequence[Tensor]] = {}
 
     def key_of(arg: Any) -> Any:
@@ -47,7 +47,7 @@ def share(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def merge_products(outputs: list[Tensor]) -> list[Tensor]:
-    """Plain products of one input become one node: q/k/v, gate/up. The input is read and quantized once."""
+    """Merge plain products of one input into one node: q/k/v, gate/up. The input is read and quantized once."""
     groups: dict[Any, list[Node]] = {}
     nodes = topological(outputs)
     for node in nodes:
@@ -75,7 +75,7 @@ def merge_products(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def fold_norm(outputs: list[Tensor]) -> list[Tensor]:
-    """An RMS norm that only one product reads moves into that product."""
+    """Fold an RMS norm that only one product reads into that product."""
     nodes = topological(outputs)
     read = users(nodes)
     kept = {(id(t.node), t.index) for t in outputs}
@@ -99,7 +99,7 @@ _GLU = frozenset(ops.linear.params["glu"].choices) - {"none"}
 
 
 def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
-    """activation(gate) * up, both from one product, becomes part of that product."""
+    """Fold activation(gate) * up, both from one product, into that product."""
     nodes = topological(outputs)
     read = users(nodes)
 
@@ -123,7 +123,7 @@ def fold_glu(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
-    """y + residual moves into the product, the RMS norm or the sum over experts that makes y."""
+    """Fold y + residual into the product, the RMS norm or the sum over experts that makes y."""
     nodes = topological(outputs)
     read = users(nodes)
 
@@ -147,7 +147,7 @@ def fold_residual(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def fold_softcap(outputs: list[Tensor]) -> list[Tensor]:
-    """A soft cap of a product's only result moves into the product."""
+    """Fold a soft cap of a product's only result into the product."""
     nodes = topological(outputs)
     read = users(nodes)
 
@@ -163,7 +163,7 @@ def fold_softcap(outputs: list[Tensor]) -> list[Tensor]:
 
 
 def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
-    """q/k-norm, rotation of q and k, and both cache writes before an attention become one node."""
+    """Fuse q/k-norm, rotation of q and k, and both cache writes before an attention into one node."""
     nodes = topological(outputs)
     read = users(nodes)
 
@@ -171,7 +171,7 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
         return len(read[id(t.node), t.index]) == 1
 
     def before_rope(turned: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
-        """What a rope turns: (tensor before q/k-norm, norm weight, eps)."""
+        """Return what a rope rotates: (tensor before q/k-norm, norm weight, eps)."""
         x, old_x = turned.node.args[0], old.node.args[0]
         if _is(x, ops.rms_norm) and once(old_x) and x.node.args[1] is not None and x.node.args[2] is None:
             return x.node.args[0], x.node.args[1], dict(x.node.params)["eps"]

@@ -38,6 +38,6 @@ def rebuild(outputs: Sequence[Tensor], rule: Callable[[Node, tuple[Any, ...]], S
 
 
 def make(op: Any, args: Sequence[Any], params: dict[str, Any]) -> tuple[Tensor, ...]:
-    """A new node's outputs."""
+    """Make a new node and return its outputs."""
     out = op.node([list(a) if isinstance(a, tuple) else a for a in args], params)
     return (out,) if isinstance(out, Tensor) else out

@@ -19,7 +19,7 @@ ALL, SOME = 1, 2                         # which rows of a node are needed; both
 
 
 def only(outputs: Sequence[Tensor], wanted: Tensor, chosen: Mapping[str, Tensor]) -> list[Tensor]:
-    """Rewrite a graph so that what `ops.rows(x, wanted)` reads is computed for those rows only, and equal ones come out.
+    """Rewrite a graph so that what `ops.rows(x, wanted)` reads is computed for those rows only, with equal results.
 
     wanted   input I32 [w]: numbers of rows; chosen: of inputs with a value a row, by name, the input with the wanted rows' values
     """
@@ -33,7 +33,7 @@ def only(outputs: Sequence[Tensor], wanted: Tensor, chosen: Mapping[str, Tensor]
 
 
 class _Narrowing:
-    """One rewriting: rows along the axis `name` give way to those of `wanted`."""
+    """One rewriting: rows along the axis `name` are replaced by those of `wanted`."""
 
     def __init__(self, nodes: list[Node], picks: set[int], name: str, wanted: Tensor, chosen: Mapping[str, Tensor]):
         self.nodes, self.picks, self.name, self.wanted, self.chosen = nodes, picks, name, wanted, chosen
@@ -42,7 +42,7 @@ class _Narrowing:
         self.needs: dict[int, int] = {}
 
     def of(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of the rewritten graph."""
+        """Return the outputs of the rewritten graph."""
         for t in outputs:
             self.needs[id(t.node)] = ALL
         for node in reversed(self.nodes):
@@ -66,14 +66,14 @@ class _Narrowing:
         self.needs[id(node)] = self.needs.get(id(node), 0) | which
 
     def _has_rows(self, t: Tensor) -> bool:
-        """Whether the first axis, and no other one, is that of the rows."""
+        """Say whether the first axis, and no other one, is that of the rows."""
         return bool(t.shape) and self._is_rows(t.shape[0]) and not any(map(self._is_rows, t.shape[1:]))
 
     def _is_rows(self, axis: Axis) -> bool:
         return isinstance(axis, Dim) and axis.name == self.name
 
     def _moves(self, node: Node) -> bool:
-        """Whether the choice of rows moves above this node: it is done on the wanted rows, and on all where those are needed too.
+        """Say whether the choice of rows moves above this node: it is done on the wanted rows, and on all if needed too.
 
         Numbers (int32) cannot be picked in a graph: they must be computed again, or be an input of their own.
         """
@@ -86,11 +86,11 @@ class _Narrowing:
         return bool(rows) and given and (not need & ALL or node.op.light or any(t.dtype.name == "I32" for t in node.outputs))
 
     def _whole(self, t: Tensor) -> Tensor:
-        """A tensor with all its rows in the new graph; of a choice of rows, those."""
+        """Return a tensor with all its rows in the new graph; for a choice of rows, the chosen ones."""
         return t if t.node.op is None else self.whole[id(t.node), t.index]
 
     def _rebuild(self, node: Node) -> None:
-        """Make a node's new forms; those of its arguments are there."""
+        """Make a node's new forms; those of its arguments exist already."""
         if id(node) in self.picks:
             self.whole[id(node), 0] = self._narrow(node.args[0])
             return
@@ -104,7 +104,7 @@ class _Narrowing:
             self.whole.update({(id(node), t.index): t for t in made})
 
     def _narrow(self, t: Tensor) -> Tensor:
-        """The wanted rows of a tensor: computed so, given as an input of their own, or picked."""
+        """Return the wanted rows of a tensor: computed alone, given as an input of their own, or picked."""
         key = id(t.node), t.index
         if key not in self.narrow:
             given = t.node.kind == "input" and t.name in self.chosen
@@ -112,7 +112,7 @@ class _Narrowing:
         return self.narrow[key]
 
     def _picked(self, t: Tensor) -> Tensor:
-        """The wanted rows of x [s m, ..], s of which belong to each row of the step."""
+        """Pick the wanted rows of x [s m, ..], s of which belong to each row of the step."""
         times, rest = t.shape[0].scale, t.shape[1:]
         if times == 1 and len(rest) == 1:
             return ops.rows(t, self.wanted)
@@ -120,5 +120,5 @@ class _Narrowing:
 
 
 def _each(arg: Any, new: Callable[[Tensor], Tensor]) -> Any:
-    """An argument of a node, each of its tensors replaced."""
+    """Replace each tensor of a node's argument."""
     return tuple(new(t) for t in arg) if isinstance(arg, tuple) else None if arg is None else new(arg)

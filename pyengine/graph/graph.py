@@ -39,26 +39,26 @@ class Graph:
         return table[name]
 
     def input(self, name: str, shape: Sequence[Axis], dtype: str | DType = "F32") -> Tensor:
-        """An array that is given at each run."""
+        """Declare an array that is given at each run."""
         return self._leaf(self.inputs, "input", name, shape, dtype)
 
     def state(self, name: str, shape: Sequence[int], dtype: str | DType = "F32") -> Tensor:
-        """Memory that outlives a run (a KV cache); it starts as zeros and ops such as cache_append change it."""
+        """Declare memory that outlives a run (a KV cache); it starts as zeros and ops such as cache_append change it."""
         return self._leaf(self.states, "state", name, shape, dtype)
 
     def table(self, name: str, shape: Sequence[int]) -> Tensor:
-        """An int32 input that keeps its value from run to run: the host writes it where something changes (where cells lie)."""
+        """Declare an int32 input that keeps its value from run to run: the host writes what changes (where cells lie)."""
         return self._leaf(self.tables, "table", name, shape, "I32")
 
     def constant(self, array: np.ndarray) -> Tensor:
-        """An array that never changes."""
+        """Add an array that never changes."""
         from pyengine.graph.op import as_tensor
 
         return as_tensor(array)
 
 
 def topological(outputs: Iterable[Tensor]) -> list[Node]:
-    """Nodes that `outputs` need, inputs before users, in a fixed order."""
+    """Return the nodes that `outputs` need, inputs before users, in a fixed order."""
     order: list[Node] = []
     seen: set[int] = set()
     stack: list[Node | None] = [t.node for t in reversed(list(outputs))]
@@ -76,7 +76,7 @@ def topological(outputs: Iterable[Tensor]) -> list[Node]:
 
 
 def users(nodes: Iterable[Node]) -> dict[tuple[int, int], list[Node]]:
-    """(id of node, output index) -> nodes that read it, once per reading."""
+    """Map (id of node, output index) to the nodes that read it, once per reading."""
     table: dict[tuple[int, int], list[Node]] = {}
     for node in nodes:
         for t in node.inputs:

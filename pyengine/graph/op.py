@@ -180,7 +180,7 @@ class Op:
         return outputs[0] if len(self.results) == 1 and not self.results[0].many else outputs
 
     def argument(self, args: Sequence[Any], name: str) -> Any:
-        """The one of a node's arguments that has this name."""
+        """Return the one of a node's arguments that has this name."""
         return args[list(self.args).index(name)]
 
     # -- shapes -------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def op(**facts: Any) -> Callable[[Callable[..., Any]], Op]:
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """Arrays become constants of the graph."""
+    """Turn an array into a constant of the graph; tensors and None stay as they are."""
     if value is None or isinstance(value, Tensor):
         return value
     array = np.ascontiguousarray(value)

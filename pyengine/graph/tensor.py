@@ -43,17 +43,17 @@ Shape = tuple[Axis, ...]
 
 
 def axis_max(axis: Axis) -> int:
-    """Largest value of an axis."""
+    """Return the largest value of an axis."""
     return axis if isinstance(axis, int) else axis.max * axis.scale
 
 
 def axis_value(axis: Axis, dims: dict[str, int]) -> int:
-    """Value of an axis when the run-time dims have these values."""
+    """Return the value of an axis when the run-time dims have these values."""
     return axis if isinstance(axis, int) else dims[axis.name] * axis.scale
 
 
 def product(axes: Sequence[Axis]) -> Axis:
-    """Product of axes, at most one of which may be a `Dim`."""
+    """Multiply axes, at most one of which may be a `Dim`."""
     n, dim = 1, None
     for a in axes:
         if isinstance(a, int):
@@ -91,7 +91,7 @@ class Node:
         self.inputs = tuple(flat)
 
     def with_args(self, args: tuple[Any, ...]) -> Node:
-        """The same op on other arguments of the same shapes and dtypes."""
+        """Return a node with the same op on other arguments of the same shapes and dtypes."""
         node = Node(self.op, args, self.params)
         node.outputs = tuple([Tensor(node, t.shape, t.dtype, t.index) for t in self.outputs])
         return node
@@ -131,7 +131,7 @@ class Tensor:
 
 
 def make_leaf(kind: str, name: str, shape: Sequence[Axis], dtype: DType, source: Any = None) -> Tensor:
-    """A tensor that no op computes: kind is input, constant or state (memory that outlives a run: KV caches)."""
+    """Make a tensor that no op computes: kind is input, constant or state (memory that outlives a run: KV caches)."""
     node = Node(None, kind=kind, name=name, source=source)
     out = Tensor(node, tuple(shape), dtype)
     node.outputs = (out,)

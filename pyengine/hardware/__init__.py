@@ -58,7 +58,7 @@ def detect(system: System | None = None) -> Hardware:
 def _memory(system: System) -> tuple[int, int, tuple[int, int] | None]:
     """Return the machine's bytes, those that can be taken, and the smallest limit with what is used of it.
 
-    A group with a larger limit may have less room left, where others of it have taken more: the room of each counts.
+    A group with a larger limit may have less memory left if others in it have taken more, so what is left in each group counts.
     """
     (total, available), groups = main_memory(system), Cgroups(system).memory()
     return total, max(0, min([available, *(limit - used for limit, used in groups)])), min(groups, default=None)

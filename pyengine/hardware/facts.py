@@ -85,7 +85,7 @@ class Device:
 
     @property
     def id(self) -> str:
-        """The name by which plans speak of it."""
+        """The name that plans use for it."""
         return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 

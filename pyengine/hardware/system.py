@@ -45,7 +45,7 @@ def parse_cpus(text: str) -> frozenset[int]:
 
 
 class System:
-    """Where detectors look. They leave in `notes` what they could not find out, and what is assumed instead."""
+    """The system that detectors examine. Detectors leave in `notes` what they could not find out, and what is assumed instead."""
 
     def __init__(self, root: str = "/", platform: str = sys.platform, machine: str | None = None,
                  environ: Mapping[str, str] = os.environ, run: Callable[..., str | None] = run_command,
@@ -58,7 +58,7 @@ class System:
         self._sysctl: dict[str, str] | None = None
 
     def note(self, text: str) -> None:
-        """Remember what the reader of the result must know; said once."""
+        """Remember what the reader of the result must know, without repetition."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -93,18 +93,18 @@ class System:
         return os.path.exists(self.root + path)
 
     def pairs(self, path: str, separator: str | None = None) -> dict[str, str]:
-        """Return a file's lines "key value" as a dictionary; of a key that comes again, the first."""
+        """Return a file's lines "key value" as a dictionary; of a repeated key, the first."""
         return split_pairs(self.text(path) or "", separator)
 
     def sysctl(self) -> dict[str, str]:
-        """Return what macOS says of its hardware, by sysctl's names."""
+        """Return what macOS says about its hardware, by sysctl's names."""
         if self._sysctl is None:
             self._sysctl = split_pairs(self.run("sysctl", "hw", "machdep.cpu", "iogpu") or "", ":")
         return self._sysctl
 
 
 def split_pairs(text: str, separator: str | None = None) -> dict[str, str]:
-    """Return lines "key value" as a dictionary; of a key that comes again, the first."""
+    """Return lines "key value" as a dictionary; of a repeated key, the first."""
     found: dict[str, str] = {}
     for line in text.splitlines():
         key, value = (*line.strip().split(separator, 1), "", "")[:2]
@@ -113,7 +113,7 @@ def split_pairs(text: str, separator: str | None = None) -> dict[str, str]:
 
 
 def whole_int(text: str) -> int | None:
-    """Return the number that a text is; None if it is none, or none of 64 bits."""
+    """Return the number that a text is; None if it is not one, or not one of 64 bits."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 20 else None
 

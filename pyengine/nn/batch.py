@@ -18,11 +18,11 @@ class Across(NamedTuple):
     back: Tensor             # I32 [m]: the number of a row among those, or -1 - its own number
 
     def pick(self, x: Tensor) -> Tensor:
-        """The rows of x [m, d] that see encoder rows: [s, d]."""
+        """Pick the rows of x [m, d] that see encoder rows: [s, d]."""
         return ops.rows(x, self.rows)
 
     def put(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [m, d] with those rows replaced by y [s, d]."""
+        """Return x [m, d] with those rows replaced by y [s, d]."""
         return ops.rows(y, self.back, x)
 
 

@@ -58,7 +58,7 @@ def per_layer(h: Hparams, name: str, default: tuple[bool, ...]) -> tuple[bool, .
 
 
 def vocab_size(w: Weights) -> int:
-    """Rows of the output head (of the embedding, where they are tied); a vocabulary may have more tokens, or fewer."""
+    """Return the number of rows of the output head (of the embedding, if tied); a vocabulary may have more tokens, or fewer."""
     for name in ("output", "token_embd"):
         shape = w[name].shape("weight")
         if shape is not None and len(shape) == 2:

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def projector_type(v: Hparams) -> str:
-    """The name of the encoder and its projector in a file's keys "clip.*"; "" where there is none."""
+    """Return the name of the encoder and its projector in a file's keys "clip.*"; "" where there is none."""
     return v.get("vision.projector_type", v.get("projector_type", "", str), str)
 
 
 def n_layers(v: Hparams, w: Weights) -> int:
-    """The encoder's layers, the last of which must be in the file."""
+    """Return the number of the encoder's layers, the last of which must be in the file."""
     n = v.size("vision.block_count")
     if ("v", "blk", n - 1) not in w:
         raise InvalidModelError(f"{v.arch}.vision.block_count is {n}, but no tensor is named v.blk.{n - 1}")
@@ -35,7 +35,7 @@ def n_layers(v: Hparams, w: Weights) -> int:
 
 
 def per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
-    """Three finite numbers, float32; `usual` without the key. Raises: InvalidModelError."""
+    """Read three finite numbers, float32; `usual` without the key. Raises: InvalidModelError."""
     value = np.asarray(v.get(name, np.array(usual), np.ndarray))
     if value.shape != (3,) or value.dtype.kind not in "fiu" or not np.all(np.isfinite(value)):
         raise InvalidModelError(f"{v.arch}.{name} is {value.tolist()}, but three numbers are needed")
@@ -43,7 +43,7 @@ def per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
 
 
 def mean_and_std(v: Hparams, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """What is subtracted from each colour, and what it is then divided by. Raises: InvalidModelError for divisors up to 0."""
+    """Read what is subtracted from each colour, and what it is then divided by. Raises: InvalidModelError for divisors up to 0."""
     found = per_channel(v, "vision.image_mean", mean), per_channel(v, "vision.image_std", std)
     if not np.all(found[1] > 0):
         raise InvalidModelError(f"{v.arch}.vision.image_std is {found[1].tolist()}: must be above 0")
@@ -51,7 +51,7 @@ def mean_and_std(v: Hparams, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def resample_filter(v: Hparams, usual: int) -> int:
-    """Pillow's number of the filter that resizes pictures. Raises: InvalidModelError."""
+    """Read Pillow's number of the filter that resizes pictures. Raises: InvalidModelError."""
     found = v.get("vision.resample", usual, int)
     if found not in range(6):
         raise InvalidModelError(f"{v.arch}.vision.resample is {found}, but Pillow's filters are 0 to 5")
@@ -59,7 +59,7 @@ def resample_filter(v: Hparams, usual: int) -> int:
 
 
 def special_token(v: Hparams, name: str, token: Callable[[str], int], text: str) -> int:
-    """A special token's id: from its key, or where there is none by its text."""
+    """Return a special token's id: from its key, or from its text where there is no key."""
     number = v.get(f"vision.{name}_token_id", None, int)
     return token(text) if number is None else number
 
@@ -81,7 +81,7 @@ Rounding = Literal["float64, float32", "float32", "bfloat16"]
 
 
 def levels(mean: np.ndarray, std: np.ndarray, rounding: Rounding = "float64, float32") -> np.ndarray:
-    """(level / 255 - mean) / std of the 256 levels of each colour, float32 [3, 256].
+    """Compute (level / 255 - mean) / std of the 256 levels of each colour, float32 [3, 256].
 
     rounding  "float64, float32": rescaled in float64, rounded, normalized in float32, which are the bits of transformers'
               processors (`image_transforms.py`: rescale, normalize); "float32": throughout, an ulp beside them here and there;
@@ -97,13 +97,13 @@ def levels(mean: np.ndarray, std: np.ndarray, rounding: Rounding = "float64, flo
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 values rounded to bfloat16, half to even."""
+    """Round float32 values to bfloat16, half to even."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Values float32 [.., 3, n] of pixels uint8 [.., 3, n] by a table [3, 256], into `out` where it is given."""
+    """Look up pixels uint8 [.., 3, n] in a table [3, 256]: float32 [.., 3, n], into `out` where it is given."""
     out = pages(pixels.shape) if out is None else out
     for channel in range(3):                                                       # one by one: no copies as large as `out`
         out[..., channel, :] = table[channel][pixels[..., channel, :]]
@@ -114,7 +114,7 @@ def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = Non
 
 
 class EncoderAttention:
-    """Attention of rows [n, V] to those of the interval that each sees, in heads as wide as the rows all together."""
+    """Attention of rows [n, V] to those of the interval that each sees, in heads that together are as wide as the rows."""
 
     def __init__(self, w: Weights, width: int, n_heads: int):
         self.n_heads, self.head_dim = n_heads, width // n_heads
@@ -126,7 +126,7 @@ class EncoderAttention:
 
     def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray,
                  rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:              # [n, V] -> [n, V]
-        """rotate: what is done to queries and keys [n, H, E]."""
+        """Attend within the intervals. rotate: what is done to queries and keys [n, H, E]."""
         q, k, v = (f(x).reshape(-1, self.n_heads, self.head_dim) for f in (self.q, self.k, self.v))    # [n, H, E]
         if rotate:
             q, k = rotate(q), rotate(k)
@@ -138,7 +138,7 @@ class EncoderFeedForward:
     """down(act(up x)), or gated: down(act(gate x) * up x)."""
 
     def __init__(self, w: Weights, width: int, d_ff: int, act: str, gated: bool = False):
-        """act: of `ops.unary`."""
+        """Bind the weights. act: of `ops.unary`."""
         self.gate = Linear(w["ffn_gate"], width, d_ff) if gated else None
         self.up, self.down, self.act = Linear(w["ffn_up"], width, d_ff), Linear(w["ffn_down"], d_ff, width), act
 

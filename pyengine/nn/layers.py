@@ -14,18 +14,18 @@ from pyengine.graph.tensor import make_leaf, Tensor
 
 
 def constant(ref: WeightRef | DerivedRef, dtype: DType | None = None) -> Tensor:
-    """A weight as a constant of the graph; with `dtype`, converted when it is loaded."""
+    """Return a weight as a constant of the graph; with `dtype`, converted when it is loaded."""
     return make_leaf("constant", ref.name, ref.shape, dtype or ref.dtype, ref)
 
 
 def scalar(w: Weights, name: str) -> Tensor:
-    """A number [1] of the file that whole tensors are multiplied with, as float32."""
+    """Return a number [1] of the file that whole tensors are multiplied with, as float32."""
     return constant(w.tensor(name, (1,)), dtype_of("F32"))
 
 
 def mlp_width(w: Weights, width: int, names: Sequence[str] = ("ffn_up", "ffn_down")) -> int:
-    """Units of a feed-forward of two matrices, which is in no key that can be relied on (llama.cpp's for Qwen2-VL holds the text's
-    width or 0, Ollama's files have none, and units of zeros may have been added to fill blocks)."""
+    """Return the number of units of a feed-forward of two matrices, for which no key can be relied on (llama.cpp's for Qwen2-VL
+    holds the text's width or 0, Ollama's files have none, and units of zeros may have been added to fill blocks)."""
     shapes = [w[name].shape("weight") for name in names]
     units = {n for s in shapes if s is not None and len(s) == 2 and width in s for n in ((s[1] if s[0] == width else s[0]),)}
     if len(units) != 1 or None in shapes:
@@ -58,9 +58,9 @@ class Experts:
         self.activation = activation
 
     def __call__(self, x: Tensor, chosen: Tensor, gates: Tensor, *, scale_input: bool = False) -> Tensor:
-        """x [m, D]; chosen I32 [m, u] and gates [m, u] as of `ops.top_experts` -> [m, D].
+        """Apply the chosen experts to x [m, D]; chosen I32 [m, u] and gates [m, u] as of `ops.top_experts` -> [m, D].
 
-        scale_input  gates multiply what goes into an expert (Llama 4), not what comes out of it
+        scale_input  gates multiply an expert's input (Llama 4), not its output
         """
         used, width = chosen.shape[1], x.shape[1]
         if scale_input:

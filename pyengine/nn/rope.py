@@ -31,7 +31,7 @@ class Rope(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """The rotary embedding that a file describes; what it is for a context's size, `at` says.
+    """The rotary embedding that a file describes; `at` gives it for a context's size.
 
     factors       divisors of the frequencies, up to the context of `original` positions and beyond it; None: none
     """
@@ -49,7 +49,7 @@ class Rotary(NamedTuple):
 
 
 def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: float = 10_000.0) -> Rotary:
-    """The rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
+    """Read the rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
 
     Kinds: none; linear (arXiv:2306.15595), which a factor without a kind means, as in llama.cpp (load_hparams); yarn
     (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the tensor `rope_freqs`; longrope (arXiv:2402.13753), as
@@ -77,7 +77,7 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: floa
 
 
 def _factors(h: Hparams, w: Weights, n_rot: int) -> tuple[WeightRef | None, WeightRef | None, int]:
-    """Divisors of the frequencies that stand in the file as tensors, up to a context and beyond it, and that context."""
+    """Return the divisors of the frequencies that the file has as tensors, up to a context and beyond it, and that context."""
     llama3, long, short = (w[name].optional("weight", (n_rot // 2,)) for name in FACTORS)
     if long and short:
         return short, long, h.size("rope.scaling.original_context_length")
@@ -89,7 +89,7 @@ def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: flo
     fast, slow = h.number("rope.scaling.yarn_beta_fast", 32.0), h.number("rope.scaling.yarn_beta_slow", 1.0)
 
     def turns(n: float) -> float:
-        """The frequency number that makes n turns within the original context."""
+        """Return the frequency number that makes n turns within the original context."""
         return n_rot * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = max(math.floor(turns(fast)), 0), min(math.ceil(turns(slow)), n_rot - 1)

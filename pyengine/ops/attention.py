@@ -14,7 +14,7 @@ TILE_KEYS = 64
 
 
 def attend_int8(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """One query q [h, e], scaled, over keys k [h, n, e] and values v [h, n, f] of its interval, with products of bytes: [h, f].
+    """Attend with a scaled query q [h, e] to keys k [h, n, e] and values v [h, n, f] of its interval, in products of bytes: [h, f].
 
     Keys lose what they have in common, which softmax does not see, and queries and keys get a scale each (SageAttention,
     arXiv:2410.02367). In tiles of 64 keys: probabilities are rounded to 1/255 of the largest; values, less what they have in common,

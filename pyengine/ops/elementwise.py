@@ -14,7 +14,7 @@ from pyengine.graph.tensor import Tensor
 
 
 def broadcast_shapes(name: str, a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-    """NumPy's rule: axes are aligned at the end, an axis of 1 stretches."""
+    """Broadcast two shapes by NumPy's rule: axes are aligned at the end, an axis of 1 stretches."""
     n = max(len(a), len(b))
     a, b = (1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b
     for i, (x, y) in enumerate(zip(a, b)):
@@ -62,7 +62,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def activation(x: np.ndarray, kind: str) -> np.ndarray:
-    """The functions of `unary` on arrays."""
+    """Apply a function of `unary` to an array."""
     sigmoid = lambda z: np.exp(-np.logaddexp(0, -z))  # noqa: E731  exact at both ends
     functions = {
         "none": lambda: x,
@@ -109,55 +109,55 @@ softcap.case(x=(2, 99), cap=30.0)
 
 
 def add(x: Any, y: Any) -> Any:
-    """x + y."""
+    """Compute x + y."""
     return binary(x, y, kind="add")
 
 
 def sub(x: Any, y: Any) -> Any:
-    """x - y."""
+    """Compute x - y."""
     return binary(x, y, kind="sub")
 
 
 def mul(x: Any, y: Any) -> Any:
-    """x * y, element by element."""
+    """Compute x * y, element by element."""
     return binary(x, y, kind="mul")
 
 
 def div(x: Any, y: Any) -> Any:
-    """x / y."""
+    """Compute x / y."""
     return binary(x, y, kind="div")
 
 
 def silu(x: Any) -> Any:
-    """x * sigmoid(x)."""
+    """Compute x * sigmoid(x)."""
     return unary(x, kind="silu")
 
 
 def gelu(x: Any) -> Any:
-    """x * Phi(x), exact."""
+    """Compute x * Phi(x), exact."""
     return unary(x, kind="gelu")
 
 
 def gelu_tanh(x: Any) -> Any:
-    """The tanh form of gelu."""
+    """Compute the tanh form of gelu."""
     return unary(x, kind="gelu_tanh")
 
 
 def relu(x: Any) -> Any:
-    """max(x, 0)."""
+    """Compute max(x, 0)."""
     return unary(x, kind="relu")
 
 
 def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x))."""
+    """Compute 1 / (1 + exp(-x))."""
     return unary(x, kind="sigmoid")
 
 
 def tanh(x: Any) -> Any:
-    """Hyperbolic tangent."""
+    """Compute the hyperbolic tangent."""
     return unary(x, kind="tanh")
 
 
 def exp(x: Any) -> Any:
-    """e^x."""
+    """Compute e^x."""
     return unary(x, kind="exp")

@@ -47,7 +47,7 @@ temperature.case(positions=(1, 0), floor=1, scale=1.0)
 
 
 def rotate(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.ndarray:
-    """The rotation of `rope` on arrays [m, h, e]."""
+    """Apply the rotation of `rope` to arrays [m, h, e]."""
     f = table.shape[-1] // 2
     cos, sin = table[:, None, :f], table[:, None, f:]
     a, b = (x[..., 0 : 2 * f : 2], x[..., 1 : 2 * f : 2]) if interleaved else (x[..., :f], x[..., f : 2 * f])
@@ -73,7 +73,7 @@ rope.case(x=(0, 2, 16), table=(0, 16))
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
-    """H x over the last axis (a multiple of 32), in the dtype of x: what block formats of a cache hold instead of x.
+    """Compute H x over the last axis (a multiple of 32), in the dtype of x: what block formats of a cache hold instead of x.
 
     H: for each run of s elements, the largest power of two that divides the axis, Sylvester's Hadamard matrix over sqrt(s). It is
     orthogonal and its own inverse, and spreads a channel that is larger than the rest over all scales (arXiv:2404.00456). Sums

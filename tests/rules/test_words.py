@@ -115,11 +115,13 @@ def test_a_relative_import_is_found() -> None:
 
 # The verbs with which docstrings of functions begin; a new one is added here.
 VERBS = frozenset("""
-    accept add adjust align allocate allow answer append apply ask assert assign attend begin bind bring build calculate call cast centre check
+    accept add adjust align allocate allow answer append apply ask assert assign attend
+    begin bind bring broadcast build calculate call cast centre check
     choose clean clear close collect combine compare compile compute connect continue convert copy count create cut decide declare decode
     dequantize derive describe detect detokenize determine discard divide do download draw drop dump encode end ensure estimate evaluate
     execute expand explain extend extract fetch fill filter find finish fit fold forget format fuse gather generate give go group guess hand
-    handle hide hold identify ignore import insert install join keep lay leave let limit list load locate look lower make map mark match
+    handle hash hide hold identify ignore import insert install join keep lay leave let limit list load locate look lower
+    make map mark match
     measure merge mix move multiply name normalize note offer open order pack pad parse pass pause permute pick place plan play point
     predict prepare preserve print process produce project prune put quantize quote raise read rebuild receive record reduce refuse register
     release reload remember remove render repeat replace replay report represent reserve reset resize resolve restore resume return reuse

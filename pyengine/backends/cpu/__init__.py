@@ -16,7 +16,7 @@ from pyengine.native import engine
 
 
 def isa() -> str:
-    """The instruction set in use: the best of this machine, or the one named by $PYENGINE_ISA."""
+    """Return the instruction set in use: the best of this machine, or the one named by $PYENGINE_ISA."""
     available = engine.isas()
     wanted = os.environ.get("PYENGINE_ISA")
     if wanted and wanted not in available:
@@ -26,7 +26,7 @@ def isa() -> str:
 
 @lru_cache(maxsize=4)
 def kernels_of(name: str) -> frozenset[str]:
-    """Ops that this build computes with an instruction set."""
+    """Return the ops that this build computes with an instruction set."""
     return frozenset(engine.kernels(name))
 
 

@@ -14,7 +14,7 @@ from pyengine.native.blocks import dequantize
 
 
 class Fallback:
-    """Stands where a compiled program of one step does: `program` has place_of, memory_of, prepared and dim_names.
+    """A stand-in for a compiled program of one step: `program` has place_of, memory_of, prepared and dim_names.
 
     Raises: GraphError for a cache whose format NumPy has not.
     """
@@ -43,7 +43,7 @@ class Fallback:
         return None if arg is None else self._array(arg, dims)
 
     def _array(self, t: Tensor, dims: dict[str, int]) -> np.ndarray:
-        """A tensor's numbers: over its memory, or dequantized where a constant is in blocks."""
+        """Return a tensor's numbers: an array over its memory, or dequantized where a constant is in blocks."""
         layout, (_, start, dtype) = self.program.prepared.layout, self.program.place_of(t)
         place, memory = layout.of(t), self.program.memory_of(t)
         shape = tuple(axis_value(a, dims) for a in t.shape)

@@ -23,7 +23,7 @@ _STATUS = {1: GraphError, 2: GraphError, 3: RequestError, 4: PlanError, 5: Graph
 
 @lru_cache(maxsize=4)
 def pool(n_threads: int) -> Any:
-    """The thread pool of that size: one for the whole process."""
+    """Return the thread pool of that size: one for the whole process."""
     return engine.Pool(n_threads)
 
 
@@ -76,7 +76,7 @@ class Program(base.Program):
         return view.ctypes.data
 
     def _array(self, arena: np.ndarray, t: Tensor) -> np.ndarray:
-        """The array over a tensor's memory, run-time axes at their largest."""
+        """Return the array over a tensor's memory, run-time axes at their largest."""
         place = self.prepared.layout.of(t)
         if place.root.node.kind not in ("op", "input"):
             raise GraphError(f"output {t!r} is a constant or a state: it has no place in the arena")
@@ -86,7 +86,7 @@ class Program(base.Program):
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _runs(self, begin: int, end: int) -> list[Run]:
-        """The steps begin .. end - 1, cut where one has no kernel."""
+        """Divide the steps begin .. end - 1 into runs, cut at each step without a kernel."""
         runs, first = [], begin
         for i in range(begin, end):
             if not self.prepared.has_kernel(self.prepared.layout.steps[i]):
@@ -96,7 +96,7 @@ class Program(base.Program):
         return runs + ([self._compiled(first, end)] if first < end or not runs else [])
 
     def _compiled(self, begin: int, end: int) -> Run:
-        """The compiled program of steps begin .. end - 1, bound to the memory."""
+        """Compile steps begin .. end - 1 into a program bound to the memory."""
         layout, dim_id = self.prepared.layout, {name: i for i, name in enumerate(self.dim_names)}
 
         def axis(a: Axis) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class Program(base.Program):
         return Run(begin, end, program)
 
     def place_of(self, t: Tensor) -> tuple[int, int, Any]:
-        """(number of the memory, offset in it, format) of a tensor."""
+        """Return (number of the memory, offset in it, format) of a tensor."""
         place = self.prepared.layout.of(t)
         resident = self.prepared.residents.get(id(place.root.node))
         number = self._base_of.get(id(place.root.node), 0)
@@ -131,7 +131,7 @@ class Program(base.Program):
         return number, offset, resident.dtype if resident else t.dtype
 
     def memory_of(self, t: Tensor) -> np.ndarray:
-        """The bytes of the memory that holds a tensor: arena, weights, what lasts, or a mapped constant."""
+        """Return the bytes of the memory that holds a tensor: arena, weights, what lasts, or a mapped constant."""
         node = self.prepared.layout.of(t).root.node
         if node.kind in ("op", "input"):
             return np.frombuffer(self.arena, np.uint8)

@@ -16,12 +16,12 @@ from pyengine.native.blocks import dequantize, ensure_codebooks
 
 
 def mapped_view(r: Resident) -> np.ndarray:
-    """The bytes of a constant that is read where its file is mapped."""
+    """Return the bytes of a constant that is read where its file is mapped."""
     return r.tensor.node.source.view()
 
 
 def load(residents: Sequence[Resident], memory: Any, pool: Any, progress: Progress | None) -> None:
-    """Bring constants into `memory`, an engine.Buffer, at their offsets; the file's pages behind them are let go."""
+    """Bring constants into `memory`, an engine.Buffer, at their offsets; the file's pages behind them are released."""
     total, done = sum(r.nbytes for r in residents), 0
     data = np.frombuffer(memory, np.uint8) if memory.nbytes else np.empty(0, np.uint8)
     ensure_codebooks(source_dtype(r.tensor) for r in residents)
