@@ -15,7 +15,7 @@ from .machine import describe
 
 
 def _paths(names: list[str]) -> list[Path]:
-    """The files to measure: paths or names that `pyengine-run list` knows; without any, those in models/ where the command runs."""
+    """Find the files to measure by path or by a name of `pyengine-run list`; by default those in models/ where the command runs."""
     if not names:
         found = sorted(Path("models").glob("*.gguf"))
         if not found:

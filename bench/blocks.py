@@ -30,14 +30,14 @@ class Blocks:
         return False
 
     def values(self, rows: Any = slice(None)) -> np.ndarray:
-        """Dequantized by gguf-py, float64."""
+        """Return the values dequantized by gguf-py, float64."""
         import gguf
 
         return gguf.quants.dequantize(self.raw[rows], gguf.GGMLQuantizationType(self.dtype.id)).astype(np.float64)
 
 
 def random_blocks(dtype: DType, shape: Sequence[int], rng: np.random.Generator) -> Blocks:
-    """A matrix whose products are of moderate size, in any format of `SCALES`, MXFP4, F16, BF16 or F32."""
+    """Make a random matrix whose products are of moderate size, in any format of `SCALES`, MXFP4, F16, BF16 or F32."""
     n, k = int(np.prod(shape[:-1])), shape[-1]
     if dtype.block == 1:
         x = rng.standard_normal((n, k), np.float32)

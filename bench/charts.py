@@ -33,7 +33,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def roofline(result: Mapping[str, Any], bound: Mapping[str, Any]) -> Any:
-    """Operations/s over operations/byte of kernels that declare operations, below the limits measured in the same run.
+    """Draw operations/s over operations/byte of kernels that declare operations, below the limits measured in the same run.
 
     Jobs of less than SMALL bytes are left out: they measure how fast threads meet.
     """
@@ -60,7 +60,7 @@ def roofline(result: Mapping[str, Any], bound: Mapping[str, Any]) -> Any:
 
 
 def bars(result: Mapping[str, Any], label: str, line: float) -> Any:
-    """The score of each result, its spread as a whisker, a line at `line`."""
+    """Draw the score of each result, its spread as a whisker, and a line at `line`."""
     rows = result["results"][::-1]
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * len(rows)), layout="constrained")
     values = np.array([r["score"]["median"] for r in rows])

@@ -79,7 +79,7 @@ ENCODERS = {
 
 
 def picture(encoder: Encoder, seed: int = 0) -> np.ndarray:
-    """A picture of waves and some noise, uint8 [h, w, 3], of the size that the encoder sees."""
+    """Make a picture of waves and some noise, uint8 [h, w, 3], of the size that the encoder sees."""
     width, height = encoder.size
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / 64
@@ -127,7 +127,7 @@ def _checkpoint(encoder: Encoder, folder: Path, layers: int, text_layers: int, v
 
 
 def _save_random(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> None:
-    """Matrices whose products keep the size of their input; norms near 1, biases and embeddings small."""
+    """Save random matrices whose products keep the size of their input; norms are near 1, biases and embeddings small."""
     import torch
     from safetensors.torch import save_file
 
@@ -157,7 +157,7 @@ TEMPLATE = """{%- for m in messages -%}<|turn|>{{ m['role'] }}
 
 
 def _save_tokenizer(folder: Path, encoder: Encoder) -> dict[str, int]:
-    """A byte-level vocabulary with the words of the questions, <eos>, <|turn|> and the model's own tokens; returns their ids.
+    """Save a byte-level vocabulary with the words of the questions, <eos>, <|turn|> and the model's own tokens; return their ids.
 
     The words are tokens, as they are in real vocabularies: a question of ten words is about ten rows.
     """

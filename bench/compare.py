@@ -50,7 +50,7 @@ class Comparison:
         return bool(self.regressions or self.wrong or self.only_old)
 
     def text(self) -> str:
-        """Lines for a person: regressions first, then what is missing or wrong."""
+        """Format the comparison for a person: regressions first, then what is missing or wrong."""
         lines = [f"regressed {c.name}: {c.old:.3f} -> {c.new:.3f} (-{c.loss:.1%}, noise {c.noise:.1%})" for c in self.regressions]
         lines += [f"wrong result: {name}" for name in self.wrong]
         lines += [f"no longer measured: {name}" for name in self.only_old]

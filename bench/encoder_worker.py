@@ -21,7 +21,7 @@ from .worker import own_stdout, serve
 
 
 def load(folder: Path, format_name: str, n_threads: int, n_ctx: int) -> Any:
-    """The pair of files as one model of this project."""
+    """Load the pair of files as one model of this project."""
     import pyengine as pe
 
     return pe.load(folder / f"{format_name}.gguf", mmproj=folder / f"mmproj-{format_name}.gguf", n_ctx=n_ctx, n_threads=n_threads)
@@ -41,7 +41,7 @@ class PyEngine:
         return self.program.run(**self.view.inputs)[0]
 
     def facts(self) -> dict[str, Any]:
-        """Operations by the limit that binds them, and the instruction set."""
+        """Return the operations by the limit that binds them, and the instruction set."""
         from .work import encoder_operations
 
         return {"isa": self.program.prepared.isa, "operations": encoder_operations(self.program, self.view)}
@@ -50,7 +50,7 @@ class PyEngine:
         self.program.profile(on)
 
     def steps(self) -> list[tuple[str, bool, float]]:
-        """Name of each step, whether it is one of a layer's, and its seconds since `profile`."""
+        """Return the name of each step, whether it is one of a layer's, and its seconds since `profile`."""
         timed = self.program.seconds()
         names = [[t.name for t in node.inputs if t.node.kind == "constant" and t.name] for node, _ in timed]
         inside = [i for i, n in enumerate(names) if any(t.startswith("v.blk.") for t in n)]
@@ -148,7 +148,7 @@ class Worker:
         return self.engine.facts()
 
     def encode(self, file: str = "") -> dict[str, float]:
-        """Seconds of one encoding, and of all threads on CPUs; with `file` the rows are saved there."""
+        """Measure one encoding in wall seconds and in CPU seconds of all threads; with `file` the rows are saved there."""
         start, cpu = time.perf_counter(), time.process_time()
         rows = self.engine.encode()
         out = {"cpu": time.process_time() - cpu, "seconds": time.perf_counter() - start}
@@ -167,7 +167,7 @@ class Worker:
 
 
 def status() -> dict[str, int]:
-    """Bytes that are resident now: memory of the process's own ("anon") and pages of files ("file"); Linux only."""
+    """Return the bytes that are resident now: the process's own memory ("anon") and pages of files ("file"); Linux only."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[f"Rss{name.capitalize()}"].split()[0]) << 10 for name in ("anon", "file")}
 
@@ -203,11 +203,11 @@ class Whole:
         return {"plan": self.model.plan.to_json()["items"], "total": self.model.plan.total}
 
     def _picture(self, number: int) -> np.ndarray:
-        """A picture of the same size that was not seen yet."""
+        """Make a picture of the same size that was not seen before."""
         return np.roll(self.picture, number, axis=1)
 
     def memory(self) -> dict[str, Any]:
-        """Resident bytes: before, at the peak of and after a first and a second picture."""
+        """Measure resident bytes: before, at the peak of and after a first and a second picture."""
         from pyengine.media.image import open_image
 
         self.model.media.process(open_image(self._picture(9)))          # imports, and what malloc keeps
@@ -221,7 +221,7 @@ class Whole:
         return out
 
     def turn(self, number: int) -> dict[str, Any]:
-        """Seconds to the first token of a question about a new picture, and of a second question about the same."""
+        """Measure the seconds to the first token of a question about a new picture, and of a second question about the same."""
         picture = self._picture(number)
         messages: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image", "image": picture},
                                                                        {"type": "text", "text": QUESTIONS[0]}]}]

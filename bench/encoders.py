@@ -71,7 +71,7 @@ def _write(folder: Path, e: Encoder, layers: int, formats: Sequence[str], text_l
 
 
 def start(engine: str, e: Encoder, folder: Path, format_name: str, n_threads: int) -> Process:
-    """A worker with one engine and one of the folder's files."""
+    """Start a worker with one engine and one of the folder's files."""
     picture = folder / "picture.npy"
     return Process(engine, "encoder_worker", engine, folder, format_name, picture, "-t", n_threads, "--ctx", e.n_ctx)
 
@@ -81,7 +81,7 @@ def start(engine: str, e: Encoder, folder: Path, format_name: str, n_threads: in
 
 def speeds(name: str, e: Encoder, layers: int, folder: Path, n_threads: int, rounds: int, peers: Sequence[str],
            formats: Sequence[str]) -> dict[str, Any]:
-    """Interleaved encodings by all engines; the first of each, which is not timed, is compared with transformers in float32."""
+    """Run interleaved encodings by all engines; the first of each, which is not timed, is compared with transformers in float32."""
     jobs = [(OURS, f) for f in formats] + [(LLAMA, f) for f in formats if LLAMA in peers]
     jobs += [("torch", f) for peer, f in TORCH.items() if peer in peers or peer == "torch"]
     with ExitStack() as stack:
@@ -116,19 +116,19 @@ def speeds(name: str, e: Encoder, layers: int, folder: Path, n_threads: int, rou
 
 
 def relative_rms(got: np.ndarray, want: np.ndarray) -> float:
-    """Root of squared error / squared result."""
+    """Compute the root of squared error / squared result."""
     return float(np.sqrt(np.sum(np.square(got - want, dtype=np.float64)) / np.sum(np.square(want, dtype=np.float64))))
 
 
 def ideal_seconds(operations: Mapping[str, float], int8: float, fp32: float) -> float:
-    """Time at the machine's peaks: products of bytes at int8's, everything else at fp32's."""
+    """Compute the time at the machine's peaks: products of bytes at int8's, everything else at fp32's."""
     return (operations["int8"] + operations["attention_int8"]) / int8 + (operations["float"] + operations["attention"]) / fp32
 
 
 def _judged(name: str, e: Encoder, layers: int, samples: Mapping[tuple[str, str], Mapping[str, list[float]]],
             operations: Mapping[str, Mapping[str, float]], best: Mapping[str, float], errors: Mapping[tuple[str, str], float],
             steps: Mapping[str, Sequence[Any]], n_threads: int) -> list[dict[str, Any]]:
-    """Each engine's share of the limits, then ratios of ours to the others round by round, by wall time and by time on CPUs."""
+    """Compute each engine's share of the limits, then ratios of ours to the others by round, in wall time and in time on CPUs."""
     out: list[dict[str, Any]] = []
     exact = next(iter(operations.values()))
     floats = {"int8": 0.0, "float": exact["int8"] + exact["float"], "attention": exact["attention"] + exact["attention_int8"],
@@ -153,7 +153,7 @@ def _judged(name: str, e: Encoder, layers: int, samples: Mapping[tuple[str, str]
 
 
 def _table(steps: Sequence[Any], rounds: int) -> dict[str, float]:
-    """Seconds of an encoding by kind of step; those outside the layers as `once ...`."""
+    """Sum the seconds of an encoding by kind of step; those outside the layers as `once ...`."""
     table: dict[str, float] = {}
     for label, inside, seconds in steps:
         key = label if inside else f"once {label}"
@@ -187,7 +187,7 @@ def _print(name: str, e: Encoder, layers: int, n_threads: int, rounds: int, isa:
 
 
 def memory(name: str, e: Encoder, folder: Path, format_name: str, n_threads: int) -> dict[str, Any]:
-    """What a first and a second picture add to a loaded model's own memory, at its peak, beside the plan's items for them.
+    """Measure what a first and a second picture add to a loaded model's own memory, at its peak, beside the plan's items for them.
 
     Planned: all items for pictures, but of the image cache, which is a bound, the rows that it holds. `score` is planned / found.
     """
@@ -214,7 +214,7 @@ def memory(name: str, e: Encoder, folder: Path, format_name: str, n_threads: int
 
 
 def turns(name: str, e: Encoder, folder: Path, format_name: str, depth: int, n_threads: int, rounds: int) -> dict[str, Any]:
-    """Time to the first token of a question about a new picture / of the next question about it; the encoder is loaded before."""
+    """Measure the time to the first token of a question about a new picture / the next about it; the encoder is loaded before."""
     with start("whole", e, folder, format_name, n_threads) as process:
         process.call("turn", number=0)
         found = [process.call("turn", number=r + 1) for r in range(rounds)]

@@ -66,7 +66,7 @@ class Engine(Process):
 
 
 def which(name: str, folder: Path | None) -> list[str]:
-    """The worker's arguments that say which engine it is. Raises: FileNotFoundError for a folder without one."""
+    """Return the worker's arguments that say which engine it is. Raises: FileNotFoundError for a folder without one."""
     if folder is None:
         return [name]
     kinds = [kind for package, kind in PACKAGES.items() if (folder / package).is_dir()]

@@ -43,7 +43,7 @@ TOLERANCE_BLOCKS = 2e-4
 
 @dataclass(frozen=True)
 class Job:
-    """An op with shapes. `window`: attention sees at most so many keys."""
+    """An op with shapes. `window`: attention sees at most this many keys."""
 
     op: Op
     case: Case
@@ -95,7 +95,7 @@ def linear_job(what: str, n: Sequence[int], k: int, formats: Sequence[str], m: i
 
 
 def jobs() -> Iterator[Job]:
-    """All jobs: the ops' own cases, then layers of real models, then one shape in every format."""
+    """Yield all jobs: the ops' own cases, then layers of real models, then one shape in every format."""
     for op in REGISTRY.values():
         for case in op.cases if not op.view else ():
             flat = [s for v in case.shapes.values() if v is not None for s in (v if isinstance(v, list) else [v])]
@@ -140,7 +140,7 @@ def jobs() -> Iterator[Job]:
 
 
 def integers(job: Job, name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Numbers that make sense for an integer argument: cells within the cache, queries after their keys ..."""
+    """Make numbers that suit an integer argument: cells within the cache, queries after their keys ..."""
     shapes = job.case.shapes
     if name == "cells" and job.op is ops.attention:
         values = np.stack([rng.permutation(shapes["k"][1])[: shape[1]] for _ in range(shape[0])])
@@ -182,7 +182,7 @@ class Copy:
         return copy
 
     def bind(self, i: int) -> tuple[tuple[Tensor, ...], dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Copy number i in a graph: the op's results, and arrays for inputs and states by name."""
+        """Bind copy number i in a graph: return the op's results, and arrays for inputs and states by name."""
         inputs: dict[str, np.ndarray] = {}
         states: dict[str, np.ndarray] = {}
 
@@ -212,7 +212,7 @@ def _flat(values: dict[str, Any]) -> list[Any]:
 
 
 def traffic(job: Job, copy: Copy) -> int:
-    """Bytes that one run must move: every argument read, every result written, of caches and tables what is used of them."""
+    """Count the bytes that one run must move: every argument read, every result written, of caches and tables the used part."""
     total = 0
     for name, value in copy.values.items():
         spec = job.op.args[name]
@@ -232,12 +232,12 @@ def traffic(job: Job, copy: Copy) -> int:
 
 
 def _specs(job: Job, n: int) -> Sequence[Any]:
-    """Declarations of an op's n results."""
+    """Return the declarations of an op's n results."""
     return job.op.results * n if job.op.results[0].many else job.op.results
 
 
 def operations(job: Job, copy: Copy) -> float | None:
-    """Operations by the op's own declaration; of an attention only those on keys that are seen. None where it declares none."""
+    """Count operations by the op's own declaration; of attention only those on keys that are seen. None where it has none."""
     if job.op.flops is None:
         return None
     shapes = {n: job.case.shapes.get(n) for n in job.op.args}
@@ -250,7 +250,7 @@ def operations(job: Job, copy: Copy) -> float | None:
 
 
 def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
-    """The reference in float64 on the same values, and the part of each result that it is (an index): large ones are sampled."""
+    """Compute the reference in float64 on the same values, and its part of each result (an index): large ones are sampled."""
     wide = lambda a: a.values() if isinstance(a, Blocks) else a.astype(np.float64) if a.dtype.kind == "f" else a  # noqa: E731
     values, part = dict(copy.values), np.s_[:]
     if job.op is ops.linear and max(s[0] for s in job.case.shapes["w"]) > CHECKED_ROWS:
@@ -292,7 +292,7 @@ def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
 
 
 def error(got: Sequence[np.ndarray], want: Any, part: Any) -> float:
-    """Largest normalised squared error of an op's results."""
+    """Return the largest normalised squared error of an op's results."""
     want = list(want) if isinstance(want, (tuple, list)) else [want]
     if len(got) != len(want):
         raise RuntimeError(f"{len(got)} results, but the reference has {len(want)}")
@@ -309,7 +309,7 @@ def error(got: Sequence[np.ndarray], want: Any, part: Any) -> float:
 
 
 def tolerance(job: Job) -> float:
-    """The largest error that a job's formats explain."""
+    """Return the largest error that a job's formats explain."""
     kinds = [k for v in job.case.dtypes.values() for k in (v if isinstance(v, list) else [v])] or ["F32"]
     return max(TOLERANCE.get(k, TOLERANCE_BLOCKS) for k in kinds)
 
@@ -353,7 +353,7 @@ class Timed:
             ctypes.memmove(self.program.states[name].memory.ctypes.data, raw.ctypes.data, raw.nbytes)
 
     def results(self) -> list[np.ndarray]:
-        """What copy 0 has computed: arrays of the program, and caches as they are now."""
+        """Return what copy 0 has computed: arrays of the program, and caches as they are now."""
         own = iter(self.program.outputs)
         return [self._state(spec.axes[0]) if spec.kind == "Same" else next(own) for spec in self.specs]
 
@@ -365,7 +365,7 @@ class Timed:
         return values.reshape(self.job.case.shapes[name])
 
     def run(self, times: int) -> float:
-        """Seconds of one copy, on average."""
+        """Run the program `times` times and return the mean seconds of one copy."""
         self.program.profile(True)
         for _ in range(times):
             self.program.execute()
@@ -381,7 +381,7 @@ class Timed:
 
 
 def measure(job: Job, isa: str, n_threads: int) -> list[dict[str, Any]]:
-    """Time a job hot and cold and check its result: one record each. Raises GraphError where there is no kernel for it."""
+    """Measure a job hot and cold and check its result: one record each. Raises GraphError where there is no kernel for it."""
     copy = Copy.make(job, np.random.default_rng(0))
     ensure_codebooks(a.dtype for a in _flat(copy.values) if isinstance(a, Blocks))
     nbytes, count, cache = traffic(job, copy), operations(job, copy), last_level_cache()

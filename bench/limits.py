@@ -74,7 +74,7 @@ def _native() -> Any:
 
 
 def read_bandwidth(n_threads: int, repeat: int = 5, native: Any = None) -> float:
-    """Bytes/s that n threads read from memory together, each its own part in order."""
+    """Measure the bytes/s that n threads read from memory together, each its own part in order."""
     native = native or _native()
     memory = _memory(max(512 << 20, 8 * last_level_cache()))
     part = memory.nbytes // n_threads // 4096 * 4096
@@ -93,7 +93,7 @@ def read_bandwidth(n_threads: int, repeat: int = 5, native: Any = None) -> float
 
 
 def peak(kind: str, isa: str, n_threads: int, repeat: int = 5, native: Any = None) -> float:
-    """Operations/s of n threads together; kind: int8 or fp32. 0.0 where the machine does not have the instruction set."""
+    """Measure the operations/s of n threads together; kind: int8 or fp32. 0.0 where the machine lacks the instruction set."""
     native = native or _native()
     loop, name = {"int8": native.lib.pe_limit_int8, "fp32": native.lib.pe_limit_fp32}[kind], isa.encode()
     rounds = 1000
@@ -112,11 +112,11 @@ def peak(kind: str, isa: str, n_threads: int, repeat: int = 5, native: Any = Non
 
 
 def measure(isa: str, n_threads: int, repeat: int = 5, native: Any = None) -> Limits:
-    """All limits of one instruction set and number of threads."""
+    """Measure all limits of one instruction set and number of threads."""
     return Limits(isa, n_threads, read_bandwidth(n_threads, repeat, native), peak("int8", isa, n_threads, repeat, native),
                   peak("fp32", isa, n_threads, repeat, native))
 
 
 def best(a: Limits, b: Limits) -> Limits:
-    """The higher of two measurements of the same limits."""
+    """Return the higher of two measurements of each limit."""
     return Limits(a.isa, a.n_threads, max(a.read, b.read), max(a.int8, b.int8), max(a.fp32, b.fp32))

@@ -30,13 +30,13 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that a core sees; 64 MiB where the system does not say."""
+    """Return the bytes of the largest cache that a core sees; 64 MiB where the system does not say."""
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(s[:-1]) * {"K": 1 << 10, "M": 1 << 20}[s[-1]] for s in sizes), default=64 << 20)
 
 
 def version(package: str) -> str | None:
-    """Version of an installed package."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -44,7 +44,7 @@ def version(package: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """CPU, system, tools and versions, plain data for JSON."""
+    """Describe CPU, system, tools and versions as plain data for JSON."""
     cpu = _cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     compiler = _output("cc", "--version")

@@ -22,13 +22,13 @@ from .stats import summary
 
 
 def random_ids(n: int, n_vocab: int) -> list[int]:
-    """The tokens that all engines are given: any will do, as in llama-bench."""
+    """Draw the tokens that all engines are given: any will do, as in llama-bench."""
     return np.random.default_rng(0).integers(0, n_vocab, n).tolist()
 
 
 def speeds(path: Path, names: Sequence[str], n_threads: int, n_prompt: int, n_generate: int, rounds: int,
            folders: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Any]:
-    """Tokens/s of each engine and the limits, one sample a round. Models of one file are all loaded before the first round."""
+    """Measure tokens/s of each engine and the limits, one sample a round. Models of a file are loaded before the first round."""
     n_ctx = max(n_prompt, n_generate)
     engines: list[Engine] = []
     try:
@@ -57,7 +57,7 @@ def speeds(path: Path, names: Sequence[str], n_threads: int, n_prompt: int, n_ge
 
 
 def _warm(nbytes: int) -> None:
-    """Write to so much memory and give it back.
+    """Write to this much memory and give it back.
 
     The next process gets these pages. Where a virtual machine returns free memory to its host, each new page of 2 MiB may otherwise
     take some ms, which would be a measurement of the host.
@@ -69,7 +69,7 @@ def _warm(nbytes: int) -> None:
 
 def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int,
                  folders: Mapping[str, Path] = MappingProxyType({})) -> dict[str, list[dict[str, Any]]]:
-    """Load to first token in fresh processes, the file in the page cache, Python's modules compiled as pip does."""
+    """Measure load to first token in fresh processes, the file in the page cache, Python's modules compiled as pip does."""
     import compileall
 
     import pyengine
@@ -90,12 +90,12 @@ def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int,
 
 
 def _ratios(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """One result: `score` is ours / theirs round by round."""
+    """Make one result: `score` is ours / theirs round by round."""
     return {"name": name, "ours": summary(ours), "theirs": summary(theirs), "score": summary([a / b for a, b in zip(ours, theirs)])}
 
 
 def _shares(file: str, n_prompt: int, n_generate: int, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What our speeds are of the limits of the same round."""
+    """Compute our speeds as shares of the limits of the same round."""
     facts, own = found["facts"][OURS], found["samples"][OURS]
     tg = [v * facts["bytes_per_token"] / bound for v, bound in zip(own["tg"], found["limits"]["read"])]
     pp = [v / n_prompt * facts["prompt_operations"] / bound for v, bound in zip(own["pp"], found["limits"]["int8"])]
@@ -104,7 +104,7 @@ def _shares(file: str, n_prompt: int, n_generate: int, found: dict[str, Any]) ->
 
 
 def models(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int, rounds: int) -> dict[str, Any]:
-    """Our speed on each file, and its share of the limits measured in the same rounds."""
+    """Measure our speed on each file, and its share of the limits measured in the same rounds."""
     results, files = [], {}
     for path in paths:
         found = files[path.name] = speeds(path, [OURS], n_threads, n_prompt, n_generate, rounds)
@@ -118,7 +118,7 @@ def models(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int
 
 def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int, rounds: int, quality: bool = False,
           names: Sequence[str] | None = None, folders: Mapping[str, Path] = MappingProxyType({})) -> dict[str, Any]:
-    """Ratios of our speed to that of each other engine, on each file; with `quality` also whether they say the same.
+    """Measure the ratios of our speed to that of each other engine, on each file; with `quality` also whether they say the same.
 
     folders: other builds, by the names that results give them: folders with the package llama_cpp or ik_llama_cpp.
     """

@@ -25,14 +25,14 @@ PROMPTS = (
 
 
 def plain_text() -> str:
-    """English text that every Python brings: the topics of its help system."""
+    """Return English text that comes with every Python: the topics of its help system."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) of each row, from log-probabilities [n, vocab]; float64 [n]."""
+    """Compute KL(p || q) of each row, from log-probabilities [n, vocab]; float64 [n]."""
     return np.array([np.sum(np.exp(a.astype(np.float64)) * (a.astype(np.float64) - b)) for a, b in zip(p, q)])
 
 
@@ -67,7 +67,7 @@ def compare(ours: Engine, theirs: Engine, n_chunks: int = N_CHUNKS) -> dict[str,
 
 
 def _distributions(ours: Engine, theirs: Engine, chunks: list[list[int]]) -> tuple[dict[str, float], np.ndarray]:
-    """Perplexity of the second half of the chunks by engine, and the divergence of ours from theirs at each of its tokens."""
+    """Compute the perplexity of the chunks' second half by engine, and the divergence of ours from theirs at each of its tokens."""
     half, nats, kl = N_CTX // 2, {ours.name: 0.0, theirs.name: 0.0}, []
     with tempfile.TemporaryDirectory() as tmp:
         for chunk in chunks:

@@ -50,14 +50,14 @@ def hold(say: Say, examples: Sequence[Example]) -> list[list[str]]:
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    """Compute the intersection over union of two boxes (x1, y1, x2, y2)."""
     shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
     return shared / (sum(areas) - shared) if sum(areas) > shared else 0.0
 
 
 def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dict[str, list[float]]:
-    """Each task's points: 1 or 0 for an answer that is right or not, a box's overlap with the true one."""
+    """Compute each task's points: 1 or 0 for an answer that is right or not, a box's overlap with the true one."""
     from pyengine.chat.boxes import find_boxes
 
     points = defaultdict(list)
@@ -75,7 +75,7 @@ def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dic
 
 
 def interval(points: Sequence[float]) -> tuple[float, float]:
-    """The mean's interval of 95%."""
+    """Compute the 95% confidence interval of the mean."""
     n, mean = len(points), float(np.mean(points))
     if set(points) <= {0.0, 1.0}:
         centre, half = mean + Z * Z / (2 * n), Z * np.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
@@ -112,7 +112,7 @@ def with_weights(file: Path, kind: str, out: Path) -> Path:
 
 
 def ours(file: Path, kv: str, n_threads: int) -> Say:
-    """pyengine's greedy answers."""
+    """Return a function that gives pyengine's greedy answers."""
     import pyengine
 
     model = pyengine.load(file, n_ctx=1024, kv_dtype=kv, n_threads=n_threads)
@@ -120,7 +120,7 @@ def ours(file: Path, kv: str, n_threads: int) -> Say:
 
 
 def theirs(checkpoint: Path) -> Say:
-    """transformers' greedy answers, computed in float32 on the CPU from the checkpoint's weights."""
+    """Return a function that gives transformers' greedy answers, computed in float32 on the CPU from the checkpoint's weights."""
     import PIL.Image
     import torch
     import transformers
@@ -150,7 +150,7 @@ def theirs(checkpoint: Path) -> Say:
 
 def run(file: Path, n_threads: int, n: int, seed: int, types: Sequence[str], caches: Sequence[str],
         checkpoint: Path | None = None) -> dict[str, Any]:
-    """Score the file with other types of weights (the cache in f16) and with other caches (its own weights).
+    """Measure the file's scores with other types of weights (the cache in f16) and with other caches (its own weights).
 
     With a checkpoint: also transformers' scores, and how many turns it answers like F32 weights and cache.
     """

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes, and spread: half the interquartile range as a part of the median."""
+    """Return median, extremes, and spread: half the interquartile range as a fraction of the median."""
     values = np.asarray(samples, float)
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "min": float(values.min()), "max": float(values.max()),

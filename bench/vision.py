@@ -41,7 +41,7 @@ class Shape:
     pixels: int = 14 * 14 * 3
 
     def operations(self) -> dict[str, float]:
-        """What must be computed, a product and a sum as 2: `patch` once; `products` and `attention` in each layer."""
+        """Count the necessary operations, a product and a sum as 2: `patch` once; `products` and `attention` in each layer."""
         m, d = self.patches, self.width
         return {"patch": 2.0 * m * self.pixels * d, "products": 2.0 * m * d * (4 * d + 2 * self.mlp), "attention": 4.0 * m * m * d}
 
@@ -57,7 +57,7 @@ class Functions:
 
 
 def forward(f: Functions, x: Any, shape: Shape, positions: Any) -> Any:
-    """The encoder, in the order of its paper: patches [m, pixels] to [m, width]."""
+    """Run the encoder, in the order of its paper: patches [m, pixels] to [m, width]."""
     x = f.linear(x, "patch")[0] + positions                                    # a convolution whose windows do not overlap
     for i in range(shape.layers):
         q, k, v = f.linear(f.norm(x, f"{i}.ln1"), f"{i}.q", f"{i}.k", f"{i}.v")
@@ -67,7 +67,7 @@ def forward(f: Functions, x: Any, shape: Shape, positions: Any) -> Any:
 
 
 def random_weights(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Matrices, biases (name.b) and norms of moderate size, float32."""
+    """Draw matrices, biases (name.b) and norms of moderate size, float32."""
     sizes = {"patch": (shape.width, shape.pixels)}
     for i in range(shape.layers):
         sizes |= {f"{i}.{n}": (shape.width, shape.width) for n in ("q", "k", "v", "out")}
@@ -83,7 +83,7 @@ def random_weights(shape: Shape, rng: np.random.Generator) -> dict[str, np.ndarr
 
 
 def _padded(a: np.ndarray, name: str, multiple: int) -> np.ndarray:
-    """The MLP's matrices with rows (up) or columns (down) of zeros to a multiple; gelu(0) is 0."""
+    """Pad the MLP's matrices with rows (up) or columns (down) of zeros to a multiple; gelu(0) is 0."""
     kind, axis = name.split(".")[1] if "." in name else "", {"up": 0, "down": 1}
     if kind not in axis or name.endswith("down.b"):
         return a
@@ -93,7 +93,7 @@ def _padded(a: np.ndarray, name: str, multiple: int) -> np.ndarray:
 
 
 def quantized(weights: Mapping[str, np.ndarray], format_name: str) -> dict[str, np.ndarray | Blocks]:
-    """The matrices in a format, by gguf-py's quantizer; in F16 where a row is not whole blocks (the patches' 588 in Q8_0)."""
+    """Convert matrices to a format by gguf-py's quantizer; to F16 where a row is not whole blocks (the patches' 588 in Q8_0)."""
     import gguf
 
     out: dict[str, np.ndarray | Blocks] = {}
@@ -109,7 +109,7 @@ def quantized(weights: Mapping[str, np.ndarray], format_name: str) -> dict[str, 
 
 
 def plain(weights: Mapping[str, np.ndarray | Blocks]) -> dict[str, np.ndarray]:
-    """Dequantized: what the numbers of a format mean, float32."""
+    """Dequantize the matrices to what the numbers of a format mean, float32."""
     return {n: a.values().astype(np.float32) if isinstance(a, Blocks) else a for n, a in weights.items()}
 
 
@@ -144,7 +144,7 @@ class Ours:
         return self.program.run(patches=self.patches)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each step since `program.profile(True)`, summed over layers, by op and weights; outer steps as `once ...`."""
+        """Sum the seconds of each step since `program.profile(True)` over layers, by op and weights; outer steps as `once ...`."""
         table: dict[str, float] = {}
         for node, seconds in self.program.seconds():
             name = _label(node)
@@ -168,7 +168,7 @@ def _label(node: Node) -> str:
 
 
 def numpy_functions(weights: Mapping[str, np.ndarray], heads: int) -> Functions:
-    """Plain NumPy: the reference where there is no PyTorch."""
+    """Return functions in plain NumPy: the reference where there is no PyTorch."""
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         return ops.layer_norm(x, weights[name], weights[f"{name}.b"], eps=EPS)
 
@@ -184,7 +184,7 @@ def numpy_functions(weights: Mapping[str, np.ndarray], heads: int) -> Functions:
 
 
 def torch_functions(weights: Mapping[str, np.ndarray], heads: int) -> Functions:
-    """PyTorch's own functions: oneDNN's products and its fused attention."""
+    """Return PyTorch's own functions: oneDNN's products and its fused attention."""
     import torch
     from torch.nn import functional as F  # noqa: N812  everybody's name for it
 
@@ -200,7 +200,7 @@ def torch_functions(weights: Mapping[str, np.ndarray], heads: int) -> Functions:
 
 
 def torch_call(weights: Mapping[str, np.ndarray], shape: Shape, patches: np.ndarray, n_threads: int) -> Callable[[], np.ndarray]:
-    """A forward pass by PyTorch, float32."""
+    """Return a forward pass by PyTorch, float32."""
     import torch
 
     torch.set_num_threads(n_threads)
@@ -218,13 +218,13 @@ def torch_call(weights: Mapping[str, np.ndarray], shape: Shape, patches: np.ndar
 
 
 def ideal_seconds(shape: Shape, weights: Mapping[str, np.ndarray | Blocks], int8: float, fp32: float) -> float:
-    """Time at the machine's peaks: with weights in blocks the layers' products and attention at int8's, everything else at fp32's."""
+    """Compute time at the machine's peaks: with weights in blocks layers' products and attention at int8's, all else at fp32's."""
     work = shape.operations()
     return work["patch"] / fp32 + shape.layers * (work["products"] + work["attention"]) / (int8 if _in_blocks(weights) else fp32)
 
 
 def picture_seconds(total: float, once: float, shape: Shape) -> float:
-    """A whole picture of 27 layers, from a run of fewer and the part of it outside the layers."""
+    """Estimate the seconds of a whole picture of 27 layers from a run of fewer and its part outside the layers."""
     return once + (total - once) * PICTURE_LAYERS / shape.layers
 
 
@@ -272,7 +272,7 @@ def run(n_threads: int, shape: Shape, rounds: int, peers: Sequence[str] = (), fo
 def _results(shape: Shape, stored: Mapping[str, Any], seconds: Mapping[str, list[float]], cpu: Mapping[str, list[float]],
              n_threads: int, profiles: Mapping[str, dict[str, float]], errors: Mapping[str, float],
              best: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Shares of the limits of each format, then ratios round by round. `cpu_share`: of the time that the threads had a CPU."""
+    """Compute shares of the limits by format, then ratios round by round. `cpu_share`: of the time that the threads had a CPU."""
     work = shape.operations()
     total = work["patch"] + shape.layers * (work["products"] + work["attention"])
     out = []

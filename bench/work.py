@@ -33,29 +33,29 @@ class Sized:
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """What an argument holds: all of a list, one thing, or nothing."""
+    """List what an argument holds: all of a list, one thing, or nothing."""
     return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
 
 
 def weights_of(op: Op) -> list[str]:
-    """Arguments that may have any format."""
+    """List the arguments that may have any format."""
     return [name for name, spec in op.args.items() if spec.kind == "Weight"]
 
 
 def picked_by(op: Op, name: str) -> str | None:
-    """The argument whose numbers say what is read of a weight, along its first axis; None where all of it is."""
+    """Return the argument whose numbers select what is read of a weight, along its first axis; None where all of it is."""
     numbers = [n for n, spec in op.args.items() if spec.kind == "I32"]
     return numbers[0] if numbers and name in weights_of(op) else None
 
 
 def operations(op: Op, args: Mapping[str, Any], params: Mapping[str, Any]) -> float:
-    """Operations by the op's own declaration (a product and a sum are 2), 0 where it has none; `args`: `Sized`, lists, or None."""
+    """Count operations by the op's declaration (a product and a sum are 2), 0 if it has none; `args`: `Sized`, lists, or None."""
     values = [tuple(listed(args[name])) if spec.many else args[name] for name, spec in op.args.items()]
     return float(op.flops(*values, **params)) if op.flops else 0.0
 
 
 def seen(lo: np.ndarray, hi: np.ndarray, n_keys: int) -> float:
-    """The share of an attention's declared operations that is on keys which stand in a query's interval."""
+    """Return the share of an attention's declared operations that is on keys in a query's interval."""
     return float((hi - lo).sum()) / max(1, len(lo) * n_keys)
 
 
@@ -65,7 +65,7 @@ def _of_node(node: Node, dims: Mapping[str, int]) -> dict[str, Any]:
 
 
 def on_weights(node: Node, dims: Mapping[str, int]) -> Iterator[tuple[Tensor, float]]:
-    """Operations on each weight of a node; what an op declares is their sum."""
+    """Yield the operations on each weight of a node; what an op declares is their sum."""
     args, own = _of_node(node, dims), dict(zip(node.op.args, node.args))
     for name in weights_of(node.op):
         for weight in listed(own[name]):
@@ -73,7 +73,7 @@ def on_weights(node: Node, dims: Mapping[str, int]) -> Iterator[tuple[Tensor, fl
 
 
 def generation_bytes(program: Any, n: int) -> float:
-    """Bytes that one token reads on average while n tokens are generated from an empty cache.
+    """Count the bytes that one token reads on average while n tokens are generated from an empty cache.
 
     All weights, whole, but for those that are picked from: one row of a table, and the matrices of the experts that a row uses, all
     different. Of each cache the cells that hold tokens by then (for a sliding layer at most all its cells). What only rows beside
@@ -102,13 +102,13 @@ def generation_bytes(program: Any, n: int) -> float:
 
 
 def prompt_operations(program: Any, m: int) -> float:
-    """Operations on weights for a prompt of m tokens in one batch that wants its last row's logits."""
+    """Count operations on weights for a prompt of m tokens in one batch that wants its last row's logits."""
     dims = defaultdict(int, m=m, w=1, l=1)
     return sum(count for node in program.prepared.layout.steps for _, count in on_weights(node, dims))
 
 
 def encoder_operations(program: Any, view: Any) -> dict[str, float]:
-    """Operations of one run of a media encoder: products with weights in blocks ("int8"), attention in each of the two, all else.
+    """Count operations of one media encoder run: products with weights in blocks ("int8"), attention in each of the two, all else.
 
     Attention counts the keys in each row's interval, which stand in the inputs of the view or are constants.
     """

@@ -52,7 +52,7 @@ class PyEngine:
         return self.model.feed(ids, N_BATCH)[None]
 
     def facts(self, n_prompt: int, n_generate: int) -> dict[str, Any]:
-        """What the limits are compared with: bytes that generating a token reads, operations on weights of a prompt."""
+        """Return what the limits are compared with: bytes that generating a token reads, operations on weights of a prompt."""
         from .work import generation_bytes, prompt_operations
 
         program = self.model.program
@@ -89,7 +89,7 @@ class LlamaCpp:
         self.n_past = 0
 
     def _library(self) -> Any:
-        """The C functions."""
+        """Load the C functions."""
         from llama_cpp import llama_cpp as api
 
         self._quiet = api.llama_log_callback(lambda level, text, data: None)
@@ -100,7 +100,7 @@ class LlamaCpp:
         """Set what is not the library's default for a model."""
 
     def _settle(self, settings: Any) -> None:
-        """Settings of the context that are not the library's defaults."""
+        """Set the context's settings that are not the library's defaults."""
         settings.swa_full = False                                              # as llama-cli and llama-bench set it
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
@@ -122,7 +122,7 @@ class LlamaCpp:
         self.n_past = 0
 
     def evaluate(self, ids: Sequence[int], wanted: int = 1) -> np.ndarray:
-        """As PyEngine.evaluate; the wanted rows must lie in the last batch."""
+        """Append ids as PyEngine.evaluate does; the wanted rows must lie in the last batch."""
         batch = self.batch
         for start in range(0, len(ids), N_BATCH):
             part = ids[start : start + N_BATCH]
@@ -138,7 +138,7 @@ class LlamaCpp:
         return np.ctypeslib.as_array(rows, shape=(wanted, self.n_vocab))
 
     def facts(self, n_prompt: int, n_generate: int) -> dict[str, Any]:
-        """What the library was built with."""
+        """Return what the library was built with, and the special tokens."""
         v = self.vocab
         return {"system": self.api.llama_print_system_info().decode().strip(), "bos": self.api.llama_vocab_bos(v),
                 "add_bos": bool(self.api.llama_vocab_get_add_bos(v)),
@@ -207,14 +207,14 @@ class Worker:
         return self.engine.tokenize(text, special)
 
     def prompt(self, ids: list[int]) -> float:
-        """Seconds for a prompt from an empty cache."""
+        """Measure the seconds for a prompt from an empty cache."""
         self.engine.reset()
         start = time.perf_counter()
         self.engine.evaluate(ids)
         return time.perf_counter() - start
 
     def generate(self, ids: list[int]) -> float:
-        """Seconds for these tokens one by one from an empty cache."""
+        """Measure the seconds for these tokens one by one from an empty cache."""
         self.engine.reset()
         start = time.perf_counter()
         for token in ids:
@@ -222,7 +222,7 @@ class Worker:
         return time.perf_counter() - start
 
     def greedy(self, ids: list[int], n: int) -> dict[str, Any]:
-        """The n likeliest next tokens in turn, and by how much (nats) each was likelier than the second."""
+        """Return the n likeliest next tokens in turn, and by how much (nats) each was likelier than the second."""
         self.engine.reset()
         logits, tokens, gaps = self.engine.evaluate(ids)[0], [], []
         for _ in range(n):
@@ -233,7 +233,7 @@ class Worker:
         return {"tokens": tokens, "gaps": gaps}
 
     def log_probabilities(self, ids: list[int], wanted: int, file: str) -> None:
-        """Log-probabilities after each of the last `wanted` tokens, saved as float32 [wanted, vocab]."""
+        """Save log-probabilities after each of the last `wanted` tokens as float32 [wanted, vocab]."""
         self.engine.reset()
         x = self.engine.evaluate(ids, wanted)
         top = x.max(axis=-1, keepdims=True)
@@ -241,7 +241,7 @@ class Worker:
 
 
 def first_token(engine: str, path: str, n_threads: int) -> dict[str, Any]:
-    """Seconds from before the engine is imported until its first token is text, and the shares of its parts.
+    """Measure the seconds from before the engine is imported until its first token is text, and those of the parts.
 
     The interpreter and NumPy, which every engine's Python package needs, are there before.
     """
@@ -257,7 +257,7 @@ def first_token(engine: str, path: str, n_threads: int) -> dict[str, Any]:
 
 
 def own_stdout() -> TextIO:
-    """Standard output for answers alone; what libraries print goes to standard error from now on."""
+    """Keep standard output for answers alone; what libraries print goes to standard error from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

@@ -31,7 +31,7 @@ def malformed_is(message: str) -> Iterator[None]:
 
 
 class Config:
-    """Read values of a config.json; what the file leaves out takes the default of transformers' config class."""
+    """Values of a config.json; what the file leaves out takes the default of transformers' config class."""
 
     def __init__(self, values: dict[str, Any], defaults: dict[str, Any], file: Path):
         self.values, self.defaults, self.file = values, defaults, file
@@ -144,7 +144,7 @@ class Checkpoint:
         return {name: t for shard in shards.values() for name, t in shard.items()}
 
     def rename(self, patterns: Sequence[tuple[str, str]]) -> None:
-        """Rename tensors: every pattern (regex, replacement) in turn. Raises InvalidModelError where two become one."""
+        """Replace names of tensors by every pattern (regex, replacement) in turn. Raises InvalidModelError where two become one."""
         renamed: dict[str, Stored] = {}
         for name, stored in self.tensors.items():
             new = name
@@ -177,7 +177,7 @@ class Checkpoint:
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Widen stored values exactly; a bfloat16 is the upper half of a float32."""
+    """Convert stored values exactly to float32; a bfloat16 is the upper half of a float32."""
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32)

@@ -40,7 +40,7 @@ class Entry:
     first_row: int = 0
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
     first_column: int | None = None      # of matrices [n, in, columns], which become [n, shape[1], in]
-    units: int | None = None             # the axis that may be filled up with zeros to whole blocks
+    units: int | None = None             # the axis that may be padded with zeros to whole blocks
     padded: tuple[int, ...] | None = None
     instead: Mapping[QT, QT] = field(default_factory=dict)
     make: Callable[[np.ndarray], np.ndarray] | None = None   # applied to the values, float32

@@ -70,7 +70,7 @@ class Mistral3(Llama):
             raise InvalidModelError(f"{file}: token {texts[0]!r} is {self.line_end}, but the embedding has {self.vocab_size} rows")
 
     def _tied(self) -> bool:
-        """Whether the head is the embedding. One in the checkpoint is used whatever its config says, as transformers does."""
+        """Say whether the head is the embedding. One in the checkpoint is used whatever its config says, as transformers does."""
         headed = any(name.endswith("lm_head.weight") for name in Checkpoint(self.root.file.parent).tensors)
         return not headed and self.root.get("tie_word_embeddings") is not False
 

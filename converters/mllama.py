@@ -63,7 +63,7 @@ class Mllama(Llama):
         self.states = self._states()
 
     def _states(self) -> list[int]:
-        """Layers that have run when a state is kept.
+        """Count the layers that have run when each state is kept.
 
         The authors, and transformers up to 4.53, count the layers before it; later versions take the state behind that layer
         (`MllamaVisionEncoder.forward`). A checkpoint means what the version that saved it did.

@@ -149,7 +149,7 @@ class Qwen2VL(Qwen2):
 
 @converts("Qwen2_5_VLForConditionalGeneration")
 class Qwen25VL(Qwen2VL):
-    """Adds window attention, a gated feed-forward network, norms without bias, and positions in seconds."""
+    """Qwen2-VL with window attention, a gated feed-forward network, norms without bias, and positions in seconds."""
     projector = "qwen2.5vl_merger"
     vision_defaults, mlp = VISION_25, GATED
 

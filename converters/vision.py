@@ -93,7 +93,7 @@ def write_encoder_keys(out: GGUFWriter, vision: Config, images: Config, *, proje
 def feed_forward(block: str, source: str, width: int, units: int, parts: Mapping[str, str], bias: bool = True) -> Iterator[Entry]:
     """List the feed-forward of an encoder's layer; `parts` has the checkpoint's names by ours, of which ffn_down is the way back.
 
-    In formats of blocks its units are filled up to whole ones (So400m has 4304, Qwen2.5-VL 3420). Units of zeros add nothing: all
+    In formats of blocks its units are padded to whole ones (So400m has 4304, Qwen2.5-VL 3420). Units of zeros add nothing: all
     activations are 0 at 0, and their columns of ffn_down are 0 too.
     """
     for name, theirs in parts.items():

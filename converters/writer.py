@@ -151,7 +151,7 @@ def stored_type(entry: Entry | Stack | Constant, shape: tuple[int, ...], wanted:
 
 
 def with_whole_blocks(entry: Entry | Stack | Constant, block: int) -> Entry | Stack | Constant:
-    """Fill up the axis that may be, to whole blocks."""
+    """Pad the axis that may be padded to whole blocks."""
     if not isinstance(entry, Entry) or entry.units is None or entry.shape[entry.units] % block == 0:
         return entry
     shape = list(entry.shape)

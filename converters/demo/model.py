@@ -139,14 +139,14 @@ class Batch:
 
 
 def resized(picture: Picture) -> np.ndarray:
-    """Pixels as the processor resizes them (Pillow, bicubic)."""
+    """Resize a picture's pixels as the processor does (Pillow, bicubic)."""
     size = processed_size(*picture.size)
     image = PIL.Image.fromarray(picture.pixels)
     return np.asarray(image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC))
 
 
 def patches(picture: Picture) -> tuple[np.ndarray, tuple[int, int]]:
-    """Patches float32 [n, 3 * 14 * 14] in groups of 2 x 2, and the rows and columns of groups."""
+    """Return patches float32 [n, 3 * 14 * 14] in groups of 2 x 2, and the rows and columns of groups."""
     pixels = (resized(picture).astype(np.float32) / 255 - MEAN) / STD
     h, w = pixels.shape[0] // GROUP, pixels.shape[1] // GROUP
     x = pixels.reshape(h, MERGE, PATCH, w, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
@@ -161,7 +161,7 @@ THINGS = {f"{c} {s}": i + 1 for i, (c, s) in enumerate((c, s) for c in COLOURS f
 
 
 def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What lies in each group of a picture: characters int64 [r, QUARTERS], shape, box float32 [r, 4], line."""
+    """Find what lies in each group of a picture: characters int64 [r, QUARTERS], shape, box float32 [r, 4], line."""
     h, w = grid
     sx, sy = w / picture.size[0], h / picture.size[1]
     found: list[list[Any]] = [[] for _ in range(h * w)]
@@ -187,7 +187,7 @@ def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np
 
 
 def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
-    """Token ids, targets, positions [3, t] as the chat template and get_rope_index make them, and what is asked for [3, t]."""
+    """Return token ids, targets, positions [3, t] as chat template and get_rope_index make them, and what is asked for [3, t]."""
     tokenizer, encode = make_tokenizer(), _encode
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids: list[int] = []
@@ -225,7 +225,7 @@ def _encode(text: str) -> tuple[int, ...]:
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
-    """Pack conversations; ids are filled up at the end, where causal attention does not see them."""
+    """Pack conversations; ids are padded at the end, where causal attention does not see them."""
     done = [[patches(p) for p in e.pictures] for e in examples]
     said = [conversation(e, [grid for _, grid in d]) for e, d in zip(examples, done)]
     t = max(len(ids) for ids, *_ in said)
@@ -258,7 +258,7 @@ def make_batch(examples: Sequence[Example]) -> Batch:
 
 @cache
 def _plan(grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Order of a picture's groups by window [r], its inverse, positions [n, 2] and which patches share a window [n, n]."""
+    """Return the order of picture groups by window [r], its inverse, positions [n, 2] and which patches share a window [n, n]."""
     h, w = grid
     row, column = np.divmod(np.arange(h * w), w)
     side = VISION["window_size"] // PATCH // MERGE                          # type: ignore[operator]
@@ -360,12 +360,12 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
 
 
 def _towards(x: Tensor, words: Iterable[str], aim: Tensor, table: Tensor) -> Tensor:
-    """Loss of vectors [n, D] that are to point at the embedding of one of some words; of those in capitals, of the first letter."""
+    """Compute the loss of vectors [n, D] that should point at one of some words' embeddings (in capitals: the first letter's)."""
     return F.cross_entropy((x @ table[[_encode(word[0] if word.isupper() else f" {word}")[0] for word in words]].T).float(), aim)
 
 
 class Reader(nn.Module):
-    """Predicts from each of the encoder's rows what lies in its group: a second aim while training, dropped afterwards."""
+    """Heads that predict from each of the encoder's rows what lies in its group: a second aim in training, dropped afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class Reader(nn.Module):
         return loss, float((glyphs[inked].argmax(-1) == aims[inked]).sum() / max(1, int(inked.sum())))
 
     def asked(self, tokens: Tensor, batch: Batch, table: Tensor) -> Tensor:
-        """Loss of the answers' tokens [b, t, D] halfway through the decoder: they point at the words that the question names.
+        """Compute the loss of answers' tokens [b, t, D] halfway through the decoder: they point at words that the question names.
 
         Rows of a shape and of a form's line point at their words, too, so that a product of the two finds what is asked for.
         """
@@ -404,7 +404,7 @@ class Reader(nn.Module):
         return loss
 
     def where(self, rows: Tensor, batch: Batch, table: Tensor) -> Tensor:
-        """Loss of the rows halfway through the decoder: which picture they are of, the edges of a shape's box, a line's key.
+        """Compute the loss of rows halfway through the decoder: which picture they are of, edges of a shape's box, a line's key.
 
         Of the edges, the tens of their pixels. The encoder sees one picture and has relative positions only: the first two are the
         decoder's to find out.

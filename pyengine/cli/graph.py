@@ -16,14 +16,14 @@ from pyengine.programs.bound import bind
 
 
 def outputs(model: str | Path, n_ctx: int = 4096, mmproj: str | Path | None = None, kind: str | None = None) -> list[Tensor]:
-    """The outputs of the graph of a model's step, or of the encoder of a kind, before fusion."""
+    """Return the outputs of the graph of a model's step, or of the encoder of a kind, before fusion."""
     bound = bind(open_files(model, mmproj))
     layout = ModelLayout(bound, Settings(n_ctx=min(n_ctx, bound.n_ctx_train)), hardware.detect())
     return encoder.declare(bound.encoders[kind], layout.sizes.runs[kind]).outputs if kind else layout.step.declare().outputs
 
 
 def listing(model: str, dot: bool, fused: bool) -> str:
-    """The graph of a model's step; `fused` shows it as backends run it, else as its module wrote it."""
+    """Format the graph of a model's step; `fused` shows it as backends run it, else as its module wrote it."""
     found = outputs(model)
     if fused:
         found = passes.apply(found)

@@ -17,7 +17,7 @@ _UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def parse_device(arguments: Sequence[str]) -> Any:
-    """What `plan` and `load` take as `device`, from "cpu" or from parts "cpu:0=6GiB". Raises: RequestError."""
+    """Return what `plan` and `load` take as `device`, from "cpu" or from parts "cpu:0=6GiB". Raises: RequestError."""
     parts: dict[str, int] = {}
     for argument in arguments:
         name, equals, room = argument.partition("=")
@@ -30,7 +30,7 @@ def parse_device(arguments: Sequence[str]) -> Any:
 
 
 def parse_size(text: str | None, count: int | None) -> Any:
-    """What `plan` and `load` take as `images`, from "896x1344" and a number of pictures. Raises: RequestError."""
+    """Return what `plan` and `load` take as `images`, from "896x1344" and a number of pictures. Raises: RequestError."""
     if text is None:
         return count
     width, _, height = text.lower().partition("x")

@@ -63,7 +63,7 @@ def size(nbytes: float) -> str:
 
 
 class LoadingBar:
-    """Show how far loading is, on a terminal and only if it takes a while; an instance is `load`'s `progress`.
+    """A bar that shows loading, on a terminal and only if it takes a while; an instance is `load`'s `progress`.
 
     It ends when it is left: an image encoder that is loaded later, with the same `progress`, shows none.
     """

@@ -25,7 +25,7 @@ class Answer(str):
         return self.boxes_in(-1) if self.report.media else []
 
     def boxes_in(self, number: int) -> list[Any]:
-        """Boxes and points (`grounding.Box`, `grounding.Point`) that the text names, in pixels of the original of one picture.
+        """Find boxes and points (`boxes.Box`, `boxes.Point`) that the text names, in pixels of the original of one picture.
 
         A text does not say which of several pictures it speaks of, so the caller does. Raises: IndexError.
         """
@@ -66,7 +66,7 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def begin(self) -> None:
-        """Queue the request, if it is not yet."""
+        """Put the request in the queue, if it is not there yet."""
         with self._scheduler.lock:
             if not self._begun and not self._request.finished:
                 self._begun = True

@@ -80,15 +80,15 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Built from the file when it is first needed."""
+        """The tokenizer, built from the file when it is first needed."""
         return self._language.tokenizer
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text; `add_special` adds BOS and EOS where the model wants them."""
+        """Return the token ids of a text; `add_special` adds BOS and EOS where the model wants them."""
         return self.tokenizer.tokenize(text, add_special=add_special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         return self.tokenizer.detokenize(ids)
 
     @property
@@ -97,7 +97,7 @@ class Model:
         return {**self._scheduler.stats, "steps": self._runner.n_steps, **(self.media.stats if self.media else {})}
 
     def encode_image(self, image: Any) -> np.ndarray:
-        """Soft tokens of a picture (or of a list of frames), as the decoder receives them: float32 [n, d_model].
+        """Return the soft tokens of a picture (or of a list of frames), as the decoder receives them: float32 [n, d_model].
 
         Without start, end or row-break tokens; after the projector, before any multiplier of the decoder. Kept in the image
         cache. Raises: UnsupportedModelError without an encoder, ImageError.
@@ -158,7 +158,7 @@ class Model:
 
     @alone
     def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:
-        """Logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
+        """Compute logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
 
         Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
         """
@@ -281,7 +281,7 @@ class Model:
         return self._language.template
 
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation in the model's own chat format; -1 for each position that a picture's soft token takes."""
+        """Return a conversation's token ids in the model's own chat format; -1 for each position of a picture's soft token."""
         return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,

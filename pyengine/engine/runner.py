@@ -61,7 +61,10 @@ class Runner:
         return self.inputs.head(done)
 
     def check_across(self, rows: Rows) -> None:
-        """Raises: ContextOverflowError for pictures that have more encoder rows than a conversation's caches."""
+        """Check the number of encoder rows.
+
+        Raises: ContextOverflowError for pictures that have more encoder rows than a conversation's caches.
+        """
         n, most = sum(len(s.embedding) for _, s in rows.crossed), self.step.sizes.across
         if n > most:
             raise ContextOverflowError(f"the prompt's {len(rows.crossed)} pictures have {n} encoder rows, but a conversation holds "
@@ -75,7 +78,7 @@ class Runner:
         self.store.shift(s, start, stop)
 
     def resume(self, rows: Rows) -> tuple[Conversation, int]:
-        """A conversation that has the longest useful beginning of `rows`, active, and the length of that beginning.
+        """Return a conversation that has the longest useful beginning of `rows`, active, and the length of that beginning.
 
         An idle conversation is continued where it is when most of it is used, or when it is the one that had to go for a fork.
         Raises: PlanError when all rows are active.

@@ -25,7 +25,7 @@ BESIDE = 128                 # rows of a prompt in a step that also generates: w
 
 
 class Scheduler:
-    """Serves requests in the order in which they came, as many at once as there are rows of conversations."""
+    """A queue of requests, served in the order in which they came, as many at once as there are rows of conversations."""
 
     def __init__(self, runner: Runner, n_ctx: int):
         self.runner, self.n_ctx = runner, n_ctx
@@ -36,7 +36,10 @@ class Scheduler:
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds."""
+        """Add a request to the queue.
+
+        Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds.
+        """
         if not len(request.rows):
             raise RequestError("the prompt is empty")
         check_room(len(request.rows), self.n_ctx)
@@ -95,7 +98,7 @@ class Scheduler:
             row += len(w.wanted)
 
     def _admit(self) -> None:
-        """Give rows to those that wait, as far as there are any; the first one that waits for nobody learns that there are none."""
+        """Give free rows to waiting requests; if no request is active, the first one ends with the error that no row is free."""
         cells = self.runner.cells
         while self.waiting and (sum(s.active for s in cells.conversations) < cells.n_seq or not self.active):
             request = self.waiting.popleft()
@@ -129,7 +132,7 @@ class Scheduler:
         self.waiting = deque(r for r in self.waiting if not r.finished)
 
     def _compose(self) -> list[tuple[Request, Work]]:
-        """The rows of the next step."""
+        """Collect the rows of the next step."""
         work: list[tuple[Request, Work]] = []
         for r in [r for r in self.active if r.pending is not None]:
             if len(r.conversation) == self.n_ctx:
@@ -142,7 +145,7 @@ class Scheduler:
         for r in [r for r in self.active if r.pending is None and not r.finished]:
             part = self._slice(r, limit, left if first else limit)
             if part is None:
-                if first:                                    # a picture with no room beside the others has a step of its own
+                if first:                                    # a picture with no space beside the others has a step of its own
                     return [(r, self._slice(r, 0, self.runner.n_batch))]
                 break
             work.append((r, part))
@@ -152,7 +155,7 @@ class Scheduler:
         return work
 
     def _slice(self, r: Request, limit: int, most: int) -> Work | None:
-        """The next rows of a prompt: at most `limit`, or one picture that must not be cut of at most `most`; None without room."""
+        """Take the next rows of a prompt: at most `limit`, or one atomic picture of at most `most`; None if it does not fit."""
         start = r.done
         stop = r.rows.cut(start, limit)
         if stop == start:
@@ -167,6 +170,6 @@ _FIRST, _NONE = np.zeros(1, np.int32), np.empty(0, np.int32)
 
 
 def check_room(n: int, n_ctx: int) -> None:
-    """Raises: ContextOverflowError for a prompt that exceeds the context."""
+    """Check a prompt's length. Raises: ContextOverflowError for a prompt that exceeds the context."""
     if n > n_ctx:
         raise ContextOverflowError(f"the prompt has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")

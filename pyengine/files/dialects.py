@@ -69,7 +69,7 @@ class Translation:
         return key in self.added or key in self.own or key in self.source.metadata and key not in self.keys
 
     def get(self, key: str, *kinds: type) -> Any:
-        """The value of a key by llama.cpp's name; None where it is missing, or of another kind, which whoever needs it will say."""
+        """Return a key's value by llama.cpp's name; None where it is missing, or of another kind, which its reader will report."""
         if key not in self:
             return None
         value = self.added[key] if key in self.added else self.source.metadata[self.own.get(key, key)]
@@ -108,7 +108,7 @@ class Translation:
         return name in self.source.tensors
 
     def file(self) -> GGUFFile:
-        """The file with what was said here. Raises: InvalidModelError where two of its tensors are the same one."""
+        """Return the file with the changes made here. Raises: InvalidModelError where two of its tensors are the same one."""
         if not (self.keys or self.tensors or self.added):
             return self.source
         return self.source.renamed(self.tensors, self.source.metadata.renamed(self.keys, self.added))
@@ -118,7 +118,7 @@ class Translation:
 
 
 def rope_scaling(t: Translation, arch: str | None) -> None:
-    """The divisor of positions under the name that it had before there were kinds of scaling (llama.cpp, LLM_KV_ROPE_SCALE_LINEAR);
+    """Translate the name of the divisor of positions from before there were kinds of scaling (llama.cpp, LLM_KV_ROPE_SCALE_LINEAR);
     Ollama's words for none, and its names of YaRN's bounds: its files hold "" and 0 for what a checkpoint does not say.
     """
     rope = f"{arch}.rope."
@@ -132,14 +132,16 @@ def rope_scaling(t: Translation, arch: str | None) -> None:
 
 
 def later_norm(t: Translation) -> None:
-    """Llama 4's second norm: gguf-py's table has had another entry for it since Gemma 4, and converters that use it write that."""
+    """Translate Llama 4's second norm: since Gemma 4 gguf-py's table has another entry for it, which converters write."""
     if "llama4" in (t.get("clip.projector_type", str), t.get("clip.vision.projector_type", str)):
         if not t.has_tensor("v.blk.0.ln2.weight"):
             t.rename_tensors({"v.blk.*.attn_post_norm": "v.blk.*.ln2"})
 
 
 def exchanged_feed_forward(t: Translation) -> None:
-    """First converters of encoders (for Qwen2-VL, Gemma 3, Llama 3.2 Vision) called the first matrix ffn_down, the second ffn_up."""
+    """Swap ffn_down and ffn_up where the first converters of encoders (for Qwen2-VL, Gemma 3, Llama 3.2 Vision) wrote the file:
+    they called the first matrix ffn_down, the second ffn_up.
+    """
     width = t.get("clip.vision.embedding_length", int)
     if width is None:
         return
@@ -172,7 +174,7 @@ GEMMA3_27B = 62                                      # layers; see below
 
 
 def gemma3(t: Translation) -> None:
-    """Ollama's single files (`convert_gemma3.go`), and what llama.cpp knows of the 27B checkpoint by its number of layers."""
+    """Translate Ollama's single files (`convert_gemma3.go`); add what llama.cpp knows of the 27B model by its number of layers."""
     sees = "gemma3.vision.block_count" in t
     t.rename_keys(GEMMA3_KEYS)
     if sees:
@@ -205,7 +207,7 @@ MAVERICK = 128                       # experts; see below
 
 
 def llama4(t: Translation) -> None:
-    """Ollama's single files (`convert_llama4.go`), and what llama.cpp knows of Maverick by its number of experts."""
+    """Translate Ollama's single files (`convert_llama4.go`); add what llama.cpp knows of Maverick by its number of experts."""
     if "llama4.vision.block_count" in t:
         t.rename_keys(LLAMA4_KEYS)
         t.rename_tensors(LLAMA4_TENSORS)
@@ -241,7 +243,7 @@ MISTRAL3_MERGE = 2                   # of a file without the key: model.go, newM
 
 
 def mistral3(t: Translation) -> None:
-    """Ollama's single files (`convert_mistral.go`, `model/models/mistral3/*.go`).
+    """Translate Ollama's single files (`convert_mistral.go`, `model/models/mistral3/*.go`).
 
     The encoder's q and k have transformers' halves there, while those of the decoder have their rows permuted as llama's. Its
     activation is in no key: it is SiLU.
@@ -264,8 +266,9 @@ MLLAMA_KEYS = {"mllama.vision.intermediate_layers_indices": "clip.vision.feature
 
 
 def mllama(t: Translation) -> None:
-    """Ollama's files. Names of tensors are those of its published one, which ours share; `convert_mllama.go` has others for the
-    encoder's norms and output, and interleaves the rows of all queries and keys as for a rotation, but not their norms' weights.
+    """Translate Ollama's files. Names of tensors are those of its published one, which ours share; `convert_mllama.go` has others
+    for the encoder's norms and output, and interleaves the rows of all queries and keys as for a rotation, but not their norms'
+    weights.
     """
     if "mllama.vision.block_count" in t:
         t.rename_keys(MLLAMA_KEYS)
@@ -289,8 +292,8 @@ QWEN25VL_FULL = (7, 15, 23, 31)      # layers, of a file without the key: model_
 
 
 def qwen25vl(t: Translation) -> None:
-    """Qwen2.5-VL, which Ollama has under a name of its own (`convert_qwen25vl.go`, `model/models/qwen25vl/*.go`); text tensors have
-    llama.cpp's names. Ids of special tokens, mean and deviation are in no key: the model has the authors'.
+    """Translate Qwen2.5-VL, which Ollama has under a name of its own (`convert_qwen25vl.go`, `model/models/qwen25vl/*.go`); text
+    tensors have llama.cpp's names. Ids of special tokens, mean and deviation are in no key: the model has the authors'.
     """
     t.rename_keys(QWEN25VL_KEYS)
     t.rename_tensors(QWEN25VL_TENSORS)
@@ -301,7 +304,7 @@ def qwen25vl(t: Translation) -> None:
 
 
 def qwen2vl(t: Translation) -> None:
-    """Sections of the rotation under Ollama's name (`convert_qwen2.go`)."""
+    """Translate Ollama's name of the sections of the rotation (`convert_qwen2.go`)."""
     t.rename_keys({"qwen2vl.rope.mrope_section": "qwen2vl.rope.dimension_sections"})
 
 

@@ -14,7 +14,7 @@ class Hparams:
     """Keys "<arch>.<name>" of one file. `need` raises when a key is missing; `get` is for documented constants only."""
 
     def __init__(self, meta: Metadata, prefix: str | None = None):
-        """prefix: what stands before each key; default the architecture's name."""
+        """Keep the metadata. prefix: what stands before each key; default the architecture's name."""
         self._meta = meta                 # private: a key asked for without its prefix is never there
         self.arch: str = prefix or meta.need("general.architecture", str)
 
@@ -23,19 +23,19 @@ class Hparams:
         return f"{self.arch}.{name}" in self._meta
 
     def key(self, name: str) -> str:
-        """The whole key as it stands in the file, for messages."""
+        """Return the whole key as it stands in the file, for messages."""
         return self._meta.own_name(f"{self.arch}.{name}")
 
     def need(self, name: str, *kinds: type) -> Any:
-        """The value of a key that must be there. Raises: InvalidModelError."""
+        """Return the value of a key that must be there. Raises: InvalidModelError."""
         return self._meta.need(f"{self.arch}.{name}", *kinds)
 
     def get(self, name: str, default: Any = None, *kinds: type) -> Any:
-        """The value of a key, or the architecture's documented constant."""
+        """Return the value of a key, or the architecture's documented constant."""
         return self._meta.get(f"{self.arch}.{name}", default, *kinds)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A count or width: an int from 1 to 2^31 - 1.
+        """Return a count or width: an int from 1 to 2^31 - 1.
 
         Raises: InvalidModelError for numbers outside, UnsupportedModelError for a value per layer where layers differ.
         """
@@ -49,7 +49,7 @@ class Hparams:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite float."""
+        """Return a finite float."""
         value = self.need(name, float) if default is None else self.get(name, default, float)
         if not np.isfinite(value):
             raise InvalidModelError(f"{self.key(name)} is {value}, which is no number")

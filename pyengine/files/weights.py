@@ -27,7 +27,7 @@ def pages(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class WeightRef(NamedTuple):
-    """Name one tensor of a file, with the shape that the model gives it. Nothing is read until bytes are asked for."""
+    """One tensor of a file, with the shape that the model gives it. Nothing is read until bytes are asked for."""
 
     name: str
     shape: tuple[int, ...]     # slowest axis first
@@ -105,7 +105,7 @@ class _Names:
 
 
 class Weights:
-    """Give the tensors of one or more GGUF files (text and projector, say) below a prefix of their names."""
+    """The tensors of one or more GGUF files (text and projector, say) below a prefix of their names."""
 
     def __init__(self, *files: GGUFFile):
         self._names, self.prefix = _Names(files), ""

@@ -48,7 +48,7 @@ class Result:
         return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for --json."""
+        """Return plain data for --json."""
         profile = [{"op": t.op, "weights": t.weights, "calls": t.calls, "seconds": t.seconds} for t in self.profile]
         return {"test": self.test, "tokens_per_second": self.mean, "stddev": self.deviation, "samples": self.samples,
                 **({"profile": profile, "profile_wall_seconds": self.profile_seconds} if profile else {})}

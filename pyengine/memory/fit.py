@@ -87,7 +87,7 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
 
 
 def _largest(total: Callable[[int], int], low: int, high: int, room: int) -> int | None:
-    """The largest n from low to high with total(n) <= room, for a total that does not fall; None if there is none.
+    """Find the largest n from low to high with total(n) <= room, for a total that does not fall; None if there is none.
 
     Interpolates, for totals are nearly linear, and halves every other time, for steps in them.
     """
@@ -137,7 +137,7 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None) 
 
 
 def _rounded(n_ctx: int) -> int:
-    """A context that people would choose: whole multiples of 256 from 512 on."""
+    """Round a context to one that people would choose: whole multiples of 256 from 512 on."""
     return n_ctx // 256 * 256 if n_ctx >= 512 else n_ctx
 
 
@@ -184,7 +184,7 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
 
 
 def _kv_bytes(name: str) -> float:
-    """Bytes of a key's and a value's element in this format."""
+    """Return the bytes of a key's and a value's element together in this format."""
     return sum(d.nbytes / d.block for d in kv_dtypes(name))
 
 

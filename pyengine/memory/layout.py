@@ -29,7 +29,7 @@ from pyengine.programs.step import Step
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
 PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 64
-# and that of one conversation's pictures in layers that attend across, which hold at most so many of the largest
+# and that of one conversation's pictures in layers that attend across, which hold at most this many of the largest
 ACROSS_SHARE, ACROSS_PICTURES = 1 / 16, 8
 LEAST_PICTURE = 256                  # soft tokens: pictures are not planned smaller than this unless they are told to be
 
@@ -75,7 +75,7 @@ class ModelLayout:
         return Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across)
 
     def _encoder_rows(self, image: Encoder, n_ctx: int, cell: int) -> int:
-        """Encoder rows of a conversation in layers that attend across. cell: bytes of a key and a value of one layer."""
+        """Count the encoder rows of a conversation in layers that attend across. cell: bytes of a key and a value of one layer."""
         n_layers, most = sum(p.across for p in self.bound.model.policies()), image.most_rows(n_ctx)
         if not n_layers:
             return 0
@@ -84,7 +84,7 @@ class ModelLayout:
         return largest * (self.n_pictures or max(1, min(ACROSS_PICTURES, share // (n_layers * largest * cell))))
 
     def _largest_run(self, image: Encoder, n_ctx: int) -> tuple[int, Counted]:
-        """Rows of a run, and its program, for the largest picture that is asked for, or that takes its share of the memory."""
+        """Find the rows of a run, and its program, for the largest picture that is asked for, or that fits its share of memory."""
         def laid_out(rows: int) -> Counted:
             return self._backend.prepare(encoders.declare(image, rows))
 
@@ -106,7 +106,7 @@ class ModelLayout:
         return rows, found
 
     def _image_cache(self, n_ctx: int) -> int:
-        """Bytes of embeddings that are kept: as many as asked for, or a context full of them within a share of the memory."""
+        """Count the bytes of embeddings to keep: as many as asked for, or a context full of them within a share of the memory."""
         image = self.bound.image
         if image is None:
             return 0
@@ -138,7 +138,7 @@ class ModelLayout:
     # -- items --------------------------------------------------------------------------------------------------------
 
     def _own(self) -> list[PlanItem]:
-        """What is on the main device whatever the placement."""
+        """List what is on the main device whatever the placement."""
         return [count.sampler(self.main, self.sizes.n_seq, self.bound.model.config.vocab_size), *count.overhead(self.bound.files, self.main)]
 
     def _items(self) -> list[PlanItem]:
@@ -159,7 +159,7 @@ class ModelLayout:
         return sum(i.nbytes for i in self.items if i.purpose != "mapped")
 
     def of_purposes(self, *purposes: str) -> int:
-        """Bytes of some purposes."""
+        """Sum the bytes of some purposes."""
         return sum(i.nbytes for i in self.items if i.purpose in purposes)
 
     def total_at(self, n_ctx: int, n_seq: int) -> int:

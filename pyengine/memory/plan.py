@@ -41,7 +41,7 @@ class PlanItem:
     @classmethod
     def product(cls, device: str, purpose: str, detail: str, factors: Sequence[tuple[str, int]],
                 layer: int | None = None) -> PlanItem:
-        """An item that is the product of its factors."""
+        """Make an item that is the product of its factors."""
         return cls(device, purpose, detail, prod(n for _, n in factors), layer, factors=tuple(factors))
 
 
@@ -108,11 +108,11 @@ class MemoryPlan:
         return sum(i.nbytes for i in self.items if i.purpose != "mapped")
 
     def of(self, purpose: str, device: str | None = None) -> int:
-        """Bytes of one purpose, on one device or on all."""
+        """Sum the bytes of one purpose, on one device or on all."""
         return sum(i.nbytes for i in self.items if i.purpose == purpose and device in (None, i.device))
 
     def on(self, device: str) -> int:
-        """All bytes that are taken on a device."""
+        """Sum all bytes that are taken on a device."""
         return sum(i.nbytes for i in self.items if i.purpose != "mapped" and i.device == device)
 
     @property
@@ -122,15 +122,15 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether each device has room."""
+        """Whether each device has enough free memory."""
         return all(self.on(d) <= self.available[d] for d in self.devices)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Return plain data for `--json`."""
         return {**asdict(self), "total": self.total, "fits": self.fits}
 
     def lines(self) -> list[tuple[str, str, int, str]]:
-        """(device, purpose, bytes, detail) with the layers of the same kind added up."""
+        """Return (device, purpose, bytes, detail) with the layers of the same kind added up."""
         groups: dict[tuple[str, str, str], list[PlanItem]] = {}
         for i in self.items:
             groups.setdefault((i.device, i.purpose, i.detail), []).append(i)
@@ -138,7 +138,7 @@ class MemoryPlan:
                 for (*where, detail), same in groups.items()]
 
     def table(self) -> str:
-        """The plan as text: one line a purpose, then what fits and where."""
+        """Format the plan as text: one line a purpose, then what fits and where."""
         times = f" x {self.n_seq} conversations" if self.n_seq > 1 else ""
         lines = [f"{self.model}: context {self.n_ctx}{times}, batch {self.n_batch}, kv {self.kv_dtype}"]
         lines += [f"  {device:6} {purpose:8} {n / MIB:10.1f} MiB  {detail}" for device, purpose, n, detail in self.lines()]
@@ -158,7 +158,7 @@ class MemoryPlan:
                 yield f"{room.device} ({room.name}, {room.free / MIB:.0f} MiB free) could hold {holds}"
 
     def explain(self) -> str:
-        """The arithmetic, term by term: each item's parts or factors, then the sum of the items."""
+        """Show the arithmetic, term by term: each item's parts or factors, then the sum of the items."""
         lines: list[str] = []
         for i in self.items:
             where = f"{i.device} {i.purpose}, {i.detail}" + ("" if i.layer is None else f", layer {i.layer}")
@@ -177,7 +177,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def verdict(self) -> str:
-        """Whether it fits, and what would if that was looked for."""
+        """Say whether it fits, and what would if that was searched for."""
         if self.fits:
             return "  fits"
         if not self.alternatives:

@@ -62,7 +62,7 @@ class Settings:
         self.largest_picture()
 
     def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
-        """(width and height, number of pictures), each None where it is not given."""
+        """Return (width and height, number of pictures), each None where it is not given."""
         asked = self.images
         if asked is None:
             return None, None

@@ -68,7 +68,7 @@ class Config(DecoderConfig):
 
 
 def _pattern(h: Hparams, n_layers: int) -> tuple[bool, ...]:
-    """Which layers slide: a list of booleans, or a period whose last layer is global."""
+    """Read which layers slide: a list of booleans, or a period whose last layer is global."""
     period = h.get("attention.sliding_window_pattern", GLOBAL_EVERY, int, np.ndarray)
     if isinstance(period, int):
         return tuple((i + 1) % period != 0 if period else True for i in range(n_layers))
@@ -100,7 +100,7 @@ class Block:
         return x + self.ffn_post(self.down(ops.gelu_tanh(self.gate(h)) * self.up(h)))     # [m, D]
 
     def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
-        """x [m, D] -> [m, D]"""
+        """Apply attention: x [m, D] -> [m, D]"""
         c = self.c
         q = self.q_norm(self.q(x).reshape(-1, c.n_heads, c.head_dim))             # [m, H, E]
         k = self.k_norm(self.k(x).reshape(-1, c.n_kv_heads, c.head_dim))           # [m, K, E]
@@ -158,7 +158,7 @@ class VisionConfig:
 
 
 def crops(width: int, height: int, c: VisionConfig) -> list[tuple[int, int, int, int]]:
-    """Pan and scan: boxes (x0, y0, x1, y1) that cut a long picture along its long side, or none.
+    """Find the boxes (x0, y0, x1, y1) of pan and scan, which cut a long picture along its long side, or none.
 
     As `Gemma3ImageProcessorPil.pan_and_scan`: a picture at least `min_ratio` times longer than wide is cut into as many pieces as
     its ratio says, rounded half up, at least 2 and at most `max_crops`, unless pieces would be smaller than `min_crop_size`.
@@ -251,13 +251,13 @@ class Vision(Encoder):
         return Processed(tuple(parts), media.size, (c.image_size, c.image_size))
 
     def _view(self, pixels: np.ndarray) -> View:
-        """One run of the encoder over pixels [h, w, 3]."""
+        """Make one run of the encoder over pixels [h, w, 3]."""
         n = self.config.n_tokens
         rows = np.arange(n, dtype=np.int32)[None]
         return View(lambda: {"patches": self._patches(pixels)}, {}, rows, n, causal=False, atomic=True)
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
-        """pixels uint8 [h, w, 3] -> F32 [P, 3 * p * p] in pooling order."""
+        """Cut patches: pixels uint8 [h, w, 3] -> F32 [P, 3 * p * p] in pooling order."""
         from pyengine.media.image import resize                                        # Pillow takes 20 ms to import
 
         c, p = self.config, self.config.patch_size
@@ -267,7 +267,7 @@ class Vision(Encoder):
         return by_table(self.levels, x).reshape(len(x), -1)
 
     def declare(self, g: Graph, rows: int) -> Tensor:
-        """Soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""
+        """Declare the soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""
         c, n = self.config, len(self.order)
         lo, hi = np.zeros(n, np.int32), np.full(n, n, np.int32)
         x = self.patch(g.input("patches", (n, 3 * c.patch_size**2))) + self.position    # [P, V]
@@ -280,7 +280,7 @@ class Vision(Encoder):
 
 
 def _pooling_order(side: int, tokens: int, pool: int) -> np.ndarray:
-    """Numbers of patches, window by window; those that pooling drops (a side that `pool` does not divide) come last."""
+    """Return the numbers of patches, window by window; those that pooling drops (a side that `pool` does not divide) come last."""
     grid = np.arange(side * side).reshape(side, side)
     used = tokens * pool
     windows = grid[:used, :used].reshape(tokens, pool, tokens, pool).transpose(0, 2, 1, 3).reshape(-1)

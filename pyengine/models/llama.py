@@ -87,7 +87,7 @@ class Block:
         return x + self.ffn(self.ffn_norm(x))                                      # [m, D]
 
     def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
-        """x [m, D] -> [m, D]"""
+        """Apply attention: x [m, D] -> [m, D]"""
         c = self.c
         q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                          # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]

@@ -150,7 +150,7 @@ class Block:
         return x + self.feed_forward(self.ffn_norm(x))                             # [m, D]
 
     def attend(self, x: Tensor, rope: Rope, places: Places, cache: LayerCache) -> Tensor:
-        """x [m, D] -> [m, D]"""
+        """Apply attention: x [m, D] -> [m, D]"""
         c = self.c
         q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                           # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
@@ -286,7 +286,7 @@ class Vision(Encoder):
         return self.tile_rows * (rows * columns + (rows * columns > 1))
 
     def declare(self, g: Graph, rows: int) -> Tensor:
-        """Soft tokens [P / group^2, D] of "patches" [P + 1, 3 * p * p]."""
+        """Declare the soft tokens [P / group^2, D] of "patches" [P + 1, 3 * p * p]."""
         c, n = self.config, len(self.order)
         lo, hi = np.zeros(n + 1, np.int32), np.full(n + 1, n + 1, np.int32)
         angles = ops.rope_table(self.places, self.inv_freq, self.axes)         # [P + 1, E]
@@ -330,12 +330,12 @@ class Vision(Encoder):
         return Processed(tuple(parts), media.size, (w, h))
 
     def _view(self, pixels: np.ndarray) -> View:
-        """One run of the encoder over a tile [tile, tile, 3]."""
+        """Make one run of the encoder over a tile [tile, tile, 3]."""
         rows = np.arange(self.tile_rows, dtype=np.int32)[None]
         return View(lambda: {"patches": self._patches(pixels)}, {}, rows, self.tile_rows)
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
-        """pixels uint8 [tile, tile, 3] -> F32 [P + 1, 3 * p * p], group by group."""
+        """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [P + 1, 3 * p * p], group by group."""
         p, side = self.config.patch, self.config.tile // self.config.patch
         x = pixels.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
         patches = pages((len(x) + 1, 3, p * p))
@@ -344,13 +344,13 @@ class Vision(Encoder):
 
 
 def grouped(side: int, group: int) -> np.ndarray:
-    """Numbers of side x side patches, one group of group x group behind the other."""
+    """Return the numbers of side x side patches, one group of group x group after the other."""
     grid = np.arange(side * side).reshape(side // group, group, side // group, group)
     return grid.transpose(0, 2, 1, 3).reshape(-1)
 
 
 def canvas(height: int, width: int, tile: int, max_tiles: int, largest: bool) -> tuple[int, int]:
-    """Rows and columns of tiles of the canvas for a picture.
+    """Choose the rows and columns of tiles of the canvas for a picture.
 
     The one to which it must be enlarged least (most with `largest`), or shrunk least where it fits none; of equals the smallest.
     Scales are compared in float32. Source: `get_best_fit` in transformers' `image_processing_llama4.py`.
@@ -365,8 +365,8 @@ def canvas(height: int, width: int, tile: int, max_tiles: int, largest: bool) ->
 
 
 def fitted(height: int, width: int, canvas: tuple[int, int], tile: int, largest: bool) -> tuple[int, int]:
-    """Height and width of a picture in its canvas: its shape kept, sides rounded down, and not enlarged beyond `tile` on either
-    side unless `largest`.
+    """Compute the height and width of a picture in its canvas: its shape kept, sides rounded down, and not enlarged beyond `tile`
+    on either side unless `largest`.
 
     Source: `_preprocess` and `get_max_res_without_distortion` in transformers' `image_processing_llama4.py`, where a side of the
     canvas is a tensor, and so divided in float32, and a side of the picture is a number, divided in float64.

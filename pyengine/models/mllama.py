@@ -47,14 +47,14 @@ if TYPE_CHECKING:
     from pyengine.media.image import Image
     from pyengine.media.video import Video
 
-MULTIPLE = 8                         # rows of a tile are filled up to it: MllamaVisionModel.forward
+MULTIPLE = 8                         # rows of a tile are padded to it: MllamaVisionModel.forward
 NORM_EPS = 1e-5                      # of the norms before and behind the local layers: torch's default
 # preprocessor_config.json of meta-llama/Llama-3.2-11B-Vision, for files without the keys; the filter by Pillow's number
 MEAN, STD, BILINEAR = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2
 
 
 def numbers(h: Hparams, name: str, below: int) -> tuple[int, ...]:
-    """An array of whole numbers from 0 up to `below`. Raises: InvalidModelError."""
+    """Read an array of whole numbers from 0 up to `below`. Raises: InvalidModelError."""
     value = h.need(name, np.ndarray)
     if value.dtype.kind not in "iu" or len(value) > below or np.any(value < 0) or np.any(value >= below):
         raise InvalidModelError(f"{h.arch}.{name} is {value.tolist()}; at most {below} numbers from 0 to {below - 1} are needed")
@@ -65,7 +65,7 @@ class CrossBlock:
     """Cross-attention with normed queries and keys, and a gated feed-forward; each is weighed by the tanh of a number."""
 
     def __init__(self, w: Weights, c: TextConfig, interleaved: bool):
-        """interleaved: the halves of q's and k's heads are, as for a rotation, but not those of their norms."""
+        """Bind the weights. interleaved: the halves of q's and k's heads are, as for a rotation, but not those of their norms."""
         self.c = c
         self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
         self.q = Linear(w["cross_attn_q_proj"], c.d_model, c.n_heads * c.head_dim)
@@ -84,7 +84,7 @@ class CrossBlock:
 
     @staticmethod
     def weight(w: Weights, name: str) -> Tensor:
-        """[1]"""
+        """Bind the tanh of a gate, [1]."""
         gate = w.tensor(name, (1,))
         return constant(DerivedRef(gate.name, (1,), (gate,), np.tanh))
 
@@ -155,17 +155,17 @@ class VisionConfig:
 
     @property
     def padding(self) -> int:
-        """Rows of zeros that fill all tiles up; never none, for no square is 7 modulo 8."""
+        """Rows of zeros that pad all tiles; never none, for no square is 7 modulo 8."""
         return self.max_tiles * (-self.rows % MULTIPLE)
 
 
 def arrangements(max_tiles: int) -> list[tuple[int, int]]:
-    """(rows, columns) of tiles that a picture may be cut into; the number of an aspect ratio counts them from 1."""
+    """List (rows, columns) of tiles that a picture may be cut into; the number of an aspect ratio counts them from 1."""
     return [(y, x) for y in range(1, max_tiles + 1) for x in range(1, max_tiles + 1) if x * y <= max_tiles]
 
 
 def arrange(width: int, height: int, c: VisionConfig) -> tuple[int, int]:
-    """(rows, columns) of tiles for a picture of width x height pixels: `get_optimal_tiled_canvas`.
+    """Choose (rows, columns) of tiles for a picture of width x height pixels: `get_optimal_tiled_canvas`.
 
     The canvas that enlarges it least, else the one that shrinks it least; of several the smallest, then the first.
     """
@@ -176,7 +176,7 @@ def arrange(width: int, height: int, c: VisionConfig) -> tuple[int, int]:
 
 
 def fit(width: int, height: int, tiles: tuple[int, int], tile: int) -> tuple[int, int]:
-    """(width, height) of a picture within its canvas, in its own proportions: `get_image_size_fit_to_canvas`."""
+    """Compute (width, height) of a picture within its canvas, in its own proportions: `get_image_size_fit_to_canvas`."""
     x, y = min(max(width, tile), tiles[1] * tile), min(max(height, tile), tiles[0] * tile)
     by_x, by_y = x / width, y / height
     if by_x < by_y:
@@ -231,7 +231,7 @@ class Vision(Encoder):
         self.projector = Linear(w["mm", 0], c.width * (1 + len(c.states)), h.size("embedding_length"))
 
     def _tile_table(self, w: Weights, n: int) -> Tensor:
-        """An embedding [n aspect ratios, T * V] times its weight as rows [n * T + 1, V], the last of zeros."""
+        """Bind an embedding [n aspect ratios, T * V] times its weight as rows [n * T + 1, V], the last of zeros."""
         c = self.config
         table, weight = w.tensor("weight", (n, c.max_tiles * c.width)), w.tensor("gate", (1,))
         zeros = np.zeros((1, c.width), np.float32)
@@ -248,7 +248,7 @@ class Vision(Encoder):
         return y * x * self.config.rows
 
     def process(self, media: Image | Video, limits: Limits) -> Processed:
-        """Resize into the best canvas of tiles, fill it up with black. Raises: RequestError for videos, and beyond the plan."""
+        """Resize into the best canvas of tiles, pad it with black. Raises: RequestError for videos, and beyond the plan."""
         only_pictures(media)
         c = self.config
         width, height = media.size
@@ -261,7 +261,7 @@ class Vision(Encoder):
         return Processed((view,), media.size, fit(width, height, tiles, c.image_size))
 
     def _inputs(self, pixels: np.ndarray, tiles: tuple[int, int]) -> dict[str, np.ndarray]:
-        """pixels uint8 [h, w, 3] -> the encoder graph's inputs."""
+        """Make the inputs: pixels uint8 [h, w, 3] -> the encoder graph's inputs."""
         from pyengine.media.image import resize                                        # Pillow takes 20 ms to import
 
         c, (y, x), size, p = self.config, tiles, self.config.image_size, self.config.patch_size
@@ -284,7 +284,7 @@ class Vision(Encoder):
                 "hi": np.where(np.arange(n) < n_real, n, n_real).astype(np.int32)}
 
     def declare(self, g: Graph, rows: int) -> Tensor:
-        """Rows F32 [N, D] of "patches" [T P, 3 p p], with zeros for class rows and empty tiles; the picture's own come first.
+        """Declare rows F32 [N, D] of "patches" [T P, 3 p p], with zeros for class rows and empty tiles; the picture's own first.
 
         before [T P], behind [N], places [T P]: rows of the tables of tiles; hi [N]: how many rows each one sees.
         """
@@ -297,7 +297,7 @@ class Vision(Encoder):
         x = x + ops.rows(self.pre_tile, g.input("before", (n,), "I32"))
         x = x + ops.rows(self.tile_position, g.input("places", (n,), "I32")) * self.tile_weight
         x = ops.concat([self.pre_norm(x), g.constant(np.zeros((c.padding, c.width), np.float32))], axis=0)      # [N, V]
-        states = [x]                                                                    # behind so many layers
+        states = [x]                                                                    # after this many layers
         for block in self.blocks:
             states.append(block(states[-1], lo, hi))
         x = self.post_norm(states[-1]) + ops.rows(self.post_tile, g.input("behind", (total,), "I32"))
@@ -310,7 +310,7 @@ class Vision(Encoder):
 
 
 def _with_class(position: np.ndarray, weight: np.ndarray, class_row: np.ndarray) -> np.ndarray:
-    """Position embeddings [P, V] times their weight, and the class row's own embedding."""
+    """Multiply position embeddings [P, V] by their weight, and add the class row's own embedding."""
     out = position * weight
     out[0] += class_row
     return out

@@ -40,7 +40,8 @@ class Config(DecoderConfig):
 
 
 def common_key(bias: WeightRef | None, c: Config, rope: Rope) -> Tensor | None:
-    """The key bias [K * E] where rotation leaves it nearly in place [K, E]: in pairs that turn by less than 2 radians in the training context.
+    """Return the key bias [K * E] where rotation nearly leaves it in place [K, E]: in pairs that turn by less than 2 radians in the
+    training context.
 
     There, in the last pairs, biases reach 200 while keys without them are near 1. Up to 2 radians the difference to the bias at
     position 0 is less than the bias, on average over the context (2 - 2 cos). Pairs are (i, i + n_rot / 2).
@@ -75,7 +76,7 @@ class Block:
         return x + self.down(ops.silu(self.gate(h)) * self.up(h))                  # [m, D]
 
     def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
-        """x [m, D] -> [m, D]"""
+        """Apply attention: x [m, D] -> [m, D]"""
         c = self.c
         q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                          # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]

@@ -141,7 +141,7 @@ class VisionConfig:
 
 
 def integers(h: Hparams, name: str) -> list[int]:
-    """An array of whole numbers. Raises: InvalidModelError for a missing key and for other values."""
+    """Read an array of whole numbers. Raises: InvalidModelError for a missing key and for other values."""
     value = h.need(name, np.ndarray)
     if value.dtype.kind not in "iu" or np.any(value < 0):
         raise InvalidModelError(f"{h.arch}.{name}: must hold whole numbers from 0 on")
@@ -149,7 +149,7 @@ def integers(h: Hparams, name: str) -> list[int]:
 
 
 def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
-    """Layers with full attention: a list of their numbers, or every n-th one; in Qwen2-VL all."""
+    """Read which layers have full attention: a list of their numbers, or every n-th one; in Qwen2-VL all."""
     if not qwen25:
         return (True,) * n
     if "vision.wa_layer_indexes" in v:
@@ -228,7 +228,7 @@ class Vision(Encoder):
     # -- processor ------------------------------------------------------------------------------------------------------------
 
     def sample(self, total: int, fps: float, wanted: float) -> np.ndarray:
-        """Numbers of the frames that give about `wanted` a second of `total` frames at `fps`; all of them if they are too few.
+        """Choose the numbers of the frames that give about `wanted` a second of `total` frames at `fps`; all if they are too few.
 
         Source: `sample_frames` in transformers' `video_processing_qwen2_vl.py`, which takes their numbers in float32.
         """
@@ -276,7 +276,7 @@ class Vision(Encoder):
         return Processed((self.start, *views, self.end), (width, height), (w, h))
 
     def _frames(self, video: Video) -> tuple[np.ndarray, np.float32]:
-        """Numbers of the frames to take, and how many positions of the time axis lie between two time steps."""
+        """Choose the numbers of the frames to take, and say how many positions of the time axis lie between two time steps."""
         c, total = self.config, len(video)
         fps = video.fps or LIST_FPS
         whole = isinstance(video.frames, tuple) and not (c.sample_lists and video.fps)
@@ -286,7 +286,7 @@ class Vision(Encoder):
         return numbers, np.float32(1) if c.time_scale is None else np.float32(c.time_scale) * seconds
 
     def _view(self, media: Image | Video, numbers: np.ndarray, size: tuple[int, int], first: int, interval: np.float32, last: bool) -> View:
-        """A run of the encoder over the frames of these numbers, brought to `size` (height, width), from time step `first` on."""
+        """Make a run of the encoder over frames of these numbers, resized to `size` (height, width), from time step `first` on."""
         c = self.config
         steps, (height, width) = -(-len(numbers) // c.depth), (s // c.patch // c.merge for s in size)       # in merged rows
         rows = height * width
@@ -321,7 +321,7 @@ class Vision(Encoder):
         return inputs
 
     def _patches(self, frames: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """frames uint8 [steps * depth, h, w, 3] -> F32 [steps * patches, 3 * depth * patch^2], merged rows of a step in `order`."""
+        """Cut frames uint8 [steps * depth, h, w, 3] -> F32 [steps * patches, 3 * depth * patch^2], each step's rows in `order`."""
         c = self.config
         steps, height, width = len(frames) // c.depth, frames.shape[1] // c.patch // c.merge, frames.shape[2] // c.patch // c.merge
         a = frames.reshape(steps, c.depth, height, c.merge, c.patch, width, c.merge, c.patch, 3)
@@ -331,13 +331,13 @@ class Vision(Encoder):
 
 
 def _intervals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and one past the last row of the run of rows that each row lies in."""
+    """Return the first and one past the last row of the run of rows that each row lies in."""
     ends = np.cumsum(counts)
     return np.repeat(ends - counts, counts).astype(np.int32), np.repeat(ends, counts).astype(np.int32)
 
 
 def smart_resize(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """The size to which a picture is brought: multiples of `factor`, from `least` to `most` pixels, nearly the same shape.
+    """Compute the size to which a picture is resized: multiples of `factor`, from `least` to `most` pixels, nearly the same shape.
 
     Sides are rounded half to even. Source: `smart_resize` in transformers' `image_processing_pil_qwen2_vl.py`.
     Raises: RequestError for a picture that is more than 200 times as long as wide, and for impossible limits.
@@ -357,7 +357,7 @@ def smart_resize(height: int, width: int, factor: int, least: int, most: int) ->
 
 
 def most_rows(least: int, most: int, factor: int) -> int:
-    """The most squares of factor x factor pixels that `smart_resize` can give with these limits.
+    """Count the most squares of factor x factor pixels that `smart_resize` can give with these limits.
 
     Its limits are exceeded by narrow pictures, whose short side is rounded up to `factor`, and by small ones, both of whose
     sides are rounded up. A picture of `area` pixels is at most sqrt(200 * area) long.

@@ -48,7 +48,7 @@ class MediaSegment:
     source: bytes = b""
 
     def __len__(self) -> int:
-        """Positions of the prompt."""
+        """Count the segment's positions in the prompt."""
         return len(self.embedding) if self.token is None else 1
 
 
@@ -92,30 +92,30 @@ class Rows:
             start = stop
 
     def cut(self, start: int, n: int) -> int:
-        """Where to cut after at most n rows from `start`; `start` itself where an atomic segment of more rows begins there."""
+        """Find where to cut after at most n rows from `start`; `start` itself where an atomic segment of more rows begins there."""
         return max(start, self.whole(min(start + n, len(self))))
 
     def whole(self, n: int) -> int:
-        """n, or the start of the atomic segment that would be cut there."""
+        """Return n, or the start of the atomic segment that would be cut there."""
         return next((first for first, s in self.media if s.atomic and first < n < first + len(s)), n)
 
     def atom(self, start: int) -> int:
-        """The number of rows from `start` on that must be one step: those of the atomic segment that begins there, or 1."""
+        """Count the rows from `start` on that must be one step: those of the atomic segment that begins there, or 1."""
         return next((len(s) for first, s in self.media if s.atomic and first == start), 1)
 
     def position(self, n: int) -> int:
-        """The position at which row n stands, or would stand."""
+        """Return the position at which row n stands, or would stand."""
         return int(self.positions[:, n].max()) if n < len(self) else int(self.next)
 
     def embeddings(self, start: int, stop: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Of rows [start, stop): which are media, counted from `start`, and their embeddings."""
+        """Yield which of rows [start, stop) are media, counted from `start`, and their embeddings."""
         for first, s in self.media:
             a, b = max(first, start), min(first + len(s), stop)
             if a < b:
                 yield slice(a - start, b - start), s.embedding[a - first : b - first]
 
     def across(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Pictures among rows [start, stop) that are seen across: (row, encoder rows [n, d_model])."""
+        """List the pictures among rows [start, stop) that are seen across: (row, encoder rows [n, d_model])."""
         return [(i, s.embedding) for i, s in self.crossed if start <= i < stop]
 
 
@@ -156,7 +156,7 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
 
 
 def token_rows(ids: Sequence[int], position: int, axes: int, sees: tuple[int, int] = (0, 0)) -> Rows:
-    """Rows of tokens that follow at `position` and see these encoder rows."""
+    """Make rows of tokens that follow at `position` and see these encoder rows."""
     n, array = len(ids), np.array(ids, np.int32)
     positions = np.broadcast_to(np.arange(position, position + n, dtype=np.int32), (axes, n))
     return Rows(array.tolist(), array, positions, np.zeros(n, np.int32), [], position + n,
@@ -164,7 +164,7 @@ def token_rows(ids: Sequence[int], position: int, axes: int, sees: tuple[int, in
 
 
 def common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common beginning."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n

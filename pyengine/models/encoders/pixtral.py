@@ -162,11 +162,11 @@ class Vision(Encoder):
     # -- processor ------------------------------------------------------------------------------------------------------------
 
     def _lines(self, pixels: int) -> int:
-        """Merged rows along a side of so many pixels."""
+        """Count the merged rows along a side of this many pixels."""
         return -(-pixels // (self.config.patch * self.config.merge))
 
     def grid(self, width: int, height: int, longest_edge: int) -> tuple[int, int]:
-        """(lines, columns) of the merged rows of a picture.
+        """Compute (lines, columns) of the merged rows of a picture.
 
         Sides are rounded down where the picture is shrunk, then up to whole rows. Source: `get_resize_output_image_size` in
         transformers' `image_processing_pil_pixtral.py`. Raises: RequestError for a picture of which less than a pixel remains.
