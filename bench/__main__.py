@@ -11,13 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, describe
+from .machine import describe
 
 
 def _paths(names: list[str]) -> list[Path]:
-    """The files to measure: paths or names that `pyengine-run list` knows; without any, those in models/."""
+    """The files to measure: paths or names that `pyengine-run list` knows; without any, those in models/ where the command runs."""
     if not names:
-        found = sorted((ROOT / "models").glob("*.gguf"))
+        found = sorted(Path("models").glob("*.gguf"))
         if not found:
             raise SystemExit("bench: give a model: there is no *.gguf in models/")
         return found
@@ -32,7 +32,7 @@ def _paths(names: list[str]) -> list[Path]:
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.suite == "kernels":
-        from bench import kernels
+        from . import kernels
         from pyengine.native import engine
 
         isas = args.isa or list(engine.isas())
@@ -40,21 +40,21 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"bench: this machine and build have {', '.join(engine.isas())}, not {', '.join(unknown)}")
         return kernels.run(isas, args.threads, args.only)
     if args.suite == "vision" and args.encoder:
-        from bench import encoders
+        from . import encoders
 
         return encoders.run(args.encoder, args.threads, args.layers, args.rounds, args.peers, args.format or encoders.FORMATS,
                             args.measure or ["speed"], args.text_layers, args.files)
     if args.suite == "vision":
-        from bench import vision
+        from . import vision
 
         return vision.run(args.threads, vision.Shape(layers=args.layers or 2), args.rounds, args.peers)
     if args.suite == "quality":
-        from bench import sight
+        from . import sight
 
         (file,) = _paths([args.model])
         return sight.run(file, args.threads, args.number, args.seed, args.weights or sight.TYPES, args.kv or sight.CACHES,
                          args.checkpoint)
-    from bench import peers, together
+    from . import peers, together
 
     paths = _paths(args.model)
     if args.suite == "together":
@@ -72,7 +72,7 @@ def _named_folder(text: str) -> tuple[str, Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = parser.add_subparsers(dest="suite", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -128,13 +128,13 @@ def main(argv: list[str] | None = None) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.png:
-        from bench.charts import draw
+        from .charts import draw
 
         for path in draw(result, args.png):
             print(f"wrote {path}")
     failed = bool(result.get("missing")) or any(not r.get("correct", True) for r in result["results"])
     if old is not None:
-        from bench.compare import compare
+        from .compare import compare
 
         comparison = compare(old, result)
         print(comparison.text())

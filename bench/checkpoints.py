@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .beside import converters
+
 SHARD = 1 << 28                                                                # numbers in one file of a checkpoint
 THIN: dict[str, Any] = {"num_hidden_layers": 1, "intermediate_size": 256}      # a text model that is there because it must be
 QUESTIONS = ("What is there in the picture?", "And which colour does it have?")
@@ -92,14 +94,12 @@ def write(encoder: Encoder, folder: Path, layers: int, formats: tuple[str, ...],
 
     layers: of the encoder. text_layers: of the text model at its true width; 0 makes one thin layer. Files that are there stay.
     """
-    from converters import convert
-
     source = folder / "hf"
     if not (source / "config.json").exists():
         _checkpoint(encoder, source, layers, text_layers, vocab_size)
     for name in formats:
         if not (folder / f"{name}.gguf").exists():
-            convert(source, folder / f"{name}.gguf", name.lower(), split_mmproj=True)
+            converters().convert(source, folder / f"{name}.gguf", name.lower(), split_mmproj=True)
 
 
 def _checkpoint(encoder: Encoder, folder: Path, layers: int, text_layers: int, vocab_size: int) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.checkpoints import QUESTIONS, REPLY
-from bench.worker import own_stdout, serve
+from .checkpoints import QUESTIONS, REPLY
+from .worker import own_stdout, serve
 
 
 def load(folder: Path, format_name: str, n_threads: int, n_ctx: int) -> Any:
@@ -42,7 +42,7 @@ class PyEngine:
 
     def facts(self) -> dict[str, Any]:
         """Operations by the limit that binds them, and the instruction set."""
-        from bench.work import encoder_operations
+        from .work import encoder_operations
 
         return {"isa": self.program.prepared.isa, "operations": encoder_operations(self.program, self.view)}
 
@@ -237,7 +237,7 @@ class Whole:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.encoder_worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.encoder_worker", description=__doc__)
     parser.add_argument("engine", choices=[*ENGINES, "whole"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("format")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bench import checkpoints, limits
-from bench.checkpoints import ENCODERS, Encoder
-from bench.peers import LLAMA, OURS, Process
-from bench.stats import summary
+from . import checkpoints, limits
+from .checkpoints import ENCODERS, Encoder
+from .engines import LLAMA, OURS, Process
+from .stats import summary
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0")
 # Relative RMS of the rows against transformers in float32 on the unrounded weights. Roundings add up over layers; anything that
@@ -73,7 +73,7 @@ def _write(folder: Path, e: Encoder, layers: int, formats: Sequence[str], text_l
 def start(engine: str, e: Encoder, folder: Path, format_name: str, n_threads: int) -> Process:
     """A worker with one engine and one of the folder's files."""
     picture = folder / "picture.npy"
-    return Process(engine, "bench.encoder_worker", engine, folder, format_name, picture, "-t", n_threads, "--ctx", e.n_ctx)
+    return Process(engine, "encoder_worker", engine, folder, format_name, picture, "-t", n_threads, "--ctx", e.n_ctx)
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------------

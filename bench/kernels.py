@@ -15,26 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from bench import limits
-from bench.machine import last_level_cache
-from bench.stats import summary
 from pyengine import ops
 from pyengine.native.blocks import ensure_codebooks
-from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.dtype import dtype as dtype_of
 from pyengine.errors import GraphError
 from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 from pyengine.graph.tensor import make_leaf, Tensor
+
+from . import limits
+from .blocks import Blocks, random_blocks
+from .machine import last_level_cache
+from .stats import summary
+from .work import listed, operations as declared, picked_by, seen, Sized, weights_of
 
 REPEAT = 7                                                                     # samples of one job
 SAMPLE_SECONDS = 0.01                                                          # each at least
 MAX_COPIES, MAX_BYTES = 512, 4 << 30                                         # of a job; of a mixture a copy reads few of its bytes
 CHECKED_ROWS = 64                                                              # of a large product: the reference is slow
 
-# Bytes of a block at which its float16 scales stand (csrc/quants.h); all other bytes may be anything.
-SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-          "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
-FORMATS = (*SCALES, "MXFP4", "F16", "BF16", "F32")
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+           "F16", "BF16", "F32")
 # Largest squared error / squared result. Products with blocks round the activations to 8 bits; BF16 may round them to 8 bits too.
 TOLERANCE = {"F32": 1e-10, "F16": 1e-6, "BF16": 1e-4, "I32": 0.0}
 TOLERANCE_BLOCKS = 2e-4
@@ -138,44 +139,6 @@ def jobs() -> Iterator[Job]:
 # ---- arguments ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """Random bytes of a block format that stand for a matrix; a constant's source, as a file's tensor is."""
-
-    name: str
-    dtype: DType
-    raw: np.ndarray                                                            # uint8 [rows, bytes of a row]
-
-    def view(self) -> np.ndarray:
-        return self.raw.reshape(-1)
-
-    def drop(self) -> bool:
-        return False
-
-    def values(self, rows: Any = slice(None)) -> np.ndarray:
-        """Dequantized by gguf-py, float64."""
-        import gguf
-
-        return gguf.quants.dequantize(self.raw[rows], gguf.GGMLQuantizationType(self.dtype.id)).astype(np.float64)
-
-
-def random_blocks(dtype: DType, shape: Sequence[int], rng: np.random.Generator) -> Blocks:
-    """A matrix whose products are of moderate size, in any format of FORMATS."""
-    n, k = int(np.prod(shape[:-1])), shape[-1]
-    if dtype.block == 1:
-        x = rng.standard_normal((n, k), np.float32)
-        values = (x.view(np.uint32) >> 16).astype(np.uint16) if dtype.name == "BF16" else x.astype(dtype.numpy)
-        return Blocks("weight", dtype, values.view(np.uint8).reshape(n, -1))
-    raw = rng.integers(0, 256, (n, dtype.size(k)), np.uint8)
-    blocks = raw.reshape(-1, dtype.nbytes)
-    if dtype.name == "MXFP4":
-        blocks[:, 0] = rng.integers(118, 124, len(blocks))                     # exponents of the scale, 127 is 1
-    for at in SCALES.get(dtype.name, ()):
-        scale = (rng.uniform(0.5, 1.5, len(blocks)) * 2e-3).astype(np.float16)
-        blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
-    return Blocks("weight", dtype, raw)
-
-
 def integers(job: Job, name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """Numbers that make sense for an integer argument: cells within the cache, queries after their keys ..."""
     shapes = job.case.shapes
@@ -245,7 +208,7 @@ class Copy:
 
 
 def _flat(values: dict[str, Any]) -> list[Any]:
-    return [a for v in values.values() if v is not None for a in (v if isinstance(v, list) else [v])]
+    return [a for v in values.values() for a in listed(v)]
 
 
 def traffic(job: Job, copy: Copy) -> int:
@@ -253,17 +216,16 @@ def traffic(job: Job, copy: Copy) -> int:
     total = 0
     for name, value in copy.values.items():
         spec = job.op.args[name]
-        for a in value if isinstance(value, list) else [] if value is None else [value]:
+        by, shape = picked_by(job.op, name), job.case.shapes.get(name)
+        for a in listed(value):
             nbytes = a.raw.nbytes if isinstance(a, Blocks) else a.nbytes
             if job.op is ops.attention and spec.kind == "Cache":
-                seen = int(copy.values["hi"].max() - copy.values["lo"].min())
-                nbytes = nbytes * seen // job.case.shapes[name][1]
-            elif job.op is ops.rows and name == "table":
-                nbytes = nbytes * job.case.shapes["ids"][0] // job.case.shapes["table"][0]
-            elif job.op is ops.expert_linear and name == "w":
-                nbytes = nbytes * len(np.unique(copy.values["chosen"])) // job.case.shapes[name][0][0]
+                span = int(copy.values["hi"].max() - copy.values["lo"].min())
+                nbytes = nbytes * span // shape[1]
+            elif by:
+                nbytes = nbytes * len(np.unique(copy.values[by])) // (shape[0] if isinstance(shape, list) else shape)[0]
             elif spec.kind == "Cache":
-                nbytes = nbytes * len(copy.values["cells"]) // job.case.shapes[name][1]
+                nbytes = nbytes * len(copy.values["cells"]) // shape[1]
             total += int(nbytes)
     results, _, _ = copy.bind(0)
     return total + sum(t.nbytes_max for t, spec in zip(results, _specs(job, len(results))) if spec.kind != "Same")
@@ -274,28 +236,14 @@ def _specs(job: Job, n: int) -> Sequence[Any]:
     return job.op.results * n if job.op.results[0].many else job.op.results
 
 
-class _Shape:
-    """An argument as the op's `flops` sees it."""
-
-    def __init__(self, shape: Sequence[int]):
-        self.shape, self.size = tuple(shape), int(np.prod(shape))
-
-
 def operations(job: Job, copy: Copy) -> float | None:
     """Operations by the op's own declaration; of an attention only those on keys that are seen. None where it declares none."""
     if job.op.flops is None:
         return None
-    shapes = [job.case.shapes.get(n) for n in job.op.args]
-    args = [None if s is None else tuple(map(_Shape, s)) if isinstance(s, list) else _Shape(s) for s in shapes]
-    full = {p.name: p.default for p in job.op.params.values()} | job.case.params
-    try:
-        total = float(job.op.flops(*args, **full))
-    except TypeError:                                                          # a rule that wants arguments only
-        total = float(job.op.flops(*args))
-    if job.op is ops.attention:
-        m, s = job.case.shapes["q"][0], job.case.shapes["k"][1]
-        total *= float((copy.values["hi"] - copy.values["lo"]).sum()) / (m * s)
-    return total
+    shapes = {n: job.case.shapes.get(n) for n in job.op.args}
+    args = {n: [Sized(part) for part in s] if isinstance(s, list) else None if s is None else Sized(s) for n, s in shapes.items()}
+    total = declared(job.op, args, {p.name: p.default for p in job.op.params.values()} | job.case.params)
+    return total * seen(copy.values["lo"], copy.values["hi"], shapes["k"][1]) if job.op is ops.attention else total
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------
@@ -373,7 +321,8 @@ class Timed:
     """A compiled program of `n` copies of a job."""
 
     def __init__(self, job: Job, copy: Copy, n: int, isa: str, n_threads: int):
-        from pyengine.backends.cpu import Prepared
+        from pyengine.backends.base import check_kernels, Declared
+        from pyengine.backends.cpu import kernels_of, Prepared
 
         outputs: list[Tensor] = []
         arrays: dict[str, np.ndarray] = {}
@@ -394,7 +343,9 @@ class Timed:
                 self.specs, self.states = specs, new_states
             # Inputs are outputs too: their memory must not be given to a later step, as they are set only once.
             outputs += own + [t for node in [results[0].node] for t in node.inputs if t.node.kind == "input"]
-        self.program = Prepared(outputs, (), False, n_threads, isa).load()
+        prepared = Prepared(Declared(outputs), None, (), kernels_of(isa), isa, n_threads)
+        check_kernels(prepared, isa, strict=True)                              # the NumPy reference is not what is timed
+        self.program = prepared.load()
         for name, array in arrays.items():
             self.program.inputs[name].reshape(-1)[:] = array.reshape(-1)
         for name, array in states.items():
@@ -434,7 +385,8 @@ def measure(job: Job, isa: str, n_threads: int) -> list[dict[str, Any]]:
     copy = Copy.make(job, np.random.default_rng(0))
     ensure_codebooks(a.dtype for a in _flat(copy.values) if isinstance(a, Blocks))
     nbytes, count, cache = traffic(job, copy), operations(job, copy), last_level_cache()
-    blocks = job.op in (ops.linear, ops.expert_linear) and any(isinstance(w, Blocks) and w.dtype.block > 1 for w in copy.values["w"])
+    factors = [w for name in weights_of(job.op) for w in listed(copy.values[name])] if count else []
+    blocks = any(isinstance(w, Blocks) and w.dtype.block > 1 for w in factors)
     n_cold = -(-2 * cache // nbytes)
     variants = [("hot", 1)] if nbytes < cache // 2 else []
     held = sum(a.raw.nbytes if isinstance(a, Blocks) else a.nbytes for a in _flat(copy.values))

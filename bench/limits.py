@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine import last_level_cache
+from .machine import last_level_cache
 
 RAMP = 0.02                                                                    # seconds of one measurement of a peak
 

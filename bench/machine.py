@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     compiler = _output("cc", "--version")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
-    commit = _output("git", "rev-parse", "HEAD")
+    commit = _output("git", "rev-parse", "HEAD") if (ROOT / ".git").exists() else None          # an installed package has none
     return {
         "cpu": cpu.get("model name", platform.machine()),
         "family": "/".join(cpu[k] for k in ("cpu family", "model", "stepping") if k in cpu),

@@ -8,70 +8,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from bench import limits
-from bench.machine import ROOT
-from bench.stats import summary
-
-OURS, LLAMA, IK = "pyengine", "llama.cpp", "ik_llama.cpp"
-PACKAGES = {"llama_cpp": LLAMA, "ik_llama_cpp": IK}        # what a folder of `--peer` may hold, and the worker that speaks to it
-
-
-class Process:
-    """A worker process (`python -m MODULE ...`); `call` asks it and waits. `ready` is what it said when it was."""
-
-    def __init__(self, name: str, module: str, *arguments: Any):
-        self.name = name
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.ready = self._answer()
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name}: the worker ended with exit code {self.process.wait()}; its messages are above")
-        return json.loads(line)
-
-    def call(self, name: str, **arguments: Any) -> Any:
-        self.process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.process.stdout.close()
-
-
-class Engine(Process):
-    """An engine with a text model (bench/worker.py); `folder` holds its package where it is not the installed one."""
-
-    def __init__(self, name: str, path: str | Path, n_threads: int, n_ctx: int = 512, folder: Path | None = None):
-        super().__init__(name, "bench.worker", *_which(name, folder), path, "-t", n_threads, "--ctx", n_ctx)
-        self.n_vocab: int = self.ready["n_vocab"]
-
-
-def _which(name: str, folder: Path | None) -> list[str]:
-    """The worker's arguments that say which engine it is. Raises: FileNotFoundError for a folder without one."""
-    if folder is None:
-        return [name]
-    kinds = [kind for package, kind in PACKAGES.items() if (folder / package).is_dir()]
-    if not kinds:
-        raise FileNotFoundError(f"{folder}: holds none of the packages {', '.join(PACKAGES)}; make it with pip install --target")
-    return [kinds[0], "--folder", str(folder.resolve())]
+from . import limits
+from .engines import LLAMA, OURS, Engine, which, worker
+from .quality import N_CTX, compare
+from .stats import summary
 
 
 def random_ids(n: int, n_vocab: int) -> list[int]:
@@ -125,8 +72,9 @@ def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int,
     """Load to first token in fresh processes, the file in the page cache, Python's modules compiled as pip does."""
     import compileall
 
-    compileall.compile_dir(ROOT / "pyengine", quiet=1)
-    for folder in folders.values():
+    import pyengine
+
+    for folder in (Path(pyengine.__file__).parent, *folders.values()):
         compileall.compile_dir(folder, quiet=1)
     with open(path, "rb") as f:
         while f.read(1 << 24):
@@ -134,10 +82,9 @@ def first_tokens(path: Path, names: Sequence[str], n_threads: int, rounds: int,
     out: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
     for r in range(rounds):
         for name in list(out)[:: 1 if r % 2 == 0 else -1]:
-            which = _which(name, folders.get(name))
-            command = [sys.executable, "-m", "bench.worker", *which, str(path), "-t", str(n_threads), "--first-token"]
+            command = worker("worker", *which(name, folders.get(name)), path, "-t", n_threads, "--first-token")
             _warm(2 * path.stat().st_size + (1 << 29))
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+            done = subprocess.run(**command, stdout=subprocess.PIPE, text=True, check=True)
             out[name].append(json.loads(done.stdout))
     return out
 
@@ -206,7 +153,7 @@ def peers(paths: Sequence[Path], n_threads: int, n_prompt: int, n_generate: int,
         for share in found["shares"]:
             print(f"  {share['name'].removeprefix(path.name):34} {share['score']['median']:6.1%} of {share['limit']}", flush=True)
         if quality:
-            from bench.quality import compare
-
-            found["quality"] = compare(path, n_threads)
+            with (Engine(LLAMA, path, n_threads, N_CTX) as theirs,
+                  Engine(OURS, path, n_threads, N_CTX) as ours):
+                found["quality"] = compare(ours, theirs)
     return {"suite": "peers", "results": results, "files": files}

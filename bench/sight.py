@@ -14,12 +14,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.demo.pictures import BOXES, FAMILIES, Example, processed_size
+from .beside import converters
 
+if TYPE_CHECKING:
+    from converters.demo.pictures import Example
+
+pictures = converters("demo.pictures")
 MAX_TOKENS = 48
 TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 CACHES = ("f32", "f16", "q8_0", "q4_0")
@@ -27,9 +31,9 @@ Z = 1.96
 Say = Callable[[list[dict[str, Any]]], str]
 
 
-def draw(n: int, seed: int, families: Sequence[str] = tuple(FAMILIES)) -> list[Example]:
+def draw(n: int, seed: int, families: Sequence[str] = tuple(pictures.FAMILIES)) -> list[Example]:
     """Draw n conversations of each family from the test split."""
-    return [FAMILIES[name](random.Random(f"quality {seed} {name} {i}"), "test") for name in families for i in range(n)]
+    return [pictures.FAMILIES[name](random.Random(f"quality {seed} {name} {i}"), "test") for name in families for i in range(n)]
 
 
 def hold(say: Say, examples: Sequence[Example]) -> list[list[str]]:
@@ -59,13 +63,13 @@ def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dic
     points = defaultdict(list)
     for example, said in zip(examples, answers, strict=True):
         for turn, answer in zip(example.turns, said, strict=True):
-            if turn.task not in BOXES:
+            if turn.task not in pictures.BOXES:
                 points[turn.task].append(float(answer == turn.answer))
                 continue
             picture = example.pictures[0]
             asked = turn.question.removeprefix("Where is the ").removesuffix("?")
             true = next(m.box for m in picture.marks if m.what == asked)
-            found = [b for b in find_boxes(answer, picture.size, processed_size(*picture.size)) if hasattr(b, "x2")]
+            found = [b for b in find_boxes(answer, picture.size, pictures.processed_size(*picture.size)) if hasattr(b, "x2")]
             points[turn.task].append(overlap((found[0].x1, found[0].y1, found[0].x2, found[0].y2), true) if found else 0.0)
     return points
 
@@ -128,8 +132,8 @@ def theirs(checkpoint: Path) -> Say:
     hole = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def say(messages: list[dict[str, Any]]) -> str:
-        pictures = [PIL.Image.fromarray(part["image"]) for part in messages[0]["content"] if part["type"] == "image"]
-        seen = processor(images=pictures, return_tensors="pt")
+        shown = [PIL.Image.fromarray(part["image"]) for part in messages[0]["content"] if part["type"] == "image"]
+        seen = processor(images=shown, return_tensors="pt")
         pieces = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(hole)
         text = pieces[0]
         for (_, h, w), piece in zip(seen["image_grid_thw"].tolist(), pieces[1:], strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.stats import summary
+from .stats import summary
 
 
 def run(paths: Sequence[Path], n_threads: int, numbers: Sequence[int], n_prompt: int, n_generate: int, rounds: int) -> dict[str, Any]:

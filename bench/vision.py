@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from bench import limits
-from bench.kernels import Blocks
-from bench.stats import summary
 from pyengine import Graph, ops
 from pyengine.backends.cpu import isa
 from pyengine.dtype import dtype
 from pyengine.graph.tensor import make_leaf, Node
+
+from . import limits
+from .blocks import Blocks
+from .stats import summary
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0")
 TOLERANCE = {"F32": 1e-9, "F16": 1e-9, "BF16": 1e-9, "Q8_0": 1e-3}             # squared error / squared result; 8-bit activations

@@ -1,65 +1,129 @@
-"""How much work a model's program is: what its steps read and compute, from the plan that it runs."""
+"""How much work a model's program is: what its steps read and compute, from the plan that it runs and the ops' own declarations.
+
+No product is named here: operations are those that an op declares, weights are its arguments of kind Weight, and a weight that
+stands beside integers is one of which they pick rows or matrices.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pyengine.graph.tensor import axis_value
+import numpy as np
+
+from pyengine.graph.op import Op
+from pyengine.graph.tensor import Axis, axis_value, Node, Tensor
+
+
+class Sized:
+    """An argument as an op's `flops` sees it: axes in numbers, once the program's own have the values `dims`."""
+
+    def __init__(self, shape: Sequence[Axis], dims: Mapping[str, int] = {}):
+        self._shape, self._dims = shape, dims
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis_value(a, self._dims) for a in self._shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def listed(value: Any) -> Sequence[Any]:
+    """What an argument holds: all of a list, one thing, or nothing."""
+    return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
+def weights_of(op: Op) -> list[str]:
+    """Arguments that may have any format."""
+    return [name for name, spec in op.args.items() if spec.kind == "Weight"]
+
+
+def picked_by(op: Op, name: str) -> str | None:
+    """The argument whose numbers say what is read of a weight, along its first axis; None where all of it is."""
+    numbers = [n for n, spec in op.args.items() if spec.kind == "I32"]
+    return numbers[0] if numbers and name in weights_of(op) else None
+
+
+def operations(op: Op, args: Mapping[str, Any], params: Mapping[str, Any]) -> float:
+    """Operations by the op's own declaration (a product and a sum are 2), 0 where it has none; `args`: `Sized`, lists, or None."""
+    values = [tuple(listed(args[name])) if spec.many else args[name] for name, spec in op.args.items()]
+    return float(op.flops(*values, **params)) if op.flops else 0.0
+
+
+def seen(lo: np.ndarray, hi: np.ndarray, n_keys: int) -> float:
+    """The share of an attention's declared operations that is on keys which stand in a query's interval."""
+    return float((hi - lo).sum()) / max(1, len(lo) * n_keys)
+
+
+def _of_node(node: Node, dims: Mapping[str, int]) -> dict[str, Any]:
+    sized = {n: [Sized(t.shape, dims) for t in listed(a)] for n, a in zip(node.op.args, node.args)}
+    return {n: s if node.op.args[n].many else s[0] if s else None for n, s in sized.items()}
+
+
+def on_weights(node: Node, dims: Mapping[str, int]) -> Iterator[tuple[Tensor, float]]:
+    """Operations on each weight of a node; what an op declares is their sum."""
+    args, own = _of_node(node, dims), dict(zip(node.op.args, node.args))
+    for name in weights_of(node.op):
+        for weight in listed(own[name]):
+            yield weight, operations(node.op, {**args, name: Sized(weight.shape, dims)}, dict(node.params))
 
 
 def generation_bytes(program: Any, n: int) -> float:
     """Bytes that one token reads on average while n tokens are generated from an empty cache.
 
-    All weights that a product reads, whole; one row of a table that rows are picked from; of each cache the cells that hold
-    tokens by then (for a sliding layer at most all its cells). Activations are left out: they stay in the caches.
+    All weights, whole, but for those that are picked from: one row of a table, and the matrices of the experts that a row uses, all
+    different. Of each cache the cells that hold tokens by then (for a sliding layer at most all its cells). What only rows beside
+    pictures need is not read. Activations are left out: they stay in the processor's caches.
     """
     layout, residents = program.prepared.layout, program.prepared.residents
+    dims = defaultdict(int, m=1, w=1, l=1)                                     # of other kinds of rows there are none
     weights: dict[int, float] = {}
+    caches: dict[int, float] = {}
     for node in layout.steps:
+        sized = _of_node(node, dims)
+        if node.op.flops and not operations(node.op, sized, dict(node.params)):
+            continue
         for name, arg in zip(node.op.args, node.args):
-            for t in arg if isinstance(arg, tuple) else (arg,):
-                if t is None or layout.of(t).root.node.kind != "constant":
-                    continue
-                r = residents[id(layout.of(t).root.node)]
-                picked = node.op.name == "rows" and name == "table"
-                nbytes = r.nbytes / int(t.shape[0]) if picked else r.nbytes
-                weights[id(r.tensor.node)] = max(nbytes, weights.get(id(r.tensor.node), 0))
-    cached = 0.0
-    for t in program.prepared.states:
-        if t.ndim == 3:                                                        # [kv heads, cells, head_dim]
-            heads, cells, width = (int(a) for a in t.shape)
-            seen = sum(min(i + 1, cells) for i in range(n)) / n
-            cached += heads * seen * t.dtype.size(width)
-    return sum(weights.values()) + cached
+            by = picked_by(node.op, name)
+            for t in listed(arg):
+                root = layout.of(t).root
+                if root.node.kind == "constant":
+                    r = residents[id(root.node)]
+                    share = min(1.0, sized[by].size / int(t.shape[0])) if by else 1.0
+                    weights[id(r.tensor.node)] = max(r.nbytes * share, weights.get(id(r.tensor.node), 0))
+                elif node.op.args[name].kind == "Cache" and node.op.flops:     # read; others write
+                    heads, cells, width = (int(a) for a in root.shape)
+                    caches[id(root.node)] = heads * t.dtype.size(width) * sum(min(i + 1, cells) for i in range(n)) / n
+    return sum(weights.values()) + sum(caches.values())
 
 
 def prompt_operations(program: Any, m: int) -> float:
-    """Operations (a product and a sum are 2) on weights for a prompt of m tokens in one batch that wants its last row's logits."""
-    total = 0
-    dims = {"m": m, "w": 1, "l": 1}
-    for node in program.prepared.layout.steps:
-        if node.op.name == "linear":
-            x, w = node.args[0], node.args[1]
-            total += 2 * axis_value(x.shape[0], dims) * sum(math.prod(int(a) for a in t.shape) for t in w)
-    return float(total)
+    """Operations on weights for a prompt of m tokens in one batch that wants its last row's logits."""
+    dims = defaultdict(int, m=m, w=1, l=1)
+    return sum(count for node in program.prepared.layout.steps for _, count in on_weights(node, dims))
 
 
 def encoder_operations(program: Any, view: Any) -> dict[str, float]:
-    """Operations of one run of a media encoder: products with weights in blocks ("int8") and in floats, attention in each of the two.
+    """Operations of one run of a media encoder: products with weights in blocks ("int8"), attention in each of the two, all else.
 
     Attention counts the keys in each row's interval, which stand in the inputs of the view or are constants.
     """
     total = {"int8": 0.0, "float": 0.0, "attention": 0.0, "attention_int8": 0.0}
     for node in program.prepared.layout.steps:
-        args = dict(zip(node.op.args, node.args))
-        if node.op.name == "linear":
-            rows = axis_value(args["x"].shape[0], view.axes)
-            for t in args["w"]:
-                total["int8" if t.dtype.block > 1 else "float"] += 2.0 * rows * math.prod(int(a) for a in t.shape)
-        elif node.op.name == "attention":
+        args, params = dict(zip(node.op.args, node.args)), dict(node.params)
+        if weights_of(node.op):
+            for weight, count in on_weights(node, view.axes):
+                total["int8" if weight.dtype.block > 1 else "float"] += count
+            continue
+        count = operations(node.op, _of_node(node, view.axes), params)
+        if node.op.name == "attention":
             lo, hi = (view.inputs[t.name] if t.node.kind == "input" else t.node.source for t in (args["lo"], args["hi"]))
-            widths = int(args["q"].shape[2]) + int(args["v"].shape[2])
-            kind = "attention_int8" if dict(node.params)["products"] == "int8" else "attention"
-            total[kind] += 2.0 * float((hi - lo).sum()) * int(args["q"].shape[1]) * widths
+            keys = axis_value(args["k"].shape[1], view.axes)
+            total["attention_int8" if params["products"] == "int8" else "attention"] += count * seen(lo, hi, keys)
+        else:
+            total["float"] += count
     return total

@@ -53,7 +53,7 @@ class PyEngine:
 
     def facts(self, n_prompt: int, n_generate: int) -> dict[str, Any]:
         """What the limits are compared with: bytes that generating a token reads, operations on weights of a prompt."""
-        from bench.work import generation_bytes, prompt_operations
+        from .work import generation_bytes, prompt_operations
 
         program = self.model.program
         return {"bytes_per_token": generation_bytes(program, n_generate), "prompt_operations": prompt_operations(program, n_prompt),
@@ -272,7 +272,7 @@ def serve(worker: Any, answers: TextIO) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.worker", description=__doc__)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model")
     parser.add_argument("-t", "--threads", type=int, required=True)

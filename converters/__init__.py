@@ -1,12 +1,19 @@
 """Turn Hugging Face checkpoints into GGUF files in llama.cpp's dialect: `python -m converters HF_DIR -o OUT.gguf`.
 
-One module of this package is one architecture (`llama`, `qwen2`, `gemma3_text`, `gemma3`, `qwen2_vl`, `mistral3`); `base` reads
-checkpoints and writes files, `tokenizer` translates vocabularies, `vision` the settings of image processors. Nothing
-here is imported by `pyengine` at run time.
+A module that declares `@converts(...)` is one architecture, found because it is here. The others are what architectures share:
+
+    checkpoint   config.json and safetensors files, read
+    contract     what a converter says
+    decoder, rope, vision, tokenizer   what several of them say alike
+    writer       the GGUF file
+
+Packages are tools: `quantize` writes a GGUF file in smaller formats, `weights` fetches the models that demo and tests use, `demo`
+is a small model of our own. Nothing here is imported by `pyengine` at run time.
 """
 
 from __future__ import annotations
 
-from .base import convert, supported
+from .contract import supported
+from .writer import convert
 
 __all__ = ["convert", "supported"]

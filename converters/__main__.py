@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pyengine.errors import PyEngineError
 
-from .base import OUTTYPES, convert, mmproj_path, supported
+from .contract import supported
+from .writer import OUTTYPES, convert, mmproj_path
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one line about what is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m converters", description="Convert a Hugging Face checkpoint folder to one GGUF file.",
+        prog=f"python -m {__package__}", description="Convert a Hugging Face checkpoint folder to one GGUF file.",
         epilog=f"Supported architectures: {', '.join(sorted(supported()))}.")
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors files")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.gguf")

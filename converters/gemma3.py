@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType as QT
 from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .base import Config, Entry, converts, linear
+from .checkpoint import Config
+from .contract import FLOAT32, NO_BLOCKS, Entry, converts, linear
 from .gemma3_text import Gemma3Text
-from .vision import image_settings, write_encoder_keys
+from .vision import feed_forward, image_settings, write_encoder_keys
 
 # transformers' Gemma3Config, SiglipVisionConfig and Gemma3ImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"mm_tokens_per_image": 256, "boi_token_index": 255_999, "eoi_token_index": 256_000,
@@ -89,9 +91,10 @@ class Gemma3(Gemma3Text):
 
         embeddings = "vision_tower.embeddings"
         yield Entry("v.patch_embd.weight", f"{embeddings}.patch_embedding.weight",
-                    (v, 3, self.patch_size, self.patch_size))
+                    (v, 3, self.patch_size, self.patch_size), instead=FLOAT32)
         yield Entry("v.patch_embd.bias", f"{embeddings}.patch_embedding.bias", (v,))
-        yield Entry("v.position_embd.weight", f"{embeddings}.position_embedding.weight", (self.n_patches, v))
+        yield Entry("v.position_embd.weight", f"{embeddings}.position_embedding.weight", (self.n_patches, v),
+                    instead=FLOAT32)
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_tower.encoder.layers.{i}"
             yield from norm(f"{b}.ln1", f"{m}.layer_norm1")
@@ -100,9 +103,9 @@ class Gemma3(Gemma3Text):
             yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", v, v, bias=True)
             yield from linear(f"{b}.attn_out", f"{m}.self_attn.out_proj", v, v, bias=True)
             yield from norm(f"{b}.ln2", f"{m}.layer_norm2")
-            yield from linear(f"{b}.ffn_up", f"{m}.mlp.fc1", f, v, bias=True)
-            yield from linear(f"{b}.ffn_down", f"{m}.mlp.fc2", v, f, bias=True)
+            yield from feed_forward(b, f"{m}.mlp", v, f, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield from norm("v.post_ln", "vision_tower.post_layernorm")
         yield Entry("mm.soft_emb_norm.weight", "multi_modal_projector.mm_soft_emb_norm.weight", (v,), add=1.0)
-        # applied as x @ w: the only matrix of the file whose rows are inputs
-        yield Entry("mm.input_projection.weight", "multi_modal_projector.mm_input_projection_weight", (v, self.d_model))
+        # applied as x @ w: the only matrix of the file whose rows are inputs, so never in blocks; types as in llama.cpp's
+        yield Entry("mm.input_projection.weight", "multi_modal_projector.mm_input_projection_weight", (v, self.d_model),
+                    instead={**NO_BLOCKS, QT.BF16: QT.F32})

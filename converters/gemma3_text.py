@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from gguf import GGUFWriter
 
 from pyengine.errors import UnsupportedModelError
 
-from .base import Config, Entry, converts, linear, rope_parameters, write_rope_scaling, write_window
+from .contract import converts, linear
+from .decoder import Decoder, Tensors, write_window
+from .rope import rope_parameters, write_rope_scaling
 
 # transformers' Gemma3TextConfig where a config.json may be silent
 DEFAULTS: dict[str, Any] = {
@@ -29,43 +30,32 @@ GLOBAL_BASE, LOCAL_BASE = 1_000_000.0, 10_000.0    # Gemma3TextConfig.default_th
 
 
 @converts("Gemma3ForCausalLM")
-class Gemma3Text:
+class Gemma3Text(Decoder):
     arch = "gemma3"
-    renames: Sequence[tuple[str, str]] = ()
+    defaults, rope_base, norm_offset = DEFAULTS, GLOBAL_BASE, 1.0
 
     def __init__(self, config: dict[str, Any], file: Path):
-        c = self.config = Config(config, DEFAULTS, file)
+        super().__init__(config, file)
+        c = self.config
         c.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
         c.refuse_unless("attention_bias", False)
         c.refuse_unless("use_bidirectional_attention", False, None)
-        self.vocab_size, self.d_model, self.d_ff = (
-            c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
-        self.n_layers, self.n_heads = c.count("num_hidden_layers"), c.count("num_attention_heads")
-        self.n_kv_heads, self.head_dim = c.count("num_key_value_heads"), c.count("head_dim")
         kinds = c.get("layer_types")
         if kinds is None:
             period = config.get("sliding_window_pattern", PATTERN)
             kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(self.n_layers)]
         self.sliding = [kind == "sliding_attention" for kind in kinds]
-        self.tied = c.need("tie_word_embeddings")
-        self.rope = rope_parameters(c, GLOBAL_BASE, "full_attention")
         self.local_rope = rope_parameters(c, LOCAL_BASE, "sliding_attention", "rope_local_base_freq", scaled=False)
         if self.local_rope["rope_type"] != "default":
             raise UnsupportedModelError(f"{file}: rope scaling of the sliding layers has no key")
 
+    def read_rope(self) -> dict[str, Any]:
+        return rope_parameters(self.config, self.rope_base, "full_attention")
+
     def write_keys(self, out: GGUFWriter) -> None:
+        super().write_keys(out)
         c = self.config
-        out.add_block_count(self.n_layers)
-        out.add_context_length(c.count("max_position_embeddings"))
-        out.add_embedding_length(self.d_model)
-        out.add_feed_forward_length(self.d_ff)
-        out.add_head_count(self.n_heads)
-        out.add_head_count_kv(self.n_kv_heads)
-        out.add_key_length(self.head_dim)
-        out.add_value_length(self.head_dim)
-        out.add_layer_norm_rms_eps(c.need("rms_norm_eps"))
         out.add_attention_scale(c.need("query_pre_attn_scalar") ** -0.5)
-        out.add_rope_freq_base(self.rope["rope_theta"])
         out.add_rope_freq_base_swa(self.local_rope["rope_theta"])
         write_rope_scaling(out, self.rope, c, ("linear",))      # of the global layers
         write_window(out, c.count("sliding_window"), self.sliding)
@@ -74,32 +64,18 @@ class Gemma3Text:
         if c.get("final_logit_softcapping") is not None:
             out.add_final_logit_softcapping(c.need("final_logit_softcapping"))
 
-    def unused(self) -> set[str]:
-        return {"lm_head.weight"} if self.tied else set()
-
-    def tensors(self) -> Iterator[Entry]:
-        d, f = self.d_model, self.d_ff
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-
-        def norm(name: str, source: str, n: int) -> Entry:
-            return Entry(f"{name}.weight", f"{source}.weight", (n,), add=1.0)
-
-        yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, d))
-        yield norm("output_norm", "model.norm", d)
-        if not self.tied:
-            yield Entry("output.weight", "lm_head.weight", (self.vocab_size, d))
-        for i in range(self.n_layers):
-            b, m = f"blk.{i}", f"model.layers.{i}"
-            yield norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-            yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
-            yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
-            yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
-            yield norm(f"{b}.attn_q_norm", f"{m}.self_attn.q_norm", self.head_dim)
-            yield norm(f"{b}.attn_k_norm", f"{m}.self_attn.k_norm", self.head_dim)
-            yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
-            yield norm(f"{b}.post_attention_norm", f"{m}.post_attention_layernorm", d)
-            yield norm(f"{b}.ffn_norm", f"{m}.pre_feedforward_layernorm", d)
-            yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d)
-            yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d)
-            yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f)
-            yield norm(f"{b}.post_ffw_norm", f"{m}.post_feedforward_layernorm", d)
+    def layer(self, i: int, b: str, m: str) -> Tensors:
+        d, f, q, kv = self.d_model, self.d_ff, self.q_width, self.kv_width
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
+        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
+        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
+        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
+        yield self.norm(f"{b}.attn_q_norm", f"{m}.self_attn.q_norm", self.head_dim)
+        yield self.norm(f"{b}.attn_k_norm", f"{m}.self_attn.k_norm", self.head_dim)
+        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
+        yield self.norm(f"{b}.post_attention_norm", f"{m}.post_attention_layernorm", d)
+        yield self.norm(f"{b}.ffn_norm", f"{m}.pre_feedforward_layernorm", d)
+        yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d)
+        yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d)
+        yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f)
+        yield self.norm(f"{b}.post_ffw_norm", f"{m}.post_feedforward_layernorm", d)

@@ -5,14 +5,15 @@ Follows transformers `configuration_llama.py`, `configuration_mistral.py`. Axes:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import (Config, Constant, Entry, Stack, converts, interleaved_rows, linear, rope_parameters, rope_tensors,
-                   write_rope_scaling, write_window)
+from .contract import Constant, converts, linear
+from .decoder import Decoder, Tensors, write_window
+from .rope import interleaved_rows, rope_tensors, write_rope_scaling
 
 # transformers' LlamaConfig and MistralConfig where a config.json may be silent; both share these
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
@@ -22,64 +23,38 @@ MISTRAL_WINDOW = 4096       # MistralConfig.sliding_window, when the key is abse
 
 
 @converts("LlamaForCausalLM", "MistralForCausalLM")
-class Llama:
+class Llama(Decoder):
     arch = "llama"
-    renames: Sequence[tuple[str, str]] = ()
     defaults, rope_base = DEFAULTS, ROPE_BASE
 
     def __init__(self, config: dict[str, Any], file: Path):
         mistral = "MistralForCausalLM" in config["architectures"]
-        c = self.config = Config(config, {**self.defaults, **({"sliding_window": MISTRAL_WINDOW} if mistral else {})}, file)
-        c.refuse_unless("hidden_act", "silu")
-        self.vocab_size, self.d_model, self.d_ff = (
-            c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
-        self.n_layers, self.n_heads = c.count("num_hidden_layers"), c.count("num_attention_heads")
-        self.n_kv_heads = c.count("num_key_value_heads") if c.get("num_key_value_heads") else self.n_heads
-        self.head_dim = c.count("head_dim") if c.get("head_dim") else self.d_model // self.n_heads
-        self.window = c.get("sliding_window") if mistral else None
-        self.tied = c.need("tie_word_embeddings")
-        self.rope = rope_parameters(c, self.rope_base)
+        super().__init__(config, file, {"sliding_window": MISTRAL_WINDOW} if mistral else {})
+        self.config.refuse_unless("hidden_act", "silu")
+        self.window = self.config.get("sliding_window") if mistral else None
 
     def write_keys(self, out: GGUFWriter) -> None:
-        c = self.config
-        out.add_block_count(self.n_layers)
-        out.add_context_length(c.count("max_position_embeddings"))
-        out.add_embedding_length(self.d_model)
-        out.add_feed_forward_length(self.d_ff)
-        out.add_head_count(self.n_heads)
-        out.add_head_count_kv(self.n_kv_heads)
-        out.add_key_length(self.head_dim)
-        out.add_value_length(self.head_dim)
-        out.add_layer_norm_rms_eps(c.need("rms_norm_eps"))
+        super().write_keys(out)
         out.add_rope_dimension_count(self.head_dim)
-        out.add_rope_freq_base(self.rope["rope_theta"])
-        write_rope_scaling(out, self.rope, c, ("linear", "llama3", "yarn", "longrope"))
+        write_rope_scaling(out, self.rope, self.config, ("linear", "llama3", "yarn", "longrope"))
         write_window(out, self.window, [True] * self.n_layers)
 
-    def unused(self) -> set[str]:
-        return {"lm_head.weight"} if self.tied else set()
+    def constants(self) -> Iterator[Constant]:
+        yield from rope_tensors(self.rope, self.config, self.head_dim)
 
-    def tensors(self) -> Iterator[Entry | Stack | Constant]:
-        d = self.d_model
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+    def layer(self, i: int, b: str, m: str) -> Tensors:
+        d, q, kv = self.d_model, self.q_width, self.kv_width
         q_rows, k_rows = interleaved_rows(self.n_heads, self.head_dim), interleaved_rows(self.n_kv_heads, self.head_dim)
         attn_bias = self.config.need("attention_bias")
-        yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, d))
-        yield Entry("output_norm.weight", "model.norm.weight", (d,))
-        if not self.tied:
-            yield Entry("output.weight", "lm_head.weight", (self.vocab_size, d))
-        yield from rope_tensors(self.rope, self.config, self.head_dim)
-        for i in range(self.n_layers):
-            b, m = f"blk.{i}", f"model.layers.{i}"
-            yield Entry(f"{b}.attn_norm.weight", f"{m}.input_layernorm.weight", (d,))
-            yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, attn_bias, q_rows)
-            yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, attn_bias, k_rows)
-            yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, attn_bias)
-            yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, attn_bias)
-            yield Entry(f"{b}.ffn_norm.weight", f"{m}.post_attention_layernorm.weight", (d,))
-            yield from self.feed_forward(b, m)
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
+        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, attn_bias, q_rows)
+        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, attn_bias, k_rows)
+        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, attn_bias)
+        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, attn_bias)
+        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
+        yield from self.feed_forward(b, m)
 
-    def feed_forward(self, b: str, m: str) -> Iterator[Entry | Stack]:
+    def feed_forward(self, b: str, m: str) -> Tensors:
         """List the feed-forward of one layer, named b in the file and m in the checkpoint."""
         d, f, bias = self.d_model, self.d_ff, self.config.need("mlp_bias")
         yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d, bias)

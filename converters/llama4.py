@@ -15,19 +15,11 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .base import (
-    Config,
-    Constant,
-    Entry,
-    converts,
-    linear,
-    malformed_is,
-    read_json,
-    rope_parameters,
-    rope_tensors,
-    write_rope_scaling,
-)
-from .vision import image_settings, write_encoder_keys
+from .checkpoint import Config, malformed_is, read_json
+from .contract import FLOAT32, Constant, Entry, converts, linear
+from .decoder import Decoder, Tensors
+from .rope import rope_tensors, write_rope_scaling
+from .vision import feed_forward, image_settings, write_encoder_keys
 
 # transformers' Llama4TextConfig, Llama4VisionConfig, Llama4Config and Llama4ImageProcessor where a checkpoint may be silent
 TEXT: dict[str, Any] = {
@@ -54,21 +46,17 @@ TOKENS = {"image_marker": "<|image|>", "tile_x_separator": "<|tile_x_separator|>
 
 
 @converts("Llama4ForCausalLM")
-class Llama4Text:
+class Llama4Text(Decoder):
     arch = "llama4"
-    renames: Sequence[tuple[str, str]] = ((r"^language_model\.", ""),)
+    renames = ((r"^language_model\.", ""),)
+    defaults, rope_base, width = TEXT, ROPE_BASE, "intermediate_size_mlp"
 
     def __init__(self, config: dict[str, Any], file: Path):
-        c = self.config = Config(config, TEXT, file)
+        super().__init__(config, file)
+        c = self.config
         c.refuse_unless("hidden_act", "silu")
-        self.vocab_size, self.d_model, self.d_expert, self.d_ff = (
-            c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size", "intermediate_size_mlp"))
-        self.n_layers, self.n_heads = c.count("num_hidden_layers"), c.count("num_attention_heads")
-        self.n_kv_heads = c.count("num_key_value_heads") if c.get("num_key_value_heads") else self.n_heads
-        self.head_dim = c.count("head_dim") if c.get("head_dim") else self.d_model // self.n_heads
-        self.n_experts, self.step = c.count("num_local_experts"), c.count("interleave_moe_layer_step")
-        self.tied = c.need("tie_word_embeddings")
-        self.rope = rope_parameters(c, ROPE_BASE)
+        self.d_expert, self.n_experts, self.step = (
+            c.count(n) for n in ("intermediate_size", "num_local_experts", "interleave_moe_layer_step"))
         every = c.count("no_rope_layer_interval")
         self.rotated = self.per_layer("no_rope_layers", c.get("no_rope_layers") or [(i + 1) % every for i in range(self.n_layers)])
         kinds = c.get("layer_types") or ["chunked_attention" if r else "full_attention" for r in self.rotated]
@@ -86,22 +74,13 @@ class Llama4Text:
         return [bool(v) for v in values]
 
     def write_keys(self, out: GGUFWriter) -> None:
+        super().write_keys(out)
         c = self.config
-        out.add_block_count(self.n_layers)
-        out.add_context_length(c.count("max_position_embeddings"))
-        out.add_embedding_length(self.d_model)
-        out.add_feed_forward_length(self.d_ff)
         out.add_expert_feed_forward_length(self.d_expert)
         out.add_expert_count(self.n_experts)
         out.add_expert_used_count(c.count("num_experts_per_tok"))
         out.add_interleave_moe_layer_step(self.step)
-        out.add_head_count(self.n_heads)
-        out.add_head_count_kv(self.n_kv_heads)
-        out.add_key_length(self.head_dim)
-        out.add_value_length(self.head_dim)
-        out.add_layer_norm_rms_eps(c.need("rms_norm_eps"))
         out.add_rope_dimension_count(self.head_dim)
-        out.add_rope_freq_base(self.rope["rope_theta"])
         write_rope_scaling(out, self.rope, c, ("linear", "llama3", "yarn"))
         # what llama.cpp hard-codes; names are Ollama's and, for other models, llama.cpp's where they have one
         out.add_array("llama4.rope.layers", self.rotated)
@@ -112,26 +91,18 @@ class Llama4Text:
         out.add_float32("llama4.attention.temperature_scale", c.need("attn_scale") if c.get("attn_temperature_tuning") else 0.0)
         out.add_bool("llama4.use_qk_norm", bool(c.need("use_qk_norm")))
 
-    def unused(self) -> set[str]:
-        return {"lm_head.weight"} if self.tied else set()
-
-    def tensors(self) -> Iterator[Entry | Constant]:
-        d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        bias = self.config.need("attention_bias")
-        yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, d))
-        yield Entry("output_norm.weight", "model.norm.weight", (d,))
-        if not self.tied:
-            yield Entry("output.weight", "lm_head.weight", (self.vocab_size, d))
+    def constants(self) -> Iterator[Constant]:
         yield from rope_tensors(self.rope, self.config, self.head_dim)
-        for i in range(self.n_layers):
-            b, m = f"blk.{i}", f"model.layers.{i}"
-            yield Entry(f"{b}.attn_norm.weight", f"{m}.input_layernorm.weight", (d,))
-            yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, bias)
-            yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, bias)
-            yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, bias)
-            yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, bias)
-            yield Entry(f"{b}.ffn_norm.weight", f"{m}.post_attention_layernorm.weight", (d,))
-            yield from self.mixture(b, f"{m}.feed_forward") if i in self.mixed else self.dense(b, f"{m}.feed_forward", self.d_ff)
+
+    def layer(self, i: int, b: str, m: str) -> Tensors:
+        d, q, kv, bias = self.d_model, self.q_width, self.kv_width, self.config.need("attention_bias")
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
+        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, bias)
+        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, bias)
+        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, bias)
+        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, bias)
+        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
+        yield from self.mixture(b, f"{m}.feed_forward") if i in self.mixed else self.dense(b, f"{m}.feed_forward", self.d_ff)
 
     def dense(self, name: str, source: str, width: int, kind: str = "") -> Iterator[Entry]:
         """List the matrices of a feed-forward."""
@@ -142,7 +113,7 @@ class Llama4Text:
     def mixture(self, name: str, source: str) -> Iterator[Entry]:
         """List the router, the experts and the one that all tokens go through."""
         n, d, f = self.n_experts, self.d_model, self.d_expert
-        yield from linear(f"{name}.ffn_gate_inp", f"{source}.router", n, d)
+        yield Entry(f"{name}.ffn_gate_inp.weight", f"{source}.router.weight", (n, d), instead=FLOAT32)
         for part, first in (("gate", 0), ("up", f)):
             yield Entry(f"{name}.ffn_{part}_exps.weight", f"{source}.experts.gate_up_proj", (n, f, d), stored=(n, d, 2 * f),
                         first_column=first)
@@ -203,9 +174,10 @@ class Llama4(Llama4Text):
             for part in ("weight", "bias"):
                 yield Entry(f"{name}.{part}", f"{source}.{part}", (v,))
 
-        yield Entry("v.patch_embd.weight", "vision_model.patch_embedding.linear.weight", (v, 3 * self.patch_size**2))
+        yield Entry("v.patch_embd.weight", "vision_model.patch_embedding.linear.weight", (v, 3 * self.patch_size**2),
+                    instead=FLOAT32)
         yield Entry("v.class_embd", "vision_model.class_embedding", (v,))
-        yield Entry("v.position_embd.weight", "vision_model.positional_embedding_vlm", (self.n_patches + 1, v))
+        yield Entry("v.position_embd.weight", "vision_model.positional_embedding_vlm", (self.n_patches + 1, v), instead=FLOAT32)
         yield from norm("v.pre_ln", "vision_model.layernorm_pre")
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_model.model.layers.{i}"
@@ -213,8 +185,7 @@ class Llama4(Llama4Text):
             for name, source in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj"), ("attn_out", "o_proj")):
                 yield from linear(f"{b}.{name}", f"{m}.self_attn.{source}", v, v, bias=True)
             yield from norm(f"{b}.ln2", f"{m}.post_attention_layernorm")
-            yield from linear(f"{b}.ffn_up", f"{m}.mlp.fc1", f, v, bias=True)
-            yield from linear(f"{b}.ffn_down", f"{m}.mlp.fc2", v, f, bias=True)
+            yield from feed_forward(b, f"{m}.mlp", v, f, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield from norm("v.post_ln", "vision_model.layernorm_post")
         yield from linear("mm.model.mlp.1", "vision_model.vision_adapter.mlp.fc1", self.v_out, f)
         yield from linear("mm.model.mlp.2", "vision_model.vision_adapter.mlp.fc2", self.v_out, self.v_out)

@@ -15,10 +15,12 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .base import Checkpoint, Config, Constant, Entry, converts, interleaved_rows, linear, malformed_is, read_json
+from .checkpoint import Checkpoint, Config, malformed_is, read_json
+from .contract import FLOAT32, Constant, Entry, converts, linear
+from .rope import interleaved_rows
 from .llama import Llama
 from .tokenizer import special_ids
-from .vision import image_settings, write_encoder_keys
+from .vision import GATED, feed_forward, image_settings, write_encoder_keys
 
 # transformers' Mistral3Config, PixtralVisionConfig, PixtralProcessor and PixtralImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"image_token_index": 10, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
@@ -95,7 +97,7 @@ class Mistral3(Llama):
         # llama.cpp's mtmd puts this row between the lines itself
         yield Entry("v.token_embd.img_break", "model.embed_tokens.weight", (d,), stored=(self.vocab_size, d),
                     first_row=self.line_end)
-        yield Entry("v.patch_embd.weight", "vision_tower.patch_conv.weight", (v, 3, p, p))
+        yield Entry("v.patch_embd.weight", "vision_tower.patch_conv.weight", (v, 3, p, p), instead=FLOAT32)
         yield Entry("v.pre_ln.weight", "vision_tower.ln_pre.weight", (v,))
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_tower.transformer.layers.{i}"
@@ -105,9 +107,7 @@ class Mistral3(Llama):
             yield from linear(f"{b}.attn_v", f"{m}.attention.v_proj", v, v)
             yield from linear(f"{b}.attn_out", f"{m}.attention.o_proj", v, v)
             yield Entry(f"{b}.ln2.weight", f"{m}.ffn_norm.weight", (v,))
-            yield from linear(f"{b}.ffn_gate", f"{m}.feed_forward.gate_proj", f, v)
-            yield from linear(f"{b}.ffn_up", f"{m}.feed_forward.up_proj", f, v)
-            yield from linear(f"{b}.ffn_down", f"{m}.feed_forward.down_proj", v, f)
+            yield from feed_forward(b, f"{m}.feed_forward", v, f, GATED, bias=False)
         yield Entry("mm.input_norm.weight", "multi_modal_projector.norm.weight", (v,))
         yield from linear("mm.patch_merger", "multi_modal_projector.patch_merger.merging_layer", v, v * self.merge**2)
         yield from linear("mm.1", "multi_modal_projector.linear_1", d, v, self.biases)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from gguf import GGUFWriter
 
-from .base import Entry, Stack, converts
+from .contract import FLOAT32, Entry, Stack, converts
 from .llama import DEFAULTS, Llama
 
 
@@ -27,7 +27,7 @@ class Mixtral(Llama):
     def feed_forward(self, b: str, m: str) -> Iterator[Entry | Stack]:
         d, f, n = self.d_model, self.d_ff, self.config.count("num_local_experts")
         moe = f"{m}.block_sparse_moe"
-        yield Entry(f"{b}.ffn_gate_inp.weight", f"{moe}.gate.weight", (n, d))
+        yield Entry(f"{b}.ffn_gate_inp.weight", f"{moe}.gate.weight", (n, d), instead=FLOAT32)
         for name, source, shape in (("gate", "w1", (f, d)), ("up", "w3", (f, d)), ("down", "w2", (d, f))):
             name = f"{b}.ffn_{name}_exps.weight"
             yield Stack(name, tuple(Entry(name, f"{moe}.experts.{e}.{source}.weight", shape) for e in range(n)))

@@ -18,10 +18,11 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .base import Config, Constant, Entry, converts, linear
+from .checkpoint import Config
+from .contract import FLOAT32, NO_BLOCKS, Constant, Entry, converts, linear
 from .llama import DEFAULTS as LLAMA
 from .llama import Llama
-from .vision import image_settings, write_encoder_keys
+from .vision import feed_forward, image_settings, write_encoder_keys
 
 # transformers' MllamaConfig, MllamaTextConfig, MllamaVisionConfig and MllamaImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"image_token_index": 128_256}
@@ -106,16 +107,18 @@ class Mllama(Llama):
 
     def vision_tensors(self) -> Iterator[Entry]:
         v, p, n = self.v_model, self.patch_size, len(self.ratios) + 1
-        yield Entry("v.patch_embd.weight", "vision_model.patch_embedding.weight", (v, 3, p, p))
+        yield Entry("v.patch_embd.weight", "vision_model.patch_embedding.weight", (v, 3, p, p), instead=FLOAT32)
         yield Entry("v.class_embd", "vision_model.class_embedding", (v,))
         own = "vision_model.gated_positional_embedding"
-        yield Entry("v.position_embd.weight", f"{own}.embedding", (self.tile_rows, v))
+        yield Entry("v.position_embd.weight", f"{own}.embedding", (self.tile_rows, v), instead=FLOAT32)
         yield Entry("v.position_embd.gate", f"{own}.gate", (1,), make=lambda g: 1 - np.tanh(g))
-        yield Entry("v.tile_position_embd.weight", f"{own}.tile_embedding.weight", (n, self.tiles * self.tile_rows * v))
+        # added, and large: narrow, but never in blocks
+        yield Entry("v.tile_position_embd.weight", f"{own}.tile_embedding.weight", (n, self.tiles * self.tile_rows * v),
+                    instead=NO_BLOCKS)
         yield Entry("v.tile_position_embd.gate", f"{own}.gate", (1,), make=np.tanh)
         for when in ("pre", "post"):
             own = f"vision_model.{when}_tile_positional_embedding"
-            yield Entry(f"v.{when}_tile_position_embd.weight", f"{own}.embedding.weight", (n, self.tiles * v))
+            yield Entry(f"v.{when}_tile_position_embd.weight", f"{own}.embedding.weight", (n, self.tiles * v), instead=FLOAT32)
             yield Entry(f"v.{when}_tile_position_embd.gate", f"{own}.gate", (1,), make=np.tanh)
             yield from _norm(f"v.{when}_ln", f"vision_model.layernorm_{when}", v)
         for i in range(self.v_layers):
@@ -133,8 +136,7 @@ class Mllama(Llama):
             yield from linear(f"{b}.attn_{name}", f"{m}.self_attn.{name}_proj", v, v)
         yield from linear(f"{b}.attn_out", f"{m}.self_attn.o_proj", v, v)
         yield from _norm(f"{b}.ln2", f"{m}.post_attention_layernorm", v)
-        yield from linear(f"{b}.ffn_up", f"{m}.mlp.fc1", self.v_ff, v, bias=True)
-        yield from linear(f"{b}.ffn_down", f"{m}.mlp.fc2", v, self.v_ff, bias=True)
+        yield from feed_forward(b, f"{m}.mlp", v, self.v_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
 
 
 def _norm(name: str, source: str, n: int) -> Iterator[Entry]:

@@ -16,9 +16,10 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .base import Config, Entry, converts, linear
+from .checkpoint import Config
+from .contract import FLOAT32, Entry, converts, linear
 from .qwen2 import Qwen2
-from .vision import image_settings, pixel_limits, video_settings, write_encoder_keys
+from .vision import GATED, feed_forward, image_settings, pixel_limits, video_settings, write_encoder_keys
 
 # transformers' Qwen2VLConfig, Qwen2VLTextConfig, Qwen2VLVisionConfig and Qwen2VLImageProcessorPil,
 # Qwen2VLVideoProcessor where a checkpoint may be silent
@@ -56,7 +57,7 @@ class Qwen2VL(Qwen2):
     renames = ((r"^model\.language_model\.", "model."), (r"^language_model\.model\.", "model."),
                (r"^language_model\.lm_head\.", "lm_head."), (r"^model\.visual\.", "visual."))
     defaults, rope_base = TEXT, ROPE_BASE
-    vision_defaults = VISION
+    vision_defaults, mlp = VISION, {"ffn_up": "fc1", "ffn_down": "fc2"}
 
     def __init__(self, config: dict[str, Any], file: Path):
         r = self.root = Config(config, DEFAULTS, file)
@@ -121,32 +122,27 @@ class Qwen2VL(Qwen2):
         if videos.get("fps") is not None:
             out.add_float32("clip.vision.video_fps", videos.need("fps"))
 
-    def norm(self, name: str, source: str) -> Iterator[Entry]:
+    def vision_norm(self, name: str, source: str) -> Iterator[Entry]:
         """List the parameters of one of the encoder's norms."""
         for part in ("weight", "bias"):
             yield Entry(f"{name}.{part}", f"{source}.{part}", (self.v_model,))
-
-    def feed_forward(self, name: str, source: str) -> Iterator[Entry]:
-        """List the weights of one of the encoder's feed-forward networks."""
-        yield from linear(f"{name}.ffn_up", f"{source}.fc1", self.v_ff, self.v_model, bias=True)
-        yield from linear(f"{name}.ffn_down", f"{source}.fc2", self.v_model, self.v_ff, bias=True)
 
     def tensors(self) -> Iterator[Entry]:
         yield from super().tensors()
         v, p, merged = self.v_model, self.patch_size, self.v_model * self.merge ** 2
         for t in range(self.n_frames):
             yield Entry("v.patch_embd.weight" + (f".{t}" if t else ""), "visual.patch_embed.proj.weight", (v, 3, p, p),
-                        stored=(v, 3, self.n_frames, p, p), frame=t)
+                        stored=(v, 3, self.n_frames, p, p), frame=t, instead=FLOAT32)
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"visual.blocks.{i}"
-            yield from self.norm(f"{b}.ln1", f"{m}.norm1")
+            yield from self.vision_norm(f"{b}.ln1", f"{m}.norm1")
             for j, part in enumerate("qkv"):
                 yield Entry(f"{b}.attn_{part}.weight", f"{m}.attn.qkv.weight", (v, v), stored=(3 * v, v), first_row=j * v)
                 yield Entry(f"{b}.attn_{part}.bias", f"{m}.attn.qkv.bias", (v,), stored=(3 * v,), first_row=j * v)
             yield from linear(f"{b}.attn_out", f"{m}.attn.proj", v, v, bias=True)
-            yield from self.norm(f"{b}.ln2", f"{m}.norm2")
-            yield from self.feed_forward(b, f"{m}.mlp")
-        yield from self.norm("v.post_ln", "visual.merger.ln_q")
+            yield from self.vision_norm(f"{b}.ln2", f"{m}.norm2")
+            yield from feed_forward(b, f"{m}.mlp", v, self.v_ff, self.mlp)
+        yield from self.vision_norm("v.post_ln", "visual.merger.ln_q")
         yield from linear("mm.0", "visual.merger.mlp.0", merged, merged, bias=True)
         yield from linear("mm.2", "visual.merger.mlp.2", self.d_model, merged, bias=True)
 
@@ -155,7 +151,7 @@ class Qwen2VL(Qwen2):
 class Qwen25VL(Qwen2VL):
     """Adds window attention, a gated feed-forward network, norms without bias, and positions in seconds."""
     projector = "qwen2.5vl_merger"
-    vision_defaults = VISION_25
+    vision_defaults, mlp = VISION_25, GATED
 
     def widths(self) -> tuple[int, int, int]:
         v = self.vision
@@ -172,10 +168,5 @@ class Qwen25VL(Qwen2VL):
         if full == list(range(period - 1, self.v_layers, period)):
             out.add_vision_n_wa_pattern(period)
 
-    def norm(self, name: str, source: str) -> Iterator[Entry]:
+    def vision_norm(self, name: str, source: str) -> Iterator[Entry]:
         yield Entry(f"{name}.weight", f"{source}.weight", (self.v_model,))
-
-    def feed_forward(self, name: str, source: str) -> Iterator[Entry]:
-        yield from linear(f"{name}.ffn_gate", f"{source}.gate_proj", self.v_ff, self.v_model, bias=True)
-        yield from linear(f"{name}.ffn_up", f"{source}.up_proj", self.v_ff, self.v_model, bias=True)
-        yield from linear(f"{name}.ffn_down", f"{source}.down_proj", self.v_model, self.v_ff, bias=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
 
-from .base import Config, Entry, Stack, converts, linear
+from .checkpoint import Config
+from .contract import FLOAT32, Entry, Stack, converts, linear
+from .decoder import Tensors
 from .qwen2 import Qwen2
 
 # transformers' Qwen3MoeConfig where a config.json may be silent
@@ -40,24 +41,17 @@ class Qwen3Moe(Qwen2):
         out.add_expert_used_count(self.config.count("num_experts_per_tok"))
         out.add_expert_feed_forward_length(self.d_expert)
 
-    def tensors(self) -> Iterator[Entry | Stack]:
-        d, f, e = self.d_model, self.d_expert, self.head_dim
-        q, kv = self.n_heads * e, self.n_kv_heads * e
-        yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, d))
-        yield Entry("output_norm.weight", "model.norm.weight", (d,))
-        if not self.tied:
-            yield Entry("output.weight", "lm_head.weight", (self.vocab_size, d))
-        for i in range(self.n_layers):
-            b, m = f"blk.{i}", f"model.layers.{i}"
-            yield Entry(f"{b}.attn_norm.weight", f"{m}.input_layernorm.weight", (d,))
-            yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
-            yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
-            yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
-            yield Entry(f"{b}.attn_q_norm.weight", f"{m}.self_attn.q_norm.weight", (e,))
-            yield Entry(f"{b}.attn_k_norm.weight", f"{m}.self_attn.k_norm.weight", (e,))
-            yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
-            yield Entry(f"{b}.ffn_norm.weight", f"{m}.post_attention_layernorm.weight", (d,))
-            yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d))
-            for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
-                parts = (Entry(name, f"{m}.mlp.experts.{n}.{name}_proj.weight", shape) for n in range(self.n_experts))
-                yield Stack(f"{b}.ffn_{name}_exps.weight", tuple(parts))
+    def layer(self, i: int, b: str, m: str) -> Tensors:
+        d, f, q, kv = self.d_model, self.d_expert, self.q_width, self.kv_width
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
+        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
+        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
+        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
+        yield self.norm(f"{b}.attn_q_norm", f"{m}.self_attn.q_norm", self.head_dim)
+        yield self.norm(f"{b}.attn_k_norm", f"{m}.self_attn.k_norm", self.head_dim)
+        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
+        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
+        yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d), instead=FLOAT32)
+        for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
+            parts = (Entry(name, f"{m}.mlp.experts.{n}.{name}_proj.weight", shape) for n in range(self.n_experts))
+            yield Stack(f"{b}.ffn_{name}_exps.weight", tuple(parts))

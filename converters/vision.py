@@ -5,6 +5,8 @@ Keys as llama.cpp's `tools/mtmd/clip.cpp` reads them; what it hard-codes stands 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .base import Config, malformed_is, read_json
+from .checkpoint import Config, malformed_is, read_json
+from .contract import Entry, linear
 
 # an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
 ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick_gelu": (False, False),
                "silu": (False, True)}
+GATED = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}     # for `feed_forward`: most gated ones' names
 # values of a processor that no key expresses
 FIXED: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 
@@ -84,3 +88,15 @@ def write_encoder_keys(out: GGUFWriter, vision: Config, images: Config, *, proje
                 raise InvalidModelError(f"{images.file}: '{name}' has {len(values)} values for 3 colours")
             out.add_array(f"clip.vision.{name}", values)
         out.add_uint32("clip.vision.resample", int(images.need("resample")))
+
+
+def feed_forward(block: str, source: str, width: int, units: int, parts: Mapping[str, str], bias: bool = True) -> Iterator[Entry]:
+    """List the feed-forward of an encoder's layer; `parts` has the checkpoint's names by ours, of which ffn_down is the way back.
+
+    In formats of blocks its units are filled up to whole ones (So400m has 4304, Qwen2.5-VL 3420). Units of zeros add nothing: all
+    activations are 0 at 0, and their columns of ffn_down are 0 too.
+    """
+    for name, theirs in parts.items():
+        shape, axis = ((width, units), 1) if name == "ffn_down" else ((units, width), 0)
+        for entry in linear(f"{block}.{name}", f"{source}.{theirs}", *shape, bias):
+            yield replace(entry, units=axis if axis < len(entry.shape) else None)

@@ -3,14 +3,16 @@
  * A kernel is a plain function over tensor descriptors. Every thread of a run calls it with the same arguments and its own
  * `pe_stream`; the kernel divides its work with pe_next (dynamic chunks) or ith/nth, and must give bitwise the same result for
  * any number of threads, and for any number of other rows in the same batch. The runner waits for all threads after each
- * kernel. Named prototypes (gen/kernels.h), parameter structs (gen/params.h) and dispatch tables (gen/table_*.c) are generated
- * from the op declarations in pyengine/ops.
+ * kernel. Parameter structs and named prototypes (gen/kernels.h) and tables of kernels (gen/cpu/table.c) are generated from the op
+ * declarations in pyengine/ops, formats (gen/formats.h) from the table of dtypes.
  */
 #ifndef PE_H
 #define PE_H
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "gen/formats.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -33,16 +35,18 @@ typedef enum pe_status {
   PE_NO_KERNEL = 5    /* this backend has no kernel for these dtypes or this layout */
 } pe_status;
 
-/* Numbers below 256 are ggml's type ids (pyengine/dtype.py holds the table). PE_PACKED + id is the same format after
- * pe_pack: 16 rows interleaved (csrc/cpu/pack.h draws it). */
-enum {
-  PE_F32 = 0, PE_F16 = 1, PE_Q4_0 = 2, PE_Q4_1 = 3, PE_Q5_0 = 6, PE_Q5_1 = 7, PE_Q8_0 = 8, PE_Q8_1 = 9,
-  PE_Q2_K = 10, PE_Q3_K = 11, PE_Q4_K = 12, PE_Q5_K = 13, PE_Q6_K = 14, PE_Q8_K = 15,
-  PE_IQ2_XXS = 16, PE_IQ2_XS = 17, PE_IQ3_XXS = 18, PE_IQ1_S = 19, PE_IQ4_NL = 20, PE_IQ3_S = 21, PE_IQ2_S = 22,
-  PE_IQ4_XS = 23, PE_I8 = 24, PE_I16 = 25, PE_I32 = 26, PE_I64 = 27, PE_F64 = 28, PE_IQ1_M = 29, PE_BF16 = 30,
-  PE_TQ1_0 = 34, PE_TQ2_0 = 35, PE_MXFP4 = 39, PE_NVFP4 = 40,
-  PE_PACKED = 256
-};
+/* What one block of a format holds; a plain number is a block of one. elements is 0 where there is no such format. The formats and
+ * their numbers are ggml's (gen/formats.h: PE_Q4_0 and so on); PE_PACKED + number is the same format after pe_pack_groups. */
+typedef struct pe_format { int32_t elements, bytes; } pe_format;
+
+static inline __attribute__((always_inline)) pe_format pe_format_of(int32_t dtype) { /* folds away where dtype is a constant */
+  switch (dtype) {
+#define PE_FORMAT_CASE(name, id, elements, bytes) case id: { const pe_format f = {elements, bytes}; return f; }
+    PE_FORMATS(PE_FORMAT_CASE)
+#undef PE_FORMAT_CASE
+    default: { const pe_format none = {0, 0}; return none; }
+  }
+}
 
 /* Shapes are row-major, last axis contiguous. Strides are in bytes. For block formats shape[ndim-1] counts elements, and
  * stride[ndim-1] is the size of one block. */

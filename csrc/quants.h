@@ -3,7 +3,7 @@
  * A row of a quantized tensor is a run of blocks; each block holds QK consecutive elements (32, or 256 for the K, IQ
  * and TQ families). Everything is little-endian. In the drawings one box is one byte, its most significant bits on
  * the left; `x[i]` is element i of the block and `q[i]` its integer code. Names and sizes are ggml's; the sizes and
- * the arithmetic agree with gguf-py 0.19 (constants.py:GGML_QUANT_SIZES, quants.py), which tests/test_dequant.py
+ * the arithmetic agree with gguf-py 0.19 (constants.py:GGML_QUANT_SIZES, quants.py), which tests/kernels/test_dequant.py
  * checks bit by bit.
  *
  * Blocks of a file are aligned to their own size only, so a pointer to one may be odd (block_mxfp4 is 17 bytes long).
@@ -24,10 +24,12 @@ using namespace metal;
 #define PE_QUANT_FN static inline
 #endif
 
+#include "gen/formats.h"
+
 #if defined(__cplusplus) || defined(__METAL_VERSION__)
-#define PE_BLOCK_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type " has padding")
+#define PE_BLOCK_SIZE(type, name) static_assert(sizeof(type) == PE_BYTES_##name, #type " has padding")
 #else
-#define PE_BLOCK_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type " has padding")
+#define PE_BLOCK_SIZE(type, name) _Static_assert(sizeof(type) == PE_BYTES_##name, #type " has padding")
 #endif
 
 /* ---- blocks of 32 ---------------------------------------------------------------------------------------------- */
@@ -45,7 +47,7 @@ typedef struct {
   uint16_t d;       /* f16 */
   uint8_t qs[16];   /* nibbles */
 } block_q4_0;
-PE_BLOCK_SIZE(block_q4_0, 18);
+PE_BLOCK_SIZE(block_q4_0, Q4_0);
 
 /* x[i] = d * q[i] + m */
 typedef struct {
@@ -53,7 +55,7 @@ typedef struct {
   uint16_t m;       /* f16 */
   uint8_t qs[16];   /* nibbles */
 } block_q4_1;
-PE_BLOCK_SIZE(block_q4_1, 20);
+PE_BLOCK_SIZE(block_q4_1, Q4_1);
 
 /* x[i] = d * (q[i] - 16), where q[i] = bit i of qh << 4 | nibble
  *
@@ -65,7 +67,7 @@ typedef struct {
   uint8_t qh[4];    /* fifth bits; a little-endian uint32 whose bit i belongs to element i */
   uint8_t qs[16];   /* nibbles */
 } block_q5_0;
-PE_BLOCK_SIZE(block_q5_0, 22);
+PE_BLOCK_SIZE(block_q5_0, Q5_0);
 
 /* x[i] = d * q[i] + m, codes as in block_q5_0 */
 typedef struct {
@@ -74,14 +76,14 @@ typedef struct {
   uint8_t qh[4];    /* fifth bits */
   uint8_t qs[16];   /* nibbles */
 } block_q5_1;
-PE_BLOCK_SIZE(block_q5_1, 24);
+PE_BLOCK_SIZE(block_q5_1, Q5_1);
 
 /* x[i] = d * qs[i] */
 typedef struct {
   uint16_t d;       /* f16 */
   int8_t qs[32];
 } block_q8_0;
-PE_BLOCK_SIZE(block_q8_0, 34);
+PE_BLOCK_SIZE(block_q8_0, Q8_0);
 
 /* x[i] = d * qs[i]; s = d * sum(qs). An intermediate of dot products, never a weight: gguf-py has its size and no
  * dequantizer. (ggml itself has since made d and s f16: 36 bytes.) */
@@ -90,14 +92,14 @@ typedef struct {
   float s;
   int8_t qs[32];
 } block_q8_1;
-PE_BLOCK_SIZE(block_q8_1, 40);
+PE_BLOCK_SIZE(block_q8_1, Q8_1);
 
 /* x[i] = d * iq4_nl_values[nibble]: sixteen levels, denser around zero */
 typedef struct {
   uint16_t d;       /* f16 */
   uint8_t qs[16];   /* nibbles */
 } block_iq4_nl;
-PE_BLOCK_SIZE(block_iq4_nl, 18);
+PE_BLOCK_SIZE(block_iq4_nl, IQ4_NL);
 
 /* x[i] = 2^(e - 127) * e2m1(nibble), OCP Microscaling Formats v1.0. The codebook holds twice the e2m1 values, so that
  * it is integer; pe_e8m0_half_to_f32 takes the half back. */
@@ -105,7 +107,7 @@ typedef struct {
   uint8_t e;        /* e8m0 */
   uint8_t qs[16];   /* nibbles */
 } block_mxfp4;
-PE_BLOCK_SIZE(block_mxfp4, 17);
+PE_BLOCK_SIZE(block_mxfp4, MXFP4);
 
 /* Four sub-blocks of 16, each with a scale and its own nibble order: sub-block s owns d[s] and qs[8 s .. 8 s + 7].
  *
@@ -117,14 +119,14 @@ typedef struct {
   uint8_t d[4];     /* e4m3, unsigned */
   uint8_t qs[32];   /* nibbles */
 } block_nvfp4;
-PE_BLOCK_SIZE(block_nvfp4, 36);
+PE_BLOCK_SIZE(block_nvfp4, NVFP4);
 
 /* 128 elements, one bit each: bit i % 8 of qs[i / 8]. gguf-py has its size and no dequantizer. */
 typedef struct {
   uint16_t d;       /* f16 */
   uint8_t qs[16];
 } block_q1_0;
-PE_BLOCK_SIZE(block_q1_0, 18);
+PE_BLOCK_SIZE(block_q1_0, Q1_0);
 
 /* ---- blocks of 256: K formats ---------------------------------------------------------------------------------- */
 
@@ -143,7 +145,7 @@ typedef struct {
   uint16_t d;         /* f16 */
   uint16_t dmin;      /* f16 */
 } block_q2_K;
-PE_BLOCK_SIZE(block_q2_K, 84);
+PE_BLOCK_SIZE(block_q2_K, Q2_K);
 
 /* 16 sub-blocks of 16 elements, 3 bits each: low two in qs (order of block_q2_K), the third in hmask.
  *
@@ -159,7 +161,7 @@ typedef struct {
   uint8_t scales[12];
   uint16_t d;         /* f16 */
 } block_q3_K;
-PE_BLOCK_SIZE(block_q3_K, 110);
+PE_BLOCK_SIZE(block_q3_K, Q3_K);
 
 /* 8 sub-blocks of 32 elements, 4 bits each.
  *
@@ -176,7 +178,7 @@ typedef struct {
   uint8_t scales[12];
   uint8_t qs[128];
 } block_q4_K;
-PE_BLOCK_SIZE(block_q4_K, 144);
+PE_BLOCK_SIZE(block_q4_K, Q4_K);
 
 /* block_q4_K and a fifth bit: bit k of qh[l] belongs to element 32 k + l. */
 typedef struct {
@@ -186,7 +188,7 @@ typedef struct {
   uint8_t qh[32];
   uint8_t qs[128];
 } block_q5_K;
-PE_BLOCK_SIZE(block_q5_K, 176);
+PE_BLOCK_SIZE(block_q5_K, Q5_K);
 
 /* 16 sub-blocks of 16 elements, 6 bits each, in two halves h of 128 elements; l = 0..31, r = 128 h + l:
  *
@@ -201,7 +203,7 @@ typedef struct {
   int8_t scales[16];
   uint16_t d;         /* f16 */
 } block_q6_K;
-PE_BLOCK_SIZE(block_q6_K, 210);
+PE_BLOCK_SIZE(block_q6_K, Q6_K);
 
 /* x[i] = d * qs[i]; bsums[j] = sum of sub-block j of 16. An intermediate of dot products, as block_q8_1. */
 typedef struct {
@@ -209,14 +211,14 @@ typedef struct {
   int8_t qs[256];
   int16_t bsums[16];
 } block_q8_K;
-PE_BLOCK_SIZE(block_q8_K, 292);
+PE_BLOCK_SIZE(block_q8_K, Q8_K);
 
 /* ---- blocks of 256: codebook formats ------------------------------------------------------------------------------
  *
  * An index selects a row of a codebook ("grid"): 8 elements for IQ1 and IQ2, 4 for IQ3. Elements are positive in IQ2
  * and IQ3 and carry their signs separately: eight bits, bit i = 1 for a negative element i, or the first seven of
  * such eight bits, the last being their parity (the number of minus signs is even). The codebooks are data:
- * pe_set_codebook in dequant.h. */
+ * pe_set_codebook in host/dequant.h. */
 
 /* 8 sub-blocks of 32 elements, each two little-endian uint32 in qs[4 j .. 4 j + 3]:
  *
@@ -228,7 +230,7 @@ typedef struct {
   uint16_t d;         /* f16 */
   uint16_t qs[32];
 } block_iq2_xxs;
-PE_BLOCK_SIZE(block_iq2_xxs, 66);
+PE_BLOCK_SIZE(block_iq2_xxs, IQ2_XXS);
 
 /* qs[j] = [ signs:7 | index:9 ], 8 elements; scales[j] = [ scale 2 j + 1 : scale 2 j ], 16 elements each. */
 typedef struct {
@@ -236,7 +238,7 @@ typedef struct {
   uint16_t qs[32];
   uint8_t scales[8];
 } block_iq2_xs;
-PE_BLOCK_SIZE(block_iq2_xs, 74);
+PE_BLOCK_SIZE(block_iq2_xs, IQ2_XS);
 
 /* Group j of 8 elements: index = [ bits 2 (j % 4) of qh[j / 4] : qs[j] ], 10 bits; signs[j]; scales as in iq2_xs. */
 typedef struct {
@@ -246,7 +248,7 @@ typedef struct {
   uint8_t qh[8];
   uint8_t scales[8];
 } block_iq2_s;
-PE_BLOCK_SIZE(block_iq2_s, 82);
+PE_BLOCK_SIZE(block_iq2_s, IQ2_S);
 
 /* Group j of 4 elements: index qs[j]. Sub-block k of 32 elements: a little-endian uint32 at aux[4 k],
  * [ scale:4 | signs 3:7 | signs 2:7 | signs 1:7 | signs 0:7 ]. x = d * (0.5 + scale) * 0.5 * grid * sign */
@@ -255,7 +257,7 @@ typedef struct {
   uint8_t qs[64];
   uint8_t aux[32];
 } block_iq3_xxs;
-PE_BLOCK_SIZE(block_iq3_xxs, 98);
+PE_BLOCK_SIZE(block_iq3_xxs, IQ3_XXS);
 
 /* Group j of 4 elements: index = [ bit j % 8 of qh[j / 8] : qs[j] ], 9 bits; signs[j / 2], low nibble for even j.
  * scales[k] = [ scale 2 k + 1 : scale 2 k ], 32 elements each. x = d * (1 + 2 * scale) * grid * sign */
@@ -266,7 +268,7 @@ typedef struct {
   uint8_t signs[32];
   uint8_t scales[4];
 } block_iq3_s;
-PE_BLOCK_SIZE(block_iq3_s, 110);
+PE_BLOCK_SIZE(block_iq3_s, IQ3_S);
 
 /* 8 sub-blocks of 32 elements; group g of sub-block k: index = [ high g : qs[4 k + g] ], 11 bits.
  *
@@ -278,7 +280,7 @@ typedef struct {
   uint8_t qs[32];
   uint16_t qh[8];
 } block_iq1_s;
-PE_BLOCK_SIZE(block_iq1_s, 50);
+PE_BLOCK_SIZE(block_iq1_s, IQ1_S);
 
 /* 32 groups of 8 elements. Group j: index = [ high : qs[j] ], where nibble j % 2 of qh[j / 2] = [ delta:1 | high:3 ].
  * 16 scales of three bits, 16 elements each, and one f16 d share scales, read as four little-endian uint16:
@@ -291,7 +293,7 @@ typedef struct {
   uint8_t qh[16];
   uint8_t scales[8];
 } block_iq1_m;
-PE_BLOCK_SIZE(block_iq1_m, 56);
+PE_BLOCK_SIZE(block_iq1_m, IQ1_M);
 
 /* 8 sub-blocks of 32 elements, each in the codebook and nibble order of block_iq4_nl: sub-block k owns qs[16 k ..+15].
  * scale k = [ bits 2 k of scales_h : nibble k % 2 of scales_l[k / 2] ], biased by 32. x = (d * (scale - 32)) * value */
@@ -301,7 +303,7 @@ typedef struct {
   uint8_t scales_l[4];
   uint8_t qs[128];
 } block_iq4_xs;
-PE_BLOCK_SIZE(block_iq4_xs, 136);
+PE_BLOCK_SIZE(block_iq4_xs, IQ4_XS);
 
 /* ---- blocks of 256: ternary formats ---------------------------------------------------------------------------- */
 
@@ -318,14 +320,14 @@ typedef struct {
   uint8_t qh[4];
   uint16_t d;         /* f16 */
 } block_tq1_0;
-PE_BLOCK_SIZE(block_tq1_0, 54);
+PE_BLOCK_SIZE(block_tq1_0, TQ1_0);
 
 /* x[i] = d * (q[i] - 1), two bits each in the order of block_q2_K. */
 typedef struct {
   uint8_t qs[64];
   uint16_t d;         /* f16 */
 } block_tq2_0;
-PE_BLOCK_SIZE(block_tq2_0, 66);
+PE_BLOCK_SIZE(block_tq2_0, TQ2_0);
 
 /* ---- sixteen-level codebooks: initialisers, because C, CUDA and Metal keep constants in different places ------- */
 

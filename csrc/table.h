@@ -1,4 +1,4 @@
-/* table.h: what a backend's generated table says about each of its kernels. */
+/* table.h: what a backend's table (gen/<backend>/table.c) says about each of its kernels. */
 #ifndef PE_TABLE_H
 #define PE_TABLE_H
 

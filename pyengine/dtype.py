@@ -94,6 +94,45 @@ _TABLE = (
     ("Q1_0", 41, 128, 18, None),
 )
 
+
+class PackedForm(NamedTuple):
+    """Describe how 16 rows of a format lie interleaved for kernels; csrc/cpu/pack.h draws it. Bytes are of 16 rows.
+
+    unit    blocks whose heads stand together, so that heads fill whole cache lines
+    head    bytes of the head of a block: scales of the whole block
+    body    bytes of its body: codes, and scales of parts of the block; of plain numbers, all
+    steps   how weights w follow from codes u in steps of 32, with a scale s: "zero" s (u - z), "offset" s u + o;
+            "halves_zero" and "halves_offset" where s and o change every 16; None for plain numbers
+    zero    z; codes are below 128 unless it is 128
+    """
+
+    unit: int
+    head: int
+    body: int
+    steps: str | None
+    zero: int
+
+
+# The formats that have a packed form: their weights are multiplied as they are packed, all others as floats.
+PACKED_FORMS = {
+    "Q4_0": PackedForm(2, 32, 256, "zero", 8),
+    "Q4_1": PackedForm(1, 64, 256, "offset", 0),
+    "Q5_0": PackedForm(2, 32, 320, "zero", 16),
+    "Q5_1": PackedForm(1, 64, 320, "offset", 0),
+    "Q8_0": PackedForm(2, 32, 512, "zero", 128),
+    "IQ4_NL": PackedForm(2, 32, 256, "zero", 128),
+    "MXFP4": PackedForm(4, 16, 256, "zero", 12),
+    "Q2_K": PackedForm(1, 320, 1024, "halves_offset", 0),
+    "Q3_K": PackedForm(2, 32, 1728, "halves_zero", 4),
+    "Q4_K": PackedForm(1, 256, 2048, "offset", 0),
+    "Q5_K": PackedForm(1, 256, 2560, "offset", 0),
+    "Q6_K": PackedForm(2, 32, 3328, "halves_zero", 32),
+    "IQ4_XS": PackedForm(1, 128, 2048, "zero", 128),
+    "F32": PackedForm(1, 0, 64, None, 0),
+    "F16": PackedForm(1, 0, 32, None, 0),
+    "BF16": PackedForm(1, 0, 32, None, 0),
+}
+
 # Numbers that older files carry and that ggml no longer reads.
 REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
            36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}

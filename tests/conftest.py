@@ -1,8 +1,9 @@
-"""Shared fixtures: tiny converted checkpoints, and the real models that `make weights` fetches."""
+"""Shared fixtures: tiny converted checkpoints, full-size models without data, and the real models that `make weights` fetches."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def real_model():
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
-    """tiny_gguf("llama", outtype="f32", **config) -> (GGUF path, checkpoint folder) of a seeded random model."""
+    """tiny_gguf("llama", outtype="f32", **config) -> (GGUF path, checkpoint folder) of a case's seeded random model."""
     pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")
     import tiny
-    from converters.base import convert
+    from converters import convert
 
     made: dict[Any, Any] = {}
 
@@ -58,3 +59,36 @@ def tiny_gguf(tmp_path_factory):
         return out, folder / "hf"
 
     return get
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory):
+    """full_size("gemma-12b") -> files of headers and holes of a published model: (decoder, encoder or None)."""
+    pytest.importorskip("gguf")
+    import cases
+
+    models = {name: full for case in cases.every().values() for name, full in case.full.items()}
+    folder = tmp_path_factory.mktemp("full")
+    made: dict[str, tuple[Path, Path | None]] = {}
+
+    def get(name: str) -> tuple[Path, Path | None]:
+        if name not in made:
+            made[name] = models[name].write(folder, name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(bytes, gpu bytes...): what every plan takes for the memory of this machine from now on."""
+    from pyengine import hardware
+    from pyengine.hardware.facts import Device
+
+    def set_to(free: int, *gpus: int) -> None:
+        found = hardware.detect()
+        devices = [replace(found.devices[0], total=free, free=free)]
+        devices += [Device("cuda", "test GPU", i, n, n) for i, n in enumerate(gpus)]
+        monkeypatch.setattr(hardware, "detect", lambda system=None: replace(found, devices=tuple(devices)))
+
+    return set_to

@@ -1,21 +1,24 @@
 // engine.cpp: pyengine._engine. Objects with a lifetime for Python: memory, thread pools, programs. Kernels and other flat
-// functions are called through cffi (pyengine/native.py).
+// functions are called through cffi.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "../cpu/pack.h"
-#include "../isa.h"
-#include "../program.h"
+#include "../cpu/isa.h"
+#include "../cpu/program.h"
 
 namespace py = pybind11;
 
@@ -50,22 +53,44 @@ class Buffer {
   int64_t nbytes_;
 };
 
+// A team of threads. Programs that share it run one after the other, whichever thread they come from; a child of fork, which has
+// none of the threads, gets a team of its own when it first runs something.
 class Pool {
  public:
-  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr) {
+  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr), owner_(getpid()) {
     if (!pool_) throw std::invalid_argument("Pool: cannot make " + std::to_string(n) + " threads");
   }
   ~Pool() {
     py::gil_scoped_release release;
-    pe_pool_free(pool_);
+    if (owner_ == getpid()) pe_pool_free(pool_);
   }
   Pool(const Pool &) = delete;
   Pool &operator=(const Pool &) = delete;
-  pe_pool *get() const { return pool_; }
   int size() const { return pe_pool_size(pool_); }
 
+  // Call work(pe_pool *) when nobody else uses the team, without the interpreter's lock.
+  template <class Work>
+  auto run(Work work) {
+    renew();
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> turn(*busy_);
+    return work(pool_);
+  }
+
  private:
+  void renew() {                                              // under the interpreter's lock, so by one thread
+    if (owner_ == getpid()) return;
+    pe_pool *fresh = pe_pool_new(pe_pool_size(pool_));
+    if (!fresh) throw std::runtime_error("Pool: this child of fork cannot make threads");
+    pool_ = fresh;                                            // the parent's team is memory without threads: it is left alone
+    busy_.release();                                          // its lock may be held by a thread that is not here
+    busy_ = std::make_unique<std::mutex>();
+    owner_ = getpid();
+  }
+
   pe_pool *pool_;
+  pid_t owner_;
+  std::unique_ptr<std::mutex> busy_ = std::make_unique<std::mutex>();
 };
 
 const pe_isa &isa_of(const std::string &name) {
@@ -80,22 +105,119 @@ const pe_kernel_entry *kernel_of(const std::string &isa, const std::string &op) 
   return nullptr;
 }
 
-using Axis = std::pair<int64_t, int32_t>;                                            // scale, dim or -1
-using TensorSpec = std::tuple<int32_t, int64_t, int32_t, std::vector<Axis>, std::vector<Axis>>;  // base offset dtype shape strides
-using NodeSpec = std::tuple<std::string, std::vector<std::vector<int32_t>>, int32_t, py::bytes, int64_t, int64_t>;
-// op, tensors of each argument (inputs, then outputs), number of inputs, params, scratch offset, scratch bytes
+using Axis = std::pair<int64_t, int32_t>;  // scale, and number of a run-time axis or -1: program.h's pe_axis
+using Ids = std::vector<std::vector<int32_t>>;  // of each argument, the numbers of its tensors: one, none or several
+
+// What Python says of a tensor, a dict with these names: where it lies, and how. Strides are in bytes.
+struct TensorSpec {
+  int32_t base = 0;
+  int64_t offset = 0;
+  int32_t dtype = 0;
+  std::vector<Axis> shape, strides;
+};
+
+// And of a node, likewise. Arguments are in the order of the op's declaration.
+struct NodeSpec {
+  std::string op;
+  Ids inputs, outputs;
+  std::string params;  // the bytes of pe_<op>_params
+  int64_t scratch_offset = 0, scratch_bytes = 0;
+};
+
+// Ids of all arguments, of which the first n_in are inputs.
+NodeSpec node_of(const std::string &op, const Ids &ids, int32_t n_in, const std::string &params, int64_t scratch_offset,
+                 int64_t scratch_bytes) {
+  if (n_in < 0 || n_in > static_cast<int32_t>(ids.size())) throw std::invalid_argument("node: wrong number of inputs");
+  return {op, Ids(ids.begin(), ids.begin() + n_in), Ids(ids.begin() + n_in, ids.end()), params, scratch_offset, scratch_bytes};
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+// A name as Python keeps it, made once: looking it up is then a comparison of addresses.
+#define PE_KEY(name) ([] { static PyObject *key = PyUnicode_InternFromString(name); return key; }())
+
+// Fields of a dict by their names. Every one must be there, and nothing else.
+class Fields {
+ public:
+  Fields(handle dict, const char *what) : dict_(dict), what_(what), left_(PyDict_Size(dict.ptr())) {}
+  template <class T>
+  void take(PyObject *name, T &to) {
+    PyObject *value = PyDict_GetItemWithError(dict_.ptr(), name);
+    if (!value) throw std::invalid_argument(std::string(what_) + ": no '" + PyUnicode_AsUTF8(name) + "'");
+    to = handle(value).cast<T>();
+    left_--;
+  }
+  void end() const {
+    if (left_) throw std::invalid_argument(std::string(what_) + ": a name that it does not have");
+  }
+
+ private:
+  handle dict_;
+  const char *what_;
+  Py_ssize_t left_;
+};
+
+// A dict, or without names (base, offset, dtype, shape, strides).
+template <>
+struct type_caster<TensorSpec> {
+  PYBIND11_TYPE_CASTER(TensorSpec, const_name("TensorSpec"));
+  bool load(handle src, bool) {
+    if (PyTuple_Check(src.ptr())) {
+      auto t = src.cast<std::tuple<int32_t, int64_t, int32_t, std::vector<Axis>, std::vector<Axis>>>();
+      std::tie(value.base, value.offset, value.dtype, value.shape, value.strides) = std::move(t);
+      return true;
+    }
+    if (!PyDict_Check(src.ptr())) return false;
+    Fields f(src, "tensor");
+    f.take(PE_KEY("base"), value.base);
+    f.take(PE_KEY("offset"), value.offset);
+    f.take(PE_KEY("dtype"), value.dtype);
+    f.take(PE_KEY("shape"), value.shape);
+    f.take(PE_KEY("strides"), value.strides);
+    f.end();
+    return true;
+  }
+};
+
+// A dict, or without names (op, ids, n_in, params, scratch_offset, scratch_bytes).
+template <>
+struct type_caster<NodeSpec> {
+  PYBIND11_TYPE_CASTER(NodeSpec, const_name("NodeSpec"));
+  bool load(handle src, bool) {
+    if (PyTuple_Check(src.ptr())) {
+      value = std::apply(node_of, src.cast<std::tuple<std::string, Ids, int32_t, std::string, int64_t, int64_t>>());
+      return true;
+    }
+    if (!PyDict_Check(src.ptr())) return false;
+    Fields f(src, "node");
+    f.take(PE_KEY("op"), value.op);
+    f.take(PE_KEY("inputs"), value.inputs);
+    f.take(PE_KEY("outputs"), value.outputs);
+    f.take(PE_KEY("params"), value.params);
+    f.take(PE_KEY("scratch_offset"), value.scratch_offset);
+    f.take(PE_KEY("scratch_bytes"), value.scratch_bytes);
+    f.end();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
 
 pe_program_tensor tensor_of(const TensorSpec &spec) {
-  const auto &[base, offset, dtype, shape, stride] = spec;
-  if (shape.size() > PE_MAX_DIMS || stride.size() != shape.size()) throw std::invalid_argument("tensor: too many axes");
+  if (spec.shape.size() > PE_MAX_DIMS || spec.strides.size() != spec.shape.size())
+    throw std::invalid_argument("tensor: too many axes");
   pe_program_tensor t{};
-  t.base = base;
-  t.offset = offset;
-  t.dtype = dtype;
-  t.ndim = static_cast<int32_t>(shape.size());
-  for (size_t d = 0; d < shape.size(); d++) {
-    t.shape[d] = {shape[d].first, shape[d].second};
-    t.stride[d] = {stride[d].first, stride[d].second};
+  t.base = spec.base;
+  t.offset = spec.offset;
+  t.dtype = spec.dtype;
+  t.ndim = static_cast<int32_t>(spec.shape.size());
+  for (size_t d = 0; d < spec.shape.size(); d++) {
+    t.shape[d] = {spec.shape[d].first, spec.shape[d].second};
+    t.stride[d] = {spec.strides[d].first, spec.strides[d].second};
   }
   return t;
 }
@@ -106,16 +228,18 @@ struct Arguments {
   std::vector<int32_t> start, count;
   pe_args args{};
 
-  Arguments(const std::vector<std::vector<int32_t>> &ids, int32_t n_in, const pe_tensor *all, int32_t n_all) {
-    for (const auto &arg : ids) {
-      start.push_back(static_cast<int32_t>(tensors.size()));
-      count.push_back(static_cast<int32_t>(arg.size()));
-      for (int32_t id : arg) {
-        if (id < 0 || id >= n_all) throw std::invalid_argument("node: tensor number out of range");
-        tensors.push_back(all + id);
+  Arguments(const NodeSpec &node, const pe_tensor *all, int32_t n_all) {
+    for (const Ids *side : {&node.inputs, &node.outputs})
+      for (const auto &arg : *side) {
+        start.push_back(static_cast<int32_t>(tensors.size()));
+        count.push_back(static_cast<int32_t>(arg.size()));
+        for (int32_t id : arg) {
+          if (id < 0 || id >= n_all) throw std::invalid_argument("node: tensor number out of range");
+          tensors.push_back(all + id);
+        }
       }
-    }
-    args = {tensors.data(), start.data(), count.data(), n_in, static_cast<int32_t>(ids.size()) - n_in};
+    args = {tensors.data(), start.data(), count.data(), static_cast<int32_t>(node.inputs.size()),
+            static_cast<int32_t>(node.outputs.size())};
   }
 };
 
@@ -134,12 +258,15 @@ class Program {
       for (int d = 0; d < resolved.ndim; d++)
         if (spec_.back().shape[d].dim >= n_dims || spec_.back().stride[d].dim >= n_dims) throw std::invalid_argument("tensor: no such dim");
     }
-    for (const auto &[op, ids, n_in, params, scratch_offset, scratch_bytes] : nodes) {
-      const pe_kernel_entry *kernel = kernel_of(isa, op);
-      if (!kernel) throw std::invalid_argument("no kernel for op '" + op + "' on " + isa);
-      arguments_.push_back(std::make_unique<Arguments>(ids, n_in, tensors_.data(), static_cast<int32_t>(tensors_.size())));
-      params_.push_back(std::make_unique<std::string>(params));
-      nodes_.push_back({kernel->run, arguments_.back()->args, params_.back()->data(), scratch_offset, scratch_bytes, 0.0});
+    std::unordered_map<std::string, const pe_kernel_entry *> kernels;  // an op is looked up once
+    for (const NodeSpec &node : nodes) {
+      const auto [found, fresh] = kernels.try_emplace(node.op, nullptr);
+      if (fresh) found->second = kernel_of(isa, node.op);
+      const pe_kernel_entry *kernel = found->second;
+      if (!kernel) throw std::invalid_argument("no kernel for op '" + node.op + "' on " + isa);
+      arguments_.push_back(std::make_unique<Arguments>(node, tensors_.data(), static_cast<int32_t>(tensors_.size())));
+      params_.push_back(std::make_unique<std::string>(node.params));
+      nodes_.push_back({kernel->run, arguments_.back()->args, params_.back()->data(), node.scratch_offset, node.scratch_bytes, 0.0});
     }
     program_.spec = spec_.data();
     program_.tensors = tensors_.data();
@@ -158,9 +285,10 @@ class Program {
   std::tuple<int32_t, int32_t, std::string> run(Pool &pool, const std::vector<int64_t> &dims, int32_t first) {
     if (static_cast<int32_t>(dims.size()) != n_dims_) throw std::invalid_argument("run: wrong number of dims");
     if (first < 0 || first > program_.n_nodes) throw std::invalid_argument("run: no such node");
-    py::gil_scoped_release release;
-    int32_t status = pe_program_run(&program_, pool.get(), dims.data(), first);
-    return {status, program_.failed_node, program_.message};
+    return pool.run([&](pe_pool *team) -> std::tuple<int32_t, int32_t, std::string> {
+      int32_t status = pe_program_run(&program_, team, dims.data(), first);
+      return {status, program_.failed_node, program_.message};
+    });
   }
 
   void profile(bool on) {
@@ -186,10 +314,9 @@ class Program {
   pe_program program_{};
 };
 
-// Working memory of a kernel for these tensors: -1 if there is no such kernel.
-int64_t scratch_bytes(const std::string &isa, const std::string &op, const std::vector<TensorSpec> &tensors,
-                      const std::vector<std::vector<int32_t>> &ids, int32_t n_in, const std::string &params, int32_t n_threads) {
-  const pe_kernel_entry *kernel = kernel_of(isa, op);
+// Working memory of a node's kernel for tensors of these sizes: -1 if there is no such kernel.
+int64_t scratch_bytes(const std::string &isa, const NodeSpec &node, const std::vector<TensorSpec> &tensors, int32_t n_threads) {
+  const pe_kernel_entry *kernel = kernel_of(isa, node.op);
   if (!kernel) return -1;
   if (!kernel->scratch) return 0;
   std::vector<pe_tensor> resolved;
@@ -204,8 +331,8 @@ int64_t scratch_bytes(const std::string &isa, const std::string &op, const std::
     }
     resolved.push_back(r);
   }
-  Arguments a(ids, n_in, resolved.data(), static_cast<int32_t>(resolved.size()));
-  return kernel->scratch(&a.args, params.data(), n_threads);
+  Arguments a(node, resolved.data(), static_cast<int32_t>(resolved.size()));
+  return kernel->scratch(&a.args, node.params.data(), n_threads);
 }
 
 struct PackJob {
@@ -230,15 +357,14 @@ void pack_member(void *context, int, int) {
 
 void pack(Pool &pool, int32_t dtype, uint64_t src, int64_t n, int64_t k, uint64_t dst) {
   PackJob job{dtype, reinterpret_cast<const void *>(src), n, k, (n + 15) / 16, 0, reinterpret_cast<void *>(dst), PE_OK};
-  py::gil_scoped_release release;
-  pe_pool_run(pool.get(), pack_member, &job);
+  pool.run([&](pe_pool *team) { pe_pool_run(team, pack_member, &job); });
   if (job.status != PE_OK) throw std::runtime_error("pack: status " + std::to_string(job.status));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_engine, m) {
-  m.doc() = "Memory, threads and programs of pyengine; see pyengine/backends/cpu.py.";
+  m.doc() = "Memory, threads and programs of pyengine's CPU backend.";
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol())
       .def(py::init<int64_t, bool>(), py::arg("nbytes"), py::arg("huge_pages"))
       .def_property_readonly("nbytes", &Buffer::nbytes)
@@ -254,8 +380,14 @@ PYBIND11_MODULE(_engine, m) {
       .def("run", &Program::run, py::arg("pool"), py::arg("dims"), py::arg("first") = 0)
       .def("profile", &Program::profile, py::arg("on"))
       .def("seconds", &Program::seconds);
-  m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("op"), py::arg("tensors"), py::arg("ids"), py::arg("n_in"),
-        py::arg("params"), py::arg("n_threads"));
+  m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("node"), py::arg("tensors"), py::arg("n_threads"));
+  m.def(
+      "scratch_bytes",
+      [](const std::string &isa, const std::string &op, const std::vector<TensorSpec> &tensors, const Ids &ids, int32_t n_in,
+         const std::string &params, int32_t n_threads) {
+        return scratch_bytes(isa, node_of(op, ids, n_in, params, 0, 0), tensors, n_threads);
+      },
+      py::arg("isa"), py::arg("op"), py::arg("tensors"), py::arg("ids"), py::arg("n_in"), py::arg("params"), py::arg("n_threads"));
   m.def("pack", &pack, py::arg("pool"), py::arg("dtype"), py::arg("src"), py::arg("n"), py::arg("k"), py::arg("dst"));
   m.def("isas", [] {
     std::vector<std::string> names;

@@ -1,4 +1,5 @@
 /* attention_int8.c: attention with products="int8", for encoders: both of its products are of bytes, summed exactly in int32.
+ * Reference: pyengine/ops/attention.py: attend_int8.
  *
  *   q   x scale log2(e), one scale a query
  *   k   less a centre, which adds the same to all scores of a query, one scale a key (SageAttention, Zhang et al. 2024,
@@ -17,24 +18,13 @@
  * instructions of a query and a tile: e + f dot products, 26 loads of their bytes, about 75 for the softmax, f / 4 to add the
  * tile to the sums; of a key in each unit about 100. Bytes: a unit reads its keys' K and V once, and its queries.
  */
-#include "attention_int8.h"
+#include "attention.h"
+#include "codes.h"
 
-#include "cells.h"
-
-enum { KEYS = 64, TILES = 4, ROWS = PE_PARTS == 2 ? 4 : 6, VECTORS = PE_PARTS == 1 ? 4 : 1 };
-/* Queries of a unit: what is kept of them fits the second cache; fewer where there would not be SHARES units a thread. */
-enum { UNIT_BYTES = 512 << 10, LEAST_QUERIES = 128, SHARES = 8 };
+enum { KEYS = TILE_KEYS, TILES = 4, ROWS = PE_PARTS == 2 ? 4 : 6, VECTORS = PE_PARTS == 1 ? 4 : 1 };
+enum { UNIT_BYTES = 512 << 10 }; /* what is kept of a unit's queries fits the second cache */
 /* A query's top moves only when a tile's peak passes it by so many powers of 2, so sums are seldom shrunk by much. */
 static const float SLACK = 8.0f, LOG2_E = 1.44269504f, LN_2 = 0.693147181f, LOG2_255 = 7.99435344f;
-
-/* Sizes of the work; kp, fp: e and f rounded up to 16, words: 4 elements of k each. */
-typedef struct job {
-  const pe_tensor *q, *k, *v;
-  const int32_t *lo, *hi;
-  float *out, scale;
-  int64_t m, h, g, group, e, f, kp, fp, words;
-  int64_t rows; /* of a unit, at most */
-} job;
 
 typedef struct bytes_tile {
   uint8_t *k;     /* [words, rounded up to 16][64][4]: codes + 128 of key j */
@@ -49,15 +39,18 @@ typedef struct bytes_tile {
 /* A thread's scratch; `top`, `sum` and `acc` are of the tiles so far: relative to 2^top, sum in 16 lanes. */
 typedef struct buffers {
   int32_t *starts;            /* [m + 1]: first rows of blocks */
-  float *k_centre, *v_centre; /* [kp], [fp] */
-  float *cell, *cells;        /* [kp]; [64][fp] */
+  float *k_centre, *v_centre; /* [ep], [fp] */
+  float *cell, *cells;        /* [ep]; [64][fp] */
   int8_t *codes;              /* [16][words rounded up to 16][4] */
   bytes_tile tiles[TILES];
-  int8_t *q;                  /* [n][kp] */
+  int8_t *q;                  /* [n][ep] */
   float *qs;                  /* [n + 16] */
   int32_t *zero;              /* [n]: takes off the 128 of K's bytes */
   float *top, *sum, *acc;     /* [n + 16], [n][16], [n][fp] */
 } buffers;
+
+/* 4 elements of k each. */
+static int64_t words_of(const job *w) { return (w->e + 3) / 4; }
 
 static void *take(char *base, int64_t *at, int64_t bytes) {
   char *p = base ? base + *at : 0;
@@ -67,12 +60,12 @@ static void *take(char *base, int64_t *at, int64_t bytes) {
 
 /* Put everything behind `base`; returns the bytes of one thread. */
 static int64_t lay_out(const job *w, char *base, buffers *b) {
-  const int64_t n = pe_round_up(w->rows * w->group, ROWS), words = pe_round_up(w->words, 16);
+  const int64_t n = pe_round_up(w->rows * w->group, ROWS), words = pe_round_up(words_of(w), 16);
   int64_t at = 0;
   b->starts = take(base, &at, 4 * (w->m + 1));
-  b->k_centre = take(base, &at, 4 * w->kp);
+  b->k_centre = take(base, &at, 4 * w->ep);
   b->v_centre = take(base, &at, 4 * w->fp);
-  b->cell = take(base, &at, 4 * w->kp);
+  b->cell = take(base, &at, 4 * w->ep);
   b->cells = take(base, &at, 4 * KEYS * w->fp);
   b->codes = take(base, &at, 16 * 4 * words);
   for (int i = 0; i < TILES; i++) {
@@ -83,7 +76,7 @@ static int64_t lay_out(const job *w, char *base, buffers *b) {
     t->vs = take(base, &at, 4 * w->fp);
     t->v_sum = take(base, &at, 4 * w->fp);
   }
-  b->q = take(base, &at, n * w->kp);
+  b->q = take(base, &at, n * w->ep);
   b->qs = take(base, &at, 4 * (n + 16));
   b->zero = take(base, &at, 4 * n);
   b->top = take(base, &at, 4 * (n + 16));
@@ -92,42 +85,14 @@ static int64_t lay_out(const job *w, char *base, buffers *b) {
   return at;
 }
 
-static job job_of(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, int64_t n_threads) {
-  job w = {.q = q, .k = k, .v = v};
-  w.m = q->shape[0], w.h = q->shape[1], w.e = q->shape[2], w.g = k->shape[0], w.f = v->shape[2];
-  w.kp = pe_round_up(w.e, 16), w.fp = pe_round_up(w.f, 16), w.words = (w.e + 3) / 4;
-  w.group = w.h / pe_max(1, w.g);
-  const int64_t most = UNIT_BYTES / (w.kp + 4 * w.fp + 76), fair = w.m * w.h / (SHARES * n_threads);
-  w.rows = pe_max(1, pe_min(w.m, pe_max(LEAST_QUERIES, pe_min(most, fair)) / pe_max(1, w.group)));
-  return w;
+static int64_t unit_queries(const pe_tensor *q, const pe_tensor *v) {
+  return UNIT_BYTES / (pe_round_up(q->shape[2], 16) + 4 * pe_round_up(v->shape[2], 16) + 76);
 }
 
 int64_t PE_NAME(attention_int8_scratch)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, int32_t n_threads) {
   buffers none;
-  const job w = job_of(q, k, v, n_threads);
+  const job w = job_of(q, k, v, unit_queries(q, v), n_threads);
   return n_threads * lay_out(&w, 0, &none);
-}
-
-/* ---- floats to bytes ---- */
-
-PE_INLINE v16i magnitude(v16f x) { return v16i_and(v16f_bits(x), v16i_set1(0x7fffffff)); } /* as bits; NaN is the largest */
-
-/* What a code is worth where `most` is the largest magnitude, and the inverse of that. */
-PE_INLINE float code_scale(v16i most, float *inverse) {
-  const int32_t bits = v16i_hmax(most);
-  float amax;
-  memcpy(&amax, &bits, 4);
-  *inverse = amax > 0 ? 127.0f / amax : 0.0f;
-  if (*inverse > 3e38f) return *inverse = 0.0f; /* so small that the inverse overflows */
-  return amax / 127.0f;
-}
-
-/* Codes of x [n, a multiple of 16], whose magnitudes are at most `most`; returns their scale. */
-PE_INLINE float to_codes(const float *x, v16i most, int64_t n, int8_t *to) {
-  float inverse;
-  const float scale = code_scale(most, &inverse);
-  for (int64_t i = 0; i < n; i += 16) v16i_store_i8(to + i, v16f_to_i(v16f_mul(v16f_load(x + i), v16f_set1(inverse))));
-  return scale;
 }
 
 /* ---- cells of K and V ---- */
@@ -135,7 +100,7 @@ PE_INLINE float to_codes(const float *x, v16i most, int64_t n, int8_t *to) {
 static const char *cell_at(const pe_tensor *t, int64_t head, int64_t key) {
   return (const char *)t->data + head * t->stride[0] + key * t->stride[1];
 }
-static int side_by_side(const pe_tensor *t) { return t->stride[2] == cell_format_of(t->dtype).nbytes; }
+static int side_by_side(const pe_tensor *t) { return t->stride[2] == cell_format_of(t->dtype).bytes; }
 
 /* Elements i .. i + 15 of a cell of n, 0 beyond. */
 PE_INLINE v16f load_part(const int dtype, const char *cell, int plain, int64_t stride, int64_t i, int64_t n) {
@@ -185,7 +150,7 @@ enum { AHEAD = 16 }; /* cells */
 
 /* K of keys first .. first + t->n - 1; of those before hi, the next ones are asked for. */
 static void quantize_keys(const job *w, int64_t head, int64_t first, int64_t hi, const buffers *b, bytes_tile *t) {
-  const int64_t ld = 4 * pe_round_up(w->words, 16);
+  const int64_t words = words_of(w), ld = 4 * pe_round_up(words, 16);
   t->poison = 0.0f;
   for (int j = 0; j < KEYS; j += 16) {
     memset(b->codes, 0, (size_t)(16 * ld));
@@ -194,10 +159,10 @@ static void quantize_keys(const job *w, int64_t head, int64_t first, int64_t hi,
       if (r >= t->n) continue;
       fetch_cell(w->k, head, pe_min(first + r + AHEAD, hi - 1));
       const v16i most = read_cell(w->k, cell_at(w->k, head, first + r), b->k_centre, b->cell);
-      t->ks[r] = to_codes(b->cell, most, w->kp, b->codes + (r - j) * ld);
+      t->ks[r] = to_codes(b->cell, most, w->ep, b->codes + (r - j) * ld);
       t->poison += 0.0f * t->ks[r];
     }
-    for (int64_t i = 0; i < w->words; i += 16) {
+    for (int64_t i = 0; i < words; i += 16) {
       v16f x[16];
 #pragma GCC unroll 16
       for (int r = 0; r < 16; r++) x[r] = v16i_as_f(v64u_lanes(v64u_xor(v64u_load(b->codes + r * ld + 4 * i), v64u_set1(0x80))));
@@ -238,19 +203,20 @@ static void quantize_values(const job *w, int64_t head, int64_t first, int64_t h
 
 /* u[r][j] = score of query r and key j, over the query's scale. */
 static void scores(const job *w, const bytes_tile *t, const int8_t *q, const int32_t *zero, float u[ROWS][KEYS]) {
+  const int64_t words = words_of(w);
   for (int first = 0; first < KEYS / 16; first += VECTORS) {
     v16i dot[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; j++) dot[r][j] = v16i_set1(zero[r]);
-    for (int64_t g = 0; g < w->words; g++) {
+    for (int64_t g = 0; g < words; g++) {
       v64u k[VECTORS];
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; j++) k[j] = v64u_load(t->k + 4 * KEYS * g + 64 * (first + j));
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
-        const v64u x = v64u_set4(q + r * w->kp + 4 * g);
+        const v64u x = v64u_set4(q + r * w->ep + 4 * g);
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) dot[r][j] = dot_z128(dot[r][j], k[j], x);
       }
@@ -336,7 +302,7 @@ static void attend(const job *w, const bytes_tile *t, const buffers *b, int64_t 
   float u[ROWS][KEYS], peak[16] = {0}, factor[16], weight[16];
   uint8_t p[ROWS][KEYS];
   v16i sum[ROWS];
-  scores(w, t, b->q + i * w->kp, b->zero + i, u);
+  scores(w, t, b->q + i * w->ep, b->zero + i, u);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) {
     v16f best = v16f_set1(-__builtin_inff());
@@ -364,8 +330,6 @@ static void attend(const job *w, const bytes_tile *t, const buffers *b, int64_t 
 
 /* ---- units ---- */
 
-typedef struct unit { int64_t row, n_rows, head; } unit; /* head: of keys and values */
-
 /* Queries of the unit as codes, and zeros up to a multiple of ROWS; no key seen yet. */
 static void start(const job *w, const unit *u, const buffers *b) {
   const int64_t n = u->n_rows * w->group, padded = pe_round_up(n, ROWS);
@@ -379,11 +343,11 @@ static void start(const job *w, const unit *u, const buffers *b) {
       v16f_store(b->cell + j, x);
       most = v16i_max(most, magnitude(x));
     }
-    b->qs[i] = to_codes(b->cell, most, w->kp, b->q + i * w->kp);
-    for (int64_t j = 0; j < w->kp; j += 16) sum = v16i_add(sum, v16i_load_i8(b->q + i * w->kp + j));
+    b->qs[i] = to_codes(b->cell, most, w->ep, b->q + i * w->ep);
+    for (int64_t j = 0; j < w->ep; j += 16) sum = v16i_add(sum, v16i_load_i8(b->q + i * w->ep + j));
     b->zero[i] = -(128 - PE_DOT_ZERO) * v16i_sum(sum);
   }
-  memset(b->q + n * w->kp, 0, (size_t)((padded - n) * w->kp));
+  memset(b->q + n * w->ep, 0, (size_t)((padded - n) * w->ep));
   for (int64_t i = n; i < padded; i++) b->qs[i] = 0.0f, b->zero[i] = 0;
   for (int64_t i = 0; i < padded; i++) b->top[i] = -__builtin_inff();
   memset(b->sum, 0, (size_t)padded * 16 * 4);
@@ -429,7 +393,7 @@ static void run_unit(const job *w, const unit *u, buffers *b) {
 static int same_interval(const job *w, int64_t a, int64_t b) { return w->lo[a] == w->lo[b] && w->hi[a] == w->hi[b]; }
 
 /* Cut the rows into blocks of one interval each, as even as they can be; returns their number. starts: [m + 1]. */
-static int64_t find_blocks(const job *w, int32_t *starts) {
+static int64_t cut_by_interval(const job *w, int32_t *starts) {
   int64_t n = 0;
   for (int64_t r = 0, end; r < w->m; r = end) {
     for (end = r + 1; end < w->m && same_interval(w, r, end);) end++;
@@ -442,7 +406,7 @@ static int64_t find_blocks(const job *w, int32_t *starts) {
 
 pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo,
                                   const pe_tensor *hi, const pe_tensor *out, float scale, pe_stream *s) {
-  job w = job_of(q, k, v, s->nth);
+  job w = job_of(q, k, v, unit_queries(q, v), s->nth);
   w.lo = lo->data, w.hi = hi->data, w.out = out->data, w.scale = scale;
   const int64_t n_cells = pe_min(k->shape[1], v->shape[1]);
   for (int64_t r = 0; r < w.m; r++)
@@ -453,7 +417,7 @@ pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const 
   const int64_t own = lay_out(&w, 0, &b);
   if (own * s->nth > s->scratch_bytes) return pe_fail(s, PE_NO_MEMORY, "attention: scratch is too small");
   lay_out(&w, s->scratch + own * s->ith, &b);
-  const int64_t n_blocks = find_blocks(&w, b.starts);
+  const int64_t n_blocks = cut_by_interval(&w, b.starts);
   /* Units: interval by interval, so that rows of memory are used whole; in it heads, so that a head's keys stay in a cache. */
   int64_t first = 0, count = 0, before = 0; /* the interval's first block, their number, units before */
   for (int64_t i; (i = pe_next(s, 0)) < n_blocks * w.g;) {

@@ -11,17 +11,13 @@
 #include "../quants.h"
 #include "vec.h"
 
-typedef struct cell_format { int block, nbytes; } cell_format; /* elements and bytes of a block; 0 where no cache is such */
-
-PE_INLINE cell_format cell_format_of(int32_t dtype) {
+/* The block of a format that caches may have; no elements where none has it. Asked for every tile, so its switch is short. */
+PE_INLINE pe_format cell_format_of(int32_t dtype) {
   switch (dtype) {
-    case PE_F32: return (cell_format){1, 4};
-    case PE_F16:
-    case PE_BF16: return (cell_format){1, 2};
-    case PE_Q8_0: return (cell_format){32, 34};
-    case PE_Q4_0: return (cell_format){32, 18};
-    case PE_Q4_1: return (cell_format){32, 20};
-    default: return (cell_format){0, 0};
+#define CELL(name) case PE_##name: return (pe_format){PE_BLOCK_##name, PE_BYTES_##name};
+    CELL(F32) CELL(F16) CELL(BF16) CELL(Q8_0) CELL(Q4_0) CELL(Q4_1)
+#undef CELL
+    default: return (pe_format){0, 0};
   }
 }
 
@@ -38,23 +34,23 @@ PE_INLINE cell_format cell_format_of(int32_t dtype) {
 
 /* Bytes before element i of a cell whose elements lie side by side; i is a multiple of the block. */
 PE_INLINE int64_t cell_offset(int32_t dtype, int64_t i) {
-  const cell_format f = cell_format_of(dtype);
-  return i / f.block * f.nbytes;
+  const pe_format f = cell_format_of(dtype);
+  return i / f.elements * f.bytes;
 }
 
 static __attribute__((unused)) pe_status check_cells(const char *op, const char *name, const pe_tensor *t, int side_by_side,
                                                      pe_stream *s) {
-  const cell_format f = cell_format_of(t->dtype);
-  if (!f.block)
+  const pe_format f = cell_format_of(t->dtype);
+  if (!f.elements)
     return pe_fail(s, PE_NO_KERNEL, "%s: '%s' has dtype %d; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are possible", op, name, t->dtype);
-  if (t->shape[2] % f.block)
+  if (t->shape[2] % f.elements)
     return pe_fail(s, PE_BAD_SHAPE, "%s: %lld elements of '%s' are no whole blocks", op, (long long)t->shape[2], name);
-  if ((side_by_side || f.block > 1) && t->stride[2] != f.nbytes)
+  if ((side_by_side || f.elements > 1) && t->stride[2] != f.bytes)
     return pe_fail(s, PE_NO_KERNEL, "%s: the elements of '%s' do not lie side by side", op, name);
   return PE_OK;
 }
 
-PE_INLINE int in_blocks(const pe_tensor *t) { return cell_format_of(t->dtype).block > 1; }
+PE_INLINE int in_blocks(const pe_tensor *t) { return cell_format_of(t->dtype).elements > 1; }
 
 /* ---- mixing ---- */
 
@@ -178,13 +174,13 @@ static __attribute__((unused)) void store_cell(char *cell, int32_t dtype, const 
       }
       break;
     case PE_Q8_0:
-      for (int64_t i = 0; i < n; i += 32, p += 34) store_q8_0(p, x + i);
+      for (int64_t i = 0; i < n; i += 32, p += PE_BYTES_Q8_0) store_q8_0(p, x + i);
       break;
     case PE_Q4_0:
-      for (int64_t i = 0; i < n; i += 32, p += 18) store_q4_0(p, x + i);
+      for (int64_t i = 0; i < n; i += 32, p += PE_BYTES_Q4_0) store_q4_0(p, x + i);
       break;
     default:
-      for (int64_t i = 0; i < n; i += 32, p += 20) store_q4_1(p, x + i);
+      for (int64_t i = 0; i < n; i += 32, p += PE_BYTES_Q4_1) store_q4_1(p, x + i);
   }
 }
 
@@ -224,9 +220,9 @@ PE_INLINE v16f load_cell(const int dtype, const char *cell, int64_t i) {
 
 /* The same for n <= 16 elements at any distance; the other lanes are 0. */
 PE_INLINE v16f load_cell_n(const int dtype, const char *cell, int64_t stride, int64_t i, int64_t n) {
-  const cell_format form = cell_format_of(dtype);
+  const pe_format form = cell_format_of(dtype);
   float t[16] = {0};
-  if (form.block > 1) return load_cell(dtype, cell, i); /* whole blocks side by side: checked before */
+  if (form.elements > 1) return load_cell(dtype, cell, i); /* whole blocks side by side: checked before */
   if (dtype == PE_F32 && stride == 4) return v16f_load_n((const float *)cell + i, n);
   if (dtype == PE_F16 && stride == 2) return v16f_load_f16_n(cell + 2 * i, n);
   if (dtype == PE_BF16 && stride == 2) return v16f_load_bf16_n(cell + 2 * i, n);

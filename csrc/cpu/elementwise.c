@@ -1,4 +1,5 @@
 /* elementwise.c: binary, unary, scale, softcap, contiguous, concat.
+ * Reference: pyengine/ops/elementwise.py: binary, unary, scale, softcap; pyengine/ops/layout.py: contiguous, concat.
  *
  * A thread claims chunks of CHUNK elements; one result element depends on its own operands only. Memory-bound: each kernel
  * reads its operands and writes out once. Only binary and contiguous take strides: their axes are first merged where all
@@ -120,7 +121,7 @@ PE_INLINE void combine_all(const int kind, const walk *w, const float *x, const 
     }
 }
 
-PE_KERNEL(binary)(const pe_tensor *x, const pe_tensor *y, const pe_tensor *out, const pe_binary_params *p, pe_stream *s) {
+PE_KERNEL(cpu, binary)(const pe_tensor *x, const pe_tensor *y, const pe_tensor *out, const pe_binary_params *p, pe_stream *s) {
   const walk w = make_walk(x, y, out);
   const float *a = x->data, *b = y->data;
   float *o = out->data;
@@ -136,7 +137,7 @@ PE_KERNEL(binary)(const pe_tensor *x, const pe_tensor *y, const pe_tensor *out, 
   return PE_OK;
 }
 
-PE_KERNEL(contiguous)(const pe_tensor *x, const pe_tensor *out, const pe_contiguous_params *p, pe_stream *s) {
+PE_KERNEL(cpu, contiguous)(const pe_tensor *x, const pe_tensor *out, const pe_contiguous_params *p, pe_stream *s) {
   (void)p;
   const walk w = make_walk(x, 0, out);
   const int64_t sx = w.x[w.ndim - 1];
@@ -177,7 +178,7 @@ static v16f log_lanes(v16f v) { /* no model takes logarithms of much: libm's */
 }
 PE_INLINE v16f relu(v16f v) { return v16f_max(v16f_zero(), v); } /* in this order NaN stays NaN */
 
-PE_KERNEL(unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_params *p, pe_stream *s) {
+PE_KERNEL(cpu, unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_params *p, pe_stream *s) {
   switch (p->kind) {
     case PE_UNARY_KIND_NONE: PE_FOR_EACH(v); break;
     case PE_UNARY_KIND_SILU: PE_FOR_EACH(v16f_silu(v)); break;
@@ -198,13 +199,13 @@ PE_KERNEL(unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_params
   return PE_OK;
 }
 
-PE_KERNEL(scale)(const pe_tensor *x, const pe_tensor *out, const pe_scale_params *p, pe_stream *s) {
+PE_KERNEL(cpu, scale)(const pe_tensor *x, const pe_tensor *out, const pe_scale_params *p, pe_stream *s) {
   const v16f factor = v16f_set1(p->factor), offset = v16f_set1(p->offset);
   PE_FOR_EACH(v16f_add(v16f_mul(v, factor), offset));
   return PE_OK;
 }
 
-PE_KERNEL(softcap)(const pe_tensor *x, const pe_tensor *out, const pe_softcap_params *p, pe_stream *s) {
+PE_KERNEL(cpu, softcap)(const pe_tensor *x, const pe_tensor *out, const pe_softcap_params *p, pe_stream *s) {
   const v16f cap = v16f_set1(p->cap);
   PE_FOR_EACH(v16f_mul(cap, v16f_tanh(v16f_div(v, cap))));
   return PE_OK;
@@ -213,7 +214,7 @@ PE_KERNEL(softcap)(const pe_tensor *x, const pe_tensor *out, const pe_softcap_pa
 /* ---- concat ---- */
 
 /* The result is `outer` rows; each holds one run of every part. A chunk is a range of these rows. */
-PE_KERNEL(concat)(const pe_tensor *const *parts, int32_t n_parts, const pe_tensor *out, const pe_concat_params *p, pe_stream *s) {
+PE_KERNEL(cpu, concat)(const pe_tensor *const *parts, int32_t n_parts, const pe_tensor *out, const pe_concat_params *p, pe_stream *s) {
   int64_t outer = 1, width = 1;
   for (int i = 0; i < p->axis; i++) outer *= out->shape[i];
   for (int i = p->axis; i < out->ndim; i++) width *= out->shape[i];

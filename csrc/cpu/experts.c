@@ -1,4 +1,5 @@
 /* experts.c: expert_linear, the products of rows with the weights of the experts that they chose.
+ * Reference: pyengine/ops/experts.py: expert_linear.
  *
  * A pair is a row and one of its experts; p = m u of them. Every thread sorts the pairs by expert (counting: 8 bytes a pair, 4 an
  * expert). Rows of x are prepared once as `linear` does, int8 or float32, and laid down in that order, so that the rows of one
@@ -38,7 +39,7 @@ static places places_of(const pe_tensor *const *w, int32_t n_w, int64_t pairs) {
   return t;
 }
 
-PE_SCRATCH(expert_linear)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, expert_linear)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   const pe_tensor *chosen = a->t[a->start[2]];
   places t = places_of(a->t + a->start[1], a->count[1], chosen->shape[0] * chosen->shape[1]);
@@ -91,25 +92,27 @@ static pe_tensor expert_of(const pe_tensor *w, int64_t e) {
   return t;
 }
 
-/* How the strips of experts are dealt out. Experts with more than SOME rows: a claim is a strip of `wide` panels and a block of
+/* How the strips of experts are dealt out. Experts with more than ROWS_SOME rows: a claim is a strip of `wide` panels and a block of
  * rows. Others: a run of strips of one panel. */
 typedef struct deal {
   int64_t wide, strips;        /* of an expert with many rows */
   int64_t run, single, claims; /* of one with few: strips in a run, of all its matrix, and runs */
 } deal;
 
-static int64_t blocks_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
-static int64_t claims_of(const deal *d, int64_t rows) { return rows > SOME ? blocks_of(rows) * d->strips : rows ? d->claims : 0; }
+static int64_t blocks_of(int64_t rows) { return (rows + ROWS_BLOCK - 1) / ROWS_BLOCK; }
+static int64_t claims_of(const deal *d, int64_t rows) {
+  return rows > ROWS_SOME ? blocks_of(rows) * d->strips : rows ? d->claims : 0;
+}
 
 /* As in `linear`: strips as wide as leave 8 claims for each thread, runs that leave 16. */
 static deal deal_out(const pe_tensor *w, int glu, const int32_t *ends, int64_t experts, int64_t threads) {
   int64_t blocks = 0, few = 0;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t rows = ends[e] - (e ? ends[e - 1] : 0);
-    if (rows > SOME) blocks += blocks_of(rows);
+    if (rows > ROWS_SOME) blocks += blocks_of(rows);
     else few += rows > 0;
   }
-  deal d = {glu ? WIDE / 2 : WIDE, 0, 1, linear_strips(w, 1), 0};
+  deal d = {glu ? STRIP_PANELS / 2 : STRIP_PANELS, 0, 1, linear_strips(w, 1), 0};
   for (;; d.wide /= 2) {
     d.strips = linear_strips(w, d.wide);
     if (d.wide == 1 || blocks * d.strips + few * d.single >= 8 * threads) break;
@@ -133,9 +136,9 @@ static claim claim_of(claim c, int64_t i, const deal *d, const int32_t *ends, in
       c.begun += n;
       continue;
     }
-    const int many = rows > SOME;
-    c.row0 = row0 + (many ? at / d->strips * ROWS : 0);
-    c.rows = many ? pe_min(ROWS, row0 + rows - c.row0) : rows;
+    const int many = rows > ROWS_SOME;
+    c.row0 = row0 + (many ? at / d->strips * ROWS_BLOCK : 0);
+    c.rows = many ? pe_min(ROWS_BLOCK, row0 + rows - c.row0) : rows;
     c.wide = many ? d->wide : 1;
     c.first = many ? at % d->strips : at * d->run;
     c.end = many ? c.first + 1 : pe_min(d->single, c.first + d->run);
@@ -144,7 +147,7 @@ static claim claim_of(claim c, int64_t i, const deal *d, const int32_t *ends, in
   return c;
 }
 
-PE_KERNEL(expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *chosen,
+PE_KERNEL(cpu, expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_w, const pe_tensor *chosen,
                          const pe_tensor *out, const pe_expert_linear_params *p, pe_stream *s) {
   pe_status status = check_experts(x, w, n_w, chosen, out, p, s);
   const int64_t m = chosen->shape[0], used = chosen->shape[1], pairs = m * used, experts = w[0]->shape[0], k = x->shape[1];
@@ -160,7 +163,7 @@ PE_KERNEL(expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t 
 
   /* Rows of x, in the order of pairs: few are prepared by every thread for itself, many by all threads together. */
   const int64_t qrow = linear_row(k), hrow = linear_float_row(k), each = x->shape[0] == m ? used : 1;
-  const int floats = linear_is_float(w[0]) || linear_is_float(w[n_w - 1]), alone = pairs <= FEW;
+  const int floats = linear_is_float(w[0]) || linear_is_float(w[n_w - 1]), alone = pairs <= ROWS_FEW;
   const int quantized = !linear_is_float(w[0]) || !linear_is_float(w[n_w - 1]);
   char *q = alone ? own : s->scratch, *h = alone ? own + y.y.own_h : s->scratch + y.y.h;
   for (int64_t i = 0; (i = alone ? i : pe_next(s, 0)) < x->shape[0]; i++) {
@@ -191,9 +194,9 @@ PE_KERNEL(expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t 
     t.wide = c.wide;
     for (int64_t i = c.first; i < c.end; i++) {
       const int more = i + 1 < c.end;
-      const int64_t next = NR * (more ? c.wide * (i + 1) : ahead.e < experts ? ahead.wide * ahead.first : c.wide * i);
+      const int64_t next = PANEL_GROUPS * (more ? c.wide * (i + 1) : ahead.e < experts ? ahead.wide * ahead.first : c.wide * i);
       const uint8_t *bytes = linear_strip_bytes(more ? &one[0] : &next_one[0], k, next);
-      status = linear_strip(&t, 0, NR * c.wide * i, bytes, c.row0, c.rows, own, &y.y);
+      status = linear_strip(&t, 0, PANEL_GROUPS * c.wide * i, bytes, c.row0, c.rows, own, &y.y);
       if (status) return pe_fail(s, PE_NO_KERNEL, "expert_linear: format %d cannot be read", w[0]->dtype);
     }
   }

@@ -13,15 +13,15 @@
 #define linear_is_float PE_NAME(linear_is_float)
 
 #if defined(PE_AVX512)
-enum { NR = 3 }; /* groups of 16 rows of a matrix in a panel */
+enum { PANEL_GROUPS = 3 }; /* groups of 16 rows of a matrix in a panel */
 #else
-enum { NR = 1 };
+enum { PANEL_GROUPS = 1 };
 #endif
 enum {
-  FEW = 4,    /* rows that each thread quantizes for itself */
-  SOME = 16,  /* rows that take the decode kernel */
-  ROWS = 256, /* rows of x in a block: 256 of their k (128 KB) and the sums of a strip (192 KB) fit the second cache */
-  WIDE = 4,   /* panels in a strip; 2 of each matrix with glu */
+  ROWS_FEW = 4,     /* rows that each thread quantizes for itself */
+  ROWS_SOME = 16,   /* rows that take the kernels for few rows */
+  ROWS_BLOCK = 256, /* rows of x in a block: 256 of their k (128 KB) and the sums of a strip (192 KB) fit the second cache */
+  STRIP_PANELS = 4, /* panels in a strip; 2 of each matrix with glu */
 };
 
 /* Bytes of one prepared row of x: as int8 with scales, and as float32. Rows lie so far apart. */
@@ -29,7 +29,7 @@ static inline int64_t linear_row(int64_t k) { return k / 32 * 64 + 64; }
 static inline int64_t linear_float_row(int64_t k) { return pe_round_up(4 * k, 64); }
 
 /* Rows of x that are multiplied at once, of m. */
-static inline int64_t linear_block(int64_t m) { return pe_min(pe_round_up(m, 8), ROWS); }
+static inline int64_t linear_block(int64_t m) { return pe_min(pe_round_up(m, 8), ROWS_BLOCK); }
 
 typedef struct linear_job {
   const pe_tensor *const *w, *const *bias, *const *out;
@@ -70,6 +70,8 @@ pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *
 const uint8_t *linear_strip_bytes(const pe_tensor *w, int64_t k, int64_t g0);
 
 static inline int64_t linear_groups(const pe_tensor *w) { return (w->shape[0] + 15) / 16; }
-static inline int64_t linear_strips(const pe_tensor *w, int64_t wide) { return (linear_groups(w) + NR * wide - 1) / (NR * wide); }
+static inline int64_t linear_strips(const pe_tensor *w, int64_t wide) {
+  return (linear_groups(w) + PANEL_GROUPS * wide - 1) / (PANEL_GROUPS * wide);
+}
 
 #endif

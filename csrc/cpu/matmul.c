@@ -1,4 +1,5 @@
 /* matmul.c: out = x y^T over the last two axes; both factors are float activations with any strides.
+ * Reference: pyengine/ops/matmul.py: matmul.
  *
  * A thread claims a block of ROWS x COLUMNS of one product. For each DEPTH of k it transposes its columns of y to yt[k][64]
  * and, where the elements of x do not lie side by side, copies its rows of x; the register tile of vec.h does the rest. One
@@ -11,7 +12,7 @@ enum { ROWS = 126, COLUMNS = 64, DEPTH = 256 }; /* ROWS is a multiple of TILE_RO
 
 enum { YT = DEPTH * COLUMNS, XS = ROWS * DEPTH, CS = ROWS * COLUMNS };
 
-PE_SCRATCH(matmul)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, matmul)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)a, (void)params;
   return (int64_t)n_threads * 4 * (YT + XS + CS);
 }
@@ -33,7 +34,7 @@ static void transpose_columns(const char *y, int64_t row_stride, int64_t stride,
     }
 }
 
-PE_KERNEL(matmul)(const pe_tensor *x, const pe_tensor *y, const pe_tensor *out, const pe_matmul_params *p, pe_stream *s) {
+PE_KERNEL(cpu, matmul)(const pe_tensor *x, const pe_tensor *y, const pe_tensor *out, const pe_matmul_params *p, pe_stream *s) {
   (void)p;
   const int d = x->ndim;
   const int64_t m = x->shape[d - 2], n = y->shape[d - 2], k = x->shape[d - 1], xs = x->stride[d - 1];

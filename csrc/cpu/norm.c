@@ -1,4 +1,5 @@
 /* norm.c: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
+ * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
  *
  * A thread claims chunks of whole rows. Sums run in 16 float lanes in the order of the row, then the tree of v16f_sum, so a
  * row's result depends on that row alone. Each kernel reads x two or three times (once from memory, then from cache) and writes
@@ -23,31 +24,36 @@ static float sum_of(const float *x, int64_t d) {
   return v16f_sum(sum);
 }
 
-/* y = (x - centre) * inv * weight + add, where weight and add may be absent. `add` is a residual or a bias. */
-PE_INLINE void scale_row(const float *x, float *y, int64_t d, float centre, float inv, const float *weight, const float *add) {
-  v16f c = v16f_set1(centre), s = v16f_set1(inv);
-  for (int64_t i = 0; i < d; i += 16) {
-    v16f v = v16f_mul(v16f_sub(load_some(x + i, d - i), c), s);
-    if (weight) v = v16f_mul(v, load_some(weight + i, d - i));
-    if (add) v = v16f_add(v, load_some(add + i, d - i));
-    store_some(y + i, v, d - i);
-  }
-}
-
-PE_KERNEL(rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *residual, const pe_tensor *out,
+PE_KERNEL(cpu, rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *residual, const pe_tensor *out,
                     const pe_rms_norm_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
   const float *in = x->data, *w = data_or_null(weight), *r = data_or_null(residual);
   float *y = out->data;
   for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
     for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
-      float inv = 1.0f / __builtin_sqrtf(sum_of_squares(in + i * d, d, 0.0f) / (float)d + p->eps);
-      scale_row(in + i * d, y + i * d, d, 0.0f, inv, w, r ? r + i * d : 0);
+      scale_row(in + i * d, y + i * d, d, 0.0f, inverse_rms(in + i * d, d, p->eps), w, r ? r + i * d : 0);
     }
   return PE_OK;
 }
 
-PE_KERNEL(layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
+/* Sum of (x - centre)^2. Four accumulators hide the latency of the fma; lanes beyond the row add 0. */
+static float sum_of_squares(const float *x, int64_t d, float centre) {
+  v16f sum[4] = {v16f_zero(), v16f_zero(), v16f_zero(), v16f_zero()}, c = v16f_set1(centre);
+  int64_t i = 0;
+  for (; i + 64 <= d; i += 64)
+    for (int j = 0; j < 4; j++) {
+      v16f v = v16f_sub(v16f_load(x + i + 16 * j), c);
+      sum[j] = v16f_fma(v, v, sum[j]);
+    }
+  for (; i < d; i += 16) {
+    v16f v = v16f_sub(load_some(x + i, d - i), c);
+    if (d - i < 16) v = v16f_first_n(v, d - i, 0.0f);
+    sum[0] = v16f_fma(v, v, sum[0]);
+  }
+  return v16f_sum(v16f_add(v16f_add(sum[0], sum[1]), v16f_add(sum[2], sum[3])));
+}
+
+PE_KERNEL(cpu, layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
                       const pe_layer_norm_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
   const float *in = x->data, *w = data_or_null(weight), *b = data_or_null(bias);
@@ -70,7 +76,7 @@ static float max_of(const float *x, int64_t d, float scale) {
   return v16f_hmax(top);
 }
 
-PE_KERNEL(softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softmax_params *p, pe_stream *s) {
+PE_KERNEL(cpu, softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softmax_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = pe_max(1, rows_per_chunk(d) / 4);
   const v16f k = v16f_set1(p->scale);
   for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
@@ -101,7 +107,7 @@ static float extreme_of(const float *x, int64_t d, float sign) {
   return sign * top;
 }
 
-PE_KERNEL(reduce)(const pe_tensor *x, const pe_tensor *out, const pe_reduce_params *p, pe_stream *s) {
+PE_KERNEL(cpu, reduce)(const pe_tensor *x, const pe_tensor *out, const pe_reduce_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
   const int extreme = p->kind == PE_REDUCE_KIND_MAX || p->kind == PE_REDUCE_KIND_MIN;
   if (extreme && d == 0 && n) return pe_fail(s, PE_BAD_SHAPE, "reduce: max and min need at least one element");

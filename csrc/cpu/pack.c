@@ -13,9 +13,9 @@ typedef struct layout {
 
 static layout layout_of(int32_t dtype) {
   switch (dtype) {
-#define LAYOUT(id, k, blocks, head, body)                                                                              \
-  case PE_##id: return (layout){k, blocks, head, body};
-    PE_PACK_FORMATS(LAYOUT)
+#define LAYOUT(name, blocks, head, body, ...) case PE_##name: return (layout){PE_BLOCK_##name, blocks, head, body};
+    PE_PACKED_BLOCKS(LAYOUT)
+    PE_PACKED_FLOATS(LAYOUT)
 #undef LAYOUT
     default: return (layout){0, 0, 0, 0};
   }
@@ -193,26 +193,6 @@ static void pack_block(int32_t dtype, const uint8_t *src, uint8_t *head, uint8_t
   }
 }
 
-static int64_t file_block_bytes(int32_t dtype) {
-  switch (dtype) {
-    case PE_Q4_0: return sizeof(block_q4_0);
-    case PE_Q4_1: return sizeof(block_q4_1);
-    case PE_Q5_0: return sizeof(block_q5_0);
-    case PE_Q5_1: return sizeof(block_q5_1);
-    case PE_Q8_0: return sizeof(block_q8_0);
-    case PE_IQ4_NL: return sizeof(block_iq4_nl);
-    case PE_MXFP4: return sizeof(block_mxfp4);
-    case PE_Q2_K: return sizeof(block_q2_K);
-    case PE_Q3_K: return sizeof(block_q3_K);
-    case PE_Q4_K: return sizeof(block_q4_K);
-    case PE_Q5_K: return sizeof(block_q5_K);
-    case PE_Q6_K: return sizeof(block_q6_K);
-    case PE_IQ4_XS: return sizeof(block_iq4_xs);
-    case PE_F32: return 4;
-    default: return 2;
-  }
-}
-
 /* [16 rows][k] to [k][16 rows]; 64 of k at a time, so that the lines written stay in the first cache. */
 static void pack_floats(const uint8_t *src, int64_t size, int64_t rows, int64_t k, uint8_t *dst) {
   for (int64_t at = 0; at < k; at += 64) {
@@ -235,7 +215,7 @@ pe_status pe_pack_groups(int32_t dtype, const void *src, int64_t n, int64_t k, i
   if (!l.k) return PE_BAD_DTYPE;
   if (!pe_pack_bytes(dtype, n, k)) return PE_BAD_SHAPE;
   if (group_begin < 0 || group_begin > group_end || group_end > (n + 15) / 16) return PE_BAD_SHAPE;
-  int64_t group = pe_pack_group_bytes(dtype, k), block = file_block_bytes(dtype), blocks = k / l.k;
+  int64_t group = pe_pack_group_bytes(dtype, k), block = pe_format_of(dtype).bytes, blocks = k / l.k;
   int64_t unit = l.blocks * (l.head + l.body), share = group / (16 * blocks);
   for (int64_t g = group_begin; g < group_end; g++) {
     const uint8_t *from = (const uint8_t *)src + 16 * g * blocks * block;
@@ -243,7 +223,7 @@ pe_status pe_pack_groups(int32_t dtype, const void *src, int64_t n, int64_t k, i
     int64_t rows = n - 16 * g < 16 ? n - 16 * g : 16;
     if (rows < 16) memset(to, 0, (size_t)group);
     if (l.k == 1) {
-      if (dtype == PE_F32) pack_floats(from, 4, rows, k, to);
+      if (block == 4) pack_floats(from, 4, rows, k, to);
       else pack_floats(from, 2, rows, k, to);
       memset(to + k * l.body, 0, (size_t)(group - k * l.body));
       continue;

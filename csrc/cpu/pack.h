@@ -1,4 +1,4 @@
-/* pack.h: weights repacked so that 16 rows lie side by side. pyengine.native reads these declarations, so they stay plain.
+/* pack.h: weights repacked so that 16 rows lie side by side. setup.py reads these declarations for cffi, so they stay plain.
  *
  * A matrix [n, k] becomes ceil(n / 16) groups of 16 rows; rows beyond n are zero. A group is one run of memory that the
  * decode kernel reads from end to end. Everything in it is a vector with one lane a row:
@@ -38,25 +38,6 @@
 #define PE_PACK_H
 
 #include "../pe.h"
-
-/* id, k of a block, blocks in a unit, bytes of the head of a block, bytes of its body; for 16 rows */
-#define PE_PACK_FORMATS(X)                                                                                             \
-  X(Q4_0, 32, 2, 32, 256)                                                                                              \
-  X(Q4_1, 32, 1, 64, 256)                                                                                              \
-  X(Q5_0, 32, 2, 32, 320)                                                                                              \
-  X(Q5_1, 32, 1, 64, 320)                                                                                              \
-  X(Q8_0, 32, 2, 32, 512)                                                                                              \
-  X(IQ4_NL, 32, 2, 32, 256)                                                                                            \
-  X(MXFP4, 32, 4, 16, 256)                                                                                             \
-  X(Q2_K, 256, 1, 320, 1024)                                                                                           \
-  X(Q3_K, 256, 2, 32, 1728)                                                                                            \
-  X(Q4_K, 256, 1, 256, 2048)                                                                                           \
-  X(Q5_K, 256, 1, 256, 2560)                                                                                           \
-  X(Q6_K, 256, 2, 32, 3328)                                                                                            \
-  X(IQ4_XS, 256, 1, 128, 2048)                                                                                         \
-  X(F32, 1, 1, 0, 64)                                                                                                  \
-  X(F16, 1, 1, 0, 32)                                                                                                  \
-  X(BF16, 1, 1, 0, 32)
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,4 +1,5 @@
 /* rope.c: rope_table, temperature, rope, cache_append, rope_append.
+ * Reference: pyengine/ops/rope.py: rope_table, temperature, rope, cache_append, rope_append.
  *
  * A thread claims chunks of whole rows (tokens), about 16k elements each; every element depends on its own row only. The table
  * is computed in double and rounded once; rotations and norms in float. Traffic: q, k and v are read once, q written once, and
@@ -36,7 +37,7 @@ PE_INLINE void cos_sin8(const float *x, double scale, float *cos_out, float *sin
   *(f8_mem *)sin_out = __builtin_convertvector(w * scale, f8);
 }
 
-PE_KERNEL(rope_table)(const pe_tensor *positions, const pe_tensor *inv_freq, const pe_tensor *axis, const pe_tensor *out,
+PE_KERNEL(cpu, rope_table)(const pe_tensor *positions, const pe_tensor *inv_freq, const pe_tensor *axis, const pe_tensor *out,
                       const pe_rope_table_params *p, pe_stream *s) {
   const int64_t n_axes = positions->shape[0], m = positions->shape[1], f = inv_freq->shape[0];
   const int32_t *pos = positions->data, *which = axis ? axis->data : 0;
@@ -70,7 +71,7 @@ PE_KERNEL(rope_table)(const pe_tensor *positions, const pe_tensor *inv_freq, con
   return PE_OK;
 }
 
-PE_KERNEL(temperature)(const pe_tensor *positions, const pe_tensor *out, const pe_temperature_params *p, pe_stream *s) {
+PE_KERNEL(cpu, temperature)(const pe_tensor *positions, const pe_tensor *out, const pe_temperature_params *p, pe_stream *s) {
   const int64_t m = positions->shape[1];
   const int32_t *pos = positions->data;
   if (positions->shape[0] < 1) return pe_fail(s, PE_BAD_SHAPE, "temperature: positions has no rows");
@@ -117,12 +118,7 @@ PE_INLINE void rotate_head(const float *x, float *y, int64_t e, const float *t, 
   }
 }
 
-/* 1 / root mean square, as rms_norm has it. */
-static float inverse_rms(const float *x, int64_t e, float eps) {
-  return 1.0f / __builtin_sqrtf(sum_of_squares(x, e, 0.0f) / (float)e + eps);
-}
-
-PE_KERNEL(rope)(const pe_tensor *x, const pe_tensor *table, const pe_tensor *out, const pe_rope_params *p, pe_stream *s) {
+PE_KERNEL(cpu, rope)(const pe_tensor *x, const pe_tensor *table, const pe_tensor *out, const pe_rope_params *p, pe_stream *s) {
   const int64_t m = x->shape[0], h = x->shape[1], e = x->shape[2], t = table->shape[1];
   const int64_t step = pe_max(1, CHUNK / pe_max(1, h * e));
   if (t > e || t % 2) return pe_fail(s, PE_BAD_SHAPE, "rope: a table of %lld for heads of %lld", (long long)t, (long long)e);
@@ -171,12 +167,12 @@ static void append(const pe_tensor *cache, int64_t g, int32_t cell, const float 
 }
 
 /* One head a thread. */
-PE_SCRATCH(cache_append)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, cache_append)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   return n_threads * pe_round_up(pe_arg(a, 1)->shape[2] * 4, 64);
 }
 
-PE_KERNEL(cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_tensor *cells, const pe_tensor *offset,
+PE_KERNEL(cpu, cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_tensor *cells, const pe_tensor *offset,
                         const pe_tensor *out, const pe_cache_append_params *p, pe_stream *s) {
   (void)p;
   const int64_t m = x->shape[0], g = x->shape[1], e = x->shape[2], step = pe_max(1, CHUNK / pe_max(1, g * e));
@@ -195,12 +191,12 @@ PE_KERNEL(cache_append)(const pe_tensor *cache, const pe_tensor *x, const pe_ten
 /* One head of k or v a thread. */
 static int64_t head_bytes(const pe_tensor *k, const pe_tensor *v) { return pe_round_up(pe_max(k->shape[2], v->shape[2]) * 4, 64); }
 
-PE_SCRATCH(rope_append)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, rope_append)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   return n_threads * head_bytes(pe_arg(a, 1), pe_arg(a, 2));
 }
 
-PE_KERNEL(rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *table,
+PE_KERNEL(cpu, rope_append)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *table,
                        const pe_tensor *k_cache, const pe_tensor *v_cache, const pe_tensor *cells, const pe_tensor *q_norm,
                        const pe_tensor *k_norm, const pe_tensor *k_offset, const pe_tensor *out0, const pe_tensor *out1,
                        const pe_tensor *out2, const pe_rope_append_params *p, pe_stream *s) {

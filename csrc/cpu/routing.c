@@ -1,4 +1,5 @@
 /* routing.c: mixtures of experts, around the products: the choice of experts for each row, and the sum of what they give.
+ * Reference: pyengine/ops/experts.py: top_experts, sum_experts.
  *
  * top_experts  A thread claims single rows: n scores are read once, and gone over once more for every expert that is picked.
  * sum_experts  A thread claims blocks of 512 columns of a row; it reads 4 (u + 1) bytes for each 4 it writes. One fma an expert, in
@@ -8,12 +9,12 @@
 
 /* ---- the choice ---- */
 
-PE_SCRATCH(top_experts)(const pe_args *a, const void *params, int32_t n_threads) {
+PE_SCRATCH(cpu, top_experts)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   return n_threads * 3 * pe_round_up(4 * a->t[a->start[0]]->shape[1], 64);
 }
 
-PE_KERNEL(top_experts)(const pe_tensor *scores, const pe_tensor *bias, const pe_tensor *out0, const pe_tensor *out1,
+PE_KERNEL(cpu, top_experts)(const pe_tensor *scores, const pe_tensor *bias, const pe_tensor *out0, const pe_tensor *out1,
                        const pe_top_experts_params *p, pe_stream *s) {
   const int64_t m = scores->shape[0], n = scores->shape[1], width = pe_round_up(4 * n, 64), used = p->n_used;
   if (used < 1 || used > n) return pe_fail(s, PE_BAD_SHAPE, "top_experts: %lld of %lld", (long long)used, (long long)n);
@@ -60,7 +61,7 @@ PE_KERNEL(top_experts)(const pe_tensor *scores, const pe_tensor *bias, const pe_
 
 enum { COLUMNS = 512 };
 
-PE_KERNEL(sum_experts)(const pe_tensor *y, const pe_tensor *gates, const pe_tensor *residual, const pe_tensor *out,
+PE_KERNEL(cpu, sum_experts)(const pe_tensor *y, const pe_tensor *gates, const pe_tensor *residual, const pe_tensor *out,
                        const pe_sum_experts_params *p, pe_stream *s) {
   const int64_t m = out->shape[0], n = out->shape[1], used = p->n_used, blocks = (n + COLUMNS - 1) / COLUMNS;
   if (used < 1 || y->shape[0] != m * used || (gates && (gates->shape[0] != m || gates->shape[1] != used)))

@@ -1,9 +1,10 @@
 /* rows.c: out[i] = scale * table[ids[i]], the table in any format; a negative id -1-j copies row j of `media` instead.
+ * Reference: pyengine/ops/matmul.py: rows.
  *
  * A thread owns whole rows of `out` and claims them one by one. A row of a packed table is one lane of its group of 16 rows, so
  * all lines of the group are read. Values are those of pe_dequantize_row, bit for bit, times scale.
  */
-#include "../dequant.h"
+#include "../host/dequant.h"
 #include "cpu.h"
 #include "unpack.h"
 
@@ -41,11 +42,9 @@ static pe_status packed_row(int id, const uint8_t *group, int64_t k, int64_t r, 
   const v16f scale = v16f_set1(times);
   uint16_t h;
   switch (id) {
-#define QUANTIZED(name)                                                                                                \
-  case PE_##name: row_of_group(PE_##name, group, k, r, scale, to); return PE_OK;
-    QUANTIZED(Q4_0) QUANTIZED(Q4_1) QUANTIZED(Q5_0) QUANTIZED(Q5_1) QUANTIZED(Q8_0) QUANTIZED(Q2_K) QUANTIZED(Q3_K)
-    QUANTIZED(Q4_K) QUANTIZED(Q5_K) QUANTIZED(Q6_K) QUANTIZED(IQ4_NL) QUANTIZED(IQ4_XS) QUANTIZED(MXFP4)
-#undef QUANTIZED
+#define BLOCKS(name, ...) case PE_##name: row_of_group(PE_##name, group, k, r, scale, to); return PE_OK;
+    PE_PACKED_BLOCKS(BLOCKS)
+#undef BLOCKS
     case PE_F32:
       for (int64_t i = 0; i < k; i++) to[i] = ((const float *)group)[16 * i + r] * times;
       return PE_OK;
@@ -60,7 +59,7 @@ static pe_status packed_row(int id, const uint8_t *group, int64_t k, int64_t r, 
   }
 }
 
-PE_KERNEL(rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *media, const pe_tensor *out,
+PE_KERNEL(cpu, rows)(const pe_tensor *table, const pe_tensor *ids, const pe_tensor *media, const pe_tensor *out,
                 const pe_rows_params *p, pe_stream *s) {
   const int64_t m = ids->shape[0], n = table->shape[0], k = table->shape[1], n_media = media ? media->shape[0] : 0;
   const v16f scale = v16f_set1(p->scale);

@@ -31,26 +31,20 @@ typedef struct pe_step {
 } pe_step;
 
 typedef struct pe_traits {
-  int k, blocks, head, body; /* columns of PE_PACK_FORMATS */
+  int k, blocks, head, body; /* elements of a block, blocks of a unit, bytes of 16 rows of a block */
   int halves;                /* scales a step: 2 where they change every 16 of k */
   int offsets;               /* w has an offset `o`, and no zero point */
   int zero;                  /* the zero point; codes are below 128 unless it is 128 */
 } pe_traits;
 
 PE_INLINE pe_traits pe_traits_of(int id) {
-  pe_traits t = {0, 0, 0, 0, 1, 0, 0};
   switch (id) {
-#define PE_TRAITS(name, k_, blocks_, head_, body_)                                                                     \
-  case PE_##name: t.k = k_; t.blocks = blocks_; t.head = head_; t.body = body_; break;
-    PE_PACK_FORMATS(PE_TRAITS)
+#define PE_TRAITS(name, blocks, head, body, steps, halves, offsets, zero)                                              \
+  case PE_##name: return (pe_traits){PE_BLOCK_##name, blocks, head, body, halves, offsets, zero};
+    PE_PACKED_BLOCKS(PE_TRAITS)
 #undef PE_TRAITS
-    default: break;
+    default: return (pe_traits){0, 0, 0, 0, 1, 0, 0};
   }
-  t.halves = 1 + (id == PE_Q2_K || id == PE_Q3_K || id == PE_Q6_K);
-  t.offsets = id == PE_Q4_1 || id == PE_Q5_1 || id == PE_Q2_K || id == PE_Q4_K || id == PE_Q5_K;
-  t.zero = id == PE_Q4_0 ? 8 : id == PE_Q5_0 ? 16 : id == PE_MXFP4 ? 12 : id == PE_Q3_K ? 4 : id == PE_Q6_K ? 32
-         : id == PE_Q8_0 || id == PE_IQ4_NL || id == PE_IQ4_XS ? 128 : 0;
-  return t;
 }
 
 /* Head and body of block b of a group. */

@@ -1,4 +1,4 @@
-/* vec.h: what several kernel files share beyond simd.h: ends of rows, sums of squares, 16 x 16 transposes, and the register tile that matmul
+/* vec.h: what several kernel files share beyond simd.h: ends of rows, norms, 16 x 16 transposes, and the register tile that matmul
  * and attention are made of. */
 #ifndef PE_VEC_H
 #define PE_VEC_H
@@ -12,21 +12,27 @@ PE_INLINE void store_some(float *p, v16f v, int64_t left) {
   else v16f_store_n(p, v, left);
 }
 
-/* Sum of (x - centre)^2. Four accumulators hide the latency of the fma; lanes beyond the row add 0. */
-static __attribute__((unused)) float sum_of_squares(const float *x, int64_t d, float centre) {
-  v16f sum[4] = {v16f_zero(), v16f_zero(), v16f_zero(), v16f_zero()}, c = v16f_set1(centre);
-  int64_t i = 0;
-  for (; i + 64 <= d; i += 64)
-    for (int j = 0; j < 4; j++) {
-      v16f v = v16f_sub(v16f_load(x + i + 16 * j), c);
-      sum[j] = v16f_fma(v, v, sum[j]);
-    }
-  for (; i < d; i += 16) {
-    v16f v = v16f_sub(load_some(x + i, d - i), c);
-    if (d - i < 16) v = v16f_first_n(v, d - i, 0.0f);
-    sum[0] = v16f_fma(v, v, sum[0]);
+/* ---- norms: kernels that norm a row (rms_norm, rope_append, linear) do it by these two functions, so with the same bits ---- */
+
+/* 1 / sqrt(mean of x^2 + eps). 16 lanes in the order of the row, then the tree of v16f_sum. */
+static __attribute__((unused)) float inverse_rms(const float *x, int64_t d, float eps) {
+  v16f sum = v16f_zero();
+  for (int64_t i = 0; i < d; i += 16) {
+    const v16f v = load_some(x + i, d - i);
+    sum = v16f_fma(v, v, sum);
   }
-  return v16f_sum(v16f_add(v16f_add(sum[0], sum[1]), v16f_add(sum[2], sum[3])));
+  return 1.0f / __builtin_sqrtf(v16f_sum(sum) / (float)d + eps);
+}
+
+/* y = (x - centre) * inv * weight + add, where weight and add may be absent. `add` is a residual or a bias. */
+PE_INLINE void scale_row(const float *x, float *y, int64_t d, float centre, float inv, const float *weight, const float *add) {
+  v16f c = v16f_set1(centre), s = v16f_set1(inv);
+  for (int64_t i = 0; i < d; i += 16) {
+    v16f v = v16f_mul(v16f_sub(load_some(x + i, d - i), c), s);
+    if (weight) v = v16f_mul(v, load_some(weight + i, d - i));
+    if (add) v = v16f_add(v, load_some(add + i, d - i));
+    store_some(y + i, v, d - i);
+  }
 }
 
 /* ---- transpose: dst[i * ld + j] = lane i of x[j] ----

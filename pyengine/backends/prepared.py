@@ -16,6 +16,7 @@ from pyengine.compiler.arena import aligned, lay_out, Layout, Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.files.weights import DerivedRef
+from pyengine.graph.graph import topological
 from pyengine.graph.tensor import Node, Tensor
 
 States = Mapping[str, tuple[int, ...]]
@@ -61,13 +62,15 @@ class Counted(Prepared):
     """
 
     def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, kernels: frozenset[str] | None):
-        self.kernels, self.entries = kernels, declared.entries
+        self.kernels = kernels
         self.fallbacks: dict[str, int] = {}
-        self.layout: Layout = lay_out(fusion.apply(declared.outputs, passes, kernels), self.scratch_bytes, turns)
+        fused = fusion.apply(declared.outputs, passes, kernels)
+        self.residents = self._residents(topological(fused))
+        self.layout: Layout = lay_out(fused, self.scratch_bytes, turns, declared.entries.values())
+        self._first = {entry: self.layout.entry_step(name) for entry, name in declared.entries.items()}
         for node in self.layout.steps:
             if not self.has_kernel(node):
                 self.fallbacks[node.op.name] = self.fallbacks.get(node.op.name, 0) + 1
-        self.residents = self._residents()
         self.states = [n.outputs[0] for n in self.layout.leaves if n.kind == "state"]
         self.tables = [n.outputs[0] for n in self.layout.leaves if n.kind == "table"]
         self.arena_bytes = self.layout.arena_bytes
@@ -94,10 +97,9 @@ class Counted(Prepared):
 
     def entry_step(self, entry: str) -> int:
         """Return the number of the step at which an entry begins. Raises: GraphError for an entry that was not declared."""
-        if entry not in self.entries:
-            raise GraphError(f"there is no entry {entry!r}; declared are {', '.join(self.entries) or 'none'}")
-        name = self.entries[entry]
-        return next(i for i, n in enumerate(self.layout.steps) if any(t.node.kind == "input" and t.name == name for t in n.inputs))
+        if entry not in self._first:
+            raise GraphError(f"there is no entry {entry!r}; declared are {', '.join(self._first) or 'none'}")
+        return self._first[entry]
 
     def resized(self, states: States) -> tuple[int, int]:
         """Return (bytes of the arena, bytes of all states and tables) if these had these shapes."""
@@ -114,14 +116,16 @@ class Counted(Prepared):
         of = self.layout.of
         return [i for i, node in enumerate(self.layout.steps) if any(of(t).root.node.kind in ("state", "table") for t in node.inputs)]
 
-    def _readers(self) -> dict[int, set[str]]:
-        """How each constant is read, by the id of its node: "packed", "any" format, or as "plain" numbers; "sparse" too where a row
-        reads some of its matrices."""
+    def _readers(self, nodes: Sequence[Node]) -> dict[int, set[str]]:
+        """How each constant is read, by the id of its node: "packed", "any" format, or as "plain" numbers (a view of it always is);
+        "sparse" too where a row reads some of its matrices."""
         readers: dict[int, set[str]] = {}
-        for node in self.layout.steps:
-            for name, arg in zip(node.op.args, node.args):
+        for node in nodes:
+            for name, arg in zip(node.op.args, node.args) if node.op is not None and not node.op.view else ():
                 for t in arg if isinstance(arg, tuple) else (arg,):
-                    root = None if t is None else self.layout.of(t).root
+                    root = t
+                    while root is not None and root.node.op is not None and root.node.op.view:
+                        root = root.node.args[0]
                     if root is None or root.node.kind != "constant":
                         continue
                     how = "packed" if name in node.op.packed else "any" if name in node.op.any_format else "plain"
@@ -132,11 +136,11 @@ class Counted(Prepared):
                         readers[id(root.node)].add("sparse")
         return readers
 
-    def _residents(self) -> dict[int, Resident]:
+    def _residents(self, nodes: Sequence[Node]) -> dict[int, Resident]:
         """Decide each constant's form from what reads it, and give it a place in one block of memory."""
         out: dict[int, Resident] = {}
-        offset, readers = 0, self._readers()
-        for node in self.layout.leaves:
+        offset, readers = 0, self._readers(nodes)
+        for node in nodes:
             if node.kind != "constant":
                 continue
             t, how = node.outputs[0], readers.get(id(node), set())

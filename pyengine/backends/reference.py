@@ -81,7 +81,6 @@ class Program(base.Program):
                 else:
                     self.states[node.name] = HostState(t, array.reshape(-1).view(np.uint8))
         self.outputs = [np.zeros([axis_max(a) for a in t.shape], self._numpy(t)) for t in layout.outputs]
-        self._entries = {entry: prepared.entry_step(entry) for entry in prepared.entries}
 
     def _numpy(self, t: Tensor) -> Any:
         return np.int32 if t.dtype.name == "I32" else self.dtype
@@ -94,10 +93,10 @@ class Program(base.Program):
                 self._values[id(node), 0] = self.inputs[node.name].reshape(-1)[: int(np.prod(shape))].reshape(shape)
         steps, turns = self.prepared.layout.steps, self.prepared.layout.turns
         begin, end = (0, len(steps)) if turn is None else turns[turn]
-        for i in range(max(begin, 0 if entry is None else self._entries[entry]), end):
+        for i in range(max(begin, 0 if entry is None else self.prepared.entry_step(entry)), end):
             self._step(i, steps[i])
         for t, out in zip(self.prepared.layout.outputs, self.outputs):
-            if turn is None or (id(t.node), t.index) in self._values or t.node.op.view:
+            if turn is None or self._computed(t):
                 value = self._value(t)
                 out.reshape(-1)[: value.size] = value.reshape(-1)
 
@@ -108,6 +107,12 @@ class Program(base.Program):
             self._values[id(node), t.index] = array
         if self._timed:
             self._seconds[number] += time.perf_counter() - started
+
+    def _computed(self, t: Tensor) -> bool:
+        """Say whether a turn up to now has computed a tensor, or what it is a view of."""
+        while t.node.op is not None and t.node.op.view:
+            t = t.node.args[0]
+        return (id(t.node), t.index) in self._values
 
     def _value(self, arg: Any) -> Any:
         """An argument's array; views are computed when they are read, so that they never outlive what they show."""

@@ -36,7 +36,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Report:
+class Shown:
     """How one answer came about. Seconds count from the question, to the first text and to the end."""
 
     answer: Any                      # a pyengine.Answer, as far as it came
@@ -148,7 +148,7 @@ class Question:
         return model.chat(self.messages, **settings.arguments())
 
 
-def stream(model: Any, question: Question, settings: Settings, write: Callable[[str], None]) -> Report:
+def stream(model: Any, question: Question, settings: Settings, write: Callable[[str], None]) -> Shown:
     """Write the pieces of an answer as they come, until its end or Ctrl-C. Raises what generation raises."""
     from pyengine.engine.answer import Answer
     from pyengine.engine.request import Report
@@ -184,7 +184,7 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
                                        for name in ("prompt_tokens", "cached_tokens", "generated_tokens"))
     n_later = model.stats["generated_tokens"] - n_first if text else 0
     found = Answer("".join(text), origin)
-    return Report(found, names, stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
+    return Shown(found, names, stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
                   rate(n_later, ended - first), first - asked, ended - asked)
 
 

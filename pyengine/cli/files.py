@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from pyengine.cli.screen import show, show_columns, size
+from pyengine.files.dialects import ENCODER, ENCODER_TENSORS, translate
 from pyengine.files.gguf import GGUFFile, Metadata
 from pyengine.files.stores import find_model, list_models
 
 SHOWN_ELEMENTS = 8                   # of a long array
 SHOWN_CHARACTERS = 200               # of a long text
 TEMPLATE = "tokenizer.chat_template"
-ENCODER = "clip"                     # llama.cpp's general.architecture of a file that holds an image encoder only
 
 
 def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
@@ -63,17 +63,13 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
 
 
 def _encoder(file: GGUFFile) -> dict[str, Any] | None:
-    """Return what a file says about its image encoder and projector, None if it has none.
-
-    Keys are llama.cpp's, "clip.vision.*", or Ollama's, which begin with the architecture.
-    """
-    tensors = [t for name, t in file.tensors.items() if name.startswith(("v.", "mm."))]
+    """Return what a file says about its image encoder and projector, in whatever dialect, None if it has none."""
+    tensors = [t for name, t in file.tensors.items() if name.split(".")[0] in ENCODER_TENSORS]
     if not tensors:
         return None
-    meta = file.metadata
-    prefix = "clip" if "clip.vision.block_count" in meta else _plain(meta, "general.architecture")
-    return {"path": str(file.path), "projector_type": _plain(meta, "clip.projector_type"), "n_tensors": len(tensors),
-            "bytes": sum(t.nbytes for t in tensors), **{key: _plain(meta, f"{prefix}.vision.{key}") for key in (
+    meta = translate(file).metadata
+    return {"path": str(file.path), "projector_type": _plain(meta, f"{ENCODER}.projector_type"), "n_tensors": len(tensors),
+            "bytes": sum(t.nbytes for t in tensors), **{key: _plain(meta, f"{ENCODER}.vision.{key}") for key in (
                 "block_count", "embedding_length", "patch_size")}}
 
 

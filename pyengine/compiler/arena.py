@@ -6,7 +6,7 @@ its own, and a modified state is the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,6 +112,13 @@ class Layout:
     def of(self, t: Tensor) -> Storage:
         return self.storage[id(t.node), t.index]
 
+    def entry_step(self, name: str) -> int:
+        """Return the number of the first step that reads an input. Raises: GraphError where none does."""
+        for i, node in enumerate(self.steps):
+            if any(self.of(t).root.node.kind == "input" and self.of(t).root.name == name for t in node.inputs):
+                return i
+        raise GraphError(f"no step reads the input {name!r}, so no run can begin there")
+
     def place(self, scratch: Sequence[int]) -> tuple[list[int], int]:
         """Offsets of the tensors of `lives`, then of each step's working memory of these sizes, and the arena's bytes."""
         return place([*(i for _, i in self.lives.values()), *(Interval(i, i, n) for i, n in enumerate(scratch))])
@@ -151,16 +158,46 @@ def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Stor
     return Storage(source.root, source.offset + (params["start"] * step if params["start"] else 0), source.strides)
 
 
-def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], turns: Turns | None = None) -> Layout:
+def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], turns: Turns | None = None,
+            entries: Iterable[str] = ()) -> Layout:
     """Order the graph, resolve views and reuse of memory, and give everything its place in the arena.
 
     `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
     reader and are not get a `contiguous` step. `turns`: the graph runs in pieces; one that runs at once is a single turn.
+    `entries`: names of inputs at whose first reader a run may begin again, on what all steps before it left.
+    Raises: GraphError for an entry that no step reads, and for graphs that cannot be laid out.
     """
+    outputs = _with_copies(outputs)
+    nodes = topological(outputs)
+    check_states(nodes)
+    leaves = [n for n in nodes if n.op is None]
+    steps = [n for n in nodes if n.op is not None and not n.op.view]
+    number = {id(n): i for i, n in enumerate(steps)}
+    layout = Layout(list(outputs), leaves, steps, _storage(nodes))
+    turns = turns or Turns((0,) * len(outputs), (True,) * len(outputs), {})
+    layout.turns = _turns(layout, number, turns)
+    last = _last_reads(layout, turns)
+    _keep(layout, number, last, entries)
+    _reuse(layout, number, last)
+    for node in nodes:
+        for t in node.outputs:
+            root = layout.of(t).root
+            if root.node.kind in ("op", "input") and id(root) not in layout.lives:
+                arrival = turns.arrivals.get(root.name, 0) if root.node.kind == "input" else 0
+                first = number.get(id(root.node), layout.turns[arrival][0] if arrival else -1)
+                layout.lives[id(root)] = root, Interval(first, max(last.get(id(root), first), first), root.nbytes_max)
+    sizes = [scratch_bytes(n) for n in steps]
+    offsets, layout.arena_bytes = layout.place(sizes)
+    layout.offsets = dict(zip(layout.lives, offsets))
+    layout.scratch = list(zip(offsets[len(layout.lives) :], sizes))
+    return layout
+
+
+def _with_copies(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Insert copies: of strided views where an op, or whoever reads an output, wants contiguous ones."""
     strided_views: dict[tuple[int, int], bool] = {}
 
     def needs_copy(node: Node, args: tuple[Any, ...]) -> Any:
-        """Insert copies: arguments that are strided views where the op wants contiguous ones."""
         strides = node.op.view in ("transpose", "slice")
         if not strided_views and not strides:
             return None
@@ -181,18 +218,12 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
         return out
 
     outputs = rebuild(outputs, needs_copy)
-    outputs = [make(ops.contiguous, (t,), {})[0] if strided_views.get((id(t.node), t.index)) else t for t in outputs]
-    nodes = topological(outputs)
-    check_states(nodes)
-    leaves = [n for n in nodes if n.op is None]
-    steps = [n for n in nodes if n.op is not None and not n.op.view]
-    number = {id(n): i for i, n in enumerate(steps)}
+    return [make(ops.contiguous, (t,), {})[0] if strided_views.get((id(t.node), t.index)) else t for t in outputs]
 
-    layout = Layout(list(outputs), leaves, steps, {})
-    storage = layout.storage
-    for node in leaves:
-        t = node.outputs[0]
-        storage[id(node), 0] = Storage(t, 0, contiguous_strides(t.shape, t.dtype))
+
+def _storage(nodes: Sequence[Node]) -> dict[tuple[int, int], Storage]:
+    """Where each tensor's elements are before any memory is used again: views in their sources, changed states in the states."""
+    storage: dict[tuple[int, int], Storage] = {}
     for node in nodes:
         if node.op is not None and node.op.view:
             x, t = node.args[0], node.outputs[0]
@@ -200,37 +231,34 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
             if view is None:
                 raise GraphError(f"reshape: {x.shape} is a strided view that cannot be reshaped without a copy")
             storage[id(node), 0] = view
-        elif node.op is not None:
-            for t in node.outputs:
-                storage[id(node), t.index] = Storage(t, 0, contiguous_strides(t.shape, t.dtype))
-            for spec, t in zip(node.op.results, node.outputs):
-                if spec.kind == "Same":
-                    source = node.op.argument(node.args, spec.axes[0])
-                    storage[id(node), t.index] = storage[id(source.node), source.index]
-
-    last: dict[int, int] = {}                                                  # id of root -> last step that reads it
-    for node in steps:
-        for t in node.inputs:
-            last[id(layout.of(t).root)] = number[id(node)]
-    turns = turns or Turns((0,) * len(outputs), (True,) * len(outputs), {})
-    layout.turns = _turns(layout, number, turns)
-    for t, turn, kept in zip(outputs, turns.outputs, turns.kept):
-        root = id(layout.of(t).root)
-        last[root] = max(last.get(root, 0), len(steps) if kept else layout.turns[turn][1])
-    _reuse(layout, number, last)
-
-    for node in nodes:
+            continue
         for t in node.outputs:
-            root = layout.of(t).root
-            if root.node.kind in ("op", "input") and id(root) not in layout.lives:
-                arrival = turns.arrivals.get(root.name, 0) if root.node.kind == "input" else 0
-                first = number.get(id(root.node), layout.turns[arrival][0] if arrival else -1)
-                layout.lives[id(root)] = root, Interval(first, max(last.get(id(root), first), first), root.nbytes_max)
-    sizes = [scratch_bytes(n) for n in steps]
-    offsets, layout.arena_bytes = layout.place(sizes)
-    layout.offsets = dict(zip(layout.lives, offsets))
-    layout.scratch = list(zip(offsets[len(layout.lives) :], sizes))
-    return layout
+            storage[id(node), t.index] = Storage(t, 0, contiguous_strides(t.shape, t.dtype))
+        for spec, t in zip(node.op.results if node.op else (), node.outputs):
+            if spec.kind == "Same":
+                source = node.op.argument(node.args, spec.axes[0])
+                storage[id(node), t.index] = storage[id(source.node), source.index]
+    return storage
+
+
+def _last_reads(layout: Layout, turns: Turns) -> dict[int, int]:
+    """The last step that reads a root's memory, by its id; of outputs one behind the last step, or behind their turn's."""
+    last = {id(layout.of(t).root): i for i, node in enumerate(layout.steps) for t in node.inputs}
+    for t, turn, kept in zip(layout.outputs, turns.outputs, turns.kept):
+        root = id(layout.of(t).root)
+        last[root] = max(last.get(root, 0), len(layout.steps) if kept else layout.turns[turn][1])
+    return last
+
+
+def _keep(layout: Layout, number: dict[int, int], last: dict[int, int], entries: Iterable[str]) -> None:
+    """Keep until the end what steps from an entry on read of those before it; its own input is written anew."""
+    for name in entries:
+        begin = layout.entry_step(name)
+        for node in layout.steps[begin:]:
+            for t in node.inputs:
+                root = layout.of(t).root
+                if root.name != name and number.get(id(root.node), -1) < begin:
+                    last[id(root)] = len(layout.steps)
 
 
 def _turns(layout: Layout, number: dict[int, int], turns: Turns) -> list[tuple[int, int]]:

@@ -25,10 +25,11 @@ def only(outputs: Sequence[Tensor], wanted: Tensor, chosen: Mapping[str, Tensor]
     """
     nodes = topological(outputs)
     picks = [n for n in nodes if n.op is ops.rows and n.args[1] is wanted and n.args[2] is None and dict(n.params)["scale"] == 1.0]
-    axes = {n.args[0].shape[0].name for n in picks if isinstance(n.args[0].shape[0], Dim)}
-    if len(axes) != 1:                                       # nothing is chosen, or not from one kind of rows
+    axes = {n.args[0].shape[0] for n in picks}
+    axis = axes.pop() if len(axes) == 1 else None
+    if not isinstance(axis, Dim) or axis.scale != 1:         # nothing is chosen, or not whole rows of one kind
         return list(outputs)
-    return _Narrowing(nodes, {id(n) for n in picks}, axes.pop(), wanted, chosen).of(outputs)
+    return _Narrowing(nodes, {id(n) for n in picks}, axis.name, wanted, chosen).of(outputs)
 
 
 class _Narrowing:
@@ -65,16 +66,24 @@ class _Narrowing:
         self.needs[id(node)] = self.needs.get(id(node), 0) | which
 
     def _has_rows(self, t: Tensor) -> bool:
-        return bool(t.shape) and self._is_rows(t.shape[0])
+        """Whether the first axis, and no other one, is that of the rows."""
+        return bool(t.shape) and self._is_rows(t.shape[0]) and not any(map(self._is_rows, t.shape[1:]))
 
     def _is_rows(self, axis: Axis) -> bool:
         return isinstance(axis, Dim) and axis.name == self.name
 
     def _moves(self, node: Node) -> bool:
-        """Whether the choice of rows moves above this node: it is done on the wanted rows, and on all where those are needed too."""
+        """Whether the choice of rows moves above this node: it is done on the wanted rows, and on all where those are needed too.
+
+        Numbers (int32) cannot be picked in a graph: they must be computed again, or be an input of their own.
+        """
         need = self.needs[id(node)]
-        rows = node.op is not None and node.op.rowwise and all(self._has_rows(t) for t in node.outputs)
-        return bool(need & SOME) and rows and (not need & ALL or node.op.light)
+        if not need & SOME or node.op is None or not node.op.rowwise or not all(self._has_rows(t) for t in node.outputs):
+            return False
+        rows = [t for t in node.inputs if self._has_rows(t)]
+        numbers = [t for t in rows if t.dtype.name == "I32"]
+        given = all(t.name in self.chosen if t.node.op is None else t.node.op.rowwise for t in numbers)
+        return bool(rows) and given and (not need & ALL or node.op.light or any(t.dtype.name == "I32" for t in node.outputs))
 
     def _whole(self, t: Tensor) -> Tensor:
         """A tensor with all its rows in the new graph; of a choice of rows, those."""

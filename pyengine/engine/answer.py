@@ -55,7 +55,9 @@ class Stream(Iterator[str]):
         r = self._request
         self.begin()
         while not r.pieces and not r.finished:
-            self._scheduler.advance()
+            with self._scheduler.lock:
+                if not r.pieces and not r.finished:          # another thread may have moved it on
+                    self._scheduler.advance()
         if r.pieces:
             return r.pieces.popleft()
         if r.error is not None:
@@ -65,9 +67,10 @@ class Stream(Iterator[str]):
 
     def begin(self) -> None:
         """Queue the request, if it is not yet."""
-        if not self._begun and not self._request.finished:
-            self._begun = True
-            self._scheduler.submit(self._request)
+        with self._scheduler.lock:
+            if not self._begun and not self._request.finished:
+                self._begun = True
+                self._scheduler.submit(self._request)
 
     def answer(self) -> Answer:
         """Take all that is left as one text."""

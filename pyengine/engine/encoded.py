@@ -6,9 +6,10 @@ loads them.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +41,7 @@ class MediaInfo:
     grids       (frames, rows, columns) of soft tokens of each view, where the model has them
     cached      found in the image cache: nothing was encoded
     process_seconds, encode_seconds: on the host, and in the encoder
-    digest      hex of sha256 over pixels and options; key: the same as bytes, by which it is found in the image cache
+    digest      hex of sha256 over pixels and options
     """
 
     kind: str
@@ -53,7 +54,6 @@ class MediaInfo:
     process_seconds: float
     encode_seconds: float
     digest: str
-    key: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class EncodedMedia:
         self._program: Program | None = None
         self._progress = progress
         self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
         self.stats = {"image_hits": 0, "image_misses": 0, "image_cache_bytes": 0}
 
     @property
@@ -102,16 +103,23 @@ class EncodedMedia:
 
         Raises: ImageError, RequestError from the model's processor.
         """
-        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
-
-        from pyengine.media.video import Video                                       # Pillow takes 20 ms to import
-
-        entry = self._cache.get(media.digest)
-        if entry is not None:
+        with self._lock:                                     # one encoder, one cache: another thread waits
+            entry = self._cache.get(media.digest)
+            if entry is None:
+                self.stats["image_misses"] += 1
+                entry = self._encode(media)
+                self._keep(media.digest, entry)
+                return entry.parts, entry.info
             self._cache.move_to_end(media.digest)
             self.stats["image_hits"] += 1
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
-        self.stats["image_misses"] += 1
+
+    def _encode(self, media: Image | Video) -> _Entry:
+        """Process and encode a picture or video that is not in the cache."""
+        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
+
+        from pyengine.media.video import Video                                 # Pillow takes 20 ms to import
+
         started = time.perf_counter()
         processed, encoding, made, run = self.process(media), 0.0, [], None
         for i, p in enumerate(processed.parts):
@@ -120,15 +128,14 @@ class EncodedMedia:
                 if view is not run:
                     run, (embedding, seconds) = view, self._encoded(view)
                     encoding += seconds
-                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest())
+                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest(), media.digest)
             made.append(p)
         parts, views = tuple(made), processed.views
         segments = [p for p in parts if isinstance(p, MediaSegment)]
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
                          sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
-                         time.perf_counter() - started - encoding, encoding, media.digest.hex(), media.digest)
-        self._keep(media.digest, _Entry(parts, info, sum(s.embedding.nbytes for s in segments)))
-        return parts, info
+                         time.perf_counter() - started - encoding, encoding, media.digest.hex())
+        return _Entry(parts, info, sum(s.embedding.nbytes for s in segments))
 
     def _keep(self, digest: bytes, entry: _Entry) -> None:
         def total() -> int:
@@ -157,10 +164,10 @@ class EncodedMedia:
         return encoder.run(self._program, view), loading + time.perf_counter() - started
 
 
-def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes) -> MediaSegment:
+def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes, source: bytes) -> MediaSegment:
     """What stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
     if isinstance(part, View):
-        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token)
+        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source)
     n, view = part.stop - part.start, part.view
     positions = np.broadcast_to(np.arange(n, dtype=np.int32), (len(view.positions), n))
-    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest)
+    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest, source=source)

@@ -7,10 +7,11 @@ rows are computed together, `runner` runs them, `cache.cells` says where their k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -35,8 +36,24 @@ if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def alone(method: F) -> F:
+    """Let a method of a model run when no other thread works on the model."""
+    @wraps(method)
+    def waits(self: Model, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return waits                                             # type: ignore[return-value]
+
+
 class Model:
-    """A loaded model with the caches of `n_seq` conversations. Made by `load`; not for several threads at once."""
+    """A loaded model with the caches of `n_seq` conversations. Made by `load`.
+
+    Several threads may use it: each call, and each piece of a stream, waits for the one before it.
+    """
 
     def __init__(self, fitted: Fitted, program: Program, progress: Progress | None = None):
         layout, self.plan, self.program = fitted.layout, fitted.plan, program
@@ -46,6 +63,7 @@ class Model:
         self._n_ids, self._ropes = bound.model.n_ids, bound.model.ropes(sizes.n_ctx)
         self._runner = Runner(layout.step, program)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
+        self._lock = self._scheduler.lock
         self.media: EncodedMedia | None = None
         if image is not None:
             limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
@@ -91,12 +109,14 @@ class Model:
 
     # -- plain steps --------------------------------------------------------------------------------------------------
 
+    @alone
     def reset(self) -> None:
         """Forget all conversations that nobody works on; encoded pictures stay in the image cache."""
         for s in [s for s in self._runner.cells.conversations if not s.active]:
             self._runner.cells.drop(s)
         self._fed, self._fed_ids, self._fed_moved = None, [], False
 
+    @alone
     def feed(self, ids: Sequence[int], n_batch: int | None = None) -> np.ndarray:
         """Append tokens to a conversation of its own, in steps of at most n_batch; returns logits after the last one, [vocab].
 
@@ -121,8 +141,9 @@ class Model:
         finally:
             s.active = False
         self._fed, self._fed_ids = s, whole
-        return logits[0]
+        return logits[0].copy()
 
+    @alone
     def shift(self, start: int, stop: int) -> None:
         """Remove tokens [start, stop) from the conversation of `feed`; those behind move down and keep what they know of them.
 
@@ -135,6 +156,7 @@ class Model:
         del self._fed_ids[start:stop]
         self._fed_moved = True
 
+    @alone
     def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:
         """Logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
 
@@ -147,26 +169,37 @@ class Model:
         return out
 
     def logit_blocks(self, prompt: Rows | Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of `logits` from position `first` on, in blocks (position, [n, vocab]) that are valid until the next one is
-        asked for."""
+        """Yield the rows of `logits` from position `first` on, in blocks (position, [n, vocab]) that are valid until the next one is
+        asked for.
+
+        Raises: RequestError if another step is run in between, by this thread or another one; else as `logits`.
+        """
         rows = prompt if isinstance(prompt, Rows) else token_rows(prompt, 0, self._axes)
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
-        s = self._runner.cells.new()
+        with self._lock:
+            s = self._runner.cells.new()
         try:
             for start, stop in rows.steps(0, self.n_batch):
                 skip = min(max(first - start, 0), stop - start)
                 wanted = np.arange(skip, stop - start, dtype=np.int32)
-                done, logits = 0, self._runner.run([Work(s, rows, start, stop, wanted)])
+                with self._lock:
+                    done, logits = 0, self._runner.run([Work(s, rows, start, stop, wanted)])
+                    step = self._runner.n_steps
                 while len(logits):
                     yield start + skip + done, logits
                     done += len(logits)
-                    logits = self._runner.head(done) if done < len(wanted) else logits[:0]
+                    with self._lock:
+                        if self._runner.n_steps != step:
+                            raise RequestError("logit_blocks: another step of the model was run while its blocks were read")
+                        logits = self._runner.head(done) if done < len(wanted) else logits[:0]
         finally:
-            self._runner.cells.drop(s)
+            with self._lock:
+                self._runner.cells.drop(s)
 
     # -- conversations in files ---------------------------------------------------------------------------------------
 
+    @alone
     def save(self, path: str | Path, answer: Answer | Stream | None = None, messages: Sequence[dict[str, Any]] | None = None,
              notes: bytes = b"") -> int:
         """Write a conversation's part of the caches to a file: the one that `answer` belongs to, or else the one used last.
@@ -189,6 +222,7 @@ class Model:
                 s = replace(s, keys=s.keys[:n], next=rows.position(n))
         return sessions.save(path, self._runner.store, s, self._identity(), notes)
 
+    @alone
     def restore(self, path: str | Path) -> int:
         """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
 
@@ -204,7 +238,7 @@ class Model:
             from pyengine.cache import sessions
 
             tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
-            self._fingerprint = sessions.fingerprint((self._files.model, self._files.mmproj), tables)
+            self._fingerprint = sessions.fingerprint(self._files.opened, tables)
         return self._fingerprint
 
     # -- generation ---------------------------------------------------------------------------------------------------

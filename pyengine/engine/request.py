@@ -82,7 +82,7 @@ class Request:
     @property
     def media(self) -> frozenset[bytes]:
         """Digests of its pictures."""
-        return frozenset(info.key for info in self.report.media)
+        return frozenset(s.source for _, s in (*self.rows.media, *self.rows.crossed))
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [vocab] after the last row, and decide whether to go on."""
@@ -107,6 +107,11 @@ class Request:
             self._end("length")
         else:
             self.pending = drawn.token
+
+    def fill(self) -> None:
+        """End because the context is full: what was generated so far is the answer, of finish "length"."""
+        self.pending = None
+        self._end("length")
 
     def _end(self, finish: str) -> None:
         tail = self.stops.push(self.decoder.flush()) + self.stops.flush()

@@ -8,6 +8,7 @@ who else is being served.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Scheduler:
         self.runner, self.n_ctx = runner, n_ctx
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
+        self.lock = threading.RLock()                        # who works on the model now; other threads wait
         self._stepping = False
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
@@ -47,13 +49,20 @@ class Scheduler:
         May come in the middle of a step, when a stream that nobody holds is collected: the step then ends first.
         """
         request.finished = True
-        if not self._stepping:
-            self._sweep()
+        if self.lock.acquire(blocking=False):                # a step of another thread ends first, and sweeps then
+            try:
+                if not self._stepping:
+                    self._sweep()
+            finally:
+                self.lock.release()
 
     def advance(self) -> None:
-        """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error."""
+        """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error.
+
+        The caller holds `lock`. Raises: RequestError within a step, as when a callback of one asks for another.
+        """
         if self._stepping:
-            raise RequestError("a step is being run: one model must not be used by several threads at once")
+            raise RequestError("a step is being run, and another one was asked for within it")
         self._stepping, served = True, []
         try:
             self._admit()
@@ -124,15 +133,13 @@ class Scheduler:
         work: list[tuple[Request, Work]] = []
         for r in [r for r in self.active if r.pending is not None]:
             if len(r.conversation) == self.n_ctx:
-                r.error = ContextOverflowError(f"the context of {self.n_ctx} tokens is full after {len(r.report.tokens)} generated "
-                                               "ones; load with a larger n_ctx")
-                r.finished = True
+                r.fill()
                 continue
             row = token_rows([r.pending], r.conversation.next, self.runner.axes, r.conversation.sees)
             work.append((r, Work(r.conversation, row, 0, 1, _FIRST)))
         left = self.runner.n_batch - len(work)
         limit, first = min(left, BESIDE) if work else left, True
-        for r in [r for r in self.active if r.pending is None]:
+        for r in [r for r in self.active if r.pending is None and not r.finished]:
             part = self._slice(r, limit, left if first else limit)
             if part is None:
                 if first:                                    # a picture with no room beside the others has a step of its own

@@ -12,7 +12,7 @@ type against the bytes that are there before it is used; values are decoded when
 claims is therefore never allocated: a hostile file costs at most time linear in its own size.
 
 GGUF lists axes fastest first; `TensorInfo.shape` is NumPy's order, slowest first, reversed here and nowhere else.
-Source: docs/gguf.md of ggml.
+Source: ggml, gguf.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,20 +202,37 @@ class Metadata(Mapping[str, Any]):
     def __init__(self, path: Path, buffer: mmap.mmap, values: dict[str, _Value]):
         self._path, self._buffer, self._values = path, buffer, values
         self._decoded: dict[str, Any] = {}
+        self._added: Mapping[str, Any] = {}              # keys that the file does not have: see `renamed`
+        self._own: dict[str, str] = {}                   # names of keys in the file, where they are others
 
     def __getitem__(self, key: str) -> Any:
+        if key in self._added:
+            return self._added[key]
         if key not in self._decoded:
             self._decoded[key] = self._decode(self._values[key])
         return self._decoded[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._values
+        return key in self._values or key in self._added
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(dict.fromkeys((*self._values, *self._added)))
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._values.keys() | self._added.keys())
+
+    def renamed(self, names: Mapping[str, str], added: Mapping[str, Any]) -> Metadata:
+        """Return these keys under other names, with `added` ones, whose values go before the file's. Nothing is decoded.
+
+        names  the file's -> the new one, of keys that change
+        """
+        other = Metadata(self._path, self._buffer, {names.get(key, key): value for key, value in self._values.items()})
+        other._added, other._own = dict(added), {new: old for old, new in names.items()}
+        return other
+
+    def own_name(self, key: str) -> str:
+        """Return the name that `key` has in the file, for messages."""
+        return self._own.get(key, key)
 
     def need(self, key: str, *kinds: type) -> Any:
         """Return the value of `key`, which must be one of `kinds` where any are given.
@@ -222,19 +240,19 @@ class Metadata(Mapping[str, Any]):
         Kinds are bool, int, float (takes an int too), str, list (of strings) and np.ndarray (of numbers).
         Raises: InvalidModelError for a missing key, with the nearest ones that are there, and for another kind.
         """
-        if key not in self._values:
-            raise InvalidModelError(f"{self._path}: the key {key!r} is missing{nearest(key, self._values)}")
+        if key not in self:
+            raise InvalidModelError(f"{self._path}: the key {key!r} is missing{nearest(key, self)}")
         value = self[key]
         if not kinds or type(value) in kinds:
             return value
         if float in kinds and type(value) is int:
             return float(value)
-        raise InvalidModelError(f"{self._path}: {key!r} must be {' or '.join(kind.__name__ for kind in kinds)}, "
+        raise InvalidModelError(f"{self._path}: {self.own_name(key)!r} must be {' or '.join(kind.__name__ for kind in kinds)}, "
                                 f"not {self.type_name(key)}, at byte {self._values[key].start}")
 
     def get(self, key: str, default: Any = None, *kinds: type) -> Any:
         """Return `default` where `key` is missing, else what `need` returns. Raises as `need` for another kind."""
-        return self.need(key, *kinds) if key in self._values else default
+        return self.need(key, *kinds) if key in self else default
 
     def raw(self, key: str) -> bytes | list[bytes]:
         """Return a string's bytes, or the bytes of each string of an array. Raises RequestError for other types."""
@@ -267,7 +285,9 @@ class Metadata(Mapping[str, Any]):
         return memoryview(self._map())[value.start:], value.count
 
     def type_name(self, key: str) -> str:
-        """Return the type that the file gives `key`: "uint32", "string", "array[float32, 262144]"."""
+        """Return the type that the file gives `key`: "uint32", "string", "array[float32, 262144]"; Python's, of an added one."""
+        if key in self._added:
+            return type(self._added[key]).__name__
         return self._values[key].type_name
 
     def count(self, key: str) -> int:
@@ -438,6 +458,22 @@ class GGUFFile:
                                             f"at byte {info.offset}")
                 self.tensors[name] = info
         self._buffers: list[mmap.mmap] | None = [part.buffer for part in parts]
+
+    def renamed(self, tensors: Mapping[str, str], metadata: Metadata) -> GGUFFile:
+        """Return the same open file with tensors under other names and with other metadata; `TensorInfo.name` stays the file's.
+
+        tensors  the file's -> the new one, of names that change
+        Raises: InvalidModelError where two tensors would have one name.
+        """
+        other = copy(self)
+        other.metadata, other.tensors = metadata, {}
+        for name, info in self.tensors.items():
+            new = tensors.get(name, name)
+            if new in other.tensors:
+                raise InvalidModelError(f"{self.paths[info.part]}: tensor {quoted(name)}: {quoted(other.tensors[new].name)} is there "
+                                        f"too, which is another name of the same one, at byte {info.offset}")
+            other.tensors[new] = info
+        return other
 
     def view(self, name: str) -> np.ndarray:
         """Return the bytes of a tensor, uint8 [nbytes], read-only, without copying them."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyengine.errors import InvalidModelError
+from pyengine.files.dialects import check_encoder, translate
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.stores import find_model
 
 
 @dataclass(frozen=True)
 class Files:
-    """A model's file, and the one that holds its media encoder (often the same)."""
+    """A model's file, and the one that holds its media encoder (often the same), in llama.cpp's names."""
 
     model: GGUFFile
     mmproj: GGUFFile | None
+    opened: tuple[GGUFFile, ...]     # the same by their own names, as they lie on disk
 
     @property
     def name(self) -> str:
@@ -26,8 +27,8 @@ def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
     paths = find_model(name)
     path, found = paths if isinstance(paths, list) else (paths, None)
     mmproj = mmproj or found
-    files = Files(GGUFFile(path), GGUFFile(mmproj) if mmproj else None)
-    if files.mmproj and files.mmproj.metadata.need("general.architecture", str) != "clip":
-        raise InvalidModelError(f"{mmproj}: general.architecture is {files.mmproj.metadata['general.architecture']!r}; "
-                                "a projector file has 'clip'")
-    return files
+    opened = tuple(GGUFFile(p) for p in (path, mmproj) if p)
+    for encoder in opened[1:]:
+        check_encoder(encoder)
+    model, *encoders = map(translate, opened)
+    return Files(model, encoders[0] if encoders else None, opened)

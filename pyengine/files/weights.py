@@ -42,17 +42,13 @@ class WeightRef(NamedTuple):
         """Return the bytes, uint8 [nbytes], over the mapped file."""
         return self.source.view(self.name)
 
-    def array(self) -> np.ndarray:
-        """Return plain numbers in `shape`, over the mapped file. Raises RequestError for block formats."""
-        return self.source.array(self.name).reshape(self.shape)
-
     def floats(self) -> np.ndarray:
         """Return the numbers as float32 in `shape`, dequantized (F32: over the mapped file).
 
         Raises: UnsupportedModelError for a format that cannot be.
         """
         if self.dtype.name == "F32":
-            return self.array()
+            return self.source.array(self.name).reshape(self.shape)
         from pyengine.native.blocks import dequantize                          # reading a file's names needs no compiled part
 
         try:
@@ -152,7 +148,7 @@ class Weights:
                                     f"{nearest(full, self._names.sources)}")
         info = file.tensors[full]
         if _significant(info.shape) != _significant(shape):
-            raise InvalidModelError(f"{file.paths[info.part]}: tensor {full!r}: has shape {info.shape}, and the model "
+            raise InvalidModelError(f"{file.paths[info.part]}: tensor {info.name!r}: has shape {info.shape}, and the model "
                                     f"needs {tuple(shape)}, at byte {info.offset}")
         self._names.bound.add(full)
         return WeightRef(full, tuple(shape), info.dtype, file)
@@ -173,7 +169,7 @@ class Weights:
         Raises: UnsupportedModelError naming up to five that are not.
         """
         ignored = tuple(ignore)
-        left = [name for name in self._names.sources if name not in self._names.bound
+        left = [file.tensors[name].name for name, file in self._names.sources.items() if name not in self._names.bound
                 and not any(name == scope or name.startswith(scope + ".") for scope in ignored)]
         if left:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""

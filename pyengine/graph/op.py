@@ -4,8 +4,8 @@
     def rms_norm(x: F32["... d"], weight: F32["d"] | None = None, *, eps: float) -> F32["... d"]: ...
 
 Everything that others need is read from it: shape and dtype rules from the annotations (graph), the parameter struct and the
-kernel prototype (`pyengine.codegen`), memory facts from the decorator (`pyengine.planner`), cases for tests and benchmarks from
-`.case(...)`. Called with arrays, the op computes; called with tensors, it adds a node to the graph.
+kernel prototype (`pyengine.compiler.codegen`), memory facts from the decorator (`pyengine.compiler.arena`), cases for tests and
+benchmarks from `.case(...)`. Called with arrays, the op computes; called with tensors, it adds a node to the graph.
 
 Annotations
   F32["m k"]          axes by name, separated by blanks; the same name must have the same size everywhere in the op;

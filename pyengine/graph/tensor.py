@@ -76,7 +76,7 @@ class Node:
 
     def __init__(self, op: Any, args: tuple[Any, ...] = (), params: tuple[tuple[str, Any], ...] = (), kind: str = "op", name: str = "",
                  source: Any = None):
-        self.op = op                                   # pyengine.op.Op, or None for a leaf
+        self.op = op                                   # pyengine.graph.op.Op, or None for a leaf
         self.args = args                               # Tensor | None | tuple[Tensor, ...] in the order of the declaration
         self.params = params
         self.kind, self.name = kind, name

@@ -13,7 +13,7 @@ from pyengine.memory.plan import MIB, PlanItem
 from pyengine.programs.step import Step
 from pyengine.text.sampling import sampler_bytes
 
-# The process itself, measured as resident memory on x86-64 Linux, CPython 3.11 (tests/test_plan.py holds these to RSS):
+# The process itself, measured as resident memory on x86-64 Linux, CPython 3.11 (tests/memory/test_plan.py holds these to RSS):
 PROCESS_BYTES = 44 * MIB             # interpreter, NumPy, kernels, the graph as objects
 TOKEN_BYTES = 64                     # per token of the vocabulary, for the tokenizer
 PIXEL_COPIES = 3                     # of a picture in bytes while its patches are made: decoded, resized, cut

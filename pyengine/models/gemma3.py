@@ -4,8 +4,7 @@ Paper arXiv:2503.19786. Follows transformers `modeling_gemma3.py`, `processing_g
 Norm weights in GGUF files already hold 1 + w. A picture's soft tokens attend to each other in both directions and to all that
 is before them; in sliding layers the window limits backwards only. Soft tokens are not multiplied by sqrt(D).
 differs: nothing. llama.cpp hard-codes the layer pattern (every 6th global), the local rope base (10,000), the query scale and the
-pooling; files that carry them as keys are believed, others get those constants. Ollama's files have everything in one file, under names of
-their own (`convert/convert_gemma3.go`), and leave more out.
+pooling; files that carry them as keys are believed, others get those constants.
 Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-forward width; in the encoder P patches, V hidden.
 """
 
@@ -26,8 +25,9 @@ from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
-from pyengine.nn.decoder import vocab_size
-from pyengine.nn.encoder import attention_products
+from pyengine.nn.decoder import common, DecoderConfig, per_layer
+from pyengine.nn.encoder import (
+    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
 from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -37,24 +37,16 @@ if TYPE_CHECKING:
     from pyengine.media.image import Image
     from pyengine.media.video import Video
 
-EPS, ROPE_BASE = 1e-6, 1_000_000.0   # transformers Gemma3TextConfig, where Ollama's files have no key
+HEAD_DIM = 256                       # transformers Gemma3TextConfig.head_dim
 GLOBAL_EVERY = 6                     # transformers Gemma3TextConfig.sliding_window_pattern
 LOCAL_ROPE_BASE = 10_000.0           # transformers Gemma3TextConfig.rope_local_base_freq
+HALF, BILINEAR = (0.5, 0.5, 0.5), 2  # transformers Gemma3ImageProcessor: mean and deviation, Pillow's number of the filter
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DecoderConfig):
     """Numbers of one checkpoint, from its metadata."""
 
-    n_layers: int
-    d_model: int
-    d_ff: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    n_ctx_train: int
-    eps: float
     window: int
     sliding: tuple[bool, ...]        # per layer
     attn_scale: float
@@ -64,24 +56,12 @@ class Config:
     @classmethod
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "gemma3.*"."""
-        d_model, n_heads, n_layers = h.size("embedding_length"), h.size("attention.head_count"), h.size("block_count")
-        head_dim = h.size("attention.key_length", 256)
-        # query_pre_attn_scalar is d_model / n_heads in the 27B checkpoint, the one of 62 layers, and head_dim in all others
-        # (their config.json; llama.cpp, load_hparams): files that do not say it are told by that.
-        scalar = d_model / n_heads if n_layers == 62 else head_dim
+        numbers = common(h, w, head_dim=HEAD_DIM)
         return cls(
-            n_layers=n_layers,
-            d_model=d_model,
-            d_ff=h.size("feed_forward_length"),
-            n_heads=n_heads,
-            n_kv_heads=h.size("attention.head_count_kv", n_heads),
-            head_dim=head_dim,
-            vocab_size=vocab_size(w),
-            n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon", EPS),
+            **numbers,
             window=h.size("attention.sliding_window"),
-            sliding=_pattern(h, n_layers),
-            attn_scale=h.number("attention.scale", scalar**-0.5),
+            sliding=_pattern(h, numbers["n_layers"]),
+            attn_scale=h.number("attention.scale", numbers["head_dim"] ** -0.5),
             attn_softcap=h.number("attn_logit_softcapping", 0.0),
             final_softcap=h.number("final_logit_softcapping", 0.0),
         )
@@ -89,12 +69,10 @@ class Config:
 
 def _pattern(h: Hparams, n_layers: int) -> tuple[bool, ...]:
     """Which layers slide: a list of booleans, or a period whose last layer is global."""
-    value = h.get("attention.sliding_window_pattern", GLOBAL_EVERY, int, np.ndarray)
-    if isinstance(value, int):
-        return tuple((i + 1) % value != 0 if value else True for i in range(n_layers))
-    if len(value) != n_layers:
-        raise InvalidModelError(f"gemma3.attention.sliding_window_pattern has {len(value)} entries for {n_layers} layers")
-    return tuple(bool(v) for v in value)
+    period = h.get("attention.sliding_window_pattern", GLOBAL_EVERY, int, np.ndarray)
+    if isinstance(period, int):
+        return tuple((i + 1) % period != 0 if period else True for i in range(n_layers))
+    return per_layer(h, "attention.sliding_window_pattern", (True,) * n_layers)
 
 
 class Block:
@@ -153,12 +131,10 @@ class VisionConfig:
 
     @classmethod
     def read(cls, v: Hparams) -> VisionConfig:
-        """Read "clip.vision.*", or Ollama's "gemma3.vision.*" and "gemma3.mm.*".
-
-        Defaults are those of llama.cpp's files: `Gemma3ImageProcessor`, `Gemma3Processor`, and pooling by 4 x 4.
-        """
+        """Read "clip.vision.*". Defaults are those of llama.cpp's files: `Gemma3ImageProcessor`, `Gemma3Processor`, pooling by 4 x 4."""
         side = v.size("vision.image_size") // v.size("vision.patch_size")
-        pool, half = v.size("vision.projector.scale_factor", 4), np.full(3, 0.5, np.float32)
+        pool = v.size("vision.projector.scale_factor", 4)
+        mean, std = mean_and_std(v, HALF, HALF)
         act = v.get("vision.hidden_act", "gelu_pytorch_tanh", str)
         if act not in ACTIVATIONS:
             raise InvalidModelError(f"clip.vision.hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
@@ -170,10 +146,10 @@ class VisionConfig:
             n_heads=v.size("vision.attention.head_count"),
             eps=v.number("vision.attention.layer_norm_epsilon"),
             act=ACTIVATIONS[act],
-            mean=tuple(float(x) for x in v.get("vision.image_mean", half, np.ndarray)),
-            std=tuple(float(x) for x in v.get("vision.image_std", half, np.ndarray)),
-            resample=v.size("vision.resample", 2),
-            n_tokens=v.size("vision.tokens_per_image", v.size("mm.tokens_per_image", max(1, side // pool) ** 2)),
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+            resample=resample_filter(v, BILINEAR),
+            n_tokens=v.size("vision.tokens_per_image", max(1, side // pool) ** 2),
             pan_and_scan=bool(v.get("vision.pan_and_scan", False)),
             min_crop_size=v.size("vision.pan_and_scan_min_crop_size", 256),
             max_crops=v.size("vision.pan_and_scan_max_num_crops", 4),
@@ -199,46 +175,17 @@ def crops(width: int, height: int, c: VisionConfig) -> list[tuple[int, int, int,
     return [(a, 0, b, height) if width >= height else (0, a, width, b) for a, b in spans]
 
 
-@dataclass(frozen=True)
-class Names:
-    """How a dialect names the encoder's tensors."""
-
-    patch: str = "patch_embd"
-    position: str = "position_embd"
-    norm1: str = "ln1"
-    norm2: str = "ln2"
-    out: str = "attn_out"
-    up: str = "ffn_up"
-    down: str = "ffn_down"
-    post: str = "post_ln"
-    soft_norm: str = "soft_emb_norm"
-    projection: str = "input_projection"
-
-
-OLLAMA = Names("patch_embedding", "position_embedding", "layer_norm1", "layer_norm2", "attn_output", "mlp.fc1", "mlp.fc2",
-               "post_layernorm", "mm_soft_emb_norm", "mm_input_projection")
-
-
 class VisionBlock:
     """SigLIP's layer: attention over all patches and a feed-forward, each behind a layer norm and added to its input."""
 
-    def __init__(self, w: Weights, c: VisionConfig, names: Names):
-        self.c = c
-        self.norm1, self.norm2 = LayerNorm(w[names.norm1], c.width, c.eps), LayerNorm(w[names.norm2], c.width, c.eps)
-        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
-        self.products = attention_products(self.q, self.k, self.v, self.out)
-        # llama.cpp's first converter for Gemma 3 wrote fc1 as ffn_down and fc2 as ffn_up
-        d_ff = mlp_width(w, c.width, (names.up, names.down))
-        swapped = d_ff != c.width and w[names.down].shape("weight") == (d_ff, c.width)
-        first, second = (names.down, names.up) if swapped else (names.up, names.down)
-        self.up, self.down = Linear(w[first], c.width, d_ff), Linear(w[second], d_ff, c.width)
+    def __init__(self, w: Weights, c: VisionConfig):
+        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
+        self.attention = EncoderAttention(w, c.width, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.width, mlp_width(w, c.width), c.act)
 
     def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [P, V]
-        c, h = self.c, self.norm1(x)
-        q, k, v = (f(h).reshape(-1, c.n_heads, c.width // c.n_heads) for f in (self.q, self.k, self.v))    # [P, H, E]
-        k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                       # [H, P, E], views
-        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=(c.width // c.n_heads) ** -0.5, products=self.products))
-        return x + self.down(ops.unary(self.up(self.norm2(x)), kind=c.act))
+        x = x + self.attention(self.norm1(x), lo, hi)
+        return x + self.feed_forward(self.norm2(x))
 
 
 class Vision(Encoder):
@@ -250,8 +197,6 @@ class Vision(Encoder):
 
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
-        ollama = f"{h.arch}.vision.block_count" in h.meta
-        v, names = (h, OLLAMA) if ollama else (v, Names())
         c = self.config = VisionConfig.read(v)
         if c.width % c.n_heads:
             raise InvalidModelError(f"clip.vision.attention.head_count is {c.n_heads}, which does not divide {c.width}")
@@ -259,23 +204,19 @@ class Vision(Encoder):
         self.pool = side // tokens if tokens else 0
         if not self.pool or tokens * tokens != c.n_tokens or (side - self.pool) // self.pool + 1 != tokens:
             raise InvalidModelError(f"clip.vision: {side} x {side} patches cannot be pooled to {c.n_tokens} soft tokens")
-        self.start = v.get("vision.image_start_token_id", None, int)
-        self.end = v.get("vision.image_end_token_id", None, int)
-        self.start = token("<start_of_image>") if self.start is None else self.start
-        self.end = token("<end_of_image>") if self.end is None else self.end
+        self.start, self.end = (special_token(v, f"image_{name}", token, f"<{name}_of_image>") for name in ("start", "end"))
         self.markers = {"image": (self.start,)}
         self.atomic_rows = c.n_tokens
         self.order = _pooling_order(side, tokens, self.pool)
-        mean, std = (np.array(a, np.float32)[:, None] for a in (c.mean, c.std))
-        self.levels = (np.arange(256, dtype=np.float32) * np.float32(1 / 255) - mean) / std         # [3, 256]
+        self.levels = levels(c.mean, c.std, "float32")                                  # [3, 256]
         v_, d_model = w["v"], h.size("embedding_length")
-        self.patch = PatchEmbedding(v_[names.patch], c.width, 3, c.patch_size)
-        position = v_[names.position].tensor("weight", (side * side, c.width))
+        self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch_size)
+        position = v_["position_embd"].tensor("weight", (side * side, c.width))
         self.position = constant(DerivedRef(position.name, position.shape, (position,), self._ordered))
-        self.blocks = [VisionBlock(v_["blk", i], c, names) for i in range(c.n_layers)]
-        self.norm = LayerNorm(v_[names.post], c.width, c.eps)
-        self.soft_norm = RMSNorm(w["mm", names.soft_norm], c.width, c.eps)
-        projection = w["mm", names.projection].tensor("weight", (c.width, d_model))       # HF's layout: x @ weight
+        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.norm = LayerNorm(v_["post_ln"], c.width, c.eps)
+        self.soft_norm = RMSNorm(w["mm", "soft_emb_norm"], c.width, c.eps)
+        projection = w["mm", "input_projection"].tensor("weight", (c.width, d_model))       # HF's layout: x @ weight
         self.projection = constant(DerivedRef(projection.name, (d_model, c.width), (projection,), lambda a: a.T))
 
     def _ordered(self, position: np.ndarray) -> np.ndarray:
@@ -294,13 +235,8 @@ class Vision(Encoder):
 
         Options of the image: pan_and_scan (bool). Raises: RequestError for videos.
         """
-        from pyengine.media.image import known_options                                 # Pillow takes 20 ms to import
-        from pyengine.media.video import Video
-
+        only_pictures(media, "pan_and_scan")
         c = self.config
-        if isinstance(media, Video):
-            raise RequestError("Gemma 3 takes pictures, not videos; give its frames as pictures")
-        known_options(media.options, "pan_and_scan")
         wanted = media.options.get("pan_and_scan", c.pan_and_scan)
         if not isinstance(wanted, bool):
             raise RequestError(f"pan_and_scan={wanted!r}: must be True or False")
@@ -322,16 +258,13 @@ class Vision(Encoder):
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """pixels uint8 [h, w, 3] -> F32 [P, 3 * p * p] in pooling order."""
-        from pyengine.media.image import resize
+        from pyengine.media.image import resize                                        # Pillow takes 20 ms to import
 
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         x = resize(pixels, c.image_size, c.image_size, c.resample)[: side * p, : side * p]
         x = x.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
-        patches = pages(x.shape)
-        for channel in range(3):                                                        # by table: no copies as large as `patches`
-            patches[:, channel] = self.levels[channel][x[:, channel]]
-        return patches.reshape(len(x), -1)
+        return by_table(self.levels, x).reshape(len(x), -1)
 
     def declare(self, g: Graph, rows: int) -> Tensor:
         """Soft tokens [n_tokens, D] of "patches" [P, 3 * p * p]."""
@@ -363,12 +296,8 @@ class Model(Architecture):
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        base = h.number("rope.global.freq_base", ROPE_BASE)                        # Ollama's name
-        self.rope = rope(h, w, c.head_dim, interleaved=False, base=base)
-        if f"{h.arch}.vision.block_count" in h.meta and f"{h.arch}.rope.scaling.type" not in h.meta and c.n_ctx_train >= 131_072:
-            whole = self.rope.rope                                                 # 4B and up; Ollama's files have no key
-            self.rope = self.rope._replace(rope=whole._replace(inv_freq=whole.inv_freq / np.float32(8)))
-        local = h.number("rope.freq_base_swa", h.number("rope.local.freq_base", LOCAL_ROPE_BASE))
+        self.rope = rope(h, w, c.head_dim, interleaved=False)
+        local = h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
         self.rope_local = Rope((1 / local ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)).astype(np.float32), 1.0, False)
 
     @classmethod

@@ -17,7 +17,7 @@ from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
 from pyengine.models import encoders
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
-from pyengine.nn.decoder import vocab_size
+from pyengine.nn.decoder import common, DecoderConfig
 from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -25,18 +25,9 @@ from pyengine.files.weights import Weights
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DecoderConfig):
     """Numbers of one checkpoint, from its metadata."""
 
-    n_layers: int
-    d_model: int
-    d_ff: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    n_ctx_train: int
-    eps: float
     window: int              # 0: full attention
     n_experts: int           # 0: one feed-forward for all
     n_used: int              # experts of a row
@@ -46,17 +37,8 @@ class Config:
         """Read the keys "llama.*"."""
         h.refuse(expert_shared_count="an expert for all rows", leading_dense_block_count="a layer without experts")
         n_experts = h.get("expert_count", 0, int)
-        d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
         return cls(
-            n_layers=h.size("block_count"),
-            d_model=d_model,
-            d_ff=h.size("feed_forward_length"),
-            n_heads=n_heads,
-            n_kv_heads=h.size("attention.head_count_kv", n_heads),
-            head_dim=h.size("attention.key_length", d_model // n_heads),
-            vocab_size=vocab_size(w),
-            n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
+            **common(h, w),
             window=h.get("attention.sliding_window", 0, int),
             n_experts=n_experts and h.size("expert_count"),
             n_used=n_experts and h.size("expert_used_count"),

@@ -15,9 +15,8 @@ Pixels are scaled in bfloat16, as Meta's code and transformers do. transformers 
 1/255 here and there: pictures are resized by Pillow, as for all models, to the sizes that transformers computes. llama.cpp (in
 llama-cpp-python 0.3.36) fits canvases of 3 x 3, leaves out the picture token, and gives the rows of a tile column by column.
 
-llama.cpp hard-codes the chunk (8192), the temperature's floor and scale, the layers without positions (every fourth) and that 128
-experts mean no q/k-norm: files that carry them as keys are believed, others get those constants. Ollama's files have everything in
-one, under names of their own (`convert/convert_llama4.go`).
+llama.cpp hard-codes the chunk (8192), the temperature's floor and scale, and the layers without positions (every fourth): files that
+carry them as keys are believed, others get those constants.
 Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size; in the encoder P patches of a tile, V hidden.
 """
 
@@ -38,9 +37,9 @@ from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Chunked, Full, Policy
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
-from pyengine.nn.encoder import projector_type, special_token
-from pyengine.nn.decoder import vocab_size
-from pyengine.nn.encoder import attention_products
+from pyengine.nn.encoder import (
+    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, projector_type, resample_filter, special_token)
+from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Experts, LayerNorm, Linear, mlp_width, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -54,26 +53,18 @@ if TYPE_CHECKING:
 CHUNK, FLOOR, TEMPERATURE = 8192, 8192, 0.1
 NO_ROPE_EVERY = 4
 ROPE_BASE = 500_000.0
-UNNORMED = 128                       # experts of Maverick, which has no q/k-norm (llama.cpp, load_arch_hparams)
+GROUP = 2                            # pixel_shuffle_ratio 0.5
 MAX_TILES = 16
-BILINEAR = 2                         # Pillow's number
+HALF, BILINEAR = (0.5, 0.5, 0.5), 2  # mean and deviation; Pillow's number of the filter
 
 
 # ---- decoder ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    """Numbers of one checkpoint, from its metadata."""
+class Config(DecoderConfig):
+    """Numbers of one checkpoint, from its metadata; `d_ff` is that of dense layers."""
 
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    n_ctx_train: int
-    eps: float
     n_experts: int                   # 0: all layers are dense
     n_used: int
     rotated: tuple[bool, ...]        # per layer: queries and keys have positions
@@ -86,38 +77,22 @@ class Config:
     @classmethod
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "llama4.*"."""
-        d_model, n_heads, n_layers = h.size("embedding_length"), h.size("attention.head_count"), h.size("block_count")
-        n_experts = h.get("expert_count", 0, int)
-        if h.get("attention.sliding_window", None) == 0 and f"{h.arch}.attention.chunked_layers" not in h.meta:
+        numbers, n_experts = common(h, w), h.get("expert_count", 0, int)
+        if h.get("attention.sliding_window", None) == 0 and "attention.chunked_layers" not in h:
             raise UnsupportedModelError(f"{h.arch}.attention.sliding_window is 0, so nothing is chunked, and no key says which layers "
                                         "have positions")
-        rotated = _layers(h, "rope.layers", tuple((i + 1) % NO_ROPE_EVERY != 0 for i in range(n_layers)))
+        rotated = per_layer(h, "rope.layers", tuple((i + 1) % NO_ROPE_EVERY != 0 for i in range(numbers["n_layers"])))
         return cls(
-            n_layers=n_layers,
-            d_model=d_model,
-            n_heads=n_heads,
-            n_kv_heads=h.size("attention.head_count_kv", n_heads),
-            head_dim=h.size("attention.key_length", d_model // n_heads),
-            vocab_size=vocab_size(w),
-            n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
+            **numbers,
             n_experts=n_experts,
             n_used=h.size("expert_used_count") if n_experts else 0,
             rotated=rotated,
-            chunked=_layers(h, "attention.chunked_layers", rotated),
+            chunked=per_layer(h, "attention.chunked_layers", rotated),
             chunk=h.size("attention.chunk_size", CHUNK),
             floor=h.size("attention.temperature_length", FLOOR),
             temperature=h.number("attention.temperature_scale", TEMPERATURE),
-            qk_norm=h.get("use_qk_norm", n_experts != UNNORMED, bool),
+            qk_norm=h.get("use_qk_norm", True, bool),
         )
-
-
-def _layers(h: Hparams, name: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
-    """A switch for each layer. Raises: InvalidModelError for another number of them."""
-    value = h.get(name, np.array(default), np.ndarray)
-    if len(value) != len(default):
-        raise InvalidModelError(f"{h.arch}.{name} has {len(value)} entries for {len(default)} layers")
-    return tuple(bool(v) for v in value)
 
 
 class FeedForward:
@@ -211,24 +186,23 @@ class VisionConfig:
     largest_canvas: bool             # make pictures as large as the canvases allow
 
     @classmethod
-    def read(cls, v: Hparams, ollama: bool) -> VisionConfig:
-        """Read "clip.vision.*" as llama.cpp writes them and ours, or Ollama's "llama4.vision.*"."""
-        half = np.full(3, 0.5, np.float32)
-        if not ollama and (kind := projector_type(v)) != "llama4":
+    def read(cls, v: Hparams) -> VisionConfig:
+        """Read "clip.vision.*"."""
+        if (kind := projector_type(v)) != "llama4":
             raise UnsupportedModelError(f"{v.arch}.projector_type is {kind!r}; llama4 is supported")
-        ratio = v.number("vision.pixel_shuffle_ratio", 0.5)
+        mean, std = mean_and_std(v, HALF, HALF)
         c = cls(
             tile=v.size("vision.image_size"),
             patch=v.size("vision.patch_size"),
-            group=v.size("vision.projector.scale_factor", round(1 / ratio) if 0 < ratio <= 1 else 2),
+            group=v.size("vision.projector.scale_factor", GROUP),
             n_layers=v.size("vision.block_count"),
             width=v.size("vision.embedding_length"),
             n_heads=v.size("vision.attention.head_count"),
-            eps=v.number("vision.layer_norm_epsilon" if ollama else "vision.attention.layer_norm_epsilon"),
+            eps=v.number("vision.attention.layer_norm_epsilon"),
             rope_base=v.number("vision.rope.freq_base", 10_000.0),
-            mean=tuple(float(x) for x in v.get("vision.image_mean", half, np.ndarray)),
-            std=tuple(float(x) for x in v.get("vision.image_std", half, np.ndarray)),
-            resample=v.get("vision.resample", BILINEAR, int),
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+            resample=resample_filter(v, BILINEAR),
             max_tiles=v.size("vision.max_tiles", MAX_TILES),
             largest_canvas=v.get("vision.resize_to_max_canvas", False, bool),
         )
@@ -237,55 +211,22 @@ class VisionConfig:
                                     "multiple of 4 elements")
         if c.tile % (c.patch * c.group):
             raise InvalidModelError(f"{v.arch}.vision: tiles of {c.tile} pixels are no multiple of {c.group} patches of {c.patch}")
-        if not 1 <= c.max_tiles <= 1024 or c.resample not in range(6) or len(c.mean) != 3 or len(c.std) != 3 or not all(c.std):
-            raise InvalidModelError(f"{v.arch}.vision: max_tiles {c.max_tiles}, resample {c.resample}, image_mean {c.mean} and "
-                                    f"image_std {c.std} must be 1 to 1024, 0 to 5, three numbers and three numbers that are not 0")
+        if c.max_tiles > 1024:
+            raise InvalidModelError(f"{v.arch}.vision: max_tiles {c.max_tiles}: must be 1 to 1024")
         return c
-
-
-@dataclass(frozen=True)
-class Names:
-    """How a dialect names the encoder's tensors."""
-
-    patch: str = "v.patch_embd"
-    cls: str = "v.class_embd"
-    position: str = "v.position_embd.weight"
-    before: str = "v.pre_ln"
-    after: str = "v.post_ln"
-    norm1: str = "ln1"
-    norm2: str = "ln2"
-    out: str = "attn_out"
-    up: str = "ffn_up"
-    down: str = "ffn_down"
-    first: str = "mm.model.mlp.1"
-    second: str = "mm.model.mlp.2"
-    projector: str = "mm.model.fc"
-
-
-OLLAMA = Names("v.patch_embedding", "v.class_embedding", "v.positional_embedding_vlm", "v.layernorm_pre", "v.layernorm_post",
-               "attn_norm", "ffn_norm", "attn_output", "mlp.fc1", "mlp.fc2", "v.vision_adapter.mlp.fc1", "v.vision_adapter.mlp.fc2",
-               "mm.linear_1")
 
 
 class VisionBlock:
     """Attention over all rows of a tile and an MLP, each behind a layer norm and added to its input."""
 
-    def __init__(self, w: Weights, c: VisionConfig, names: Names):
-        self.c = c
-        # gguf-py's table of names has a second entry for the second norm since Gemma 4, and converters that use it write that
-        self.norm1, self.norm2 = (LayerNorm(n, c.width, c.eps) for n in (w[names.norm1], w.first(names.norm2, "attn_post_norm")))
-        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
-        self.products = attention_products(self.q, self.k, self.v, self.out)
-        d_ff = mlp_width(w, c.width, (names.up, names.down))
-        self.up, self.down = Linear(w[names.up], c.width, d_ff), Linear(w[names.down], d_ff, c.width)
+    def __init__(self, w: Weights, c: VisionConfig):
+        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
+        self.attention = EncoderAttention(w, c.width, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.width, mlp_width(w, c.width), "gelu")
 
     def __call__(self, x: Tensor, angles: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:       # [P + 1, V]
-        head_dim, h = self.c.width // self.c.n_heads, self.norm1(x)
-        q, k, v = (f(h).reshape(-1, self.c.n_heads, head_dim) for f in (self.q, self.k, self.v))   # [P + 1, H, E]
-        q, k = (ops.rope(t, angles, interleaved=True) for t in (q, k))
-        k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)                                          # [H, P + 1, E], views
-        x = x + self.out(ops.attention(q, k, v, lo, hi, scale=head_dim**-0.5, products=self.products))
-        return x + self.down(ops.gelu(self.up(self.norm2(x))))
+        x = x + self.attention(self.norm1(x), lo, hi, lambda t: ops.rope(t, angles, interleaved=True))
+        return x + self.feed_forward(self.norm2(x))
 
 
 class Vision(Encoder):
@@ -298,9 +239,7 @@ class Vision(Encoder):
 
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
-        ollama = f"{h.arch}.vision.block_count" in h.meta
-        v, names = (h, OLLAMA) if ollama else (v, Names())
-        c = self.config = VisionConfig.read(v, ollama)
+        c = self.config = VisionConfig.read(v)
 
         def special(key: str, text: str) -> int:
             return special_token(v, key, token, text)
@@ -313,16 +252,17 @@ class Vision(Encoder):
         side = c.tile // c.patch
         self.tile_rows = (side // c.group) ** 2
         self.order = grouped(side, c.group)
-        self.levels = levels(c.mean, c.std)
+        self.levels = levels(c.mean, c.std, "bfloat16")
         d_model, n, d_group = h.size("embedding_length"), side * side, c.width * c.group**2
-        self.patch = Linear(w[names.patch], 3 * c.patch**2, c.width)
-        parts = w.tensor(names.position, (n + 1, c.width)), w.tensor(names.cls, (c.width,))
+        self.patch = Linear(w["v.patch_embd"], 3 * c.patch**2, c.width)
+        parts = w.tensor("v.position_embd.weight", (n + 1, c.width)), w.tensor("v.class_embd", (c.width,))
         self.position = constant(DerivedRef(parts[0].name, parts[0].shape, parts, self._positions))
-        self.before, self.after = LayerNorm(w[names.before], c.width, c.eps), LayerNorm(w[names.after], c.width, c.eps)
-        self.blocks = [VisionBlock(w["v", "blk", i], c, names) for i in range(c.n_layers)]
-        hidden = (w[names.first].shape("weight") or (0,))[0]
-        self.first, self.second = Linear(w[names.first], d_group, hidden), Linear(w[names.second], hidden, hidden)
-        self.projector = Linear(w[names.projector], hidden, d_model)
+        self.before, self.after = LayerNorm(w["v.pre_ln"], c.width, c.eps), LayerNorm(w["v.post_ln"], c.width, c.eps)
+        self.blocks = [VisionBlock(w["v", "blk", i], c) for i in range(c.n_layers)]
+        adapter = w["mm.model.mlp"]
+        hidden = (adapter[1].shape("weight") or (0,))[0]
+        self.first, self.second = Linear(adapter[1], d_group, hidden), Linear(adapter[2], hidden, hidden)
+        self.projector = Linear(w["mm.model.fc"], hidden, d_model)
         half = c.width // c.n_heads // 2
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
         self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                    # columns, then rows: [E / 2]
@@ -363,13 +303,10 @@ class Vision(Encoder):
 
         Options of the image: max_tiles. Raises: RequestError for videos, ContextOverflowError if its rows exceed the context.
         """
-        from pyengine.media.image import known_options, resize  # Pillow takes 20 ms to import
-        from pyengine.media.video import Video
+        from pyengine.media.image import resize                                # Pillow takes 20 ms to import
 
+        only_pictures(media, "max_tiles")
         c = self.config
-        if isinstance(media, Video):
-            raise RequestError("Llama 4 takes pictures, not videos; give its frames as pictures")
-        known_options(media.options, "max_tiles")
         most = media.options.get("max_tiles", c.max_tiles)
         if type(most) is not int or not 1 <= most <= c.max_tiles:
             raise RequestError(f"max_tiles={most!r}: must be a whole number from 1 to {c.max_tiles}")
@@ -402,8 +339,7 @@ class Vision(Encoder):
         p, side = self.config.patch, self.config.tile // self.config.patch
         x = pixels.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
         patches = pages((len(x) + 1, 3, p * p))
-        for channel in range(3):
-            patches[:-1, channel] = self.levels[channel][x[:, channel]]
+        by_table(self.levels, x, patches[:-1])
         return patches.reshape(len(patches), -1)
 
 
@@ -411,19 +347,6 @@ def grouped(side: int, group: int) -> np.ndarray:
     """Numbers of side x side patches, one group of group x group behind the other."""
     grid = np.arange(side * side).reshape(side // group, group, side // group, group)
     return grid.transpose(0, 2, 1, 3).reshape(-1)
-
-
-def bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 values rounded to bfloat16, half to even."""
-    bits = np.asarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-
-
-def levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """What the 256 values of each channel become, float32 [3, 256]: each operation rounded to bfloat16."""
-    scaled = bfloat16(np.arange(256, dtype=np.float32) * np.float32(1 / 255))
-    m, s = (bfloat16(np.array(a, np.float32))[:, None] for a in (mean, std))
-    return bfloat16(bfloat16(scaled - m) / s)
 
 
 def canvas(height: int, width: int, tile: int, max_tiles: int, largest: bool) -> tuple[int, int]:

@@ -12,10 +12,8 @@ differs: text before the first picture skips the cross-attention layers, as in t
 and shows such a row every tile. The numbers of the five earlier states count the layers before them, as the authors, Ollama and
 transformers up to 4.53 do; later ones take the state behind the layer, and the converter writes the numbers that a checkpoint's
 version meant.
-Tensors have the names and values of Ollama's published file, as far as `model/models/mllama` shows them: the encoder's gates hold
-their tanh, position_embd.gate 1 - tanh, the decoder's are as trained. Its keys mllama.vision.* are clip.vision.* in ours, and its
-encoder's ffn_up and ffn_down are exchanged. `convert/convert_mllama.go` calls the encoder's norms and output attn_norm, ffn_norm
-and attn_output, and interleaves the rows of all queries and keys as for a rotation, in cross-attention too, but not its norms.
+Tensors have the names and values of Ollama's published file (llama.cpp has no such model), as far as its `model/models/mllama` shows
+them: the encoder's gates hold their tanh, position_embd.gate 1 - tanh, the decoder's are as trained.
 Axes: m rows of the batch, s of them that see a picture, c encoder rows, D hidden, H/K query/KV heads, E head size; in the encoder
 T tiles, P patches of one and its class row, N = T P + padding, V hidden.
 """
@@ -36,11 +34,11 @@ from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Cross, Full, Policy
 from pyengine.nn.cache import CrossCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
-from pyengine.nn.encoder import mean_and_std
+from pyengine.nn.encoder import (
+    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
 from pyengine.models.llama import Block, FeedForward
 from pyengine.models.llama import Config as TextConfig
-from pyengine.nn.encoder import attention_products
-from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
+from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm, scalar
 from pyengine.nn.rope import rope
 from pyengine.graph.tensor import Tensor
 from pyengine.files.weights import DerivedRef, pages, Weights
@@ -51,8 +49,8 @@ if TYPE_CHECKING:
 
 MULTIPLE = 8                         # rows of a tile are filled up to it: MllamaVisionModel.forward
 NORM_EPS = 1e-5                      # of the norms before and behind the local layers: torch's default
-MEAN = (0.48145466, 0.4578275, 0.40821073)      # preprocessor_config.json of meta-llama/Llama-3.2-11B-Vision; Ollama's files
-STD = (0.26862954, 0.26130258, 0.27577711)      # have no keys for these
+# preprocessor_config.json of meta-llama/Llama-3.2-11B-Vision, for files without the keys; the filter by Pillow's number
+MEAN, STD, BILINEAR = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2
 
 
 def numbers(h: Hparams, name: str, below: int) -> tuple[int, ...]:
@@ -67,7 +65,7 @@ class CrossBlock:
     """Cross-attention with normed queries and keys, and a gated feed-forward; each is weighed by the tanh of a number."""
 
     def __init__(self, w: Weights, c: TextConfig, interleaved: bool):
-        """interleaved: the halves of q's and k's heads are, but not those of their norms."""
+        """interleaved: the halves of q's and k's heads are, as for a rotation, but not those of their norms."""
         self.c = c
         self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
         self.q = Linear(w["cross_attn_q_proj"], c.d_model, c.n_heads * c.head_dim)
@@ -119,13 +117,11 @@ class VisionConfig:
 
     @classmethod
     def read(cls, v: Hparams) -> VisionConfig:
-        """Read "clip.vision.*", or Ollama's "mllama.vision.*"."""
+        """Read "clip.vision.*"."""
         act = v.get("vision.hidden_act", "gelu", str)                              # MllamaVisionConfig
         if act not in ACTIVATIONS:
             raise InvalidModelError(f"{v.arch}.vision.hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
         n_layers = v.size("vision.block_count")
-        states = next((n for n in ("vision.feature_layer", "vision.intermediate_layers_indices") if f"{v.arch}.{n}" in v.meta),
-                      "vision.feature_layer")
         mean, std = mean_and_std(v, MEAN, STD)
         c = cls(
             image_size=v.size("vision.image_size"),
@@ -136,11 +132,11 @@ class VisionConfig:
             n_heads=v.size("vision.attention.head_count"),
             eps=v.number("vision.attention.layer_norm_epsilon"),
             act=ACTIVATIONS[act],
-            states=numbers(v, states, n_layers + 1),
+            states=numbers(v, "vision.feature_layer", n_layers + 1),
             max_tiles=v.size("vision.max_num_tiles"),
             mean=tuple(mean.tolist()),
             std=tuple(std.tolist()),
-            resample=v.size("vision.resample", 2),
+            resample=resample_filter(v, BILINEAR),
         )
         if c.width % c.n_heads or c.patch_size > c.image_size or c.max_tiles > 64:
             raise InvalidModelError(f"{v.arch}.vision: {c.n_heads} heads of {c.width}, patches of {c.patch_size} in tiles of "
@@ -192,27 +188,15 @@ class VisionBlock:
     """Attention and a feed-forward, each behind a layer norm and added to its input; in global layers weighed by a number."""
 
     def __init__(self, w: Weights, c: VisionConfig, is_global: bool):
-        self.c = c
-        self.norm1 = LayerNorm(w.first("ln1", "attn_norm"), c.width, c.eps)
-        self.norm2 = LayerNorm(w.first("ln2", "ffn_norm"), c.width, c.eps)
-        self.q, self.k, self.v = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v"))
-        self.out = Linear(w.first("attn_out", "attn_output"), c.width, c.width)
-        self.products = attention_products(self.q, self.k, self.v, self.out)
-        d_ff = mlp_width(w, c.width)
-        swapped = d_ff != c.width and w.shape("ffn_down.weight") == (d_ff, c.width)      # in Ollama's published file
-        up, down = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
-        self.up, self.down = Linear(w[up], c.width, d_ff), Linear(w[down], d_ff, c.width)
-        self.attn_weight = constant(w.tensor("attn_gate", (1,))) if is_global else None
-        self.ffn_weight = constant(w.tensor("ffn_gate", (1,))) if is_global else None
+        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
+        self.attention = EncoderAttention(w, c.width, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.width, mlp_width(w, c.width), c.act)
+        self.attn_weight, self.ffn_weight = (scalar(w, name) if is_global else None for name in ("attn_gate", "ffn_gate"))
 
     def __call__(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:                    # [N, V]
-        c, h = self.c, self.norm1(x)
-        e = c.width // c.n_heads
-        q, k, v = (f(h).reshape(-1, c.n_heads, e) for f in (self.q, self.k, self.v))    # [N, H, E]
-        k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                       # [H, N, E], views
-        y = self.out(ops.attention(q, k, v, lo, hi, scale=e**-0.5, products=self.products))
+        y = self.attention(self.norm1(x), lo, hi)
         x = x + (y if self.attn_weight is None else y * self.attn_weight)
-        y = self.down(ops.unary(self.up(self.norm2(x)), kind=c.act))
+        y = self.feed_forward(self.norm2(x))
         return x + (y if self.ffn_weight is None else y * self.ffn_weight)
 
 
@@ -225,14 +209,11 @@ class Vision(Encoder):
 
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
-        v = h if f"{h.arch}.vision.block_count" in h.meta else v                        # Ollama's
         c = self.config = VisionConfig.read(v)
-        found = v.get("vision.image_token_id", None, int)
-        self.token = token("<|image|>") if found is None else found
+        self.token = special_token(v, "image", token, "<|image|>")
         self.markers = {"image": (self.token,)}
         self.all_rows = c.max_tiles * c.rows                                            # of all tiles
-        mean, std = (np.array(a, np.float32)[:, None] for a in (c.mean, c.std))
-        self.levels = (np.arange(256, dtype=np.float32) * np.float32(1 / 255) - mean) / std         # [3, 256]
+        self.levels = levels(c.mean, c.std, "float32")                                  # [3, 256]
         v_, n = w["v"], len(arrangements(c.max_tiles)) + 1
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch_size)
         own = (v_["position_embd"].tensor("weight", (c.rows, c.width)), v_["position_embd"].tensor("gate", (1,)),
@@ -242,7 +223,7 @@ class Vision(Encoder):
         if c.width % tiled.dtype.block:
             raise InvalidModelError(f"{tiled.name}: blocks of {tiled.dtype.name} do not divide rows of {c.width}")
         self.tile_position = constant(tiled._replace(shape=(n * self.all_rows, c.width)))
-        self.tile_weight = constant(v_["tile_position_embd"].tensor("gate", (1,)))
+        self.tile_weight = scalar(v_["tile_position_embd"], "gate")
         self.pre_tile, self.post_tile = (self._tile_table(v_[f"{when}_tile_position_embd"], n) for when in ("pre", "post"))
         self.pre_norm, self.post_norm = LayerNorm(v_["pre_ln"], c.width, NORM_EPS), LayerNorm(v_["post_ln"], c.width, NORM_EPS)
         self.blocks = [VisionBlock(v_["blk", i], c, False) for i in range(c.n_layers)]
@@ -268,13 +249,8 @@ class Vision(Encoder):
 
     def process(self, media: Image | Video, limits: Limits) -> Processed:
         """Resize into the best canvas of tiles, fill it up with black. Raises: RequestError for videos, and beyond the plan."""
-        from pyengine.media.image import known_options                                 # Pillow takes 20 ms to import
-        from pyengine.media.video import Video
-
+        only_pictures(media)
         c = self.config
-        if isinstance(media, Video):
-            raise RequestError("this model takes pictures, not videos; give a video's frames as pictures")
-        known_options(media.options)
         width, height = media.size
         tiles = arrange(width, height, c)
         n = tiles[0] * tiles[1] * c.rows
@@ -286,7 +262,7 @@ class Vision(Encoder):
 
     def _inputs(self, pixels: np.ndarray, tiles: tuple[int, int]) -> dict[str, np.ndarray]:
         """pixels uint8 [h, w, 3] -> the encoder graph's inputs."""
-        from pyengine.media.image import resize
+        from pyengine.media.image import resize                                        # Pillow takes 20 ms to import
 
         c, (y, x), size, p = self.config, tiles, self.config.image_size, self.config.patch_size
         width, height = fit(pixels.shape[1], pixels.shape[0], tiles, size)
@@ -296,8 +272,7 @@ class Vision(Encoder):
         tiled = canvas.reshape(y, size, x, size, 3).transpose(0, 2, 1, 3, 4).reshape(y * x, size, size, 3)[:, :used, :used]
         tiled = tiled.reshape(y * x, c.side, p, c.side, p, 3).transpose(0, 1, 3, 5, 2, 4).reshape(y * x, c.side**2, 3, p * p)
         patches = pages((c.max_tiles, c.rows, 3, p * p))                                # zeros, as class rows and empty tiles are
-        for channel in range(3):                                                        # by table: no copies as large as `patches`
-            patches[: y * x, 1:, channel] = self.levels[channel][tiled[:, :, channel]]
+        by_table(self.levels, tiled, patches[: y * x, 1:])
         first = (arrangements(c.max_tiles).index(tiles) + 1) * c.max_tiles
         tile = np.arange(first, first + c.max_tiles, dtype=np.int32)                    # rows of the tables of tiles
         before = np.repeat(tile, c.rows)
@@ -351,7 +326,7 @@ class Model(Architecture):
         shape: Any = w["token_embd"].shape("weight")
         self._n_ids = shape[0] if shape is not None and len(shape) == 2 else c.vocab_size
         self.embed = Embedding(w["token_embd"], self._n_ids, c.d_model)
-        interleaved = ("v", "blk", 0, "attn_norm") in w                            # a file of convert_mllama.go
+        interleaved = h.get("attention.cross_interleaved", False, bool)
         self.blocks = [CrossBlock(w["blk", i], c, interleaved) if i in self.across else Block(w["blk", i], c)
                        for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)

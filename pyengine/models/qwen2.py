@@ -13,12 +13,11 @@ import numpy as np
 
 from pyengine import ops
 from pyengine.nn.batch import Batch
-from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture
-from pyengine.nn.decoder import vocab_size
+from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -26,41 +25,18 @@ from pyengine.files.weights import DerivedRef, WeightRef, Weights
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DecoderConfig):
     """Numbers of one checkpoint, from its metadata."""
 
-    n_layers: int
-    d_model: int
-    d_ff: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    n_ctx_train: int
-    eps: float
     windows: tuple[int, ...]     # per layer; 0: full attention
 
     @classmethod
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "qwen2.*"."""
         h.refuse(expert_count="a mixture of experts")
-        d_model, n_heads, n_layers = h.size("embedding_length"), h.size("attention.head_count"), h.size("block_count")
-        window = h.get("attention.sliding_window", 0, int)
-        sliding = h.get("attention.sliding_window_pattern", np.full(n_layers, window > 0), np.ndarray)
-        if len(sliding) != n_layers:
-            raise InvalidModelError(f"qwen2.attention.sliding_window_pattern has {len(sliding)} entries for {n_layers} layers")
-        return cls(
-            n_layers=n_layers,
-            d_model=d_model,
-            d_ff=h.size("feed_forward_length"),
-            n_heads=n_heads,
-            n_kv_heads=h.size("attention.head_count_kv", n_heads),
-            head_dim=h.size("attention.key_length", d_model // n_heads),
-            vocab_size=vocab_size(w),
-            n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
-            windows=tuple(window if s else 0 for s in sliding.tolist()),
-        )
+        numbers, window = common(h, w), h.get("attention.sliding_window", 0, int)
+        sliding = per_layer(h, "attention.sliding_window_pattern", (window > 0,) * numbers["n_layers"])
+        return cls(**numbers, windows=tuple(window if slides else 0 for slides in sliding))
 
 
 def common_key(bias: WeightRef | None, c: Config, rope: Rope) -> Tensor | None:

@@ -24,7 +24,6 @@ Axes: m rows of the batch, D hidden; in the encoder n patches, t merged rows, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +39,11 @@ from pyengine.media.video import Video
 from pyengine.nn.cache import LayerCache
 from pyengine.models import qwen2
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.nn.encoder import levels, mean_and_std, n_layers, projector_type, resample_filter, special_token
-from pyengine.nn.encoder import attention_products
+from pyengine.nn.encoder import (
+    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, n_layers, projector_type, resample_filter, special_token)
 from pyengine.nn.layers import ACTIVATIONS, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.graph.tensor import Dim, Tensor
-from pyengine.files.weights import pages, Weights
+from pyengine.files.weights import Weights
 
 # Constants for files without the key; of Qwen/Qwen2-VL-7B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct:
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 16384              # preprocessor_config.json; transformers reads it for videos too
@@ -58,6 +57,7 @@ MAX_ASPECT = 200                                               # transformers sm
 
 SPECIAL = (("image_start", "<|vision_start|>"), ("image_end", "<|vision_end|>"), ("image", "<|image_pad|>"),
            ("video", "<|video_pad|>"))
+SLICES = ("patch_embd.weight", "patch_embd.weight.1")                           # of the patch convolution, one a frame
 PROJECTORS = {"qwen2vl_merger": False, "qwen2.5vl_merger": True}                # name -> is it Qwen2.5-VL's
 
 
@@ -94,17 +94,13 @@ class VisionConfig:
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
-        """Read the keys "clip.vision.*" as llama.cpp writes them, and ours."""
+        """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         projector = projector_type(v)
         if projector not in PROJECTORS:
             raise UnsupportedModelError(f"{v.arch}.projector_type is {projector!r}; {', '.join(PROJECTORS)} are supported")
+        qwen25 = PROJECTORS[projector]
         act = "silu" if v.get("use_silu", False, bool) else "gelu_pytorch_tanh" if v.get("use_gelu", False, bool) else "quick_gelu"
-        full = _full_layers(v, n_layers(v, w), PROJECTORS[projector])
-        return cls.make(h, v, w, PROJECTORS[projector], v.get("vision.hidden_act", act, str), full)
-
-    @classmethod
-    def make(cls, h: Hparams, v: Hparams, w: Weights, qwen25: bool, act: str, full: tuple[bool, ...]) -> VisionConfig:
-        """Read what all dialects name alike. Raises: InvalidModelError, UnsupportedModelError."""
+        act, full = v.get("vision.hidden_act", act, str), _full_layers(v, n_layers(v, w), qwen25)
         if act not in ACTIVATIONS:
             raise UnsupportedModelError(f"{v.arch}.vision.hidden_act is {act!r}; {', '.join(ACTIVATIONS)} are supported")
         d_model, n_heads = v.size("vision.embedding_length"), v.size("vision.attention.head_count")
@@ -115,8 +111,7 @@ class VisionConfig:
         window = v.size("vision.window_size", 112) // merge // patch if not all(full) else 1
         if not window:
             raise InvalidModelError(f"{v.arch}.vision.window_size is smaller than {merge} patches of {patch} pixels")
-        low = v.size("vision.image_min_pixels", MIN_PIXELS)
-        high = v.size("vision.image_max_pixels", v.size("vision.max_pixels", MAX_PIXELS))
+        low, high = v.size("vision.image_min_pixels", MIN_PIXELS), v.size("vision.image_max_pixels", MAX_PIXELS)
         mean, std = mean_and_std(v, MEAN, STD)
         return cls(
             qwen25=qwen25,
@@ -157,7 +152,7 @@ def _full_layers(v: Hparams, n: int, qwen25: bool) -> tuple[bool, ...]:
     """Layers with full attention: a list of their numbers, or every n-th one; in Qwen2-VL all."""
     if not qwen25:
         return (True,) * n
-    if f"{v.arch}.vision.wa_layer_indexes" in v.meta:
+    if "vision.wa_layer_indexes" in v:
         numbers = integers(v, "vision.wa_layer_indexes")
         return tuple(i in numbers for i in range(n))
     period = v.size("vision.n_wa_pattern")
@@ -177,32 +172,14 @@ class VisionBlock:
     """Attention within intervals of rows and an MLP, each after a norm and added to its input."""
 
     def __init__(self, w: Weights, c: VisionConfig):
-        self.c = c
         norm = RMSNorm if c.qwen25 else LayerNorm
         self.ln1, self.ln2 = norm(w["ln1"], c.d_model, c.eps), norm(w["ln2"], c.d_model, c.eps)
-        self.q, self.k, self.v, self.out = (Linear(w[n], c.d_model, c.d_model) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
-        self.products = attention_products(self.q, self.k, self.v, self.out)
-        up, down = "ffn_up", "ffn_down"
-        if w.shape("ffn_down.weight") == (c.d_ff, c.d_model) and c.d_ff != c.d_model:
-            up, down = down, up                                                # llama.cpp's first converter exchanged the names
-        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff) if c.qwen25 else None
-        self.up, self.down = Linear(w[up], c.d_model, c.d_ff), Linear(w[down], c.d_ff, c.d_model)
+        self.attention = EncoderAttention(w, c.d_model, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.d_model, c.d_ff, c.act, gated=c.qwen25)
 
     def __call__(self, x: Tensor, geometry: Geometry) -> Tensor:                           # [n, V]
-        x = x + self.attend(self.ln1(x), geometry)
-        h = self.ln2(x)
-        if self.gate is None:
-            return x + self.down(ops.unary(self.up(h), kind=self.c.act))
-        return x + self.down(ops.unary(self.gate(h), kind=self.c.act) * self.up(h))
-
-    def attend(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """x [n, V] -> [n, V]"""
-        heads = self.c.n_heads
-        head_dim = self.c.d_model // heads
-        q, k, v = (f(x).reshape(-1, heads, head_dim) for f in (self.q, self.k, self.v))              # [n, H, E]
-        k, v = ops.rope(k, geometry.angles).transpose(1, 0, 2), v.transpose(1, 0, 2)                     # [H, n, E]
-        y = ops.attention(ops.rope(q, geometry.angles), k, v, geometry.lo, geometry.hi, scale=head_dim**-0.5, products=self.products)
-        return self.out(y)
+        x = x + self.attention(self.ln1(x), geometry.lo, geometry.hi, lambda t: ops.rope(t, geometry.angles))
+        return x + self.feed_forward(self.ln2(x))
 
 
 class Vision(Encoder):
@@ -210,13 +187,9 @@ class Vision(Encoder):
 
     atomic_rows = 0                                                            # rows of pictures are causal and may be cut
 
-    # llama.cpp's names: temporal slices of the patch convolution; norm and products of the merger
-    slices: Sequence[str] = ("patch_embd.weight", "patch_embd.weight.1")
-    merger: tuple[str, str, str] = ("v.post_ln", "mm.0", "mm.2")
-
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
-        c = self.config = self.read(h, v, w)
+        c = self.config = VisionConfig.read(h, v, w)
         self.start, self.end, self.soft, self.soft_video = (special_token(v, name, token, text) for name, text in SPECIAL)
         self.markers = {kind: (self.start, soft, self.end) for kind, soft in (("image", self.soft), ("video", self.soft_video))}
         self.levels = levels(c.mean, c.std)                                    # [3, 256]
@@ -224,19 +197,13 @@ class Vision(Encoder):
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
         self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                      # height, then width: [E / 2]
         self.axes = np.repeat(np.arange(2, dtype=np.int32), len(inv_freq))
-        if c.depth != len(self.slices):
-            raise UnsupportedModelError(f"{v.arch}.vision.temporal_patch_size is {c.depth}; files hold {len(self.slices)} slices")
-        self.embed = PatchEmbedding(w["v"], c.d_model, 3, c.patch, self.slices)
+        if c.depth != len(SLICES):
+            raise UnsupportedModelError(f"{v.arch}.vision.temporal_patch_size is {c.depth}; files hold {len(SLICES)} slices")
+        self.embed = PatchEmbedding(w["v"], c.d_model, 3, c.patch, SLICES)
         self.blocks = [VisionBlock(w["v", "blk", i], c) for i in range(c.n_layers)]
-        norm, first, second = self.merger
         d_group = c.d_model * c.merge**2
-        self.norm = (RMSNorm if c.qwen25 else LayerNorm)(w[norm], c.d_model, c.eps)
-        self.first, self.second = Linear(w[first], d_group, d_group), Linear(w[second], d_group, c.d_out)
-
-    @staticmethod
-    def read(h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
-        """The configuration in this dialect."""
-        return VisionConfig.read(h, v, w)
+        self.norm = (RMSNorm if c.qwen25 else LayerNorm)(w["v", "post_ln"], c.d_model, c.eps)
+        self.first, self.second = Linear(w["mm", 0], d_group, d_group), Linear(w["mm", 2], d_group, c.d_out)
 
     def most_rows(self, n_ctx: int) -> int:
         """Return the rows of the largest picture or time step that the processor makes, which the context must hold."""
@@ -360,10 +327,7 @@ class Vision(Encoder):
         a = frames.reshape(steps, c.depth, height, c.merge, c.patch, width, c.merge, c.patch, 3)
         a = a.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)                             # step, rows, columns, inner, channel, frame, y, x
         a = a.reshape(steps, height * width, c.merge**2, 3, -1)[:, order]
-        out = pages(a.shape)
-        for channel in range(3):
-            out[..., channel, :] = self.levels[channel][a[..., channel, :]]
-        return out.reshape(-1, 3 * c.depth * c.patch**2)
+        return by_table(self.levels, a).reshape(-1, 3 * c.depth * c.patch**2)
 
 
 def _intervals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -412,7 +376,7 @@ class Model(qwen2.Model):
 
     def __init__(self, h: Hparams, w: Weights):
         super().__init__(h, w)
-        name = "rope.dimension_sections" if f"{h.arch}.rope.dimension_sections" in h.meta else "rope.mrope_section"
+        name = "rope.dimension_sections"
         sections, pairs = integers(h, name), len(self.rope.rope.inv_freq)
         if len(sections) not in (3, 4) or any(sections[3:]) or sum(sections) != pairs:
             raise InvalidModelError(f"{h.arch}.{name} is {sections}: three numbers that add up to {pairs} are needed")

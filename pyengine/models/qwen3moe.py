@@ -16,7 +16,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture
-from pyengine.nn.decoder import vocab_size
+from pyengine.nn.decoder import common, DecoderConfig
 from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -24,40 +24,18 @@ from pyengine.files.weights import Weights
 
 
 @dataclass(frozen=True)
-class Config:
-    """Numbers of one checkpoint, from its metadata."""
+class Config(DecoderConfig):
+    """Numbers of one checkpoint, from its metadata; `d_ff` is an expert's."""
 
-    n_layers: int
-    d_model: int
-    d_ff: int                # of an expert
     n_experts: int
     n_used: int              # experts of a row
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    n_ctx_train: int
-    eps: float
 
     @classmethod
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "qwen3moe.*"."""
         h.refuse(attention__sliding_window="a sliding window", expert_shared_count="an expert for all rows",
                  leading_dense_block_count="a layer without experts")
-        d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
-        return cls(
-            n_layers=h.size("block_count"),
-            d_model=d_model,
-            d_ff=h.size("expert_feed_forward_length"),
-            n_experts=h.size("expert_count"),
-            n_used=h.size("expert_used_count"),
-            n_heads=n_heads,
-            n_kv_heads=h.size("attention.head_count_kv", n_heads),
-            head_dim=h.size("attention.key_length", d_model // n_heads),
-            vocab_size=vocab_size(w),
-            n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
-        )
+        return cls(**common(h, w, d_ff="expert_feed_forward_length"), n_experts=h.size("expert_count"), n_used=h.size("expert_used_count"))
 
 
 class Block:

@@ -1,4 +1,4 @@
-"""Arrays into the bytes of GGUF's formats and back, over csrc/quantize.h and csrc/dequant.h."""
+"""Arrays into the bytes of GGUF's formats and back, over csrc/host/quantize.h and csrc/host/dequant.h."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUANTIZABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ
 def quantize(values: np.ndarray, dtype: DType, isa: str | None = None) -> np.ndarray:
     """Return float32 `values` [..., n] as bytes, uint8 [..., dtype.size(n)]. The interpreter's lock is released meanwhile.
 
-    Codes and scales are searched for the least sum of squared differences (csrc/cpu/quantize.c); Q8_0 gives ggml's bytes.
+    Codes and scales are searched for the least sum of squared differences (csrc/cpu/encode_blocks.c); Q8_0 gives ggml's bytes.
     `isa` forces an instruction set ("avx512", "avx2", "neon", "generic").
     Raises: RequestError for NaN, infinities, and values too large for the format's float16 scales, with the place of the worst;
     for a dtype that cannot be written and an instruction set that is not here. ShapeError where rows are not whole blocks.

@@ -1,9 +1,60 @@
-"""Numbers that every decoder has."""
+"""Numbers that every decoder has, read in one place."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
 from pyengine.errors import InvalidModelError
+from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What decoders have in common; an architecture's own numbers follow."""
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_ctx_train: int
+    eps: float
+
+
+def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "feed_forward_length") -> dict[str, Any]:
+    """Read the fields of `DecoderConfig` below the architecture's name. The last of the layers must be in the file.
+
+    head_dim  of files without the key; default d_model / n_heads
+    d_ff      the key of the feed-forwards' width
+    """
+    n_layers, d_model, n_heads = h.size("block_count"), h.size("embedding_length"), h.size("attention.head_count")
+    if ("blk", n_layers - 1) not in w:
+        raise InvalidModelError(f"{h.key('block_count')} is {n_layers}, but no tensor is named blk.{n_layers - 1}")
+    return {
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "d_ff": h.size(d_ff),
+        "n_heads": n_heads,
+        "n_kv_heads": h.size("attention.head_count_kv", n_heads),
+        "head_dim": h.size("attention.key_length", head_dim or d_model // n_heads),
+        "vocab_size": vocab_size(w),
+        "n_ctx_train": h.size("context_length"),
+        "eps": h.number("attention.layer_norm_rms_epsilon"),
+    }
+
+
+def per_layer(h: Hparams, name: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Read a switch for each layer. Raises: InvalidModelError for another number of them."""
+    value = h.get(name, default, np.ndarray)
+    if len(value) != len(default):
+        raise InvalidModelError(f"{h.key(name)} has {len(value)} entries for {len(default)} layers")
+    return tuple(bool(v) for v in value)
 
 
 def vocab_size(w: Weights) -> int:

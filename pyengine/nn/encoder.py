@@ -1,15 +1,24 @@
-"""What encoders of several architectures share: numbers and tokens of their metadata, and the values of pixels."""
+"""What encoders of several architectures share: numbers and tokens of their metadata, the values of pixels, attention, feed-forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pyengine.errors import InvalidModelError
+from pyengine import ops
+from pyengine.errors import InvalidModelError, RequestError
 from pyengine.files.hparams import Hparams
-from pyengine.files.weights import Weights
+from pyengine.files.weights import pages, Weights
+from pyengine.graph.tensor import Tensor
 from pyengine.nn.layers import Linear
+
+if TYPE_CHECKING:
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
+
+# ---- metadata -----------------------------------------------------------------------------------------------------------------
 
 
 def projector_type(v: Hparams) -> str:
@@ -41,11 +50,6 @@ def mean_and_std(v: Hparams, mean: tuple[float, ...], std: tuple[float, ...]) ->
     return found
 
 
-def levels(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Values of the 256 levels of each colour, float32 [3, 256]: rescaled in float64, normalized in float32, as by transformers."""
-    return ((np.arange(256) * (1 / 255)).astype(np.float32) - mean[:, None]) / std[:, None]
-
-
 def resample_filter(v: Hparams, usual: int) -> int:
     """Pillow's number of the filter that resizes pictures. Raises: InvalidModelError."""
     found = v.get("vision.resample", usual, int)
@@ -60,7 +64,85 @@ def special_token(v: Hparams, name: str, token: Callable[[str], int], text: str)
     return token(text) if number is None else number
 
 
-def attention_products(*projections: Linear) -> str:
-    """How an encoder's attention multiplies, for `ops.attention`: bytes where the weights around it are in blocks, whose products
-    round activations to 8 bits too; floats elsewhere, so that F32, F16 and BF16 files give the authors' numbers."""
-    return "int8" if all(p.weight.dtype.block > 1 for p in projections) else "float"
+# ---- pictures -----------------------------------------------------------------------------------------------------------------
+
+
+def only_pictures(media: Image | Video, *options: str) -> None:
+    """Refuse a video, and options that are not among `options`. Raises: RequestError."""
+    from pyengine.media.image import known_options                                 # Pillow takes 20 ms to import
+    from pyengine.media.video import Video
+
+    if isinstance(media, Video):
+        raise RequestError("this model takes pictures, not videos; give a video's frames as pictures")
+    known_options(media.options, *options)
+
+
+Rounding = Literal["float64, float32", "float32", "bfloat16"]
+
+
+def levels(mean: np.ndarray, std: np.ndarray, rounding: Rounding = "float64, float32") -> np.ndarray:
+    """(level / 255 - mean) / std of the 256 levels of each colour, float32 [3, 256].
+
+    rounding  "float64, float32": rescaled in float64, rounded, normalized in float32, which are the bits of transformers'
+              processors (`image_transforms.py`: rescale, normalize); "float32": throughout, an ulp beside them here and there;
+              "bfloat16": each operation, as Meta's code of Llama 4 and transformers' processor for it
+    """
+    m, s = (np.asarray(a, np.float32)[:, None] for a in (mean, std))
+    if rounding == "float64, float32":
+        return ((np.arange(256) * (1 / 255)).astype(np.float32) - m) / s
+    scaled = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    if rounding == "float32":
+        return (scaled - m) / s
+    return bfloat16(bfloat16(bfloat16(scaled) - bfloat16(m)) / bfloat16(s))
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 values rounded to bfloat16, half to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Values float32 [.., 3, n] of pixels uint8 [.., 3, n] by a table [3, 256], into `out` where it is given."""
+    out = pages(pixels.shape) if out is None else out
+    for channel in range(3):                                                       # one by one: no copies as large as `out`
+        out[..., channel, :] = table[channel][pixels[..., channel, :]]
+    return out
+
+
+# ---- layers -------------------------------------------------------------------------------------------------------------------
+
+
+class EncoderAttention:
+    """Attention of rows [n, V] to those of the interval that each sees, in heads as wide as the rows all together."""
+
+    def __init__(self, w: Weights, width: int, n_heads: int):
+        self.n_heads, self.head_dim = n_heads, width // n_heads
+        self.q, self.k, self.v, self.out = (Linear(w[n], width, width) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
+        # Bytes where the weights around it are in blocks, whose products round activations to 8 bits too; floats elsewhere, so that
+        # F32, F16 and BF16 files give the authors' numbers.
+        blocks = all(p.weight.dtype.block > 1 for p in (self.q, self.k, self.v, self.out))
+        self.products = "int8" if blocks else "float"
+
+    def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray,
+                 rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:              # [n, V] -> [n, V]
+        """rotate: what is done to queries and keys [n, H, E]."""
+        q, k, v = (f(x).reshape(-1, self.n_heads, self.head_dim) for f in (self.q, self.k, self.v))    # [n, H, E]
+        if rotate:
+            q, k = rotate(q), rotate(k)
+        k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                          # [H, n, E], views
+        return self.out(ops.attention(q, k, v, lo, hi, scale=self.head_dim**-0.5, products=self.products))
+
+
+class EncoderFeedForward:
+    """down(act(up x)), or gated: down(act(gate x) * up x)."""
+
+    def __init__(self, w: Weights, width: int, d_ff: int, act: str, gated: bool = False):
+        """act: of `ops.unary`."""
+        self.gate = Linear(w["ffn_gate"], width, d_ff) if gated else None
+        self.up, self.down, self.act = Linear(w["ffn_up"], width, d_ff), Linear(w["ffn_down"], d_ff, width), act
+
+    def __call__(self, x: Tensor) -> Tensor:                                               # [n, V] -> [n, V]
+        if self.gate is None:
+            return self.down(ops.unary(self.up(x), kind=self.act))
+        return self.down(ops.unary(self.gate(x), kind=self.act) * self.up(x))

@@ -18,6 +18,11 @@ def constant(ref: WeightRef | DerivedRef, dtype: DType | None = None) -> Tensor:
     return make_leaf("constant", ref.name, ref.shape, dtype or ref.dtype, ref)
 
 
+def scalar(w: Weights, name: str) -> Tensor:
+    """A number [1] of the file that whole tensors are multiplied with, as float32."""
+    return constant(w.tensor(name, (1,)), dtype_of("F32"))
+
+
 def mlp_width(w: Weights, width: int, names: Sequence[str] = ("ffn_up", "ffn_down")) -> int:
     """Units of a feed-forward of two matrices, which is in no key that can be relied on (llama.cpp's for Qwen2-VL holds the text's
     width or 0, Ollama's files have none, and units of zeros may have been added to fill blocks)."""

@@ -13,6 +13,8 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import WeightRef, Weights
 from pyengine.graph.tensor import Tensor
 
+FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"                # tensors that some architectures read
+
 
 class Rope(NamedTuple):
     """Frequencies of a rotary embedding: `inv_freq` float32 [n_rot / 2]; `scale` multiplies cosines and sines."""
@@ -42,30 +44,32 @@ class Rotary(NamedTuple):
     def at(self, n_ctx: int) -> Rope:
         """Return the frequencies for contexts of n_ctx positions."""
         ref = self.long if self.long and n_ctx > self.original else self.short
-        divisor = ref.array().astype(np.float32) if ref else np.float32(1)
+        divisor = ref.floats() if ref else np.float32(1)
         return self.rope._replace(inv_freq=(self.rope.inv_freq / divisor).astype(np.float32))
 
 
 def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: float = 10_000.0) -> Rotary:
     """The rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
 
-    Kinds: none; linear (arXiv:2306.15595); yarn (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the
-    tensor `rope_freqs`; longrope (arXiv:2402.13753), as `rope_factors_long` and `rope_factors_short`, of which the long one
-    is used for contexts beyond the original one.
+    Kinds: none; linear (arXiv:2306.15595), which a factor without a kind means, as in llama.cpp (load_hparams); yarn
+    (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the tensor `rope_freqs`; longrope (arXiv:2402.13753), as
+    `rope_factors_long` and `rope_factors_short`, of which the long one is used for contexts beyond the original one.
     """
     n_rot = h.size("rope.dimension_count", head_dim)
     if n_rot > head_dim or n_rot % 2:
         raise InvalidModelError(f"{h.arch}.rope.dimension_count is {n_rot}, but a head has {head_dim} elements")
     base = h.number("rope.freq_base", base)
     inv_freq = 1.0 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
-    kind = h.get("rope.scaling.type", "linear" if "rope.scale_linear" in h.meta else "none", str)
-    factor = h.number("rope.scaling.factor", h.number("rope.scale_linear", 1.0))
+    kind = h.get("rope.scaling.type", "linear", str)
+    factor = h.number("rope.scaling.factor", 1.0) or 1.0                        # 0: none, as in llama.cpp
+    if factor < 0:
+        raise InvalidModelError(f"{h.key('rope.scaling.factor')} is {factor}: must be above 0, or 0 for none")
     scale = 1.0
     if kind == "linear":
-        inv_freq = inv_freq / np.float32(factor if factor else 1.0)
+        inv_freq = inv_freq / np.float32(factor)
     elif kind == "yarn":
         inv_freq, scale = _yarn(h, inv_freq, base, n_rot, factor)
-    elif kind not in ("none", "", "default", "llama3", "longrope"):              # "", "default": Ollama's words for none
+    elif kind not in ("none", "llama3", "longrope"):
         raise UnsupportedModelError(f"{h.arch}.rope.scaling.type is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
     if "rope_factors_long" in w:
         scale = h.number("rope.scaling.attn_factor", 1.0)
@@ -74,7 +78,7 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: floa
 
 def _factors(h: Hparams, w: Weights, n_rot: int) -> tuple[WeightRef | None, WeightRef | None, int]:
     """Divisors of the frequencies that stand in the file as tensors, up to a context and beyond it, and that context."""
-    llama3, long, short = (w[name].optional("weight", (n_rot // 2,)) for name in ("rope_freqs", "rope_factors_long", "rope_factors_short"))
+    llama3, long, short = (w[name].optional("weight", (n_rot // 2,)) for name in FACTORS)
     if long and short:
         return short, long, h.size("rope.scaling.original_context_length")
     return llama3, None, 0

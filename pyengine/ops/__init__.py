@@ -1,4 +1,4 @@
-"""All ops. Each is declared once, in this package: `pyengine.op.REGISTRY` lists them."""
+"""All ops. Each is declared once, in this package: `pyengine.graph.op.REGISTRY` lists them."""
 
 from __future__ import annotations
 

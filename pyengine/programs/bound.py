@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files
 from pyengine.files.weights import Weights
 from pyengine.models import model_class
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
+from pyengine.nn.rope import FACTORS
 from pyengine.text.tokenizer import Tokenizer
-
-READ_ELSEWHERE = ("rope_freqs", "rope_factors_long", "rope_factors_short")     # by some architectures only
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
     kind = model_class(h.arch)
     model = kind(h, weights)
     encoders = _encoders(kind, h, files, weights) if with_encoders else {}
-    weights.finish(ignore=(*READ_ELSEWHERE, *(() if encoders and not files.mmproj else ("v", "mm"))))
+    weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     return Bound(files, model, encoders)
 
 
 def _encoders(kind: type[Architecture], h: Hparams, files: Files, weights: Weights) -> dict[str, Encoder]:
     """The encoders, none where the files hold none or the architecture cannot run them."""
     source = files.mmproj or files.model
-    if files.mmproj is None and "v" not in weights:
+    if files.mmproj is None and ENCODER_TENSORS[0] not in weights:
         return {}
 
     @cache
@@ -75,7 +75,7 @@ def _encoders(kind: type[Architecture], h: Hparams, files: Files, weights: Weigh
         return found
 
     own = weights if files.mmproj is None else Weights(files.mmproj)
-    encoders = kind.encoders(EncoderFiles(h, Hparams(source.metadata, "clip"), own, token))
+    encoders = kind.encoders(EncoderFiles(h, Hparams(source.metadata, ENCODER), own, token))
     if files.mmproj is not None:
         if not encoders:
             raise UnsupportedModelError(f"{source.path}: architecture {h.arch!r} has no media encoder here")

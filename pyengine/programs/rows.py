@@ -32,6 +32,7 @@ class MediaSegment:
     causal     False: its rows see each other in both directions, and nothing else does
     atomic     True: never cut at a batch boundary
     digest     sha256 of pixels, shape and processor settings
+    source     digest of the picture or video that it shows, the key of the image cache
     token      None: its rows stand in the sequence. Else one position stands there, with this id, and the rows are what
                cross-attention sees
     """
@@ -44,6 +45,7 @@ class MediaSegment:
     atomic: bool
     digest: bytes
     token: int | None = None
+    source: bytes = b""
 
     def __len__(self) -> int:
         """Positions of the prompt."""

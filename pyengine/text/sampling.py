@@ -1,4 +1,4 @@
-"""Choose tokens from logits: what a request may ask for, and the C sampler (csrc/sampling.h describes the chain)."""
+"""Choose tokens from logits: what a request may ask for, and the C sampler (csrc/host/sampling.h describes the chain)."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 A GGUF file carries its tokenizer as plain keys (`tokenizer.ggml.*`): the texts, types and scores of the tokens, the
 merges, and a few flags. Five kinds exist here, by `tokenizer.ggml.model`:
 
-    llama   pieces joined in order of their score (SentencePiece "BPE")           csrc/bpe.c
-    gpt2    byte-level BPE; `tokenizer.ggml.pre` names the splitting expressions  csrc/bpe.c, cut by tokenizers
-    gemma4  BPE over characters with U+2581 for a space                          csrc/bpe.c
+    llama   pieces joined in order of their score (SentencePiece "BPE")           csrc/host/bpe.c
+    gpt2    byte-level BPE; `tokenizer.ggml.pre` names the splitting expressions  csrc/host/bpe.c, cut by tokenizers
+    gemma4  BPE over characters with U+2581 for a space                          csrc/host/bpe.c
     t5      the likeliest cut of the text (SentencePiece "unigram")              tokenizers
     bert    longest match from the left of each word (WordPiece)                 below
 

@@ -64,7 +64,7 @@ def lenient(text: str) -> str:
 
 
 class Strings:
-    """An array of strings that stays as it lies in the file, and a table that finds them (csrc/bpe.h: pe_strings).
+    """An array of strings that stays as it lies in the file, and a table that finds them (csrc/host/bpe.h: pe_strings).
 
     `n`; `n_twice`, those that are there before; `n_empty`.
     """

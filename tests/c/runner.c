@@ -1,5 +1,5 @@
 /* runner.c: run op cases from a file on one instruction set and write what came out. So kernels can be tested where
- * there is no Python: under an emulator, on a phone. tests/crossbuild.py builds it and speaks its files.
+ * there is no Python: under an emulator, on a phone. tests/support/crossbuild.py builds it and speaks its files.
  *
  *   runner                                 print the instruction sets that this machine and build have
  *   runner ISA THREADS CASES RESULTS
@@ -29,9 +29,9 @@
 #include <unistd.h>
 
 #include "../../csrc/cpu/pack.h"
-#include "../../csrc/dequant.h"
-#include "../../csrc/isa.h"
-#include "../../csrc/pool.h"
+#include "../../csrc/host/dequant.h"
+#include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/pool.h"
 
 enum { MAX_TENSORS = 32, MAX_THREADS = 64, GUARD = 0xA5, PLAIN = 0, PACK = 1, SAME = 2 };
 static const int64_t MAGIC = 0x3173657361636570; /* "pecases1" */

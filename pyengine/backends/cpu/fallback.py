@@ -14,11 +14,17 @@ from pyengine.native.blocks import dequantize
 
 
 class Fallback:
-    """Stands where a compiled program of one step does: `program` has place_of, memory_of, prepared and dim_names."""
+    """Stands where a compiled program of one step does: `program` has place_of, memory_of, prepared and dim_names.
+
+    Raises: GraphError for a cache whose format NumPy has not.
+    """
 
     def __init__(self, program: Any, node: Node):
         self.program, self.node = program, node
         self._timed, self._seconds = False, 0.0
+        for t in node.inputs:
+            if t.dtype.name not in NUMPY and program.prepared.layout.of(t).root.node.kind != "constant":
+                raise GraphError(f"{node.op.name}: has no kernel here, and the reference reads no {t.dtype} of a state")
 
     def run(self, pool: Any, dims: list[int], first: int) -> tuple[int, int, str]:
         """Compute the step; returns (status, number of the failed step, message) as compiled programs do."""
@@ -42,8 +48,6 @@ class Fallback:
         place, memory = layout.of(t), self.program.memory_of(t)
         shape = tuple(axis_value(a, dims) for a in t.shape)
         if dtype.name not in NUMPY:
-            if place.root.node.kind != "constant":
-                raise GraphError(f"{self.node.op.name}: has no kernel here, and the reference reads no {dtype} of a state")
             return dequantize(memory[: dtype.size(int(np.prod(shape)))], dtype).reshape(shape)
         return tensor_over(memory, start, shape, dtype, tuple(axis_value(a, dims) for a in place.strides))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyengine.backends.base import Declared, Progress
 from pyengine.backends.cpu.program import Program
-from pyengine.backends.prepared import Counted, result_args, source_dtype, States
+from pyengine.backends.prepared import Counted, result_args, States
 from pyengine.compiler.arena import contiguous_strides, Turns
 from pyengine.compiler.codegen import pack_params
 from pyengine.dtype import DType
@@ -36,13 +36,12 @@ class Prepared(Counted):
         if not self.has_kernel(node):
             return 0
         tensors, ids = [], []
-        for name, arg in (*zip(node.op.args, node.args), *(("", r) for r in result_args(node))):
+        for arg in (*node.args, *result_args(node)):
             parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
             ids.append(tuple(range(len(tensors), len(tensors) + len(parts))))
             for t in parts:
-                dtype, shape = t.dtype, tuple(axis_max(a) for a in t.shape)
-                if name in node.op.packed and t.node.kind == "constant" and t.dtype == source_dtype(t):
-                    dtype = dtype.packed if self.packed_bytes(dtype, shape) else dtype
+                resident, shape = self.residents.get(id(t.node)), tuple(axis_max(a) for a in t.shape)
+                dtype = resident.dtype if resident else t.dtype
                 if states and self.layout.of(t).root.name in states:
                     shape = states[self.layout.of(t).root.name]
                 tensors.append((dtype, t.dtype, shape))

@@ -66,7 +66,6 @@ class Program(base.Program):
         arena = np.frombuffer(self.arena, np.uint8)
         self.inputs = {n.name: self._array(arena, n.outputs[0]) for n in layout.leaves if n.kind == "input"}
         self.outputs = [self._array(arena, t) for t in layout.outputs]
-        self._entries = {entry: prepared.entry_step(entry) for entry in prepared.entries}
 
     def _place(self, node: Node, address: int) -> None:
         self._base_of[id(node)] = len(self._addresses)
@@ -149,7 +148,7 @@ class Program(base.Program):
 
         Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
         """
-        values, first = [dims[n] for n in self.dim_names], 0 if entry is None else self._entries[entry]
+        values, first = [dims[n] for n in self.dim_names], 0 if entry is None else self.prepared.entry_step(entry)
         for runs in self._turns if turn is None else (self._turns[turn],):
             for begin, end, compiled in runs:
                 if first >= end > begin:

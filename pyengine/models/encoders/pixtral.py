@@ -29,12 +29,12 @@ from pyengine.errors import ContextOverflowError, InvalidModelError, RequestErro
 from pyengine.graph.graph import Graph
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.files.hparams import Hparams
-from pyengine.nn.encoder import levels, mean_and_std, n_layers, resample_filter, special_token
-from pyengine.nn.encoder import attention_products
+from pyengine.nn.encoder import (
+    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, n_layers, only_pictures, resample_filter, special_token)
 from pyengine.nn.layers import ACTIVATIONS, Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.nn.rope import Rope
 from pyengine.graph.tensor import Dim, Tensor
-from pyengine.files.weights import pages, Weights
+from pyengine.files.weights import Weights
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -59,6 +59,7 @@ class VisionConfig:
     eps: float
     projector_eps: float
     rope_base: float
+    interleaved: bool                # pairs of q and k that turn together are neighbours
     act: str                         # of ops.unary
     projector_act: str
     patch: int                       # side in pixels
@@ -70,14 +71,9 @@ class VisionConfig:
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
-        """Read the keys "clip.*" as llama.cpp writes them, and ours."""
+        """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         act = "silu" if v.get("use_silu", False, bool) else "gelu" if v.get("use_gelu", False, bool) else "quick_gelu"
-        act = v.get("vision.hidden_act", act, str)
-        return cls.make(h, v, w, act, "gelu", v.size("vision.spatial_merge_size", 1))
-
-    @classmethod
-    def make(cls, h: Hparams, v: Hparams, w: Weights, act: str, projector_act: str, merge: int) -> VisionConfig:
-        """Read what all dialects name alike. Raises: InvalidModelError, UnsupportedModelError."""
+        act, projector_act = v.get("vision.hidden_act", act, str), v.get("vision.projector.hidden_act", "gelu", str)
         for name in (act, projector_act):
             if name not in ACTIVATIONS:
                 raise UnsupportedModelError(f"the encoder's activation is {name!r}; {', '.join(ACTIVATIONS)} are supported")
@@ -95,10 +91,11 @@ class VisionConfig:
             eps=v.number("vision.attention.layer_norm_epsilon", EPS),
             projector_eps=h.number("attention.layer_norm_rms_epsilon"),
             rope_base=v.number("vision.rope.freq_base", ROPE_BASE),
+            interleaved=v.get("vision.rope.interleaved", True, bool),
             act=ACTIVATIONS[act],
             projector_act=ACTIVATIONS[projector_act],
             patch=v.size("vision.patch_size"),
-            merge=merge,
+            merge=v.size("vision.spatial_merge_size", 1),
             longest_edge=v.size("vision.longest_edge", v.size("vision.image_size")),
             mean=mean,
             std=std,
@@ -106,74 +103,43 @@ class VisionConfig:
         )
 
 
-@dataclass(frozen=True)
-class Names:
-    """How a dialect names the tensors, and whether pairs of q and k that turn together are neighbours."""
-
-    patch: str = "patch_embd"
-    norm: str = "pre_ln"
-    attn_norm: str = "ln1"
-    ffn_norm: str = "ln2"
-    out: str = "attn_out"
-    projector_norm: str = "input_norm"
-    merger: str = "patch_merger"
-    first: str = "1"
-    second: str = "2"
-    interleaved: bool = True
-
-
 class VisionBlock:
     """Attention of all patches to each other and a gated feed-forward, each after a norm and added to its input."""
 
-    def __init__(self, w: Weights, c: VisionConfig, names: Names):
-        self.c = c
-        self.attn_norm, self.ffn_norm = (RMSNorm(w[n], c.width, c.eps) for n in (names.attn_norm, names.ffn_norm))
-        self.q, self.k, self.v, self.out = (Linear(w[n], c.width, c.width) for n in ("attn_q", "attn_k", "attn_v", names.out))
-        self.products = attention_products(self.q, self.k, self.v, self.out)
-        self.gate, self.up = (Linear(w[n], c.width, c.d_ff) for n in ("ffn_gate", "ffn_up"))
-        self.down = Linear(w["ffn_down"], c.d_ff, c.width)
+    def __init__(self, w: Weights, c: VisionConfig):
+        self.attn_norm, self.ffn_norm = (RMSNorm(w[n], c.width, c.eps) for n in ("ln1", "ln2"))
+        self.attention = EncoderAttention(w, c.width, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act, gated=True)
 
     def __call__(self, x: Tensor, rope: Rope, angles: Tensor, lo: Tensor, hi: Tensor) -> Tensor:     # [n, V]
-        c, h, head_dim = self.c, self.attn_norm(x), self.c.width // self.c.n_heads
-        q, k, v = (f(h).reshape(-1, c.n_heads, head_dim) for f in (self.q, self.k, self.v))          # [n, H, E]
-        k, v = (ops.transpose(y, axes=(1, 0, 2)) for y in (rope(k, angles), v))                      # [H, n, E], views
-        x = x + self.out(ops.attention(rope(q, angles), k, v, lo, hi, scale=head_dim**-0.5, products=self.products))
-        h = self.ffn_norm(x)
-        return x + self.down(ops.unary(self.gate(h), kind=c.act) * self.up(h))
+        x = x + self.attention(self.attn_norm(x), lo, hi, lambda t: rope(t, angles))
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Vision(Encoder):
     """Encoder, merger, projector, processor and special tokens. Nothing about a picture is kept here."""
 
-    names = Names()                  # llama.cpp's
-
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
-        c, names = self.read(h, v, w), self.names
-        self.config = c
+        c = self.config = VisionConfig.read(h, v, w)
         self.soft, self.line_end, self.end = (special_token(v, name, token, text) for name, text in SPECIAL)
         self.markers = {"image": (self.soft,)}
         self.levels = levels(c.mean, c.std)                                    # [3, 256]
         head_dim = c.width // c.n_heads
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
         halves = inv_freq[0::2], inv_freq[1::2]                                # that turn with the line, and with the column
-        self.rope = Rope(np.concatenate(halves).astype(np.float32), 1.0, names.interleaved)                  # [E / 2]
+        self.rope = Rope(np.concatenate(halves).astype(np.float32), 1.0, c.interleaved)                  # [E / 2]
         self.axes = np.repeat(np.arange(2, dtype=np.int32), [len(half) for half in halves])
         v_, mm = w["v"], w["mm"]
-        self.patch = PatchEmbedding(v_[names.patch], c.width, 3, c.patch)
-        self.norm = RMSNorm(v_[names.norm], c.width, c.eps)
-        self.blocks = [VisionBlock(v_["blk", i], c, names) for i in range(c.n_layers)]
+        self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
+        self.norm = RMSNorm(v_["pre_ln"], c.width, c.eps)
+        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.merger = None
-        if c.merge > 1 or names.merger in mm:
-            self.projector_norm = RMSNorm(mm[names.projector_norm], c.width, c.projector_eps)
-            self.merger = Linear(mm[names.merger], c.width * c.merge**2, c.width)
-        self.first, self.second = Linear(mm[names.first], c.width, c.d_out), Linear(mm[names.second], c.d_out, c.d_out)
+        if c.merge > 1 or "patch_merger" in mm:
+            self.projector_norm = RMSNorm(mm["input_norm"], c.width, c.projector_eps)
+            self.merger = Linear(mm["patch_merger"], c.width * c.merge**2, c.width)
+        self.first, self.second = Linear(mm[1], c.width, c.d_out), Linear(mm[2], c.d_out, c.d_out)
         v_["token_embd"].optional("img_break", (c.d_out,))                     # the text's own embedding of that token is taken
-
-    @staticmethod
-    def read(h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
-        """The configuration in this dialect."""
-        return VisionConfig.read(h, v, w)
 
     def most_rows(self, n_ctx: int) -> int:
         """Return the rows of the largest picture, which the context must hold."""
@@ -223,13 +189,8 @@ class Vision(Encoder):
         Option: longest_edge, pixels of the longer side at most, up to the processor's own limit.
         Raises: ContextOverflowError if its rows exceed the context, RequestError; both also for videos and other options.
         """
-        from pyengine.media.image import known_options                        # Pillow takes 20 ms to import
-        from pyengine.media.video import Video
-
+        only_pictures(media, "longest_edge")
         c = self.config
-        if isinstance(media, Video):
-            raise RequestError("this model takes pictures, not videos; give the frames as pictures")
-        known_options(media.options, "longest_edge")
         longest = media.options.get("longest_edge", c.longest_edge)
         if type(longest) is not int or not 1 <= longest <= c.longest_edge:
             raise RequestError(f"longest_edge={longest!r}: must be a whole number from 1 to {c.longest_edge}")
@@ -252,15 +213,13 @@ class Vision(Encoder):
 
     def _inputs(self, image: Image, lines: int, columns: int) -> dict[str, np.ndarray]:
         """Resize a picture to lines x columns merged rows, and cut it into patches, those of a merged row one after another."""
-        from pyengine.media.image import resize
+        from pyengine.media.image import resize                               # Pillow takes 20 ms to import
 
         c, m, p = self.config, self.config.merge, self.config.patch
         n = lines * columns * m * m
         pixels = resize(image.pixels, lines * m * p, columns * m * p, c.resample)
         pixels = pixels.reshape(lines, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5).reshape(n, 3, p * p)
-        patches = pages(pixels.shape)
-        for channel in range(3):
-            patches[:, channel] = self.levels[channel][pixels[:, channel]]
+        patches = by_table(self.levels, pixels)
         line, column = np.divmod(np.arange(lines * columns), columns)
         inner = np.stack(np.divmod(np.arange(m * m), m))                       # [2, m * m]
         positions = (np.stack([line, column])[..., None] * m + inner[:, None]).reshape(2, n).astype(np.int32)

@@ -1,0 +1,118 @@
+"""What a converter says: the keys that it writes, and which tensor of the checkpoint becomes which tensor of the file.
+
+An architecture is a class decorated with `@converts(...)` in a module of this package that has no other task. Reading, checking and
+writing are done for it (`checkpoint`, `writer`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType as QT
+from gguf import GGUFWriter
+
+# for `Entry.instead`: tensors that are few and count much, and tensors that are no factors of a product with blocks
+FLOAT32 = {QT.F16: QT.F32, QT.BF16: QT.F32, QT.Q8_0: QT.F32}
+NO_BLOCKS = {QT.Q8_0: QT.F16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
+
+    A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, with an axis less
+    the one row `first_row`, or, of a stack of matrices that the checkpoint keeps transposed, `shape[1]` columns from
+    `first_column` on. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
+    Vectors are float32 and matrices of the type that is asked for, or of the one that stands for it in `instead`.
+    """
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    row_order: np.ndarray | None = None  # row i of the file is row row_order[i] of the checkpoint
+    add: float = 0.0                     # added to every value
+    stored: tuple[int, ...] | None = None
+    first_row: int = 0
+    frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
+    first_column: int | None = None      # of matrices [n, in, columns], which become [n, shape[1], in]
+    units: int | None = None             # the axis that may be filled up with zeros to whole blocks
+    padded: tuple[int, ...] | None = None
+    instead: Mapping[QT, QT] = field(default_factory=dict)
+    make: Callable[[np.ndarray], np.ndarray] | None = None   # applied to the values, float32
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of the file that holds tensors of the checkpoint one after the other: an expert's matrix each, of one shape."""
+    name: str
+    parts: tuple[Entry, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.parts), *self.parts[0].shape
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A float32 tensor of the file that follows from the config."""
+    name: str
+    values: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+class Converter(Protocol):
+    """One architecture; `arch` is `general.architecture` and the prefix of its keys.
+
+    Names of a checkpoint's tensors change with the version that saved it: `renames` turns them into those of `tensors`.
+    """
+    arch: str
+    renames: Sequence[tuple[str, str]]
+
+    def __init__(self, config: dict[str, Any], file: Path): ...
+    def write_keys(self, out: GGUFWriter) -> None: ...
+    def tensors(self) -> Iterator[Entry | Stack | Constant]: ...
+    def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
+    @property
+    def vocab_size(self) -> int: ...            # rows of the embedding
+
+
+_CONVERTERS: dict[str, type[Converter]] = {}
+
+
+def converts(*classes: str) -> Callable[[type], type]:
+    """Register the decorated class for these names in a config.json's `architectures`. Raises TypeError for a taken name."""
+    def register(cls: type) -> type:
+        for name in classes:
+            other = _CONVERTERS.setdefault(name, cls).__module__
+            if other != cls.__module__:
+                raise TypeError(f"{name} is converted by both {other} and {cls.__module__}")
+        return cls
+    return register
+
+
+def supported() -> dict[str, type[Converter]]:
+    """Return the converter of each supported architecture, by its Hugging Face class name.
+
+    Modules beside this one are imported, and those that are architectures register themselves; packages are tools and stay out.
+    """
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.ispkg and not module.name.startswith("_"):
+            importlib.import_module(f"{__package__}.{module.name}")
+    return dict(_CONVERTERS)
+
+
+def linear(name: str, source: str, n_out: int, n_in: int, bias: bool = False,
+           row_order: np.ndarray | None = None) -> Iterator[Entry]:
+    """List the weight [n_out, n_in] of a linear layer and, if it has one, its bias [n_out]."""
+    yield Entry(f"{name}.weight", f"{source}.weight", (n_out, n_in), row_order)
+    if bias:
+        yield Entry(f"{name}.bias", f"{source}.bias", (n_out,), row_order)

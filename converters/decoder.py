@@ -1,0 +1,88 @@
+"""What every decoder has: its sizes in the config, their keys in the file, and the tensors around its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from gguf import GGUFWriter
+
+from .checkpoint import Config
+from .contract import Constant, Entry, Stack
+from .rope import rope_parameters
+
+Tensors = Iterator[Entry | Stack | Constant]
+
+
+class Decoder:
+    """A text model of equal layers; `config.json` names as in transformers' LlamaConfig.
+
+    A subclass adds the keys of its own and lists what is in a layer.
+    """
+
+    arch: str
+    renames: Sequence[tuple[str, str]] = ()
+    defaults: Mapping[str, Any]             # where a config.json may be silent
+    rope_base: float
+    width = "intermediate_size"             # the name of the feed-forward's units
+    norm_offset = 0.0                       # added to the weights of norms
+
+    def __init__(self, config: dict[str, Any], file: Path, more_defaults: Mapping[str, Any] = MappingProxyType({})):
+        c = self.config = Config(config, {**self.defaults, **more_defaults}, file)
+        self.vocab_size, self.d_model, self.d_ff = (c.count(n) for n in ("vocab_size", "hidden_size", self.width))
+        self.n_layers, self.n_heads = c.count("num_hidden_layers"), c.count("num_attention_heads")
+        self.n_kv_heads = c.count("num_key_value_heads") if c.get("num_key_value_heads") else self.n_heads
+        self.head_dim = c.count("head_dim") if c.get("head_dim") else self.d_model // self.n_heads
+        self.q_width, self.kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.tied = c.need("tie_word_embeddings")
+        self.rope = self.read_rope()
+
+    def read_rope(self) -> dict[str, Any]:
+        """Return rope's parameters, of the layers that see everything."""
+        return rope_parameters(self.config, self.rope_base)
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        c = self.config
+        out.add_block_count(self.n_layers)
+        out.add_context_length(c.count("max_position_embeddings"))
+        out.add_embedding_length(self.d_model)
+        out.add_feed_forward_length(self.d_ff)
+        out.add_head_count(self.n_heads)
+        out.add_head_count_kv(self.n_kv_heads)
+        out.add_key_length(self.head_dim)
+        out.add_value_length(self.head_dim)
+        out.add_layer_norm_rms_eps(c.need("rms_norm_eps"))
+        out.add_rope_freq_base(self.rope["rope_theta"])
+
+    def unused(self) -> set[str]:
+        return {"lm_head.weight"} if self.tied else set()
+
+    def tensors(self) -> Tensors:
+        yield Entry("token_embd.weight", "model.embed_tokens.weight", (self.vocab_size, self.d_model))
+        yield self.norm("output_norm", "model.norm", self.d_model)
+        if not self.tied:
+            yield Entry("output.weight", "lm_head.weight", (self.vocab_size, self.d_model))
+        yield from self.constants()
+        for i in range(self.n_layers):
+            yield from self.layer(i, f"blk.{i}", f"model.layers.{i}")
+
+    def constants(self) -> Iterator[Constant]:
+        """List tensors of the file that follow from the config."""
+        return iter(())
+
+    def layer(self, i: int, b: str, m: str) -> Tensors:
+        """List layer i, named b in the file and m in the checkpoint."""
+        raise NotImplementedError
+
+    def norm(self, name: str, source: str, n: int) -> Entry:
+        """Return the weight [n] of an RMS norm."""
+        return Entry(f"{name}.weight", f"{source}.weight", (n,), add=self.norm_offset)
+
+
+def write_window(out: GGUFWriter, window: int | None, sliding: list[bool]) -> None:
+    """Write the window (a query sees that many keys, itself included) and which layers slide."""
+    if window is not None and any(sliding):
+        out.add_sliding_window(window)
+        out.add_sliding_window_pattern(sliding)

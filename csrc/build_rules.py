@@ -1,0 +1,88 @@
+"""What is compiled from csrc, for which instruction sets and with which flags: for setup.py, and for tests that compile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+_X86 = {
+    "generic": [],
+    "avx2": _AVX2,
+    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
+}
+_ARM = {"generic": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]}
+_ISAS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+
+# -ffp-contract=off: whether products and sums are fused is said in simd.h and never left to the compiler.
+COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden",
+          "-pthread"]
+C_FLAGS = ["-std=gnu11", *COMMON]
+CPP_FLAGS = ["-std=c++17", *COMMON]
+
+
+def isas(machine: str) -> dict[str, list[str]]:
+    """The instruction sets built for a machine (as `platform.machine()` names it), with the flags of each."""
+    return _ISAS.get(machine, {"generic": []})
+
+
+def have(machine: str) -> list[str]:
+    """What tells cpu/isa.c which instruction sets there are beside the generic one."""
+    return [f"-DPE_HAVE_{isa}" for isa in isas(machine) if isa != "generic"]
+
+
+def sources() -> list[Path]:
+    """All C files of the engine; the generated table must be there already."""
+    return sorted([*CSRC.glob("host/*.c"), *CSRC.glob("cpu/*.c"), CSRC / "gen" / "cpu" / "table.c"])
+
+
+def per_isa(source: Path) -> bool:
+    """Whether a file is compiled once for each instruction set, under the names that PE_NAME makes."""
+    return re.search(r"\bPE_(KERNEL|NAME|SCRATCH)\(", source.read_text(encoding="utf-8")) is not None
+
+
+def objects(machine: str) -> list[tuple[Path, str, list[str]]]:
+    """(C file, instruction set, its flags) of every object; "base" for files that are compiled once."""
+    out = []
+    for source in sources():
+        if per_isa(source):
+            out += [(source, isa, [*flags, f"-DPE_ISA={isa}"]) for isa, flags in isas(machine).items()]
+        else:
+            out.append((source, "base", have(machine)))
+    return out
+
+
+def stale(obj: Path, also: Iterable[Path]) -> bool:
+    """Whether an object must be compiled again: it, its list of files (-MMD), or one of these files is missing or newer.
+
+    also: files that the compiler does not list, such as those that hold the flags.
+    """
+    listed = obj.with_suffix(".d")
+    if not obj.exists() or not listed.exists():
+        return True
+    names = listed.read_text(encoding="utf-8").split(": ", 1)[1].replace("\\\n", " ").split()
+    made = obj.stat().st_mtime
+    return any(not p.exists() or p.stat().st_mtime > made for p in [*map(Path, names), *also])
+
+
+def abi_headers() -> list[Path]:
+    """Headers of flat functions, which Python calls through cffi."""
+    headers = sorted([*CSRC.glob("host/*.h"), *CSRC.glob("cpu/*.h")])
+    return [h for h in headers if re.search(r"^PE_API ", h.read_text(encoding="utf-8"), re.M)]
+
+
+def plain(text: str) -> str:
+    """A header as cffi reads it: without comments, preprocessor lines, linkage blocks and PE_API."""
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    text = re.sub(r'#ifdef __cplusplus\s*(extern "C" \{|\})\s*#endif', "", text)
+    text = re.sub(r"^\s*#(.*\\\n)*.*$", "", text, flags=re.M)
+    return re.sub(r"\n\s*\n+", "\n", text.replace("PE_API ", ""))
+
+
+def declarations(headers: Iterable[Path]) -> str:
+    """Everything that cffi must read for the functions of these headers."""
+    status = re.search(r"typedef enum pe_status \{.*?\} pe_status;", (CSRC / "pe.h").read_text(encoding="utf-8"), re.S)
+    return plain(status.group(0)) + "".join(plain(h.read_text(encoding="utf-8")) for h in headers)

@@ -1,0 +1,23 @@
+/* isa.h: the instruction sets that this library was built for, and which of them the machine can run. */
+#ifndef PE_ISA_H
+#define PE_ISA_H
+
+#include "../table.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct pe_isa {
+  const char *name;
+  const pe_kernel_entry *kernels;
+  int (*supported)(void);
+  pe_status (*quantize)(int32_t dtype, const float *src, void *dst, int64_t n); /* ../host/quantize.h */
+} pe_isa;
+
+extern const pe_isa pe_isas[]; /* best first; ends with a null name */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

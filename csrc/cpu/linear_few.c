@@ -1,0 +1,115 @@
+/* linear_few.c: `linear` with packed blocks and few rows of x: linear.c says what the whole is.
+ * Reference: pyengine/ops/matmul.py: linear.
+ *
+ * A step of 16 rows of the matrix x 32 of k stays in registers and is multiplied with up to DECODE_ROWS rows of x. The weights'
+ * bytes are read once, in order; 8 dot products for each row and 9 to 24 instructions of unpacking go on 16 x 32 weights (e.g. 288 bytes
+ * of Q4_0): memory is the limit.
+ */
+#include "linear_parts.h"
+
+#if defined(PE_GENERIC) /* too few registers */
+int PE_NAME(linear_has_few)(void) { return 0; }
+void PE_NAME(linear_few)(const linear_product *t) { (void)t; }
+#else
+/* out[i][lane] = row `lane` of the group times row i of x. `next` is the memory that the thread will read after the group. */
+PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x,
+                           int64_t ld, float *out) {
+  const pe_traits t = pe_traits_of(id);
+  const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
+  const int64_t blocks = k / t.k;
+  v16f acc[DECODE_ROWS];
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
+  for (int64_t b = 0; b < blocks; b++) {
+    const uint8_t *head = pe_block_head(t, group, b), *body = pe_block_body(t, group, b);
+    const int64_t at = body - group;
+PE_UNROLL_STEPS
+    for (int j = 0; j < steps; j++) {
+      pe_step w;
+      pe_unpack(id, head, body, j, &w);
+      int64_t s = b * steps + j;
+      {
+        const int step_bytes = (t.head + t.body) / steps;
+        int64_t ahead = at + DECODE_AHEAD + (int64_t)j * step_bytes;
+        const uint8_t *p = ahead < bytes ? group + ahead : next + (ahead - bytes);
+PE_UNROLL(9)
+        for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(p + 64 * c);
+      }
+PE_UNROLL(8)
+      for (int i = 0; i < rows; i++) {
+        const linear_step *a = linear_step_of(x, ld, i, s);
+PE_UNROLL(2)
+        for (int h = 0; h < t.halves; h++) {
+          int32_t sum = zero ? t.halves == 2 ? a->sum2[h] : a->sum : 0;
+          v16i p0 = v16i_set1(-zero * sum), p1 = v16i_zero();
+PE_UNROLL(8)
+          for (int g = 8 / t.halves * h; g < 8 / t.halves * (h + 1); g += 2) {
+            v64u x0 = v64u_set4(a->q + 4 * g), x1 = v64u_set4(a->q + 4 * g + 4);
+            p0 = z128 ? dot_z128(p0, w.u[g], x0) : dot_u7(p0, w.u[g], x0);
+            p1 = z128 ? dot_z128(p1, w.u[g + 1], x1) : dot_u7(p1, w.u[g + 1], x1);
+          }
+          v16f y = v16f_mul(v16i_to_f(v16i_add(p0, p1)), w.s[h]);
+          acc[i] = v16f_fma(y, v16f_set1(a->d), acc[i]);
+          if (t.offsets) acc[i] = v16f_fma(w.o[h], v16f_set1(t.halves == 2 ? a->dsum2[h] : a->dsum), acc[i]);
+        }
+      }
+    }
+  }
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++) v16f_store(out + 16 * i, acc[i]);
+}
+
+typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,
+                       float *out);
+
+/* A function for 1 .. ROWS_FEW rows and one for DECODE_ROWS, which may be one of those, for each format. */
+#define DECODE(id, rows)                                                                                               \
+  static void decode_##id##_##rows(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, \
+                                   int64_t ld, float *out) {                                                           \
+    decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, out);                                                     \
+  }
+#if defined(PE_AVX512)
+#define DECODE_MOST(id) DECODE(id, 8)
+#define DECODE_MOST_OF(id) decode_##id##_8
+#else
+#define DECODE_MOST(id)
+#define DECODE_MOST_OF(id) decode_##id##_4
+#endif
+#define DECODE_FORMAT(id, ...) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4) DECODE_MOST(id)
+PE_PACKED_BLOCKS(DECODE_FORMAT)
+
+typedef struct decoder { decode_fn *few[ROWS_FEW], *most; } decoder;
+
+static const decoder *decoder_of(int32_t id) {
+  switch (id) {
+#define DECODER(id, ...)                                                                                               \
+  case PE_##id: {                                                                                                      \
+    static const decoder d = {{decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}, DECODE_MOST_OF(id)}; \
+    return &d;                                                                                                         \
+  }
+    PE_PACKED_BLOCKS(DECODER)
+#undef DECODER
+    default: return 0;
+  }
+}
+
+int PE_NAME(linear_has_few)(void) { return 1; }
+
+void PE_NAME(linear_few)(const linear_product *t) {
+  const decoder *f = decoder_of(t->id);
+  for (int64_t p = 0; p < t->panels; p++) {
+    float *to = t->acc + p * linear_sums(t);
+    for (int v = 0; v < PANEL_GROUPS && t->g0 + PANEL_GROUPS * p + v < t->groups; v++) {
+      const int more = v + 1 < PANEL_GROUPS && t->g0 + PANEL_GROUPS * p + v + 1 < t->groups;
+      const uint8_t *group = linear_group(t, p, v), *next = more ? group + t->bytes : t->next;
+      for (int64_t i0 = 0, n; i0 < t->rows; i0 += n) {
+        const int64_t left = t->rows - i0;
+        n = left >= DECODE_ROWS ? DECODE_ROWS : left > ROWS_FEW ? (left + 1) / 2 : left; /* 5 rows are 3 and 2 */
+        _Alignas(64) float y[DECODE_ROWS * 16];
+        (n > ROWS_FEW ? f->most : f->few[n - 1])(group, next, t->bytes, t->k, t->q + i0 * t->ldq, t->ldq, y);
+        for (int64_t i = 0; i < n; i++) v16f_store(to + 16 * (PANEL_GROUPS * (i0 + i) + v), v16f_load(y + 16 * i));
+      }
+    }
+  }
+}
+#endif

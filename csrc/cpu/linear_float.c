@@ -1,0 +1,158 @@
+/* linear_float.c: `linear` with weights that are floats, and with any format that is not packed, which becomes floats: linear.c says
+ * what the whole is.
+ * Reference: pyengine/ops/matmul.py: linear.
+ *
+ * Up to ROWS_FEW rows of x read packed floats where they lie. Else weights become float panels of 128 of k (256 from the file's
+ * layout), and a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one accumulator an output, fma in k order.
+ */
+#include "../host/dequant.h"
+#include "linear_parts.h"
+
+/* acc[i][16 PANEL_GROUPS] += panel [count][16 PANEL_GROUPS] times `rows` <= FLOAT_TILE_ROWS rows of x. */
+PE_INLINE void float_rows(int rows, const float *panel, int64_t count, const float *x, int64_t ld, float *acc) {
+  v16f sum[FLOAT_TILE_ROWS][PANEL_GROUPS];
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_load(acc + 16 * (PANEL_GROUPS * i + v));
+  for (int64_t k = 0; k < count; k++, panel += 16 * PANEL_GROUPS) {
+    v16f w[PANEL_GROUPS];
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) w[v] = v16f_load(panel + 16 * v);
+PE_UNROLL(8)
+    for (int i = 0; i < rows; i++) {
+      v16f a = v16f_set1(x[i * ld + k]);
+PE_UNROLL(8)
+      for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_fma(w[v], a, sum[i][v]);
+    }
+  }
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+}
+
+/* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. */
+static void tile_float(const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines, const float *x,
+                       int64_t ld, int64_t m, float *acc) {
+  const int64_t share = (lines * FLOAT_TILE_ROWS + m - 1) / m;
+  const int64_t sums = FLOAT_TILE_ROWS * PANEL_GROUPS * 16;
+  for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, acc += sums) {
+    for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
+      for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(ahead[v] + 64 * asked);
+    float_rows(FLOAT_TILE_ROWS, panel, count, x, ld, acc);
+  }
+#define PART(n)                                                                                                        \
+  if (m >= n) {                                                                                                        \
+    float_rows(n, panel, count, x, ld, acc);                                                                           \
+    m -= n;                                                                                                            \
+    x += n * ld;                                                                                                       \
+    acc += n * PANEL_GROUPS * 16;                                                                                                \
+  }
+#if defined(PE_AVX512)
+  PART(4)
+#endif
+  PART(2)
+  PART(1)
+#undef PART
+}
+
+PE_INLINE v16f load_float(int id, const uint8_t *p) {
+  return id == PE_F32 ? v16f_load((const float *)p) : id == PE_F16 ? v16f_load_f16(p) : v16f_load_bf16(p);
+}
+
+/* Few rows: acc[i][16 PANEL_GROUPS] = a panel of packed floats times row i of x, straight from memory. */
+PE_INLINE void stream_rows(int id, int rows, const uint8_t *const group[PANEL_GROUPS], int64_t count, const float *x, int64_t ld,
+                           float *acc) {
+  const int size = id == PE_F32 ? 64 : 32, lines = 64 / size; /* k of a cache line */
+  v16f sum[ROWS_FEW][PANEL_GROUPS];
+PE_UNROLL(4)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_zero();
+  for (int64_t k = 0; k < count; k++) {
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) {
+      v16f w = load_float(id, group[v] + size * k);
+      if (lines == 1 || k % 2 == 0) pe_prefetch(group[v] + size * k + DECODE_AHEAD / 2);
+PE_UNROLL(4)
+      for (int i = 0; i < rows; i++) sum[i][v] = v16f_fma(w, v16f_set1(x[i * ld + k]), sum[i][v]);
+    }
+  }
+PE_UNROLL(4)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+}
+
+static void stream(int id, int64_t m, const uint8_t *const group[PANEL_GROUPS], int64_t count, const float *x, int64_t ld,
+                   float *acc) {
+#define STREAM(id_, rows)                                                                                              \
+  if (id == PE_##id_ && m == rows) stream_rows(PE_##id_, rows, group, count, x, ld, acc);
+  STREAM(F32, 1) STREAM(F32, 2) STREAM(F32, 3) STREAM(F32, 4)
+  STREAM(F16, 1) STREAM(F16, 2) STREAM(F16, 3) STREAM(F16, 4)
+  STREAM(BF16, 1) STREAM(BF16, 2) STREAM(BF16, 3) STREAM(BF16, 4)
+#undef STREAM
+}
+
+/* Columns k0 .. k0 + count - 1 of the groups of a panel, as floats [count][16 PANEL_GROUPS]. `rows` is room for
+ * [16][FILE_PANEL_DEPTH] floats. */
+static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t count, float *panel, float *rows) {
+  const int64_t n = w->shape[0], k = w->shape[1], last = (n - 1) / 16;
+  for (int v = 0; v < PANEL_GROUPS; v++) {
+    const int64_t g = pe_min(g0 + v, last);
+    if (w->dtype >= PE_PACKED) {
+      const int32_t id = w->dtype - PE_PACKED;
+      const uint8_t *from = (const uint8_t *)w->data + g * pe_pack_group_bytes(id, k) + k0 * 16 * pe_format_of(id).bytes;
+      float *to = panel + 16 * v;
+#define WIDEN(id_, size)                                                                                               \
+  if (id == id_)                                                                                                       \
+    for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * PANEL_GROUPS * i, load_float(id_, from + size * i));
+      WIDEN(PE_F32, 64) WIDEN(PE_F16, 32) WIDEN(PE_BF16, 32)
+#undef WIDEN
+      continue;
+    }
+    const int64_t block = pe_format_of(w->dtype).elements;
+    if (!block) return PE_BAD_DTYPE;
+    for (int64_t r = 0; r < 16; r++) {
+      const char *from = (const char *)w->data + pe_min(16 * g + r, n - 1) * w->stride[0] + k0 / block * w->stride[1];
+      pe_status status = pe_dequantize_row(w->dtype, from, rows + FILE_PANEL_DEPTH * r, count);
+      if (status) return status;
+    }
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t r = 0; r < 16; r++) panel[16 * (PANEL_GROUPS * i + v) + r] = rows[FILE_PANEL_DEPTH * r + i];
+  }
+  return PE_OK;
+}
+
+void PE_NAME(linear_few_floats)(const linear_product *t) {
+  for (int64_t p = 0; p < t->panels; p++) {
+    const uint8_t *group[PANEL_GROUPS];
+    for (int v = 0; v < PANEL_GROUPS; v++) group[v] = linear_group(t, p, v);
+    stream(t->id, t->rows, group, t->k, t->h, t->ldh, t->acc + p * linear_sums(t));
+  }
+}
+
+pe_status PE_NAME(linear_floats)(const linear_product *t) {
+  const int64_t chunk = t->packed ? FLOAT_PANEL_DEPTH : FILE_PANEL_DEPTH, size = 16 * pe_format_of(t->id).bytes;
+  memset(t->acc, 0, (size_t)(t->panels * linear_sums(t)) * sizeof(float));
+  for (int64_t at = 0; at < t->k; at += chunk) {
+    const int64_t count = pe_min(chunk, t->k - at);
+    for (int64_t p = 0; p < t->panels; p++) {
+      pe_status status = float_panel(t->w, t->g0 + PANEL_GROUPS * p, at, count, (float *)t->panel, t->dequantized);
+      if (status) return status;
+      const int64_t later = p + 1 < t->panels ? at : at + count; /* k where the next panel begins */
+      const uint8_t *ahead[PANEL_GROUPS];
+      for (int v = 0; v < PANEL_GROUPS; v++) {
+        const uint8_t *group = linear_group(t, p, v);
+        ahead[v] = !t->packed              ? 0
+                   : p + 1 < t->panels     ? group + PANEL_GROUPS * t->bytes + size * at
+                   : later < t->k          ? group - PANEL_GROUPS * p * t->bytes + size * later
+                                           : t->next + v * t->bytes;
+      }
+      tile_float((const float *)t->panel, count, ahead, t->packed ? count * size / 64 : 0, t->h + at, t->ldh, t->rows,
+                 t->acc + p * linear_sums(t));
+    }
+  }
+  return PE_OK;
+}

@@ -1,0 +1,72 @@
+/* linear_parts.h: what the files of linear share: the sizes of tiles, rows of x as int8, and the three ways to multiply a strip.
+ *
+ *   linear_few.c    up to ROWS_SOME rows times packed blocks: weights stay in registers
+ *   linear_tiles.c  many rows times packed blocks: panels are unpacked once, then tiled
+ *   linear_float.c  weights that are floats, or become floats
+ *   linear.c        says which, and does what is left: rows of x before, sums after
+ */
+#ifndef PE_LINEAR_PARTS_H
+#define PE_LINEAR_PARTS_H
+
+#include "linear.h"
+#include "unpack.h"
+
+enum {
+  DECODE_ROWS = PE_PARTS == 1 ? 8 : 4,     /* rows of x that the kernels for few rows take at most at once */
+  INT_TILE_ROWS = 4,                       /* rows of x in a tile of integers */
+  FLOAT_TILE_ROWS = PE_PARTS == 1 ? 8 : 4, /* and of floats */
+  PANEL_STEPS = 8,         /* steps of 32 of k in an unpacked panel */
+  FLOAT_PANEL_DEPTH = 128, /* k of a float panel */
+  FILE_PANEL_DEPTH = 256,  /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
+  DECODE_AHEAD = 8192,     /* bytes of weights that kernels for few rows prefetch */
+};
+
+/* 32 of k of one row: one cache line. A row is k / 32 of them, and one more that is never read, so that rows of a power of two
+ * do not share cache sets. */
+typedef struct linear_step {
+  int8_t q[32];
+  float d, dsum, dsum2[2];        /* scale; scale * sum of codes, of all and of each half */
+  int32_t sum, sum2[2], not_used; /* sum of codes, of all and of each half */
+} linear_step;
+_Static_assert(sizeof(linear_step) == 64, "a step of x is a cache line");
+
+/* Step s of row i of x; rows lie ld bytes apart. */
+PE_INLINE const linear_step *linear_step_of(const char *x, int64_t ld, int64_t i, int64_t s) {
+  return (const linear_step *)(x + i * ld) + s;
+}
+
+/* A strip of one matrix times rows of x: acc [panel][rows][16 PANEL_GROUPS]. */
+typedef struct linear_product {
+  const pe_tensor *w;
+  int32_t id;                /* format of the weights */
+  int packed;
+  int64_t k, groups, bytes;  /* groups of the matrix; bytes of one, if packed */
+  int64_t g0, panels;        /* first group of the strip, and its panels */
+  const uint8_t *next;       /* what this thread will read afterwards, to prefetch */
+  int64_t rows;              /* of x */
+  const char *q;             /* the rows as int8, ldq bytes apart */
+  const float *h;            /* and as floats, ldh floats apart */
+  int64_t ldq, ldh;
+  char *panel;               /* room for one panel */
+  float *dequantized;        /* room for [16][FILE_PANEL_DEPTH] */
+  float *acc;
+} linear_product;
+
+/* Group v of a panel. Beyond the last group it is that one again: nobody reads the sums. */
+PE_INLINE const uint8_t *linear_group(const linear_product *t, int64_t panel, int64_t v) {
+  return (const uint8_t *)t->w->data + pe_min(t->g0 + PANEL_GROUPS * panel + v, t->groups - 1) * t->bytes;
+}
+
+/* Bytes of a step of an unpacked panel: codes of vector g of group v at 64 (PANEL_GROUPS g + v); then scales, then offsets, one float
+ * vector for each half and group. */
+PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * PANEL_GROUPS * (8 + halves * (1 + offsets)); }
+
+PE_INLINE int64_t linear_sums(const linear_product *t) { return t->rows * 16 * PANEL_GROUPS; } /* of a panel */
+
+int PE_NAME(linear_has_few)(void);                         /* whether this instruction set has registers enough for linear_few */
+void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to ROWS_SOME rows */
+void PE_NAME(linear_tiles)(const linear_product *t);       /* packed blocks, any rows */
+void PE_NAME(linear_few_floats)(const linear_product *t);  /* packed floats, up to ROWS_FEW rows */
+pe_status PE_NAME(linear_floats)(const linear_product *t); /* all other weights */
+
+#endif

@@ -1,0 +1,153 @@
+/* linear_tiles.c: `linear` with packed blocks and many rows of x: linear.c says what the whole is.
+ * Reference: pyengine/ops/matmul.py: linear.
+ *
+ * A panel of 256 of k is unpacked once into L1 (12 KB of codes, 1.5 to 6 KB of scales on avx512), and a tile takes INT_TILE_ROWS
+ * rows of x times PANEL_GROUPS vectors: 12 integer and 12 float accumulators in 32 registers.
+ */
+#include "linear_parts.h"
+
+/* Steps s0 .. s0 + count - 1 of PANEL_GROUPS groups. ahead[v]: what will be unpacked next in place of this part of group v. */
+PE_INLINE void unpack_panel(int id, const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0,
+                            int64_t count, uint8_t *to) {
+  const pe_traits t = pe_traits_of(id);
+  const int steps = t.k / 32;
+  const int64_t step = panel_step_bytes(t.halves, t.offsets);
+  for (int64_t b = s0 / steps; b < (s0 + count) / steps; b++) {
+    for (int v = 0; v < PANEL_GROUPS; v++) {
+      const uint8_t *head = pe_block_head(t, group[v], b), *body = pe_block_body(t, group[v], b);
+      const uint8_t *fetch = ahead[v] + (body - pe_block_head(t, group[v], s0 / steps));
+PE_UNROLL_STEPS
+      for (int j = 0; j < steps; j++) {
+        pe_step w;
+        pe_unpack(id, head, body, j, &w);
+        const int step_bytes = (t.head + t.body) / steps;
+PE_UNROLL(9)
+        for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(fetch + j * step_bytes + 64 * c);
+        uint8_t *p = to + (b * steps + j - s0) * step;
+PE_UNROLL(8)
+        for (int g = 0; g < 8; g++) v64u_store(p + 64 * (PANEL_GROUPS * g + v), w.u[g]);
+        float *f = (float *)(p + 64 * PANEL_GROUPS * 8) + 16 * v;
+PE_UNROLL(2)
+        for (int h = 0; h < t.halves; h++) {
+          v16f_store(f + 16 * PANEL_GROUPS * h, w.s[h]);
+          if (t.offsets) v16f_store(f + 16 * PANEL_GROUPS * (t.halves + h), w.o[h]);
+        }
+      }
+    }
+  }
+}
+
+/* acc[i][16 PANEL_GROUPS] += panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. */
+PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int zero, const uint8_t *panel, int64_t s0, int64_t count,
+                         const char *x, int64_t ld, float *acc) {
+  v16f sum[INT_TILE_ROWS][PANEL_GROUPS];
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_load(acc + 16 * (PANEL_GROUPS * i + v));
+  for (int64_t s = s0; s < s0 + count; s++) {
+    const float *f = (const float *)(panel + 64 * PANEL_GROUPS * 8);
+PE_UNROLL(2)
+    for (int h = 0; h < halves; h++) {
+      v16i dot[INT_TILE_ROWS][PANEL_GROUPS];
+PE_UNROLL(8)
+      for (int i = 0; i < rows; i++) {
+        int32_t n = zero ? -zero * (halves == 2 ? linear_step_of(x, ld, i, s)->sum2[h] : linear_step_of(x, ld, i, s)->sum) : 0;
+PE_UNROLL(8)
+        for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = v16i_set1(n);
+      }
+PE_UNROLL(8)
+      for (int g = 8 / halves * h; g < 8 / halves * (h + 1); g++) {
+        v64u w[PANEL_GROUPS];
+PE_UNROLL(8)
+        for (int v = 0; v < PANEL_GROUPS; v++) w[v] = v64u_load(panel + 64 * (PANEL_GROUPS * g + v));
+PE_UNROLL(8)
+        for (int i = 0; i < rows; i++) {
+          v64u q = v64u_set4(linear_step_of(x, ld, i, s)->q + 4 * g);
+PE_UNROLL(8)
+          for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = z128 ? dot_z128(dot[i][v], w[v], q) : dot_u7(dot[i][v], w[v], q);
+        }
+      }
+PE_UNROLL(8)
+      for (int i = 0; i < rows; i++) {
+        v16f d = v16f_set1(linear_step_of(x, ld, i, s)->d);
+PE_UNROLL(8)
+        for (int v = 0; v < PANEL_GROUPS; v++)
+          sum[i][v] = v16f_fma(v16f_mul(v16i_to_f(dot[i][v]), v16f_load(f + 16 * (PANEL_GROUPS * h + v))), d, sum[i][v]);
+        if (offsets) {
+          v16f ds = v16f_set1(halves == 2 ? linear_step_of(x, ld, i, s)->dsum2[h] : linear_step_of(x, ld, i, s)->dsum);
+PE_UNROLL(8)
+          for (int v = 0; v < PANEL_GROUPS; v++)
+            sum[i][v] = v16f_fma(v16f_load(f + 16 * (PANEL_GROUPS * (halves + h) + v)), ds, sum[i][v]);
+        }
+      }
+    }
+    panel += panel_step_bytes(halves, offsets);
+  }
+PE_UNROLL(8)
+  for (int i = 0; i < rows; i++)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+}
+
+typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m, float *acc);
+typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0,
+                       int64_t count, uint8_t *to);
+
+/* A tile for each kind of steps (pyengine/dtype.py: PackedForm), whatever the format. */
+#define TILE(name, halves, offsets, z128)                                                                              \
+  static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
+                          int64_t m, float *acc) {                                                                     \
+    const int64_t sums = INT_TILE_ROWS * PANEL_GROUPS * 16;                                                            \
+    for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, acc += sums)                               \
+      tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                                        \
+    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
+    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
+    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
+  }
+TILE(zero, 1, 0, 0)
+TILE(zero128, 1, 0, 1)
+TILE(offset, 1, 1, 0)
+TILE(halves_zero, 2, 0, 0)
+TILE(halves_offset, 2, 1, 0)
+
+#define UNPACK(id, ...)                                                                                                \
+  static void unpack_##id(const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0, \
+                          int64_t count, uint8_t *to) {                                                                \
+    unpack_panel(PE_##id, group, ahead, s0, count, to);                                                                \
+  }
+PE_PACKED_BLOCKS(UNPACK)
+
+typedef struct tiler { unpack_fn *unpack; tile_fn *tile; } tiler;
+
+static tiler tiler_of(int32_t id) {
+  switch (id) {
+#define TILER(name, blocks, head, body, steps, ...) case PE_##name: return (tiler){unpack_##name, tile_##steps};
+    PE_PACKED_BLOCKS(TILER)
+#undef TILER
+    default: return (tiler){0, 0};
+  }
+}
+
+void PE_NAME(linear_tiles)(const linear_product *t) {
+  const pe_traits c = pe_traits_of(t->id);
+  const tiler f = tiler_of(t->id);
+  const int zero = c.zero == 128 ? 128 - PE_DOT_ZERO : c.zero;
+  const int64_t chunk = 32 * PANEL_STEPS;
+  memset(t->acc, 0, (size_t)(t->panels * linear_sums(t)) * sizeof(float));
+  for (int64_t at = 0; at < t->k; at += chunk) {
+    const int64_t count = pe_min(chunk, t->k - at);
+    for (int64_t p = 0; p < t->panels; p++) {
+      /* ahead: these 256 of k of the next panel; after the last, the next 256 of the first */
+      const uint8_t *group[PANEL_GROUPS], *ahead[PANEL_GROUPS];
+      for (int v = 0; v < PANEL_GROUPS; v++) {
+        group[v] = linear_group(t, p, v);
+        ahead[v] = p + 1 < t->panels   ? pe_block_head(c, group[v] + PANEL_GROUPS * t->bytes, at / c.k)
+                   : at + count < t->k ? pe_block_head(c, group[v] - PANEL_GROUPS * p * t->bytes, (at + count) / c.k)
+                                       : t->next + v * t->bytes;
+      }
+      f.unpack(group, ahead, at / 32, count / 32, (uint8_t *)t->panel);
+      f.tile(zero, (const uint8_t *)t->panel, at / 32, count / 32, t->q, t->ldq, t->rows, t->acc + p * linear_sums(t));
+    }
+  }
+}

@@ -1,0 +1,311 @@
+"""Other dialects of GGUF, translated once, when a file is opened: models know llama.cpp's keys and names of tensors only.
+
+What a program's files call otherwise stands in tables. `KEYS` and `TENSORS` map its names to llama.cpp's:
+
+    "gemma3.vision." : "clip.vision."        a beginning of keys, where it ends in a dot; otherwise a whole key
+    "v.blk.*.mlp.fc1" : "v.blk.*.ffn_up"     with any layer's number for *, and whatever follows ("weight", "bias")
+
+What they leave out, or mean otherwise, becomes keys: llama.cpp's where it has one, else our own, of which models document the usual
+value. They are
+    clip.vision.rope.interleaved               pairs of the encoder's q and k that turn together are neighbours (default), or a half apart
+    clip.vision.projector.hidden_act           the projector's activation
+    llama4.use_qk_norm                         rotated queries and keys are scaled to unit length
+    mllama.attention.cross_interleaved         rows of q and k of cross-attention are interleaved, as for a rotation, but not their norms'
+
+Nothing is decoded for it but a few numbers, and a file in llama.cpp's own names is handed back as it is. Names that no table has stay
+what they are, and whoever binds the model says which of them it does not know.
+
+Sources: Ollama, `convert/convert_{gemma3,llama4,mistral,mllama,qwen25vl,qwen2}.go` and `model/models/*`; llama.cpp, `llama-model.cpp:
+load_hparams`, `tools/mtmd/clip.cpp: load_tensors`, gguf-py's `tensor_mapping.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pyengine.errors import InvalidModelError
+from pyengine.files.gguf import GGUFFile
+
+ENCODER, ENCODER_TENSORS = "clip", ("v", "mm")       # llama.cpp's beginnings of an encoder's keys and of its tensors' names
+
+Table = Mapping[str, str]
+_LAYER = re.compile(r"(?<=\.blk\.)\d+(?=\.)")
+
+
+def translate(file: GGUFFile) -> GGUFFile:
+    """Return the file in llama.cpp's names: the same object where it is already. Raises: InvalidModelError."""
+    t = Translation(file)
+    arch = t.get("general.architecture", str)
+    rope_scaling(t, arch)
+    if arch in DIALECTS:
+        DIALECTS[arch](t)
+    later_norm(t)
+    exchanged_feed_forward(t)
+    return t.file()
+
+
+def check_encoder(file: GGUFFile) -> None:
+    """Raise InvalidModelError for a file that is no encoder's own: its general.architecture would be what its keys begin with."""
+    found = file.metadata.need("general.architecture", str)
+    if found != ENCODER:
+        raise InvalidModelError(f"{file.path}: general.architecture is {found!r}; a projector file has {ENCODER!r}")
+
+
+class Translation:
+    """New names of a file's keys and tensors, and keys that it lacks."""
+
+    def __init__(self, file: GGUFFile):
+        self.source = file
+        self.keys: dict[str, str] = {}       # the file's -> llama.cpp's, where they differ
+        self.own: dict[str, str] = {}        # the same, back
+        self.tensors: dict[str, str] = {}    # the file's -> llama.cpp's
+        self.added: dict[str, Any] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.added or key in self.own or key in self.source.metadata and key not in self.keys
+
+    def get(self, key: str, *kinds: type) -> Any:
+        """The value of a key by llama.cpp's name; None where it is missing, or of another kind, which whoever needs it will say."""
+        if key not in self:
+            return None
+        value = self.added[key] if key in self.added else self.source.metadata[self.own.get(key, key)]
+        return value if type(value) in kinds else None
+
+    def rename_keys(self, table: Table) -> None:
+        """Give keys their names of the table, the first that fits; a key that has llama.cpp's name in the file is believed instead."""
+        starts = tuple((theirs, ours) for theirs, ours in table.items() if theirs.endswith("."))
+        for key in self.source.metadata:
+            new = table.get(key) or next((ours + key[len(theirs):] for theirs, ours in starts if key.startswith(theirs)), None)
+            if new is not None and new not in self:
+                self.keys[key], self.own[new] = new, key
+
+    def rename_tensors(self, table: Table) -> None:
+        """Give tensors their names of the table."""
+        for name in self.source.tensors:
+            layer = _LAYER.search(name)
+            pattern = name if layer is None else f"{name[:layer.start()]}*{name[layer.end():]}"
+            for theirs in (pattern, pattern.rpartition(".")[0]):
+                if theirs in table:
+                    new = table[theirs] + pattern[len(theirs):]
+                    self.tensors[name] = new if layer is None else new.replace("*", layer[0], 1)
+                    break
+
+    def add(self, key: str, value: Any) -> None:
+        """Give a key that the file lacks its value."""
+        if key not in self:
+            self.added[key] = value
+
+    def replace(self, key: str, value: Any) -> None:
+        """Give a key this value, whatever the file says."""
+        self.added[key] = value
+
+    def has_tensor(self, name: str) -> bool:
+        """Say whether the file has a tensor under this name of its own."""
+        return name in self.source.tensors
+
+    def file(self) -> GGUFFile:
+        """The file with what was said here. Raises: InvalidModelError where two of its tensors are the same one."""
+        if not (self.keys or self.tensors or self.added):
+            return self.source
+        return self.source.renamed(self.tensors, self.source.metadata.renamed(self.keys, self.added))
+
+
+# ---- of any architecture: llama.cpp's files as they once were, mostly -----------------------------------------------------------
+
+
+def rope_scaling(t: Translation, arch: str | None) -> None:
+    """The divisor of positions under the name that it had before there were kinds of scaling (llama.cpp, LLM_KV_ROPE_SCALE_LINEAR);
+    Ollama's words for none, and its names of YaRN's bounds: its files hold "" and 0 for what a checkpoint does not say.
+    """
+    rope = f"{arch}.rope."
+    if t.get(f"{rope}scaling.type", str) in ("", "default"):
+        t.replace(f"{rope}scaling.type", "none")
+    if f"{rope}scale_linear" in t:
+        t.rename_keys({f"{rope}scale_linear": f"{rope}scaling.factor"})
+    for bound in ("beta_fast", "beta_slow"):
+        if t.get(f"{rope}scaling.{bound}", float, int):
+            t.rename_keys({f"{rope}scaling.{bound}": f"{rope}scaling.yarn_{bound}"})
+
+
+def later_norm(t: Translation) -> None:
+    """Llama 4's second norm: gguf-py's table has had another entry for it since Gemma 4, and converters that use it write that."""
+    if "llama4" in (t.get("clip.projector_type", str), t.get("clip.vision.projector_type", str)):
+        if not t.has_tensor("v.blk.0.ln2.weight"):
+            t.rename_tensors({"v.blk.*.attn_post_norm": "v.blk.*.ln2"})
+
+
+def exchanged_feed_forward(t: Translation) -> None:
+    """First converters of encoders (for Qwen2-VL, Gemma 3, Llama 3.2 Vision) called the first matrix ffn_down, the second ffn_up."""
+    width = t.get("clip.vision.embedding_length", int)
+    if width is None:
+        return
+    names = {t.tensors.get(name, name): name for name in t.source.tensors}
+    for name, own in names.items():
+        scope, _, end = name.partition(".ffn_down.")
+        shape = t.source.tensors[own].shape
+        if end == "weight" and scope.startswith("v.") and len(shape) == 2 and shape[1] == width != shape[0]:
+            for one, other in (("ffn_down", "ffn_up"), ("ffn_up", "ffn_down")):
+                for kind in ("weight", "bias"):
+                    if (found := names.get(f"{scope}.{one}.{kind}")) is not None:
+                        t.tensors[found] = f"{scope}.{other}.{kind}"
+
+
+# ---- Gemma 3 --------------------------------------------------------------------------------------------------------------------
+
+GEMMA3_TENSORS = {
+    "v.patch_embedding": "v.patch_embd", "v.position_embedding": "v.position_embd", "v.post_layernorm": "v.post_ln",
+    "v.blk.*.layer_norm1": "v.blk.*.ln1", "v.blk.*.layer_norm2": "v.blk.*.ln2", "v.blk.*.attn_output": "v.blk.*.attn_out",
+    "v.blk.*.mlp.fc1": "v.blk.*.ffn_up", "v.blk.*.mlp.fc2": "v.blk.*.ffn_down",
+    "mm.mm_soft_emb_norm": "mm.soft_emb_norm", "mm.mm_input_projection": "mm.input_projection",
+}
+GEMMA3_KEYS = {
+    "gemma3.rope.global.freq_base": "gemma3.rope.freq_base", "gemma3.rope.local.freq_base": "gemma3.rope.freq_base_swa",
+    "gemma3.mm.tokens_per_image": "clip.vision.tokens_per_image", "gemma3.vision.": "clip.vision.",
+}
+GEMMA3_EPS, GEMMA3_ROPE_BASE = 1e-6, 1_000_000.0     # transformers Gemma3TextConfig, where Ollama's files have no key
+GEMMA3_LONG, GEMMA3_FACTOR = 131_072, 8.0            # 4B and up scale positions linearly (their config.json); Ollama's files do not say
+GEMMA3_27B = 62                                      # layers; see below
+
+
+def gemma3(t: Translation) -> None:
+    """Ollama's single files (`convert_gemma3.go`), and what llama.cpp knows of the 27B checkpoint by its number of layers."""
+    sees = "gemma3.vision.block_count" in t
+    t.rename_keys(GEMMA3_KEYS)
+    if sees:
+        t.rename_tensors(GEMMA3_TENSORS)
+        scaled = "gemma3.rope.scaling.type" in t or "gemma3.rope.scaling.factor" in t
+        if not scaled and (t.get("gemma3.context_length", int) or 0) >= GEMMA3_LONG:
+            t.add("gemma3.rope.scaling.type", "linear")
+            t.add("gemma3.rope.scaling.factor", GEMMA3_FACTOR)
+    t.add("gemma3.attention.layer_norm_rms_epsilon", GEMMA3_EPS)
+    t.add("gemma3.rope.freq_base", GEMMA3_ROPE_BASE)
+    # query_pre_attn_scalar is d_model / n_heads in the 27B checkpoint, the one of 62 layers, and the size of a head in all others
+    # (their config.json; llama.cpp, load_hparams): no converter but ours writes it.
+    if t.get("gemma3.block_count", int) == GEMMA3_27B:
+        d_model, n_heads = t.get("gemma3.embedding_length", int), t.get("gemma3.attention.head_count", int)
+        if d_model and n_heads and d_model > 0 < n_heads:
+            t.add("gemma3.attention.scale", (d_model / n_heads) ** -0.5)
+
+
+# ---- Llama 4 --------------------------------------------------------------------------------------------------------------------
+
+LLAMA4_TENSORS = {
+    "v.patch_embedding": "v.patch_embd", "v.class_embedding": "v.class_embd", "v.positional_embedding_vlm": "v.position_embd.weight",
+    "v.layernorm_pre": "v.pre_ln", "v.layernorm_post": "v.post_ln", "v.blk.*.attn_norm": "v.blk.*.ln1",
+    "v.blk.*.ffn_norm": "v.blk.*.ln2", "v.blk.*.attn_output": "v.blk.*.attn_out", "v.blk.*.mlp.fc1": "v.blk.*.ffn_up",
+    "v.blk.*.mlp.fc2": "v.blk.*.ffn_down", "v.vision_adapter.mlp.fc1": "mm.model.mlp.1", "v.vision_adapter.mlp.fc2": "mm.model.mlp.2",
+    "mm.linear_1": "mm.model.fc",
+}
+LLAMA4_KEYS = {"llama4.vision.layer_norm_epsilon": "clip.vision.attention.layer_norm_epsilon", "llama4.vision.": "clip.vision."}
+MAVERICK = 128                       # experts; see below
+
+
+def llama4(t: Translation) -> None:
+    """Ollama's single files (`convert_llama4.go`), and what llama.cpp knows of Maverick by its number of experts."""
+    if "llama4.vision.block_count" in t:
+        t.rename_keys(LLAMA4_KEYS)
+        t.rename_tensors(LLAMA4_TENSORS)
+        t.add("clip.projector_type", "llama4")
+        if "llama4.intermediate_size" in t:      # of dense layers, and feed_forward_length an expert's
+            t.rename_keys({"llama4.feed_forward_length": "llama4.expert_feed_forward_length"})
+            t.rename_keys({"llama4.intermediate_size": "llama4.feed_forward_length"})
+        ratio = t.get("clip.vision.pixel_shuffle_ratio", float, int)
+        if ratio is not None:        # of sides: a half joins 2 x 2 patches
+            if not 2**-16 <= ratio <= 1:
+                raise InvalidModelError(f"{t.source.path}: llama4.vision.pixel_shuffle_ratio is {ratio}: must be above 0, and at most 1")
+            t.add("clip.vision.projector.scale_factor", round(1 / ratio))
+    if t.get("llama4.expert_count", int) == MAVERICK:        # which has no q/k-norm: llama.cpp, load_arch_hparams
+        t.add("llama4.use_qk_norm", False)
+
+
+# ---- Mistral Small 3.1 and 3.2 --------------------------------------------------------------------------------------------------
+
+MISTRAL3_TENSORS = {
+    "v.patch_conv": "v.patch_embd", "v.encoder_norm": "v.pre_ln", "v.blk.*.attn_norm": "v.blk.*.ln1", "v.blk.*.ffn_norm": "v.blk.*.ln2",
+    "v.blk.*.attn_output": "v.blk.*.attn_out", "mm.norm": "mm.input_norm", "mm.patch_merger.merging_layer": "mm.patch_merger",
+    "mm.linear_1": "mm.1", "mm.linear_2": "mm.2",
+}
+MISTRAL3_KEYS = {
+    "mistral3.spatial_merge_size": "clip.vision.spatial_merge_size",
+    "mistral3.mm.projector_hidden_act": "clip.vision.projector.hidden_act", "mistral3.vision.": "clip.vision.",
+}
+MISTRAL3_TEXT_KEYS = {               # of Ministral 3
+    "mistral3.rope.scaling_beta": "mistral3.attention.temperature_scale",
+    "mistral3.rope.scaling.mscale_all_dim": "mistral3.rope.scaling.yarn_log_multiplier",
+}
+MISTRAL3_MERGE = 2                   # of a file without the key: model.go, newMultiModalProjector
+
+
+def mistral3(t: Translation) -> None:
+    """Ollama's single files (`convert_mistral.go`, `model/models/mistral3/*.go`).
+
+    The encoder's q and k have transformers' halves there, while those of the decoder have their rows permuted as llama's. Its
+    activation is in no key: it is SiLU.
+    """
+    t.rename_keys(MISTRAL3_TEXT_KEYS)
+    if "mistral3.vision.block_count" in t:
+        t.rename_keys(MISTRAL3_KEYS)
+        t.rename_tensors(MISTRAL3_TENSORS)
+        t.add("clip.projector_type", "pixtral")
+        t.add("clip.vision.hidden_act", "silu")
+        t.add("clip.vision.spatial_merge_size", MISTRAL3_MERGE)
+        t.add("clip.vision.rope.interleaved", False)
+
+
+# ---- Llama 3.2 Vision -----------------------------------------------------------------------------------------------------------
+
+MLLAMA_TENSORS = {f"{scope}.{theirs}": f"{scope}.{ours}" for scope in ("v.blk.*", "v.global.blk.*")
+                  for theirs, ours in (("attn_norm", "ln1"), ("ffn_norm", "ln2"), ("attn_output", "attn_out"))}
+MLLAMA_KEYS = {"mllama.vision.intermediate_layers_indices": "clip.vision.feature_layer", "mllama.vision.": "clip.vision."}
+
+
+def mllama(t: Translation) -> None:
+    """Ollama's files. Names of tensors are those of its published one, which ours share; `convert_mllama.go` has others for the
+    encoder's norms and output, and interleaves the rows of all queries and keys as for a rotation, but not their norms' weights.
+    """
+    if "mllama.vision.block_count" in t:
+        t.rename_keys(MLLAMA_KEYS)
+    if t.has_tensor("v.blk.0.attn_norm.weight"):
+        t.rename_tensors(MLLAMA_TENSORS)
+        t.add("mllama.attention.cross_interleaved", True)
+
+
+# ---- Qwen2-VL and Qwen2.5-VL ----------------------------------------------------------------------------------------------------
+
+QWEN25VL_TENSORS = {
+    "v.patch_embd_0.weight": "v.patch_embd.weight", "v.patch_embd_1.weight": "v.patch_embd.weight.1",
+    "v.merger.ln_q": "v.post_ln", "v.merger.mlp.0": "mm.0", "v.merger.mlp.2": "mm.2",
+}
+QWEN25VL_KEYS = {
+    "qwen25vl.vision.fullatt_block_indexes": "clip.vision.wa_layer_indexes",
+    "qwen25vl.vision.max_pixels": "clip.vision.image_max_pixels", "qwen25vl.vision.": "clip.vision.",
+    "qwen25vl.rope.mrope_section": "qwen2vl.rope.dimension_sections", "qwen25vl.": "qwen2vl.",
+}
+QWEN25VL_FULL = (7, 15, 23, 31)      # layers, of a file without the key: model_vision.go, newVisionModel
+
+
+def qwen25vl(t: Translation) -> None:
+    """Qwen2.5-VL, which Ollama has under a name of its own (`convert_qwen25vl.go`, `model/models/qwen25vl/*.go`); text tensors have
+    llama.cpp's names. Ids of special tokens, mean and deviation are in no key: the model has the authors'.
+    """
+    t.rename_keys(QWEN25VL_KEYS)
+    t.rename_tensors(QWEN25VL_TENSORS)
+    t.replace("general.architecture", "qwen2vl")
+    t.add("clip.projector_type", "qwen2.5vl_merger")
+    t.add("clip.vision.hidden_act", "silu")
+    t.add("clip.vision.wa_layer_indexes", np.array(QWEN25VL_FULL, np.int32))
+
+
+def qwen2vl(t: Translation) -> None:
+    """Sections of the rotation under Ollama's name (`convert_qwen2.go`)."""
+    t.rename_keys({"qwen2vl.rope.mrope_section": "qwen2vl.rope.dimension_sections"})
+
+
+# by general.architecture
+DIALECTS: dict[str | None, Callable[[Translation], None]] = {
+    "gemma3": gemma3, "llama4": llama4, "mistral3": mistral3, "mllama": mllama, "qwen25vl": qwen25vl, "qwen2vl": qwen2vl,
+}

@@ -1,0 +1,963 @@
+"""The command line: what it prints and where, its exit codes, the conversation at a real (pseudo) terminal.
+
+Most tests give it a model of this file, which answers with what it was asked; the last ones run tiny random models and,
+where they are there, real ones beside llama.cpp.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pydoc
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import pyengine
+from pyengine.cli import answer, chat, execute, screen
+from pyengine.engine.answer import Answer
+from pyengine.engine.request import Report
+from pyengine.errors import ContextOverflowError, RequestError
+from pyengine.measure import speed
+from pyengine.memory.plan import MemoryPlan, PlanItem
+from pyengine.measure.perplexity import nll, perplexity
+
+ROOT = Path(__file__).resolve().parents[2]
+# The command line in a process of its own, with this file's model
+FAKE = [
+    sys.executable,
+    "-c",
+    "import sys; sys.path.insert(0, 'tests/cli'); import test_cli; test_cli.main_with_fake_model()",
+]
+
+
+class Pieces:
+    """What Model.stream returns: an iterator with a report."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def __iter__(self):
+        return self.pieces
+
+
+class FakeModel:
+    """A model without an image encoder. Answers with what it was asked, in three pieces; "count" goes on for ever, "slow" takes its time before it does.
+
+    "overflow" fails after a piece, "silent" gives no text.
+    """
+
+    media = None
+
+    def __init__(self, metadata: dict | None = None, delay: float = 0.0, name: str = "fake.gguf"):
+        self.file = SimpleNamespace(
+            metadata={"tokenizer.chat_template": "..."} if metadata is None else metadata, path=Path(name)
+        )
+        self.plan = MemoryPlan(name, 64, 8, "f16", (PlanItem("cpu", "weights", "resident", 3 << 20),), {"cpu": 1 << 30})
+        self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "steps": 0}
+        self.delay, self.calls, self.n_resets = delay, [], 0
+
+    def reset(self) -> None:
+        self.n_resets += 1
+
+    def chat(self, messages, tools=None, stream=False, max_tokens=512, stop=(), **sampling):
+        self.calls.append(("chat", [dict(m) for m in messages], max_tokens, stop, sampling))
+        said = "|".join(f"{m['role']}:{m['content']}" for m in messages)
+        return self._stream(said, messages[-1]["content"]) if stream else self._answer(said)
+
+    def stream(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
+        self.calls.append(("stream", prompt, max_tokens, stop, sampling))
+        return self._stream(prompt, prompt)
+
+    def generate(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
+        self.calls.append(("generate", prompt, max_tokens, stop, sampling))
+        return self._answer(prompt)
+
+    def _answer(self, said: str):
+        report = Report(tokens=[5, 6, 7], finish="stop", n_prompt=9, n_cached=4, prompt_seconds=0.5, seconds=0.25)
+        return Answer(said, report)
+
+    def _stream(self, said: str, asked: str):
+        pieces = Pieces(self._pieces(said, asked))
+        pieces.report = Report()
+        return pieces
+
+    def _pieces(self, said: str, asked: str):
+        if "slow" in asked:
+            time.sleep(30)
+        self.stats["prompt_tokens"] += 10
+        self.stats["cached_tokens"] += 4
+        parts = iter(["<", said, ">"]) if asked != "count" else (f"{n} " for n in iter(int, 1))
+        for part in parts if asked != "silent" else ():
+            time.sleep(self.delay)
+            self.stats["generated_tokens"] += 1
+            yield part
+            if asked == "overflow":
+                raise ContextOverflowError("the context of 64 tokens is full")
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A FakeModel that pyengine.load gives for any name; `loaded` are the arguments of load."""
+    fake = FakeModel()
+    fake.loaded = []
+
+    def load(name, progress=None, **settings):
+        fake.loaded.append((name, progress, settings))
+        return fake
+
+    monkeypatch.setitem(vars(pyengine), "load", load)
+    return fake
+
+
+def type_in(monkeypatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def main_with_fake_model() -> None:
+    from pyengine.cli import main
+
+    if sys.stdin.isatty():  # Terminal gave it a session without a controlling terminal: Ctrl-C needs one
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    vars(pyengine)["load"] = lambda name, progress=None, **settings: FakeModel(delay=0.02)
+    main()
+
+
+def run_process(*arguments, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run([*FAKE, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120, **settings)
+
+
+# --- one answer -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
+    assert execute(["any.gguf", "What?"]) == 0
+    assert capsys.readouterr() == ("<user:What?>\n", "")
+    assert model.calls == [("chat", [{"role": "user", "content": "What?"}], 512, [], {})]
+    assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
+                                                "device": "auto", "encoder_device": None,
+                                                "expert_device": None})]
+
+
+def test_options_reach_the_model(model) -> None:
+    execute(
+        [
+            "--temp",
+            "0",
+            "m",
+            "Q",
+            "--top-k",
+            "3",
+            "--top-p",
+            "0.5",
+            "--min-p",
+            "0.1",
+            "--typical",
+            "0.9",
+            "--repeat-penalty",
+            "1.1",
+            "--repeat-last-n",
+            "-1",
+            "--presence-penalty",
+            "0.2",
+            "--frequency-penalty",
+            "0.3",
+            "--seed",
+            "7",
+            "--stop",
+            "a",
+            "--stop",
+            "b",
+            "-n",
+            "5",
+            "--system",
+            "S",
+            "--ctx",
+            "99",
+            "--kv-dtype",
+            "q8_0",
+            "-t",
+            "2",
+            "-b",
+            "32",
+        ]
+    )
+    kind, messages, max_tokens, stop, sampling = model.calls[0]
+    assert messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert (kind, max_tokens, stop) == ("chat", 5, ["a", "b"])
+    assert sampling == {
+        "temperature": 0,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "typical_p": 0.9,
+        "repeat_penalty": 1.1,
+        "repeat_last_n": -1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.3,
+        "seed": 7,
+    }
+    assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "device": "auto",
+                                  "encoder_device": None, "expert_device": None}
+    execute(["m", "Q", "-n", "-1"])
+    assert model.calls[1][2] is None
+
+
+def test_devices_and_their_sizes(model, capsys) -> None:
+    parts = ["--device", "cpu:0=6GiB", "--device", "cpu:1=1.5mib", "--device", "cpu:2=700"]
+    execute(["m", "Q", *parts, "--encoder-device", "cpu:1", "--expert-device", "cpu:2"])
+    assert model.loaded[0][2]["device"] == {"cpu:0": 6 << 30, "cpu:1": 3 << 19, "cpu:2": 700}
+    assert (model.loaded[0][2]["encoder_device"], model.loaded[0][2]["expert_device"]) == ("cpu:1", "cpu:2")
+    execute(["m", "Q", "--device", "cpu"])
+    assert model.loaded[1][2]["device"] == "cpu"
+    capsys.readouterr()
+    for wrong in (["cpu:0=6GB"], ["cpu:0="], ["cpu:0=1MiB", "cpu:0=2MiB"], ["cpu", "cpu:0=1MiB"], ["cpu:0=-1"],
+                  ["cpu:0=9999999999999999"]):
+        assert execute(["m", "Q", *(a for part in wrong for a in ("--device", part))]) == 2
+        assert "as cpu:0=6GiB" in one_line(capsys.readouterr().err)
+    assert len(model.loaded) == 2
+
+
+def test_what_can_be_set_are_fields_of_the_sampling_parameters() -> None:
+    from pyengine.text.sampling import SamplingParams
+
+    assert set(chat.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(model, monkeypatch, capsys) -> None:
+    type_in(monkeypatch, "two\nlines")
+    assert execute(["m", "-"]) == 0
+    assert capsys.readouterr().out == "<user:two\nlines>\n"
+
+
+@pytest.mark.parametrize(
+    "metadata, arguments, expected",
+    [
+        ({"tokenizer.chat_template": "x"}, [], "chat"),
+        ({"tokenizer.chat_template": "x"}, ["--raw"], "stream"),
+        ({"general.name": "Gemma 3 270m"}, [], "stream"),
+        ({"general.name": "Gemma 3 270m it"}, [], "chat"),
+        ({"general.name": "X", "general.finetune": "Instruct-AWQ"}, [], "chat"),
+        ({"general.name": "Italian Chatelaine"}, [], "stream"),
+        ({}, [], "stream"),
+    ],
+)
+def test_the_chat_template_is_for_models_that_have_one_or_were_trained_to_answer(
+    model, capsys, metadata, arguments, expected
+) -> None:
+    model.file.metadata = metadata
+    assert execute(["m", "Once", "--verbose", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert model.calls[0][0] == expected
+    assert out == ("<user:Once>\n" if expected == "chat" else "<Once>\n")
+    assert ("through the chat template" in err) == (expected == "chat") and ("continued as it is" in err) == (
+        expected == "stream"
+    )
+
+
+def test_verbose_tells_speed_and_memory(model, capsys) -> None:
+    model.delay = 0.01
+    assert execute(["m", "Q", "-v"]) == 0
+    err = capsys.readouterr().err
+    assert "prompt 10 tokens (4 cached)" in err and "answer 3 tokens" in err
+    after_first = float(re.search(r"answer 3 tokens, ([\d.]+) tokens/s", err)[1])
+    assert 20 < after_first < 100  # two pieces in 0.02 s and a little more
+    assert re.search(r"memory: planned 3\.0 MiB and 0 bytes mapped, resident \d+\.\d [MG]iB", err)
+
+
+def test_json_answer(model, capsys) -> None:
+    assert execute(["m", "Q", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == "user:Q" and found["tokens"] == [5, 6, 7] and found["finish"] == "stop"
+    assert (
+        found["prompt_tokens_per_second"] == 10.0 and found["generation_tokens_per_second"] == 8.0
+    )  # 5 in 0.5 s, 2 in 0.25 s
+    assert found["memory"]["planned_bytes"] == 3 << 20 and found["memory"]["resident_bytes"] > 1 << 20
+    execute(["m", "Q", "--json", "--raw"])
+    assert json.loads(capsys.readouterr().out)["text"] == "Q" and model.calls[1][0] == "generate"
+
+
+# --- errors: one line, exit code 2 -----------------------------------------------------------------------------------
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("pyengine-run: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["/no/such.gguf", "Q"], "/no/such.gguf"),
+        (["plan", "/no/such.gguf"], "/no/such.gguf"),
+        (["show", "/no/such.gguf"], "/no/such.gguf"),
+        (["plan"], "MODEL"),
+        (["m", "Q", "extra"], "extra"),
+        (["m", "--nonsense"], "--nonsense"),
+        (["m", "Q", "--temp", "warm"], "--temp"),
+        (["m", "Q", "--temp", "-1"], "temperature"),
+        (["m", "Q", "--top-p", "nan"], "top_p"),
+        (["m", "Q", "-t", "0"], "--threads"),
+        (["m", "--json"], "--json needs a PROMPT"),
+        (["m", "--draw", "x.png"], "--draw needs a PROMPT"),
+        (["m", "Q", "--raw", "--system", "S"], "--system"),
+        (["bench", "m", "-p", "0", "-n", "0"], "nothing to measure"),
+        (["perplexity", "m", "-f", "/no/such.txt"], "/no/such.txt"),
+        (["perplexity", "m"], "--file"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys) -> None:
+    assert execute(arguments) == 2
+    out, err = capsys.readouterr()
+    assert message in one_line(err) and out == ""
+
+
+def test_errors_of_files_are_one_line_too(tmp_path, capsys) -> None:
+    (tmp_path / "text.gguf").write_text("This is no model, but long enough to have a header.")
+    assert execute([str(tmp_path / "text.gguf"), "Q"]) == 2
+    assert "not a GGUF file" in one_line(capsys.readouterr().err)
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    writer.add_context_length(8)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    for arguments in (["Q"], ["--json", "Q"], []):
+        assert execute([str(tmp_path / "other.gguf"), *arguments]) == 2
+        assert "perceptron" in one_line(capsys.readouterr().err)
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("PYENGINE_DEBUG", "1")
+    assert execute(["show", "/no/such.gguf"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_context_shows_the_text_and_fails(model, capsys) -> None:
+    assert execute(["m", "overflow"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "<\n" and "context of 64 tokens is full" in one_line(err)
+
+
+def test_a_system_message_needs_a_template(model, capsys) -> None:
+    model.file.metadata = {}
+    assert execute(["m", "Q", "--system", "S"]) == 2
+    assert "no chat template" in one_line(capsys.readouterr().err)
+
+
+# --- names, help, start-up -------------------------------------------------------------------------------------------
+
+
+def test_a_command_comes_first_and_anything_else_is_a_model(model, capsys) -> None:
+    execute(["./list", "Q"])
+    execute(["lists", "Q"])
+    assert [name for name, *_ in model.loaded] == ["./list", "lists"]
+    capsys.readouterr()
+    assert execute(["list", "--json"]) == 0 and isinstance(json.loads(capsys.readouterr().out), list)
+    for arguments in ([], ["--help"]):
+        assert execute(arguments) == 0
+        shown = capsys.readouterr().out
+        assert all(
+            name in shown
+            for name in ("MODEL", "plan", "bench", "perplexity", "show", "list", "hardware", "--image", "--temp")
+        )
+    for name in ("plan", "bench", "perplexity", "show", "list", "hardware"):
+        assert execute([name, "--help"]) == 0 and f"pyengine-run {name}" in capsys.readouterr().out
+
+
+def test_help_imports_little() -> None:
+    heavy = {"numpy", "prompt_toolkit", "PIL", "jinja2", "tokenizers", "psutil", "pyengine.engine", "pyengine.native"}
+    code = (
+        f"import sys; from pyengine.cli import execute; assert execute(['--help']) == 0; "
+        f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# --- the screen ------------------------------------------------------------------------------------------------------
+
+
+def test_control_characters_are_shown_and_not_obeyed() -> None:
+    assert screen.printable("a\x1b[2Jb\x9b\r\x07\tc\n\u2028é") == "a\\x1b[2Jb\\x9b\\x0d\\x07\tc\n\u2028é"
+
+
+def test_sizes() -> None:
+    assert [screen.size(n) for n in (0, 1023, 1024, 3 << 19, 5 << 30, 3 << 40)] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.0 KiB",
+        "1.5 MiB",
+        "5.0 GiB",
+        "3072.0 GiB",
+    ]
+
+
+def test_the_loading_bar_comes_late_and_goes(monkeypatch) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+    with screen.LoadingBar("/a/m.gguf") as bar:
+        bar(1, 10)
+        assert shown.getvalue() == ""
+        monkeypatch.setattr(screen, "BAR_AFTER_SECONDS", 0)
+        bar(5, 10)
+        assert "m.gguf" in shown.getvalue()
+    with screen.LoadingBar("m.gguf") as bar:
+        bar(10, 10)
+        assert bar._bar is None  # done: nothing to show
+
+
+# --- the conversation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "typed, messages",
+    [
+        ("a\nb\n", ["a", "b"]),
+        ("a", ["a"]),
+        ("a\\\nb\\\nc\nd\n", ["a\nb\nc", "d"]),
+        ("a\\", ["a"]),
+        ('"""one\n\n  two"""\nthree\n', ["one\n\n  two", "three"]),
+        ('"""\none\ntwo\n"""\n', ["one\ntwo"]),
+        ('"""one line"""\n', ["one line"]),
+        ('"""open\nend', ["open\nend"]),
+        ('""\n"x"\n', ['""', '"x"']),
+    ],
+)
+def test_messages_of_several_lines(monkeypatch, typed, messages) -> None:
+    type_in(monkeypatch, typed)
+    found = []
+    with pytest.raises(EOFError):
+        while True:
+            found.append(chat.read_message(chat._read_stdin_line))
+    assert found == messages
+
+
+def test_without_a_terminal_each_line_is_a_turn(model, monkeypatch, capsys) -> None:
+    type_in(monkeypatch, '/system S\none\n\n"""two\n/two"""\n/clear\nthree\n/bye\nfour\n')
+    assert execute(["m"]) == 0
+    out, err = capsys.readouterr()
+    assert out.split(">\n") == [
+        "<system:S|user:one",
+        "<system:S|user:one|assistant:<system:S|user:one>|user:two\n/two",
+        "<system:S|user:three",
+        "",
+    ]
+    assert err == "" and model.n_resets == 1
+
+
+def test_raw_turns_are_one_text(model, monkeypatch, capsys) -> None:
+    type_in(monkeypatch, "Once\nThen\n")
+    assert execute(["m", "--raw"]) == 0
+    assert [call[1] for call in model.calls] == ["Once", "Once\n<Once>\nThen"]
+
+
+def test_without_a_terminal_errors_end_the_program(model, monkeypatch, capsys) -> None:
+    for line, message in (
+        ("/nonsense", "no command /nonsense"),
+        ("/set heat 3", "/set heat"),
+        ("/set top_k x", "whole number"),
+        ("/set temperature x", "a number"),
+        ("/set temperature -1", "temperature"),
+        ("overflow", "is full"),
+    ):
+        type_in(monkeypatch, f"{line}\nnever\n")
+        assert execute(["m"]) == 2
+        assert message in one_line(capsys.readouterr().err)
+    assert all(call[1][-1]["content"] != "never" for call in model.calls)
+
+
+def test_set_and_show(model, monkeypatch, capsys) -> None:
+    type_in(
+        monkeypatch,
+        "/set temperature 0.5\n/set top_k 4\n/set stop X Y\n/set max_tokens 3\none\n"
+        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\nthree\n",
+    )
+    assert execute(["m"]) == 0
+    out, err = capsys.readouterr()
+    assert [call[2:] for call in model.calls] == [
+        (3, ["X Y"], {"temperature": 0.5, "top_k": 4}),
+        (None, [], {"top_k": 4}),
+        (512, [], {"top_k": 4}),
+    ]
+    assert "max_tokens 3\ntemperature 0.5\ntop_k 4\nstop 'X Y'\n" in out
+    assert "fake.gguf: context 64" in out and "through its chat template" in out and "user: two" in out
+    assert "(cut after 3 tokens" in err
+
+
+def test_a_question_without_an_answer_is_not_kept(model) -> None:
+    talk = chat.Chat(model, answer.Settings())
+    talk.say(["silent"])
+    assert talk.turns == []
+    with pytest.raises(ContextOverflowError):
+        talk.say(["overflow"])
+    assert talk.turns == [{"role": "user", "content": "overflow"}, {"role": "assistant", "content": "<"}]
+
+
+def press_ctrl_c(after: float) -> None:
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, after)
+
+
+def test_ctrl_c_between_pieces_keeps_the_text_and_the_cache(model, capsys) -> None:
+    talk, model.delay = chat.Chat(model, answer.Settings()), 0.02
+    handler = signal.getsignal(signal.SIGINT)
+    press_ctrl_c(0.2)
+    talk.say(["count"])
+    said = talk.turns[1]["content"]
+    assert said.startswith("0 0 ") and model.n_resets == 0 and signal.getsignal(signal.SIGINT) is handler
+    assert capsys.readouterr() == (said + "\n", "(stopped)\n")
+
+
+def test_ctrl_c_before_the_first_piece_forgets_the_cache(model) -> None:
+    talk = chat.Chat(model, answer.Settings())
+    started = time.perf_counter()
+    press_ctrl_c(0.2)
+    talk.say(["slow"])
+    assert time.perf_counter() - started < 10 and talk.turns == [] and model.n_resets == 1
+
+
+# --- at a terminal ---------------------------------------------------------------------------------------------------
+
+pty = pytest.importorskip("pty", reason="pseudo terminals are POSIX") if os.name != "nt" else None
+
+
+class Terminal:
+    """The command line at a pseudo terminal of its own; `program` runs it, else with this file's model."""
+
+    def __init__(self, state: Path, *arguments: str, program: list[str] | None = None):
+        import fcntl
+        import termios
+
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\x00\xa0\x00\x00\x00\x00\x00")  # 40 rows of 160 columns
+        env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
+        self.process = subprocess.Popen(
+            [*(program or FAKE), *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=ROOT,
+            env=env,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def expect(self, text: str, timeout: float = 30.0) -> str:
+        """Wait for a text after what was seen; returns what came until its end, without escape sequences."""
+        deadline = time.monotonic() + timeout
+        while True:
+            clean = re.sub(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[=>])", "", self.seen)
+            if text in clean:
+                found, self.seen = clean[: clean.index(text) + len(text)], clean[clean.index(text) + len(text) :]
+                return found
+            ready = select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]
+            if not ready:
+                raise AssertionError(f"no {text!r} within {timeout} s, but {clean!r}")
+            try:
+                self.seen += os.read(self.master, 65536).decode("utf-8", "replace")
+            except OSError:  # Linux: the other side is closed
+                raise AssertionError(f"the program ended without {text!r}, but {clean!r}") from None
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            os.close(self.master)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
+def test_a_conversation_at_a_terminal(tmp_path) -> None:
+    t = Terminal(tmp_path / "state", "m")
+    t.expect("Ctrl-D ends.")
+    t.expect(">>>")
+    t.send("hello\r")
+    t.expect("<user:hello>")
+    t.expect(">>>")
+    t.send("count\r")
+    t.expect("0 0 0 ")
+    t.send("\x03")  # the terminal makes SIGINT of it
+    t.expect("(stopped)")
+    t.expect(">>>")
+    t.send("typed in vain\x03")
+    t.expect("(Ctrl-D or /bye ends)")
+    t.expect(">>>")
+    t.send("slow\r")
+    t.expect("slow")
+    time.sleep(0.5)
+    t.send("\x03")
+    t.expect("(stopped)")
+    t.expect(">>>")
+    t.send("top\x1b\rbottom\r")  # Alt-Enter
+    answer_ = t.expect("bottom>")
+    assert (
+        "<user:hello|assistant:<user:hello>|user:count|assistant:0 0 0 " in answer_
+        and "slow" not in answer_.split("<user", 1)[1]
+    )
+    assert "|user:top" in answer_ and "vain" not in answer_.split("<user", 1)[1]
+    t.expect(">>>")
+    t.send("/nonsense\r")
+    t.expect("pyengine-run: there is no command /nonsense")
+    t.expect(">>>")
+    t.send("overflow\r")
+    t.expect("pyengine-run: the context of 64 tokens is full")
+    t.expect(">>>")
+    t.send("\x04")
+    assert t.close() == 0
+    history = (tmp_path / "state/pyengine/history").read_text()
+    assert all(line in history for line in ("+hello", "+count", "+top", "+bottom"))
+    assert (tmp_path / "state/pyengine/history").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
+def test_history_comes_back_and_its_loss_is_said(tmp_path) -> None:
+    t = Terminal(tmp_path, "m")
+    t.expect(">>>")
+    t.send("remember me\r")
+    t.expect("<user:remember me>")
+    t.expect(">>>")
+    t.send("/bye\r")
+    assert t.close() == 0
+    t = Terminal(tmp_path, "m")
+    t.expect(">>>")
+    t.send("\x1b[A\x1b[A\r")  # up, over /bye
+    t.expect("<user:remember me>")
+    t.expect(">>>")
+    t.send("\x04")
+    assert t.close() == 0
+    (tmp_path / "file").write_text("")
+    t = Terminal(tmp_path / "file", "m")  # a file where the folder should be
+    t.expect("(the history is not kept")
+    t.expect(">>>")
+    t.send("\x04")
+    assert t.close() == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
+def test_ctrl_c_ends_one_answer_with_130(tmp_path) -> None:
+    t = Terminal(tmp_path, "m", "count")
+    t.expect("0 0 0 ")
+    t.send("\x03")
+    assert t.close() == 130
+    t = Terminal(tmp_path, "m", "\x1b[2J\x07")
+    t.expect("\\x1b[2J\\x07")  # shown, not obeyed
+    assert t.close() == 0
+
+
+def test_without_a_terminal_there_is_no_decoration() -> None:
+    done = run_process("m", "\x1b[2J")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "<user:\x1b[2J>\n", "")
+    done = run_process("m", input="one\ntwo\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        "<user:one>\n<user:one|assistant:<user:one>|user:two>\n",
+        "",
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is told otherwise there")
+def test_a_reader_that_leaves_ends_the_program_quietly() -> None:
+    process = subprocess.Popen([*FAKE, "m", "count"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.read(4) == b"0 0 "
+    process.stdout.close()
+    assert process.wait(30) == 1 and b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+# --- bench and perplexity, with arithmetic of our own ----------------------------------------------------------------
+
+
+class StepModel:
+    """Counts steps, and gives random logits that depend on position and token."""
+
+    n_vocab, n_batch = 50, 8
+
+    def __init__(self, add_bos: bool = True):
+        self.tokenizer = SimpleNamespace(add_bos=add_bos, bos_id=2)
+        self.steps: list[list[int]] = []
+        self.logits = np.random.default_rng(3).normal(0, 3, (64, 50, 50)).astype(np.float32)  # [position, token, vocab]
+
+    def reset(self) -> None:
+        self.steps.append([])
+
+    def feed(self, ids, n_batch):
+        self.steps[-1] += [ids[i : i + n_batch] for i in range(0, len(ids), n_batch)]
+
+    def tokenize(self, text):
+        return ([2] if self.tokenizer.add_bos else []) + [ord(c) % 50 for c in text]
+
+    def logit_blocks(self, ids, first=0):
+        rows = self.logits[np.arange(len(ids)), ids]
+        for start in range(first, len(ids), 5):
+            block = rows[start : start + 5].copy()
+            yield start, block
+            block[:] = np.nan  # valid until the next is asked for
+
+
+def test_bench_runs_what_llama_bench_runs() -> None:
+    model = StepModel()
+    results = speed.measure(model, 20, 6, 3)
+    assert [(r.test, r.n_tokens, len(r.samples)) for r in results] == [("pp20", 20, 3), ("tg6", 6, 3)]
+    assert len(model.steps) == 8  # each from an empty cache: one to warm up, three that count
+    assert [[len(s) for s in run] for run in model.steps] == [[8, 8, 4]] * 4 + [[1] * 6] * 4
+    assert all(run[0][0] == 2 for run in model.steps)  # BOS first
+    found = results[0].to_json()
+    assert found["tokens_per_second"] == pytest.approx(sum(found["samples"]) / 3)
+    assert found["stddev"] == pytest.approx(np.std(found["samples"], ddof=1))
+    assert [r.test for r in speed.measure(model, 4, 0, 1)] == ["pp4"] and [
+        r.test for r in speed.measure(model, 0, 4, 1)
+    ] == ["tg4"]
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("n_ctx", [16, 17])
+def test_perplexity_is_llama_perplexitys(add_bos, n_ctx) -> None:
+    model, text = StepModel(add_bos), "The quick brown fox jumps over the lazy dog, and nobody knows why it does so."
+    told: list[tuple[int, int, float]] = []
+    found = perplexity(model, text, n_ctx, progress=lambda *a: told.append(a))
+    ids, losses = model.tokenize(text), []
+    for c in range(len(ids) // n_ctx):
+        chunk = ids[c * n_ctx : (c + 1) * n_ctx]
+        for j in range(n_ctx // 2, n_ctx - 1):  # the definition, token by token in float64
+            row = model.logits[j, chunk[j]].astype(float)
+            losses.append(math.log(sum(math.exp(v) for v in row)) - row[chunk[j + 1]])
+    mean = sum(losses) / len(losses)
+    square = sum(v * v for v in losses) / len(losses)
+    assert found.n_tokens == len(losses) == len(ids) // n_ctx * (n_ctx - 1 - n_ctx // 2)
+    assert found.value == pytest.approx(math.exp(mean), rel=1e-6)
+    assert found.stderr == pytest.approx(
+        math.exp(mean) * math.sqrt((square - mean * mean) / (len(losses) - 1)), rel=1e-5
+    )
+    assert [t[:2] for t in told] == [(i + 1, len(told)) for i in range(len(told))] and told[-1][2] == pytest.approx(
+        found.value
+    )
+    assert math.exp(np.log(found.chunk_values).mean()) == pytest.approx(found.value)
+    assert perplexity(model, text, n_ctx, chunks=2).chunk_values == found.chunk_values[:2]
+
+
+def test_perplexity_replaces_the_first_token_of_a_chunk_by_bos() -> None:
+    class Spy(StepModel):
+        def logit_blocks(self, ids, first=0):
+            seen.append(ids[0])
+            return super().logit_blocks(ids, first)
+
+    seen: list[int] = []
+    perplexity(Spy(), "x" * 40, 10)
+    perplexity(Spy(add_bos=False), "x" * 40, 10)
+    assert seen == [2] * 4 + [ord("x") % 50] * 4
+
+
+def test_perplexity_refuses_what_has_no_meaning() -> None:
+    for text, n_ctx, chunks, message in (
+        ("short", 16, None, "a chunk of 16"),
+        ("x" * 99, 3, None, "at least 4"),
+        ("x" * 99, 8, 0, "chunks=0"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            perplexity(StepModel(), text, n_ctx, chunks)
+
+
+def test_the_loss_of_a_row_is_exact_enough_for_large_vocabularies() -> None:
+    rows = np.random.default_rng(1).normal(0, 6, (4, 262144)).astype(np.float32)
+    rows[1] += 500  # where exp alone would overflow
+    rows[2, :] = -np.inf
+    rows[2, 9] = 3
+    for row, target in zip(rows, (7, 8, 9, int(rows[3].argmax()))):
+        wide = row.astype(float)
+        exact = np.log(np.exp(wide - wide.max()).sum()) + wide.max() - wide[target]
+        assert nll(row, target) == pytest.approx(exact, abs=5e-6)
+
+
+# --- tiny models, through the whole program --------------------------------------------------------------------------
+
+
+def test_the_whole_command_on_a_tiny_model(tiny_gguf, capsys) -> None:
+    path = str(tiny_gguf("llama")[0])
+    assert execute([path, "The quick", "-n", "8", "--temp", "0", "--ctx", "128", "-t", "1"]) == 0
+    text = capsys.readouterr().out
+    assert execute([path, "The quick", "-n", "8", "--temp", "0", "--ctx", "128", "-t", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert text == found["text"] + "\n" * (not found["text"].endswith("\n")) and 1 <= len(found["tokens"]) <= 8
+    assert execute([path, "word " * 200, "--ctx", "64"]) == 2
+    assert "context holds 64" in one_line(capsys.readouterr().err)
+    assert execute([path, "Q", "--kv-dtype", "q3"]) == 2
+    assert "kv_dtype" in one_line(capsys.readouterr().err)
+
+
+def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
+    path = str(tiny_gguf("llama")[0])
+    assert execute(["plan", path, "--ctx", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["n_ctx"] == 64
+        and found["fits"]
+        and found["total"] == sum(i["nbytes"] for i in found["items"] if i["purpose"] != "mapped")
+    )
+    kv = sum(i["nbytes"] for i in found["items"] if i["purpose"] == "kv" and "tables" not in i["detail"])
+    assert kv == 3 * 2 * 64 * 2 * 16 * 2  # layers, k and v, cells, heads, head_dim, bytes
+    assert execute(["plan", path, "--ctx", "64", "--json", "--device", "cpu:0=300KiB", "--device", "cpu:1=0.3MiB"]) == 0
+    assert {i["device"] for i in json.loads(capsys.readouterr().out)["items"]} == {"cpu:0", "cpu:1"}
+    for wrong, message in ((["--device", "gpu:0=1GiB"], "is no part of main memory"),
+                           (["--encoder-device", "cpu:1"], "is none of cpu"), (["--expert-device", "cpu:1"], "is none of cpu")):
+        assert execute(["plan", path, *wrong]) == 2
+        assert message in one_line(capsys.readouterr().err)
+    assert execute(["plan", path, "--ctx", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "context 64" in out and out.endswith("  fits\n")
+
+
+def test_bench_of_a_tiny_model(tiny_gguf, capsys) -> None:
+    path = str(tiny_gguf("llama")[0])
+    assert execute(["bench", path, "-p", "16", "-n", "4", "-t", "1", "-r", "2", "--json", "--profile"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [r["test"] for r in found] == ["pp16", "tg4"]
+    for r in found:
+        assert (
+            len(r["samples"]) == 2
+            and min(r["samples"]) > 0
+            and r["n_threads"] == 1
+            and r["isa"]
+            and r["model"].endswith(".gguf")
+        )
+        spent = sum(t["seconds"] for t in r["profile"])
+        assert 0 < spent <= r["profile_wall_seconds"]
+        assert {"linear", "attention"} <= {t["op"].split("_")[0] for t in r["profile"]}
+        assert any(t["weights"] == "F32" for t in r["profile"])
+    assert execute(["bench", path, "-p", "0", "-n", "4", "-r", "1", "--profile"]) == 0
+    out = capsys.readouterr().out
+    assert "tg4" in out and "pp" not in out.split("\n")[1] and "ms in ops" in out
+
+
+def test_perplexity_of_a_tiny_model(tiny_gguf, tmp_path, capsys) -> None:
+    import tiny
+
+    path, folder = tiny_gguf("llama")
+    (tmp_path / "text.txt").write_text(" ".join(tiny.TEXTS))
+    assert (
+        execute(
+            [
+                "perplexity",
+                str(path),
+                "-f",
+                str(tmp_path / "text.txt"),
+                "--ctx",
+                "32",
+                "--chunks",
+                "3",
+                "--kv-dtype",
+                "f32",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    ids, losses = pyengine.load_tokenizer(path).tokenize(" ".join(tiny.TEXTS)), []
+    for c in range(3):
+        chunk = [ids[0], *ids[c * 32 + 1 : (c + 1) * 32]]  # the model adds BOS
+        logits = tiny.hf_logits(folder, chunk).astype(float)
+        losses += [np.log(np.exp(logits[j]).sum()) - logits[j, chunk[j + 1]] for j in range(16, 31)]
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert found["n_chunks"] == 3 and found["n_tokens"] == 45
+    assert execute(["perplexity", str(path), "-f", str(tmp_path / "text.txt"), "--ctx", "32", "--chunks", "3"]) == 0
+    assert capsys.readouterr().out.startswith("perplexity ")
+
+
+def test_show_and_list(tiny_gguf, monkeypatch, capsys) -> None:
+    path = tiny_gguf("llama")[0]
+    assert execute(["show", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["architecture"], found["n_ctx"], found["tokenizer"], found["chat_template"]) == (
+        "llama",
+        256,
+        "gpt2",
+        True,
+    )
+    assert found["n_tokens"] == 512 and found["metadata"]["tokenizer.ggml.tokens"]["type"] == "array[string, 512]"
+    assert sum(t["parameters"] for t in found["tensors"].values()) == found["n_parameters"]
+    assert sum(t["bytes"] for t in found["tensors"].values()) < found["file_bytes"] == path.stat().st_size
+    assert execute(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "llama.block_count" in out and "chat template  yes" in out and max(map(len, out.splitlines())) < 600
+    assert execute(["show", str(path), "--template"]) == 0
+    assert "<|turn|>" in capsys.readouterr().out
+    monkeypatch.setenv("PYENGINE_MODELS", str(path.parent))
+    assert execute(["list", "--json"]) == 0
+    assert {
+        "name": path.stem,
+        "bytes": path.stat().st_size,
+        "source": "PYENGINE_MODELS",
+        "path": str(path),
+        "projector": None,
+    } in json.loads(capsys.readouterr().out)
+    assert execute(["list"]) == 0
+    assert path.stem in capsys.readouterr().out
+
+
+# --- real models beside llama.cpp ------------------------------------------------------------------------------------
+
+
+def plain_text() -> str:
+    """Prose that every machine has: what Python's own modules say about themselves."""
+    import argparse
+    import decimal
+    import pickle
+    import random
+    import statistics
+    import textwrap
+
+    modules = (random, statistics, textwrap, argparse, decimal, pickle)
+    return "\n\n".join(
+        doc
+        for m in modules
+        for doc in (pydoc.getdoc(m), *(pydoc.getdoc(v) for _, v in sorted(vars(m).items()) if callable(v)))
+        if doc
+    )
+
+
+def llama_perplexity(path: Path, text: str, n_ctx: int, chunks: int) -> float:
+    """llama-perplexity's number, by llama-cpp-python."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="`make peers` builds it")
+    llm = llama_cpp.Llama(str(path), n_ctx=n_ctx, n_batch=n_ctx, n_threads=2, logits_all=True, verbose=False)
+    add_bos = bool(llama_cpp.llama_vocab_get_add_bos(llm._model.vocab))
+    ids, losses = llm.tokenize(text.encode(), add_bos=add_bos, special=True), []
+    for c in range(chunks):
+        chunk = ids[c * n_ctx : (c + 1) * n_ctx]
+        first = [llm.token_bos()] if add_bos else chunk[:1]
+        llm.reset()
+        llm.eval([*first, *chunk[1:]])
+        for j in range(n_ctx // 2, n_ctx - 1):
+            row = llm.scores[j].astype(float)
+            losses.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[chunk[j + 1]])
+    return math.exp(np.mean(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "gemma", "qwen"])
+def test_perplexity_is_llama_cpps(name) -> None:
+    from conftest import real_path
+
+    path, text = real_path(name), plain_text()
+    theirs = llama_perplexity(path, text, 512, 4)
+    ours = perplexity(pyengine.load(path, n_ctx=512), text, 512, 4).value
+    assert ours == pytest.approx(theirs, rel=0.005)
