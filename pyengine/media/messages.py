@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,8 @@ def as_list(sources: Any, at: str) -> Sequence[Any]:
     """One picture, or a list of them, as a list. Raises: RequestError for what holds none."""
     if sources is None:
         return []
-    if isinstance(sources, (list, tuple)):
-        return sources
+    if isinstance(sources, (Sequence, Iterator)) and not isinstance(sources, (str, *BUFFERS)):
+        return list(sources)
     if isinstance(sources, (bool, int, float, complex, Mapping, set, frozenset)) or type(sources) is object:
         raise RequestError(f"{at}: a list of pictures, not {_name(sources)}")
     return [sources]

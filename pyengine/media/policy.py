@@ -58,7 +58,7 @@ class MediaPolicy:
                 return decoded_base64(text, f"{kind} {text[:24]!r}...")
             if len(text) > LONGEST_PATH:
                 raise ImageError(f"{kind} {text[:24]!r}...: this is neither a data URL, nor base64 of a format that is read here, nor a path")
-            return self._file(_path_of_url(text, kind) if scheme else text, kind, bool(scheme) or url, text)
+            return self._file(path_of_url(text, kind) if scheme else text, kind, bool(scheme) or url, text)
         return self._file(path_of(source, kind), kind, False, str(source)) if isinstance(source, os.PathLike) else source
 
     def _file(self, path: str, kind: str, url: bool, shown: str) -> Path:
@@ -79,7 +79,7 @@ class MediaPolicy:
         return Path(real)
 
 
-def _path_of_url(url: str, kind: str) -> str:
+def path_of_url(url: str, kind: str) -> str:
     """The path in a file:// URL. Raises: ImageError for a file on another machine, and a malformed URL."""
     from urllib.parse import urlsplit
     from urllib.request import url2pathname
@@ -87,7 +87,7 @@ def _path_of_url(url: str, kind: str) -> str:
     try:
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
-            raise ImageError(f"{kind} {url[:200]!r}: the file is on another machine; copy it here first")
+            raise ImageError(f"{kind} {url[:200]!r}: the file is on {parts.netloc[:100]}; copy it here first")
         return url2pathname(parts.path)
     except ValueError as e:
         raise ImageError(f"{kind} {url[:200]!r}: this is no address of a file: {e}") from e

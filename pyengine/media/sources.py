@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
-from urllib.parse import unquote_to_bytes
 
 from pyengine.errors import ImageError
 
@@ -84,6 +83,8 @@ def decoded_base64(text: str, name: str) -> bytes:
 
     Raises: ImageError.
     """
+    from urllib.parse import unquote_to_bytes
+
     try:
         content = b"".join(unquote_to_bytes(text).split())
         return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)

@@ -251,10 +251,22 @@ def test_a_policy_may_open_addresses(path: Path) -> None:
     spaced.write_bytes(CONTENT)
     for url in (str(path), f"file://{path}", f"file://localhost{path}", path.as_uri(), spaced.as_uri()):
         assert seen(user({"type": "image_url", "image_url": {"url": url}}), MediaPolicy(urls=True))[0].size == (40, 32)
-    with pytest.raises(ImageError, match="another machine"):
+    with pytest.raises(ImageError, match="the file is on elsewhere"):
         seen(user({"type": "image_url", "image_url": {"url": f"file://elsewhere{path}"}}), MediaPolicy(urls=True))
     with pytest.raises(ImageError, match="no address of a file"):
         seen(user({"type": "image_url", "image_url": {"url": "file://[x/a.png"}}), MediaPolicy(urls=True))
+
+
+def test_the_command_line_refuses_malformed_addresses(path: Path) -> None:
+    """There a user names files, so that addresses of files are allowed."""
+    from pyengine.cli import pictures
+
+    assert pictures.open_picture(path.as_uri(), {}).path == path
+    for text in ("file://[x/a.png", "file://elsewhere/a.png", "see file://[x/a.png, please"):
+        parts, remarks = pictures.find_pictures(text, {})
+        assert "".join(map(str, parts)) == text and len(remarks) == 1
+    with pytest.raises(ImageError, match="no address of a file"):
+        pictures.named_pictures("file://[x/a.png", {}, "image")
 
 
 @pytest.mark.parametrize("source", ["http://127.0.0.1:1/a.png", "HTTPS://example.com/a.png", "ftp://x/a.png", "s3://b/k.png", "gopher://x"])
@@ -333,6 +345,8 @@ def test_base64_and_paths_are_told_apart(path: Path, monkeypatch: pytest.MonkeyP
 def test_one_picture_or_a_list() -> None:
     for one in ("a.png", CONTENT, PIXELS, Path("a.png"), PIL.Image.fromarray(PIXELS), pe.open_image(PIXELS), bytearray(b"x")):
         assert as_list(one, "images") == [one] if not isinstance(one, np.ndarray) else as_list(one, "images")[0] is one
+    for many in (["a", "b"], ("a", "b"), iter("ab"), (c for c in "ab")):
+        assert as_list(many, "images") == ["a", "b"]
     assert as_list(None, "images") == []
     for bad in (5, True, object(), {"a": 1}, {1}, 1j):
         with pytest.raises(RequestError, match="^images: a list of pictures"):
