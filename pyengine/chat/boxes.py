@@ -104,7 +104,7 @@ def find_boxes(text: str, size: tuple[int, int], processed: tuple[int, int], sca
     return boxes
 
 
-@dataclass
+@dataclass(slots=True)
 class _Object:
     """A JSON object as far as it has been read."""
 
@@ -112,7 +112,7 @@ class _Object:
     label: str = ""
     waits: bool = False                                  # the key's value comes next
     coordinates: list[list[float]] = field(default_factory=list)
-    corner: list[float] = field(default_factory=list)
+    corner: tuple[float, ...] = ()                       # the first of two that are lists of their own
 
     def marks(self) -> Iterator[tuple[list[float], str]]:
         return ((numbers, self.label) for numbers in self.coordinates)
@@ -121,9 +121,9 @@ class _Object:
         """A list of numbers under the present key; two corners of a box may be lists of their own: [[x1, y1], [x2, y2]]."""
         wanted = KEYS.get(self.key)
         if wanted == 4 and len(numbers) == 2:
-            self.corner, numbers = ([], self.corner + numbers) if self.corner else (numbers, [])
+            self.corner, numbers = ((), [*self.corner, *numbers]) if self.corner else (tuple(numbers), [])
         else:
-            self.corner = []
+            self.corner = ()
         if wanted == len(numbers):
             self.coordinates.append(numbers)
 
@@ -138,22 +138,23 @@ def _json(answer: str) -> Iterator[tuple[list[float], str]]:
         if token is None:
             break
         at = token.end()
-        text = next((t for t in (token["double"], token["single"], token["bare"]) if t is not None), None)
-        if token["brace"] == "{":
+        brace = token["brace"]
+        if brace == "{":
             if open_objects and open_objects[-1].coordinates and open_objects[-1].key in (*KEYS, *LABELS):
                 yield from open_objects.pop().marks()    # its own brace is missing
             if open_objects:
                 open_objects[-1].waits = False
             open_objects.append(_Object())
             continue
-        if token["brace"] == "}":
+        if brace:
             yield from open_objects.pop().marks()
             if not open_objects:
                 at = answer.find("{", at)                # between objects there may be prose, with quotes
                 continue
         last = open_objects[-1]
+        text = next((t for t in token.group("double", "single", "bare") if t is not None), None)
         if text is not None and (token["key"] or token["name"] or token["bare"]):
-            last.key, last.waits, last.corner = text, True, []
+            last.key, last.waits, last.corner = text, True, ()
             continue
         last.waits = False
         if text is not None and last.key in LABELS:
@@ -162,7 +163,8 @@ def _json(answer: str) -> Iterator[tuple[list[float], str]]:
         elif token["numbers"]:
             last.add([float(n) for n in re.findall(_NUMBER, token["numbers"])])
     for cut in open_objects:
-        yield from cut.marks()
+        if cut.coordinates:
+            yield from cut.marks()
 
 
 def _unescaped(text: str) -> str:
