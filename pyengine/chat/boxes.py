@@ -3,12 +3,14 @@
 Two notations are read (Qwen2.5-VL: arXiv:2502.13923, section 2.2; Qwen2-VL: arXiv:2409.12191, section 2.2):
 
     Qwen2.5-VL  JSON objects {"bbox_2d": [x1, y1, x2, y2], "label": "..."} or {"point_2d": [x, y], ...}, in a list or
-                not, fenced or not, cut off or not; in pixels of the picture as the processor has resized it
+                not, fenced or not, cut off or not, as JSON or as Python prints it; in pixels of the picture as the
+                processor has resized it
     Qwen2-VL    <|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>, in thousandths of
                 width and height; without special tokens, which generated text leaves out: label(x1,y1),(x2,y2)
 
 Objects are read token by token, not by a JSON parser, so that a cut or faulty answer still gives the boxes that are
-whole, and no nesting is too deep. No pattern reads far before it fails, so any text takes linear time.
+whole, and no nesting is too deep. A text ends at a quote that something of JSON follows, or where a key of a box begins:
+a line break or a quote in a label costs no other box. No pattern reads far before it fails, so any text takes linear time.
 """
 
 from __future__ import annotations
@@ -30,11 +32,28 @@ KEYS = {"bbox_2d": 4, "point_2d": 2}                     # how many numbers each
 LABELS = ("label", "text_content")                       # the second where Qwen2.5-VL reads documents
 THOUSANDTHS = 1000                                       # Qwen2-VL's scale
 
-_NUMBER = r'"?(-?\d{1,9}(?:\.\d{1,18})?)"?'              # models quote some
+_NUMBER = r"""["']?([-+]?(?:\d{1,9}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d)?)["']?"""            # models quote some
 _SPACE = r"\s{0,99}"
-_TOKEN = re.compile(rf"(?P<numbers>\[{_SPACE}{_NUMBER}(?:{_SPACE},{_SPACE}{_NUMBER}){{1,3}}{_SPACE}\])"
-                    r"|(?P<brace>[{}])"
-                    r'|"(?P<text>[^"\\\n]*(?:\\.[^"\\\n]*)*)"?(?P<key>\s{0,99}:)?')
+_KEY = r"(?:bbox_2d|point_2d|label|text_content)"
+_NEW_KEY = rf"""[{{,]?{_SPACE}["']{_KEY}["']{_SPACE}:"""      # within a text no key of a box stands unescaped: its end is missing
+
+
+def _text_in(quote: str, last: str) -> str:
+    """A text up to the quote that ends it, behind which JSON goes on; every step takes a character, so it never turns back."""
+    after = rf"""{_SPACE}(?:[{last}}}\])]|,{_SPACE}(?:["'{{\[(\d}}\]-]|$)|$)"""
+    return rf"(?:\\.|(?!{_NEW_KEY})[^{quote}\\]|(?!{_NEW_KEY}){quote}(?!{after}))*"
+
+
+def _token(last: str) -> re.Pattern[str]:
+    """What is looked for; `last` may follow a text. Without, it is a value, and stands behind spaces at most."""
+    return re.compile(rf"{_SPACE if not last else ''}(?:(?P<numbers>[\[(]{_SPACE}{_NUMBER}(?:{_SPACE},{_SPACE}{_NUMBER}){{1,3}}{_SPACE},?{_SPACE}[\])])"
+                      r"|(?P<brace>[{}])"
+                      rf'|"(?P<double>{_text_in(chr(34), last)})(?P<end>")?(?P<key>{_SPACE}:)?'
+                      rf"|(?<!\w)'(?P<single>{_text_in(chr(39), last)})(?P<stop>')?(?P<name>{_SPACE}:)?"
+                      rf"|(?P<bare>\b{_KEY}){_SPACE}:)", re.DOTALL)
+
+
+_TOKEN, _VALUE = _token(":"), _token("")                 # a value is no key, whatever stands in it
 _PAIR = r"\((\d{1,4}),\s?(\d{1,4})\)"
 _PAIRS = re.compile(rf"<\|box_start\|>{_PAIR}(?:,\s?{_PAIR})?<\|box_end\|>|{_PAIR},\s?{_PAIR}")
 
@@ -85,39 +104,67 @@ def find_boxes(text: str, size: tuple[int, int], processed: tuple[int, int], sca
     return boxes
 
 
-@dataclass
+@dataclass(slots=True)
 class _Object:
     """A JSON object as far as it has been read."""
 
     key: str = ""
     label: str = ""
+    waits: bool = False                                  # the key's value comes next
     coordinates: list[list[float]] = field(default_factory=list)
+    corner: tuple[float, ...] = ()                       # the first of two that are lists of their own
+
+    def marks(self) -> Iterator[tuple[list[float], str]]:
+        return ((numbers, self.label) for numbers in self.coordinates)
+
+    def add(self, numbers: list[float]) -> None:
+        """A list of numbers under the present key; two corners of a box may be lists of their own: [[x1, y1], [x2, y2]]."""
+        wanted = KEYS.get(self.key)
+        if wanted == 4 and len(numbers) == 2:
+            self.corner, numbers = ((), [*self.corner, *numbers]) if self.corner else (tuple(numbers), [])
+        else:
+            self.corner = ()
+        if wanted == len(numbers):
+            self.coordinates.append(numbers)
 
 
-def _json(text: str) -> Iterator[tuple[list[float], str]]:
+def _json(answer: str) -> Iterator[tuple[list[float], str]]:
     """(coordinates, label) of each box or point in JSON objects; several lists under one key are as many boxes."""
     open_objects: list[_Object] = []
-    at = text.find("{")
-    while at >= 0 and (token := _TOKEN.search(text, at)):
+    at = answer.find("{")
+    while at >= 0:
+        token = _VALUE.match(answer, at) if open_objects and open_objects[-1].waits else None
+        token = token or _TOKEN.search(answer, at)
+        if token is None:
+            break
         at = token.end()
-        if token["brace"] == "{":
+        brace = token["brace"]
+        if brace == "{":
+            if open_objects and open_objects[-1].coordinates and open_objects[-1].key in (*KEYS, *LABELS):
+                yield from open_objects.pop().marks()    # its own brace is missing
+            if open_objects:
+                open_objects[-1].waits = False
             open_objects.append(_Object())
-        elif token["brace"] == "}":
-            closed = open_objects.pop()
-            yield from ((numbers, closed.label) for numbers in closed.coordinates)
+            continue
+        if brace:
+            yield from open_objects.pop().marks()
             if not open_objects:
-                at = text.find("{", at)                  # between objects there may be prose, with quotes
-        elif token["key"]:
-            open_objects[-1].key = token["text"]
-        elif token["text"] is not None:
-            if open_objects[-1].key in LABELS:
-                open_objects[-1].label = _unescaped(token["text"])
-        else:
-            numbers = [float(n) for n in re.findall(_NUMBER, token["numbers"])]
-            if KEYS.get(open_objects[-1].key) == len(numbers):
-                open_objects[-1].coordinates.append(numbers)
+                at = answer.find("{", at)                # between objects there may be prose, with quotes
+                continue
+        last = open_objects[-1]
+        text = next((t for t in token.group("double", "single", "bare") if t is not None), None)
+        if text is not None and (token["key"] or token["name"] or token["bare"]):
+            last.key, last.waits, last.corner = text, True, ()
+            continue
+        last.waits = False
+        if text is not None and last.key in LABELS:
+            whole = token["end"] or token["stop"] or at == len(answer)
+            last.label = _unescaped(text if whole else text.partition("\n")[0])
+        elif token["numbers"]:
+            last.add([float(n) for n in re.findall(_NUMBER, token["numbers"])])
     for cut in open_objects:
-        yield from ((numbers, cut.label) for numbers in cut.coordinates)
+        if cut.coordinates:
+            yield from cut.marks()
 
 
 def _unescaped(text: str) -> str:
@@ -132,8 +179,9 @@ def _pairs(text: str) -> Iterator[tuple[list[float], str]]:
     at, label = 0, ""
     for match in _PAIRS.finditer(text):
         numbers = [float(n) for n in match.groups() if n is not None]
-        before = text[at:match.start()].rpartition("<|object_ref_start|>")[2].partition("<|object_ref_end|>")[0]
-        label = before[before.rfind("\n") + 1:].strip(" \t,.:;-") or label
+        before, marked, named = text[at:match.start()].rpartition("<|object_ref_start|>")
+        named = named.partition("<|object_ref_end|>")[0]
+        label = (named if marked else named[named.rfind("\n") + 1:]).strip(" \t\n,.:;-") or label
         at = match.end()
         if max(numbers) <= THOUSANDTHS:
             yield numbers, label

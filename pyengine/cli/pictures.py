@@ -16,8 +16,8 @@ from pyengine.errors import ImageError, RequestError
 
 Options = Mapping[str, Any]
 
-# Endings that a name of a picture has; with the last three people try files that cannot be read, and are told so.
-_ENDING = re.compile(r"[^/\\]\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif|svg)$", re.IGNORECASE)
+# Endings that a name of a picture has; with the last ones people try files that are not read everywhere, and are told so.
+_ENDING = re.compile(r"[^/\\]\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|heif|avif|jp2|ppm|svg)$", re.IGNORECASE)
 _START = re.compile(r"(?<![^\s(\[])(?<!\\\s)[^\s(\[]")  # where a word begins, or what stands in brackets
 _QUOTED = re.compile(r"""(?:'[^'\n]*'|"[^"\n]*"|\\.|[^\s'"\\])+""")     # a word of a shell
 _QUOTES = re.compile(r"""'([^']*)'|"([^"]*)"|\\(.)""")
@@ -69,15 +69,11 @@ def open_picture(source: str, options: Options, kind: str = "image") -> Picture:
 
 
 def local_path(text: str) -> Path:
-    """Return the path that a user means. Raises: ImageError for an address in a network."""
+    """Return the path that a user means. Raises: ImageError for an address in a network, and a malformed one."""
     if text[:7].lower() == "file://":
-        from urllib.parse import urlsplit
-        from urllib.request import url2pathname
+        from pyengine.media.policy import path_of_url
 
-        url = urlsplit(text)
-        if url.netloc not in ("", "localhost"):
-            raise ImageError(f"{text[:200]}: the file is on {url.netloc}; copy it here first")
-        return Path(url2pathname(url.path))
+        return Path(path_of_url(text, "file"))
     if re.match(r"https?://", text, re.IGNORECASE):
         raise ImageError(f"{text[:200]}: nothing is fetched from the network; download it, then give its path")
     return Path(os.path.expanduser(text))

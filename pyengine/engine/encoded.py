@@ -89,6 +89,15 @@ class EncodedMedia:
         """Process a picture or video within the plan's limits, without encoding it. Raises as the model's processor does."""
         return self.encoder.process(media, self.limits)
 
+    def judge(self, sketch: Image | Video) -> None:
+        """Raise what the processor raises for a picture or video of that size and with those options: nothing was decoded yet."""
+        from pyengine.media.image import PixelsWanted                                # Pillow takes 20 ms to import
+
+        try:
+            self.encoder.process(sketch, self.limits)
+        except PixelsWanted:                                                   # it has looked at all else
+            pass
+
     def get(self, media: Image | Video) -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video, with embeddings, and how it came about.
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
 from pyengine.engine.language import Language
-from pyengine.errors import RequestError
+from pyengine.errors import ImageError, RequestError
+from pyengine.media.messages import as_list, Medium, split
+from pyengine.media.policy import MediaPolicy
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
 from pyengine.text.tokenizer import Tokenizer
 
@@ -26,10 +28,11 @@ class Prompts:
 
     n_ids     ids that a prompt may have: rows of the embedding
     language  its tokenizer and chat template; media: its encoder, or None
+    policy    which files a request may name; a server takes a stricter one
     """
 
-    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None):
-        self.name, self.n_ids, self.language, self.media = name, n_ids, language, media
+    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy = MediaPolicy()):
+        self.name, self.n_ids, self.language, self.media, self.policy = name, n_ids, language, media, policy
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -44,8 +47,17 @@ class Prompts:
 
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video; see `media_of` for the arguments."""
+        return self._encoded(Medium(source, "", kind))
+
+    def _encoded(self, medium: Medium) -> tuple[tuple[Part, ...], MediaInfo]:
+        """The same for one that a request names; its errors begin with its place there."""
         self._need_encoder()
-        return self.media.get(media_of(source, kind))
+        try:
+            return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, self.media.judge))
+        except RequestError as e:
+            if not medium.field:
+                raise
+            raise type(e)(f"{medium.field}: {e}") from e
 
     def _need_encoder(self) -> None:
         if self.media is None:
@@ -65,20 +77,23 @@ class Prompts:
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
         """Segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is added)."""
         if isinstance(prompt, str):
-            return self.text(prompt, [("", i) for i in images])
-        if images:
+            return self.text(prompt, [Medium(s, f"images[{i}]") for i, s in enumerate(as_list(images, "images"))])
+        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
+            raise RequestError(f"a prompt is a text or a list of parts, not {type(prompt).__name__}")
+        if len(as_list(images, "images")):
             raise RequestError("images= goes with a text; in a prompt in parts the pictures are parts")
         segments: list[Segment] = []
         infos: list[MediaInfo] = []
-        for part in prompt:
+        for n, part in enumerate(prompt):
             if isinstance(part, str):
                 segments += self._segments([part])
             elif isinstance(part, (int, np.integer)) and not isinstance(part, bool):
                 segments += [self._tokens([int(part)])]
-            elif part is None or isinstance(part, (bool, float, dict)):
-                raise RequestError(f"a part of a prompt is {type(part).__name__}; ints, strings, pictures and lists of frames are parts")
+            elif part is None or isinstance(part, (bool, float, complex, np.generic, Mapping)):
+                raise RequestError(f"prompt[{n}]: a part of a prompt is {type(part).__name__}; ints, strings, pictures and lists "
+                                   "of frames are parts")
             else:
-                parts, info = self.encoded(part)
+                parts, info = self._encoded(Medium(part, f"prompt[{n}]"))
                 segments += self._segments(parts)
                 infos.append(info)
         return segments, infos
@@ -88,12 +103,12 @@ class Prompts:
         ids = self.media.encoder.markers if self.media else {}
         return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") for kind, i in ids.items()}
 
-    def text(self, text: str, media: Sequence[tuple[str, Any]]) -> Prompt:
-        """A text with as many markers as media (kind, source), or with none: then the media come first. BOS as for any text."""
+    def text(self, text: str, media: Sequence[Medium]) -> Prompt:
+        """A text with as many markers as media, or with none: then the media come first. BOS as for any text."""
         if not media:
             ids = self.tokenizer.tokenize(text)
             return [self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], []
-        found = [self.encoded(source, kind) for kind, source in media]
+        found = [self._encoded(medium) for medium in media]
         markers = [m for m in self.markers().values() if m]
         pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
         if len(pieces) == 1:
@@ -115,7 +130,7 @@ class Prompts:
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
         """A conversation in the model's own chat format, ready for the answer."""
-        shown, media = _without_media(messages)
+        shown, media = split(messages)
         if not media:
             return self.text(self.language.template.render(shown, tools=tools, add_generation_prompt=True), [])
         self._need_encoder()
@@ -124,54 +139,30 @@ class Prompts:
         if sum(text.count(m) for m in markers.values()) != len(media):         # a template that knows of no pictures
             flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in shown]
             text = self.language.template.render(flat, tools=tools, add_generation_prompt=True)
+            if all(markers.get(m.kind) for m in media) and not any(m in text for m in markers.values() if m):
+                raise RequestError(f"{media[0].field}: the model's chat template leaves out what a message of this role shows; "
+                                   "give pictures in a user's message")
         return self.text(text, media)
 
 
-def media_of(source: Any, kind: str = "") -> Image | Video:
-    """A picture from anything that `open_image` reads; a list of frames, a Video, or whatever kind "video" names, is a video."""
-    from pyengine.media.image import open_image                   # Pillow takes 20 ms to import
-    from pyengine.media.video import open_video, Video
+def media_of(source: Any, kind: str = "", policy: MediaPolicy = MediaPolicy(), url: bool = False, options: Mapping[str, Any] | None = None,
+             judge: Callable[[Image | Video], None] | None = None) -> Image | Video:
+    """A picture from anything that `open_image` reads, or base64; a list of frames, a Video, or whatever kind "video" names, is a video.
 
-    if isinstance(source, Video):
-        return source
-    return open_video(source) if kind == "video" or isinstance(source, (list, tuple)) else open_image(source)
+    policy   which files may be opened; url: the source stands where addresses stand
+    options  of the model's processor, for this medium
+    judge    raises for a picture or video of which only size and options are known, before anything is decoded
+    """
+    from pyengine.media.image import read_image                   # Pillow takes 20 ms to import
+    from pyengine.media.video import read_video, Video
 
-
-def _without_media(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Messages as a template sees them ({"type": "image"} without the data), and their media in order: (kind, source)."""
-    shown: list[dict[str, Any]] = []
-    media: list[tuple[str, Any]] = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise RequestError("a message must be a mapping with a role")
-        content, extra = message.get("content"), message.get("images") or ()
-        if extra and not isinstance(content, (list, tuple)):                   # Ollama's form: pictures first
-            content = [{"type": "text", "text": content}] if content else []
-        if isinstance(content, (list, tuple)):
-            parts: list[Any] = []
-            for part in [*extra, *content]:
-                kind, source = _media_part(part)
-                parts.append(part if source is None else {"type": kind})
-                media += [] if source is None else [(kind, source)]
-            content = parts
-        shown.append({**{k: v for k, v in message.items() if k != "images"}, "content": content})
-    return shown, media
-
-
-def _media_part(part: Any) -> tuple[str, Any]:
-    """(kind, source) of one part of a message's content; (.., None) for what is no picture or video."""
-    if isinstance(part, str):
-        return "text", None
-    if not isinstance(part, dict):
-        return "video" if isinstance(part, (list, tuple)) or type(part).__name__ == "Video" else "image", part
-    kind = part.get("type")
-    if kind not in ("image", "image_url", "input_image", "video", "video_url"):
-        return str(kind), None
-    source = next((part[k] for k in (kind, "image", "image_url", "video", "url", "path") if part.get(k) is not None), None)
-    source = source.get("url") if isinstance(source, dict) else source
-    if source is None:
-        raise RequestError(f"a part of type {kind!r} holds no {'video' if kind.startswith('video') else 'picture'}")
-    return "video" if kind.startswith("video") else "image", source
+    options = dict(options or {})
+    if kind == "video" or isinstance(source, (list, tuple, Video)):
+        fps = options.pop("fps", None)
+        if fps is not None and not isinstance(source, (list, tuple)):
+            raise ImageError("fps is the rate of a list of frames; of a film, sample_fps says how many frames of a second are taken")
+        return read_video(policy.admit(source, "video", url), fps, options, judge)
+    return read_image(policy.admit(source, "picture", url), options, judge)
 
 
 def _flattened(parts: Sequence[Any], markers: dict[str, str]) -> str:

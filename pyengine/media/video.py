@@ -6,16 +6,21 @@ import hashlib
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-import PIL.ImageOps
+import PIL.Image
 import numpy as np
 
-from pyengine.errors import ImageError, RequestError
-from pyengine.media.image import check_size, checked_options, Image, MAX_PIXELS, open_image, opened
+from pyengine.errors import ImageError, PyEngineError, RequestError
+from pyengine.media.image import check_size, checked_options, Image, MAX_PIXELS, read_image
+from pyengine.media.sources import opened
+
+MAX_FRAME_PIXELS = 8192 * 4352               # of AV1's and HEVC's highest levels; decoders keep a score of frames
+MAX_FRAMES_BYTES = 1 << 32                   # of the frames of a list that are decoded here: they are kept
 
 # -------------------------------------------------------------------------------------------- video
 
@@ -55,10 +60,11 @@ class FileFrames(Sequence[Image]):
                     codec = stream.codec_context
                     if codec is None:
                         raise ImageError(f"{name}: the installed PyAV has no decoder for this video's codec")
+                    check_frame_size(codec.width, codec.height, name)
                     codec.thread_type = "AUTO"
-                    codec.options = {"max_pixels": str(MAX_PIXELS)}
+                    codec.options = {"max_pixels": str(min(MAX_PIXELS, MAX_FRAME_PIXELS))}
                     yield container, stream, name
-            except ImageError:
+            except PyEngineError:
                 raise
             except Exception as e:                           # FFmpeg's errors have many types
                 raise ImageError(f"{name}: cannot be decoded as video: {e}; the file may be cut or damaged") from e
@@ -87,6 +93,7 @@ class FileFrames(Sequence[Image]):
                 if number < wanted[at]:
                     continue
                 check_size(frame.width, frame.height, name)
+                check_frame_size(frame.width, frame.height, name)
                 pixels = frame.to_ndarray(format="rgb24")                                  # [h, w, 3]
                 image = Image(np.rot90(pixels, round(frame.rotation / 90)))                # phones film lying
                 while at < len(wanted) and wanted[at] == number:
@@ -117,12 +124,10 @@ class Video:
     """
 
     def __init__(self, frames: Iterable[object], /, fps: float | None = None, **options: Any):
-        if isinstance(frames, (str, bytes, os.PathLike, Image, PIL.Image.Image)):
+        if isinstance(frames, (str, bytes, bytearray, memoryview, os.PathLike, Image, PIL.Image.Image)):
             raise ImageError("Video takes a list of frames; open_video opens a file")
-        if fps is not None and not 0 < fps < math.inf:
-            raise RequestError(f"fps={fps!r}: frames per second is a number above 0, or None")
         self.options: Mapping[str, Any] = checked_options(options)
-        self.fps = float(fps) if fps is not None else None
+        self.fps = checked_rate(fps)
         self.frames: Sequence[Image] = frames if isinstance(frames, FileFrames) else opened_frames(frames)
         self.size: tuple[int, int] = frames.size if isinstance(frames, FileFrames) else self.frames[0].size
 
@@ -164,25 +169,68 @@ def open_video(source: object, /, fps: float | None = None, **options: Any) -> V
     fps   frames per second, instead of what the file or the Video states
     Raises: ImageError naming the source, or the package that is missing; as Video for a list.
     """
+    return read_video(source, fps, options)
+
+
+def read_video(source: object, fps: float | None, options: Mapping[str, Any], judge: Callable[[Video], None] | None = None) -> Video:
+    """`open_video`; before the frames of a list are decoded, `judge` is asked about the video that they promise to be."""
     if isinstance(source, Video):
         return Video(source.frames, source.fps if fps is None else fps, **{**source.options, **options})
     if isinstance(source, (list, tuple, np.ndarray)):
-        return Video(source, fps, **options)
+        if judge is None:
+            return Video(source, fps, **options)
+        return Video(opened_frames(source, lambda sketches: judge(_sketch(sketches, fps, options))), fps, **options)
     frames = FileFrames(source)
     return Video(frames, frames.fps if fps is None else fps, **options)
 
 
-def opened_frames(sources: Iterable[object]) -> tuple[Image, ...]:
+def _sketch(frames: tuple[Image, ...], fps: float | None, options: Mapping[str, Any]) -> Video:
+    """A video of which only sizes and options are known."""
+    video = Video.__new__(Video)
+    video.options, video.fps, video.frames, video.size = checked_options(options), checked_rate(fps), frames, frames[0].size
+    return video
+
+
+def checked_rate(fps: Any) -> float | None:
+    """A rate as a number. Raises: RequestError for one that is none."""
+    if fps is None:
+        return None
+    if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < math.inf:
+        raise RequestError(f"fps={fps!r}: frames per second is a number above 0, or None")
+    return float(fps)
+
+
+def opened_frames(sources: Iterable[object], judge: Callable[[tuple[Image, ...]], None] | None = None) -> tuple[Image, ...]:
+    """The frames of a list; each is decoded only if its header promises the first one's size."""
+    try:
+        sources = list(sources)
+    except TypeError as e:
+        raise ImageError(f"a video is a list of frames, not {type(sources).__name__}") from e
     frames: list[Image] = []
+
+    def look(sketch: Image) -> None:
+        check_frame(len(frames), sketch, frames[0].size if frames else sketch.size)
+        n_bytes = 3 * sketch.size[0] * sketch.size[1] * len(sources)
+        if n_bytes > MAX_FRAMES_BYTES:
+            raise ImageError(f"{len(sources)} frames of {sketch.size[0]} x {sketch.size[1]} take {n_bytes >> 20} MiB, more than "
+                             f"{MAX_FRAMES_BYTES >> 20}; make them smaller or fewer first")
+        if judge is not None and not frames:
+            judge((sketch,) * len(sources))
+
     for number, source in enumerate(sources):
         try:
-            frames.append(open_image(source))
+            frames.append(read_image(source, {}, look))
         except ImageError as e:
-            raise ImageError(f"frame {number} of the video: {e}") from e
+            raise ImageError(str(e) if "of the video" in str(e)[:40] else f"frame {number} of the video: {e}") from e
         check_frame(number, frames[-1], frames[0].size)
     if not frames:
         raise ImageError("a video needs at least one frame")
     return tuple(frames)
+
+
+def check_frame_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise ImageError(f"{name}: frames of {width} x {height} pixels are more than {MAX_FRAME_PIXELS}; make the video smaller first")
 
 
 def check_frame(number: int, frame: Image, size: tuple[int, int]) -> None:

@@ -114,7 +114,7 @@ def test_the_home_folder(cats, monkeypatch) -> None:
     [
         ("is none.png there?", "none.png: there is no such file"),
         ("is '/no/my none.JPG' there?", "/no/my none.JPG: there is no such file"),
-        ("this bad.png too", "bad.png: it is no picture"),
+        ("this bad.png too", "bad.png: not an image format"),
         ("https://example.org/cat.png", "nothing is fetched"),
         ("file://elsewhere/cat.png", "the file is on elsewhere"),
     ],
@@ -144,7 +144,7 @@ def test_options_of_processors() -> None:
     "arguments, message",
     [
         (["--image", "/no/such.png"], "/no/such.png: there is no such file"),
-        (["--image", "bad.png"], "bad.png: it is no picture"),
+        (["--image", "bad.png"], "bad.png: not an image format"),
         (["--image", "data:image/png;base64,????"], "not base64"),
         (["--video", "notes.txt"], "notes.txt: cannot be decoded as video"),
         (["--image", "cat.png", "--image-option", "zoom"], "it reads name=value"),

@@ -228,7 +228,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("no picture")
     cases = [(tmp_path / "gone.png", "gone.png: there is no such file"), (str(tmp_path), "not a file"), ("\0", "no such file"),
-             (tmp_path / "empty.png", "empty.png: the file is empty"), (tmp_path / "text.png", "text.png: it is no picture"),
+             (tmp_path / "empty.png", "empty.png: the file is empty"), (tmp_path / "text.png", "text.png: not an image format"),
              (b"", "it is empty"), ("https://example.com/a.png", "example.com/a.png: pyengine fetches nothing"),
              ("data:image/png,xx", "must read data:"), ("data:image/png;base64,@@", "not base64"), ("data:;base64,", "empty")]
     for source, message in cases:

@@ -70,6 +70,60 @@ def test_labels() -> None:
     assert [b.label for b in read('{"bbox_2d": [[0, 0, 1, 1], [2, 2, 3, 3]], "label": "two"}')] == ["two", "two"]
 
 
+FAULTY = {
+    "a line break": '[{"bbox_2d": [100, 50, 400, 200], "label": "one\ntwo"}, {"point_2d": [280, 14], "label": "ear"}]',
+    "a carriage return": '[{"bbox_2d": [100, 50, 400, 200], "label": "one\r\ntwo"}, {"point_2d": [280, 14], "label": "ear"}]',
+    "a quote": '[{"bbox_2d": [100, 50, 400, 200], "label": "19" screen"}, {"point_2d": [280, 14], "label": "ear"}]',
+    "quotes": '[{"bbox_2d": [100, 50, 400, 200], "label": "a "fine", old cat"}, {"point_2d": [280, 14], "label": "ear"}]',
+    "a quote, the label first": '[{"label": "19" screen", "bbox_2d": [100, 50, 400, 200]}, {"label": "ear", "point_2d": [280, 14]}]',
+    "no closing quote": '[{"bbox_2d": [100, 50, 400, 200], "label": "cat}, {"point_2d": [280, 14], "label": "ear"}]',
+    "no closing quote, the label first": '[{"label": "cat, "bbox_2d": [100, 50, 400, 200]}, {"label": "ear", "point_2d": [280, 14]}]',
+    "no closing quote before a line's end": '[{"bbox_2d": [100, 50, 400, 200], "label": "cat\n}, {"point_2d": [280, 14], "label": "ear"}]',
+    "no brace": '[{"bbox_2d": [100, 50, 400, 200], "label": "cat"\n{"point_2d": [280, 14], "label": "ear"}]',
+    "trailing commas": '[{"bbox_2d": [100, 50, 400, 200,], "label": "cat",}, {"point_2d": [280, 14,], "label": "ear",},]',
+    "as Python prints it": "[{'bbox_2d': [100, 50, 400, 200], 'label': 'cat'}, {'point_2d': (280, 14), 'label': 'ear'}]",
+    "an apostrophe": "[{'bbox_2d': [100, 50, 400, 200], 'label': 'the cat's tail'}, {'point_2d': [280, 14], 'label': 'ear'}]",
+    "tuples": "[{'bbox_2d': (100, 50, 400, 200), 'label': \"cat's\"}, {'point_2d': (280, 14), 'label': 'ear'}]",
+    "bare keys": '[{bbox_2d: [100, 50, 400, 200], label: "cat"}, {point_2d: [280, 14], label: "ear"}]',
+    "numbers as texts": """[{"bbox_2d": ["100", "50", '400', "200"], "label": "cat"}, {"point_2d": ["280", "14"], "label": "ear"}]""",
+    "numbers as floats": '[{"bbox_2d": [1e2, 50., 4.0E+2, +200], "label": "cat"}, {"point_2d": [2.8e2, 14.000000000000000000000], "label": "ear"}]',
+    "corners": '[{"bbox_2d": [[100, 50], [400, 200]], "label": "cat"}, {"point_2d": [[280, 14]], "label": "ear"}]',
+    "a box without numbers before": '[{"bbox_2d": [NaN, 50, 400, 200], "label": "gone"}, {"bbox_2d": [100, 50, 400, 200], "label": "cat"}, '
+                                    '{"point_2d": [280, 14], "label": "ear"}]',
+    "other keys": '[{"bbox_2d": [100, 50, 400, 200], "sub": {"label": "x"}, "label": "cat", "score": 0.9, "ok": true, "no": null}, '
+                  '{"point_2d": [280, 14], "label": "ear"}]',
+    "two blocks": '```json\n[{"bbox_2d": [100, 50, 400, 200], "label": "cat"}]\n```\nAnd it\'s 12" wide:\n```json\n[{"point_2d": [280, 14], "label": "ear"}]\n```',
+    "no fence's end": '```json\n[{"bbox_2d": [100, 50, 400, 200], "label": "cat"}, {"point_2d": [280, 14], "label": "ear"}]',
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_fault_costs_no_box(fault: str) -> None:
+    found = [b for b in read(FAULTY[fault]) if b.label != "gone"]
+    assert [type(b) for b in found] == [Box, Point] and found[1] == WHOLE[1]
+    assert vars(found[0]) | {"label": ""} == vars(WHOLE[0]) | {"label": ""}
+
+
+@pytest.mark.parametrize("fault, label", [("a line break", "one\ntwo"), ("a quote", '19" screen'), ("quotes", 'a "fine", old cat'),
+                                          ("an apostrophe", "the cat's tail"), ("tuples", "cat's"), ("other keys", "cat"),
+                                          ("no closing quote, the label first", "cat"), ("no closing quote before a line's end", "cat")])
+def test_labels_survive_faults(fault: str, label: str) -> None:
+    assert read(FAULTY[fault])[0].label == label
+
+
+@pytest.mark.parametrize("label", ['x" y', "one\ntwo", 'a", b', '"', "it's", "\\", "]}", 'a": b', "[1, 2, 3, 4]", '", "'])
+@pytest.mark.parametrize("n", [1, 4])
+def test_boxes_behind_any_label_are_read(label: str, n: int) -> None:
+    text = "[" + ", ".join(f'{{"bbox_2d": [{i}, 2, 3, 4], "label": "{label}"}}' for i in range(n)) + ', {"bbox_2d": [5, 6, 7, 8], "label": "z"}]'
+    found = find_boxes(text, (100, 100), (100, 100))
+    assert found[-1] == Box("z", 5, 6, 7, 8) and len(found) == n + 1
+
+
+def test_a_label_between_special_tokens_may_have_lines() -> None:
+    text = "<|object_ref_start|>one\ntwo<|object_ref_end|><|box_start|>(0,0),(10,10)<|box_end|>"
+    assert read(text)[0].label == "one\ntwo"
+
+
 def test_coordinates_scale_exactly_and_stay_inside() -> None:
     text = '{"bbox_2d": [-5, 13, 9999, 279], "label": "x"}'
     assert read(text) == [Box("x", 0, 26, 1120, 558)]
