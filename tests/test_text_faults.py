@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import random
+import time
+import warnings
+from collections.abc import Callable
 
+import numpy as np
 import pytest
-from test_tokenizer import golden_vocabulary, TEXTS
+from test_tokenizer import bert, golden_vocabulary, spm, t5, TEXTS
 
+from pyengine.errors import ModelWarning, RequestError
 from pyengine.text.pretokenizers import PRE
 from pyengine.text.tokenizer import Tokenizer
+from pyengine.text.vocabulary import BYTE_LETTERS, Kind
+
+
+def quiet(meta: dict) -> Tokenizer:
+    """A tokenizer; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return Tokenizer.from_metadata(meta)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Expressions as the authors write them. o200k_base (tiktoken, openai_public.py) is also Llama 4's tokenizer.json, and tekken is that
@@ -58,11 +72,175 @@ def test_texts_are_cut_by_the_authors_expression(name):
 @pytest.mark.parametrize("word", MARKS[:4])
 def test_a_mark_stays_with_its_letter(name, word):
     """Merges that make characters of bytes, and the word of its characters, do so: nothing cuts before a mark."""
-    from pyengine.text.vocabulary import BYTE_LETTERS
-
     characters = ["".join(BYTE_LETTERS[byte] for byte in character.encode()) for character in word]
     merges = list(dict.fromkeys(f"{c[:i]} {c[i]}" for c in characters for i in range(1, len(c)))) + [" ".join(characters)]
     tokens = BYTE_LETTERS + [merge.replace(" ", "") for merge in merges]
     tokenizer = Tokenizer.from_metadata({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": tokens,
                                          "tokenizer.ggml.merges": merges, "tokenizer.ggml.add_bos_token": False})
     assert tokenizer.tokenize(word) == [len(tokens) - 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that do not say how words are cut
+
+
+def bpe_file(specials: dict[int, str] | None = None, **keys: object) -> dict[str, object]:
+    """A byte-level vocabulary in which cuts show; `specials` are tokens at ids of their own."""
+    merges = ["( a", "1 2", "\u0120 A", "a B"]
+    tokens = BYTE_LETTERS + [m.replace(" ", "") for m in merges]
+    if specials:
+        by_id = dict(specials)
+        free = (i for i in range(10**6) if i not in by_id)
+        by_id |= {next(free): text for text in tokens}
+        tokens = [by_id.get(i, f"[gap{i}]") for i in range(max(by_id) + 1)]
+    kinds = [Kind.CONTROL if specials and i in specials else Kind.NORMAL for i in range(len(tokens))]
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.token_type": [int(k) for k in kinds], "tokenizer.ggml.add_bos_token": False, **keys}
+
+
+def tokens_of(meta: dict) -> list[list[int]]:
+    tokenizer = quiet(meta)
+    return [tokenizer.tokenize(text) for text in ("f(a)", "12", "aB", " A12")]
+
+
+@pytest.mark.parametrize("said", [{}, {"tokenizer.ggml.pre": "default"}, {"tokenizer.ggml.pre": ""}])
+@pytest.mark.parametrize("architecture, specials, pre", [
+    ("llama4", None, "llama4"), ("mistral3", None, "tekken"), ("llama", {3: "[INST]"}, "tekken"), ("llama", {128000: "<|begin_of_text|>"}, "llama-bpe"),
+    ("mllama", {128000: "<|begin_of_text|>"}, "llama-bpe"), ("qwen2vl", {151643: "<|endoftext|>"}, "qwen2"), ("phi3", {199999: "<|endoftext|>"}, "gpt-4o"),
+])
+def test_a_file_that_does_not_say_is_cut_as_its_vocabulary_is(architecture, specials, pre, said):
+    meta = bpe_file(specials, **{"general.architecture": architecture})
+    assert tokens_of({**meta, **said}) == tokens_of({**meta, "tokenizer.ggml.pre": pre})
+    assert quiet({**meta, **said}).pre == pre
+
+
+def test_what_a_file_says_goes_before_its_family():
+    assert quiet(bpe_file(**{"general.architecture": "mistral3", "tokenizer.ggml.pre": "llama-bpe"})).pre == "llama-bpe"
+
+
+@pytest.mark.parametrize("said", [{}, {"tokenizer.ggml.pre": "default"}])
+def test_a_guess_is_said_aloud(said):
+    with pytest.warns(ModelWarning, match="tokenizer.ggml.pre.*worse"):
+        assert Tokenizer.from_metadata(bpe_file(**{"general.architecture": "llama", **said})).pre == "default"
+
+
+def test_other_kinds_need_no_expression():
+    for meta in (spm(), bert(), t5()):
+        quiet(meta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids that no token has
+
+ROLES = {"bos": "bos_id", "eos": "eos_id", "unknown": "unk_id", "padding": "pad_id", "seperator": "sep_id", "mask": "mask_id", "eot": "eot_id",
+         "eom": "eom_id"}
+
+
+@pytest.mark.parametrize("key", [*ROLES, "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle"])
+@pytest.mark.parametrize("wrong", [0, 10**6, -2, -(2**31), 2**32 - 2])
+def test_an_id_that_no_token_has_is_ignored_with_a_warning(key, wrong):
+    meta = spm()
+    n = len(meta["tokenizer.ggml.tokens"])
+    without = quiet({k: v for k, v in meta.items() if k != f"tokenizer.ggml.{key}_token_id"})
+    with pytest.warns(ModelWarning, match=f"{key}_token_id: .* is ignored"):
+        tokenizer = Tokenizer.from_metadata({**meta, f"tokenizer.ggml.{key}_token_id": wrong or n})
+    assert all(getattr(tokenizer, name) == getattr(without, name) for name in ROLES.values())
+    assert tokenizer.eog_ids == without.eog_ids and tokenizer.tokenize("the world</s>") == without.tokenize("the world</s>")
+
+
+def test_minus_one_is_no_warning():
+    for nothing in (-1, 2**32 - 1):
+        assert quiet({**spm(), "tokenizer.ggml.padding_token_id": nothing}).pad_id is None
+
+
+def test_a_list_of_ends_is_checked_too():
+    with pytest.warns(ModelWarning, match="eos_token_ids: 999999 is ignored"):
+        tokenizer = Tokenizer.from_metadata({**spm(), "tokenizer.ggml.eos_token_ids": np.array([5, 999999], np.int32)})
+    assert 5 in tokenizer.eog_ids and 999999 not in tokenizer.eog_ids
+
+
+def test_nothing_is_added_where_nothing_is_named():
+    meta = {**golden_vocabulary("bpe, gpt-2"), "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 10**6}
+    with pytest.warns(ModelWarning, match="add_bos_token: set, but bos_token_id names no token"):
+        tokenizer = Tokenizer.from_metadata(meta)
+    assert tokenizer.bos_id is None and tokenizer.tokenize("") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Special tokens in a text
+
+
+def with_specials(texts: list[str], kind: Kind = Kind.CONTROL) -> dict[str, object]:
+    meta = spm()
+    meta["tokenizer.ggml.tokens"] += texts
+    meta["tokenizer.ggml.token_type"] += [int(kind)] * len(texts)
+    meta["tokenizer.ggml.scores"] += [0.0] * len(texts)
+    return meta
+
+
+def test_of_overlapping_special_tokens_the_first_is_taken_and_then_the_longest():
+    tokenizer = quiet(with_specials(["<ab>", "<ab>c", "b>cd", "\n\n", "\n\n\n", "<\udce9>", "<é>"]))
+    named = [tokenizer.need(t) for t in ("<ab>", "<ab>c", "\n\n", "\n\n\n", "<\udce9>", "<é>")]
+    newline = tokenizer.need("<0x0A>")
+
+    def ids(text: str | bytes) -> list[int]:
+        return [i for i in tokenizer.tokenize(text, add_special=False) if i in (*named, newline)]
+
+    assert ids("<ab>cd") == [named[1]] and ids("<ab>x<ab>") == [named[0], named[0]]
+    assert ids("\n" * 6) == [named[3]] * 2 and ids("\n" * 5) == [named[3], named[2]] and ids("\n" * 7) == [named[3]] * 2 + [newline]
+    assert ids(b"<\xe9>") == [named[4]] and ids("<é>") == [named[5]] and ids("\ufdd0<é>") == [named[5]]
+    assert not set(tokenizer.tokenize("<ab>c<é>", parse_special=False)) & set(named)
+
+
+@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.USER_DEFINED])
+def test_special_tokens_are_found_as_by_a_search_for_each(kind):
+    rng = random.Random(2)
+    texts = sorted({"<" + "".join(rng.choices("abé\n ", k=rng.randrange(1, 5))) + ">" for _ in range(60)})      # none overlap
+    tokenizer = quiet(with_specials(texts, kind))
+    for _ in range(100):
+        text = "".join(rng.choices([*texts, "a", "<", ">", "é", " ", "\n", "<a"], k=30))
+        want: list[str | int] = [text]
+        for special in sorted(texts, key=len, reverse=True):
+            want = [piece for part in want for piece in (part.replace(special, f"\0{special}\0").split("\0") if isinstance(part, str) else [part])]
+            want = [tokenizer.need(p) if p == special else p for p in want]
+        assert tokenizer._partition(text, True) == [p for p in want if p != ""]
+        assert tokenizer._partition(text, False) == ([p for p in want if p != ""] if kind == Kind.USER_DEFINED else [text])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time grows with the text, and no faster
+
+
+def seconds(work: Callable[[], object]) -> float:
+    best = np.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def is_linear(work: Callable[[int], Callable[[], object]], n: int) -> None:
+    """Four times the size takes less than nine times as long (sixteen is quadratic), but for what is too short to be measured."""
+    small, large = seconds(work(n)), seconds(work(4 * n))
+    assert large < max(9 * small, 0.2), f"{n}: {small:.3f} s, {4 * n}: {large:.3f} s"
+
+
+def test_many_special_tokens_in_a_text_take_linear_time():
+    def work(n: int) -> Callable[[], object]:
+        texts = [f"<{i:06d}>" for i in range(n)]
+        tokenizer, text = quiet(with_specials(texts)), "".join(texts)
+        assert len(tokenizer.tokenize(text, add_special=False)) == n
+        return lambda: tokenizer.tokenize(text)
+
+    is_linear(work, 30_000)
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "".join(f"<{i:06d}" for i in range(100_000))])
+def test_special_tokens_that_a_text_lacks_cost_nothing_each(text):
+    def work(n: int) -> Callable[[], object]:
+        tokenizer = quiet(with_specials([f"<{i:06d}>" for i in range(n)]))
+        tokenizer.tokenize("<000000>")
+        return lambda: tokenizer._partition(text, True)
+
+    is_linear(work, 20_000)

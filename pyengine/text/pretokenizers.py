@@ -1,7 +1,8 @@
-"""Regular expressions that cut a text before byte-pair encoding, by the name that a file gives. Data only."""
+"""Regular expressions that cut a text before byte-pair encoding, by the name that a file gives; and by its vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,6 +106,27 @@ PRE = _table(
     ("viking", Pre((_NOT_COMMON_SIGNS, r"\p{N}"))),
     ("chameleon", Pre(("<sentinel:[0-9]+>", "IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}",
                        r"[\p{P}!-/:-@\[-`{-~]", _GPT2), add_bos=True)),
-    ("superbpe", Pre((r"\p{N}+", r"(?=(?:[0-9]{3})+(?![0-9]))"))),
+    # llama.cpp has no bound of 100 groups; without one a long number takes quadratic time
+    ("superbpe", Pre((r"\p{N}+", r"(?=(?:[0-9]{3}){1,100}(?![0-9]))"))),
     ("kimi-k2", Pre((rf"\p{{Han}}+|{_KIMI}",))),
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that do not say: those of before April 2024 have no name, and Ollama's converter writes "default" for each expression
+# that it does not know (convert/tokenizer.go, parseTokenizer), which are all but Llama 3's, Qwen's and DeepSeek's first ones.
+
+OF_ARCHITECTURE = {"llama4": "llama4", "mistral3": "tekken"}       # families with one expression
+OF_TOKEN = {                                                       # (text, id): where a family's special tokens begin
+    ("<|begin_of_text|>", 128000): "llama-bpe",                    # Llama 3
+    ("<|begin_of_text|>", 200000): "llama4",
+    ("[INST]", 3): "tekken",                                       # Mistral since Nemo, also as architecture "llama"
+    ("<|endoftext|>", 151643): "qwen2",                            # Qwen 1 to 3
+    ("<|endoftext|>", 199999): "gpt-4o",                           # o200k
+}
+
+
+def known_pre(architecture: str, id_of: Callable[[str], int | None]) -> str | None:
+    """Name the expressions of a vocabulary of byte-level BPE by what it belongs to, None where that is not known."""
+    found = [pre for (text, i), pre in OF_TOKEN.items() if id_of(text) == i]
+    return OF_ARCHITECTURE.get(architecture) or (found[0] if found else None)
