@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from pyengine.files.gguf import Metadata
+from pyengine.text.sampling import sampling_defaults
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ class Language:
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer."""
         return Tokenizer.from_metadata(self.metadata)
+
+    @cached_property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the model's authors recommend."""
+        return sampling_defaults(self.metadata)
+
+    @property
+    def stop_defaults(self) -> tuple[str, ...]:
+        """Texts that end an answer of which the request says nothing."""
+        return ()
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -24,12 +24,12 @@ from pyengine.engine.prompts import Prompt, Prompts
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
-from pyengine.errors import PlanError, RequestError, UnsupportedModelError
+from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
 from pyengine.media.views import Limits
 from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
-from pyengine.text.sampling import Sampler, SamplingParams
+from pyengine.text.sampling import Sampler, sampling_params
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -90,6 +90,16 @@ class Model:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         return self.tokenizer.detokenize(ids)
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the model's files recommend; arguments of a request go before them."""
+        return self._language.sampling_defaults
+
+    @property
+    def stop_defaults(self) -> tuple[str, ...]:
+        """Texts that end an answer of which the request says nothing."""
+        return self._language.stop_defaults
 
     @property
     def stats(self) -> dict[str, int]:
@@ -244,11 +254,11 @@ class Model:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
-                 stop: str | Sequence[str] = (), **sampling: Any) -> Answer:
+                 stop: str | Sequence[str] | None = None, **sampling: Any) -> Answer:
         """Continue a prompt. See `stream` for the arguments; returns the whole text."""
         return self.stream(prompt, images, max_tokens, stop, **sampling).answer()
 
-    def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] = (),
+    def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                       **sampling: Any) -> list[Answer]:
         """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
         streams = [self.stream(p, (), max_tokens, stop, **sampling) for p in prompts]
@@ -257,21 +267,24 @@ class Model:
         return [s.answer() for s in streams]
 
     def stream(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
-               stop: str | Sequence[str] = (), **sampling: Any) -> Stream:
+               stop: str | Sequence[str] | None = None, **sampling: Any) -> Stream:
         """Continue a prompt, yielding pieces of whole characters.
 
         max_tokens: None goes on until the model ends or the context is full. stop: texts that end the answer; they are not
-        part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...).
+        part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...). What is not
+        given is what the model's files recommend (`sampling_defaults`, `stop_defaults`), or else the default of `SamplingParams`.
         Raises: ContextOverflowError when the context is full, RequestError, ImageError.
         """
         return self._stream(self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
 
-    def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str], sampling: dict[str, Any], at_start: bool) -> Stream:
-        if max_tokens is not None and max_tokens < 0:
-            raise RequestError(f"max_tokens={max_tokens}: must not be negative")
+    def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any], at_start: bool) -> Stream:
+        if max_tokens is not None and (not isinstance(max_tokens, (int, np.integer)) or isinstance(max_tokens, bool) or max_tokens < 0):
+            raise RequestError(f"max_tokens must be an int from 0 on, or None, got {shown(max_tokens)}")
         segments, media = prompt
-        request = Request(lay_out_rows(segments, self._axes), Sampler(SamplingParams(**sampling), self.n_vocab),
-                          self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else list(stop)),
+        params = sampling_params(self.sampling_defaults, sampling)
+        stop = self.stop_defaults if stop is None else stop
+        request = Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.n_drawn)),
+                          self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else stop),
                           max_tokens, self.tokenizer.eog_ids, Report(media=media))
         return Stream(request, self._scheduler)
 
@@ -285,7 +298,7 @@ class Model:
         return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
-             max_tokens: int | None = 512, stop: str | Sequence[str] = (), **sampling: Any) -> Any:
+             max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, **sampling: Any) -> Any:
         """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
 
         Parts of a content: {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "image_url", "image_url":
