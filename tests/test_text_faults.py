@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_tokenizer import bert, golden_vocabulary, spm, t5, TEXTS
 
-from pyengine.errors import ModelWarning, RequestError
+from pyengine.engine.request import Stops
+from pyengine.errors import InvalidModelError, ModelWarning, RequestError
 from pyengine.text.pretokenizers import PRE
 from pyengine.text.tokenizer import Tokenizer
 from pyengine.text.vocabulary import BYTE_LETTERS, Kind
@@ -244,3 +247,96 @@ def test_special_tokens_that_a_text_lacks_cost_nothing_each(text):
         return lambda: tokenizer._partition(text, True)
 
     is_linear(work, 20_000)
+
+
+@pytest.mark.parametrize("name, unit", [
+    ("spm", " "), ("spm", b"\xff"), ("spm", "👍"), ("bpe, llama3", "a"), ("bpe, llama3", " \n"), ("bpe, tekken", "e\u0301"), ("bpe, tekken", b"\xe4\xb8"),
+    ("bpe, superbpe", "1"), ("bpe, kimi-k2", "漢"), ("gemma4", "\n"), ("t5", "a"), ("t5, merge", " "), ("bert", "a"), ("bert", b"\xff")])
+def test_texts_of_one_kind_take_linear_time(name, unit):
+    tokenizer = Tokenizer.from_metadata(golden_vocabulary(name))
+    is_linear(lambda n: lambda: tokenizer.tokenize(unit * n), 30_000)
+
+
+@pytest.mark.parametrize("name", ["spm", "bpe, llama3", "bert"])
+def test_ids_become_text_in_linear_time(name):
+    tokenizer = Tokenizer.from_metadata(golden_vocabulary(name))
+    is_linear(lambda n: lambda: tokenizer.detokenize([5, 7, 20] * n), 3000)
+
+
+def test_many_user_defined_tokens_of_a_unigram_vocabulary_take_linear_time():
+    def work(n: int) -> Callable[[], object]:
+        meta = t5()
+        meta["tokenizer.ggml.tokens"] += (texts := [f"<{i:06d}>" for i in range(n)])
+        meta["tokenizer.ggml.token_type"] += [int(Kind.USER_DEFINED)] * n
+        meta["tokenizer.ggml.scores"] += [0.0] * n
+        tokenizer, text = quiet(meta), "".join(texts)
+        assert tokenizer._encoder.encode("<000001>") == [tokenizer.need("<000001>")]
+        return lambda: tokenizer.tokenize(text[: 8 * 1000])
+
+    is_linear(work, 2000)
+
+
+def test_long_pieces_of_a_word_take_linear_time():
+    """A token of many letters, and a word that has all of it but the last."""
+    def work(n: int) -> Callable[[], object]:
+        meta = bert()
+        meta["tokenizer.ggml.tokens"][-1] = "a" * 5_000 + "c"
+        tokenizer = quiet(meta)
+        return lambda: tokenizer.tokenize("a" * n)
+
+    is_linear(work, 20_000)
+
+
+def charsmap(units: list[int], strings: bytes) -> np.ndarray:
+    return np.frombuffer((4 * len(units)).to_bytes(4, "little") + np.array(units, "<u4").tobytes() + strings, np.uint8)
+
+
+def test_rules_of_a_charsmap_are_bounded():
+    """A trie that leads from any letter back to itself, and a replacement as long as the file."""
+    back = [ord("a")] * 256                                  # every node has label "a", offset 0: "aaaa..." never leaves
+    tokenizer = quiet(t5(precompiled_charsmap=charsmap(back, b"x\0")))
+    is_linear(lambda n: lambda: tokenizer.tokenize("a" * n), 3000)
+    long = [0] * 512
+    long[0] = 1 << 10                                        # the root's offset is 1
+    long[1 ^ ord("a")] = 256 << 10 | 1 << 8 | ord("a")       # a rule ends here, its value is at 256 from here
+    long[1 ^ ord("a") ^ 256] = 1 << 31
+    tokenizer = quiet(t5(precompiled_charsmap=charsmap(long, b"x" * 100_000 + b"\0")))
+    with pytest.raises(InvalidModelError, match="at most 256 bytes"):
+        tokenizer.tokenize("a")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stops
+
+
+def test_a_long_stop_costs_no_more_than_a_short_one():
+    def work(n: int) -> Callable[[], object]:
+        def run() -> None:
+            stops = Stops(["a" * n + "b"])
+            for _ in range(3000):
+                stops.push("aaa")
+        return run
+
+    is_linear(work, 2000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text("ab", min_size=1, max_size=5), max_size=4), st.lists(st.text("abc", max_size=4), max_size=12))
+def test_stops_do_not_depend_on_how_a_text_is_cut(stops, pieces):
+    text, whole = "".join(pieces), Stops(stops)
+    ended = min((i for i in range(len(text) + 1) if any(text[:i].endswith(s) for s in stops)), default=None)
+    want = text if ended is None else text[: ended - max(len(s) for s in stops if text[:ended].endswith(s))]
+    one = Stops(stops)
+    assert "".join(map(whole.push, pieces)) + whole.flush() == one.push(text) + one.flush() == want
+    assert whole.found == one.found == (ended is not None)
+
+
+def test_stops_hold_back_no_more_than_they_must():
+    stops = Stops(["</s>", "<|"])
+    assert [stops.push(t) for t in ("a<", "/s", "x<", "b</", "s>c")] == ["a", "", "</sx", "<b", ""] and stops.found
+
+
+@pytest.mark.parametrize("stop", [5, [""], [None], ["a", 3], 1.5, {"a": 1}.items(), True])
+def test_stops_of_another_kind_are_refused(stop):
+    with pytest.raises(RequestError, match="stop"):
+        Stops(stop)
