@@ -15,6 +15,7 @@ from test_tokenizer import bert, golden_vocabulary, spm, t5, TEXTS
 
 from pyengine.engine.request import Stops
 from pyengine.errors import InvalidModelError, ModelWarning, RequestError
+from pyengine.text import specials
 from pyengine.text.pretokenizers import PRE
 from pyengine.text.tokenizer import Tokenizer
 from pyengine.text.vocabulary import BYTE_LETTERS, Kind
@@ -107,12 +108,12 @@ def tokens_of(meta: dict) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("said", [{}, {"tokenizer.ggml.pre": "default"}, {"tokenizer.ggml.pre": ""}])
-@pytest.mark.parametrize("architecture, specials, pre", [
+@pytest.mark.parametrize("architecture, tokens, pre", [
     ("llama4", None, "llama4"), ("mistral3", None, "tekken"), ("llama", {3: "[INST]"}, "tekken"), ("llama", {128000: "<|begin_of_text|>"}, "llama-bpe"),
     ("mllama", {128000: "<|begin_of_text|>"}, "llama-bpe"), ("qwen2vl", {151643: "<|endoftext|>"}, "qwen2"), ("phi3", {199999: "<|endoftext|>"}, "gpt-4o"),
 ])
-def test_a_file_that_does_not_say_is_cut_as_its_vocabulary_is(architecture, specials, pre, said):
-    meta = bpe_file(specials, **{"general.architecture": architecture})
+def test_a_file_that_does_not_say_is_cut_as_its_vocabulary_is(architecture, tokens, pre, said):
+    meta = bpe_file(tokens, **{"general.architecture": architecture})
     assert tokens_of({**meta, **said}) == tokens_of({**meta, "tokenizer.ggml.pre": pre})
     assert quiet({**meta, **said}).pre == pre
 
@@ -181,7 +182,13 @@ def with_specials(texts: list[str], kind: Kind = Kind.CONTROL) -> dict[str, obje
     return meta
 
 
-def test_of_overlapping_special_tokens_the_first_is_taken_and_then_the_longest():
+@pytest.fixture(params=["few", "many"])
+def how_many(request, monkeypatch) -> None:
+    """Special tokens are sought by an expression where a text may have few of them, by `tokenizers` where they are many."""
+    monkeypatch.setattr(specials, "FEW", 256 if request.param == "few" else 0)
+
+
+def test_of_overlapping_special_tokens_the_first_is_taken_and_then_the_longest(how_many):
     tokenizer = quiet(with_specials(["<ab>", "<ab>c", "b>cd", "\n\n", "\n\n\n", "<\udce9>", "<é>"]))
     named = [tokenizer.need(t) for t in ("<ab>", "<ab>c", "\n\n", "\n\n\n", "<\udce9>", "<é>")]
     newline = tokenizer.need("<0x0A>")
@@ -196,7 +203,7 @@ def test_of_overlapping_special_tokens_the_first_is_taken_and_then_the_longest()
 
 
 @pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.USER_DEFINED])
-def test_special_tokens_are_found_as_by_a_search_for_each(kind):
+def test_special_tokens_are_found_as_by_a_search_for_each(kind, how_many):
     rng = random.Random(2)
     texts = sorted({"<" + "".join(rng.choices("abé\n ", k=rng.randrange(1, 5))) + ">" for _ in range(60)})      # none overlap
     tokenizer = quiet(with_specials(texts, kind))
@@ -237,6 +244,15 @@ def test_many_special_tokens_in_a_text_take_linear_time():
         return lambda: tokenizer.tokenize(text)
 
     is_linear(work, 30_000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("ab\n\udce9é", min_size=1, max_size=4), max_size=8, unique=True), st.text("ab\n\udce9éc", max_size=30))
+def test_an_expression_and_tokenizers_find_the_same(texts, text):
+    found = specials.Specials(dict(enumerate(texts)))
+    want = found._split_by_many(text)
+    assert found.split(text) == want
+    assert "".join(part if isinstance(part, str) else texts[part] for part in want) == text
 
 
 @pytest.mark.parametrize("text", ["x" * 1_000_000, "".join(f"<{i:06d}" for i in range(100_000))])
