@@ -87,9 +87,11 @@ class SamplingParams:
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
     """Return a model's defaults with what a request gives instead. Raises RequestError also for a name that no field has."""
+    names = SamplingParams.__dataclass_fields__
     for name in given:
-        if name not in SamplingParams.__dataclass_fields__:
-            raise RequestError(f"{shown(name)} is no setting of an answer{nearest(name, SamplingParams.__dataclass_fields__)}")
+        if name not in names:
+            longer = [known for known in names if known.startswith(name)]                       # "temp"
+            raise RequestError(f"{shown(name)} is no setting of an answer" + (f"; near: {', '.join(longer)}" if longer else nearest(name, names)))
     return SamplingParams(**{**defaults, **given})
 
 
@@ -109,6 +111,25 @@ def sampling_defaults(meta: Mapping[str, Any]) -> dict[str, Any]:
         if said[key] not in (None, nothing):
             warnings.warn(f"general.sampling.{key}: {shown(said[key])} is ignored: the sampler has no such step", ModelWarning)
     return usable_sampling({field: said[key] for key, field in SAMPLING_KEYS.items() if said[key] is not None}, "general.sampling")
+
+
+# Parameters of Ollama (its docs/modelfile.md) that are no sampling settings: of memory, speed and length, or without effect today.
+_OTHER_PARAMETERS = {"stop", "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "low_vram", "f16_kv", "vocab_only", "use_mmap",
+                     "use_mlock", "num_thread", "numa", "embedding_only", "logits_all", "num_gqa", "penalize_newline", "mirostat_tau", "mirostat_eta",
+                     "rope_frequency_base", "rope_frequency_scale", "draft_num_predict"}
+_NO_SUCH_STEP = {"mirostat": 0, "tfs_z": 1}              # and the value with which they do nothing
+
+
+def ollama_sampling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a model of Ollama's by fields of `SamplingParams`; names are the same. Warns of what cannot be followed."""
+    taken = {}
+    for name, value in parameters.items():
+        if name in SamplingParams.__dataclass_fields__ and name not in ("logprobs", "logit_bias"):
+            if not (name == "seed" and value == -1):     # -1: another one each time
+                taken[name] = value
+        elif name not in _OTHER_PARAMETERS and not (name in _NO_SUCH_STEP and value == _NO_SUCH_STEP[name]):
+            warnings.warn(f"Ollama's parameter {shown(name)} is ignored: there is no such setting here", ModelWarning)
+    return usable_sampling(taken, "Ollama's parameters")
 
 
 def usable_sampling(values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -239,7 +260,8 @@ class Sampler:
 
 def _number(name: str, value: object, low: float, high: float) -> None:
     """Raise RequestError unless value is a finite number in low..high, also as float32."""
-    good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    value = value.item() if isinstance(value, np.generic) else value
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not low <= value <= high or abs(value) > _FLOAT32_MAX:
         bounds = f" in {low:g}..{high:g}" if math.isfinite(low) and math.isfinite(high) else ""
         bounds = bounds or (f", at least {low:g}" if math.isfinite(low) else "")

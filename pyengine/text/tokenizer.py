@@ -276,7 +276,7 @@ class Tokenizer:
         """The number of tokens in the file; the model's output may be wider."""
         return self._tokens.n
 
-    @property
+    @cached_property
     def n_drawn(self) -> int:
         """The number of tokens that an answer may have: those below it, without the padding of a converter."""
         return self.vocabulary.n_drawn()
