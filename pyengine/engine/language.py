@@ -1,12 +1,15 @@
-"""What a model's files say about text: the tokenizer and the chat template, each built when it is first needed."""
+"""What a model's files say about text: the tokenizer, the chat template, settings, each read when it is first needed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
+from pyengine.errors import InvalidModelError, shown
 from pyengine.files.gguf import Metadata
-from pyengine.text.sampling import sampling_defaults
+from pyengine.files.stores import Modelfile
+from pyengine.text.sampling import ollama_sampling, sampling_defaults
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -14,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Language:
-    """The tokenizer and template of one file's metadata."""
+    """The tokenizer and template of one file's metadata, and what Ollama's Modelfile says beside it."""
 
-    def __init__(self, metadata: Metadata):
-        self.metadata = metadata
+    def __init__(self, metadata: Metadata, modelfile: Modelfile = Modelfile()):
+        self.metadata, self.modelfile = metadata, modelfile
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -26,13 +29,23 @@ class Language:
 
     @cached_property
     def sampling_defaults(self) -> dict[str, Any]:
-        """Fields of `SamplingParams` that the model's authors recommend."""
-        return sampling_defaults(self.metadata)
+        """Fields of `SamplingParams` that the model's authors recommend, the Modelfile's before the file's."""
+        return {**sampling_defaults(self.metadata), **ollama_sampling(self.modelfile.parameters)}
 
     @property
     def stop_defaults(self) -> tuple[str, ...]:
         """Texts that end an answer of which the request says nothing."""
-        return ()
+        stop = self.modelfile.parameters.get("stop") or ()
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
+            raise InvalidModelError(f"Ollama's parameter 'stop' is {shown(stop)}, which is no text or list of texts")
+        return tuple(s for s in stop if s)
+
+    def begun(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """A conversation after the Modelfile's system text, if it has none of its own, and the Modelfile's messages."""
+        system, whole = self.modelfile.system, [*self.modelfile.messages, *messages]
+        own = any(isinstance(m, Mapping) and m.get("role") in ("system", "developer") for m in whole)
+        return [{"role": "system", "content": system}, *whole] if system and not own else whole
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -68,7 +68,7 @@ class Model:
         if image is not None:
             limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
             self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress)
-        self._language = Language(self.file.metadata)
+        self._language = Language(self.file.metadata, bound.files.modelfile)
         self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media)
         self._axes = self._runner.axes
         self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds

@@ -115,7 +115,7 @@ class Prompts:
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
         """A conversation in the model's own chat format, ready for the answer."""
-        shown, media = _without_media(messages)
+        shown, media = _without_media(self.language.begun(messages))
         if not media:
             return self.text(self.language.template.render(shown, tools=tools, add_generation_prompt=True), [])
         self._need_encoder()
