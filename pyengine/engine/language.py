@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
-from pyengine.errors import InvalidModelError, shown
+from pyengine.errors import InvalidModelError, ModelWarning, shown
 from pyengine.files.gguf import Metadata
 from pyengine.files.stores import Modelfile
 from pyengine.text.sampling import ollama_sampling, sampling_defaults
@@ -52,4 +53,19 @@ class Language:
         """The file's chat template, or a default for its kind of vocabulary."""
         from pyengine.chat.template import ChatTemplate                        # jinja2 takes 25 ms to import
 
-        return ChatTemplate.from_metadata(self.metadata, self.tokenizer)
+        template = ChatTemplate.from_metadata(self.metadata, self.tokenizer)
+        self._compare(template.source)
+        return template
+
+    def _compare(self, source: str) -> None:
+        """Warn where the Modelfile's template, which is in Go's syntax and not read, has other special tokens than the one that is used.
+
+        Ollama's library writes the authors' template once more in that syntax, so mostly they are the same, or fewer.
+        """
+        if not self.modelfile.template:
+            return
+        theirs, ours = ({i for i in self.tokenizer.tokenize(text, add_special=False) if i in self.tokenizer.special_ids}
+                        for text in (self.modelfile.template, source))
+        if theirs - ours or ours and not theirs:
+            warnings.warn("the model's TEMPLATE in Ollama is of another form than its file's own chat template, which is used instead: "
+                          "templates in Go's syntax are not read", ModelWarning)

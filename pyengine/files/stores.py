@@ -34,7 +34,7 @@ PREFERRED_TAG = "Q4_K_M"
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _TAG = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
 _OLLAMA_LAYER = "application/vnd.ollama.image."
-_OLLAMA_SERVICE = "/usr/share/ollama/.ollama/models"      # of the user that Ollama's installer makes (its docs/faq.md)
+_OLLAMA_SERVICE = "/usr/share/ollama/.ollama/models"      # of the user that Ollama's installer makes (its FAQ, "where are models stored")
 _OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")      # left out of the names that Ollama shows
 
 

@@ -91,11 +91,12 @@ def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sa
     for name in given:
         if name not in names:
             longer = [known for known in names if known.startswith(name)]                       # "temp"
-            raise RequestError(f"{shown(name)} is no setting of an answer" + (f"; near: {', '.join(longer)}" if longer else nearest(name, names)))
+            near = f"; near: {', '.join(longer)}" if longer else nearest(name, names)
+            raise RequestError(f"{shown(name)} is no setting of an answer{near}")
     return SamplingParams(**{**defaults, **given})
 
 
-# Keys of files (gguf-py: Keys.General.SAMPLING_*), which converters fill from a checkpoint's generation_config.json, and what they are here.
+# Keys of files (gguf-py: Keys.General.SAMPLING_*), which converters fill from generation_config.json, and what they are here.
 SAMPLING_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repeat_penalty",
                  "penalty_last_n": "repeat_last_n"}
 _UNKNOWN_KEYS = {"xtc_probability": 0, "mirostat": 0, "sequence": ""}          # and the value with which they do nothing
@@ -113,10 +114,10 @@ def sampling_defaults(meta: Mapping[str, Any]) -> dict[str, Any]:
     return usable_sampling({field: said[key] for key, field in SAMPLING_KEYS.items() if said[key] is not None}, "general.sampling")
 
 
-# Parameters of Ollama (its docs/modelfile.md) that are no sampling settings: of memory, speed and length, or without effect today.
-_OTHER_PARAMETERS = {"stop", "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "low_vram", "f16_kv", "vocab_only", "use_mmap",
-                     "use_mlock", "num_thread", "numa", "embedding_only", "logits_all", "num_gqa", "penalize_newline", "mirostat_tau", "mirostat_eta",
-                     "rope_frequency_base", "rope_frequency_scale", "draft_num_predict"}
+# Parameters of Ollama (its page of the Modelfile) that are no sampling settings: of memory, speed and length, or without effect today.
+_OTHER_PARAMETERS = set(
+    "stop num_ctx num_predict num_keep num_batch num_gpu main_gpu low_vram f16_kv vocab_only use_mmap use_mlock num_thread numa num_gqa "
+    "embedding_only logits_all penalize_newline mirostat_tau mirostat_eta rope_frequency_base rope_frequency_scale draft_num_predict".split())
 _NO_SUCH_STEP = {"mirostat": 0, "tfs_z": 1}              # and the value with which they do nothing
 
 

@@ -109,9 +109,9 @@ class Tokenizer:
             return said
         pre = known_pre(str(self._meta.get("general.architecture", "")), self.vocabulary.id_of)
         if pre is None:
-            warnings.warn(f"tokenizer.ggml.pre: {'missing' if not said else repr(said)}, so nobody knows how this model's texts are cut into "
-                          "words; llama.cpp's default is taken, and answers may be worse. Convert the model anew, or get a newer file",
-                          ModelWarning)
+            warnings.warn(f"tokenizer.ggml.pre: {'missing' if not said else repr(said)}, so nobody knows how this model's texts are "
+                          "cut into words; llama.cpp's default is taken, and answers may be worse. Get a newer file, or convert the "
+                          "model anew", ModelWarning)
         return pre or "default"
 
     def _load_flags(self) -> None:

@@ -261,7 +261,7 @@ AUTHORS = {"tekken", "gpt-4o", "granite-embed-multi-97m", "deepseek-llm", "deeps
 
 
 def is_llama_cpps(name: str, text: str | bytes) -> bool:
-    """Whether a text is cut as llama.cpp does: tests/test_text_faults.py has the others."""
+    """Whether a text is cut as llama.cpp does: test_text_faults.py has the others."""
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     pre = name.removeprefix("bpe, ")
     return pre not in AUTHORS or text.isascii() and (pre != "kimi-k2" or text == text.lower())

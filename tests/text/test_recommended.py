@@ -1,4 +1,4 @@
-"""What a model's files recommend: sampling keys, Ollama's Modelfile, the authors' generation_config.json; and rows without a token."""
+"""What a model's files recommend: sampling keys, Ollama's Modelfile, generation_config.json; and rows without a token."""
 
 from __future__ import annotations
 
@@ -341,3 +341,12 @@ def test_ids_of_another_kind_are_refused(tmp_path, ids):
 def test_texts_of_another_kind_are_refused(tmp_path, text):
     with pytest.raises(RequestError, match="text"):
         pe.load_tokenizer(write(tmp_path / "m.gguf")).tokenize(text)
+
+
+@pytest.mark.parametrize("go, differs", [("", False), ("[{{ .Role }}]", False), ("{{ .Prompt }}</s>", True), ("<s>{{ .Prompt }}", True)])
+def test_a_template_of_another_form_is_said_aloud(tmp_path, go, differs):
+    """The file's own has no special token."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert Language(GGUFFile(write(tmp_path / "m.gguf")).metadata, Modelfile(template=go)).template.source == TEMPLATE
+    assert [w.category for w in said] == ([ModelWarning] if differs else [])
