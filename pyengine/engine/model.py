@@ -7,7 +7,7 @@ rows are computed together, `runner` runs them, `cache.cells` says where their k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -20,7 +20,7 @@ from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Stream
 from pyengine.engine.encoded import EncodedMedia
 from pyengine.engine.language import Language
-from pyengine.engine.prompts import Prompt, Prompts
+from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
@@ -133,7 +133,8 @@ class Model:
         A conversation that has gone for others is computed anew. `reset` begins another one.
         Raises: ContextOverflowError, RequestError, PlanError when every conversation is in use.
         """
-        if not len(ids):
+        ids = token_ids(ids, self._n_ids)
+        if not ids:
             raise RequestError("feed: there are no tokens")
         cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
         check_room(len(whole), self.n_ctx)
@@ -184,7 +185,7 @@ class Model:
 
         Raises: RequestError if another step is run in between, by this thread or another one; else as `logits`.
         """
-        rows = prompt if isinstance(prompt, Rows) else token_rows(prompt, 0, self._axes)
+        rows = prompt if isinstance(prompt, Rows) else token_rows(token_ids(prompt, self._n_ids), 0, self._axes)
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
         with self._lock:
@@ -261,6 +262,8 @@ class Model:
     def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                       **sampling: Any) -> list[Answer]:
         """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise RequestError(f"generate_many: prompts must be a list, got {shown(prompts)}")
         streams = [self.stream(p, (), max_tokens, stop, **sampling) for p in prompts]
         for s in streams:
             s.begin()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
 from pyengine.engine.language import Language
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, shown
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
 from pyengine.text.tokenizer import Tokenizer
 
@@ -37,10 +37,7 @@ class Prompts:
         return self.language.tokenizer
 
     def _tokens(self, ids: Sequence[int]) -> TokenSegment:
-        for i in ids:
-            if not 0 <= i < self.n_ids:
-                raise RequestError(f"token id {i} is outside the vocabulary of {self.n_ids}")
-        return TokenSegment(tuple(ids))
+        return TokenSegment(tuple(token_ids(ids, self.n_ids)))
 
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video; see `media_of` for the arguments."""
@@ -64,6 +61,9 @@ class Prompts:
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
         """Segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is added)."""
+        for name, value in (("prompt", prompt), ("images", images)):
+            if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)) or name == "images" and isinstance(value, str):
+                raise RequestError(f"{name} must be a {'text or a list of parts' if name == 'prompt' else 'list of pictures'}, got {shown(value)}")
         if isinstance(prompt, str):
             return self.text(prompt, [("", i) for i in images])
         if images:
@@ -125,6 +125,19 @@ class Prompts:
             flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in shown]
             text = self.language.template.render(flat, tools=tools, add_generation_prompt=True)
         return self.text(text, media)
+
+
+def token_ids(ids: Any, n_ids: int) -> list[int]:
+    """Ids as ints. Raises: RequestError for what is no list of ints, and for an id that has no row in the embedding."""
+    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+        raise RequestError(f"token ids must be a list of ints, got {shown(ids)}")
+    ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    for i in ids:
+        if not isinstance(i, (int, np.integer)) or isinstance(i, bool):
+            raise RequestError(f"a token id must be an int, got {shown(i)}")
+        if not 0 <= i < n_ids:
+            raise RequestError(f"token id {shown(i)} is outside the vocabulary of {n_ids}")
+    return ids
 
 
 def media_of(source: Any, kind: str = "") -> Image | Video:

@@ -350,3 +350,27 @@ def test_a_template_of_another_form_is_said_aloud(tmp_path, go, differs):
         warnings.simplefilter("always")
         assert Language(GGUFFile(write(tmp_path / "m.gguf")).metadata, Modelfile(template=go)).template.source == TEMPLATE
     assert [w.category for w in said] == ([ModelWarning] if differs else [])
+
+
+@pytest.mark.parametrize("ids", [[1.5], ["1"], [True], [HUGE], [-1], [10**9], None, 5, [None], [[1]], np.array([1.0])])
+def test_ids_of_another_kind_are_refused_by_each_step(tmp_path, ids):
+    model = pe.load(write(tmp_path / "m.gguf"), n_ctx=64, n_threads=1)
+    for step in (model.feed, lambda given: list(model.logit_blocks(given))):
+        with pytest.raises(RequestError, match="token id"):
+            step(ids)
+    if ids != ["1"]:                       # a text is a part of a prompt
+        for step in (model.generate, model.logits):
+            with pytest.raises(RequestError):
+                step(ids)
+    assert model.feed(np.array([A, B])).shape == model.feed([A]).shape == (model.n_vocab,)
+
+
+def test_prompts_of_another_kind_are_refused(tmp_path):
+    model = pe.load(write(tmp_path / "m.gguf"), n_ctx=64, n_threads=1)
+    for given, name in (({"prompt": None}, "prompt"), ({"prompt": b"A"}, "prompt"), ({"prompt": "A", "images": 5}, "images"),
+                        ({"prompt": "A", "images": "a.png"}, "images")):
+        with pytest.raises(RequestError, match=name):
+            model.generate(**given)
+    for prompts in ("AB", 5, None):
+        with pytest.raises(RequestError, match="prompts"):
+            model.generate_many(prompts)
