@@ -21,6 +21,7 @@ from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
 from .contract import Constant, Converter, Entry, Stack, supported
+from .generation import write_sampling
 from .tokenizer import Vocabulary, read_vocabulary
 
 OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
@@ -63,6 +64,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     if with_tokenizer and vocabulary.model == "none":
         warn(f"{checkpoint.folder}: no tokenizer; the file takes and gives token ids only")
     vocabulary.write(text.writer, converter.vocab_size)
+    write_sampling(checkpoint.folder, text.writer)
     outputs = [(text, entries)]
     if split_mmproj:
         outputs = [(text, [e for e in entries if not e.name.startswith(VISION_TENSORS)])]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class PyEngineError(Exception):
     """Base of all errors raised on purpose; the command line prints it as one line and exits with code 2."""
+
+
+class ModelWarning(UserWarning):
+    """A model's files say something that cannot be followed, or leave something out: what was done instead, and what it costs."""
 
 
 class ModelNotFoundError(PyEngineError):
@@ -53,3 +59,13 @@ class GraphError(PyEngineError):
 
 class ShapeError(GraphError):
     """Shapes or dtypes of an op's inputs contradict each other; the message names op, input and axis."""
+
+
+def shown(value: object) -> str:
+    """Return what a caller gave, for a message: cut where it is long, and never an error of its own."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    try:
+        return reprlib.repr(value)
+    except Exception:                                        # whatever a stranger's __repr__ raises
+        return f"a {type(value).__name__}"

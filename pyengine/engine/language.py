@@ -1,11 +1,16 @@
-"""What a model's files say about text: the tokenizer and the chat template, each built when it is first needed."""
+"""What a model's files say about text: the tokenizer, the chat template, settings, each read when it is first needed."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
+from pyengine.errors import InvalidModelError, ModelWarning, shown
 from pyengine.files.gguf import Metadata
+from pyengine.files.stores import Modelfile
+from pyengine.text.sampling import ollama_sampling, sampling_defaults
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -13,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Language:
-    """The tokenizer and template of one file's metadata."""
+    """The tokenizer and template of one file's metadata, and what Ollama's Modelfile says beside it."""
 
-    def __init__(self, metadata: Metadata):
-        self.metadata = metadata
+    def __init__(self, metadata: Metadata, modelfile: Modelfile = Modelfile()):
+        self.metadata, self.modelfile = metadata, modelfile
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -24,8 +29,43 @@ class Language:
         return Tokenizer.from_metadata(self.metadata)
 
     @cached_property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the model's authors recommend, the Modelfile's before the file's."""
+        return {**sampling_defaults(self.metadata), **ollama_sampling(self.modelfile.parameters)}
+
+    @property
+    def stop_defaults(self) -> tuple[str, ...]:
+        """Texts that end an answer of which the request says nothing."""
+        stop = self.modelfile.parameters.get("stop") or ()
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
+            raise InvalidModelError(f"Ollama's parameter 'stop' is {shown(stop)}, which is no text or list of texts")
+        return tuple(s for s in stop if s)
+
+    def begun(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """A conversation after the Modelfile's system text, if it has none of its own, and the Modelfile's messages."""
+        system, whole = self.modelfile.system, [*self.modelfile.messages, *messages]
+        own = any(isinstance(m, Mapping) and m.get("role") in ("system", "developer") for m in whole)
+        return [{"role": "system", "content": system}, *whole] if system and not own else whole
+
+    @cached_property
     def template(self) -> ChatTemplate:
         """The file's chat template, or a default for its kind of vocabulary."""
         from pyengine.chat.template import ChatTemplate                        # jinja2 takes 25 ms to import
 
-        return ChatTemplate.from_metadata(self.metadata, self.tokenizer)
+        template = ChatTemplate.from_metadata(self.metadata, self.tokenizer)
+        self._compare(template.source)
+        return template
+
+    def _compare(self, source: str) -> None:
+        """Warn where the Modelfile's template, which is in Go's syntax and not read, has other special tokens than the one that is used.
+
+        Ollama's library writes the authors' template once more in that syntax, so mostly they are the same, or fewer.
+        """
+        if not self.modelfile.template:
+            return
+        theirs, ours = ({i for i in self.tokenizer.tokenize(text, add_special=False) if i in self.tokenizer.special_ids}
+                        for text in (self.modelfile.template, source))
+        if theirs - ours or ours and not theirs:
+            warnings.warn("the model's TEMPLATE in Ollama is of another form than its file's own chat template, which is used instead: "
+                          "templates in Go's syntax are not read", ModelWarning)

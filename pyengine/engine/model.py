@@ -7,7 +7,7 @@ rows are computed together, `runner` runs them, `cache.cells` says where their k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -20,16 +20,16 @@ from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Stream
 from pyengine.engine.encoded import EncodedMedia
 from pyengine.engine.language import Language
-from pyengine.engine.prompts import Prompt, Prompts
+from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
-from pyengine.errors import PlanError, RequestError, UnsupportedModelError
+from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
 from pyengine.media.views import Limits
 from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
-from pyengine.text.sampling import Sampler, SamplingParams
+from pyengine.text.sampling import Sampler, sampling_params
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Model:
         if image is not None:
             limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
             self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress)
-        self._language = Language(self.file.metadata)
+        self._language = Language(self.file.metadata, bound.files.modelfile)
         self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media)
         self._axes = self._runner.axes
         self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds
@@ -90,6 +90,16 @@ class Model:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return self.tokenizer.detokenize(ids)
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the model's files recommend; arguments of a request go before them."""
+        return self._language.sampling_defaults
+
+    @property
+    def stop_defaults(self) -> tuple[str, ...]:
+        """Texts that end an answer of which the request says nothing."""
+        return self._language.stop_defaults
 
     @property
     def stats(self) -> dict[str, int]:
@@ -123,7 +133,8 @@ class Model:
         A conversation that has gone for others is computed anew. `reset` begins another one.
         Raises: ContextOverflowError, RequestError, PlanError when every conversation is in use.
         """
-        if not len(ids):
+        ids = token_ids(ids, self._n_ids)
+        if not ids:
             raise RequestError("feed: there are no tokens")
         cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
         check_room(len(whole), self.n_ctx)
@@ -174,7 +185,7 @@ class Model:
 
         Raises: RequestError if another step is run in between, by this thread or another one; else as `logits`.
         """
-        rows = prompt if isinstance(prompt, Rows) else token_rows(prompt, 0, self._axes)
+        rows = prompt if isinstance(prompt, Rows) else token_rows(token_ids(prompt, self._n_ids), 0, self._axes)
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
         with self._lock:
@@ -244,34 +255,39 @@ class Model:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
-                 stop: str | Sequence[str] = (), **sampling: Any) -> Answer:
+                 stop: str | Sequence[str] | None = None, **sampling: Any) -> Answer:
         """Continue a prompt. See `stream` for the arguments; returns the whole text."""
         return self.stream(prompt, images, max_tokens, stop, **sampling).answer()
 
-    def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] = (),
+    def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                       **sampling: Any) -> list[Answer]:
         """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise RequestError(f"generate_many: prompts must be a list, got {shown(prompts)}")
         streams = [self.stream(p, (), max_tokens, stop, **sampling) for p in prompts]
         for s in streams:
             s.begin()
         return [s.answer() for s in streams]
 
     def stream(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
-               stop: str | Sequence[str] = (), **sampling: Any) -> Stream:
+               stop: str | Sequence[str] | None = None, **sampling: Any) -> Stream:
         """Continue a prompt, yielding pieces of whole characters.
 
         max_tokens: None goes on until the model ends or the context is full. stop: texts that end the answer; they are not
-        part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...).
+        part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...). What is not
+        given is what the model's files recommend (`sampling_defaults`, `stop_defaults`), or else the default of `SamplingParams`.
         Raises: ContextOverflowError when the context is full, RequestError, ImageError.
         """
         return self._stream(self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
 
-    def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str], sampling: dict[str, Any], at_start: bool) -> Stream:
-        if max_tokens is not None and max_tokens < 0:
-            raise RequestError(f"max_tokens={max_tokens}: must not be negative")
+    def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any], at_start: bool) -> Stream:
+        if max_tokens is not None and (not isinstance(max_tokens, (int, np.integer)) or isinstance(max_tokens, bool) or max_tokens < 0):
+            raise RequestError(f"max_tokens must be an int from 0 on, or None, got {shown(max_tokens)}")
         segments, media = prompt
-        request = Request(lay_out_rows(segments, self._axes), Sampler(SamplingParams(**sampling), self.n_vocab),
-                          self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else list(stop)),
+        params = sampling_params(self.sampling_defaults, sampling)
+        stop = self.stop_defaults if stop is None else stop
+        request = Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.n_drawn)),
+                          self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else stop),
                           max_tokens, self.tokenizer.eog_ids, Report(media=media))
         return Stream(request, self._scheduler)
 
@@ -285,7 +301,7 @@ class Model:
         return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
-             max_tokens: int | None = 512, stop: str | Sequence[str] = (), **sampling: Any) -> Any:
+             max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, **sampling: Any) -> Any:
         """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
 
         Parts of a content: {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "image_url", "image_url":

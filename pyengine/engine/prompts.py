@@ -10,7 +10,7 @@ import numpy as np
 
 from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
 from pyengine.engine.language import Language
-from pyengine.errors import ImageError, RequestError
+from pyengine.errors import ImageError, RequestError, shown
 from pyengine.media.messages import as_list, Medium, split
 from pyengine.media.policy import MediaPolicy
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
@@ -40,10 +40,7 @@ class Prompts:
         return self.language.tokenizer
 
     def _tokens(self, ids: Sequence[int]) -> TokenSegment:
-        for i in ids:
-            if not 0 <= i < self.n_ids:
-                raise RequestError(f"token id {i} is outside the vocabulary of {self.n_ids}")
-        return TokenSegment(tuple(ids))
+        return TokenSegment(tuple(token_ids(ids, self.n_ids)))
 
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video; see `media_of` for the arguments."""
@@ -76,6 +73,9 @@ class Prompts:
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
         """Segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is added)."""
+        for name, value in (("prompt", prompt), ("images", images)):
+            if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)) or name == "images" and isinstance(value, str):
+                raise RequestError(f"{name} must be a {'text or a list of parts' if name == 'prompt' else 'list of pictures'}, got {shown(value)}")
         if isinstance(prompt, str):
             return self.text(prompt, [Medium(s, f"images[{i}]") for i, s in enumerate(as_list(images, "images"))])
         if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
@@ -130,19 +130,32 @@ class Prompts:
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
         """A conversation in the model's own chat format, ready for the answer."""
-        shown, media = split(messages)
+        seen, media = split(self.language.begun(messages) if isinstance(messages, (list, tuple)) else messages)
         if not media:
-            return self.text(self.language.template.render(shown, tools=tools, add_generation_prompt=True), [])
+            return self.text(self.language.template.render(seen, tools=tools, add_generation_prompt=True), [])
         self._need_encoder()
         markers = self.markers()
-        text = self.language.template.render(shown, tools=tools, add_generation_prompt=True, media_marker=markers.get("image"))
+        text = self.language.template.render(seen, tools=tools, add_generation_prompt=True, media_marker=markers.get("image"))
         if sum(text.count(m) for m in markers.values()) != len(media):         # a template that knows of no pictures
-            flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in shown]
+            flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in seen]
             text = self.language.template.render(flat, tools=tools, add_generation_prompt=True)
             if all(markers.get(m.kind) for m in media) and not any(m in text for m in markers.values() if m):
                 raise RequestError(f"{media[0].field}: the model's chat template leaves out what a message of this role shows; "
                                    "give pictures in a user's message")
         return self.text(text, media)
+
+
+def token_ids(ids: Any, n_ids: int) -> list[int]:
+    """Ids as ints. Raises: RequestError for what is no list of ints, and for an id that has no row in the embedding."""
+    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+        raise RequestError(f"token ids must be a list of ints, got {shown(ids)}")
+    ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    for i in ids:
+        if not isinstance(i, (int, np.integer)) or isinstance(i, bool):
+            raise RequestError(f"a token id must be an int, got {shown(i)}")
+        if not 0 <= i < n_ids:
+            raise RequestError(f"token id {shown(i)} is outside the vocabulary of {n_ids}")
+    return ids
 
 
 def media_of(source: Any, kind: str = "", policy: MediaPolicy = MediaPolicy(), url: bool = False, options: Mapping[str, Any] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,37 +12,63 @@ import numpy as np
 
 from pyengine.cache.cells import Conversation
 from pyengine.engine.encoded import MediaInfo
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, shown as in_short
 from pyengine.programs.rows import Rows
 from pyengine.text.sampling import Sampled, Sampler
 
 
 class Stops:
-    """Holds text back while it may be the beginning of a stop string."""
+    """Holds text back while it may be the beginning of a stop string.
+
+    Each character moves each stop on to the longest beginning of it that the text ends with (Knuth, Morris and Pratt 1977,
+    doi:10.1137/0206024), so a long stop costs no more than a short one, and answers do not depend on how they are cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]):
-        if any(not isinstance(s, str) or not s for s in stops):
-            raise RequestError("stop: must be texts that are not empty")
+        if isinstance(stops, str) or not isinstance(stops, Iterable):
+            raise RequestError(f"stop: must be a text or a list of texts, not {in_short(stops)}")
         self.stops, self.held, self.found = list(stops), "", False
+        if any(not isinstance(s, str) or not s for s in self.stops):
+            raise RequestError("stop: must be texts that are not empty")
+        self._back = [_borders(s) for s in self.stops]
+        self._at = [0] * len(self.stops)                     # characters of each stop that the text ends with
 
     def push(self, text: str) -> str:
         """Add text; returns what can be shown. After a stop string nothing more comes."""
         if self.found:
             return ""
-        self.held += text
-        ends = [(i, s) for s in self.stops if (i := self.held.find(s)) >= 0]
-        if ends:
-            self.found = True
-            shown, self.held = self.held[: min(ends)[0]], ""
-            return shown
-        keep = max((n for s in self.stops for n in range(1, min(len(s), len(self.held) + 1)) if self.held.endswith(s[:n])), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        before, self.held = len(self.held), self.held + text
+        for i, char in enumerate(text, before + 1):
+            for k, stop in enumerate(self.stops):
+                self._at[k] = _longer(stop, self._back[k], self._at[k], char)
+            ended = [at for at, stop in zip(self._at, self.stops) if at == len(stop)]
+            if ended:
+                self.found = True
+                shown, self.held = self.held[: i - max(ended)], ""
+                return shown
+        keep = len(self.held) - max(self._at, default=0)
+        shown, self.held = self.held[:keep], self.held[keep:]
         return shown
 
     def flush(self) -> str:
         """What was held back, at the end of the answer."""
         shown, self.held = self.held, ""
         return shown
+
+
+def _borders(stop: str) -> list[int]:
+    """For each beginning of a stop, the longest shorter one that it ends with."""
+    back = [0]
+    for char in stop[1:]:
+        back.append(_longer(stop, back, back[-1], char))
+    return back
+
+
+def _longer(stop: str, back: list[int], at: int, char: str) -> int:
+    """The longest beginning of `stop` that a text ends with after `char`, if it was `at` long before."""
+    while at and stop[at] != char:
+        at = back[at - 1]
+    return at + (stop[at] == char)
 
 
 @dataclass
@@ -85,7 +111,7 @@ class Request:
         return frozenset(s.source for _, s in (*self.rows.media, *self.rows.crossed))
 
     def take(self, logits: np.ndarray) -> None:
-        """Sample from logits [vocab] after the last row, and decide whether to go on."""
+        """Sample from logits [rows of the head] after the last row, and decide whether to go on. Rows beyond the tokens are padding."""
         run, now = self.report, time.perf_counter()
         if self.pending is None:
             self.prompted = now
@@ -93,7 +119,7 @@ class Request:
         self.pending = None
         if self.max_tokens == 0:
             return self._end(run.finish)
-        drawn = self.sampler.sample(logits)
+        drawn = self.sampler.sample(logits[: self.sampler.n_vocab])
         if drawn.token in self.eog:
             return self._end("stop")
         self.sampler.accept(drawn.token)

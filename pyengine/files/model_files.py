@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyengine.errors import UnsupportedModelError
 from pyengine.files.dialects import check_encoder, translate
 from pyengine.files.gguf import GGUFFile
-from pyengine.files.stores import find_model
+from pyengine.files.stores import look_up, Modelfile, read_modelfile
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Files:
 
     model: GGUFFile
     mmproj: GGUFFile | None
-    opened: tuple[GGUFFile, ...]     # the same by their own names, as they lie on disk
+    opened: tuple[GGUFFile, ...]           # the same by their own names, as they lie on disk
+    modelfile: Modelfile = Modelfile()     # what Ollama's store says beside them
 
     @property
     def name(self) -> str:
@@ -24,11 +26,18 @@ class Files:
 
 
 def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
-    paths = find_model(name)
-    path, found = paths if isinstance(paths, list) else (paths, None)
-    mmproj = mmproj or found
-    opened = tuple(GGUFFile(p) for p in (path, mmproj) if p)
+    """Open a model by its path or its name, with its projector.
+
+    Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError for a model of Ollama's with adapters.
+    """
+    found = look_up(name)
+    modelfile = read_modelfile(found)
+    if modelfile.adapters:
+        raise UnsupportedModelError(f"{found.name}: has {len(modelfile.adapters)} LoRA adapter(s), which are not supported; "
+                                    f"its model without them is {found.path}")
+    mmproj = mmproj or found.mmproj
+    opened = tuple(GGUFFile(p) for p in (found.path, mmproj) if p)
     for encoder in opened[1:]:
         check_encoder(encoder)
     model, *encoders = map(translate, opened)
-    return Files(model, encoders[0] if encoders else None, opened)
+    return Files(model, encoders[0] if encoders else None, opened, modelfile)

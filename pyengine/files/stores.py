@@ -3,7 +3,8 @@
 Places, in the order in which a name is looked up:
 
     $PYENGINE_MODELS   folders of GGUF files, separated as in $PATH; a name is the path below the folder, or the file's
-    Ollama             $OLLAMA_MODELS or ~/.ollama/models; "gemma3:270m", "gemma3" (= latest), "hf.co/org/repo:tag"
+    Ollama             $OLLAMA_MODELS or ~/.ollama/models, and on Linux its service's /usr/share/ollama/.ollama/models;
+                       "gemma3:270m", "gemma3" (= latest), "hf.co/org/repo:tag"
     Hugging Face       $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub; "org/repo:Q4_K_M", "org/repo"
     LM Studio          ~/.lmstudio/models and ~/.cache/lm-studio/models; named as Hugging Face's
 
@@ -16,21 +17,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from pyengine.errors import ModelNotFoundError
+from pyengine.errors import InvalidModelError, ModelNotFoundError
 from pyengine.files.gguf import nearest, quoted, SPLIT_NAME
 
 MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
+MAX_LAYER_BYTES = 1 << 20          # of a text beside a model: a template has some KB
 MAX_DEPTH = 4                      # folders below one of $PYENGINE_MODELS
 PREFERRED_TAG = "Q4_K_M"
 
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _TAG = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
-_OLLAMA_MODEL = "application/vnd.ollama.image.model"
-_OLLAMA_PROJECTOR = "application/vnd.ollama.image.projector"
+_OLLAMA_LAYER = "application/vnd.ollama.image."
+_OLLAMA_SERVICE = "/usr/share/ollama/.ollama/models"      # of the user that Ollama's installer makes (its FAQ, "where are models stored")
 _OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")      # left out of the names that Ollama shows
 
 
@@ -41,21 +45,50 @@ class FoundModel:
     name: str
     path: Path
     nbytes: int                        # of the model and its projector
-    source: str                        # "PYENGINE_MODELS", "Ollama", "Hugging Face" or "LM Studio"
+    source: str                        # "PYENGINE_MODELS", "Ollama", "Hugging Face", "LM Studio"; "" for a path
     mmproj: Path | None = None
     aliases: tuple[str, ...] = ()      # other names that find it
+    layers: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)     # other files by kind, for `read_modelfile`
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """What goes with a model in Ollama's store: the lines of its Modelfile, each empty where there is none."""
+
+    adapters: tuple[Path, ...] = ()    # LoRA
+    system: str = ""                   # the system text of conversations that have none
+    template: str = ""                 # of prompts, in the syntax of Go's text/template
+    parameters: Mapping[str, Any] = field(default_factory=dict)              # "temperature", "stop", "num_ctx" ...
+    messages: tuple[Mapping[str, Any], ...] = ()                             # that each conversation begins with
+    license: str = ""
+
+
+class _Problem(NamedTuple):
+    """What is there but cannot be used: a place, or a model with the names that it would have."""
+
+    what: str
+    names: tuple[str, ...] = ()
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> Path | list[Path]:
     """Return the file of a model: a path as it is, or the model of that name; [model, projector] where it has one.
+
+    Raises: ModelNotFoundError as `look_up`.
+    """
+    found = look_up(name_or_path)
+    return found.path if found.mmproj is None else [found.path, found.mmproj]
+
+
+def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
+    """Return a model by its path or its name.
 
     Raises: ModelNotFoundError saying where was searched, with close names, or the names among which to choose.
     """
     name = os.fspath(name_or_path)
     path = Path(name)
     if _is_file(path):
-        return path
-    problems: list[str] = []
+        return _found(name, [path], "", None, ())
+    problems: list[_Problem] = []
     seen: list[FoundModel] = []
     for source, folder in _places():
         models = _in_place(source, folder, problems)
@@ -64,14 +97,47 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path | list[Path]:
             raise ModelNotFoundError(f"{quoted(name)} fits {len(matches)} models of {source}; choose one of: "
                                      + ", ".join(_shown(model, matches) for model in matches[:20]))
         if matches:
-            found = matches[0]
-            return found.path if found.mmproj is None else [found.path, found.mmproj]
+            return matches[0]
         seen += models
+    damaged = [problem.what for problem in problems if name.casefold() in map(str.casefold, problem.names)]
+    if damaged:
+        raise ModelNotFoundError(f"{quoted(name)} is there, but cannot be used: {'; '.join(damaged[:3])}")
     kind = "is a directory, and no model has that name" if _is_dir(path) else "no such file, and no model of that name"
     searched = ", ".join(f"{source} ({folder})" for source, folder in _places()) or "nowhere: no such place exists"
-    refused = f"; refused: {'; '.join(problems[:3])}" if problems else ""
+    closed = [problem.what for problem in problems if not problem.names] + _closed_places()
+    refused = f"; refused: {'; '.join(closed[:3])}" if closed else ""
     near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases)])
     raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}")
+
+
+def read_modelfile(found: FoundModel) -> Modelfile:
+    """Read what goes with a model in Ollama's store. Raises: InvalidModelError for a file that is missing or malformed."""
+    import json  # most models have none of these
+
+    def text(kind: str) -> str:
+        texts = []
+        for path in found.layers.get(kind, ()):
+            if not _is_file(path) and kind != "license":
+                raise InvalidModelError(f"{found.name}: {path} is missing, which holds its {kind}")
+            texts.append(_read_text(path, MAX_LAYER_BYTES + 1))
+            if len(texts[-1]) > MAX_LAYER_BYTES:
+                raise InvalidModelError(f"{found.name}: {path}, its {kind}, is larger than {MAX_LAYER_BYTES} bytes")
+        return "\n".join(texts)
+
+    def values(kind: str, want: type) -> Any:
+        source = text(kind)
+        try:
+            value = json.loads(source) if source else want()
+        except (ValueError, RecursionError):
+            value = None
+        if type(value) is not want:
+            raise InvalidModelError(f"{found.name}: {found.layers[kind][0]}, its {kind}, is no JSON of a {want.__name__}")
+        return value
+
+    messages = values("messages", list)
+    if any(not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str) for m in messages):
+        raise InvalidModelError(f"{found.name}: {found.layers['messages'][0]}, its messages, are not of a role and a content each")
+    return Modelfile(found.layers.get("adapter", ()), text("system"), text("template"), values("params", dict), tuple(messages), text("license"))
 
 
 def list_models() -> list[FoundModel]:
@@ -88,7 +154,7 @@ def _matches(name: str, models: list[FoundModel]) -> list[FoundModel]:
     return preferred if len(preferred) == 1 else matches
 
 
-def _in_place(source: str, folder: Path, problems: list[str]) -> list[FoundModel]:
+def _in_place(source: str, folder: Path, problems: list[_Problem]) -> list[FoundModel]:
     """Return the models of one place by name. What is there but cannot be used is told to `problems`."""
     readers = {"PYENGINE_MODELS": _in_folder, "Ollama": _in_ollama, "Hugging Face": _in_hub, "LM Studio": _in_lm_studio}
     return sorted(readers[source](folder, problems), key=lambda model: (model.name.casefold(), model.path))
@@ -100,12 +166,24 @@ def _places() -> list[tuple[str, Path]]:
     cache = env("XDG_CACHE_HOME") or "~/.cache"
     hub = env("HF_HUB_CACHE") or os.path.join(env("HF_HOME") or os.path.join(cache, "huggingface"), "hub")
     places = [("PYENGINE_MODELS", folder) for folder in env("PYENGINE_MODELS", "").split(os.pathsep) if folder]
-    places += [("Ollama", env("OLLAMA_MODELS") or "~/.ollama/models"), ("Hugging Face", hub),
-               ("LM Studio", "~/.lmstudio/models"), ("LM Studio", "~/.cache/lm-studio/models")]
-    return [(source, path) for source, folder in places if _is_dir(path := Path(os.path.expanduser(folder)))]
+    places += [("Ollama", env("OLLAMA_MODELS") or "~/.ollama/models"), *([("Ollama", _OLLAMA_SERVICE)] if sys.platform == "linux" else []),
+               ("Hugging Face", hub), ("LM Studio", "~/.lmstudio/models"), ("LM Studio", "~/.cache/lm-studio/models")]
+    paths = dict.fromkeys((source, Path(os.path.expanduser(folder))) for source, folder in places)
+    return [(source, path) for source, path in paths if _is_dir(path)]
 
 
-def _in_folder(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+def _closed_places() -> list[str]:
+    """Say which place there is that this user may not look into: the installer keeps the service's folder for its own group."""
+    try:
+        Path(_OLLAMA_SERVICE).stat()
+    except PermissionError:
+        return [f"{_OLLAMA_SERVICE}: models of Ollama's service, which only its user and group may read (sudo usermod -a -G ollama $USER)"]
+    except OSError:
+        pass
+    return []
+
+
+def _in_folder(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
     for folder, files in _folders(root, MAX_DEPTH, problems):
         below = folder.relative_to(root)
         for stem, paths in _models(files):
@@ -114,7 +192,7 @@ def _in_folder(root: Path, problems: list[str]) -> Iterator[FoundModel]:
             yield _found((below / stem).as_posix(), paths, "PYENGINE_MODELS", _projector(own), aliases)
 
 
-def _in_hub(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+def _in_hub(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
     """models--ORG--REPO/snapshots/REVISION/**/*.gguf; of a file in several revisions, main's or else the newest's."""
     for repo in _children(root, problems):
         if not repo.name.startswith("models--"):
@@ -132,7 +210,7 @@ def _in_hub(root: Path, problems: list[str]) -> Iterator[FoundModel]:
                         yield model
 
 
-def _in_lm_studio(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+def _in_lm_studio(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
     """PUBLISHER/REPO/*.gguf."""
     for publisher in _children(root, problems):
         for repo in _children(publisher, problems):
@@ -151,7 +229,7 @@ def _in_repo(repo: str, files: list[Path], source: str) -> Iterator[FoundModel]:
         yield _found(name, paths, source, _projector(files), aliases)
 
 
-def _in_ollama(root: Path, problems: list[str]) -> Iterator[FoundModel]:
+def _in_ollama(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
     """manifests/HOST/NAMESPACE/NAME/TAG, JSON that lists blobs by digest."""
     for host in _children(root / "manifests", problems):
         for namespace in _children(host, problems):
@@ -162,19 +240,19 @@ def _in_ollama(root: Path, problems: list[str]) -> Iterator[FoundModel]:
                     parts = [host.name, namespace.name, name.name]
                     for default in _OLLAMA_DEFAULTS:
                         parts = parts[1:] if parts[0] == default else parts
-                    short = "/".join(parts)
-                    try:
-                        model, projector = _read_manifest(tag, root / "blobs")
-                    except ModelNotFoundError as error:
-                        problems.append(str(error))
-                        continue
-                    longs = (short, "/".join((host.name, namespace.name, name.name)))
+                    longs = ("/".join(parts), "/".join((host.name, namespace.name, name.name)))
                     aliases = tuple(f"{long}:{tag.name}" for long in longs) + (longs if tag.name == "latest" else ())
-                    yield _found(f"{short}:{tag.name}", [model], "Ollama", projector, aliases)
+                    try:
+                        layers = _read_manifest(tag, root / "blobs")
+                    except ModelNotFoundError as error:
+                        problems.append(_Problem(str(error), aliases))
+                        continue
+                    model, projectors = layers.pop("model")[0], layers.pop("projector", (None,))
+                    yield _found(aliases[0], [model], "Ollama", projectors[0], aliases, layers)
 
 
-def _read_manifest(path: Path, blobs: Path) -> tuple[Path, Path | None]:
-    """Return the blobs of the model and of its projector. Raises: ModelNotFoundError for what is malformed."""
+def _read_manifest(path: Path, blobs: Path) -> dict[str, tuple[Path, ...]]:
+    """Return the blobs by kind; the one of the model is there. Raises: ModelNotFoundError for what is malformed."""
     import json  # most models are given by their path
 
     text = _read_text(path, MAX_MANIFEST_BYTES + 1)
@@ -185,23 +263,25 @@ def _read_manifest(path: Path, blobs: Path) -> tuple[Path, Path | None]:
     except (ValueError, RecursionError):
         raise ModelNotFoundError(f"{path}: manifest is not JSON") from None
     layers = manifest.get("layers") if isinstance(manifest, dict) else None
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, ...]] = {}
     for layer in layers if isinstance(layers, list) else ():
         kind, digest = (layer.get("mediaType"), layer.get("digest")) if isinstance(layer, dict) else (None, None)
-        if kind not in (_OLLAMA_MODEL, _OLLAMA_PROJECTOR):
+        if not isinstance(kind, str) or not kind.startswith(_OLLAMA_LAYER):
             continue
+        kind = kind.removeprefix(_OLLAMA_LAYER)
         match = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None     # so it cannot leave the folder
         if match is None:
             raise ModelNotFoundError(f"{path}: digest of {kind} is not sha256:<64 hex digits>")
         blob = blobs / f"sha256-{match[1]}"
-        if not _is_file(blob):
-            raise ModelNotFoundError(f"{path}: blob {blob.name} is missing")
-        if kind in found:
-            raise ModelNotFoundError(f"{path}: manifest has two layers {kind}")
-        found[kind] = blob
-    if _OLLAMA_MODEL not in found:
-        raise ModelNotFoundError(f"{path}: manifest has no layer {_OLLAMA_MODEL}")
-    return found[_OLLAMA_MODEL], found.get(_OLLAMA_PROJECTOR)
+        if kind in ("model", "projector"):
+            if not _is_file(blob):
+                raise ModelNotFoundError(f"{path}: blob {blob.name} is missing")
+            if kind in found:
+                raise ModelNotFoundError(f"{path}: manifest has two layers of a {kind}")
+        found[kind] = (*found.get(kind, ()), blob)
+    if "model" not in found:
+        raise ModelNotFoundError(f"{path}: manifest has no layer of a model")
+    return found
 
 
 def _models(files: list[Path]) -> list[tuple[str, list[Path]]]:
@@ -234,9 +314,10 @@ def _is_projector(path: Path) -> bool:
     return "mmproj" in path.name.casefold()
 
 
-def _found(name: str, paths: list[Path], source: str, projector: Path | None, aliases: tuple[str, ...]) -> FoundModel:
+def _found(name: str, paths: list[Path], source: str, projector: Path | None, aliases: tuple[str, ...],
+           layers: Mapping[str, tuple[Path, ...]] | None = None) -> FoundModel:
     nbytes = sum(path.stat().st_size for path in [*paths, *([projector] if projector else [])])
-    return FoundModel(name, paths[0], nbytes, source, projector, tuple(dict.fromkeys(aliases)))
+    return FoundModel(name, paths[0], nbytes, source, projector, tuple(dict.fromkeys(aliases)), layers or {})
 
 
 def _shown(model: FoundModel, among: list[FoundModel]) -> str:
@@ -251,7 +332,7 @@ def _tag(stem: str) -> str:
     return match[1] if match else ""
 
 
-def _folders(root: Path, depth: int, problems: list[str]) -> Iterator[tuple[Path, list[Path]]]:
+def _folders(root: Path, depth: int, problems: list[_Problem]) -> Iterator[tuple[Path, list[Path]]]:
     """Yield `root` and the folders below it with the GGUF files of each. Hidden folders and linked ones are passed."""
     children = _children(root, problems)
     yield root, [path for path in children if path.suffix == ".gguf" and _is_file(path)]
@@ -261,14 +342,14 @@ def _folders(root: Path, depth: int, problems: list[str]) -> Iterator[tuple[Path
                 yield from _folders(path, depth - 1, problems)
 
 
-def _children(folder: Path, problems: list[str]) -> list[Path]:
+def _children(folder: Path, problems: list[_Problem]) -> list[Path]:
     """Return what is in a folder, sorted, without hidden names; empty where it is no folder."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        problems.append(f"{folder}: {error.strerror}")
+        problems.append(_Problem(f"{folder}: {error.strerror}"))
         return []
 
 

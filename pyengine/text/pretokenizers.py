@@ -1,13 +1,20 @@
-"""Regular expressions that cut a text before byte-pair encoding, by the name that a file gives. Data only."""
+"""Regular expressions that cut a text before byte-pair encoding, by the name that a file gives; and by its vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pre-tokenizers of the gpt2 kind: expressions in Oniguruma's syntax. Each cuts the parts that the one before left; a
-# match is a part, and so is what lies between matches. Facts: each model's tokenizer.json, and llama-vocab.cpp where
-# that differs (it writes classes such as \p{Lu} as "letter, but not a-z").
+# match is a part, and so is what lies between matches. They are those of each model's tokenizer.json (kimi-k2:
+# tokenization_kimi.py), which the model was trained with, and of llama-vocab.cpp for the others.
+#
+# llama.cpp differs from the authors where its own expressions have no classes by kind of letter and no blanks by code:
+#   tekken, gpt-4o and all of their kind, kimi-k2   words are cut before each mark (but not granite-embed-multi-97m's), and
+#                                                   letters with case beyond ASCII count as both small and capital
+#   kimi-k2                                         words are not cut at capitals; Chinese characters are a list of ranges
+#   deepseek-llm, deepseek-coder                    blanks that are within a range of other characters are none of it
 
 _SUFFIX = r"'s|'t|'re|'ve|'m|'ll|'d"
 _ANY_SUFFIX = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
@@ -16,10 +23,8 @@ _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _HALVED_BLANKS = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_CJK_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff&&[^\\s]]+"    # llama.cpp matches no blanks by their code
+_CJK_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _ASCII_SIGN = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
-_HAN = (r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\x{20000}-\x{2a6df}\x{2a700}-\x{2b73f}\x{2b740}-\x{2b81f}"
-        r"\x{2b820}-\x{2ceaf}\x{2ceb0}-\x{2ebef}\x{2f800}-\x{2fa1f}")
 # Letters with case, as deepseek-llm's tokenizer.json lists them.
 _CASED = (
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
@@ -35,21 +40,24 @@ _CASED = (
 )
 
 
-def _cased_words(letter: str, suffix: str = "") -> str:
-    """Give the expression of words cut where small letters turn into capitals; letters without case count as both."""
-    upper, lower, start = rf"[{letter}&&[^a-z]]", rf"[{letter}&&[^A-Z]]", r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def _cased_words(suffix: str = "", but: str = "") -> str:
+    """Give the expression of words cut where small letters turn into capitals; marks and letters without case are both."""
+    upper, lower, start = f"[{_UPPER}{but}]", f"[{_LOWER}{but}]", r"[^\r\n\p{L}\p{N}]?"
     return f"{start}{upper}*{lower}+{suffix}|{start}{upper}+{lower}*{suffix}"
 
 
 _SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-_TEKKEN = _cased_words(r"\p{L}") + rf"|\p{{N}}|{_SLASHES}|{_BLANKS}"
+_TEKKEN = _cased_words() + rf"|\p{{N}}|{_SLASHES}|{_BLANKS}"
 _NOT_COMMON_SIGNS = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _GPT2 = rf"{_SUFFIX}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
 _LLAMA3 = rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}"
 _QWEN2 = rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}|{_SIGNS}|{_BLANKS}"
 _DEEPSEEK3 = rf"{_ASCII_SIGN}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+"
-_GPT4O = _cased_words(r"\p{L}", f"(?:{_ANY_SUFFIX})?") + rf"|\p{{N}}{{1,3}}|{_SLASHES}|{_BLANKS}"
-_GPT4O_MARKS = _cased_words(r"\p{L}\p{M}", f"(?:{_ANY_SUFFIX})?") + rf"|\p{{N}}{{1,3}}|{_SLASHES}|{_BLANKS}"
+_GPT4O = _cased_words(f"(?:{_ANY_SUFFIX})?") + rf"|\p{{N}}{{1,3}}|{_SLASHES}|{_BLANKS}"
+_KIMI = _cased_words(f"(?:{_ANY_SUFFIX})?", but=r"&&[^\p{Han}]") + rf"|\p{{N}}{{1,3}}|{_SIGNS}|{_BLANKS}"
 
 
 class Pre(NamedTuple):
@@ -87,9 +95,9 @@ PRE = _table(
     ("jais-2", Pre((rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|{_HALVED_BLANKS}",))),
     ("tekken", Pre((_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", Pre((_GPT4O,))),
-    ("granite-embed-multi-97m", Pre((_GPT4O_MARKS,), ignore_merges=True)),
+    ("granite-embed-multi-97m", Pre((_GPT4O,), ignore_merges=True)),
     ("deepseek-llm", Pre((r"[\r\n]", rf"\s?[{_CASED}]+",
-                          "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002&&[^\\s]]+", r"\s+\z",
+                          "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+\z",
                           _CJK_KOREAN, r"\p{N}+"))),
     ("deepseek-coder", Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_KOREAN, r"\p{N}"))),
     ("deepseek-v3 hunyuan-dense hy_v4 joyai-llm", Pre((r"\p{N}{1,3}", _CJK, rf"{_DEEPSEEK3}[\r\n]*|{_BLANKS}"))),
@@ -98,7 +106,27 @@ PRE = _table(
     ("viking", Pre((_NOT_COMMON_SIGNS, r"\p{N}"))),
     ("chameleon", Pre(("<sentinel:[0-9]+>", "IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}",
                        r"[\p{P}!-/:-@\[-`{-~]", _GPT2), add_bos=True)),
-    ("superbpe", Pre((r"\p{N}+", r"(?=(?:[0-9]{3})+(?![0-9]))"))),
-    ("kimi-k2", Pre((rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+(?:{_ANY_SUFFIX})?|\p{{N}}{{1,3}}"
-                     rf"|{_SIGNS}|{_BLANKS}",))),
+    # llama.cpp has no bound of 100 groups; without one a long number takes quadratic time
+    ("superbpe", Pre((r"\p{N}+", r"(?=(?:[0-9]{3}){1,100}(?![0-9]))"))),
+    ("kimi-k2", Pre((rf"\p{{Han}}+|{_KIMI}",))),
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that do not say: those of before April 2024 have no name, and Ollama's converter writes "default" for each expression
+# that it does not know (convert/tokenizer.go, parseTokenizer), which are all but Llama 3's, Qwen's and DeepSeek's first ones.
+
+OF_ARCHITECTURE = {"llama4": "llama4", "mistral3": "tekken"}       # families with one expression
+OF_TOKEN = {                                                       # (text, id): where a family's special tokens begin
+    ("<|begin_of_text|>", 128000): "llama-bpe",                    # Llama 3
+    ("<|begin_of_text|>", 200000): "llama4",
+    ("[INST]", 3): "tekken",                                       # Mistral since Nemo, also as architecture "llama"
+    ("<|endoftext|>", 151643): "qwen2",                            # Qwen 1 to 3
+    ("<|endoftext|>", 199999): "gpt-4o",                           # o200k
+}
+
+
+def known_pre(architecture: str, id_of: Callable[[str], int | None]) -> str | None:
+    """Name the expressions of a vocabulary of byte-level BPE by what it belongs to, None where that is not known."""
+    found = [pre for (text, i), pre in OF_TOKEN.items() if id_of(text) == i]
+    return OF_ARCHITECTURE.get(architecture) or (found[0] if found else None)

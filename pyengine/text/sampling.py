@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pyengine import native
-from pyengine.errors import PyEngineError, RequestError, ShapeError
+from pyengine.errors import ModelWarning, PyEngineError, RequestError, ShapeError, shown
+from pyengine.files.gguf import nearest
 
 _INT32_MAX = 2**31 - 1
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -37,9 +40,9 @@ class SamplingParams:
     frequency_penalty  subtract it for each recent occurrence         [0]
     seed               the same seed draws the same tokens from the same logits; None draws a seed
     logprobs           how many of the most probable tokens to report beside the chosen one
-    logit_bias         pairs (token, bias), added to the logits; -inf forbids a token
+    logit_bias         pairs (token, bias) or a mapping, added to the logits; -inf forbids a token
 
-    Raises RequestError with the offending value.
+    A model's file may have other defaults than these: `sampling_defaults`. Raises RequestError with the offending value.
     """
 
     temperature: float = 0.8
@@ -62,7 +65,7 @@ class SamplingParams:
         _number("typical_p", self.typical_p, 0, 1)
         _number("repeat_penalty", self.repeat_penalty, 0, math.inf)
         if float(np.float32(self.repeat_penalty)) == 0:
-            raise RequestError(f"repeat_penalty must be greater than 0, got {self.repeat_penalty!r}")
+            raise RequestError(f"repeat_penalty must be greater than 0, got {shown(self.repeat_penalty)}")
         _number("presence_penalty", self.presence_penalty, -math.inf, math.inf)
         _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
         _integer("top_k", self.top_k, 0, _INT32_MAX)
@@ -70,15 +73,84 @@ class SamplingParams:
         _integer("logprobs", self.logprobs, 0, _INT32_MAX)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
+        bias = self.logit_bias
         try:
-            pairs = tuple((token, bias) for token, bias in self.logit_bias)
+            pairs = tuple((token, value) for token, value in (bias.items() if isinstance(bias, Mapping) else bias))
         except (TypeError, ValueError):
-            raise RequestError(f"logit_bias must be pairs (token, bias), got {self.logit_bias!r}") from None
-        for token, bias in pairs:
+            raise RequestError(f"logit_bias must be pairs (token, bias), or a mapping, got {shown(bias)}") from None
+        for token, value in pairs:
             _integer("a token of logit_bias", token, 0, _INT32_MAX)
-            if bias != -math.inf:
-                _number(f"logit_bias of token {token}", bias, -math.inf, math.inf)
-        object.__setattr__(self, "logit_bias", pairs)
+            if not (isinstance(value, (float, np.floating)) and value == -math.inf):
+                _number(f"logit_bias of token {token}", value, -math.inf, math.inf)
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(value)) for token, value in pairs))
+
+
+def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
+    """Return a model's defaults with what a request gives instead. Raises RequestError also for a name that no field has."""
+    names = SamplingParams.__dataclass_fields__
+    for name in given:
+        if name not in names:
+            longer = [known for known in names if known.startswith(name)]                       # "temp"
+            near = f"; near: {', '.join(longer)}" if longer else nearest(name, names)
+            raise RequestError(f"{shown(name)} is no setting of an answer{near}")
+    return SamplingParams(**{**defaults, **given})
+
+
+# Keys of files (gguf-py: Keys.General.SAMPLING_*), which converters fill from generation_config.json, and what they are here.
+SAMPLING_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repeat_penalty",
+                 "penalty_last_n": "repeat_last_n"}
+_UNKNOWN_KEYS = {"xtc_probability": 0, "mirostat": 0, "sequence": ""}          # and the value with which they do nothing
+
+
+def sampling_defaults(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model's authors recommend, by fields of `SamplingParams`: the file's keys `general.sampling.*`.
+
+    What is not there keeps its usual default. Warns of values out of range, and of steps that this sampler does not have.
+    """
+    said = {key: meta.get(f"general.sampling.{key}") for key in (*SAMPLING_KEYS, *_UNKNOWN_KEYS)}
+    for key, nothing in _UNKNOWN_KEYS.items():
+        if said[key] not in (None, nothing):
+            warnings.warn(f"general.sampling.{key}: {shown(said[key])} is ignored: the sampler has no such step", ModelWarning)
+    return usable_sampling({field: said[key] for key, field in SAMPLING_KEYS.items() if said[key] is not None}, "general.sampling")
+
+
+# Parameters of Ollama (its page of the Modelfile) that are no sampling settings: of memory, speed and length, or without effect today.
+_OTHER_PARAMETERS = set(
+    "stop num_ctx num_predict num_keep num_batch num_gpu main_gpu low_vram f16_kv vocab_only use_mmap use_mlock num_thread numa num_gqa "
+    "embedding_only logits_all penalize_newline mirostat_tau mirostat_eta rope_frequency_base rope_frequency_scale draft_num_predict".split())
+_NO_SUCH_STEP = {"mirostat": 0, "tfs_z": 1}              # and the value with which they do nothing
+
+
+def ollama_sampling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a model of Ollama's by fields of `SamplingParams`; names are the same. Warns of what cannot be followed."""
+    taken = {}
+    for name, value in parameters.items():
+        if name in SamplingParams.__dataclass_fields__ and name not in ("logprobs", "logit_bias"):
+            if not (name == "seed" and value == -1):     # -1: another one each time
+                taken[name] = value
+        elif name not in _OTHER_PARAMETERS and not (name in _NO_SUCH_STEP and value == _NO_SUCH_STEP[name]):
+            warnings.warn(f"Ollama's parameter {shown(name)} is ignored: there is no such setting here", ModelWarning)
+    return usable_sampling(taken, "Ollama's parameters")
+
+
+def usable_sampling(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the values of a file, by fields of `SamplingParams`, that are in range; warn of the others, named with their source.
+
+    Numbers of 32 bits get the digits that they have, and a top_k below 0, which means all tokens elsewhere, is 0.
+    """
+    usable: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "top_k" and type(value) is int and value < 0:
+            value = 0
+        if isinstance(value, (float, np.floating)) and np.isfinite(value):
+            value = float(str(np.float32(value)))                              # 0.6, not 0.6000000238418579
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as error:
+            warnings.warn(f"{source}: {name} is ignored: {error}", ModelWarning)
+        else:
+            usable[name] = value
+    return usable
 
 
 class Sampled(NamedTuple):
@@ -93,7 +165,8 @@ class Sampled(NamedTuple):
 class Sampler:
     """Sample one sequence: owns the random stream, the recent tokens and the scratch memory of the C sampler.
 
-    `seed` is the one in use, also where params left it open: it replays the text. Not for several threads at once.
+    `n_vocab` are the tokens that there are: rows of a model's head beyond them are padding, which nobody may draw, and the caller
+    leaves them out. `seed` is the one in use, also where params left it open: it replays the text. Not for several threads at once.
     """
 
     params: SamplingParams
@@ -188,16 +261,17 @@ class Sampler:
 
 def _number(name: str, value: object, low: float, high: float) -> None:
     """Raise RequestError unless value is a finite number in low..high, also as float32."""
-    good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    value = value.item() if isinstance(value, np.generic) else value
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not low <= value <= high or abs(value) > _FLOAT32_MAX:
         bounds = f" in {low:g}..{high:g}" if math.isfinite(low) and math.isfinite(high) else ""
         bounds = bounds or (f", at least {low:g}" if math.isfinite(low) else "")
-        raise RequestError(f"{name} must be a finite number{bounds}, got {value!r}")
+        raise RequestError(f"{name} must be a finite number{bounds}, got {shown(value)}")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} must be an integer in {low}..{high}, got {value!r}")
+        raise RequestError(f"{name} must be an integer in {low}..{high}, got {shown(value)}")
 
 
 def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:

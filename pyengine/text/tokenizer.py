@@ -17,12 +17,16 @@ The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Kno
 - Bytes that encode a lone surrogate become U+FFFD before BPE; llama.cpp keeps them.
 - Nothing "cleans up" spaces before punctuation when ids become text: text, ids, text is exact.
 - A gpt2 vocabulary that does not name its BOS and EOS has none, unless token 11 is a control token as in Falcon.
+- Words of some models are cut as their authors do, which llama.cpp does not (pretokenizers).
+- Of special tokens that overlap in a text the first is taken (specials).
+- A file that does not say how words are cut, or that Ollama wrote, is cut as its vocabulary's other files are.
 - A llama vocabulary without byte tokens spells what it does not have as unknown tokens, one a byte; llama.cpp aborts.
 """
 
 from __future__ import annotations
 
 import codecs
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -30,16 +34,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.errors import InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
-from pyengine.text.pretokenizers import PRE, Pre
-from pyengine.text.roles import EOG_TEXTS, EOM_TEXTS, EOT_TEXTS, FIM_TEXTS, HARMONY_TEXTS, OLD_FIM_KEYS
+from pyengine.text.pretokenizers import known_pre, PRE, Pre
+from pyengine.text.roles import find_roles
+from pyengine.text.specials import Specials
 from pyengine.text.unigram import Unigram
-from pyengine.text.vocabulary import byte_token, Kind, LETTER_BYTES, NO_ID, read_key, read_numbers, SPACE, Strings, SURROGATE
+from pyengine.text.vocabulary import byte_token, Kind, LETTER_BYTES, read_key, SPACE, Strings, SURROGATE, Vocabulary
 from pyengine.text.wordpiece import WordPiece
 
-PREFIX = 5    # special tokens are sought by so many characters first: Gemma's 6,242 "<unused0>" ... are not sought singly
+
+_BLANKS = " \t\n\v\f\r"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,14 +74,23 @@ class Tokenizer:
             raise InvalidModelError("tokenizer.ggml.model: missing; the file has no tokenizer")
         if self.model not in ("llama", "gpt2", "gemma4", "bert", "t5"):
             raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known: llama, gpt2, gemma4, bert, t5")
-        self.pre = read_key(meta, "pre", str) or "default" if self.model == "gpt2" else None
+        self.vocabulary = Vocabulary(meta)
+        self._tokens = self.vocabulary.tokens
+        self.pre = self._find_pre() if self.model == "gpt2" else None
         gemma4 = self.model == "gemma4" or self.pre in ("gemma4", "granite-embed-multi-311m")
         self._family = "gemma4" if gemma4 else self.model
         if self._family == "gpt2" and self.pre not in PRE:
             raise UnsupportedModelError(f"tokenizer.ggml.pre: {self.pre!r}; known: {', '.join(sorted(PRE))}, gemma4")
-        self._load_tokens()
-        self._load_roles()
+        if self._family in ("gpt2", "gemma4"):
+            self._merges = Strings.read(meta, "merges")
+            wrong = lib.pe_strings_not_pair(self._merges.table)
+            if wrong >= 0:
+                raise InvalidModelError(f"tokenizer.ggml.merges: {self._merges.text(wrong)!r} is not two texts with a "
+                                        f"space between")
+        (self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.sep_id, self.mask_id, self.eot_id, self.eom_id,
+         self.eog_ids) = find_roles(self.vocabulary, self._family, self.pre)
         self._load_flags()
+        self._load_specials(str(meta.get("general.name", "")).lower(), str(meta.get("general.architecture", "")))
 
     @classmethod
     def from_metadata(cls, meta: Mapping[str, Any]) -> Tokenizer:
@@ -87,69 +102,17 @@ class Tokenizer:
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    def _load_tokens(self) -> None:
-        tokens = Strings.read(self._meta, "tokens")
-        if not tokens.n:
-            raise InvalidModelError("tokenizer.ggml.tokens: must be a list of at least one string")
-        if tokens.n_empty:                               # as llama.cpp names them
-            tokens = Strings.pack("tokens", [raw or b"[EMPTY_%d]" % i for i, raw in enumerate(tokens)])
-        if tokens.n_twice:
-            raise InvalidModelError(f"tokenizer.ggml.tokens: {tokens.n_twice} tokens appear twice")
-        self._tokens = tokens
-        self._scores = read_numbers(self._meta, "scores", tokens.n, np.float32, 0)
-        self._kinds = self._file_kinds = read_numbers(self._meta, "token_type", tokens.n, np.int32, Kind.NORMAL)
-        if not np.isfinite(self._scores).all():
-            raise InvalidModelError("tokenizer.ggml.scores: not all are finite")
-        if self._family in ("gpt2", "gemma4"):
-            self._merges = Strings.read(self._meta, "merges")
-            wrong = lib.pe_strings_not_pair(self._merges.table)
-            if wrong >= 0:
-                raise InvalidModelError(f"tokenizer.ggml.merges: {self._merges.text(wrong)!r} is not two texts with a "
-                                        f"space between")
-
-    def _load_roles(self) -> None:
-        """Find the tokens with a role: by their keys, by llama.cpp's defaults, by their texts; then what ends text."""
-        default = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "t5": {"eos": 1, "unk": 2, "pad": 0},
-                   "bert": {"bos": 101, "sep": 102, "unk": 100, "pad": 0, "mask": 103},
-                   "gpt2": {"bos": 11, "eos": 11} if self._is_control(11) else {}, "gemma4": {}}[self._family]
-        if self.pre in ("chatglm-bpe", "glm4", "glm5"):
-            default.pop("bos", None)
-
-        default = {name: i for name, i in default.items() if i < self.vocab_size}
-
-        def role(name: str, key: str) -> int | None:
-            found = self._token_key(key)
-            return default.get(name) if found is None else found
-
-        self.bos_id = role("bos", "bos_token_id")
-        self.eos_id = role("eos", "eos_token_id")
-        self.unk_id = role("unk", "unknown_token_id")
-        self.pad_id = role("pad", "padding_token_id")
-        self.sep_id = role("sep", "seperator_token_id")           # the format's spelling
-        self.mask_id = role("mask", "mask_token_id")
-        self.eot_id = self._role_by_text("eot_token_id", EOT_TEXTS)
-        self.eom_id = self._role_by_text("eom_token_id", EOM_TEXTS)
-        fim = {name: self._role_by_text(f"{name}_token_id", texts) for name, texts in FIM_TEXTS.items()}
-
-        ends = {self.id_of(text) for text in EOG_TEXTS} - {None}
-        for i in ends:
-            self._override(i, Kind.CONTROL)
-        more = self._meta.get("tokenizer.ggml.eos_token_ids")                  # Ollama's files
-        ends |= {int(i) for i in more if 0 <= i < self.vocab_size} if isinstance(more, np.ndarray) and more.dtype.kind in "iu" else set()
-        ends |= {fim["fim_pad"], fim["fim_rep"], fim["fim_sep"], self.eos_id, self.eot_id, self.eom_id} - {None}
-        for i in {self.id_of(text) for text in HARMONY_TEXTS} - {None}:
-            self._override(i, Kind.USER_DEFINED)
-        # "<|end|>" closes a message, not the answer, where the vocabulary has calls and returns (gpt-oss, Solar Open);
-        # "</s>" is plain text where it has "<|tool_response>" (Gemma 4).
-        has = {self._tokens.text(i): i for i in ends}
-        if "<|end|>" in has and (has.keys() >= {"<|return|>", "<|call|>"} or has.keys() >= {"<|return|>", "<|calls|>"}
-                                 or "<|flush|>" in has and has.keys() & {"<|call|>", "<|calls|>"}):
-            ends.discard(has["<|end|>"])
-            self._override(has["<|end|>"], Kind.USER_DEFINED)
-        if has.keys() >= {"</s>", "<|tool_response>"}:
-            ends.discard(has["</s>"])
-            self._override(has["</s>"], Kind.NORMAL)
-        self.eog_ids = frozenset(ends)
+    def _find_pre(self) -> str:
+        """Name the expressions that cut a text: the file's word, or the vocabulary's own where the file has none."""
+        said = read_key(self._meta, "pre", str)
+        if said not in (None, "", "default"):
+            return said
+        pre = known_pre(str(self._meta.get("general.architecture", "")), self.vocabulary.id_of)
+        if pre is None:
+            warnings.warn(f"tokenizer.ggml.pre: {'missing' if not said else repr(said)}, so nobody knows how this model's texts are "
+                          "cut into words; llama.cpp's default is taken, and answers may be worse. Get a newer file, or convert the "
+                          "model anew", ModelWarning)
+        return pre or "default"
 
     def _load_flags(self) -> None:
         meta = self._meta
@@ -162,27 +125,21 @@ class Tokenizer:
             self.add_bos, self.add_eos = True, False     # [CLS] and [SEP] always
             if self.sep_id is None:
                 raise InvalidModelError("tokenizer.ggml.seperator_token_id: a bert vocabulary needs it")
-        for flag, token, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
-            if flag and token is None:
-                raise InvalidModelError(f"tokenizer.ggml.{name}_token_id: missing, but add_{name}_token is set")
+        for name, token in (("bos", self.bos_id), ("eos", self.eos_id)):
+            if getattr(self, f"add_{name}") and token is None:
+                warnings.warn(f"tokenizer.ggml.add_{name}_token: set, but {name}_token_id names no token: none is added", ModelWarning)
+                setattr(self, f"add_{name}", False)
         # Ollama's Gemma files lack the key; no Gemma was trained with the prefix (transformers GemmaTokenizer).
         plain = str(meta.get("general.architecture", "")).startswith("gemma")
         prefix = read_key(meta, "add_space_prefix", bool, self._family == "llama" and not plain)
         self.add_space_prefix = prefix and self._family in ("llama", "t5")
         self.remove_extra_whitespaces = read_key(meta, "remove_extra_whitespaces", bool, False)
-        self._load_specials(str(meta.get("general.name", "")).lower(), str(meta.get("general.architecture", "")))
 
     def _load_specials(self, name: str, architecture: str) -> None:
-        """List what is cut out of a text before it is tokenized, the longest first, grouped by how it begins."""
-        control = (self._kinds == Kind.CONTROL) | (self._kinds == Kind.UNKNOWN)
-        ids = np.flatnonzero(control | (self._kinds == Kind.USER_DEFINED))
-        ids = ids[np.argsort(-self._tokens.sizes(ids), kind="stable")].tolist()
-        self._special_texts = {i: self._tokens.text(i) for i in ids}
-        self._order = {i: rank for rank, i in enumerate(ids)}
-        self._by_prefix: dict[str, list[int]] = {}
-        for i, text in self._special_texts.items():
-            self._by_prefix.setdefault(text[:PREFIX], []).append(i)
-        self.special_ids = frozenset(np.flatnonzero(control).tolist())
+        """List what is cut out of a text before it is tokenized, and the blanks that go with it."""
+        kinds = self.vocabulary.kinds
+        self.special_ids = frozenset(np.flatnonzero((kinds == Kind.CONTROL) | (kinds == Kind.UNKNOWN)).tolist())
+        self._fixed_ids = np.flatnonzero(kinds == Kind.USER_DEFINED).tolist()
         # Blanks that a special token swallows. GGUF does not carry this; llama.cpp knows it by name, and so must we.
         self._rstrip: frozenset[int | None] = frozenset()
         self._lstrip: frozenset[int | None] = frozenset()
@@ -192,41 +149,24 @@ class Tokenizer:
             self._lstrip = frozenset({self.id_of("<mask>")})
         elif "phi-3" in name or "phi3" in name:
             keep = {self.id_of(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
-            self._rstrip = frozenset({*ids, self.id_of("</s>")} - keep)
+            self._rstrip = frozenset({*self.special_ids, *self._fixed_ids, self.id_of("</s>")} - keep)
         elif "modern-bert" in name:
             self._lstrip = frozenset({self.id_of("[MASK]")})
 
-    def _token_key(self, key: str) -> int | None:
-        value = read_key(self._meta, key, int)
-        if value is None or value == NO_ID:
-            return None
-        if not 0 <= value < self.vocab_size:
-            raise InvalidModelError(f"tokenizer.ggml.{key}: {value} is not below the {self.vocab_size} tokens")
-        return value
+    @cached_property
+    def _fixed(self) -> Specials:
+        """User-defined tokens, which stand for themselves in any text."""
+        return Specials({i: self._tokens.text(i) for i in self._fixed_ids})
 
-    def _role_by_text(self, key: str, texts: Iterable[str]) -> int | None:
-        found = self._token_key(key)
-        if found is None and key.split("_token_id")[0] in OLD_FIM_KEYS:
-            found = self._token_key(OLD_FIM_KEYS[key.split("_token_id")[0]] + "_token_id")
-        if found is None:
-            found = next((i for i in map(self.id_of, texts) if i is not None), None)
-            if found is not None:
-                self._override(found, Kind.CONTROL)
-        return found
-
-    def _override(self, i: int, kind: Kind) -> None:
-        if self._kinds[i] != kind:
-            if self._kinds is self._file_kinds:
-                self._kinds = self._kinds.copy()
-            self._kinds[i] = kind
-
-    def _is_control(self, i: int) -> bool:
-        return i < self.vocab_size and self._kinds[i] == Kind.CONTROL
+    @cached_property
+    def _specials(self) -> Specials:
+        """Those, and control and unknown tokens."""
+        return Specials({i: self._tokens.text(i) for i in (*self._fixed_ids, *self.special_ids)})
 
     @cached_property
     def _encoder(self) -> _Model:
         if self._family == "llama":
-            return Spm(self._tokens, self._scores, self.unk_id)
+            return Spm(self._tokens, self.vocabulary.scores, self.unk_id)
         if self._family == "gpt2":
             return Bpe(self._tokens, self._merges, PRE[self.pre])
         if self._family == "gemma4":
@@ -242,7 +182,7 @@ class Tokenizer:
             return WordPiece(tokens, self.unk_id, lowercase, read_key(meta, "normalizer.strip_accents", bool, lowercase))
         charsmap = meta.get("tokenizer.ggml.precompiled_charsmap", b"")
         blob = charsmap if isinstance(charsmap, bytes) else np.asarray(charsmap).astype(np.uint8).tobytes()
-        return Unigram(tokens, self._scores, self._file_kinds, self.unk_id, blob, self.add_space_prefix,
+        return Unigram(tokens, self.vocabulary.scores, self.vocabulary.file_kinds, self.unk_id, blob, self.add_space_prefix,
                         self.remove_extra_whitespaces)
 
     # -- text to ids -----------------------------------------------------------------------------------------------
@@ -278,28 +218,14 @@ class Tokenizer:
         return ids
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
-        """Cut special tokens out of a text: all of the longest first, then the next in what is left."""
-        found = [i for prefix, ids in self._by_prefix.items() if prefix in text
-                 for i in ids if self._special_texts[i] in text]
-        found.sort(key=self._order.__getitem__)
-        parts: list[str | int] = [text] if text else []
-        for i in found:
-            if not parse_special and i in self.special_ids:
-                continue
-            special, cut = self._special_texts[i], []
-            for part in parts:
-                if isinstance(part, int) or special not in part:
-                    cut.append(part)
-                    continue
-                pieces = part.split(special)
-                for k, piece in enumerate(pieces):
-                    if k and i in self._rstrip:
-                        piece = piece.lstrip(" \t\n\v\f\r")
-                    if k < len(pieces) - 1 and i in self._lstrip:
-                        piece = piece.rstrip(" \t\n\v\f\r")
-                    cut += [i] * (k > 0) + [piece] * (piece != "")
-            parts = cut
-        return parts
+        """Cut special tokens out of a text, with the blanks that they swallow."""
+        parts = (self._specials if parse_special else self._fixed).split(text)
+        if self._rstrip or self._lstrip:
+            for k, part in enumerate(parts):
+                if isinstance(part, str):
+                    part = part.lstrip(_BLANKS) if k and parts[k - 1] in self._rstrip else part
+                    parts[k] = part.rstrip(_BLANKS) if k + 1 < len(parts) and parts[k + 1] in self._lstrip else part
+        return [part for part in parts if part != ""]
 
     # -- ids to text -----------------------------------------------------------------------------------------------
 
@@ -308,9 +234,11 @@ class Tokenizer:
 
         Raises: RequestError for an id that the vocabulary does not have.
         """
+        if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+            raise RequestError(f"a token must be an int, not {type(token).__name__}")
         if not 0 <= token < self.vocab_size:
-            raise RequestError(f"token {token} is not in the vocabulary of {self.vocab_size}")
-        raw, kind = self._tokens[token], int(self._kinds[token])
+            raise RequestError(f"token {shown(token)} is not in the vocabulary of {self.vocab_size}")
+        raw, kind = self._tokens[token], int(self.vocabulary.kinds[token])
         if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED):
             return raw
         if kind == Kind.BYTE:
@@ -328,6 +256,8 @@ class Tokenizer:
 
         Raises: RequestError for an id that the vocabulary does not have.
         """
+        if not isinstance(ids, Iterable):
+            raise RequestError(f"detokenize: ids must be a list of ints, not {type(ids).__name__}")
         decoder = self.decoder(skip_special)
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
@@ -346,22 +276,21 @@ class Tokenizer:
         """The number of tokens in the file; the model's output may be wider."""
         return self._tokens.n
 
+    @cached_property
+    def n_drawn(self) -> int:
+        """The number of tokens that an answer may have: those below it, without the padding of a converter."""
+        return self.vocabulary.n_drawn()
+
     def id_of(self, text: str) -> int | None:
         """Give the id of the token that the file spells this way, or None."""
-        try:
-            return self._tokens.find(text.encode("utf-8", "surrogateescape"))
-        except UnicodeEncodeError:                       # a lone surrogate is in no file
-            return None
+        return self.vocabulary.id_of(text)
 
     def need(self, text: str) -> int:
         """Give the id of the token that the file spells this way.
 
         Raises: UnsupportedModelError if there is none.
         """
-        found = self.id_of(text)
-        if found is None:
-            raise UnsupportedModelError(f"the vocabulary has no token {text!r}, which this model needs")
-        return found
+        return self.vocabulary.need(text)
 
     def __repr__(self) -> str:
         kind = self.model if self.pre is None else f"{self.model}, {self.pre}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from pyengine.errors import InvalidModelError
+from pyengine.text.specials import Specials
 from pyengine.text.vocabulary import BYTE_RUNS, lenient, Kind, SPACE
+
+MAX_RULE = 256      # bytes of a rule's text, and of what replaces it; sentencepiece's own are far shorter. It bounds what a letter costs
 
 
 class Unigram:
@@ -34,15 +36,11 @@ class Unigram:
         self._model = Pipeline(models.Unigram(vocab, unk_id, False))
         self._charsmap = _Charsmap(charsmap)
         self._prefix, self._merge_spaces = prefix, merge_spaces
-        fixed = sorted((t for t, k in zip(tokens, kinds.tolist()) if k == Kind.USER_DEFINED), key=len, reverse=True)
-        self._fixed = re.compile("|".join(map(re.escape, fixed))) if fixed else None
+        self._tokens = tokens
+        self._fixed = Specials({i: t for i, (t, k) in enumerate(zip(tokens, kinds.tolist())) if k == Kind.USER_DEFINED})
 
     def encode(self, text: str) -> list[int]:
-        parts, start = [], 0
-        for match in self._fixed.finditer(text) if self._fixed else ():
-            parts += [self._charsmap.apply(text[start:match.start()]), match.group()]
-            start = match.end()
-        text = "".join([*parts, self._charsmap.apply(text[start:])])
+        text = "".join([self._charsmap.apply(part) if isinstance(part, str) else self._tokens[part] for part in self._fixed.split(text)])
         if self._merge_spaces:
             words = [word for word in text.split(" ") if word]
             text = "".join(SPACE + word for word in words)
@@ -76,9 +74,9 @@ class _Charsmap:
         while i < len(raw):
             length, value = self._longest(raw, i)
             if length:
-                end = self._strings.find(b"\0", value)
+                end = self._strings.find(b"\0", value, value + MAX_RULE + 1)
                 if end < 0:
-                    raise InvalidModelError(f"tokenizer.ggml.precompiled_charsmap: no replacement at {value}")
+                    raise InvalidModelError(f"tokenizer.ggml.precompiled_charsmap: no replacement of at most {MAX_RULE} bytes at {value}")
                 out.append(self._strings[value:end])
             else:
                 length = 1 if raw[i] < 0x80 else len(BYTE_RUNS.match(raw, i).group())
@@ -90,7 +88,7 @@ class _Charsmap:
         units, best = self._units, (0, 0)
         try:
             node = _offset(units[0])
-            for i in range(start, len(raw)):
+            for i in range(start, min(len(raw), start + MAX_RULE)):
                 byte = raw[i]
                 node ^= byte
                 unit = units[node]

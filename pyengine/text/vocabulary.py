@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from pyengine.errors import InvalidModelError
+from pyengine.errors import InvalidModelError, ModelWarning, UnsupportedModelError
 from pyengine.files.gguf import Metadata
 from pyengine.native import ffi, lib
 
@@ -116,6 +117,85 @@ class Strings:
     def find(self, raw: bytes) -> int | None:
         found = lib.pe_strings_find(self.table, raw, len(raw))
         return None if found < 0 else found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens and their kinds
+
+
+class Vocabulary:
+    """The tokens of a file: `tokens`, `scores`, and `kinds`, of which some are set to others than the file's, `file_kinds`.
+
+    Raises: InvalidModelError where there are none, two are equal, or a list is of another length.
+    """
+
+    def __init__(self, meta: Mapping[str, Any]):
+        tokens = Strings.read(meta, "tokens")
+        if not tokens.n:
+            raise InvalidModelError("tokenizer.ggml.tokens: must be a list of at least one string")
+        if tokens.n_empty:                               # as llama.cpp names them
+            tokens = Strings.pack("tokens", [raw or b"[EMPTY_%d]" % i for i, raw in enumerate(tokens)])
+        if tokens.n_twice:
+            raise InvalidModelError(f"tokenizer.ggml.tokens: {tokens.n_twice} tokens appear twice")
+        self.meta, self.tokens = meta, tokens
+        self.scores = read_numbers(meta, "scores", tokens.n, np.float32, 0)
+        self.kinds = self.file_kinds = read_numbers(meta, "token_type", tokens.n, np.int32, Kind.NORMAL)
+        if not np.isfinite(self.scores).all():
+            raise InvalidModelError("tokenizer.ggml.scores: not all are finite")
+
+    def __len__(self) -> int:
+        return self.tokens.n
+
+    def id_of(self, text: str) -> int | None:
+        """Give the id of the token that the file spells this way, or None."""
+        try:
+            return self.tokens.find(text.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:                       # a lone surrogate is in no file
+            return None
+
+    def need(self, text: str) -> int:
+        """Give the id of the token that the file spells this way.
+
+        Raises: UnsupportedModelError if there is none.
+        """
+        found = self.id_of(text)
+        if found is None:
+            raise UnsupportedModelError(f"the vocabulary has no token {text!r}, which this model needs")
+        return found
+
+    def set_kind(self, i: int, kind: Kind) -> None:
+        if self.kinds[i] != kind:
+            if self.kinds is self.file_kinds:
+                self.kinds = self.kinds.copy()
+            self.kinds[i] = kind
+
+    def id_at(self, key: str) -> int | None:
+        """Give the id that a key of `tokenizer.ggml` names; None without the key, for -1, and, with a warning, for an id that no
+        token has: converters have written such, and the role's default is then right (llama-vocab.cpp: "bad special token").
+        """
+        value = read_key(self.meta, key, int)
+        if value is None or value == NO_ID:
+            return None
+        return value if self.has(key, value) else None
+
+    def has(self, key: str, i: int) -> bool:
+        """Tell whether a token has an id; warn of the key where none has."""
+        if not 0 <= i < len(self):
+            if i != -1:
+                warnings.warn(f"tokenizer.ggml.{key}: {i} is ignored: the vocabulary has {len(self)} tokens, from 0 on", ModelWarning)
+            return False
+        return True
+
+    def n_drawn(self) -> int:
+        """Count the tokens that an answer may have: all before the padding that ends a list.
+
+        A model's rows may be more than its tokenizer's tokens; converters name the others "[PAD<id>]", unused (llama.cpp:
+        convert_hf_to_gguf.py, get_vocab_base).
+        """
+        n = len(self)
+        while n and self.kinds[n - 1] == Kind.UNUSED and self.tokens[n - 1] == b"[PAD%d]" % (n - 1):
+            n -= 1
+        return n or len(self)
 
 
 def byte_token(raw: bytes) -> bytes:

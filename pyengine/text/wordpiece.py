@@ -12,12 +12,13 @@ class WordPiece:
     """Cuts each word into the longest tokens from its left; a word that cannot be cut whole is one unknown token.
 
     The vocabulary is the converter's: a word's first piece begins with U+2581, the others have no "##". Written out
-    here because llama.cpp has no longest word and `tokenizers` takes quadratic time without one.
+    here because llama.cpp has no longest word and `tokenizers` takes quadratic time without one. A letter costs no more
+    than one look for each length that a token has.
     """
 
     def __init__(self, tokens: Sequence[str], unk_id: int, lowercase: bool, strip_accents: bool):
         self._ids = {text: i for i, text in enumerate(tokens)}
-        self._longest = max(map(len, tokens))
+        self._lengths = sorted(set(map(len, tokens)), reverse=True)
         self._unk_id, self._lowercase, self._strip_accents = unk_id, lowercase, strip_accents
 
     def encode(self, text: str) -> list[int]:
@@ -47,14 +48,14 @@ class WordPiece:
         ids: list[int] = []
         start = 0
         while start < len(word):
-            for end in range(min(len(word), start + self._longest), start, -1):
-                found = self._ids.get(word[start:end])
+            for length in self._lengths:
+                found = self._ids.get(word[start:start + length]) if start + length <= len(word) else None
                 if found is not None:
                     break
             else:
                 return [self._unk_id]
             ids.append(found)
-            start = end
+            start += length
         return ids
 
 
