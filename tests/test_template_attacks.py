@@ -88,8 +88,10 @@ def _grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds("({} is {}({}))".format, inner, _tests, inner), st.builds("{}.{}".format, inner, _methods),
         st.builds("{}.{}({})".format, inner, _methods, arguments), st.builds("{}[{}]".format, inner, inner),
         st.builds("{}[{}:{}]".format, inner, inner, inner), st.builds("({} if {} else {})".format, inner, inner, inner),
-        st.builds("[{}, {}]".format, inner, inner), st.builds("{{'k': {}, 1: {}}}".format, inner, inner), st.builds("(not {})".format, inner),
-        st.builds("({} | map('{}') | list)".format, inner, _filters), st.builds("({} | select('{}', {}) | list)".format, inner, _tests, inner),
+        st.builds("[{}, {}]".format, inner, inner), st.builds("{{'k': {}, 1: {}}}".format, inner, inner),
+        st.builds("(not {})".format, inner),
+        st.builds("({} | map('{}') | list)".format, inner, _filters),
+        st.builds("({} | select('{}', {}) | list)".format, inner, _tests, inner),
         st.builds("f({})".format, arguments), st.builds("namespace(k={})".format, inner), st.builds("dict(k={})".format, inner))
 
 
@@ -98,12 +100,16 @@ EXPRESSIONS = st.recursive(_atoms, _grown, max_leaves=5)
 
 def _nested(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return st.one_of(
-        st.builds("{}{}".format, inner, inner), st.builds("{{% if {} %}}{}{{% else %}}{}{{% endif %}}".format, EXPRESSIONS, inner, inner),
+        st.builds("{}{}".format, inner, inner),
+        st.builds("{{% if {} %}}{}{{% else %}}{}{{% endif %}}".format, EXPRESSIONS, inner, inner),
         st.builds("{{% for x in {} %}}{}{{% endfor %}}".format, EXPRESSIONS, inner),
         st.builds("{{% for x in {} if {} %}}{}{{% endfor %}}".format, EXPRESSIONS, EXPRESSIONS, inner),
-        st.builds("{{% set x %}}{}{{% endset %}}".format, inner), st.builds("{{% filter {} %}}{}{{% endfilter %}}".format, _filters, inner),
-        st.builds("{{% macro f(x, y={}) %}}{}{{% endmacro %}}".format, EXPRESSIONS, inner), st.builds("{{% call f({}) %}}{}{{% endcall %}}".format, EXPRESSIONS, inner),
-        st.builds("{{% generation %}}{}{{% endgeneration %}}".format, inner), st.builds("{{% with x = {} %}}{}{{% endwith %}}".format, EXPRESSIONS, inner))
+        st.builds("{{% set x %}}{}{{% endset %}}".format, inner),
+        st.builds("{{% filter {} %}}{}{{% endfilter %}}".format, _filters, inner),
+        st.builds("{{% macro f(x, y={}) %}}{}{{% endmacro %}}".format, EXPRESSIONS, inner),
+        st.builds("{{% call f({}) %}}{}{{% endcall %}}".format, EXPRESSIONS, inner),
+        st.builds("{{% generation %}}{}{{% endgeneration %}}".format, inner),
+        st.builds("{{% with x = {} %}}{}{{% endwith %}}".format, EXPRESSIONS, inner))
 
 
 TEMPLATES = st.recursive(st.one_of(st.builds("{{{{ {} }}}}".format, EXPRESSIONS), st.sampled_from(["text", "\n  ", "{% break %}", "{{ loop.index }}"]),

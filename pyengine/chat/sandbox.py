@@ -447,9 +447,12 @@ def _paying(original: Callable[..., Any], cost: Callable[..., None] | None, name
         head, value, rest = args[:skip], args[skip], args[skip + 1:]
         if type(value) not in _KINDS and not isinstance(value, Undefined):
             raise Outside
-        if name in _WHOLE and type(value) is not str and not isinstance(value, Undefined):
-            value = _listed(value)
-        cost(value, *rest, **kwargs)
+        try:
+            if name in _WHOLE and type(value) is not str and not isinstance(value, Undefined):
+                value = _listed(value)
+            cost(value, *rest, **kwargs)
+        except Exception:                          # an error of the template's, and when and whether it comes is jinja2's to say
+            raise Outside from None
         if name in _LAZY and value:                # jinja2 takes None for an empty list here
             value = _ticking(value)
         made = original(*head, value, *rest, **kwargs)
@@ -497,10 +500,11 @@ def _compared(left: Any, name: str, right: Any) -> Any:
 
 
 def _sliced(value: Any, start: Any, stop: Any, step: Any) -> Any:
+    _only(frozenset({int, type(None)}), start, stop, step)
     kind = type(value)
+    if kind not in LISTS and kind is not str and kind is not range and not isinstance(value, Undefined):
+        raise Outside                              # jinja2 gives Undefined for constants, and an error for others
     current_budget.get().spend(CHARACTER * len(value) if kind is str else 8 * len(value) if kind in LISTS else 0)
-    if kind not in (str, list, tuple, range, dict) and kind not in NUMBERS and value is not None and not isinstance(value, Undefined):
-        raise Outside
     return value[start:stop:step]
 
 
@@ -706,8 +710,10 @@ class Sandbox(dialect.Environment):
                 return super().getitem(obj, argument)
             raise Outside
         if kind not in _HIDDEN:
-            if kind is dialect.Namespace or isinstance(obj, Undefined):
+            if kind is dialect.Namespace:
                 return self.getattr(obj, argument) if type(argument) is str else self.undefined(obj=obj, name=argument)
+            if isinstance(obj, Undefined):
+                return super().getitem(obj, argument)
             raise Outside
         try:
             return obj[argument]
@@ -764,14 +770,14 @@ class Sandbox(dialect.Environment):
                 raise Outside
             if (type(owner), name) not in _ANY_ARGUMENT:
                 _only(SCALARS, *args)
-            elif name == "join" and len(args) == 1:
-                args = (_listed(args[0]),)
-            elif name == "get" and args:
-                _only(SCALARS, args[0])
             try:
+                if name == "join":
+                    args = tuple(map(_listed, args))
+                elif name == "get":
+                    _only(SCALARS, *args[:1])
                 cost(budget, owner, *args)
-            except TypeError:                      # a wrong number of arguments: the method says so itself
-                pass
+            except Exception:                      # such as a wrong number of arguments
+                raise Outside from None
             return function(*args)
         if kind is Macro or kind is LoopContext:
             budget.depth += 1
