@@ -1,31 +1,36 @@
 """Chat messages to the text of a prompt, by the model's own Jinja template.
 
-A template comes out of a file that anybody may have written, so it runs in jinja2's sandbox and on a budget: so many
-characters alive in one value, so much time. jinja2 alone stops neither `{% set x = x ~ x %}` in a loop nor two nested
-loops without output, therefore each loop, call, filter, concatenation and literal of a template reports to the budget
-(`_Metered`), and operators and methods that can grow a value in one step are checked before they run.
-
-What templates may use is what transformers gives them (utils/chat_template_utils.py): `messages`, `tools`, `documents`,
-`add_generation_prompt`, `bos_token`, `eos_token`, `raise_exception`, `strftime_now`, `tojson` without escapes, `break`
-and `continue`, and the `{% generation %}` block.
+A template comes out of a file that anybody may have written. It gets so much time and memory for compiling and rendering
+together, whatever it does: `sandbox.py` says how. What it may use is what transformers gives to templates, and some names
+of llama.cpp's: `dialect.py`. Its variables are `messages`, `tools`, `documents`, `add_generation_prompt`, `bos_token` and
+`eos_token`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2.sandbox
+import jinja2
+import numpy as np
 
+from pyengine.chat import helper
 from pyengine.chat.defaults import default_template
-from pyengine.chat.sandbox import Budget, current_budget, check_size, Sandbox, MAX_SOURCE
+from pyengine.chat.dialect import explained
+from pyengine.chat.helper import over_budget, OverBudget, render_apart
+from pyengine.chat.sandbox import Budget, current_budget, Outside, Sandbox
 from pyengine.errors import RequestError, TemplateError
 from pyengine.text.tokenizer import Tokenizer
 
 _PART_KINDS = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
                "audio": "audio", "audio_url": "audio", "input_audio": "audio"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")            # as in transformers: the first is the standard
+MAX_SOURCE = 1_000_000                             # characters of a template; the longest known have 30,000
+MAX_NESTING = 200                                  # of lists and mappings in messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,12 +47,9 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source)} characters, more than {MAX_SOURCE}")
         self.source, self.bos, self.eos = source, bos, eos
-        try:
-            self._template = Sandbox().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"the chat template is malformed: line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError, TypeError) as error:
-            raise TemplateError(f"the chat template is malformed: {error}") from error
+        started = time.monotonic()
+        self._compiled = _compiled(source)
+        self._compile_seconds = time.monotonic() - started
         self._takes: dict[type, bool] = {}
 
     @classmethod
@@ -78,42 +80,35 @@ class ChatTemplate:
         values: dict[str, Any] = {"documents": documents, **(variables or {})}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
-        shown = [self._shown(message, media_marker) for message in messages]
-        return self._run(shown, tools, add_generation_prompt, values)
+        deadline = time.monotonic() + helper.MAX_SECONDS - self._compile_seconds
+        shown = [self._shown(message, media_marker, deadline) for message in messages]
+        return self._run(shown, tools, add_generation_prompt, values, deadline)
 
-    def _run(self, messages: Any, tools: Any, add_generation_prompt: bool, values: Mapping[str, Any]) -> str:
-        budget = Budget()
-        token = current_budget.set(budget)
-        out, size = [], 0
-        try:
-            for piece in self._template.generate(**values, messages=messages, tools=tools, bos_token=self.bos,
-                                                 eos_token=self.eos, add_generation_prompt=add_generation_prompt):
-                budget.tick()
-                size += len(piece)
-                check_size(size)
-                out.append(piece)
-        except TemplateError:
-            raise
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, NameError,
-                RuntimeError, TypeError, ValueError) as error:       # RecursionError is a RuntimeError
-            raise TemplateError(f"the chat template fails: {type(error).__name__}: {error}") from error
-        finally:
-            current_budget.reset(token)
-        return "".join(out)
+    def _run(self, messages: Any, tools: Any, add_generation_prompt: bool, values: Mapping[str, Any], deadline: float) -> str:
+        values = _plain({**values, "messages": messages, "tools": tools, "bos_token": self.bos, "eos_token": self.eos,
+                         "add_generation_prompt": add_generation_prompt})
+        if self._compiled is not None:
+            try:
+                return _render_here(self._compiled, values, deadline)
+            except Outside:
+                pass                               # and let go of what it made
+        return render_apart(self.source, values, deadline)
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def _shown(self, message: Mapping[str, Any], media_marker: str | None) -> dict[str, Any]:
+    def _shown(self, message: Mapping[str, Any], media_marker: str | None, deadline: float) -> dict[str, Any]:
         """Give a message in the form that this template takes."""
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError("a message must be a mapping with a role")
-        shown = dict(message)
+        reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+        shown = dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             parts = [_part(part) for part in content]
-            shown["content"] = parts if self._takes_parts else _joined(parts, media_marker)
+            shown["content"] = parts if self._shows(list, deadline) else _joined(parts, media_marker)
         elif isinstance(content, str):
-            if not self._takes_text:
+            # If nothing comes out as itself, it may as well be a string.
+            if not self._shows(str, deadline) and self._shows(list, deadline):
                 shown["content"] = [{"type": "text", "text": content}]
         elif content is not None:
             raise RequestError(f"content must be a string or a list of parts, not {type(content).__name__}")
@@ -121,27 +116,80 @@ class ChatTemplate:
             shown["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
         return shown
 
-    @property
-    def _takes_text(self) -> bool:
-        """Whether a string as content comes out as itself; if nothing does, it may as well be a string."""
-        return self._shows(str) or not self._shows(list)
-
-    @property
-    def _takes_parts(self) -> bool:
-        return self._shows(list)
-
-    def _shows(self, form: type) -> bool:
+    def _shows(self, form: type, deadline: float) -> bool:
         """Find out by trying: give a text in this form and look for it, as text and not as a printed list."""
         if form not in self._takes:
             probe = "pyengine probe"
             content = probe if form is str else [{"type": "text", "text": probe}]
             try:
-                out = self._run([{"role": "user", "content": content}], None, False, {})
+                out = self._run([{"role": "user", "content": content}], None, False, {}, deadline)
+            except OverBudget:
+                raise
             except TemplateError:
                 out = ""
             printed = re.search(r"""['"]type['"]: ['"]text['"]""", out)
             self._takes[form] = probe in out and not printed
         return self._takes[form]
+
+
+@functools.cache
+def _sandbox() -> Sandbox:
+    return Sandbox()
+
+
+def _compiled(source: str) -> jinja2.Template | None:
+    """The template for this process, or None if it is none that can be bounded here. Raises TemplateError if it is malformed."""
+    try:
+        return _sandbox().from_string(source)
+    except (Outside, RecursionError):              # the recursion of a caller that is deep already
+        return None
+    except MemoryError:
+        raise over_budget() from None
+    except Exception as error:
+        raise TemplateError(explained(error)) from error
+
+
+def _render_here(template: jinja2.Template, values: dict[str, Any], deadline: float) -> str:
+    token = current_budget.set(Budget(deadline))
+    try:
+        return template.render(values)
+    except RecursionError:
+        raise Outside from None
+    except MemoryError:
+        raise over_budget() from None
+    except Exception as error:
+        raise TemplateError(explained(error)) from error
+    finally:
+        current_budget.reset(token)
+
+
+def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> Any:
+    """Copy a value as None, booleans, numbers, strings, lists, tuples and mappings; anything else becomes its type's name.
+
+    Shared parts stay shared. As transformers does it: other objects have methods of which some write files.
+    """
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or kind is float or value is None:
+        return value
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)][1]
+    if depth > MAX_NESTING:
+        raise RequestError(f"messages, tools and variables of a chat template are nested deeper than {MAX_NESTING} lists and mappings")
+    if isinstance(value, Mapping):
+        made: Any = {_plain(k, seen, depth + 1): _plain(v, seen, depth + 1) for k, v in value.items()}
+    elif isinstance(value, (list, tuple)):
+        made = [_plain(v, seen, depth + 1) for v in value]
+        made = tuple(made) if isinstance(value, tuple) else made
+    elif isinstance(value, (str, int, float)):     # bool has no subclasses
+        base = next(base for base in (str, int, float) if isinstance(value, base))
+        return base.__str__(value) if base is str else base.__int__(value) if base is int else base.__float__(value)
+    elif isinstance(value, np.generic):
+        return _plain(value.item(), seen, depth + 1)
+    else:
+        return f"<{kind.__name__}>"
+    seen[id(value)] = (value, made)                # the value too, so that its id stays its own
+    return made
 
 
 def _part(part: Any) -> dict[str, str]:
