@@ -73,9 +73,6 @@ class Prompts:
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
         """Segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is added)."""
-        for name, value in (("prompt", prompt), ("images", images)):
-            if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)) or name == "images" and isinstance(value, str):
-                raise RequestError(f"{name} must be a {'text or a list of parts' if name == 'prompt' else 'list of pictures'}, got {shown(value)}")
         if isinstance(prompt, str):
             return self.text(prompt, [Medium(s, f"images[{i}]") for i, s in enumerate(as_list(images, "images"))])
         if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):

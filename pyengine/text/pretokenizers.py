@@ -94,7 +94,10 @@ PRE = _table(
                         r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",))),
     ("jais-2", Pre((rf"{_ANY_SUFFIX}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|{_HALVED_BLANKS}",))),
     ("tekken", Pre((_TEKKEN,), ignore_merges=True, add_bos=True)),
-    ("gpt-4o llama4 kanana2 talkie minimax-m2", Pre((_GPT4O,))),
+    # tiktoken looks a whole part up before it joins anything, and transformers' TikTokenConverter says so by ignore_merges;
+    # differs: llama.cpp joins them
+    ("llama4", Pre((_GPT4O,), ignore_merges=True)),
+    ("gpt-4o kanana2 talkie minimax-m2", Pre((_GPT4O,))),
     ("granite-embed-multi-97m", Pre((_GPT4O,), ignore_merges=True)),
     ("deepseek-llm", Pre((r"[\r\n]", rf"\s?[{_CASED}]+",
                           "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+\z",

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks run
 
 
 def outcomes(kind: str, names: Sequence[str]) -> dict[str, list]:
-    run = subprocess.run([sys.executable, str(HERE / "attacks.py"), kind, *names], capture_output=True, text=True,
-                         env={"PYTHONPATH": f"{HERE.parent}:{HERE}"}, timeout=900)
+    run = subprocess.run([sys.executable, str(HERE.parent / "support" / "attacks.py"), kind, *names], capture_output=True, text=True,
+                         env={"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent / 'support'}"}, timeout=900)
     assert run.returncode == 0, run.stderr
     return {name: rest for name, *rest in map(json.loads, run.stdout.splitlines())}
 
