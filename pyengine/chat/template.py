@@ -22,7 +22,8 @@ from pyengine.chat import helper
 from pyengine.chat.defaults import default_template
 from pyengine.chat.dialect import explained
 from pyengine.chat.helper import over_budget, OverBudget, render_apart
-from pyengine.chat.sandbox import Budget, current_budget, Outside, Sandbox
+from pyengine.chat.budget import Budget, current_budget, Outside
+from pyengine.chat.sandbox import Sandbox
 from pyengine.errors import RequestError, TemplateError
 from pyengine.text.tokenizer import Tokenizer
 

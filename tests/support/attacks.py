@@ -490,9 +490,9 @@ def attacked(source: str) -> list[object]:
 
 
 def main(kind: str, *names: str) -> None:
-    from pyengine.chat import helper, sandbox, template
+    from pyengine.chat import budget, helper, template
 
-    helper.MAX_SECONDS, sandbox.MAX_SECONDS_HERE = SECONDS, SECONDS / 4
+    helper.MAX_SECONDS, budget.MAX_SECONDS_HERE = SECONDS, SECONDS / 4
     template.ChatTemplate("{{ messages | length }}").render([])                 # what is imported once
     for name in names or KINDS[kind]:
         print(json.dumps([name, *attacked(KINDS[kind][name])]), flush=True)

@@ -56,6 +56,7 @@ def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtyp
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()        # tests read what commands write to stderr
     case = cases.find(kind) if isinstance(kind, str) else kind
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -368,7 +368,7 @@ def test_ids_of_another_kind_are_refused_by_each_step(tmp_path, ids):
 def test_prompts_of_another_kind_are_refused(tmp_path):
     model = pe.load(write(tmp_path / "m.gguf"), n_ctx=64, n_threads=1)
     for given, name in (({"prompt": None}, "prompt"), ({"prompt": b"A"}, "prompt"), ({"prompt": "A", "images": 5}, "images"),
-                        ({"prompt": "A", "images": "a.png"}, "images")):
+                        ({"prompt": "A", "images": "a.png"}, "takes no pictures")):          # one picture is a list of one
         with pytest.raises(RequestError, match=name):
             model.generate(**given)
     for prompts in ("AB", 5, None):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, HealthCheck, settings, strategies as st
 
 import attacks
-from pyengine.chat import dialect, helper, sandbox, template
+from pyengine.chat import budget, dialect, helper, template
 from pyengine.chat.template import ChatTemplate
 from pyengine.errors import TemplateError
 
@@ -128,15 +128,15 @@ def test_random_templates_give_what_jinja_gives(source: str) -> None:
         want: str | None = dialect.Environment().from_string(source).render(template._plain(VALUES))
     except Exception:
         want = None
-    token = sandbox.current_budget.set(sandbox.Budget(time.monotonic() + 60))
+    token = budget.current_budget.set(budget.Budget(time.monotonic() + 60))
     try:
         found: str | None = template._sandbox().from_string(source).render(template._plain(VALUES))
-    except sandbox.Outside:
+    except budget.Outside:
         return
     except Exception:
         found = None
     finally:
-        sandbox.current_budget.reset(token)
+        budget.current_budget.reset(token)
     assert (found is None) == (want is None), (source, found, want)
     assert want is None or without_addresses(found) == without_addresses(want), source
 
