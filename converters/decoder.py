@@ -7,10 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from gguf import GGUFWriter
 
 from .checkpoint import Config
-from .contract import Constant, Entry, Stack
+from .contract import Constant, Entry, linear, Stack
 from .rope import rope_parameters
 
 Tensors = Iterator[Entry | Stack | Constant]
@@ -75,6 +76,29 @@ class Decoder:
     def layer(self, i: int, b: str, m: str) -> Tensors:
         """List layer i, named b in the file and m in the checkpoint."""
         raise NotImplementedError
+
+    def attention(self, b: str, m: str, bias: bool = False, out_bias: bool | None = None, head_norms: bool = False,
+                  rows: tuple[np.ndarray | None, np.ndarray | None] = (None, None)) -> Iterator[Entry]:
+        """List the matrices of a layer's attention, m in the checkpoint.
+
+        bias        of queries, keys and values; of the output too, unless `out_bias` says otherwise
+        head_norms  RMS norms over each head's queries and keys
+        rows        the order of the rows of queries and of keys
+        """
+        d, q, kv = self.d_model, self.q_width, self.kv_width
+        yield from linear(f"{b}.attn_q", f"{m}.q_proj", q, d, bias, rows[0])
+        yield from linear(f"{b}.attn_k", f"{m}.k_proj", kv, d, bias, rows[1])
+        yield from linear(f"{b}.attn_v", f"{m}.v_proj", kv, d, bias)
+        if head_norms:
+            yield self.norm(f"{b}.attn_q_norm", f"{m}.q_norm", self.head_dim)
+            yield self.norm(f"{b}.attn_k_norm", f"{m}.k_norm", self.head_dim)
+        yield from linear(f"{b}.attn_output", f"{m}.o_proj", d, q, bias if out_bias is None else out_bias)
+
+    def gated(self, name: str, source: str, width: int, bias: bool = False, kind: str = "") -> Iterator[Entry]:
+        """List the matrices of a gated feed-forward of `width` units; `kind` is added to the names of ours."""
+        yield from linear(f"{name}.ffn_gate{kind}", f"{source}.gate_proj", width, self.d_model, bias)
+        yield from linear(f"{name}.ffn_up{kind}", f"{source}.up_proj", width, self.d_model, bias)
+        yield from linear(f"{name}.ffn_down{kind}", f"{source}.down_proj", self.d_model, width, bias)
 
     def norm(self, name: str, source: str, n: int) -> Entry:
         """Return the weight [n] of an RMS norm."""

@@ -17,9 +17,9 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError
 
 from .checkpoint import Config
-from .contract import FLOAT32, NO_BLOCKS, Entry, converts, linear
+from .contract import FLOAT32, NO_BLOCKS, Entry, converts
 from .gemma3_text import Gemma3Text
-from .vision import feed_forward, image_settings, write_encoder_keys
+from .vision import attention, feed_forward, image_settings, write_encoder_keys
 
 # transformers' Gemma3Config, SiglipVisionConfig and Gemma3ImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"mm_tokens_per_image": 256, "boi_token_index": 255_999, "eoi_token_index": 256_000,
@@ -98,10 +98,7 @@ class Gemma3(Gemma3Text):
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_tower.encoder.layers.{i}"
             yield from norm(f"{b}.ln1", f"{m}.layer_norm1")
-            yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", v, v, bias=True)
-            yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", v, v, bias=True)
-            yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", v, v, bias=True)
-            yield from linear(f"{b}.attn_out", f"{m}.self_attn.out_proj", v, v, bias=True)
+            yield from attention(b, f"{m}.self_attn", v, bias=True, out="out_proj")
             yield from norm(f"{b}.ln2", f"{m}.layer_norm2")
             yield from feed_forward(b, f"{m}.mlp", v, f, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield from norm("v.post_ln", "vision_tower.post_layernorm")

@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import UnsupportedModelError
 
-from .contract import converts, linear
+from .contract import converts
 from .decoder import Decoder, Tensors, write_window
 from .rope import rope_parameters, write_rope_scaling
 
@@ -65,17 +65,10 @@ class Gemma3Text(Decoder):
             out.add_final_logit_softcapping(c.need("final_logit_softcapping"))
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
-        d, f, q, kv = self.d_model, self.d_ff, self.q_width, self.kv_width
+        d = self.d_model
         yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
-        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
-        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
-        yield self.norm(f"{b}.attn_q_norm", f"{m}.self_attn.q_norm", self.head_dim)
-        yield self.norm(f"{b}.attn_k_norm", f"{m}.self_attn.k_norm", self.head_dim)
-        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
+        yield from self.attention(b, f"{m}.self_attn", head_norms=True)
         yield self.norm(f"{b}.post_attention_norm", f"{m}.post_attention_layernorm", d)
         yield self.norm(f"{b}.ffn_norm", f"{m}.pre_feedforward_layernorm", d)
-        yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d)
-        yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d)
-        yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f)
+        yield from self.gated(b, f"{m}.mlp", self.d_ff)
         yield self.norm(f"{b}.post_ffw_norm", f"{m}.post_feedforward_layernorm", d)

@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .contract import Constant, converts, linear
+from .contract import Constant, converts
 from .decoder import Decoder, Tensors, write_window
 from .rope import interleaved_rows, rope_tensors, write_rope_scaling
 
@@ -43,20 +43,12 @@ class Llama(Decoder):
         yield from rope_tensors(self.rope, self.config, self.head_dim)
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
-        d, q, kv = self.d_model, self.q_width, self.kv_width
-        q_rows, k_rows = interleaved_rows(self.n_heads, self.head_dim), interleaved_rows(self.n_kv_heads, self.head_dim)
-        attn_bias = self.config.need("attention_bias")
-        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, attn_bias, q_rows)
-        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, attn_bias, k_rows)
-        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, attn_bias)
-        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, attn_bias)
-        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
+        rows = interleaved_rows(self.n_heads, self.head_dim), interleaved_rows(self.n_kv_heads, self.head_dim)
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", self.d_model)
+        yield from self.attention(b, f"{m}.self_attn", self.config.need("attention_bias"), rows=rows)
+        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", self.d_model)
         yield from self.feed_forward(b, m)
 
     def feed_forward(self, b: str, m: str) -> Tensors:
         """List the feed-forward of one layer, named b in the file and m in the checkpoint."""
-        d, f, bias = self.d_model, self.d_ff, self.config.need("mlp_bias")
-        yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d, bias)
-        yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d, bias)
-        yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f, bias)
+        yield from self.gated(b, f"{m}.mlp", self.d_ff, self.config.need("mlp_bias"))

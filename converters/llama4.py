@@ -19,7 +19,7 @@ from .checkpoint import Config, malformed_is, read_json
 from .contract import FLOAT32, Constant, Entry, converts, linear
 from .decoder import Decoder, Tensors
 from .rope import rope_tensors, write_rope_scaling
-from .vision import feed_forward, image_settings, write_encoder_keys
+from .vision import attention, feed_forward, image_settings, write_encoder_keys
 
 # transformers' Llama4TextConfig, Llama4VisionConfig, Llama4Config and Llama4ImageProcessor where a checkpoint may be silent
 TEXT: dict[str, Any] = {
@@ -95,20 +95,10 @@ class Llama4Text(Decoder):
         yield from rope_tensors(self.rope, self.config, self.head_dim)
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
-        d, q, kv, bias = self.d_model, self.q_width, self.kv_width, self.config.need("attention_bias")
-        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, bias)
-        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, bias)
-        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, bias)
-        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q, bias)
-        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
-        yield from self.mixture(b, f"{m}.feed_forward") if i in self.mixed else self.dense(b, f"{m}.feed_forward", self.d_ff)
-
-    def dense(self, name: str, source: str, width: int, kind: str = "") -> Iterator[Entry]:
-        """List the matrices of a feed-forward."""
-        yield from linear(f"{name}.ffn_gate{kind}", f"{source}.gate_proj", width, self.d_model)
-        yield from linear(f"{name}.ffn_up{kind}", f"{source}.up_proj", width, self.d_model)
-        yield from linear(f"{name}.ffn_down{kind}", f"{source}.down_proj", self.d_model, width)
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", self.d_model)
+        yield from self.attention(b, f"{m}.self_attn", self.config.need("attention_bias"))
+        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", self.d_model)
+        yield from self.mixture(b, f"{m}.feed_forward") if i in self.mixed else self.gated(b, f"{m}.feed_forward", self.d_ff)
 
     def mixture(self, name: str, source: str) -> Iterator[Entry]:
         """List the router, the experts and the one that all tokens go through."""
@@ -118,7 +108,7 @@ class Llama4Text(Decoder):
             yield Entry(f"{name}.ffn_{part}_exps.weight", f"{source}.experts.gate_up_proj", (n, f, d), stored=(n, d, 2 * f),
                         first_column=first)
         yield Entry(f"{name}.ffn_down_exps.weight", f"{source}.experts.down_proj", (n, d, f), stored=(n, f, d), first_column=0)
-        yield from self.dense(name, f"{source}.shared_expert", f, "_shexp")
+        yield from self.gated(name, f"{source}.shared_expert", f, kind="_shexp")
 
 
 @converts("Llama4ForConditionalGeneration")
@@ -182,8 +172,7 @@ class Llama4(Llama4Text):
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_model.model.layers.{i}"
             yield from norm(f"{b}.ln1", f"{m}.input_layernorm")
-            for name, source in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj"), ("attn_out", "o_proj")):
-                yield from linear(f"{b}.{name}", f"{m}.self_attn.{source}", v, v, bias=True)
+            yield from attention(b, f"{m}.self_attn", v, bias=True)
             yield from norm(f"{b}.ln2", f"{m}.post_attention_layernorm")
             yield from feed_forward(b, f"{m}.mlp", v, f, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield from norm("v.post_ln", "vision_model.layernorm_post")

@@ -20,7 +20,7 @@ from .contract import FLOAT32, Constant, Entry, converts, linear
 from .rope import interleaved_rows
 from .llama import Llama
 from .tokenizer import special_ids
-from .vision import GATED, feed_forward, image_settings, write_encoder_keys
+from .vision import GATED, attention, feed_forward, image_settings, write_encoder_keys
 
 # transformers' Mistral3Config, PixtralVisionConfig, PixtralProcessor and PixtralImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"image_token_index": 10, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
@@ -102,10 +102,7 @@ class Mistral3(Llama):
         for i in range(self.v_layers):
             b, m = f"v.blk.{i}", f"vision_tower.transformer.layers.{i}"
             yield Entry(f"{b}.ln1.weight", f"{m}.attention_norm.weight", (v,))
-            yield from linear(f"{b}.attn_q", f"{m}.attention.q_proj", v, v, row_order=rows)
-            yield from linear(f"{b}.attn_k", f"{m}.attention.k_proj", v, v, row_order=rows)
-            yield from linear(f"{b}.attn_v", f"{m}.attention.v_proj", v, v)
-            yield from linear(f"{b}.attn_out", f"{m}.attention.o_proj", v, v)
+            yield from attention(b, f"{m}.attention", v, row_order=rows)
             yield Entry(f"{b}.ln2.weight", f"{m}.ffn_norm.weight", (v,))
             yield from feed_forward(b, f"{m}.feed_forward", v, f, GATED, bias=False)
         yield Entry("mm.input_norm.weight", "multi_modal_projector.norm.weight", (v,))

@@ -22,7 +22,7 @@ from .checkpoint import Config
 from .contract import FLOAT32, NO_BLOCKS, Constant, Entry, converts, linear
 from .llama import DEFAULTS as LLAMA
 from .llama import Llama
-from .vision import feed_forward, image_settings, write_encoder_keys
+from .vision import attention, feed_forward, image_settings, write_encoder_keys
 
 # transformers' MllamaConfig, MllamaTextConfig, MllamaVisionConfig and MllamaImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"image_token_index": 128_256}
@@ -132,9 +132,7 @@ class Mllama(Llama):
     def _layer(self, b: str, m: str) -> Iterator[Entry]:
         v = self.v_model
         yield from _norm(f"{b}.ln1", f"{m}.input_layernorm", v)
-        for name in ("q", "k", "v"):
-            yield from linear(f"{b}.attn_{name}", f"{m}.self_attn.{name}_proj", v, v)
-        yield from linear(f"{b}.attn_out", f"{m}.self_attn.o_proj", v, v)
+        yield from attention(b, f"{m}.self_attn", v)
         yield from _norm(f"{b}.ln2", f"{m}.post_attention_layernorm", v)
         yield from feed_forward(b, f"{m}.mlp", v, self.v_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .contract import converts, linear
+from .contract import converts
 from .decoder import Decoder, Tensors, write_window
 from .rope import write_rope_scaling
 
@@ -43,13 +43,8 @@ class Qwen2(Decoder):
         write_window(out, self.window, self.sliding)
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
-        d, f, q, kv = self.d_model, self.d_ff, self.q_width, self.kv_width
+        d = self.d_model
         yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d, bias=True)
-        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d, bias=True)
-        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d, bias=True)
-        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
+        yield from self.attention(b, f"{m}.self_attn", bias=True, out_bias=False)
         yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
-        yield from linear(f"{b}.ffn_gate", f"{m}.mlp.gate_proj", f, d)
-        yield from linear(f"{b}.ffn_up", f"{m}.mlp.up_proj", f, d)
-        yield from linear(f"{b}.ffn_down", f"{m}.mlp.down_proj", d, f)
+        yield from self.gated(b, f"{m}.mlp", self.d_ff)

@@ -8,7 +8,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from .checkpoint import Config
-from .contract import FLOAT32, Entry, Stack, converts, linear
+from .contract import FLOAT32, Entry, Stack, converts
 from .decoder import Tensors
 from .qwen2 import Qwen2
 
@@ -42,14 +42,9 @@ class Qwen3Moe(Qwen2):
         out.add_expert_feed_forward_length(self.d_expert)
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
-        d, f, q, kv = self.d_model, self.d_expert, self.q_width, self.kv_width
+        d, f = self.d_model, self.d_expert
         yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield from linear(f"{b}.attn_q", f"{m}.self_attn.q_proj", q, d)
-        yield from linear(f"{b}.attn_k", f"{m}.self_attn.k_proj", kv, d)
-        yield from linear(f"{b}.attn_v", f"{m}.self_attn.v_proj", kv, d)
-        yield self.norm(f"{b}.attn_q_norm", f"{m}.self_attn.q_norm", self.head_dim)
-        yield self.norm(f"{b}.attn_k_norm", f"{m}.self_attn.k_norm", self.head_dim)
-        yield from linear(f"{b}.attn_output", f"{m}.self_attn.o_proj", d, q)
+        yield from self.attention(b, f"{m}.self_attn", head_norms=True)
         yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
         yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d), instead=FLOAT32)
         for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
@@ -88,6 +89,14 @@ def write_encoder_keys(out: GGUFWriter, vision: Config, images: Config, *, proje
                 raise InvalidModelError(f"{images.file}: '{name}' has {len(values)} values for 3 colours")
             out.add_array(f"clip.vision.{name}", values)
         out.add_uint32("clip.vision.resample", int(images.need("resample")))
+
+
+def attention(block: str, source: str, width: int, bias: bool = False, out: str = "o_proj",
+              row_order: np.ndarray | None = None) -> Iterator[Entry]:
+    """List the matrices of the attention of an encoder's layer; `row_order` is that of queries and keys."""
+    for name, theirs in (("attn_q", "q_proj"), ("attn_k", "k_proj"), ("attn_v", "v_proj"), ("attn_out", out)):
+        rows = row_order if name in ("attn_q", "attn_k") else None
+        yield from linear(f"{block}.{name}", f"{source}.{theirs}", width, width, bias, rows)
 
 
 def feed_forward(block: str, source: str, width: int, units: int, parts: Mapping[str, str], bias: bool = True) -> Iterator[Entry]:

@@ -48,7 +48,7 @@ from pyengine.models.llama import Model  # noqa: F401
 ''',
     "converters/helium.py": '''"""Helium: pairs of elements are rotated, as in the file, so no rows change places."""
 
-from converters.contract import converts, linear
+from converters.contract import converts
 from converters.decoder import Decoder
 
 
@@ -58,14 +58,10 @@ class Helium(Decoder):
     defaults = {"rms_norm_eps": 1e-8, "tie_word_embeddings": False}
 
     def layer(self, i, b, m):
-        d, f, q, kv = self.d_model, self.d_ff, self.q_width, self.kv_width
-        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
-        for name, source, n_out, n_in in (
-                ("attn_q", "self_attn.q_proj", q, d), ("attn_k", "self_attn.k_proj", kv, d), ("attn_v", "self_attn.v_proj", kv, d),
-                ("attn_output", "self_attn.o_proj", d, q), ("ffn_gate", "mlp.gate_proj", f, d), ("ffn_up", "mlp.up_proj", f, d),
-                ("ffn_down", "mlp.down_proj", d, f)):
-            yield from linear(f"{b}.{name}", f"{m}.{source}", n_out, n_in)
+        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", self.d_model)
+        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", self.d_model)
+        yield from self.attention(b, f"{m}.self_attn")
+        yield from self.gated(b, f"{m}.mlp", self.d_ff)
 ''',
     "tests/models/test_helium.py": '''"""Helium."""
 
