@@ -124,13 +124,6 @@ struct NodeSpec {
   int64_t scratch_offset = 0, scratch_bytes = 0;
 };
 
-// Ids of all arguments, of which the first n_in are inputs.
-NodeSpec node_of(const std::string &op, const Ids &ids, int32_t n_in, const std::string &params, int64_t scratch_offset,
-                 int64_t scratch_bytes) {
-  if (n_in < 0 || n_in > static_cast<int32_t>(ids.size())) throw std::invalid_argument("node: wrong number of inputs");
-  return {op, Ids(ids.begin(), ids.begin() + n_in), Ids(ids.begin() + n_in, ids.end()), params, scratch_offset, scratch_bytes};
-}
-
 }  // namespace
 
 namespace pybind11::detail {
@@ -159,16 +152,10 @@ class Fields {
   Py_ssize_t left_;
 };
 
-// A dict, or without names (base, offset, dtype, shape, strides).
 template <>
 struct type_caster<TensorSpec> {
   PYBIND11_TYPE_CASTER(TensorSpec, const_name("TensorSpec"));
   bool load(handle src, bool) {
-    if (PyTuple_Check(src.ptr())) {
-      auto t = src.cast<std::tuple<int32_t, int64_t, int32_t, std::vector<Axis>, std::vector<Axis>>>();
-      std::tie(value.base, value.offset, value.dtype, value.shape, value.strides) = std::move(t);
-      return true;
-    }
     if (!PyDict_Check(src.ptr())) return false;
     Fields f(src, "tensor");
     f.take(PE_KEY("base"), value.base);
@@ -181,15 +168,10 @@ struct type_caster<TensorSpec> {
   }
 };
 
-// A dict, or without names (op, ids, n_in, params, scratch_offset, scratch_bytes).
 template <>
 struct type_caster<NodeSpec> {
   PYBIND11_TYPE_CASTER(NodeSpec, const_name("NodeSpec"));
   bool load(handle src, bool) {
-    if (PyTuple_Check(src.ptr())) {
-      value = std::apply(node_of, src.cast<std::tuple<std::string, Ids, int32_t, std::string, int64_t, int64_t>>());
-      return true;
-    }
     if (!PyDict_Check(src.ptr())) return false;
     Fields f(src, "node");
     f.take(PE_KEY("op"), value.op);
@@ -381,13 +363,6 @@ PYBIND11_MODULE(_engine, m) {
       .def("profile", &Program::profile, py::arg("on"))
       .def("seconds", &Program::seconds);
   m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("node"), py::arg("tensors"), py::arg("n_threads"));
-  m.def(
-      "scratch_bytes",
-      [](const std::string &isa, const std::string &op, const std::vector<TensorSpec> &tensors, const Ids &ids, int32_t n_in,
-         const std::string &params, int32_t n_threads) {
-        return scratch_bytes(isa, node_of(op, ids, n_in, params, 0, 0), tensors, n_threads);
-      },
-      py::arg("isa"), py::arg("op"), py::arg("tensors"), py::arg("ids"), py::arg("n_in"), py::arg("params"), py::arg("n_threads"));
   m.def("pack", &pack, py::arg("pool"), py::arg("dtype"), py::arg("src"), py::arg("n"), py::arg("k"), py::arg("dst"));
   m.def("isas", [] {
     std::vector<std::string> names;

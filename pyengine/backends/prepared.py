@@ -50,9 +50,10 @@ def source_dtype(t: Tensor) -> DType:
     return t.dtype if isinstance(source, np.ndarray) else source.dtype
 
 
-def result_args(node: Node) -> list[Tensor | tuple[Tensor, ...]]:
-    """Group results as a kernel's arguments: one tensor each, or the list of a list result."""
-    return [tuple(node.outputs)] if node.op.results[0].many else list(node.outputs)
+def arguments(node: Node) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """Return a kernel's inputs and its outputs, the tensors of each: one, none for an input that is left out, or those of a list."""
+    inputs = [arg if isinstance(arg, tuple) else () if arg is None else (arg,) for arg in node.args]
+    return inputs, [tuple(node.outputs)] if node.op.results[0].many else [(t,) for t in node.outputs]
 
 
 class Counted(Prepared):

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyengine.backends.base import Declared, Progress
 from pyengine.backends.cpu.program import Program
-from pyengine.backends.prepared import Counted, result_args, States
+from pyengine.backends.prepared import arguments, Counted, States
 from pyengine.compiler.arena import contiguous_strides, Turns
 from pyengine.compiler.codegen import pack_params
 from pyengine.dtype import DType
@@ -35,22 +35,24 @@ class Prepared(Counted):
         """Return the working memory of a kernel at the largest shapes; with `states`, those of its caches are these."""
         if not self.has_kernel(node):
             return 0
-        tensors, ids = [], []
-        for arg in (*node.args, *result_args(node)):
-            parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
-            ids.append(tuple(range(len(tensors), len(tensors) + len(parts))))
-            for t in parts:
-                resident, shape = self.residents.get(id(t.node)), tuple(axis_max(a) for a in t.shape)
-                dtype = resident.dtype if resident else t.dtype
-                if states and self.layout.of(t).root.name in states:
-                    shape = states[self.layout.of(t).root.name]
-                tensors.append((dtype, t.dtype, shape))
-        key = node.op.name, tuple(tensors), tuple(ids), node.params
+        tensors: list[Any] = []
+        ids: tuple[list[Any], list[Any]] = ([], [])
+        for side, args in zip(ids, arguments(node)):
+            for parts in args:
+                side.append(tuple(range(len(tensors), len(tensors) + len(parts))))
+                for t in parts:
+                    resident, shape = self.residents.get(id(t.node)), tuple(axis_max(a) for a in t.shape)
+                    dtype = resident.dtype if resident else t.dtype
+                    if states and self.layout.of(t).root.name in states:
+                        shape = states[self.layout.of(t).root.name]
+                    tensors.append((dtype, t.dtype, shape))
+        key = node.op.name, tuple(tensors), *map(tuple, ids), node.params
         if key not in self._scratch:
-            specs = [(0, 0, d.id, [(n, -1) for n in shape], [(n, -1) for n in contiguous_strides(shape, plain)])
-                     for d, plain, shape in tensors]
-            self._scratch[key] = engine.scratch_bytes(self.isa, node.op.name, specs, ids, len(node.args),
-                                                      pack_params(node.op, dict(node.params)), self.n_threads)
+            specs = [{"base": 0, "offset": 0, "dtype": d.id, "shape": [(n, -1) for n in shape],
+                      "strides": [(n, -1) for n in contiguous_strides(shape, plain)]} for d, plain, shape in tensors]
+            spec = {"op": node.op.name, "inputs": ids[0], "outputs": ids[1], "params": pack_params(node.op, dict(node.params)),
+                    "scratch_offset": 0, "scratch_bytes": 0}
+            self._scratch[key] = engine.scratch_bytes(self.isa, spec, specs, self.n_threads)
         return self._scratch[key]
 
     def load(self, progress: Progress | None = None) -> Program:

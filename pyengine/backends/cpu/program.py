@@ -11,7 +11,7 @@ from pyengine.backends import base
 from pyengine.backends.cpu import weights
 from pyengine.backends.cpu.fallback import Fallback
 from pyengine.backends.host import HostState, NUMPY
-from pyengine.backends.prepared import Resident, result_args
+from pyengine.backends.prepared import arguments, Resident
 from pyengine.compiler.arena import ALIGN, aligned
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
@@ -106,17 +106,15 @@ class Program(base.Program):
         number: dict[tuple[int, int], int] = {}
         nodes: list[Any] = []
         for step, (scratch_offset, scratch_bytes) in zip(layout.steps[begin:end], layout.scratch[begin:end]):
-            ids = []
-            for arg in (*step.args, *result_args(step)):
-                parts = arg if isinstance(arg, tuple) else () if arg is None else (arg,)
-                for t in parts:
-                    if (id(t.node), t.index) in number:
-                        continue
-                    base_, offset, dtype = self.place_of(t)
-                    number[id(t.node), t.index] = len(specs)
-                    specs.append((base_, offset, dtype.id, [axis(a) for a in t.shape], [axis(a) for a in layout.of(t).strides]))
-                ids.append([number[id(t.node), t.index] for t in parts])
-            nodes.append((step.op.name, ids, len(step.args), pack_params(step.op, dict(step.params)), scratch_offset, scratch_bytes))
+            inputs, outputs = arguments(step)
+            for t in (t for parts in (*inputs, *outputs) for t in parts if (id(t.node), t.index) not in number):
+                base_, offset, dtype = self.place_of(t)
+                number[id(t.node), t.index] = len(specs)
+                specs.append({"base": base_, "offset": offset, "dtype": dtype.id, "shape": [axis(a) for a in t.shape],
+                              "strides": [axis(a) for a in layout.of(t).strides]})
+            ids = [[[number[id(t.node), t.index] for t in parts] for parts in args] for args in (inputs, outputs)]
+            nodes.append({"op": step.op.name, "inputs": ids[0], "outputs": ids[1], "params": pack_params(step.op, dict(step.params)),
+                          "scratch_offset": scratch_offset, "scratch_bytes": scratch_bytes})
         program = engine.Program(self.prepared.isa, specs, nodes, len(self._addresses), len(self.dim_names))
         for i, address in enumerate(self._addresses):
             program.bind(i, address)
