@@ -286,7 +286,7 @@ class Model:
         segments, media = prompt
         params = sampling_params(self.sampling_defaults, sampling)
         stop = self.stop_defaults if stop is None else stop
-        request = Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.n_drawn)),
+        request = Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size)),
                           self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else stop),
                           max_tokens, self.tokenizer.eog_ids, Report(media=media))
         return Stream(request, self._scheduler)

@@ -276,11 +276,6 @@ class Tokenizer:
         """The number of tokens in the file; the model's output may be wider."""
         return self._tokens.n
 
-    @cached_property
-    def n_drawn(self) -> int:
-        """The number of tokens that an answer may have: those below it, without the padding of a converter."""
-        return self.vocabulary.n_drawn()
-
     def id_of(self, text: str) -> int | None:
         """Give the id of the token that the file spells this way, or None."""
         return self.vocabulary.id_of(text)

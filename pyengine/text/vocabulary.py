@@ -186,17 +186,6 @@ class Vocabulary:
             return False
         return True
 
-    def n_drawn(self) -> int:
-        """Count the tokens that an answer may have: all before the padding that ends a list.
-
-        A model's rows may be more than its tokenizer's tokens; converters name the others "[PAD<id>]", unused (llama.cpp:
-        convert_hf_to_gguf.py, get_vocab_base).
-        """
-        n = len(self)
-        while n and self.kinds[n - 1] == Kind.UNUSED and self.tokens[n - 1] == b"[PAD%d]" % (n - 1):
-            n -= 1
-        return n or len(self)
-
 
 def byte_token(raw: bytes) -> bytes:
     if re.fullmatch(b"<0x[0-9A-Fa-f]{2}>", raw):
