@@ -31,14 +31,15 @@ import numpy as np
 from pyengine import ops
 from pyengine.media.views import Limits, Processed, View
 from pyengine.nn.batch import Batch
-from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.errors import ContextOverflowError, InvalidModelError, UnsupportedModelError
 from pyengine.graph.graph import Graph
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Chunked, Full, Policy
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, projector_type, resample_filter, special_token)
+    by_table, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, only_pictures, projector_type, resample_filter,
+    special_token, whole_option)
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Experts, LayerNorm, Linear, mlp_width, RMSNorm
 from pyengine.nn.rope import Rope, rope
@@ -191,13 +192,14 @@ class VisionConfig:
         if (kind := projector_type(v)) != "llama4":
             raise UnsupportedModelError(f"{v.arch}.projector_type is {kind!r}; llama4 is supported")
         mean, std = mean_and_std(v, HALF, HALF)
+        width = v.size("vision.embedding_length")
         c = cls(
             tile=v.size("vision.image_size"),
             patch=v.size("vision.patch_size"),
             group=v.size("vision.projector.scale_factor", GROUP),
             n_layers=v.size("vision.block_count"),
-            width=v.size("vision.embedding_length"),
-            n_heads=v.size("vision.attention.head_count"),
+            width=width,
+            n_heads=head_count(v, width),
             eps=v.number("vision.attention.layer_norm_epsilon"),
             rope_base=v.number("vision.rope.freq_base", 10_000.0),
             mean=tuple(mean.tolist()),
@@ -206,9 +208,6 @@ class VisionConfig:
             max_tiles=v.size("vision.max_tiles", MAX_TILES),
             largest_canvas=v.get("vision.resize_to_max_canvas", False, bool),
         )
-        if c.width % c.n_heads or c.width // c.n_heads % 4:
-            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {c.n_heads} for a width of {c.width}: heads must have a "
-                                    "multiple of 4 elements")
         if c.tile % (c.patch * c.group):
             raise InvalidModelError(f"{v.arch}.vision: tiles of {c.tile} pixels are no multiple of {c.group} patches of {c.patch}")
         if c.max_tiles > 1024:
@@ -307,9 +306,7 @@ class Vision(Encoder):
 
         only_pictures(media, "max_tiles")
         c = self.config
-        most = media.options.get("max_tiles", c.max_tiles)
-        if type(most) is not int or not 1 <= most <= c.max_tiles:
-            raise RequestError(f"max_tiles={most!r}: must be a whole number from 1 to {c.max_tiles}")
+        most = whole_option(media, "max_tiles", c.max_tiles)
         width, height = media.size
         rows, columns = canvas(height, width, c.tile, most, c.largest_canvas)
         n = rows * columns + (rows * columns > 1)

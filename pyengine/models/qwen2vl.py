@@ -40,8 +40,9 @@ from pyengine.nn.cache import LayerCache
 from pyengine.models import qwen2
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, n_layers, projector_type, resample_filter, special_token)
-from pyengine.nn.layers import ACTIVATIONS, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
+    activation, by_table, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, n_layers, projector_type, resample_filter,
+    special_token)
+from pyengine.nn.layers import LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.files.weights import Weights
 
@@ -99,14 +100,9 @@ class VisionConfig:
         if projector not in PROJECTORS:
             raise UnsupportedModelError(f"{v.arch}.projector_type is {projector!r}; {', '.join(PROJECTORS)} are supported")
         qwen25 = PROJECTORS[projector]
-        act = "silu" if v.get("use_silu", False, bool) else "gelu_pytorch_tanh" if v.get("use_gelu", False, bool) else "quick_gelu"
-        act, full = v.get("vision.hidden_act", act, str), _full_layers(v, n_layers(v, w), qwen25)
-        if act not in ACTIVATIONS:
-            raise UnsupportedModelError(f"{v.arch}.vision.hidden_act is {act!r}; {', '.join(ACTIVATIONS)} are supported")
-        d_model, n_heads = v.size("vision.embedding_length"), v.size("vision.attention.head_count")
-        if d_model % n_heads or d_model // n_heads % 4:
-            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n_heads} for a width of {d_model}: heads must have "
-                                    "a multiple of 4 elements")
+        full = _full_layers(v, n_layers(v, w), qwen25)
+        act, d_model = activation(v, "gelu_pytorch_tanh"), v.size("vision.embedding_length")
+        n_heads = head_count(v, d_model)
         patch, merge = v.size("vision.patch_size", 14), v.size("vision.spatial_merge_size", 2)
         window = v.size("vision.window_size", 112) // merge // patch if not all(full) else 1
         if not window:
@@ -122,7 +118,7 @@ class VisionConfig:
             d_out=h.size("embedding_length"),
             eps=v.number("vision.attention.layer_norm_epsilon", 1e-6),
             rope_base=v.number("vision.rope.freq_base", 10_000.0),
-            act=ACTIVATIONS[act],
+            act=act,
             full=full,
             window=window,
             patch=patch,

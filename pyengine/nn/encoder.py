@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pyengine import ops
-from pyengine.errors import InvalidModelError, RequestError
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import pages, Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.nn.layers import Linear
+from pyengine.nn.layers import ACTIVATIONS, Linear
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -32,6 +32,32 @@ def n_layers(v: Hparams, w: Weights) -> int:
     if ("v", "blk", n - 1) not in w:
         raise InvalidModelError(f"{v.arch}.vision.block_count is {n}, but no tensor is named v.blk.{n - 1}")
     return n
+
+
+def head_count(v: Hparams, width: int) -> int:
+    """Read the number of heads, which are as wide as rotations and kernels need. Raises: InvalidModelError."""
+    n = v.size("vision.attention.head_count")
+    if width % n or width // n % 4:
+        raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n} for a width of {width}: heads must have "
+                                "a multiple of 4 elements")
+    return n
+
+
+def activation(v: Hparams, gelu: str) -> str:
+    """Read the kind of `ops.unary` from transformers' name, or from llama.cpp's switches: `gelu` is which GELU it is.
+
+    Raises: UnsupportedModelError for an unknown one.
+    """
+    switched = "silu" if v.get("use_silu", False, bool) else gelu if v.get("use_gelu", False, bool) else "quick_gelu"
+    return known_activation(v, "vision.hidden_act", switched)
+
+
+def known_activation(v: Hparams, name: str, usual: str) -> str:
+    """Read the kind of `ops.unary` from transformers' name; `usual` without the key. Raises: UnsupportedModelError."""
+    act = v.get(name, usual, str)
+    if act not in ACTIVATIONS:
+        raise UnsupportedModelError(f"{v.arch}.{name}: the encoder's activation is {act!r}; {', '.join(ACTIVATIONS)} are supported")
+    return ACTIVATIONS[act]
 
 
 def per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
@@ -75,6 +101,14 @@ def only_pictures(media: Image | Video, *options: str) -> None:
     if isinstance(media, Video):
         raise RequestError("this model takes pictures, not videos; give a video's frames as pictures")
     known_options(media.options, *options)
+
+
+def whole_option(media: Image | Video, name: str, most: int) -> int:
+    """Return an option's number; `most` where it is not given. Raises: RequestError for what is no whole number from 1 to `most`."""
+    value = media.options.get(name, most)
+    if type(value) is not int or not 1 <= value <= most:
+        raise RequestError(f"{name}={value!r}: must be a whole number from 1 to {most}")
+    return value
 
 
 Rounding = Literal["float64, float32", "float32", "bfloat16"]

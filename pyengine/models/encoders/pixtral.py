@@ -25,13 +25,14 @@ import numpy as np
 
 from pyengine import ops
 from pyengine.media.views import Limits, Piece, Processed, View
-from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.graph.graph import Graph
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.files.hparams import Hparams
 from pyengine.nn.encoder import (
-    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, n_layers, only_pictures, resample_filter, special_token)
-from pyengine.nn.layers import ACTIVATIONS, Linear, mlp_width, PatchEmbedding, RMSNorm
+    activation, by_table, EncoderAttention, EncoderFeedForward, head_count, known_activation, levels, mean_and_std, n_layers, only_pictures,
+    resample_filter, special_token, whole_option)
+from pyengine.nn.layers import Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.nn.rope import Rope
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.files.weights import Weights
@@ -72,15 +73,9 @@ class VisionConfig:
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        act = "silu" if v.get("use_silu", False, bool) else "gelu" if v.get("use_gelu", False, bool) else "quick_gelu"
-        act, projector_act = v.get("vision.hidden_act", act, str), v.get("vision.projector.hidden_act", "gelu", str)
-        for name in (act, projector_act):
-            if name not in ACTIVATIONS:
-                raise UnsupportedModelError(f"the encoder's activation is {name!r}; {', '.join(ACTIVATIONS)} are supported")
-        width, n_heads = v.size("vision.embedding_length"), v.size("vision.attention.head_count")
-        if width % n_heads or width // n_heads % 4:
-            raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n_heads} for a width of {width}: heads must have "
-                                    "a multiple of 4 elements")
+        act, projector_act = activation(v, "gelu"), known_activation(v, "vision.projector.hidden_act", "gelu")
+        width = v.size("vision.embedding_length")
+        n_heads = head_count(v, width)
         mean, std = mean_and_std(v, MEAN, STD)
         return cls(
             n_layers=n_layers(v, w),
@@ -92,8 +87,8 @@ class VisionConfig:
             projector_eps=h.number("attention.layer_norm_rms_epsilon"),
             rope_base=v.number("vision.rope.freq_base", ROPE_BASE),
             interleaved=v.get("vision.rope.interleaved", True, bool),
-            act=ACTIVATIONS[act],
-            projector_act=ACTIVATIONS[projector_act],
+            act=act,
+            projector_act=projector_act,
             patch=v.size("vision.patch_size"),
             merge=v.size("vision.spatial_merge_size", 1),
             longest_edge=v.size("vision.longest_edge", v.size("vision.image_size")),
@@ -191,9 +186,7 @@ class Vision(Encoder):
         """
         only_pictures(media, "longest_edge")
         c = self.config
-        longest = media.options.get("longest_edge", c.longest_edge)
-        if type(longest) is not int or not 1 <= longest <= c.longest_edge:
-            raise RequestError(f"longest_edge={longest!r}: must be a whole number from 1 to {c.longest_edge}")
+        longest = whole_option(media, "longest_edge", c.longest_edge)
         width, height = media.size
         lines, columns = self.grid(width, height, longest)
         rows, side = lines * columns, c.patch * c.merge
