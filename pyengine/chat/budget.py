@@ -64,40 +64,43 @@ class Budget:
 current_budget: ContextVar[Budget] = ContextVar("current_budget")
 
 
-def measured(value: Any, per_character: int = CHARACTER, per_entry: int = ENTRY, per_level: int = 0) -> int:
-    """Units of a value with all that it holds, shared parts each time they would be visited: for printing and comparing."""
+def counted(value: Any) -> tuple[int, int, int]:
+    """Characters, entries, and the sum of all entries' depths of a value: shared parts each time they would be printed or compared."""
     kind = type(value)
     if kind is str or kind is Markup:
-        return per_character * len(value)
-    total, waiting, limit = 0, [(value, 0)], current_budget.get().left
-    while waiting:
-        item, depth = waiting.pop()
-        kind = type(item)
-        if kind is str or kind is Markup:
-            total += per_character * len(item) + per_entry + depth * per_level
-            continue
-        total += per_entry + depth * per_level
-        if kind in LISTS or kind in VIEWS:
-            parts: Iterable[Any] = item
-        elif kind is dict:
-            parts = (part for pair in item.items() for part in pair)
-        elif kind is dialect.Namespace:
-            parts = item._Namespace__attrs.items()
-        elif kind is int:
-            total += checked_integer(item).bit_length()
-            continue
-        elif kind in SCALARS or kind is range or isinstance(item, Undefined):
-            continue
-        else:                                      # a function, a generator ...
+        return len(value), 0, 0
+    characters, entries, levels, depth = 0, 0, 0, 0
+    most, level = current_budget.get().left // ENTRY, [value]
+    while level:
+        entries += len(level)
+        levels += depth * len(level)
+        if entries > most or depth > MAX_NESTING:
             raise Outside
-        if depth > MAX_NESTING or total + per_entry * _length(item) > limit:
-            raise Outside
-        waiting += [(part, depth + 1) for part in parts]
-    return total
+        below: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is str or kind is Markup:
+                characters += len(item)
+            elif kind is dict or kind in LISTS or kind in VIEWS:
+                if len(below) + 2 * len(item) > most:
+                    raise Outside
+                below += item
+                if kind is dict:
+                    below += item.values()
+            elif kind is int:
+                characters += checked_integer(item).bit_length() // 3 + 2
+            elif kind is dialect.Namespace:
+                below.append(item._Namespace__attrs)
+            elif kind not in SCALARS and kind is not range and not isinstance(item, Undefined):      # a function, a generator ...
+                raise Outside
+        level, depth = below, depth + 1
+    return characters, entries, levels
 
 
-def _length(value: Any) -> int:
-    return 2 * len(value) if type(value) is dict else 0 if type(value) is dialect.Namespace else len(value)
+def measured(value: Any, per_character: int = CHARACTER, per_entry: int = ENTRY) -> int:
+    """Units of a value with all that it holds."""
+    characters, entries, _ = counted(value)
+    return per_character * characters + per_entry * entries
 
 
 def checked_integer(value: int) -> int:

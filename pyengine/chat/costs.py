@@ -17,8 +17,9 @@ from jinja2.utils import _PassArg
 from markupsafe import Markup
 
 from pyengine.chat import dialect
-from pyengine.chat.budget import (Budget, CHARACTER, checked_integer, current_budget, ENTRY, LISTS, listed, MAX_BITS, MAX_CHAIN, measured,
-                                  NUMBERS, only, Outside, SCALARS, ticking, VIEWS)
+from pyengine.chat.budget import (
+    Budget, CHARACTER, checked_integer, counted, current_budget, ENTRY, LISTS, listed, MAX_BITS, MAX_CHAIN, measured, NUMBERS, only,
+    Outside, SCALARS, ticking, VIEWS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods: what each pays before it runs, given the object and its arguments; scalars only
@@ -146,8 +147,9 @@ def pay_for_text(value: Any, factor: int = 1) -> None:
     if kind is str or kind is Markup:
         budget.spend(factor * CHARACTER * len(value))
     else:
-        budget.afford(factor * measured(value, 10 * CHARACTER))          # repr writes up to ten characters for one
-        budget.spend(factor * measured(value))
+        characters, entries, _ = counted(value)
+        budget.afford(factor * (10 * CHARACTER * characters + ENTRY * entries))      # repr writes up to ten characters for one
+        budget.spend(factor * (CHARACTER * characters + ENTRY * entries))
 
 
 def _number(value: Any, *args: Any, **kwargs: Any) -> None:
@@ -243,8 +245,9 @@ def _join(value: Any, d: Any = "", attribute: Any = None) -> None:
     only(SCALARS, d, attribute)
     budget = current_budget.get()
     between = (CHARACTER * len(str(d)) + ENTRY) * len(value)
-    budget.afford(measured(value, 10 * CHARACTER) + between)
-    budget.spend(measured(value) + between)
+    characters, entries, _ = counted(value)
+    budget.afford(10 * CHARACTER * characters + ENTRY * entries + between)
+    budget.spend(CHARACTER * characters + ENTRY * entries + between)
 
 
 def _tojson(value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False) -> None:
@@ -257,9 +260,10 @@ def _tojson(value: Any, ensure_ascii: Any = False, indent: Any = None, separator
         only(LISTS, separators)
         only(frozenset({str}), *separators)
         between = CHARACTER * sum(map(len, separators))
-    entry = 2 * ENTRY + between
-    budget.afford(measured(value, 12 * CHARACTER, entry, level))         # \ud83d\ude00 for one character
-    budget.spend(measured(value, CHARACTER, entry, level))
+    characters, entries, levels = counted(value)
+    rest = (2 * ENTRY + between) * entries + level * levels
+    budget.afford(12 * CHARACTER * characters + rest)                    # \ud83d\ude00 for one character
+    budget.spend(CHARACTER * characters + rest)
 
 
 def _dictsort(value: Any, *args: Any, **kwargs: Any) -> None:
@@ -271,7 +275,8 @@ _LAZY = frozenset({"map", "select", "reject", "selectattr", "rejectattr", "list"
 _WHOLE = frozenset({"join", "sort", "unique", "min", "max", "sum"})      # take items as a list
 _ITERATORS = frozenset({"items", "unique", "reverse"})                   # give items one by one
 FILTER_COSTS: dict[str, Callable[..., None]] = {
-    "trim": _trim, "upper": lambda v: pay_for_text(v, 3), "lower": lambda v: pay_for_text(v, 3), "capitalize": lambda v: pay_for_text(v, 6), "title": _title,
+    "trim": _trim, "title": _title,
+    "upper": lambda v: pay_for_text(v, 3), "lower": lambda v: pay_for_text(v, 3), "capitalize": lambda v: pay_for_text(v, 6),
     "string": pay_for_text, "replace": _replace, "indent": _indent, "join": _join, "tojson": _tojson, "safe": pay_for_text,
     "length": _nothing, "count": _nothing, "default": _nothing, "d": _nothing, "first": _nothing, "last": _nothing, "items": _nothing,
     "list": _counted, "reverse": _reverse, "sort": _comparing, "min": _comparing, "max": _comparing, "dictsort": _dictsort,

@@ -2,7 +2,7 @@
 
 The process runs plain jinja2 and checks nothing itself: whatever a template does in whatever corner of Python, it has an
 address space of so many bytes, so many seconds, and no way to write a file. Where the system does not hold address spaces
-to a limit (macOS, Windows), its memory is read every few milliseconds instead. It starts in some 60 ms with jinja2 alone,
+to a limit (macOS, Windows), its memory is read every few milliseconds instead. It starts in some 65 ms with jinja2 alone,
 from any thread, and without a copy of this process.
 
 In:  source, names and values, as marshal writes them (this process is the only writer). Out: a letter, then UTF-8.

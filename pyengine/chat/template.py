@@ -177,10 +177,11 @@ def _plain(value: Any, seen: dict[int, Any] | None = None, depth: int = 0) -> An
         return seen[id(value)][1]
     if depth > MAX_NESTING:
         raise RequestError(f"messages, tools and variables of a chat template are nested deeper than {MAX_NESTING} lists and mappings")
-    if isinstance(value, Mapping):
-        made: Any = {_plain(k, seen, depth + 1): _plain(v, seen, depth + 1) for k, v in value.items()}
+    if kind is dict or isinstance(value, Mapping):
+        made: Any = {k if type(k) is str else _plain(k, seen, depth + 1): v if type(v) is str else _plain(v, seen, depth + 1)
+                     for k, v in value.items()}
     elif isinstance(value, (list, tuple)):
-        made = [_plain(v, seen, depth + 1) for v in value]
+        made = [v if type(v) is str else _plain(v, seen, depth + 1) for v in value]
         made = tuple(made) if isinstance(value, tuple) else made
     elif isinstance(value, (str, int, float)):     # bool has no subclasses
         base = next(base for base in (str, int, float) if isinstance(value, base))

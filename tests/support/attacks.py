@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, str]] = {
         "floor": "{{ (messages | length) | round(999999999, 'floor') }}",
         "mapped": "{{ [1] | map('round', 1000000000, 'ceil') | list }}",
         "divide": BIG + "{% set a = ('f' * 15000000 * m) | int(0, 16) %}{{ 0 if b // a }}",
-        "remainder": BIG + "{% set c = b % (b // 3) %}",
+        "remainder": BIG + "{% set a = ('f' * 15000000 * m) | int(0, 16) %}{% set c = b % a %}",
         "true division": BIG + "{{ b / 3 }}", "print": BIG + "{{ b }}", "print, joined": BIG + "{{ [b] | join }}",
         "print, json": BIG + "{{ b | tojson }}",
         "print, concatenated": BIG + "{% set x = b ~ '' %}", "print, formatted": BIG + "{% set x = '%d' % b %}",
