@@ -100,21 +100,21 @@ def describe(a: np.ndarray | Block) -> CTensor:
 
 
 class Kernels:
-    """The kernels of one instruction set."""
+    """The kernels of one instruction set, and files that are compiled without it (`once`)."""
 
-    def __init__(self, isa: str, folder: Path):
+    def __init__(self, isa: str, folder: Path, sources: Sequence[Path] = SOURCES, once: Sequence[Path] = ()):
         self.isa = isa
         codegen.generate(rules.CSRC)
         table = folder / "table.c"
-        table.write_text(codegen.kernels_table("cpu", SOURCES))
+        table.write_text(codegen.kernels_table("cpu", sources))
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")
         objects = []
-        for source in [*SOURCES, table, ROOT / "tests" / "c" / "harness.c"]:
+        for source in [*sources, table, ROOT / "tests" / "c" / "harness.c", *once]:
             objects.append(folder / f"{source.stem}_{isa}.o")
-            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}", "-c", source,
-                            "-o", objects[-1]], check=True)
+            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}"]
+            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
         path = folder / f"kernels_{isa}.so"
         subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
         self.lib = ctypes.CDLL(str(path))
@@ -122,17 +122,22 @@ class Kernels:
 
     def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[np.ndarray | Block], params: dict[str, Any],
              threads: int = 1, repeat: int = 1) -> None:
-        """Run a kernel on these very arrays. Scratch is filled with 0xFF (NaN) and guarded."""
+        """Run a kernel on these very arrays."""
+        groups = [[] if v is None else v if isinstance(v, list) else [v] for v in [*inputs, *outputs]]
+        self.run(name, [[describe(a) for a in g] for g in groups], len(outputs), params, threads, repeat)
+
+    def run(self, name: str, groups: Sequence[Sequence[CTensor]], n_out: int, params: dict[str, Any], threads: int = 1,
+            repeat: int = 1) -> None:
+        """Run a kernel on the tensors of each argument. Scratch is filled with 0xFF (NaN) and guarded."""
         op = REGISTRY[name]
         full = {p.name: params.get(p.name, p.default) for p in op.params.values()}
         packed = ctypes.create_string_buffer(codegen.pack_params(op, full))
-        groups = [[] if v is None else v if isinstance(v, list) else [v] for v in [*inputs, *outputs]]
-        held = [describe(a) for g in groups for a in g]
+        held = [t for g in groups for t in g]
         pointers = (ctypes.POINTER(CTensor) * max(1, len(held)))(*map(ctypes.pointer, held))
         starts = np.cumsum([0, *map(len, groups)])[:-1].astype(np.int32)
         counts = np.array([len(g) for g in groups], np.int32)
         as_ints = lambda a: a.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))  # noqa: E731
-        args = CArgs(pointers, as_ints(starts), as_ints(counts), len(inputs), len(outputs))
+        args = CArgs(pointers, as_ints(starts), as_ints(counts), len(groups) - n_out, n_out)
         n = self.lib.harness_scratch(name.encode(), ctypes.byref(args), packed, threads)
         assert n >= 0, f"no kernel {name}"
         scratch = np.full(n + 128 + GUARD, 0xFF, np.uint8)

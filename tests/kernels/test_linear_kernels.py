@@ -9,8 +9,6 @@ import ctypes
 import functools
 import itertools
 import math
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from test_kernels import FLAGS, MAX_DIMS, CArgs, CTensor, KernelError, isas, rng_of
+import test_kernels
+from test_kernels import MAX_DIMS, CTensor, KernelError, isas, rng_of
 
 from bench.blocks import SCALES
 from csrc import build_rules as rules
-from pyengine.compiler import codegen
 from pyengine.dtype import dtype
-from pyengine.graph.op import REGISTRY
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = rules.CSRC / "cpu"
 SOURCES = sorted([*CPU.glob("linear*.c"), *(CPU / f"{n}.c" for n in ("rows", "experts", "norm"))])
 PACKED = 256
@@ -57,27 +53,12 @@ class Matrix:
         self.block_bytes, self.id = size, dtype(name).id
 
 
-class Kernels:
+class Kernels(test_kernels.Kernels):
     """linear and rows of one instruction set, and the packer."""
 
     def __init__(self, isa: str, folder: Path):
-        codegen.generate(rules.CSRC)
-        table = folder / "table.c"
-        table.write_text(codegen.kernels_table("cpu", SOURCES))
-        cc = shutil.which("cc") or shutil.which("gcc")
-        if cc is None:
-            pytest.skip("needs a C compiler: install gcc or clang")
-        once = [CPU / "pack.c", rules.CSRC / "host" / "dequant.c"]
-        objects = []
-        for source in [*SOURCES, table, ROOT / "tests" / "c" / "harness.c", *once]:
-            objects.append(folder / f"{source.stem}_{isa}.o")
-            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}"]
-            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
-        path = folder / f"linear_{isa}.so"
-        subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread"], check=True)
-        self.isa, self.lib = isa, ctypes.CDLL(str(path))
-        for name in ("harness_scratch", "pe_pack_bytes"):
-            getattr(self.lib, name).restype = ctypes.c_int64
+        super().__init__(isa, folder, SOURCES, [CPU / "pack.c", rules.CSRC / "host" / "dequant.c"])
+        self.lib.pe_pack_bytes.restype = ctypes.c_int64
 
     def pack(self, m: Matrix, parts: int = 1) -> np.ndarray:
         """The packed matrix, inside guard bytes."""
@@ -100,26 +81,9 @@ class Kernels:
                     (ctypes.c_int64 * MAX_DIMS)(*strides))
         return t, data
 
-    def call(self, name: str, args: list[list[tuple[CTensor, Any]]], n_out: int, params: dict[str, Any],
-             threads: int = 1) -> None:
-        op = REGISTRY[name]
-        full = {p.name: params.get(p.name, p.default) for p in op.params.values()}
-        packed = ctypes.create_string_buffer(codegen.pack_params(op, full))
-        held = [t for group in args for t, _ in group]
-        pointers = (ctypes.POINTER(CTensor) * len(held))(*map(ctypes.pointer, held))
-        counts = np.array([len(g) for g in args], np.int32)
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
-        as_ints = lambda a: a.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))  # noqa: E731
-        c = CArgs(pointers, as_ints(starts), as_ints(counts), len(args) - n_out, n_out)
-        n = self.lib.harness_scratch(name.encode(), ctypes.byref(c), packed, threads)
-        scratch = np.full(n + 192, 0xFF, np.uint8)
-        at = -scratch.ctypes.data % 64
-        message = ctypes.create_string_buffer(256)
-        space = ctypes.c_void_p(scratch.ctypes.data + at)
-        status = self.lib.harness_run(name.encode(), ctypes.byref(c), packed, threads, space, ctypes.c_int64(n), 1, message)
-        assert (scratch[at + n :] == 0xFF).all(), "wrote behind its scratch"
-        if status:
-            raise KernelError(status, message.value.decode())
+    def run_on(self, name: str, args: list[list[tuple[CTensor, Any]]], n_out: int, params: dict[str, Any], threads: int = 1) -> None:
+        """Run a kernel on tensors that come with the memory which they describe."""
+        self.run(name, [[t for t, _ in group] for group in args], n_out, params, threads)
 
     def linear(self, x: np.ndarray, w: list[Matrix], bias: list[np.ndarray] = (), norm: np.ndarray | None = None,
                residual: np.ndarray | None = None, threads: int = 1, packed: bool = True, **params: Any) -> list[np.ndarray]:
@@ -127,7 +91,7 @@ class Kernels:
         out = [np.full((len(x) + 2, m.n + 3), np.nan, np.float32) for m in w[: 1 if glu else None]]  # a border of NaN
         views = [o[1:-1, 1:-2] for o in out]
         one = lambda a: [] if a is None else [array(a)]  # noqa: E731
-        self.call("linear", [[array(x)], [self.weight(m, packed) for m in w], [array(b) for b in bias], one(norm), one(residual),
+        self.run_on("linear", [[array(x)], [self.weight(m, packed) for m in w], [array(b) for b in bias], one(norm), one(residual),
                              [array(v) for v in views]], 1, params, threads)
         results = [v.copy() for v in views]
         for o, v in zip(out, views):
@@ -151,7 +115,7 @@ class Kernels:
                                     (ctypes.c_int64 * MAX_DIMS)(*strides)), at))
         out = np.full((chosen.size + 2, w[0][0].n + 3), np.nan, np.float32)          # a border of NaN
         view = out[1:-1, 1:-2]
-        self.call("expert_linear", [[array(x)], weights, [array(chosen)], [array(view)]], 1, params, threads)
+        self.run_on("expert_linear", [[array(x)], weights, [array(chosen)], [array(view)]], 1, params, threads)
         result = view.copy()
         view[...] = np.nan
         assert np.isnan(out).all(), "wrote outside the output"
@@ -295,7 +259,7 @@ def test_a_fused_norm_has_the_bits_of_rms_norm(kernels: Kernels, name: str) -> N
     for k, m in itertools.product(widths, (1, 3, 5, 20)):
         w, x, gain = Matrix(rng, name, 21, k), rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
         h = np.empty_like(x)
-        kernels.call("rms_norm", [[array(x)], [array(gain)], [], [array(h)]], 1, {"eps": 1e-5}, 2)
+        kernels.run_on("rms_norm", [[array(x)], [array(gain)], [], [array(h)]], 1, {"eps": 1e-5}, 2)
         for packed in (True, False):
             fused = kernels.linear(x, [w], norm=gain, norm_eps=1e-5, threads=2, packed=packed)[0]
             assert fused.tobytes() == kernels.linear(h, [w], packed=packed)[0].tobytes(), (k, m, packed)
@@ -306,7 +270,7 @@ def test_output_may_be_the_residual(kernels: Kernels) -> None:
     w, x = Matrix(rng, "Q4_1", 64, 64), rows_of(rng, 6, 64)
     y = rng.standard_normal((6, 64)).astype(np.float32)
     want = kernels.linear(x, [w], residual=y)[0]
-    kernels.call("linear", [[array(x)], [kernels.weight(w)], [], [], [array(y)], [array(y)]], 1, {}, 2)
+    kernels.run_on("linear", [[array(x)], [kernels.weight(w)], [], [], [array(y)], [array(y)]], 1, {}, 2)
     assert y.tobytes() == want.tobytes()
 
 
@@ -334,12 +298,12 @@ def test_rows(kernels: Kernels, name: str) -> None:
         if packed and name == "TQ2_0":
             continue
         out = np.full((5, w.k + 1), np.nan, np.float32)
-        kernels.call("rows", [[kernels.weight(w, packed)], [array(ids)], [], [array(out[:, :-1])]], 1, {"scale": scale}, 2)
+        kernels.run_on("rows", [[kernels.weight(w, packed)], [array(ids)], [], [array(out[:, :-1])]], 1, {"scale": scale}, 2)
         assert out[:, :-1].tobytes() == (w.values[ids] * np.float32(scale)).tobytes() and np.isnan(out[:, -1]).all()
     for bad in (-1, 37, -(2**31), 2**31 - 1):
         ids[2] = bad
         with pytest.raises(KernelError, match=f"id {bad} of 37"):
-            kernels.call("rows", [[kernels.weight(w, False)], [array(ids)], [], [array(out[:, :-1])]], 1, {}, 1)
+            kernels.run_on("rows", [[kernels.weight(w, False)], [array(ids)], [], [array(out[:, :-1])]], 1, {}, 1)
 
 
 def test_rows_of_media(kernels: Kernels) -> None:
@@ -347,11 +311,11 @@ def test_rows_of_media(kernels: Kernels) -> None:
     rng = rng_of("rows of media")
     w, media = Matrix(rng, "F16", 9, 64), rng.standard_normal((3, 64)).astype(np.float32)
     ids, out = np.array([8, -1, -3, 0, -2], np.int32), np.full((5, 64), np.nan, np.float32)
-    kernels.call("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {"scale": 2.0}, 2)
+    kernels.run_on("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {"scale": 2.0}, 2)
     assert out.tobytes() == np.stack([2 * w.values[8], media[0], media[2], 2 * w.values[0], media[1]]).astype(np.float32).tobytes()
     ids[1] = -4
     with pytest.raises(KernelError, match="id -4 of 9"):
-        kernels.call("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {}, 1)
+        kernels.run_on("rows", [[kernels.weight(w, True)], [array(ids)], [array(media)], [array(out)]], 1, {}, 1)
 
 
 # rows, experts, experts of a row
