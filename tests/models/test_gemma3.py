@@ -18,7 +18,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
 from foreign import Dialect, LlamaCpp, Saved, Tensors, vision_name
-from hollow import both, Decoder, Encoder, Full, kv, Tensor
+from hollow import both, Decoder, Encoder, Full, kv, Tensor, vit_layers
 from pictures import A, B, picture, same
 from sight import Run, Sight
 from tiny import COMMON
@@ -165,13 +165,7 @@ def siglip(d_model: int) -> Encoder:
                              ("v.position_embd.weight", (side * side, width), "F16"),
                              ("mm.input_projection.weight", (width, d_model), "F16"),
                              ("mm.soft_emb_norm.weight", (width,), "F32"), *both("v.post_ln", width)]
-    for i in range(n_layers):
-        at = f"v.blk.{i}."
-        tensors += [*both(f"{at}ln1", width), *both(f"{at}ln2", width)]
-        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)),
-                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
-            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
-    return keys, tensors
+    return keys, tensors + vit_layers(n_layers, width, d_ff)
 
 
 SIZES = {"tied": True, "norms": ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), "head_norms": True,

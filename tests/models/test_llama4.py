@@ -19,7 +19,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
 from foreign import Dialect, LlamaCpp, Saved, Tensors, vision_name
-from hollow import both, Decoder, Encoder, Full, kv, Tensor
+from hollow import both, Decoder, Encoder, Full, kv, Tensor, vit_layers
 from oracle import Planned
 from pictures import picture, same
 from pyengine.cache.policy import Chunked, Full as FullCache
@@ -248,13 +248,7 @@ def full_encoder(d_model: int) -> Encoder:
                              ("v.position_embd.weight", (side * side + 1, width), "F16"), *both("v.pre_ln", width),
                              *both("v.post_ln", width), ("mm.model.mlp.1.weight", (adapter, 4 * width), "F16"),
                              ("mm.model.mlp.2.weight", (adapter, adapter), "F16"), ("mm.model.fc.weight", (d_model, adapter), "F16")]
-    for i in range(n_layers):
-        at = f"v.blk.{i}."
-        tensors += [*both(f"{at}ln1", width), *both(f"{at}ln2", width)]
-        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)),
-                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
-            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
-    return keys, tensors
+    return keys, tensors + vit_layers(n_layers, width, d_ff)
 
 
 ASSUMED = {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1}

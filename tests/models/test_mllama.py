@@ -22,7 +22,7 @@ from pictures import A, B, DOT, LONG, picture, same, THIN
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, SessionError, UnsupportedModelError
 from pyengine.media.views import Limits
 from pyengine.programs.rows import lay_out_rows, MediaSegment, TokenSegment
-from sight import load_processor, Seen, Sight
+from sight import ids_of, load_processor, Seen, Sight
 from tiny import COMMON, ROPES
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -80,16 +80,8 @@ class MllamaSight(Sight):
         from transformers.models.mllama import processing_mllama as processing
 
         config, processor = model.config, load_processor(self, folder, model.config)
-        ids: list[int] = []
-        pictures = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
-            elif isinstance(part, str):
-                ids += processor.tokenizer(part, add_special_tokens=False)["input_ids"]
-            else:
-                ids.append(config.image_token_index)
-                pictures.append(part)
+        ids = ids_of(parts, processor.tokenizer, lambda picture: [config.image_token_index])
+        pictures = [part for part in parts if not isinstance(part, (int, str))]
         if not pictures:
             with torch.no_grad():
                 return Seen(ids, model(input_ids=torch.tensor([ids])).logits[0].numpy(), [], [], [])

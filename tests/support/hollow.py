@@ -7,7 +7,7 @@ numbers as text; formats are Q4_0 or Q8_0 for matrices and F32 for the rest, F16
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,18 @@ def both(name: str, width: int) -> list[Tensor]:
     return [(f"{name}.weight", (width,), "F32"), (f"{name}.bias", (width,), "F32")]
 
 
+def vit_layers(n_layers: int, width: int, d_ff: int) -> list[Tensor]:
+    """An encoder's layers as llama.cpp names them: two norms, attention and a feed-forward, all with biases."""
+    tensors: list[Tensor] = []
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [*both(f"{at}ln1", width), *both(f"{at}ln2", width)]
+        for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_out"), (width, width)),
+                            "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return tensors
+
+
 def write_decoder(path: Path, model: Decoder, dtype: str = "Q4_0", part_bytes: int = 0, special: tuple[str, ...] = ()) -> Path:
     """Write a decoder's file, in parts of at most `part_bytes` if given; `special` are the first tokens. Returns the first part."""
     tokens = [*special, *(str(i) for i in range(model.vocab_size - len(special)))]
@@ -114,11 +126,8 @@ def write_encoder(path: Path, encoder: Encoder) -> Path:
     return write_headers(path, "clip", *encoder, 0)
 
 
-def write_headers(path: Path, arch: str, keys: dict[str, Any], tensors: list[Tensor], part_bytes: int) -> Path:
-    """Write headers with gguf-py; the data that they speak of are holes in the files."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, arch, split_max_size=part_bytes)
+def add_keys(writer: Any, keys: Mapping[str, Any]) -> None:
+    """Write keys with gguf-py, in the formats of their types: uint32 for ints, float32 for floats."""
     for name, value in keys.items():
         if isinstance(value, bool):
             writer.add_bool(name, value)
@@ -130,6 +139,14 @@ def write_headers(path: Path, arch: str, keys: dict[str, Any], tensors: list[Ten
             writer.add_string(name, value)
         else:
             writer.add_array(name, value.tolist() if isinstance(value, np.ndarray) else value)
+
+
+def write_headers(path: Path, arch: str, keys: dict[str, Any], tensors: list[Tensor], part_bytes: int) -> Path:
+    """Write headers with gguf-py; the data that they speak of are holes in the files."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch, split_max_size=part_bytes)
+    add_keys(writer, keys)
     for name, shape, dtype in tensors:
         type_ = gguf.GGMLQuantizationType[dtype]
         block, block_bytes = gguf.GGML_QUANT_SIZES[type_]

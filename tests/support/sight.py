@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,22 +63,30 @@ class Sight:
         import torch
 
         processor = load_processor(self, folder, model.config)
-        ids: list[int] = []
         made = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
-            elif isinstance(part, str):
-                ids += processor.tokenizer(part, add_special_tokens=False)["input_ids"]
-            else:
-                its, done = self.part(processor, model.config, folder, part, **settings)
-                ids += its
-                made.append(done)
+
+        def seen_part(part: Any) -> list[int]:
+            its, done = self.part(processor, model.config, folder, part, **settings)
+            made.append(done)
+            return its
+
+        ids = ids_of(parts, processor.tokenizer, seen_part)
         tokens = torch.tensor([ids])
         with torch.no_grad():
             run = self.run(model, tokens, made, fps)
             logits = model(input_ids=tokens, **run.inputs).logits[0].numpy()
         return Seen(ids, logits, [f.numpy() for f in run.features], [p.numpy() for p in run.pixels], run.grids)
+
+
+def ids_of(parts: Sequence[Any], tokenizer: Any, seen: Callable[[Any], list[int]]) -> list[int]:
+    """Return the ids of a prompt of ids, texts, and what is seen, whose ids `seen` returns."""
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"] if isinstance(part, str) else seen(part)
+    return ids
 
 
 def sight_of(folder: Path) -> Sight:

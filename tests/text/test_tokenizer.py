@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import cbuild
+import hollow
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -174,15 +175,7 @@ def write_gguf(path: Path, meta: dict[str, object]) -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
-    for key, value in meta.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    hollow.add_keys(writer, meta)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
