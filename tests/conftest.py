@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,8 @@ def machine(monkeypatch):
 
     def set_to(free: int, *gpus: int) -> None:
         found = hardware.detect()
-        devices = [replace(found.devices[0], total=free, free=free)]
+        devices = [found.devices[0]._replace(total=free, free=free)]
         devices += [Device("cuda", "test GPU", i, n, n) for i, n in enumerate(gpus)]
-        monkeypatch.setattr(hardware, "detect", lambda system=None: replace(found, devices=tuple(devices)))
+        monkeypatch.setattr(hardware, "detect", lambda system=None: found._replace(devices=tuple(devices)))
 
     return set_to

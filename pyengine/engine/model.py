@@ -18,14 +18,12 @@ import numpy as np
 from pyengine.backends.base import Program, Progress
 from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Stream
-from pyengine.engine.encoded import EncodedMedia
 from pyengine.engine.language import Language
 from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
 from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
-from pyengine.media.views import Limits
 from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
@@ -34,6 +32,7 @@ from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
+    from pyengine.engine.encoded import EncodedMedia
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,6 +65,9 @@ class Model:
         self._lock = self._scheduler.lock
         self.media: EncodedMedia | None = None
         if image is not None:
+            from pyengine.engine.encoded import EncodedMedia                   # models without pictures load faster
+            from pyengine.media.views import Limits
+
             limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
             self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress)
         self._language = Language(self.file.metadata, bound.files.modelfile)

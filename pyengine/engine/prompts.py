@@ -8,19 +8,19 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
 from pyengine.engine.language import Language
 from pyengine.errors import ImageError, RequestError, shown
-from pyengine.media.messages import as_list, Medium, split
-from pyengine.media.policy import MediaPolicy
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
     from pyengine.media.image import Image
+    from pyengine.media.messages import Medium
+    from pyengine.media.policy import MediaPolicy
     from pyengine.media.video import Video
 
-Prompt = tuple[list[Segment], list[MediaInfo]]
+Prompt = tuple[list[Segment], "list[MediaInfo]"]
 
 
 class Prompts:
@@ -28,10 +28,10 @@ class Prompts:
 
     n_ids     ids that a prompt may have: rows of the embedding
     language  its tokenizer and chat template; media: its encoder, or None
-    policy    which files a request may name; a server takes a stricter one
+    policy    which files a request may name; None: that of a program that writes its messages itself
     """
 
-    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy = MediaPolicy()):
+    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy | None = None):
         self.name, self.n_ids, self.language, self.media, self.policy = name, n_ids, language, media, policy
 
     @property
@@ -44,6 +44,8 @@ class Prompts:
 
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
         """What stands in the prompt for a picture or video; see `media_of` for the arguments."""
+        from pyengine.media.messages import Medium                   # here and below: a first text is answered sooner
+
         return self._encoded(Medium(source, "", kind))
 
     def _encoded(self, medium: Medium) -> tuple[tuple[Part, ...], MediaInfo]:
@@ -73,6 +75,10 @@ class Prompts:
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
         """Segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is added)."""
+        if isinstance(prompt, str) and isinstance(images, (list, tuple)) and not images:
+            return self.text(prompt, [])
+        from pyengine.media.messages import as_list, Medium
+
         if isinstance(prompt, str):
             return self.text(prompt, [Medium(s, f"images[{i}]") for i, s in enumerate(as_list(images, "images"))])
         if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
@@ -127,6 +133,8 @@ class Prompts:
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
         """A conversation in the model's own chat format, ready for the answer."""
+        from pyengine.media.messages import split
+
         seen, media = split(self.language.begun(messages) if isinstance(messages, (list, tuple)) else messages)
         if not media:
             return self.text(self.language.template.render(seen, tools=tools, add_generation_prompt=True), [])
@@ -155,7 +163,7 @@ def token_ids(ids: Any, n_ids: int) -> list[int]:
     return ids
 
 
-def media_of(source: Any, kind: str = "", policy: MediaPolicy = MediaPolicy(), url: bool = False, options: Mapping[str, Any] | None = None,
+def media_of(source: Any, kind: str = "", policy: MediaPolicy | None = None, url: bool = False, options: Mapping[str, Any] | None = None,
              judge: Callable[[Image | Video], None] | None = None) -> Image | Video:
     """A picture from anything that `open_image` reads, or base64; a list of frames, a Video, or whatever kind "video" names, is a video.
 
@@ -164,9 +172,10 @@ def media_of(source: Any, kind: str = "", policy: MediaPolicy = MediaPolicy(), u
     judge    raises for a picture or video of which only size and options are known, before anything is decoded
     """
     from pyengine.media.image import read_image                   # Pillow takes 20 ms to import
+    from pyengine.media.policy import MediaPolicy
     from pyengine.media.video import read_video, Video
 
-    options = dict(options or {})
+    options, policy = dict(options or {}), policy or MediaPolicy()
     if kind == "video" or isinstance(source, (list, tuple, Video)):
         fps = options.pop("fps", None)
         if fps is not None and not isinstance(source, (list, tuple)):

@@ -6,15 +6,17 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.cache.cells import Conversation
-from pyengine.engine.encoded import MediaInfo
 from pyengine.errors import RequestError, shown as in_short
 from pyengine.programs.rows import Rows
 from pyengine.text.sampling import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from pyengine.engine.encoded import MediaInfo
 
 
 class Stops:

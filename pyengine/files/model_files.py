@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pyengine.errors import UnsupportedModelError
 from pyengine.files.dialects import check_encoder, translate
@@ -11,8 +11,7 @@ from pyengine.files.gguf import GGUFFile
 from pyengine.files.stores import look_up, Modelfile, read_modelfile
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(NamedTuple):
     """A model's file, and the one that holds its media encoder (often the same), in llama.cpp's names."""
 
     model: GGUFFile

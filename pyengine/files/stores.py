@@ -19,8 +19,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pyengine.errors import InvalidModelError, ModelNotFoundError
@@ -38,8 +38,7 @@ _OLLAMA_SERVICE = "/usr/share/ollama/.ollama/models"      # of the user that Oll
 _OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")      # left out of the names that Ollama shows
 
 
-@dataclass(frozen=True)
-class FoundModel:
+class FoundModel(NamedTuple):
     """A model on this machine. Of a split one, `path` is the first part and `nbytes` counts all of them."""
 
     name: str
@@ -48,17 +47,16 @@ class FoundModel:
     source: str                        # "PYENGINE_MODELS", "Ollama", "Hugging Face", "LM Studio"; "" for a path
     mmproj: Path | None = None
     aliases: tuple[str, ...] = ()      # other names that find it
-    layers: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)     # other files by kind, for `read_modelfile`
+    layers: Mapping[str, tuple[Path, ...]] = MappingProxyType({})            # other files by kind, for `read_modelfile`
 
 
-@dataclass(frozen=True)
-class Modelfile:
+class Modelfile(NamedTuple):
     """What goes with a model in Ollama's store: the lines of its Modelfile, each empty where there is none."""
 
     adapters: tuple[Path, ...] = ()    # LoRA
     system: str = ""                   # the system text of conversations that have none
     template: str = ""                 # of prompts, in the syntax of Go's text/template
-    parameters: Mapping[str, Any] = field(default_factory=dict)              # "temperature", "stop", "num_ctx" ...
+    parameters: Mapping[str, Any] = MappingProxyType({})                     # "temperature", "stop", "num_ctx" ...
     messages: tuple[Mapping[str, Any], ...] = ()                             # that each conversation begins with
     license: str = ""
 
@@ -112,8 +110,6 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
 
 def read_modelfile(found: FoundModel) -> Modelfile:
     """Read what goes with a model in Ollama's store. Raises: InvalidModelError for a file that is missing or malformed."""
-    import json  # most models have none of these
-
     def text(kind: str) -> str:
         texts = []
         for path in found.layers.get(kind, ()):
@@ -126,8 +122,12 @@ def read_modelfile(found: FoundModel) -> Modelfile:
 
     def values(kind: str, want: type) -> Any:
         source = text(kind)
+        if not source:
+            return want()
+        import json  # most models have none of these
+
         try:
-            value = json.loads(source) if source else want()
+            value = json.loads(source)
         except (ValueError, RecursionError):
             value = None
         if type(value) is not want:

@@ -60,17 +60,20 @@ class Graph:
 def topological(outputs: Iterable[Tensor]) -> list[Node]:
     """Return the nodes that `outputs` need, inputs before users, in a fixed order."""
     order: list[Node] = []
-    seen: set[int] = set()
+    seen: set[Node] = set()
     stack: list[Node | None] = [t.node for t in reversed(list(outputs))]
     while stack:
         node = stack.pop()
         if node is None:                                     # the inputs of the node below it are done
             order.append(stack.pop())
-        elif id(node) not in seen:
-            seen.add(id(node))
+        elif node not in seen:
+            seen.add(node)
+            if not node.inputs:
+                order.append(node)
+                continue
             stack += (node, None)
             for t in reversed(node.inputs):
-                if id(t.node) not in seen:
+                if t.node not in seen:
                     stack.append(t.node)
     return order
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import ShapeError
-from pyengine.graph.tensor import Axis, make_leaf, Node, product, Tensor
+from pyengine.graph.tensor import Axis, make_leaf, Node, product, Shape, Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class _Kind:
 
 F32, I32, Float, Weight, Cache, Same = (_Kind(k) for k in ("F32", "I32", "Float", "Weight", "Cache", "Same"))
 
+MOST_KNOWN = 1024                        # shapes of results that an op keeps
 _ALLOWED = {"F32": {"F32"}, "I32": {"I32"}, "Float": {"F32", "F16", "BF16"}, "Cache": {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}}
 
 
@@ -120,6 +121,7 @@ class Op:
     rowwise: bool = False                    # a row of the results needs that row only of the arguments that have the rows' axis
     light: bool = False                      # computing some rows again costs no more than moving them
     cases: list[Case] = field(default_factory=list)
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False)           # results of `shapes`: layers are alike
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
@@ -174,10 +176,21 @@ class Op:
     def node(self, values: Sequence[Any], params: dict[str, Any]) -> Any:
         """Add a node; returns its tensor, or a tuple where the op has several results."""
         args = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-        shapes = self.infer(args, params) if self.infer else self._infer(args)
         node = Node(self, args, tuple(params.items()))
-        node.outputs = outputs = tuple([Tensor(node, tuple(s), d, i) for i, (s, d) in enumerate(shapes)])
+        node.outputs = outputs = tuple([Tensor(node, s, d, i) for i, (s, d) in enumerate(self.shapes(args, params))])
         return outputs[0] if len(self.results) == 1 and not self.results[0].many else outputs
+
+    def shapes(self, args: tuple[Any, ...], params: dict[str, Any]) -> list[tuple[Shape, DType]]:
+        """Return shape and dtype of each result. Raises: ShapeError where the arguments do not go together."""
+        key = (tuple([None if a is None else tuple([(t.shape, t.dtype.id) for t in a]) if isinstance(a, tuple) else (a.shape, a.dtype.id)
+                      for a in args]), tuple(params.items()))
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            found = self.infer(args, params) if self.infer else self._infer(args)
+            known = self._known[key] = [(tuple(shape), dtype) for shape, dtype in found]
+        return known
 
     def argument(self, args: Sequence[Any], name: str) -> Any:
         """Return the one of a node's arguments that has this name."""

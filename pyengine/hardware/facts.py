@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Main memory: `available` can be taken now, without swapping, within `limit`, the smallest of control groups."""
 
     total: int
@@ -16,8 +14,7 @@ class Memory:
     limit_used: int | None = None    # of the limit, by all in that group, without file pages that can be dropped
 
 
-@dataclass(frozen=True)
-class CoreKind:
+class CoreKind(NamedTuple):
     """Cores of one kind: how many, how many logical CPUs they run, how many of the cores this process may use."""
 
     kind: str
@@ -27,8 +24,7 @@ class CoreKind:
     max_mhz: int | None = None
 
 
-@dataclass(frozen=True)
-class Cache:
+class Cache(NamedTuple):
     """Caches of one level and size: L1 data, or unified; `n_cpus` logical CPUs share each of `n_instances`."""
 
     level: int
@@ -37,8 +33,7 @@ class Cache:
     n_cpus: int
 
 
-@dataclass(frozen=True)
-class NumaNode:
+class NumaNode(NamedTuple):
     """Memory and the logical CPUs that are near it."""
 
     index: int
@@ -47,8 +42,7 @@ class NumaNode:
     free: int
 
 
-@dataclass(frozen=True)
-class Cpu:
+class Cpu(NamedTuple):
     """The processors: `n_threads` is how many threads the engine takes unless it is told otherwise."""
 
     name: str
@@ -63,8 +57,7 @@ class Cpu:
     isas: tuple[str, ...]            # instruction sets that the engine has kernels for and the machine runs, best first
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """Something that computes and has memory: `id` is "cpu", "cuda:0", "rocm:0" or "metal:0".
 
     total, free: bytes; on a `unified` device they are of main memory, shared with the CPU. host: main memory that the
@@ -89,8 +82,7 @@ class Device:
         return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
 
-@dataclass(frozen=True)
-class Hardware:
+class Hardware(NamedTuple):
     """A machine as this process may use it; `devices` begins with the CPU. `notes` says what is assumed, and why."""
 
     devices: tuple[Device, ...]
@@ -101,4 +93,11 @@ class Hardware:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {**asdict(self), "devices": [{"id": d.id, **asdict(d)} for d in self.devices]}
+        return {**_plain(self), "devices": [{"id": d.id, **_plain(d)} for d in self.devices]}
+
+
+def _plain(value: Any) -> Any:
+    """Named values as dicts, tuples as lists."""
+    if isinstance(value, tuple):
+        return {k: _plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else [_plain(v) for v in value]
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pyengine.hardware.facts import Device, Memory
@@ -61,7 +61,7 @@ class Nvidia:
             return []
         finally:
             nvml.nvmlShutdown()
-        return [replace(device, index=i) for i, device in enumerate(self._visible(self._ordered(gpus)))]
+        return [device._replace(index=i) for i, device in enumerate(self._visible(self._ordered(gpus)))]
 
     def _gpu(self, nvml: Any, handle: Any) -> Gpu:
         """Ask NVML about one GPU and its instances."""
@@ -171,7 +171,7 @@ class Amd:
             name, uuid = system.text(f"{folder}/product_name") or f"AMD GPU {chip}", system.text(f"{folder}/unique_id")
             found.append((node, pci or "", Device("rocm", name, 0, total, max(0, total - used), compute=compute,
                                                   pci=pci, uuid=uuid and f"GPU-{uuid}", host=host)))
-        return [replace(device, index=i) for i, (_, _, device) in enumerate(sorted(found, key=lambda f: f[:2]))]
+        return [device._replace(index=i) for i, (_, _, device) in enumerate(sorted(found, key=lambda f: f[:2]))]
 
     def _nodes(self) -> dict[str, tuple[int, str]]:
         """Return (order, target such as gfx90a) of GPUs in kfd's topology, by PCI address."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyengine.backends.base import Backend, Declared
 from pyengine.backends.chain import PreparedChain
@@ -14,8 +14,7 @@ from pyengine.files.weights import behind_layers, layer_of
 from pyengine.programs import step
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(NamedTuple):
     """What places must hold: bytes of each layer's weights and caches, of what belongs to no layer, and a run's on every device.
 
     apart  names of the experts' tensors, where they have a device of their own
@@ -27,8 +26,7 @@ class Demand:
     apart: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """A step's graph over devices: names of those used, the program of each, its layers, and a word about it."""
 
     devices: list[str]

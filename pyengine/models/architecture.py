@@ -15,13 +15,13 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
-from pyengine.media.views import Limits, Processed
 from pyengine.nn.batch import Batch
 from pyengine.nn.rope import Rotary, Rope
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
     from pyengine.media.video import Video
+    from pyengine.media.views import Limits, Processed
 
 
 class EncoderFiles(NamedTuple):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from pyengine.backends.base import Declared, Program
 from pyengine.graph.graph import Graph
-from pyengine.media.views import View
 from pyengine.models.architecture import Encoder
+
+if TYPE_CHECKING:
+    from pyengine.media.views import View
 
 
 def declare(encoder: Encoder, rows: int) -> Declared:

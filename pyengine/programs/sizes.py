@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import RequestError, UnsupportedModelError
@@ -14,8 +14,7 @@ HEAD_BYTES = 32 << 20                # logits of at most this size are computed 
 N_BATCH = 512                        # rows of one step, unless told otherwise
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The largest shapes that a model's programs are made for.
 
     n_ctx    positions of one conversation's context
@@ -32,12 +31,12 @@ class Sizes:
     n_head: int
     k: DType
     v: DType
-    runs: Mapping[str, int] = field(default_factory=dict)
+    runs: Mapping[str, int] = MappingProxyType({})
     across: int = 0
 
     def with_(self, **changes: Any) -> Sizes:
         """Return the same with other numbers."""
-        return replace(self, **changes)
+        return self._replace(**changes)
 
 
 def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size: int) -> tuple[int, int]:

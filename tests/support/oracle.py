@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from pyengine.programs.step import Step, Work
 def step_of(path: Path, n_ctx: int = 64, n_batch: int = 16, kv_dtype: str = "f16", mmproj: Path | None = None, **sizes: int) -> Step:
     """A model's step at these sizes."""
     layout = ModelLayout(bind(open_files(path, mmproj)), Settings(n_ctx, n_batch, kv_dtype), hardware.detect())
-    return Step(layout.bound.model, replace(layout.sizes, **sizes))
+    return Step(layout.bound.model, layout.sizes.with_(**sizes))
 
 
 class Planned:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 from pyengine.errors import UnsupportedModelError
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders import pixtral
 from pyengine.nn.encoder import projector_type
 
-ENCODERS: dict[str, type[Encoder]] = {"pixtral": pixtral.Vision}
+ENCODERS = {"pixtral": "pixtral"}                              # projector: module, of which `Vision` is the encoder
 
 
 def beside(files: EncoderFiles) -> dict[str, Encoder]:
@@ -16,4 +17,4 @@ def beside(files: EncoderFiles) -> dict[str, Encoder]:
     if name not in ENCODERS:
         raise UnsupportedModelError(f"{files.keys.arch}.projector_type is {name!r}; beside {files.text.arch!r} these are supported: "
                                     f"{', '.join(sorted(ENCODERS))}")
-    return {"image": ENCODERS[name](files)}
+    return {"image": importlib.import_module(f"{__name__}.{ENCODERS[name]}").Vision(files)}
