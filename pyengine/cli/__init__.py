@@ -59,6 +59,7 @@ Devices = Annotated[list[str] | None, Option("--device", metavar="NAME=SIZE", he
     "cpu, or parts of memory that layers are spread over: cpu:0=6GiB; repeatable."))]
 EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", help="The part that holds the image encoder.")]
 ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", help="The part that holds the layers' experts.")]
+InPlace = Annotated[bool, Option("--mmap", help="Read weights in the file at each step, for models larger than the memory; slower.")]
 N_BATCH = 512
 
 
@@ -97,6 +98,7 @@ def run(
     device: Devices = None,
     encoder_device: EncoderDevice = None,
     expert_device: ExpertDevice = None,
+    mmap: InPlace = False,
     json: Json = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Say what was seen, how fast, in what memory.")] = False,
 ) -> int:
@@ -122,7 +124,7 @@ def run(
         pictures.check_drawing(draw, shown)
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj, device=devices,
-                         encoder_device=encoder_device, expert_device=expert_device)
+                         encoder_device=encoder_device, expert_device=expert_device, mmap=mmap)
     if shown:
         pictures.need_encoder(loaded)
     base = not raw and answer.is_base(loaded.file.metadata, loaded.file.path)
@@ -164,6 +166,7 @@ def plan(
     device: Devices = None,
     encoder_device: EncoderDevice = None,
     expert_device: ExpertDevice = None,
+    mmap: InPlace = False,
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
@@ -175,7 +178,7 @@ def plan(
     images = shown.parse_size(picture, pictures)
     found = fit.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
                           nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
-                          expert_device=expert_device)
+                          expert_device=expert_device, mmap=mmap)
     if png is not None:
         shown.draw(found, png)
     if json:
@@ -196,6 +199,7 @@ def bench(
     threads: Threads = None,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
+    mmap: InPlace = False,
     profile: Annotated[bool, Option("--profile", help="Time each op in one more run of each test.")] = False,
     json: Json = False,
 ) -> None:
@@ -205,7 +209,7 @@ def bench(
 
     if not prompt and not generate:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
-    loaded = screen.load(model, n_ctx=max(prompt, generate), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch)
+    loaded = screen.load(model, n_ctx=max(prompt, generate), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmap=mmap)
     prepared = loaded.program.prepared
     results = speed.measure(loaded, prompt, generate, repetitions, profile)
     about = {"model": loaded.plan.model, "n_threads": prepared.n_threads, "isa": prepared.isa,
