@@ -41,6 +41,8 @@ def parse_size(text: str | None, count: int | None) -> Any:
 
 def draw(found: MemoryPlan, path: Path) -> None:
     """Draw the plan as one stacked bar a device, and what it has free. Raises: RequestError without matplotlib, or for the file."""
+    from pyengine.files.writing import written
+
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -62,6 +64,7 @@ def draw(found: MemoryPlan, path: Path) -> None:
     axes.set_title(f"{found.model}: context {found.n_ctx}{times}, kv {found.kv_dtype}, {found.total / MIB:.1f} MiB", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=7)
     try:
-        figure.savefig(path, format="png", dpi=150)
+        with written(path) as file:
+            figure.savefig(file, format="png", dpi=150)
     except OSError as error:
         raise RequestError(f"--png {path}: {error.strerror}") from None

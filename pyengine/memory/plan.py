@@ -2,7 +2,7 @@
 
 Purposes: weights (packed or copied), mapped (read where the file is mapped; the system may drop and read them again, so they
 are no part of the total), kv, arena, sampler, encoder (weights and arena of the media encoder, from the first picture on), images
-(encoded pictures that are kept, and the patches of one on the host), overhead (the process itself).
+(encoded pictures that are kept, and the patches of one on the host), overhead (the process itself, and the headers of its files).
 """
 
 from __future__ import annotations
