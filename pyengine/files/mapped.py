@@ -56,6 +56,7 @@ class MappedFile:
         with ffi.from_buffer(self.buffer) as start:
             self._watch = lib.pe_watch(start, self.size)
         self._unwatch = weakref.finalize(self.buffer, lib.pe_watch_end, self._watch)     # arrays keep the mapping alive
+        self._unwatch.atexit = False
 
     def _now(self) -> tuple[int, int]:
         """Size and time of the last writing."""

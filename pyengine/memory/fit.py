@@ -180,11 +180,11 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
     for side in (896, 448) if image else ():
         if len(found) < 3 and was.picture > image.n_rows(side, side) and fits(images=(side, side)):
             break
-    for changes in smaller:
+    for changes in smaller[:]:
         if len(found) < 3:
             fits(**changes)
-    if len(found) < 3 and not want.mmap:
-        fits(mmap=True)
+    if len(found) < 3 and not want.mmap and not fits(mmap=True) and smaller and "mmap" in smaller[-1]:
+        fits(**smaller[-1])
     return found[:3]
 
 

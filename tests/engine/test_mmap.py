@@ -131,3 +131,11 @@ def test_only_the_experts_that_are_used_are_touched(tiny_gguf) -> None:
     assert expert <= in_memory(model, name) + around <= expert + 2 * around
     model.logits(IDS)
     assert in_memory(model, name) > 4 * expert
+
+
+def test_a_model_of_400_gib_loads(full_size) -> None:
+    """Nothing but norms is read of it; a step would take a while."""
+    path, _ = full_size("llama-405b")
+    model = pe.load(path, n_ctx=64, n_batch=8, mmap=True)
+    assert model.plan.of("mapped") > 200 * 1024 * MIB and model.plan.fits and model.plan.of("weights") < 32 * MIB
+    model.file.check()

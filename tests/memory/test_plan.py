@@ -173,6 +173,14 @@ def test_refusals_name_three_things_that_fit(files, machine) -> None:
     with pytest.raises(PlanError) as caught:
         machine(2 * GIB)
         pe.load(path, mmproj=mmproj, n_ctx=4096)
+    assert [a.settings for a in caught.value.plan.alternatives] == [{"mmap": True}]
+    with pytest.raises(PlanError) as caught:
+        machine(GIB)
+        pe.load(path, mmproj=mmproj, n_ctx=65536)
+    assert [{**a.settings, "n_ctx": 0} for a in caught.value.plan.alternatives] == [{"mmap": True, "n_ctx": 0}]
+    with pytest.raises(PlanError) as caught:
+        machine(GIB // 16)
+        pe.load(path, mmproj=mmproj, n_ctx=4096)
     assert caught.value.plan.alternatives == () and "fewer bits" in str(caught.value)
 
 
