@@ -226,7 +226,7 @@ def run(
     devices = planned.parse_device(device or ())
     options = {"image": pictures.parse_options(image_option or (), "--image-option"),
                "video": pictures.parse_options(video_option or (), "--video-option")}
-    shown = [*(pictures.open_picture(file, options["image"]) for file in image or ()),
+    shown = [*(pictures.open_picture(file, options["image"]) for file in pictures.separate(image or ())),
              *(pictures.open_picture(file, options["video"], "video") for file in video or ())]
     question = None if lines else asked.question(typed, file or (), options["image"])
     if question is not None and not any(isinstance(part, str) and part.strip() for part in question.parts):

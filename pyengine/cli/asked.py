@@ -55,7 +55,7 @@ def question(words: Sequence[str], files: Sequence[str], options: pictures.Optio
     if dash and not any(piped):
         raise RequestError("standard input is empty, and there is no other prompt")
     parts, remarks = pictures.read_words(words, options)
-    first = _last_pictures(parts)
+    first, parts = _outer_pictures(parts)
     above = "\n\n".join(filter(None, (text.strip("\n") if words else text for text in piped)))
     if not above and not parts and not first:
         return None
@@ -63,15 +63,19 @@ def question(words: Sequence[str], files: Sequence[str], options: pictures.Optio
     return Asked(_joined([*first, above + between, *parts]), remarks, above + between + " ".join(words), above)
 
 
-def _last_pictures(parts: list[str | pictures.Picture]) -> list[str | pictures.Picture]:
-    """Take the pictures that end a message away from it: they come before its text, as models were taught."""
-    found: list[str | pictures.Picture] = []
-    while parts and (not isinstance(parts[-1], str) or not parts[-1].strip()):
-        last = parts.pop()
-        found = found if isinstance(last, str) else [last, *found]
-    if found and parts and isinstance(parts[-1], str):
-        parts[-1] = parts[-1].rstrip()
-    return found
+def _outer_pictures(parts: list[str | pictures.Picture]) -> tuple[list[str | pictures.Picture], list[str | pictures.Picture]]:
+    """Tell the pictures around a message from the message: they come before its text, as models were taught.
+
+    Where others stand between its words, all stay in their places.
+    """
+    whole = [part for part in parts if not isinstance(part, str) or part.strip()]
+    texts = [i for i, part in enumerate(whole) if isinstance(part, str)]
+    if not texts:
+        return whole, []
+    inner = whole[texts[0] : texts[-1] + 1]
+    if len(inner) == len(whole) or not all(isinstance(part, str) for part in inner):
+        return [], parts
+    return [*whole[: texts[0]], *whole[texts[-1] + 1 :]], ["".join(map(str, (p for p in parts if isinstance(p, str)))).strip()]
 
 
 def _joined(parts: Sequence[str | pictures.Picture]) -> list[str | pictures.Picture]:

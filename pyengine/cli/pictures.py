@@ -79,6 +79,15 @@ def local_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def separate(files: Sequence[str]) -> list[str]:
+    """Return the files that an option names, also those that stand in one list with commas between them."""
+    found: list[str] = []
+    for file in files:
+        names = file.split(",")
+        found += names if len(names) > 1 and not _is_file(file) and all(map(_is_file, names)) else [file]
+    return found
+
+
 def parse_options(arguments: Sequence[str], option: str) -> dict[str, Any]:
     """Read name=value; a value is a number, true or false. Raises: RequestError naming `option`."""
     found: dict[str, Any] = {}

@@ -94,6 +94,8 @@ def test_words_are_joined(model, capsys) -> None:  # noqa: F811
     assert content(model) == "why is the sky blue"
     assert execute(["m", "5", "-", "3"]) == 0
     assert content(model) == "5 - 3"
+    assert execute(["m", "Once ", " upon "]) == 0
+    assert content(model) == "Once   upon "
     assert execute(["m", "--", "-5", "+", "3"]) == 0
     assert content(model) == "-5 + 3"
 
@@ -120,10 +122,13 @@ def shape(found) -> list[str]:
     (["What does it say? a.png"], ["<a.png>", "What does it say?"]),
     (["What does it say?", "{}/my b.png"], ["<my b.png>", "What does it say?"]),
     (["What is in a.png?"], ["What is in ", "<a.png>", "?"]),
-    (["a.png", "what?"], ["<a.png>", " what?"]),
+    (["a.png", "what?"], ["<a.png>", "what?"]),
+    (["a.png", "which is larger?", "my b.png"], ["<a.png>", "<my b.png>", "which is larger?"]),
+    (["what is more in a.png than in 'my b.png'"], ["what is more in ", "<a.png>", " than in ", "<my b.png>"]),
     (["Which", "--image", "a.png", "my b.png", "is", "larger?"], ["<a.png>", "Which ", "<my b.png>", " is larger?"]),
-    (["--image", "a.png", "my b.png", "Which", "is", "larger?"], ["<a.png>", "<my b.png>", " Which is larger?"]),
-    (["'my b.png' and none.png"], ["<my b.png>", " and none.png"]),
+    (["--image", "a.png", "my b.png", "Which", "is", "larger?"], ["<a.png>", "<my b.png>", "Which is larger?"]),
+    (["Which is larger?", "--image", "a.png,my b.png"], ["<a.png>", "<my b.png>", "Which is larger?"]),
+    (["'my b.png' and none.png"], ["<my b.png>", "and none.png"]),
 ])
 def test_pictures_in_the_prompt(seeing, tmp_path, arguments, parts, capsys) -> None:
     assert execute(["m", *(a.replace("{}", str(tmp_path)) for a in arguments)]) == 0
