@@ -144,7 +144,7 @@ N_BATCH = 512
 
 
 def _sampling(default: str, *names: str, text: str) -> Any:
-    """An option about the choice of tokens; where it is not given, the model's file decides, and else `default`."""
+    """Return an option about the choice of tokens; where it is not given, the model's file decides, and else `default`."""
     return Option(*names, rich_help_panel="Sampling (defaults where the model's file names none)", help=f"{text} (default: {default}).")
 
 

@@ -90,7 +90,7 @@ def _joined(parts: Sequence[str | pictures.Picture]) -> list[str | pictures.Pict
 
 
 def refuse_silence(model: str) -> None:
-    """Raise: RequestError for a question that is missing where nobody can be asked for it, ModelNotFoundError for a model that is too."""
+    """Refuse: nobody can be asked for the question. Raises: RequestError; ModelNotFoundError where the model is missing too."""
     from pyengine.files.stores import look_up
 
     look_up(model)

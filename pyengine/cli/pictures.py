@@ -43,7 +43,7 @@ class Picture:
     kind: str = "image"
 
     def part(self) -> dict[str, Any]:
-        """This as a part of a message's content."""
+        """Return this as a part of a message's content."""
         path = None if self.path is None else str(self.path.absolute())
         return {"type": self.kind, self.kind: self.media, "name": self.name, "path": path}
 
@@ -174,7 +174,7 @@ def mentioned(text: str) -> list[str]:
 
 
 def _candidates(text: str, at: int) -> Iterator[tuple[int, str]]:
-    """(end, path) of what may be a path at a place: files, then the name of a picture that is not there."""
+    """Yield (end, path) of what may be a path at a place: files, then the name of a picture that is not there."""
     found: list[tuple[int, str]] = []
     quoted, plain = (form.match(text, at, at + LONGEST) for form in (_QUOTED, _PLAIN))
     for match in (quoted, plain):
@@ -219,14 +219,14 @@ def named_pictures(text: str, options: Options, kind: str) -> list[Picture]:
 # ---------------------------------------------------------------------------------------------- what became of them
 
 def need_encoder(model: Any) -> None:
-    """Raises: RequestError if a model takes no pictures."""
+    """Check that a model takes pictures. Raises: RequestError."""
     if model.media is None:
         raise RequestError(f"{Path(model.file.path).name} has no image encoder, so it takes no pictures; "
                            "if its encoder is in a file of its own, give that with --mmproj")
 
 
 def report_line(name: str, info: Any) -> str:
-    """What became of one picture or video, for --verbose."""
+    """Say what became of one picture or video, for --verbose."""
     seconds = ("cached" if info.cached else
                f"processed in {info.process_seconds:.3f} s, encoded in {info.encode_seconds:.3f} s")
     views = f"{info.views} view{'s' * (info.views != 1)}"
@@ -247,14 +247,14 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def media_json(names: Sequence[str], infos: Sequence[Any]) -> list[dict[str, Any]]:
-    """What became of pictures and videos, as plain data."""
+    """Return what became of pictures and videos, as plain data."""
     return [{"name": name, **asdict(info)} for name, info in zip(names, infos)]
 
 
 # ---------------------------------------------------------------------------------------------- boxes
 
 def boxes(found: Any) -> list[Any]:
-    """Boxes and points of an answer: those of its last picture, or of its last video where there is no picture."""
+    """Find the boxes and points of an answer: those of its last picture, or of its last video where there is no picture."""
     kinds = [info.kind for info in found.media]
     return found.boxes_in(len(kinds) - 1 - kinds[::-1].index("image")) if "image" in kinds else found.boxes
 
