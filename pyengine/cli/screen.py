@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pyengine.cli.words import told
+
 PROGRAM = "pyengine-run"
 BAR_AFTER_SECONDS = 0.3
 
@@ -36,7 +38,7 @@ def note(text: str) -> None:
 
 def complain(text: object) -> None:
     """Write what went wrong to standard error, after the program's name."""
-    note(f"{PROGRAM}: {text}")
+    note(f"{PROGRAM}: {told(str(text))}")
 
 
 def show_json(value: Any) -> None:
