@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from pyengine.cli.screen import complain, PROGRAM
+from pyengine.cli.screen import complain, PROGRAM, warnings_as_notes
 from pyengine.errors import PyEngineError, RequestError
 
 USAGE_ERROR = 2                      # exit code of everything that the user can mend
@@ -325,7 +325,8 @@ def execute(arguments: Sequence[str]) -> int:
     """Do what the arguments say and return the exit code; errors made on purpose become one line on standard error."""
     app = commands if arguments and arguments[0] in COMMANDS else main_form
     try:
-        code = app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        with warnings_as_notes():
+            code = app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except PyEngineError as error:
         complain(error)
         if os.environ.get("PYENGINE_DEBUG") == "1":

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pyengine.cli.paper import Paper
 from pyengine.cli.pictures import boxes, media_json, Picture, report_line, warn_of_loss
-from pyengine.cli.screen import busy, note, show, show_json, size
+from pyengine.cli.screen import busy, note, show_json, size
 
 MAX_TOKENS = 512                     # of an answer, as in Model.generate; a small model may else repeat itself for ever
 
@@ -31,8 +32,8 @@ class Settings:
     stop: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of Model.chat and Model.stream."""
-        return {"max_tokens": self.max_tokens, "stop": list(self.stop), **self.sampling}
+        """Return the keyword arguments of Model.chat and Model.stream; those that nobody has set are left out."""
+        return {"max_tokens": self.max_tokens, **({"stop": list(self.stop)} if self.stop else {}), **self.sampling}
 
 
 @dataclass(frozen=True)
@@ -193,19 +194,12 @@ def print_answer(model: Any, question: Question, settings: Settings, verbose: bo
 
     Raises what generation raises.
     """
-    last: str | None = None
-
-    def write(piece: str) -> None:
-        nonlocal last
-        last = piece
-        show(piece, end="")
-
+    paper = Paper(wrap=True)
     try:
-        report = stream(model, question, settings, write)
-        last = last or ""
+        report = stream(model, question, settings, paper.write)
+        paper.write("")
     finally:
-        if last is not None and not last.endswith("\n"):
-            show()
+        paper.end()
     for line in report.lines() if verbose else ():
         note(line)
     return report.answer, report.stopped

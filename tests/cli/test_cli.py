@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.cli import answer, chat, execute, screen
+from pyengine.cli import answer, chat, execute, screen, settings
 from pyengine.engine.answer import Answer
 from pyengine.engine.request import Report
 from pyengine.errors import ContextOverflowError, RequestError
@@ -59,6 +59,10 @@ class FakeModel:
     """
 
     media = None
+    sampling_defaults: dict = {}
+    stop_defaults: tuple[str, ...] = ()
+    system_default = ""
+    config = SimpleNamespace(n_ctx_train=64)
 
     def __init__(self, metadata: dict | None = None, delay: float = 0.0, name: str = "fake.gguf"):
         self.file = SimpleNamespace(
@@ -71,16 +75,16 @@ class FakeModel:
     def reset(self) -> None:
         self.n_resets += 1
 
-    def chat(self, messages, tools=None, stream=False, max_tokens=512, stop=(), **sampling):
+    def chat(self, messages, tools=None, stream=False, max_tokens=512, stop=None, **sampling):
         self.calls.append(("chat", [dict(m) for m in messages], max_tokens, stop, sampling))
         said = "|".join(f"{m['role']}:{m['content']}" for m in messages)
         return self._stream(said, messages[-1]["content"]) if stream else self._answer(said)
 
-    def stream(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
+    def stream(self, prompt, images=(), max_tokens=512, stop=None, **sampling):
         self.calls.append(("stream", prompt, max_tokens, stop, sampling))
         return self._stream(prompt, prompt)
 
-    def generate(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
+    def generate(self, prompt, images=(), max_tokens=512, stop=None, **sampling):
         self.calls.append(("generate", prompt, max_tokens, stop, sampling))
         return self._answer(prompt)
 
@@ -105,6 +109,12 @@ class FakeModel:
             yield part
             if asked == "overflow":
                 raise ContextOverflowError("the context of 64 tokens is full")
+
+    def chat_ids(self, messages) -> list[int]:
+        return [0] * sum(2 + len(m["content"].split()) for m in messages)
+
+    def tokenize(self, text: str) -> list[int]:
+        return [0] * len(text.split())
 
 
 @pytest.fixture
@@ -147,7 +157,7 @@ def run_process(*arguments, **settings) -> subprocess.CompletedProcess:
 def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert execute(["any.gguf", "What?"]) == 0
     assert capsys.readouterr() == ("<user:What?>\n", "")
-    assert model.calls == [("chat", [{"role": "user", "content": "What?"}], 512, [], {})]
+    assert model.calls == [("chat", [{"role": "user", "content": "What?"}], 512, None, {})]
     assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
                                                 "device": "auto", "encoder_device": None,
                                                 "expert_device": None})]
@@ -235,7 +245,7 @@ def test_devices_and_their_sizes(model, capsys) -> None:
 def test_what_can_be_set_are_fields_of_the_sampling_parameters() -> None:
     from pyengine.text.sampling import SamplingParams
 
-    assert set(chat.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
+    assert set(settings.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(model, monkeypatch, capsys) -> None:
@@ -486,17 +496,17 @@ def test_set_and_show(model, monkeypatch, capsys) -> None:
     type_in(
         monkeypatch,
         "/set temperature 0.5\n/set top_k 4\n/set stop X Y\n/set max_tokens 3\none\n"
-        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\nthree\n",
+        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\n/show messages\nthree\n",
     )
     assert execute(["m"]) == 0
     out, err = capsys.readouterr()
     assert [call[2:] for call in model.calls] == [
         (3, ["X Y"], {"temperature": 0.5, "top_k": 4}),
-        (None, [], {"top_k": 4}),
-        (512, [], {"top_k": 4}),
+        (None, None, {"top_k": 4}),
+        (512, None, {"top_k": 4}),
     ]
-    assert "max_tokens 3\ntemperature 0.5\ntop_k 4\nstop 'X Y'\n" in out
-    assert "fake.gguf: context 64" in out and "through its chat template" in out and "user: two" in out
+    assert re.search(r"temperature +0\.5 +set: .*\ntop_k +4 +set: (.*\n)+max_tokens +3 +set: .*\nstop +\"X Y\" +set: ", out)
+    assert re.search(r"model +fake\.gguf\n(.*\n)+context +\d+ of 64 tokens", out) and "through its chat template" in out and "user: two" in out
     assert "(cut after 3 tokens" in err
 
 
