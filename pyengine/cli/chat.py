@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 from pyengine.cli import chat_commands as commands, pictures
 from pyengine.cli.conversation import Chat
@@ -52,7 +51,7 @@ def run(chat: Chat, shown: Sequence[pictures.Picture] = ()) -> None:
         form = "continues your text: the file has no chat template, or --raw was given" if chat.raw else "answers"
         note(f"{chat.model.plan.model} {form}. /help lists the commands, Ctrl-D ends.")
     chat.add(shown)
-    with quiet() if terminal else nullcontext():
+    with quiet():
         while True:
             try:
                 if not _turn(chat, read_line, terminal):

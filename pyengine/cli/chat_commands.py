@@ -79,7 +79,7 @@ def tell_short(chat: Chat) -> None:
     asked = sum(turn["role"] == "user" for turn in chat.turns)
     rows = [("model", plan.model),
             ("form", "continues text, without a chat template" if chat.raw else "answers through its chat template"),
-            ("context", f"{'an unknown part' if used is None else f'{used:,}'} of {plan.n_ctx:,} tokens used, {asked} questions"),
+            ("context", f"{'an unknown part' if used is None else f'{used:,}'} of {plan.n_ctx:,} tokens used, {asked} question{'s' * (asked != 1)}"),
             ("memory", f"{size(plan.total)}, {plan.kv_dtype} cache"),
             ("system", textwrap.shorten(_system(chat)[0], 200, placeholder=" ...")),
             ("set", chat.choices.changed(chat.model) or "nothing")]
@@ -170,7 +170,7 @@ COMMANDS: dict[str, Command] = {
     "/bye": Command("", "end, as Ctrl-D does; also /exit and /quit", end),
 }
 OTHER_NAMES = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}
-ENDS = ("exit", "quit", "bye")                             # alone on a line at a terminal
+ENDS = ("exit", "quit")                                    # alone on a line at a terminal
 
 
 def execute(chat: Chat, line: str) -> None:

@@ -36,7 +36,7 @@ class Chat:
         self.unanswered: dict[str, Any] | None = None
         self.last: tuple[answer.Shown, list[pictures.Picture]] | None = None
         self.n_asked = 0
-        self._used: int | None = 0
+        self._uses = {0: 0}                              # tokens in the context, by the number of turns
 
     def messages(self) -> answer.Messages:
         """Return the system message, if there is one, and the turns."""
@@ -49,7 +49,7 @@ class Chat:
         """Set the system message, or remove it. Raises: RequestError where no template takes one."""
         if self.raw:
             raise RequestError("/system needs the chat template, which is not used here")
-        self.system, self._used = system, None
+        self.system, self._uses = system, {0: 0}
 
     # -- questions and answers --------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Chat:
         self._ask(answer.user_message(parts))
 
     def _ask(self, question: dict[str, Any]) -> None:
-        self.waiting, self.unanswered, self._used = [], question, None
+        self.waiting, self.unanswered = [], question
         self.n_asked += 1
         self.turns.append(question)
         paper = Paper(self.choices.wordwrap)
@@ -97,17 +97,17 @@ class Chat:
             raise error if paper.text else self._full(error) from None
         finally:
             paper.end()
-            if paper.text:
-                self.turns.append({"role": "assistant", "content": paper.text})
+            if said := paper.text:
+                self.turns.append({"role": "assistant", "content": said})
                 self.unanswered = None
             else:
                 self.turns.pop()                          # without an answer it would stand before the next one
                 if names := answer.Question([question]).names():
                     note(f"(no answer: the question is not kept, nor {', '.join(names)}; /retry asks again)")
-        if paper.text:
-            self._used = min(report.n_prompt + report.n_generated, self.model.plan.n_ctx)      # the last token needs no cell
+        if said:
+            self._uses[len(self.turns)] = min(report.n_prompt + report.n_generated, self.model.plan.n_ctx)   # the last token needs no cell
             self.last = report, [_picture(part) for part in answer.media_of(self.messages())]
-        self._remark(report, paper.text)
+        self._remark(report, said)
 
     def _remark(self, report: answer.Shown, said: str) -> None:
         """Say what the text alone does not say: where it was cut, where its boxes are, how fast it came."""
@@ -143,14 +143,14 @@ class Chat:
             self._ask(old[0])
         finally:
             if self.unanswered is not None:
-                self.turns, self.unanswered, self._used = [*self.turns, *old], None, None
+                self.turns, self.unanswered = [*self.turns, *old], None
 
     def undo(self) -> None:
         """Take back the last question and its answer. Raises: RequestError if there is none."""
         start = self._last_question()
         text = " ".join(answer.written(self.turns[start]).split())
         del self.turns[start:]
-        self._used, self.unanswered, self.last = None, None, None
+        self.unanswered, self.last = None, None
         note(f"(taken back, with its answer: {text if len(text) <= 60 else text[:60] + ' ...'})")
 
     def _last_question(self) -> int:
@@ -161,7 +161,7 @@ class Chat:
 
     def clear(self) -> None:
         """Forget the turns, their pictures and the cache; the system message stays."""
-        self.turns, self.waiting, self.unanswered, self.last, self._used = [], [], None, None, 0
+        self.turns, self.waiting, self.unanswered, self.last, self._uses = [], [], None, None, {0: 0}
         self.model.reset()
 
     def draw(self, path: Path) -> None:
@@ -175,13 +175,16 @@ class Chat:
     # -- room in the context ----------------------------------------------------------------------------------------------
 
     def used(self) -> int | None:
-        """Return the tokens that the conversation takes in the context; None where they cannot be counted."""
-        if self._used is None:
+        """Return the tokens that the conversation takes in the context; None where only the next answer will tell."""
+        n = len(self.turns)
+        if n not in self._uses:
+            if answer.media_of(self.turns):              # whose encoding may take long
+                return None
             try:
-                self._used = self._count(self.turns) if self.turns else 0
+                self._uses[n] = self._count(self.turns)
             except PyEngineError:                        # a template may refuse turns that end with an answer
                 return None
-        return self._used
+        return self._uses[n]
 
     def _count(self, turns: answer.Messages) -> int:
         """Count the tokens of a prompt of these turns. Raises as `Model.chat_ids`."""
@@ -199,7 +202,7 @@ class Chat:
         while len(left) > 1 and self._count(left) > n_ctx // 2:
             left = left[next(i for i, turn in enumerate(left) if i and turn["role"] == "user"):]
         if n := len(self.turns) - len(left):
-            self.turns = left
+            self.turns, self._uses = left, {0: 0}
             note(f"(the context is full: the oldest {n} messages are forgotten)")
 
     def _full(self, error: ContextOverflowError) -> ContextOverflowError:
@@ -247,7 +250,7 @@ class Chat:
                 raise
             raise SessionError(f"{error}; it was saved with {talk.model}, and this is {here}") from None
         self.turns, self.system, self.waiting = talk.turns, talk.system, []
-        self.unanswered, self.last, self._used = None, None, n
+        self.unanswered, self.last, self._uses = None, None, {0: 0, len(self.turns): n}
         note(f"(loaded {len(self.turns)} messages, {n} tokens: {path})")
 
 

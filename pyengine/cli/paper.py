@@ -14,18 +14,23 @@ FENCE = "```"                          # begins and ends lines of code, which ar
 
 
 class Paper:
-    """Standard output for one answer that comes in pieces; `text` is what came.
+    """Standard output for one answer that comes in pieces.
 
     Where words are wrapped, each is shown as it comes; one that reaches the edge is taken back and goes on the next line.
     """
 
     def __init__(self, wrap: bool):
-        self.text, self._begun = "", False
+        self._pieces: list[str] = []
         self._words = Words(lambda: width(sys.stdout)) if wrap and can_wrap() else None
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+        return "".join(self._pieces)
 
     def write(self, piece: str) -> None:
         """Show a piece."""
-        self.text, self._begun = self.text + piece, True
+        self._pieces.append(piece)
         if self._words is None:
             show(piece, end="")
         else:
@@ -34,7 +39,7 @@ class Paper:
 
     def end(self) -> None:
         """End the last line, if there was any piece."""
-        if self._begun and not self.text.endswith("\n"):
+        if self._pieces and not self.text.endswith("\n"):
             show()
 
 

@@ -202,7 +202,7 @@ def test_show_is_short_and_shows_more_when_asked(monkeypatch, capsys) -> None:
     talk.model.system_default = "From the file."
     run(talk, monkeypatch, "one", "/show")
     out = capsys.readouterr().out
-    assert re.search(r"context +13 of 64 tokens used, 1 questions\n", out) and "weights" not in out and "From the file." in out
+    assert re.search(r"context +13 of 64 tokens used, 1 question\n", out) and "weights" not in out and "From the file." in out
     run(talk, monkeypatch, "/show memory", "/show system", "/show messages", "/show settings")
     out = capsys.readouterr().out
     assert "weights" in out and "(the model's own)\nFrom the file." in out and "user: one\nassistant: <user:one>\n" in out and "top_k" in out
@@ -241,6 +241,23 @@ def test_undo_takes_back_a_question_and_its_answer(monkeypatch, capsys) -> None:
     assert talk.turns == [] and talk.used() == 0
     with pytest.raises(RequestError, match="no question yet"):
         talk.undo()
+
+
+def test_use_of_the_context_is_known_after_every_command(monkeypatch) -> None:
+    talk = talk_with()
+    assert talk.used() == 0
+    run(talk, monkeypatch, "one", "two")
+    assert talk.used() == 13                                           # as the answer reports
+    talk.undo()
+    assert talk.used() == 13 and len(talk.turns) == 2
+    talk.instruct("Be brief.")
+    assert talk.used() == 3 + 3 + 4                                    # counted
+    monkeypatch.setattr(talk.model, "chat_ids", lambda messages: 1 / 0)
+    assert talk.used() == 10                                           # once
+    talk.turns = [{"role": "user", "content": [{"type": "image", "name": "cat.png"}]}]
+    assert talk.used() is None                                         # a picture is not encoded for that
+    talk.clear()
+    assert talk.used() == 0
 
 
 # --- a full context ---------------------------------------------------------------------------------------------------
@@ -474,5 +491,5 @@ def test_a_message_is_written_in_the_editor(tmp_path, monkeypatch) -> None:
         shown = t.expect("more>")
         assert "<user:first and" in shown
         t.expect(">>>")
-        t.send("bye\r")
+        t.send("quit\r")
         assert t.close() == 0
