@@ -15,6 +15,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from pyengine.cli import completion
+from pyengine.cli.answer import RATED
 from pyengine.cli.conversation import Chat
 from pyengine.cli.screen import note, printable
 
@@ -47,7 +48,7 @@ def status(chat: Chat) -> list[tuple[str, str]]:
         percent = min(100, round(100 * used / n_ctx))
         style = "class:full" if percent >= FULL else "class:high" if percent >= HIGH else ""
         shown = [(style, f"ctx {percent} %"), ("", f"  {used:,} of {n_ctx:,} tokens")]
-    if chat.last is not None:
+    if chat.last is not None and chat.last[0].n_generated >= RATED:
         shown.append(("", f"  {chat.last[0].generated_per_second:.1f} tokens/s"))
     if chat.waiting:
         shown.append(("", printable(f"  + {', '.join(picture.name for picture in chat.waiting)}")))

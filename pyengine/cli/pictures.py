@@ -137,6 +137,38 @@ def find_pictures(text: str, options: Options) -> tuple[list[str | Picture], lis
     return [p for p in parts if not isinstance(p, str) or p], remarks
 
 
+def read_words(words: Sequence[str], options: Options) -> tuple[list[str | Picture], list[str]]:
+    """Read the words of a command line as one message, joined by spaces; returns as `find_pictures`.
+
+    A word that is the path of a picture is one as it is, spaces and all: the shell has taken its quotes away.
+    """
+    parts: list[str | Picture] = []
+    remarks: list[str] = []
+    for word in words:
+        if parts:
+            parts.append(" ")
+        if _ENDING.search(word) and _is_file(word):
+            word = shlex.quote(word)
+        found, said = find_pictures(word, options)
+        parts += found
+        remarks += said
+    return parts, remarks
+
+
+def mentioned(text: str) -> list[str]:
+    """Return the paths of pictures that stand in a text and are there, none of them opened; three at most."""
+    found: dict[str, None] = {}
+    done = 0
+    for start in _START.finditer(text):
+        if start.start() >= done and len(found) < 3:
+            for end, path in _candidates(text, start.start()):
+                if _ENDING.search(path) and _is_file(path):
+                    found[path] = None
+                done = end
+                break
+    return list(found)
+
+
 def _candidates(text: str, at: int) -> Iterator[tuple[int, str]]:
     """(end, path) of what may be a path at a place: files, then the name of a picture that is not there."""
     found: list[tuple[int, str]] = []

@@ -7,13 +7,13 @@ import re
 import sys
 import textwrap
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pyengine.cli.terminal import quiet, width
+from pyengine.cli.words import told
 
 PROGRAM = "pyengine-run"
 BAR_AFTER_SECONDS = 0.3
@@ -76,20 +76,9 @@ def show_rows(rows: Sequence[Sequence[str]]) -> None:
     Console(file=sys.stdout, width=width(sys.stdout)).print(table)
 
 
-@contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """Show warnings of the library as one line each."""
-    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        note(f"note: {' '.join(str(message).split())}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning
-        yield
-
-
 def complain(text: object) -> None:
     """Write what went wrong to standard error, after the program's name."""
-    note(f"{PROGRAM}: {text}")
+    note(f"{PROGRAM}: {told(str(text))}")
 
 
 def show_json(value: Any) -> None:

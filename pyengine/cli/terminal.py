@@ -50,7 +50,9 @@ def quiet() -> Iterator[None]:
 
 
 def _ours() -> bool:
-    """Say whether input and output are a terminal that nobody else may set: a pager at the other end, or a job in the foreground."""
+    """Say whether input and output are a terminal, and ours to set: not in the background, nor with a pager at the other end."""
+    if sys.stdin is None or sys.stdout is None:                  # closed by the shell
+        return False
     try:
         return sys.stdin.isatty() and sys.stdout.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except (OSError, ValueError):

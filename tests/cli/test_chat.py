@@ -19,6 +19,7 @@ import pyengine
 from pyengine.cli import answer, chat, chat_commands, completion, execute, screen, settings
 from pyengine.cli.conversation import Chat
 from pyengine.cli.paper import Words
+from pyengine.cli.terminal import quiet
 from pyengine.errors import ContextOverflowError, ModelWarning, RequestError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
@@ -428,6 +429,13 @@ def test_the_terminal_is_left_as_it_was_found(tmp_path) -> None:
     t = Terminal(tmp_path, program=[sys.executable, "-c", QUIET])
     t.expect("kept")
     assert t.close() == 0
+
+
+def test_without_a_terminal_there_is_nothing_to_silence(monkeypatch) -> None:
+    for stream in (None, sys.__stdin__):
+        monkeypatch.setattr(sys, "stdin", stream)
+        with quiet():
+            pass
 
 
 @posix

@@ -167,7 +167,7 @@ def test_errors_come_before_the_model_is_loaded(cats, capsys, arguments, message
 def test_what_a_model_cannot_take_is_one_line(cats, tiny, capsys) -> None:
     for kind, arguments, message in (
         ("llama", ["Q", "--image", "cat.png"], "has no image encoder"),
-        ("llama", ["--image", "cat.png"], "has no image encoder"),
+        ("llama", ["--lines", "--image", "cat.png"], "has no image encoder"),
         ("gemma3", ["Q", "--image", "cat.png", "--image-option", "max_pixels=3"], "processor has pan_and_scan"),
         ("qwen2_5_vl", ["Q", "--image", "cat.png", "--image-option", "max_pixels=-3"], "max_pixels=-3"),
         ("qwen2_5_vl", ["Q", "--image", "cat.png", "--mmproj", "none.gguf"], "none.gguf"),
@@ -336,7 +336,7 @@ def test_a_conversation_with_another_model_names_both(cats, tiny, tiny_gguf, tmp
 def test_a_conversation_keeps_its_pictures(cats, tiny, monkeypatch, capsys) -> None:
     lines = (f"{cats}/cat.png what is it?", "sure?", "/image my cat.png", "and this?", "/show messages", "/clear", "hm?", "")
     type_in(monkeypatch, "\n".join(lines))
-    assert execute([tiny["gemma3"], "-n", "3", "--temp", "0", "-v"]) == 0
+    assert execute([tiny["gemma3"], "--lines", "-n", "3", "--temp", "0", "-v"]) == 0
     out, err = capsys.readouterr()
     notes = err.splitlines()
     assert notes.count("Added image cat.png (64x48)") == 1 and notes.count("Added image my cat.png (64x48)") == 1
@@ -357,7 +357,7 @@ def cached(err: str) -> list[int]:
 def test_a_saved_conversation_goes_on_in_another_process(cats, tiny, monkeypatch, capsys, kind) -> None:
     """The third answer is the same whether the first two were given here or come from a file, and is computed from them."""
     shown = "cat.png " if cases.find(kind).sees else ""
-    settings = [tiny[kind], "-n", "3", "--temp", "0", "-v"]
+    settings = [tiny[kind], "--lines", "-n", "3", "--temp", "0", "-v"]
     type_in(monkeypatch, f"/system Be brief.\n{shown}what is it?\nsure?\n/save talk one\nand now?\n/show messages\n")
     assert execute(settings) == 0
     out, err = capsys.readouterr()
@@ -374,7 +374,7 @@ def test_a_saved_conversation_goes_on_in_another_process(cats, tiny, monkeypatch
 def test_what_cannot_be_saved_or_loaded_is_said(cats, tiny, monkeypatch, capsys) -> None:
     def refused(lines: str, message: str, *options: str) -> None:
         type_in(monkeypatch, lines)
-        assert execute([tiny["gemma3"], "-n", "3", *options]) == 2
+        assert execute([tiny["gemma3"], "--lines", "-n", "3", *options]) == 2
         assert message in capsys.readouterr().err
 
     refused("/save a\n", "there is no conversation yet")
@@ -385,10 +385,10 @@ def test_what_cannot_be_saved_or_loaded_is_said(cats, tiny, monkeypatch, capsys)
     refused("what?\n/save a\n", "data URL: a picture without a file of its own", "--image", url)
     assert not (cats / "a").exists()
     type_in(monkeypatch, "cat.png what?\n/save a\n")
-    assert execute([tiny["gemma3"], "-n", "3"]) == 0
+    assert execute([tiny["gemma3"], "--lines", "-n", "3"]) == 0
     refused("/load a\n", "they would be continued as text: start without --raw", "--raw")
     type_in(monkeypatch, "hm\n/save raw\n")
-    assert execute([tiny["gemma3"], "-n", "3", "--raw"]) == 0
+    assert execute([tiny["gemma3"], "--lines", "-n", "3", "--raw"]) == 0
     refused("/load raw\n", "here they would be answered through the template: start with --raw")
     pixels = np.zeros((48, 64, 3), np.uint8)
     Image.fromarray(pixels).save(cats / "cat.png")
@@ -422,7 +422,7 @@ def test_messages_of_a_strange_file_are_refused(change) -> None:
 
 def test_pictures_alone_wait_for_a_question(cats, tiny, monkeypatch, capsys) -> None:
     type_in(monkeypatch, "cat.png 'my cat.png' \n/show messages\n\nwhich?\n")
-    assert execute([tiny["qwen2_5_vl"], "-n", "3", "--image", "it's (1).JPG", "-v"]) == 0
+    assert execute([tiny["qwen2_5_vl"], "--lines", "-n", "3", "--image", "it's (1).JPG", "-v"]) == 0
     out, err = capsys.readouterr()
     added = [line for line in err.splitlines() if line.startswith("Added")]
     assert added == [f"Added image {n} (64x48)" for n in ("it's (1).JPG", "cat.png", "my cat.png")]
@@ -432,13 +432,13 @@ def test_pictures_alone_wait_for_a_question(cats, tiny, monkeypatch, capsys) -> 
 
 def test_a_model_without_encoder_says_so_and_goes_on(cats, tiny, monkeypatch, capsys) -> None:
     type_in(monkeypatch, "what is in cat.png?\ncat.png\nnone.png\n/show messages\n")
-    assert execute([tiny["llama"], "-n", "3"]) == 0
+    assert execute([tiny["llama"], "--lines", "-n", "3"]) == 0
     out, err = capsys.readouterr()
     assert "has no image encoder: cat.png stays text)" in err and "has no image encoder: cat.png is not added)" in err
     assert err.count("image encoder") == 2 and "none.png:" not in err
     assert "user: what is in cat.png?\n" in out and "user: none.png\n" in out and "user: cat.png\n" not in out
     type_in(monkeypatch, "/image cat.png\n")
-    assert execute([tiny["llama"]]) == 2
+    assert execute([tiny["llama"], "--lines"]) == 2
     assert "has no image encoder" in one_line(capsys.readouterr().err)
 
 
