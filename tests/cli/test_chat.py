@@ -16,7 +16,7 @@ from test_cli import FAKE, FakeModel, Terminal, type_in
 
 import cases
 import pyengine
-from pyengine.cli import answer, chat, chat_commands, completion, execute, screen, settings
+from pyengine.cli import answer, chat, chat_commands, completion, editor, execute, screen, settings
 from pyengine.cli.conversation import Chat
 from pyengine.cli.paper import Words
 from pyengine.cli.terminal import quiet
@@ -259,6 +259,19 @@ def test_use_of_the_context_is_known_after_every_command(monkeypatch) -> None:
     assert talk.used() is None                                         # a picture is not encoded for that
     talk.clear()
     assert talk.used() == 0
+
+
+def test_the_line_below_the_prompt_warns_before_the_context_is_full() -> None:
+    talk, seen = talk_with(), {}
+    talk.turns = [{"role": "user", "content": ""}]
+    for used in (13, 48, 58, 64):
+        talk._uses[1] = used
+        style, text = editor.status(talk)[0]
+        seen[text] = style
+    assert seen == {"ctx 20 %": "", "ctx 75 %": "class:high", "ctx 91 %": "class:full", "ctx 100 %": "class:full"}
+    talk.turns[0]["content"] = [{"type": "image", "name": "cat.png"}]
+    talk._uses.clear()
+    assert editor.status(talk) == [("", "ctx ? of 64 tokens")]
 
 
 # --- a full context ---------------------------------------------------------------------------------------------------
