@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pyengine.cli.paper import Paper
 from pyengine.cli.pictures import boxes, media_json, Picture, report_line, warn_of_loss
-from pyengine.cli.screen import busy, note, show, show_json, size
+from pyengine.cli.screen import busy, note, show_json, size
 from pyengine.errors import ModelNotFoundError, ModelWarning, shown
 
 MAX_TOKENS = -1                      # of an answer: until the model ends it, or the context is full
@@ -254,19 +255,12 @@ def print_answer(model: Any, question: Question, settings: Settings, verbose: bo
 
     Raises what generation raises.
     """
-    last: str | None = None
-
-    def write(piece: str) -> None:
-        nonlocal last
-        last = piece
-        show(piece, end="")
-
+    paper = Paper(wrap=True)
     try:
-        report = stream(model, question, settings, write)
-        last = last or ""
+        report = stream(model, question, settings, paper.write)
+        paper.write("")
     finally:
-        if last is not None and not last.endswith("\n"):
-            show()
+        paper.end()
     if cut := report.cut(settings, model.n_ctx):
         note(cut)
     for line in report.lines() if verbose else ():

@@ -68,6 +68,11 @@ def open_picture(source: str, options: Options, kind: str = "image") -> Picture:
     return Picture(path.name, read(path, **options), path, kind)
 
 
+def is_named(path: str) -> bool:
+    """Say whether a path ends as names of pictures do."""
+    return bool(_ENDING.search(path))
+
+
 def local_path(text: str) -> Path:
     """Return the path that a user means. Raises: ImageError for an address in a network, and a malformed one."""
     if text[:7].lower() == "file://":
@@ -259,8 +264,8 @@ def boxes(found: Any) -> list[Any]:
     return found.boxes_in(len(kinds) - 1 - kinds[::-1].index("image")) if "image" in kinds else found.boxes
 
 
-def check_drawing(out: Path, pictures: Sequence[Picture]) -> None:
-    """Check, before a model is loaded, that boxes can be drawn to a file. Raises: RequestError."""
+def check_drawing(out: Path, pictures: Sequence[Picture], name: str = "--draw") -> None:
+    """Check, before a model is loaded, that boxes can be drawn to a file. Raises: RequestError with the option's or command's name."""
     from PIL import Image
 
     from pyengine.media.image import FORMATS
@@ -268,14 +273,14 @@ def check_drawing(out: Path, pictures: Sequence[Picture]) -> None:
     if not any(picture.kind == "image" for picture in pictures):
         raise RequestError("--draw needs a picture to draw on: --image FILE")
     if Image.registered_extensions().get(out.suffix.lower()) not in FORMATS:
-        raise RequestError(f"--draw {out}: the name ends in .png, or as another of {', '.join(FORMATS)} does")
+        raise RequestError(f"{name} {out}: the name ends in .png, or as another of {', '.join(FORMATS)} does")
     if out.is_dir() or not out.parent.is_dir():
-        raise RequestError(f"--draw {out}: {'this is a folder' if out.is_dir() else 'there is no such folder'}")
+        raise RequestError(f"{name} {out}: {'this is a folder' if out.is_dir() else 'there is no such folder'}")
     if out.exists() and any(p.path is not None and os.path.samefile(out, p.path) for p in pictures):
-        raise RequestError(f"--draw {out}: this is a picture of the question; give the drawing another name")
+        raise RequestError(f"{name} {out}: this is a picture of the question; give the drawing another name")
 
 
-def draw(found: Any, pictures: Sequence[Picture], out: Path) -> bool:
+def draw(found: Any, pictures: Sequence[Picture], out: Path, name: str = "--draw") -> bool:
     """Write the picture that an answer's boxes are on, with them; returns False, and writes nothing, if there are none.
 
     Raises: RequestError if the file cannot be written.
@@ -294,6 +299,6 @@ def draw(found: Any, pictures: Sequence[Picture], out: Path) -> bool:
     try:
         out.write_bytes(content.getvalue())
     except OSError as error:
-        raise RequestError(f"--draw {out}: {error.strerror}") from None
+        raise RequestError(f"{name} {out}: {error.strerror}") from None
     note(f"({len(marks)} {'mark' if len(marks) == 1 else 'marks'} on {picture.name}: {out})")
     return True

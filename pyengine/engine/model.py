@@ -104,6 +104,11 @@ class Model:
         return self._language.stop_defaults
 
     @property
+    def system_default(self) -> str:
+        """The system text of conversations that have none of their own; "" if there is none."""
+        return self._language.system_default
+
+    @property
     def stats(self) -> dict[str, int]:
         """Counts since the model was loaded: tokens, steps, and hits and misses of the image cache."""
         return {**self._scheduler.stats, "steps": self._runner.n_steps, **(self.media.stats if self.media else {})}

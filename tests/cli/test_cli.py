@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.cli import answer, chat, execute, screen
+from pyengine.cli import answer, chat, execute, screen, settings
 from pyengine.engine.request import Report
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.measure import speed
@@ -61,6 +61,9 @@ class FakeModel:
     """
 
     media = None
+    sampling_defaults: dict = {}
+    stop_defaults: tuple[str, ...] = ()
+    system_default = ""
 
     def __init__(self, metadata: dict | None = None, delay: float = 0.0, name: str = "fake.gguf"):
         self.file = SimpleNamespace(
@@ -111,6 +114,12 @@ class FakeModel:
             yield part
             if asked == "overflow":
                 raise ContextOverflowError("the context of 64 tokens is full")
+
+    def chat_ids(self, messages) -> list[int]:
+        return [0] * sum(2 + len(m["content"].split()) for m in messages)
+
+    def tokenize(self, text: str) -> list[int]:
+        return [0] * len(text.split())
 
 
 @pytest.fixture
@@ -241,7 +250,7 @@ def test_devices_and_their_sizes(model, capsys) -> None:
 def test_what_can_be_set_are_fields_of_the_sampling_parameters() -> None:
     from pyengine.text.sampling import SamplingParams
 
-    assert set(chat.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
+    assert set(settings.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(model, monkeypatch, capsys) -> None:
@@ -492,7 +501,7 @@ def test_set_and_show(model, monkeypatch, capsys) -> None:
     type_in(
         monkeypatch,
         "/set temperature 0.5\n/set top_k 4\n/set stop X Y\n/set max_tokens 3\none\n"
-        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\nthree\n",
+        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\n/show messages\nthree\n",
     )
     assert execute(["m", "--lines"]) == 0
     out, err = capsys.readouterr()
@@ -501,8 +510,8 @@ def test_set_and_show(model, monkeypatch, capsys) -> None:
         (None, None, {"top_k": 4}),
         (None, None, {"top_k": 4}),
     ]
-    assert "max_tokens 3\ntemperature 0.5\ntop_k 4\nstop 'X Y'\n" in out
-    assert "fake.gguf: context 64" in out and "through its chat template" in out and "user: two" in out
+    assert re.search(r"temperature +0\.5 +set: .*\ntop_k +4 +set: (.*\n)+max_tokens +3 +set: .*\nstop +\"X Y\" +set: ", out)
+    assert re.search(r"model +fake\.gguf\n(.*\n)+context +\d+ of 64 tokens", out) and "through its chat template" in out and "user: two" in out
     assert "(cut after 3 tokens" in err
 
 
