@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.loop import Handle, Loop
+    from pyengine.media.policy import MediaPolicy
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -293,16 +294,18 @@ class Model:
 
     def submit(self, prompt: str | Sequence[Any] | None = None, images: Sequence[Any] = (), messages: Sequence[dict[str, Any]] | None = None,
                tools: Sequence[dict[str, Any]] | None = None, max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
-               client: str = "", **sampling: Any) -> Handle:
+               client: str = "", media_policy: MediaPolicy | None = None, **sampling: Any) -> Handle:
         """Queue a prompt or a conversation for a thread that works on all that is queued; returns at once what the answer comes in.
 
         prompt, images: as in `stream`; messages, tools: as in `chat`; one of the two. Pictures are read and encoded before it returns.
-        client: who asks; those who ask much do not keep others waiting. The answer is the one that `generate` or `chat` gives.
+        client: who asks; those who ask much do not keep others waiting. media_policy: which files of this machine may be shown, where
+        somebody else wrote the messages. The answer is the one that `generate` or `chat` gives.
         Raises: BusyError when too many requests wait; ContextOverflowError, RequestError, TemplateError, ImageError.
         """
         if (prompt is None) == (messages is None):
             raise RequestError("submit: give a prompt or messages, one of them")
-        found = self._prompts.prompt(prompt, images) if prompt is not None else self._prompts.chat(messages, tools)
+        prompts = self._prompts if media_policy is None else self._prompts.under(media_policy)
+        found = prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools)
         return self.loop.submit(self._request(found, max_tokens, stop, sampling, at_start=prompt is None), client)
 
     @property
