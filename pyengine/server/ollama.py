@@ -1,4 +1,4 @@
-"""Ollama's interface: chat, generate, tags, show, ps, version (docs/api.md of Ollama's repository). Answers are lines of JSON."""
+"""Ollama's interface: chat, generate, tags, show, ps, version (the API page of its documentation). Answers are lines of JSON."""
 
 from __future__ import annotations
 
