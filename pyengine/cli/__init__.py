@@ -43,6 +43,8 @@ pyengine-run bench MODEL: tokens per second of prompts and generation
 
 pyengine-run perplexity MODEL -f FILE: how well it predicts a text
 
+pyengine-run serve MODEL...: answers over HTTP
+
 pyengine-run show MODEL: what its file says
 
 pyengine-run graph MODEL: the graph of its step
@@ -442,8 +444,41 @@ def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz 
     print(listing(model, dot, not no_passes))
 
 
+@commands.command(cls=Form)
+def serve(
+    model: Annotated[list[str], Argument(metavar="MODEL...", show_default=False, autocompletion=_names, help="Files, or names from `list`.")],
+    host: Annotated[str, Option("--host", help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, Option("--port", min=0, max=65535)] = 8080,
+    seq: Annotated[int, Option("--seq", "-s", min=1, help="Requests worked on at once, each with the whole context.")] = 4,
+    api_key: Annotated[list[str] | None, Option("--api-key", metavar="KEY", help=(
+        "A key that requests must bring (default: $PYENGINE_API_KEY); repeatable."))] = None,
+    allow_host: Annotated[list[str] | None, Option("--allow-host", metavar="NAME", help="A name that this server goes by; repeatable.")] = None,
+    allow_origin: Annotated[list[str] | None, Option("--allow-origin", metavar="URL", help="A web page that may ask; repeatable.")] = None,
+    tls_cert: Annotated[Path | None, Option("--tls-cert", metavar="FILE", help="Certificate (PEM), to serve by TLS.")] = None,
+    tls_key: Annotated[Path | None, Option("--tls-key", metavar="FILE", help="Its key.")] = None,
+    ctx: Context = None,
+    kv_dtype: KvDtype = "f16",
+    threads: Threads = None,
+    batch: BatchSize = N_BATCH,
+    mmproj: Mmproj = None,
+    picture: Picture = None,
+    pictures: Pictures = None,
+) -> None:
+    """Answer over HTTP, by OpenAI's and Ollama's interfaces."""
+    from pyengine.cli import planned, serving
+
+    if (tls_cert is None) != (tls_key is None):
+        raise RequestError("--tls-cert and --tls-key go together")
+    if mmproj is not None and len(model) > 1:
+        raise RequestError("--mmproj goes with one model")
+    keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
+    options = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads, "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
+               "images": planned.parse_size(picture, pictures)}
+    serving.serve(model, host, port, options, keys, allow_host or (), allow_origin or (), (str(tls_cert), str(tls_key)) if tls_cert else None)
+
+
 MODES = ("run", "chat")              # what others say for what is meant anyway
-COMMANDS = ("plan", "bench", "perplexity", "show", "list", "hardware", "graph")
+COMMANDS = ("plan", "bench", "perplexity", "serve", "show", "list", "hardware", "graph")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

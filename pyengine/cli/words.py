@@ -10,8 +10,7 @@ from pyengine.errors import RequestError
 # First words that are commands elsewhere, and what there is here instead.
 _LIST = "nothing is kept by name here: models are files, which `list` shows"
 COMMANDS = {
-    "serve": "there is no server yet",
-    "server": "there is no server yet",
+    "server": "`pyengine-run serve MODEL` is the server",
     "ps": "no model stays loaded when its command has ended; `list` shows those on this machine",
     "stop": "no model stays loaded when its command has ended",
     "rm": f"{_LIST}; remove the file, or with Ollama's models `ollama rm`",
