@@ -15,8 +15,8 @@
  * Float weights, and formats that have no packed form: x stays float; fma in k order (linear_float.c).
  *
  * Weights in the file's layout whose format has a packed form are packed panel by panel into a thread's own memory and multiplied
- * there, so they give the bits of packed ones. With one row, packing takes twice the time of the product; among 256 rows a
- * twentieth (2026-11, Zen 5).
+ * there, so they give the bits of packed ones. With one row, packing takes longer than the product; among 256 rows a
+ * twentieth of it (2026-11, Zen 5).
  *
  * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel, the sums
  * of a strip [panel][rows of a block][16 PANEL_GROUPS], and a packed copy of the panel where weights are in the file's layout.
