@@ -153,7 +153,7 @@ def run(
 def plan(
     model: ModelName,
     ctx: Context = None,
-    seq: Annotated[int, Option("--seq", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
+    seq: Annotated[int, Option("--seq", "--parallel", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
     picture: Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", help="Largest picture; default: what the processor "
@@ -167,8 +167,8 @@ def plan(
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
-) -> None:
-    """Say what a model will take, per device and purpose, without loading it."""
+) -> int:
+    """Say how much memory a model needs, by device and purpose, without loading it; exit code 0 if it fits, 1 if not."""
     from pyengine.cli import planned as shown, screen
     from pyengine.memory import fit
 
@@ -180,11 +180,10 @@ def plan(
         shown.draw(found, png)
     if json:
         screen.show_json(found.to_json())
-        return
+        return 0 if found.fits else shown.DOES_NOT_FIT
     if explain:
         screen.show(found.explain() + "\n")
-    screen.show(found.table())
-    screen.show(found.verdict())
+    return shown.show_plan(found)
 
 
 @commands.command()
@@ -327,7 +326,8 @@ def execute(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except PyEngineError as error:
-        complain(error)
+        plan_ = getattr(error, "plan", None)                  # what would fit, in options of the command
+        complain(error if plan_ is None else plan_.refusal(options=True))
         if os.environ.get("PYENGINE_DEBUG") == "1":
             traceback.print_exc()
         return USAGE_ERROR

@@ -34,6 +34,7 @@ from pyengine.errors import ImageError, PyEngineError, RequestError
 from pyengine.media.avif import is_avif, is_heif, still_avif
 from pyengine.media.chunks import bare_png
 from pyengine.media.sources import opened
+from pyengine.media.views import MAX_DECODING
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as _AVIF
@@ -44,7 +45,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3        # where Pillow, and so transformers, refuses
 MAX_SIDE = 1 << 18                           # Pillow's resizing keeps up to 32 bytes for each pixel of a side
 MAX_FILE_BYTES = 1 << 30
-MAX_DECODING = 1 << 30                       # bytes at once: what Pillow's decoder takes, and the pixels
 
 # Bytes a pixel that decoders take beside Pillow's own picture: peak resident memory of 6000 x 6000 pixels, Pillow 13.0, rounded up.
 _DECODERS = {"WEBP": 14, "AVIF": 8, "HEIF": 12, "TIFF": 5}
