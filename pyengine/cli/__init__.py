@@ -189,39 +189,36 @@ def plan(
 @commands.command()
 def bench(
     model: ModelName,
-    prompt: Annotated[int, Option("--prompt", "-p", min=0, help="Tokens of the test ppN; 0 leaves it out.")] = 512,
-    generate: Annotated[int, Option("--generate", "-n", min=0, help="Tokens of the test tgN; 0 leaves it out.")] = 128,
+    prompt: Annotated[str, Option("--prompt", "--n-prompt", "-p", metavar="N,..", help="Tokens of the tests ppN; 0: none of them.")] = "512",
+    generate: Annotated[str, Option("--generate", "--n-gen", "-n", metavar="N,..", help="Tokens of the tests tgN; 0: none.")] = "128",
+    depth: Annotated[str, Option("--depth", "--n-depth", "-d", metavar="N,..", help="Tokens in the context before each test.")] = "0",
     repetitions: Annotated[int, Option("--repetitions", "-r", min=1, help="Runs of each, after one to warm up.")] = 5,
-    threads: Threads = None,
+    threads: Annotated[str | None, Option("--threads", "-t", metavar="N,..", help="Numbers of threads (default: one for each fast "
+                                          "physical core).")] = None,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
+    mmproj: Mmproj = None,
+    device: Devices = None,
+    expert_device: ExpertDevice = None,
     profile: Annotated[bool, Option("--profile", help="Time each op in one more run of each test.")] = False,
     json: Json = False,
 ) -> None:
-    """Measure tokens per second by llama-bench's definitions."""
-    from pyengine.cli import screen
-    from pyengine.measure import speed
+    """Measure tokens per second by llama-bench's definitions; prints a Markdown table."""
+    from pyengine.cli import measured, planned, screen
 
-    if not prompt and not generate:
+    prompts, generated = measured.parse_numbers("-p", prompt), measured.parse_numbers("-n", generate)
+    depths = measured.parse_numbers("-d", depth)
+    numbers = [None] if threads is None else measured.parse_numbers("-t", threads, 1)
+    tests = [(p, n, d) for d in depths for p, n in (*((p, 0) for p in prompts if p), *((0, n) for n in generated if n))]
+    if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
-    loaded = screen.load(model, n_ctx=max(prompt, generate), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch)
-    prepared = loaded.program.prepared
-    results = speed.measure(loaded, prompt, generate, repetitions, profile)
-    about = {"model": loaded.plan.model, "n_threads": prepared.n_threads, "isa": prepared.isa,
-             "n_batch": loaded.n_batch, "kv_dtype": kv_dtype}
+    settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()), "expert_device": expert_device}
+    found = list(measured.results(model, tests, numbers, repetitions, profile, settings))
     if json:
-        screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, **about} for result in results])
-        return
-    screen.show(f"{loaded.plan.model}: {prepared.n_threads} threads, {prepared.isa}, "
-                f"steps of {loaded.n_batch}, kv {kv_dtype}")
-    rows = [(f"  {r.test}", f"{r.mean:.2f}", f"+- {r.deviation:.2f} tokens/s") for r in results]
-    screen.show_columns(rows, right=(1,))
-    for r in results if profile else ():
-        spent, wall = sum(t.seconds for t in r.profile), r.profile_seconds
-        screen.show(f"\n{r.test}: {spent * 1e3:.1f} ms in ops, {spent / wall:.1%} of {wall * 1e3:.1f} ms")
-        times = [(f"  {t.op}", t.weights, f"{t.seconds * 1e3:.2f} ms", f"{t.seconds / wall:.1%}", f"{t.calls} calls")
-                 for t in r.profile]
-        screen.show_columns(times, right=(2, 3, 4))
+        screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}
+                          for about, results in found for result in results])
+    else:
+        measured.show_results(found)
 
 
 @commands.command()

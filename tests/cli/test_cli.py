@@ -729,6 +729,15 @@ def test_bench_runs_what_llama_bench_runs() -> None:
     ] == ["tg4"]
 
 
+def test_bench_behind_a_context_and_told_of_each_run() -> None:
+    model, told = StepModel(), []
+    results = speed.measure(model, 12, 3, 2, depth=10, progress=lambda *a: told.append(a))
+    assert [(r.test, r.n_tokens, r.depth, len(r.samples)) for r in results] == [("pp12 @ d10", 12, 10, 2), ("tg3 @ d10", 3, 10, 2)]
+    assert [[len(s) for s in run] for run in model.steps] == [[8, 2, 8, 4]] * 3 + [[8, 2, 1, 1, 1]] * 3
+    assert all(run[0][0] == 2 for run in model.steps) and all(s[0] != 2 or s is run[0] for run in model.steps[3:] for s in run)
+    assert told == [("pp12 @ d10", 0), ("pp12 @ d10", 1), ("pp12 @ d10", 2), ("tg3 @ d10", 0), ("tg3 @ d10", 1), ("tg3 @ d10", 2)]
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("n_ctx", [16, 17])
 def test_perplexity_is_llama_perplexitys(add_bos, n_ctx) -> None:
@@ -846,7 +855,25 @@ def test_bench_of_a_tiny_model(tiny_gguf, capsys) -> None:
         assert any(t["weights"] == "F32" for t in r["profile"])
     assert execute(["bench", path, "-p", "0", "-n", "4", "-r", "1", "--profile"]) == 0
     out = capsys.readouterr().out
-    assert "tg4" in out and "pp" not in out.split("\n")[1] and "ms in ops" in out
+    assert "| tg4 " in out and "| pp" not in out and "ms in ops" in out
+
+
+def test_bench_of_several_tests_is_a_markdown_table(tiny_gguf, capsys, monkeypatch) -> None:
+    path = tiny_gguf("llama")[0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert execute(["bench", str(path), "-p", "8,16", "-n", "0", "-t", "1,2", "-d", "0,4", "-r", "1", "--device", "cpu:0=1GiB"]) == 0
+    out, err = capsys.readouterr()
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert head == ["model", "size", "params", "kernels", "threads", "batch", "kv", "test", "t/s"] and all(set(c) <= set("-:") for c in rule)
+    assert [(row[0], row[4], row[7]) for row in rows] == [
+        (path.name, t, test) for t in "12" for test in ("pp8", "pp16", "pp8 @ d4", "pp16 @ d4")]
+    assert re.fullmatch(r"\d+\.\d\d ± 0\.00", rows[0][-1]) and rows[0][2].endswith(" M")
+    assert "pp8 @ d4: warming up (25%)" in err and "pp16 @ d4: run 1 of 1 (93%)" in err and err.endswith("\r\x1b[K")
+    for wrong in (["-p", "8,"], ["-n", "-1"], ["-t", "0"], ["-d", "x"]):
+        assert execute(["bench", str(path), *wrong]) == 2
+        assert "whole number" in one_line(capsys.readouterr().err)
+    assert execute(["bench", str(path), "--profile", "--device", "cpu:0=1GiB"]) == 2
+    assert "--profile" in one_line(capsys.readouterr().err)
 
 
 def test_perplexity_of_a_tiny_model(tiny_gguf, tmp_path, capsys) -> None:
