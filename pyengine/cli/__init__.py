@@ -266,14 +266,23 @@ def show(
     model: ModelName,
     mmproj: Mmproj = None,
     template: Annotated[bool, Option("--template", help="Print the chat template only.")] = False,
+    system: Annotated[bool, Option("--system", help="Print the system text only (of an Ollama model).")] = False,
+    parameters: Annotated[bool, Option("--parameters", help="Print the recommended sampling and an Ollama model's parameters only.")] = False,
+    license: Annotated[bool, Option("--license", help="Print the license only.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what a model's file holds: sizes, formats, tokenizer, metadata."""
+    """Say what a model's file holds and what it can do: sizes, formats, tokenizer, sampling, metadata."""
     from pyengine.cli import files, screen
 
-    if template:
-        if not files.show_template(model):
-            raise RequestError(f"{model}: the file has no chat template")
+    asked = {"template": template, "system": system, "parameters": parameters, "license": license}
+    if any(asked.values()):
+        part, *more = [name for name, wanted in asked.items() if wanted]
+        text = files.part_of(model, part)
+        if more:
+            raise RequestError(f"--{part} and --{more[0]}: each is printed alone")
+        if text is None:
+            raise RequestError(f"{model}: the file has no chat template" if part == "template" else f"{model}: there is no {part} with it")
+        screen.show(text)
     elif json:
         screen.show_json(files.describe(model, mmproj))
     else:
@@ -281,13 +290,16 @@ def show(
 
 
 @commands.command("list")
-def list_models(json: Json = False) -> None:
+def list_models(
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Show where each is kept, too.")] = False,
+    json: Json = False,
+) -> None:
     """Show the models that can be named on this machine."""
     from pyengine.cli import files, screen
 
     if json:
         screen.show_json(files.models())
-    elif not files.show_models():
+    elif not files.show_models(verbose):
         screen.note("no models found: set PYENGINE_MODELS to a folder of GGUF files, or give a file's path")
 
 

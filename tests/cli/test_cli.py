@@ -937,9 +937,106 @@ def test_show_and_list(tiny_gguf, monkeypatch, capsys) -> None:
         "source": "PYENGINE_MODELS",
         "path": str(path),
         "projector": None,
+        "architecture": "llama",
+        "sees": False,
+        "runs": True,
+        "modified": int(path.stat().st_mtime),
     } in json.loads(capsys.readouterr().out)
     assert execute(["list"]) == 0
-    assert path.stem in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(path) not in out and all(len(line) <= 80 for line in out.splitlines() if line.startswith(f"{path.stem} "))
+    assert re.search(rf"(?m)^{path.stem} .* llama +- +\d{{4}}-\d\d-\d\d$", out)
+    assert execute(["list", "-v"]) == 0
+    assert str(path) in capsys.readouterr().out
+
+
+def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, capsys) -> None:
+    for kind, can in (("llama", ["text"]), ("gemma3", ["text", "pictures"]), ("qwen2_5_vl", ["text", "pictures", "videos"])):
+        path = str(tiny_gguf(kind)[0])
+        assert execute(["show", path, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["can"] == can and found["runs"] and found["plan"]["bytes"] == pyengine.plan(path).total
+        assert execute(["show", path]) == 0
+        assert re.search(rf"\ncan +{', '.join(can)}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    writer.add_context_length(8)
+    writer.add_bool("perceptron.layers.odd", True)
+    writer.add_array("perceptron.layers.kinds", [2, 7, 7, 0])
+    writer.add_string("perceptron.motto", "it's so\neasy")
+    writer.add_string("general.license", "mit")
+    writer.add_chat_template("{{ tools }}{% if enable_thinking %}{% endif %}")
+    for key, value in (("temp", 0.6), ("top_p", 0.95)):
+        writer.add_float32(f"general.sampling.{key}", value)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    path = str(tmp_path / "other.gguf")
+    assert execute(["show", path]) == 0
+    out = capsys.readouterr().out
+    for pattern in (r"runs here +no: architecture 'perceptron' is not supported", r"sampling +temperature 0.6, top_p 0.95", r"layers.odd +true",
+                    r"layers.kinds +2, 7, 7, 0", r"motto +it's so\\neasy", r"chat template +yes, with tools and thinking"):
+        assert re.search(pattern, out), (pattern, out)
+    for part, text in (("--parameters", "temperature 0.6\ntop_p 0.95\n"), ("--license", "mit\n")):
+        assert execute(["show", path, part]) == 0
+        assert capsys.readouterr().out == text
+    assert execute(["show", path, "--system"]) == 2 and "there is no system with it" in one_line(capsys.readouterr().err)
+    assert execute(["show", path, "--system", "--license"]) == 2 and "printed alone" in one_line(capsys.readouterr().err)
+
+
+def test_list_marks_what_does_not_run(tmp_path, monkeypatch, capsys) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3")
+    monkeypatch.setenv("PYENGINE_MODELS", str(tmp_path))
+    assert execute(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"other .* perceptron \(does not run\) ", out) and re.search(r"cut .* unreadable ", out)
+
+
+def test_show_lists_what_ollama_keeps_beside_a_model(tiny_gguf, tmp_path, monkeypatch, capsys) -> None:
+    import hashlib
+
+    layers, model = [], tiny_gguf("llama")[0].read_bytes()
+    blobs = tmp_path / ".ollama/models/blobs"
+    blobs.mkdir(parents=True)
+    for kind, content in (("model", model), ("system", b"You are a pirate."), ("params", b'{"temperature": 0.5, "stop": ["x", "y"], "num_ctx": 64}'),
+                          ("template", b"{{ .Prompt }}"), ("license", b"A license\nof two lines"), ("messages", b'[{"role": "user", "content": "Ho"}]'),
+                          ("adapter", b"GGUF")):
+        digest = hashlib.sha256(content).hexdigest()
+        (blobs / f"sha256-{digest}").write_bytes(content)
+        layers.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"})
+
+    def keep(name: str, *kinds: str) -> None:
+        path = tmp_path / f".ollama/models/manifests/registry.ollama.ai/library/{name}/latest"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"layers": [x for x in layers if x["mediaType"].rpartition(".")[2] in kinds]}))
+
+    keep("pirate", "model", "system", "params", "template", "license", "messages")
+    keep("tuned", "model", "adapter")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / ".ollama/models"))
+    assert execute(["show", "pirate"]) == 0
+    out = capsys.readouterr().out
+    section = out[out.index("\nModelfile (Ollama)\n") : out.index("\nTensors\n")]
+    for words in ("  system     You are a pirate.", "  parameter  temperature 0.5", "  parameter  stop x, y", "  parameter  num_ctx 64",
+                  "  template   13 characters of Go's syntax", "  message    user: Ho", "  license    A license\n"):
+        assert words in section, (words, section)
+    for part, text in (("--system", "You are a pirate.\n"), ("--license", "A license\nof two lines\n"),
+                       ("--parameters", "temperature 0.5\nstop x, y\nnum_ctx 64\n")):
+        assert execute(["show", "pirate", part]) == 0
+        assert capsys.readouterr().out == text
+    assert execute(["show", "pirate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["modelfile"]["system"] == "You are a pirate." and found["sampling"] == {"temperature": 0.5} and found["runs"]
+    assert execute(["show", "tuned"]) == 0
+    out = capsys.readouterr().out
+    assert "(LoRA, not supported)" in out and re.search(r"runs here +no: .* LoRA", out)
+    assert execute(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tuned:latest .* llama \(does not run\) ", out) and re.search(r"pirate:latest .* llama  ", out)
 
 
 # --- real models beside llama.cpp ------------------------------------------------------------------------------------
