@@ -104,10 +104,16 @@ class PixelsWanted(Exception):
 
 
 class Sketch(Image):
-    """A picture of which only size (width, height) and options are known: it tells whether a processor takes such a picture."""
+    """A picture of which only size (width, height) and options are known: it tells whether a processor takes such a picture.
 
-    def __init__(self, size: tuple[int, int], options: Mapping[str, Any]):
+    decoding   bytes that reading its file takes for a moment
+    """
+
+    decoding: int
+
+    def __init__(self, size: tuple[int, int], options: Mapping[str, Any], decoding: int = 0):
         object.__setattr__(self, "_size", size)
+        object.__setattr__(self, "decoding", decoding)
         object.__setattr__(self, "options", checked_options(options))
 
     @property
@@ -190,10 +196,10 @@ def decoded(file: IO[bytes], name: str, options: Mapping[str, Any], judge: Judge
         with image:
             name = f"{name} ({image.format})"
             check_size(image.width, image.height, name)      # known from the header; nothing is decoded yet
-            check_decoding(image, coded, file, name)
+            needed = check_decoding(image, coded, file, name)
             turn = 1 if image.format == "TIFF" else orientation(image)       # TIFF's reader turns by itself
             if judge is not None:
-                judge(Sketch(image.size[::-1] if turn > 4 else image.size, options))
+                judge(Sketch(image.size[::-1] if turn > 4 else image.size, options, needed))
             image.load()
             return rgb_of_pillow(image, name, turn)
 
@@ -227,8 +233,8 @@ def orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: str) -> None:
-    """Refuse a picture whose decoding takes too much. Raises: ImageError."""
+def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: str) -> int:
+    """Return the bytes that decoding a picture takes. Raises: ImageError where that is too much."""
     own = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     progressive = bool(image.info.get("progressive"))
     each = own + 3 + _DECODERS.get(str(image.format), 0) + (_PROGRESSIVE if progressive else 0)
@@ -243,6 +249,7 @@ def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: st
                          f"{MAX_DECODING >> 20}; make the picture smaller, or cut it, first")
     if progressive and passes(file) > MAX_PASSES:
         raise ImageError(f"{name}: a JPEG in more than {MAX_PASSES} passes; save it anew")
+    return needed
 
 
 def passes(file: IO[bytes]) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import cases
 from conftest import REAL, ROOT, real_path
+from PIL import Image, ImageFile
 
 import pyengine as pe
 from pyengine import hardware
@@ -286,6 +287,18 @@ def test_a_picture_too_large_for_the_plan_is_refused_with_its_size_and_the_limit
     assert len(pe.load(path, n_ctx=256, images=(200, 150)).encode_image(noise(150, 200))) > 12
     with pytest.raises((RequestError, ImageError)):
         pe.load(path, n_ctx=256, images=0).generate([noise(84, 112), 3])
+
+
+def test_a_picture_whose_decoding_takes_more_than_is_available_is_refused_before_it_is_decoded(tiny_gguf, tmp_path, monkeypatch) -> None:
+    model = pe.load(tiny_gguf("gemma3")[0], n_ctx=128)
+    Image.fromarray(noise(300, 400)).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    ask = [{"role": "user", "content": [{"type": "image", "image": str(tmp_path / "a.png")}, "what?"]}]
+    monkeypatch.setattr(hardware, "available_memory", lambda system=None: 400 * 300 * 7 - 1)
+    with pytest.raises(ImageError, match="decoding 400 x 300 pixels takes 0 MiB for a moment, and 0 MiB of memory are available"):
+        model.chat(ask, max_tokens=1)
+    monkeypatch.undo()
+    assert len(model.chat(ask, max_tokens=1).tokens) == 1
 
 
 def expected(plan: dict[str, Any], used: list[int], encoded: bool) -> int:
