@@ -232,7 +232,8 @@ class MemoryPlan:
             return "\n".join(["these would fit:", *(f"  {a.options() if options else a}" for a in self.alternatives)])
         small = [f"{d} has {amount(self.available[d])} and needs {amount(self.on(d))}" for d in self.devices if self.on(d) > self.available[d]]
         parts = f"the parts of memory that were given are too small: {', '.join(small)}; " if "cpu" not in self.available else ""
-        return f"{parts}no setting near it fits: take a smaller model, or a file with fewer bits a weight"
+        alone = f"its weights alone take {amount(self.of('weights'))}: " if self.of("weights") > sum(self.available.values()) else ""
+        return f"{parts}no setting near it fits; {alone}take a smaller model, or a file with fewer bits a weight"
 
     def refusal(self, options: bool = False) -> str:
         """Say all of this of a model that is not loaded. options: in options of the command."""

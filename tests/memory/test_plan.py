@@ -226,6 +226,7 @@ def test_refusals_name_three_things_that_fit(files, machine) -> None:
         machine(2 * GIB)
         pe.load(path, mmproj=mmproj, n_ctx=4096)
     assert caught.value.plan.alternatives == () and "fewer bits" in str(caught.value)
+    assert f"its weights alone take {caught.value.plan.of('weights') / GIB:.2f} GiB" in str(caught.value)
 
 
 def test_other_devices_say_what_they_could_hold(files, machine) -> None:
