@@ -208,12 +208,11 @@ def bench(
 
     prompts, generated = measured.parse_numbers("-p", prompt), measured.parse_numbers("-n", generate)
     depths = measured.parse_numbers("-d", depth)
-    numbers = [None] if threads is None else measured.parse_numbers("-t", threads, 1)
     tests = [(p, n, d) for d in depths for p, n in (*((p, 0) for p in prompts if p), *((0, n) for n in generated if n))]
     if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
     settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()), "expert_device": expert_device}
-    found = list(measured.results(model, tests, numbers, repetitions, profile, settings))
+    found = list(measured.results(model, tests, measured.parse_threads(threads), repetitions, profile, settings))
     if json:
         screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}
                           for about, results in found for result in results])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from pyengine.cli.screen import load, printable, show, show_columns, size
 from pyengine.errors import RequestError
 from pyengine.measure.speed import measure, Result
 
+MOST_THREADS = 4                     # times the processors: more threads than that is a slip of the hand
 _CLEAR = "\r\x1b[K"
 
 
@@ -21,6 +23,16 @@ def parse_numbers(option: str, text: str, least: int = 0) -> list[int]:
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII) or min(map(int, text.split(","))) < least:
         raise RequestError(f"{option} {text}: give a whole number from {least} on, or several, as 512,1024")
     return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def parse_threads(text: str | None) -> list[int | None]:
+    """Return the numbers of threads of "1,2"; [None], the usual number, for None. Raises: RequestError."""
+    if text is None:
+        return [None]
+    numbers, cpus = parse_numbers("-t", text, 1), os.cpu_count() or 1
+    if max(numbers) > MOST_THREADS * cpus:
+        raise RequestError(f"-t {max(numbers)}: this machine has {cpus} processors, and more threads than that only wait for each other")
+    return [*numbers]
 
 
 def results(model: str, tests: Sequence[tuple[int, int, int]], threads: Sequence[int | None], repetitions: int, profile: bool,

@@ -872,6 +872,8 @@ def test_bench_of_several_tests_is_a_markdown_table(tiny_gguf, capsys, monkeypat
     for wrong in (["-p", "8,"], ["-n", "-1"], ["-t", "0"], ["-d", "x"]):
         assert execute(["bench", str(path), *wrong]) == 2
         assert "whole number" in one_line(capsys.readouterr().err)
+    assert execute(["bench", str(path), "-t", "1,9999"]) == 2
+    assert "only wait for each other" in one_line(capsys.readouterr().err)
     assert execute(["bench", str(path), "--profile", "--device", "cpu:0=1GiB"]) == 2
     assert "--profile" in one_line(capsys.readouterr().err)
 
