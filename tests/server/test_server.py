@@ -195,7 +195,7 @@ def test_no_file_of_the_server_is_read(client, served, tmp_path) -> None:
     there.write_bytes(picture())
     answers: dict[Any, set[str]] = {there: set(), tmp_path / "b.png": set()}
     for path in answers:
-        for url in (str(path), path.as_uri(), f"data:,{path}", "http://127.0.0.1:1/a.png"):
+        for url in (str(path), path.as_uri(), f"data:,{path}", f"http://127.0.0.1:1/{path.name}"):
             for part in ({"type": "image_url", "image_url": {"url": url}}, {"type": "image", "image": url}, {"type": "image", "path": url}):
                 asked = {"model": served[1].name, "messages": [{"role": "user", "content": [part]}], "max_tokens": 2}
                 response = client.post("/v1/chat/completions", json=asked)
