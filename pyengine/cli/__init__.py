@@ -340,7 +340,7 @@ def bench(
     if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
     settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()), "expert_device": expert_device}
-    found = list(measured.results(model, tests, measured.parse_threads(threads), repetitions, profile, settings))
+    found = list(measured.results(model, tests, measured.parse_threads(threads, _check_threads), repetitions, profile, settings))
     if json:
         screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}
                           for about, results in found for result in results])

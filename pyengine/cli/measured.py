@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pyengine.cli.screen import load, printable, show, show_columns, size
 from pyengine.errors import RequestError
 from pyengine.measure.speed import measure, Result
 
-MOST_THREADS = 4                     # times the processors: more threads than that is a slip of the hand
 _CLEAR = "\r\x1b[K"
 
 
@@ -25,13 +23,13 @@ def parse_numbers(option: str, text: str, least: int = 0) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
-def parse_threads(text: str | None) -> list[int | None]:
-    """Return the numbers of threads of "1,2"; [None], the usual number, for None. Raises: RequestError."""
+def parse_threads(text: str | None, check: Callable[[int], object]) -> list[int | None]:
+    """Return the numbers of threads of "1,2", each of which `check` has seen; [None], the usual number, for None. Raises: RequestError."""
     if text is None:
         return [None]
-    numbers, cpus = parse_numbers("-t", text, 1), os.cpu_count() or 1
-    if max(numbers) > MOST_THREADS * cpus:
-        raise RequestError(f"-t {max(numbers)}: this machine has {cpus} processors, and more threads than that only wait for each other")
+    numbers = parse_numbers("--threads", text, 1)
+    for n in numbers:
+        check(n)
     return [*numbers]
 
 

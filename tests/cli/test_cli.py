@@ -884,6 +884,7 @@ def test_bench_of_several_tests_is_a_markdown_table(tiny_gguf, capsys, monkeypat
         (path.name, t, test) for t in "12" for test in ("pp8", "pp16", "pp8 @ d4", "pp16 @ d4")]
     assert re.fullmatch(r"\d+\.\d\d ± 0\.00", rows[0][-1]) and rows[0][2].endswith(" M")
     assert "pp8 @ d4: warming up (25%)" in err and "pp16 @ d4: run 1 of 1 (93%)" in err and err.endswith("\r\x1b[K")
+    monkeypatch.undo()
     for wrong in (["-p", "8,"], ["-n", "-1"], ["-t", "0"], ["-d", "x"]):
         assert execute(["bench", str(path), *wrong]) == 2
         assert "whole number" in one_line(capsys.readouterr().err)
