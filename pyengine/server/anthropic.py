@@ -69,6 +69,7 @@ def _wanted(fields: Fields) -> dict[str, Any]:
     fields.refuse(_NOT_HERE)
     if Fields(fields.object("thinking", {})).text("type", "disabled") != "disabled":
         raise FieldError("thinking", "thinking cannot be set yet")
+    Fields(fields.object("output_config", {})).refuse({"format": "output_config.format: structured output is not supported yet"})
     return {"messages": _messages(fields), "max_tokens": fields.whole("max_tokens", low=1), "stop": fields.stops("stop_sequences"),
             **fields.given(_SETTINGS)}
 

@@ -305,11 +305,12 @@ def test_anthropics_pictures(client, served) -> None:
 @pytest.mark.parametrize("change, status, kind, part", [
     ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens: is missing"), ({"model": "claude"}, 404, "not_found_error", "claude"),
     ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools"), ({"system": 5}, 400, "invalid_request_error", "system"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, 400, "invalid_request_error", "structured output"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "thinking"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "/etc/passwd"}}]}]}, 400, "invalid_request_error", ""),
 ])
 def test_anthropics_refusals(client, name, change: dict, status: int, kind: str, part: str) -> None:
-    for path in ("/v1/messages", "/v1/messages/count_tokens")[: 1 if "max_tokens" in change or "thinking" in change else 2]:
+    for path in ("/v1/messages", "/v1/messages/count_tokens")[: 1 if change.keys() & {"max_tokens", "thinking", "output_config"} else 2]:
         response = client.post(path, json={"model": name, "messages": MESSAGES, "max_tokens": 2, **change})
         error = response.json()
         assert response.status_code == status and error["type"] == "error" and error["error"]["type"] == kind and part in error["error"]["message"]
