@@ -122,7 +122,7 @@ def _first_words(incomplete: str) -> list[str]:
 
 ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, autocompletion=_names, help="A GGUF file, or a name from `list`.")]
 Context = Annotated[int | None, Option("--ctx", "-c", min=1, rich_help_panel="Memory and speed", help=(
-    "Size of the context in tokens (default: what the model was trained for, or what fits)."))]
+    "Size of the context in tokens (default: what the model was trained for, at most 32,768, or what fits)."))]
 KvDtype = Annotated[str, Option("--kv-dtype", rich_help_panel="Memory and speed", help=(
     "Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values."))]
 Threads = Annotated[int | None, Option("--threads", "-t", min=1, callback=_check_threads, rich_help_panel="Memory and speed", help=(
@@ -284,7 +284,7 @@ def run(
 def plan(
     model: ModelName,
     ctx: Context = None,
-    seq: Annotated[int, Option("--seq", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
+    seq: Annotated[int, Option("--seq", "--parallel", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
     picture: Picture = None,
@@ -298,8 +298,8 @@ def plan(
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
-) -> None:
-    """Say what a model will take, per device and purpose, without loading it."""
+) -> int:
+    """Say how much memory a model needs, by device and purpose, without loading it; exit code 0 if it fits, 1 if not."""
     from pyengine.cli import answer, planned as shown, screen
     from pyengine.memory import fit
 
@@ -312,50 +312,46 @@ def plan(
         shown.draw(found, png)
     if json:
         screen.show_json(found.to_json())
-        return
+        return 0 if found.fits else shown.DOES_NOT_FIT
     if explain:
         screen.show(found.explain() + "\n")
-    screen.show(found.table())
-    screen.show(found.verdict())
+    return shown.show_plan(found)
 
 
 @commands.command(cls=Form)
 def bench(
     model: ModelName,
-    prompt: Annotated[int, Option("--prompt", "-p", min=0, help="Tokens of the test ppN; 0 leaves it out.")] = 512,
-    generate: Annotated[int, Option("--generate", "-n", min=0, help="Tokens of the test tgN; 0 leaves it out.")] = 128,
+    prompt: Annotated[str, Option("--prompt", "--n-prompt", "-p", metavar="N,..", help="Tokens of the tests ppN; 0: none of them.")] = "512",
+    generate: Annotated[str, Option("--generate", "--n-gen", "-n", metavar="N,..", help="Tokens of the tests tgN; 0: none.")] = "128",
+    depth: Annotated[str, Option("--depth", "--n-depth", "-d", metavar="N,..", help="Tokens in the context before each test.")] = "0",
     repetitions: Annotated[int, Option("--repetitions", "-r", min=1, help="Runs of each, after one to warm up.")] = 5,
-    threads: Threads = None,
+    threads: Annotated[str | None, Option("--threads", "-t", metavar="N,..", help="Numbers of threads (default: one for each fast "
+                                          "physical core).")] = None,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
+    mmproj: Mmproj = None,
+    device: Devices = None,
+    expert_device: ExpertDevice = None,
     mmap: InPlace = False,
     profile: Annotated[bool, Option("--profile", help="Time each op in one more run of each test.")] = False,
     json: Json = False,
 ) -> None:
-    """Measure tokens per second by llama-bench's definitions."""
-    from pyengine.cli import screen
-    from pyengine.measure import speed
+    """Measure tokens per second by llama-bench's definitions; prints a Markdown table."""
+    from pyengine.cli import measured, planned, screen
 
-    if not prompt and not generate:
+    prompts, generated = measured.parse_numbers("-p", prompt), measured.parse_numbers("-n", generate)
+    depths = measured.parse_numbers("-d", depth)
+    tests = [(p, n, d) for d in depths for p, n in (*((p, 0) for p in prompts if p), *((0, n) for n in generated if n))]
+    if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
-    loaded = screen.load(model, n_ctx=max(prompt, generate), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmap=mmap)
-    prepared = loaded.program.prepared
-    results = speed.measure(loaded, prompt, generate, repetitions, profile)
-    about = {"model": loaded.plan.model, "n_threads": prepared.n_threads, "isa": prepared.isa,
-             "n_batch": loaded.n_batch, "kv_dtype": kv_dtype}
+    settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()),
+                "expert_device": expert_device, "mmap": mmap}
+    found = list(measured.results(model, tests, measured.parse_threads(threads, _check_threads), repetitions, profile, settings))
     if json:
-        screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, **about} for result in results])
-        return
-    screen.show(f"{loaded.plan.model}: {prepared.n_threads} threads, {prepared.isa}, "
-                f"steps of {loaded.n_batch}, kv {kv_dtype}")
-    rows = [(f"  {r.test}", f"{r.mean:.2f}", f"+- {r.deviation:.2f} tokens/s") for r in results]
-    screen.show_columns(rows, right=(1,))
-    for r in results if profile else ():
-        spent, wall = sum(t.seconds for t in r.profile), r.profile_seconds
-        screen.show(f"\n{r.test}: {spent * 1e3:.1f} ms in ops, {spent / wall:.1%} of {wall * 1e3:.1f} ms")
-        times = [(f"  {t.op}", t.weights, f"{t.seconds * 1e3:.2f} ms", f"{t.seconds / wall:.1%}", f"{t.calls} calls")
-                 for t in r.profile]
-        screen.show_columns(times, right=(2, 3, 4))
+        screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}
+                          for about, results in found for result in results])
+    else:
+        measured.show_results(found)
 
 
 @commands.command(cls=Form)
@@ -403,14 +399,23 @@ def show(
     model: ModelName,
     mmproj: Mmproj = None,
     template: Annotated[bool, Option("--template", help="Print the chat template only.")] = False,
+    system: Annotated[bool, Option("--system", help="Print the system text only (of an Ollama model).")] = False,
+    parameters: Annotated[bool, Option("--parameters", help="Print the recommended sampling and an Ollama model's parameters only.")] = False,
+    license: Annotated[bool, Option("--license", help="Print the license only.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what a model's file holds: sizes, formats, tokenizer, metadata."""
+    """Say what a model's file holds and what it can do: sizes, formats, tokenizer, sampling, metadata."""
     from pyengine.cli import files, screen
 
-    if template:
-        if not files.show_template(model):
-            raise RequestError(f"{model}: the file has no chat template")
+    asked = {"template": template, "system": system, "parameters": parameters, "license": license}
+    if any(asked.values()):
+        part, *more = [name for name, wanted in asked.items() if wanted]
+        text = files.part_of(model, part)
+        if more:
+            raise RequestError(f"--{part} and --{more[0]}: each is printed alone")
+        if text is None:
+            raise RequestError(f"{model}: the file has no chat template" if part == "template" else f"{model}: there is no {part} with it")
+        screen.show(text)
     elif json:
         screen.show_json(files.describe(model, mmproj))
     else:
@@ -418,13 +423,16 @@ def show(
 
 
 @commands.command("list", cls=Form)
-def list_models(json: Json = False) -> None:
+def list_models(
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Show where each is kept, too.")] = False,
+    json: Json = False,
+) -> None:
     """Show the models that can be named on this machine."""
     from pyengine.cli import files, screen
 
     if json:
         screen.show_json(files.models())
-    elif not files.show_models():
+    elif not files.show_models(verbose):
         screen.note("no models found: set PYENGINE_MODELS to a folder of GGUF files, or give a file's path")
 
 
@@ -469,7 +477,7 @@ def serve(
     picture: Picture = None,
     pictures: Pictures = None,
 ) -> None:
-    """Answer over HTTP, by OpenAI's and Ollama's interfaces."""
+    """Answer over HTTP, by OpenAI's, Ollama's and Anthropic's interfaces."""
     from pyengine.cli import planned, serving
 
     if (tls_cert is None) != (tls_key is None):
@@ -541,7 +549,11 @@ def execute(arguments: Sequence[str]) -> int:
         with _notes():
             code = app(left, prog_name=PROGRAM, standalone_mode=False)
     except PyEngineError as error:
-        complain(f"{error}{_meant(arguments[0]) if isinstance(error, ModelNotFoundError) else ''}")
+        plan_ = getattr(error, "plan", None)                  # what would fit, in options of the command
+        if plan_ is not None:
+            note(f"{PROGRAM}: {plan_.refusal(options=True)}")
+        else:
+            complain(f"{error}{_meant(arguments[0]) if isinstance(error, ModelNotFoundError) else ''}")
         if os.environ.get("PYENGINE_DEBUG") == "1":
             traceback.print_exc()
         return USAGE_ERROR

@@ -34,6 +34,7 @@ from pyengine.errors import ImageError, PyEngineError, RequestError
 from pyengine.media.avif import is_avif, is_heif, still_avif
 from pyengine.media.chunks import bare_png
 from pyengine.media.sources import opened
+from pyengine.media.views import MAX_DECODING
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as _AVIF
@@ -44,7 +45,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3        # where Pillow, and so transformers, refuses
 MAX_SIDE = 1 << 18                           # Pillow's resizing keeps up to 32 bytes for each pixel of a side
 MAX_FILE_BYTES = 1 << 30
-MAX_DECODING = 1 << 30                       # bytes at once: what Pillow's decoder takes, and the pixels
 
 # Bytes a pixel that decoders take beside Pillow's own picture: peak resident memory of 6000 x 6000 pixels, Pillow 13.0, rounded up.
 _DECODERS = {"WEBP": 14, "AVIF": 8, "HEIF": 12, "TIFF": 5}
@@ -104,10 +104,16 @@ class PixelsWanted(Exception):
 
 
 class Sketch(Image):
-    """A picture of which only size (width, height) and options are known: it tells whether a processor takes such a picture."""
+    """A picture of which only size (width, height) and options are known: it tells whether a processor takes such a picture.
 
-    def __init__(self, size: tuple[int, int], options: Mapping[str, Any]):
+    decoding   bytes that reading its file takes for a moment
+    """
+
+    decoding: int
+
+    def __init__(self, size: tuple[int, int], options: Mapping[str, Any], decoding: int = 0):
         object.__setattr__(self, "_size", size)
+        object.__setattr__(self, "decoding", decoding)
         object.__setattr__(self, "options", checked_options(options))
 
     @property
@@ -191,10 +197,10 @@ def decoded(file: IO[bytes], name: str, options: Mapping[str, Any], judge: Judge
         with image:
             name = f"{name} ({image.format})"
             check_size(image.width, image.height, name)      # known from the header; nothing is decoded yet
-            check_decoding(image, coded, file, name)
+            needed = check_decoding(image, coded, file, name)
             turn = 1 if image.format == "TIFF" else orientation(image)       # TIFF's reader turns by itself
             if judge is not None:
-                judge(Sketch(image.size[::-1] if turn > 4 else image.size, options))
+                judge(Sketch(image.size[::-1] if turn > 4 else image.size, options, needed))
             image.load()
             return rgb_of_pillow(image, name, turn)
 
@@ -229,8 +235,8 @@ def orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: str) -> None:
-    """Refuse a picture whose decoding takes too much. Raises: ImageError."""
+def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: str) -> int:
+    """Return the bytes that decoding a picture takes. Raises: ImageError where that is too much."""
     own = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     progressive = bool(image.info.get("progressive"))
     each = own + 3 + _DECODERS.get(str(image.format), 0) + (_PROGRESSIVE if progressive else 0)
@@ -245,6 +251,7 @@ def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: st
                          f"{MAX_DECODING >> 20}; make the picture smaller, or cut it, first")
     if progressive and passes(file) > MAX_PASSES:
         raise ImageError(f"{name}: a JPEG in more than {MAX_PASSES} passes; save it anew")
+    return needed
 
 
 def passes(file: IO[bytes]) -> int:

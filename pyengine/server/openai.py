@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pyengine.engine.loop import Handle
-from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
+from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served

@@ -240,7 +240,7 @@ def test_devices_and_their_sizes(model, capsys) -> None:
     execute(["m", "Q", "--device", "cpu"])
     assert model.loaded[1][2]["device"] == "cpu"
     capsys.readouterr()
-    for wrong in (["cpu:0=6GB"], ["cpu:0="], ["cpu:0=1MiB", "cpu:0=2MiB"], ["cpu", "cpu:0=1MiB"], ["cpu:0=-1"],
+    for wrong in (["cpu:0=6XB"], ["cpu:0="], ["cpu:0=1MiB", "cpu:0=2MiB"], ["cpu", "cpu:0=1MiB"], ["cpu:0=-1"],
                   ["cpu:0=9999999999999999"]):
         assert execute(["m", "Q", *(a for part in wrong for a in ("--device", part))]) == 2
         assert "as cpu:0=6GiB" in one_line(capsys.readouterr().err)
@@ -744,6 +744,15 @@ def test_bench_runs_what_llama_bench_runs() -> None:
     ] == ["tg4"]
 
 
+def test_bench_behind_a_context_and_told_of_each_run() -> None:
+    model, told = StepModel(), []
+    results = speed.measure(model, 12, 3, 2, depth=10, progress=lambda *a: told.append(a))
+    assert [(r.test, r.n_tokens, r.depth, len(r.samples)) for r in results] == [("pp12 @ d10", 12, 10, 2), ("tg3 @ d10", 3, 10, 2)]
+    assert [[len(s) for s in run] for run in model.steps] == [[8, 2, 8, 4]] * 3 + [[8, 2, 1, 1, 1]] * 3
+    assert all(run[0][0] == 2 for run in model.steps) and all(s[0] != 2 or s is run[0] for run in model.steps[3:] for s in run)
+    assert told == [("pp12 @ d10", 0), ("pp12 @ d10", 1), ("pp12 @ d10", 2), ("tg3 @ d10", 0), ("tg3 @ d10", 1), ("tg3 @ d10", 2)]
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("n_ctx", [16, 17])
 def test_perplexity_is_llama_perplexitys(add_bos, n_ctx) -> None:
@@ -830,7 +839,7 @@ def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
     )
     kv = sum(i["nbytes"] for i in found["items"] if i["purpose"] == "kv" and "tables" not in i["detail"])
     assert kv == 3 * 2 * 64 * 2 * 16 * 2  # layers, k and v, cells, heads, head_dim, bytes
-    assert execute(["plan", path, "--ctx", "64", "--json", "--device", "cpu:0=300KiB", "--device", "cpu:1=0.3MiB"]) == 0
+    assert execute(["plan", path, "--ctx", "64", "--json", "--device", "cpu:0=300KiB", "--device", "cpu:1=0.3MiB"]) == 1
     assert {i["device"] for i in json.loads(capsys.readouterr().out)["items"]} == {"cpu:0", "cpu:1"}
     for wrong, message in ((["--device", "gpu:0=1GiB"], "is no part of main memory"),
                            (["--encoder-device", "cpu:1"], "is none of cpu"), (["--expert-device", "cpu:1"], "is none of cpu")):
@@ -838,7 +847,8 @@ def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
         assert message in one_line(capsys.readouterr().err)
     assert execute(["plan", path, "--ctx", "64"]) == 0
     out = capsys.readouterr().out
-    assert "context 64" in out and out.endswith("  fits\n")
+    heading, verdict, *_ = out.splitlines()
+    assert "context 64" in heading and verdict.startswith("fits: ") and verdict.endswith(" available")
 
 
 def test_bench_of_a_tiny_model(tiny_gguf, capsys) -> None:
@@ -860,7 +870,28 @@ def test_bench_of_a_tiny_model(tiny_gguf, capsys) -> None:
         assert any(t["weights"] == "F32" for t in r["profile"])
     assert execute(["bench", path, "-p", "0", "-n", "4", "-r", "1", "--profile"]) == 0
     out = capsys.readouterr().out
-    assert "tg4" in out and "pp" not in out.split("\n")[1] and "ms in ops" in out
+    assert "| tg4 " in out and "| pp" not in out and "ms in ops" in out
+
+
+def test_bench_of_several_tests_is_a_markdown_table(tiny_gguf, capsys, monkeypatch) -> None:
+    path = tiny_gguf("llama")[0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert execute(["bench", str(path), "-p", "8,16", "-n", "0", "-t", "1,2", "-d", "0,4", "-r", "1", "--device", "cpu:0=1GiB"]) == 0
+    out, err = capsys.readouterr()
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert head == ["model", "size", "params", "kernels", "threads", "batch", "kv", "test", "t/s"] and all(set(c) <= set("-:") for c in rule)
+    assert [(row[0], row[4], row[7]) for row in rows] == [
+        (path.name, t, test) for t in "12" for test in ("pp8", "pp16", "pp8 @ d4", "pp16 @ d4")]
+    assert re.fullmatch(r"\d+\.\d\d ± 0\.00", rows[0][-1]) and rows[0][2].endswith(" M")
+    assert "pp8 @ d4: warming up (25%)" in err and "pp16 @ d4: run 1 of 1 (93%)" in err and err.endswith("\r\x1b[K")
+    monkeypatch.undo()
+    for wrong in (["-p", "8,"], ["-n", "-1"], ["-t", "0"], ["-d", "x"]):
+        assert execute(["bench", str(path), *wrong]) == 2
+        assert "whole number" in one_line(capsys.readouterr().err)
+    assert execute(["bench", str(path), "-t", "1,9999"]) == 2
+    assert "only wait for each other" in one_line(capsys.readouterr().err)
+    assert execute(["bench", str(path), "--profile", "--device", "cpu:0=1GiB"]) == 2
+    assert "--profile" in one_line(capsys.readouterr().err)
 
 
 def test_perplexity_of_a_tiny_model(tiny_gguf, tmp_path, capsys) -> None:
@@ -924,9 +955,106 @@ def test_show_and_list(tiny_gguf, monkeypatch, capsys) -> None:
         "source": "PYENGINE_MODELS",
         "path": str(path),
         "projector": None,
+        "architecture": "llama",
+        "sees": False,
+        "runs": True,
+        "modified": int(path.stat().st_mtime),
     } in json.loads(capsys.readouterr().out)
     assert execute(["list"]) == 0
-    assert path.stem in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(path) not in out and all(len(line) <= 80 for line in out.splitlines() if line.startswith(f"{path.stem} "))
+    assert re.search(rf"(?m)^{path.stem} .* llama +- +\d{{4}}-\d\d-\d\d$", out)
+    assert execute(["list", "-v"]) == 0
+    assert str(path) in capsys.readouterr().out
+
+
+def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, capsys) -> None:
+    for kind, can in (("llama", ["text"]), ("gemma3", ["text", "pictures"]), ("qwen2_5_vl", ["text", "pictures", "videos"])):
+        path = str(tiny_gguf(kind)[0])
+        assert execute(["show", path, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["can"] == can and found["runs"] and found["plan"]["bytes"] == pyengine.plan(path).total
+        assert execute(["show", path]) == 0
+        assert re.search(rf"\ncan +{', '.join(can)}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    writer.add_context_length(8)
+    writer.add_bool("perceptron.layers.odd", True)
+    writer.add_array("perceptron.layers.kinds", [2, 7, 7, 0])
+    writer.add_string("perceptron.motto", "it's so\neasy")
+    writer.add_string("general.license", "mit")
+    writer.add_chat_template("{{ tools }}{% if enable_thinking %}{% endif %}")
+    for key, value in (("temp", 0.6), ("top_p", 0.95)):
+        writer.add_float32(f"general.sampling.{key}", value)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    path = str(tmp_path / "other.gguf")
+    assert execute(["show", path]) == 0
+    out = capsys.readouterr().out
+    for pattern in (r"runs here +no: architecture 'perceptron' is not supported", r"sampling +temperature 0.6, top_p 0.95", r"layers.odd +true",
+                    r"layers.kinds +2, 7, 7, 0", r"motto +it's so\\neasy", r"chat template +yes, with tools and thinking"):
+        assert re.search(pattern, out), (pattern, out)
+    for part, text in (("--parameters", "temperature 0.6\ntop_p 0.95\n"), ("--license", "mit\n")):
+        assert execute(["show", path, part]) == 0
+        assert capsys.readouterr().out == text
+    assert execute(["show", path, "--system"]) == 2 and "there is no system with it" in one_line(capsys.readouterr().err)
+    assert execute(["show", path, "--system", "--license"]) == 2 and "printed alone" in one_line(capsys.readouterr().err)
+
+
+def test_list_marks_what_does_not_run(tmp_path, monkeypatch, capsys) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3")
+    monkeypatch.setenv("PYENGINE_MODELS", str(tmp_path))
+    assert execute(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"other .* perceptron \(does not run\) ", out) and re.search(r"cut .* unreadable ", out)
+
+
+def test_show_lists_what_ollama_keeps_beside_a_model(tiny_gguf, tmp_path, monkeypatch, capsys) -> None:
+    import hashlib
+
+    layers, model = [], tiny_gguf("llama")[0].read_bytes()
+    blobs = tmp_path / ".ollama/models/blobs"
+    blobs.mkdir(parents=True)
+    for kind, content in (("model", model), ("system", b"You are a pirate."), ("params", b'{"temperature": 0.5, "stop": ["x", "y"], "num_ctx": 64}'),
+                          ("template", b"{{ .Prompt }}"), ("license", b"A license\nof two lines"), ("messages", b'[{"role": "user", "content": "Ho"}]'),
+                          ("adapter", b"GGUF")):
+        digest = hashlib.sha256(content).hexdigest()
+        (blobs / f"sha256-{digest}").write_bytes(content)
+        layers.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"})
+
+    def keep(name: str, *kinds: str) -> None:
+        path = tmp_path / f".ollama/models/manifests/registry.ollama.ai/library/{name}/latest"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"layers": [x for x in layers if x["mediaType"].rpartition(".")[2] in kinds]}))
+
+    keep("pirate", "model", "system", "params", "template", "license", "messages")
+    keep("tuned", "model", "adapter")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / ".ollama/models"))
+    assert execute(["show", "pirate"]) == 0
+    out = capsys.readouterr().out
+    section = out[out.index("\nModelfile (Ollama)\n") : out.index("\nTensors\n")]
+    for words in ("  system     You are a pirate.", "  parameter  temperature 0.5", "  parameter  stop x, y", "  parameter  num_ctx 64",
+                  "  template   13 characters of Go's syntax", "  message    user: Ho", "  license    A license\n"):
+        assert words in section, (words, section)
+    for part, text in (("--system", "You are a pirate.\n"), ("--license", "A license\nof two lines\n"),
+                       ("--parameters", "temperature 0.5\nstop x, y\nnum_ctx 64\n")):
+        assert execute(["show", "pirate", part]) == 0
+        assert capsys.readouterr().out == text
+    assert execute(["show", "pirate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["modelfile"]["system"] == "You are a pirate." and found["sampling"] == {"temperature": 0.5} and found["runs"]
+    assert execute(["show", "tuned"]) == 0
+    out = capsys.readouterr().out
+    assert "(LoRA, not supported)" in out and re.search(r"runs here +no: .* LoRA", out)
+    assert execute(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tuned:latest .* llama \(does not run\) ", out) and re.search(r"pirate:latest .* llama  ", out)
 
 
 # --- real models beside llama.cpp ------------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_completion(tmp_path) -> None:
     assert "planet-Q4_0" in completed("pyengine-run run pla", tmp_path) and completed("pyengine-run -m plane", tmp_path) == ["planet-Q4_0"]
     assert completed("pyengine-run plan planet-Q4_0 --pi", tmp_path) == ["--picture", "--pictures"]
     assert completed("pyengine-run run planet-Q4_0 --te", tmp_path) == ["--temperature", "--temp"]
-    assert completed("pyengine-run serve x", tmp_path) == []
+    assert completed("pyengine-run embed x", tmp_path) == []
     assert "planet-Q4_0" in "".join(completed("pyengine-run plan pla", tmp_path, "zsh"))
     done = subprocess.run([sys.executable, "-m", "pyengine", "--show-completion", "bash"], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}, timeout=60)
