@@ -1,7 +1,7 @@
 """The command `pyengine-run`: arguments in, text out. Everything else is in the library.
 
     pyengine-run MODEL [PROMPT]      one answer, or a conversation
-    pyengine-run COMMAND ...         plan, bench, perplexity, show, list, hardware
+    pyengine-run COMMAND ...         pull, plan, bench, perplexity, show, list, hardware
 
 A first argument that is a command's name is that command; a file of such a name is given as ./plan. What is slow to
 import is imported by the command that needs it.
@@ -20,13 +20,15 @@ import typer
 from typer import Argument, Option
 
 from pyengine.cli.screen import complain, PROGRAM
-from pyengine.errors import PyEngineError, RequestError
+from pyengine.errors import ModelNotFoundError, PyEngineError, RequestError
 
 USAGE_ERROR = 2                      # exit code of everything that the user can mend
 NOTHING_DRAWN = 1                    # exit code of --draw when the answer names no boxes
 INTERRUPTED = 130                    # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 
 _COMMANDS = """[bold]Commands[/bold]
+
+pyengine-run pull NAME: fetch a model from Hugging Face or Ollama's registry
 
 pyengine-run plan MODEL: what it will take, per device and purpose
 
@@ -147,6 +149,18 @@ def run(
     if verbose:
         answer.note_memory(loaded)
     return code
+
+
+@commands.command()
+def pull(
+    name: Annotated[str, Argument(metavar="NAME", show_default=False, help=(
+        "hf.co/org/repo or org/repo, with :QUANT, for Hugging Face; model:tag or ollama.com/user/model:tag for Ollama's registry."))],
+    yes: Annotated[bool, Option("--yes", "-y", help="Ask nothing, and fetch also what does not run here.")] = False,
+) -> int:
+    """Fetch a model into the store where `list` and other programs find it."""
+    from pyengine.cli import pulling
+
+    return pulling.pull(name, yes)
 
 
 @commands.command()
@@ -292,7 +306,7 @@ def list_models(json: Json = False) -> None:
     if json:
         screen.show_json(files.models())
     elif not files.show_models():
-        screen.note("no models found: set PYENGINE_MODELS to a folder of GGUF files, or give a file's path")
+        screen.note("no models found: `pyengine-run pull NAME` fetches one; or set PYENGINE_MODELS to a folder of GGUF files")
 
 
 @commands.command()
@@ -316,16 +330,27 @@ def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz 
     print(listing(model, dot, not no_passes))
 
 
-COMMANDS = ("plan", "bench", "perplexity", "show", "list", "hardware", "graph")
+COMMANDS = ("pull", "plan", "bench", "perplexity", "show", "list", "hardware", "graph")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def execute(arguments: Sequence[str]) -> int:
-    """Do what the arguments say and return the exit code; errors made on purpose become one line on standard error."""
+def _call(arguments: Sequence[str]) -> Any:
+    """Do what the arguments say; a model that is not there is offered, and what was asked is done when it is."""
     app = commands if arguments and arguments[0] in COMMANDS else main_form
     try:
-        code = app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        return app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+    except ModelNotFoundError as error:
+        from pyengine.cli import pulling
+
+        pulling.offer(error)
+    return app(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Do what the arguments say and return the exit code; errors made on purpose become one line on standard error."""
+    try:
+        code = _call(arguments)
     except PyEngineError as error:
         complain(error)
         if os.environ.get("PYENGINE_DEBUG") == "1":
