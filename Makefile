@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(RUN) $(SEES) "Which way does it move?" $(foreach n,1 2 3,--image $(SAMPLES)/move-$(n).png) --temperature 0
 	printf 'What does it say?\nWhat colour is the text?\n' | $(RUN) $(SEES) --image $(SAMPLES)/word.png --temperature 0 --verbose
 	$(PY) -m converters.weights models
-	$(RUN) models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48 --verbose
+	$(RUN) models/qwen2.5-coder-0.5b-q4_k_m.gguf "What is the capital of France?" --temperature 0 --verbose
 	$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 8 --verbose
 
 test: $(VENV)/installed $(VENV)/test-installed

@@ -335,22 +335,22 @@ COMMANDS = ("pull", "plan", "bench", "perplexity", "show", "list", "hardware", "
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def _call(arguments: Sequence[str]) -> Any:
+def _call(app: Any, arguments: list[str]) -> Any:
     """Do what the arguments say; a model that is not there is offered, and what was asked is done when it is."""
-    app = commands if arguments and arguments[0] in COMMANDS else main_form
     try:
-        return app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        return app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except ModelNotFoundError as error:
         from pyengine.cli import pulling
 
         pulling.offer(error)
-    return app(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+    return app(arguments, prog_name=PROGRAM, standalone_mode=False)
 
 
 def execute(arguments: Sequence[str]) -> int:
     """Do what the arguments say and return the exit code; errors made on purpose become one line on standard error."""
+    app = commands if arguments and arguments[0] in COMMANDS else main_form
     try:
-        code = _call(arguments)
+        code = _call(app, list(arguments) or ["--help"])
     except PyEngineError as error:
         complain(error)
         if os.environ.get("PYENGINE_DEBUG") == "1":
