@@ -30,12 +30,14 @@ from pyengine.pull.offer import Offer, said
 
 ENDPOINT = "https://huggingface.co"
 MAX_LISTING_BYTES = 32 << 20
+MAX_FILES = 10_000
 USUAL = "Q4_K_M"
 # Where that is not there: bits a weight in the order in which they would do instead, and for each, what is nearest to K_M first.
 BITS = (4, 5, 6, 8, 3, 16, 2, 32, 1)
 VARIANTS = ("K_M", "K_L", "K_XL", "K_S", "K", "XS", "NL", "XXS", "1", "0", "")
 
 _WORD = re.compile(r"[\w-][\w.-]{0,95}")
+_ODD = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")                 # in names of files: control characters, Windows' separators
 _HEX = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
@@ -58,7 +60,8 @@ def find(source: HubName) -> Offer:
     headers = build_hf_headers(library_name="pyengine", library_version=pyengine.__version__)
     listing = _listing(source, headers)
     files = _gguf_files(source, listing)
-    model, notes = choose(source, files)
+    models = models_among(files)
+    model, notes = choose(source, models)
     projector = projector_beside(model, [PurePosixPath(path) for path in files])
     commit = listing.get("sha")
     names = [*map(str, model.parts), *([str(projector)] if projector else [])]
@@ -66,7 +69,7 @@ def find(source: HubName) -> Offer:
     for name in names:
         file, commit = _remote_file(source, name, files[name], commit, headers)
         fetched.append(file)
-    tag, same = model.quantization, [m for m in _models(files) if m.quantization == model.quantization]
+    tag, same = model.quantization, [m for m in models if m.quantization == model.quantization]
     name = f"{source.repo}:{tag}" if tag and len(same) == 1 else f"{source.repo}/{PurePosixPath(model.stem).name}"
     n_parts = len(model.parts)
 
@@ -80,12 +83,11 @@ def find(source: HubName) -> Offer:
                  settle, notes)
 
 
-def choose(source: HubName, files: Mapping[str, Any]) -> tuple[Model, tuple[str, ...]]:
-    """Return the model that is wanted of a repository's GGUF files, and what there is to say of the choice.
+def choose(source: HubName, models: list[Model]) -> tuple[Model, tuple[str, ...]]:
+    """Return the one that is wanted among a repository's models, and what there is to say of the choice.
 
     Raises: DownloadError naming what there is, where it has not what is wanted, or several of it.
     """
-    models = _models(files)
     if not models:
         raise DownloadError(f"hf.co/{source.repo} has no GGUF files. Repositories that have them mostly carry GGUF in their name; "
                             "`python -m converters` makes them of others")
@@ -127,11 +129,14 @@ def _distance(model: Model) -> tuple[int, ...]:
     return BITS.index(bits) if bits in BITS else len(BITS), tag.startswith("IQ"), VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
 
 
-def _models(files: Mapping[str, Any]) -> list[Model]:
+def models_among(files: Mapping[str, Any]) -> list[Model]:
     """Group a repository's files into whole models, the smallest first."""
+    folders: dict[PurePosixPath, list[PurePosixPath]] = {}
+    for path in map(PurePosixPath, files):
+        if "imatrix" not in path.name.lower():
+            folders.setdefault(path.parent, []).append(path)
     found = []
-    for folder in dict.fromkeys(PurePosixPath(path).parent for path in files):
-        own = [PurePosixPath(path) for path in files if PurePosixPath(path).parent == folder and "imatrix" not in path.lower()]
+    for folder, own in folders.items():
         for stem, parts in models_of(own):
             split = SPLIT_NAME.search(parts[0].name)
             if not split or len(parts) == int(split[2]):
@@ -170,9 +175,11 @@ def _gguf_files(source: HubName, listing: Mapping[str, Any]) -> dict[str, Mappin
         if not isinstance(path, str) or not path.lower().endswith(".gguf"):
             continue
         parts = path.split("/")
-        if any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 or re.search(r'[\x00-\x1f\x7f\\:]', part) for part in parts):
+        if any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 or _ODD.search(part) for part in parts):
             raise DownloadError(f"hf.co/{source.repo}: has a file of the name {quoted(path)}, which no folder could hold")
         size = item.get("size")
+        if len(found) == MAX_FILES:
+            raise DownloadError(f"hf.co/{source.repo}: has more than {MAX_FILES} GGUF files")
         found[path] = {**item, "size": size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None}
     return found
 
@@ -198,7 +205,7 @@ def _remote_file(source: HubName, name: str, listed: Mapping[str, Any], commit: 
     commits = {c for c in (commit, told.commit_hash) if c}
     if not digests:
         raise DownloadError(f"{what}: {_endpoint()} names no digest by which it could be checked")
-    if len(sizes) != 1 or len(commits) != 1 or len(set(digests)) != 1 or not _WORD.fullmatch(next(iter(commits))):
+    if len(sizes) != 1 or min(sizes) < 0 or len(commits) != 1 or len(set(digests)) != 1 or not _WORD.fullmatch(next(iter(commits))):
         raise DownloadError(f"{what}: {_endpoint()} contradicts itself: sizes {sorted(sizes)}, commits {sorted(commits)}, digests {digests}")
     size, commit, digest = sizes.pop(), commits.pop(), digests[0]
     link = _repo_folder(source) / "snapshots" / commit / name

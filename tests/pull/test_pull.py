@@ -229,14 +229,15 @@ def test_a_mirror_that_lists_names_only_is_enough(server):
     assert find_model(pull(REPO).name).read_bytes() == BIG
 
 
-@pytest.mark.parametrize("name", ["../../x.gguf", "a/../../x.gguf", "/etc/x.gguf", "a//x.gguf", "..\\x.gguf", "C:x.gguf", "a\nb.gguf", "a" * 300 + ".gguf"])
+@pytest.mark.parametrize("name", ["../../x.gguf", "a/../../x.gguf", "/etc/x.gguf", "a//x.gguf", "..\\x.gguf", "C:x.gguf", "a\nb.gguf", "a" * 300 + ".gguf", "\ud800.gguf"])
 def test_names_that_lead_elsewhere_are_refused(server, name):
     server.repository(REPO, {name: b"x"})
     with pytest.raises(DownloadError, match="which no folder could hold"):
         find(REPO)
 
 
-@pytest.mark.parametrize("change", [{"ETag": '"../../../x"'}, {"ETag": '"' + "0" * 64 + '"'}, {"X-Repo-Commit": "../../x"}, {"X-Linked-Size": "7"}])
+@pytest.mark.parametrize("change", [{"ETag": '"../../../x"'}, {"ETag": '"' + "0" * 64 + '"'}, {"X-Repo-Commit": "../../x"}, {"X-Linked-Size": "7"},
+                                    {"X-Linked-Size": "-7"}])
 def test_a_hub_that_contradicts_itself_is_refused(server, tmp_path, change):
     server.repository(REPO, {"m-Q8_0.gguf": BIG})
     if "../" in next(iter(change.values())):                 # nothing else is said, so there is nothing to contradict
@@ -253,6 +254,13 @@ def test_a_hub_that_contradicts_itself_is_refused(server, tmp_path, change):
 def test_a_listing_that_is_none_is_refused(server, content):
     server.pages[f"/api/models/{REPO}"] = Page(content)
     with pytest.raises(DownloadError, match="no list of its files|which is none|no list"):
+        find(REPO)
+
+
+def test_more_files_than_a_repository_has_are_refused(server, monkeypatch):
+    monkeypatch.setattr(hub, "MAX_FILES", 3)
+    server.repository(REPO, {f"{i}-Q8_0.gguf": b"%d" % i for i in range(4)})
+    with pytest.raises(DownloadError, match="more than 3 GGUF files"):
         find(REPO)
 
 
