@@ -124,7 +124,7 @@ class _Bar:
     """A bar on standard error, where that is a terminal."""
 
     def __init__(self, found: Offer):
-        self._name, self._total, self._bar = found.name, found.nbytes, None
+        self._name, self._total, self._there, self._bar = found.name, found.nbytes, found.nbytes - found.n_missing, None
 
     def show(self, done: int, total: int) -> None:
         """Take the bytes that are there, of how many."""
@@ -138,7 +138,7 @@ class _Bar:
 
             self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
                                  TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            self._bar.add_task(printable(self._name), total=self._total)
+            self._bar.add_task(printable(self._name), total=self._total, completed=self._there)
             self._bar.start()
         return self
 

@@ -4,16 +4,16 @@ Places, in the order in which a name is looked up:
 
     $PYENGINE_MODELS   folders of GGUF files, separated as in $PATH; a name is the path below the folder, or the file's
     ./models           the same in the working folder, for those of a checkout
-    own folder         the same in $XDG_DATA_HOME/pyengine/models or ~/.local/share/pyengine/models (Windows: %LOCALAPPDATA%)
+    pyengine           the same in $XDG_DATA_HOME/pyengine/models or ~/.local/share/pyengine/models (Windows: %LOCALAPPDATA%)
     Ollama             $OLLAMA_MODELS or ~/.ollama/models, and on Linux its service's /usr/share/ollama/.ollama/models;
                        "gemma3:270m", "gemma3" (= latest), "hf.co/org/repo:tag"
     Hugging Face       $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub; "org/repo:Q4_K_M", "org/repo"
     LM Studio          ~/.lmstudio/models and ~/.cache/lm-studio/models; named as Hugging Face's
 
-Names are compared without case, and without "https://", "hf.co/" and "ollama.com/library/". Where a name fits several files ("org/repo" with many quantizations), Q4_K_M is taken
-if it is among them; otherwise the error lists them. A projector ("mmproj-*.gguf", or a layer of Ollama's manifest)
-goes with the models of its folder, or, from the top of a repository, with those of its folders; in $PYENGINE_MODELS and the two after
-it, with those of the same name but for the quantization.
+Names are compared without case, and without "https://", "hf.co/" and "ollama.com/library/". Where a name fits several files
+("org/repo" with many quantizations), Q4_K_M is taken if it is among them; otherwise the error lists them. A projector
+("mmproj-*.gguf", or a layer of Ollama's manifest) goes with the models of its folder, or, from the top of a repository, with those of
+its folders; in $PYENGINE_MODELS and the two places after it, with those of the same name but for the quantization.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FoundModel(NamedTuple):
     name: str
     path: Path
     nbytes: int                        # of the model and its projector
-    source: str                        # "PYENGINE_MODELS", "./models", "own folder", "Ollama" ...; "" for a path
+    source: str                        # "PYENGINE_MODELS", "./models", "pyengine", "Ollama" ...; "" for a path
     mmproj: Path | None = None
     aliases: tuple[str, ...] = ()      # other names that find it
     layers: Mapping[str, tuple[Path, ...]] = MappingProxyType({})            # other files by kind, for `read_modelfile`
@@ -214,7 +214,7 @@ def _in_place(source: str, folder: Path, problems: list[_Problem]) -> list[Found
 def _places() -> list[tuple[str, Path]]:
     """Return (source, folder) for each folder that exists, in the order of the search."""
     places = [("PYENGINE_MODELS", folder) for folder in os.environ.get("PYENGINE_MODELS", "").split(os.pathsep) if folder]
-    places += [("./models", "models"), ("own folder", own_folder()), ("Ollama", ollama_folder()),
+    places += [("./models", "models"), ("pyengine", own_folder()), ("Ollama", ollama_folder()),
                *([("Ollama", _OLLAMA_SERVICE)] if sys.platform == "linux" else []),
                ("Hugging Face", hub_folder()), ("LM Studio", "~/.lmstudio/models"), ("LM Studio", "~/.cache/lm-studio/models")]
     found: dict[Path, tuple[str, Path]] = {}             # a place that has two names is searched once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -73,10 +74,14 @@ def fetch(offer: Offer, progress: Callable[[int, int], None] = lambda done, tota
     Raises: DownloadError as `download.fetch`, and where the disk has no room. What came stays for the next call.
     """
     check_room(offer)
-    done = 0
+    there = {file.path: file.n_there for file in offer.files}
+
+    def told(file: RemoteFile, n_bytes: int) -> None:
+        there[file.path] = n_bytes
+        progress(sum(there.values()), offer.nbytes)
+
     for file in offer.files:
-        fetch_file(file, lambda n: progress(done + n, offer.nbytes))
-        done += file.size
+        fetch_file(file, partial(told, file))
     offer.settle()
 
 

@@ -241,13 +241,13 @@ def test_a_whole_file_and_a_split_one_of_one_name_are_two_models(home, monkeypat
 def test_the_working_folder_s_models_and_one_s_own_are_found(home, monkeypatch):
     demo = put(home / "work/models/demo-Q8_0.gguf")
     mine = put(home / ".local/share/pyengine/models/sub/mine.gguf")
-    assert [(m.name, m.source) for m in list_models()] == [("demo-Q8_0", "./models"), ("sub/mine", "own folder")]
+    assert [(m.name, m.source) for m in list_models()] == [("demo-Q8_0", "./models"), ("sub/mine", "pyengine")]
     assert find_model("demo-q8_0").resolve() == demo and find_model("mine") == mine
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
     other = put(home / "data/pyengine/models/other.gguf")
     assert find_model("other") == other and len(list_models()) == 2
     monkeypatch.setenv("PYENGINE_MODELS", str(home / "work/models"))         # the same folder by another name
-    assert [(m.name, m.source) for m in list_models()] == [("demo-Q8_0", "PYENGINE_MODELS"), ("other", "own folder")]
+    assert [(m.name, m.source) for m in list_models()] == [("demo-Q8_0", "PYENGINE_MODELS"), ("other", "pyengine")]
 
 
 def test_a_projector_at_the_top_of_a_repository_goes_with_its_folders(home):
