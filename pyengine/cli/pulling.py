@@ -83,8 +83,7 @@ def judge(found: Offer) -> Verdict:
         raise
     except PyEngineError as error:
         return Verdict(False, False, f"it cannot be run here: {re.sub(rf'[^ ]*{FOLDER}[^/]*/', '', str(error))}")
-    needs, free = f"{size(plan.total)} of memory with a context of {plan.n_ctx}", size(sum(plan.available.values()))
-    return Verdict(True, plan.fits, f"it fits: {needs}; {free} are free" if plan.fits else f"it does not fit: {needs}, and {free} are free")
+    return Verdict(True, plan.fits, f"it {plan.verdict()}, with a context of {plan.n_ctx:,}")
 
 
 def offer(error: ModelNotFoundError) -> None:

@@ -26,12 +26,19 @@ def server(remote):
     return remote
 
 
+class Typed(io.StringIO):
+    """What somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """terminal("y") -> somebody sits there and gives this answer."""
     def sit(answer: str) -> None:
         monkeypatch.setattr(pulling, "_at_terminal", lambda: True)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(answer + "\n"))
+        monkeypatch.setattr(sys, "stdin", Typed(answer + "\n"))
     return sit
 
 
@@ -171,6 +178,15 @@ def test_at_a_terminal_it_is_offered_and_then_asked_what_was_to_be_asked(server,
     terminal("y")
     assert execute(["show", REPO, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["architecture"] == "qwen2vl"    # and nothing else is on standard output
+
+
+def test_a_command_that_is_misspelt_is_no_model_to_fetch(server, capsys, terminal):
+    terminal("y")
+    assert execute(["plna", "Hello"]) == 2
+    said = capsys.readouterr().err
+    assert "the command is called `plan`" in said and "Fetch" not in said and server.seen == []
+    terminal("n")
+    assert execute(["plan", "absent"]) == 2 and "the command is called" not in capsys.readouterr().err
 
 
 def test_what_cannot_be_fetched_when_it_is_offered_is_said(server, capsys, terminal, monkeypatch):
