@@ -485,7 +485,7 @@ def serve(
     picture: Picture = None,
     pictures: Pictures = None,
 ) -> None:
-    """Answer over HTTP, by OpenAI's and Ollama's interfaces."""
+    """Answer over HTTP, by OpenAI's, Ollama's and Anthropic's interfaces."""
     from pyengine.cli import planned, serving
 
     if (tls_cert is None) != (tls_key is None):

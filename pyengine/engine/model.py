@@ -309,7 +309,7 @@ class Model:
         """
         if (prompt is None) == (messages is None):
             raise RequestError("submit: give a prompt or messages, one of them")
-        prompts = self._prompts if media_policy is None else self._prompts.under(media_policy)
+        prompts = self._prompts_under(media_policy)
         found = prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools)
         return self.loop.submit(self._request(found, max_tokens, stop, sampling, at_start=prompt is None), client)
 
@@ -341,9 +341,16 @@ class Model:
         """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
         return self._language.template
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Return a conversation's token ids in the model's own chat format; -1 for each position of a picture's soft token."""
-        return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
+    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
+                 media_policy: MediaPolicy | None = None) -> list[int]:
+        """Return a conversation's token ids in the model's own chat format; -1 for each position of a picture's soft token.
+
+        media_policy: which files of this machine may be shown, where somebody else wrote the messages.
+        """
+        return lay_out_rows(self._prompts_under(media_policy).chat(messages, tools)[0], self._axes).ids.tolist()
+
+    def _prompts_under(self, policy: MediaPolicy | None) -> Prompts:
+        return self._prompts if policy is None else self._prompts.under(policy)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
              max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, **sampling: Any) -> Any:

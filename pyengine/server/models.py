@@ -49,6 +49,10 @@ class Served:
         """What can be asked of it."""
         return ["completion", *(["vision"] if self.model.media is not None else [])]
 
+    def count(self, messages: Sequence[Any]) -> int:
+        """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""
+        return len(self.model.chat_ids(messages, media_policy=REMOTE))
+
     def submit(self, client: str, **request: Any) -> Handle:
         """Queue a request; its messages may show no file of this machine. Raises as `Model.submit`."""
         return self.model.submit(client=client, media_policy=REMOTE, **request)

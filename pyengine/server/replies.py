@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -72,9 +72,17 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
     return answer
 
 
-async def submit(call: Callable[[], Handle]) -> Handle:
-    """Queue a request from a thread of its own: templates and pictures take their time."""
+T = TypeVar("T")
+
+
+async def apart(call: Callable[[], T]) -> T:
+    """Call a function in a thread of its own: templates and pictures take their time."""
     return await anyio.to_thread.run_sync(call)
+
+
+async def submit(call: Callable[[], Handle]) -> Handle:
+    """Queue a request, from a thread of its own."""
+    return await apart(call)
 
 
 def client_of(request: Request) -> str:

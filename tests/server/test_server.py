@@ -258,6 +258,64 @@ def test_ollamas_refusals(client, name, path: str, change: dict, part: str) -> N
     assert response.status_code == 400 and part in response.json()["error"]
 
 
+# -- Anthropic ------------------------------------------------------------------------------------------------------------
+
+
+def anthropic_events(response: Any) -> list[Any]:
+    found = []
+    for event in response.text.strip().split("\n\n"):
+        kind, data = event.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert kind == f"event: {found[-1]['type']}"
+    return found
+
+
+def test_anthropics_messages_are_the_librarys(client, model, name) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    want = model.chat(chat, max_tokens=9, temperature=0, top_k=5)
+    asked = {"model": name, "system": [{"type": "text", "text": "Be brief."}], "messages": MESSAGES, "max_tokens": 9, "temperature": 0, "top_k": 5}
+    got = client.post("/v1/messages", json=asked).json()
+    assert got["content"] == [{"type": "text", "text": want}] and got["role"] == "assistant" and got["type"] == "message"
+    assert got["stop_reason"] == {"length": "max_tokens", "stop": "end_turn"}[want.finish] and got["stop_sequence"] is None
+    assert got["usage"]["input_tokens"] + got["usage"]["cache_read_input_tokens"] == want.n_prompt and got["usage"]["output_tokens"] == len(want.tokens)
+    events_ = anthropic_events(client.post("/v1/messages", json={**asked, "stream": True}))
+    assert [e["type"] for e in events_ if e["type"] != "content_block_delta"] == [
+        "message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
+    assert "".join(e["delta"]["text"] for e in events_ if e["type"] == "content_block_delta") == want
+    assert client.post("/v1/messages/count_tokens", json=asked).json() == {"input_tokens": want.n_prompt}
+
+
+def test_anthropics_stop_sequences(client, model, name) -> None:
+    want = model.chat(MESSAGES, max_tokens=9, temperature=0)
+    asked = {"model": name, "messages": MESSAGES, "max_tokens": 9, "temperature": 0, "stop_sequences": ["never", want[2:4]]}
+    got = client.post("/v1/messages", json=asked).json()
+    assert got["stop_reason"] == "stop_sequence" and got["stop_sequence"] == want[2:4] and got["content"][0]["text"] == want[: want.index(want[2:4])]
+
+
+def test_anthropics_pictures(client, served) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(picture(2)).decode()}
+    messages = [{"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "What?"}]}]
+    want = served[1].model.chat([{"role": "user", "content": [{"type": "image", "image": picture(2)}, {"type": "text", "text": "What?"}]}],
+                                max_tokens=4, temperature=0)
+    asked = {"model": served[1].name, "messages": messages, "max_tokens": 4, "temperature": 0}
+    assert client.post("/v1/messages", json=asked).json()["content"][0]["text"] == want
+    assert client.post("/v1/messages/count_tokens", json=asked).json()["input_tokens"] == want.n_prompt
+
+
+@pytest.mark.parametrize("change, status, kind, part", [
+    ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens: is missing"), ({"model": "claude"}, 404, "not_found_error", "claude"),
+    ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools"), ({"system": 5}, 400, "invalid_request_error", "system"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, 400, "invalid_request_error", "structured output"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "thinking"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "/etc/passwd"}}]}]}, 400, "invalid_request_error", ""),
+])
+def test_anthropics_refusals(client, name, change: dict, status: int, kind: str, part: str) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens")[: 1 if change.keys() & {"max_tokens", "thinking", "output_config"} else 2]:
+        response = client.post(path, json={"model": name, "messages": MESSAGES, "max_tokens": 2, **change})
+        error = response.json()
+        assert response.status_code == status and error["type"] == "error" and error["error"]["type"] == kind and part in error["error"]["message"]
+
+
 # -- llama.cpp ------------------------------------------------------------------------------------------------------------
 
 
