@@ -7,10 +7,9 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .checkpoint import Config
 from .contract import FLOAT32, Entry, Stack, converts
 from .decoder import Tensors
-from .qwen2 import Qwen2
+from .qwen3 import Qwen3
 
 # transformers' Qwen3MoeConfig where a config.json may be silent
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
@@ -20,18 +19,16 @@ DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_wor
 
 
 @converts("Qwen3MoeForCausalLM")
-class Qwen3Moe(Qwen2):
+class Qwen3Moe(Qwen3):
     arch = "qwen3moe"
     defaults = DEFAULTS
 
     def __init__(self, config: dict[str, Any], file: Path):
-        c = Config(config, self.defaults, file)
-        c.refuse_unless("use_sliding_window", False)
-        c.refuse_unless("attention_bias", False)
+        super().__init__(config, file)
+        c = self.config
         c.refuse_unless("norm_topk_prob", True)             # there is no key for gates that are not normalised
         c.refuse_unless("decoder_sparse_step", 1)
         c.refuse_unless("mlp_only_layers", None, [])
-        super().__init__(config, file)
         self.n_experts = c.count("num_experts" if c.get("num_experts") is not None else "num_local_experts")
         self.d_expert = c.count("moe_intermediate_size")
 
@@ -41,12 +38,9 @@ class Qwen3Moe(Qwen2):
         out.add_expert_used_count(self.config.count("num_experts_per_tok"))
         out.add_expert_feed_forward_length(self.d_expert)
 
-    def layer(self, i: int, b: str, m: str) -> Tensors:
+    def feed_forward(self, b: str, m: str) -> Tensors:
         d, f = self.d_model, self.d_expert
-        yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", d)
-        yield from self.attention(b, f"{m}.self_attn", head_norms=True)
-        yield self.norm(f"{b}.ffn_norm", f"{m}.post_attention_layernorm", d)
-        yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d), instead=FLOAT32)
+        yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.gate.weight", (self.n_experts, d), instead=FLOAT32)
         for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
-            parts = (Entry(name, f"{m}.mlp.experts.{n}.{name}_proj.weight", shape) for n in range(self.n_experts))
+            parts = (Entry(name, f"{m}.experts.{n}.{name}_proj.weight", shape) for n in range(self.n_experts))
             yield Stack(f"{b}.ffn_{name}_exps.weight", tuple(parts))

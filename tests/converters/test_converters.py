@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from converters import convert, gemma3_text, llama, llama4, mixtral, qwen2, qwen3moe
+from converters import convert, gemma3_text, llama, llama4, mixtral, qwen2, qwen3, qwen3moe
 from converters.__main__ import main
 from converters.rope import interleaved_rows
 from converters.tokenizer import pre_tokenizer_name
@@ -128,7 +128,7 @@ def test_keys(kind, checkpoints, tmp_path):
     (llama4.TEXT, "Llama4TextConfig"),
     ({k: v for k, v in llama.DEFAULTS.items() if not k.endswith("_bias")}, "MistralConfig"),
     ({k: v for k, v in mixtral.Mixtral.defaults.items() if not k.endswith("_bias")}, "MixtralConfig"),
-    (qwen3moe.DEFAULTS, "Qwen3MoeConfig"), ({"sliding_window": llama.MISTRAL_WINDOW}, "MistralConfig")])
+    (qwen3.DEFAULTS, "Qwen3Config"), (qwen3moe.DEFAULTS, "Qwen3MoeConfig"), ({"sliding_window": llama.MISTRAL_WINDOW}, "MistralConfig")])
 def test_defaults_are_those_of_transformers(defaults, config_class):
     config_class = getattr(transformers, config_class)
     assert {name: getattr(config_class, name) for name in defaults} == defaults
