@@ -125,8 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     result = {**_measure(args), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
               "machine": {**describe(), "threads": args.threads}}
     if args.json:
+        from pyengine.files.writing import written
+
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        with written(args.json) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
     if args.png:
         from .charts import draw
 

@@ -17,6 +17,7 @@ from gguf import LlamaFileType
 
 from pyengine.dtype import Q8_0
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
@@ -52,7 +53,10 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     if split_mmproj and not vision:
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no image encoder to split off")
 
-    out_file = Path(out_file)
+    try:
+        out_file = target_of(out_file)
+    except OSError as error:
+        raise RequestError(f"{out_file}: {error.strerror}") from None
     text = _Output(out_file, converter.arch, "model", checkpoint, outtype)
     text.writer.add_vocab_size(converter.vocab_size)
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from pyengine.dtype import DType
 from pyengine.errors import InvalidModelError, RequestError
 from pyengine.files.gguf import DEFAULT_ALIGNMENT, GGUFFile, MAGIC, SPLIT_NAME, TensorInfo
+from pyengine.files.writing import target_of, written
 from pyengine.native.blocks import dequantize, QUANTIZABLE, quantize
 
 from .mixtures import ALIASES, choose, Facts, MIXTURES, VISION
@@ -50,7 +50,10 @@ def quantize_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     vision = vision.upper()
     if vision not in QUANTIZABLE:
         raise RequestError(f"--vision {vision!r} is no format; known are {', '.join(QUANTIZABLE)}")
-    target = Path(target)
+    try:
+        target = target_of(target)
+    except OSError as error:
+        raise RequestError(f"{target}: {error.strerror}") from None
     if SPLIT_NAME.search(target.name):
         raise RequestError(f"{target}: one file is written, and this name means a part of several")
     with GGUFFile(source) as file:
@@ -61,21 +64,17 @@ def quantize_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
         for info in file.tensors.values():
             kind = choose(info, mixture, facts, vision)
             plan.append(Written(info, kind, kind.size(info.n_elements)))
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with open(partial, "wb") as out, ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
-                alignment = file.metadata.get("general.alignment", DEFAULT_ALIGNMENT, int)
-                _write_header(out, file, mixture, plan, alignment)
-                for w in plan:
-                    for data in _converted(file, w, pool):
-                        out.write(data)
-                    file.drop(w.info.name)
-                    out.write(bytes(-out.tell() % alignment))
-                    if progress:
-                        progress(w)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written(target) as out, ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
+            alignment = file.metadata.get("general.alignment", DEFAULT_ALIGNMENT, int)
+            _write_header(out, file, mixture, plan, alignment)
+            for w in plan:
+                for data in _converted(file, w, pool):
+                    out.write(data)
+                file.drop(w.info.name)
+                file.check()
+                out.write(bytes(-out.tell() % alignment))
+                if progress:
+                    progress(w)
     return plan
 
 

@@ -26,12 +26,8 @@ typedef struct places {
 } places;
 
 static places places_of(const pe_tensor *const *w, int32_t n_w, int64_t pairs) {
-  int quantized = 0, floats = 0;
-  for (int i = 0; i < n_w; i++) {
-    if (linear_is_float(w[i])) floats = 1;
-    else quantized = 1;
-  }
-  places t = {linear_memory(pairs, w[0]->shape[2], quantized, floats, floats), 0, 0, 0, 0};
+  const linear_needs needs = linear_needs_of(w, n_w);
+  places t = {linear_memory(pairs, w[0]->shape[2], needs, needs.floats), 0, 0, 0, 0};
   t.order = pe_round_up(t.y.own, 64);
   t.place = t.order + pe_round_up(4 * pairs, 64);
   t.ends = t.place + pe_round_up(4 * pairs, 64);

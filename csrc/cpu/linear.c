@@ -12,10 +12,14 @@
  * Quantized weights.  h becomes int8, symmetric, one scale for 32 of k; products are exact in int32 and enter one float
  * accumulator an output, k ascending:  acc += (isum * s) * d;  acc += o * (d * sum of x).  Few rows (linear_few.c) and many
  * (linear_tiles.c) do exactly this, so the bits of an output depend neither on the number of rows nor on the number of threads.
- * Float weights, and any format that is not packed: x stays float; fma in k order (linear_float.c).
+ * Float weights, and formats that have no packed form: x stays float; fma in k order (linear_float.c).
  *
- * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel and the sums
- * of a strip [panel][rows of a block][16 PANEL_GROUPS].
+ * Weights in the file's layout whose format has a packed form are packed panel by panel into a thread's own memory and multiplied
+ * there, so they give the bits of packed ones. With one row, packing takes longer than the product; among 256 rows a
+ * twentieth of it (2026-11, Zen 5).
+ *
+ * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel, the sums
+ * of a strip [panel][rows of a block][16 PANEL_GROUPS], and a packed copy of the panel where weights are in the file's layout.
  */
 #include "codes.h"
 #include "linear_parts.h"
@@ -88,8 +92,26 @@ static void finish(const linear_job *t, int set, int64_t g, int64_t row0, int64_
 
 /* ---- memory ---- */
 
-linear_places linear_memory(int64_t m, int64_t k, int quantized, int floats, int normed) {
-  linear_places y = {0, 0, 0, 0, 0, 0, 0};
+static int32_t format_of(const pe_tensor *w) { return w->dtype >= PE_PACKED ? w->dtype - PE_PACKED : w->dtype; }
+
+/* Bytes of a packed group of a matrix, or of each of an expert's, in whichever layout it is; 0: its format has no packed form. */
+static int64_t group_bytes(const pe_tensor *w) { return pe_pack_group_bytes(format_of(w), w->shape[w->ndim - 1]); }
+
+int linear_is_float(const pe_tensor *w) { return pe_format_of(format_of(w)).elements == 1 || !group_bytes(w); }
+
+linear_needs linear_needs_of(const pe_tensor *const *w, int32_t n_w) {
+  linear_needs y = {0, 0, 0};
+  for (int32_t i = 0; i < n_w; i++) {
+    if (linear_is_float(w[i])) y.floats = 1;
+    else y.quantized = 1;
+    if (w[i]->dtype < PE_PACKED) y.copy = pe_max(y.copy, PANEL_GROUPS * group_bytes(w[i]));
+  }
+  return y;
+}
+
+linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed) {
+  const int quantized = needs.quantized, floats = needs.floats;
+  linear_places y = {0, 0, 0, 0, 0, 0, 0, 0};
   const int64_t row = quantized ? linear_row(k) : 0, hrow = normed ? linear_float_row(k) : 0;
   y.h = m > ROWS_FEW ? m * row : 0;
   y.shared = y.h + (m > ROWS_FEW && floats ? m * hrow : 0);
@@ -98,21 +120,15 @@ linear_places linear_memory(int64_t m, int64_t k, int quantized, int floats, int
   y.rows = y.panel + pe_max(quantized ? PANEL_STEPS * panel_step_bytes(2, 1) : 0,
                             floats ? 64 * PANEL_GROUPS * FILE_PANEL_DEPTH : 0);
   y.acc = y.rows + (floats ? 64 * FILE_PANEL_DEPTH : 0);
-  y.own = y.acc + linear_block(m) * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
+  y.copy = y.acc + linear_block(m) * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
+  y.own = y.copy + needs.copy;
   return y;
 }
-
-int linear_is_float(const pe_tensor *w) { return w->dtype < PE_PACKED || pe_format_of(w->dtype - PE_PACKED).elements == 1; }
 
 PE_SCRATCH(cpu, linear)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)params;
   const pe_tensor *x = a->t[a->start[0]];
-  int quantized = 0, floats = 0;
-  for (int i = 0; i < a->count[1]; i++) {
-    if (linear_is_float(a->t[a->start[1] + i])) floats = 1;
-    else quantized = 1;
-  }
-  linear_places y = linear_memory(x->shape[0], x->shape[1], quantized, floats, a->count[3] > 0);
+  linear_places y = linear_memory(x->shape[0], x->shape[1], linear_needs_of(a->t + a->start[1], a->count[1]), a->count[3] > 0);
   return y.shared + n_threads * y.own;
 }
 
@@ -129,24 +145,52 @@ void linear_prepare(const pe_tensor *x, const pe_tensor *norm, float eps, int64_
   if (q) quantize_row(row, k, (linear_step *)q);
 }
 
-/* acc[panel][rows][16 PANEL_GROUPS] = `panels` panels from group g0 of matrix w on, times rows row0 .. row0 + rows - 1 of x. */
-static pe_status multiply(const linear_job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
-                          int64_t rows, char *panel, float *dequantized, float *acc) {
-  const int packed = w->dtype >= PE_PACKED;
-  const int32_t id = packed ? w->dtype - PE_PACKED : w->dtype;
-  const linear_product p = {.w = w, .id = id, .packed = packed, .k = t->k, .groups = linear_groups(w), .g0 = g0, .panels = panels,
-                            .bytes = packed ? pe_pack_group_bytes(id, t->k) : 0, .next = next, .rows = rows,
-                            .ldq = linear_row(t->k), .q = t->q + row0 * linear_row(t->k), .ldh = t->ldh, .h = t->h + row0 * t->ldh,
-                            .panel = panel, .dequantized = dequantized, .acc = acc};
-  if (linear_is_float(w)) {
-    if (!packed || rows > ROWS_FEW) return PE_NAME(linear_floats)(&p);
-    PE_NAME(linear_few_floats)(&p);
-  } else if (rows <= ROWS_SOME && PE_NAME(linear_has_few)()) {
-    PE_NAME(linear_few)(&p);
+static pe_status product(const linear_product *p) {
+  if (linear_is_float(p->w)) {
+    if (!p->packed || p->rows > ROWS_FEW) return PE_NAME(linear_floats)(p);
+    PE_NAME(linear_few_floats)(p);
+  } else if (p->rows <= ROWS_SOME && PE_NAME(linear_has_few)()) {
+    PE_NAME(linear_few)(p);
   } else {
-    PE_NAME(linear_tiles)(&p);
+    PE_NAME(linear_tiles)(p);
   }
   return PE_OK;
+}
+
+/* A product with a matrix in the file's layout: each panel is packed into `copy` on its way. */
+static pe_status packing_product(const linear_product *t, char *copy) {
+  const int64_t row = t->k / pe_format_of(t->id).elements * pe_format_of(t->id).bytes, n = t->w->shape[0];
+  pe_tensor held = *t->w;
+  held.data = copy;
+  held.dtype = PE_PACKED + t->id;
+  linear_product p = *t;
+  p.w = &held;
+  p.packed = 1;
+  p.panels = 1;
+  p.g0 = 0;
+  p.next = (const uint8_t *)copy;
+  for (int64_t i = 0; i < t->panels; i++) {
+    const int64_t g = t->g0 + PANEL_GROUPS * i;
+    p.groups = pe_min(PANEL_GROUPS, t->groups - g);
+    p.acc = t->acc + i * linear_sums(t);
+    held.shape[0] = 16 * p.groups;
+    pe_status status = pe_pack_groups(t->id, (const char *)t->w->data + 16 * g * row, n - 16 * g, t->k, 0, p.groups, copy);
+    if (!status) status = product(&p);
+    if (status) return status;
+  }
+  return PE_OK;
+}
+
+/* acc[panel][rows][16 PANEL_GROUPS] = `panels` panels from group g0 of matrix w on, times rows row0 .. row0 + rows - 1 of x.
+ * own: the thread's working memory, laid out as y says. */
+static pe_status multiply(const linear_job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
+                          int64_t rows, char *own, const linear_places *y, float *acc) {
+  const int packed = w->dtype >= PE_PACKED;
+  const linear_product p = {.w = w, .id = format_of(w), .packed = packed, .k = t->k, .groups = linear_groups(w), .g0 = g0,
+                            .panels = panels, .bytes = group_bytes(w), .next = next, .rows = rows,
+                            .ldq = linear_row(t->k), .q = t->q + row0 * linear_row(t->k), .ldh = t->ldh, .h = t->h + row0 * t->ldh,
+                            .panel = own + y->panel, .dequantized = (float *)(own + y->rows), .acc = acc};
+  return packed || !p.bytes ? product(&p) : packing_product(&p, own + y->copy);
 }
 
 /* Strip number `strip` of all sets: which set, and its first group. */
@@ -167,12 +211,11 @@ pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *
   const int glu = t->p.glu != PE_LINEAR_GLU_NONE;
   const int64_t count = pe_min(PANEL_GROUPS * t->wide, linear_groups(t->w[set]) - g0);
   const int64_t panels = (count + PANEL_GROUPS - 1) / PANEL_GROUPS;
-  char *panel = own + y->panel;
-  float *dequantized = (float *)(own + y->rows), *acc = (float *)(own + y->acc);
+  float *acc = (float *)(own + y->acc);
   float *acc1 = acc + t->rows * 16 * PANEL_GROUPS * (STRIP_PANELS / 2);
   const uint8_t *after = glu ? linear_strip_bytes(t->w[1], t->k, g0) : next;
-  pe_status status = multiply(t, t->w[set], g0, panels, after, row0, rows, panel, dequantized, acc);
-  if (!status && glu) status = multiply(t, t->w[1], g0, panels, next, row0, rows, panel, dequantized, acc1);
+  pe_status status = multiply(t, t->w[set], g0, panels, after, row0, rows, own, y, acc);
+  if (!status && glu) status = multiply(t, t->w[1], g0, panels, next, row0, rows, own, y, acc1);
   if (status) return status;
   for (int64_t r = 0; r < rows; r += FLOAT_TILE_ROWS) /* a strip's columns lie side by side in the result */
     for (int64_t g = 0; g < count; g++) {
@@ -209,12 +252,9 @@ PE_KERNEL(cpu, linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_
   if (status || m == 0 || k == 0) return status;
 
   linear_job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, linear_block(m), 1, 0, 0, 0, 0, 0};
-  int quantized = 0, floats = 0;
-  for (int i = 0; i < n_w; i++) {
-    if (linear_is_float(w[i])) floats = 1;
-    else quantized = 1;
-  }
-  const linear_places y = linear_memory(m, k, quantized, floats, norm != 0);
+  const linear_needs needs = linear_needs_of(w, n_w);
+  const int quantized = needs.quantized, floats = needs.floats;
+  const linear_places y = linear_memory(m, k, needs, norm != 0);
   if (s->scratch_bytes < y.shared + s->nth * y.own)
     return pe_fail(s, PE_NO_MEMORY, "linear: %lld bytes of scratch, needs %lld", (long long)s->scratch_bytes,
                    (long long)(y.shared + s->nth * y.own));

@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 
+#define linear_needs_of PE_NAME(linear_needs_of)
 #define linear_memory PE_NAME(linear_memory)
 #define linear_prepare PE_NAME(linear_prepare)
 #define linear_strip PE_NAME(linear_strip)
@@ -50,10 +51,14 @@ typedef struct linear_job {
 /* Offsets of working memory for m rows at once. What the threads share comes first: quantized rows at 0, float rows at h. */
 typedef struct linear_places {
   int64_t h, shared;
-  int64_t own_h, panel, rows, acc, own;  /* offsets in the own part of a thread, and its size */
+  int64_t own_h, panel, rows, acc, copy, own;  /* offsets in the own part of a thread, and its size */
 } linear_places;
 
-linear_places linear_memory(int64_t m, int64_t k, int quantized, int floats, int normed);
+/* What the formats of a product's weights ask for: rows of x as int8, rows as floats, bytes for a panel that is packed on its way. */
+typedef struct linear_needs { int quantized, floats; int64_t copy; } linear_needs;
+linear_needs linear_needs_of(const pe_tensor *const *w, int32_t n_w);
+
+linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed);
 
 /* Whether products with this weight take float32 rows of x; else they take int8. */
 int linear_is_float(const pe_tensor *w);

@@ -1,5 +1,5 @@
-/* linear_float.c: `linear` with weights that are floats, and with any format that is not packed, which becomes floats: linear.c says
- * what the whole is.
+/* linear_float.c: `linear` with weights that are floats, and with formats that have no packed form, which become floats: linear.c
+ * says what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
  * Up to ROWS_FEW rows of x read packed floats where they lie. Else weights become float panels of 128 of k (256 from the file's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from pyengine.backends.base import Backend
 from pyengine.errors import GraphError
@@ -17,11 +18,11 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)
 
 
-def backend(device: str = "cpu", n_threads: int | None = None) -> Backend:
-    """Return the backend for a device name.
+def backend(device: str = "cpu", n_threads: int | None = None, **options: Any) -> Backend:
+    """Return the backend for a device name. options: what that one takes besides.
 
     Raises: GraphError if there is none of that name.
     """
     if device not in names():
         raise GraphError(f"there is no device '{device}'; this installation has {', '.join(names())}")
-    return importlib.import_module(f"pyengine.backends.{device}").Backend(n_threads=n_threads)
+    return importlib.import_module(f"pyengine.backends.{device}").Backend(n_threads=n_threads, **options)

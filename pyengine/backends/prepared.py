@@ -59,8 +59,11 @@ def arguments(node: Node) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, 
 class Counted(Prepared):
     """A prepared program whose backend says how weights are packed, and what its kernels need besides their arguments.
 
-    kernels  names of the ops that the backend has; None: all
+    kernels   names of the ops that the backend has; None: all
+    in_place  weights in a packed form stay where their files are mapped, and are packed by each run
     """
+
+    in_place: bool = False
 
     def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, kernels: frozenset[str] | None):
         self.kernels = kernels
@@ -147,13 +150,14 @@ class Counted(Prepared):
             t, how = node.outputs[0], readers.get(id(node), set())
             dtype, sparse = source_dtype(t), "sparse" in how
             how = how - {"sparse"}
-            if "packed" in how and how <= {"packed", "any"} and t.dtype == dtype:
+            in_file = not isinstance(node.source, (np.ndarray, DerivedRef))
+            if "packed" in how and how <= {"packed", "any"} and t.dtype == dtype and not (self.in_place and in_file):
                 nbytes = self.packed_bytes(dtype, [int(a) for a in t.shape])
                 if nbytes:
                     out[id(node)] = Resident(t, dtype.packed, "packed", nbytes, offset, sparse)
                     offset += aligned(nbytes)
                     continue
-            if t.dtype == dtype and not isinstance(node.source, (np.ndarray, DerivedRef)) and "plain" not in how:
+            if t.dtype == dtype and in_file and "plain" not in how:
                 out[id(node)] = Resident(t, dtype, "mapped", t.nbytes_max, sparse=sparse)
                 continue
             out[id(node)] = Resident(t, t.dtype, "plain", t.nbytes_max, offset, sparse)

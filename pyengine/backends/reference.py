@@ -14,6 +14,7 @@ from pyengine.backends.prepared import Counted, States
 from pyengine.compiler.arena import Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
+from pyengine.files.weights import files_of
 from pyengine.graph.tensor import axis_max, axis_value, Node, Tensor
 
 
@@ -25,6 +26,8 @@ def constant_array(t: Tensor) -> np.ndarray:
     import gguf
 
     blob = np.array(source.view())
+    for file in files_of([source]):
+        file.check()
     shape = tuple(int(n) for n in t.shape)
     kind = gguf.GGMLQuantizationType(source.dtype.id)
     return gguf.quants.dequantize(blob.reshape(-1, source.dtype.size(shape[-1])), kind).reshape(shape).astype(np.float32)

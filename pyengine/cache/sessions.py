@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import stat
 import struct
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,6 +28,7 @@ from pyengine.cache.store import Store
 from pyengine.dtype import DType, DTYPES
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
+from pyengine.files.writing import written
 
 MAGIC, PLAIN, NOTED = b"pe-cells", 3, 4              # versions without and with notes; 1 and 2 did not mix blocks
 # version, tokens, position of the next one, digests of rows, digests of pictures, ggml's numbers of the formats of keys and values
@@ -41,6 +41,7 @@ def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) 
     """Hash what tells two models apart: metadata, tensors' names, shapes and formats, sampled bytes of each; rotary frequencies.
 
     tables: what else keys in the cache depend on, such as frequencies that follow from the context's size.
+    Raises: InvalidModelError for a file that was cut or written to since it was opened.
     """
     h = sha256()
 
@@ -58,6 +59,7 @@ def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) 
             add(f"{name} {t.shape} {t.dtype}".encode("utf-8", "surrogateescape"))
             middle = max(0, t.nbytes // 2 - SAMPLE)
             add(file.view(name)[middle : middle + SAMPLE].tobytes())
+        file.check()
     for table in tables:
         add(np.ascontiguousarray(table).tobytes())
     return h.digest()
@@ -74,25 +76,20 @@ class Session:
 
 
 def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: bytes = b"") -> int:
-    """Write a conversation, all of it or nothing, and notes for `read_notes`; returns the file's bytes. Raises: SessionError."""
+    """Write a conversation, all of it or nothing, and notes for `read_notes`; returns the file's bytes.
+
+    Into a pipe or a device, as `files.writing.written` does. Raises: SessionError.
+    """
     path = Path(path)
     if len(notes) >= 1 << 32:
         raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
     if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
         raise SessionError(f"{path}: a conversation that is empty, or from which tokens were removed, is not saved")
+    nbytes = 0
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                for section in _sections(store, s, model, notes):
-                    file.write(sha256(section).digest())
-                    file.write(section)
-                file.flush()
-                os.fsync(file.fileno())
-                nbytes = file.tell()
-                os.replace(file.name, path)
-            except BaseException:                            # Ctrl-C too
-                os.unlink(file.name)
-                raise
+        with written(path, private=True, lasting=True) as file:
+            for section in _sections(store, s, model, notes):
+                nbytes += file.write(sha256(section).digest()) + file.write(section)
     except (OSError, ValueError) as error:                   # ValueError: a NUL in the path
         raise SessionError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return nbytes

@@ -140,6 +140,8 @@ EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME",
     "The part that holds the image encoder (default: the first)."))]
 ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
     "The part that holds the experts of a mixture (default: with their layers)."))]
+InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", help=(
+    "Read weights in the file at each step, for models larger than the memory; slower."))]
 Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(
     "Largest picture that memory is kept for (default: what the model's processor allows)."))]
 Pictures = Annotated[int | None, Option("--pictures", min=0, rich_help_panel="Memory and speed", help=(
@@ -204,6 +206,7 @@ def run(
     device: Devices = None,
     encoder_device: EncoderDevice = None,
     expert_device: ExpertDevice = None,
+    mmap: InPlace = False,
     json: Annotated[bool, Option("--json", help="Write the whole answer, its tokens, boxes and timings as one JSON object.")] = False,
     jsonl: Annotated[bool, Option("--jsonl", help="Write each piece as a JSON object on a line, and last that of --json.")] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Print timings, memory and image sizes.")] = False,
@@ -247,7 +250,7 @@ def run(
                                tuple(stop or ()))
     loaded = screen.load(model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
                          images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device,
-                         expert_device=expert_device)
+                         expert_device=expert_device, mmap=mmap)
     if shown or draw is not None:
         pictures.need_encoder(loaded)
     if ctx is not None and ctx > loaded.config.n_ctx_train:
@@ -305,6 +308,7 @@ def plan(
     device: Devices = None,
     encoder_device: EncoderDevice = None,
     expert_device: ExpertDevice = None,
+    mmap: InPlace = False,
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
@@ -317,7 +321,7 @@ def plan(
     n_ctx = ctx or answer.recommended(model).get("num_ctx")
     found = fit.plan(model, n_ctx=n_ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
                           nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
-                          expert_device=expert_device)
+                          expert_device=expert_device, mmap=mmap)
     if png is not None:
         shown.draw(found, png)
     if json:
@@ -342,6 +346,7 @@ def bench(
     mmproj: Mmproj = None,
     device: Devices = None,
     expert_device: ExpertDevice = None,
+    mmap: InPlace = False,
     profile: Annotated[bool, Option("--profile", help="Time each op in one more run of each test.")] = False,
     json: Json = False,
 ) -> None:
@@ -353,7 +358,8 @@ def bench(
     tests = [(p, n, d) for d in depths for p, n in (*((p, 0) for p in prompts if p), *((0, n) for n in generated if n))]
     if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
-    settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()), "expert_device": expert_device}
+    settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()),
+                "expert_device": expert_device, "mmap": mmap}
     found = list(measured.results(model, tests, measured.parse_threads(threads, _check_threads), repetitions, profile, settings))
     if json:
         screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}

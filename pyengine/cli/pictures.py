@@ -13,6 +13,7 @@ from typing import Any
 
 from pyengine.cli.screen import note
 from pyengine.errors import ImageError, RequestError
+from pyengine.files.writing import written
 
 Options = Mapping[str, Any]
 
@@ -297,7 +298,8 @@ def draw(found: Any, pictures: Sequence[Picture], out: Path, name: str = "--draw
     content = io.BytesIO()
     drawn(picture.media, marks).save(content, Image.registered_extensions()[out.suffix.lower()])
     try:
-        out.write_bytes(content.getvalue())
+        with written(out) as file:
+            file.write(content.getvalue())
     except OSError as error:
         raise RequestError(f"{name} {out}: {error.strerror}") from None
     note(f"({len(marks)} {'mark' if len(marks) == 1 else 'marks'} on {picture.name}: {out})")

@@ -69,6 +69,8 @@ def show_plan(found: MemoryPlan) -> int:
 
 def draw(found: MemoryPlan, path: Path) -> None:
     """Draw the plan as one stacked bar a device, and what it has free. Raises: RequestError without matplotlib, or for the file."""
+    from pyengine.files.writing import written
+
     try:
         from matplotlib.colors import to_rgb
         from matplotlib.figure import Figure
@@ -105,7 +107,8 @@ def draw(found: MemoryPlan, path: Path) -> None:
     names = [f"{purpose}: {detail}, {amount(n)}" for (purpose, detail), n in details.items()]
     figure.legend([handles[key] for key in details], names, loc="outside lower left", fontsize=7)
     try:
-        figure.savefig(path, format="png", dpi=150)
+        with written(path) as file:
+            figure.savefig(file, format="png", dpi=150)
     except OSError as error:
         raise RequestError(f"--png {path}: {error.strerror}") from None
     note(f"wrote {path}")

@@ -45,7 +45,7 @@ _TEMPLATE = "the file's own chat template is used; --raw leaves it out"
 _GRAMMAR = "answers cannot be held to a grammar or a schema yet"
 _THINK = "thinking is not told from the answer yet"
 _DRAFT = "there is no speculative decoding yet"
-_MAPPED = "weights are read into memory, in the layout that the kernels want"
+_MAPPED = "weights are read into memory, in the layout that the kernels want; without --mmap they always are"
 _SAMPLER = "the sampler has no such step; --help lists those that it has"
 _ROPE = "the scaling of positions is the one that the file names"
 _LOGS = "nothing is logged but what --verbose says"
@@ -62,7 +62,7 @@ HINTS = {
     **dict.fromkeys(("-no-cnv", "--no-conversation"), "--raw continues a text without the chat template"),
     **dict.fromkeys(("-st", "--single-turn"), "with a PROMPT there is one answer anyway"),
     **dict.fromkeys(("--jinja", "--no-jinja", "--chat-template", "--chat-template-file"), _TEMPLATE),
-    **dict.fromkeys(("--mmap", "--no-mmap", "--mlock"), _MAPPED),
+    **dict.fromkeys(("--no-mmap", "--mlock"), _MAPPED),
     **dict.fromkeys(("--grammar", "--grammar-file", "--json-schema", "-j", "--format"), _GRAMMAR),
     **dict.fromkeys(("--think", "--hidethinking", "--reasoning-budget", "--reasoning-format"), _THINK),
     **dict.fromkeys(("-md", "--model-draft", "--draft", "--draft-max"), _DRAFT),
@@ -126,6 +126,7 @@ _TOLD = [(re.compile(pattern), said) for pattern, said in (
     (r"\bimages=\((\d+), ?(\d+)\)", r"--picture \1x\2"),
     (r"\bimages=(?=[\d(\[])", "--pictures "),
     (r"\bmmproj=", "--mmproj FILE"),
+    (r"\bmmap=True\b", "--mmap"),
     (r"\b(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device|device)=", lambda m: f"{_OPTIONS[m[1]]} "),
     (r"(?<![\w/.-])(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device)(?![\w/.-])", lambda m: _OPTIONS[m[1]]),
     (r"\bload with\b", "use"),

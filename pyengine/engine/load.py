@@ -17,7 +17,7 @@ from pyengine.programs.sizes import N_BATCH
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
          encoder_device: str | None = None, expert_device: str | None = None,
-         progress: Callable[[int, int], None] | None = None) -> Model:
+         progress: Callable[[int, int], None] | None = None, mmap: bool = False) -> Model:
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
@@ -29,9 +29,11 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest
     picture, how many such pictures are kept encoded, or (width, height, number); 0 leaves the encoder out; default what the model's
     processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
+    mmap: True reads weights where the file is mapped, in each step, for models that are larger than the memory: nothing is read or
+    packed when it is loaded, and the system keeps of the file what it has room for. Answers are the same; generation is slower.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap)
     want.check()
     bound = bind(open_files(model, mmproj), want.pictures)
     fitted = fit(bound, want)

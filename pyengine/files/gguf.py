@@ -7,9 +7,10 @@ Layout (all numbers little-endian; string = length u64, then that many bytes):
     tensor:        name string   number of axes u32   axes u64...   dtype u32   offset u64 from the start of the data
     padding to general.alignment (default 32), then the tensors' bytes, each at a multiple of the alignment
 
-A file is mapped, never read whole. Opening walks over keys and tensors once and checks each count, length, offset and
-type against the bytes that are there before it is used; values are decoded when they are asked for. What a file
-claims is therefore never allocated: a hostile file costs at most time linear in its own size.
+Keys and the list of tensors are copied, so that a file which changes later does not change them; tensors are mapped, never read
+whole (`mapped`). Opening walks over keys and tensors once and checks each count, length, offset and type against the bytes that are
+there before it is used; values are decoded when they are asked for. What a file claims is therefore never allocated: a hostile file
+costs at most time linear in its own size.
 
 GGUF lists axes fastest first; `TensorInfo.shape` is NumPy's order, slowest first, reversed here and nowhere else.
 Source: ggml, gguf.md.
@@ -21,8 +22,8 @@ import math
 import mmap
 import os
 import re
-import stat
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from itertools import islice
@@ -33,6 +34,7 @@ import numpy as np
 
 from pyengine.dtype import DType, dtype
 from pyengine.errors import InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
+from pyengine.files.mapped import MappedFile
 from pyengine.native import ffi, lib
 
 MAGIC = b"GGUF"
@@ -98,10 +100,11 @@ class _Value(NamedTuple):
 
 
 class _Scanner:
-    """A cursor over the mapped bytes of one file that checks before it moves."""
+    """A cursor over one file that checks before it moves. `buffer` is a copy of its first `n_read` bytes, those that it has come to."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap, pos: int = 0):
-        self.path, self.buffer, self.size, self.pos = path, buffer, len(buffer), pos
+    def __init__(self, file: MappedFile):
+        self.file, self.path, self.size, self.pos = file, file.path, file.size, 0
+        self.buffer, self.n_read = file.start(), 0
 
     def fail(self, field: str, what: str, at: int | None = None) -> InvalidModelError:
         return InvalidModelError(f"{self.path}: {field}: {what}, at byte {self.pos if at is None else at}")
@@ -109,6 +112,8 @@ class _Scanner:
     def require(self, n_bytes: int, field: str) -> None:
         if n_bytes > self.size - self.pos:
             raise self.fail(field, f"needs {n_bytes} bytes, and {self.size - self.pos} are left in the file")
+        if n_bytes > self.n_read - self.pos:
+            self.n_read = self.file.read_on(self.buffer, self.n_read, self.pos + n_bytes)
 
     def u32(self, field: str) -> int:
         self.require(4, field)
@@ -167,9 +172,13 @@ class _Scanner:
         self.require(count * 8, f"the {count} strings of {key}")
         found = _Value(type, True, count, self.pos)
         # The only way to the end of an array of strings is from length to length: in C, for a vocabulary has 300,000.
-        at = ffi.new("int64_t *", self.pos)
-        with ffi.from_buffer("uint8_t[]", self.buffer) as data:
-            n_whole = lib.pe_strings_pass(data, self.size, count, at)
+        at, n_whole = ffi.new("int64_t *", self.pos), 0
+        while True:
+            with ffi.from_buffer("uint8_t[]", self.buffer) as data:
+                n_whole += lib.pe_strings_pass(data, self.n_read, count - n_whole, at)
+            if n_whole == count or self.n_read == self.size:
+                break
+            self.n_read = self.file.read_on(self.buffer, self.n_read, 0)
         self.pos = at[0]
         if n_whole < count:
             if self.pos > self.size - 8:
@@ -195,7 +204,7 @@ class Metadata(Mapping[str, Any]):
     """The keys of a GGUF file and their values, decoded when first asked for and then kept.
 
     Numbers are int, float or bool; strings are str; arrays of strings are list[str]; arrays of numbers are read-only
-    and aligned NumPy arrays, views of the file where it aligns them. Bytes of a string that are not UTF-8 become lone
+    and aligned NumPy arrays. Bytes of a string that are not UTF-8 become lone
     surrogates (PEP 383), which `text.encode("utf-8", "surrogateescape")` turns back; `raw` gives the bytes at once.
     """
 
@@ -259,11 +268,11 @@ class Metadata(Mapping[str, Any]):
         value = self._values[key]
         if value.type != _STRING:
             raise RequestError(f"{self._path}: {key!r} is {value.type_name}: raw bytes are kept of strings only")
-        return self._strings(value) if value.is_array else self._map()[value.start:value.start + value.count]
+        return self._strings(value) if value.is_array else self._held()[value.start:value.start + value.count]
 
     def encoded(self, key: str) -> bytes:
         """Return the type and the value of `key` as they lie in the file, which is how another file takes them."""
-        value, buffer = self._values[key], self._map()
+        value, buffer = self._values[key], self._held()
         end = value.start
         if value.type != _STRING:
             end += value.count * _NUMPY[value.type].itemsize
@@ -282,7 +291,7 @@ class Metadata(Mapping[str, Any]):
         value = self._values[key]
         if value.type != _STRING or not value.is_array:
             raise RequestError(f"{self._path}: {key!r} is {value.type_name}, not an array of strings")
-        return memoryview(self._map())[value.start:], value.count
+        return memoryview(self._held())[value.start:], value.count
 
     def type_name(self, key: str) -> str:
         """Return the type that the file gives `key`: "uint32", "string", "array[float32, 262144]"; Python's, of an added one."""
@@ -298,7 +307,7 @@ class Metadata(Mapping[str, Any]):
     def close(self) -> None:
         self._buffer = None
 
-    def _map(self) -> mmap.mmap:
+    def _held(self) -> mmap.mmap:
         if self._buffer is None:
             raise RequestError(f"{self._path}: is closed")
         return self._buffer
@@ -307,16 +316,16 @@ class Metadata(Mapping[str, Any]):
         if value.type == _STRING:
             if value.is_array:
                 return [raw.decode("utf-8", "surrogateescape") for raw in self._strings(value)]
-            return self._map()[value.start:value.start + value.count].decode("utf-8", "surrogateescape")
-        array = np.frombuffer(self._map(), _NUMPY[value.type], value.count, value.start)
+            return self._held()[value.start:value.start + value.count].decode("utf-8", "surrogateescape")
+        array = np.frombuffer(self._held(), _NUMPY[value.type], value.count, value.start)
         if not value.is_array:
             return array[0].item()
-        array = np.require(array, requirements="A")      # copied where the file leaves it unaligned, for C's sake
+        array = np.require(array, requirements="A")      # copied where it is not aligned, for C's sake
         array.flags.writeable = False
         return array
 
     def _strings(self, value: _Value) -> list[bytes]:
-        unpack, buffer, pos, strings = _U64.unpack_from, self._map(), value.start, []
+        unpack, buffer, pos, strings = _U64.unpack_from, self._held(), value.start, []
         for _ in range(value.count):                     # lengths were checked when the file was opened
             end = pos + 8 + unpack(buffer, pos)[0]
             strings.append(buffer[pos + 8:end])
@@ -325,14 +334,15 @@ class Metadata(Mapping[str, Any]):
 
 
 class _Part:
-    """One mapped file: its keys and its tensors, checked."""
+    """One file: its keys and its tensors, checked."""
 
     def __init__(self, path: Path, index: int):
         self.path, self.index = path, index
-        self.buffer = _map_file(path)
-        scan = _Scanner(path, self.buffer)
-        if self.buffer[:4] != MAGIC:
-            raise scan.fail("magic", f"is {self.buffer[:4]!r}: this is not a GGUF file")
+        self.file = MappedFile(path, _HEADER_BYTES)
+        scan = _Scanner(self.file)
+        scan.require(_HEADER_BYTES, "header")
+        if scan.buffer[:4] != MAGIC:
+            raise scan.fail("magic", f"is {scan.buffer[:4]!r}: this is not a GGUF file")
         scan.pos = 4
         self.version = _check_version(scan)
         at = scan.pos
@@ -342,9 +352,11 @@ class _Part:
             if count > (scan.size - scan.pos) // least:
                 raise scan.fail(f"number of {what}", f"is {count}, more than {scan.size} bytes can hold", where)
         self.values = self._scan_keys(scan, n_keys)
-        self.metadata = Metadata(path, self.buffer, self.values)
+        self.metadata = Metadata(path, scan.buffer, self.values)
         self.alignment = self._read_alignment(scan)
         self.tensors = self._scan_tensors(scan, n_tensors)
+        if sys.platform == "linux":                      # elsewhere memory cannot be made smaller; it was never used
+            scan.buffer.resize(max(1, scan.pos))
 
     def _scan_keys(self, scan: _Scanner, n_keys: int) -> dict[str, _Value]:
         values: dict[str, _Value] = {}
@@ -360,9 +372,10 @@ class _Part:
         key = "general.alignment"
         if key not in self.values:
             return DEFAULT_ALIGNMENT
-        value, alignment = self.values[key], self.metadata[key]
+        value = self.values[key]
         if value.is_array or _TYPE_NAMES[value.type] != "uint32":
             raise scan.fail(key, f"must be uint32, not {value.type_name}", value.start)
+        alignment = self.metadata[key]
         if alignment < 8 or alignment & (alignment - 1):
             raise scan.fail(key, f"is {alignment}, not a power of two of at least 8", value.start)
         return alignment
@@ -440,7 +453,7 @@ class GGUFFile:
 
     Raises: ModelNotFoundError where there is no such file; UnsupportedModelError for big-endian files, versions other
     than 2 and 3, and unknown dtypes; InvalidModelError, naming field and byte, for everything malformed.
-    The file must not be cut short by another program while it is open: mapped bytes that vanish end the process.
+    Metadata stay as they were when the file was opened. Tensors are read from the file: `check` says whether they still can be.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -457,7 +470,7 @@ class GGUFFile:
                     raise InvalidModelError(f"{part.path}: tensor {quoted(name)}: is in {other.name} too, "
                                             f"at byte {info.offset}")
                 self.tensors[name] = info
-        self._buffers: list[mmap.mmap] | None = [part.buffer for part in parts]
+        self._files: list[MappedFile] | None = [part.file for part in parts]
 
     def renamed(self, tensors: Mapping[str, str], metadata: Metadata) -> GGUFFile:
         """Return the same open file with tensors under other names and with other metadata; `TensorInfo.name` stays the file's.
@@ -478,7 +491,7 @@ class GGUFFile:
     def view(self, name: str) -> np.ndarray:
         """Return the bytes of a tensor, uint8 [nbytes], read-only, without copying them."""
         info = self._info(name)
-        return np.frombuffer(self._buffer(info.part), np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self._file(info.part).buffer, np.uint8, info.nbytes, info.offset)
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor of plain numbers in its shape, read-only, without copying; BF16 as its bits in uint16.
@@ -488,7 +501,7 @@ class GGUFFile:
         info = self._info(name)
         if info.dtype.numpy is None:
             raise RequestError(f"{name!r} has the block format {info.dtype}: read its bytes with view()")
-        flat = np.frombuffer(self._buffer(info.part), info.dtype.numpy, info.n_elements, info.offset)
+        flat = np.frombuffer(self._file(info.part).buffer, info.dtype.numpy, info.n_elements, info.offset)
         return flat.reshape(info.shape)
 
     def drop(self, name: str) -> bool:
@@ -501,7 +514,7 @@ class GGUFFile:
 
     def drop_range(self, offset: int, nbytes: int, part: int = 0) -> bool:
         """Do what `drop` does for bytes of a part's file, widened to whole pages."""
-        buffer = self._buffer(part)
+        buffer = self._file(part).buffer
         if not 0 <= offset <= offset + nbytes <= len(buffer):
             raise RequestError(f"{self.paths[part]}: bytes {offset} to {offset + nbytes} are not all in the file")
         if not nbytes or not hasattr(mmap, "MADV_DONTNEED"):
@@ -510,15 +523,20 @@ class GGUFFile:
         buffer.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)     # clean pages of a file: nothing is lost
         return True
 
+    def check(self) -> None:
+        """Make sure that what was read of tensors up to now is what the file held when it was opened; asked after reading.
+
+        Raises: InvalidModelError if it was cut or written to since (one that was replaced by another of its name was not).
+        """
+        for file in self._files or ():
+            file.check()
+
     def close(self) -> None:
         """End reading. Arrays and values that were handed out stay valid: the mapping goes with the last of them."""
-        buffers, self._buffers = self._buffers, None
+        files, self._files = self._files, None
         self.metadata.close()
-        for buffer in buffers or ():
-            try:
-                buffer.close()
-            except BufferError:            # arrays over it are alive
-                pass
+        for file in files or ():
+            file.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -535,27 +553,10 @@ class GGUFFile:
             raise InvalidModelError(f"{self.path}: no tensor {name!r}{nearest(name, self.tensors)}")
         return self.tensors[name]
 
-    def _buffer(self, part: int) -> mmap.mmap:
-        if self._buffers is None:
+    def _file(self, part: int) -> MappedFile:
+        if self._files is None:
             raise RequestError(f"{self.path}: is closed")
-        return self._buffers[part]
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):          # opening a pipe or a device could wait for ever
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise InvalidModelError(f"{path}: is {kind}, not a GGUF file")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < _HEADER_BYTES:
-                raise InvalidModelError(f"{path}: header: takes {_HEADER_BYTES} bytes, the file ends at byte {size}")
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFoundError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:            # ValueError: a NUL in the path
-        raise InvalidModelError(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+        return self._files[part]
 
 
 def _check_version(scan: _Scanner) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,6 +87,12 @@ class DerivedRef(NamedTuple):
     def drop(self) -> bool:
         """Tell the kernel that the file's pages under the parts are not needed now."""
         return all([p.drop() for p in self.parts])
+
+
+def files_of(sources: Iterable[Any]) -> list[GGUFFile]:
+    """Return the files that constants are read from, each once. Arrays among `sources` have none."""
+    refs = [ref for s in sources for ref in (s.parts if isinstance(s, DerivedRef) else [s] if isinstance(s, WeightRef) else [])]
+    return list({id(ref.source): ref.source for ref in refs}.values())
 
 
 class _Names:

@@ -77,7 +77,7 @@ def overhead(files: Files, device: str) -> list[PlanItem]:
     meta = files.model.metadata
     n_tokens = meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0
     parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES)]
-    return [PlanItem.sum(device, "overhead", "the process itself", parts), PlanItem.sum(device, "mapped", "headers of files", headers)]
+    return [PlanItem.sum(device, "overhead", "the process itself", parts), PlanItem.sum(device, "overhead", "headers of files", headers)]
 
 
 def input_bytes(prepared: Counted) -> list[tuple[str, int]]:

@@ -25,6 +25,8 @@ from pyengine.memory.settings import Settings
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
 
+IN_PLACE = ("mmap: {} are read where the file is mapped, in each step; the same answers, generated slower than from packed "
+            "weights, and much slower where memory cannot hold all of it")
 N_SEQ_LIMIT = 64                     # most conversations that the search considers
 DEFAULT_CTX = 32_768                 # most positions of a context that nobody asked for
 MARGIN, MARGIN_SHARE = 1 << 30, 1 / 8                        # what such a context leaves: bytes, or less where little is free
@@ -100,7 +102,8 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     """Make the plan of a layout, with what else would fit; on parts of memory that is not looked for."""
     whole, vocab, fallbacks = not m.want.parts, m.bound.model.config.vocab_size, m.prepared.fallbacks
     limit = max(m.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * vocab)))                     # with the same logits
-    notes = (*m.notes, *([f"{m.main} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
+    in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
+    notes = (*m.notes, *in_place, *([f"{m.main} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
                       m.free, m.sizes.n_seq, len(m.step.layers), max(m.sizes.runs.values(), default=0),
                       largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes,
@@ -226,9 +229,11 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
     for part in (2, 4, 8, 16) if want.parts else ():
         if len(found) < 3 and was.n_ctx // part >= 512 and fits(n_ctx=was.n_ctx // part):
             break
-    for changes in smaller:
+    for changes in smaller[:]:
         if len(found) < 3:
             fits(**changes)
+    if len(found) < 3 and not want.mmap and not fits(mmap=True) and smaller and "mmap" in smaller[-1]:
+        fits(**smaller[-1])
     return found[:3]
 
 
@@ -254,13 +259,13 @@ def refusal(bound: Bound, want: Settings, refused: Fitted) -> PlanError:
 
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
-         nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None) -> MemoryPlan:
+         nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap)
     want.check()
     bound = bind(open_files(model, mmproj), want.pictures)
     found = fit(bound, want)

@@ -53,7 +53,7 @@ class ModelLayout:
             raise RequestError(f"images={want.images!r}: {bound.files.name} has no media encoder; where it is in a file of its own, give mmproj=")
         self.notes: list[str] = []
         self.main, self.free = next(iter(want.parts or {"cpu": 0})), dict(want.parts or {"cpu": self.host.free})
-        self._backend = backend("cpu", n_threads=want.n_threads)
+        self._backend = backend("cpu", n_threads=want.n_threads, in_place=want.mmap)
         self.encoder: Counted | None = None
         self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
         self.step = Step(self.bound.model, self.sizes)

@@ -2,7 +2,7 @@
 
 Purposes: weights (packed or copied), mapped (read where the file is mapped; the system may drop and read them again, so they
 are no part of the total), kv, arena, sampler, encoder (weights and arena of the media encoder, from the first picture on), images
-(encoded pictures that are kept, and the patches of one on the host), overhead (the process itself).
+(encoded pictures that are kept, and the patches of one on the host), overhead (the process itself, and the headers of its files).
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def _option(name: str, value: Any) -> str:
         return " ".join(f"--device {part}={nbytes / MIB:.0f}MiB" for part, nbytes in value.items())
     if name == "images":
         return f"--picture {value[0]}x{value[1]}"
+    if value is True:
+        return f"--{name}"
     return f"--{ {'n_ctx': 'ctx', 'n_seq': 'seq', 'n_batch': 'batch'}.get(name, name.replace('_', '-'))} {value}"
 
 

@@ -18,6 +18,7 @@ class Settings:
              to the free memory of each; caches and the output head follow
     encoder_device  the part that holds the media encoder; None: the first
     expert_device   the part that holds the experts' weights and computes with them; layers go to the others. None: with their layer
+    mmap     weights are read where the file is mapped, instead of being packed into memory
     images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
              number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory.
              Where layers attend across, a conversation holds that number of pictures; None: ACROSS_SHARE of the memory
@@ -32,6 +33,7 @@ class Settings:
     device: Any = "auto"
     encoder_device: str | None = None
     expert_device: str | None = None
+    mmap: bool = False
 
     @property
     def parts(self) -> dict[str, int] | None:

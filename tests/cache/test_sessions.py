@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,41 @@ def test_which_conversation(tiny_gguf, tmp_path) -> None:
     assert model.generate(IDS[:40], max_tokens=1).n_cached == 39               # the oldest one went, not this
     with pytest.raises(RequestError):
         model.save(tmp_path / "a", a)
+
+
+def test_an_interrupt_when_it_is_saved(tiny_gguf, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is there, and the interrupt is no failure to write it."""
+    model = pe.load(tiny_gguf("llama")[0], **SETTINGS)
+    ask(model, IDS[:40])
+
+    def replace(a: str, b: str, real=os.replace) -> None:
+        real(a, b)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", replace)
+        model.save(tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"] and model.restore(tmp_path / "a") == 47
+
+
+def test_into_a_pipe(tiny_gguf, tmp_path) -> None:
+    model = pe.load(tiny_gguf("llama")[0], **SETTINGS)
+    ask(model, IDS[:40])
+    nbytes = model.save(tmp_path / "a")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SessionError, match="No such device"):                   # nobody reads
+        model.save(tmp_path / "pipe")
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    while reader.is_alive():
+        try:
+            assert model.save(tmp_path / "pipe") == nbytes
+            break
+        except SessionError:                                 # the reader is on its way
+            pass
+    reader.join()
+    assert (tmp_path / "pipe").is_fifo() and got == [(tmp_path / "a").read_bytes()]
 
 
 def test_refused_in_words(tiny_gguf, tmp_path) -> None:

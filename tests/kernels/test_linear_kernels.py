@@ -184,13 +184,19 @@ def test_values(kernels: Kernels, name: str) -> None:
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS, "TQ2_0"])
 def test_file_layout(kernels: Kernels, name: str) -> None:
-    """Weights that are not packed are read as float32, and x stays float32."""
+    """Weights in the file's layout give the bits of packed ones; without a packed form they are read as float32, and x stays float32."""
     rng = rng_of(("file", name))
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0]
-    w = Matrix(rng, name, 35, max(block, 32) * 2 + (32 if block <= 32 else 0))
-    for m in (1, 5, 9):
+    for n, m in ((1, 1), (35, 1), (35, 5), (230, 9), (35, 40), (230, 300)):
+        w = Matrix(rng, name, n, max(block, 32) * 2 + (32 if block <= 32 else 0))
         x = rows_of(rng, m, w.k)
-        check(kernels.linear(x, [w], packed=False)[0], x, w.values, False)
+        for threads, glu in ((1, "none"), (3, "silu")):
+            pair = [w] * (1 + (glu != "none"))
+            got = kernels.linear(x, pair, packed=False, threads=threads, glu=glu)[0]
+            if name != "TQ2_0":
+                assert got.tobytes() == kernels.linear(x, pair, glu=glu)[0].tobytes(), (n, m)
+            elif glu == "none":
+                check(got, x, w.values, False)
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
@@ -352,6 +358,9 @@ def test_experts_in_the_file_layout(kernels: Kernels, name: str) -> None:
     for m in (1, 9):
         x, chosen = rows_of(rng, m, 256), rng.integers(0, 3, (m, 1)).astype(np.int32)
         got = kernels.experts(x, [w], chosen, 2, packed=False)
+        if name != "TQ2_0":
+            assert got.tobytes() == kernels.experts(x, [w], chosen, 2).tobytes()
+            continue
         for i in range(m):
             check(got[i : i + 1], x[i : i + 1], w[chosen[i, 0]].values, False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -391,6 +392,25 @@ def test_errors_are_one_line_and_leave_no_file(tmp_path, capsys) -> None:
         assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(InvalidModelError, match="b.weight"):
         quantize_file(bad, out, "Q6_K", vision="F16")
+
+
+def test_what_is_no_file_is_not_replaced_and_a_link_stays_one(tmp_path) -> None:
+    source = write(tmp_path / "in.gguf", {"blk.0.attn_q.weight": np.ones((8, 64), np.float32)})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RequestError, match="pipe or a device"):
+        quantize_file(source, tmp_path / "pipe", "Q8_0")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/out.gguf")
+    quantize_file(source, tmp_path / "link", "Q8_0")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "folder") == ["out.gguf"]
+
+
+def test_a_source_that_is_cut_meanwhile(tmp_path) -> None:
+    rng = np.random.default_rng(1)
+    source = write(tmp_path / "in.gguf", {f"blk.{i}.attn_q.weight": rng.standard_normal((64, 1024)).astype(np.float32) for i in range(4)})
+    with pytest.raises(InvalidModelError, match="was cut|since it was opened"):
+        quantize_file(source, tmp_path / "out.gguf", "Q8_0", progress=lambda w: os.truncate(source, 4096))
+    assert sorted(os.listdir(tmp_path)) == ["in.gguf"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")

@@ -225,6 +225,15 @@ def test_refusals_name_three_things_that_fit(files, machine) -> None:
     with pytest.raises(PlanError) as caught:
         machine(2 * GIB)
         pe.load(path, mmproj=mmproj, n_ctx=4096)
+    (alternative,) = caught.value.plan.alternatives
+    assert alternative.settings == {"mmap": True} and alternative.options().startswith("--mmap: ")
+    with pytest.raises(PlanError) as caught:
+        machine(GIB)
+        pe.load(path, mmproj=mmproj, n_ctx=65536)
+    assert [{**a.settings, "n_ctx": 0} for a in caught.value.plan.alternatives] == [{"mmap": True, "n_ctx": 0}]
+    with pytest.raises(PlanError) as caught:
+        machine(GIB // 16)
+        pe.load(path, mmproj=mmproj, n_ctx=4096)
     assert caught.value.plan.alternatives == () and "fewer bits" in str(caught.value)
     assert f"its weights alone take {caught.value.plan.of('weights') / GIB:.2f} GiB" in str(caught.value)
 

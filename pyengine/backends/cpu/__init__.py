@@ -31,15 +31,15 @@ def kernels_of(name: str) -> frozenset[str]:
 
 
 class Backend(base.Backend):
-    """See the module's docstring."""
+    """See the module's docstring. in_place: weights are read where their files are mapped, nothing is packed when it is loaded."""
 
     name: ClassVar[str] = "cpu"
 
-    def __init__(self, n_threads: int | None = None):
-        self.n_threads = n_threads or hardware.default_threads()
+    def __init__(self, n_threads: int | None = None, in_place: bool = False):
+        self.n_threads, self.in_place = n_threads or hardware.default_threads(), in_place
         self.isa = isa()
         self.kernels = kernels_of(self.isa)
 
     def prepare(self, declared: base.Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Any:
         """Fuse, lay out and count without loading."""
-        return Prepared(declared, turns, passes, self.kernels, self.isa, self.n_threads)
+        return Prepared(declared, turns, passes, self.kernels, self.isa, self.n_threads, self.in_place)

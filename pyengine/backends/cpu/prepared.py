@@ -20,8 +20,8 @@ class Prepared(Counted):
     """See `base.Prepared`."""
 
     def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, kernels: frozenset[str], isa: str,
-                 n_threads: int):
-        self.isa, self.n_threads = isa, n_threads
+                 n_threads: int, in_place: bool = False):
+        self.isa, self.n_threads, self.in_place = isa, n_threads, in_place
         self._scratch: dict[Any, int] = {}                   # answers of `scratch_bytes`: most layers ask the same
         super().__init__(declared, turns, passes, kernels)
 

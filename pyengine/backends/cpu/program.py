@@ -15,6 +15,7 @@ from pyengine.backends.prepared import arguments, Resident
 from pyengine.compiler.arena import ALIGN, aligned
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
+from pyengine.files.weights import files_of
 from pyengine.graph.tensor import Axis, axis_max, Dim, Node, Tensor
 from pyengine.native import engine
 
@@ -49,6 +50,7 @@ class Program(base.Program):
                                  if isinstance(a, Dim)})
         self._addresses, self._base_of = [self.arena.address], {}
         self._keep: dict[int, np.ndarray] = {}               # mapped constants, by the id of their nodes
+        self._files = files_of(r.tensor.node.source for r in prepared.residents.values() if r.form == "mapped")
         for r in prepared.residents.values():
             self._place(r.tensor.node, self._mapped_address(r) if r.form == "mapped" else self.weights.address + r.offset)
         lasting, offset = np.frombuffer(self.state_memory, np.uint8) if prepared.state_bytes else np.empty(0, np.uint8), 0
@@ -144,7 +146,8 @@ class Program(base.Program):
     def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
         """Replay on what stands in the inputs, from the beginning or an entry; only one `turn`, where a layout has several.
 
-        Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
+        Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse; InvalidModelError
+        where weights are read in a file that was cut or written to.
         """
         values, first = [dims[n] for n in self.dim_names], 0 if entry is None else self.prepared.entry_step(entry)
         for runs in self._turns if turn is None else (self._turns[turn],):
@@ -155,6 +158,8 @@ class Program(base.Program):
                 if status:
                     name = self.prepared.layout.steps[begin + node].op.name if node >= 0 else "?"
                     raise _STATUS[status](f"{name}: {message or 'the kernel refused its arguments'}")
+        for file in self._files:
+            file.check()
 
     def profile(self, on: bool) -> None:
         """Start (and reset) or stop the clock of each step."""

@@ -11,6 +11,7 @@ import numpy as np
 from pyengine.backends.base import Progress
 from pyengine.backends.prepared import Resident, source_dtype
 from pyengine.errors import GraphError
+from pyengine.files.weights import files_of
 from pyengine.native import engine
 from pyengine.native.blocks import dequantize, ensure_codebooks
 
@@ -21,7 +22,10 @@ def mapped_view(r: Resident) -> np.ndarray:
 
 
 def load(residents: Sequence[Resident], memory: Any, pool: Any, progress: Progress | None) -> None:
-    """Bring constants into `memory`, an engine.Buffer, at their offsets; the file's pages behind them are released."""
+    """Bring constants into `memory`, an engine.Buffer, at their offsets; the file's pages behind them are released.
+
+    Raises: InvalidModelError for a file that was cut or written to meanwhile.
+    """
     total, done = sum(r.nbytes for r in residents), 0
     data = np.frombuffer(memory, np.uint8) if memory.nbytes else np.empty(0, np.uint8)
     ensure_codebooks(source_dtype(r.tensor) for r in residents)
@@ -42,6 +46,8 @@ def load(residents: Sequence[Resident], memory: Any, pool: Any, progress: Progre
         done += r.nbytes
         if progress:
             progress(done, total)
+    for file in files_of(r.tensor.node.source for r in residents):
+        file.check()
 
 
 def _pack(r: Resident, raw: np.ndarray, address: int, pool: Any) -> None:
