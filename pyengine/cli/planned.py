@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyengine import DISTRIBUTION
 from pyengine.errors import RequestError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def draw(found: MemoryPlan, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise RequestError("--png draws with matplotlib, which is not installed: pip install pyengine[bench]") from None
+        raise RequestError(f"--png draws with matplotlib, which is not installed: pip install '{DISTRIBUTION}[bench]'") from None
     figure = Figure(figsize=(9, 1.8 + 0.6 * len(found.devices) + 0.18 * len(found.lines())), layout="constrained")
     axes = figure.subplots()
     for at, device in enumerate(found.devices):

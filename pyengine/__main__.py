@@ -1,0 +1,5 @@
+"""`python -m pyengine` is `pyengine-run`."""
+
+from pyengine.cli import main
+
+main()
