@@ -71,3 +71,17 @@ def test_cibuildwheel_reads_its_settings() -> None:
         made = done.stdout.split()
         assert all(re.fullmatch(r"cp3\d+-(manylinux|macosx)_\w+", name) for name in made)
         assert bool(made) == (platform != "windows")
+
+
+def test_the_image_is_built_from_files_that_are_there() -> None:
+    """Every copied path exists and passes .dockerignore; bases are pinned; the command runs as a user without rights, models outside."""
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    copied = {path for word, *paths in lines if word == "COPY" and not paths[0].startswith("--from") for path in paths[:-1]}
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied and all((ROOT / path).exists() and path.split("/")[0] in let_in for path in copied)
+    assert {path.split("/")[0] for path in copied} == let_in
+    versions = dict(paths[0].split("=") for word, *paths in lines if word == "ARG")
+    assert re.fullmatch(r"3\.\d+\.\d+", versions["PYTHON"]) and versions["DEBIAN"]
+    assert all("${PYTHON}" in paths[0] for word, *paths in lines if word == "FROM")
+    last = [paths for word, *paths in lines[max(i for i, line in enumerate(lines) if line[0] == "FROM"):] if word in ("USER", "VOLUME", "ENTRYPOINT")]
+    assert last == [["pyengine"], ["/models"], ['["pyengine-run"]']]
