@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -85,3 +86,12 @@ def test_the_image_is_built_from_files_that_are_there() -> None:
     assert all("${PYTHON}" in paths[0] for word, *paths in lines if word == "FROM")
     last = [paths for word, *paths in lines[max(i for i, line in enumerate(lines) if line[0] == "FROM"):] if word in ("USER", "VOLUME", "ENTRYPOINT")]
     assert last == [["pyengine"], ["/models"], ['["pyengine-run"]']]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="wheels for Linux are made on Linux")
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_a_wheel_is_built_for_the_machine_that_is_asked_for(machine: str) -> None:
+    values = runpy.run_path(str(ROOT / "release" / "wheel.py"))["environment"](machine)
+    assert values["_PYTHON_HOST_PLATFORM"] == f"linux-{machine}" and machine in values["SETUPTOOLS_EXT_SUFFIX"]
+    assert all(f"-target {machine}-linux-gnu.2.17" in values[name] for name in ("CC", "CXX", "LDSHARED", "LDCXXSHARED"))
+    assert {flag for flags in build_rules.isas(machine).values() for flag in flags if flag.startswith("-march")} <= set(build_rules.ZIG_WORDS)
