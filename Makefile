@@ -13,15 +13,23 @@ SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -
 .PHONY: demo test test-all peers sanitize bench weights clean
 
 demo: $(VENV)/installed
-	$(RUN) $(SEES) "What does it say?" --image $(SAMPLES)/word.png --temperature 0 --verbose
-	mkdir -p build
-	$(RUN) $(SEES) "Where is the purple star?" --image $(SAMPLES)/shapes.png --temperature 0 --draw build/demo-boxes.png --verbose
-	$(RUN) $(SEES) "What is the TOTAL?" --image $(SAMPLES)/form.png --temperature 0
-	$(RUN) $(SEES) "Which way does it move?" $(foreach n,1 2 3,--image $(SAMPLES)/move-$(n).png) --temperature 0
-	printf 'What does it say?\nWhat colour is the text?\n' | $(RUN) $(SEES) --image $(SAMPLES)/word.png --temperature 0 --verbose
-	$(PY) -m converters.weights models
-	$(RUN) models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48 --verbose
-	$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 8 --verbose
+	@echo "1. A small vision model of our own reads the word in $(SAMPLES)/word.png:"
+	@$(RUN) $(SEES) "What does it say?" --image $(SAMPLES)/word.png --temperature 0
+	@mkdir -p build
+	@echo "2. It finds the star in $(SAMPLES)/shapes.png, in pixels of the picture; build/demo-boxes.png shows it:"
+	@$(RUN) $(SEES) "Where is the purple star?" --image $(SAMPLES)/shapes.png --temperature 0 --draw build/demo-boxes.png
+	@echo "3. It reads a number from the form $(SAMPLES)/form.png:"
+	@$(RUN) $(SEES) "What is the TOTAL?" --image $(SAMPLES)/form.png --temperature 0
+	@echo "4. It says how something moves in three pictures, $(SAMPLES)/move-1.png to 3:"
+	@$(RUN) $(SEES) "Which way does it move?" $(foreach n,1 2 3,--image $(SAMPLES)/move-$(n).png) --temperature 0
+	@echo "5. Two questions of one conversation; the picture is encoded once, as --verbose says:"
+	@printf 'What does it say?\nWhat colour is the text?\n' | $(RUN) $(SEES) --lines --image $(SAMPLES)/word.png --temperature 0 --verbose
+	@echo "6. Two text models are fetched into models/:"
+	@$(PY) -m converters.weights models
+	@echo "7. SmolLM2 135M answers, as well as so small a model can:"
+	@$(RUN) models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48
+	@echo "8. Gemma 3 270M, a base model, continues a text; what is cut says so, and --verbose how fast it was:"
+	@$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 24 --verbose
 
 test: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all

@@ -17,7 +17,7 @@ _PACKED_SUFFIX = ":packed"
 
 
 class DType(NamedTuple):
-    """Describe how elements of one type lie in memory.
+    """How elements of one type lie in memory.
 
     name    ggml's name: "F32", "Q4_K"; a packed form appends ":packed"
     id      ggml's number, as GGUF files carry it; a packed form adds 256 and never stands in a file
@@ -96,7 +96,7 @@ _TABLE = (
 
 
 class PackedForm(NamedTuple):
-    """Describe how 16 rows of a format lie interleaved for kernels; csrc/cpu/pack.h draws it. Bytes are of 16 rows.
+    """How 16 rows of a format lie interleaved for kernels; csrc/cpu/pack.h draws it. Bytes are of 16 rows.
 
     unit    blocks whose heads stand together, so that heads fill whole cache lines
     head    bytes of the head of a block: scales of the whole block

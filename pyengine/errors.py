@@ -49,6 +49,10 @@ class RequestError(PyEngineError):
     """An argument of a request is out of its range, or of a kind that the model cannot take."""
 
 
+class BusyError(PyEngineError):
+    """So many requests wait already that no more are taken; later there may be room."""
+
+
 class ImageError(RequestError):
     """A picture or a video cannot be read: the message names it, its format, and what to do."""
 

@@ -9,9 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 from pyengine.errors import PyEngineError, RequestError
+from pyengine.files.gguf import GGUFFile
 
 from .file import quantize_file, Written
 from .mixtures import MIXTURES, PLAIN, VISION
+
+_CLEAR = "\r\x1b[K"                  # the terminal's line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,21 +33,43 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.threads is not None and args.threads < 1:
             raise RequestError(f"--threads {args.threads}: at least 1 is needed")
-        written = quantize_file(args.source, args.target, args.mixture, args.vision, args.threads,
-                                _print_line if args.verbose else None)
+        with GGUFFile(args.source) as file:
+            total = sum(t.nbytes for t in file.tensors.values())
+        told = _Told(args.source, args.target, total, args.verbose)
+        written = quantize_file(args.source, args.target, args.mixture, args.vision, args.threads, told)
     except (PyEngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(_summary(written, args.target))
-    again = sorted({w.info.dtype.name for w in written if w.dtype != w.info.dtype and w.info.dtype.name not in PLAIN})
-    if again:
-        print(f"warning: {args.source} was quantized before ({', '.join(again)}), and quantizing twice costs quality: "
-              "start from an F32, F16 or BF16 file", file=sys.stderr)
     return 0
 
 
-def _print_line(w: Written) -> None:
-    print(f"{w.info.name:40} {str(list(w.info.shape)):20} {w.info.dtype} -> {w.dtype}", flush=True)
+class _Told:
+    """What is said meanwhile: a warning with the first matrix that was quantized before, that a file is going to be replaced, every
+    tensor if `verbose`, and else at a terminal how far the work is, by bytes read."""
+
+    def __init__(self, source: Path, target: Path, total: int, verbose: bool):
+        self._source, self._name, self._total, self._done = source, target.name, total, 0
+        self._verbose, self._terminal, self._warned = verbose, not verbose and sys.stderr.isatty(), False
+        self._replaced = target if target.exists() else None
+
+    def __call__(self, w: Written) -> None:
+        if self._replaced:
+            self._note(f"{self._replaced} is there already, and is replaced when the new file is complete")
+            self._replaced = None
+        if not self._warned and w.dtype != w.info.dtype and w.info.dtype.name not in PLAIN:
+            self._warned = True
+            self._note(f"warning: {self._source} was quantized before ({w.info.dtype.name}), and quantizing twice costs quality: "
+                       "start from an F32, F16 or BF16 file")
+        self._done += w.info.nbytes
+        if self._verbose:
+            print(f"{w.info.name:40} {str(list(w.info.shape)):20} {w.info.dtype} -> {w.dtype}", flush=True)
+        elif self._terminal:
+            left = f"{self._name}: {self._done / 2**30:.2f} of {self._total / 2**30:.2f} GiB ({self._done * 100 // max(1, self._total)}%)"
+            print(f"{_CLEAR}{left if self._done < self._total else ''}", end="", file=sys.stderr, flush=True)
+
+    def _note(self, text: str) -> None:
+        print(f"{_CLEAR if self._terminal else ''}{text}", file=sys.stderr, flush=True)
 
 
 def _summary(written: list[Written], target: Path) -> str:
@@ -52,7 +77,7 @@ def _summary(written: list[Written], target: Path) -> str:
     counts = Counter(w.dtype.name for w in written)
     before, after = sum(w.info.nbytes for w in written), sum(w.nbytes for w in written)
     weights = sum(w.info.n_elements for w in written)
-    lines = [f"{target}: {before / 1e6:.1f} -> {after / 1e6:.1f} MB, {8 * after / max(1, weights):.2f} bits a weight; "
+    lines = [f"{target}: {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, {8 * after / max(1, weights):.2f} bits a weight; "
              + ", ".join(f"{n} {name}" for name, n in counts.most_common())]
     plain = [w for w in written if len(w.info.shape) > 1 and w.dtype.name in PLAIN and math.prod(w.info.shape[:-1]) > 1]
     if plain and any(w.dtype.name not in PLAIN for w in written):

@@ -65,6 +65,10 @@ class Policy:
         """Return what a step brings for layers of this policy, besides the table of cells."""
         return InputSpec("cells", "m"), InputSpec("lo", "m"), InputSpec("hi", "m")
 
+    def about(self, n: int) -> str:
+        """Say in a user's words what a conversation's n cells hold."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Full(Policy):
@@ -77,6 +81,10 @@ class Full(Policy):
     def first(self, n: Any) -> Any:
         """Return zeros."""
         return np.zeros_like(n)
+
+    def about(self, n: int) -> str:
+        """Say that everything is kept."""
+        return f"all {n:,} positions"
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,10 @@ class Sliding(Policy):
         """Return the beginnings of the windows."""
         return np.maximum(n - self.window + 1, 0)
 
+    def about(self, n: int) -> str:
+        """Name the window, and the positions kept, which are a batch more."""
+        return f"window of {self.window:,}: {n:,} positions"
+
 
 @dataclass(frozen=True)
 class Chunked(Policy):
@@ -109,6 +121,10 @@ class Chunked(Policy):
     def first(self, n: Any) -> Any:
         """Return the beginnings of the chunks."""
         return n // self.size * self.size
+
+    def about(self, n: int) -> str:
+        """Name the chunk, and the positions kept, which are a batch more."""
+        return f"chunks of {self.size:,}: {n:,} positions"
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,10 @@ class Cross(Policy):
     def first(self, n: Any) -> Any:
         """Return zeros: all rows of a conversation stay."""
         return np.zeros_like(n)
+
+    def about(self, n: int) -> str:
+        """Name what is kept, which are no positions of the context."""
+        return f"pictures: {n:,} rows"
 
     def inputs(self) -> tuple[InputSpec, ...]:
         """Return where encoder rows are written, and what the rows that see any of them see."""

@@ -39,13 +39,15 @@ _NEW_KEY = rf"""[{{,]?{_SPACE}["']{_KEY}["']{_SPACE}:"""      # within a text no
 
 
 def _text_in(quote: str, last: str) -> str:
-    """A text up to the quote that ends it, behind which JSON goes on; every step takes a character, so it never turns back."""
+    """Return a text up to the quote that ends it, behind which JSON goes on; every step takes a character, so it never turns
+    back."""
     after = rf"""{_SPACE}(?:[{last}}}\])]|,{_SPACE}(?:["'{{\[(\d}}\]-]|$)|$)"""
     return rf"(?:\\.|(?!{_NEW_KEY})[^{quote}\\]|(?!{_NEW_KEY}){quote}(?!{after}))*"
 
 
 def _token(last: str) -> re.Pattern[str]:
-    """What is looked for; `last` may follow a text. Without, it is a value, and stands behind spaces at most."""
+    """Return the expression of what is looked for; `last` may follow a text. Without, it is a value, and stands behind spaces at
+    most."""
     return re.compile(rf"{_SPACE if not last else ''}(?:(?P<numbers>[\[(]{_SPACE}{_NUMBER}(?:{_SPACE},{_SPACE}{_NUMBER}){{1,3}}{_SPACE},?{_SPACE}[\])])"
                       r"|(?P<brace>[{}])"
                       rf'|"(?P<double>{_text_in(chr(34), last)})(?P<end>")?(?P<key>{_SPACE}:)?'
@@ -118,7 +120,7 @@ class _Object:
         return ((numbers, self.label) for numbers in self.coordinates)
 
     def add(self, numbers: list[float]) -> None:
-        """A list of numbers under the present key; two corners of a box may be lists of their own: [[x1, y1], [x2, y2]]."""
+        """Take a list of numbers under the present key; two corners of a box may be lists of their own: [[x1, y1], [x2, y2]]."""
         wanted = KEYS.get(self.key)
         if wanted == 4 and len(numbers) == 2:
             self.corner, numbers = ((), [*self.corner, *numbers]) if self.corner else (tuple(numbers), [])
@@ -129,7 +131,7 @@ class _Object:
 
 
 def _json(answer: str) -> Iterator[tuple[list[float], str]]:
-    """(coordinates, label) of each box or point in JSON objects; several lists under one key are as many boxes."""
+    """Return (coordinates, label) of each box or point in JSON objects; several lists under one key are as many boxes."""
     open_objects: list[_Object] = []
     at = answer.find("{")
     while at >= 0:
@@ -175,7 +177,7 @@ def _unescaped(text: str) -> str:
 
 
 def _pairs(text: str) -> Iterator[tuple[list[float], str]]:
-    """(coordinates, label) of each "label(x1,y1),(x2,y2)"; a box that follows another directly has its label."""
+    """Return (coordinates, label) of each "label(x1,y1),(x2,y2)"; a box that follows another directly has its label."""
     at, label = 0, ""
     for match in _PAIRS.finditer(text):
         numbers = [float(n) for n in match.groups() if n is not None]
@@ -209,7 +211,7 @@ def draw(image: Image, boxes: Iterable[Box | Point]) -> PIL.Image.Image:
 
 def _draw_label(pen: PIL.ImageDraw.ImageDraw, size: tuple[int, int], box: Box | Point, colour: tuple[int, int, int],
                 line: int, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont) -> None:
-    """A filled tab with the text: above a box or beside a point, and always in the picture."""
+    """Draw a filled tab with the text: above a box or beside a point, and always in the picture."""
     text = " ".join(box.label[:60].encode("utf-8", "replace").decode().split())
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 2 * line, bottom - top + 2 * line
@@ -226,5 +228,5 @@ def _draw_label(pen: PIL.ImageDraw.ImageDraw, size: tuple[int, int], box: Box | 
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """Hues a golden angle apart: any number of neighbours differ."""
+    """Return a colour: hues a golden angle apart, so that any number of neighbours differ."""
     return PIL.ImageColor.getrgb(f"hsv({number * 137.508 % 360:.1f}, 90%, {95 - 25 * (number % 3 == 2)}%)")[:3]

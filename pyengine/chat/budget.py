@@ -65,7 +65,8 @@ current_budget: ContextVar[Budget] = ContextVar("current_budget")
 
 
 def counted(value: Any) -> tuple[int, int, int]:
-    """Characters, entries, and the sum of all entries' depths of a value: shared parts each time they would be printed or compared."""
+    """Count characters, entries, and the sum of all entries' depths of a value: shared parts each time they would be printed or
+    compared."""
     kind = type(value)
     if kind is str or kind is Markup:
         return len(value), 0, 0
@@ -98,7 +99,7 @@ def counted(value: Any) -> tuple[int, int, int]:
 
 
 def measured(value: Any, per_character: int = CHARACTER, per_entry: int = ENTRY) -> int:
-    """Units of a value with all that it holds."""
+    """Return units of a value with all that it holds."""
     characters, entries, _ = counted(value)
     return per_character * characters + per_entry * entries
 

@@ -26,7 +26,7 @@ from pyengine.chat.budget import (
 
 
 def _free(_budget: Budget, _value: Any, *_args: Any) -> None:
-    """Takes a step, whatever the value is."""
+    """Take a step, whatever the value is."""
 
 
 def _scan(budget: Budget, text: str, *args: Any) -> None:
@@ -68,7 +68,7 @@ def _splitlines(budget: Budget, text: str, *args: Any) -> None:
 
 
 def _lines(text: str) -> int:
-    """At most so many lines."""
+    """Allow at most so many lines."""
     return 1 + sum(map(text.count, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"))
 
 
@@ -141,7 +141,7 @@ class Format:
 
 
 def pay_for_text(value: Any, factor: int = 1) -> None:
-    """For what is made a string first."""
+    """Pay for what is made a string first."""
     budget = current_budget.get()
     kind = type(value)
     if kind is str or kind is Markup:
@@ -161,7 +161,7 @@ def _number(value: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _small(value: Any, *args: Any, **kwargs: Any) -> None:
-    """For int and float: a text is as long as numbers are."""
+    """Pay for int and float: a text is as long as numbers are."""
     current_budget.get().spend(0)
     for n in (value, *args, *kwargs.values()):
         if type(n) is str and len(n) > 400 or type(n) is int and n.bit_length() > MAX_BITS:
@@ -175,7 +175,7 @@ def _rounding(value: Any, precision: Any = 0, method: Any = "common") -> None:
 
 
 def _comparing(value: Any, *args: Any, **kwargs: Any) -> None:
-    """For sort and its like. The argument is a list by then."""
+    """Pay for sort and its like. The argument is a list by then."""
     units = measured(value, 2 * CHARACTER, 4 * ENTRY) + ENTRY * len(value)
     current_budget.get().spend(units * max(1, len(value)).bit_length())
 
@@ -205,7 +205,7 @@ def _scalar(value: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _counted(value: Any, *args: Any, **kwargs: Any) -> None:
-    """For what takes an entry for each item; iterators pay as they go."""
+    """Pay for what takes an entry for each item; iterators pay as they go."""
     current_budget.get().spend(2 * ENTRY * len(value) if hasattr(type(value), "__len__") else 0)
 
 
@@ -316,7 +316,7 @@ TEST_COSTS: dict[str, Callable[..., None]] = {
 
 
 def _chain(made: Any, source: Any) -> None:
-    """Bound how deep iterators go, as the next item is had through all of them."""
+    """Pay for iterators: bound how deep they go, as the next item is had through all of them."""
     chains = current_budget.get().chains
     chains[made] = depth = 1 + (chains.get(source, 0) if type(source) is GeneratorType else 0)
     if depth > MAX_CHAIN:
@@ -328,7 +328,8 @@ KINDS = frozenset({*SCALARS, *LISTS, *VIEWS, dict, range, Markup, GeneratorType,
 
 
 def paying(original: Callable[..., Any], cost: Callable[..., None] | None, name: str = "") -> Callable[..., Any]:
-    """A filter (by its name) or test of jinja2 that pays before it runs; without a cost, one that is not for this process."""
+    """Wrap a filter (by its name) or test of jinja2, which pays before it runs; without a cost, one that is not for this
+    process."""
     skip = int(_PassArg.from_obj(original) is not None)                  # the environment or context comes first
 
     @functools.wraps(original)                     # and says so on the copy too

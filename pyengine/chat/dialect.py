@@ -68,7 +68,7 @@ class Dict:
 
 
 def explained(error: Exception) -> str:
-    """What went wrong, where, and what to do."""
+    """Say what went wrong, where, and what to do."""
     text = str(getattr(error, "message", None) or error)[:MAX_MESSAGE]
     if isinstance(error, Refusal):
         return f"the chat template refuses these messages: {text}"

@@ -88,7 +88,7 @@ def _answer(process: subprocess.Popen[bytes], request: bytes, deadline: float) -
 
 
 def _roots() -> list[str]:
-    """Folders of the packages that the helper needs."""
+    """Return folders of the packages that the helper needs."""
     import jinja2
     import markupsafe
 

@@ -87,7 +87,7 @@ def _spend(units: int) -> None:
 
 @pass_context                                      # which keeps jinja2 from evaluating constants while compiling
 def _shown(_context: object, value: Any) -> str:
-    """What `{{ value }}` writes."""
+    """Return what `{{ value }}` writes."""
     if type(value) is str:
         current_budget.get().spend(CHARACTER * len(value))
         return value
@@ -128,7 +128,7 @@ def _is_scalar(node: nodes.Node) -> bool:
 
 
 def _units_of(body: list[nodes.Node]) -> int:
-    """What one turn of a body costs, without the bodies inside it that pay for themselves."""
+    """Return what one turn of a body costs, without the bodies inside it that pay for themselves."""
     total, waiting = 0, list(body)
     while waiting:
         node = waiting.pop()
@@ -139,7 +139,7 @@ def _units_of(body: list[nodes.Node]) -> int:
 
 
 class _Metered(NodeTransformer):
-    """Puts what jinja2 has no hook for under the budget."""
+    """Nodes of a template that put what jinja2 has no hook for under the budget."""
 
     def _bodied(self, node: Any) -> nodes.Node:
         units = _units_of(node.body)

@@ -139,7 +139,8 @@ def _sandbox() -> Sandbox:
 
 
 def _compiled(source: str) -> jinja2.Template | None:
-    """The template for this process, or None if it is none that can be bounded here. Raises TemplateError if it is malformed."""
+    """Return the template for this process, or None if it is none that can be bounded here. Raises TemplateError if it is
+    malformed."""
     try:
         return _sandbox().from_string(source)
     except (Outside, RecursionError):              # the recursion of a caller that is deep already

@@ -10,155 +10,282 @@ import is imported by the command that needs it.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
-from pyengine.cli.screen import complain, PROGRAM
-from pyengine.errors import PyEngineError, RequestError
+from pyengine.cli import words
+from pyengine.cli.screen import complain, note, PROGRAM
+from pyengine.errors import ModelNotFoundError, ModelWarning, PyEngineError, RequestError
 
 USAGE_ERROR = 2                      # exit code of everything that the user can mend
 NOTHING_DRAWN = 1                    # exit code of --draw when the answer names no boxes
 INTERRUPTED = 130                    # exit code after Ctrl-C: 128 + SIGINT, as shells have it
+NO_READER = 141                      # exit code when standard output is closed: 128 + SIGPIPE
+MOST_THREADS = 4                     # times the processors: more threads than that is a slip of the hand
 
 _COMMANDS = """[bold]Commands[/bold]
 
-pyengine-run plan MODEL: what it will take, per device and purpose
+pyengine-run MODEL: a conversation; MODEL PROMPT: one answer (`run` and `chat` may stand before them)
+
+pyengine-run plan MODEL: the memory it needs, by device and purpose
 
 pyengine-run bench MODEL: tokens per second of prompts and generation
 
 pyengine-run perplexity MODEL -f FILE: how well it predicts a text
 
+pyengine-run serve MODEL...: answers over HTTP
+
 pyengine-run show MODEL: what its file says
+
+pyengine-run graph MODEL: the graph of its step
 
 pyengine-run list: the models on this machine
 
 pyengine-run hardware: what this machine has, and what of it can be used
 
-Each takes --help. MODEL is a GGUF file, or a name that `list` shows."""
+Each takes --help. MODEL is a GGUF file, or a name that `list` shows, or the beginning of just one of them."""
 
-_settings: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
+_HELP = {"help_option_names": ["-h", "--help"]}
+_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich", "context_settings": _HELP}
 main_form = typer.Typer(**_settings)
 commands = typer.Typer(**_settings)
 
-ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, help="A GGUF file, or a name from `list`.")]
-Prompt = Annotated[str | None, Argument(metavar="PROMPT", show_default=False,
-                                        help="The question; - reads standard input. Without it: a conversation.")]
-Context = Annotated[int | None, Option("--ctx", "-c", min=1, help="Context; default: as trained, or what fits.")]
-KvDtype = Annotated[str, Option("--kv-dtype", help="Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values.")]
-Threads = Annotated[int | None, Option("--threads", "-t", min=1, help="Threads; default: fast physical cores.")]
-BatchSize = Annotated[int, Option("--batch", "-b", min=1, help="Most rows of one step.")]
-Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", help="Its image encoder, if in a file of its own.")]
+
+class _ReaderLeft(Exception):
+    """Whoever read standard output has closed it."""
+
+
+class Form(TyperCommand):
+    """A form of the command that knows other programs' options too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments. Raises: RequestError for an option of others that has nothing like it here."""
+        takes_value = {name: not getattr(p, "is_flag", True) for p in self.params for name in p.opts if name.startswith("-")}
+        return super().parse_args(ctx, words.translated(args, takes_value))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do it. Raises: _ReaderLeft."""
+        try:
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+            return found
+        except BrokenPipeError:
+            raise _ReaderLeft from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import platform
+
+        from pyengine import __version__
+        from pyengine.native import engine
+
+        print(f"{PROGRAM} {__version__} (kernels here: {', '.join(engine.isas())}; Python {platform.python_version()}, "
+              f"{platform.system()} {platform.machine()})")
+        raise typer.Exit
+
+
+def _check_threads(n: int | None) -> int | None:
+    """Refuse and warn of more threads than processors. Raises: RequestError."""
+    if n is not None:
+        from pyengine.hardware import most_threads
+
+        cpus, usable = os.cpu_count() or 1, most_threads()
+        if n > MOST_THREADS * cpus:
+            raise RequestError(f"--threads {n}: this machine has {cpus} processors, and more threads than that only wait for each other")
+        if n > usable:
+            note(f"note: {n} threads on {usable} usable processor{'s' * (usable > 1)} are slower than {usable}")
+    return n
+
+
+def _names(incomplete: str) -> list[str]:
+    """Return the models whose names begin so, for the shell's completion."""
+    from pyengine.files.stores import list_models
+
+    begun = incomplete.casefold()
+    return [model.name for model in list_models() if model.name.casefold().startswith(begun)]
+
+
+def _first_words(incomplete: str) -> list[str]:
+    return [*(name for name in COMMANDS if name.startswith(incomplete)), *_names(incomplete)]
+
+
+ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, autocompletion=_names, help="A GGUF file, or a name from `list`.")]
+Context = Annotated[int | None, Option("--ctx", "-c", min=1, rich_help_panel="Memory and speed", help=(
+    "Size of the context in tokens (default: what the model was trained for, at most 32,768, or what fits)."))]
+KvDtype = Annotated[str, Option("--kv-dtype", rich_help_panel="Memory and speed", help=(
+    "Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values."))]
+Threads = Annotated[int | None, Option("--threads", "-t", min=1, callback=_check_threads, rich_help_panel="Memory and speed", help=(
+    "Number of threads (default: one for each fast physical core)."))]
+BatchSize = Annotated[int, Option("--batch", "-b", min=1, rich_help_panel="Memory and speed", help=(
+    "Batch size: most tokens processed at once."))]
+Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", rich_help_panel="Pictures", help=(
+    "Vision projector (mmproj) file, for a model in two files (default: the one that is found with a name)."))]
 Json = Annotated[bool, Option("--json", help="Write JSON.")]
-Devices = Annotated[list[str] | None, Option("--device", metavar="NAME=SIZE", help=(
-    "cpu, or parts of memory that layers are spread over: cpu:0=6GiB; repeatable."))]
-EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", help="The part that holds the image encoder.")]
-ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", help="The part that holds the layers' experts.")]
+Devices = Annotated[list[str] | None, Option("--device", metavar="NAME=SIZE", rich_help_panel="Memory and speed", help=(
+    "cpu (default), or a part of main memory, cpu:0=6GiB; layers are divided over the parts; repeatable."))]
+EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
+    "The part that holds the image encoder (default: the first)."))]
+ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
+    "The part that holds the experts of a mixture (default: with their layers)."))]
+Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(
+    "Largest picture that memory is kept for (default: what the model's processor allows)."))]
+Pictures = Annotated[int | None, Option("--pictures", min=0, rich_help_panel="Memory and speed", help=(
+    "How many encoded pictures are kept (default: as memory allows); 0: no image encoder."))]
 N_BATCH = 512
 
 
-@main_form.command(epilog=_COMMANDS)
+def _sampling(default: str, *names: str, text: str) -> Any:
+    """Return an option about the choice of tokens; where it is not given, the model's file decides, and else `default`."""
+    return Option(*names, rich_help_panel="Sampling (defaults where the model's file names none)", help=f"{text} (default: {default}).")
+
+
+@main_form.command(cls=Form, epilog=_COMMANDS, context_settings=_HELP)
 def run(
-    model: ModelName,
-    prompt: Prompt = None,
-    image: Annotated[list[str] | None, Option("--image", metavar="FILE",
-                                              help="A picture, also as data URL; repeatable.")] = None,
-    video: Annotated[list[str] | None, Option("--video", metavar="FILE", help="A video; repeatable.")] = None,
-    image_option: Annotated[list[str] | None, Option("--image-option", metavar="NAME=VALUE", help=(
-        "Of the model's processor, for pictures: pan_and_scan=true, max_pixels=500000 ...; repeatable."))] = None,
-    video_option: Annotated[list[str] | None, Option("--video-option", metavar="NAME=VALUE", help=(
+    model: Annotated[str | None, Argument(metavar="MODEL", show_default=False, autocompletion=_first_words, help=(
+        "A GGUF file, or a name from `list`."))] = None,
+    prompt: Annotated[list[str] | None, Argument(metavar="PROMPT", show_default=False, help=(
+        "The question, in one word or several; paths of pictures in it are shown to a vision model. What is piped in comes before it; "
+        "- is standard input. Without any of them: a conversation."))] = None,
+    model_option: Annotated[str | None, Option("--model", "-m", metavar="MODEL", autocompletion=_names, help="MODEL, as an option.")] = None,
+    prompt_option: Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="PROMPT, as an option.")] = None,
+    file: Annotated[list[str] | None, Option("--file", "-f", metavar="FILE", help=(
+        "A text file that comes before the prompt, or is it; - is standard input; repeatable."))] = None,
+    system: Annotated[str | None, Option("--system", metavar="TEXT", help="System message (default: none, or that of an Ollama model).")] = None,
+    raw: Annotated[bool, Option("--raw", help="Continue the prompt as plain text, without the chat template.")] = False,
+    lines: Annotated[bool, Option("--lines", help="Each line of standard input is a turn of one conversation.")] = False,
+    max_tokens: Annotated[int | None, Option("--max-tokens", "-n", min=-1, show_default=False, help=(
+        "At most N tokens in an answer; -1: until the model ends it or the context is full (default)."))] = None,
+    stop: Annotated[list[str] | None, Option("--stop", metavar="TEXT", help=(
+        "A text that ends the answer and is not part of it; repeatable (default: those of an Ollama model)."))] = None,
+    image: Annotated[list[str] | None, Option("--image", metavar="FILE", rich_help_panel="Pictures", help=(
+        "A picture for the question: a file, a file:// or a data URL; repeatable."))] = None,
+    video: Annotated[list[str] | None, Option("--video", metavar="FILE", rich_help_panel="Pictures", help="A video; repeatable.")] = None,
+    image_option: Annotated[list[str] | None, Option("--image-option", metavar="NAME=VALUE", rich_help_panel="Pictures", help=(
+        "A setting of the model's processor: pan_and_scan=true, max_pixels=500000 ...; repeatable."))] = None,
+    video_option: Annotated[list[str] | None, Option("--video-option", metavar="NAME=VALUE", rich_help_panel="Pictures", help=(
         "The same for videos: sample_fps=1 ...; repeatable."))] = None,
     mmproj: Mmproj = None,
-    draw: Annotated[Path | None, Option("--draw", metavar="OUT.png", help=(
+    draw: Annotated[Path | None, Option("--draw", metavar="OUT.png", rich_help_panel="Pictures", help=(
         "Write the last picture with the boxes and points of the answer."))] = None,
-    system: Annotated[str | None, Option("--system", help="System message.")] = None,
-    raw: Annotated[bool, Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
-    max_tokens: Annotated[int, Option("--max-tokens", "-n", min=-1, help="Of an answer; -1: no limit.")] = 512,
-    stop: Annotated[list[str] | None, Option("--stop", help="A text that ends the answer; repeatable.")] = None,
-    temperature: Annotated[float | None, Option("--temperature", "--temp", help="0 takes the likeliest token.")] = None,
-    top_k: Annotated[int | None, Option("--top-k", help="Draw from the k likeliest.")] = None,
-    top_p: Annotated[float | None, Option("--top-p", help="Draw from the likeliest that have p.")] = None,
-    min_p: Annotated[float | None, Option("--min-p", help="Draw from those with p times the likeliest's.")] = None,
-    typical: Annotated[float | None, Option("--typical", help="Draw from the most typical that have p.")] = None,
-    repeat_penalty: Annotated[float | None, Option("--repeat-penalty", help="Divide logits of recent tokens.")] = None,
-    repeat_last_n: Annotated[int | None, Option("--repeat-last-n", help="How many are recent; -1: all.")] = None,
-    presence_penalty: Annotated[float | None, Option("--presence-penalty", help="Lower recent tokens.")] = None,
-    frequency_penalty: Annotated[float | None, Option("--frequency-penalty", help="Lower them each time.")] = None,
-    seed: Annotated[int | None, Option("--seed", help="Of the draws; the same seed gives the same answer.")] = None,
+    temperature: Annotated[float | None, _sampling("0.8", "--temperature", "--temp", text=(
+        "Sampling temperature; 0 always takes the most likely token"))] = None,
+    top_k: Annotated[int | None, _sampling("40", "--top-k", text="Keep the K most likely tokens; 0: all")] = None,
+    top_p: Annotated[float | None, _sampling("0.95", "--top-p", text=(
+        "Nucleus sampling: keep the most likely tokens up to total probability P; 1: off"))] = None,
+    min_p: Annotated[float | None, _sampling("0.05", "--min-p", text="Drop tokens less likely than P times the most likely one; 0: off")] = None,
+    typical: Annotated[float | None, _sampling("1", "--typical", text="Locally typical sampling up to total probability P; 1: off")] = None,
+    repeat_penalty: Annotated[float | None, _sampling("1", "--repeat-penalty", text="Divide logits of recent tokens by X; 1: off")] = None,
+    repeat_last_n: Annotated[int | None, _sampling("64", "--repeat-last-n", text=(
+        "How many tokens count as recent for the penalties; -1: all"))] = None,
+    presence_penalty: Annotated[float | None, _sampling("0", "--presence-penalty", text=(
+        "Subtract X from logits of recent tokens"))] = None,
+    frequency_penalty: Annotated[float | None, _sampling("0", "--frequency-penalty", text=(
+        "Subtract X from logits of recent tokens, once for each use"))] = None,
+    seed: Annotated[int | None, _sampling("another one each time", "--seed", text="Random seed; the same seed gives the same answer")] = None,
     ctx: Context = None,
     kv_dtype: KvDtype = "f16",
     threads: Threads = None,
     batch: BatchSize = N_BATCH,
+    picture: Picture = None,
+    pictures_kept: Pictures = None,
     device: Devices = None,
     encoder_device: EncoderDevice = None,
     expert_device: ExpertDevice = None,
-    json: Json = False,
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Say what was seen, how fast, in what memory.")] = False,
+    json: Annotated[bool, Option("--json", help="Write the whole answer, its tokens, boxes and timings as one JSON object.")] = False,
+    jsonl: Annotated[bool, Option("--jsonl", help="Write each piece as a JSON object on a line, and last that of --json.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Print timings, memory and image sizes.")] = False,
+    version: Annotated[bool, Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
-    from pyengine.cli import answer, chat, pictures, planned, screen
+    from pyengine.cli import answer, asked, chat, pictures, planned, screen
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
-                "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
-                "frequency_penalty": frequency_penalty, "seed": seed}
-    settings = answer.Settings({k: v for k, v in sampling.items() if v is not None},
-                               None if max_tokens < 0 else max_tokens, tuple(stop or ()))
-    if prompt is None and (json or draw):
-        raise RequestError(f"{'--json' if json else '--draw'} needs a PROMPT")
+    typed = [*([] if model_option is None or model is None else [model]), *(prompt or ()), *(prompt_option or ())]
+    model = model if model_option is None else model_option
+    if model is None:
+        raise RequestError("MODEL is missing: a GGUF file, or a name from `list`")
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
+             "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
+             "frequency_penalty": frequency_penalty, "seed": seed}
+    sampling = {k: v for k, v in given.items() if v is not None}
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out")
-    answer.check_sampling(settings.sampling)
+    if json and jsonl:
+        raise RequestError("--json and --jsonl: give one of them")
+    if lines and (typed or file):
+        raise RequestError("--lines reads the questions from standard input, so there is no other PROMPT")
+    answer.check_sampling(sampling)
     devices = planned.parse_device(device or ())
     options = {"image": pictures.parse_options(image_option or (), "--image-option"),
                "video": pictures.parse_options(video_option or (), "--video-option")}
-    shown = [*(pictures.open_picture(file, options["image"]) for file in image or ()),
+    shown = [*(pictures.open_picture(file, options["image"]) for file in pictures.separate(image or ())),
              *(pictures.open_picture(file, options["video"], "video") for file in video or ())]
+    question = None if lines else asked.question(typed, file or (), options["image"])
+    if question is not None and not any(isinstance(part, str) and part.strip() for part in question.parts):
+        question, shown = None, [*shown, *question.found]                # pictures alone wait for a question
+    one = question is not None
+    if not one and (json or jsonl or draw):
+        raise RequestError(f"{'--json' if json else '--jsonl' if jsonl else '--draw'} needs a PROMPT")
+    if not one and not lines and not (sys.stdin is not None and sys.stdin.isatty()):
+        asked.refuse_silence(model)
     if draw is not None:
-        pictures.check_drawing(draw, shown)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj, device=devices,
-                         encoder_device=encoder_device, expert_device=expert_device)
-    if shown:
+        pictures.check_drawing(draw, [*shown, *question.found])
+    recommended = answer.recommended(model)
+    settings = answer.Settings(sampling, answer.limit(max_tokens if max_tokens is not None else recommended.get("num_predict")),
+                               tuple(stop or ()))
+    loaded = screen.load(model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
+                         images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device,
+                         expert_device=expert_device)
+    if shown or draw is not None:
         pictures.need_encoder(loaded)
+    if ctx is not None and ctx > loaded.config.n_ctx_train:
+        note(f"note: --ctx {ctx:,} is more than the {loaded.config.n_ctx_train:,} tokens that the model was trained for; beyond them "
+             "answers get worse")
     base = not raw and answer.is_base(loaded.file.metadata, loaded.file.path)
     if base and system is not None:
         raise RequestError("--system: the file has no chat template, and its model seems to only continue text")
     if verbose:
-        screen.note("the prompt is continued as it is, for --raw" if raw else
-                    "the prompt is continued as it is: no chat template, and no name of one that answers" if base else
-                    "the prompt goes through the chat template")
+        note("the prompt is continued as it is, for --raw" if raw else
+             "base model: no chat template, so the prompt is completed as plain text" if base else
+             "the prompt goes through the chat template")
     code = 0
-    if text is None:
+    if question is None:
         talk = chat.Chat(loaded, settings, system, raw or base, verbose, options)
         chat.run(talk, shown)
     else:
+        parts = question.settle(loaded.media is not None, loaded.file.path.name)
         turns = [{"role": "system", "content": system}] if system else []
-        question = answer.Question([*turns, answer.user_message([*shown, text])], raw or base)
-        found, stopped = (answer.print_json if json else answer.print_answer)(loaded, question, settings, verbose)
+        whole = answer.Question([*turns, answer.user_message([*shown, *parts])], raw or base)
+        print_it = answer.print_json if json else answer.print_jsonl if jsonl else answer.print_answer
+        found, stopped = print_it(loaded, whole, settings, verbose)
         if stopped:
             code = INTERRUPTED
-        elif draw is not None and not pictures.draw(found, shown, draw):
+        elif draw is not None and not pictures.draw(found, [*shown, *question.found], draw):
             code = NOTHING_DRAWN
     if verbose:
         answer.note_memory(loaded)
     return code
 
 
-@commands.command()
+@commands.command(cls=Form)
 def plan(
     model: ModelName,
     ctx: Context = None,
-    seq: Annotated[int, Option("--seq", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
+    seq: Annotated[int, Option("--seq", "--parallel", "-s", min=1, help="Conversations at once, each with the whole context.")] = 1,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
-    picture: Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", help="Largest picture; default: what the processor "
-                                          "allows.")] = None,
-    pictures: Annotated[int | None, Option("--pictures", min=0, help="Pictures that are kept encoded; 0: no encoder.")] = None,
+    picture: Picture = None,
+    pictures: Pictures = None,
     threads: Threads = None,
     mmproj: Mmproj = None,
     device: Devices = None,
@@ -167,65 +294,61 @@ def plan(
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
-) -> None:
-    """Say what a model will take, per device and purpose, without loading it."""
-    from pyengine.cli import planned as shown, screen
+) -> int:
+    """Say how much memory a model needs, by device and purpose, without loading it; exit code 0 if it fits, 1 if not."""
+    from pyengine.cli import answer, planned as shown, screen
     from pyengine.memory import fit
 
     images = shown.parse_size(picture, pictures)
-    found = fit.plan(model, n_ctx=ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
+    n_ctx = ctx or answer.recommended(model).get("num_ctx")
+    found = fit.plan(model, n_ctx=n_ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
                           nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
                           expert_device=expert_device)
     if png is not None:
         shown.draw(found, png)
     if json:
         screen.show_json(found.to_json())
-        return
+        return 0 if found.fits else shown.DOES_NOT_FIT
     if explain:
         screen.show(found.explain() + "\n")
-    screen.show(found.table())
-    screen.show(found.verdict())
+    return shown.show_plan(found)
 
 
-@commands.command()
+@commands.command(cls=Form)
 def bench(
     model: ModelName,
-    prompt: Annotated[int, Option("--prompt", "-p", min=0, help="Tokens of the test ppN; 0 leaves it out.")] = 512,
-    generate: Annotated[int, Option("--generate", "-n", min=0, help="Tokens of the test tgN; 0 leaves it out.")] = 128,
+    prompt: Annotated[str, Option("--prompt", "--n-prompt", "-p", metavar="N,..", help="Tokens of the tests ppN; 0: none of them.")] = "512",
+    generate: Annotated[str, Option("--generate", "--n-gen", "-n", metavar="N,..", help="Tokens of the tests tgN; 0: none.")] = "128",
+    depth: Annotated[str, Option("--depth", "--n-depth", "-d", metavar="N,..", help="Tokens in the context before each test.")] = "0",
     repetitions: Annotated[int, Option("--repetitions", "-r", min=1, help="Runs of each, after one to warm up.")] = 5,
-    threads: Threads = None,
+    threads: Annotated[str | None, Option("--threads", "-t", metavar="N,..", help="Numbers of threads (default: one for each fast "
+                                          "physical core).")] = None,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
+    mmproj: Mmproj = None,
+    device: Devices = None,
+    expert_device: ExpertDevice = None,
     profile: Annotated[bool, Option("--profile", help="Time each op in one more run of each test.")] = False,
     json: Json = False,
 ) -> None:
-    """Measure tokens per second by llama-bench's definitions."""
-    from pyengine.cli import screen
-    from pyengine.measure import speed
+    """Measure tokens per second by llama-bench's definitions; prints a Markdown table."""
+    from pyengine.cli import measured, planned, screen
 
-    if not prompt and not generate:
+    prompts, generated = measured.parse_numbers("-p", prompt), measured.parse_numbers("-n", generate)
+    depths = measured.parse_numbers("-d", depth)
+    tests = [(p, n, d) for d in depths for p, n in (*((p, 0) for p in prompts if p), *((0, n) for n in generated if n))]
+    if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
-    loaded = screen.load(model, n_ctx=max(prompt, generate), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch)
-    prepared = loaded.program.prepared
-    results = speed.measure(loaded, prompt, generate, repetitions, profile)
-    about = {"model": loaded.plan.model, "n_threads": prepared.n_threads, "isa": prepared.isa,
-             "n_batch": loaded.n_batch, "kv_dtype": kv_dtype}
+    settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()), "expert_device": expert_device}
+    found = list(measured.results(model, tests, measured.parse_threads(threads, _check_threads), repetitions, profile, settings))
     if json:
-        screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, **about} for result in results])
-        return
-    screen.show(f"{loaded.plan.model}: {prepared.n_threads} threads, {prepared.isa}, "
-                f"steps of {loaded.n_batch}, kv {kv_dtype}")
-    rows = [(f"  {r.test}", f"{r.mean:.2f}", f"+- {r.deviation:.2f} tokens/s") for r in results]
-    screen.show_columns(rows, right=(1,))
-    for r in results if profile else ():
-        spent, wall = sum(t.seconds for t in r.profile), r.profile_seconds
-        screen.show(f"\n{r.test}: {spent * 1e3:.1f} ms in ops, {spent / wall:.1%} of {wall * 1e3:.1f} ms")
-        times = [(f"  {t.op}", t.weights, f"{t.seconds * 1e3:.2f} ms", f"{t.seconds / wall:.1%}", f"{t.calls} calls")
-                 for t in r.profile]
-        screen.show_columns(times, right=(2, 3, 4))
+        screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}
+                          for about, results in found for result in results])
+    else:
+        measured.show_results(found)
 
 
-@commands.command()
+@commands.command(cls=Form)
 def perplexity(
     model: ModelName,
     file: Annotated[str, Option("--file", "-f", show_default=False, help="The text; - reads it from standard input.")],
@@ -265,37 +388,49 @@ def perplexity(
                     f"{len(found.chunk_values)} chunks of {ctx}, {seconds:.1f} s)")
 
 
-@commands.command()
+@commands.command(cls=Form)
 def show(
     model: ModelName,
     mmproj: Mmproj = None,
     template: Annotated[bool, Option("--template", help="Print the chat template only.")] = False,
+    system: Annotated[bool, Option("--system", help="Print the system text only (of an Ollama model).")] = False,
+    parameters: Annotated[bool, Option("--parameters", help="Print the recommended sampling and an Ollama model's parameters only.")] = False,
+    license: Annotated[bool, Option("--license", help="Print the license only.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what a model's file holds: sizes, formats, tokenizer, metadata."""
+    """Say what a model's file holds and what it can do: sizes, formats, tokenizer, sampling, metadata."""
     from pyengine.cli import files, screen
 
-    if template:
-        if not files.show_template(model):
-            raise RequestError(f"{model}: the file has no chat template")
+    asked = {"template": template, "system": system, "parameters": parameters, "license": license}
+    if any(asked.values()):
+        part, *more = [name for name, wanted in asked.items() if wanted]
+        text = files.part_of(model, part)
+        if more:
+            raise RequestError(f"--{part} and --{more[0]}: each is printed alone")
+        if text is None:
+            raise RequestError(f"{model}: the file has no chat template" if part == "template" else f"{model}: there is no {part} with it")
+        screen.show(text)
     elif json:
         screen.show_json(files.describe(model, mmproj))
     else:
         files.show_model(model, mmproj)
 
 
-@commands.command("list")
-def list_models(json: Json = False) -> None:
+@commands.command("list", cls=Form)
+def list_models(
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Show where each is kept, too.")] = False,
+    json: Json = False,
+) -> None:
     """Show the models that can be named on this machine."""
     from pyengine.cli import files, screen
 
     if json:
         screen.show_json(files.models())
-    elif not files.show_models():
+    elif not files.show_models(verbose):
         screen.note("no models found: set PYENGINE_MODELS to a folder of GGUF files, or give a file's path")
 
 
-@commands.command()
+@commands.command(cls=Form)
 def hardware(json: Json = False) -> None:
     """Say what this machine has: memory, cores, caches, GPUs, and what of it a model can use."""
     from pyengine.cli import machine, screen
@@ -307,7 +442,7 @@ def hardware(json: Json = False) -> None:
         machine.show_hardware(found)
 
 
-@commands.command()
+@commands.command(cls=Form)
 def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz text: pipe it into `dot -Tsvg`.")] = False,
           no_passes: Annotated[bool, Option("--no-passes", help="The graph as the model wrote it, before fusion.")] = False) -> None:
     """Print the graph of a model's step, as text or for Graphviz."""
@@ -316,18 +451,103 @@ def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz 
     print(listing(model, dot, not no_passes))
 
 
-COMMANDS = ("plan", "bench", "perplexity", "show", "list", "hardware", "graph")
+@commands.command(cls=Form)
+def serve(
+    model: Annotated[list[str], Argument(metavar="MODEL...", show_default=False, autocompletion=_names, help="Files, or names from `list`.")],
+    host: Annotated[str, Option("--host", help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, Option("--port", min=0, max=65535)] = 8080,
+    seq: Annotated[int, Option("--seq", "-s", min=1, help="Requests worked on at once, each with the whole context.")] = 4,
+    api_key: Annotated[list[str] | None, Option("--api-key", metavar="KEY", help=(
+        "A key that requests must bring (default: $PYENGINE_API_KEY); repeatable."))] = None,
+    allow_host: Annotated[list[str] | None, Option("--allow-host", metavar="NAME", help="A name that this server goes by; repeatable.")] = None,
+    allow_origin: Annotated[list[str] | None, Option("--allow-origin", metavar="URL", help="A web page that may ask; repeatable.")] = None,
+    tls_cert: Annotated[Path | None, Option("--tls-cert", metavar="FILE", help="Certificate (PEM), to serve by TLS.")] = None,
+    tls_key: Annotated[Path | None, Option("--tls-key", metavar="FILE", help="Its key.")] = None,
+    ctx: Context = None,
+    kv_dtype: KvDtype = "f16",
+    threads: Threads = None,
+    batch: BatchSize = N_BATCH,
+    mmproj: Mmproj = None,
+    picture: Picture = None,
+    pictures: Pictures = None,
+) -> None:
+    """Answer over HTTP, by OpenAI's, Ollama's and Anthropic's interfaces."""
+    from pyengine.cli import planned, serving
+
+    if (tls_cert is None) != (tls_key is None):
+        raise RequestError("--tls-cert and --tls-key go together")
+    if mmproj is not None and len(model) > 1:
+        raise RequestError("--mmproj goes with one model")
+    keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
+    options = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads, "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
+               "images": planned.parse_size(picture, pictures)}
+    serving.serve(model, host, port, options, keys, allow_host or (), allow_origin or (), (str(tls_cert), str(tls_key)) if tls_cert else None)
+
+
+MODES = ("run", "chat")              # what others say for what is meant anyway
+COMMANDS = ("plan", "bench", "perplexity", "serve", "show", "list", "hardware", "graph")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+def _form_of(arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return the form that the arguments ask for, and its arguments. Raises: RequestError for a command that others have."""
+    first, *rest = arguments or ("--help",)
+    if first in COMMANDS:
+        return commands, [first, *rest]
+    if first == "ls":
+        return commands, ["list", *rest]
+    if first == "help":
+        return (commands, [rest[0], "--help"]) if rest and rest[0] in COMMANDS else (main_form, ["--help"])
+    if first == "version":
+        return main_form, ["--version"]
+    if first in MODES:
+        return main_form, rest or ["--help"]
+    if first in words.COMMANDS and not os.path.isfile(first):
+        raise RequestError(f"there is no command {first}: {words.COMMANDS[first]}")
+    return main_form, [first, *rest]
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Let what the library warns of be a line on standard error, each once."""
+    said: set[str] = set()
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, ModelWarning):
+            others(message, category, *rest, **more)
+        elif (text := str(message)) not in said:
+            said.add(text)
+            note(f"note: {words.told(' '.join(text.split()))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ModelWarning)
+        others, warnings.showwarning = warnings.showwarning, show
+        yield
+
+
+def _close_output() -> None:
+    """Let what is still to be written go nowhere, so that the interpreter's end says nothing about a closed pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+
+
 def execute(arguments: Sequence[str]) -> int:
     """Do what the arguments say and return the exit code; errors made on purpose become one line on standard error."""
-    app = commands if arguments and arguments[0] in COMMANDS else main_form
     try:
-        code = app(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        app, left = _form_of(arguments)
+        with _notes():
+            code = app(left, prog_name=PROGRAM, standalone_mode=False)
     except PyEngineError as error:
-        complain(error)
+        plan_ = getattr(error, "plan", None)                  # what would fit, in options of the command
+        if plan_ is not None:
+            note(f"{PROGRAM}: {plan_.refusal(options=True)}")
+        else:
+            complain(f"{error}{_meant(arguments[0]) if isinstance(error, ModelNotFoundError) else ''}")
         if os.environ.get("PYENGINE_DEBUG") == "1":
             traceback.print_exc()
         return USAGE_ERROR
@@ -336,7 +556,29 @@ def execute(arguments: Sequence[str]) -> int:
         return USAGE_ERROR
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except _ReaderLeft:
+        _close_output()
+        return NO_READER
     return code if isinstance(code, int) else 0
+
+
+def _meant(first: str) -> str:
+    """Name the command that a first argument resembles, for an error about a model of that name."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(first, COMMANDS, n=1, cutoff=0.7)
+    return f"; the command is called `{near[0]}`" if near else ""
+
+
+def _complete() -> None:
+    """Write what a shell that asks in its environment may complete a line with: with `run` and `chat` as without them."""
+    env = os.environ
+    line = "_TYPER_COMPLETE_ARGS" if "_TYPER_COMPLETE_ARGS" in env else "COMP_WORDS"
+    typed = env.get(line, "").split()
+    if len(typed) > 1 and typed[1] in MODES and env.get("COMP_CWORD") != "1":
+        env[line] = re.sub(rf"(\s){typed[1]}\s+", r"\1", env[line], count=1)
+        env["COMP_CWORD"] = str(int(env.get("COMP_CWORD", "1")) - 1)
+    (commands if len(typed) > 1 and typed[1] in COMMANDS else main_form)([], prog_name=PROGRAM)
 
 
 def main() -> None:
@@ -344,4 +586,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")      # a terminal that has no such character shows a question mark
+    if os.environ.get(f"_{PROGRAM.replace('-', '_').upper()}_COMPLETE"):
+        _complete()
     sys.exit(execute(sys.argv[1:]))

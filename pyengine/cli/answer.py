@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pyengine.cli.paper import Paper
 from pyengine.cli.pictures import boxes, media_json, Picture, report_line, warn_of_loss
-from pyengine.cli.screen import busy, note, show, show_json, size
+from pyengine.cli.screen import busy, note, show_json, size
+from pyengine.errors import ModelNotFoundError, ModelWarning, shown
 
-MAX_TOKENS = 512                     # of an answer, as in Model.generate; a small model may else repeat itself for ever
+MAX_TOKENS = -1                      # of an answer: until the model ends it, or the context is full
+RATED = 16                           # tokens from which on a number of tokens per second says something
+READING_AFTER_SECONDS = 0.5
 
 # Names that makers give to models that were trained to answer; files without a chat template are told apart by them.
 _TUNED = re.compile(r"(?:^|[^a-z])(?:it|instruct(?:ed|ion)?|chat|assistant|sft|dpo|rlhf)(?:$|[^a-z])", re.IGNORECASE)
@@ -24,15 +33,15 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class Settings:
-    """What a user may set about an answer. `sampling`: the fields of SamplingParams that do not have their defaults."""
+    """What a user has set about an answer; the rest is as the model's files recommend. `sampling`: fields of SamplingParams."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int | None = MAX_TOKENS
+    max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of Model.chat and Model.stream."""
-        return {"max_tokens": self.max_tokens, "stop": list(self.stop), **self.sampling}
+        """Return the keyword arguments of Model.chat and Model.stream; those that nobody has set are left out."""
+        return {"max_tokens": self.max_tokens, **({"stop": list(self.stop)} if self.stop else {}), **self.sampling}
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,66 @@ class Shown:
     def lines(self) -> list[str]:
         """Format the numbers for --verbose, first those of each picture."""
         lines = [report_line(name, info) for name, info in zip(self.names, self.answer.media)]
-        lines.append(f"prompt {self.n_prompt} tokens ({self.n_cached} cached), {self.prompt_per_second:.1f} tokens/s; "
-                     f"answer {self.n_generated} tokens, {self.generated_per_second:.1f} tokens/s; "
+        lines.append(f"prompt {_tokens(self.n_prompt)} ({self.n_cached} cached)"
+                     f"{_rated(self.n_prompt - self.n_cached, self.prompt_per_second)}; "
+                     f"answer {_tokens(self.n_generated)}{_rated(self.n_generated, self.generated_per_second)}; "
                      f"first text after {self.first_seconds:.3f} s, all after {self.seconds:.3f} s")
         return lines
+
+    def cut(self, settings: Settings, n_ctx: int) -> str:
+        """Say why an answer was cut before the model ended it; "" where it was not."""
+        n = len(self.answer.tokens)
+        if self.stopped or self.answer.finish != "length":
+            return ""
+        if n == settings.max_tokens:
+            return f"(cut after {_tokens(n)}; --max-tokens N, or -n N, allows more)"
+        return f"(cut after {_tokens(n)}: the context of {n_ctx:,} tokens is full; --ctx N makes a larger one)"
+
+
+def _tokens(n: int) -> str:
+    return f"{n} token{'s' * (n != 1)}"
+
+
+def _rated(n: int, per_second: float) -> str:
+    """Format a speed, where there are enough tokens to speak of one."""
+    return f", {per_second:.1f} tokens/s" if n >= RATED else ""
+
+
+class Reading:
+    """A line on standard error, where that is a terminal, while a prompt takes long to be read: "reading prompt 3,072/7,478".
+
+    An instance is `progress` of a Stream. The line goes when it is left.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._line, self._shown, self._on = threading.Lock(), "", 0, sys.stderr.isatty()
+        self._timer = threading.Timer(READING_AFTER_SECONDS, self._show)
+        self._timer.daemon = True
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the tokens that are read, of how many."""
+        first, self._line = not self._line, f"reading prompt {done:,}/{total:,}"
+        if self._on and first:
+            self._timer.start()
+        elif self._shown:
+            self._show()
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._on:
+                sys.stderr.write(f"\r{self._line}")
+                sys.stderr.flush()
+                self._shown = len(self._line)
+
+    def leave(self) -> None:
+        """Take the line away."""
+        self._timer.cancel()
+        with self._lock:
+            self._on = False
+            if self._shown:
+                sys.stderr.write(f"\r{' ' * self._shown}\r")
+                sys.stderr.flush()
+            self._shown = 0
 
 
 class Interrupt:
@@ -141,12 +206,6 @@ class Question:
             return model.stream(**self._raw(), **settings.arguments())
         return model.chat(self.messages, stream=True, **settings.arguments())
 
-    def generate(self, model: Any, settings: Settings) -> Any:
-        """Return the whole answer, a pyengine.Answer."""
-        if self.raw:
-            return model.generate(**self._raw(), **settings.arguments())
-        return model.chat(self.messages, **settings.arguments())
-
 
 def stream(model: Any, question: Question, settings: Settings, write: Callable[[str], None]) -> Shown:
     """Write the pieces of an answer as they come, until its end or Ctrl-C. Raises what generation raises."""
@@ -155,14 +214,14 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
 
     before, text, origin, stopped = dict(model.stats), [], Report(), False
     names, new = question.names(), Question(question.messages[-1:]).names()
-    meanwhile = busy(f"looking at {', '.join(new)}" if new else "")
+    meanwhile, reading = busy(f"looking at {', '.join(new)}" if new else ""), Reading()
     asked = started = time.perf_counter()
     first, n_first = None, 0
     try:
         with Interrupt() as interrupt:
             with meanwhile:
                 pieces = question.stream(model, settings)     # tokenizes; the prompt is processed at the first next()
-            origin = pieces.report
+            origin, pieces.progress = pieces.report, reading
             started = time.perf_counter()
             for name, info in zip(names, origin.media):
                 warn_of_loss(name, info)
@@ -170,6 +229,7 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
                 if first is None:
                     first, n_first = time.perf_counter(), model.stats["generated_tokens"]
                     interrupt.flowing = True
+                    reading.leave()
                 text.append(piece)
                 write(piece)
                 if interrupt.pressed:
@@ -178,6 +238,8 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
     except KeyboardInterrupt:                             # raised within a step: what the cache holds is not certain
         model.reset()
         stopped = True
+    finally:
+        reading.leave()
     ended = time.perf_counter()
     first = ended if first is None else first
     n_prompt, n_cached, n_generated = (model.stats[name] - before[name]
@@ -193,43 +255,84 @@ def print_answer(model: Any, question: Question, settings: Settings, verbose: bo
 
     Raises what generation raises.
     """
-    last: str | None = None
-
-    def write(piece: str) -> None:
-        nonlocal last
-        last = piece
-        show(piece, end="")
-
+    paper = Paper(wrap=True)
     try:
-        report = stream(model, question, settings, write)
-        last = last or ""
+        report = stream(model, question, settings, paper.write)
+        paper.write("")
     finally:
-        if last is not None and not last.endswith("\n"):
-            show()
+        paper.end()
+    if cut := report.cut(settings, model.n_ctx):
+        note(cut)
     for line in report.lines() if verbose else ():
         note(line)
     return report.answer, report.stopped
 
 
 def print_json(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:
-    """Write an answer to standard output as JSON, with its tokens, pictures and boxes, and how fast it came.
+    """Write an answer to standard output as one object of JSON, with its tokens, pictures and boxes, and how fast it came.
 
     Returns as `print_answer`, and raises what generation raises; `verbose` adds nothing.
     """
-    found = question.generate(model, settings)
-    for name, info in zip(question.names(), found.media):
-        warn_of_loss(name, info)
+    report = stream(model, question, settings, lambda piece: None)
+    show_json(summary(model, question, report))
+    return report.answer, report.stopped
+
+
+def print_jsonl(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:
+    """Write {"piece": text} to standard output for each piece as it comes, and last the object of `print_json`: one a line."""
+    report = stream(model, question, settings, lambda piece: _line({"piece": piece}))
+    _line(summary(model, question, report))
+    return report.answer, report.stopped
+
+
+def _line(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def summary(model: Any, question: Question, report: Shown) -> dict[str, Any]:
+    """Return an answer and how it came about as plain data."""
+    found = report.answer
     n_later = max(0, len(found.tokens) - 1)               # the first token comes from the prompt's last step
-    show_json({
-        "model": model.plan.model, "text": str(found), "tokens": found.tokens, "finish": found.finish,
+    return {
+        "model": model.plan.model, "text": str(found), "tokens": found.tokens,
+        "finish": "interrupted" if report.stopped else found.finish,
         "chat_template": not question.raw, "n_prompt": found.n_prompt, "n_cached": found.n_cached,
         "prompt_seconds": found.prompt_seconds, "generation_seconds": found.seconds,
         "prompt_tokens_per_second": rate(found.n_prompt - found.n_cached, found.prompt_seconds),
         "generation_tokens_per_second": rate(n_later, found.seconds),
         "media": media_json(question.names(), found.media), "boxes": [asdict(box) for box in boxes(found)],
         "memory": memory(model),
-    })
-    return found, False
+    }
+
+
+def recommended(model: str) -> dict[str, int]:
+    """Return the whole numbers that a model's Modelfile in Ollama's store gives, by name: num_ctx, num_predict.
+
+    A name that is only the beginning of the model's is told. What cannot be found is left to `load`. Raises: InvalidModelError.
+    """
+    from pyengine.files.stores import look_up, read_modelfile
+
+    if os.path.isfile(model):
+        return {}
+    try:
+        found = look_up(model)
+    except ModelNotFoundError:
+        return {}
+    if model.casefold() not in map(str.casefold, (found.name, *found.aliases)):
+        note(f"({found.name})")
+    numbers: dict[str, int] = {}
+    for name, least in (("num_ctx", 1), ("num_predict", -2)):
+        value = read_modelfile(found).parameters.get(name)
+        if type(value) is int and value >= least:
+            numbers[name] = value
+        elif value is not None:
+            warnings.warn(f"Ollama's parameter {name} is ignored: {shown(value)} is no whole number from {least} on", ModelWarning)
+    return numbers
+
+
+def limit(max_tokens: int | None) -> int | None:
+    """Return the most tokens of an answer, None for no limit, from a number that may be below 0."""
+    return None if max_tokens is None or max_tokens < 0 else max_tokens
 
 
 def check_sampling(sampling: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
-"""What a model's file says, without loading it; and which models there are."""
+"""What a model's file says, and what goes with it, without loading it; and which models there are."""
 
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from pyengine.cli.screen import show, show_columns, size
+from pyengine.errors import PyEngineError
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS, translate
 from pyengine.files.gguf import GGUFFile, Metadata
-from pyengine.files.stores import find_model, list_models
+from pyengine.files.stores import FoundModel, list_models, look_up, Modelfile, read_modelfile
 
 SHOWN_ELEMENTS = 8                   # of a long array
 SHOWN_CHARACTERS = 200               # of a long text
 TEMPLATE = "tokenizer.chat_template"
+_TOOLS, _THINKING = re.compile(r"\btools\b"), re.compile(r"\benable_thinking\b|<think>|\breasoning_content\b")
 
 
 def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
@@ -25,14 +29,14 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
     mmproj: the file of its image encoder, if it is in one of its own and not found by itself.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError.
     """
-    found = find_model(name)
-    path, projector = found if isinstance(found, list) else (found, None)
-    projector = projector if mmproj is None else Path(mmproj)
+    found = look_up(name)
+    projector = found.mmproj if mmproj is None else Path(mmproj)
     encoder, encoder_metadata = None, {}
     if projector is not None:
         with GGUFFile(projector) as file:
             encoder, encoder_metadata = _encoder(file), {key: _plain(file.metadata, key) for key in file.metadata}
-    with GGUFFile(path) as file:
+    modelfile = read_modelfile(found)
+    with GGUFFile(found.path) as file:
         meta, tensors = file.metadata, file.tensors.values()
         arch = meta.get("general.architecture")
         counts, elements, nbytes = Counter(), Counter(), Counter()
@@ -48,6 +52,7 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
             "encoder": encoder or _encoder(file),
             "version": file.version,
             "architecture": _plain(meta, "general.architecture"),
+            **_abilities(name, mmproj, meta),
             "file_bytes": sum(p.stat().st_size for p in file.paths),
             "n_parameters": elements.total(),
             "tensors": {d: {"count": counts[d], "parameters": elements[d], "bytes": n}
@@ -57,9 +62,39 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
             "pre_tokenizer": _plain(meta, "tokenizer.ggml.pre"),
             "n_tokens": meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0,
             "chat_template": TEMPLATE in meta,
+            "sampling": _recommended(meta, modelfile),
+            "modelfile": {**modelfile._asdict(), "adapters": list(map(str, modelfile.adapters)), "parameters": dict(modelfile.parameters),
+                          "messages": list(map(dict, modelfile.messages))},
             "metadata": {key: _plain(meta, key) for key in meta},
             "projector_metadata": encoder_metadata,
         }
+
+
+def _abilities(name: str, mmproj: str | None, meta: Metadata) -> dict[str, Any]:
+    """Say whether the model runs here, in what memory, and what it takes and gives: by binding and planning it, and by its template."""
+    from pyengine.files.model_files import open_files
+    from pyengine.memory import fit
+    from pyengine.memory.settings import Settings
+    from pyengine.programs.bound import bind
+
+    template = meta.get(TEMPLATE)
+    told = [word for word, pattern in (("tools", _TOOLS), ("thinking", _THINKING)) if isinstance(template, str) and pattern.search(template)]
+    try:
+        bound = bind(open_files(name, mmproj))
+        plan = fit.fit(bound, Settings()).plan
+    except PyEngineError as error:
+        return {"can": [], "runs": False, "why_not": str(error), "template_takes": told}
+    kinds = {"image": "pictures", "video": "videos"}
+    seen = [kinds.get(kind, kind) for e in bound.encoders.values() for kind in e.markers]
+    about = {"n_ctx": plan.n_ctx, "bytes": plan.total, "available": plan.available["cpu"]}
+    return {"can": ["text", *seen], "runs": plan.fits, "why_not": None if plan.fits else plan.verdict(), "template_takes": told, "plan": about}
+
+
+def _recommended(meta: Metadata, modelfile: Modelfile) -> dict[str, Any]:
+    """Return the sampling that the model's authors recommend, by names of fields of `SamplingParams`."""
+    from pyengine.engine.language import Language
+
+    return Language(meta, modelfile).sampling_defaults
 
 
 def _encoder(file: GGUFFile) -> dict[str, Any] | None:
@@ -84,14 +119,21 @@ def show_model(name: str, mmproj: str | None = None) -> None:
     rows = [("name", known(d["name"])), *(("file", f) for f in d["files"]), ("architecture", known(d["architecture"])),
             ("size", size(d["file_bytes"])), ("parameters", f"{d['n_parameters']:,}")]
     if d["architecture"] != ENCODER:
-        rows += [("context", known(d["n_ctx"])), ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"),
-                 ("chat template", "yes" if d["chat_template"] else "no")]
+        context = f"{d['n_ctx']:,}" if isinstance(d["n_ctx"], int) else known(d["n_ctx"])
+        template = f"yes{', with ' + ' and '.join(d['template_takes']) if d['template_takes'] else ''}" if d["chat_template"] else "no"
+        runs = (f"yes, in {size(d['plan']['bytes'])} of {size(d['plan']['available'])} available with a context of {d['plan']['n_ctx']:,}"
+                if d["runs"] else f"no: {d['why_not']}")
+        rows += [("context", context), ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"), ("chat template", template),
+                 *([("can", ", ".join(d["can"]))] if d["can"] else []), ("runs here", runs)]
+        if d["sampling"]:
+            rows.append(("sampling", ", ".join(f"{key} {_line(value)}" for key, value in d["sampling"].items())))
     if e := d["encoder"]:
         shape = f"{known(e['block_count'])} blocks of width {known(e['embedding_length'])}"
         where = f"{size(e['bytes'])} in {Path(e['path']).name}"
         patch = f"patches of {known(e['patch_size'])}"
         rows.append(("image encoder", f"{known(e['projector_type'])}: {shape}, {patch}, {where}"))
     show_columns(rows)
+    _show_modelfile(d["modelfile"])
     show("\nTensors")
     show_columns([(f"  {dtype}", f"{n['count']} tensors", f"{n['parameters']:,} parameters", size(n["bytes"]))
                   for dtype, n in d["tensors"].items()], right=(1, 2, 3))
@@ -102,28 +144,72 @@ def show_model(name: str, mmproj: str | None = None) -> None:
         show_columns([(f"  {key}", _line(value)) for key, value in d["projector_metadata"].items()])
 
 
-def show_template(name: str) -> bool:
-    """Print a file's chat template as it is; returns False if it has none. Raises as `describe`."""
-    found = find_model(name)
-    with GGUFFile(found[0] if isinstance(found, list) else found) as file:
-        source = file.metadata.get(TEMPLATE, None, str)
-    if source is not None:
-        show(source)
-    return source is not None
+def _show_modelfile(said: dict[str, Any]) -> None:
+    """Print what Ollama's store says beside a model, if it says anything."""
+    rows = [("  system", _line(said["system"])), *(("  parameter", f"{key} {_line(value)}") for key, value in said["parameters"].items()),
+            *(("  adapter", f"{path} (LoRA, not supported)") for path in said["adapters"]),
+            ("  template", f"{len(said['template']):,} characters of Go's syntax, not read: the file's own is used" if said["template"] else ""),
+            *(("  message", f"{m['role']}: {_line(m['content'])}") for m in said["messages"]),
+            ("  license", _line(said["license"].strip().partition("\n")[0]))]
+    if shown := [row for row in rows if row[1]]:
+        show("\nModelfile (Ollama)")
+        show_columns(shown)
+
+
+def part_of(name: str, part: str) -> str | None:
+    """Return one text of what a model's files say, None if it is not there.
+
+    part: "template" (its chat template), "system", "license", or "parameters", one to a line. Raises as `describe`.
+    """
+    found = look_up(name)
+    modelfile = read_modelfile(found)
+    with GGUFFile(found.path) as file:
+        meta = file.metadata
+        if part == "template":
+            return meta.get(TEMPLATE, None, str)
+        if part == "system":
+            return modelfile.system or None
+        if part == "license":
+            keys = [_plain(meta, f"general.license{end}") for end in ("", ".name", ".link")]
+            return modelfile.license or "\n".join(key for key in keys if isinstance(key, str)) or None
+        values = {**_recommended(meta, modelfile), **{k: v for k, v in modelfile.parameters.items()}}
+        return "\n".join(f"{key} {_line(value)}" for key, value in values.items()) or None
 
 
 def models() -> list[dict[str, Any]]:
-    """Return the models that can be named on this machine, as plain data."""
+    """Return the models that can be named on this machine, as plain data.
+
+    architecture  None where the file cannot be read; runs: whether it is one of those that run here
+    """
     return [{"name": m.name, "bytes": m.nbytes, "source": m.source, "path": str(m.path),
-             "projector": None if m.mmproj is None else str(m.mmproj)} for m in list_models()]
+             "projector": None if m.mmproj is None else str(m.mmproj), **_glance(m)} for m in list_models()]
 
 
-def show_models() -> bool:
-    """Print the models that can be named on this machine; returns False if there are none."""
+def _glance(found: FoundModel) -> dict[str, Any]:
+    """Return what the header of a model's file says at once."""
+    from pyengine.programs.bound import runs
+
+    try:
+        with GGUFFile(found.path) as file:
+            arch = _plain(file.metadata, "general.architecture")
+            sees = found.mmproj is not None or any(name.split(".")[0] in ENCODER_TENSORS for name in file.tensors)
+    except PyEngineError:
+        arch, sees = None, False
+    adapters = "adapter" in found.layers
+    return {"architecture": arch, "sees": sees, "runs": runs(arch) and not adapters, "modified": int(found.path.stat().st_mtime)}
+
+
+def show_models(verbose: bool = False) -> bool:
+    """Print the models that can be named on this machine, with their files if `verbose`; returns False if there are none."""
     found = models()
     if found:
-        show_columns([("NAME", "SIZE", "SOURCE", "PATH"),
-                      *((m["name"], size(m["bytes"]), m["source"], m["path"]) for m in found)], right=(1,))
+        more = ("SOURCE", "PATH") if verbose else ()
+        rows = [("NAME", "SIZE", "ARCHITECTURE", "SEES", "FROM", *more)]
+        for m in found:
+            arch = "unreadable" if m["architecture"] is None else f"{m['architecture']}{'' if m['runs'] else ' (does not run)'}"
+            rows.append((m["name"], size(m["bytes"]), arch, "pictures" if m["sees"] else "-",
+                         time.strftime("%Y-%m-%d", time.localtime(m["modified"])), *((m["source"], m["path"]) if verbose else ())))
+        show_columns(rows, right=(1,))
     return bool(found)
 
 
@@ -145,8 +231,11 @@ def _number(value: Any, single: bool) -> Any:
 
 
 def _line(value: Any) -> str:
-    """Return a value on one line, cut where it is long."""
+    """Return a value on one line, as a file's author would write it, cut where it is long."""
     if isinstance(value, dict):
-        return f"{value['type']}: {', '.join(map(repr, value['first']))}, ..."
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(value):,} characters)"
+        return f"{value['type']}: {', '.join(map(_line, value['first']))}, ..."
+    if isinstance(value, list):
+        return ", ".join(map(_line, value)) or "none"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text):,} characters)"

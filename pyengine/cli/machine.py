@@ -14,11 +14,11 @@ def show_hardware(found: Hardware) -> None:
     memory, cpu = found.memory, found.cpu
     rows = [("cpu", f"{cpu.name}, {cpu.architecture}"),
             *(("cores", _cores(kind, len(cpu.kinds) > 1)) for kind in cpu.kinds),
-            ("threads", f"{cpu.n_threads} unless told otherwise"),
+            ("threads", f"{cpu.n_threads} by default (--threads)"),
             *([] if cpu.quota is None else [("quota", f"{cpu.quota:g} processors, by control group")]),
             ("instructions", ", ".join(cpu.isas)),
             *((f"L{c.level} cache", size(c.nbytes) + f" x {c.n_instances}" * (c.n_instances > 1)) for c in cpu.caches),
-            ("memory", f"{size(memory.total)}, {size(memory.available)} can be taken")]
+            ("memory", f"{size(memory.total)}, {size(memory.available)} available")]
     if memory.limit is not None:
         rows.append(("limit", f"{size(memory.limit)} by control group, {size(memory.limit_used or 0)} of it used"))
     if len(found.numa) > 1:

@@ -43,7 +43,7 @@ class Picture:
     kind: str = "image"
 
     def part(self) -> dict[str, Any]:
-        """This as a part of a message's content."""
+        """Return this as a part of a message's content."""
         path = None if self.path is None else str(self.path.absolute())
         return {"type": self.kind, self.kind: self.media, "name": self.name, "path": path}
 
@@ -68,6 +68,11 @@ def open_picture(source: str, options: Options, kind: str = "image") -> Picture:
     return Picture(path.name, read(path, **options), path, kind)
 
 
+def is_named(path: str) -> bool:
+    """Say whether a path ends as names of pictures do."""
+    return bool(_ENDING.search(path))
+
+
 def local_path(text: str) -> Path:
     """Return the path that a user means. Raises: ImageError for an address in a network, and a malformed one."""
     if text[:7].lower() == "file://":
@@ -77,6 +82,15 @@ def local_path(text: str) -> Path:
     if re.match(r"https?://", text, re.IGNORECASE):
         raise ImageError(f"{text[:200]}: nothing is fetched from the network; download it, then give its path")
     return Path(os.path.expanduser(text))
+
+
+def separate(files: Sequence[str]) -> list[str]:
+    """Return the files that an option names, also those that stand in one list with commas between them."""
+    found: list[str] = []
+    for file in files:
+        names = file.split(",")
+        found += names if len(names) > 1 and not _is_file(file) and all(map(_is_file, names)) else [file]
+    return found
 
 
 def parse_options(arguments: Sequence[str], option: str) -> dict[str, Any]:
@@ -132,8 +146,40 @@ def find_pictures(text: str, options: Options) -> tuple[list[str | Picture], lis
     return [p for p in parts if not isinstance(p, str) or p], remarks
 
 
+def read_words(words: Sequence[str], options: Options) -> tuple[list[str | Picture], list[str]]:
+    """Read the words of a command line as one message, joined by spaces; returns as `find_pictures`.
+
+    A word that is the path of a picture is one as it is, spaces and all: the shell has taken its quotes away.
+    """
+    parts: list[str | Picture] = []
+    remarks: list[str] = []
+    for word in words:
+        if parts:
+            parts.append(" ")
+        if _ENDING.search(word) and _is_file(word):
+            word = shlex.quote(word)
+        found, said = find_pictures(word, options)
+        parts += found
+        remarks += said
+    return parts, remarks
+
+
+def mentioned(text: str) -> list[str]:
+    """Return the paths of pictures that stand in a text and are there, none of them opened; three at most."""
+    found: dict[str, None] = {}
+    done = 0
+    for start in _START.finditer(text):
+        if start.start() >= done and len(found) < 3:
+            for end, path in _candidates(text, start.start()):
+                if _ENDING.search(path) and _is_file(path):
+                    found[path] = None
+                done = end
+                break
+    return list(found)
+
+
 def _candidates(text: str, at: int) -> Iterator[tuple[int, str]]:
-    """(end, path) of what may be a path at a place: files, then the name of a picture that is not there."""
+    """Yield (end, path) of what may be a path at a place: files, then the name of a picture that is not there."""
     found: list[tuple[int, str]] = []
     quoted, plain = (form.match(text, at, at + LONGEST) for form in (_QUOTED, _PLAIN))
     for match in (quoted, plain):
@@ -178,14 +224,14 @@ def named_pictures(text: str, options: Options, kind: str) -> list[Picture]:
 # ---------------------------------------------------------------------------------------------- what became of them
 
 def need_encoder(model: Any) -> None:
-    """Raises: RequestError if a model takes no pictures."""
+    """Check that a model takes pictures. Raises: RequestError."""
     if model.media is None:
         raise RequestError(f"{Path(model.file.path).name} has no image encoder, so it takes no pictures; "
                            "if its encoder is in a file of its own, give that with --mmproj")
 
 
 def report_line(name: str, info: Any) -> str:
-    """What became of one picture or video, for --verbose."""
+    """Say what became of one picture or video, for --verbose."""
     seconds = ("cached" if info.cached else
                f"processed in {info.process_seconds:.3f} s, encoded in {info.encode_seconds:.3f} s")
     views = f"{info.views} view{'s' * (info.views != 1)}"
@@ -206,20 +252,20 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def media_json(names: Sequence[str], infos: Sequence[Any]) -> list[dict[str, Any]]:
-    """What became of pictures and videos, as plain data."""
+    """Return what became of pictures and videos, as plain data."""
     return [{"name": name, **asdict(info)} for name, info in zip(names, infos)]
 
 
 # ---------------------------------------------------------------------------------------------- boxes
 
 def boxes(found: Any) -> list[Any]:
-    """Boxes and points of an answer: those of its last picture, or of its last video where there is no picture."""
+    """Find the boxes and points of an answer: those of its last picture, or of its last video where there is no picture."""
     kinds = [info.kind for info in found.media]
     return found.boxes_in(len(kinds) - 1 - kinds[::-1].index("image")) if "image" in kinds else found.boxes
 
 
-def check_drawing(out: Path, pictures: Sequence[Picture]) -> None:
-    """Check, before a model is loaded, that boxes can be drawn to a file. Raises: RequestError."""
+def check_drawing(out: Path, pictures: Sequence[Picture], name: str = "--draw") -> None:
+    """Check, before a model is loaded, that boxes can be drawn to a file. Raises: RequestError with the option's or command's name."""
     from PIL import Image
 
     from pyengine.media.image import FORMATS
@@ -227,14 +273,14 @@ def check_drawing(out: Path, pictures: Sequence[Picture]) -> None:
     if not any(picture.kind == "image" for picture in pictures):
         raise RequestError("--draw needs a picture to draw on: --image FILE")
     if Image.registered_extensions().get(out.suffix.lower()) not in FORMATS:
-        raise RequestError(f"--draw {out}: the name ends in .png, or as another of {', '.join(FORMATS)} does")
+        raise RequestError(f"{name} {out}: the name ends in .png, or as another of {', '.join(FORMATS)} does")
     if out.is_dir() or not out.parent.is_dir():
-        raise RequestError(f"--draw {out}: {'this is a folder' if out.is_dir() else 'there is no such folder'}")
+        raise RequestError(f"{name} {out}: {'this is a folder' if out.is_dir() else 'there is no such folder'}")
     if out.exists() and any(p.path is not None and os.path.samefile(out, p.path) for p in pictures):
-        raise RequestError(f"--draw {out}: this is a picture of the question; give the drawing another name")
+        raise RequestError(f"{name} {out}: this is a picture of the question; give the drawing another name")
 
 
-def draw(found: Any, pictures: Sequence[Picture], out: Path) -> bool:
+def draw(found: Any, pictures: Sequence[Picture], out: Path, name: str = "--draw") -> bool:
     """Write the picture that an answer's boxes are on, with them; returns False, and writes nothing, if there are none.
 
     Raises: RequestError if the file cannot be written.
@@ -253,6 +299,6 @@ def draw(found: Any, pictures: Sequence[Picture], out: Path) -> bool:
     try:
         out.write_bytes(content.getvalue())
     except OSError as error:
-        raise RequestError(f"--draw {out}: {error.strerror}") from None
+        raise RequestError(f"{name} {out}: {error.strerror}") from None
     note(f"({len(marks)} {'mark' if len(marks) == 1 else 'marks'} on {picture.name}: {out})")
     return True

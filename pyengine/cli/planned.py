@@ -1,33 +1,47 @@
-"""The plan for people: devices and sizes of pictures as arguments, and a drawing."""
+"""The plan for people: devices and sizes of pictures as arguments, the text on a terminal, and a drawing."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyengine import DISTRIBUTION
+from pyengine.cli.screen import note, show
 from pyengine.errors import RequestError
 
 if TYPE_CHECKING:
     from pyengine.memory.plan import MemoryPlan
 
-MIB = 2**20
-_UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+DOES_NOT_FIT = 1                     # exit code of `plan`
+# One hue a purpose, and its details in shades of it.
+_COLOURS = {"weights": "tab:blue", "kv": "tab:orange", "arena": "tab:green", "sampler": "tab:olive", "encoder": "tab:purple",
+            "images": "tab:pink", "overhead": "tab:gray"}
+_DECIMAL, _BINARY = {"": 1}, {"": 1}
+for _power, _letter in enumerate("kmgt", 1):
+    _DECIMAL[f"{_letter}b"] = 1000**_power
+    _BINARY[_letter] = _BINARY[f"{_letter}ib"] = 1024**_power
+_UNITS = _DECIMAL | _BINARY
 
 
 def parse_device(arguments: Sequence[str]) -> Any:
     """Return what `plan` and `load` take as `device`, from "cpu" or from parts "cpu:0=6GiB". Raises: RequestError."""
+    if len(arguments) == 1 and "=" not in arguments[0]:
+        return arguments[0]
     parts: dict[str, int] = {}
     for argument in arguments:
         name, equals, room = argument.partition("=")
-        number = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kmgt]ib)?", room.lower(), re.ASCII)
-        if equals and number and name not in parts:
-            parts[name] = int(float(number[1]) * _UNITS[number[2]])
-        elif equals or len(arguments) > 1:
-            raise RequestError(f"--device {argument}: give each part of the memory once, with its bytes, as cpu:0=6GiB")
-    return parts or (arguments[0] if arguments else "auto")
+        number = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s?([a-z]*)", room.lower(), re.ASCII)
+        if not equals or not room:
+            raise RequestError(f"--device {argument}: of several parts of the memory each has its bytes, as cpu:0=6GiB")
+        if number is None or number[2] not in _UNITS:
+            raise RequestError(f"--device {argument}: {room} is no number of bytes; write it as cpu:0=6GiB (or 6G, 6144MiB; 6GB are 6,000,000,000)")
+        if name in parts:
+            raise RequestError(f"--device {argument}: {name} is given twice; give each part once, as cpu:0=6GiB")
+        parts[name] = int(float(number[1]) * _UNITS[number[2]])
+    return parts or "auto"
 
 
 def parse_size(text: str | None, count: int | None) -> Any:
@@ -40,29 +54,58 @@ def parse_size(text: str | None, count: int | None) -> Any:
     return (int(width), int(height), *([] if count is None else [count]))
 
 
+def show_plan(found: MemoryPlan) -> int:
+    """Print a plan, its verdict green or red on a terminal; returns the exit code, 0 where it fits."""
+    heading, verdict, *rest = found.table().splitlines()
+    show(heading)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        sys.stdout.write(f"\x1b[1;{32 if found.fits else 31}m{verdict}\x1b[0m\n")         # a plan's own words
+    else:
+        show(verdict)
+    for line in (*rest, *found.advice(options=True).splitlines()):
+        show(line)
+    return 0 if found.fits else DOES_NOT_FIT
+
+
 def draw(found: MemoryPlan, path: Path) -> None:
     """Draw the plan as one stacked bar a device, and what it has free. Raises: RequestError without matplotlib, or for the file."""
     try:
+        from matplotlib.colors import to_rgb
         from matplotlib.figure import Figure
     except ImportError:
-        raise RequestError(f"--png draws with matplotlib, which is not installed: pip install '{DISTRIBUTION}[bench]'") from None
-    figure = Figure(figsize=(9, 1.8 + 0.6 * len(found.devices) + 0.18 * len(found.lines())), layout="constrained")
+        raise RequestError("--png draws with matplotlib, which is not installed: pip install matplotlib") from None
+    from pyengine.memory.plan import amount, PURPOSES
+
+    unit, size = ("GiB", 2**30) if found.total >= 2**30 else ("MiB", 2**20)
+    rows: dict[tuple[str, str, str], int] = {}
+    for i in sorted(found.items, key=lambda i: PURPOSES.index(i.purpose)):
+        if i.purpose != "mapped":
+            rows[i.device, i.purpose, i.detail] = rows.get((i.device, i.purpose, i.detail), 0) + i.nbytes
+    details: dict[tuple[str, str], int] = {}
+    for (_, purpose, detail), nbytes in rows.items():
+        key = purpose, detail
+        details[key] = details.get(key, 0) + nbytes
+    figure = Figure(figsize=(10, 2 + 0.6 * len(found.devices) + 0.2 * len(details)), layout="constrained")
     axes = figure.subplots()
+    left, handles = dict.fromkeys(found.devices, 0.0), {}
+    for (device, purpose, detail), nbytes in rows.items():
+        same = [d for p, d in details if p == purpose]
+        lighter = 0.6 * same.index(detail) / len(same)
+        colour = [c + (1 - c) * lighter for c in to_rgb(_COLOURS[purpose])]
+        bar = axes.barh(found.devices.index(device), nbytes / size, left=left[device], height=0.6, color=colour, linewidth=0)
+        left[device] += nbytes / size
+        handles.setdefault((purpose, detail), bar)
     for at, device in enumerate(found.devices):
-        left = 0.0
-        for own, purpose, nbytes, detail in found.lines():
-            if own == device and purpose != "mapped":
-                label = f"{purpose}: {detail}, {nbytes / MIB:.1f} MiB"
-                axes.barh(at, nbytes / MIB, left=left, height=0.6, label=label, linewidth=0)
-                left += nbytes / MIB
         if found.available[device] <= 2 * found.on(device):                    # else the bar would be a sliver beside it
-            axes.vlines(found.available[device] / MIB, at - 0.4, at + 0.4, "black", "dashed")
-    axes.set_yticks(range(len(found.devices)), [f"{d}\n{found.available[d] / MIB:.0f} MiB free" for d in found.devices])
-    axes.set_xlabel("MiB; dashed: free, where it is near")
-    times = f" x {found.n_seq}" if found.n_seq > 1 else ""
-    axes.set_title(f"{found.model}: context {found.n_ctx}{times}, kv {found.kv_dtype}, {found.total / MIB:.1f} MiB", fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=7)
+            axes.vlines(found.available[device] / size, at - 0.4, at + 0.4, "black", "dashed")
+    axes.set_yticks(range(len(found.devices)), [f"{d}\n{amount(found.available[d])} available" for d in found.devices])
+    axes.invert_yaxis()                                                        # the first device on top
+    axes.set_xlabel(f"{unit} (a dashed line: all that is available)")
+    axes.set_title("\n".join((found.heading(), found.verdict())), fontsize=10)
+    names = [f"{purpose}: {detail}, {amount(n)}" for (purpose, detail), n in details.items()]
+    figure.legend([handles[key] for key in details], names, loc="outside lower left", fontsize=7)
     try:
         figure.savefig(path, format="png", dpi=150)
     except OSError as error:
         raise RequestError(f"--png {path}: {error.strerror}") from None
+    note(f"wrote {path}")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pyengine.cli.terminal import quiet, width
+from pyengine.cli.words import told
+
 PROGRAM = "pyengine-run"
 BAR_AFTER_SECONDS = 0.3
 
 # Control characters but for newline and tab: neither a model's text nor a file's metadata may steer the terminal.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_COLUMNS = re.compile(r".*\S {2,}(?=\S)")               # up to a line's last column
 
 
 def printable(text: str) -> str:
@@ -29,14 +34,51 @@ def show(text: str = "", end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def folded(text: str, columns: int) -> str:
+    """Fold lines between words; what goes on is indented as its line's last column is, or by two.
+
+    A word that is longer, such as a path, stays whole.
+    """
+    lines = []
+    for line in text.split("\n"):
+        column = _COLUMNS.match(line)
+        indent = len(column[0]) if column and len(column[0]) <= columns // 2 else len(line) - len(line.lstrip()) + 2
+        lines.append(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
+                                   replace_whitespace=False, expand_tabs=False) if len(line) > columns else line)
+    return "\n".join(lines)
+
+
 def note(text: str) -> None:
-    """Write one line to standard error, so that standard output holds the answer only."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Write one line to standard error, so that standard output holds the answer only; a terminal gets it in lines of its width."""
+    text = printable(text)
+    print(folded(text, width(sys.stderr)) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def show_lines(text: str) -> None:
+    """Write lines to standard output, those of words and columns that a terminal would cut in its width."""
+    show(folded(printable(text), width(sys.stdout)) if sys.stdout.isatty() else text)
+
+
+def show_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Write rows in columns; at a terminal the last one is wrapped within its width."""
+    if not sys.stdout.isatty():
+        show_columns(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for number in range(len(rows[0])):
+        table.add_column(no_wrap=number < len(rows[0]) - 1, overflow="fold", style="bold" if number == 0 else "")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(file=sys.stdout, width=width(sys.stdout)).print(table)
 
 
 def complain(text: object) -> None:
     """Write what went wrong to standard error, after the program's name."""
-    note(f"{PROGRAM}: {text}")
+    note(f"{PROGRAM}: {told(str(text))}")
 
 
 def show_json(value: Any) -> None:
@@ -111,5 +153,5 @@ def load(model: str, **settings: Any) -> Any:
     """Load a model, with a bar on standard error where that is a terminal. Raises as `pyengine.load`."""
     import pyengine
 
-    with LoadingBar(model) as bar:
+    with LoadingBar(model) as bar, quiet():
         return pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)

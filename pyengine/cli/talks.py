@@ -17,11 +17,12 @@ FORMAT = "pyengine-run talk 1"
 
 @dataclass(frozen=True)
 class Talk:
-    """What a chat is besides its settings; raw and system as there."""
+    """What a chat is besides its settings; raw and system as there. `model`: the name of the one that it is with."""
 
     turns: Messages
     system: str | None
     raw: bool
+    model: str = ""
 
 
 def pack(talk: Talk) -> bytes:
@@ -31,7 +32,8 @@ def pack(talk: Talk) -> bytes:
             raise RequestError(f"{part['name']}: a picture without a file of its own could not be shown again; save it as a file first")
     turns = [{**turn, "content": turn["content"] if isinstance(turn["content"], str) else [_packed(part) for part in turn["content"]]}
              for turn in talk.turns]
-    return json.dumps({"format": FORMAT, "raw": talk.raw, "system": talk.system, "turns": turns}).encode()
+    return json.dumps({"format": FORMAT, "model": talk.model, "raw": talk.raw, "system": talk.system,
+                       "turns": turns}).encode()
 
 
 def _packed(part: dict[str, Any]) -> dict[str, Any]:
@@ -54,12 +56,26 @@ def unpack(path: Path, notes: bytes) -> Talk:
         if found["format"] != FORMAT:
             raise ValueError(found["format"])
         turns = [{"role": _one_of(turn["role"], "user", "assistant"), "content": _content(turn["content"])} for turn in found["turns"]]
-        talk = Talk(turns, None if found["system"] is None else _text(found["system"]), _one_of(found["raw"], True, False))
+        talk = Talk(turns, None if found["system"] is None else _text(found["system"]), _one_of(found["raw"], True, False),
+                    _text(found.get("model", "")))
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SessionError(f"{path}: its messages are not written as `/save` writes them") from None
     for part in media_of(turns):
         _open(path, part)
     return talk
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether a file is a saved conversation, by its first bytes."""
+    from pyengine.cache.sessions import MAGIC, SUM
+
+    try:
+        if not path.is_file():                           # a pipe could wait for ever
+            return False
+        with open(path, "rb") as file:
+            return file.read(SUM + len(MAGIC)).endswith(MAGIC)
+    except OSError:
+        return False
 
 
 def _content(content: Any) -> Any:

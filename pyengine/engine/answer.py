@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyengine.engine.request import Report, Request
@@ -45,7 +45,10 @@ class Stream(Iterator[str]):
 
     Work on the request begins with the first piece that is asked for. Streams of one model may be read side by side: whichever
     is read moves all of them on. One that is closed, or forgotten, is no longer worked on.
+    progress(done, total) is called before each step that reads the prompt, with the tokens that are in the cache by then.
     """
+
+    progress: Callable[[int, int], None] | None = None
 
     def __init__(self, request: Request, scheduler: Scheduler):
         self._request, self._scheduler, self._begun = request, scheduler, False
@@ -55,6 +58,8 @@ class Stream(Iterator[str]):
         r = self._request
         self.begin()
         while not r.pieces and not r.finished:
+            if self.progress is not None and r.pending is None:
+                self.progress(r.done, len(r.rows))
             with self._scheduler.lock:
                 if not r.pieces and not r.finished:          # another thread may have moved it on
                     self._scheduler.advance()

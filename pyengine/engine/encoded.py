@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyengine import hardware
 from pyengine.backends.base import Prepared, Program, Progress
 from pyengine.cache.cells import Cells
 from pyengine.errors import ImageError
@@ -90,9 +91,15 @@ class EncodedMedia:
         return self.encoder.process(media, self.limits)
 
     def judge(self, sketch: Image | Video) -> None:
-        """Raise what the processor raises for a picture or video of that size and with those options: nothing was decoded yet."""
-        from pyengine.media.image import PixelsWanted                                # Pillow takes 20 ms to import
+        """Raise what the processor raises for a picture or video of that size and with those options: nothing was decoded yet.
 
+        Raises: ImageError too, for a picture whose decoding takes more than the memory that is available now; no plan counts it.
+        """
+        from pyengine.media.image import PixelsWanted, Sketch                        # Pillow takes 20 ms to import
+
+        if isinstance(sketch, Sketch) and sketch.decoding > (free := hardware.available_memory()):
+            raise ImageError(f"decoding {sketch.size[0]} x {sketch.size[1]} pixels takes {sketch.decoding >> 20} MiB for a moment, and "
+                             f"{free >> 20} MiB of memory are available; make the picture smaller first")
         try:
             self.encoder.process(sketch, self.limits)
         except PixelsWanted:                                                   # it has looked at all else

@@ -42,6 +42,11 @@ class Language:
             raise InvalidModelError(f"Ollama's parameter 'stop' is {shown(stop)}, which is no text or list of texts")
         return tuple(s for s in stop if s)
 
+    @property
+    def system_default(self) -> str:
+        """The system text of conversations that have none of their own; "" if there is none."""
+        return self.modelfile.system
+
     def begun(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """A conversation after the Modelfile's system text, if it has none of its own, and the Modelfile's messages."""
         system, whole = self.modelfile.system, [*self.modelfile.messages, *messages]

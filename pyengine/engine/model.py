@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from threading import get_ident
 from typing import Any, TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -33,6 +34,8 @@ from pyengine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
     from pyengine.engine.encoded import EncodedMedia
+    from pyengine.engine.loop import Handle, Loop
+    from pyengine.media.policy import MediaPolicy
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,8 +45,14 @@ def alone(method: F) -> F:
     """Let a method of a model run when no other thread works on the model."""
     @wraps(method)
     def waits(self: Model, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **kwargs)
+        asking, me = self._scheduler.asking, get_ident()
+        try:
+            asking.add(me)
+            with self._lock:
+                asking.discard(me)
+                return method(self, *args, **kwargs)
+        finally:
+            asking.discard(me)
 
     return waits                                             # type: ignore[return-value]
 
@@ -63,6 +72,7 @@ class Model:
         self._runner = Runner(layout.step, program)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
         self._lock = self._scheduler.lock
+        self._loop: Loop | None = None
         self.media: EncodedMedia | None = None
         if image is not None:
             from pyengine.engine.encoded import EncodedMedia                   # models without pictures load faster
@@ -102,6 +112,11 @@ class Model:
     def stop_defaults(self) -> tuple[str, ...]:
         """Texts that end an answer of which the request says nothing."""
         return self._language.stop_defaults
+
+    @property
+    def system_default(self) -> str:
+        """The system text of conversations that have none of their own; "" if there is none."""
+        return self._language.system_default
 
     @property
     def stats(self) -> dict[str, int]:
@@ -282,25 +297,60 @@ class Model:
         """
         return self._stream(self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
 
+    def submit(self, prompt: str | Sequence[Any] | None = None, images: Sequence[Any] = (), messages: Sequence[dict[str, Any]] | None = None,
+               tools: Sequence[dict[str, Any]] | None = None, max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
+               client: str = "", media_policy: MediaPolicy | None = None, **sampling: Any) -> Handle:
+        """Queue a prompt or a conversation for a thread that works on all that is queued; returns at once what the answer comes in.
+
+        prompt, images: as in `stream`; messages, tools: as in `chat`; one of the two. Pictures are read and encoded before it returns.
+        client: who asks; those who ask much do not keep others waiting. media_policy: which files of this machine may be shown, where
+        somebody else wrote the messages. The answer is the one that `generate` or `chat` gives.
+        Raises: BusyError when too many requests wait; ContextOverflowError, RequestError, TemplateError, ImageError.
+        """
+        if (prompt is None) == (messages is None):
+            raise RequestError("submit: give a prompt or messages, one of them")
+        prompts = self._prompts_under(media_policy)
+        found = prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools)
+        return self.loop.submit(self._request(found, max_tokens, stop, sampling, at_start=prompt is None), client)
+
+    @property
+    def loop(self) -> Loop:
+        """The thread that serves what `submit` queues, and its queue."""
+        if self._loop is None:
+            from pyengine.engine.loop import Loop
+
+            with self._lock:
+                self._loop = self._loop or Loop(self._scheduler)
+        return self._loop
+
     def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any], at_start: bool) -> Stream:
+        return Stream(self._request(prompt, max_tokens, stop, sampling, at_start), self._scheduler)
+
+    def _request(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any], at_start: bool) -> Request:
         if max_tokens is not None and (not isinstance(max_tokens, (int, np.integer)) or isinstance(max_tokens, bool) or max_tokens < 0):
             raise RequestError(f"max_tokens must be an int from 0 on, or None, got {shown(max_tokens)}")
         segments, media = prompt
         params = sampling_params(self.sampling_defaults, sampling)
         stop = self.stop_defaults if stop is None else stop
-        request = Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size)),
-                          self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else stop),
-                          max_tokens, self.tokenizer.eog_ids, Report(media=media))
-        return Stream(request, self._scheduler)
+        return Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size)),
+                       self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else stop),
+                       max_tokens, self.tokenizer.eog_ids, Report(media=media))
 
     @property
     def template(self) -> ChatTemplate:
         """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
         return self._language.template
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Return a conversation's token ids in the model's own chat format; -1 for each position of a picture's soft token."""
-        return lay_out_rows(self._prompts.chat(messages, tools)[0], self._axes).ids.tolist()
+    def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
+                 media_policy: MediaPolicy | None = None) -> list[int]:
+        """Return a conversation's token ids in the model's own chat format; -1 for each position of a picture's soft token.
+
+        media_policy: which files of this machine may be shown, where somebody else wrote the messages.
+        """
+        return lay_out_rows(self._prompts_under(media_policy).chat(messages, tools)[0], self._axes).ids.tolist()
+
+    def _prompts_under(self, policy: MediaPolicy | None) -> Prompts:
+        return self._prompts if policy is None else self._prompts.under(policy)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
              max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, **sampling: Any) -> Any:

@@ -34,6 +34,10 @@ class Prompts:
     def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy | None = None):
         self.name, self.n_ids, self.language, self.media, self.policy = name, n_ids, language, media, policy
 
+    def under(self, policy: MediaPolicy) -> Prompts:
+        """Return the same with another policy."""
+        return Prompts(self.name, self.n_ids, self.language, self.media, policy)
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Built when it is first needed."""

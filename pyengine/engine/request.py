@@ -29,7 +29,8 @@ class Stops:
     def __init__(self, stops: Sequence[str]):
         if isinstance(stops, str) or not isinstance(stops, Iterable):
             raise RequestError(f"stop: must be a text or a list of texts, not {in_short(stops)}")
-        self.stops, self.held, self.found = list(stops), "", False
+        self.stops, self.held = list(stops), ""
+        self.found: str | None = None                        # the stop that ended the text
         if any(not isinstance(s, str) or not s for s in self.stops):
             raise RequestError("stop: must be texts that are not empty")
         self._back = [_borders(s) for s in self.stops]
@@ -43,10 +44,10 @@ class Stops:
         for i, char in enumerate(text, before + 1):
             for k, stop in enumerate(self.stops):
                 self._at[k] = _longer(stop, self._back[k], self._at[k], char)
-            ended = [at for at, stop in zip(self._at, self.stops) if at == len(stop)]
+            ended = [stop for at, stop in zip(self._at, self.stops) if at == len(stop)]
             if ended:
-                self.found = True
-                shown, self.held = self.held[: i - max(ended)], ""
+                self.found = max(ended, key=len)
+                shown, self.held = self.held[: i - len(self.found)], ""
                 return shown
         keep = len(self.held) - max(self._at, default=0)
         shown, self.held = self.held[:keep], self.held[keep:]
@@ -77,7 +78,8 @@ def _longer(stop: str, back: list[int], at: int, char: str) -> int:
 class Report:
     """How an answer came about.
 
-    tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop" or "length";
+    tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop", "length" or "cancelled";
+    stopped_by: the stop text that ended it, if one did;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
     media: what became of each picture or video. conversation: that in the caches, as long as it is there.
     """
@@ -85,6 +87,7 @@ class Report:
     tokens: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
     finish: str = "length"
+    stopped_by: str | None = None
     n_prompt: int = 0
     n_cached: int = 0
     prompt_seconds: float = 0.0
@@ -130,7 +133,7 @@ class Request:
         self._show(self.stops.push(self.decoder.push(drawn.token)))
         run.seconds = time.perf_counter() - self.prompted
         if self.stops.found:
-            run.finish, self.finished = "stop", True
+            run.finish, run.stopped_by, self.finished = "stop", self.stops.found, True
         elif len(run.tokens) == self.max_tokens:
             self._end("length")
         else:
@@ -143,7 +146,7 @@ class Request:
 
     def _end(self, finish: str) -> None:
         tail = self.stops.push(self.decoder.flush()) + self.stops.flush()
-        self.report.finish = "stop" if self.stops.found else finish
+        self.report.finish, self.report.stopped_by = "stop" if self.stops.found else finish, self.stops.found
         self._show(tail)
         self.report.seconds = time.perf_counter() - self.prompted
         self.finished = True

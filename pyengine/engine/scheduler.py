@@ -21,6 +21,7 @@ from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Work
 
+YIELD_SECONDS = 1e-4         # enough for another thread to wake
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
 
 
@@ -32,19 +33,26 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
         self.lock = threading.RLock()                        # who works on the model now; other threads wait
+        self.asking: set[int] = set()                        # and are in here, so that a loop of steps lets them have it
         self._stepping = False
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
-    def submit(self, request: Request) -> None:
-        """Add a request to the queue.
+    @property
+    def has_room(self) -> bool:
+        """Whether another request would be worked on at once."""
+        return len(self.active) + len(self.waiting) < self.runner.cells.n_seq
 
-        Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds.
-        """
+    def submit(self, request: Request) -> None:
+        """Add a request to the queue. Raises as `check`."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Check that a request can be served. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds."""
         if not len(request.rows):
             raise RequestError("the prompt is empty")
         check_room(len(request.rows), self.n_ctx)
         self.runner.check_across(request.rows)
-        self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """Stop working on a request; what it has computed stays as an idle conversation.
@@ -81,6 +89,11 @@ class Scheduler:
         finally:
             self._stepping = False
             self._sweep()
+
+    def give_way(self) -> None:
+        """Let threads that wait for `lock` have it, after a step and before the next one: a lock alone is not fair."""
+        if self.asking:
+            time.sleep(YIELD_SECONDS)
 
     def _take(self, work: Sequence[tuple[Request, Work]], logits: np.ndarray) -> None:
         """Hand out a step's logits: the wanted row of each request that has one, in order."""
@@ -142,8 +155,8 @@ class Scheduler:
             work.append((r, Work(r.conversation, row, 0, 1, _FIRST)))
         left = self.runner.n_batch - len(work)
         limit, first = min(left, BESIDE) if work else left, True
-        for r in [r for r in self.active if r.pending is None and not r.finished]:
-            part = self._slice(r, limit, left if first else limit)
+        for r, share in self._shares(limit):
+            part = self._slice(r, min(share, limit), left if first else limit)
             if part is None:
                 if first:                                    # a picture with no space beside the others has a step of its own
                     return [(r, self._slice(r, 0, self.runner.n_batch))]
@@ -153,6 +166,19 @@ class Scheduler:
             if limit <= 0:
                 break
         return work
+
+    def _shares(self, limit: int) -> list[tuple[Request, int]]:
+        """Divide the rows of a step among the prompts: the one that waits longest has half of them at least, the shortest one the rest.
+
+        So a short prompt is not kept waiting by a long one that came before it, and the long one goes on.
+        """
+        prompts = [r for r in self.active if r.pending is None and not r.finished]
+        if len(prompts) < 2:
+            return [(r, limit) for r in prompts]
+        oldest, *others = prompts
+        others.sort(key=lambda r: len(r.rows) - r.done)
+        left = sum(len(r.rows) - r.done for r in others)
+        return [(oldest, limit - min(limit // 2, left)), *((r, limit) for r in others)]
 
     def _slice(self, r: Request, limit: int, most: int) -> Work | None:
         """Take the next rows of a prompt: at most `limit`, or one atomic picture of at most `most`; None if it does not fit."""

@@ -69,7 +69,7 @@ def quoted(name: str) -> str:
 
 
 class TensorInfo(NamedTuple):
-    """Say what a tensor is and where its bytes lie."""
+    """What a tensor is and where its bytes lie."""
 
     name: str
     shape: tuple[int, ...]     # slowest axis first; () is a single number
@@ -192,7 +192,7 @@ class _Scanner:
 
 
 class Metadata(Mapping[str, Any]):
-    """Give the keys of a GGUF file and their values, decoded when first asked for and then kept.
+    """The keys of a GGUF file and their values, decoded when first asked for and then kept.
 
     Numbers are int, float or bool; strings are str; arrays of strings are list[str]; arrays of numbers are read-only
     and aligned NumPy arrays, views of the file where it aligns them. Bytes of a string that are not UTF-8 become lone
@@ -433,7 +433,7 @@ class _Part:
 
 
 class GGUFFile:
-    """Open a GGUF file, or all parts of a split one from any of them, for reading.
+    """A GGUF file, or all parts of a split one, opened from any of them for reading.
 
     `path` the file that was asked for; `paths` all parts in order; `version`; `metadata` (of the first part);
     `tensors` by name, in the order of the file.

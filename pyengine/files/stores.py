@@ -8,7 +8,7 @@ Places, in the order in which a name is looked up:
     Hugging Face       $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub; "org/repo:Q4_K_M", "org/repo"
     LM Studio          ~/.lmstudio/models and ~/.cache/lm-studio/models; named as Hugging Face's
 
-Names are compared without case. Where a name fits several files ("org/repo" with many quantizations), Q4_K_M is taken
+Names are compared without case, and the beginning of just one of them is enough. Where a name fits several files ("org/repo" with many quantizations), Q4_K_M is taken
 if it is among them; otherwise the error lists them. A projector ("mmproj-*.gguf", or a layer of Ollama's manifest)
 goes with the models of its repository; in $PYENGINE_MODELS, with those of the same name but for the quantization.
 """
@@ -100,11 +100,17 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
     damaged = [problem.what for problem in problems if name.casefold() in map(str.casefold, problem.names)]
     if damaged:
         raise ModelNotFoundError(f"{quoted(name)} is there, but cannot be used: {'; '.join(damaged[:3])}")
+    begun = _beginning_with(name, seen)
+    if len(begun) > 1:
+        raise ModelNotFoundError(f"{quoted(name)} begins the names of {len(begun)} models; choose one of: "
+                                 + ", ".join(_shown(model, begun) for model in begun[:20]))
+    if begun:
+        return begun[0]
     kind = "is a directory, and no model has that name" if _is_dir(path) else "no such file, and no model of that name"
     searched = ", ".join(f"{source} ({folder})" for source, folder in _places()) or "nowhere: no such place exists"
     closed = [problem.what for problem in problems if not problem.names] + _closed_places()
     refused = f"; refused: {'; '.join(closed[:3])}" if closed else ""
-    near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases)])
+    near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases) if not alias.endswith(".gguf")])
     raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}")
 
 
@@ -152,6 +158,17 @@ def _matches(name: str, models: list[FoundModel]) -> list[FoundModel]:
                or [model for model in models if wanted in map(str.casefold, model.aliases)])
     preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
     return preferred if len(preferred) == 1 else matches
+
+
+def _beginning_with(name: str, models: list[FoundModel]) -> list[FoundModel]:
+    """Return the models of which `name` begins a name, once each, and the preferred quantization among those of one model."""
+    wanted = name.casefold()
+    begun = {model.name.casefold(): model for model in reversed(models)
+             if wanted.strip() and any(alias.casefold().startswith(wanted) for alias in (model.name, *model.aliases))}
+    matches = [model for model in models if begun.get(model.name.casefold()) is model]
+    whole = {name.removesuffix(_tag(name)) for name in begun}
+    preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
+    return preferred if len(preferred) == 1 and len(whole) == 1 else matches
 
 
 def _in_place(source: str, folder: Path, problems: list[_Problem]) -> list[FoundModel]:

@@ -18,7 +18,7 @@ from pyengine.hardware.system import System
 if TYPE_CHECKING:
     from pyengine.hardware.facts import Hardware
 
-__all__ = ["System", "available_memory", "default_threads", "detect", "memory_limit"]
+__all__ = ["System", "available_memory", "default_threads", "detect", "memory_limit", "most_threads"]
 
 
 def memory_limit(system: System | None = None) -> tuple[int, int] | None:
@@ -40,6 +40,17 @@ def default_threads(system: System | None = None) -> int:
 
     system = system or System()
     return threads(physical_cores(system), system.affinity(), Cgroups(system).cpu_quota())
+
+
+def most_threads(system: System | None = None) -> int:
+    """Return how many threads can run at once: processors that this process may use, within its control groups' share of time."""
+    import math
+    import os
+
+    system = system or System()
+    quota = Cgroups(system).cpu_quota()
+    usable = len(system.affinity() or ()) or os.cpu_count() or 1
+    return min(usable, math.ceil(quota)) if quota else usable
 
 
 def detect(system: System | None = None) -> Hardware:

@@ -97,7 +97,7 @@ class Hardware(NamedTuple):
 
 
 def _plain(value: Any) -> Any:
-    """Named values as dicts, tuples as lists."""
+    """Turn named values into dicts, and tuples into lists."""
     if isinstance(value, tuple):
         return {k: _plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else [_plain(v) for v in value]
     return value

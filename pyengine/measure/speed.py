@@ -3,6 +3,7 @@
     ppN   process a prompt of N tokens from an empty cache, in steps of the batch's size; the last row of each step goes
           through the head
     tgN   generate N tokens one by one from an empty cache; which ones does not matter
+    @ dN  the same behind N tokens, which are computed before and not timed
 
 Neither tokenizes, samples or decodes text. Each test runs once to warm up; tokens per second are the mean of the
 repetitions', and the deviation is that of a sample. Source: llama.cpp, tools/llama-bench.
@@ -38,6 +39,7 @@ class Result:
     samples: list[float]         # tokens/s of each repetition
     profile: list[OpTime] = field(default_factory=list)
     profile_seconds: float = 0.0     # wall time of the profiled repetition
+    depth: int = 0                   # tokens in the context before
 
     @property
     def mean(self) -> float:
@@ -54,39 +56,46 @@ class Result:
                 **({"profile": profile, "profile_wall_seconds": self.profile_seconds} if profile else {})}
 
 
-def measure(model: Any, n_prompt: int, n_generate: int, repetitions: int, profile: bool = False) -> list[Result]:
-    """Run the tests ppN and tgN; 0 leaves one out. `profile` times one more repetition of each, op by op.
+Progress = Callable[[str, int], None]
 
-    The context must hold the longer one. Raises what a step raises.
+
+def measure(model: Any, n_prompt: int, n_generate: int, repetitions: int, profile: bool = False, depth: int = 0,
+            progress: Progress | None = None) -> list[Result]:
+    """Run the tests ppN and tgN behind `depth` tokens; 0 leaves one out. `profile` times one more repetition of each, op by op.
+
+    The context must hold the longer one behind them. progress(test, run) is told of each run before it begins; 0 warms up.
+    Raises what a step raises.
     """
-    ids = np.random.default_rng(0).integers(0, model.n_vocab, max(n_prompt, n_generate)).tolist()
+    ids = np.random.default_rng(0).integers(0, model.n_vocab, depth + max(n_prompt, n_generate)).tolist()
     if model.tokenizer.add_bos:
         ids[0] = model.tokenizer.bos_id
-    tests = [(f"pp{n_prompt}", ids[:n_prompt], model.n_batch), (f"tg{n_generate}", ids[:n_generate], 1)]
-    return [_test(model, name, part, rows, repetitions, profile) for name, part, rows in tests if part]
+    behind = f" @ d{depth}" if depth else ""
+    tests = [(f"pp{n_prompt}{behind}", n_prompt, model.n_batch), (f"tg{n_generate}{behind}", n_generate, 1)]
+    return [_test(model, Result(name, n, [], depth=depth), ids, rows, repetitions, profile, progress or (lambda *_: None))
+            for name, n, rows in tests if n]
 
 
-def _test(model: Any, name: str, ids: list[int], rows: int, repetitions: int, profile: bool) -> Result:
-    def feed() -> int:
+def _test(model: Any, result: Result, ids: list[int], rows: int, repetitions: int, profile: bool, progress: Progress) -> Result:
+    before, own = ids[:result.depth], ids[result.depth : result.depth + result.n_tokens]
+
+    def seconds(timed: Callable[[], Any] = lambda: None) -> float:
         model.reset()
-        model.feed(ids, rows)
-        return -(-len(ids) // rows)
+        if before:
+            model.feed(before, model.n_batch)
+        timed()
+        started = time.perf_counter()
+        model.feed(own, rows)
+        return time.perf_counter() - started
 
-    _seconds(feed)
-    result = Result(name, len(ids), [len(ids) / _seconds(feed) for _ in range(repetitions)])
+    for run in range(repetitions + 1):
+        progress(result.test, run)
+        rate = len(own) / seconds()
+        result.samples += [rate] if run else []
     if profile:
-        model.program.profile(True)
-        steps: list[int] = []
-        result.profile_seconds = _seconds(lambda: steps.append(feed()))
-        result.profile = op_times(model.program, steps[0])
+        result.profile_seconds = seconds(lambda: model.program.profile(True))
+        result.profile = op_times(model.program, -(-len(own) // rows))
         model.program.profile(False)
     return result
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def op_times(program: Any, replays: int) -> list[OpTime]:

@@ -21,7 +21,7 @@ _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def is_avif(file: IO[bytes]) -> bool:
-    """Whether a file says that it is AVIF."""
+    """Say whether a file says that it is AVIF."""
     file.seek(0)
     head = file.read(64)
     brands = head[8:max(16, min(64, int.from_bytes(head[:4], "big")))]
@@ -29,14 +29,14 @@ def is_avif(file: IO[bytes]) -> bool:
 
 
 def is_heif(file: IO[bytes]) -> bool:
-    """Whether a file says that it is HEIC, which phones make, or another HEIF."""
+    """Say whether a file says that it is HEIC, which phones make, or another HEIF."""
     file.seek(0)
     head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF
 
 
 def still_avif(file: IO[bytes], exif: bool) -> tuple[IO[bytes], int]:
-    """An AVIF's still picture, and the pixels that its streams decode to; of an animation the picture that stands for it.
+    """Return an AVIF's still picture, and the pixels that its streams decode to; of an animation the picture that stands for it.
 
     exif  False: its EXIF gets another name, by which no reader looks for it
     Raises: ImageError when the file is malformed.
@@ -72,7 +72,7 @@ class _Bits:
 
 
 def _boxes(content: bytes | bytearray, at: int, end: int, kind: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of the content of each box of a kind."""
+    """Return (start, end) of the content of each box of a kind."""
     while at + 8 <= end:
         bits = _Bits(content, at, end)
         size, found, head = bits.take(32), bits.text(4), 8
@@ -87,7 +87,7 @@ def _boxes(content: bytes | bytearray, at: int, end: int, kind: bytes) -> Iterat
 
 
 def _coded_pixels(content: bytearray) -> int:
-    """The pixels of all AV1 streams that the items of a file hold."""
+    """Return the pixels of all AV1 streams that the items of a file hold."""
     pixels = n_items = n_units = 0
     for start, end in list(_boxes(content, 0, len(content), b"meta"))[:1]:
         start += 4                                           # version and flags
@@ -105,7 +105,7 @@ def _coded_pixels(content: bytearray) -> int:
 
 
 def _items(content: bytearray, start: int, end: int) -> set[int]:
-    """Numbers of the items that are AV1 streams (ItemInfoEntry, versions 2 and 3)."""
+    """Return numbers of the items that are AV1 streams (ItemInfoEntry, versions 2 and 3)."""
     found: set[int] = set()
     for at, stop in _boxes(content, start, end, b"iinf"):
         wide = content[at] > 0
@@ -119,7 +119,7 @@ def _items(content: bytearray, start: int, end: int) -> set[int]:
 
 
 def _places(content: bytearray, start: int, end: int, data: tuple[int, int]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(number, [(start, end) ...]) of each item (ItemLocationBox)."""
+    """Return (number, [(start, end) ...]) of each item (ItemLocationBox)."""
     for at, stop in _boxes(content, start, end, b"iloc"):
         bits = _Bits(content, at, stop)
         version, _ = bits.take(8), bits.take(24)
@@ -148,7 +148,7 @@ def _places(content: bytearray, start: int, end: int, data: tuple[int, int]) -> 
 
 
 def _largest(stream: bytes | memoryview, budget: int) -> tuple[int, int]:
-    """The pixels of the largest frame that a stream may hold, and its number of units (OBUs)."""
+    """Return the pixels of the largest frame that a stream may hold, and its number of units (OBUs)."""
     at = units = area = 0
     while at < len(stream):
         units += 1
@@ -175,7 +175,7 @@ def _largest(stream: bytes | memoryview, budget: int) -> tuple[int, int]:
 
 
 def _frame_size(bits: _Bits) -> int:
-    """max_frame_width times max_frame_height of a sequence header."""
+    """Return max_frame_width times max_frame_height of a sequence header."""
     bits.take(3 + 1)                                         # seq_profile, still_picture
     if bits.take(1):                                         # reduced_still_picture_header
         bits.take(5)

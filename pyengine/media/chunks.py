@@ -51,7 +51,7 @@ class Spliced(io.RawIOBase):
 
 
 def bare_png(file: IO[bytes]) -> IO[bytes]:
-    """A PNG with its pixels, palette, transparency and what tells how it is turned; the file itself if it is no PNG.
+    """Return a PNG with its pixels, palette, transparency and what tells how it is turned; the file itself if it is no PNG.
 
     What tells how it is turned comes first, so that it is known before anything is decoded. A chunk that runs past the
     file's end, and all behind it, is left as it is: the picture is cut.
@@ -85,7 +85,7 @@ def bare_png(file: IO[bytes]) -> IO[bytes]:
 
 
 def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, where its content begins, length) of each chunk; what is cut or malformed is the last one, of kind b""."""
+    """Return (kind, where its content begins, length) of each chunk; what is cut or malformed is the last one, of kind b""."""
     size, at = file.seek(0, io.SEEK_END), 8
     while at < size:
         file.seek(at)
@@ -101,7 +101,7 @@ def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _sound(file: IO[bytes], kind: bytes, start: int, length: int, bounds: tuple[int, int] | None = None, colour: int = -1) -> bool:
-    """Whether a short chunk's checksum is right, and transparency has the length that goes with the colours (PNG 11.3.1.1)."""
+    """Say whether a short chunk's checksum is right, and transparency has the length that goes with the colours (PNG 11.3.1.1)."""
     if kind == b"tRNS":
         low, high = bounds or {0: (2, 2), 2: (6, 6)}.get(colour, (1, 0))
         if not low <= length <= high:
@@ -112,7 +112,7 @@ def _sound(file: IO[bytes], kind: bytes, start: int, length: int, bounds: tuple[
 
 
 def _turns(file: IO[bytes], kind: bytes, start: int, length: int) -> bool:
-    """Whether a text is EXIF or XMP, whole, and short when it is unpacked."""
+    """Say whether a text is EXIF or XMP, whole, and short when it is unpacked."""
     file.seek(start)
     content = file.read(length)
     if not content.startswith(_TURNING):

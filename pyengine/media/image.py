@@ -34,6 +34,7 @@ from pyengine.errors import ImageError, PyEngineError, RequestError
 from pyengine.media.avif import is_avif, is_heif, still_avif
 from pyengine.media.chunks import bare_png
 from pyengine.media.sources import opened
+from pyengine.media.views import MAX_DECODING
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as _AVIF
@@ -44,7 +45,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3        # where Pillow, and so transformers, refuses
 MAX_SIDE = 1 << 18                           # Pillow's resizing keeps up to 32 bytes for each pixel of a side
 MAX_FILE_BYTES = 1 << 30
-MAX_DECODING = 1 << 30                       # bytes at once: what Pillow's decoder takes, and the pixels
 
 # Bytes a pixel that decoders take beside Pillow's own picture: peak resident memory of 6000 x 6000 pixels, Pillow 13.0, rounded up.
 _DECODERS = {"WEBP": 14, "AVIF": 8, "HEIF": 12, "TIFF": 5}
@@ -71,7 +71,7 @@ class Image:
 
     @classmethod
     def _of(cls, pixels: np.ndarray, options: Mapping[str, Any]) -> Image:
-        """A picture of pixels that nobody else has: they are not copied."""
+        """Make a picture of pixels that nobody else has: they are not copied."""
         image = cls.__new__(cls)
         image._set(pixels, options)
         return image
@@ -104,10 +104,16 @@ class PixelsWanted(Exception):
 
 
 class Sketch(Image):
-    """A picture of which only size (width, height) and options are known: it tells whether a processor takes such a picture."""
+    """A picture of which only size (width, height) and options are known: it tells whether a processor takes such a picture.
 
-    def __init__(self, size: tuple[int, int], options: Mapping[str, Any]):
+    decoding   bytes that reading its file takes for a moment
+    """
+
+    decoding: int
+
+    def __init__(self, size: tuple[int, int], options: Mapping[str, Any], decoding: int = 0):
         object.__setattr__(self, "_size", size)
+        object.__setattr__(self, "decoding", decoding)
         object.__setattr__(self, "options", checked_options(options))
 
     @property
@@ -141,7 +147,8 @@ def open_image(source: object, /, **options: Any) -> Image:
 
 
 def read_image(source: object, options: Mapping[str, Any], judge: Judge | None = None) -> Image:
-    """`open_image`; before anything is decoded, `judge` is asked about the picture that the file's header promises."""
+    """Open a picture as `open_image` does; before anything is decoded, `judge` is asked about the picture that the file's header
+    promises."""
     if isinstance(source, Image):
         return Image._of(source.pixels, {**source.options, **options}) if options else source
     if isinstance(source, PIL.Image.Image):
@@ -182,7 +189,7 @@ def faults_of(name: str) -> Iterator[None]:
 
 
 def decoded(file: IO[bytes], name: str, options: Mapping[str, Any], judge: Judge | None) -> np.ndarray:
-    """Pixels of a file: uint8 [h, w, 3], upright."""
+    """Return pixels of a file: uint8 [h, w, 3], upright."""
     if file.seek(0, io.SEEK_END) > MAX_FILE_BYTES:
         raise ImageError(f"{name}: the file has more than {MAX_FILE_BYTES} bytes; make the picture smaller first")
     with faults_of(name):
@@ -190,16 +197,16 @@ def decoded(file: IO[bytes], name: str, options: Mapping[str, Any], judge: Judge
         with image:
             name = f"{name} ({image.format})"
             check_size(image.width, image.height, name)      # known from the header; nothing is decoded yet
-            check_decoding(image, coded, file, name)
+            needed = check_decoding(image, coded, file, name)
             turn = 1 if image.format == "TIFF" else orientation(image)       # TIFF's reader turns by itself
             if judge is not None:
-                judge(Sketch(image.size[::-1] if turn > 4 else image.size, options))
+                judge(Sketch(image.size[::-1] if turn > 4 else image.size, options, needed))
             image.load()
             return rgb_of_pillow(image, name, turn)
 
 
 def opened_picture(file: IO[bytes], name: str) -> tuple[PIL.Image.Image, int]:
-    """A picture whose header was read, and the pixels of its codec's frames where they may be more than the header says."""
+    """Return a picture whose header was read, and the pixels of its codec's frames where they may be more than the header says."""
     if is_avif(file):
         plain, coded = still_avif(file, exif=True)
         try:
@@ -218,7 +225,8 @@ def opened_picture(file: IO[bytes], name: str) -> tuple[PIL.Image.Image, int]:
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """How a file is turned (1 to 8), by its EXIF or XMP, as Pillow's `exif_transpose` reads it; 1 where that is malformed."""
+    """Return how a file is turned (1 to 8), by its EXIF or XMP, as Pillow's `exif_transpose` reads it; 1 where that is
+    malformed."""
     try:
         exif = PIL.Image.Image.getexif(image)                # PNG's own would decode the picture first
         turn = exif.get(0x0112, 1)
@@ -227,8 +235,8 @@ def orientation(image: PIL.Image.Image) -> int:
         return 1
 
 
-def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: str) -> None:
-    """Refuse a picture whose decoding takes too much. Raises: ImageError."""
+def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: str) -> int:
+    """Return the bytes that decoding a picture takes. Raises: ImageError where that is too much."""
     own = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     progressive = bool(image.info.get("progressive"))
     each = own + 3 + _DECODERS.get(str(image.format), 0) + (_PROGRESSIVE if progressive else 0)
@@ -243,10 +251,11 @@ def check_decoding(image: PIL.Image.Image, coded: int, file: IO[bytes], name: st
                          f"{MAX_DECODING >> 20}; make the picture smaller, or cut it, first")
     if progressive and passes(file) > MAX_PASSES:
         raise ImageError(f"{name}: a JPEG in more than {MAX_PASSES} passes; save it anew")
+    return needed
 
 
 def passes(file: IO[bytes]) -> int:
-    """The scans of a JPEG, at most: markers SOS, which entropy-coded data cannot contain."""
+    """Return the scans of a JPEG, at most: markers SOS, which entropy-coded data cannot contain."""
     file.seek(0)
     n, last = 0, b""
     while block := file.read(1 << 20):
@@ -268,7 +277,7 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def rgb_of_pillow(image: PIL.Image.Image, name: str, turn: int = 1) -> np.ndarray:
-    """Pixels of a Pillow image, turned as EXIF's `turn` says, in strips: nothing else as large as the picture is made."""
+    """Return pixels of a Pillow image, turned as EXIF's `turn` says, in strips: nothing else as large as the picture is made."""
     width, height = image.size
     out = np.empty((width, height, 3) if turn > 4 else (height, width, 3), np.uint8)
     lying = unturned(out, turn)
@@ -280,7 +289,8 @@ def rgb_of_pillow(image: PIL.Image.Image, name: str, turn: int = 1) -> np.ndarra
 
 
 def unturned(upright: np.ndarray, turn: int) -> np.ndarray:
-    """The view of an upright picture that runs as the pixels of its file do (EXIF 3.0, 4.6.5.1.6: where row 0 and column 0 are)."""
+    """Return the view of an upright picture that runs as the pixels of its file do (EXIF 3.0, 4.6.5.1.6: where row 0 and column
+    0 are)."""
     x = upright.swapaxes(0, 1) if turn > 4 else upright
     return x[::-1 if turn in (3, 4, 6, 7) else 1, ::-1 if turn in (2, 3, 7, 8) else 1]
 
@@ -300,7 +310,7 @@ def rgb_of_strip(image: PIL.Image.Image, name: str) -> np.ndarray:
 
 
 def rgb_of_array(x: np.ndarray, name: str) -> np.ndarray:
-    """An array [h, w] or [h, w, 1 | 3 | 4] as uint8 [h, w, 3], a new one; a fourth channel is alpha, over white."""
+    """Return an array [h, w] or [h, w, 1 | 3 | 4] as uint8 [h, w, 3], a new one; a fourth channel is alpha, over white."""
     shape = list(x.shape)
     x = x[..., None] if x.ndim == 2 else x
     if x.ndim != 3 or x.shape[2] not in (1, 3, 4):
@@ -321,7 +331,7 @@ def rgb_of_array(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def rgb_of_values(x: np.ndarray) -> np.ndarray:
-    """Values in their range [h, w, 1 | 3 | 4] -> uint8 [h, w, 1 | 3]."""
+    """Return values in their range [h, w, 1 | 3 | 4] -> uint8 [h, w, 1 | 3]."""
     if x.dtype.kind == "f":
         if x.shape[2] == 4:
             x = (x[..., 3:] * x[..., :3] + (1 - x[..., 3:])).astype(x.dtype)

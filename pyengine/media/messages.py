@@ -53,7 +53,7 @@ class Medium:
 
 
 def split(messages: Any) -> tuple[list[dict[str, Any]], list[Medium]]:
-    """Messages as a template sees them ({"type": "image"} without the data), and their media in order.
+    """Return messages as a template sees them ({"type": "image"} without the data), and their media in order.
 
     Raises: RequestError with the path of the field for what has another form, and for what would not be seen.
     """
@@ -83,7 +83,7 @@ def split(messages: Any) -> tuple[list[dict[str, Any]], list[Medium]]:
 
 
 def as_list(sources: Any, at: str) -> Sequence[Any]:
-    """One picture, or a list of them, as a list. Raises: RequestError for what holds none."""
+    """Return one picture, or a list of them, as a list. Raises: RequestError for what holds none."""
     if sources is None:
         return []
     if isinstance(sources, (Sequence, Iterator)) and not isinstance(sources, (str, *BUFFERS)):
@@ -104,7 +104,7 @@ def _content(content: Any, at: str) -> str | None | list[str | Medium]:
 
 
 def _part(part: Any, at: str) -> str | Medium:
-    """One part of a content: a text, or what is to be seen."""
+    """Return one part of a content: a text, or what is to be seen."""
     if isinstance(part, str):
         return str.__str__(part)
     if not isinstance(part, Mapping):
@@ -130,7 +130,7 @@ def _text(part: Mapping[str, Any], at: str) -> str:
 
 
 def _medium_of(source: Any, at: str) -> Medium:
-    """A picture or video that is given as it is, or as a part."""
+    """Return a picture or video that is given as it is, or as a part."""
     if isinstance(source, Mapping):
         found = _part(source, at)
         if isinstance(found, Medium):
@@ -143,7 +143,7 @@ def _medium_of(source: Any, at: str) -> Medium:
 
 
 def _of_mapping(part: Mapping[str, Any], kind: str, at: str) -> Medium:
-    """A part of an image's or a video's type."""
+    """Return a part of an image's or a video's type."""
     given = [key for key in _SOURCES if part.get(key) is not None]
     if len(given) > 1 and given[-1] == "path" and not isinstance(part[given[0]], (str, Mapping)):
         given = given[:-1]                                    # where an opened picture came from
@@ -176,7 +176,7 @@ def _of_mapping(part: Mapping[str, Any], kind: str, at: str) -> Medium:
 
 
 def _nested(source: Mapping[str, Any], key: str, at: str) -> tuple[Any, bool, str]:
-    """(source, whether it is an address, its place) of {"url": ..} and of Anthropic's {"type": "base64", "data": ..}."""
+    """Return (source, whether it is an address, its place) of {"url": ..} and of Anthropic's {"type": "base64", "data": ..}."""
     if key == "source":
         kind = source.get("type")
         if kind not in ("base64", "url"):
@@ -195,7 +195,7 @@ def _nested(source: Mapping[str, Any], key: str, at: str) -> tuple[Any, bool, st
 
 
 def _inline(text: str) -> str:
-    """Base64 as a data URL, so that it is never taken for a path."""
+    """Make a data URL of base64, so that it is never taken for a path."""
     return text if text[:5].lower() == "data:" else "data:;base64," + text
 
 

@@ -80,7 +80,7 @@ class MediaPolicy:
 
 
 def path_of_url(url: str, kind: str) -> str:
-    """The path in a file:// URL. Raises: ImageError for a file on another machine, and a malformed URL."""
+    """Return the path in a file:// URL. Raises: ImageError for a file on another machine, and a malformed URL."""
     from urllib.parse import urlsplit
     from urllib.request import url2pathname
 

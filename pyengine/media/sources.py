@@ -43,7 +43,7 @@ def opened(source: object, kind: str) -> Iterator[tuple[IO[bytes], str]]:
 
 
 def content_of(source: bytes | bytearray | memoryview, kind: str) -> bytes:
-    """The bytes of a buffer. Raises: ImageError for a memoryview that was released."""
+    """Return the bytes of a buffer. Raises: ImageError for a memoryview that was released."""
     try:
         return bytes(source)
     except ValueError as e:
@@ -51,7 +51,7 @@ def content_of(source: bytes | bytearray | memoryview, kind: str) -> bytes:
 
 
 def path_of(source: str | os.PathLike[str], kind: str) -> str:
-    """A path as text. Raises: ImageError for a path-like object that has none."""
+    """Return a path as text. Raises: ImageError for a path-like object that has none."""
     try:
         return os.fsdecode(source)
     except Exception as e:                                   # __fspath__ is somebody's code
@@ -71,7 +71,7 @@ def opened_path(path: str, name: str, kind: str) -> IO[bytes]:
 
 
 def data_url(url: str) -> bytes:
-    """The content of "data:<type>;base64,<content>" (RFC 2397)."""
+    """Return the content of "data:<type>;base64,<content>" (RFC 2397)."""
     head, comma, content = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ImageError(f"data URL {url[:40]!r}...: it must read data:image/<type>;base64,<content>")
@@ -79,7 +79,8 @@ def data_url(url: str) -> bytes:
 
 
 def decoded_base64(text: str, name: str) -> bytes:
-    """The content of base64; spaces, line breaks and missing padding are allowed, as browsers do (WHATWG's forgiving-base64).
+    """Return the content of base64; spaces, line breaks and missing padding are allowed, as browsers do (WHATWG's
+    forgiving-base64).
 
     Raises: ImageError.
     """
@@ -93,7 +94,7 @@ def decoded_base64(text: str, name: str) -> bytes:
 
 
 def is_base64(text: str) -> bool:
-    """Whether a text is the base64 of a picture or video, by the way in which those begin: a path it is not."""
+    """Say whether a text is the base64 of a picture or video, by the way in which those begin: a path it is not."""
     try:
         start = base64.b64decode(text[:64].encode("ascii").translate(None, b" \t\r\n")[:32], validate=True)
     except (binascii.Error, ValueError):

@@ -44,7 +44,7 @@ class FileFrames(Sequence[Image]):
 
     @contextmanager
     def _container(self) -> Iterator[tuple[Any, Any, str]]:
-        """(container, its first video stream, name), read from the start."""
+        """Return (container, its first video stream, name), read from the start."""
         try:
             import av
         except ImportError as e:
@@ -173,7 +173,8 @@ def open_video(source: object, /, fps: float | None = None, **options: Any) -> V
 
 
 def read_video(source: object, fps: float | None, options: Mapping[str, Any], judge: Callable[[Video], None] | None = None) -> Video:
-    """`open_video`; before the frames of a list are decoded, `judge` is asked about the video that they promise to be."""
+    """Open a video as `open_video` does; before the frames of a list are decoded, `judge` is asked about the video that they
+    promise to be."""
     if isinstance(source, Video):
         return Video(source.frames, source.fps if fps is None else fps, **{**source.options, **options})
     if isinstance(source, (list, tuple, np.ndarray)):
@@ -185,14 +186,14 @@ def read_video(source: object, fps: float | None, options: Mapping[str, Any], ju
 
 
 def _sketch(frames: tuple[Image, ...], fps: float | None, options: Mapping[str, Any]) -> Video:
-    """A video of which only sizes and options are known."""
+    """Return a video of which only sizes and options are known."""
     video = Video.__new__(Video)
     video.options, video.fps, video.frames, video.size = checked_options(options), checked_rate(fps), frames, frames[0].size
     return video
 
 
 def checked_rate(fps: Any) -> float | None:
-    """A rate as a number. Raises: RequestError for one that is none."""
+    """Return a rate as a number. Raises: RequestError for one that is none."""
     if fps is None:
         return None
     if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < math.inf:
@@ -201,7 +202,7 @@ def checked_rate(fps: Any) -> float | None:
 
 
 def opened_frames(sources: Iterable[object], judge: Callable[[tuple[Image, ...]], None] | None = None) -> tuple[Image, ...]:
-    """The frames of a list; each is decoded only if its header promises the first one's size."""
+    """Return the frames of a list; each is decoded only if its header promises the first one's size."""
     try:
         sources = list(sources)
     except TypeError as e:

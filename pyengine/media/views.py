@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MAX_DECODING = 1 << 30               # bytes at once that reading a picture's file may take: those of its decoder, and the pixels
+
 
 class Limits(NamedTuple):
     """What a plan leaves for one medium: positions of the context, and the most rows of one run of the encoder."""

@@ -47,7 +47,7 @@ def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
             own = step.groups[step.layers[i]]
             factors = [("heads", c.n_kv_heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{s.n_seq} x " if s.n_seq > 1 else ""
-            items.append(PlanItem.product(device, "kv", f"{own.policy}: {times}{own.slots} cells", factors, i))
+            items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, i))
     return items
 
 
@@ -60,7 +60,7 @@ def lasting(prepared: Counted, device: str, items: Sequence[PlanItem]) -> PlanIt
 
 def arena(prepared: Counted, device: str, step: Step) -> PlanItem:
     """Count what runs of the step share."""
-    detail = f"{step.sizes.n_batch} rows a step, {step.sizes.n_head} of them with logits; decoding uses the same memory"
+    detail = f"{step.sizes.n_batch:,} tokens a step, logits for up to {step.sizes.n_head:,}; generation uses the same memory"
     return PlanItem.sum(device, "arena", detail, prepared.layout.busiest())
 
 
@@ -96,7 +96,7 @@ def encoder(kind: str, prepared: Counted, rows: int, device: str, main: str, ima
     numbers = sum(n.outputs[0].nbytes_max for n in prepared.layout.leaves if n.kind == "input" and n.outputs[0].dtype.name == "F32")
     host = [*input_bytes(prepared), *[("pixels", numbers // 4)] * PIXEL_COPIES]            # a byte for each number of the patches
     return [*weights(prepared.residents.values(), device, "encoder", ENCODER_KINDS, kind),
-            PlanItem.sum(device, "encoder", f"arena, up to {rows} soft tokens a run", prepared.layout.busiest(), program=kind),
+            PlanItem.sum(device, "encoder", f"arena, up to {rows:,} image tokens a run", prepared.layout.busiest(), program=kind),
             PlanItem.sum(main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)], program=kind),
-            PlanItem(main, "images", "encoded pictures that are kept, at most", image_cache, program=kind),
+            PlanItem(main, "images", "image cache: encoded pictures kept, at most", image_cache, program=kind),
             PlanItem.sum(device, "images", "a picture's patches and pixels, while it is processed", host, program=kind)]

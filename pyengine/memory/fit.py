@@ -18,13 +18,16 @@ from pyengine import hardware
 from pyengine.backends.base import check_kernels, said
 from pyengine.errors import PlanError, UnsupportedModelError
 from pyengine.files.model_files import open_files
+from pyengine.media.views import MAX_DECODING
 from pyengine.memory.layout import ModelLayout
-from pyengine.memory.plan import Alternative, Headroom, MemoryPlan
+from pyengine.memory.plan import Alternative, amount, Headroom, MemoryPlan, MIB
 from pyengine.memory.settings import Settings
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
 
 N_SEQ_LIMIT = 64                     # most conversations that the search considers
+DEFAULT_CTX = 32_768                 # most positions of a context that nobody asked for
+MARGIN, MARGIN_SHARE = 1 << 30, 1 / 8                        # what such a context leaves: bytes, or less where little is free
 
 
 class Fitted(NamedTuple):
@@ -46,11 +49,29 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def margin(free: int) -> int:
+    """Return the bytes that a context which nobody asked for leaves free.
+
+    1 GiB, as llama.cpp leaves of each device (its option --fit-target), or an eighth where less than 8 GiB are free. Memory
+    that is free now is not all ours: other programs grow, the system keeps files in it, and reading a picture takes up to
+    1 GiB for a moment (media/views: MAX_DECODING). A plan that takes all of it fits, and is killed when its caches fill up.
+    """
+    return min(MARGIN, int(MARGIN_SHARE * free))
+
+
 def largest_context(m: ModelLayout) -> int | None:
     """Return the largest context that fits, up to the trained one (or a larger one that was asked for); None if no step's rows do."""
+    return _largest_of(m, max(m.bound.n_ctx_train, m.sizes.n_ctx), m.host.free)
+
+
+def _least_context(m: ModelLayout) -> int:
+    """Return the positions of one whole step: a batch, or the largest picture."""
     picture = max(m.sizes.runs.values(), default=1) if not m.sizes.across else 1
-    least = min(m.sizes.n_ctx, max(m.sizes.n_batch, picture))
-    return _largest(lambda n: m.total_at(n, m.sizes.n_seq), least, max(m.bound.n_ctx_train, m.sizes.n_ctx), m.host.free)
+    return min(m.sizes.n_ctx, max(m.sizes.n_batch, picture))
+
+
+def _largest_of(m: ModelLayout, high: int, room: int) -> int | None:
+    return _largest(lambda n: m.total_at(n, m.sizes.n_seq), _least_context(m), high, room)
 
 
 def most_conversations(m: ModelLayout, limit: int) -> int | None:
@@ -82,7 +103,8 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     notes = (*m.notes, *([f"{m.main} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
                       m.free, m.sizes.n_seq, len(m.step.layers), max(m.sizes.runs.values(), default=0),
-                      largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes)
+                      largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes,
+                      n_ctx_train=m.bound.n_ctx_train, decoding=MAX_DECODING if m.encoder else 0)
     return replace(made, rooms=tuple(headrooms(m, made.total, made.of("overhead"))))
 
 
@@ -108,37 +130,58 @@ def _largest(total: Callable[[int], int], low: int, high: int, room: int) -> int
 
 
 def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None) -> Fitted:
-    """Lay a model out and count it for this machine; without `n_ctx`, with the training context or the largest that fits.
+    """Lay a model out and count it for this machine.
 
+    Without `n_ctx`: the training context, DEFAULT_CTX positions at most, or what of it fits beside the `margin`, rounded down to 4,
+    5, 6 or 7 times a power of two, so that a few bytes more or less free give the same number. Parts of memory are used to the
+    last byte that they were given: there the first half, quarter ... that fits. A note of the plan says which of these it was.
     Raises: RequestError, UnsupportedModelError for settings that the model cannot have; GraphError under $PYENGINE_STRICT.
     """
     machine = machine or hardware.detect()
 
-    def at(n_ctx: int | None) -> Fitted:
+    def at(n_ctx: int) -> Fitted:
         layout = ModelLayout(bound, replace(want, n_ctx=n_ctx), machine)
         return Fitted(layout, plan_of(layout))
 
     with _uncollected():
-        found, trained = at(want.n_ctx), bound.n_ctx_train
+        found = at(want.n_ctx or min(bound.n_ctx_train, DEFAULT_CTX))
         check_kernels(found.layout.prepared, found.layout.main)
         if want.n_ctx is not None:
             return found
-        note, n_ctx = f"context: {trained} positions, as trained", trained
-        while want.parts and not found.plan.fits and n_ctx > 512:
-            n_ctx //= 2
-            found = at(n_ctx)
-            note = f"context: {n_ctx} of the {trained} trained positions, the first half, quarter .. that fits"
-        if not found.plan.fits and not want.parts:
-            note = f"context: as trained, {trained} positions; no context of a whole step fits"
-            if found.plan.max_ctx:
-                found = at(_rounded(found.plan.max_ctx))
-                note = f"context: {found.plan.n_ctx} of the {trained} trained positions are what fits"
+        found, why = _of_parts(found, at) if want.parts else _beside_margin(found, at)
+        n, trained = found.plan.n_ctx, bound.n_ctx_train
+        note = f"context: {n:,} positions, as trained" if n == trained else f"context: {n:,} of the {trained:,} trained positions"
+        note += f", {why}" if why else "" if n == trained else ", the most unless more is asked for"
         return found._replace(plan=replace(found.plan, notes=(note, *found.plan.notes)))
 
 
-def _rounded(n_ctx: int) -> int:
-    """Round a context to one that people would choose: whole multiples of 256 from 512 on."""
-    return n_ctx // 256 * 256 if n_ctx >= 512 else n_ctx
+def _of_parts(found: Fitted, at: Callable[[int], Fitted]) -> tuple[Fitted, str]:
+    """Halve the context until it fits the given parts of memory; returns why it is what it is, "" for the default."""
+    n_ctx = found.plan.n_ctx
+    if found.plan.fits:
+        return found, ""
+    while not found.plan.fits and n_ctx > 512:
+        n_ctx //= 2
+        found = at(n_ctx)
+    return found, "the first half, quarter .. that fits" if found.plan.fits else "which does not fit either"
+
+
+def _beside_margin(found: Fitted, at: Callable[[int], Fitted]) -> tuple[Fitted, str]:
+    """Make the context smaller until the margin stays free, or as small as a step; returns why it is what it is, "" for the default."""
+    m, free = found.layout, found.layout.host.free
+    if found.plan.total <= free - margin(free):
+        return found, ""
+    if n_ctx := _largest_of(m, m.sizes.n_ctx, free - margin(free)):
+        return at(_rounded_down(n_ctx)), f"so that {amount(margin(free))} of the memory stay free"
+    if m.total_at(_least_context(m), m.sizes.n_seq) <= free:
+        return at(_least_context(m)), f"the least: not even with these {amount(margin(free))} of the memory stay free"
+    return found, "and no smaller context of a whole step fits"
+
+
+def _rounded_down(n_ctx: int) -> int:
+    """Return the largest number of three binary digits up to n_ctx, which may have more zeros behind; n_ctx itself below 512."""
+    unit = 1 << max(0, n_ctx.bit_length() - 3)
+    return n_ctx // unit * unit if n_ctx >= 512 else n_ctx
 
 
 def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternative]:
@@ -156,7 +199,7 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
         if plan_.fits:
             found.append(Alternative(changes, plan_.total))
         elif plan_.max_ctx and "n_ctx" not in changes and changes:
-            smaller.append({**changes, "n_ctx": _rounded(plan_.max_ctx)})
+            smaller.append({**changes, "n_ctx": _rounded_down(plan_.max_ctx)})
         return plan_.fits
 
     experts = any(r.sparse for stage in refused.layout.stages for r in stage.prepared.residents.values())
@@ -164,7 +207,7 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
         for where in want.parts:
             fits(expert_device=where)
     if was.max_ctx:
-        fits(n_ctx=_rounded(was.max_ctx))
+        fits(n_ctx=_rounded_down(was.max_ctx))
     for name in ("q8_0", "q4_0"):
         if _kv_bytes(name) < _kv_bytes(want.kv_dtype) and fits(kv_dtype=name):
             break
@@ -177,10 +220,25 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
     for side in (896, 448) if image else ():
         if len(found) < 3 and was.picture > image.n_rows(side, side) and fits(images=(side, side)):
             break
+    for device in _larger(want.parts, was, machine.devices[0].free) if want.parts else ():
+        if len(found) < 3 and fits(device=device):
+            break
+    for part in (2, 4, 8, 16) if want.parts else ():
+        if len(found) < 3 and was.n_ctx // part >= 512 and fits(n_ctx=was.n_ctx // part):
+            break
     for changes in smaller:
         if len(found) < 3:
             fits(**changes)
     return found[:3]
+
+
+def _larger(parts: dict[str, int], was: MemoryPlan, free: int) -> Iterator[dict[str, int]]:
+    """Give larger parts of memory in the same proportion, the least first, as far as the machine has them."""
+    least = max(was.on(name) / parts[name] for name in parts)
+    for times in (least, 1.05 * least, 1.25 * least, 1.5 * least, 2 * least):
+        larger = {name: -int(-n * times // MIB) * MIB for name, n in parts.items()}
+        if sum(larger.values()) <= free:
+            yield larger
 
 
 def _kv_bytes(name: str) -> float:
@@ -191,7 +249,7 @@ def _kv_bytes(name: str) -> float:
 def refusal(bound: Bound, want: Settings, refused: Fitted) -> PlanError:
     """Make the error for a plan that does not fit: its table, and what would."""
     plan_ = replace(refused.plan, alternatives=tuple(alternatives(bound, want, refused)))
-    return PlanError(f"{bound.files.name} does not fit\n{plan_.table()}\n{plan_.verdict()}", plan_)
+    return PlanError(plan_.refusal(), plan_)
 
 
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,

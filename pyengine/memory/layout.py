@@ -101,7 +101,7 @@ class ModelLayout:
                 return most, found
             rows, found = fewer, smaller
         if rows < most:
-            self.notes.append(f"pictures of up to {rows} soft tokens: the processor allows {most}, which would take more than "
+            self.notes.append(f"pictures of up to {rows:,} image tokens: the processor allows {most:,}, which would take more than "
                               f"1/{1 / PICTURE_SHARE:.0f} of the memory; images=(width, height) sets another size")
         return rows, found
 

@@ -13,6 +13,16 @@ from math import prod
 from typing import Any
 
 MIB = 2**20
+PURPOSES = "weights", "kv", "arena", "sampler", "encoder", "images", "overhead", "mapped"      # in the order of a table
+SMALL = MIB // 10                    # rows below this, and below a thousandth of the total, are one row of a table
+
+
+def amount(nbytes: int) -> str:
+    """Return a number of bytes as a plan writes it: "241.4 MiB", and from 1 GiB on "15.26 GiB"."""
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", MIB, 1), ("KiB", 2**10, 1)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,19 @@ class Alternative:
     total: int
 
     def __str__(self) -> str:
-        return f"{', '.join(f'{k}={v!r}' for k, v in self.settings.items())}: {self.total / MIB:.1f} MiB"
+        return f"{', '.join(f'{k}={v!r}' for k, v in self.settings.items())}: {amount(self.total)}"
+
+    def options(self) -> str:
+        """Say the same in options of the command: "--ctx 34560: 15.26 GiB"."""
+        return f"{' '.join(_option(k, v) for k, v in self.settings.items())}: {amount(self.total)}"
+
+
+def _option(name: str, value: Any) -> str:
+    if name == "device":
+        return " ".join(f"--device {part}={nbytes / MIB:.0f}MiB" for part, nbytes in value.items())
+    if name == "images":
+        return f"--picture {value[0]}x{value[1]}"
+    return f"--{ {'n_ctx': 'ctx', 'n_seq': 'seq', 'n_batch': 'batch'}.get(name, name.replace('_', '-'))} {value}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,8 @@ class MemoryPlan:
     rooms       all devices of the machine and what they could hold
     notes       what was chosen because it was not given, and why
     alternatives  of a plan that was refused: the nearest settings that fit
+    n_ctx_train positions that the model was trained for
+    decoding    most bytes that reading a picture's file takes for a moment, no part of `total`; 0 where there are no pictures
     """
 
     model: str
@@ -101,6 +125,8 @@ class MemoryPlan:
     rooms: tuple[Headroom, ...] = ()
     notes: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    n_ctx_train: int = 0
+    decoding: int = 0
 
     @property
     def total(self) -> int:
@@ -117,8 +143,9 @@ class MemoryPlan:
 
     @property
     def devices(self) -> list[str]:
-        """The devices that hold something, in the order of the items."""
-        return list(dict.fromkeys(i.device for i in self.items))
+        """The devices that hold something, in the order in which they were given."""
+        holding = {i.device for i in self.items}
+        return [d for d in self.available if d in holding]
 
     @property
     def fits(self) -> bool:
@@ -138,48 +165,122 @@ class MemoryPlan:
                 for (*where, detail), same in groups.items()]
 
     def table(self) -> str:
-        """Format the plan as text: one line a purpose, then what fits and where."""
+        """Format the plan as text: whether it fits, one line a purpose, then what else would fit and where."""
+        lines = [f"  {line}" for line in (*self._rows(), *self._what_fits(), *self.notes)]
+        return "\n".join([self.heading(), self.verdict(), *lines])
+
+    def heading(self) -> str:
+        """Name the model and the settings."""
         times = f" x {self.n_seq} conversations" if self.n_seq > 1 else ""
-        lines = [f"{self.model}: context {self.n_ctx}{times}, batch {self.n_batch}, kv {self.kv_dtype}"]
-        lines += [f"  {device:6} {purpose:8} {n / MIB:10.1f} MiB  {detail}" for device, purpose, n, detail in self.lines()]
-        free = ", ".join(f"{n / MIB:.0f} MiB free on {d}" for d, n in self.available.items())
-        lines.append(f"  total           {self.total / MIB:10.1f} MiB  of {free}")
-        return "\n".join([*lines, *(f"  {line}" for line in self._what_fits()), *(f"  {note}" for note in self.notes)])
+        return f"{self.model}: context {self.n_ctx:,}{times}, batch {self.n_batch:,}, kv {self.kv_dtype}"
+
+    def verdict(self) -> str:
+        """Say whether it fits, in what room: "fits: 10.12 GiB of 17.04 GiB available"."""
+        each = [f"{d} {amount(self.on(d))} of {amount(self.available[d])}" for d in self.devices]
+        if len(each) == 1:
+            room = self.available[self.devices[0]]
+            each = [f"{amount(self.total)} of {amount(room)} {'available' if self.devices[0] == 'cpu' else f'on {self.devices[0]}'}"]
+        return f"{'fits' if self.fits else 'does not fit'}: {', '.join(each)}"
+
+    def _rows(self) -> Iterator[str]:
+        """Give the rows of bytes; a purpose is named once, and what is too small to matter is one row a device."""
+        shown: dict[str, list[tuple[str, int, str]]] = {d: [] for d in self.devices}
+        small: dict[str, list[tuple[int, str]]] = {d: [] for d in self.devices}
+        for device, purpose, n, detail in self.lines():
+            if n < SMALL and n * 1000 < self.total:
+                small[device].append((0 if purpose == "mapped" else n, detail))
+            else:
+                shown[device].append((purpose, n, detail))
+        for device, rows in shown.items():
+            rows.sort(key=lambda row: PURPOSES.index(row[0]))
+            if rest := small[device]:
+                rows.append(("rest", sum(n for n, _ in rest), "; ".join(detail for _, detail in rest)))
+            last = ""
+            for purpose, n, detail in rows:
+                where = f"{device:6} " if len(shown) > 1 else ""
+                aside = " (read in place: not counted)" if purpose == "mapped" else ""
+                yield f"{where}{'' if purpose == last else purpose:8} {amount(n):>11}  {detail}{aside}"
+                last = purpose
+        yield f"{'' if len(shown) < 2 else ' ' * 7}{'total':8} {amount(self.total):>11}"
 
     def _what_fits(self) -> Iterator[str]:
+        if self.picture:
+            yield f"image tokens at once: up to {self.picture:,}"
+        if self.decoding:
+            left = max(0, min(self.available[d] - self.on(d) for d in self.devices))
+            yield (f"reading a picture takes more for a moment, about 7 bytes a pixel of its file, at most {amount(self.decoding)} "
+                   f"(not counted; {amount(left)} left)")
+        trained = self.n_ctx_train
+        if 0 < trained < self.n_ctx:
+            yield f"a context of {self.n_ctx:,} is more than the {trained:,} positions that the model was trained for: expect nonsense beyond"
         if self.max_ctx is not None:
-            pictures = f", with up to {self.picture} soft tokens of a picture at once" if self.picture else ""
-            yield f"largest context that fits: {self.max_ctx}{pictures}"
+            yield (f"largest context that fits: {self.max_ctx:,}"
+                   + (", all that the model was trained for" if self.max_ctx == trained else
+                      f", of the {trained:,} that the model was trained for" if self.max_ctx < trained else ""))
         if self.max_seq:
-            yield f"conversations that fit: {self.max_seq}" + (" or more" if self.max_seq == self.seq_limit else "")
+            yield f"parallel conversations that fit: {self.max_seq}{'+' if self.max_seq == self.seq_limit else ''}"
         for room in self.rooms:
             holds = "all of it" if room.whole else f"{room.n_layers} of {self.n_layers} layers"
             if room.device not in self.available:
-                yield f"{room.device} ({room.name}, {room.free / MIB:.0f} MiB free) could hold {holds}"
+                yield f"{room.device} ({room.name}, {amount(room.free)} available) could hold {holds}"
+
+    def advice(self, options: bool = False) -> str:
+        """Say what would fit, if that was searched for; "" for a plan that fits. options: in options of the command."""
+        if self.fits:
+            return ""
+        if self.alternatives:
+            return "\n".join(["these would fit:", *(f"  {a.options() if options else a}" for a in self.alternatives)])
+        small = [f"{d} has {amount(self.available[d])} and needs {amount(self.on(d))}" for d in self.devices if self.on(d) > self.available[d]]
+        parts = f"the parts of memory that were given are too small: {', '.join(small)}; " if "cpu" not in self.available else ""
+        alone = f"its weights alone take {amount(self.of('weights'))}: " if self.of("weights") > sum(self.available.values()) else ""
+        return f"{parts}no setting near it fits; {alone}take a smaller model, or a file with fewer bits a weight"
+
+    def refusal(self, options: bool = False) -> str:
+        """Say all of this of a model that is not loaded. options: in options of the command."""
+        return f"{self.table()}\n{self.advice(options)}"
 
     def explain(self) -> str:
-        """Show the arithmetic, term by term: each item's parts or factors, then the sum of the items."""
+        """Show the arithmetic, term by term: each item's parts or factors, equal layers once, then the sum of the items."""
         lines: list[str] = []
-        for i in self.items:
-            where = f"{i.device} {i.purpose}, {i.detail}" + ("" if i.layer is None else f", layer {i.layer}")
+        for same in self._equal():
+            i = same[0]
+            layers = "" if i.layer is None else f", layer{'s' * (len(same) > 1)} {_ranges([j.layer or 0 for j in same])}"
+            where, each = f"{i.device} {i.purpose}, {i.detail}{layers}", " each" if len(same) > 1 else ""
+            parts = _of_any_layer(i) if each else i.parts
             if i.factors:
-                lines.append(f"{where}: {' x '.join(f'{n} {name}' for name, n in i.factors)} = {i.nbytes}")
-            elif len(i.parts) == 1:
-                lines.append(f"{where}: {i.parts[0][0]} = {i.nbytes}")
-            elif i.parts:
-                lines += [f"{where}:", *(f"{n:>16}  {name}" for name, n in i.parts), f"{i.nbytes:>16}  = sum"]
+                lines.append(f"{where}: {' x '.join(f'{n} {name}' for name, n in i.factors)} = {i.nbytes}{each}")
+            elif len(parts) == 1:
+                lines.append(f"{where}: {parts[0][0]} = {i.nbytes}{each}")
+            elif parts:
+                lines += [f"{where}:", *(f"{n:>16}  {name}" for name, n in parts), f"{i.nbytes:>16}  = sum{each}"]
             else:
-                lines.append(f"{where}: {i.nbytes}")
+                lines.append(f"{where}: {i.nbytes}{each}")
         for device in self.devices:
             taken = [(n, f"{purpose}, {detail}") for d, purpose, n, detail in self.lines() if d == device and purpose != "mapped"]
             lines += [f"{device}, all bytes that are taken:", *(f"{n:>16}  {what}" for n, what in taken)]
             lines.append(f"{self.on(device):>16}  = sum")
         return "\n".join(lines)
 
-    def verdict(self) -> str:
-        """Say whether it fits, and what would if that was searched for."""
-        if self.fits:
-            return "  fits"
-        if not self.alternatives:
-            return "  does not fit; nothing near does: take a smaller model, or a file with fewer bits a weight"
-        return "\n".join(["  does not fit; these would:", *(f"    {a}" for a in self.alternatives)])
+    def _equal(self) -> list[list[PlanItem]]:
+        """Group the items that differ in nothing but their layer."""
+        groups: dict[Any, list[PlanItem]] = {}
+        for at, i in enumerate(self.items):
+            key = at if i.layer is None else (i.device, i.purpose, i.detail, i.program, i.factors, _of_any_layer(i))
+            groups.setdefault(key, []).append(i)
+        return list(groups.values())
+
+
+def _of_any_layer(item: PlanItem) -> tuple[tuple[str, int], ...]:
+    """Return an item's parts with N in place of its layer's number: "blk.N.attn_q.weight"."""
+    return tuple((name.replace(f".{item.layer}.", ".N.", 1), n) for name, n in item.parts)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers shortly: "0, 2, 4-7"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], n]
+        else:
+            runs.append([n])
+    return ", ".join("-".join(map(str, run)) for run in runs)

@@ -11,7 +11,7 @@ from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files
 from pyengine.files.weights import Weights
-from pyengine.models import model_class
+from pyengine.models import architectures, model_class
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.rope import FACTORS
 from pyengine.text.tokenizer import Tokenizer
@@ -43,6 +43,11 @@ class Bound:
     def without_encoders(self) -> Bound:
         """Return the model as if its files held no encoder."""
         return Bound(self.files, self.model)
+
+
+def runs(architecture: object) -> bool:
+    """Return whether there is a module for the architecture that a file names."""
+    return architecture in architectures()
 
 
 def bind(files: Files, with_encoders: bool = True) -> Bound:

@@ -14,7 +14,7 @@ from pyengine.text.vocabulary import lenient, Strings, BYTE_TOKENS, SPACE
 
 
 class Joiner:
-    """Joins characters into tokens, the best pair first: by the rank of merges, or without them by scores (csrc/host/bpe.h).
+    """What joins characters into tokens, the best pair first: by the rank of merges, or without them by scores (csrc/host/bpe.h).
 
     `spell[byte]` is the token of a byte of a text that is no token, or None to leave it out. `whole` takes a part that
     is a token as it is, whatever the merges say. `byte_level` says that the strings write a letter for each byte.

@@ -27,7 +27,7 @@ def sampler_bytes(n_vocab: int) -> int:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Say how tokens are chosen; a value that leaves a step out is given in brackets.
+    """How tokens are chosen; a value that leaves a step out is given in brackets.
 
     temperature        0 is greedy                                    [1]
     top_k              keep the k largest logits                      [0]

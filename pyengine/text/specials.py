@@ -15,7 +15,8 @@ _ESCAPED = {0xDC80 + i: 0x10FF00 + i for i in range(128)}     # escaped bytes as
 
 
 class Specials:
-    """Finds tokens in a text, in one pass whatever their number: of those that overlap, the one that begins first, and of
+    """Special tokens to be found in a text, in one pass whatever their number: of those that overlap, the one that begins first,
+    and of
     these the longest, as `tokenizers` has them (added_vocabulary.rs). llama.cpp looks for the longest in the whole text first.
 
     An expression of the few tokens that a text may have takes a tenth of the time of `tokenizers`, which is there for many.

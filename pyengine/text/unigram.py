@@ -51,7 +51,7 @@ class Unigram:
 
 
 class _Charsmap:
-    """Replaces prefixes of the text by the longest rule that fits, as SentencePiece's `precompiled_charsmap` says.
+    """Rules of SentencePiece's `precompiled_charsmap`: prefixes of the text are replaced by the longest one that fits.
 
     Layout: u32 size of the trie in bytes, the trie, then NUL-ended replacements. The trie is a double array of u32:
     bits 10..30 offset (shifted by 8 more if bit 9), bits 0..7 the label, bit 8 "a rule ends here", whose value (an

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +26,7 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.cli import answer, chat, execute, screen
-from pyengine.engine.answer import Answer
+from pyengine.cli import answer, chat, execute, screen, settings
 from pyengine.engine.request import Report
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.measure import speed
@@ -45,6 +45,8 @@ FAKE = [
 class Pieces:
     """What Model.stream returns: an iterator with a report."""
 
+    progress = None
+
     def __init__(self, pieces):
         self.pieces = pieces
 
@@ -55,10 +57,13 @@ class Pieces:
 class FakeModel:
     """A model without an image encoder. Answers with what it was asked, in three pieces; "count" goes on for ever, "slow" takes its time before it does.
 
-    "overflow" fails after a piece, "silent" gives no text.
+    "overflow" fails after a piece, "silent" gives no text; "long" is a prompt that takes a while to be read.
     """
 
     media = None
+    sampling_defaults: dict = {}
+    stop_defaults: tuple[str, ...] = ()
+    system_default = ""
 
     def __init__(self, metadata: dict | None = None, delay: float = 0.0, name: str = "fake.gguf"):
         self.file = SimpleNamespace(
@@ -66,45 +71,55 @@ class FakeModel:
         )
         self.plan = MemoryPlan(name, 64, 8, "f16", (PlanItem("cpu", "weights", "resident", 3 << 20),), {"cpu": 1 << 30})
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "steps": 0}
+        self.n_ctx, self.config = 64, SimpleNamespace(n_ctx_train=64)
         self.delay, self.calls, self.n_resets = delay, [], 0
 
     def reset(self) -> None:
         self.n_resets += 1
 
-    def chat(self, messages, tools=None, stream=False, max_tokens=512, stop=(), **sampling):
+    def chat(self, messages, tools=None, stream=False, max_tokens=512, stop=None, **sampling):
         self.calls.append(("chat", [dict(m) for m in messages], max_tokens, stop, sampling))
         said = "|".join(f"{m['role']}:{m['content']}" for m in messages)
-        return self._stream(said, messages[-1]["content"]) if stream else self._answer(said)
+        return self._stream(said, messages[-1]["content"], max_tokens)
 
-    def stream(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
+    def stream(self, prompt, images=(), max_tokens=512, stop=None, **sampling):
         self.calls.append(("stream", prompt, max_tokens, stop, sampling))
-        return self._stream(prompt, prompt)
+        return self._stream(prompt, prompt, max_tokens)
 
-    def generate(self, prompt, images=(), max_tokens=512, stop=(), **sampling):
-        self.calls.append(("generate", prompt, max_tokens, stop, sampling))
-        return self._answer(prompt)
-
-    def _answer(self, said: str):
-        report = Report(tokens=[5, 6, 7], finish="stop", n_prompt=9, n_cached=4, prompt_seconds=0.5, seconds=0.25)
-        return Answer(said, report)
-
-    def _stream(self, said: str, asked: str):
+    def _stream(self, said: str, asked: str, max_tokens):
         pieces = Pieces(self._pieces(said, asked))
-        pieces.report = Report()
+        if asked == "long":
+            pieces.pieces = chain(self._reads(pieces), pieces.pieces)
+        finish = "length" if max_tokens == 3 else "stop"
+        pieces.report = Report(tokens=[5, 6, 7], finish=finish, n_prompt=9, n_cached=4, prompt_seconds=0.5, seconds=0.25)
         return pieces
+
+    def _reads(self, pieces):
+        for done in (0, 512, 1024):
+            pieces.progress(done, 2048)
+            time.sleep(0.4)
+        return
+        yield
 
     def _pieces(self, said: str, asked: str):
         if "slow" in asked:
             time.sleep(30)
         self.stats["prompt_tokens"] += 10
         self.stats["cached_tokens"] += 4
-        parts = iter(["<", said, ">"]) if asked != "count" else (f"{n} " for n in iter(int, 1))
+        parts = iter(["<", said, ">"]) if asked not in ("count", "twenty") else (f"{n} " for n in iter(int, 1))
+        parts = islice(parts, 20) if asked == "twenty" else parts
         for part in parts if asked != "silent" else ():
             time.sleep(self.delay)
             self.stats["generated_tokens"] += 1
             yield part
             if asked == "overflow":
                 raise ContextOverflowError("the context of 64 tokens is full")
+
+    def chat_ids(self, messages) -> list[int]:
+        return [0] * sum(2 + len(m["content"].split()) for m in messages)
+
+    def tokenize(self, text: str) -> list[int]:
+        return [0] * len(text.split())
 
 
 @pytest.fixture
@@ -147,9 +162,9 @@ def run_process(*arguments, **settings) -> subprocess.CompletedProcess:
 def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert execute(["any.gguf", "What?"]) == 0
     assert capsys.readouterr() == ("<user:What?>\n", "")
-    assert model.calls == [("chat", [{"role": "user", "content": "What?"}], 512, [], {})]
+    assert model.calls == [("chat", [{"role": "user", "content": "What?"}], None, None, {})]
     assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
-                                                "device": "auto", "encoder_device": None,
+                                                "images": None, "device": "auto", "encoder_device": None,
                                                 "expert_device": None})]
 
 
@@ -211,7 +226,7 @@ def test_options_reach_the_model(model) -> None:
         "frequency_penalty": 0.3,
         "seed": 7,
     }
-    assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "device": "auto",
+    assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "images": None, "device": "auto",
                                   "encoder_device": None, "expert_device": None}
     execute(["m", "Q", "-n", "-1"])
     assert model.calls[1][2] is None
@@ -225,7 +240,7 @@ def test_devices_and_their_sizes(model, capsys) -> None:
     execute(["m", "Q", "--device", "cpu"])
     assert model.loaded[1][2]["device"] == "cpu"
     capsys.readouterr()
-    for wrong in (["cpu:0=6GB"], ["cpu:0="], ["cpu:0=1MiB", "cpu:0=2MiB"], ["cpu", "cpu:0=1MiB"], ["cpu:0=-1"],
+    for wrong in (["cpu:0=6XB"], ["cpu:0="], ["cpu:0=1MiB", "cpu:0=2MiB"], ["cpu", "cpu:0=1MiB"], ["cpu:0=-1"],
                   ["cpu:0=9999999999999999"]):
         assert execute(["m", "Q", *(a for part in wrong for a in ("--device", part))]) == 2
         assert "as cpu:0=6GiB" in one_line(capsys.readouterr().err)
@@ -235,7 +250,7 @@ def test_devices_and_their_sizes(model, capsys) -> None:
 def test_what_can_be_set_are_fields_of_the_sampling_parameters() -> None:
     from pyengine.text.sampling import SamplingParams
 
-    assert set(chat.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
+    assert set(settings.SAMPLING) == {f.name for f in fields(SamplingParams)} - {"logprobs", "logit_bias"}
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(model, monkeypatch, capsys) -> None:
@@ -264,7 +279,7 @@ def test_the_chat_template_is_for_models_that_have_one_or_were_trained_to_answer
     out, err = capsys.readouterr()
     assert model.calls[0][0] == expected
     assert out == ("<user:Once>\n" if expected == "chat" else "<Once>\n")
-    assert ("through the chat template" in err) == (expected == "chat") and ("continued as it is" in err) == (
+    assert ("through the chat template" in err) == (expected == "chat") and ("as it is" in err or "plain text" in err) == (
         expected == "stream"
     )
 
@@ -273,22 +288,23 @@ def test_verbose_tells_speed_and_memory(model, capsys) -> None:
     model.delay = 0.01
     assert execute(["m", "Q", "-v"]) == 0
     err = capsys.readouterr().err
-    assert "prompt 10 tokens (4 cached)" in err and "answer 3 tokens" in err
-    after_first = float(re.search(r"answer 3 tokens, ([\d.]+) tokens/s", err)[1])
-    assert 20 < after_first < 100  # two pieces in 0.02 s and a little more
+    assert "prompt 10 tokens (4 cached); answer 3 tokens; first" in err  # too few to speak of tokens per second
+    assert execute(["m", "twenty", "-v"]) == 0
+    after_first = float(re.search(r"answer 20 tokens, ([\d.]+) tokens/s", capsys.readouterr().err)[1])
+    assert 20 < after_first < 110  # 19 pieces in 0.19 s and a little more
     assert re.search(r"memory: planned 3\.0 MiB and 0 bytes mapped, resident \d+\.\d [MG]iB", err)
 
 
 def test_json_answer(model, capsys) -> None:
     assert execute(["m", "Q", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["text"] == "user:Q" and found["tokens"] == [5, 6, 7] and found["finish"] == "stop"
+    assert found["text"] == "<user:Q>" and found["tokens"] == [5, 6, 7] and found["finish"] == "stop"
     assert (
         found["prompt_tokens_per_second"] == 10.0 and found["generation_tokens_per_second"] == 8.0
     )  # 5 in 0.5 s, 2 in 0.25 s
     assert found["memory"]["planned_bytes"] == 3 << 20 and found["memory"]["resident_bytes"] > 1 << 20
     execute(["m", "Q", "--json", "--raw"])
-    assert json.loads(capsys.readouterr().out)["text"] == "Q" and model.calls[1][0] == "generate"
+    assert json.loads(capsys.readouterr().out)["text"] == "<Q>" and model.calls[1][0] == "stream"
 
 
 # --- errors: one line, exit code 2 -----------------------------------------------------------------------------------
@@ -306,7 +322,6 @@ def one_line(err: str) -> str:
         (["plan", "/no/such.gguf"], "/no/such.gguf"),
         (["show", "/no/such.gguf"], "/no/such.gguf"),
         (["plan"], "MODEL"),
-        (["m", "Q", "extra"], "extra"),
         (["m", "--nonsense"], "--nonsense"),
         (["m", "Q", "--temp", "warm"], "--temp"),
         (["m", "Q", "--temp", "-1"], "temperature"),
@@ -336,7 +351,7 @@ def test_errors_of_files_are_one_line_too(tmp_path, capsys) -> None:
     writer.add_context_length(8)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    for arguments in (["Q"], ["--json", "Q"], []):
+    for arguments in (["Q"], ["--json", "Q"], ["--lines"]):
         assert execute([str(tmp_path / "other.gguf"), *arguments]) == 2
         assert "perceptron" in one_line(capsys.readouterr().err)
 
@@ -450,7 +465,7 @@ def test_messages_of_several_lines(monkeypatch, typed, messages) -> None:
 
 def test_without_a_terminal_each_line_is_a_turn(model, monkeypatch, capsys) -> None:
     type_in(monkeypatch, '/system S\none\n\n"""two\n/two"""\n/clear\nthree\n/bye\nfour\n')
-    assert execute(["m"]) == 0
+    assert execute(["m", "--lines"]) == 0
     out, err = capsys.readouterr()
     assert out.split(">\n") == [
         "<system:S|user:one",
@@ -463,7 +478,7 @@ def test_without_a_terminal_each_line_is_a_turn(model, monkeypatch, capsys) -> N
 
 def test_raw_turns_are_one_text(model, monkeypatch, capsys) -> None:
     type_in(monkeypatch, "Once\nThen\n")
-    assert execute(["m", "--raw"]) == 0
+    assert execute(["m", "--raw", "--lines"]) == 0
     assert [call[1] for call in model.calls] == ["Once", "Once\n<Once>\nThen"]
 
 
@@ -477,7 +492,7 @@ def test_without_a_terminal_errors_end_the_program(model, monkeypatch, capsys) -
         ("overflow", "is full"),
     ):
         type_in(monkeypatch, f"{line}\nnever\n")
-        assert execute(["m"]) == 2
+        assert execute(["m", "--lines"]) == 2
         assert message in one_line(capsys.readouterr().err)
     assert all(call[1][-1]["content"] != "never" for call in model.calls)
 
@@ -486,17 +501,17 @@ def test_set_and_show(model, monkeypatch, capsys) -> None:
     type_in(
         monkeypatch,
         "/set temperature 0.5\n/set top_k 4\n/set stop X Y\n/set max_tokens 3\none\n"
-        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\nthree\n",
+        "/set\n/set temperature\n/set max_tokens -1\n/set stop\ntwo\n/set max_tokens\n/show\n/show messages\nthree\n",
     )
-    assert execute(["m"]) == 0
+    assert execute(["m", "--lines"]) == 0
     out, err = capsys.readouterr()
     assert [call[2:] for call in model.calls] == [
         (3, ["X Y"], {"temperature": 0.5, "top_k": 4}),
-        (None, [], {"top_k": 4}),
-        (512, [], {"top_k": 4}),
+        (None, None, {"top_k": 4}),
+        (None, None, {"top_k": 4}),
     ]
-    assert "max_tokens 3\ntemperature 0.5\ntop_k 4\nstop 'X Y'\n" in out
-    assert "fake.gguf: context 64" in out and "through its chat template" in out and "user: two" in out
+    assert re.search(r"temperature +0\.5 +set: .*\ntop_k +4 +set: (.*\n)+max_tokens +3 +set: .*\nstop +\"X Y\" +set: ", out)
+    assert re.search(r"model +fake\.gguf\n(.*\n)+context +\d+ of 64 tokens", out) and "through its chat template" in out and "user: two" in out
     assert "(cut after 3 tokens" in err
 
 
@@ -667,7 +682,7 @@ def test_ctrl_c_ends_one_answer_with_130(tmp_path) -> None:
 def test_without_a_terminal_there_is_no_decoration() -> None:
     done = run_process("m", "\x1b[2J")
     assert (done.returncode, done.stdout, done.stderr) == (0, "<user:\x1b[2J>\n", "")
-    done = run_process("m", input="one\ntwo\n")
+    done = run_process("m", "--lines", input="one\ntwo\n")
     assert (done.returncode, done.stdout, done.stderr) == (
         0,
         "<user:one>\n<user:one|assistant:<user:one>|user:two>\n",
@@ -680,7 +695,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly() -> None:
     process = subprocess.Popen([*FAKE, "m", "count"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert process.stdout.read(4) == b"0 0 "
     process.stdout.close()
-    assert process.wait(30) == 1 and b"Traceback" not in process.stderr.read()
+    assert process.wait(30) == 141 and b"Traceback" not in process.stderr.read()
     process.stderr.close()
 
 
@@ -727,6 +742,15 @@ def test_bench_runs_what_llama_bench_runs() -> None:
     assert [r.test for r in speed.measure(model, 4, 0, 1)] == ["pp4"] and [
         r.test for r in speed.measure(model, 0, 4, 1)
     ] == ["tg4"]
+
+
+def test_bench_behind_a_context_and_told_of_each_run() -> None:
+    model, told = StepModel(), []
+    results = speed.measure(model, 12, 3, 2, depth=10, progress=lambda *a: told.append(a))
+    assert [(r.test, r.n_tokens, r.depth, len(r.samples)) for r in results] == [("pp12 @ d10", 12, 10, 2), ("tg3 @ d10", 3, 10, 2)]
+    assert [[len(s) for s in run] for run in model.steps] == [[8, 2, 8, 4]] * 3 + [[8, 2, 1, 1, 1]] * 3
+    assert all(run[0][0] == 2 for run in model.steps) and all(s[0] != 2 or s is run[0] for run in model.steps[3:] for s in run)
+    assert told == [("pp12 @ d10", 0), ("pp12 @ d10", 1), ("pp12 @ d10", 2), ("tg3 @ d10", 0), ("tg3 @ d10", 1), ("tg3 @ d10", 2)]
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -801,7 +825,7 @@ def test_the_whole_command_on_a_tiny_model(tiny_gguf, capsys) -> None:
     assert execute([path, "word " * 200, "--ctx", "64"]) == 2
     assert "context holds 64" in one_line(capsys.readouterr().err)
     assert execute([path, "Q", "--kv-dtype", "q3"]) == 2
-    assert "kv_dtype" in one_line(capsys.readouterr().err)
+    assert "--kv-dtype" in one_line(capsys.readouterr().err)
 
 
 def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
@@ -815,7 +839,7 @@ def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
     )
     kv = sum(i["nbytes"] for i in found["items"] if i["purpose"] == "kv" and "tables" not in i["detail"])
     assert kv == 3 * 2 * 64 * 2 * 16 * 2  # layers, k and v, cells, heads, head_dim, bytes
-    assert execute(["plan", path, "--ctx", "64", "--json", "--device", "cpu:0=300KiB", "--device", "cpu:1=0.3MiB"]) == 0
+    assert execute(["plan", path, "--ctx", "64", "--json", "--device", "cpu:0=300KiB", "--device", "cpu:1=0.3MiB"]) == 1
     assert {i["device"] for i in json.loads(capsys.readouterr().out)["items"]} == {"cpu:0", "cpu:1"}
     for wrong, message in ((["--device", "gpu:0=1GiB"], "is no part of main memory"),
                            (["--encoder-device", "cpu:1"], "is none of cpu"), (["--expert-device", "cpu:1"], "is none of cpu")):
@@ -823,7 +847,8 @@ def test_plan_of_a_tiny_model(tiny_gguf, capsys) -> None:
         assert message in one_line(capsys.readouterr().err)
     assert execute(["plan", path, "--ctx", "64"]) == 0
     out = capsys.readouterr().out
-    assert "context 64" in out and out.endswith("  fits\n")
+    heading, verdict, *_ = out.splitlines()
+    assert "context 64" in heading and verdict.startswith("fits: ") and verdict.endswith(" available")
 
 
 def test_bench_of_a_tiny_model(tiny_gguf, capsys) -> None:
@@ -845,7 +870,28 @@ def test_bench_of_a_tiny_model(tiny_gguf, capsys) -> None:
         assert any(t["weights"] == "F32" for t in r["profile"])
     assert execute(["bench", path, "-p", "0", "-n", "4", "-r", "1", "--profile"]) == 0
     out = capsys.readouterr().out
-    assert "tg4" in out and "pp" not in out.split("\n")[1] and "ms in ops" in out
+    assert "| tg4 " in out and "| pp" not in out and "ms in ops" in out
+
+
+def test_bench_of_several_tests_is_a_markdown_table(tiny_gguf, capsys, monkeypatch) -> None:
+    path = tiny_gguf("llama")[0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert execute(["bench", str(path), "-p", "8,16", "-n", "0", "-t", "1,2", "-d", "0,4", "-r", "1", "--device", "cpu:0=1GiB"]) == 0
+    out, err = capsys.readouterr()
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert head == ["model", "size", "params", "kernels", "threads", "batch", "kv", "test", "t/s"] and all(set(c) <= set("-:") for c in rule)
+    assert [(row[0], row[4], row[7]) for row in rows] == [
+        (path.name, t, test) for t in "12" for test in ("pp8", "pp16", "pp8 @ d4", "pp16 @ d4")]
+    assert re.fullmatch(r"\d+\.\d\d ± 0\.00", rows[0][-1]) and rows[0][2].endswith(" M")
+    assert "pp8 @ d4: warming up (25%)" in err and "pp16 @ d4: run 1 of 1 (93%)" in err and err.endswith("\r\x1b[K")
+    monkeypatch.undo()
+    for wrong in (["-p", "8,"], ["-n", "-1"], ["-t", "0"], ["-d", "x"]):
+        assert execute(["bench", str(path), *wrong]) == 2
+        assert "whole number" in one_line(capsys.readouterr().err)
+    assert execute(["bench", str(path), "-t", "1,9999"]) == 2
+    assert "only wait for each other" in one_line(capsys.readouterr().err)
+    assert execute(["bench", str(path), "--profile", "--device", "cpu:0=1GiB"]) == 2
+    assert "--profile" in one_line(capsys.readouterr().err)
 
 
 def test_perplexity_of_a_tiny_model(tiny_gguf, tmp_path, capsys) -> None:
@@ -909,9 +955,106 @@ def test_show_and_list(tiny_gguf, monkeypatch, capsys) -> None:
         "source": "PYENGINE_MODELS",
         "path": str(path),
         "projector": None,
+        "architecture": "llama",
+        "sees": False,
+        "runs": True,
+        "modified": int(path.stat().st_mtime),
     } in json.loads(capsys.readouterr().out)
     assert execute(["list"]) == 0
-    assert path.stem in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(path) not in out and all(len(line) <= 80 for line in out.splitlines() if line.startswith(f"{path.stem} "))
+    assert re.search(rf"(?m)^{path.stem} .* llama +- +\d{{4}}-\d\d-\d\d$", out)
+    assert execute(["list", "-v"]) == 0
+    assert str(path) in capsys.readouterr().out
+
+
+def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, capsys) -> None:
+    for kind, can in (("llama", ["text"]), ("gemma3", ["text", "pictures"]), ("qwen2_5_vl", ["text", "pictures", "videos"])):
+        path = str(tiny_gguf(kind)[0])
+        assert execute(["show", path, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["can"] == can and found["runs"] and found["plan"]["bytes"] == pyengine.plan(path).total
+        assert execute(["show", path]) == 0
+        assert re.search(rf"\ncan +{', '.join(can)}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    writer.add_context_length(8)
+    writer.add_bool("perceptron.layers.odd", True)
+    writer.add_array("perceptron.layers.kinds", [2, 7, 7, 0])
+    writer.add_string("perceptron.motto", "it's so\neasy")
+    writer.add_string("general.license", "mit")
+    writer.add_chat_template("{{ tools }}{% if enable_thinking %}{% endif %}")
+    for key, value in (("temp", 0.6), ("top_p", 0.95)):
+        writer.add_float32(f"general.sampling.{key}", value)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    path = str(tmp_path / "other.gguf")
+    assert execute(["show", path]) == 0
+    out = capsys.readouterr().out
+    for pattern in (r"runs here +no: architecture 'perceptron' is not supported", r"sampling +temperature 0.6, top_p 0.95", r"layers.odd +true",
+                    r"layers.kinds +2, 7, 7, 0", r"motto +it's so\\neasy", r"chat template +yes, with tools and thinking"):
+        assert re.search(pattern, out), (pattern, out)
+    for part, text in (("--parameters", "temperature 0.6\ntop_p 0.95\n"), ("--license", "mit\n")):
+        assert execute(["show", path, part]) == 0
+        assert capsys.readouterr().out == text
+    assert execute(["show", path, "--system"]) == 2 and "there is no system with it" in one_line(capsys.readouterr().err)
+    assert execute(["show", path, "--system", "--license"]) == 2 and "printed alone" in one_line(capsys.readouterr().err)
+
+
+def test_list_marks_what_does_not_run(tmp_path, monkeypatch, capsys) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3")
+    monkeypatch.setenv("PYENGINE_MODELS", str(tmp_path))
+    assert execute(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"other .* perceptron \(does not run\) ", out) and re.search(r"cut .* unreadable ", out)
+
+
+def test_show_lists_what_ollama_keeps_beside_a_model(tiny_gguf, tmp_path, monkeypatch, capsys) -> None:
+    import hashlib
+
+    layers, model = [], tiny_gguf("llama")[0].read_bytes()
+    blobs = tmp_path / ".ollama/models/blobs"
+    blobs.mkdir(parents=True)
+    for kind, content in (("model", model), ("system", b"You are a pirate."), ("params", b'{"temperature": 0.5, "stop": ["x", "y"], "num_ctx": 64}'),
+                          ("template", b"{{ .Prompt }}"), ("license", b"A license\nof two lines"), ("messages", b'[{"role": "user", "content": "Ho"}]'),
+                          ("adapter", b"GGUF")):
+        digest = hashlib.sha256(content).hexdigest()
+        (blobs / f"sha256-{digest}").write_bytes(content)
+        layers.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"})
+
+    def keep(name: str, *kinds: str) -> None:
+        path = tmp_path / f".ollama/models/manifests/registry.ollama.ai/library/{name}/latest"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"layers": [x for x in layers if x["mediaType"].rpartition(".")[2] in kinds]}))
+
+    keep("pirate", "model", "system", "params", "template", "license", "messages")
+    keep("tuned", "model", "adapter")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / ".ollama/models"))
+    assert execute(["show", "pirate"]) == 0
+    out = capsys.readouterr().out
+    section = out[out.index("\nModelfile (Ollama)\n") : out.index("\nTensors\n")]
+    for words in ("  system     You are a pirate.", "  parameter  temperature 0.5", "  parameter  stop x, y", "  parameter  num_ctx 64",
+                  "  template   13 characters of Go's syntax", "  message    user: Ho", "  license    A license\n"):
+        assert words in section, (words, section)
+    for part, text in (("--system", "You are a pirate.\n"), ("--license", "A license\nof two lines\n"),
+                       ("--parameters", "temperature 0.5\nstop x, y\nnum_ctx 64\n")):
+        assert execute(["show", "pirate", part]) == 0
+        assert capsys.readouterr().out == text
+    assert execute(["show", "pirate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["modelfile"]["system"] == "You are a pirate." and found["sampling"] == {"temperature": 0.5} and found["runs"]
+    assert execute(["show", "tuned"]) == 0
+    out = capsys.readouterr().out
+    assert "(LoRA, not supported)" in out and re.search(r"runs here +no: .* LoRA", out)
+    assert execute(["list"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tuned:latest .* llama \(does not run\) ", out) and re.search(r"pirate:latest .* llama  ", out)
 
 
 # --- real models beside llama.cpp ------------------------------------------------------------------------------------

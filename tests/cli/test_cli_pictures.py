@@ -20,7 +20,7 @@ import cases
 import pyengine
 from converters import convert
 from pyengine.engine.answer import Stream
-from pyengine.cli import answer, chat, execute, pictures, talks
+from pyengine.cli import answer, chat, chat_commands, execute, pictures, talks
 from pyengine.errors import ImageError, RequestError, SessionError
 from pyengine.engine.encoded import MediaInfo
 
@@ -167,7 +167,7 @@ def test_errors_come_before_the_model_is_loaded(cats, capsys, arguments, message
 def test_what_a_model_cannot_take_is_one_line(cats, tiny, capsys) -> None:
     for kind, arguments, message in (
         ("llama", ["Q", "--image", "cat.png"], "has no image encoder"),
-        ("llama", ["--image", "cat.png"], "has no image encoder"),
+        ("llama", ["--lines", "--image", "cat.png"], "has no image encoder"),
         ("gemma3", ["Q", "--image", "cat.png", "--image-option", "max_pixels=3"], "processor has pan_and_scan"),
         ("qwen2_5_vl", ["Q", "--image", "cat.png", "--image-option", "max_pixels=-3"], "max_pixels=-3"),
         ("qwen2_5_vl", ["Q", "--image", "cat.png", "--mmproj", "none.gguf"], "none.gguf"),
@@ -293,10 +293,50 @@ def test_without_boxes_nothing_is_drawn(cats, tiny, says, capsys) -> None:
 # --- the conversation -------------------------------------------------------------------------------------------------
 
 
+def test_a_conversation_tells_places_in_the_original_and_draws_them(cats, tiny, says, monkeypatch, capsys) -> None:
+    says(BOX)
+    Image.new("RGB", (224, 168), "white").save("white.png")
+    talk = chat.Chat(pyengine.load(tiny["qwen2_5_vl"], n_ctx=256), answer.Settings(), options={"image": {"max_pixels": 12544}, "video": {}})
+    with pytest.raises(RequestError, match="/draw FILE: there is no answer about a picture yet"):
+        talk.draw(Path("out.png"))
+    type_in(monkeypatch, "cat.png white.png where?\n/draw out.png\n")
+    chat.run(talk)
+    err = capsys.readouterr().err
+    width, height = talk.last[0].answer.media[1].processed
+    x, y = 224 / width, 168 / height
+    assert "(in pixels of white.png, 224x168; /draw FILE draws it)\n" in err and (width, height) != (224, 168)
+    assert f"  cat: {14 * x:.0f},{28 * y:.0f} to {56 * x:.0f},{56 * y:.0f}\n  nose: {28 * x:.0f},{28 * y:.0f}\n" in err
+    assert "(2 marks on white.png: out.png)" in err and Image.open("out.png").size == (224, 168)
+    for path, message in (("cat.png", "/draw cat.png: this is a picture of the question"), ("a.txt", "/draw a.txt: the name ends in .png"),
+                          ("no/a.png", "/draw no/a.png: there is no such folder")):
+        with pytest.raises(RequestError, match=message):
+            talk.draw(Path(path))
+    says("There is none.")
+    type_in(monkeypatch, "and now?\n/draw none.png\n")
+    chat.run(talk)
+    assert "names no boxes or points" in capsys.readouterr().err and not Path("none.png").exists()
+
+
+def test_a_conversation_with_another_model_names_both(cats, tiny, tiny_gguf, tmp_path, monkeypatch, capsys) -> None:
+    os.symlink(tiny["gemma3"], "first.gguf")
+    os.symlink(tiny["llama"], "second.gguf")
+    os.symlink(tiny["gemma3"], "renamed.gguf")
+
+    def hold(model: str, *lines: str) -> None:
+        type_in(monkeypatch, "\n".join(lines))
+        chat.run(chat.Chat(pyengine.load(model, n_ctx=128), answer.Settings(max_tokens=3)))
+
+    hold("first.gguf", "hm", "/save talk")
+    with pytest.raises(SessionError, match="talk: .*another model.*; it was saved with first.gguf, and this is second.gguf"):
+        hold("second.gguf", "/load talk")
+    hold("renamed.gguf", "/load talk")
+    assert "(loaded 2 messages" in capsys.readouterr().err
+
+
 def test_a_conversation_keeps_its_pictures(cats, tiny, monkeypatch, capsys) -> None:
-    lines = (f"{cats}/cat.png what is it?", "sure?", "/image my cat.png", "and this?", "/show", "/clear", "hm?", "")
+    lines = (f"{cats}/cat.png what is it?", "sure?", "/image my cat.png", "and this?", "/show messages", "/clear", "hm?", "")
     type_in(monkeypatch, "\n".join(lines))
-    assert execute([tiny["gemma3"], "-n", "3", "--temp", "0", "-v"]) == 0
+    assert execute([tiny["gemma3"], "--lines", "-n", "3", "--temp", "0", "-v"]) == 0
     out, err = capsys.readouterr()
     notes = err.splitlines()
     assert notes.count("Added image cat.png (64x48)") == 1 and notes.count("Added image my cat.png (64x48)") == 1
@@ -317,12 +357,12 @@ def cached(err: str) -> list[int]:
 def test_a_saved_conversation_goes_on_in_another_process(cats, tiny, monkeypatch, capsys, kind) -> None:
     """The third answer is the same whether the first two were given here or come from a file, and is computed from them."""
     shown = "cat.png " if cases.find(kind).sees else ""
-    settings = [tiny[kind], "-n", "3", "--temp", "0", "-v"]
-    type_in(monkeypatch, f"/system Be brief.\n{shown}what is it?\nsure?\n/save talk one\nand now?\n/show\n")
+    settings = [tiny[kind], "--lines", "-n", "3", "--temp", "0", "-v"]
+    type_in(monkeypatch, f"/system Be brief.\n{shown}what is it?\nsure?\n/save talk one\nand now?\n/show messages\n")
     assert execute(settings) == 0
     out, err = capsys.readouterr()
     assert re.search(r"\(saved 4 messages: talk one, [\d.]+ KiB\)", err)
-    type_in(monkeypatch, "something else\n/load talk one\nand now?\n/show\n")
+    type_in(monkeypatch, "something else\n/load talk one\nand now?\n/show messages\n")
     assert execute(settings) == 0
     again, notes = capsys.readouterr()
     n = int(re.search(r"\(loaded 4 messages, (\d+) tokens: talk one\)", notes)[1])
@@ -334,7 +374,7 @@ def test_a_saved_conversation_goes_on_in_another_process(cats, tiny, monkeypatch
 def test_what_cannot_be_saved_or_loaded_is_said(cats, tiny, monkeypatch, capsys) -> None:
     def refused(lines: str, message: str, *options: str) -> None:
         type_in(monkeypatch, lines)
-        assert execute([tiny["gemma3"], "-n", "3", *options]) == 2
+        assert execute([tiny["gemma3"], "--lines", "-n", "3", *options]) == 2
         assert message in capsys.readouterr().err
 
     refused("/save a\n", "there is no conversation yet")
@@ -345,10 +385,10 @@ def test_what_cannot_be_saved_or_loaded_is_said(cats, tiny, monkeypatch, capsys)
     refused("what?\n/save a\n", "data URL: a picture without a file of its own", "--image", url)
     assert not (cats / "a").exists()
     type_in(monkeypatch, "cat.png what?\n/save a\n")
-    assert execute([tiny["gemma3"], "-n", "3"]) == 0
+    assert execute([tiny["gemma3"], "--lines", "-n", "3"]) == 0
     refused("/load a\n", "they would be continued as text: start without --raw", "--raw")
     type_in(monkeypatch, "hm\n/save raw\n")
-    assert execute([tiny["gemma3"], "-n", "3", "--raw"]) == 0
+    assert execute([tiny["gemma3"], "--lines", "-n", "3", "--raw"]) == 0
     refused("/load raw\n", "here they would be answered through the template: start with --raw")
     pixels = np.zeros((48, 64, 3), np.uint8)
     Image.fromarray(pixels).save(cats / "cat.png")
@@ -381,8 +421,8 @@ def test_messages_of_a_strange_file_are_refused(change) -> None:
 
 
 def test_pictures_alone_wait_for_a_question(cats, tiny, monkeypatch, capsys) -> None:
-    type_in(monkeypatch, "cat.png 'my cat.png' \n/show\n\nwhich?\n")
-    assert execute([tiny["qwen2_5_vl"], "-n", "3", "--image", "it's (1).JPG", "-v"]) == 0
+    type_in(monkeypatch, "cat.png 'my cat.png' \n/show messages\n\nwhich?\n")
+    assert execute([tiny["qwen2_5_vl"], "--lines", "-n", "3", "--image", "it's (1).JPG", "-v"]) == 0
     out, err = capsys.readouterr()
     added = [line for line in err.splitlines() if line.startswith("Added")]
     assert added == [f"Added image {n} (64x48)" for n in ("it's (1).JPG", "cat.png", "my cat.png")]
@@ -391,22 +431,22 @@ def test_pictures_alone_wait_for_a_question(cats, tiny, monkeypatch, capsys) -> 
 
 
 def test_a_model_without_encoder_says_so_and_goes_on(cats, tiny, monkeypatch, capsys) -> None:
-    type_in(monkeypatch, "what is in cat.png?\ncat.png\nnone.png\n/show\n")
-    assert execute([tiny["llama"], "-n", "3"]) == 0
+    type_in(monkeypatch, "what is in cat.png?\ncat.png\nnone.png\n/show messages\n")
+    assert execute([tiny["llama"], "--lines", "-n", "3"]) == 0
     out, err = capsys.readouterr()
     assert "has no image encoder: cat.png stays text)" in err and "has no image encoder: cat.png is not added)" in err
     assert err.count("image encoder") == 2 and "none.png:" not in err
     assert "user: what is in cat.png?\n" in out and "user: none.png\n" in out and "user: cat.png\n" not in out
     type_in(monkeypatch, "/image cat.png\n")
-    assert execute([tiny["llama"]]) == 2
+    assert execute([tiny["llama"], "--lines"]) == 2
     assert "has no image encoder" in one_line(capsys.readouterr().err)
 
 
 def test_commands_and_paths_are_told_apart() -> None:
     for line in ("/clear", "/image a.png", "/", "/nonsense x"):
-        assert chat._COMMAND.match(line)
+        assert chat_commands.FORM.match(line)
     for line in ("/home/me/cat.png what?", "/cat.png", "hello /clear", "/a\\ b.png"):
-        assert not chat._COMMAND.match(line)
+        assert not chat_commands.FORM.match(line)
 
 
 def test_what_a_command_names(cats) -> None:

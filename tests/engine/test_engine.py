@@ -112,7 +112,7 @@ def test_the_plan_counts_what_is_allocated(tiny_gguf, kv_dtype: str) -> None:
     assert before.of("weights") == p.weights.nbytes and before.of("arena") == p.arena.nbytes
     assert before.of("kv") == p.state_memory.nbytes
     per_cell = {"f32": 4 * 32, "f16": 2 * 32, "q8_0": 34}[kv_dtype] * 2 * 2        # keys and values of 2 heads of 32
-    cells = [i.nbytes // per_cell for i in before.items if i.purpose == "kv" and "cells" in i.detail]
+    cells = [i.nbytes // per_cell for i in before.items if i.purpose == "kv" and i.factors]
     assert cells == [14, 14, 14, 14, 14, 100, 14]                                  # window 6 + batch 8; the global layer in full
 
 

@@ -244,6 +244,23 @@ def test_not_found_says_where_was_searched_and_what_is_close(home, monkeypatch):
     assert str(home / "mine") in str(error.value) and "near: smollm2-135m" in str(error.value)
 
 
+def test_the_beginning_of_one_name_is_enough(home, monkeypatch):
+    mine = put(home / "mine/smollm2-135m-q4_1.gguf")
+    put(home / "mine/gemma3-270m-Q4_K_M.gguf")
+    monkeypatch.setenv("PYENGINE_MODELS", str(home / "mine"))
+    small, large = hub(home, "org/qwen-GGUF", "qwen-Q4_K_M.gguf"), hub(home, "org/qwen-GGUF", "qwen-Q8_0.gguf")
+    assert find_model("smol") == find_model("SMOLLM2") == mine
+    assert find_model("org/qw") == find_model("qwe") == small and find_model("org/qwen-GGUF:Q8") == large
+    hub(home, "org/smollm2-135m-q4_1", "x-Q8_0.gguf")                # found by the file in the earlier place all the same
+    assert find_model("smollm2-135m-q4_1") == mine
+    put(home / "mine/smolvlm-Q4_K_M.gguf")
+    with pytest.raises(ModelNotFoundError, match="'smol' begins the names of 2 models; choose one of: smollm2-135m-q4_1, smolvlm-Q4_K_M"):
+        find_model("smol")
+    with pytest.raises(ModelNotFoundError) as error:
+        find_model("smolm2-135m-q4_1")
+    assert "near: smollm2-135m-q4_1" in str(error.value) and ".gguf" not in str(error.value).split("near")[1]
+
+
 @pytest.mark.parametrize("name", ["absent.gguf", "a/b/c.gguf", "nul\0byte", "x" * 5000, "", "../../.."])
 def test_strange_names_are_not_found(home, name):
     with pytest.raises(ModelNotFoundError):

@@ -175,5 +175,5 @@ def test_a_context_that_fits_the_parts(tiny_gguf) -> None:
     one = pe.plan(path)
     free = {"cpu:0": one.of("overhead") + (5 << 20), "cpu:1": 6 << 20}
     found = pe.plan(path, device=free)
-    assert found.fits and found.n_ctx < 65536 and f"context: {found.n_ctx} of the 65536" in found.notes[0]
+    assert found.fits and found.n_ctx < 65536 and f"context: {found.n_ctx:,} of the 65,536" in found.notes[0]
     assert not pe.plan(path, device=free, n_ctx=2 * found.n_ctx).fits

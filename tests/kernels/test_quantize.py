@@ -356,6 +356,19 @@ def test_quantized_files_are_read_with_a_warning(tmp_path, capsys) -> None:
         assert file.view("a.weight").tobytes() == raw.tobytes()
 
 
+def test_what_is_said_while_a_file_is_quantized(tmp_path, capsys, monkeypatch) -> None:
+    """The warning comes with the first matrix, not after hours; a file that is going to be replaced is named; a terminal sees how far it is."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    x = np.random.default_rng(8).standard_normal((8, 256)).astype(np.float32)
+    raw = gguf.quants.quantize(x, Q.Q8_0)
+    source = write(tmp_path / "in.gguf", {"a.weight": raw, "b.weight": raw}, kind={"a.weight": Q.Q8_0, "b.weight": Q.Q8_0})
+    (tmp_path / "out.gguf").write_bytes(b"old")
+    assert main([str(source), str(tmp_path / "out.gguf"), "Q4_K_M"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("quantized before") == 1 and err.index("is replaced") < err.index("quantized before (Q8_0)") < err.index("out.gguf: 0.00 of 0.00 GiB (50%)")
+    assert err.endswith("\r\x1b[K")
+
+
 def test_errors_are_one_line_and_leave_no_file(tmp_path, capsys) -> None:
     x = np.ones((4, 64), np.float32)
     good = write(tmp_path / "good.gguf", {"a.weight": x})

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import cases
 from conftest import REAL, ROOT, real_path
+from PIL import Image, ImageFile
 
 import pyengine as pe
 from pyengine import hardware
 from pyengine.backends import backend
 from oracle import step_of
+from pyengine.cli.planned import draw, parse_device
 from pyengine.files.model_files import open_files
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.settings import Settings
@@ -45,7 +47,7 @@ def test_smaller_pictures_take_less(files, machine) -> None:
     plan = pe.plan(path, n_ctx=32_768, mmproj=mmproj)
     run = sum(i.nbytes for i in plan.items if i.detail.startswith("arena, up") or "patches" in i.detail and i.purpose == "images")
     assert 256 <= plan.picture < 16_384 and run < 1.5 * GIB
-    assert any(f"pictures of up to {plan.picture} soft tokens" in n and "images=" in n for n in plan.notes)
+    assert any(f"pictures of up to {plan.picture:,} image tokens" in n and "images=" in n for n in plan.notes)
     asked = pe.plan(path, n_ctx=32_768, mmproj=mmproj, images=(896, 448))
     assert asked.picture == 32 * 16 and not any("pictures" in n for n in asked.notes)
     kept = pe.plan(path, n_ctx=32_768, mmproj=mmproj, images=(896, 448, 5))
@@ -133,19 +135,69 @@ def test_the_largest_context_fits_and_one_more_does_not(files, machine, name: st
     assert plan.max_seq == plan.seq_limit or not pe.plan(path, n_ctx=8192, n_seq=plan.max_seq + 1, **seen).fits
 
 
-def test_without_a_context_the_largest_that_fits_is_taken_and_named(files, machine) -> None:
+def test_the_default_context_has_a_limit_and_a_given_one_has_not(files, machine) -> None:
     path, mmproj = files["gemma-12b"]
     machine(200 * GIB)
     plan = pe.plan(path, mmproj=mmproj)
-    assert plan.n_ctx == 131_072 and "context: 131072 positions, as trained" in plan.table()
-    machine(12 * GIB)
-    plan = pe.plan(path, mmproj=mmproj)
-    assert plan.fits and plan.n_ctx % 256 == 0 and plan.n_ctx < 131_072
-    assert f"context: {plan.n_ctx} of the 131072 trained positions" in plan.table()
-    assert plan.max_ctx - 256 < plan.n_ctx <= plan.max_ctx
+    assert plan.n_ctx == 32_768 and "context: 32,768 of the 131,072 trained positions, the most unless more is asked for" in plan.table()
+    assert plan.max_ctx == 131_072 and "largest context that fits: 131,072, all that the model was trained for" in plan.table()
+    assert pe.plan(path, mmproj=mmproj, n_ctx=131_072).n_ctx == 131_072
+    assert plan.items == pe.plan(path, mmproj=mmproj, n_ctx=32_768).items
+    assert "200,000 is more than the 131,072 positions" in pe.plan(path, n_ctx=200_000).table()
+
+
+def test_the_default_context_leaves_a_margin_and_is_a_round_number(files, machine) -> None:
+    """A few bytes more or less free give the same number; what is left can hold a picture while it is read."""
+    path, mmproj = files["gemma-12b"]
+    seen = set()
+    for more in (0, 1, 12_345_678):
+        machine(10 * GIB + more)
+        plan = pe.plan(path, mmproj=mmproj)
+        assert plan.fits and plan.total <= 9 * GIB + more and 512 < plan.n_ctx < 32_768
+        assert plan.n_ctx % (1 << plan.n_ctx.bit_length() - 3) == 0
+        assert f"context: {plan.n_ctx:,} of the 131,072 trained positions, so that 1.00 GiB of the memory stay free" in plan.table()
+        seen.add(plan.n_ctx)
+    assert len(seen) == 1
+    machine(4 * GIB)
+    small = pe.plan(files["qwen-7b"][0], n_ctx=512).total
+    machine(small + 100 * MIB)                                           # enough, but not for an eighth that stays free
+    plan = pe.plan(files["qwen-7b"][0])
+    assert plan.fits and plan.n_ctx == 512 and "the least: not even with these" in plan.table()
     machine(2 * GIB)
     plan = pe.plan(path, mmproj=mmproj)
     assert not plan.fits and plan.max_ctx is None and plan.max_seq is None
+    assert "and no smaller context of a whole step fits" in plan.table()
+
+
+def test_a_table_says_first_whether_it_fits_in_units_that_people_read(files, machine) -> None:
+    machine(16 * GIB)
+    path, mmproj = files["gemma-12b"]
+    plan = pe.plan(path, mmproj=mmproj, n_ctx=8192)
+    heading, verdict, *rows = plan.table().splitlines()
+    assert heading == "gemma-12b.gguf: context 8,192, batch 512, kv f16"
+    assert verdict == f"fits: {plan.total / GIB:.2f} GiB of 16.00 GiB available"
+    text = "\n".join(rows)
+    assert "all 8,192 positions (8 layers)" in text and "window of 1,024: 1,536 positions (40 layers)" in text
+    assert "()" not in text and "=" not in text and not any(len(row.split(" MiB")[0].split()[-1]) > 6 for row in rows if " MiB" in row)
+    assert [row.split()[0] for row in rows if row[2:3].strip()][:6] == ["weights", "kv", "arena", "sampler", "encoder", "images"]
+    assert all("not counted" in row for row in rows if row.startswith("  mapped")) and "  mapped" in text
+    assert "reading a picture takes more for a moment" in text and plan.decoding == GIB
+    assert "reading a picture" not in pe.plan(path, n_ctx=8192).table()
+    machine(6 * GIB)
+    refused = pe.plan(path, n_ctx=8192, nearest=True)
+    assert refused.table().splitlines()[1].startswith("does not fit: ") and refused.advice().startswith("these would fit:") is bool(refused.alternatives)
+
+
+def test_parts_of_memory_that_are_too_small_say_how_much_would_do(tiny_gguf) -> None:
+    path = tiny_gguf("llama")[0]
+    need = pe.plan(path, n_ctx=64).total
+    one = pe.plan(path, n_ctx=64, device={"cpu:0": MIB}, nearest=True)
+    assert not one.fits and one.alternatives[0].settings == {"device": {"cpu:0": -(-need // MIB) * MIB}}
+    assert one.alternatives[0].options().startswith(f"--device cpu:0={-(-need // MIB)}MiB: ")
+    assert pe.plan(path, n_ctx=64, **one.alternatives[0].settings).fits
+    two = pe.plan(path, n_ctx=64, device={"cpu:0": 2 * MIB, "cpu:1": MIB}, nearest=True)
+    assert not two.fits and pe.plan(path, n_ctx=64, **two.alternatives[0].settings).fits
+    assert one.table().splitlines()[1].endswith("on cpu:0") and "cpu:1" in two.table().splitlines()[1]
 
 
 def test_a_larger_cache_is_counted_as_if_it_had_been_built(tiny_gguf) -> None:
@@ -174,6 +226,7 @@ def test_refusals_name_three_things_that_fit(files, machine) -> None:
         machine(2 * GIB)
         pe.load(path, mmproj=mmproj, n_ctx=4096)
     assert caught.value.plan.alternatives == () and "fewer bits" in str(caught.value)
+    assert f"its weights alone take {caught.value.plan.of('weights') / GIB:.2f} GiB" in str(caught.value)
 
 
 def test_other_devices_say_what_they_could_hold(files, machine) -> None:
@@ -237,6 +290,18 @@ def test_a_picture_too_large_for_the_plan_is_refused_with_its_size_and_the_limit
         pe.load(path, n_ctx=256, images=0).generate([noise(84, 112), 3])
 
 
+def test_a_picture_whose_decoding_takes_more_than_is_available_is_refused_before_it_is_decoded(tiny_gguf, tmp_path, monkeypatch) -> None:
+    model = pe.load(tiny_gguf("gemma3")[0], n_ctx=128)
+    Image.fromarray(noise(300, 400)).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    ask = [{"role": "user", "content": [{"type": "image", "image": str(tmp_path / "a.png")}, "what?"]}]
+    monkeypatch.setattr(hardware, "available_memory", lambda system=None: 400 * 300 * 7 - 1)
+    with pytest.raises(ImageError, match="decoding 400 x 300 pixels takes 0 MiB for a moment, and 0 MiB of memory are available"):
+        model.chat(ask, max_tokens=1)
+    monkeypatch.undo()
+    assert len(model.chat(ask, max_tokens=1).tokens) == 1
+
+
 def expected(plan: dict[str, Any], used: list[int], encoded: bool) -> int:
     """Bytes that are resident when conversations of `used` tokens have been computed: planned memory, as far as it was touched.
 
@@ -296,21 +361,29 @@ def test_the_command_shows_explains_and_draws(files, machine, tmp_path, capsys) 
     asked = ["plan", path, "--mmproj", mmproj, "--ctx", "8192", "--seq", "2"]
     assert execute([*asked, "--explain"]) == 0
     out = capsys.readouterr().out
-    assert "layer 5: 8 heads x 16384 cells x 1024 bytes (512 of a key, 512 of a value) = 134217728" in out
-    assert "context 8192 x 2 conversations" in out and out.endswith("  fits\n")
+    assert ("layers 5, 11, 17, 23, 29, 35, 41, 47: 8 heads x 16384 cells x 1024 bytes (512 of a key, 512 of a value) = 134217728 each"
+            in out) and out.count("blk.N.ffn_down.weight") == 2
+    assert "context 8,192 x 2 conversations" in out and "\nfits: " in out
     assert execute([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["n_seq"] == 2 and found["max_ctx"] > 8192
     assert {i["layer"] for i in found["items"] if i["purpose"] == "kv"} >= set(range(48))
     machine(9 * GIB)
     assert execute([*asked, "--pictures", "0"]) == 0 and "encoder" not in capsys.readouterr().out
-    assert execute(["plan", path, "--ctx", "131072", "--json"]) == 0
+    assert execute(["plan", path, "--ctx", "131072", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and len(found["alternatives"]) >= 1
+    assert execute(["plan", path, "--ctx", "131072"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].startswith("does not fit: ") and "\n  --ctx " in out and "n_ctx" not in out
+    assert execute([path, "a question", "--ctx", "131072"]) == 2 and "\n  --ctx " in capsys.readouterr().err
     assert execute([*asked, "--picture", "896"]) == 2 and "WIDTHxHEIGHT" in capsys.readouterr().err
     pytest.importorskip("matplotlib")
+    machine(16 * GIB)
     assert execute([*asked, "--png", str(tmp_path / "plan.png")]) == 0
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG") and "total" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG") and "total" in shown.out
+    assert shown.err == f"wrote {tmp_path / 'plan.png'}\n"
     assert execute([*asked, "--png", str(tmp_path / "no/plan.png")]) == 2 and "No such file" in capsys.readouterr().err
 
 
@@ -319,4 +392,33 @@ def test_drawing_without_matplotlib_says_what_is_missing(files, monkeypatch, cap
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert execute(["plan", str(files["gemma-12b"][0]), "--ctx", "512", "--png", str(tmp_path / "a.png")]) == 2
-    assert "pyengine[bench]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, nbytes", [("6GiB", 6 * GIB), ("6G", 6 * GIB), ("6gb", 6 * 10**9), ("1.5m", 3 * MIB // 2), ("7", 7), ("2 KiB", 2048),
+                                           ("3TB", 3 * 10**12)])
+def test_sizes_of_devices(given: str, nbytes: int) -> None:
+    assert parse_device([f"cpu:0={given}"]) == {"cpu:0": nbytes}
+
+
+@pytest.mark.parametrize("given, message", [(["cpu:0=6XB"], "6XB is no number of bytes"), (["cpu:0=6GiB", "cpu:0=1GiB"], "cpu:0 is given twice"),
+                                            (["cpu:0=6GiB", "cpu"], "each has its bytes"), (["cpu:0="], "each has its bytes")])
+def test_sizes_that_are_none(given: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        parse_device(given)
+
+
+def test_a_plans_picture_has_one_hue_a_purpose_and_the_first_device_on_top(tiny_gguf, monkeypatch, tmp_path) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    draw(pe.plan(tiny_gguf("llama")[0], n_ctx=64, device={"cpu:0": 48 * MIB, "cpu:1": 8 * MIB}), tmp_path / "a.png")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    assert low > high and axes.get_yticklabels()[0].get_text().startswith("cpu:0")
+    legend = drawn[0].legends[0]
+    colours = {}
+    for text, handle in zip(legend.get_texts(), legend.legend_handles):
+        colours.setdefault(text.get_text().split(":")[0], []).append(handle.get_facecolor())
+    assert len(colours) > 3 and all(len(set(same)) == len(same) for same in colours.values())
+    assert len({c for same in colours.values() for c in same}) == sum(map(len, colours.values()))

@@ -357,7 +357,7 @@ def test_without_pictures_the_layers_are_not_there(path) -> None:
     blind, seeing = pe.load(path, n_ctx=64, images=0), pe.load(path, n_ctx=64)
     assert np.array_equal(blind.logits([1, 2, "a text"]), seeing.logits([1, 2, "a text"]))
     assert {i.layer for i in blind.plan.items if i.purpose == "weights" and i.layer is not None} == {0, 2, 5}
-    assert not any("Cross" in i.detail for i in blind.plan.items) and blind.plan.total < seeing.plan.total
+    assert not any(i.detail.startswith("pictures: ") for i in blind.plan.items) and blind.plan.total < seeing.plan.total
     with pytest.raises(RequestError, match="takes no pictures"):
         blind.generate([A, 3])
 
@@ -608,7 +608,7 @@ def test_llama_3_2_vision_11b(full_size, machine) -> None:
         plan = pe.plan(path, n_ctx=n_ctx, images=1)
         assert kv(plan) == {"Full": 32 * n_ctx * token, "Cross": 8 * picture * token}
         assert kv(plan)["Cross"] == 209_846_272 == 200.125 * MIB
-        assert [i.layer for i in plan.items if i.detail.startswith("Cross")] == list(ACROSS)
+        assert [i.layer for i in plan.items if i.detail.startswith("pictures: ")] == list(ACROSS)
     assert plan.picture == picture
     three = pe.plan(path, n_ctx=4096, images=(1120, 1120, 3))            # three such pictures in a conversation
     assert kv(three)["Cross"] == 3 * kv(plan)["Cross"]

@@ -122,7 +122,7 @@ VERBS = frozenset("""
     execute expand explain extend extract fetch fill filter find finish fit fold forget format fuse gather generate give go group guess hand
     handle hash hide hold identify ignore import insert install join keep lay leave let limit list load locate look lower
     make map mark match
-    measure merge mix move multiply name normalize note offer open order pack pad parse pass pause permute pick place plan play point
+    measure merge mix move multiply name normalize note offer open order pack pad parse pass pause pay permute pick place plan play point
     predict prepare preserve print process produce project prune put quantize quote raise read rebuild receive record reduce refuse register
     release reload remember remove render repeat replace replay report represent reserve reset resize resolve restore resume return reuse
     rewrite rotate round run sample save say scale scan scatter search see select send separate set settle share shift show skip sort split

@@ -85,12 +85,15 @@ class Full:
         return path, self.encoder and write_encoder(folder / f"mmproj-{name}.gguf", self.encoder(self.decoder.d_model))
 
 
+KINDS = {"all ": "Full", "window of": "Sliding", "chunks of": "Chunked", "pictures: ": "Cross"}     # the words of `Policy.about`
+
+
 def kv(plan: Any) -> dict[str, int]:
     """Bytes of a plan's caches by kind of layer."""
     found: dict[str, int] = {}
     for i in plan.items:
         if i.purpose == "kv" and i.layer is not None:
-            kind = i.detail.partition("(")[0]
+            kind = next(name for word, name in KINDS.items() if word in i.detail)
             found[kind] = found.get(kind, 0) + i.nbytes
     return found
 

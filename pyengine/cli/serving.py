@@ -1,0 +1,29 @@
+"""`pyengine-run serve`: models over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pyengine.errors import RequestError
+
+
+def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], api_keys: Sequence[str], hosts: Sequence[str],
+          origins: Sequence[str], tls: tuple[str, str] | None) -> None:
+    """Load models and serve them until Ctrl-C. Raises: RequestError where the server's packages are missing, and as `load`."""
+    try:
+        from pyengine.server import app, models
+    except ModuleNotFoundError as error:
+        raise RequestError(f"the server needs the package {error.name}: pip install starlette uvicorn") from None
+    served = []
+    for name in names:
+        print(f"loading {name}", file=sys.stderr, flush=True)
+        served.append(models.load(name, **options))
+    found = models.Models(served).all
+    for s in found:
+        pictures = ", pictures" if s.model.media is not None else ""
+        print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}, {s.model.plan.total / 2**30:.2f} GiB", file=sys.stderr)
+    address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"serving at {address} (OpenAI: {address}/v1; Ollama: {address}); Ctrl-C ends", file=sys.stderr, flush=True)
+    app.serve(app.application(found, api_keys, hosts, origins), host, port, *(tls or ()))

@@ -1,0 +1,121 @@
+"""What a user may set in a conversation, by `/set`, and what holds where nothing is set."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pyengine.cli import answer
+from pyengine.errors import RequestError
+
+SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "typical_p": float,
+                             "repeat_penalty": float, "repeat_last_n": int, "presence_penalty": float,
+                             "frequency_penalty": float, "seed": int}
+KEEP = ("all", "latest")
+SWITCHES = ("on", "off")
+WORDS = {"keep": KEEP, "wordwrap": SWITCHES, "verbose": SWITCHES}
+MEANINGS = {
+    "temperature": "0 takes the likeliest token",
+    "top_k": "draw from the K likeliest tokens; 0: all",
+    "top_p": "draw from the likeliest that have P together; 1: off",
+    "min_p": "draw from those with P times the likeliest's; 0: off",
+    "typical_p": "draw from the most typical that have P together; 1: off",
+    "repeat_penalty": "divide logits of recent tokens; 1: off",
+    "repeat_last_n": "how many tokens are recent; -1: all",
+    "presence_penalty": "lower recent tokens; 0: off",
+    "frequency_penalty": "lower them for each use; 0: off",
+    "seed": "the same seed gives the same answer",
+    "max_tokens": "of an answer; -1: no limit",
+    "stop": 'texts that end an answer: END, or "one" "two"',
+    "keep": "when the context is full: all is kept and you are told, or only the latest turns",
+    "wordwrap": "no word is cut at the terminal's edge",
+    "verbose": "after each answer, what was seen and how fast",
+}
+# Names that Ollama gives to switches, and what they are here.
+_OTHER_WORDS = {"nowordwrap": ("wordwrap", "off"), "quiet": ("verbose", "off")}
+
+
+@dataclass
+class Choices:
+    """What is set: about answers, and about the conversation. `keep`: one of KEEP."""
+
+    answer: answer.Settings = field(default_factory=answer.Settings)
+    keep: str = "all"
+    wordwrap: bool = True
+    verbose: bool = False
+
+    def set(self, name: str, value: str | None = None) -> str:
+        """Set one setting; without a value, go back to the default, and a switch goes on. Returns what was done. Raises: RequestError."""
+        if value is None and name in _OTHER_WORDS:
+            name, value = _OTHER_WORDS[name]
+        if name in SAMPLING:
+            sampling = {k: v for k, v in self.answer.sampling.items() if k != name}
+            if value is not None:
+                sampling[name] = _number(name, value, SAMPLING[name])
+            answer.check_sampling(sampling)
+            self.answer.sampling = sampling
+        elif name == "max_tokens":
+            n = answer.Settings().max_tokens if value is None else _number(name, value, int)
+            self.answer.max_tokens = None if n is None or n < 0 else n
+        elif name == "stop":
+            self.answer.stop = _texts(value or "")
+        elif name in WORDS:
+            word = WORDS[name][0] if value is None else _word(name, value)
+            setattr(self, name, word if name == "keep" else word == "on")
+            value = word
+        else:
+            from pyengine.files.gguf import nearest
+
+            raise RequestError(f"/set {name}: there is no such setting{nearest(name, MEANINGS)}; /set alone lists all")
+        return f"{name} {value}" if value is not None else f"{name} as by default"
+
+    def rows(self, model: Any) -> list[tuple[str, str, str]]:
+        """List all settings: name, value, and whether it is set here or recommended by the model, with what it means."""
+        from pyengine.text.sampling import SamplingParams
+
+        usual: dict[str, Any] = {f.name: f.default for f in fields(SamplingParams)}
+        found = []
+        for name in SAMPLING:
+            source = "set" if name in self.answer.sampling else "the model's" if name in model.sampling_defaults else ""
+            value = {**usual, **model.sampling_defaults, **self.answer.sampling}[name]
+            found.append((name, "random" if value is None else str(value), source))
+        limit, stop, plain = self.answer.max_tokens, self.answer.stop or model.stop_defaults, Choices()
+        found.append(("max_tokens", "-1" if limit is None else str(limit), "set" if limit != plain.answer.max_tokens else ""))
+        found.append(("stop", " ".join(map(_quoted, stop)) or "none", "set" if self.answer.stop else "the model's" if stop else ""))
+        for name in WORDS:
+            value = getattr(self, name)
+            word = value if isinstance(value, str) else SWITCHES[not value]
+            found.append((name, word, "set" if value != getattr(plain, name) else ""))
+        return [(name, value, f"{source}: {MEANINGS[name]}" if source else MEANINGS[name]) for name, value, source in found]
+
+    def changed(self, model: Any) -> str:
+        """Name what is set here, in one line."""
+        return ", ".join(f"{name} {value}" for name, value, about in self.rows(model) if about.startswith("set: "))
+
+
+def _number(name: str, value: str, kind: type) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise RequestError(f"/set {name} {value}: must be {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _word(name: str, value: str) -> str:
+    if value not in WORDS[name]:
+        raise RequestError(f"/set {name} {value}: must be {' or '.join(WORDS[name])}")
+    return value
+
+
+def _texts(value: str) -> tuple[str, ...]:
+    """Read one text as it is, or several in quotes."""
+    if value[:1] not in ("'", '"'):
+        return (value,) if value else ()
+    try:
+        return tuple(text for text in shlex.split(value) if text)
+    except ValueError as error:
+        raise RequestError(f"/set stop {value}: {error}") from None
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\n", "\\n").replace('"', '\\"') + '"'

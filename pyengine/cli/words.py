@@ -1,0 +1,141 @@
+"""Words that people bring along: commands and options of Ollama, llama.cpp and others, and the library's names in the command's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from pyengine.errors import RequestError
+
+# First words that are commands elsewhere, and what there is here instead.
+_LIST = "nothing is kept by name here: models are files, which `list` shows"
+COMMANDS = {
+    "server": "`pyengine-run serve MODEL` is the server",
+    "ps": "no model stays loaded when its command has ended; `list` shows those on this machine",
+    "stop": "no model stays loaded when its command has ended",
+    "rm": f"{_LIST}; remove the file, or with Ollama's models `ollama rm`",
+    "cp": f"{_LIST}; copy the file",
+    "create": f"{_LIST}; options set the system message and the sampling, and a Modelfile's are followed where Ollama keeps them",
+    "push": "nothing is uploaded",
+    "signin": "there are no accounts",
+    "signout": "there are no accounts",
+    "embed": "there are no embeddings yet",
+    "embedding": "there are no embeddings yet",
+    "convert": "`python -m pyengine.converters HF_DIR -o OUT.gguf` converts a checkpoint",
+    "quantize": "`python -m pyengine.converters.quantize IN.gguf OUT.gguf Q4_K_M` makes a file smaller",
+    "generate": "one answer is `pyengine-run MODEL PROMPT`",
+    "complete": "`pyengine-run MODEL --raw PROMPT` completes a text",
+    "completion": "`pyengine-run MODEL --raw PROMPT` completes a text",
+    "tokenize": "the library does it: pyengine.load_tokenizer(file).tokenize(text)",
+    "info": "`show MODEL` says what is in a file",
+}
+
+# Options by which others name what is here under another name. They hold where the command has that one, and no own one of the name.
+ALIASES = {
+    "--n-predict": "--max-tokens", "--predict": "--max-tokens", "--num-predict": "--max-tokens", "--max-new-tokens": "--max-tokens",
+    "--ctx-size": "--ctx", "--num-ctx": "--ctx", "--n-ctx": "--ctx", "--max-model-len": "--ctx", "--context-length": "--ctx",
+    "--batch-size": "--batch", "--num-thread": "--threads", "--n-threads": "--threads",
+    "-sys": "--system", "--system-prompt": "--system", "-s": "--seed", "-r": "--stop", "--reverse-prompt": "--stop",
+    "--typical-p": "--typical", "-mm": "--mmproj", "--images": "--image", "--cache-type": "--kv-dtype", "--prompt-file": "--file",
+}
+
+_GPU = "models run on the CPU; there are no layers on a GPU yet"
+_HUB = "a model of Hugging Face is named as MODEL, org/repo:Q4_K_M, when it is on this machine"
+_TEMPLATE = "the file's own chat template is used; --raw leaves it out"
+_GRAMMAR = "answers cannot be held to a grammar or a schema yet"
+_THINK = "thinking is not told from the answer yet"
+_DRAFT = "there is no speculative decoding yet"
+_MAPPED = "weights are read into memory, in the layout that the kernels want"
+_SAMPLER = "the sampler has no such step; --help lists those that it has"
+_ROPE = "the scaling of positions is the one that the file names"
+_LOGS = "nothing is logged but what --verbose says"
+HINTS = {
+    **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers", "--num-gpu", "-sm", "--split-mode", "-ts", "--tensor-split", "-mg",
+                     "--main-gpu", "-ncmoe", "--n-cpu-moe", "-ot", "--override-tensor"), _GPU),
+    **dict.fromkeys(("-dev",), f"{_GPU}; --device divides main memory"),
+    **dict.fromkeys(("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-hft", "--hf-token"), _HUB),
+    **dict.fromkeys(("-mu", "--model-url"), "nothing is fetched by its address; give a file or a name"),
+    **dict.fromkeys(("-ub", "--ubatch-size"), "steps have one size here: --batch"),
+    **dict.fromkeys(("-tb", "--threads-batch"), "prompts and answers take the same threads: --threads"),
+    **dict.fromkeys(("-fa", "--flash-attn"), "attention always works so; leave it out"),
+    **dict.fromkeys(("-cnv", "--conversation", "-i", "--interactive"), "a conversation is what starts without a PROMPT"),
+    **dict.fromkeys(("-no-cnv", "--no-conversation"), "--raw continues a text without the chat template"),
+    **dict.fromkeys(("-st", "--single-turn"), "with a PROMPT there is one answer anyway"),
+    **dict.fromkeys(("--jinja", "--no-jinja", "--chat-template", "--chat-template-file"), _TEMPLATE),
+    **dict.fromkeys(("--mmap", "--no-mmap", "--mlock"), _MAPPED),
+    **dict.fromkeys(("--grammar", "--grammar-file", "--json-schema", "-j", "--format"), _GRAMMAR),
+    **dict.fromkeys(("--think", "--hidethinking", "--reasoning-budget", "--reasoning-format"), _THINK),
+    **dict.fromkeys(("-md", "--model-draft", "--draft", "--draft-max"), _DRAFT),
+    **dict.fromkeys(("--lora", "--lora-scaled"), "LoRA adapters cannot be used yet"),
+    **dict.fromkeys(("--audio",), "no sound is heard yet"),
+    **dict.fromkeys(("--mirostat", "--xtc-probability", "--xtc-threshold", "--dry-multiplier", "--dynatemp-range", "--samplers",
+                     "--sampling-seq", "--top-n-sigma", "--tfs", "--logit-bias"), _SAMPLER),
+    **dict.fromkeys(("--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale"), _ROPE),
+    **dict.fromkeys(("--no-display-prompt", "--log-disable", "--verbose-prompt", "--simple-io", "-co", "--color", "--no-perf"), _LOGS),
+    **dict.fromkeys(("-e", "--escape"), "your shell can write escapes: $'a\\nb'"),
+    **dict.fromkeys(("--context-shift", "--no-context-shift", "--keep"), "an answer ends where the context is full; --ctx makes it larger"),
+    **dict.fromkeys(("-np", "--parallel"), "the command answers one conversation; `plan` has --seq, the library n_seq"),
+    **dict.fromkeys(("--keepalive", "--keep-alive"), "no model stays loaded when its command has ended"),
+    **dict.fromkeys(("--nowordwrap", "--insecure"), "there is nothing to switch off; leave it out"),
+    **dict.fromkeys(("--kv-bits", "--kv-cache-dtype"), "--kv-dtype q8_0 or q4_0 keeps keys and values smaller"),
+    **dict.fromkeys(("--gpu-memory-utilization", "--tensor-parallel-size"), _GPU),
+}
+_KEYS, _VALUES = ("-ctk", "--cache-type-k"), ("-ctv", "--cache-type-v")
+
+
+def translated(arguments: Sequence[str], options: Mapping[str, bool]) -> list[str]:
+    """Return a command's arguments with other programs' options under the names that they have here.
+
+    options: the names of the command's own, and whether each takes a value; a value is never taken for an option.
+    Raises: RequestError for an option that has nothing like it here, saying what there is.
+    """
+    found: list[str] = []
+    cached: dict[bool, str] = {}                               # formats of keys (True) and values (False)
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if argument == "--":
+            return [*found, *_kv(cached), argument, *left]
+        name, equals, value = argument.partition("=") if argument.startswith("--") else (argument, "", "")
+        if name not in options and name in (*_KEYS, *_VALUES) and "--kv-dtype" in options:
+            if not equals and not left:
+                raise RequestError(f"{name}: needs a format, as q8_0")
+            cached[name in _KEYS] = value if equals else left.pop(0)
+            continue
+        if name not in options and ALIASES.get(name) in options:
+            name = ALIASES[name]
+        elif name not in options and name in HINTS:
+            raise RequestError(f"there is no option {name}: {HINTS[name]}")
+        found.append(f"{name}{equals}{value}")
+        if options.get(name) and not equals and left:
+            found.append(left.pop(0))
+    return [*found, *_kv(cached)]
+
+
+def _kv(cached: Mapping[bool, str]) -> list[str]:
+    return ["--kv-dtype", f"{cached.get(True, 'f16')}/{cached.get(False, 'f16')}"] if cached else []
+
+
+# The library's arguments in its messages, and what the command calls them.
+_TOLD = [(re.compile(pattern), said) for pattern, said in (
+    (r"models run on 'cpu' \('auto' picks it\), or on parts of it: \{'cpu:0': bytes, \.\.\}", "models run on cpu, or on parts of its memory: "
+     "--device cpu:0=6GiB"),
+    (r"is no part of main memory; give \{'cpu:0': bytes, 'cpu:1': bytes\}", "is no part of main memory; give cpu:0=6GiB, cpu:1=2GiB"),
+    (r"\bimages=\((?:width, height, number|\w+, \w+, \w+)\)", "--picture WIDTHxHEIGHT --pictures NUMBER"),
+    (r"\bimages=\(width, height\)", "--picture WIDTHxHEIGHT"),
+    (r"\bimages=\((\d+), ?(\d+)\)", r"--picture \1x\2"),
+    (r"\bimages=(?=[\d(\[])", "--pictures "),
+    (r"\bmmproj=", "--mmproj FILE"),
+    (r"\b(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device|device)=", lambda m: f"{_OPTIONS[m[1]]} "),
+    (r"(?<![\w/.-])(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device)(?![\w/.-])", lambda m: _OPTIONS[m[1]]),
+    (r"\bload with\b", "use"),
+)]
+_OPTIONS = {"kv_dtype": "--kv-dtype", "n_ctx": "--ctx", "n_batch": "--batch", "n_threads": "--threads", "n_seq": "--seq", "device": "--device",
+            "encoder_device": "--encoder-device", "expert_device": "--expert-device"}
+
+
+def told(text: str) -> str:
+    """Return a message of the library with its arguments named as the command's options."""
+    for pattern, said in _TOLD:
+        text = pattern.sub(said, text)
+    return text

@@ -1,0 +1,286 @@
+"""One thread that works on a model for everybody who asks: `Loop`, and what an asker holds, `Handle`.
+
+Requests join and leave between steps. Whoever reads slowly, or not at all, keeps nobody waiting: pieces lie in the handle until they
+are taken. The thread begins with the first request and ends when there has been none for a while, so a model that nobody holds any
+more is not kept alive by it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any, TYPE_CHECKING
+
+from pyengine.engine.answer import Answer
+from pyengine.engine.request import Report, Request
+from pyengine.engine.scheduler import Scheduler
+from pyengine.errors import BusyError, RequestError
+
+if TYPE_CHECKING:
+    import asyncio
+
+IDLE_SECONDS = 2.0                   # the thread ends after so long without a request
+
+
+class Handle(Iterator[str], AsyncIterator[str]):
+    """An answer on its way, computed whether it is read or not.
+
+    for piece in handle, async for piece in handle    pieces as they come; each piece is given once
+    handle.result(timeout), await handle              the whole text, whatever was read before
+    handle.cancel()                                   ends within a step; the text so far is the answer, of finish "cancelled"
+
+    May be used by several threads. report: how the answer came about, growing with it.
+    """
+
+    def __init__(self, request: Request, loop: Loop, client: str):
+        self.report: Report = request.report
+        self.client = client
+        self._request, self._loop = request, loop
+        self._changed = threading.Condition()
+        self._texts: list[str] = []                          # all pieces, taken or not
+        self._read = 0
+        self._ended = False
+        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._callbacks: list[Callable[[Handle], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more comes."""
+        return self._ended
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the answer, if an error did."""
+        return self._request.error if self._ended else None
+
+    def cancel(self) -> bool:
+        """Stop working on the answer; False if it has ended already."""
+        return self._loop.cancel(self)
+
+    def on_done(self, call: Callable[[Handle], None]) -> None:
+        """Call a function once the answer has ended, in the thread that ends it; at once if it has."""
+        with self._changed:
+            if not self._ended:
+                self._callbacks.append(call)
+                return
+        call(self)
+
+    def result(self, timeout: float | None = None) -> Answer:
+        """Wait for the end and return the whole text. Raises: TimeoutError after `timeout` seconds, and what ended the answer."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, timeout):
+                raise TimeoutError(f"the answer has not ended within {timeout} seconds")
+        return self._answer()
+
+    def _answer(self) -> Answer:
+        if self._request.error is not None:
+            raise self._request.error
+        return Answer("".join(self._texts), self.report)
+
+    def _piece(self) -> str | None:
+        """Take the next piece, or None if it is not there yet. Raises: StopIteration at the end, or what ended the answer."""
+        if self._read < len(self._texts):
+            self._read += 1
+            return self._texts[self._read - 1]
+        if not self._ended:
+            return None
+        if self._request.error is not None:
+            raise self._request.error
+        raise StopIteration
+
+    def __next__(self) -> str:
+        with self._changed:
+            while (piece := self._piece()) is None:
+                self._changed.wait()
+            return piece
+
+    async def __anext__(self) -> str:
+        while True:
+            with self._changed:
+                try:
+                    piece = self._piece()
+                except StopIteration:
+                    raise StopAsyncIteration from None
+                slept = self._sleeper() if piece is None else None
+            if slept is None:
+                return piece                                 # type: ignore[return-value]
+            await slept
+
+    def _sleeper(self) -> asyncio.Future[None]:
+        """Make a future that ends with the next change; the caller holds `_changed`."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._sleepers.append((loop, future))
+        return future
+
+    async def _wait(self) -> Answer:
+        while True:
+            with self._changed:
+                if self._ended:
+                    break
+                slept = self._sleeper()
+            await slept
+        return self._answer()
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        return self._wait().__await__()
+
+    def _collect(self) -> None:
+        """Take over what the loop's last step gave, and wake who waits for it."""
+        request = self._request
+        if not request.pieces and not request.finished:
+            return
+        with self._changed:
+            if self._ended:
+                return
+            finished = request.finished                      # before the pieces: what comes with the end is not left behind
+            while request.pieces:
+                self._texts.append(request.pieces.popleft())
+            self._ended = finished
+            sleepers, self._sleepers = self._sleepers, []
+            callbacks, self._callbacks = (self._callbacks, []) if finished else ([], self._callbacks)
+            self._changed.notify_all()
+        for loop, future in sleepers:
+            try:
+                loop.call_soon_threadsafe(_wake, future)
+            except RuntimeError:                             # an event loop that was closed
+                pass
+        for call in callbacks:
+            call(self)
+
+    def __repr__(self) -> str:
+        state = f"finish={self.report.finish!r}" if self._ended else "running"
+        return f"<Handle: {len(self.report.tokens)} tokens, {state}>"
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Loop:
+    """Requests of several clients, served by one thread.
+
+    Clients take turns: the next free place goes to the one that was served longest ago, however many requests another one has
+    queued. limit: requests that may wait; more are refused.
+    """
+
+    def __init__(self, scheduler: Scheduler, limit: int = 1024):
+        self.limit = limit
+        self._scheduler = scheduler
+        self._state = threading.Condition()
+        self._waiting: dict[str, deque[Handle]] = {}         # by client, the one whose turn is next first
+        self._running: list[Handle] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, request: Request, client: str = "") -> Handle:
+        """Queue a request. Raises: BusyError when the queue is full, RequestError once closed, and what `Scheduler.check` does."""
+        self._scheduler.check(request)
+        handle = Handle(request, self, client)
+        with self._state:
+            if self._closed:
+                raise RequestError("the model is closed")
+            waiting = self.n_waiting
+            if waiting >= self.limit:
+                raise BusyError(f"{waiting} requests are waiting already, which is the limit; try again later")
+            self._waiting.setdefault(client, deque()).append(handle)
+            if self._thread is None or not self._thread.is_alive():            # also in a child of fork
+                self._thread = threading.Thread(target=self._work, name="pyengine loop", daemon=True)
+                self._thread.start()
+            self._state.notify()
+        return handle
+
+    @property
+    def n_waiting(self) -> int:
+        """How many requests wait for a place."""
+        return sum(map(len, list(self._waiting.values())))
+
+    @property
+    def n_running(self) -> int:
+        """How many requests are worked on."""
+        return len(self._running)
+
+    def cancel(self, handle: Handle) -> bool:
+        """End a request; False if it has ended already."""
+        request = handle._request
+        with self._state:
+            if request.finished:
+                return False
+            request.report.finish = "cancelled"
+            self._scheduler.cancel(request)
+            queue = self._waiting.get(handle.client, ())
+            waited = handle in queue
+            if waited:
+                self._drop(handle.client, handle)
+            self._state.notify()
+        if waited:
+            handle._collect()
+        return True
+
+    def close(self) -> None:
+        """End all requests, and take no more; returns when the thread has ended."""
+        with self._state:
+            self._closed = True
+            handles = [h for queue in self._waiting.values() for h in queue] + self._running
+        for handle in handles:
+            self.cancel(handle)
+        with self._state:
+            self._state.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _drop(self, client: str, handle: Handle) -> None:
+        queue = self._waiting[client]
+        queue.remove(handle)
+        if not queue:
+            del self._waiting[client]
+
+    def _next(self) -> Handle:
+        """Take the request whose turn it is; its client's next one comes behind those of the others."""
+        client = next(iter(self._waiting))
+        queue = self._waiting.pop(client)
+        handle = queue.popleft()
+        if queue:
+            self._waiting[client] = queue
+        return handle
+
+    def _work(self) -> None:
+        """Run steps while there is anything to do."""
+        while True:
+            with self._state:
+                if not self._waiting and not self._running:
+                    if self._closed or not self._state.wait_for(lambda: self._waiting or self._closed, IDLE_SECONDS) or not self._waiting:
+                        self._thread = None
+                        return
+            try:
+                with self._scheduler.lock:
+                    self._admit()
+                    self._scheduler.advance()
+            except Exception as error:                       # the requests of the step have ended with it
+                if not any(h._request.finished for h in self._running):
+                    self._fail(error)
+            for handle in self._running:
+                handle._collect()
+            with self._state:
+                self._running = [h for h in self._running if not h._ended]
+            self._scheduler.give_way()
+
+    def _admit(self) -> None:
+        """Hand requests to the scheduler while it has room; the caller holds the scheduler's lock."""
+        with self._state:
+            while self._waiting and self._scheduler.has_room:
+                handle = self._next()
+                self._running.append(handle)
+                self._scheduler.submit(handle._request)
+
+    def _fail(self, error: Exception) -> None:
+        """End what is being worked on with an error that no request caused, so that nobody waits for ever."""
+        for handle in self._running:
+            if not handle._request.finished:
+                handle._request.error = error
+                self._scheduler.cancel(handle._request)

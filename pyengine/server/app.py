@@ -1,0 +1,137 @@
+"""The application: routes of all interfaces behind one guard, and the server that runs it."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pyengine.server import anthropic, ollama, openai, replies
+from pyengine.server.fields import Fields
+from pyengine.server.models import Models, Served
+
+HEADER_BYTES = 32 << 10
+KEEP_ALIVE_SECONDS = 10              # of connections that ask nothing
+
+
+def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
+    """Make the server's application for these models, which stay loaded.
+
+    api_keys  one of them must come with each request, as "Authorization: Bearer KEY"; none: everybody may ask
+    hosts     names that this server goes by besides "localhost" and addresses: the others are refused (DNS rebinding)
+    origins   web pages that may ask besides this server's own, as "https://example.com"
+    """
+    models = Models(served)
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def tokenize(request: Request) -> Response:
+        fields = await replies.read(request)
+        model = _one(models, fields).model
+        return JSONResponse({"tokens": model.tokenize(fields.text("content"), add_special=fields.flag("add_special"))})
+
+    async def detokenize(request: Request) -> Response:
+        fields = await replies.read(request)
+        return JSONResponse({"content": _one(models, fields).model.detokenize(fields.items("tokens"))})
+
+    async def template(request: Request) -> Response:
+        fields = await replies.read(request)
+        text = _one(models, fields).model.template.render(fields.items("messages"), add_generation_prompt=True)
+        return JSONResponse({"prompt": text})
+
+    def failing(endpoint: Any) -> Any:
+        return replies.guarded(endpoint, openai.failed)
+
+    async def nothing(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
+        return JSONResponse({"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}, status)
+
+    routes = [*openai.routes(models), *anthropic.routes(models), *ollama.routes(models), Route("/health", health), Route("/tokenize", failing(tokenize), methods=["POST"]),
+              Route("/detokenize", failing(detokenize), methods=["POST"]), Route("/apply-template", failing(template), methods=["POST"])]
+    return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins)
+
+
+def _one(models: Models, fields: Fields) -> Served:
+    """Return the model that a request of llama.cpp's form names, or the only one."""
+    return models.all[0] if len(models.all) == 1 and "model" not in fields.values else models.get(fields.text("model"))
+
+
+class _Guard:
+    """What each request passes first: its Host, its Origin, its key. Answers preflights of allowed origins."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str]):
+        self.app, self.keys = app, [k.encode() for k in api_keys]
+        self.hosts = {"localhost", *(h.lower() for h in hosts)}
+        self.origins = {o.rstrip("/").lower() for o in origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        refused = self._refused(request, host, origin)
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+        foreign = origin is not None and origin.lower() in self.origins
+        if foreign and request.method == "OPTIONS":
+            await Response(status_code=204, headers=_cors(str(origin)))(scope, receive, send)
+            return
+
+        async def sent(message: Any) -> None:
+            if foreign and message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in _cors(str(origin)).items())]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+    def _refused(self, request: Request, host: str, origin: str | None) -> Response | None:
+        """Return the refusal of a request, or None if it may pass."""
+        if not self._is_ours(host):
+            return _refusal(403, f"Host {host!r} is not this server's; allow it with --allow-host")
+        if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
+            return _refusal(403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
+        if self.keys and request.url.path != "/health" and request.method != "OPTIONS":
+            kind, _, key = request.headers.get("authorization", "").partition(" ")
+            given = (key if kind.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+            if not any([hmac.compare_digest(given, known) for known in self.keys]):              # all are compared
+                return _refusal(401, "an API key is needed: Authorization: Bearer KEY")
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        """Say whether a Host header names this server: an address does, as no foreign page can make a name of its own be one."""
+        name = host.lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] if ":" in name else name
+        try:
+            ipaddress.ip_address(name)
+            return True
+        except ValueError:
+            return name in self.hosts
+
+
+def _cors(origin: str) -> dict[str, str]:
+    return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key", "Access-Control-Max-Age": "600"}
+
+
+def _refusal(status: int, message: str) -> Response:
+    kind = "authentication_error" if status == 401 else "permission_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+
+
+def serve(app: ASGIApp, host: str, port: int, certificate: str | None = None, key: str | None = None) -> None:
+    """Run the server until it is interrupted; with a certificate and its key (PEM files) by TLS."""
+    import uvicorn
+
+    uvicorn.run(app, host=host, port=port, log_level="warning", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, lifespan="off", http="h11")

@@ -1,0 +1,96 @@
+"""Requests' bodies as JSON objects, read field by field: what has another type, or is not here, is refused with its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pyengine.errors import RequestError, shown
+
+MOST_DEPTH = 100                     # of JSON: real requests have some ten levels
+
+
+class FieldError(RequestError):
+    """A field of a request that is missing, of another type, or asks for what is not here. `field` is its name."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class Fields:
+    """The fields of one JSON object."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+
+    def _read(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            if default is ...:
+                raise FieldError(name, "is missing")
+            return default
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            raise FieldError(name, f"must be {what}, got {shown(value)}")
+        return value
+
+    def text(self, name: str, default: Any = ...) -> Any:
+        """Return a text. Raises: FieldError, as all of these."""
+        return self._read(name, default, (str,), "a text")
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return true or false."""
+        return self._read(name, default, (bool,), "true or false")
+
+    def items(self, name: str, default: Any = ...) -> Any:
+        """Return a list."""
+        return self._read(name, default, (list,), "a list")
+
+    def object(self, name: str, default: Any = ...) -> Any:
+        """Return an object as a dict."""
+        return self._read(name, default, (dict,), "an object")
+
+    def whole(self, name: str, default: Any = ..., low: int = 0, high: int = 2**31 - 1) -> Any:
+        """Return a whole number from `low` to `high`; 5.0 is one."""
+        value = self._read(name, default, (int, float), "a whole number")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is not default and (not isinstance(value, int) or not low <= value <= high):
+            raise FieldError(name, f"must be a whole number from {low} to {high}, got {shown(value)}")
+        return value
+
+    def stops(self, name: str = "stop") -> tuple[str, ...] | None:
+        """Return texts that end an answer, given as one or as a list; None where nothing is said."""
+        value = self._read(name, None, (str, list), "a text or a list of texts")
+        return None if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+    def given(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """Return the settings that are there, under our names for theirs."""
+        return {ours: self.values[theirs] for theirs, ours in names.items() if self.values.get(theirs) is not None}
+
+    def refuse(self, names: Mapping[str, str], harmless: Collection[Any] = (None, False, 0, "", "auto", "none")) -> None:
+        """Refuse fields that ask for what is not here, unless their value asks for nothing. `names` says why."""
+        for name, why in names.items():
+            value = self.values.get(name)
+            if value not in ([], {}) and not any(value is h or type(value) is type(h) and value == h for h in harmless):
+                raise FieldError(name, why)
+
+
+def parse(body: bytes) -> Fields:
+    """Read a body. Raises: RequestError for what is no JSON object, or too deep."""
+    def refuse(text: str) -> Any:
+        raise ValueError(f"{text} is no JSON")
+
+    try:
+        found = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise RequestError(f"the body must be a JSON object, not {type(found).__name__}")
+    level: list[Any] = [found]
+    for _ in range(MOST_DEPTH):
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value) if isinstance(inner, (dict, list))]
+        if not level:
+            return Fields(found)
+    raise RequestError(f"the body is nested more than {MOST_DEPTH} levels deep")

@@ -1,0 +1,160 @@
+"""Ollama's interface: chat, generate, tags, show, ps, version (the API page of its documentation). Answers are lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime, timezone
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import pyengine
+from pyengine.engine.loop import Handle
+from pyengine.errors import PyEngineError, RequestError
+from pyengine.server import replies
+from pyengine.server.fields import FieldError, Fields
+from pyengine.server.models import Models, Served
+
+_NOT_HERE = {"format": "structured output is not supported yet", "think": "thinking cannot be set yet", "tools": "tools are not supported yet",
+             "suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
+             "context": "give the conversation as messages, to /api/chat"}
+_LOADING = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "low_vram", "numa", "num_keep", "f16_kv", "vocab_only")
+_WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
+
+
+def failed(error: BaseException, status: int) -> dict[str, Any]:
+    """Return an error in Ollama's form."""
+    return {"error": str(error)}
+
+
+def routes(models: Models) -> list[Route]:
+    """Return the routes below /api."""
+    def post(path: str, endpoint: Any) -> Route:
+        return Route(path, replies.guarded(endpoint, failed), methods=["POST"])
+
+    def get(path: str, endpoint: Any) -> Route:
+        return Route(path, replies.guarded(endpoint, failed))
+
+    async def chat(request: Request) -> Response:
+        fields = await replies.read(request)
+        served = models.get(fields.text("model"))
+        messages = fields.items("messages", [])
+        if not messages:
+            return _loaded(served, {"message": {"role": "assistant", "content": ""}})
+        return await _answer(request, fields, served, {"messages": messages}, lambda piece: {"message": {"role": "assistant", "content": piece}})
+
+    async def generate(request: Request) -> Response:
+        fields = await replies.read(request)
+        served = models.get(fields.text("model"))
+        prompt, images = fields.text("prompt", ""), fields.items("images", [])
+        if not prompt and not images:
+            return _loaded(served, {"response": ""})
+        if fields.flag("raw"):
+            if images:
+                raise FieldError("images", "pictures go with a prompt in the model's format; leave raw out")
+            wanted: dict[str, Any] = {"prompt": prompt}
+        else:
+            system = fields.text("system", "")
+            user = {"role": "user", "content": prompt, **({"images": images} if images else {})}
+            wanted = {"messages": [*([{"role": "system", "content": system}] if system else []), user]}
+        return await _answer(request, fields, served, wanted, lambda piece: {"response": piece})
+
+    async def tags(request: Request) -> Response:
+        return JSONResponse({"models": [_listed(s) for s in models.all]})
+
+    async def running(request: Request) -> Response:
+        held = [{**_listed(s), "expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "size": s.model.plan.total,
+                 "context_length": s.model.n_ctx} for s in models.all]
+        return JSONResponse({"models": held})
+
+    async def show(request: Request) -> Response:
+        fields = await replies.read(request)
+        served = models.get(fields.text("model", None) or fields.text("name"))
+        meta = served.model.file.metadata
+        keys = {k: meta[k] for k in meta if fields.flag("verbose") or not k.startswith("tokenizer.")}
+        return JSONResponse({"details": served.kind, "model_info": {k: v for k, v in keys.items() if isinstance(v, (str, int, float, bool))},
+                             "template": str(meta.get("tokenizer.chat_template", "")), "capabilities": served.capabilities,
+                             "modified_at": _time(served.loaded), "license": str(meta.get("general.license", ""))})
+
+    async def version(request: Request) -> Response:
+        return JSONResponse({"version": pyengine.__version__})
+
+    async def refused(request: Request) -> Response:
+        raise RequestError(f"{request.url.path} is not served: models are managed at the command line, with pyengine-run")
+
+    return [post("/api/chat", chat), post("/api/generate", generate), post("/api/show", show), get("/api/tags", tags), get("/api/ps", running),
+            get("/api/version", version),
+            *(Route(f"/api/{name}", replies.guarded(refused, failed), methods=["POST", "DELETE"])
+              for name in ("pull", "push", "create", "copy", "delete", "embed", "embeddings"))]
+
+
+def _listed(served: Served) -> dict[str, Any]:
+    return {"name": served.name, "model": served.name, "modified_at": _time(served.loaded), "size": served.nbytes, "digest": "", "details": served.kind}
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def _loaded(served: Served, empty: dict[str, Any]) -> Response:
+    """Answer a request without a prompt, by which clients load a model: it is loaded."""
+    return JSONResponse({"model": served.name, "created_at": _time(time.time()), **empty, "done": True, "done_reason": "load"})
+
+
+def _settings(fields: Fields, served: Served) -> dict[str, Any]:
+    """Return the settings of an answer from "options"."""
+    fields.refuse(_NOT_HERE)
+    options = Fields(fields.object("options", {}))
+    wanted: dict[str, Any] = options.given(replies.SAMPLING)
+    for name, nothing in _WITHOUT_EFFECT.items():
+        if options.values.get(name, nothing) != nothing:
+            raise FieldError(f"options.{name}", "the sampler has no such step")
+    if isinstance(wanted.get("seed"), int) and wanted["seed"] < 0:
+        del wanted["seed"]                                   # -1: another one each time
+    n = options.whole("num_predict", -1, -2)
+    wanted["max_tokens"] = None if n < 0 else n
+    wanted["stop"] = options.stops()
+    n_ctx = options.whole("num_ctx", None)
+    if n_ctx is not None and n_ctx > served.model.n_ctx:
+        raise FieldError("options.num_ctx", f"the model was loaded with a context of {served.model.n_ctx}; serve it with --ctx {n_ctx}")
+    known = {*replies.SAMPLING, *_WITHOUT_EFFECT, *_LOADING, "num_predict", "num_ctx", "stop", "penalize_newline"}
+    for name in options.values:
+        if name not in known:
+            raise FieldError(f"options.{name}", "there is no such option")
+    return wanted
+
+
+async def _answer(request: Request, fields: Fields, served: Served, prompt: dict[str, Any], wrap: Any) -> Response:
+    """Run one request, streamed unless told otherwise."""
+    wanted, began = {**_settings(fields, served), **prompt}, time.perf_counter()
+    stream, client = fields.flag("stream", True), replies.client_of(request)
+    handle = await replies.submit(lambda: served.submit(client, **wanted))
+    if stream:
+        return replies.streaming(_lines(handle, served, wrap, began), [handle], "application/x-ndjson")
+    await replies.finished(request, [handle])
+    return JSONResponse({**_head(served), **wrap(str(handle.result(0))), **_end(handle, began)})
+
+
+async def _lines(handle: Handle, served: Served, wrap: Any, began: float) -> AsyncIterator[str]:
+    try:
+        async for piece in handle:
+            yield json.dumps({**_head(served), **wrap(piece), "done": False}, ensure_ascii=False) + "\n"
+        yield json.dumps({**_head(served), **wrap(""), **_end(handle, began)}) + "\n"
+    except PyEngineError as error:
+        yield json.dumps(failed(error, 500)) + "\n"
+
+
+def _head(served: Served) -> dict[str, Any]:
+    return {"model": served.name, "created_at": _time(time.time())}
+
+
+def _end(handle: Handle, began: float) -> dict[str, Any]:
+    """Return how an answer ended, with times in nanoseconds."""
+    r = handle.report
+    return {"done": True, "done_reason": r.finish, "total_duration": int((time.perf_counter() - began) * 1e9), "load_duration": 0,
+            "prompt_eval_count": r.n_prompt, "prompt_eval_duration": int(r.prompt_seconds * 1e9), "eval_count": len(r.tokens),
+            "eval_duration": int(r.seconds * 1e9)}

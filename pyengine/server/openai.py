@@ -1,0 +1,272 @@
+"""OpenAI's interface: chat completions, completions, models (platform.openai.com/docs/api-reference).
+
+Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typical_p, repeat_penalty, repeat_last_n.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pyengine.engine.loop import Handle
+from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError
+from pyengine.server import replies
+from pyengine.server.fields import FieldError, Fields
+from pyengine.server.models import Models, Served
+
+MOST_CHOICES = 16
+MOST_LOGPROBS = 20                   # OpenAI's limit
+
+_NOT_HERE = {"functions": "function calling is not supported yet", "tools": "tools are not supported yet",
+             "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported",
+             "reasoning_effort": "reasoning cannot be set yet"}
+_KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
+          503: "server_error"}
+
+
+def failed(error: BaseException, status: int) -> dict[str, Any]:
+    """Return an error in OpenAI's form."""
+    code = {ContextOverflowError: "context_length_exceeded", ModelNotFoundError: "model_not_found"}.get(type(error))
+    return {"error": {"message": str(error), "type": _KINDS.get(status, "invalid_request_error"),
+                      "param": error.field if isinstance(error, FieldError) else None, "code": code}}
+
+
+def routes(models: Models) -> list[Route]:
+    """Return the routes below /v1."""
+    def post(path: str, endpoint: Any) -> Route:
+        return Route(path, replies.guarded(endpoint, failed), methods=["POST"])
+
+    async def chat(request: Request) -> Response:
+        return await _Chat(models).reply(request)
+
+    async def complete(request: Request) -> Response:
+        return await _Completion(models).reply(request)
+
+    async def listed(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_shown(s) for s in models.all]})
+
+    async def one(request: Request) -> Response:
+        return JSONResponse(_shown(models.get(request.path_params["name"])))
+
+    return [post("/v1/chat/completions", chat), post("/v1/completions", complete),
+            Route("/v1/models", replies.guarded(listed, failed)), Route("/v1/models/{name:path}", replies.guarded(one, failed))]
+
+
+def _shown(served: Served) -> dict[str, Any]:
+    return {"id": served.name, "object": "model", "created": int(served.loaded), "owned_by": "pyengine"}
+
+
+class _Interface:
+    """What chat completions and completions have in common; a subclass reads the prompt and writes choices."""
+
+    object = ""
+    prefix = ""
+    limits: tuple[str, ...] = ()
+
+    def __init__(self, models: Models):
+        self.models = models
+
+    async def reply(self, request: Request) -> Response:
+        """Answer a request: at once, or as server-sent events."""
+        fields = await replies.read(request)
+        self.served = self.models.get(fields.text("model"))
+        fields.refuse(_NOT_HERE)
+        n, stream = fields.whole("n", 1, 1, MOST_CHOICES), fields.flag("stream")
+        usage = Fields(fields.object("stream_options", {})).flag("include_usage")
+        wanted = self._request(fields)
+        client = replies.client_of(request)
+        handles: list[Handle] = []
+        try:
+            for prompt in self._prompts(fields):
+                for i in range(n):
+                    own = {**wanted, **prompt}
+                    if "seed" in own and i:                  # the choices of one seed differ, and are the same each time
+                        own["seed"] = (int(own["seed"]) + i) % 2**63
+                    handles.append(await replies.submit(lambda own=own: self.served.submit(client, **own)))
+            self.head = {"id": self.prefix + secrets.token_hex(12), "object": self.object, "created": int(time.time()),
+                         "model": self.served.name}
+            if stream:
+                return replies.streaming(self._events(handles, usage), handles, "text/event-stream")
+            await replies.finished(request, handles)
+            return JSONResponse({**self.head, "choices": [self._choice(i, h) for i, h in enumerate(handles)], **_usage(handles)})
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def _request(self, fields: Fields) -> dict[str, Any]:
+        """Return the settings of an answer that do not depend on its prompt."""
+        wanted: dict[str, Any] = fields.given(replies.SAMPLING)
+        if isinstance(wanted.get("seed"), int) and not isinstance(wanted["seed"], bool):
+            wanted["seed"] %= 2**64                          # clients send negative ones
+        bias = fields.object("logit_bias", {})
+        try:
+            wanted["logit_bias"] = {int(token): value for token, value in bias.items()}
+        except ValueError:
+            raise FieldError("logit_bias", "its keys must be token ids") from None
+        limits = [fields.whole(name, None) for name in self.limits]
+        wanted["max_tokens"] = next((n for n in limits if n is not None), self._most)
+        wanted["stop"] = fields.stops()
+        wanted["logprobs"] = self._n_top(fields)
+        return wanted
+
+    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
+        """Write server-sent events: pieces of all choices as they come, then usage where it is wanted, then [DONE]."""
+        begun: set[int] = set()
+        sent = [0] * len(handles)
+        try:
+            async for i, piece in _merged(handles):
+                done = handles[i].report.sampled[sent[i]:] if self.with_logprobs else ()
+                sent[i] += len(done)
+                yield _event({**self.head, "choices": [self._delta(i, piece, i not in begun, done)]})
+                begun.add(i)
+            for i, handle in enumerate(handles):
+                yield _event({**self.head, "choices": [self._end(i, handle)]})
+            if usage:
+                yield _event({**self.head, "choices": [], **_usage(handles)})
+        except PyEngineError as error:
+            yield _event(failed(error, replies.status_of(error)))
+        yield "data: [DONE]\n\n"
+
+    def _logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
+        return [{**self._token(s.token, s.logprob), "top_logprobs": [self._token(t, p) for t, p in s.top]} for s in sampled]
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        piece = self.served.model.tokenizer.piece(token)
+        return {"token": piece.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(piece)}
+
+
+class _Chat(_Interface):
+    object, prefix, limits = "chat.completion", "chatcmpl-", ("max_completion_tokens", "max_tokens")
+    _most: int | None = None         # until the model ends
+
+    def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
+        kind = Fields(fields.object("response_format", {})).text("type", "text")
+        if kind != "text":
+            raise FieldError("response_format", f"{kind!r} is not supported yet; only text is")
+        if set(fields.items("modalities", ["text"])) != {"text"}:
+            raise FieldError("modalities", "only text comes out of the models here")
+        messages = fields.items("messages")
+        if not messages:
+            raise FieldError("messages", "is empty")
+        return [{"messages": messages}]
+
+    def _n_top(self, fields: Fields) -> int:
+        self.with_logprobs = fields.flag("logprobs")
+        top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
+        if top and not self.with_logprobs:
+            raise FieldError("top_logprobs", "needs logprobs: true")
+        return top
+
+    def _choice(self, i: int, handle: Handle) -> dict[str, Any]:
+        answer = handle.result(0)
+        return {"index": i, "message": {"role": "assistant", "content": str(answer), "refusal": None, **self._media(handle)},
+                "logprobs": {"content": self._logprobs(answer.sampled)} if self.with_logprobs else None, "finish_reason": answer.finish}
+
+    def _media(self, handle: Handle) -> Mapping[str, Any]:
+        """Boxes that the text names, in pixels of the picture that was sent: an addition to OpenAI's form."""
+        boxes = handle.result(0).boxes
+        return {"boxes": [vars(b) if hasattr(b, "__dict__") else b._asdict() for b in boxes]} if boxes else {}
+
+    def _delta(self, i: int, piece: str, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
+        return {"index": i, "delta": {**({"role": "assistant"} if first else {}), "content": piece}, "finish_reason": None,
+                "logprobs": {"content": self._logprobs(sampled)} if self.with_logprobs else None}
+
+    def _end(self, i: int, handle: Handle) -> dict[str, Any]:
+        return {"index": i, "delta": dict(self._media(handle)), "logprobs": None, "finish_reason": handle.report.finish}
+
+    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
+        self.head = {**self.head, "object": "chat.completion.chunk"}
+        async for event in super()._events(handles, usage):
+            yield event
+
+
+class _Completion(_Interface):
+    object, prefix, limits = "text_completion", "cmpl-", ("max_tokens",)
+    _most: int | None = 16           # OpenAI's default
+
+    def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
+        fields.refuse({"suffix": "filling in the middle is not supported yet", "echo": "the prompt is not given back"})
+        if fields.whole("best_of", 1) > fields.whole("n", 1):
+            raise FieldError("best_of", "answers are not ranked: it must not exceed n")
+        prompt = fields.values.get("prompt")
+        one = isinstance(prompt, str) or isinstance(prompt, list) and all(isinstance(p, int) for p in prompt)
+        prompts = [prompt] if one else prompt
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or isinstance(p, list) and all(
+                isinstance(t, int) and not isinstance(t, bool) for t in p) for p in prompts):
+            raise FieldError("prompt", "must be a text, a list of token ids, or a list of those")
+        if len(prompts) > MOST_CHOICES:
+            raise FieldError("prompt", f"at most {MOST_CHOICES} prompts are taken at once")
+        return [{"prompt": p} for p in prompts]
+
+    def _n_top(self, fields: Fields) -> int:
+        n = fields.whole("logprobs", None, 0, 5)
+        self.with_logprobs = n is not None
+        return n or 0
+
+    def _old_logprobs(self, sampled: Sequence[Any]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        texts = [self._token(s.token, s.logprob)["token"] for s in sampled]
+        starts = [sum(map(len, texts[:i])) for i in range(len(texts))]
+        return {"tokens": texts, "token_logprobs": [s.logprob for s in sampled], "text_offset": starts,
+                "top_logprobs": [{self._token(t, p)["token"]: p for t, p in s.top} for s in sampled]}
+
+    def _choice(self, i: int, handle: Handle) -> dict[str, Any]:
+        answer = handle.result(0)
+        return {"index": i, "text": str(answer), "logprobs": self._old_logprobs(answer.sampled), "finish_reason": answer.finish}
+
+    def _delta(self, i: int, piece: str, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
+        return {"index": i, "text": piece, "logprobs": self._old_logprobs(sampled), "finish_reason": None}
+
+    def _end(self, i: int, handle: Handle) -> dict[str, Any]:
+        return {"index": i, "text": "", "logprobs": None, "finish_reason": handle.report.finish}
+
+
+def _event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, str]]:
+    """Yield (number, piece) of several answers as they come. Raises what ends one of them."""
+    if len(handles) == 1:
+        async for piece in handles[0]:
+            yield 0, piece
+        return
+    import asyncio
+
+    waits = {asyncio.ensure_future(_next(h)): i for i, h in enumerate(handles)}
+    try:
+        while waits:
+            ready, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in ready:
+                i, piece = waits.pop(task), task.result()
+                if piece is not None:
+                    yield i, piece
+                    waits[asyncio.ensure_future(_next(handles[i]))] = i
+    finally:
+        for task in waits:
+            task.cancel()
+
+
+async def _next(handle: Handle) -> str | None:
+    return await anext(handle, None)
+
+
+def _usage(handles: Sequence[Handle]) -> dict[str, Any]:
+    """Return tokens by OpenAI's names, and seconds: prompts of several choices count once for each."""
+    reports = [h.report for h in handles]
+    prompt, cached, made = (sum(f(r) for r in reports) for f in (lambda r: r.n_prompt, lambda r: r.n_cached, lambda r: len(r.tokens)))
+    return {"usage": {
+        "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": sum(m.n_tokens for r in reports for m in r.media), "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0}},
+        "timings": {"prompt_seconds": sum(r.prompt_seconds for r in reports), "generation_seconds": sum(r.seconds for r in reports),
+                    "cached_images": sum(m.cached for r in reports for m in r.media)}}

@@ -1,0 +1,126 @@
+"""What all interfaces share: reading a request, running it, watching for clients that leave, and errors as statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from pyengine.engine.loop import Handle
+from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
+from pyengine.server.fields import Fields, parse
+
+BODY_BYTES = 64 << 20                # of one request: some large pictures in base64
+BODY_SECONDS = 60.0                  # until all of it has come
+
+# Of the settings of an answer, what OpenAI and llama.cpp's server call them, and `SamplingParams` here.
+SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
+                                    "presence_penalty", "frequency_penalty", "seed")}
+
+
+class TooLarge(RequestError):
+    """A body that exceeds the limit."""
+
+
+async def read(request: Request) -> Fields:
+    """Read a request's JSON. Raises: RequestError, TooLarge; TimeoutError for a body that does not come."""
+    chunks, n = [], 0
+    with anyio.fail_after(BODY_SECONDS):
+        async for chunk in request.stream():
+            n += len(chunk)
+            if n > BODY_BYTES:
+                raise TooLarge(f"the body exceeds {BODY_BYTES} bytes")
+            chunks.append(chunk)
+    return parse(b"".join(chunks))
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error."""
+    if isinstance(error, TooLarge):
+        return 413
+    if isinstance(error, BusyError):
+        return 503
+    if isinstance(error, ModelNotFoundError):
+        return 404
+    if isinstance(error, (RequestError, ContextOverflowError)):
+        return 400
+    if isinstance(error, TimeoutError):
+        return 408
+    return 400 if isinstance(error, PyEngineError) else 500
+
+
+def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException, int], dict[str, Any]]) -> Callable[[Request], Any]:
+    """Turn an endpoint's errors into replies of its interface's own form. What is not expected is printed, and not told."""
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception as error:
+            status = status_of(error)
+            if status == 500:
+                traceback.print_exception(error)
+                error = RuntimeError("an error of the server; its log has more")
+            return JSONResponse(failed(error, status), status)
+
+    return answer
+
+
+T = TypeVar("T")
+
+
+async def apart(call: Callable[[], T]) -> T:
+    """Call a function in a thread of its own: templates and pictures take their time."""
+    return await anyio.to_thread.run_sync(call)
+
+
+async def submit(call: Callable[[], Handle]) -> Handle:
+    """Queue a request, from a thread of its own."""
+    return await apart(call)
+
+
+def client_of(request: Request) -> str:
+    """Return who asks, for taking turns: the key, or the address."""
+    return request.headers.get("authorization") or (request.client.host if request.client else "")
+
+
+async def finished(request: Request, handles: Sequence[Handle]) -> None:
+    """Wait for answers; those of a client that leaves are cancelled. Raises: ClientDisconnect, and what ended an answer."""
+    async def leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    left = asyncio.ensure_future(leaves())
+    all_of_them = asyncio.gather(*(_end(h) for h in handles))
+    try:
+        await asyncio.wait({left, all_of_them}, return_when=asyncio.FIRST_COMPLETED)
+        if not all_of_them.done():
+            raise ClientDisconnect()
+        await all_of_them
+    finally:
+        left.cancel()
+        for handle in handles:
+            handle.cancel()
+
+
+async def _end(handle: Handle) -> None:
+    await handle
+
+
+def streaming(lines: AsyncIterator[str], handles: Sequence[Handle], media_type: str) -> Response:
+    """Send lines as they come. When the client leaves, its answers are cancelled."""
+    async def sent() -> AsyncIterator[str]:
+        try:
+            async for line in lines:
+                yield line
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    return StreamingResponse(sent(), media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
