@@ -1,7 +1,7 @@
 # docker build -t pyengine .
 # docker run --rm -it -v "$PWD/models:/models:ro" pyengine list          # then: pyengine NAME, for a chat
 #
-# Nothing listens and nothing is downloaded: models are found in /models. Conversations that a chat saves go to /work.
+# Models are found in /models, which need not be writable; conversations that a chat saves by name go to /work.
 ARG PYTHON=3.13.7
 ARG DEBIAN=bookworm
 

@@ -26,8 +26,8 @@ demo: $(VENV)/installed
 	@printf 'What does it say?\nWhat colour is the text?\n' | $(RUN) $(SEES) --lines --image $(SAMPLES)/word.png --temperature 0 --verbose
 	@echo "6. Two text models are fetched into models/:"
 	@$(PY) -m converters.weights models
-	@echo "7. SmolLM2 135M answers, as well as so small a model can:"
-	@$(RUN) models/smollm2-135m-q4_1.gguf "What is gravity? Answer in one sentence." --temperature 0 --max-tokens 48
+	@echo "7. Qwen2.5-Coder 0.5B answers a question:"
+	@$(RUN) models/qwen2.5-coder-0.5b-q4_k_m.gguf "What is the capital of France?" --temperature 0
 	@echo "8. Gemma 3 270M, a base model, continues a text; what is cut says so, and --verbose how fast it was:"
 	@$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 24 --verbose
 

@@ -14,7 +14,15 @@ class ModelWarning(UserWarning):
 
 
 class ModelNotFoundError(PyEngineError):
-    """No file of that path, and no model of that name in the places that were searched."""
+    """No file of that path, and no model of that name in the places that were searched; `name` is the name, where one was looked up."""
+
+    def __init__(self, message: str, name: str | None = None):
+        super().__init__(message)
+        self.name = name
+
+
+class DownloadError(PyEngineError):
+    """A model cannot be fetched: the server refuses, sends something else than it announced, or there is no room for it."""
 
 
 class InvalidModelError(PyEngineError):

@@ -91,3 +91,23 @@ def machine(monkeypatch):
         monkeypatch.setattr(hardware, "detect", lambda system=None: found._replace(devices=tuple(devices)))
 
     return set_to
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A server that is Hugging Face's hub and Ollama's registry, for a user whose home is empty; attempts follow each other at once."""
+    from servers import Server
+
+    from pyengine.pull import download
+
+    for name in ("PYENGINE_MODELS", "OLLAMA_MODELS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0.0)
+    with Server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("OLLAMA_REGISTRY", server.url)
+        yield server

@@ -1,7 +1,7 @@
 """The command `pyengine-run`: arguments in, text out. Everything else is in the library.
 
     pyengine-run MODEL [PROMPT]      one answer, or a conversation
-    pyengine-run COMMAND ...         plan, bench, perplexity, show, list, hardware
+    pyengine-run COMMAND ...         pull, plan, bench, perplexity, show, list, hardware
 
 A first argument that is a command's name is that command; a file of such a name is given as ./plan. What is slow to
 import is imported by the command that needs it.
@@ -36,6 +36,8 @@ MOST_THREADS = 4                     # times the processors: more threads than t
 _COMMANDS = """[bold]Commands[/bold]
 
 pyengine-run MODEL: a conversation; MODEL PROMPT: one answer (`run` and `chat` may stand before them)
+
+pyengine-run pull NAME: fetch a model from Hugging Face or Ollama's registry
 
 pyengine-run plan MODEL: the memory it needs, by device and purpose
 
@@ -278,6 +280,18 @@ def run(
 
 
 @commands.command(cls=Form)
+def pull(
+    name: Annotated[str, Argument(metavar="NAME", show_default=False, help=(
+        "hf.co/org/repo or org/repo, with :QUANT, for Hugging Face; model:tag or ollama.com/user/model:tag for Ollama's registry."))],
+    yes: Annotated[bool, Option("--yes", "-y", help="Ask nothing, and fetch also what does not run here.")] = False,
+) -> int:
+    """Fetch a model into the store where `list` and other programs find it."""
+    from pyengine.cli import pulling
+
+    return pulling.pull(name, yes)
+
+
+@commands.command(cls=Form)
 def plan(
     model: ModelName,
     ctx: Context = None,
@@ -427,7 +441,7 @@ def list_models(
     if json:
         screen.show_json(files.models())
     elif not files.show_models(verbose):
-        screen.note("no models found: set PYENGINE_MODELS to a folder of GGUF files, or give a file's path")
+        screen.note("no models found: `pyengine-run pull NAME` fetches one; or set PYENGINE_MODELS to a folder of GGUF files")
 
 
 @commands.command(cls=Form)
@@ -485,9 +499,22 @@ def serve(
 
 
 MODES = ("run", "chat")              # what others say for what is meant anyway
-COMMANDS = ("plan", "bench", "perplexity", "serve", "show", "list", "hardware", "graph")
+COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "show", "list", "hardware", "graph")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _call(app: Any, arguments: list[str]) -> Any:
+    """Do what the arguments say; a model that is not there is offered, and what was asked is done when it is."""
+    try:
+        return app(arguments, prog_name=PROGRAM, standalone_mode=False)
+    except ModelNotFoundError as error:
+        if _meant(error.name or ""):
+            raise
+        from pyengine.cli import pulling
+
+        pulling.offer(error)
+    return app(arguments, prog_name=PROGRAM, standalone_mode=False)
 
 
 def _form_of(arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -541,7 +568,7 @@ def execute(arguments: Sequence[str]) -> int:
     try:
         app, left = _form_of(arguments)
         with _notes():
-            code = app(left, prog_name=PROGRAM, standalone_mode=False)
+            code = _call(app, left)
     except PyEngineError as error:
         plan_ = getattr(error, "plan", None)                  # what would fit, in options of the command
         if plan_ is not None:
@@ -567,7 +594,7 @@ def _meant(first: str) -> str:
     from difflib import get_close_matches
 
     near = get_close_matches(first, COMMANDS, n=1, cutoff=0.7)
-    return f"; the command is called `{near[0]}`" if near else ""
+    return f"; the command is called `{near[0]}`" if near and first not in COMMANDS else ""
 
 
 def _complete() -> None:

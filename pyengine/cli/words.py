@@ -13,7 +13,7 @@ COMMANDS = {
     "server": "`pyengine-run serve MODEL` is the server",
     "ps": "no model stays loaded when its command has ended; `list` shows those on this machine",
     "stop": "no model stays loaded when its command has ended",
-    "rm": f"{_LIST}; remove the file, or with Ollama's models `ollama rm`",
+    "rm": f"{_LIST}; remove the file, with Ollama's models `ollama rm`, with Hugging Face's `hf cache`",
     "cp": f"{_LIST}; copy the file",
     "create": f"{_LIST}; options set the system message and the sampling, and a Modelfile's are followed where Ollama keeps them",
     "push": "nothing is uploaded",
@@ -40,7 +40,7 @@ ALIASES = {
 }
 
 _GPU = "models run on the CPU; there are no layers on a GPU yet"
-_HUB = "a model of Hugging Face is named as MODEL, org/repo:Q4_K_M, when it is on this machine"
+_HUB = "a model of Hugging Face is named as MODEL, org/repo:Q4_K_M; `pull` fetches it"
 _TEMPLATE = "the file's own chat template is used; --raw leaves it out"
 _GRAMMAR = "answers cannot be held to a grammar or a schema yet"
 _THINK = "thinking is not told from the answer yet"

@@ -3,14 +3,18 @@
 Places, in the order in which a name is looked up:
 
     $PYENGINE_MODELS   folders of GGUF files, separated as in $PATH; a name is the path below the folder, or the file's
+    ./models           the same in the working folder, for those of a checkout
+    pyengine           the same in $XDG_DATA_HOME/pyengine/models or ~/.local/share/pyengine/models (Windows: %LOCALAPPDATA%)
     Ollama             $OLLAMA_MODELS or ~/.ollama/models, and on Linux its service's /usr/share/ollama/.ollama/models;
                        "gemma3:270m", "gemma3" (= latest), "hf.co/org/repo:tag"
     Hugging Face       $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub; "org/repo:Q4_K_M", "org/repo"
     LM Studio          ~/.lmstudio/models and ~/.cache/lm-studio/models; named as Hugging Face's
 
-Names are compared without case, and the beginning of just one of them is enough. Where a name fits several files ("org/repo" with many quantizations), Q4_K_M is taken
-if it is among them; otherwise the error lists them. A projector ("mmproj-*.gguf", or a layer of Ollama's manifest)
-goes with the models of its repository; in $PYENGINE_MODELS, with those of the same name but for the quantization.
+Names are compared without case, and without "https://", "hf.co/" and "ollama.com/library/"; the beginning of just one of them is enough.
+Where a name fits several files ("org/repo" with many quantizations), Q4_K_M is taken if it is among them; otherwise the error lists
+them. A projector ("mmproj-*.gguf", or a layer of Ollama's manifest) goes with the models of its folder, or, from the top of a
+repository, with those of its folders; in $PYENGINE_MODELS and the two places after it, with those of the same name but for the
+quantization.
 """
 
 from __future__ import annotations
@@ -18,10 +22,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pyengine.errors import InvalidModelError, ModelNotFoundError
 from pyengine.files.gguf import nearest, quoted, SPLIT_NAME
@@ -30,6 +34,8 @@ MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
 MAX_LAYER_BYTES = 1 << 20          # of a text beside a model: a template has some KB
 MAX_DEPTH = 4                      # folders below one of $PYENGINE_MODELS
 PREFERRED_TAG = "Q4_K_M"
+HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
+REGISTRY_HOSTS = ("ollama.com", "www.ollama.com", "registry.ollama.ai")
 
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _TAG = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
@@ -38,13 +44,16 @@ _OLLAMA_SERVICE = "/usr/share/ollama/.ollama/models"      # of the user that Oll
 _OLLAMA_DEFAULTS = ("registry.ollama.ai", "library")      # left out of the names that Ollama shows
 
 
+_Path = TypeVar("_Path", bound=PurePath)          # on this machine, or in a repository
+
+
 class FoundModel(NamedTuple):
     """A model on this machine. Of a split one, `path` is the first part and `nbytes` counts all of them."""
 
     name: str
     path: Path
     nbytes: int                        # of the model and its projector
-    source: str                        # "PYENGINE_MODELS", "Ollama", "Hugging Face", "LM Studio"; "" for a path
+    source: str                        # "PYENGINE_MODELS", "./models", "pyengine", "Ollama" ...; "" for a path
     mmproj: Path | None = None
     aliases: tuple[str, ...] = ()      # other names that find it
     layers: Mapping[str, tuple[Path, ...]] = MappingProxyType({})            # other files by kind, for `read_modelfile`
@@ -59,6 +68,14 @@ class Modelfile(NamedTuple):
     parameters: Mapping[str, Any] = MappingProxyType({})                     # "temperature", "stop", "num_ctx" ...
     messages: tuple[Mapping[str, Any], ...] = ()                             # that each conversation begins with
     license: str = ""
+
+
+class Layer(NamedTuple):
+    """One entry of a manifest of Ollama's."""
+
+    kind: str                          # "model", "projector", "template" ...; "config" for what is none
+    digest: str                        # 64 hex digits
+    size: int | None                   # in bytes, where it is a number
 
 
 class _Problem(NamedTuple):
@@ -111,7 +128,7 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
     closed = [problem.what for problem in problems if not problem.names] + _closed_places()
     refused = f"; refused: {'; '.join(closed[:3])}" if closed else ""
     near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases) if not alias.endswith(".gguf")])
-    raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}")
+    raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}", name)
 
 
 def read_modelfile(found: FoundModel) -> Modelfile:
@@ -151,12 +168,46 @@ def list_models() -> list[FoundModel]:
     return [model for source, folder in _places() for model in _in_place(source, folder, [])]
 
 
+def hub_folder() -> Path:
+    """Return the folder in which Hugging Face's client keeps repositories."""
+    env = os.environ.get
+    cache = env("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(env("HF_HUB_CACHE") or os.path.join(env("HF_HOME") or os.path.join(cache, "huggingface"), "hub")))
+
+
+def ollama_folder() -> Path:
+    """Return the folder in which Ollama keeps models where this user starts it."""
+    return Path(os.path.expanduser(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models"))
+
+
+def own_folder() -> Path:
+    """Return this program's folder for models that have no other place: $XDG_DATA_HOME, %LOCALAPPDATA% or ~/.local/share."""
+    base = os.environ.get("XDG_DATA_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    return Path(os.path.expanduser(base or "~/.local/share")) / "pyengine" / "models"
+
+
+def ollama_name(host: str, namespace: str, model: str, tag: str) -> str:
+    """Return the name that Ollama shows: without the default registry, and without its namespace."""
+    parts = [host, namespace, model]
+    for default in _OLLAMA_DEFAULTS:
+        parts = parts[1:] if parts[0] == default else parts
+    return f"{'/'.join(parts)}:{tag}"
+
+
+def _plain(name: str) -> str:
+    """Return a name as stores have it, from one that begins with the address of where it came from."""
+    host, slash, rest = re.sub(r"^https?://", "", name).partition("/")
+    if slash and host.casefold() in HUB_HOSTS:
+        return rest
+    return (rest if slash and host.casefold() in REGISTRY_HOSTS else name).removeprefix("library/")
+
+
 def _matches(name: str, models: list[FoundModel]) -> list[FoundModel]:
     """Return the models that `name` may mean: by name before by alias, and the preferred quantization among several."""
-    wanted = name.casefold()
-    matches = ([model for model in models if model.name.casefold() == wanted]
-               or [model for model in models if wanted in map(str.casefold, model.aliases)])
-    preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
+    wanted = {name.casefold(), _plain(name).casefold()}
+    matches = ([model for model in models if model.name.casefold() in wanted]
+               or [model for model in models if wanted & set(map(str.casefold, model.aliases))])
+    preferred = [model for model in matches if quantization(model.name).upper() == PREFERRED_TAG]
     return preferred if len(preferred) == 1 else matches
 
 
@@ -166,27 +217,30 @@ def _beginning_with(name: str, models: list[FoundModel]) -> list[FoundModel]:
     begun = {model.name.casefold(): model for model in reversed(models)
              if wanted.strip() and any(alias.casefold().startswith(wanted) for alias in (model.name, *model.aliases))}
     matches = [model for model in models if begun.get(model.name.casefold()) is model]
-    whole = {name.removesuffix(_tag(name)) for name in begun}
-    preferred = [model for model in matches if _tag(model.name).upper() == PREFERRED_TAG]
+    whole = {name.removesuffix(quantization(name)) for name in begun}
+    preferred = [model for model in matches if quantization(model.name).upper() == PREFERRED_TAG]
     return preferred if len(preferred) == 1 and len(whole) == 1 else matches
 
 
 def _in_place(source: str, folder: Path, problems: list[_Problem]) -> list[FoundModel]:
     """Return the models of one place by name. What is there but cannot be used is told to `problems`."""
-    readers = {"PYENGINE_MODELS": _in_folder, "Ollama": _in_ollama, "Hugging Face": _in_hub, "LM Studio": _in_lm_studio}
-    return sorted(readers[source](folder, problems), key=lambda model: (model.name.casefold(), model.path))
+    readers = {"Ollama": _in_ollama, "Hugging Face": _in_hub, "LM Studio": _in_lm_studio}
+    found = readers[source](folder, problems) if source in readers else _in_folder(folder, problems, source)
+    return sorted(found, key=lambda model: (model.name.casefold(), model.path))
 
 
 def _places() -> list[tuple[str, Path]]:
     """Return (source, folder) for each folder that exists, in the order of the search."""
-    env = os.environ.get
-    cache = env("XDG_CACHE_HOME") or "~/.cache"
-    hub = env("HF_HUB_CACHE") or os.path.join(env("HF_HOME") or os.path.join(cache, "huggingface"), "hub")
-    places = [("PYENGINE_MODELS", folder) for folder in env("PYENGINE_MODELS", "").split(os.pathsep) if folder]
-    places += [("Ollama", env("OLLAMA_MODELS") or "~/.ollama/models"), *([("Ollama", _OLLAMA_SERVICE)] if sys.platform == "linux" else []),
-               ("Hugging Face", hub), ("LM Studio", "~/.lmstudio/models"), ("LM Studio", "~/.cache/lm-studio/models")]
-    paths = dict.fromkeys((source, Path(os.path.expanduser(folder))) for source, folder in places)
-    return [(source, path) for source, path in paths if _is_dir(path)]
+    places = [("PYENGINE_MODELS", folder) for folder in os.environ.get("PYENGINE_MODELS", "").split(os.pathsep) if folder]
+    places += [("./models", "models"), ("pyengine", own_folder()), ("Ollama", ollama_folder()),
+               *([("Ollama", _OLLAMA_SERVICE)] if sys.platform == "linux" else []),
+               ("Hugging Face", hub_folder()), ("LM Studio", "~/.lmstudio/models"), ("LM Studio", "~/.cache/lm-studio/models")]
+    found: dict[Path, tuple[str, Path]] = {}             # a place that has two names is searched once
+    for source, folder in places:
+        path = Path(os.path.expanduser(folder))
+        if _is_dir(path):
+            found.setdefault(path.resolve(), (source, path))
+    return list(found.values())
 
 
 def _closed_places() -> list[str]:
@@ -200,13 +254,13 @@ def _closed_places() -> list[str]:
     return []
 
 
-def _in_folder(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
+def _in_folder(root: Path, problems: list[_Problem], source: str) -> Iterator[FoundModel]:
     for folder, files in _folders(root, MAX_DEPTH, problems):
         below = folder.relative_to(root)
-        for stem, paths in _models(files):
+        for stem, paths in models_of(files):
             own = [path for path in files if _base(path.stem) == _base(stem)]     # a folder may mix several models
             aliases = (stem, paths[0].name, (below / paths[0].name).as_posix())
-            yield _found((below / stem).as_posix(), paths, "PYENGINE_MODELS", _projector(own), aliases)
+            yield _found((below / stem).as_posix(), paths, source, projector_of(own), aliases)
 
 
 def _in_hub(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
@@ -220,8 +274,10 @@ def _in_hub(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
                            key=lambda path: (path.name != main, -path.stat().st_mtime, path.name))
         seen: set[str] = set()
         for snapshot in snapshots:
-            for folder, files in _folders(snapshot, 2, problems):
-                for model in _in_repo(name, files, "Hugging Face"):
+            top: list[Path] | None = None                   # a projector beside folders of quantizations goes with all of them
+            for _, files in _folders(snapshot, 2, problems):
+                top = files if top is None else top
+                for model in _in_repo(name, files, "Hugging Face", top):
                     if model.name not in seen:
                         seen.add(model.name)
                         yield model
@@ -235,15 +291,15 @@ def _in_lm_studio(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
                 yield from _in_repo(f"{publisher.name}/{repo.name}", files, "LM Studio")
 
 
-def _in_repo(repo: str, files: list[Path], source: str) -> Iterator[FoundModel]:
+def _in_repo(repo: str, files: list[Path], source: str, top: Sequence[Path] = ()) -> Iterator[FoundModel]:
     """Name the models of one folder of a repository: by tag, "org/repo:Q4_K_M", or by file where that is not unique."""
-    models = _models(files)
-    tags = [_tag(stem).upper() for stem, _ in models]
+    models = models_of(files)
+    tags = [quantization(stem).upper() for stem, _ in models]
     for (stem, paths), tag in zip(models, tags):
         tagged = (f"{repo}:{tag}",) if tag else ()
         name = tagged[0] if tags.count(tag) == 1 and tagged else f"{repo}/{stem}"
         aliases = (repo, *tagged, f"{repo}/{stem}", f"{repo}/{paths[0].name}", stem, paths[0].name)
-        yield _found(name, paths, source, _projector(files), aliases)
+        yield _found(name, paths, source, projector_of(files, stem) or projector_of(top, stem), aliases)
 
 
 def _in_ollama(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
@@ -254,11 +310,9 @@ def _in_ollama(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
                 for tag in _children(name, problems):
                     if not _is_file(tag):
                         continue
-                    parts = [host.name, namespace.name, name.name]
-                    for default in _OLLAMA_DEFAULTS:
-                        parts = parts[1:] if parts[0] == default else parts
-                    longs = ("/".join(parts), "/".join((host.name, namespace.name, name.name)))
-                    aliases = tuple(f"{long}:{tag.name}" for long in longs) + (longs if tag.name == "latest" else ())
+                    parts = (host.name, namespace.name, name.name)
+                    aliases = (ollama_name(*parts, tag.name), f"{'/'.join(parts)}:{tag.name}")
+                    aliases += tuple(alias.removesuffix(":latest") for alias in aliases) if tag.name == "latest" else ()
                     try:
                         layers = _read_manifest(tag, root / "blobs")
                     except ModelNotFoundError as error:
@@ -270,45 +324,67 @@ def _in_ollama(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
 
 def _read_manifest(path: Path, blobs: Path) -> dict[str, tuple[Path, ...]]:
     """Return the blobs by kind; the one of the model is there. Raises: ModelNotFoundError for what is malformed."""
-    import json  # most models are given by their path
-
     text = _read_text(path, MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:
         raise ModelNotFoundError(f"{path}: manifest is larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ModelNotFoundError(f"{path}: manifest is not JSON") from None
-    layers = manifest.get("layers") if isinstance(manifest, dict) else None
     found: dict[str, tuple[Path, ...]] = {}
-    for layer in layers if isinstance(layers, list) else ():
-        kind, digest = (layer.get("mediaType"), layer.get("digest")) if isinstance(layer, dict) else (None, None)
-        if not isinstance(kind, str) or not kind.startswith(_OLLAMA_LAYER):
-            continue
-        kind = kind.removeprefix(_OLLAMA_LAYER)
-        match = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None     # so it cannot leave the folder
-        if match is None:
-            raise ModelNotFoundError(f"{path}: digest of {kind} is not sha256:<64 hex digits>")
-        blob = blobs / f"sha256-{match[1]}"
-        if kind in ("model", "projector"):
-            if not _is_file(blob):
-                raise ModelNotFoundError(f"{path}: blob {blob.name} is missing")
-            if kind in found:
-                raise ModelNotFoundError(f"{path}: manifest has two layers of a {kind}")
+    for kind, digest, _ in manifest_layers(text, str(path)):
+        blob = blobs / f"sha256-{digest}"
+        if kind in ("model", "projector") and not _is_file(blob):
+            raise ModelNotFoundError(f"{path}: blob {blob.name} is missing")
         found[kind] = (*found.get(kind, ()), blob)
-    if "model" not in found:
-        raise ModelNotFoundError(f"{path}: manifest has no layer of a model")
     return found
 
 
-def _models(files: list[Path]) -> list[tuple[str, list[Path]]]:
+def manifest_layers(text: str, what: str, whole: bool = False) -> list[Layer]:
+    """Return the layers of a manifest that have to do with a model, one of them the model.
+
+    what:   whose manifest it is, for messages
+    whole:  all layers, each of them well formed, and the configuration, as they are fetched
+    Raises: ModelNotFoundError for what is malformed.
+    """
+    import json  # most models are given by their path
+
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ModelNotFoundError(f"{what}: manifest is not JSON") from None
+    listed = manifest.get("layers") if isinstance(manifest, dict) else None
+    layers = [_layer(item, what) for item in (listed if isinstance(listed, list) else ()) if whole or _is_ours(item)]
+    if whole and layers and manifest.get("config") is not None:
+        layers.append(_layer(manifest["config"], what, "config"))
+    kinds = [layer.kind for layer in layers]
+    for kind in ("model", "projector"):
+        if kinds.count(kind) > 1:
+            raise ModelNotFoundError(f"{what}: manifest has two layers of a {kind}")
+    if "model" not in kinds:
+        raise ModelNotFoundError(f"{what}: manifest has no layer of a model")
+    return layers
+
+
+def _is_ours(item: object) -> bool:
+    """Say whether an entry of a manifest is of a kind that Ollama gives to parts of a model."""
+    return isinstance(item, dict) and isinstance(item.get("mediaType"), str) and item["mediaType"].startswith(_OLLAMA_LAYER)
+
+
+def _layer(item: Any, what: str, kind: str = "") -> Layer:
+    """Read an entry of a manifest. Raises: ModelNotFoundError for a digest by which it could leave the folder of blobs."""
+    values = item if isinstance(item, dict) else {}
+    kind, digest, size = kind or str(values.get("mediaType")).removeprefix(_OLLAMA_LAYER), values.get("digest"), values.get("size")
+    match = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None
+    if match is None:
+        raise ModelNotFoundError(f"{what}: digest of {quoted(kind)} is not sha256:<64 hex digits>")
+    return Layer(kind, match[1], size if type(size) is int and size >= 0 else None)
+
+
+def models_of(files: Sequence[_Path]) -> list[tuple[str, list[_Path]]]:
     """Group the GGUF files of a folder into models: (stem, parts in order). Projectors are left out.
 
     A split model whose first part is missing is left out too: it could not be opened.
     """
-    models: dict[tuple[str, str], list[Path]] = {}       # by stem and number of parts
+    models: dict[tuple[str, str], list[_Path]] = {}      # by stem and number of parts
     for path in sorted(files):
-        if not _is_projector(path):
+        if not is_projector(path):
             match = SPLIT_NAME.search(path.name)
             key = (path.name[:match.start()], match[2]) if match else (path.stem, "")
             models.setdefault(key, []).append(path)
@@ -316,10 +392,10 @@ def _models(files: list[Path]) -> list[tuple[str, list[Path]]]:
             if not n_parts or paths[0].name.endswith(f"-00001-of-{n_parts}.gguf")]
 
 
-def _projector(files: list[Path]) -> Path | None:
-    """Return the folder's projector: of several, the f16 one, else the first by name."""
-    return min((path for path in files if _is_projector(path)), default=None,
-               key=lambda path: (_tag(path.stem).upper() != "F16", path.name))
+def projector_of(files: Sequence[_Path], stem: str = "") -> _Path | None:
+    """Return a folder's projector: of several, one of the model's own name, then the f16 one, else the first by name."""
+    return min((path for path in files if is_projector(path)), default=None,
+               key=lambda path: (_base(path.stem) != _base(stem), quantization(path.stem).upper() != "F16", path.name))
 
 
 def _base(stem: str) -> str:
@@ -327,7 +403,8 @@ def _base(stem: str) -> str:
     return re.sub(r"mmproj[-._]|[-._]mmproj", "", _TAG.sub("", stem.casefold()))
 
 
-def _is_projector(path: Path) -> bool:
+def is_projector(path: PurePath) -> bool:
+    """Say whether a file is an image encoder that goes with a text model, by its name."""
     return "mmproj" in path.name.casefold()
 
 
@@ -343,7 +420,7 @@ def _shown(model: FoundModel, among: list[FoundModel]) -> str:
     return model.name if names.count(model.name) == 1 else str(model.path)
 
 
-def _tag(stem: str) -> str:
+def quantization(stem: str) -> str:
     """Return the quantization that ends a file's stem or a model's name, "" where none does."""
     match = _TAG.search(stem.rpartition(":")[2])
     return match[1] if match else ""

@@ -16,9 +16,11 @@ MODEL, PROJECTOR = "application/vnd.ollama.image.model", "application/vnd.ollama
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """An empty home folder, with none of the variables set that name a store elsewhere."""
-    for name in ("PYENGINE_MODELS", "OLLAMA_MODELS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    """An empty home folder, and working folder, with none of the variables set that name a store elsewhere."""
+    for name in ("PYENGINE_MODELS", "OLLAMA_MODELS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     return tmp_path
@@ -234,6 +236,42 @@ def test_a_whole_file_and_a_split_one_of_one_name_are_two_models(home, monkeypat
         find_model("x")
     assert str(whole) in str(error.value) and str(part) in str(error.value)
     assert find_model("x.gguf") == whole and find_model(part.name) == part
+
+
+def test_the_working_folder_s_models_and_one_s_own_are_found(home, monkeypatch):
+    demo = put(home / "work/models/demo-Q8_0.gguf")
+    mine = put(home / ".local/share/pyengine/models/sub/mine.gguf")
+    assert [(m.name, m.source) for m in list_models()] == [("demo-Q8_0", "./models"), ("sub/mine", "pyengine")]
+    assert find_model("demo-q8_0").resolve() == demo and find_model("mine") == mine
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
+    other = put(home / "data/pyengine/models/other.gguf")
+    assert find_model("other") == other and len(list_models()) == 2
+    monkeypatch.setenv("PYENGINE_MODELS", str(home / "work/models"))         # the same folder by another name
+    assert [(m.name, m.source) for m in list_models()] == [("demo-Q8_0", "PYENGINE_MODELS"), ("other", "pyengine")]
+
+
+def test_a_projector_at_the_top_of_a_repository_goes_with_its_folders(home):
+    model = hub(home, "org/vlm", "Q4_K_M/vlm-Q4_K_M-00001-of-00001.gguf")
+    projector = hub(home, "org/vlm", "mmproj-F16.gguf")
+    assert find_model("org/vlm") == [model, projector]
+
+
+def test_of_several_projectors_that_of_the_model_s_own_name_is_taken(home):
+    small, large = hub(home, "org/vlm", "small-Q8_0.gguf"), hub(home, "org/vlm", "large-Q8_0.gguf")
+    for name in ("small", "large"):
+        hub(home, "org/vlm", f"mmproj-{name}-F16.gguf")
+    assert find_model("org/vlm/large-Q8_0") == [large, large.with_name("mmproj-large-F16.gguf")]
+    assert find_model("org/vlm/small-Q8_0") == [small, small.with_name("mmproj-small-F16.gguf")]
+
+
+def test_names_with_the_address_that_they_came_from(home):
+    _, digest = blob(home, "a")
+    manifest(home, "gemma3", [{"mediaType": MODEL, "digest": digest}], tag="4b")
+    model = hub(home, "org/repo", "m-Q8_0.gguf")
+    for name in ("hf.co/org/repo", "https://huggingface.co/org/repo:Q8_0", "HF.co/org/repo/m-Q8_0.gguf"):
+        assert find_model(name) == model
+    for name in ("ollama.com/library/gemma3:4b", "https://ollama.com/library/gemma3:4b", "library/gemma3:4b"):
+        assert find_model(name).name == digest.replace(":", "-")
 
 
 def test_not_found_says_where_was_searched_and_what_is_close(home, monkeypatch):

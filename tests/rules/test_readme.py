@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_example(number: int, capsys, monkeypatch, tmp_path) -> None:
-    real_path("smollm2")
+    real_path("qwen")
     monkeypatch.chdir(tmp_path)
     code = BLOCKS[number].replace('"models/', f'"{WEIGHTS}/')
     exec(compile(code, f"README.md, example {number + 1}", "exec"), {})

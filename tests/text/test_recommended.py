@@ -169,6 +169,7 @@ def home(tmp_path, monkeypatch) -> Path:
     for name in ("PYENGINE_MODELS", "OLLAMA_MODELS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stores, "_OLLAMA_SERVICE", str(tmp_path / "service/models"))
     return tmp_path
 
