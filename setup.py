@@ -1,7 +1,8 @@
 """Compile csrc into one extension, pyengine._engine. C code is generated from the op declarations first.
 
 Files that use PE_KERNEL or PE_NAME are compiled once for each instruction set; the best that the machine has is chosen at run time.
-PYENGINE_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
+PYENGINE_SANITIZE=1 builds with the address and undefined-behaviour sanitizers. What is built for other machines, with zig:
+release/wheel.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +23,11 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT))
 
 from csrc import build_rules as rules  # noqa: E402  found through the line above
+
+
+def machine_built_for() -> str:
+    """The processor as `platform.machine()` names it there: Python's platform says so, where that is not both kinds of a Mac."""
+    return rules.machine_of(sysconfig.get_platform()) or platform.machine()
 
 
 def write_abi(path: Path) -> None:
@@ -38,11 +45,17 @@ class Build(build_ext):
     def build_extensions(self) -> None:
         from pyengine.compiler import codegen
 
+        if self.compiler.compiler_type == "msvc":
+            raise SystemExit("setup.py: the C files need GCC or clang, and this is Microsoft's compiler: docs/portability.md, 'Windows'")
+        if sys.platform == "darwin":
+            os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")       # python.org's Python would have both
         codegen.generate(CSRC)
-        machine = os.environ.get("PYENGINE_ARCH", platform.machine())
+        machine = os.environ.get("PYENGINE_ARCH") or machine_built_for()
         for folder in {ROOT / "pyengine", Path(self.get_ext_fullpath("pyengine._engine")).resolve().parent}:
             write_abi(folder / "_abi.py")
         jobs = [(source, isa, [*rules.C_FLAGS, *flags]) for source, isa, flags in rules.objects(machine)]
+        if "ziglang" in os.environ.get("CC", ""):
+            jobs = [(source, isa, [rules.ZIG_WORDS.get(f, f) for f in flags]) for source, isa, flags in jobs]
         jobs += [(source, "base", rules.CPP_FLAGS) for source in sorted((CSRC / "bind").glob("*.cpp"))]
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"] if os.environ.get("PYENGINE_SANITIZE") else []
 

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pyengine import DISTRIBUTION
+
 ROOT = Path(__file__).resolve().parent.parent
 SIMD_FLAGS = ("avx", "fma", "f16c", "bmi2", "amx", "asimd", "sve", "i8mm", "bf16")      # beginnings of names
 
@@ -60,5 +62,5 @@ def describe() -> dict[str, Any]:
         "compiler": compiler.splitlines()[0] if compiler else None,
         "python": platform.python_version(),
         "commit": commit and commit + (" and changes" if changed else ""),
-        "versions": {p: version(p) for p in ("pyengine", "numpy", "llama-cpp-python")},
+        "versions": {"pyengine": version(DISTRIBUTION), **{p: version(p) for p in ("numpy", "llama-cpp-python")}},
     }

@@ -15,13 +15,22 @@ _X86 = {
     "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
 }
 _ARM = {"generic": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]}
-_ISAS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+_ISAS = {"x86_64": _X86, "AMD64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
+
+# zig names processors by -mcpu with LLVM's words for features.
+ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16"}
 
 # -ffp-contract=off: whether products and sums are fused is said in simd.h and never left to the compiler.
 COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden",
           "-pthread"]
 C_FLAGS = ["-std=gnu11", *COMMON]
 CPP_FLAGS = ["-std=c++17", *COMMON]
+
+
+def machine_of(system: str) -> str | None:
+    """The processor in the name of a platform (`sysconfig.get_platform()`: linux-x86_64, macosx-11.0-arm64), None for several."""
+    machine = system.rpartition("-")[2]
+    return None if machine in ("universal2", "fat64", "intel") else machine
 
 
 def isas(machine: str) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+DISTRIBUTION = "pyengine-local"              # what pip installs; `pyengine` on PyPI is another project
 
 _WHERE = {
     "load": "pyengine.engine.load",
@@ -33,7 +34,7 @@ _WHERE = {
     "GGUFFile": "pyengine.files.gguf",
 }
 _MODULES = ("ops", "nn", "errors")
-__all__ = ["__version__", *_WHERE, *_MODULES]
+__all__ = ["__version__", "DISTRIBUTION", *_WHERE, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

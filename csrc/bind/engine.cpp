@@ -4,9 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -19,6 +16,7 @@
 #include "../cpu/pack.h"
 #include "../cpu/isa.h"
 #include "../cpu/program.h"
+#include "../host/system.h"
 
 namespace py = pybind11;
 
@@ -31,17 +29,11 @@ class Buffer {
   Buffer(int64_t nbytes, bool huge_pages) : nbytes_(nbytes) {
     if (nbytes < 0) throw std::invalid_argument("Buffer: negative size");
     if (nbytes == 0) return;
-    void *p = mmap(nullptr, static_cast<size_t>(nbytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<char *>(p);
-#if defined(MADV_HUGEPAGE)
-    if (nbytes >= (int64_t{4} << 20)) madvise(p, static_cast<size_t>(nbytes), huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-#else
-    (void)huge_pages;
-#endif
+    data_ = static_cast<char *>(pe_pages_new(static_cast<size_t>(nbytes), huge_pages));
+    if (!data_) throw std::bad_alloc();
   }
   ~Buffer() {
-    if (data_) munmap(data_, static_cast<size_t>(nbytes_));
+    if (data_) pe_pages_free(data_, static_cast<size_t>(nbytes_));
   }
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
@@ -57,12 +49,12 @@ class Buffer {
 // none of the threads, gets a team of its own when it first runs something.
 class Pool {
  public:
-  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr), owner_(getpid()) {
+  explicit Pool(int n) : pool_(n >= 1 && n <= 1024 ? pe_pool_new(n) : nullptr), owner_(pe_process_id()) {
     if (!pool_) throw std::invalid_argument("Pool: cannot make " + std::to_string(n) + " threads");
   }
   ~Pool() {
     py::gil_scoped_release release;
-    if (owner_ == getpid()) pe_pool_free(pool_);
+    if (owner_ == pe_process_id()) pe_pool_free(pool_);
   }
   Pool(const Pool &) = delete;
   Pool &operator=(const Pool &) = delete;
@@ -79,17 +71,17 @@ class Pool {
 
  private:
   void renew() {                                              // under the interpreter's lock, so by one thread
-    if (owner_ == getpid()) return;
+    if (owner_ == pe_process_id()) return;
     pe_pool *fresh = pe_pool_new(pe_pool_size(pool_));
     if (!fresh) throw std::runtime_error("Pool: this child of fork cannot make threads");
     pool_ = fresh;                                            // the parent's team is memory without threads: it is left alone
     busy_.release();                                          // its lock may be held by a thread that is not here
     busy_ = std::make_unique<std::mutex>();
-    owner_ = getpid();
+    owner_ = pe_process_id();
   }
 
   pe_pool *pool_;
-  pid_t owner_;
+  int64_t owner_;
   std::unique_ptr<std::mutex> busy_ = std::make_unique<std::mutex>();
 };
 

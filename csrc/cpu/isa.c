@@ -1,22 +1,18 @@
 /* isa.c: see isa.h. A build defines PE_HAVE_<ISA> for each instruction set that it compiled. */
 #include "isa.h"
 
+#include "../host/x86.h"
+
 #if defined(PE_HAVE_avx512)
 extern const pe_kernel_entry pe_avx512_kernels[];
 extern pe_status pe_avx512_quantize(int32_t, const float *, void *, int64_t);
-static int has_avx512(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
-}
+static int has_avx512(void) { return pe_x86_ask().avx512; }
 #endif
 
 #if defined(PE_HAVE_avx2)
 extern const pe_kernel_entry pe_avx2_kernels[];
 extern pe_status pe_avx2_quantize(int32_t, const float *, void *, int64_t);
-/* Every processor with AVX2 and FMA also has F16C. */
-static int has_avx2(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
+static int has_avx2(void) { return pe_x86_ask().avx2; }
 #endif
 
 #if defined(PE_HAVE_neon)

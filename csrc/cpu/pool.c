@@ -5,9 +5,9 @@
  */
 #include "pool.h"
 
-#include <pthread.h>
-#include <sched.h>
 #include <stdlib.h>
+
+#include "../host/system.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -29,9 +29,9 @@ struct pe_pool {
   void *context;
   int n, stop;
   int sleeping;            /* under mutex */
-  pthread_mutex_t mutex;
-  pthread_cond_t wake;
-  pthread_t *threads;
+  pe_mutex mutex;
+  pe_condition wake;
+  pe_thread *threads;
   struct member { pe_pool *pool; int ith; } *members;
 };
 
@@ -45,22 +45,22 @@ void pe_pool_barrier(pe_pool *p) {
   }
   for (uint32_t i = 0; __atomic_load_n(&p->phase.value, __ATOMIC_ACQUIRE) == phase; i++) {
     if (i < SPIN_BARRIER) PE_PAUSE();
-    else sched_yield();
+    else pe_thread_yield();
   }
 }
 
-static void *member_main(void *arg) {
+PE_THREAD(member_main, arg) {
   struct member *m = arg;
   pe_pool *p = m->pool;
   uint32_t seen = 0;
   for (;;) {
     for (uint32_t i = 0; i < SPIN_IDLE && __atomic_load_n(&p->job_number.value, __ATOMIC_ACQUIRE) == seen; i++) PE_PAUSE();
     if (__atomic_load_n(&p->job_number.value, __ATOMIC_ACQUIRE) == seen) {
-      pthread_mutex_lock(&p->mutex);
+      pe_mutex_lock(&p->mutex);
       p->sleeping++;
-      while (__atomic_load_n(&p->job_number.value, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+      while (__atomic_load_n(&p->job_number.value, __ATOMIC_ACQUIRE) == seen) pe_condition_wait(&p->wake, &p->mutex);
       p->sleeping--;
-      pthread_mutex_unlock(&p->mutex);
+      pe_mutex_unlock(&p->mutex);
     }
     seen++;
     if (p->stop) return 0;
@@ -70,24 +70,24 @@ static void *member_main(void *arg) {
 }
 
 static void start_job(pe_pool *p) {
-  pthread_mutex_lock(&p->mutex);
+  pe_mutex_lock(&p->mutex);
   __atomic_add_fetch(&p->job_number.value, 1, __ATOMIC_RELEASE);
-  if (p->sleeping) pthread_cond_broadcast(&p->wake);
-  pthread_mutex_unlock(&p->mutex);
+  if (p->sleeping) pe_condition_wake_all(&p->wake);
+  pe_mutex_unlock(&p->mutex);
 }
 
 pe_pool *pe_pool_new(int n) {
-  pe_pool *p = aligned_alloc(LINE, (sizeof *p + LINE - 1) / LINE * LINE);
+  pe_pool *p = pe_pages_new(sizeof *p, 0); /* whole cache lines */
   if (!p) return 0;
-  *p = (pe_pool){.n = n};
-  pthread_mutex_init(&p->mutex, 0);
-  pthread_cond_init(&p->wake, 0);
+  p->n = n;
+  pe_mutex_new(&p->mutex);
+  pe_condition_new(&p->wake);
   p->threads = calloc((size_t)n, sizeof *p->threads);
   p->members = calloc((size_t)n, sizeof *p->members);
   if (!p->threads || !p->members) { p->n = 1; pe_pool_free(p); return 0; }
   for (int i = 1; i < n; i++) {
     p->members[i] = (struct member){p, i};
-    if (pthread_create(&p->threads[i], 0, member_main, &p->members[i])) { p->n = i; pe_pool_free(p); return 0; }
+    if (pe_thread_start(&p->threads[i], member_main, &p->members[i])) { p->n = i; pe_pool_free(p); return 0; }
   }
   return p;
 }
@@ -96,12 +96,12 @@ void pe_pool_free(pe_pool *p) {
   if (!p) return;
   p->stop = 1;
   start_job(p);
-  for (int i = 1; i < p->n; i++) pthread_join(p->threads[i], 0);
-  pthread_mutex_destroy(&p->mutex);
-  pthread_cond_destroy(&p->wake);
+  for (int i = 1; i < p->n; i++) pe_thread_join(p->threads[i]);
+  pe_mutex_free(&p->mutex);
+  pe_condition_free(&p->wake);
   free(p->threads);
   free(p->members);
-  free(p);
+  pe_pages_free(p, sizeof *p);
 }
 
 int pe_pool_size(const pe_pool *p) { return p->n; }

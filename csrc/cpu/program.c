@@ -4,7 +4,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
+
+#include "../host/system.h"
 
 static int64_t value_of(pe_axis a, const int64_t *dims) { return a.dim < 0 ? a.scale : a.scale * dims[a.dim]; }
 
@@ -20,16 +21,10 @@ static void resolve(pe_program *p, const int64_t *dims) {
   }
 }
 
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static void run_member(void *context, int ith, int nth) {
   pe_program *p = context;
   char message[PE_MAX_MESSAGE];
-  double start = p->profile && ith == 0 ? now() : 0;
+  double start = p->profile && ith == 0 ? pe_seconds() : 0;
   for (int32_t i = p->first_node; i < p->n_nodes; i++) {
     pe_program_node *node = &p->nodes[i];
     message[0] = 0;
@@ -45,7 +40,7 @@ static void run_member(void *context, int ith, int nth) {
     }
     if (nth > 1) pe_pool_barrier(p->pool);
     if (p->profile && ith == 0) {
-      double t = now();
+      double t = pe_seconds();
       node->seconds += t - start;
       start = t;
     }

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "x86.h"
+
 /* KEEP(v): the compiler must have v in a register here and knows nothing about its value afterwards. */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -49,8 +51,8 @@ LOOP(fp32_avx512, TARGET("avx512f"), __m512, 32)
 #undef STEP
 #define STEP(a, x, y) _mm512_dpbusd_epi32(a, x, y)
 LOOP(int8_avx512, TARGET("avx512f,avx512vnni"), __m512i, 128)
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static int has_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); }
+static int has_avx2(void) { return pe_x86_ask().avx2; }
+static int has_avx512(void) { return pe_x86_ask().avx512; }
 #elif defined(__aarch64__)
 #include "../cpu/isa.h" /* what the machine has is asked there */
 #define STEP(a, x, y) vfmaq_f32(a, x, y)

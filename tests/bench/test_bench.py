@@ -214,7 +214,7 @@ def test_a_wrong_result_is_found(small, monkeypatch, pattern: str) -> None:
 
 
 def test_the_command_writes_compares_and_draws(small, tmp_path, monkeypatch, capsys) -> None:
-    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "pyengine[bench]"')
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'pyengine-local[bench]'")
     from bench.__main__ import main
 
     monkeypatch.setattr(limits, "measure", lambda isa, n, repeat=5, native=None: limits.Limits(isa, n, 1e10, 1e11, 1e10))

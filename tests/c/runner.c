@@ -25,11 +25,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+
+#if defined(_WIN32)
+#include <io.h>
+#else
 #include <unistd.h>
+#endif
 
 #include "../../csrc/cpu/pack.h"
 #include "../../csrc/host/dequant.h"
+#include "../../csrc/host/system.h"
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cpu/pool.h"
 
@@ -102,19 +107,38 @@ typedef struct memory {
   int64_t n, map_bytes, page; /* n: bytes of data */
 } memory;
 
+#if defined(_WIN32)
+enum { HIDDEN = PAGE_NOACCESS, FROZEN = PAGE_READONLY };
+static int64_t page_bytes(void) {
+  SYSTEM_INFO about;
+  GetSystemInfo(&about);
+  return about.dwPageSize;
+}
+static void protect(char *p, int64_t n, int how) {
+  DWORD before;
+  if (!VirtualProtect(p, (size_t)n, (DWORD)how, &before)) fail("cannot protect memory");
+}
+#else
+enum { HIDDEN = PROT_NONE, FROZEN = PROT_READ };
+static int64_t page_bytes(void) { return sysconf(_SC_PAGESIZE); }
+static void protect(char *p, int64_t n, int how) {
+  if (mprotect(p, (size_t)n, how)) fail("cannot protect memory");
+}
+#endif
+
 static memory memory_new(int64_t n, int64_t align) {
-  memory m = {0, 0, n, 0, sysconf(_SC_PAGESIZE)};
+  memory m = {0, 0, n, 0, page_bytes()};
   int64_t room = (n + align - 1) / align * align;
   m.map_bytes = (room + 64 + m.page - 1) / m.page * m.page + m.page;
-  m.map = mmap(0, (size_t)m.map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-  if (m.map == MAP_FAILED) fail("no memory");
+  m.map = pe_pages_new((size_t)m.map_bytes, 0);
+  if (!m.map) fail("no memory");
   m.data = m.map + m.map_bytes - m.page - room;
   memset(m.map, GUARD, (size_t)(m.map_bytes - m.page));
-  mprotect(m.map + m.map_bytes - m.page, (size_t)m.page, PROT_NONE);
+  protect(m.map + m.map_bytes - m.page, m.page, HIDDEN);
   return m;
 }
 
-static void memory_freeze(memory *m) { mprotect(m->map, (size_t)(m->map_bytes - m->page), PROT_READ); }
+static void memory_freeze(memory *m) { protect(m->map, m->map_bytes - m->page, FROZEN); }
 
 static int memory_intact(const memory *m) {
   const char *end = m->map + m->map_bytes - m->page;
@@ -125,7 +149,7 @@ static int memory_intact(const memory *m) {
   return 1;
 }
 
-static void memory_free(memory *m) { munmap(m->map, (size_t)m->map_bytes); }
+static void memory_free(memory *m) { pe_pages_free(m->map, (size_t)m->map_bytes); }
 
 /* ---- one case ---- */
 
@@ -240,7 +264,9 @@ int main(int argc, char **argv) {
   int threads = atoi(argv[2]);
   if (threads < 1 || threads > MAX_THREADS) fail("1 to 64 threads are possible");
   signal(SIGSEGV, on_fault);
+#if defined(SIGBUS)
   signal(SIGBUS, on_fault);
+#endif
 
   bytes file = read_file(argv[3]);
   reader r = {file.p, file.p + file.n};

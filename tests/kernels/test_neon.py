@@ -315,12 +315,8 @@ def _same(a: Outcome, b: Outcome, call: Call) -> bool:
     return True
 
 
-def test_same_bits_as_this_machine(arm: str) -> None:
-    """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, all weight formats."""
-    crossbuild.build("native")
-    fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
-    if not fused:
-        pytest.skip("needs a processor with AVX2 and FMA to compare with")
+def bit_calls() -> list[tuple[str, Call]]:
+    """All declared cases and all weight formats, each with what it is called in a message."""
     calls: list[tuple[str, Call]] = []
     for name in OPS:
         op = REGISTRY[name]
@@ -345,12 +341,25 @@ def test_same_bits_as_this_machine(arm: str) -> None:
                 call = linear_call(x, pair, norm=norm, norm_eps=1e-6, glu=glu, softcap=20.0)
                 calls.append((f"linear {name} {m} rows {glu}", call))
             calls.append((f"linear {name} {m} rows, file", linear_call(x, pair, packed=False)))
+    return calls
+
+
+def differing(calls: Sequence[tuple[str, Call]], here: tuple[str, str], there: tuple[str, str]) -> list[str]:
+    """The calls that give other bits on one (target, instruction set) than on another."""
     only = [c for _, c in calls]
-    neon = crossbuild.run(arm, "neon", 3, only)
+    one, other = (crossbuild.run(target, isa, threads, only) for (target, isa), threads in ((here, 3), (there, 2)))
+    return [what for (what, c), a, b in zip(calls, one, other, strict=True) if not _same(a, b, c)]
+
+
+def test_same_bits_as_this_machine(arm: str) -> None:
+    """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, all weight formats."""
+    crossbuild.build("native")
+    fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
+    if not fused:
+        pytest.skip("needs a processor with AVX2 and FMA to compare with")
+    calls = bit_calls()
     for isa in fused:
-        other = crossbuild.run("native", isa, 2, only)
-        different = [what for (what, c), a, b in zip(calls, neon, other, strict=True) if not _same(a, b, c)]
-        assert not different, f"neon and {isa} differ in {different}"
+        assert not (different := differing(calls, (arm, "neon"), ("native", isa))), f"neon and {isa} differ in {different}"
 
 
 def _declared_results(op: Any, case: Any) -> Sequence[Any]:

@@ -1,14 +1,20 @@
-"""What is installed: one top-level package, with the benchmarks and the converters inside of it, run by their names there."""
+"""What is installed: one top-level package, with the benchmarks and the converters inside of it, run by their names there; and what
+the packages hold that it is installed from."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import pyengine
 
 pytest.importorskip("setuptools", reason="needs setuptools: pip install -r requirements/build.txt")
 pytest.importorskip("pybind11", reason="needs pybind11: pip install -r requirements/build.txt")
@@ -67,3 +73,66 @@ def test_workers_run_from_any_folder_under_either_name(installed: Path) -> None:
     beside = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert inside[0] == beside[0] and int(inside[0]) > 100
     assert (inside[1], beside[1]) == ("pyengine.bench.worker", "bench.worker")
+
+
+# ---- packages ------------------------------------------------------------------------------------------------------------
+
+STEM = f"{pyengine.DISTRIBUTION.replace('-', '_')}-{pyengine.__version__}"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source package, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(folder / f"{STEM}.tar.gz") as packed:
+        packed.extractall(folder, filter="data")
+    return folder / STEM
+
+
+def test_the_source_package_holds_what_a_build_reads(sdist: Path) -> None:
+    files = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*") if p.is_file()}
+    tracked = subprocess.run(["git", "ls-files", "csrc", "pyengine", "bench", "converters"], cwd=ROOT, check=True, capture_output=True, text=True)
+    code = {name for name in tracked.stdout.split() if name.endswith((".py", ".c", ".h", ".cpp"))}
+    code = {name for name in code if (ROOT / name).exists()}
+    assert code <= files, sorted(code - files)
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "MANIFEST.in"} <= files
+    assert not {name for name in files if name.startswith(("csrc/gen/", "tests/", "build/", "models/")) or name.endswith((".so", ".gguf", "_abi.py"))}
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel that is built from the source package, with the portable kernels alone: they compile in a third of the time."""
+    pytest.importorskip("pip", reason="needs pip")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(sdist.parent), str(sdist)]
+    done = subprocess.run(command, env={**os.environ, "PYENGINE_ARCH": "generic"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (made,) = sdist.parent.glob("*.whl")
+    return made
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package_and_the_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+        about = message_from_bytes(packed.read(f"{STEM}.dist-info/METADATA"))
+        commands = packed.read(f"{STEM}.dist-info/entry_points.txt").decode()
+        assert packed.read(f"{STEM}.dist-info/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert {name.split("/")[0] for name in names} == {"pyengine", f"{STEM}.dist-info"}
+    kinds = {Path(name).suffix for name in names if name.startswith("pyengine/")}
+    assert kinds == {".py", ".so"} and "pyengine/_abi.py" in names and len([n for n in names if n.endswith(".so")]) == 1
+    assert {"pyengine/bench/__main__.py", "pyengine/converters/quantize/__main__.py"} <= set(names)
+    assert about["Name"] == pyengine.DISTRIBUTION and about["License-Expression"] == "MIT" and about["Author"] == "the pyengine authors"
+    assert "pyengine-run = pyengine.cli:main" in commands
+
+
+@pytest.mark.slow
+def test_the_wheel_answers_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    demo = ROOT / "converters" / "demo"
+    answer = run(tmp_path, "-m", "pyengine", str(demo / "weights/demo-q8_0.gguf"), "What does it say?", "--image", str(demo / "samples/word.png"),
+                 "--temperature", "0")
+    where = run(tmp_path, "-c", "import pyengine._engine as e; print(e.__file__, *e.isas())").split()
+    assert answer.strip() == "SPEAKING" and Path(where[0]).is_relative_to(tmp_path) and where[1:] == ["generic"]

@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,10 +45,6 @@ class BuildError(Exception):
     """Files that do not compile, with the compiler's output."""
 
 
-# zig names processors by -mcpu with LLVM's words for features.
-ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16"}
-
-
 @dataclass(frozen=True)
 class Target:
     """What to build for, and with what: zig for its `triple`, the cross-compiler `gcc`, or this machine's own."""
@@ -60,6 +57,10 @@ class Target:
     @property
     def cross(self) -> bool:
         return bool(self.triple or self.gcc)
+
+    @property
+    def windows(self) -> bool:
+        return "windows" in self.triple
 
     @property
     def isas(self) -> dict[str, list[str]]:
@@ -82,7 +83,7 @@ class Target:
 
     def flags(self, isa: str) -> list[str]:
         flags = self.isas[isa]
-        return [ZIG_WORDS.get(f, f) for f in flags] if self.triple else list(flags)
+        return [rules.ZIG_WORDS.get(f, f) for f in flags] if self.triple else list(flags)
 
 
 _HERE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
@@ -91,19 +92,33 @@ TARGETS = {
     "linux-aarch64": Target("aarch64", "aarch64-linux-musl"),
     "linux-aarch64-gcc": Target("aarch64", gcc="aarch64-linux-gnu-gcc"),
     "macos-aarch64": Target("aarch64", "aarch64-macos", runs=False),
-    "windows-x86_64": Target("x86_64", "x86_64-windows-gnu", runs=False),
+    "windows-x86_64": Target("x86_64", "x86_64-windows-gnu"),
     "windows-aarch64": Target("aarch64", "aarch64-windows-gnu", runs=False),
 }
 
 
 def emulator(target: Target) -> list[str]:
     """What stands before a program of that target to run it here. Raises: ToolMissing."""
+    if target.windows and sys.platform != "win32":
+        if shutil.which("wine"):
+            return ["wine"]
+        raise ToolMissing("needs wine: install wine and wine64 (Debian)")
     if target.machine == _HERE and sys.platform == "linux" or not target.cross:
         return []
     for name in ("qemu-aarch64-static", "qemu-aarch64"):
         if shutil.which(name):
             return [name, "-cpu", "max"]
     raise ToolMissing("needs qemu-aarch64: install qemu-user-static (Debian, Ubuntu)")
+
+
+def runner_of(name: str) -> Path:
+    return ROOT / "build" / "cross" / name / ("runner.exe" if TARGETS[name].windows else "runner")
+
+
+def environment(target: Target) -> dict[str, str]:
+    """What a program of that target is run with. Wine keeps its own disk below build/, and says only what programs say."""
+    own = {"WINEPREFIX": str(ROOT / "build" / "cross" / "wine"), "WINEDEBUG": "-all"} if target.windows else {}
+    return {**os.environ, **own}
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
@@ -153,16 +168,43 @@ def build(name: str) -> Path:
     print("".join(said for _, _, said in results), end="", file=sys.stderr)
     if not target.runs:
         return folder
-    objects, runner = [o for o, _, _ in results], folder / "runner"
+    objects, runner = [o for o, _, _ in results], runner_of(name)
     if not runner.exists() or runner.stat().st_mtime < max(o.stat().st_mtime for o in objects):
-        made = folder / f"runner.{os.getpid()}"
+        made = folder / f"{os.getpid()}-{runner.name}"
         static = ["-static"] if target.cross else []
-        command = [*compiler, *static, *map(str, objects), "-o", str(made), "-lm", "-pthread"]
+        command = [*compiler, *static, *map(str, objects), "-o", str(made), *([] if target.windows else ["-lm", "-pthread"])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{name}: the runner does not link\n{done.stderr}")
         made.replace(runner)
     return runner
+
+
+def build_binding(name: str) -> Path:
+    """Compile csrc/bind/engine.cpp for a target that zig builds for; return the object.
+
+    It reads this Python's headers, which say the same of every 64-bit system but Windows: tests/c/windows has what differs there.
+
+    Raises: ToolMissing; BuildError.
+    """
+    import pybind11
+
+    target, folder = TARGETS[name], ROOT / "build" / "cross" / name
+    compiler = ["c++" if word == "cc" else word for word in target.compiler()]
+    out, headers = folder / "base" / "engine.o", folder / "python"
+    if not rules.stale(out, [Path(__file__), Path(rules.__file__)]):
+        return out
+    for include in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}:
+        shutil.copytree(include, headers, dirs_exist_ok=True)
+    if target.windows:
+        shutil.copy(ROOT / "tests" / "c" / "windows" / "pyconfig.h", headers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [*compiler, *rules.CPP_FLAGS, f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{headers}", "-MMD", "-MF",
+               str(out.with_suffix(".d")), "-c", str(CSRC / "bind" / "engine.cpp"), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{name}: csrc/bind/engine.cpp does not compile\n{done.stderr}")
+    return out
 
 
 # ---- running: the files of runner.c ------------------------------------------------------------------------------
@@ -240,9 +282,8 @@ def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dic
     with tempfile.TemporaryDirectory() as folder:
         cases, results = Path(folder, "cases"), Path(folder, "results")
         cases.write_bytes(b"".join(parts))
-        runner = ROOT / "build" / "cross" / name / "runner"
-        command = [*emulator(TARGETS[name]), str(runner), isa, str(threads), str(cases), str(results)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        command = [*emulator(TARGETS[name]), str(runner_of(name)), isa, str(threads), str(cases), str(results)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(TARGETS[name]))
         if done.returncode:
             raise RuntimeError(f"{name} {isa}, {threads} threads: exit code {done.returncode}: {done.stderr.strip()}")
         data = results.read_bytes()
@@ -269,8 +310,8 @@ def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dic
 
 def instruction_sets(name: str) -> list[str]:
     """Those that a built target can run here."""
-    command = [*emulator(TARGETS[name]), str(ROOT / "build" / "cross" / name / "runner")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    command = [*emulator(TARGETS[name]), str(runner_of(name))]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment(TARGETS[name])).stdout.split()
 
 
 # ---- counting instructions ---------------------------------------------------------------------------------------
@@ -344,6 +385,8 @@ def main(names: Sequence[str]) -> int:
             return 2
         try:
             built = build(name)
+            if TARGETS[name].triple:
+                build_binding(name)
             can = f", runs {', '.join(instruction_sets(name))}" if TARGETS[name].runs else ": all C files compile"
             print(f"{name}: {built.relative_to(ROOT)}{can}")
         except (ToolMissing, BuildError) as error:

@@ -59,7 +59,7 @@ TEMPLATES = {
 
 def theirs(source: str, messages: list, tools: list | None, prompt: bool) -> str:
     utils = pytest.importorskip("transformers.utils.chat_template_utils",
-                                reason="transformers is not installed: pip install pyengine[test]")
+                                reason="transformers is not installed: pip install 'pyengine-local[test]'")
     rendered, _ = utils.render_jinja_template([messages], chat_template=source, tools=tools, documents=None,
                                               add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>")
     return rendered[0]
