@@ -1,4 +1,7 @@
-"""What a caller gives, checked before it is used: names of arguments, numbers, switches, paths. What is wrong is a RequestError that names it."""
+"""What a caller gives, checked before it is used: names of arguments, numbers, switches, paths.
+
+What is wrong is a RequestError that names it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _ELSEWHERE = {"max_new_tokens": "max_tokens", "max_completion_tokens": "max_toke
               "max_gen_toks": "max_tokens", "repetition_penalty": "repeat_penalty", "do_sample": "temperature", "top_logprobs": "logprobs",
               "stop_sequences": "stop", "stop_strings": "stop", "until": "stop", "num_ctx": "n_ctx", "ctx_size": "n_ctx",
               "max_model_len": "n_ctx", "max_seq_len": "n_ctx", "num_thread": "n_threads", "threads": "n_threads", "n_parallel": "n_seq",
-              "batch_size": "n_batch", "n_ubatch": "n_batch", "model_path": "model", "pretrained": "model", "clip_model_path": "mmproj",
+              "batch_size": "n_batch", "n_ubatch": "n_batch", "model_path": "model", "pretrained": "model",
               "type_k": "kv_dtype", "cache_type_k": "kv_dtype", "conversation": "messages", "text": "prompt"}
 
 
@@ -34,12 +37,13 @@ def takes(more: Iterable[str] = ()) -> Callable[[F], F]:
         code = function.__code__                             # no inspect: this is done for every public function, at import
         places = code.co_varnames[: code.co_argcount]
         names = (*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *more)
-        known, needed, unnamed = frozenset(names), len(places) - len(function.__defaults__ or ()), code.co_posonlyargcount
+        known, needed = frozenset(names), len(places) - len(function.__defaults__ or ())
 
         @wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
             n = len(args)
-            if not (given.keys() <= known and needed <= n <= len(places)) or given and not given.keys().isdisjoint(places[:max(n, unnamed)]):
+            plain = needed <= n <= len(places) and (not given or given.keys() <= known and given.keys().isdisjoint(places[:n]))
+            if not plain:
                 wrong = _wrong(places, names, needed, n, given)
                 if wrong:
                     owner, _, name = function.__qualname__.rpartition(".")
