@@ -29,7 +29,7 @@ _ELSEWHERE = {"max_new_tokens": "max_tokens", "max_completion_tokens": "max_toke
 
 
 def takes(more: Iterable[str] = ()) -> Callable[[F], F]:
-    """Decorate a function that users call: arguments that it does not have are a RequestError with the near name, never a TypeError.
+    """Check the arguments of a function that users call: those that it does not have are a RequestError with the near name.
 
     more: names that it takes beside its own, in its ** parameter.
     """

@@ -127,7 +127,7 @@ class PyEngineLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False,
                               **_: Any) -> list[Scored]:
-        """Score continuations: (sum of log-probabilities, whether each token is the likeliest).
+        """Compute scores of continuations: (sum of log-probabilities, whether each token is the likeliest).
 
         What several requests begin with is computed once for each: those that differ in their continuation's last token only, as
         single letters of multiple choice do, are scored from one pass.
@@ -167,7 +167,7 @@ class PyEngineLM(TemplateLM):
         return ids[-most:]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, each token once: windows of max_length, the last one with as much before it as fits."""
+        """Compute scores of whole texts, each token once: windows of max_length, the last one with as much before it as fits."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             for context, end in _windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):

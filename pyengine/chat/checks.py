@@ -12,6 +12,7 @@ from pyengine.arguments import near_name
 from pyengine.errors import RequestError, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
+INSTEAD = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")      # what an assistant may say without a content
 MAX_NESTING = 200                                  # of lists and mappings in messages and tools
 
 
@@ -26,8 +27,10 @@ def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None
         role, at = message["role"], f"messages[{i}]"
         if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", template):
             raise RequestError(f"{at}.role: {shown(role)} is no role{near_name(role, ROLES[:5])}")
-        if message.get("content") is None and role in ROLES and role not in ("assistant", "model"):
-            raise RequestError(f"{at}.content: a message of the role {role!r} needs one, a text or a list of parts")
+        instead = INSTEAD if role in ("assistant", "model") else ()
+        if message.get("content") is None and role in ROLES and not any(message.get(key) for key in instead):
+            or_ = ", or tool_calls" if instead else ""
+            raise RequestError(f"{at}.content: a message of the role {role!r} needs one, a text or a list of parts{or_}")
         calls = message.get("tool_calls")
         if calls is not None:
             _check_list(calls, f"{at}.tool_calls", "tool calls")

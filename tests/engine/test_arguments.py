@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import pyengine as pe
 from pyengine import ops
 from pyengine.arguments import takes
+from pyengine.chat.checks import check_messages
 from pyengine.chat.template import ChatTemplate
 from pyengine.errors import GraphError, ImageError, PyEngineError, RequestError
 
@@ -175,6 +176,7 @@ def test_roles_and_empty_conversations(model) -> None:
         ([*user(), {"role": "bot", "content": "x"}], r"messages\[1\].role: 'bot' is no role; there are system"),
         (user(None), r"messages\[0\].content: a message of the role 'user' needs one"),
         ([{"role": "user"}], r"messages\[0\].content"),
+        ([*user(), {"role": "assistant", "content": None, "tool_calls": []}], r"messages\[1\].content: .* or tool_calls"),
         ([{"role": 5, "content": "x"}], r"messages\[0\].role"),
         (["x"], r"messages\[0\]"),
         (None, "messages"),
@@ -190,6 +192,7 @@ def test_roles_and_empty_conversations(model) -> None:
             with pytest.raises(RequestError, match=text):
                 call(messages)
     assert model.chat_ids([*user(), {"role": "assistant", "content": "x"}])
+    check_messages([*user(), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "content": "5"}], "")
 
 
 def test_a_role_that_the_template_names_is_a_role(model, monkeypatch) -> None:
