@@ -53,6 +53,9 @@ def test_arguments_that_are_not_there_are_named_with_the_near_ones(model, tiny_g
         (lambda: model.chat(user(), seeds=3), "chat: 'seeds' is no argument; near: seed"),
         (lambda: model.generate_many(["x"], stops=[]), "generate_many: 'stops' is no argument; near: stop"),
         (lambda: model.stream_many(["x"], image=[]), "stream_many: 'image' is no argument"),
+        (lambda: model.submit("x", temp=0), "submit: 'temp' is no argument; near: temperature"),
+        (lambda: model.submit("x", client=[]), "submit: client is a text"),
+        (lambda: model.submit("x", media_policy=5), "media_policy is a MediaPolicy"),
         (lambda: model.feed([1], batch=2), "feed: 'batch' is no argument"),
         (lambda: model.logits(ids=[1]), "logits: 'ids' is no argument; there are prompt"),
         (lambda: pe.SamplingParams(temp=0), "SamplingParams: 'temp' is no argument; near: temperature"),
@@ -394,6 +397,16 @@ def test_closing_frees_the_memory(tiny_gguf) -> None:
     model.close()
     gc.collect()
     assert [owner() for owner in owners] == [None] * len(owners)
+
+
+def test_closing_ends_what_was_queued(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=100, n_threads=1)
+    handles = [model.submit([1, 2, i], max_tokens=90, logit_bias={model.tokenizer.eos_id: -np.inf}) for i in range(3, 6)]
+    next(handles[0])
+    model.close()
+    assert all(h.done for h in handles) and handles[2].finish == "cancelled" and handles[2].result() == ""
+    with pytest.raises(RequestError, match="is closed"):
+        model.submit([1, 2])
 
 
 def test_a_model_is_not_closed_within_a_step(tiny_gguf, monkeypatch) -> None:
