@@ -23,10 +23,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None
     """
     if not messages:
         raise RequestError("messages: there is none; a conversation has one at least")
+    known = set(ROLES)
     for i, message in enumerate(messages):
         role, at = message["role"], f"messages[{i}]"
-        if role not in ROLES and not re.search(rf"""(["']){re.escape(role)}\1""", template):
+        if role not in known and not re.search(rf"""(["']){re.escape(role)}\1""", template):
             raise RequestError(f"{at}.role: {shown(role)} is no role{near_name(role, ROLES[:5])}")
+        known.add(role)
         instead = INSTEAD if role in ("assistant", "model") else ()
         if message.get("content") is None and role in ROLES and not any(message.get(key) for key in instead):
             or_ = ", or tool_calls" if instead else ""
