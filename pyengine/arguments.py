@@ -107,6 +107,6 @@ def place(name: str, value: object) -> str | os.PathLike[str]:
         text = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
     except Exception:                                        # of a stranger's __fspath__
         text = None
-    if not isinstance(text, str) or not text or "\0" in text:
+    if not isinstance(text, str) or not text:
         raise RequestError(f"{name}: a path is a text or a path object, got {shown(value)}")
     return value                                             # type: ignore[return-value]

@@ -114,7 +114,7 @@ def test_settings_of_a_model_are_checked(tiny_gguf) -> None:
                     {"n_threads": "2"}, {"kv_dtype": None}, {"kv_dtype": 5}, {"kv_dtype": ["f16"]}, {"device": 5}, {"device": np.zeros(2)},
                     {"device": []}, {"device": {"cpu:0": True}}, {"device": {5: 5}}, {"images": True}, {"images": (True, 2)}, {"images": "big"},
                     {"encoder_device": []}, {"expert_device": {}}, {"mmproj": 5}, {"model": 5}, {"model": None}, {"model": b"a"},
-                    {"model": "a\0b"}, {"model": ""}, {"progress": 5}]:
+                    {"model": ""}, {"progress": 5}]:
         with pytest.raises(RequestError, match=next(iter(setting))):
             pe.load(**{"model": path, **setting})
         if "progress" not in setting:
