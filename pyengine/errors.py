@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from itertools import islice
 
 
 class PyEngineError(Exception):
@@ -81,3 +83,12 @@ def shown(value: object) -> str:
         return reprlib.repr(value)
     except Exception:                                        # whatever a stranger's __repr__ raises
         return f"a {type(value).__name__}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return "; near: a, b" for an error's end, or "" where nothing resembles `name`. Bounded for hostile names."""
+    import difflib  # for errors only
+
+    short = list(islice(dict.fromkeys(n for n in names if len(n) <= 200), 4096))
+    near = difflib.get_close_matches(name, short, n=3) if len(name) <= 200 else []
+    return f"; near: {', '.join(near)}" if near else ""

@@ -7,7 +7,7 @@ import pkgutil
 from typing import Any
 
 from pyengine.backends.base import Backend
-from pyengine.errors import GraphError
+from pyengine.errors import GraphError, shown
 
 
 _SHARED = {"base", "chain", "graph", "host", "prepared"}       # what backends have in common
@@ -23,6 +23,6 @@ def backend(device: str = "cpu", n_threads: int | None = None, **options: Any) -
 
     Raises: GraphError if there is none of that name.
     """
-    if device not in names():
-        raise GraphError(f"there is no device '{device}'; this installation has {', '.join(names())}")
+    if not isinstance(device, str) or device not in names():
+        raise GraphError(f"there is no device {shown(device)}; this installation has {', '.join(names())}")
     return importlib.import_module(f"pyengine.backends.{device}").Backend(n_threads=n_threads, **options)

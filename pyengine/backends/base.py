@@ -20,7 +20,7 @@ import numpy as np
 from pyengine.compiler.arena import Layout, Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
-from pyengine.graph.tensor import axis_max, axis_value, Node, Tensor
+from pyengine.graph.tensor import axis_max, axis_value, described, Node, Tensor
 
 Progress = Callable[[int, int], None]                    # (bytes done, all bytes)
 
@@ -75,6 +75,11 @@ class Program(ABC):
     outputs: list[np.ndarray]
     states: Mapping[str, State]
 
+    def __repr__(self) -> str:
+        layout = self.prepared.layout
+        inputs, outputs = [n.outputs[0] for n in layout.leaves if n.kind == "input"], layout.outputs
+        return f"Program({', '.join(map(described, inputs))} -> {', '.join(map(described, outputs))}; {len(layout.steps)} steps)"
+
     @abstractmethod
     def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
         """Replay on what stands in the inputs, from the beginning or from an entry; only one `turn`, where there are several.
@@ -89,10 +94,15 @@ class Program(ABC):
         Raises: GraphError for missing and unknown names, and for shapes that do not fit.
         """
         leaves = {n.name: n.outputs[0] for n in self.prepared.layout.leaves if n.kind == "input"}
-        dims = dims_of(leaves, arrays)
+        given = {}
+        for name, array in arrays.items():
+            try:
+                given[name] = np.asarray(array, dtype=self.inputs[name].dtype if name in leaves else None)
+            except Exception as error:                       # texts, lists of unequal lengths, a stranger's __array__
+                raise GraphError(f"run: '{name}' is no array of numbers: {error}") from None
+        dims = dims_of(leaves, given)
         for name in leaves:
-            flat = self.inputs[name].reshape(-1)
-            value = np.asarray(arrays[name], dtype=flat.dtype).reshape(-1)
+            flat, value = self.inputs[name].reshape(-1), given[name].reshape(-1)
             flat[: value.size] = value
         self.execute(**dims)
         out = []

@@ -77,6 +77,9 @@ class Chain(base.Program):
         places = {i: program.outputs[k] for part, program in zip(self.parts, self.programs) for i, k in part.results}
         self.outputs = [places[i] for i in range(len(places))]
 
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.programs))})"
+
     def execute(self, entry: str | None = None, turn: int | None = None, **dims: int) -> None:
         """Run all stages; from an entry on, only the last turn, which contains it."""
         if entry is not None:

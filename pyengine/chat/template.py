@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 
 from pyengine.chat import helper
+from pyengine.chat.checks import MAX_NESTING
 from pyengine.chat.defaults import default_template
 from pyengine.chat.dialect import explained
 from pyengine.chat.helper import over_budget, OverBudget, render_apart
@@ -31,7 +32,6 @@ _PART_KINDS = {"image": "image", "image_url": "image", "input_image": "image", "
                "audio": "audio", "audio_url": "audio", "input_audio": "audio"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")            # as in transformers: the first is the standard
 MAX_SOURCE = 1_000_000                             # characters of a template; the longest known have 30,000
-MAX_NESTING = 200                                  # of lists and mappings in messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,10 +41,12 @@ MAX_NESTING = 200                                  # of lists and mappings in me
 class ChatTemplate:
     """One compiled template; `render` may be called from several threads.
 
-    Raises: TemplateError if the source is not a template.
+    Raises: TemplateError if the source is not a template; RequestError if it is no text.
     """
 
     def __init__(self, source: str, bos: str = "", eos: str = ""):
+        if not isinstance(source, str):
+            raise RequestError(f"a chat template is a text, not {type(source).__name__}")
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source)} characters, more than {MAX_SOURCE}")
         self.source, self.bos, self.eos = source, bos, eos
@@ -114,6 +116,8 @@ class ChatTemplate:
         elif content is not None:
             raise RequestError(f"content must be a string or a list of parts, not {type(content).__name__}")
         if message.get("tool_calls"):
+            if not isinstance(message["tool_calls"], (list, tuple)):
+                raise RequestError(f"tool_calls: a list of tool calls, not {type(message['tool_calls']).__name__}")
             shown["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
         return shown
 
@@ -222,7 +226,7 @@ def _tool_call(call: Any) -> Any:
     if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
         try:
             arguments = json.loads(function["arguments"])
-        except ValueError as error:
-            raise RequestError(f"the arguments of a tool call are not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:        # the second: lists in lists, by the thousand
+            raise RequestError(f"the arguments of a tool call are not JSON: {error}") from None
         return {**call, "function": {**function, "arguments": arguments}}
     return call

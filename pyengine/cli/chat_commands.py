@@ -178,7 +178,7 @@ def execute(chat: Chat, line: str) -> None:
     name, _, rest = line.strip().partition(" ")
     command = COMMANDS.get(OTHER_NAMES.get(name, name))
     if command is None:
-        from pyengine.files.gguf import nearest
+        from pyengine.errors import nearest
 
         raise RequestError(f"there is no command {name}{nearest(name, COMMANDS)}; /help lists them")
     command.do(chat, rest.strip())

@@ -65,7 +65,7 @@ class Choices:
             setattr(self, name, word if name == "keep" else word == "on")
             value = word
         else:
-            from pyengine.files.gguf import nearest
+            from pyengine.errors import nearest
 
             raise RequestError(f"/set {name}: there is no such setting{nearest(name, MEANINGS)}; /set alone lists all")
         return f"{name} {value}" if value is not None else f"{name} as by default"

@@ -3,16 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, TYPE_CHECKING
 
+from pyengine.arguments import INT32_MAX, takes, whole
 from pyengine.engine.request import Report, Request
 from pyengine.engine.scheduler import Scheduler
+from pyengine.errors import RequestError
+
+if TYPE_CHECKING:
+    from pyengine.engine.encoded import MediaInfo
+    from pyengine.text.sampling import Sampled
 
 
-class Answer(str):
-    """Generated text; the fields of its `report` can be read from it directly."""
+class Reported:
+    """What is known of an answer beside its text. Of a stream it grows with the pieces."""
 
     report: Report
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the tokens that were generated, without the one that ended the answer."""
+        return self.report.tokens
+
+    @property
+    def finish(self) -> str:
+        """Why it ended: "stop" (the model ended it, or a stop text came), "length" (`max_tokens`, or the context is full) or "cancelled"."""
+        return self.report.finish
+
+    @property
+    def sampled(self) -> list[Sampled]:
+        """One (token, logprob, top) for each token: see `logprobs` and `top_logprobs`."""
+        return self.report.sampled
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Natural logarithm of each token's probability, by the model's logits: without bias, penalties and temperature."""
+        return [s.logprob for s in self.report.sampled]
+
+    @property
+    def top_logprobs(self) -> list[tuple[tuple[int, float], ...]]:
+        """For each token the most probable ones in its place, (id, logprob), best first: as many as `logprobs=` asked for."""
+        return [s.top for s in self.report.sampled]
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt, soft tokens of pictures among them."""
+        return self.report.n_prompt
+
+    @property
+    def n_cached(self) -> int:
+        """Of those, how many were still in the caches, and were not computed again."""
+        return self.report.n_cached
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Seconds from the start of the work to the first token."""
+        return self.report.prompt_seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the first token to the last one."""
+        return self.report.seconds
+
+    @property
+    def media(self) -> list[MediaInfo]:
+        """What became of each picture or video of the prompt: its size, the size that the encoder saw, soft tokens."""
+        return self.report.media
+
+
+class Answer(Reported, str):
+    """Generated text: a str, with what is known of how it came about."""
 
     def __new__(cls, text: str, report: Report) -> Answer:
         answer = super().__new__(cls, text)
@@ -24,24 +85,35 @@ class Answer(str):
         """Boxes and points that the text names, in pixels of the last picture's original; see `boxes_in`."""
         return self.boxes_in(-1) if self.report.media else []
 
+    @takes()
     def boxes_in(self, number: int) -> list[Any]:
         """Find boxes and points (`boxes.Box`, `boxes.Point`) that the text names, in pixels of the original of one picture.
 
-        A text does not say which of several pictures it speaks of, so the caller does. Raises: IndexError.
+        A text does not say which of several pictures it speaks of, so the caller does. Raises: RequestError where there is no such picture.
         """
         from pyengine.chat.boxes import find_boxes                              # Pillow takes 20 ms to import
 
-        n = range(len(self.report.media))[number]
+        n, seen = whole("number", number, -INT32_MAX), len(self.report.media)
+        if not -seen <= n < seen:
+            raise RequestError(f"boxes_in({n}): the prompt of this answer has {seen} pictures, numbered from 0")
+        n %= seen
         return find_boxes(self, self.report.media[n].size, self.report.media[n].processed, image=n)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in Report.__dataclass_fields__:
-            return getattr(self.report, name)
-        raise AttributeError(name)
+    def __repr__(self) -> str:
+        return f"Answer({str.__repr__(self)}, {len(self.tokens)} tokens, finish={self.finish!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:                 # without its conversation, which lies in a model's caches
+        return Answer, (str(self), replace(self.report, conversation=None))
+
+    def __copy__(self) -> Answer:                            # as any str: nobody changes it
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Answer:
+        return self
 
 
-class Stream(Iterator[str]):
-    """Pieces of an answer as they come; `report` grows with them.
+class Stream(Reported, Iterator[str]):
+    """Pieces of an answer as they come; what is known of it grows with them.
 
     Work on the request begins with the first piece that is asked for. Streams of one model may be read side by side: whichever
     is read moves all of them on. One that is closed, or forgotten, is no longer worked on.
@@ -57,18 +129,28 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         r = self._request
         self.begin()
-        while not r.pieces and not r.finished:
-            if self.progress is not None and r.pending is None:
-                self.progress(r.done, len(r.rows))
-            with self._scheduler.lock:
-                if not r.pieces and not r.finished:          # another thread may have moved it on
-                    self._scheduler.advance()
+        while not self.ready:
+            self.advance()
         if r.pieces:
             return r.pieces.popleft()
         if r.error is not None:
             error, r.error = r.error, None
             raise error
         raise StopIteration
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next piece, or the end, is there already: nothing has to be computed for it."""
+        return bool(self._request.pieces) or self._request.finished
+
+    def advance(self) -> None:
+        """Run one step for all that are worked on, if the next piece is not there yet."""
+        r = self._request
+        if self.progress is not None and r.pending is None:
+            self.progress(r.done, len(r.rows))
+        with self._scheduler.lock:
+            if not self.ready:                               # another thread may have moved it on
+                self._scheduler.advance()
 
     def begin(self) -> None:
         """Put the request in the queue, if it is not there yet."""
@@ -85,5 +167,54 @@ class Stream(Iterator[str]):
         """Stop working on the request; its conversation stays in the cache."""
         self._scheduler.cancel(self._request)
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "not begun" if not self._begun else "ended" if self._request.finished else "running"
+        return f"Stream({state}, {len(self.tokens)} tokens)"
+
     def __del__(self) -> None:
         self.close()
+
+
+class Streams(Iterator[tuple[int, str]]):
+    """Pieces of several answers, worked on side by side: (number of the prompt, piece), in the order in which they come."""
+
+    def __init__(self, streams: list[Stream]):
+        self.streams = streams
+        self._left = list(range(len(streams)))
+        self._texts: list[list[str]] = [[] for _ in streams]
+        self._begun = False
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            for s in self.streams:
+                s.begin()
+
+    def __next__(self) -> tuple[int, str]:
+        self._begin()
+        while self._left:
+            at = next((i for i in self._left if self.streams[i].ready), None)
+            if at is None:
+                self.streams[self._left[0]].advance()
+                continue
+            self._left.remove(at)
+            piece = next(self.streams[at], None)
+            if piece is not None:
+                self._left.append(at)                        # behind the others, so that none waits for one that is fast
+                self._texts[at].append(piece)
+                return at, piece
+        raise StopIteration
+
+    def answers(self) -> list[Answer]:
+        """Take all that is left, and return each whole answer."""
+        self._begin()
+        return [Answer("".join([*texts, *s]), s.report) for texts, s in zip(self._texts, self.streams)]
+
+    def __repr__(self) -> str:
+        return f"Streams({len(self.streams) - len(self._left)} of {len(self.streams)} ended)"

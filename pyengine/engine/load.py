@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pyengine.arguments import takes
 from pyengine.engine.model import Model
+from pyengine.errors import RequestError, shown
 from pyengine.files.model_files import open_files
 from pyengine.memory.fit import fit, refusal
 from pyengine.memory.settings import Settings
@@ -14,6 +16,7 @@ from pyengine.programs.bound import bind
 from pyengine.programs.sizes import N_BATCH
 
 
+@takes()
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
          encoder_device: str | None = None, expert_device: str | None = None,
@@ -35,6 +38,8 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     """
     want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap)
     want.check()
+    if progress is not None and not callable(progress):
+        raise RequestError(f"progress: a function of two ints, got {shown(progress)}")
     bound = bind(open_files(model, mmproj), want.pictures)
     fitted = fit(bound, want)
     if not fitted.plan.fits:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, TYPE_CHECKING
 
-from pyengine.engine.answer import Answer
+from pyengine.engine.answer import Answer, Reported
 from pyengine.engine.request import Report, Request
 from pyengine.engine.scheduler import Scheduler
 from pyengine.errors import BusyError, RequestError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 2.0                   # the thread ends after so long without a request
 
 
-class Handle(Iterator[str], AsyncIterator[str]):
+class Handle(Reported, Iterator[str], AsyncIterator[str]):
     """An answer on its way, computed whether it is read or not.
 
     for piece in handle, async for piece in handle    pieces as they come; each piece is given once

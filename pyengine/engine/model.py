@@ -7,7 +7,8 @@ rows are computed together, `runner` runs them, `cache.cells` says where their k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -16,29 +17,33 @@ from typing import Any, TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from pyengine.arguments import INT32_MAX, place, switch, takes, whole
 from pyengine.backends.base import Program, Progress
 from pyengine.cache.cells import Conversation
-from pyengine.engine.answer import Answer, Stream
+from pyengine.engine.answer import Answer, Reported, Stream, Streams
 from pyengine.engine.language import Language
 from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
 from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
+from pyengine.files.hparams import Hparams
 from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
-from pyengine.text.sampling import Sampler, sampling_params
+from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.loop import Handle, Loop
+    from pyengine.files.gguf import GGUFFile
     from pyengine.media.policy import MediaPolicy
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+SAMPLING = tuple(SamplingParams.__dataclass_fields__)
 
 
 def alone(method: F) -> F:
@@ -57,14 +62,39 @@ def alone(method: F) -> F:
     return waits                                             # type: ignore[return-value]
 
 
+class Closed:
+    """What stands in the place of the parts of a model that is closed: any use of it is the error."""
+
+    def __init__(self, name: str):
+        self._said = f"{name} is closed: its weights and caches are freed; load it again"
+
+    @property
+    def error(self) -> RequestError:
+        """What its use raises."""
+        return RequestError(self._said)
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.error
+
+
+def _weights(files: Iterable[GGUFFile]) -> str:
+    """Return how many weights files hold, as people write it: "134.5M"."""
+    n = sum(t.n_elements for f in files for t in f.tensors.values())
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)
+
+
 class Model:
-    """A loaded model with the caches of `n_seq` conversations. Made by `load`.
+    """A loaded model with the caches of `n_seq` conversations. Made by `load`; `with` closes it at its end.
 
     Several threads may use it: each call, and each piece of a stream, waits for the one before it.
     """
 
     def __init__(self, fitted: Fitted, program: Program, progress: Progress | None = None):
         layout, self.plan, self.program = fitted.layout, fitted.plan, program
+        self.closed = False
         bound, sizes, image = layout.bound, layout.sizes, layout.bound.image
         self._files, self.file, self.config = bound.files, bound.files.model, bound.model.config
         self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = sizes.n_ctx, sizes.n_batch, sizes.n_seq, self.config.vocab_size
@@ -83,10 +113,45 @@ class Model:
         self._language = Language(self.file.metadata, bound.files.modelfile)
         self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media)
         self._axes = self._runner.axes
+        self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {_weights(bound.files.opened)} weights"
         self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds
         self._fed_ids: list[int] = []
         self._fed_moved = False
         self._fingerprint = b""
+
+    def __repr__(self) -> str:
+        many = f" x {self.n_seq}" if self.n_seq > 1 else ""
+        return f"Model({self._title}, {'closed' if self.closed else f'context {self.n_ctx}{many}'})"
+
+    def __enter__(self) -> Model:
+        if self.closed:
+            raise self._runner.error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the memory of weights and caches, and the files. Streams end with a RequestError, as does every later use.
+
+        Waits for the step that another thread is running; what `submit` queued is cancelled. A closed model may be closed again.
+        """
+        with self._lock:
+            self._scheduler.check_idle("close")
+        if self._loop is not None:
+            self._loop.close()                               # its thread ends, for which it may need the lock
+        self._release()
+
+    @alone
+    def _release(self) -> None:
+        if self.closed:
+            return
+        gone: Any = Closed(self.plan.model)
+        self._scheduler.close(gone)
+        self.closed, self._fed = True, None
+        self.program = self.file = self._files = self._runner = self._language = self._prompts = gone
+        self.media = None if self.media is None else gone
+        gc.collect()                                         # programs with steps that the reference computes refer to themselves
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -95,12 +160,14 @@ class Model:
         """The tokenizer, built from the file when it is first needed."""
         return self._language.tokenizer
 
+    @takes()
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Return the token ids of a text; `add_special` adds BOS and EOS where the model wants them."""
-        return self.tokenizer.tokenize(text, add_special=add_special)
+        """Return the token ids of a text; `add_special` adds BOS and EOS where the model wants them. Raises: RequestError."""
+        return self.tokenizer.tokenize(text, add_special=switch("add_special", add_special))
 
+    @takes()
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
+        """Return the text of token ids. Raises: RequestError for what is no list of the vocabulary's ids."""
         return self.tokenizer.detokenize(ids)
 
     @property
@@ -123,6 +190,7 @@ class Model:
         """Counts since the model was loaded: tokens, steps, and hits and misses of the image cache."""
         return {**self._scheduler.stats, "steps": self._runner.n_steps, **(self.media.stats if self.media else {})}
 
+    @takes()
     def encode_image(self, image: Any) -> np.ndarray:
         """Return the soft tokens of a picture (or of a list of frames), as the decoder receives them: float32 [n, d_model].
 
@@ -144,6 +212,7 @@ class Model:
         self._fed, self._fed_ids, self._fed_moved = None, [], False
 
     @alone
+    @takes()
     def feed(self, ids: Sequence[int], n_batch: int | None = None) -> np.ndarray:
         """Append tokens to a conversation of its own, in steps of at most n_batch; returns logits after the last one, [vocab].
 
@@ -153,31 +222,33 @@ class Model:
         ids = token_ids(ids, self._n_ids)
         if not ids:
             raise RequestError("feed: there are no tokens")
-        cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
-        check_room(len(whole), self.n_ctx)
+        most = self.n_batch if n_batch is None else min(whole("n_batch", n_batch, 1), self.n_batch)
+        cells, s, held = self._runner.cells, self._fed, [*self._fed_ids, *ids]
+        check_room(len(held), self.n_ctx)
         self._fed = None                                                       # what fails or is interrupted is computed anew
         if s not in cells.conversations:
             if self._fed_moved:
                 raise PlanError("the conversation of `feed` has gone for others; tokens were removed from it, so it cannot be "
                                 "computed anew: reset")
             s = cells.new()
-        rows = token_rows(whole[len(s) :], len(s), self._axes)
+        rows = token_rows(held[len(s) :], len(s), self._axes)
         try:
             s.active = True
-            for start, stop in rows.steps(0, n_batch or self.n_batch):
+            for start, stop in rows.steps(0, most):
                 logits = self._runner.run([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
         finally:
             s.active = False
-        self._fed, self._fed_ids = s, whole
+        self._fed, self._fed_ids = s, held
         return logits[0].copy()
 
     @alone
+    @takes()
     def shift(self, start: int, stop: int) -> None:
         """Remove tokens [start, stop) from the conversation of `feed`; those behind move down and keep what they know of them.
 
         Raises: RequestError where the model or the cache's format does not allow it.
         """
-        s = self._fed
+        start, stop, s = whole("start", start, -INT32_MAX), whole("stop", stop, -INT32_MAX), self._fed
         if s not in self._runner.cells.conversations:
             raise RequestError("shift: there is no conversation of `feed`, or it has gone for others")
         self._runner.shift(s, start, stop)
@@ -185,6 +256,7 @@ class Model:
         self._fed_moved = True
 
     @alone
+    @takes()
     def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:
         """Compute logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
 
@@ -196,12 +268,14 @@ class Model:
             out[start : start + len(block)] = block
         return out
 
+    @takes()
     def logit_blocks(self, prompt: Rows | Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the rows of `logits` from position `first` on, in blocks (position, [n, vocab]) that are valid until the next one is
         asked for.
 
         Raises: RequestError if another step is run in between, by this thread or another one; else as `logits`.
         """
+        first = whole("first", first)
         rows = prompt if isinstance(prompt, Rows) else token_rows(token_ids(prompt, self._n_ids), 0, self._axes)
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
@@ -223,11 +297,13 @@ class Model:
                         logits = self._runner.head(done) if done < len(wanted) else logits[:0]
         finally:
             with self._lock:
-                self._runner.cells.drop(s)
+                if not self.closed:
+                    self._runner.cells.drop(s)
 
     # -- conversations in files ---------------------------------------------------------------------------------------
 
     @alone
+    @takes()
     def save(self, path: str | Path, answer: Answer | Stream | None = None, messages: Sequence[dict[str, Any]] | None = None,
              notes: bytes = b"") -> int:
         """Write a conversation's part of the caches to a file: the one that `answer` belongs to, or else the one used last.
@@ -239,6 +315,11 @@ class Model:
         """
         from pyengine.cache import sessions
 
+        place("path", path)
+        if answer is not None and not isinstance(answer, Reported):
+            raise RequestError(f"save: answer is what `generate`, `chat` or `stream` gave, not {shown(answer)}")
+        if not isinstance(notes, bytes):
+            raise RequestError(f"save: notes are bytes, not {type(notes).__name__}")
         held = self._runner.cells.conversations
         s = answer.report.conversation if answer is not None else max(held, key=lambda s: s.used, default=None)
         if s not in held:
@@ -251,6 +332,7 @@ class Model:
         return sessions.save(path, self._runner.store, s, self._identity(), notes)
 
     @alone
+    @takes()
     def restore(self, path: str | Path) -> int:
         """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
 
@@ -259,7 +341,7 @@ class Model:
         """
         from pyengine.cache import sessions
 
-        return len(sessions.restore(path, self._runner.store, self._identity(), self._n_ids, self.n_ctx))
+        return len(sessions.restore(place("path", path), self._runner.store, self._identity(), self._n_ids, self.n_ctx))
 
     def _identity(self) -> bytes:
         if not self._fingerprint:
@@ -271,21 +353,27 @@ class Model:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
+    @takes(SAMPLING)
     def generate(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
                  stop: str | Sequence[str] | None = None, **sampling: Any) -> Answer:
         """Continue a prompt. See `stream` for the arguments; returns the whole text."""
         return self.stream(prompt, images, max_tokens, stop, **sampling).answer()
 
+    @takes(SAMPLING)
     def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                       **sampling: Any) -> list[Answer]:
         """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-            raise RequestError(f"generate_many: prompts must be a list, got {shown(prompts)}")
-        streams = [self.stream(p, (), max_tokens, stop, **sampling) for p in prompts]
-        for s in streams:
-            s.begin()
-        return [s.answer() for s in streams]
+        return self.stream_many(prompts, max_tokens, stop, **sampling).answers()
 
+    @takes(SAMPLING)
+    def stream_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
+                    **sampling: Any) -> Streams:
+        """Continue several prompts side by side, yielding (number of the prompt, piece) as they come; its `answers()` are whole."""
+        if isinstance(prompts, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(prompts, Iterable):
+            raise RequestError(f"prompts must be a list, got {shown(prompts)}")
+        return Streams([self.stream(p, (), max_tokens, stop, **sampling) for p in prompts])
+
+    @takes(SAMPLING)
     def stream(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
                stop: str | Sequence[str] | None = None, **sampling: Any) -> Stream:
         """Continue a prompt, yielding pieces of whole characters.
@@ -295,8 +383,9 @@ class Model:
         given is what the model's files recommend (`sampling_defaults`, `stop_defaults`), or else the default of `SamplingParams`.
         Raises: ContextOverflowError when the context is full, RequestError, ImageError.
         """
-        return self._stream(self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
+        return self._stream(lambda: self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
 
+    @takes(SAMPLING)
     def submit(self, prompt: str | Sequence[Any] | None = None, images: Sequence[Any] = (), messages: Sequence[dict[str, Any]] | None = None,
                tools: Sequence[dict[str, Any]] | None = None, max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                client: str = "", media_policy: MediaPolicy | None = None, **sampling: Any) -> Handle:
@@ -309,9 +398,12 @@ class Model:
         """
         if (prompt is None) == (messages is None):
             raise RequestError("submit: give a prompt or messages, one of them")
+        if not isinstance(client, str):
+            raise RequestError(f"submit: client is a text, not {type(client).__name__}")
         prompts = self._prompts_under(media_policy)
-        found = prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools)
-        return self.loop.submit(self._request(found, max_tokens, stop, sampling, at_start=prompt is None), client)
+        request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools),
+                                max_tokens, stop, sampling, at_start=prompt is None)
+        return self.loop.submit(request, client)
 
     @property
     def loop(self) -> Loop:
@@ -323,24 +415,26 @@ class Model:
                 self._loop = self._loop or Loop(self._scheduler)
         return self._loop
 
-    def _stream(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any], at_start: bool) -> Stream:
+    def _stream(self, prompt: Callable[[], Prompt], max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any],
+                at_start: bool) -> Stream:
         return Stream(self._request(prompt, max_tokens, stop, sampling, at_start), self._scheduler)
 
-    def _request(self, prompt: Prompt, max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any], at_start: bool) -> Request:
-        if max_tokens is not None and (not isinstance(max_tokens, (int, np.integer)) or isinstance(max_tokens, bool) or max_tokens < 0):
-            raise RequestError(f"max_tokens must be an int from 0 on, or None, got {shown(max_tokens)}")
-        segments, media = prompt
-        params = sampling_params(self.sampling_defaults, sampling)
-        stop = self.stop_defaults if stop is None else stop
-        return Request(lay_out_rows(segments, self._axes), Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size)),
-                       self.tokenizer.decoder(skip_special=True, at_start=at_start), Stops([stop] if isinstance(stop, str) else stop),
-                       max_tokens, self.tokenizer.eog_ids, Report(media=media))
+    def _request(self, prompt: Callable[[], Prompt], max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any],
+                 at_start: bool) -> Request:
+        """Make a request; `prompt` encodes pictures, so what is cheap to refuse is refused before."""
+        most = None if max_tokens is None else whole("max_tokens", max_tokens, 0, None)
+        params, stops = sampling_params(self.sampling_defaults, sampling), Stops(self.stop_defaults if stop is None else stop)
+        sampler = Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size))
+        segments, media = prompt()
+        return Request(lay_out_rows(segments, self._axes), sampler, self.tokenizer.decoder(skip_special=True, at_start=at_start), stops,
+                       most, self.tokenizer.eog_ids, Report(media=media))
 
     @property
     def template(self) -> ChatTemplate:
         """The file's chat template, or a default for its kind of vocabulary; compiled when it is first needed."""
         return self._language.template
 
+    @takes()
     def chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
                  media_policy: MediaPolicy | None = None) -> list[int]:
         """Return a conversation's token ids in the model's own chat format; -1 for each position of a picture's soft token.
@@ -352,6 +446,7 @@ class Model:
     def _prompts_under(self, policy: MediaPolicy | None) -> Prompts:
         return self._prompts if policy is None else self._prompts.under(policy)
 
+    @takes(SAMPLING)
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
              max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, **sampling: Any) -> Any:
         """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
@@ -360,5 +455,6 @@ class Model:
         {"url": ..}}, {"type": "video", "video": [frames] or a file}, or a picture as it is; a message may also have "images".
         Raises: TemplateError, ContextOverflowError, RequestError, ImageError.
         """
-        pieces = self._stream(self._prompts.chat(messages, tools), max_tokens, stop, sampling, at_start=True)
-        return pieces if stream else pieces.answer()
+        wanted = switch("stream", stream)
+        pieces = self._stream(lambda: self._prompts.chat(messages, tools), max_tokens, stop, sampling, at_start=True)
+        return pieces if wanted else pieces.answer()

@@ -35,7 +35,11 @@ class Prompts:
         self.name, self.n_ids, self.language, self.media, self.policy = name, n_ids, language, media, policy
 
     def under(self, policy: MediaPolicy) -> Prompts:
-        """Return the same with another policy."""
+        """Return the same with another policy. Raises: RequestError for what is none."""
+        from pyengine.media.policy import MediaPolicy
+
+        if not isinstance(policy, MediaPolicy):
+            raise RequestError(f"media_policy is a MediaPolicy, not {type(policy).__name__}")
         return Prompts(self.name, self.n_ids, self.language, self.media, policy)
 
     @property
@@ -137,9 +141,13 @@ class Prompts:
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
         """A conversation in the model's own chat format, ready for the answer."""
+        from pyengine.chat.checks import check_messages, check_tools
         from pyengine.media.messages import split
 
-        seen, media = split(self.language.begun(messages) if isinstance(messages, (list, tuple)) else messages)
+        seen, media = split(messages)
+        check_messages(seen, self.language.template.source)
+        check_tools(tools)
+        seen = self.language.begun(seen)
         if not media:
             return self.text(self.language.template.render(seen, tools=tools, add_generation_prompt=True), [])
         self._need_encoder()
@@ -156,7 +164,7 @@ class Prompts:
 
 def token_ids(ids: Any, n_ids: int) -> list[int]:
     """Ids as ints. Raises: RequestError for what is no list of ints, and for an id that has no row in the embedding."""
-    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)) or isinstance(ids, np.ndarray) and not ids.ndim:
         raise RequestError(f"token ids must be a list of ints, got {shown(ids)}")
     ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
     for i in ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
@@ -26,8 +26,9 @@ class Stops:
     doi:10.1137/0206024), so a long stop costs no more than a short one, and answers do not depend on how they are cut into pieces.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        if isinstance(stops, str) or not isinstance(stops, Iterable):
+    def __init__(self, stops: str | Sequence[str]):
+        stops = [stops] if isinstance(stops, str) else stops
+        if isinstance(stops, (bytes, bytearray, memoryview, Mapping)) or not isinstance(stops, Iterable):
             raise RequestError(f"stop: must be a text or a list of texts, not {in_short(stops)}")
         self.stops, self.held = list(stops), ""
         self.found: str | None = None                        # the stop that ended the text

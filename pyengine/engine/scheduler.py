@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,20 @@ class Scheduler:
                     self._sweep()
             finally:
                 self.lock.release()
+
+    def check_idle(self, what: str) -> None:
+        """Raise RequestError within a step: `lock` lets its own thread in."""
+        if self._stepping:
+            raise RequestError(f"{what}: a step of the model is being run")
+
+    def close(self, closed: Any) -> None:
+        """End all requests with the error that a use of `closed` raises, and let go of the runner: `closed` stands in its place."""
+        self.check_idle("close")
+        for request in (*self.active, *self.waiting):
+            if not request.finished:
+                request.error, request.finished = closed.error, True
+        self._sweep()
+        self.runner = closed
 
     def advance(self) -> None:
         """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error.

@@ -24,16 +24,16 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyengine.arguments import place
 from pyengine.dtype import DType, dtype
-from pyengine.errors import InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
+from pyengine.errors import InvalidModelError, ModelNotFoundError, nearest, RequestError, UnsupportedModelError
 from pyengine.files.mapped import MappedFile
 from pyengine.native import ffi, lib
 
@@ -54,15 +54,6 @@ _NUMBERS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int
             10: "uint64", 11: "int64", 12: "float64"}
 _NUMPY = {id: np.dtype(name).newbyteorder("<") for id, name in _NUMBERS.items()}
 _TYPE_NAMES = {**_NUMBERS, _STRING: "string", _ARRAY: "array"}
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return "; near: a, b" for an error's end, or "" where nothing resembles `name`. Bounded for hostile names."""
-    import difflib  # for errors only
-
-    short = list(islice(dict.fromkeys(n for n in names if len(n) <= 200), 4096))
-    near = difflib.get_close_matches(name, short, n=3) if len(name) <= 200 else []
-    return f"; near: {', '.join(near)}" if near else ""
 
 
 def quoted(name: str) -> str:
@@ -457,7 +448,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = Path(place("path", path))
         asked = _Part(self.path, 0)
         parts = [asked] if _n_parts(asked) == 1 else _open_parts(asked)
         self.paths = [part.path for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from pyengine.arguments import place
 from pyengine.errors import UnsupportedModelError
 from pyengine.files.dialects import check_encoder, translate
 from pyengine.files.gguf import GGUFFile
@@ -29,7 +30,8 @@ def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
 
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError for a model of Ollama's with adapters.
     """
-    found = look_up(name)
+    found = look_up(place("model", name))
+    mmproj = None if mmproj is None else place("mmproj", mmproj)
     modelfile = read_modelfile(found)
     if modelfile.adapters:
         raise UnsupportedModelError(f"{found.name}: has {len(modelfile.adapters)} LoRA adapter(s), which are not supported; "

@@ -27,8 +27,8 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from pyengine.errors import InvalidModelError, ModelNotFoundError
-from pyengine.files.gguf import nearest, quoted, SPLIT_NAME
+from pyengine.errors import InvalidModelError, ModelNotFoundError, nearest
+from pyengine.files.gguf import quoted, SPLIT_NAME
 
 MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
 MAX_LAYER_BYTES = 1 << 20          # of a text beside a model: a template has some KB

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyengine.dtype import DType, dtype as dtype_of
-from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
-from pyengine.files.gguf import GGUFFile, nearest, quoted
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError, nearest
+from pyengine.files.gguf import GGUFFile, quoted
 
 
 def pages(shape: tuple[int, ...]) -> np.ndarray:

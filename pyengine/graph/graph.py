@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from pyengine.arguments import whole
 from pyengine.dtype import DType, dtype as dtype_of
-from pyengine.errors import GraphError
-from pyengine.graph.tensor import Axis, make_leaf, Node, Tensor
+from pyengine.errors import GraphError, shown
+from pyengine.graph.tensor import Axis, described, Dim, make_leaf, Node, Tensor
 
 
 class Graph:
@@ -32,7 +33,18 @@ class Graph:
     def __exit__(self, *exc: object) -> None:
         return None
 
+    def __repr__(self) -> str:
+        kinds = (("", self.inputs), ("states: ", self.states), ("tables: ", self.tables))
+        return f"Graph({'; '.join(kind + ', '.join(map(described, leaves.values())) for kind, leaves in kinds if leaves)})"
+
     def _leaf(self, table: dict[str, Tensor], kind: str, name: str, shape: Sequence[Axis], dtype: str | DType) -> Tensor:
+        if not isinstance(name, str) or not name:
+            raise GraphError(f"graph: the name of {kind} is a text, got {shown(name)}")
+        if not isinstance(shape, (tuple, list)):
+            raise GraphError(f"graph: {name!r}: a shape is a tuple of ints and Dims, got {shown(shape)}")
+        shape = tuple(a if isinstance(a, Dim) else whole(f"graph: {name!r}: an axis", a, 0, None) for a in shape)
+        if not isinstance(dtype, (str, DType)):
+            raise GraphError(f"graph: {name!r}: a dtype is named, as 'F32', got {shown(dtype)}")
         if name in self.inputs or name in self.states or name in self.tables:
             raise GraphError(f"graph: '{name}' is declared twice")
         table[name] = make_leaf(kind, name, shape, dtype if isinstance(dtype, DType) else dtype_of(dtype))

@@ -307,7 +307,10 @@ def as_tensor(value: Any) -> Tensor | None:
     """Turn an array into a constant of the graph; tensors and None stay as they are."""
     if value is None or isinstance(value, Tensor):
         return value
-    array = np.ascontiguousarray(value)
+    try:
+        array = np.ascontiguousarray(value)
+    except Exception as error:                               # lists of unequal lengths, or what a stranger's __array__ raises
+        raise ShapeError(f"a {type(value).__name__} cannot be a constant: {error}") from None
     if array.dtype == np.float64:
         array = array.astype(np.float32)
     if array.dtype == np.int64:

@@ -130,6 +130,12 @@ class Tensor:
         return self.shape[0]
 
 
+def described(t: Tensor) -> str:
+    """Describe an input or an output for people: "x [m, 8]", with the format where it is not F32."""
+    name, dtype = f"{t.name} " if t.name else "", "" if t.dtype.name == "F32" else f" {t.dtype.name}"
+    return f"{name}[{', '.join(map(str, t.shape))}]{dtype}"
+
+
 def make_leaf(kind: str, name: str, shape: Sequence[Axis], dtype: DType, source: Any = None) -> Tensor:
     """Make a tensor that no op computes: kind is input, constant or state (memory that outlives a run: KV caches)."""
     node = Node(None, kind=kind, name=name, source=source)

@@ -67,7 +67,11 @@ class Image:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._set(np.array(self.pixels, order="C"), self.options)           # a copy, so that nobody else can write to it
+        try:
+            pixels = np.array(self.pixels, order="C")        # a copy, so that nobody else can write to it
+        except Exception as error:                           # lists of unequal lengths, or what a stranger's __array__ raises
+            raise ImageError(f"pixels are uint8 [height, width, 3], which this {type(self.pixels).__name__} is not: {error}") from None
+        self._set(pixels, self.options)
 
     @classmethod
     def _of(cls, pixels: np.ndarray, options: Mapping[str, Any]) -> Image:
@@ -162,6 +166,8 @@ def read_image(source: object, options: Mapping[str, Any], judge: Judge | None =
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise RequestError(f"options are a mapping of names to values, not {type(options).__name__}")
     for name, value in options.items():
         if not isinstance(value, (bool, int, float, str, type(None))):
             raise RequestError(f"option {name!r} is a number, a text, True or False, not {type(value).__name__}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyengine import hardware
+from pyengine.arguments import takes
 from pyengine.backends.base import check_kernels, said
 from pyengine.errors import PlanError, UnsupportedModelError
 from pyengine.files.model_files import open_files
@@ -257,6 +258,7 @@ def refusal(bound: Bound, want: Settings, refused: Fitted) -> PlanError:
     return PlanError(plan_.refusal(), plan_)
 
 
+@takes()
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
          nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False) -> MemoryPlan:

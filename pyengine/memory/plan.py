@@ -130,6 +130,11 @@ class MemoryPlan:
     n_ctx_train: int = 0
     decoding: int = 0
 
+    def __repr__(self) -> str:
+        free = sum(self.available.values())
+        return (f"MemoryPlan({self.model}: context {self.n_ctx}{f' x {self.n_seq}' if self.n_seq > 1 else ''}, kv {self.kv_dtype}, "
+                f"{self.total / MIB:.1f} of {free / MIB:.0f} MiB, {'fits' if self.fits else 'does not fit'})")
+
     @property
     def total(self) -> int:
         """All bytes that are taken; mapped weights are not, the system may drop and read them again."""

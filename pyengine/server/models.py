@@ -11,8 +11,8 @@ from typing import Any
 
 from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
-from pyengine.errors import ModelNotFoundError
-from pyengine.files.gguf import nearest, quoted
+from pyengine.errors import ModelNotFoundError, nearest
+from pyengine.files.gguf import quoted
 from pyengine.media.policy import MediaPolicy
 
 REMOTE = MediaPolicy(paths=False)    # what a message may show: its own bytes, no file of this machine, nothing of a network

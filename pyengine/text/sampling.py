@@ -13,11 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyengine import native
+from pyengine.arguments import INT32_MAX, number, takes, whole
 from pyengine.errors import ModelWarning, PyEngineError, RequestError, ShapeError, shown
-from pyengine.files.gguf import nearest
-
-_INT32_MAX = 2**31 - 1
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def sampler_bytes(n_vocab: int) -> int:
@@ -59,40 +56,42 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0, math.inf)
-        _number("top_p", self.top_p, 0, 1)
-        _number("min_p", self.min_p, 0, 1)
-        _number("typical_p", self.typical_p, 0, 1)
-        _number("repeat_penalty", self.repeat_penalty, 0, math.inf)
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name, low, high in _NUMBERS:
+            keep(name, number(name, getattr(self, name), low, high))
         if float(np.float32(self.repeat_penalty)) == 0:
             raise RequestError(f"repeat_penalty must be greater than 0, got {shown(self.repeat_penalty)}")
-        _number("presence_penalty", self.presence_penalty, -math.inf, math.inf)
-        _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
-        _integer("top_k", self.top_k, 0, _INT32_MAX)
-        _integer("repeat_last_n", self.repeat_last_n, -1, _INT32_MAX)
-        _integer("logprobs", self.logprobs, 0, _INT32_MAX)
+        for name, low, high in _WHOLE:
+            keep(name, whole(name, getattr(self, name), low, high))
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
-        bias = self.logit_bias
-        try:
-            pairs = tuple((token, value) for token, value in (bias.items() if isinstance(bias, Mapping) else bias))
-        except (TypeError, ValueError):
-            raise RequestError(f"logit_bias must be pairs (token, bias), or a mapping, got {shown(bias)}") from None
-        for token, value in pairs:
-            _integer("a token of logit_bias", token, 0, _INT32_MAX)
-            if not (isinstance(value, (float, np.floating)) and value == -math.inf):
-                _number(f"logit_bias of token {token}", value, -math.inf, math.inf)
-        object.__setattr__(self, "logit_bias", tuple((int(token), float(value)) for token, value in pairs))
+            keep("seed", whole("seed", self.seed, 0, 2**64 - 1))
+        keep("logit_bias", _biases(self.logit_bias))
+
+
+_NUMBERS = (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("typical_p", 0, 1), ("repeat_penalty", 0, math.inf),
+            ("presence_penalty", -math.inf, math.inf), ("frequency_penalty", -math.inf, math.inf))
+_WHOLE = (("top_k", 0, INT32_MAX), ("repeat_last_n", -1, INT32_MAX), ("logprobs", 0, INT32_MAX))
+SamplingParams.__init__ = takes()(SamplingParams.__init__)   # type: ignore[method-assign]
+
+
+def _biases(bias: Any) -> tuple[tuple[int, float], ...]:
+    """Return the pairs of `logit_bias`, plain numbers. Raises: RequestError."""
+    try:
+        pairs = tuple((token, value) for token, value in (bias.items() if isinstance(bias, Mapping) else bias))
+    except (TypeError, ValueError):
+        raise RequestError(f"logit_bias must be pairs (token, bias), or a mapping, got {shown(bias)}") from None
+    made = []
+    for token, value in pairs:
+        token = whole("a token of logit_bias", token)
+        forbidden = isinstance(value, (float, np.floating)) and value == -math.inf
+        made.append((token, -math.inf if forbidden else number(f"logit_bias of token {token}", value)))
+    return tuple(made)
 
 
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
     """Return a model's defaults with what a request gives instead. Raises RequestError also for a name that no field has."""
-    names = SamplingParams.__dataclass_fields__
-    for name in given:
-        if name not in names:
-            longer = [known for known in names if known.startswith(name)]                       # "temp"
-            near = f"; near: {', '.join(longer)}" if longer else nearest(name, names)
-            raise RequestError(f"{shown(name)} is no setting of an answer{near}")
     return SamplingParams(**{**defaults, **given})
 
 
@@ -176,11 +175,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         p = self.params
-        _integer("n_vocab", self.n_vocab, 1, _INT32_MAX)
+        whole("n_vocab", self.n_vocab, 1)
         if p.logprobs > self.n_vocab:
             raise RequestError(f"logprobs must be at most the vocabulary's {self.n_vocab}, got {p.logprobs}")
         for token, _ in p.logit_bias:
-            _integer("a token of logit_bias", token, 0, self.n_vocab - 1)
+            whole("a token of logit_bias", token, 0, self.n_vocab - 1)
         self.seed = int.from_bytes(os.urandom(8), "little") if p.seed is None else p.seed
         self._penalizes = p.repeat_last_n != 0 and (
             p.repeat_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
@@ -208,7 +207,7 @@ class Sampler:
 
         Raises RequestError if the vocabulary has no such token.
         """
-        _integer("token", token, 0, self.n_vocab - 1)
+        whole("token", token, 0, self.n_vocab - 1)
         if not self._penalizes:
             return
         self._recent.append(token)
@@ -257,21 +256,6 @@ class Sampler:
         if out.fault == lib.PE_FAULT_EMPTY:
             return RequestError("no token is left to choose from: every one is forbidden by mask, bias or the model")
         return PyEngineError(f"pe_sample refused its arguments: status {status}, fault {out.fault}, token {out.token}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    """Raise RequestError unless value is a finite number in low..high, also as float32."""
-    value = value.item() if isinstance(value, np.generic) else value
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not low <= value <= high or abs(value) > _FLOAT32_MAX:
-        bounds = f" in {low:g}..{high:g}" if math.isfinite(low) and math.isfinite(high) else ""
-        bounds = bounds or (f", at least {low:g}" if math.isfinite(low) else "")
-        raise RequestError(f"{name} must be a finite number{bounds}, got {shown(value)}")
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} must be an integer in {low}..{high}, got {shown(value)}")
 
 
 def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:

@@ -34,6 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pyengine.arguments import takes
 from pyengine.errors import InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
@@ -321,6 +322,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+@takes()
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read the tokenizer of a GGUF file; one that holds nothing but a vocabulary will do.
 

@@ -110,7 +110,7 @@ def test_clients_take_turns(tiny_gguf) -> None:
 
 def test_turns_go_round(model) -> None:
     loop = loops.Loop(model._scheduler)
-    made = {c: [loops.Handle(model._request(model._prompts.prompt(ids(3, 1)), 1, None, {}, False), loop, c) for _ in range(n)]
+    made = {c: [loops.Handle(model._request(lambda: model._prompts.prompt(ids(3, 1)), 1, None, {}, False), loop, c) for _ in range(n)]
             for c, n in (("a", 4), ("b", 1), ("c", 2))}
     for client, handles in made.items():
         loop._waiting[client] = loops.deque(handles)
@@ -130,7 +130,7 @@ def test_a_short_prompt_overtakes_a_long_one(tiny_gguf) -> None:
 
 
 def test_a_long_prompt_goes_on_beside_many_short_ones(model) -> None:
-    requests = [model._request(model._prompts.prompt(ids(n, n)), 1, None, {}, False) for n in (200, 30, 10, 20)]
+    requests = [model._request(lambda n=n: model._prompts.prompt(ids(n, n)), 1, None, {}, False) for n in (200, 30, 10, 20)]
     model._scheduler.active[:] = requests
     shares = model._scheduler._shares(64)
     model._scheduler.active.clear()

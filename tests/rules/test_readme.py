@@ -1,19 +1,60 @@
-"""The README's Python examples run, from top to bottom."""
+"""The pages' Python examples run: each of the README's by itself, those of docs/library.md from top to bottom, and that page names all."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from conftest import ROOT, WEIGHTS, real_path
+from conftest import REAL, real_path, ROOT, WEIGHTS
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+import pyengine as pe
+from pyengine import errors
+from pyengine.engine.answer import Answer, Reported, Stream, Streams
+from pyengine.engine.loop import Handle
+from pyengine.engine.model import Model
+
+LIBRARY = ROOT / "docs" / "library.md"
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+README = blocks((ROOT / "README.md").read_text())
+
+
+def here(code: str) -> str:
+    """An example with the paths of this checkout."""
+    return code.replace('"models/', f'"{WEIGHTS}/').replace('"converters/', f'"{ROOT}/converters/')
+
+
+@pytest.mark.parametrize("number", range(len(README)))
 def test_example(number: int, capsys, monkeypatch, tmp_path) -> None:
     real_path("qwen")
     monkeypatch.chdir(tmp_path)
-    code = BLOCKS[number].replace('"models/', f'"{WEIGHTS}/')
-    exec(compile(code, f"README.md, example {number + 1}", "exec"), {})
+    exec(compile(here(README[number]), f"README.md, example {number + 1}", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_library_page(capsys, monkeypatch, tmp_path) -> None:
+    real_path("smollm2")
+    monkeypatch.chdir(tmp_path)
+    text = LIBRARY.read_text()
+    assert all(name in (*REAL.values(), "...") for name in re.findall(r"models/([\w.-]+)", text))
+    names: dict[str, object] = {}
+    for number, code in enumerate(blocks(text)):
+        exec(compile(here(code), f"docs/library.md, example {number + 1}", "exec"), names)
+        assert capsys.readouterr().out.strip(), code
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in vars(kind) if not name.startswith("_")}
+
+
+def test_the_library_page_names_everything() -> None:
+    text = LIBRARY.read_text()
+    names = {name for name in pe.__all__ if not name.startswith("_")} | public(Model) | public(Answer) | public(Reported) | public(Stream)
+    names |= public(Streams) | public(Handle) - {"client", "done", "error"} | set(pe.SamplingParams.__dataclass_fields__)
+    names |= {n for n, v in vars(errors).items() if isinstance(v, type) and v.__module__ == errors.__name__}
+    inner = {"advance", "annotations"}                       # what the engine's own parts use
+    assert sorted(n for n in names - inner if not re.search(rf"\b{n}\b", text)) == []
