@@ -24,6 +24,17 @@ C_FLAGS = ["-std=gnu11", *COMMON]
 CPP_FLAGS = ["-std=c++17", *COMMON]
 
 
+def sanitizer(name: str) -> list[str]:
+    """What the flags above end with for a sanitizer: "address" (with undefined behaviour), "thread", or "" for none. Raises: ValueError.
+
+    -O1 and -g1: with checks, and in full, unrolled kernels take the compiler minutes each.
+    """
+    kinds = {"": [], "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "thread": ["-fsanitize=thread"]}
+    if name not in kinds:
+        raise ValueError(f"PYENGINE_SANITIZE={name}: address or thread")
+    return [*kinds[name], "-fno-omit-frame-pointer", "-g1", "-O1"] if name else []
+
+
 def isas(machine: str) -> dict[str, list[str]]:
     """The instruction sets built for a machine (as `platform.machine()` names it), with the flags of each."""
     return _ISAS.get(machine, {"generic": []})

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../guard.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define PE_AVX512 1
 #include <immintrin.h>
@@ -336,6 +338,7 @@ PE_INLINE v16i v16i_zero(void) { return v16i_set1(0); }
 
 PE_INLINE v16f v16f_load_n(const float *p, int64_t n) {
 #if defined(PE_AVX512)
+  PE_READS(p, n * 4);
   return (v16f){(pe_pf)_mm512_maskz_loadu_ps((__mmask16)_bzhi_u32(0xffff, (unsigned)n), p)};
 #else
   float t[16] = {0};
@@ -345,6 +348,7 @@ PE_INLINE v16f v16f_load_n(const float *p, int64_t n) {
 }
 PE_INLINE void v16f_store_n(float *p, v16f v, int64_t n) {
 #if defined(PE_AVX512)
+  PE_WRITES(p, n * 4);
   _mm512_mask_storeu_ps(p, (__mmask16)_bzhi_u32(0xffff, (unsigned)n), (__m512)v.a);
 #else
   float t[16];

@@ -315,12 +315,8 @@ def _same(a: Outcome, b: Outcome, call: Call) -> bool:
     return True
 
 
-def test_same_bits_as_this_machine(arm: str) -> None:
-    """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, all weight formats."""
-    crossbuild.build("native")
-    fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
-    if not fused:
-        pytest.skip("needs a processor with AVX2 and FMA to compare with")
+def every_call() -> list[tuple[str, Call]]:
+    """All declared cases, each with all formats of caches, and all weight formats; with names."""
     calls: list[tuple[str, Call]] = []
     for name in OPS:
         op = REGISTRY[name]
@@ -345,6 +341,16 @@ def test_same_bits_as_this_machine(arm: str) -> None:
                 call = linear_call(x, pair, norm=norm, norm_eps=1e-6, glu=glu, softcap=20.0)
                 calls.append((f"linear {name} {m} rows {glu}", call))
             calls.append((f"linear {name} {m} rows, file", linear_call(x, pair, packed=False)))
+    return calls
+
+
+def test_same_bits_as_this_machine(arm: str) -> None:
+    """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, all weight formats."""
+    crossbuild.build("native")
+    fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
+    if not fused:
+        pytest.skip("needs a processor with AVX2 and FMA to compare with")
+    calls = every_call()
     only = [c for _, c in calls]
     neon = crossbuild.run(arm, "neon", 3, only)
     for isa in fused:
