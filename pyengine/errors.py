@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
+from numbers import Integral
+from pathlib import Path
+from typing import Any
 
 
 class PyEngineError(Exception):
@@ -59,6 +63,34 @@ class GraphError(PyEngineError):
 
 class ShapeError(GraphError):
     """Shapes or dtypes of an op's inputs contradict each other; the message names op, input and axis."""
+
+
+def whole_number(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+    """Return an argument as an int of low..high. Raises: RequestError."""
+    if not isinstance(value, Integral) or isinstance(value, bool):                           # NumPy's are such too
+        raise RequestError(f"{name}={shown(value)}: must be an int")
+    number = int(value)
+    if number < low:
+        raise RequestError(f"{name}={shown(value)}: must be at least {low}")
+    if number > high:
+        raise RequestError(f"{name}={shown(value)}: must be at most {high}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return an argument that says yes or no. Raises: RequestError."""
+    try:
+        return bool(value)
+    except Exception as error:                               # an array's, or a stranger's
+        raise RequestError(f"{name}={shown(value)}: must be True or False") from error
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Return an argument that is a path. Raises: RequestError."""
+    try:
+        return Path(os.fsdecode(value))
+    except Exception:                                        # so does a stranger's __fspath__
+        raise RequestError(f"{name}: a path is a text or a Path, not {shown(value)}") from None
 
 
 def shown(value: object) -> str:

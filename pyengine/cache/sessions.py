@@ -27,7 +27,7 @@ import numpy as np
 from pyengine.cache.cells import Conversation
 from pyengine.cache.store import Store
 from pyengine.dtype import DType, DTYPES
-from pyengine.errors import ContextOverflowError, PlanError, SessionError
+from pyengine.errors import as_path, ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
 
 MAGIC, PLAIN, NOTED = b"pe-cells", 3, 4              # versions without and with notes; 1 and 2 did not mix blocks
@@ -75,7 +75,7 @@ class Session:
 
 def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: bytes = b"") -> int:
     """Write a conversation, all of it or nothing, and notes for `read_notes`; returns the file's bytes. Raises: SessionError."""
-    path = Path(path)
+    path = as_path("session", path)
     if len(notes) >= 1 << 32:
         raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
     if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
@@ -134,7 +134,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
     version or cache format; ContextOverflowError for more tokens than the context has, or more encoder rows than a conversation
     holds; PlanError when no cells are free.
     """
-    path = Path(path)
+    path = as_path("session", path)
     try:
         with open(path, "rb", opener=_regular) as file:
             session = _read_head(path, file, model, store, n_ids, n_ctx)
@@ -165,7 +165,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
 
 def read_notes(path: str | Path) -> bytes:
     """Return the notes that a conversation was saved with; empty if there are none. Reads no cells. Raises: SessionError."""
-    path = Path(path)
+    path = as_path("session", path)
     try:
         with open(path, "rb", opener=_regular) as file:
             return _read_header(path, file)[1]

@@ -78,6 +78,10 @@ class ChatTemplate:
         Raises: TemplateError if the template refuses, fails, or goes over the budget; RequestError for messages that
         are not of this form.
         """
+        if not isinstance(variables, (Mapping, type(None))):
+            raise RequestError(f"variables of a chat template: a mapping, not {type(variables).__name__}")
+        if isinstance(messages, (str, bytes)) or not isinstance(messages, Iterable):
+            raise RequestError(f"messages: a list of messages, not {type(messages).__name__}")
         values: dict[str, Any] = {"documents": documents, **(variables or {})}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
@@ -221,7 +225,7 @@ def _tool_call(call: Any) -> Any:
     if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
         try:
             arguments = json.loads(function["arguments"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"the arguments of a tool call are not JSON: {error}") from error
         return {**call, "function": {**function, "arguments": arguments}}
     return call

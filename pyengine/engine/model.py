@@ -23,7 +23,7 @@ from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
-from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
+from pyengine.errors import flag, PlanError, RequestError, shown, UnsupportedModelError, whole_number
 from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
@@ -138,6 +138,7 @@ class Model:
         ids = token_ids(ids, self._n_ids)
         if not ids:
             raise RequestError("feed: there are no tokens")
+        n_batch = self.n_batch if n_batch is None else whole_number("n_batch", n_batch, 1, self.n_batch)
         cells, s, whole = self._runner.cells, self._fed, [*self._fed_ids, *ids]
         check_room(len(whole), self.n_ctx)
         self._fed = None                                                       # what fails or is interrupted is computed anew
@@ -149,7 +150,7 @@ class Model:
         rows = token_rows(whole[len(s) :], len(s), self._axes)
         try:
             s.active = True
-            for start, stop in rows.steps(0, n_batch or self.n_batch):
+            for start, stop in rows.steps(0, n_batch):
                 logits = self._runner.run([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
         finally:
             s.active = False
@@ -165,6 +166,7 @@ class Model:
         s = self._fed
         if s not in self._runner.cells.conversations:
             raise RequestError("shift: there is no conversation of `feed`, or it has gone for others")
+        start, stop = (whole_number(name, n, 0) for name, n in (("start", start), ("stop", stop)))
         self._runner.shift(s, start, stop)
         del self._fed_ids[start:stop]
         self._fed_moved = True
@@ -188,6 +190,7 @@ class Model:
         Raises: RequestError if another step is run in between, by this thread or another one; else as `logits`.
         """
         rows = prompt if isinstance(prompt, Rows) else token_rows(token_ids(prompt, self._n_ids), 0, self._axes)
+        first = whole_number("first", first, 0)
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
         with self._lock:
@@ -311,4 +314,4 @@ class Model:
         Raises: TemplateError, ContextOverflowError, RequestError, ImageError.
         """
         pieces = self._stream(self._prompts.chat(messages, tools), max_tokens, stop, sampling, at_start=True)
-        return pieces if stream else pieces.answer()
+        return pieces if flag("stream", stream) else pieces.answer()

@@ -29,7 +29,8 @@ class Stops:
     def __init__(self, stops: Sequence[str]):
         if isinstance(stops, str) or not isinstance(stops, Iterable):
             raise RequestError(f"stop: must be a text or a list of texts, not {in_short(stops)}")
-        self.stops, self.held, self.found = list(stops), "", False
+        self.stops, self.found = list(stops), False
+        self.held, self._n_held = deque[str](), 0            # pieces that are not shown yet, and their characters
         if any(not isinstance(s, str) or not s for s in self.stops):
             raise RequestError("stop: must be texts that are not empty")
         self._back = [_borders(s) for s in self.stops]
@@ -39,23 +40,37 @@ class Stops:
         """Add text; returns what can be shown. After a stop string nothing more comes."""
         if self.found:
             return ""
-        before, self.held = len(self.held), self.held + text
+        before = self._n_held
+        if text:
+            self.held.append(text)
+            self._n_held += len(text)
         for i, char in enumerate(text, before + 1):
             for k, stop in enumerate(self.stops):
                 self._at[k] = _longer(stop, self._back[k], self._at[k], char)
             ended = [at for at, stop in zip(self._at, self.stops) if at == len(stop)]
             if ended:
                 self.found = True
-                shown, self.held = self.held[: i - max(ended)], ""
+                shown = self._taken(i - max(ended))
+                self.held.clear()
+                self._n_held = 0
                 return shown
-        keep = len(self.held) - max(self._at, default=0)
-        shown, self.held = self.held[:keep], self.held[keep:]
-        return shown
+        return self._taken(self._n_held - max(self._at, default=0))
+
+    def _taken(self, n: int) -> str:
+        """Take the first n characters of what is held. What stays is not copied: a stop may be as long as the answer."""
+        shown = []
+        self._n_held -= n
+        while n > 0:
+            piece = self.held.popleft()
+            if len(piece) > n:
+                self.held.appendleft(piece[n:])
+            shown.append(piece[:n])
+            n -= len(piece)
+        return "".join(shown)
 
     def flush(self) -> str:
         """What was held back, at the end of the answer."""
-        shown, self.held = self.held, ""
-        return shown
+        return self._taken(self._n_held)
 
 
 def _borders(stop: str) -> list[int]:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyengine.dtype import DType, dtype
-from pyengine.errors import InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
+from pyengine.errors import as_path, InvalidModelError, ModelNotFoundError, RequestError, UnsupportedModelError
 from pyengine.native import ffi, lib
 
 MAGIC = b"GGUF"
@@ -444,7 +444,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = as_path("model", path)
         asked = _Part(self.path, 0)
         parts = [asked] if _n_parts(asked) == 1 else _open_parts(asked)
         self.paths = [part.path for part in parts]

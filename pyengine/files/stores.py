@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from pyengine.errors import InvalidModelError, ModelNotFoundError
+from pyengine.errors import as_path, InvalidModelError, ModelNotFoundError
 from pyengine.files.gguf import nearest, quoted, SPLIT_NAME
 
 MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
@@ -82,8 +82,8 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
 
     Raises: ModelNotFoundError saying where was searched, with close names, or the names among which to choose.
     """
-    name = os.fspath(name_or_path)
-    path = Path(name)
+    path = as_path("model", name_or_path)
+    name = name_or_path if isinstance(name_or_path, str) else str(path)
     if _is_file(path):
         return _found(name, [path], "", None, ())
     problems: list[_Problem] = []

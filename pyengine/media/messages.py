@@ -86,9 +86,9 @@ def as_list(sources: Any, at: str) -> Sequence[Any]:
     """One picture, or a list of them, as a list. Raises: RequestError for what holds none."""
     if sources is None:
         return []
-    if isinstance(sources, (Sequence, Iterator)) and not isinstance(sources, (str, *BUFFERS)):
+    if isinstance(sources, (Sequence, Iterator)) and not isinstance(sources, (str, range, *BUFFERS)):
         return list(sources)
-    if isinstance(sources, (bool, int, float, complex, Mapping, set, frozenset)) or type(sources) is object:
+    if isinstance(sources, (bool, int, float, complex, Mapping, set, frozenset, range)) or type(sources) is object:
         raise RequestError(f"{at}: a list of pictures, not {_name(sources)}")
     return [sources]
 

@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 import numpy as np
 
-from pyengine.errors import ImageError, PyEngineError, RequestError
+from pyengine.errors import ImageError, PyEngineError, RequestError, shown
 from pyengine.media.image import check_size, checked_options, Image, MAX_PIXELS, read_image
 from pyengine.media.sources import opened
 
@@ -196,16 +196,18 @@ def checked_rate(fps: Any) -> float | None:
     if fps is None:
         return None
     if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < math.inf:
-        raise RequestError(f"fps={fps!r}: frames per second is a number above 0, or None")
+        raise RequestError(f"fps={shown(fps)}: frames per second is a number above 0, or None")
     return float(fps)
 
 
-def opened_frames(sources: Iterable[object], judge: Callable[[tuple[Image, ...]], None] | None = None) -> tuple[Image, ...]:
+def opened_frames(given: Iterable[object], judge: Callable[[tuple[Image, ...]], None] | None = None) -> tuple[Image, ...]:
     """The frames of a list; each is decoded only if its header promises the first one's size."""
     try:
-        sources = list(sources)
-    except TypeError as e:
-        raise ImageError(f"a video is a list of frames, not {type(sources).__name__}") from e
+        sources = list(given) if not isinstance(given, range) else None      # which may be longer than memory
+    except TypeError:
+        sources = None
+    if sources is None:
+        raise ImageError(f"a video is a list of frames, not {type(given).__name__}")
     frames: list[Image] = []
 
     def look(sketch: Image) -> None:

@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, shown, whole_number
 from pyengine.programs.sizes import kv_dtypes, N_BATCH
+
+MAX_THREADS = 1024                     # of a pool
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,24 @@ class Settings:
         return self.largest_picture()[1] != 0
 
     def check(self) -> None:
-        """Refuse what no model can have. Raises: RequestError."""
+        """Refuse what no model can have; numbers become ints. Raises: RequestError."""
         kv_dtypes(self.kv_dtype)
         for name in ("n_seq", "n_ctx", "n_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name}={value}: must be at least 1")
+            if (value := getattr(self, name)) is not None or name != "n_ctx":
+                object.__setattr__(self, name, whole_number(name, value, 1))
+        if (self.n_ctx or 1) * self.n_seq > 2**31 - 1:
+            raise RequestError(f"n_ctx={self.n_ctx}, n_seq={self.n_seq}: together they must be at most {2**31 - 1} positions")
+        if self.n_threads is not None:
+            object.__setattr__(self, "n_threads", whole_number("n_threads", self.n_threads, 0, MAX_THREADS))
         for name, free in (self.parts or {}).items():
-            if not re.fullmatch(r"cpu:\d+", str(name)) or not isinstance(free, int) or free < 1:
-                raise RequestError(f"device: {name!r}: {free!r} is no part of main memory; give {{'cpu:0': bytes, 'cpu:1': bytes}}")
-        if not self.parts and self.device not in ("auto", "cpu"):
-            raise RequestError(f"device={self.device!r}: models run on 'cpu' ('auto' picks it), or on parts of it: {{'cpu:0': bytes, ..}}")
+            if not isinstance(name, str) or not re.fullmatch(r"cpu:\d+", name) or not isinstance(free, int) or not 1 <= free < 1 << 63:
+                raise RequestError(f"device: {shown(name)}: {shown(free)} is no part of main memory; give {{'cpu:0': bytes, 'cpu:1': bytes}}")
+        if not self.parts and (not isinstance(self.device, str) or self.device not in ("auto", "cpu")):
+            raise RequestError(f"device={shown(self.device)}: models run on 'cpu' ('auto' picks it), or on parts of it: {{'cpu:0': bytes, ..}}")
         for name in ("encoder_device", "expert_device"):
             where = getattr(self, name)
-            if where is not None and where not in (self.parts or {}):
-                raise RequestError(f"{name}={where!r}: is none of {', '.join(self.parts or ['cpu'])}")
+            if where is not None and (not isinstance(where, str) or where not in (self.parts or {})):
+                raise RequestError(f"{name}={shown(where)}: is none of {', '.join(self.parts or ['cpu'])}")
         self.largest_picture()
 
     def largest_picture(self) -> tuple[tuple[int, int] | None, int | None]:
@@ -67,8 +72,8 @@ class Settings:
         if asked is None:
             return None, None
         numbers = (asked,) if isinstance(asked, int) else tuple(asked) if isinstance(asked, (tuple, list)) else ()
-        whole = all(isinstance(n, int) for n in numbers) and 1 <= len(numbers) <= 3
+        whole = 1 <= len(numbers) <= 3 and all(isinstance(n, int) and n <= 2**31 - 1 for n in numbers)
         if not whole or min(numbers) < (len(numbers) > 1):                       # 0 is no size, but a number of pictures
-            raise RequestError(f"images={asked!r}: give (width, height) of the largest picture, the number of pictures to keep, or "
+            raise RequestError(f"images={shown(asked)}: give (width, height) of the largest picture, the number of pictures to keep, or "
                                "(width, height, number)")
         return (numbers[:2] if len(numbers) > 1 else None), (numbers[-1] if len(numbers) != 2 else None)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pyengine.dtype import DType, dtype as dtype_of
-from pyengine.errors import RequestError, UnsupportedModelError
+from pyengine.errors import RequestError, shown, UnsupportedModelError
 
 KV_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 HEAD_BYTES = 32 << 20                # logits of at most this size are computed at once
@@ -47,10 +47,10 @@ def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size
 
 def kv_dtypes(name: str) -> tuple[DType, DType]:
     """Return the formats of keys and values: "q8_0" for both, "q8_0/q4_0" for each. Raises: RequestError naming those that there are."""
-    k, _, v = name.partition("/")
+    k, _, v = name.partition("/") if isinstance(name, str) else ("", "", "")
     for part in (k, v or k):
         if part not in KV_DTYPES:
-            raise RequestError(f"kv_dtype={name!r}: use one of {', '.join(KV_DTYPES)}, or two of them as keys/values")
+            raise RequestError(f"kv_dtype={shown(name)}: use one of {', '.join(KV_DTYPES)}, or two of them as keys/values")
     return dtype_of(KV_DTYPES[k]), dtype_of(KV_DTYPES[v or k])
 
 

@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pyengine.errors import InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
+from pyengine.errors import flag, InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
 from pyengine.text.pretokenizers import known_pre, PRE, Pre
@@ -201,6 +201,7 @@ class Tokenizer:
         else:
             raise RequestError(f"tokenize: text must be str or bytes, not {type(text).__name__}")
         ids: list[int] = []
+        add_special, parse_special = flag("add_special", add_special), flag("parse_special", parse_special)
         if add_special and self.add_bos:
             ids.append(self.bos_id)
         after_special = True

@@ -77,26 +77,26 @@ def test_no_kernel_races() -> None:
 
 
 @pytest.mark.skipif(not getattr(engine, "SANITIZED", False), reason="needs a build with the address sanitizer: `make sanitize`")
-def test_scratch_that_was_planned_too_small_is_found(tmp_path: Path) -> None:
-    """The whole way: a plan that is wrong by one line of memory, in a program of the engine."""
-    text = """
+def test_weights_that_were_counted_too_small_are_found(tmp_path: Path) -> None:
+    """The whole way: a program of the engine whose memory for weights ends before they do."""
+    program = tmp_path / "wrong.py"
+    program.write_text("""
 import sys
 import numpy as np
-from pyengine import ops
-from pyengine.backends.cpu import Backend
-from pyengine.backends.cpu.prepared import Prepared
-from pyengine.graph.graph import Graph
 import pyengine as pe
+from pyengine import ops
+from pyengine.backends.base import Declared
+from pyengine.backends.cpu import Backend
 
-less, own = int(sys.argv[1]), Prepared.scratch_bytes
-Prepared.scratch_bytes = lambda self, node, states=None: max(0, own(self, node, states) - less)
 with pe.Graph() as g:
     x = g.input("x", (7, 64))
     y = ops.linear(x, [g.constant(np.ones((32, 64), np.float16))])
-print(g.compile(y, device="cpu").run(x=np.ones((7, 64), np.float32))[0].shape)
-"""
-    program = tmp_path / "wrong.py"
-    program.write_text(text)
-    for less in (0, 64):
-        done = subprocess.run([sys.executable, str(program), str(less)], capture_output=True, text=True, timeout=120)
+prepared = Backend(2).prepare(Declared(list(y)))
+prepared.weight_bytes -= int(sys.argv[1])
+print(prepared.load().run(x=np.ones((7, 64), np.float32))[0][0, 0])
+""")
+    for less in (0, 128):
+        done = subprocess.run([sys.executable, str(program), str(less)], capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
         assert bool(done.returncode) == bool(less) and ("use-after-poison" in done.stderr) == bool(less), done.stderr
+        assert less or done.stdout == "64.0\n"
