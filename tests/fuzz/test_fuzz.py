@@ -18,6 +18,7 @@ from corpus import checkpoint, model_specs
 import pyengine as pe
 from converters import convert
 from pyengine.errors import InvalidModelError
+from pyengine.native import engine
 
 SECONDS, RUNS = 3, 400
 
@@ -58,6 +59,7 @@ class Faulty(targets.Target):
             ctypes.string_at(0)
 
 
+@pytest.mark.skipif(getattr(engine, "SANITIZED", False), reason="the sanitizers take all addresses, so there is no limit of memory")
 def test_what_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A foreign exception, a slow input, one that takes memory, and one that ends the process."""
     program = tmp_path / "faulty.py"
