@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ def flag(name: str, value: Any) -> bool:
         return bool(value)
     except Exception as error:                               # an array's, or a stranger's
         raise RequestError(f"{name}={shown(value)}: must be True or False") from error
+
+
+def iterates(value: Any) -> bool:
+    """Say whether an argument can be gone through: an array of a single number looks so, and cannot."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
 def as_path(name: str, value: Any) -> Path:

@@ -7,7 +7,7 @@ rows are computed together, `runner` runs them, `cache.cells` says where their k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -23,7 +23,7 @@ from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
-from pyengine.errors import flag, PlanError, RequestError, shown, UnsupportedModelError, whole_number
+from pyengine.errors import flag, iterates, PlanError, RequestError, shown, UnsupportedModelError, whole_number
 from pyengine.memory.fit import Fitted
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
@@ -267,7 +267,7 @@ class Model:
     def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                       **sampling: Any) -> list[Answer]:
         """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, (str, bytes)) or not iterates(prompts):
             raise RequestError(f"generate_many: prompts must be a list, got {shown(prompts)}")
         streams = [self.stream(p, (), max_tokens, stop, **sampling) for p in prompts]
         for s in streams:

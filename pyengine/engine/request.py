@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.cache.cells import Conversation
-from pyengine.errors import RequestError, shown as in_short
+from pyengine.errors import iterates, RequestError, shown as in_short
 from pyengine.programs.rows import Rows
 from pyengine.text.sampling import Sampled, Sampler
 
@@ -27,7 +27,7 @@ class Stops:
     """
 
     def __init__(self, stops: Sequence[str]):
-        if isinstance(stops, str) or not isinstance(stops, Iterable):
+        if isinstance(stops, str) or not iterates(stops):
             raise RequestError(f"stop: must be a text or a list of texts, not {in_short(stops)}")
         self.stops, self.found = list(stops), False
         self.held, self._n_held = deque[str](), 0            # pieces that are not shown yet, and their characters

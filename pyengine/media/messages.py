@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyengine.errors import RequestError
+from pyengine.errors import iterates, RequestError
 from pyengine.media.sources import BUFFERS
 
 TEXTS = ("text", "input_text", "output_text")
@@ -57,7 +57,7 @@ def split(messages: Any) -> tuple[list[dict[str, Any]], list[Medium]]:
 
     Raises: RequestError with the path of the field for what has another form, and for what would not be seen.
     """
-    if isinstance(messages, (str, Mapping, *BUFFERS)) or not isinstance(messages, Iterable):
+    if isinstance(messages, (str, Mapping, *BUFFERS)) or not iterates(messages):
         raise RequestError(f"messages: a list of messages, not {_name(messages)}")
     shown: list[dict[str, Any]] = []
     media: list[Medium] = []

@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pyengine.errors import flag, InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
+from pyengine.errors import flag, InvalidModelError, iterates, ModelWarning, RequestError, shown, UnsupportedModelError
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
 from pyengine.text.pretokenizers import known_pre, PRE, Pre
@@ -257,7 +257,7 @@ class Tokenizer:
 
         Raises: RequestError for an id that the vocabulary does not have.
         """
-        if not isinstance(ids, Iterable):
+        if not iterates(ids):
             raise RequestError(f"detokenize: ids must be a list of ints, not {type(ids).__name__}")
         decoder = self.decoder(skip_special)
         return "".join([*map(decoder.push, ids), decoder.flush()])

@@ -57,10 +57,20 @@ def test_arguments_of_calls(tiny_gguf) -> None:
                  lambda: list(model.logit_blocks([1, 2], first=[])), lambda: model.logits(np.array(3)), lambda: model.feed(np.array(3)),
                  lambda: model.feed(np.zeros((2, 2), int)), lambda: model.tokenize("a", add_special=empty), lambda: model.tokenizer.tokenize("a", parse_special=empty),
                  lambda: model.chat([{"role": "user", "content": "a"}], max_tokens=1, stream=empty), lambda: model.template.render(3),
-                 lambda: model.template.render([], variables=range(3)), lambda: model.generate("a", images=range(10**12)),
+                 lambda: model.template.render([], variables=range(3)), lambda: model.template.render([{"role": "user", "content": [{"type": {}}]}]),
+                 lambda: model.template.render([{"role": "assistant", "tool_calls": 3}]),
+                 lambda: model.template.render([{"role": "assistant", "tool_calls": np.zeros(3)}]), lambda: model.generate("a", images=range(10**12)),
                  lambda: model.template.render([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}])):
         with pytest.raises(RequestError):
             call()
+
+
+def test_an_array_of_one_number_is_no_list(tiny_gguf) -> None:
+    model, one = pe.load(tiny_gguf("llama")[0], n_ctx=64), np.array(3)
+    for call in (model.generate_many, model.detokenize, model.chat, model.generate, model.feed, model.logits, model.chat_ids, model.template.render,
+                 lambda x: model.generate("a", stop=x), lambda x: model.chat([{"role": np.array([]), "content": "a"}])):
+        with pytest.raises(RequestError):
+            call(one)
 
 
 def test_sequences_longer_than_memory() -> None:

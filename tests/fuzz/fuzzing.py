@@ -133,8 +133,15 @@ def guided(name: str, seed: int, seconds: float, folder: Path) -> None:
     kept.mkdir(exist_ok=True)
     for data in worker.target.seeds:
         (kept / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+    number = 0
+
+    def run(data: bytes) -> None:
+        nonlocal number
+        (folder / "at").write_text(str(number := number + 1))
+        worker.run(data)
+
     atheris.Setup([sys.argv[0], str(kept), f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-rss_limit_mb=0", "-timeout=600", "-verbosity=0",
-                   f"-max_len={max(map(len, worker.target.seeds)) * 2}"], worker.run,
+                   f"-max_len={max(map(len, worker.target.seeds)) * 2}"], run,
                   custom_mutator=lambda data, size, seed: worker.target.spoilt(Random(seed), data)[:size])
     atheris.Fuzz()
 
@@ -160,10 +167,11 @@ def fuzz(name: str, seconds: float, seed: int = 0, runs: int = 1 << 60, folder: 
             total["refused"] += said["refused"]
             break
         at = int((folder / "at").read_text()) if (folder / "at").exists() else first
-        if not (folder / "current").exists() or guide and done.returncode == 0:
-            if done.returncode:
-                raise RuntimeError(f"{name}: the worker does not start\n{done.stderr[-4000:]}")
+        if guide and done.returncode == 0:
+            total["runs"] += at - first
             break
+        if not (folder / "current").exists():
+            raise RuntimeError(f"{name}: the worker does not start\n{done.stderr[-4000:]}")
         place = f"Died-{name}-{done.returncode}-{at}"
         (folder / f"{place}.input").write_bytes((folder / "current").read_bytes())
         (folder / f"{place}.txt").write_text(done.stderr[-20_000:], errors="backslashreplace")
