@@ -109,7 +109,8 @@ static void run_member(void *context, int ith, int nth) {
       node->seconds += t - start;
       start = t;
     }
-    /* Not "has any failed": a member that is ahead may fail in the next kernel before another one looks, which must go there too. */
+    /* Not "has any failed": a member that is ahead may fail in the next kernel before another one looks, which must go there
+     * too. */
     if (__atomic_load_n(&p->failed_node, __ATOMIC_ACQUIRE) == i) return;
   }
 }

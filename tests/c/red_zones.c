@@ -39,7 +39,8 @@ static pe_status faulty(const pe_args *args, const void *params, pe_stream *s) {
 static pe_axis number(int64_t n) { return (pe_axis){n, -1}; }
 
 static pe_program_tensor row(int32_t base, int64_t offset, int64_t stride) {
-  return (pe_program_tensor){.base = base, .offset = offset, .dtype = PE_F32, .ndim = 1, .shape = {number(N)}, .stride = {number(stride)}};
+  return (pe_program_tensor){.base = base, .offset = offset, .dtype = PE_F32, .ndim = 1, .shape = {number(N)},
+                             .stride = {number(stride)}};
 }
 
 int main(int argc, char **argv) {
@@ -57,7 +58,8 @@ int main(int argc, char **argv) {
   for (int i = 0; i < 5; i++) tensors[i] = (pe_tensor){.dtype = specs[i].dtype, .ndim = 1};
   const pe_tensor *first[] = {&tensors[0], &tensors[1], &tensors[2]}, *second[] = {&tensors[2], &tensors[3], &tensors[4]};
   int32_t start[] = {0, 1, 2}, count[] = {1, 1, 1};
-  pe_program_node nodes[] = {{.run = faulty, .args = {first, start, count, 2, 1}, .params = fault, .scratch_offset = 6 * LINE, .scratch_bytes = 40},
+  pe_program_node nodes[] = {{.run = faulty, .args = {first, start, count, 2, 1}, .params = fault,
+                              .scratch_offset = 6 * LINE, .scratch_bytes = 40},
                              {.run = faulty, .args = {second, start, count, 2, 1}, .params = "right"}};
   if (!strcmp(fault, "read_dead")) { /* by the second step, of what the first one read */
     nodes[0].params = "right";
@@ -69,7 +71,8 @@ int main(int argc, char **argv) {
   char *bases[] = {arena, weights, weights + 2 * LINE};
   const pe_memory memories[] = {{arena, ARENA}, {weights, WEIGHTS}};
   _Alignas(64) int64_t counters[2 * PE_COUNTER_STRIDE] = {0};
-  pe_program program = {.spec = specs, .tensors = tensors, .n_tensors = 5, .nodes = nodes, .n_nodes = 2, .bases = bases, .n_bases = 3,
+  pe_program program = {.spec = specs, .tensors = tensors, .n_tensors = 5, .nodes = nodes, .n_nodes = 2,
+                        .bases = bases, .n_bases = 3,
                         .memories = memories, .n_memories = 2, .counters = counters};
   for (int threads = 1; threads <= 3; threads += 2) {
     pe_pool *pool = pe_pool_new(threads);

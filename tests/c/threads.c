@@ -1,5 +1,6 @@
-/* threads.c: pools and programs under ThreadSanitizer: several callers, each with a pool of its own, run programs whose kernels hand
- * rows to each other over barriers, count chunks, and fail together; pools are made, left to fall asleep, and freed all the while.
+/* threads.c: pools and programs under ThreadSanitizer: several callers, each with a pool of its own, run programs whose kernels
+ * hand rows to each other over barriers, count chunks, and fail together; pools are made, left to fall asleep, and freed all
+ * the while.
  *
  *   threads CALLERS THREADS ROUNDS
  */
@@ -29,7 +30,8 @@ static pe_status hand_on(const pe_args *args, const void *params, pe_stream *s) 
     for (int c = 0; c < COLUMNS; c++) scratch[r * COLUMNS + c] = x[r * COLUMNS + c] + 1;
   pe_barrier(s);
   for (int64_t r; (r = pe_next(s, 1)) < rows;)
-    for (int c = 0; c < COLUMNS; c++) out[r * COLUMNS + c] = scratch[r * COLUMNS + c] + scratch[(r ? r - 1 : rows - 1) * COLUMNS + c];
+    for (int c = 0; c < COLUMNS; c++)
+      out[r * COLUMNS + c] = scratch[r * COLUMNS + c] + scratch[(r ? r - 1 : rows - 1) * COLUMNS + c];
   pe_barrier(s);
   for (int64_t r; (r = pe_next(s, 2)) < rows;)
     for (int c = 0; c < COLUMNS; c++) scratch[r * COLUMNS + c] = out[(rows - 1 - r) * COLUMNS + c];
@@ -67,13 +69,14 @@ static void *call(void *context) {
   tensors[NODES + 1] = (pe_tensor){.dtype = PE_I32, .ndim = 1};
   flags[0] = &tensors[NODES + 1];
   for (int i = 0; i < NODES; i++)
-    nodes[i] = (pe_program_node){.run = hand_on, .args = {pointers + i, start, count, 1, 1}, .scratch_offset = 4 * 1024, .scratch_bytes = 4 * 512};
+    nodes[i] = (pe_program_node){.run = hand_on, .args = {pointers + i, start, count, 1, 1}, .scratch_offset = 4 * 1024,
+                                 .scratch_bytes = 4 * 512};
   nodes[NODES] = nodes[NODES - 1];
   nodes[2].run = refuse;
   nodes[2].args = (pe_args){flags, start, count, 1, 0};
   char *bases[] = {(char *)arena, (char *)flag};
-  pe_program program = {.spec = specs, .tensors = tensors, .n_tensors = NODES + 2, .nodes = nodes, .n_nodes = NODES + 1, .bases = bases,
-                        .n_bases = 2, .counters = counters, .profile = 1};
+  pe_program program = {.spec = specs, .tensors = tensors, .n_tensors = NODES + 2, .nodes = nodes, .n_nodes = NODES + 1,
+                        .bases = bases, .n_bases = 2, .counters = counters, .profile = 1};
   for (int round = 0; round < c->rounds; round++) {
     pe_pool *pool = pe_pool_new(c->threads);
     if (!pool) fail("no pool");
@@ -83,7 +86,8 @@ static void *call(void *context) {
       *flag = run % 5 == 4;
       const int32_t status = pe_program_run(&program, pool, dims, run % 3);
       if (status != (*flag ? PE_BAD_VALUE : PE_OK)) fail("a program ends with another status");
-      if (*flag && (program.failed_node != 2 || !strstr(program.message, "refuses"))) fail("a failed program says nothing of its node");
+      if (*flag && (program.failed_node != 2 || !strstr(program.message, "refuses")))
+        fail("a failed program says nothing of its node");
       if (run % 10 == 9) usleep(3000); /* the members fall asleep */
     }
     pe_pool_free(pool);
