@@ -377,6 +377,9 @@ PE_INLINE void v16i_store_i8(void *p, v16i v) { PE_EACH1(PE_P_TO_I8, v); }      
 #define PE_P_SUB(x, y) (x) - (y)
 #define PE_P_MUL(x, y) (x) * (y)
 #define PE_P_DIV(x, y) (x) / (y)
+#define PE_P_ADDI(x, y) (pe_pi)((pe_pw)(x) + (pe_pw)(y)) /* these wrap: codes of NaN are the least int */
+#define PE_P_SUBI(x, y) (pe_pi)((pe_pw)(x) - (pe_pw)(y))
+#define PE_P_MULI(x, y) (pe_pi)((pe_pw)(x) * (pe_pw)(y))
 #define PE_P_AND(x, y) (x) & (y)
 #define PE_P_OR(x, y) (x) | (y)
 #define PE_P_XOR(x, y) (x) ^ (y)
@@ -406,9 +409,9 @@ PE_INLINE v16f v16f_copysign(v16f x, v16f sign) { return (v16f)PE_MAP2(PE_P_SIGN
 /* x < y ? t : f, lane by lane; false when either is NaN. */
 PE_INLINE v16f v16f_select_lt(v16f x, v16f y, v16f t, v16f f) { return (v16f)PE_MAP4(p_select_lt, x, y, t, f); }
 
-PE_INLINE v16i v16i_add(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_ADD, x, y); }
-PE_INLINE v16i v16i_sub(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_SUB, x, y); }
-PE_INLINE v16i v16i_mul(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_MUL, x, y); }
+PE_INLINE v16i v16i_add(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_ADDI, x, y); }
+PE_INLINE v16i v16i_sub(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_SUBI, x, y); }
+PE_INLINE v16i v16i_mul(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_MULI, x, y); }
 PE_INLINE v16i v16i_and(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_AND, x, y); }
 PE_INLINE v16i v16i_or(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_OR, x, y); }
 PE_INLINE v16i v16i_max(v16i x, v16i y) { return (v16i)PE_MAP2(p_maxi, x, y); }
