@@ -205,9 +205,11 @@ def _part(part: Any) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str):
+        raise RequestError(f"a part of a message has a type, a text, not {type(kind).__name__}")
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if isinstance(kind, str) and kind in _PART_KINDS:
+    if kind in _PART_KINDS:
         return {"type": _PART_KINDS[kind]}
     raise RequestError(f"a part of a message must be a text or one of {', '.join(_PART_KINDS)}, not {shown(kind)}")
 

@@ -19,6 +19,7 @@ from pyengine.errors import ImageError, PyEngineError, RequestError, shown
 from pyengine.media.image import check_size, checked_options, Image, MAX_PIXELS, read_image
 from pyengine.media.sources import opened
 
+MAX_RATE = 1e9                       # frames a second
 MAX_FRAME_PIXELS = 8192 * 4352               # of AV1's and HEVC's highest levels; decoders keep a score of frames
 MAX_FRAMES_BYTES = 1 << 32                   # of the frames of a list that are decoded here: they are kept
 
@@ -195,7 +196,7 @@ def checked_rate(fps: Any) -> float | None:
     """A rate as a number. Raises: RequestError for one that is none."""
     if fps is None:
         return None
-    if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < math.inf:
+    if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < MAX_RATE:
         raise RequestError(f"fps={shown(fps)}: frames per second is a number above 0, or None")
     return float(fps)
 

@@ -59,6 +59,8 @@ def test_arguments_of_calls(tiny_gguf) -> None:
                  lambda: model.chat([{"role": "user", "content": "a"}], max_tokens=1, stream=empty), lambda: model.template.render(3),
                  lambda: model.template.render([], variables=range(3)), lambda: model.template.render([{"role": "user", "content": [{"type": {}}]}]),
                  lambda: model.template.render([{"role": "assistant", "tool_calls": 3}]),
+                 lambda: model.template.render([{"role": "user", "content": [{"type": np.zeros(2)}]}]),
+                 lambda: pe.Video([np.zeros((4, 4, 3), np.uint8)], fps=10**400), lambda: pe.load(tiny_gguf("llama")[0], mmproj=np.zeros(2)),
                  lambda: model.template.render([{"role": "assistant", "tool_calls": np.zeros(3)}]), lambda: model.generate("a", images=range(10**12)),
                  lambda: model.template.render([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}])):
         with pytest.raises(RequestError):

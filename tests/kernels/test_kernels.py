@@ -117,7 +117,8 @@ class Kernels:
             objects.append(folder / f"{source.stem}_{isa}.o")
             flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}"]
             flags += rules.sanitizer(SANITIZER)
-            subprocess.run([cc, *rules.C_FLAGS, "-Werror", *flags, "-c", source, "-o", objects[-1]], check=True)
+            strict = [] if SANITIZER else ["-Werror"]         # whose -O1 does not unroll what the code asks for
+            subprocess.run([cc, *rules.C_FLAGS, *strict, *flags, "-c", source, "-o", objects[-1]], check=True)
         path = folder / f"kernels_{isa}.so"
         subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread", *rules.sanitizer(SANITIZER)], check=True)
         self.lib = ctypes.CDLL(str(path))
