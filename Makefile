@@ -1,6 +1,6 @@
 # make demo    set up; a model that we ship reads and points; fetch two small real models, ask them something
 # make test    set up, fetch three small real models, run the default tests
-# make test-all, make peers, make sanitize, make bench: see below
+# make test-all, make peers, make sanitize, make fuzz, make bench: see below
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,7 +10,7 @@ SEES := converters/demo/weights/demo-q8_0.gguf
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' | grep -v csrc/gen)
 
-.PHONY: demo test test-all peers sanitize bench weights clean
+.PHONY: demo test test-all peers sanitize fuzz bench weights clean
 
 demo: $(VENV)/installed
 	@echo "1. A small vision model of our own reads the word in $(SAMPLES)/word.png:"
@@ -44,9 +44,15 @@ test-all: $(VENV)/installed $(VENV)/test-installed
 peers: $(VENV)/installed
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PY) -m pip install -q --no-binary llama-cpp-python -r requirements/peers.txt
 
-# Op, block-format and file-format tests under the address and undefined-behaviour sanitizers.
+# Kernels, whole tiny models and damaged files under the address, undefined-behaviour and thread sanitizers: docs/testing.md.
 sanitize: $(VENV)/installed $(VENV)/test-installed
 	bash tests/sanitize.sh $(PY)
+
+# Damaged inputs for each reader, an hour each unless FUZZ_SECONDS says otherwise; what is found lies in build/fuzz.
+FUZZ_SECONDS ?= 3600
+FUZZ_TARGETS ?=
+fuzz: $(VENV)/installed $(VENV)/test-installed
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) tests/fuzz/fuzzing.py $(FUZZ_TARGETS)
 
 bench: $(VENV)/installed
 	$(PY) -m bench models

@@ -1,8 +1,8 @@
 """Compile csrc into one extension, pyengine._engine. C code is generated from the op declarations first.
 
 Files that use PE_KERNEL or PE_NAME are compiled once for each instruction set; the best that the machine has is chosen at run time.
-PYENGINE_SANITIZE=1 builds with the address and undefined-behaviour sanitizers. What is built for other machines, with zig:
-release/wheel.py.
+PYENGINE_SANITIZE=address builds with the address and undefined-behaviour sanitizers, PYENGINE_SANITIZE=thread with ThreadSanitizer.
+What is built for other machines, with zig: release/wheel.py.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ class Build(build_ext):
         if "ziglang" in os.environ.get("CC", ""):
             jobs = [(source, isa, [rules.ZIG_WORDS.get(f, f) for f in flags]) for source, isa, flags in jobs]
         jobs += [(source, "base", rules.CPP_FLAGS) for source in sorted((CSRC / "bind").glob("*.cpp"))]
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"] if os.environ.get("PYENGINE_SANITIZE") else []
+        wanted = os.environ.get("PYENGINE_SANITIZE", "")
+        sanitize = rules.sanitizer(wanted)
 
         def compile_one(job: tuple[Path, str, list[str]]) -> str:
             source, isa, flags = job
-            out = Path(self.build_temp) / ("san" if sanitize else "obj") / isa
+            out = Path(self.build_temp) / (wanted or "obj") / isa
             obj = out / source.relative_to(ROOT).with_suffix(".o")
             if not rules.stale(obj, [Path(__file__), Path(rules.__file__)]):
                 return str(obj)

@@ -98,8 +98,8 @@ def read_safetensors_header(file: Path) -> dict[str, Stored]:
             found = {name: Stored(file, str(h["dtype"]), tuple(int(n) for n in h["shape"]),
                                   8 + n_header + int(h["data_offsets"][0])) for name, h in header.items()}
             ends = {name: 8 + n_header + int(h["data_offsets"][1]) for name, h in header.items()}
-        except MALFORMED as e:
-            raise InvalidModelError(f"{file}: malformed safetensors header at byte 8: {e!r}") from None
+        except (*MALFORMED, RecursionError) as e:
+            raise InvalidModelError(f"{file}: malformed safetensors header at byte 8: {e!r}"[:1000]) from None
     for name, t in found.items():
         if t.dtype not in STORED_DTYPES:
             raise UnsupportedModelError(f"{file}: tensor '{name}' is {t.dtype}; known are {', '.join(STORED_DTYPES)}")
@@ -191,7 +191,7 @@ def read_json(file: Path, required: bool = False) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InvalidModelError(f"{file}: not JSON: {e}") from None
     if not isinstance(value, dict):
         raise InvalidModelError(f"{file}: a JSON object is expected")

@@ -123,7 +123,22 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     _mark_special(vocabulary, folder, settings, config)
     vocabulary.add_bos, vocabulary.add_eos = _adds(vocabulary, fast, settings, folder)
     vocabulary.chat_template = _chat_template(folder, settings)
+    _check(vocabulary, folder)
     return vocabulary
+
+
+def _check(vocabulary: Vocabulary, folder: Path) -> None:
+    """Raise InvalidModelError where a list holds what its GGUF key cannot."""
+    templates = vocabulary.chat_template
+    named = templates if isinstance(templates, list) else [{"template": templates or ""}]
+    for what, kind, values in (("tokens", str, vocabulary.tokens), ("merges", str, vocabulary.merges or ()),
+                               ("special tokens", int, vocabulary.special.values()),
+                               ("chat templates", str, [t.get(key, "") if isinstance(t, dict) else t for t in named for key in ("name", "template")]),
+                               ("chat templates", dict, named)):
+        if wrong := [v for v in values if type(v) is not kind]:
+            raise InvalidModelError(f"{folder}: {what} hold {wrong[0]!r:.100}, which is no {kind.__name__}")
+    if any(not 0 <= i < len(vocabulary.tokens) for i in vocabulary.special.values()):
+        raise InvalidModelError(f"{folder}: a special token is outside the vocabulary of {len(vocabulary.tokens)}")
 
 
 def _json(file: Path) -> Any:
@@ -131,7 +146,7 @@ def _json(file: Path) -> Any:
         return {}
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InvalidModelError(f"{file}: not JSON: {e}") from None
 
 

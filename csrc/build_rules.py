@@ -33,6 +33,17 @@ def machine_of(system: str) -> str | None:
     return None if machine in ("universal2", "fat64", "intel") else machine
 
 
+def sanitizer(name: str) -> list[str]:
+    """What the flags above end with for a sanitizer: "address" (with undefined behaviour), "thread", or "" for none. Raises: ValueError.
+
+    -O1 and -g1: with checks, and in full, unrolled kernels take the compiler minutes each.
+    """
+    kinds = {"": [], "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "thread": ["-fsanitize=thread"]}
+    if name not in kinds:
+        raise ValueError(f"PYENGINE_SANITIZE={name}: address or thread")
+    return [*kinds[name], "-fno-omit-frame-pointer", "-g1", "-O1"] if name else []
+
+
 def isas(machine: str) -> dict[str, list[str]]:
     """The instruction sets built for a machine (as `platform.machine()` names it), with the flags of each."""
     return _ISAS.get(machine, {"generic": []})

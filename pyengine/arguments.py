@@ -110,3 +110,8 @@ def place(name: str, value: object) -> str | os.PathLike[str]:
     if not isinstance(text, str) or not text:
         raise RequestError(f"{name}: a path is a text or a path object, got {shown(value)}")
     return value                                             # type: ignore[return-value]
+
+
+def iterates(value: object) -> bool:
+    """Say whether an argument can be gone through: an array of a single number looks so, and cannot."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "../cpu/pack.h"
+#include "../guard.h"
 #include "../cpu/isa.h"
 #include "../cpu/program.h"
 #include "../host/system.h"
@@ -22,6 +24,13 @@ namespace py = pybind11;
 
 namespace {
 
+#if defined(PE_ASAN)
+std::map<char *, int64_t> buffers;        // all that there are, and their sizes; under the interpreter's lock
+constexpr size_t BORDER = 4096;           // poisoned, before and behind a buffer
+#else
+constexpr size_t BORDER = 0;
+#endif
+
 // Anonymous zeroed memory. Huge pages are for what is used in full; a cache that fills slowly must not take 2 MiB for each head
 // at its first token.
 class Buffer {
@@ -29,11 +38,22 @@ class Buffer {
   Buffer(int64_t nbytes, bool huge_pages) : nbytes_(nbytes) {
     if (nbytes < 0) throw std::invalid_argument("Buffer: negative size");
     if (nbytes == 0) return;
-    data_ = static_cast<char *>(pe_pages_new(static_cast<size_t>(nbytes), huge_pages));
-    if (!data_) throw std::bad_alloc();
+    char *p = static_cast<char *>(pe_pages_new(mapped(), huge_pages));
+    if (!p) throw std::bad_alloc();
+    data_ = p + BORDER;
+#if defined(PE_ASAN)
+    __asan_poison_memory_region(p, mapped());
+    __asan_unpoison_memory_region(data_, static_cast<size_t>(nbytes));
+    buffers[data_] = nbytes;
+#endif
   }
   ~Buffer() {
-    if (data_) pe_pages_free(data_, static_cast<size_t>(nbytes_));
+    if (!data_) return;
+#if defined(PE_ASAN)
+    buffers.erase(data_);
+    __asan_unpoison_memory_region(data_ - BORDER, mapped());
+#endif
+    pe_pages_free(data_ - BORDER, mapped());
   }
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
@@ -41,6 +61,8 @@ class Buffer {
   int64_t nbytes() const { return nbytes_; }
 
  private:
+  size_t mapped() const { return static_cast<size_t>(nbytes_) + 2 * BORDER; }
+
   char *data_ = nullptr;
   int64_t nbytes_;
 };
@@ -253,7 +275,22 @@ class Program {
     program_.counters = reinterpret_cast<int64_t *>(c + (64 - reinterpret_cast<uintptr_t>(c) % 64) % 64);
   }
 
-  void bind(int32_t base, uint64_t address) { bases_.at(static_cast<size_t>(base)) = reinterpret_cast<char *>(address); }
+  void bind(int32_t base, uint64_t address) {
+    char *at = bases_.at(static_cast<size_t>(base)) = reinterpret_cast<char *>(address);
+#if defined(PE_ASAN)
+    auto next = buffers.upper_bound(at);
+    if (next == buffers.begin()) return;
+    const auto &[start, nbytes] = *--next;
+    if (at >= start + nbytes) return;                         // a mapped file
+    for (const pe_memory &m : memories_)
+      if (m.start == start) return;
+    memories_.push_back({start, nbytes});
+    program_.memories = memories_.data();
+    program_.n_memories = static_cast<int32_t>(memories_.size());
+#else
+    (void)at;
+#endif
+  }
 
   // (status, number of the node that failed, message)
   std::tuple<int32_t, int32_t, std::string> run(Pool &pool, const std::vector<int64_t> &dims, int32_t first) {
@@ -284,6 +321,7 @@ class Program {
   std::vector<std::unique_ptr<std::string>> params_;
   std::vector<pe_program_node> nodes_;
   std::vector<char *> bases_;
+  std::vector<pe_memory> memories_;
   std::vector<int64_t> counters_;
   pe_program program_{};
 };
@@ -356,6 +394,11 @@ PYBIND11_MODULE(_engine, m) {
       .def("seconds", &Program::seconds);
   m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("node"), py::arg("tensors"), py::arg("n_threads"));
   m.def("pack", &pack, py::arg("pool"), py::arg("dtype"), py::arg("src"), py::arg("n"), py::arg("k"), py::arg("dst"));
+#if defined(PE_ASAN)
+  m.attr("SANITIZED") = true;
+#else
+  m.attr("SANITIZED") = false;
+#endif
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const pe_isa *i = pe_isas; i->name; i++)

@@ -215,6 +215,7 @@ PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_
 #pragma GCC unroll 16
         for (int r = 0; r < 16; r++) {
           const char *p = cell[j + r] + 2 * i;
+          PE_READS(p, 2 * (e - i < 32 ? e - i : 32));
           x[r] = e - i >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, (unsigned)(e - i)), p);
         }
         transpose_u16(x, to, 2 * TILE_KEYS);

@@ -41,7 +41,7 @@ PE_UNROLL(8)
 PE_UNROLL(2)
         for (int h = 0; h < t.halves; h++) {
           int32_t sum = zero ? t.halves == 2 ? a->sum2[h] : a->sum : 0;
-          v16i p0 = v16i_set1(-zero * sum), p1 = v16i_zero();
+          v16i p0 = v16i_set1((int32_t)((uint32_t)-zero * (uint32_t)sum)), p1 = v16i_zero(); /* wraps for codes of NaN */
 PE_UNROLL(8)
           for (int g = 8 / t.halves * h; g < 8 / t.halves * (h + 1); g += 2) {
             v64u x0 = v64u_set4(a->q + 4 * g), x1 = v64u_set4(a->q + 4 * g + 4);

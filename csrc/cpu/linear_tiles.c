@@ -52,7 +52,8 @@ PE_UNROLL(2)
       v16i dot[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
-        int32_t n = zero ? -zero * (halves == 2 ? linear_step_of(x, ld, i, s)->sum2[h] : linear_step_of(x, ld, i, s)->sum) : 0;
+        int32_t n = zero ? halves == 2 ? linear_step_of(x, ld, i, s)->sum2[h] : linear_step_of(x, ld, i, s)->sum : 0;
+        n = (int32_t)((uint32_t)-zero * (uint32_t)n); /* wraps where codes are those of NaN */
 PE_UNROLL(8)
         for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = v16i_set1(n);
       }

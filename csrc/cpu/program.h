@@ -27,6 +27,8 @@ typedef struct pe_program_node {
   double seconds;               /* accumulated while profiling */
 } pe_program_node;
 
+typedef struct pe_memory { char *start; int64_t bytes; } pe_memory;
+
 typedef struct pe_program {
   pe_program_tensor *spec;
   pe_tensor *tensors;
@@ -35,6 +37,8 @@ typedef struct pe_program {
   int32_t n_nodes;
   char **bases;
   int32_t n_bases;
+  const pe_memory *memories;    /* under the address sanitizer: each kernel may touch only what its arguments have of these */
+  int32_t n_memories;
   int64_t *counters;            /* [n_nodes][PE_COUNTER_STRIDE] */
   int32_t profile;
   /* of the run that is going on */

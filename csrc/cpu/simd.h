@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../guard.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define PE_AVX512 1
 #include <immintrin.h>
@@ -336,6 +338,7 @@ PE_INLINE v16i v16i_zero(void) { return v16i_set1(0); }
 
 PE_INLINE v16f v16f_load_n(const float *p, int64_t n) {
 #if defined(PE_AVX512)
+  PE_READS(p, n * 4);
   return (v16f){(pe_pf)_mm512_maskz_loadu_ps((__mmask16)_bzhi_u32(0xffff, (unsigned)n), p)};
 #else
   float t[16] = {0};
@@ -345,6 +348,7 @@ PE_INLINE v16f v16f_load_n(const float *p, int64_t n) {
 }
 PE_INLINE void v16f_store_n(float *p, v16f v, int64_t n) {
 #if defined(PE_AVX512)
+  PE_WRITES(p, n * 4);
   _mm512_mask_storeu_ps(p, (__mmask16)_bzhi_u32(0xffff, (unsigned)n), (__m512)v.a);
 #else
   float t[16];
@@ -373,6 +377,9 @@ PE_INLINE void v16i_store_i8(void *p, v16i v) { PE_EACH1(PE_P_TO_I8, v); }      
 #define PE_P_SUB(x, y) (x) - (y)
 #define PE_P_MUL(x, y) (x) * (y)
 #define PE_P_DIV(x, y) (x) / (y)
+#define PE_P_ADDI(x, y) (pe_pi)((pe_pw)(x) + (pe_pw)(y)) /* these wrap: codes of NaN are the least int */
+#define PE_P_SUBI(x, y) (pe_pi)((pe_pw)(x) - (pe_pw)(y))
+#define PE_P_MULI(x, y) (pe_pi)((pe_pw)(x) * (pe_pw)(y))
 #define PE_P_AND(x, y) (x) & (y)
 #define PE_P_OR(x, y) (x) | (y)
 #define PE_P_XOR(x, y) (x) ^ (y)
@@ -402,9 +409,9 @@ PE_INLINE v16f v16f_copysign(v16f x, v16f sign) { return (v16f)PE_MAP2(PE_P_SIGN
 /* x < y ? t : f, lane by lane; false when either is NaN. */
 PE_INLINE v16f v16f_select_lt(v16f x, v16f y, v16f t, v16f f) { return (v16f)PE_MAP4(p_select_lt, x, y, t, f); }
 
-PE_INLINE v16i v16i_add(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_ADD, x, y); }
-PE_INLINE v16i v16i_sub(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_SUB, x, y); }
-PE_INLINE v16i v16i_mul(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_MUL, x, y); }
+PE_INLINE v16i v16i_add(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_ADDI, x, y); }
+PE_INLINE v16i v16i_sub(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_SUBI, x, y); }
+PE_INLINE v16i v16i_mul(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_MULI, x, y); }
 PE_INLINE v16i v16i_and(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_AND, x, y); }
 PE_INLINE v16i v16i_or(v16i x, v16i y) { return (v16i)PE_MAP2(PE_P_OR, x, y); }
 PE_INLINE v16i v16i_max(v16i x, v16i y) { return (v16i)PE_MAP2(p_maxi, x, y); }

@@ -16,8 +16,10 @@
 
 _Static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must be rounded to float");
 
-/* The two passes over the vocabulary, compiled also for wider vectors where the loader can choose: the same bits. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+/* The two passes over the vocabulary, compiled also for wider vectors where the loader can choose, which it does before a sanitizer
+ * has begun: the same bits. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && \
+  !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDE

@@ -26,6 +26,7 @@ import numpy as np
 from pyengine.cache.cells import Conversation
 from pyengine.cache.store import Store
 from pyengine.dtype import DType, DTYPES
+from pyengine.arguments import place
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.writing import written
@@ -80,7 +81,7 @@ def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: b
 
     Into a pipe or a device, as `files.writing.written` does. Raises: SessionError.
     """
-    path = Path(path)
+    path = Path(place("session", path))
     if len(notes) >= 1 << 32:
         raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
     if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
@@ -131,7 +132,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
     version or cache format; ContextOverflowError for more tokens than the context has, or more encoder rows than a conversation
     holds; PlanError when no cells are free.
     """
-    path = Path(path)
+    path = Path(place("session", path))
     try:
         with open(path, "rb", opener=_regular) as file:
             session = _read_head(path, file, model, store, n_ids, n_ctx)
@@ -162,7 +163,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
 
 def read_notes(path: str | Path) -> bytes:
     """Return the notes that a conversation was saved with; empty if there are none. Reads no cells. Raises: SessionError."""
-    path = Path(path)
+    path = Path(place("session", path))
     try:
         with open(path, "rb", opener=_regular) as file:
             return _read_header(path, file)[1]

@@ -25,7 +25,8 @@ from pyengine.chat.dialect import explained
 from pyengine.chat.helper import over_budget, OverBudget, render_apart
 from pyengine.chat.budget import Budget, current_budget, Outside
 from pyengine.chat.sandbox import Sandbox
-from pyengine.errors import RequestError, TemplateError
+from pyengine.arguments import iterates
+from pyengine.errors import RequestError, shown, TemplateError
 from pyengine.text.tokenizer import Tokenizer
 
 _PART_KINDS = {"image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
@@ -80,12 +81,16 @@ class ChatTemplate:
         Raises: TemplateError if the template refuses, fails, or goes over the budget; RequestError for messages that
         are not of this form.
         """
+        if not isinstance(variables, (Mapping, type(None))):
+            raise RequestError(f"variables of a chat template: a mapping, not {type(variables).__name__}")
+        if isinstance(messages, (str, bytes)) or not iterates(messages):
+            raise RequestError(f"messages: a list of messages, not {type(messages).__name__}")
         values: dict[str, Any] = {"documents": documents, **(variables or {})}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
         deadline = time.monotonic() + helper.MAX_SECONDS - self._compile_seconds
-        shown = [self._shown(message, media_marker, deadline) for message in messages]
-        return self._run(shown, tools, add_generation_prompt, values, deadline)
+        seen = [self._shown(message, media_marker, deadline) for message in messages]
+        return self._run(seen, tools, add_generation_prompt, values, deadline)
 
     def _run(self, messages: Any, tools: Any, add_generation_prompt: bool, values: Mapping[str, Any], deadline: float) -> str:
         values = _plain({**values, "messages": messages, "tools": tools, "bos_token": self.bos, "eos_token": self.eos,
@@ -104,22 +109,23 @@ class ChatTemplate:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError("a message must be a mapping with a role")
         reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-        shown = dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        seen = dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             parts = [_part(part) for part in content]
-            shown["content"] = parts if self._shows(list, deadline) else _joined(parts, media_marker)
+            seen["content"] = parts if self._shows(list, deadline) else _joined(parts, media_marker)
         elif isinstance(content, str):
             # If nothing comes out as itself, it may as well be a string.
             if not self._shows(str, deadline) and self._shows(list, deadline):
-                shown["content"] = [{"type": "text", "text": content}]
+                seen["content"] = [{"type": "text", "text": content}]
         elif content is not None:
             raise RequestError(f"content must be a string or a list of parts, not {type(content).__name__}")
-        if message.get("tool_calls"):
-            if not isinstance(message["tool_calls"], (list, tuple)):
-                raise RequestError(f"tool_calls: a list of tool calls, not {type(message['tool_calls']).__name__}")
-            shown["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-        return shown
+        calls = message.get("tool_calls")
+        if calls is not None and not isinstance(calls, (list, tuple)):
+            raise RequestError(f"tool_calls: a list of tool calls, not {type(calls).__name__}")
+        if calls:
+            seen["tool_calls"] = [_tool_call(call) for call in calls]
+        return seen
 
     def _shows(self, form: type, deadline: float) -> bool:
         """Find out by trying: give a text in this form and look for it, as text and not as a printed list."""
@@ -203,11 +209,13 @@ def _part(part: Any) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str):
+        raise RequestError(f"a part of a message has a type, a text, not {type(kind).__name__}")
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in _PART_KINDS:
         return {"type": _PART_KINDS[kind]}
-    raise RequestError(f"a part of a message must be a text or one of {', '.join(_PART_KINDS)}, not {kind!r}")
+    raise RequestError(f"a part of a message must be a text or one of {', '.join(_PART_KINDS)}, not {shown(kind)}")
 
 
 def _joined(parts: Iterable[Mapping[str, str]], media_marker: str | None) -> str:

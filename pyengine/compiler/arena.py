@@ -6,6 +6,7 @@ its own, and a modified state is the state.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from pyengine.graph.graph import check_states, topological
 from pyengine.graph.tensor import Axis, axis_max, Node, product, Shape, Tensor
 
 ALIGN = 64                                                                     # bytes: one cache line, one AVX-512 vector
+RED_ZONES = os.environ.get("PYENGINE_RED_ZONES") == "1"                        # a free line behind each tensor, for sanitized builds
 
 
 def aligned(nbytes: int) -> int:
-    """Round `nbytes` up to a multiple of ALIGN."""
-    return -(-nbytes // ALIGN) * ALIGN
+    """Round `nbytes` up to a multiple of ALIGN; with RED_ZONES, one more."""
+    return (-(-nbytes // ALIGN) + (RED_ZONES and nbytes > 0)) * ALIGN
 
 
 class Interval(NamedTuple):
@@ -50,7 +52,7 @@ def place(intervals: Sequence[Interval]) -> tuple[list[int], int]:
         best, best_gap, cursor = None, None, 0
         for start, end in sorted((offsets[j], offsets[j] + intervals[j].size) for j in set().union(*steps)):
             gap = start - cursor
-            if gap >= want.size and (best_gap is None or gap < best_gap):
+            if gap >= aligned(want.size) and (best_gap is None or gap < best_gap):
                 best, best_gap = cursor, gap
             cursor = max(cursor, aligned(end))
         offsets[i] = cursor if best is None else best

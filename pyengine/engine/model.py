@@ -8,7 +8,7 @@ rows are computed together, `runner` runs them, `cache.cells` says where their k
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from pyengine.arguments import INT32_MAX, place, switch, takes, whole
+from pyengine.arguments import INT32_MAX, iterates, place, switch, takes, whole
 from pyengine.backends.base import Program, Progress
 from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Reported, Stream, Streams
@@ -369,7 +369,7 @@ class Model:
     def stream_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                     **sampling: Any) -> Streams:
         """Continue several prompts side by side, yielding (number of the prompt, piece) as they come; its `answers()` are whole."""
-        if isinstance(prompts, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, (str, bytes, bytearray, memoryview, Mapping)) or not iterates(prompts):
             raise RequestError(f"prompts must be a list, got {shown(prompts)}")
         return Streams([self.stream(p, (), max_tokens, stop, **sampling) for p in prompts])
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.engine.language import Language
+from pyengine.arguments import iterates
 from pyengine.errors import ImageError, RequestError, shown
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
 from pyengine.text.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class Prompts:
 
         if isinstance(prompt, str):
             return self.text(prompt, [Medium(s, f"images[{i}]") for i, s in enumerate(as_list(images, "images"))])
-        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not isinstance(prompt, Iterable):
+        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not iterates(prompt):
             raise RequestError(f"a prompt is a text or a list of parts, not {type(prompt).__name__}")
         if len(as_list(images, "images")):
             raise RequestError("images= goes with a text; in a prompt in parts the pictures are parts")
@@ -164,15 +165,16 @@ class Prompts:
 
 def token_ids(ids: Any, n_ids: int) -> list[int]:
     """Ids as ints. Raises: RequestError for what is no list of ints, and for an id that has no row in the embedding."""
-    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)) or isinstance(ids, np.ndarray) and not ids.ndim:
+    if not iterates(ids) or isinstance(ids, (str, bytes)) or isinstance(ids, np.ndarray) and ids.ndim != 1:
         raise RequestError(f"token ids must be a list of ints, got {shown(ids)}")
-    ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    for i in ids:
+    out: list[int] = []
+    for i in ids.tolist() if isinstance(ids, np.ndarray) else ids:
         if not isinstance(i, (int, np.integer)) or isinstance(i, bool):
             raise RequestError(f"a token id must be an int, got {shown(i)}")
         if not 0 <= i < n_ids:
             raise RequestError(f"token id {shown(i)} is outside the vocabulary of {n_ids}")
-    return ids
+        out.append(i)
+    return out
 
 
 def media_of(source: Any, kind: str = "", policy: MediaPolicy | None = None, url: bool = False, options: Mapping[str, Any] | None = None,

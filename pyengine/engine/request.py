@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.cache.cells import Conversation
+from pyengine.arguments import iterates
 from pyengine.errors import RequestError, shown as in_short
 from pyengine.programs.rows import Rows
 from pyengine.text.sampling import Sampled, Sampler
@@ -28,10 +29,11 @@ class Stops:
 
     def __init__(self, stops: str | Sequence[str]):
         stops = [stops] if isinstance(stops, str) else stops
-        if isinstance(stops, (bytes, bytearray, memoryview, Mapping)) or not isinstance(stops, Iterable):
+        if isinstance(stops, (bytes, bytearray, memoryview, Mapping)) or not iterates(stops):
             raise RequestError(f"stop: must be a text or a list of texts, not {in_short(stops)}")
-        self.stops, self.held = list(stops), ""
+        self.stops = list(stops)
         self.found: str | None = None                        # the stop that ended the text
+        self.held, self._n_held = deque[str](), 0            # pieces that are not shown yet, and their characters
         if any(not isinstance(s, str) or not s for s in self.stops):
             raise RequestError("stop: must be texts that are not empty")
         self._back = [_borders(s) for s in self.stops]
@@ -41,23 +43,37 @@ class Stops:
         """Add text; returns what can be shown. After a stop string nothing more comes."""
         if self.found:
             return ""
-        before, self.held = len(self.held), self.held + text
+        before = self._n_held
+        if text:
+            self.held.append(text)
+            self._n_held += len(text)
         for i, char in enumerate(text, before + 1):
             for k, stop in enumerate(self.stops):
                 self._at[k] = _longer(stop, self._back[k], self._at[k], char)
             ended = [stop for at, stop in zip(self._at, self.stops) if at == len(stop)]
             if ended:
                 self.found = max(ended, key=len)
-                shown, self.held = self.held[: i - len(self.found)], ""
+                shown = self._taken(i - len(self.found))
+                self.held.clear()
+                self._n_held = 0
                 return shown
-        keep = len(self.held) - max(self._at, default=0)
-        shown, self.held = self.held[:keep], self.held[keep:]
-        return shown
+        return self._taken(self._n_held - max(self._at, default=0))
+
+    def _taken(self, n: int) -> str:
+        """Take the first n characters of what is held. What stays is not copied: a stop may be as long as the answer."""
+        shown = []
+        self._n_held -= n
+        while n > 0:
+            piece = self.held.popleft()
+            if len(piece) > n:
+                self.held.appendleft(piece[n:])
+            shown.append(piece[:n])
+            n -= len(piece)
+        return "".join(shown)
 
     def flush(self) -> str:
         """What was held back, at the end of the answer."""
-        shown, self.held = self.held, ""
-        return shown
+        return self._taken(self._n_held)
 
 
 def _borders(stop: str) -> list[int]:

@@ -36,8 +36,9 @@ def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
     if modelfile.adapters:
         raise UnsupportedModelError(f"{found.name}: has {len(modelfile.adapters)} LoRA adapter(s), which are not supported; "
                                     f"its model without them is {found.path}")
-    mmproj = mmproj or found.mmproj
-    opened = tuple(GGUFFile(p) for p in (found.path, mmproj) if p)
+    if mmproj is None or isinstance(mmproj, str) and not mmproj:
+        mmproj = found.mmproj
+    opened = tuple(GGUFFile(p) for p in (found.path, mmproj) if p is not None)
     for encoder in opened[1:]:
         check_encoder(encoder)
     model, *encoders = map(translate, opened)

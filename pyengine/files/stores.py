@@ -27,6 +27,7 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from pyengine.arguments import place
 from pyengine.errors import InvalidModelError, ModelNotFoundError, nearest
 from pyengine.files.gguf import quoted, SPLIT_NAME
 
@@ -99,8 +100,8 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
 
     Raises: ModelNotFoundError saying where was searched, with close names, or the names among which to choose.
     """
-    name = os.fspath(name_or_path)
-    path = Path(name)
+    path = Path(place("model", name_or_path))
+    name = name_or_path if isinstance(name_or_path, str) else str(path)
     if _is_file(path):
         return _found(name, [path], "", None, ())
     problems: list[_Problem] = []

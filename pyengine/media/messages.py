@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyengine.arguments import iterates
 from pyengine.errors import RequestError
 from pyengine.media.sources import BUFFERS
 
@@ -57,7 +58,7 @@ def split(messages: Any) -> tuple[list[dict[str, Any]], list[Medium]]:
 
     Raises: RequestError with the path of the field for what has another form, and for what would not be seen.
     """
-    if isinstance(messages, (str, Mapping, *BUFFERS)) or not isinstance(messages, Iterable):
+    if isinstance(messages, (str, Mapping, *BUFFERS)) or not iterates(messages):
         raise RequestError(f"messages: a list of messages, not {_name(messages)}")
     shown: list[dict[str, Any]] = []
     media: list[Medium] = []
@@ -86,9 +87,9 @@ def as_list(sources: Any, at: str) -> Sequence[Any]:
     """Return one picture, or a list of them, as a list. Raises: RequestError for what holds none."""
     if sources is None:
         return []
-    if isinstance(sources, (Sequence, Iterator)) and not isinstance(sources, (str, *BUFFERS)):
+    if isinstance(sources, (Sequence, Iterator)) and not isinstance(sources, (str, range, *BUFFERS)):
         return list(sources)
-    if isinstance(sources, (bool, int, float, complex, Mapping, set, frozenset)) or type(sources) is object:
+    if isinstance(sources, (bool, int, float, complex, Mapping, set, frozenset, range)) or type(sources) is object:
         raise RequestError(f"{at}: a list of pictures, not {_name(sources)}")
     return [sources]
 

@@ -15,10 +15,11 @@ from typing import Any
 import PIL.Image
 import numpy as np
 
-from pyengine.errors import ImageError, PyEngineError, RequestError
+from pyengine.errors import ImageError, PyEngineError, RequestError, shown
 from pyengine.media.image import check_size, checked_options, Image, MAX_PIXELS, read_image
 from pyengine.media.sources import opened
 
+MAX_RATE = 1e9                       # frames a second
 MAX_FRAME_PIXELS = 8192 * 4352               # of AV1's and HEVC's highest levels; decoders keep a score of frames
 MAX_FRAMES_BYTES = 1 << 32                   # of the frames of a list that are decoded here: they are kept
 
@@ -196,17 +197,19 @@ def checked_rate(fps: Any) -> float | None:
     """Return a rate as a number. Raises: RequestError for one that is none."""
     if fps is None:
         return None
-    if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < math.inf:
-        raise RequestError(f"fps={fps!r}: frames per second is a number above 0, or None")
+    if isinstance(fps, (bool, str)) or not isinstance(fps, (int, float, Fraction, np.number)) or not 0 < fps < MAX_RATE:
+        raise RequestError(f"fps={shown(fps)}: frames per second is a number above 0, or None")
     return float(fps)
 
 
-def opened_frames(sources: Iterable[object], judge: Callable[[tuple[Image, ...]], None] | None = None) -> tuple[Image, ...]:
+def opened_frames(given: Iterable[object], judge: Callable[[tuple[Image, ...]], None] | None = None) -> tuple[Image, ...]:
     """Return the frames of a list; each is decoded only if its header promises the first one's size."""
     try:
-        sources = list(sources)
-    except TypeError as e:
-        raise ImageError(f"a video is a list of frames, not {type(sources).__name__}") from e
+        sources = list(given) if not isinstance(given, range) else None      # which may be longer than memory
+    except TypeError:
+        sources = None
+    if sources is None:
+        raise ImageError(f"a video is a list of frames, not {type(given).__name__}")
     frames: list[Image] = []
 
     def look(sketch: Image) -> None:

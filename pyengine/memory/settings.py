@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pyengine.arguments import whole
+from pyengine.arguments import INT32_MAX, whole
 from pyengine.errors import RequestError, shown
 from pyengine.programs.sizes import kv_dtypes, N_BATCH
+
+MAX_THREADS = 1024                     # of a pool
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ class Settings:
         return self.largest_picture()[1] != 0
 
     def check(self) -> None:
-        """Refuse what no model can have. Raises: RequestError."""
+        """Refuse what no model can have; numbers become ints. Raises: RequestError."""
         kv_dtypes(self.kv_dtype)
         for name in ("n_seq", "n_ctx", "n_batch", "n_threads"):
             value = getattr(self, name)
             if value is not None or name in ("n_seq", "n_batch"):
-                object.__setattr__(self, name, whole(name, value, 1))           # NumPy's ints become plain ones
+                object.__setattr__(self, name, whole(name, value, 1, MAX_THREADS if name == "n_threads" else INT32_MAX))
+        if (self.n_ctx or 1) * self.n_seq > INT32_MAX:
+            raise RequestError(f"n_ctx={self.n_ctx}, n_seq={self.n_seq}: together they must be at most {INT32_MAX} positions")
         for name, free in (self.parts or {}).items():
-            if not re.fullmatch(r"cpu:\d+", str(name)) or not isinstance(free, int) or isinstance(free, bool) or free < 1:
+            if not isinstance(name, str) or not re.fullmatch(r"cpu:\d+", name) or not isinstance(free, int) or not 1 <= free < 1 << 63 or free is True:
                 raise RequestError(f"device: {shown(name)}: {shown(free)} is no part of main memory; give {{'cpu:0': bytes, 'cpu:1': bytes}}")
         if not self.parts and (not isinstance(self.device, str) or self.device not in ("auto", "cpu")):
             raise RequestError(f"device={shown(self.device)}: models run on 'cpu' ('auto' picks it), or on parts of it: {{'cpu:0': bytes, ..}}")
@@ -70,7 +74,7 @@ class Settings:
         if asked is None:
             return None, None
         numbers = (asked,) if isinstance(asked, int) else tuple(asked) if isinstance(asked, (tuple, list)) else ()
-        ints = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers) and 1 <= len(numbers) <= 3
+        ints = 1 <= len(numbers) <= 3 and all(isinstance(n, int) and not isinstance(n, bool) and n <= INT32_MAX for n in numbers)
         if not ints or min(numbers) < (len(numbers) > 1):                       # 0 is no size, but a number of pictures
             raise RequestError(f"images={shown(asked)}: give (width, height) of the largest picture, the number of pictures to keep, or "
                                "(width, height, number)")

@@ -124,8 +124,8 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
     keys: list[Hashable] = []
     ids, positions, span_end, media, sees = [], [], [], [], []
     crossed: list[tuple[int, MediaSegment]] = []
-    pictures: list[tuple[int, int]] = []                     # as `seen_across` takes them
-    at = 0
+    pictures: list[tuple[int, int]] = []                     # as `seen_across` takes them: the last run as one, and the picture before it
+    at, n_across = 0, 0
     for s in segments:
         n, first = len(s), len(keys)
         if isinstance(s, TokenSegment):
@@ -135,7 +135,8 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
             at += n
         elif s.token is not None:
             crossed.append((first, s))
-            pictures.append((first, sum(len(c.embedding) for _, c in crossed)))
+            n_across += len(s.embedding)
+            pictures = [*(pictures[:-1] if pictures and pictures[-1][0] == first - 1 else pictures[-1:]), (first, n_across)]
             keys.append((s.digest, 0))
             ids.append(np.array([s.token], np.int32))
             positions.append(np.full((axes, 1), at, np.int32))

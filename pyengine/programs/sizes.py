@@ -47,9 +47,7 @@ def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size
 
 def kv_dtypes(name: str) -> tuple[DType, DType]:
     """Return the formats of keys and values: "q8_0" for both, "q8_0/q4_0" for each. Raises: RequestError naming those that there are."""
-    if not isinstance(name, str):
-        raise RequestError(f"kv_dtype={shown(name)}: use one of {', '.join(KV_DTYPES)}, or two of them as keys/values")
-    k, _, v = name.partition("/")
+    k, _, v = name.partition("/") if isinstance(name, str) else ("", "", "")
     for part in (k, v or k):
         if part not in KV_DTYPES:
             raise RequestError(f"kv_dtype={shown(name)}: use one of {', '.join(KV_DTYPES)}, or two of them as keys/values")

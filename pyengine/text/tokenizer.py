@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pyengine.arguments import takes
+from pyengine.arguments import iterates, switch, takes
 from pyengine.errors import InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
@@ -202,6 +202,7 @@ class Tokenizer:
         else:
             raise RequestError(f"tokenize: text must be str or bytes, not {type(text).__name__}")
         ids: list[int] = []
+        add_special, parse_special = switch("add_special", add_special), switch("parse_special", parse_special)
         if add_special and self.add_bos:
             ids.append(self.bos_id)
         after_special = True
@@ -257,7 +258,7 @@ class Tokenizer:
 
         Raises: RequestError for an id that the vocabulary does not have.
         """
-        if not isinstance(ids, Iterable):
+        if not iterates(ids):
             raise RequestError(f"detokenize: ids must be a list of ints, not {type(ids).__name__}")
         decoder = self.decoder(skip_special)
         return "".join([*map(decoder.push, ids), decoder.flush()])

@@ -44,9 +44,11 @@ def prompts(kind: str) -> list[list[Any]]:
 def seen(monkeypatch) -> dict[int, list[np.ndarray]]:
     """Logits that each request was given, by the id of its report."""
     found: dict[int, list[np.ndarray]] = {}
+    reports = []                                             # kept, so that no other gets their ids
     take = Request.take
 
     def spy(self: Request, logits: np.ndarray) -> None:
+        reports.append(self.report)
         found.setdefault(id(self.report), []).append(logits.copy())
         take(self, logits)
 

@@ -315,8 +315,8 @@ def _same(a: Outcome, b: Outcome, call: Call) -> bool:
     return True
 
 
-def bit_calls() -> list[tuple[str, Call]]:
-    """All declared cases and all weight formats, each with what it is called in a message."""
+def every_call() -> list[tuple[str, Call]]:
+    """All declared cases, each with all formats of caches, and all weight formats; each with what it is called in a message."""
     calls: list[tuple[str, Call]] = []
     for name in OPS:
         op = REGISTRY[name]
@@ -357,7 +357,7 @@ def test_same_bits_as_this_machine(arm: str) -> None:
     fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
     if not fused:
         pytest.skip("needs a processor with AVX2 and FMA to compare with")
-    calls = bit_calls()
+    calls = every_call()
     for isa in fused:
         assert not (different := differing(calls, (arm, "neon"), ("native", isa))), f"neon and {isa} differ in {different}"
 

@@ -53,6 +53,7 @@ class Target:
     triple: str = ""
     gcc: str = ""
     runs: bool = True            # here or under qemu, so that linking makes sense
+    sanitizer: str = ""          # as in build_rules.sanitizer
 
     @property
     def cross(self) -> bool:
@@ -89,6 +90,7 @@ class Target:
 _HERE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 TARGETS = {
     "native": Target(_HERE),
+    "native-thread": Target(_HERE, sanitizer="thread"),
     "linux-aarch64": Target("aarch64", "aarch64-linux-musl"),
     "linux-aarch64-gcc": Target("aarch64", gcc="aarch64-linux-gnu-gcc"),
     "macos-aarch64": Target("aarch64", "aarch64-macos", runs=False),
@@ -103,6 +105,8 @@ def emulator(target: Target) -> list[str]:
         if shutil.which("wine"):
             return ["wine"]
         raise ToolMissing("needs wine: install wine and wine64 (Debian)")
+    if target.sanitizer == "thread":
+        return unshuffled()
     if target.machine == _HERE and sys.platform == "linux" or not target.cross:
         return []
     for name in ("qemu-aarch64-static", "qemu-aarch64"):
@@ -119,6 +123,11 @@ def environment(target: Target) -> dict[str, str]:
     """What a program of that target is run with. Wine keeps its own disk below build/, and says only what programs say."""
     own = {"WINEPREFIX": str(ROOT / "build" / "cross" / "wine"), "WINEDEBUG": "-all"} if target.windows else {}
     return {**os.environ, **own}
+
+
+def unshuffled() -> list[str]:
+    """What stands before a program with ThreadSanitizer, which does not know every layout of addresses that Linux chooses."""
+    return ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
@@ -150,6 +159,7 @@ def build(name: str) -> Path:
             return out, True, ""
         out.parent.mkdir(parents=True, exist_ok=True)
         own = rules.have(target.machine) if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
+        own += rules.sanitizer(target.sanitizer)
         # Two builds at once must not read halves.
         made, listed = out.with_suffix(f".{os.getpid()}"), out.with_suffix(f".{os.getpid()}.d")
         command = [*compiler, *rules.C_FLAGS, *own, f"-I{CSRC}", "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made)]
@@ -172,7 +182,8 @@ def build(name: str) -> Path:
     if not runner.exists() or runner.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         made = folder / f"{os.getpid()}-{runner.name}"
         static = ["-static"] if target.cross else []
-        command = [*compiler, *static, *map(str, objects), "-o", str(made), *([] if target.windows else ["-lm", "-pthread"])]
+        command = [*compiler, *static, *map(str, objects), "-o", str(made), *([] if target.windows else ["-lm", "-pthread"]),
+                   *rules.sanitizer(target.sanitizer)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{name}: the runner does not link\n{done.stderr}")
