@@ -106,7 +106,7 @@ class EncodedMedia:
             pass
 
     def get(self, media: Image | Video) -> tuple[tuple[Part, ...], MediaInfo]:
-        """What stands in the prompt for a picture or video, with embeddings, and how it came about.
+        """Return what stands in the prompt for a picture or video, with embeddings, and how it came about.
 
         Raises: ImageError, RequestError from the model's processor.
         """
@@ -158,7 +158,8 @@ class EncodedMedia:
         self.stats["image_cache_bytes"] = total()
 
     def _encoded(self, view: View) -> tuple[np.ndarray, float]:
-        """A view's rows, and the seconds that the encoder took; its inputs are made here and gone again before the next view's."""
+        """Return a view's rows, and the seconds that the encoder took; its inputs are made here and gone again before the next
+        view's."""
         loading = time.perf_counter()
         if self._program is None:
             self._program = self.prepared.load(self._progress)
@@ -172,7 +173,7 @@ class EncodedMedia:
 
 
 def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes, source: bytes) -> MediaSegment:
-    """What stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
+    """Make what stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
     if isinstance(part, View):
         return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source)
     n, view = part.stop - part.start, part.view

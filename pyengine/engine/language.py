@@ -48,7 +48,7 @@ class Language:
         return self.modelfile.system
 
     def begun(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """A conversation after the Modelfile's system text, if it has none of its own, and the Modelfile's messages."""
+        """Return a conversation after the Modelfile's system text, if it has none of its own, and the Modelfile's messages."""
         system, whole = self.modelfile.system, [*self.modelfile.messages, *messages]
         own = any(isinstance(m, Mapping) and isinstance(role := m.get("role"), str) and role in ("system", "developer") for m in whole)
         return [{"role": "system", "content": system}, *whole] if system and not own else whole

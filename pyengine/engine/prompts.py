@@ -25,7 +25,7 @@ Prompt = tuple[list[Segment], "list[MediaInfo]"]
 
 
 class Prompts:
-    """Makes prompts for one model.
+    """What makes prompts for one model.
 
     n_ids     ids that a prompt may have: rows of the embedding
     language  its tokenizer and chat template; media: its encoder, or None
@@ -52,13 +52,13 @@ class Prompts:
         return TokenSegment(tuple(token_ids(ids, self.n_ids)))
 
     def encoded(self, source: Any, kind: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
-        """What stands in the prompt for a picture or video; see `media_of` for the arguments."""
+        """Return what stands in the prompt for a picture or video; see `media_of` for the arguments."""
         from pyengine.media.messages import Medium                   # here and below: a first text is answered sooner
 
         return self._encoded(Medium(source, "", kind))
 
     def _encoded(self, medium: Medium) -> tuple[tuple[Part, ...], MediaInfo]:
-        """The same for one that a request names; its errors begin with its place there."""
+        """Do the same for one that a request names; its errors begin with its place there."""
         self._need_encoder()
         try:
             return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, self.media.judge))
@@ -73,7 +73,7 @@ class Prompts:
                                "load with mmproj=")
 
     def _segments(self, parts: Sequence[Part]) -> list[Segment]:
-        """Texts become tokens, neighbouring texts as one; nothing is added."""
+        """Turn texts into tokens, neighbouring texts as one; nothing is added."""
         out: list[Segment] = []
         for p in merged(parts):
             if isinstance(p, MediaSegment):
@@ -83,7 +83,8 @@ class Prompts:
         return out
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
-        """Segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is added)."""
+        """Make the segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is
+        added)."""
         if isinstance(prompt, str) and isinstance(images, (list, tuple)) and not images:
             return self.text(prompt, [])
         from pyengine.media.messages import as_list, Medium
@@ -111,12 +112,12 @@ class Prompts:
         return segments, infos
 
     def markers(self) -> dict[str, str]:
-        """What a template writes for a picture and for a video; empty where the vocabulary lacks those tokens."""
+        """Return what a template writes for a picture and for a video; empty where the vocabulary lacks those tokens."""
         ids = self.media.encoder.markers if self.media else {}
         return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") for kind, i in ids.items()}
 
     def text(self, text: str, media: Sequence[Medium]) -> Prompt:
-        """A text with as many markers as media, or with none: then the media come first. BOS as for any text."""
+        """Lay out a text with as many markers as media, or with none: then the media come first. BOS as for any text."""
         if not media:
             ids = self.tokenizer.tokenize(text)
             return [self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], []
@@ -141,7 +142,7 @@ class Prompts:
         return segments, [info for _, info in found]
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
-        """A conversation in the model's own chat format, ready for the answer."""
+        """Lay out a conversation in the model's own chat format, ready for the answer."""
         from pyengine.chat.checks import check_messages, check_tools
         from pyengine.media.messages import split
 
@@ -164,7 +165,7 @@ class Prompts:
 
 
 def token_ids(ids: Any, n_ids: int) -> list[int]:
-    """Ids as ints. Raises: RequestError for what is no list of ints, and for an id that has no row in the embedding."""
+    """Return ids as ints. Raises: RequestError for what is no list of ints, and for an id that has no row in the embedding."""
     if not iterates(ids) or isinstance(ids, (str, bytes)) or isinstance(ids, np.ndarray) and ids.ndim != 1:
         raise RequestError(f"token ids must be a list of ints, got {shown(ids)}")
     out: list[int] = []
@@ -179,7 +180,8 @@ def token_ids(ids: Any, n_ids: int) -> list[int]:
 
 def media_of(source: Any, kind: str = "", policy: MediaPolicy | None = None, url: bool = False, options: Mapping[str, Any] | None = None,
              judge: Callable[[Image | Video], None] | None = None) -> Image | Video:
-    """A picture from anything that `open_image` reads, or base64; a list of frames, a Video, or whatever kind "video" names, is a video.
+    """Open a picture from anything that `open_image` reads, or base64; a list of frames, a Video, or whatever kind "video"
+    names, is a video.
 
     policy   which files may be opened; url: the source stands where addresses stand
     options  of the model's processor, for this medium
@@ -199,7 +201,7 @@ def media_of(source: Any, kind: str = "", policy: MediaPolicy | None = None, url
 
 
 def _flattened(parts: Sequence[Any], markers: dict[str, str]) -> str:
-    """A content as one text, with markers for media: for templates that take strings only."""
+    """Return a content as one text, with markers for media: for templates that take strings only."""
     return "\n".join(p if isinstance(p, str) else p.get("text", "") if p.get("type") == "text" else markers.get(str(p.get("type")), "")
                      for p in parts)
 

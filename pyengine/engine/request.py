@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Stops:
-    """Holds text back while it may be the beginning of a stop string.
+    """Text that is held back while it may be the beginning of a stop string.
 
     Each character moves each stop on to the longest beginning of it that the text ends with (Knuth, Morris and Pratt 1977,
     doi:10.1137/0206024), so a long stop costs no more than a short one, and answers do not depend on how they are cut into pieces.
@@ -72,12 +72,12 @@ class Stops:
         return "".join(shown)
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer."""
+        """Return what was held back, at the end of the answer."""
         return self._taken(self._n_held)
 
 
 def _borders(stop: str) -> list[int]:
-    """For each beginning of a stop, the longest shorter one that it ends with."""
+    """Return, for each beginning of a stop, the longest shorter one that it ends with."""
     back = [0]
     for char in stop[1:]:
         back.append(_longer(stop, back, back[-1], char))
@@ -85,7 +85,7 @@ def _borders(stop: str) -> list[int]:
 
 
 def _longer(stop: str, back: list[int], at: int, char: str) -> int:
-    """The longest beginning of `stop` that a text ends with after `char`, if it was `at` long before."""
+    """Return the longest beginning of `stop` that a text ends with after `char`, if it was `at` long before."""
     while at and stop[at] != char:
         at = back[at - 1]
     return at + (stop[at] == char)

@@ -59,7 +59,7 @@ class MappedFile:
         self._unwatch.atexit = False
 
     def _now(self) -> tuple[int, int]:
-        """Size and time of the last writing."""
+        """Return size and time of the last writing."""
         status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
 

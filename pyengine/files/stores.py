@@ -265,7 +265,7 @@ def _in_folder(root: Path, problems: list[_Problem], source: str) -> Iterator[Fo
 
 
 def _in_hub(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
-    """models--ORG--REPO/snapshots/REVISION/**/*.gguf; of a file in several revisions, main's or else the newest's."""
+    """Find models--ORG--REPO/snapshots/REVISION/**/*.gguf; of a file in several revisions, main's or else the newest's."""
     for repo in _children(root, problems):
         if not repo.name.startswith("models--"):
             continue
@@ -285,7 +285,7 @@ def _in_hub(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
 
 
 def _in_lm_studio(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
-    """PUBLISHER/REPO/*.gguf."""
+    """Find PUBLISHER/REPO/*.gguf."""
     for publisher in _children(root, problems):
         for repo in _children(publisher, problems):
             for _, files in _folders(repo, 1, problems):
@@ -304,7 +304,7 @@ def _in_repo(repo: str, files: list[Path], source: str, top: Sequence[Path] = ()
 
 
 def _in_ollama(root: Path, problems: list[_Problem]) -> Iterator[FoundModel]:
-    """manifests/HOST/NAMESPACE/NAME/TAG, JSON that lists blobs by digest."""
+    """Find manifests/HOST/NAMESPACE/NAME/TAG, JSON that lists blobs by digest."""
     for host in _children(root / "manifests", problems):
         for namespace in _children(host, problems):
             for name in _children(namespace, problems):

@@ -171,7 +171,7 @@ class _Chat(_Interface):
                 "logprobs": {"content": self._logprobs(answer.sampled)} if self.with_logprobs else None, "finish_reason": answer.finish}
 
     def _media(self, handle: Handle) -> Mapping[str, Any]:
-        """Boxes that the text names, in pixels of the picture that was sent: an addition to OpenAI's form."""
+        """Return boxes that the text names, in pixels of the picture that was sent: an addition to OpenAI's form."""
         boxes = handle.result(0).boxes
         return {"boxes": [vars(b) if hasattr(b, "__dict__") else b._asdict() for b in boxes]} if boxes else {}
 
