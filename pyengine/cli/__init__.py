@@ -213,7 +213,9 @@ def run(
     version: Annotated[bool, Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
-    from pyengine.cli import answer, asked, chat, pictures, planned, screen
+    from pyengine.cli import answer, asked, pictures, screen
+    from pyengine.cli.talk import chat
+    from pyengine.cli.report import planned
 
     typed = [*([] if model_option is None or model is None else [model]), *(prompt or ()), *(prompt_option or ())]
     model = model if model_option is None else model_option
@@ -314,7 +316,8 @@ def plan(
     json: Json = False,
 ) -> int:
     """Say how much memory a model needs, by device and purpose, without loading it; exit code 0 if it fits, 1 if not."""
-    from pyengine.cli import answer, planned as shown, screen
+    from pyengine.cli import answer, screen
+    from pyengine.cli.report import planned as shown
     from pyengine.memory import fit
 
     images = shown.parse_size(picture, pictures)
@@ -351,7 +354,8 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure tokens per second by llama-bench's definitions; prints a Markdown table."""
-    from pyengine.cli import measured, planned, screen
+    from pyengine.cli import screen
+    from pyengine.cli.report import measured, planned
 
     prompts, generated = measured.parse_numbers("-p", prompt), measured.parse_numbers("-n", generate)
     depths = measured.parse_numbers("-d", depth)
@@ -419,7 +423,8 @@ def show(
     json: Json = False,
 ) -> None:
     """Say what a model's file holds and what it can do: sizes, formats, tokenizer, sampling, metadata."""
-    from pyengine.cli import files, screen
+    from pyengine.cli import screen
+    from pyengine.cli.report import files
 
     asked = {"template": template, "system": system, "parameters": parameters, "license": license}
     if any(asked.values()):
@@ -442,7 +447,8 @@ def list_models(
     json: Json = False,
 ) -> None:
     """Show the models that can be named on this machine."""
-    from pyengine.cli import files, screen
+    from pyengine.cli import screen
+    from pyengine.cli.report import files
 
     if json:
         screen.show_json(files.models())
@@ -453,7 +459,8 @@ def list_models(
 @commands.command(cls=Form)
 def hardware(json: Json = False) -> None:
     """Say what this machine has: memory, cores, caches, GPUs, and what of it a model can use."""
-    from pyengine.cli import machine, screen
+    from pyengine.cli import screen
+    from pyengine.cli.report import machine
 
     found = machine.detect()
     if json:
@@ -466,7 +473,7 @@ def hardware(json: Json = False) -> None:
 def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz text: pipe it into `dot -Tsvg`.")] = False,
           no_passes: Annotated[bool, Option("--no-passes", help="The graph as the model wrote it, before fusion.")] = False) -> None:
     """Print the graph of a model's step, as text or for Graphviz."""
-    from pyengine.cli.graph import listing
+    from pyengine.cli.report.graph import listing
 
     print(listing(model, dot, not no_passes))
 
@@ -492,7 +499,8 @@ def serve(
     pictures: Pictures = None,
 ) -> None:
     """Answer over HTTP, by OpenAI's, Ollama's and Anthropic's interfaces."""
-    from pyengine.cli import planned, serving
+    from pyengine.cli import serving
+    from pyengine.cli.report import planned
 
     if (tls_cert is None) != (tls_key is None):
         raise RequestError("--tls-cert and --tls-key go together")

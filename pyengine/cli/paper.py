@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from pyengine.cli.screen import printable, show
-from pyengine.cli.terminal import width
+from pyengine.cli.talk.terminal import width
 
 TAB = 8
 FENCE = "```"                          # begins and ends lines of code, which are not wrapped: they can be copied as they are

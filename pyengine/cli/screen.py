@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli.terminal import quiet, width
+from pyengine.cli.talk.terminal import quiet, width
 from pyengine.cli.words import told
 
 PROGRAM = "pyengine-run"

@@ -16,10 +16,11 @@ from test_cli import FAKE, FakeModel, Terminal, type_in
 
 import cases
 import pyengine
-from pyengine.cli import answer, chat, chat_commands, completion, editor, execute, screen, settings
-from pyengine.cli.conversation import Chat
+from pyengine.cli import answer, execute, screen
+from pyengine.cli.talk import chat, commands as chat_commands, completion, editor, settings
+from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.paper import Words
-from pyengine.cli.terminal import quiet
+from pyengine.cli.talk.terminal import quiet
 from pyengine.errors import ContextOverflowError, ModelWarning, RequestError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
@@ -426,7 +427,7 @@ def test_keys_are_kept_while_it_speaks(tmp_path) -> None:
 QUIET = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from pyengine.cli.terminal import quiet
+from pyengine.cli.talk.terminal import quiet
 before = termios.tcgetattr(0)
 with quiet():
     termios.tcsetattr(0, termios.TCSANOW, before)                # as a shell does while this is stopped

@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.cli import answer, chat, execute, screen, settings
+from pyengine.cli import answer, execute, screen
+from pyengine.cli.talk import chat, settings
 from pyengine.engine.request import Report
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.measure import speed

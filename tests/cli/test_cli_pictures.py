@@ -20,7 +20,8 @@ import cases
 import pyengine
 from converters import convert
 from pyengine.engine.answer import Stream
-from pyengine.cli import answer, chat, chat_commands, execute, pictures, talks
+from pyengine.cli import answer, execute, pictures
+from pyengine.cli.talk import chat, commands as chat_commands, saved as talks
 from pyengine.errors import ImageError, RequestError, SessionError
 from pyengine.engine.encoded import MediaInfo
 

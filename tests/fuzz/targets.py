@@ -205,7 +205,7 @@ class Session(Target):
 
     def run(self, data: bytes) -> None:
         from pyengine.cache import sessions
-        from pyengine.cli import talks
+        from pyengine.cli.talk import saved as talks
 
         path = self.folder / "session"
         path.write_bytes(self.parts(data)[1])

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyengine import hardware
-from pyengine.cli import execute, machine
+from pyengine.cli import execute
+from pyengine.cli.report import machine
 from pyengine.hardware import gpu, System
 from pyengine.hardware.cores import Core, physical_cores, threads
 from pyengine.hardware.facts import Cache, Device, Memory

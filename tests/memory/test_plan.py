@@ -21,7 +21,7 @@ import pyengine as pe
 from pyengine import hardware
 from pyengine.backends import backend
 from oracle import step_of
-from pyengine.cli.planned import draw, parse_device
+from pyengine.cli.report.planned import draw, parse_device
 from pyengine.files.model_files import open_files
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.settings import Settings

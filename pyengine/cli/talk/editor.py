@@ -14,9 +14,9 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
-from pyengine.cli import completion
+from pyengine.cli.talk import completion
 from pyengine.cli.answer import RATED
-from pyengine.cli.conversation import Chat
+from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.screen import note, printable
 
 HIGH, FULL = 75, 90                                            # percents of the context from which the number is coloured

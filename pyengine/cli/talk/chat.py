@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from pyengine.cli import chat_commands as commands, pictures
-from pyengine.cli.conversation import Chat
+from pyengine.cli import pictures
+from pyengine.cli.talk import commands as commands
+from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.screen import complain, note, show
-from pyengine.cli.terminal import quiet
+from pyengine.cli.talk.terminal import quiet
 from pyengine.errors import PyEngineError
 
 BLOCK = '"""'
@@ -45,7 +46,7 @@ def run(chat: Chat, shown: Sequence[pictures.Picture] = ()) -> None:
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     read_line: ReadLine = _read_stdin_line
     if terminal:
-        from pyengine.cli.editor import Editor
+        from pyengine.cli.talk.editor import Editor
 
         read_line = Editor(chat)
         form = "continues your text: the file has no chat template, or --raw was given" if chat.raw else "answers"

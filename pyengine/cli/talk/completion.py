@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pyengine.cli import chat_commands as commands, settings, talks
+from pyengine.cli.talk import commands as commands, settings, saved as talks
 from pyengine.cli.pictures import is_named
 
 _FILM = re.compile(r"\.(?:mp4|m4v|mov|mkv|webm|avi|mpe?g|gif)$", re.IGNORECASE)

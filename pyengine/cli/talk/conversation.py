@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli import answer, pictures, talks
+from pyengine.cli import answer, pictures
+from pyengine.cli.talk import saved as talks
 from pyengine.cli.paper import Paper
 from pyengine.cli.screen import note, size
-from pyengine.cli.settings import Choices
+from pyengine.cli.talk.settings import Choices
 from pyengine.errors import ContextOverflowError, PyEngineError, RequestError, SessionError
 
 ROOM = 4                             # a fourth of the context is room enough for an answer: with less, old turns go where they may

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyengine.cli import answer, pictures
-from pyengine.cli.conversation import Chat
+from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.screen import note, show, show_lines, show_rows, size
 from pyengine.errors import RequestError
 

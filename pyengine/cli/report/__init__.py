@@ -1,0 +1,1 @@
+"""What commands print about models and machines: plans, speed, files, graphs, hardware."""
