@@ -48,6 +48,14 @@ class Hparams:
             raise InvalidModelError(f"{self.key(name)} is {value}, which is no possible size")
         return value
 
+    def window(self) -> int:
+        """Return the width of a sliding window, 0 where there is none.
+
+        Writers say so in several ways: no key, 0, -1, and the largest number of 31 or 32 bits, wider than any context.
+        """
+        value = self.get("attention.sliding_window", 0, int)
+        return value if 0 < value < 2**31 - 1 else 0
+
     def number(self, name: str, default: float | None = None) -> float:
         """Return a finite float."""
         value = self.need(name, float) if default is None else self.get(name, default, float)
@@ -58,5 +66,5 @@ class Hparams:
     def refuse(self, **features: str) -> None:
         """Raise UnsupportedModelError if one of these keys (dots written as __) is there with a value that is not zero."""
         for name, what in ((name.replace("__", "."), what) for name, what in features.items()):
-            if np.any(self.get(name, 0)):
+            if self.window() if name == "attention.sliding_window" else np.any(self.get(name, 0)):
                 raise UnsupportedModelError(f"{self.key(name)} is {self.get(name)}: {what} is not supported")

@@ -59,7 +59,7 @@ class Config(DecoderConfig):
         numbers = common(h, w, head_dim=HEAD_DIM)
         return cls(
             **numbers,
-            window=h.size("attention.sliding_window"),
+            window=h.need("attention.sliding_window", int) and h.window(),
             sliding=_pattern(h, numbers["n_layers"]),
             attn_scale=h.number("attention.scale", numbers["head_dim"] ** -0.5),
             attn_softcap=h.number("attn_logit_softcapping", 0.0),
@@ -307,7 +307,7 @@ class Model(Architecture):
 
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""
-        return [Sliding(self.config.window) if slides else Full() for slides in self.config.sliding]
+        return [Sliding(self.config.window) if slides and self.config.window else Full() for slides in self.config.sliding]
 
     def ropes(self, n_ctx: int) -> list[Rope]:
         """Return the rotary embedding of each layer's keys."""

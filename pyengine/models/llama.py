@@ -39,7 +39,7 @@ class Config(DecoderConfig):
         n_experts = h.get("expert_count", 0, int)
         return cls(
             **common(h, w),
-            window=h.get("attention.sliding_window", 0, int),
+            window=h.window(),
             n_experts=n_experts and h.size("expert_count"),
             n_used=n_experts and h.size("expert_used_count"),
         )

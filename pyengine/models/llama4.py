@@ -79,8 +79,8 @@ class Config(DecoderConfig):
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "llama4.*"."""
         numbers, n_experts = common(h, w), h.get("expert_count", 0, int)
-        if h.get("attention.sliding_window", None) == 0 and "attention.chunked_layers" not in h:
-            raise UnsupportedModelError(f"{h.arch}.attention.sliding_window is 0, so nothing is chunked, and no key says which layers "
+        if "attention.sliding_window" in h and not h.window() and "attention.chunked_layers" not in h:
+            raise UnsupportedModelError(f"{h.arch}.attention.sliding_window names no window, so nothing is chunked, and no key says which layers "
                                         "have positions")
         rotated = per_layer(h, "rope.layers", tuple((i + 1) % NO_ROPE_EVERY != 0 for i in range(numbers["n_layers"])))
         return cls(

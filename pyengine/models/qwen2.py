@@ -34,7 +34,7 @@ class Config(DecoderConfig):
     def read(cls, h: Hparams, w: Weights) -> Config:
         """Read the keys "qwen2.*"."""
         h.refuse(expert_count="a mixture of experts")
-        numbers, window = common(h, w), h.get("attention.sliding_window", 0, int)
+        numbers, window = common(h, w), h.window()
         sliding = per_layer(h, "attention.sliding_window_pattern", (window > 0,) * numbers["n_layers"])
         return cls(**numbers, windows=tuple(window if slides else 0 for slides in sliding))
 

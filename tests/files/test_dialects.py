@@ -40,7 +40,7 @@ def write(path: Path, arch: str, keys: dict[str, Any], tensors: dict[str, tuple[
     return GGUFFile(path)
 
 
-def rewritten(source: Path, path: Path, drop: tuple[str, ...] = (), keys: dict[str, float | str] | None = None,
+def rewritten(source: Path, path: Path, drop: tuple[str, ...] = (), keys: dict[str, float | int | str] | None = None,
               tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None) -> Path:
     """A copy of a file without some keys, with others, and with tensors replaced."""
     reader, new = gguf.GGUFReader(source), tensors or {}
@@ -49,7 +49,8 @@ def rewritten(source: Path, path: Path, drop: tuple[str, ...] = (), keys: dict[s
         if not key.startswith("GGUF.") and key not in (*drop, "general.architecture"):
             w.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
     for key, value in (keys or {}).items():
-        (w.add_string if isinstance(value, str) else w.add_float32)(key, value)
+        add = w.add_string if isinstance(value, str) else w.add_float32 if isinstance(value, float) else w.add_int32 if value < 0 else w.add_uint32
+        add(key, value)
     for t in reader.tensors:
         if t.name not in new:
             w.add_tensor(t.name, np.array(t.data).reshape(tuple(int(n) for n in reversed(t.shape))))
@@ -315,3 +316,15 @@ def test_factors_of_frequencies_in_any_format(kind, names, tiny_gguf, tmp_path) 
     got = {form: pe.load(p, n_ctx=64).logits(ids) for form, p in made.items()}
     assert np.array_equal(got["f16"], got["f32"]) and np.array_equal(got["bf16"], got["f32"])
     assert not np.array_equal(got["f32"], pe.load(path, n_ctx=64).logits(ids))
+
+
+@pytest.mark.parametrize("window", [0, -1, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma3_text"])
+def test_windows_that_are_none(kind: str, window: int, tiny_gguf, tmp_path) -> None:
+    """Writers say in several ways that there is no window; right are the logits of one that is wider than the context."""
+    path, ids = tiny_gguf(kind)[0], list(range(3, 60))
+    key = f"{GGUFFile(path).metadata['general.architecture']}.attention.sliding_window"
+    wide = kind in ("llama", "qwen2", "gemma3_text")
+    want = pe.load(rewritten(path, tmp_path / "wide.gguf", (key,), {key: 1 << 20} if wide else {}), n_ctx=64).logits(ids)
+    got = pe.load(rewritten(path, tmp_path / "none.gguf", (key,), {key: window}), n_ctx=64).logits(ids)
+    assert np.array_equal(got, want)
