@@ -20,7 +20,7 @@ from converters import convert
 from pyengine.errors import InvalidModelError
 from pyengine.native import engine
 
-SECONDS, RUNS = 3, 400
+SECONDS, RUNS = 7, 1000
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
