@@ -9,29 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyengine import ops
 from pyengine.cache.policy import Full, Policy
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models.architecture import Architecture
+from pyengine.models.llama import FeedForward
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
 from pyengine.nn.decoder import common, DecoderConfig
 from pyengine.nn.layers import Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
-
-
-class FeedForward:
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, w: Weights, c: DecoderConfig):
-        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff)
-        self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
-        self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
-
-    def __call__(self, x: Tensor) -> Tensor:                                       # [m, D]
-        return self.down(ops.silu(self.gate(x)) * self.up(x))
 
 
 class Block:

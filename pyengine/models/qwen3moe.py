@@ -2,20 +2,17 @@
 
 Paper arXiv:2505.09388. Follows transformers `modeling_qwen3_moe.py`: qwen3's attention, and in every layer a mixture whose gates add up
 to 1. llama.cpp normalises the gates of every file of this architecture; there is no key for it.
-Axes: m rows of the batch, D hidden.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyengine import ops
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
-from pyengine.graph.tensor import Tensor
 from pyengine.models import qwen3
+from pyengine.models.llama import Mixture
 from pyengine.nn.decoder import common, DecoderConfig
-from pyengine.nn.layers import Experts, Linear
 
 
 @dataclass(frozen=True)
@@ -24,19 +21,6 @@ class Config(DecoderConfig):
 
     n_experts: int
     n_used: int              # experts of a row
-
-
-class Mixture:
-    """Experts chosen for each row; the gates of a row add up to 1."""
-
-    def __init__(self, w: Weights, c: Config):
-        self.n_used = c.n_used
-        self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
-        self.experts = Experts(w, c.n_experts, c.d_model, c.d_ff)
-
-    def __call__(self, x: Tensor) -> Tensor:                                       # [m, D]
-        chosen, gates = ops.top_experts(self.router(x), n_used=self.n_used, gate="softmax", normed=True)
-        return self.experts(x, chosen, gates)
 
 
 class Model(qwen3.Model):
