@@ -100,7 +100,7 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
 
     Raises: ModelNotFoundError saying where was searched, with close names, or the names among which to choose.
     """
-    path = Path(place("model", name_or_path))
+    path = Path(place("model", name_or_path)) if name_or_path != "" else Path()
     name = name_or_path if isinstance(name_or_path, str) else str(path)
     if _is_file(path):
         return _found(name, [path], "", None, ())

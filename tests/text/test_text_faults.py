@@ -344,7 +344,7 @@ def test_stops_do_not_depend_on_how_a_text_is_cut(stops, pieces):
     want = text if ended is None else text[: ended - max(len(s) for s in stops if text[:ended].endswith(s))]
     one = Stops(stops)
     assert "".join(map(whole.push, pieces)) + whole.flush() == one.push(text) + one.flush() == want
-    assert whole.found == one.found == (ended is not None)
+    assert whole.found == one.found and (one.found is None) == (ended is None) and (ended is None or one.found in stops)
 
 
 def test_stops_hold_back_no_more_than_they_must():
