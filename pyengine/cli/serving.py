@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pyengine.cli.screen import note
 from pyengine.errors import RequestError
 
 
@@ -16,6 +17,9 @@ def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], a
         from pyengine.server import app, models
     except ModuleNotFoundError as error:
         raise RequestError(f"the server needs the package {error.name}: pip install starlette uvicorn") from None
+    taken = app.listen(host, port)
+    if not api_keys and not taken.getsockname()[0] in ("127.0.0.1", "::1"):
+        note("note: other machines can reach this server, and it asks for no key: --api-key KEY")
     served = []
     for name in names:
         print(f"loading {name}", file=sys.stderr, flush=True)
@@ -24,6 +28,6 @@ def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], a
     for s in found:
         pictures = ", pictures" if s.model.media is not None else ""
         print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}, {s.model.plan.total / 2**30:.2f} GiB", file=sys.stderr)
-    address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
     print(f"serving at {address} (OpenAI: {address}/v1; Ollama: {address}); Ctrl-C ends", file=sys.stderr, flush=True)
-    app.serve(app.application(found, api_keys, hosts, origins), host, port, *(tls or ()))
+    app.serve(app.application(found, api_keys, hosts, origins), taken, *(tls or ()))

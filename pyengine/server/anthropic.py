@@ -32,7 +32,7 @@ def routes(models: Models) -> list[Route]:
     """Return the routes below /v1/messages."""
     async def create(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model"))
+        served = models.get(fields.text("model", None))
         wanted, client = _wanted(fields), replies.client_of(request)
         handle = await replies.submit(lambda: served.submit(client, **wanted))
         if fields.flag("stream"):
@@ -43,7 +43,7 @@ def routes(models: Models) -> list[Route]:
 
     async def count(request: Request) -> Response:
         fields = await replies.read(request)
-        served, messages = models.get(fields.text("model")), _messages(fields)
+        served, messages = models.get(fields.text("model", None)), _messages(fields)
         fields.refuse(_NOT_HERE)
         return JSONResponse({"input_tokens": await replies.apart(lambda: served.count(messages))})
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pyengine.errors import RequestError
 from pyengine.server import anthropic, ollama, openai, replies
 from pyengine.server.fields import Fields
 from pyengine.server.models import Models, Served
@@ -29,6 +33,9 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
     origins   web pages that may ask besides this server's own, as "https://example.com"
     """
     models = Models(served)
+
+    async def root(request: Request) -> Response:
+        return PlainTextResponse("pyengine is running. OpenAI: /v1, Ollama: /api, Anthropic: /v1/messages\n")
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -55,14 +62,14 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
         said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
         return JSONResponse({"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}, status)
 
-    routes = [*openai.routes(models), *anthropic.routes(models), *ollama.routes(models), Route("/health", health), Route("/tokenize", failing(tokenize), methods=["POST"]),
-              Route("/detokenize", failing(detokenize), methods=["POST"]), Route("/apply-template", failing(template), methods=["POST"])]
+    routes = [*openai.routes(models), *anthropic.routes(models), *ollama.routes(models), Route("/", root), Route("/health", health),
+              Route("/tokenize", failing(tokenize), methods=["POST"]), Route("/detokenize", failing(detokenize), methods=["POST"]), Route("/apply-template", failing(template), methods=["POST"])]
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins)
 
 
 def _one(models: Models, fields: Fields) -> Served:
     """Return the model that a request of llama.cpp's form names, or the only one."""
-    return models.all[0] if len(models.all) == 1 and "model" not in fields.values else models.get(fields.text("model"))
+    return models.get(fields.text("model", None))
 
 
 class _Guard:
@@ -129,9 +136,24 @@ def _refusal(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
 
-def serve(app: ASGIApp, host: str, port: int, certificate: str | None = None, key: str | None = None) -> None:
-    """Run the server until it is interrupted; with a certificate and its key (PEM files) by TLS."""
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, so that nobody else has it once the models are loaded; port 0 takes any. Raises: RequestError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        taken = socket.socket(family)
+        if os.name == "posix":
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+        return taken
+    except OSError as error:
+        what = f"port {port} is in use; give another one with --port" if error.errno == errno.EADDRINUSE else error.strerror or error
+        raise RequestError(f"cannot serve at {host}:{port}: {what}") from None
+
+
+def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:
+    """Run the server at an address that `listen` took until it is interrupted; with a certificate and its key (PEM files) by TLS."""
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, lifespan="off", http="h11")
+    settings = uvicorn.Config(app, log_level="warning", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False, lifespan="off",
+                              timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, http="h11")
+    uvicorn.Server(settings).run(sockets=[taken])

@@ -14,6 +14,7 @@ from pyengine.engine.model import Model
 from pyengine.errors import ModelNotFoundError, nearest
 from pyengine.files.gguf import quoted
 from pyengine.media.policy import MediaPolicy
+from pyengine.server.fields import FieldError
 
 REMOTE = MediaPolicy(paths=False)    # what a message may show: its own bytes, no file of this machine, nothing of a network
 
@@ -38,11 +39,21 @@ class Served:
         meta, file = self.model.file.metadata, self.model.file
         arch = str(meta.get("general.architecture", ""))
         n = sum(_elements(t.shape) for t in file.tensors.values())
-        sizes: dict[str, int] = {}
-        for t in file.tensors.values():
-            sizes[t.dtype.name] = sizes.get(t.dtype.name, 0) + t.nbytes
-        return {"parent_model": "", "format": "gguf", "family": arch, "families": [arch], "quantization_level": max(sizes, key=sizes.__getitem__),
+        return {"parent_model": "", "format": "gguf", "family": arch, "families": [arch], "quantization_level": self._quantization,
                 "parameter_size": f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"}
+
+    @property
+    def _quantization(self) -> str:
+        """What the file says of its types, or else the one that most bytes have."""
+        from gguf import LlamaFileType
+
+        try:
+            return LlamaFileType(self.model.file.metadata.get("general.file_type")).name.removeprefix("MOSTLY_")
+        except ValueError:
+            sizes: dict[str, int] = {}
+            for t in self.model.file.tensors.values():
+                sizes[t.dtype.name] = sizes.get(t.dtype.name, 0) + t.nbytes
+            return max(sizes, key=sizes.__getitem__)
 
     @property
     def capabilities(self) -> list[str]:
@@ -80,9 +91,19 @@ class Models:
                 self.all.append(replace(s, names=free))
                 self._by_name.update({_key(n): self.all[-1] for n in free})
 
-    def get(self, name: str) -> Served:
-        """Return a model. Raises: ModelNotFoundError naming those that there are."""
+    def get(self, name: str | None) -> Served:
+        """Return a model by its name, or by the beginning of just one; without a name the only one.
+
+        Raises: ModelNotFoundError naming those that there are, FieldError where a name is needed.
+        """
+        if name is None:
+            if len(self.all) == 1:
+                return self.all[0]
+            raise FieldError("model", "is missing")
         found = self._by_name.get(_key(name))
+        begun = [s for s in self.all if any(_key(n).startswith(_key(name)) for n in s.names)] if name else []
+        if found is None and len(begun) == 1:
+            return begun[0]
         if found is None:
             there = [s.name for s in self.all]
             raise ModelNotFoundError(f"there is no model {quoted(name)} here{nearest(name, there)}; served: {', '.join(there)}")

@@ -22,7 +22,6 @@ from pyengine.server.models import Models, Served
 _NOT_HERE = {"format": "structured output is not supported yet", "think": "thinking cannot be set yet", "tools": "tools are not supported yet",
              "suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
              "context": "give the conversation as messages, to /api/chat"}
-_LOADING = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "low_vram", "numa", "num_keep", "f16_kv", "vocab_only")
 _WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
 
 
@@ -41,7 +40,7 @@ def routes(models: Models) -> list[Route]:
 
     async def chat(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model"))
+        served = models.get(fields.text("model", None))
         messages = fields.items("messages", [])
         if not messages:
             return _loaded(served, {"message": {"role": "assistant", "content": ""}})
@@ -49,7 +48,7 @@ def routes(models: Models) -> list[Route]:
 
     async def generate(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model"))
+        served = models.get(fields.text("model", None))
         prompt, images = fields.text("prompt", ""), fields.items("images", [])
         if not prompt and not images:
             return _loaded(served, {"response": ""})
@@ -73,7 +72,7 @@ def routes(models: Models) -> list[Route]:
 
     async def show(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None) or fields.text("name"))
+        served = models.get(fields.text("model", None) or fields.text("name", None))
         meta = served.model.file.metadata
         keys = {k: meta[k] for k in meta if fields.flag("verbose") or not k.startswith("tokenizer.")}
         return JSONResponse({"details": served.kind, "model_info": {k: v for k, v in keys.items() if isinstance(v, (str, int, float, bool))},
@@ -84,6 +83,8 @@ def routes(models: Models) -> list[Route]:
         return JSONResponse({"version": pyengine.__version__})
 
     async def refused(request: Request) -> Response:
+        if "embed" in request.url.path:
+            raise RequestError("embeddings are not supported yet")
         raise RequestError(f"{request.url.path} is not served: models are managed at the command line, with pyengine-run")
 
     return [post("/api/chat", chat), post("/api/generate", generate), post("/api/show", show), get("/api/tags", tags), get("/api/ps", running),
@@ -121,10 +122,6 @@ def _settings(fields: Fields, served: Served) -> dict[str, Any]:
     n_ctx = options.whole("num_ctx", None)
     if n_ctx is not None and n_ctx > served.model.n_ctx:
         raise FieldError("options.num_ctx", f"the model was loaded with a context of {served.model.n_ctx}; serve it with --ctx {n_ctx}")
-    known = {*replies.SAMPLING, *_WITHOUT_EFFECT, *_LOADING, "num_predict", "num_ctx", "stop", "penalize_newline"}
-    for name in options.values:
-        if name not in known:
-            raise FieldError(f"options.{name}", "there is no such option")
     return wanted
 
 

@@ -26,7 +26,7 @@ MOST_LOGPROBS = 20                   # OpenAI's limit
 
 _NOT_HERE = {"functions": "function calling is not supported yet", "tools": "tools are not supported yet",
              "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported",
-             "reasoning_effort": "reasoning cannot be set yet"}
+             "reasoning_effort": "reasoning cannot be set yet", "chat_template_kwargs": "options of the template are not taken yet"}
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
           503: "server_error"}
 
@@ -76,7 +76,7 @@ class _Interface:
     async def reply(self, request: Request) -> Response:
         """Answer a request: at once, or as server-sent events."""
         fields = await replies.read(request)
-        self.served = self.models.get(fields.text("model"))
+        self.served = self.models.get(fields.text("model", None))
         fields.refuse(_NOT_HERE)
         n, stream = fields.whole("n", 1, 1, MOST_CHOICES), fields.flag("stream")
         usage = Fields(fields.object("stream_options", {})).flag("include_usage")

@@ -28,6 +28,13 @@ class TooLarge(RequestError):
     """A body that exceeds the limit."""
 
 
+def _told(message: str) -> str:
+    """Return a message of the library with the arguments of `load` as the options of the command that serves."""
+    for ours, said in (("load with a larger n_ctx", "serve the model with a larger --ctx"), ("load with mmproj=", "serve the model with --mmproj")):
+        message = message.replace(ours, said)
+    return message
+
+
 async def read(request: Request) -> Fields:
     """Read a request's JSON. Raises: RequestError, TooLarge; TimeoutError for a body that does not come."""
     chunks, n = [], 0
@@ -67,6 +74,8 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
             if status == 500:
                 traceback.print_exception(error)
                 error = RuntimeError("an error of the server; its log has more")
+            if isinstance(error, PyEngineError):
+                error.args = (_told(str(error)),)
             return JSONResponse(failed(error, status), status)
 
     return answer

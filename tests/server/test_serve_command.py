@@ -49,9 +49,24 @@ def test_it_serves_until_it_is_interrupted(tiny_gguf) -> None:
     assert "context 128, 2 at once" in said and f"serving at {url}" in said and "Traceback" not in said
 
 
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        assert execute(["serve", "/nothing/there.gguf", "--port", str(port)]) == 2
+    err = capsys.readouterr().err
+    assert f"port {port} is in use; give another one with --port" in err and "loading" not in err
+
+
+def test_a_server_for_everybody_says_so(capsys) -> None:
+    assert execute(["serve", "/nothing/there.gguf", "--port", "0", "--host", "0.0.0.0"]) == 2
+    assert "it asks for no key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, part", [
     (["serve", "a", "--tls-cert", "x.pem"], "--tls-cert and --tls-key go together"), (["serve", "a", "b", "--mmproj", "c"], "one model"),
-    (["serve", "/nothing/there.gguf"], "no such file"), (["serve"], "Missing argument")])
+    (["serve", "/nothing/there.gguf", "--port", "0"], "no such file"), (["serve"], "Missing argument")])
 def test_what_cannot_be_served_is_refused(arguments: list[str], part: str, capsys) -> None:
     assert execute(arguments) == 2
     assert part in capsys.readouterr().err

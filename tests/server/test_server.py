@@ -156,7 +156,7 @@ def test_models_are_listed(client, served) -> None:
     ({"model": None}, 400, "model: is missing", "model"),
     ({"messages": "hi"}, 400, "messages: must be a list", "messages"),
     ({"messages": []}, 400, "messages: is empty", "messages"),
-    ({"messages": [{"role": "user", "content": "x " * 600}]}, 400, "the context holds 256", None),
+    ({"messages": [{"role": "user", "content": "x " * 600}]}, 400, "the context holds 256; serve the model with a larger --ctx", None),
     ({"temperature": "hot"}, 400, "temperature", None),
     ({"temperature": -1}, 400, "temperature", None),
     ({"n": 0}, 400, "n: must be a whole number from 1", "n"),
@@ -165,6 +165,7 @@ def test_models_are_listed(client, served) -> None:
     ({"top_logprobs": 3}, 400, "needs logprobs", "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, 400, "not supported yet", "response_format"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools are not supported yet", "tools"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "not taken yet", "chat_template_kwargs"),
     ({"stream": "yes"}, 400, "stream: must be true or false", "stream"),
 ])
 def test_what_cannot_be_done_is_refused(client, name, change: dict, status: int, part: str, field: str | None) -> None:
@@ -251,7 +252,7 @@ def test_ollamas_lists(client, served, name) -> None:
 @pytest.mark.parametrize("path, change, part", [
     ("/api/chat", {"format": "json"}, "structured output"), ("/api/chat", {"think": True}, "thinking"),
     ("/api/chat", {"options": {"num_ctx": 4096}}, "--ctx 4096"), ("/api/chat", {"options": {"mirostat": 1}}, "no such step"),
-    ("/api/chat", {"options": {"temprature": 1}}, "no such option"), ("/api/pull", {}, "pyengine-run"), ("/api/embed", {}, "pyengine-run"),
+    ("/api/pull", {}, "pyengine-run"), ("/api/embed", {}, "embeddings are not supported yet"),
 ])
 def test_ollamas_refusals(client, name, path: str, change: dict, part: str) -> None:
     response = client.post(path, json={"model": name, "messages": MESSAGES, **change})
@@ -349,6 +350,23 @@ def test_keys(served) -> None:
                         ({"Authorization": "Bearer "}, False), ({"Authorization": "one"}, False), ({"Authorization": "Bearer onetwo"}, False)):
         assert client.get("/v1/models", headers=headers).status_code == (200 if ok else 401), headers
     assert client.get("/health").status_code == 200
+
+
+def test_unknown_options_of_ollama_are_ignored_as_there(client, name) -> None:
+    asked = {"model": name, "messages": MESSAGES, "stream": False, "options": {"num_predict": 1, "bogus": 1, "num_gpu": 99}}
+    assert client.post("/api/chat", json=asked).status_code == 200
+
+
+def test_the_only_model_needs_no_name_and_the_beginning_of_one_is_enough(served) -> None:
+    one = TestClient(application(served[:1]), base_url="http://localhost")
+    for asked in ({}, {"model": served[0].name[:2]}):
+        assert one.post("/v1/completions", json={**asked, "prompt": "a", "max_tokens": 1}).json()["model"] == served[0].name
+    assert one.post("/v1/completions", json={"model": "", "prompt": "a"}).status_code == 404
+
+
+def test_the_root_says_that_it_runs(client) -> None:
+    """Ollama's command asks for it first (HEAD /)."""
+    assert client.get("/").text.startswith("pyengine is running") and client.head("/").status_code == 200
 
 
 def test_unknown_addresses(client) -> None:
