@@ -49,18 +49,9 @@ def routes(models: Models) -> list[Route]:
     async def generate(request: Request) -> Response:
         fields = await replies.read(request)
         served = models.get(fields.text("model", None))
-        prompt, images = fields.text("prompt", ""), fields.items("images", [])
-        if not prompt and not images:
+        if not fields.text("prompt", "") and not fields.items("images", []):
             return _loaded(served, {"response": ""})
-        if fields.flag("raw"):
-            if images:
-                raise FieldError("images", "pictures go with a prompt in the model's format; leave raw out")
-            wanted: dict[str, Any] = {"prompt": prompt}
-        else:
-            system = fields.text("system", "")
-            user = {"role": "user", "content": prompt, **({"images": images} if images else {})}
-            wanted = {"messages": [*([{"role": "system", "content": system}] if system else []), user]}
-        return await _answer(request, fields, served, wanted, lambda piece: {"response": piece})
+        return await _answer(request, fields, served, _prompt(fields), lambda piece: {"response": piece})
 
     async def tags(request: Request) -> Response:
         return JSONResponse({"models": [_listed(s) for s in models.all]})
@@ -73,11 +64,7 @@ def routes(models: Models) -> list[Route]:
     async def show(request: Request) -> Response:
         fields = await replies.read(request)
         served = models.get(fields.text("model", None) or fields.text("name", None))
-        meta = served.model.file.metadata
-        keys = {k: meta[k] for k in meta if fields.flag("verbose") or not k.startswith("tokenizer.")}
-        return JSONResponse({"details": served.kind, "model_info": {k: v for k, v in keys.items() if isinstance(v, (str, int, float, bool))},
-                             "template": str(meta.get("tokenizer.chat_template", "")), "capabilities": served.capabilities,
-                             "modified_at": _time(served.loaded), "license": str(meta.get("general.license", ""))})
+        return JSONResponse(_shown(served, fields.flag("verbose")))
 
     async def version(request: Request) -> Response:
         return JSONResponse({"version": pyengine.__version__})
@@ -91,6 +78,27 @@ def routes(models: Models) -> list[Route]:
             get("/api/version", version),
             *(Route(f"/api/{name}", replies.guarded(refused, failed), methods=["POST", "DELETE"])
               for name in ("pull", "push", "create", "copy", "delete", "embed", "embeddings"))]
+
+
+def _prompt(fields: Fields) -> dict[str, Any]:
+    """Return what /api/generate asks: a plain prompt, or one in the model's format."""
+    prompt, images = fields.text("prompt", ""), fields.items("images", [])
+    if fields.flag("raw"):
+        if images:
+            raise FieldError("images", "pictures go with a prompt in the model's format; leave raw out")
+        return {"prompt": prompt}
+    system = fields.text("system", "")
+    user = {"role": "user", "content": prompt, **({"images": images} if images else {})}
+    return {"messages": [*([{"role": "system", "content": system}] if system else []), user]}
+
+
+def _shown(served: Served, verbose: bool) -> dict[str, Any]:
+    """Return what a model's file says; its vocabulary only when that is wanted."""
+    meta = served.model.file.metadata
+    keys = {k: meta[k] for k in meta if verbose or not k.startswith("tokenizer.")}
+    return {"details": served.kind, "model_info": {k: v for k, v in keys.items() if isinstance(v, (str, int, float, bool))},
+            "template": str(meta.get("tokenizer.chat_template", "")), "capabilities": served.capabilities,
+            "modified_at": _time(served.loaded), "license": str(meta.get("general.license", ""))}
 
 
 def _listed(served: Served) -> dict[str, Any]:
