@@ -507,7 +507,7 @@ def serve(
     if mmproj is not None and len(model) > 1:
         raise RequestError("--mmproj goes with one model")
     keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
-    options = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads, "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
+    options = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
                "images": planned.parse_size(picture, pictures)}
     serving.serve(model, host, port, options, keys, allow_host or (), allow_origin or (), (str(tls_cert), str(tls_key)) if tls_cert else None)
 

@@ -10,6 +10,13 @@ from pyengine.cli.screen import note
 from pyengine.errors import RequestError
 
 
+def default_threads() -> int:
+    """Return the usual number of threads less one: a processor is left to the connections, which would have to wait for steps otherwise."""
+    from pyengine import hardware
+
+    return max(1, hardware.default_threads() - 1)
+
+
 def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], api_keys: Sequence[str], hosts: Sequence[str],
           origins: Sequence[str], tls: tuple[str, str] | None) -> None:
     """Load models and serve them until Ctrl-C. Raises: RequestError where the server's packages are missing, and as `load`."""

@@ -70,3 +70,12 @@ def test_a_server_for_everybody_says_so(capsys) -> None:
 def test_what_cannot_be_served_is_refused(arguments: list[str], part: str, capsys) -> None:
     assert execute(arguments) == 2
     assert part in capsys.readouterr().err
+
+
+def test_a_processor_is_left_to_the_connections(monkeypatch) -> None:
+    from pyengine import hardware
+    from pyengine.cli.serving import default_threads
+
+    for usual, served in ((1, 1), (2, 1), (8, 7)):
+        monkeypatch.setattr(hardware, "default_threads", lambda usual=usual: usual)
+        assert default_threads() == served
