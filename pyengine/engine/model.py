@@ -388,10 +388,11 @@ class Model:
     @takes(SAMPLING)
     def submit(self, prompt: str | Sequence[Any] | None = None, images: Sequence[Any] = (), messages: Sequence[dict[str, Any]] | None = None,
                tools: Sequence[dict[str, Any]] | None = None, max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
-               client: str = "", media_policy: MediaPolicy | None = None, **sampling: Any) -> Handle:
+               client: str = "", media_policy: MediaPolicy | None = None, template_options: Mapping[str, Any] | None = None,
+               **sampling: Any) -> Handle:
         """Queue a prompt or a conversation for a thread that works on all that is queued; returns at once what the answer comes in.
 
-        prompt, images: as in `stream`; messages, tools: as in `chat`; one of the two. Pictures are read and encoded before it returns.
+        prompt, images: as in `stream`; messages, tools, template_options: as in `chat`; one of the two. Pictures are read and encoded before it returns.
         client: who asks; those who ask much do not keep others waiting. media_policy: which files of this machine may be shown, where
         somebody else wrote the messages. The answer is the one that `generate` or `chat` gives.
         Raises: BusyError when too many requests wait; ContextOverflowError, RequestError, TemplateError, ImageError.
@@ -401,7 +402,7 @@ class Model:
         if not isinstance(client, str):
             raise RequestError(f"submit: client is a text, not {type(client).__name__}")
         prompts = self._prompts_under(media_policy)
-        request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools),
+        request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options),
                                 max_tokens, stop, sampling, at_start=prompt is None)
         return self.loop.submit(request, client)
 
@@ -448,13 +449,15 @@ class Model:
 
     @takes(SAMPLING)
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
-             max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, **sampling: Any) -> Any:
+             max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, template_options: Mapping[str, Any] | None = None,
+             **sampling: Any) -> Any:
         """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
 
         Parts of a content: {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "image_url", "image_url":
         {"url": ..}}, {"type": "video", "video": [frames] or a file}, or a picture as it is; a message may also have "images".
+        template_options: variables of the model's chat template, as {"enable_thinking": False} of Qwen3's.
         Raises: TemplateError, ContextOverflowError, RequestError, ImageError.
         """
         wanted = switch("stream", stream)
-        pieces = self._stream(lambda: self._prompts.chat(messages, tools), max_tokens, stop, sampling, at_start=True)
+        pieces = self._stream(lambda: self._prompts.chat(messages, tools, template_options), max_tokens, stop, sampling, at_start=True)
         return pieces if wanted else pieces.answer()

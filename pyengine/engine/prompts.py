@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -141,8 +142,9 @@ class Prompts:
             segments.append(self._tokens(special[len(lead):]))
         return segments, [info for _, info in found]
 
-    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> Prompt:
-        """Lay out a conversation in the model's own chat format, ready for the answer."""
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None,
+             options: Mapping[str, Any] | None = None) -> Prompt:
+        """Lay out a conversation in the model's own chat format, ready for the answer; options: variables of the template."""
         from pyengine.chat.checks import check_messages, check_tools
         from pyengine.media.messages import split
 
@@ -150,18 +152,34 @@ class Prompts:
         check_messages(seen, self.language.template.source)
         check_tools(tools)
         seen = self.language.begun(seen)
+        render = partial(self.language.template.render, tools=tools, variables=template_options(options))
         if not media:
-            return self.text(self.language.template.render(seen, tools=tools, add_generation_prompt=True), [])
+            return self.text(render(seen), [])
         self._need_encoder()
         markers = self.markers()
-        text = self.language.template.render(seen, tools=tools, add_generation_prompt=True, media_marker=markers.get("image"))
+        text = render(seen, media_marker=markers.get("image"))
         if sum(text.count(m) for m in markers.values()) != len(media):         # a template that knows of no pictures
             flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in seen]
-            text = self.language.template.render(flat, tools=tools, add_generation_prompt=True)
+            text = render(flat)
             if all(markers.get(m.kind) for m in media) and not any(m in text for m in markers.values() if m):
                 raise RequestError(f"{media[0].field}: the model's chat template leaves out what a message of this role shows; "
                                    "give pictures in a user's message")
         return self.text(text, media)
+
+
+_OWN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")     # what a template gets anyway
+
+
+def template_options(options: Any) -> dict[str, Any]:
+    """Check variables for a chat template. Raises: RequestError for what is no mapping of names, and for names that it has anyway."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or any(not isinstance(name, str) for name in options):
+        raise RequestError(f"template_options must be a mapping of names, got {shown(options)}")
+    for name in options:
+        if name in _OWN:
+            raise RequestError(f"template_options: {name!r} is not set here")
+    return dict(options)
 
 
 def token_ids(ids: Any, n_ids: int) -> list[int]:

@@ -26,7 +26,7 @@ MOST_LOGPROBS = 20                   # OpenAI's limit
 
 _NOT_HERE = {"functions": "function calling is not supported yet", "tools": "tools are not supported yet",
              "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported",
-             "reasoning_effort": "reasoning cannot be set yet", "chat_template_kwargs": "options of the template are not taken yet"}
+             "reasoning_effort": "reasoning cannot be set yet"}
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
           503: "server_error"}
 
@@ -156,7 +156,7 @@ class _Chat(_Interface):
         messages = fields.items("messages")
         if not messages:
             raise FieldError("messages", "is empty")
-        return [{"messages": messages}]
+        return [{"messages": messages, "template_options": fields.object("chat_template_kwargs", None)}]
 
     def _n_top(self, fields: Fields) -> int:
         self.with_logprobs = fields.flag("logprobs")

@@ -141,3 +141,12 @@ def test_cpu_graph_equals_the_reference() -> None:
         got = g1.compile(build(g1), device="cpu").run(x=x)
         want = g2.compile(build(g2), device="reference").run(x=x)
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrong, part", [(5, "a mapping of names"), ({1: 2}, "a mapping of names"), ({"tools": []}, "'tools' is not set here")])
+def test_options_of_a_template_are_checked(wrong: Any, part: str, tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=64, n_threads=1)
+    for ask in (lambda: model.chat([{"role": "user", "content": "a"}], max_tokens=1, template_options=wrong),
+                lambda: model.submit(messages=[{"role": "user", "content": "a"}], max_tokens=1, template_options=wrong)):
+        with pytest.raises(RequestError, match=part):
+            ask()

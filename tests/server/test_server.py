@@ -89,6 +89,15 @@ def test_streamed_chat_is_the_same_text(client, model, name) -> None:
     assert got[-1]["choices"] == [] and got[-1]["usage"]["completion_tokens"] <= 12
 
 
+def test_options_of_the_template(client, model, name, monkeypatch) -> None:
+    source = model.template.source + "{{ mood }}"
+    monkeypatch.setattr(model._language, "template", type(model.template)(source), raising=False)
+    want = model.chat(MESSAGES, max_tokens=6, temperature=0, template_options={"mood": "glad"})
+    assert want.n_prompt > model.chat(MESSAGES, max_tokens=6, temperature=0).n_prompt
+    asked = {"model": name, "messages": MESSAGES, "max_tokens": 6, "temperature": 0, "chat_template_kwargs": {"mood": "glad"}}
+    assert client.post("/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"] == want.n_prompt
+
+
 def test_several_choices(client, model, name) -> None:
     asked = {"model": name, "messages": MESSAGES, "max_tokens": 6, "seed": 5, "n": 3}
     want = [model.chat(MESSAGES, max_tokens=6, seed=s) for s in (5, 6, 7)]
@@ -165,7 +174,8 @@ def test_models_are_listed(client, served) -> None:
     ({"top_logprobs": 3}, 400, "needs logprobs", "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, 400, "not supported yet", "response_format"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools are not supported yet", "tools"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "not taken yet", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"messages": []}}, 400, "'messages' is not set here", None),
+    ({"chat_template_kwargs": 5}, 400, "must be an object", "chat_template_kwargs"),
     ({"stream": "yes"}, 400, "stream: must be true or false", "stream"),
 ])
 def test_what_cannot_be_done_is_refused(client, name, change: dict, status: int, part: str, field: str | None) -> None:
