@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli import answer, pictures
+from pyengine.cli import answer, asked, pictures
 from pyengine.cli.talk import saved as talks
 from pyengine.cli.paper import Paper
 from pyengine.cli.screen import note, size
@@ -64,20 +64,20 @@ class Chat:
 
     def read(self, text: str) -> None:
         """Take a message as it was typed: find pictures in it, and answer it; pictures alone wait for a question."""
-        parts, remarks = pictures.find_pictures(text, self.options["image"])
+        parts, wrong = pictures.read_words([text], self.options["image"])
         found = [part for part in parts if not isinstance(part, str)]
-        asked = any(isinstance(part, str) and part.strip() for part in parts)
+        words = any(isinstance(part, str) and part.strip() for part in parts)
         if found and self.model.media is None:
             names, model = ", ".join(picture.name for picture in found), Path(self.model.file.path).name
-            note(f"({model} has no image encoder: {names} {'stays text' if asked else 'is not added'})")
+            note(f"({model} has no image encoder: {names} {'stays text' if words else 'is not added'})")
             parts, found = [text], []
         elif self.model.media is not None:
-            for remark in remarks:
-                note(remark)
+            for error in wrong:
+                note(f"({error}; it stays text)")
         for picture in found:
             note(f"Added {picture}")
-        if asked:
-            self.say([*self.waiting, *parts])
+        if words:
+            self.say([*self.waiting, *asked.arranged(parts)])
         else:
             self.waiting += found
 
@@ -121,12 +121,8 @@ class Chat:
             note(f"(cut: the context of {n_ctx:,} tokens is full; {self._ways_out()})")
         elif not said:
             note("(the model ended without a text)")
-        marks = pictures.boxes(report.answer)
-        if marks:
-            name, info = report.names[marks[0].image], report.answer.media[marks[0].image]
-            note(f"(in pixels of {name}, {info.size[0]}x{info.size[1]}; /draw FILE draws it)")
-        for mark in marks:
-            note(f"  {_place(mark)}")
+        for line in pictures.places(report.answer, report.names, "/draw FILE draws it"):
+            note(line)
         for line in report.lines() if self.choices.verbose else ():
             note(line)
 
@@ -258,11 +254,3 @@ class Chat:
 def _picture(part: dict[str, Any]) -> pictures.Picture:
     """Return a picture by what stands for it in a message."""
     return pictures.Picture(part["name"], part[part["type"]], None if part["path"] is None else Path(part["path"]), part["type"])
-
-
-def _place(mark: Any) -> str:
-    """Return a box or point in words."""
-    from pyengine.chat.boxes import Box
-
-    at = f"{mark.x1:.0f},{mark.y1:.0f} to {mark.x2:.0f},{mark.y2:.0f}" if isinstance(mark, Box) else f"{mark.x:.0f},{mark.y:.0f}"
-    return f"{mark.label or '(no label)'}: {at}"
