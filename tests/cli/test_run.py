@@ -192,6 +192,18 @@ def test_boxes_are_drawn_on_a_picture_of_the_prompt(seeing, monkeypatch, capsys)
 # --- how an answer ends -----------------------------------------------------------------------------------------------
 
 
+def test_a_base_model_says_at_a_terminal_that_it_continues(model, monkeypatch, capsys) -> None:  # noqa: F811
+    model.file.metadata = {}
+    assert execute(["m", "Once"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert execute(["m", "Once"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "<Once>\n" and " ".join(err.split()).startswith("(base model: the file has no chat template, so the prompt is not answered")
+    assert execute(["m", "Once", "--raw"]) == 0 and "base" not in capsys.readouterr().err
+    model.file.metadata = {"tokenizer.chat_template": "..."}
+    assert execute(["m", "Once"]) == 0 and "base" not in capsys.readouterr().err
+
+
 def test_an_answer_that_is_cut_says_so(model, capsys) -> None:  # noqa: F811
     assert execute(["m", "Q", "-n", "3"]) == 0
     assert capsys.readouterr().err == "(cut after 3 tokens; --max-tokens N, or -n N, allows more)\n"

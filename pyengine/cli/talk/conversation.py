@@ -24,6 +24,7 @@ class Chat:
     unanswered  the last question, if it got no answer: it is not among the turns
     last        how the last answer came about, and the pictures that it was about; None where it is not of this process
     n_asked     questions so far
+    stopped     whether Ctrl-C ended the last answer, until the next message is typed
     """
 
     def __init__(self, model: Any, settings: answer.Settings, system: str | None = None, raw: bool = False,
@@ -36,7 +37,7 @@ class Chat:
         self.waiting: list[pictures.Picture] = []
         self.unanswered: dict[str, Any] | None = None
         self.last: tuple[answer.Shown, list[pictures.Picture]] | None = None
-        self.n_asked = 0
+        self.n_asked, self.stopped = 0, False
         self._uses = {0: 0}                              # tokens in the context, by the number of turns
 
     def messages(self) -> answer.Messages:
@@ -113,6 +114,7 @@ class Chat:
     def _remark(self, report: answer.Shown, said: str) -> None:
         """Say what the text alone does not say: where it was cut, where its boxes are, how fast it came."""
         n_ctx, cut = self.model.plan.n_ctx, report.answer.finish == "length"
+        self.stopped = report.stopped
         if report.stopped:
             note("(stopped)")
         elif cut and report.n_generated == self.choices.answer.max_tokens:
