@@ -979,6 +979,9 @@ def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, 
         assert found["can"] == can and found["runs"] and found["plan"]["bytes"] == pyengine.plan(path).total
         assert execute(["show", path]) == 0
         assert re.search(rf"\ncan +{', '.join(can)}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
+    for part in ("system", "parameters", "license"):
+        assert execute(["show", path, f"--{part}"]) == 2
+        assert re.search(rf"no .*{part}.* comes? with this model", one_line(capsys.readouterr().err))
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
