@@ -193,9 +193,9 @@ def run(
     repeat_last_n: Annotated[int | None, _sampling("64", "--repeat-last-n", text=(
         "How many tokens count as recent for the penalties; -1: all"))] = None,
     presence_penalty: Annotated[float | None, _sampling("0", "--presence-penalty", text=(
-        "Subtract X from logits of recent tokens"))] = None,
+        "Subtract X from logits of recent tokens; 0: off"))] = None,
     frequency_penalty: Annotated[float | None, _sampling("0", "--frequency-penalty", text=(
-        "Subtract X from logits of recent tokens, once for each use"))] = None,
+        "Subtract X from logits of recent tokens, once for each use; 0: off"))] = None,
     seed: Annotated[int | None, _sampling("another one each time", "--seed", text="Random seed; the same seed gives the same answer")] = None,
     ctx: Context = None,
     kv_dtype: KvDtype = "f16",
@@ -265,6 +265,8 @@ def run(
         note("the prompt is continued as it is, for --raw" if raw else
              "base model: no chat template, so the prompt is completed as plain text" if base else
              "the prompt goes through the chat template")
+    elif base and question is not None and sys.stderr.isatty():
+        note("(base model: the file has no chat template, so the prompt is not answered but continued as plain text)")
     code = 0
     if question is None:
         talk = chat.Chat(loaded, settings, system, raw or base, verbose, options)
@@ -433,7 +435,7 @@ def show(
         if more:
             raise RequestError(f"--{part} and --{more[0]}: each is printed alone")
         if text is None:
-            raise RequestError(f"{model}: the file has no chat template" if part == "template" else f"{model}: there is no {part} with it")
+            raise RequestError(f"{model}: {files.MISSING[part]}")
         screen.show(text)
     elif json:
         screen.show_json(files.describe(model, mmproj))

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from pyengine.cli.paper import Paper
-from pyengine.cli.pictures import boxes, media_json, Picture, report_line, warn_of_loss
+from pyengine.cli.pictures import boxes, media_json, Picture, places, report_line, warn_of_loss
 from pyengine.cli.screen import busy, note, show_json, size
 from pyengine.errors import ModelNotFoundError, ModelWarning, shown
 
@@ -263,6 +263,8 @@ def print_answer(model: Any, question: Question, settings: Settings, verbose: bo
         paper.end()
     if cut := report.cut(settings, model.n_ctx):
         note(cut)
+    for line in places(report.answer, report.names):
+        note(line)
     for line in report.lines() if verbose else ():
         note(line)
     return report.answer, report.stopped

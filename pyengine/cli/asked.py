@@ -17,10 +17,10 @@ WAIT_SECONDS = 3.0                   # for standard input, before it is said tha
 
 
 class Asked(NamedTuple):
-    """A question: its parts in their order, and what to say about paths in it that stay text."""
+    """A question: its parts in their order, and paths in it that are no pictures."""
 
     parts: list[str | pictures.Picture]
-    remarks: list[str]
+    wrong: list[str]                 # what is wrong with pictures that the words seem to name
     text: str                        # all of it, for models without pictures
     piped: str                       # what of it came from standard input and files: nothing in there is opened
 
@@ -30,13 +30,16 @@ class Asked(NamedTuple):
         return [part for part in self.parts if not isinstance(part, str)]
 
     def settle(self, sees: bool, model: str) -> list[str | pictures.Picture]:
-        """Return the parts for a model that takes pictures or does not, and say on standard error what stays text."""
+        """Return the parts for a model that takes pictures or does not, and say on standard error what stays text.
+
+        Raises: RequestError if it would be asked about a picture that cannot be shown to it.
+        """
         if not sees:
             if self.found:
                 note(f"({model} has no image encoder: {', '.join(p.name for p in self.found)} stays text)")
             return [self.text]
-        for remark in self.remarks:
-            note(remark)
+        if self.wrong:
+            raise RequestError(f"{self.wrong[0]}; a question that only mentions the name is read from --file or standard input")
         for name in pictures.mentioned(self.piped):
             note(f"({name} is text here, as all of standard input and files; --image {name} shows it)")
         return self.parts
@@ -54,13 +57,17 @@ def question(words: Sequence[str], files: Sequence[str], options: pictures.Optio
         piped.append(read_stdin())
     if dash and not any(piped):
         raise RequestError("standard input is empty, and there is no other prompt")
-    parts, remarks = pictures.read_words(words, options)
-    first, parts = _outer_pictures(parts)
+    parts, wrong = pictures.read_words(words, options)
     above = "\n\n".join(filter(None, (text.strip("\n") if words else text for text in piped)))
-    if not above and not parts and not first:
+    if not above and not parts:
         return None
-    between = "\n\n" if above and parts else ""
-    return Asked(_joined([*first, above + between, *parts]), remarks, above + between + " ".join(words), above)
+    return Asked(arranged(parts, above), wrong, "\n\n".join(filter(None, (above, " ".join(words)))), above)
+
+
+def arranged(parts: list[str | pictures.Picture], above: str = "") -> list[str | pictures.Picture]:
+    """Return the parts of a message as a model gets them: the pictures around its words first, then a text `above`, then the words."""
+    first, rest = _outer_pictures(parts)
+    return _joined([*first, above + ("\n\n" if above and rest else ""), *rest])
 
 
 def _outer_pictures(parts: list[str | pictures.Picture]) -> tuple[list[str | pictures.Picture], list[str | pictures.Picture]]:

@@ -121,13 +121,13 @@ def _value(text: str, what: str) -> bool | int | float:
 # ---------------------------------------------------------------------------------------------- typed or dropped
 
 def find_pictures(text: str, options: Options) -> tuple[list[str | Picture], list[str]]:
-    """Cut a message at the paths of pictures in it; returns the parts, and what to say about those that stay text.
+    """Cut a message at the paths of pictures in it; returns the parts, and what is wrong with those that stay text.
 
     A path may be quoted or escaped as for a shell, begin with ~, or be a file:// URL: so terminals write a file that is
-    dropped on them. A path without a picture stays text; it is remarked on where its ending is one of pictures.
+    dropped on them. A path without a picture stays text; it is wrong where its ending is one of pictures.
     """
     parts: list[str | Picture] = []
-    remarks: list[str] = []
+    wrong: list[str] = []
     done = 0
     for start in _START.finditer(text):
         at = start.start()
@@ -139,12 +139,12 @@ def find_pictures(text: str, options: Options) -> tuple[list[str | Picture], lis
             except ImageError as error:
                 if not _ENDING.search(path):
                     continue
-                remarks.append(f"({error}; it stays text)")
+                wrong.append(str(error))
                 parts.append(text[done:end])
             done = end
             break
     parts.append(text[done:])
-    return [p for p in parts if not isinstance(p, str) or p], remarks
+    return [p for p in parts if not isinstance(p, str) or p], wrong
 
 
 def read_words(words: Sequence[str], options: Options) -> tuple[list[str | Picture], list[str]]:
@@ -153,7 +153,7 @@ def read_words(words: Sequence[str], options: Options) -> tuple[list[str | Pictu
     A word that is the path of a picture is one as it is, spaces and all: the shell has taken its quotes away.
     """
     parts: list[str | Picture] = []
-    remarks: list[str] = []
+    wrong: list[str] = []
     for word in words:
         if parts:
             parts.append(" ")
@@ -161,8 +161,8 @@ def read_words(words: Sequence[str], options: Options) -> tuple[list[str | Pictu
             word = shlex.quote(word)
         found, said = find_pictures(word, options)
         parts += found
-        remarks += said
-    return parts, remarks
+        wrong += said
+    return parts, wrong
 
 
 def mentioned(text: str) -> list[str]:
@@ -263,6 +263,21 @@ def boxes(found: Any) -> list[Any]:
     """Find the boxes and points of an answer: those of its last picture, or of its last video where there is no picture."""
     kinds = [info.kind for info in found.media]
     return found.boxes_in(len(kinds) - 1 - kinds[::-1].index("image")) if "image" in kinds else found.boxes
+
+
+def places(found: Any, names: Sequence[str], way: str = "") -> list[str]:
+    """Format the boxes and points of an answer, after what they are measured in, for standard error; `way`: how to see them."""
+    from pyengine.chat.boxes import Box
+
+    marks = boxes(found)
+    if not marks:
+        return []
+    number = marks[0].image
+    lines = [f"(in pixels of {names[number]}, {_size(found.media[number].size)}{way and '; '}{way})"]
+    for mark in marks:
+        at = f"{mark.x1:.0f},{mark.y1:.0f} to {mark.x2:.0f},{mark.y2:.0f}" if isinstance(mark, Box) else f"{mark.x:.0f},{mark.y:.0f}"
+        lines.append(f"  {mark.label or '(no label)'}: {at}")
+    return lines
 
 
 def check_drawing(out: Path, pictures: Sequence[Picture], name: str = "--draw") -> None:

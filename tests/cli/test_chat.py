@@ -16,6 +16,7 @@ from test_cli import FAKE, FakeModel, Terminal, type_in
 
 import cases
 import pyengine
+from pyengine import cli
 from pyengine.cli import answer, execute, screen
 from pyengine.cli.talk import chat, commands as chat_commands, completion, editor, settings
 from pyengine.cli.talk.conversation import Chat
@@ -163,6 +164,16 @@ def test_set_lists_all_values_and_where_they_are_from() -> None:
     for name in ("temperature", "stop", "keep", "wordwrap"):
         talk.choices.set(name)
     assert (talk.choices.keep, talk.choices.wordwrap, listed(talk)["temperature"][0]) == ("all", True, "0.6")
+
+
+def test_settings_have_the_words_of_the_options() -> None:
+    import typing
+
+    hints, names = typing.get_type_hints(cli.run, include_extras=True), {"typical_p": "typical"}
+    for name in (*settings.SAMPLING, "max_tokens", "stop"):
+        said = hints[names.get(name, name)].__metadata__[0].help
+        meaning = settings.MEANINGS[name].partition(": END")[0]
+        assert said.startswith(meaning[0].upper() + meaning[1:]), name
 
 
 def test_forms_of_ollama_are_read(monkeypatch) -> None:
@@ -419,6 +430,25 @@ def test_keys_are_kept_while_it_speaks(tmp_path) -> None:
     t.expect("typed ahead")                                            # now it is the line
     t.send(" and sent\r")
     t.expect("|user:typed ahead and sent>")
+    t.expect(">>>")
+    t.send("exit\r")
+    assert t.close() == 0
+
+
+@posix
+@pytest.mark.parametrize("before", [True, False])
+def test_what_is_typed_ahead_of_ctrl_c_is_not_sent(tmp_path, before) -> None:
+    t = start(tmp_path, columns=160)
+    t.send("count\r")
+    t.expect("0 0 0 ")
+    for keys in ("one \x1b[Dtwx\x7fo\rthree\r", "\x03") if before else ("\x03one two\rthree\r",):
+        t.send(keys)
+        time.sleep(0.3 * before)
+    t.expect("three")
+    time.sleep(0.5)
+    t.send(" edited\r")
+    shown = t.expect("three edited>")
+    assert "one two" in shown and "|user:three" not in shown
     t.expect(">>>")
     t.send("exit\r")
     assert t.close() == 0

@@ -607,7 +607,7 @@ class Terminal:
 @pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
 def test_a_conversation_at_a_terminal(tmp_path) -> None:
     t = Terminal(tmp_path / "state", "m")
-    t.expect("Ctrl-D ends.")
+    t.expect("Chatting with fake.gguf. /help for commands, Ctrl-D to quit.")
     t.expect(">>>")
     t.send("hello\r")
     t.expect("<user:hello>")
@@ -979,6 +979,9 @@ def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, 
         assert found["can"] == can and found["runs"] and found["plan"]["bytes"] == pyengine.plan(path).total
         assert execute(["show", path]) == 0
         assert re.search(rf"\ncan +{', '.join(can)}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
+    for part in ("system", "parameters", "license"):
+        assert execute(["show", path, f"--{part}"]) == 2
+        assert re.search(rf"no .*{part}.* comes? with this model", one_line(capsys.readouterr().err))
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "perceptron")
@@ -1001,7 +1004,7 @@ def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, 
     for part, text in (("--parameters", "temperature 0.6\ntop_p 0.95\n"), ("--license", "mit\n")):
         assert execute(["show", path, part]) == 0
         assert capsys.readouterr().out == text
-    assert execute(["show", path, "--system"]) == 2 and "there is no system with it" in one_line(capsys.readouterr().err)
+    assert execute(["show", path, "--system"]) == 2 and "no system message comes with this model" in one_line(capsys.readouterr().err)
     assert execute(["show", path, "--system", "--license"]) == 2 and "printed alone" in one_line(capsys.readouterr().err)
 
 

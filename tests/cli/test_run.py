@@ -21,6 +21,7 @@ from test_cli import FAKE, FakeModel, model, one_line, ROOT, run_process, Termin
 
 import pyengine
 from pyengine.cli import answer, asked, execute, main_form, pictures, words
+from pyengine.cli.talk.conversation import Chat
 from pyengine.errors import ModelWarning, RequestError
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="pseudo terminals and signals are POSIX")
@@ -128,12 +129,37 @@ def shape(found) -> list[str]:
     (["Which", "--image", "a.png", "my b.png", "is", "larger?"], ["<a.png>", "Which ", "<my b.png>", " is larger?"]),
     (["--image", "a.png", "my b.png", "Which", "is", "larger?"], ["<a.png>", "<my b.png>", "Which is larger?"]),
     (["Which is larger?", "--image", "a.png,my b.png"], ["<a.png>", "<my b.png>", "Which is larger?"]),
-    (["'my b.png' and none.png"], ["<my b.png>", "and none.png"]),
+    (["'my b.png' and more"], ["<my b.png>", "and more"]),
+    (["what does it say 'file://{}/my b.png' please"], ["what does it say ", "<my b.png>", " please"]),
 ])
 def test_pictures_in_the_prompt(seeing, tmp_path, arguments, parts, capsys) -> None:
     assert execute(["m", *(a.replace("{}", str(tmp_path)) for a in arguments)]) == 0
     assert shape(content(seeing)) == parts
-    assert ("none.png: there is no such file" in capsys.readouterr().err) == any("none.png" in p for p in parts)
+
+
+@pytest.mark.parametrize("text", ["What does it say? {}/a.png", "a.png what?", "What is in a.png?", "what does it say 'file://{}/my b.png' please",
+                                  "a.png which is larger? 'my b.png'", "what is more in a.png than in 'my b.png'", " two  words ",
+                                  "what is it file://{}/my%20b.png"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_conversation_asks_as_one_answer_does(seeing, tmp_path, monkeypatch, capsys, text, terminal) -> None:
+    text = text.replace("{}", str(tmp_path))
+    assert execute(["m", text]) == 0
+    one = shape(content(seeing))
+    type_in(monkeypatch, text + "\n")
+    if terminal:
+        Chat(seeing, answer.Settings()).read(text)
+    else:
+        assert execute(["m", "--lines"]) == 0
+    assert len(seeing.calls) == 2 and shape(content(seeing)) == one
+
+
+@pytest.mark.parametrize("words, message", [(["What is in none.png?"], "none.png: there is no such file"), (["what", "is", "bad.png"], "not an image"),
+                                            (["a.png and https://example.org/b.png"], "nothing is fetched")])
+def test_a_picture_that_is_not_there_is_no_question(seeing, monkeypatch, capsys, words, message) -> None:
+    assert execute(["m", *words]) == 2 and not seeing.calls
+    assert message in one_line(capsys.readouterr().err)
+    type_in(monkeypatch, " ".join(words))
+    assert execute(["m", "-"]) == 0 and content(seeing) == " ".join(words)
 
 
 def test_a_model_without_encoder_gets_the_words(seeing, capsys) -> None:
@@ -164,6 +190,18 @@ def test_boxes_are_drawn_on_a_picture_of_the_prompt(seeing, monkeypatch, capsys)
 
 
 # --- how an answer ends -----------------------------------------------------------------------------------------------
+
+
+def test_a_base_model_says_at_a_terminal_that_it_continues(model, monkeypatch, capsys) -> None:  # noqa: F811
+    model.file.metadata = {}
+    assert execute(["m", "Once"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert execute(["m", "Once"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "<Once>\n" and " ".join(err.split()).startswith("(base model: the file has no chat template, so the prompt is not answered")
+    assert execute(["m", "Once", "--raw"]) == 0 and "base" not in capsys.readouterr().err
+    model.file.metadata = {"tokenizer.chat_template": "..."}
+    assert execute(["m", "Once"]) == 0 and "base" not in capsys.readouterr().err
 
 
 def test_an_answer_that_is_cut_says_so(model, capsys) -> None:  # noqa: F811

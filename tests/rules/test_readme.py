@@ -36,6 +36,11 @@ def test_example(number: int, capsys, monkeypatch, tmp_path) -> None:
     assert capsys.readouterr().out.strip()
 
 
+def test_what_streams_ends_its_line() -> None:
+    for code in (*README, *blocks(LIBRARY.read_text())):
+        assert len(re.findall(r'\n    print\(piece, end="".*', code)) == len(re.findall(r'\n    print\(piece, end="".*\nprint\(\)\n', code)), code
+
+
 def test_the_library_page(capsys, monkeypatch, tmp_path) -> None:
     real_path("smollm2")
     monkeypatch.chdir(tmp_path)

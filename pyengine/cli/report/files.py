@@ -156,6 +156,10 @@ def _show_modelfile(said: dict[str, Any]) -> None:
         show_columns(shown)
 
 
+MISSING = {"template": "the file has no chat template", "system": "no system message comes with this model",
+           "parameters": "no sampling parameters come with this model", "license": "no license text comes with this model"}
+
+
 def part_of(name: str, part: str) -> str | None:
     """Return one text of what a model's files say, None if it is not there.
 

@@ -49,8 +49,9 @@ def run(chat: Chat, shown: Sequence[pictures.Picture] = ()) -> None:
         from pyengine.cli.talk.editor import Editor
 
         read_line = Editor(chat)
-        form = "continues your text: the file has no chat template, or --raw was given" if chat.raw else "answers"
-        note(f"{chat.model.plan.model} {form}. /help lists the commands, Ctrl-D ends.")
+        name = chat.model.plan.model
+        form = f"{name} continues your text: the file has no chat template, or --raw was given" if chat.raw else f"Chatting with {name}"
+        note(f"{form}. /help for commands, Ctrl-D to quit.")
     chat.add(shown)
     with quiet():
         while True:

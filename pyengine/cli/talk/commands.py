@@ -146,9 +146,9 @@ def _path(name: str, rest: str) -> Path:
 
 
 SHOWN: dict[str, tuple[str, Callable[[Chat], None]]] = {
-    "": ("", tell_short), "memory": ("what the model takes, by purpose", tell_memory), "template": ("its chat template", tell_template),
-    "system": ("the system message", tell_system), "messages": ("the conversation", tell_messages),
-    "settings": ("what /set shows", tell_settings)}
+    "": ("", tell_short), "memory": ("the memory that the model takes, by purpose", tell_memory), "template": ("the chat template of the model", tell_template),
+    "system": ("the system message", tell_system), "messages": ("all messages of the conversation", tell_messages),
+    "settings": ("all settings, with their values", tell_settings)}
 
 COMMANDS: dict[str, Command] = {
     "/help": Command("", "this list; also /?", tell_commands),
@@ -165,7 +165,7 @@ COMMANDS: dict[str, Command] = {
                      lambda chat, rest: chat.load(_path("load", rest)), "saved"),
     "/system": Command("TEXT", "set the system message; without TEXT, remove it", system),
     "/set": Command("NAME VALUE", "set a setting; without VALUE, take the default again; /set alone shows all, with their values", choose),
-    "/show": Command("[WHAT]", f"the model, what is used of the context, what is set; or {', '.join(filter(None, SHOWN))}", tell,
+    "/show": Command("[WHAT]", f"show the model, how full its context is, and what is set; or one of {', '.join(filter(None, SHOWN))}", tell,
                      words={name: meaning for name, (meaning, _) in SHOWN.items() if name}),
     "/bye": Command("", "end, as Ctrl-D does; also /exit and /quit", end),
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyengine.cli import answer, pictures
+from pyengine.cli import answer, asked, pictures
 from pyengine.cli.talk import saved as talks
 from pyengine.cli.paper import Paper
 from pyengine.cli.screen import note, size
@@ -24,6 +24,7 @@ class Chat:
     unanswered  the last question, if it got no answer: it is not among the turns
     last        how the last answer came about, and the pictures that it was about; None where it is not of this process
     n_asked     questions so far
+    stopped     whether Ctrl-C ended the last answer, until the next message is typed
     """
 
     def __init__(self, model: Any, settings: answer.Settings, system: str | None = None, raw: bool = False,
@@ -36,7 +37,7 @@ class Chat:
         self.waiting: list[pictures.Picture] = []
         self.unanswered: dict[str, Any] | None = None
         self.last: tuple[answer.Shown, list[pictures.Picture]] | None = None
-        self.n_asked = 0
+        self.n_asked, self.stopped = 0, False
         self._uses = {0: 0}                              # tokens in the context, by the number of turns
 
     def messages(self) -> answer.Messages:
@@ -64,20 +65,20 @@ class Chat:
 
     def read(self, text: str) -> None:
         """Take a message as it was typed: find pictures in it, and answer it; pictures alone wait for a question."""
-        parts, remarks = pictures.find_pictures(text, self.options["image"])
+        parts, wrong = pictures.read_words([text], self.options["image"])
         found = [part for part in parts if not isinstance(part, str)]
-        asked = any(isinstance(part, str) and part.strip() for part in parts)
+        words = any(isinstance(part, str) and part.strip() for part in parts)
         if found and self.model.media is None:
             names, model = ", ".join(picture.name for picture in found), Path(self.model.file.path).name
-            note(f"({model} has no image encoder: {names} {'stays text' if asked else 'is not added'})")
+            note(f"({model} has no image encoder: {names} {'stays text' if words else 'is not added'})")
             parts, found = [text], []
         elif self.model.media is not None:
-            for remark in remarks:
-                note(remark)
+            for error in wrong:
+                note(f"({error}; it stays text)")
         for picture in found:
             note(f"Added {picture}")
-        if asked:
-            self.say([*self.waiting, *parts])
+        if words:
+            self.say([*self.waiting, *asked.arranged(parts)])
         else:
             self.waiting += found
 
@@ -113,6 +114,7 @@ class Chat:
     def _remark(self, report: answer.Shown, said: str) -> None:
         """Say what the text alone does not say: where it was cut, where its boxes are, how fast it came."""
         n_ctx, cut = self.model.plan.n_ctx, report.answer.finish == "length"
+        self.stopped = report.stopped
         if report.stopped:
             note("(stopped)")
         elif cut and report.n_generated == self.choices.answer.max_tokens:
@@ -121,12 +123,8 @@ class Chat:
             note(f"(cut: the context of {n_ctx:,} tokens is full; {self._ways_out()})")
         elif not said:
             note("(the model ended without a text)")
-        marks = pictures.boxes(report.answer)
-        if marks:
-            name, info = report.names[marks[0].image], report.answer.media[marks[0].image]
-            note(f"(in pixels of {name}, {info.size[0]}x{info.size[1]}; /draw FILE draws it)")
-        for mark in marks:
-            note(f"  {_place(mark)}")
+        for line in pictures.places(report.answer, report.names, "/draw FILE draws it"):
+            note(line)
         for line in report.lines() if self.choices.verbose else ():
             note(line)
 
@@ -258,11 +256,3 @@ class Chat:
 def _picture(part: dict[str, Any]) -> pictures.Picture:
     """Return a picture by what stands for it in a message."""
     return pictures.Picture(part["name"], part[part["type"]], None if part["path"] is None else Path(part["path"]), part["type"])
-
-
-def _place(mark: Any) -> str:
-    """Return a box or point in words."""
-    from pyengine.chat.boxes import Box
-
-    at = f"{mark.x1:.0f},{mark.y1:.0f} to {mark.x2:.0f},{mark.y2:.0f}" if isinstance(mark, Box) else f"{mark.x:.0f},{mark.y:.0f}"
-    return f"{mark.label or '(no label)'}: {at}"

@@ -18,15 +18,20 @@ from pyengine.cli.talk import completion
 from pyengine.cli.answer import RATED
 from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.screen import note, printable
+from pyengine.cli.talk.terminal import typed_ahead
 
 HIGH, FULL = 75, 90                                            # percents of the context from which the number is coloured
 STYLE = Style.from_dict({"prompt": "bold ansigreen", "bottom-toolbar": "noreverse", "high": "bold ansiyellow", "full": "bold ansired"})
 
 
 class Editor:
-    """What is typed, a line or several: an instance takes the prompt to show and gives the text. Raises: EOFError at Ctrl-D."""
+    """What is typed, a line or several: an instance takes the prompt to show and gives the text. Raises: EOFError at Ctrl-D.
+
+    What was typed ahead of a Ctrl-C stands in the line and is not sent.
+    """
 
     def __init__(self, chat: Chat):
+        self._chat = chat
         keys = KeyBindings()
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
         keys.add("c-g")(lambda event: event.current_buffer.open_in_editor())
@@ -36,7 +41,9 @@ class Editor:
             prompt_continuation=lambda width, line, wraps: [("class:prompt", "    " if wraps else "... ")])
 
     def __call__(self, prompt: str) -> str:
-        return self._session.prompt([("class:prompt", prompt)])
+        begun = typed_ahead() if self._chat.stopped else ""
+        self._chat.stopped = False
+        return self._session.prompt([("class:prompt", prompt)], default=begun)
 
 
 def status(chat: Chat) -> list[tuple[str, str]]:

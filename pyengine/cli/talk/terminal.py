@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+_KEYS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?|[\x00-\x08\x0b\x0c\x0e-\x1f]", re.DOTALL)     # that write nothing
+_TAKEN_BACK = re.compile(r"[^\x7f]?\x7f")
 
 
 def width(stream: TextIO) -> int:
@@ -47,6 +51,24 @@ def quiet() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGCONT, resumed)
         termios.tcsetattr(fd, termios.TCSANOW, before)
+
+
+def typed_ahead() -> str:
+    """Take what has been typed and not read yet, in `quiet`, as text: Enter is a new line in it, but not at its end.
+
+    There is nothing where the input is no terminal, and on Windows.
+    """
+    if os.name == "nt" or not _ours():
+        return ""
+    import select
+
+    typed, fd = b"", sys.stdin.fileno()
+    while select.select([fd], [], [], 0)[0] and (more := os.read(fd, 4096)):
+        typed += more
+    text = _KEYS.sub("", typed.decode("utf-8", "ignore").replace("\r", "\n"))
+    while _TAKEN_BACK.search(text):
+        text = _TAKEN_BACK.sub("", text)
+    return text.rstrip("\n")
 
 
 def _ours() -> bool:
