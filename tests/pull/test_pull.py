@@ -458,3 +458,20 @@ def test_a_trickle_is_no_connection(server, monkeypatch):
     with pytest.raises(DownloadError, match="only 10 bytes came in"):
         pull("x")
     assert len(server.asked(paths["model"])) == download.RETRIES + 1
+
+
+def test_a_host_that_cannot_be_reached_is_named(monkeypatch):
+    import socket
+
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    web._opener.cache_clear()
+    try:
+        with pytest.raises(web.Broken, match=r"no connection to models\.example \(Name or service not known\)$"):
+            web.read("http://models.example/x?key=1", {}, 100)
+    finally:
+        web._opener.cache_clear()
