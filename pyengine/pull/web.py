@@ -47,7 +47,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         try:
             return super().http_error_302(req, fp, 307 if code == 308 else code, msg, headers)   # Python 3.10 knows no 308
         except URLError as error:
-            error.host = getattr(error, "host", new.hostname)    # of several redirects the last one's
+            if not isinstance(error, HTTPError):
+                error.host = getattr(error, "host", new.hostname)    # of several redirects the last one's
             raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
