@@ -32,7 +32,11 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise UnsupportedModelError(f"pyengine.lm_eval needs the harness: pip install lm_eval ({error})") from None
+    missing = f"pyengine.lm_eval needs the harness: pip install lm_eval ({error})"
+    if __name__ == "__main__":
+        print(missing, file=sys.stderr)
+        sys.exit(2)
+    raise UnsupportedModelError(missing) from None
 
 _log = logging.getLogger(__name__)
 

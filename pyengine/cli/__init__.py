@@ -123,8 +123,8 @@ def _first_words(incomplete: str) -> list[str]:
 
 
 ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, autocompletion=_names, help="A GGUF file, or a name from `list`.")]
-Context = Annotated[int | None, Option("--ctx", "-c", min=1, rich_help_panel="Memory and speed", help=(
-    "Size of the context in tokens (default: what the model was trained for, at most 32,768, or what fits)."))]
+Context = Annotated[int | None, Option("--ctx", "-c", min=0, callback=lambda n: n or None, rich_help_panel="Memory and speed", help=(
+    "Size of the context in tokens (default, or 0: what the model was trained for, at most 32,768, or what fits)."))]
 KvDtype = Annotated[str, Option("--kv-dtype", rich_help_panel="Memory and speed", help=(
     "Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values."))]
 Threads = Annotated[int | None, Option("--threads", "-t", min=1, callback=_check_threads, rich_help_panel="Memory and speed", help=(
@@ -272,7 +272,7 @@ def run(
         talk = chat.Chat(loaded, settings, system, raw or base, verbose, options)
         chat.run(talk, shown)
     else:
-        parts = question.settle(loaded.media is not None, loaded.file.path.name)
+        parts = question.settle(loaded.media is not None, loaded.plan.model)
         turns = [{"role": "system", "content": system}] if system else []
         whole = answer.Question([*turns, answer.user_message([*shown, *parts])], raw or base)
         print_it = answer.print_json if json else answer.print_jsonl if jsonl else answer.print_answer
@@ -454,8 +454,8 @@ def list_models(
 
     if json:
         screen.show_json(files.models())
-    elif not files.show_models(verbose):
-        screen.note("no models found: `pyengine-run pull NAME` fetches one; or set PYENGINE_MODELS to a folder of GGUF files")
+    else:
+        files.show_models(verbose)
 
 
 @commands.command(cls=Form)

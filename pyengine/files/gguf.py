@@ -44,6 +44,7 @@ MAX_AXES = 4                 # GGML_MAX_DIMS
 MAX_NAME_BYTES = 65535       # of keys, by the specification; held for tensors' names too
 SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")     # llama.cpp's gguf-split: numbers from 1
 
+CUT_LIMIT = 1 << 42          # bytes: a file that lacks more is rather damaged than cut off
 _HEADER_BYTES = 4 + 4 + 8 + 8
 _LEAST_KEY_BYTES = (8 + 1) + 4 + 1           # name of one byte, type, value of one byte
 _LEAST_TENSOR_BYTES = (8 + 1) + 4 + 4 + 8    # name of one byte, no axes, dtype, offset
@@ -100,9 +101,14 @@ class _Scanner:
     def fail(self, field: str, what: str, at: int | None = None) -> InvalidModelError:
         return InvalidModelError(f"{self.path}: {field}: {what}, at byte {self.pos if at is None else at}")
 
+    def ends(self, field: str, what: str, at: int | None = None, missing: int = CUT_LIMIT) -> InvalidModelError:
+        """Make the error for a file that ends too early, by `missing` bytes where that is known."""
+        how = f"cut off: {missing:,} bytes are missing" if missing < CUT_LIMIT else "cut off in its header, or damaged"
+        return self.fail(f"the file is {how}; download it again; {field}", what, at)
+
     def require(self, n_bytes: int, field: str) -> None:
         if n_bytes > self.size - self.pos:
-            raise self.fail(field, f"needs {n_bytes} bytes, and {self.size - self.pos} are left in the file")
+            raise self.ends(field, f"needs {n_bytes} bytes, and {self.size - self.pos} are left in the file")
         if n_bytes > self.n_read - self.pos:
             self.n_read = self.file.read_on(self.buffer, self.n_read, self.pos + n_bytes)
 
@@ -173,9 +179,9 @@ class _Scanner:
         self.pos = at[0]
         if n_whole < count:
             if self.pos > self.size - 8:
-                raise self.fail(f"{key}[{n_whole}]", "begins past the end of the file")
+                raise self.ends(f"{key}[{n_whole}]", "begins past the end of the file")
             past = self.pos + 8 + _U64.unpack_from(self.buffer, self.pos)[0] - self.size
-            raise self.fail(f"{key}[{n_whole}]", f"ends {past} bytes past the end of the file")
+            raise self.ends(f"{key}[{n_whole}]", f"ends {past} bytes past the end of the file")
         return found
 
     def _numbers(self, key: str, type: int, is_array: bool, count: int) -> _Value:
@@ -333,7 +339,7 @@ class _Part:
         scan = _Scanner(self.file)
         scan.require(_HEADER_BYTES, "header")
         if scan.buffer[:4] != MAGIC:
-            raise scan.fail("magic", f"is {scan.buffer[:4]!r}: this is not a GGUF file")
+            raise InvalidModelError(f"{path}: this is not a GGUF file: {_other(scan.buffer[:_HEADER_BYTES])}")
         scan.pos = 4
         self.version = _check_version(scan)
         at = scan.pos
@@ -382,13 +388,14 @@ class _Part:
             found[info.name] = info, where
         start = -(-scan.pos // self.alignment) * self.alignment          # of the data
         tensors = {}
+        missing = max((start + info.offset + info.nbytes for info, _ in found.values()), default=0) - scan.size
         for info, where in found.values():
             name, end = quoted(info.name), start + info.offset + info.nbytes
             if info.offset % self.alignment:
                 raise scan.fail(f"offset of {name}", f"is {info.offset}, no multiple of {self.alignment}", where)
             if end > scan.size:
-                raise scan.fail(f"offset of {name}", f"is {info.offset}: with {info.nbytes} bytes, and the data from "
-                                f"byte {start} on, it ends {end - scan.size} bytes past the end of the file", where)
+                raise scan.ends(f"offset of {name}", f"is {info.offset}: with {info.nbytes} bytes, and the data from "
+                                f"byte {start} on, it ends {end - scan.size} bytes past the end of the file", where, missing)
             tensors[info.name] = info._replace(offset=start + info.offset)
         end, before = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.offset):
@@ -548,6 +555,18 @@ class GGUFFile:
         if self._files is None:
             raise RequestError(f"{self.path}: is closed")
         return self._files[part]
+
+
+def _other(start: bytes) -> str:
+    """Say what a file is that begins so."""
+    begun = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if begun.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "it is a web page (HTML); download the file itself"
+    if begun.startswith(b"version https://git-lfs"):
+        return "it is the pointer of Git LFS to one; `git lfs pull` fetches the file itself"
+    if all(byte in b"\t\r\n" or byte >= 32 for byte in start):
+        return "it is text"
+    return f"it begins with the bytes {start[:4].hex(' ')}"
 
 
 def _check_version(scan: _Scanner) -> int:

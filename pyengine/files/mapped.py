@@ -45,7 +45,9 @@ class MappedFile:
             self._state = self._now()
             self.size = self._state[0]
             if self.size < least:
-                raise InvalidModelError(f"{path}: header: takes {least} bytes, the file ends at byte {self.size}")
+                what = "cut off, or no GGUF file" if self.size else "empty"
+                raise InvalidModelError(f"{path}: the file is {what}; download it again; header: takes {least} bytes, "
+                                        f"the file ends at byte {self.size}")
             self.buffer = mmap.mmap(self._file.fileno(), self.size, access=mmap.ACCESS_READ)
         except (FileNotFoundError, NotADirectoryError):
             raise ModelNotFoundError(f"{path}: no such file") from None

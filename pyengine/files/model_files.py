@@ -19,10 +19,11 @@ class Files(NamedTuple):
     mmproj: GGUFFile | None
     opened: tuple[GGUFFile, ...]           # the same by their own names, as they lie on disk
     modelfile: Modelfile = Modelfile()     # what Ollama's store says beside them
+    title: str = ""                        # the model's name in that store, where files are called by their digests
 
     @property
     def name(self) -> str:
-        return Path(self.model.path).name
+        return self.title or Path(self.model.path).name
 
 
 def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
@@ -42,4 +43,4 @@ def open_files(name: str | Path, mmproj: str | Path | None = None) -> Files:
     for encoder in opened[1:]:
         check_encoder(encoder)
     model, *encoders = map(translate, opened)
-    return Files(model, encoders[0] if encoders else None, opened, modelfile)
+    return Files(model, encoders[0] if encoders else None, opened, modelfile, found.title)

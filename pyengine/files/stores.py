@@ -35,6 +35,7 @@ MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
 MAX_LAYER_BYTES = 1 << 20          # of a text beside a model: a template has some KB
 MAX_DEPTH = 4                      # folders below one of $PYENGINE_MODELS
 PREFERRED_TAG = "Q4_K_M"
+SET_FOLDER = "set PYENGINE_MODELS to a folder of GGUF files"                  # what a user without any model can do
 HUB_HOSTS = ("hf.co", "huggingface.co", "www.huggingface.co")
 REGISTRY_HOSTS = ("ollama.com", "www.ollama.com", "registry.ollama.ai")
 
@@ -58,6 +59,11 @@ class FoundModel(NamedTuple):
     mmproj: Path | None = None
     aliases: tuple[str, ...] = ()      # other names that find it
     layers: Mapping[str, tuple[Path, ...]] = MappingProxyType({})            # other files by kind, for `read_modelfile`
+
+    @property
+    def title(self) -> str:
+        """The name, where the file is called by its digest; "" where its own name says what it is."""
+        return self.name if self.source == "Ollama" else ""
 
 
 class Modelfile(NamedTuple):
@@ -125,11 +131,13 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
     if begun:
         return begun[0]
     kind = "is a directory, and no model has that name" if _is_dir(path) else "no such file, and no model of that name"
-    searched = ", ".join(f"{source} ({folder})" for source, folder in _places()) or "nowhere: no such place exists"
+    places = ", ".join(f"{source} ({folder})" for source, folder in _places())
+    searched = f"searched {places}" if places else "no model folders found (looked for Ollama, Hugging Face, LM Studio, ./models and pyengine's own)"
+    missing = missing_folders() or ([] if places else [SET_FOLDER])
     closed = [problem.what for problem in problems if not problem.names] + _closed_places()
     refused = f"; refused: {'; '.join(closed[:3])}" if closed else ""
     near = nearest(name, [alias for model in seen for alias in (model.name, *model.aliases) if not alias.endswith(".gguf")])
-    raise ModelNotFoundError(f"{quoted(name)}: {kind}; searched {searched}{near}{refused}", name)
+    raise ModelNotFoundError(f"{quoted(name)}: {'; '.join([kind, searched, *missing])}{near}{refused}", name)
 
 
 def read_modelfile(found: FoundModel) -> Modelfile:
@@ -167,6 +175,12 @@ def read_modelfile(found: FoundModel) -> Modelfile:
 def list_models() -> list[FoundModel]:
     """Return every model in the places above, in their order, sorted by name within each."""
     return [model for source, folder in _places() for model in _in_place(source, folder, [])]
+
+
+def missing_folders() -> list[str]:
+    """Say which folders of $PYENGINE_MODELS are not there."""
+    given = [folder for folder in os.environ.get("PYENGINE_MODELS", "").split(os.pathsep) if folder]
+    return [f"PYENGINE_MODELS={folder}: no such folder" for folder in given if not _is_dir(Path(os.path.expanduser(folder)))]
 
 
 def hub_folder() -> Path:

@@ -44,9 +44,9 @@ class Nvidia:
             nvml = system.nvml()
         except ImportError:
             if driver:
-                system.note("NVIDIA: a driver is here, but its GPUs cannot be asked; install pyengine[nvidia]")
+                system.note("NVIDIA: a driver is here, but its GPUs cannot be asked; pip install nvidia-ml-py")
             else:
-                system.note("NVIDIA: GPUs are not looked for here without pyengine[nvidia]")
+                system.note("NVIDIA: GPUs are not looked for here without NVML; pip install nvidia-ml-py")
             return []
         try:
             nvml.nvmlInit()

@@ -63,8 +63,8 @@ def margin(free: int) -> int:
 
 
 def largest_context(m: ModelLayout) -> int | None:
-    """Return the largest context that fits, up to the trained one (or a larger one that was asked for); None if no step's rows do."""
-    return _largest_of(m, max(m.bound.n_ctx_train, m.sizes.n_ctx), m.host.free)
+    """Return the largest context that fits, up to the trained one; None if no step's rows do."""
+    return _largest_of(m, m.bound.n_ctx_train or m.sizes.n_ctx, m.host.free)
 
 
 def _least_context(m: ModelLayout) -> int:
@@ -189,23 +189,31 @@ def _rounded_down(n_ctx: int) -> int:
 
 
 def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternative]:
-    """Find the three nearest settings that fit, each of them planned: one change first, then a smaller context with others."""
+    """Find the three nearest settings that fit, each of them planned: one change first, then a smaller context with others.
+
+    None has a context beyond the trained one; where that fits with nothing else changed, it is the only one.
+    """
     found: list[Alternative] = []
     smaller: list[dict[str, Any]] = []
     machine, was = hardware.detect(), refused.plan
+    beyond = 0 < bound.n_ctx_train < was.n_ctx
+    start: dict[str, Any] = {"n_ctx": bound.n_ctx_train} if beyond else {}
 
     def fits(**changes: Any) -> bool:
-        """Plan with these changes; note it if it fits."""
+        """Plan with these changes, of the context as trained at most; note it if it fits."""
+        settings = {**start, **changes}
         try:
-            plan_ = fit(bound, replace(want, **{"n_ctx": was.n_ctx, **changes}), machine).plan
+            plan_ = fit(bound, replace(want, **{"n_ctx": was.n_ctx, **settings}), machine).plan
         except UnsupportedModelError:                        # a format of the cache that does not suit its heads
             return False
         if plan_.fits:
-            found.append(Alternative(changes, plan_.total))
+            found.append(Alternative(settings, plan_.total))
         elif plan_.max_ctx and "n_ctx" not in changes and changes:
             smaller.append({**changes, "n_ctx": _rounded_down(plan_.max_ctx)})
         return plan_.fits
 
+    if beyond and fits(**start):
+        return found
     experts = any(r.sparse for stage in refused.layout.stages for r in stage.prepared.residents.values())
     if experts and want.parts and len(want.parts) > 1 and want.expert_device is None:
         for where in want.parts:
@@ -228,7 +236,8 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
         if len(found) < 3 and fits(device=device):
             break
     for part in (2, 4, 8, 16) if want.parts else ():
-        if len(found) < 3 and was.n_ctx // part >= 512 and fits(n_ctx=was.n_ctx // part):
+        n_ctx = start.get("n_ctx", was.n_ctx) // part
+        if len(found) < 3 and n_ctx >= 512 and fits(n_ctx=n_ctx):
             break
     for changes in smaller[:]:
         if len(found) < 3:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException, HTTPMessage, HTTPResponse
+from ssl import SSLError
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urljoin, urlsplit
@@ -43,7 +44,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http") or not new.hostname:
             raise DownloadError(f"{_shown(req.full_url)}: redirects to {_shown(to)}, which is refused: "
                                 f"only https{' and http are' if old.scheme == 'http' else ' is'} followed")
-        return super().http_error_302(req, fp, 307 if code == 308 else code, msg, headers)   # Python 3.10 knows no 308
+        try:
+            return super().http_error_302(req, fp, 307 if code == 308 else code, msg, headers)   # Python 3.10 knows no 308
+        except URLError as error:
+            if not isinstance(error, HTTPError):
+                error.host = getattr(error, "host", new.hostname)    # of several redirects the last one's
+            raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
@@ -88,7 +94,10 @@ def answer(url: str, headers: Mapping[str, str]) -> Iterator[HTTPResponse]:
         with error:
             raise Refused(f"{_shown(url)}: the server answers {error.code} {_clean(error.reason)}", error.code, error.headers) from None
     except URLError as error:
-        raise Broken(f"{_shown(url)}: {_clean(getattr(error.reason, 'strerror', None) or error.reason)}") from None
+        why = _clean(getattr(error.reason, "strerror", None) or error.reason)
+        if isinstance(error.reason, OSError) and not isinstance(error.reason, SSLError):
+            why = f"no connection to {getattr(error, 'host', None) or urlsplit(url).hostname} ({why})"
+        raise Broken(f"{_shown(url)}: {why}") from None
     except (OSError, HTTPException) as error:                # from the headers, and from the body while it is read
         raise Broken(f"{_shown(url)}: {_clean(error) or type(error).__name__}") from None
     except ValueError as error:                              # a URL, or sizes of pieces, that are none

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,7 +295,31 @@ def test_verbose_tells_speed_and_memory(model, capsys) -> None:
     assert execute(["m", "twenty", "-v"]) == 0
     after_first = float(re.search(r"answer 20 tokens, ([\d.]+) tokens/s", capsys.readouterr().err)[1])
     assert 20 < after_first < 110  # 19 pieces in 0.19 s and a little more
-    assert re.search(r"memory: planned 3\.0 MiB and 0 bytes mapped, resident \d+\.\d [MG]iB", err)
+    assert re.search(r"memory: planned 3\.0 MiB and 0 bytes mapped, resident \d+\.\d [MG]iB\n", err)
+    model.plan = replace(model.plan, decoding=1 << 30)
+    model.stats["image_misses"] = 1
+    model.stats |= {"image_hits": 0, "image_cache_bytes": 0}
+    assert execute(["m", "Q", "-v"]) == 0
+    assert re.search(r"iB \(reading a picture took up to 1\.0+ GiB more for a moment\)\n", capsys.readouterr().err)
+
+
+def test_a_folder_of_models_that_is_not_there_is_named(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("OLLAMA_MODELS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pyengine.files.stores._OLLAMA_SERVICE", str(tmp_path / "none"))
+    monkeypatch.setenv("PYENGINE_MODELS", "/nonexistent")
+    for command in (["list"], ["show", "x"]):
+        execute(command)
+        err = capsys.readouterr().err
+        assert "PYENGINE_MODELS=/nonexistent: no such folder" in err and "set PYENGINE_MODELS" not in err
+    monkeypatch.delenv("PYENGINE_MODELS")
+    assert execute(["list"]) == 0 and "or set PYENGINE_MODELS to a folder" in capsys.readouterr().err
+    assert execute(["show", "x"]) == 2
+    err = capsys.readouterr().err
+    assert "no model folders found (looked for Ollama, Hugging Face," in err and "; set PYENGINE_MODELS to a folder" in err
 
 
 def test_json_answer(model, capsys) -> None:
@@ -1018,6 +1042,7 @@ def test_list_marks_what_does_not_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("PYENGINE_MODELS", str(tmp_path))
     assert execute(["list"]) == 0
     out = capsys.readouterr().out
+    assert out.split()[:5] == ["NAME", "SIZE", "ARCHITECTURE", "SEES", "MODIFIED"]
     assert re.search(r"other .* perceptron \(does not run\) ", out) and re.search(r"cut .* unreadable ", out)
 
 
@@ -1044,6 +1069,9 @@ def test_show_lists_what_ollama_keeps_beside_a_model(tiny_gguf, tmp_path, monkey
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / ".ollama/models"))
     assert execute(["show", "pirate"]) == 0
     out = capsys.readouterr().out
+    assert re.search(r"^name +pirate:latest", out) and re.search(r"runs here +yes, .* with a context of 64\n", out)
+    assert execute(["plan", "pirate"]) == 0
+    assert (planned := capsys.readouterr().out).startswith("pirate:latest: context 64,") and "sha256" not in planned
     section = out[out.index("\nModelfile (Ollama)\n") : out.index("\nTensors\n")]
     for words in ("  system     You are a pirate.", "  parameter  temperature 0.5", "  parameter  stop x, y", "  parameter  num_ctx 64",
                   "  template   13 characters of Go's syntax", "  message    user: Ho", "  license    A license\n"):

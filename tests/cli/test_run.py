@@ -444,11 +444,13 @@ def test_parameters_of_a_modelfile_are_defaults(model, tmp_path, monkeypatch, ca
     assert model.loaded[-1][2]["n_ctx"] == 48 and model.calls[-1][2:] == (17, None, {})
     assert execute(["pir", "Q", "--ctx", "32", "-n", "-1"]) == 0
     assert model.loaded[-1][2]["n_ctx"] == 32 and model.calls[-1][2] is None
+    assert execute(["pirate", "Q", "-c", "0"]) == 0 and model.loaded[-1][2]["n_ctx"] == 48       # from the model, as in llama.cpp
     assert capsys.readouterr().err == "(pirate:latest)\n"
     asked_for: list[int | None] = []
     monkeypatch.setattr("pyengine.memory.fit.plan", lambda name, n_ctx=None, **more: asked_for.append(n_ctx) or (_ for _ in ()).throw(
         RequestError("enough")))
     assert execute(["plan", "pirate"]) == execute(["plan", "pirate", "--ctx", "9"]) == 2 and asked_for == [48, 9]
+    assert execute(["plan", "pirate", "-c", "0"]) == 2 and asked_for[-1] == 48
     capsys.readouterr()
     (tmp_path / "blobs" / f"sha256-{'b' * 64}").write_text('{"num_ctx": "large", "num_predict": -2}')
     assert execute(["pirate", "Q"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -218,3 +219,10 @@ def test_the_harness_s_own_model_gives_the_same(model, tiny_gguf, kind: str) -> 
     assert lm.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-6, abs=1e-4)
     tasks = [asked("the quick", {"until": ["\n\n"], "max_gen_toks": 8}), asked("a lazy dog " * 20, {"until": ["e"], "max_gen_toks": 8})]
     assert lm.generate_until(tasks) == [theirs.generate_until([t])[0] for t in tasks]
+
+
+def test_its_command_without_the_harness_says_so_in_a_line() -> None:
+    code = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('pyengine.lm_eval', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("pyengine.lm_eval needs the harness: pip install lm_eval (")
+    assert done.stderr.count("\n") == 1

@@ -547,11 +547,29 @@ def test_versions_and_byte_order(tmp_path):
         GGUFFile(path)
 
 
+def test_a_file_that_is_cut_off_says_so_and_what_is_missing(tmp_path):
+    path, whole = tmp_path / "m.gguf", with_fields()
+    path.write_bytes(whole)
+    ends = max(t.offset + t.nbytes for t in GGUFFile(path).tensors.values())
+    for n_bytes in (1, 10, 100):
+        path.write_bytes(whole[:ends - n_bytes])
+        with pytest.raises(InvalidModelError, match=f"m.gguf: the file is cut off: {n_bytes} bytes are missing; download it again; "):
+            GGUFFile(path)
+    for kept in (24, WHOLE.at["one.offset"]):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(InvalidModelError, match="number of|the file is cut off in its header, or damaged; download it again; "):
+            GGUFFile(path)
+
+
 def test_what_is_no_gguf_file(tmp_path):
     path = tmp_path / "m.gguf"
-    for content, says in ((b"", "header: takes 24 bytes, the file ends at byte 0"), (b"GGUF", "ends at byte 4"),
-                          (b"PK\x03\x04" + bytes(100), r"magic: is b'PK\\x03\\x04': this is not .*, at byte 0"),
-                          (b"FUGG" + bytes(100), "magic")):
+    no_gguf = "this is not a GGUF file: "
+    for content, says in ((b"", "the file is empty; .* header: takes 24 bytes, the file ends at byte 0"), (b"GGUF", "ends at byte 4"),
+                          (b"PK\x03\x04" + bytes(100), f"{no_gguf}it begins with the bytes 50 4b 03 04$"),
+                          (b"\n<!DOCTYPE html><html></html>", f"{no_gguf}it is a web page"), (b"\xef\xbb\xbf<html>" + b"x" * 30, "web page"),
+                          (b"version https://git-lfs.github.com/spec/v1", f"{no_gguf}it is the pointer of Git LFS"),
+                          ("Größe: 1, und noch mehr davon".encode(), f"{no_gguf}it is text$"),
+                          (b"FUGG" + bytes(100), f"{no_gguf}it begins with")):
         path.write_bytes(content)
         with pytest.raises(InvalidModelError, match=says):
             GGUFFile(path)

@@ -581,7 +581,7 @@ def test_nvidia_gpus_that_cannot_be_asked_are_left_out_and_named(tmp_path) -> No
         found, system = nvidia(tmp_path, "a100-mig", fails)
         assert found == [] and said in system.notes[0]
     system = made(tmp_path, "/proc/driver/nvidia/version:NVRM")
-    assert gpu.Nvidia(system, Memory(1, 1)).detect() == [] and "pyengine[nvidia]" in system.notes[0]
+    assert gpu.Nvidia(system, Memory(1, 1)).detect() == [] and "pip install nvidia-ml-py" in system.notes[0]
 
 
 def test_without_a_driver_nvml_is_not_touched(tmp_path) -> None:

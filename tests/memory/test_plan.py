@@ -146,6 +146,22 @@ def test_the_default_context_has_a_limit_and_a_given_one_has_not(files, machine)
     assert "200,000 is more than the 131,072 positions" in pe.plan(path, n_ctx=200_000).table()
 
 
+def test_no_context_beyond_the_trained_one_is_proposed(files, machine) -> None:
+    path, _ = files["gemma-12b"]
+    machine(200 * GIB)
+    plan = pe.plan(path, n_ctx=131_073)
+    assert plan.fits and plan.n_ctx == 131_073 and plan.max_ctx == 131_072
+    machine(60 * GIB)
+    plan = pe.plan(path, n_ctx=4_096_000, nearest=True)
+    assert not plan.fits and plan.n_ctx == 4_096_000 and plan.max_ctx == 131_072
+    assert [a.settings for a in plan.alternatives] == [{"n_ctx": 131_072}]
+    machine(10 * GIB)
+    plan = pe.plan(path, n_ctx=4_096_000, nearest=True)
+    assert not plan.fits and plan.max_ctx < 131_072 and plan.alternatives
+    for a in plan.alternatives:
+        assert a.settings["n_ctx"] <= 131_072 and pe.plan(path, **a.settings).total == a.total
+
+
 def test_the_default_context_leaves_a_margin_and_is_a_round_number(files, machine) -> None:
     """A few bytes more or less free give the same number; what is left can hold a picture while it is read."""
     path, mmproj = files["gemma-12b"]

@@ -458,3 +458,27 @@ def test_a_trickle_is_no_connection(server, monkeypatch):
     with pytest.raises(DownloadError, match="only 10 bytes came in"):
         pull("x")
     assert len(server.asked(paths["model"])) == download.RETRIES + 1
+
+
+def test_a_host_that_cannot_be_reached_is_named(server, monkeypatch):
+    import socket
+
+    known = socket.getaddrinfo
+
+    def unknown(host, *more, **named):
+        if host == "127.0.0.1":
+            return known(host, *more, **named)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    web._opener.cache_clear()
+    try:
+        with pytest.raises(web.Broken, match=r"no connection to models\.example \(Name or service not known\)$"):
+            web.read("http://models.example/x?key=1", {}, 100)
+        server.pages["/moved"] = Page(status=302, headers={"Location": "http://models.example/x"})
+        with pytest.raises(web.Broken, match=r"127\.0\.0\.1:\d+/moved: no connection to models\.example "):
+            web.read(f"{server.url}/moved", {}, 100)
+    finally:
+        web._opener.cache_clear()

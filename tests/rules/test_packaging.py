@@ -20,12 +20,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOLD = [p for top in ("pyengine", "bench", "converters", "tests", "docs", "release") for end in ("py", "md") for p in (ROOT / top).rglob(f"*.{end}")]
 TOLD += [ROOT / "README.md", ROOT / "Makefile"]
 _INSTALL = re.compile(r"pip install ((?:-\S+ )*)['\"]?(pyengine[\w-]*|\{DISTRIBUTION\})(?:\[(\w+)\])?")
+_EXTRA = re.compile(r"\bpyengine\[[a-z]+\]")
 
 
 def wrong_names(text: str, extras: set[str]) -> list[str]:
-    """Advice to install another project's `pyengine`, or an extra that there is not. "do not `pip install pyengine`" is none."""
+    """Advice to install another project's `pyengine`, with or without "pip install", or an extra that there is not. "do not `pip install pyengine`" is none."""
     return [m[0] for m in _INSTALL.finditer(text) if not text[: m.start()].endswith("do not `")
-            and (m[2] not in (pyengine.DISTRIBUTION, "{DISTRIBUTION}") or m[3] and m[3] not in extras)]
+            and (m[2] not in (pyengine.DISTRIBUTION, "{DISTRIBUTION}") or m[3] and m[3] not in extras)] + _EXTRA.findall(text)
 
 
 def test_every_message_names_our_distribution() -> None:
@@ -35,7 +36,8 @@ def test_every_message_names_our_distribution() -> None:
 
 
 def test_another_name_is_found() -> None:
-    assert wrong_names("pip install pyengine[bench]", {"bench"}) and wrong_names("`pip install 'pyengine-local[fast]'`", {"bench"})
+    assert wrong_names("it needs pyengine[bench]", {"bench"}) and wrong_names("pip install pyengine[bench]", {"bench"})
+    assert wrong_names("`pip install 'pyengine-local[fast]'`", {"bench"})
     assert wrong_names("pip install 'pyengine-local[bench]', do not `pip install pyengine`, pip install '{DISTRIBUTION}[bench]'", {"bench"}) == []
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pyengine.cli.screen import show, show_columns, size
+from pyengine.cli.screen import note, PROGRAM, show, show_columns, size
 from pyengine.errors import PyEngineError
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS, translate
 from pyengine.files.gguf import GGUFFile, Metadata
-from pyengine.files.stores import FoundModel, list_models, look_up, Modelfile, read_modelfile
+from pyengine.files.stores import FoundModel, list_models, look_up, missing_folders, Modelfile, read_modelfile, SET_FOLDER
 
 SHOWN_ELEMENTS = 8                   # of a long array
 SHOWN_CHARACTERS = 200               # of a long text
@@ -46,6 +46,7 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
             nbytes[t.dtype.name] += t.nbytes
         return {
             "name": _plain(meta, "general.name"),
+            "title": found.title or None,
             "path": str(file.path),
             "files": [str(p) for p in file.paths],
             "projector": None if projector is None else str(projector),
@@ -72,6 +73,7 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
 
 def _abilities(name: str, mmproj: str | None, meta: Metadata) -> dict[str, Any]:
     """Say whether the model runs here, in what memory, and what it takes and gives: by binding and planning it, and by its template."""
+    from pyengine.cli.answer import recommended
     from pyengine.files.model_files import open_files
     from pyengine.memory import fit
     from pyengine.memory.settings import Settings
@@ -81,7 +83,7 @@ def _abilities(name: str, mmproj: str | None, meta: Metadata) -> dict[str, Any]:
     told = [word for word, pattern in (("tools", _TOOLS), ("thinking", _THINKING)) if isinstance(template, str) and pattern.search(template)]
     try:
         bound = bind(open_files(name, mmproj))
-        plan = fit.fit(bound, Settings()).plan
+        plan = fit.fit(bound, Settings(recommended(name).get("num_ctx"))).plan
     except PyEngineError as error:
         return {"can": [], "runs": False, "why_not": str(error), "template_takes": told}
     kinds = {"image": "pictures", "video": "videos"}
@@ -116,7 +118,8 @@ def show_model(name: str, mmproj: str | None = None) -> None:
         return "not given" if value is None else value
 
     tokenizer = f"{d['tokenizer']} ({d['pre_tokenizer']})" if d["pre_tokenizer"] else known(d["tokenizer"])
-    rows = [("name", known(d["name"])), *(("file", f) for f in d["files"]), ("architecture", known(d["architecture"])),
+    name = d["name"] if not d["title"] else f"{d['title']} ({d['name']})" if d["name"] else d["title"]
+    rows = [("name", known(name)), *(("file", f) for f in d["files"]), ("architecture", known(d["architecture"])),
             ("size", size(d["file_bytes"])), ("parameters", f"{d['n_parameters']:,}")]
     if d["architecture"] != ENCODER:
         context = f"{d['n_ctx']:,}" if isinstance(d["n_ctx"], int) else known(d["n_ctx"])
@@ -129,7 +132,8 @@ def show_model(name: str, mmproj: str | None = None) -> None:
             rows.append(("sampling", ", ".join(f"{key} {_line(value)}" for key, value in d["sampling"].items())))
     if e := d["encoder"]:
         shape = f"{known(e['block_count'])} blocks of width {known(e['embedding_length'])}"
-        where = f"{size(e['bytes'])} in {Path(e['path']).name}"
+        file = "a file of the store" if d["title"] else Path(e["path"]).name
+        where = f"{size(e['bytes'])} in {file}"
         patch = f"patches of {known(e['patch_size'])}"
         rows.append(("image encoder", f"{known(e['projector_type'])}: {shape}, {patch}, {where}"))
     show_columns(rows)
@@ -203,18 +207,21 @@ def _glance(found: FoundModel) -> dict[str, Any]:
     return {"architecture": arch, "sees": sees, "runs": runs(arch) and not adapters, "modified": int(found.path.stat().st_mtime)}
 
 
-def show_models(verbose: bool = False) -> bool:
-    """Print the models that can be named on this machine, with their files if `verbose`; returns False if there are none."""
-    found = models()
+def show_models(verbose: bool = False) -> None:
+    """Print the models that can be named on this machine, with their files if `verbose`; say what to do where there are none."""
+    found, missing = models(), missing_folders()
+    for text in missing:
+        note(text)
+    if not found:
+        note(f"no models found: `{PROGRAM} pull NAME` fetches one{'' if missing else f'; or {SET_FOLDER}'}")
     if found:
         more = ("SOURCE", "PATH") if verbose else ()
-        rows = [("NAME", "SIZE", "ARCHITECTURE", "SEES", "FROM", *more)]
+        rows = [("NAME", "SIZE", "ARCHITECTURE", "SEES", "MODIFIED", *more)]
         for m in found:
             arch = "unreadable" if m["architecture"] is None else f"{m['architecture']}{'' if m['runs'] else ' (does not run)'}"
             rows.append((m["name"], size(m["bytes"]), arch, "pictures" if m["sees"] else "-",
                          time.strftime("%Y-%m-%d", time.localtime(m["modified"])), *((m["source"], m["path"]) if verbose else ())))
         show_columns(rows, right=(1,))
-    return bool(found)
 
 
 def _plain(meta: Metadata, key: str) -> Any:
