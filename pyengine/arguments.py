@@ -74,6 +74,7 @@ def near_name(name: str, names: Sequence[str]) -> str:
     """Return an error's end: the names that may be meant by `name`, or else all that there are."""
     other = _ELSEWHERE.get(name)
     near = [other] if other in names else [n for n in names if min(len(n), len(name)) > 2 and (n.startswith(name) or name.startswith(n))]
+    near.sort(key=len)                                       # "temp": temperature before template_options
     return f"; near: {', '.join(near)}" if near else nearest(name, names) or f"; there are {', '.join(names)}"
 
 

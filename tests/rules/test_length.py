@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sources import functions, package, read, Source
 
 LINES, FUNCTION, PARAMETERS = 650, 60, 8
-DOORS = ("pyengine/engine/load.py: load", "pyengine/memory/fit.py: plan")       # what users call with everything they may ask for
+DOORS = ("pyengine/engine/load.py: load", "pyengine/memory/fit.py: plan", "pyengine/engine/model.py: Model.submit")       # what users call with everything they may ask for
 
 
 def decorated(node: ast.FunctionDef | ast.AsyncFunctionDef, *names: str) -> bool:
