@@ -27,6 +27,8 @@ def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], a
     taken = app.listen(host, port)
     if not api_keys and not taken.getsockname()[0] in ("127.0.0.1", "::1"):
         note("note: other machines can reach this server, and it asks for no key: --api-key KEY")
+    from pyengine.memory.plan import amount
+
     served = []
     for name in names:
         print(f"loading {name}", file=sys.stderr, flush=True)
@@ -34,7 +36,7 @@ def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], a
     found = models.Models(served).all
     for s in found:
         pictures = ", pictures" if s.model.media is not None else ""
-        print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}, {s.model.plan.total / 2**30:.2f} GiB", file=sys.stderr)
+        print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}, {amount(s.model.plan.total)}", file=sys.stderr)
     address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
     print(f"serving at {address} (OpenAI: {address}/v1; Ollama: {address}); Ctrl-C ends", file=sys.stderr, flush=True)
     app.serve(app.application(found, api_keys, hosts, origins), taken, *(tls or ()))

@@ -101,6 +101,11 @@ def find_model(name_or_path: str | os.PathLike[str]) -> Path | list[Path]:
     return found.path if found.mmproj is None else [found.path, found.mmproj]
 
 
+def _several(what: str, models: Sequence[FoundModel]) -> ModelNotFoundError:
+    """Make the error of a name that several models have."""
+    return ModelNotFoundError(f"{what}; choose one of: " + ", ".join(_shown(model, models) for model in models[:20]))
+
+
 def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
     """Return a model by its path or its name.
 
@@ -116,8 +121,7 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
         models = _in_place(source, folder, problems)
         matches = _matches(name, models)
         if len(matches) > 1:
-            raise ModelNotFoundError(f"{quoted(name)} fits {len(matches)} models of {source}; choose one of: "
-                                     + ", ".join(_shown(model, matches) for model in matches[:20]))
+            raise _several(f"{quoted(name)} fits {len(matches)} models of {source}", matches)
         if matches:
             return matches[0]
         seen += models
@@ -126,8 +130,7 @@ def look_up(name_or_path: str | os.PathLike[str]) -> FoundModel:
         raise ModelNotFoundError(f"{quoted(name)} is there, but cannot be used: {'; '.join(damaged[:3])}")
     begun = _beginning_with(name, seen)
     if len(begun) > 1:
-        raise ModelNotFoundError(f"{quoted(name)} begins the names of {len(begun)} models; choose one of: "
-                                 + ", ".join(_shown(model, begun) for model in begun[:20]))
+        raise _several(f"{quoted(name)} begins the names of {len(begun)} models", begun)
     if begun:
         return begun[0]
     kind = "is a directory, and no model has that name" if _is_dir(path) else "no such file, and no model of that name"

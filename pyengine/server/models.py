@@ -38,7 +38,7 @@ class Served:
         """What it is, in Ollama's words: format, families, parameters, quantization."""
         meta, file = self.model.file.metadata, self.model.file
         arch = str(meta.get("general.architecture", ""))
-        n = sum(_elements(t.shape) for t in file.tensors.values())
+        n = sum(t.n_elements for t in file.tensors.values())
         return {"parent_model": "", "format": "gguf", "family": arch, "families": [arch], "quantization_level": self._quantization,
                 "parameter_size": f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"}
 
@@ -67,13 +67,6 @@ class Served:
     def submit(self, client: str, **request: Any) -> Handle:
         """Queue a request; its messages may show no file of this machine. Raises as `Model.submit`."""
         return self.model.submit(client=client, media_policy=REMOTE, **request)
-
-
-def _elements(shape: Sequence[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
 
 
 class Models:

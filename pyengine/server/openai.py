@@ -9,6 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from starlette.requests import Request
@@ -215,7 +216,7 @@ class _Completion(_Interface):
         if not self.with_logprobs:
             return None
         texts = [self._token(s.token, s.logprob)["token"] for s in sampled]
-        starts = [sum(map(len, texts[:i])) for i in range(len(texts))]
+        starts = list(accumulate(map(len, texts), initial=0))[:-1]
         return {"tokens": texts, "token_logprobs": [s.logprob for s in sampled], "text_offset": starts,
                 "top_logprobs": [{self._token(t, p)["token"]: p for t, p in s.top} for s in sampled]}
 
