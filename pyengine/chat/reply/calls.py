@@ -72,6 +72,7 @@ class Calls(ABC):
 
     marks: tuple[str, ...] = ()           # texts of tokens that the decoder is asked to write
     bare = False
+    shows_results = False                 # templates that do not know calls show their results none the less
 
     def __init__(self, source: str, spell: Spell):
         self.source = source
@@ -211,7 +212,13 @@ def quoted(text: str) -> str:
 
 def schema_rules(tools: Sequence[Tool]) -> str:
     """Return rules `args_0`, `args_1` and so on: the arguments of each tool as a JSON object."""
-    return "".join(f"args_{i}: {json_rule(tool.parameters)}\n" for i, tool in enumerate(tools))
+    return "".join(f"args_{i}: {json_rule(_closed(tool.parameters))}\n" for i, tool in enumerate(tools))
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema of arguments that takes only those it names, where it leaves that open: nobody waits for others."""
+    open_ended = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "unevaluatedProperties"} & schema.keys()
+    return schema if open_ended else {**schema, "additionalProperties": False}
 
 
 def call_rules(tools: Sequence[Tool], arguments: str = "arguments", more: str = "") -> str:

@@ -86,14 +86,14 @@ class Coder(Calls):
         """Give the grammar of one unit, or of a whole reply of calls."""
         lines = ['start: /\\n{0,2}/ unit ("\\n" unit)*' if many else "start: unit",
                  f'unit: ({literal("<tool_call>")} "\\n")? "<function=" call "</function>\\n" {literal("</tool_call>")}', alternatives("call", len(tools))]
+        end = quoted("\n</parameter>\n")
         for i, tool in enumerate(tools):
             properties = arguments_of(tool)
-            items = [(f"{quoted(f'<parameter={name}>' + chr(10))} call_{i}_{n} {quoted(chr(10) + '</parameter>' + chr(10))}", needed)
-                     for n, (name, _, needed) in enumerate(properties)]
+            items = [(f"{quoted(f'<parameter={name}>' + chr(10))} call_{i}_{n}", needed) for n, (name, _, needed) in enumerate(properties)]
             lines += [f"call_{i}: {quoted(tool.name + '>' + chr(10))} call_{i}_o0", *ordered(f"call_{i}_o", items, "")]
             for n, (_, schema, _) in enumerate(properties):
                 rule = f"call_{i}_{n}"
-                lines += text_rules(rule, schema, "</parameter>") if is_text(schema) else [f"{rule}: {json_value(schema, tool)}"]
+                lines += text_rules(rule, schema, "</parameter>", end) if is_text(schema) else [f"{rule}: {json_value(schema, tool)} {end}"]
         return "\n".join(lines) + "\n"
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

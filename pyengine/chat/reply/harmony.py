@@ -15,6 +15,7 @@ from pyengine.chat.reply.calls import Calls, Literal, one_at_a_time, quoted, sch
 from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import read_value
 from pyengine.chat.reply.reading import BLANKS, TapeReader
+from pyengine.chat.reply.schema import text_rules
 from pyengine.chat.reply.tape import Malformed, Reading, stops
 from pyengine.chat.reply.tools import Tool
 
@@ -44,10 +45,10 @@ class Harmony(Calls):
         calls = " | ".join(f"call_{i}" for i in range(len(tools)))
         lines = [f"start: thinking? ({start} \"assistant\")? ({calls})" if many else f"start: {calls}"]
         if many:
-            lines += [f'thinking: {channel} "analysis" {message} TEXT {end}', "TEXT: /(?s:.*)/ & ~/(?s:.*)<\\|end\\|>(?s:.*)/"]
+            lines += [f'thinking: {channel} "analysis" {message} thought', *text_rules("thought", {}, MARKS[1], end)]
         for i, tool in enumerate(tools):
             to = quoted(f" to=functions.{tool.name}")
-            lines.append(f'call_{i}: ({channel} "commentary" {to} " "? | {to} {channel} "commentary" " "?) ({constrain}? "json")? {message} args_{i}')
+            lines.append(f'call_{i}: ({channel} "commentary" {to} | {to} {channel} "commentary") (" " {constrain}? "json")? {message} args_{i}')
         return "\n".join(lines) + "\n" + schema_rules(tools)
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

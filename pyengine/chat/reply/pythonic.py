@@ -79,6 +79,7 @@ class Liquid(Pythonic):
 
     marks = ("<|tool_call_start|>", "<|tool_call_end|>")
     bare = False
+    shows_results = True
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
@@ -202,7 +203,9 @@ def _read_escape(tape: Tape) -> Reading[str]:
 
 
 def _written(name: str, arguments: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    words = {True: "True", False: "False", None: "None"}
+    values = {key: words[value] if value is None or isinstance(value, bool) else json.dumps(value, ensure_ascii=False) for key, value in arguments.items()}
+    return f"{name}({', '.join(f'{key}={text}' for key, text in values.items())})"
 
 
 def _value(schema: Mapping[str, Any], tool: Tool) -> str:

@@ -61,22 +61,31 @@ def is_text(schema: Any) -> bool:
     return bool(values) and all(isinstance(value, str) for value in values)
 
 
-def text_rules(rule: str, schema: Mapping[str, Any], without: str) -> list[str]:
-    """Return rules for texts of a schema that stand unquoted, and so must not hold the text that ends them."""
+def text_rules(rule: str, schema: Mapping[str, Any], without: str, closing: str) -> list[str]:
+    """Return rules for texts of a schema that stand unquoted, with the fragment that closes them: they must not hold `without`.
+
+    A literal that closes is part of the texts' terminal, since nothing else would say where a text ends.
+    """
     values = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
     if values is not None:
-        return [f"{rule}: {' | '.join(json.dumps(value, ensure_ascii=False) for value in values if isinstance(value, str))}"]
-    parts = [f"~/(?s:.*){_regex(without)}(?s:.*)/"]
+        return [f"{rule}: ({' | '.join(json.dumps(value, ensure_ascii=False) for value in values if isinstance(value, str))}) {closing}"]
+    parts = ["/(?s:.*)/", f"~/(?s:.*){_regex(without)}(?s:.*)/"]
     if "minLength" in schema or "maxLength" in schema:
         parts.append(f"/(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})/")
     if "pattern" in schema:
-        pattern = schema["pattern"]
-        before, after = "" if pattern.startswith("^") else "(?s:.*)", "" if pattern.endswith("$") else "(?s:.*)"
-        body = pattern.removeprefix("^")
-        body = (body[:-1] if body.endswith("$") and not body.endswith("\\$") else body).replace("/", "\\/")
-        parts.append(f"/{before}(?:{body}){after}/")
+        parts.append(f"/{_anchored(schema['pattern'])}/")
     terminal = rule.upper()
-    return [f"{rule}: {terminal}", f"{terminal}: /(?s:.*)/ & {' & '.join(parts)}"]
+    inside = closing if closing.startswith('"') else ""
+    return [f"{rule}: {terminal} {'' if inside else closing}", f"{terminal}: ({' & '.join(parts)}) {inside}"]
+
+
+def _anchored(pattern: str) -> str:
+    """Return a schema's pattern, which is searched for, as one of whole texts."""
+    before, after = "" if pattern.startswith("^") else "(?s:.*)", "(?s:.*)"
+    body = pattern.removeprefix("^")
+    if body.endswith("$") and not body.endswith("\\$"):
+        body, after = body[:-1], ""
+    return f"{before}(?:{body}){after}".replace("/", "\\/")
 
 
 def _regex(text: str) -> str:
@@ -144,8 +153,8 @@ class Notation:
         return '"null"'
 
     def _text(self, name: str, schema: Mapping[str, Any], where: str) -> str:
-        self.lines += text_rules(f"{name}_t", schema, self._without)
-        return f"{self._quote} {name}_t {self._quote}"
+        self.lines += text_rules(f"{name}_t", schema, self._without, self._quote)
+        return f"{self._quote} {name}_t"
 
     def _array(self, name: str, schema: Mapping[str, Any], where: str) -> str:
         least, most = schema.get("minItems", 0), schema.get("maxItems")
@@ -185,12 +194,12 @@ class Notation:
         if not self._any:
             self._any = self._new()
             text = f"{self._any}_t"
-            self.lines += text_rules(text, {}, self._without)
+            self.lines += text_rules(text, {}, self._without, self._quote)
             anything, item = self._any, f'/[A-Za-z_][A-Za-z0-9_]*/ ":" {self._any}'
             number = json_rule({"type": "number"})
             self.lines.append(f"{anything}_n: {number}")
             self.lines.append(
-                f'{anything}: {self._quote} {text} {self._quote} | {anything}_n | "true" | "false" | "null" | "[" ({anything} ("," {anything})*)? "]"'
+                f'{anything}: {self._quote} {text} | {anything}_n | "true" | "false" | "null" | "[" ({anything} ("," {anything})*)? "]"'
                 f' | "{{" ({item} ("," {item})*)? "}}"')
         return self._any
 

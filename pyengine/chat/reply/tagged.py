@@ -56,6 +56,7 @@ class Granite(Calls):
     """`<|tool_call|>` or `<tool_call>` and a JSON list: Granite 3. Phi 4 mini's is the same, with a closing mark."""
 
     marks = ("<|tool_call|>", "<tool_call>", "<|/tool_call|>")
+    shows_results = True
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)

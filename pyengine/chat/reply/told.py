@@ -48,7 +48,7 @@ def told_turns(messages: Sequence[Message], calls: Calls) -> list[Message]:
             written = [_written(call, names) for call in made]
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
             given.append({**rest, "content": _added(message.get("content"), calls.write(written))})
-        elif role == "tool":
+        elif role == "tool" and not calls.shows_results:
             name = message.get("name") or names.get(message.get("tool_call_id"), "the function")
             told = _added(f"Result of {name}:", message.get("content"), "\n")
             if answering:
@@ -59,7 +59,7 @@ def told_turns(messages: Sequence[Message], calls: Calls) -> list[Message]:
             given[-1] = {**message, "content": _added(given[-1]["content"], message.get("content"))}
         else:
             given.append(message)
-        answering = role == "tool"
+        answering = role == "tool" and not calls.shows_results
     return given
 
 
