@@ -73,7 +73,12 @@ CALLS: tuple[tuple[Callable[[str], bool], type[Calls]], ...] = (
 
 
 class Style:
-    """How one model writes its replies. Made once for a model; readers are made for each reply."""
+    """How one model writes its replies. Made once for a model; readers are made for each reply.
+
+    framed: whether content stands behind a mark of its own, so that a reply does not begin with it.
+    """
+
+    framed = False
 
     def __init__(self, thoughts: Thoughts | None, calls: Calls, source: str, is_token: Is):
         spell = speller(is_token)
@@ -102,6 +107,11 @@ class Style:
             raise RequestError(f"think: {shown(think)} is not possible with this model; it takes {_can(self.switches)}")
         given: dict[str, Any] = {name: think is not False for name in self._asked}
         return {**given, "reasoning_effort": think} if needed == "effort" else given
+
+    @property
+    def opening(self) -> str:
+        """The mark with which thinking begins; "" where there is none."""
+        return self._thoughts.opening[0] if self._thoughts else ""
 
     def opened(self, prompt: str) -> bool:
         """Say whether the rendered prompt ends inside of thinking that it opened."""
@@ -142,6 +152,7 @@ class HarmonyStyle(Style):
     """Channels: thinking is one of them, which no template can leave out."""
 
     _calls: Harmony
+    framed = True
 
     def __init__(self, calls: Harmony, source: str, is_token: Is):
         super().__init__(None, calls, source, is_token)
