@@ -77,7 +77,7 @@ def test_hidden_states_at_every_position(tiny_gguf, kind: str) -> None:
         assert_close(pe.load(path, n_ctx=128, n_batch=n_batch, kv_dtype="f32").hidden(prompt), want)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mllama"])
+@pytest.mark.parametrize("kind", cases.kinds(sees=True, own_cache=True))
 def test_hidden_states_with_a_picture(tiny_gguf, kind: str) -> None:
     path, folder = tiny_gguf(kind)
     prompt = ["what is ", A, " this?"]
