@@ -69,21 +69,25 @@ class Reading(Job):
         runner.cells.drop(self.conversation)
 
     def states(self) -> np.ndarray:
-        """Return the rows that came, float32 [n, d_model]. Raises: what ended it."""
-        if self.error is not None:
-            raise self.error
+        """Return all rows, float32 [n, d_model]. Raises: what ended it before they came."""
+        self._check()
         return self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows)
 
     def vector(self, normalize: bool = True, size: int | None = None) -> np.ndarray:
         """Return the one row of a pooling, float32 [d_model], or its first `size` numbers; `normalize` gives it length 1.
 
-        Raises: what ended it.
+        Raises: what ended it before that came.
         """
-        if self.error is not None:
-            raise self.error
+        self._check()
         x = self._sum / len(self.rows) if self.pooling == "mean" else self._rows[0][0].astype(np.float64)
         x = x[:size]
         return (x / max(np.sqrt(np.sum(x * x)), _LEAST_NORM) if normalize else x).astype(np.float32)
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self._left:
+            raise RequestError("the prompt was not read to its end: it was cancelled, or is still being read")
 
 
 class Vectors:
@@ -101,9 +105,9 @@ class Vectors:
         Raises: RequestError for one that is none, and where the file is of a model that ranks; UnsupportedModelError for a file's
         that is not known.
         """
-        if asked is not None and asked not in POOLINGS:
-            raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(asked)}")
         if asked is not None:
+            if not isinstance(asked, str) or asked not in POOLINGS:
+                raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(asked)}")
             return asked
         said, key, instead = self.said, self.h.key("pooling_type"), f"give pooling=, one of {', '.join(POOLINGS)}"
         if said == "rank":
