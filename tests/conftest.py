@@ -90,7 +90,7 @@ def machine(monkeypatch):
         devices = [found.devices[0]._replace(total=free, free=free)]
         devices += [Device("cuda", "test GPU", i, n, n) for i, n in enumerate(gpus)]
         monkeypatch.setattr(hardware, "detect", lambda system=None: found._replace(devices=tuple(devices)))
-        monkeypatch.setattr(held, "held", list)
+        monkeypatch.setattr(held, "held", lambda without=(): [])
 
     return set_to
 

@@ -69,10 +69,10 @@ def forget(model: Any) -> None:
         _registered.discard(model)
 
 
-def held() -> list[Held]:
-    """Return what the open models of this process hold, and those that are being loaded."""
+def held(without: Sequence[Any] = ()) -> list[Held]:
+    """Return what the open models of this process hold, and those that are being loaded; `without` some of them."""
     with _lock:
-        models = list(_registered)
+        models = [m for m in _registered if m not in without]
     return [found for model in models if (found := model.held()) is not None]
 
 
