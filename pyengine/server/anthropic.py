@@ -32,7 +32,7 @@ def routes(models: Models) -> list[Route]:
     """Return the routes below /v1/messages."""
     async def create(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
+        served = await replies.using(request, models, fields.text("model", None))
         wanted, client = _wanted(fields), replies.client_of(request)
         handle = await replies.submit(lambda: served.submit(client, **wanted))
         if fields.flag("stream"):
@@ -43,8 +43,9 @@ def routes(models: Models) -> list[Route]:
 
     async def count(request: Request) -> Response:
         fields = await replies.read(request)
-        served, messages = models.get(fields.text("model", None)), _messages(fields)
+        messages = _messages(fields)
         fields.refuse(_NOT_HERE)
+        served = await replies.using(request, models, fields.text("model", None))
         return JSONResponse({"input_tokens": await replies.apart(lambda: served.count(messages))})
 
     return [Route("/v1/messages", replies.guarded(create, failed), methods=["POST"]),
