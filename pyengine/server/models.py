@@ -17,7 +17,7 @@ from pyengine.engine.load import Candidate
 from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
 from pyengine.engine.residents import KEEP_ALIVE, Lease, Residency, Residents
-from pyengine.errors import InvalidModelError, ModelNotFoundError, nearest
+from pyengine.errors import ModelNotFoundError, nearest, PyEngineError
 from pyengine.files.gguf import GGUFFile, quoted
 from pyengine.files.stores import FoundModel, matching
 from pyengine.media.policy import MediaPolicy
@@ -81,7 +81,7 @@ class Offer(Named):
         try:
             with self.file as file:
                 return kind_of(file)
-        except (InvalidModelError, ModelNotFoundError) as error:
+        except PyEngineError as error:
             return {"parent_model": "", "format": "gguf", "family": "", "families": [], "quantization_level": "", "parameter_size": "",
                     "error": str(error)}
 
@@ -243,7 +243,8 @@ class Models:
         exact = self._by_name.get(_key(name))
         if exact is not None and exact.name in there:
             return [exact.name]
-        matches = matching(name, [m for m, _ in self._found])
+        found = [m for m, _ in self._found]
+        matches = matching(name, found) or matching(_key(name), found)
         if matches or not name:
             return [m.name for m in matches]
         return [s.name for s in there.values() if any(_key(n).startswith(_key(name)) for n in s.names)]

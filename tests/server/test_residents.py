@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import math
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,13 @@ from pyengine import hardware
 from pyengine.engine.load import Candidate
 from pyengine.engine.residents import FOR_EVER, keep_alive_of, Residents
 from pyengine.errors import ModelNotFoundError, PlanError, RequestError
+from pyengine.files.stores import list_models
 from pyengine.memory import held
+from pyengine.server.app import application
+from pyengine.server.models import load, Models
+
+pytest.importorskip("httpx")
+from starlette.testclient import TestClient  # noqa: E402  which needs httpx
 
 MIB = 2**20
 
@@ -296,6 +306,156 @@ def test_any_time_is_one_or_is_refused(value: Any) -> None:
         pass
 
 
+# -- over HTTP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(files, tmp_path, monkeypatch) -> Path:
+    """A folder of models a, b and c, which is all that this machine has."""
+    for name in ("OLLAMA_MODELS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "store"
+    folder.mkdir()
+    for name, path in files.items():
+        shutil.copy(path, folder / f"{name}.gguf")
+    monkeypatch.setenv("PYENGINE_MODELS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def models(store, memory) -> Any:
+    found = Models((), list_models, {"n_ctx": 8192, "n_seq": 64, "n_threads": 1})
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def client(models) -> Any:
+    return TestClient(application(models), base_url="http://localhost:8080")
+
+
+def in_memory(client: Any) -> dict[str, Any]:
+    return {m["name"]: m for m in client.get("/api/ps").json()["models"]}
+
+
+def test_any_model_is_listed_and_can_be_asked_for(client, models, store) -> None:
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["a", "b", "c"] and in_memory(client) == {}
+    tags = client.get("/api/tags").json()["models"]
+    assert [(m["name"], m["details"]["family"], m["details"]["quantization_level"]) for m in tags] == [
+        ("a", "llama", "ALL_F32"), ("b", "llama", "F16"), ("c", "llama", "Q8_0")]
+    assert tags[0]["size"] == (store / "a.gguf").stat().st_size and in_memory(client) == {}
+    shown = client.post("/api/show", json={"model": "c"}).json()
+    assert shown["capabilities"] == ["completion"] and shown["model_info"]["general.architecture"] == "llama" and in_memory(client) == {}
+    for path, asked in (("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+                        ("/v1/messages", {"model": "b", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+                        ("/tokenize", {"model": "c.gguf", "content": "Hi"})):
+        assert client.post(path, json=asked).status_code == 200
+    assert in_memory(client).keys() == {"a", "b", "c"} and all(r.users == 0 for r in models.residents.ps())
+    (store / "a.gguf").rename(store / "d.gguf")              # new ones are found, and those that are loaded stay
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["b", "c", "d", "a"]
+    assert client.post("/tokenize", json={"model": "d", "content": "Hi"}).status_code == 200
+
+
+def test_names_that_mean_none_or_several_or_are_paths(client, store) -> None:
+    (store / "bb.gguf").write_bytes((store / "b.gguf").read_bytes())
+    (store / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    outside = store.parent / "outside.gguf"
+    outside.write_bytes((store / "a.gguf").read_bytes())
+    for name, status in (("b", 200), ("bb", 200), ("B:latest", 200), ("br", 400), ("", 404), ("e", 404), (str(outside), 404), (str(store / "a.gguf"), 404),
+                         ("../outside.gguf", 404), ("store/a.gguf", 404)):
+        got = client.post("/tokenize", json={"model": name, "content": "Hi"})
+        assert got.status_code == status, (name, got.text)
+    assert "broken.gguf" in client.post("/tokenize", json={"model": "broken", "content": "Hi"}).json()["error"]["message"]
+    assert client.get("/api/tags").status_code == 200        # a file that is damaged does not spoil the list
+    shutil.copy(store / "a.gguf", store / "bbb.gguf")
+    (store / "b.gguf").unlink(), (store / "broken.gguf").unlink()
+    client.get("/v1/models")
+    said = client.post("/api/show", json={"model": "missing"})
+    assert said.status_code == 404 and "served: a, bb, bbb, c" in said.json()["error"]
+
+
+def test_keep_alive_of_ollamas_requests(client, models) -> None:
+    loaded = client.post("/api/generate", json={"model": "a", "keep_alive": "10m"}).json()
+    assert loaded["done_reason"] == "load" and loaded["done"]
+    expires = datetime.fromisoformat(in_memory(client)["a"]["expires_at"].replace("Z", "+00:00")).timestamp() - time.time()
+    assert 590 < expires <= 600
+    assert client.post("/api/chat", json={"model": "a", "messages": [], "keep_alive": -1}).json()["done_reason"] == "load"
+    assert in_memory(client)["a"]["expires_at"].startswith("23")               # in 292 years, which Ollama's client shows as for ever
+    said = client.post("/api/generate", json={"model": "a", "keep_alive": "later"})
+    assert said.status_code == 400 and said.json()["error"].startswith("keep_alive: ")
+    assert client.post("/api/generate", json={"model": "a", "keep_alive": 0}).json()["done_reason"] == "unload" and in_memory(client) == {}
+    assert client.post("/api/chat", json={"model": "b", "keep_alive": "0s"}).json()["done_reason"] == "unload" and in_memory(client) == {}
+    asked = {"model": "b", "prompt": "Hi", "stream": False, "options": {"num_predict": 2, "temperature": 0}}
+    first, second = (client.post("/api/generate", json=asked).json() for _ in range(2))
+    assert first["response"] == second["response"]
+    assert first["total_duration"] > first["load_duration"] > 20e6 > second["load_duration"] >= 0
+    client.post("/api/generate", json={**asked, "keep_alive": 0})
+    until(lambda: in_memory(client) == {})
+
+
+def test_sizes_are_those_of_the_plans_and_the_refusal_says_what_would_go(client, models, memory, total) -> None:
+    memory(int(1.5 * total))
+    client.post("/api/generate", json={"model": "a", "keep_alive": -1})
+    assert in_memory(client)["a"]["size"] == models.residents.ps()[0].model.plan.total
+    said = client.post("/v1/completions", json={"model": "b", "prompt": "Hi"})
+    assert said.status_code == 400 and "what would have to go is kept for ever: 'a'" in said.json()["error"]["message"]
+    client.post("/api/generate", json={"model": "a", "keep_alive": 0})
+    assert client.post("/v1/completions", json={"model": "b", "prompt": "Hi", "max_tokens": 1}).status_code == 200
+
+
+def test_a_stream_keeps_its_model(client, models, memory, total) -> None:
+    memory(int(1.5 * total))
+    asked = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200, "temperature": 0, "stream": True, "logprobs": True}
+    want = client.post("/v1/chat/completions", json={**asked, "stream": False}).json()["choices"][0]["message"]["content"]
+    with ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(lambda: client.post("/v1/chat/completions", json=asked).text)
+        until(lambda: any(r.users for r in models.residents.ps()) or streamed.done())
+        other = pool.submit(lambda: client.post("/v1/completions", json={"model": "b", "prompt": "Hi", "max_tokens": 2}))
+        text = streamed.result(60)
+        assert other.result(60).status_code == 200
+    deltas = [json.loads(line[6:])["choices"][0]["delta"].get("content") for line in text.split("\n\n") if line.startswith("data: {")]
+    assert "".join(filter(None, deltas)) == want and "error" not in text and text.endswith("[DONE]\n\n")
+    until(lambda: all(r.users == 0 for r in models.residents.ps()))
+
+
+def test_what_was_named_stays_and_can_be_loaded_again(files, memory) -> None:
+    found = Models([load(str(files["a"]), n_ctx=128, n_threads=1)])
+    client = TestClient(application(found), base_url="http://localhost:8080")
+    asked = {"prompt": "Hi", "max_tokens": 3, "temperature": 0}
+    want = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    assert in_memory(client)["f32"]["expires_at"].startswith("23")
+    client.post("/api/generate", json={"keep_alive": 0})
+    assert in_memory(client) == {} and [m["id"] for m in client.get("/v1/models").json()["data"]] == ["f32"]
+    assert client.post("/v1/completions", json=asked).json()["choices"][0]["text"] == want and found.running()[0][0].model.n_ctx == 128
+    assert client.post("/v1/completions", json={**asked, "model": str(files["b"])}).status_code == 404
+    found.close()
+
+
+def test_a_client_that_leaves_before_its_model_is_there_loads_none(models, monkeypatch) -> None:
+    from starlette.requests import ClientDisconnect, Request
+
+    from pyengine.server import replies
+
+    wait, load_ = threading.Event(), Candidate.fit
+    monkeypatch.setattr(Candidate, "fit", lambda self, *args: wait.wait(20) and load_(self, *args))
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def ask(name: str) -> None:
+        request = Request({"type": "http", "headers": [], "state": {"leases": []}}, receive)
+        with pytest.raises(ClientDisconnect):
+            await replies.using(request, models, name)
+
+    first = models.residents.lease("a")                      # is being loaded
+    asyncio.run(ask("b"))
+    wait.set()
+    with first.result(60), models.residents.lease("c").result(60):
+        assert names(models.residents) == {"a", "c"}
+
+
 # -- nothing is left ------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +469,7 @@ def test_thirty_rounds_leave_nothing(residents, memory, total) -> None:
     for _ in range(3):
         use(residents, "a"), use(residents, "b")
     files_open, before, threads = len(os.listdir("/proc/self/fd")), resident_bytes(), threading.active_count()
-    for _ in range(15):
+    for _ in range(12):
         use(residents, "a"), use(residents, "b")
     assert len(os.listdir("/proc/self/fd")) <= files_open and threading.active_count() <= threads
     assert resident_bytes() - before < 12 * MIB
