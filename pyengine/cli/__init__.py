@@ -507,7 +507,7 @@ def ps(server: Server = None, json: Json = False) -> None:
 
 @commands.command(cls=Form)
 def stop(model: Annotated[str, Argument(metavar="MODEL", show_default=False, help="A name that `ps` shows.")], server: Server = None) -> None:
-    """Have a server unload a model, as soon as its requests have ended."""
+    """Let a server unload a model, as soon as its requests have ended."""
     from pyengine.cli import running
 
     running.stop(model, server)

@@ -26,7 +26,7 @@ class _NoRedirect(HTTPRedirectHandler):
     """A key is for the server that was named, so no other one is asked."""
 
     def redirect_request(self, *args: Any) -> None:
-        """Follow nothing."""
+        """Refuse to follow."""
 
 
 def ask(server: str | None, path: str, body: Any = None) -> Any:
@@ -114,7 +114,7 @@ def left(expires_at: str, now: float | None = None) -> str:
 
 
 def stop(name: str, server: str | None) -> None:
-    """Have a server unload a model, and say what became of it. Raises as `ask`."""
+    """Let a server unload a model, and say what became of it. Raises as `ask`."""
     found = ask(server, "/api/generate", {"model": name, "keep_alive": 0})
     known = str(found.get("model") or name)
     if any(m.get("name") == known for m in models(server)):

@@ -230,7 +230,7 @@ class Residents:
                 self._wake()
 
     def _wake(self) -> None:
-        """Have the thread look at what there is to do; it begins where there is none. The caller holds `_state`."""
+        """Let the thread look at what there is to do; it begins where there is none. The caller holds `_state`."""
         if self._closed:
             return
         if (self._thread is None or not self._thread.is_alive()) and (self._wishes or self._left() < FOR_EVER):         # also in a child of fork
@@ -283,7 +283,7 @@ class Residents:
             resident.used = self._clock()
 
     def expire(self) -> None:
-        """Unload the models whose time is up and that nobody uses."""
+        """Close the models whose time is up and that nobody uses."""
         while True:
             with self._state:
                 now = self._clock()
