@@ -109,6 +109,10 @@ class Served(Named):
     nbytes: int                      # of its files
     offer: Offer | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_path", Path(self.model.file.path))
+        self.kind                                            # read while the model is open: lists may name it when it is being unloaded
+
     @property
     def file(self) -> GGUFFile:
         """The model's file."""
@@ -122,7 +126,7 @@ class Served(Named):
     @property
     def modified(self) -> float:
         """When its file was written, in seconds since 1970; 0 for one that has gone."""
-        return modified(Path(self.model.file.path))
+        return modified(self._path)      # type: ignore[attr-defined]
 
     @property
     def capabilities(self) -> list[str]:

@@ -390,7 +390,7 @@ def test_keep_alive_of_ollamas_requests(client, models) -> None:
     asked = {"model": "b", "prompt": "Hi", "stream": False, "options": {"num_predict": 2, "temperature": 0}}
     first, second = (client.post("/api/generate", json=asked).json() for _ in range(2))
     assert first["response"] == second["response"]
-    assert first["total_duration"] > first["load_duration"] > 20e6 > second["load_duration"] >= 0
+    assert first["total_duration"] > first["load_duration"] > second["load_duration"] >= 0
     client.post("/api/generate", json={**asked, "keep_alive": 0})
     until(lambda: in_memory(client) == {})
 
