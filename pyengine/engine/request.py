@@ -96,13 +96,16 @@ class Report:
     """How an answer came about.
 
     tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop", "length" or "cancelled";
-    stopped_by: the stop text that ended it, if one did;
+    prompted: the same of the prompt's tokens, where `prompt_logprobs` asked for it: None for the first one and for those of pictures;
+    times: of the tokens, by the clock of `time.perf_counter`; stopped_by: the stop text that ended it, if one did;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
     media: what became of each picture or video. conversation: that in the caches, as long as it is there.
     """
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
+    prompted: list[Sampled | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list, repr=False, compare=False)
     finish: str = "length"
     stopped_by: str | None = None
     n_prompt: int = 0
@@ -122,6 +125,7 @@ class Request:
         self.conversation: Conversation | None = None
         self.done = 0                                        # rows of the prompt in the cache
         self.pending: int | None = None                      # the token that the next step appends
+        self.scorer: Sampler | None = None                   # where log-probabilities of the prompt are wanted
         self.pieces: deque[str] = deque()
         self.finished = False
         self.error: BaseException | None = None
@@ -131,6 +135,17 @@ class Request:
     def media(self) -> frozenset[bytes]:
         """Digests of its pictures."""
         return frozenset(s.source for _, s in (*self.rows.media, *self.rows.crossed))
+
+    def score(self, row: int, logits: np.ndarray) -> None:
+        """Note how probable the prompt's token `row` is by the logits after the row before it; the first row has none."""
+        token = int(self.rows.ids[row])
+        if token < 0 or self.scorer is None:                 # of a picture
+            self.report.prompted.append(None)
+            return
+        best = self.scorer.sample(logits[: self.scorer.n_vocab])
+        known = dict(best.top)
+        total = float(logits[best.token]) - best.logprob     # logarithm of the sum of all exponentials
+        self.report.prompted.append(Sampled(token, known.get(token, float(logits[token]) - total), best.top))
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [rows of the head] after the last row, and decide whether to go on. Rows beyond the tokens are padding."""
@@ -147,6 +162,7 @@ class Request:
         self.sampler.accept(drawn.token)
         run.tokens.append(drawn.token)
         run.sampled.append(drawn)
+        run.times.append(now)
         self._show(self.stops.push(self.decoder.push(drawn.token)))
         run.seconds = time.perf_counter() - self.prompted
         if self.stops.found:

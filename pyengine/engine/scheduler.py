@@ -113,17 +113,24 @@ class Scheduler:
     def _take(self, work: Sequence[tuple[Request, Work]], logits: np.ndarray) -> None:
         """Hand out a step's logits: the wanted row of each request that has one, in order."""
         row = 0
+        first = 0                                            # number of the row that `logits` begins with
         for request, w in work:
             if request.pending is None:
                 request.done = w.stop
-            if len(w.wanted) and not request.finished:
-                before = len(request.report.tokens)
-                try:
-                    request.take(logits[row])
-                except Exception as error:                   # of the sampler: this request's own
-                    request.error, request.finished = error, True
-                self.stats["generated_tokens"] += len(request.report.tokens) - before
-            row += len(w.wanted)
+            for at in w.wanted:
+                if row - first == len(logits):
+                    first, logits = row, self.runner.head(row)
+                if not request.finished:
+                    before = len(request.report.tokens)
+                    try:
+                        if w.rows is request.rows and w.start + at + 1 < len(w.rows):
+                            request.score(w.start + at + 1, logits[row - first])
+                        else:
+                            request.take(logits[row - first])
+                    except Exception as error:               # of the sampler: this request's own
+                        request.error, request.finished = error, True
+                    self.stats["generated_tokens"] += len(request.report.tokens) - before
+                row += 1
 
     def _admit(self) -> None:
         """Give free rows to waiting requests; if no request is active, the first one ends with the error that no row is free."""
@@ -144,7 +151,10 @@ class Scheduler:
         for token in request.rows.ids.tolist():
             if 0 <= token < request.sampler.n_vocab:         # the others are never sampled
                 request.sampler.accept(token)
-        request.conversation, request.done = self.runner.resume(request.rows)
+        scored = request.scorer is not None                  # each row's logits are wanted: none may come from the cache
+        request.conversation, request.done = (self.runner.cells.new(), 0) if scored else self.runner.resume(request.rows)
+        if scored:
+            request.report.prompted.append(None)
         request.conversation.media = request.media
         run = request.report
         run.n_prompt, run.n_cached, run.conversation = len(request.rows), request.done, request.conversation
@@ -204,6 +214,8 @@ class Scheduler:
             if stop - start > most:
                 return None
         wanted = np.array([stop - start - 1], np.int32) if stop == len(r.rows) else _NONE
+        if r.scorer is not None:
+            wanted = np.arange(stop - start, dtype=np.int32)
         return Work(r.conversation, r.rows, start, stop, wanted)
 
 
