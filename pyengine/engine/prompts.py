@@ -149,6 +149,8 @@ class Prompts:
         from pyengine.media.messages import split
 
         seen, media = split(messages)
+        if self.policy is not None:
+            self.policy.check_number(media)
         check_messages(seen, self.language.template.source)
         check_tools(tools)
         seen = self.language.begun(seen)

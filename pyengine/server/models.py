@@ -13,10 +13,8 @@ from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
 from pyengine.errors import ModelNotFoundError, nearest
 from pyengine.files.gguf import quoted
-from pyengine.media.policy import MediaPolicy
+from pyengine.server.allowed import allowed
 from pyengine.server.fields import FieldError
-
-REMOTE = MediaPolicy(paths=False)    # what a message may show: its own bytes, no file of this machine, nothing of a network
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Served:
 
     def count(self, messages: Sequence[Any]) -> int:
         """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""
-        return len(self.model.chat_ids(messages, media_policy=REMOTE))
+        return len(self.model.chat_ids(messages, media_policy=allowed().media))
 
     def submit(self, client: str, **request: Any) -> Handle:
         """Queue a request; its messages may show no file of this machine. Raises as `Model.submit`."""
-        return self.model.submit(client=client, media_policy=REMOTE, **request)
+        return self.model.submit(client=client, media_policy=allowed().media, **request)
 
 
 class Models:

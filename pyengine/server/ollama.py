@@ -17,11 +17,17 @@ from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError, RequestError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
+from pyengine.server.infill import laid_out
 from pyengine.server.models import Models, Served
+from pyengine.server.pulls import Pulls
 
 _NOT_HERE = {"format": "structured output is not supported yet", "think": "thinking cannot be set yet", "tools": "tools are not supported yet",
-             "suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
+             "template": "the model's own template is used",
              "context": "give the conversation as messages, to /api/chat"}
+_MANAGED = {"push": "/api/push: nothing is sent from here to a registry", "create": "/api/create: models are made by other programs, as GGUF files",
+            "copy": "/api/copy: a model goes by the names of its file; give it another name where it is stored",
+            "delete": "/api/delete: no request may delete a file of this machine; delete it with the program that stored it",
+            "blobs": "/api/blobs: no request may store a file on this machine"}
 _WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
 
 
@@ -49,9 +55,9 @@ def routes(models: Models) -> list[Route]:
     async def generate(request: Request) -> Response:
         fields = await replies.read(request)
         served = models.get(fields.text("model", None))
-        if not fields.text("prompt", "") and not fields.items("images", []):
+        if not fields.text("prompt", "") and not fields.text("suffix", "") and not fields.items("images", []):
             return _loaded(served, {"response": ""})
-        return await _answer(request, fields, served, _prompt(fields), lambda piece: {"response": piece})
+        return await _answer(request, fields, served, _prompt(fields, served), lambda piece: {"response": piece})
 
     async def tags(request: Request) -> Response:
         return JSONResponse({"models": [_listed(s) for s in models.all]})
@@ -72,16 +78,21 @@ def routes(models: Models) -> list[Route]:
     async def refused(request: Request) -> Response:
         if "embed" in request.url.path:
             raise RequestError("embeddings are not supported yet")
-        raise RequestError(f"{request.url.path} is not served: models are managed at the command line, with pyengine-run")
+        raise RequestError(_MANAGED[request.url.path.split("/")[2]])
 
     return [post("/api/chat", chat), post("/api/generate", generate), post("/api/show", show), get("/api/tags", tags), get("/api/ps", running),
-            get("/api/version", version),
-            *(Route(f"/api/{name}", replies.guarded(refused, failed), methods=["POST", "DELETE"])
-              for name in ("pull", "push", "create", "copy", "delete", "embed", "embeddings"))]
+            get("/api/version", version), post("/api/pull", Pulls().reply),
+            *(Route(path, replies.guarded(refused, failed), methods=["POST", "DELETE", "HEAD"])
+              for path in (*(f"/api/{name}" for name in (*_MANAGED, "embed", "embeddings")), "/api/blobs/{digest}"))]
 
 
-def _prompt(fields: Fields) -> dict[str, Any]:
-    """Return what /api/generate asks: a plain prompt, or one in the model's format."""
+def _prompt(fields: Fields, served: Served) -> dict[str, Any]:
+    """Return what /api/generate asks: a plain prompt, one in the model's format, or what stands before a suffix."""
+    suffix = fields.text("suffix", "")
+    if suffix:
+        if fields.items("images", []) or fields.text("system", ""):
+            raise FieldError("suffix", "goes with a prompt alone, without pictures and system")
+        return {"prompt": laid_out(served.model.tokenizer, fields.text("prompt", ""), suffix, "suffix")}
     prompt, images = fields.text("prompt", ""), fields.items("images", [])
     if fields.flag("raw"):
         if images:

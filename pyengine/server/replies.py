@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +16,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyengine.engine.loop import Handle
 from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
+from pyengine.server.allowed import allowed
 from pyengine.server.fields import Fields, parse
+from pyengine.server.metrics import metrics
 
 BODY_BYTES = 64 << 20                # of one request: some large pictures in base64
 BODY_SECONDS = 60.0                  # until all of it has come
@@ -26,6 +30,10 @@ SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "t
 
 class TooLarge(RequestError):
     """A body that exceeds the limit."""
+
+
+class TooSlow(PyEngineError):
+    """An answer that took more time than the server gives one."""
 
 
 def _told(message: str) -> str:
@@ -57,7 +65,7 @@ def status_of(error: BaseException) -> int:
         return 404
     if isinstance(error, (RequestError, ContextOverflowError)):
         return 400
-    if isinstance(error, TimeoutError):
+    if isinstance(error, (TimeoutError, TooSlow)):
         return 408
     return 400 if isinstance(error, PyEngineError) else 500
 
@@ -90,8 +98,21 @@ async def apart(call: Callable[[], T]) -> T:
 
 
 async def submit(call: Callable[[], Handle]) -> Handle:
-    """Queue a request, from a thread of its own."""
-    return await apart(call)
+    """Queue a request, from a thread of its own; it is counted, and ends when its time is over."""
+    began, seconds, counts = time.perf_counter(), allowed().answer_seconds, metrics()
+    handle = await apart(call)
+    if counts is not None:
+        counts.follow(handle, began)
+    if seconds is not None:                                  # a timer must not keep what has ended
+        left = max(0.0, seconds - (time.perf_counter() - began))
+        asyncio.get_running_loop().call_later(left, _late, weakref.ref(handle), seconds)
+    return handle
+
+
+def _late(of: weakref.ref[Handle], seconds: float) -> None:
+    handle = of()
+    if handle is not None and not handle.done:
+        handle.cancel(TooSlow(f"the answer takes more than the {seconds:g} seconds that this server gives one (--timeout)"))
 
 
 def client_of(request: Request) -> str:

@@ -262,7 +262,7 @@ def test_ollamas_lists(client, served, name) -> None:
 @pytest.mark.parametrize("path, change, part", [
     ("/api/chat", {"format": "json"}, "structured output"), ("/api/chat", {"think": True}, "thinking"),
     ("/api/chat", {"options": {"num_ctx": 4096}}, "--ctx 4096"), ("/api/chat", {"options": {"mirostat": 1}}, "no such step"),
-    ("/api/pull", {}, "pyengine-run"), ("/api/embed", {}, "embeddings are not supported yet"),
+    ("/api/pull", {}, "--allow-pull"), ("/api/delete", {}, "no request may delete"), ("/api/blobs/sha256:0", {}, "no request may store"), ("/api/embed", {}, "embeddings are not supported yet"),
 ])
 def test_ollamas_refusals(client, name, path: str, change: dict, part: str) -> None:
     response = client.post(path, json={"model": name, "messages": MESSAGES, **change})
