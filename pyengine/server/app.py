@@ -89,6 +89,8 @@ class _Guard:
 
     def _refused(self, request: Request, host: str, origin: str | None) -> Response | None:
         """Return the refusal of a request, or None if it may pass."""
+        if sum(len(name) + len(value) for name, value in request.scope["headers"]) + len(request.url.path) > HEADER_BYTES:
+            return _refusal(431, f"a request's address and headers may have {HEADER_BYTES} bytes")
         if not self._is_ours(host):
             return _refusal(403, f"Host {host!r} is not this server's; allow it with --allow-host")
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
@@ -135,12 +137,16 @@ def listen(host: str, port: int) -> socket.socket:
         raise RequestError(f"cannot serve at {host}:{port}: {what}") from None
 
 
-def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:
-    """Run the server at an address that `listen` took until it is interrupted; with a certificate and its key (PEM files) by TLS."""
+def server(app: ASGIApp, certificate: str | None = None, key: str | None = None) -> Any:
+    """Make the server of an application, a `uvicorn.Server`; with a certificate and its key (PEM files) it speaks TLS."""
     import uvicorn
 
     from pyengine.server.protocol import Protocol
 
-    settings = uvicorn.Config(app, log_level="error", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False, lifespan="off",
-                              timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, http=Protocol, ws="none")
-    uvicorn.Server(settings).run(sockets=[taken])
+    return uvicorn.Server(uvicorn.Config(app, log_level="error", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False, lifespan="off", ws="none",
+                                         timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, http=Protocol))
+
+
+def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:
+    """Run the server at an address that `listen` took until it is interrupted; with a certificate and its key (PEM files) by TLS."""
+    server(app, certificate, key).run(sockets=[taken])

@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -59,7 +60,7 @@ def _fetch(url: str, deadline: float) -> bytes:
                 raise ImageError(f"picture {_shown(url)}: the server answers {answer.status}")
             return _body(connection, answer, url, deadline)
         finally:
-            connection.close()
+            connection.end()
     raise ImageError(f"picture {_shown(url)}: more than {REDIRECTS} redirects")
 
 
@@ -121,25 +122,25 @@ class _Connection(http.client.HTTPConnection):
         if secure:
             self.default_port = 443                          # of which `Host` says nothing
             sock = _context().wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
-        self.sock = sock
-        self._timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._end)
+        self.sock = self._held = sock                        # http.client lets go of it when the answer's headers are there
+        self._timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._late)
         self._timer.daemon = True
         self._timer.start()
         try:
             if isinstance(sock, ssl.SSLSocket):
                 sock.do_handshake()
         except BaseException:
-            self.close()
+            self.end()
             raise
 
-    def _end(self) -> None:
-        if self.sock is not None:
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+    def _late(self) -> None:
+        with suppress(OSError):                              # it has ended just now
+            socket.socket.shutdown(self._held, socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Close it, and forget the deadline."""
         self._timer.cancel()
-        super().close()
+        self.close()
 
 
 def is_public(address: str) -> bool:

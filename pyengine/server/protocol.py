@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_CONNECTIONS = 512
 REQUEST_SECONDS = 10.0               # until a request's headers are whole, from the connection or the last answer on
+LINGER_SECONDS = 1.0                 # in which what still comes of an answered request is read, so that its client sees the answer
 PROBE_SECONDS = 0.25                 # between two looks after a client whose sending side is closed
 TAKE_SECONDS = 60.0                  # in which a client must take something of what waits for it
 _FULL = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
@@ -57,15 +58,15 @@ class Protocol(H11Protocol):
         """Wait for the next request, or go on with one that is here already."""
         super().on_response_complete()
         if not self._busy and not self.transport.is_closing():
-            self._watch()
+            self._watch(LINGER_SECONDS if self.cycle.more_body else None)
 
     @property
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _watch(self) -> None:
+    def _watch(self, seconds: float | None = None) -> None:
         if self._request_timer is None:
-            self._request_timer = self.loop.call_later(REQUEST_SECONDS, self._silent)
+            self._request_timer = self.loop.call_later(REQUEST_SECONDS if seconds is None else seconds, self._silent)
 
     def _silent(self) -> None:
         self._request_timer = None
