@@ -115,7 +115,7 @@ def _echoed(handle: Handle) -> list[Any]:
 
 
 class _Writer:
-    """Writes tokens as the old interface does: their texts, and where each begins, counted from the beginning of the prompt.
+    """A choice's tokens, written as the old interface does: their texts, and where each begins, counted from the beginning of the prompt.
 
     A token that is no whole character is written as its bytes, and begins where the character does.
     """

@@ -29,7 +29,7 @@ _COUNTS = (("prompt_tokens", "prompt_tokens", "Tokens of prompts."), ("cached_to
 
 
 class _Histogram:
-    """Counts by upper bounds, added many at a time."""
+    """Numbers of values by upper bounds, added many at a time."""
 
     def __init__(self, bounds: Sequence[float]):
         self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0

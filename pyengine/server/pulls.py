@@ -106,7 +106,7 @@ class Pulls:
 
 
 class _Progress:
-    """Tells of one file's bytes, not too often; ends the work when the client has gone."""
+    """The bytes of one file that are there, told now and then; ends the work when the client has gone."""
 
     def __init__(self, file: Any, tell: Tell, left: threading.Event):
         self._file, self._tell, self._left, self._told = file, tell, left, 0.0

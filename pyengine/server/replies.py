@@ -70,6 +70,11 @@ def status_of(error: BaseException) -> int:
     return 400 if isinstance(error, PyEngineError) else 500
 
 
+def unexpected(error: Exception) -> None:
+    """Print an error that is a fault of ours, for the server's log."""
+    traceback.print_exception(error)
+
+
 def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException, int], dict[str, Any]]) -> Callable[[Request], Any]:
     """Turn an endpoint's errors into replies of its interface's own form. What is not expected is printed, and not told."""
     async def answer(request: Request) -> Response:
@@ -80,7 +85,7 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
         except Exception as error:
             status = status_of(error)
             if status == 500:
-                traceback.print_exception(error)
+                unexpected(error)
                 error = RuntimeError("an error of the server; its log has more")
             if isinstance(error, PyEngineError):
                 error.args = (_told(str(error)),)

@@ -122,10 +122,15 @@ class Service(targets.Target):
 
     def run(self, data: bytes) -> None:
         from pyengine.errors import PyEngineError
+        from pyengine.server import replies
 
+        faults: list[Exception] = []
+        replies.unexpected = faults.append
         asked = json.loads(data)
         raw = asked["raw"].encode("latin-1") if "raw" in asked else json.dumps(asked["body"]).encode()
         status, answer = asyncio.run(asyncio.wait_for(ask(self.app, asked["method"], asked["path"], raw), SECONDS))
+        if faults:
+            raise faults[0]
         text = answer.decode("utf-8")
         assert status < 500 or status in (501, 503), f"{status}: {text[:500]}"
         assert "an error of the server" not in text, text[:500]
