@@ -474,6 +474,9 @@ def serve(
     allow_origin: Annotated[list[str] | None, Option("--allow-origin", metavar="URL", help="A web page that may ask; repeatable.")] = None,
     tls_cert: Annotated[Path | None, Option("--tls-cert", metavar="FILE", help="Certificate (PEM), to serve by TLS.")] = None,
     tls_key: Annotated[Path | None, Option("--tls-key", metavar="FILE", help="Its key.")] = None,
+    timeout: Annotated[float | None, Option("--timeout", min=0.001, metavar="SECONDS", help="Time that one answer may take (default: any).")] = None,
+    allow_pull: Annotated[bool, Option("--allow-pull", help="Fetch models for requests: Ollama's /api/pull. Writes to the disk.")] = False,
+    allow_url_images: Annotated[bool, Option("--allow-url-images", help="Fetch pictures by http and https, from public addresses only.")] = False,
     ctx: Context = None,
     kv_dtype: KvDtype = "f16",
     threads: Threads = None,
@@ -494,7 +497,8 @@ def serve(
     options: dict[str, Any] = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
                "images": planned.parse_size(picture, pictures)}
     asked = serving.Asked(model or (), any_model or not model, options, serving.keep_alive(keep_alive))
-    serving.serve(asked, host, port, keys, allow_host or (), allow_origin or (), (str(tls_cert), str(tls_key)) if tls_cert else None)
+    access = {"api_keys": keys, "hosts": allow_host or (), "origins": allow_origin or ()}
+    serving.serve(asked, host, port, access, (timeout, allow_pull, allow_url_images), (str(tls_cert), str(tls_key)) if tls_cert else None)
 
 
 @commands.command(cls=Form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyengine.cli.screen import note, PROGRAM
@@ -39,15 +40,20 @@ def keep_alive(text: str) -> float:
         raise RequestError(f"--keep-alive {text}: {str(error).partition(': ')[2].partition('; got')[0]}") from None
 
 
-def serve(asked: Asked, host: str, port: int, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str],
+def serve(asked: Asked, host: str, port: int, access: dict[str, Any], permits: tuple[float | None, bool, bool],
           tls: tuple[str, str] | None) -> None:
-    """Load models and serve them until Ctrl-C. Raises: RequestError where the server's packages are missing, and as `load`."""
+    """Load models and serve them until Ctrl-C.
+
+    access: keys, hosts and origins, as `application` takes them; permits: seconds of an answer, whether models are
+    pulled, whether pictures are fetched; tls: files of certificate and key.
+    Raises: RequestError where the server's packages are missing, and as `load`.
+    """
     try:
-        from pyengine.server import app, models
+        from pyengine.server import allowed, app, fetching, models
     except ModuleNotFoundError as error:
-        raise RequestError(f"the server needs the package {error.name}: pip install starlette uvicorn") from None
+        raise RequestError(f"the server needs the package {error.name}: pip install starlette uvicorn prometheus_client") from None
     taken = app.listen(host, port)
-    if not api_keys and taken.getsockname()[0] not in ("127.0.0.1", "::1"):
+    if not access["api_keys"] and taken.getsockname()[0] not in ("127.0.0.1", "::1"):
         note("note: other machines can reach this server, and it asks for no key: --api-key KEY")
     from pyengine.files.stores import list_models
     from pyengine.memory.plan import amount
@@ -66,7 +72,9 @@ def serve(asked: Asked, host: str, port: int, api_keys: Sequence[str], hosts: Se
         print(f"  {n} {'others' if served else 'models'} of `{PROGRAM} list`, each loaded when it is asked for", file=sys.stderr)
     address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
     print(f"serving at {address} (OpenAI: {address}/v1; Ollama: {address}); Ctrl-C ends", file=sys.stderr, flush=True)
+    seconds, pulls, urls = permits
+    media = replace(allowed.REMOTE, fetch=fetching.fetch) if urls else allowed.REMOTE
     try:
-        app.serve(app.application(found, api_keys, hosts, origins), taken, *(tls or ()))
+        app.serve(app.application(found, **access, allowed=allowed.Allowed(media, seconds, pulls)), taken, *(tls or ()))
     finally:
         found.close()

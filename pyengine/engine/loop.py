@@ -57,9 +57,14 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         """What ended the answer, if an error did."""
         return self._request.error if self._ended else None
 
-    def cancel(self) -> bool:
-        """Stop working on the answer; False if it has ended already."""
-        return self._loop.cancel(self)
+    def cancel(self, error: Exception | None = None) -> bool:
+        """Stop working on the answer; False if it has ended already. With an error it ends with that."""
+        return self._loop.cancel(self, error)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Token ids of the prompt; -1 for each soft token of a picture."""
+        return self._request.rows.ids.tolist()
 
     def on_done(self, call: Callable[[Handle], None]) -> None:
         """Call a function once the answer has ended, in the thread that ends it; at once if it has."""
@@ -238,13 +243,13 @@ class Loop:
         """How many requests are worked on."""
         return len(self._running)
 
-    def cancel(self, handle: Handle) -> bool:
-        """End a request; False if it has ended already."""
+    def cancel(self, handle: Handle, error: Exception | None = None) -> bool:
+        """End a request, with an error if one is given; False if it has ended already."""
         request = handle._request
         with self._state:
             if request.finished:
                 return False
-            request.report.finish = "cancelled"
+            request.report.finish, request.error = "cancelled", error
             self._scheduler.cancel(request)
             queue = self._waiting.get(handle.client, ())
             waited = handle in queue

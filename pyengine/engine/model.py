@@ -426,13 +426,14 @@ class Model:
     def submit(self, prompt: str | Sequence[Any] | None = None, images: Sequence[Any] = (), messages: Sequence[dict[str, Any]] | None = None,
                tools: Sequence[dict[str, Any]] | None = None, max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                client: str = "", media_policy: MediaPolicy | None = None, template_options: Mapping[str, Any] | None = None,
-               **sampling: Any) -> Handle:
+               prompt_logprobs: int | None = None, **sampling: Any) -> Handle:
         """Queue a prompt or a conversation for a thread that works on all that is queued; returns at once what the answer comes in.
 
         prompt, images: as in `stream`; messages, tools, template_options: as in `chat`; one of the two. Pictures are read and encoded before it returns.
         sampling: those of `stream`, and those of `chat` where there are messages.
         client: who asks; those who ask much do not keep others waiting. media_policy: which files of this machine may be shown, where
-        somebody else wrote the messages. The answer is the one that `generate` or `chat` gives.
+        somebody else wrote the messages. prompt_logprobs: log-probabilities of the prompt's tokens are wanted too, and so many of the most
+        probable ones in the place of each (`report.prompted`). The answer is the one that `generate` or `chat` gives.
         Raises: BusyError when too many requests wait; ContextOverflowError, RequestError, TemplateError, ImageError.
         """
         if (prompt is None) == (messages is None):
@@ -445,6 +446,9 @@ class Model:
         prompts, wishes = self._prompts_under(media_policy), _wishes(sampling)
         request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options, wishes),
                                 max_tokens, stop, sampling, None if messages is None else wishes)
+        if prompt_logprobs is not None:
+            n_best = whole("prompt_logprobs", prompt_logprobs, 0, None)
+            request.scorer = Sampler(SamplingParams(temperature=0, logprobs=n_best), min(self.n_vocab, self.tokenizer.vocab_size))
         return self.loop.submit(request, client)
 
     @property

@@ -166,6 +166,8 @@ class Prompts:
         if wishes.tool_choice == "none":
             known = []
         seen, media = split(messages)
+        if self.policy is not None:
+            self.policy.check_number(media)
         check_messages(seen, self.language.template.source)
         seen, told = style.prepare([self._literal(m) for m in self.language.begun(seen)], read_tools(self._literal(tools)) if known else None)
         variables = {**style.variables(wishes.think), **template_options(options)}

@@ -101,6 +101,8 @@ class Report:
 
     tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them);
     finish: "stop", "tool_calls", "length" or "cancelled"; stopped_by: the stop text that ended it, if one did;
+    prompted: the same of the prompt's tokens, where `prompt_logprobs` asked for it: None for the first one and for those of pictures;
+    times: of the tokens, by the clock of `time.perf_counter`;
     thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
     media: what became of each picture or video. conversation: that in the caches, as long as it is there.
@@ -108,6 +110,8 @@ class Report:
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
+    prompted: list[Sampled | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list, repr=False, compare=False)
     finish: str = "length"
     stopped_by: str | None = None
     thinking: str = ""
@@ -174,17 +178,35 @@ class Request(Job):
         super().__init__(rows, report)
         self.sampler, self.decoder, self.stops, self.guide = sampler, decoder, stops, guide
         self.max_tokens, self.eog = limits
+        self.scorer: Sampler | None = None                   # where log-probabilities of the prompt are wanted
 
     def join(self, runner: Runner) -> None:
         """Go on from the conversation that has most of the prompt. Raises: PlanError when all are in use."""
         for token in self.rows.ids.tolist():
             if 0 <= token < self.sampler.n_vocab:            # the others are never sampled
                 self.sampler.accept(token)
-        self.conversation, self.done = runner.resume(self.rows)
+        if self.scorer is None:
+            self.conversation, self.done = runner.resume(self.rows)
+        else:                                                # each row's logits are wanted: none may come from the cache
+            self.conversation, self.done = runner.cells.new(), 0
+            self.report.prompted.append(None)
 
     def wanted(self, start: int, stop: int) -> np.ndarray:
-        """Return the last row of the prompt, if it is among these."""
+        """Return the last row of the prompt, if it is among these; all where the prompt is scored."""
+        if self.scorer is not None:
+            return np.arange(stop - start, dtype=np.int32)
         return np.array([stop - start - 1], np.int32) if stop == len(self.rows) else np.empty(0, np.int32)
+
+    def score(self, row: int, logits: np.ndarray) -> None:
+        """Note how probable the prompt's token `row` is by the logits after the row before it; the first row has none."""
+        token = int(self.rows.ids[row])
+        if token < 0 or self.scorer is None:                 # of a picture
+            self.report.prompted.append(None)
+            return
+        best = self.scorer.sample(logits[: self.scorer.n_vocab])
+        known = dict(best.top)
+        total = float(logits[best.token]) - best.logprob     # logarithm of the sum of all exponentials
+        self.report.prompted.append(Sampled(token, known.get(token, float(logits[token]) - total), best.top))
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [rows of the head] after the last row, and decide whether to go on. Rows beyond the tokens are padding."""
@@ -201,6 +223,7 @@ class Request(Job):
         self.sampler.accept(drawn.token)
         run.tokens.append(drawn.token)
         run.sampled.append(drawn)
+        run.times.append(now)
         text = self.decoder.push(drawn.token)
         if guide is None:
             self._show(self.stops.push(text))

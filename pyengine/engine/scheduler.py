@@ -126,19 +126,34 @@ class Scheduler:
 
     def _take(self, work: Sequence[tuple[Job, Work]], logits: np.ndarray, hidden: np.ndarray) -> None:
         """Hand out what a step gave for wanted rows, in order: hidden states of all of them, logits of those that are no `hidden` work."""
-        row, head = 0, 0
+        row, head, first = 0, 0, 0                           # of all rows, of those with logits, and of these the first one in `logits`
         for request, w in work:
             if request.pending is None:
                 request.done = w.stop
             n = len(w.wanted)
-            if n and not request.finished:
-                before = len(request.report.tokens)
-                try:
-                    request.take(hidden[row : row + n] if w.hidden else logits[head])
-                except Exception as error:                   # of the sampler: this request's own
-                    request.error, request.finished = error, True
-                self.stats["generated_tokens"] += len(request.report.tokens) - before
-            row, head = row + n, head + (0 if w.hidden else n)
+            if w.hidden:
+                self._hand(request, hidden[row : row + n], None)
+            for at in () if w.hidden else w.wanted.tolist():
+                if head - first == len(logits):
+                    first, logits = head, self.runner.head(head)
+                scored = w.rows is request.rows and w.start + at + 1 < len(w.rows)
+                self._hand(request, logits[head - first], w.start + at + 1 if scored else None)
+                head += 1
+            row += n
+
+    def _hand(self, request: Job, given: np.ndarray, scored: int | None) -> None:
+        """Give a request what came for it; scored: the row of its prompt that these logits foretell, where it is not the first new one."""
+        if request.finished or not len(given):
+            return
+        before = len(request.report.tokens)
+        try:
+            if scored is None:
+                request.take(given)
+            else:
+                request.score(scored, given)
+        except Exception as error:                           # of the sampler: this request's own
+            request.error, request.finished = error, True
+        self.stats["generated_tokens"] += len(request.report.tokens) - before
 
     def _admit(self) -> None:
         """Give free rows to waiting requests; if no request is active, the first one ends with the error that no row is free."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from pyengine.errors import ImageError, RequestError
 from pyengine.media.sources import decoded_base64, is_base64, LONGEST_PATH, path_of
+
+if TYPE_CHECKING:
+    from pyengine.media.messages import Medium
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://|(?<=file:)/)", re.IGNORECASE)     # one letter: a drive of Windows
 
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """What a message may name. Data URLs, base64, bytes, arrays and opened pictures are always taken; the network never is.
+    """What a message may name. Data URLs, base64, bytes, arrays and opened pictures are always taken.
 
     paths    files by their paths: a text in the place of a picture ("image", "path", "images"), or a Path
     urls     files by addresses: "file://...", and a path in the place of an address ("image_url", "url")
     folders  only files below these folders, with symbolic links followed; None: any file
+    fetch    what gives the bytes of a picture at an http or https address; None: the network is not asked
+    most     pictures, and frames that are given one by one, that one conversation may have; None: any number
 
     The default is for a program that writes its messages itself. A server, whose messages are other people's, takes
     MediaPolicy(paths=False), or names folders. A refusal never tells whether a file is there.
@@ -30,6 +36,8 @@ class MediaPolicy:
     paths: bool = True
     urls: bool = False
     folders: tuple[str | os.PathLike[str], ...] | None = None
+    fetch: Callable[[str], bytes] | None = None
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.paths, bool) or not isinstance(self.urls, bool):
@@ -52,6 +60,8 @@ class MediaPolicy:
             if text[:5].lower() == "data:":
                 return text
             scheme = _SCHEME.match(text)
+            if scheme and scheme[1].lower() in ("http", "https") and kind == "picture" and self.fetch is not None:
+                return self.fetch(text)
             if scheme and scheme[1].lower() != "file":
                 raise ImageError(f"{text[:100]!r}: pyengine fetches nothing: download the {kind}, then give its bytes or a data URL")
             if not scheme and is_base64(text):
@@ -60,6 +70,12 @@ class MediaPolicy:
                 raise ImageError(f"{kind} {text[:24]!r}...: this is neither a data URL, nor base64 of a format that is read here, nor a path")
             return self._file(path_of_url(text, kind) if scheme else text, kind, bool(scheme) or url, text)
         return self._file(path_of(source, kind), kind, False, str(source)) if isinstance(source, os.PathLike) else source
+
+    def check_number(self, media: Sequence[Medium]) -> None:
+        """Check how many pictures and frames there are, before any is read. Raises: RequestError for more than are allowed."""
+        n = sum(len(m.source) if isinstance(m.source, (list, tuple)) else 1 for m in media)
+        if self.most is not None and n > self.most:
+            raise RequestError(f"messages: {n} pictures and frames, where {self.most} are taken at once")
 
     def _file(self, path: str, kind: str, url: bool, shown: str) -> Path:
         name = f"{kind} {shown[:200]!r}"

@@ -17,67 +17,46 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, chat, completions, embeddings, ollama, openai, replies, responses
-from pyengine.server.fields import Fields
+from pyengine.server import anthropic, chat, completions, embeddings, llamacpp, ollama, openai, responses
+from pyengine.server.allowed import Allowed, set_allowed
+from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
 
 HEADER_BYTES = 32 << 10
 KEEP_ALIVE_SECONDS = 10              # of connections that ask nothing
 
 
-def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (), hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
+def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (), hosts: Sequence[str] = (), origins: Sequence[str] = (),
+                allowed: Allowed = Allowed()) -> ASGIApp:
     """Make the server's application for these models; those of a list stay loaded.
 
     api_keys  one of them must come with each request, as "Authorization: Bearer KEY"; none: everybody may ask
     hosts     names that this server goes by besides "localhost" and addresses: the others are refused (DNS rebinding)
     origins   web pages that may ask besides this server's own, as "https://example.com"
+    allowed   what requests may ask for beside answers
     """
     models = served if isinstance(served, Models) else Models(served)
 
     async def root(request: Request) -> Response:
         return PlainTextResponse("pyengine is running. OpenAI: /v1, Ollama: /api, Anthropic: /v1/messages\n")
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def tokenize(request: Request) -> Response:
-        fields = await replies.read(request)
-        model = (await _one(request, models, fields)).model
-        return JSONResponse({"tokens": model.tokenize(fields.text("content"), add_special=fields.flag("add_special"))})
-
-    async def detokenize(request: Request) -> Response:
-        fields = await replies.read(request)
-        return JSONResponse({"content": (await _one(request, models, fields)).model.detokenize(fields.items("tokens"))})
-
-    async def template(request: Request) -> Response:
-        fields = await replies.read(request)
-        text = (await _one(request, models, fields)).model.template.render(fields.items("messages"), add_generation_prompt=True)
-        return JSONResponse({"prompt": text})
-
-    def failing(endpoint: Any) -> Any:
-        return replies.guarded(endpoint, openai.failed)
-
     async def nothing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
         return JSONResponse({"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}, status)
 
+    counts = Metrics(models)
     routes = [*openai.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models),
-              *anthropic.routes(models), *ollama.routes(models), Route("/", root), Route("/health", health),
-              Route("/tokenize", failing(tokenize), methods=["POST"]), Route("/detokenize", failing(detokenize), methods=["POST"]), Route("/apply-template", failing(template), methods=["POST"])]
-    return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins)
-
-
-async def _one(request: Request, models: Models, fields: Fields) -> Served:
-    """Return the model that a request of llama.cpp's form names, or the only one."""
-    return await replies.using(request, models, fields.text("model", None))
+              *anthropic.routes(models), *ollama.routes(models), *llamacpp.routes(models), counts.route(), Route("/", root)]
+    return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins, allowed, counts)
 
 
 class _Guard:
     """What each request passes first: its Host, its Origin, its key. Answers preflights of allowed origins."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str]):
-        self.app, self.keys = app, [k.encode() for k in api_keys]
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str],
+                 allowed: Allowed, counts: Metrics):
+        self.app, self.allowed, self.counts, self.keys = app, allowed, counts, [k.encode() for k in api_keys]
         self.hosts = {"localhost", *(h.lower() for h in hosts)}
         self.origins = {o.rstrip("/").lower() for o in origins}
 
@@ -85,10 +64,13 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        set_allowed(self.allowed)
+        set_metrics(self.counts)
         request = Request(scope)
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         refused = self._refused(request, host, origin)
         if refused is not None:
+            self.counts.count("refused", refused.status_code)
             await refused(scope, receive, send)
             return
         foreign = origin is not None and origin.lower() in self.origins
@@ -97,6 +79,8 @@ class _Guard:
             return
 
         async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.counts.count(getattr(scope.get("route"), "path", "other"), message["status"])
             if foreign and message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in _cors(str(origin)).items())]
             await send(message)
@@ -105,6 +89,8 @@ class _Guard:
 
     def _refused(self, request: Request, host: str, origin: str | None) -> Response | None:
         """Return the refusal of a request, or None if it may pass."""
+        if sum(len(name) + len(value) for name, value in request.scope["headers"]) + len(request.url.path) > HEADER_BYTES:
+            return _refusal(431, f"a request's address and headers may have {HEADER_BYTES} bytes")
         if not self._is_ours(host):
             return _refusal(403, f"Host {host!r} is not this server's; allow it with --allow-host")
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
@@ -151,10 +137,16 @@ def listen(host: str, port: int) -> socket.socket:
         raise RequestError(f"cannot serve at {host}:{port}: {what}") from None
 
 
-def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:
-    """Run the server at an address that `listen` took until it is interrupted; with a certificate and its key (PEM files) by TLS."""
+def server(app: ASGIApp, certificate: str | None = None, key: str | None = None) -> Any:
+    """Make the server of an application, a `uvicorn.Server`; with a certificate and its key (PEM files) it speaks TLS."""
     import uvicorn
 
-    settings = uvicorn.Config(app, log_level="warning", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False, lifespan="off",
-                              timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, http="h11")
-    uvicorn.Server(settings).run(sockets=[taken])
+    from pyengine.server.protocol import Protocol
+
+    return uvicorn.Server(uvicorn.Config(app, log_level="error", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False, lifespan="off", ws="none",
+                                         timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, http=Protocol))
+
+
+def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:
+    """Run the server at an address that `listen` took until it is interrupted; with a certificate and its key (PEM files) by TLS."""
+    server(app, certificate, key).run(sockets=[taken])

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyengine.errors import RequestError, shown
+from pyengine.text.vocabulary import SURROGATE
 
 MOST_DEPTH = 100                     # of JSON: real requests have some ten levels
 
@@ -83,7 +84,8 @@ def parse(body: bytes) -> Fields:
         raise ValueError(f"{text} is no JSON")
 
     try:
-        found = json.loads(body, parse_constant=refuse)
+        text = body.decode()                                 # RFC 8259, section 8.1: JSON is UTF-8
+        found = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {str(error)[:200]}") from None
     if not isinstance(found, dict):
@@ -92,5 +94,14 @@ def parse(body: bytes) -> Fields:
     for _ in range(MOST_DEPTH):
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value) if isinstance(inner, (dict, list))]
         if not level:
-            return Fields(found)
+            return Fields(_whole(found) if "\\ud" in text or "\\uD" in text else found)
     raise RequestError(f"the body is nested more than {MOST_DEPTH} levels deep")
+
+
+def _whole(value: Any) -> Any:
+    """Return the same with U+FFFD for halves of surrogate pairs, as which scripts escape characters that they have cut: they are no text."""
+    if isinstance(value, str):
+        return SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return {_whole(k): _whole(v) for k, v in value.items()} if isinstance(value, dict) else value

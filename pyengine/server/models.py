@@ -22,10 +22,8 @@ from pyengine.errors import ModelNotFoundError, nearest, PyEngineError
 from pyengine.files.gguf import GGUFFile, quoted
 from pyengine.files.hparams import Hparams
 from pyengine.files.stores import FoundModel, matching
-from pyengine.media.policy import MediaPolicy
+from pyengine.server.allowed import allowed
 from pyengine.server.fields import FieldError
-
-REMOTE = MediaPolicy(paths=False)    # what a message may show: its own bytes, no file of this machine, nothing of a network
 
 
 class Named:
@@ -135,11 +133,11 @@ class Served(Named):
 
     def count(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""
-        return len(self.model.chat_ids(messages, tools, media_policy=REMOTE))
+        return len(self.model.chat_ids(messages, tools, media_policy=allowed().media))
 
     def submit(self, client: str, **request: Any) -> Handle:
         """Queue a request; its messages may show no file of this machine. Raises as `Model.submit`."""
-        return self.model.submit(client=client, media_policy=REMOTE, **request)
+        return self.model.submit(client=client, media_policy=allowed().media, **request)
 
 
 def capabilities_of(sees: bool, pools: bool) -> list[str]:

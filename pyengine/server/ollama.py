@@ -19,11 +19,16 @@ from pyengine.engine.residents import keep_alive_of
 from pyengine.errors import PyEngineError, RequestError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
+from pyengine.server.infill import laid_out
 from pyengine.server.models import Models, Offer, Served
+from pyengine.server.pulls import Pulls
 
-_NOT_HERE = {"suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
-             "context": "give the conversation as messages, to /api/chat"}
+_NOT_HERE = {"template": "the model's own template is used", "context": "give the conversation as messages, to /api/chat"}
 _FOR_EVER = 2**63 / 1e9               # seconds: as Ollama tells of models that stay (the longest time of Go)
+_MANAGED = {"push": "/api/push: nothing is sent from here to a registry", "create": "/api/create: models are made by other programs, as GGUF files",
+            "copy": "/api/copy: a model goes by the names of its file; give it another name where it is stored",
+            "delete": "/api/delete: no request may delete a file of this machine; delete it with the program that stored it",
+            "blobs": "/api/blobs: no request may store a file on this machine"}
 _WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
 
 
@@ -49,9 +54,9 @@ def routes(models: Models) -> list[Route]:
 
     async def generate(request: Request) -> Response:
         fields = await replies.read(request)
-        if not fields.text("prompt", "") and not fields.items("images", []):
+        if not fields.text("prompt", "") and not fields.text("suffix", "") and not fields.items("images", []):
             return await _empty(request, fields, models, {"response": ""})
-        return await _answer(request, fields, models, _prompt(fields), _Generate())
+        return await _answer(request, fields, models, None, _Generate())
 
     async def tags(request: Request) -> Response:
         await replies.apart(models.look)
@@ -71,16 +76,21 @@ def routes(models: Models) -> list[Route]:
         return JSONResponse({"version": pyengine.__version__})
 
     async def refused(request: Request) -> Response:
-        raise RequestError(f"{request.url.path} is not served: models are managed at the command line, with pyengine-run")
+        raise RequestError(_MANAGED[request.url.path.split("/")[2]])
 
     return [post("/api/chat", chat), post("/api/generate", generate), post("/api/show", show), get("/api/tags", tags), get("/api/ps", running),
-            get("/api/version", version),
-            *(Route(f"/api/{name}", replies.guarded(refused, failed), methods=["POST", "DELETE"])
-              for name in ("pull", "push", "create", "copy", "delete"))]
+            get("/api/version", version), post("/api/pull", Pulls().reply),
+            *(Route(path, replies.guarded(refused, failed), methods=["POST", "DELETE", "HEAD"])
+              for path in (*(f"/api/{name}" for name in _MANAGED), "/api/blobs/{digest}"))]
 
 
-def _prompt(fields: Fields) -> dict[str, Any]:
-    """Return what /api/generate asks: a plain prompt, or one in the model's format."""
+def _prompt(fields: Fields, served: Served) -> dict[str, Any]:
+    """Return what /api/generate asks: a plain prompt, one in the model's format, or what stands before a suffix."""
+    suffix = fields.text("suffix", "")
+    if suffix:
+        if fields.items("images", []) or fields.text("system", ""):
+            raise FieldError("suffix", "goes with a prompt alone, without pictures and system")
+        return {"prompt": laid_out(served.model.tokenizer, fields.text("prompt", ""), suffix, "suffix")}
     prompt, images = fields.text("prompt", ""), fields.items("images", [])
     if fields.flag("raw"):
         if images:
@@ -175,11 +185,11 @@ def _arguments(call: ToolCall) -> Any:
         return {}
 
 
-async def _answer(request: Request, fields: Fields, models: Models, prompt: dict[str, Any], form: _Chat | _Generate) -> Response:
-    """Run one request, streamed unless told otherwise."""
+async def _answer(request: Request, fields: Fields, models: Models, prompt: dict[str, Any] | None, form: _Chat | _Generate) -> Response:
+    """Run one request, streamed unless told otherwise. prompt: None is that of /api/generate."""
     began = time.perf_counter()
     served = await replies.using(request, models, fields.text("model", None), keep_alive(fields))
-    wanted, loading = {**_settings(fields, served), **prompt}, replies.waited(request)
+    wanted, loading = {**_settings(fields, served), **(_prompt(fields, served) if prompt is None else prompt)}, replies.waited(request)
     if "messages" in wanted:
         wanted["think"] = fields.values.get("think")
     elif fields.values.get("think"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from pyengine.engine.loop import Handle
 from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
+from pyengine.server.allowed import allowed
 from pyengine.server.fields import Fields, parse
+from pyengine.server.metrics import metrics
 from pyengine.server.models import Hold, Models, Served
 
 BODY_BYTES = 64 << 20                # of one request: some large pictures in base64
@@ -32,6 +36,10 @@ class TooLarge(RequestError):
 
 class Missing(RequestError):
     """Something that a request names, and that is not here."""
+
+
+class TooSlow(PyEngineError):
+    """An answer that took more time than the server gives one."""
 
 
 def _told(message: str) -> str:
@@ -63,9 +71,14 @@ def status_of(error: BaseException) -> int:
         return 404
     if isinstance(error, (RequestError, ContextOverflowError)):
         return 400
-    if isinstance(error, TimeoutError):
+    if isinstance(error, (TimeoutError, TooSlow)):
         return 408
     return 400 if isinstance(error, PyEngineError) else 500
+
+
+def unexpected(error: Exception) -> None:
+    """Print an error that is a fault of ours, for the server's log."""
+    traceback.print_exception(error)
 
 
 def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException, int], dict[str, Any]]) -> Callable[[Request], Any]:
@@ -83,7 +96,7 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
             _release(leases)
             status = status_of(error)
             if status == 500:
-                traceback.print_exception(error)
+                unexpected(error)
                 error = RuntimeError("an error of the server; its log has more")
             if isinstance(error, PyEngineError):
                 error.args = (_told(str(error)),)
@@ -146,8 +159,21 @@ async def apart(call: Callable[[], T]) -> T:
 
 
 async def submit(call: Callable[[], Handle]) -> Handle:
-    """Queue a request, from a thread of its own."""
-    return await apart(call)
+    """Queue a request, from a thread of its own; it is counted, and ends when its time is over."""
+    began, seconds, counts = time.perf_counter(), allowed().answer_seconds, metrics()
+    handle = await apart(call)
+    if counts is not None:
+        counts.follow(handle, began)
+    if seconds is not None:                                  # a timer must not keep what has ended
+        left = max(0.0, seconds - (time.perf_counter() - began))
+        asyncio.get_running_loop().call_later(left, _late, weakref.ref(handle), seconds)
+    return handle
+
+
+def _late(of: weakref.ref[Handle], seconds: float) -> None:
+    handle = of()
+    if handle is not None and not handle.done:
+        handle.cancel(TooSlow(f"the answer takes more than the {seconds:g} seconds that this server gives one (--timeout)"))
 
 
 def client_of(request: Request) -> str:

@@ -31,8 +31,21 @@ OLD_FIM_KEYS = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
 HARMONY_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")    # gpt-oss: always shown
 
 
+class Fim(NamedTuple):
+    """Ids of the tokens of fill-in-the-middle: [prefix] before [suffix] after [middle], then what stands between is generated.
+
+    repo and separator stand before other files that the model may look at; None where a vocabulary has none.
+    """
+
+    prefix: int
+    suffix: int
+    middle: int
+    repo: int | None = None
+    separator: int | None = None
+
+
 class Roles(NamedTuple):
-    """Ids of a vocabulary's tokens with a role, None where it has none; `eog` are all that end an answer."""
+    """Ids of a vocabulary's tokens with a role, None where it has none; `eog` are all that end an answer. fim: None unless all three are there."""
 
     bos: int | None
     eos: int | None
@@ -43,6 +56,7 @@ class Roles(NamedTuple):
     eot: int | None
     eom: int | None
     eog: frozenset[int]
+    fim: Fim | None
 
 
 def find_roles(vocabulary: Vocabulary, family: str, pre: str | None) -> Roles:
@@ -87,7 +101,9 @@ def find_roles(vocabulary: Vocabulary, family: str, pre: str | None) -> Roles:
     if has.keys() >= {"</s>", "<|tool_response>"}:
         ends.discard(has["</s>"])
         v.set_kind(has["</s>"], Kind.NORMAL)
-    return Roles(**named, eot=eot, eom=eom, eog=frozenset(ends))
+    three = [fim[name] for name in ("fim_pre", "fim_suf", "fim_mid")]
+    middle = None if None in three else Fim(*three, fim["fim_rep"], fim["fim_sep"])
+    return Roles(**named, eot=eot, eom=eom, eog=frozenset(ends), fim=middle)
 
 
 def _by_text(v: Vocabulary, name: str, texts: Iterable[str]) -> int | None:

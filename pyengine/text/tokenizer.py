@@ -91,7 +91,7 @@ class Tokenizer:
                 raise InvalidModelError(f"tokenizer.ggml.merges: {self._merges.text(wrong)!r} is not two texts with a "
                                         f"space between")
         (self.bos_id, self.eos_id, self.unk_id, self.pad_id, self.sep_id, self.mask_id, self.eot_id, self.eom_id,
-         self.eog_ids) = find_roles(self.vocabulary, self._family, self.pre)
+         self.eog_ids, self.fim) = find_roles(self.vocabulary, self._family, self.pre)
         self._load_flags()
         self._load_specials(str(meta.get("general.name", "")).lower(), str(meta.get("general.architecture", "")))
 

@@ -378,8 +378,9 @@ class Store(Json):
 
 def _targets() -> dict[str, type[Target]]:
     from arguments import Arguments
+    from service import Service
 
-    return {t.name: t for t in (Gguf, Vocabulary, Session, Picture, Template, Arguments, Checkpoint, Store)}
+    return {t.name: t for t in (Gguf, Vocabulary, Session, Picture, Template, Arguments, Checkpoint, Store, Service)}
 
 
 TARGETS = _targets()
