@@ -96,7 +96,7 @@ class Report:
     """How an answer came about.
 
     tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop", "length" or "cancelled";
-    prompted: the same of the prompt's tokens, where `prompt_logprobs` asked for it: None for the first one and for those of pictures;
+    ended_by: the token with which the model ended it, if it did; prompted: the same of the prompt's tokens, where `prompt_logprobs` asked for it: None for the first one and for those of pictures;
     times: of the tokens, by the clock of `time.perf_counter`; stopped_by: the stop text that ended it, if one did;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
     media: what became of each picture or video. conversation: that in the caches, as long as it is there.
@@ -104,6 +104,7 @@ class Report:
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
+    ended_by: Sampled | None = None
     prompted: list[Sampled | None] = field(default_factory=list)
     times: list[float] = field(default_factory=list, repr=False, compare=False)
     finish: str = "length"
@@ -158,6 +159,7 @@ class Request:
             return self._end(run.finish)
         drawn = self.sampler.sample(logits[: self.sampler.n_vocab])
         if drawn.token in self.eog:
+            run.ended_by = drawn
             return self._end("stop")
         self.sampler.accept(drawn.token)
         run.tokens.append(drawn.token)
