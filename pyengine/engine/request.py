@@ -100,7 +100,8 @@ class Report:
     """How an answer came about.
 
     tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them);
-    finish: "stop", "tool_calls", "length" or "cancelled"; stopped_by: the stop text that ended it, if one did;
+    finish: "stop", "tool_calls", "length" or "cancelled"; stopped_by: the stop text that ended it, if one did; ended_by: the token with which
+    the model ended it, if it did;
     prompted: the same of the prompt's tokens, where `prompt_logprobs` asked for it: None for the first one and for those of pictures;
     times: of the tokens, by the clock of `time.perf_counter`;
     thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
@@ -110,6 +111,7 @@ class Report:
 
     tokens: list[int] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
+    ended_by: Sampled | None = None
     prompted: list[Sampled | None] = field(default_factory=list)
     times: list[float] = field(default_factory=list, repr=False, compare=False)
     finish: str = "length"
@@ -219,6 +221,7 @@ class Request(Job):
             return self._end(run.finish)
         drawn = self.sampler.sample(logits[: self.sampler.n_vocab], None if guide is None else guide.allowed())
         if drawn.token in self.eog:
+            run.ended_by = drawn
             return self._end("stop")
         self.sampler.accept(drawn.token)
         run.tokens.append(drawn.token)

@@ -64,7 +64,12 @@ class _Completion(Interface):
 
     def _choice(self, i: int, handle: Handle) -> dict[str, Any]:
         answer = handle.result(0)
-        return self._written(i, handle, (self.texts[i] if self.echo else "") + answer, answer.sampled, answer.finish)
+        return self._written(i, handle, (self.texts[i] if self.echo else "") + answer, [*answer.sampled, *self._last(handle)], answer.finish)
+
+    def _last(self, handle: Handle) -> Sequence[Any]:
+        """Return the token that ended the answer: beside a prompt it is scored too, as clients count on one token where they ask for one."""
+        last = handle.report.ended_by
+        return [last] if self.echo and last is not None else []
 
     def _written(self, i: int, handle: Handle, text: str, sampled: Sequence[Any], finish: str | None) -> dict[str, Any]:
         """Return a choice, or a piece of one; the first piece of an echoed one begins with the prompt."""
@@ -90,7 +95,7 @@ class _Completion(Interface):
 
     def _end(self, i: int, handle: Handle) -> dict[str, Any]:
         """Return the last piece: tokens that no text came for, and the prompt where nothing came before."""
-        left = handle.report.sampled[self.n_sent[i]:] if self.with_logprobs else ()
+        left = [*handle.report.sampled[self.n_sent[i]:], *self._last(handle)] if self.with_logprobs else ()
         text = self.texts[i] if self.echo and i not in self.begun else ""
         ended = self._written(i, handle, text, left, handle.report.finish)
         return ended if ended["logprobs"] is None or ended["logprobs"]["tokens"] else {**ended, "logprobs": None}

@@ -87,6 +87,19 @@ def test_the_harness_is_served(client, model) -> None:
         assert [score == max(top.values()) for score, top in zip(scores, best)] == greedy
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_ends_at_once_has_a_token_too(client, model, stream: bool) -> None:
+    """Else a client that asks for one token beside the prompt, and drops it, drops one of the prompt's."""
+    end = min(model.tokenizer.eog_ids)
+    asked = {"prompt": "Once upon", "max_tokens": 1, "echo": True, "logprobs": 1, "logit_bias": {str(end): 100}, "stream": stream}
+    response = client.post("/v1/completions", json=asked)
+    choice = merged(events(response))[0] if stream else response.json()["choices"][0]
+    n = len(model.tokenize("Once upon"))
+    assert choice["text"] == "Once upon" and choice["finish_reason"] == "stop" and len(choice["logprobs"]["tokens"]) == n + 1
+    assert choice["logprobs"]["text_offset"][-1] == len("Once upon")
+    assert choice["logprobs"]["token_logprobs"][-1] == pytest.approx(expected(model, [*model.tokenize("Once upon"), end])[-1], abs=2e-5)
+
+
 def test_the_echo_is_no_other_answer(client, model) -> None:
     asked = {"prompt": "Once upon", "max_tokens": 9, "seed": 3, "logprobs": 1}
     plain, echoed = (client.post("/v1/completions", json={**asked, "echo": e}).json()["choices"][0] for e in (False, True))
