@@ -216,18 +216,19 @@ def test_what_is_kept_for_ever_is_named_where_it_would_have_to_go(residents, mem
     assert names(residents) == {"b", "c"}
 
 
-def test_the_context_does_not_depend_on_who_is_there(files, clock, memory, total) -> None:
+def test_the_context_does_not_depend_on_who_is_there(tiny_gguf, clock, memory) -> None:
     """Without a context that is asked for, the plan beside others would make it smaller: they go instead."""
-    with Residents(lambda name: Candidate.open(files[name], n_seq=512, n_threads=1), clock=clock) as found:
+    path = tiny_gguf("llama", "f32", max_position_embeddings=8192)[0]
+    with Residents(lambda name: Candidate.open(path, n_seq=64, n_threads=1), clock=clock) as found:
         memory(600 * MIB)
         contexts = {}
         for name in ("a", "b"):
             with found.using(name) as model:
                 contexts[name] = model.n_ctx
-        assert contexts == {"a": 256, "b": 256}
+        assert contexts == {"a": 8192, "b": 8192}
         memory(int(found.ps()[0].model.plan.total * 1.4))
         with found.using("c") as model:
-            assert model.n_ctx == 256 and names(found) == {"c"}
+            assert model.n_ctx == 8192 and names(found) == {"c"}
 
 
 # -- keep_alive -----------------------------------------------------------------------------------------------------------
