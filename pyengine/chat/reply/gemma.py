@@ -6,20 +6,19 @@ The form is that of the template of google/gemma-4-31B-it: texts between marks, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import alternatives, Calls, Literal, quoted, Spell, Unit
 from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import escaped, Out, read_nested, read_number
+from pyengine.chat.reply.pythonic import read_word, WORDS
 from pyengine.chat.reply.schema import Notation
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
 
 QUOTE = '<|"|>'
 _COLON = stops(":")
-_LETTERS = re.compile(r"[a-z]*")
 
 
 class Gemma4(Calls):
@@ -53,11 +52,11 @@ class Gemma4(Calls):
     def _scalar(self, tape: Tape, letter: str, out: Out) -> Reading[None]:
         if (yield from tape.word(self._quote)):
             yield from self._text(tape, out)
-        elif letter in ("t", "f", "n"):
-            word = yield from _letters(tape)
-            if word not in ("true", "false", "null"):
+        elif letter.isalpha():
+            word = yield from read_word(tape)
+            if word not in WORDS:                                            # Python's too: a template prints null as None
                 raise Malformed
-            out(word)
+            out(WORDS[word])
         else:
             yield from read_number(tape, out)
 
@@ -116,15 +115,6 @@ def _keep(pieces: list[str], text: str) -> None:
     pieces.append(text)
     if MARKED in text or "\n" in text or sum(map(len, pieces)) > 1000:
         raise Malformed
-
-
-def _letters(tape: Tape) -> Reading[str]:
-    word = ""
-    while True:
-        word += tape.take(_LETTERS.match(tape.text, tape.at).end())          # type: ignore[union-attr]
-        if tape.at < len(tape.text) or tape.ended or len(word) > 5:
-            return word
-        yield
 
 
 def _written(value: Any) -> str:

@@ -85,6 +85,7 @@ class HarmonyReader(TapeReader):
         self._opened, self._count = opened, 0
         self._unit: Unit | None = None                       # of a call that was told
         self._blanks: list[str] = []
+        self._bare = False                                   # the reply has no headers
         self._last = ""                                      # kind of the last message that said something
         self._fresh = True                                   # nothing of this message was told
         super().__init__()
@@ -110,6 +111,7 @@ class HarmonyReader(TapeReader):
                 if (yield from tape.peek()) == "":
                     return ""
                 if not (started or channel or self._unit):
+                    self._bare = tape.offset == 0
                     return "text"                            # no header at all
                 tape.take(tape.at + 1)                       # json, or whatever a model puts there
             elif mark == self._message:
@@ -169,7 +171,7 @@ class HarmonyReader(TapeReader):
     def _hold(self, kind: str, text: str) -> None:
         """Tell a text but for blanks at its end, and those at its beginning where it is thinking."""
         if self._fresh:
-            text = text.lstrip(BLANKS)
+            text = text if self._bare else text.lstrip(BLANKS)
             if not text:
                 return
             self.state, self._fresh = kind, False

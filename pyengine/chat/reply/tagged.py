@@ -98,11 +98,13 @@ class Mistral(Calls):
         name = yield from read_name(tape)
         yield from tape.skip_blanks()
         mark = yield from tape.word(self._args, self._id)
+        if not mark:
+            raise Malformed
+        unit.call(name)
         if mark == self._id:
             yield from read_name(tape)
             yield from tape.skip_blanks()
             yield from tape.expect(self._args)
-        unit.call(name)
         if (yield from tape.skip_blanks()) != "{":
             raise Malformed
         yield from read_value(tape, unit.argue)
@@ -221,10 +223,10 @@ class DeepSeek(Calls):
             yield from tape.expect(self._sep)
             if self._fenced:                                 # what came first was the kind: "function"
                 name = yield from read_name(tape)
+            unit.call(name)
             yield from tape.skip_blanks()
             if self._fenced:
                 yield from tape.expect("```json")
-            unit.call(name)
             if (yield from tape.skip_blanks()) != "{":
                 raise Malformed
             yield from read_value(tape, unit.argue)
@@ -252,6 +254,10 @@ class DeepSeek(Calls):
         if self._fenced:
             return begins + "\n".join(f"{begin}function{sep}{name}\n```json\n{text}\n```{end}" for name, text in texts) + ends
         return begins + "".join(f"{begin}{name}{sep}{text}{end}" for name, text in texts) + ends
+
+    def adapt(self, messages: Messages) -> Messages:
+        """Give turns that call without a text: R1's template shows their calls only where the content is none."""
+        return [{**message, "content": None} if message.get("tool_calls") and not message.get("content") else message for message in messages]
 
 
 class Prompted(Calls):
