@@ -205,11 +205,11 @@ _PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|tool_call|>"
            "<parameter=city>", "\n</parameter>", "</function>", "<|channel|>", "analysis", "commentary", "final", " to=functions.now", "<|message|>", "<|end|>",
            "<|start|>", "assistant", "<|call|>", "<|constrain|>json", "<|channel>thought", "<channel|>", "<|tool_call>", "call:now{", '<|"|>', "<tool_call|>",
            "Here is my thought process:", "Here is my response:", "<response>", "</response>", "[THINK]", "[/THINK]", "```json", "```", "<｜tool▁calls▁begin｜>",
-           "<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", " ", "\n", "\\", "'", "1", "-", ".5", "é", "<", "a < b"]
+           "<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", " ", "\n", "\\", "'", "1", "-", MARKED, "a:", "\n\n", ".5", "é", "<", "a < b"]
 replies = st.lists(st.sampled_from(_PIECES), max_size=25).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=replies, places=st.lists(st.integers(0, 10_000), max_size=12), name=st.sampled_from(NAMES), tokens=st.booleans(), opened=st.booleans(),
        tools=st.sampled_from([TOOLS, None]))
 def test_any_cut_tells_the_same(text: str, places: list[int], name: str, tokens: bool, opened: bool, tools: list[Tool] | None) -> None:
@@ -280,6 +280,16 @@ def test_text_comes_as_soon_as_it_is_no_mark() -> None:
     assert seen == [("Look", "Look"), (" <tool", ""), ("_cal", ""), (" l", " <tool_cal l"), (">", ">"), (" \n", ""), ("x", " \nx")]
     reader = style_of("llama").reader(TOOLS, False)
     assert [texts(reader.push(piece)) for piece in ['{"', "answer", '": ', "1}"]] == ["", "", '{"answer":', " 1}"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("gemma4+channel", f"<|tool_call>call:now{{a{MARKED}b:1}}"), ("gemma4+channel", f"<|tool_call>call:{'n' * 1500}{{}}"), ("pythonic", f"[now({'a' * 1500}=1)]"),
+    ("coder", f"<tool_call><function=now><parameter={'a' * 1500}>1</parameter>"), ("coder", "<tool_call><function=now\n>"),
+    ("mistral, names", f"[TOOL_CALLS]{'n' * 1500}[ARGS]{{}}"), ("harmony", f"<|channel|>commentary to=functions.{'n' * 1500}<|message|>x"),
+])
+def test_names_that_are_none(name: str, text: str) -> None:
+    deltas = told(style_of(name), text)                            # letter by letter the same
+    assert [call.arguments for call in calls_of(deltas)] in ([], [""], ["{"])
 
 
 def test_states() -> None:

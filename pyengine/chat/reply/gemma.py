@@ -6,6 +6,7 @@ The form is that of the template of google/gemma-4-31B-it: texts between marks, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
 
 QUOTE = '<|"|>'
-_COLON = stops(":")
+_KEY = re.compile(f"[^:{{}}\\[\\],<\\n{MARKED}]*")
 
 
 class Gemma4(Calls):
@@ -38,12 +39,10 @@ class Gemma4(Calls):
         tape = unit.tape
         yield from tape.skip_blanks()
         yield from tape.expect("call:")
-        name: list[str] = []
-        if not (yield from tape.until(stops("{"), lambda text: _keep(name, text))):
+        name = yield from read_word(tape)
+        if (yield from tape.skip_blanks()) != "{":
             raise Malformed
-        unit.call("".join(name).strip())
-        # The bracket is read already: the nested reader gets it back.
-        tape.at -= 1
+        unit.call(name)
         yield from read_nested(tape, unit.argue, self._scalar, self._key, None)
         unit.end()
         yield from tape.skip_blanks()
@@ -73,10 +72,9 @@ class Gemma4(Calls):
             yield from tape.expect(":")
             out(": ")
             return
-        key: list[str] = []
-        if not (yield from tape.until(_COLON, lambda text: _keep(key, text))):
-            raise Malformed
-        out(f"{json.dumps(''.join(key).strip(), ensure_ascii=False)}: ")
+        key = yield from tape.span(_KEY)
+        yield from tape.expect(":")
+        out(f"{json.dumps(key.strip(), ensure_ascii=False)}: ")
 
     def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
@@ -108,13 +106,6 @@ class Gemma4(Calls):
             name = message.get("name") or mine.get("function", {}).get("name", "unknown")
             given[-1] = {**caller, "tool_responses": [*answers, {"name": name, "response": message.get("content")}]}
         return given
-
-
-def _keep(pieces: list[str], text: str) -> None:
-    """Keep a name's text. Raises Malformed where it is no name's any more."""
-    pieces.append(text)
-    if MARKED in text or "\n" in text or sum(map(len, pieces)) > 1000:
-        raise Malformed
 
 
 def _written(value: Any) -> str:
