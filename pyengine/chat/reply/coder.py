@@ -6,6 +6,7 @@ The form is that of the template of Qwen/Qwen3-Coder-30B-A3B-Instruct: texts sta
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from pyengine.chat.reply.tape import Malformed, Reading, stops
 from pyengine.chat.reply.tools import Tool
 
 _CLOSING = stops("\n</parameter>", "</parameter>")
-_TAG = stops(">", "\n")
+_NAME = re.compile(rf"[^<>\n{MARKED}]*")
 
 
 class Coder(Calls):
@@ -55,17 +56,10 @@ class Coder(Calls):
         yield from tape.word(self._close)
 
     def _tag(self, unit: Unit) -> Reading[str]:
-        """Read a name up to its tag's end."""
-        pieces: list[str] = []
-
-        def keep(text: str) -> None:
-            pieces.append(text)
-            if sum(map(len, pieces)) > 1000:
-                raise Malformed
-
-        if (yield from unit.tape.until(_TAG, keep)) != ">":
-            raise Malformed
-        return "".join(pieces)
+        """Read a name and its tag's end."""
+        name = yield from unit.tape.span(_NAME)
+        yield from unit.tape.expect(">")
+        return name
 
     def _value(self, unit: Unit, schema: Any, tool: Tool) -> Reading[None]:
         """Read a value: a text as it comes, anything else when it is whole."""

@@ -13,13 +13,13 @@ from typing import Any
 from pyengine.chat.reply.calls import alternatives, Calls, Literal, quoted, Spell, Unit
 from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import escaped, Out, read_nested, read_number
+from pyengine.chat.reply.pythonic import read_word, WORDS
 from pyengine.chat.reply.schema import Notation
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
 
 QUOTE = '<|"|>'
-_COLON = stops(":")
-_LETTERS = re.compile(r"[a-z]*")
+_KEY = re.compile(f"[^:{{}}\\[\\],<\\n{MARKED}]*")
 
 
 class Gemma4(Calls):
@@ -39,12 +39,10 @@ class Gemma4(Calls):
         tape = unit.tape
         yield from tape.skip_blanks()
         yield from tape.expect("call:")
-        name: list[str] = []
-        if not (yield from tape.until(stops("{"), lambda text: _keep(name, text))):
+        name = yield from read_word(tape)
+        if (yield from tape.skip_blanks()) != "{":
             raise Malformed
-        unit.call("".join(name).strip())
-        # The bracket is read already: the nested reader gets it back.
-        tape.at -= 1
+        unit.call(name)
         yield from read_nested(tape, unit.argue, self._scalar, self._key, None)
         unit.end()
         yield from tape.skip_blanks()
@@ -53,11 +51,11 @@ class Gemma4(Calls):
     def _scalar(self, tape: Tape, letter: str, out: Out) -> Reading[None]:
         if (yield from tape.word(self._quote)):
             yield from self._text(tape, out)
-        elif letter in ("t", "f", "n"):
-            word = yield from _letters(tape)
-            if word not in ("true", "false", "null"):
+        elif letter.isalpha():
+            word = yield from read_word(tape)
+            if word not in WORDS:                                            # Python's too: a template prints null as None
                 raise Malformed
-            out(word)
+            out(WORDS[word])
         else:
             yield from read_number(tape, out)
 
@@ -74,10 +72,9 @@ class Gemma4(Calls):
             yield from tape.expect(":")
             out(": ")
             return
-        key: list[str] = []
-        if not (yield from tape.until(_COLON, lambda text: _keep(key, text))):
-            raise Malformed
-        out(f"{json.dumps(''.join(key).strip(), ensure_ascii=False)}: ")
+        key = yield from tape.span(_KEY)
+        yield from tape.expect(":")
+        out(f"{json.dumps(key.strip(), ensure_ascii=False)}: ")
 
     def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
@@ -109,22 +106,6 @@ class Gemma4(Calls):
             name = message.get("name") or mine.get("function", {}).get("name", "unknown")
             given[-1] = {**caller, "tool_responses": [*answers, {"name": name, "response": message.get("content")}]}
         return given
-
-
-def _keep(pieces: list[str], text: str) -> None:
-    """Keep a name's text. Raises Malformed where it is no name's any more."""
-    pieces.append(text)
-    if MARKED in text or "\n" in text or sum(map(len, pieces)) > 1000:
-        raise Malformed
-
-
-def _letters(tape: Tape) -> Reading[str]:
-    word = ""
-    while True:
-        word += tape.take(_LETTERS.match(tape.text, tape.at).end())          # type: ignore[union-attr]
-        if tape.at < len(tape.text) or tape.ended or len(word) > 5:
-            return word
-        yield
 
 
 def _written(value: Any) -> str:

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import Calls, Literal, one_at_a_time, quoted, schema_rules, Spell, Unit
 from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import read_value
+from pyengine.chat.reply.pythonic import read_word
 from pyengine.chat.reply.reading import BLANKS, TapeReader
 from pyengine.chat.reply.schema import text_rules
 from pyengine.chat.reply.tape import Malformed, Reading, stops
 from pyengine.chat.reply.tools import Tool
 
 MARKS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")
-_WORD = re.compile(r"[A-Za-z0-9_.-]*")
 
 
 class Harmony(Calls):
@@ -85,6 +84,7 @@ class HarmonyReader(TapeReader):
         self._opened, self._count = opened, 0
         self._unit: Unit | None = None                       # of a call that was told
         self._blanks: list[str] = []
+        self._bare = False                                   # the reply has no headers
         self._last = ""                                      # kind of the last message that said something
         self._fresh = True                                   # nothing of this message was told
         super().__init__()
@@ -110,6 +110,7 @@ class HarmonyReader(TapeReader):
                 if (yield from tape.peek()) == "":
                     return ""
                 if not (started or channel or self._unit):
+                    self._bare = tape.offset == 0
                     return "text"                            # no header at all
                 tape.take(tape.at + 1)                       # json, or whatever a model puts there
             elif mark == self._message:
@@ -119,21 +120,12 @@ class HarmonyReader(TapeReader):
                 self._leave()
             elif mark == self._channel or mark.endswith("to="):
                 begun = begun if channel or self._unit else tape.offset - len(mark)
-                word = yield from self._word()
+                word = yield from read_word(tape)
                 if mark == self._channel:
                     channel = word
                 else:
                     self._send(word, begun)
             mark = ""
-
-    def _word(self) -> Reading[str]:
-        tape, word = self._tape, ""
-        while len(word) < 200:
-            word += tape.take(_WORD.match(tape.text, tape.at).end())     # type: ignore[union-attr]
-            if tape.at < len(tape.text) or tape.ended:
-                break
-            yield
-        return word
 
     def _send(self, recipient: str, begun: int) -> None:
         """Tell of a call, where the message goes to a function that is there."""
@@ -169,7 +161,7 @@ class HarmonyReader(TapeReader):
     def _hold(self, kind: str, text: str) -> None:
         """Tell a text but for blanks at its end, and those at its beginning where it is thinking."""
         if self._fresh:
-            text = text.lstrip(BLANKS)
+            text = text if self._bare else text.lstrip(BLANKS)
             if not text:
                 return
             self.state, self._fresh = kind, False

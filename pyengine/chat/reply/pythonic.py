@@ -20,7 +20,7 @@ from pyengine.chat.reply.tools import Tool
 
 _PLAIN = {quote: re.compile(rf"[^{quote}\\\n{MARKED}]*") for quote in "\"'"}
 _WORD = re.compile(r"[A-Za-z0-9_.-]*")
-_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\\": "\\", "'": "'", '"': '"', "/": "/", "\n": ""}
 _CODES = {"x": 2, "u": 4, "U": 8}
 
@@ -128,15 +128,8 @@ def read_arguments(unit: Unit) -> Reading[None]:
 
 
 def read_word(tape: Tape) -> Reading[str]:
-    """Read a name, or nothing where none is there. Raises Malformed where it is longer than any tool's or argument's."""
-    word = ""
-    while True:
-        word += tape.take(_WORD.match(tape.text, tape.at).end())         # type: ignore[union-attr]
-        if len(word) > 1000:
-            raise Malformed
-        if tape.at < len(tape.text) or tape.ended:
-            return word
-        yield
+    """Read a name, or nothing where none is there."""
+    return (yield from tape.span(_WORD))
 
 
 def _read_scalar(tape: Tape, letter: str, out: Out) -> Reading[None]:
@@ -144,9 +137,9 @@ def _read_scalar(tape: Tape, letter: str, out: Out) -> Reading[None]:
         yield from _read_string(tape, letter, out)
     elif letter.isalpha():
         word = yield from read_word(tape)
-        if word not in _WORDS:
+        if word not in WORDS:
             raise Malformed
-        out(_WORDS[word])
+        out(WORDS[word])
     else:
         yield from read_number(tape, out)
 
@@ -208,8 +201,11 @@ def _written(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={text}' for key, text in values.items())})"
 
 
-def _value(schema: Mapping[str, Any], tool: Tool) -> str:
-    kind = schema.get("type")
-    if kind in ("boolean", "null") and not {"enum", "const"} & schema.keys():
-        return '"None"' if kind == "null" else '"True" | "False"'
-    return json_value(schema, tool)
+def _value(schema: Any, tool: Tool) -> str:
+    """Return a grammar's fragment for a value: as JSON, but for True, False and None."""
+    if not isinstance(schema, Mapping) or {"enum", "const", "$ref", "allOf", "oneOf"} & schema.keys():
+        return json_value(schema, tool)
+    branches = [schema, *(part for part in schema.get("anyOf", ()) if isinstance(part, Mapping) and not {"enum", "const"} & part.keys())]
+    kinds = {kind for part in branches for kind in (part.get("type") if isinstance(part.get("type"), list) else [part.get("type")])}
+    words = [*(['"True"', '"False"'] if "boolean" in kinds else []), *(['"None"'] if "null" in kinds else [])]
+    return " | ".join([*([json_value(schema, tool)] if kinds - {"boolean", "null"} else []), *words])

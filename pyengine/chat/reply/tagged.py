@@ -18,13 +18,12 @@ from pyengine.chat.reply.calls import (
     call_rules, Calls, dumped, KEYS, Literal, one_at_a_time, quoted, read_call, read_list, schema_rules, Spell, Unit
 )
 from pyengine.chat.reply.json_text import escaped, read_value
-from pyengine.chat.reply.pythonic import read_arguments
+from pyengine.chat.reply.pythonic import read_arguments, read_word
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
 
 Messages = list[dict[str, Any]]
 Written = Sequence[tuple[str, Mapping[str, Any]]]
-_NAME = re.compile(r"[A-Za-z0-9_.-]*")
 
 
 class Hermes(Calls):
@@ -95,14 +94,16 @@ class Mistral(Calls):
         if (yield from tape.skip_blanks()) in ("[", "{") and (yield from self._begins_list(tape)):
             yield from read_list(unit)
             return
-        name = yield from read_name(tape)
+        name = yield from read_word(tape)
         yield from tape.skip_blanks()
         mark = yield from tape.word(self._args, self._id)
+        if not mark:
+            raise Malformed
+        unit.call(name)
         if mark == self._id:
-            yield from read_name(tape)
+            yield from read_word(tape)
             yield from tape.skip_blanks()
             yield from tape.expect(self._args)
-        unit.call(name)
         if (yield from tape.skip_blanks()) != "{":
             raise Malformed
         yield from read_value(tape, unit.argue)
@@ -169,7 +170,7 @@ class Llama(Calls):
     def _read_code(self, unit: Unit) -> Reading[None]:
         """Read `name.call(a="x")`, or Python code where a tool takes some."""
         tape = unit.tape
-        name = yield from read_name(tape)
+        name = yield from read_word(tape)
         if name.endswith(".call") and name.removesuffix(".call") in unit.tools and (yield from tape.word("(")):
             unit.call(name.removesuffix(".call"))
             yield from read_arguments(unit)
@@ -217,14 +218,14 @@ class DeepSeek(Calls):
                     raise Malformed
                 yield from tape.word(self._ends)
                 return
-            name = yield from read_name(tape)
+            name = yield from read_word(tape)
             yield from tape.expect(self._sep)
             if self._fenced:                                 # what came first was the kind: "function"
-                name = yield from read_name(tape)
+                name = yield from read_word(tape)
+            unit.call(name)
             yield from tape.skip_blanks()
             if self._fenced:
                 yield from tape.expect("```json")
-            unit.call(name)
             if (yield from tape.skip_blanks()) != "{":
                 raise Malformed
             yield from read_value(tape, unit.argue)
@@ -252,6 +253,10 @@ class DeepSeek(Calls):
         if self._fenced:
             return begins + "\n".join(f"{begin}function{sep}{name}\n```json\n{text}\n```{end}" for name, text in texts) + ends
         return begins + "".join(f"{begin}{name}{sep}{text}{end}" for name, text in texts) + ends
+
+    def adapt(self, messages: Messages) -> Messages:
+        """Give turns that call without a text: R1's template shows their calls only where the content is none."""
+        return [{**message, "content": None} if message.get("tool_calls") and not message.get("content") else message for message in messages]
 
 
 class Prompted(Calls):
@@ -297,18 +302,6 @@ class Prompted(Calls):
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
         return "\n".join(dumped(name, arguments, "parameters") for name, arguments in calls)
-
-
-def read_name(tape: Tape) -> Reading[str]:
-    """Read a function's name, or nothing where none is there."""
-    name = ""
-    while True:
-        name += tape.take(_NAME.match(tape.text, tape.at).end())         # type: ignore[union-attr]
-        if tape.at < len(tape.text) or tape.ended:
-            return name
-        if len(name) > 200:                                              # no tool's name is so long
-            raise Malformed
-        yield
 
 
 def short_id(name: Any) -> str:

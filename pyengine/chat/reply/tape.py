@@ -80,6 +80,16 @@ class Tape:
         if not (yield from self.word(word)):
             raise Malformed
 
+    def span(self, letters: re.Pattern[str], most: int = 1000) -> Reading[str]:
+        """Read as many letters as `letters`, a repeated class, matches, but no more than `most`."""
+        read = ""
+        while True:
+            end = min(letters.match(self.text, self.at).end(), self.at + most - len(read))      # type: ignore[union-attr]
+            read += self.take(end)
+            if len(read) == most or self.at < len(self.text) or self.ended:
+                return read
+            yield
+
     def until(self, stops: Stops, out: Callable[[str], object]) -> Reading[str]:
         """Read what comes before the first of some words, which `out` sees as it comes; the word is read and given, "" at the end."""
         while True:
