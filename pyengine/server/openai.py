@@ -1,4 +1,4 @@
-"""OpenAI's interface: chat completions, completions, models (platform.openai.com/docs/api-reference).
+"""OpenAI's interface: chat completions and models, and what completions share with them (platform.openai.com/docs/api-reference).
 
 Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typical_p, repeat_penalty, repeat_last_n.
 """
@@ -9,7 +9,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from starlette.requests import Request
@@ -47,16 +46,13 @@ def routes(models: Models) -> list[Route]:
     async def chat(request: Request) -> Response:
         return await _Chat(models).reply(request)
 
-    async def complete(request: Request) -> Response:
-        return await _Completion(models).reply(request)
-
     async def listed(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_shown(s) for s in models.all]})
 
     async def one(request: Request) -> Response:
         return JSONResponse(_shown(models.get(request.path_params["name"])))
 
-    return [post("/v1/chat/completions", chat), post("/v1/completions", complete),
+    return [post("/v1/chat/completions", chat),
             Route("/v1/models", replies.guarded(listed, failed)), Route("/v1/models/{name:path}", replies.guarded(one, failed))]
 
 
@@ -64,7 +60,7 @@ def _shown(served: Served) -> dict[str, Any]:
     return {"id": served.name, "object": "model", "created": int(served.loaded), "owned_by": "pyengine"}
 
 
-class _Interface:
+class Interface:
     """What chat completions and completions have in common; a subclass reads the prompt and writes choices."""
 
     object = ""
@@ -144,7 +140,7 @@ class _Interface:
         return {"token": piece.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(piece)}
 
 
-class _Chat(_Interface):
+class _Chat(Interface):
     object, prefix, limits = "chat.completion", "chatcmpl-", ("max_completion_tokens", "max_tokens")
     _most: int | None = None         # until the model ends
 
@@ -187,48 +183,6 @@ class _Chat(_Interface):
         self.head = {**self.head, "object": "chat.completion.chunk"}
         async for event in super()._events(handles, usage):
             yield event
-
-
-class _Completion(_Interface):
-    object, prefix, limits = "text_completion", "cmpl-", ("max_tokens",)
-    _most: int | None = 16           # OpenAI's default
-
-    def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
-        fields.refuse({"suffix": "filling in the middle is not supported yet", "echo": "the prompt is not given back"})
-        if fields.whole("best_of", 1) > fields.whole("n", 1):
-            raise FieldError("best_of", "answers are not ranked: it must not exceed n")
-        prompt = fields.values.get("prompt")
-        one = isinstance(prompt, str) or isinstance(prompt, list) and all(isinstance(p, int) for p in prompt)
-        prompts = [prompt] if one else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or isinstance(p, list) and all(
-                isinstance(t, int) and not isinstance(t, bool) for t in p) for p in prompts):
-            raise FieldError("prompt", "must be a text, a list of token ids, or a list of those")
-        if len(prompts) > MOST_CHOICES:
-            raise FieldError("prompt", f"at most {MOST_CHOICES} prompts are taken at once")
-        return [{"prompt": p} for p in prompts]
-
-    def _n_top(self, fields: Fields) -> int:
-        n = fields.whole("logprobs", None, 0, 5)
-        self.with_logprobs = n is not None
-        return n or 0
-
-    def _old_logprobs(self, sampled: Sequence[Any]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
-            return None
-        texts = [self._token(s.token, s.logprob)["token"] for s in sampled]
-        starts = list(accumulate(map(len, texts), initial=0))[:-1]
-        return {"tokens": texts, "token_logprobs": [s.logprob for s in sampled], "text_offset": starts,
-                "top_logprobs": [{self._token(t, p)["token"]: p for t, p in s.top} for s in sampled]}
-
-    def _choice(self, i: int, handle: Handle) -> dict[str, Any]:
-        answer = handle.result(0)
-        return {"index": i, "text": str(answer), "logprobs": self._old_logprobs(answer.sampled), "finish_reason": answer.finish}
-
-    def _delta(self, i: int, piece: str, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
-        return {"index": i, "text": piece, "logprobs": self._old_logprobs(sampled), "finish_reason": None}
-
-    def _end(self, i: int, handle: Handle) -> dict[str, Any]:
-        return {"index": i, "text": "", "logprobs": None, "finish_reason": handle.report.finish}
 
 
 def _event(value: Mapping[str, Any]) -> str:

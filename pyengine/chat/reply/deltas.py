@@ -1,0 +1,83 @@
+"""What a reply consists of: deltas as they come, tool calls when they are whole, and the contract of those who read replies."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MARKED = "\ufdd0"                       # stands before the text of a token that is a mark; no character of any text (Unicode 16, 23.7)
+_LETTERS = string.ascii_letters + string.digits
+
+
+class Delta(NamedTuple):
+    """A piece of a reply: `text`, `thinking`, a `call` (the function's name, complete), or more of its `arguments`."""
+
+    kind: str
+    text: str
+    index: int = 0                      # of `call` and `arguments`: which call of the reply, from 0; they come one after the other
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model made; `arguments` is the JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the call in OpenAI's form."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def new_call_id() -> str:
+    """Make the id of a call: nine random letters and digits, which is what Mistral's templates demand."""
+    return "".join(secrets.choice(_LETTERS) for _ in range(9))
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """Join neighbours of the same kind and call; empty ones fall away, but for the arguments' and texts' order nothing changes."""
+    groups: list[tuple[str, int, list[str]]] = []
+    for kind, text, index in deltas:
+        if not text:
+            continue
+        if groups and kind != "call" and groups[-1][:2] == (kind, index):
+            groups[-1][2].append(text)
+        else:
+            groups.append((kind, index, [text]))
+    return [Delta(kind, "".join(texts), index) for kind, index, texts in groups]
+
+
+def calls_of(deltas: Iterable[Delta]) -> list[ToolCall]:
+    """Gather the calls of a whole reply, with new ids."""
+    names: dict[int, str] = {}
+    texts: dict[int, list[str]] = {}
+    for kind, text, index in deltas:
+        if kind == "call":
+            names[index], texts[index] = text, []
+        elif kind == "arguments":
+            texts[index].append(text)
+    return [ToolCall(new_call_id(), name, "".join(texts[index])) for index, name in names.items()]
+
+
+class Reader(ABC):
+    """A reader of one reply.
+
+    `state` is "start" (nothing but blanks yet), "thinking", "text" or "call"; in state "call", `begun` is the offset of the first
+    character of the call's opening mark in all the text that was pushed.
+    """
+
+    state: str = "start"
+    begun: int = 0
+
+    @abstractmethod
+    def push(self, text: str) -> list[Delta]:
+        """Read on: give what can be told."""
+
+    @abstractmethod
+    def flush(self) -> list[Delta]:
+        """End the reply: give what was held back."""
