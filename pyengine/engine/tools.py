@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyengine.chat.reply.deltas import Delta, ToolCall
 
 ROUNDS = 10                          # answers to one question: a model that goes on calling is stopped
+CUT = ("length", "cancelled")        # how answers end whose calls are not run: the last one may be cut off
 
 Messages = list[dict[str, Any]]
 Chat = Callable[[Messages, list[dict[str, Any]]], Any]       # messages and schemas of tools to an Answer, or to a Stream
@@ -22,7 +23,7 @@ Chat = Callable[[Messages, list[dict[str, Any]]], Any]       # messages and sche
 class Ran(NamedTuple):
     """The last answer, and the messages that were added to the conversation: answers, that one too, and results of calls.
 
-    Where the last answer has calls, the limit was reached, and they were not run.
+    Where the last answer has calls, they were not run: the limit was reached, or the answer was cut off.
     """
 
     answer: Answer
@@ -79,7 +80,7 @@ def run_tools(chat: Chat, messages: Sequence[dict[str, Any]], tools: Sequence[Ca
     for n in range(1, most + 1):
         answer = chat([*messages, *added], toolbox.schemas)
         added.append(answer.message)
-        if not answer.tool_calls or n == most:
+        if not answer.tool_calls or answer.finish in CUT or n == most:
             break
         added += toolbox.results(answer.tool_calls)
     return Ran(answer, added)
@@ -109,7 +110,7 @@ class ToolStream(Iterator[str]):
                 yield delta
             self._answer = Answer("".join(texts), self._stream.report)
             self.messages.append(self._answer.message)
-            if not self._answer.tool_calls or n == self._limit:
+            if not self._answer.tool_calls or self._answer.finish in CUT or n == self._limit:
                 return
             self.messages += self._toolbox.results(self._answer.tool_calls)
 

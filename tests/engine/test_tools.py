@@ -17,10 +17,10 @@ from pyengine.errors import RequestError
 QUESTION = [{"role": "user", "content": "How warm is it?"}]
 
 
-def said(text: str, *calls: tuple[str, Any]) -> Answer:
+def said(text: str, *calls: tuple[str, Any], finish: str = "") -> Answer:
     """An answer of a script: a text, and calls (name, arguments)."""
     given = [ToolCall(f"{i:09}", name, a if isinstance(a, str) else json.dumps(a)) for i, (name, a) in enumerate(calls)]
-    return Answer(text, Report(calls=given))
+    return Answer(text, Report(calls=given, finish=finish or ("tool_calls" if given else "stop")))
 
 
 class Piecewise:
@@ -120,6 +120,13 @@ def test_the_limit_ends_a_model_that_goes_on_calling(stream: bool) -> None:
     chat = Script(*(said("", ("warmth", {"city": str(i)})) for i in range(9)), stream=stream)
     answer, added = ToolStream(chat, QUESTION, [warmth], limit=3).ran() if stream else run_tools(chat, QUESTION, [warmth], limit=3)
     assert order == ["0", "1"] and len(chat.asked) == 3 and answer.tool_calls and added[-1] == answer.message
+
+
+@pytest.mark.parametrize("finish", ["length", "cancelled"])
+def test_calls_of_an_answer_that_was_cut_are_not_run(finish: str) -> None:
+    cut = said("", ("warmth", {"city": "x"}), finish=finish)
+    for ran in (run_tools(Script(cut), QUESTION, [warmth]), ToolStream(Script(cut, stream=True), QUESTION, [warmth]).ran()):
+        assert not order and ran.answer.tool_calls and ran.messages == [cut.message]
 
 
 def test_a_stream_that_is_closed_asks_no_more() -> None:
