@@ -228,6 +228,11 @@ def run(
         raise RequestError("MODEL is missing: a GGUF file, or a name from `list`")
     if api_key is not None and server is None:
         raise RequestError("--api-key is for --server URL")
+    if server is not None:
+        remote.refuse_local({"--raw": raw, "--ctx": ctx is not None, "--kv-dtype": kv_dtype != "f16", "--threads": threads is not None,
+                             "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
+                             "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,
+                             "--expert-device": expert_device is not None, "--mmap": mmap})
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
              "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
              "frequency_penalty": frequency_penalty, "seed": seed}
@@ -254,11 +259,6 @@ def run(
         asked.refuse_silence(model if server is None else None)
     if draw is not None:
         pictures.check_drawing(draw, [*shown, *question.found])
-    if server is not None:
-        remote.refuse_local({"--raw": raw, "--ctx": ctx is not None, "--kv-dtype": kv_dtype != "f16", "--threads": threads is not None,
-                             "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
-                             "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,
-                             "--expert-device": expert_device is not None, "--mmap": mmap})
     recommended = {} if server is not None else answer.recommended(model)
     settings = answer.Settings(sampling, answer.limit(max_tokens if max_tokens is not None else recommended.get("num_predict")),
                                tuple(stop or ()))

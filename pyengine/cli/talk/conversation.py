@@ -99,19 +99,13 @@ class Chat:
     def _ask(self, question: dict[str, Any]) -> None:
         self.waiting, self.unanswered, self.stopped = [], question, False
         self.n_asked += 1
-        start = len(self.turns)
         self.turns.append(question)
         try:
-            report = self._answer()
-            while calls := self._calls(report):
-                if sum(turn["role"] == "assistant" for turn in self.turns[start:]) == self._most_answers():
-                    note(f"(stopped: the model goes on calling tools after {self._most_answers()} answers)")
-                    break
-                if not self._run(calls):
-                    break
-                report = self._answer()
+            report, n = self._answer(), 1
+            while (calls := self._calls(report)) and self._run(calls, n):
+                report, n = self._answer(), n + 1
         finally:
-            said = self._settle(start)
+            said = self._settle(question)
         if said:
             n_ctx, used = self.model.plan.n_ctx, report.n_prompt + report.n_generated
             if report.n_prompt:                          # a server may not say
@@ -144,17 +138,14 @@ class Chat:
         whole = self.tools is not None and not report.stopped and report.answer.finish not in ("length", "cancelled")
         return report.answer.tool_calls if whole else []
 
-    @staticmethod
-    def _most_answers() -> int:
-        from pyengine.engine.tools import ROUNDS
-
-        return ROUNDS
-
-    def _run(self, calls: Sequence[ToolCall]) -> bool:
-        """Run calls and add their results to the turns; returns False where Ctrl-C ended one."""
-        from pyengine.engine.tools import result_of
+    def _run(self, calls: Sequence[ToolCall], n: int) -> bool:
+        """Run the calls of the n-th answer to a question, and add their results to the turns; returns False where no more is asked."""
+        from pyengine.engine.tools import result_of, ROUNDS
 
         assert self.tools is not None
+        if n == ROUNDS:
+            note(f"(stopped: the model goes on calling tools after {n} answers)")
+            return False
         for call in calls:
             text = _short(answer.call_text(call.name, call.arguments))
             note(f"({text})")
@@ -182,15 +173,15 @@ class Chat:
         return [part if part["type"] == "text" else pictures.Picture(f"picture of {call.name}", open_image(part["image"])).part()
                 for part in content]
 
-    def _settle(self, start: int) -> str:
-        """Keep the turns from `start` on if they end with a text of the model, and drop them otherwise; returns that text."""
+    def _settle(self, question: dict[str, Any]) -> str:
+        """Keep the turns from a question on if they end with a text of the model, and drop them otherwise; returns that text."""
         last = self.turns[-1]
         said = str(last["content"]) if last["role"] == "assistant" else ""
         if said:
             self.unanswered = None
             last.pop("tool_calls", None)                  # nobody has run them
         else:
-            question = self.turns[start]
+            start = next(i for i, turn in enumerate(self.turns) if turn is question)
             del self.turns[start:]                        # without an answer it would stand before the next one
             if names := answer.Question([question]).names():
                 note(f"(no answer: the question is not kept, nor {', '.join(names)}; /retry asks again)")
