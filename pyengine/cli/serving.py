@@ -25,7 +25,7 @@ def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], a
     except ModuleNotFoundError as error:
         raise RequestError(f"the server needs the package {error.name}: pip install starlette uvicorn") from None
     taken = app.listen(host, port)
-    if not api_keys and not taken.getsockname()[0] in ("127.0.0.1", "::1"):
+    if not api_keys and taken.getsockname()[0] not in ("127.0.0.1", "::1"):
         note("note: other machines can reach this server, and it asks for no key: --api-key KEY")
     from pyengine.memory.plan import amount
 

@@ -12,6 +12,7 @@ from pyengine.engine.scheduler import Scheduler
 from pyengine.errors import RequestError
 
 if TYPE_CHECKING:
+    from pyengine.chat.reply.deltas import Delta, ToolCall
     from pyengine.engine.encoded import MediaInfo
     from pyengine.text.sampling import Sampled
 
@@ -28,8 +29,19 @@ class Reported:
 
     @property
     def finish(self) -> str:
-        """Why it ended: "stop" (the model ended it, or a stop text came), "length" (`max_tokens`, or the context is full) or "cancelled"."""
+        """Why it ended: "stop" (the model ended it, or a stop text came), "tool_calls", "length" (`max_tokens`, or the context is full) or
+        "cancelled"."""
         return self.report.finish
+
+    @property
+    def thinking(self) -> str:
+        """What the model wrote for itself before its answer, if its format has that; not part of the text."""
+        return self.report.thinking
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls of tools that the answer asks for, in order; of an answer of finish "length" the last one may be cut off."""
+        return self.report.calls
 
     @property
     def sampled(self) -> list[Sampled]:
@@ -81,6 +93,16 @@ class Answer(Reported, str):
         return answer
 
     @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of a conversation, in OpenAI's form: content, and where there are any reasoning_content and tool_calls."""
+        message: dict[str, Any] = {"role": "assistant", "content": str(self)}
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [c.as_dict() for c in self.tool_calls]
+        return message
+
+    @property
     def boxes(self) -> list[Any]:
         """Boxes and points that the text names, in pixels of the last picture's original; see `boxes_in`."""
         return self.boxes_in(-1) if self.report.media else []
@@ -127,6 +149,22 @@ class Stream(Reported, Iterator[str]):
         self.report = request.report
 
     def __next__(self) -> str:
+        while not isinstance(piece := self._piece(), str):
+            pass
+        return piece
+
+    def deltas(self) -> Iterator[Delta]:
+        """Yield what comes with its kind: content, thinking, calls of tools and their arguments. Each piece is given once, here or as text."""
+        from pyengine.chat.reply.deltas import Delta
+
+        while True:
+            try:
+                piece = self._piece()
+            except StopIteration:
+                return
+            yield Delta("text", piece) if isinstance(piece, str) else piece
+
+    def _piece(self) -> str | Delta:
         r = self._request
         self.begin()
         while not self.ready:

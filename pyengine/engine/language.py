@@ -14,7 +14,9 @@ from pyengine.text.sampling import ollama_sampling, sampling_defaults
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from pyengine.chat.reply.style import Style
     from pyengine.chat.template import ChatTemplate
+    from pyengine.text.grammar import Grammars
 
 
 class Language:
@@ -61,6 +63,25 @@ class Language:
         template = ChatTemplate.from_metadata(self.metadata, self.tokenizer)
         self._compare(template.source)
         return template
+
+    @cached_property
+    def style(self) -> Style:
+        """How the model writes thinking and calls of tools, by its template."""
+        from pyengine.chat.reply.style import find
+
+        return find(self.template.source, lambda text: self.tokenizer.id_of(text) is not None)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for its tokenizer."""
+        from pyengine.text.grammar import Grammars
+
+        return Grammars(self.tokenizer, self.marks)
+
+    @property
+    def marks(self) -> list[int]:
+        """Ids of the tokens that stand for themselves in replies."""
+        return [i for i in map(self.tokenizer.id_of, self.style.marks) if i is not None]
 
     def _compare(self, source: str) -> None:
         """Warn where the Modelfile's template, which is in Go's syntax and not read, has other special tokens than the one that is used.

@@ -20,13 +20,16 @@ from pyengine.errors import BusyError, RequestError
 if TYPE_CHECKING:
     import asyncio
 
+    from pyengine.chat.reply.deltas import Delta
+
 IDLE_SECONDS = 2.0                   # the thread ends after so long without a request
 
 
 class Handle(Reported, Iterator[str], AsyncIterator[str]):
     """An answer on its way, computed whether it is read or not.
 
-    for piece in handle, async for piece in handle    pieces as they come; each piece is given once
+    for piece in handle, async for piece in handle    pieces of the content as they come; each piece is given once
+    for delta in handle.deltas(), async for ..        the same with thinking and calls of tools, each by its kind
     handle.result(timeout), await handle              the whole text, whatever was read before
     handle.cancel()                                   ends within a step; the text so far is the answer, of finish "cancelled"
 
@@ -38,7 +41,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         self.client = client
         self._request, self._loop = request, loop
         self._changed = threading.Condition()
-        self._texts: list[str] = []                          # all pieces, taken or not
+        self._pieces: list[str | Delta] = []                 # all, taken or not
         self._read = 0
         self._ended = False
         self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -76,13 +79,17 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     def _answer(self) -> Answer:
         if self._request.error is not None:
             raise self._request.error
-        return Answer("".join(self._texts), self.report)
+        return Answer("".join(p for p in self._pieces if isinstance(p, str)), self.report)
 
-    def _piece(self) -> str | None:
+    def deltas(self) -> Deltas:
+        """Return the pieces with their kinds, to be gone through by `for` or `async for`."""
+        return Deltas(self)
+
+    def _piece(self) -> str | Delta | None:
         """Take the next piece, or None if it is not there yet. Raises: StopIteration at the end, or what ended the answer."""
-        if self._read < len(self._texts):
+        if self._read < len(self._pieces):
             self._read += 1
-            return self._texts[self._read - 1]
+            return self._pieces[self._read - 1]
         if not self._ended:
             return None
         if self._request.error is not None:
@@ -90,12 +97,22 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         raise StopIteration
 
     def __next__(self) -> str:
+        while not isinstance(piece := self._next(), str):
+            pass
+        return piece
+
+    async def __anext__(self) -> str:
+        while not isinstance(piece := await self._anext(), str):
+            pass
+        return piece
+
+    def _next(self) -> str | Delta:
         with self._changed:
             while (piece := self._piece()) is None:
                 self._changed.wait()
             return piece
 
-    async def __anext__(self) -> str:
+    async def _anext(self) -> str | Delta:
         while True:
             with self._changed:
                 try:
@@ -138,7 +155,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
                 return
             finished = request.finished                      # before the pieces: what comes with the end is not left behind
             while request.pieces:
-                self._texts.append(request.pieces.popleft())
+                self._pieces.append(request.pieces.popleft())
             self._ended = finished
             sleepers, self._sleepers = self._sleepers, []
             callbacks, self._callbacks = (self._callbacks, []) if finished else ([], self._callbacks)
@@ -154,6 +171,23 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     def __repr__(self) -> str:
         state = f"finish={self.report.finish!r}" if self._ended else "running"
         return f"<Handle: {len(self.report.tokens)} tokens, {state}>"
+
+
+class Deltas(Iterator["Delta"], AsyncIterator["Delta"]):
+    """The pieces of a handle's answer, each with its kind."""
+
+    def __init__(self, handle: Handle):
+        from pyengine.chat.reply.deltas import Delta
+
+        self._handle, self._kind = handle, Delta
+
+    def __next__(self) -> Delta:
+        piece = self._handle._next()
+        return self._kind("text", piece) if isinstance(piece, str) else piece
+
+    async def __anext__(self) -> Delta:
+        piece = await self._handle._anext()
+        return self._kind("text", piece) if isinstance(piece, str) else piece
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -26,6 +26,7 @@ from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
+from pyengine.engine.wishes import SHAPES, Wishes, WISHES
 from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.memory.fit import Fitted
@@ -37,6 +38,7 @@ from pyengine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
     from pyengine.engine.encoded import EncodedMedia
+    from pyengine.engine.guide import Guide
     from pyengine.engine.loop import Handle, Loop
     from pyengine.files.gguf import GGUFFile
     from pyengine.media.policy import MediaPolicy
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 SAMPLING = tuple(SamplingParams.__dataclass_fields__)
+WRITING = (*SAMPLING, *SHAPES)                               # what may be set for a prompt, and for a reply in a conversation
+REPLYING = (*SAMPLING, *WISHES)
 
 
 def alone(method: F) -> F:
@@ -262,7 +266,7 @@ class Model:
 
         Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
         """
-        rows = lay_out_rows(self._prompts.prompt(prompt)[0], self._axes)
+        rows = lay_out_rows(self._prompts.prompt(prompt).segments, self._axes)
         out = np.empty((len(rows), self.n_vocab), np.float32)
         for start, block in self.logit_blocks(rows):
             out[start : start + len(block)] = block
@@ -325,7 +329,7 @@ class Model:
         if s not in held:
             raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
         if messages is not None:
-            rows = lay_out_rows(self._prompts.chat(messages, None)[0], self._axes)
+            rows = lay_out_rows(self._prompts.chat(messages).segments, self._axes)
             n = rows.whole(common(s.keys, rows.keys))
             if self._runner.cells.reach(s, n):
                 s = replace(s, keys=s.keys[:n], next=rows.position(n))
@@ -353,19 +357,19 @@ class Model:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    @takes(SAMPLING)
+    @takes(WRITING)
     def generate(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
                  stop: str | Sequence[str] | None = None, **sampling: Any) -> Answer:
         """Continue a prompt. See `stream` for the arguments; returns the whole text."""
         return self.stream(prompt, images, max_tokens, stop, **sampling).answer()
 
-    @takes(SAMPLING)
+    @takes(WRITING)
     def generate_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                       **sampling: Any) -> list[Answer]:
         """Continue several prompts side by side, `n_seq` at once. Each answer is the one that `generate` gives."""
         return self.stream_many(prompts, max_tokens, stop, **sampling).answers()
 
-    @takes(SAMPLING)
+    @takes(WRITING)
     def stream_many(self, prompts: Sequence[str | Sequence[Any]], max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                     **sampling: Any) -> Streams:
         """Continue several prompts side by side, yielding (number of the prompt, piece) as they come; its `answers()` are whole."""
@@ -373,7 +377,7 @@ class Model:
             raise RequestError(f"prompts must be a list, got {shown(prompts)}")
         return Streams([self.stream(p, (), max_tokens, stop, **sampling) for p in prompts])
 
-    @takes(SAMPLING)
+    @takes(WRITING)
     def stream(self, prompt: str | Sequence[Any], images: Sequence[Any] = (), max_tokens: int | None = 512,
                stop: str | Sequence[str] | None = None, **sampling: Any) -> Stream:
         """Continue a prompt, yielding pieces of whole characters.
@@ -381,11 +385,12 @@ class Model:
         max_tokens: None goes on until the model ends or the context is full. stop: texts that end the answer; they are not
         part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...). What is not
         given is what the model's files recommend (`sampling_defaults`, `stop_defaults`), or else the default of `SamplingParams`.
+        Also one of format (a JSON schema, or "json"), regex, grammar (Lark, or GBNF): nothing else is written then.
         Raises: ContextOverflowError when the context is full, RequestError, ImageError.
         """
-        return self._stream(lambda: self._prompts.prompt(prompt, images), max_tokens, stop, sampling, at_start=False)
+        return self._stream(lambda: self._prompts.prompt(prompt, images), max_tokens, stop, sampling)
 
-    @takes(SAMPLING)
+    @takes(REPLYING)
     def submit(self, prompt: str | Sequence[Any] | None = None, images: Sequence[Any] = (), messages: Sequence[dict[str, Any]] | None = None,
                tools: Sequence[dict[str, Any]] | None = None, max_tokens: int | None = 512, stop: str | Sequence[str] | None = None,
                client: str = "", media_policy: MediaPolicy | None = None, template_options: Mapping[str, Any] | None = None,
@@ -393,17 +398,21 @@ class Model:
         """Queue a prompt or a conversation for a thread that works on all that is queued; returns at once what the answer comes in.
 
         prompt, images: as in `stream`; messages, tools, template_options: as in `chat`; one of the two. Pictures are read and encoded before it returns.
+        sampling: those of `stream`, and those of `chat` where there are messages.
         client: who asks; those who ask much do not keep others waiting. media_policy: which files of this machine may be shown, where
         somebody else wrote the messages. The answer is the one that `generate` or `chat` gives.
         Raises: BusyError when too many requests wait; ContextOverflowError, RequestError, TemplateError, ImageError.
         """
         if (prompt is None) == (messages is None):
             raise RequestError("submit: give a prompt or messages, one of them")
+        for name in ("think", "tool_choice", "parallel_tool_calls") if messages is None else ():
+            if name in sampling or tools:
+                raise RequestError(f"submit: {'tools' if tools else name} needs messages: a prompt is continued as it is")
         if not isinstance(client, str):
             raise RequestError(f"submit: client is a text, not {type(client).__name__}")
-        prompts = self._prompts_under(media_policy)
-        request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options),
-                                max_tokens, stop, sampling, at_start=prompt is None)
+        prompts, wishes = self._prompts_under(media_policy), _wishes(sampling)
+        request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options, wishes),
+                                max_tokens, stop, sampling, None if messages is None else wishes)
         return self.loop.submit(request, client)
 
     @property
@@ -417,18 +426,26 @@ class Model:
         return self._loop
 
     def _stream(self, prompt: Callable[[], Prompt], max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any],
-                at_start: bool) -> Stream:
-        return Stream(self._request(prompt, max_tokens, stop, sampling, at_start), self._scheduler)
+                wishes: Wishes | None = None) -> Stream:
+        return Stream(self._request(prompt, max_tokens, stop, sampling, wishes), self._scheduler)
 
     def _request(self, prompt: Callable[[], Prompt], max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any],
-                 at_start: bool) -> Request:
-        """Make a request; `prompt` encodes pictures, so what is cheap to refuse is refused before."""
+                 wishes: Wishes | None) -> Request:
+        """Make a request; `prompt` encodes pictures, so what is cheap to refuse is refused before. wishes: of a reply in a conversation."""
+        talks, wishes = wishes is not None, wishes or _wishes(sampling)
         most = None if max_tokens is None else whole("max_tokens", max_tokens, 0, None)
-        params, stops = sampling_params(self.sampling_defaults, sampling), Stops(self.stop_defaults if stop is None else stop)
+        params = sampling_params(self.sampling_defaults, {k: v for k, v in sampling.items() if k not in WISHES})
+        stops, shape = Stops(self.stop_defaults if stop is None else stop), wishes.shape
         sampler = Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size))
-        segments, media = prompt()
-        return Request(lay_out_rows(segments, self._axes), sampler, self.tokenizer.decoder(skip_special=True, at_start=at_start), stops,
-                       most, self.tokenizer.eog_ids, Report(media=media))
+        made = prompt()
+        guide, marks = self._guide(made, wishes, shape) if talks or shape else (None, ())
+        decoder = self.tokenizer.decoder(skip_special=True, at_start=talks, marks=marks)
+        return Request(lay_out_rows(made.segments, self._axes), sampler, decoder, stops, (most, self.tokenizer.eog_ids), Report(media=made.media), guide)
+
+    def _guide(self, prompt: Prompt, wishes: Wishes, shape: str | None) -> tuple[Guide | None, Sequence[int]]:
+        from pyengine.engine.guide import guide_of                             # plain texts begin sooner
+
+        return guide_of(self._language, prompt, wishes, shape)
 
     @property
     def template(self) -> ChatTemplate:
@@ -442,22 +459,28 @@ class Model:
 
         media_policy: which files of this machine may be shown, where somebody else wrote the messages.
         """
-        return lay_out_rows(self._prompts_under(media_policy).chat(messages, tools)[0], self._axes).ids.tolist()
+        return lay_out_rows(self._prompts_under(media_policy).chat(messages, tools).segments, self._axes).ids.tolist()
 
     def _prompts_under(self, policy: MediaPolicy | None) -> Prompts:
         return self._prompts if policy is None else self._prompts.under(policy)
 
-    @takes(SAMPLING)
-    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, stream: bool = False,
+    @takes(REPLYING)
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, stream: bool = False,
              max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, template_options: Mapping[str, Any] | None = None,
              **sampling: Any) -> Any:
         """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
 
         Parts of a content: {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "image_url", "image_url":
         {"url": ..}}, {"type": "video", "video": [frames] or a file}, or a picture as it is; a message may also have "images".
-        template_options: variables of the model's chat template, as {"enable_thinking": False} of Qwen3's.
+        tools: in OpenAI's form; what the answer calls of them is in its `tool_calls`. template_options: variables of the model's chat template.
+        sampling: those of `stream`, and think, tool_choice, parallel_tool_calls: see `wishes.Wishes`.
         Raises: TemplateError, ContextOverflowError, RequestError, ImageError.
         """
-        wanted = switch("stream", stream)
-        pieces = self._stream(lambda: self._prompts.chat(messages, tools, template_options), max_tokens, stop, sampling, at_start=True)
+        wanted, wishes = switch("stream", stream), _wishes(sampling)
+        pieces = self._stream(lambda: self._prompts.chat(messages, tools, template_options, wishes), max_tokens, stop, sampling, wishes)
         return pieces if wanted else pieces.answer()
+
+
+def _wishes(given: Mapping[str, Any]) -> Wishes:
+    """Take what is asked of a reply out of a request's settings. Raises: RequestError."""
+    return Wishes(**{name: given[name] for name in WISHES if name in given})

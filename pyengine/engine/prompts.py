@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy as np
 
@@ -16,13 +16,22 @@ from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from pyengine.chat.reply.tools import Tool
     from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
+    from pyengine.engine.wishes import Wishes
     from pyengine.media.image import Image
     from pyengine.media.messages import Medium
     from pyengine.media.policy import MediaPolicy
     from pyengine.media.video import Video
 
-Prompt = tuple[list[Segment], "list[MediaInfo]"]
+class Prompt(NamedTuple):
+    """Segments and what became of their pictures. Of a conversation the tools that may be called, None of a plain text; and whether thinking
+    is open at its end."""
+
+    segments: list[Segment]
+    media: list[MediaInfo]
+    tools: Sequence[Tool] | None = None
+    opened: bool = False
 
 
 class Prompts:
@@ -73,14 +82,14 @@ class Prompts:
             raise RequestError(f"{self.name} has no media encoder, so it takes no pictures; where it is in a file of its own, "
                                "load with mmproj=")
 
-    def _segments(self, parts: Sequence[Part]) -> list[Segment]:
-        """Turn texts into tokens, neighbouring texts as one; nothing is added."""
+    def _segments(self, parts: Sequence[Part], guarded: bool = False) -> list[Segment]:
+        """Turn texts into tokens, neighbouring texts as one; nothing is added. guarded: by `_literal`."""
         out: list[Segment] = []
         for p in merged(parts):
             if isinstance(p, MediaSegment):
                 out.append(p)
             else:
-                out.append(self._tokens([p] if isinstance(p, int) else self.tokenizer.tokenize(p, add_special=False)))
+                out.append(self._tokens([p] if isinstance(p, int) else self.tokenizer.tokenize(p, add_special=False, mend=guarded)))
         return out
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
@@ -110,18 +119,18 @@ class Prompts:
                 parts, info = self._encoded(Medium(part, f"prompt[{n}]"))
                 segments += self._segments(parts)
                 infos.append(info)
-        return segments, infos
+        return Prompt(segments, infos)
 
     def markers(self) -> dict[str, str]:
         """Return what a template writes for a picture and for a video; empty where the vocabulary lacks those tokens."""
         ids = self.media.encoder.markers if self.media else {}
         return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") for kind, i in ids.items()}
 
-    def text(self, text: str, media: Sequence[Medium]) -> Prompt:
+    def text(self, text: str, media: Sequence[Medium], guarded: bool = False) -> Prompt:
         """Lay out a text with as many markers as media, or with none: then the media come first. BOS as for any text."""
         if not media:
-            ids = self.tokenizer.tokenize(text)
-            return [self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], []
+            ids = self.tokenizer.tokenize(text, mend=guarded)
+            return Prompt([self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], [])
         found = [self._encoded(medium) for medium in media]
         markers = [m for m in self.markers().values() if m]
         pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
@@ -132,7 +141,7 @@ class Prompts:
         parts: list[Part] = [pieces[0]]
         for (own, _), piece in zip(found, pieces[1:]):
             parts += [*own, piece]
-        segments = self._segments([p for p in parts if p != ""])
+        segments = self._segments([p for p in parts if p != ""], guarded)
         special = self.tokenizer.tokenize("")
         lead = special[:1] if self.tokenizer.add_bos else []
         first = segments[0].ids[:1] if isinstance(segments[0], TokenSegment) else ()
@@ -140,21 +149,36 @@ class Prompts:
             segments.insert(0, self._tokens(lead))
         if special[len(lead):]:
             segments.append(self._tokens(special[len(lead):]))
-        return segments, [info for _, info in found]
+        return Prompt(segments, [info for _, info in found])
 
-    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None,
-             options: Mapping[str, Any] | None = None) -> Prompt:
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
+             options: Mapping[str, Any] | None = None, wishes: Wishes | None = None) -> Prompt:
         """Lay out a conversation in the model's own chat format, ready for the answer; options: variables of the template."""
         from pyengine.chat.checks import check_messages, check_tools
+        from pyengine.chat.reply.tools import read_tools
+        from pyengine.engine.wishes import Wishes
         from pyengine.media.messages import split
 
+        wishes, style = wishes or Wishes(), self.language.style
+        check_tools(tools)
+        known = [] if tools is None else read_tools(tools)
+        wishes.check_choice(known)
+        if wishes.tool_choice == "none":
+            known = []
         seen, media = split(messages)
         check_messages(seen, self.language.template.source)
-        check_tools(tools)
-        seen = self.language.begun(seen)
-        render = partial(self.language.template.render, tools=tools, variables=template_options(options))
+        seen, told = style.prepare([self._literal(m) for m in self.language.begun(seen)], read_tools(self._literal(tools)) if known else None)
+        variables = {**style.variables(wishes.think), **template_options(options)}
+        shown = self._literal(tools) if told else None       # as the user wrote them
+        text = self._rendered(partial(self.language.template.render, tools=shown, variables=variables), seen, media)
+        if wishes.think is False or type(wishes.think) is int and not wishes.think:
+            text += style.unthought(text)
+        return self.text(text, media, guarded=True)._replace(tools=known, opened=style.opened(text))
+
+    def _rendered(self, render: Callable[..., str], seen: Sequence[Any], media: Sequence[Medium]) -> str:
+        """Render a conversation with a marker for each picture."""
         if not media:
-            return self.text(render(seen), [])
+            return render(seen)
         self._need_encoder()
         markers = self.markers()
         text = render(seen, media_marker=markers.get("image"))
@@ -164,7 +188,15 @@ class Prompts:
             if all(markers.get(m.kind) for m in media) and not any(m in text for m in markers.values() if m):
                 raise RequestError(f"{media[0].field}: the model's chat template leaves out what a message of this role shows; "
                                    "give pictures in a user's message")
-        return self.text(text, media)
+        return text
+
+    def _literal(self, value: Any) -> Any:
+        """Return messages or tools with the texts of control tokens broken up, so that what a user writes stays text: `text` mends them."""
+        if isinstance(value, str):
+            return self.tokenizer.guarded(value)
+        if isinstance(value, Mapping):
+            return {self._literal(k): self._literal(v) for k, v in value.items()}
+        return [self._literal(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 _OWN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")     # what a template gets anyway

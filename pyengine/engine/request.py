@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,9 @@ from pyengine.programs.rows import Rows
 from pyengine.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:
+    from pyengine.chat.reply.deltas import Delta, ToolCall
     from pyengine.engine.encoded import MediaInfo
+    from pyengine.engine.guide import Guide
 
 
 class Stops:
@@ -95,8 +97,9 @@ def _longer(stop: str, back: list[int], at: int, char: str) -> int:
 class Report:
     """How an answer came about.
 
-    tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them); finish: "stop", "length" or "cancelled";
-    stopped_by: the stop text that ended it, if one did;
+    tokens: ids; sampled: their log-probabilities (and the n best, where `logprobs` asked for them);
+    finish: "stop", "tool_calls", "length" or "cancelled"; stopped_by: the stop text that ended it, if one did;
+    thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
     media: what became of each picture or video. conversation: that in the caches, as long as it is there.
     """
@@ -105,6 +108,9 @@ class Report:
     sampled: list[Sampled] = field(default_factory=list)
     finish: str = "length"
     stopped_by: str | None = None
+    thinking: str = ""
+    n_thinking: int = 0
+    calls: list[ToolCall] = field(default_factory=list)
     n_prompt: int = 0
     n_cached: int = 0
     prompt_seconds: float = 0.0
@@ -114,15 +120,21 @@ class Report:
 
 
 class Request:
-    """One prompt on its way to an answer: `pieces` are texts that nobody has taken yet."""
+    """One prompt on its way to an answer: `pieces` are what nobody has taken yet.
 
-    def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, max_tokens: int | None, eog: Collection[int], report: Report):
-        self.rows, self.sampler, self.decoder, self.stops = rows, sampler, decoder, stops
-        self.max_tokens, self.eog, self.report = max_tokens, eog, report
+    guide: splits the text into content, thinking and calls, and says which tokens may come; None: all of it is content, and free.
+    Stop texts are looked for in the content.
+    """
+
+    def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, limits: tuple[int | None, Collection[int]], report: Report,
+                 guide: Guide | None = None):
+        self.rows, self.sampler, self.decoder, self.stops, self.guide = rows, sampler, decoder, stops, guide
+        self.max_tokens, self.eog = limits
+        self.report = report
         self.conversation: Conversation | None = None
         self.done = 0                                        # rows of the prompt in the cache
         self.pending: int | None = None                      # the token that the next step appends
-        self.pieces: deque[str] = deque()
+        self.pieces: deque[str | Delta] = deque()            # content as it is, the rest as a Delta
         self.finished = False
         self.error: BaseException | None = None
         self.started = self.prompted = time.perf_counter()
@@ -134,23 +146,29 @@ class Request:
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [rows of the head] after the last row, and decide whether to go on. Rows beyond the tokens are padding."""
-        run, now = self.report, time.perf_counter()
+        run, now, guide = self.report, time.perf_counter(), self.guide
         if self.pending is None:
             self.prompted = now
             run.prompt_seconds = now - self.started
         self.pending = None
         if self.max_tokens == 0:
             return self._end(run.finish)
-        drawn = self.sampler.sample(logits[: self.sampler.n_vocab])
+        drawn = self.sampler.sample(logits[: self.sampler.n_vocab], None if guide is None else guide.allowed())
         if drawn.token in self.eog:
             return self._end("stop")
         self.sampler.accept(drawn.token)
         run.tokens.append(drawn.token)
         run.sampled.append(drawn)
-        self._show(self.stops.push(self.decoder.push(drawn.token)))
+        text = self.decoder.push(drawn.token)
+        if guide is None:
+            self._show(self.stops.push(text))
+        else:
+            self._tell(guide.push(drawn.token, text))
         run.seconds = time.perf_counter() - self.prompted
         if self.stops.found:
             run.finish, run.stopped_by, self.finished = "stop", self.stops.found, True
+        elif guide is not None and guide.ended:
+            self._end("stop")
         elif len(run.tokens) == self.max_tokens:
             self._end("length")
         else:
@@ -162,11 +180,40 @@ class Request:
         self._end("length")
 
     def _end(self, finish: str) -> None:
-        tail = self.stops.push(self.decoder.flush()) + self.stops.flush()
-        self.report.finish, self.report.stopped_by = "stop" if self.stops.found else finish, self.stops.found
-        self._show(tail)
-        self.report.seconds = time.perf_counter() - self.prompted
+        tail = self.decoder.flush()
+        if self.guide is None:
+            self._show(self.stops.push(tail))
+        else:
+            self._tell(self.guide.flush(tail))
+        self._show(self.stops.flush())
+        run = self.report
+        run.finish, run.stopped_by = "stop" if self.stops.found else finish, self.stops.found
+        if run.calls and run.finish == "stop" and not self.stops.found:
+            run.finish = "tool_calls"
+        run.seconds = time.perf_counter() - self.prompted
         self.finished = True
+
+    def _tell(self, deltas: Sequence[Delta]) -> None:
+        """Hand out what a guide made of the text."""
+        from pyengine.chat.reply.deltas import new_call_id, ToolCall
+
+        run = self.report
+        for delta in deltas:
+            if self.stops.found:
+                return
+            if delta.kind == "text":
+                self._show(self.stops.push(delta.text))
+                continue
+            self._show(self.stops.flush())                   # a stop text does not reach over a call
+            if delta.kind == "thinking":
+                run.thinking += delta.text
+            elif delta.kind == "call":
+                run.calls.append(ToolCall(new_call_id(), delta.text, ""))
+            else:
+                so_far = run.calls[delta.index]
+                run.calls[delta.index] = replace(so_far, arguments=so_far.arguments + delta.text)
+            self.pieces.append(delta)
+        run.n_thinking = self.guide.n_thinking if self.guide else 0
 
     def _show(self, piece: str) -> None:
         if piece:

@@ -1,4 +1,7 @@
-"""Anthropic's interface: messages and their count of tokens (docs.anthropic.com/en/api/messages)."""
+"""Anthropic's interface: messages and their count of tokens (docs.anthropic.com/en/api/messages): tools, thinking, structured output.
+
+Blocks of a reply come in the order in which the model writes them: thinking, text, calls of tools. Thinking has an empty signature.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pyengine.chat.reply.deltas import Delta
+from pyengine.engine.answer import Answer
 from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError
 from pyengine.server import replies
@@ -18,7 +23,9 @@ from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
 
 _SETTINGS = {name: name for name in ("temperature", "top_p", "top_k")}
-_NOT_HERE = {"tools": "tools are not supported yet", "mcp_servers": "there are no tools yet", "container": "nothing is run here"}
+_NOT_HERE = {"mcp_servers": "no servers of tools are asked from here; give the tools themselves", "container": "nothing is run here"}
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error",
           503: "overloaded_error"}
 
@@ -38,14 +45,14 @@ def routes(models: Models) -> list[Route]:
         if fields.flag("stream"):
             return replies.streaming(_events(handle, served, wanted["stop"]), [handle], "text/event-stream")
         await replies.finished(request, [handle])
-        text = str(handle.result(0))
-        return JSONResponse({**_head(served), "content": [{"type": "text", "text": text}], **_end(handle, wanted["stop"]), "usage": _usage(handle)})
+        answer = handle.result(0)
+        return JSONResponse({**_head(served), "content": _blocks(answer), **_end(handle, wanted["stop"]), "usage": _usage(handle)})
 
     async def count(request: Request) -> Response:
         fields = await replies.read(request)
-        served, messages = models.get(fields.text("model", None)), _messages(fields)
+        served, messages, tools = models.get(fields.text("model", None)), _messages(fields), _tools(fields)
         fields.refuse(_NOT_HERE)
-        return JSONResponse({"input_tokens": await replies.apart(lambda: served.count(messages))})
+        return JSONResponse({"input_tokens": await replies.apart(lambda: served.count(messages, tools))})
 
     return [Route("/v1/messages", replies.guarded(create, failed), methods=["POST"]),
             Route("/v1/messages/count_tokens", replies.guarded(count, failed), methods=["POST"])]
@@ -61,17 +68,106 @@ def _messages(fields: Fields) -> list[Any]:
         system = "\n\n".join(s["text"] for s in system)
     if system is not None and not isinstance(system, str):
         raise FieldError("system", "must be a text, or a list of parts of the type text")
-    return [*([{"role": "system", "content": system}] if system else []), *messages]
+    return [*([{"role": "system", "content": system}] if system else []), *(turn for i, m in enumerate(messages) for turn in _turns(m, f"messages[{i}]"))]
+
+
+def _turns(message: Any, at: str) -> list[Any]:
+    """Return a message in OpenAI's form: results of tools are messages of their own, before the rest of it."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return [message]
+    rest, results, calls, thoughts = [], [], [], []
+    for j, block in enumerate(message["content"]):
+        fields = Fields(block if isinstance(block, dict) else {}, f"{at}.content[{j}].")
+        kind = fields.values.get("type")
+        if kind == "tool_use":
+            calls.append({"id": fields.text("id"), "type": "function", "function": {"name": fields.text("name"), "arguments": fields.object("input")}})
+        elif kind == "tool_result":
+            said = fields.values.get("content")
+            said = "" if said is None else said
+            results.append({"role": "tool", "tool_call_id": fields.text("tool_use_id"), "content": said if said or not fields.flag("is_error") else "error"})
+        elif kind == "thinking":
+            thoughts.append(fields.text("thinking"))
+        elif kind != "redacted_thinking":
+            rest.append(block)
+    own: dict[str, Any] = {**message, "content": rest}
+    if thoughts:
+        own["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        own["tool_calls"] = calls
+    return [*results, *([own] if rest or calls or thoughts else [])]
+
+
+def _tools(fields: Fields) -> list[dict[str, Any]] | None:
+    """Return the tools in OpenAI's form."""
+    made = []
+    for i, tool in enumerate(fields.items("tools", [])):
+        own = Fields(tool if isinstance(tool, dict) else {}, f"tools[{i}].")
+        if own.text("type", "custom") != "custom":
+            raise FieldError(f"tools[{i}].type", f"{own.text('type')!r} is run by Anthropic's servers or clients; only custom tools are taken")
+        made.append({"type": "function", "function": {"name": own.text("name"), "description": own.text("description", ""),
+                                                      "parameters": own.object("input_schema")}})
+    return made or None
+
+
+def _choice(fields: Fields) -> dict[str, Any]:
+    """Return the choice among the tools, as `Model.chat` takes it."""
+    if fields.values.get("tool_choice") is None:
+        return {}
+    choice = Fields(fields.object("tool_choice"), "tool_choice.")
+    kind = choice.text("type")
+    if kind != "tool" and kind not in _CHOICES:
+        raise FieldError("tool_choice.type", f"must be one of {', '.join(_CHOICES)} or tool, got {kind!r}")
+    return {"tool_choice": choice.text("name") if kind == "tool" else _CHOICES[kind],
+            "parallel_tool_calls": not choice.flag("disable_parallel_tool_use")}
+
+
+def _think(fields: Fields, config: Fields) -> Any:
+    """Return what a request says of thinking, as `Model.chat` takes it."""
+    thinking = Fields(fields.object("thinking", {}), "thinking.")
+    kind = thinking.text("type", None)
+    if kind not in (None, "enabled", "disabled", "adaptive"):
+        raise FieldError("thinking.type", f"must be enabled, disabled or adaptive, got {kind!r}")
+    if kind in (None, "disabled"):
+        return None if kind is None else False
+    effort = config.text("effort", None)
+    if effort is not None and effort not in _EFFORTS:
+        raise FieldError("output_config.effort", f"must be one of {', '.join(_EFFORTS)}, got {effort!r}")
+    return thinking.whole("budget_tokens", None, 1) or (_EFFORTS[effort] if effort else True)
+
+
+def _form(fields: Fields, config: Fields) -> dict[str, Any]:
+    """Return the form of the content, as `Model.chat` takes it."""
+    name, asked = next(((n, f) for n, f in (("output_config.format.", config.object("format", None)), ("output_format.", fields.object("output_format", None))) if f),
+                       ("", None))
+    if asked is None:
+        return {}
+    form = Fields(asked, name)
+    if form.text("type") != "json_schema":
+        raise FieldError(f"{name}type", "only json_schema is taken")
+    return {"format": form.object("schema")}
 
 
 def _wanted(fields: Fields) -> dict[str, Any]:
     """Return a request as `Served.submit` takes it."""
     fields.refuse(_NOT_HERE)
-    if Fields(fields.object("thinking", {})).text("type", "disabled") != "disabled":
-        raise FieldError("thinking", "thinking cannot be set yet")
-    Fields(fields.object("output_config", {})).refuse({"format": "output_config.format: structured output is not supported yet"})
+    config = Fields(fields.object("output_config", {}), "output_config.")
     return {"messages": _messages(fields), "max_tokens": fields.whole("max_tokens", low=1), "stop": fields.stops("stop_sequences"),
-            **fields.given(_SETTINGS)}
+            "tools": _tools(fields), **_choice(fields), "think": _think(fields, config), **_form(fields, config), **fields.given(_SETTINGS)}
+
+
+def _blocks(answer: Answer) -> list[dict[str, Any]]:
+    """Return an answer as blocks."""
+    thought = [{"type": "thinking", "thinking": answer.thinking, "signature": ""}] if answer.thinking else []
+    calls = [{"type": "tool_use", "id": c.id, "name": c.name, "input": _input(c.arguments)} for c in answer.tool_calls]
+    return [*thought, *([{"type": "text", "text": str(answer)}] if answer or not calls else []), *calls]
+
+
+def _input(arguments: str) -> Any:
+    """Return the arguments of a call; of one that was cut off, none."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return {}
 
 
 def _head(served: Served) -> dict[str, Any]:
@@ -89,7 +185,8 @@ def _end(handle: Handle, stops: Sequence[str] | None) -> dict[str, Any]:
     """Return why an answer ended; a stop text that the model's own files name is its own end."""
     r = handle.report
     asked = r.stopped_by if r.stopped_by in (stops or ()) else None
-    return {"stop_reason": "max_tokens" if r.finish == "length" else "stop_sequence" if asked else "end_turn", "stop_sequence": asked}
+    reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(r.finish, "stop_sequence" if asked else "end_turn")
+    return {"stop_reason": reason, "stop_sequence": asked}
 
 
 async def _events(handle: Handle, served: Served, stops: Sequence[str] | None) -> AsyncIterator[str]:
@@ -97,14 +194,43 @@ async def _events(handle: Handle, served: Served, stops: Sequence[str] | None) -
     empty = {"input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0, "output_tokens": 0}
     try:
         yield _event("message_start", message={**_head(served), "content": [], "stop_reason": None, "stop_sequence": None, "usage": empty})
-        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        async for piece in handle:
-            yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece})
-        yield _event("content_block_stop", index=0)
+        index, last = -1, ("", 0)
+        async for delta in handle.deltas():
+            kind = "call" if delta.kind == "arguments" else delta.kind
+            if (kind, delta.index) != last:
+                for event in _closed(index, last[0]):
+                    yield event
+                index, last = index + 1, (kind, delta.index)
+                yield _event("content_block_start", index=index, content_block=_begun(delta, handle))
+            if delta.kind != "call":
+                name, field = _DELTAS[delta.kind]
+                yield _event("content_block_delta", index=index, delta={"type": name, field: delta.text})
+        if index < 0:                                        # an answer without a text is an empty text
+            index, last = 0, ("text", 0)
+            yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        for event in _closed(index, last[0]):
+            yield event
         yield _event("message_delta", delta=_end(handle, stops), usage=_usage(handle))
         yield _event("message_stop")
     except PyEngineError as error:
         yield f"event: error\ndata: {json.dumps(failed(error, replies.status_of(error)))}\n\n"
+
+
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"), "arguments": ("input_json_delta", "partial_json")}
+
+
+def _begun(delta: Delta, handle: Handle) -> dict[str, Any]:
+    """Return the block that a delta begins, empty."""
+    if delta.kind == "call":
+        call = handle.report.calls[delta.index]
+        return {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+    return {"type": "text", "text": ""} if delta.kind == "text" else {"type": "thinking", "thinking": "", "signature": ""}
+
+
+def _closed(index: int, kind: str) -> list[str]:
+    """Return the events that end a block, if there is one."""
+    signed = [_event("content_block_delta", index=index, delta={"type": "signature_delta", "signature": ""})] if kind == "thinking" else []
+    return [] if index < 0 else [*signed, _event("content_block_stop", index=index)]
 
 
 def _event(kind: str, **values: Any) -> str:

@@ -20,19 +20,19 @@ class FieldError(RequestError):
 
 
 class Fields:
-    """The fields of one JSON object."""
+    """The fields of one JSON object; `within` begins their names in errors: "options."."""
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.values = values
+    def __init__(self, values: Mapping[str, Any], within: str = ""):
+        self.values, self.within = values, within
 
     def _read(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
         value = self.values.get(name)
         if value is None:
             if default is ...:
-                raise FieldError(name, "is missing")
+                raise FieldError(self.within + name, "is missing")
             return default
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            raise FieldError(name, f"must be {what}, got {shown(value)}")
+            raise FieldError(self.within + name, f"must be {what}, got {shown(value)}")
         return value
 
     def text(self, name: str, default: Any = ...) -> Any:
@@ -57,7 +57,7 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if value is not default and (not isinstance(value, int) or not low <= value <= high):
-            raise FieldError(name, f"must be a whole number from {low} to {high}, got {shown(value)}")
+            raise FieldError(self.within + name, f"must be a whole number from {low} to {high}, got {shown(value)}")
         return value
 
     def stops(self, name: str = "stop") -> tuple[str, ...] | None:
@@ -74,7 +74,7 @@ class Fields:
         for name, why in names.items():
             value = self.values.get(name)
             if value not in ([], {}) and not any(value is h or type(value) is type(h) and value == h for h in harmless):
-                raise FieldError(name, why)
+                raise FieldError(self.within + name, why)
 
 
 def parse(body: bytes) -> Fields:

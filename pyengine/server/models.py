@@ -60,9 +60,9 @@ class Served:
         """What can be asked of it."""
         return ["completion", *(["vision"] if self.model.media is not None else [])]
 
-    def count(self, messages: Sequence[Any]) -> int:
+    def count(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""
-        return len(self.model.chat_ids(messages, media_policy=REMOTE))
+        return len(self.model.chat_ids(messages, tools, media_policy=REMOTE))
 
     def submit(self, client: str, **request: Any) -> Handle:
         """Queue a request; its messages may show no file of this machine. Raises as `Model.submit`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,14 +13,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import pyengine
+from pyengine.chat.reply.deltas import ToolCall
 from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError, RequestError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
 
-_NOT_HERE = {"format": "structured output is not supported yet", "think": "thinking cannot be set yet", "tools": "tools are not supported yet",
-             "suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
+_NOT_HERE = {"suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
              "context": "give the conversation as messages, to /api/chat"}
 _WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
 
@@ -44,14 +44,14 @@ def routes(models: Models) -> list[Route]:
         messages = fields.items("messages", [])
         if not messages:
             return _loaded(served, {"message": {"role": "assistant", "content": ""}})
-        return await _answer(request, fields, served, {"messages": messages}, lambda piece: {"message": {"role": "assistant", "content": piece}})
+        return await _answer(request, fields, served, {"messages": messages, "tools": fields.items("tools", None) or None}, _Chat())
 
     async def generate(request: Request) -> Response:
         fields = await replies.read(request)
         served = models.get(fields.text("model", None))
         if not fields.text("prompt", "") and not fields.items("images", []):
             return _loaded(served, {"response": ""})
-        return await _answer(request, fields, served, _prompt(fields), lambda piece: {"response": piece})
+        return await _answer(request, fields, served, _prompt(fields), _Generate())
 
     async def tags(request: Request) -> Response:
         return JSONResponse({"models": [_listed(s) for s in models.all]})
@@ -127,28 +127,68 @@ def _settings(fields: Fields, served: Served) -> dict[str, Any]:
     n = options.whole("num_predict", -1, -2)
     wanted["max_tokens"] = None if n < 0 else n
     wanted["stop"] = options.stops()
+    if fields.values.get("format") not in (None, ""):
+        wanted["format"] = fields.values["format"]
     n_ctx = options.whole("num_ctx", None)
     if n_ctx is not None and n_ctx > served.model.n_ctx:
         raise FieldError("options.num_ctx", f"the model was loaded with a context of {served.model.n_ctx}; serve it with --ctx {n_ctx}")
     return wanted
 
 
-async def _answer(request: Request, fields: Fields, served: Served, prompt: dict[str, Any], wrap: Any) -> Response:
+class _Chat:
+    """How /api/chat writes an answer and its pieces."""
+
+    def write(self, text: str, thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+        """Return a part of an answer in Ollama's form."""
+        made = [{"id": c.id, "function": {"index": i, "name": c.name, "arguments": _arguments(c)}} for i, c in enumerate(calls)]
+        return {"message": {"role": "assistant", "content": text, **({"thinking": thinking} if thinking else {}), **({"tool_calls": made} if made else {})}}
+
+
+class _Generate:
+    """How /api/generate does."""
+
+    def write(self, text: str, thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+        """Return a part of an answer in Ollama's form."""
+        return {"response": text, **({"thinking": thinking} if thinking else {})}
+
+
+def _arguments(call: ToolCall) -> Any:
+    """Return the arguments of a call; of one that was cut off, none."""
+    try:
+        return json.loads(call.arguments)
+    except ValueError:
+        return {}
+
+
+async def _answer(request: Request, fields: Fields, served: Served, prompt: dict[str, Any], form: _Chat | _Generate) -> Response:
     """Run one request, streamed unless told otherwise."""
     wanted, began = {**_settings(fields, served), **prompt}, time.perf_counter()
+    if "messages" in wanted:
+        wanted["think"] = fields.values.get("think")
+    elif fields.values.get("think"):
+        raise FieldError("think", "a raw prompt is continued as it is; leave raw out")
     stream, client = fields.flag("stream", True), replies.client_of(request)
     handle = await replies.submit(lambda: served.submit(client, **wanted))
     if stream:
-        return replies.streaming(_lines(handle, served, wrap, began), [handle], "application/x-ndjson")
+        return replies.streaming(_lines(handle, served, form, began), [handle], "application/x-ndjson")
     await replies.finished(request, [handle])
-    return JSONResponse({**_head(served), **wrap(str(handle.result(0))), **_end(handle, began)})
+    answer = handle.result(0)
+    return JSONResponse({**_head(served), **form.write(str(answer), answer.thinking, answer.tool_calls), **_end(handle, began)})
 
 
-async def _lines(handle: Handle, served: Served, wrap: Any, began: float) -> AsyncIterator[str]:
+async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, began: float) -> AsyncIterator[str]:
+    """Write an answer's pieces as they come; a call when it is whole."""
+    told = 0
     try:
-        async for piece in handle:
-            yield json.dumps({**_head(served), **wrap(piece), "done": False}, ensure_ascii=False) + "\n"
-        yield json.dumps({**_head(served), **wrap(""), **_end(handle, began)}) + "\n"
+        async for delta in handle.deltas():
+            whole = handle.report.calls[told:delta.index] if delta.kind == "call" else ()
+            told += len(whole)
+            if whole or delta.kind in ("text", "thinking"):
+                part = form.write("", calls=whole) if whole else form.write(*((delta.text,) if delta.kind == "text" else ("", delta.text)))
+                yield json.dumps({**_head(served), **part, "done": False}, ensure_ascii=False) + "\n"
+        if rest := handle.report.calls[told:]:
+            yield json.dumps({**_head(served), **form.write("", calls=rest), "done": False}, ensure_ascii=False) + "\n"
+        yield json.dumps({**_head(served), **form.write(""), **_end(handle, began)}) + "\n"
     except PyEngineError as error:
         yield json.dumps(failed(error, 500)) + "\n"
 
@@ -160,6 +200,6 @@ def _head(served: Served) -> dict[str, Any]:
 def _end(handle: Handle, began: float) -> dict[str, Any]:
     """Return how an answer ended, with times in nanoseconds."""
     r = handle.report
-    return {"done": True, "done_reason": r.finish, "total_duration": int((time.perf_counter() - began) * 1e9), "load_duration": 0,
+    return {"done": True, "done_reason": "stop" if r.finish == "tool_calls" else r.finish, "total_duration": int((time.perf_counter() - began) * 1e9), "load_duration": 0,
             "prompt_eval_count": r.n_prompt, "prompt_eval_duration": int(r.prompt_seconds * 1e9), "eval_count": len(r.tokens),
             "eval_duration": int(r.seconds * 1e9)}

@@ -1,4 +1,4 @@
-"""OpenAI's interface: chat completions and models, and what completions share with them (platform.openai.com/docs/api-reference).
+"""OpenAI's interface: models, and what chat completions and completions share (platform.openai.com/docs/api-reference).
 
 Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typical_p, repeat_penalty, repeat_last_n.
 """
@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pyengine.engine.loop import Handle
+from pyengine.chat.reply.deltas import Delta
+from pyengine.engine.loop import Deltas, Handle
 from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
@@ -24,9 +25,7 @@ from pyengine.server.models import Models, Served
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20                   # OpenAI's limit
 
-_NOT_HERE = {"functions": "function calling is not supported yet", "tools": "tools are not supported yet",
-             "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported",
-             "reasoning_effort": "reasoning cannot be set yet"}
+_NOT_HERE = {"functions": "give them as tools", "function_call": "give it as tool_choice", "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported"}
 _KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
           503: "server_error"}
 
@@ -40,20 +39,13 @@ def failed(error: BaseException, status: int) -> dict[str, Any]:
 
 def routes(models: Models) -> list[Route]:
     """Return the routes below /v1."""
-    def post(path: str, endpoint: Any) -> Route:
-        return Route(path, replies.guarded(endpoint, failed), methods=["POST"])
-
-    async def chat(request: Request) -> Response:
-        return await _Chat(models).reply(request)
-
     async def listed(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_shown(s) for s in models.all]})
 
     async def one(request: Request) -> Response:
         return JSONResponse(_shown(models.get(request.path_params["name"])))
 
-    return [post("/v1/chat/completions", chat),
-            Route("/v1/models", replies.guarded(listed, failed)), Route("/v1/models/{name:path}", replies.guarded(one, failed))]
+    return [Route("/v1/models", replies.guarded(listed, failed)), Route("/v1/models/{name:path}", replies.guarded(one, failed))]
 
 
 def _shown(served: Served) -> dict[str, Any]:
@@ -119,10 +111,10 @@ class Interface:
         begun: set[int] = set()
         sent = [0] * len(handles)
         try:
-            async for i, piece in _merged(handles):
+            async for i, delta in _merged(handles):
                 done = handles[i].report.sampled[sent[i]:] if self.with_logprobs else ()
                 sent[i] += len(done)
-                yield _event({**self.head, "choices": [self._delta(i, piece, i not in begun, done)]})
+                yield _event({**self.head, "choices": [self._piece(i, delta, i not in begun, done)]})
                 begun.add(i)
             for i, handle in enumerate(handles):
                 yield _event({**self.head, "choices": [self._end(i, handle)]})
@@ -132,6 +124,9 @@ class Interface:
             yield _event(failed(error, replies.status_of(error)))
         yield "data: [DONE]\n\n"
 
+    def _piece(self, i: int, delta: Delta, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
+        return self._delta(i, delta.text, first, sampled)
+
     def _logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
         return [{**self._token(s.token, s.logprob), "top_logprobs": [self._token(t, p) for t, p in s.top]} for s in sampled]
 
@@ -140,64 +135,20 @@ class Interface:
         return {"token": piece.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(piece)}
 
 
-class _Chat(Interface):
-    object, prefix, limits = "chat.completion", "chatcmpl-", ("max_completion_tokens", "max_tokens")
-    _most: int | None = None         # until the model ends
-
-    def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
-        kind = Fields(fields.object("response_format", {})).text("type", "text")
-        if kind != "text":
-            raise FieldError("response_format", f"{kind!r} is not supported yet; only text is")
-        if set(fields.items("modalities", ["text"])) != {"text"}:
-            raise FieldError("modalities", "only text comes out of the models here")
-        messages = fields.items("messages")
-        if not messages:
-            raise FieldError("messages", "is empty")
-        return [{"messages": messages, "template_options": fields.object("chat_template_kwargs", None)}]
-
-    def _n_top(self, fields: Fields) -> int:
-        self.with_logprobs = fields.flag("logprobs")
-        top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
-        if top and not self.with_logprobs:
-            raise FieldError("top_logprobs", "needs logprobs: true")
-        return top
-
-    def _choice(self, i: int, handle: Handle) -> dict[str, Any]:
-        answer = handle.result(0)
-        return {"index": i, "message": {"role": "assistant", "content": str(answer), "refusal": None, **self._media(handle)},
-                "logprobs": {"content": self._logprobs(answer.sampled)} if self.with_logprobs else None, "finish_reason": answer.finish}
-
-    def _media(self, handle: Handle) -> Mapping[str, Any]:
-        """Return boxes that the text names, in pixels of the picture that was sent: an addition to OpenAI's form."""
-        boxes = handle.result(0).boxes
-        return {"boxes": [vars(b) if hasattr(b, "__dict__") else b._asdict() for b in boxes]} if boxes else {}
-
-    def _delta(self, i: int, piece: str, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
-        return {"index": i, "delta": {**({"role": "assistant"} if first else {}), "content": piece}, "finish_reason": None,
-                "logprobs": {"content": self._logprobs(sampled)} if self.with_logprobs else None}
-
-    def _end(self, i: int, handle: Handle) -> dict[str, Any]:
-        return {"index": i, "delta": dict(self._media(handle)), "logprobs": None, "finish_reason": handle.report.finish}
-
-    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
-        self.head = {**self.head, "object": "chat.completion.chunk"}
-        async for event in super()._events(handles, usage):
-            yield event
-
-
 def _event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, str]]:
+async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, Delta]]:
     """Yield (number, piece) of several answers as they come. Raises what ends one of them."""
+    several = [h.deltas() for h in handles]
     if len(handles) == 1:
-        async for piece in handles[0]:
+        async for piece in several[0]:
             yield 0, piece
         return
     import asyncio
 
-    waits = {asyncio.ensure_future(_next(h)): i for i, h in enumerate(handles)}
+    waits = {asyncio.ensure_future(_next(d)): i for i, d in enumerate(several)}
     try:
         while waits:
             ready, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -205,14 +156,14 @@ async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, str]]:
                 i, piece = waits.pop(task), task.result()
                 if piece is not None:
                     yield i, piece
-                    waits[asyncio.ensure_future(_next(handles[i]))] = i
+                    waits[asyncio.ensure_future(_next(several[i]))] = i
     finally:
         for task in waits:
             task.cancel()
 
 
-async def _next(handle: Handle) -> str | None:
-    return await anext(handle, None)
+async def _next(deltas: Deltas) -> Delta | None:
+    return await anext(deltas, None)
 
 
 def _usage(handles: Sequence[Handle]) -> dict[str, Any]:
@@ -222,6 +173,6 @@ def _usage(handles: Sequence[Handle]) -> dict[str, Any]:
     return {"usage": {
         "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
         "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": sum(m.n_tokens for r in reports for m in r.media), "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0}},
+        "completion_tokens_details": {"reasoning_tokens": sum(r.n_thinking for r in reports)}},
         "timings": {"prompt_seconds": sum(r.prompt_seconds for r in reports), "generation_seconds": sum(r.seconds for r in reports),
                     "cached_images": sum(m.cached for r in reports for m in r.media)}}

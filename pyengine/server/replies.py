@@ -28,6 +28,10 @@ class TooLarge(RequestError):
     """A body that exceeds the limit."""
 
 
+class Missing(RequestError):
+    """Something that a request names, and that is not here."""
+
+
 def _told(message: str) -> str:
     """Return a message of the library with the arguments of `load` as the options of the command that serves."""
     for ours, said in (("load with a larger n_ctx", "serve the model with a larger --ctx"), ("load with mmproj=", "serve the model with --mmproj")):
@@ -53,7 +57,7 @@ def status_of(error: BaseException) -> int:
         return 413
     if isinstance(error, BusyError):
         return 503
-    if isinstance(error, ModelNotFoundError):
+    if isinstance(error, (ModelNotFoundError, Missing)):
         return 404
     if isinstance(error, (RequestError, ContextOverflowError)):
         return 400

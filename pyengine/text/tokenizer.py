@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import codecs
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from pyengine.errors import InvalidModelError, ModelWarning, RequestError, shown
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
 from pyengine.text.pretokenizers import known_pre, PRE, Pre
-from pyengine.text.roles import find_roles
+from pyengine.text.roles import find_roles, HARMONY_TEXTS
 from pyengine.text.specials import Specials
 from pyengine.text.unigram import Unigram
 from pyengine.text.vocabulary import byte_token, Kind, LETTER_BYTES, read_key, SPACE, Strings, SURROGATE, Vocabulary
@@ -47,6 +47,8 @@ from pyengine.text.wordpiece import WordPiece
 
 
 _BLANKS = " \t\n\v\f\r"
+MARK = "\ufdd0"                       # noncharacters: before the text of a token that is a mark; within that of a token that is none
+_GUARD = "\ufdd1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +167,12 @@ class Tokenizer:
         return Specials({i: self._tokens.text(i) for i in (*self._fixed_ids, *self.special_ids)})
 
     @cached_property
+    def _control(self) -> Specials:
+        """What no user can write: control and unknown tokens, and those that frame gpt-oss's messages."""
+        return Specials({i: self._tokens.text(i) for i in (*self.special_ids, *self._fixed_ids)
+                         if i in self.special_ids or self._tokens.text(i) in (*HARMONY_TEXTS, "<|end|>")})
+
+    @cached_property
     def _encoder(self) -> _Model:
         if self._family == "llama":
             return Spm(self._tokens, self.vocabulary.scores, self.unk_id)
@@ -188,8 +196,8 @@ class Tokenizer:
 
     # -- text to ids -----------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str | bytes, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Give the ids of a text.
+    def tokenize(self, text: str | bytes, add_special: bool = True, parse_special: bool = True, mend: bool = False) -> list[int]:
+        """Give the ids of a text; `mend` takes out what `guarded` put in.
 
         `add_special` puts BOS, EOS or whatever the model's file asks for around them. `parse_special` reads the texts
         of control tokens ("<|im_start|>") as those tokens; without it they are plain text, and only user-defined
@@ -211,13 +219,19 @@ class Tokenizer:
                 ids.append(part)
             else:
                 prefix = " " if self._family == "llama" and self.add_space_prefix and after_special else ""
-                ids += self._encoder.encode(prefix + part)
+                ids += self._encoder.encode(prefix + (part.replace(_GUARD, "") if mend else part))
             after_special = isinstance(part, int)
         if add_special and self._family == "bert":
             ids.append(self.sep_id)
         elif add_special and self.add_eos:
             ids.append(self.eos_id)
         return ids
+
+    def guarded(self, text: str) -> str:
+        """Return a text with the texts of control tokens in it broken up, so that what a user wrote stays text within a prompt that
+        has such tokens: to be tokenized with `mend`."""
+        return "".join(part if isinstance(part, str) else (said := self._tokens.text(part))[:1] + _GUARD + said[1:]
+                       for part in self._control.split(text.replace(_GUARD, "\ufffd")))
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Cut special tokens out of a text, with the blanks that they swallow."""
@@ -263,13 +277,14 @@ class Tokenizer:
         decoder = self.decoder(skip_special)
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
-    def decoder(self, skip_special: bool = True, at_start: bool = True) -> StreamDecoder:
+    def decoder(self, skip_special: bool = True, at_start: bool = True, marks: Collection[int] = ()) -> StreamDecoder:
         """Give a decoder for ids that come one at a time.
 
         `at_start` says that they begin a text or an answer, so that SentencePiece's leading space is not part of it;
-        give False where they continue a text in mid-sentence.
+        give False where they continue a text in mid-sentence. `marks` are ids whose texts come behind `MARK`, which no other text
+        holds: what reads them need not guess whether the same letters were meant.
         """
-        return StreamDecoder(self, skip_special, at_start)
+        return StreamDecoder(self, skip_special, at_start, marks)
 
     # -- vocabulary ------------------------------------------------------------------------------------------------
 
@@ -297,8 +312,8 @@ class Tokenizer:
 class StreamDecoder:
     """Turns ids that come one at a time into text; holds bytes back until they make whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True, marks: Collection[int] = ()):
+        self._tokenizer, self._marks = tokenizer, frozenset(marks)
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._strip = at_start and (tokenizer.add_space_prefix or tokenizer.model == "bert")
         self._first = True
@@ -310,17 +325,25 @@ class StreamDecoder:
         Raises: RequestError for an id that the vocabulary does not have.
         """
         raw = self._tokenizer.piece(token)
+        if token in self._marks:
+            self._strip = self._first = False
+            return self.flush() + MARK + raw.decode("utf-8", "replace")
         if self._strip and token not in self._tokenizer.special_ids:
             self._strip = False
             raw = raw[1:] if raw[:1] == b" " else raw
         elif not (self._first and token == self._tokenizer.bos_id):
             self._strip = False
         self._first = False
-        return "" if token in self._skip else self._utf8.decode(raw)
+        if token in self._skip:
+            return ""
+        text = self._utf8.decode(raw)
+        return text.replace(MARK, "\ufffd") if self._marks and MARK in text else text
 
     def flush(self) -> str:
         """Give what is held back: the start of a character that never came whole is U+FFFD."""
-        return self._utf8.decode(b"", final=True)
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
 
 
 @takes()

@@ -163,7 +163,7 @@ def test_what_cannot_be_served_is_refused_at_once(model) -> None:
 
 def test_an_error_of_a_request_is_its_own(model) -> None:
     bad = model.submit(ids(5, 1), max_tokens=4)
-    bad._request.sampler.sample = lambda logits: 1 / 0
+    bad._request.sampler.sample = lambda logits, allowed: 1 / 0
     good = model.submit(ids(5, 2), max_tokens=4, temperature=0)
     with pytest.raises(ZeroDivisionError):
         bad.result(60)

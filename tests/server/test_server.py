@@ -172,8 +172,11 @@ def test_models_are_listed(client, served) -> None:
     ({"max_tokens": 1.5}, 400, "max_tokens: must be a whole number", "max_tokens"),
     ({"logit_bias": {"a": 1}}, 400, "token ids", "logit_bias"),
     ({"top_logprobs": 3}, 400, "needs logprobs", "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, 400, "not supported yet", "response_format"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools are not supported yet", "tools"),
+    ({"response_format": {"type": "xml"}}, 400, "json_schema", "response_format.type"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"type": "strin"}}}}}}, 400, "format.properties.a.type", None),
+    ({"tools": [{"type": "function", "function": {}}]}, 400, "tools[0].function.name is missing", None),
+    ({"tool_choice": "required"}, 400, "there are no tools", None),
+    ({"think": True}, 400, "no thinking", None),
     ({"chat_template_kwargs": {"messages": []}}, 400, "'messages' is not set here", None),
     ({"chat_template_kwargs": 5}, 400, "must be an object", "chat_template_kwargs"),
     ({"stream": "yes"}, 400, "stream: must be true or false", "stream"),
@@ -260,7 +263,7 @@ def test_ollamas_lists(client, served, name) -> None:
 
 
 @pytest.mark.parametrize("path, change, part", [
-    ("/api/chat", {"format": "json"}, "structured output"), ("/api/chat", {"think": True}, "thinking"),
+    ("/api/chat", {"format": "xml"}, "JSON schema"), ("/api/chat", {"think": True}, "thinking"),
     ("/api/chat", {"options": {"num_ctx": 4096}}, "--ctx 4096"), ("/api/chat", {"options": {"mirostat": 1}}, "no such step"),
     ("/api/pull", {}, "pyengine-run"), ("/api/embed", {}, "embeddings are not supported yet"),
 ])
@@ -316,7 +319,7 @@ def test_anthropics_pictures(client, served) -> None:
 @pytest.mark.parametrize("change, status, kind, part", [
     ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens: is missing"), ({"model": "claude"}, 404, "not_found_error", "claude"),
     ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools"), ({"system": 5}, 400, "invalid_request_error", "system"),
-    ({"output_config": {"format": {"type": "json_schema"}}}, 400, "invalid_request_error", "structured output"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, 400, "invalid_request_error", "output_config.format.schema: is missing"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "thinking"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "/etc/passwd"}}]}]}, 400, "invalid_request_error", ""),
 ])

@@ -72,8 +72,10 @@ class Calls(ABC):
 
     marks: tuple[str, ...] = ()           # texts of tokens that the decoder is asked to write
     bare = False
+    shows_results = False                 # templates that do not know calls show their results none the less
 
-    def __init__(self, spell: Spell):
+    def __init__(self, source: str, spell: Spell):
+        self.source = source
         self.opening: tuple[str, ...] = ()
         self.inner: tuple[str, ...] = ()
 
@@ -85,49 +87,111 @@ class Calls(ABC):
     def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls, in Lark as llguidance reads it, with the rule `start`."""
 
-    def prepare(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """Give what the template is rendered with: by default it knows tools itself."""
-        return messages, [tool.as_dict() for tool in tools]
+    @abstractmethod
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        """Write calls as the model does: names and arguments."""
+
+    def adapt(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Give earlier turns as the family's templates take them: by default as they are."""
+        return messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Calls as JSON objects with a name and arguments
 
 
-def read_call(unit: Unit) -> Reading[None]:
-    """Read {"name": .., "arguments": {..}}, the keys in any order, `parameters` for `arguments`, others left out."""
+KEYS = frozenset({"name", "arguments", "parameters", "type", "id"})
+
+
+def read_call(unit: Unit, keys: frozenset[str] | None = None, opened: bool = False) -> Reading[None]:
+    """Read {"name": .., "arguments": {..}}, the keys in any order, `parameters` for `arguments`; others are left out.
+
+    With `keys`, another key than these makes the object none of a call. Where it is `opened`, its brace was read.
+    """
     tape = unit.tape
-    yield from tape.skip_blanks()
-    yield from tape.expect("{")
+    if not opened:
+        yield from tape.skip_blanks()
+        yield from tape.expect("{")
     seen: set[str] = set()
-    letter = yield from tape.skip_blanks()
-    while True:
+    letter = ","
+    while letter == ",":
+        yield from tape.skip_blanks()
         key = yield from read_text(tape)
+        if keys is not None and key not in keys:
+            raise Malformed
         yield from tape.skip_blanks()
         yield from tape.expect(":")
-        letter = yield from tape.skip_blanks()
         key = "arguments" if key == "parameters" else key
         if key in seen:
             raise Malformed
-        if key == "name":
-            unit.call((yield from read_text(tape)))
-        elif key == "arguments" and letter == "{":
-            yield from read_value(tape, unit.argue)
-        else:
-            pieces: list[str] = []
-            yield from read_value(tape, pieces.append)
-            if key == "arguments" and "".join(pieces) != "null":
-                raise Malformed
         if key in ("name", "arguments"):
             seen.add(key)
+        yield from _read_field(unit, key)
         letter = yield from tape.skip_blanks()
         if letter not in ("}", ","):
             raise Malformed
         tape.take(tape.at + 1)
-        if letter == "}":
-            unit.end()
-            return
-        yield from tape.skip_blanks()
+    unit.end()
+
+
+def _read_field(unit: Unit, key: str) -> Reading[None]:
+    tape = unit.tape
+    letter = yield from tape.skip_blanks()
+    if key == "name":
+        unit.call((yield from read_text(tape)))
+    elif key == "arguments" and letter == "{":
+        yield from read_value(tape, unit.argue)
+    elif key == "arguments":
+        yield from tape.expect("null")
+    else:
+        yield from read_value(tape, lambda _: None)
+
+
+def read_list(unit: Unit) -> Reading[None]:
+    """Read a list of such objects, or one without a list."""
+    tape = unit.tape
+    if (yield from tape.skip_blanks()) != "[":
+        yield from read_call(unit)
+        return
+    letter = ","
+    tape.take(tape.at + 1)
+    while letter == ",":
+        yield from read_call(unit)
+        letter = yield from tape.skip_blanks()
+        if letter not in ("]", ","):
+            raise Malformed
+        tape.take(tape.at + 1)
+
+
+def one_at_a_time(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give a turn of several calls as turns of one call each, with its result: some templates take no more."""
+    given: list[dict[str, Any]] = []
+    i = 0
+    while i < len(messages):
+        message = messages[i]
+        i += 1
+        calls = message.get("tool_calls")
+        if not isinstance(calls, (list, tuple)) or len(calls) < 2:
+            given.append(message)
+            continue
+        results: list[dict[str, Any]] = []
+        while i < len(messages) and messages[i].get("role") == "tool":
+            results.append(messages[i])
+            i += 1
+        for n, call in enumerate(calls):
+            head = message if n == 0 else {key: value for key, value in message.items() if key in ("role",)} | {"content": ""}
+            given.append({**head, "tool_calls": [call]})
+            name = call.get("id") if isinstance(call, Mapping) else None
+            mine = next((r for r in results if name is not None and r.get("tool_call_id") == name), None) or next(iter(results), None)
+            if mine is not None:
+                results = [r for r in results if r is not mine]
+                given.append(mine)
+        given += results
+    return given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grammars
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
@@ -136,10 +200,36 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}"
 
 
-def call_rules(tools: Sequence[Tool], arguments: str = "arguments") -> str:
-    """Return rules of a grammar: `call`, one of the tools as a JSON object with a name and arguments."""
-    lines = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
+def alternatives(rule: str, count: int) -> str:
+    """Return the line of a rule that is one of `rule_0`, `rule_1` and so on."""
+    return f"{rule}: {' | '.join(f'{rule}_{i}' for i in range(count))}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as a literal of a grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def schema_rules(tools: Sequence[Tool]) -> str:
+    """Return rules `args_0`, `args_1` and so on: the arguments of each tool as a JSON object."""
+    return "".join(f"args_{i}: {json_rule(_closed(tool.parameters))}\n" for i, tool in enumerate(tools))
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema of arguments that takes only those it names, where it leaves that open: nobody waits for others."""
+    open_ended = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "unevaluatedProperties"} & schema.keys()
+    return schema if open_ended else {**schema, "additionalProperties": False}
+
+
+def call_rules(tools: Sequence[Tool], arguments: str = "arguments", more: str = "") -> str:
+    """Return rules of a grammar: `call`, one of the tools as a JSON object with a name and arguments, and `more` of its fields."""
+    lines = [alternatives("call", len(tools))]
     for i, tool in enumerate(tools):
-        head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "{arguments}": ')
-        lines += [f'call_{i}: {head} args_{i} "}}"', f"args_{i}: {json_rule(tool.parameters)}"]
-    return "\n".join(lines) + "\n"
+        head = quoted(f'{{"name": {json.dumps(tool.name)}, "{arguments}": ')
+        lines.append(f'call_{i}: {head} args_{i} {more} "}}"')
+    return "\n".join(lines) + "\n" + schema_rules(tools)
+
+
+def dumped(name: str, arguments: Mapping[str, Any], key: str = "arguments") -> str:
+    """Write a call as a JSON object."""
+    return json.dumps({"name": name, key: dict(arguments)}, ensure_ascii=False)

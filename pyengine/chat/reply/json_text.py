@@ -13,6 +13,8 @@ from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.tape import Malformed, Reading, Tape
 
 Out = Callable[[str], object]
+Scalar = Callable[[Tape, str, Out], Reading[None]]               # reads a value that begins with this letter
+Key = Callable[[Tape, Out], Reading[None]]                       # reads a key and its colon
 _PLAIN = re.compile(r'[^"\\\x00-\x1f' + MARKED + r"]*")
 _HEX = frozenset("0123456789abcdefABCDEF")
 # A number's states: what may come, and what follows; those in _WHOLE may end it.
@@ -66,7 +68,8 @@ def _escape(tape: Tape, out: Out) -> Reading[None]:
     out(text)
 
 
-def _read_number(tape: Tape, out: Out) -> Reading[None]:
+def read_number(tape: Tape, out: Out) -> Reading[None]:
+    """Read a number."""
     state = "start"
     while True:
         letter = yield from tape.peek()
@@ -87,44 +90,57 @@ def _read_scalar(tape: Tape, letter: str, out: Out) -> Reading[None]:
             yield from tape.expect(expected)
             out(expected)
     else:
-        yield from _read_number(tape, out)
+        yield from read_number(tape, out)
 
 
 def read_value(tape: Tape, out: Out) -> Reading[None]:
-    """Read one value, which begins after blanks; `out` sees its text. Raises Malformed where it is none, or at the end."""
-    closers: list[str] = []                                      # of what is open, the innermost last
-    while True:
-        letter = yield from tape.skip_blanks(out)
-        if letter in ("{", "["):
-            out(tape.take(tape.at + 1))
-            closers.append("}" if letter == "{" else "]")
-            if (yield from tape.skip_blanks(out)) != closers[-1]:
-                if letter == "{":
-                    yield from _read_key(tape, out)
-                continue
-        else:
-            yield from _read_scalar(tape, letter, out)
-        # A value has ended: what encloses it may end too, or go on.
-        while closers:
-            letter = yield from tape.skip_blanks(out)
-            if letter not in (closers[-1], ","):
-                raise Malformed
-            out(tape.take(tape.at + 1))
-            if letter == ",":
-                if closers[-1] == "}":
-                    yield from _read_key(tape, out)
-                break
-            closers.pop()
-        if not closers:
-            return
+    """Read one value, which begins after blanks; `out` sees its text as it is written. Raises Malformed where it is none, or at the end."""
+    yield from read_nested(tape, out, _read_scalar, _read_key, out)
 
 
 def _read_key(tape: Tape, out: Out) -> Reading[None]:
-    yield from tape.skip_blanks(out)
     yield from read_string(tape, out)
     yield from tape.skip_blanks(out)
     yield from tape.expect(":")
     out(":")
+
+
+def read_nested(tape: Tape, out: Out, scalar: Scalar, key: Key, blanks: Out | None) -> Reading[None]:
+    """Read one value of a notation that is JSON but for its scalars and keys; `out` sees JSON.
+
+    With `blanks` they come out too, and a comma before a closing bracket is an error; without them both are left out.
+    """
+    closers: list[str] = []                                      # of what is open, the innermost last
+    while True:
+        letter = yield from tape.skip_blanks(blanks)
+        if letter in ("{", "["):
+            out(tape.take(tape.at + 1))
+            closers.append("}" if letter == "{" else "]")
+            if (yield from tape.skip_blanks(blanks)) != closers[-1]:
+                if letter == "{":
+                    yield from key(tape, out)
+                continue
+        else:
+            yield from scalar(tape, letter, out)
+        # A value has ended: what encloses it may end too, or go on.
+        while closers:
+            letter = yield from tape.skip_blanks(blanks)
+            if letter not in (closers[-1], ","):
+                raise Malformed
+            if letter == ",":
+                tape.take(tape.at + 1)
+                if blanks:
+                    out(",")
+                if (yield from tape.skip_blanks(blanks)) != closers[-1] or blanks:
+                    if not blanks:
+                        out(", ")
+                    if closers[-1] == "}":
+                        yield from key(tape, out)
+                    break
+            out(tape.take(tape.at + 1))
+            closers.pop()
+        if not closers:
+            return
 
 
 def read_text(tape: Tape) -> Reading[str]:

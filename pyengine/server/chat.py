@@ -1,0 +1,126 @@
+"""OpenAI's chat completions (platform.openai.com/docs/api-reference/chat): tools, thinking, structured output, pictures, choices.
+
+Beside OpenAI's fields: `think` (true, false, a number of tokens, or "low", "medium", "high"), llama.cpp's `grammar` and `json_schema`,
+`regex`, `chat_template_kwargs`; and in answers DeepSeek's `reasoning_content`, and `boxes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pyengine.chat.reply.deltas import Delta
+from pyengine.engine.loop import Handle
+from pyengine.server import replies
+from pyengine.server.fields import FieldError, Fields
+from pyengine.server.models import Models
+from pyengine.server.openai import failed, Interface, MOST_LOGPROBS
+
+EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
+
+
+def routes(models: Models) -> list[Route]:
+    """Return the route of chat completions."""
+    async def chat(request: Request) -> Response:
+        return await _Chat(models).reply(request)
+
+    return [Route("/v1/chat/completions", replies.guarded(chat, failed), methods=["POST"])]
+
+
+def think_of(fields: Fields) -> Any:
+    """Return what a request says of thinking, as `Model.chat` takes it; None if it says nothing."""
+    effort = fields.text("reasoning_effort", None)
+    if effort is not None and effort not in EFFORTS:
+        raise FieldError("reasoning_effort", f"must be one of {', '.join(EFFORTS)}, got {effort!r}")
+    think = fields.values.get("think")
+    return think if think is not None else None if effort is None else EFFORTS[effort]
+
+
+def form_of(fields: Fields) -> dict[str, Any]:
+    """Return the form that the content must have, as `Model.chat` takes it."""
+    asked = Fields(fields.object("response_format", {}), "response_format.")
+    kind = asked.text("type", "text")
+    given: dict[str, Any] = {}
+    if kind == "json_schema":
+        given["format"] = _schema(Fields(asked.object("json_schema"), "response_format.json_schema."), "schema")
+    elif kind == "json_object":                              # with a schema in llama.cpp's form
+        given["format"] = asked.values.get("schema") or "json"
+    elif kind != "text":
+        raise FieldError("response_format.type", f"must be text, json_object or json_schema, got {kind!r}")
+    if fields.values.get("json_schema") is not None:
+        given["format"] = fields.values["json_schema"]
+    return {**given, **fields.given({"grammar": "grammar", "regex": "regex"})}
+
+
+def _schema(fields: Fields, name: str) -> Any:
+    return fields.object(name) if isinstance(fields.values.get(name), dict) or name not in fields.values else fields.flag(name)
+
+
+def tools_of(fields: Fields) -> dict[str, Any]:
+    """Return the tools of a request and the choice among them, as `Model.chat` takes them."""
+    tools = fields.items("tools", None)
+    choice = fields.values.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") != "function":
+        raise FieldError("tool_choice.type", f"only function is taken, got {choice.get('type')!r}")
+    return {"tools": tools or None, **({} if choice is None else {"tool_choice": choice}),
+            "parallel_tool_calls": fields.flag("parallel_tool_calls", True)}
+
+
+class _Chat(Interface):
+    object, prefix, limits = "chat.completion", "chatcmpl-", ("max_completion_tokens", "max_tokens")
+    _most: int | None = None         # until the model ends
+
+    def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
+        if set(fields.items("modalities", ["text"])) != {"text"}:
+            raise FieldError("modalities", "only text comes out of the models here")
+        messages = fields.items("messages")
+        if not messages:
+            raise FieldError("messages", "is empty")
+        return [{"messages": messages, "template_options": fields.object("chat_template_kwargs", None), "think": think_of(fields),
+                 **tools_of(fields), **form_of(fields)}]
+
+    def _n_top(self, fields: Fields) -> int:
+        self.with_logprobs = fields.flag("logprobs")
+        top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
+        if top and not self.with_logprobs:
+            raise FieldError("top_logprobs", "needs logprobs: true")
+        return top
+
+    def _choice(self, i: int, handle: Handle) -> dict[str, Any]:
+        answer = handle.result(0)
+        message = {**answer.message, "refusal": None, **self._media(handle)}
+        if answer.tool_calls and not answer:
+            message["content"] = None
+        return {"index": i, "message": message, "logprobs": {"content": self._logprobs(answer.sampled)} if self.with_logprobs else None,
+                "finish_reason": answer.finish}
+
+    def _media(self, handle: Handle) -> Mapping[str, Any]:
+        """Return boxes that the text names, in pixels of the picture that was sent: an addition to OpenAI's form."""
+        boxes = handle.result(0).boxes
+        return {"boxes": [vars(b) for b in boxes]} if boxes else {}
+
+    def _piece(self, i: int, delta: Delta, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
+        said = {**({"role": "assistant"} if first else {}), **self._said(i, delta)}
+        return {"index": i, "delta": said, "finish_reason": None, "logprobs": {"content": self._logprobs(sampled)} if self.with_logprobs else None}
+
+    def _said(self, i: int, delta: Delta) -> dict[str, Any]:
+        if delta.kind == "text":
+            return {"content": delta.text}
+        if delta.kind == "thinking":
+            return {"reasoning_content": delta.text}
+        if delta.kind == "arguments":
+            return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+        call = self.handles[i].report.calls[delta.index]
+        return {"tool_calls": [{"index": delta.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}]}
+
+    def _end(self, i: int, handle: Handle) -> dict[str, Any]:
+        return {"index": i, "delta": dict(self._media(handle)), "logprobs": None, "finish_reason": handle.report.finish}
+
+    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
+        self.head, self.handles = {**self.head, "object": "chat.completion.chunk"}, handles
+        async for event in super()._events(handles, usage):
+            yield event

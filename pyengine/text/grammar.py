@@ -1,0 +1,191 @@
+"""What a text may look like: JSON schemas, regular expressions and grammars, compiled to masks over a vocabulary by llguidance.
+
+`shape` turns what a user asks for into one text in llguidance's dialect of Lark (the page "syntax" of its documentation); `Grammars` compiles such texts
+for one tokenizer; a `Matcher` follows one answer: which tokens may come next, and whether it may end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from pyengine.errors import RequestError, shown
+
+if TYPE_CHECKING:
+    from pyengine.text.tokenizer import Tokenizer
+
+# Blanks within JSON: one, or a line break with its indentation. Without a bound small models fill their answer with blanks.
+_BLANKS = r"( |\n {0,40})"
+_OF_ONE = ("format", "regex", "grammar")             # of these a request has one at most
+
+
+def shape(format: Any = None, regex: Any = None, grammar: Any = None) -> str | None:
+    """Return the grammar that a request asks for, in Lark; None if it asks for none.
+
+    format   "json" (any JSON object), or a JSON schema (Draft 2020-12), as a mapping; a class of pydantic's is its schema
+    regex    a regular expression of the whole text (Rust's syntax, without look-around)
+    grammar  a grammar in Lark (llguidance's dialect) or in llama.cpp's GBNF, which has "::="
+    Raises: RequestError, for a schema with the path of its fault.
+    """
+    given = [name for name, value in zip(_OF_ONE, (format, regex, grammar)) if value is not None]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)}: give one of them")
+    if format is not None:
+        return f"start: {json_rule(_schema(format), 'format')}\n"
+    if regex is not None:
+        return f"start: /{_text('regex', regex).replace('/', chr(92) + '/')}/\n" if regex else _wrong("regex", "is empty")
+    return None if grammar is None else _lark(_text("grammar", grammar))
+
+
+def json_rule(schema: Mapping[str, Any] | bool, name: str) -> str:
+    """Return a JSON schema as a part of a Lark rule. Raises: RequestError with the path of a fault, which begins with `name`."""
+    check_schema(schema, name)
+    given = {} if schema is True else dict(schema) if isinstance(schema, Mapping) else _wrong(name, "allows nothing")
+    return "%json " + json.dumps({**given, "x-guidance": {"whitespace_pattern": _BLANKS}})
+
+
+def check_schema(schema: Any, name: str) -> None:
+    """Check that something is a JSON schema (Draft 2020-12). Raises: RequestError with the path of the fault."""
+    from jsonschema import Draft202012Validator, exceptions
+
+    if not isinstance(schema, (Mapping, bool)):
+        _wrong(name, f"must be a JSON schema, an object, got {shown(schema)}")
+    try:
+        Draft202012Validator.check_schema(_plain(schema, name))
+    except exceptions.SchemaError as fault:
+        at = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path)
+        _wrong(name + at, fault.message[:300])
+
+
+def _plain(schema: Any, name: str) -> Any:
+    """Return a schema as JSON has it. Raises: RequestError."""
+    try:
+        return json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        return _wrong(name, f"is no JSON: {str(error)[:200]}")
+
+
+def _schema(format: Any) -> Any:
+    if isinstance(format, str):
+        return {"type": "object"} if format == "json" else _wrong("format", f'must be "json" or a JSON schema, got {shown(format)}')
+    of_class = getattr(format, "model_json_schema", None)
+    return of_class() if isinstance(format, type) and callable(of_class) else format
+
+
+def _lark(text: str) -> str:
+    if "::=" not in text:
+        return text
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return str(any_to_lark(text))
+    except Exception as error:                               # of the converter, whatever it meets
+        return _wrong("grammar", f"is no GBNF: {str(error)[:300]}")
+
+
+def _text(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else _wrong(name, f"must be a text, got {shown(value)}")
+
+
+def _wrong(name: str, what: str) -> Any:
+    raise RequestError(f"{name}: {what}")
+
+
+class Grammars:
+    """A compiler of grammars for one tokenizer; its tree of tokens is built when the first one comes (a second for 262,144 tokens).
+
+    marks: tokens that stand for themselves, beside control tokens: the same letters in a grammar's texts do not mean them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, marks: Iterable[int] = ()):
+        self.tokenizer = tokenizer
+        self._apart = tokenizer.special_ids | tokenizer.eog_ids | frozenset(marks)
+        self._lock = threading.Lock()
+        self._tree: Any = None
+
+    @property
+    def tree(self) -> Any:
+        """llguidance's form of the vocabulary: control tokens apart, and all that end an answer."""
+        with self._lock:
+            if self._tree is None:
+                from llguidance import LLTokenizer, TokenizerWrapper
+
+                self._tree = LLTokenizer(TokenizerWrapper(_Vocabulary(self.tokenizer, self._apart)), eos_token=sorted(self.tokenizer.eog_ids) or None)
+            return self._tree
+
+    def literal(self, text: str) -> str:
+        """Return a text as a part of a Lark rule: a control token or mark by its id, anything else letter by letter."""
+        token = self.tokenizer.id_of(text)
+        return f"<[{token}]>" if token in self._apart else json.dumps(text, ensure_ascii=False)
+
+    def matcher(self, grammar: str) -> Matcher:
+        """Compile a grammar for one answer. Raises: RequestError saying what is wrong with it, and where."""
+        from llguidance import LLMatcher
+
+        made = LLMatcher(self.tree, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if made.is_error():
+            raise RequestError(_explained(made.get_error(), grammar))
+        return Matcher(made, self.tokenizer.vocab_size)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    def __init__(self, tokenizer: Tokenizer, apart: Collection[int]):
+        self.tokens = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(apart)
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_id, next(iter(sorted(tokenizer.eog_ids)), 0)
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.tokenize(text, add_special=False, parse_special=False)
+
+
+class Matcher:
+    """How far one answer has come in its grammar."""
+
+    def __init__(self, made: Any, n_vocab: int):
+        self._made = made
+        self._mask = np.empty((n_vocab + 31) // 32, np.uint32)
+
+    def mask(self) -> np.ndarray:
+        """Return the tokens that may come next, uint32 [ceil(n_vocab / 32)], as `Sampler.sample` takes it; valid until the next call."""
+        self._made.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if self._made.is_error():
+            raise RequestError(f"the grammar cannot be followed: {self._made.get_error()[:300]}")
+        return self._mask
+
+    def accept(self, token: int) -> bool:
+        """Go on with a token; False if the grammar does not have it there, and nothing has changed."""
+        return bool(self._made.try_consume_tokens([token]) == 1)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is whole, and nothing can follow."""
+        return bool(self._made.is_stopped())
+
+
+_KEYS = re.compile(r'Unimplemented keys: \["([^"]+)"')
+
+
+def _explained(error: str, grammar: str) -> str:
+    """Say what llguidance refuses, for a key of a schema with its path."""
+    first = error.strip().splitlines()[0][:300]
+    found = _KEYS.search(error)
+    if found is None:
+        return f"the grammar is refused: {error.strip()[:500]}"
+    paths = [path for part in grammar.split("%json ")[1:] for path in _paths(json.JSONDecoder().raw_decode(part)[0], found[1], "")]
+    return f"the schema asks for what cannot be enforced: {found[1]!r} at {paths[0]}" if paths else first
+
+
+def _paths(value: Any, key: str, at: str) -> list[str]:
+    """Return where a key stands in a schema."""
+    if isinstance(value, dict):
+        here = [at + "." + key if at else key] if key in value else []
+        return here + [p for k, v in value.items() for p in _paths(v, key, f"{at}.{k}" if at else k)]
+    return [p for i, v in enumerate(value) for p in _paths(v, key, f"{at}[{i}]")] if isinstance(value, list) else []

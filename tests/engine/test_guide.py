@@ -1,0 +1,214 @@
+"""Replies as they are generated: grammars hold where they should, thinking ends by its budget, calls are told as they come."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from pyengine.chat.reply.deltas import joined
+from pyengine.chat.reply.style import find
+from pyengine.chat.reply.tools import read_tools
+from pyengine.engine.guide import Guide, Thoughts
+from pyengine.errors import RequestError
+from pyengine.text.grammar import Grammars, shape
+from pyengine.text.sampling import Sampler, SamplingParams
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "The weather of a city.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}}, "required": ["city"], "additionalProperties": False}}}
+TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}}
+ASKED = [{"role": "user", "content": "What is the weather in Paris?"}]
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+          "required": ["name", "age"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def qwen(real_model) -> Any:
+    return real_model("qwen", n_seq=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(qwen) -> Any:
+    return qwen.tokenizer
+
+
+# -- structured output ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_follows_its_schema(qwen, seed: int) -> None:
+    answer = qwen.chat([{"role": "user", "content": "Invent a person."}], format=PERSON, temperature=1.5, seed=seed, max_tokens=100)
+    assert answer.finish == "stop"
+    jsonschema.validate(json.loads(answer), PERSON)
+
+
+def test_regex_and_grammars(qwen) -> None:
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}", qwen.generate("The date is ", regex="[0-9]{4}-[0-9]{2}", temperature=2.0, seed=1))
+    for grammar in ('start: "yes" | "no"', 'root ::= "yes" | "no"'):
+        assert qwen.chat(ASKED, grammar=grammar, temperature=0) in ("yes", "no")
+    assert isinstance(json.loads(qwen.chat(ASKED, format="json", temperature=0, max_tokens=200)), dict)
+
+
+def test_the_whole_is_told_without_another_step(qwen) -> None:
+    steps = qwen.stats["steps"]
+    answer = qwen.generate("The year is ", regex="[0-9]{4}", temperature=0)
+    assert answer.finish == "stop" and qwen.stats["steps"] - steps == len(answer.tokens)      # one of them reads the prompt
+
+
+def test_a_form_costs_others_nothing(qwen) -> None:
+    free = qwen.chat(ASKED, temperature=0, max_tokens=12)
+    handles = [qwen.submit(messages=ASKED, temperature=0, max_tokens=12), qwen.submit(messages=ASKED, format=PERSON, temperature=0, max_tokens=60)]
+    assert handles[0].result(60) == free and json.loads(handles[1].result(60))
+
+
+@pytest.mark.parametrize("form, said", [
+    ({"format": {"type": "strin"}}, "format.type: 'strin'"),
+    ({"format": {"properties": {"a": {"items": {"minimum": "x"}}}}}, "format.properties.a.items.minimum: 'x'"),
+    ({"format": {"properties": {"a": {"uniqueItems": True}}}}, "'uniqueItems' at properties.a.uniqueItems"),
+    ({"format": "xml"}, '"json" or a JSON schema'), ({"format": 3}, "format: must be a JSON schema"), ({"format": {"enum": [float("nan")]}}, "no JSON"),
+    ({"regex": "(a"}, "unclosed group"), ({"regex": ""}, "regex: is empty"), ({"grammar": "start: nothing"}, "unknown name"),
+    ({"grammar": "root ::= ("}, "GBNF"), ({"format": "json", "regex": "a"}, "format and regex: give one of them"), ({"regex": b"a"}, "regex: must be a text")])
+def test_forms_that_cannot_be_are_refused(qwen, form: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(said)):
+        qwen.chat(ASKED, **form)
+
+
+def test_blanks_have_a_bound(qwen) -> None:
+    grammars = Grammars(qwen.tokenizer)
+    for text, whole in (('{"name": "a", "age": 3}', True), ('{\n  "name": "a",\n  "age": 3\n}', True), ('{"name":   "a"}', False), ('{\n\n"name"', False)):
+        matcher = grammars.matcher(shape(format=PERSON))
+        assert all(matcher.accept(t) for t in qwen.tokenizer.tokenize(text, add_special=False)) == whole, text
+
+
+# -- tools ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_can_be_demanded(qwen) -> None:
+    answer = qwen.chat(ASKED, tools=[TIME, WEATHER], tool_choice="weather", temperature=0)
+    assert answer == "" and answer.finish == "tool_calls" and [c.name for c in answer.tool_calls] == ["weather"]
+    jsonschema.validate(json.loads(answer.tool_calls[0].arguments), WEATHER["function"]["parameters"])
+    one = qwen.chat(ASKED, tools=[TIME], tool_choice="required", parallel_tool_calls=False, temperature=2.0, seed=3)
+    assert [(c.name, json.loads(c.arguments)) for c in one.tool_calls] == [("time", {})]
+    assert not qwen.chat(ASKED, tools=[WEATHER], tool_choice="none", temperature=0, max_tokens=20).tool_calls
+
+
+def test_a_call_comes_in_pieces(qwen) -> None:
+    whole = qwen.chat(ASKED, tools=[WEATHER], tool_choice="weather", temperature=0)
+    stream = qwen.chat(ASKED, tools=[WEATHER], tool_choice="weather", temperature=0, stream=True)
+    deltas = list(stream.deltas())
+    assert deltas[0] == ("call", "weather", 0) and len(deltas) > 3 and stream.finish == "tool_calls"
+    assert joined(deltas)[1] == ("arguments", whole.tool_calls[0].arguments, 0)
+    handle = qwen.submit(messages=ASKED, tools=[WEATHER], tool_choice="weather", temperature=0)
+    assert joined(handle.deltas()) == joined(deltas) and handle.result(1) == ""
+
+
+def test_results_of_tools_go_on(qwen) -> None:
+    answer = qwen.chat(ASKED, tools=[WEATHER], tool_choice="weather", temperature=0)
+    told = [*ASKED, answer.message, {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "18 degrees, rain"}]
+    assert "18" in qwen.chat(told, tools=[WEATHER], temperature=0, max_tokens=60)
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({"tool_choice": "required"}, "there are no tools"), ({"tools": [WEATHER], "tool_choice": "wether"}, "'wether'; near: weather"),
+    ({"tools": [WEATHER], "tool_choice": 3}, "tool_choice: must be one of"), ({"tools": "weather"}, "tools"), ({"think": True}, "no thinking"),
+    ({"tools": [WEATHER], "parallel_tool_calls": "no"}, "True or False"), ({"think": "deeply"}, "low, medium, high"), ({"think": -1}, "think")])
+def test_wishes_that_cannot_be_are_refused(qwen, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(said)):
+        qwen.chat(ASKED, **asked)
+
+
+def test_prompts_have_no_tools(qwen) -> None:
+    for more in ({"tools": [WEATHER]}, {"think": False}):
+        with pytest.raises(RequestError, match="needs messages"):
+            qwen.submit("Hello", **more)
+
+
+# -- one answer's way -----------------------------------------------------------------------------------------------------
+
+
+class Way:
+    """A guide that is led along a text, token by token, as far as it allows them."""
+
+    def __init__(self, tokenizer: Any, template: str, tools: Any = None, opened: bool = False, **more: Any):
+        self.tokenizer, self.style = tokenizer, find(template, lambda text: tokenizer.id_of(text) is not None)
+        marks = [i for i in map(tokenizer.id_of, self.style.marks) if i is not None]
+        self.grammars, self.decoder = Grammars(tokenizer, marks), tokenizer.decoder(marks=marks)
+        known = read_tools(tools) if tools else None
+        unit = self.style.grammar(known, False, self.grammars.literal) if known else None
+        self.guide = Guide(self.style.reader(known, opened), self.grammars, unit=unit, **more)
+        self.deltas: list[Any] = []
+
+    def lead(self, text: str) -> str:
+        """Go on with a text; return what of it is not allowed."""
+        ids = self.tokenizer.tokenize(text, add_special=False)
+        for n, token in enumerate(ids):
+            if not self.allows(token):
+                return self.tokenizer.detokenize(ids[n:])
+            self.take(token)
+        return ""
+
+    def allows(self, token: int) -> bool:
+        allowed = self.guide.allowed()
+        return allowed is None or bool(allowed[token // 32] >> token % 32 & 1)
+
+    def take(self, token: int) -> None:
+        self.deltas += self.guide.push(token, self.decoder.push(token))
+
+    def forced(self) -> str:
+        """Take the tokens that have no other way; return their text."""
+        ids: list[int] = []
+        while (allowed := self.guide.allowed()) is not None and sum(map(int.bit_count, allowed.tolist())) == 1:
+            ids.append(next(i for i in range(self.tokenizer.vocab_size) if allowed[i // 32] >> i % 32 & 1))
+            self.take(ids[-1])
+        return self.tokenizer.detokenize(ids)
+
+    def read(self) -> list[Any]:
+        return joined([*self.deltas, *self.guide.flush(self.decoder.flush())])
+
+
+HERMES, THINKS = "{% for t in tools %}<tool_call>{% endfor %}", "{% if enable_thinking %}<think></think>{% endif %}<tool_call>{{ tools }}"
+
+
+def test_a_call_is_held_to_its_schema_from_its_mark_on(tokenizer) -> None:
+    way = Way(tokenizer, HERMES, [WEATHER])
+    assert way.lead('Let me see {"name": 3}.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Par') == ""
+    assert not way.allows(tokenizer.tokenize("<tool_call>", add_special=False)[0])
+    assert way.lead('is", "town": 3}}') != ""
+    assert way.lead('is", "unit": "C"}}\n</tool_call>') == ""
+    assert way.guide.allowed() is None and not way.guide.ended             # free again
+    assert way.lead("\nAnd so on") == ""
+    assert way.read() == [("text", 'Let me see {"name": 3}.\n'), ("call", "weather"), ("arguments", '{"city": "Paris", "unit": "C"}'),
+                          ("text", "And so on")] or [d[:2] for d in way.read()][1:3] == [("call", "weather"), ("arguments", '{"city": "Paris", "unit": "C"}')]
+
+
+def test_one_call_ends_the_answer_where_several_are_not_wanted(tokenizer) -> None:
+    way = Way(tokenizer, HERMES, [TIME], single=True)
+    assert way.lead('<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>') == "" and way.guide.ended
+
+
+def test_thinking_is_cut_at_its_budget(tokenizer) -> None:
+    style = find(THINKS, lambda text: False)
+    closing = tokenizer.tokenize(style.end_of_thinking, add_special=False)
+    way = Way(tokenizer, THINKS, opened=True, thoughts=Thoughts(None, 5, closing))
+    assert way.lead("one two three four five six") == " six" and way.forced() == style.end_of_thinking
+    assert way.guide.state != "thinking" and way.lead("So it is six.") == ""
+    assert way.read() == [("thinking", "one two three four five", 0), ("text", "So it is six.", 0)] and way.guide.n_thinking >= 5
+
+
+def test_a_grammar_waits_for_the_end_of_thinking(tokenizer) -> None:
+    gap = tokenizer.tokenize("\n\n", add_special=False)
+    way = Way(tokenizer, THINKS, opened=True, content=shape(regex="[0-9]+"), thoughts=Thoughts(gap=gap))
+    assert way.lead("it may be many</think>") == "" and way.forced() == "\n\n"
+    assert way.lead("many") == "many" and way.lead("42") == ""
+    assert [d[:2] for d in way.read()] == [("thinking", "it may be many"), ("text", "42")]
+
+
+def test_draws_stay_within_the_mask(tokenizer) -> None:
+    mask = Grammars(tokenizer).matcher(shape(regex="[ab]")).mask()
+    logits = np.random.default_rng(0).normal(size=tokenizer.vocab_size).astype(np.float32)
+    drawn = {Sampler(SamplingParams(seed=s, temperature=5.0, top_k=0, top_p=1, min_p=0), len(logits)).sample(logits, mask).token for s in range(20)}
+    assert {tokenizer.piece(t) for t in drawn} == {b"a", b"b"}
