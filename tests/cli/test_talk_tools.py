@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given, settings as limits, strategies as st
-from test_cli import FakeModel, Pieces, type_in
+from test_cli import FakeModel, Pieces, Terminal, type_in
 
 from pyengine.chat.reply.deltas import Delta, ToolCall
 from pyengine.cli import answer, paper
@@ -243,6 +244,38 @@ def test_a_conversation_with_tools_is_saved_and_loaded(files, monkeypatch) -> No
     assert roles(talk) == "uata"
     notes = saved.pack(saved.Talk(talk.turns, None, False, "m"))
     assert saved.unpack(files / "x", notes).turns == talk.turns
+
+
+def main_with_script() -> None:
+    """Run the command line with a model of this file."""
+    import pyengine
+    from pyengine.cli import main
+
+    model = ScriptModel(["I look. ", *calls(("look_up", {"word": "x"}))], [*[Delta("thinking", "hm ")] * 3, "It is a letter."])
+    vars(pyengine)["load"] = lambda name, progress=None, **settings: model
+    main()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo terminals are POSIX")
+def test_results_are_typed_and_thinking_is_folded_at_a_terminal(files) -> None:
+    program = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/cli'); import test_talk_tools; test_talk_tools.main_with_script()"]
+    t = Terminal(files / "state", "m", program=program)
+    for line, shown in ((f"/tools {files / 'list.json'}", "Look it up."), ("/set thinking folded", "(thinking folded)")):
+        t.expect(">>>")
+        t.send(line + "\r")
+        t.expect(shown)
+    t.expect(">>>")
+    t.send("What is x?\r")
+    t.expect('(look_up(word="x"))')
+    t.expect('look_up(word="x") = ')
+    t.send("a letter\r")
+    t.expect("thought for 3 tokens, ")
+    t.expect("It is a letter.")
+    t.expect(">>>")
+    t.send("/show messages\r")
+    t.expect("tool: a letter")
+    t.send("\x04")
+    assert t.close() == 0
 
 
 # -- formats --------------------------------------------------------------------------------------------------------------

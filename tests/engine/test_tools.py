@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -147,3 +147,29 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_asked(tools: list[Any
         with pytest.raises(RequestError, match=part):
             run(chat, QUESTION, tools, limit)
     assert not chat.asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_real_model_is_run(real_model, stream: bool) -> None:
+    model, seen, n_asked = real_model("qwen"), [], []
+
+    def temperature(city: str, unit: Literal["celsius", "fahrenheit"] = "celsius") -> dict[str, Any]:
+        """Get the current temperature in a city.
+
+        Args:
+            city: The city's name.
+            unit: The unit of the result.
+        """
+        seen.append(city)
+        return {"city": city, "temperature": 17.5}
+
+    def ask(messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]]) -> Any:
+        n_asked.append(len(model.chat_ids(messages)))
+        choice = "required" if messages[-1]["role"] == "user" else "none"                      # so small a model would go on calling
+        return model.chat(messages, tools, stream, max_tokens=60, temperature=0, tool_choice=choice, parallel_tool_calls=False)
+
+    question = [{"role": "user", "content": "How warm is it in Paris now?"}]
+    answer, added = ToolStream(ask, question, [temperature]).ran() if stream else run_tools(ask, question, [temperature])
+    assert seen == ["Paris"] and [m["role"] for m in added] == ["assistant", "tool", "assistant"]
+    assert n_asked[1] > n_asked[0] + 20 and answer == added[-1]["content"] and not answer.tool_calls
