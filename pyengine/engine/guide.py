@@ -55,6 +55,8 @@ class Guide:
         self._length = 0
         self.n_thinking = 0                                  # tokens so far
         self.ended = False                                   # the content is whole, and nothing can follow
+        if reader is not None:
+            reader.push("")                                  # it may begin within thinking
         if self.state in ("start", "text") and not framed:
             self._matcher = self._content
 

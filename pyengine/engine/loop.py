@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, TYPE_CHECKING
 
 from pyengine.engine.answer import Answer, Reported
-from pyengine.engine.request import Report, Request
+from pyengine.engine.request import Job, Report
 from pyengine.engine.scheduler import Scheduler
 from pyengine.errors import BusyError, RequestError
 
@@ -36,7 +36,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     May be used by several threads. report: how the answer came about, growing with it.
     """
 
-    def __init__(self, request: Request, loop: Loop, client: str):
+    def __init__(self, request: Job, loop: Loop, client: str):
         self.report: Report = request.report
         self.client = client
         self._request, self._loop = request, loop
@@ -211,7 +211,7 @@ class Loop:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def submit(self, request: Request, client: str = "") -> Handle:
+    def submit(self, request: Job, client: str = "") -> Handle:
         """Queue a request. Raises: BusyError when the queue is full, RequestError once closed, and what `Scheduler.check` does."""
         self._scheduler.check(request)
         handle = Handle(request, self, client)
@@ -292,7 +292,7 @@ class Loop:
                         self._thread = None
                         return
             try:
-                with self._scheduler.lock:
+                with self._scheduler.turn():
                     self._admit()
                     self._scheduler.advance()
             except Exception as error:                       # the requests of the step have ended with it

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from threading import get_ident
 from typing import Any, TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.guide import Guide
     from pyengine.engine.loop import Handle, Loop
+    from pyengine.engine.vectors import Vectors
     from pyengine.files.gguf import GGUFFile
     from pyengine.media.policy import MediaPolicy
 
@@ -54,14 +54,8 @@ def alone(method: F) -> F:
     """Let a method of a model run when no other thread works on the model."""
     @wraps(method)
     def waits(self: Model, *args: Any, **kwargs: Any) -> Any:
-        asking, me = self._scheduler.asking, get_ident()
-        try:
-            asking.add(me)
-            with self._lock:
-                asking.discard(me)
-                return method(self, *args, **kwargs)
-        finally:
-            asking.discard(me)
+        with self._scheduler.turn():
+            return method(self, *args, **kwargs)
 
     return waits                                             # type: ignore[return-value]
 
@@ -205,6 +199,33 @@ class Model:
             raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder; where it is in a file of its own, load with mmproj=")
         parts, _ = self._prompts.encoded(image)
         return np.concatenate([p.embedding for p in parts if isinstance(p, MediaSegment)])
+
+    # -- hidden states and vectors ------------------------------------------------------------------------------------
+
+    @property
+    def vectors(self) -> Vectors:
+        """What `hidden` and `embed` rest on; its readings can also be queued in `loop`."""
+        from pyengine.engine.vectors import Vectors
+
+        return Vectors(self._prompts, self._scheduler, Hparams(self.file.metadata))
+
+    @takes()
+    def hidden(self, x: Sequence[Any] | str) -> np.ndarray:
+        """Compute the last hidden states of a prompt, after the final norm: float32 [n_positions, d_model].
+
+        Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
+        """
+        return self.vectors.states(x)
+
+    @takes()
+    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None) -> np.ndarray:
+        """Compute the vector of a text or picture, float32 [d_model], or of each in a list, [n, d_model], side by side as n_seq allows.
+
+        x: texts get the special tokens of any prompt, a picture is a prompt of its own; a list in the list is a prompt in parts, as ids.
+        normalize: to length 1. pooling: which last hidden states it is made of: "mean", "cls" (the first) or "last"; None: what the
+        file says, or else the last. Raises: as `hidden`.
+        """
+        return self.vectors.embed(x, normalize, pooling)
 
     # -- plain steps --------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
-"""One prompt on its way to an answer."""
+"""One prompt on its way: `Job`, what the scheduler works on, and `Request`, whose end is an answer."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TYPE_CHECKING
+from typing import Any, ClassVar, TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyengine.chat.reply.deltas import Delta, ToolCall
     from pyengine.engine.encoded import MediaInfo
     from pyengine.engine.guide import Guide
+    from pyengine.engine.runner import Runner
 
 
 class Stops:
@@ -119,18 +121,17 @@ class Report:
     conversation: Conversation | None = field(default=None, repr=False, compare=False)
 
 
-class Request:
-    """One prompt on its way to an answer: `pieces` are what nobody has taken yet.
+class Job(ABC):
+    """A prompt that the scheduler works on, whatever is made of it.
 
-    guide: splits the text into content, thinking and calls, and says which tokens may come; None: all of it is content, and free.
-    Stop texts are looked for in the content.
+    hidden   its wanted rows give last hidden states, not logits
+    pieces   what nobody has taken yet: content as it is, the rest as a Delta
     """
 
-    def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, limits: tuple[int | None, Collection[int]], report: Report,
-                 guide: Guide | None = None):
-        self.rows, self.sampler, self.decoder, self.stops, self.guide = rows, sampler, decoder, stops, guide
-        self.max_tokens, self.eog = limits
-        self.report = report
+    hidden: ClassVar[bool] = False
+
+    def __init__(self, rows: Rows, report: Report):
+        self.rows, self.report = rows, report
         self.conversation: Conversation | None = None
         self.done = 0                                        # rows of the prompt in the cache
         self.pending: int | None = None                      # the token that the next step appends
@@ -143,6 +144,47 @@ class Request:
     def media(self) -> frozenset[bytes]:
         """Digests of its pictures."""
         return frozenset(s.source for _, s in (*self.rows.media, *self.rows.crossed))
+
+    @abstractmethod
+    def join(self, runner: Runner) -> None:
+        """Take a conversation, and note how much of the prompt it has. Raises: PlanError when all are in use."""
+
+    @abstractmethod
+    def wanted(self, start: int, stop: int) -> np.ndarray:
+        """Return which of its rows [start, stop) `take` gets, counted from `start`."""
+
+    @abstractmethod
+    def take(self, given: np.ndarray) -> None:
+        """Take what the step gave for the wanted rows: hidden states [n, d_model], or the logits [vocab] of the last one."""
+
+    def leave(self, runner: Runner) -> None:
+        """Let go of the conversation."""
+        self.conversation.active = False
+
+
+class Request(Job):
+    """One prompt on its way to an answer.
+
+    guide: splits the text into content, thinking and calls, and says which tokens may come; None: all of it is content, and free.
+    Stop texts are looked for in the content.
+    """
+
+    def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, limits: tuple[int | None, Collection[int]], report: Report,
+                 guide: Guide | None = None):
+        super().__init__(rows, report)
+        self.sampler, self.decoder, self.stops, self.guide = sampler, decoder, stops, guide
+        self.max_tokens, self.eog = limits
+
+    def join(self, runner: Runner) -> None:
+        """Go on from the conversation that has most of the prompt. Raises: PlanError when all are in use."""
+        for token in self.rows.ids.tolist():
+            if 0 <= token < self.sampler.n_vocab:            # the others are never sampled
+                self.sampler.accept(token)
+        self.conversation, self.done = runner.resume(self.rows)
+
+    def wanted(self, start: int, stop: int) -> np.ndarray:
+        """Return the last row of the prompt, if it is among these."""
+        return np.array([stop - start - 1], np.int32) if stop == len(self.rows) else np.empty(0, np.int32)
 
     def take(self, logits: np.ndarray) -> None:
         """Sample from logits [rows of the head] after the last row, and decide whether to go on. Rows beyond the tokens are padding."""

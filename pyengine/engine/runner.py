@@ -26,7 +26,7 @@ class Runner:
         self.n_steps = 0
 
     def run(self, work: Sequence[Work]) -> np.ndarray:
-        """Run one step; returns logits of the first n_head wanted rows [l, vocab], valid until the next call.
+        """Run one step; returns logits of the first n_head rows that give some [l, vocab], valid until the next call.
 
         A step that fails, or is interrupted, adds nothing to its conversations; those whose cells may be half copied are dropped.
         """
@@ -57,8 +57,13 @@ class Runner:
             self.inputs.cross(part.conversation, pictures)
 
     def head(self, done: int) -> np.ndarray:
-        """Return logits of the wanted rows of the last step from number `done` on, n_head at most."""
+        """Return logits of the last step's rows that give some, from number `done` on, n_head at most."""
         return self.inputs.head(done)
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """Last hidden states of all wanted rows of the last step [w, d_model], valid until the next one."""
+        return self.inputs.hidden
 
     def check_across(self, rows: Rows) -> None:
         """Check the number of encoder rows.

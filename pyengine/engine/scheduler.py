@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from pyengine.engine.request import Request
+from pyengine.engine.request import Job
 from pyengine.engine.runner import Runner
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import token_rows
@@ -31,8 +32,8 @@ class Scheduler:
 
     def __init__(self, runner: Runner, n_ctx: int):
         self.runner, self.n_ctx = runner, n_ctx
-        self.waiting: deque[Request] = deque()
-        self.active: list[Request] = []
+        self.waiting: deque[Job] = deque()
+        self.active: list[Job] = []
         self.lock = threading.RLock()                        # who works on the model now; other threads wait
         self.asking: set[int] = set()                        # and are in here, so that a loop of steps lets them have it
         self._stepping = False
@@ -43,19 +44,19 @@ class Scheduler:
         """Whether another request would be worked on at once."""
         return len(self.active) + len(self.waiting) < self.runner.cells.n_seq
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Job) -> None:
         """Add a request to the queue. Raises as `check`."""
         self.check(request)
         self.waiting.append(request)
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Job) -> None:
         """Check that a request can be served. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds."""
         if not len(request.rows):
             raise RequestError("the prompt is empty")
         check_room(len(request.rows), self.n_ctx)
         self.runner.check_across(request.rows)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Job) -> None:
         """Stop working on a request; what it has computed stays as an idle conversation.
 
         May come in the middle of a step, when a stream that nobody holds is collected: the step then ends first.
@@ -95,7 +96,8 @@ class Scheduler:
             work = self._compose()
             served = [r for r, _ in work]
             if work:
-                self._take(work, self.runner.run([w for _, w in work]))
+                logits = self.runner.run([w for _, w in work])
+                self._take(work, logits, self.runner.hidden)
         except BaseException as error:                       # Ctrl-C too, wherever it comes
             for request in served:
                 if not request.finished:
@@ -105,25 +107,38 @@ class Scheduler:
             self._stepping = False
             self._sweep()
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold `lock`, and have loops of steps give way to whoever waits for it so."""
+        me = threading.get_ident()
+        try:
+            self.asking.add(me)
+            with self.lock:
+                self.asking.discard(me)
+                yield
+        finally:
+            self.asking.discard(me)
+
     def give_way(self) -> None:
         """Let threads that wait for `lock` have it, after a step and before the next one: a lock alone is not fair."""
         if self.asking:
             time.sleep(YIELD_SECONDS)
 
-    def _take(self, work: Sequence[tuple[Request, Work]], logits: np.ndarray) -> None:
-        """Hand out a step's logits: the wanted row of each request that has one, in order."""
-        row = 0
+    def _take(self, work: Sequence[tuple[Job, Work]], logits: np.ndarray, hidden: np.ndarray) -> None:
+        """Hand out what a step gave for wanted rows, in order: hidden states of all of them, logits of those that are no `hidden` work."""
+        row, head = 0, 0
         for request, w in work:
             if request.pending is None:
                 request.done = w.stop
-            if len(w.wanted) and not request.finished:
+            n = len(w.wanted)
+            if n and not request.finished:
                 before = len(request.report.tokens)
                 try:
-                    request.take(logits[row])
+                    request.take(hidden[row : row + n] if w.hidden else logits[head])
                 except Exception as error:                   # of the sampler: this request's own
                     request.error, request.finished = error, True
                 self.stats["generated_tokens"] += len(request.report.tokens) - before
-            row += len(w.wanted)
+            row, head = row + n, head + (0 if w.hidden else n)
 
     def _admit(self) -> None:
         """Give free rows to waiting requests; if no request is active, the first one ends with the error that no row is free."""
@@ -139,12 +154,9 @@ class Scheduler:
                 if not isinstance(error, Exception):
                     raise
 
-    def _join(self, request: Request) -> None:
+    def _join(self, request: Job) -> None:
         request.started = time.perf_counter()
-        for token in request.rows.ids.tolist():
-            if 0 <= token < request.sampler.n_vocab:         # the others are never sampled
-                request.sampler.accept(token)
-        request.conversation, request.done = self.runner.resume(request.rows)
+        request.join(self.runner)
         request.conversation.media = request.media
         run = request.report
         run.n_prompt, run.n_cached, run.conversation = len(request.rows), request.done, request.conversation
@@ -155,13 +167,13 @@ class Scheduler:
     def _sweep(self) -> None:
         """Let go of requests that have ended."""
         for request in [r for r in self.active if r.finished]:
-            request.conversation.active = False
+            request.leave(self.runner)
         self.active = [r for r in self.active if not r.finished]
         self.waiting = deque(r for r in self.waiting if not r.finished)
 
-    def _compose(self) -> list[tuple[Request, Work]]:
+    def _compose(self) -> list[tuple[Job, Work]]:
         """Collect the rows of the next step."""
-        work: list[tuple[Request, Work]] = []
+        work: list[tuple[Job, Work]] = []
         for r in [r for r in self.active if r.pending is not None]:
             if len(r.conversation) == self.n_ctx:
                 r.fill()
@@ -182,7 +194,7 @@ class Scheduler:
                 break
         return work
 
-    def _shares(self, limit: int) -> list[tuple[Request, int]]:
+    def _shares(self, limit: int) -> list[tuple[Job, int]]:
         """Divide the rows of a step among the prompts: the one that waits longest has half of them at least, the shortest one the rest.
 
         So a short prompt is not kept waiting by a long one that came before it, and the long one goes on.
@@ -195,7 +207,7 @@ class Scheduler:
         left = sum(len(r.rows) - r.done for r in others)
         return [(oldest, limit - min(limit // 2, left)), *((r, limit) for r in others)]
 
-    def _slice(self, r: Request, limit: int, most: int) -> Work | None:
+    def _slice(self, r: Job, limit: int, most: int) -> Work | None:
         """Take the next rows of a prompt: at most `limit`, or one atomic picture of at most `most`; None if it does not fit."""
         start = r.done
         stop = r.rows.cut(start, limit)
@@ -203,11 +215,10 @@ class Scheduler:
             stop = r.rows.cut(start, r.rows.atom(start))
             if stop - start > most:
                 return None
-        wanted = np.array([stop - start - 1], np.int32) if stop == len(r.rows) else _NONE
-        return Work(r.conversation, r.rows, start, stop, wanted)
+        return Work(r.conversation, r.rows, start, stop, r.wanted(start, stop), r.hidden)
 
 
-_FIRST, _NONE = np.zeros(1, np.int32), np.empty(0, np.int32)
+_FIRST = np.zeros(1, np.int32)
 
 
 def check_room(n: int, n_ctx: int) -> None:

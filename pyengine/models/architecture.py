@@ -106,11 +106,11 @@ class Architecture(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
-        """Build the graph of one step for all its rows; returns hidden states [m, d_model].
+        """Build the graph of one step for all its rows; returns last hidden states [m, d_model], after the final norm.
 
         caches: a `LayerCache` each; for layers that attend across a `CrossCache`, or None without an encoder.
         """
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
-        """Build the output head: hidden states [l, d_model] to logits [l, vocab]."""
+        """Build the output head: last hidden states [l, d_model] to logits [l, vocab]."""

@@ -314,14 +314,14 @@ class Model(Architecture):
         return [self.rope_local if slides else self.rope.at(n_ctx) for slides in self.config.sliding]
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
-        """Return hidden states [m, D]."""
+        """Return last hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                                # [m, D]
         angles = {slides: (r, r.table(batch.positions)) for slides, r in ((True, self.rope_local), (False, self.rope.at(batch.n_ctx)))}
         for block, slides, cache in zip(self.blocks, self.config.sliding, caches):
             x = block(x, *angles[slides], cache)
-        return x
+        return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""
-        y, cap = self.head(self.norm(x)), self.config.final_softcap
+        y, cap = self.head(x), self.config.final_softcap
         return ops.softcap(y, cap=cap) if cap else y

@@ -407,7 +407,7 @@ class Model(Architecture):
         return [self.rope.at(n_ctx) if rotated else none for rotated in self.config.rotated]
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
-        """Return hidden states [m, D]."""
+        """Return last hidden states [m, D]."""
         c = self.config
         x = self.embed(batch.ids, batch.media)                                     # [m, D]
         factors = None
@@ -417,8 +417,8 @@ class Model(Architecture):
         places = Places(rope.table(batch.positions), factors)
         for block, cache in zip(self.blocks, caches):
             x = block(x, rope, places, cache)
-        return x
+        return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""
-        return self.head(self.norm(x))
+        return self.head(x)

@@ -348,7 +348,7 @@ class Model(Architecture):
         return [Cross() if i in self.across else Full() for i in range(self.config.n_layers)]
 
     def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
-        """Return hidden states [m, D]."""
+        """Return last hidden states [m, D]."""
         x = self.embed(batch.ids)                                                  # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
@@ -357,8 +357,8 @@ class Model(Architecture):
                 x = block(x, rope, angles, cache)
             elif cache is not None:
                 x = block(x, batch.across, cache)
-        return x
+        return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""
-        return self.head(self.norm(x))
+        return self.head(x)

@@ -101,14 +101,14 @@ class Model(Architecture):
         return [Sliding(window) if window else Full() for window in self.config.windows]
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
-        """Return hidden states [m, D]."""
+        """Return last hidden states [m, D]."""
         x = self.embed(batch.ids)                                                  # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):
             x = block(x, rope, angles, cache)
-        return x
+        return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""
-        return self.head(self.norm(x))
+        return self.head(x)

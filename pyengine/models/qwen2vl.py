@@ -384,10 +384,10 @@ class Model(qwen2.Model):
         return {"image": Vision(files)}
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
-        """Return hidden states [m, D]."""
+        """Return last hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                 # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = ops.rope_table(batch.positions, rope.inv_freq, self.axes, scale=rope.scale)               # [m, E]
         for block, cache in zip(self.blocks, caches):
             x = block(x, rope, angles, cache)
-        return x
+        return self.norm(x)

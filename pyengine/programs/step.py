@@ -3,6 +3,7 @@
     Step.declare  graph of one step for given sizes, rows that nobody wants left out
     Step.fill     rows of several conversations into the inputs of a loaded program
     Step.run, Step.head    replay it; the head alone, for more of the wanted rows
+    Step.hidden   what the head reads: last hidden states of the wanted rows
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ HEAD = "head"                            # the input that says whose logits are 
 
 
 class Work(NamedTuple):
-    """Rows [start, stop) of a prompt, which follow what `conversation` has; `wanted` of them, from `start` on, give logits."""
+    """Rows [start, stop) of a prompt, which follow what `conversation` has; `wanted` of them, from `start` on, give logits.
+
+    hidden: they give last hidden states only, and do not go through the output head
+    """
 
     conversation: Conversation
     rows: Rows
     start: int
     stop: int
     wanted: np.ndarray
+    hidden: bool = False
 
 
 class Step:
@@ -67,7 +72,7 @@ class Step:
     # -- declared -----------------------------------------------------------------------------------------------------
 
     def declare(self) -> Declared:
-        """Build the graph: logits [l, vocab] and hidden states of the wanted rows [w, d_model]."""
+        """Build the graph: logits [l, vocab] of some of the wanted rows, and last hidden states of all of them [w, d_model]."""
         g, s, model = Graph(), self.sizes, self.model
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
@@ -143,14 +148,15 @@ def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
 class StepProgram:
     """A step's program, loaded: fills its inputs and runs it.
 
-    counts what stands in the inputs of the last run, so that `head` can go on from there.
+    What stands in the inputs of the last run is known, so that `head` can go on from there.
     """
 
     def __init__(self, step: Step, program: Program, cells: Cells):
         self.step, self.program, self.cells = step, program, cells
         self._flat: Mapping[str, np.ndarray] = {name: a.reshape(-1) for name, a in program.inputs.items()}
-        self._logits = program.outputs[0]
+        self._logits, self._hidden = program.outputs
         self._dims: dict[str, int] = {}
+        self._heads = np.empty(0, np.int32)                  # of the wanted rows, the numbers of those that give logits
 
     def _put(self, name: str, where: slice, values: Any) -> None:
         """Write values of rows into an input; one that the model never reads is left out of its program."""
@@ -160,6 +166,7 @@ class StepProgram:
     def fill(self, work: Sequence[Work]) -> None:
         """Lay the rows of several conversations side by side in the inputs. Their cells, and what they see across, are there."""
         m, w, e = 0, 0, 0
+        heads: list[np.ndarray] = []
         for part in work:
             n, s = part.stop - part.start, part.conversation
             index = np.arange(len(s), len(s) + n, dtype=np.int32)
@@ -180,7 +187,10 @@ class StepProgram:
                     for end, values in (("lo", lo), ("hi", hi)):
                         self._put(f"{name}.{end}", here, values)
                         self._put(f"{name}.{end}_wanted", there, values[wanted])
+            if not part.hidden:
+                heads.append(np.arange(w, w + len(wanted), dtype=np.int32))
             m, w = m + n, w + len(wanted)
+        self._heads = np.concatenate(heads) if heads else np.empty(0, np.int32)
         at = 0
         for axis in range(self.step.model.position_axes):
             for part in work:
@@ -223,15 +233,21 @@ class StepProgram:
                 first += len(part)
 
     def run(self) -> np.ndarray:
-        """Run what `fill` has laid out; returns logits of the first n_head wanted rows [l, vocab], valid until the next run."""
+        """Run what `fill` has laid out; returns logits of the first n_head rows that give some [l, vocab], valid until the next run."""
         return self._run(0, None)
 
     def head(self, done: int) -> np.ndarray:
-        """Return logits of the wanted rows of the last run from number `done` on, n_head at most."""
+        """Return logits of the last run's rows that give some, from number `done` on, n_head at most."""
         return self._run(done, HEAD)
 
+    @property
+    def hidden(self) -> np.ndarray:
+        """Last hidden states of all wanted rows of the last run [w, d_model], valid until the next run."""
+        return self._hidden[: self._dims["w"]]
+
     def _run(self, done: int, entry: str | None) -> np.ndarray:
-        n = min(self.step.sizes.n_head, self._dims["w"] - done)
-        self._put(HEAD, slice(0, n), np.arange(done, done + n))
+        heads = self._heads[done : done + self.step.sizes.n_head]
+        n = len(heads)
+        self._put(HEAD, slice(0, n), heads)
         self.program.execute(entry, l=n, **self._dims)
         return self._logits[:n]

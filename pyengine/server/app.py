@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, chat, completions, ollama, openai, replies, responses
+from pyengine.server import anthropic, chat, completions, embeddings, ollama, openai, replies, responses
 from pyengine.server.fields import Fields
 from pyengine.server.models import Models, Served
 
@@ -62,7 +62,8 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
         said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
         return JSONResponse({"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}, status)
 
-    routes = [*openai.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *anthropic.routes(models), *ollama.routes(models), Route("/", root), Route("/health", health),
+    routes = [*openai.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models),
+              *anthropic.routes(models), *ollama.routes(models), Route("/", root), Route("/health", health),
               Route("/tokenize", failing(tokenize), methods=["POST"]), Route("/detokenize", failing(detokenize), methods=["POST"]), Route("/apply-template", failing(template), methods=["POST"])]
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins)
 

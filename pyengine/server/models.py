@@ -11,6 +11,7 @@ from typing import Any
 
 from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
+from pyengine.engine.vectors import POOLINGS
 from pyengine.errors import ModelNotFoundError, nearest
 from pyengine.files.gguf import quoted
 from pyengine.media.policy import MediaPolicy
@@ -57,8 +58,9 @@ class Served:
 
     @property
     def capabilities(self) -> list[str]:
-        """What can be asked of it."""
-        return ["completion", *(["vision"] if self.model.media is not None else [])]
+        """What can be asked of it. Vectors can be had of any model; "embedding" is one whose file says how they are made."""
+        made = self.model.vectors.said in POOLINGS
+        return ["completion", *(["vision"] if self.model.media is not None else []), *(["embedding"] if made else [])]
 
     def count(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""

@@ -70,14 +70,12 @@ def routes(models: Models) -> list[Route]:
         return JSONResponse({"version": pyengine.__version__})
 
     async def refused(request: Request) -> Response:
-        if "embed" in request.url.path:
-            raise RequestError("embeddings are not supported yet")
         raise RequestError(f"{request.url.path} is not served: models are managed at the command line, with pyengine-run")
 
     return [post("/api/chat", chat), post("/api/generate", generate), post("/api/show", show), get("/api/tags", tags), get("/api/ps", running),
             get("/api/version", version),
             *(Route(f"/api/{name}", replies.guarded(refused, failed), methods=["POST", "DELETE"])
-              for name in ("pull", "push", "create", "copy", "delete", "embed", "embeddings"))]
+              for name in ("pull", "push", "create", "copy", "delete"))]
 
 
 def _prompt(fields: Fields) -> dict[str, Any]:
@@ -129,10 +127,15 @@ def _settings(fields: Fields, served: Served) -> dict[str, Any]:
     wanted["stop"] = options.stops()
     if fields.values.get("format") not in (None, ""):
         wanted["format"] = fields.values["format"]
+    check_context(options, served)
+    return wanted
+
+
+def check_context(options: Fields, served: Served) -> None:
+    """Refuse a context that is larger than the one that the model was loaded with. Raises: FieldError."""
     n_ctx = options.whole("num_ctx", None)
     if n_ctx is not None and n_ctx > served.model.n_ctx:
         raise FieldError("options.num_ctx", f"the model was loaded with a context of {served.model.n_ctx}; serve it with --ctx {n_ctx}")
-    return wanted
 
 
 class _Chat:

@@ -109,7 +109,8 @@ def test_a_call_comes_in_pieces(qwen) -> None:
 def test_results_of_tools_go_on(qwen) -> None:
     answer = qwen.chat(ASKED, tools=[WEATHER], tool_choice="weather", temperature=0)
     told = [*ASKED, answer.message, {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "18 degrees, rain"}]
-    assert "18" in qwen.chat(told, tools=[WEATHER], temperature=0, max_tokens=60)
+    told_in = qwen.tokenizer.detokenize(qwen.chat_ids(told, [WEATHER]))
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"' in told_in and "<tool_response>\n18 degrees, rain\n</tool_response>" in told_in
 
 
 @pytest.mark.parametrize("asked, said", [
@@ -170,19 +171,20 @@ class Way:
         return joined([*self.deltas, *self.guide.flush(self.decoder.flush())])
 
 
-HERMES, THINKS = "{% for t in tools %}<tool_call>{% endfor %}", "{% if enable_thinking %}<think></think>{% endif %}<tool_call>{{ tools }}"
+HERMES = """{{ tools }}<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments }}}\n</tool_call>"""
+THINKS = "{% if enable_thinking %}<think></think>{% endif %}" + HERMES
 
 
 def test_a_call_is_held_to_its_schema_from_its_mark_on(tokenizer) -> None:
     way = Way(tokenizer, HERMES, [WEATHER])
     assert way.lead('Let me see {"name": 3}.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Par') == ""
     assert not way.allows(tokenizer.tokenize("<tool_call>", add_special=False)[0])
-    assert way.lead('is", "town": 3}}') != ""
-    assert way.lead('is", "unit": "C"}}\n</tool_call>') == ""
+    assert way.lead('is", "town": 3}}') == 'town": 3}}'
+    assert way.lead('unit": "C"}}\n</tool_call>') == ""
     assert way.guide.allowed() is None and not way.guide.ended             # free again
     assert way.lead("\nAnd so on") == ""
-    assert way.read() == [("text", 'Let me see {"name": 3}.\n'), ("call", "weather"), ("arguments", '{"city": "Paris", "unit": "C"}'),
-                          ("text", "And so on")] or [d[:2] for d in way.read()][1:3] == [("call", "weather"), ("arguments", '{"city": "Paris", "unit": "C"}')]
+    assert [d[:2] for d in way.read()] == [("text", 'Let me see {"name": 3}.'), ("call", "weather"), ("arguments", '{"city": "Paris", "unit": "C"}'),
+                                           ("text", "And so on")]
 
 
 def test_one_call_ends_the_answer_where_several_are_not_wanted(tokenizer) -> None:

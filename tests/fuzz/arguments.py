@@ -147,7 +147,7 @@ class Arguments(targets.Target):
                 list(answer)
 
         return {"generate": lambda m, **g: m.generate(**g), "stream": stream, "chat": chat, "chat_ids": lambda m, **g: m.chat_ids(**g),
-                "logits": lambda m, **g: m.logits(**g), "feed": lambda m, **g: m.feed(**g), "shift": lambda m, **g: m.shift(**g),
+                "logits": lambda m, **g: m.logits(**g), "hidden": lambda m, **g: m.hidden(**g), "embed": lambda m, **g: m.embed(**g), "feed": lambda m, **g: m.feed(**g), "shift": lambda m, **g: m.shift(**g),
                 "tokenize": lambda m, **g: m.tokenize(**g), "detokenize": lambda m, **g: m.detokenize(**g), "encode_image": lambda m, **g: m.encode_image(**g),
                 "generate_many": lambda m, **g: m.generate_many(**g), "restore": lambda m, **g: m.restore(**g), "logit_blocks": lambda m, **g: list(m.logit_blocks(**g)),
                 "load": lambda m, **g: self._load(path, g), "plan": lambda m, **g: pe.plan(path, **g), "open_image": lambda m, source, **g: pe.open_image(source, **g),
@@ -175,7 +175,7 @@ class Arguments(targets.Target):
                "repeat_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "repeat_last_n": 5, "typical_p": 0.9}
         whole = {"generate": {"prompt": prompt, "images": [picture], **ask}, "stream": {"prompt": prompt, "images": [], **ask},
                  "chat": {"messages": messages, "tools": tools, "stream": True, **ask}, "chat_ids": {"messages": messages, "tools": tools},
-                 "logits": {"prompt": prompt}, "feed": {"ids": [1, 2], "n_batch": 4}, "shift": {"start": 0, "stop": 1}, "logit_blocks": {"prompt": [1, 2, 3], "first": 1},
+                 "logits": {"prompt": prompt}, "hidden": {"x": prompt}, "embed": {"x": rng.choice((["hello", [1, 2]], "hello", picture)), "normalize": False, "pooling": "mean"}, "feed": {"ids": [1, 2], "n_batch": 4}, "shift": {"start": 0, "stop": 1}, "logit_blocks": {"prompt": [1, 2, 3], "first": 1},
                  "tokenize": {"text": "hello", "add_special": True}, "detokenize": {"ids": [1, 2]}, "encode_image": {"image": picture},
                  "generate_many": {"prompts": ["hello", [1, 2]], **ask}, "restore": {"path": "nothing"},
                  "load": {"mmproj": None, "device": {"cpu:0": 2**30}, "n_ctx": 64, "kv_dtype": "q8_0/f16", "n_threads": 1, "n_batch": 16, "n_seq": 2, "images": (64, 64, 1),
@@ -185,7 +185,7 @@ class Arguments(targets.Target):
                  "render": {"messages": messages, "tools": tools, "add_generation_prompt": True, "enable_thinking": False, "variables": {"a": 1}}}
         whole["plan"] = whole["load"]
         needed = {"generate": ["prompt"], "stream": ["prompt"], "chat": ["messages"], "chat_ids": ["messages"], "render": ["messages"], "generate_many": ["prompts"],
-                  "open_image": ["source"], "video": ["frames"], "load": [], "plan": [], "params": [], "feed": ["ids"], "logit_blocks": ["prompt"], "tokenize": ["text"]}
+                  "open_image": ["source"], "video": ["frames"], "load": [], "plan": [], "params": [], "feed": ["ids"], "logit_blocks": ["prompt"], "tokenize": ["text"], "embed": ["x"]}
         return {k: v for k, v in whole[call].items() if k in needed.get(call, whole[call]) or rng.random() < 0.3}
 
     def run(self, data: bytes) -> None:

@@ -90,6 +90,7 @@ def test_a_model_on_two_parts_of_memory(tiny_gguf) -> None:
     two = pe.load(path, n_ctx=128, device=free, encoder_device="cpu:1")
     assert two.plan.devices == ["cpu:0", "cpu:1"] and two.plan.available == free and two.plan.fits
     assert np.array_equal(two.logits(prompt), one.logits(prompt))
+    assert np.array_equal(two.hidden(prompt), one.hidden(prompt))
     assert two.generate(prompt, max_tokens=8, temperature=0).tokens == one.generate(prompt, max_tokens=8, temperature=0).tokens
     for device, program in zip(two.plan.devices, two.program.programs):
         assert two.plan.of("weights", device) == program.prepared.weight_bytes == program.weights.nbytes
