@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from pyengine.arguments import whole
 from pyengine.chat.functions import Function
 from pyengine.engine.answer import Answer
-from pyengine.errors import nearest, RequestError
+from pyengine.errors import nearest, RequestError, shown
 
 if TYPE_CHECKING:
     from pyengine.chat.reply.deltas import Delta, ToolCall
@@ -33,8 +33,10 @@ class Ran(NamedTuple):
 class Toolbox:
     """Functions that a model may call, by their names. Raises: RequestError for what cannot be told to a model."""
 
-    def __init__(self, tools: Sequence[Callable[..., Any]]):
+    def __init__(self, tools: Sequence[Callable[..., Any]] | None):
         self.functions: dict[str, Function] = {}
+        if not isinstance(tools, (list, tuple)) or not tools:
+            raise RequestError(f"tools: a list of functions is needed, to run them, not {shown(tools)}")
         for i, tool in enumerate(tools):
             if not callable(tool):
                 raise RequestError(f"tools[{i}]: only functions can be run, and this is a {type(tool).__name__}; without run_tools its calls are given back")
@@ -83,18 +85,21 @@ def run_tools(chat: Chat, messages: Sequence[dict[str, Any]], tools: Sequence[Ca
         if not answer.tool_calls or answer.finish in CUT or n == most:
             break
         added += toolbox.results(answer.tool_calls)
+    answer.report.earlier = added[:-1]
     return Ran(answer, added)
 
 
 class ToolStream(Iterator[str]):
     """Pieces of the text of all answers of `run_tools`, as they come.
 
-    chat(messages, schemas) gives a Stream. `messages` grows as answers and results are added. `deltas()` gives thinking and calls too,
-    instead of the pieces.
+    chat(messages, schemas) gives a Stream; later(messages, schemas), if it is given, those after the first. `messages` grows as answers
+    and results are added. `deltas()` gives thinking and calls too, instead of the pieces.
     """
 
-    def __init__(self, chat: Chat, messages: Sequence[dict[str, Any]], tools: Sequence[Callable[..., Any]], limit: int = ROUNDS):
-        self._chat, self._asked, self._toolbox, self._limit = chat, list(messages), Toolbox(tools), whole("limit", limit, 1)
+    def __init__(self, chat: Chat, messages: Sequence[dict[str, Any]], tools: Sequence[Callable[..., Any]] | None, limit: int = ROUNDS,
+                 later: Chat | None = None):
+        self._chat, self._later = chat, later or chat
+        self._asked, self._toolbox, self._limit = list(messages), Toolbox(tools), whole("limit", limit, 1)
         self.messages: Messages = []
         self._stream: Any = None
         self._answer: Answer | None = None
@@ -102,13 +107,15 @@ class ToolStream(Iterator[str]):
 
     def _run(self) -> Generator[Delta, None, None]:
         for n in range(1, self._limit + 1):
-            self._stream = self._chat([*self._asked, *self.messages], self._toolbox.schemas)
+            ask, self._answer = self._chat if n == 1 else self._later, None
+            self._stream = ask([*self._asked, *self.messages], self._toolbox.schemas)
             texts = []
             for delta in self._stream.deltas():
                 if delta.kind == "text":
                     texts.append(delta.text)
                 yield delta
             self._answer = Answer("".join(texts), self._stream.report)
+            self._answer.report.earlier = list(self.messages)
             self.messages.append(self._answer.message)
             if not self._answer.tool_calls or self._answer.finish in CUT or n == self._limit:
                 return

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
+import pyengine as pe
+from pyengine.chat.functions import schema_of
 from pyengine.chat.reply.deltas import Delta, ToolCall
 from pyengine.engine.answer import Answer
 from pyengine.engine.request import Report
@@ -87,7 +89,7 @@ def test_calls_are_run_and_the_model_is_asked_again(stream: bool) -> None:
         assert pieces.answer() == second
     else:
         answer, added = run_tools(chat, QUESTION, tools)
-    assert answer == second and added == [first.message, *results, second.message]
+    assert answer == second and added == answer.messages == [first.message, *results, second.message]
     assert order == ["Rome", "Oslo"] and [t["function"]["name"] for t in chat.tools] == ["warmth", "broken"]
     assert chat.asked == [QUESTION, [*QUESTION, first.message, *results]]
 
@@ -140,7 +142,8 @@ def test_a_stream_that_is_closed_asks_no_more() -> None:
 
 @pytest.mark.parametrize("tools, limit, part", [
     ([warmth, {"type": "function"}], 3, r"tools\[1\]: only functions"), ([warmth, warmth], 3, r"tools\[1\]: there are two"), ([warmth], 0, "limit"),
-    ([lambda: 1], 3, "<lambda>")])
+    ([lambda: 1], 3, "<lambda>"), ([], 3, "a list of functions is needed"),
+    (None, 3, "a list of functions")])
 def test_what_cannot_be_run_is_refused_before_the_model_is_asked(tools: list[Any], limit: int, part: str) -> None:
     chat = Script(said("x"))
     for run in (run_tools, ToolStream):
@@ -149,10 +152,23 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_asked(tools: list[Any
     assert not chat.asked
 
 
+def test_models_take_functions_as_tools(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("qwen2")[0], n_ctx=1024)
+    schemas = [schema_of(warmth), schema_of(broken)]
+    assert model.chat_ids(QUESTION, [warmth, broken]) == model.chat_ids(QUESTION, schemas) != model.chat_ids(QUESTION)
+    plain = model.chat(QUESTION, [warmth, broken], max_tokens=5, temperature=0)
+    ran = model.chat(QUESTION, [warmth, broken], max_tokens=5, temperature=0, run_tools=True)
+    assert ran == plain == "".join(model.chat(QUESTION, [warmth, broken], True, 5, temperature=0, run_tools=True))
+    assert ran.messages == [ran.message] and plain.messages == [plain.message]
+    for tools, part in (([lambda x: x], "<lambda>"), (schemas, "only functions can be run"), (None, "a list of functions is needed")):
+        with pytest.raises(RequestError, match=part):
+            model.chat(QUESTION, tools, run_tools=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_of_a_real_model_is_run(real_model, stream: bool) -> None:
-    model, seen, n_asked = real_model("qwen"), [], []
+    model, seen = real_model("qwen"), []
 
     def temperature(city: str, unit: Literal["celsius", "fahrenheit"] = "celsius") -> dict[str, Any]:
         """Get the current temperature in a city.
@@ -164,12 +180,11 @@ def test_a_call_of_a_real_model_is_run(real_model, stream: bool) -> None:
         seen.append(city)
         return {"city": city, "temperature": 17.5}
 
-    def ask(messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]]) -> Any:
-        n_asked.append(len(model.chat_ids(messages)))
-        choice = "required" if messages[-1]["role"] == "user" else "none"                      # so small a model would go on calling
-        return model.chat(messages, tools, stream, max_tokens=60, temperature=0, tool_choice=choice, parallel_tool_calls=False)
-
     question = [{"role": "user", "content": "How warm is it in Paris now?"}]
-    answer, added = ToolStream(ask, question, [temperature]).ran() if stream else run_tools(ask, question, [temperature])
-    assert seen == ["Paris"] and [m["role"] for m in added] == ["assistant", "tool", "assistant"]
-    assert n_asked[1] > n_asked[0] + 20 and answer == added[-1]["content"] and not answer.tool_calls
+    found = model.chat(question, [temperature], stream, 60, run_tools=True, temperature=0, tool_choice="required", parallel_tool_calls=False)
+    deltas = list(found.deltas()) if stream else []
+    answer = found.answer() if stream else found
+    assert seen[0] == "Paris" and [m["role"] for m in answer.messages[:3]] == ["assistant", "tool", "assistant"]
+    assert answer.messages[1]["content"] == '{"city": "Paris", "temperature": 17.5}' and answer.messages[-1] == answer.message
+    assert model.chat([*question, *answer.messages[:-1]], [temperature], max_tokens=60, temperature=0, parallel_tool_calls=False) == answer
+    assert not stream or deltas[0] == Delta("call", "temperature") and "".join(d.text for d in deltas if d.kind == "text").endswith(answer)
