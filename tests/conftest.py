@@ -80,15 +80,17 @@ def full_size(tmp_path_factory):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(bytes, gpu bytes...): what every plan takes for the memory of this machine from now on."""
+    """machine(bytes, gpu bytes...): what every plan takes for the memory of this machine from now on, beside other models of this process."""
     from pyengine import hardware
     from pyengine.hardware.facts import Device
+    from pyengine.memory import held
 
     def set_to(free: int, *gpus: int) -> None:
         found = hardware.detect()
         devices = [found.devices[0]._replace(total=free, free=free)]
         devices += [Device("cuda", "test GPU", i, n, n) for i, n in enumerate(gpus)]
         monkeypatch.setattr(hardware, "detect", lambda system=None: found._replace(devices=tuple(devices)))
+        monkeypatch.setattr(held, "held", lambda without=(): [])
 
     return set_to
 

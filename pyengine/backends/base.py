@@ -111,6 +111,13 @@ class Program(ABC):
             out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
         return out[0] if self.single else out
 
+    def resident(self) -> int:
+        """Return how many bytes of its arena, weights and states are in memory already: a page is when it is first written.
+
+        Where that cannot be found out, fewer: 0.
+        """
+        return 0
+
     @abstractmethod
     def profile(self, on: bool) -> None:
         """Start (and reset) or stop the clock of each step."""

@@ -93,6 +93,10 @@ class Chain(base.Program):
             program.execute(None, own, **dims)
             self._copy(copies, dims)
 
+    def resident(self) -> int:
+        """Return the bytes of all devices' memory that are there already."""
+        return sum(p.resident() for p in self.programs)
+
     @staticmethod
     def _copy(copies: Copies, dims: dict[str, int]) -> None:
         for source, target, t in copies:

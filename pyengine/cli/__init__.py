@@ -1,7 +1,7 @@
 """The command `pyengine-run`: arguments in, text out. Everything else is in the library.
 
     pyengine-run MODEL [PROMPT]      one answer, or a conversation
-    pyengine-run COMMAND ...         pull, plan, bench, perplexity, show, list, hardware
+    pyengine-run COMMAND ...         pull, plan, bench, perplexity, serve, ps, stop, show, list, hardware
 
 A first argument that is a command's name is that command; a file of such a name is given as ./plan. What is slow to
 import is imported by the command that needs it.
@@ -23,7 +23,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from pyengine.cli import words
+from pyengine.cli import overview, words
 from pyengine.cli.screen import complain, note, PROGRAM
 from pyengine.errors import ModelNotFoundError, ModelWarning, PyEngineError, RequestError
 
@@ -32,32 +32,6 @@ NOTHING_DRAWN = 1                    # exit code of --draw when the answer names
 INTERRUPTED = 130                    # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 NO_READER = 141                      # exit code when standard output is closed: 128 + SIGPIPE
 MOST_THREADS = 4                     # times the processors: more threads than that is a slip of the hand
-
-_COMMANDS = """[bold]Commands[/bold]
-
-pyengine-run MODEL: a conversation; MODEL PROMPT: one answer (`run` and `chat` may stand before them)
-
-pyengine-run chat --server URL: a conversation with a model of a server
-
-pyengine-run pull NAME: fetch a model from Hugging Face or Ollama's registry
-
-pyengine-run plan MODEL: the memory it needs, by device and purpose
-
-pyengine-run bench MODEL: tokens per second of prompts and generation
-
-pyengine-run perplexity MODEL -f FILE: how well it predicts a text
-
-pyengine-run serve MODEL...: answers over HTTP
-
-pyengine-run show MODEL: what its file says
-
-pyengine-run graph MODEL: the graph of its step
-
-pyengine-run list: the models on this machine
-
-pyengine-run hardware: what this machine has, and what of it can be used
-
-Each takes --help. MODEL is a GGUF file, or a name that `list` shows, or the beginning of just one of them."""
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich", "context_settings": _HELP}
@@ -148,6 +122,8 @@ Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich
     "Largest picture that memory is kept for (default: what the model's processor allows)."))]
 Pictures = Annotated[int | None, Option("--pictures", min=0, rich_help_panel="Memory and speed", help=(
     "How many encoded pictures are kept (default: as memory allows); 0: no image encoder."))]
+Server = Annotated[str | None, Option("--server", metavar="URL", show_default=False, help=(
+    "The server to ask (default: $PYENGINE_SERVER, or http://127.0.0.1:8080); $PYENGINE_API_KEY is sent as its key."))]
 N_BATCH = 512
 
 
@@ -156,7 +132,7 @@ def _sampling(default: str, *names: str, text: str) -> Any:
     return Option(*names, rich_help_panel="Sampling (defaults where the model's file names none)", help=f"{text} (default: {default}).")
 
 
-@main_form.command(cls=Form, epilog=_COMMANDS, context_settings=_HELP)
+@main_form.command(cls=Form, epilog=overview.COMMANDS, context_settings=_HELP)
 def run(
     model: Annotated[str | None, Argument(metavar="MODEL", show_default=False, autocompletion=_first_words, help=(
         "A GGUF file, or a name from `list`."))] = None,
@@ -494,7 +470,11 @@ def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz 
 
 @commands.command(cls=Form)
 def serve(
-    model: Annotated[list[str], Argument(metavar="MODEL...", show_default=False, autocompletion=_names, help="Files, or names from `list`.")],
+    model: Annotated[list[str] | None, Argument(metavar="[MODEL...]", show_default=False, autocompletion=_names, help=(
+        "Files, or names from `list`: loaded at once, and kept. Without any: --any."))] = None,
+    any_model: Annotated[bool, Option("--any", help="Serve every model that `list` shows, each loaded when it is asked for.")] = False,
+    keep_alive: Annotated[str, Option("--keep-alive", metavar="TIME", help=(
+        "How long a model that was loaded so stays after its last use: 300, 5m, 1h; -1: for ever."))] = "5m",
     host: Annotated[str, Option("--host", help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, Option("--port", min=0, max=65535)] = 8080,
     seq: Annotated[int, Option("--seq", "-s", min=1, help="Requests worked on at once, each with the whole context.")] = 4,
@@ -518,16 +498,33 @@ def serve(
 
     if (tls_cert is None) != (tls_key is None):
         raise RequestError("--tls-cert and --tls-key go together")
-    if mmproj is not None and len(model) > 1:
+    if mmproj is not None and len(model or ()) != 1:
         raise RequestError("--mmproj goes with one model")
     keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
-    options = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
+    options: dict[str, Any] = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
                "images": planned.parse_size(picture, pictures)}
-    serving.serve(model, host, port, options, keys, allow_host or (), allow_origin or (), (str(tls_cert), str(tls_key)) if tls_cert else None)
+    asked = serving.Asked(model or (), any_model or not model, options, serving.keep_alive(keep_alive))
+    serving.serve(asked, host, port, keys, allow_host or (), allow_origin or (), (str(tls_cert), str(tls_key)) if tls_cert else None)
+
+
+@commands.command(cls=Form)
+def ps(server: Server = None, json: Json = False) -> None:
+    """Show the models that a server has in memory, and when they go."""
+    from pyengine.cli import running
+
+    running.ps(server, json)
+
+
+@commands.command(cls=Form)
+def stop(model: Annotated[str, Argument(metavar="MODEL", show_default=False, help="A name that `ps` shows.")], server: Server = None) -> None:
+    """Let a server unload a model, as soon as its requests have ended."""
+    from pyengine.cli import running
+
+    running.stop(model, server)
 
 
 MODES = ("run", "chat")              # what others say for what is meant anyway
-COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "show", "list", "hardware", "graph")
+COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

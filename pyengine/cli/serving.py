@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from pyengine.cli.screen import note
+from pyengine.cli.screen import note, PROGRAM
 from pyengine.errors import RequestError
 
 
@@ -17,8 +17,30 @@ def default_threads() -> int:
     return max(1, hardware.default_threads() - 1)
 
 
-def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], api_keys: Sequence[str], hosts: Sequence[str],
-          origins: Sequence[str], tls: tuple[str, str] | None) -> None:
+class Asked(NamedTuple):
+    """Which models are served: those of these names are loaded at once, with `any` every one of this machine when it is asked for.
+
+    options: as of `pyengine.load`; keep_alive: seconds that models stay which are loaded when they are asked for
+    """
+
+    names: Sequence[str]
+    any: bool
+    options: dict[str, Any]
+    keep_alive: float
+
+
+def keep_alive(text: str) -> float:
+    """Return the seconds that --keep-alive says. Raises: RequestError."""
+    from pyengine.engine.residents import keep_alive_of
+
+    try:
+        return keep_alive_of(text)
+    except RequestError as error:
+        raise RequestError(f"--keep-alive {text}: {str(error).partition(': ')[2].partition('; got')[0]}") from None
+
+
+def serve(asked: Asked, host: str, port: int, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str],
+          tls: tuple[str, str] | None) -> None:
     """Load models and serve them until Ctrl-C. Raises: RequestError where the server's packages are missing, and as `load`."""
     try:
         from pyengine.server import app, models
@@ -27,16 +49,24 @@ def serve(names: Sequence[str], host: str, port: int, options: dict[str, Any], a
     taken = app.listen(host, port)
     if not api_keys and taken.getsockname()[0] not in ("127.0.0.1", "::1"):
         note("note: other machines can reach this server, and it asks for no key: --api-key KEY")
+    from pyengine.files.stores import list_models
     from pyengine.memory.plan import amount
 
     served = []
-    for name in names:
+    for name in asked.names:
         print(f"loading {name}", file=sys.stderr, flush=True)
-        served.append(models.load(name, **options))
-    found = models.Models(served).all
-    for s in found:
+        served.append(models.load(name, **asked.options))
+    others = {name: value for name, value in asked.options.items() if name != "mmproj"}
+    found = models.Models(served, list_models if asked.any else None, others, asked.keep_alive)
+    for s, _ in found.running():
         pictures = ", pictures" if s.model.media is not None else ""
         print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}, {amount(s.model.plan.total)}", file=sys.stderr)
+    if asked.any:
+        n = len(found.all) - len(found.running())
+        print(f"  {n} {'others' if served else 'models'} of `{PROGRAM} list`, each loaded when it is asked for", file=sys.stderr)
     address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
     print(f"serving at {address} (OpenAI: {address}/v1; Ollama: {address}); Ctrl-C ends", file=sys.stderr, flush=True)
-    app.serve(app.application(found, api_keys, hosts, origins), taken, *(tls or ()))
+    try:
+        app.serve(app.application(found, api_keys, hosts, origins), taken, *(tls or ()))
+    finally:
+        found.close()

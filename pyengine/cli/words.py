@@ -11,8 +11,6 @@ from pyengine.errors import RequestError
 _LIST = "nothing is kept by name here: models are files, which `list` shows"
 COMMANDS = {
     "server": "`pyengine-run serve MODEL` is the server",
-    "ps": "no model stays loaded when its command has ended; `list` shows those on this machine",
-    "stop": "no model stays loaded when its command has ended",
     "rm": f"{_LIST}; remove the file, with Ollama's models `ollama rm`, with Hugging Face's `hf cache`",
     "cp": f"{_LIST}; copy the file",
     "create": f"{_LIST}; options set the system message and the sampling, and a Modelfile's are followed where Ollama keeps them",

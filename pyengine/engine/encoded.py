@@ -86,6 +86,11 @@ class EncodedMedia:
         """Whether the encoder's weights are in memory."""
         return self._program is not None
 
+    def resident(self) -> int:
+        """Return the bytes of the encoder and of kept pictures that are in memory already."""
+        program = self._program
+        return self.stats["image_cache_bytes"] + (program.resident() if program is not None else 0)
+
     def process(self, media: Image | Video) -> Processed:
         """Process a picture or video within the plan's limits, without encoding it. Raises as the model's processor does."""
         return self.encoder.process(media, self.limits)

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyengine.arguments import takes
 from pyengine.engine.model import Model
-from pyengine.errors import RequestError, shown
+from pyengine.errors import PlanError, RequestError, shown
 from pyengine.files.model_files import open_files
-from pyengine.memory.fit import fit, refusal
+from pyengine.hardware.facts import Hardware
+from pyengine.memory.fit import fit, Fitted, refusal
+from pyengine.memory.held import deciding, Held, promised
 from pyengine.memory.settings import Settings
-from pyengine.programs.bound import bind
+from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import N_BATCH
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model's files, opened and bound, with what is asked for: what `load` has before it decides on sizes."""
+
+    bound: Bound
+    want: Settings
+
+    @classmethod
+    def open(cls, model: str | Path, mmproj: str | Path | None = None, **settings: Any) -> Candidate:
+        """Open a model; settings are the fields of `Settings`. Raises as `load`, but for PlanError."""
+        want = Settings(**settings)
+        want.check()
+        return cls(bind(open_files(model, mmproj), want.pictures), want)
+
+    def fit(self, machine: Hardware | None = None, held: Sequence[Held] | None = None) -> Fitted:
+        """Decide on sizes: see `pyengine.memory.fit.fit`."""
+        return fit(self.bound, self.want, machine, held)
+
+    def refusal(self, fitted: Fitted, held: Sequence[Held] | None = None) -> PlanError:
+        """Make the error for a plan that does not fit, with what would."""
+        return refusal(self.bound, self.want, fitted, held)
 
 
 @takes()
@@ -34,14 +61,23 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
     mmap: True reads weights where the file is mapped, in each step, for models that are larger than the memory: nothing is read or
     packed when it is loaded, and the system keeps of the file what it has room for. Answers are the same; generation is slower.
-    Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit.
+    Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit beside the other
+    models of this process.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap)
-    want.check()
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: a function of two ints, got {shown(progress)}")
-    bound = bind(open_files(model, mmproj), want.pictures)
-    fitted = fit(bound, want)
-    if not fitted.plan.fits:
-        raise refusal(bound, want, fitted)
+    candidate = Candidate.open(model, mmproj, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
+                               device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap)
+    with ExitStack() as until_loaded:
+        with deciding:
+            fitted = candidate.fit()
+            if fitted.plan.fits:
+                until_loaded.enter_context(promised(fitted.plan))
+        if not fitted.plan.fits:
+            raise candidate.refusal(fitted)
+        return fill(fitted, progress)
+
+
+def fill(fitted: Fitted, progress: Callable[[int, int], None] | None = None) -> Model:
+    """Allocate what a plan counts, read the weights, and return the model."""
     return Model(fitted, fitted.layout.prepared.load(progress), progress)

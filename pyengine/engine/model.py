@@ -29,6 +29,7 @@ from pyengine.engine.wishes import SHAPES, Wishes, WISHES
 from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.memory.fit import Fitted
+from pyengine.memory.held import forget, Held, planned_bytes, register
 from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
 from pyengine.programs.step import Work
 from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
@@ -116,6 +117,7 @@ class Model:
         self._fed_ids: list[int] = []
         self._fed_moved = False
         self._fingerprint = b""
+        register(self)
 
     def __repr__(self) -> str:
         many = f" x {self.n_seq}" if self.n_seq > 1 else ""
@@ -140,6 +142,14 @@ class Model:
             self._loop.close()                               # its thread ends, for which it may need the lock
         self._release()
 
+    def held(self) -> Held | None:
+        """Return what the model holds by its plan and how much of that is resident; None once it is closed. Waits for nobody."""
+        program, media = self.program, self.media
+        if self.closed or isinstance(program, Closed) or isinstance(media, Closed):
+            return None
+        there = program.resident() + (media.resident() if media is not None else 0)
+        return Held(self.plan.model, planned_bytes(self.plan), {"cpu": there})
+
     @alone
     def _release(self) -> None:
         if self.closed:
@@ -149,6 +159,7 @@ class Model:
         self.closed, self._fed = True, None
         self.program = self.file = self._files = self._runner = self._language = self._prompts = gone
         self.media = None if self.media is None else gone
+        forget(self)
         gc.collect()                                         # programs with steps that the reference computes refer to themselves
 
     # -- text ---------------------------------------------------------------------------------------------------------

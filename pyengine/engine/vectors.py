@@ -90,6 +90,12 @@ class Reading(Job):
             raise RequestError("the prompt was not read to its end: it was cancelled, or is still being read")
 
 
+def pooling_of(h: Hparams) -> str:
+    """Return what a file's keys say of pooling: one of POOLINGS, or "rank", or a number that is not known; "" if nothing."""
+    said = h.get("pooling_type", 0, int)
+    return _IN_FILES.get(said, str(said))
+
+
 class Vectors:
     """What makes readings for one model, and runs them.
 
@@ -118,9 +124,8 @@ class Vectors:
 
     @property
     def said(self) -> str:
-        """What the file says of pooling: one of POOLINGS, or "rank", or a number that is not known; "" if nothing."""
-        said = self.h.get("pooling_type", 0, int)
-        return _IN_FILES.get(said, str(said))
+        """What the file says of pooling: see `pooling_of`."""
+        return pooling_of(self.h)
 
     def states(self, prompt: Any) -> np.ndarray:
         """Compute last hidden states of a prompt, float32 [n_positions, d_model]."""

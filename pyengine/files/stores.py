@@ -175,6 +175,17 @@ def read_modelfile(found: FoundModel) -> Modelfile:
     return Modelfile(found.layers.get("adapter", ()), text("system"), text("template"), values("params", dict), tuple(messages), text("license"))
 
 
+def matching(name: str, models: Sequence[FoundModel]) -> list[FoundModel]:
+    """Return those of `list_models` that a name means, of the first place that has any; several are not told apart by it.
+
+    Nothing but these is looked at: a path is no name.
+    """
+    for source in dict.fromkeys(model.source for model in models):
+        if found := _matches(name, [model for model in models if model.source == source]):
+            return found
+    return []
+
+
 def list_models() -> list[FoundModel]:
     """Return every model in the places above, in their order, sorted by name within each."""
     return [model for source, folder in _places() for model in _in_place(source, folder, [])]

@@ -8,7 +8,7 @@ The programs that are counted here are those that `engine` loads and runs.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from pyengine.backends.base import check_kernels, said
 from pyengine.errors import PlanError, UnsupportedModelError
 from pyengine.files.model_files import open_files
 from pyengine.media.views import MAX_DECODING
+from pyengine.memory import held as others
+from pyengine.memory.held import Held
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.plan import Alternative, amount, Headroom, MemoryPlan, MIB
 from pyengine.memory.settings import Settings
@@ -133,19 +135,21 @@ def _largest(total: Callable[[int], int], low: int, high: int, room: int) -> int
     return low
 
 
-def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None) -> Fitted:
-    """Lay a model out and count it for this machine.
+def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, held: Sequence[Held] | None = None) -> Fitted:
+    """Lay a model out and count it for this machine, beside what is `held`: by default by the other models of this process.
 
     Without `n_ctx`: the training context, DEFAULT_CTX positions at most, or what of it fits beside the `margin`, rounded down to 4,
     5, 6 or 7 times a power of two, so that a few bytes more or less free give the same number. Parts of memory are used to the
     last byte that they were given: there the first half, quarter ... that fits. A note of the plan says which of these it was.
     Raises: RequestError, UnsupportedModelError for settings that the model cannot have; GraphError under $PYENGINE_STRICT.
     """
-    machine = machine or hardware.detect()
+    held = others.held() if held is None else held           # before free memory is measured: pages are touched meanwhile
+    machine = others.beside(machine or hardware.detect(), held)
+    kept = () if want.parts else tuple((h.name, n) for h in held if (n := h.promised("cpu")) > 0)
 
     def at(n_ctx: int) -> Fitted:
         layout = ModelLayout(bound, replace(want, n_ctx=n_ctx), machine)
-        return Fitted(layout, plan_of(layout))
+        return Fitted(layout, replace(plan_of(layout), held=kept))
 
     with _uncollected():
         found = at(want.n_ctx or min(bound.n_ctx_train, DEFAULT_CTX))
@@ -188,13 +192,14 @@ def _rounded_down(n_ctx: int) -> int:
     return n_ctx // unit * unit if n_ctx >= 512 else n_ctx
 
 
-def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternative]:
+def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None = None) -> list[Alternative]:
     """Find the three nearest settings that fit, each of them planned: one change first, then a smaller context with others.
 
     None has a context beyond the trained one; where that fits with nothing else changed, it is the only one.
     """
     found: list[Alternative] = []
     smaller: list[dict[str, Any]] = []
+    held = others.held() if held is None else held
     machine, was = hardware.detect(), refused.plan
     beyond = 0 < bound.n_ctx_train < was.n_ctx
     start: dict[str, Any] = {"n_ctx": bound.n_ctx_train} if beyond else {}
@@ -203,7 +208,7 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted) -> list[Alternat
         """Plan with these changes, of the context as trained at most; note it if it fits."""
         settings = {**start, **changes}
         try:
-            plan_ = fit(bound, replace(want, **{"n_ctx": was.n_ctx, **settings}), machine).plan
+            plan_ = fit(bound, replace(want, **{"n_ctx": was.n_ctx, **settings}), machine, held).plan
         except UnsupportedModelError:                        # a format of the cache that does not suit its heads
             return False
         if plan_.fits:
@@ -261,9 +266,9 @@ def _kv_bytes(name: str) -> float:
     return sum(d.nbytes / d.block for d in kv_dtypes(name))
 
 
-def refusal(bound: Bound, want: Settings, refused: Fitted) -> PlanError:
+def refusal(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None = None) -> PlanError:
     """Make the error for a plan that does not fit: its table, and what would."""
-    plan_ = replace(refused.plan, alternatives=tuple(alternatives(bound, want, refused)))
+    plan_ = replace(refused.plan, alternatives=tuple(alternatives(bound, want, refused, held)))
     return PlanError(plan_.refusal(), plan_)
 
 
@@ -273,6 +278,7 @@ def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_d
          nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
+    What is available is what is free beside the models that this process has loaded.
     nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """

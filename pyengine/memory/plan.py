@@ -110,6 +110,7 @@ class MemoryPlan:
     alternatives  of a plan that was refused: the nearest settings that fit
     n_ctx_train positions that the model was trained for
     decoding    most bytes that reading a picture's file takes for a moment, no part of `total`; 0 where there are no pictures
+    held        other models of this process, and bytes that look free and are kept for each by its own plan: no part of `available`
     """
 
     model: str
@@ -129,6 +130,7 @@ class MemoryPlan:
     alternatives: tuple[Alternative, ...] = ()
     n_ctx_train: int = 0
     decoding: int = 0
+    held: tuple[tuple[str, int], ...] = ()
 
     def __repr__(self) -> str:
         free = sum(self.available.values())
@@ -217,6 +219,8 @@ class MemoryPlan:
             left = max(0, min(self.available[d] - self.on(d) for d in self.devices))
             yield (f"reading a picture takes more for a moment, about 7 bytes a pixel of its file, at most {amount(self.decoding)} "
                    f"(not counted; {amount(left)} left)")
+        if self.held:
+            yield f"available beside the other models of this process, for which {self._kept()} more are kept"
         trained = self.n_ctx_train
         if 0 < trained < self.n_ctx:
             yield f"a context of {self.n_ctx:,} is more than the {trained:,} positions that the model was trained for: expect nonsense beyond"
@@ -230,6 +234,10 @@ class MemoryPlan:
             holds = "all of it" if room.whole else f"{room.n_layers} of {self.n_layers} layers"
             if room.device not in self.available:
                 yield f"{room.device} ({room.name}, {amount(room.free)} available) could hold {holds}"
+
+    def _kept(self) -> str:
+        """Say what is kept for others: "1.50 GiB (a: 1.20 GiB, b: 307.2 MiB)"."""
+        return f"{amount(sum(n for _, n in self.held))} ({', '.join(f'{name}: {amount(n)}' for name, n in self.held)})"
 
     def advice(self, options: bool = False) -> str:
         """Say what would fit, if that was searched for; "" for a plan that fits. options: in options of the command."""

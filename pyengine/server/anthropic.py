@@ -39,7 +39,7 @@ def routes(models: Models) -> list[Route]:
     """Return the routes below /v1/messages."""
     async def create(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
+        served = await replies.using(request, models, fields.text("model", None))
         wanted, client = _wanted(fields), replies.client_of(request)
         handle = await replies.submit(lambda: served.submit(client, **wanted))
         if fields.flag("stream"):
@@ -50,8 +50,9 @@ def routes(models: Models) -> list[Route]:
 
     async def count(request: Request) -> Response:
         fields = await replies.read(request)
-        served, messages, tools = models.get(fields.text("model", None)), _messages(fields), _tools(fields)
+        messages, tools = _messages(fields), _tools(fields)
         fields.refuse(_NOT_HERE)
+        served = await replies.using(request, models, fields.text("model", None))
         return JSONResponse({"input_tokens": await replies.apart(lambda: served.count(messages, tools))})
 
     return [Route("/v1/messages", replies.guarded(create, failed), methods=["POST"]),

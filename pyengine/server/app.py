@@ -25,14 +25,14 @@ HEADER_BYTES = 32 << 10
 KEEP_ALIVE_SECONDS = 10              # of connections that ask nothing
 
 
-def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
-    """Make the server's application for these models, which stay loaded.
+def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (), hosts: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
+    """Make the server's application for these models; those of a list stay loaded.
 
     api_keys  one of them must come with each request, as "Authorization: Bearer KEY"; none: everybody may ask
     hosts     names that this server goes by besides "localhost" and addresses: the others are refused (DNS rebinding)
     origins   web pages that may ask besides this server's own, as "https://example.com"
     """
-    models = Models(served)
+    models = served if isinstance(served, Models) else Models(served)
 
     async def root(request: Request) -> Response:
         return PlainTextResponse("pyengine is running. OpenAI: /v1, Ollama: /api, Anthropic: /v1/messages\n")
@@ -42,16 +42,16 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
 
     async def tokenize(request: Request) -> Response:
         fields = await replies.read(request)
-        model = _one(models, fields).model
+        model = (await _one(request, models, fields)).model
         return JSONResponse({"tokens": model.tokenize(fields.text("content"), add_special=fields.flag("add_special"))})
 
     async def detokenize(request: Request) -> Response:
         fields = await replies.read(request)
-        return JSONResponse({"content": _one(models, fields).model.detokenize(fields.items("tokens"))})
+        return JSONResponse({"content": (await _one(request, models, fields)).model.detokenize(fields.items("tokens"))})
 
     async def template(request: Request) -> Response:
         fields = await replies.read(request)
-        text = _one(models, fields).model.template.render(fields.items("messages"), add_generation_prompt=True)
+        text = (await _one(request, models, fields)).model.template.render(fields.items("messages"), add_generation_prompt=True)
         return JSONResponse({"prompt": text})
 
     def failing(endpoint: Any) -> Any:
@@ -68,9 +68,9 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins)
 
 
-def _one(models: Models, fields: Fields) -> Served:
+async def _one(request: Request, models: Models, fields: Fields) -> Served:
     """Return the model that a request of llama.cpp's form names, or the only one."""
-    return models.get(fields.text("model", None))
+    return await replies.using(request, models, fields.text("model", None))
 
 
 class _Guard:

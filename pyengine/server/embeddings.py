@@ -38,7 +38,7 @@ def routes(models: Models) -> list[Route]:
     """Return the routes of all interfaces."""
     async def created(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
+        served = await replies.using(request, models, fields.text("model", None))
         size = fields.whole("dimensions", None, 1, served.model.config.d_model)
         write = _written(fields.text("encoding_format", "float"))
         found = await _read(request, served, _inputs(fields), size=size)
@@ -50,17 +50,17 @@ def routes(models: Models) -> list[Route]:
     async def embedded(request: Request) -> Response:
         began = time.perf_counter()
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
+        served = await replies.using(request, models, fields.text("model", None), ollama.keep_alive(fields))
         ollama.check_context(Fields(fields.object("options", {})), served)
         size = fields.whole("dimensions", 0) or None
         found = await _read(request, served, _texts(fields), cut=fields.flag("truncate", True), size=size)
         return await replies.apart(lambda: JSONResponse({
             "model": served.name, "embeddings": [v.tolist() for v in found.vectors], "total_duration": int((time.perf_counter() - began) * 1e9),
-            "load_duration": 0, "prompt_eval_count": found.n_tokens}))
+            "load_duration": int(replies.waited(request) * 1e9), "prompt_eval_count": found.n_tokens}))
 
     async def embedded_once(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
+        served = await replies.using(request, models, fields.text("model", None), ollama.keep_alive(fields))
         ollama.check_context(Fields(fields.object("options", {})), served)
         text = fields.text("prompt", "")                     # without one, the model is loaded, as everywhere in this interface
         found = await _read(request, served, [text] if text else [], normalize=False)

@@ -15,13 +15,15 @@ from starlette.routing import Route
 import pyengine
 from pyengine.chat.reply.deltas import ToolCall
 from pyengine.engine.loop import Handle
+from pyengine.engine.residents import keep_alive_of
 from pyengine.errors import PyEngineError, RequestError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
-from pyengine.server.models import Models, Served
+from pyengine.server.models import Models, Offer, Served
 
 _NOT_HERE = {"suffix": "filling in the middle is not supported yet", "template": "the model's own template is used",
              "context": "give the conversation as messages, to /api/chat"}
+_FOR_EVER = 2**63 / 1e9               # seconds: as Ollama tells of models that stay (the longest time of Go)
 _WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
 
 
@@ -40,31 +42,30 @@ def routes(models: Models) -> list[Route]:
 
     async def chat(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
         messages = fields.items("messages", [])
         if not messages:
-            return _loaded(served, {"message": {"role": "assistant", "content": ""}})
-        return await _answer(request, fields, served, {"messages": messages, "tools": fields.items("tools", None) or None}, _Chat())
+            return await _empty(request, fields, models, {"message": {"role": "assistant", "content": ""}})
+        return await _answer(request, fields, models, {"messages": messages, "tools": fields.items("tools", None) or None}, _Chat())
 
     async def generate(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
         if not fields.text("prompt", "") and not fields.items("images", []):
-            return _loaded(served, {"response": ""})
-        return await _answer(request, fields, served, _prompt(fields), _Generate())
+            return await _empty(request, fields, models, {"response": ""})
+        return await _answer(request, fields, models, _prompt(fields), _Generate())
 
     async def tags(request: Request) -> Response:
-        return JSONResponse({"models": [_listed(s) for s in models.all]})
+        await replies.apart(models.look)
+        return JSONResponse({"models": await replies.apart(lambda: [_listed(s) for s in models.all])})
 
     async def running(request: Request) -> Response:
-        held = [{**_listed(s), "expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "size": s.model.plan.total,
-                 "context_length": s.model.n_ctx} for s in models.all]
+        held = [{**_listed(s), "expires_at": _time(time.time() + min(r.expires, _FOR_EVER)), "size_vram": 0, "size": s.model.plan.total,
+                 "context_length": s.model.n_ctx} for s, r in models.running()]
         return JSONResponse({"models": held})
 
     async def show(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None) or fields.text("name", None))
-        return JSONResponse(_shown(served, fields.flag("verbose")))
+        name, verbose = fields.text("model", None) or fields.text("name", None), fields.flag("verbose")
+        return JSONResponse(await replies.apart(lambda: _shown(models.find(name), verbose)))
 
     async def version(request: Request) -> Response:
         return JSONResponse({"version": pyengine.__version__})
@@ -90,26 +91,37 @@ def _prompt(fields: Fields) -> dict[str, Any]:
     return {"messages": [*([{"role": "system", "content": system}] if system else []), user]}
 
 
-def _shown(served: Served, verbose: bool) -> dict[str, Any]:
+def _shown(served: Offer | Served, verbose: bool) -> dict[str, Any]:
     """Return what a model's file says; its vocabulary only when that is wanted."""
-    meta = served.model.file.metadata
+    meta = served.file.metadata
     keys = {k: meta[k] for k in meta if verbose or not k.startswith("tokenizer.")}
     return {"details": served.kind, "model_info": {k: v for k, v in keys.items() if isinstance(v, (str, int, float, bool))},
             "template": str(meta.get("tokenizer.chat_template", "")), "capabilities": served.capabilities,
-            "modified_at": _time(served.loaded), "license": str(meta.get("general.license", ""))}
+            "modified_at": _time(served.modified), "license": str(meta.get("general.license", ""))}
 
 
-def _listed(served: Served) -> dict[str, Any]:
-    return {"name": served.name, "model": served.name, "modified_at": _time(served.loaded), "size": served.nbytes, "digest": "", "details": served.kind}
+def _listed(served: Offer | Served) -> dict[str, Any]:
+    return {"name": served.name, "model": served.name, "modified_at": _time(served.modified), "size": served.nbytes, "digest": "", "details": served.kind}
 
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
 
 
-def _loaded(served: Served, empty: dict[str, Any]) -> Response:
-    """Answer a request without a prompt, by which clients load a model: it is loaded."""
-    return JSONResponse({"model": served.name, "created_at": _time(time.time()), **empty, "done": True, "done_reason": "load"})
+def keep_alive(fields: Fields) -> float | None:
+    """Return the seconds that a model shall stay after this request; None where the request does not say."""
+    value = fields.values.get("keep_alive")
+    return None if value is None or value == "" else keep_alive_of(value)
+
+
+async def _empty(request: Request, fields: Fields, models: Models, empty: dict[str, Any]) -> Response:
+    """Answer a request without a prompt, by which clients load a model, or unload it with keep_alive 0."""
+    name, keep = fields.text("model", None), keep_alive(fields)
+    if keep == 0:
+        served = await replies.apart(lambda: models.stop(name))
+    else:
+        served = await replies.using(request, models, name, keep)
+    return JSONResponse({**_head(served), **empty, "done": True, "done_reason": "unload" if keep == 0 else "load"})
 
 
 def _settings(fields: Fields, served: Served) -> dict[str, Any]:
@@ -163,9 +175,11 @@ def _arguments(call: ToolCall) -> Any:
         return {}
 
 
-async def _answer(request: Request, fields: Fields, served: Served, prompt: dict[str, Any], form: _Chat | _Generate) -> Response:
+async def _answer(request: Request, fields: Fields, models: Models, prompt: dict[str, Any], form: _Chat | _Generate) -> Response:
     """Run one request, streamed unless told otherwise."""
-    wanted, began = {**_settings(fields, served), **prompt}, time.perf_counter()
+    began = time.perf_counter()
+    served = await replies.using(request, models, fields.text("model", None), keep_alive(fields))
+    wanted, loading = {**_settings(fields, served), **prompt}, replies.waited(request)
     if "messages" in wanted:
         wanted["think"] = fields.values.get("think")
     elif fields.values.get("think"):
@@ -173,13 +187,13 @@ async def _answer(request: Request, fields: Fields, served: Served, prompt: dict
     stream, client = fields.flag("stream", True), replies.client_of(request)
     handle = await replies.submit(lambda: served.submit(client, **wanted))
     if stream:
-        return replies.streaming(_lines(handle, served, form, began), [handle], "application/x-ndjson")
+        return replies.streaming(_lines(handle, served, form, began, loading), [handle], "application/x-ndjson")
     await replies.finished(request, [handle])
     answer = handle.result(0)
-    return JSONResponse({**_head(served), **form.write(str(answer), answer.thinking, answer.tool_calls), **_end(handle, began)})
+    return JSONResponse({**_head(served), **form.write(str(answer), answer.thinking, answer.tool_calls), **_end(handle, began, loading)})
 
 
-async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, began: float) -> AsyncIterator[str]:
+async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, began: float, loading: float) -> AsyncIterator[str]:
     """Write an answer's pieces as they come; a call when it is whole."""
     told = 0
     try:
@@ -191,18 +205,18 @@ async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, began:
                 yield json.dumps({**_head(served), **part, "done": False}, ensure_ascii=False) + "\n"
         if rest := handle.report.calls[told:]:
             yield json.dumps({**_head(served), **form.write("", calls=rest), "done": False}, ensure_ascii=False) + "\n"
-        yield json.dumps({**_head(served), **form.write(""), **_end(handle, began)}) + "\n"
+        yield json.dumps({**_head(served), **form.write(""), **_end(handle, began, loading)}) + "\n"
     except PyEngineError as error:
         yield json.dumps(failed(error, 500)) + "\n"
 
 
-def _head(served: Served) -> dict[str, Any]:
+def _head(served: Offer | Served) -> dict[str, Any]:
     return {"model": served.name, "created_at": _time(time.time())}
 
 
-def _end(handle: Handle, began: float) -> dict[str, Any]:
-    """Return how an answer ended, with times in nanoseconds."""
+def _end(handle: Handle, began: float, loading: float) -> dict[str, Any]:
+    """Return how an answer ended, with times in nanoseconds. began: by the clock; loading: seconds until the model was there."""
     r = handle.report
-    return {"done": True, "done_reason": "stop" if r.finish == "tool_calls" else r.finish, "total_duration": int((time.perf_counter() - began) * 1e9), "load_duration": 0,
+    return {"done": True, "done_reason": "stop" if r.finish == "tool_calls" else r.finish, "total_duration": int((time.perf_counter() - began) * 1e9), "load_duration": int(loading * 1e9),
             "prompt_eval_count": r.n_prompt, "prompt_eval_duration": int(r.prompt_seconds * 1e9), "eval_count": len(r.tokens),
             "eval_duration": int(r.seconds * 1e9)}

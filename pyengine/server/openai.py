@@ -20,7 +20,7 @@ from pyengine.engine.loop import Deltas, Handle
 from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
-from pyengine.server.models import Models, Served
+from pyengine.server.models import Models, Offer, Served
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20                   # OpenAI's limit
@@ -40,16 +40,17 @@ def failed(error: BaseException, status: int) -> dict[str, Any]:
 def routes(models: Models) -> list[Route]:
     """Return the routes below /v1."""
     async def listed(request: Request) -> Response:
+        await replies.apart(models.look)
         return JSONResponse({"object": "list", "data": [_shown(s) for s in models.all]})
 
     async def one(request: Request) -> Response:
-        return JSONResponse(_shown(models.get(request.path_params["name"])))
+        return JSONResponse(_shown(await replies.apart(lambda: models.find(request.path_params["name"]))))
 
     return [Route("/v1/models", replies.guarded(listed, failed)), Route("/v1/models/{name:path}", replies.guarded(one, failed))]
 
 
-def _shown(served: Served) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": int(served.loaded), "owned_by": "pyengine"}
+def _shown(model: Offer | Served) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": int(model.modified), "owned_by": "pyengine"}
 
 
 class Interface:
@@ -65,7 +66,7 @@ class Interface:
     async def reply(self, request: Request) -> Response:
         """Answer a request: at once, or as server-sent events."""
         fields = await replies.read(request)
-        self.served = self.models.get(fields.text("model", None))
+        self.served = await replies.using(request, self.models, fields.text("model", None))
         fields.refuse(_NOT_HERE)
         n, stream = fields.whole("n", 1, 1, MOST_CHOICES), fields.flag("stream")
         usage = Fields(fields.object("stream_options", {})).flag("include_usage")

@@ -11,10 +11,12 @@ import anyio
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from pyengine.engine.loop import Handle
 from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
 from pyengine.server.fields import Fields, parse
+from pyengine.server.models import Hold, Models, Served
 
 BODY_BYTES = 64 << 20                # of one request: some large pictures in base64
 BODY_SECONDS = 60.0                  # until all of it has come
@@ -68,12 +70,17 @@ def status_of(error: BaseException) -> int:
 
 def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException, int], dict[str, Any]]) -> Callable[[Request], Any]:
     """Turn an endpoint's errors into replies of its interface's own form. What is not expected is printed, and not told."""
-    async def answer(request: Request) -> Response:
+    async def answer(request: Request) -> Any:
+        leases: list[Hold] = []
+        request.state.leases = leases
         try:
-            return await endpoint(request)
+            response = await endpoint(request)
+            return _Held(response, leases) if leases else response
         except ClientDisconnect:
+            _release(leases)
             return Response(status_code=400)
         except Exception as error:
+            _release(leases)
             status = status_of(error)
             if status == 500:
                 traceback.print_exception(error)
@@ -81,8 +88,53 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
             if isinstance(error, PyEngineError):
                 error.args = (_told(str(error)),)
             return JSONResponse(failed(error, status), status)
+        except BaseException:                                # the server ends
+            _release(leases)
+            raise
 
     return answer
+
+
+class _Held:
+    """A reply that keeps the models of its request in memory until all of it is sent, or its client has left."""
+
+    def __init__(self, response: Response, leases: list[Hold]):
+        self._response, self._leases = response, leases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            _release(self._leases)
+
+
+def _release(leases: Sequence[Hold]) -> None:
+    for hold in leases:
+        hold.release()
+
+
+async def using(request: Request, models: Models, name: str | None, keep: float | None = None) -> Served:
+    """Return a model by its name, loaded if it is not, which stays in memory until the reply is sent.
+
+    For endpoints that are `guarded`. keep: seconds that it stays afterwards; None: as before. Raises as `Models.lease`; ClientDisconnect when
+    the client leaves before the model is there.
+    """
+    wish, left = asyncio.ensure_future(models.lease(name, keep)), asyncio.ensure_future(_leaves(request))
+    try:
+        await asyncio.wait({wish, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not wish.done():
+            raise ClientDisconnect()
+        hold = wish.result()
+    finally:
+        left.cancel()
+        wish.cancel()
+    request.state.leases.append(hold)
+    return hold.served
+
+
+def waited(request: Request) -> float:
+    """Return the seconds that a request waited for its models to be loaded."""
+    return sum(hold.waited for hold in request.state.leases)
 
 
 T = TypeVar("T")
@@ -105,11 +157,7 @@ def client_of(request: Request) -> str:
 
 async def finished(request: Request, handles: Sequence[Handle]) -> None:
     """Wait for answers; those of a client that leaves are cancelled. Raises: ClientDisconnect, and what ended an answer."""
-    async def leaves() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    left = asyncio.ensure_future(leaves())
+    left = asyncio.ensure_future(_leaves(request))
     all_of_them = asyncio.gather(*(_end(h) for h in handles))
     try:
         await asyncio.wait({left, all_of_them}, return_when=asyncio.FIRST_COMPLETED)
@@ -120,6 +168,12 @@ async def finished(request: Request, handles: Sequence[Handle]) -> None:
         left.cancel()
         for handle in handles:
             handle.cancel()
+
+
+async def _leaves(request: Request) -> None:
+    """Wait until the client has left; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _end(handle: Handle) -> None:

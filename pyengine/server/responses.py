@@ -68,7 +68,7 @@ def routes(models: Models) -> list[Route]:
 
     async def create(request: Request) -> Response:
         fields = await replies.read(request)
-        served = models.get(fields.text("model", None))
+        served = await replies.using(request, models, fields.text("model", None))
         fields.refuse(_NOT_HERE)
         earlier = fields.text("previous_response_id", None)
         messages = [*(kept.get(earlier)[0] if earlier else ()), *_messages(fields)]

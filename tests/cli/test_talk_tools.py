@@ -274,7 +274,8 @@ def test_results_are_typed_and_thinking_is_folded_at_a_terminal(files) -> None:
     t.expect(">>>")
     t.send("/show messages\r")
     t.expect("tool: a letter")
-    t.send("\x04")
+    t.expect(">>>")
+    t.send("/bye\r")
     assert t.close() == 0
 
 

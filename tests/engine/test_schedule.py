@@ -241,7 +241,7 @@ def test_an_error_is_one_request_s_own(tiny_gguf, monkeypatch) -> None:
     bad = model.stream(ids(20, 3), max_tokens=20, **options(model))
     good = model.stream(ids(20, 1), max_tokens=20, **options(model))
 
-    def broken(logits, allowed=None: np.ndarray) -> Any:
+    def broken(logits: np.ndarray, allowed: Any) -> Any:
         raise RequestError("this sampler is broken")
 
     monkeypatch.setattr(bad._request.sampler, "sample", broken)

@@ -138,7 +138,7 @@ def test_ollamas_embed(client, model, served) -> None:
     got = client.post("/api/embed", json={"model": served.name, "input": TEXTS, "options": {"num_ctx": 64}, "keep_alive": "5m"}).json()
     assert np.array_equal(np.array(got["embeddings"], np.float32), model.embed(TEXTS)) and got["model"] == served.name
     assert got["prompt_eval_count"] == sum(len(model.tokenize(t)) for t in TEXTS)
-    assert got["total_duration"] > 0 and got["load_duration"] == 0
+    assert got["total_duration"] > got["load_duration"] >= 0
     one = client.post("/api/embed", json={"model": served.name, "input": TEXTS[0], "dimensions": 7}).json()["embeddings"]
     assert len(one) == 1 and len(one[0]) == 7 and abs(np.linalg.norm(one[0]) - 1) < 1e-6
     assert len(client.post("/api/embed", json={"input": "a", "dimensions": 5000}).json()["embeddings"][0]) == 96     # as Ollama does
@@ -175,5 +175,5 @@ def test_ollamas_refusals(client, path: str, body: dict, part: str) -> None:
 
 def test_capabilities_name_models_whose_files_say_how_vectors_are_made(client, served, monkeypatch) -> None:
     assert served.capabilities == ["completion"]
-    monkeypatch.setattr("pyengine.engine.vectors.Vectors.said", "mean")
+    monkeypatch.setattr("pyengine.server.models.pooling_of", lambda h: "mean")
     assert client.post("/api/show", json={}).json()["capabilities"] == ["completion", "embedding"]

@@ -17,6 +17,7 @@ from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.files.weights import files_of
 from pyengine.graph.tensor import Axis, axis_max, Dim, Node, Tensor
+from pyengine.hardware.pages import resident
 from pyengine.native import engine
 
 _STATUS = {1: GraphError, 2: GraphError, 3: RequestError, 4: PlanError, 5: GraphError}     # by pe_status
@@ -160,6 +161,10 @@ class Program(base.Program):
                     raise _STATUS[status](f"{name}: {message or 'the kernel refused its arguments'}")
         for file in self._files:
             file.check()
+
+    def resident(self) -> int:
+        """Return the bytes of its memory that are there already."""
+        return sum(resident(b.address, b.nbytes) for b in (self.arena, self.weights, self.state_memory))
 
     def profile(self, on: bool) -> None:
         """Start (and reset) or stop the clock of each step."""
