@@ -187,7 +187,7 @@ class Fake:
             def log_message(self, *_: Any) -> None: ...
 
             def do_GET(self) -> None:
-                page = {"/v1/models": {"data": listed}, **(pages or {})}.get(self.path)
+                page = {"/v1/models": {"data": listed}, **({} if pages is None else pages)}.get(self.path)
                 self.send_response(404 if page is None else 200)
                 content = json.dumps(page).encode()
                 self.send_header("Content-Length", str(len(content)))
@@ -258,6 +258,12 @@ def test_a_server_that_does_not_stream() -> None:
     assert deltas == [Delta("text", "Hello")] and report.finish == "stop" and report.n_prompt == 4
 
 
+def test_an_answer_whose_end_has_no_reason() -> None:
+    with Fake([sse({"content": "a"}), DONE]) as fake:
+        deltas, report = asked(fake)
+    assert deltas == [Delta("text", "a")] and report.finish == "stop"
+
+
 @pytest.mark.parametrize("answers, status, error, part", [
     ([sse({"content": "a"}), (b'data: {"error": {"message": "out of memory", "code": 500}}\n\n', 0)], 200, RequestError, "out of memory"),
     ([sse({"content": "a"})], 200, RequestError, "ended before the answer was whole"), ([(b"data: {x\n\n", 0)], 200, RequestError, "no JSON"),
@@ -300,6 +306,16 @@ def test_the_context_is_what_the_server_says(model: dict[str, Any], pages: dict[
         talk.read("Hello")
     shown = "".join(text for _, text in editor.status(talk))
     assert shown == ("ctx 42 tokens" if n_ctx is None else f"ctx {round(100 * 42 / n_ctx)} %  42 of {n_ctx:,} tokens")
+
+
+def test_the_context_of_a_model_that_is_loaded_by_the_first_question() -> None:
+    pages: dict[str, Any] = {}
+    with Fake([sse({"content": "Hi"}, "stop"), DONE], pages=pages) as fake:
+        talk = Chat(remote.connect(fake.url, None, None), answer.Settings())
+        assert talk.model.n_ctx is None
+        pages["/api/ps"] = {"models": [{"name": "m", "context_length": 512}]}
+        talk.read("Hello")
+        assert talk.model.n_ctx == 512
 
 
 def test_what_only_a_model_of_this_process_has(tmp_path) -> None:

@@ -11,7 +11,7 @@ import http.client
 import io
 import json
 import ssl
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -209,8 +209,8 @@ class RemoteStream:
 
     progress: Any = None             # a server does not tell how far it has read
 
-    def __init__(self, reply: Reply, where: str, stats: dict[str, int], seen: Sequence[Seen]):
-        self._reply, self._where, self._stats = reply, where, stats
+    def __init__(self, reply: Reply, where: str, stats: dict[str, int], seen: Sequence[Seen], ended: Callable[[], None]):
+        self._reply, self._where, self._stats, self._ended = reply, where, stats, ended
         self.report = RemoteReport(finish="cancelled", seen=list(seen))
         self._n_before, self._ids = stats["generated_tokens"], dict[Any, int]()
 
@@ -219,13 +219,21 @@ class RemoteStream:
         with self._reply:
             if self._reply.kind != "text/event-stream":
                 yield from self._take(parsed(self._reply.read(), self._where))
-                return
-            for event in events(self._reply.lines()):
-                if event == "[DONE]":
-                    return
-                yield from self._take(parsed(event.encode(), self._where))
+                self._end("stop")
+            else:
+                for event in events(self._reply.lines()):
+                    if event == "[DONE]":
+                        self._end("stop")
+                        break
+                    yield from self._take(parsed(event.encode(), self._where))
         if self.report.finish == "cancelled":
             raise RequestError(f"{self._where}: the connection ended before the answer was whole")
+        self._ended()
+
+    def _end(self, finish: str) -> None:
+        """Take the answer for whole, where the server has not said how it ended."""
+        if self.report.finish == "cancelled":
+            self.report.finish = finish
 
     def _take(self, value: Any) -> Iterator[Delta]:
         """Read one event, or a whole answer."""
@@ -345,7 +353,7 @@ class RemoteModel:
     system_default = ""
 
     def __init__(self, server: Server, name: str, n_ctx: int | None = None, sees: bool = True):
-        self.server, self.plan = server, RemotePlan(name, server.url, n_ctx)
+        self.server, self.plan, self._known = server, RemotePlan(name, server.url, n_ctx), n_ctx is not None
         self.media = self if sees else None
         self.file = SimpleNamespace(path=name, metadata={"tokenizer.chat_template": ""})
         self.config = SimpleNamespace(n_ctx_train=n_ctx or 0)
@@ -369,7 +377,13 @@ class RemoteModel:
         if format is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": format}}
         path = "/v1/chat/completions"
-        return RemoteStream(self.server.open(path, body), self.server.url + path, self.stats, seen)
+        return RemoteStream(self.server.open(path, body), self.server.url + path, self.stats, seen, self._learn)
+
+    def _learn(self) -> None:
+        """Ask once more how large the context is: a server may have loaded the model for the first answer."""
+        if not self._known:
+            self._known, self.plan.n_ctx = True, _context(self.server, {"id": self.plan.model})
+            self.config.n_ctx_train = self.plan.n_ctx or 0
 
     def _message(self, message: dict[str, Any], seen: list[Seen]) -> dict[str, Any]:
         content = message["content"]
