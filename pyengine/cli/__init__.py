@@ -158,6 +158,9 @@ def run(
     video_option: Annotated[list[str] | None, Option("--video-option", metavar="NAME=VALUE", rich_help_panel="Pictures", help=(
         "The same for videos: sample_fps=1 ...; repeatable."))] = None,
     mmproj: Mmproj = None,
+    server: Annotated[str | None, Option("--server", metavar="URL", help=(
+        "Ask a server instead of loading a model: `serve`, or another one with OpenAI's interface; MODEL is one of its names."))] = None,
+    api_key: Annotated[str | None, Option("--api-key", metavar="KEY", help="The server's key (default: $PYENGINE_API_KEY).")] = None,
     draw: Annotated[Path | None, Option("--draw", metavar="OUT.png", rich_help_panel="Pictures", help=(
         "Write the last picture with the boxes and points of the answer."))] = None,
     temperature: Annotated[float | None, _sampling("0.8", "--temperature", "--temp", text=(
@@ -192,13 +195,20 @@ def run(
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
     from pyengine.cli import answer, asked, pictures, screen
-    from pyengine.cli.talk import chat
+    from pyengine.cli.talk import chat, remote
     from pyengine.cli.report import planned
 
     typed = [*([] if model_option is None or model is None else [model]), *(prompt or ()), *(prompt_option or ())]
     model = model if model_option is None else model_option
-    if model is None:
+    if model is None and server is None:
         raise RequestError("MODEL is missing: a GGUF file, or a name from `list`")
+    if api_key is not None and server is None:
+        raise RequestError("--api-key is for --server URL")
+    if server is not None:
+        remote.refuse_local({"--raw": raw, "--ctx": ctx is not None, "--kv-dtype": kv_dtype != "f16", "--threads": threads is not None,
+                             "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
+                             "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,
+                             "--expert-device": expert_device is not None, "--mmap": mmap})
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
              "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
              "frequency_penalty": frequency_penalty, "seed": seed}
@@ -222,15 +232,15 @@ def run(
     if not one and (json or jsonl or draw):
         raise RequestError(f"{'--json' if json else '--jsonl' if jsonl else '--draw'} needs a PROMPT")
     if not one and not lines and not (sys.stdin is not None and sys.stdin.isatty()):
-        asked.refuse_silence(model)
+        asked.refuse_silence(model if server is None else None)
     if draw is not None:
         pictures.check_drawing(draw, [*shown, *question.found])
-    recommended = answer.recommended(model)
+    recommended = {} if server is not None else answer.recommended(model)
     settings = answer.Settings(sampling, answer.limit(max_tokens if max_tokens is not None else recommended.get("num_predict")),
                                tuple(stop or ()))
-    loaded = screen.load(model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
-                         images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device,
-                         expert_device=expert_device, mmap=mmap)
+    loaded = remote.connect(server, model, api_key or os.environ.get("PYENGINE_API_KEY")) if server is not None else screen.load(
+        model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
+        images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap)
     if shown or draw is not None:
         pictures.need_encoder(loaded)
     if ctx is not None and ctx > loaded.config.n_ctx_train:
@@ -259,7 +269,7 @@ def run(
             code = INTERRUPTED
         elif draw is not None and not pictures.draw(found, [*shown, *question.found], draw):
             code = NOTHING_DRAWN
-    if verbose:
+    if verbose and server is None:
         answer.note_memory(loaded)
     return code
 

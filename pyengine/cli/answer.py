@@ -14,12 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
-from pyengine.cli.paper import Paper
+from pyengine.cli.paper import Paper, thought
 from pyengine.cli.pictures import boxes, media_json, Picture, places, report_line, warn_of_loss
 from pyengine.cli.screen import busy, note, show_json, size
 from pyengine.errors import ModelNotFoundError, ModelWarning, shown
+
+if TYPE_CHECKING:
+    from pyengine.chat.reply.deltas import Delta
 
 MAX_TOKENS = -1                      # of an answer: until the model ends it, or the context is full
 RATED = 16                           # tokens from which on a number of tokens per second says something
@@ -33,15 +36,29 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class Settings:
-    """What a user has set about an answer; the rest is as the model's files recommend. `sampling`: fields of SamplingParams."""
+    """What a user has set about an answer; the rest is as the model's files recommend.
+
+    sampling   fields of SamplingParams
+    think      True, False, a budget in tokens, or "low", "medium", "high"; None: as the model does by itself
+    format     the JSON schema of answers
+    tools      schemas of the tools that may be called
+    """
 
     sampling: dict[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    think: bool | int | str | None = None
+    format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of Model.chat and Model.stream; those that nobody has set are left out."""
-        return {"max_tokens": self.max_tokens, **({"stop": list(self.stop)} if self.stop else {}), **self.sampling}
+        return {"max_tokens": self.max_tokens, **({"stop": list(self.stop)} if self.stop else {}),
+                **({} if self.format is None else {"format": self.format}), **self.sampling}
+
+    def wishes(self) -> dict[str, Any]:
+        """Return those that Model.chat alone takes."""
+        return {**({} if self.think is None else {"think": self.think}), **({"tools": self.tools} if self.tools else {})}
 
 
 @dataclass(frozen=True)
@@ -58,24 +75,51 @@ class Shown:
     generated_per_second: float      # after the first text
     first_seconds: float
     seconds: float
+    thinking_seconds: float = 0.0
 
     def lines(self) -> list[str]:
         """Format the numbers for --verbose, first those of each picture."""
-        lines = [report_line(name, info) for name, info in zip(self.names, self.answer.media)]
+        lines = [report_line(name, info) for name, info in zip(self.names, self.answer.report.media)]
+        if self.answer.thinking:
+            lines.append(thought(self.answer.report.n_thinking, self.thinking_seconds))
         lines.append(f"prompt {_tokens(self.n_prompt)} ({self.n_cached} cached)"
                      f"{_rated(self.n_prompt - self.n_cached, self.prompt_per_second)}; "
                      f"answer {_tokens(self.n_generated)}{_rated(self.n_generated, self.generated_per_second)}; "
                      f"first text after {self.first_seconds:.3f} s, all after {self.seconds:.3f} s")
         return lines
 
-    def cut(self, settings: Settings, n_ctx: int) -> str:
+    def cut(self, settings: Settings, n_ctx: int | None) -> str:
         """Say why an answer was cut before the model ended it; "" where it was not."""
-        n = len(self.answer.tokens)
+        n = len(self.answer.tokens) or self.n_generated       # a server gives no tokens
         if self.stopped or self.answer.finish != "length":
             return ""
         if n == settings.max_tokens:
             return f"(cut after {_tokens(n)}; --max-tokens N, or -n N, allows more)"
+        if n_ctx is None:
+            return f"(cut after {_tokens(n)} by the server)"
         return f"(cut after {_tokens(n)}: the context of {n_ctx:,} tokens is full; --ctx N makes a larger one)"
+
+
+class Span:
+    """How long something goes on, from the first time that it is so to the first time that it is not."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._ended: float | None = None
+
+    def take(self, so: bool) -> None:
+        """Take whether it is so now."""
+        if so and self._started is None:
+            self._started = time.perf_counter()
+        elif not so and self._started is not None and self._ended is None:
+            self._ended = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Its length so far."""
+        if self._started is None:
+            return 0.0
+        return (time.perf_counter() if self._ended is None else self._ended) - self._started
 
 
 def _tokens(n: int) -> str:
@@ -172,8 +216,19 @@ def text_of(message: dict[str, Any]) -> str:
 def written(message: dict[str, Any]) -> str:
     """Format a turn as it can be shown: "[cat.png]" stands for a picture."""
     content = message["content"]
-    return content if isinstance(content, str) else "".join(
+    text = content if isinstance(content, str) else "".join(
         part["text"] if part["type"] == "text" else f"[{part['name']}]" for part in content)
+    calls = [f"[{call_text(call['function']['name'], call['function']['arguments'])}]" for call in message.get("tool_calls", ())]
+    return " ".join(filter(None, (text, *calls)))
+
+
+def call_text(name: str, arguments: str) -> str:
+    """Format a call of a tool as Python writes it: warmth(city="Rome")."""
+    try:
+        values = json.loads(arguments or "{}")
+        return f"{name}({', '.join(f'{key}={json.dumps(value, ensure_ascii=False)}' for key, value in values.items())})"
+    except (ValueError, AttributeError, RecursionError):     # what a model wrote is no object
+        return f"{name}({arguments})"
 
 
 def media_of(messages: Messages) -> list[dict[str, Any]]:
@@ -204,19 +259,18 @@ class Question:
         """Return the answer's pieces, a pyengine.engine.answer.Stream; pictures are encoded when this returns."""
         if self.raw:
             return model.stream(**self._raw(), **settings.arguments())
-        return model.chat(self.messages, stream=True, **settings.arguments())
+        return model.chat(self.messages, stream=True, **settings.arguments(), **settings.wishes())
 
 
-def stream(model: Any, question: Question, settings: Settings, write: Callable[[str], None]) -> Shown:
-    """Write the pieces of an answer as they come, until its end or Ctrl-C. Raises what generation raises."""
-    from pyengine.engine.answer import Answer
+def stream(model: Any, question: Question, settings: Settings, write: Callable[[Delta, Any], None]) -> Shown:
+    """Give the pieces of an answer as they come, each with the report so far, until its end or Ctrl-C. Raises what generation raises."""
     from pyengine.engine.request import Report
 
-    before, text, origin, stopped = dict(model.stats), [], Report(), False
+    before, text, origin, stopped, pieces = dict(model.stats), [], Report(), False, None
     names, new = question.names(), Question(question.messages[-1:]).names()
     meanwhile, reading = busy(f"looking at {', '.join(new)}" if new else ""), Reading()
     asked = started = time.perf_counter()
-    first, n_first = None, 0
+    first, n_first, thinks = None, 0, Span()
     try:
         with Interrupt() as interrupt:
             with meanwhile:
@@ -225,29 +279,42 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
             started = time.perf_counter()
             for name, info in zip(names, origin.media):
                 warn_of_loss(name, info)
-            for piece in pieces:
+            for delta in pieces.deltas():
                 if first is None:
                     first, n_first = time.perf_counter(), model.stats["generated_tokens"]
                     interrupt.flowing = True
                     reading.leave()
-                text.append(piece)
-                write(piece)
+                thinks.take(delta.kind == "thinking")
+                if delta.kind == "text":
+                    text.append(delta.text)
+                write(delta, origin)
                 if interrupt.pressed:
                     stopped = True
                     break
     except KeyboardInterrupt:                             # raised within a step: what the cache holds is not certain
+        if pieces is not None:
+            pieces.close()
         model.reset()
         stopped = True
     finally:
         reading.leave()
+        if pieces is not None:
+            pieces.close()
     ended = time.perf_counter()
     first = ended if first is None else first
     n_prompt, n_cached, n_generated = (model.stats[name] - before[name]
                                        for name in ("prompt_tokens", "cached_tokens", "generated_tokens"))
-    n_later = model.stats["generated_tokens"] - n_first if text else 0
-    found = Answer("".join(text), origin)
-    return Shown(found, names, stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
-                  rate(n_later, ended - first), first - asked, ended - asked)
+    n_later = model.stats["generated_tokens"] - n_first if n_first else 0
+    return Shown(_whole("".join(text), origin), names, stopped, n_prompt, n_cached, n_generated, rate(n_prompt - n_cached, first - started),
+                 rate(n_later, ended - first), first - asked, ended - asked, thinks.seconds)
+
+
+def _whole(text: str, report: Any) -> Any:
+    """Return the answer that pieces were of."""
+    from pyengine.cli.talk.remote import RemoteAnswer, RemoteReport
+    from pyengine.engine.answer import Answer
+
+    return RemoteAnswer(text, report) if isinstance(report, RemoteReport) else Answer(text, report)
 
 
 def print_answer(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:
@@ -257,7 +324,7 @@ def print_answer(model: Any, question: Question, settings: Settings, verbose: bo
     """
     paper = Paper(wrap=True)
     try:
-        report = stream(model, question, settings, paper.write)
+        report = stream(model, question, settings, paper.take)
         paper.write("")
     finally:
         paper.end()
@@ -275,14 +342,19 @@ def print_json(model: Any, question: Question, settings: Settings, verbose: bool
 
     Returns as `print_answer`, and raises what generation raises; `verbose` adds nothing.
     """
-    report = stream(model, question, settings, lambda piece: None)
+    report = stream(model, question, settings, lambda delta, _: None)
     show_json(summary(model, question, report))
     return report.answer, report.stopped
 
 
 def print_jsonl(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:
-    """Write {"piece": text} to standard output for each piece as it comes, and last the object of `print_json`: one a line."""
-    report = stream(model, question, settings, lambda piece: _line({"piece": piece}))
+    """Write {"piece": text} to standard output for each piece as it comes, {"thinking": text} for what the model writes for itself, and
+    last the object of `print_json`: one a line."""
+    def write(delta: Delta, _: Any) -> None:
+        if delta.kind in ("text", "thinking"):
+            _line({"piece" if delta.kind == "text" else "thinking": delta.text})
+
+    report = stream(model, question, settings, write)
     _line(summary(model, question, report))
     return report.answer, report.stopped
 
@@ -293,6 +365,8 @@ def _line(value: dict[str, Any]) -> None:
 
 def summary(model: Any, question: Question, report: Shown) -> dict[str, Any]:
     """Return an answer and how it came about as plain data."""
+    from pyengine.memory.plan import MemoryPlan
+
     found = report.answer
     n_later = max(0, len(found.tokens) - 1)               # the first token comes from the prompt's last step
     return {
@@ -302,8 +376,9 @@ def summary(model: Any, question: Question, report: Shown) -> dict[str, Any]:
         "prompt_seconds": found.prompt_seconds, "generation_seconds": found.seconds,
         "prompt_tokens_per_second": rate(found.n_prompt - found.n_cached, found.prompt_seconds),
         "generation_tokens_per_second": rate(n_later, found.seconds),
-        "media": media_json(question.names(), found.media), "boxes": [asdict(box) for box in boxes(found)],
-        "memory": memory(model),
+        **({"thinking": found.thinking} if found.thinking else {}),
+        "media": media_json(question.names(), found.report.media), "boxes": [asdict(box) for box in boxes(found)],
+        **({"memory": memory(model)} if isinstance(model.plan, MemoryPlan) else {}),
     }
 
 

@@ -96,11 +96,12 @@ def _joined(parts: Sequence[str | pictures.Picture]) -> list[str | pictures.Pict
     return found
 
 
-def refuse_silence(model: str) -> None:
-    """Refuse: nobody can be asked for the question. Raises: RequestError; ModelNotFoundError where the model is missing too."""
+def refuse_silence(model: str | None) -> None:
+    """Refuse: nobody can be asked for the question. Raises: RequestError; ModelNotFoundError where the model of this name is missing too."""
     from pyengine.files.stores import look_up
 
-    look_up(model)
+    if model is not None:
+        look_up(model)
     raise RequestError("there is no PROMPT, and standard input is empty; at a terminal, MODEL alone is a conversation")
 
 

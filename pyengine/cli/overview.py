@@ -6,6 +6,8 @@ COMMANDS = """[bold]Commands[/bold]
 
 pyengine-run MODEL: a conversation; MODEL PROMPT: one answer (`run` and `chat` may stand before them)
 
+pyengine-run chat --server URL: a conversation with a model of a running server
+
 pyengine-run pull NAME: fetch a model from Hugging Face or Ollama's registry
 
 pyengine-run plan MODEL: the memory it needs, by device and purpose

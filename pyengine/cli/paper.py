@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
 
 from pyengine.cli.screen import printable, show
 from pyengine.cli.talk.terminal import width
 
+if TYPE_CHECKING:
+    from pyengine.chat.reply.deltas import Delta
+
 TAB = 8
+SHOWN, FOLDED, HIDDEN = "shown", "folded", "hidden"                # thinking: as it comes, as one line that counts it, not at all
+_DIM, _BRIGHT, _AFRESH = "\x1b[2m", "\x1b[22m", "\r\x1b[K"
 FENCE = "```"                          # begins and ends lines of code, which are not wrapped: they can be copied as they are
 
 
@@ -17,11 +24,50 @@ class Paper:
     """Standard output for one answer that comes in pieces.
 
     Where words are wrapped, each is shown as it comes; one that reaches the edge is taken back and goes on the next line.
+    thinking: one of SHOWN, FOLDED, HIDDEN, at a terminal; elsewhere standard output has the answer only.
     """
 
-    def __init__(self, wrap: bool):
+    def __init__(self, wrap: bool, thinking: str = SHOWN):
         self._pieces: list[str] = []
-        self._words = Words(lambda: width(sys.stdout)) if wrap and can_wrap() else None
+        self._wraps = wrap and can_wrap()
+        self._words = self._new_words()
+        self._thinking = thinking if sys.stdout.isatty() else HIDDEN
+        self._thinks, self._n_thinking, self._since, self._last = False, 0, 0.0, ""
+
+    def _new_words(self) -> Words | None:
+        return Words(lambda: width(sys.stdout)) if self._wraps else None
+
+    def take(self, delta: Delta, report: Any) -> None:
+        """Show a piece of any kind; `report`: a Report, which counts thinking. Calls of tools are told by who runs them."""
+        if delta.kind == "thinking":
+            self._think(delta.text, report.n_thinking)
+        elif self._thinks:
+            self._end_thinking()
+        if delta.kind == "text":
+            self.write(delta.text)
+
+    def _think(self, piece: str, n: int) -> None:
+        if not self._thinks:
+            self._thinks, self._since = True, time.perf_counter()
+        self._n_thinking, self._last = n, piece or self._last
+        dim = can_wrap()
+        if self._thinking == SHOWN:
+            text = printable(piece)
+            text = text if self._words is None else self._words.push(text)
+            sys.stdout.write(f"{_DIM}{text}{_BRIGHT}" if dim else text)
+        elif self._thinking == FOLDED and dim:
+            sys.stdout.write(f"{_AFRESH}{_DIM}thinking: {n} tokens{_BRIGHT}")
+        sys.stdout.flush()
+
+    def _end_thinking(self) -> None:
+        """Set what follows apart from it."""
+        self._thinks, self._words = False, self._new_words()
+        if self._thinking == SHOWN:
+            show("" if self._last.endswith("\n") else "\n")
+        elif self._thinking == FOLDED:
+            line = thought(self._n_thinking, time.perf_counter() - self._since)
+            sys.stdout.write(f"{_AFRESH}{_DIM}{line}{_BRIGHT}\n" if can_wrap() else f"{line}\n")
+            sys.stdout.flush()
 
     @property
     def text(self) -> str:
@@ -39,8 +85,15 @@ class Paper:
 
     def end(self) -> None:
         """End the last line, if there was any piece."""
+        if self._thinks:
+            self._end_thinking()
         if self._pieces and not self.text.endswith("\n"):
             show()
+
+
+def thought(n: int, seconds: float) -> str:
+    """Say how much was thought."""
+    return f"thought for {n} token{'s' * (n != 1)}, {seconds:.1f} s"
 
 
 def can_wrap() -> bool:

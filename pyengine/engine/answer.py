@@ -103,6 +103,11 @@ class Answer(Reported, str):
         return message
 
     @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What a conversation goes on with: where tools were run, the calls and results before the answer, and its message."""
+        return [*self.report.earlier, self.message]
+
+    @property
     def boxes(self) -> list[Any]:
         """Boxes and points that the text names, in pixels of the last picture's original; see `boxes_in`."""
         return self.boxes_in(-1) if self.report.media else []

@@ -503,17 +503,28 @@ class Model:
     @takes(REPLYING)
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, stream: bool = False,
              max_tokens: int | None = 512, stop: str | Sequence[str] | None = None, template_options: Mapping[str, Any] | None = None,
-             **sampling: Any) -> Any:
+             run_tools: bool = False, **sampling: Any) -> Any:
         """Answer a conversation of OpenAI-style messages. Returns an Answer, or an iterator of pieces with stream=True.
 
         Parts of a content: {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "image_url", "image_url":
         {"url": ..}}, {"type": "video", "video": [frames] or a file}, or a picture as it is; a message may also have "images".
-        tools: in OpenAI's form; what the answer calls of them is in its `tool_calls`. template_options: variables of the model's chat template.
+        tools: Python functions with type hints, or in OpenAI's form; what the answer calls of them is in its `tool_calls`.
+        run_tools: calls of functions are run, and the model is asked again with their results: see `tools.run_tools`.
+        template_options: variables of the model's chat template.
         sampling: those of `stream`, and think, tool_choice, parallel_tool_calls: see `wishes.Wishes`.
         Raises: TemplateError, ContextOverflowError, RequestError, ImageError.
         """
         wanted, wishes = switch("stream", stream), _wishes(sampling)
-        pieces = self._stream(lambda: self._prompts.chat(messages, tools, template_options, wishes), max_tokens, stop, sampling, wishes)
+
+        def begin(messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None, wishes: Wishes = wishes) -> Stream:
+            return self._stream(lambda: self._prompts.chat(messages, tools, template_options, wishes), max_tokens, stop, sampling, wishes)
+
+        if not switch("run_tools", run_tools):
+            pieces: Any = begin(messages, tools)
+        else:
+            from pyengine.engine.tools import ToolStream
+
+            pieces = ToolStream(begin, messages, tools, later=lambda messages, tools: begin(messages, tools, wishes.after_calls()))
         return pieces if wanted else pieces.answer()
 
 

@@ -160,6 +160,7 @@ class Prompts:
         from pyengine.media.messages import split
 
         wishes, style = wishes or Wishes(), self.language.style
+        tools = _told(tools)
         check_tools(tools)
         known = [] if tools is None else read_tools(tools)
         wishes.check_choice(known)
@@ -250,6 +251,15 @@ def media_of(source: Any, kind: str = "", policy: MediaPolicy | None = None, url
             raise ImageError("fps is the rate of a list of frames; of a film, sample_fps says how many frames of a second are taken")
         return read_video(policy.admit(source, "video", url), fps, options, judge)
     return read_image(policy.admit(source, "picture", url), options, judge)
+
+
+def _told(tools: Any) -> Any:
+    """Return tools with Python functions as their schemas. Raises: RequestError for a function that no schema tells."""
+    if not isinstance(tools, (list, tuple)) or not any(map(callable, tools)):
+        return tools
+    from pyengine.chat.functions import schema_of
+
+    return [schema_of(tool) if callable(tool) else tool for tool in tools]
 
 
 def _flattened(parts: Sequence[Any], markers: dict[str, str]) -> str:

@@ -107,6 +107,7 @@ class Report:
     thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
     media: what became of each picture or video. conversation: that in the caches, as long as it is there.
+    earlier: where tools were run, the messages before this answer: calls and their results.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -125,6 +126,7 @@ class Report:
     seconds: float = 0.0
     media: list[MediaInfo] = field(default_factory=list)
     conversation: Conversation | None = field(default=None, repr=False, compare=False)
+    earlier: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 class Job(ABC):

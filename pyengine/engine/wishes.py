@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +57,10 @@ class Wishes:
         from pyengine.text.grammar import shape
 
         return shape(self.format, self.regex, self.grammar)
+
+    def after_calls(self) -> Wishes:
+        """Return what is asked when a call has been made: the model decides whether another one is needed."""
+        return self if self.tool_choice == "none" else replace(self, tool_choice="auto")
 
     def check_choice(self, tools: Sequence[Tool]) -> None:
         """Check that the choice can be made. Raises: RequestError."""

@@ -28,6 +28,7 @@ import pytest
 import pyengine
 from pyengine.cli import answer, execute, screen
 from pyengine.cli.talk import chat, settings
+from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.request import Report
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.measure import speed
@@ -44,15 +45,19 @@ FAKE = [
 
 
 class Pieces:
-    """What Model.stream returns: an iterator with a report."""
+    """What Model.stream returns: pieces with their kinds, and a report. Plain texts are content."""
 
     progress = None
 
     def __init__(self, pieces):
-        self.pieces = pieces
+        self.pieces, self.closed = pieces, False
 
-    def __iter__(self):
-        return self.pieces
+    def deltas(self):
+        for piece in self.pieces:
+            yield Delta("text", piece) if isinstance(piece, str) else piece
+
+    def close(self):
+        self.closed = True
 
 
 class FakeModel:

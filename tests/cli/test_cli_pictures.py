@@ -19,6 +19,7 @@ from test_cli import Terminal, one_line, type_in
 import cases
 import pyengine
 from converters import convert
+from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.answer import Stream
 from pyengine.cli import answer, execute, pictures
 from pyengine.cli.talk import chat, commands as chat_commands, saved as talks
@@ -56,14 +57,12 @@ def says(monkeypatch):
     """says(text): what every answer of the engine is from now on; pictures are encoded as ever."""
 
     def set_text(text: str) -> None:
-        def __next__(stream):
-            if stream.report.tokens:
-                raise StopIteration
+        def deltas(stream):
             stream.begin()
             stream.report.tokens.append(7)
-            return text
+            yield Delta("text", text)
 
-        monkeypatch.setattr(Stream, "__next__", __next__)
+        monkeypatch.setattr(Stream, "deltas", deltas)
 
     return set_text
 

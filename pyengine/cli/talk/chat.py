@@ -52,6 +52,7 @@ def run(chat: Chat, shown: Sequence[pictures.Picture] = ()) -> None:
         name = chat.model.plan.model
         form = f"{name} continues your text: the file has no chat template, or --raw was given" if chat.raw else f"Chatting with {name}"
         note(f"{form}. /help for commands, Ctrl-D to quit.")
+    chat.ask = read_line
     chat.add(shown)
     with quiet():
         while True:

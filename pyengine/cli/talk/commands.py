@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyengine.cli import answer, pictures
+from pyengine.cli.talk import settings, toolbox
 from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.screen import note, show, show_lines, show_rows, size
+from pyengine.cli.talk.remote import RemotePlan
 from pyengine.errors import RequestError
 
 FORM = re.compile(r"/[\w?]*(?!\S)")                        # "/clear", not "/home/me/cat.png"
@@ -66,6 +69,44 @@ def choose(chat: Chat, rest: str) -> None:
         show_rows(chat.choices.rows(chat.model))
 
 
+def think(chat: Chat, rest: str) -> None:
+    """Set whether the model thinks before it answers."""
+    note(f"({chat.choices.set('think', rest or None)})")
+
+
+def equip(chat: Chat, rest: str) -> None:
+    """Let the model call the tools of a file, or none of them; without a file, list them. Raises: RequestError."""
+    if rest == "off":
+        chat.equip(None)
+        note("(no tools)")
+        return
+    if rest:
+        chat.equip(toolbox.read_tools(_path("tools", rest)))
+    if chat.tools is None:
+        note("(no tools: /tools FILE.py lets the model call the functions of a Python file, which run here; FILE.json has OpenAI's list, "
+             "and you are asked for results)")
+    else:
+        show_rows([(schema["function"]["name"], schema["function"]["description"]) for schema in chat.tools.schemas])
+
+
+def shape(chat: Chat, rest: str) -> None:
+    """Let answers be JSON of the schema in a file, any JSON, or free; without a file, show the schema. Raises: RequestError."""
+    if rest == "off":
+        chat.shape(None, None)
+        note("(answers are free)")
+    elif rest == "json":
+        chat.shape({"type": "object"}, None)
+        note("(answers are objects of JSON)")
+    elif rest:
+        path = _path("format", rest)
+        chat.shape(toolbox.read_format(path), path)
+        note(f"(answers are JSON as {path} says)")
+    elif chat.choices.answer.format is None:
+        note("(answers are free: /format FILE.json holds them to a JSON schema, /format json to objects)")
+    else:
+        show_lines(json.dumps(chat.choices.answer.format, indent=2, ensure_ascii=False))
+
+
 def tell(chat: Chat, rest: str) -> None:
     """Show one thing about the conversation, or the most important ones. Raises: RequestError."""
     if rest not in SHOWN:
@@ -76,13 +117,18 @@ def tell(chat: Chat, rest: str) -> None:
 def tell_short(chat: Chat) -> None:
     """Show the model, how much of its context is used, and what is set."""
     plan, used = chat.model.plan, chat.used()
+    room = "an unknown number of" if plan.n_ctx is None else f"{plan.n_ctx:,}"
     asked = sum(turn["role"] == "user" for turn in chat.turns)
     rows = [("model", plan.model),
             ("form", "continues text, without a chat template" if chat.raw else "answers through its chat template"),
-            ("context", f"{'an unknown part' if used is None else f'{used:,}'} of {plan.n_ctx:,} tokens used, {asked} question{'s' * (asked != 1)}"),
-            ("memory", f"{size(plan.total)}, {plan.kv_dtype} cache"),
+            ("context", f"{'an unknown part' if used is None else f'{used:,}'} of {room} tokens used, {asked} question{'s' * (asked != 1)}"),
+            ("memory", plan.short() if isinstance(plan, RemotePlan) else f"{size(plan.total)}, {plan.kv_dtype} cache"),
             ("system", textwrap.shorten(_system(chat)[0], 200, placeholder=" ...")),
             ("set", chat.choices.changed(chat.model) or "nothing")]
+    if chat.tools is not None:
+        rows.append(("tools", f"{', '.join(chat.tools.names)}: {chat.tools.path}"))
+    if chat.choices.answer.format is not None:
+        rows.append(("format", f"JSON as {chat.form} says" if chat.form else "objects of JSON"))
     if chat.waiting:
         rows.append(("next", f"{', '.join(map(str, chat.waiting))}"))
     show_rows([*rows, ("more", " ".join(f"/show {name}" for name in SHOWN if name))])
@@ -163,6 +209,12 @@ COMMANDS: dict[str, Command] = {
                      lambda chat, rest: chat.save(_path("save", rest)), "saved"),
     "/load": Command("FILE", "go on with a conversation that /save wrote, without computing it again",
                      lambda chat, rest: chat.load(_path("load", rest)), "saved"),
+    "/think": Command("[HOW]", "let the model think before it answers: on, off, low, medium, high, at most N tokens, or auto, as it does by itself",
+                      think, words=dict.fromkeys(settings.THINK, "")),
+    "/tools": Command("FILE", "let the model call the functions of a Python file, which run here, or the tools of a JSON file, whose results you "
+                      "type; off: none; without FILE, list them", equip, "tools", {"off": "no tools"}),
+    "/format": Command("FILE", "hold answers to the JSON schema in a file; json: to objects; off: they are free; without FILE, show the schema",
+                       shape, "json", {"json": "any object", "off": "free text"}),
     "/system": Command("TEXT", "set the system message; without TEXT, remove it", system),
     "/set": Command("NAME VALUE", "set a setting; without VALUE, take the default again; /set alone shows all, with their values", choose),
     "/show": Command("[WHAT]", f"show the model, how full its context is, and what is set; or one of {', '.join(filter(None, SHOWN))}", tell,

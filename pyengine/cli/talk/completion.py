@@ -12,6 +12,7 @@ from pyengine.cli.talk import commands as commands, settings, saved as talks
 from pyengine.cli.pictures import is_named
 
 _FILM = re.compile(r"\.(?:mp4|m4v|mov|mkv|webm|avi|mpe?g|gif)$", re.IGNORECASE)
+_ENDINGS = {"tools": (".py", ".json"), "json": (".json",)}                 # of other kinds of files
 _WORD = re.compile(r"""(?:(?<=\s)|^)(?:'[^']*|"[^"]*|(?:\\.|[^\s\\'"])(?:\\.|[^\s\\])*)$""")       # the last one, quoted or escaped or not
 _ESCAPED = re.compile(r"([^\w./~+%@,:=-])")
 
@@ -43,6 +44,10 @@ def offers(line: str) -> Iterator[Offer]:
     elif command is not None and command.file == "saved":
         yield from _files(rest, "", False, lambda path: talks.is_saved(Path(path)))
         return
+    elif command is not None and command.file in _ENDINGS:
+        yield from _words(rest, command)
+        yield from _files(rest, "", False, lambda path: path.lower().endswith(_ENDINGS[command.file]))
+        return
     elif command is not None and command.file:
         yield from _media(rest, True, is_film if command.file == "video" else is_named)
         return
@@ -57,7 +62,8 @@ def _words(rest: str, command: commands.Command) -> Iterator[Offer]:
     known, typed = dict(command.words), rest
     if command.do is commands.choose:
         name, space, value = rest.partition(" ")
-        known, typed = (dict.fromkeys(settings.WORDS.get(name, ()), ""), value) if space else (settings.MEANINGS, name)
+        words = settings.THINK if name == "think" else settings.WORDS.get(name, ())
+        known, typed = (dict.fromkeys(words, ""), value) if space else (settings.MEANINGS, name)
     yield from (Offer(word, len(typed), word, meaning) for word, meaning in known.items() if word.startswith(typed))
 
 

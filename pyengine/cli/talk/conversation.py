@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from pyengine.cli import answer, asked, pictures
-from pyengine.cli.talk import saved as talks
+from pyengine.cli.talk import saved as talks, toolbox
 from pyengine.cli.paper import Paper
 from pyengine.cli.screen import note, size
 from pyengine.cli.talk.settings import Choices
 from pyengine.errors import ContextOverflowError, PyEngineError, RequestError, SessionError
 
+if TYPE_CHECKING:
+    from pyengine.chat.reply.deltas import ToolCall
+
+CALLS_SHOWN = 300                    # characters of a call and of its result, on the screen
 ROOM = 4                             # a fourth of the context is room enough for an answer: with less, old turns go where they may
 
 
@@ -24,6 +28,9 @@ class Chat:
     unanswered  the last question, if it got no answer: it is not among the turns
     last        how the last answer came about, and the pictures that it was about; None where it is not of this process
     n_asked     questions so far
+    tools       what the model may call
+    form        the file that the schema of answers is from
+    ask         asks whoever sits at the terminal for a line, after a prompt
     stopped     whether Ctrl-C ended the last answer, until the next message is typed
     """
 
@@ -38,6 +45,9 @@ class Chat:
         self.unanswered: dict[str, Any] | None = None
         self.last: tuple[answer.Shown, list[pictures.Picture]] | None = None
         self.n_asked, self.stopped = 0, False
+        self.tools: toolbox.Tools | None = None
+        self.form: Path | None = None
+        self.ask: Callable[[str], str] = input
         self._uses = {0: 0}                              # tokens in the context, by the number of turns
 
     def messages(self) -> answer.Messages:
@@ -87,41 +97,107 @@ class Chat:
         self._ask(answer.user_message(parts))
 
     def _ask(self, question: dict[str, Any]) -> None:
-        self.waiting, self.unanswered = [], question
+        self.waiting, self.unanswered, self.stopped = [], question, False
         self.n_asked += 1
         self.turns.append(question)
-        paper = Paper(self.choices.wordwrap)
+        try:
+            report, n = self._answer(), 1
+            while (calls := self._calls(report)) and self._run(calls, n):
+                report, n = self._answer(), n + 1
+        finally:
+            said = self._settle(question)
+        if said:
+            n_ctx, used = self.model.plan.n_ctx, report.n_prompt + report.n_generated
+            if report.n_prompt:                          # a server may not say
+                self._uses[len(self.turns)] = used if n_ctx is None else min(used, n_ctx)                # the last token needs no cell
+            self.last = report, [_picture(part) for part in answer.media_of(self.messages())]
+        self._remark(report, said)
+
+    def _answer(self) -> answer.Shown:
+        """Show one answer, and keep what was shown among the turns. Raises what generation raises."""
+        paper = Paper(self.choices.wordwrap, self.choices.thinking)
+        message: dict[str, Any] = {}
         try:
             if self.choices.keep == "latest":
                 self._make_room()
-            report = answer.stream(self.model, answer.Question(self.messages(), self.raw), self.choices.answer, paper.write)
+            report = answer.stream(self.model, answer.Question(self.messages(), self.raw), self.choices.answer, paper.take)
+            if calls := self._calls(report):
+                message = {**report.answer.message, "tool_calls": [call.as_dict() for call in calls]}
+            elif not report.stopped and not self.raw:
+                message = {key: value for key, value in report.answer.message.items() if key != "tool_calls"}
         except ContextOverflowError as error:
             raise error if paper.text else self._full(error) from None
         finally:
             paper.end()
-            if said := paper.text:
-                self.turns.append({"role": "assistant", "content": said})
-                self.unanswered = None
-            else:
-                self.turns.pop()                          # without an answer it would stand before the next one
-                if names := answer.Question([question]).names():
-                    note(f"(no answer: the question is not kept, nor {', '.join(names)}; /retry asks again)")
+            if paper.text or message.get("tool_calls"):
+                self.turns.append(message or {"role": "assistant", "content": paper.text})
+        return report
+
+    def _calls(self, report: answer.Shown) -> list[ToolCall]:
+        """Return the calls of an answer that are to be run: of one that was cut, the last call may be, too."""
+        whole = self.tools is not None and not report.stopped and report.answer.finish not in ("length", "cancelled")
+        return report.answer.tool_calls if whole else []
+
+    def _run(self, calls: Sequence[ToolCall], n: int) -> bool:
+        """Run the calls of the n-th answer to a question, and add their results to the turns; returns False where no more is asked."""
+        from pyengine.engine.tools import result_of, ROUNDS
+
+        assert self.tools is not None
+        if n == ROUNDS:
+            note(f"(stopped: the model goes on calling tools after {n} answers)")
+            return False
+        for call in calls:
+            text = _short(answer.call_text(call.name, call.arguments))
+            note(f"({text})")
+            try:
+                content = self._seen(call, self.tools.content(call, lambda text=text: self.ask(f"{text} = ")))
+            except EOFError:
+                content = "error: nobody gave a result"
+            except KeyboardInterrupt:
+                self.stopped = True
+                note("(stopped)")
+                return False
+            self.turns.append(result_of(call, content))
+            if self.tools.functions is not None:
+                note(f"  = {_short(answer.written(self.turns[-1]))}")
+        return True
+
+    def _seen(self, call: ToolCall, content: Any) -> Any:
+        """Return the content of a result with its pictures as those of messages are; without them where the model sees none."""
+        from pyengine.media.image import open_image
+
+        if isinstance(content, str):
+            return content
+        if self.model.media is None:
+            return "error: the result is a picture, and this model sees none"
+        return [part if part["type"] == "text" else pictures.Picture(f"picture of {call.name}", open_image(part["image"])).part()
+                for part in content]
+
+    def _settle(self, question: dict[str, Any]) -> str:
+        """Keep the turns from a question on if they end with a text of the model, and drop them otherwise; returns that text."""
+        last = self.turns[-1]
+        said = str(last["content"]) if last["role"] == "assistant" else ""
         if said:
-            self._uses[len(self.turns)] = min(report.n_prompt + report.n_generated, self.model.plan.n_ctx)   # the last token needs no cell
-            self.last = report, [_picture(part) for part in answer.media_of(self.messages())]
-        self._remark(report, said)
+            self.unanswered = None
+            last.pop("tool_calls", None)                  # nobody has run them
+        else:
+            start = next(i for i, turn in enumerate(self.turns) if turn is question)
+            del self.turns[start:]                        # without an answer it would stand before the next one
+            if names := answer.Question([question]).names():
+                note(f"(no answer: the question is not kept, nor {', '.join(names)}; /retry asks again)")
+        return said
 
     def _remark(self, report: answer.Shown, said: str) -> None:
         """Say what the text alone does not say: where it was cut, where its boxes are, how fast it came."""
         n_ctx, cut = self.model.plan.n_ctx, report.answer.finish == "length"
-        self.stopped = report.stopped
+        self.stopped = self.stopped or report.stopped
         if report.stopped:
             note("(stopped)")
         elif cut and report.n_generated == self.choices.answer.max_tokens:
             note(f"(cut after {report.n_generated} tokens; /set max_tokens N allows more)")
-        elif cut and report.n_prompt + report.n_generated >= n_ctx:
+        elif cut and n_ctx is not None and report.n_prompt + report.n_generated >= n_ctx:
             note(f"(cut: the context of {n_ctx:,} tokens is full; {self._ways_out()})")
-        elif not said:
+        elif not said and not self.stopped:
             note("(the model ended without a text)")
         for line in pictures.places(report.answer, report.names, "/draw FILE draws it"):
             note(line)
@@ -189,7 +265,17 @@ class Chat:
         """Count the tokens of a prompt of these turns. Raises as `Model.chat_ids`."""
         if self.raw:                                     # of pictures here only the answer's report tells
             return len(self.model.tokenize("\n".join(map(answer.text_of, turns))))
-        return len(self.model.chat_ids(self._whole(turns)))
+        return len(self.model.chat_ids(self._whole(turns), **({"tools": self.tools.schemas} if self.tools else {})))
+
+    def equip(self, tools: toolbox.Tools | None) -> None:
+        """Let the model call tools, or none. Raises: RequestError where no template tells it of them."""
+        if self.raw and tools:
+            raise RequestError("/tools needs the chat template, which is not used here")
+        self.tools, self.choices.answer.tools, self._uses = tools, tools.schemas if tools else [], {0: 0}
+
+    def shape(self, schema: dict[str, Any] | None, path: Path | None) -> None:
+        """Let answers be JSON of a schema, or free."""
+        self.choices.answer.format, self.form = schema, path
 
     def _make_room(self) -> None:
         """Forget the oldest turns where an answer has no room: until half of the context is free, so that the next ones need not."""
@@ -206,8 +292,11 @@ class Chat:
 
     def _full(self, error: ContextOverflowError) -> ContextOverflowError:
         """Say in words of the conversation that a prompt does not fit, and what to do."""
-        n_ctx, n = self.model.plan.n_ctx, self._count(self.turns)
-        alone = self._count(self.turns[-1:])
+        n_ctx = self.model.plan.n_ctx
+        try:
+            n, alone = self._count(self.turns), self._count(self.turns[-1:])
+        except PyEngineError:                            # a server counts for itself; a template may refuse a message alone
+            return error
         if n <= n_ctx:
             return error
         if alone > n_ctx:
@@ -231,7 +320,7 @@ class Chat:
         if not self.turns:
             raise RequestError("/save: there is no conversation yet")
         notes = talks.pack(talks.Talk(self.turns, self.system, self.raw, self.model.plan.model))
-        nbytes = self.model.save(path, messages=None if self.raw else self.messages(), notes=notes)
+        nbytes = self.model.save(path, messages=None if self.raw or self.tools else self.messages(), notes=notes)
         note(f"(saved {len(self.turns)} messages: {path}, {size(nbytes)})")
 
     def load(self, path: Path) -> None:
@@ -256,3 +345,8 @@ class Chat:
 def _picture(part: dict[str, Any]) -> pictures.Picture:
     """Return a picture by what stands for it in a message."""
     return pictures.Picture(part["name"], part[part["type"]], None if part["path"] is None else Path(part["path"]), part["type"])
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= CALLS_SHOWN else text[:CALLS_SHOWN] + " ..."

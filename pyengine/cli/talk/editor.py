@@ -50,7 +50,9 @@ def status(chat: Chat) -> list[tuple[str, str]]:
     """Say how much of the context is used, how fast the last answer was, what waits: styled texts for the line below."""
     used, n_ctx = chat.used(), chat.model.plan.n_ctx
     if used is None:
-        shown = [("", f"ctx ? of {n_ctx:,} tokens")]
+        shown = [("", "ctx ?" if n_ctx is None else f"ctx ? of {n_ctx:,} tokens")]
+    elif n_ctx is None:
+        shown = [("", f"ctx {used:,} tokens")]
     else:
         percent = min(100, round(100 * used / n_ctx))
         style = "class:full" if percent >= FULL else "class:high" if percent >= HIGH else ""

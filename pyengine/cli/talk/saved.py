@@ -55,7 +55,8 @@ def unpack(path: Path, notes: bytes) -> Talk:
         found = json.loads(notes)
         if found["format"] != FORMAT:
             raise ValueError(found["format"])
-        turns = [{"role": _one_of(turn["role"], "user", "assistant"), "content": _content(turn["content"])} for turn in found["turns"]]
+        turns = [{"role": _one_of(turn["role"], "user", "assistant", "tool"), "content": _content(turn["content"]), **_besides(turn)}
+                 for turn in found["turns"]]
         talk = Talk(turns, None if found["system"] is None else _text(found["system"]), _one_of(found["raw"], True, False),
                     _text(found.get("model", "")))
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -76,6 +77,15 @@ def is_saved(path: Path) -> bool:
             return file.read(SUM + len(MAGIC)).endswith(MAGIC)
     except OSError:
         return False
+
+
+def _besides(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return what a turn has beside its content: thinking, calls of tools, whose result it is."""
+    found: dict[str, Any] = {key: _text(turn[key]) for key in ("reasoning_content", "tool_call_id", "name") if key in turn}
+    if "tool_calls" in turn:
+        found["tool_calls"] = [{"id": _text(call["id"]), "type": "function", "function": {
+            key: _text(call["function"][key]) for key in ("name", "arguments")}} for call in turn["tool_calls"]]
+    return found
 
 
 def _content(content: Any) -> Any:

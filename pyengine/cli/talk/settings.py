@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyengine.cli import answer
+from pyengine.cli.paper import FOLDED, HIDDEN, SHOWN
 from pyengine.errors import RequestError
 
 SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "typical_p": float,
@@ -14,7 +15,8 @@ SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float,
                              "frequency_penalty": float, "seed": int}
 KEEP = ("all", "latest")
 SWITCHES = ("on", "off")
-WORDS = {"keep": KEEP, "wordwrap": SWITCHES, "verbose": SWITCHES}
+THINK = ("auto", "on", "off", "low", "medium", "high")          # or a number of tokens
+WORDS = {"keep": KEEP, "thinking": (SHOWN, FOLDED, HIDDEN), "wordwrap": SWITCHES, "verbose": SWITCHES}
 MEANINGS = {
     "temperature": "sampling temperature; 0 always takes the most likely token",
     "top_k": "keep the K most likely tokens; 0: all",
@@ -28,20 +30,23 @@ MEANINGS = {
     "seed": "random seed; the same seed gives the same answer",
     "max_tokens": "at most N tokens in an answer; -1: until the model ends it or the context is full",
     "stop": 'a text that ends the answer and is not part of it: END, or several: "one" "two"',
+    "think": "whether the model thinks before it answers: auto (as it does by itself), on, off, low, medium, high, or at most N tokens",
+    "thinking": "how that is shown: dimmed as it comes, folded to one line that counts it, or hidden",
     "keep": "when the context is full: all is kept and you are told, or only the latest turns",
     "wordwrap": "no word is cut at the terminal's edge",
     "verbose": "after each answer, what was seen and how fast",
 }
 # Names that Ollama gives to switches, and what they are here.
-_OTHER_WORDS = {"nowordwrap": ("wordwrap", "off"), "quiet": ("verbose", "off")}
+_OTHER_WORDS = {"nowordwrap": ("wordwrap", "off"), "quiet": ("verbose", "off"), "nothink": ("think", "off")}
 
 
 @dataclass
 class Choices:
-    """What is set: about answers, and about the conversation. `keep`: one of KEEP."""
+    """What is set: about answers, and about the conversation. `keep`: one of KEEP; `thinking`: how it is shown."""
 
     answer: answer.Settings = field(default_factory=answer.Settings)
     keep: str = "all"
+    thinking: str = SHOWN
     wordwrap: bool = True
     verbose: bool = False
 
@@ -60,9 +65,12 @@ class Choices:
             self.answer.max_tokens = None if n is None or n < 0 else n
         elif name == "stop":
             self.answer.stop = _texts(value or "")
+        elif name == "think":
+            value = value or "on"
+            self.answer.think = _think(value)
         elif name in WORDS:
             word = WORDS[name][0] if value is None else _word(name, value)
-            setattr(self, name, word if name == "keep" else word == "on")
+            setattr(self, name, word == "on" if WORDS[name] == SWITCHES else word)
             value = word
         else:
             from pyengine.errors import nearest
@@ -83,6 +91,9 @@ class Choices:
         limit, stop, plain = self.answer.max_tokens, self.answer.stop or model.stop_defaults, Choices()
         found.append(("max_tokens", "-1" if limit is None else str(limit), "set" if limit != plain.answer.max_tokens else ""))
         found.append(("stop", " ".join(map(_quoted, stop)) or "none", "set" if self.answer.stop else "the model's" if stop else ""))
+        think = self.answer.think
+        word = "auto" if think is None else SWITCHES[not think] if isinstance(think, bool) else str(think)
+        found.append(("think", word, "" if think is None else "set"))
         for name in WORDS:
             value = getattr(self, name)
             word = value if isinstance(value, str) else SWITCHES[not value]
@@ -105,6 +116,15 @@ def _word(name: str, value: str) -> str:
     if value not in WORDS[name]:
         raise RequestError(f"/set {name} {value}: must be {' or '.join(WORDS[name])}")
     return value
+
+
+def _think(value: str) -> bool | int | str | None:
+    """Read what is asked of thinking, as Model.chat takes it. Raises: RequestError."""
+    if value in THINK:
+        return {"auto": None, "on": True, "off": False}.get(value, value)
+    if not value.isdecimal():
+        raise RequestError(f"/set think {value}: must be one of {', '.join(THINK)}, or a number of tokens")
+    return int(value)
 
 
 def _texts(value: str) -> tuple[str, ...]:
