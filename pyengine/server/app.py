@@ -12,12 +12,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, ollama, openai, replies
+from pyengine.server import anthropic, ollama, openai, page, replies
 from pyengine.server.fields import Fields
 from pyengine.server.models import Models, Served
 
@@ -33,9 +33,6 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
     origins   web pages that may ask besides this server's own, as "https://example.com"
     """
     models = Models(served)
-
-    async def root(request: Request) -> Response:
-        return PlainTextResponse("pyengine is running. OpenAI: /v1, Ollama: /api, Anthropic: /v1/messages\n")
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -62,7 +59,7 @@ def application(served: Sequence[Served], api_keys: Sequence[str] = (), hosts: S
         said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
         return JSONResponse({"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}, status)
 
-    routes = [*openai.routes(models), *anthropic.routes(models), *ollama.routes(models), Route("/", root), Route("/health", health),
+    routes = [*openai.routes(models), *anthropic.routes(models), *ollama.routes(models), *page.routes(models), Route("/health", health),
               Route("/tokenize", failing(tokenize), methods=["POST"]), Route("/detokenize", failing(detokenize), methods=["POST"]), Route("/apply-template", failing(template), methods=["POST"])]
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins)
 
@@ -108,7 +105,7 @@ class _Guard:
             return _refusal(403, f"Host {host!r} is not this server's; allow it with --allow-host")
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
             return _refusal(403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
-        if self.keys and request.url.path != "/health" and request.method != "OPTIONS":
+        if self.keys and request.url.path != "/health" and request.method != "OPTIONS" and not page.is_open(request.method, request.url.path):
             kind, _, key = request.headers.get("authorization", "").partition(" ")
             given = (key if kind.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
             if not any([hmac.compare_digest(given, known) for known in self.keys]):              # all are compared
