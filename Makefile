@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/pyengine-run
 SAMPLES := converters/demo/samples
 SEES := converters/demo/weights/demo-q8_0.gguf
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
-SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' | grep -v csrc/gen)
+SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' -o -path 'pyengine/server/page_files/*' | grep -v csrc/gen)
 
 .PHONY: demo test test-all peers sanitize fuzz bench weights clean
 

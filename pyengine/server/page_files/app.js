@@ -189,8 +189,10 @@ async function answer(conversation) {
   }
   const seen = tree.mediaOf(nodes);
   for (const box of node.boxes || []) box.medium = seen[box.image]?.id;
+  if (node.calls) node.calls = node.calls.filter(Boolean);
   running.delete(conversation.id);
   await keep(conversation);
+  if (!loadedModel(conversation.model)) await refresh().catch(() => {});       // it may have been loaded for this answer
   if (conversation === current) {
     live.turn?.finish();
     showState();

@@ -220,7 +220,10 @@ export class Markdown {
 
   feed() {
     const lines = this.rest.split("\n"), found = blocks(lines), last = found.pop(), whole = lines.length - 1;
-    if (!last) return;
+    if (!last) {
+      this.rest = lines.at(-1);                                           // blank lines before it say nothing
+      return;
+    }
     if (last.start === whole && found.length) {                           // a line that still grows may yet belong to the block before
       const before = found.pop();
       for (const block of found) this.settle(block, lines);

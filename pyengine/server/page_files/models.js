@@ -131,7 +131,7 @@ class Picker {
   how(model, plan) {
     const command = `pyengine-run serve ${/\s/.test(model.name) ? `"${model.name}"` : model.name} --ctx ${plan.context}`;
     return h("div", { class: "how" }, h("p", {}, "This server answers with the models that it was started with. To use this one:"),
-      h("div", { class: "command" }, h("code", {}, command), copyButton("Copy the command", () => command)));
+      h("div", { class: "command" }, h("code", {}, command.split(" ").flatMap((word) => [h("span", {}, word), " "])), copyButton("Copy the command", () => command)));
   }
 }
 
