@@ -301,6 +301,13 @@ def test_by_the_keyboard_alone(browser: chromium.Browser, address: str) -> None:
     browser.press("escape")
     browser.wait("!document.getElementById('settings-dialog').open")
     assert browser.script(focus) == "settings-open"
+    browser.press("enter")                                   # what was typed stays, and what is emptied is gone
+    browser.wait("document.getElementById('settings-dialog').open && document.querySelector('[name=temperature]').value === '0'")
+    browser.click("#settings-dialog .dialog-end button")
+    browser.press("escape")
+    browser.press("enter")
+    browser.wait("document.getElementById('settings-dialog').open && document.querySelector('[name=temperature]').value === ''")
+    browser.press("escape")
     browser.script("document.getElementById('model').focus()")
     browser.press("enter")
     browser.wait("document.activeElement.type === 'radio'")

@@ -13,7 +13,7 @@ const NUMBERS = [
   ["max_tokens", "Most tokens", { min: 1, max: 10000000, step: 1 }, "of one answer, thinking too"],
   ["seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }, "the same seed gives the same answer"]];
 const OTHERWISE = { max_tokens: "until it ends", seed: "drawn anew" };
-const THINKING = [["", "The model’s own"], ["off", "Off"], ["on", "On"], ["budget", "At most so many tokens"]];
+const THINKING = [["", "The model’s own"], ["off", "Off"], ["on", "On"], ["low", "Little"], ["medium", "Medium"], ["high", "Much"], ["budget", "At most so many tokens"]];
 const JSONS = [
   ["schema", "Answer by a JSON schema", '{"type": "object", "properties": {…}}', (v) => v !== null && typeof v === "object" && !Array.isArray(v), "must be a JSON object"],
   ["tools", "Tools", '[{"type": "function", "function": {"name": …, "parameters": {…}}}]', (v) => Array.isArray(v) && v.length > 0, "must be a JSON list of tools"]];
@@ -32,7 +32,7 @@ class Panel {
       h("div", { class: "dialog-end" }, h("label", { class: "check" }, keep, "For new chats too"), h("span", { class: "gap" }),
         h("button", { type: "button", onclick: () => { this.settings = {}; this.fill(); } }, "The model’s own"),
         h("button", { type: "button", class: "main", onclick: () => this.close() }, "Done")));
-    this.dialog.addEventListener("cancel", (event) => { event.preventDefault(); this.close(); });
+    this.dialog.oncancel = (event) => { event.preventDefault(); this.close(); };          // one: of the panel that is open
     this.keep = keep;
     this.dialog.showModal();
     this.form.querySelector("textarea").focus();
@@ -63,7 +63,7 @@ class Panel {
   }
 
   thinking() {
-    const now = this.settings.think, kind = now === undefined ? "" : now === true ? "on" : now === false ? "off" : "budget";
+    const now = this.settings.think, kind = now === undefined ? "" : now === true ? "on" : now === false ? "off" : typeof now === "string" ? now : "budget";
     const budget = h("input", { type: "number", name: "budget", min: 1, max: 10000000, step: 1, "aria-label": "Most tokens of thinking", placeholder: "tokens", value: kind === "budget" ? now : "" });
     const select = h("select", { name: "think", onchange: () => { budget.hidden = select.value !== "budget"; } },
       THINKING.map(([value, title]) => h("option", { value, selected: value === kind }, title)));
@@ -89,6 +89,7 @@ class Panel {
     }
     const think = elements.think.value;
     if (think === "on" || think === "off") found.think = think === "on";
+    else if (think && think !== "budget") found.think = think;
     if (think === "budget") {
       const valid = elements.budget.value !== "" && elements.budget.validity.valid;
       told(elements.think, valid ? "" : "how many tokens at most?");

@@ -162,12 +162,16 @@ export class ToolTurn {
   }
 }
 
+function rate(n) {
+  return n < 100 ? n.toFixed(1) : count(Math.round(n));
+}
+
 // "42 tokens · 31.2 a second · first after 0.4 s · 1,200 of 1,250 tokens of the prompt were there already"
 export function statsOf(node) {
   const { usage, timings } = node;
   if (!usage) return "";
   const n = usage.completion_tokens, time = timings?.generation_seconds, cached = usage.prompt_tokens_details?.cached_tokens;
   const thought = usage.completion_tokens_details?.reasoning_tokens;
-  return [`${count(n)} token${n === 1 ? "" : "s"}`, thought ? `${count(thought)} of thinking` : "", n > 1 && time > 0 ? `${(n / time).toFixed(1)} tokens/s` : "",
+  return [`${count(n)} token${n === 1 ? "" : "s"}`, thought ? `${count(thought)} of thinking` : "", n > 1 && time > 0 ? `${rate(n / time)} tokens/s` : "",
     node.firstSeconds ? `first after ${seconds(node.firstSeconds)}` : "", cached ? `${count(cached)} of ${count(usage.prompt_tokens)} reused` : ""].filter(Boolean).join(" · ");
 }
