@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -559,6 +560,10 @@ def test_any_cut_of_the_stream_gives_the_same(browser: chromium.Browser, address
     browser.go(address)
     texts = [TEXT, "- \n-", "-", "--", "---", "a\n--", "* * *", "```", "```\n``", "```\n```\n```", "1. a\n\n2. b", "| a |\n|-", "| a |\n|---|\n\nb", "**a", "a\n\n\n",
              "> a\nb\n\nc", "- a\n\n  b\n- c\n\nd", "1. x\n```\ny\n```\n2. z", "~~~~\n~~~\n~~~~\nx", "| a |\n|---|\n| b |\n```\nc"]
+    pieces = ["a", "b c", "- ", "1. ", "2) ", "> ", "\n", "\n", "\n", "\n\n", "  ", "   ", "```", "~~~", "---", "| a | b |\n|---|---|\n", "| x |", "# ", "**", "*", "_", "`",
+              "[l](http://a.b)", "<http://c.d>", "[ ] ", "\\", "&lt;", "====", "+ ", "\t"]
+    draw = random.Random(7)
+    texts += ["".join(draw.choices(pieces, k=draw.randrange(1, 30))) for _ in range(600)]
     wrong = browser.script("""
         const {Markdown, renderMarkdown} = await import("/page/markdown.js"), wrong = [];
         for (const text of arguments[0]) {
@@ -579,7 +584,7 @@ def test_long_and_hostile_answers_take_time_by_their_length(browser: chromium.Br
     """Four times the text may take some four times as long, and not sixteen times."""
     browser.go(address)
     forms = ["- item **b** and words\n", "| a | b |\n", "x = f(a) # code\n", "word `c` and *more* ", "para of words\n\n", "[", "*a", "`" * 3 + "a", "> ", "**a _b ", "![](",
-             "](a", "<http://a", "1. ", "&lt;", "~~~\n", "  - a\n", "\n"]
+             "](a", "<http://a", "1. ", "&lt;", "~~~\n", "  - a\n", "\n", "a\n# b", "<x "]
     slow = browser.script("""
         const {Markdown} = await import("/page/markdown.js"), slow = [];
         const took = (form, length) => {

@@ -71,8 +71,8 @@ class Inline {
 
   code() {
     const n = this.match(/`+/y)[0].length, run = this.runs.get(n), start = this.at + n;
-    while (run.at < run.starts.length && run.starts[run.at] < start) run.at += 1;
-    const end = run.starts[run.at];
+    while (run && run.at < run.starts.length && run.starts[run.at] < start) run.at += 1;          // none: one was escaped
+    const end = run?.starts[run.at];
     if (end === undefined) {
       this.plain("`".repeat(n));
       return;

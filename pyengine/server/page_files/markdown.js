@@ -23,9 +23,13 @@ function cells(line) {
   return found.map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
+function startsTable(line, next) {
+  return line.includes("|") && next !== undefined && isBounds(next) && cells(line).length === cells(next).length;
+}
+
 function startsBlock(line, next) {
   return isBlank(line) || HEADING.test(line) || FENCE.test(line) || QUOTE.test(line) || isRule(line)
-    || (ITEM.test(line) && !/^ {0,3}\d+[.)]/.test(line)) || /^ {0,3}1[.)][ \t]/.test(line) || (line.includes("|") && next !== undefined && isBounds(next));
+    || (ITEM.test(line) && !/^ {0,3}\d+[.)]/.test(line)) || /^ {0,3}1[.)][ \t]/.test(line) || startsTable(line, next);
 }
 
 // The end of a list that begins at a line, and where its items begin.
@@ -76,7 +80,7 @@ function blocks(lines) {
       const list = listAt(lines, start);
       i = list.end;
       found.push({ kind: "list", start, ...list });
-    } else if (line.includes("|") && lines[i + 1] !== undefined && isBounds(lines[i + 1]) && cells(line).length === cells(lines[i + 1]).length) {
+    } else if (startsTable(line, lines[i + 1])) {
       for (i += 2; i < lines.length && lines[i].includes("|"); i += 1);
       found.push({ kind: "table", start, end: i });
     } else {
@@ -175,6 +179,11 @@ export class Markdown {
     if (this.open?.body) this.feedTable();
     if (!this.open?.code && !this.open?.body) this.feed();
     if (list && !list.firstChild) list.remove();                          // "-" became "---"
+    if (this.rest.length > LONGEST && !this.open?.code) {                 // a block without an end: its beginning is left as it is
+      this.passing = [];
+      this.rest = "";
+      if (!this.open?.body) this.open = null;
+    }
   }
 
   feedCode() {
@@ -210,7 +219,7 @@ export class Markdown {
       body.append(row(lines.shift(), bounds, "td"));
     }
     if (this.rest.includes("|")) this.show(body, row(this.rest, bounds, "td"));
-    else if (this.rest.trim()) this.show(this.root, h("p", {}, inline(this.rest)));
+    else for (const node of rendered([this.rest], 0)) this.show(this.root, node);
   }
 
   show(where, node) {
@@ -224,7 +233,8 @@ export class Markdown {
       this.rest = lines.at(-1);                                           // blank lines before it say nothing
       return;
     }
-    if (last.start === whole && found.length) {                           // a line that still grows may yet belong to the block before
+    const unsure = last.start === whole || (last.kind === "table" && last.start + 1 === whole);
+    if (unsure && found.length) {                                         // a line that still grows may yet belong to the block before
       const before = found.pop();
       for (const block of found) this.settle(block, lines);
       this.showPassing(before, lines);
@@ -282,11 +292,6 @@ export class Markdown {
       this.show(this.root, element(last, lines, 0));
     }
     this.rest = lines.slice(start).join("\n");
-    if (this.rest.length > LONGEST) {                                     // a block without an end: its beginning is left as it is
-      this.passing = [];
-      this.open = null;
-      this.rest = "";
-    }
   }
 
   listFor(block, lines) {
