@@ -15,7 +15,7 @@ from typing import Any
 
 import browser as chromium
 import pytest
-from conftest import ROOT
+from conftest import real_path, ROOT
 
 from pyengine.server import page
 from pyengine.server.app import application, listen
@@ -326,7 +326,7 @@ def test_by_the_keyboard_alone(browser: chromium.Browser, address: str) -> None:
 
 @needs_chromium
 @pytest.mark.parametrize("width", [360, 800])
-def test_a_narrow_page_does_not_scroll_sideways(browser: chromium.Browser, address: str, width: int) -> None:
+def test_a_narrow_page_does_not_scroll_sideways(browser: chromium.Browser, address: str, script: Script, played: Any, width: int) -> None:
     browser.size(width, 640)
     opened(browser, address)
     greedy(browser)
@@ -351,6 +351,44 @@ def test_a_narrow_page_does_not_scroll_sideways(browser: chromium.Browser, addre
         browser.wait("!document.getElementById('side').inert && document.activeElement.id === 'side-close'")
         browser.press("escape")
         browser.wait("document.getElementById('side').inert && document.activeElement.id === 'side-open'")
+    script.say(TEXT + "x" * 300 + "\n~~~\n| a |" + " b |" * 20 + "\n|-" + "|-" * 20 + "|\n| " + "word | " * 21 + "\n\n" + "w" * 300, **{
+        "tool_calls": [{"index": 0, "id": "c", "function": {"name": "n" * 100, "arguments": "v" * 300}}]})
+    opened(browser, played[1])
+    ask(browser, "Show it")
+    assert browser.script(sideways) == [0, 0, 0] and len(browser.texts(".prose table")) == 2
+
+
+@needs_chromium
+def test_a_stop_ends_the_work_of_the_server(browser: chromium.Browser) -> None:
+    model = load(str(real_path("smollm2")), n_ctx=1024, n_threads=1, n_seq=1)
+    with running(application([model])) as url:
+        opened(browser, url)
+        browser.type("Tell a very long story of a river.\n")
+        browser.wait("document.querySelector('.turn.answer .prose')?.innerText.length > 20")
+        browser.click("#send")
+        browser.wait("document.querySelector('.turn.answer .hint')?.innerText === 'stopped'")
+        time.sleep(0.3)
+        made = model.model.stats["generated_tokens"]
+        time.sleep(0.5)
+        assert 0 < made == model.model.stats["generated_tokens"] < 500
+        browser.type("And?\n")                               # and it answers again
+        browser.wait("document.querySelectorAll('.turn.answer .prose')[1]?.innerText.length > 5")
+        browser.press("escape")
+        browser.wait("document.querySelectorAll('.turn.answer .hint').length === 2")
+    model.model.close()
+
+
+@needs_chromium
+def test_what_the_server_refuses_is_told(browser: chromium.Browser, address: str) -> None:
+    opened(browser, address)
+    browser.script("document.getElementById('prompt').value = 'word '.repeat(1500)")
+    browser.click("#send")
+    browser.wait("document.querySelector('.turn.answer .error')")
+    assert "context" in browser.texts(".turn.answer .error")[0]
+    browser.click("#new-chat")
+    ask(browser, "Read the word.")
+    assert browser.texts(".turn.answer .error") == []
+    browser.logged()                                         # the browser's own word of the status 400
 
 
 @needs_chromium
@@ -480,7 +518,7 @@ def test_thinking_is_folded_and_tools_are_answered(browser: chromium.Browser, sc
     browser.click(".thinking summary")
     assert browser.texts(".thinking .prose") == ["Let me look."] and browser.texts(".turn.answer > .prose") == ["One moment."]
     assert browser.texts(".call-head strong") == ["weather"] and json.loads(browser.texts(".call code")[0]) == {"city": "Oslo"}
-    assert "50 tokens" in browser.texts(".stats")[0] and "25.0 tokens/s" in browser.texts(".stats")[0] and "20 of thinking" in browser.texts(".stats")[0]
+    assert "50 tokens" in browser.texts(".stats")[0] and "24.5 tokens/s" in browser.texts(".stats")[0] and "20 of thinking" in browser.texts(".stats")[0]
     assert browser.script("return document.getElementById('context').getAttribute('aria-label')") == "Context: 950 of 1,024 tokens used"
     script.say("Rain.")
     browser.fill(".results textarea", "4 degrees")

@@ -15,6 +15,7 @@ const SAVED_EVERY = 1000;                // milliseconds, while an answer grows
 const SPOKEN = 600;                      // characters of an answer that a screen reader is told at once
 
 const prompt = byId("prompt"), log = byId("log"), scroller = byId("scroll");
+const touch = matchMedia("(pointer: coarse)");              // a keyboard on the screen: it comes only when the field is touched
 const running = new Map();               // answers on their way, by their conversation's id
 let conversations = [], current = null, attached = [], followed = true;
 
@@ -298,6 +299,7 @@ async function attach(files) {
 
 byId("composer").addEventListener("submit", async (event) => {
   event.preventDefault();
+  if (!touch.matches) prompt.focus();
   if (running.has(current.id)) {
     stop();
     return;
@@ -318,7 +320,7 @@ byId("composer").addEventListener("submit", async (event) => {
 
 prompt.addEventListener("input", fitPrompt);
 prompt.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !matchMedia("(pointer: coarse)").matches) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch.matches) {
     event.preventDefault();
     if (!running.has(current.id)) byId("composer").requestSubmit();
   }
@@ -447,7 +449,7 @@ async function begin() {
   if (asked) open(asked);
   else newChat();
   document.body.dataset.ready = newId();
-  if (!matchMedia("(pointer: coarse)").matches) prompt.focus();
+  if (!touch.matches) prompt.focus();
 }
 
 begin();

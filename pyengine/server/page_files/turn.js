@@ -5,6 +5,7 @@ import { boxesFigure, thumbnail } from "./boxes.js";
 import { copyButton, count, h, icon, seconds } from "./dom.js";
 import { Markdown } from "./markdown.js";
 
+const RATED = 16;                        // tokens from which on their number a second says something
 const ENDS = { length: "cut off: the most tokens, or the context, are reached", stopped: "stopped", cancelled: "stopped" };
 
 function button(name, words, action) {
@@ -31,13 +32,14 @@ export class UserTurn {
   }
 
   show() {
-    const { node, actions } = this, media = h("div", { class: "media" });
+    const { node, actions } = this;
+    this.media = h("div", { class: "media" });
     for (const { id, name } of node.media || []) {
       const place = h("span", { class: "picture missing" }, name);
-      media.append(place);
+      this.media.append(place);
       medium(id).then((found) => { if (found) place.replaceWith(thumbnail(found)); });
     }
-    this.body.replaceChildren(...(node.media?.length ? [media] : []), ...(node.text ? [h("p", { class: "text" }, node.text)] : []),
+    this.body.replaceChildren(this.media, ...(node.text ? [h("p", { class: "text" }, node.text)] : []),
       h("div", { class: "foot" }, versions(actions.siblings(node), node, actions.choose), copyButton("Copy the message", () => node.text),
         button("edit", "Edit the message", () => this.edit())));
   }
@@ -51,7 +53,7 @@ export class UserTurn {
       if (event.key === "Escape") { event.stopPropagation(); leave(); }
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); form.requestSubmit(); }
     });
-    this.body.replaceChildren(form);
+    this.body.replaceChildren(this.media, form);
     area.focus();
   }
 }
@@ -172,6 +174,6 @@ export function statsOf(node) {
   if (!usage) return "";
   const n = usage.completion_tokens, time = timings?.generation_seconds, cached = usage.prompt_tokens_details?.cached_tokens;
   const thought = usage.completion_tokens_details?.reasoning_tokens;
-  return [`${count(n)} token${n === 1 ? "" : "s"}`, thought ? `${count(thought)} of thinking` : "", n > 1 && time > 0 ? `${rate(n / time)} tokens/s` : "",
+  return [`${count(n)} token${n === 1 ? "" : "s"}`, thought ? `${count(thought)} of thinking` : "", n >= RATED && time > 0 ? `${rate((n - 1) / time)} tokens/s` : "",
     node.firstSeconds ? `first after ${seconds(node.firstSeconds)}` : "", cached ? `${count(cached)} of ${count(usage.prompt_tokens)} reused` : ""].filter(Boolean).join(" · ");
 }
