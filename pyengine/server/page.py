@@ -87,7 +87,8 @@ def routes(models: Models) -> list[Route]:
         return files()[request.url.path].reply(request)
 
     async def listed(request: Request) -> Response:
-        return JSONResponse({"models": [_shown(s) for s in models.all], "others": await replies.apart(lambda: _others(models)), **_loading(models)})
+        return JSONResponse({"models": [_shown(s) for s in models.all], "others": await replies.apart(lambda: _others(models)),
+                             "body_bytes": replies.BODY_BYTES, **_loading(models)})
 
     async def planned(request: Request) -> Response:
         query = request.query_params

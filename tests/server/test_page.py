@@ -17,7 +17,7 @@ import browser as chromium
 import pytest
 from conftest import real_path, ROOT
 
-from pyengine.server import page
+from pyengine.server import page, replies
 from pyengine.server.app import application, listen
 from pyengine.server.models import load, Models
 
@@ -388,6 +388,13 @@ def test_what_the_server_refuses_is_told(browser: chromium.Browser, address: str
     browser.click("#new-chat")
     ask(browser, "Read the word.")
     assert browser.texts(".turn.answer .error") == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replies, "BODY_BYTES", 5000)
+        browser.reload()
+        browser.wait("document.body.dataset.ready")
+        drop_shapes(browser)
+        ask(browser, "How many?")
+        assert "the server takes 4.9 KiB at once" in browser.texts(".turn.answer .error")[0]
     browser.logged()                                         # the browser's own word of the status 400
 
 
@@ -632,7 +639,7 @@ def test_long_and_hostile_answers_take_time_by_their_length(browser: chromium.Br
           return performance.now() - start;
         };
         for (const form of arguments[0]) {
-          const [short, long] = [took(form, 8000), took(form, 32000)];
+          const [short, long] = [took(form, 6000), took(form, 24000)];
           slow.push([form, Math.round(short), Math.round(long)]);
         }
         return slow;""", forms)

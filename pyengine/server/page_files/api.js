@@ -1,6 +1,6 @@
 // The server: requests with the key of this session, and answers as they stream.
 
-import { byId, h } from "./dom.js";
+import { byId, bytes, h } from "./dom.js";
 
 const KEY = "pyengine.key";
 
@@ -73,8 +73,12 @@ export async function getJson(path) {
 }
 
 // Ask for an answer and give each event of its stream. Throws AbortError when it is stopped, ServerError for what the server refuses.
-export async function* stream(body, signal) {
-  const response = await send("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+export async function* stream(body, signal, most = Infinity) {
+  const text = JSON.stringify(body);
+  if (text.length > most) {              // a server that refuses a body hangs up before it has come, and its words are lost
+    throw new ServerError(`This conversation with its pictures has ${bytes(text.length)}; the server takes ${bytes(most)} at once. Begin a new chat with fewer of them.`);
+  }
+  const response = await send("v1/chat/completions", { method: "POST", body: text, signal });
   if (!response.ok) throw await failure(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "", whole = false;

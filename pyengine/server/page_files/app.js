@@ -4,7 +4,7 @@ import { stream } from "./api.js";
 import { brief, medium, mediumOf, partOf } from "./attach.js";
 import * as tree from "./conversation.js";
 import { byId, count, h, icon, newId, note, say, saveFile, svg } from "./dom.js";
-import { isUsable, loadedModel, openPicker, refresh, usual } from "./models.js";
+import { isUsable, loadedModel, mostBytes, openPicker, refresh, usual } from "./models.js";
 import { openSettings } from "./settings.js";
 import { deleteConversation, listConversations, remember, remembered, saveConversation } from "./store.js";
 import { listItem } from "./sidebar.js";
@@ -179,7 +179,7 @@ async function answer(conversation) {
   if (conversation === current) showLog();
   say("The model is answering");
   try {
-    for await (const event of stream(await tree.requestOf(conversation, nodes), controller.signal)) {
+    for await (const event of stream(await tree.requestOf(conversation, nodes), controller.signal, mostBytes())) {
       const changed = tree.take(node, event);
       measure(live, changed);
       if (changed.size) paint(conversation, live);

@@ -7,11 +7,16 @@ const PARTS = [                          // what the plan's purposes are called 
   ["weights", "Weights", ["weights"]], ["caches", "Caches of conversations", ["kv"]], ["arena", "Working memory", ["arena", "sampler"]],
   ["pictures", "Pictures", ["encoder", "images"]], ["process", "The process itself", ["overhead"]]];
 
-let catalogue = { models: [], others: [], loads: false };
+let catalogue = { models: [], others: [], loads: false, body_bytes: Infinity };
 
 export async function refresh() {
   catalogue = await getJson("pyengine/models");
   return catalogue;
+}
+
+// The most bytes that a request may have.
+export function mostBytes() {
+  return catalogue.body_bytes;
 }
 
 const same = (a, b) => a.toLowerCase() === b.toLowerCase();
