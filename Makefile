@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/pyengine-run
 SAMPLES := converters/demo/samples
 SEES := converters/demo/weights/demo-q8_0.gguf
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
-SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' | grep -v csrc/gen)
+SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' -o -path 'pyengine/server/page_files/*' | grep -v csrc/gen)
 
 .PHONY: demo test test-all peers sanitize fuzz bench weights clean
 
@@ -30,6 +30,7 @@ demo: $(VENV)/installed
 	@$(RUN) models/qwen2.5-coder-0.5b-q4_k_m.gguf "What is the capital of France?" --temperature 0
 	@echo "8. Gemma 3 270M, a base model, continues a text; what is cut says so, and --verbose how fast it was:"
 	@$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 24 --verbose
+	@echo "9. To chat in a browser: $(RUN) serve $(SEES) models/qwen2.5-coder-0.5b-q4_k_m.gguf, then open http://127.0.0.1:8080"
 
 test: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all

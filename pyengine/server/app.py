@@ -12,12 +12,11 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, chat, completions, embeddings, llamacpp, ollama, openai, responses
+from pyengine.server import anthropic, chat, completions, embeddings, llamacpp, ollama, openai, page, responses
 from pyengine.server.allowed import Allowed, set_allowed
 from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
@@ -37,8 +36,6 @@ def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (),
     """
     models = served if isinstance(served, Models) else Models(served)
 
-    async def root(request: Request) -> Response:
-        return PlainTextResponse("pyengine is running. OpenAI: /v1, Ollama: /api, Anthropic: /v1/messages\n")
 
     async def nothing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -47,7 +44,7 @@ def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (),
 
     counts = Metrics(models)
     routes = [*openai.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models),
-              *anthropic.routes(models), *ollama.routes(models), *llamacpp.routes(models), counts.route(), Route("/", root)]
+              *anthropic.routes(models), *ollama.routes(models), *llamacpp.routes(models), counts.route(), *page.routes(models)]
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins, allowed, counts)
 
 
@@ -95,7 +92,7 @@ class _Guard:
             return _refusal(403, f"Host {host!r} is not this server's; allow it with --allow-host")
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
             return _refusal(403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
-        if self.keys and request.url.path != "/health" and request.method != "OPTIONS":
+        if self.keys and request.url.path != "/health" and request.method != "OPTIONS" and not page.is_open(request.method, request.url.path):
             kind, _, key = request.headers.get("authorization", "").partition(" ")
             given = (key if kind.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
             if not any([hmac.compare_digest(given, known) for known in self.keys]):              # all are compared

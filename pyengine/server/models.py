@@ -216,6 +216,11 @@ class Models:
         known = [*(s.name for s in self._named if s.name in loaded or s.name in self._offers), *(offer.name for _, offer in self._found)]
         return [self._of(name, loaded[name].model, loaded[name].loaded) if name in loaded else self._offers[name] for name in known]
 
+    @property
+    def loads(self) -> bool:
+        """Whether models that are not in memory can be asked for."""
+        return self._find is not None
+
     def running(self) -> list[tuple[Served, Residency]]:
         """Return the models that are in memory, with when they go."""
         there = {r.name: r for r in self.residents.ps()}

@@ -47,6 +47,8 @@ def test_one_name_is_installed(installed: Path) -> None:
     for name in ("bench", "converters"):
         files = {p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*.py")}
         assert {p.relative_to(installed / "pyengine" / name) for p in (installed / "pyengine" / name).rglob("*.py")} == files
+    page = Path("pyengine", "server", "page_files")
+    assert {p.name for p in (installed / page).iterdir()} == {p.name for p in (ROOT / page).iterdir()} >= {"index.html", "app.js"}
 
 
 @pytest.mark.parametrize("module", ["converters", "converters.quantize", "converters.weights",
@@ -94,7 +96,7 @@ def sdist(tmp_path_factory) -> Path:
 def test_the_source_package_holds_what_a_build_reads(sdist: Path) -> None:
     files = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*") if p.is_file()}
     tracked = subprocess.run(["git", "ls-files", "csrc", "pyengine", "bench", "converters"], cwd=ROOT, check=True, capture_output=True, text=True)
-    code = {name for name in tracked.stdout.split() if name.endswith((".py", ".c", ".h", ".cpp"))}
+    code = {name for name in tracked.stdout.split() if name.endswith((".py", ".c", ".h", ".cpp", ".html", ".css", ".js", ".svg"))}
     code = {name for name in code if (ROOT / name).exists()}
     assert code <= files, sorted(code - files)
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "MANIFEST.in"} <= files
@@ -121,7 +123,7 @@ def test_the_wheel_holds_one_package_and_the_licence(wheel: Path) -> None:
         assert packed.read(f"{STEM}.dist-info/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert {name.split("/")[0] for name in names} == {"pyengine", f"{STEM}.dist-info"}
     kinds = {Path(name).suffix for name in names if name.startswith("pyengine/")}
-    assert kinds == {".py", ".so"} and "pyengine/_abi.py" in names and len([n for n in names if n.endswith(".so")]) == 1
+    assert kinds == {".py", ".so", ".html", ".css", ".js", ".svg"} and "pyengine/_abi.py" in names and len([n for n in names if n.endswith(".so")]) == 1
     assert {"pyengine/bench/__main__.py", "pyengine/converters/quantize/__main__.py"} <= set(names)
     assert about["Name"] == pyengine.DISTRIBUTION and about["License-Expression"] == "MIT" and about["Author"] == "the pyengine authors"
     assert "pyengine-run = pyengine.cli:main" in commands
