@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers|together|vision|quality`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|together|serving|vision|quality`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -54,6 +54,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         (file,) = _paths([args.model])
         return sight.run(file, args.threads, args.number, args.seed, args.weights or sight.TYPES, args.kv or sight.CACHES,
                          args.checkpoint)
+    if args.suite == "serving":
+        from . import serving
+
+        (file,) = _paths([args.model])
+        return serving.run(file, args.seeing, (args.streams, args.seeing_streams), args.minutes, args.llama_server, args.rounds, args.threads)
     from . import peers, together
 
     paths = _paths(args.model)
@@ -96,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
                        help="another engine: a folder into which pip installed llama_cpp or ik_llama_cpp; repeatable")
     beside = suites.add_parser("together", parents=[common, runs], help="conversations side by side, beside one after the other")
     beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
+    serving = suites.add_parser("serving", parents=[common], help="the server under load, and beside llama.cpp's")
+    serving.add_argument("model", help="a GGUF file or name")
+    serving.add_argument("--seeing", type=Path, metavar="FILE", help="a second model, asked about the demo model's pictures")
+    serving.add_argument("--streams", type=int, default=64, metavar="N", help="of the first model (default: 64)")
+    serving.add_argument("--seeing-streams", type=int, default=16, metavar="N", help="of the second one (default: 16)")
+    serving.add_argument("--minutes", type=float, default=15, help="of load; 0: none (default: 15)")
+    serving.add_argument("--llama-server", type=Path, metavar="FILE", help="llama.cpp's command, to be measured in turns")
+    serving.add_argument("-r", "--rounds", type=int, default=5)
     quality = suites.add_parser("quality", parents=[common], help="the demo model's answers about fresh pictures, by types of weights and caches")
     quality.add_argument("model", help="a GGUF file, best with F32 or F16 weights: other types are made from them")
     quality.add_argument("-n", "--number", type=int, default=200, help="conversations of each of six kinds (default: 200)")

@@ -71,6 +71,7 @@ def serve(asked: Asked, host: str, port: int, access: dict[str, Any], permits: t
         n = len(found.all) - len(found.running())
         print(f"  {n} {'others' if served else 'models'} of `{PROGRAM} list`, each loaded when it is asked for", file=sys.stderr)
     address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
+    taken.listen(1024)                                       # so that nobody who reads the next line is refused
     print(f"serving at {address} (OpenAI: {address}/v1; Ollama: {address}); Ctrl-C ends", file=sys.stderr, flush=True)
     seconds, pulls, urls = permits
     media = replace(allowed.REMOTE, fetch=fetching.fetch) if urls else allowed.REMOTE

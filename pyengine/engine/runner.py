@@ -85,7 +85,8 @@ class Runner:
     def resume(self, rows: Rows) -> tuple[Conversation, int]:
         """Return a conversation that has the longest useful beginning of `rows`, active, and the length of that beginning.
 
-        An idle conversation is continued where it is when most of it is used, or when it is the one that had to go for a fork.
+        An idle conversation is continued where it is when most of it is used, or where a fork would cost another one and it is itself the
+        one that had to go, or begins with all of the prompt: what is cut off then is an earlier answer to it.
         Raises: PlanError when all rows are active.
         """
         cells, most = self.cells, len(rows) - 1
@@ -96,9 +97,9 @@ class Runner:
                 best, kept = s, n
         if best is None:
             return cells.new(), 0
-        idle = [s for s in cells.conversations if not s.active]
-        last = len(cells.conversations) == cells.n_seq and best is min(idle, key=lambda s: s.used, default=None)
-        if not best.active and (2 * kept > len(best) or last):
+        oldest = min((s for s in cells.conversations if not s.active), key=lambda s: s.used, default=None)
+        full = oldest is not None and len(cells.conversations) == cells.n_seq
+        if not best.active and (2 * kept > len(best) or full and (best is oldest or kept == most)):
             return cells.renew(best, kept), kept
         child, copies = cells.fork(best, kept)
         try:

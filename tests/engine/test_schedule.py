@@ -289,6 +289,14 @@ def test_prefixes_are_shared_by_pages_and_oldest_conversations_go(tiny_gguf) -> 
     assert ask(3, *range(100), 7).n_cached == 165
 
 
+def test_asking_again_costs_no_other_conversation(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, n_batch=64, n_seq=3)
+    prompts = [[*ids(8, 1), i, *range(20)] for i in range(3)]
+    for prompt in prompts:
+        model.generate(prompt, max_tokens=60, **options(model))
+    assert [model.generate(p, max_tokens=60, **options(model)).n_cached for p in prompts] == [28, 28, 28]
+
+
 def test_pictures_are_found_by_digest(tiny_gguf) -> None:
     for kind in cases.kinds(sees=True, own_cache=True):
         model = pe.load(tiny_gguf(kind)[0], n_ctx=N_CTX, n_seq=3)

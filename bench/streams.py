@@ -1,0 +1,74 @@
+"""A client of HTTP servers that stream chat completions: many at once, some that leave, some that read slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Reply:
+    """What came of one request: content, seconds to its first piece, pieces, how it ended ("" if this client left)."""
+
+    text: str = ""
+    first: float = 0.0
+    pieces: int = 0
+    finish: str = ""
+    tokens: int = 0
+    error: str = ""
+    times: list[float] = field(default_factory=list, repr=False)
+
+
+async def ask(port: int, body: dict[str, Any], leave_after: int | None = None, pause: float = 0.0) -> Reply:
+    """Ask for a streamed chat completion at this machine. leave_after: pieces after which the connection is dropped; pause: seconds before
+    each read, of a kilobyte at most."""
+    reply, began = Reply(), time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    try:
+        data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + data)
+        await writer.drain()
+        status = int((await reader.readline()).split()[1])
+        while (await reader.readline()).strip():             # headers
+            pass
+        if status != 200:
+            reply.error = (await reader.read(4096)).decode("utf-8", "replace")
+            return reply
+        async for value in _events(reader, pause):
+            if value.get("error"):
+                reply.error = str(value["error"])
+                return reply
+            if value.get("usage"):
+                reply.tokens = value["usage"]["completion_tokens"]
+            for choice in value.get("choices", ()):
+                piece = choice.get("delta", {}).get("content")
+                if piece:
+                    reply.first = reply.first or time.perf_counter() - began
+                    reply.text += piece
+                    reply.pieces += 1
+                reply.finish = choice.get("finish_reason") or reply.finish
+            if leave_after is not None and reply.pieces >= leave_after:
+                reply.finish = ""
+                return reply
+    finally:
+        writer.close()
+    return reply
+
+
+async def _events(reader: asyncio.StreamReader, pause: float) -> Any:
+    """Yield the values of server-sent events; sizes of chunks are lines that begin with no "data:"."""
+    rest = b""
+    while True:
+        if pause:
+            await asyncio.sleep(pause)
+        block = await reader.read(1024 if pause else 1 << 16)
+        if not block:
+            return
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                yield json.loads(line[6:])
