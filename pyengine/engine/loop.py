@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pyengine.chat.reply.deltas import Delta
 
+    Sleepers = list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]
+
 IDLE_SECONDS = 2.0                   # the thread ends after so long without a request
 
 
@@ -44,7 +46,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         self._pieces: list[str | Delta] = []                 # all, taken or not
         self._read = 0
         self._ended = False
-        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._sleepers: Sleepers = []
         self._callbacks: list[Callable[[Handle], None]] = []
 
     @property
@@ -150,14 +152,14 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     def __await__(self) -> Generator[Any, None, Answer]:
         return self._wait().__await__()
 
-    def _collect(self) -> None:
-        """Take over what the loop's last step gave, and wake who waits for it."""
+    def _collect(self) -> Sleepers:
+        """Take over what the loop's last step gave; return who waits for it in event loops, to be woken by `_wake`."""
         request = self._request
         if not request.pieces and not request.finished:
-            return
+            return []
         with self._changed:
             if self._ended:
-                return
+                return []
             finished = request.finished                      # before the pieces: what comes with the end is not left behind
             while request.pieces:
                 self._pieces.append(request.pieces.popleft())
@@ -165,13 +167,9 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
             sleepers, self._sleepers = self._sleepers, []
             callbacks, self._callbacks = (self._callbacks, []) if finished else ([], self._callbacks)
             self._changed.notify_all()
-        for loop, future in sleepers:
-            try:
-                loop.call_soon_threadsafe(_wake, future)
-            except RuntimeError:                             # an event loop that was closed
-                pass
         for call in callbacks:
             call(self)
+        return sleepers
 
     def __repr__(self) -> str:
         state = f"finish={self.report.finish!r}" if self._ended else "running"
@@ -195,9 +193,22 @@ class Deltas(Iterator["Delta"], AsyncIterator["Delta"]):
         return self._kind("text", piece) if isinstance(piece, str) else piece
 
 
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _wake(sleepers: Sleepers) -> None:
+    """Wake who waits, with one call to each event loop: each call writes to a pipe."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for loop, future in sleepers:
+        by_loop.setdefault(loop, []).append(future)
+    for loop, futures in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_end, futures)
+        except RuntimeError:                                 # an event loop that was closed
+            pass
+
+
+def _end(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 class Loop:
@@ -257,7 +268,7 @@ class Loop:
                 self._drop(handle.client, handle)
             self._state.notify()
         if waited:
-            handle._collect()
+            _wake(handle._collect())
         return True
 
     def close(self) -> None:
@@ -303,8 +314,7 @@ class Loop:
             except Exception as error:                       # the requests of the step have ended with it
                 if not any(h._request.finished for h in self._running):
                     self._fail(error)
-            for handle in self._running:
-                handle._collect()
+            _wake([sleeper for handle in self._running for sleeper in handle._collect()])
             with self._state:
                 self._running = [h for h in self._running if not h._ended]
             self._scheduler.give_way()
