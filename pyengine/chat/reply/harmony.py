@@ -38,12 +38,12 @@ class Harmony(Calls):
         yield from read_value(unit.tape, unit.argue)
         unit.end()
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one call from its channel or recipient on, or of a reply that may think before its call."""
         start, end, message, channel, constrain = map(literal, MARKS[:5])
         calls = " | ".join(f"call_{i}" for i in range(len(tools)))
-        lines = [f"start: thinking? ({start} \"assistant\")? ({calls})" if many else f"start: {calls}"]
-        if many:
+        lines = [f"start: thinking? ({start} \"assistant\")? ({calls})" if whole else f"start: {calls}"]
+        if whole:
             lines += [f'thinking: {channel} "analysis" {message} thought', *text_rules("thought", {}, MARKS[1], end)]
         for i, tool in enumerate(tools):
             to = quoted(f" to=functions.{tool.name}")
