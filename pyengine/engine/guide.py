@@ -56,17 +56,17 @@ class Guide:
 
     reader    splits the text; None: all of it is content
     content   the grammar of the content, and of calls in its place; None: free
-    framed    whether content begins behind a mark of its own, and not where the answer does
     """
 
     def __init__(self, reader: Reader | None, grammars: Grammars, content: str | None = None, units: Units = Units(),
-                 thoughts: Thoughts = Thoughts(), framed: bool = False):
-        self.reader, self._grammars, self._units, self._thoughts, self._framed = reader, grammars, units, thoughts, framed
+                 thoughts: Thoughts = Thoughts()):
+        self.reader, self._grammars, self._units, self._thoughts = reader, grammars, units, thoughts
         self._content = None if content is None else grammars.matcher(content)
         for unit in (units.marked, units.bare):
             if unit:
                 grammars.matcher(unit)                       # what is wrong with it is told at once
         self._matcher: Matcher | None = None
+        self._in_unit = False                                # whether it follows a call in a content that is free
         self._forced: deque[int] = deque()
         self._pushed: list[tuple[int, int, str]] = []        # where each token's text begins, the token, the text
         self._length = 0
@@ -74,7 +74,7 @@ class Guide:
         self.ended = False                                   # the content is whole, and nothing can follow
         if reader is not None:
             reader.push("")                                  # it may begin within thinking
-        if thoughts.within or self.state in ("start", "text") and not framed:
+        if thoughts.within or self.state in ("start", "text"):
             self._matcher = self._content if thoughts.first is None else grammars.matcher(thoughts.first)
 
     @property
@@ -120,7 +120,7 @@ class Guide:
         if not self._matcher.accept(token):
             raise RequestError(f"token {token} does not go on as the grammar says")
         if self._matcher.ended:
-            self.ended, self._matcher = self._units.single or self._matcher is self._content, None
+            self.ended, self._matcher, self._in_unit = self._units.single or not self._in_unit, None, False
 
     def _turn(self, before: str, now: str) -> None:
         """Begin and end what holds for a part of the answer."""
@@ -128,13 +128,12 @@ class Guide:
         if now == "thinking" or before == "thinking":
             self.n_thinking += 1
             if now == "thinking" and thoughts.budget is not None and self.n_thinking >= thoughts.budget and not self._forced:
-                self._forced.extend(thoughts.closing)
-            if not thoughts.within and not self._framed and self._content is not None:
+                if not thoughts.within or self._matcher is None or self._matcher.allows(thoughts.closing[0]):       # within a letter it waits
+                    self._forced.extend(thoughts.closing)
+            if not thoughts.within and self._content is not None:
                 self._matcher = None if now == "thinking" else self._content
                 if now != "thinking" and not self._forced:
                     self._forced.extend(thoughts.gap)
-        if self._framed and now == "text" and before != "text":
-            self._matcher = self._content
         if now == "call" and before != "call" and self._matcher is None:
             self._begin_call()
         if before == "call" and now != "call" and self._units.single and self._matcher is None:
@@ -152,7 +151,7 @@ class Guide:
         rule = unit if not lead else f"start: {self._grammars.literal(lead)} unit\nunit: {nested(unit)}\n"
         matcher = self._grammars.matcher(rule)
         if all(matcher.accept(token) for _, token, _ in self._pushed[first:]) and not matcher.ended:
-            self._matcher = matcher
+            self._matcher, self._in_unit = matcher, True
 
 
 def _delta() -> Any:
@@ -186,22 +185,25 @@ def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | 
             units = Units(style.grammar(held or called, False, several, grammars.literal), style.bare(held or called, several), not several)
             if demanded:
                 content = whole
-            elif content is not None and not style.framed:
+            elif content is not None and style.framed:
+                content = style.around(nested(content), nested(style.grammar(held or called, False, several, grammars.literal)), grammars.literal)
+            elif content is not None:
                 content = f"start: calls | content\ncalls: {nested(whole)}\ncontent: {nested(content)}\n"
         else:
             units = Units(single=not several)
-    framed = style.framed and not demanded                   # else the grammar of the whole reply has the thinking too
-    thoughts, content = _thoughts(language, prompt, wishes, content, framed)
-    return Guide(style.reader(tools or None, prompt.opened), grammars, content, units, thoughts, framed), language.marks
+    elif content is not None and style.framed:
+        content = style.around(nested(content), None, grammars.literal)
+    thoughts, content = _thoughts(language, prompt, wishes, content, bool(called))
+    return Guide(style.reader(tools or None, prompt.opened), grammars, content, units, thoughts), language.marks
 
 
-def _thoughts(language: Language, prompt: Prompt, wishes: Wishes, content: str | None, framed: bool) -> tuple[Thoughts, str | None]:
+def _thoughts(language: Language, prompt: Prompt, wishes: Wishes, content: str | None, calls: bool) -> tuple[Thoughts, str | None]:
     """Return how the answer may think, and its content's grammar, with the thinking in it where no token tells its end."""
     style, ids = language.style, partial(language.tokenizer.tokenize, add_special=False)
     budget = wishes.think if type(wishes.think) is int else None
     if style.framed:
-        end = style.end_of_thinking if framed else style.end_of_analysis
-        return Thoughts(None, content is not None and not framed, budget, ids(end)), content
+        end = style.end_of_analysis if calls and content is not None else style.end_of_thinking
+        return Thoughts(None, content is not None, budget, ids(end)), content
     thoughts = Thoughts(None, False, budget, ids(style.end_of_thinking), ids(style.gap))
     may_open = style.thinks and not prompt.opened and wishes.think is not False
     if content is None or not (may_open or prompt.opened):

@@ -201,6 +201,10 @@ class Matcher:
         """Go on with a token; False if the grammar does not have it there, and nothing has changed."""
         return bool(self._made.try_consume_tokens([token]) == 1)
 
+    def allows(self, token: int) -> bool:
+        """Say whether a token may come next."""
+        return bool(self._made.validate_tokens([token]) == 1)
+
     @property
     def ended(self) -> bool:
         """Whether the text is whole, and nothing can follow."""

@@ -54,6 +54,11 @@ class Unit:
         if self._held is not None:
             self.call(name)
 
+    def await_arguments(self) -> None:
+        """Say that arguments come next: where a name is held they may be none, but this is a call by all that is known."""
+        if self._name is not None:
+            self._entered()
+
     def argue(self, text: str) -> None:
         """Tell more of the call's arguments; they wait for its name."""
         if self._name is not None:
@@ -143,6 +148,8 @@ def read_call(unit: Unit, keys: frozenset[str] | None = None, opened: bool = Fal
             raise Malformed
         if key in ("name", "arguments"):
             seen.add(key)
+        if key == "arguments":
+            unit.await_arguments()
         yield from _read_field(unit, key, sure)
         letter = yield from tape.skip_blanks()
         if letter not in ("}", ","):

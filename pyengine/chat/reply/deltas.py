@@ -67,7 +67,7 @@ def calls_of(deltas: Iterable[Delta]) -> list[ToolCall]:
 class Reader(ABC):
     """A reader of one reply.
 
-    `state` is "start" (nothing but blanks yet), "thinking", "text" or "call"; in state "call", `begun` is the offset of the first
+    `state` is "start" (nothing but blanks yet, or headers), "thinking", "text" or "call"; in state "call", `begun` is the offset of the first
     character of the call's opening mark in all the text that was pushed, and `bare` says whether it is one that opens calls only where a
     text could begin.
     """

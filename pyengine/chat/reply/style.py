@@ -76,7 +76,7 @@ CALLS: tuple[tuple[Callable[[str], bool], type[Calls]], ...] = (
 class Style:
     """How one model writes its replies. Made once for a model; readers are made for each reply.
 
-    framed: whether content stands behind a mark of its own, so that a reply does not begin with it.
+    framed: whether content stands behind a header of its own, so that a reply does not begin with it.
     """
 
     framed = False
@@ -140,6 +140,10 @@ class Style:
             return self._thoughts.end.removeprefix("\n") if prompt.endswith("\n") else self._thoughts.end
         return "" if self._asked and self._thoughts.name in ("response", "phrases") else self._thoughts.none
 
+    def around(self, content: str, calls: str | None, literal: Literal) -> str:
+        """Give the grammar of a whole reply from that of its content, in formats that are framed."""
+        raise NotImplementedError
+
     def reader(self, tools: Sequence[Tool] | None, opened: bool) -> Reader:
         """Make the reader of one reply; without tools, nothing in it is a call."""
         return TaggedReader(self._thinking, self._calls, tools, self._spelled, opened and self.thinks)
@@ -186,6 +190,10 @@ class HarmonyStyle(Style):
     def unthought(self, prompt: str) -> str:
         """Refuse: such models always think."""
         raise RequestError("think: this model always thinks; give an effort, such as 'low', or a budget in tokens")
+
+    def around(self, content: str, calls: str | None, literal: Literal) -> str:
+        """Give the grammar of a whole reply, of which `content` is the fragment of what it says in the end, or `calls` that of calls instead."""
+        return self._calls.around(content, calls, literal)
 
     def reader(self, tools: Sequence[Tool] | None, opened: bool) -> Reader:
         """Make the reader of one reply; without tools, nothing in it is a call."""
