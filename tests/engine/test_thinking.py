@@ -79,7 +79,7 @@ def test_thinking_is_left_out(model, kind: str, think: Any) -> None:
 
 @kinds
 @pytest.mark.parametrize("form", [{}, {"format": PAIR}])
-@pytest.mark.parametrize("budget", [1, 5, 12])
+@pytest.mark.parametrize("budget", [1, 7])
 def test_a_budget_holds(model, kind: str, budget: int, form: dict[str, Any]) -> None:
     m = model(kind)
     more = len(m.tokenizer.tokenize(m._language.style.end_of_thinking, add_special=False))
@@ -105,7 +105,7 @@ def test_a_form_holds_behind_thinking(model, kind: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_draws_keep_a_form(model, kind: str, seed: int) -> None:
     answer = model(kind).chat(ASKED, format=PAIR, think=6, temperature=3.0, top_k=0, min_p=0, top_p=1, seed=seed, max_tokens=400)
     assert answer.finish == "stop"
