@@ -6,9 +6,9 @@ come. Grammars begin where content or a call begins, never within thinking.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -16,21 +16,39 @@ import numpy as np
 
 from pyengine.engine.wishes import CHOICES, Wishes
 from pyengine.errors import RequestError
-from pyengine.text.grammar import Grammars, Matcher
+from pyengine.text.grammar import Grammars, Matcher, nested
 
 if TYPE_CHECKING:
     from pyengine.chat.reply.deltas import Delta, Reader
+    from pyengine.chat.reply.style import Style
+    from pyengine.chat.reply.tools import Tool
     from pyengine.engine.language import Language
     from pyengine.engine.prompts import Prompt
 
-class Thoughts(NamedTuple):
-    """How thinking begins and ends: the token that begins it where the answer may; after `budget` tokens `closing` are forced; `gap` are
-    the blanks between thinking and content."""
 
-    opening: int | None = None
+class Thoughts(NamedTuple):
+    """How thinking goes together with a grammar of the content, and how it ends.
+
+    first     the grammar of the answer's beginning, which may open thinking; None: that of the content
+    within    whether the content's grammar has the thinking too
+    budget    after so many tokens `closing` are forced
+    gap       tokens between thinking and content
+    """
+
+    first: str | None = None
+    within: bool = False
     budget: int | None = None
     closing: Sequence[int] = ()
     gap: Sequence[int] = ()
+
+
+class Units(NamedTuple):
+    """Grammars of calls, from their opening mark on, and of those that lack it; None: what is written is not held to one. single: whether
+    the answer ends after one call."""
+
+    marked: str | None = None
+    bare: str | None = None
+    single: bool = False
 
 
 class Guide:
@@ -38,18 +56,17 @@ class Guide:
 
     reader    splits the text; None: all of it is content
     content   the grammar of the content, and of calls in its place; None: free
-    unit      the grammar of one call, from its opening mark on; None: calls are free
-    single    whether the answer ends after one unit of calls
-    framed    whether content begins behind a mark of its own, and not where the answer does
     """
 
-    def __init__(self, reader: Reader | None, grammars: Grammars, content: str | None = None, unit: str | None = None,
-                 single: bool = False, thoughts: Thoughts = Thoughts(), framed: bool = False):
-        self.reader, self._grammars, self._unit, self._single, self._thoughts, self._framed = reader, grammars, unit, single, thoughts, framed
+    def __init__(self, reader: Reader | None, grammars: Grammars, content: str | None = None, units: Units = Units(),
+                 thoughts: Thoughts = Thoughts()):
+        self.reader, self._grammars, self._units, self._thoughts = reader, grammars, units, thoughts
         self._content = None if content is None else grammars.matcher(content)
-        if unit is not None:
-            grammars.matcher(unit)                           # what is wrong with it is told at once
+        for unit in (units.marked, units.bare):
+            if unit:
+                grammars.matcher(unit)                       # what is wrong with it is told at once
         self._matcher: Matcher | None = None
+        self._in_unit = False                                # whether it follows a call in a content that is free
         self._forced: deque[int] = deque()
         self._pushed: list[tuple[int, int, str]] = []        # where each token's text begins, the token, the text
         self._length = 0
@@ -57,8 +74,8 @@ class Guide:
         self.ended = False                                   # the content is whole, and nothing can follow
         if reader is not None:
             reader.push("")                                  # it may begin within thinking
-        if self.state in ("start", "text") and not framed:
-            self._matcher = self._content
+        if thoughts.within or self.state in ("start", "text"):
+            self._matcher = self._content if thoughts.first is None else grammars.matcher(thoughts.first)
 
     @property
     def state(self) -> str:
@@ -69,18 +86,20 @@ class Guide:
         """Return the tokens that may come next, uint32 [ceil(n_vocab / 32)]; None if all may. Valid until the next call."""
         if self._forced:
             mask = np.zeros((self._grammars.tokenizer.vocab_size + 31) // 32, np.uint32)
-            return _with(mask, self._forced[0])
-        if self._matcher is None:
-            return None
-        mask = self._matcher.mask()
-        opening = self._thoughts.opening
-        return _with(mask, opening) if opening is not None and not self._pushed else mask
+            mask[self._forced[0] // 32] = np.uint32(1 << self._forced[0] % 32)
+            return mask
+        if self._matcher is not None:
+            return self._matcher.mask()
+        if self._content is not None and self.state in ("start", "thinking"):
+            return self._grammars.going_on                   # the content is still to come
+        return None
 
     def push(self, token: int, text: str) -> list[Delta]:
         """Take a token and the text that it completes; return what that means."""
-        if self._forced:
+        forced = bool(self._forced)
+        if forced:
             self._forced.popleft()
-        elif self._matcher is not None:
+        if self._matcher is not None and (not forced or self._thoughts.within):
             self._follow(token)
         before = self.state
         if self.reader is None:
@@ -98,49 +117,51 @@ class Guide:
         return [*self.reader.push(tail), *self.reader.flush()]
 
     def _follow(self, token: int) -> None:
-        if token == self._thoughts.opening and not self._pushed:
-            self._matcher = None                             # the content's grammar waits for the end of thinking
-        elif not self._matcher.accept(token):
+        if not self._matcher.accept(token):
             raise RequestError(f"token {token} does not go on as the grammar says")
-        elif self._matcher.ended:
-            self.ended, self._matcher = self._single or self._matcher is self._content, None
+        if self._matcher.ended:
+            self.ended, self._matcher, self._in_unit = self._units.single or not self._in_unit, None, False
 
     def _turn(self, before: str, now: str) -> None:
         """Begin and end what holds for a part of the answer."""
+        thoughts = self._thoughts
         if now == "thinking" or before == "thinking":
             self.n_thinking += 1
-            if now == "thinking" and self._thoughts.budget is not None and self.n_thinking >= self._thoughts.budget and not self._forced:
-                self._forced.extend(self._thoughts.closing)
-            if now != "thinking" and self._content is not None and self._matcher is None and not self._framed:
-                self._matcher = self._content
-                if not self._forced:
-                    self._forced.extend(self._thoughts.gap)
-        if self._framed and now == "text" and before != "text":
-            self._matcher = self._content
-        if now == "call" and before != "call" and self._unit is not None and self._matcher is None:
+            if now == "thinking" and thoughts.budget is not None and self.n_thinking >= thoughts.budget and not self._forced:
+                if not thoughts.within or self._matcher is None or self._matcher.allows(thoughts.closing[0]):       # within a letter it waits
+                    self._forced.extend(thoughts.closing)
+            if not thoughts.within and self._content is not None:
+                self._matcher = None if now == "thinking" else self._content
+                if now != "thinking" and not self._forced:
+                    self._forced.extend(thoughts.gap)
+        if now == "call" and before != "call" and self._matcher is None:
             self._begin_call()
+        if before == "call" and now != "call" and self._units.single and self._matcher is None:
+            self.ended = True
 
     def _begin_call(self) -> None:
         """Let the grammar of a call hold from its opening mark on, of which tokens are there already."""
+        unit = self._units.bare if self.reader.bare and self._units.bare else self._units.marked
+        if unit is None:
+            return
         begun = self.reader.begun
         first = next(i for i in reversed(range(len(self._pushed))) if self._pushed[i][0] <= begun)
         start, _, text = self._pushed[first]
         lead = text[: begun - start]
-        rule = self._unit if not lead else f"start: {self._grammars.literal(lead)} unit\n" + _renamed(self._unit, "unit")
+        rule = unit if not lead else f"start: {self._grammars.literal(lead)} unit\nunit: {nested(unit)}\n"
         matcher = self._grammars.matcher(rule)
         if all(matcher.accept(token) for _, token, _ in self._pushed[first:]) and not matcher.ended:
-            self._matcher = matcher
-
-
-def _with(mask: np.ndarray, token: int) -> np.ndarray:
-    mask[token // 32] |= np.uint32(1 << token % 32)
-    return mask
+            self._matcher, self._in_unit = matcher, True
 
 
 def _delta() -> Any:
     from pyengine.chat.reply.deltas import Delta
 
     return Delta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From what is asked to a guide
 
 
 def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | None) -> tuple[Guide | None, list[int]]:
@@ -150,28 +171,83 @@ def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | 
     """
     if prompt.tools is None:                                 # a plain text goes on
         return Guide(None, language.grammars, content), []
-    style, tokenizer, tools = language.style, language.tokenizer, list(prompt.tools)
+    style, grammars, tools = language.style, language.grammars, list(prompt.tools)
     if not style.thinks and not tools:
-        return (Guide(None, language.grammars, content) if content else None), []
+        return (Guide(None, grammars, content) if content else None), []
     called = [t for t in tools if wishes.tool_choice in ("auto", "required", t.name)]
-    unit = None
+    demanded = bool(called) and wishes.tool_choice != "auto"
+    units = Units()
     if called:
-        literal = language.grammars.literal
-        unit = style.grammar(called, False, literal)
-        whole_reply = style.grammar(called, wishes.parallel_tool_calls and wishes.tool_choice in CHOICES, literal)
-        if wishes.tool_choice != "auto":
-            content = whole_reply
-        elif content is not None and not style.framed:
-            content = "start: calls | content\n" + _renamed(whole_reply, "calls") + _renamed(content, "content")
-    framed = style.framed and wishes.tool_choice in ("auto", "none")         # else the grammar of the whole reply has the thinking too
-    budget = wishes.think if type(wishes.think) is int and framed == style.framed else None
-    may_open = content is not None and style.thinks and not prompt.opened and wishes.think is not False and budget != 0
-    end, ids = style.end_of_thinking, partial(tokenizer.tokenize, add_special=False)
-    thoughts = Thoughts(tokenizer.id_of(style.opening) if may_open else None, budget, ids(end), ids(end[len(end.rstrip()):]))
-    guide = Guide(style.reader(tools or None, prompt.opened), language.grammars, content, unit, not wishes.parallel_tool_calls, thoughts, framed)
-    return guide, language.marks
+        several = wishes.parallel_tool_calls and wishes.tool_choice in CHOICES
+        held = called if demanded else _holdable(style, called, grammars)
+        if held or content is not None:
+            whole = style.grammar(held or called, True, several, grammars.literal)
+            units = Units(style.grammar(held or called, False, several, grammars.literal), style.bare(held or called, several), not several)
+            if demanded:
+                content = whole
+            elif content is not None and style.framed:
+                content = style.around(nested(content), nested(style.grammar(held or called, False, several, grammars.literal)), grammars.literal)
+            elif content is not None:
+                content = f"start: calls | content\ncalls: {nested(whole)}\ncontent: {nested(content)}\n"
+        else:
+            units = Units(single=not several)
+    elif content is not None and style.framed:
+        content = style.around(nested(content), None, grammars.literal)
+    thoughts, content = _thoughts(language, prompt, wishes, content, bool(called))
+    return Guide(style.reader(tools or None, prompt.opened), grammars, content, units, thoughts), language.marks
 
 
-def _renamed(grammar: str, name: str) -> str:
-    """Return a grammar with another name of its first rule."""
-    return re.sub(r"^start:", f"{name}:", grammar, flags=re.M)
+def _thoughts(language: Language, prompt: Prompt, wishes: Wishes, content: str | None, calls: bool) -> tuple[Thoughts, str | None]:
+    """Return how the answer may think, and its content's grammar, with the thinking in it where no token tells its end."""
+    style, ids = language.style, partial(language.tokenizer.tokenize, add_special=False)
+    budget = wishes.think if type(wishes.think) is int else None
+    if style.framed:
+        end = style.end_of_analysis if calls and content is not None else style.end_of_thinking
+        return Thoughts(None, content is not None, budget, ids(end)), content
+    thoughts = Thoughts(None, False, budget, ids(style.end_of_thinking), ids(style.gap))
+    may_open = style.thinks and not prompt.opened and wishes.think is not False
+    if content is None or not (may_open or prompt.opened):
+        return thoughts, content
+    literal = language.grammars.literal
+    if style.closes_by_token:
+        first = f"start: opens | content\nopens: {style.opens(literal)} /(?s:.*)/\ncontent: {nested(content)}\n"
+        return thoughts._replace(first=first if may_open else None), content
+    opens = f"{style.opens(literal)} " if may_open else ""
+    start = "start: opens content" + (" | content\n" if may_open else "\n")
+    return thoughts._replace(within=True), f"{start}opens: {opens}thought\n{style.thought()}content: {nested(content)}\n"
+
+
+def _holdable(style: Style, tools: Sequence[Tool], grammars: Grammars) -> list[Tool]:
+    """Return tools whose calls can be held to a grammar: as they are, or else to the names and types of their arguments; none where some
+    cannot at all. Raises: RequestError for one that is to be strict."""
+    def fault(*some: Tool) -> RequestError | None:
+        try:
+            grammars.matcher(style.grammar(some, False, False, grammars.literal))
+        except RequestError as error:
+            return error
+        return None
+
+    held: list[Tool] = []
+    if fault(*tools) is None:
+        return list(tools)
+    for tool in tools:
+        found = fault(tool)
+        if found is not None and tool.strict:
+            raise found
+        if found is not None:
+            tool = replace(tool, parameters=_loosened(tool.parameters))
+            if not tool.parameters["properties"] and tool.parameters["additionalProperties"] or fault(tool):
+                return []
+        held.append(tool)
+    return held
+
+
+_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
+
+
+def _loosened(schema: Any) -> dict[str, Any]:
+    """Return what of a schema of arguments any format can hold: the names and types that it gives them."""
+    given = schema.get("properties", {})
+    kinds = {name: of.get("type") if isinstance(of, dict) else None for name, of in given.items()}
+    return {"type": "object", "properties": {name: {"type": kind} if kind in _TYPES else {} for name, kind in kinds.items()},
+            "additionalProperties": schema.get("additionalProperties") is not False and not given}

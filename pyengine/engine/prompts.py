@@ -174,7 +174,7 @@ class Prompts:
         variables = {**style.variables(wishes.think), **template_options(options)}
         shown = self._literal(tools) if told else None       # as the user wrote them
         text = self._rendered(partial(self.language.template.render, tools=shown, variables=variables), seen, media)
-        if wishes.think is False or type(wishes.think) is int and not wishes.think:
+        if wishes.think is False:
             text += style.unthought(text)
         return self.text(text, media, guarded=True)._replace(tools=known, opened=style.opened(text))
 

@@ -221,7 +221,10 @@ class Request(Job):
         self.pending = None
         if self.max_tokens == 0:
             return self._end(run.finish)
-        drawn = self.sampler.sample(logits[: self.sampler.n_vocab], None if guide is None else guide.allowed())
+        allowed = None if guide is None else guide.allowed()
+        if allowed is not None:                              # a vocabulary may be longer than the head: nobody draws its last ones
+            allowed = allowed[: (self.sampler.n_vocab + 31) // 32]
+        drawn = self.sampler.sample(logits[: self.sampler.n_vocab], allowed)
         if drawn.token in self.eog:
             run.ended_by = drawn
             return self._end("stop")

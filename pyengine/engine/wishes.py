@@ -39,7 +39,9 @@ class Wishes:
         if self.think is not None and not isinstance(self.think, (bool, np.bool_)) and self.think not in EFFORTS:
             if isinstance(self.think, str):
                 raise RequestError(f"think: must be True, False, a number of tokens, or one of {', '.join(EFFORTS)}, got {shown(self.think)}")
-            object.__setattr__(self, "think", whole("think", self.think))
+            object.__setattr__(self, "think", whole("think", self.think) or False)       # a budget of nothing is none
+        elif isinstance(self.think, np.bool_):
+            object.__setattr__(self, "think", bool(self.think))
         choice = self.tool_choice
         if isinstance(choice, Mapping):                      # OpenAI's form
             inner = choice.get("function") if isinstance(choice.get("function"), Mapping) else choice

@@ -104,6 +104,7 @@ class _Chat(Interface):
         return {"boxes": [vars(b) for b in boxes]} if boxes else {}
 
     def _piece(self, i: int, delta: Delta, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
+        self.n_sent[i] += len(sampled)
         said = {**({"role": "assistant"} if first else {}), **self._said(i, delta)}
         return {"index": i, "delta": said, "finish_reason": None, "logprobs": {"content": self._logprobs(sampled)} if self.with_logprobs else None}
 
@@ -118,9 +119,11 @@ class _Chat(Interface):
         return {"tool_calls": [{"index": delta.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}]}
 
     def _end(self, i: int, handle: Handle) -> dict[str, Any]:
-        return {"index": i, "delta": dict(self._media(handle)), "logprobs": None, "finish_reason": handle.report.finish}
+        left = handle.report.sampled[self.n_sent[i]:] if self.with_logprobs else ()      # of tokens that no piece came for
+        return {"index": i, "delta": dict(self._media(handle)), "logprobs": {"content": self._logprobs(left)} if left else None,
+                "finish_reason": handle.report.finish}
 
     async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
-        self.head, self.handles = {**self.head, "object": "chat.completion.chunk"}, handles
+        self.head, self.handles, self.n_sent = {**self.head, "object": "chat.completion.chunk"}, handles, [0] * len(handles)
         async for event in super()._events(handles, usage):
             yield event

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # Blanks within JSON: one, or a line break with its indentation. Without a bound small models fill their answer with blanks.
 _BLANKS = r"( |\n {0,40})"
+_KEPT = 64                                           # compiled grammars, for the next requests with the same
 _OF_ONE = ("format", "regex", "grammar")             # of these a request has one at most
 
 
@@ -38,8 +41,13 @@ def shape(format: Any = None, regex: Any = None, grammar: Any = None) -> str | N
     if format is not None:
         return f"start: {json_rule(_schema(format), 'format')}\n"
     if regex is not None:
-        return f"start: /{_text('regex', regex).replace('/', chr(92) + '/')}/\n" if regex else _wrong("regex", "is empty")
+        return f"start: /{_slashed(_text('regex', regex))}/\n" if regex else _wrong("regex", "is empty")
     return None if grammar is None else _lark(_text("grammar", grammar))
+
+
+def nested(grammar: str) -> str:
+    """Return a grammar as a part of a rule of another one: its rules' names are its own."""
+    return f"%lark {{\n{grammar}\n}}"
 
 
 def json_rule(schema: Mapping[str, Any] | bool, name: str) -> str:
@@ -77,6 +85,11 @@ def _schema(format: Any) -> Any:
     return of_class() if isinstance(format, type) and callable(of_class) else format
 
 
+def _slashed(regex: str) -> str:
+    """Return a regular expression as it stands between slashes."""
+    return re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", regex, flags=re.S)
+
+
 def _lark(text: str) -> str:
     if "::=" not in text:
         return text
@@ -107,6 +120,7 @@ class Grammars:
         self._apart = tokenizer.special_ids | tokenizer.eog_ids | frozenset(marks)
         self._lock = threading.Lock()
         self._tree: Any = None
+        self._made: OrderedDict[str, Any] = OrderedDict()    # by their texts, the newest last
 
     @property
     def tree(self) -> Any:
@@ -125,12 +139,35 @@ class Grammars:
 
     def matcher(self, grammar: str) -> Matcher:
         """Compile a grammar for one answer. Raises: RequestError saying what is wrong with it, and where."""
+        with self._lock:
+            made = self._made.pop(grammar, None)
+        if made is None:
+            made = self._compiled(grammar)
+        with self._lock:
+            self._made[grammar] = made
+            while len(self._made) > _KEPT:
+                self._made.popitem(last=False)
+            return Matcher(made.deep_copy(), self.tokenizer.vocab_size)
+
+    def _compiled(self, grammar: str) -> Any:
         from llguidance import LLMatcher
 
         made = LLMatcher(self.tree, LLMatcher.grammar_from_lark(grammar), log_level=0)
         if made.is_error():
             raise RequestError(_explained(made.get_error(), grammar))
-        return Matcher(made, self.tokenizer.vocab_size)
+        first = made.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():
+            raise RequestError("the grammar is refused: nothing can be written that follows it")
+        return made
+
+    @cached_property
+    def going_on(self) -> np.ndarray:
+        """The mask of all tokens but those that end an answer."""
+        mask = np.full((self.tokenizer.vocab_size + 31) // 32, 0xFFFFFFFF, np.uint32)
+        for token in self.tokenizer.eog_ids:
+            mask[token // 32] &= ~np.uint32(1 << token % 32)
+        return mask
 
 
 class _Vocabulary:
@@ -157,17 +194,25 @@ class Matcher:
         """Return the tokens that may come next, uint32 [ceil(n_vocab / 32)], as `Sampler.sample` takes it; valid until the next call."""
         self._made.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._made.is_error():
-            raise RequestError(f"the grammar cannot be followed: {self._made.get_error()[:300]}")
+            raise RequestError(f"the grammar cannot be followed any further: {_first_line(self._made.get_error())}")
         return self._mask
 
     def accept(self, token: int) -> bool:
         """Go on with a token; False if the grammar does not have it there, and nothing has changed."""
         return bool(self._made.try_consume_tokens([token]) == 1)
 
+    def allows(self, token: int) -> bool:
+        """Say whether a token may come next."""
+        return bool(self._made.validate_tokens([token]) == 1)
+
     @property
     def ended(self) -> bool:
         """Whether the text is whole, and nothing can follow."""
         return bool(self._made.is_stopped())
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")[:300]
 
 
 _KEYS = re.compile(r'Unimplemented keys: \["([^"]+)"')

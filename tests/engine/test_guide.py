@@ -13,7 +13,7 @@ import pytest
 from pyengine.chat.reply.deltas import joined
 from pyengine.chat.reply.style import find
 from pyengine.chat.reply.tools import read_tools
-from pyengine.engine.guide import Guide, Thoughts
+from pyengine.engine.guide import Guide, Thoughts, Units
 from pyengine.errors import RequestError
 from pyengine.text.grammar import Grammars, shape
 from pyengine.text.sampling import Sampler, SamplingParams
@@ -134,13 +134,14 @@ def test_prompts_have_no_tools(qwen) -> None:
 class Way:
     """A guide that is led along a text, token by token, as far as it allows them."""
 
-    def __init__(self, tokenizer: Any, template: str, tools: Any = None, opened: bool = False, **more: Any):
+    def __init__(self, tokenizer: Any, template: str, tools: Any = None, opened: bool = False, single: bool = False, **more: Any):
         self.tokenizer, self.style = tokenizer, find(template, lambda text: tokenizer.id_of(text) is not None)
         marks = [i for i in map(tokenizer.id_of, self.style.marks) if i is not None]
         self.grammars, self.decoder = Grammars(tokenizer, marks), tokenizer.decoder(marks=marks)
         known = read_tools(tools) if tools else None
-        unit = self.style.grammar(known, False, self.grammars.literal) if known else None
-        self.guide = Guide(self.style.reader(known, opened), self.grammars, unit=unit, **more)
+        unit = self.style.grammar(known, False, True, self.grammars.literal) if known else None
+        units = Units(unit, self.style.bare(known, not single) if known else None, single)
+        self.guide = Guide(self.style.reader(known, opened), self.grammars, units=units, **more)
         self.deltas: list[Any] = []
 
     def lead(self, text: str) -> str:
@@ -195,7 +196,7 @@ def test_one_call_ends_the_answer_where_several_are_not_wanted(tokenizer) -> Non
 def test_thinking_is_cut_at_its_budget(tokenizer) -> None:
     style = find(THINKS, lambda text: False)
     closing = tokenizer.tokenize(style.end_of_thinking, add_special=False)
-    way = Way(tokenizer, THINKS, opened=True, thoughts=Thoughts(None, 5, closing))
+    way = Way(tokenizer, THINKS, opened=True, thoughts=Thoughts(budget=5, closing=closing))
     assert way.lead("one two three four five six") == " six" and way.forced() == style.end_of_thinking
     assert way.guide.state != "thinking" and way.lead("So it is six.") == ""
     assert way.read() == [("thinking", "one two three four five", 0), ("text", "So it is six.", 0)] and way.guide.n_thinking >= 5

@@ -284,7 +284,7 @@ def test_the_name_comes_at_once_and_says_where_the_call_began(name: str, tokens:
         behind = text[text.rindex("now", 0, n + 1) + 3 : n + 1].replace(MARKED, "")
         assert behind in ("[CALL_ID]", "[ARGS]", "<｜tool▁sep｜>") or len(behind) == 1
     assert reader.state == "call"
-    opening, place = ((spelled(style, "<|channel|>", tokens),), text.rindex) if name == "harmony" else (style._calls.opening, text.index)
+    opening, place = ((spelled(style, "<|channel|>", tokens),), text.rindex) if name == "harmony" else ((*style._calls.opening, *style._calls.leading), text.index)
     assert reader.begun == min(place(mark) for mark in opening if mark in text)
 
 
@@ -382,6 +382,65 @@ def test_a_long_call_is_held_in_linear_time() -> None:
     assert made(deltas) == [("now", {"a": "x" * 200_000})] and time.process_time() - started < 4
 
 
+# -- calls without their marks --------------------------------------------------------------------------------------------
+
+LOOSE = ("hermes", "hermes+think", "granite+response", "mistral")
+CALL = '{"name": "now", "arguments": {"a": 1}}'
+
+
+@pytest.mark.parametrize("text", [
+    CALL, f"\n {CALL}\n", '{"arguments": {"a": 1}, "name": "now"}', '{\n  "name": "now",\n  "arguments": {\n    "a": 1\n  }\n}', f"```json\n{CALL}\n```",
+    f"```\n{CALL}```", '{"name": "now", "parameters": {"a": 1}}', f"[{CALL}]"])
+@vocabularies
+@pytest.mark.parametrize("name", LOOSE)
+def test_a_call_may_lack_its_marks(name: str, tokens: bool, text: str) -> None:
+    style = style_of(name, tokens)
+    deltas = told(style, text)
+    assert made(deltas) == [("now", {"a": 1})] and texts(deltas) == ""
+    matcher = llguidance.LLMatcher(tokenizer(style.marks), style.bare(TOOLS, True))
+    solid = text.strip().replace('"a": 1', "")
+    assert not matcher.is_error() and (text.startswith('{"arg') or matcher.try_consume_tokens(list(solid.encode())) == len(solid))
+    assert told(style, text, None) == [Delta("text", text)]
+
+
+@pytest.mark.parametrize("between", ["\n", "", ", ", ";\n", "\n\n"])
+@pytest.mark.parametrize("name", LOOSE)
+def test_calls_without_marks_follow_each_other(name: str, between: str) -> None:
+    second = '{"name": "get_weather", "arguments": {"city": "x"}}'
+    deltas = told(style_of(name), CALL + between + second)
+    assert made(deltas) == [("now", {"a": 1}), ("get_weather", {"city": "x"})] and texts(deltas) == ""
+    deltas = told(style_of(name), f"{CALL}\nThat is all: {second}")
+    assert made(deltas) == [("now", {"a": 1})] and texts(deltas) == f"That is all: {second}"
+
+
+@pytest.mark.parametrize("text", [
+    f"Here: {CALL}", '{"name": "Ada", "arguments": {}}', '{"name": "now"}', '{"name": "now", "age": 3}', '{"name": "now", "arguments": "none"}',
+    '{"name": "now", "arguments": ', '{"name": ["now"]}', '{"temperature": 3}', "{", "[", "[1, 2]", '["now"]', "{name: now}", "{}", "```json\n[1]\n```",
+    "```json", "```python\nprint(1)\n```", '```\n{"name": "now"}\n```', "{{ now }}", '{"name": "now", "name": "now", "arguments": {}}', ' {"name": "no',
+    f"> {CALL}", '{"arguments": {"a": 1}}', '{"arguments": {"a": 1}, "name": "nowhere"} \n'])
+@vocabularies
+@pytest.mark.parametrize("name", LOOSE)
+def test_what_is_no_call_is_text_to_the_letter(name: str, tokens: bool, text: str) -> None:
+    assert told(style_of(name, tokens), text) == [Delta("text", text)]
+
+
+_BARE = st.sampled_from(['{"name": "now"', ', "arguments": {"a": 1}', "}", "{", "[", "]", "```json\n", "```", '"name": ', '"now"', '"arguments": ', ", ", ": ", "1",
+                         '"x"', " ", "\n", CALL, "text", "null", '"', "\\", '"id": "1"', ";", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|tool_call|>"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(_BARE, max_size=14).map("".join), places=st.lists(st.integers(0, 10_000), max_size=12), name=st.sampled_from(LOOSE), tokens=st.booleans())
+def test_any_cut_of_what_may_be_a_call_tells_the_same(text: str, places: list[int], name: str, tokens: bool) -> None:
+    style = style_of(name, tokens)
+    text = spelled(style, text, tokens)
+    deltas = told(style, text)
+    assert read(style.reader(TOOLS, False), cut(text, places)) == deltas
+    if not calls_of(deltas):                                       # nothing is lost but blanks around a mark that was none
+        assert re.sub(r"\s", "", texts(deltas)) == re.sub(rf"\s|{MARKED}(</tool_call>)?", "", text) or tokens
+    for call in calls_of(deltas):
+        assert call.name == "now" and begins_json(call.arguments)
+
+
 # -- grammars -------------------------------------------------------------------------------------------------------------
 
 
@@ -401,9 +460,9 @@ def tokenizer(marks: Sequence[str]) -> Any:
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes(marks)), slices=[])
 
 
-def matcher_of(style: Style, many: bool, tokens: bool, tools: Sequence[Tool] = TOOLS) -> Any:
+def matcher_of(style: Style, whole: bool, tokens: bool, several: bool = True, tools: Sequence[Tool] = TOOLS) -> Any:
     literal: Callable[[str], str] = (lambda m: f"<[{256 + style.marks.index(m)}]>") if tokens else (lambda m: json.dumps(m, ensure_ascii=False))
-    matcher = llguidance.LLMatcher(tokenizer(style.marks), style.grammar(tools, many, literal))
+    matcher = llguidance.LLMatcher(tokenizer(style.marks), style.grammar(tools, whole, several, literal))
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 
@@ -415,8 +474,8 @@ def ids_of(style: Style, text: str, tokens: bool) -> list[int]:
     return [i for part in parts for i in ([256 + style.marks.index(part)] if part in style.marks else part.encode())]
 
 
-def allowed(style: Style, text: str, tokens: bool, many: bool = False) -> bool:
-    matcher, ids = matcher_of(style, many, tokens), ids_of(style, text, tokens)
+def allowed(style: Style, text: str, tokens: bool) -> bool:
+    matcher, ids = matcher_of(style, False, tokens), ids_of(style, text, tokens)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
@@ -438,12 +497,13 @@ def sampled(matcher: Any, marks: Sequence[str], rng: random.Random) -> str | Non
     return b"".join(bytes([i]) if i < 256 else (MARKED + marks[i - 256]).encode() for i in ids).decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("whole", [False, True], ids=["unit", "whole"])
 @vocabularies
 @names
-def test_what_a_grammar_allows_is_read_as_calls_that_fit(name: str, tokens: bool, many: bool) -> None:
+def test_what_a_grammar_allows_is_read_as_calls_that_fit(name: str, tokens: bool, whole: bool, several: bool) -> None:
     style = style_of(name, tokens)
-    start, ended = matcher_of(style, many, tokens), 0
+    start, ended = matcher_of(style, whole, tokens, several), 0
     for seed in range(12):
         text = sampled(start.deep_copy(), style.marks, random.Random(seed))
         if text is None:
@@ -451,7 +511,7 @@ def test_what_a_grammar_allows_is_read_as_calls_that_fit(name: str, tokens: bool
         ended += 1
         deltas = told(style, text)
         calls = calls_of(deltas)
-        assert calls and texts(deltas) == "" and (many or name != "hermes" or len(calls) == 1), text
+        assert calls and texts(deltas) == "" and (several or len(calls) == 1), text
         for call in calls:
             tool = next(tool for tool in TOOLS if tool.name == call.name)
             jsonschema.Draft202012Validator(dict(tool.parameters)).validate(json.loads(call.arguments))
@@ -474,7 +534,7 @@ def test_what_no_grammar_can_hold_is_refused_in_words(name: str) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "minProperties": 1}
     tools = read_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}])
     with pytest.raises(RequestError, match=r"f\.parameters\.minProperties"):
-        style_of(name).grammar(tools, True, json.dumps)
+        style_of(name).grammar(tools, True, True, json.dumps)
 
 
 # -- what is asked of a template ------------------------------------------------------------------------------------------

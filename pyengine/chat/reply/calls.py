@@ -30,13 +30,14 @@ class Unit:
         self._tell, self._entered = tell, entered
         self._open = False
         self._held: list[str] | None = None              # arguments that came before the name
+        self._name: str | None = None                    # of a call that is told when its arguments begin
         self._argued = False
 
     def call(self, name: str) -> Tool:
         """Tell of a call of this function, with the arguments that came already. Raises Malformed where there is no such tool."""
         if name not in self.tools or self._open:
             raise Malformed
-        self._open = self.was_told = True
+        self._open, self.was_told, self._name = True, True, None
         self.tape.past = None
         self._entered()
         self._tell("call", name, self.index)
@@ -45,8 +46,23 @@ class Unit:
             self.argue(text)
         return self.tools[name]
 
+    def hold(self, name: str) -> None:
+        """Take a name that is told of when arguments are there too: without them it may be anybody's. Raises Malformed as `call`."""
+        if name not in self.tools or self._open:
+            raise Malformed
+        self._name = name
+        if self._held is not None:
+            self.call(name)
+
+    def await_arguments(self) -> None:
+        """Say that arguments come next: where a name is held they may be none, but this is a call by all that is known."""
+        if self._name is not None:
+            self._entered()
+
     def argue(self, text: str) -> None:
         """Tell more of the call's arguments; they wait for its name."""
+        if self._name is not None:
+            self.call(self._name)
         if self._open:
             self._argued = True
             self._tell("arguments", text, self.index)
@@ -67,16 +83,16 @@ class Unit:
 
 
 class Calls(ABC):
-    """A family's format of calls. `opening` begins a unit, anywhere in a text, or where `bare` at its beginning only; `inner` are its
-    further marks. All are spelled as a reader meets them."""
+    """A family's format of calls. `opening` begins a unit anywhere in a text, `leading` where a text could begin only; `inner` are further
+    marks. All are spelled as a reader meets them."""
 
     marks: tuple[str, ...] = ()           # texts of tokens that the decoder is asked to write
-    bare = False
     shows_results = False                 # templates that do not know calls show their results none the less
 
     def __init__(self, source: str, spell: Spell):
         self.source = source
         self.opening: tuple[str, ...] = ()
+        self.leading: tuple[str, ...] = ()
         self.inner: tuple[str, ...] = ()
 
     @abstractmethod
@@ -84,8 +100,13 @@ class Calls(ABC):
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
 
     @abstractmethod
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
-        """Give the grammar of one unit, or of a whole reply of calls, in Lark as llguidance reads it, with the rule `start`."""
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
+        """Give the grammar of one unit, or of a whole reply of calls, in Lark as llguidance reads it, with the rule `start`: of one call,
+        or of `several`."""
+
+    def bare(self, tools: Sequence[Tool], several: bool) -> str:
+        """Give the grammar of a unit that a `leading` text begins; "" where those are units like any other."""
+        return ""
 
     @abstractmethod
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -103,10 +124,11 @@ class Calls(ABC):
 KEYS = frozenset({"name", "arguments", "parameters", "type", "id"})
 
 
-def read_call(unit: Unit, keys: frozenset[str] | None = None, opened: bool = False) -> Reading[None]:
+def read_call(unit: Unit, keys: frozenset[str] | None = None, opened: bool = False, sure: bool = False) -> Reading[None]:
     """Read {"name": .., "arguments": {..}}, the keys in any order, `parameters` for `arguments`; others are left out.
 
-    With `keys`, another key than these makes the object none of a call. Where it is `opened`, its brace was read.
+    With `keys`, another key than these makes the object none of a call; to be `sure`, one without arguments is none either. Where it is
+    `opened`, its brace was read.
     """
     tape = unit.tape
     if not opened:
@@ -126,7 +148,9 @@ def read_call(unit: Unit, keys: frozenset[str] | None = None, opened: bool = Fal
             raise Malformed
         if key in ("name", "arguments"):
             seen.add(key)
-        yield from _read_field(unit, key)
+        if key == "arguments":
+            unit.await_arguments()
+        yield from _read_field(unit, key, sure)
         letter = yield from tape.skip_blanks()
         if letter not in ("}", ","):
             raise Malformed
@@ -134,15 +158,17 @@ def read_call(unit: Unit, keys: frozenset[str] | None = None, opened: bool = Fal
     unit.end()
 
 
-def _read_field(unit: Unit, key: str) -> Reading[None]:
+def _read_field(unit: Unit, key: str, sure: bool) -> Reading[None]:
     tape = unit.tape
     letter = yield from tape.skip_blanks()
     if key == "name":
-        unit.call((yield from read_text(tape)))
+        name = yield from read_text(tape)
+        unit.hold(name) if sure else unit.call(name)
     elif key == "arguments" and letter == "{":
         yield from read_value(tape, unit.argue)
     elif key == "arguments":
         yield from tape.expect("null")
+        unit.argue("{}")
     else:
         yield from read_value(tape, lambda _: None)
 
@@ -161,6 +187,29 @@ def read_list(unit: Unit) -> Reading[None]:
         if letter not in ("]", ","):
             raise Malformed
         tape.take(tape.at + 1)
+
+
+FENCES = ("```json", "```tool_code", "```tool_call", "```")
+
+
+def read_bare(unit: Unit, opening: str, sure: bool) -> Reading[None]:
+    """Read objects without marks of their own, which `opening` begins: a brace, a list's bracket, or a fence of code around them."""
+    tape, opened, listed = unit.tape, opening == "{", opening == "["
+    if opening in FENCES:
+        listed = (yield from tape.skip_blanks()) == "["
+        tape.take(tape.at + listed)
+    while True:
+        yield from read_call(unit, KEYS, opened, sure)
+        opened = False
+        letter = yield from tape.skip_blanks()
+        if letter in (",", ";"):
+            tape.take(tape.at + 1)
+        elif letter != "{":
+            break
+    if listed and (yield from tape.word("]")):
+        yield from tape.skip_blanks()
+    if opening in FENCES:
+        yield from tape.word("```")
 
 
 def one_at_a_time(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -228,6 +277,21 @@ def call_rules(tools: Sequence[Tool], arguments: str = "arguments", more: str = 
         head = quoted(f'{{"name": {json.dumps(tool.name)}, "{arguments}": ')
         lines.append(f'call_{i}: {head} args_{i} {more} "}}"')
     return "\n".join(lines) + "\n" + schema_rules(tools)
+
+
+_BLANKS = r"[ \t\r\n]{1,40}"                # as models indent; without a bound small ones go on with them
+
+
+def bare_rules(tools: Sequence[Tool], several: bool) -> str:
+    """Return a grammar of what `read_bare` reads, spaced in any way."""
+    lines = ['start: body | "```" ("json" | "tool_code" | "tool_call")? ws body ws "```"',
+             'body: call (ws ("," | ";")? ws call)* | "[" ws call (ws "," ws call)* ws "]"' if several else 'body: call | "[" ws call ws "]"',
+             f"ws: /{_BLANKS}/?", alternatives("call", len(tools))]
+    for i, tool in enumerate(tools):
+        words = ['"{"', quoted('"name"'), '":"', quoted(json.dumps(tool.name)), '","', '("\\"arguments\\"" | "\\"parameters\\"")', '":"', f"args_{i}", '"}"']
+        schema = {**_closed(tool.parameters), "x-guidance": {"whitespace_pattern": _BLANKS}}
+        lines += [f"call_{i}: {' ws '.join(words)}", f"args_{i}: %json {json.dumps(schema, ensure_ascii=False)}"]
+    return "\n".join(lines) + "\n"
 
 
 def dumped(name: str, arguments: Mapping[str, Any], key: str = "arguments") -> str:

@@ -76,9 +76,9 @@ class Coder(Calls):
             raise Malformed
         unit.argue(as_json("".join(pieces).replace(MARKED, ""), schema))
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
-        lines = ['start: /\\n{0,2}/ unit ("\\n" unit)*' if many else "start: unit",
+        lines = ["start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (' ("\\n" unit)*' if whole and several else ""),
                  f'unit: ({literal("<tool_call>")} "\\n")? "<function=" call "</function>\\n" {literal("</tool_call>")}', alternatives("call", len(tools))]
         end = quoted("\n</parameter>\n")
         for i, tool in enumerate(tools):

@@ -67,12 +67,14 @@ def calls_of(deltas: Iterable[Delta]) -> list[ToolCall]:
 class Reader(ABC):
     """A reader of one reply.
 
-    `state` is "start" (nothing but blanks yet), "thinking", "text" or "call"; in state "call", `begun` is the offset of the first
-    character of the call's opening mark in all the text that was pushed.
+    `state` is "start" (nothing but blanks yet, or headers), "thinking", "text" or "call"; in state "call", `begun` is the offset of the first
+    character of the call's opening mark in all the text that was pushed, and `bare` says whether it is one that opens calls only where a
+    text could begin.
     """
 
     state: str = "start"
     begun: int = 0
+    bare: bool = False
 
     @abstractmethod
     def push(self, text: str) -> list[Delta]:

@@ -76,10 +76,10 @@ class Gemma4(Calls):
         yield from tape.expect(":")
         out(f"{json.dumps(key.strip(), ensure_ascii=False)}: ")
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
         begin, end, quote = map(literal, self.marks)
-        lines = [f"start: unit{'+' if many else ''}", f"unit: {begin} call {end}", alternatives("call", len(tools))]
+        lines = [f"start: unit{'+' if whole and several else ''}", f"unit: {begin} call {end}", alternatives("call", len(tools))]
         for i, tool in enumerate(tools):
             notation = Notation(tool, f"call_{i}_", quote, QUOTE)
             lines += [f"call_{i}: {quoted(f'call:{tool.name}')} {notation.rule(tool.parameters, f'tools: {tool.name}.parameters')}", *notation.lines]

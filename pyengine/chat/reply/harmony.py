@@ -38,17 +38,22 @@ class Harmony(Calls):
         yield from read_value(unit.tape, unit.argue)
         unit.end()
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one call from its channel or recipient on, or of a reply that may think before its call."""
-        start, end, message, channel, constrain = map(literal, MARKS[:5])
+        _, _, message, channel, constrain = map(literal, MARKS[:5])
         calls = " | ".join(f"call_{i}" for i in range(len(tools)))
-        lines = [f"start: thinking? ({start} \"assistant\")? ({calls})" if many else f"start: {calls}"]
-        if many:
-            lines += [f'thinking: {channel} "analysis" {message} thought', *text_rules("thought", {}, MARKS[1], end)]
+        lines = _begun(calls, literal) if whole else [f"start: {calls}"]
         for i, tool in enumerate(tools):
             to = quoted(f" to=functions.{tool.name}")
             lines.append(f'call_{i}: ({channel} "commentary" {to} | {to} {channel} "commentary") (" " {constrain}? "json")? {message} args_{i}')
         return "\n".join(lines) + "\n" + schema_rules(tools)
+
+    def around(self, content: str, calls: str | None, literal: Literal) -> str:
+        """Give the grammar of a reply that may think before its content, or before a call."""
+        _, _, message, channel, constrain = map(literal, MARKS[:5])
+        lines = _begun("final | calls" if calls else "final", literal)
+        lines += [f'final: {channel} "final" (" " {constrain}? "json")? {message} content', f"content: {content}", *([f"calls: {calls}"] if calls else [])]
+        return "\n".join(lines) + "\n"
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """Write calls as the model does."""
@@ -66,6 +71,12 @@ class Harmony(Calls):
                 message = {**kept, "reasoning_content": f"{thought}\n\n{said}", "content": ""}
             given.append(message)
         return given
+
+
+def _begun(rest: str, literal: Literal) -> list[str]:
+    """Return rules of a reply that may think first."""
+    start, end, message, channel = map(literal, MARKS[:4])
+    return [f'start: thinking? ({start} "assistant")? ({rest})', f'thinking: {channel} "analysis" {message} thought', *text_rules("thought", {}, MARKS[1], end)]
 
 
 def _texts(parts: Any) -> str:
@@ -146,7 +157,7 @@ class HarmonyReader(TapeReader):
     def _body(self, kind: str) -> Reading[str]:
         """Read a message up to the mark that ends it, which is given."""
         self._blanks, self._fresh = [], True
-        self.state = kind if kind == "thinking" else self.state
+        self.state = self.state if self._bare else kind
         while True:
             mark = yield from self._tape.until(self._stops, lambda text: self._hold(kind, text))
             if mark not in (*self._stray, self._message, self._constrain):
@@ -156,6 +167,8 @@ class HarmonyReader(TapeReader):
         if kind == "text" or not mark:
             self._tell(kind, "".join(self._blanks))
         self._blanks = []
+        if kind == "thinking" and mark:
+            self.state = "start"                             # a header comes, and what it says
         return mark
 
     def _hold(self, kind: str, text: str) -> None:

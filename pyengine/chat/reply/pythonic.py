@@ -26,13 +26,11 @@ _CODES = {"x": 2, "u": 4, "U": 8}
 
 
 class Pythonic(Calls):
-    """A list of calls, bare at a reply's beginning."""
-
-    bare = True
+    """A list of calls, at a reply's beginning."""
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
-        self.opening = ("[",)
+        self.leading = ("[",)
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
@@ -52,9 +50,12 @@ class Pythonic(Calls):
                 raise Malformed
             tape.take(tape.at + 1)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls: the list is both."""
-        return f'start: "[" call (", " call)* "]"\n{self._rules(tools)}'
+        return f'start: {self._list(several)}\n{self._rules(tools)}'
+
+    def _list(self, several: bool) -> str:
+        return '"[" call (", " call)* "]"' if several else '"[" call "]"'
 
     def _rules(self, tools: Sequence[Tool]) -> str:
         lines = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
@@ -78,12 +79,11 @@ class Liquid(Pythonic):
     """The list between `<|tool_call_start|>` and `<|tool_call_end|>`: LFM2."""
 
     marks = ("<|tool_call_start|>", "<|tool_call_end|>")
-    bare = False
     shows_results = True
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
-        self.opening, self.inner = (spell("<|tool_call_start|>"),), (spell("<|tool_call_end|>"),)
+        self.opening, self.leading, self.inner = (spell("<|tool_call_start|>"),), (), (spell("<|tool_call_end|>"),)
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
@@ -91,10 +91,10 @@ class Liquid(Pythonic):
         yield from unit.tape.skip_blanks()
         yield from unit.tape.word(*self.inner)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
         begin, end = map(literal, self.marks)
-        return f'start: {begin} "[" call (", " call)* "]" {end}\n{self._rules(tools)}'
+        return f'start: {begin} {self._list(several)} {end}\n{self._rules(tools)}'
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """Write calls as the model does."""

@@ -70,7 +70,7 @@ class TaggedReader(TapeReader):
         self._thinking, self._calls, self._opened = thinking, calls if tools else None, opened
         self._tools: Mapping[str, Tool] = {tool.name: tool for tool in tools or ()}
         self._marks = [m for m in marks if m.startswith(MARKED)] + [MARKED]
-        self._call_marks = () if calls is None else (*calls.opening, *calls.inner)
+        self._call_marks = () if calls is None else (*calls.opening, *calls.leading, *calls.inner)
         self._blanks: list[str] = []                     # held back
         self._count = 0                                  # of calls
         self._orphans: set[str] = set()                  # inner marks of a call that broke, which are letters
@@ -87,7 +87,7 @@ class TaggedReader(TapeReader):
                 return
             if self._thinking and mark in self._thinking.opening:
                 yield from self._think()
-            elif self._calls and mark in self._calls.opening:
+            elif self._calls and mark in (*self._calls.opening, *self._calls.leading):
                 yield from self._read_calls(self._calls, mark, begun)
             elif self._thinking and mark in self._thinking.frame:
                 self._blanks, self._drops = [], True
@@ -115,8 +115,8 @@ class TaggedReader(TapeReader):
     def _awaited(self, fresh: bool) -> list[str]:
         """List what is a mark at this place: after blanks only (`fresh`), or inside of a text."""
         found = list(self._marks)
-        if self._calls and (fresh or not self._calls.bare):
-            found += self._calls.opening
+        if self._calls:
+            found += (*self._calls.opening, *self._calls.leading) if fresh else self._calls.opening
         if self._thinking and fresh:
             found += self._thinking.opening
         if self._thinking and self._thought:
@@ -168,7 +168,8 @@ class TaggedReader(TapeReader):
     def _read_calls(self, calls: Calls, opening: str, begun: int) -> Reading[None]:
         tape = self._tape
         unit = Unit(tape, self._tools, self._tell, self._count, lambda: self._enter_call(begun))
-        if not calls.bare:
+        self.bare = opening in calls.leading
+        if not self.bare:
             self._enter_call(begun)
         tape.past, whole = [opening], True
         try:

@@ -69,7 +69,7 @@ def text_rules(rule: str, schema: Mapping[str, Any], without: str, closing: str)
     values = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
     if values is not None:
         return [f"{rule}: ({' | '.join(json.dumps(value, ensure_ascii=False) for value in values if isinstance(value, str))}) {closing}"]
-    parts = ["/(?s:.*)/", f"~/(?s:.*){_regex(without)}(?s:.*)/"]
+    parts = ["/(?s:.*)/", f"~/(?s:.*){regex(without)}(?s:.*)/"]
     if "minLength" in schema or "maxLength" in schema:
         parts.append(f"/(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})/")
     if "pattern" in schema:
@@ -88,7 +88,7 @@ def _anchored(pattern: str) -> str:
     return f"{before}(?:{body}){after}".replace("/", "\\/")
 
 
-def _regex(text: str) -> str:
+def regex(text: str) -> str:
     """Return a pattern of this text, for a grammar."""
     return "".join(letter if letter.isalnum() or letter in "_<> \"" else f"\\{letter}" for letter in text)
 

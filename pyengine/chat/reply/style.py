@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyengine.chat.reply.calls import Calls, Literal, Spell, speller
+from pyengine.chat.reply.calls import Calls, Literal, quoted, Spell, speller
 from pyengine.chat.reply.coder import Coder
 from pyengine.chat.reply.deltas import Reader
 from pyengine.chat.reply.gemma import Gemma4
@@ -15,6 +15,7 @@ from pyengine.chat.reply.harmony import Harmony, HarmonyReader
 from pyengine.chat.reply.pythonic import Liquid, Pythonic
 from pyengine.chat.reply.reading import TaggedReader, Thinking
 from pyengine.chat.reply.tagged import DeepSeek, Granite, Hermes, Llama, Mistral, Prompted
+from pyengine.chat.reply.schema import regex
 from pyengine.chat.reply.told import told_tools, told_turns
 from pyengine.chat.reply.tools import Tool
 from pyengine.errors import RequestError, shown
@@ -75,10 +76,11 @@ CALLS: tuple[tuple[Callable[[str], bool], type[Calls]], ...] = (
 class Style:
     """How one model writes its replies. Made once for a model; readers are made for each reply.
 
-    framed: whether content stands behind a mark of its own, so that a reply does not begin with it.
+    framed: whether content stands behind a header of its own, so that a reply does not begin with it.
     """
 
     framed = False
+    end_of_analysis = ""                     # closes thinking where a call follows, in formats that are framed
 
     def __init__(self, thoughts: Thoughts | None, calls: Calls, source: str, is_token: Is):
         spell = speller(is_token)
@@ -93,6 +95,7 @@ class Style:
         self._effort = "reasoning_effort" in self._names
         self.switches = frozenset([*(("on", "off", "budget") if thoughts else ()), *(("effort",) if thoughts and self._effort else ())])
         self.end_of_thinking = thoughts.end if thoughts else ""
+        self.closes_by_token = thoughts is not None and all(is_token(mark) for mark in thoughts.closing)
 
     def variables(self, think: bool | int | str | None) -> dict[str, Any]:
         """Give the template's variables for what is asked of thinking. Raises RequestError where this format cannot do it."""
@@ -109,9 +112,21 @@ class Style:
         return {**given, "reasoning_effort": think} if needed == "effort" else given
 
     @property
-    def opening(self) -> str:
-        """The mark with which thinking begins; "" where there is none."""
-        return self._thoughts.opening[0] if self._thoughts else ""
+    def gap(self) -> str:
+        """What stands between thinking and content."""
+        return self._thoughts.end.partition(self._thoughts.closing[0])[2] if self._thoughts else ""
+
+    def opens(self, literal: Literal) -> str:
+        """Give a grammar's fragment of what opens thinking."""
+        assert self._thoughts
+        return "(" + " | ".join(_fragment(text, self._thoughts.marks, literal) for text in self._thoughts.opening) + ")"
+
+    def thought(self) -> str:
+        """Give the rule `thought` of thinking up to what closes it, which is spelled by letters, and blanks behind it."""
+        assert self._thoughts
+        words = [regex(text) for text in self._thoughts.closing]
+        closing = " | ".join(quoted(text) for text in self._thoughts.closing)
+        return f"thought: THOUGHT /[ \\n]{{0,3}}/\nTHOUGHT: (/(?s:.*)/ & ~/(?s:.*)({'|'.join(words)})(?s:.*)/) ({closing})\n"
 
     def opened(self, prompt: str) -> bool:
         """Say whether the rendered prompt ends inside of thinking that it opened."""
@@ -125,15 +140,23 @@ class Style:
             return self._thoughts.end.removeprefix("\n") if prompt.endswith("\n") else self._thoughts.end
         return "" if self._asked and self._thoughts.name in ("response", "phrases") else self._thoughts.none
 
+    def around(self, content: str, calls: str | None, literal: Literal) -> str:
+        """Give the grammar of a whole reply from that of its content, in formats that are framed."""
+        raise NotImplementedError
+
     def reader(self, tools: Sequence[Tool] | None, opened: bool) -> Reader:
         """Make the reader of one reply; without tools, nothing in it is a call."""
         return TaggedReader(self._thinking, self._calls, tools, self._spelled, opened and self.thinks)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
-        """Give the grammar (Lark, as llguidance reads it) of one unit of calls, or with `many` of a whole reply of calls."""
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
+        """Give the grammar (Lark, as llguidance reads it) of one unit of calls, or of a `whole` reply of calls; of one call, or of `several`."""
         if not tools:
             raise RequestError("tools: there are none to call")
-        return self._calls.grammar(tools, many, literal)
+        return self._calls.grammar(tools, whole, several, literal)
+
+    def bare(self, tools: Sequence[Tool], several: bool) -> str:
+        """Give the grammar of calls that lack their marks; "" where that is how they are written."""
+        return self._calls.bare(tools, several)
 
     def prepare(self, messages: Sequence[Mapping[str, Any]],
                 tools: Sequence[Tool] | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
@@ -158,7 +181,7 @@ class HarmonyStyle(Style):
         super().__init__(None, calls, source, is_token)
         self.name, self.thinks = "harmony", True
         self.switches = frozenset({"on", "budget", *(("effort",) if self._effort else ())})
-        self.end_of_thinking = "<|end|><|start|>assistant<|channel|>final<|message|>"
+        self.end_of_thinking, self.end_of_analysis = "<|end|><|start|>assistant<|channel|>final<|message|>", "<|end|>"
 
     def opened(self, prompt: str) -> bool:
         """Say whether the rendered prompt ends inside of thinking that it opened."""
@@ -167,6 +190,10 @@ class HarmonyStyle(Style):
     def unthought(self, prompt: str) -> str:
         """Refuse: such models always think."""
         raise RequestError("think: this model always thinks; give an effort, such as 'low', or a budget in tokens")
+
+    def around(self, content: str, calls: str | None, literal: Literal) -> str:
+        """Give the grammar of a whole reply, of which `content` is the fragment of what it says in the end, or `calls` that of calls instead."""
+        return self._calls.around(content, calls, literal)
 
     def reader(self, tools: Sequence[Tool] | None, opened: bool) -> Reader:
         """Make the reader of one reply; without tools, nothing in it is a call."""
@@ -214,6 +241,12 @@ def variables_of(source: str) -> set[str]:
             found.update(re.findall(r"(?<![\w.])[A-Za-z_]\w*", code))
         at = close + 2
     return found
+
+
+def _fragment(text: str, marks: Sequence[str], literal: Literal) -> str:
+    """Return a grammar's fragment of a text that begins with one of the marks, or has none."""
+    mark = next((mark for mark in marks if text.startswith(mark)), "")
+    return " ".join([*([literal(mark)] if mark else []), *([quoted(text[len(mark):])] if text != mark else [])])
 
 
 def _spelled(words: str, marks: Sequence[str], spell: Spell) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import (
-    call_rules, Calls, dumped, KEYS, Literal, one_at_a_time, quoted, read_call, read_list, schema_rules, Spell, Unit
+    bare_rules, call_rules, Calls, dumped, FENCES, KEYS, Literal, one_at_a_time, quoted, read_bare, read_call, read_list, schema_rules, Spell, Unit
 )
 from pyengine.chat.reply.json_text import escaped, read_value
 from pyengine.chat.reply.pythonic import read_arguments, read_word
@@ -24,6 +24,7 @@ from pyengine.chat.reply.tools import Tool
 
 Messages = list[dict[str, Any]]
 Written = Sequence[tuple[str, Mapping[str, Any]]]
+_BARE = ("{", "[", *FENCES)
 
 
 class Hermes(Calls):
@@ -34,17 +35,25 @@ class Hermes(Calls):
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
         self.opening, self.inner = (spell("<tool_call>"),), (spell("</tool_call>"),)
+        self.leading = _BARE
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
+        if opening in _BARE:                                 # Qwen2.5-Coder leaves the tags out
+            yield from read_bare(unit, opening, sure=True)
+            return
         yield from read_list(unit)                           # a list is what Granite's smaller models make of it
         yield from unit.tape.skip_blanks()
         yield from unit.tape.word(*self.inner)               # left out by some: the call is whole without it
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
-        start = 'start: /\\n{0,2}/ unit ("\\n" unit)*' if many else "start: unit"
+        start = "start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (' ("\\n" unit)*' if whole and several else "")
         return f'{start}\nunit: {literal("<tool_call>")} "\\n" call "\\n" {literal("</tool_call>")}\n{call_rules(tools)}'
+
+    def bare(self, tools: Sequence[Tool], several: bool) -> str:
+        """Give the grammar of a unit without tags."""
+        return bare_rules(tools, several)
 
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
@@ -60,17 +69,25 @@ class Granite(Calls):
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
         self.opening, self.inner = (spell("<|tool_call|>"), spell("<tool_call>")), (spell("<|/tool_call|>"),)
+        self.leading = _BARE
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
+        if opening in _BARE:
+            yield from read_bare(unit, opening, sure=True)
+            return
         yield from read_list(unit)
         yield from unit.tape.skip_blanks()
         yield from unit.tape.word(*self.inner)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls: the list is both."""
         opening = f'({literal("<|tool_call|>")} | {literal("<tool_call>")})'
-        return f'start: {opening} "[" call (", " call)* "]"\n{call_rules(tools)}'
+        return f'start: {opening} "[" call{_more(several)} "]"\n{call_rules(tools)}'
+
+    def bare(self, tools: Sequence[Tool], several: bool) -> str:
+        """Give the grammar of a unit without its mark."""
+        return bare_rules(tools, several)
 
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
@@ -87,10 +104,14 @@ class Mistral(Calls):
         self.opening, self._args, self._id = (spell("[TOOL_CALLS]"),), spell("[ARGS]"), spell("[CALL_ID]")
         self.inner = (self._args, self._id)
         self._listed = "[ARGS]" not in source
+        self.leading = _BARE if self._listed else ()
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
         tape = unit.tape
+        if opening in _BARE:
+            yield from read_bare(unit, opening, sure=True)
+            return
         if (yield from tape.skip_blanks()) in ("[", "{") and (yield from self._begins_list(tape)):
             yield from read_list(unit)
             return
@@ -115,15 +136,19 @@ class Mistral(Calls):
             yield
         return not tape.text.startswith(("[A", "[C"), tape.at)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
         opening = literal("[TOOL_CALLS]")
         if self._listed:
             number = '(", \\"id\\": \\"" /[a-zA-Z0-9]{9}/ "\\"")?'
-            return f'start: {opening} "[" call (", " call)* "]"\n{call_rules(tools, more=number)}'
+            return f'start: {opening} "[" call{_more(several)} "]"\n{call_rules(tools, more=number)}'
         call_id = f'({literal("[CALL_ID]")} /[a-zA-Z0-9]{{9}}/)? ' if "[CALL_ID]" in self.source else ""
         units = " | ".join(f"{quoted(tool.name)} {call_id}{literal('[ARGS]')} args_{i}" for i, tool in enumerate(tools))
-        return f"start: unit{'+' if many else ''}\nunit: {opening} ({units})\n{schema_rules(tools)}"
+        return f"start: unit{'+' if whole and several else ''}\nunit: {opening} ({units})\n{schema_rules(tools)}"
+
+    def bare(self, tools: Sequence[Tool], several: bool) -> str:
+        """Give the grammar of a unit without its mark."""
+        return bare_rules(tools, several)
 
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
@@ -149,12 +174,11 @@ class Llama(Calls):
     """A bare JSON object with a name and parameters, or `<|python_tag|>` and one, code or a built-in tool: Llama 3.1, 3.2 and 3.3."""
 
     marks = ("<|python_tag|>",)
-    bare = True
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
         self._tag = spell("<|python_tag|>")
-        self.opening = (self._tag, "{")
+        self.leading = (self._tag, "{")
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
@@ -184,8 +208,8 @@ class Llama(Calls):
         unit.argue('"}')
         unit.end()
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
-        """Give the grammar of one unit, or of a whole reply of calls: one, which is all that the templates show."""
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
+        """Give the grammar of one unit, or of a whole reply of calls: one call, which is all that the templates show."""
         return f'start: {literal("<|python_tag|>")}? call\n{call_rules(tools, "parameters")}'
 
     def write(self, calls: Written) -> str:
@@ -235,15 +259,15 @@ class DeepSeek(Calls):
             yield from tape.skip_blanks()
             yield from tape.word(self._end)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls: the section is both."""
         begins, begin, sep, end, ends = map(literal, self.marks)
         head, tail = ('"\\n```json\\n"', '"\\n```"') if self._fenced else ("", "")
         kind = f'"function" {sep} ' if self._fenced else ""
         between = "" if self._fenced else f" {sep}"
         calls = " | ".join(f"{kind}{quoted(tool.name)}{between} {head} args_{i} {tail}" for i, tool in enumerate(tools))
-        start = "/\\n{0,2}/ " if many else ""
-        joint = '("\\n" call)*' if self._fenced else "call*"
+        start = "/\\n{0,2}/ " if whole else ""
+        joint = "" if not several else '("\\n" call)*' if self._fenced else "call*"
         return f"start: {start}{begins} call {joint} {ends}\ncall: {begin} ({calls}) {end}\n{schema_rules(tools)}"
 
     def write(self, calls: Written) -> str:
@@ -265,43 +289,29 @@ class Prompted(Calls):
     Several stand in lines or in a list; some models fence them as code.
     """
 
-    bare = True
-    _FENCES = ("```json", "```tool_code", "```tool_call", "```")
-
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
-        self.opening = ("{", "[", *self._FENCES)
+        self.leading = _BARE
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
-        tape, opened, listed = unit.tape, opening == "{", opening == "["
-        if opening in self._FENCES:
-            listed = (yield from tape.skip_blanks()) == "["
-            tape.take(tape.at + listed)
-        while True:
-            yield from read_call(unit, KEYS, opened)
-            opened = False
-            letter = yield from tape.skip_blanks()
-            if letter in (",", ";"):
-                tape.take(tape.at + 1)
-            elif letter != "{":
-                break
-        if listed and (yield from tape.word("]")):
-            yield from tape.skip_blanks()
-        if opening in self._FENCES:
-            yield from tape.word("```")
+        yield from read_bare(unit, opening, sure=False)
 
-    def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
-        """Give the grammar of one unit, or of a whole reply of calls."""
-        fence = '"```" ("json" | "tool_code" | "tool_call")? /\\n?/'
-        calls = 'call ("\\n" call)*'
-        if many:
-            return f"start: {calls}\n{call_rules(tools, 'parameters')}"
-        return f'start: {calls} | "[" listed "]" | {fence} ({calls} | "[" listed "]") /\\n?/ "```"\nlisted: call (", " call)*\n{call_rules(tools, "parameters")}'
+    def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
+        """Give the grammar of one unit, or of a whole reply of calls, which is spaced as the model was told."""
+        if not whole:
+            return bare_rules(tools, several)
+        more = ' ("\\n" call)*' if several else ""
+        return f"start: call{more}\n{call_rules(tools, 'parameters')}"
 
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
         return "\n".join(dumped(name, arguments, "parameters") for name, arguments in calls)
+
+
+def _more(several: bool) -> str:
+    """Return the part of a list's rule behind its first call."""
+    return ' (", " call)*' if several else ""
 
 
 def short_id(name: Any) -> str:
