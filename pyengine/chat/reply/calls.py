@@ -67,8 +67,8 @@ class Unit:
 
 
 class Calls(ABC):
-    """A family's format of calls. `opening` begins a unit, anywhere in a text, or where `bare` at its beginning only; `inner` are its
-    further marks. All are spelled as a reader meets them."""
+    """A family's format of calls. `opening` begins a unit, anywhere in a text, or where `bare` at its beginning only; `first` are more that do so
+    at the beginning only; `inner` are its further marks. All are spelled as a reader meets them."""
 
     marks: tuple[str, ...] = ()           # texts of tokens that the decoder is asked to write
     bare = False
@@ -77,6 +77,7 @@ class Calls(ABC):
     def __init__(self, source: str, spell: Spell):
         self.source = source
         self.opening: tuple[str, ...] = ()
+        self.first: tuple[str, ...] = ()
         self.inner: tuple[str, ...] = ()
 
     @abstractmethod

@@ -87,7 +87,7 @@ class TaggedReader(TapeReader):
                 return
             if self._thinking and mark in self._thinking.opening:
                 yield from self._think()
-            elif self._calls and mark in self._calls.opening:
+            elif self._calls and mark in (*self._calls.opening, *self._calls.first):
                 yield from self._read_calls(self._calls, mark, begun)
             elif self._thinking and mark in self._thinking.frame:
                 self._blanks, self._drops = [], True
@@ -117,6 +117,8 @@ class TaggedReader(TapeReader):
         found = list(self._marks)
         if self._calls and (fresh or not self._calls.bare):
             found += self._calls.opening
+        if self._calls and fresh:
+            found += self._calls.first
         if self._thinking and fresh:
             found += self._thinking.opening
         if self._thinking and self._thought:
@@ -168,7 +170,7 @@ class TaggedReader(TapeReader):
     def _read_calls(self, calls: Calls, opening: str, begun: int) -> Reading[None]:
         tape = self._tape
         unit = Unit(tape, self._tools, self._tell, self._count, lambda: self._enter_call(begun))
-        if not calls.bare:
+        if not calls.bare and opening not in calls.first:
             self._enter_call(begun)
         tape.past, whole = [opening], True
         try:

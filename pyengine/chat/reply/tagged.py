@@ -26,24 +26,33 @@ Messages = list[dict[str, Any]]
 Written = Sequence[tuple[str, Mapping[str, Any]]]
 
 
+FENCES = ("```json", "```tool_code", "```tool_call", "```")
+
+
 class Hermes(Calls):
-    """`<tool_call>`, a JSON object, `</tool_call>`: Hermes 2 Pro and 3, Qwen 2.5 and 3, SmolLM3, Granite 4."""
+    """`<tool_call>`, a JSON object, `</tool_call>`: Hermes 2 Pro and 3, Qwen 2.5 and 3, SmolLM3, Granite 4.
+
+    Qwen2.5-Coder has the template, but leaves the marks out: it begins with the objects, bare or fenced as code.
+    """
 
     marks = ("<tool_call>", "</tool_call>")
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
-        self.opening, self.inner = (spell("<tool_call>"),), (spell("</tool_call>"),)
+        self.opening, self.inner, self.first = (spell("<tool_call>"),), (spell("</tool_call>"),), ("{", *FENCES)
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
+        if opening in self.first:
+            yield from read_bare(unit, opening)
+            return
         yield from read_list(unit)                           # a list is what Granite's smaller models make of it
         yield from unit.tape.skip_blanks()
         yield from unit.tape.word(*self.inner)               # left out by some: the call is whole without it
 
     def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
-        start = 'start: /\\n{0,2}/ unit ("\\n" unit)*' if many else "start: unit"
+        start = 'start: /\\n{0,2}/ unit ("\\n" unit)* | call ("\\n" call)*' if many else "start: unit | call"
         return f'{start}\nunit: {literal("<tool_call>")} "\\n" call "\\n" {literal("</tool_call>")}\n{call_rules(tools)}'
 
     def write(self, calls: Written) -> str:
@@ -266,30 +275,14 @@ class Prompted(Calls):
     """
 
     bare = True
-    _FENCES = ("```json", "```tool_code", "```tool_call", "```")
 
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
-        self.opening = ("{", "[", *self._FENCES)
+        self.opening = ("{", "[", *FENCES)
 
     def read(self, unit: Unit, opening: str) -> Reading[None]:
         """Read a unit behind its opening mark. Raises Malformed where it is none."""
-        tape, opened, listed = unit.tape, opening == "{", opening == "["
-        if opening in self._FENCES:
-            listed = (yield from tape.skip_blanks()) == "["
-            tape.take(tape.at + listed)
-        while True:
-            yield from read_call(unit, KEYS, opened)
-            opened = False
-            letter = yield from tape.skip_blanks()
-            if letter in (",", ";"):
-                tape.take(tape.at + 1)
-            elif letter != "{":
-                break
-        if listed and (yield from tape.word("]")):
-            yield from tape.skip_blanks()
-        if opening in self._FENCES:
-            yield from tape.word("```")
+        yield from read_bare(unit, opening)
 
     def grammar(self, tools: Sequence[Tool], many: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
@@ -302,6 +295,26 @@ class Prompted(Calls):
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
         return "\n".join(dumped(name, arguments, "parameters") for name, arguments in calls)
+
+
+def read_bare(unit: Unit, opening: str) -> Reading[None]:
+    """Read objects of calls in lines or in a list, bare or fenced as code, behind what they begin with. Raises Malformed where it is none."""
+    tape, opened, listed = unit.tape, opening == "{", opening == "["
+    if opening in FENCES:
+        listed = (yield from tape.skip_blanks()) == "["
+        tape.take(tape.at + listed)
+    while True:
+        yield from read_call(unit, KEYS, opened)
+        opened = False
+        letter = yield from tape.skip_blanks()
+        if letter in (",", ";"):
+            tape.take(tape.at + 1)
+        elif letter != "{":
+            break
+    if listed and (yield from tape.word("]")):
+        yield from tape.skip_blanks()
+    if opening in FENCES:
+        yield from tape.word("```")
 
 
 def short_id(name: Any) -> str:
