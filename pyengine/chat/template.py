@@ -233,7 +233,7 @@ def _tool_call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
         try:
-            arguments = json.loads(function["arguments"])
+            arguments = json.loads(function["arguments"] or "{}")              # some clients write none so
         except (ValueError, RecursionError) as error:        # the second: lists in lists, by the thousand
             raise RequestError(f"the arguments of a tool call are not JSON: {error}") from None
         return {**call, "function": {**function, "arguments": arguments}}

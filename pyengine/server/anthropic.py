@@ -22,8 +22,8 @@ from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
 
-_SETTINGS = {name: name for name in ("temperature", "top_p", "top_k")}
 _NOT_HERE = {"mcp_servers": "no servers of tools are asked from here; give the tools themselves", "container": "nothing is run here"}
+_NAMES = {"format": "output_config.format.schema", "think": "thinking", "give false": "give the type disabled", "stop": "stop_sequences"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 500: "api_error",
@@ -41,7 +41,7 @@ def routes(models: Models) -> list[Route]:
         fields = await replies.read(request)
         served = await replies.using(request, models, fields.text("model", None))
         wanted, client = _wanted(fields), replies.client_of(request)
-        handle = await replies.submit(lambda: served.submit(client, **wanted))
+        handle = await replies.submit(lambda: served.submit(client, **wanted), _NAMES)
         if fields.flag("stream"):
             return replies.streaming(_events(handle, served, wanted["stop"]), [handle], "text/event-stream")
         await replies.finished(request, [handle])
@@ -88,6 +88,8 @@ def _turns(message: Any, at: str) -> list[Any]:
             results.append({"role": "tool", "tool_call_id": fields.text("tool_use_id"), "content": said if said or not fields.flag("is_error") else "error"})
         elif kind == "thinking":
             thoughts.append(fields.text("thinking"))
+        elif kind == "document":
+            rest.append({"type": "text", "text": _document(fields)})
         elif kind != "redacted_thinking":
             rest.append(block)
     own: dict[str, Any] = {**message, "content": rest}
@@ -96,6 +98,14 @@ def _turns(message: Any, at: str) -> list[Any]:
     if calls:
         own["tool_calls"] = calls
     return [*results, *([own] if rest or calls or thoughts else [])]
+
+
+def _document(fields: Fields) -> str:
+    """Return a document that is a text, below its title and what is said about it."""
+    source = Fields(fields.object("source"), f"{fields.within}source.")
+    if source.text("type") != "text":
+        raise FieldError(f"{fields.within}source.type", "of documents only those of the type text are taken; give a PDF's pages as pictures")
+    return "\n\n".join(t for t in (fields.text("title", ""), fields.text("context", ""), source.text("data")) if t)
 
 
 def _tools(fields: Fields) -> list[dict[str, Any]] | None:
@@ -152,8 +162,8 @@ def _wanted(fields: Fields) -> dict[str, Any]:
     """Return a request as `Served.submit` takes it."""
     fields.refuse(_NOT_HERE)
     config = Fields(fields.object("output_config", {}), "output_config.")
-    return {"messages": _messages(fields), "max_tokens": fields.whole("max_tokens", low=1), "stop": fields.stops("stop_sequences"),
-            "tools": _tools(fields), **_choice(fields), "think": _think(fields, config), **_form(fields, config), **fields.given(_SETTINGS)}
+    return {"messages": _messages(fields), "max_tokens": fields.whole("max_tokens"), "stop": fields.stops("stop_sequences"),
+            "tools": _tools(fields), **_choice(fields), "think": _think(fields, config), **_form(fields, config), **replies.sampling(fields)}
 
 
 def _blocks(answer: Answer) -> list[dict[str, Any]]:

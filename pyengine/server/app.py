@@ -6,6 +6,8 @@ import errno
 import hmac
 import ipaddress
 import os
+import re
+import secrets
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, chat, completions, embeddings, llamacpp, ollama, openai, page, responses
+from pyengine.server import anthropic, chat, completions, embeddings, listing, llamacpp, ollama, openai, page, responses
 from pyengine.server.allowed import Allowed, set_allowed
 from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
 
 HEADER_BYTES = 32 << 10
 KEEP_ALIVE_SECONDS = 10              # of connections that ask nothing
+_NAMES = ("X-Request-Id", "Request-Id")                      # headers with a reply's own name: OpenAI's, Anthropic's
+_HEADERS = re.compile(r"[\w-]+(, ?[\w-]+)*")                 # names of headers, as a preflight asks for them
 
 
 def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (), hosts: Sequence[str] = (), origins: Sequence[str] = (),
@@ -36,14 +40,13 @@ def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (),
     """
     models = served if isinstance(served, Models) else Models(served)
 
-
     async def nothing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
-        return JSONResponse({"error": {"message": said, "type": "not_found_error", "param": None, "code": None}}, status)
+        return _refusal(request, status, said)
 
     counts = Metrics(models)
-    routes = [*openai.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models),
+    routes = [*listing.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models),
               *anthropic.routes(models), *ollama.routes(models), *llamacpp.routes(models), counts.route(), *page.routes(models)]
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins, allowed, counts)
 
@@ -65,21 +68,24 @@ class _Guard:
         set_metrics(self.counts)
         request = Request(scope)
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        name = "req_" + secrets.token_hex(12)
+        named = {header: name for header in _NAMES}
         refused = self._refused(request, host, origin)
         if refused is not None:
+            refused.headers.update(named)
             self.counts.count("refused", refused.status_code)
             await refused(scope, receive, send)
             return
         foreign = origin is not None and origin.lower() in self.origins
         if foreign and request.method == "OPTIONS":
-            await Response(status_code=204, headers=_cors(str(origin)))(scope, receive, send)
+            await Response(status_code=204, headers=_cors(request))(scope, receive, send)
             return
 
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.counts.count(getattr(scope.get("route"), "path", "other"), message["status"])
-            if foreign and message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in _cors(str(origin)).items())]
+                given = {**named, **(_cors(request) if foreign else {})}
+                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in given.items())]
             await send(message)
 
         await self.app(scope, receive, sent)
@@ -87,16 +93,16 @@ class _Guard:
     def _refused(self, request: Request, host: str, origin: str | None) -> Response | None:
         """Return the refusal of a request, or None if it may pass."""
         if sum(len(name) + len(value) for name, value in request.scope["headers"]) + len(request.url.path) > HEADER_BYTES:
-            return _refusal(431, f"a request's address and headers may have {HEADER_BYTES} bytes")
+            return _refusal(request, 431, f"a request's address and headers may have {HEADER_BYTES} bytes")
         if not self._is_ours(host):
-            return _refusal(403, f"Host {host!r} is not this server's; allow it with --allow-host")
+            return _refusal(request, 403, f"Host {host!r} is not this server's; allow it with --allow-host")
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
-            return _refusal(403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
+            return _refusal(request, 403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
         if self.keys and request.url.path != "/health" and request.method != "OPTIONS" and not page.is_open(request.method, request.url.path):
             kind, _, key = request.headers.get("authorization", "").partition(" ")
             given = (key if kind.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
             if not any([hmac.compare_digest(given, known) for known in self.keys]):              # all are compared
-                return _refusal(401, "an API key is needed: Authorization: Bearer KEY")
+                return _refusal(request, 401, "an API key is needed: Authorization: Bearer KEY")
         return None
 
     def _is_ours(self, host: str) -> bool:
@@ -110,14 +116,19 @@ class _Guard:
             return name in self.hosts
 
 
-def _cors(origin: str) -> dict[str, str]:
-    return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key", "Access-Control-Max-Age": "600"}
+def _cors(request: Request) -> dict[str, str]:
+    """Return what lets a page of an allowed origin ask: with any headers, as clients in browsers add their own."""
+    asked = request.headers.get("access-control-request-headers", "")
+    allowed_headers = asked if _HEADERS.fullmatch(asked) else "Authorization, Content-Type, X-API-Key"
+    return {"Access-Control-Allow-Origin": request.headers["origin"], "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": allowed_headers, "Access-Control-Expose-Headers": ", ".join(_NAMES), "Access-Control-Max-Age": "600"}
 
 
-def _refusal(status: int, message: str) -> Response:
-    kind = "authentication_error" if status == 401 else "permission_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+def _refusal(request: Request, status: int, message: str) -> Response:
+    """Return an error in the form of the interface that the address belongs to."""
+    path = request.url.path
+    interface = ollama if path.startswith("/api/") else anthropic if path.startswith("/v1/messages") or "anthropic-version" in request.headers else openai
+    return JSONResponse(interface.failed(RequestError(message), status), status)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,12 +15,13 @@ from starlette.routing import Route
 
 from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
+from pyengine.errors import shown
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models
 from pyengine.server.openai import failed, Interface, MOST_LOGPROBS
 
-EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
+EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 
 
 def routes(models: Models) -> list[Route]:
@@ -63,11 +64,33 @@ def _schema(fields: Fields, name: str) -> Any:
 def tools_of(fields: Fields) -> dict[str, Any]:
     """Return the tools of a request and the choice among them, as `Model.chat` takes them."""
     tools = fields.items("tools", None)
-    choice = fields.values.get("tool_choice")
-    if isinstance(choice, dict) and choice.get("type") != "function":
-        raise FieldError("tool_choice.type", f"only function is taken, got {choice.get('type')!r}")
+    tools, choice = chosen(fields, tools or [], "tool_choice.allowed_tools.")
     return {"tools": tools or None, **({} if choice is None else {"tool_choice": choice}),
             "parallel_tool_calls": fields.flag("parallel_tool_calls", True)}
+
+
+def chosen(fields: Fields, tools: Sequence[Any], within: str) -> tuple[list[Any], Any]:
+    """Return the tools, those that may be called where the choice names some, and the choice. within: where it names them."""
+    choice = fields.values.get("tool_choice")
+    kind = choice.get("type") if isinstance(choice, dict) else "function"
+    if kind == "allowed_tools":
+        asked = Fields(choice if within == "tool_choice." else Fields(choice, "tool_choice.").object("allowed_tools"), within)
+        allowed = [(t.get("function") or t).get("name") if isinstance(t, dict) else None for t in asked.items("tools")]
+        known = {name_of(t): t for t in tools}
+        for i, name in enumerate(allowed):
+            if name not in known:
+                raise FieldError(f"{within}tools[{i}]", f"{shown(name)} is no tool of this request")
+        return [known[name] for name in allowed], asked.text("mode")
+    if kind != "function":
+        raise FieldError("tool_choice.type", f"only function and allowed_tools are taken, got {shown(kind)}")
+    return list(tools), choice
+
+
+def name_of(tool: Any) -> Any:
+    """Return the name of a tool in OpenAI's form, where it has one."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class _Chat(Interface):
@@ -77,7 +100,9 @@ class _Chat(Interface):
     def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
         if set(fields.items("modalities", ["text"])) != {"text"}:
             raise FieldError("modalities", "only text comes out of the models here")
-        messages = fields.items("messages")
+        messages, think = fields.items("messages"), fields.values.get("think") is not None
+        self.names = {"format": "json_schema" if fields.values.get("json_schema") is not None else "response_format.json_schema.schema",
+                      **({} if think else {"think": "reasoning_effort", "give false": "give none"})}
         if not messages:
             raise FieldError("messages", "is empty")
         return [{"messages": messages, "template_options": fields.object("chat_template_kwargs", None), "think": think_of(fields),

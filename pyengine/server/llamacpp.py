@@ -137,7 +137,7 @@ def _settings(fields: Fields) -> dict[str, Any]:
     for name, off in _NO_STEP.items():
         if fields.values.get(name) not in (None, off):
             raise FieldError(name, "the sampler has no such step")
-    wanted: dict[str, Any] = fields.given(replies.SAMPLING)
+    wanted = replies.sampling(fields)
     if isinstance(wanted.get("seed"), int) and wanted["seed"] in (-1, 2**32 - 1):
         del wanted["seed"]                                   # another one each time
     n = fields.whole("n_predict", fields.whole("max_tokens", -1, -1), -2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 from anyio import to_thread
 
+from pyengine.chat.reply.style import find
 from pyengine.engine.load import Candidate
 from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
@@ -24,6 +26,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.stores import FoundModel, matching
 from pyengine.server.allowed import allowed
 from pyengine.server.fields import FieldError
+from pyengine.text.tokenizer import Tokenizer
 
 
 class Named:
@@ -91,10 +94,16 @@ class Offer(Named):
         return self.written
 
     @cached_property
+    def digest(self) -> str:
+        """What tells its file from others."""
+        return digest_of(self.path)
+
+    @cached_property
     def capabilities(self) -> list[str]:
         """What can be asked of it. Raises as `load`, but for what does not fit."""
         bound = Candidate.open(self.source, **self.options).bound
-        return capabilities_of(bound.image is not None, pooling_of(Hparams(bound.files.model.metadata)) in POOLINGS)
+        metadata = bound.files.model.metadata
+        return capabilities_of(metadata, Tokenizer(metadata), bound.image is not None)
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,13 @@ class Served(Named):
 
     @property
     def capabilities(self) -> list[str]:
-        """What can be asked of it. Vectors can be had of any model; "embedding" is one whose file says how they are made."""
-        return capabilities_of(self.model.media is not None, pooling_of(Hparams(self.file.metadata)) in POOLINGS)
+        """What can be asked of it."""
+        return capabilities_of(self.file.metadata, self.model.tokenizer, self.model.media is not None)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells its file from others."""
+        return digest_of(self._path)     # type: ignore[attr-defined]
 
     def count(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""
@@ -140,9 +154,26 @@ class Served(Named):
         return self.model.submit(client=client, media_policy=allowed().media, **request)
 
 
-def capabilities_of(sees: bool, pools: bool) -> list[str]:
-    """Return what can be asked of a model, in Ollama's words."""
-    return ["completion", *(["vision"] if sees else []), *(["embedding"] if pools else [])]
+def capabilities_of(metadata: Mapping[str, Any], tokenizer: Tokenizer, sees: bool) -> list[str]:
+    """Return what can be asked of a model, in Ollama's words. Vectors can be had of any; "embedding" is one whose file says how they are made."""
+    template = metadata.get("tokenizer.chat_template")
+    thinks = isinstance(template, str) and find(template, lambda text: tokenizer.id_of(text) is not None).thinks
+    told = {"vision": sees, "tools": isinstance(template, str), "thinking": thinks, "insert": tokenizer.fim is not None,
+            "embedding": pooling_of(Hparams(metadata)) in POOLINGS}
+    return ["completion", *(name for name, can in told.items() if can)]
+
+
+def digest_of(path: Path) -> str:
+    """Return SHA-256, in hexadecimal, of a file's size and first MiB, which of a GGUF file are its facts and a part of its vocabulary.
+
+    It tells models apart, as clients of Ollama use it; it is not the digest of a manifest, which only its registry has. "" for a file
+    that has gone.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(b"%d " % path.stat().st_size + file.read(1 << 20)).hexdigest()
+    except OSError:
+        return ""
 
 
 def modified(path: Path) -> float:

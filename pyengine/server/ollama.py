@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.infill import laid_out
 from pyengine.server.models import Models, Offer, Served
+from pyengine.server.openai import logprobs_of, MOST_LOGPROBS
 from pyengine.server.pulls import Pulls
 
 _NOT_HERE = {"template": "the model's own template is used", "context": "give the conversation as messages, to /api/chat"}
@@ -29,6 +30,7 @@ _MANAGED = {"push": "/api/push: nothing is sent from here to a registry", "creat
             "copy": "/api/copy: a model goes by the names of its file; give it another name where it is stored",
             "delete": "/api/delete: no request may delete a file of this machine; delete it with the program that stored it",
             "blobs": "/api/blobs: no request may store a file on this machine"}
+_NAMES = {name: f"options.{name}" for name in (*replies.SAMPLING, "stop")}    # of the library's arguments
 _WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
 
 
@@ -111,7 +113,7 @@ def _shown(served: Offer | Served, verbose: bool) -> dict[str, Any]:
 
 
 def _listed(served: Offer | Served) -> dict[str, Any]:
-    return {"name": served.name, "model": served.name, "modified_at": _time(served.modified), "size": served.nbytes, "digest": "", "details": served.kind}
+    return {"name": served.name, "model": served.name, "modified_at": _time(served.modified), "size": served.nbytes, "digest": served.digest, "details": served.kind}
 
 
 def _time(seconds: float) -> str:
@@ -138,7 +140,7 @@ def _settings(fields: Fields, served: Served) -> dict[str, Any]:
     """Return the settings of an answer from "options"."""
     fields.refuse(_NOT_HERE)
     options = Fields(fields.object("options", {}))
-    wanted: dict[str, Any] = options.given(replies.SAMPLING)
+    wanted = replies.sampling(options)
     for name, nothing in _WITHOUT_EFFECT.items():
         if options.values.get(name, nothing) != nothing:
             raise FieldError(f"options.{name}", "the sampler has no such step")
@@ -147,6 +149,10 @@ def _settings(fields: Fields, served: Served) -> dict[str, Any]:
     n = options.whole("num_predict", -1, -2)
     wanted["max_tokens"] = None if n < 0 else n
     wanted["stop"] = options.stops()
+    top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
+    if top and not fields.flag("logprobs"):
+        raise FieldError("top_logprobs", "needs logprobs: true")
+    wanted["logprobs"] = top
     if fields.values.get("format") not in (None, ""):
         wanted["format"] = fields.values["format"]
     check_context(options, served)
@@ -195,15 +201,30 @@ async def _answer(request: Request, fields: Fields, models: Models, prompt: dict
     elif fields.values.get("think"):
         raise FieldError("think", "a raw prompt is continued as it is; leave raw out")
     stream, client = fields.flag("stream", True), replies.client_of(request)
-    handle = await replies.submit(lambda: served.submit(client, **wanted))
+    handle = await replies.submit(lambda: served.submit(client, **wanted), _NAMES)
+    scores = _Scores(handle, served, fields.flag("logprobs"))
     if stream:
-        return replies.streaming(_lines(handle, served, form, began, loading), [handle], "application/x-ndjson")
+        return replies.streaming(_lines(handle, served, form, scores, lambda: _end(handle, began, loading)), [handle], "application/x-ndjson")
     await replies.finished(request, [handle])
     answer = handle.result(0)
-    return JSONResponse({**_head(served), **form.write(str(answer), answer.thinking, answer.tool_calls), **_end(handle, began, loading)})
+    said = form.write(str(answer), answer.thinking, answer.tool_calls)
+    return JSONResponse({**_head(served), **said, **scores.new(), **_end(handle, began, loading)})
 
 
-async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, began: float, loading: float) -> AsyncIterator[str]:
+class _Scores:
+    """Log-probabilities of an answer's tokens, where they are wanted."""
+
+    def __init__(self, handle: Handle, served: Served, wanted: bool):
+        self._handle, self._served, self._wanted, self._told = handle, served, wanted, 0
+
+    def new(self) -> dict[str, Any]:
+        """Return those of the tokens that none were told of."""
+        sampled = self._handle.report.sampled[self._told:] if self._wanted else ()
+        self._told += len(sampled)
+        return {"logprobs": logprobs_of(self._served, sampled)} if sampled else {}
+
+
+async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, scores: _Scores, end: Callable[[], dict[str, Any]]) -> AsyncIterator[str]:
     """Write an answer's pieces as they come; a call when it is whole."""
     told = 0
     try:
@@ -212,10 +233,10 @@ async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, began:
             told += len(whole)
             if whole or delta.kind in ("text", "thinking"):
                 part = form.write("", calls=whole) if whole else form.write(*((delta.text,) if delta.kind == "text" else ("", delta.text)))
-                yield json.dumps({**_head(served), **part, "done": False}, ensure_ascii=False) + "\n"
+                yield json.dumps({**_head(served), **part, **scores.new(), "done": False}, ensure_ascii=False) + "\n"
         if rest := handle.report.calls[told:]:
             yield json.dumps({**_head(served), **form.write("", calls=rest), "done": False}, ensure_ascii=False) + "\n"
-        yield json.dumps({**_head(served), **form.write(""), **_end(handle, began, loading)}) + "\n"
+        yield json.dumps({**_head(served), **form.write(""), **scores.new(), **end()}) + "\n"
     except PyEngineError as error:
         yield json.dumps(failed(error, 500)) + "\n"
 

@@ -1,4 +1,4 @@
-"""OpenAI's interface: models, and what chat completions and completions share (platform.openai.com/docs/api-reference).
+"""OpenAI's interface: what chat completions and completions share (platform.openai.com/docs/api-reference).
 
 Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typical_p, repeat_penalty, repeat_last_n.
 """
@@ -13,44 +13,28 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Deltas, Handle
 from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
-from pyengine.server.models import Models, Offer, Served
+from pyengine.server.models import Models, Served
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20                   # OpenAI's limit
 
 _NOT_HERE = {"functions": "give them as tools", "function_call": "give it as tool_choice", "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported"}
-_KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
           503: "server_error"}
 
 
 def failed(error: BaseException, status: int) -> dict[str, Any]:
     """Return an error in OpenAI's form."""
     code = {ContextOverflowError: "context_length_exceeded", ModelNotFoundError: "model_not_found"}.get(type(error))
+    code = "invalid_api_key" if status == 401 else code
     return {"error": {"message": str(error), "type": _KINDS.get(status, "invalid_request_error"),
                       "param": error.field if isinstance(error, FieldError) else None, "code": code}}
-
-
-def routes(models: Models) -> list[Route]:
-    """Return the routes below /v1."""
-    async def listed(request: Request) -> Response:
-        await replies.apart(models.look)
-        return JSONResponse({"object": "list", "data": [_shown(s) for s in models.all]})
-
-    async def one(request: Request) -> Response:
-        return JSONResponse(_shown(await replies.apart(lambda: models.find(request.path_params["name"]))))
-
-    return [Route("/v1/models", replies.guarded(listed, failed)), Route("/v1/models/{name:path}", replies.guarded(one, failed))]
-
-
-def _shown(model: Offer | Served) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": int(model.modified), "owned_by": "pyengine"}
 
 
 class Interface:
@@ -59,6 +43,7 @@ class Interface:
     object = ""
     prefix = ""
     limits: tuple[str, ...] = ()
+    names: Mapping[str, str] = {}    # of the library's arguments, in this interface
 
     def __init__(self, models: Models):
         self.models = models
@@ -79,7 +64,7 @@ class Interface:
                     own = {**wanted, **prompt}
                     if "seed" in own and i:                  # the choices of one seed differ, and are the same each time
                         own["seed"] = (int(own["seed"]) + i) % 2**63
-                    handles.append(await replies.submit(lambda own=own: self.served.submit(client, **own)))
+                    handles.append(await replies.submit(lambda own=own: self.served.submit(client, **own), self.names))
             self.head = {"id": self.prefix + secrets.token_hex(12), "object": self.object, "created": int(time.time()),
                          "model": self.served.name}
             if stream:
@@ -93,7 +78,7 @@ class Interface:
 
     def _request(self, fields: Fields) -> dict[str, Any]:
         """Return the settings of an answer that do not depend on its prompt."""
-        wanted: dict[str, Any] = fields.given(replies.SAMPLING)
+        wanted = replies.sampling(fields)
         if isinstance(wanted.get("seed"), int) and not isinstance(wanted["seed"], bool):
             wanted["seed"] %= 2**64                          # clients send negative ones
         bias = fields.object("logit_bias", {})
@@ -129,11 +114,16 @@ class Interface:
         return self._delta(i, delta.text, first, sampled)
 
     def _logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
-        return [{**self._token(s.token, s.logprob), "top_logprobs": [self._token(t, p) for t, p in s.top]} for s in sampled]
+        return logprobs_of(self.served, sampled)
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        piece = self.served.model.tokenizer.piece(token)
+
+def logprobs_of(served: Served, sampled: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return tokens of an answer with their log-probabilities and those of the best ones."""
+    def token(number: int, logprob: float) -> dict[str, Any]:
+        piece = served.model.tokenizer.piece(number)
         return {"token": piece.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(piece)}
+
+    return [{**token(s.token, s.logprob), "top_logprobs": [token(t, p) for t, p in s.top]} for s in sampled]
 
 
 def _event(value: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from pyengine.engine.loop import Handle
 from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
 from pyengine.server.allowed import allowed
-from pyengine.server.fields import Fields, parse
+from pyengine.server.fields import FieldError, Fields, parse
 from pyengine.server.metrics import metrics
 from pyengine.server.models import Hold, Models, Served
 
@@ -28,6 +29,8 @@ BODY_SECONDS = 60.0                  # until all of it has come
 # Of the settings of an answer, what OpenAI and llama.cpp's server call them, and `SamplingParams` here.
 SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
                                     "presence_penalty", "frequency_penalty", "seed")}
+_NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must ))")     # how errors of the library name an argument, and a place in it
+_OFF = "give false"                  # how they say that thinking is switched off
 
 
 class TooLarge(RequestError):
@@ -74,6 +77,13 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, (TimeoutError, TooSlow)):
         return 408
     return 400 if isinstance(error, PyEngineError) else 500
+
+
+def sampling(fields: Fields) -> dict[str, Any]:
+    """Return the settings of the sampler that are there; a negative top_k is none, as llama.cpp, vLLM and Ollama have it."""
+    given = fields.given(SAMPLING)
+    k = given.get("top_k")
+    return {**given, "top_k": 0} if isinstance(k, int) and k < 0 else given
 
 
 def unexpected(error: Exception) -> None:
@@ -158,16 +168,31 @@ async def apart(call: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(call)
 
 
-async def submit(call: Callable[[], Handle]) -> Handle:
-    """Queue a request, from a thread of its own; it is counted, and ends when its time is over."""
+async def submit(call: Callable[[], Handle], names: Mapping[str, str] = {}) -> Handle:
+    """Queue a request, from a thread of its own; it is counted, and ends when its time is over.
+
+    names: what an interface calls the library's arguments, for errors that name one; and its words for those of the library.
+    """
     began, seconds, counts = time.perf_counter(), allowed().answer_seconds, metrics()
-    handle = await apart(call)
+    try:
+        handle = await apart(call)
+    except RequestError as error:
+        raise _renamed(error, names) from error
     if counts is not None:
         counts.follow(handle, began)
     if seconds is not None:                                  # a timer must not keep what has ended
         left = max(0.0, seconds - (time.perf_counter() - began))
         asyncio.get_running_loop().call_later(left, _late, weakref.ref(handle), seconds)
     return handle
+
+
+def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """Return an error that begins with the name of an argument as a FieldError with the interface's name of it; others as they are."""
+    found = None if isinstance(error, FieldError) else _NAMED.match(str(error))
+    if found is None:
+        return error
+    field, message = names.get(found[1], found[1]) + found[2], str(error)[found.end():]
+    return FieldError(field, message.replace(_OFF, names.get(_OFF, _OFF)) if found[1] == "think" else message)
 
 
 def _late(of: weakref.ref[Handle], seconds: float) -> None:

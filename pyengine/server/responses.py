@@ -1,7 +1,7 @@
 """OpenAI's Responses (platform.openai.com/docs/api-reference/responses): items in, items and typed events out.
 
-What a response said is kept for `previous_response_id` in memory, the newest `Kept.most` of them: unless "store" is false, and until
-the server ends.
+What a response said is kept for `previous_response_id`, and its items for references to them, in memory, the newest `Kept.most` of them:
+unless "store" is false, and until the server ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from starlette.requests import Request
@@ -19,16 +21,32 @@ from starlette.routing import Route
 
 from pyengine.chat.reply.deltas import Delta, ToolCall
 from pyengine.engine.loop import Handle
-from pyengine.errors import PyEngineError
+from pyengine.errors import PyEngineError, RequestError, shown
+from pyengine.files.gguf import quoted
 from pyengine.server import replies
-from pyengine.server.chat import EFFORTS
+from pyengine.server.chat import chosen, EFFORTS
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
-from pyengine.server.openai import failed
+from pyengine.server.openai import failed, logprobs_of, MOST_LOGPROBS
 
 _NOT_HERE = {"background": "answers are not computed in the background", "conversation": "give previous_response_id, or the whole input",
-             "prompt": "there are no stored prompts", "max_tool_calls": "there are no tools that the server runs"}
-_SETTINGS = {name: name for name in (*replies.SAMPLING, "think")}
+             "prompt": "there are no stored prompts"}
+_NAMES = {"format": "text.format.schema", "think": "reasoning.effort", "give false": "give none"}
+_LOGPROBS = "message.output_text.logprobs"   # of "include"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A response that is kept: the conversation that it ended, its answer included; what was its own input; itself."""
+
+    messages: list[Any]
+    input: list[Any]
+    response: dict[str, Any]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes that it takes, about."""
+        return len(json.dumps(self.messages)) + len(json.dumps(self.input))
 
 
 class Kept:
@@ -37,29 +55,39 @@ class Kept:
     most, most_bytes = 1024, 64 << 20
 
     def __init__(self) -> None:
-        self._held: OrderedDict[str, tuple[list[Any], dict[str, Any], int]] = OrderedDict()
+        self._held: OrderedDict[str, Turn] = OrderedDict()
+        self._items: dict[str, dict[str, Any]] = {}          # of their outputs, by id
         self._nbytes = 0
 
-    def put(self, name: str, messages: list[Any], response: dict[str, Any]) -> None:
-        """Keep a conversation, its last answer included; the oldest ones go for it."""
-        nbytes = len(json.dumps(messages))
-        if nbytes > self.most_bytes:
+    def put(self, name: str, turn: Turn) -> None:
+        """Keep a turn; the oldest ones go for it."""
+        if turn.nbytes > self.most_bytes:
             return
-        self._held[name] = messages, response, nbytes
-        self._nbytes += nbytes
+        self._held[name] = turn
+        self._nbytes += turn.nbytes
+        self._items.update({item["id"]: item for item in turn.response["output"]})
         while len(self._held) > self.most or self._nbytes > self.most_bytes:
-            self._nbytes -= self._held.popitem(last=False)[1][2]
+            self.drop(next(iter(self._held)))
 
-    def get(self, name: str) -> tuple[list[Any], dict[str, Any]]:
-        """Return a conversation and the response. Raises: replies.Missing."""
+    def get(self, name: str) -> Turn:
+        """Return a turn. Raises: replies.Missing."""
         if name not in self._held:
-            raise replies.Missing(f"there is no response {name!r}: it was never made, was not to be stored, or has gone for newer ones")
-        return self._held[name][:2]
+            raise replies.Missing(f"there is no response {quoted(name)}: it was never made, was not to be stored, or has gone for newer ones")
+        return self._held[name]
+
+    def item(self, name: str) -> dict[str, Any]:
+        """Return an item of an output. Raises: replies.Missing."""
+        if name not in self._items:
+            raise replies.Missing(f"there is no item {quoted(name)}: its response was never made, was not to be stored, or has gone for newer ones")
+        return self._items[name]
 
     def drop(self, name: str) -> None:
-        """Forget one. Raises: replies.Missing."""
-        self.get(name)
-        self._nbytes -= self._held.pop(name)[2]
+        """Forget a turn. Raises: replies.Missing."""
+        turn = self.get(name)
+        del self._held[name]
+        self._nbytes -= turn.nbytes
+        for item in turn.response["output"]:
+            self._items.pop(item["id"], None)
 
 
 def routes(models: Models) -> list[Route]:
@@ -70,44 +98,100 @@ def routes(models: Models) -> list[Route]:
         fields = await replies.read(request)
         served = await replies.using(request, models, fields.text("model", None))
         fields.refuse(_NOT_HERE)
-        earlier = fields.text("previous_response_id", None)
-        messages = [*(kept.get(earlier)[0] if earlier else ()), *_messages(fields)]
-        made = _Reply(served, fields, messages, kept)
+        made = _Reply(served, fields, _conversation(fields, kept), kept)
         client, wanted = replies.client_of(request), _wanted(fields)
-        handle = await replies.submit(lambda: served.submit(client, messages=made.asked, **wanted))
+        handle = await replies.submit(lambda: served.submit(client, messages=made.asked, **wanted), _NAMES)
         if fields.flag("stream"):
             return replies.streaming(made.events(handle), [handle], "text/event-stream")
         await replies.finished(request, [handle])
         return JSONResponse(made.whole(handle))
 
+    async def counted(request: Request) -> Response:
+        fields = await replies.read(request)
+        served = await replies.using(request, models, fields.text("model", None))
+        messages, tools = _told(fields, _conversation(fields, kept)), _tools(fields)[0]
+        n = await replies.apart(lambda: served.count(messages, tools or None))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": n})
+
     async def one(request: Request) -> Response:
-        return JSONResponse(kept.get(request.path_params["name"])[1])
+        if request.query_params.get("stream") == "true":
+            raise FieldError("stream", "a response that has ended is not streamed again")
+        return JSONResponse(kept.get(request.path_params["name"]).response)
+
+    async def items(request: Request) -> Response:
+        return JSONResponse(_page(kept.get(request.path_params["name"]).input, request))
+
+    async def cancel(request: Request) -> Response:
+        kept.get(request.path_params["name"])
+        raise RequestError("only responses that are computed in the background can be cancelled; close the connection of another one")
 
     async def drop(request: Request) -> Response:
         name = request.path_params["name"]
         kept.drop(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 
-    return [Route("/v1/responses", replies.guarded(create, failed), methods=["POST"]),
-            Route("/v1/responses/{name}", replies.guarded(one, failed), methods=["GET"]),
-            Route("/v1/responses/{name}", replies.guarded(drop, failed), methods=["DELETE"])]
+    def route(method: str, path: str, endpoint: Any) -> Route:
+        return Route("/v1/responses" + path, replies.guarded(endpoint, failed), methods=[method])
+
+    return [route("POST", "", create), route("POST", "/input_tokens", counted), route("GET", "/{name}", one), route("DELETE", "/{name}", drop),
+            route("GET", "/{name}/input_items", items), route("POST", "/{name}/cancel", cancel)]
 
 
 # -- what is asked --------------------------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields) -> list[Any]:
-    """Return the input as messages of a conversation."""
+def _conversation(fields: Fields, kept: Kept) -> list[Any]:
+    """Return the messages of the response before and of this request."""
+    earlier = fields.text("previous_response_id", None)
+    return [*(kept.get(earlier).messages if earlier else ()), *_messages(_input(fields), kept)]
+
+
+def _told(fields: Fields, messages: list[Any]) -> list[Any]:
+    """Return a conversation with what the request says before it."""
+    told = fields.text("instructions", None)
+    return [*([{"role": "system", "content": told}] if told else []), *messages]
+
+
+def _input(fields: Fields) -> list[Any]:
+    """Return the input as a list of items."""
     given = fields.values.get("input")
     if isinstance(given, str):
-        return [{"role": "user", "content": given}]
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
     items = fields.items("input")
     if not items:
         raise FieldError("input", "is empty")
+    return list(items)
+
+
+def _page(items: list[Any], request: Request) -> dict[str, Any]:
+    """Return a page of items of an input, the newest first unless it is asked otherwise."""
+    query = request.query_params
+    named = [{"id": f"item_{i}", "type": "message", **item, **_parts_of(item)} if isinstance(item, dict) else item for i, item in enumerate(items)]
+    ordered = named if query.get("order") == "asc" else named[::-1]
+    after = next((i + 1 for i, item in enumerate(ordered) if item["id"] == query.get("after")), 0)
+    most = int(query.get("limit", "20")) if query.get("limit", "20").isdecimal() else 0
+    if not 1 <= most <= 100:
+        raise FieldError("limit", "must be a whole number from 1 to 100")
+    page = ordered[after:after + most]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page, "has_more": len(ordered) > after + most, **ends}
+
+
+def _parts_of(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a message as parts, where it is a text."""
+    text = item.get("content")
+    return {"content": [{"type": "output_text" if item.get("role") == "assistant" else "input_text", "text": text}]} if isinstance(text, str) else {}
+
+
+def _messages(items: list[Any], kept: Kept) -> list[Any]:
+    """Return items as messages of a conversation; a reference is what it names."""
     out: list[Any] = []
     for i, item in enumerate(items):
         own = Fields(item if isinstance(item, dict) else {}, f"input[{i}].")
-        kind = own.text("type", "message")
+        kind = own.text("type", "message" if "role" in own.values or "id" not in own.values else "item_reference")
+        if kind == "item_reference":
+            own = Fields(kept.item(own.text("id")), f"input[{i}].")
+            kind = own.text("type")
         if kind == "message":
             out.append({"role": own.text("role"), "content": own.values.get("content")})
         elif kind == "function_call":
@@ -118,7 +202,8 @@ def _messages(fields: Fields) -> list[Any]:
             parts = own.items("content", None) or own.items("summary", [])
             out.append({"role": "assistant", "content": "", "reasoning_content": "".join(p.get("text", "") for p in parts if isinstance(p, dict))})
         else:
-            raise FieldError(f"input[{i}].type", f"{kind!r} is not taken; there are message, function_call, function_call_output and reasoning")
+            raise FieldError(f"input[{i}].type", f"{shown(kind)} is not taken; there are message, function_call, function_call_output, reasoning "
+                             "and item_reference")
     return _joined(out)
 
 
@@ -143,11 +228,22 @@ def _joined(messages: list[Any]) -> list[Any]:
 
 def _wanted(fields: Fields) -> dict[str, Any]:
     """Return the settings of a request as `Served.submit` takes them."""
-    if fields.text("truncation", "disabled") != "disabled":
-        raise FieldError("truncation", "nothing is left out of a conversation here: only disabled is taken")
-    choice = fields.values.get("tool_choice")
-    if isinstance(choice, dict) and choice.get("type") != "function":
-        raise FieldError("tool_choice.type", f"only function is taken, got {choice.get('type')!r}")
+    if fields.text("truncation", "disabled") not in ("auto", "disabled"):
+        raise FieldError("truncation", "must be auto or disabled")
+    tools, choice = _tools(fields)
+    effort = Fields(fields.object("reasoning", {}), "reasoning.").text("effort", None)
+    if effort is not None and effort not in EFFORTS:
+        raise FieldError("reasoning.effort", f"must be one of {', '.join(EFFORTS)}, got {shown(effort)}")
+    given = {**replies.sampling(fields), **fields.given({"think": "think"})}
+    if effort is not None:
+        given.setdefault("think", EFFORTS[effort])
+    return {**given, **_form(fields), "max_tokens": fields.whole("max_output_tokens", None, 1), "tools": tools or None,
+            **({} if choice is None else {"tool_choice": choice}), "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
+            "template_options": fields.object("chat_template_kwargs", None), "logprobs": fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)}
+
+
+def _tools(fields: Fields) -> tuple[list[Any], Any]:
+    """Return the tools in the form of chat completions, and the choice among them."""
     tools = []
     for i, tool in enumerate(fields.items("tools", [])):
         own = Fields(tool if isinstance(tool, dict) else {}, f"tools[{i}].")
@@ -155,15 +251,7 @@ def _wanted(fields: Fields) -> dict[str, Any]:
             raise FieldError(f"tools[{i}].type", f"{own.text('type')!r} is run by OpenAI's servers; only functions are taken")
         tools.append({"type": "function", "function": {"name": own.text("name"), "description": own.text("description", ""),
                                                        "parameters": own.object("parameters", {})}})
-    effort = Fields(fields.object("reasoning", {}), "reasoning.").text("effort", None)
-    if effort is not None and effort not in EFFORTS:
-        raise FieldError("reasoning.effort", f"must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    given = fields.given(_SETTINGS)
-    if effort is not None:
-        given.setdefault("think", EFFORTS[effort])
-    return {**given, **_form(fields), "max_tokens": fields.whole("max_output_tokens", None, 1), "tools": tools or None,
-            **({} if choice is None else {"tool_choice": choice}), "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
-            "template_options": fields.object("chat_template_kwargs", None)}
+    return chosen(fields, tools, "tool_choice.")
 
 
 def _form(fields: Fields) -> dict[str, Any]:
@@ -185,16 +273,17 @@ class _Reply:
 
     def __init__(self, served: Served, fields: Fields, messages: list[Any], kept: Kept):
         self._messages, self._kept, self._store = messages, kept, fields.flag("store", True)
-        told = fields.text("instructions", None)
-        self.asked = [*([{"role": "system", "content": told}] if told else []), *messages]
-        values = fields.values
+        self.asked, self._input = _told(fields, messages), _input(fields)
+        self._served, self._scored = served, _LOGPROBS in fields.items("include", [])
+        self._n_scored = 0
+        values, told = fields.values, fields.text("instructions", None)
         self._head = {
             "id": "resp_" + secrets.token_hex(16), "object": "response", "created_at": int(time.time()), "error": None, "instructions": told,
             "max_output_tokens": values.get("max_output_tokens"), "model": served.name, "parallel_tool_calls": values.get("parallel_tool_calls", True),
             "previous_response_id": values.get("previous_response_id"), "reasoning": {"effort": None, "summary": None, **fields.object("reasoning", {})},
             "store": self._store, "temperature": values.get("temperature"), "text": values.get("text") or {"format": {"type": "text"}},
             "tool_choice": values.get("tool_choice") or "auto", "tools": values.get("tools") or [], "top_p": values.get("top_p"),
-            "truncation": "disabled", "user": values.get("user"), "metadata": values.get("metadata") or {}}
+            "truncation": values.get("truncation") or "disabled", "top_logprobs": values.get("top_logprobs") or 0, "user": values.get("user"), "metadata": values.get("metadata") or {}}
         self._names = {kind: f"{kind}_" + secrets.token_hex(16) for kind in ("rs", "msg")}
         self._number = -1
 
@@ -204,20 +293,24 @@ class _Reply:
         cut = r.finish == "length"
         response = {**self._head, "status": "incomplete" if cut else "completed", "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
                     "output": [*([self._thought(answer.thinking)] if answer.thinking else []),
-                               *([self._message(str(answer))] if answer or not answer.tool_calls else []),
+                               *([self._message(str(answer), self._logprobs(answer.sampled))] if answer or not answer.tool_calls else []),
                                *(_call(c, "incomplete" if cut and c is answer.tool_calls[-1] else "completed") for c in answer.tool_calls)],
-                    "usage": {"input_tokens": r.n_prompt, "input_tokens_details": {"cached_tokens": r.n_cached}, "output_tokens": len(r.tokens),
+                    "usage": {"input_tokens": r.n_prompt, "input_tokens_details": {"cached_tokens": r.n_cached, "cache_write_tokens": 0}, "output_tokens": len(r.tokens),
                               "output_tokens_details": {"reasoning_tokens": r.n_thinking}, "total_tokens": r.n_prompt + len(r.tokens)}}
         if self._store:
-            self._kept.put(self._head["id"], [*self._messages, answer.message], response)
+            self._kept.put(self._head["id"], Turn([*self._messages, answer.message], self._input, response))
         return response
 
     def _thought(self, text: str, status: str = "completed") -> dict[str, Any]:
         content = [{"type": "reasoning_text", "text": text}] if text else []
         return {"id": self._names["rs"], "type": "reasoning", "summary": [], "content": content, "status": status}
 
-    def _message(self, text: str, status: str = "completed") -> dict[str, Any]:
-        content = [_text(text)] if status == "completed" else []
+    def _logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return log-probabilities of tokens, where they were asked for."""
+        return logprobs_of(self._served, sampled) if self._scored else []
+
+    def _message(self, text: str, logprobs: list[dict[str, Any]], status: str = "completed") -> dict[str, Any]:
+        content = [_text(text, logprobs)] if status == "completed" else []
         return {"id": self._names["msg"], "type": "message", "status": status, "role": "assistant", "content": content}
 
     def _event(self, kind: str, **values: Any) -> str:
@@ -256,26 +349,33 @@ class _Reply:
 
     def _opened(self, index: int, kind: str, delta: Delta, handle: Handle) -> Iterator[str]:
         """Begin an item of the output."""
-        item = (self._thought("", "in_progress") if kind == "thinking" else self._message("", "in_progress") if kind == "text"
+        item = (self._thought("", "in_progress") if kind == "thinking" else self._message("", [], "in_progress") if kind == "text"
                 else {**_call(handle.report.calls[delta.index], "in_progress"), "arguments": ""})
         yield self._event("response.output_item.added", output_index=index, item=item)
         if kind == "text":
-            yield self._event("response.content_part.added", item_id=item["id"], output_index=index, content_index=0, part=_text(""))
+            yield self._event("response.content_part.added", item_id=item["id"], output_index=index, content_index=0, part=_text("", []))
 
     def _more(self, index: int, delta: Delta, handle: Handle) -> str:
         if delta.kind == "arguments":
             return self._event("response.function_call_arguments.delta", item_id=_item_id(handle.report.calls[delta.index]), output_index=index, delta=delta.text)
-        name, kind, more = ("msg", "output_text", {"logprobs": []}) if delta.kind == "text" else ("rs", "reasoning_text", {})
+        name, kind, more = ("msg", "output_text", {"logprobs": self._new(handle)}) if delta.kind == "text" else ("rs", "reasoning_text", {})
         return self._event(f"response.{kind}.delta", item_id=self._names[name], output_index=index, content_index=0, delta=delta.text, **more)
+
+    def _new(self, handle: Handle) -> list[dict[str, Any]]:
+        """Return log-probabilities of tokens that none were told of."""
+        sampled = handle.report.sampled[self._n_scored:] if self._scored else ()
+        self._n_scored += len(sampled)
+        return self._logprobs(sampled)
 
     def _ended(self, index: int, last: tuple[str, int], said: str, handle: Handle) -> Iterator[str]:
         """End an item of the output, if there is one."""
         kind, number = last
         if kind == "text":
             at: dict[str, Any] = {"item_id": self._names["msg"], "output_index": index, "content_index": 0}
-            yield self._event("response.output_text.done", **at, text=said, logprobs=[])
-            yield self._event("response.content_part.done", **at, part=_text(said))
-            item = self._message(said)
+            scores = self._logprobs(handle.report.sampled)
+            yield self._event("response.output_text.done", **at, text=said, logprobs=scores)
+            yield self._event("response.content_part.done", **at, part=_text(said, scores))
+            item = self._message(said, scores)
         elif kind == "thinking":
             yield self._event("response.reasoning_text.done", item_id=self._names["rs"], output_index=index, content_index=0, text=said)
             item = self._thought(said)
@@ -288,8 +388,8 @@ class _Reply:
         yield self._event("response.output_item.done", output_index=index, item=item)
 
 
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _item_id(call: ToolCall) -> str:
