@@ -101,7 +101,8 @@ class _Chat(Interface):
         if set(fields.items("modalities", ["text"])) != {"text"}:
             raise FieldError("modalities", "only text comes out of the models here")
         messages, think = fields.items("messages"), fields.values.get("think") is not None
-        self.names = {"format": "json_schema" if fields.values.get("json_schema") is not None else "response_format.json_schema.schema",
+        self.names = {"template_options": "chat_template_kwargs",
+                      "format": "json_schema" if fields.values.get("json_schema") is not None else "response_format.json_schema.schema",
                       **({} if think else {"think": "reasoning_effort", "give false": "give none"})}
         if not messages:
             raise FieldError("messages", "is empty")

@@ -29,7 +29,7 @@ BODY_SECONDS = 60.0                  # until all of it has come
 # Of the settings of an answer, what OpenAI and llama.cpp's server call them, and `SamplingParams` here.
 SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
                                     "presence_penalty", "frequency_penalty", "seed")}
-_NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must ))")     # how errors of the library name an argument, and a place in it
+_NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must |is missing))")     # how errors of the library name an argument, and a place in it
 _OFF = "give false"                  # how they say that thinking is switched off
 
 

@@ -31,7 +31,7 @@ from pyengine.server.openai import failed, logprobs_of, MOST_LOGPROBS
 
 _NOT_HERE = {"background": "answers are not computed in the background", "conversation": "give previous_response_id, or the whole input",
              "prompt": "there are no stored prompts"}
-_NAMES = {"format": "text.format.schema", "think": "reasoning.effort", "give false": "give none"}
+_NAMES = {"template_options": "chat_template_kwargs", "format": "text.format.schema", "think": "reasoning.effort", "give false": "give none"}
 _LOGPROBS = "message.output_text.logprobs"   # of "include"
 
 

@@ -174,6 +174,6 @@ def test_ollamas_refusals(client, path: str, body: dict, part: str) -> None:
 
 
 def test_capabilities_name_models_whose_files_say_how_vectors_are_made(client, served, monkeypatch) -> None:
-    assert served.capabilities == ["completion"]
+    assert served.capabilities == ["completion", "tools"]
     monkeypatch.setattr("pyengine.server.models.pooling_of", lambda h: "mean")
-    assert client.post("/api/show", json={}).json()["capabilities"] == ["completion", "embedding"]
+    assert client.post("/api/show", json={}).json()["capabilities"] == ["completion", "tools", "embedding"]

@@ -348,7 +348,7 @@ def test_any_model_is_listed_and_can_be_asked_for(client, models, store) -> None
         ("a", "llama", "ALL_F32"), ("b", "llama", "F16"), ("c", "llama", "Q8_0")]
     assert tags[0]["size"] == (store / "a.gguf").stat().st_size and in_memory(client) == {}
     shown = client.post("/api/show", json={"model": "c"}).json()
-    assert shown["capabilities"] == ["completion"] and shown["model_info"]["general.architecture"] == "llama" and in_memory(client) == {}
+    assert shown["capabilities"] == ["completion", "tools"] and shown["model_info"]["general.architecture"] == "llama" and in_memory(client) == {}
     for path, asked in (("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
                         ("/v1/messages", {"model": "b", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
                         ("/tokenize", {"model": "c.gguf", "content": "Hi"})):

@@ -166,18 +166,20 @@ def test_models_are_listed(client, served) -> None:
     ({"messages": "hi"}, 400, "messages: must be a list", "messages"),
     ({"messages": []}, 400, "messages: is empty", "messages"),
     ({"messages": [{"role": "user", "content": "x " * 600}]}, 400, "the context holds 256; serve the model with a larger --ctx", None),
-    ({"temperature": "hot"}, 400, "temperature", None),
-    ({"temperature": -1}, 400, "temperature", None),
+    ({"temperature": "hot"}, 400, "temperature: must", "temperature"),
+    ({"temperature": -1}, 400, "temperature: must", "temperature"),
     ({"n": 0}, 400, "n: must be a whole number from 1", "n"),
     ({"max_tokens": 1.5}, 400, "max_tokens: must be a whole number", "max_tokens"),
     ({"logit_bias": {"a": 1}}, 400, "token ids", "logit_bias"),
     ({"top_logprobs": 3}, 400, "needs logprobs", "top_logprobs"),
     ({"response_format": {"type": "xml"}}, 400, "json_schema", "response_format.type"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"type": "strin"}}}}}}, 400, "format.properties.a.type", None),
-    ({"tools": [{"type": "function", "function": {}}]}, 400, "tools[0].function.name is missing", None),
-    ({"tool_choice": "required"}, 400, "there are no tools", None),
-    ({"think": True}, 400, "no thinking", None),
-    ({"chat_template_kwargs": {"messages": []}}, 400, "'messages' is not set here", None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"type": "strin"}}}}}}, 400,
+     "response_format.json_schema.schema.properties.a.type: 'strin'", "response_format.json_schema.schema.properties.a.type"),
+    ({"tools": [{"type": "function", "function": {}}]}, 400, "tools[0].function.name: is missing", "tools[0].function.name"),
+    ({"tool_choice": "required"}, 400, "there are no tools", "tool_choice"),
+    ({"think": True}, 400, "think: this model's format has no thinking; leave it out or give false", "think"),
+    ({"reasoning_effort": "high"}, 400, "reasoning_effort: this model's format has no thinking; leave it out or give none", "reasoning_effort"),
+    ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs: 'messages' is not set here", "chat_template_kwargs"),
     ({"chat_template_kwargs": 5}, 400, "must be an object", "chat_template_kwargs"),
     ({"stream": "yes"}, 400, "stream: must be true or false", "stream"),
 ])
@@ -258,7 +260,7 @@ def test_ollamas_lists(client, served, name) -> None:
     assert client.get("/api/ps").json()["models"][0]["size"] == served[0].model.plan.total
     assert client.get("/api/version").json() == {"version": pe.__version__}
     shown = client.post("/api/show", json={"model": name}).json()
-    assert shown["details"]["family"] == "llama" and shown["capabilities"] == ["completion"] and shown["model_info"]["general.architecture"] == "llama"
+    assert shown["details"]["family"] == "llama" and shown["capabilities"] == ["completion", "tools"] and shown["model_info"]["general.architecture"] == "llama"
     assert "vision" in client.post("/api/show", json={"name": served[1].name}).json()["capabilities"]
 
 

@@ -143,8 +143,8 @@ def test_a_response_in_a_form(client) -> None:
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"input": []}, "input: is empty"), ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"), ({"tools": [{"type": "web_search"}]}, "web_search"),
-    ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"reasoning": {"effort": "high"}}, "no thinking"), ({"truncation": "auto"}, "truncation"),
+    ({"input": []}, "input: is empty"), ({"input": [{"type": "computer_call", "id": "x"}]}, "'computer_call' is not taken"), ({"tools": [{"type": "web_search"}]}, "web_search"),
+    ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"reasoning": {"effort": "high"}}, "no thinking"), ({"truncation": "some"}, "truncation"),
     ({"background": True}, "background"), ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"tool_choice": {"type": "mcp"}}, "tool_choice.type")])
 def test_what_responses_cannot_do_is_refused(client, change: dict[str, Any], part: str) -> None:
     response = client.post("/v1/responses", json={"model": "qwen", "input": "Hi", **change})
