@@ -194,7 +194,7 @@ class Deltas(Iterator["Delta"], AsyncIterator["Delta"]):
 
 
 def _wake(sleepers: Sleepers) -> None:
-    """Wake who waits, with one call to each event loop: each call writes to a pipe."""
+    """Call each event loop once to wake who waits there: each call writes to a pipe."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for loop, future in sleepers:
         by_loop.setdefault(loop, []).append(future)

@@ -93,7 +93,7 @@ def test_openais_chat(ask, kind: str, model) -> None:
 def test_openais_switches(ask, client, kind: str, asked: dict[str, Any], thinks: bool) -> None:
     if kind == "harmony" and not thinks:
         response = client.post("/v1/chat/completions", json={"model": "tiny", "messages": ASKED, **asked})
-        assert response.status_code == 400 and "think: False is not possible" in response.json()["error"]["message"]
+        assert response.status_code == 400 and "False is not possible" in response.json()["error"]["message"]
         return
     text = texts(kind)[0] if thinks else "Well."
     message = ask(text, "/v1/chat/completions", messages=ASKED, **asked).json()["choices"][0]["message"]
