@@ -33,6 +33,9 @@ def check_messages(messages: Sequence[Mapping[str, Any]], template: str) -> None
         if message.get("content") is None and role in ROLES and not any(message.get(key) for key in instead):
             or_ = ", or tool_calls" if instead else ""
             raise RequestError(f"{at}.content: a message of the role {role!r} needs one, a text or a list of parts{or_}")
+        for key in ("name", "tool_call_id"):
+            if not isinstance(message.get(key), (str, type(None))):
+                raise RequestError(f"{at}.{key}: a text, not {shown(message[key])}")
         calls = message.get("tool_calls")
         if calls is not None:
             _check_list(calls, f"{at}.tool_calls", "tool calls")

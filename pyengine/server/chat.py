@@ -98,7 +98,7 @@ class _Chat(Interface):
     _most: int | None = None         # until the model ends
 
     def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
-        if set(fields.items("modalities", ["text"])) != {"text"}:
+        if any(m != "text" for m in fields.items("modalities", [])):
             raise FieldError("modalities", "only text comes out of the models here")
         messages, think = fields.items("messages"), fields.values.get("think") is not None
         self.names = {"template_options": "chat_template_kwargs",

@@ -122,6 +122,12 @@ def test_wishes_that_cannot_be_are_refused(qwen, asked: dict[str, Any], said: st
         qwen.chat(ASKED, **asked)
 
 
+@pytest.mark.parametrize("wrong", [{"name": 5}, {"tool_call_id": {"a": 1}}, {"tool_call_id": ["x"]}])
+def test_names_of_results_are_texts(qwen, wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=rf"messages\[1\].{next(iter(wrong))}: a text"):
+        qwen.chat([*ASKED, {"role": "tool", "content": "18 degrees", **wrong}], tools=[WEATHER], max_tokens=1)
+
+
 def test_prompts_have_no_tools(qwen) -> None:
     for more in ({"tools": [WEATHER]}, {"think": False}):
         with pytest.raises(RequestError, match="needs messages"):

@@ -182,6 +182,7 @@ def test_models_are_listed(client, served) -> None:
     ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs: 'messages' is not set here", "chat_template_kwargs"),
     ({"chat_template_kwargs": 5}, 400, "must be an object", "chat_template_kwargs"),
     ({"stream": "yes"}, 400, "stream: must be true or false", "stream"),
+    ({"modalities": [{"a": 1}]}, 400, "only text comes out", "modalities"),
 ])
 def test_what_cannot_be_done_is_refused(client, name, change: dict, status: int, part: str, field: str | None) -> None:
     response = client.post("/v1/chat/completions", json={"model": name, "messages": MESSAGES, "max_tokens": 2, **change})
