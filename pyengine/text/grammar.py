@@ -167,7 +167,9 @@ class Grammars:
             if self._tree is None:
                 from llguidance import LLTokenizer, TokenizerWrapper
 
-                self._tree = LLTokenizer(TokenizerWrapper(_Vocabulary(self.tokenizer, self._apart)), eos_token=sorted(self.tokenizer.eog_ids) or None)
+                words = TokenizerWrapper(_Vocabulary(self.tokenizer, self._apart))
+                bare = LLTokenizer(words, eos_token=sorted(self.tokenizer.eog_ids) or None, slices=[])
+                self._tree = bare.with_slices(LLTokenizer.general_slices())    # apart from it: both hold the interpreter, from other threads too
             return self._tree
 
     def literal(self, text: str) -> str:
