@@ -327,3 +327,26 @@ def test_draws_stay_within_the_mask(tokenizer) -> None:
     logits = np.random.default_rng(0).normal(size=tokenizer.vocab_size).astype(np.float32)
     drawn = {Sampler(SamplingParams(seed=s, temperature=5.0, top_k=0, top_p=1, min_p=0), len(logits)).sample(logits, mask).token for s in range(20)}
     assert {tokenizer.piece(t) for t in drawn} == {b"a", b"b"}
+
+
+def test_forms_pictures_and_vectors_side_by_side_keep_their_bits(tiny_gguf) -> None:
+    import cases
+    from PIL import Image
+
+    import pyengine as pe
+
+    file, _ = tiny_gguf(cases.first(sees=True, mrope=True))
+    model = pe.load(file, n_ctx=512, n_seq=6)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8))
+    asked = [{"prompt": "Invent", "format": PERSON}, {"prompt": "The year", "regex": "[0-9]{4}-[a-f]{12}"}, {"prompt": "The quick brown fox"},
+             {"messages": [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}], "format": {"type": "integer"}}]
+    alone = [model.submit(**a, temperature=1.0, seed=i, max_tokens=30).result(60) for i, a in enumerate(asked)]
+    vector = model.embed("The quick brown fox")
+    for _ in range(2):
+        model.reset()
+        handles = [model.submit(**a, temperature=1.0, seed=i, max_tokens=30) for i, a in enumerate(asked)]
+        assert np.array_equal(model.embed("The quick brown fox"), vector)
+        for handle, want in zip(handles, alone, strict=True):
+            got = handle.result(60)
+            assert (got, got.tokens, got.logprobs) == (want, want.tokens, want.logprobs)
+    assert re.match(r"[0-9]{4}-[a-f]{12}$", alone[1]) and re.match(r"-?[0-9]+$", alone[3])
