@@ -172,6 +172,8 @@ def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | 
     if prompt.tools is None:                                 # a plain text goes on
         return Guide(None, language.grammars, content), []
     style, grammars, tools = language.style, language.grammars, list(prompt.tools)
+    if content is not None:
+        grammars.matcher(content)                            # what is wrong with it is told by itself
     if not style.thinks and not tools:
         return (Guide(None, grammars, content) if content else None), []
     called = [t for t in tools if wishes.tool_choice in ("auto", "required", t.name)]

@@ -59,12 +59,19 @@ class Toolbox:
             return function.call(call.arguments)
         except RequestError as error:
             return f"error: {error}"
-        except Exception as error:                           # whatever the function raises: the model may do better
-            return f"error: {type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:             # whatever the function raises: the model may do better
+            return f"error: {type(error).__name__}: {_said(error)}"
 
     def results(self, calls: Sequence[ToolCall]) -> Messages:
         """Run the calls of an answer in their order; returns their tool messages."""
         return [result_of(call, self.content(call)) for call in calls]
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:                                        # its own text fails
+        return "without a text"
 
 
 def result_of(call: ToolCall, content: Any) -> dict[str, Any]:

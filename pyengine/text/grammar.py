@@ -10,19 +10,22 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property, lru_cache
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from pyengine.errors import RequestError, shown
+from pyengine.errors import PyEngineError, RequestError, shown
 
 if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
 
 # Blanks within JSON: one, or a line break with its indentation. Without a bound small models fill their answer with blanks.
 _BLANKS = r"( |\n {0,40})"
+MOST_SCHEMA, MOST_GRAMMAR, MOST_GBNF, MOST_IN_ALL = 128 << 10, 64 << 10, 16 << 10, 1 << 20      # characters
+_STACK = 256 << 20                                   # bytes: the compiler recurses for rules and references that follow each other
+_FORMATS = frozenset("date date-time time duration uuid email uri ipv4 ipv6 hostname unknown".split())       # that are enforced
 _KEPT = 64                                           # compiled grammars, for the next requests with the same
 _OF_ONE = ("format", "regex", "grammar")             # of these a request has one at most
 
@@ -41,7 +44,9 @@ def shape(format: Any = None, regex: Any = None, grammar: Any = None) -> str | N
     if format is not None:
         return f"start: {json_rule(_schema(format), 'format')}\n"
     if regex is not None:
-        return f"start: /{_slashed(_text('regex', regex))}/\n" if regex else _wrong("regex", "is empty")
+        if not _text("regex", regex) or len(regex) > MOST_GRAMMAR:
+            _wrong("regex", f"has {len(regex)} characters, and {MOST_GRAMMAR} are taken at most" if regex else "is empty")
+        return f"start: /{_slashed(regex)}/\n"
     return None if grammar is None else _lark(_text("grammar", grammar))
 
 
@@ -53,29 +58,58 @@ def nested(grammar: str) -> str:
 def json_rule(schema: Mapping[str, Any] | bool, name: str) -> str:
     """Return a JSON schema as a part of a Lark rule. Raises: RequestError with the path of a fault, which begins with `name`."""
     check_schema(schema, name)
-    given = {} if schema is True else dict(schema) if isinstance(schema, Mapping) else _wrong(name, "allows nothing")
-    return "%json " + json.dumps({**given, "x-guidance": {"whitespace_pattern": _BLANKS}})
+    return json_fragment({} if schema is True else schema if isinstance(schema, Mapping) else _wrong(name, "allows nothing"),
+                         {"whitespace_pattern": _BLANKS})
+
+
+def json_fragment(schema: Mapping[str, Any], style: Mapping[str, Any]) -> str:
+    """Return a schema that was checked as a part of a Lark rule; style: llguidance's options for blanks."""
+    return "%json " + json.dumps({**_meant(schema), "x-guidance": style}, ensure_ascii=False)
 
 
 def check_schema(schema: Any, name: str) -> None:
-    """Check that something is a JSON schema (Draft 2020-12). Raises: RequestError with the path of the fault."""
-    from jsonschema import Draft202012Validator, exceptions
-
+    """Check that something is a JSON schema (Draft 2020-12), of a size that is taken. Raises: RequestError with the path of the fault."""
     if not isinstance(schema, (Mapping, bool)):
         _wrong(name, f"must be a JSON schema, an object, got {shown(schema)}")
     try:
-        Draft202012Validator.check_schema(_plain(schema, name))
-    except exceptions.SchemaError as fault:
-        at = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path)
-        _wrong(name + at, fault.message[:300])
+        text = json.dumps(schema, allow_nan=False)
+    except RecursionError:
+        _wrong(name, "the schema is nested too deeply")
+    except (TypeError, ValueError) as error:
+        _wrong(name, f"is no JSON: {str(error)[:200]}")
+    if len(text) > MOST_SCHEMA:
+        _wrong(name, f"the schema has {len(text)} characters, and {MOST_SCHEMA} are taken at most")
+    at, fault = _fault(text)
+    if fault:
+        _wrong(name + at, fault)
 
 
-def _plain(schema: Any, name: str) -> Any:
-    """Return a schema as JSON has it. Raises: RequestError."""
+@lru_cache(_KEPT)
+def _fault(text: str) -> tuple[str, str]:
+    """Return where a schema is none, and why; two empty texts for one that is. The same ones come with request after request."""
+    from jsonschema import Draft202012Validator, exceptions
+
     try:
-        return json.loads(json.dumps(schema, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        return _wrong(name, f"is no JSON: {str(error)[:200]}")
+        Draft202012Validator.check_schema(json.loads(text))
+    except exceptions.SchemaError as fault:
+        return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path), fault.message[:300]
+    except RecursionError:
+        return "", "the schema is nested too deeply"
+    return "", ""
+
+
+_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")      # keys with schemas by name below them
+_VALUES = ("enum", "const", "default", "examples", "example")                                      # and with values, which are no schemas
+
+
+def _meant(schema: Any, named: bool = False) -> Any:
+    """Return a schema without formats that are not enforced, which say something to people only (Draft 2020-12, validation, 7.2)."""
+    if isinstance(schema, Mapping):
+        if named:
+            return {key: _meant(value) for key, value in schema.items()}
+        return {key: value if key in _VALUES else _meant(value, key in _OF_SCHEMAS) for key, value in schema.items()
+                if key != "format" or not isinstance(value, str) or value in _FORMATS}
+    return [_meant(value) for value in schema] if isinstance(schema, (list, tuple)) else schema
 
 
 def _schema(format: Any) -> Any:
@@ -91,8 +125,12 @@ def _slashed(regex: str) -> str:
 
 
 def _lark(text: str) -> str:
+    if len(text) > MOST_GRAMMAR:
+        _wrong("grammar", f"has {len(text)} characters, and {MOST_GRAMMAR} are taken at most")
     if "::=" not in text:
         return text
+    if len(text) > MOST_GBNF:
+        _wrong("grammar", f"has {len(text)} characters, and {MOST_GBNF} of GBNF are taken at most; write it in Lark")
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
@@ -129,7 +167,9 @@ class Grammars:
             if self._tree is None:
                 from llguidance import LLTokenizer, TokenizerWrapper
 
-                self._tree = LLTokenizer(TokenizerWrapper(_Vocabulary(self.tokenizer, self._apart)), eos_token=sorted(self.tokenizer.eog_ids) or None)
+                words = TokenizerWrapper(_Vocabulary(self.tokenizer, self._apart))
+                bare = LLTokenizer(words, eos_token=sorted(self.tokenizer.eog_ids) or None, slices=[])
+                self._tree = bare.with_slices(LLTokenizer.general_slices())    # apart from it: both hold the interpreter, from other threads too
             return self._tree
 
     def literal(self, text: str) -> str:
@@ -152,7 +192,10 @@ class Grammars:
     def _compiled(self, grammar: str) -> Any:
         from llguidance import LLMatcher
 
-        made = LLMatcher(self.tree, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if len(grammar) > MOST_IN_ALL:
+            raise RequestError(f"the grammar of the answer has {len(grammar)} characters with those of all tools, and {MOST_IN_ALL} are taken at most")
+        tree = self.tree
+        made = _deep(lambda: LLMatcher(tree, LLMatcher.grammar_from_lark(grammar), log_level=0))
         if made.is_error():
             raise RequestError(_explained(made.get_error(), grammar))
         first = made.deep_copy()
@@ -215,17 +258,54 @@ def _first_line(text: str) -> str:
     return next(iter(text.strip().splitlines()), "")[:300]
 
 
+_deep_lock = threading.Lock()
+
+
+def _deep(call: Callable[[], Any]) -> Any:
+    """Call a function where its recursion has room: with the usual stack, a chain of some thousand references would end the process."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append((call(), None))
+        except BaseException as error:
+            found.append((None, error))
+
+    with _deep_lock:
+        usual = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run, name="pyengine grammar", daemon=True)
+            thread.start()
+        except RuntimeError as error:
+            raise PyEngineError(f"there is no memory for compiling a grammar: {error}") from error
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    value, error = found[0]
+    if error is not None:
+        raise error
+    return value
+
+
 _KEYS = re.compile(r'Unimplemented keys: \["([^"]+)"')
+_PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
+_IN_WORDS = {"coerce_one_of": "alternatives of oneOf that are not told apart by a type or a constant; write anyOf",
+             "recursion limit exceeded": "schemas in schemas, more deeply than is taken", "panic": "it has too many rules"}
 
 
 def _explained(error: str, grammar: str) -> str:
     """Say what llguidance refuses, for a key of a schema with its path."""
-    first = error.strip().splitlines()[0][:300]
+    first = _first_line(error)
     found = _KEYS.search(error)
-    if found is None:
-        return f"the grammar is refused: {error.strip()[:500]}"
-    paths = [path for part in grammar.split("%json ")[1:] for path in _paths(json.JSONDecoder().raw_decode(part)[0], found[1], "")]
-    return f"the schema asks for what cannot be enforced: {found[1]!r} at {paths[0]}" if paths else first
+    if found is not None:
+        paths = [path for part in grammar.split("%json ")[1:] for path in _paths(json.JSONDecoder().raw_decode(part)[0], found[1], "")]
+        return f"the schema asks for what cannot be enforced: {found[1]!r} at {paths[0]}" if paths else first
+    said = next((text for part, text in _IN_WORDS.items() if part in error), "")
+    if "%json" in grammar and (said or "JSON schema: " in first):
+        return f"the schema asks for what cannot be enforced: {said or first.partition('JSON schema: ')[2]}"
+    detail = next((line.partition("error: ")[2] for line in error.splitlines() if line.strip().startswith("error: ")), "")
+    place = "" if grammar.startswith("start: /") else (_PLACE.match(first) or [""])[0]
+    return f"the grammar is refused: {place}{detail or said or _PLACE.sub('', first)}"
 
 
 def _paths(value: Any, key: str, at: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from pyengine.chat.reply.deltas import joined
 from pyengine.chat.reply.style import find
 from pyengine.chat.reply.tools import read_tools
-from pyengine.engine.guide import Guide, Thoughts, Units
+from pyengine.engine.guide import _holdable, Guide, Thoughts, Units
 from pyengine.errors import RequestError
 from pyengine.text.grammar import Grammars, shape
 from pyengine.text.sampling import Sampler, SamplingParams
@@ -24,6 +25,11 @@ TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": 
 ASKED = [{"role": "user", "content": "What is the weather in Paris?"}]
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
           "required": ["name", "age"], "additionalProperties": False}
+
+
+@functools.cache
+def compiler(tokenizer: Any, *marks: int) -> Grammars:
+    return Grammars(tokenizer, marks)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,59 @@ def test_a_form_costs_others_nothing(qwen) -> None:
     assert handles[0].result(60) == free and json.loads(handles[1].result(60))
 
 
+DEEP = {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}, "required": ["a"]} for i in range(1300)}
+
+
+def test_long_chains_of_rules_are_compiled(qwen) -> None:
+    """Each would end the process where the compiler's recursion has a usual stack."""
+    for asked in ({"format": {"$ref": "#/$defs/d0", "$defs": {**DEEP, "d1300": {"type": "integer"}}}},
+                  {"grammar": "start: r0\n" + "".join(f'r{i}: "x" r{i + 1}\n' for i in range(3000)) + 'r3000: "y"\n'},
+                  {"grammar": "start: T0\n" + "".join(f'T{i}: "x" T{i + 1}\n' for i in range(3000)) + 'T3000: "y"\n'}):
+        answer = qwen.chat(ASKED, **asked, temperature=0, max_tokens=6)
+        assert answer.finish == "length" and (answer[:2] == "xx" or answer[0] == "{")
+
+
+@pytest.mark.parametrize("schema, texts, others", [
+    ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2024-13-01"', '"x"']),
+    ({"type": "string", "format": "int32"}, ['"x"', '""'], ["3"]), ({"type": "integer", "format": "int64"}, ["3"], ['"x"']),
+    ({"type": "object", "properties": {"format": {"type": "string", "format": "password"}}, "required": ["format"], "additionalProperties": False}, ['{"format":"x"}'], ["{}"]),
+    ({"enum": [{"format": "x"}, "ä", "日本", "🙂", "<|im_end|>", None]}, ['{"format":"x"}', '"ä"', '"日本"', '"🙂"', '"<|im_end|>"', "null"], ['"a"', '{}']),
+    ({"const": 'a"\n'}, ['"a\\"\\n"'], ['"a"']), ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["3", "null"], ['"3"', "true"]),
+    ({"type": "string", "pattern": "^a/b+$", "maxLength": 4}, ['"a/b"', '"a/bb"'], ['"a/"', '"a/bbb"']),
+    ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}, ["[true, false]", "[true,true,true]"], ["[true]", "[]"]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, ["{}", '{"x":1}', '{"x": 1, "y": 2}'], ['{"x":"1"}']),
+    ({"type": "object", "properties": {}, "additionalProperties": False}, ["{}"], ['{"a":1}']), ({}, ["3", "[]", '{"a":null}'], ["a"]),
+    ({"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#"}}, "required": ["v"], "additionalProperties": False},
+     ['{"v":1}', '{"v":1,"next":{"v":2,"next":{"v":3}}}'], ['{"next":{"v":1}}']),
+    ({"oneOf": [{"type": "object", "properties": {"k": {"const": k}}, "required": ["k"], "additionalProperties": False} for k in "ab"]}, ['{"k":"a"}', '{"k":"b"}'], ['{"k":"c"}'])])
+def test_schemas(tokenizer, schema: Any, texts: list[str], others: list[str]) -> None:
+    grammars = compiler(tokenizer)
+    for text in (*texts, *others):
+        matcher = grammars.matcher(shape(format=schema))
+        ids = [*tokenizer.tokenize(text, add_special=False, parse_special=False), min(tokenizer.eog_ids)]
+        assert (all(map(matcher.accept, ids[:-1])) and (matcher.ended or matcher.allows(ids[-1]))) == (text in texts), text
+
+
+def test_regexes_with_slashes(tokenizer) -> None:
+    for regex, text in ((r"a/b", "a/b"), (r"a\/b", "a/b"), (r"[/]", "/"), (r"\\/", "\\/"), ("a\nb", "a\nb")):
+        matcher = compiler(tokenizer).matcher(shape(regex=regex))
+        assert all(map(matcher.accept, tokenizer.tokenize(text, add_special=False))) and matcher.ended, regex
+
+
+def test_names_of_rules_are_the_users_own(qwen) -> None:
+    """The grammar of calls has rules of these names too."""
+    grammar = 'start: calls unit content\ncalls: call\ncall: "a" args_0\nargs_0: "b"\nunit: "}" /[{}]/\ncontent: "c" start?\n'
+    for tools in ({}, {"tools": [WEATHER]}):
+        answer = qwen.chat([{"role": "user", "content": "Hi"}], grammar=grammar, temperature=0, max_tokens=40, **tools)
+        assert re.fullmatch(r"(ab\}[{}]c)+.*", answer) or answer.tool_calls
+
+
 @pytest.mark.parametrize("form, said", [
+    ({"format": {"$ref": "#"}}, "nothing can be written"), ({"format": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum (5) is greater than maximum (3)"),
+    ({"format": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "write anyOf"), ({"format": False}, "format: allows nothing"),
+    ({"format": {"$ref": "http://example.com/x"}}, "http://example.com/x"), ({"format": {"$ref": "#/$defs/no"}}, "'/$defs/no' does not exist"),
+    ({"format": {"enum": ["x" * 200_000]}}, "the schema has 2000"), ({"regex": "x" * 70_000}, "70000 characters"), ({"grammar": "#" * 70_000}, "70000 characters"),
+    ({"grammar": "root ::= " + '"a" ' * 5000}, "write it in Lark"), ({"regex": "(?=a)b"}, "look-around"), ({"format": {"type": "string", "pattern": "(?=a)b"}}, "cannot be enforced"),
     ({"format": {"type": "strin"}}, "format.type: 'strin'"),
     ({"format": {"properties": {"a": {"items": {"minimum": "x"}}}}}, "format.properties.a.items.minimum: 'x'"),
     ({"format": {"properties": {"a": {"uniqueItems": True}}}}, "'uniqueItems' at properties.a.uniqueItems"),
@@ -78,7 +136,7 @@ def test_forms_that_cannot_be_are_refused(qwen, form: dict[str, Any], said: str)
 
 
 def test_blanks_have_a_bound(qwen) -> None:
-    grammars = Grammars(qwen.tokenizer)
+    grammars = compiler(qwen.tokenizer)
     for text, whole in (('{"name": "a", "age": 3}', True), ('{\n  "name": "a",\n  "age": 3\n}', True), ('{"name":   "a"}', False), ('{\n\n"name"', False)):
         matcher = grammars.matcher(shape(format=PERSON))
         assert all(matcher.accept(t) for t in qwen.tokenizer.tokenize(text, add_special=False)) == whole, text
@@ -113,6 +171,32 @@ def test_results_of_tools_go_on(qwen) -> None:
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"' in told_in and "<tool_response>\n18 degrees, rain\n</tool_response>" in told_in
 
 
+def test_a_schema_that_is_nested_too_deeply_is_refused_in_words(qwen) -> None:
+    deep: Any = {"type": "integer"}
+    for _ in range(400):
+        deep = {"type": "array", "items": deep}
+    for asked in ({"format": deep}, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": deep}}}}]}):
+        with pytest.raises(RequestError, match="deep"):
+            qwen.chat(ASKED, **asked)
+
+
+ODD = {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}, "n": {"type": "integer"}}, "required": ["tags"]}
+
+
+def test_what_no_grammar_holds_is_held_as_far_as_it_can(qwen, tokenizer) -> None:
+    tools = [{"type": "function", "function": {"name": "odd", "parameters": ODD}}, WEATHER]
+    said = qwen.chat(ASKED, tools=tools, temperature=0, max_tokens=60)         # not refused
+    assert said or said.tool_calls
+    for asked in ({"tool_choice": "required"}, {"tool_choice": "odd"}):
+        with pytest.raises(RequestError, match="'uniqueItems' at properties.tags.uniqueItems"):
+            qwen.chat(ASKED, tools=tools, **asked)
+    strict = [{"type": "function", "function": {**tools[0]["function"], "strict": True}}]
+    with pytest.raises(RequestError, match="uniqueItems"):
+        qwen.chat(ASKED, tools=strict)
+    held = _holdable(find(HERMES, lambda text: False), read_tools(tools), compiler(tokenizer))
+    assert held[1] == read_tools(tools)[1] and dict(held[0].parameters)["properties"] == {"tags": {"type": "array"}, "n": {"type": "integer"}}
+
+
 @pytest.mark.parametrize("asked, said", [
     ({"tool_choice": "required"}, "there are no tools"), ({"tools": [WEATHER], "tool_choice": "wether"}, "'wether'; near: weather"),
     ({"tools": [WEATHER], "tool_choice": 3}, "tool_choice: must be one of"), ({"tools": "weather"}, "tools"), ({"think": True}, "no thinking"),
@@ -143,7 +227,7 @@ class Way:
     def __init__(self, tokenizer: Any, template: str, tools: Any = None, opened: bool = False, single: bool = False, **more: Any):
         self.tokenizer, self.style = tokenizer, find(template, lambda text: tokenizer.id_of(text) is not None)
         marks = [i for i in map(tokenizer.id_of, self.style.marks) if i is not None]
-        self.grammars, self.decoder = Grammars(tokenizer, marks), tokenizer.decoder(marks=marks)
+        self.grammars, self.decoder = compiler(tokenizer, *marks), tokenizer.decoder(marks=marks)
         known = read_tools(tools) if tools else None
         unit = self.style.grammar(known, False, True, self.grammars.literal) if known else None
         units = Units(unit, self.style.bare(known, not single) if known else None, single)
@@ -199,6 +283,34 @@ def test_one_call_ends_the_answer_where_several_are_not_wanted(tokenizer) -> Non
     assert way.lead('<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>') == "" and way.guide.ended
 
 
+@pytest.mark.parametrize("text", ['{"name": "weather", "arguments": {"city": "Paris"}}', '{\n  "name": "weather",\n  "arguments": {\n    "city": "Paris"\n  }\n}',
+                                  '```json\n{"name": "weather", "parameters": {"city": "Paris"}}\n```'])
+def test_a_call_without_its_mark_is_held_too(tokenizer, text: str) -> None:
+    way = Way(tokenizer, HERMES, [TIME, WEATHER], single=True)
+    at = text.index('"Paris"')
+    assert way.lead(text[:at]) == "" and way.lead("3") == "3" and way.lead(text[at:]) == "" and way.guide.ended
+    assert [d[:2] for d in way.read()][0] == ("call", "weather")
+    way = Way(tokenizer, HERMES, [TIME], single=False)
+    assert way.lead('{"name": "time", "arguments":') == "" and way.lead(" {}") == "" and way.lead("}") == ""
+    assert way.lead(" and so on") != "" and way.lead('\n{"name": "time", "arguments": {}}') == ""
+    way = Way(tokenizer, HERMES, [TIME])
+    assert way.lead('{"name": "Ada", "arguments": 3}') == "" and way.guide.allowed() is None
+
+
+def test_one_call_is_one_call(qwen) -> None:
+    for choice in ("required", "time"):
+        answer = qwen.chat(ASKED, tools=[TIME], tool_choice=choice, parallel_tool_calls=False, temperature=1.0, seed=1)
+        assert len(answer.tool_calls) == 1 and answer.finish == "tool_calls"
+
+
+def test_a_vocabulary_may_be_longer_than_the_head(tiny_gguf) -> None:
+    import pyengine as pe
+
+    model = pe.load(tiny_gguf("mllama")[0], n_ctx=256)
+    assert model.tokenizer.vocab_size > model.n_vocab
+    assert model.generate("a", regex="[ab]{2}", temperature=0) in ("aa", "ab", "ba", "bb")
+
+
 def test_thinking_is_cut_at_its_budget(tokenizer) -> None:
     style = find(THINKS, lambda text: False)
     closing = tokenizer.tokenize(style.end_of_thinking, add_special=False)
@@ -217,7 +329,30 @@ def test_a_grammar_waits_for_the_end_of_thinking(tokenizer) -> None:
 
 
 def test_draws_stay_within_the_mask(tokenizer) -> None:
-    mask = Grammars(tokenizer).matcher(shape(regex="[ab]")).mask()
+    mask = compiler(tokenizer).matcher(shape(regex="[ab]")).mask()
     logits = np.random.default_rng(0).normal(size=tokenizer.vocab_size).astype(np.float32)
     drawn = {Sampler(SamplingParams(seed=s, temperature=5.0, top_k=0, top_p=1, min_p=0), len(logits)).sample(logits, mask).token for s in range(20)}
     assert {tokenizer.piece(t) for t in drawn} == {b"a", b"b"}
+
+
+def test_forms_pictures_and_vectors_side_by_side_keep_their_bits(tiny_gguf) -> None:
+    import cases
+    from PIL import Image
+
+    import pyengine as pe
+
+    file, _ = tiny_gguf(cases.first(sees=True, mrope=True))
+    model = pe.load(file, n_ctx=512, n_seq=6)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8))
+    asked = [{"prompt": "Invent", "format": PERSON}, {"prompt": "The year", "regex": "[0-9]{4}-[a-f]{12}"}, {"prompt": "The quick brown fox"},
+             {"messages": [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}], "format": {"type": "integer"}}]
+    alone = [model.submit(**a, temperature=1.0, seed=i, max_tokens=30).result(60) for i, a in enumerate(asked)]
+    vector = model.embed("The quick brown fox")
+    for _ in range(2):
+        model.reset()
+        handles = [model.submit(**a, temperature=1.0, seed=i, max_tokens=30) for i, a in enumerate(asked)]
+        assert np.array_equal(model.embed("The quick brown fox"), vector)
+        for handle, want in zip(handles, alone, strict=True):
+            got = handle.result(60)
+            assert (got, got.tokens, got.logprobs) == (want, want.tokens, want.logprobs)
+    assert re.match(r"[0-9]{4}-[a-f]{12}$", alone[1]) and re.match(r"-?[0-9]+$", alone[3])

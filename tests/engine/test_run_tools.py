@@ -71,6 +71,16 @@ def broken() -> None:
     raise KeyError("no sensor")
 
 
+def speechless() -> None:
+    """Fail with an error that cannot say what it is."""
+    raise type("Odd", (Exception,), {"__str__": lambda self: 1 / 0})
+
+
+def leaving() -> None:
+    """Leave, as scripts do."""
+    raise SystemExit(3)
+
+
 @pytest.fixture(autouse=True)
 def nothing_ran() -> None:
     order.clear()
@@ -101,11 +111,11 @@ def test_the_stream_has_thinking_and_calls_of_all_answers() -> None:
 
 
 @pytest.mark.parametrize("call, part", [
-    (("broken", {}), "error: KeyError: 'no sensor'"), (("warmth", {}), "error: the arguments of warmth are wrong: 'city' is a required property"),
+    (("broken", {}), "error: KeyError: 'no sensor'"), (("speechless", {}), "error: Odd: without a text"), (("leaving", {}), "error: SystemExit: 3"), (("warmth", {}), "error: the arguments of warmth are wrong: 'city' is a required property"),
     (("warmth", '{"city"'), "error: the arguments of warmth are no JSON"), (("warmht", {}), "error: there is no tool warmht; near: warmth"),
-    (("zzz", {}), "error: there is no tool zzz; there are warmth, broken")])
+    (("zzz", {}), "error: there is no tool zzz; there are warmth, broken, speechless, leaving")])
 def test_what_goes_wrong_is_told_to_the_model(call: tuple[str, Any], part: str) -> None:
-    _, added = run_tools(Script(said("", call), said("Sorry.")), QUESTION, [warmth, broken])
+    _, added = run_tools(Script(said("", call), said("Sorry.")), QUESTION, [warmth, broken, speechless, leaving])
     assert added[1]["content"].startswith(part)
 
 

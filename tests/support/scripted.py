@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,9 @@ _HARMONY = """{%- for message in messages %}<|start|>{{ message.role }}<|message
 _BRACKETS = """{%- for message in messages %}<|turn|>{{ message.role }}
 {{ message.content }}{% for call in message.tool_calls or [] %}[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments }}{% endfor %}<|stop|>
 {%- endfor %}{% if tools %}{{ tools | length }}{% endif %}<|turn|>assistant{# [THINK] #}"""
+_CHANNEL = _BRACKETS.replace("[TOOL_CALLS]{{ call.function.name }}[ARGS]", "<|tool_call>call:{{ call.function.name }}").replace(
+    "[THINK]", "<|channel>thought {% if enable_thinking %}")
+_PHRASES = _BRACKETS.replace("[TOOL_CALLS]", "<|tool_call|>").replace("[THINK]", "{% if thinking %} 'Here is my thought process:' 'Here is my response:'")
 _OFF = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 _TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
@@ -44,13 +48,17 @@ KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "opens": (_TURNS + "<think>\n{% endif %}", (), _TAGS),
     "opens, letters": (_TURNS + "<think>\n{% endif %}", (), ()),
     "harmony": (_HARMONY, ("<|end|>", "<|return|>", "<|call|>", "<|channel|>", "<|message|>", "<|constrain|>"), ()),
+    "channel": (_CHANNEL, ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'), ()),
+    "phrases": (_PHRASES, (), ()),
     "brackets": (_BRACKETS, ("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"), ()),
 }
 # A reply of each: thinking, a text, a call of `weather`, and how the model ends it.
 THOUGHT = {"harmony": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant", "brackets": "[THINK]{}[/THINK]", "opens": "{}\n</think>\n\n",
-           "opens, letters": "{}\n</think>\n\n"}
+           "opens, letters": "{}\n</think>\n\n", "channel": "<|channel>thought\n{}\n<channel|>",
+           "phrases": "Here is my thought process:\n{}\n\nHere is my response:\n"}
 SAID = {"harmony": "<|channel|>final<|message|>{}<|return|>"}
-CALLED = {"harmony": '<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}<|call|>', "brackets": "[TOOL_CALLS]{}[ARGS]{}"}
+CALLED = {"harmony": '<|channel|>commentary to=functions.{} <|constrain|>json<|message|>{}<|call|>', "brackets": "[TOOL_CALLS]{}[ARGS]{}",
+          "channel": "<|tool_call>call:{}{}<tool_call|>", "phrases": '<|tool_call|>[{{"name": "{}", "arguments": {}}}]'}
 
 
 def thought(kind: str, text: str) -> str:
@@ -64,6 +72,8 @@ def said(kind: str, text: str) -> str:
 
 def called(kind: str, name: str, arguments: str) -> str:
     text = CALLED.get(kind)
+    if kind == "channel":                                    # keys are bare, and texts between marks
+        arguments = re.sub(r'"(\w+)": "(\w+)"', r'\1:<|"|>\2<|"|>', arguments)
     return text.format(name, arguments) if text else f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 

@@ -11,6 +11,7 @@ from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import read_text, read_value
 from pyengine.chat.reply.tape import Malformed, Reading, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.grammar import json_fragment
 
 Literal = Callable[[str], str]            # a mark's text to its fragment of a grammar
 Spell = Callable[[str], str]              # a mark's text as a reader meets it: behind U+FDD0 where it is a token
@@ -245,8 +246,7 @@ def one_at_a_time(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """Return a grammar's fragment for values of a JSON schema, spaced as templates space them."""
-    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}"
+    return json_fragment(schema, {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "})
 
 
 def alternatives(rule: str, count: int) -> str:
@@ -289,8 +289,7 @@ def bare_rules(tools: Sequence[Tool], several: bool) -> str:
              f"ws: /{_BLANKS}/?", alternatives("call", len(tools))]
     for i, tool in enumerate(tools):
         words = ['"{"', quoted('"name"'), '":"', quoted(json.dumps(tool.name)), '","', '("\\"arguments\\"" | "\\"parameters\\"")', '":"', f"args_{i}", '"}"']
-        schema = {**_closed(tool.parameters), "x-guidance": {"whitespace_pattern": _BLANKS}}
-        lines += [f"call_{i}: {' ws '.join(words)}", f"args_{i}: %json {json.dumps(schema, ensure_ascii=False)}"]
+        lines += [f"call_{i}: {' ws '.join(words)}", f"args_{i}: {json_fragment(_closed(tool.parameters), {'whitespace_pattern': _BLANKS})}"]
     return "\n".join(lines) + "\n"
 
 

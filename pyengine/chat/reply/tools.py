@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyengine.errors import RequestError, shown
+from pyengine.text.grammar import check_schema
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NOTHING = {"type": "object", "properties": {}}
@@ -74,16 +75,3 @@ def _read_parameters(schema: Any, path: str) -> dict[str, Any]:
         raise RequestError(f"{path}.type: arguments are an object, so the type is 'object', not {shown(kind)}")
     return {"type": "object", **schema}
 
-
-def check_schema(schema: Any, path: str) -> None:
-    """Check a JSON schema against the metaschema of Draft 2020-12. Raises RequestError that names the path of the fault."""
-    import jsonschema  # for requests with schemas only
-
-    try:
-        errors = list(jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA).iter_errors(schema))
-    except RecursionError:
-        raise RequestError(f"{path}: the schema is nested too deeply") from None
-    if errors:
-        fault = jsonschema.exceptions.best_match(errors)
-        where = path + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path)
-        raise RequestError(f"{where}: {fault.message if len(fault.message) < 500 else fault.message[:500] + '...'}")
