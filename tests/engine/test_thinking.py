@@ -20,7 +20,8 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
 ASKED = [{"role": "user", "content": "How is it?"}]
 PAIR = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "y"]}}, "required": ["a", "b"], "additionalProperties": False}
 ARGUMENTS = '{"city": "Oslo"}'
-kinds = pytest.mark.parametrize("kind", KINDS)
+SLOW = ("opens, letters", "phrases", "brackets")                               # much like others
+kinds = pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS])
 
 
 @pytest.fixture(scope="module")
