@@ -4,7 +4,8 @@
     python -m converters.demo.train FOLDER --weights converters/demo/weights/demo-f16.gguf --seed 2 --first-stage 100
 
 The second goes on from the weights of a file, for new kinds of conversations (LATER): of the others it draws a part, so that they are
-kept. Its first stage teaches the heads that are dropped after training and leaves the weights as they are.
+kept, and the encoder stays as it is. Its first stage teaches the heads that are dropped after training and leaves all weights as they
+are.
 
 FOLDER gets state.pt (to go on from), log.jsonl, checkpoint/ (transformers' format, averaged weights in float16) and loss.png. The
 data of a step depend on the seed and the step only. The learning rate is constant and falls linearly to nothing within the last
@@ -45,8 +46,8 @@ class Part(NamedTuple):
 
 
 MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3.0, 48), "move": Part(4, 1.0, 48),
-       "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(24, 10.0, 96),
-       "task": Part(6, 4.0, 24)}
+       "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(32, 10.0, 96),
+       "task": Part(8, 4.0, 24)}
 LATER = ("click", "task")                                   # kinds that came when the others had been learnt
 KEPT, REPLAY = 2, 0.8                                       # of the others, in a step while these are learnt: kinds, conversations
 # of a step, for the encoder alone: in the first stage and afterwards
@@ -90,7 +91,7 @@ class Steps(IterableDataset):
             later = step - self.first_stage
             whole = self.later or later >= 0
             rows = (ROWS if whole else FIRST_ROWS).items()
-            batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, self.share(t, n), rng, "train")])}
+            batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, n, rng, "train")])} if not self.later else {}
             age = None if self.later else later
             for kind in self.kinds(step) if whole else ():
                 batches[kind] = demo.make_batch(examples(kind, self.share(kind, MIX[kind].conversations), rng, "train", age))
@@ -141,11 +142,13 @@ class Training:
                                {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
                               lr=PEAK, betas=(0.9, 0.98), foreach=True))
         self.parameters, self.step, self.seconds = [p for _, p in both], 0, 0.0
+        self.fixed = False                                                     # the encoder
         self.average = [p.detach().clone() for p in self.model.parameters()]
 
     def take_weights(self, file: Path) -> None:
         """Begin from the weights of a GGUF file of this model."""
         demo.take_weights(self.model, file)
+        self.fixed = True
         self.average = [p.detach().clone() for p in self.model.parameters()]
 
     def save(self, file: Path) -> None:
@@ -169,11 +172,9 @@ class Training:
         for batch in batches.values():
             halfway: list[torch.Tensor] = []
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                soft = demo.see(self.model, batch)
-                demo.hidden(self.model, batch, soft, halfway)
+                demo.hidden(self.model, batch, demo.see(self.model, batch), halfway)
             with torch.autocast("cpu", torch.bfloat16):
-                table = self.model.lm_head.weight.detach()
-                loss = self.reader(soft, batch, table)[0] + self.reader.where(halfway[0], batch, table)
+                loss = self.reader.where(halfway[0], batch, self.model.lm_head.weight.detach())
             loss.backward()
         return {"reader": loss.item(), **self.move(rate)}
 
@@ -192,14 +193,17 @@ class Training:
         """Do one step at a learning rate; return the losses."""
         losses: dict[str, float] = {}
         for task, batch in batches.items():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.set_grad_enabled(not self.fixed), torch.autocast("cpu", torch.bfloat16):
                 soft = demo.see(self.model, batch)
-                seen, share = self.reader(soft, batch, self.model.lm_head.weight)
-            losses[f"{task} rows"] = seen.item()
-            if task == "rows":
-                losses["glyphs"] = share
-                seen.backward()
-                continue
+            seen: torch.Tensor | float = 0.0
+            if not self.fixed:
+                with torch.autocast("cpu", torch.bfloat16):
+                    seen, share = self.reader(soft, batch, self.model.lm_head.weight)
+                losses[f"{task} rows"] = seen.item()
+                if task == "rows":
+                    losses["glyphs"] = share
+                    seen.backward()
+                    continue
             with torch.autocast("cpu", torch.bfloat16):
                 known = batch.targets >= 0
                 halfway: list[torch.Tensor] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,11 +60,21 @@ def layout(rng: random.Random, asked: str, n: int, size: tuple[int, int]) -> str
 
 @dataclass
 class Site:
-    """A server on this machine: `page` is what it shows, `clicked` what was clicked, in order."""
+    """A server on this machine: `page` is what it shows, `clicked` what was clicked, in order; how often the page was asked for."""
 
     url: str
     page: str = ""
     clicked: list[str] = field(default_factory=list)
+    n_pages: int = 0
+
+
+def until(true: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until something is true. Raises: TimeoutError."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not become true")
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -71,6 +82,7 @@ def serve(page: str = "") -> Iterator[Site]:
     """Serve a page on a port of its own."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            site.n_pages += self.path == "/"
             body = site.page.encode()
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
