@@ -436,7 +436,7 @@ def click_text(mark: Mark, size: tuple[int, int]) -> str:
 
 def click_example(rng: random.Random, split: str) -> Example:
     """Ask to click one of 1 to 5 shapes of a page."""
-    picture = shapes_picture(rng, split, rng.choice((1, 2, 2, 3, 3, 4, 5)), (100, 145), page=True)
+    picture = shapes_picture(rng, split, rng.choice((1, 2, 3, 3, 4, 4, 5, 5)), (100, 145), page=True)
     mark = rng.choice(picture.marks)
     return Example((picture,), (Turn("click", f"Click the {mark.what}.", click_text(mark, picture.size)),), (TOOL,))
 

@@ -49,7 +49,7 @@ MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3
        "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(32, 10.0, 96),
        "task": Part(8, 4.0, 24)}
 LATER = ("click", "task")                                   # kinds that came when the others had been learnt
-KEPT, REPLAY = 2, 0.8                                       # of the others, in a step while these are learnt: kinds, conversations
+KEPT, REPLAY = 3, 0.8                                       # of the others, in a step while these are learnt: kinds, conversations
 # of a step, for the encoder alone: in the first stage and afterwards
 FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BROWSERS, DRIVERS = ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)
-SECONDS = 60                                # for each command
+SECONDS, ATTEMPTS = 60, 3                   # for each command; to start the driver
 BUTTONS = {"left": 0, "middle": 1, "right": 2}
 # https://www.w3.org/TR/webdriver2/#keyboard-actions
 CODES = {"backspace": "\ue003", "tab": "\ue004", "enter": "\ue007", "shift": "\ue008", "ctrl": "\ue009", "alt": "\ue00a",
@@ -55,12 +55,10 @@ class Chromium:
     def __init__(self, url: str, size: tuple[int, int] = (1024, 768)):
         if reason := missing():
             raise RequestError(f"{reason}; an agent's browser needs chromium and chromedriver")
-        self._size = size
-        self._driver = subprocess.Popen([next(filter(None, map(shutil.which, DRIVERS))), "--port=0"], stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
-        self._session = ""
+        self._size, self._session = size, ""
+        self._driver, port = _started()
         try:
-            self._base = f"http://127.0.0.1:{self._port()}/session"
+            self._base = f"http://127.0.0.1:{port}/session"
             host = urlsplit(url).hostname or "localhost"
             arguments = ["--headless=new", "--hide-scrollbars", "--no-first-run", f"--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE {host}"]
             if getattr(os, "geteuid", lambda: 1)() == 0:
@@ -74,12 +72,6 @@ class Chromium:
         except BaseException:
             self.close()
             raise
-
-    def _port(self) -> int:
-        for line in self._driver.stdout or ():
-            if "started successfully on port" in line:
-                return int(line.rsplit(maxsplit=1)[1].rstrip("."))
-        raise RequestError("chromedriver ended before it had a port")
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(self._base + self._session + path, None if body is None else json.dumps(body).encode(),
@@ -161,6 +153,20 @@ class Chromium:
 
     def _actions(self, source: dict[str, Any]) -> None:
         self._call("POST", "/actions", {"actions": [source]})
+
+
+def _started() -> tuple[subprocess.Popen[str], int]:
+    """Start chromedriver; return it and its port. Another program may take the port that it chose, so it is tried again."""
+    told = ""
+    for _ in range(ATTEMPTS):
+        driver = subprocess.Popen([next(filter(None, map(shutil.which, DRIVERS))), "--port=0"], stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True)
+        for line in driver.stdout or ():
+            if "started successfully on port" in line:
+                return driver, int(line.rsplit(maxsplit=1)[1].rstrip("."))
+            told = line.strip()
+        driver.communicate()
+    raise RequestError(f"chromedriver does not start: {told}")
 
 
 def _to(x: int, y: int) -> dict[str, Any]:
