@@ -304,11 +304,11 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
             ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
         end = "\n</tool_response>" if turn.pictures else ""
         ids += encode(f"{turn.question}{end}<|im_end|>\n<|im_start|>assistant\n")
-        answer = encode(f"{turn.answer}<|im_end|>")
+        answer = encode(f"{turn.mistaken or turn.answer}<|im_end|>")
         if not turn.pictures:                                                  # else it is what was asked for before
             named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in NAMED]
         asked += [[-100] * len(NAMED)] * (len(ids) - len(targets) - 1) + [named] * len(answer)
-        targets += [-100] * (len(ids) - len(targets) - 1) + list(answer)
+        targets += [-100] * (len(ids) - len(targets) - 1) + [-100 if turn.mistaken else token for token in answer]
         ids += answer
         ids += encode("\n")
     asked += [[-100] * len(NAMED)] * (len(ids) - len(targets))
@@ -452,7 +452,7 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
             for turn, n in zip(example.turns, example.shown()):
                 shown = [{"type": "image"} for _ in range(n)]
                 messages += [{"role": turn.role, "content": [*shown, {"type": "text", "text": turn.question}]},
-                             {"role": "assistant", "content": turn.answer}]
+                             {"role": "assistant", "content": turn.mistaken or turn.answer}]
             text = tokenizer.apply_chat_template(messages, tools=example.functions() or None, tokenize=False)
             for _, h, w in made["image_grid_thw"].tolist():
                 text = text.replace("<|vision_start|><|image_pad|><|vision_end|>",

@@ -20,7 +20,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -77,12 +77,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer and the task that it belongs to; pictures: how many of the example's a tool returned as the question."""
+    """A question, its answer and the task that it belongs to.
+
+    pictures   how many of the example's a tool returned as the question
+    mistaken   another answer to go on from, which is not learnt: what follows it is
+    """
 
     task: str
     question: str
     answer: str
     pictures: int = 0
+    mistaken: str = ""
 
     @property
     def role(self) -> str:
@@ -251,15 +256,23 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, fl
 
 
 def shapes_picture(rng: random.Random, split: str, n: int, side: tuple[int, int] = (100, 145), page: bool = False) -> Picture:
-    """Draw n different shapes that do not touch; page: as a browser does, often in a style sheet's colours, without noise."""
+    """Draw n different shapes that do not touch; page: as a browser does, often in a style sheet's colours, without noise.
+
+    On a page two shapes are often of one colour or of one form, and all may touch its edge.
+    """
+    edge, gap = (0, 3) if page else (2, 4)
     while True:
         width, height = rng.randint(*side), rng.randint(*side)
-        kinds = rng.sample([f"{c} {s}" for c in COLOURS for s in SHAPES], n)
+        names = [f"{c} {s}" for c in COLOURS for s in SHAPES]
+        kinds = rng.sample(names, n)
+        if page and n > 1 and rng.random() < 0.6:
+            word = rng.choice(kinds[0].split())
+            kinds[1] = rng.choice([name for name in names if word in name.split() and name not in kinds])
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
             r = rng.uniform(9, 20)
-            x, y = rng.uniform(r + 2, width - r - 2), rng.uniform(r + 2, height - r - 2)
-            if all(max(abs(x - a), abs(y - b)) > r + q + 4 for a, b, q in placed):
+            x, y = rng.uniform(r + edge, width - r - edge), rng.uniform(r + edge, height - r - edge)
+            if all(max(abs(x - a), abs(y - b)) > r + q + gap for a, b, q in placed):
                 placed.append((x, y, r))
             if len(placed) == n:
                 break
@@ -442,14 +455,19 @@ def click_example(rng: random.Random, split: str) -> Example:
 
 
 def task_example(rng: random.Random, split: str) -> Example:
-    """Ask for a click, then show the next screenshot: a page with a word, which ends the task, or the same page again."""
+    """Ask for a click, then show the next screenshots: the same page once or twice, and a page with a word, which ends the task."""
     first = click_example(rng, split)
     picture, turn = first.pictures[0], first.turns[0]
-    if rng.random() < 0.7:
-        done, then = word_page(rng, split, picture.size), Turn("finish", "", call_text(action="terminate", status="success"), pictures=1)
-    else:
-        done, then = picture, Turn("click", "", turn.answer, pictures=1)
-    return Example((picture, done), (turn, then), first.tools)
+    turns, pages = [turn], [picture]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        if rng.random() < 0.7:
+            x, y = (rng.randrange(n) for n in processed_size(*picture.size))
+            turns[-1] = replace(turns[-1], mistaken=call_text(action="left_click", coordinate=[x, y]))
+        turns.append(Turn("click", "", turn.answer, pictures=1))
+        pages.append(picture)
+    pages.append(word_page(rng, split, picture.size))
+    turns.append(Turn("finish", "", call_text(action="terminate", status="success"), pictures=1))
+    return Example(tuple(pages), tuple(turns), first.tools)
 
 
 # by kind: what draws a conversation

@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3.0, 48), "move": Part(4, 1.0, 48),
        "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(32, 10.0, 96),
-       "task": Part(8, 4.0, 24)}
+       "task": Part(6, 6.0, 24)}
 LATER = ("click", "task")                                   # kinds that came when the others had been learnt
 KEPT, REPLAY = 3, 0.8                                       # of the others, in a step while these are learnt: kinds, conversations
 # of a step, for the encoder alone: in the first stage and afterwards
@@ -73,10 +73,10 @@ class Steps(IterableDataset):
         self.seed, self.first, self.first_stage, self.same, self.later = seed, first, first_stage, same, later
 
     def kinds(self, step: int) -> list[str]:
-        """List the kinds of conversations of a step: all, or those of LATER and in turn some of the others."""
-        if not self.later:
-            return list(MIX)
+        """List the kinds of conversations of a step: all but LATER, or those and in turn some of the others."""
         others = [kind for kind in MIX if kind not in LATER]
+        if not self.later:
+            return others
         return [*LATER, *(others[(KEPT * step + i) % len(others)] for i in range(KEPT))]
 
     def share(self, kind: str, n: int) -> int:
@@ -112,7 +112,7 @@ def scores(model: Any, batch: demo.Batch, conversations: list[Example]) -> dict[
             inside = aim
             if aim:
                 spans[-1].append(bool(row[i]))
-        for turn, span in zip(example.turns, spans, strict=True):
+        for turn, span in zip((turn for turn in example.turns if not turn.mistaken), spans, strict=True):
             # a box is right if no digit but a last one is wrong: its share of right tokens says more
             found[turn.task].append(sum(span) / len(span) if turn.task in BOXES + ("click",) else float(all(span)))
     return found

@@ -176,9 +176,10 @@ def test_calls_follow_from_what_is_drawn(drawn: Any, kind: str) -> None:
         scale = np.divide(drawn.processed_size(*page.size), page.size)
         assert seen[0]["action"] == "left_click" and np.abs(seen[0]["coordinate"] - middle(mark) * scale).max() <= 0.5
         assert sight.clicked(example, example.turns[0].answer) and not sight.clicked(example, example.turns[-1].answer.replace("left", "right"))
-        if kind == "task":
-            words = all(len(m.what) == 1 for m in example.pictures[1].marks)
-            assert seen[1] == ({"action": "terminate", "status": "success"} if words else seen[0])
+        for picture, arguments in zip(example.pictures[1:], seen[1:], strict=True):
+            words = all(len(m.what) == 1 for m in picture.marks)
+            assert arguments == ({"action": "terminate", "status": "success"} if words else seen[0])
+        assert not any(turn.mistaken for turn in example.turns[-2 if kind == "task" else -1:])
 
 
 @pytest.mark.parametrize("kind", ["click", "form", "move", "pair", "pick", "task"])
