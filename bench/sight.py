@@ -9,10 +9,12 @@ for shares (Wilson 1927, doi:10.1080/01621459.1927.10502953), the normal one for
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
     from converters.demo.pictures import Example
 
 pictures = converters("demo.pictures")
-MAX_TOKENS = 48
+MAX_TOKENS = 96
 TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 CACHES = ("f32", "f16", "q8_0", "q4_0")
 Z = 1.96
-Say = Callable[[list[dict[str, Any]]], str]
+Say = Callable[[list[dict[str, Any]], list[dict[str, object]]], str]       # of messages and tools: the answer as it was written, calls too
 
 
 def draw(n: int, seed: int, families: Sequence[str] = tuple(pictures.FAMILIES)) -> list[Example]:
@@ -41,10 +43,11 @@ def hold(say: Say, examples: Sequence[Example]) -> list[list[str]]:
     out = []
     for example in examples:
         messages: list[dict[str, Any]] = []
-        for turn in example.turns:
-            shown = [] if messages else [{"type": "image", "image": p.pixels} for p in example.pictures]
-            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]})
-            messages.append({"role": "assistant", "content": say(messages)})
+        left = iter(example.pictures)
+        for turn, n in zip(example.turns, example.shown()):
+            shown = [{"type": "image", "image": p.pixels} for p in islice(left, n)]
+            messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.question}]})
+            messages.append({"role": "assistant", "content": say(messages, example.functions())})
         out.append([m["content"] for m in messages[1::2]])
     return out
 
@@ -57,12 +60,15 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dict[str, list[float]]:
-    """Compute each task's points: 1 or 0 for an answer that is right or not, a box's overlap with the true one."""
+    """Compute each task's points: 1 or 0 for an answer that is right or not, a box's overlap with the true one, 1 for a click inside it."""
     from pyengine.chat.boxes import find_boxes
 
     points = defaultdict(list)
     for example, said in zip(examples, answers, strict=True):
         for turn, answer in zip(example.turns, said, strict=True):
+            if turn.task == "click":
+                points["click"].append(float(clicked(example, answer)))
+                continue
             if turn.task not in pictures.BOXES:
                 points[turn.task].append(float(answer == turn.answer))
                 continue
@@ -72,6 +78,17 @@ def scores(examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> dic
             found = [b for b in find_boxes(answer, picture.size, pictures.processed_size(*picture.size)) if hasattr(b, "x2")]
             points[turn.task].append(overlap((found[0].x1, found[0].y1, found[0].x2, found[0].y2), true) if found else 0.0)
     return points
+
+
+def clicked(example: Example, answer: str) -> bool:
+    """Say whether a call clicks inside of the box of what a conversation's first question names."""
+    picture = example.pictures[0]
+    x1, y1, x2, y2 = next(m.box for m in picture.marks if example.turns[0].question == f"Click the {m.what}.")
+    found = re.fullmatch(re.escape(pictures.call_text(action="left_click", coordinate=[0, 0])).replace("0", r"(\d+)"), answer)
+    if found is None:
+        return False
+    x, y = (int(n) * own / seen for n, own, seen in zip(found.groups(), picture.size, pictures.processed_size(*picture.size)))
+    return x1 <= x <= x2 and y1 <= y <= y2
 
 
 def interval(points: Sequence[float]) -> tuple[float, float]:
@@ -116,7 +133,18 @@ def ours(file: Path, kv: str, n_threads: int) -> Say:
     import pyengine
 
     model = pyengine.load(file, n_ctx=1024, kv_dtype=kv, n_threads=n_threads)
-    return lambda messages: str(model.chat(messages, temperature=0, max_tokens=MAX_TOKENS))
+    return lambda messages, tools: written(model, messages, tools)
+
+
+def written(model: Any, messages: list[dict[str, Any]], tools: list[dict[str, object]]) -> str:
+    """Return a model's greedy answer as it wrote it: a call is part of its text."""
+    if not tools:
+        return str(model.chat(messages, temperature=0, max_tokens=MAX_TOKENS))
+    shown = [part["image"] for m in messages for part in m["content"] if not isinstance(part, str) and part["type"] == "image"]
+    bare = [{**m, "content": m["content"] if isinstance(m["content"], str) else
+             [{k: v for k, v in part.items() if k != "image"} for part in m["content"]]} for m in messages]
+    text = model.template.render(bare, tools=tools)
+    return str(model.generate(text, images=shown, temperature=0, max_tokens=MAX_TOKENS))
 
 
 def theirs(checkpoint: Path) -> Say:
@@ -131,10 +159,11 @@ def theirs(checkpoint: Path) -> Say:
     processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
     hole = "<|vision_start|><|image_pad|><|vision_end|>"
 
-    def say(messages: list[dict[str, Any]]) -> str:
-        shown = [PIL.Image.fromarray(part["image"]) for part in messages[0]["content"] if part["type"] == "image"]
+    def say(messages: list[dict[str, Any]], tools: list[dict[str, object]]) -> str:
+        shown = [PIL.Image.fromarray(part["image"]) for m in messages if not isinstance(m["content"], str)
+                 for part in m["content"] if part["type"] == "image"]
         seen = processor(images=shown, return_tensors="pt")
-        pieces = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(hole)
+        pieces = tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True).split(hole)
         text = pieces[0]
         for (_, h, w), piece in zip(seen["image_grid_thw"].tolist(), pieces[1:], strict=True):
             text += hole.replace("<|image_pad|>", "<|image_pad|>" * (h * w // 4)) + piece

@@ -7,10 +7,14 @@ this to transformers' own forward. Axes: n patches, r merged rows, b conversatio
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +44,13 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 # Qwen2's split of text before BPE (tokenizer.json of Qwen/Qwen2-7B): by it, converters know the kind
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
          r"\s+(?!\S)|\s+")
-TEMPLATE = """{%- for message in messages -%}
-  {{ '<|im_start|>' + message['role'] + '\\n' }}
-  {%- if message['content'] is string -%}{{ message['content'] }}
+# tokens of text that stand for themselves, as Qwen2.5's and Qwen3's tokenizers have them (tokenizer_config.json)
+CALLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+# Qwen2.5's Hermes form, but of tools the names alone are told: a model of this size makes nothing of a schema
+TEMPLATE = """{%- macro said(content) -%}
+  {%- if content is string -%}{{ content }}
   {%- else -%}
-    {%- for part in message['content'] -%}
+    {%- for part in content or [] -%}
       {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
         {{ '<|vision_start|><|image_pad|><|vision_end|>' }}
       {%- elif part['type'] == 'video' or 'video' in part -%}
@@ -52,9 +58,35 @@ TEMPLATE = """{%- for message in messages -%}
       {%- else -%}{{ part['text'] }}{%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {{ '<|im_end|>\\n' }}
+{%- endmacro -%}
+{%- if tools -%}
+  {{ '<|im_start|>system\\n' }}
+  {%- if messages[0]['role'] == 'system' -%}{{ said(messages[0]['content']) + '\\n\\n' }}{%- endif -%}
+  {{ '# Tools\\n<tools>\\n' }}
+  {%- for tool in tools -%}{{ (tool['function'] or tool)['name'] + '\\n' }}{%- endfor -%}
+  {{ '</tools><|im_end|>\\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'tool' -%}
+    {{ '<|im_start|>user\\n<tool_response>\\n' + said(message['content']) + '\\n</tool_response><|im_end|>\\n' }}
+  {%- elif not (loop.first and tools and message['role'] == 'system') -%}
+    {{ '<|im_start|>' + message['role'] + '\\n' + said(message['content']) }}
+    {%- for call in message['tool_calls'] or [] -%}
+      {%- set function = call['function'] or call -%}
+      {%- if message['content'] or not loop.first -%}{{ '\\n' }}{%- endif -%}
+      {{ '<tool_call>\\n{"name": "' + function['name'] + '", "arguments": ' }}
+      {%- if function['arguments'] is string -%}{{ function['arguments'] }}{%- else -%}{{ function['arguments'] | tojson }}{%- endif -%}
+      {{ '}\\n</tool_call>' }}
+    {%- endfor -%}
+    {{ '<|im_end|>\\n' }}
+  {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+
+def tools_text(names: Sequence[str]) -> str:
+    """Write what the template says of tools."""
+    return "\n".join(("# Tools\n<tools>", *names, "</tools>"))
 
 
 # ---- tokenizer and checkpoint --------------------------------------------------------------------------------------------------
@@ -69,7 +101,7 @@ def train_tokenizer(out: Path) -> None:
     for _ in range(300):
         for make in pictures.FAMILIES.values():
             example = make(rng, "train")
-            for turn in example.turns:
+            for turn in () if example.tools else example.turns:
                 for text in (turn.question, turn.answer):
                     sentences.append("".join(c for c in text if c not in ALPHABET[26:]) if turn.task != "read" else turn.question)
     sentences = [" ".join(w for w in s.split(" ") if not (w.strip("?").isupper() and len(w) > 1)) for s in sentences]
@@ -84,9 +116,54 @@ def train_tokenizer(out: Path) -> None:
     tokenizer.save(str(out))
 
 
+def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for part in parts:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
+def extend_tokenizer(file: Path, out: Path) -> None:
+    """Add CALLS, and joins for the words of conversations with tools, to a tokenizer; all other texts keep their tokens.
+
+    New joins come after the old ones, of the most frequent neighbours first (Sennrich et al. 2016, arXiv:1508.07909).
+    """
+    from tokenizers import Tokenizer
+
+    rng, made, old = random.Random(0), json.loads(file.read_text()), Tokenizer.from_file(str(file))
+    vocab, merges = made["model"]["vocab"], made["model"]["merges"]
+    known = [t["content"] for t in made["added_tokens"]]
+    made["added_tokens"] += [{**made["added_tokens"][0], "id": len(vocab) + len(known) + i, "content": t, "special": False}
+                             for i, t in enumerate(CALLS)]
+    vocab |= {t["content"]: t["id"] for t in made["added_tokens"]}             # so that ids may follow behind theirs
+    words: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for make in (make for make in pictures.FAMILIES.values() for _ in range(300)):
+        example = make(rng, "train")
+        texts = [tools_text(example.tools)] if example.tools else []
+        for text in (*texts, *(t for turn in example.turns for t in (turn.question, turn.answer))):
+            parts = re.split("|".join(map(re.escape, (*known, *CALLS))), text)
+            words[bool(example.tools)].update(w for part in parts for w, _ in old.pre_tokenizer.pre_tokenize_str(part))
+    spelt = {word: [t.value for t in old.model.tokenize(word)] for word in words[True]}
+    fixed = {pair for word in words[False] for t in [[t.value for t in old.model.tokenize(word)]] for pair in zip(t, t[1:])}
+    while len(vocab) < 512:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, n in words[True].items():
+            pairs.update(dict.fromkeys(set(zip(spelt[word], spelt[word][1:])) - fixed, n))
+        if not pairs:
+            break
+        pair, _ = max(pairs.items(), key=lambda p: (p[1], p[0]))
+        merges.append(list(pair))
+        vocab["".join(pair)] = len(vocab)
+        spelt = {word: _joined(parts, pair) for word, parts in spelt.items()}
+    out.write_text(json.dumps(made, indent=2, ensure_ascii=False))
+
+
 @lru_cache
 def make_tokenizer() -> Any:
-    """Load the tokenizer that `train_tokenizer` has made; it stays as it is when sentences of the generator change."""
+    """Load what `train_tokenizer` and `extend_tokenizer` have made; it stays as it is when sentences of the generator change."""
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                                 chat_template=TEMPLATE)
 
@@ -105,6 +182,30 @@ def make_model(seed: int) -> Any:
     model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
     model.tie_weights()
     return model
+
+
+def take_weights(model: Any, file: Path) -> None:
+    """Copy the weights of a GGUF file of this model; rows of new tokens become the mean of those of their bytes."""
+    from gguf import GGUFReader, quants
+
+    from ..contract import supported
+
+    config = {**model.config.to_dict(), "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    reader = GGUFReader(file)
+    stored = {t.name: quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    state = model.state_dict()
+    for entry in supported()["Qwen2_5_VLForConditionalGeneration"](config, file).tensors():
+        values = torch.from_numpy(np.array(stored[entry.name], np.float32))
+        target = state[next(n for n in (entry.source, f"model.{entry.source}", "model.language_model." + entry.source[6:]) if n in state)]
+        if entry.frame is not None:
+            target[:, :, entry.frame] = values
+        else:
+            target[entry.first_row or 0:][:len(values)] = values
+    texts, tokenizer = reader.fields["tokenizer.ggml.tokens"].contents(), make_tokenizer()
+    table = state["model.language_model.embed_tokens.weight"]
+    for i in (i for i in range(len(tokenizer)) if texts[i] == f"[PAD{i}]"):
+        table[i] = table[tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(i)))].mean(0)
+    model.load_state_dict(state)
 
 
 def save_checkpoint(model: Any, folder: Path) -> None:
@@ -193,15 +294,21 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
     ids: list[int] = []
     targets: list[int] = []
     asked: list[list[int]] = []
-    for i, turn in enumerate(example.turns):
-        ids += encode("<|im_start|>user\n")
-        for h, w in grids if i == 0 else ():
+    named = [-100] * len(NAMED)
+    coming = iter(grids)
+    if example.tools:
+        ids += encode(f"<|im_start|>system\n{tools_text(example.tools)}<|im_end|>\n")
+    for turn, shown in zip(example.turns, example.shown()):
+        ids += encode("<|im_start|>user\n<tool_response>\n" if turn.pictures else "<|im_start|>user\n")
+        for h, w in islice(coming, shown):
             ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
-        ids += encode(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n")
-        answer = encode(f"{turn.answer}<|im_end|>")
-        named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in NAMED]
+        end = "\n</tool_response>" if turn.pictures else ""
+        ids += encode(f"{turn.question}{end}<|im_end|>\n<|im_start|>assistant\n")
+        answer = encode(f"{turn.mistaken or turn.answer}<|im_end|>")
+        if not turn.pictures:                                                  # else it is what was asked for before
+            named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in NAMED]
         asked += [[-100] * len(NAMED)] * (len(ids) - len(targets) - 1) + [named] * len(answer)
-        targets += [-100] * (len(ids) - len(targets) - 1) + list(answer)
+        targets += [-100] * (len(ids) - len(targets) - 1) + [-100 if turn.mistaken else token for token in answer]
         ids += answer
         ids += encode("\n")
     asked += [[-100] * len(NAMED)] * (len(ids) - len(targets))
@@ -342,11 +449,11 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
         for i, example in enumerate(examples):
             made = processor(images=[PIL.Image.fromarray(p.pixels) for p in example.pictures], return_tensors="pt")
             messages: list[dict[str, Any]] = []
-            for j, turn in enumerate(example.turns):
-                shown = [{"type": "image"} for _ in example.pictures] if j == 0 else []
-                messages += [{"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]},
-                             {"role": "assistant", "content": turn.answer}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            for turn, n in zip(example.turns, example.shown()):
+                shown = [{"type": "image"} for _ in range(n)]
+                messages += [{"role": turn.role, "content": [*shown, {"type": "text", "text": turn.question}]},
+                             {"role": "assistant", "content": turn.mistaken or turn.answer}]
+            text = tokenizer.apply_chat_template(messages, tools=example.functions() or None, tokenize=False)
             for _, h, w in made["image_grid_thw"].tolist():
                 text = text.replace("<|vision_start|><|image_pad|><|vision_end|>",
                                     "<|vision_start|>" + "<|image_pad|>" * (h * w // 4) + "<|vision_end|> ", 1)
@@ -372,7 +479,7 @@ class Reader(nn.Module):
         self.glyphs = nn.Linear(WIDTH, QUARTERS * (len(ALPHABET) + 1))
         self.things = nn.Linear(WIDTH, len(THINGS) + 1)
         self.boxes = nn.Linear(WIDTH, 4)
-        self.edges = nn.Linear(WIDTH, 4 * TENS)
+        self.edges = nn.Linear(WIDTH, 6 * TENS)
         self.numbers = nn.Linear(WIDTH, NUMBERED)
 
     def forward(self, soft: Tensor, batch: Batch, table: Tensor) -> tuple[Tensor, float]:
@@ -406,7 +513,7 @@ class Reader(nn.Module):
     def where(self, rows: Tensor, batch: Batch, table: Tensor) -> Tensor:
         """Compute the loss of rows halfway through the decoder: which picture they are of, edges of a shape's box, a line's key.
 
-        Of the edges, the tens of their pixels. The encoder sees one picture and has relative positions only: the first two are the
+        Of the edges and of the box's middle, the tens of their pixels. The encoder sees one picture and has relative positions only: the first two are the
         decoder's to find out.
         """
         there, lined = batch.things > 0, batch.lines >= 0
@@ -414,6 +521,8 @@ class Reader(nn.Module):
         if lined.any():
             loss = loss + _towards(rows[lined], KEYS, batch.lines[lined], table)
         if there.any():
-            edges = ((batch.boxes + batch.places.repeat(1, 2))[there] * GROUP / 10).long().clamp(0, TENS - 1)
-            loss = loss + F.cross_entropy(self.edges(rows[there]).float().view(-1, TENS), edges.view(-1))
+            edges = (batch.boxes + batch.places.repeat(1, 2))[there]
+            edges = torch.cat((edges, (edges[:, :2] + edges[:, 2:]) / 2), dim=1)
+            tens = (edges * GROUP / 10).long().clamp(0, TENS - 1)
+            loss = loss + F.cross_entropy(self.edges(rows[there]).float().view(-1, TENS), tens.view(-1))
         return loss

@@ -3,7 +3,8 @@
 A picture shows a word or a number in capital letters, a form of a few lines, or coloured shapes. Questions ask to read, to name,
 to count, to locate (a box in Qwen2.5-VL's notation, in pixels of the picture as the processor resizes it), for the value of a
 line, which of two shapes is on one side or larger, which of several pictures shows something and which way it moves from one
-picture to the next.
+picture to the next. Screenshots of pages are a task of their own: a call of the computer's tool clicks a shape, and ends the task
+when the page shows a word.
 
 Training, validation and test are disjoint by construction: each word, number, layout of shapes and movement belongs to one of
 them by the CRC of its name, and each has its own fonts.
@@ -19,7 +20,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -39,12 +40,16 @@ COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), 
            "purple": (140, 50, 170), "orange": (245, 130, 30)}
 # of texts, on light paper
 INKS = {"black": (20, 20, 20), **{name: COLOURS[name] for name in ("red", "green", "blue", "purple")}}
+# as style sheets write them: https://www.w3.org/TR/css-color-4/#named-colors
+CSS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "purple": (128, 0, 128),
+       "orange": (255, 165, 0)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ALPHABET = LETTERS + "0123456789"
 KEYS = ("TOTAL", "DATE", "PRICE", "ROOM", "CODE", "SEAT", "YEAR", "WEEK")       # of a form's lines; no two begin alike
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BOXES = ("locate", "find")              # tasks whose answer is a box
+TOOL = "computer_use"                   # the function that Qwen2.5-VL's computer tool is called by
 Colour = tuple[int, int, int]
 
 
@@ -72,19 +77,40 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer and the task that it belongs to."""
+    """A question, its answer and the task that it belongs to.
+
+    pictures   how many of the example's a tool returned as the question
+    mistaken   another answer to go on from, which is not learnt: what follows it is
+    """
 
     task: str
     question: str
     answer: str
+    pictures: int = 0
+    mistaken: str = ""
+
+    @property
+    def role(self) -> str:
+        """Of the message that asks."""
+        return "tool" if self.pictures else "user"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation: the pictures come before the first question."""
+    """A conversation: pictures that no turn has of its own come before the first question; tools: names of functions to call."""
 
     pictures: tuple[Picture, ...]
     turns: tuple[Turn, ...]
+    tools: tuple[str, ...] = ()
+
+    def shown(self) -> list[int]:
+        """Count the pictures that each turn shows."""
+        own = [turn.pictures for turn in self.turns]
+        return [len(self.pictures) - sum(own), *own[1:]]
+
+    def functions(self) -> list[dict[str, object]]:
+        """List the tools as a chat template gets them."""
+        return [{"type": "function", "function": {"name": name}} for name in self.tools]
 
 
 def split_of(key: str) -> str:
@@ -229,28 +255,38 @@ def _outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, fl
             (cx + a, cy + r), (cx - a, cy + r), (cx - a, cy + a), (cx - r, cy + a), (cx - r, cy - a), (cx - a, cy - a)]
 
 
-def shapes_picture(rng: random.Random, split: str, n: int, side: tuple[int, int] = (100, 145)) -> Picture:
-    """Draw n different shapes that do not touch."""
+def shapes_picture(rng: random.Random, split: str, n: int, side: tuple[int, int] = (100, 145), page: bool = False) -> Picture:
+    """Draw n different shapes that do not touch; page: as a browser does, often in a style sheet's colours, without noise.
+
+    On a page two shapes are often of one colour or of one form, and all may touch its edge.
+    """
+    edge, gap = (0, 3) if page else (2, 4)
     while True:
         width, height = rng.randint(*side), rng.randint(*side)
-        kinds = rng.sample([f"{c} {s}" for c in COLOURS for s in SHAPES], n)
+        names = [f"{c} {s}" for c in COLOURS for s in SHAPES]
+        kinds = rng.sample(names, n)
+        if page and n > 1 and rng.random() < 0.6:
+            word = rng.choice(kinds[0].split())
+            kinds[1] = rng.choice([name for name in names if word in name.split() and name not in kinds])
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
             r = rng.uniform(9, 20)
-            x, y = rng.uniform(r + 2, width - r - 2), rng.uniform(r + 2, height - r - 2)
-            if all(max(abs(x - a), abs(y - b)) > r + q + 4 for a, b, q in placed):
+            x, y = rng.uniform(r + edge, width - r - edge), rng.uniform(r + edge, height - r - edge)
+            if all(max(abs(x - a), abs(y - b)) > r + q + gap for a, b, q in placed):
                 placed.append((x, y, r))
             if len(placed) == n:
                 break
         key = " ".join(f"{kind} {int(x) // 14} {int(y) // 14}" for kind, (x, y, _) in sorted(zip(kinds, placed)))
         if len(placed) == n and split_of(key) == split:
             break
-    fills = [_near(rng, COLOURS[kind.split()[0]], 14) for kind in kinds]
-    return _draw_shapes(rng, key, (width, height), _paper(rng, rng.random() < 0.3), zip(kinds, placed, fills))
+    plain = page and rng.random() < 0.6
+    fills = [CSS[kind.split()[0]] if plain else _near(rng, COLOURS[kind.split()[0]], 14) for kind in kinds]
+    paper = (255, 255, 255) if page and rng.random() < 0.7 else _paper(rng, not page and rng.random() < 0.3)
+    return _draw_shapes(rng, key, (width, height), paper, zip(kinds, placed, fills), noisy=not page)
 
 
 def _draw_shapes(rng: random.Random, key: str, size: tuple[int, int], paper: Colour,
-                 shapes: Iterable[tuple[str, tuple[float, float, float], Colour]]) -> Picture:
+                 shapes: Iterable[tuple[str, tuple[float, float, float], Colour]], noisy: bool = True) -> Picture:
     """Draw shapes ("red star", centre and half of the side, colour to fill it with)."""
     picture, marks = Image.new("RGB", (2 * size[0], 2 * size[1]), paper), []
     draw = ImageDraw.Draw(picture)
@@ -264,7 +300,8 @@ def _draw_shapes(rng: random.Random, key: str, size: tuple[int, int], paper: Col
             draw.polygon([(2 * a, 2 * b) for a, b in corners], fill=fill)
         xs, ys = zip(*corners)
         marks.append(Mark(kind, (min(xs), min(ys), max(xs), max(ys))))
-    return Picture(_noisy(rng, picture.reduce(2)), tuple(marks), (key,))
+    small = picture.reduce(2)
+    return Picture(_noisy(rng, small) if noisy else np.asarray(small), tuple(marks), (key,))
 
 
 def moving_pictures(rng: random.Random, split: str) -> tuple[tuple[Picture, ...], str]:
@@ -284,6 +321,21 @@ def moving_pictures(rng: random.Random, split: str) -> tuple[tuple[Picture, ...]
     paper, fill = _paper(rng, rng.random() < 0.3), _near(rng, COLOURS[kind.split()[0]], 14)
     places = [(start[0] + dx * travel * t, start[1] + dy * travel * t, r) for t in (0, 0.5, 1)]
     return tuple(_draw_shapes(rng, key, size, paper, [(kind, place, fill)]) for place in places), way
+
+
+def word_page(rng: random.Random, split: str, size: tuple[int, int]) -> Picture:
+    """Draw a page of this size that shows one short word or number."""
+    while True:
+        text, font = draw_text(rng, split, 5), _font(rng.choice(FONTS[split]), rng.randint(16, 21))
+        ends = [font.getlength(text[:i]) for i in range(len(text) + 1)]
+        if ends[-1] + 8 < size[0]:
+            break
+    top, bottom = font.getbbox("H0")[1::2]
+    x, y = rng.uniform(4, size[0] - ends[-1] - 4), rng.uniform(4, size[1] - (bottom - top) - 4)
+    picture = Image.new("RGB", size, (255, 255, 255) if rng.random() < 0.7 else _paper(rng, dark=False))
+    ImageDraw.Draw(picture).text((x, y - top), text, fill=INKS[rng.choice(list(INKS))], font=font, stroke_width=_bolder(rng, split))
+    marks = [Mark(char, (x + a, y, x + b, y + bottom - top)) for char, a, b in zip(text, ends, ends[1:])]
+    return Picture(np.asarray(picture), tuple(marks), (text,))
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------------------
@@ -382,10 +434,47 @@ def form_example(rng: random.Random, split: str) -> Example:
     return Example((picture,), tuple(Turn("field", f"What is the {key}?", lines[key]) for key in rng.sample(list(lines), 2)))
 
 
+def call_text(**arguments: object) -> str:
+    """Write a call of TOOL as Qwen2.5 does (https://qwen.readthedocs.io/en/latest/framework/function_call.html)."""
+    return f"<tool_call>\n{json.dumps({'name': TOOL, 'arguments': arguments})}\n</tool_call>"
+
+
+def click_text(mark: Mark, size: tuple[int, int]) -> str:
+    """Write the call that clicks the middle of a mark, in pixels of the processed picture."""
+    w, h = processed_size(*size)
+    x1, y1, x2, y2 = mark.box
+    at = [round((x1 + x2) / 2 * w / size[0]), round((y1 + y2) / 2 * h / size[1])]
+    return call_text(action="left_click", coordinate=at)
+
+
+def click_example(rng: random.Random, split: str) -> Example:
+    """Ask to click one of 1 to 5 shapes of a page."""
+    picture = shapes_picture(rng, split, rng.choice((1, 2, 3, 3, 4, 4, 5, 5)), (100, 145), page=True)
+    mark = rng.choice(picture.marks)
+    return Example((picture,), (Turn("click", f"Click the {mark.what}.", click_text(mark, picture.size)),), (TOOL,))
+
+
+def task_example(rng: random.Random, split: str) -> Example:
+    """Ask for a click, then show the next screenshots: the same page once or twice, and a page with a word, which ends the task."""
+    first = click_example(rng, split)
+    picture, turn = first.pictures[0], first.turns[0]
+    turns, pages = [turn], [picture]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        if rng.random() < 0.7:
+            x, y = (rng.randrange(n) for n in processed_size(*picture.size))
+            turns[-1] = replace(turns[-1], mistaken=call_text(action="left_click", coordinate=[x, y]))
+        turns.append(Turn("click", "", turn.answer, pictures=1))
+        pages.append(picture)
+    pages.append(word_page(rng, split, picture.size))
+    turns.append(Turn("finish", "", call_text(action="terminate", status="success"), pictures=1))
+    return Example(tuple(pages), tuple(turns), first.tools)
+
+
 # by kind: what draws a conversation
 FAMILIES: dict[str, Callable[[random.Random, str], Example]] = {
     "read": text_example, "shapes": shapes_example, "pick": pick_example, "move": move_example, "pair": pair_example,
-    "form": form_example}
+    "form": form_example, "click": click_example,
+    "task": task_example}
 
 
 def main() -> None:

@@ -1,6 +1,11 @@
 """Train the demo model on a CPU: bfloat16 products, float32 weights; resumes from its last state.
 
     python -m converters.demo.train FOLDER --stop-at 09:40
+    python -m converters.demo.train FOLDER --weights converters/demo/weights/demo-f16.gguf --seed 2 --first-stage 100
+
+The second goes on from the weights of a file, for new kinds of conversations (LATER): of the others it draws a part, so that they are
+kept, and the encoder stays as it is. Its first stage teaches the heads that are dropped after training and leaves all weights as they
+are.
 
 FOLDER gets state.pt (to go on from), log.jsonl, checkpoint/ (transformers' format, averaged weights in float16) and loss.png. The
 data of a step depend on the seed and the step only. The learning rate is constant and falls linearly to nothing within the last
@@ -41,7 +46,10 @@ class Part(NamedTuple):
 
 
 MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3.0, 48), "move": Part(4, 1.0, 48),
-       "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48)}
+       "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(32, 10.0, 96),
+       "task": Part(6, 6.0, 24)}
+LATER = ("click", "task")                                   # kinds that came when the others had been learnt
+KEPT, REPLAY = 3, 0.8                                       # of the others, in a step while these are learnt: kinds, conversations
 # of a step, for the encoder alone: in the first stage and afterwards
 FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
@@ -55,10 +63,25 @@ def examples(kind: str, n: int, rng: random.Random, split: str, step: int | None
 
 
 class Steps(IterableDataset):
-    """Batches of each step from `first` on; `same` gives those of one step again and again, to see whether it can be learnt."""
+    """Batches of each step from `first` on.
 
-    def __init__(self, seed: int, first: int, first_stage: int, same: bool = False):
-        self.seed, self.first, self.first_stage, self.same = seed, first, first_stage, same
+    same   gives those of one step again and again, to see whether it can be learnt
+    later  to the weights of a file: kinds of LATER with a part of the others, from the first step on
+    """
+
+    def __init__(self, seed: int, first: int, first_stage: int, same: bool = False, later: bool = False):
+        self.seed, self.first, self.first_stage, self.same, self.later = seed, first, first_stage, same, later
+
+    def kinds(self, step: int) -> list[str]:
+        """List the kinds of conversations of a step: all but LATER, or those and in turn some of the others."""
+        others = [kind for kind in MIX if kind not in LATER]
+        if not self.later:
+            return others
+        return [*LATER, *(others[(KEPT * step + i) % len(others)] for i in range(KEPT))]
+
+    def share(self, kind: str, n: int) -> int:
+        """Return how many of n conversations of a kind a step has."""
+        return round(n * REPLAY) if self.later and kind not in LATER else n
 
     def __iter__(self) -> Iterator[dict[str, demo.Batch]]:
         torch.set_num_threads(1)
@@ -66,11 +89,12 @@ class Steps(IterableDataset):
         while True:
             rng = random.Random(f"{self.seed} {0 if self.same else step}")
             later = step - self.first_stage
-            rows = (FIRST_ROWS if later < 0 else ROWS).items()
-            batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, n, rng, "train")])}
-            if later >= 0:
-                batches |= {kind: demo.make_batch(examples(kind, part.conversations, rng, "train", later))
-                            for kind, part in MIX.items()}
+            whole = self.later or later >= 0
+            rows = (ROWS if whole else FIRST_ROWS).items()
+            batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, n, rng, "train")])} if not self.later else {}
+            age = None if self.later else later
+            for kind in self.kinds(step) if whole else ():
+                batches[kind] = demo.make_batch(examples(kind, self.share(kind, MIX[kind].conversations), rng, "train", age))
             yield batches
             step += not self.same
 
@@ -88,9 +112,9 @@ def scores(model: Any, batch: demo.Batch, conversations: list[Example]) -> dict[
             inside = aim
             if aim:
                 spans[-1].append(bool(row[i]))
-        for turn, span in zip(example.turns, spans, strict=True):
+        for turn, span in zip((turn for turn in example.turns if not turn.mistaken), spans, strict=True):
             # a box is right if no digit but a last one is wrong: its share of right tokens says more
-            found[turn.task].append(sum(span) / len(span) if turn.task in BOXES else float(all(span)))
+            found[turn.task].append(sum(span) / len(span) if turn.task in BOXES + ("click",) else float(all(span)))
     return found
 
 
@@ -118,6 +142,13 @@ class Training:
                                {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
                               lr=PEAK, betas=(0.9, 0.98), foreach=True))
         self.parameters, self.step, self.seconds = [p for _, p in both], 0, 0.0
+        self.fixed = False                                                     # the encoder
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+
+    def take_weights(self, file: Path) -> None:
+        """Begin from the weights of a GGUF file of this model."""
+        demo.take_weights(self.model, file)
+        self.fixed = True
         self.average = [p.detach().clone() for p in self.model.parameters()]
 
     def save(self, file: Path) -> None:
@@ -136,18 +167,43 @@ class Training:
             optimizer.load_state_dict(saved)
         self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
 
+    def teach_reader(self, batches: dict[str, demo.Batch], rate: float) -> dict[str, float]:
+        """Do one step of the reader alone."""
+        for batch in batches.values():
+            halfway: list[torch.Tensor] = []
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                demo.hidden(self.model, batch, demo.see(self.model, batch), halfway)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = self.reader.where(halfway[0], batch, self.model.lm_head.weight.detach())
+            loss.backward()
+        return {"reader": loss.item(), **self.move(rate)}
+
+    def move(self, rate: float) -> dict[str, float]:
+        """Move what has gradients."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
+        for optimizer, factor in zip(self.optimizers, FACTORS):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return {"norm": norm}
+
     def update(self, batches: dict[str, demo.Batch], rate: float) -> dict[str, float]:
         """Do one step at a learning rate; return the losses."""
         losses: dict[str, float] = {}
         for task, batch in batches.items():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.set_grad_enabled(not self.fixed), torch.autocast("cpu", torch.bfloat16):
                 soft = demo.see(self.model, batch)
-                seen, share = self.reader(soft, batch, self.model.lm_head.weight)
-            losses[f"{task} rows"] = seen.item()
-            if task == "rows":
-                losses["glyphs"] = share
-                seen.backward()
-                continue
+            seen: torch.Tensor | float = 0.0
+            if not self.fixed:
+                with torch.autocast("cpu", torch.bfloat16):
+                    seen, share = self.reader(soft, batch, self.model.lm_head.weight)
+                losses[f"{task} rows"] = seen.item()
+                if task == "rows":
+                    losses["glyphs"] = share
+                    seen.backward()
+                    continue
             with torch.autocast("cpu", torch.bfloat16):
                 known = batch.targets >= 0
                 halfway: list[torch.Tensor] = []
@@ -157,13 +213,7 @@ class Training:
                 asked = self.reader.asked(halfway[1], batch, self.model.lm_head.weight)
             (MIX[task].weight * loss + 0.5 * seen + where + 0.2 * asked).backward()
             losses[task], losses[f"{task} where"], losses[f"{task} asked"] = loss.item(), where.item(), asked.item()
-        losses["norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
-        for optimizer, factor in zip(self.optimizers, FACTORS):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
+        losses |= self.move(rate)
         keep = min(AVERAGE, self.step / (self.step + 10))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - keep)
         return losses
@@ -211,6 +261,8 @@ def main() -> None:
     parser.add_argument("--stop-at", metavar="HH:MM", help="local time; instead of --minutes")
     parser.add_argument("--decay", type=float, default=DECAY_MINUTES, help="minutes at the end in which the rate falls")
     parser.add_argument("--first-stage", type=int, default=1000, metavar="STEPS", help="in which only the encoder learns")
+    parser.add_argument("--weights", type=Path, help="begin from those of a GGUF file, and learn what is new")
+    parser.add_argument("--peak", type=float, default=PEAK, help=f"the learning rate (default: {PEAK})")
     parser.add_argument("--every", type=int, default=250, help="steps between validations")
     parser.add_argument("--overfit", action="store_true", help="the same few conversations again and again: can it learn at all?")
     args = parser.parse_args()
@@ -224,9 +276,11 @@ def main() -> None:
     worst = demo.check_forward(training.model, [e for k in MIX for e in examples(k, 2, random.Random(k), "validation")])
     if worst > 1e-4:
         raise SystemExit(f"the forward pass differs from transformers' by {worst}")
+    if args.weights:
+        training.take_weights(args.weights)
     if state.exists():
         training.load(state)
-    steps = Steps(args.seed, training.step, args.first_stage, args.overfit)
+    steps = Steps(args.seed, training.step, args.first_stage, args.overfit, args.weights is not None)
     loader = iter(DataLoader(steps, batch_size=None, num_workers=1, prefetch_factor=6))
     size = sum(p.numel() for p in training.model.parameters())
     bar = tqdm(initial=training.step, desc=f"{size} parameters", unit="step", mininterval=5)
@@ -243,8 +297,9 @@ def main() -> None:
     while (left := (end - datetime.now()).total_seconds()) > 0:
         began = time.monotonic()
         warm = 1.0 if training.step < args.first_stage else (training.step - args.first_stage + 1) / WARM_UP
-        rate = PEAK * min(1.0, (training.step + 1) / WARM_UP, warm, left / (60 * args.decay))
-        for name, value in training.update(next(loader), rate).items():
+        rate = args.peak * min(1.0, (training.step + 1) / WARM_UP, warm, left / (60 * args.decay))
+        heads = args.weights and training.step < args.first_stage
+        for name, value in (training.teach_reader(next(loader), PEAK) if heads else training.update(next(loader), rate)).items():
             recent[name].append(value)
         training.seconds += time.monotonic() - began
         bar.update()

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def pictures() -> list[np.ndarray]:
 def ask(model: pe.Model, conversation: dict[str, Any], pictures: list[np.ndarray]) -> list[str]:
     """Hold a recorded conversation with the model's own answers."""
     messages: list[dict[str, Any]] = []
+    left = iter(conversation["pictures"])
     for turn in conversation["turns"]:
-        shown = [] if messages else [{"type": "image", "image": pictures[i]} for i in conversation["pictures"]]
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn["question"]}]})
-        messages.append({"role": "assistant", "content": str(model.chat(messages, temperature=0, max_tokens=sight.MAX_TOKENS))})
+        shown = [{"type": "image", "image": pictures[i]} for i in islice(left, turn["shown"])]
+        messages.append({"role": turn["role"], "content": [*shown, {"type": "text", "text": turn["question"]}]})
+        messages.append({"role": "assistant", "content": sight.written(model, messages, conversation["tools"])})
     return [m["content"] for m in messages[1::2]]
 
 
@@ -51,6 +53,9 @@ def test_answers_are_right(name: str, pictures: list[np.ndarray]) -> None:
             if turn["task"] in ("locate", "find"):
                 true, found = (json.loads(text)[0]["bbox_2d"] for text in (turn["true"], answer))
                 points.append(sight.overlap(found, true))
+            elif turn["task"] == "click":
+                places = [json.loads(text.split("\n")[1])["arguments"]["coordinate"] for text in (turn["true"], answer)]
+                points.append(float(np.abs(np.subtract(*places)).max() <= 8))
             else:
                 points.append(answer == turn["true"])
     assert np.mean(points) > 0.9, points
@@ -58,7 +63,7 @@ def test_answers_are_right(name: str, pictures: list[np.ndarray]) -> None:
 
 def test_a_second_question_encodes_no_picture_again(pictures: list[np.ndarray]) -> None:
     model = pe.load(WEIGHTS / "demo-q8_0.gguf", n_ctx=512)
-    conversation = next(c for c in RECORDED if len(c["turns"]) > 1)
+    conversation = next(c for c in RECORDED if len(c["turns"]) > 1 and not c["tools"])
     shown = [{"type": "image", "image": pictures[i]} for i in conversation["pictures"]]
     first, second = ([{"role": "user", "content": [*shown, {"type": "text", "text": turn["question"]}]}]
                      for turn in conversation["turns"][:2])
@@ -144,7 +149,7 @@ def test_answers_follow_from_what_is_drawn(drawn: Any) -> None:
     for kind, make in drawn.FAMILIES.items():
         rng = random.Random(kind)
         for example in (make(rng, "test") for _ in range(40)):
-            for turn in example.turns:
+            for turn in () if example.tools else example.turns:
                 if turn.task == "ink":                                      # no mark says it
                     assert turn.answer in drawn.INKS
                 elif turn.task in drawn.BOXES:
@@ -158,7 +163,26 @@ def test_answers_follow_from_what_is_drawn(drawn: Any) -> None:
     assert tasks == {"read", "ink", "count", "name", "locate", "pick", "move", "compare", "find", "field"}
 
 
-@pytest.mark.parametrize("kind", ["form", "move", "pair", "pick"])
+@pytest.mark.parametrize("kind", ["click", "task"])
+def test_calls_follow_from_what_is_drawn(drawn: Any, kind: str) -> None:
+    rng = random.Random(kind)
+    for example in (drawn.FAMILIES[kind](rng, "test") for _ in range(40)):
+        page, seen = example.pictures[0], []
+        (mark,) = (m for m in page.marks if example.turns[0].question == f"Click the {m.what}.")
+        for turn in example.turns:
+            opening, call, closing = turn.answer.split("\n")
+            assert (opening, closing) == ("<tool_call>", "</tool_call>") and json.loads(call)["name"] == "computer_use"
+            seen.append(json.loads(call)["arguments"])
+        scale = np.divide(drawn.processed_size(*page.size), page.size)
+        assert seen[0]["action"] == "left_click" and np.abs(seen[0]["coordinate"] - middle(mark) * scale).max() <= 0.5
+        assert sight.clicked(example, example.turns[0].answer) and not sight.clicked(example, example.turns[-1].answer.replace("left", "right"))
+        for picture, arguments in zip(example.pictures[1:], seen[1:], strict=True):
+            words = all(len(m.what) == 1 for m in picture.marks)
+            assert arguments == ({"action": "terminate", "status": "success"} if words else seen[0])
+        assert not any(turn.mistaken for turn in example.turns[-2 if kind == "task" else -1:])
+
+
+@pytest.mark.parametrize("kind", ["click", "form", "move", "pair", "pick", "task"])
 def test_marks_lie_where_something_is_drawn(drawn: Any, kind: str) -> None:
     """The pixels inside of a mark's box differ more from the paper than those outside of all boxes."""
     rng = random.Random(kind)

@@ -31,8 +31,9 @@ def main(checkpoint: Path) -> None:
     for example, said in zip(examples, answers):
         shown = range(len(pictures), len(pictures) + len(example.pictures))
         pictures += [p.pixels for p in example.pictures]
-        turns = [{"task": t.task, "question": t.question, "true": t.answer, "transformers": a} for t, a in zip(example.turns, said)]
-        conversations.append({"pictures": list(shown), "turns": turns})
+        turns = [{"task": t.task, "question": t.question, "role": t.role, "shown": n, "true": t.answer, "transformers": a}
+                 for t, n, a in zip(example.turns, example.shown(), said)]
+        conversations.append({"tools": example.functions(), "pictures": list(shown), "turns": turns})
     made = {"made_by": "tests/support/record_demo.py", "seed": SEED, "transformers": transformers.__version__, "torch": torch.__version__}
     (ROOT / "tests/data/demo.json").write_text(json.dumps({**made, "conversations": conversations}, indent=1) + "\n")
     np.savez_compressed(ROOT / "tests/data/demo.npz", *pictures)
