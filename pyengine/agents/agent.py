@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from pyengine.agents.calls import Call, read_answer
 from pyengine.agents.screen import Screen
 from pyengine.agents.tool import Action, ActionError, ALLOWED, check_allowed, computer_tool, KEYS, NAME, on_screen, read_action
 from pyengine.arguments import whole
+from pyengine.chat.reply.deltas import ToolCall
 from pyengine.errors import RequestError, shown
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Step:
 
     number: int
     said: str
-    call: Call
+    call: ToolCall
     screenshot: Image
     processed: tuple[int, int]
     action: Action | None = None
@@ -131,13 +131,13 @@ class Agent:
             processed = self._processed(picture)
             answer = self.model.chat(self._kept(messages), tools=[computer_tool(processed, self.allowed)],
                                      **{"temperature": 0, "max_tokens": 512, **self.options})
-            said, calls = read_answer(answer)
-            if not calls:
+            said, calls = str(answer).strip(), answer.tool_calls
+            if not calls or answer.finish == "length":       # the last call may lack its end
                 record.ended, record.said = "length" if answer.finish == "length" else "answer", said
                 break
-            ids = [f"call{len(record.steps) + i + 1:05}" for i in range(len(calls))]
+            ids = [c.id for c in calls]
             messages.append({"role": "assistant", "content": said, "tool_calls": [
-                {"id": i, "type": "function", "function": {"name": c.name or NAME, "arguments": _object(c.arguments)}} for i, c in zip(ids, calls)]})
+                {"id": i, "type": "function", "function": {"name": c.name, "arguments": _object(c.arguments)}} for i, c in zip(ids, calls)]})
             results = self._answer_all(record, [Step(0, said, call, picture, processed) for call in calls], watch)
             if not record.ended:
                 time.sleep(self.settle)
@@ -168,8 +168,7 @@ class Agent:
         began = time.monotonic()
         try:
             if step.call.name != NAME:
-                raise ActionError(f"{shown(step.call.name)} is no function here; call {NAME}" if step.call.name else
-                                  "the call is no JSON of a name and arguments")
+                raise ActionError(f"{shown(step.call.name)} is no function here; call {NAME}")
             action = read_action(step.call.arguments, step.processed, self.allowed, self.keys)
             size = self.screen.size()
             step = replace(step, action=action, at=on_screen(action.at, step.processed, size) if action.at else self._rest(action, size))

@@ -9,7 +9,6 @@ import jsonschema
 import pytest
 from hypothesis import given, strategies as st
 
-from pyengine.agents.calls import Call, read_answer
 from pyengine.agents.tool import Action, ActionError, ACTIONS, ALLOWED, computer_tool, KEYS, on_screen, read_action
 from pyengine.errors import RequestError
 
@@ -145,12 +144,3 @@ def test_places_are_mapped_into_the_screen(w: int, h: int, pw: int, ph: int, dat
 
 def test_a_picture_of_the_screens_size_has_the_screens_places() -> None:
     assert [on_screen((x, y), SIZE, SIZE) for x, y in ((0, 0), (139, 111), (7, 50))] == [(0, 0), (139, 111), (7, 50)]
-
-
-def test_calls_are_read_from_an_answer() -> None:
-    call = '<tool_call>\n{"name": "computer_use", "arguments": {"action": "wait", "time": 1}}\n</tool_call>'
-    assert read_answer(f"I wait.\n{call}") == ("I wait.", [Call("computer_use", '{"action": "wait", "time": 1}')])
-    assert [c.name for c in read_answer(call + "\n" + call.removesuffix("</tool_call>"))[1]] == ["computer_use"] * 2
-    assert read_answer("Where?") == ("Where?", [])
-    for broken in ("{", "[]", '{"name": 1, "arguments": {}}', '{"name": "f", "arguments": "x"}', "[" * 50_000):
-        assert read_answer(f"<tool_call>{broken}</tool_call>")[1] == [Call("", broken)]
