@@ -49,7 +49,8 @@ MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3
        "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(32, 10.0, 96),
        "task": Part(6, 6.0, 24)}
 LATER = ("click", "task")                                   # kinds that came when the others had been learnt
-KEPT, REPLAY = 3, 0.8                                       # of the others, in a step while these are learnt: kinds, conversations
+# of the others, in a step while these are learnt: the kind that is forgotten first, how many more in turn, and their conversations
+FIRST_FORGOTTEN, KEPT, REPLAY = "read", 2, {"read": 1.25}
 # of a step, for the encoder alone: in the first stage and afterwards
 FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
@@ -77,11 +78,12 @@ class Steps(IterableDataset):
         others = [kind for kind in MIX if kind not in LATER]
         if not self.later:
             return others
-        return [*LATER, *(others[(KEPT * step + i) % len(others)] for i in range(KEPT))]
+        others.remove(FIRST_FORGOTTEN)
+        return [*LATER, FIRST_FORGOTTEN, *(others[(KEPT * step + i) % len(others)] for i in range(KEPT))]
 
     def share(self, kind: str, n: int) -> int:
         """Return how many of n conversations of a kind a step has."""
-        return round(n * REPLAY) if self.later and kind not in LATER else n
+        return round(n * REPLAY.get(kind, 0.8)) if self.later and kind not in LATER else n
 
     def __iter__(self) -> Iterator[dict[str, demo.Batch]]:
         torch.set_num_threads(1)

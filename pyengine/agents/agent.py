@@ -120,7 +120,7 @@ class Agent:
         self._pointer: tuple[int, int] | None = None
 
     def run(self, task: str, watch: Callable[[Step], None] | None = None) -> Transcript:
-        """Work on a task until the model ends it, answers in words, or the limit of steps is reached. watch: called with each step.
+        """Run a task until the model ends it, answers in words, or the limit of steps is reached. watch: called with each step.
 
         Raises: what `Model.chat` and the screen raise.
         """

@@ -122,22 +122,22 @@ class Chromium:
         self._pointer(_to(x, y))
 
     def click(self, x: int, y: int, button: str = "left", times: int = 1) -> None:
-        """Click a button."""
+        """Send a click of a button."""
         press = [{"type": "pointerDown", "button": BUTTONS[button]}, {"type": "pointerUp", "button": BUTTONS[button]}]
         self._pointer(_to(x, y), *press * times)
 
     def drag(self, x1: int, y1: int, x2: int, y2: int) -> None:
-        """Drag with the left button."""
+        """Move the pointer with the left button held."""
         self._pointer(_to(x1, y1), {"type": "pointerDown", "button": 0}, _to((x1 + x2) // 2, (y1 + y2) // 2), _to(x2, y2),
                       {"type": "pointerUp", "button": 0})
 
     def type(self, text: str) -> None:
-        """Type a text."""
+        """Write a text by the keyboard."""
         self._keys([{"type": kind, "value": code} for code in (CODES.get({"\n": "enter", "\t": "tab"}.get(c, ""), c) for c in text)
                     for kind in ("keyDown", "keyUp")])
 
     def key(self, keys: Sequence[str]) -> None:
-        """Press keys together."""
+        """Hold keys together, and let them go."""
         codes = [CODES.get(key, key) for key in keys]
         self._keys([*({"type": "keyDown", "value": c} for c in codes), *({"type": "keyUp", "value": c} for c in reversed(codes))])
 
