@@ -151,8 +151,8 @@ def test_what_a_server_refuses_is_told(served) -> None:
     there = remote.connect(url, text.name, KEY)
     with pytest.raises(ContextOverflowError):
         there.chat([{"role": "user", "content": "many words " * 500}])
-    with pytest.raises(RequestError, match="top_k"):
-        there.chat(HELLO, top_k=-7)
+    with pytest.raises(RequestError, match="temperature"):
+        there.chat(HELLO, temperature=-1)
 
 
 @pytest.mark.parametrize("arguments, part", [
