@@ -195,7 +195,7 @@ def _messages(items: list[Any], kept: Kept) -> list[Any]:
         if kind == "message":
             out.append({"role": own.text("role"), "content": own.values.get("content")})
         elif kind == "function_call":
-            _assistant(out).setdefault("tool_calls", []).append(ToolCall(own.text("call_id"), own.text("name"), own.text("arguments")).as_dict())
+            _assistant(out).setdefault("tool_calls", []).append(ToolCall(own.text("call_id"), own.text("name"), _object(own.text("arguments"))).as_dict())
         elif kind == "function_call_output":
             out.append({"role": "tool", "tool_call_id": own.text("call_id"), "content": own.values.get("output")})
         elif kind == "reasoning":
@@ -205,6 +205,20 @@ def _messages(items: list[Any], kept: Kept) -> list[Any]:
             raise FieldError(f"input[{i}].type", f"{shown(kind)} is not taken; there are message, function_call, function_call_output, reasoning "
                              "and item_reference")
     return _joined(out)
+
+
+def _object(arguments: str) -> str:
+    """Return a call's arguments as templates take them: of a call that was cut off, what there is of them as a text in an object."""
+    try:
+        return arguments if isinstance(json.loads(arguments or "{}"), dict) else json.dumps({"written": arguments})
+    except (ValueError, RecursionError):
+        return json.dumps({"written": arguments})
+
+
+def _sent_back(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of the model as it can be part of a later prompt."""
+    calls = [{**c, "function": {**c["function"], "arguments": _object(c["function"]["arguments"])}} for c in message.get("tool_calls", ())]
+    return {**message, **({"tool_calls": calls} if calls else {})}
 
 
 def _assistant(out: list[Any]) -> dict[str, Any]:
@@ -298,7 +312,7 @@ class _Reply:
                     "usage": {"input_tokens": r.n_prompt, "input_tokens_details": {"cached_tokens": r.n_cached, "cache_write_tokens": 0}, "output_tokens": len(r.tokens),
                               "output_tokens_details": {"reasoning_tokens": r.n_thinking}, "total_tokens": r.n_prompt + len(r.tokens)}}
         if self._store:
-            self._kept.put(self._head["id"], Turn([*self._messages, answer.message], self._input, response))
+            self._kept.put(self._head["id"], Turn([*self._messages, _sent_back(answer.message)], self._input, response))
         return response
 
     def _thought(self, text: str, status: str = "completed") -> dict[str, Any]:

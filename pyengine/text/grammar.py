@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
 
 # Blanks within JSON: one, or a line break with its indentation. Without a bound small models fill their answer with blanks.
-_BLANKS = r"( |\n {0,20})"
+_BLANKS = r"( |\n {0,40})"
 MOST_SCHEMA, MOST_GRAMMAR, MOST_GBNF, MOST_IN_ALL = 128 << 10, 64 << 10, 16 << 10, 1 << 20      # characters
 _STACK = 256 << 20                                   # bytes: the compiler recurses for rules and references that follow each other
 _FORMATS = frozenset("date date-time time duration uuid email uri ipv4 ipv6 hostname unknown".split())       # that are enforced

@@ -407,7 +407,8 @@ def test_a_template_that_leaves_a_picture_out_is_an_error(qwen: Any, monkeypatch
     monkeypatch.setattr(qwen._language, "template", ChatTemplate(source))
     assert -1 in qwen.chat_ids(user(PIXELS, "a"))
     with pytest.raises(RequestError, match=r"messages\[1\].content\[0\]: the model's chat template leaves out"):
-        qwen.chat_ids([{"role": "user", "content": "a"}, {"role": "tool", "content": [PIXELS, "b"]}])
+        qwen.chat_ids([{"role": "user", "content": "a"}, {"role": "assistant", "content": [PIXELS, "b"]}])
+    assert -1 in qwen.chat_ids([{"role": "user", "content": "a"}, {"role": "tool", "content": [PIXELS, "b"]}])       # told in a user's turn
 
 
 def test_a_server_passes_its_own_policy(qwen: Any, path: Path) -> None:
