@@ -68,7 +68,7 @@ class Chromium:
                        "mobileEmulation": {"deviceMetrics": metrics}}
             made = self._call("POST", "", {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}})
             self._session = "/" + made["sessionId"]
-            self._call("POST", "/url", {"url": url})
+            self.open(url)
         except BaseException:
             self.close()
             raise
@@ -84,6 +84,10 @@ class Chromium:
             raise RequestError(f"chromium: {told['message'].splitlines()[0]}") from None
         except (OSError, ValueError) as e:
             raise RequestError(f"chromedriver does not answer: {e}") from None
+
+    def open(self, url: str) -> None:
+        """Load another page of the same host."""
+        self._call("POST", "/url", {"url": url})
 
     def close(self) -> None:
         """Close the window and end both programs."""
