@@ -311,10 +311,14 @@ def stream(model: Any, question: Question, settings: Settings, write: Callable[[
 
 def _whole(text: str, report: Any) -> Any:
     """Return the answer that pieces were of."""
-    from pyengine.cli.talk.remote import RemoteAnswer, RemoteReport
     from pyengine.engine.answer import Answer
+    from pyengine.engine.request import Report
 
-    return RemoteAnswer(text, report) if isinstance(report, RemoteReport) else Answer(text, report)
+    if type(report) is Report:
+        return Answer(text, report)
+    from pyengine.cli.talk.remote import RemoteAnswer          # HTTP and TLS take 15 ms to import
+
+    return RemoteAnswer(text, report)
 
 
 def print_answer(model: Any, question: Question, settings: Settings, verbose: bool) -> tuple[Any, bool]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pyengine.chat.reply.deltas import Delta
 
-    Sleepers = list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]
+    Calls = list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]]
 
 IDLE_SECONDS = 2.0                   # the thread ends after so long without a request
 
@@ -46,7 +46,8 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         self._pieces: list[str | Delta] = []                 # all, taken or not
         self._read = 0
         self._ended = False
-        self._sleepers: Sleepers = []
+        self._sleepers: Calls = []                           # called once
+        self._watchers: Calls = []                           # called each time
         self._callbacks: list[Callable[[Handle], None]] = []
 
     @property
@@ -91,6 +92,25 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     def deltas(self) -> Deltas:
         """Return the pieces with their kinds, to be gone through by `for` or `async for`."""
         return Deltas(self)
+
+    def watch(self, call: Callable[[], None]) -> None:
+        """Call a function in the running event loop whenever there is something new, and at the end; it uses `take`.
+
+        One wake-up serves all handles that are watched or waited for in an event loop.
+        """
+        import asyncio
+
+        with self._changed:
+            if not self._ended:
+                self._watchers.append((asyncio.get_running_loop(), call))
+
+    def take(self) -> list[Delta]:
+        """Take the pieces that are there, with their kinds, without waiting. Once `done` was true before, they are the last."""
+        from pyengine.chat.reply.deltas import Delta
+
+        with self._changed:
+            new, self._read = self._pieces[self._read:], len(self._pieces)
+        return [Delta("text", p) if isinstance(p, str) else p for p in new]
 
     def _piece(self) -> str | Delta | None:
         """Take the next piece, or None if it is not there yet. Raises: StopIteration at the end, or what ended the answer."""
@@ -137,7 +157,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
 
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._sleepers.append((loop, future))
+        self._sleepers.append((loop, lambda: future.done() or future.set_result(None)))
         return future
 
     async def _wait(self) -> Answer:
@@ -152,8 +172,8 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     def __await__(self) -> Generator[Any, None, Answer]:
         return self._wait().__await__()
 
-    def _collect(self) -> Sleepers:
-        """Take over what the loop's last step gave; return who waits for it in event loops, to be woken by `_wake`."""
+    def _collect(self) -> Calls:
+        """Take over what the loop's last step gave; return what is to be called in event loops, for `_wake`."""
         request = self._request
         if not request.pieces and not request.finished:
             return []
@@ -164,12 +184,14 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
             while request.pieces:
                 self._pieces.append(request.pieces.popleft())
             self._ended = finished
-            sleepers, self._sleepers = self._sleepers, []
+            calls, self._sleepers = self._sleepers + self._watchers, []
+            if finished:
+                self._watchers = []
             callbacks, self._callbacks = (self._callbacks, []) if finished else ([], self._callbacks)
             self._changed.notify_all()
         for call in callbacks:
             call(self)
-        return sleepers
+        return calls
 
     def __repr__(self) -> str:
         state = f"finish={self.report.finish!r}" if self._ended else "running"
@@ -193,22 +215,21 @@ class Deltas(Iterator["Delta"], AsyncIterator["Delta"]):
         return self._kind("text", piece) if isinstance(piece, str) else piece
 
 
-def _wake(sleepers: Sleepers) -> None:
-    """Call each event loop once to wake who waits there: each call writes to a pipe."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-    for loop, future in sleepers:
-        by_loop.setdefault(loop, []).append(future)
-    for loop, futures in by_loop.items():
+def _wake(calls: Calls) -> None:
+    """Make the calls, all of an event loop's in one go: each go writes to a pipe."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+    for loop, call in calls:
+        by_loop.setdefault(loop, []).append(call)
+    for loop, of_it in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_end, futures)
+            loop.call_soon_threadsafe(_make, of_it)
         except RuntimeError:                                 # an event loop that was closed
             pass
 
 
-def _end(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
+def _make(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 class Loop:
@@ -314,7 +335,7 @@ class Loop:
             except Exception as error:                       # the requests of the step have ended with it
                 if not any(h._request.finished for h in self._running):
                     self._fail(error)
-            _wake([sleeper for handle in self._running for sleeper in handle._collect()])
+            _wake([call for handle in self._running for call in handle._collect()])
             with self._state:
                 self._running = [h for h in self._running if not h._ended]
             self._scheduler.give_way()

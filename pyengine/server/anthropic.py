@@ -5,9 +5,8 @@ Blocks of a reply come in the order in which the model writes them: thinking, te
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -21,6 +20,7 @@ from pyengine.errors import PyEngineError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
+from pyengine.server.streams import event, Script, SSE, Stream
 
 _NOT_HERE = {"mcp_servers": "no servers of tools are asked from here; give the tools themselves", "container": "nothing is run here"}
 _NAMES = {"format": "output_config.format.schema", "think": "thinking", "give false": "give the type disabled", "stop": "stop_sequences"}
@@ -43,7 +43,7 @@ def routes(models: Models) -> list[Route]:
         wanted, client = _wanted(fields), replies.client_of(request)
         handle = await replies.submit(lambda: served.submit(client, **wanted), _NAMES)
         if fields.flag("stream"):
-            return replies.streaming(_events(handle, served, wanted["stop"]), [handle], "text/event-stream")
+            return Stream(_Events(handle, served, wanted["stop"]), [handle], SSE)
         await replies.finished(request, [handle])
         answer = handle.result(0)
         return JSONResponse({**_head(served), "content": _blocks(answer), **_end(handle, wanted["stop"]), "usage": _usage(handle)})
@@ -140,10 +140,8 @@ def _think(fields: Fields, config: Fields) -> Any:
         raise FieldError("thinking.type", f"must be enabled, disabled or adaptive, got {kind!r}")
     if kind in (None, "disabled"):
         return None if kind is None else False
-    effort = config.text("effort", None)
-    if effort is not None and effort not in _EFFORTS:
-        raise FieldError("output_config.effort", f"must be one of {', '.join(_EFFORTS)}, got {effort!r}")
-    return thinking.whole("budget_tokens", None, 1) or (_EFFORTS[effort] if effort else True)
+    effort = config.choice("effort", _EFFORTS, True)
+    return thinking.whole("budget_tokens", None, 1) or effort
 
 
 def _form(fields: Fields, config: Fields) -> dict[str, Any]:
@@ -169,16 +167,8 @@ def _wanted(fields: Fields) -> dict[str, Any]:
 def _blocks(answer: Answer) -> list[dict[str, Any]]:
     """Return an answer as blocks."""
     thought = [{"type": "thinking", "thinking": answer.thinking, "signature": ""}] if answer.thinking else []
-    calls = [{"type": "tool_use", "id": c.id, "name": c.name, "input": _input(c.arguments)} for c in answer.tool_calls]
+    calls = [{"type": "tool_use", "id": c.id, "name": c.name, "input": c.values()} for c in answer.tool_calls]
     return [*thought, *([{"type": "text", "text": str(answer)}] if answer or not calls else []), *calls]
-
-
-def _input(arguments: str) -> Any:
-    """Return the arguments of a call; of one that was cut off, none."""
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return {}
 
 
 def _head(served: Served) -> dict[str, Any]:
@@ -200,31 +190,47 @@ def _end(handle: Handle, stops: Sequence[str] | None) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": asked}
 
 
-async def _events(handle: Handle, served: Served, stops: Sequence[str] | None) -> AsyncIterator[str]:
-    """Write the events of a stream. What the prompt took is told at its end, when it is known."""
-    empty = {"input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0, "output_tokens": 0}
-    try:
-        yield _event("message_start", message={**_head(served), "content": [], "stop_reason": None, "stop_sequence": None, "usage": empty})
-        index, last = -1, ("", 0)
-        async for delta in handle.deltas():
-            kind = "call" if delta.kind == "arguments" else delta.kind
-            if (kind, delta.index) != last:
-                for event in _closed(index, last[0]):
-                    yield event
-                index, last = index + 1, (kind, delta.index)
-                yield _event("content_block_start", index=index, content_block=_begun(delta, handle))
-            if delta.kind != "call":
-                name, field = _DELTAS[delta.kind]
-                yield _event("content_block_delta", index=index, delta={"type": name, field: delta.text})
-        if index < 0:                                        # an answer without a text is an empty text
-            index, last = 0, ("text", 0)
-            yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        for event in _closed(index, last[0]):
-            yield event
-        yield _event("message_delta", delta=_end(handle, stops), usage=_usage(handle))
-        yield _event("message_stop")
-    except PyEngineError as error:
-        yield f"event: error\ndata: {json.dumps(failed(error, replies.status_of(error)))}\n\n"
+class _Events(Script):
+    """How a stream is written: a block for each run of pieces of one kind. What the prompt took is told at its end, when it is known."""
+
+    def __init__(self, handle: Handle, served: Served, stops: Sequence[str] | None):
+        self._handle, self._served, self._stops = handle, served, stops
+        self._index, self._last = -1, ("", 0)                # the block that is open; what it is of
+
+    def begin(self) -> str:
+        """Return the message's head."""
+        empty = {"input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0, "output_tokens": 0}
+        return _event("message_start", message={**_head(self._served), "content": [], "stop_reason": None, "stop_sequence": None, "usage": empty})
+
+    def piece(self, i: int, delta: Delta) -> str:
+        """Return a piece of a block; one of another kind ends the block before."""
+        kind, opened = "call" if delta.kind == "arguments" else delta.kind, ""
+        if (kind, delta.index) != self._last:
+            opened = self._open(kind, delta.index, _begun(delta, self._handle))
+        if delta.kind == "call":
+            return opened
+        name, field = _DELTAS[delta.kind]
+        return opened + _event("content_block_delta", index=self._index, delta={"type": name, field: delta.text})
+
+    def _open(self, kind: str, index: int, block: dict[str, Any]) -> str:
+        closed = self._closed()
+        self._index, self._last = self._index + 1, (kind, index)
+        return closed + _event("content_block_start", index=self._index, content_block=block)
+
+    def _closed(self) -> str:
+        """Return the events that end a block, if there is one."""
+        signed = {"type": "signature_delta", "signature": ""}
+        before = _event("content_block_delta", index=self._index, delta=signed) if self._last[0] == "thinking" else ""
+        return "" if self._index < 0 else before + _event("content_block_stop", index=self._index)
+
+    def end(self) -> str:
+        """Return how the answer ended; one without a text is an empty text."""
+        opened = self._open("text", 0, {"type": "text", "text": ""}) if self._index < 0 else ""
+        return opened + self._closed() + _event("message_delta", delta=_end(self._handle, self._stops), usage=_usage(self._handle)) + _event("message_stop")
+
+    def fail(self, error: PyEngineError) -> str:
+        """Return an error."""
+        return event(failed(error, replies.status_of(error)), "error")
 
 
 _DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"), "arguments": ("input_json_delta", "partial_json")}
@@ -238,11 +244,5 @@ def _begun(delta: Delta, handle: Handle) -> dict[str, Any]:
     return {"type": "text", "text": ""} if delta.kind == "text" else {"type": "thinking", "thinking": "", "signature": ""}
 
 
-def _closed(index: int, kind: str) -> list[str]:
-    """Return the events that end a block, if there is one."""
-    signed = [_event("content_block_delta", index=index, delta={"type": "signature_delta", "signature": ""})] if kind == "thinking" else []
-    return [] if index < 0 else [*signed, _event("content_block_stop", index=index)]
-
-
 def _event(kind: str, **values: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **values}, ensure_ascii=False)}\n\n"
+    return event({"type": kind, **values}, kind)

@@ -6,7 +6,7 @@ Beside OpenAI's fields: `think` (true, false, a number of tokens, or "low", "med
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -34,11 +34,8 @@ def routes(models: Models) -> list[Route]:
 
 def think_of(fields: Fields) -> Any:
     """Return what a request says of thinking, as `Model.chat` takes it; None if it says nothing."""
-    effort = fields.text("reasoning_effort", None)
-    if effort is not None and effort not in EFFORTS:
-        raise FieldError("reasoning_effort", f"must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    think = fields.values.get("think")
-    return think if think is not None else None if effort is None else EFFORTS[effort]
+    effort, think = fields.choice("reasoning_effort", EFFORTS, None), fields.values.get("think")
+    return effort if think is None else think
 
 
 def form_of(fields: Fields) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def name_of(tool: Any) -> Any:
 
 
 class _Chat(Interface):
-    object, prefix, limits = "chat.completion", "chatcmpl-", ("max_completion_tokens", "max_tokens")
+    object, chunk, prefix, limits = "chat.completion", "chat.completion.chunk", "chatcmpl-", ("max_completion_tokens", "max_tokens")
     _most: int | None = None         # until the model ends
 
     def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
@@ -129,10 +126,10 @@ class _Chat(Interface):
         boxes = handle.result(0).boxes
         return {"boxes": [vars(b) for b in boxes]} if boxes else {}
 
-    def _piece(self, i: int, delta: Delta, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
-        self.n_sent[i] += len(sampled)
+    def _piece(self, i: int, delta: Delta, first: bool) -> dict[str, Any]:
         said = {**({"role": "assistant"} if first else {}), **self._said(i, delta)}
-        return {"index": i, "delta": said, "finish_reason": None, "logprobs": {"content": self._logprobs(sampled)} if self.with_logprobs else None}
+        scores = {"content": self._logprobs(self.untold[i].take())} if self.with_logprobs else None
+        return {"index": i, "delta": said, "finish_reason": None, "logprobs": scores}
 
     def _said(self, i: int, delta: Delta) -> dict[str, Any]:
         if delta.kind == "text":
@@ -145,11 +142,6 @@ class _Chat(Interface):
         return {"tool_calls": [{"index": delta.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}]}
 
     def _end(self, i: int, handle: Handle) -> dict[str, Any]:
-        left = handle.report.sampled[self.n_sent[i]:] if self.with_logprobs else ()      # of tokens that no piece came for
+        left = self.untold[i].take()                         # of tokens that no piece came for
         return {"index": i, "delta": dict(self._media(handle)), "logprobs": {"content": self._logprobs(left)} if left else None,
                 "finish_reason": handle.report.finish}
-
-    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
-        self.head, self.handles, self.n_sent = {**self.head, "object": "chat.completion.chunk"}, handles, [0] * len(handles)
-        async for event in super()._events(handles, usage):
-            yield event

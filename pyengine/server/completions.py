@@ -6,13 +6,14 @@ With `suffix` the model fills in what stands between the two texts, where its vo
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
@@ -33,7 +34,8 @@ def routes(models: Models) -> list[Route]:
 
 
 class _Completion(Interface):
-    object, prefix, limits = "text_completion", "cmpl-", ("max_tokens",)
+    object = chunk = "text_completion"
+    prefix, limits = "cmpl-", ("max_tokens",)
     _most: int | None = 16           # OpenAI's default
 
     def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
@@ -82,21 +84,14 @@ class _Completion(Interface):
             found = {**found, **{k: [*found.get(k, ()), *v] for k, v in writer.answer(sampled).items()}}
         return {"index": i, "text": text, "logprobs": found or None, "finish_reason": finish}
 
-    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
-        self.handles, self.n_sent, self.begun = handles, [0] * len(handles), set[int]()
-        async for event in super()._events(handles, usage):
-            yield event
-
-    def _delta(self, i: int, piece: str, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
-        self.n_sent[i] += len(sampled)
-        self.begun.add(i)
-        text = self.texts[i] + piece if first and self.echo else piece
-        return self._written(i, self.handles[i], text, sampled, None)
+    def _piece(self, i: int, delta: Delta, first: bool) -> dict[str, Any]:
+        text = self.texts[i] + delta.text if first and self.echo else delta.text
+        return self._written(i, self.handles[i], text, self.untold[i].take(), None)
 
     def _end(self, i: int, handle: Handle) -> dict[str, Any]:
         """Return the last piece: tokens that no text came for, and the prompt where nothing came before."""
-        left = [*handle.report.sampled[self.n_sent[i]:], *self._last(handle)] if self.with_logprobs else ()
-        text = self.texts[i] if self.echo and i not in self.begun else ""
+        left = [*self.untold[i].take(), *self._last(handle)] if self.with_logprobs else ()
+        text = self.texts[i] if self.echo and not self.begun[i] else ""
         ended = self._written(i, handle, text, left, handle.report.finish)
         return ended if ended["logprobs"] is None or ended["logprobs"]["tokens"] else {**ended, "logprobs": None}
 

@@ -40,6 +40,15 @@ class Fields:
         """Return a text. Raises: FieldError, as all of these."""
         return self._read(name, default, (str,), "a text")
 
+    def choice(self, name: str, table: Mapping[str, Any], default: Any = ...) -> Any:
+        """Return what a table has for a text."""
+        value = self.text(name, None if default is not ... else ...)
+        if value is None:
+            return default
+        if value not in table:
+            raise FieldError(self.within + name, f"must be one of {', '.join(table)}, got {shown(value)}")
+        return table[value]
+
     def flag(self, name: str, default: bool = False) -> bool:
         """Return true or false."""
         return self._read(name, default, (bool,), "true or false")

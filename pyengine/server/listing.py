@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
 
 from starlette.requests import Request
@@ -48,6 +47,5 @@ def _is_anthropics(request: Request) -> bool:
 def _shown(model: Offer | Served, request: Request) -> dict[str, Any]:
     if not _is_anthropics(request):
         return {"id": model.name, "object": "model", "created": int(model.modified), "owned_by": "pyengine"}
-    made = datetime.fromtimestamp(int(model.modified), timezone.utc).isoformat().replace("+00:00", "Z")
     context = {"max_input_tokens": model.model.n_ctx, "max_tokens": model.model.n_ctx} if isinstance(model, Served) else {}
-    return {"id": model.name, "type": "model", "display_name": model.name, "created_at": made, "lifecycle": "active", **context}
+    return {"id": model.name, "type": "model", "display_name": model.name, "created_at": replies.moment(int(model.modified)), "lifecycle": "active", **context}

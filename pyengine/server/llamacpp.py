@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import pyengine
+from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError
 from pyengine.server import replies
@@ -18,6 +18,7 @@ from pyengine.server.fields import FieldError, Fields
 from pyengine.server.infill import laid_out
 from pyengine.server.models import Models, Served
 from pyengine.server.openai import failed
+from pyengine.server.streams import encoded, event, Script, SSE, Stream
 
 MOST_FILES = 256                     # of input_extra
 _NOT_HERE = {"n_probs": "give logprobs to /v1/completions", "post_sampling_probs": "there are none of them", "return_tokens": "the tokens are not given back",
@@ -150,23 +151,29 @@ async def _answer(request: Request, fields: Fields, served: Served, prompt: Any)
     wanted, client, stream = _settings(fields), replies.client_of(request), fields.flag("stream")
     handle = await replies.submit(lambda: served.submit(client, prompt=prompt, **wanted))
     if stream:
-        return replies.streaming(_events(handle, served), [handle], "text/event-stream")
+        return Stream(_Events(handle, served), [handle], SSE)
     await replies.finished(request, [handle])
     return JSONResponse({"index": 0, "content": str(handle.result(0)), **_end(handle, served)})
 
 
-async def _events(handle: Handle, served: Served) -> AsyncIterator[str]:
-    try:
-        async for piece in handle:
-            yield _event({"index": 0, "content": piece, "tokens": [], "stop": False, "id_slot": -1, "tokens_predicted": len(handle.report.tokens),
-                          "tokens_evaluated": handle.report.n_prompt})
-        yield _event({"index": 0, "content": "", **_end(handle, served)})
-    except PyEngineError as error:
-        yield f"error: {json.dumps(failed(error, replies.status_of(error))['error'])}\n\n"
+class _Events(Script):
+    """How a stream is written."""
 
+    def __init__(self, handle: Handle, served: Served):
+        self._handle, self._served = handle, served
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    def piece(self, i: int, delta: Delta) -> str:
+        """Return a piece of the content; a completion has no other ones."""
+        r = self._handle.report
+        return event({"index": 0, "content": delta.text, "tokens": [], "stop": False, "id_slot": -1, "tokens_predicted": len(r.tokens), "tokens_evaluated": r.n_prompt})
+
+    def end(self) -> str:
+        """Return how the answer ended."""
+        return event({"index": 0, "content": "", **_end(self._handle, self._served)})
+
+    def fail(self, error: PyEngineError) -> str:
+        """Return an error as llama.cpp's server does: in a field of its own."""
+        return f"error: {encoded(failed(error, replies.status_of(error))['error'])}\n\n"
 
 
 def _end(handle: Handle, served: Served) -> dict[str, Any]:

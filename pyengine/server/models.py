@@ -117,8 +117,11 @@ class Served(Named):
     offer: Offer | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_path", Path(self.model.file.path))
-        self.kind                                            # read while the model is open: lists may name it when it is being unloaded
+        self._path, self.kind                                # read while the model is open: lists may name it when it is being unloaded
+
+    @cached_property
+    def _path(self) -> Path:
+        return Path(self.model.file.path)
 
     @property
     def file(self) -> GGUFFile:
@@ -133,7 +136,7 @@ class Served(Named):
     @property
     def modified(self) -> float:
         """When its file was written, in seconds since 1970; 0 for one that has gone."""
-        return modified(self._path)      # type: ignore[attr-defined]
+        return modified(self._path)
 
     @property
     def capabilities(self) -> list[str]:
@@ -143,7 +146,7 @@ class Served(Named):
     @cached_property
     def digest(self) -> str:
         """What tells its file from others."""
-        return digest_of(self._path)     # type: ignore[attr-defined]
+        return digest_of(self._path)
 
     def count(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation, pictures' too. Raises as `Model.chat_ids`."""

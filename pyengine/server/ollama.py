@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -13,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import pyengine
-from pyengine.chat.reply.deltas import ToolCall
+from pyengine.chat.reply.deltas import Delta, ToolCall
 from pyengine.engine.loop import Handle
 from pyengine.engine.residents import keep_alive_of
 from pyengine.errors import PyEngineError, RequestError
@@ -23,6 +21,7 @@ from pyengine.server.infill import laid_out
 from pyengine.server.models import Models, Offer, Served
 from pyengine.server.openai import logprobs_of, MOST_LOGPROBS
 from pyengine.server.pulls import Pulls
+from pyengine.server.streams import encoded, NDJSON, Script, Stream
 
 _NOT_HERE = {"template": "the model's own template is used", "context": "give the conversation as messages, to /api/chat"}
 _FOR_EVER = 2**63 / 1e9               # seconds: as Ollama tells of models that stay (the longest time of Go)
@@ -65,7 +64,7 @@ def routes(models: Models) -> list[Route]:
         return JSONResponse({"models": await replies.apart(lambda: [_listed(s) for s in models.all])})
 
     async def running(request: Request) -> Response:
-        held = [{**_listed(s), "expires_at": _time(time.time() + min(r.expires, _FOR_EVER)), "size_vram": 0, "size": s.model.plan.total,
+        held = [{**_listed(s), "expires_at": replies.moment(time.time() + min(r.expires, _FOR_EVER)), "size_vram": 0, "size": s.model.plan.total,
                  "context_length": s.model.n_ctx} for s, r in models.running()]
         return JSONResponse({"models": held})
 
@@ -109,15 +108,11 @@ def _shown(served: Offer | Served, verbose: bool) -> dict[str, Any]:
     keys = {k: meta[k] for k in meta if verbose or not k.startswith("tokenizer.")}
     return {"details": served.kind, "model_info": {k: v for k, v in keys.items() if isinstance(v, (str, int, float, bool))},
             "template": str(meta.get("tokenizer.chat_template", "")), "capabilities": served.capabilities,
-            "modified_at": _time(served.modified), "license": str(meta.get("general.license", ""))}
+            "modified_at": replies.moment(served.modified), "license": str(meta.get("general.license", ""))}
 
 
 def _listed(served: Offer | Served) -> dict[str, Any]:
-    return {"name": served.name, "model": served.name, "modified_at": _time(served.modified), "size": served.nbytes, "digest": served.digest, "details": served.kind}
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
+    return {"name": served.name, "model": served.name, "modified_at": replies.moment(served.modified), "size": served.nbytes, "digest": served.digest, "details": served.kind}
 
 
 def keep_alive(fields: Fields) -> float | None:
@@ -171,7 +166,7 @@ class _Chat:
 
     def write(self, text: str, thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         """Return a part of an answer in Ollama's form."""
-        made = [{"id": c.id, "function": {"index": i, "name": c.name, "arguments": _arguments(c)}} for i, c in enumerate(calls)]
+        made = [{"id": c.id, "function": {"index": i, "name": c.name, "arguments": c.values()}} for i, c in enumerate(calls)]
         return {"message": {"role": "assistant", "content": text, **({"thinking": thinking} if thinking else {}), **({"tool_calls": made} if made else {})}}
 
 
@@ -181,14 +176,6 @@ class _Generate:
     def write(self, text: str, thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         """Return a part of an answer in Ollama's form."""
         return {"response": text, **({"thinking": thinking} if thinking else {})}
-
-
-def _arguments(call: ToolCall) -> Any:
-    """Return the arguments of a call; of one that was cut off, none."""
-    try:
-        return json.loads(call.arguments)
-    except ValueError:
-        return {}
 
 
 async def _answer(request: Request, fields: Fields, models: Models, prompt: dict[str, Any] | None, form: _Chat | _Generate) -> Response:
@@ -204,7 +191,7 @@ async def _answer(request: Request, fields: Fields, models: Models, prompt: dict
     handle = await replies.submit(lambda: served.submit(client, **wanted), _NAMES)
     scores = _Scores(handle, served, fields.flag("logprobs"))
     if stream:
-        return replies.streaming(_lines(handle, served, form, scores, lambda: _end(handle, began, loading)), [handle], "application/x-ndjson")
+        return Stream(_Lines(handle, served, form, scores, lambda: _end(handle, began, loading)), [handle], NDJSON)
     await replies.finished(request, [handle])
     answer = handle.result(0)
     said = form.write(str(answer), answer.thinking, answer.tool_calls)
@@ -215,34 +202,46 @@ class _Scores:
     """Log-probabilities of an answer's tokens, where they are wanted."""
 
     def __init__(self, handle: Handle, served: Served, wanted: bool):
-        self._handle, self._served, self._wanted, self._told = handle, served, wanted, 0
+        self._untold, self._served = replies.Untold(handle, wanted), served
 
     def new(self) -> dict[str, Any]:
         """Return those of the tokens that none were told of."""
-        sampled = self._handle.report.sampled[self._told:] if self._wanted else ()
-        self._told += len(sampled)
+        sampled = self._untold.take()
         return {"logprobs": logprobs_of(self._served, sampled)} if sampled else {}
 
 
-async def _lines(handle: Handle, served: Served, form: _Chat | _Generate, scores: _Scores, end: Callable[[], dict[str, Any]]) -> AsyncIterator[str]:
-    """Write an answer's pieces as they come; a call when it is whole."""
-    told = 0
-    try:
-        async for delta in handle.deltas():
-            whole = handle.report.calls[told:delta.index] if delta.kind == "call" else ()
-            told += len(whole)
-            if whole or delta.kind in ("text", "thinking"):
-                part = form.write("", calls=whole) if whole else form.write(*((delta.text,) if delta.kind == "text" else ("", delta.text)))
-                yield json.dumps({**_head(served), **part, **scores.new(), "done": False}, ensure_ascii=False) + "\n"
-        if rest := handle.report.calls[told:]:
-            yield json.dumps({**_head(served), **form.write("", calls=rest), "done": False}, ensure_ascii=False) + "\n"
-        yield json.dumps({**_head(served), **form.write(""), **scores.new(), **end()}) + "\n"
-    except PyEngineError as error:
-        yield json.dumps(failed(error, 500)) + "\n"
+class _Lines(Script):
+    """How a stream is written: a line for each piece, and for each call when it is whole."""
+
+    def __init__(self, handle: Handle, served: Served, form: _Chat | _Generate, scores: _Scores, ending: Callable[[], dict[str, Any]]):
+        self._handle, self._served, self._form, self._scores, self._ending = handle, served, form, scores, ending
+        self._n_calls = 0                                    # that were told
+
+    def _line(self, part: dict[str, Any], **more: Any) -> str:
+        return encoded({**_head(self._served), **part, **more}) + "\n"
+
+    def piece(self, i: int, delta: Delta) -> str:
+        """Return a line: a call is whole when the next one begins."""
+        if delta.kind in ("text", "thinking"):
+            said = (delta.text,) if delta.kind == "text" else ("", delta.text)
+            return self._line(self._form.write(*said), **self._scores.new(), done=False)
+        whole = self._handle.report.calls[self._n_calls:delta.index] if delta.kind == "call" else ()
+        self._n_calls += len(whole)
+        return self._line(self._form.write("", calls=whole), **self._scores.new(), done=False) if whole else ""
+
+    def end(self) -> str:
+        """Return the last call and how the answer ended."""
+        rest = self._handle.report.calls[self._n_calls:]
+        line = self._line(self._form.write("", calls=rest), done=False) if rest else ""
+        return line + self._line(self._form.write(""), **self._scores.new(), **self._ending())
+
+    def fail(self, error: PyEngineError) -> str:
+        """Return the error as a line."""
+        return encoded(failed(error, 500)) + "\n"
 
 
 def _head(served: Offer | Served) -> dict[str, Any]:
-    return {"model": served.name, "created_at": _time(time.time())}
+    return {"model": served.name, "created_at": replies.moment(time.time())}
 
 
 def _end(handle: Handle, began: float, loading: float) -> dict[str, Any]:

@@ -5,24 +5,25 @@ Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typi
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pyengine.chat.reply.deltas import Delta
-from pyengine.engine.loop import Deltas, Handle
+from pyengine.engine.loop import Handle
 from pyengine.errors import ContextOverflowError, ModelNotFoundError, PyEngineError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
+from pyengine.server.streams import encoded, event, Script, SSE, Stream
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20                   # OpenAI's limit
+_DONE = "data: [DONE]\n\n"
 
 _NOT_HERE = {"functions": "give them as tools", "function_call": "give it as tool_choice", "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
@@ -37,10 +38,10 @@ def failed(error: BaseException, status: int) -> dict[str, Any]:
                       "param": error.field if isinstance(error, FieldError) else None, "code": code}}
 
 
-class Interface:
+class Interface(Script):
     """What chat completions and completions have in common; a subclass reads the prompt and writes choices."""
 
-    object = ""
+    object = chunk = ""              # what a whole answer is called, and a piece of one
     prefix = ""
     limits: tuple[str, ...] = ()
     names: Mapping[str, str] = {}    # of the library's arguments, in this interface
@@ -54,7 +55,7 @@ class Interface:
         self.served = await replies.using(request, self.models, fields.text("model", None))
         fields.refuse(_NOT_HERE)
         n, stream = fields.whole("n", 1, 1, MOST_CHOICES), fields.flag("stream")
-        usage = Fields(fields.object("stream_options", {})).flag("include_usage")
+        self.usage = Fields(fields.object("stream_options", {})).flag("include_usage")
         wanted = self._request(fields)
         client = replies.client_of(request)
         handles: list[Handle] = []
@@ -67,8 +68,9 @@ class Interface:
                     handles.append(await replies.submit(lambda own=own: self.served.submit(client, **own), self.names))
             self.head = {"id": self.prefix + secrets.token_hex(12), "object": self.object, "created": int(time.time()),
                          "model": self.served.name}
+            self.handles, self.untold = handles, [replies.Untold(h, self.with_logprobs) for h in handles]
             if stream:
-                return replies.streaming(self._events(handles, usage), handles, "text/event-stream")
+                return Stream(self, handles, SSE)
             await replies.finished(request, handles)
             return JSONResponse({**self.head, "choices": [self._choice(i, h) for i, h in enumerate(handles)], **_usage(handles)})
         except BaseException:
@@ -92,26 +94,28 @@ class Interface:
         wanted["logprobs"] = self._n_top(fields)
         return wanted
 
-    async def _events(self, handles: Sequence[Handle], usage: bool) -> AsyncIterator[str]:
-        """Write server-sent events: pieces of all choices as they come, then usage where it is wanted, then [DONE]."""
-        begun: set[int] = set()
-        sent = [0] * len(handles)
-        try:
-            async for i, delta in _merged(handles):
-                done = handles[i].report.sampled[sent[i]:] if self.with_logprobs else ()
-                sent[i] += len(done)
-                yield _event({**self.head, "choices": [self._piece(i, delta, i not in begun, done)]})
-                begun.add(i)
-            for i, handle in enumerate(handles):
-                yield _event({**self.head, "choices": [self._end(i, handle)]})
-            if usage:
-                yield _event({**self.head, "choices": [], **_usage(handles)})
-        except PyEngineError as error:
-            yield _event(failed(error, replies.status_of(error)))
-        yield "data: [DONE]\n\n"
+    def begin(self) -> str:
+        """Lay out what all pieces have in common."""
+        self.head = {**self.head, "object": self.chunk}
+        self._opening = f"data: {encoded(self.head)[:-1]}, \"choices\": ["
+        self.begun = [False] * len(self.handles)
+        return ""
 
-    def _piece(self, i: int, delta: Delta, first: bool, sampled: Sequence[Any]) -> dict[str, Any]:
-        return self._delta(i, delta.text, first, sampled)
+    def piece(self, i: int, delta: Delta) -> str:
+        """Return a chunk with a piece of choice i."""
+        choice = self._piece(i, delta, not self.begun[i])
+        self.begun[i] = True
+        return f"{self._opening}{encoded(choice)}]}}\n\n"
+
+    def end(self) -> str:
+        """Return the last chunk of each choice, usage where it is wanted, and [DONE]."""
+        ends = [f"{self._opening}{encoded(self._end(i, handle))}]}}\n\n" for i, handle in enumerate(self.handles)]
+        usage = [event({**self.head, "choices": [], **_usage(self.handles)})] if self.usage else []
+        return "".join([*ends, *usage, _DONE])
+
+    def fail(self, error: PyEngineError) -> str:
+        """Return the error, and [DONE]."""
+        return event(failed(error, replies.status_of(error))) + _DONE
 
     def _logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
         return logprobs_of(self.served, sampled)
@@ -124,37 +128,6 @@ def logprobs_of(served: Served, sampled: Sequence[Any]) -> list[dict[str, Any]]:
         return {"token": piece.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(piece)}
 
     return [{**token(s.token, s.logprob), "top_logprobs": [token(t, p) for t, p in s.top]} for s in sampled]
-
-
-def _event(value: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, Delta]]:
-    """Yield (number, piece) of several answers as they come. Raises what ends one of them."""
-    several = [h.deltas() for h in handles]
-    if len(handles) == 1:
-        async for piece in several[0]:
-            yield 0, piece
-        return
-    import asyncio
-
-    waits = {asyncio.ensure_future(_next(d)): i for i, d in enumerate(several)}
-    try:
-        while waits:
-            ready, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in ready:
-                i, piece = waits.pop(task), task.result()
-                if piece is not None:
-                    yield i, piece
-                    waits[asyncio.ensure_future(_next(several[i]))] = i
-    finally:
-        for task in waits:
-            task.cancel()
-
-
-async def _next(deltas: Deltas) -> Delta | None:
-    return await anext(deltas, None)
 
 
 def _usage(handles: Sequence[Handle]) -> dict[str, Any]:

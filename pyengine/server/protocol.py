@@ -1,4 +1,4 @@
-"""Connections that ask nothing, ask slowly, take nothing, or are half closed: uvicorn's HTTP/1.1 with bounds of its own.
+"""Connections that ask nothing, ask slowly, take nothing, or are half closed: uvicorn's HTTP/1.1 with bounds of its own, and quick streams.
 
 uvicorn bounds the time of a connection between two requests only, and closes one whose client will send nothing more although it
 still waits for its answer. Whether a client has gone for good is seen only by writing to it, so one that has closed its sending
@@ -8,10 +8,13 @@ side is sent "102 Processing" while it waits (RFC 9110, 15.2: a client takes any
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pyengine.server.streams import STREAM
 
 MOST_CONNECTIONS = 512
 REQUEST_SECONDS = 10.0               # until a request's headers are whole, from the connection or the last answer on
@@ -28,6 +31,7 @@ class Protocol(H11Protocol):
     _request_timer: asyncio.TimerHandle | None = None
     _probe_timer: asyncio.TimerHandle | None = None
     _take_timer: asyncio.TimerHandle | None = None
+    _drained: Callable[[], None] | None = None
 
     def connection_made(self, transport: Any) -> None:       # type: ignore[override]
         """Begin, unless there are too many."""
@@ -45,17 +49,36 @@ class Protocol(H11Protocol):
                 timer.cancel()
         super().connection_lost(exc)
 
+    # -- streams ----------------------------------------------------------------------------------------------------------
+
+    def stream(self, drained: Callable[[], None]) -> None:
+        """Begin a body that is written by `write`, after its headers were sent. drained: called when the client takes data again."""
+        self._drained = drained
+
+    @property
+    def writable(self) -> bool:
+        """Whether the client takes data."""
+        return not self.flow.write_paused and not self.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Write a chunk of the body of a stream (RFC 9112, 7.1), at once and without a task; what ends the body is sent as usual."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     # -- requests that do not come ----------------------------------------------------------------------------------------
 
     def handle_events(self) -> None:
         """Read what has come; a request that is whole is no longer waited for."""
+        before = self.cycle
         super().handle_events()
+        if self.cycle is not before and self.cycle.scope["http_version"] == "1.1":
+            self.cycle.scope["extensions"] = {STREAM: self}
         if self._request_timer is not None and self._busy:
             self._request_timer.cancel()
             self._request_timer = None
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or go on with one that is here already."""
+        self._drained = None
         super().on_response_complete()
         if not self._busy and not self.transport.is_closing():
             self._watch(LINGER_SECONDS if self.cycle.more_body else None)
@@ -111,6 +134,8 @@ class Protocol(H11Protocol):
     def resume_writing(self) -> None:
         """Let what writes go on."""
         super().resume_writing()
+        if self._drained is not None:
+            self._drained()
         if self._take_timer is not None:
             self._take_timer.cancel()
             self._take_timer = None

@@ -7,13 +7,14 @@ import re
 import time
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from pyengine.engine.loop import Handle
@@ -231,14 +232,21 @@ async def _end(handle: Handle) -> None:
     await handle
 
 
-def streaming(lines: AsyncIterator[str], handles: Sequence[Handle], media_type: str) -> Response:
-    """Send lines as they come. When the client leaves, its answers are cancelled."""
-    async def sent() -> AsyncIterator[str]:
-        try:
-            async for line in lines:
-                yield line
-        finally:
-            for handle in handles:
-                handle.cancel()
+def moment(seconds: float) -> str:
+    """Return a time in seconds since 1970 as ISO 8601 writes it."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
 
-    return StreamingResponse(sent(), media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+class Untold:
+    """Log-probabilities of an answer's tokens that a stream has not told yet; none where they are not wanted."""
+
+    def __init__(self, handle: Handle, wanted: bool):
+        self._handle, self._wanted, self._told = handle, wanted, 0
+
+    def take(self) -> list[Any]:
+        """Return those of the tokens since the last time."""
+        if not self._wanted:
+            return []
+        new = self._handle.report.sampled[self._told:]
+        self._told += len(new)
+        return new

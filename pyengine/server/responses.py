@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from pyengine.server.chat import chosen, EFFORTS
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
 from pyengine.server.openai import failed, logprobs_of, MOST_LOGPROBS
+from pyengine.server.streams import event, Script, SSE, Stream
 
 _NOT_HERE = {"background": "answers are not computed in the background", "conversation": "give previous_response_id, or the whole input",
              "prompt": "there are no stored prompts"}
@@ -102,7 +103,7 @@ def routes(models: Models) -> list[Route]:
         client, wanted = replies.client_of(request), _wanted(fields)
         handle = await replies.submit(lambda: served.submit(client, messages=made.asked, **wanted), _NAMES)
         if fields.flag("stream"):
-            return replies.streaming(made.events(handle), [handle], "text/event-stream")
+            return Stream(_Events(made, handle), [handle], SSE)
         await replies.finished(request, [handle])
         return JSONResponse(made.whole(handle))
 
@@ -245,12 +246,10 @@ def _wanted(fields: Fields) -> dict[str, Any]:
     if fields.text("truncation", "disabled") not in ("auto", "disabled"):
         raise FieldError("truncation", "must be auto or disabled")
     tools, choice = _tools(fields)
-    effort = Fields(fields.object("reasoning", {}), "reasoning.").text("effort", None)
-    if effort is not None and effort not in EFFORTS:
-        raise FieldError("reasoning.effort", f"must be one of {', '.join(EFFORTS)}, got {shown(effort)}")
+    effort = Fields(fields.object("reasoning", {}), "reasoning.").choice("effort", EFFORTS, None)
     given = {**replies.sampling(fields), **fields.given({"think": "think"})}
     if effort is not None:
-        given.setdefault("think", EFFORTS[effort])
+        given.setdefault("think", effort)
     return {**given, **_form(fields), "max_tokens": fields.whole("max_output_tokens", None, 1), "tools": tools or None,
             **({} if choice is None else {"tool_choice": choice}), "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
             "template_options": fields.object("chat_template_kwargs", None), "logprobs": fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)}
@@ -283,123 +282,129 @@ def _form(fields: Fields) -> dict[str, Any]:
 
 
 class _Reply:
-    """One response on its way."""
+    """One response on its way. head: its fields; names: ids of its items; scored: whether log-probabilities were asked for."""
 
     def __init__(self, served: Served, fields: Fields, messages: list[Any], kept: Kept):
         self._messages, self._kept, self._store = messages, kept, fields.flag("store", True)
         self.asked, self._input = _told(fields, messages), _input(fields)
-        self._served, self._scored = served, _LOGPROBS in fields.items("include", [])
-        self._n_scored = 0
+        self._served, self.scored = served, _LOGPROBS in fields.items("include", [])
         values, told = fields.values, fields.text("instructions", None)
-        self._head = {
+        self.head = {
             "id": "resp_" + secrets.token_hex(16), "object": "response", "created_at": int(time.time()), "error": None, "instructions": told,
             "max_output_tokens": values.get("max_output_tokens"), "model": served.name, "parallel_tool_calls": values.get("parallel_tool_calls", True),
             "previous_response_id": values.get("previous_response_id"), "reasoning": {"effort": None, "summary": None, **fields.object("reasoning", {})},
             "store": self._store, "temperature": values.get("temperature"), "text": values.get("text") or {"format": {"type": "text"}},
             "tool_choice": values.get("tool_choice") or "auto", "tools": values.get("tools") or [], "top_p": values.get("top_p"),
             "truncation": values.get("truncation") or "disabled", "top_logprobs": values.get("top_logprobs") or 0, "user": values.get("user"), "metadata": values.get("metadata") or {}}
-        self._names = {kind: f"{kind}_" + secrets.token_hex(16) for kind in ("rs", "msg")}
-        self._number = -1
+        self.names = {kind: f"{kind}_" + secrets.token_hex(16) for kind in ("rs", "msg")}
 
     def whole(self, handle: Handle) -> dict[str, Any]:
         """Return the response once the answer has ended, and keep it."""
         answer, r = handle.result(0), handle.report
         cut = r.finish == "length"
-        response = {**self._head, "status": "incomplete" if cut else "completed", "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-                    "output": [*([self._thought(answer.thinking)] if answer.thinking else []),
-                               *([self._message(str(answer), self._logprobs(answer.sampled))] if answer or not answer.tool_calls else []),
+        response = {**self.head, "status": "incomplete" if cut else "completed", "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+                    "output": [*([self.thought(answer.thinking)] if answer.thinking else []),
+                               *([self.message(str(answer), self.logprobs(answer.sampled))] if answer or not answer.tool_calls else []),
                                *(_call(c, "incomplete" if cut and c is answer.tool_calls[-1] else "completed") for c in answer.tool_calls)],
                     "usage": {"input_tokens": r.n_prompt, "input_tokens_details": {"cached_tokens": r.n_cached, "cache_write_tokens": 0}, "output_tokens": len(r.tokens),
                               "output_tokens_details": {"reasoning_tokens": r.n_thinking}, "total_tokens": r.n_prompt + len(r.tokens)}}
         if self._store:
-            self._kept.put(self._head["id"], Turn([*self._messages, _sent_back(answer.message)], self._input, response))
+            self._kept.put(self.head["id"], Turn([*self._messages, _sent_back(answer.message)], self._input, response))
         return response
 
-    def _thought(self, text: str, status: str = "completed") -> dict[str, Any]:
+    def thought(self, text: str, status: str = "completed") -> dict[str, Any]:
+        """Return an item of thinking."""
         content = [{"type": "reasoning_text", "text": text}] if text else []
-        return {"id": self._names["rs"], "type": "reasoning", "summary": [], "content": content, "status": status}
+        return {"id": self.names["rs"], "type": "reasoning", "summary": [], "content": content, "status": status}
 
-    def _logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
+    def logprobs(self, sampled: Sequence[Any]) -> list[dict[str, Any]]:
         """Return log-probabilities of tokens, where they were asked for."""
-        return logprobs_of(self._served, sampled) if self._scored else []
+        return logprobs_of(self._served, sampled) if self.scored else []
 
-    def _message(self, text: str, logprobs: list[dict[str, Any]], status: str = "completed") -> dict[str, Any]:
+    def message(self, text: str, logprobs: list[dict[str, Any]], status: str = "completed") -> dict[str, Any]:
+        """Return an item of text."""
         content = [_text(text, logprobs)] if status == "completed" else []
-        return {"id": self._names["msg"], "type": "message", "status": status, "role": "assistant", "content": content}
+        return {"id": self.names["msg"], "type": "message", "status": status, "role": "assistant", "content": content}
+
+
+class _Events(Script):
+    """How a stream is written: an item of the output for each run of pieces of one kind."""
+
+    def __init__(self, reply: _Reply, handle: Handle):
+        self._reply, self._handle = reply, handle
+        self._untold = replies.Untold(handle, reply.scored)
+        self._number = -1                                    # of the last event
+        self._index, self._last, self._said = -1, ("", 0), list[str]()         # the item that is open, what it is of, and its text
 
     def _event(self, kind: str, **values: Any) -> str:
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps({'type': kind, 'sequence_number': self._number, **values}, ensure_ascii=False)}\n\n"
+        return event({"type": kind, "sequence_number": self._number, **values}, kind)
 
-    async def events(self, handle: Handle) -> AsyncIterator[str]:
-        """Write the events of a stream."""
-        begun = {**self._head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
-        yield self._event("response.created", response=begun)
-        yield self._event("response.in_progress", response=begun)
-        index, last, said = -1, ("", 0), ""
-        try:
-            async for delta in handle.deltas():
-                kind = "call" if delta.kind == "arguments" else delta.kind
-                if (kind, delta.index) != last:
-                    for event in self._ended(index, last, said, handle):
-                        yield event
-                    index, last, said = index + 1, (kind, delta.index), ""
-                    for event in self._opened(index, kind, delta, handle):
-                        yield event
-                if delta.kind != "call":
-                    said += delta.text
-                    yield self._more(index, delta, handle)
-            if index < 0:                                    # an answer without a text is an empty one
-                index, last = 0, ("text", 0)
-                for event in self._opened(0, "text", Delta("text", ""), handle):
-                    yield event
-            for event in self._ended(index, last, said, handle):
-                yield event
-            response = self.whole(handle)
-            yield self._event(f"response.{response['status']}", response=response)
-        except PyEngineError as error:
-            said = failed(error, replies.status_of(error))["error"]
-            yield self._event("response.failed", response={**begun, "status": "failed", "error": {"code": "server_error", "message": said["message"]}})
+    def begin(self) -> str:
+        """Return the response without its output."""
+        self._begun = {**self._reply.head, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
+        return self._event("response.created", response=self._begun) + self._event("response.in_progress", response=self._begun)
 
-    def _opened(self, index: int, kind: str, delta: Delta, handle: Handle) -> Iterator[str]:
-        """Begin an item of the output."""
-        item = (self._thought("", "in_progress") if kind == "thinking" else self._message("", [], "in_progress") if kind == "text"
-                else {**_call(handle.report.calls[delta.index], "in_progress"), "arguments": ""})
-        yield self._event("response.output_item.added", output_index=index, item=item)
-        if kind == "text":
-            yield self._event("response.content_part.added", item_id=item["id"], output_index=index, content_index=0, part=_text("", []))
+    def piece(self, i: int, delta: Delta) -> str:
+        """Return a piece of an item; one of another kind ends the item before."""
+        kind = "call" if delta.kind == "arguments" else delta.kind
+        opened = "" if (kind, delta.index) == self._last else self._open(kind, delta.index)
+        if delta.kind == "call":
+            return opened
+        self._said.append(delta.text)
+        return opened + self._more(delta)
 
-    def _more(self, index: int, delta: Delta, handle: Handle) -> str:
+    def _open(self, kind: str, number: int) -> str:
+        """End an item and begin one."""
+        ended, reply = self._ended(), self._reply
+        self._index, self._last, self._said = self._index + 1, (kind, number), []
+        item = (reply.thought("", "in_progress") if kind == "thinking" else reply.message("", [], "in_progress") if kind == "text"
+                else {**_call(self._handle.report.calls[number], "in_progress"), "arguments": ""})
+        opened = ended + self._event("response.output_item.added", output_index=self._index, item=item)
+        if kind != "text":
+            return opened
+        return opened + self._event("response.content_part.added", item_id=item["id"], output_index=self._index, content_index=0, part=_text("", []))
+
+    def _more(self, delta: Delta) -> str:
         if delta.kind == "arguments":
-            return self._event("response.function_call_arguments.delta", item_id=_item_id(handle.report.calls[delta.index]), output_index=index, delta=delta.text)
-        name, kind, more = ("msg", "output_text", {"logprobs": self._new(handle)}) if delta.kind == "text" else ("rs", "reasoning_text", {})
-        return self._event(f"response.{kind}.delta", item_id=self._names[name], output_index=index, content_index=0, delta=delta.text, **more)
+            return self._event("response.function_call_arguments.delta", item_id=_item_id(self._handle.report.calls[delta.index]), output_index=self._index,
+                               delta=delta.text)
+        thinks = delta.kind == "thinking"
+        more = {} if thinks else {"logprobs": self._reply.logprobs(self._untold.take())}
+        return self._event(f"response.{'reasoning_text' if thinks else 'output_text'}.delta", item_id=self._reply.names["rs" if thinks else "msg"],
+                           output_index=self._index, content_index=0, delta=delta.text, **more)
 
-    def _new(self, handle: Handle) -> list[dict[str, Any]]:
-        """Return log-probabilities of tokens that none were told of."""
-        sampled = handle.report.sampled[self._n_scored:] if self._scored else ()
-        self._n_scored += len(sampled)
-        return self._logprobs(sampled)
-
-    def _ended(self, index: int, last: tuple[str, int], said: str, handle: Handle) -> Iterator[str]:
+    def _ended(self) -> str:
         """End an item of the output, if there is one."""
-        kind, number = last
+        (kind, number), said, reply = self._last, "".join(self._said), self._reply
         if kind == "text":
-            at: dict[str, Any] = {"item_id": self._names["msg"], "output_index": index, "content_index": 0}
-            scores = self._logprobs(handle.report.sampled)
-            yield self._event("response.output_text.done", **at, text=said, logprobs=scores)
-            yield self._event("response.content_part.done", **at, part=_text(said, scores))
-            item = self._message(said, scores)
+            at: dict[str, Any] = {"item_id": reply.names["msg"], "output_index": self._index, "content_index": 0}
+            scores = reply.logprobs(self._handle.report.sampled)
+            item = reply.message(said, scores)
+            done = self._event("response.output_text.done", **at, text=said, logprobs=scores)
+            done += self._event("response.content_part.done", **at, part=_text(said, scores))
         elif kind == "thinking":
-            yield self._event("response.reasoning_text.done", item_id=self._names["rs"], output_index=index, content_index=0, text=said)
-            item = self._thought(said)
+            item = reply.thought(said)
+            done = self._event("response.reasoning_text.done", item_id=item["id"], output_index=self._index, content_index=0, text=said)
         elif kind == "call":
-            item = _call(handle.report.calls[number])
-            yield self._event("response.function_call_arguments.done", item_id=item["id"], output_index=index, name=item["name"],
-                              arguments=item["arguments"])
+            item = _call(self._handle.report.calls[number])
+            done = self._event("response.function_call_arguments.done", item_id=item["id"], output_index=self._index, name=item["name"],
+                               arguments=item["arguments"])
         else:
-            return
-        yield self._event("response.output_item.done", output_index=index, item=item)
+            return ""
+        return done + self._event("response.output_item.done", output_index=self._index, item=item)
+
+    def end(self) -> str:
+        """Return the whole response; an answer without a text is an empty one."""
+        opened = self._open("text", 0) if self._index < 0 else ""
+        ended = opened + self._ended()
+        response = self._reply.whole(self._handle)
+        return ended + self._event(f"response.{response['status']}", response=response)
+
+    def fail(self, error: PyEngineError) -> str:
+        """Return the response as it failed."""
+        said = failed(error, replies.status_of(error))["error"]
+        return self._event("response.failed", response={**self._begun, "status": "failed", "error": {"code": "server_error", "message": said["message"]}})
 
 
 def _text(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

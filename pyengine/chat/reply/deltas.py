@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 from abc import ABC, abstractmethod
@@ -28,6 +29,13 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+    def values(self) -> Any:
+        """Return the arguments as an object; of a call that was cut off, none."""
+        try:
+            return json.loads(self.arguments)
+        except ValueError:
+            return {}
 
     def as_dict(self) -> dict[str, Any]:
         """Give the call in OpenAI's form."""
