@@ -195,7 +195,7 @@ def run(
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
     from pyengine.cli import answer, asked, pictures, screen
-    from pyengine.cli.talk import chat, remote
+    from pyengine.cli.talk import chat
     from pyengine.cli.report import planned
 
     typed = [*([] if model_option is None or model is None else [model]), *(prompt or ()), *(prompt_option or ())]
@@ -205,6 +205,8 @@ def run(
     if api_key is not None and server is None:
         raise RequestError("--api-key is for --server URL")
     if server is not None:
+        from pyengine.cli.talk import remote
+
         remote.refuse_local({"--raw": raw, "--ctx": ctx is not None, "--kv-dtype": kv_dtype != "f16", "--threads": threads is not None,
                              "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
                              "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,

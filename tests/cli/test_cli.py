@@ -436,6 +436,17 @@ def test_help_imports_little() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_answer_imports_no_network_and_no_grammars() -> None:
+    heavy = {"ssl", "http.client", "asyncio", "prompt_toolkit", "llguidance", "jsonschema", "starlette", "prometheus_client", "pyengine.cli.talk.remote"}
+    sees = ROOT / "converters" / "demo" / "weights" / "demo-q8_0.gguf"
+    code = (
+        f"import sys; from pyengine.cli import execute; assert execute([{str(sees)!r}, 'Hi', '--max-tokens', '1']) == 0; "
+        f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 # --- the screen ------------------------------------------------------------------------------------------------------
 
 

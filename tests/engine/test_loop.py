@@ -66,6 +66,32 @@ def test_asynchronous_readers(model) -> None:
     assert asyncio.run(all_of_them()) == want * 2
 
 
+def test_watched_answers_are_taken_as_they_come(model) -> None:
+    want = [model.generate(ids(6, i), max_tokens=16, seed=i) for i in range(6)]
+
+    async def watched() -> tuple[list[str], list[int]]:
+        over, handles = asyncio.Event(), [model.submit(ids(6, i), max_tokens=16, seed=i) for i in range(6)]
+        texts, times, ended = [""] * 6, [0] * 6, set[int]()
+
+        def look(i: int) -> None:
+            done = handles[i].done
+            texts[i] += "".join(delta.text for delta in handles[i].take())
+            times[i] += 1
+            if done:
+                ended.add(i)
+            if len(ended) == 6:
+                over.set()
+
+        for i, handle in enumerate(handles):
+            handle.watch(lambda i=i: look(i))
+            look(i)                                          # what came before it was watched
+        await asyncio.wait_for(over.wait(), 60)
+        return texts, times
+
+    texts, times = asyncio.run(watched())
+    assert texts == want and min(times) > 2
+
+
 def test_an_event_loop_that_ends_early_stalls_nobody(model) -> None:
     async def leave() -> Any:
         handle = model.submit(ids(6, 1), max_tokens=60, seed=1)

@@ -13,7 +13,7 @@ from pyengine.cli import answer, pictures
 from pyengine.cli.talk import settings, toolbox
 from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.screen import note, show, show_lines, show_rows, size
-from pyengine.cli.talk.remote import RemotePlan
+from pyengine.cli.talk.place import RemotePlan
 from pyengine.errors import RequestError
 
 FORM = re.compile(r"/[\w?]*(?!\S)")                        # "/clear", not "/home/me/cat.png"

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from pyengine.chat.boxes import Box, Point
 from pyengine.chat.reply.deltas import Delta, new_call_id, ToolCall
+from pyengine.cli.talk.place import RemotePlan
 from pyengine.engine.answer import Answer
 from pyengine.engine.request import Report
 from pyengine.errors import BusyError, ContextOverflowError, nearest, RequestError, shown
@@ -326,23 +327,6 @@ def _box(box: Mapping[str, Any]) -> Box | Point:
 
 
 # -- the model ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class RemotePlan:
-    """What stands in the place of a memory plan: the server has that. `n_ctx`: None where it does not say."""
-
-    model: str
-    url: str
-    n_ctx: int | None
-
-    def short(self) -> str:
-        """Say where the model is."""
-        return f"of the server, {self.url}"
-
-    def table(self) -> str:
-        """Say where the model is."""
-        return f"the model is in the memory of the server, {self.url}"
 
 
 class RemoteModel:
