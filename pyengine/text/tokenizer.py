@@ -38,6 +38,7 @@ from pyengine.arguments import iterates, switch, takes
 from pyengine.errors import InvalidModelError, ModelWarning, RequestError, shown, UnsupportedModelError
 from pyengine.native import lib
 from pyengine.text.bpe import Bpe, Gemma4Bpe, Spm
+from pyengine.text.marks import GUARD, MARK
 from pyengine.text.pretokenizers import known_pre, PRE, Pre
 from pyengine.text.roles import find_roles, HARMONY_TEXTS
 from pyengine.text.specials import Specials
@@ -47,8 +48,6 @@ from pyengine.text.wordpiece import WordPiece
 
 
 _BLANKS = " \t\n\v\f\r"
-MARK = "\ufdd0"                       # noncharacters: before the text of a token that is a mark; within that of a token that is none
-_GUARD = "\ufdd1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ class Tokenizer:
                 ids.append(part)
             else:
                 prefix = " " if self._family == "llama" and self.add_space_prefix and after_special else ""
-                ids += self._encoder.encode(prefix + (part.replace(_GUARD, "") if mend else part))
+                ids += self._encoder.encode(prefix + (part.replace(GUARD, "") if mend else part))
             after_special = isinstance(part, int)
         if add_special and self._family == "bert":
             ids.append(self.sep_id)
@@ -230,8 +229,8 @@ class Tokenizer:
     def guarded(self, text: str) -> str:
         """Return a text with the texts of control tokens in it broken up, so that what a user wrote stays text within a prompt that
         has such tokens: to be tokenized with `mend`."""
-        return "".join(part if isinstance(part, str) else (said := self._tokens.text(part))[:1] + _GUARD + said[1:]
-                       for part in self._control.split(text.replace(_GUARD, "\ufffd")))
+        return "".join(part if isinstance(part, str) else (said := self._tokens.text(part))[:1] + GUARD + said[1:]
+                       for part in self._control.split(text.replace(GUARD, "\ufffd")))
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Cut special tokens out of a text, with the blanks that they swallow."""

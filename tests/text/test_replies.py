@@ -16,10 +16,11 @@ import jsonschema
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pyengine.chat.reply.deltas import calls_of, Delta, joined, MARKED, Reader, ToolCall
+from pyengine.chat.reply.deltas import calls_of, Delta, joined, Reader, ToolCall
 from pyengine.chat.reply.style import find, Style
 from pyengine.chat.reply.tools import read_tools, Tool
 from pyengine.errors import RequestError
+from pyengine.text.marks import MARK
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -88,7 +89,7 @@ def style_of(name: str, tokens: bool = False) -> Style:
 
 def spelled(style: Style, text: str, tokens: bool) -> str:
     """Text as the decoder gives it: marks behind U+FDD0 where they are tokens."""
-    return re.sub("|".join(map(re.escape, style.marks)), lambda m: MARKED + m.group(), text) if tokens and style.marks else text
+    return re.sub("|".join(map(re.escape, style.marks)), lambda m: MARK + m.group(), text) if tokens and style.marks else text
 
 
 def read(reader: Reader, pieces: Iterable[str]) -> list[Delta]:
@@ -217,7 +218,7 @@ _PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|tool_call|>"
            "<parameter=city>", "\n</parameter>", "</function>", "<|channel|>", "analysis", "commentary", "final", " to=functions.now", "<|message|>", "<|end|>",
            "<|start|>", "assistant", "<|call|>", "<|constrain|>json", "<|channel>thought", "<channel|>", "<|tool_call>", "call:now{", '<|"|>', "<tool_call|>",
            "Here is my thought process:", "Here is my response:", "<response>", "</response>", "[THINK]", "[/THINK]", "```json", "```", "<｜tool▁calls▁begin｜>",
-           "<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", " ", "\n", "\\", "'", "1", "-", MARKED, "a:", "\n\n", ".5", "é", "<", "a < b"]
+           "<｜tool▁call▁begin｜>", "function", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", " ", "\n", "\\", "'", "1", "-", MARK, "a:", "\n\n", ".5", "é", "<", "a < b"]
 replies = st.lists(st.sampled_from(_PIECES), max_size=25).map("".join)
 
 
@@ -229,7 +230,7 @@ def test_any_cut_tells_the_same(text: str, places: list[int], name: str, tokens:
     text = spelled(style, text, tokens)
     deltas = told(style, text, tools, opened)
     assert read(style.reader(tools, opened), cut(text, places)) == deltas
-    assert MARKED not in texts(deltas) + texts(deltas, "thinking") + texts(deltas, "arguments")
+    assert MARK not in texts(deltas) + texts(deltas, "thinking") + texts(deltas, "arguments")
 
 
 @settings(max_examples=60, deadline=None)
@@ -293,7 +294,7 @@ def test_the_name_comes_at_once_and_says_where_the_call_began(name: str, tokens:
         if any(delta.kind == "call" for delta in deltas):
             break
     if name != "granite+phrases":                                  # whose arguments come first
-        behind = text[text.rindex("now", 0, n + 1) + 3 : n + 1].replace(MARKED, "")
+        behind = text[text.rindex("now", 0, n + 1) + 3 : n + 1].replace(MARK, "")
         assert behind in ("[CALL_ID]", "[ARGS]", "<｜tool▁sep｜>") or len(behind) == 1
     assert reader.state == "call"
     opening, place = ((spelled(style, "<|channel|>", tokens),), text.rindex) if name == "harmony" else ((*style._calls.opening, *style._calls.leading), text.index)
@@ -315,7 +316,7 @@ def test_text_comes_as_soon_as_it_is_no_mark() -> None:
 
 
 @pytest.mark.parametrize("name, text", [
-    ("gemma4+channel", f"<|tool_call>call:now{{a{MARKED}b:1}}"), ("gemma4+channel", f"<|tool_call>call:{'n' * 1500}{{}}"), ("pythonic", f"[now({'a' * 1500}=1)]"),
+    ("gemma4+channel", f"<|tool_call>call:now{{a{MARK}b:1}}"), ("gemma4+channel", f"<|tool_call>call:{'n' * 1500}{{}}"), ("pythonic", f"[now({'a' * 1500}=1)]"),
     ("coder", f"<tool_call><function=now><parameter={'a' * 1500}>1</parameter>"), ("coder", "<tool_call><function=now\n>"),
     ("mistral, names", f"[TOOL_CALLS]{'n' * 1500}[ARGS]{{}}"), ("harmony", f"<|channel|>commentary to=functions.{'n' * 1500}<|message|>x"),
 ])
@@ -366,7 +367,7 @@ def test_thinking() -> None:
     assert told(style, "  \n<think>a\n") == [Delta("thinking", "a\n")]
     assert told(style, " Use <think> to think. ") == [Delta("text", " Use <think> to think. ")]
     tokens = style_of("hermes+think", True)
-    assert told(tokens, f"{MARKED}<think>a</think>{MARKED}</think>b{MARKED}</think>") == [Delta("thinking", "a</think>"), Delta("text", "b")]
+    assert told(tokens, f"{MARK}<think>a</think>{MARK}</think>b{MARK}</think>") == [Delta("thinking", "a</think>"), Delta("text", "b")]
 
 
 HOSTILE = ["<", "<tool_call>", " ", "\n", '{"a":', "[", '[TOOL_CALLS]["', "<think>", "</think>", '<tool_call>{"arguments": {"a": "', "<|channel|>", "a\n",
@@ -448,7 +449,7 @@ def test_any_cut_of_what_may_be_a_call_tells_the_same(text: str, places: list[in
     deltas = told(style, text)
     assert read(style.reader(TOOLS, False), cut(text, places)) == deltas
     if not calls_of(deltas):                                       # nothing is lost but blanks around a mark that was none
-        assert re.sub(r"\s", "", texts(deltas)) == re.sub(rf"\s|{MARKED}(</tool_call>)?", "", text) or tokens
+        assert re.sub(r"\s", "", texts(deltas)) == re.sub(rf"\s|{MARK}(</tool_call>)?", "", text) or tokens
     for call in calls_of(deltas):
         assert call.name == "now" and begins_json(call.arguments)
 
@@ -506,7 +507,7 @@ def sampled(matcher: Any, marks: Sequence[str], rng: random.Random) -> str | Non
         ids.append(pick)
     if not matcher.is_accepting():
         return None
-    return b"".join(bytes([i]) if i < 256 else (MARKED + marks[i - 256]).encode() for i in ids).decode("utf-8", "replace")
+    return b"".join(bytes([i]) if i < 256 else (MARK + marks[i - 256]).encode() for i in ids).decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])

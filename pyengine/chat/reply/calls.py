@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import read_text, read_value
 from pyengine.chat.reply.tape import Malformed, Reading, Tape
 from pyengine.chat.reply.tools import Tool
 from pyengine.text.grammar import json_fragment
+from pyengine.text.marks import MARK
 
 Literal = Callable[[str], str]            # a mark's text to its fragment of a grammar
 Spell = Callable[[str], str]              # a mark's text as a reader meets it: behind U+FDD0 where it is a token
@@ -19,7 +19,7 @@ Spell = Callable[[str], str]              # a mark's text as a reader meets it: 
 
 def speller(is_token: Callable[[str], bool]) -> Spell:
     """Return what spells marks for a vocabulary."""
-    return lambda mark: MARKED + mark if is_token(mark) else mark
+    return lambda mark: MARK + mark if is_token(mark) else mark
 
 
 class Unit:

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import alternatives, Calls, Literal, quoted, Spell, Unit
-from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import escaped
 from pyengine.chat.reply.schema import arguments_of, is_text, json_value, ordered, text_rules
 from pyengine.chat.reply.tape import Malformed, Reading, stops
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.marks import MARK
 
 _CLOSING = stops("\n</parameter>", "</parameter>")
-_NAME = re.compile(rf"[^<>\n{MARKED}]*")
+_NAME = re.compile(rf"[^<>\n{MARK}]*")
 
 
 class Coder(Calls):
@@ -67,14 +67,14 @@ class Coder(Calls):
         yield from tape.word("\n")
         if is_text(schema):
             unit.argue('"')
-            if not (yield from tape.until(_CLOSING, lambda text: unit.argue(escaped(text.replace(MARKED, ""))))):
+            if not (yield from tape.until(_CLOSING, lambda text: unit.argue(escaped(text.replace(MARK, ""))))):
                 raise Malformed
             unit.argue('"')
             return
         pieces: list[str] = []
         if not (yield from tape.until(_CLOSING, pieces.append)):
             raise Malformed
-        unit.argue(as_json("".join(pieces).replace(MARKED, ""), schema))
+        unit.argue(as_json("".join(pieces).replace(MARK, ""), schema))
 
     def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-MARKED = "\ufdd0"                       # stands before the text of a token that is a mark; no character of any text (Unicode 16, 23.7)
 _LETTERS = string.ascii_letters + string.digits
 
 

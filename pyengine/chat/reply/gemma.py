@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import alternatives, Calls, Literal, quoted, Spell, Unit
-from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import escaped, Out, read_nested, read_number
 from pyengine.chat.reply.pythonic import read_word, WORDS
 from pyengine.chat.reply.schema import Notation
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.marks import MARK
 
 QUOTE = '<|"|>'
-_KEY = re.compile(f"[^:{{}}\\[\\],<\\n{MARKED}]*")
+_KEY = re.compile(f"[^:{{}}\\[\\],<\\n{MARK}]*")
 
 
 class Gemma4(Calls):
@@ -61,7 +61,7 @@ class Gemma4(Calls):
 
     def _text(self, tape: Tape, out: Out) -> Reading[None]:
         out('"')
-        if not (yield from tape.until(self._stops, lambda text: out(escaped(text.replace(MARKED, ""))))):
+        if not (yield from tape.until(self._stops, lambda text: out(escaped(text.replace(MARK, ""))))):
             raise Malformed
         out('"')
 

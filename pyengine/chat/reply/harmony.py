@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import Calls, Literal, one_at_a_time, quoted, schema_rules, Spell, Unit
-from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import read_value
 from pyengine.chat.reply.pythonic import read_word
 from pyengine.chat.reply.reading import BLANKS, TapeReader
 from pyengine.chat.reply.schema import text_rules
 from pyengine.chat.reply.tape import Malformed, Reading, stops
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.marks import MARK
 
 MARKS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")
 
@@ -90,7 +90,7 @@ class HarmonyReader(TapeReader):
         self._calls = calls
         self._tools: Mapping[str, Tool] = {tool.name: tool for tool in tools or ()}
         self._start, self._end, self._message, self._channel, self._constrain, self._return, self._call = calls.spelled
-        self._stray = [MARKED] if any(mark.startswith(MARKED) for mark in calls.spelled) else []
+        self._stray = [MARK] if any(mark.startswith(MARK) for mark in calls.spelled) else []
         self._stops = stops(self._start, self._end, self._channel, self._return, self._call, *self._stray, self._message, self._constrain)
         self._opened, self._count = opened, 0
         self._unit: Unit | None = None                       # of a call that was told
@@ -162,7 +162,7 @@ class HarmonyReader(TapeReader):
             mark = yield from self._tape.until(self._stops, lambda text: self._hold(kind, text))
             if mark not in (*self._stray, self._message, self._constrain):
                 break
-            if not mark.startswith(MARKED):
+            if not mark.startswith(MARK):
                 self._hold(kind, mark)
         if kind == "text" or not mark:
             self._tell(kind, "".join(self._blanks))

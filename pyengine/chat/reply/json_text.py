@@ -9,13 +9,13 @@ import json
 import re
 from collections.abc import Callable
 
-from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.tape import Malformed, Reading, Tape
+from pyengine.text.marks import MARK
 
 Out = Callable[[str], object]
 Scalar = Callable[[Tape, str, Out], Reading[None]]               # reads a value that begins with this letter
 Key = Callable[[Tape, Out], Reading[None]]                       # reads a key and its colon
-_PLAIN = re.compile(r'[^"\\\x00-\x1f' + MARKED + r"]*")
+_PLAIN = re.compile(r'[^"\\\x00-\x1f' + MARK + r"]*")
 _HEX = frozenset("0123456789abcdefABCDEF")
 # A number's states: what may come, and what follows; those in _WHOLE may end it.
 _NUMBER = {"start": {"-": "minus", "0": "zero", "d": "whole"}, "minus": {"0": "zero", "d": "whole"}, "zero": {".": "dot", "e": "e"},
@@ -45,7 +45,7 @@ def read_string(tape: Tape, out: Out) -> Reading[None]:
             return
         if letter == "\\":
             yield from _escape(tape, out)
-        elif letter == MARKED:                                   # a mark inside of a string is but its letters
+        elif letter == MARK:                                     # a mark inside of a string is but its letters
             tape.take(tape.at + 1)
         elif not letter:
             raise Malformed

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import Calls, Literal, one_at_a_time, quoted, Spell, Unit
-from pyengine.chat.reply.deltas import MARKED
 from pyengine.chat.reply.json_text import escaped, Out, read_nested, read_number
 from pyengine.chat.reply.schema import arguments_of, json_value, ordered
 from pyengine.chat.reply.tape import Malformed, Reading, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.marks import MARK
 
-_PLAIN = {quote: re.compile(rf"[^{quote}\\\n{MARKED}]*") for quote in "\"'"}
+_PLAIN = {quote: re.compile(rf"[^{quote}\\\n{MARK}]*") for quote in "\"'"}
 _WORD = re.compile(r"[A-Za-z0-9_.-]*")
 WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\\": "\\", "'": "'", '"': '"', "/": "/", "\n": ""}
@@ -171,7 +171,7 @@ def _read_string(tape: Tape, quote: str, out: Out) -> Reading[None]:
             return
         if letter == "\\":
             out((yield from _read_escape(tape)))
-        elif letter != MARKED:                                           # a line's end, which Python would not take
+        elif letter != MARK:                                             # a line's end, which Python would not take
             out(escaped(letter))
 
 

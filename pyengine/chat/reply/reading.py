@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyengine.chat.reply.calls import Calls, Unit
-from pyengine.chat.reply.deltas import Delta, joined, MARKED, Reader
+from pyengine.chat.reply.deltas import Delta, joined, Reader
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.marks import MARK
 
 BLANKS = " \t\r\n"
 
@@ -69,7 +70,7 @@ class TaggedReader(TapeReader):
     def __init__(self, thinking: Thinking | None, calls: Calls | None, tools: Sequence[Tool] | None, marks: Sequence[str], opened: bool):
         self._thinking, self._calls, self._opened = thinking, calls if tools else None, opened
         self._tools: Mapping[str, Tool] = {tool.name: tool for tool in tools or ()}
-        self._marks = [m for m in marks if m.startswith(MARKED)] + [MARKED]
+        self._marks = [m for m in marks if m.startswith(MARK)] + [MARK]
         self._call_marks = () if calls is None else (*calls.opening, *calls.leading, *calls.inner)
         self._blanks: list[str] = []                     # held back
         self._count = 0                                  # of calls
@@ -93,7 +94,7 @@ class TaggedReader(TapeReader):
                 self._blanks, self._drops = [], True
             elif mark in self._orphans:
                 self._orphans.discard(mark)
-                self._tell_text(mark.removeprefix(MARKED))
+                self._tell_text(mark.removeprefix(MARK))
 
     # -- text ------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class TaggedReader(TapeReader):
                 self._tell("thinking", self._held())
                 return
             if mark in self._call_marks:
-                self._hold(mark.removeprefix(MARKED), "thinking", True)
+                self._hold(mark.removeprefix(MARK), "thinking", True)
 
     # -- calls -----------------------------------------------------------------------------------------------------------
 
@@ -181,5 +182,5 @@ class TaggedReader(TapeReader):
             self._blanks = []
         self._drops = whole
         if not whole:
-            self._tell_text("".join(past or ()).replace(MARKED, ""))
-            self._orphans.update(mark for mark in calls.inner if mark.startswith(MARKED))
+            self._tell_text("".join(past or ()).replace(MARK, ""))
+            self._orphans.update(mark for mark in calls.inner if mark.startswith(MARK))
