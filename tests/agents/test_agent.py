@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from PIL import Image
+from replies import calls_of
 
 import pyengine as pe
 from pyengine.agents.agent import Agent, OLD, Step
-from pyengine.chat.reply.deltas import calls_of
 from pyengine.chat.reply.style import find
 from pyengine.chat.reply.tools import read_tools
 from pyengine.engine.answer import Answer

@@ -15,8 +15,9 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given, settings, strategies as st
+from replies import calls_of
 
-from pyengine.chat.reply.deltas import calls_of, Delta, joined, Reader, ToolCall
+from pyengine.chat.reply.deltas import Delta, joined, Reader, ToolCall
 from pyengine.chat.reply.style import find, Style
 from pyengine.chat.reply.tools import read_tools, Tool
 from pyengine.errors import RequestError

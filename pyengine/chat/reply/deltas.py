@@ -59,18 +59,6 @@ def joined(deltas: Iterable[Delta]) -> list[Delta]:
     return [Delta(kind, "".join(texts), index) for kind, index, texts in groups]
 
 
-def calls_of(deltas: Iterable[Delta]) -> list[ToolCall]:
-    """Gather the calls of a whole reply, with new ids."""
-    names: dict[int, str] = {}
-    texts: dict[int, list[str]] = {}
-    for kind, text, index in deltas:
-        if kind == "call":
-            names[index], texts[index] = text, []
-        elif kind == "arguments":
-            texts[index].append(text)
-    return [ToolCall(new_call_id(), name, "".join(texts[index])) for index, name in names.items()]
-
-
 class Reader(ABC):
     """A reader of one reply.
 
