@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyengine.chat.reply.calls import Calls, Literal, one_at_a_time, quoted, Spell, Unit
+from pyengine.chat.reply.calls import alternatives, Calls, Literal, one_at_a_time, quoted, Spell, Unit
 from pyengine.chat.reply.json_text import escaped, Out, read_nested, read_number
 from pyengine.chat.reply.schema import arguments_of, json_value, ordered
 from pyengine.chat.reply.tape import Malformed, Reading, Tape
@@ -58,7 +58,7 @@ class Pythonic(Calls):
         return '"[" call (", " call)* "]"' if several else '"[" call "]"'
 
     def _rules(self, tools: Sequence[Tool]) -> str:
-        lines = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
+        lines = [alternatives("call", len(tools))]
         for i, tool in enumerate(tools):
             properties = arguments_of(tool)
             items = [(f"{quoted(name + '=')} call_{i}_{n}", needed) for n, (name, _, needed) in enumerate(properties)]
