@@ -27,7 +27,29 @@ Written = Sequence[tuple[str, Mapping[str, Any]]]
 _BARE = ("{", "[", *FENCES)
 
 
-class Hermes(Calls):
+class Loose(Calls):
+    """A format of JSON objects that may come without their marks: Qwen2.5-Coder, for one, leaves them out."""
+
+    def __init__(self, source: str, spell: Spell):
+        super().__init__(source, spell)
+        self.leading = _BARE
+
+    def read(self, unit: Unit, opening: str) -> Reading[None]:
+        """Read a unit behind its opening mark. Raises Malformed where it is none."""
+        yield from (read_bare(unit, opening, sure=True) if opening in _BARE else self.read_marked(unit))
+
+    def read_marked(self, unit: Unit) -> Reading[None]:
+        """Read what stands behind a mark. Raises Malformed where it is no call."""
+        yield from read_list(unit)                           # a list is what Granite's smaller models make of Hermes' form
+        yield from unit.tape.skip_blanks()
+        yield from unit.tape.word(*self.inner)               # left out by some: the call is whole without it
+
+    def bare(self, tools: Sequence[Tool], several: bool) -> str:
+        """Give the grammar of a unit without its marks."""
+        return bare_rules(tools, several)
+
+
+class Hermes(Loose):
     """`<tool_call>`, a JSON object, `</tool_call>`: Hermes 2 Pro and 3, Qwen 2.5 and 3, SmolLM3, Granite 4."""
 
     marks = ("<tool_call>", "</tool_call>")
@@ -35,32 +57,18 @@ class Hermes(Calls):
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
         self.opening, self.inner = (spell("<tool_call>"),), (spell("</tool_call>"),)
-        self.leading = _BARE
-
-    def read(self, unit: Unit, opening: str) -> Reading[None]:
-        """Read a unit behind its opening mark. Raises Malformed where it is none."""
-        if opening in _BARE:                                 # Qwen2.5-Coder leaves the tags out
-            yield from read_bare(unit, opening, sure=True)
-            return
-        yield from read_list(unit)                           # a list is what Granite's smaller models make of it
-        yield from unit.tape.skip_blanks()
-        yield from unit.tape.word(*self.inner)               # left out by some: the call is whole without it
 
     def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
         start = "start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (' ("\\n" unit)*' if whole and several else "")
         return f'{start}\nunit: {literal("<tool_call>")} "\\n" call "\\n" {literal("</tool_call>")}\n{call_rules(tools)}'
 
-    def bare(self, tools: Sequence[Tool], several: bool) -> str:
-        """Give the grammar of a unit without tags."""
-        return bare_rules(tools, several)
-
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
         return "\n".join(f"<tool_call>\n{dumped(name, arguments)}\n</tool_call>" for name, arguments in calls)
 
 
-class Granite(Calls):
+class Granite(Loose):
     """`<|tool_call|>` or `<tool_call>` and a JSON list: Granite 3. Phi 4 mini's is the same, with a closing mark."""
 
     marks = ("<|tool_call|>", "<tool_call>", "<|/tool_call|>")
@@ -69,32 +77,18 @@ class Granite(Calls):
     def __init__(self, source: str, spell: Spell):
         super().__init__(source, spell)
         self.opening, self.inner = (spell("<|tool_call|>"), spell("<tool_call>")), (spell("<|/tool_call|>"),)
-        self.leading = _BARE
-
-    def read(self, unit: Unit, opening: str) -> Reading[None]:
-        """Read a unit behind its opening mark. Raises Malformed where it is none."""
-        if opening in _BARE:
-            yield from read_bare(unit, opening, sure=True)
-            return
-        yield from read_list(unit)
-        yield from unit.tape.skip_blanks()
-        yield from unit.tape.word(*self.inner)
 
     def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls: the list is both."""
         opening = f'({literal("<|tool_call|>")} | {literal("<tool_call>")})'
         return f'start: {opening} "[" call{_more(several)} "]"\n{call_rules(tools)}'
 
-    def bare(self, tools: Sequence[Tool], several: bool) -> str:
-        """Give the grammar of a unit without its mark."""
-        return bare_rules(tools, several)
-
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
         return f"<|tool_call|>[{', '.join(dumped(name, arguments) for name, arguments in calls)}]"
 
 
-class Mistral(Calls):
+class Mistral(Loose):
     """`[TOOL_CALLS]` and a JSON list, or since 2025 for each call `[TOOL_CALLS]`, a name, `[ARGS]` and an object; some with `[CALL_ID]`."""
 
     marks = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
@@ -104,14 +98,12 @@ class Mistral(Calls):
         self.opening, self._args, self._id = (spell("[TOOL_CALLS]"),), spell("[ARGS]"), spell("[CALL_ID]")
         self.inner = (self._args, self._id)
         self._listed = "[ARGS]" not in source
-        self.leading = _BARE if self._listed else ()
+        if not self._listed:
+            self.leading = ()
 
-    def read(self, unit: Unit, opening: str) -> Reading[None]:
-        """Read a unit behind its opening mark. Raises Malformed where it is none."""
+    def read_marked(self, unit: Unit) -> Reading[None]:
+        """Read a list, or a name and an object. Raises Malformed where it is neither."""
         tape = unit.tape
-        if opening in _BARE:
-            yield from read_bare(unit, opening, sure=True)
-            return
         if (yield from tape.skip_blanks()) in ("[", "{") and (yield from self._begins_list(tape)):
             yield from read_list(unit)
             return
@@ -145,10 +137,6 @@ class Mistral(Calls):
         call_id = f'({literal("[CALL_ID]")} /[a-zA-Z0-9]{{9}}/)? ' if "[CALL_ID]" in self.source else ""
         units = " | ".join(f"{quoted(tool.name)} {call_id}{literal('[ARGS]')} args_{i}" for i, tool in enumerate(tools))
         return f"start: unit{'+' if whole and several else ''}\nunit: {opening} ({units})\n{schema_rules(tools)}"
-
-    def bare(self, tools: Sequence[Tool], several: bool) -> str:
-        """Give the grammar of a unit without its mark."""
-        return bare_rules(tools, several)
 
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
