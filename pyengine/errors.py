@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 
 class PyEngineError(Exception):
@@ -83,6 +84,17 @@ def shown(value: object) -> str:
         return reprlib.repr(value)
     except Exception:                                        # whatever a stranger's __repr__ raises
         return f"a {type(value).__name__}"
+
+
+def place_of(fault: Any) -> str:
+    """Return where jsonschema finds a fault, behind what it looked at: ".a[0].b"; "" for all of it."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path)
+
+
+def placed(fault: Any) -> str:
+    """Return what jsonschema finds, cut where it is long, after its place."""
+    place, text = place_of(fault).lstrip("."), fault.message if len(fault.message) <= 200 else fault.message[:200] + " ..."
+    return f"{place}: {text}" if place else text
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

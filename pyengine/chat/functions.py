@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pyengine.chat import docstrings, hints
-from pyengine.errors import RequestError, shown
+from pyengine.errors import placed, RequestError, shown
 
 MOST_FAULTS = 5                                    # of a call's arguments that are told at once
 MOST_DEPTH = 200                                   # of lists and mappings in a result
@@ -87,8 +87,7 @@ class Function:
             raise RequestError(f"the arguments of {self.name} must be an object, not {shown(value)}")
         faults = list(Draft202012Validator(hints.closed(self.parameters)).iter_errors(value))
         if faults:
-            told = "; ".join(_told(fault) for fault in faults[:MOST_FAULTS])
-            raise RequestError(f"the arguments of {self.name} are wrong: {told}")
+            raise RequestError(f"the arguments of {self.name} are wrong: {'; '.join(map(placed, faults[:MOST_FAULTS]))}")
         return {name: self._members[name].kind.build(v, name) for name, v in value.items()}
 
 
@@ -207,10 +206,3 @@ def _enclosing(code: Any) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
-
-
-def _told(fault: Any) -> str:
-    """Format what jsonschema finds, after its place."""
-    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path).lstrip(".")
-    text = fault.message if len(fault.message) <= 200 else fault.message[:200] + " ..."
-    return f"{place}: {text}" if place else text

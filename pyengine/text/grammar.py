@@ -16,7 +16,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from pyengine.errors import PyEngineError, RequestError, shown
+from pyengine.errors import place_of, PyEngineError, RequestError, shown
 
 if TYPE_CHECKING:
     from pyengine.text.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def _fault(text: str) -> tuple[str, str]:
     try:
         Draft202012Validator.check_schema(json.loads(text))
     except exceptions.SchemaError as fault:
-        return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path), fault.message[:300]
+        return place_of(fault), fault.message[:300]
     except RecursionError:
         return "", "the schema is nested too deeply"
     return "", ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TYPE_CHECKING
 
-from pyengine.errors import RequestError
+from pyengine.errors import placed, RequestError
 
 if TYPE_CHECKING:
     from pyengine.chat.reply.deltas import ToolCall
@@ -78,9 +78,7 @@ def check_schema(schema: Any, where: str) -> None:
 
     fault = best_match(Draft202012Validator(Draft202012Validator.META_SCHEMA).iter_errors(schema))
     if fault is not None:
-        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault.absolute_path).lstrip(".")
-        said = fault.message if len(fault.message) <= 200 else fault.message[:200] + " ..."
-        raise RequestError(f"{where}: {place + ': ' if place else ''}{said}")
+        raise RequestError(f"{where}: {placed(fault)}")
 
 
 def _tool(tool: Any, at: str) -> dict[str, Any]:
