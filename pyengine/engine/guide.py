@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy as np
 
+from pyengine.chat.reply.deltas import Delta, Reader
 from pyengine.engine.wishes import CHOICES, Wishes
 from pyengine.errors import RequestError
 from pyengine.text.grammar import Grammars, Matcher, nested
 
 if TYPE_CHECKING:
-    from pyengine.chat.reply.deltas import Delta, Reader
     from pyengine.chat.reply.style import Style
     from pyengine.chat.reply.tools import Tool
     from pyengine.engine.language import Language
@@ -103,7 +103,7 @@ class Guide:
             self._follow(token)
         before = self.state
         if self.reader is None:
-            return [_delta()("text", text)] if text else []
+            return [Delta("text", text)] if text else []
         self._pushed.append((self._length, token, text))
         self._length += len(text)
         deltas = self.reader.push(text)
@@ -113,7 +113,7 @@ class Guide:
     def flush(self, tail: str = "") -> list[Delta]:
         """Take the end of the answer's text; return what was held back."""
         if self.reader is None:
-            return [_delta()("text", tail)] if tail else []
+            return [Delta("text", tail)] if tail else []
         return [*self.reader.push(tail), *self.reader.flush()]
 
     def _follow(self, token: int) -> None:
@@ -152,12 +152,6 @@ class Guide:
         matcher = self._grammars.matcher(rule)
         if all(matcher.accept(token) for _, token, _ in self._pushed[first:]) and not matcher.ended:
             self._matcher, self._in_unit = matcher, True
-
-
-def _delta() -> Any:
-    from pyengine.chat.reply.deltas import Delta
-
-    return Delta
 
 
 # ---------------------------------------------------------------------------------------------------------------------
