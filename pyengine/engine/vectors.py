@@ -115,17 +115,12 @@ class Vectors:
             if not isinstance(asked, str) or asked not in POOLINGS:
                 raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(asked)}")
             return asked
-        said, key, instead = self.said, self.h.key("pooling_type"), f"give pooling=, one of {', '.join(POOLINGS)}"
+        said, key, instead = pooling_of(self.h), self.h.key("pooling_type"), f"give pooling=, one of {', '.join(POOLINGS)}"
         if said == "rank":
             raise RequestError(f"{key} is rank: the model scores pairs of texts and gives no vectors; for vectors of its hidden states {instead}")
         if said and said not in POOLINGS:
             raise UnsupportedModelError(f"{key} is {said}, which is not known; {instead}")
         return said or "last"
-
-    @property
-    def said(self) -> str:
-        """What the file says of pooling: see `pooling_of`."""
-        return pooling_of(self.h)
 
     def states(self, prompt: Any) -> np.ndarray:
         """Compute last hidden states of a prompt, float32 [n_positions, d_model]."""

@@ -13,7 +13,7 @@ import pytest
 import cases
 import pyengine as pe
 from pictures import A, B
-from pyengine.engine.vectors import Vectors
+from pyengine.engine.vectors import pooling_of, Vectors
 from pyengine.errors import ContextOverflowError, RequestError, UnsupportedModelError
 from sight import sight_of
 
@@ -251,7 +251,7 @@ def vectors_of(path: Path, tmp_path: Path, value: int) -> Vectors:
 def test_a_file_says_how_vectors_are_made(tiny_gguf, tmp_path) -> None:
     path = tiny_gguf("llama")[0]
     assert {v: vectors_of(path, tmp_path, v).pooling() for v in (0, 1, 2, 3)} == {0: "last", 1: "mean", 2: "cls", 3: "last"}
-    assert pe.load(path, n_ctx=64).vectors.said == ""
+    assert pooling_of(pe.load(path, n_ctx=64).vectors.h) == ""
     ranks = vectors_of(path, tmp_path, 4)
     with pytest.raises(RequestError, match="scores pairs of texts.*pooling="):
         ranks.embed("a")
