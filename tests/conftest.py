@@ -79,6 +79,23 @@ def full_size(tmp_path_factory):
 
 
 @pytest.fixture
+def client(served):
+    """A client of the server with the one model that a file's fixture `served` loads."""
+    pytest.importorskip("httpx")
+    from starlette.testclient import TestClient
+
+    from pyengine.server.app import application
+
+    return TestClient(application([served]), base_url="http://localhost:8080")
+
+
+@pytest.fixture
+def model(served):
+    """The model of `served`, for what the library says."""
+    return served.model
+
+
+@pytest.fixture
 def machine(monkeypatch):
     """machine(bytes, gpu bytes...): what every plan takes for the memory of this machine from now on, beside other models of this process."""
     from pyengine import hardware

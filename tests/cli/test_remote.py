@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from hypothesis import given, settings as limits, strategies as st
+from running import idle, running
 from test_cli import type_in
 
 import pyengine as pe
@@ -38,32 +39,15 @@ KEY = "secret"
 @pytest.fixture(scope="module")
 def served(tiny_gguf) -> Any:
     """pyengine's server with a model of text and one that sees, at a port: (address, text model, seeing model)."""
-    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn")
     from pyengine.server.app import application
     from pyengine.server.models import load, Models
 
     found = Models([load(str(tiny_gguf(kind)[0]), n_ctx=256, n_threads=1, n_seq=4) for kind in ("llama", "qwen2_5_vl")]).all
-    server = uvicorn.Server(uvicorn.Config(application(found, [KEY]), port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
-    yield f"http://{host}:{port}", found[0], found[1]
-    server.should_exit = True
-    thread.join(20)
+    with running(application(found, [KEY])) as url:
+        yield url, found[0], found[1]
     for s in found:
         s.model.loop.close()
-
-
-def idle(model: Any) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if not model.loop.n_running and not model.loop.n_waiting and not model._scheduler.active:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 # -- pyengine's server ----------------------------------------------------------------------------------------------------

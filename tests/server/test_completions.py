@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 
 import pyengine as pe
-from pyengine.server.app import application
 from pyengine.server.models import load
-
-pytest.importorskip("httpx")
-from starlette.testclient import TestClient  # noqa: E402  which needs httpx
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 CODER = MODELS / "qwen2.5-coder-0.5b-q4_k_m.gguf"
@@ -26,16 +22,6 @@ def served(tiny_gguf) -> Any:
     found = load(str(tiny_gguf("llama")[0]), n_ctx=512, n_threads=1, n_seq=4, n_batch=32)
     yield found
     found.model.close()
-
-
-@pytest.fixture
-def client(served) -> Any:
-    return TestClient(application([served]), base_url="http://localhost:8080")
-
-
-@pytest.fixture
-def model(served) -> Any:
-    return served.model
 
 
 def expected(model: Any, ids: list[int]) -> list[float]:

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 
 from pyengine.server import embeddings
-from pyengine.server.app import application
 from pyengine.server.models import load, Models
 
 httpx = pytest.importorskip("httpx")
-from starlette.testclient import TestClient  # noqa: E402  which needs httpx
 
 TEXTS = ["What is in the picture?", "A dog and a fox in the snow.", "x"]
 LONG = "The quick brown fox jumps over the lazy dog. " * 20
@@ -25,16 +23,6 @@ def served(tiny_gguf) -> Any:
     found = Models([load(str(tiny_gguf("llama")[0]), n_ctx=128, n_threads=1, n_seq=2)]).all
     yield found[0]
     found[0].model.loop.close()
-
-
-@pytest.fixture
-def client(served) -> Any:
-    return TestClient(application([served]), base_url="http://localhost:8080")
-
-
-@pytest.fixture
-def model(served) -> Any:
-    return served.model
 
 
 def vectors(response: Any) -> np.ndarray:

@@ -25,16 +25,6 @@ def served(tiny_gguf) -> Any:
     found.model.close()
 
 
-@pytest.fixture
-def client(served) -> Any:
-    return TestClient(application([served]), base_url="http://localhost:8080")
-
-
-@pytest.fixture
-def model(served) -> Any:
-    return served.model
-
-
 def test_tokens_with_pieces(client, model) -> None:
     text = "Hé 🙂" + model.tokenizer.piece(max(model.tokenizer.special_ids)).decode()
     got = client.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]

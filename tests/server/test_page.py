@@ -10,19 +10,18 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import browser as chromium
 import pytest
 from conftest import real_path, ROOT
+from running import running
 
 from pyengine.server import page, replies
-from pyengine.server.app import application, listen
+from pyengine.server.app import application
 from pyengine.server.models import load, Models
 
 httpx = pytest.importorskip("httpx")
-import uvicorn  # noqa: E402  which comes with the server's packages
 from starlette.applications import Starlette  # noqa: E402
 from starlette.responses import StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
@@ -38,20 +37,6 @@ def served() -> Iterator[Any]:
     found = Models([load(str(DEMO / "weights/demo-q8_0.gguf"), n_ctx=1024, n_threads=1, n_seq=2)]).all
     yield found
     found[0].model.close()
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    """Serve an application from a thread. Gives its address."""
-    taken = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 class Script:
@@ -88,14 +73,14 @@ class Script:
 @pytest.fixture(scope="module")
 def address(served: Any) -> Iterator[str]:
     with running(application(served)) as url:
-        yield url
+        yield f"{url}/"
 
 
 @pytest.fixture(scope="module")
 def played(served: Any) -> Iterator[tuple[Script, str]]:
     script = Script(served)
     with running(script.app) as url:
-        yield script, url
+        yield script, f"{url}/"
 
 
 @pytest.fixture(scope="module")

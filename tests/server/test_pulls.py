@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from typing import Any
 
 import pytest
+from running import running
 from servers import trickle
 
 from pyengine.files.stores import find_model
@@ -66,18 +66,10 @@ def test_nothing_is_fetched_unless_that_is_allowed(served, remote) -> None:
 
 
 def test_a_client_that_leaves_stops_it_and_another_has_to_wait(served, remote) -> None:
-    import uvicorn
-
     blob = remote.model("library/tiny", {"model": BIG})["model"]
     remote.faults[blob] = [trickle(100_000, 1.0), trickle(100_000, 1.0)]
-    server = uvicorn.Server(uvicorn.Config(application([served], allowed=Allowed(pulls=True)), port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/api/pull"
+    with running(application([served], allowed=Allowed(pulls=True))) as address:
+        url, deadline = f"{address}/api/pull", time.monotonic() + 20
         with httpx.stream("POST", url, json={"model": "tiny"}) as response:
             lines = response.iter_lines()                    # which closes the answer when it is forgotten
             while not json.loads(next(lines)).get("completed"):
@@ -91,6 +83,3 @@ def test_a_client_that_leaves_stops_it_and_another_has_to_wait(served, remote) -
                 break
             time.sleep(0.1)
         assert again.json() == {"status": "success"} and find_model("tiny").read_bytes() == BIG
-    finally:
-        server.should_exit = True
-        thread.join(20)

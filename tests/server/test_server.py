@@ -6,13 +6,13 @@ import base64
 import io
 import json
 import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from running import idle, running
 
 import pyengine as pe
 from pyengine.server import replies
@@ -395,26 +395,8 @@ def test_unknown_addresses(client) -> None:
 
 @pytest.fixture(scope="module")
 def address(served) -> Any:
-    import uvicorn
-
-    server = uvicorn.Server(uvicorn.Config(application(served), port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[:2]
-    server.should_exit = True
-    thread.join(20)
-
-
-def idle(model: Any) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if not model.loop.n_running and not model.loop.n_waiting and not model._scheduler.active:
-            return True
-        time.sleep(0.02)
-    return False
+    with running(application(served)) as url:
+        yield "127.0.0.1", urlsplit(url).port
 
 
 @pytest.mark.parametrize("stream", [False, True])
