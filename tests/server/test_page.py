@@ -624,11 +624,13 @@ def test_long_and_hostile_answers_take_time_by_their_length(browser: chromium.Br
           return performance.now() - start;
         };
         for (const form of arguments[0]) {
-          const [short, long] = [took(form, 6000), took(form, 24000)];
-          slow.push([form, Math.round(short), Math.round(long)]);
+          const short = Math.max(took(form, 6000), 50);
+          let long = took(form, 24000);
+          for (let again = 0; long > 10 * short && again < 3; again++) long = Math.min(long, took(form, 24000));   // others may have had the processor
+          if (long > 10 * short) slow.push([form, Math.round(short), Math.round(long)]);
         }
         return slow;""", forms)
-    assert [s for s in slow if s[2] > 10 * max(s[1], 50)] == []
+    assert slow == []
 
 
 # -- colours --------------------------------------------------------------------------------------------------------------
