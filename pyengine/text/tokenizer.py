@@ -15,7 +15,8 @@ The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Kno
 - Character classes are those of the Unicode version inside `tokenizers` (17); llama.cpp has 15. Characters that
   are newer than that may be cut elsewhere.
 - Bytes that encode a lone surrogate become U+FFFD before BPE; llama.cpp keeps them.
-- Nothing "cleans up" spaces before punctuation when ids become text: text, ids, text is exact.
+- Nothing "cleans up" spaces before punctuation when ids become text: text, ids, text is exact, but where SPM's prefix
+  stands behind a special token within the text, which comes back as a space (in llama.cpp too).
 - A gpt2 vocabulary that does not name its BOS and EOS has none, unless token 11 is a control token as in Falcon.
 - Words of some models are cut as their authors do, which llama.cpp does not (pretokenizers).
 - Of special tokens that overlap in a text the first is taken (specials).
