@@ -234,6 +234,24 @@ def test_any_cut_tells_the_same(text: str, places: list[int], name: str, tokens:
     assert MARK not in texts(deltas) + texts(deltas, "thinking") + texts(deltas, "arguments")
 
 
+@vocabularies
+@names
+def test_a_mark_of_nothing_is_told_nowhere(name: str, tokens: bool) -> None:
+    """U+FDD0 before no mark's text: alone, at the beginning, at the end and between, in text, thinking, calls and their strings."""
+    style = style_of(name, tokens)
+    for stray in (MARK, MARK * 2, "\\" + MARK):
+        for text in ("", "Well.", " \n"):
+            for at in range(len(text) + 1):
+                said = text[:at] + stray.replace(MARK, "") + text[at:]
+                assert told(style, text[:at] + stray + text[at:]) == ([Delta("text", said)] if said else [])
+    code = read_tools([{"function": {"name": "python", "parameters": {"properties": {"code": {}}}}}])
+    call = spelled(style, style._calls.write([("get_weather", {"city": "a"})]), tokens)
+    for text, tools, opened in ((call, TOOLS, False), (spelled(style, REPLIES[name], tokens), None, True), (spelled(style, "<|python_tag|>f()", tokens), code, False)):
+        for at in range(len(text) + 1):
+            deltas = told(style, f"{text[:at]}\\{MARK}{text[at:]}", tools, opened)
+            assert MARK not in "".join(delta.text for delta in deltas)
+
+
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), text=replies, tokens=st.booleans(), at=st.integers(0, 10_000))
 def test_arguments_are_prefixes_of_objects(name: str, text: str, tokens: bool, at: int) -> None:

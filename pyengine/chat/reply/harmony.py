@@ -90,8 +90,7 @@ class HarmonyReader(TapeReader):
         self._calls = calls
         self._tools: Mapping[str, Tool] = {tool.name: tool for tool in tools or ()}
         self._start, self._end, self._message, self._channel, self._constrain, self._return, self._call = calls.spelled
-        self._stray = [MARK] if any(mark.startswith(MARK) for mark in calls.spelled) else []
-        self._stops = stops(self._start, self._end, self._channel, self._return, self._call, *self._stray, self._message, self._constrain)
+        self._stops = stops(*calls.spelled, MARK)
         self._opened, self._count = opened, 0
         self._unit: Unit | None = None                       # of a call that was told
         self._blanks: list[str] = []
@@ -112,16 +111,16 @@ class HarmonyReader(TapeReader):
 
     def _header(self, mark: str) -> Reading[str]:
         """Read a message's header, of which one mark may be read already. Gives its kind; "" at the end."""
-        tape, started, channel, begun = self._tape, False, "", 0
+        tape, started, channel, begun, stray = self._tape, False, "", 0, 0
         while True:
             if not mark:
                 words = ["to="] if channel else [" to=", *(["assistant"] if started else [])]
-                mark = yield from tape.word(*self._calls.spelled, *self._stray, *words)
+                mark = yield from tape.word(*self._calls.spelled, MARK, *words)
             if not mark:
                 if (yield from tape.peek()) == "":
                     return ""
                 if not (started or channel or self._unit):
-                    self._bare = tape.offset == 0
+                    self._bare = tape.offset == stray
                     return "text"                            # no header at all
                 tape.take(tape.at + 1)                       # json, or whatever a model puts there
             elif mark == self._message:
@@ -136,6 +135,8 @@ class HarmonyReader(TapeReader):
                     channel = word
                 else:
                     self._send(word, begun)
+            elif mark == MARK:
+                stray += 1
             mark = ""
 
     def _send(self, recipient: str, begun: int) -> None:
@@ -160,7 +161,7 @@ class HarmonyReader(TapeReader):
         self.state = self.state if self._bare else kind
         while True:
             mark = yield from self._tape.until(self._stops, lambda text: self._hold(kind, text))
-            if mark not in (*self._stray, self._message, self._constrain):
+            if mark not in (MARK, self._message, self._constrain):
                 break
             if not mark.startswith(MARK):
                 self._hold(kind, mark)

@@ -177,7 +177,8 @@ def _read_string(tape: Tape, quote: str, out: Out) -> Reading[None]:
 
 def _read_escape(tape: Tape) -> Reading[str]:
     """Read what follows a backslash; what is no escape keeps it, as in Python."""
-    letter = yield from tape.peek()
+    while (letter := (yield from tape.peek())) == MARK:
+        tape.take(tape.at + 1)
     if letter not in _CODES:
         if letter:
             tape.take(tape.at + 1)

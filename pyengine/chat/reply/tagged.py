@@ -21,6 +21,7 @@ from pyengine.chat.reply.json_text import escaped, read_value
 from pyengine.chat.reply.pythonic import read_arguments, read_word
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.marks import MARK
 
 Messages = list[dict[str, Any]]
 Written = Sequence[tuple[str, Mapping[str, Any]]]
@@ -192,7 +193,7 @@ class Llama(Calls):
             raise Malformed
         unit.call(tool.name)
         unit.argue('{"code": "' + escaped(name))
-        yield from tape.until(stops(), lambda text: unit.argue(escaped(text)))
+        yield from tape.until(stops(), lambda text: unit.argue(escaped(text.replace(MARK, ""))))
         unit.argue('"}')
         unit.end()
 
