@@ -7,6 +7,8 @@ const AS_THEY_ARE = new Set(["image/png", "image/jpeg", "image/webp", "image/gif
 const FRAMES_A_SECOND = 2;               // as Qwen2.5-VL samples them (arXiv:2502.13923, section 2.1.2)
 const MOST_FRAMES = 32;
 const FRAME_SIDE = 672;                  // pixels of a frame's longer side
+const FRAME_MS = 2000;                   // for a frame to be shown after it was sought
+const NO_FRAME_MS = 100;                 // for the same, where the browser does not tell
 const known = new Map();                 // media by their ids, with an address to show each by
 
 // Make a medium of a file and keep it. Throws Error with words for the reader.
@@ -50,25 +52,43 @@ function once(target, name, seconds) {
   });
 }
 
+// A promise of the next frame that a video shows (https://wicg.github.io/video-rvfc/). It is kept without one where none may come: browsers
+// that do not tell of frames, pages that nobody sees, and times at which the same frame is shown.
+function nextFrame(video) {
+  const tells = "requestVideoFrameCallback" in video && !document.hidden;
+  return new Promise((resolve) => {
+    if (tells) video.requestVideoFrameCallback(resolve);
+    setTimeout(resolve, tells ? FRAME_MS : NO_FRAME_MS);
+  });
+}
+
+// Go to a time of a video, and wait until its frame can be drawn: `seeked` says that it was decoded, and it is shown a little later.
+async function seek(video, time) {
+  const shown = nextFrame(video);
+  video.currentTime = time;
+  await once(video, "seeked", 20);
+  await shown;
+}
+
 // Two frames of each second, at most MOST_FRAMES of the whole, an even number since encoders take them in pairs.
 async function videoOf(file) {
   const video = document.createElement("video"), address = URL.createObjectURL(file);
   try {
     video.muted = true;
     video.preload = "auto";
+    const first = nextFrame(video);
     video.src = address;
     await once(video, "loadeddata", 20);
+    await first;                                               // or else it might be taken for the one that is sought
     if (!Number.isFinite(video.duration)) {                    // recordings of a browser say no length until their end was looked for
-      video.currentTime = 1e9;
-      await once(video, "seeked", 20);
+      await seek(video, 1e9);
     }
     const length = Number.isFinite(video.duration) ? video.duration : video.currentTime;
     const n = Math.max(2, Math.min(MOST_FRAMES, Math.round(length * FRAMES_A_SECOND / 2) * 2));
     const scale = Math.min(1, FRAME_SIDE / Math.max(video.videoWidth, video.videoHeight));
     const width = Math.max(1, Math.round(video.videoWidth * scale)), height = Math.max(1, Math.round(video.videoHeight * scale)), frames = [];
     for (let i = 0; i < n; i += 1) {
-      video.currentTime = length * (i + 0.5) / n;
-      await once(video, "seeked", 20);
+      await seek(video, length * (i + 0.5) / n);
       frames.push(await drawn(video, width, height, "image/jpeg"));
     }
     return { kind: "video", width, height, frames, fps: n / length, seconds: length };
