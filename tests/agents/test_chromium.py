@@ -21,7 +21,7 @@ from pyengine.errors import RequestError
 pytestmark = pytest.mark.skipif(bool(chromium.missing()), reason=chromium.missing())
 FILE = ROOT / "converters/demo/weights/demo-q8_0.gguf"
 SIZE = (560, 532)                           # four times what the demo model sees; its processor makes squares of it
-LAYOUTS = 20
+LAYOUTS, FIRST = 20, 6                      # all, and those of the default tests
 
 EVENTS = """<!doctype html><style>body { margin: 0; height: 3000px } #dot { position: absolute; left: 40px; top: 30px; width: 9px; height: 9px; background: red }
 textarea { position: absolute; left: 10px; top: 100px; width: 150px; height: 60px }</style><div id="dot"></div><textarea></textarea><script>
@@ -113,12 +113,13 @@ def test_what_fails_is_said() -> None:
         chromium.Chromium(gone.url)
 
 
-def test_the_red_circle_is_clicked_on_every_layout() -> None:
+@pytest.mark.parametrize("numbers", [range(FIRST), pytest.param(range(FIRST, LAYOUTS), marks=pytest.mark.slow)], ids=["first", "rest"])
+def test_the_red_circle_is_clicked_on_every_layout(numbers: range) -> None:
     """The page confirms it: its server hears which shape was clicked, and DONE is shown, at which the model ends the task."""
     model = pe.load(FILE, n_ctx=1024)
     with pages.serve("<body>") as site, chromium.Chromium(site.url, SIZE) as screen:
         agent = Agent(model, screen, longest=140)
-        for number in range(LAYOUTS):
+        for number in numbers:
             rng = random.Random(f"layout {number}")
             site.page, site.clicked[:] = pages.layout(rng, "red circle", rng.randint(1, 5), SIZE), []
             screen.open(site.url)

@@ -37,9 +37,11 @@ def model(tmp_path_factory) -> Any:
     return get
 
 
-def chat(model: Any, text: str, **asked: Any) -> Any:
-    """The answer when the model wants to write a text: whole, streamed and queued it is the same."""
+def chat(model: Any, text: str, thrice: bool = True, **asked: Any) -> Any:
+    """The answer when the model wants to write a text: whole, streamed and queued it is the same, where all of these are asked for."""
     with writing(model, text):
+        if not thrice:
+            return model.chat(ASKED, **{"temperature": 0, "seed": 1, **asked})
         whole = model.chat(ASKED, **{"temperature": 0, "seed": 1, **asked})
         stream = model.chat(ASKED, stream=True, **{"temperature": 0, "seed": 1, **asked})
         handle = model.submit(messages=ASKED, **{"temperature": 0, "seed": 1, **asked})
@@ -129,14 +131,14 @@ def test_an_answer_cannot_end_in_thinking_where_a_form_is_wanted(model, kind: st
 def test_calls_come_behind_thinking(model, kind: str) -> None:
     m = model(kind)
     for choice in ("auto", "required", "weather"):
-        answer = chat(m, thought(kind, "So so.") + called(kind, "weather", ARGUMENTS), tools=[WEATHER], tool_choice=choice, max_tokens=300)
+        answer = chat(m, thought(kind, "So so.") + called(kind, "weather", ARGUMENTS), choice == "auto", tools=[WEATHER], tool_choice=choice, max_tokens=300)
         assert (answer, answer.thinking, answer.finish) == ("", "So so.", "tool_calls"), choice
         assert [(c.name, c.arguments) for c in answer.tool_calls] == [("weather", ARGUMENTS)]
-    answer = chat(m, thought(kind, "So so.") + called(kind, "weather", ARGUMENTS), tools=[WEATHER], format=PAIR, max_tokens=300)
+    answer = chat(m, thought(kind, "So so.") + called(kind, "weather", ARGUMENTS), False, tools=[WEATHER], format=PAIR, max_tokens=300)
     assert [c.arguments for c in answer.tool_calls] == [ARGUMENTS] and answer.thinking == "So so."
     answer = chat(m, thought(kind, "So so.") + said(kind, '{"a": true, "b": "x"}'), tools=[WEATHER], format=PAIR, max_tokens=300)
     assert answer == '{"a": true, "b": "x"}' and not answer.tool_calls and answer.thinking == "So so."
-    answer = chat(m, thought(kind, "So so.") + called(kind, "weather", ARGUMENTS), tools=[WEATHER], tool_choice="none", max_tokens=300)
+    answer = chat(m, thought(kind, "So so.") + called(kind, "weather", ARGUMENTS), False, tools=[WEATHER], tool_choice="none", max_tokens=300)
     assert not answer.tool_calls and answer.thinking == "So so."
 
 
@@ -162,7 +164,7 @@ def test_max_tokens_cuts_anywhere(model, kind: str) -> None:
     m, text = model(kind), thought(kind, "So so.") + called(kind, "weather", ARGUMENTS)
     with writing(m, text):
         whole = m.chat(ASKED, tools=[WEATHER])
-        for n in range(1, len(whole.tokens), 5):
+        for n in range(1, len(whole.tokens), 9):
             cut = m.chat(ASKED, tools=[WEATHER], max_tokens=n)
             assert cut.tokens == whole.tokens[:n] and cut.finish == "length" and cut.report.n_thinking <= min(n, whole.report.n_thinking)
             assert thought(kind, "So so.").partition("So")[2].startswith(cut.thinking[2:])         # with what of the mark had come
