@@ -16,12 +16,12 @@ from .contract import Constant
 
 
 def rope_parameters(config: Config, default_base: float, layer_type: str | None = None,
-                    base_name: str = "rope_theta", scaled: bool = True) -> dict[str, Any]:
+                    base_name: str = "rope_theta", scaled: bool = True, part: bool = False) -> dict[str, Any]:
     """Return `rope_type`, `rope_theta` and the scaling's own values for one kind of layer.
 
     Two forms are on disk. Since transformers 5: `rope_parameters`, flat or one dict for each layer type. Before:
     `rope_theta` (named `base_name`) and `rope_scaling` with `type` or `rope_type`; `scaled` says whether that scaling
-    is meant for this kind of layer. Source: modeling_rope_utils.py, `convert_rope_params_to_dict`.
+    is meant for this kind of layer. `part`: a part of each head may be rotated, "partial_rotary_factor" of it. Source: modeling_rope_utils.py, `convert_rope_params_to_dict`.
     """
     new = config.get("rope_parameters") or {}
     if layer_type is not None:
@@ -33,7 +33,8 @@ def rope_parameters(config: Config, default_base: float, layer_type: str | None 
         given = config.get(base_name)
         p["rope_theta"] = default_base if given is None else given
     partial = p.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
+    p["partial_rotary_factor"] = 1.0 if partial is None else partial
+    if p["partial_rotary_factor"] != 1 and not part:
         raise UnsupportedModelError(f"{config.file}: 'partial_rotary_factor' is {partial}; this converter knows 1")
     if p["rope_type"] in ("llama3", "yarn", "longrope"):
         length = config.get("original_max_position_embeddings") or p.get("original_max_position_embeddings")

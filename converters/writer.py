@@ -222,6 +222,8 @@ def _chunks(checkpoint: Checkpoint, entry: Entry | Stack | Constant) -> Iterator
                        else whole[order[i:stop]])
                 if entry.frame is not None:
                     raw = raw[:, :, entry.frame]
+                if entry.middle is not None:
+                    raw = raw[:, entry.middle : entry.middle + shape[1]]
                 if entry.first_column is not None:
                     raw = raw[:, :, entry.first_column : entry.first_column + shape[1]].swapaxes(1, 2)
                 values = np.ascontiguousarray(to_float32(raw, checkpoint.tensors[source].dtype))
