@@ -59,6 +59,19 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A tensor of the file in blocks of a type that the checkpoint has already, in another order of bytes: never computed with.
+
+    `sources` are tensors of bytes and their shapes, of which `make` gets the same rows each, and returns the bytes of those rows.
+    """
+    name: str
+    shape: tuple[int, ...]
+    qtype: QT
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    make: Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
 class Constant:
     """A float32 tensor of the file that follows from the config."""
     name: str
@@ -79,7 +92,7 @@ class Converter(Protocol):
 
     def __init__(self, config: dict[str, Any], file: Path): ...
     def write_keys(self, out: GGUFWriter) -> None: ...
-    def tensors(self) -> Iterator[Entry | Stack | Constant]: ...
+    def tensors(self) -> Iterator[Entry | Stack | Constant | Blocks]: ...
     def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
     @property
     def vocab_size(self) -> int: ...            # rows of the embedding

@@ -42,8 +42,9 @@ def rope_parameters(config: Config, default_base: float, layer_type: str | None 
     return p
 
 
-def write_rope_scaling(out: GGUFWriter, rope: dict[str, Any], config: Config, allowed: tuple[str, ...]) -> None:
-    """Write the rope.scaling.* keys of one of the `allowed` kinds ("default" is always one).
+def write_rope_scaling(out: GGUFWriter, rope: dict[str, Any], config: Config, allowed: tuple[str, ...], whole_ramp: bool = True) -> None:
+    """Write the rope.scaling.* keys of one of the `allowed` kinds ("default" is always one). whole_ramp: what the architecture makes of
+    yarn's ramp, for which there is no key.
 
     The factor on cos and sin is (0.1 ln(factor) + 1) x rope.scaling.attn_factor for yarn and rope.scaling.attn_factor
     alone otherwise, as llama.cpp reads these keys; attn_factor is left out where it is 1.
@@ -60,8 +61,8 @@ def write_rope_scaling(out: GGUFWriter, rope: dict[str, Any], config: Config, al
     elif kind == "yarn":
         original = rope["original_max_position_embeddings"]
         factor = rope.get("factor") or config.need("max_position_embeddings") / original
-        if factor < 1 or rope.get("truncate") is False:
-            raise UnsupportedModelError(f"{config.file}: yarn with a factor below 1 or 'truncate': false has no key")
+        if factor < 1 or rope.get("truncate", True) is not whole_ramp:
+            raise UnsupportedModelError(f"{config.file}: yarn with a factor below 1 or 'truncate': {str(not whole_ramp).lower()} has no key")
         out.add_rope_scaling_type(RopeScalingType.YARN)
         out.add_rope_scaling_factor(factor)
         out.add_rope_scaling_orig_ctx_len(original)
