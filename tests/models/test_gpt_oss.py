@@ -76,3 +76,28 @@ def test_experts_in_mxfp4_are_the_checkpoints(tmp_path) -> None:
     got = pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids)
     assert np.abs(got - want).max() / np.ptp(want) < 0.02        # products with blocks round activations to 8 bits
     assert np.corrcoef(got.reshape(-1), want.reshape(-1))[0, 1] > 0.9995
+
+
+def test_ollamas_published_file(tiny_gguf, tmp_path) -> None:
+    """Ollama's gpt-oss: another name of the architecture and of some tensors; llama-ollama-compat.cpp lists them."""
+    path, _ = tiny_gguf("gpt_oss")
+    reader = gguf.GGUFReader(path)
+    out = gguf.GGUFWriter(tmp_path / "ollama.gguf", "gptoss")
+    left_out = ("general.architecture", "rope.scaling.type", "expert_feed_forward_length", "sliding_window_pattern", "GGUF.", "tokenizer.ggml.pre")
+    for key, field in reader.fields.items():
+        if not key.endswith(left_out) and not key.startswith("GGUF."):
+            kind = field.types[0]
+            out.add_key_value(key.replace("gpt-oss.", "gptoss."), field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    out.add_string("tokenizer.ggml.pre", "default")
+    names = {"attn_output": "attn_out", "attn_sinks.weight": "attn_sinks", "post_attention_norm": "ffn_norm"}
+    for t in reader.tensors:
+        name = next((t.name.replace(ours, theirs) for ours, theirs in names.items() if ours in t.name), t.name)
+        out.add_tensor(name, t.data, raw_dtype=t.tensor_type)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    ids = list(range(40))
+    theirs, ours = pe.load(tmp_path / "ollama.gguf", n_ctx=64), pe.load(path, n_ctx=64)
+    assert np.array_equal(theirs.logits(ids), ours.logits(ids))
+    assert theirs.file.metadata["tokenizer.ggml.pre"] == "gpt-4o"
