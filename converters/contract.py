@@ -28,7 +28,7 @@ class Entry:
 
     A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, with an axis less
     the one row `first_row`, of a stack of matrices `shape[1]` rows of each from `middle` on, or, of one that the checkpoint keeps
-    transposed, `shape[1]` columns from `first_column` on. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
+    transposed, `shape[1]` columns from `first_column` on. A matrix that is `turned` lies transposed in the checkpoint. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
     Vectors are float32 and matrices of the type that is asked for, or of the one that stands for it in `instead`.
     """
     name: str
@@ -41,6 +41,7 @@ class Entry:
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
     first_column: int | None = None      # of matrices [n, in, columns], which become [n, shape[1], in]
     middle: int | None = None            # of matrices [n, rows, in], which become [n, shape[1], in]
+    turned: bool = False
     units: int | None = None             # the axis that may be padded with zeros to whole blocks
     padded: tuple[int, ...] | None = None
     instead: Mapping[QT, QT] = field(default_factory=dict)

@@ -75,11 +75,13 @@ class Architecture(ABC):
 
     config         has n_layers, d_model, n_kv_heads, head_dim, vocab_size
     position_axes  rows of `batch.positions` (3 with M-RoPE)
-    rope           the rotary embedding of queries and keys
+    rope           the rotary embedding of queries and keys, where `ropes` is not written anew
+    absolute       positions are added to embeddings: keys cannot be moved to others
     """
 
     config: Any
     position_axes: ClassVar[int] = 1
+    absolute: ClassVar[bool] = False
     rope: Rotary
 
     @abstractmethod
