@@ -35,7 +35,7 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # buffers of old checkpoints that follow from the config
 # What belongs to an image encoder: llama.cpp keeps it in a file of its own, whose name starts with "mmproj-"
-VISION_TENSORS, VISION_KEYS = ("v.", "mm."), "clip."
+VISION_TENSORS, VISION_KEYS = ("v.", "mm.", "model.image_newline"), "clip."
 
 
 def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], outtype: str | None = None,

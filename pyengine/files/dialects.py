@@ -30,7 +30,7 @@ import numpy as np
 from pyengine.errors import InvalidModelError
 from pyengine.files.gguf import GGUFFile
 
-ENCODER, ENCODER_TENSORS = "clip", ("v", "mm")       # llama.cpp's beginnings of an encoder's keys and of its tensors' names
+ENCODER, ENCODER_TENSORS = "clip", ("v", "mm", "model")       # llama.cpp's beginnings of an encoder's keys and of its tensors' names
 
 Table = Mapping[str, str]
 _LAYER = re.compile(r"(?:(?<=^blk\.)|(?<=\.blk\.))\d+(?=\.)")

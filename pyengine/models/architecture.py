@@ -42,7 +42,8 @@ class Encoder(ABC):
     """Pictures (later sounds, texts) to rows that a decoder reads.
 
     kind         "image", "audio" or "text"
-    markers      ids that a chat template writes for one medium, by "image" or "video": all of them are what `Processed.parts` replaces
+    markers      ids that a chat template writes for one medium, by "image" or "video": all of them are what `Processed.parts` replaces;
+                 none where the vocabulary has no token for them
     atomic_rows  most rows of a span that must not be cut at a batch boundary; 0 without such spans
     """
 

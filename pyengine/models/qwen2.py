@@ -16,7 +16,8 @@ from pyengine.nn.batch import Batch
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
-from pyengine.models.architecture import Architecture
+from pyengine.models import encoders
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.models.llama import FeedForward
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
@@ -101,13 +102,18 @@ class Model(Architecture):
         """Read the keys "qwen2.*"."""
         return Config.read(h, w)
 
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder that the file's projector names."""
+        return encoders.beside(files)
+
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""
         return [Sliding(window) if window else Full() for window in self.config.windows]
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                     # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):
