@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from gguf import GGUFWriter
 
 from .contract import Entry, converts

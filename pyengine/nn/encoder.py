@@ -144,6 +144,12 @@ def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = Non
     return out
 
 
+def grouped(side: int, group: int) -> np.ndarray:
+    """Return the numbers of side x side patches, one group of group x group after the other."""
+    grid = np.arange(side * side).reshape(side // group, group, side // group, group)
+    return grid.transpose(0, 2, 1, 3).reshape(-1)
+
+
 # ---- layers -------------------------------------------------------------------------------------------------------------------
 
 

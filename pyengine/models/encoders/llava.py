@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -230,7 +231,8 @@ class Vision(Encoder):
             raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {taken} positions, but the context holds {limits.n_ctx}; "
                                        "load with a larger n_ctx, or make the picture smaller")
         whole = self._view(lambda: resize(media.pixels, tile, tile, c.resample))
-        tiles = [self._view(lambda y=y, x=x: self._padded(media.pixels, lines, columns)[y : y + tile, x : x + tile])
+        canvas = cache(lambda: self._padded(media.pixels, lines, columns))
+        tiles = [self._view(lambda y=y, x=x: canvas()[y : y + tile, x : x + tile])
                  for y in range(0, lines * tile, tile) for x in range(0, columns * tile, tile)]
         parts: list[Piece] = [Piece(whole, 0, n)]
         for line in range(down, lines * c.side - down):
