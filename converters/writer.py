@@ -229,7 +229,7 @@ def _chunks(checkpoint: Checkpoint, entry: Tensor) -> Iterator[np.ndarray]:
         case Entry(source=source, shape=shape, row_order=order, add=add):
             n_rows = max(1, CHUNK // max(1, math.prod((entry.stored or shape)[1:])))
             # rows that are moved need the whole tensor, in its stored dtype
-            whole = checkpoint.read(source, 0, shape[0]) if order is not None else None
+            whole = checkpoint.read(source, 0, (entry.stored or shape)[0]) if order is not None else None
             for i in range(0, shape[0], n_rows):
                 stop = min(i + n_rows, shape[0])
                 raw = (checkpoint.read(source, entry.first_row + i, entry.first_row + stop) if whole is None

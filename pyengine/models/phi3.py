@@ -15,7 +15,8 @@ from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.models.architecture import Architecture
+from pyengine.models import encoders
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
 from pyengine.nn.decoder import common, DecoderConfig
@@ -77,6 +78,11 @@ class Model(Architecture):
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         self.rope = rope(h, w, c.head_dim, interleaved=False)
 
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder that the file's projector names."""
+        return encoders.beside(files)
+
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""
         c = self.config
@@ -84,7 +90,7 @@ class Model(Architecture):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                     # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, n_rot]
         for block, cache in zip(self.blocks, caches):
