@@ -80,14 +80,14 @@ CLIP = {"has_vision_encoder": True, "projector_type": "internvl", "use_silu": Fa
         "image_mean": [np.float32(x) for x in MEAN], "image_std": [np.float32(x) for x in STD]}
 
 
-def case(kind: str, **vision: Any) -> Case:
+def case(kind: str, also: tuple[str, ...] = (), **vision: Any) -> Case:
     return Case(kind, "qwen2", "InternVLConfig", "InternVLForConditionalGeneration", "qwen2", {"tie_word_embeddings": False, "downsample_ratio": 0.5}, TEXT,
-                {**VISION, **vision}, TOKENS, InternVlSight(), cached_as="qwen2",
+                {**VISION, **vision}, TOKENS, InternVlSight(), also=also, cached_as="qwen2",
                 converted=Converted({"general.architecture": "qwen2", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
                                     clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}))
 
 
-CASES = (case("internvl"), case("internvl_6b", norm_type="rms_norm", use_qk_norm=True, attention_bias=False, use_mean_pooling=False))
+CASES = (case("internvl", ("internlm2", "InternLM2ForCausalLM", "InternVLChatModel")), case("internvl_6b", norm_type="rms_norm", use_qk_norm=True, attention_bias=False, use_mean_pooling=False))
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (112, 112), (56, 56), (90, 1), (131, 130)]      # width, height
 RNG = np.random.default_rng(4)

@@ -1,4 +1,4 @@
-"""OLMo 2 and OLMoE: what all models must do is in tests/contract; this file declares what it does it with."""
+"""OLMo 2: what all models must do is in tests/contract; this file declares what it does it with."""
 
 from __future__ import annotations
 
@@ -17,8 +17,4 @@ OLMO2 = Case(
     variants={"olmo2": {}, "olmo2-yarn": {"rope_parameters": ROPES["yarn"]}},
     converted=Converted(KEYS, names="OLMO2", narrow="bf16"))
 
-OLMOE = Case(
-    "olmoe", "olmoe", "OlmoeConfig", "OlmoeForCausalLM", "dbrx", {**COMMON, "rms_norm_eps": 1e-5, "num_experts": 12, "num_experts_per_tok": 4},
-    cached_as="qwen2", converted=Converted({**KEYS, "expert_count": 12, "expert_used_count": 4}, names="OLMOE"))
-
-CASES = (OLMO2, OLMOE)
+CASES = (OLMO2,)

@@ -82,6 +82,7 @@ class Case:
     mrope: bool = False                         # positions have three axes
     across: bool = False                        # pictures are seen by cross-attention
     videos: bool = False
+    also: tuple[str, ...] = ()                  # architectures and checkpoints of no class in transformers, which its file tests beside it
     cached_as: str = ""                         # the kind with the same caches and positions, which stands for this one there
 
     variants: dict[str, dict[str, Any]] | None = None           # of a text model: configs whose logits are compared; None: its own
