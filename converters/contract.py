@@ -27,8 +27,8 @@ class Entry:
     """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
 
     A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, with an axis less
-    the one row `first_row`, or, of a stack of matrices that the checkpoint keeps transposed, `shape[1]` columns from
-    `first_column` on. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
+    the one row `first_row`, of a stack of matrices `shape[1]` rows of each from `middle` on, or, of one that the checkpoint keeps
+    transposed, `shape[1]` columns from `first_column` on. A matrix that is `turned` lies transposed in the checkpoint. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
     Vectors are float32 and matrices of the type that is asked for, or of the one that stands for it in `instead`.
     """
     name: str
@@ -40,6 +40,8 @@ class Entry:
     first_row: int = 0
     frame: int | None = None             # index on the third axis of a convolution [out, in, frames, height, width]
     first_column: int | None = None      # of matrices [n, in, columns], which become [n, shape[1], in]
+    middle: int | None = None            # of matrices [n, rows, in], which become [n, shape[1], in]
+    turned: bool = False
     units: int | None = None             # the axis that may be padded with zeros to whole blocks
     padded: tuple[int, ...] | None = None
     instead: Mapping[QT, QT] = field(default_factory=dict)
@@ -55,6 +57,19 @@ class Stack:
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.parts), *self.parts[0].shape
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor of the file in blocks of a type that the checkpoint has already, in another order of bytes: never computed with.
+
+    `sources` are tensors of bytes and their shapes, of which `make` gets the same rows each, and returns the bytes of those rows.
+    """
+    name: str
+    shape: tuple[int, ...]
+    qtype: QT
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    make: Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,7 @@ class Converter(Protocol):
 
     def __init__(self, config: dict[str, Any], file: Path): ...
     def write_keys(self, out: GGUFWriter) -> None: ...
-    def tensors(self) -> Iterator[Entry | Stack | Constant]: ...
+    def tensors(self) -> Iterator[Entry | Stack | Constant | Blocks]: ...
     def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
     @property
     def vocab_size(self) -> int: ...            # rows of the embedding

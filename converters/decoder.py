@@ -11,10 +11,10 @@ import numpy as np
 from gguf import GGUFWriter
 
 from .checkpoint import Config
-from .contract import Constant, Entry, linear, Stack
+from .contract import Blocks, Constant, Entry, linear, Stack
 from .rope import rope_parameters
 
-Tensors = Iterator[Entry | Stack | Constant]
+Tensors = Iterator[Entry | Stack | Constant | Blocks]
 
 
 class Decoder:

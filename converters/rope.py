@@ -16,12 +16,12 @@ from .contract import Constant
 
 
 def rope_parameters(config: Config, default_base: float, layer_type: str | None = None,
-                    base_name: str = "rope_theta", scaled: bool = True) -> dict[str, Any]:
+                    base_name: str = "rope_theta", scaled: bool = True, part: bool = False) -> dict[str, Any]:
     """Return `rope_type`, `rope_theta` and the scaling's own values for one kind of layer.
 
     Two forms are on disk. Since transformers 5: `rope_parameters`, flat or one dict for each layer type. Before:
     `rope_theta` (named `base_name`) and `rope_scaling` with `type` or `rope_type`; `scaled` says whether that scaling
-    is meant for this kind of layer. Source: modeling_rope_utils.py, `convert_rope_params_to_dict`.
+    is meant for this kind of layer. `part`: a part of each head may be rotated, "partial_rotary_factor" of it. Source: modeling_rope_utils.py, `convert_rope_params_to_dict`.
     """
     new = config.get("rope_parameters") or {}
     if layer_type is not None:
@@ -33,7 +33,8 @@ def rope_parameters(config: Config, default_base: float, layer_type: str | None 
         given = config.get(base_name)
         p["rope_theta"] = default_base if given is None else given
     partial = p.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
+    p["partial_rotary_factor"] = 1.0 if partial is None else partial
+    if p["partial_rotary_factor"] != 1 and not part:
         raise UnsupportedModelError(f"{config.file}: 'partial_rotary_factor' is {partial}; this converter knows 1")
     if p["rope_type"] in ("llama3", "yarn", "longrope"):
         length = config.get("original_max_position_embeddings") or p.get("original_max_position_embeddings")
@@ -41,8 +42,9 @@ def rope_parameters(config: Config, default_base: float, layer_type: str | None 
     return p
 
 
-def write_rope_scaling(out: GGUFWriter, rope: dict[str, Any], config: Config, allowed: tuple[str, ...]) -> None:
-    """Write the rope.scaling.* keys of one of the `allowed` kinds ("default" is always one).
+def write_rope_scaling(out: GGUFWriter, rope: dict[str, Any], config: Config, allowed: tuple[str, ...], whole_ramp: bool = True) -> None:
+    """Write the rope.scaling.* keys of one of the `allowed` kinds ("default" is always one). whole_ramp: what the architecture makes of
+    yarn's ramp, for which there is no key.
 
     The factor on cos and sin is (0.1 ln(factor) + 1) x rope.scaling.attn_factor for yarn and rope.scaling.attn_factor
     alone otherwise, as llama.cpp reads these keys; attn_factor is left out where it is 1.
@@ -59,8 +61,8 @@ def write_rope_scaling(out: GGUFWriter, rope: dict[str, Any], config: Config, al
     elif kind == "yarn":
         original = rope["original_max_position_embeddings"]
         factor = rope.get("factor") or config.need("max_position_embeddings") / original
-        if factor < 1 or rope.get("truncate") is False:
-            raise UnsupportedModelError(f"{config.file}: yarn with a factor below 1 or 'truncate': false has no key")
+        if factor < 1 or rope.get("truncate", True) is not whole_ramp:
+            raise UnsupportedModelError(f"{config.file}: yarn with a factor below 1 or 'truncate': {str(not whole_ramp).lower()} has no key")
         out.add_rope_scaling_type(RopeScalingType.YARN)
         out.add_rope_scaling_factor(factor)
         out.add_rope_scaling_orig_ctx_len(original)

@@ -21,10 +21,11 @@ from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
-from .contract import Constant, Converter, Entry, Stack, supported
+from .contract import Blocks, Constant, Converter, Entry, Stack, supported
 from .generation import write_sampling
 from .tokenizer import Vocabulary, read_vocabulary
 
+Tensor = Entry | Stack | Constant | Blocks
 OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "f32": (QT.F32, LlamaFileType.ALL_F32),
     "f16": (QT.F16, LlamaFileType.MOSTLY_F16),
@@ -34,7 +35,7 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # buffers of old checkpoints that follow from the config
 # What belongs to an image encoder: llama.cpp keeps it in a file of its own, whose name starts with "mmproj-"
-VISION_TENSORS, VISION_KEYS = ("v.", "mm."), "clip."
+VISION_TENSORS, VISION_KEYS = ("v.", "mm.", "model.image_newline"), "clip."
 
 
 def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], outtype: str | None = None,
@@ -123,11 +124,12 @@ def _find_converter(checkpoint: Checkpoint) -> Converter:
                                 f"{', '.join(map(str, classes)) or 'unknown'} is not supported; supported: {', '.join(sorted(known))}")
 
 
-def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry | Stack | Constant]:
+def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]:
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
         entries = list(converter.tensors())
     parts = [p for e in entries for p in (e.parts if isinstance(e, Stack) else [e])]
     by_source = {e.source: e.stored or e.shape for e in parts if isinstance(e, Entry)}
+    by_source |= {source: shape for e in parts if isinstance(e, Blocks) for source, shape in e.sources}
     missing = sorted(by_source.keys() - checkpoint.tensors.keys())
     if missing:
         raise InvalidModelError(f"{checkpoint.folder}: {_listing(missing)} missing from the checkpoint")
@@ -135,7 +137,10 @@ def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Entry |
                      if not COMPUTED.search(n))
     if unknown:
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no place for {_listing(unknown)}")
+    bytes_of = {source for e in parts if isinstance(e, Blocks) for source, _ in e.sources}
     for source, shape in by_source.items():
+        if (checkpoint.tensors[source].dtype == "U8") != (source in bytes_of):
+            raise UnsupportedModelError(f"{checkpoint.folder}: tensor '{source}' is {checkpoint.tensors[source].dtype}")
         if checkpoint.tensors[source].shape != shape:
             raise InvalidModelError(f"{checkpoint.folder}: tensor '{source}' has shape "
                                     f"{checkpoint.tensors[source].shape}, config.json asks for {shape}")
@@ -147,8 +152,10 @@ def _listing(names: list[str]) -> str:
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(repr(n) for n in names[:3])}{more}"
 
 
-def stored_type(entry: Entry | Stack | Constant, shape: tuple[int, ...], wanted: QT) -> QT:
+def stored_type(entry: Tensor, shape: tuple[int, ...], wanted: QT) -> QT:
     """Return the type that a tensor is written in: vectors in float32, rows that are no whole blocks in float16."""
+    if isinstance(entry, Blocks):
+        return entry.qtype
     if isinstance(entry, Constant) or len(shape) < 2:
         return QT.F32
     wanted = entry.instead.get(wanted, wanted) if isinstance(entry, Entry) else wanted
@@ -156,7 +163,7 @@ def stored_type(entry: Entry | Stack | Constant, shape: tuple[int, ...], wanted:
     return wanted if shape[-1] % block == 0 else QT.F16
 
 
-def with_whole_blocks(entry: Entry | Stack | Constant, block: int) -> Entry | Stack | Constant:
+def with_whole_blocks(entry: Tensor, block: int) -> Tensor:
     """Pad the axis that may be padded to whole blocks."""
     if not isinstance(entry, Entry) or entry.units is None or entry.shape[entry.units] % block == 0:
         return entry
@@ -165,7 +172,7 @@ def with_whole_blocks(entry: Entry | Stack | Constant, block: int) -> Entry | St
     return replace(entry, padded=tuple(shape))
 
 
-def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[Entry | Stack | Constant], wanted: QT) -> None:
+def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[Tensor], wanted: QT) -> None:
     entries = [with_whole_blocks(e, gguf.GGML_QUANT_SIZES[wanted][0]) for e in entries]
     shapes = [e.padded or e.shape if isinstance(e, Entry) else e.shape for e in entries]
     types = [stored_type(e, shape, wanted) for e, shape in zip(entries, shapes)]
@@ -182,7 +189,9 @@ def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[E
     out.write_padding(file, file.tell())
     for entry, qtype in zip(entries, types):
         for chunk in _chunks(checkpoint, entry):
-            if qtype == QT.Q8_0:
+            if isinstance(entry, Blocks):
+                data = chunk
+            elif qtype == QT.Q8_0:
                 data = _quantize_blocks(entry.name, chunk)
             else:
                 with np.errstate(over="ignore"):
@@ -202,26 +211,33 @@ def _quantize_blocks(name: str, chunk: np.ndarray) -> np.ndarray:
         raise InvalidModelError(f"tensor '{name}': {error}") from None
 
 
-def _chunks(checkpoint: Checkpoint, entry: Entry | Stack | Constant) -> Iterator[np.ndarray]:
-    """Yield a tensor in float32, some rows at a time."""
+def _chunks(checkpoint: Checkpoint, entry: Tensor) -> Iterator[np.ndarray]:
+    """Yield a tensor in float32, or in bytes where it is in blocks already, some rows at a time."""
     match entry:
         case Constant(values=values):
             yield values
         case Stack(parts=parts):
             for part in parts:
                 yield from _chunks(checkpoint, part)
+        case Blocks(shape=shape, sources=sources, make=make):
+            for i in range(shape[0]):
+                yield make(*(checkpoint.read(source, i, i + 1) for source, _ in sources))
+        case Entry(source=source, shape=shape, stored=(rows, _), turned=True):
+            yield np.ascontiguousarray(to_float32(checkpoint.read(source, 0, rows), checkpoint.tensors[source].dtype).T)
         case Entry(source=source, shape=(_,) as shape, stored=(_, _), first_row=row):
             yield to_float32(checkpoint.read(source, row, row + 1).reshape(shape), checkpoint.tensors[source].dtype)
         case Entry(source=source, shape=shape, row_order=order, add=add):
             n_rows = max(1, CHUNK // max(1, math.prod((entry.stored or shape)[1:])))
             # rows that are moved need the whole tensor, in its stored dtype
-            whole = checkpoint.read(source, 0, shape[0]) if order is not None else None
+            whole = checkpoint.read(source, 0, (entry.stored or shape)[0]) if order is not None else None
             for i in range(0, shape[0], n_rows):
                 stop = min(i + n_rows, shape[0])
                 raw = (checkpoint.read(source, entry.first_row + i, entry.first_row + stop) if whole is None
                        else whole[order[i:stop]])
                 if entry.frame is not None:
                     raw = raw[:, :, entry.frame]
+                if entry.middle is not None:
+                    raw = raw[:, entry.middle : entry.middle + shape[1]]
                 if entry.first_column is not None:
                     raw = raw[:, :, entry.first_column : entry.first_column + shape[1]].swapaxes(1, 2)
                 values = np.ascontiguousarray(to_float32(raw, checkpoint.tensors[source].dtype))

@@ -133,14 +133,15 @@ class EncodedMedia:
         from pyengine.media.video import Video                                 # Pillow takes 20 ms to import
 
         started = time.perf_counter()
-        processed, encoding, made, run = self.process(media), 0.0, [], None
+        processed, encoding, made = self.process(media), 0.0, []
+        done: dict[View, np.ndarray] = {}
         for i, p in enumerate(processed.parts):
             if isinstance(p, (View, Piece)):
                 view = p.view if isinstance(p, Piece) else p
-                if view is not run:
-                    run, (embedding, seconds) = view, self._encoded(view)
+                if view not in done:
+                    done[view], seconds = self._encoded(view)
                     encoding += seconds
-                p = _segment(p, embedding, sha256(media.digest + i.to_bytes(4, "little")).digest(), media.digest)
+                p = _segment(p, done[view], sha256(media.digest + i.to_bytes(4, "little")).digest(), media.digest)
             made.append(p)
         parts, views = tuple(made), processed.views
         segments = [p for p in parts if isinstance(p, MediaSegment)]

@@ -122,9 +122,9 @@ class Prompts:
         return Prompt(segments, infos)
 
     def markers(self) -> dict[str, str]:
-        """Return what a template writes for a picture and for a video; empty where the vocabulary lacks those tokens."""
+        """Return what a template writes for a picture and for a video; a letter that no text has where the vocabulary lacks those tokens."""
         ids = self.media.encoder.markers if self.media else {}
-        return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") for kind, i in ids.items()}
+        return {kind: b"".join(map(self.tokenizer.piece, i)).decode("utf-8", "replace") or _PLACE for kind, i in ids.items()}
 
     def text(self, text: str, media: Sequence[Medium], guarded: bool = False) -> Prompt:
         """Lay out a text with as many markers as media, or with none: then the media come first. BOS as for any text."""
@@ -202,6 +202,7 @@ class Prompts:
         return [self._literal(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+_PLACE = "\ufdd1"                    # a noncharacter (Unicode 16, 23.7)
 _OWN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")     # what a template gets anyway
 
 

@@ -77,7 +77,10 @@ class Runner:
                                        "them smaller")
 
     def shift(self, s: Conversation, start: int, stop: int) -> None:
-        """Remove tokens from an idle conversation: see `Store.shift`. Raises: RequestError where positions have several axes too."""
+        """Remove tokens from an idle conversation: see `Store.shift`. Raises: RequestError where positions have several axes, or are added to
+        embeddings, too."""
+        if self.step.model.absolute:
+            raise RequestError("tokens cannot be removed from the middle where positions are added to embeddings")
         if self.axes != 1:
             raise RequestError("tokens cannot be removed from the middle where positions have several axes (M-RoPE)")
         self.store.shift(s, start, stop)

@@ -30,10 +30,10 @@ import numpy as np
 from pyengine.errors import InvalidModelError
 from pyengine.files.gguf import GGUFFile
 
-ENCODER, ENCODER_TENSORS = "clip", ("v", "mm")       # llama.cpp's beginnings of an encoder's keys and of its tensors' names
+ENCODER, ENCODER_TENSORS = "clip", ("v", "mm", "model")       # llama.cpp's beginnings of an encoder's keys and of its tensors' names
 
 Table = Mapping[str, str]
-_LAYER = re.compile(r"(?<=\.blk\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?:(?<=^blk\.)|(?<=\.blk\.))\d+(?=\.)")
 
 
 def translate(file: GGUFFile) -> GGUFFile:
@@ -308,7 +308,24 @@ def qwen2vl(t: Translation) -> None:
     t.rename_keys({"qwen2vl.rope.mrope_section": "qwen2vl.rope.dimension_sections"})
 
 
+GPTOSS_TENSORS = {"blk.*.attn_out": "blk.*.attn_output", "blk.*.attn_sinks": "blk.*.attn_sinks.weight", "blk.*.ffn_norm": "blk.*.post_attention_norm"}
+
+
+def gptoss(t: Translation) -> None:
+    """Translate the gpt-oss files that Ollama published (`convert_gptoss.go` as it was; `llama-ollama-compat.cpp`, handle_gptoss): no kind of
+    scaling, the width of all experts as that of the feed-forward, and a vocabulary that says nothing of how texts are cut into words.
+    """
+    t.rename_keys({"gptoss.": "gpt-oss."})
+    t.rename_tensors(GPTOSS_TENSORS)
+    t.replace("general.architecture", "gpt-oss")
+    t.replace("tokenizer.ggml.pre", "gpt-4o")
+    t.add("gpt-oss.rope.scaling.type", "yarn")
+    width = t.get("gpt-oss.feed_forward_length", int)
+    if width is not None:
+        t.add("gpt-oss.expert_feed_forward_length", width)
+
+
 # by general.architecture
 DIALECTS: dict[str | None, Callable[[Translation], None]] = {
-    "gemma3": gemma3, "llama4": llama4, "mistral3": mistral3, "mllama": mllama, "qwen25vl": qwen25vl, "qwen2vl": qwen2vl,
+    "gemma3": gemma3, "gptoss": gptoss, "llama4": llama4, "mistral3": mistral3, "mllama": mllama, "qwen25vl": qwen25vl, "qwen2vl": qwen2vl,
 }

@@ -27,20 +27,26 @@ def pages(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class WeightRef(NamedTuple):
-    """One tensor of a file, with the shape that the model gives it. Nothing is read until bytes are asked for."""
+    """One tensor of a file, or rows of one, with the shape that the model gives it. Nothing is read until bytes are asked for."""
 
     name: str
     shape: tuple[int, ...]     # slowest axis first
     dtype: DType
     source: GGUFFile
+    first: int = 0             # elements of the tensor before these
 
     @property
     def nbytes(self) -> int:
-        return self.source.tensors[self.name].nbytes
+        return self.dtype.size(math.prod(self.shape))
+
+    def rows(self, first: int, n: int) -> WeightRef:
+        """Return n rows from `first` on."""
+        return self._replace(shape=(n, *self.shape[1:]), first=self.first + first * math.prod(self.shape[1:]))
 
     def view(self) -> np.ndarray:
         """Return the bytes, uint8 [nbytes], over the mapped file."""
-        return self.source.view(self.name)
+        begin = self.dtype.size(self.first)
+        return self.source.view(self.name)[begin : begin + self.nbytes]
 
     def floats(self) -> np.ndarray:
         """Return the numbers as float32 in `shape`, dequantized (F32: over the mapped file).
@@ -48,7 +54,7 @@ class WeightRef(NamedTuple):
         Raises: UnsupportedModelError for a format that cannot be.
         """
         if self.dtype.name == "F32":
-            return self.source.array(self.name).reshape(self.shape)
+            return self.view().view(np.float32).reshape(self.shape)
         from pyengine.native.blocks import dequantize                          # reading a file's names needs no compiled part
 
         try:

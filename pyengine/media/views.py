@@ -44,7 +44,8 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Rows [start, stop) of a view, where tokens stand between the rows of one run of an encoder (the ends of lines, say).
+    """Rows [start, stop) of a view, where tokens, or rows of others, stand between the rows of one run of an encoder (the ends of lines,
+    lines that go through several tiles).
 
     Each takes one position more than the row before it, on every axis; the view's own positions and advance do not count.
     """
@@ -69,6 +70,5 @@ class Processed:
 
     @property
     def views(self) -> list[View]:
-        """The runs of the encoder, in order."""
-        found = [p.view if isinstance(p, Piece) else p for p in self.parts if isinstance(p, (View, Piece))]
-        return [v for i, v in enumerate(found) if i == 0 or v is not found[i - 1]]
+        """The runs of the encoder, in the order in which they come first."""
+        return list(dict.fromkeys(p.view if isinstance(p, Piece) else p for p in self.parts if isinstance(p, (View, Piece))))

@@ -42,7 +42,8 @@ class Encoder(ABC):
     """Pictures (later sounds, texts) to rows that a decoder reads.
 
     kind         "image", "audio" or "text"
-    markers      ids that a chat template writes for one medium, by "image" or "video": all of them are what `Processed.parts` replaces
+    markers      ids that a chat template writes for one medium, by "image" or "video": all of them are what `Processed.parts` replaces;
+                 none where the vocabulary has no token for them
     atomic_rows  most rows of a span that must not be cut at a batch boundary; 0 without such spans
     """
 
@@ -75,11 +76,13 @@ class Architecture(ABC):
 
     config         has n_layers, d_model, n_kv_heads, head_dim, vocab_size
     position_axes  rows of `batch.positions` (3 with M-RoPE)
-    rope           the rotary embedding of queries and keys
+    rope           the rotary embedding of queries and keys, where `ropes` is not written anew
+    absolute       positions are added to embeddings: keys cannot be moved to others
     """
 
     config: Any
     position_axes: ClassVar[int] = 1
+    absolute: ClassVar[bool] = False
     rope: Rotary
 
     @abstractmethod

@@ -46,12 +46,13 @@ class Config(DecoderConfig):
 
 
 class FeedForward:
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x). kind: what its tensors' names end with, where there are several in a layer; d_ff: its width then."""
 
-    def __init__(self, w: Weights, c: Config):
-        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff)
-        self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
-        self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
+    def __init__(self, w: Weights, c: DecoderConfig, kind: str = "", d_ff: int | None = None):
+        width = d_ff or c.d_ff
+        self.gate = Linear(w[f"ffn_gate{kind}"], c.d_model, width)
+        self.up = Linear(w[f"ffn_up{kind}"], c.d_model, width)
+        self.down = Linear(w[f"ffn_down{kind}"], width, c.d_model)
 
     def __call__(self, x: Tensor) -> Tensor:                                       # [m, D]
         return self.down(ops.silu(self.gate(x)) * self.up(x))

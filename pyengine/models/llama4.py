@@ -38,7 +38,7 @@ from pyengine.cache.policy import Chunked, Full, Policy
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, only_pictures, projector_type, resample_filter,
+    by_table, EncoderAttention, EncoderFeedForward, grouped, head_count, levels, mean_and_std, only_pictures, projector_type, resample_filter,
     special_token, whole_option)
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Experts, LayerNorm, Linear, mlp_width, RMSNorm
@@ -338,12 +338,6 @@ class Vision(Encoder):
         patches = pages((len(x) + 1, 3, p * p))
         by_table(self.levels, x, patches[:-1])
         return patches.reshape(len(patches), -1)
-
-
-def grouped(side: int, group: int) -> np.ndarray:
-    """Return the numbers of side x side patches, one group of group x group after the other."""
-    grid = np.arange(side * side).reshape(side // group, group, side // group, group)
-    return grid.transpose(0, 2, 1, 3).reshape(-1)
 
 
 def canvas(height: int, width: int, tile: int, max_tiles: int, largest: bool) -> tuple[int, int]:

@@ -8,15 +8,17 @@ Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pyengine import ops
 from pyengine.nn.batch import Batch
 from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
-from pyengine.models.architecture import Architecture
+from pyengine.models import encoders
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
+from pyengine.models.llama import FeedForward
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
@@ -57,7 +59,7 @@ def common_key(bias: WeightRef | None, c: Config, rope: Rope) -> Tensor | None:
 class Block:
     """Pre-norm grouped-query attention and gated feed-forward, each added to its input."""
 
-    def __init__(self, w: Weights, c: Config):
+    def __init__(self, w: Weights, c: Config, feed_forward: Any):
         self.c = c
         self.attn_norm = RMSNorm(w["attn_norm"], c.d_model, c.eps)
         self.q = Linear(w["attn_q"], c.d_model, c.n_heads * c.head_dim)
@@ -66,14 +68,11 @@ class Block:
         self.v = Linear(w["attn_v"], c.d_model, c.n_kv_heads * c.head_dim)
         self.out = Linear(w["attn_output"], c.n_heads * c.head_dim, c.d_model)
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
-        self.gate = Linear(w["ffn_gate"], c.d_model, c.d_ff)
-        self.up = Linear(w["ffn_up"], c.d_model, c.d_ff)
-        self.down = Linear(w["ffn_down"], c.d_ff, c.d_model)
+        self.feed_forward = feed_forward(w, c)
 
     def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:     # [m, D]
         x = x + self.attend(self.attn_norm(x), rope, angles, cache)
-        h = self.ffn_norm(x)
-        return x + self.down(ops.silu(self.gate(h)) * self.up(h))                  # [m, D]
+        return x + self.feed_forward(self.ffn_norm(x))                             # [m, D]
 
     def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
         """Apply attention: x [m, D] -> [m, D]"""
@@ -88,13 +87,25 @@ class Block:
 class Model(Architecture):
     """A qwen2 decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
+    feed_forward: Any = FeedForward
+
     def __init__(self, h: Hparams, w: Weights):
-        c = self.config = Config.read(h, w)
+        c = self.config = self.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
         self.rope = rope(h, w, c.head_dim, interleaved=False)
-        self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [Block(w["blk", i], c, self.feed_forward) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
+
+    @staticmethod
+    def read(h: Hparams, w: Weights) -> Config:
+        """Read the keys "qwen2.*"."""
+        return Config.read(h, w)
+
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder that the file's projector names."""
+        return encoders.beside(files)
 
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""
@@ -102,7 +113,7 @@ class Model(Architecture):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                     # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):

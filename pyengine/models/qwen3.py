@@ -13,7 +13,8 @@ from pyengine.cache.policy import Full, Policy
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.models.architecture import Architecture
+from pyengine.models import encoders
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.models.llama import FeedForward
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
@@ -68,13 +69,18 @@ class Model(Architecture):
         h.refuse(attention__sliding_window="a sliding window", expert_count="a mixture of experts")
         return DecoderConfig(**common(h, w))
 
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder that the file's projector names."""
+        return encoders.beside(files)
+
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""
         return [Full()] * self.config.n_layers
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                     # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):

@@ -27,11 +27,13 @@ class DecoderConfig:
     eps: float
 
 
-def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "feed_forward_length") -> dict[str, Any]:
+def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "feed_forward_length",
+           eps: str = "attention.layer_norm_rms_epsilon") -> dict[str, Any]:
     """Read the fields of `DecoderConfig` below the architecture's name. The last of the layers must be in the file.
 
     head_dim  of files without the key; default d_model / n_heads
     d_ff      the key of the feed-forwards' width
+    eps       the key of what norms add to the variance
     """
     n_layers, d_model, n_heads = h.size("block_count"), h.size("embedding_length"), h.size("attention.head_count")
     if ("blk", n_layers - 1) not in w:
@@ -45,7 +47,7 @@ def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "
         "head_dim": h.size("attention.key_length", head_dim or d_model // n_heads),
         "vocab_size": vocab_size(w),
         "n_ctx_train": h.size("context_length"),
-        "eps": h.number("attention.layer_norm_rms_epsilon"),
+        "eps": h.number(eps),
     }
 
 

@@ -144,14 +144,24 @@ def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = Non
     return out
 
 
+def grouped(side: int, group: int) -> np.ndarray:
+    """Return the numbers of side x side patches, one group of group x group after the other."""
+    grid = np.arange(side * side).reshape(side // group, group, side // group, group)
+    return grid.transpose(0, 2, 1, 3).reshape(-1)
+
+
 # ---- layers -------------------------------------------------------------------------------------------------------------------
 
 
 class EncoderAttention:
-    """Attention of rows [n, V] to those of the interval that each sees, in heads that together are as wide as the rows."""
+    """Attention of rows [n, V] to those of the interval that each sees, in heads that together are as wide as the rows.
 
-    def __init__(self, w: Weights, width: int, n_heads: int):
-        self.n_heads, self.head_dim = n_heads, width // n_heads
+    q_norm, k_norm  norms of all heads' queries and keys at once; None: there are none
+    """
+
+    def __init__(self, w: Weights, width: int, n_heads: int, q_norm: Callable[[Tensor], Tensor] | None = None,
+                 k_norm: Callable[[Tensor], Tensor] | None = None):
+        self.n_heads, self.head_dim, self.norms = n_heads, width // n_heads, (q_norm, k_norm, None)
         self.q, self.k, self.v, self.out = (Linear(w[n], width, width) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
         # Bytes where the weights around it are in blocks, whose products round activations to 8 bits too; floats elsewhere, so that
         # F32, F16 and BF16 files give the authors' numbers.
@@ -161,7 +171,8 @@ class EncoderAttention:
     def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray,
                  rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:              # [n, V] -> [n, V]
         """Attend within the intervals. rotate: what is done to queries and keys [n, H, E]."""
-        q, k, v = (f(x).reshape(-1, self.n_heads, self.head_dim) for f in (self.q, self.k, self.v))    # [n, H, E]
+        products = ((f(x), norm) for f, norm in zip((self.q, self.k, self.v), self.norms))
+        q, k, v = ((norm(y) if norm else y).reshape(-1, self.n_heads, self.head_dim) for y, norm in products)    # [n, H, E]
         if rotate:
             q, k = rotate(q), rotate(k)
         k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                          # [H, n, E], views

@@ -37,9 +37,22 @@ class Linear:
     """y = x W^T + b. W [n_out, n_in] in any format; b [n_out] where the file has one."""
 
     def __init__(self, w: Weights, n_in: int, n_out: int):
-        self.weight = constant(w.tensor("weight", (n_out, n_in)))
-        bias = w.optional("bias", (n_out,))
+        self._hold(w.tensor("weight", (n_out, n_in)), w.optional("bias", (n_out,)))
+
+    def _hold(self, weight: WeightRef, bias: WeightRef | None) -> None:
+        self.weight = constant(weight)
         self.bias = constant(bias, dtype_of("F32")) if bias else None
+
+    @classmethod
+    def several(cls, w: Weights, n_in: int, sizes: Sequence[int]) -> list[Linear]:
+        """Bind a matrix of the file that holds several, one below the other (q, k and v; gate and up)."""
+        weight, bias = w.tensor("weight", (sum(sizes), n_in)), w.optional("bias", (sum(sizes),))
+        made = []
+        for i, n in enumerate(sizes):
+            one, first = cls.__new__(cls), sum(sizes[:i])
+            one._hold(weight.rows(first, n), bias and bias.rows(first, n))
+            made.append(one)
+        return made
 
     def __call__(self, x: Tensor) -> Tensor:                                       # [m, n_in] -> [m, n_out]
         return ops.linear(x, [self.weight], None if self.bias is None else [self.bias])[0]

@@ -48,8 +48,10 @@ class Rotary(NamedTuple):
         return self.rope._replace(inv_freq=(self.rope.inv_freq / divisor).astype(np.float32))
 
 
-def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: float = 10_000.0) -> Rotary:
+def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: float = 10_000.0, whole_ramp: bool = True) -> Rotary:
     """Read the rotary embedding that a file describes, with its scaling; `base` is that of a file without the key.
+
+    whole_ramp  yarn's ramp begins and ends at whole numbers of frequencies
 
     Kinds: none; linear (arXiv:2306.15595), which a factor without a kind means, as in llama.cpp (load_hparams); yarn
     (arXiv:2309.00071; transformers `_compute_yarn_parameters`); llama3, as the tensor `rope_freqs`; longrope (arXiv:2402.13753), as
@@ -68,7 +70,7 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: floa
     if kind == "linear":
         inv_freq = inv_freq / np.float32(factor)
     elif kind == "yarn":
-        inv_freq, scale = _yarn(h, inv_freq, base, n_rot, factor)
+        inv_freq, scale = _yarn(h, inv_freq, base, n_rot, factor, whole_ramp)
     elif kind not in ("none", "llama3", "longrope"):
         raise UnsupportedModelError(f"{h.arch}.rope.scaling.type is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
     if "rope_factors_long" in w:
@@ -84,7 +86,7 @@ def _factors(h: Hparams, w: Weights, n_rot: int) -> tuple[WeightRef | None, Weig
     return llama3, None, 0
 
 
-def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: float) -> tuple[np.ndarray, float]:
+def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: float, whole_ramp: bool) -> tuple[np.ndarray, float]:
     original = h.size("rope.scaling.original_context_length", h.size("context_length"))
     fast, slow = h.number("rope.scaling.yarn_beta_fast", 32.0), h.number("rope.scaling.yarn_beta_slow", 1.0)
 
@@ -92,7 +94,10 @@ def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: flo
         """Return the frequency number that makes n turns within the original context."""
         return n_rot * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = max(math.floor(turns(fast)), 0), min(math.ceil(turns(slow)), n_rot - 1)
+    low, high = turns(fast), turns(slow)
+    if whole_ramp:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, n_rot - 1)
     ramp = np.clip((np.arange(n_rot // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
     inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
     return inv_freq, h.number("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)

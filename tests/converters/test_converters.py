@@ -247,8 +247,9 @@ def expected_tensors(kind, folder):
         tensors = {**{n: v for n, v in tensors.items() if n not in parts}, **stacks}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[converted.names], 7)
     for source, value in tensors.items():
-        name, value = converted.tensor(source, value, config)
-        yield name or names.get_name(source, try_suffixes=(".weight", ".bias")), value
+        found = converted.tensor(source, value, config)
+        for name, part in found if isinstance(found, list) else [found]:
+            yield name or names.get_name(source, try_suffixes=(".weight", ".bias")), part
 
 
 VARIANTS = {name: (case.kind, config) for case in cases.select(sees=False)

@@ -66,7 +66,7 @@ SPECIAL = Tokens(
 class PixtralSight(Sight):
     """Pictures of any shape, a token behind each line of their rows."""
 
-    model_types = ("mistral3", "llava")         # transformers has Pixtral 12B as a "llava"
+    model_types, towers = ("mistral3", "llava"), ("pixtral",)         # transformers has Pixtral 12B as a "llava"
     marker = "[IMG]"
 
     def images(self, config: Any, settings: dict[str, Any]) -> Any:

@@ -110,15 +110,15 @@ def test_three_files_are_a_new_architecture(tmp_path: Path) -> None:
 
 def test_every_architecture_has_its_cases() -> None:
     found = cases.every().values()
-    read = {c.arch for c in found} | {c.dialect.ollama_arch for c in found if c.dialect}
+    read = {c.arch.replace("-", "_") for c in found} | {c.dialect.ollama_arch for c in found if c.dialect} | {a for c in found for a in c.also}
     assert set(architectures()) <= read
-    assert all((TESTS / "models" / f"test_{c.arch}.py").exists() for c in found)
+    assert all((TESTS / "models" / f"test_{c.arch.replace('-', '_')}.py").exists() for c in found)
 
 
 def test_every_converter_has_its_cases() -> None:
     from converters import supported
 
-    assert set(supported()) <= {c.model_class for c in cases.every().values()}
+    assert set(supported()) <= {name for c in cases.every().values() for name in (c.model_class, *c.also)}
 
 
 def test_nothing_lists_models() -> None:

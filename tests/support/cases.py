@@ -49,9 +49,10 @@ class Converted:
     clip: dict[str, Any] = field(default_factory=dict)          # all "clip." keys, without "clip." and "vision."
     clip_tokens: dict[str, str] = field(default_factory=dict)   # those of them that are ids of tokens
     renames: tuple[tuple[tuple[str, str], ...], ...] = ()       # what other versions of transformers call the beginnings of names
-    # Text models: what gguf-py calls the architecture, and a tensor of the checkpoint as the file has it, with another name or not.
+    # Text models: what gguf-py calls the architecture, and a tensor of the checkpoint as the file has it, with another name or not, or
+    # the list of those that it becomes.
     names: str = ""
-    tensor: Callable[[str, np.ndarray, dict[str, Any]], tuple[str | None, np.ndarray]] = lambda name, value, config: (None, value)
+    tensor: Callable[[str, np.ndarray, dict[str, Any]], Any] = lambda name, value, config: (None, value)
     tensors: dict[str, dict[str, Any]] | None = None            # configs whose every tensor is compared; None: the case's own
     # llama.cpp runs the file: configs of which its logits are compared, the largest error, and a narrow type that is tried too
     runs: dict[str, dict[str, Any]] | None = None
@@ -81,6 +82,7 @@ class Case:
     mrope: bool = False                         # positions have three axes
     across: bool = False                        # pictures are seen by cross-attention
     videos: bool = False
+    also: tuple[str, ...] = ()                  # architectures and checkpoints of no class in transformers, which its file tests beside it
     cached_as: str = ""                         # the kind with the same caches and positions, which stands for this one there
 
     variants: dict[str, dict[str, Any]] | None = None           # of a text model: configs whose logits are compared; None: its own

@@ -34,6 +34,7 @@ class Sight:
     """An architecture's processors, and how its model takes what they make. The Pillow ones: torchvision is not needed."""
 
     model_types: tuple[str, ...]                # of a config.json
+    towers: tuple[str, ...] = ()                # of its vision_config, where models of one type have several
     marker: str                                 # what the chat template writes for a picture
 
     def images(self, config: Any, settings: dict[str, Any]) -> Any:
@@ -93,8 +94,10 @@ def sight_of(folder: Path) -> Sight:
     """Return the sight of a checkpoint's architecture."""
     import cases
 
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    return next(c.sight for c in cases.every().values() if c.sight and model_type in c.sight.model_types)
+    config = json.loads((folder / "config.json").read_text())
+    tower = config["vision_config"].get("model_type")
+    return next(c.sight for c in cases.every().values() if c.sight and config["model_type"] in c.sight.model_types
+                and tower in (c.sight.towers or (tower,)))
 
 
 def load_processor(sight: Sight, folder: Path, config: Any) -> Any:

@@ -1,0 +1,199 @@
+"""InternVL 2, 2.5 and 3: InternViT over tiles, groups of rows joined by a pixel shuffle, a norm and two products with a GELU between.
+
+Papers arXiv:2404.16821, arXiv:2412.05271, arXiv:2504.10479. Follows transformers 5.23: `modeling_internvl.py`, `processing_internvl.py`,
+`image_processing_pil_got_ocr2.py`; the authors' remote code computes the same.
+
+    picture -> resized to the grid of 1 to 12 tiles with the nearest shape -> tiles, and all of it in one more unless there is one
+    prompt: <img> rows of the tiles in reading order, rows of the whole </img>
+
+A tile is a run of the encoder. The class token stands first and its row is left out; the rest is computed group by group, so that the shuffle
+is a reshape. Large encoders (6B) have RMS norms, and norms of queries and keys over all heads: the file's tensors say so. Videos are not
+taken; their frames are, as pictures. Axes: n patches of a tile, t rows, V hidden; D hidden of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.dtype import dtype
+from pyengine.errors import ContextOverflowError, InvalidModelError
+from pyengine.files.hparams import Hparams
+from pyengine.files.weights import DerivedRef, Weights
+from pyengine.graph.graph import Graph
+from pyengine.graph.tensor import Tensor
+from pyengine.media.views import Limits, Processed, View
+from pyengine.models.architecture import Encoder, EncoderFiles
+from pyengine.nn.encoder import (
+    activation, by_table, EncoderAttention, EncoderFeedForward, grouped, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter,
+    special_token, whole_option)
+from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
+
+if TYPE_CHECKING:
+    from pyengine.media.image import Image
+    from pyengine.media.video import Video
+
+# Constants for files without the key: transformers InternVLVisionConfig, GotOcr2ImageProcessorPil with the settings of published checkpoints
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BICUBIC = 3                          # Pillow's number
+EPS, QK_EPS, PROJECTOR_EPS = 1e-6, 1e-6, 1e-5
+LEAST, MOST = 1, 12                  # tiles
+START, MARKER, END = "<img>", "<IMG_CONTEXT>", "</img>"
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Numbers of one encoder, its projector and its image processor, from the metadata."""
+
+    n_layers: int
+    width: int
+    d_ff: int
+    n_heads: int
+    d_out: int                       # of the decoder
+    eps: float
+    act: str                         # of ops.unary
+    tile: int                        # side in pixels
+    patch: int                       # side in pixels
+    group: int                       # side of a group in patches
+    tiles: tuple[int, int]           # of a picture, least and most
+    mean: np.ndarray
+    std: np.ndarray
+    resample: int
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a tile."""
+        return self.tile // self.patch
+
+    @classmethod
+    def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
+        """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
+        width = v.size("vision.embedding_length")
+        mean, std = mean_and_std(v, MEAN, STD)
+        made = cls(
+            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
+            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu"),
+            tile=v.size("vision.image_size"), patch=v.size("vision.patch_size"), group=v.size("vision.projector.scale_factor", 2),
+            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)), mean=mean, std=std,
+            resample=resample_filter(v, BICUBIC))
+        if made.side % made.group or not made.side:
+            raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are no groups of {made.group}")
+        if made.tiles[0] > made.tiles[1]:
+            raise InvalidModelError(f"{v.arch}.vision: {made.tiles[0]} tiles at least, but {made.tiles[1]} at most")
+        return made
+
+
+def grid(width: int, height: int, tile: int, least: int, most: int) -> tuple[int, int]:
+    """Choose (lines, columns) of tiles: the nearest shape; of equals the larger one while its area is below twice the picture's.
+
+    Source: `get_optimal_tiled_canvas` in transformers' `image_processing_pil_got_ocr2.py`.
+    """
+    grids = sorted(((w, h) for w in range(1, most + 1) for h in range(1, most + 1) if least <= w * h <= most), key=lambda g: g[0] * g[1])
+    best, nearest = (1, 1), float("inf")
+    for w, h in grids:
+        off = abs(width / height - w / h)
+        if off < nearest or off == nearest and width * height > 0.5 * tile * tile * w * h:
+            best, nearest = (w, h), off
+    return best[1], best[0]
+
+
+def norm_of(w: Weights, c: VisionConfig) -> LayerNorm | RMSNorm:
+    """Bind a layer norm, or an RMS norm where the file has no bias for it."""
+    return LayerNorm(w, c.width, c.eps) if w.shape("bias") else RMSNorm(w, c.width, c.eps)
+
+
+class VisionBlock:
+    """Attention of all patches of a tile and a feed-forward, each behind a norm, scaled by channel, and added to its input."""
+
+    def __init__(self, w: Weights, c: VisionConfig):
+        f32 = dtype("F32")
+        self.norm1, self.norm2 = norm_of(w["ln1"], c), norm_of(w["ln2"], c)
+        self.attention = EncoderAttention(w, c.width, c.n_heads, *(
+            RMSNorm(w[name], c.width, QK_EPS) if name in w else None for name in ("attn_q_norm", "attn_k_norm")))
+        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act)
+        self.scale1, self.scale2 = (constant(w[name].tensor("weight", (c.width,)), f32) for name in ("ls1", "ls2"))
+
+    def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [n + 1, V]
+        x = x + self.attention(self.norm1(x), lo, hi) * self.scale1
+        return x + self.feed_forward(self.norm2(x)) * self.scale2
+
+
+class Vision(Encoder):
+    """Encoder, projector, processor and special tokens. Nothing about a picture is kept here."""
+
+    def __init__(self, files: EncoderFiles):
+        h, v, w, token = files
+        c = self.config = VisionConfig.read(h, v, w)
+        self.markers = {"image": (special_token(v, "image", token, MARKER),)}
+        self.start, self.end = special_token(v, "image_start", token, START), special_token(v, "image_end", token, END)
+        self.rows = (c.side // c.group) ** 2
+        self.order = grouped(c.side, c.group)
+        self.levels = levels(c.mean, c.std)                                             # [3, 256]
+        v_, mm, n, wide = w["v"], w["mm", "model", "mlp"], c.side**2, c.width * c.group**2
+        self.own = constant(v_.tensor("class_embd", (c.width,)), dtype("F32"))
+        self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
+        position, rows = v_["position_embd"].tensor("weight", (n + 1, c.width)), np.concatenate([[0], 1 + self.order])
+        self.position = constant(DerivedRef(position.name, position.shape, (position,), lambda a: a[rows]))
+        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.norm = LayerNorm(v_["post_ln"], c.width, c.eps) if "post_ln" in v_ else None
+        self.projector_norm = LayerNorm(mm[0], wide, PROJECTOR_EPS)
+        self.first, self.second = Linear(mm[1], wide, c.d_out), Linear(mm[3], c.d_out, c.d_out)
+
+    def most_rows(self, n_ctx: int) -> int:
+        """Return the rows of one run."""
+        return self.rows
+
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the rows of one run, whatever the picture's size."""
+        return self.rows
+
+    def declare(self, g: Graph, rows: int) -> Tensor:
+        """Declare the rows [t, D] of "patches" [n, 3 * p * p]."""
+        c, n = self.config, self.config.side**2
+        lo, hi = np.zeros(n + 1, np.int32), np.full(n + 1, n + 1, np.int32)
+        x = self.patch(g.input("patches", (n, 3 * c.patch**2)))                         # [n, V]
+        x = ops.concat([self.own.reshape(1, c.width), x], axis=0) + self.position       # [n + 1, V]
+        for block in self.blocks:
+            x = block(x, lo, hi)
+        x = self.norm(x) if self.norm else x
+        x = ops.contiguous(ops.slice(x, axis=0, start=1, stop=n + 1)).reshape(self.rows, c.width * c.group**2)
+        return self.second(ops.gelu(self.first(self.projector_norm(x))))                # [t, D]
+
+    # -- processor ------------------------------------------------------------------------------------------------------------
+
+    def process(self, media: Image | Video, limits: Limits) -> Processed:
+        """Turn a picture into tiles and the whole between start and end.
+
+        Option: max_tiles. Raises: RequestError for videos and other options; ContextOverflowError if its rows exceed the context.
+        """
+        from pyengine.media.image import resize                                         # Pillow takes 20 ms to import
+
+        only_pictures(media, "max_tiles")
+        c, tile = self.config, self.config.tile
+        most = whole_option(media, "max_tiles", c.tiles[1])
+        lines, columns = grid(*media.size, tile, min(c.tiles[0], most), most)
+        n = lines * columns + (lines * columns > 1)
+        if n * self.rows > limits.n_ctx:
+            raise ContextOverflowError(f"a picture of {media.size[0]} x {media.size[1]} pixels takes {n} tiles of {self.rows} positions, but the context "
+                                       f"holds {limits.n_ctx}; load with a larger n_ctx, or give a smaller max_tiles")
+        canvas = cache(lambda: resize(media.pixels, lines * tile, columns * tile, c.resample))
+        views = [self._view(lambda y=y, x=x: canvas()[y : y + tile, x : x + tile]) for y in range(0, lines * tile, tile) for x in range(0, columns * tile, tile)]
+        if len(views) > 1:
+            views.append(self._view(lambda: resize(media.pixels, tile, tile, c.resample)))
+        return Processed((self.start, *views, self.end), media.size, (columns * tile, lines * tile))
+
+    def _view(self, pixels: Callable[[], np.ndarray]) -> View:
+        """Make one run of the encoder over a tile [tile, tile, 3]."""
+        rows = np.arange(self.rows, dtype=np.int32)[None]
+        return View(lambda: {"patches": self._patches(pixels())}, {}, rows, self.rows)
+
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
+        """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [n, 3 * p * p], group by group."""
+        side, p = self.config.side, self.config.patch
+        x = pixels.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
+        return by_table(self.levels, x).reshape(len(x), -1)

@@ -1,0 +1,140 @@
+"""Idefics3 and SmolVLM against transformers: tiles, the tokens around them, buckets of positions, the shuffle."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyengine as pe
+from cases import Case, Converted, Tokens
+from oracle import encoder_of
+from pyengine.errors import ContextOverflowError, RequestError
+from pyengine.media.image import Image
+from pyengine.models.encoders import idefics3
+from sight import of_any_backend, Run, Sight
+from tiny import COMMON
+
+try:
+    import transformers
+except ImportError:         # the cases are found without it
+    transformers = None
+
+pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers and torch: pip install -r requirements/test.txt")
+
+# What the family's real template does, in other words.
+TEMPLATE = """{{ '<|im_start|>' }}
+{%- for m in messages -%}
+  {{ m['role'] | capitalize + ':' + ('' if m['content'] is not string and m['content'][0]['type'] == 'image' else ' ') }}
+  {%- if m['content'] is string -%}{{ m['content'] }}
+  {%- else -%}{%- for part in m['content'] -%}{{ '<image>' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
+  {%- endif -%}
+  {{ '<end_of_utterance>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
+PLACES = tuple(f"<row_{i}_col_{j}>" for i in range(1, 3) for j in range(1, 3))           # others are texts here
+TOKENS = Tokens(("<|im_start|>", "<image>", "<end_of_utterance>", "<pad>", "<fake_token_around_image>", "<global-img>", *PLACES), "<|im_start|>",
+                "<end_of_utterance>", "<pad>", TEMPLATE, {"image_token_id": "<image>"}, ("\n\n",))
+
+
+class Idefics3Sight(Sight):
+    """Tiles, and the whole."""
+
+    model_types, marker = ("idefics3", "smolvlm"), "<image>"
+
+    def images(self, config: Any, settings: dict[str, Any]) -> Any:
+        side = config.vision_config.image_size
+        return transformers.Idefics3ImageProcessorPil(**{"size": {"longest_edge": 3 * side}, "max_image_size": {"longest_edge": side}, **settings})
+
+    def processor(self, folder: Path, config: Any, tokenizer: Any) -> Any:
+        """SmolVLM's needs a package for videos; what it makes of pictures is the same."""
+        package = "transformers.models.idefics3"
+        if importlib.util.find_spec("torchvision") is None:
+            pillow = importlib.import_module(f"{package}.image_processing_pil_idefics3")
+            sys.modules.setdefault(f"{package}.image_processing_idefics3", pillow)
+        base = importlib.import_module(f"{package}.processing_idefics3").Idefics3Processor
+        side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
+        return of_any_backend(base)(transformers.Idefics3ImageProcessorPil.from_pretrained(folder), tokenizer, side**2)
+
+    def run(self, model: Any, tokens: Any, made: list[dict[str, Any]], fps: float | None) -> Run:
+        import torch
+
+        if not made:
+            return Run({}, [], [], [])
+        inputs = {"pixel_values": torch.cat([m["pixel_values"][0] for m in made])[None]}
+        features = [model.model.get_image_features(m["pixel_values"]).pooler_output[0] for m in made]
+        return Run(inputs, features, [m["pixel_values"][0] for m in made], [])
+
+
+TEXT = {**COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "model_type": "llama"}
+VISION = {"hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+CLIP = {"has_vision_encoder": True, "projector_type": "idefics3", "use_silu": False, "use_gelu": True, "hidden_act": "gelu_pytorch_tanh", "image_size": 56,
+        "patch_size": 14, "embedding_length": 80, "feed_forward_length": 100, "attention.head_count": 4, "projection_dim": 96, "block_count": 3,
+        "resample": 1, "attention.layer_norm_epsilon": np.float32(1e-6), "projector.scale_factor": 2, "preproc_image_size": 168, "image_splitting": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def case(kind: str, name: str, **more: Any) -> Case:
+    return Case(kind, "llama", f"{name}Config", f"{name}ForConditionalGeneration", "smollm", {"tie_word_embeddings": False, "scale_factor": 2}, TEXT,
+                VISION, TOKENS, Idefics3Sight(), cached_as="llama",
+                converted=Converted({"general.architecture": "llama", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
+                                    clip_tokens={"image_token_id": "<image>"}), **more)
+
+
+CASES = (case("idefics3", "Idefics3"), case("smolvlm", "SmolVLM"))
+
+SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (168, 168), (56, 56), (90, 1), (131, 130)]      # width, height
+RNG = np.random.default_rng(4)
+PICTURES = [RNG.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in SIZES]
+
+
+@pytest.mark.parametrize("splitting", [True, False])
+def test_pixels_of_tiles(tiny_gguf, splitting: bool) -> None:
+    path, folder = tiny_gguf("smolvlm", processor={"do_image_splitting": splitting})
+    ours, theirs = encoder_of(path), transformers.SmolVLMImageProcessorPil.from_pretrained(folder)
+    inverse = np.argsort(ours.order)
+    for pixels in PICTURES:
+        tiles = theirs(pixels, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+        views = ours.process(Image(pixels)).views
+        assert len(views) == len(tiles)
+        for view, tile in zip(views, tiles):
+            patches = view.inputs["patches"][inverse].reshape(4, 4, 3, 14, 14)
+            assert np.array_equal(patches.transpose(2, 0, 3, 1, 4).reshape(3, 56, 56), tile)
+
+
+def test_sizes_are_transformers() -> None:
+    theirs = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 168}, max_image_size={"longest_edge": 56})
+    config = type("Config", (), {"longest_edge": 168, "tile": 56})
+    for _ in range(300):
+        width, height = (int(s) for s in np.exp(RNG.uniform(0, 7, 2)))
+        want = theirs.get_number_of_image_patches(height, width)
+        _, (w, h) = idefics3.Vision.sizes(type("Vision", (), {"config": config}), width, height)
+        n = (h // 56) * (w // 56)
+        assert (n + 1 if n > 1 else 1, h // 56, w // 56) == want or n == 1 and want[0] == 1
+
+
+@pytest.mark.parametrize("side", [2, 7, 14, 16, 26, 27, 32, 37])
+def test_positions_are_in_transformers_buckets(side: int) -> None:
+    import torch
+
+    bounds = torch.arange(1 / side, 1.0, 1 / side)
+    want = torch.bucketize(torch.clamp(torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side)), max=1.0 - 1e-6), bounds, right=True)
+    assert idefics3.buckets(side).tolist() == want.tolist()
+
+
+def test_options_and_what_is_refused(tiny_gguf) -> None:
+    path, folder = tiny_gguf("smolvlm")
+    model = pe.load(path, n_ctx=128, kv_dtype="f32")
+    assert len(model.encode_image(pe.open_image(PICTURES[4], image_splitting=False))) == 4
+    assert len(model.encode_image(PICTURES[4])) == 4 * (9 + 1)                     # 168 x 135 pixels, up to 3 x 3 tiles
+    for media, text in [(pe.open_image(PICTURES[0], image_splitting=1), "True or False"), (pe.open_image(PICTURES[0], max_tiles=2), "max_tiles"),
+                        ([PICTURES[0]] * 2, "not videos")]:
+        with pytest.raises(RequestError, match=text):
+            model.encode_image(media)
+    with pytest.raises(ContextOverflowError, match="10 tiles of 4 positions, but the context holds 30"):
+        pe.load(path, n_ctx=30).encode_image(PICTURES[4])

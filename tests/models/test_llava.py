@@ -1,0 +1,267 @@
+"""LLaVA 1.5, LLaVA-NeXT and Granite Vision against transformers: pixels, tiles, layers that are joined, ends of lines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import pyengine as pe
+import tiny
+from cases import Case, Converted, Tokens
+from oracle import encoder_of
+from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError
+from pyengine.media.image import Image
+from pyengine.models.encoders import llava
+from sight import of_any_backend, Run, Sight
+from tiny import COMMON
+
+try:
+    import transformers
+except ImportError:         # the cases are found without it
+    transformers = None
+
+pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers and torch: pip install -r requirements/test.txt")
+
+# What the family's real template does, in other words: contents are strings or lists of parts.
+TEMPLATE = """{{ bos_token }}
+{%- for m in messages -%}
+  {{ m['role'] | upper + ': ' }}
+  {%- if m['content'] is string -%}{{ m['content'] }}
+  {%- else -%}{%- for part in m['content'] -%}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
+  {%- endif -%}
+  {{ eos_token if m['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
+TOKENS = Tokens(("<s>", "<image>", "</s>", "<pad>"), "<s>", "</s>", "<pad>", TEMPLATE, {"image_token_index": "<image>"})
+PINPOINTS = [[42, 84], [84, 42], [84, 84], [126, 42], [42, 126]]
+
+
+class LlavaSight(Sight):
+    """One square of each picture."""
+
+    model_types, towers = ("llava",), ("clip_vision_model", "siglip_vision_model")
+    marker, family, name = "<image>", "llava", "Llava"
+
+    def images(self, config: Any, settings: dict[str, Any]) -> Any:
+        side = config.vision_config.image_size
+        more = {"image_grid_pinpoints": config.image_grid_pinpoints} if hasattr(config, "image_grid_pinpoints") else {}
+        made = getattr(transformers, f"{self.name}ImageProcessorPil")
+        return made(**{"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, **more, **settings})
+
+    def processor(self, folder: Path, config: Any, tokenizer: Any) -> Any:
+        """Its module asks for functions of the torchvision one, which the Pillow one has too."""
+        package = f"transformers.models.{self.family}"
+        if importlib.util.find_spec("torchvision") is None:
+            pillow = importlib.import_module(f"{package}.image_processing_pil_{self.family}")
+            sys.modules.setdefault(f"{package}.image_processing_{self.family}", pillow)
+        base = getattr(importlib.import_module(f"{package}.processing_{self.family}"), f"{self.name}Processor")
+        images = getattr(transformers, f"{self.name}ImageProcessorPil").from_pretrained(folder)
+        clip = config.vision_config.model_type == "clip_vision_model"
+        return of_any_backend(base)(images, tokenizer, config.vision_config.patch_size, config.vision_feature_select_strategy,
+                                    num_additional_image_tokens=int(clip))
+
+    def run(self, model: Any, tokens: Any, made: list[dict[str, Any]], fps: float | None) -> Run:
+        import torch
+
+        if not made:
+            return Run({}, [], [], [])
+        inputs = {"pixel_values": torch.cat([m["pixel_values"] for m in made])}
+        return Run(inputs, list(model.model.get_image_features(**inputs).pooler_output), list(inputs["pixel_values"]), [])
+
+
+class NextSight(LlavaSight):
+    """Tiles of each picture, and the whole."""
+
+    model_types, towers = ("llava_next",), ()
+    family, name = "llava_next", "LlavaNext"
+
+    def seen(self, model: Any, folder: Path, parts: Any, fps: float | None, **settings: Any) -> Any:
+        """Its head is its own since transformers 5, and leaves out the scale of Granite's logits, which GraniteForCausalLM divides by."""
+        seen = super().seen(model, folder, parts, fps, **settings)
+        return replace(seen, logits=seen.logits / getattr(model.config.text_config, "logits_scaling", 1.0))
+
+    def run(self, model: Any, tokens: Any, made: list[dict[str, Any]], fps: float | None) -> Run:
+        import torch
+
+        if not made:
+            return Run({}, [], [], [])
+        tiles = [m["pixel_values"][0] for m in made]
+        most = max(map(len, tiles))
+        padded = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 0, 0, most - len(t))) for t in tiles]
+        inputs = {"pixel_values": torch.stack(padded), "image_sizes": torch.cat([m["image_sizes"] for m in made])}
+        return Run(inputs, list(model.model.get_image_features(**inputs).pooler_output), tiles, [])
+
+
+TEXT = {**COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": 42, "patch_size": 14, "hidden_act": "quick_gelu"}
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
+KEYS = {"has_vision_encoder": True, "projector_type": "mlp", "use_silu": False, "image_size": 42, "patch_size": 14, "embedding_length": 80,
+        "feed_forward_length": 100, "attention.head_count": 4, "projection_dim": 96, "resample": 3,
+        "image_mean": [np.float32(x) for x in llava.MEAN], "image_std": [np.float32(x) for x in llava.STD]}
+CLIP_KEYS = {**KEYS, "use_gelu": False, "hidden_act": "quick_gelu", "attention.layer_norm_epsilon": np.float32(1e-5), "block_count": 3,
+             "feature_layer": [3]}
+TILES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [n for pair in PINPOINTS for n in pair], "mm_patch_merge_type": "spatial_unpad"}
+RENAMES = ((("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."), ("vision_tower.", "model.vision_tower."),
+            ("multi_modal_projector.", "model.multi_modal_projector.")),)
+
+LLAVA = Case(
+    "llava", "llama", "LlavaConfig", "LlavaForConditionalGeneration", "llama-bpe", {"tie_word_embeddings": False, "vision_feature_layer": -2},
+    {**TEXT, "model_type": "llama"}, CLIP, TOKENS, LlavaSight(), cached_as="llama",
+    converted=Converted({"general.architecture": "llama", "tokenizer.chat_template": TEMPLATE},
+                        clip={**CLIP_KEYS, "image_aspect_ratio": "crop"}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
+
+NEXT = Case(
+    "llava_next", "llama", "LlavaNextConfig", "LlavaNextForConditionalGeneration", "llama-bpe",
+    {"tie_word_embeddings": False, "vision_feature_layer": -2, "image_grid_pinpoints": PINPOINTS},
+    {**TEXT, "model_type": "mistral", "sliding_window": None}, CLIP, TOKENS, NextSight(), cached_as="llama",
+    converted=Converted({"general.architecture": "llama"}, clip={**CLIP_KEYS, **TILES}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
+
+GRANITE = Case(
+    "granite_vision", "granite", "LlavaNextConfig", "LlavaNextForConditionalGeneration", "gpt-2",
+    {"tie_word_embeddings": True, "vision_feature_layer": [-4, -2, -1], "vision_feature_select_strategy": "full", "image_grid_pinpoints": PINPOINTS},
+    {**TEXT, "model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2},
+    SIGLIP, TOKENS, NextSight(), cached_as="llama",
+    converted=Converted(
+        {"general.architecture": "granite"},
+        clip={**KEYS, **TILES, "use_gelu": True, "hidden_act": "gelu_pytorch_tanh", "attention.layer_norm_epsilon": np.float32(1e-6), "block_count": 4,
+              "feature_layer": [1, 3, 4]}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
+
+CASES = (LLAVA, NEXT, GRANITE)
+
+SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (84, 84), (42, 42), (90, 1), (131, 130), (127, 42)]      # width, height
+RNG = np.random.default_rng(4)
+PICTURES = [RNG.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in SIZES]
+
+
+def whole(view: Any) -> np.ndarray:
+    """Return the pixels of a run as transformers has them."""
+    return view.inputs["patches"].reshape(3, 3, 3, 14, 14).transpose(2, 0, 3, 1, 4).reshape(3, 42, 42)
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_pad": True}, {"image_mean": [0.4, 0.5, 0.45], "image_std": [0.2, 0.25, 0.3], "resample": 2}],
+                         ids=["cut", "padded", "others"])
+def test_pixels_of_one_square(tiny_gguf, settings) -> None:
+    path, folder = tiny_gguf("llava", processor=settings)
+    ours, theirs = encoder_of(path), transformers.LlavaImageProcessorPil.from_pretrained(folder)
+    for pixels in PICTURES:
+        made = theirs(pixels, return_tensors="np", input_data_format="channels_last")
+        (view,) = ours.process(Image(pixels)).views
+        assert np.array_equal(whole(view), made["pixel_values"][0])
+
+
+def test_pixels_of_tiles(tiny_gguf) -> None:
+    path, folder = tiny_gguf("llava_next")
+    ours, theirs = encoder_of(path), transformers.LlavaNextImageProcessorPil.from_pretrained(folder)
+    for pixels in PICTURES:
+        made = theirs(pixels, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+        views = ours.process(Image(pixels)).views
+        tiles = list(made)
+        found = [whole(v) for v in views]
+        assert np.array_equal(found[0], tiles[0])
+        assert all(any(np.array_equal(f, t) for t in tiles[1:]) for f in found[1:])      # tiles of padding alone are never run
+
+
+def test_rows_are_as_many_as_transformers_counts(tiny_gguf) -> None:
+    path, folder = tiny_gguf("llava_next")
+    ours = encoder_of(path)
+    from transformers import AutoConfig, AutoTokenizer
+
+    theirs = NextSight().processor(folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    for _ in range(500):
+        width, height = (int(s) for s in np.exp(RNG.uniform(0, 7, 2)))
+        lines, columns = llava.best_grid(width, height, ours.config.grids, 42)
+        across, down = llava.unpadded(width, height, columns * 3, lines * 3)
+        want = theirs._get_number_of_features(height, width, 42, 42) - 1                 # less the class token
+        assert 9 + (lines * 3 - 2 * down) * (columns * 3 - 2 * across + 1) == want, (width, height)
+
+
+def test_what_is_refused(tiny_gguf) -> None:
+    path, _ = tiny_gguf("llava_next")
+    model = pe.load(path, n_ctx=64, kv_dtype="f32")
+    for media, text in [(pe.open_image(PICTURES[0], max_tiles=2), "max_tiles"), ([PICTURES[0]] * 2, "not videos")]:
+        with pytest.raises(RequestError, match=text):
+            model.encode_image(media)
+    with pytest.raises(ContextOverflowError, match="51 positions, but the context holds 40"):
+        pe.load(path, n_ctx=40).encode_image(PICTURES[5])
+
+
+def test_a_picture_in_tiles_is_taken_from_the_cache(tiny_gguf) -> None:
+    path, folder = tiny_gguf("llava_next")
+    model, picture = pe.load(path, n_ctx=128), PICTURES[5]
+    answer = model.generate([3, picture, 4], max_tokens=1, temperature=0)
+    info = answer.media[0]
+    assert (info.views, info.n_tokens, answer.n_prompt) == (5, 51, 53)
+    assert answer.n_prompt == len(tiny.hf_seen(folder, [3, picture, 4]).ids)
+    again = model.generate([3, picture, 4, 5], max_tokens=1, temperature=0)
+    assert again.media[0].cached and again.n_cached == answer.n_prompt and model.stats["image_misses"] == 1
+
+
+def test_damaged_numbers_are_refused() -> None:
+    class Keys:
+        arch = "clip"
+
+        def __init__(self, value: list[int]):
+            self.value = np.array(value, np.int32)
+
+        def get(self, name: str, default: Any, *kinds: type) -> Any:
+            return self.value
+
+    for value in ([42], [42, 43], [0, 42]):
+        with pytest.raises(InvalidModelError, match="pairs of multiples of 42"):
+            llava._grids(Keys(value), 42)
+    for value in ([5], [-1], []):
+        with pytest.raises(InvalidModelError, match="the file has 4 layers"):
+            llava._features(Keys(value), 4)
+
+
+# ---- files of other programs -------------------------------------------------------------------------------------------------
+
+
+def legacy_pair(path: Path, folder: Path) -> tuple[Path, Path]:
+    """Write a model as llama.cpp's first converters do (`convert_image_encoder_to_gguf.py`): two files, ffn_up and ffn_down the wrong way
+    round, no key of ours, and a text model whose vocabulary has no token for pictures."""
+    reader = gguf.GGUFReader(path)
+    text, image = gguf.GGUFWriter(folder / "text.gguf", "llama"), gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
+    ours = ("feature_layer", "token_id", "hidden_act", "resample", "aspect_ratio", "vision.projector_type")
+    for key, f in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key.startswith("clip.") and key.endswith(ours):
+            continue
+        value = f.contents()
+        if key == "tokenizer.ggml.tokens":
+            value = ["<unused>" if t == "<image>" else t for t in value]
+        (image if key.startswith("clip.") else text).add_key_value(key, value, f.types[0], f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None)
+    image.add_bool("clip.has_llava_projector", True)
+    swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    for t in reader.tensors:
+        sees = t.name.startswith(("v.", "mm.", "model."))
+        name = next((t.name.replace(a, b) for a, b in swap.items() if sees and a in t.name), t.name)
+        (image if sees else text).add_tensor(name, t.data, raw_dtype=t.tensor_type)
+    for out in (text, image):
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+    return folder / "text.gguf", folder / "mmproj.gguf"
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_llama_cpps_first_pairs(tiny_gguf, tmp_path, kind: str) -> None:
+    path, _ = tiny_gguf(kind, processor={"do_pad": True} if kind == "llava" else None)
+    text, mmproj = legacy_pair(path, tmp_path)
+    theirs, ours = pe.load(text, mmproj=mmproj, n_ctx=128), pe.load(path, n_ctx=128)
+    prompt = ["what is ", PICTURES[0], " this?"]
+    assert np.array_equal(theirs.logits(prompt), ours.logits(prompt))
+    messages = [{"role": "user", "content": [{"type": "text", "text": "look:"}, {"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "what?"}]}]
+    ids = theirs.chat_ids(messages)
+    first = ids.index(-1)
+    assert theirs.tokenizer.detokenize(ids[:first]).endswith("look:") or theirs.tokenizer.detokenize(ids[:first]).endswith("look:\n")
+    assert set(ids[first:first + ids.count(-1)]) == {-1} and "what?" in theirs.tokenizer.detokenize(ids[first + ids.count(-1):])
