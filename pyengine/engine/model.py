@@ -209,7 +209,7 @@ class Model:
         if self.media is None:
             raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder; where it is in a file of its own, load with mmproj=")
         parts, _ = self._prompts.encoded(image)
-        return np.concatenate([p.embedding for p in parts if isinstance(p, MediaSegment)])
+        return np.concatenate([p.embedding[:, : self.config.d_model] for p in parts if isinstance(p, MediaSegment)])
 
     # -- hidden states and vectors ------------------------------------------------------------------------------------
 

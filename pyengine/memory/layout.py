@@ -110,7 +110,7 @@ class ModelLayout:
         image = self.bound.image
         if image is None:
             return 0
-        row, run = 4 * self.bound.model.config.d_model, self.sizes.runs[image.kind]
+        row, run = 4 * self.bound.model.media_width, self.sizes.runs[image.kind]
         if self.n_pictures is not None:                      # a picture in tiles has more rows than a run
             return self.n_pictures * max(run, min(image.n_rows(*self.size), n_ctx) if self.size else 0) * row
         return min(max(n_ctx, self.sizes.across) * row, max(run * row, int(IMAGE_CACHE_SHARE * self.host.total)))

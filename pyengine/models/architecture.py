@@ -95,6 +95,11 @@ class Architecture(ABC):
         return {}
 
     @property
+    def media_width(self) -> int:
+        """Numbers of an encoder's row: those that stand for a token, and what layers get besides."""
+        return self.config.d_model
+
+    @property
     def n_ids(self) -> int:
         """Ids that a prompt may have: rows of the embedding, which may be more than those of the output head."""
         return self.config.vocab_size

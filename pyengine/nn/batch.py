@@ -35,5 +35,6 @@ class Batch(NamedTuple):
     n_ctx: int
     ids: Tensor              # I32 [m]
     positions: Tensor        # I32 [axes, m]
-    media: Tensor | None = None      # F32 [e, d]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
+    media: Tensor | None = None      # F32 [e, media_width]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
     across: Across | None = None     # None: no layer attends across
+    places: Tensor | None = None     # I32 [m]: ids of media rows, and 0 for all others; as media

@@ -161,12 +161,16 @@ class EncoderAttention:
 
     def __init__(self, w: Weights, width: int, n_heads: int, q_norm: Callable[[Tensor], Tensor] | None = None,
                  k_norm: Callable[[Tensor], Tensor] | None = None):
-        self.n_heads, self.head_dim, self.norms = n_heads, width // n_heads, (q_norm, k_norm, None)
-        self.q, self.k, self.v, self.out = (Linear(w[n], width, width) for n in ("attn_q", "attn_k", "attn_v", "attn_out"))
+        self.hold(*(Linear(w[n], width, width) for n in ("attn_q", "attn_k", "attn_v", "attn_out")), n_heads=n_heads, norms=(q_norm, k_norm))
+
+    def hold(self, *products: Linear, n_heads: int, norms: tuple[Callable[[Tensor], Tensor] | None, ...] = (None, None)) -> None:
+        """Keep the products of queries, keys, values and output."""
+        self.q, self.k, self.v, self.out = products
+        width = int(self.out.weight.shape[0])
+        self.n_heads, self.head_dim, self.norms = n_heads, width // n_heads, (*norms, None)
         # Bytes where the weights around it are in blocks, whose products round activations to 8 bits too; floats elsewhere, so that
         # F32, F16 and BF16 files give the authors' numbers.
-        blocks = all(p.weight.dtype.block > 1 for p in (self.q, self.k, self.v, self.out))
-        self.products = "int8" if blocks else "float"
+        self.products = "int8" if all(p.weight.dtype.block > 1 for p in products) else "float"
 
     def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray,
                  rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:              # [n, V] -> [n, V]

@@ -77,10 +77,11 @@ class Step:
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
         axes = {"m": m, "c": added, "s": seeing}
-        media = g.input("media", (Dim("e", s.n_batch), d_model)) if s.runs and self.across is None else None
+        media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs and self.across is None else None
+        places = None if media is None else g.input("places", (m,), "I32")
         across = Across(g.input("across", (added, d_model)), g.input("across.rows", (seeing,), "I32"),
                         g.input("across.back", (m,), "I32")) if self.across is not None else None
-        batch = Batch(s.n_ctx, g.input("ids", (m,), "I32"), g.input("positions", (model.position_axes, m), "I32"), media, across)
+        batch = Batch(s.n_ctx, g.input("ids", (m,), "I32"), g.input("positions", (model.position_axes, m), "I32"), media, across, places)
         wanted, head = g.input("wanted", (w,), "I32"), g.input(HEAD, (Dim("l", s.n_head),), "I32")
         seq, chosen = g.input("seq", (m,), "I32"), {"seq": g.input("seq_wanted", (w,), "I32")}
         shared: list[dict[str, Tensor]] = []
@@ -172,9 +173,11 @@ class StepProgram:
             index = np.arange(len(s), len(s) + n, dtype=np.int32)
             here, there, wanted = slice(m, m + n), slice(w, w + len(part.wanted)), part.wanted
             self._put("ids", here, part.rows.ids[part.start : part.stop])
+            self._put("places", here, 0)
             for rows, embedding in part.rows.embeddings(part.start, part.stop):
                 k, d = embedding.shape
-                self._put("ids", slice(m + rows.start, m + rows.stop), np.arange(-1 - e, -1 - e - k, -1))
+                for name in ("ids", "places"):
+                    self._put(name, slice(m + rows.start, m + rows.stop), np.arange(-1 - e, -1 - e - k, -1))
                 self._put("media", slice(e * d, (e + k) * d), embedding.reshape(-1))
                 e += k
             self._put("seq", here, s.row)
