@@ -1,0 +1,73 @@
+"""docs/models.md: each model beside transformers, made by running both. `python tests/support/parity.py` from the root of a checkout.
+
+Every case of tests/models is converted from a tiny random checkpoint, and logits at every position of a prompt are compared in float32; of one
+that sees, of a prompt with two pictures, and of its soft tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent), str(ROOT / "tests" / "models")]
+
+import cases  # noqa: E402  found through the line above
+import pyengine as pe  # noqa: E402
+import tiny  # noqa: E402
+from cases import Case  # noqa: E402
+from converters import convert  # noqa: E402
+from pictures import A, B  # noqa: E402
+
+HEAD = """# Models beside transformers
+
+Written by `python tests/support/parity.py`, which runs both on tiny random checkpoints with odd sizes and ids of their own, in float32. The number is
+the worst difference of a logit at any position, as a share of the range of all logits; of soft tokens, of their range. The tests
+(`tests/contract`, `tests/models`) hold the bounds for more configurations, prompts, cuts, formats and neighbours. "Files" are those that tests
+read: a checkpoint of Hugging Face through our converter, llama.cpp's pair of text and mmproj, Ollama's single file.
+
+| case | architecture | class of transformers | logits | soft tokens | files |
+|---|---|---|---|---|---|
+"""
+
+
+def share(got: np.ndarray, want: np.ndarray) -> float:
+    """Return the worst difference as a share of the range."""
+    return float(np.abs(got - want).max() / np.ptp(want))
+
+
+def measured(case: Case, folder: Path) -> tuple[float, float | None]:
+    """Return the worst differences of logits and of soft tokens."""
+    checkpoint = tiny.make_checkpoint(case, folder / "hf")
+    model = pe.load(convert(checkpoint, folder / "m.gguf", "f32"), n_ctx=256, kv_dtype="f32")
+    if not case.sees:
+        ids = np.random.default_rng(0).integers(0, 512, 100).tolist()
+        return share(model.logits(ids), tiny.hf_logits(checkpoint, ids)), None
+    prompt = [5, A, "and", B, "differ how?", 6]
+    want = tiny.hf_seen(checkpoint, prompt)
+    soft = [share(model.encode_image(picture), features) for picture, features in zip((A, B), want.features)]
+    return share(model.logits(prompt), want.logits), max(soft, default=None)
+
+
+def row(case: Case) -> str:
+    """Run a case and return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        logits, soft = measured(case, Path(folder))
+    files = ["Hugging Face", *(["llama.cpp"] if case.dialect else []), *(["Ollama"] if case.dialect and case.dialect.ollama_arch else [])]
+    return (f"| {case.kind} | `{case.arch}` | {case.model_class} | {logits:.1e} | {'' if soft is None else f'{soft:.1e}'} | {', '.join(files)} |\n")
+
+
+def main() -> None:
+    """Write the page."""
+    rows = []
+    for case in sorted((c for c in cases.every().values() if c.converted), key=lambda c: (c.sees, c.arch, c.kind)):
+        rows.append(row(case))
+        print(rows[-1], end="", flush=True)
+    (ROOT / "docs" / "models.md").write_text(HEAD + "".join(rows))
+
+
+if __name__ == "__main__":
+    main()
