@@ -90,7 +90,7 @@ def stale(obj: Path, also: Iterable[Path]) -> bool:
 
 def abi_headers() -> list[Path]:
     """Headers of flat functions, which Python calls through cffi."""
-    headers = sorted([*CSRC.glob("host/*.h"), *CSRC.glob("cpu/*.h")])
+    headers = sorted(h for folder in ("host", "cpu", "cuda") for h in CSRC.glob(f"{folder}/*.h"))
     return [h for h in headers if re.search(r"^PE_API ", h.read_text(encoding="utf-8"), re.M)]
 
 

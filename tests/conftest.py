@@ -13,6 +13,10 @@ WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", ROOT / "models"))
 REAL = {"gemma": "gemma3-270m-q4_k_m.gguf", "smollm2": "smollm2-135m-q4_1.gguf", "qwen": "qwen2.5-coder-0.5b-q4_k_m.gguf"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", default=None, help="run the contract suites on this device only: cuda, cuda-emulated, cuda:1 ..")
+
+
 def real_path(name: str) -> Path:
     """Path of a real model, or skip."""
     path = WEIGHTS / REAL[name]
