@@ -1,0 +1,145 @@
+/* engine.h: blocks of threads on the CPU, for kernels written for a graphics card.
+ *
+ * Nothing here knows CUDA or Metal: cuda.h and metal.h put their words on top. A launch runs `body` once for every thread of every
+ * block. Each thread is a fibre (a lane) with its own stack; 32 lanes are a warp (Metal: a simdgroup). A lane runs until it must wait
+ * for others - a barrier of the block, or a collective of its warp - and then the next one continues, always in the same order, so
+ * a run can be repeated. Blocks run one after the other on each thread of the OS; several such threads share the blocks of a launch.
+ *
+ * What goes wrong inside a kernel ends the launch: launch() returns false and last_error() says what, with kernel, block, thread and
+ * line. With PE_CHECKED the engine watches every access of memory as well (check.cpp).
+ */
+#ifndef PE_EMULATE_ENGINE_H
+#define PE_EMULATE_ENGINE_H
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace emu {
+
+constexpr int WARP = 32;
+constexpr int MAX_THREADS = 1024;
+
+struct Index3 { uint32_t x = 1, y = 1, z = 1; };
+
+struct Launch {
+  const void *kernel = nullptr;           /* its code: the name in messages and counts is looked up from it */
+  Index3 grid, block;
+  size_t shared_bytes = 0;
+  std::function<void()> body;             /* one thread; asks self() who it is */
+  const void *arguments = nullptr;        /* what the body holds, readable by every thread: the card's constant bank */
+  size_t argument_bytes = 0;
+};
+
+/* -- who runs ------------------------------------------------------------------------------------------------------------ */
+
+struct Warp;
+struct Block;
+
+struct Copy {
+  void *shared;
+  const void *source;
+  int bytes, bytes_zeroed, group;
+  const void *site;
+};
+
+/* A collective of a warp as one lane calls it: see collective() and whole_warp(). */
+using Combine = void (*)(void *const *deposits, uint32_t mask);
+struct Meeting {
+  const char *word;
+  uint32_t mask;
+  void *deposit;
+  Combine combine;
+  bool orders, whole;
+  const void *site;
+};
+
+struct Lane {
+  void *stack_pointer;                    /* while it does not run */
+  char *stack, *stack_end;                /* lowest address, and the one after the highest */
+  Index3 thread;                          /* threadIdx */
+  int index, lane;                        /* number in its block, in its warp */
+  Warp *warp;
+  Block *block;
+  bool at_barrier;
+  bool quiet;                             /* what it does now is the emulator's work and no access of the kernel */
+  const void *site;                       /* the code that waits, for a `word` such as "__syncthreads" */
+  const char *word;
+  Meeting meeting;
+  int copy_groups;                        /* committed so far */
+  std::vector<Copy> copies;               /* to shared memory, under way */
+};
+
+struct Warp {
+  Lane *lanes[WARP];
+  uint32_t present, ready, arrived, done; /* bits by lane: in the block, may run, waits at a collective, has returned */
+  uint32_t clock[WARP][WARP];             /* clock[i][j]: the last moment of lane j that lane i is ordered after (check.cpp) */
+};
+
+struct Block {
+  const Launch *launch;
+  Index3 index;                           /* blockIdx */
+  int64_t number;                         /* in the grid, x fastest */
+  char *shared;
+  int n_threads, n_warps, n_done;
+  uint32_t serial;                        /* of this block, over all launches */
+  uint32_t epoch;                         /* barriers so far */
+  Lane *lanes;
+  Warp *warps;
+};
+
+/* The lane that runs on this thread of the OS, null in host code. */
+extern thread_local Lane *current __attribute__((tls_model("initial-exec")));
+inline Lane *self() { return current; }
+
+/* -- what a kernel does ----------------------------------------------------------------------------------------------------- */
+
+/* All lanes of the block that have not returned wait for each other. */
+void barrier(const char *word);
+
+/* The lanes in `mask` meet; the last one to come calls combine(deposits by lane, mask of those present) once, then all go on.
+ * `word` names the collective: lanes that wait for different ones, or with different masks, are an error. orders: memory written
+ * before is seen after (true of __syncwarp, not of shuffles). */
+void collective(const char *word, uint32_t mask, void *deposit, Combine combine, bool orders = false);
+
+/* The same for instructions that need all 32 lanes. */
+void whole_warp(const char *word, void *deposit, Combine combine);
+
+/* A copy to shared memory that is under way until wait_copies: a kernel that reads too early reads what was there before. */
+void copy_later(void *shared, const void *source, int bytes, int bytes_zeroed);
+void commit_copies();
+void wait_copies(int groups_left);
+
+/* The code that calls it. */
+const void *here();
+
+/* End the launch with a message about the thread that runs. Never returns. */
+[[noreturn]] void fault(const void *site, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* -- running ---------------------------------------------------------------------------------------------------------------- */
+
+bool launch(const Launch &launch);
+const std::string &last_error();
+
+/* -- watching (check.cpp; in the plain form these do nothing) ------------------------------------------------------------------ */
+
+enum class Access : uint8_t { read, write, atomic };
+enum class Event : uint8_t { barrier, collective, mma, dp4a, n_events };
+
+#ifdef PE_CHECKED
+/* An access by the emulator's own code in the name of a kernel's line: atomics, ldmatrix. */
+void touch(const void *address, size_t bytes, Access access);
+#else
+inline void touch(const void *, size_t, Access) {}
+#endif
+
+void count(Event event);
+
+/* "name of the function (file:line)" of code, where it can be found. */
+std::string describe_code(const void *site);
+std::string name_of(const void *kernel);
+
+}  // namespace emu
+#endif
