@@ -183,6 +183,11 @@ int32_t pe_card_program::measure(int32_t first) {
   return PE_OK;
 }
 
+int64_t pe_card_layout(void) {
+  return static_cast<int64_t>(((((sizeof(pe_card_facts) * 1000 + sizeof(pe_card_tensor)) * 1000 + sizeof(pe_card_node)) * 1000 +
+                                sizeof(pe_card_transfer)) * 1000 + sizeof(pe_card_outcome)));
+}
+
 int64_t pe_card_fault_bytes(int32_t n_nodes) { return static_cast<int64_t>(sizeof(pe_fault)) * n_nodes; }
 
 int32_t pe_card_program_new(pe_card_queue *queue, const pe_card_tensor *tensors, int32_t n_tensors, const pe_card_node *nodes,

@@ -28,7 +28,7 @@ namespace {
 
 // Copy runs of cells: block (run, head), whose threads take 16 bytes each, or single bytes where cells are no multiple of that.
 // No shared memory. Moves each cell's bytes twice; one launch does PE_RUNS runs, which travel with its arguments.
-enum { PE_RUNS = 256, COPY_THREADS = 256 };
+constexpr int PE_RUNS = 256, COPY_THREADS = 256;
 
 struct CellRuns { int32_t from[PE_RUNS], to[PE_RUNS], count[PE_RUNS]; };
 
@@ -200,7 +200,7 @@ int32_t pe_card_copy_cells(pe_card_queue *queue, uint64_t memory, int64_t heads,
 }
 
 int32_t pe_card_send_changes(pe_card_queue *queue, uint64_t device, const void *table, void *shadow, int64_t bytes) {
-  enum { PART = 4096 };
+  constexpr int64_t PART = 4096;
   const char *now = static_cast<const char *>(table);
   char *before = static_cast<char *>(shadow);
   int64_t begin = -1;                                        // of parts in a row that differ

@@ -15,6 +15,9 @@ enum { PE_CARD_FAILED = 100 };  /* a status besides those of pe_status: the driv
 /* Why the last call of this thread failed: "cudaMalloc: out of memory". */
 PE_API const char *pe_card_error(void);
 
+/* A number that changes with the structs of this file: whoever reads them with another one was built from other sources. */
+PE_API int64_t pe_card_layout(void);
+
 /* Versions as 1000 * major + 10 * minor: what the driver can do (0: there is none), and what this library was built with. */
 PE_API int32_t pe_card_versions(int32_t *driver, int32_t *runtime);
 

@@ -33,6 +33,15 @@ class Library:
     def __init__(self, path: Path, emulated: bool):
         self.path, self.emulated = path, emulated
         self.flat: Any = ffi.dlopen(str(path))
+        layout = 0
+        for struct in ("facts", "tensor", "node", "transfer", "outcome"):
+            layout = 1000 * layout + ffi.sizeof(f"pe_card_{struct}")
+        try:
+            found = int(self.flat.pe_card_layout())
+        except ffi.error:                                    # no such function
+            found = 0
+        if layout != found:
+            raise GraphError(f"{path.name} and pyengine/_abi.py were made from different sources: build both again (`pip install -e .`, `make cuda`)")
 
     def __call__(self, name: str, *args: Any) -> None:
         """Call a function that returns a status. Raises: PlanError where memory is missing, PyEngineError for what the driver says."""
