@@ -12,10 +12,11 @@ from pyengine.backends.metal.device import Device
 from pyengine.backends.metal.launch import LAUNCHERS, load_launchers
 from pyengine.backends.metal.prepared import Prepared
 from pyengine.compiler.arena import Turns
+from pyengine.errors import GraphError
 
 
 @lru_cache(maxsize=2)
-def device(emulated: bool) -> Device:
+def opened(emulated: bool) -> Device:
     """Return the device: one for the whole process. Raises: GraphError where there is none, saying what to install."""
     if emulated:
         from pyengine.backends.metal.emulated import EmulatedDevice
@@ -27,15 +28,18 @@ def device(emulated: bool) -> Device:
 
 
 class Backend(base.Backend):
-    """See the module's docstring."""
+    """See the module's docstring. emulated: in place of the Mac's GPU."""
 
     name: ClassVar[str] = "metal"
 
-    def __init__(self, n_threads: int | None = None, emulated: bool = False):
-        self.n_threads, self.emulated = n_threads or hardware.default_threads(), emulated
+    def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False):
+        if index:
+            raise GraphError(f"there is no device metal:{index}: a Mac's GPU is one device")
+        self.n_threads, self.device = n_threads or hardware.default_threads(), opened(emulated)      # of the host, which packs weights
+        self.name = "metal-emulated" if emulated else "metal"   # type: ignore[misc]  one of the two that this class is
         load_launchers()
         self.kernels = frozenset(LAUNCHERS)
 
     def prepare(self, declared: base.Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Any:
         """Fuse, lay out and count without loading."""
-        return Prepared(declared, turns, passes, device(self.emulated), self.n_threads)
+        return Prepared(declared, turns, passes, self.device, self.n_threads)

@@ -13,6 +13,7 @@ import numpy as np
 from pyengine.backends import base
 from pyengine.backends.cpu import weights
 from pyengine.backends.cpu.fallback import Fallback
+from pyengine.backends.faults import said
 from pyengine.backends.host import HostState, NUMPY
 from pyengine.backends.metal.device import Bound, Memory, Recording
 from pyengine.backends.metal.launch import Launch, LAUNCHERS, params_of, Step, View
@@ -226,7 +227,7 @@ class Program(base.Program):
             number = begin + int(bad[0])
             value, limit = int(self._faults["value"][number]), int(self._faults["limit"][number])
             self._faults[begin:end] = 0
-            raise RequestError(f"{self.prepared.layout.steps[number].op.name}: {value} of {limit}")
+            raise RequestError(said(self.prepared.layout.steps[number].op.name, value, limit))
 
     def resident(self) -> int:
         """Return the bytes of its own memory: the device holds all of it from the start."""
