@@ -25,6 +25,14 @@
 #include "../gen/kernels.h"
 #include "device.h"
 
+/* What a launch found that the host could not see: a token id or a cell out of range. One for each step of a program, zero while all is
+ * well, in memory of the host that the device writes to; the host looks at them after a run, and raises for the first step that has one. */
+typedef struct pe_fault {
+  int32_t status;               /* pe_status, or PE_OK */
+  int32_t reserved;
+  int64_t value, limit;         /* "value is not below limit" */
+} pe_fault;
+
 /* Grids of the formats IQ1 .. IQ3 (dequant.h), 33 kB. */
 struct pe_codebooks;
 

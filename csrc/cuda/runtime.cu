@@ -87,10 +87,12 @@ int32_t pe_card_new(int32_t device, int64_t bytes, uint64_t *out) {
   void *p = nullptr;
   PE_TRY(cudaSetDevice(device));
   PE_TRY(cudaMalloc(&p, static_cast<size_t>(bytes)));
+#if !defined(PE_CHECKED)                                     // where a read of what was never written is found
   if (const cudaError_t error = cudaMemset(p, 0, static_cast<size_t>(bytes))) {
     cudaFree(p);
     return failed("cudaMemset", error);
   }
+#endif
   *out = reinterpret_cast<uint64_t>(p);
   return PE_OK;
 }

@@ -38,7 +38,7 @@ PE_API const char *pe_card_kernel(int32_t i);
 
 /* -- memory ---------------------------------------------------------------------------------------------------------------------------- */
 
-/* Zeroed memory of a device. */
+/* Memory of a device: zeroed, but for the checked form of the emulator. */
 PE_API int32_t pe_card_new(int32_t device, int64_t bytes, uint64_t *out);
 PE_API int32_t pe_card_free(int32_t device, uint64_t address);
 

@@ -99,6 +99,7 @@ class Program(base.Program):
             else:
                 self.tables[t.name] = np.zeros([int(a) for a in t.shape], np.int32)
                 shadow = self._pinned(t.nbytes_max).array()
+                self.queue.copy(self._places[id(t.node)], shadow.ctypes.data, t.nbytes_max)
                 self._shadows.append((self.state_memory.address + offset, self.tables[t.name], shadow))
             offset += aligned(t.nbytes_max)
         self._load(progress)
