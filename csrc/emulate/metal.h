@@ -1,8 +1,8 @@
 /* metal.h: the words of the Metal Shading Language (specification 3.1) that csrc/metal uses, as C++17 over the fibres of engine.h.
  *
  * A .metal file is compiled inside the namespace `metal`, by a source that pyengine/backends/metal/thunks.py writes: it includes this
- * header, the file, and a thunk for each kernel that takes buffers by number and finds the attributes of the kernel's parameters.
- * Address spaces are empty words (a `constant` is a const), attributes are ignored by the compiler. A simdgroup is a warp of 32.
+ * header, holds the file's text without its attributes, and has a thunk for each kernel that takes buffers by number and finds what the
+ * attributes of the kernel's parameters stood for. Address spaces are empty words (a `constant` is a const). A simdgroup is a warp of 32.
  *
  * What no specification fixes is fixed here and must not be relied upon: the order of simd_sum (a butterfly) and which elements of a
  * simdgroup_matrix a thread holds.

@@ -22,8 +22,9 @@ from pyengine.backends.metal.device import Bound, Device, Memory, Recording
 from pyengine.errors import GraphError
 
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-attributes",
-         f"-I{CSRC}")
-CHECKED = ("-fsanitize=thread", "-g1", "-DPE_EMULATE_CHECKED")
+         "-g1", "-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{CSRC / 'metal'}")
+CHECKED = ("-O1", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-pre", "-fno-tree-forwprop", "-fsanitize=thread", "--param",
+           "tsan-instrument-func-entry-exit=0")
 MESSAGE_BYTES = 4096
 
 
@@ -32,9 +33,9 @@ def build(checked: bool = False) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "c++"
     folder = ROOT / "build" / "emulated" / "metal-sources"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {name: thunks.source(lib, str(sources.folder() / f"{name}.metal")) for name, lib in sources.libraries().items()}
+    texts = {name: thunks.source(lib, sources.folder() / f"{name}.metal") for name, lib in sources.libraries().items()}
     texts["tables"] = thunks.index(sorted(texts))
-    watched = CHECKED if checked else ()
+    watched, define = (CHECKED, ("-DPE_CHECKED",)) if checked else ((), ())
     jobs = []
     for name, text in texts.items():
         path = folder / f"{name}.cpp"
@@ -42,9 +43,9 @@ def build(checked: bool = False) -> Path:
             new = path.with_suffix(f".{os.getpid()}")
             new.write_text(text, encoding="utf-8")
             new.replace(path)
-        jobs.append(Job(path, (compiler, *FLAGS, *watched)))
+        jobs.append(Job(path, (compiler, *FLAGS, *watched, *define)))
     own = [*sorted((CSRC / "emulate").glob("*.cpp")), *sorted((CSRC / "emulate" / "metal").glob("*.cpp"))]
-    jobs += [Job(path, (compiler, *FLAGS, *watched[1:])) for path in own]
+    jobs += [Job(path, (compiler, *FLAGS, *define)) for path in own]
     return library("metal-checked" if checked else "metal", jobs, [compiler, "-shared", "-pthread"], ROOT / "build" / "emulated")
 
 

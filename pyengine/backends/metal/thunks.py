@@ -1,6 +1,9 @@
-"""C++ sources for the emulator: each .metal file inside the namespace `metal`, with a thunk for each of its kernels."""
+"""C++ sources for the emulator: the text of each .metal file inside the namespace `metal`, with a thunk for each of its kernels."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 from pyengine.backends.metal.sources import Kernel, Library, Parameter
 from pyengine.errors import GraphError
@@ -43,16 +46,17 @@ def thunk(kernel: Kernel) -> str:
     return f"void thread_of_{kernel.name}(void *const *b) {{\n  (void)b;\n  {kernel.name}(\n      {arguments});\n}}\n"
 
 
-def source(library: Library, path: str) -> str:
-    """Return the C++ source of a library whose file lies at `path`."""
+def source(library: Library, path: Path) -> str:
+    """Return the C++ source of a library whose file lies at `path`: its text without attributes (one is named as an address space)."""
+    text = re.sub(r"\[\[\w+(\(\d+\))?\]\]", "", path.read_text(encoding="utf-8"))
     setters = []
     for c in sorted(library.constants.values(), key=lambda c: c.index):
         value = f"as_type<float>(v[{c.index}])" if c.type == "float" else f"v[{c.index}] != 0" if c.type == "bool" else f"({c.type})v[{c.index}]"
         setters.append(f"  {c.name} = {value};\n")
     rows = "".join(f'  {{"{n}", reinterpret_cast<const void *>(&metal::{n}), metal::thread_of_{n}, metal::constants_of_{library.name}}},\n'
                    for n in library.kernels)
-    return (f'#include "emulate/metal/device.h"\n#include "emulate/metal.h"\nnamespace metal {{\n#include "{path}"\n'
-            + "".join(map(thunk, library.kernels.values()))
+    return (f'#include "emulate/metal/device.h"\n#include "emulate/metal.h"\nnamespace metal {{\n#line 1 "{path}"\n{text}'
+            + f'#line 1 "thunks of {library.name}"\n' + "".join(map(thunk, library.kernels.values()))
             + f"static void constants_of_{library.name}(const int32_t *v) {{\n  (void)v;\n{''.join(setters)}}}\n}}  // namespace metal\n"
             + f"extern const pe_metal_entry pe_metal_table_{library.name}[];\n"
             + f"const pe_metal_entry pe_metal_table_{library.name}[] = {{\n{rows}  {{nullptr, nullptr, nullptr, nullptr}}}};\n")
