@@ -110,7 +110,7 @@ def test_rows_outside_of_the_table_are_refused_as_on_the_cpu(bad: int) -> None:
             program.run(ids=np.array([1, bad, 2], np.int32), media=randn(3, 64))
         said.append(str(error.value))
         program.run(ids=np.array([1, 8, -3], np.int32), media=randn(3, 64))       # and goes on
-    assert said[0] == said[1]
+    assert said[0].endswith(said[1]) and str(bad) in said[1]
 
 
 # ---- strides ----------------------------------------------------------------------------------------------------------------
@@ -164,12 +164,12 @@ def test_largest_and_smallest_keep_nan() -> None:
 def test_functions_keep_nan_and_ends(kind: str) -> None:
     x = np.array([np.nan, 0, 1e-30, -1e-30, 80, -80, 200, -200, 1, -1, 5], np.float32)
     got = run(lambda x: ops.unary(x, kind=kind), x=x)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         want = ops.unary.fn(x.astype(np.float64), kind=kind).astype(np.float32)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite & ~np.isnan(want)], want[~finite & ~np.isnan(want)])
-    assert (np.abs(got - want)[finite] <= 3e-7 * np.maximum(1, np.abs(want[finite]))).all()
+    assert (np.abs(got[finite] - want[finite]) <= 3e-7 * np.maximum(1, np.abs(want[finite]))).all()
 
 
 def test_logarithm_and_root() -> None:
