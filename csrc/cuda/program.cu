@@ -208,6 +208,7 @@ int32_t pe_card_program_new(pe_card_queue *queue, const pe_card_tensor *tensors,
       return PE_NO_KERNEL;
     }
   }
+  queue->users++;
   *out = p.release();
   return PE_OK;
 }
@@ -217,8 +218,9 @@ int32_t pe_card_program_free(pe_card_program *program) {
   cudaStreamSynchronize(program->queue->stream);
   while (!program->graphs.empty()) program->forget(program->graphs.begin());
   for (cudaEvent_t clock : program->clocks) cudaEventDestroy(clock);
+  pe_card_queue *queue = program->queue;
   delete program;
-  return PE_OK;
+  return pe_card_queue_free(queue);
 }
 
 int32_t pe_card_program_run(pe_card_program *program, const int64_t *dims, int32_t first, pe_card_outcome *outcome) {

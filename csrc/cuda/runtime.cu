@@ -122,6 +122,7 @@ int32_t pe_card_queue_new(int32_t device, pe_card_queue **out) {
   PE_TRY(cudaGetDeviceProperties(&p, device));
   pe_card_queue *q = new pe_card_queue{};
   q->device = device;
+  q->users = 1;
   q->capability = 10 * p.major + p.minor;
   q->multiprocessors = p.multiProcessorCount;
   cudaError_t error = cudaStreamCreateWithFlags(&q->stream, cudaStreamNonBlocking);
@@ -141,6 +142,7 @@ int32_t pe_card_set_codebooks(pe_card_queue *queue, uint64_t address) {
 }
 
 int32_t pe_card_queue_free(pe_card_queue *queue) {
+  if (--queue->users) return PE_OK;
   cudaSetDevice(queue->device);
   for (cudaEvent_t mark : queue->marks)
     if (mark) cudaEventDestroy(mark);

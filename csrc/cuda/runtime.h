@@ -52,6 +52,7 @@ typedef struct pe_card_queue pe_card_queue;
 PE_API int32_t pe_card_queue_new(int32_t device, pe_card_queue **out);
 /* Say where the grids of IQ1 .. IQ3 lie in the device's memory (pe_codebooks in dequant.h): those that kernels of this queue read. */
 PE_API int32_t pe_card_set_codebooks(pe_card_queue *queue, uint64_t address);
+/* Programs that still use it keep it. */
 PE_API int32_t pe_card_queue_free(pe_card_queue *queue);
 PE_API int32_t pe_card_wait(pe_card_queue *queue);
 

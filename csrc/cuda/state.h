@@ -2,11 +2,14 @@
 #ifndef PE_CUDA_STATE_H
 #define PE_CUDA_STATE_H
 
+#include <atomic>
+
 #include "cuda.h"
 #include "runtime.h"
 
 struct pe_card_queue {
   int32_t device;
+  std::atomic<int> users;       /* its owner and the programs that use it: the last one that goes frees it, whatever their order */
   int capability, multiprocessors;
   cudaStream_t stream;
   const pe_codebooks *codebooks;

@@ -95,7 +95,7 @@ class Program(base.Program):
         for t in prepared.lasting:
             self._places[id(t.node)] = self.state_memory.address + offset
             if t.node.kind == "state":
-                self.states[t.name] = DeviceState(t, self.state_memory.address + offset, self.queue)
+                self.states[t.name] = DeviceState(t, self.state_memory, offset, self.queue)
             else:
                 self.tables[t.name] = np.zeros([int(a) for a in t.shape], np.int32)
                 shadow = self._pinned(t.nbytes_max).array()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pyengine.backends.base import State
-from pyengine.backends.cuda.library import numbers, Queue
+from pyengine.backends.cuda.library import Memory, numbers, Queue
 from pyengine.graph.tensor import Tensor
 
 
@@ -25,11 +25,11 @@ def runs(*cells: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 class DeviceState(State):
-    """A state over memory of a device, [heads, cells, bytes of a cell]."""
+    """A state in memory of a device, [heads, cells, bytes of a cell], from an offset on."""
 
-    def __init__(self, t: Tensor, address: int, queue: Queue):
+    def __init__(self, t: Tensor, memory: Memory, offset: int, queue: Queue):
         self.shape, self.dtype, self.nbytes = tuple(int(a) for a in t.shape), t.dtype, t.nbytes_max
-        self.address, self.queue = address, queue
+        self.memory, self.address, self.queue = memory, memory.address + offset, queue
         self.heads, self.cells, self.cell_bytes = self.shape[0], self.shape[1], t.dtype.size(self.shape[-1])
 
     def gather(self, cells: np.ndarray) -> np.ndarray:
