@@ -11,3 +11,11 @@ def cuda_device(request: pytest.FixtureRequest) -> str:
     import devices
 
     return devices.device(request, "cuda")
+
+
+@pytest.fixture(scope="session")
+def metal_device(request: pytest.FixtureRequest) -> str:
+    """The same for Metal: "metal" on a Mac, else "metal-emulated"."""
+    import devices
+
+    return devices.device(request, "metal")
