@@ -9,29 +9,27 @@ namespace emu {
 constexpr uint32_t FIRST_SERIAL = 2;      /* of a block; in the history of a word of memory 0 is nobody and 1 the host */
 
 #ifdef PE_CHECKED
-void begin_launch(const Launch &launch);
-void end_launch(const Launch &launch, uint64_t (&events)[int(Event::n_events)]);
+void begin_launch(const Launch &launch, uint32_t first_serial);
+void end_launch(const uint64_t (&events)[int(Event::n_events)]);
 void begin_block(Block &block);
-void end_block(Block &block, bool failed);
+void end_block(Block &block);
 void barrier_opened(Block &block);
-void warp_ordered(Warp &warp, uint32_t mask);
+void warp_met(const Block &block, Warp &warp, uint32_t mask, bool orders);
 void touched(const void *address, size_t bytes, Access access, const void *site);
 void copy_started(void *shared, int bytes, const void *site);
 void copy_ended(void *shared, int bytes, const void *site);
 bool same_line(const void *site, const void *other);
-void host_wrote(void *memory, size_t bytes);
 #else
-inline void begin_launch(const Launch &) {}
-inline void end_launch(const Launch &, uint64_t (&)[int(Event::n_events)]) {}
+inline void begin_launch(const Launch &, uint32_t) {}
+inline void end_launch(const uint64_t (&)[int(Event::n_events)]) {}
 inline void begin_block(Block &) {}
-inline void end_block(Block &, bool) {}
+inline void end_block(Block &) {}
 inline void barrier_opened(Block &) {}
-inline void warp_ordered(Warp &, uint32_t) {}
+inline void warp_met(const Block &, Warp &, uint32_t, bool) {}
 inline void touched(const void *, size_t, Access, const void *) {}
 inline void copy_started(void *, int, const void *) {}
 inline void copy_ended(void *, int, const void *) {}
 inline bool same_line(const void *, const void *) { return true; }
-inline void host_wrote(void *, size_t) {}
 #endif
 
 /* -- memory of emulated devices ----------------------------------------------------------------------------------------------- */
@@ -48,13 +46,29 @@ int device_of(const void *memory);
 /* Whether these bytes, if they begin in device memory, stay within its allocation. */
 bool device_holds(const void *memory, size_t bytes);
 
-/* Memory of the host that kernels may use. False: it was registered before / it was not. */
-bool host_pinned(void *memory, size_t bytes);
-bool host_unpinned(void *memory);
+/* The host wrote to device memory. */
+void host_wrote(const void *memory, size_t bytes);
 
-/* Where allocations lie: with red zones around them in the checked form. */
-void *zone_allocate(size_t bytes);
-void zone_free(void *memory, size_t bytes);
+/* Memory of the host that kernels may use. False: it was registered before / it was not. */
+bool host_pinned(const void *memory, size_t bytes);
+bool host_unpinned(const void *memory);
+
+/* -- what a launch may use (checked form) ------------------------------------------------------------------------------------------- */
+
+struct Region {
+  uintptr_t begin, end;
+  uint8_t *written;                       /* a bit for each byte; null: taken as written */
+  std::string what;
+
+  bool was_written(uintptr_t at) const { return written[(at - begin) / 8] >> (at - begin) % 8 & 1; }
+  void wrote(uintptr_t at, size_t bytes) {
+    for (uintptr_t i = at - begin; bytes--; i++) written[i / 8] |= uint8_t(1 << i % 8);
+  }
+};
+
+void choose_regions(const Launch &launch);
+Region *region_of(uintptr_t at, size_t bytes);  /* that holds all of these bytes, or null */
+const Region *region_near(uintptr_t at);        /* the closest one within 1 MiB, or null */
 
 }  // namespace emu
 #endif

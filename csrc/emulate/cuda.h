@@ -37,7 +37,7 @@ static constexpr int warpSize = emu::WARP;
 
 __forceinline__ void __syncthreads() { emu::barrier("__syncthreads"); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) { emu::collective("__syncwarp", mask, nullptr, nullptr, true); }
-__forceinline__ void __threadfence() {}
+__forceinline__ void __threadfence() { emu::fence(); }
 __forceinline__ void __threadfence_block() {}
 [[noreturn]] __forceinline__ void __trap() { emu::fault(__builtin_return_address(0), "__trap()"); }
 

@@ -81,6 +81,7 @@ Machine::Machine() {
   block.lanes = lanes;
   block.warps = warps;
   block.shared = shared;
+  block.engine = {this, sizeof *this};
 }
 
 /* -- switching between lanes -------------------------------------------------------------------------------------------------- */
@@ -141,7 +142,7 @@ bool complete(Lane *lane) {
   warp->arrived &= ~expected;
   warp->ready |= expected;
   machine->events[int(Event::collective)]++;
-  if (m.orders) warp_ordered(*warp, expected);
+  warp_met(*lane->block, *warp, expected, m.orders);
   if (m.combine) {
     Lane *me = current;
     me->quiet = true;
@@ -186,7 +187,7 @@ void begin(Machine &m, const Launch &launch, int64_t number) {
   }
   for (int i = 0; i < b.n_threads; i++) {
     m.lanes[i].thread = {uint32_t(i) % t.x, uint32_t(i) / t.x % t.y, uint32_t(i) / t.x / t.y};
-    m.lanes[i].at_barrier = m.lanes[i].quiet = false;
+    m.lanes[i].at_barrier = m.lanes[i].quiet = m.lanes[i].fenced = false;
     m.lanes[i].copy_groups = 0;
   }
   begin_block(b);
@@ -244,7 +245,7 @@ void run_block(Machine &m) {
     if (m.failed || b.n_done == b.n_threads) break;
   }
   current = nullptr;
-  end_block(b, m.failed);
+  if (!m.failed) end_block(b);
 }
 
 void run_blocks(Machine &m, const Launch &launch, std::atomic<int64_t> &next, int64_t n_blocks) {
@@ -355,13 +356,14 @@ bool launch(const Launch &l) {
   const int n = threads_of_the_os(l, n_blocks);
   while (int(machines.size()) < n) machines.push_back(std::make_unique<Machine>());
   stop = false;
-  begin_launch(l);
+  begin_launch(l, serials);
   std::atomic<int64_t> next{0};
   std::vector<std::thread> others;
   for (int i = 1; i < n; i++) others.emplace_back([&, i] { run_blocks(*machines[i], l, next, n_blocks); });
   run_blocks(*machines[0], l, next, n_blocks);
   for (std::thread &t : others) t.join();
-  for (int i = 0; i < n; i++) end_launch(l, machines[i]->events);
+  for (int i = 0; i < n; i++) end_launch(machines[i]->events);
+  for (int i = 0; i < n; i++) std::fill(std::begin(machines[i]->events), std::end(machines[i]->events), 0);
   return !stop;
 }
 

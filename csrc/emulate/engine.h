@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -24,13 +25,17 @@ constexpr int MAX_THREADS = 1024;
 
 struct Index3 { uint32_t x = 1, y = 1, z = 1; };
 
+struct Range { const void *begin; size_t bytes; };
+
 struct Launch {
   const void *kernel = nullptr;           /* its code: the name in messages and counts is looked up from it */
   Index3 grid, block;
   size_t shared_bytes = 0;
   std::function<void()> body;             /* one thread; asks self() who it is */
-  const void *arguments = nullptr;        /* what the body holds, readable by every thread: the card's constant bank */
+  const void *arguments = nullptr;        /* what the body reads, the same for every thread: the card's constant bank */
   size_t argument_bytes = 0;
+  std::shared_ptr<const void> owner;      /* of the arguments */
+  std::vector<Range> ranges;              /* in the checked form the memory it may use; none: all that is allocated or pinned */
 };
 
 /* -- who runs ------------------------------------------------------------------------------------------------------------ */
@@ -64,6 +69,7 @@ struct Lane {
   Warp *warp;
   Block *block;
   bool at_barrier;
+  bool fenced;                            /* by __threadfence */
   bool quiet;                             /* what it does now is the emulator's work and no access of the kernel */
   const void *site;                       /* the code that waits, for a `word` such as "__syncthreads" */
   const char *word;
@@ -75,7 +81,8 @@ struct Lane {
 struct Warp {
   Lane *lanes[WARP];
   uint32_t present, ready, arrived, done; /* bits by lane: in the block, may run, waits at a collective, has returned */
-  uint32_t clock[WARP][WARP];             /* clock[i][j]: the last moment of lane j that lane i is ordered after (check.cpp) */
+  uint32_t clock_epoch;                   /* 1 + the epoch of the block in which these hold: (check.cpp) */
+  uint32_t clock[WARP][WARP];             /* clock[i][j]: the last time of lane j that lane i comes after; [i][i] is its own */
 };
 
 struct Block {
@@ -83,6 +90,7 @@ struct Block {
   Index3 index;                           /* blockIdx */
   int64_t number;                         /* in the grid, x fastest */
   char *shared;
+  Range engine;                           /* where this and the lanes lie */
   int n_threads, n_warps, n_done;
   uint32_t serial;                        /* of this block, over all launches */
   uint32_t epoch;                         /* barriers so far */
@@ -106,6 +114,9 @@ void collective(const char *word, uint32_t mask, void *deposit, Combine combine,
 
 /* The same for instructions that need all 32 lanes. */
 void whole_warp(const char *word, void *deposit, Combine combine);
+
+/* Memory written before is seen by other blocks before what follows. */
+inline void fence() { self()->fenced = true; }
 
 /* A copy to shared memory that is under way until wait_copies: a kernel that reads too early reads what was there before. */
 void copy_later(void *shared, const void *source, int bytes, int bytes_zeroed);

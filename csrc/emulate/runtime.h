@@ -105,16 +105,22 @@ cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute
 /* What cudaLaunchKernel does: run it, or note it where the stream is captured. */
 cudaError_t enqueue(cudaStream_t stream, Launch launch);
 
-template <class... P> Launch bind(void (*kernel)(P...), Index3 grid, Index3 block, size_t shared_bytes, std::decay_t<P>... arguments) {
+template <class... P> struct Bound {
+  void (*kernel)(P...);
+  std::tuple<std::decay_t<P>...> values;
+};
+
+template <class... P> Launch bind(void (*kernel)(P...), Index3 grid, Index3 block, size_t shared_bytes, std::decay_t<P>... values) {
+  auto bound = std::make_shared<const Bound<P...>>(Bound<P...>{kernel, {values...}});
   Launch l;
-  auto values = std::make_shared<std::tuple<std::decay_t<P>...>>(arguments...);
   l.kernel = reinterpret_cast<const void *>(kernel);
   l.grid = grid;
   l.block = block;
   l.shared_bytes = shared_bytes;
-  l.arguments = values.get();
-  l.argument_bytes = sizeof *values;
-  l.body = [kernel, values] { std::apply(kernel, *values); };
+  l.body = [b = bound.get()] { std::apply(b->kernel, b->values); };
+  l.arguments = bound.get();
+  l.argument_bytes = sizeof *bound;
+  l.owner = std::move(bound);
   return l;
 }
 }  // namespace emu
