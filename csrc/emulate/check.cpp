@@ -188,7 +188,7 @@ void follow(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access ac
       for (const Record &r : cell.reads)
         if (!ordered(r, lane, shared)) report_race(lane, shared, where, access, r, false, site);
     if (access != Access::write && shared && cell.write.serial != lane.block->serial)
-      fault(site, "%s %zu bytes of shared memory at offset %zu that no thread of this block wrote", verb(access), bytes, size_t(at));
+      fault(site, "%s %zu bytes of shared memory at offset %zu that no thread of this block has written so far", verb(access), bytes, size_t(at));
     if (access == Access::read) remember_read(cell, now);
     else cell.write = now;
   });

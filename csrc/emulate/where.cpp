@@ -61,16 +61,17 @@ const Place &cached(const void *code, bool entry) {
 
 std::string describe_code(const void *site) { return cached(site, false).line; }
 
-/* "void rows<4>(float const*, int)" is rows<4>. */
+/* "void (anonymous namespace)::rows<4>(float const*, int)" is rows<4>. */
 std::string name_of(const void *kernel) {
   std::string name = cached(kernel, true).function;
+  const std::string nameless = "(anonymous namespace)::";
+  for (size_t at; (at = name.find(nameless)) != std::string::npos;) name.erase(at, nameless.size());
   int depth = 0;
-  size_t end = name.size(), begin = 0;
-  for (size_t i = 0; i < name.size(); i++) {
-    if (name[i] == '<') depth++;
-    if (name[i] == '>') depth--;
-    if (depth == 0 && name[i] == ' ') begin = i + 1;
-    if (depth == 0 && name[i] == '(' && name.compare(i, 21, "(anonymous namespace)") != 0) { end = i; break; }
+  size_t begin = 0, end = 0;
+  for (; end < name.size() && (depth || name[end] != '('); end++) {
+    if (name[end] == '<') depth++;
+    if (name[end] == '>') depth--;
+    if (depth == 0 && name[end] == ' ') begin = end + 1;
   }
   return name.substr(begin, end - begin);
 }
