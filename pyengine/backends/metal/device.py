@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyengine.backends.metal.launch import Constants
-from pyengine.backends.metal.sources import Kernel, Library
+from pyengine.backends.metal.launch import Constants, Launch
+from pyengine.backends.metal.sources import kernel, Kernel, Library
+from pyengine.errors import GraphError
 
 
 class Memory:
@@ -29,6 +30,26 @@ class Bound(NamedTuple):
     grid: tuple[int, int, int]
     threads: tuple[int, int, int]
     shared_bytes: int
+
+
+def bind(one: Launch, memories: Sequence[Memory], own: Mapping[str, tuple[Memory, int, int] | None]) -> Bound:
+    """Find the kernel of a launch, pack its arguments, and number its buffers; `own`: those that every kernel may name.
+
+    Raises: GraphError for a launch that does not fit its kernel.
+    """
+    library, k = kernel(one.kernel)
+    buffers: dict[int, tuple[Memory, int, int]] = {}
+    for name, view in one.buffers.items():
+        if view is not None:
+            buffers[k.buffer(name).index] = memories[view.memory], view.offset, view.nbytes
+    for p in k.parameters:
+        if p.kind == "buffer" and own.get(p.name) is not None:
+            buffers[p.index] = own[p.name]
+    unknown = sorted(set(one.constants) - set(library.constants))
+    if unknown or 0 in one.grid or 0 in one.threads:
+        raise GraphError(f"metal: {one.kernel} is launched with unknown constants {unknown}, or an empty grid: {one.grid} x {one.threads}")
+    args = library.pack(k.arguments.args, one.args) if k.arguments else b""
+    return Bound(library, k, dict(one.constants), args, buffers, one.grid, one.threads, one.shared_bytes)
 
 
 class Recording(ABC):

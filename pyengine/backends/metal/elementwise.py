@@ -20,7 +20,7 @@ def binary(s: Step) -> list[Launch]:
     grid, threads = spread(out.size)
     args = {"n": out.size, "shape": [1] * (6 - len(out.shape)) + list(out.shape), "x_stride": _stretched(x, out.shape),
             "y_stride": _stretched(y, out.shape)}
-    return [Launch("combine_elements", args, {"x": x, "y": y, "out": out}, grid, threads, constants={"KIND": s.params["kind"]})]
+    return [Launch("combine_elements", args, {"x": x, "y": y, "out": out}, grid, threads, constants={"KIND": s.params.kind})]
 
 
 def _each(kernel: str, s: Step, **args: float) -> list[Launch]:
@@ -28,7 +28,7 @@ def _each(kernel: str, s: Step, **args: float) -> list[Launch]:
     if x.size == 0:
         return []
     grid, threads = spread(x.size, 4)
-    constants = {"KIND": s.params["kind"]} if "kind" in s.params else {}
+    constants = {"KIND": s.params.kind} if hasattr(s.params, "kind") else {}
     return [Launch(kernel, {"n": x.size, **args}, {"x": x, "out": out}, grid, threads, constants=constants)]
 
 
@@ -41,10 +41,10 @@ def unary(s: Step) -> list[Launch]:
 @launches
 def scale(s: Step) -> list[Launch]:
     """Four elements a thread."""
-    return _each("scale_elements", s, factor=s.params["factor"], offset=s.params["offset"])
+    return _each("scale_elements", s, factor=s.params.factor, offset=s.params.offset)
 
 
 @launches
 def softcap(s: Step) -> list[Launch]:
     """Four elements a thread."""
-    return _each("cap_elements", s, cap=s.params["cap"])
+    return _each("cap_elements", s, cap=s.params.cap)

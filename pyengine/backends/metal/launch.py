@@ -18,7 +18,7 @@ from typing import Any
 from pyengine.backends.metal.sources import libraries
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
-from pyengine.graph.tensor import Node
+from pyengine.graph.op import Op
 
 Constants = Mapping[str, int | float | bool]
 
@@ -77,14 +77,14 @@ class Step:
 
     inputs   the tensors of each argument by its name: a list, empty for one that is left out
     outputs  the results
-    params   by name; those that are one of several words are numbers, as in C
+    params   as items and attributes; those that are one of several words are numbers, as in C
     scratch  working memory, or None
     """
 
     name: str
     inputs: Mapping[str, list[View]]
     outputs: list[View]
-    params: Mapping[str, Any]
+    params: Params
     scratch: View | None
 
     def one(self, name: str) -> View | None:
@@ -113,10 +113,20 @@ def scratch(function: Callable[[Step], int]) -> Callable[[Step], int]:
     return function
 
 
-def params_of(node: Node) -> dict[str, Any]:
+class Params(dict[str, Any]):
+    """A step's parameters, as items and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def params_of(op: Op, params: Mapping[str, Any]) -> Params:
     """Return a step's parameters; those that are one of several words as numbers, as in C."""
-    specs = node.op.params
-    return {name: specs[name].choices.index(value) if specs[name].kind == "enum" else value for name, value in node.params}
+    specs = op.params
+    return Params((n, specs[n].choices.index(value) if specs[n].kind == "enum" else value) for n, value in params.items())
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -24,7 +24,7 @@ def contiguous(s: Step) -> list[Launch]:
 @launches
 def concat(s: Step) -> list[Launch]:
     """One launch a part."""
-    out, axis, start, found = s.outputs[0], s.params["axis"], 0, []
+    out, axis, start, found = s.outputs[0], s.params.axis, 0, []
     for part in s.inputs["parts"]:
         found += copied(part, out, start * out.strides[axis])
         start += part.shape[axis]

@@ -20,7 +20,7 @@ def rows_launch(kernel: str, x: View, args: dict[str, Any], buffers: dict[str, V
         return []
     team = 32 if width <= SIMDGROUP_WIDTH else THREADS
     together = min(4, rows) if team == 32 else 1
-    return [Launch(kernel, {"rows": rows, "width": width, "team": team, **args}, buffers, (ceil_div(rows, together), 1, 1),
+    return [Launch(kernel, dict(rows=rows, width=width, team=team, **args), buffers, (ceil_div(rows, together), 1, 1),
                    (team * together, 1, 1), PARTS_BYTES, constants)]
 
 
@@ -29,7 +29,7 @@ def _norm(s: Step, add: View | None, add_step: int, centred: bool) -> list[Launc
     if x.shape[-1] == 0:
         return []
     buffers = {"x": x, "weight": s.one("weight"), "add": add, "out": s.outputs[0]}
-    return rows_launch("norm_rows", x, {"eps": s.params["eps"], "add_step": add_step}, buffers, CENTRED=centred)
+    return rows_launch("norm_rows", x, {"eps": s.params.eps, "add_step": add_step}, buffers, CENTRED=centred)
 
 
 @launches
@@ -50,13 +50,13 @@ def softmax(s: Step) -> list[Launch]:
     x = s.need("x")
     if x.shape[-1] == 0:
         return []
-    return rows_launch("softmax_rows", x, {"scale": s.params["scale"]}, {"x": x, "out": s.outputs[0]})
+    return rows_launch("softmax_rows", x, dict(scale=s.params.scale), {"x": x, "out": s.outputs[0]})
 
 
 @launches
 def reduce(s: Step) -> list[Launch]:
     """A row a team. Raises: GraphError for the largest of none."""
     x = s.need("x")
-    if x.shape[-1] == 0 and x.shape[0] and s.params["kind"] > 1:
+    if x.shape[-1] == 0 and x.shape[0] and s.params.kind > 1:
         raise GraphError("reduce: max and min need at least one element")
-    return rows_launch("reduce_rows", x, {}, {"x": x, "out": s.outputs[0]}, REDUCTION=s.params["kind"])
+    return rows_launch("reduce_rows", x, {}, {"x": x, "out": s.outputs[0]}, REDUCTION=s.params.kind)

@@ -38,7 +38,7 @@ class Prepared(Counted):
         results = [self._largest(t, states) for parts in outputs for t in parts]
         key = node.op.name, tuple((n, tuple((v.dtype.id, v.shape) for v in vs)) for n, vs in views.items()), node.params
         if key not in self._scratch:
-            self._scratch[key] = SCRATCH[node.op.name](Step(node.op.name, views, results, params_of(node), None))
+            self._scratch[key] = SCRATCH[node.op.name](Step(node.op.name, views, results, params_of(node.op, dict(node.params)), None))
         return self._scratch[key]
 
     def _largest(self, t: Tensor, states: Mapping[str, tuple[int, ...]] | None) -> View:

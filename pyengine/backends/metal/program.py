@@ -13,11 +13,11 @@ import numpy as np
 from pyengine.backends import base
 from pyengine.backends.cpu import weights
 from pyengine.backends.cpu.fallback import Fallback
+from pyengine.backends.cuda import codebooks
 from pyengine.backends.faults import said
 from pyengine.backends.host import HostState, NUMPY
-from pyengine.backends.metal.device import Bound, Memory, Recording
+from pyengine.backends.metal.device import bind, Bound, Memory, Recording
 from pyengine.backends.metal.launch import Launch, LAUNCHERS, params_of, Step, View
-from pyengine.backends.metal.sources import kernel
 from pyengine.backends.prepared import arguments, Resident
 from pyengine.compiler.arena import ALIGN, aligned
 from pyengine.dtype import I8
@@ -57,6 +57,7 @@ class Program(base.Program):
         self.memories: list[Memory] = [device.allocate(n) for n in (max(prepared.arena_bytes, ALIGN), prepared.weight_bytes,
                                                                     prepared.state_bytes, max(1, len(layout.steps)) * FAULT.itemsize)]
         self._faults = self.memories[FAULTS].array.view(FAULT)
+        self._books = self._codebooks()
         self._base: dict[int, tuple[int, int]] = {}          # id of a constant's or lasting node -> (memory, offset)
         self._files = files_of(r.tensor.node.source for r in prepared.residents.values() if r.form == "mapped")
         for r in prepared.residents.values():
@@ -80,6 +81,15 @@ class Program(base.Program):
             memory.array[:] = view
         self.memories.append(memory)
         return len(self.memories) - 1, 0
+
+    def _codebooks(self) -> tuple[Memory, int, int] | None:
+        """Return the grids that weights of IQ1 to IQ3 are looked up in, if there are such weights."""
+        if not any(r.dtype.name in codebooks.BOOKS for r in self.prepared.residents.values()):
+            return None
+        grids = codebooks.block()
+        memory = self.device.allocate(grids.nbytes)
+        memory.array[:] = grids
+        return memory, 0, grids.nbytes
 
     def _place_lasting(self) -> None:
         """Give states and tables their places."""
@@ -138,23 +148,7 @@ class Program(base.Program):
         scratch = View(ARENA, offset, I8, (nbytes,), (1,), nbytes) if nbytes else None
         views = {name: [self._view(t, dims) for t in parts] for name, parts in zip(node.op.args, inputs)}
         results = [self._view(t, dims) for parts in outputs for t in parts]
-        return LAUNCHERS[node.op.name](Step(node.op.name, views, results, params_of(node), scratch))
-
-    def _bound(self, one: Launch, number: int) -> Bound:
-        """Find the kernel of a launch, pack its arguments, and number its buffers."""
-        library, k = kernel(one.kernel)
-        buffers: dict[int, tuple[Memory, int, int]] = {}
-        for name, view in one.buffers.items():
-            if view is not None:
-                buffers[k.buffer(name).index] = self.memories[view.memory], view.offset, view.nbytes
-        for p in k.parameters:
-            if p.kind == "buffer" and p.name == "fault":
-                buffers[p.index] = self.memories[FAULTS], number * FAULT.itemsize, FAULT.itemsize
-        unknown = set(one.constants) - set(library.constants)
-        if unknown or 0 in one.grid or 0 in one.threads:
-            raise GraphError(f"metal: {one.kernel} is launched with constants {sorted(unknown)} or an empty grid: {one.grid} x {one.threads}")
-        args = library.pack(k.arguments.args, one.args) if k.arguments else b""
-        return Bound(library, k, dict(one.constants), args, buffers, one.grid, one.threads, one.shared_bytes)
+        return LAUNCHERS[node.op.name](Step(node.op.name, views, results, params_of(node.op, dict(node.params)), scratch))
 
     def _parts(self, begin: int, end: int, dims: dict[str, int]) -> list[Part]:
         """Record steps begin .. end - 1, cut at each step without a kernel."""
@@ -175,7 +169,8 @@ class Program(base.Program):
                 parts.append(Part(i, i + 1, None, [i], self._fallbacks[i]))
                 first = i + 1
                 continue
-            found = [self._bound(one, i) for one in self._step(i, dims)]
+            extra = {"fault": (self.memories[FAULTS], i * FAULT.itemsize, FAULT.itemsize), "books": self._books}
+            found = [bind(one, self.memories, extra) for one in self._step(i, dims)]
             bound += found
             steps += [i] * len(found)
         close(end)

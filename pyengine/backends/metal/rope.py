@@ -22,7 +22,7 @@ def rope_table(s: Step) -> list[Launch]:
     if rows == 0 or n == 0:
         return []
     threads = min(256, ceil_div(n, 32) * 32)
-    return [Launch("angles", {"rows": rows, "axes": axes, "n": n, "scale": s.params["scale"]},
+    return [Launch("angles", dict(rows=rows, axes=axes, n=n, scale=s.params.scale),
                    {"positions": positions, "frequencies": frequencies, "axis": s.one("axis"), "out": s.outputs[0]},
                    (ceil_div(n, threads), rows, 1), (threads, 1, 1))]
 
@@ -30,7 +30,7 @@ def rope_table(s: Step) -> list[Launch]:
 @launches
 def temperature(s: Step) -> list[Launch]:
     """One thread a row. Raises: RequestError for a floor below 1."""
-    positions, floor = s.need("positions"), s.params["floor"]
+    positions, floor = s.need("positions"), s.params.floor
     if floor < 1:
         raise RequestError(f"{s.name}: a floor of {floor}")
     if positions.shape[0] < 1:
@@ -38,7 +38,7 @@ def temperature(s: Step) -> list[Launch]:
     if positions.shape[1] == 0:
         return []
     grid, threads = spread(positions.shape[1])
-    return [Launch("sharpness", {"rows": positions.shape[1], "floor": floor, "scale": s.params["scale"]},
+    return [Launch("sharpness", dict(rows=positions.shape[1], floor=floor, scale=s.params.scale),
                    {"positions": positions, "out": s.outputs[0]}, grid, threads)]
 
 
@@ -58,9 +58,9 @@ def rope(s: Step) -> list[Launch]:
     if x.size == 0:
         return []
     grid, threads = spread(heads * (width - pairs))
-    return [Launch("rotate_pairs", {"rows": rows, "heads": heads, "width": width, "pairs": pairs},
+    return [Launch("rotate_pairs", dict(rows=rows, heads=heads, width=width, pairs=pairs),
                    {"x": x, "table": s.need("table"), "out": s.outputs[0]}, (grid[0], rows, 1), threads,
-                   constants={"INTERLEAVED": s.params["interleaved"]})]
+                   constants={"INTERLEAVED": s.params.interleaved})]
 
 
 def _cache(s: Step, name: str, cache: View) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def _append(s: Step, k: View, k_cache: View, v_cache: View | None, q_heads: int,
     together = min(SIMDGROUPS, heads, 32768 // (4 * room))
     if together == 0:
         raise NoKernel(f"{s.name}: heads of {max(width, v_width)} elements do not fit into threadgroup memory")
-    args = {"rows": rows, "q_heads": q_heads, "kv_heads": kv_heads, "width": width, "v_width": v_width, "pairs": pairs, "cells": cells,
-            "room": room, "eps": s.params.get("eps", 0.0)}
+    args = dict(rows=rows, q_heads=q_heads, kv_heads=kv_heads, width=width, v_width=v_width, pairs=pairs, cells=cells, room=room,
+                eps=getattr(s.params, "eps", 0.0))
     args |= {f"{side}_{name}": value for side, own in (("k", ks), ("v", vs)) for name, value in own.items()}
-    constants = {"INTERLEAVED": s.params.get("interleaved", False), "K_FORMAT": k_cache.dtype.id,
+    constants = {"INTERLEAVED": getattr(s.params, "interleaved", False), "K_FORMAT": k_cache.dtype.id,
                  "V_FORMAT": v_cache.dtype.id if v_cache is not None else 0}
     bound = {"k": k, "cells": s.need("cells"), "k_cache": k_cache, "v_cache": v_cache, **buffers}
     return [Launch("append_heads", args, bound, (ceil_div(heads, together), rows, 1), (32 * together, 1, 1), 4 * room * together, constants)]

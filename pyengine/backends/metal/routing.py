@@ -17,9 +17,9 @@ def top_experts(s: Step) -> list[Launch]:
     if rows == 0:
         return []
     together = min(4, rows)
-    return [Launch("pick_experts", {"rows": rows, "n": n, "used": s.params["n_used"], "scale": s.params["scale"]},
+    return [Launch("pick_experts", dict(rows=rows, n=n, used=s.params.n_used, scale=s.params.scale),
                    {"scores": scores, "bias": s.one("bias"), "chosen": chosen, "gates": gates}, (ceil_div(rows, together), 1, 1),
-                   (32 * together, 1, 1), 4 * n * together, {"SIGMOID": s.params["gate"] == 1, "NORMED": s.params["normed"]})]
+                   (32 * together, 1, 1), 4 * n * together, {"SIGMOID": s.params.gate == 1, "NORMED": s.params.normed})]
 
 
 @launches
@@ -29,6 +29,6 @@ def sum_experts(s: Step) -> list[Launch]:
     if out.size == 0:
         return []
     threads = min(256, ceil_div(out.shape[1], 32) * 32)
-    return [Launch("add_experts", {"rows": out.shape[0], "width": out.shape[1], "used": s.params["n_used"]},
+    return [Launch("add_experts", dict(rows=out.shape[0], width=out.shape[1], used=s.params.n_used),
                    {"y": s.need("y"), "gates": s.one("gates"), "residual": s.one("residual"), "out": out},
                    (ceil_div(out.shape[1], threads), out.shape[0], 1), (threads, 1, 1))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -174,6 +174,44 @@ def parsed(name: str, text: str) -> Library:
     structs = structs_of(plain)
     constants = {n: Constant(n, int(i), kind) for kind, n, i in re.findall(r"^\s*PE_CONSTANT\((\w+), (\w+), (\d+)\);", plain, re.M)}
     return Library(name, text, kernels_of(plain, name, structs), constants, structs)
+
+
+def _extent(text: str, kernel: Kernel) -> tuple[int, int, int]:
+    """Return where a kernel begins, where its body does (after the brace), and where it ends."""
+    start = re.search(rf"\bkernel\s+void\s+{kernel.name}\s*\(", text)
+    assert start is not None
+    body = text.index("{", start.end()) + 1
+    depth, end = 1, body
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return start.start(), body, end
+
+
+def specialized(library: Library, own: Kernel, constants: Mapping[str, Any], missing: Sequence[str]) -> str:
+    """Return a library's text with one of its kernels only, function constants as numbers, and null for the buffers that are missing.
+
+    So a compiler needs no values beside the text, and drops what a launch has no use for.
+    """
+    text = without_comments(library.text)
+    for other in library.kernels.values():
+        start, body, end = _extent(text, other)
+        if other.name != own.name:
+            text = text[:start] + text[end:]
+            continue
+        head, nulls = text[start:body], ""
+        for p in (p for p in own.parameters if p.name in missing):
+            found = re.search(rf"(device[^,(]*?[*\s]){p.name}\s*\[\[buffer\({p.index}\)\]\]\s*,?", head)
+            if found is None:
+                raise GraphError(f"metal: '{p.name}' of {own.name} is no buffer that may be missing")
+            head = head[: found.start()] + head[found.end() :]
+            nulls += f"\n  {found[1].strip()}{p.name} = nullptr;"
+        text = text[:start] + re.sub(r",\s*\)", ")", head) + nulls + text[body:]
+    for c in library.constants.values():
+        value = constants.get(c.name, 0)
+        said = str(bool(value)).lower() if c.type == "bool" else f"{float(value)!r}f" if c.type == "float" else str(int(value))
+        text = re.sub(rf"PE_CONSTANT\({c.type}, {c.name}, {c.index}\);", f"constant {c.type} {c.name} = {said};", text)
+    return text
 
 
 @lru_cache(maxsize=1)
