@@ -4,6 +4,13 @@
 
 #include "common.h"
 
+/* Matrices stay in registers where every index is known: loops over them are unrolled. */
+#if defined(__METAL_VERSION__)
+#define PE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define PE_UNROLL
+#endif
+
 /* Rows and columns of the two elements of a float matrix that the lane holds. numbers: 64 floats of shared memory. All threads of the
  * threadgroup, at least 64, take part; afterwards the memory may be used again behind a barrier. */
 static inline void find_places(threadgroup float *numbers, int index, thread int *row, thread int *column) {
