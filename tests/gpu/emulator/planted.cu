@@ -58,8 +58,8 @@ template <bool WRONG> __global__ void blocks_race(const float *x, float *out) {
 
 template <bool WRONG> __global__ void atomic_race(const float *x, float *out) {
   if (threadIdx.x == 0) {
-    atomicAdd(out, x[0]);
-    if (WRONG && blockIdx.x == 2) out[1] = out[0];                                    // <- atomic_race
+    atomicAdd(out, x[0]);                                                             // <- atomic_race: after the read of block 2
+    if (WRONG && blockIdx.x == 2) out[1] = out[0];
   }
 }
 
@@ -174,8 +174,8 @@ template <bool WRONG> __global__ void host_memory(const float *x, float *out, co
 template <bool WRONG> __global__ void bytes_race(const float *x, float *out) {
   auto &sh = pe::shared<int8_t[2 * N]>();
   const int t = threadIdx.x;
-  sh[t] = int8_t(x[t]);
-  if (WRONG && t == 9) sh[10] = 0;                                                    // <- bytes_race: thread 10 writes it too
+  sh[t] = int8_t(x[t]);                                                               // <- bytes_race: thread 10, after thread 9
+  if (WRONG && t == 9) sh[10] = 0;
   __syncthreads();
   if (blockIdx.x == 0) out[t] = sh[t ^ 3];
 }
