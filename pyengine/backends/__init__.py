@@ -13,6 +13,7 @@ from typing import Any
 
 from pyengine.backends.base import Backend
 from pyengine.errors import GraphError, shown
+from pyengine.hardware.facts import Device
 
 
 _SHARED = {"base", "building", "chain", "faults", "graph", "host", "prepared"}       # what backends have in common
@@ -41,3 +42,11 @@ def backend(device: str = "cpu", n_threads: int | None = None, **options: Any) -
     if found is None:
         raise GraphError(f"there is no device {shown(device)}; this installation has {', '.join(names())}")
     return importlib.import_module(f"pyengine.backends.{found[0]}").Backend(n_threads=n_threads, **found[1], **options)
+
+
+def devices(name: str, emulated: bool = False) -> list[Device]:
+    """Return the devices of one of CARDS as a machine lists them. Raises: PyEngineError where they cannot be used, saying why."""
+    module = importlib.import_module(f"pyengine.backends.{name}")
+    if not hasattr(module, "devices"):
+        raise GraphError(f"{name}: does not say which devices there are")
+    return module.devices(emulated)

@@ -11,6 +11,7 @@ from pyengine.backends.cuda.library import Library, library
 from pyengine.backends.cuda.prepared import Prepared
 from pyengine.compiler.arena import Turns
 from pyengine.errors import GraphError
+from pyengine.hardware.facts import Device
 
 _KERNELS: dict[str, frozenset[str]] = {}                     # by the path of a library
 
@@ -22,12 +23,22 @@ def kernels_of(own: Library) -> frozenset[str]:
     return _KERNELS[str(own.path)]
 
 
+def devices(emulated: bool) -> list[Device]:
+    """Return the cards, or the emulated ones, as a machine lists them. Raises: PyEngineError where there is no library or no driver."""
+    own = library(emulated)
+    found = [own.facts(i) for i in range(own.count())]
+    return [Device("cuda-emulated" if emulated else "cuda", f.name, i, f.total, f.free, compute=f"{f.capability // 10}.{f.capability % 10}")
+            for i, f in enumerate(found)]
+
+
 class Backend(base.Backend):
     """See the module's docstring. index: the number of the card; emulated: in place of cards."""
 
     name: ClassVar[str] = "cuda"
 
-    def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False):
+    def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
+        if in_place:
+            raise GraphError("mmap: weights are read where the file is mapped by the CPU only")
         self.n_threads, self.index = n_threads or hardware.default_threads(), index       # of the host, which packs weights
         self.own = library(emulated)
         self.kernels = kernels_of(self.own)

@@ -23,11 +23,17 @@ class Prepared(Counted):
     """See `base.Prepared`. own: the backend."""
 
     def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, own: Any):
-        self.own, self.turns = own, turns
+        self.own, self.turns, self.n_threads, self.isa = own, turns, own.n_threads, own.name
         self._scratch: dict[Any, int] = {}                   # answers of `scratch_bytes`: most layers ask the same
         super().__init__(declared, turns, passes, own.kernels)
         self.codebooks = aligned(BYTES) if any(r.dtype.name in BOOKS for r in self.residents.values()) else 0
         self.weight_bytes += self.codebooks                  # behind the weights
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host: inputs, outputs and tables, which are copied to and from the device; tables twice, to see what changed."""
+        inputs = [n.outputs[0] for n in self.layout.leaves if n.kind == "input"]
+        return sum(aligned(t.nbytes_max) for t in [*inputs, *self.layout.outputs, *self.tables, *self.tables])
 
     def _residents(self, nodes: Sequence[Node]) -> dict[int, Resident]:
         """Decide each constant's form; what the CPU would read where its file is mapped is copied as it is."""
