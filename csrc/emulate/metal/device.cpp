@@ -30,6 +30,8 @@ bool run(const pe_metal_launch &l, const pe_metal_entry &e) {
   launch.body = [&] { e.thread(buffers); };
   launch.arguments = buffers;
   launch.argument_bytes = sizeof buffers;
+  for (int i = 0; i < PE_METAL_BUFFERS; i++)
+    if (buffers[i]) launch.ranges.push_back({buffers[i], static_cast<size_t>(l.bytes[i])});
   return emu::launch(launch);
 }
 
