@@ -33,7 +33,7 @@ from . import jobs, models, synthetic
 from .speeds import measure, Speeds
 
 PARTS = ("speeds", "ops", "kernels", "agree", "model", "torch")
-BUDGET = 400.0                                               # seconds after which no further kernel is timed
+BUDGET = 220.0                                               # seconds after which no further kernel is timed
 
 
 @dataclass

@@ -113,7 +113,7 @@ def _steps(model: Model, s: Conversation, n: int) -> dict[str, float]:
 def speeds(path: Path, device: str, prompt: int = 512, generate: int = 128, depth: int = 32768, kv: str = "f16") -> dict[str, Any]:
     """Time a model: a prompt, tokens after it, several conversations at once, and tokens at the end of a long context."""
     start = time.perf_counter()
-    model = Model(path, device, depth + generate, prompt, kv)
+    model = Model(path, device, depth + generate, prompt, kv, n_seq=1)
     loaded = time.perf_counter() - start
     ids = np.random.default_rng(2).integers(0, 1000, depth).tolist()
     reads = []

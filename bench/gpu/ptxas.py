@@ -40,10 +40,15 @@ def included(path: Path, seen: set[Path] | None = None) -> set[Path]:
     return seen
 
 
-def content(paths: Iterable[Path]) -> str:
-    """Return a hash of files' names and texts."""
-    texts = "".join(f"{p.relative_to(ROOT)}\0{p.read_text(encoding='utf-8')}\0" for p in sorted(paths))
-    return hashlib.sha256(texts.encode()).hexdigest()[:16]
+def content(paths: Iterable[Path], code_only: bool = False) -> str:
+    """Return a hash of files' names and texts; code_only: without comments, empty lines and the ends of lines."""
+    texts = []
+    for p in sorted(paths):
+        text = p.read_text(encoding="utf-8")
+        if code_only:
+            text = re.sub(r"\s+\n", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
+        texts.append(f"{p.relative_to(ROOT)}\0{text}\0")
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def sources() -> list[Path]:
