@@ -30,11 +30,19 @@ namespace emu {
 
 namespace {
 
-struct Record {                           /* an access of the past */
+struct Record {                           /* an access of the past; fields are packed by hand, compilers store bit fields one by one */
+  static constexpr uint32_t ATOMIC = 1u << 31, UNDER_WAY = 1u << 30, EPOCH = UNDER_WAY - 1;
   const void *site;
   uint32_t serial;                        /* of the block; 0: never */
-  uint32_t epoch : 30, atomic : 1, under_way : 1; /* barriers of the block before it; under way: a copy_later that has not landed */
-  uint32_t thread : 10, time : 22;        /* time: __syncwarps of the thread in this epoch before it, plus 1 */
+  uint32_t epoch_and_kind;                /* barriers of the block before it; UNDER_WAY: a copy_later that has not landed */
+  uint32_t thread_and_time;               /* 10 bits, 22 bits; time: __syncwarps of the thread in this epoch before it, plus 1 */
+
+  bool atomic() const { return epoch_and_kind & ATOMIC; }
+  bool under_way() const { return epoch_and_kind & UNDER_WAY; }
+  bool same_epoch(uint32_t epoch) const { return ((epoch_and_kind ^ epoch) & EPOCH) == 0; }
+  int thread() const { return int(thread_and_time & 1023); }
+  int warp() const { return thread() / WARP; }
+  uint32_t time() const { return thread_and_time >> 10; }
 };
 
 struct Cell {                             /* the past of 4 bytes, or of one */
@@ -88,8 +96,8 @@ Cell *split(Cell &cell) {
   return h.splits[(cell.split - 1) / N][(cell.split - 1) % N].bytes;
 }
 
-/* Do something with each cell of these bytes. Space is what messages call the memory. */
-template <class Do> void each_cell(bool shared, uintptr_t at, size_t bytes, Do &&act) {
+/* Do something with each cell of these bytes. */
+template <class Do> inline void each_cell(bool shared, uintptr_t at, size_t bytes, Do &&act) {
   for (const uintptr_t end = at + bytes; at < end;) {
     const uintptr_t word = at & ~uintptr_t(3);
     Cell &cell = shared ? history.shared[word / 4] : cells_of_page(word / PAGE)[word % PAGE / 4];
@@ -117,20 +125,14 @@ bool ordered(const Record &r, const Lane &lane, bool shared) {
     const uint32_t n = r.serial - history.first_serial;
     return n < history.seen.size() && history.seen[n];
   }
-  if (r.under_way) return false;
-  if (int(r.thread) == lane.index || r.epoch != (b.epoch & 0x3fffffff)) return true;
-  return int(r.thread) / WARP == lane.index / WARP && time_of(lane, int(r.thread) % WARP) >= r.time;
+  if (r.under_way()) return false;
+  if (r.thread() == lane.index || !r.same_epoch(b.epoch)) return true;
+  return r.warp() == lane.index / WARP && time_of(lane, r.thread() % WARP) >= r.time();
 }
 
-Record record(const Lane &lane, Access access, const void *site) {
-  Record r = {};
-  r.site = site;
-  r.serial = lane.block->serial;
-  r.epoch = lane.block->epoch;
-  r.atomic = access == Access::atomic;
-  r.thread = uint32_t(lane.index);
-  r.time = time_of(lane, lane.lane);
-  return r;
+Record record(const Lane &lane, Access access, const void *site, uint32_t kind = 0) {
+  if (access == Access::atomic) kind |= Record::ATOMIC;
+  return {site, lane.block->serial, (lane.block->epoch & Record::EPOCH) | kind, uint32_t(lane.index) | time_of(lane, lane.lane) << 10};
 }
 
 /* -- messages --------------------------------------------------------------------------------------------------------------------- */
@@ -139,8 +141,9 @@ const char *verb(Access access) { return access == Access::read ? "reads" : acce
 
 std::string thread_text(const Lane &lane, const Record &r) {
   const Index3 size = lane.block->launch->block, grid = lane.block->launch->grid;
+  const uint32_t t = uint32_t(r.thread());
   char text[120];
-  int n = std::snprintf(text, sizeof text, "thread (%u,%u,%u)", r.thread % size.x, r.thread / size.x % size.y, r.thread / size.x / size.y);
+  const int n = std::snprintf(text, sizeof text, "thread (%u,%u,%u)", t % size.x, t / size.x % size.y, t / size.x / size.y);
   if (r.serial != lane.block->serial) {
     const uint32_t b = r.serial - history.first_serial;
     std::snprintf(text + n, sizeof text - n, " of block (%u,%u,%u)", b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
@@ -155,8 +158,8 @@ std::string place(bool shared, uintptr_t at) {
 }
 
 void report_race(const Lane &lane, bool shared, uintptr_t at, Access access, const Record &r, bool wrote, const void *site) {
-  const std::string how = r.under_way ? "an asynchronous copy to it by " : wrote ? (r.atomic ? "an atomic access by " : "the write by ") : "the read by ";
-  const char *why = r.under_way ? " that is still under way" : r.serial != lane.block->serial ? ", which nothing orders" : ", with no barrier between";
+  const std::string how = r.under_way() ? "an asynchronous copy to it by " : wrote ? (r.atomic() ? "an atomic access by " : "the write by ") : "the read by ";
+  const char *why = r.under_way() ? " that is still under way" : r.serial != lane.block->serial ? ", which nothing orders" : ", with no barrier between";
   fault(site, "a race: it %s %s after %s%s at %s%s", verb(access), place(shared, at).c_str(), how.c_str(), thread_text(lane, r).c_str(),
         describe_code(r.site).c_str(), why);
 }
@@ -165,24 +168,20 @@ void report_race(const Lane &lane, bool shared, uintptr_t at, Access access, con
 
 void remember_read(Cell &cell, const Record &r) {
   Record &last = cell.reads[0], &other = cell.reads[1];
-  if (last.serial == r.serial && last.thread / WARP == r.thread / WARP) {
-    const bool useful = other.serial == r.serial && other.epoch == r.epoch && other.thread / WARP != r.thread / WARP;
-    if (last.thread != r.thread && !useful) other = last;
-  } else {
-    other = last;
-  }
+  const bool same_warp = last.serial == r.serial && last.warp() == r.warp();
+  const bool useful = other.serial == r.serial && other.same_epoch(r.epoch_and_kind) && other.warp() != r.warp();
+  if (!same_warp || (last.thread() != r.thread() && !useful)) other = last;
   last = r;
 }
 
 /* Check an access against the past of its bytes, and add it. */
-void follow(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access access, const void *site, Region *region, bool under_way = false) {
-  Record now = record(lane, access, site);
-  now.under_way = under_way;
-  if (access != Access::write && region && region->written)
-    for (uintptr_t b = at; b < at + bytes; b++)
-      if (!region->was_written(b)) fault(site, "%s %zu bytes of %s that nobody wrote", verb(access), bytes, place(false, at).c_str());
+void follow(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access access, const void *site, Region *region,
+            bool under_way = false) {
+  const Record now = record(lane, access, site, under_way ? Record::UNDER_WAY : 0);
+  if (access != Access::write && region && region->written && !region->was_written(at, bytes))
+    fault(site, "%s %zu bytes of %s that nobody wrote", verb(access), bytes, place(false, at).c_str());
   each_cell(shared, at, bytes, [&](Cell &cell, uintptr_t where) {
-    if (!(cell.write.atomic && access == Access::atomic) && !ordered(cell.write, lane, shared))
+    if (!(cell.write.atomic() && access == Access::atomic) && !ordered(cell.write, lane, shared))
       report_race(lane, shared, where, access, cell.write, true, site);
     if (access != Access::read)
       for (const Record &r : cell.reads)

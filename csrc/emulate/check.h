@@ -2,6 +2,8 @@
 #ifndef PE_EMULATE_CHECK_H
 #define PE_EMULATE_CHECK_H
 
+#include <cstring>
+
 #include "engine.h"
 
 namespace emu {
@@ -60,9 +62,16 @@ struct Region {
   uint8_t *written;                       /* a bit for each byte; null: taken as written */
   std::string what;
 
-  bool was_written(uintptr_t at) const { return written[(at - begin) / 8] >> (at - begin) % 8 & 1; }
+  bool was_written(uintptr_t at, size_t bytes) const { /* 1 to 16, aligned */
+    const uintptr_t i = at - begin;
+    if (bytes == 16) return written[i / 8] == 0xff && written[i / 8 + 1] == 0xff;
+    return (~written[i / 8] >> i % 8 & ((1u << bytes) - 1)) == 0;
+  }
   void wrote(uintptr_t at, size_t bytes) {
-    for (uintptr_t i = at - begin; bytes--; i++) written[i / 8] |= uint8_t(1 << i % 8);
+    uintptr_t i = at - begin;
+    for (; bytes && (i % 8 || bytes < 8); i++, bytes--) written[i / 8] |= uint8_t(1 << i % 8);
+    std::memset(written + i / 8, 0xff, bytes / 8);
+    for (i += bytes / 8 * 8, bytes %= 8; bytes; i++, bytes--) written[i / 8] |= uint8_t(1 << i % 8);
   }
 };
 

@@ -25,7 +25,7 @@ Counts *counting = nullptr;                 /* of the launch that runs */
 
 struct Request {
   uint32_t lanes = 0;
-  uintptr_t at[WARP];
+  uint32_t at[WARP];                        /* in 4 bytes, from the sector where the allocation begins, or shared memory */
 };
 
 /* The requests of one line by one warp that wait for more lanes. */
@@ -41,6 +41,7 @@ struct Line {
 
 struct Requests {                           /* of one warp */
   std::unordered_map<uint64_t, Line> lines;
+  struct { uint64_t key; Line *line; } recent[64] = {};
   std::vector<Line *> waiting;              /* lines with open requests */
   uint32_t meeting = 1;
 };
@@ -48,10 +49,10 @@ Requests *requests[MAX_THREADS / WARP];
 
 /* Passes over the banks that some lanes need, each `words` words. */
 int passes(const Request &r, int first, int n_lanes, int words) {
-  uintptr_t wanted[WARP * 4];
+  uint32_t wanted[WARP * 4];
   int n = 0, worst = 0;
   for (int i = first; i < first + n_lanes; i++)
-    for (int w = 0; r.lanes >> i & 1 && w < words; w++) wanted[n++] = r.at[i] / 4 + w;
+    for (int w = 0; r.lanes >> i & 1 && w < words; w++) wanted[n++] = r.at[i] + uint32_t(w);
   std::sort(wanted, wanted + n);
   n = int(std::unique(wanted, wanted + n) - wanted);
   int by_bank[32] = {};
@@ -71,10 +72,10 @@ void close(const Line &line, const Request &r) {
       add.conflicts += n ? n - 1 : 0;
     }
   } else {
-    uintptr_t sectors[WARP];
+    uint32_t sectors[WARP];
     int n = 0;
     for (int i = 0; i < WARP; i++)
-      if (r.lanes >> i & 1) sectors[n++] = r.at[i] / 32;
+      if (r.lanes >> i & 1) sectors[n++] = r.at[i] / 8;
     std::sort(sectors, sectors + n);
     add.sectors = std::unique(sectors, sectors + n) - sectors;
   }
@@ -90,11 +91,14 @@ void close(const Line &line, const Request &r) {
 
 /* A line that reads several allocations (by a pointer that a table holds) is one for each. */
 Line &line_of(Requests &all, const void *site, bool shared, Access access, uintptr_t allocation) {
-  Line &line = all.lines[(uintptr_t(site) << 1 | shared) ^ (allocation >> 8) * 0x9e3779b97f4a7c15u];
-  line.shared = shared;
-  line.access = access;
-  line.allocation = allocation;
-  return line;
+  const uint64_t key = (uintptr_t(site) << 1 | shared) ^ (allocation >> 8) * 0x9e3779b97f4a7c15u;
+  auto &recent = all.recent[(key ^ key >> 7) % 64];
+  if (recent.key == key) return *recent.line;
+  recent = {key, &all.lines[key]};
+  recent.line->shared = shared;
+  recent.line->access = access;
+  recent.line->allocation = allocation;
+  return *recent.line;
 }
 
 void close_all(Requests &all) {
@@ -122,7 +126,7 @@ void count_access(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Acc
   if (line.open.empty()) all->waiting.push_back(&line);
   while (line.open.size() <= number) line.open.emplace_back();
   Request &r = line.open[number];
-  r.at[lane.lane] = at;
+  r.at[lane.lane] = uint32_t((at - (line.allocation & ~uintptr_t(31))) / 4);
   r.lanes |= 1u << lane.lane;
 }
 
@@ -133,6 +137,7 @@ void count_launch(const Launch &launch) {
     if (all) {
       all->waiting.clear(); /* of a launch that failed */
       all->lines.clear();
+      for (auto &recent : all->recent) recent = {};
     }
 }
 
