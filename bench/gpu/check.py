@@ -92,7 +92,8 @@ class Check:
 
 def brief(record: dict[str, Any]) -> str:
     """Return the numbers of a record on one line."""
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if isinstance(v, (int, float, bool)))
+    shown = {k: v for k, v in record.items() if isinstance(v, (int, float)) or (k == "fallbacks" and v)}
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------------------
@@ -135,7 +136,8 @@ def check_models(c: Check) -> None:
 
     def do(pair: tuple[str, str]) -> dict[str, Any]:
         record = models.agree(pair[0], c.device, c.folder, pair[1], 24 if c.tiny else 100)
-        print(f"{record['name']:40} differs by {record['difference']:.2e} of the range, limit {record['limit']:.0e}", flush=True)
+        print(f"{record['name']:40} differs by {record['difference']:.2e} of the range; error {record['error']:.2e}, the CPU's {record['error_of_cpu']:.2e}",
+              flush=True)
         return {**record, "right": models.right(record)}
 
     c.found["agree"] = c.each("agree", pairs, do, " ".join)

@@ -23,10 +23,11 @@ from pyengine.programs.step import Step, Work
 from . import synthetic
 from ..stats import summary
 
-# Largest difference of logits from the CPU's, as a share of their range. Of F32 and BF16 the order of sums differs, of blocks also what
-# activations are rounded to.
-LIMITS = {"F32": 1e-5}
-LIMIT = 1e-3
+# Largest difference of logits from the CPU's, as a share of their range: the order of sums differs, and of BF16 rows are rounded to bf16.
+LIMITS = {"F32": 1e-5, "BF16": 8e-3}
+# Where rows are rounded to 8 bits before a product with blocks, the last bit of a sum decides here and there what they are rounded to, and
+# two runs soon differ by as much as rounding costs. So what is held to the CPU's is that cost: the error beside float32 weights.
+COST = 1.25
 
 
 class Model:
@@ -63,22 +64,25 @@ def cut(ids: Sequence[int], *sizes: int) -> list[Sequence[int]]:
 
 def agree(name: str, device: str, folder: Path, kv: str = "f16", n: int = 100) -> dict[str, Any]:
     """Compare a small model with the CPU backend: a prompt, then tokens one by one. Cuts of a prompt must give the same bits."""
-    small = synthetic.SMALL[name]
-    path, batch = synthetic.write(folder / f"{name.replace(' ', '-')}.gguf", small), 64
+    small, stem, batch = synthetic.SMALL[name], name.replace(" ", "-"), 64
+    path, exact = (synthetic.write(folder / f"{stem}{end}.gguf", small, exact=bool(end)) for end in ("", "-exact"))
     ids = np.random.default_rng(1).integers(0, small.vocab_size, n).tolist()
     parts = [*cut(ids[: n - 8], batch), *cut(ids[n - 8 :], 1)]
-    want = Model(path, "cpu", 256, batch, kv, batch).logits(parts)
+    true, want = (Model(p, "cpu", 256, batch, kv, batch).logits(parts).astype(np.float64) for p in (exact, path))
     ours = Model(path, device, 256, batch, kv, batch)
     got = ours.logits(parts)
     again = ours.logits([*cut(ids[: n - 8], 24), *cut(ids[n - 8 :], 1)])
-    worst = float(np.abs(got - want).max() / (want.max() - want.min()))
-    return {"name": f"{name}, cache {kv}", "difference": worst, "limit": LIMITS.get(small.formats, LIMIT), "same_when_cut": bool((got == again).all()),
-            "finite": bool(np.isfinite(got).all()), "fallbacks": ours.program.prepared.fallbacks}
+    span = float(want.max() - want.min())
+    errors = [float(np.sqrt(np.mean(np.square(a - true)))) / span for a in (got, want)]
+    return {"name": f"{name}, cache {kv}", "difference": float(np.abs(got - want).max()) / span, "limit": LIMITS.get(small.formats),
+            "error": errors[0], "error_of_cpu": errors[1], "same_when_cut": bool((got == again).all()), "finite": bool(np.isfinite(got).all()),
+            "fallbacks": ours.program.prepared.fallbacks}
 
 
 def right(record: dict[str, Any]) -> bool:
     """Say whether a comparison went well."""
-    return record["difference"] <= record["limit"] and record["same_when_cut"] and record["finite"] and not record["fallbacks"]
+    near = record["difference"] <= record["limit"] if record["limit"] else record["error"] <= COST * record["error_of_cpu"]
+    return near and record["same_when_cut"] and record["finite"] and not record["fallbacks"]
 
 
 def _generate(model: Model, s: Conversation, n: int) -> list[float]:

@@ -138,25 +138,26 @@ def blocks(d: DType, k: int, rows: int, rng: np.random.Generator) -> np.ndarray:
     return raw
 
 
-def _weights(out: BinaryIO, shape: tuple[int, ...], d: DType, rng: np.random.Generator) -> None:
-    """Write a matrix of random weights, or a vector of numbers around 1."""
+def _weights(out: BinaryIO, shape: tuple[int, ...], d: DType, rng: np.random.Generator, exact: bool) -> None:
+    """Write a matrix of random weights, or a vector of numbers around 1; exact: as float32, of the values that the format gives."""
     if len(shape) == 1:
         out.write((1 + 0.2 * rng.standard_normal(shape)).astype("<f4").tobytes())
         return
     rows, k = int(np.prod(shape[:-1])), shape[-1]
     tile = blocks(d, k, min(rows, max(16, TILE // d.size(k))), rng)
     for done in range(0, rows, len(tile)):
-        out.write(tile[: rows - done].tobytes())
+        part = tile[: rows - done]
+        out.write((dequantize(part, d) if exact else part).tobytes())
 
 
-def write(path: Path, model: Decoder, seed: int = 0) -> Path:
-    """Write a model's file and return its path. Layout: GGUF version 3 (ggml/docs/gguf.md)."""
+def write(path: Path, model: Decoder, seed: int = 0, exact: bool = False) -> Path:
+    """Write a model's file and return its path. exact: the same weights in float32. Layout: GGUF version 3 (ggml/docs/gguf.md)."""
     keys, tensors, rng = model.metadata(), list(model.tensors()), np.random.default_rng(seed)
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     head += b"".join(_text(name) + _value(value) for name, value in keys.items())
     offset, infos = 0, []
     for name, shape, kind in tensors:
-        d = dtype(kind)
+        d = dtype("F32" if exact else kind)
         infos.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], d.id, offset))
         offset += -(-d.size(int(np.prod(shape))) // ALIGN) * ALIGN
     head += b"".join(infos)
@@ -165,6 +166,6 @@ def write(path: Path, model: Decoder, seed: int = 0) -> Path:
         out.write(head)
         for _, shape, kind in tensors:
             out.write(bytes(-out.tell() % ALIGN))
-            _weights(out, shape, dtype(kind), rng)
+            _weights(out, shape, dtype(kind), rng, exact)
         out.write(bytes(-out.tell() % ALIGN))
     return path
