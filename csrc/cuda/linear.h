@@ -23,6 +23,7 @@
 namespace pe {
 
 constexpr int SLICES = 16, TILE_ROWS = 8, CODES_BYTES = 256;
+constexpr int NO_ROW = -1, NO_TILE = -2; /* in an order: nothing, in a tile that is in use and in one that is not */
 
 /* Steps of 32 of k in a slice, a whole number of blocks of 256. */
 inline int linear_slice(int64_t k) { return static_cast<int>((k + 256 * SLICES - 1) / (256 * SLICES)) * 8; }
@@ -56,7 +57,7 @@ struct Product {
   int64_t x_stride;        /* float rows: bytes from one to the next */
   int record;              /* bytes of a record */
   const float *x_unit;     /* what a prepared row's numbers are worth, or null: 1 */
-  const int32_t *order;    /* of each prepared row: the row of the result, -1 for none; null: the same */
+  const int32_t *order;    /* of each prepared row: the row of the result; null: the same */
   const Unit *units;       /* null: unit y is tiles y u .. y u + u - 1 */
   const int32_t *n_units;
   const int32_t *chosen;   /* null, or the expert of unit y, which is one row: the first of tile y, or of tile 0 if shared */
@@ -152,7 +153,8 @@ struct Places {
 Places places_of(const pe_tensor *const *w, int32_t n_w, int64_t rows, int64_t k); /* offsets, -1: not asked for */
 Matrix matrix_of(const pe_tensor *w, const float *bias, const pe_tensor *out);
 
-/* x [.., k] to prepared rows. order: of each prepared row, `each` times the row of x it is (negative: zeros); null: the same. spread:
+/* x [.., k] to prepared rows. order: of each prepared row, `each` times the row of x
+ * it is (NO_ROW: zeros); null: the same. spread:
  * a tile for each row. */
 struct Preparation {
   const float *x, *norm;

@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(THREADS) prepare_rows(const Preparation p) {
   auto &sh = shared<RowShared>();
   const int slot = blockIdx.x, tile = p.spread ? slot : slot / TILE_ROWS, in_tile = p.spread ? 0 : slot % TILE_ROWS;
   const int source = p.order ? p.order[slot] : slot;
+  if (source == NO_TILE) return;
   const bool there = source >= 0 && (p.order || source < p.m);
   const float *row = p.x + (there ? source / p.each : 0) * p.x_stride;
   const float inverse = p.norm && there ? inverse_rms(row, p.k, p.eps, sh) : 1.0f;
