@@ -19,11 +19,12 @@ class Traffic(ctypes.Structure):
 
 
 class Counts(ctypes.Structure):
-    """Counts of one kernel since the last reset. threads, shared_bytes: of a block, the largest."""
+    """Counts of one kernel since the last reset. threads, shared_bytes: of a block, the largest; different_loads, different_stores: the
+    sectors that each launch touched at least once, what memory must give if a cache holds all of them."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in ("launches", "blocks", "barriers", "collectives", "mma", "dp4a", "atomics")),
                 *((name, Traffic) for name in ("loads", "stores", "shared_loads", "shared_stores")),
-                *((name, ctypes.c_int64) for name in ("threads", "shared_bytes"))]
+                *((name, ctypes.c_int64) for name in ("threads", "shared_bytes", "different_loads", "different_stores"))]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""

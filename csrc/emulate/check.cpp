@@ -51,18 +51,24 @@ struct Cell {                             /* the past of 4 bytes, or of one */
 };
 struct Split { Cell bytes[3]; };
 
-constexpr int PAGE = 4096, CELLS = PAGE / 4;
+constexpr int PAGE = 4096, CELLS = PAGE / 4, SECTORS = PAGE / 32;
+
+/* What a launch did with a page of global memory: its cells, and a bit for each sector that it read, that it wrote. */
+struct Page {
+  Cell *cells;
+  uint64_t read[SECTORS / 64], written[SECTORS / 64];
+};
 
 /* The cells of one launch. They are used again by the next one: old records are known by their serials. */
 struct History {
-  std::unordered_map<uintptr_t, Cell *> pages;
+  std::unordered_map<uintptr_t, Page> pages;
   std::vector<std::unique_ptr<Cell[]>> blocks;
   size_t blocks_used = 0;
   std::vector<std::unique_ptr<Split[]>> splits;
   size_t splits_used = 0;
   std::unique_ptr<Cell[]> shared{new Cell[(256 << 10) / 4]()};
   uintptr_t last_page = 0;
-  Cell *last_cells = nullptr;
+  Page *last = nullptr;
   uint32_t first_serial = FIRST_SERIAL;   /* of the launch */
   std::map<uintptr_t, std::vector<bool>> released; /* by atomic: the blocks that are ordered before who uses it next */
   std::vector<bool> seen;                 /* blocks that are ordered before the one that runs */
@@ -71,16 +77,18 @@ History history;
 
 /* -- cells ---------------------------------------------------------------------------------------------------------------------- */
 
-Cell *cells_of_page(uintptr_t page) {
+Page &page_of(uintptr_t at) {
   History &h = history;
-  if (page == h.last_page) return h.last_cells;
-  Cell *&cells = h.pages[page];
-  if (!cells) {
+  const uintptr_t number = at / PAGE;
+  if (number == h.last_page) return *h.last;
+  Page &page = h.pages[number];
+  if (!page.cells) {
     if (h.blocks_used == h.blocks.size()) h.blocks.emplace_back(new Cell[CELLS]());
-    cells = h.blocks[h.blocks_used++].get();
+    page.cells = h.blocks[h.blocks_used++].get();
   }
-  h.last_page = page;
-  return h.last_cells = cells;
+  h.last_page = number;
+  h.last = &page;
+  return page;
 }
 
 Cell *split(Cell &cell) {
@@ -100,7 +108,7 @@ Cell *split(Cell &cell) {
 template <class Do> inline void each_cell(bool shared, uintptr_t at, size_t bytes, Do &&act) {
   for (const uintptr_t end = at + bytes; at < end;) {
     const uintptr_t word = at & ~uintptr_t(3);
-    Cell &cell = shared ? history.shared[word / 4] : cells_of_page(word / PAGE)[word % PAGE / 4];
+    Cell &cell = shared ? history.shared[word / 4] : page_of(word).cells[word % PAGE / 4];
     if (word == at && end - at >= 4 && !(cell.split && cell.split_launch == history.first_serial)) {
       act(cell, at);
       at += 4;
@@ -260,7 +268,12 @@ void access_memory(const Lane &lane, uintptr_t at, size_t bytes, Access access, 
   }
   if (at & (bytes - 1)) fault(site, "misaligned: %s %zu bytes at %s", verb(access), bytes, place(shared, shared ? in_shared : at).c_str());
   count_access(lane, shared, shared ? in_shared : at, bytes, access, site, region);
-  if (access == Access::atomic && !shared) order_blocks(lane, at);
+  if (!shared) {
+    Page &page = page_of(at);
+    const size_t sector = at % PAGE / 32;
+    (access == Access::read ? page.read : page.written)[sector / 64] |= uint64_t(1) << sector % 64;
+    if (access == Access::atomic) order_blocks(lane, at);
+  }
   follow(lane, shared, shared ? in_shared : at, bytes, access, site, region);
 }
 
@@ -304,6 +317,17 @@ void begin_launch(const Launch &launch, uint32_t first_serial) {
   h.first_serial = first_serial;
   choose_regions(launch);
   count_launch(launch);
+}
+
+void end_launch(const uint64_t (&events)[int(Event::n_events)]) {
+  int64_t read = 0, written = 0;
+  for (const auto &[number, page] : history.pages)
+    for (int i = 0; i < SECTORS / 64; i++) {
+      read += __builtin_popcountll(page.read[i]);
+      written += __builtin_popcountll(page.written[i]);
+    }
+  count_different(read, written);
+  count_events(events);
 }
 
 void begin_block(Block &block) {

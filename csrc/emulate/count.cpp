@@ -132,7 +132,10 @@ void count_access(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Acc
 
 void count_launch(const Launch &launch) {
   counting = &counts[launch.kernel];
-  counting->sum.launches++;
+  pe_emulated_counts &sum = counting->sum;
+  sum.launches++;
+  sum.threads = std::max<int64_t>(sum.threads, int64_t(launch.block.x) * launch.block.y * launch.block.z);
+  sum.shared_bytes = std::max<int64_t>(sum.shared_bytes, int64_t(launch.shared_bytes));
   for (Requests *all : requests)
     if (all) {
       all->waiting.clear(); /* of a launch that failed */
@@ -141,7 +144,12 @@ void count_launch(const Launch &launch) {
     }
 }
 
-void end_launch(const uint64_t (&events)[int(Event::n_events)]) {
+void count_different(int64_t loads, int64_t stores) {
+  counting->sum.different_loads += loads;
+  counting->sum.different_stores += stores;
+}
+
+void count_events(const uint64_t (&events)[int(Event::n_events)]) {
   pe_emulated_counts &sum = counting->sum;
   sum.barriers += int64_t(events[int(Event::barrier)]);
   sum.collectives += int64_t(events[int(Event::collective)]);

@@ -24,6 +24,8 @@ typedef struct pe_emulated_traffic {
 typedef struct pe_emulated_counts {
   int64_t launches, blocks, barriers, collectives, mma, dp4a, atomics; /* barriers by block, collectives by warp, dp4a by thread */
   pe_emulated_traffic loads, stores, shared_loads, shared_stores;
+  int64_t threads, shared_bytes;             /* of a block, the largest */
+  int64_t different_loads, different_stores; /* sectors that a launch touched at least once, over all launches */
 } pe_emulated_counts;
 
 /* Forget all counts. */
@@ -44,6 +46,8 @@ namespace emu {
 struct Region;
 
 void count_launch(const Launch &launch);
+void count_events(const uint64_t (&events)[int(Event::n_events)]);
+void count_different(int64_t loads, int64_t stores);
 void count_access(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access access, const void *site, const Region *region);
 /* All lanes of the block, these lanes of the warp, have met: what they do next are new requests. */
 void count_together(Block &block);

@@ -235,6 +235,7 @@ def test_requests_are_counted(checked: ctypes.CDLL) -> None:
     counts = requests_of(checked, 1)
     assert list(counts) == ["requests"]
     k = counts["requests"]
+    assert (k.threads, k.shared_bytes, k.different_loads, k.different_stores) == (32, 32 * (33 + 32) * 4, 16 + 32 - 4 + 1, 4)
     assert (k.launches, k.blocks, k.barriers, k.collectives, k.mma) == (1, 1, 0, 1, 0)
     assert (k.loads.requests, k.loads.bytes, k.loads.sectors) == (4, 32 * (4 + 16 + 4 + 4), 4 + 16 + 32 + 1)
     assert (k.stores.requests, k.stores.bytes, k.stores.sectors) == (1, 128, 4) and k.sectors == 57
