@@ -1,6 +1,7 @@
-"""Libraries that are compiled on this machine: objects are kept until a file that they were made from changes.
+"""Libraries that are compiled on this machine: an object is kept for each state of the files that it was made from.
 
-Several processes may ask for the same library at once; one compiles it, the others wait.
+Several processes may ask for the same library at once; one compiles it, the others wait. $PYENGINE_OBJECTS names a folder of objects
+that several checkouts share.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ CSRC = ROOT / "csrc"
 
 
 class Job(NamedTuple):
-    """A file to compile, by a command that ends with what `-o OBJECT -c SOURCE -MMD -MF LIST` would add."""
+    """A file to compile, by a command to which `-o OBJECT -c SOURCE -MMD -MF LIST` is added."""
 
     source: Path
     command: tuple[str, ...]
@@ -36,35 +37,53 @@ def library(name: str, jobs: Sequence[Job], link: Sequence[str], folder: Path) -
     Raises: GraphError with the compiler's words.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    kept = Path(os.environ.get("PYENGINE_OBJECTS") or folder / "objects")
+    kept.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(lambda job: _object(job, folder / name), jobs))
-        mark = _hash(*link, *(o.read_text(encoding="utf-8") for _, o in objects))
-        made = folder / f"{name}-{mark}.so"
+            objects = list(pool.map(lambda job: _object(job, kept), jobs))
+        made = folder / f"{name}-{_hash(*link, *(o.name for o in objects))}.so"
         if not made.exists():
             new = made.with_suffix(f".{os.getpid()}")
-            _run([*link, "-o", str(new), *(str(o) for o, _ in objects)], made.name)
+            _run([*link, "-o", str(new), *map(str, objects)], made.name)
             new.replace(made)
             for old in folder.glob(f"{name}-*.so"):
-                if old != made:
+                if old != made and len(old.stem) == len(made.stem):
                     old.unlink()                             # programs that have it open keep it
     return made
 
 
-def _object(job: Job, folder: Path) -> tuple[Path, Path]:
-    """Return an object and the list of what it was made from (paths and hashes of their contents), compiling it where one differs."""
-    place = folder / f"{job.source.stem}-{_hash(str(job.source), *job.command)}"
-    made, listed = place.with_suffix(".o"), place.with_suffix(".json")
-    if made.exists() and listed.exists():
-        before = json.loads(listed.read_text(encoding="utf-8"))
-        if all(_content(Path(path)) == mark for path, mark in before.items()):
-            return made, listed
-    folder.mkdir(parents=True, exist_ok=True)
-    rules = place.with_suffix(".d")
-    _run([*job.command, "-o", str(made), "-c", str(job.source), "-MMD", "-MF", str(rules)], str(job.source))
+def _object(job: Job, folder: Path) -> Path:
+    """Return the object of a file in the state in which it and the files that it includes are now, compiled if it is not there."""
+    command = " ".join(job.command).replace(str(ROOT), ".")
+    place = folder / f"{job.source.stem}-{_hash(command, _content(job.source))}"
+    for listed in _lists(place):
+        made = _made(place, listed)
+        if made.exists():
+            return made
+    new = place.with_name(f"{place.name}.{os.getpid()}.o")
+    rules = new.with_suffix(".d")
+    _run([*job.command, "-o", str(new), "-c", str(job.source), "-MMD", "-MF", str(rules)], str(job.source))
     paths = rules.read_text(encoding="utf-8").split(": ", 1)[1].replace("\\\n", " ").split()
-    listed.write_text(json.dumps({path: _content(Path(path)) for path in sorted({*paths, str(job.source)})}), encoding="utf-8")
-    return made, listed
+    listed = sorted({os.path.relpath(path, ROOT) for path in [*paths, str(job.source)]})
+    made = _made(place, listed)
+    with open(place.with_suffix(".lists"), "a", encoding="utf-8") as lists:
+        lists.write(json.dumps(listed) + "\n")
+    new.replace(made)
+    rules.unlink()
+    return made
+
+
+def _lists(place: Path) -> Iterator[list[str]]:
+    """Yield the lists of files that objects of a file were made from, each once."""
+    lists = place.with_suffix(".lists")
+    for line in dict.fromkeys(lists.read_text(encoding="utf-8").splitlines()) if lists.exists() else ():
+        yield json.loads(line)
+
+
+def _made(place: Path, listed: Sequence[str]) -> Path:
+    """Return where the object is that is made from these files as they are now."""
+    return place.with_name(f"{place.name}-{_hash(*(part for path in listed for part in (path, _content(ROOT / path))))}.o")
 
 
 def _run(command: Sequence[str], what: str) -> None:
@@ -77,7 +96,7 @@ def _run(command: Sequence[str], what: str) -> None:
 
 
 def _content(path: Path) -> str:
-    return _hash(path.read_bytes().decode("latin-1")) if path.exists() else ""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _hash(*texts: str) -> str:
