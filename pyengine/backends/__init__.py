@@ -17,7 +17,7 @@ from pyengine.hardware.facts import Device
 
 
 _SHARED = {"base", "building", "chain", "faults", "graph", "host", "prepared"}       # what backends have in common
-CARDS = {"cuda", "metal"}                                           # of which a machine may have none, or several, and which can be emulated
+CARDS = {"cuda", "metal"}                                    # of which a machine may have none, or several, and which can be emulated
 
 
 def names() -> list[str]:

@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 
 from pyengine import hardware
 from pyengine.backends import base
-from pyengine.backends.metal.device import Device
+from pyengine.backends.metal import device as interface
 from pyengine.backends.metal.launch import LAUNCHERS, load_launchers
 from pyengine.backends.metal.prepared import Prepared
 from pyengine.compiler.arena import Turns
 from pyengine.errors import GraphError
+from pyengine.hardware.facts import Device
 
 
 @lru_cache(maxsize=2)
-def opened(emulated: bool) -> Device:
+def opened(emulated: bool) -> interface.Device:
     """Return the device: one for the whole process. Raises: GraphError where there is none, saying what to install."""
     if emulated:
         from pyengine.backends.metal.emulated import EmulatedDevice
@@ -27,12 +28,21 @@ def opened(emulated: bool) -> Device:
     return AppleDevice()
 
 
+def devices(emulated: bool) -> list[Device]:
+    """Return the Mac's GPU, or the emulated one, as a machine lists it. Raises: PyEngineError where there is none."""
+    own = opened(emulated)
+    total, free = own.memory()
+    return [Device("metal-emulated" if emulated else "metal", own.name, 0, total, free, unified=True)]
+
+
 class Backend(base.Backend):
     """See the module's docstring. emulated: in place of the Mac's GPU."""
 
     name: ClassVar[str] = "metal"
 
-    def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False):
+    def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
+        if in_place:
+            raise GraphError("mmap: weights that are packed are read where the file is mapped by the CPU only")
         if index:
             raise GraphError(f"there is no device metal:{index}: a Mac's GPU is one device")
         self.n_threads, self.device = n_threads or hardware.default_threads(), opened(emulated)      # of the host, which packs weights

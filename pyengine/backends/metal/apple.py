@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pyengine import hardware
 from pyengine.backends.metal.device import Bound, Device, Memory, Recording
 from pyengine.backends.metal.sources import specialized
 from pyengine.errors import GraphError, PlanError
@@ -66,6 +67,11 @@ class AppleDevice(Device):
             correct_metadata()
 
     # -- memory -------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[int, int]:
+        """Return Metal's recommendedMaxWorkingSetSize, and what of it the system can give now."""
+        total = int(self.device.recommendedMaxWorkingSetSize())
+        return total, min(total, hardware.available_memory())
 
     def allocate(self, nbytes: int) -> Memory:
         """Return zeroed memory. Raises: PlanError where there is not so much."""

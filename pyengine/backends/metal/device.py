@@ -71,6 +71,10 @@ class Device(ABC):
     max_threadgroup_bytes: int
 
     @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of main memory that it can use, and how many of them are free."""
+
+    @abstractmethod
     def allocate(self, nbytes: int) -> Memory:
         """Return zeroed memory. Raises: PlanError where there is not so much."""
 

@@ -13,7 +13,7 @@ def _stretched(view: View, shape: tuple[int, ...]) -> list[int]:
 
 @launches
 def binary(s: Step) -> list[Launch]:
-    """One thread an element of the result."""
+    """Launch one thread an element of the result."""
     x, y, out = s.need("x"), s.need("y"), s.outputs[0]
     if out.size == 0:
         return []
@@ -34,17 +34,17 @@ def _each(kernel: str, s: Step, **args: float) -> list[Launch]:
 
 @launches
 def unary(s: Step) -> list[Launch]:
-    """Four elements a thread."""
+    """Launch a thread for four elements."""
     return _each("apply_activation", s)
 
 
 @launches
 def scale(s: Step) -> list[Launch]:
-    """Four elements a thread."""
+    """Launch a thread for four elements."""
     return _each("scale_elements", s, factor=s.params.factor, offset=s.params.offset)
 
 
 @launches
 def softcap(s: Step) -> list[Launch]:
-    """Four elements a thread."""
+    """Launch a thread for four elements."""
     return _each("cap_elements", s, cap=s.params.cap)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pyengine import hardware
 from pyengine.backends.building import CSRC, Job, library, ROOT
 from pyengine.backends.metal import sources, thunks
 from pyengine.backends.metal.device import Bound, Device, Memory, Recording
@@ -122,6 +123,11 @@ class EmulatedDevice(Device):
 
     def __init__(self) -> None:
         self.ffi, self.lib = opened(os.environ.get("PYENGINE_EMULATE") == "checked")
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of $PYENGINE_EMULATED_MEMORY, 8 GiB without it, as free as main memory is."""
+        total = int(os.environ.get("PYENGINE_EMULATED_MEMORY") or 8 << 30)
+        return total, min(total, hardware.available_memory())
 
     def allocate(self, nbytes: int) -> Memory:
         """Return zeroed memory."""

@@ -91,6 +91,10 @@ class Step:
         """Return the argument of that name, None where it is left out."""
         return self.inputs[name][0] if self.inputs[name] else None
 
+    def singles(self) -> list[View | None]:
+        """Return the arguments of an op that has no lists, in order, None for those left out."""
+        return [parts[0] if parts else None for parts in self.inputs.values()]
+
     def need(self, name: str) -> View:
         """Return the argument of that name, which every step of the op has."""
         return self.inputs[name][0]

@@ -17,13 +17,13 @@ def copied(x: View, out: View, start: int = 0) -> list[Launch]:
 
 @launches
 def contiguous(s: Step) -> list[Launch]:
-    """One thread an element."""
+    """Launch one thread an element."""
     return copied(s.need("x"), s.outputs[0])
 
 
 @launches
 def concat(s: Step) -> list[Launch]:
-    """One launch a part."""
+    """Launch a copy for each part."""
     out, axis, start, found = s.outputs[0], s.params.axis, 0, []
     for part in s.inputs["parts"]:
         found += copied(part, out, start * out.strides[axis])

@@ -11,7 +11,7 @@ TILE, PITCH, THREADS = 32, 36, 128
 
 @launches
 def matmul(s: Step) -> list[Launch]:
-    """One threadgroup a tile of the result. Raises: NoKernel for more than four leading axes."""
+    """Launch one threadgroup a tile of the result. Raises: NoKernel for more than four leading axes."""
     x, y, out = s.need("x"), s.need("y"), s.outputs[0]
     *batch, m, k = x.shape
     n = y.shape[-2]

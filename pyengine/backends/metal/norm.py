@@ -34,19 +34,19 @@ def _norm(s: Step, add: View | None, add_step: int, centred: bool) -> list[Launc
 
 @launches
 def rms_norm(s: Step) -> list[Launch]:
-    """A row a team; the residual is added in the same pass."""
+    """Launch a team a row; the residual is added in the same pass."""
     return _norm(s, s.one("residual"), s.need("x").shape[-1], False)
 
 
 @launches
 def layer_norm(s: Step) -> list[Launch]:
-    """A row a team."""
+    """Launch a team a row."""
     return _norm(s, s.one("bias"), 0, True)
 
 
 @launches
 def softmax(s: Step) -> list[Launch]:
-    """A row a team."""
+    """Launch a team a row."""
     x = s.need("x")
     if x.shape[-1] == 0:
         return []
@@ -55,7 +55,7 @@ def softmax(s: Step) -> list[Launch]:
 
 @launches
 def reduce(s: Step) -> list[Launch]:
-    """A row a team. Raises: GraphError for the largest of none."""
+    """Launch a team a row. Raises: GraphError for the largest of none."""
     x = s.need("x")
     if x.shape[-1] == 0 and x.shape[0] and s.params.kind > 1:
         raise GraphError("reduce: max and min need at least one element")

@@ -14,7 +14,7 @@ SIMDGROUPS = 4                           # of a threadgroup that appends heads
 
 @launches
 def rope_table(s: Step) -> list[Launch]:
-    """One thread an angle. Raises: GraphError for positions without rows."""
+    """Launch one thread an angle. Raises: GraphError for positions without rows."""
     positions, frequencies = s.need("positions"), s.need("inv_freq")
     (axes, rows), n = positions.shape, frequencies.size
     if axes < 1:
@@ -29,7 +29,7 @@ def rope_table(s: Step) -> list[Launch]:
 
 @launches
 def temperature(s: Step) -> list[Launch]:
-    """One thread a row. Raises: RequestError for a floor below 1."""
+    """Launch one thread a row. Raises: RequestError for a floor below 1."""
     positions, floor = s.need("positions"), s.params.floor
     if floor < 1:
         raise RequestError(f"{s.name}: a floor of {floor}")
@@ -52,7 +52,7 @@ def _pairs(s: Step, width: int) -> int:
 
 @launches
 def rope(s: Step) -> list[Launch]:
-    """One thread a pair."""
+    """Launch one thread a pair."""
     x = s.need("x")
     (rows, heads, width), pairs = x.shape, _pairs(s, x.shape[2])
     if x.size == 0:
@@ -96,13 +96,13 @@ def _append(s: Step, k: View, k_cache: View, v_cache: View | None, q_heads: int,
 
 @launches
 def cache_append(s: Step) -> list[Launch]:
-    """One simdgroup a head."""
+    """Launch one simdgroup a head."""
     return _append(s, s.need("x"), s.need("cache"), None, 0, 0, {"offset": s.one("offset")})
 
 
 @launches
 def rope_append(s: Step) -> list[Launch]:
-    """One simdgroup a head of q, k or v."""
+    """Launch one simdgroup a head of q, k or v."""
     q, k_cache, v_cache = s.need("q"), s.need("k_cache"), s.need("v_cache")
     buffers = {"q": q, "v": s.need("v"), "table": s.need("table"), "q_norm": s.one("q_norm"), "k_norm": s.one("k_norm"),
                "offset": s.one("k_offset"), "q_out": s.outputs[0]}

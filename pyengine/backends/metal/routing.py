@@ -9,7 +9,7 @@ MOST_EXPERTS = 1024                      # a lane keeps which of its own are tak
 
 @launches
 def top_experts(s: Step) -> list[Launch]:
-    """One simdgroup a row. Raises: NoKernel for more experts than a row may have here."""
+    """Launch one simdgroup a row. Raises: NoKernel for more experts than a row may have here."""
     scores, (chosen, gates) = s.need("scores"), s.outputs
     rows, n = scores.shape
     if n > MOST_EXPERTS:
@@ -24,7 +24,7 @@ def top_experts(s: Step) -> list[Launch]:
 
 @launches
 def sum_experts(s: Step) -> list[Launch]:
-    """One thread an element of the sum."""
+    """Launch one thread an element of the sum."""
     out = s.outputs[0]
     if out.size == 0:
         return []

@@ -10,8 +10,8 @@ UNREADABLE = ("Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64", "F64")      # o
 
 @launches
 def rows(s: Step) -> list[Launch]:
-    """Eight elements a thread, 16 of a packed table. Raises: NoKernel for formats that are no weights."""
-    table, ids, media, out = s.need("table"), s.need("ids"), s.one("media"), s.outputs[0]
+    """Launch a thread for eight elements, for 16 of a packed table. Raises: NoKernel for formats that are no weights."""
+    (table, ids, media), out = s.singles(), s.outputs[0]
     n, width = table.shape
     plain = table.dtype.unpacked
     if plain.name in UNREADABLE:
@@ -23,6 +23,6 @@ def rows(s: Step) -> list[Launch]:
                 block=plain.block, block_bytes=plain.nbytes, id_step=elements(ids)[0], media_step=elements(media)[0] if media else 0,
                 out_step=elements(out)[0])
     grid, threads = spread(ceil_div(width, 32) * 2 if table.dtype.is_packed else ceil_div(width, 8))
-    buffers = {"table": table, "ids": ids, "media": media, "out": out}
+    buffers = dict(table=table, ids=ids, media=media, out=out)
     return [Launch("gather_packed" if table.dtype.is_packed else "gather_rows", args, buffers, (grid[0], out.shape[0], 1), threads,
                    constants={"FORMAT": plain.id})]
