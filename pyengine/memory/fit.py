@@ -21,11 +21,11 @@ from pyengine.errors import PlanError, UnsupportedModelError
 from pyengine.files.model_files import open_files
 from pyengine.media.views import MAX_DECODING
 from pyengine.memory import held as others
-from pyengine.memory.devices import choices, with_devices
+from pyengine.memory.devices import choices, named, with_devices
 from pyengine.memory.held import Held
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.plan import Alternative, amount, Headroom, MemoryPlan, MIB
-from pyengine.memory.settings import Settings
+from pyengine.memory.settings import is_card, Settings
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
 
@@ -254,7 +254,10 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
     for side in (896, 448) if image else ():
         if len(found) < 3 and was.picture > image.n_rows(side, side) and fits(images=(side, side)):
             break
-    for device in _larger(want.parts, was, machine.devices[0].free) if want.parts else ():
+    cards = list(filter(is_card, named(want)))
+    if cards and "cpu" not in named(want) and len(found) < 3:
+        fits(device=dict.fromkeys([*cards, "cpu"]))
+    for device in _larger(want.parts, was, machine.devices[0].free) if want.parts and not cards else ():
         if len(found) < 3 and fits(device=device):
             break
     for part in (2, 4, 8, 16) if want.parts else ():

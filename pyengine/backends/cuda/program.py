@@ -187,6 +187,10 @@ class Program(base.Program):
         return Compiled(self.queue, made, end - begin, made.transfers(sends), made.transfers(fetches),
                         [self.arena, self.weights, self.state_memory])
 
+    def part(self, begin: int, end: int) -> Compiled:
+        """Return steps begin .. end - 1 by themselves, with nothing sent or fetched: what a benchmark replays."""
+        return self._compiled(begin, end, [], [])
+
     def address_of(self, t: Tensor) -> int:
         """Return where a tensor lies on the device."""
         place = self.prepared.layout.of(t)
@@ -368,6 +372,10 @@ class Program(base.Program):
             made.node(step.op.name, *ids, pack_params(step.op, dict(step.params)), self.arena.address + scratch, scratch_bytes)
         return Compiled(self.queue, made, end - begin, made.transfers(sends), made.transfers(fetches),
                         [self.arena, self.weights, self.state_memory])
+
+    def part(self, begin: int, end: int) -> Compiled:
+        """Return steps begin .. end - 1 by themselves, with nothing sent or fetched: what a benchmark replays."""
+        return self._compiled(begin, end, [], [])
 
     def address_of(self, t: Tensor) -> int:
         """Return where a tensor lies on the device."""
