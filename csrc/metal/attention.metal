@@ -376,6 +376,8 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
     const int2 own = row < a.m && slot % a.slots < a.group ? interval_of(a, row, lo, hi, seq, fault) : int2(0, 0);
     ints(shared, AT_LO)[w.index] = own.x;
     ints(shared, AT_HI)[w.index] = own.y;
+    shared[AT_ALL_TOP + w.index] = -INFINITY;
+    shared[AT_ALL_SUM + w.index] = 0.0f;
   }
   outputs o;
   for (int row = w.first / a.slots, until; row < end; row = until) {

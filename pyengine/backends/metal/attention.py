@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, scratch, Step, View
-from pyengine.backends.metal.products import Room
+from pyengine.backends.metal.products import params, Room
 
 TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 256       # of csrc/metal/attention.metal
 QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many rows
@@ -81,13 +81,13 @@ def _cache(s: Step, name: str) -> tuple[View, bool]:
 
 
 def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
-    q, k, v, cells = s.need("q"), s.need("k"), s.need("v"), s.one("cells")
+    p, q, k, v, cells = params(s), s.need("q"), s.need("k"), s.need("v"), s.one("cells")
     run = {name: n & -n for name, n in (("k", job.e), ("v", job.f))}
     args: dict[str, Any] = {
         "m": job.m, "heads": job.heads, "group": job.group, "slots": slots, "e": job.e, "ep": ceil_div(job.e, 8) * 8, "f": job.f,
         "queries": queries, "l": cells.shape[1] if cells else 0, "n_cells": min(k.shape[1], v.shape[1]),
-        "sequences": cells.shape[0] if cells else 1, "cells_stride": cells.strides[0] // 4 if cells else 0, "chunks": job.chunks,
-        "scale": s.params["scale"], "softcap": s.params["softcap"]}
+        "sequences": cells.shape[0] if cells else 1, "cells_stride": cells.strides[0] // 4 if cells else 0, "chunks": job.chunks}
+    args |= dict(scale=p.scale, softcap=p.softcap)
     for name, n in run.items():
         args |= {f"{name}_run": n, f"{name}_shrink": 1 / math.sqrt(n)}
     for name, view in (("q", q), ("k", k), ("v", v)):
@@ -99,10 +99,10 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
 @launches
 def attention(s: Step) -> list[Launch]:  # noqa: F811
     """Few rows are split over their chunks of keys; the results do not depend on it."""
-    job = _job(s)
+    job, cap = _job(s), params(s).softcap
     if job.m == 0 or job.heads == 0 or job.f == 0:
         return []
-    if s.params["products"] and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or s.params["softcap"]
+    if s.params["products"] and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or cap
                                  or s.need("k").dtype.block > 1 or s.need("v").dtype.block > 1):
         raise NoKernel("attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap")
     (k, k_whole), (v, v_whole), out = _cache(s, "k"), _cache(s, "v"), s.outputs[0]
@@ -115,7 +115,7 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
     tiles = 1 if split else QUERIES // TILE_QUERIES
     constants: Mapping[str, int | bool] = {
         "K_FORMAT": k.dtype.id, "V_FORMAT": v.dtype.id, "K_WHOLE": k_whole, "V_WHOLE": v_whole, "TILES": tiles,
-        "SLICES": ceil_div(job.f, SLICE), "PAGED": cells is not None, "SEQUENCED": seq is not None, "CAPPED": s.params["softcap"] != 0.0,
+        "SLICES": ceil_div(job.f, SLICE), "PAGED": cells is not None, "SEQUENCED": seq is not None, "CAPPED": cap != 0.0,
         "SPLIT": split, "SUNK": sinks is not None}
     rows = {"lo": s.need("lo"), "hi": s.need("hi"), "seq": seq, "partials": partials if split else None, "tops": tops, "out": out}
     grid = (ceil_div(job.m * slots, TILE_QUERIES * tiles), job.groups, job.chunks if split else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, scratch, Step, View
+from pyengine.backends.metal.launch import Launch, launches, NoKernel, scratch, Step, View
 from pyengine.backends.metal.products import few_rows, multiply, prepare, Room, Rows, ROWS_FEW, ROWS_MOST, rows_of, Set
 
 EXPERTS_MOST = 4000                     # whose counts fit threadgroup memory
@@ -48,7 +48,7 @@ def expert_linear(s: Step) -> list[Launch]:  # noqa: F811
         raise NoKernel(f"expert_linear: {experts} experts; at most {EXPERTS_MOST}")
     rows, between, _ = _places(s)
     tile, most = _tile(m, used, experts)
-    sort = Launch("sort_experts", {"pairs": pairs, "experts": experts, "rows": tile, "tiles": most},
+    sort = Launch("sort_experts", dict(pairs=pairs, experts=experts, rows=tile, tiles=most),
                   {"chosen": chosen, "order": rows.order, "tiles": rows.tiles}, (1, 1, 1), (256, 1, 1), 8 * (experts + 1))
     first = [sort, prepare(rows, x, None, 0.0, pairs + ROWS_MOST, used if x.shape[0] == m and used > 1 else 1)]
     if between is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, scratch, Step, View
-from pyengine.backends.metal.products import few_rows, multiply, prepare, Room, Rows, ROWS_FEW, ROWS_MOST, rows_of, Set
+from pyengine.backends.metal.products import few_rows, multiply, params, prepare, Room, Rows, ROWS_FEW, ROWS_MOST, rows_of, Set
 
 
 def _places(s: Step) -> tuple[Rows, View | None, int]:
@@ -34,12 +34,12 @@ def _product(rows: Rows, sets: list[Set], glu: int, cap: float) -> list[Launch]:
 @launches
 def linear(s: Step) -> list[Launch]:  # noqa: F811
     """Few rows and many take different kernels with the same sums."""
-    x, w, bias, norm = s.need("x"), s.inputs["w"], s.inputs["bias"], s.one("norm")
-    (m, k), glu, cap = x.shape, s.params["glu"], s.params["softcap"]
+    p, x, w, bias, norm = params(s), s.need("x"), s.inputs["w"], s.inputs["bias"], s.one("norm")
+    (m, k), glu, cap = x.shape, p.glu, p.softcap
     if m == 0 or k == 0:
         return []
     rows, between, _ = _places(s)
-    out = [prepare(rows, x, norm, s.params["norm_eps"], m + -m % (ROWS_FEW if m <= ROWS_FEW else ROWS_MOST))]
+    out = [prepare(rows, x, norm, p.norm_eps, m + -m % (ROWS_FEW if m <= ROWS_FEW else ROWS_MOST))]
     biases = bias or [None] * len(w)
     if not glu:
         sets = [Set(a, y, b, residual=s.one("residual")) for a, y, b in zip(w, s.outputs, biases) if a.shape[0]]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
-from pyengine.backends.metal.launch import ceil_div, elements, Launch, View
+from pyengine.backends.metal.launch import ceil_div, elements, Launch, Step, View
 from pyengine.dtype import DType, PACKED_FORMS
 
 PARTS, GROUP, TILE_COLUMNS, PREPARE_BLOCKS = 4, 16, 64, 64          # of csrc/metal/linear.h and linear.metal
@@ -21,6 +22,14 @@ SHARED = {                              # bytes of threadgroup memory, drawn in 
     "linear_floats_few": 4 * (64 + PARTS * 32 * 24 + PARTS * 2 * ROWS_FEW * GROUP),
     "linear_floats_tiles": 4 * (64 + 32 * 72 + ROWS_MOST * 36),
 }
+
+
+FEW, TILED = ("linear_few", "linear_floats_few"), ("linear_tiles", "linear_floats_tiles")       # with codes, with floats
+
+
+def params(s: Step) -> SimpleNamespace:
+    """Return a step's parameters by their names."""
+    return SimpleNamespace(**s.params)
 
 
 def is_float(dtype: DType) -> bool:
@@ -76,7 +85,7 @@ def rows_of(room: Room, count: int, k: int, weights: Sequence[View], padding: in
 
 def prepare(rows: Rows, x: View, norm: View | None, eps: float, padded: int, each: int = 1) -> Launch:
     """Return the launch that fills rows 0 .. padded - 1. each: experts' rows that share a row of x."""
-    args = {"k": rows.k, "rows": rows.count, "x_stride": elements(x)[0], "h_stride": rows.h_stride, "each": each, "eps": eps}
+    args = dict(k=rows.k, rows=rows.count, x_stride=elements(x)[0], h_stride=rows.h_stride, each=each, eps=eps)
     buffers = {"x": x, "norm": norm, "codes": rows.codes, "scales": rows.scales, "sums": rows.sums, "h": rows.h, "order": rows.order}
     constants = {"NORMED": norm is not None, "QUANTIZED": rows.codes is not None, "FLOATS": rows.h is not None,
                  "EXPERTS": rows.order is not None}
@@ -113,10 +122,10 @@ def multiply(rows: Rows, sets: Sequence[Set], glu: int, cap: float, tile_rows: i
     each = group_bytes(dtype, k) if dtype.is_packed else w.strides[-2]
     floats = is_float(dtype)
     side = sets[0].residual or sets[0].given
-    args: Mapping[str, Any] = {
-        "rows": rows.count, "k": k, "sets": len(sets), "x_stride": rows.h_stride if floats else k, "n": n, "ends": ends,
-        "out_stride": [elements(s.out)[0] for s in sets], "residual_stride": elements(side)[0] if side else 0, "softcap": cap,
-        "group_bytes": each, "expert_bytes": ceil_div(n[0], GROUP) * each if dtype.is_packed else w.strides[0]}
+    args: Mapping[str, Any] = dict(
+        rows=rows.count, k=k, sets=len(sets), x_stride=rows.h_stride if floats else k, n=n, ends=ends,
+        out_stride=[elements(s.out)[0] for s in sets], residual_stride=elements(side)[0] if side else 0, softcap=cap,
+        group_bytes=each, expert_bytes=ceil_div(n[0], GROUP) * each if dtype.is_packed else w.strides[0])
     buffers: dict[str, View | None] = {"residual": side, "order": rows.order, "tiles": rows.tiles}
     if floats:
         buffers |= {"h": rows.h}
@@ -129,5 +138,5 @@ def multiply(rows: Rows, sets: Sequence[Set], glu: int, cap: float, tile_rows: i
     constants = {"FORMAT": dtype.unpacked.id, "ROWS": tile_rows, "GLU": glu, "BIASED": sets[0].bias is not None,
                  "ADDED": sets[0].residual is not None, "GIVEN": sets[0].given is not None, "EXPERTS": rows.order is not None,
                  "PACKED": dtype.is_packed}
-    kernel = ("linear_floats" if floats else "linear") + ("_few" if few else "_tiles")
+    kernel = (FEW if few else TILED)[floats]
     return Launch(kernel, args, buffers, (ends[-1], tiles, 1), (128, 1, 1), SHARED[kernel], constants)
