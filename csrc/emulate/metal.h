@@ -13,6 +13,11 @@
 #include "engine.h"
 #include "metal/types.h"
 
+namespace emu { /* engine.cpp: atomics that nobody watches */
+uint32_t atomic_load_4(const void *at);
+uint32_t atomic_swap_if_4(void *at, uint32_t expected, uint32_t desired);
+}  // namespace emu
+
 namespace metal {
 namespace emulated {
 /* What attributes of a kernel's parameters stand for. Engine's names are used here only, before the words below hide them. */
@@ -244,29 +249,48 @@ inline void simdgroup_multiply(simdgroup_matrix<D, 8, 8> &d, const simdgroup_mat
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8, 8>(D(0)));
 }
 
-/* ---- atomics: fibres are not interrupted ---- */
+/* ---- atomics: of 4 bytes, relaxed; blocks of a launch may run on several threads of the system ---- */
 
 enum memory_order { memory_order_relaxed };
 template <class T> struct atomic { T v; };
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 
-template <class T> inline T atomic_load_explicit(const atomic<T> *a, memory_order) { return a->v; }
-template <class T> inline void atomic_store_explicit(atomic<T> *a, typename same<T>::type x, memory_order) { a->v = x; }
+namespace emulated {
+
+template <class T> inline T atomic_read(const atomic<T> *a) {
+  emu::touch(a, sizeof(T), emu::Access::atomic);
+  return as_type<T>(emu::atomic_load_4(a));
+}
+/* Put next(value) in the place of the value, which is returned. */
+template <class T, class New> inline T atomically(atomic<T> *a, New next) {
+  static_assert(sizeof(T) == 4, "atomics of 4 bytes only");
+  emu::touch(a, sizeof(T), emu::Access::atomic);
+  for (uint32_t old = emu::atomic_load_4(a);;) {
+    const uint32_t seen = emu::atomic_swap_if_4(a, old, as_type<uint32_t>((T)next(as_type<T>(old))));
+    if (seen == old) return as_type<T>(old);
+    old = seen;
+  }
+}
+
+}  // namespace emulated
+
+template <class T> inline T atomic_load_explicit(const atomic<T> *a, memory_order) { return emulated::atomic_read(a); }
+template <class T> inline void atomic_store_explicit(atomic<T> *a, typename same<T>::type x, memory_order) {
+  emulated::atomically(a, [x](T) { return x; });
+}
 #define PE_ATOMIC(name, expression)                                                                                              \
   template <class T> inline T atomic_fetch_##name##_explicit(atomic<T> *a, typename same<T>::type x, memory_order) {             \
-    const T old = a->v;                                                                                                          \
-    a->v = (T)(expression);                                                                                                      \
-    return old;                                                                                                                  \
+    return emulated::atomically(a, [x](T old) { return expression; });                                                           \
   }
 PE_ATOMIC(add, old + x) PE_ATOMIC(sub, old - x) PE_ATOMIC(or, old | x) PE_ATOMIC(and, old & x)
 PE_ATOMIC(max, old < x ? x : old) PE_ATOMIC(min, x < old ? x : old)
 #undef PE_ATOMIC
 template <class T>
 inline bool atomic_compare_exchange_weak_explicit(atomic<T> *a, T *expected, typename same<T>::type wanted, memory_order, memory_order) {
-  const T old = a->v;
-  if (old == *expected) return a->v = wanted, true;
-  return *expected = old, false;
+  const T want = *expected, old = emulated::atomically(a, [=](T now) { return now == want ? wanted : now; });
+  *expected = old;
+  return old == want;
 }
 
 /* ---- mathematics: of scalars, and of vectors element by element ---- */
