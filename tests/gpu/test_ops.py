@@ -10,12 +10,9 @@ from __future__ import annotations
 import pytest
 from device_kernels import DeviceKernels
 from test_kernels import (  # noqa: F401
-    OPS, test_a_cell_outside_the_cache_is_refused, test_a_masked_key_contributes_nothing_whatever_it_holds,
-    test_a_nan_of_a_query_or_value_stays_there, test_attention_of_bytes_is_nearly_that_of_floats, test_bytes_take_no_cells_sinks_or_cap,
-    test_caches_with_gaps_between_heads_and_cells, test_declared_cases, test_empty_intervals_give_zeros,
-    test_experts_of_equal_and_bad_scores, test_hostile_numbers_are_refused, test_prefill_in_any_chunks_is_one_pass, test_reduce_of_nan,
-    test_rope_table_of_large_angles, test_rope_table_refuses_an_axis_that_is_not_there, test_rows_of_any_width,
-    test_sequences_do_not_see_each_other, test_sinks_take_probability, test_softmax_of_masked_and_large_values,
+    OPS, test_a_cell_outside_the_cache_is_refused, test_caches_with_gaps_between_heads_and_cells, test_declared_cases,
+    test_experts_of_equal_and_bad_scores, test_reduce_of_nan, test_rope_table_of_large_angles,
+    test_rope_table_refuses_an_axis_that_is_not_there, test_rows_of_any_width, test_softmax_of_masked_and_large_values,
     test_unary_of_special_values, test_unary_over_its_range,
 )
 

@@ -74,6 +74,11 @@ class Runner(ABC):
         groups = [[] if v is None else v if isinstance(v, list) else [v] for v in [*inputs, *outputs]]
         self.run(name, [[describe(a) for a in g] for g in groups], len(outputs), params, threads, repeat)
 
+    def tolerance(self, name: str, params: dict[str, Any], cache: str) -> tuple[float, float]:
+        """Return the error allowed of an op's results, relative to |result| + the second number. cache: the dtype of its caches."""
+        del cache
+        return TOLERANCE_INT8 if params.get("products") == "int8" else TOLERANCE[name]
+
 
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +289,7 @@ def check(kernels: Runner, op: Op, inputs: list[Value], params: dict[str, Any], 
     want = reference(op, inputs, params)
     shapes = [w.shape for w in want]
     got = run(kernels, op, inputs, params, shapes)
-    rel, floor = TOLERANCE_INT8 if params.get("products") == "int8" else TOLERANCE[op.name]
+    rel, floor = kernels.tolerance(op.name, params, cache)
     if op.name == "matmul":
         floor = 8 * np.sqrt(inputs[0].shape[-1])         # the largest of the partial sums of k normal products
     for spec, g, w in zip(op.results, got, want):
