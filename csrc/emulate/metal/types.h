@@ -131,6 +131,9 @@ template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
   vec(T a) : x(a), y(a), z(a), w(a) {}
   vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
   vec(vec<T, 2> a, vec<T, 2> b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
+  vec(vec<T, 2> a, T c, T d) : x(a.x), y(a.y), z(c), w(d) {}
+  vec(T a, T b, vec<T, 2> c) : x(a), y(b), z(c.x), w(c.y) {}
+  vec(vec<T, 3> a, T d) : x(a.x), y(a.y), z(a.z), w(d) {}
   template <class U> explicit vec(const vec<U, 4> &o) : x((T)o.x), y((T)o.y), z((T)o.z), w((T)o.w) {}
   T &operator[](int i) { return v[i]; }
   const T &operator[](int i) const { return v[i]; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +33,12 @@ class Bound(NamedTuple):
     shared_bytes: int
 
 
-def bind(one: Launch, memories: Sequence[Memory], own: Mapping[str, tuple[Memory, int, int] | None]) -> Bound:
+def bind(one: Launch, memories: Sequence[Memory], own: Mapping[str, tuple[Memory, int, int] | None], place: Path | None = None) -> Bound:
     """Find the kernel of a launch, pack its arguments, and number its buffers; `own`: those that every kernel may name.
 
-    Raises: GraphError for a launch that does not fit its kernel.
+    place: the folder of the kernel's source. Raises: GraphError for a launch that does not fit its kernel.
     """
-    library, k = kernel(one.kernel)
+    library, k = kernel(one.kernel, place)
     buffers: dict[int, tuple[Memory, int, int]] = {}
     for name, view in one.buffers.items():
         if view is not None:

@@ -29,17 +29,19 @@ CHECKED = ("-O1", "-fno-tree-sra", "-fno-tree-fre", "-fno-tree-pre", "-fno-tree-
 MESSAGE_BYTES = 4096
 
 
-def build(checked: bool = False) -> Path:
-    """Compile the kernels and the emulator and return the library. Raises: GraphError with the compiler's words."""
+def build(checked: bool = False, kernels: Path | None = None) -> Path:
+    """Compile the kernels of a folder (default: ours) with the emulator and return the library. Raises: GraphError with the compiler's words."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "c++"
-    folder = ROOT / "build" / "emulated" / "metal-sources"
+    place = kernels or sources.folder()
+    name = "metal" if kernels is None else f"metal-{place.name}"
+    folder = ROOT / "build" / "emulated" / f"{name}-sources"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {name: thunks.source(lib, sources.folder() / f"{name}.metal") for name, lib in sources.libraries().items()}
+    texts = {n: thunks.source(lib, place / f"{n}.metal") for n, lib in sources.libraries(place).items()}
     texts["tables"] = thunks.index(sorted(texts))
     watched, define = (CHECKED, ("-DPE_CHECKED",)) if checked else ((), ())
     jobs = []
-    for name, text in texts.items():
-        path = folder / f"{name}.cpp"
+    for part, text in texts.items():
+        path = folder / f"{part}.cpp"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             new = path.with_suffix(f".{os.getpid()}")
             new.write_text(text, encoding="utf-8")
@@ -47,11 +49,11 @@ def build(checked: bool = False) -> Path:
         jobs.append(Job(path, (compiler, *FLAGS, *watched, *define)))
     own = [*sorted((CSRC / "emulate").glob("*.cpp")), *sorted((CSRC / "emulate" / "metal").glob("*.cpp"))]
     jobs += [Job(path, (compiler, *FLAGS, *define)) for path in own]
-    return library("metal-checked" if checked else "metal", jobs, [compiler, "-shared", "-pthread"], ROOT / "build" / "emulated")
+    return library(f"{name}-checked" if checked else name, jobs, [compiler, "-shared", "-pthread"], ROOT / "build" / "emulated")
 
 
-@lru_cache(maxsize=2)
-def opened(checked: bool) -> tuple[Any, Any]:
+@lru_cache(maxsize=8)
+def opened(checked: bool, kernels: Path | None = None) -> tuple[Any, Any]:
     """Return (ffi, library), built where that has not been done."""
     from cffi import FFI
 
@@ -59,7 +61,7 @@ def opened(checked: bool) -> tuple[Any, Any]:
     plain = re.sub(r"/\*.*?\*/", "", header.split('extern "C" {\n#endif')[1].split("#ifdef __cplusplus")[0], flags=re.S)
     ffi = FFI()
     ffi.cdef(plain)
-    return ffi, ffi.dlopen(str(build(checked)))
+    return ffi, ffi.dlopen(str(build(checked, kernels)))
 
 
 class HostMemory(Memory):
@@ -116,13 +118,14 @@ class EmulatedRecording(Recording):
 
 
 class EmulatedDevice(Device):
-    """See the module's docstring."""
+    """See the module's docstring. checked: whether memory is watched (default: as $PYENGINE_EMULATE says); kernels: a folder of others."""
 
     name = "emulated Metal device"
     max_threadgroup_bytes = 32768
 
-    def __init__(self) -> None:
-        self.ffi, self.lib = opened(os.environ.get("PYENGINE_EMULATE") == "checked")
+    def __init__(self, checked: bool | None = None, kernels: Path | None = None):
+        watched = os.environ.get("PYENGINE_EMULATE") == "checked" if checked is None else checked
+        self.ffi, self.lib = opened(watched, kernels)
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes of $PYENGINE_EMULATED_MEMORY, 8 GiB without it, as free as main memory is."""

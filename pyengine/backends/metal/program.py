@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 

@@ -114,8 +114,8 @@ def with_includes(path: Path, seen: set[Path] | None = None) -> str:
             out.append(line)
             continue
         header = (path.parent / found[1]).resolve()
-        if not header.exists():
-            header = (folder().parent / found[1]).resolve()
+        for beside in (folder(), folder().parent):
+            header = header if header.exists() else (beside / found[1]).resolve()
         if header not in seen:
             seen.add(header)
             out.append(with_includes(header, seen))
@@ -214,10 +214,10 @@ def specialized(library: Library, own: Kernel, constants: Mapping[str, Any], mis
     return text
 
 
-@lru_cache(maxsize=1)
-def libraries() -> dict[str, Library]:
-    """Return all .metal files by name. Raises: GraphError where two kernels have the same name."""
-    found = {p.stem: parsed(p.stem, with_includes(p)) for p in sorted(folder().glob("*.metal"))}
+@lru_cache(maxsize=4)
+def libraries(place: Path | None = None) -> dict[str, Library]:
+    """Return all .metal files of a folder (default: ours) by name. Raises: GraphError where two kernels have the same name."""
+    found = {p.stem: parsed(p.stem, with_includes(p)) for p in sorted((place or folder()).glob("*.metal"))}
     names = [k for library in found.values() for k in library.kernels]
     if len(set(names)) != len(names):
         raise GraphError(f"metal: kernels with the same name: {sorted({n for n in names if names.count(n) > 1})}")
@@ -225,9 +225,9 @@ def libraries() -> dict[str, Library]:
 
 
 @lru_cache(maxsize=None)
-def kernel(name: str) -> tuple[Library, Kernel]:
-    """Return a kernel and its library. Raises: GraphError if there is none."""
-    for library in libraries().values():
+def kernel(name: str, place: Path | None = None) -> tuple[Library, Kernel]:
+    """Return a kernel of a folder (default: ours) and its library. Raises: GraphError if there is none."""
+    for library in libraries(place).values():
         if name in library.kernels:
             return library, library.kernels[name]
     raise GraphError(f"metal: there is no kernel {name}")
