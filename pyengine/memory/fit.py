@@ -251,11 +251,10 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
         if len(found) < 3 and rows >= 1 and fits(n_batch=rows):
             break
     image = refused.layout.bound.image
-    for side in (896, 448) if image else ():
-        if len(found) < 3 and was.picture > image.n_rows(side, side) and fits(images=(side, side)):
+    for side in (s for s in (896, 448) if image and was.picture > image.n_rows(s, s)):
+        if len(found) < 3 and fits(images=(side, side)):
             break
-    cards = list(filter(is_card, named(want)))
-    if cards and "cpu" not in named(want) and len(found) < 3:
+    if (cards := list(filter(is_card, named(want)))) and "cpu" not in named(want) and len(found) < 3:
         fits(device=dict.fromkeys([*cards, "cpu"]))
     for device in _larger(want.parts, was, machine.devices[0].free) if want.parts and not cards else ():
         if len(found) < 3 and fits(device=device):

@@ -88,7 +88,7 @@ class Settings:
 
 
 def is_card(device: str) -> bool:
-    """Whether a device has memory of its own: all but the CPU and its parts."""
+    """Say whether a device has memory of its own: all but the CPU and its parts."""
     return device.partition(":")[0] != "cpu"
 
 
@@ -122,6 +122,6 @@ def _devices(given: Any) -> str | dict[str, int | None]:
 
 
 def _card(device: str) -> bool:
-    """Whether this names a device that an installation may have, besides the CPU."""
+    """Say whether this names a device that an installation may have, besides the CPU."""
     found = parsed(device)
     return found is not None and found[0] in CARDS

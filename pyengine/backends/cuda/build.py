@@ -1,4 +1,4 @@
-"""The library of CUDA kernels: `python -m pyengine.backends.cuda.build` makes pyengine/_cuda.so with nvcc, for cards from sm_75 on.
+"""The library of CUDA kernels: `python -m pyengine.backends.cuda.build` makes it with nvcc, in the package, for cards from sm_75 on.
 
 $PYENGINE_CUDA_TARGETS="90a" builds for some cards only, in a fraction of the time. `emulated` builds the same files with a C++ compiler
 for the emulator of csrc/emulate, where no card is.
