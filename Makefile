@@ -1,6 +1,6 @@
 # make demo    set up; a model that we ship reads and points; fetch two small real models, ask them something
 # make test    set up, fetch three small real models, run the default tests
-# make test-all, make peers, make sanitize, make fuzz, make bench, make cuda, make gpu-check: see below
+# make test-all, make peers, make sanitize, make fuzz, make bench, make cuda, make gpu-check, make metal-check: see below
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,7 +10,7 @@ SEES := converters/demo/weights/demo-q8_0.gguf
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' -o -path 'pyengine/server/page_files/*' | grep -v csrc/gen)
 
-.PHONY: demo test test-all peers sanitize fuzz bench weights cuda gpu-check gpu-sanitize gpu-figures clean
+.PHONY: demo test test-all peers sanitize fuzz bench weights cuda metal-check gpu-check gpu-sanitize gpu-figures clean
 
 demo: $(VENV)/installed
 	@echo "1. A small vision model of our own reads the word in $(SAMPLES)/word.png:"
@@ -75,6 +75,11 @@ gpu-sanitize:
 	@mkdir -p build
 	compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON) -m bench.gpu.check --tiny --only ops,kernels,agree --json build/memcheck.json
 	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON) -m bench.gpu.check --tiny --only kernels,agree --json build/racecheck.json
+
+# On a Mac: check every kernel and small models on its GPU, time everything, write bench/results/metal-NAME.json. docs/metal.md.
+metal-check: $(VENV)/installed $(VENV)/test-installed
+	$(PY) -m pip install -q pyobjc-framework-Metal
+	$(PY) -m bench.gpu.metal
 
 # docs/gpu-kernels.md: registers, occupancy and requests to memory of the kernels, with nvcc and the emulator; no card.
 gpu-figures: $(VENV)/installed

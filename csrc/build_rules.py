@@ -88,6 +88,11 @@ def stale(obj: Path, also: Iterable[Path]) -> bool:
     return any(not p.exists() or p.stat().st_mtime > made for p in [*map(Path, names), *also])
 
 
+def metal_sources() -> list[Path]:
+    """Kernels for Macs and the headers that they include: an installation there holds them as texts, and compiles what it uses."""
+    return [*sorted(p for p in (CSRC / "metal").iterdir() if p.suffix in (".metal", ".h")), CSRC / "quants.h", CSRC / "gen" / "formats.h"]
+
+
 def abi_headers() -> list[Path]:
     """Headers of flat functions, which Python calls through cffi."""
     headers = sorted(h for folder in ("host", "cpu", "cuda") for h in CSRC.glob(f"{folder}/*.h"))

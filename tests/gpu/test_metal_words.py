@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from csrc import build_rules
 from pyengine.backends.building import CSRC
 from pyengine.backends.metal import sources
 from pyengine.backends.metal.device import bind, Device
@@ -156,6 +157,17 @@ def test_a_declaration_is_read(tmp_path: Path) -> None:
         library.pack("odd_args", dict(n=1))
     with pytest.raises(GraphError, match="no kernel maybe"):
         sources.kernel("maybe", tmp_path)
+
+
+def test_what_an_installation_holds_is_enough(tmp_path: Path, monkeypatch) -> None:
+    """The files that setup.py copies on a Mac give the same libraries."""
+    for source in build_rules.metal_sources():
+        target = tmp_path / source.relative_to(CSRC)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    here = sources.libraries()
+    monkeypatch.setattr(sources, "folder", lambda: tmp_path / "metal")
+    assert sources.libraries(tmp_path / "metal") == here and len(here) > 8
 
 
 def optional_buffers(library: sources.Library, kernel: sources.Kernel) -> list[str]:
