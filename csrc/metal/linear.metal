@@ -122,6 +122,7 @@ static inline void multiply_few(constant linear_args &a, device const uchar *gro
       const step_codes c = codes_of_step(FORMAT, body, j, r, h);
       const step_scales w = scales_of_step(FORMAT, held, j);
       const int step = b * steps + j;
+      PE_UNROLL
       for (int i = 0; i < ROWS; i++) {
         device const half4 *x = (device const half4 *)(codes + (long)(first + i) * a.k + 32 * step) + h;
         const float low = dot_codes(c.u[1], x[2], dot_codes(c.u[0], x[0], 0.0f));
@@ -253,20 +254,26 @@ static inline void multiply_step(packed_form f, threadgroup const float *shared,
   threadgroup const half *w = (threadgroup const half *)(shared + AT_W) + column0;
   threadgroup const half *x = (threadgroup const half *)(shared + AT_X) + row0 * X_STRIDE;
   simdgroup_float8x8 sum[2][4];
+  PE_UNROLL
   for (int half_ = 0; half_ < 2; half_++) {
     if (half_ == 0 || f.halves == 2)
+      PE_UNROLL
       for (int i = 0; i < ROWS / 16; i++)
         for (int j = 0; j < 4; j++) sum[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     for (int k = 16 * half_; k < 16 * half_ + 16; k += 8) {
       simdgroup_half8x8 left[2], right;
+      PE_UNROLL
       for (int i = 0; i < ROWS / 16; i++) simdgroup_load(left[i], x + 8 * i * X_STRIDE + k, X_STRIDE);
+      PE_UNROLL
       for (int j = 0; j < 4; j++) {
         simdgroup_load(right, w + k * W_STRIDE + 8 * j, W_STRIDE);
+        PE_UNROLL
         for (int i = 0; i < ROWS / 16; i++) simdgroup_multiply_accumulate(sum[i][j], left[i], right, sum[i][j]);
       }
     }
     if (half_ == 0 && f.halves == 1) continue;
     const int at = f.halves == 2 ? half_ : 0;
+    PE_UNROLL
     for (int i = 0; i < ROWS / 16; i++)
       for (int j = 0; j < 4; j++)
         for (int e = 0; e < 2; e++) {

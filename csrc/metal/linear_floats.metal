@@ -151,7 +151,9 @@ enum { AT_FLOAT_W = 64, AT_FLOAT_X = AT_FLOAT_W + 32 * FLOAT_W_STRIDE };
 static inline void multiply_floats(threadgroup const float *w, threadgroup const float *x, thread simdgroup_float8x8 (&acc)[2][4]) {
   for (int k = 0; k < 32; k += 8) {
     simdgroup_float8x8 left[2], right;
+    PE_UNROLL
     for (int i = 0; i < ROWS / 16; i++) simdgroup_load(left[i], x + 8 * i * FLOAT_X_STRIDE + k, FLOAT_X_STRIDE);
+    PE_UNROLL
     for (int j = 0; j < 4; j++) {
       simdgroup_load(right, w + k * FLOAT_W_STRIDE + 8 * j, FLOAT_W_STRIDE);
       for (int i = 0; i < ROWS / 16; i++) simdgroup_multiply_accumulate(acc[i][j], left[i], right, acc[i][j]);

@@ -90,15 +90,14 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
     args |= dict(scale=p.scale, softcap=p.softcap)
     for name, n in run.items():
         args |= {f"{name}_run": n, f"{name}_shrink": 1 / math.sqrt(n)}
-    for name, view in (("q", q), ("k", k), ("v", v)):
-        names = ("row", "head", "step") if name == "q" else ("head", "cell", "step")
-        args |= {f"{name}_{part}": stride for part, stride in zip(names, view.strides)}
+    args |= dict(zip(("q_row", "q_head", "q_step"), q.strides))
+    args |= dict(zip(("k_head", "k_cell", "k_step"), k.strides)) | dict(zip(("v_head", "v_cell", "v_step"), v.strides))
     return args
 
 
 @launches
 def attention(s: Step) -> list[Launch]:  # noqa: F811
-    """Few rows are split over their chunks of keys; the results do not depend on it."""
+    """Launch three kernels. Few rows are split over their chunks of keys; the results do not depend on it."""
     job, cap = _job(s), params(s).softcap
     if job.m == 0 or job.heads == 0 or job.f == 0:
         return []

@@ -38,7 +38,7 @@ def expert_linear(s: Step) -> int:
 
 @launches
 def expert_linear(s: Step) -> list[Launch]:  # noqa: F811
-    """The number of tiles follows from the shapes; those that no expert needs return at once."""
+    """Launch as many tiles as there may be; those that no expert needs return at once."""
     x, w, chosen, out, glu = s.need("x"), s.inputs["w"], s.need("chosen"), s.outputs[0], s.params["glu"]
     (m, used), (experts, n, k) = chosen.shape, w[0].shape
     pairs = m * used

@@ -33,7 +33,7 @@ def _product(rows: Rows, sets: list[Set], glu: int, cap: float) -> list[Launch]:
 
 @launches
 def linear(s: Step) -> list[Launch]:  # noqa: F811
-    """Few rows and many take different kernels with the same sums."""
+    """Launch the kernels for few rows or for many, whose sums are the same."""
     p, x, w, bias, norm = params(s), s.need("x"), s.inputs["w"], s.inputs["bias"], s.one("norm")
     (m, k), glu, cap = x.shape, p.glu, p.softcap
     if m == 0 or k == 0:
