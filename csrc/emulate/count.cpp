@@ -191,7 +191,7 @@ EXPORT void pe_emulated_kernel(int32_t i, char *name, int32_t name_bytes, pe_emu
 }
 EXPORT void pe_emulated_buffer(int32_t i, uint64_t address, pe_emulated_traffic *loads, pe_emulated_traffic *stores) {
   const emu::Region *region = emu::region_of(address, 1);
-  const uintptr_t begin = region ? region->begin : 0;
+  const uintptr_t begin = region ? region->begin : uintptr_t(address); /* of an earlier launch: where its buffer began */
   *loads = number(i).second.loads[begin];
   *stores = number(i).second.stores[begin];
 }

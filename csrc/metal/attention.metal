@@ -25,7 +25,7 @@
 
 PE_CONSTANT(int, K_FORMAT, 0);
 PE_CONSTANT(int, V_FORMAT, 1);
-PE_CONSTANT(bool, K_WHOLE, 2);     /* elements of a cell lie side by side, four of them aligned */
+PE_CONSTANT(bool, K_WHOLE, 2);     /* elements of a cell lie side by side, four of them aligned; blocks: cells are whole words */
 PE_CONSTANT(bool, V_WHOLE, 3);
 PE_CONSTANT(int, TILES, 4);        /* of 8 queries in a threadgroup: 1 or 4 */
 PE_CONSTANT(int, SLICES, 5);       /* of 64 elements of a value */
@@ -35,7 +35,7 @@ PE_CONSTANT(bool, CAPPED, 8);
 PE_CONSTANT(bool, SPLIT, 9);
 PE_CONSTANT(bool, SUNK, 10);       /* there are sinks */
 
-enum { TILE = 32, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 36, MOST_QUERIES = 32, MOST_WIDTH = 256 };
+enum { TILE = 32, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 36, MOST_QUERIES = 32, MOST_WIDTH = 256, RAW_STRIDE = 276 };
 
 struct attention_args {
   int m, heads, group, slots;      /* group: heads of a key/value head; slots: queries of a row, group or more */
@@ -48,8 +48,6 @@ struct attention_args {
   long k_head, k_cell, k_step;
   long v_head, v_cell, v_step;
 };
-
-static inline bool is_block(int format) { return format == PE_Q8_0 || format == PE_Q4_0 || format == PE_Q4_1; }
 
 /* ---- queries ----
  *
@@ -76,9 +74,10 @@ kernel void attention_queries(constant attention_args &a [[buffer(0)]], device c
 
 /* ---- chunks ---- */
 
-/* Floats of the shared memory of attention_chunks before each area, 15.6 KB: places in a matrix; of each query its interval, that in the run
+/* Floats of the shared memory of attention_chunks before each area, 15.6 KB and 8.8 for blocks: places in a matrix; of each query its interval, that in the run
  * of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile; whether a simdgroup
- * loaded a value that is no number; scores, then probabilities [query][36]; 64 elements of a tile's keys or values [32][68]. */
+ * loaded a value that is no number; scores, then probabilities [query][36]; 64 elements of a tile's keys or values [32][68];
+ * cells of blocks as they are [32][276 bytes]. */
 enum {
   AT_PLACES = 0,
   AT_LO = 64,
@@ -94,7 +93,8 @@ enum {
   AT_CELLS = AT_GROW + MOST_QUERIES,
   AT_BAD = AT_CELLS + TILE,
   AT_SCORES = AT_BAD + 4,
-  AT_SLICE = AT_SCORES + MOST_QUERIES * SCORE_STRIDE
+  AT_SLICE = AT_SCORES + MOST_QUERIES * SCORE_STRIDE,
+  AT_RAW = AT_SLICE + TILE * SLICE_STRIDE
 };
 
 /* What a thread knows of its threadgroup's work. */
@@ -155,6 +155,20 @@ static inline void find_cells(constant attention_args &a, thread const work &w, 
   ints(shared, AT_CELLS)[w.index] = cell;
 }
 
+/* The cells of the tile, whose elements are blocks, as they are, all at once: blocks end anywhere in a sector, and a thread's part of one
+ * would be three requests. */
+static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, threadgroup float *shared, int index) {
+  threadgroup uchar *raw = (threadgroup uchar *)(shared + AT_RAW);
+  const int size = words ? 4 : 2, parts = count / 32 * block_bytes(format) / size;
+  for (int i = index; i < TILE * parts; i += 128) {
+    const int key = i / parts, at = i % parts * size, cell = ints(shared, AT_CELLS)[key];
+    if (cell < 0) continue;
+    if (words) *(threadgroup uint *)(raw + key * RAW_STRIDE + at) = *(device const uint *)(head + cell * cell_bytes + at);
+    else *(threadgroup ushort *)(raw + key * RAW_STRIDE + at) = *(device const ushort *)(head + cell * cell_bytes + at);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
 /* Elements from .. from + 63 of the tile's keys or values, zero where there are none. A thread owns four of every 8th key, so that 16 of
  * them read a cell side by side. Returns whether all are numbers. */
 static inline bool load_slice(int format, bool whole, device const uchar *head, long cell_bytes, long step, int from, int count,
@@ -163,7 +177,10 @@ static inline bool load_slice(int format, bool whole, device const uchar *head, 
   for (int key = index / 16; key < TILE; key += 8) {
     const int cell = ints(shared, AT_CELLS)[key], i = from + index % 16 * 4;
     float4 y = float4(0.0f);
-    if (cell >= 0 && i < count) y = load_cell4(format, whole, head + cell * cell_bytes, step, i, count);
+    if (cell >= 0 && i < count) {
+      if (is_block(format)) y = block4(format, (threadgroup const uchar *)(shared + AT_RAW) + key * RAW_STRIDE, i);
+      else y = load_cell4(format, whole, head + cell * cell_bytes, step, i, count);
+    }
     for (int j = 0; j < 4; j++) good = good && isfinite(y[j]);
     *(threadgroup float4 *)(shared + AT_SLICE + key * SLICE_STRIDE + index % 16 * 4) = y;
   }
@@ -177,8 +194,10 @@ static inline void score_tile(constant attention_args &a, thread const work &w, 
   device const float *q = queries + ((long)w.head * a.queries + w.first + 8 * w.tile) * a.ep;
   simdgroup_float8x8 s[4];
   for (int t = 0; t < n; t++) s[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  k += w.head * a.k_head;
+  if (is_block(K_FORMAT)) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, a.e, shared, w.index);
   for (int from = 0; from < a.ep; from += SLICE) {
-    load_slice(K_FORMAT, K_WHOLE, k + w.head * a.k_head, a.k_cell, a.k_step, from, a.e, shared, w.index);
+    load_slice(K_FORMAT, K_WHOLE, k, a.k_cell, a.k_step, from, a.e, shared, w.index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = 0; i < min((int)SLICE, a.ep - from); i += 8) {
       simdgroup_float8x8 left, right;
@@ -246,9 +265,11 @@ static inline void add_bad_values(thread const work &w, int key0, int slice, thr
 /* acc = acc * shrink + probabilities of the tile times its values. */
 static inline void add_values(constant attention_args &a, thread const work &w, int key0, device const uchar *v, threadgroup float *shared,
                               thread outputs &o) {
+  v += w.head * a.v_head;
+  if (is_block(V_FORMAT)) copy_cells(V_FORMAT, V_WHOLE, v, a.v_cell, a.f, shared, w.index);
   PE_UNROLL
   for (int slice = 0; slice < SLICES; slice++) {
-    const bool good = load_slice(V_FORMAT, V_WHOLE, v + w.head * a.v_head, a.v_cell, a.v_step, SLICE * slice, a.f, shared, w.index);
+    const bool good = load_slice(V_FORMAT, V_WHOLE, v, a.v_cell, a.v_step, SLICE * slice, a.f, shared, w.index);
     const bool all_good = simd_all(good);
     if (w.lane == 0) ints(shared, AT_BAD)[w.warp] = !all_good;
     PE_UNROLL

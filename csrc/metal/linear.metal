@@ -114,10 +114,17 @@ static inline void multiply_few(constant linear_args &a, device const uchar *gro
                                 device const float *scales, device const float *sums, int first, uint lane, thread float *acc) {
   const packed_form f = packed_form_of(FORMAT);
   const int r = (int)lane & 15, h = (int)lane >> 4, steps = f.k / 32, all = a.k / 32;
+  block_scales held;
+  uint exponents = 0; /* MXFP4: heads of two blocks are one sector, which the halves of the simdgroup read together */
   for (int i = 0; i < ROWS; i++) acc[i] = 0.0f;
   for (int b = begin / f.k; b < end / f.k; b++) {
-    device const uchar *body = packed_body(f, group, b);
-    const block_scales held = scales_of_block(FORMAT, packed_head(f, group, b), body, r);
+    device const uchar *head = packed_head(f, group, b), *body = packed_body(f, group, b);
+    if (FORMAT == PE_MXFP4) {
+      if (b % 2 == 0) exponents = head[lane];
+      held.d = pe_e8m0_half_to_f32((uchar)simd_shuffle(exponents, (ushort)(r + b % 2 * 16)));
+    } else {
+      held = scales_of_block(FORMAT, head, body, r);
+    }
     for (int j = 0; j < steps; j++) {
       const step_codes c = codes_of_step(FORMAT, body, j, r, h);
       const step_scales w = scales_of_step(FORMAT, held, j);
@@ -171,8 +178,8 @@ kernel void linear_few(constant linear_args &a [[buffer(0)]], device const half 
 /* ---- many rows ----
  *
  * A threadgroup of 4 simdgroups owns 64 columns (of both matrices, one after the other, with glu) for ROWS = 16 or 32 rows of x; a
- * simdgroup 32 columns of them and half of the rows, as 4 x ROWS / 16 matrices of 8 x 8. Each step of 32 of k is unpacked once: thread t
- * owns column t % 64 and the words with g % 2 == t / 64. Codes are whole halfs, so their sums are exact in a float matrix; after 32 of k
+ * simdgroup 32 columns of them and half of the rows, as 4 x ROWS / 16 matrices of 8 x 8. Each step of 32 of k is unpacked once:
+ * a simdgroup unpacks 16 columns as in the kernel for few rows. Codes are whole halfs, so their sums are exact in a float matrix; after 32 of k
  * (or 16) they are scaled into the accumulators. A lane finds out which elements of a matrix it holds from a matrix of numbers.
  * Shared memory, 11 KB: codes of the weights [32 of k][72], codes of x [ROWS][40], scales and offsets [2][64] each, x's scales [ROWS] and sums
  * times scales [2][ROWS], and the numbers 0 .. 63. Rows are padded so that the 8 rows of a matrix lie in different banks.
@@ -295,7 +302,8 @@ kernel void linear_tiles(constant linear_args &a [[buffer(0)]], device const hal
                          device float *out1 [[buffer(14)]], device float *out2 [[buffer(15)]], device float *out3 [[buffer(16)]],
                          device const int *order [[buffer(17)]], device const int *tiles [[buffer(18)]],
                          threadgroup float *shared [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
-                         uint index [[thread_index_in_threadgroup]], uint warp [[simdgroup_index_in_threadgroup]]) {
+                         uint index [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                         uint warp [[simdgroup_index_in_threadgroup]]) {
   const owned own = owned_by(a, group, TILE_COLUMNS, ROWS, tiles);
   if (own.count <= 0) return;
   const packed_form f = packed_form_of(FORMAT);
@@ -303,7 +311,7 @@ kernel void linear_tiles(constant linear_args &a [[buffer(0)]], device const hal
   int r[2], c[2];
   find_places(shared + AT_PLACES, (int)index, r, c);
 
-  const int column = (int)index % TILE_COLUMNS, h = (int)index / TILE_COLUMNS;
+  const int column = GROUP * (int)warp + (int)lane % GROUP, h = (int)lane / GROUP; /* that the thread unpacks */
   const int g = min(own.column + column, a.n[own.set] - 1) / GROUP; /* beyond the matrix its last group again: nobody reads the sums */
   const long from = own.expert * a.expert_bytes + g * a.group_bytes;
   tile_sums total, gate, acc;

@@ -22,7 +22,10 @@ struct float_columns {
 /* Four numbers of a plain format that lie side by side. */
 static inline float4 load_plain4(device const uchar *p) {
   if (FORMAT == PE_F32) return *(device const float4 *)p;
-  if (FORMAT == PE_F16) return (float4)*(device const half4 *)p;
+  if (FORMAT == PE_F16) {
+    const half4 x = *(device const half4 *)p;
+    return float4(x);
+  }
   const ushort4 bits = *(device const ushort4 *)p;
   return float4(pe_bf16_to_f32(bits.x), pe_bf16_to_f32(bits.y), pe_bf16_to_f32(bits.z), pe_bf16_to_f32(bits.w));
 }

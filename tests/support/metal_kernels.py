@@ -73,7 +73,7 @@ class MetalKernels(Runner):
         noted = self.device.allocate(FAULT.itemsize)
         own = {"fault": (noted, 0, FAULT.itemsize), "books": (self._grids, 0, self._grids.array.nbytes)}
         try:
-            self.launches = LAUNCHERS[name](Step(name, inputs, outputs, full, scratch))
+            self.launches, self.memories = LAUNCHERS[name](Step(name, inputs, outputs, full, scratch)), memories
         except (errors.GraphError, errors.RequestError) as error:
             raise KernelError(STATUS.get(type(error), 5), str(error)) from error
         recording = self.device.record([bind(one, memories, own) for one in self.launches])

@@ -15,6 +15,7 @@ QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many 
 ROWS_SPLIT = 8                          # at most so many rows are split over their chunks of keys
 SPLIT_BYTES = 64 << 20                  # and as many of them as leave results of chunks of this size
 SHARED_BYTES = 4 * (64 + 10 * QUERIES + 32 + 4 + QUERIES * 36 + 32 * 68)
+RAW_BYTES = 32 * 276                    # and for blocks, whose cells are copied first
 FORMATS = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 0, "Q4_0": 0, "Q4_1": 0}            # bytes of a plain number
 
 
@@ -68,7 +69,7 @@ def attention(s: Step) -> int:
 
 
 def _cache(s: Step, name: str) -> tuple[View, bool]:
-    """Return keys or values, and whether four elements side by side are aligned. Raises: NoKernel."""
+    """Return keys or values, and whether four elements side by side are aligned, or cells of blocks whole words. Raises: NoKernel."""
     view = s.need(name)
     if view.dtype.name not in FORMATS or view.shape[2] > WIDTH_MOST or view.shape[2] % view.dtype.block:
         raise NoKernel(f"attention: '{name}' has {view.shape[2]} elements of {view.dtype.name}; at most {WIDTH_MOST} of {', '.join(FORMATS)} "
@@ -76,7 +77,8 @@ def _cache(s: Step, name: str) -> tuple[View, bool]:
     size = FORMATS[view.dtype.name]
     if not size and view.strides[2] != view.dtype.nbytes:
         raise NoKernel(f"attention: the blocks of '{name}' do not lie side by side")
-    whole = size > 0 and view.strides[2] == size and not any(n % (4 * size) for n in (view.offset, *view.strides[:2], size * view.shape[2]))
+    width = view.dtype.size(view.shape[2])
+    whole = view.strides[2] == view.dtype.nbytes and not any(n % (4 * size or 4) for n in (view.offset, *view.strides[:2], width))
     return view, whole
 
 
@@ -121,6 +123,6 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
     return [
         Launch("attention_queries", args, {"q": s.need("q"), "queries": prepared}, (queries, job.groups, 1), (32, 1, 1), 8 * WIDTH_MOST,
                constants),
-        Launch("attention_chunks", args, {"queries": prepared, "k": k, "v": v, "cells": cells, **rows}, grid, (128, 1, 1), SHARED_BYTES,
-               constants),
+        Launch("attention_chunks", args, {"queries": prepared, "k": k, "v": v, "cells": cells, **rows}, grid, (128, 1, 1),
+               SHARED_BYTES + (RAW_BYTES if k.dtype.block > 1 or v.dtype.block > 1 else 0), constants),
         Launch("attention_finish", args, {"sinks": sinks, **rows}, (job.heads, job.m, 1), (32, 1, 1), 8 * WIDTH_MOST, constants)]
