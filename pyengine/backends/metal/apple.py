@@ -10,6 +10,7 @@ a process of its own before it is relied upon. $PYENGINE_METAL_REPLAY=encoder en
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class AppleDevice(Device):
         buffer = self.device.newBufferWithLength_options_(max(nbytes, 16), self.metal.MTLResourceStorageModeShared)
         if buffer is None:
             raise PlanError(f"{self.name}: no buffer of {nbytes} bytes; the largest is {self.device.maxBufferLength()}")
-        array = np.frombuffer(buffer.contents().as_buffer(max(nbytes, 16)), np.uint8)
+        array = _view(buffer, max(nbytes, 16))
         array[:] = 0
         return AppleMemory(buffer, array[:nbytes])
 
@@ -86,10 +87,12 @@ class AppleDevice(Device):
         """Return memory over the pages that hold these bytes of a mapped file; None if the device does not take them."""
         address = array.ctypes.data
         first, end = address // PAGE * PAGE, -(-(address + array.nbytes) // PAGE) * PAGE
-        pages = np.ctypeslib.as_array((_bytes(end - first)).from_address(first))
+        pages = np.ctypeslib.as_array((ctypes.c_uint8 * (end - first)).from_address(first))
         buffer = self.device.newBufferWithBytesNoCopy_length_options_deallocator_(pages, end - first, self.metal.MTLResourceStorageModeShared,
                                                                                   None)
-        return None if buffer is None else AppleMemory(buffer, array, address - first)
+        if buffer is None or _view(buffer, end - first).ctypes.data != first:
+            return None                                      # refused, or copied on the way
+        return AppleMemory(buffer, array, address - first)
 
     # -- kernels ------------------------------------------------------------------------------------------------------
 
@@ -99,7 +102,7 @@ class AppleDevice(Device):
         key = one.kernel.name, tuple(sorted(one.constants.items())), missing
         if key not in self._pipelines:
             options = self.metal.MTLCompileOptions.alloc().init()
-            if options.respondsToSelector_("setMathMode:"):
+            if hasattr(options, "setMathMode_"):                 # from macOS 15 on
                 options.setMathMode_(self.metal.MTLMathModeSafe)
             else:
                 options.setFastMathEnabled_(False)
@@ -125,10 +128,9 @@ class AppleDevice(Device):
         return AppleRecording(self, bound)
 
 
-def _bytes(n: int) -> Any:
-    import ctypes
-
-    return ctypes.c_uint8 * n
+def _view(buffer: Any, nbytes: int) -> np.ndarray:
+    """Return the bytes of a buffer, which the host and the GPU share."""
+    return np.frombuffer(buffer.contents().as_buffer(nbytes), np.uint8)
 
 
 class AppleRecording(Recording):
@@ -169,7 +171,7 @@ class AppleRecording(Recording):
         wanted.setInheritBuffers_(False)
         wanted.setInheritPipelineState_(False)
         wanted.setMaxKernelBufferBindCount_(31)
-        if wanted.respondsToSelector_("setMaxKernelThreadgroupMemoryBindCount:"):
+        if hasattr(wanted, "setMaxKernelThreadgroupMemoryBindCount_"):
             wanted.setMaxKernelThreadgroupMemoryBindCount_(1)
         made = self.device.device.newIndirectCommandBufferWithDescriptor_maxCommandCount_options_(wanted, n, 0)
         for i in range(n):
