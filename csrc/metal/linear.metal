@@ -12,13 +12,14 @@
 #include "linear.h"
 #include "matrices.h"
 #include "packed.h"
+#include "team.h"
 
 /* ---- rows of x ----
  *
  * A threadgroup of 8 simdgroups owns 64 blocks of 32 of k of one row; a lane owns one element at a time. With a norm each threadgroup
- * sums the squares of the whole row for itself. Roofline: 4 bytes read and 2.4 written for each element (4 more as floats); for one
+ * sums the squares of the whole row for itself, in one team or in each simdgroup (team.h). Roofline: 4 bytes read and 2.4 written for each element (4 more as floats); for one
  * row of 4096 that is 26 KB, so the launch itself is the cost.
- * Shared memory: 8 floats, the simdgroups' sums of squares.
+ * Shared memory: 32 floats, sums of simdgroups.
  */
 
 PE_CONSTANT(bool, NORMED, 8);
@@ -28,33 +29,29 @@ PE_CONSTANT(bool, FLOATS, 10);      /* x as floats is wanted, h_stride apart, ze
 struct prepare_args {
   int k, rows, x_stride, h_stride;
   int each;                        /* experts: rows of `order` that share a row of x */
+  int team;                        /* threads that sum the squares of a row: 32 or 256 */
   float eps;
 };
 
 enum { PREPARE_BLOCKS = 64 };
 
-/* 1 / root mean square of a row. Every thread of the threadgroup gets it. */
-static inline float inverse_rms(device const float *x, int k, float eps, threadgroup float *squares, uint index, uint lane, uint warp) {
+/* 1 / root mean square of a row, in every thread: summed as norm.metal does, so that a fused norm has the bits of rms_norm. */
+static inline float inverse_rms(team t, device const float *x, int k, float eps) {
   float sum = 0.0f;
-  for (int i = (int)index; i < k; i += 256) sum = fma(x[i], x[i], sum);
-  sum = simd_sum(sum);
-  if (lane == 0) squares[warp] = sum;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  sum = 0.0f;
-  for (int i = 0; i < 8; i++) sum += squares[i];
-  return 1.0f / precise::sqrt(sum / (float)k + eps);
+  for (int i = t.at; i < k; i += t.size) sum = fma(x[i], x[i], sum);
+  return 1.0f / sqrt(team_sum(t, sum, 0) / (float)k + eps);
 }
 
 kernel void prepare_rows(constant prepare_args &a [[buffer(0)]], device const float *x [[buffer(1)]],
                          device const float *norm [[buffer(2)]], device half *codes [[buffer(3)]],
                          device float *scales [[buffer(4)]], device float *sums [[buffer(5)]], device float *h [[buffer(6)]],
-                         device const int *order [[buffer(7)]], threadgroup float *squares [[threadgroup(0)]],
+                         device const int *order [[buffer(7)]], threadgroup float *parts [[threadgroup(0)]],
                          uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                          uint lane [[thread_index_in_simdgroup]], uint warp [[simdgroup_index_in_threadgroup]]) {
   const int row = (int)group.y, there = row < a.rows, blocks = (a.k + 31) / 32;
   const long from = !there ? 0 : EXPERTS ? order[row] / a.each : row;
   float shrink = 1.0f;
-  if (NORMED && there) shrink = inverse_rms(x + from * a.x_stride, a.k, a.eps, squares, index, lane, warp);
+  if (NORMED && there) shrink = inverse_rms(team_of(a.team, index, lane, warp, parts), x + from * a.x_stride, a.k, a.eps);
   const int first = PREPARE_BLOCKS * (int)group.x;
   for (int b = first + (int)warp; b < min(first + PREPARE_BLOCKS, blocks); b += 8) {
     const int i = 32 * b + (int)lane;
@@ -187,10 +184,11 @@ kernel void linear_few(constant linear_args &a [[buffer(0)]], device const half 
  * the products are the limit (M3 Max: 14 TFLOP/s). Unpacking is 40 instructions a thread and step, beside 16 ROWS cycles of products.
  */
 
-enum { W_STRIDE = 72, X_STRIDE = 40, TILE_ROWS_MOST = 32 };
-
-/* Floats of the shared memory before each area. */
+/* Halfs between rows of codes; floats of the shared memory before each area. */
 enum {
+  W_STRIDE = 72,
+  X_STRIDE = 40,
+  TILE_ROWS_MOST = 32,
   AT_PLACES = 0,
   AT_S = 64,
   AT_O = AT_S + 2 * TILE_COLUMNS,

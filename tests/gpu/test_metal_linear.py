@@ -177,6 +177,16 @@ def test_glu_of_one_format_or_two(products: Products, second: str, m: int) -> No
         np.testing.assert_allclose(got, act * up, rtol=1e-6, atol=1e-6 * np.abs(up).max() * (1 + np.abs(gate).max()))
 
 
+@pytest.mark.parametrize("name,k", [("Q4_0", 96), ("F16", 77), ("F32", 1500), ("Q8_0", 1088)])
+def test_a_fused_norm_has_the_bits_of_rms_norm(products: Products, name: str, k: int) -> None:
+    rng = rng_of(("metal norm", name, k))
+    for m in (1, 11):
+        w, x, gain = Matrix(rng, name, 21, k), rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
+        h = np.empty_like(x)
+        products.run("rms_norm", [[array(x)], [array(gain)], [], [array(h)]], 1, {"eps": 1e-5})
+        assert products.linear(x, [w], norm=gain, norm_eps=1e-5)[0].tobytes() == products.linear(h, [w])[0].tobytes()
+
+
 def test_output_may_be_the_residual(products: Products) -> None:
     rng = rng_of("metal in place")
     w, x = Matrix(rng, "Q4_1", 64, 64), rows_of(rng, 6, 64)

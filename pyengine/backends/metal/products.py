@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pyengine.backends.metal.launch import ceil_div, elements, Launch, Step, View
+from pyengine.backends.metal.norm import SIMDGROUP_WIDTH
 from pyengine.dtype import DType, PACKED_FORMS
 
 PARTS, GROUP, TILE_COLUMNS, PREPARE_BLOCKS = 4, 16, 64, 64          # of csrc/metal/linear.h and linear.metal
@@ -85,11 +86,12 @@ def rows_of(room: Room, count: int, k: int, weights: Sequence[View], padding: in
 
 def prepare(rows: Rows, x: View, norm: View | None, eps: float, padded: int, each: int = 1) -> Launch:
     """Return the launch that fills rows 0 .. padded - 1. each: experts' rows that share a row of x."""
-    args = dict(k=rows.k, rows=rows.count, x_stride=elements(x)[0], h_stride=rows.h_stride, each=each, eps=eps)
+    args = dict(k=rows.k, rows=rows.count, x_stride=elements(x)[0], h_stride=rows.h_stride, each=each, eps=eps,
+                team=32 if rows.k <= SIMDGROUP_WIDTH else 256)
     buffers = {"x": x, "norm": norm, "codes": rows.codes, "scales": rows.scales, "sums": rows.sums, "h": rows.h, "order": rows.order}
     constants = {"NORMED": norm is not None, "QUANTIZED": rows.codes is not None, "FLOATS": rows.h is not None,
                  "EXPERTS": rows.order is not None}
-    return Launch("prepare_rows", args, buffers, (ceil_div(ceil_div(rows.k, 32), PREPARE_BLOCKS), padded, 1), (256, 1, 1), 32, constants)
+    return Launch("prepare_rows", args, buffers, (ceil_div(ceil_div(rows.k, 32), PREPARE_BLOCKS), padded, 1), (256, 1, 1), 128, constants)
 
 
 @dataclass(frozen=True)
