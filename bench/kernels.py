@@ -318,6 +318,8 @@ def error(got: Sequence[np.ndarray], want: Any, part: Any) -> float:
 def tolerance(job: Job) -> float:
     """Return the largest error that a job's formats explain."""
     kinds = [k for v in job.case.dtypes.values() for k in (v if isinstance(v, list) else [v])] or ["F32"]
+    if job.case.params.get("products") == "int8":            # rounded to bytes, as products with blocks are
+        kinds.append("I8")
     return max(TOLERANCE.get(k, TOLERANCE_BLOCKS) for k in kinds)
 
 

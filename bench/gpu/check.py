@@ -178,6 +178,7 @@ DO: dict[str, Callable[[Check], None]] = {"ops": check_ops, "kernels": check_ker
 
 def run(device: str, tiny: bool, only: list[str]) -> Check:
     """Run the parts in order."""
+    library("-emulated" in device)                           # the emulator's is compiled first, which does not count
     with tempfile.TemporaryDirectory() as folder:
         c = Check(device, tiny, Path(folder))
         with c.part("speeds"):
