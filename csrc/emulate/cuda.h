@@ -144,7 +144,7 @@ __forceinline__ float max(float a, float b) { return std::fmax(a, b); }
 __forceinline__ double min(double a, double b) { return std::fmin(a, b); }
 __forceinline__ double max(double a, double b) { return std::fmax(a, b); }
 
-/* glibc has functions of these names in math.h, so they are macros. */
+/* The C library declares functions of these names, so they are macros. */
 #define __expf(x) ::expf(x)
 #define __logf(x) ::logf(x)
 #define __log2f(x) ::log2f(x)
