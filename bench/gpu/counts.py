@@ -1,4 +1,4 @@
-"""What the checked emulator counts of a kernel's requests to memory: csrc/emulate/count.h."""
+"""What the checked emulator counts of a kernel's requests to memory: csrc/emulate/count.cpp."""
 
 from __future__ import annotations
 

@@ -13,18 +13,17 @@
  */
 #ifdef PE_CHECKED
 
-#include "check.h"
-
-#include <link.h>
-
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstring>
-#include <map>
-#include <memory>
+#include <deque>
 #include <unordered_map>
 
-#include "count.h"
+#include "check.h"
+
+/* Where the library that this is linked into begins and ends, by the linker. */
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start, _end;
 
 namespace emu {
 
@@ -49,7 +48,6 @@ struct Cell {                             /* the past of 4 bytes, or of one */
   Record write, reads[2];                 /* reads[1]: one by another warp than reads[0], if there was one */
   uint32_t split, split_launch;           /* 1 + where the cells of its last three bytes are, in the launch of that serial */
 };
-struct Split { Cell bytes[3]; };
 
 constexpr int PAGE = 4096, CELLS = PAGE / 4, SECTORS = PAGE / 32;
 
@@ -59,49 +57,43 @@ struct Page {
   uint64_t read[SECTORS / 64], written[SECTORS / 64];
 };
 
-/* The cells of one launch. They are used again by the next one: old records are known by their serials. */
+/* The past of one launch. Cells are used again by the next one: old records are known by their serials. */
 struct History {
   std::unordered_map<uintptr_t, Page> pages;
   std::vector<std::unique_ptr<Cell[]>> blocks;
-  size_t blocks_used = 0;
-  std::vector<std::unique_ptr<Split[]>> splits;
-  size_t splits_used = 0;
+  size_t blocks_used;
+  std::deque<std::array<Cell, 3>> splits;
   std::unique_ptr<Cell[]> shared{new Cell[(256 << 10) / 4]()};
-  uintptr_t last_page = 0;
-  Page *last = nullptr;
-  uint32_t first_serial = FIRST_SERIAL;   /* of the launch */
+  uintptr_t last_number;
+  Page *last_page;
+  uint32_t first_serial;                  /* of the launch */
   std::map<uintptr_t, std::vector<bool>> released; /* by atomic: the blocks that are ordered before who uses it next */
   std::vector<bool> seen;                 /* blocks that are ordered before the one that runs */
-};
-History history;
+} history;
 
 /* -- cells ---------------------------------------------------------------------------------------------------------------------- */
 
 Page &page_of(uintptr_t at) {
   History &h = history;
-  const uintptr_t number = at / PAGE;
-  if (number == h.last_page) return *h.last;
-  Page &page = h.pages[number];
+  if (at / PAGE == h.last_number) return *h.last_page;
+  Page &page = h.pages[at / PAGE];
   if (!page.cells) {
     if (h.blocks_used == h.blocks.size()) h.blocks.emplace_back(new Cell[CELLS]());
     page.cells = h.blocks[h.blocks_used++].get();
   }
-  h.last_page = number;
-  h.last = &page;
-  return page;
+  h.last_number = at / PAGE;
+  return *(h.last_page = &page);
 }
 
+bool is_split(const Cell &cell) { return cell.split && cell.split_launch == history.first_serial; }
+
 Cell *split(Cell &cell) {
-  History &h = history;
-  constexpr size_t N = 1024;
-  if (!cell.split || cell.split_launch != h.first_serial) {
-    if (h.splits_used == h.splits.size() * N) h.splits.emplace_back(new Split[N]());
-    cell.split = uint32_t(++h.splits_used);
-    cell.split_launch = h.first_serial;
-    Split &s = h.splits[(cell.split - 1) / N][(cell.split - 1) % N];
-    for (Cell &byte : s.bytes) byte = cell;
+  if (!is_split(cell)) {
+    cell.split_launch = history.first_serial;
+    cell.split = uint32_t(history.splits.size() + 1);
+    history.splits.push_back({cell, cell, cell});
   }
-  return h.splits[(cell.split - 1) / N][(cell.split - 1) % N].bytes;
+  return history.splits[cell.split - 1].data();
 }
 
 /* Do something with each cell of these bytes. */
@@ -109,7 +101,7 @@ template <class Do> inline void each_cell(bool shared, uintptr_t at, size_t byte
   for (const uintptr_t end = at + bytes; at < end;) {
     const uintptr_t word = at & ~uintptr_t(3);
     Cell &cell = shared ? history.shared[word / 4] : page_of(word).cells[word % PAGE / 4];
-    if (word == at && end - at >= 4 && !(cell.split && cell.split_launch == history.first_serial)) {
+    if (word == at && end - at >= 4 && !is_split(cell)) {
       act(cell, at);
       at += 4;
       continue;
@@ -149,26 +141,28 @@ const char *verb(Access access) { return access == Access::read ? "reads" : acce
 
 std::string thread_text(const Lane &lane, const Record &r) {
   const Index3 size = lane.block->launch->block, grid = lane.block->launch->grid;
-  const uint32_t t = uint32_t(r.thread());
+  const uint32_t t = uint32_t(r.thread()), b = r.serial - history.first_serial;
   char text[120];
   const int n = std::snprintf(text, sizeof text, "thread (%u,%u,%u)", t % size.x, t / size.x % size.y, t / size.x / size.y);
-  if (r.serial != lane.block->serial) {
-    const uint32_t b = r.serial - history.first_serial;
+  if (r.serial != lane.block->serial)
     std::snprintf(text + n, sizeof text - n, " of block (%u,%u,%u)", b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-  }
   return text;
 }
 
-std::string place(bool shared, uintptr_t at) {
-  if (shared) return "shared memory at offset " + std::to_string(at);
-  const Region *r = region_of(at, 1);
-  return r ? r->what + " at offset " + std::to_string(at - r->begin) : "memory";
+std::string region_text(const Region &r) {
+  if (!self()->block->launch->ranges.empty()) return "a buffer";
+  return r.device == HOST ? "pinned memory of the host" : "an allocation of device " + std::to_string(r.device);
 }
 
-void report_race(const Lane &lane, bool shared, uintptr_t at, Access access, const Record &r, bool wrote, const void *site) {
-  const std::string how = r.under_way() ? "an asynchronous copy to it by " : wrote ? (r.atomic() ? "an atomic access by " : "the write by ") : "the read by ";
+/* Offsets are into the block's shared memory, or the region. */
+std::string place(const Region *region, uintptr_t at) {
+  return (region ? region_text(*region) : "shared memory") + " at offset " + std::to_string(region ? at - region->begin : at);
+}
+
+[[noreturn]] void report_race(const Lane &lane, const Region *region, uintptr_t at, Access access, const Record &r, bool wrote, const void *site) {
+  const char *how = r.under_way() ? "an asynchronous copy to it by" : !wrote ? "the read by" : r.atomic() ? "an atomic access by" : "the write by";
   const char *why = r.under_way() ? " that is still under way" : r.serial != lane.block->serial ? ", which nothing orders" : ", with no barrier between";
-  fault(site, "a race: it %s %s after %s%s at %s%s", verb(access), place(shared, at).c_str(), how.c_str(), thread_text(lane, r).c_str(),
+  fault(site, "a race: it %s %s after %s %s at %s%s", verb(access), place(region, at).c_str(), how, thread_text(lane, r).c_str(),
         describe_code(r.site).c_str(), why);
 }
 
@@ -182,24 +176,22 @@ void remember_read(Cell &cell, const Record &r) {
   last = r;
 }
 
-/* Check an access against the past of its bytes, and add it. */
-void follow(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access access, const void *site, Region *region,
-            bool under_way = false) {
-  const Record now = record(lane, access, site, under_way ? Record::UNDER_WAY : 0);
-  if (access != Access::write && region && region->written && !region->was_written(at, bytes))
-    fault(site, "%s %zu bytes of %s that nobody wrote", verb(access), bytes, place(false, at).c_str());
-  each_cell(shared, at, bytes, [&](Cell &cell, uintptr_t where) {
-    if (!(cell.write.atomic() && access == Access::atomic) && !ordered(cell.write, lane, shared))
-      report_race(lane, shared, where, access, cell.write, true, site);
-    if (access != Access::read)
-      for (const Record &r : cell.reads)
-        if (!ordered(r, lane, shared)) report_race(lane, shared, where, access, r, false, site);
-    if (access != Access::write && shared && cell.write.serial != lane.block->serial)
-      fault(site, "%s %zu bytes of shared memory at offset %zu that no thread of this block has written so far", verb(access), bytes, size_t(at));
+/* Check an access against the past of its bytes, and add it. In all that follows a region of null is shared memory. */
+void follow(const Lane &lane, Region *region, uintptr_t at, size_t bytes, Access access, const void *site, uint32_t kind = 0) {
+  const Record now = record(lane, access, site, kind);
+  if (access != Access::write && region && !region->was_written(at, bytes))
+    fault(site, "%s %zu bytes of %s that nobody wrote", verb(access), bytes, place(region, at).c_str());
+  each_cell(!region, at, bytes, [&](Cell &cell, uintptr_t where) {
+    if (!(cell.write.atomic() && access == Access::atomic) && !ordered(cell.write, lane, !region))
+      report_race(lane, region, where, access, cell.write, true, site);
+    for (const Record &r : cell.reads)
+      if (access != Access::read && !ordered(r, lane, !region)) report_race(lane, region, where, access, r, false, site);
+    if (access != Access::write && !region && cell.write.serial != lane.block->serial)
+      fault(site, "%s %zu bytes of %s that no thread of this block has written so far", verb(access), bytes, place(region, at).c_str());
     if (access == Access::read) remember_read(cell, now);
     else cell.write = now;
   });
-  if (access != Access::read && region && region->written) region->wrote(at, bytes);
+  if (access != Access::read && region) region->wrote(at, bytes);
 }
 
 /* Programming Guide, "Memory fence functions": who sees an atomic that another block changed behind a fence, and fences too, sees
@@ -215,74 +207,47 @@ void order_blocks(const Lane &lane, uintptr_t at) {
   before[me] = true;
 }
 
-/* The library of the kernels: its constants may be read. */
-bool in_library(uintptr_t at) {
-  static const std::pair<uintptr_t, uintptr_t> range = [] {
-    std::pair<uintptr_t, uintptr_t> r{reinterpret_cast<uintptr_t>(&in_library), 0};
-    dl_iterate_phdr([](dl_phdr_info *info, size_t, void *out) {
-      auto &r = *static_cast<std::pair<uintptr_t, uintptr_t> *>(out);
-      uintptr_t begin = UINTPTR_MAX, end = 0;
-      for (int i = 0; i < info->dlpi_phnum; i++)
-        if (info->dlpi_phdr[i].p_type == PT_LOAD) {
-          begin = std::min<uintptr_t>(begin, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
-          end = std::max<uintptr_t>(end, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr + info->dlpi_phdr[i].p_memsz);
-        }
-      if (r.first < begin || r.first >= end) return 0;
-      r = {begin, end};
-      return 1;
-    }, &r);
-    return r;
-  }();
-  return at >= range.first && at < range.second;
+bool inside(uintptr_t at, const void *begin, size_t bytes) { return at - reinterpret_cast<uintptr_t>(begin) < bytes; }
+bool in_library(uintptr_t at) { return inside(at, &__ehdr_start, size_t(&_end - &__ehdr_start)); } /* with its constants */
+
+/* What a lane may touch without anybody looking: its stack, and what the engine keeps about it. */
+bool own(const Lane &lane, uintptr_t at) {
+  return inside(at, lane.stack, size_t(lane.stack_end - lane.stack)) || inside(at, &current, sizeof current) ||
+         inside(at, lane.block->engine.begin, lane.block->engine.bytes) || inside(at, lane.block->launch, sizeof(Launch));
 }
 
-[[noreturn]] void report_outside(const Lane &lane, uintptr_t at, size_t bytes, Access access, const void *site) {
-  const Block &b = *lane.block;
+[[noreturn]] void report_outside(const Block &b, uintptr_t at, size_t bytes, Access access, const void *site) {
   const char *does = verb(access);
   const intptr_t in_shared = intptr_t(at - reinterpret_cast<uintptr_t>(b.shared));
   if (in_shared > -4096 && in_shared < (512 << 10))
     fault(site, "out of bounds: %s %zu bytes at offset %td of %zu bytes of shared memory", does, bytes, in_shared, b.launch->shared_bytes);
   for (int i = 0; i < b.n_threads; i++)
-    if (at - reinterpret_cast<uintptr_t>(b.lanes[i].stack) < size_t(b.lanes[i].stack_end - b.lanes[i].stack))
-      fault(site, "%s a local variable of thread %d", does, i);
+    if (inside(at, b.lanes[i].stack, size_t(b.lanes[i].stack_end - b.lanes[i].stack))) fault(site, "%s a local variable of thread %d", does, i);
   if (in_library(at)) fault(site, "%s a constant", does);
   const Region *near = region_near(at);
   if (!near) fault(site, "out of bounds: %s %zu bytes at %#zx, which is no memory of the device", does, bytes, size_t(at));
-  fault(site, "out of bounds: %s %zu bytes at offset %td of %s of %zu bytes", does, bytes, intptr_t(at - near->begin), near->what.c_str(),
+  fault(site, "out of bounds: %s %zu bytes at offset %td of %s of %zu bytes", does, bytes, intptr_t(at - near->begin), region_text(*near).c_str(),
         size_t(near->end - near->begin));
 }
 
-void access_memory(const Lane &lane, uintptr_t at, size_t bytes, Access access, const void *site) {
+void access_memory(const Lane &lane, uintptr_t at, size_t bytes, Access access, const void *site, uint32_t kind = 0) {
   const Block &b = *lane.block;
-  const uintptr_t in_shared = at - reinterpret_cast<uintptr_t>(b.shared);
-  const bool shared = in_shared < b.launch->shared_bytes && bytes <= b.launch->shared_bytes - in_shared;
   Region *region = nullptr;
-  if (!shared) {
-    if (access == Access::read) {
-      const uintptr_t in_arguments = at - reinterpret_cast<uintptr_t>(b.launch->arguments);
-      if (in_arguments < b.launch->argument_bytes) return;
-      if (in_library(at)) return;
-    }
+  if (inside(at, b.shared, b.launch->shared_bytes)) {
+    at -= reinterpret_cast<uintptr_t>(b.shared);
+    if (bytes > b.launch->shared_bytes - at) report_outside(b, at + reinterpret_cast<uintptr_t>(b.shared), bytes, access, site);
+  } else {
+    if (access == Access::read && (inside(at, b.launch->arguments, b.launch->argument_bytes) || in_library(at))) return;
     region = region_of(at, bytes);
-    if (!region) report_outside(lane, at, bytes, access, site);
-  }
-  if (at & (bytes - 1)) fault(site, "misaligned: %s %zu bytes at %s", verb(access), bytes, place(shared, shared ? in_shared : at).c_str());
-  count_access(lane, shared, shared ? in_shared : at, bytes, access, site, region);
-  if (!shared) {
+    if (!region || kind) report_outside(b, at, bytes, access, site);
     Page &page = page_of(at);
     const size_t sector = at % PAGE / 32;
     (access == Access::read ? page.read : page.written)[sector / 64] |= uint64_t(1) << sector % 64;
-    if (access == Access::atomic) order_blocks(lane, at);
   }
-  follow(lane, shared, shared ? in_shared : at, bytes, access, site, region);
-}
-
-bool inside(uintptr_t at, const void *begin, size_t bytes) { return at - reinterpret_cast<uintptr_t>(begin) < bytes; }
-
-/* What a lane may touch without anybody looking: its stack, and what the engine keeps about it. */
-inline bool own(const Lane &lane, uintptr_t at) {
-  return inside(at, lane.stack, size_t(lane.stack_end - lane.stack)) || inside(at, &current, sizeof current) ||
-         inside(at, lane.block->engine.begin, lane.block->engine.bytes) || inside(at, lane.block->launch, sizeof(Launch));
+  if (at & (bytes - 1)) fault(site, "misaligned: %s %zu bytes at %s", verb(access), bytes, place(region, at).c_str());
+  count_access(lane, !region, at, bytes, access, site, region);
+  if (access == Access::atomic && region) order_blocks(lane, at);
+  follow(lane, region, at, bytes, access, site, kind);
 }
 
 /* Accesses of any size and alignment: as pieces that are aligned to their sizes. */
@@ -312,22 +277,21 @@ void begin_launch(const Launch &launch, uint32_t first_serial) {
   History &h = history;
   h.pages.clear();
   h.released.clear();
-  h.blocks_used = h.splits_used = 0;
-  h.last_page = 0;
+  h.splits.clear();
+  h.blocks_used = h.last_number = 0;
   h.first_serial = first_serial;
   choose_regions(launch);
   count_launch(launch);
 }
 
-void end_launch(const uint64_t (&events)[int(Event::n_events)]) {
+void end_launch(Events events) {
   int64_t read = 0, written = 0;
   for (const auto &[number, page] : history.pages)
     for (int i = 0; i < SECTORS / 64; i++) {
       read += __builtin_popcountll(page.read[i]);
       written += __builtin_popcountll(page.written[i]);
     }
-  count_different(read, written);
-  count_events(events);
+  count_end(events, read, written);
 }
 
 void begin_block(Block &block) {
@@ -362,22 +326,13 @@ __attribute__((noinline)) void touch(const void *address, size_t bytes, Access a
 }
 
 void copy_started(void *shared, int bytes, const void *site) {
-  const Lane &lane = *current;
-  const uintptr_t at = static_cast<char *>(shared) - lane.block->shared;
-  if (at >= lane.block->launch->shared_bytes || size_t(bytes) > lane.block->launch->shared_bytes - at)
-    report_outside(lane, reinterpret_cast<uintptr_t>(shared), bytes, Access::write, site);
-  if (at & (bytes - 1)) fault(site, "misaligned: an asynchronous copy of %d bytes to shared memory at offset %zu", bytes, size_t(at));
-  count_access(lane, true, at, bytes, Access::write, site, nullptr);
-  follow(lane, true, at, bytes, Access::write, site, nullptr, true);
+  access_memory(*current, reinterpret_cast<uintptr_t>(shared), size_t(bytes), Access::write, site, Record::UNDER_WAY);
 }
 
 void copy_ended(void *shared, int bytes, const void *site) {
-  const Lane &lane = *current;
-  const Record now = record(lane, Access::write, site);
-  each_cell(true, static_cast<char *>(shared) - lane.block->shared, bytes, [&](Cell &cell, uintptr_t) { cell.write = now; });
+  const Record now = record(*current, Access::write, site);
+  each_cell(true, static_cast<char *>(shared) - current->block->shared, size_t(bytes), [&](Cell &cell, uintptr_t) { cell.write = now; });
 }
-
-bool same_line(const void *site, const void *other) { return site == other || describe_code(site) == describe_code(other); }
 
 }  // namespace emu
 
@@ -387,36 +342,17 @@ bool same_line(const void *site, const void *other) { return site == other || de
 #define WHOLE(n)                                                                                              \
   void __tsan_read##n(void *at) { emu::access_whole(at, n, emu::Access::read, SITE); }                        \
   void __tsan_write##n(void *at) { emu::access_whole(at, n, emu::Access::write, SITE); }
-#define PIECES(n)                                                                                             \
-  void __tsan_unaligned_read##n(void *at) { emu::access_pieces(uintptr_t(at), n, emu::Access::read, SITE); }  \
-  void __tsan_unaligned_write##n(void *at) { emu::access_pieces(uintptr_t(at), n, emu::Access::write, SITE); }
-/* Those of the C++ library, in host code. Kernels' atomics do not come here: cuda.h. */
-#define ATOMICS(n, T)                                                                                         \
-  T __tsan_atomic##n##_load(const volatile T *at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }      \
-  void __tsan_atomic##n##_store(volatile T *at, T v, int) { __atomic_store_n(at, v, __ATOMIC_SEQ_CST); }      \
-  T __tsan_atomic##n##_exchange(volatile T *at, T v, int) { return __atomic_exchange_n(at, v, __ATOMIC_SEQ_CST); }   \
-  T __tsan_atomic##n##_fetch_add(volatile T *at, T v, int) { return __atomic_fetch_add(at, v, __ATOMIC_SEQ_CST); }   \
-  T __tsan_atomic##n##_fetch_sub(volatile T *at, T v, int) { return __atomic_fetch_sub(at, v, __ATOMIC_SEQ_CST); }   \
-  T __tsan_atomic##n##_fetch_or(volatile T *at, T v, int) { return __atomic_fetch_or(at, v, __ATOMIC_SEQ_CST); }     \
-  T __tsan_atomic##n##_fetch_and(volatile T *at, T v, int) { return __atomic_fetch_and(at, v, __ATOMIC_SEQ_CST); }   \
-  int __tsan_atomic##n##_compare_exchange_strong(volatile T *at, T *e, T v, int, int) {                       \
-    return __atomic_compare_exchange_n(at, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
-  }                                                                                                           \
-  int __tsan_atomic##n##_compare_exchange_weak(volatile T *at, T *e, T v, int, int) {                         \
-    return __atomic_compare_exchange_n(at, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
-  }
 extern "C" {
 void __tsan_init() {}
-void __tsan_func_entry(void *) {}
-void __tsan_func_exit() {}
 void __tsan_vptr_update(void **, void *) {}
-void __tsan_vptr_read(void **) {}
 WHOLE(1) WHOLE(2) WHOLE(4) WHOLE(8) WHOLE(16)
-PIECES(2) PIECES(4) PIECES(8) PIECES(16)
 void __tsan_read_range(void *at, unsigned long n) { emu::access_pieces(uintptr_t(at), n, emu::Access::read, SITE); }
 void __tsan_write_range(void *at, unsigned long n) { emu::access_pieces(uintptr_t(at), n, emu::Access::write, SITE); }
-ATOMICS(8, unsigned char) ATOMICS(16, unsigned short) ATOMICS(32, unsigned) ATOMICS(64, unsigned long)
-void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+/* Atomics of the C++ library, in host code; those of kernels do not come here. */
+unsigned __tsan_atomic32_load(const volatile unsigned *at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
+void __tsan_atomic32_store(volatile unsigned *at, unsigned v, int) { __atomic_store_n(at, v, __ATOMIC_SEQ_CST); }
+unsigned __tsan_atomic32_fetch_add(volatile unsigned *at, unsigned v, int) { return __atomic_fetch_add(at, v, __ATOMIC_SEQ_CST); }
+unsigned __tsan_atomic32_fetch_sub(volatile unsigned *at, unsigned v, int) { return __atomic_fetch_sub(at, v, __ATOMIC_SEQ_CST); }
 }
 
 #endif

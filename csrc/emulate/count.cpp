@@ -1,15 +1,33 @@
-/* count.cpp: see count.h. */
+/* count.cpp: what kernels ask of memory (-DPE_CHECKED).
+ *
+ * Accesses of the lanes of a warp by the same line, the n-th of each lane since they last met, are one request, as a card would issue
+ * it. A request to global memory costs the 32-byte sectors that it touches; one to shared memory one pass over 32 banks of 4 bytes
+ * for 32 lanes of up to 4 bytes, 16 lanes of 8 or 8 lanes of 16, and one more for each further word that a bank must give.
+ * Python reads the counts by the flat functions at the end: bench/gpu/counts.py.
+ */
 #ifdef PE_CHECKED
-
-#include "count.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <map>
 #include <unordered_map>
 
 #include "check.h"
+
+extern "C" {
+struct pe_emulated_traffic {
+  int64_t requests;        /* of warps */
+  int64_t bytes;           /* that threads asked for */
+  int64_t sectors;         /* of 32 bytes, by request; of shared memory: passes */
+  int64_t conflicts;       /* passes of shared memory beyond the first */
+};
+struct pe_emulated_counts {
+  int64_t launches, blocks, barriers, collectives, mma, dp4a, atomics; /* barriers by block, collectives by warp, dp4a by thread */
+  pe_emulated_traffic loads, stores, shared_loads, shared_stores;
+  int64_t threads, shared_bytes;             /* of a block, the largest */
+  int64_t different_loads, different_stores; /* sectors that a launch touched at least once, over all launches */
+};
+}
 
 namespace emu {
 
@@ -28,13 +46,13 @@ struct Request {
   uint32_t at[WARP];                        /* in 4 bytes, from the sector where the allocation begins, or shared memory */
 };
 
-/* The requests of one line by one warp that wait for more lanes. */
+/* The requests of one line by one warp that wait for more lanes. A line that reads several allocations is one for each. */
 struct Line {
   bool shared = false;
   Access access = Access::read;
   size_t bytes = 0;
   uintptr_t allocation = 0;
-  uint32_t meeting = 0;                     /* the numbers below hold since this meeting of the warp */
+  uint32_t meeting = 0;                     /* done[] holds since this meeting of the warp */
   uint32_t done[WARP];                      /* accesses by lane */
   std::vector<Request> open;
 };
@@ -42,20 +60,19 @@ struct Line {
 struct Requests {                           /* of one warp */
   std::unordered_map<uint64_t, Line> lines;
   struct { uint64_t key; Line *line; } recent[64] = {};
-  std::vector<Line *> waiting;              /* lines with open requests */
+  std::vector<Line *> waiting;              /* with open requests */
   uint32_t meeting = 1;
 };
-Requests *requests[MAX_THREADS / WARP];
+std::unique_ptr<Requests> requests[MAX_THREADS / WARP];
 
-/* Passes over the banks that some lanes need, each `words` words. */
+/* Passes over the banks for lanes [first, first + n_lanes), of `words` words each. */
 int passes(const Request &r, int first, int n_lanes, int words) {
   uint32_t wanted[WARP * 4];
-  int n = 0, worst = 0;
+  int n = 0, worst = 0, by_bank[32] = {};
   for (int i = first; i < first + n_lanes; i++)
     for (int w = 0; r.lanes >> i & 1 && w < words; w++) wanted[n++] = r.at[i] + uint32_t(w);
   std::sort(wanted, wanted + n);
   n = int(std::unique(wanted, wanted + n) - wanted);
-  int by_bank[32] = {};
   for (int i = 0; i < n; i++) worst = std::max(worst, ++by_bank[wanted[i] % 32]);
   return worst;
 }
@@ -65,31 +82,26 @@ void close(const Line &line, const Request &r) {
   pe_emulated_counts &sum = counting->sum;
   pe_emulated_traffic add = {1, int64_t(line.bytes) * __builtin_popcount(r.lanes), 0, 0};
   if (line.shared) {
-    const int together = line.bytes <= 4 ? 32 : line.bytes == 8 ? 16 : 8;
+    const int words = line.bytes <= 4 ? 1 : int(line.bytes / 4), together = WARP / words;
     for (int first = 0; first < WARP; first += together) {
-      const int n = passes(r, first, together, line.bytes <= 4 ? 1 : int(line.bytes / 4));
+      const int n = passes(r, first, together, words);
       add.sectors += n;
       add.conflicts += n ? n - 1 : 0;
     }
   } else {
-    uint32_t sectors[WARP];
-    int n = 0;
+    uint32_t sectors[WARP], *end = sectors;
     for (int i = 0; i < WARP; i++)
-      if (r.lanes >> i & 1) sectors[n++] = r.at[i] / 8;
-    std::sort(sectors, sectors + n);
-    add.sectors = std::unique(sectors, sectors + n) - sectors;
+      if (r.lanes >> i & 1) *end++ = r.at[i] / 8;
+    std::sort(sectors, end);
+    add.sectors = std::unique(sectors, end) - sectors;
   }
   auto plus = [&add](pe_emulated_traffic &t) {
-    t.requests += add.requests;
-    t.bytes += add.bytes;
-    t.sectors += add.sectors;
-    t.conflicts += add.conflicts;
+    t = {t.requests + add.requests, t.bytes + add.bytes, t.sectors + add.sectors, t.conflicts + add.conflicts};
   };
   plus(line.shared ? (load ? sum.shared_loads : sum.shared_stores) : (load ? sum.loads : sum.stores));
   if (!line.shared) plus((load ? counting->loads : counting->stores)[line.allocation]);
 }
 
-/* A line that reads several allocations (by a pointer that a table holds) is one for each. */
 Line &line_of(Requests &all, const void *site, bool shared, Access access, uintptr_t allocation) {
   const uint64_t key = (uintptr_t(site) << 1 | shared) ^ (allocation >> 8) * 0x9e3779b97f4a7c15u;
   auto &recent = all.recent[(key ^ key >> 7) % 64];
@@ -112,9 +124,18 @@ void close_all(Requests &all) {
 
 }  // namespace
 
+void count_launch(const Launch &l) {
+  counting = &counts[l.kernel];
+  pe_emulated_counts &sum = counting->sum;
+  sum.launches++;
+  sum.threads = std::max<int64_t>(sum.threads, int64_t(l.block.x) * l.block.y * l.block.z);
+  sum.shared_bytes = std::max<int64_t>(sum.shared_bytes, int64_t(l.shared_bytes));
+  for (auto &of_warp : requests) of_warp.reset();
+}
+
 void count_access(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access access, const void *site, const Region *region) {
-  Requests *&all = requests[lane.index / WARP];
-  if (!all) all = new Requests;
+  auto &all = requests[lane.index / WARP];
+  if (!all) all = std::make_unique<Requests>();
   if (access == Access::atomic) counting->sum.atomics++;
   Line &line = line_of(*all, site, shared, access, region ? region->begin : 0);
   if (line.meeting != all->meeting) {
@@ -124,42 +145,9 @@ void count_access(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Acc
   line.bytes = bytes;
   const size_t number = line.done[lane.lane]++;
   if (line.open.empty()) all->waiting.push_back(&line);
-  while (line.open.size() <= number) line.open.emplace_back();
-  Request &r = line.open[number];
-  r.at[lane.lane] = uint32_t((at - (line.allocation & ~uintptr_t(31))) / 4);
-  r.lanes |= 1u << lane.lane;
-}
-
-void count_launch(const Launch &launch) {
-  counting = &counts[launch.kernel];
-  pe_emulated_counts &sum = counting->sum;
-  sum.launches++;
-  sum.threads = std::max<int64_t>(sum.threads, int64_t(launch.block.x) * launch.block.y * launch.block.z);
-  sum.shared_bytes = std::max<int64_t>(sum.shared_bytes, int64_t(launch.shared_bytes));
-  for (Requests *all : requests)
-    if (all) {
-      all->waiting.clear(); /* of a launch that failed */
-      all->lines.clear();
-      for (auto &recent : all->recent) recent = {};
-    }
-}
-
-void count_different(int64_t loads, int64_t stores) {
-  counting->sum.different_loads += loads;
-  counting->sum.different_stores += stores;
-}
-
-void count_events(const uint64_t (&events)[int(Event::n_events)]) {
-  pe_emulated_counts &sum = counting->sum;
-  sum.barriers += int64_t(events[int(Event::barrier)]);
-  sum.collectives += int64_t(events[int(Event::collective)]);
-  sum.mma += int64_t(events[int(Event::mma)]);
-  sum.dp4a += int64_t(events[int(Event::dp4a)]);
-}
-
-void end_block(Block &block) {
-  count_together(block);
-  counting->sum.blocks++;
+  if (line.open.size() <= number) line.open.resize(number + 1);
+  line.open[number].at[lane.lane] = uint32_t((at - (line.allocation & ~uintptr_t(31))) / 4);
+  line.open[number].lanes |= 1u << lane.lane;
 }
 
 void count_together(Block &block) {
@@ -168,33 +156,46 @@ void count_together(Block &block) {
 }
 
 void count_together(Warp &warp, uint32_t mask) {
-  Requests *all = requests[warp.lanes[0]->index / WARP];
+  auto &all = requests[warp.lanes[0]->index / WARP];
   if (all && mask == (warp.present & ~warp.done)) close_all(*all);
+}
+
+void end_block(Block &block) {
+  count_together(block);
+  counting->sum.blocks++;
+}
+
+void count_end(Events events, int64_t sectors_read, int64_t sectors_written) {
+  pe_emulated_counts &sum = counting->sum;
+  sum.barriers += int64_t(events[int(Event::barrier)]);
+  sum.collectives += int64_t(events[int(Event::collective)]);
+  sum.mma += int64_t(events[int(Event::mma)]);
+  sum.dp4a += int64_t(events[int(Event::dp4a)]);
+  sum.different_loads += sectors_read;
+  sum.different_stores += sectors_written;
 }
 
 }  // namespace emu
 
 /* -- for Python ------------------------------------------------------------------------------------------------------------------------ */
 
-#define EXPORT __attribute__((visibility("default")))
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace {
-std::pair<const void *const, emu::Counts> &number(int32_t i) { return *std::next(emu::counts.begin(), i); }
-}  // namespace
-
-extern "C" {
+/* Forget all counts; how many kernels were launched since; the counts of number i, with its name. */
 EXPORT void pe_emulated_reset(void) { emu::counts.clear(); }
 EXPORT int32_t pe_emulated_kernels(void) { return int32_t(emu::counts.size()); }
 EXPORT void pe_emulated_kernel(int32_t i, char *name, int32_t name_bytes, pe_emulated_counts *out) {
-  std::snprintf(name, size_t(name_bytes), "%s", emu::name_of(number(i).first).c_str());
-  *out = number(i).second.sum;
+  const auto &[kernel, counts] = *std::next(emu::counts.begin(), i);
+  std::snprintf(name, size_t(name_bytes), "%s", emu::name_of(kernel).c_str());
+  *out = counts.sum;
 }
+/* What kernel number i loaded and stored in the allocation that holds this address; all zero where that is nothing. */
 EXPORT void pe_emulated_buffer(int32_t i, uint64_t address, pe_emulated_traffic *loads, pe_emulated_traffic *stores) {
+  emu::Counts &counts = std::next(emu::counts.begin(), i)->second;
   const emu::Region *region = emu::region_of(address, 1);
   const uintptr_t begin = region ? region->begin : uintptr_t(address); /* of an earlier launch: where its buffer began */
-  *loads = number(i).second.loads[begin];
-  *stores = number(i).second.stores[begin];
-}
+  *loads = counts.loads[begin];
+  *stores = counts.stores[begin];
 }
 
 #endif

@@ -20,11 +20,9 @@
 
 namespace emu {
 
-constexpr int WARP = 32;
-constexpr int MAX_THREADS = 1024;
+constexpr int WARP = 32, MAX_THREADS = 1024;
 
 struct Index3 { uint32_t x = 1, y = 1, z = 1; };
-
 struct Range { const void *begin; size_t bytes; };
 
 struct Launch {
@@ -35,20 +33,13 @@ struct Launch {
   const void *arguments = nullptr;        /* what the body reads, the same for every thread: the card's constant bank */
   size_t argument_bytes = 0;
   std::shared_ptr<const void> owner;      /* of the arguments */
-  std::vector<Range> ranges;              /* in the checked form the memory it may use; none: all that is allocated or pinned */
+  std::vector<Range> ranges;              /* in the checked form the memory it may use; none: all that was allocated */
 };
 
 /* -- who runs ------------------------------------------------------------------------------------------------------------ */
 
 struct Warp;
 struct Block;
-
-struct Copy {
-  void *shared;
-  const void *source;
-  int bytes, bytes_zeroed, group;
-  const void *site;
-};
 
 /* A collective of a warp as one lane calls it: see collective() and whole_warp(). */
 using Combine = void (*)(void *const *deposits, uint32_t mask);
@@ -58,6 +49,13 @@ struct Meeting {
   void *deposit;
   Combine combine;
   bool orders, whole;
+};
+
+/* To shared memory, under way: see copy_later(). */
+struct Copy {
+  void *shared;
+  const void *source;
+  int bytes, bytes_zeroed, group;
   const void *site;
 };
 
@@ -68,34 +66,31 @@ struct Lane {
   int index, lane;                        /* number in its block, in its warp */
   Warp *warp;
   Block *block;
-  bool at_barrier;
-  bool fenced;                            /* by __threadfence */
+  bool at_barrier, fenced;
   bool quiet;                             /* what it does now is the emulator's work and no access of the kernel */
-  const void *site;                       /* the code that waits, for a `word` such as "__syncthreads" */
-  const char *word;
+  const char *word;                       /* what it waits at, such as "__syncthreads" */
+  const void *site;                       /* the code that called it */
   Meeting meeting;
   int copy_groups;                        /* committed so far */
-  std::vector<Copy> copies;               /* to shared memory, under way */
+  std::vector<Copy> copies;
 };
 
 struct Warp {
   Lane *lanes[WARP];
   uint32_t present, ready, arrived, done; /* bits by lane: in the block, may run, waits at a collective, has returned */
-  uint32_t clock_epoch;                   /* 1 + the epoch of the block in which these hold: (check.cpp) */
+  uint32_t clock_epoch;                   /* 1 + the epoch of the block in which the clocks hold (check.cpp) */
   uint32_t clock[WARP][WARP];             /* clock[i][j]: the last time of lane j that lane i comes after; [i][i] is its own */
 };
 
 struct Block {
   const Launch *launch;
   Index3 index;                           /* blockIdx */
-  int64_t number;                         /* in the grid, x fastest */
   char *shared;
-  Range engine;                           /* where this and the lanes lie */
-  int n_threads, n_warps, n_done;
-  uint32_t serial;                        /* of this block, over all launches */
-  uint32_t epoch;                         /* barriers so far */
   Lane *lanes;
   Warp *warps;
+  Range engine;                           /* where this, the lanes and the warps lie */
+  int n_threads, n_warps, n_done;
+  uint32_t serial, epoch;                 /* of this block over all launches; barriers so far */
 };
 
 /* The lane that runs on this thread of the OS, null in host code. */
@@ -123,32 +118,31 @@ void copy_later(void *shared, const void *source, int bytes, int bytes_zeroed);
 void commit_copies();
 void wait_copies(int groups_left);
 
-/* The code that calls it. */
+/* End the launch with a message about the thread that runs and the code `site`; here() is the code that calls it. */
+[[noreturn]] void fault(const void *site, const char *format, ...) __attribute__((format(printf, 2, 3)));
 const void *here();
 
-/* End the launch with a message about the thread that runs. Never returns. */
-[[noreturn]] void fault(const void *site, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* An access by the emulator's own code in the name of the line that calls it, such as an atomic (checked form). */
+enum class Access : uint8_t { read, write, atomic };
+#ifdef PE_CHECKED
+void touch(const void *address, size_t bytes, Access access);
+#else
+inline void touch(const void *, size_t, Access) {}
+#endif
+
+/* Store `desired` if `expected` is there, at once; what was there. No sanitizer rewrites these. */
+uint32_t swap_if(void *at, uint32_t expected, uint32_t desired);
+uint64_t swap_if(void *at, uint64_t expected, uint64_t desired);
+
+enum class Event : uint8_t { barrier, collective, mma, dp4a, n_events };
+void count(Event event);
 
 /* -- running ---------------------------------------------------------------------------------------------------------------- */
 
 bool launch(const Launch &launch);
 const std::string &last_error();
 
-/* -- watching (check.cpp; in the plain form these do nothing) ------------------------------------------------------------------ */
-
-enum class Access : uint8_t { read, write, atomic };
-enum class Event : uint8_t { barrier, collective, mma, dp4a, n_events };
-
-#ifdef PE_CHECKED
-/* An access by the emulator's own code in the name of a kernel's line: atomics, ldmatrix. */
-void touch(const void *address, size_t bytes, Access access);
-#else
-inline void touch(const void *, size_t, Access) {}
-#endif
-
-void count(Event event);
-
-/* "name of the function (file:line)" of code, where it can be found. */
+/* "csrc/cuda/norm.cu:41" and "norm<4>", from the symbols in the library (where.cpp). */
 std::string describe_code(const void *site);
 std::string name_of(const void *kernel);
 

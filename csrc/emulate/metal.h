@@ -13,11 +13,6 @@
 #include "engine.h"
 #include "metal/types.h"
 
-namespace emu { /* engine.cpp: atomics that nobody watches */
-uint32_t atomic_load_4(const void *at);
-uint32_t atomic_swap_if_4(void *at, uint32_t expected, uint32_t desired);
-}  // namespace emu
-
 namespace metal {
 namespace emulated {
 /* What attributes of a kernel's parameters stand for. Engine's names are used here only, before the words below hide them. */
@@ -260,14 +255,14 @@ namespace emulated {
 
 template <class T> inline T atomic_read(const atomic<T> *a) {
   emu::touch(a, sizeof(T), emu::Access::atomic);
-  return as_type<T>(emu::atomic_load_4(a));
+  return as_type<T>(emu::swap_if(const_cast<atomic<T> *>(a), 0u, 0u));
 }
 /* Put next(value) in the place of the value, which is returned. */
 template <class T, class New> inline T atomically(atomic<T> *a, New next) {
   static_assert(sizeof(T) == 4, "atomics of 4 bytes only");
   emu::touch(a, sizeof(T), emu::Access::atomic);
-  for (uint32_t old = emu::atomic_load_4(a);;) {
-    const uint32_t seen = emu::atomic_swap_if_4(a, old, as_type<uint32_t>((T)next(as_type<T>(old))));
+  for (uint32_t old = emu::swap_if(a, 0u, 0u);;) {
+    const uint32_t seen = emu::swap_if(a, old, as_type<uint32_t>((T)next(as_type<T>(old))));
     if (seen == old) return as_type<T>(old);
     old = seen;
   }

@@ -1,132 +1,228 @@
-/* runtime.h: the part of the CUDA runtime that the emulator has, with NVIDIA's names, types and meanings (runtime.cpp).
+/* runtime.h: the part of the CUDA runtime that csrc/cuda uses, with NVIDIA's names, types and meanings, for emulated devices.
  *
  * Every operation is done before its function returns, in the order of the calls. A stream that is being captured notes its
  * operations instead, for cudaGraphLaunch. PYENGINE_EMULATED_DEVICES is the number of devices (2), PYENGINE_EMULATED_MEMORY the
- * bytes of each (8 GiB), PYENGINE_EMULATED_SM the compute capability they report (80).
+ * bytes of each (8 GiB), PYENGINE_EMULATED_SM the compute capability they report (80), PYENGINE_EMULATED_DRIVER what the driver can do.
  */
 #ifndef PE_EMULATE_RUNTIME_H
 #define PE_EMULATE_RUNTIME_H
 
-#include <memory>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
 #include <tuple>
+#include <utility>
 
-#include "engine.h"
+#include "check.h"
 
+#define EMU_ERRORS(X)                                                                                                         \
+  X(cudaSuccess, 0, "no error") X(cudaErrorInvalidValue, 1, "invalid argument") X(cudaErrorMemoryAllocation, 2, "out of memory") \
+  X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                                       \
+  X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version")                          \
+  X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected") X(cudaErrorInvalidDevice, 101, "invalid device ordinal")    \
+  X(cudaErrorLaunchFailure, 719, emu::last_error().c_str()) /* what the last kernel that failed did wrong */                  \
+  X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")
 enum cudaError_t {
-  cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorInsufficientDriver = 35,
-  cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
-  cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorPeerAccessAlreadyEnabled = 704,
-  cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713, cudaErrorLaunchFailure = 719,
-  cudaErrorNotSupported = 801, cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901
+#define EMU_ERROR(name, number, text) name = number,
+  EMU_ERRORS(EMU_ERROR)
+#undef EMU_ERROR
 };
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive, cudaStreamCaptureStatusInvalidated };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
-};
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2,
-       cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostRegisterDefault = 0, cudaHostRegisterPortable = 1,
-       cudaHostRegisterReadOnly = 8 };
-
-typedef struct emu_stream *cudaStream_t;
-typedef struct emu_event *cudaEvent_t;
-typedef struct emu_graph *cudaGraph_t;
-typedef struct emu_graph_exec *cudaGraphExec_t;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
 
 struct cudaDeviceProp {
   char name[256];
-  size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-  int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, l2CacheSize, memoryBusWidth, integrated, ECCEnabled;
-  int pciDomainID, pciBusID, pciDeviceID;
+  size_t totalGlobalMem, sharedMemPerBlockOptin;
+  int major, minor, multiProcessorCount;
 };
 
-cudaError_t cudaGetDeviceCount(int *count);
-cudaError_t cudaSetDevice(int device);
-cudaError_t cudaGetDevice(int *device);
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
-cudaError_t cudaDeviceSynchronize();
-cudaError_t cudaDeviceReset();
-cudaError_t cudaDriverGetVersion(int *version);
-cudaError_t cudaRuntimeGetVersion(int *version);
-cudaError_t cudaMemGetInfo(size_t *left, size_t *total);
-cudaError_t cudaGetLastError();
-cudaError_t cudaPeekAtLastError();
-const char *cudaGetErrorString(cudaError_t error); /* of cudaErrorLaunchFailure: what the last kernel that failed did wrong */
-const char *cudaGetErrorName(cudaError_t error);
-
-cudaError_t cudaMalloc(void **memory, size_t bytes);
-cudaError_t cudaFree(void *memory);
-cudaError_t cudaMallocHost(void **memory, size_t bytes);
-cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned flags);
-cudaError_t cudaFreeHost(void *memory);
-cudaError_t cudaHostRegister(void *memory, size_t bytes, unsigned flags);
-cudaError_t cudaHostUnregister(void *memory);
-cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
-cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
-                              cudaMemcpyKind kind, cudaStream_t stream = nullptr);
-cudaError_t cudaMemset(void *to, int byte, size_t bytes);
-cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaMemcpyPeer(void *to, int to_device, const void *from, int from_device, size_t bytes);
-cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer);
-cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags);
-
-cudaError_t cudaStreamCreate(cudaStream_t *stream);
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
-cudaError_t cudaStreamDestroy(cudaStream_t stream);
-cudaError_t cudaStreamSynchronize(cudaStream_t stream);
-cudaError_t cudaStreamQuery(cudaStream_t stream);
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status);
-
-cudaError_t cudaEventCreate(cudaEvent_t *event);
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
-cudaError_t cudaEventDestroy(cudaEvent_t event);
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
-cudaError_t cudaEventSynchronize(cudaEvent_t event);
-cudaError_t cudaEventQuery(cudaEvent_t event);
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end);
-
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags = 0);
-cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
-cudaError_t cudaGraphDestroy(cudaGraph_t graph);
-cudaError_t cudaGraphGetNodes(cudaGraph_t graph, void *nodes, size_t *count); /* only the count: nodes must be null */
-
 namespace emu {
-cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute, int value);
-/* What cudaLaunchKernel does: run it, or note it where the stream is captured. */
-cudaError_t enqueue(cudaStream_t stream, Launch launch);
 
+/* All streams of one capture share the list: a graph is the operations in the order in which they were noted. */
+using Operations = std::vector<std::function<cudaError_t()>>;
+struct Stream { std::shared_ptr<Operations> capture; };
+struct Event_ { std::chrono::steady_clock::time_point time; };
+
+inline thread_local cudaError_t last_status = cudaSuccess;
+inline thread_local int device = 0;
+
+inline int number_from(const char *variable, int otherwise) {
+  const char *said = std::getenv(variable);
+  return said && *said ? std::atoi(said) : otherwise;
+}
+inline int n_devices() { return number_from("PYENGINE_EMULATED_DEVICES", 2); }
+inline int compute_capability() { return number_from("PYENGINE_EMULATED_SM", 80); }
+
+/* Programming Guide, "Technical specifications per compute capability": shared memory of one block, when it asks for it. */
+constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
+inline size_t most_shared_bytes() {
+  const int sm = compute_capability();
+  return size_t(sm == 75 ? 64 : sm == 80 ? 163 : sm == 90 || sm == 100 ? 227 : 99) << 10;
+}
+
+inline cudaError_t note(cudaError_t e) { return e ? last_status = e : e; }
+inline cudaError_t needs(bool holds, cudaError_t otherwise = cudaErrorInvalidValue) { return note(holds ? cudaSuccess : otherwise); }
+
+inline cudaError_t perform(Stream *stream, std::function<cudaError_t()> operation) {
+  if (!stream || !stream->capture) return note(operation());
+  stream->capture->push_back(std::move(operation));
+  return cudaSuccess;
+}
+
+inline bool on_device(const void *memory) {
+  const Region *r = allocation(memory);
+  return r && r->device != HOST;
+}
+/* Whether these bytes, if they begin in an allocation, stay within it. */
+inline bool whole(const void *memory, size_t bytes) {
+  const Region *r = allocation(memory);
+  return !r || bytes <= r->end - reinterpret_cast<uintptr_t>(memory);
+}
+inline void host_wrote(void *memory, size_t bytes) {
+  if (Region *r = allocation(memory)) r->wrote(reinterpret_cast<uintptr_t>(memory), bytes);
+}
+
+/* A kernel with the values of its parameters, for Launch.body. */
 template <class... P> struct Bound {
   void (*kernel)(P...);
   std::tuple<std::decay_t<P>...> values;
 };
-
 template <class... P> Launch bind(void (*kernel)(P...), Index3 grid, Index3 block, size_t shared_bytes, std::decay_t<P>... values) {
   auto bound = std::make_shared<const Bound<P...>>(Bound<P...>{kernel, {values...}});
-  Launch l;
-  l.kernel = reinterpret_cast<const void *>(kernel);
-  l.grid = grid;
-  l.block = block;
-  l.shared_bytes = shared_bytes;
-  l.body = [b = bound.get()] { std::apply(b->kernel, b->values); };
-  l.arguments = bound.get();
-  l.argument_bytes = sizeof *bound;
-  l.owner = std::move(bound);
-  return l;
+  auto body = [b = bound.get()] { std::apply(b->kernel, b->values); };
+  return {reinterpret_cast<const void *>(kernel), grid, block, shared_bytes, body, bound.get(), sizeof *bound, bound, {}};
 }
+
+/* By kernel, what cudaFuncSetAttribute allowed. */
+inline std::map<const void *, size_t> allowed_shared;
+
+/* What cudaLaunchKernel does. A grid is at most 2^31 - 1 x 65535 x 65535 blocks. */
+inline cudaError_t enqueue(Stream *stream, Launch l) {
+  const uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z;
+  if (threads < 1 || threads > MAX_THREADS || l.block.z > 64 || !l.grid.x || !l.grid.y || !l.grid.z || l.grid.x >> 31 || l.grid.y >> 16 ||
+      l.grid.z >> 16)
+    return note(cudaErrorInvalidConfiguration);
+  std::unique_lock<std::mutex> hold(busy);
+  if (l.shared_bytes > std::max(SHARED_WITHOUT_ASKING, allowed_shared[l.kernel])) return note(cudaErrorInvalidValue);
+  hold.unlock();
+  return perform(stream, [l = std::move(l)] { return launch(l) ? cudaSuccess : cudaErrorLaunchFailure; });
+}
+
 }  // namespace emu
 
-template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute attribute, int value) {
-  return emu::set_kernel_attribute(reinterpret_cast<const void *>(kernel), attribute, value);
+using cudaStream_t = emu::Stream *;
+using cudaEvent_t = emu::Event_ *;
+using cudaGraph_t = emu::Operations *;
+using cudaGraphExec_t = emu::Operations *;
+
+/* -- devices -------------------------------------------------------------------------------------------------------------------- */
+
+inline cudaError_t cudaGetDeviceCount(int *n) { return emu::needs((*n = emu::n_devices()) > 0, cudaErrorNoDevice); }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emu::n_devices()) return emu::note(cudaErrorInvalidDevice);
+  emu::device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
+  const int sm = emu::compute_capability();
+  *p = {{}, emu::device_bytes(), emu::most_shared_bytes(), sm / 10, sm % 10, 4};
+  std::snprintf(p->name, sizeof p->name, "Emulated GPU %d", device);
+  return emu::needs(device >= 0 && device < emu::n_devices(), cudaErrorInvalidDevice);
+}
+inline cudaError_t cudaDriverGetVersion(int *version) { return *version = emu::number_from("PYENGINE_EMULATED_DRIVER", 13000), cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int *version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
+  *total = emu::device_bytes();
+  return *left = *total - emu::device_bytes_used(emu::device), cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(emu::last_status, cudaSuccess); }
+inline const char *cudaGetErrorString(cudaError_t error) {
+#define EMU_TEXT(name, number, text) if (error == name) return text;
+  EMU_ERRORS(EMU_TEXT)
+#undef EMU_TEXT
+  return "unrecognized error code";
+}
+
+/* -- memory ----------------------------------------------------------------------------------------------------------------------- */
+
+inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
+  *memory = bytes ? emu::allocate(emu::device, bytes) : nullptr;
+  return emu::needs(!bytes || *memory, cudaErrorMemoryAllocation);
+}
+inline cudaError_t cudaFree(void *memory) { return emu::needs(!memory || emu::release(memory)); }
+inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) {
+  *memory = bytes ? emu::allocate(emu::HOST, bytes) : nullptr;
+  return emu::needs(!bytes || *memory, cudaErrorMemoryAllocation);
+}
+inline cudaError_t cudaFreeHost(void *memory) { return cudaFree(memory); }
+
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+  const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+  const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+  const bool fits = kind == cudaMemcpyDefault || (emu::on_device(to) == to_device && emu::on_device(from) == from_device);
+  if (bytes && !(fits && emu::whole(to, bytes) && emu::whole(from, bytes))) return emu::note(cudaErrorInvalidValue);
+  return emu::perform(stream, [=] { return std::memmove(to, from, bytes), emu::host_wrote(to, bytes), cudaSuccess; });
+}
+inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) { return cudaMemcpyAsync(to, from, bytes, kind); }
+inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
+                                     cudaStream_t stream = nullptr) {
+  cudaError_t e = emu::needs(width <= to_pitch && width <= from_pitch);
+  for (size_t i = 0; i < height && !e; i++)
+    e = cudaMemcpyAsync(static_cast<char *>(to) + i * to_pitch, static_cast<const char *>(from) + i * from_pitch, width, kind, stream);
+  return e;
+}
+inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t stream = nullptr) {
+  if (bytes && !(emu::on_device(to) && emu::whole(to, bytes))) return emu::note(cudaErrorInvalidValue);
+  return emu::perform(stream, [=] { return std::memset(to, byte, bytes), emu::host_wrote(to, bytes), cudaSuccess; });
+}
+inline cudaError_t cudaMemset(void *to, int byte, size_t bytes) { return cudaMemsetAsync(to, byte, bytes); }
+
+/* -- streams, events, graphs ---------------------------------------------------------------------------------------------------------- */
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return *stream = new emu::Stream, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return emu::needs(!stream || !stream->capture, cudaErrorStreamCaptureUnsupported); }
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (!stream || stream->capture) return emu::note(cudaErrorStreamCaptureUnsupported);
+  stream->capture = std::make_shared<emu::Operations>();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+  *graph = stream && stream->capture ? new emu::Operations(*std::exchange(stream->capture, nullptr)) : nullptr;
+  return emu::needs(*graph);
+}
+
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return *event = new emu::Event_{}, cudaSuccess; }
+inline cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) { return event->time = std::chrono::steady_clock::now(), cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
+  return *ms = std::chrono::duration<float, std::milli>(end->time - begin->time).count(), cudaSuccess;
+}
+
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long = 0) {
+  return *exec = new emu::Operations(*graph), cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  return emu::perform(stream, [exec] {
+    cudaError_t e = cudaSuccess;
+    for (size_t i = 0; i < exec->size() && !e; i++) e = (*exec)[i]();
+    return e;
+  });
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+
+template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute, int bytes) {
+  std::lock_guard<std::mutex> hold(emu::busy);
+  if (size_t(bytes) > emu::most_shared_bytes()) return emu::note(cudaErrorInvalidValue);
+  emu::allowed_shared[reinterpret_cast<const void *>(kernel)] = size_t(bytes);
+  return cudaSuccess;
 }
 
 #endif

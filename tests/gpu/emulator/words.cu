@@ -84,7 +84,7 @@ __global__ void collectives(const int32_t *x, const int32_t *y, int32_t *out) {
   o[10] = pe::dp4a(uint32_t(v), uint32_t(y[t]), 100);
   o[11] = int(__byte_perm(unsigned(v), unsigned(y[t]), 0x6b20));
   o[12] = __clz(v) + 64 * __popc(unsigned(v));
-  o[13] = int(__brev(unsigned(v)));
+  o[13] = __ffs(v);
   o[14] = __float2int_rn(float(v) / 2.0f);
   o[15] = atomicAdd(out + 16 * 32, v) * 0 + atomicMax(out + 16 * 32 + 1, v) * 0 + int(blockDim.x);
 }
