@@ -46,7 +46,7 @@ Matrix matrix_of(const pe_tensor *w, const float *bias, const pe_tensor *out) {
 }
 
 Places places_of(const pe_tensor *const *w, int32_t n_w, int64_t rows, int64_t k) {
-  Places y = {-1, -1, -1, -1, -1, 0, CODES_BYTES + 64};
+  Places y = {-1, -1, -1, -1, -1, 0, false};
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, steps = (k + 31) / 32;
   auto take = [&](int64_t &at, int64_t bytes) {
     if (at >= 0) return;
@@ -54,10 +54,10 @@ Places places_of(const pe_tensor *const *w, int32_t n_w, int64_t rows, int64_t k
     y.bytes += round_up(bytes, 256);
   };
   for (int i = 0; i < n_w; i++)
-    if (w[i]->dtype == PE_PACKED + PE_Q2_K) y.record = CODES_BYTES + 128;
+    if (w[i]->dtype == PE_PACKED + PE_Q2_K) y.halves = true;
   for (int i = 0; i < n_w; i++) {
     const Kind kind = kind_of(w[i]);
-    if (kind == KIND_BLOCKS) take(y.codes, tiles * steps * y.record);
+    if (kind == KIND_BLOCKS) take(y.codes, tiles * steps * RECORD);
     if (kind == KIND_FLOAT) take(y.floats, tiles * TILE_ROWS * steps * 128);
     if (kind != KIND_HALF) continue;
     const bool bf16 = format_of(w[i]) == PE_BF16;
@@ -69,7 +69,7 @@ Places places_of(const pe_tensor *const *w, int32_t n_w, int64_t rows, int64_t k
 
 void place(Preparation &t, const Places &y, char *scratch) {
   auto at = [&](int64_t offset) { return offset < 0 ? nullptr : scratch + offset; };
-  t.record = y.record;
+  t.halves = y.halves;
   t.codes = reinterpret_cast<uint8_t *>(at(y.codes));
   t.bf16 = reinterpret_cast<uint8_t *>(at(y.bf16));
   t.f16 = reinterpret_cast<uint8_t *>(at(y.f16));
@@ -79,10 +79,16 @@ void place(Preparation &t, const Places &y, char *scratch) {
 
 int unit_tiles(Kind kind, int64_t rows, int64_t n, const Queue &queue) {
   if (rows <= TILE_ROWS) return 1;
-  if (rows <= 2 * TILE_ROWS && kind != KIND_FLOAT) return 2;
-  if (rows <= 4 * TILE_ROWS) return 4;
+  if (rows <= 4 * TILE_ROWS) return kind == KIND_FLOAT ? 4 : 2;
   const int64_t blocks = (n + 127) / 128 * ((rows + 127) / 128);
   return kind != KIND_FLOAT && rows > 64 && blocks >= queue.multiprocessors ? 16 : 8;
+}
+
+/* Blocks for each unit that walk through pairs: as many as run at once, 16 warps of 128 registers to a multiprocessor, in equal shares. */
+static unsigned few_blocks(const Product &p, int units, const Queue &queue) {
+  const int warps = (p.steps + p.slice - 1) / p.slice, room = queue.multiprocessors * (16 / warps);
+  const int blocks = room / units > 0 ? room / units : 1, rounds = (p.blocks + blocks - 1) / blocks;
+  return static_cast<unsigned>((p.blocks + rounds - 1) / rounds);
 }
 
 pe_status multiply(int32_t dtype, const Preparation &x, Product &p, int tiles, int units, const Queue &queue) {
@@ -97,12 +103,15 @@ pe_status multiply(int32_t dtype, const Preparation &x, Product &p, int tiles, i
     blocks += (all + pairs - 1) / pairs;
   }
   if (blocks == 0 || units == 0) return PE_OK;
-  const dim3 grid(blocks, units);
-  p.record = x.record;
+  if (blocks > 65535) return PE_NO_KERNEL; /* the grid's limit: 2 million rows of weights, one million with glu */
+  p.blocks = blocks;
+  dim3 grid(units, blocks);
   switch (kind) {
     case KIND_BLOCKS:
       p.x = x.codes;
-      return tiles <= 4 ? multiply_few(format_of(&w), p, tiles, grid, queue.stream) : multiply_tiles(format_of(&w), p, tiles, grid, queue.stream);
+      if (tiles > 4) return multiply_tiles(format_of(&w), p, tiles, grid, queue.stream);
+      if (tiles == 1) grid.y = few_blocks(p, units, queue);
+      return multiply_few(format_of(&w), p, tiles, grid, queue.stream);
     case KIND_HALF:
       p.x = format_of(&w) == PE_BF16 ? x.bf16 : x.f16;
       p.x_unit = format_of(&w) == PE_BF16 ? nullptr : x.f16_unit;

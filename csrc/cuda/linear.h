@@ -8,7 +8,7 @@
  * Prepared rows.  Kernels read x in tiles of 8 rows, the columns of a product:
  *   int8     a record for each 32 of k: [row 8][t 4][k 4t .. 4t+3, 16+4t .. 16+4t+3] codes, 256 bytes: lane 4 g + t of a warp reads the 8
  *            bytes that are its B operand. Then for t = 0..3, rows 2t and 2t+1: d, d, dsum, dsum: scale, and scale * sum of codes. 64
- *            bytes. Where a weight is Q2_K also dsum, dsum of the first half, and of the second. 64 bytes.
+ *            bytes. Then dsum, dsum of the first half, and of the second, for Q2_K: 64 bytes, written where a weight asks for them.
  *   16-bit   a record for each 16 of k: [row 8][t 4][k t, t+4, t+8, t+12], 256 bytes. f16: times a power of two that brings the row's
  *            largest below 2^15, so that none overflows
  *   float    [row][k] as x, normed
@@ -22,7 +22,7 @@
 
 namespace pe {
 
-constexpr int SLICES = 16, TILE_ROWS = 8, CODES_BYTES = 256;
+constexpr int SLICES = 16, TILE_ROWS = 8, CODES_BYTES = 256, RECORD = CODES_BYTES + 128;
 constexpr int NO_ROW = -1, NO_TILE = -2; /* in an order: nothing, in a tile that is in use and in one that is not */
 
 /* Steps of 32 of k in a slice, a whole number of blocks of 256. */
@@ -43,7 +43,8 @@ struct Matrix {
 /* Experts: `tiles` tiles of prepared rows from first_tile on, and whose they are. */
 struct Unit { int32_t expert, first_tile, tiles, reserved; };
 
-/* A product of matrices of one format with prepared rows. Blocks: x over pairs of groups of the matrices, y over units of tiles. */
+/* A product of matrices of one format with prepared rows. Blocks: x over units of tiles of
+ * x, y over pairs of groups of the matrices: blocks of the same weights run side by side, so memory is read once for all units. */
 struct Product {
   Matrix w[4];
   int n_w;                 /* with glu 2, and a pair is a group of each */
@@ -51,16 +52,16 @@ struct Product {
   float softcap;
   const float *residual;
   int64_t residual_stride; /* floats */
+  int blocks;              /* of all matrices */
   int k, steps, slice;     /* steps of 32 of k */
   int m, tiles;            /* rows of x, and tiles of them */
   const uint8_t *x;        /* prepared rows */
   int64_t x_stride;        /* float rows: bytes from one to the next */
-  int record;              /* bytes of a record */
   const float *x_unit;     /* what a prepared row's numbers are worth, or null: 1 */
   const int32_t *order;    /* of each prepared row: the row of the result; null: the same */
-  const Unit *units;       /* null: unit y is tiles y u .. y u + u - 1 */
+  const Unit *units;       /* null: unit i is tiles i u .. i u + u - 1 */
   const int32_t *n_units;
-  const int32_t *chosen;   /* null, or the expert of unit y, which is one row: the first of tile y, or of tile 0 if shared */
+  const int32_t *chosen;   /* null, or the expert of unit i, which is one row: the first of tile i, or of tile 0 if shared */
   int experts, shared;
   const pe_codebooks *codebooks;
   pe_fault *fault;
@@ -71,16 +72,16 @@ struct Part {
   int expert, first_tile, tiles;
 };
 template <int TILES> __device__ __forceinline__ bool part_of(const Product &p, Part &part) {
-  const int y = blockIdx.y;
+  const int unit = blockIdx.x;
   if (p.units) {
-    if (y >= *p.n_units) return false;
-    const Unit u = p.units[y];
+    if (unit >= *p.n_units) return false;
+    const Unit u = p.units[unit];
     part = {u.expert, u.first_tile, u.tiles};
     return true;
   }
-  part = {0, y * TILES, min(TILES, p.tiles - y * TILES)};
+  part = {0, unit * TILES, min(TILES, p.tiles - unit * TILES)};
   if (p.chosen) {
-    part = {p.chosen[y], p.shared ? 0 : y, 1};
+    part = {p.chosen[unit], p.shared ? 0 : unit, 1};
     if (part.expert < 0 || part.expert >= p.experts) {
       if (threadIdx.x == 0) raise(p.fault, PE_BAD_VALUE, part.expert, p.experts);
       return false;
@@ -89,15 +90,15 @@ template <int TILES> __device__ __forceinline__ bool part_of(const Product &p, P
   return true;
 }
 
-/* Of a block's rows of weights: which matrix, and where its first pair lies in it. PAIRS to a block. */
+/* Of a block's rows of weights: which matrix, and where its first pair lies in it. PAIRS to a block. Grids may be smaller than blocks. */
 struct Span {
   int matrix, pair;
 };
-template <int PAIRS> __device__ __forceinline__ Span span_of(const Product &p) {
+template <int PAIRS> __device__ __forceinline__ Span span_of(const Product &p, int block) {
   int i = 0;
   if (!p.glu)
-    while (i + 1 < p.n_w && static_cast<int>(blockIdx.x) >= p.w[i + 1].blocks_before) i++;
-  return {i, (static_cast<int>(blockIdx.x) - p.w[i].blocks_before) * PAIRS};
+    while (i + 1 < p.n_w && block >= p.w[i + 1].blocks_before) i++;
+  return {i, (block - p.w[i].blocks_before) * PAIRS};
 }
 
 /* Group h of a pair. Beyond the last group it is that one again, and nobody stores what comes of it. */
@@ -119,7 +120,7 @@ __device__ __forceinline__ float glu_of(int kind, float y) {
 
 /* The row of the result that prepared row `slot` belongs to, or -1. */
 __device__ __forceinline__ int result_row(const Product &p, int slot) {
-  if (p.chosen) return slot % TILE_ROWS ? -1 : static_cast<int>(blockIdx.y);
+  if (p.chosen) return slot % TILE_ROWS ? -1 : static_cast<int>(blockIdx.x);
   if (p.order) return p.order[slot];
   return slot < p.m ? slot : -1;
 }
@@ -148,7 +149,7 @@ Kind kind_of(const pe_tensor *w);
 /* Where rows are kept in scratch, for `rows` prepared rows, as far as weights ask for them. */
 struct Places {
   int64_t codes, bf16, f16, f16_unit, floats, bytes;
-  int record;
+  bool halves; /* int8: also sums of halves */
 };
 Places places_of(const pe_tensor *const *w, int32_t n_w, int64_t rows, int64_t k); /* offsets, -1: not asked for */
 Matrix matrix_of(const pe_tensor *w, const float *bias, const pe_tensor *out);
@@ -160,7 +161,7 @@ struct Preparation {
   const float *x, *norm;
   int64_t x_stride;        /* floats */
   float eps;
-  int m, k, record, each, spread;
+  int m, k, each, spread, halves;
   const int32_t *order;
   uint8_t *codes, *bf16, *f16;
   float *f16_unit, *floats;
@@ -168,7 +169,7 @@ struct Preparation {
 void place(Preparation &t, const Places &y, char *scratch);
 void prepare(const Preparation &p, int rows, cudaStream_t stream);
 
-/* Tiles of 8 rows in a unit: 1, 2 or 4 take the kernels for few rows, 8 and 16 those for many. All give the same bits. */
+/* Tiles of 8 rows in a unit: 1, 2 (float32: 4) take the kernels for few rows, 8 and 16 those for many. All give the same bits. */
 int unit_tiles(Kind kind, int64_t rows, int64_t n, const Queue &queue);
 
 /* Launch a product of matrices of one dtype with `units` units of at most `tiles` tiles. */

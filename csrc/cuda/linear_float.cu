@@ -85,7 +85,7 @@ template <int F, bool PACKED, int T> __global__ void __launch_bounds__(512) few_
   auto &sh = shared<FloatShared<PACKED>>();
   Part part;
   if (!part_of<T>(p, part)) return;
-  const Span span = span_of<1>(p);
+  const Span span = span_of<1>(p, blockIdx.y);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rows = min(p.chosen ? 1 : p.order ? TILE_ROWS * T : p.m - TILE_ROWS * part.first_tile, TILE_ROWS * part.tiles);
   const uint8_t *group = PACKED ? group_of(p, span, 0, lane / 16, part.expert) : nullptr;
@@ -153,7 +153,7 @@ template <int F, bool PACKED> __global__ void __launch_bounds__(256) tiles_float
   auto &sh = shared<FloatTile>();
   Part part;
   if (!part_of<SIDE / TILE_ROWS>(p, part)) return;
-  const Span span = span_of<2>(p);
+  const Span span = span_of<2>(p, blockIdx.y);
   const Lane l;
   const int warp = threadIdx.x / 32, pair = warp / 4, column = 16 * (warp % 4) + 4 * l.t, rows = 32 * pair + 16 * l.h + 4 * l.q;
   float acc[4][4] = {}, sum[4][4] = {}; /* [column][row] */

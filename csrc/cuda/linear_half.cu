@@ -78,11 +78,13 @@ __device__ __forceinline__ void use(const QuadStep (&w)[AHEAD], const uint8_t *x
   }
 }
 
+struct FewHalf { FewSums sums[1]; };
+
 template <int F, int T> __global__ void __launch_bounds__(512) few_half(const Product p) {
-  auto &sh = shared<FewSums>();
+  auto &sh = shared<FewHalf>();
   Part part;
   if (!part_of<T>(p, part)) return;
-  const Span span = span_of<1>(p);
+  const Span span = span_of<1>(p, blockIdx.y);
   const Lane l;
   const int warp = threadIdx.x / 32, rows = p.chosen ? 1 : p.order ? TILE_ROWS * T : p.m - TILE_ROWS * part.first_tile;
   const uint8_t *group = group_of(p, span, 0, l.h, part.expert);
@@ -98,7 +100,8 @@ template <int F, int T> __global__ void __launch_bounds__(512) few_half(const Pr
     fetch(even, group, s + 2 * AHEAD, end, p.k, l);
     use<F, T>(odd, x, tile_bytes, part.tiles, rows, s + AHEAD, end, acc);
   }
-  finish_few<T>(p, sh, span, part, warp, l, acc);
+  int turn = 0;
+  finish_few<T>(p, sh.sums, turn, span, part, warp, l, acc);
 }
 
 /* ---- many rows ---- */
@@ -151,7 +154,7 @@ template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * 
   auto &ring = shared<HalfRing<WN, WM, MT>>();
   Part part;
   if (!part_of<WM * MT>(p, part)) return;
-  const Span span = span_of<WN>(p);
+  const Span span = span_of<WN>(p, blockIdx.y);
   const Lane l;
   const int warp = threadIdx.x / 32, pair = warp / WM, first_tile = warp % WM * MT;
   float acc[MT][4][2] = {}, sum[MT][4][2] = {};
@@ -176,9 +179,8 @@ template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * 
 
 template <int F> void launch_half(const Product &p, int n, dim3 grid, cudaStream_t stream) {
   const dim3 warps(32 * ((p.steps + p.slice - 1) / p.slice));
-  if (n == 1) launch(stream, few_half<F, 1>, grid, warps, sizeof(FewSums), p);
-  else if (n == 2) launch(stream, few_half<F, 2>, grid, warps, sizeof(FewSums), p);
-  else if (n == 4) launch(stream, few_half<F, 4>, grid, warps, sizeof(FewSums), p);
+  if (n == 1) launch(stream, few_half<F, 1>, grid, warps, sizeof(FewHalf), p);
+  else if (n == 2) launch(stream, few_half<F, 2>, grid, warps, sizeof(FewHalf), p);
   else if (n == 8) launch(stream, tiles_half<F, 2, 2, 4>, grid, dim3(128), sizeof(HalfRing<2, 2, 4>), p);
   else launch(stream, tiles_half<F, 4, 2, 8>, grid, dim3(256), sizeof(HalfRing<4, 2, 8>), p);
 }

@@ -40,14 +40,17 @@ __device__ __forceinline__ void reduce(const Product &p, const FewSums &sh, cons
   }
 }
 
-/* All tiles of a block of few rows, one after the other. */
-template <int T>
-__device__ __forceinline__ void finish_few(const Product &p, FewSums &sh, const Span &span, const Part &part, int warp, const Lane &l,
-                                           const float (&acc)[T][4][2]) {
+/* All tiles of a block of few rows, one after the other, with N buffers in turns: with two, a warp that writes one has passed the barrier
+ * behind which all had left it. */
+template <int T, int N>
+__device__ __forceinline__ void finish_few(const Product &p, FewSums (&sums)[N], int &turn, const Span &span, const Part &part, int warp,
+                                           const Lane &l, const float (&acc)[T][4][2]) {
 #pragma unroll
   for (int tile = 0; tile < T; tile++) {
     if (tile >= part.tiles) break;
-    if (tile) __syncthreads();
+    FewSums &sh = sums[N == 1 ? 0 : turn];
+    turn ^= 1;
+    if (N == 1) __syncthreads();
 #pragma unroll
     for (int column = 0; column < 2; column++)
       *reinterpret_cast<float4 *>(&sh.part[warp][2 * l.t + column][16 * l.h + 4 * l.q]) =

@@ -55,14 +55,14 @@ template <int WIDTH> __device__ __forceinline__ float widest(float v) {
 __device__ __forceinline__ int code_of(float x, float inverse) { return min(127, max(-127, __float2int_rn(x * inverse))); }
 
 /* Four elements of a block of 32 that eight lanes hold: scale max |x| / 127, codes to nearest even (csrc/cpu/codes.h). */
-__device__ __forceinline__ void put_codes(const float4 &v, int e, bool inside, uint8_t *tile, int row, int record) {
+__device__ __forceinline__ void put_codes(const float4 &v, int e, bool inside, uint8_t *tile, int row, bool halves) {
   const float most = widest<8>(largest(v));
   float inverse = most > 0.0f ? 127.0f / most : 0.0f, d = most / 127.0f;
   if (inverse > 3e38f) inverse = 0.0f, d = 0.0f; /* so small that its inverse overflows */
   const int c0 = code_of(v.x, inverse), c1 = code_of(v.y, inverse), c2 = code_of(v.z, inverse), c3 = code_of(v.w, inverse);
   const int half = warp_sum<4>(c0 + c1 + c2 + c3), other = __shfl_xor_sync(ALL, half, 4);
   if (!inside) return;
-  uint8_t *at = tile + e / 32 * record;
+  uint8_t *at = tile + e / 32 * RECORD;
   const int chunk = e / 4 % 8;
   *reinterpret_cast<uint32_t *>(at + 32 * row + 8 * (chunk % 4) + 4 * (chunk / 4)) =
       (c0 & 255u) | (c1 & 255u) << 8 | (c2 & 255u) << 16 | static_cast<uint32_t>(c3) << 24;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void put_codes(const float4 &v, int e, bool inside, u
   if (chunk == 0) {
     scales[0] = d;
     scales[2] = d * static_cast<float>(half + other);
-    if (record > CODES_BYTES + 64) {
+    if (halves) {
       scales[16] = d * static_cast<float>(half);
       scales[18] = d * static_cast<float>(other);
     }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(THREADS) prepare_rows(const Preparation p) {
   for (int i = 0, e = 4 * threadIdx.x; i < rounds; i++, e += 4 * THREADS) {
     const float4 v = element(e);
     const bool inside = e < 32 * steps;
-    if (p.codes) put_codes(v, e, inside, p.codes + static_cast<int64_t>(tile) * steps * p.record, in_tile, p.record);
+    if (p.codes) put_codes(v, e, inside, p.codes + static_cast<int64_t>(tile) * steps * RECORD, in_tile, p.halves);
     if (!inside) continue;
     if (p.bf16) put_half(v, e, p.bf16 + static_cast<int64_t>(tile) * steps * 2 * CODES_BYTES, in_tile, true, 1.0f);
     if (p.f16) put_half(v, e, p.f16 + static_cast<int64_t>(tile) * steps * 2 * CODES_BYTES, in_tile, false, by);

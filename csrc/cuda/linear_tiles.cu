@@ -29,14 +29,21 @@ template <int F>
 constexpr int group_stage = is_k<F> ? stage_head<F> + STAGE_STEPS * step_bytes<F> : STAGE_STEPS / Packed<F>::unit * unit_bytes<F>;
 template <int F> constexpr int record_bytes = F == PE_Q2_K ? CODES_BYTES + 128 : CODES_BYTES + 64; /* what is copied of a record */
 
+/* The two groups of a pair lie 64 bytes apart modulo 128, so that 4 bytes of each of their 32 rows touch all banks. */
+template <int F> constexpr int group_pitch = group_stage<F> + (group_stage<F> % 128 ? 0 : 64);
+
 template <int F, int WN, int WM, int MT> struct Stage {
-  uint8_t w[2 * WN][group_stage<F>];
+  uint8_t w[2 * WN][group_pitch<F>];
   uint8_t x[WM * MT][STAGE_STEPS][record_bytes<F>];
 };
 
-/* Stages that fit into 99 KB, what a block can have on sm_86, 89 and 120 (sm_75: 64, where blocks are 64 x 64). */
-template <int F, int WN, int WM, int MT> constexpr int stages = 3 * sizeof(Stage<F, WN, WM, MT>) <= 99 * 1024 ? 3 : 2;
-template <int F, int WN, int WM, int MT> struct Ring { Stage<F, WN, WM, MT> stage[stages<F, WN, WM, MT>]; };
+/* Stages that fit, with the scales of the warps, into 99 KB, what a block can have on sm_86, 89 and 120 (sm_75: 64 KB; its blocks are 64 x 64). */
+template <int F, int WN, int WM, int MT>
+constexpr int stages = 3 * sizeof(Stage<F, WN, WM, MT>) + WN * WM * sizeof(WarpScales<F>) <= 99 * 1024 ? 3 : 2;
+template <int F, int WN, int WM, int MT> struct Ring {
+  Stage<F, WN, WM, MT> stage[stages<F, WN, WM, MT>];
+  WarpScales<F> scales[WN * WM];
+};
 
 /* Where piece `offset` of a group's stage that begins with step s lies in the group. */
 template <int F> __device__ __forceinline__ int stage_source(int s, int offset) {
@@ -59,38 +66,41 @@ __device__ __forceinline__ void fill(Stage<F, WN, WM, MT> &to, const Product &p,
     cp_async16(&to.w[g][swizzled(offset)], inside ? group + source : group, inside);
   }
   constexpr int x_pieces = record_bytes<F> / 16;
-  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * p.record;
+  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * RECORD;
   for (int i = threadIdx.x; i < WM * MT * STAGE_STEPS * x_pieces; i += threads) {
     const int tile = i / (STAGE_STEPS * x_pieces), step = i / x_pieces % STAGE_STEPS, piece = i % x_pieces;
     const bool inside = s + step < p.steps && tile < part.tiles;
-    const uint8_t *x = p.x + (part.first_tile + tile) * tile_bytes + static_cast<int64_t>(s + step) * p.record + 16 * piece;
+    const uint8_t *x = p.x + (part.first_tile + tile) * tile_bytes + static_cast<int64_t>(s + step) * RECORD + 16 * piece;
     cp_async16(&to.x[tile][step][16 * piece], inside ? x : p.x, inside);
   }
 }
 
-/* A step of a pair times MT tiles. */
+/* The stage that begins with step s: `count` steps of a pair times MT tiles. */
 template <int F, int WN, int WM, int MT>
-__device__ __forceinline__ void multiply_stage(const Stage<F, WN, WM, MT> &from, int s, int count, int pair, int first_tile, const Lane &l,
-                                               float (&acc)[MT][4][2]) {
-  constexpr int steps = Packed<F>::block_steps, unit = Packed<F>::unit;
+__device__ __forceinline__ void multiply_stage(const Stage<F, WN, WM, MT> &from, WarpScales<F> &expanded, int s, int count, int pair,
+                                               int first_tile, const Lane &l, float (&acc)[MT][4][2]) {
+  constexpr int unit = Packed<F>::unit;
   const int lane = threadIdx.x % 32;
   const SharedBytes w = {from.w[2 * pair + l.h]};
-  Scales<F> scales;
+  RowScales<F> scales;
   if constexpr (is_k<F>) {
-    const int head = s / steps % unit * Packed<F>::head;
-    load_scales<F>(scales, w, head, body_scales<F> ? head_bytes<F> : head + 64, l);
+    const int head = s / 8 % unit * Packed<F>::head;
+    load_scales<F>(scales, w, head, body_scales<F> ? head_bytes<F> : head + 64);
+  } else {
+    load_scales_of_32<F>(scales, w, 0, count);
   }
+  expand_scales<F>(scales, s / STAGE_STEPS % 2, count, expanded);
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < STAGE_STEPS; i++) {
-    if (i >= count) continue;
+    if (i >= count) break;
     const int at = i / unit * unit_bytes<F>;
     Codes<F> codes;
     uint32_t a[2][4];
     StepScales<F> factors;
     load_codes<F>(codes, w, is_k<F> ? stage_head<F> + i * step_bytes<F> : at + unit * Packed<F>::head + i % unit * Packed<F>::body, l);
-    if constexpr (!is_k<F>) load_scales<F>(scales, w, at + i % unit * Packed<F>::head, 0, l);
+    read_scales<F>(expanded, i, l, factors);
     to_operands<F>(codes, l, a);
-    to_scales<F>(scales, (s + i) % steps, factors);
 #pragma unroll
     for (int tile = 0; tile < MT; tile++) {
       const uint8_t *x = from.x[first_tile + tile][i];
@@ -108,6 +118,7 @@ __device__ __forceinline__ void multiply_stage(const Stage<F, WN, WM, MT> &from,
       multiply_step<F>(a, factors, operand, d, parts, acc[tile]);
     }
   }
+  __syncwarp(); /* the scales are read before the next stage's are written */
 }
 
 template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * WN * WM) tiles(const Product p) {
@@ -115,7 +126,7 @@ template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * 
   auto &ring = shared<Ring<F, WN, WM, MT>>();
   Part part;
   if (!part_of<WM * MT>(p, part)) return;
-  const Span span = span_of<WN>(p);
+  const Span span = span_of<WN>(p, blockIdx.y);
   const Lane l;
   const int warp = threadIdx.x / 32, pair = warp / WM, first_tile = warp % WM * MT;
   float acc[MT][4][2] = {}, sum[MT][4][2] = {};
@@ -131,7 +142,7 @@ template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * 
     const int later = s + (S - 1) * STAGE_STEPS;
     if (later < p.steps) fill<F, WN, WM, MT>(ring.stage[at == 0 ? S - 1 : at - 1], p, span, part, later);
     cp_async_commit();
-    multiply_stage<F, WN, WM, MT>(ring.stage[at], s, min(STAGE_STEPS, p.steps - s), pair, first_tile, l, acc);
+    multiply_stage<F, WN, WM, MT>(ring.stage[at], ring.scales[warp], s, min(STAGE_STEPS, p.steps - s), pair, first_tile, l, acc);
     at = at + 1 == S ? 0 : at + 1;
     slice += STAGE_STEPS;
     if (slice < p.slice && s + STAGE_STEPS < p.steps) continue;

@@ -57,20 +57,20 @@ template <int F> constexpr float code_unit = F == PE_Q4_0   ? 1.0f / 16
                                              : F == PE_Q6_K ? 1.0f / 4
                                                             : 1.0f;
 
-/* Bytes of a group in global memory, read once: or, swizzled, in shared memory. There bit 5 of an address is flipped by bit 7, so that the
+/* Bytes of a group in global memory, read once: or, swizzled, in shared memory. There bit 5 of an offset is flipped by bit 7, so that the
  * eight lanes of a quarter of a 16-byte load (two quads, four t) touch eight different quarters of 128 bytes. */
 struct GlobalBytes {
   const uint8_t *at;
   __device__ __forceinline__ uint4 load16(int offset) const { return ld_global_16(at + offset); }
-  __device__ __forceinline__ uint2 load8(int offset) const { return ld_global_8(at + offset); }
   __device__ __forceinline__ uint32_t load4(int offset) const { return ld_global_4(at + offset); }
+  __device__ __forceinline__ uint32_t load2(int offset) const { return __ldg(reinterpret_cast<const uint16_t *>(at + offset)); }
 };
 __host__ __device__ constexpr int swizzled(int offset) { return offset ^ (offset >> 2 & 32); }
 struct SharedBytes {
   const uint8_t *at;
   __device__ __forceinline__ uint4 load16(int offset) const { return *reinterpret_cast<const uint4 *>(at + swizzled(offset)); }
-  __device__ __forceinline__ uint2 load8(int offset) const { return *reinterpret_cast<const uint2 *>(at + swizzled(offset)); }
   __device__ __forceinline__ uint32_t load4(int offset) const { return *reinterpret_cast<const uint32_t *>(at + swizzled(offset)); }
+  __device__ __forceinline__ uint32_t load2(int offset) const { return *reinterpret_cast<const uint16_t *>(at + swizzled(offset)); }
 };
 
 /* Codes of a step as they lie in memory: pieces of the quad. */
@@ -89,24 +89,6 @@ template <int F, class Bytes> __device__ __forceinline__ void load_codes(Codes<F
     if constexpr (F == PE_Q6_K) c.piece[2] = from.load16(plane + 320);
   }
 }
-
-/* Scales of a block as they lie in memory. 16-bit numbers: two rows a word. d of MXFP4: four exponents in one word. */
-template <int F> struct Scales {
-  uint2 d, m;
-  uint4 words[scale_words<F> > 0 ? scale_words<F> : 1];
-};
-
-/* head: of the block; words: where its scales of parts begin (in the head or the body). */
-template <int F, class Bytes> __device__ __forceinline__ void load_scales(Scales<F> &s, const Bytes &from, int head, int words, const Lane &l) {
-  if constexpr (F == PE_MXFP4) s.d.x = from.load4(head + 4 * l.q);
-  else s.d = from.load8(head + 8 * l.q);
-  if constexpr (Packed<F>::offsets || F == PE_IQ4_XS) s.m = from.load8(head + 32 + 8 * l.q);
-#pragma unroll
-  for (int i = 0; i < scale_words<F>; i++) s.words[i] = from.load16(words + 64 * i + 16 * l.q);
-}
-
-/* Where the scales of parts of a block begin. */
-template <int F> __device__ __forceinline__ int words_at(int head, int body) { return body_scales<F> ? body : head + 64; }
 
 /* ---- codes to signed or unsigned bytes: low is k = 4t .., high is k = 16 + 4t .. ---- */
 
@@ -169,66 +151,128 @@ template <int F> __device__ __forceinline__ void to_operands(const Codes<F> &c, 
   }
 }
 
-/* ---- scales of a step: w = s code, or s code + o; [half][row of the quad] ---- */
+/* ---- scales: w = s code, or s code + o ----
+ *
+ * Of each row of a pair a lane of its own takes the scales: lane 16 h + r row r of group h, for 4 steps at a time. They reach the lanes that
+ * multiply through shared memory, [step][s of each half, o of each half][32 rows]: a store of a warp is 32 floats in a row, and
+ * a quad's four are one load, the same for its four lanes. */
 
-__device__ __forceinline__ float half_of(const uint2 &v, int row) {
-  const float2 two = unpack_half2(row < 2 ? v.x : v.y);
-  return row % 2 ? two.y : two.x;
-}
-__device__ __forceinline__ float byte_float(uint32_t w, int i) { return static_cast<float>(w >> 8 * i & 255u); }
+constexpr int SCALED_STEPS = 4;
+template <int F> constexpr int scale_planes = Packed<F>::halves * (1 + Packed<F>::offsets);
+template <int F> struct WarpScales { float at[SCALED_STEPS][scale_planes<F>][32]; };
 
-/* Row r of words[i]; where i is no constant, by selection, so that words stay in registers. */
-template <int N> __device__ __forceinline__ uint32_t word_of(const uint4 (&words)[N], int i, int r) {
-  uint32_t w = pick(words[0], r);
-#pragma unroll
-  for (int k = 1; k < N; k++) w = i == k ? pick(words[k], r) : w;
-  return w;
-}
-
-template <int F> struct StepScales {
-  float s[Packed<F>::halves][4];
-  float o[Packed<F>::offsets ? Packed<F>::halves : 1][4];
+/* Scales of a row as they lie in memory: of a block of 256, or of 4 blocks of 32. 16-bit numbers; of MXFP4 one word, the exponents of rows
+ * 4 (r % 4) .. + 3 in block r / 4 of 4. */
+template <int F> struct RowScales {
+  uint32_t d[is_k<F> || F == PE_MXFP4 ? 1 : SCALED_STEPS];
+  uint32_t m[Packed<F>::offsets || F == PE_IQ4_XS ? (is_k<F> ? 1 : SCALED_STEPS) : 1];
+  uint32_t words[scale_words<F> > 0 ? scale_words<F> : 1];
 };
 
-/* Step j of the block; of formats of 32, j is 0. Products of a 16-bit float and a scale of at most 8 bits are exact. */
-template <int F> __device__ __forceinline__ void to_scales(const Scales<F> &from, int j, StepScales<F> &to) {
+/* Of a block of 256. head: of the block; words: where its scales of parts begin (in the head or the body). */
+template <int F, class Bytes> __device__ __forceinline__ void load_scales(RowScales<F> &s, const Bytes &from, int head, int words) {
+  const int r = threadIdx.x % 16;
+  s.d[0] = from.load2(head + 2 * r);
+  if constexpr (Packed<F>::offsets || F == PE_IQ4_XS) s.m[0] = from.load2(head + 32 + 2 * r);
 #pragma unroll
-  for (int r = 0; r < 4; r++) {
-    if constexpr (F == PE_MXFP4) {
-      to.s[0][r] = pe_e8m0_half_to_f32(static_cast<uint8_t>(from.d.x >> 8 * r));
-    } else if constexpr (F == PE_Q2_K) {
-      const uint32_t w = word_of(from.words, j / 2, r);
-      const float d = half_of(from.d, r), m = -half_of(from.m, r);
+  for (int i = 0; i < scale_words<F>; i++) s.words[i] = from.load4(words + 64 * i + 4 * r);
+}
+
+/* Of `count` blocks of 32, the first of which is the first of a unit. */
+template <int F, class Bytes> __device__ __forceinline__ void load_scales_of_32(RowScales<F> &s, const Bytes &from, int unit, int count) {
+  const int r = threadIdx.x % 16;
+  if constexpr (F == PE_MXFP4) {
+    s.d[0] = from.load4(unit + 4 * r);
+  } else {
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        to.s[h][r] = d * byte_float(w & 0x0f0f0f0fu, 2 * (j % 2) + h);
-        to.o[h][r] = m * byte_float(w >> 4 & 0x0f0f0f0fu, 2 * (j % 2) + h);
+    for (int i = 0; i < SCALED_STEPS; i++) {
+      if (i >= count) continue;
+      const int head = unit + i / Packed<F>::unit * unit_bytes<F> + i % Packed<F>::unit * Packed<F>::head + 2 * r;
+      s.d[i] = from.load2(head);
+      if constexpr (Packed<F>::offsets) s.m[i] = from.load2(head + 32);
+    }
+  }
+}
+
+/* Where the scales of parts of a block begin. */
+template <int F> __device__ __forceinline__ int words_at(int head, int body) { return body_scales<F> ? body : head + 64; }
+
+__device__ __forceinline__ float half_float(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+__device__ __forceinline__ float byte_float(uint32_t w, int i) { return static_cast<float>(w >> 8 * i & 255u); }
+
+/* Scales of the row in step j of its block of 256, j = 4 late + i: to s and o of each half. A product of a 16-bit float and a scale of at
+ * most 8 bits is exact. */
+template <int F>
+__device__ __forceinline__ void row_scales(const RowScales<F> &from, int late, int i, float (&s)[Packed<F>::halves], float (&o)[2]) {
+  const float d = half_float(from.d[is_k<F> ? 0 : i]) * code_unit<F>;
+  const int j = SCALED_STEPS * late + i, part = 2 * (i % 2); /* byte of a word that has the scales of two steps */
+  if constexpr (F == PE_Q2_K || F == PE_Q6_K) {
+    const uint32_t w = i < 2 ? (late ? from.words[2] : from.words[0]) : (late ? from.words[3] : from.words[1]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if constexpr (F == PE_Q6_K) {
+        s[h] = d * static_cast<float>(static_cast<int8_t>(w >> 8 * (part + h)));
+      } else {
+        s[h] = d * static_cast<float>(w >> 8 * (part + h) & 15u);
+        o[h] = -half_float(from.m[0]) * static_cast<float>(w >> (8 * (part + h) + 4) & 15u);
       }
-    } else if constexpr (F == PE_Q3_K) { /* part i of quarter j / 2: low bits in a nibble, two high bits in the third word */
-      const int quarter = j / 2;
-      const uint32_t low = word_of(from.words, quarter % 2, r) >> 4 * (quarter / 2) & 0x0f0f0f0fu;
-      const uint32_t w = low | (pick(from.words[2], r) >> 2 * quarter & 0x03030303u) << 4;
-      const float d = half_of(from.d, r) * code_unit<F>;
+    }
+  } else if constexpr (F == PE_Q3_K) { /* part i of quarter j / 2: low bits in a nibble, two high bits in the third word */
+    const uint32_t low = from.words[i / 2] >> 4 * late & 0x0f0f0f0fu;
+    const uint32_t w = low | (from.words[2] >> 2 * (j / 2) & 0x03030303u) << 4;
 #pragma unroll
-      for (int h = 0; h < 2; h++) to.s[h][r] = d * (byte_float(w, 2 * (j % 2) + h) - 32.0f);
-    } else if constexpr (F == PE_Q4_K || F == PE_Q5_K) {
-      const uint32_t a = pick(from.words[0], r), b = pick(from.words[1], r), c = pick(from.words[2], r);
-      const uint32_t scale = j < 4 ? a & 0x3f3f3f3fu : (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u);
-      const uint32_t min = j < 4 ? b & 0x3f3f3f3fu : (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u);
-      to.s[0][r] = half_of(from.d, r) * byte_float(scale, j % 4);
-      to.o[0][r] = -half_of(from.m, r) * byte_float(min, j % 4);
-    } else if constexpr (F == PE_Q6_K) {
-      const uint32_t w = word_of(from.words, j / 2, r);
-      const float d = half_of(from.d, r) * code_unit<F>;
+    for (int h = 0; h < 2; h++) s[h] = d * (byte_float(w, part + h) - 32.0f);
+  } else if constexpr (F == PE_Q4_K || F == PE_Q5_K) {
+    const uint32_t a = from.words[0], b = from.words[1], c = from.words[2];
+    const uint32_t scale = late ? (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u) : a & 0x3f3f3f3fu;
+    const uint32_t min = late ? (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u) : b & 0x3f3f3f3fu;
+    s[0] = d * byte_float(scale, i);
+    o[0] = -half_float(from.m[0]) * byte_float(min, i);
+  } else if constexpr (F == PE_IQ4_XS) {
+    const uint32_t scale = (from.words[0] >> 4 * j & 15u) | (from.m[0] >> 2 * j & 3u) << 4;
+    s[0] = d * (static_cast<float>(scale) - 32.0f);
+  } else {
+    s[0] = d;
+    if constexpr (Packed<F>::offsets) o[0] = half_float(from.m[i]);
+  }
+}
+
+/* Write the scales of `count` steps for the warp, the second half of a block of 256 if `late`. */
+template <int F>
+__device__ __forceinline__ void expand_scales(const RowScales<F> &from, int late, int count, WarpScales<F> &to) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (F == PE_MXFP4) {
+    float s[4];
 #pragma unroll
-      for (int h = 0; h < 2; h++) to.s[h][r] = d * static_cast<float>(static_cast<int8_t>(w >> 8 * (2 * (j % 2) + h)));
-    } else if constexpr (F == PE_IQ4_XS) {
-      const uint32_t high = (r < 2 ? from.m.x : from.m.y) >> 16 * (r % 2);
-      const uint32_t scale = (pick(from.words[0], r) >> 4 * j & 15u) | (high >> 2 * j & 3u) << 4;
-      to.s[0][r] = half_of(from.d, r) * (static_cast<float>(scale) - 32.0f);
-    } else {
-      to.s[0][r] = half_of(from.d, r) * code_unit<F>;
-      if constexpr (Packed<F>::offsets) to.o[0][r] = half_of(from.m, r);
+    for (int i = 0; i < 4; i++) s[i] = pe_e8m0_half_to_f32(static_cast<uint8_t>(from.d[0] >> 8 * i));
+    *reinterpret_cast<float4 *>(&to.at[lane % 16 / 4][0][lane / 16 * 16 + lane % 4 * 4]) = make_float4(s[0], s[1], s[2], s[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < SCALED_STEPS; i++) {
+      if (i >= count) continue;
+      float s[Packed<F>::halves], o[2];
+      row_scales<F>(from, late, i, s, o);
+#pragma unroll
+      for (int h = 0; h < Packed<F>::halves; h++) {
+        to.at[i][h][lane] = s[h];
+        if constexpr (Packed<F>::offsets) to.at[i][Packed<F>::halves + h][lane] = o[h];
+      }
+    }
+  }
+}
+
+/* Of a step: [half][row of the quad]. */
+template <int F> struct StepScales {
+  float s[Packed<F>::halves][4], o[Packed<F>::halves][4];
+};
+template <int F> __device__ __forceinline__ void read_scales(const WarpScales<F> &from, int i, const Lane &l, StepScales<F> &to) {
+#pragma unroll
+  for (int h = 0; h < Packed<F>::halves; h++) {
+    const float4 s = *reinterpret_cast<const float4 *>(&from.at[i][h][16 * l.h + 4 * l.q]);
+    to.s[h][0] = s.x, to.s[h][1] = s.y, to.s[h][2] = s.z, to.s[h][3] = s.w;
+    if constexpr (Packed<F>::offsets) {
+      const float4 o = *reinterpret_cast<const float4 *>(&from.at[i][Packed<F>::halves + h][16 * l.h + 4 * l.q]);
+      to.o[h][0] = o.x, to.o[h][1] = o.y, to.o[h][2] = o.z, to.o[h][3] = o.w;
     }
   }
 }
@@ -240,6 +284,26 @@ template <int F> __device__ __forceinline__ void to_scales(const Scales<F> &from
 constexpr int32_t SUM_ZERO = 0x4b400000;
 constexpr float SUM_ZERO_FLOAT = 12582912.0f;
 
+/* d = SUM_ZERO + a b: the start is an operand of its own, which the compiler keeps, so it costs no move for each product. */
+__device__ __forceinline__ void product_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if !PE_EMULATED && PE_SM80
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(SUM_ZERO));
+#else
+  d[0] = d[1] = d[2] = d[3] = SUM_ZERO;
+  mma_s8(d, a, b);
+#endif
+}
+__device__ __forceinline__ void product_s8_k16(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+#if !PE_EMULATED && PE_SM80
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b), "r"(SUM_ZERO));
+#else
+  d[0] = d[1] = d[2] = d[3] = SUM_ZERO;
+  mma_s8_k16(d, a, b);
+#endif
+}
+
 /* sum * s, rounded once. -SUM_ZERO_FLOAT * s is exact (s has at most 19 bits and the factor two), so one fma takes the start off again.
  * Exponents of MXFP4 reach so far that this factor could overflow: there the start goes first. */
 template <int F> __device__ __forceinline__ float scaled_sum(int32_t sum, float s) {
@@ -250,22 +314,23 @@ template <int F> __device__ __forceinline__ float scaled_sum(int32_t sum, float 
 /* acc[row of the quad][column] += step * x. b: codes of x; d, dsum: of columns 2t, 2t+1, in order (d0, d1, dsum0, dsum1); parts: of
  * halves with offsets (dsum of the first half 0, 1, of the second 0, 1). The order of additions is all there is of it in any kernel:
  *   acc = fma(sum * s, d, acc), then acc = fma(o, dsum, acc)       and so for each half */
-template <int F>
+template <int F, int COLUMNS = 2>
 __device__ __forceinline__ void multiply_step(const uint32_t (&a)[2][4], const StepScales<F> &w, const uint32_t (&b)[2], const float4 &x,
                                               const float4 &parts, float (&acc)[4][2]) {
 #pragma unroll
   for (int j = 0; j < 2; j++) {
 #pragma unroll
     for (int h = 0; h < Packed<F>::halves; h++) {
-      int32_t sum[4] = {SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO};
+      int32_t sum[4];
       if constexpr (Packed<F>::halves == 2) {
         const uint32_t half[2] = {a[j][2 * h], a[j][2 * h + 1]};
-        mma_s8_k16(sum, half, b[h]);
+        product_s8_k16(sum, half, b[h]);
       } else {
-        mma_s8(sum, a[j], b);
+        product_s8(sum, a[j], b);
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) {
+        if (i % 2 >= COLUMNS) continue;
         const int row = 2 * j + i / 2;
         float &y = acc[row][i % 2];
         y = fmaf(scaled_sum<F>(sum[i], w.s[h][row]), i % 2 ? x.y : x.x, y);
