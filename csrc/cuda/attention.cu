@@ -77,12 +77,11 @@ int at_end(int *end, int64_t bytes) {
   return at;
 }
 
-/* Cells of blocks lie so far apart that 4 lanes of 8 keys, 8 bytes each, meet no bank twice. */
+/* Cells of blocks lie so far apart that 4 lanes of 8 keys, 4 bytes each, meet no bank twice. */
 int pitch_of(const Cache &c) {
   const pe_format f = cell_format_of(c.dtype);
-  int pitch = c.elements / f.elements * f.bytes;
-  for (pitch = (int)round_up(pitch, 32); pitch % 64 != 32; pitch += 32) {}
-  return pitch;
+  const int pitch = (int)round_up(c.elements / f.elements * f.bytes, 16);
+  return pitch % 32 ? pitch : pitch + 16;
 }
 
 int tile_bytes(Form form, int columns, int pitch) { return form == BLOCKS ? TILE_KEYS * pitch : columns * TILE_KEYS * 64; }

@@ -120,9 +120,8 @@ __device__ __forceinline__ bool is_spoilt(const Job &w, const Unit &u) {
   float *found = area<float>(w.at.peaks);
   bool bad = false;
   for (int i = threadIdx.x; i < u.n_heads * w.f; i += blockDim.x) bad |= !(fabsf(out[i]) < INFINITY);
-  if (lane_of() == 0) found[warp_of()] = 0.0f;
-  __syncwarp();
-  if (bad) found[warp_of()] = 1.0f;
+  bad = __any_sync(0xffffffffu, bad);
+  if (lane_of() == 0) found[warp_of()] = bad ? 1.0f : 0.0f;
   __syncthreads();
   const bool any = found[0] + found[1] + found[2] + found[3] > 0.0f;
   __syncthreads();

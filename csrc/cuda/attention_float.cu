@@ -103,6 +103,7 @@ __device__ __forceinline__ void soften(const Job &w, int first, int n, const Kep
     }
 #pragma unroll
     for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    __syncwarp(); /* all have read the top */
     if (lane_of() == 0) kept.top[i] = top, kept.factor[i] = factor, kept.sum[i] = fmaf(kept.sum[i], factor, sum);
     __syncwarp();
   }

@@ -8,11 +8,14 @@
  *
  *   Values: k is the key, n a column. Column n of mma i (0 .. 3) is element 4 n + i of the block, so lane (g, t) takes 8 bytes of each of
  *   its four keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9, and holds in its sums elements 8 t .. 8 t + 7 of queries g and g + 8. Places of V
- *   are permuted within 16 keys, so that a warp reads 256 bytes without a gap: place 4 s + t is the s-th of the keys of t.
+ *   are permuted within 16 keys, so that a warp reads 256 bytes without a gap: place 4 s + t is the s-th of the keys of t. In places with
+ *   t >= 2 the two halves of the 64 bytes are exchanged: 16 lanes' 8 bytes then lie in different banks.
  *
  * Keys in blocks stay codes of 8 bits, [blocks of columns][64 keys][32 bytes]: one block is the k of m16n8k32, and lane (g, t) takes
- * bytes 8 t .. 8 t + 7 of key g. Queries are codes too, with one scale each; the sum of a block is exact (it begins at 1.5 * 2^23, so
- * that its bits are those of a float), and scores are those of csrc/cpu/attention.c bit for bit. Values in blocks become halves.
+ * bytes 8 t .. 8 t + 7 of key g, elements 4 t .. 4 t + 3 and 16 + 4 t .. 16 + 4 t + 3: words of a block that 8 keys' lanes read without
+ * meeting a bank twice, cells being 16 bytes more than a multiple of 32 apart. Queries are codes too, with one scale each; the sum of a
+ * block is exact (it begins at 1.5 * 2^23, so that its bits are those of a float), and scores are those of csrc/cpu/attention.c bit for
+ * bit. Values in blocks become halves.
  */
 #ifndef PE_CUDA_ATTENTION_TILES_H
 #define PE_CUDA_ATTENTION_TILES_H
@@ -28,6 +31,9 @@ __device__ __forceinline__ int value_of_place(int place) {
   const int s = place / 4 % 4;
   return place / 16 * 16 + place % 4 * 2 + s % 2 + s / 2 * 8;
 }
+
+/* Bytes of 16-byte part `part` in a place of V. */
+__device__ __forceinline__ int part_of_value(int place, int part) { return (part ^ (place & 2)) * 16; }
 
 /* ---- loading ---- */
 
@@ -78,7 +84,7 @@ __device__ __forceinline__ void load_tile(const Cache &c, Form form, int64_t hea
     const int place = i % 8 * 8 + g, cell = cells[VALUES ? value_of_place(place) : place], first = i / 8 * COLUMNS + 8 * t;
     const bool valid = cell >= 0 && first < c.elements;
     const char *from = valid ? cell_at(c, head, cell) : c.data;
-    char *dest = to + i / 8 * HALF_TILE + place * 64 + t * 16;
+    char *dest = to + i / 8 * HALF_TILE + place * 64 + (VALUES ? part_of_value(place, t) : t * 16);
     if (form == COPIED) cp_async16(dest, from + (valid ? 2 * first : 0), valid);
     else *(uint4 *)dest = valid ? gather_eight(c, from, first, c.elements - first) : make_uint4(0, 0, 0, 0);
   }
@@ -91,10 +97,12 @@ __device__ __forceinline__ uint32_t halves_of_bf16(uint32_t x) {
 }
 
 /* What this thread has copied by load_tile becomes halves, in place. Before the barrier. */
+template <bool VALUES>
 __device__ __forceinline__ void narrow_tile(const Cache &c, char *tile) {
+  const int g = lane_of() / 4, t = lane_of() % 4, own = g * 64 + (VALUES ? part_of_value(g, t) : t * 16);
   const int columns = (c.elements + COLUMNS - 1) / COLUMNS;
   for (int i = warp_of(); i < 8 * columns; i += blockDim.x / 32) {
-    uint4 *at = (uint4 *)(tile + i / 8 * HALF_TILE + i % 8 * 512 + lane_of() * 16);
+    uint4 *at = (uint4 *)(tile + i / 8 * HALF_TILE + i % 8 * 512 + own);
     const uint4 x = *at;
     *at = make_uint4(halves_of_bf16(x.x), halves_of_bf16(x.y), halves_of_bf16(x.z), halves_of_bf16(x.w));
   }
@@ -104,12 +112,11 @@ __device__ __forceinline__ void narrow_tile(const Cache &c, char *tile) {
 
 __device__ __forceinline__ uint32_t word_at(const char *p) { return *(const uint16_t *)p | (uint32_t)*(const uint16_t *)(p + 2) << 16; }
 
-/* Codes 8 t .. 8 t + 7 of a block, as signed bytes. Q4_1's are 0 .. 15. */
+/* Codes 4 t .. 4 t + 3 and 16 + 4 t .. of a block, as signed bytes. Q4_1's are 0 .. 15. */
 __device__ __forceinline__ uint2 codes_of(const char *block, int32_t dtype, int t) {
-  if (dtype == PE_Q8_0) return make_uint2(word_at(block + 2 + 8 * t), word_at(block + 6 + 8 * t));
-  const char *codes = block + (dtype == PE_Q4_0 ? 2 : 4) + 8 * (t % 2);
-  const int shift = t / 2 * 4;
-  uint2 x = make_uint2(word_at(codes) >> shift & 0x0f0f0f0fu, word_at(codes + 4) >> shift & 0x0f0f0f0fu);
+  if (dtype == PE_Q8_0) return make_uint2(word_at(block + 2 + 4 * t), word_at(block + 18 + 4 * t));
+  const uint32_t both = word_at(block + (dtype == PE_Q4_0 ? 2 : 4) + 4 * t);
+  uint2 x = make_uint2(both & 0x0f0f0f0fu, both >> 4 & 0x0f0f0f0fu);
   if (dtype == PE_Q4_0) { /* less 8: bytes do not carry into each other */
     x.x = (x.x + 0x78787878u) ^ 0x80808080u;
     x.y = (x.y + 0x78787878u) ^ 0x80808080u;
@@ -131,10 +138,12 @@ __device__ __forceinline__ void unpack_keys(const Job &w, const char *from) {
   }
 }
 
-/* Code times d, plus m: two of them as halves. */
-__device__ __forceinline__ uint32_t halves_of_codes(uint32_t codes, int first, float d, float m) {
-  const float a = (float)(int8_t)(codes >> 8 * first), b = (float)(int8_t)(codes >> (8 * first + 8));
-  return pack_half2(fmaf(a, d, m), fmaf(b, d, m));
+/* Codes times d, plus m: four of them as halves. */
+__device__ __forceinline__ uint2 halves_of_codes(uint32_t codes, float d, float m) {
+  float x[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] = fmaf((float)(int8_t)(codes >> 8 * i), d, m);
+  return make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
 }
 
 /* A tile of values in blocks becomes halves. */
@@ -146,8 +155,9 @@ __device__ __forceinline__ void unpack_values(const Job &w, const char *from) {
     const char *block = from + key * w.at.v_pitch + b * bytes;
     const uint2 x = codes_of(block, w.v.dtype, t);
     const float d = from_half(*(const uint16_t *)block), m = w.v.dtype == PE_Q4_1 ? from_half(*(const uint16_t *)(block + 2)) : 0.0f;
-    *(uint4 *)(to + b * HALF_TILE + place * 64 + t * 16) =
-        make_uint4(halves_of_codes(x.x, 0, d, m), halves_of_codes(x.x, 2, d, m), halves_of_codes(x.y, 0, d, m), halves_of_codes(x.y, 2, d, m));
+    char *dest = to + b * HALF_TILE + place * 64 + t % 2 * 8;
+    *(uint2 *)(dest + part_of_value(place, t / 2)) = halves_of_codes(x.x, d, m);
+    *(uint2 *)(dest + part_of_value(place, 2 + t / 2)) = halves_of_codes(x.y, d, m);
   }
 }
 
@@ -194,8 +204,8 @@ struct Loader {
     wait_for_copies(max(0, w.at.stages - 2));
     char *stage = shared_bytes() + current * w.at.stage_bytes;
     k = stage + w.at.k, v = stage + w.at.v;
-    if (w.k_form == COPIED && w.k.dtype == PE_BF16) narrow_tile(w.k, stage + w.at.k);
-    if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile(w.v, stage + w.at.v);
+    if (w.k_form == COPIED && w.k.dtype == PE_BF16) narrow_tile<false>(w.k, stage + w.at.k);
+    if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage + w.at.v);
     __syncthreads();
     if (w.at.stages > 1) load(w, u, seen);
     if (w.k_form == BLOCKS) unpack_keys(w, k);
@@ -225,7 +235,7 @@ __device__ __forceinline__ void load_halves(const Job &w, const Unit &u, int i, 
 /* Query i of n as codes, mixed: [block][n][32 bytes], one scale, and a sum for each block. By a warp. */
 __device__ __forceinline__ void load_codes(const Job &w, const Unit &u, int i, int n) {
   float *x = area<float>(w.at.mixing) + warp_of() * max(w.e, w.f), most = 0.0f;
-  int8_t *to = area<int8_t>(w.at.q) + i * COLUMNS + lane_of();
+  int8_t *to = area<int8_t>(w.at.q) + i * COLUMNS + lane_of() % 16 / 4 * 8 + lane_of() / 16 * 4 + lane_of() % 4;
   int32_t *sums = area<int32_t>(w.at.q_sum) + i;
   const bool there = i < queries_of(u);
   const char *from = there ? query_at(w, u, i) : nullptr;
@@ -315,7 +325,8 @@ __device__ __forceinline__ void scores_of(const Job &w, int first, int n, const 
 
 /* acc[i] += probabilities by one block of columns of V, over the 16 keys of p: those numbered `step` of the tile. */
 __device__ __forceinline__ void add_values(const uint32_t (&p)[4], const char *block, int step, float (&acc)[4][4]) {
-  const char *v = block + step * 1024 + lane_of() % 4 * 64 + lane_of() / 4 * 8;
+  const int g = lane_of() / 4, t = lane_of() % 4;
+  const char *v = block + step * 1024 + t * 64 + part_of_value(t, g / 2) + g % 2 * 8;
   const uint2 a = *(const uint2 *)v, b = *(const uint2 *)(v + 256), c = *(const uint2 *)(v + 512), d = *(const uint2 *)(v + 768);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
