@@ -14,7 +14,7 @@
  *
  * Each file is a library of its own, so numbers of function constants count from 0 in each. Sizes that change from run to run (rows)
  * stand in the arguments, which are written once for each set of run-time axes; nothing is dispatched for no rows.
- * Floating point is not reassociated (fast math is off); where a fast function suffices, a kernel says fast::exp.
+ * Floating point is not reassociated (fast math is off), and a product and a sum are fused where a kernel says fma, nowhere else.
  */
 #ifndef PE_METAL_COMMON_H
 #define PE_METAL_COMMON_H
@@ -22,6 +22,7 @@
 #if defined(__METAL_VERSION__)
 #include <metal_stdlib>
 using namespace metal;
+#pragma METAL fp contract(off)
 #define PE_CONSTANT(type, name, index) constant type name [[function_constant(index)]]
 #endif
 
