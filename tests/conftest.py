@@ -17,6 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default=None, help="run the contract suites on this device only: cuda, cuda-emulated, cuda:1 ..")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Models of the suites go to that device too, where a test does not name one."""
+    if config.getoption("--backend"):
+        os.environ["PYENGINE_DEVICE"] = config.getoption("--backend")
+
+
 def real_path(name: str) -> Path:
     """Path of a real model, or skip."""
     path = WEIGHTS / REAL[name]

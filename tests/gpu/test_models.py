@@ -106,11 +106,11 @@ def test_windows_that_slide(load: Load, tiny_gguf) -> None:
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8_0", "q4_0", pytest.param("bf16", marks=pytest.mark.slow),
                                       pytest.param("q8_0/q4_1", marks=pytest.mark.slow)])
 def test_formats_of_caches(load: Load, tiny_gguf, kv_dtype: str) -> None:
-    """Kept numbers are the CPU's but for where rounding begins: a code more or less, as far as a cache's format goes."""
+    """Queries are rounded too, to the cache's format or to 8 bits, and a code may be one more or less: no more than the format itself costs."""
     path = tiny_gguf("qwen3", **HEADS_OF_32)[0]
     error = both(load, path, IDS[:50], kv_dtype=kv_dtype)
     exact = share(load(path, device="cpu", kv_dtype=kv_dtype).logits(IDS[:50]), load(path, device="cpu").logits(IDS[:50]))
-    assert error <= max(1e-5, 0.3 * exact)
+    assert error <= max(1e-5, exact)
 
 
 def test_greedy_text_is_the_cpus(load: Load, tiny_gguf) -> None:
