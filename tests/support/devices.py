@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pyengine.backends import backend, CARDS, parsed
@@ -26,6 +28,12 @@ def device(request: pytest.FixtureRequest, name: str) -> str:
     except PyEngineError:
         return f"{name}-emulated"
     return name
+
+
+def on_card() -> bool:
+    """Whether models of the contract suites go to a card (`--backend`), which rounds more than the CPU does."""
+    found = parsed(os.environ.get("PYENGINE_DEVICE", ""))
+    return found is not None and found[0] in CARDS
 
 
 def opened(request: pytest.FixtureRequest, name: str, n_threads: int = 2) -> Backend:
