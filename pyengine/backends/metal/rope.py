@@ -15,7 +15,7 @@ SIMDGROUPS = 4                           # of a threadgroup that appends heads
 @launches
 def rope_table(s: Step) -> list[Launch]:
     """Launch one thread an angle. Raises: GraphError for positions without rows."""
-    positions, frequencies = s.need("positions"), s.need("inv_freq")
+    positions, frequencies, axis = s.singles()
     (axes, rows), n = positions.shape, frequencies.size
     if axes < 1:
         raise GraphError(f"{s.name}: positions has no rows")
@@ -23,14 +23,14 @@ def rope_table(s: Step) -> list[Launch]:
         return []
     threads = min(256, ceil_div(n, 32) * 32)
     return [Launch("angles", dict(rows=rows, axes=axes, n=n, scale=s.params.scale),
-                   {"positions": positions, "frequencies": frequencies, "axis": s.one("axis"), "out": s.outputs[0]},
+                   dict(positions=positions, frequencies=frequencies, axis=axis, out=s.outputs[0]),
                    (ceil_div(n, threads), rows, 1), (threads, 1, 1))]
 
 
 @launches
 def temperature(s: Step) -> list[Launch]:
     """Launch one thread a row. Raises: RequestError for a floor below 1."""
-    positions, floor = s.need("positions"), s.params.floor
+    (positions,), floor = s.singles(), s.params.floor
     if floor < 1:
         raise RequestError(f"{s.name}: a floor of {floor}")
     if positions.shape[0] < 1:
@@ -39,7 +39,7 @@ def temperature(s: Step) -> list[Launch]:
         return []
     grid, threads = spread(positions.shape[1])
     return [Launch("sharpness", dict(rows=positions.shape[1], floor=floor, scale=s.params.scale),
-                   {"positions": positions, "out": s.outputs[0]}, grid, threads)]
+                   dict(positions=positions, out=s.outputs[0]), grid, threads)]
 
 
 def _pairs(s: Step, width: int) -> int:
