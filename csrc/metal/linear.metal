@@ -73,13 +73,21 @@ kernel void prepare_rows(constant prepare_args &a [[buffer(0)]], device const fl
 
 /* ---- few rows ----
  *
- * A threadgroup of 4 simdgroups owns one group of 16 columns (two groups with glu, of both matrices) for up to 8 rows; simdgroup p owns part
- * p of k. A lane owns a row of the matrix and half of each step (packed.h): 2 to 6 loads of weights, 128 bytes a simdgroup, and
- * 4 of x for each row of x, from the cache. Codes become halfs by and and or, 1024 too large, which one fma a step takes back.
- * Shared memory: the parts' sums [part][matrix][row of x][16], 4 KB.
+ * A threadgroup of 4 simdgroups owns 16 GROUPS columns (of both matrices with glu) for up to 8 rows; simdgroup p owns part p of k. A lane
+ * owns a row of each group and half of each step (packed.h): 2 to 6 loads of weights, 128 bytes a simdgroup, and 7 of x for each row of
+ * x, from the cache, which two groups share where rows are many. Codes become halfs by and and or, 1024 too large, which one fma a step
+ * takes back. Shared memory: the parts' sums [part][matrix][row of x][column], 8 KB.
  * Roofline: the weights, once: n k 0.5625 bytes for Q4_0, at 400 GB/s 711 weights a nanosecond; for one row about 2.6 instructions a
  * weight, a quarter of what an M3 Max has; for 8 rows 10, all of it.
  */
+
+PE_CONSTANT(int, GROUPS, 11);      /* of 16 columns in a threadgroup: 1 or 2 */
+
+enum { FEW_ROWS = 8, FEW_GROUPS = 2, FEW_COLUMNS = FEW_GROUPS * GROUP };
+
+struct few_sums {
+  float e[FEW_GROUPS][FEW_ROWS];
+};
 
 static inline float dot_codes(uint u, half4 x, float sum) {
   const half2 even = even_codes(u), odd = odd_codes(u);
@@ -106,36 +114,56 @@ static inline float add_step(packed_form f, float acc, float low, float high, th
   return f.offsets ? fma(w.o[0], d * all, acc) : acc;
 }
 
-/* Steps begin / 32 .. end / 32 - 1 of a group, for ROWS rows of x. */
-static inline void multiply_few(constant linear_args &a, device const uchar *group, int begin, int end, device const half *codes,
-                                device const float *scales, device const float *sums, int first, uint lane, thread float *acc) {
+/* Scales of block b of a group. MXFP4: heads of two blocks are one sector, which the halves of the simdgroup read together. */
+static inline block_scales scales_of_few(packed_form f, device const uchar *group, int b, uint lane, thread uint &exponents) {
+  device const uchar *head = packed_head(f, group, b);
+  if (FORMAT != PE_MXFP4) return scales_of_block(FORMAT, head, packed_body(f, group, b), (int)lane & 15);
+  block_scales y;
+  if (b % 2 == 0) exponents = head[lane];
+  y.d = pe_e8m0_half_to_f32((uchar)simd_shuffle(exponents, (ushort)((lane & 15u) + (uint)(b % 2) * 16u)));
+  y.m = 0.0f;
+  return y;
+}
+
+/* Steps begin / 32 .. end / 32 - 1 of groups `bytes` apart, for ROWS rows of x. */
+static inline few_sums multiply_few(constant linear_args &a, device const uchar *group, long bytes, int begin, int end,
+                                    device const half *codes, device const float *scales, device const float *sums, int first, uint lane) {
   const packed_form f = packed_form_of(FORMAT);
   const int r = (int)lane & 15, h = (int)lane >> 4, steps = f.k / 32, all = a.k / 32;
-  block_scales held;
-  uint exponents = 0; /* MXFP4: heads of two blocks are one sector, which the halves of the simdgroup read together */
-  for (int i = 0; i < ROWS; i++) acc[i] = 0.0f;
+  few_sums acc;
+  block_scales held[FEW_GROUPS];
+  uint exponents[FEW_GROUPS] = {0, 0};
+  PE_UNROLL
+  for (int g = 0; g < FEW_GROUPS; g++)
+    PE_UNROLL
+    for (int i = 0; i < FEW_ROWS; i++) acc.e[g][i] = 0.0f;
   for (int b = begin / f.k; b < end / f.k; b++) {
-    device const uchar *head = packed_head(f, group, b), *body = packed_body(f, group, b);
-    if (FORMAT == PE_MXFP4) {
-      if (b % 2 == 0) exponents = head[lane];
-      held.d = pe_e8m0_half_to_f32((uchar)simd_shuffle(exponents, (ushort)(r + b % 2 * 16)));
-    } else {
-      held = scales_of_block(FORMAT, head, body, r);
-    }
+    PE_UNROLL
+    for (int g = 0; g < GROUPS; g++) held[g] = scales_of_few(f, group + g * bytes, b, lane, exponents[g]);
     for (int j = 0; j < steps; j++) {
-      const step_codes c = codes_of_step(FORMAT, body, j, r, h);
-      const step_scales w = scales_of_step(FORMAT, held, j);
+      step_codes c[FEW_GROUPS];
+      step_scales w[FEW_GROUPS];
+      PE_UNROLL
+      for (int g = 0; g < GROUPS; g++) {
+        c[g] = codes_of_step(FORMAT, packed_body(f, group + g * bytes, b), j, r, h);
+        w[g] = scales_of_step(FORMAT, held[g], j);
+      }
       const int step = b * steps + j;
       PE_UNROLL
       for (int i = 0; i < ROWS; i++) {
         device const half4 *x = (device const half4 *)(codes + (long)(first + i) * a.k + 32 * step) + h;
-        const float low = dot_codes(c.u[1], x[2], dot_codes(c.u[0], x[0], 0.0f));
-        const float high = dot_codes(c.u[3], x[6], dot_codes(c.u[2], x[4], 0.0f));
+        const half4 x0 = x[0], x1 = x[2], x2 = x[4], x3 = x[6];
         const long at = (long)(first + i) * all + step;
-        acc[i] = add_step(f, acc[i], low, high, w, scales[at], sums + 2 * at);
+        PE_UNROLL
+        for (int g = 0; g < GROUPS; g++) {
+          const float low = dot_codes(c[g].u[1], x1, dot_codes(c[g].u[0], x0, 0.0f));
+          const float high = dot_codes(c[g].u[3], x3, dot_codes(c[g].u[2], x2, 0.0f));
+          acc.e[g][i] = add_step(f, acc.e[g][i], low, high, w[g], scales[at], sums + 2 * at);
+        }
       }
     }
   }
+  return acc;
 }
 
 kernel void linear_few(constant linear_args &a [[buffer(0)]], device const half *codes [[buffer(1)]],
@@ -149,27 +177,32 @@ kernel void linear_few(constant linear_args &a [[buffer(0)]], device const half 
                        device const int *tiles [[buffer(18)]], threadgroup float *shared [[threadgroup(0)]],
                        uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                        uint lane [[thread_index_in_simdgroup]], uint part [[simdgroup_index_in_threadgroup]]) {
-  const owned own = owned_by(a, group, GROUP, ROWS, tiles);
+  const owned own = owned_by(a, group, GROUP * GROUPS, ROWS, tiles);
   if (own.count <= 0) return;
-  const long from = own.expert * a.expert_bytes + own.column / GROUP * a.group_bytes;
+  const int g = own.column / GROUP, last = (a.n[own.set] - 1) / GROUP;
+  const long from = own.expert * a.expert_bytes + g * a.group_bytes, bytes = g < last ? a.group_bytes : 0; /* none beyond the last */
   const int begin = part_begin(a.k, (int)part), end = part_begin(a.k, (int)part + 1);
-  float acc[8];
   for (int which = 0; which < (PAIR ? 2 : 1); which++) {
     device const uchar *w = which ? w1 : PE_OF_SET(w, own.set);
-    multiply_few(a, w + from, begin, end, codes, scales, sums, own.first, lane, acc);
-    for (int i = 0; i < ROWS; i++)
-      if (lane < 16) shared[(((int)part * 2 + which) * 8 + i) * GROUP + (int)lane] = acc[i];
+    const few_sums acc = multiply_few(a, w + from, bytes, begin, end, codes, scales, sums, own.first, lane);
+    PE_UNROLL
+    for (int j = 0; j < GROUPS; j++)
+      PE_UNROLL
+      for (int i = 0; i < ROWS; i++)
+        if (lane < GROUP) shared[(((int)part * 2 + which) * FEW_ROWS + i) * FEW_COLUMNS + GROUP * j + (int)lane] = acc.e[j][i];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const int i = (int)index / GROUP, column = own.column + (int)index % GROUP;
-  if (i >= own.count || i >= ROWS || column >= a.n[own.set]) return;
-  float y = 0.0f, y1 = 0.0f;
-  for (int p = 0; p < PARTS; p++) {
-    y += shared[(p * 2 * 8 + i) * GROUP + (int)index % GROUP];
-    if (PAIR) y1 += shared[((p * 2 + 1) * 8 + i) * GROUP + (int)index % GROUP];
-  }
   const results to = {PE_OF_SET(bias, own.set), bias1, residual, PE_OF_SET(out, own.set), order};
-  finish(a, own, to, own.first + i, column, y, y1);
+  for (int at = (int)index; at < min(own.count, ROWS) * GROUP * GROUPS; at += 128) {
+    const int i = at / (GROUP * GROUPS), c = at % (GROUP * GROUPS);
+    if (own.column + c >= a.n[own.set]) continue;
+    float y = 0.0f, y1 = 0.0f;
+    for (int p = 0; p < PARTS; p++) {
+      y += shared[(p * 2 * FEW_ROWS + i) * FEW_COLUMNS + c];
+      if (PAIR) y1 += shared[((p * 2 + 1) * FEW_ROWS + i) * FEW_COLUMNS + c];
+    }
+    finish(a, own, to, own.first + i, own.column + c, y, y1);
+  }
 }
 
 /* ---- many rows ----
@@ -204,6 +237,7 @@ struct tile_sums {
 };
 
 static inline void clear(thread tile_sums &t) {
+  PE_UNROLL
   for (int x = 0; x < 2; x++)
     for (int c = 0; c < 4; c++) t.e[x][c][0] = t.e[x][c][1] = 0.0f;
 }
@@ -215,6 +249,7 @@ static inline void unpack_step(packed_form f, device const uchar *group, int b, 
   device const uchar *body = packed_body(f, group, b);
   const step_codes c = codes_of_step(FORMAT, body, j, column & 15, h);
   const half zero = (half)(float)(CODE_BIAS + f.zero);
+  PE_UNROLL
   for (int i = 0; i < 4; i++) {
     const half2 even = even_codes(c.u[i]), odd = odd_codes(c.u[i]);
     threadgroup half *to = w + 4 * (h + 2 * i) * W_STRIDE;
@@ -226,6 +261,7 @@ static inline void unpack_step(packed_form f, device const uchar *group, int b, 
   if (h) return;
   if (j == 0) held = scales_of_block(FORMAT, packed_head(f, group, b), body, column & 15);
   const step_scales y = scales_of_step(FORMAT, held, j);
+  PE_UNROLL
   for (int i = 0; i < f.halves; i++) {
     shared[AT_S + TILE_COLUMNS * i + column] = y.s[i];
     if (f.offsets) shared[AT_O + TILE_COLUMNS * i + column] = y.o[i];
@@ -264,6 +300,7 @@ static inline void multiply_step(packed_form f, threadgroup const float *shared,
     if (half_ == 0 || f.halves == 2)
       PE_UNROLL
       for (int i = 0; i < ROWS / 16; i++)
+        PE_UNROLL
         for (int j = 0; j < 4; j++) sum[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     for (int k = 16 * half_; k < 16 * half_ + 16; k += 8) {
       simdgroup_half8x8 left[2], right;
@@ -280,6 +317,7 @@ static inline void multiply_step(packed_form f, threadgroup const float *shared,
     const int at = f.halves == 2 ? half_ : 0;
     PE_UNROLL
     for (int i = 0; i < ROWS / 16; i++)
+      PE_UNROLL
       for (int j = 0; j < 4; j++)
         for (int e = 0; e < 2; e++) {
           const int row = row0 + 8 * i + r[e], column = column0 + 8 * j + c[e];
@@ -316,7 +354,7 @@ kernel void linear_tiles(constant linear_args &a [[buffer(0)]], device const hal
   block_scales held;
   for (int which = 0; which < (PAIR ? 2 : 1); which++) {
     device const uchar *w = (which ? w1 : PE_OF_SET(w, own.set)) + from;
-    gate = total;
+    if (which) gate = total;
     clear(total);
     for (int p = 0; p < PARTS; p++) {
       clear(acc);
@@ -327,13 +365,17 @@ kernel void linear_tiles(constant linear_args &a [[buffer(0)]], device const hal
         threadgroup_barrier(mem_flags::mem_threadgroup);
         multiply_step(f, shared, row0, column0, r, c, acc);
       }
+      PE_UNROLL
       for (int i = 0; i < 2; i++)
+        PE_UNROLL
         for (int j = 0; j < 4; j++)
           for (int e = 0; e < 2; e++) total.e[i][j][e] += acc.e[i][j][e];
     }
   }
   const results to = {PE_OF_SET(bias, own.set), bias1, residual, PE_OF_SET(out, own.set), order};
+  PE_UNROLL
   for (int i = 0; i < ROWS / 16; i++)
+    PE_UNROLL
     for (int j = 0; j < 4; j++)
       for (int e = 0; e < 2; e++) {
         const int row = row0 + 8 * i + r[e], at = own.column + column0 + 8 * j + c[e];

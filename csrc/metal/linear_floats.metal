@@ -57,6 +57,7 @@ static inline void load_columns(float_columns m, int step, device const codebook
   const file_form form = file_form_of(FORMAT);
   if (PACKED) {
     device const uchar *group = m.w + min(m.column, m.n - 1) / GROUP * m.bytes;
+    PE_UNROLL
     for (int i = 0; i < 4; i++) {
       const int at = 4 * (lane + 32 * i), k = at / GROUP, r = at % GROUP;
       float4 y = float4(0.0f);
@@ -69,6 +70,7 @@ static inline void load_columns(float_columns m, int step, device const codebook
       to[lane * stride + r] = there ? load_plain(m.w + (m.column + r) * m.bytes, step + lane) : 0.0f;
     }
   } else {
+    PE_UNROLL
     for (int i = 0; i < 2; i++) {
       const int r = lane / 4 + 8 * i, at = 8 * (lane % 4), k = step + at;
       float y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -110,6 +112,7 @@ kernel void linear_floats_few(constant linear_args &a [[buffer(0)]], device cons
     device const uchar *matrix = (which ? w1 : PE_OF_SET(w, own.set)) + own.expert * a.expert_bytes;
     const float_columns m = {matrix, own.column, a.n[own.set], a.k, a.group_bytes};
     simdgroup_float8x8 sum[2];
+    PE_UNROLL
     for (int j = 0; j < 2; j++) sum[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     for (int step = part_begin(a.k, (int)part); step < part_begin(a.k, (int)part + 1); step += 32) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -118,12 +121,14 @@ kernel void linear_floats_few(constant linear_args &a [[buffer(0)]], device cons
       for (int k = 0; k < 32; k += 8) {
         simdgroup_float8x8 left, right;
         simdgroup_load(left, x + step + k, a.x_stride);
+        PE_UNROLL
         for (int j = 0; j < 2; j++) {
           simdgroup_load(right, w + k * FEW_STRIDE + 8 * j, FEW_STRIDE);
           simdgroup_multiply_accumulate(sum[j], left, right, sum[j]);
         }
       }
     }
+    PE_UNROLL
     for (int j = 0; j < 2; j++)
       for (int e = 0; e < 2; e++)
         shared[AT_PARTS + (((int)part * 2 + which) * 8 + r[e]) * GROUP + 8 * j + c[e]] = sum[j].thread_elements()[e];
@@ -159,6 +164,7 @@ static inline void multiply_floats(threadgroup const float *w, threadgroup const
     PE_UNROLL
     for (int j = 0; j < 4; j++) {
       simdgroup_load(right, w + k * FLOAT_W_STRIDE + 8 * j, FLOAT_W_STRIDE);
+      PE_UNROLL
       for (int i = 0; i < ROWS / 16; i++) simdgroup_multiply_accumulate(acc[i][j], left[i], right, acc[i][j]);
     }
   }
@@ -186,7 +192,9 @@ kernel void linear_floats_tiles(constant linear_args &a [[buffer(0)]], device co
   for (int which = 0; which < (PAIR ? 2 : 1); which++) {
     device const uchar *matrix = (which ? w1 : PE_OF_SET(w, own.set)) + own.expert * a.expert_bytes;
     const float_columns m = {matrix, own.column + mine, a.n[own.set], a.k, a.group_bytes};
+    PE_UNROLL
     for (int i = 0; i < 2; i++)
+      PE_UNROLL
       for (int j = 0; j < 4; j++)
         for (int e = 0; e < 2; e++) {
           if (which) gate[i][j][e] = total[i][j][e];
@@ -194,7 +202,9 @@ kernel void linear_floats_tiles(constant linear_args &a [[buffer(0)]], device co
         }
     for (int p = 0; p < PARTS; p++) {
       simdgroup_float8x8 acc[2][4];
+      PE_UNROLL
       for (int i = 0; i < 2; i++)
+        PE_UNROLL
         for (int j = 0; j < 4; j++) acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       for (int step = part_begin(a.k, p); step < part_begin(a.k, p + 1); step += 32) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -205,13 +215,17 @@ kernel void linear_floats_tiles(constant linear_args &a [[buffer(0)]], device co
         threadgroup_barrier(mem_flags::mem_threadgroup);
         multiply_floats(w + column0, x + row0 * FLOAT_X_STRIDE, acc);
       }
+      PE_UNROLL
       for (int i = 0; i < 2; i++)
+        PE_UNROLL
         for (int j = 0; j < 4; j++)
           for (int e = 0; e < 2; e++) total[i][j][e] += acc[i][j].thread_elements()[e];
     }
   }
   const results to = {PE_OF_SET(bias, own.set), bias1, residual, PE_OF_SET(out, own.set), order};
+  PE_UNROLL
   for (int i = 0; i < ROWS / 16; i++)
+    PE_UNROLL
     for (int j = 0; j < 4; j++)
       for (int e = 0; e < 2; e++) {
         const int row = row0 + 8 * i + r[e], at = own.column + column0 + 8 * j + c[e];

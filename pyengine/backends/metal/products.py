@@ -18,7 +18,7 @@ PARTS, GROUP, TILE_COLUMNS, PREPARE_BLOCKS = 4, 16, 64, 64          # of csrc/me
 ROWS_FEW = 8                            # rows that take the kernels for few rows
 ROWS_MOST = 32                          # of a tile: rows of x are padded to whole tiles
 SHARED = {                              # bytes of threadgroup memory, drawn in linear.metal and linear_floats.metal
-    "linear_few": 4 * PARTS * 2 * ROWS_FEW * GROUP,
+    "linear_few": 4 * PARTS * 2 * ROWS_FEW * 2 * GROUP,
     "linear_tiles": 4 * (64 + 4 * TILE_COLUMNS + 3 * ROWS_MOST + 32 * 72 // 2 + ROWS_MOST * 40 // 2),
     "linear_floats_few": 4 * (64 + PARTS * 32 * 24 + PARTS * 2 * ROWS_FEW * GROUP),
     "linear_floats_tiles": 4 * (64 + 32 * 72 + ROWS_MOST * 36),
@@ -119,7 +119,8 @@ def multiply(rows: Rows, sets: Sequence[Set], glu: int, cap: float, tile_rows: i
     """
     w, few = sets[0].w, tile_rows <= ROWS_FEW
     n, k, dtype = [s.w.shape[-2] for s in sets], rows.k, w.dtype
-    width = GROUP if few else TILE_COLUMNS
+    groups = 2 if few and tile_rows >= 4 and not is_float(dtype) else 1      # which share what is loaded of x
+    width = GROUP * groups if few else TILE_COLUMNS
     ends = [sum(ceil_div(i, width) for i in n[: j + 1]) for j in range(len(n))]
     each = group_bytes(dtype, k) if dtype.is_packed else w.strides[-2]
     floats = is_float(dtype)
@@ -140,5 +141,7 @@ def multiply(rows: Rows, sets: Sequence[Set], glu: int, cap: float, tile_rows: i
     constants = {"FORMAT": dtype.unpacked.id, "ROWS": tile_rows, "GLU": glu, "BIASED": sets[0].bias is not None,
                  "ADDED": sets[0].residual is not None, "GIVEN": sets[0].given is not None, "EXPERTS": rows.order is not None,
                  "PACKED": dtype.is_packed}
+    if not floats:
+        constants["GROUPS"] = groups
     kernel = (FEW if few else TILED)[floats]
     return Launch(kernel, args, buffers, (ends[-1], tiles, 1), (128, 1, 1), SHARED[kernel], constants)
