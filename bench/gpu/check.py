@@ -130,12 +130,16 @@ def check_kernels(c: Check) -> None:
 
 
 def check_models(c: Check) -> None:
-    """Small models of every layout beside the CPU backend."""
-    pairs = [(name, "f16") for name in synthetic.SMALL] + [("llama F32", "f32"), ("llama Q4_K_M", "q8_0"), ("llama Q4_K_M", "q4_0")]
-    pairs.remove(("llama F32", "f16"))
+    """Small models of every layout beside the CPU backend, and an encoder of pictures."""
+    pairs: list[tuple[str, str]] = [(name, "f16") for name in synthetic.SMALL] + [("llama F32", "f32"), ("llama Q4_K_M", "q8_0"), ("llama Q4_K_M", "q4_0")]
+    pairs = [*(p for p in pairs if p != ("llama F32", "f16")), ("picture", "f16"), ("picture", "q8_0")]
 
     def do(pair: tuple[str, str]) -> dict[str, Any]:
-        record = models.agree(pair[0], c.device, c.folder, pair[1], 24 if c.tiny else 100)
+        name, kind = pair
+        if name == "picture":
+            record = models.seen(kind, c.device)
+        else:
+            record = models.agree(name, c.device, c.folder, kind, 24 if c.tiny else 100)
         print(f"{record['name']:40} differs by {record['difference']:.2e} of the range; error {record['error']:.2e}, the CPU's {record['error_of_cpu']:.2e}",
               flush=True)
         return {**record, "right": models.right(record)}

@@ -14,13 +14,17 @@ from pyengine.backends import backend
 from pyengine.cache.cells import Conversation
 from pyengine.engine.runner import Runner
 from pyengine.files.model_files import open_files
+from pyengine.media.image import open_image
+from pyengine.media.views import Limits
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.settings import Settings
+from pyengine.programs import encoder
 from pyengine.programs.bound import bind
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Step, Work
 
 from . import synthetic
+from ..machine import ROOT
 from ..stats import summary
 
 # Largest difference of logits from the CPU's, as a share of their range: the order of sums differs, and of BF16 rows are rounded to bf16.
@@ -77,6 +81,27 @@ def agree(name: str, device: str, folder: Path, kv: str = "f16", n: int = 100) -
     return {"name": f"{name}, cache {kv}", "difference": float(np.abs(got - want).max()) / span, "limit": LIMITS.get(small.formats),
             "error": errors[0], "error_of_cpu": errors[1], "same_when_cut": bool((got == again).all()), "finite": bool(np.isfinite(got).all()),
             "fallbacks": ours.program.prepared.fallbacks}
+
+
+def _embedding(path: Path, device: str, picture: Path) -> np.ndarray:
+    """Run a model's encoder on a picture."""
+    image = bind(open_files(path)).image
+    if image is None:
+        raise RuntimeError(f"{path.name} has no encoder")
+    limits = Limits(1024, image.most_rows(1024))
+    view = image.process(open_image(picture), limits).views[0]
+    return encoder.run(backend(device).prepare(encoder.declare(image, limits.rows)).load(), view)
+
+
+def seen(kind: str, device: str) -> dict[str, Any]:
+    """Compare the demo model's encoder with the CPU's, on a picture: with weights in f16, or rounded to bytes."""
+    picture = ROOT / "converters" / "demo" / "samples" / "shapes.png"
+    paths = {k: ROOT / "converters" / "demo" / "weights" / f"demo-{k}.gguf" for k in ("f16", "q8_0")}
+    true, want, got = (_embedding(paths[k], d, picture).astype(np.float64) for k, d in (("f16", "cpu"), (kind, "cpu"), (kind, device)))
+    span = float(np.ptp(want))
+    errors = [float(np.sqrt(np.mean(np.square(a - true)))) / span for a in (got, want)]
+    return {"name": f"demo encoder {kind}", "difference": float(np.abs(got - want).max()) / span, "limit": LIMITS["BF16"] if kind == "f16" else None,
+            "error": errors[0], "error_of_cpu": errors[1], "same_when_cut": True, "finite": bool(np.isfinite(got).all()), "fallbacks": {}}
 
 
 def right(record: dict[str, Any]) -> bool:
