@@ -428,10 +428,48 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
 
 /* ---- results ----
  *
- * A simdgroup owns one query: with SPLIT it merges the chunks in ascending order, as merge_chunk does; then acc / sum, a sink joining the sum
- * only, and over values in blocks the result is mixed back. Shared memory: 512 floats. With SPLIT 4 f bytes are read for each
- * chunk of 256 keys, a 64th of the keys and values of F16.
+ * A simdgroup owns one query, a lane every 32nd element of it: with SPLIT it merges the chunks in ascending order, as merge_chunk does, four
+ * of which are loaded at once; then acc / sum, a sink joining the sum only, and over values in blocks the result is mixed back.
+ * Shared memory: 512 floats, to mix. With SPLIT 4 f bytes are read for each chunk of 256 keys, a 128th of the keys and values of F16 with
+ * one head to a key/value head.
  */
+
+enum { LANE_ELEMENTS = MOST_WIDTH / 32, AT_ONCE = 4 };
+
+struct query_sums {
+  float top, sum, y[LANE_ELEMENTS];
+};
+
+/* What one query has after all of its n chunks. */
+static inline query_sums merge_all(constant attention_args &a, long query, int n, device const float *partials, device const float *tops, int lane) {
+  query_sums t;
+  for (int first = 0; first < n; first += AT_ONCE) {
+    float x[AT_ONCE][LANE_ELEMENTS], top[AT_ONCE], sum[AT_ONCE];
+    PE_UNROLL
+    for (int u = 0; u < AT_ONCE; u++) {
+      const long at = query * a.chunks + min(first + u, n - 1);
+      top[u] = tops[2 * at];
+      sum[u] = tops[2 * at + 1];
+      PE_UNROLL
+      for (int j = 0; j < LANE_ELEMENTS; j++) x[u][j] = lane + 32 * j < a.f ? partials[at * a.f + lane + 32 * j] : 0.0f;
+    }
+    PE_UNROLL
+    for (int u = 0; u < AT_ONCE; u++) {
+      if (first + u >= n) continue;
+      float shrink = 0.0f, grow = 0.0f;
+      if (first + u) {
+        t.top = merged(t.top, top[u], shrink, grow);
+        t.sum = fma(sum[u], grow, t.sum * shrink);
+      } else {
+        t.top = top[u], t.sum = sum[u];
+      }
+      PE_UNROLL
+      for (int j = 0; j < LANE_ELEMENTS; j++) t.y[j] = first + u ? fma(x[u][j], grow, t.y[j] * shrink) : x[u][j];
+    }
+  }
+  return t;
+}
+
 kernel void attention_finish(constant attention_args &a [[buffer(0)]], device const int *lo [[buffer(1)]], device const int *hi [[buffer(2)]],
                              device const int *seq [[buffer(3)]], device const float *partials [[buffer(4)]],
                              device const float *tops [[buffer(5)]], device const float *sinks [[buffer(6)]], device float *out [[buffer(7)]],
@@ -444,26 +482,22 @@ kernel void attention_finish(constant attention_args &a [[buffer(0)]], device co
     for (int i = (int)lane; i < a.f; i += 32) to[i] = 0.0f;
     return;
   }
-  const int n = SPLIT ? (keys.y - 1) / CHUNK - keys.x / CHUNK + 1 : 1;
-  float top = 0.0f, sum = 0.0f, shrink, grow;
-  for (int chunk = 0; chunk < n; chunk++) {
-    device const float *from = SPLIT ? partials + (query * a.chunks + chunk) * a.f : to;
-    device const float *own = tops + 2 * (SPLIT ? query * a.chunks + chunk : query);
-    if (chunk) {
-      top = merged(top, own[0], shrink, grow);
-      sum = fma(own[1], grow, sum * shrink);
-    } else {
-      top = own[0], sum = own[1];
-    }
-    for (int i = (int)lane; i < a.f; i += 32) shared[i] = chunk ? fma(from[i], grow, shared[i] * shrink) : from[i];
+  query_sums t;
+  if (SPLIT) {
+    t = merge_all(a, query, (keys.y - 1) / CHUNK - keys.x / CHUNK + 1, partials, tops, (int)lane);
+  } else {
+    t.top = tops[2 * query], t.sum = tops[2 * query + 1];
+    PE_UNROLL
+    for (int j = 0; j < LANE_ELEMENTS; j++) t.y[j] = (int)lane + 32 * j < a.f ? to[lane + 32 * j] : 0.0f;
   }
-  shrink = 1.0f;
+  float shrink = 1.0f;
   if (SUNK) {
-    const float sink = sinks[at.x], now = max(top, sink);
-    shrink = precise::exp(top - now);
-    sum = sum * shrink + precise::exp(sink - now);
+    const float sink = sinks[at.x], now = max(t.top, sink);
+    shrink = precise::exp(t.top - now);
+    t.sum = t.sum * shrink + precise::exp(sink - now);
   }
-  for (int i = (int)lane; i < a.f; i += 32) shared[i] = shared[i] * shrink / sum;
+  PE_UNROLL
+  for (int j = 0; j < LANE_ELEMENTS; j++) shared[lane + 32 * j] = t.y[j] * shrink / t.sum;
   threadgroup float *y = is_block(V_FORMAT) ? mixed(shared, shared + MOST_WIDTH, a.f, a.v_run, a.v_shrink, (int)lane) : shared;
   for (int i = (int)lane; i < a.f; i += 32) to[i] = y[i];
 }

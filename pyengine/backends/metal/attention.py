@@ -12,7 +12,7 @@ from pyengine.backends.metal.products import params, Room
 
 TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 256       # of csrc/metal/attention.metal
 QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many rows
-ROWS_SPLIT = 8                          # at most so many rows are split over their chunks of keys
+ROWS_SPLIT = 16                         # at most so many rows are split over their chunks of keys: they read the keys one by one
 SPLIT_BYTES = 64 << 20                  # and as many of them as leave results of chunks of this size
 SHARED_BYTES = 4 * (64 + 10 * QUERIES + 32 + 4 + QUERIES * 36 + 32 * 68)
 RAW_BYTES = 32 * 276                    # and for blocks, whose cells are copied first
