@@ -234,8 +234,8 @@ void access_memory(const Lane &lane, uintptr_t at, size_t bytes, Access access, 
   const Block &b = *lane.block;
   Region *region = nullptr;
   if (inside(at, b.shared, b.launch->shared_bytes)) {
+    if (!inside(at + bytes - 1, b.shared, b.launch->shared_bytes)) report_outside(b, at, bytes, access, site);
     at -= reinterpret_cast<uintptr_t>(b.shared);
-    if (bytes > b.launch->shared_bytes - at) report_outside(b, at + reinterpret_cast<uintptr_t>(b.shared), bytes, access, site);
   } else {
     if (access == Access::read && (inside(at, b.launch->arguments, b.launch->argument_bytes) || in_library(at))) return;
     region = region_of(at, bytes);
@@ -250,23 +250,15 @@ void access_memory(const Lane &lane, uintptr_t at, size_t bytes, Access access, 
   follow(lane, region, at, bytes, access, site, kind);
 }
 
-/* Accesses of any size and alignment: as pieces that are aligned to their sizes. */
-void access_pieces(uintptr_t at, size_t bytes, Access access, const void *site) {
+/* What kernels' code does; whole: at once, as one vector; otherwise as pieces that are aligned to their sizes. */
+void watch(const void *address, size_t bytes, Access access, const void *site, bool whole = true) {
   const Lane *lane = current;
+  uintptr_t at = reinterpret_cast<uintptr_t>(address);
   if (!lane || lane->quiet || own(*lane, at)) return;
-  while (bytes) {
-    size_t piece = 16;
-    while (piece > bytes || at & (piece - 1)) piece /= 2;
+  for (size_t piece = whole ? bytes : 16; bytes; at += piece, bytes -= piece) {
+    while (!whole && (piece > bytes || at & (piece - 1))) piece /= 2;
     access_memory(*lane, at, piece, access, site);
-    at += piece;
-    bytes -= piece;
   }
-}
-
-inline void access_whole(const void *address, size_t bytes, Access access, const void *site) {
-  const Lane *lane = current;
-  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-  if (lane && !lane->quiet && !own(*lane, at)) access_memory(*lane, at, bytes, access, site);
 }
 
 }  // namespace
@@ -319,11 +311,9 @@ void warp_met(const Block &block, Warp &warp, uint32_t mask, bool orders) {
   }
 }
 
-void touched(const void *address, size_t bytes, Access access, const void *site) { access_whole(address, bytes, access, site); }
+void touched(const void *address, size_t bytes, Access access, const void *site) { watch(address, bytes, access, site); }
 
-__attribute__((noinline)) void touch(const void *address, size_t bytes, Access access) {
-  access_whole(address, bytes, access, __builtin_return_address(0));
-}
+__attribute__((noinline)) void touch(const void *address, size_t bytes, Access access) { watch(address, bytes, access, SITE); }
 
 void copy_started(void *shared, int bytes, const void *site) {
   access_memory(*current, reinterpret_cast<uintptr_t>(shared), size_t(bytes), Access::write, site, Record::UNDER_WAY);
@@ -338,16 +328,15 @@ void copy_ended(void *shared, int bytes, const void *site) {
 
 /* -- what the compiler calls ------------------------------------------------------------------------------------------------------------ */
 
-#define SITE __builtin_return_address(0)
-#define WHOLE(n)                                                                                              \
-  void __tsan_read##n(void *at) { emu::access_whole(at, n, emu::Access::read, SITE); }                        \
-  void __tsan_write##n(void *at) { emu::access_whole(at, n, emu::Access::write, SITE); }
+#define WATCHED(n)                                                               \
+  void __tsan_read##n(void *at) { emu::watch(at, n, emu::Access::read, SITE); }  \
+  void __tsan_write##n(void *at) { emu::watch(at, n, emu::Access::write, SITE); }
 extern "C" {
 void __tsan_init() {}
 void __tsan_vptr_update(void **, void *) {}
-WHOLE(1) WHOLE(2) WHOLE(4) WHOLE(8) WHOLE(16)
-void __tsan_read_range(void *at, unsigned long n) { emu::access_pieces(uintptr_t(at), n, emu::Access::read, SITE); }
-void __tsan_write_range(void *at, unsigned long n) { emu::access_pieces(uintptr_t(at), n, emu::Access::write, SITE); }
+WATCHED(1) WATCHED(2) WATCHED(4) WATCHED(8) WATCHED(16)
+void __tsan_read_range(void *at, unsigned long n) { emu::watch(at, n, emu::Access::read, SITE, false); }
+void __tsan_write_range(void *at, unsigned long n) { emu::watch(at, n, emu::Access::write, SITE, false); }
 /* Atomics of the C++ library, in host code; those of kernels do not come here. */
 unsigned __tsan_atomic32_load(const volatile unsigned *at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
 void __tsan_atomic32_store(volatile unsigned *at, unsigned v, int) { __atomic_store_n(at, v, __ATOMIC_SEQ_CST); }

@@ -2,10 +2,13 @@
 #ifndef PE_EMULATE_CHECK_H
 #define PE_EMULATE_CHECK_H
 
+#include <cstring>
 #include <map>
 #include <mutex>
 
 #include "engine.h"
+
+#define SITE __builtin_return_address(0)  /* the code that calls the function that says it */
 
 namespace emu {
 
@@ -17,10 +20,10 @@ extern std::mutex busy;                   /* held by a launch, and while memory 
 struct Region {
   uintptr_t begin, end;
   int device;                             /* HOST: pinned */
-  std::vector<uint8_t> written;           /* a bit for each byte; none: all is taken as written */
+  std::vector<uint8_t> written;           /* of each byte whether anybody wrote it; none: all is taken as written */
 
-  bool was_written(uintptr_t at, size_t bytes) const; /* 1 to 16 bytes, aligned to their number */
-  void wrote(uintptr_t at, size_t bytes);
+  bool was_written(uintptr_t at, size_t bytes) const { return written.empty() || !std::memchr(&written[at - begin], 0, bytes); }
+  void wrote(uintptr_t at, size_t bytes) { if (!written.empty()) std::memset(&written[at - begin], 1, bytes); }
 };
 
 /* Memory of a device or of the host, aligned to 256 bytes, with red zones around it; null where the device has no more. */

@@ -48,11 +48,11 @@ struct Request {
 
 /* The requests of one line by one warp that wait for more lanes. A line that reads several allocations is one for each. */
 struct Line {
-  bool shared = false;
-  Access access = Access::read;
-  size_t bytes = 0;
-  uintptr_t allocation = 0;
-  uint32_t meeting = 0;                     /* done[] holds since this meeting of the warp */
+  bool shared;
+  Access access;
+  size_t bytes;
+  uintptr_t allocation;
+  uint32_t meeting;                         /* done[] holds since this meeting of the warp */
   uint32_t done[WARP];                      /* accesses by lane */
   std::vector<Request> open;
 };
@@ -106,11 +106,10 @@ Line &line_of(Requests &all, const void *site, bool shared, Access access, uintp
   const uint64_t key = (uintptr_t(site) << 1 | shared) ^ (allocation >> 8) * 0x9e3779b97f4a7c15u;
   auto &recent = all.recent[(key ^ key >> 7) % 64];
   if (recent.key == key) return *recent.line;
-  recent = {key, &all.lines[key]};
-  recent.line->shared = shared;
-  recent.line->access = access;
-  recent.line->allocation = allocation;
-  return *recent.line;
+  auto [at, is_new] = all.lines.try_emplace(key);
+  if (is_new) at->second = {shared, access, 0, allocation, 0, {}, {}};
+  recent = {key, &at->second};
+  return at->second;
 }
 
 void close_all(Requests &all) {

@@ -22,9 +22,8 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+struct dim3 : emu::Index3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : emu::Index3{x, y, z} {}
 };
 
 #define threadIdx (emu::self()->thread)
@@ -89,12 +88,9 @@ inline uint16_t float_to_bf16(float f) {
 
 struct half { uint16_t bits; };
 struct alignas(4) half2 { half x, y; EMU_WHOLE(half2) };
-struct nv_bfloat16 { uint16_t bits; };
-struct alignas(4) nv_bfloat162 { nv_bfloat16 x, y; EMU_WHOLE(nv_bfloat162) };
+struct __nv_bfloat16 { uint16_t bits; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; EMU_WHOLE(__nv_bfloat162) };
 using __half = half;
-using __half2 = half2;
-using __nv_bfloat16 = nv_bfloat16;
-using __nv_bfloat162 = nv_bfloat162;
 __forceinline__ float __half2float(half h) { return emu::half_to_float(h.bits); }
 __forceinline__ half __float2half_rn(float f) { return {emu::float_to_half(f)}; }
 __forceinline__ half __ushort_as_half(unsigned short bits) { return {bits}; }
@@ -102,10 +98,10 @@ __forceinline__ unsigned short __half_as_ushort(half h) { return h.bits; }
 __forceinline__ half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 __forceinline__ half2 __halves2half2(half x, half y) { return {x, y}; }
 __forceinline__ float2 __half22float2(half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
-__forceinline__ float __bfloat162float(nv_bfloat16 b) { return emu::bf16_to_float(b.bits); }
-__forceinline__ nv_bfloat16 __float2bfloat16_rn(float f) { return {emu::float_to_bf16(f)}; }
-__forceinline__ unsigned short __bfloat16_as_ushort(nv_bfloat16 b) { return b.bits; }
-__forceinline__ nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+__forceinline__ float __bfloat162float(__nv_bfloat16 b) { return emu::bf16_to_float(b.bits); }
+__forceinline__ __nv_bfloat16 __float2bfloat16_rn(float f) { return {emu::float_to_bf16(f)}; }
+__forceinline__ unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.bits; }
+__forceinline__ __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 
 
 #define EMU_MIN_MAX(T)                                                \
@@ -117,16 +113,13 @@ EMU_MIN_MAX(int) EMU_MIN_MAX(unsigned) EMU_MIN_MAX(long) EMU_MIN_MAX(unsigned lo
   __forceinline__ T max(T a, T b) { return std::fmax(a, b); }
 EMU_MIN_MAX_NAN(float) EMU_MIN_MAX_NAN(double)
 
-__forceinline__ float __fadd_rn(float a, float b) { return a + b; }
-__forceinline__ float __fsub_rn(float a, float b) { return a - b; }
-__forceinline__ float __fmul_rn(float a, float b) { return a * b; }
-__forceinline__ float __fdiv_rn(float a, float b) { return a / b; }
+#define EMU_ROUNDED(name, operation) __forceinline__ float name(float a, float b) { return a operation b; }
+EMU_ROUNDED(__fadd_rn, +) EMU_ROUNDED(__fsub_rn, -) EMU_ROUNDED(__fmul_rn, *) EMU_ROUNDED(__fdiv_rn, /)
 __forceinline__ float __fsqrt_rn(float a) { return std::sqrt(a); }
 __forceinline__ int __float2int_rn(float a) { return int(std::nearbyint(a)); }
-__forceinline__ int __float_as_int(float a) { return emu::bits_as<int>(a); }
-__forceinline__ unsigned __float_as_uint(float a) { return emu::bits_as<unsigned>(a); }
-__forceinline__ float __int_as_float(int a) { return emu::bits_as<float>(a); }
-__forceinline__ float __uint_as_float(unsigned a) { return emu::bits_as<float>(a); }
+#define EMU_BITS(name, To, From) __forceinline__ To name(From a) { return emu::bits_as<To>(a); }
+EMU_BITS(__float_as_int, int, float) EMU_BITS(__float_as_uint, unsigned, float)
+EMU_BITS(__int_as_float, float, int) EMU_BITS(__uint_as_float, float, unsigned)
 __forceinline__ int __popc(unsigned a) { return __builtin_popcount(a); }
 __forceinline__ int __popcll(unsigned long long a) { return __builtin_popcountll(a); }
 __forceinline__ int __clz(int a) { return a ? __builtin_clz(unsigned(a)) : 32; }
@@ -197,19 +190,16 @@ template <class T, class Next> __forceinline__ T atomically(T *at, Next &&next) 
 
 }  // namespace emu
 
-/* __shfl_sync takes a lane modulo width; __shfl_up_sync goes down no further than the group's first lane. */
-template <class T> __forceinline__ T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
-  return emu::shuffle("__shfl_sync", mask, value, (emu::self()->lane & ~(width - 1)) + (lane & (width - 1)), width);
-}
-template <class T> __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
-  return emu::shuffle("__shfl_xor_sync", mask, value, emu::self()->lane ^ bits, width);
-}
-template <class T> __forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  return emu::shuffle("__shfl_up_sync", mask, value, emu::self()->lane - int(by), width);
-}
-template <class T> __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  return emu::shuffle("__shfl_down_sync", mask, value, emu::self()->lane + int(by), width);
-}
+#define EMU_SHUFFLE(name, from)                                                                         \
+  template <class T> __forceinline__ T name(unsigned mask, T value, int by, int width = 32) {           \
+    const int lane = emu::self()->lane, first = lane & ~(width - 1);                                    \
+    (void)first;                                                                                        \
+    return emu::shuffle(#name, mask, value, from, width);                                               \
+  }
+EMU_SHUFFLE(__shfl_sync, first + (by & (width - 1)))
+EMU_SHUFFLE(__shfl_xor_sync, lane ^ by)
+EMU_SHUFFLE(__shfl_up_sync, lane - by)
+EMU_SHUFFLE(__shfl_down_sync, lane + by)
 __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) { return emu::vote("__ballot_sync", mask, predicate != 0); }
 __forceinline__ int __any_sync(unsigned mask, int predicate) { return emu::vote("__any_sync", mask, predicate != 0) != 0; }
 __forceinline__ int __all_sync(unsigned mask, int predicate) { return emu::vote("__all_sync", mask, predicate == 0) == 0; }

@@ -249,8 +249,6 @@ int threads_of_the_os(int64_t n_lanes, int64_t n_blocks) {
 
 /* -- what kernels call ------------------------------------------------------------------------------------------------------------ */
 
-#define SITE __builtin_return_address(0)
-
 __attribute__((noinline)) void barrier(const char *word) {
   Lane *lane = current;
   lane->at_barrier = true;

@@ -1,7 +1,6 @@
 /* memory.cpp: the memory of emulated devices, what launches may use of it, and atomics that no sanitizer rewrites. */
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 
 #include "check.h"
 
@@ -27,21 +26,6 @@ Region *holding(Regions &regions, uintptr_t at) {
 
 }  // namespace
 
-bool Region::was_written(uintptr_t at, size_t bytes) const {
-  const size_t i = at - begin;
-  if (written.empty()) return true;
-  return bytes == 16 ? written[i / 8] == 0xff && written[i / 8 + 1] == 0xff : (~written[i / 8] >> i % 8 & ((1u << bytes) - 1)) == 0;
-}
-
-void Region::wrote(uintptr_t at, size_t bytes) {
-  if (written.empty()) return;
-  for (size_t i = at - begin, last = i + bytes, n; i < last; i += n) {
-    n = i % 8 ? 1 : std::max<size_t>((last - i) & ~size_t(7), 1);
-    if (n < 8) written[i / 8] |= uint8_t(1 << i % 8);
-    else std::memset(&written[i / 8], 0xff, n / 8);
-  }
-}
-
 size_t device_bytes() {
   const char *said = std::getenv("PYENGINE_EMULATED_MEMORY");
   return said && *said ? std::strtoull(said, nullptr, 10) : size_t(8) << 30;
@@ -60,7 +44,7 @@ void *allocate(int device, size_t bytes) {
   std::memset(p, 0xff, bytes + 2 * RED_ZONE);           /* as floats: NaN */
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + RED_ZONE;
   last = nullptr;
-  allocations[at] = {at, at + bytes, device, std::vector<uint8_t>(CHECKED && device != HOST ? bytes / 8 + 2 : 0)};
+  allocations[at] = {at, at + bytes, device, std::vector<uint8_t>(CHECKED && device != HOST ? bytes : 0)};
   used[device] += bytes;
   return reinterpret_cast<void *>(at);
 }
@@ -100,13 +84,9 @@ Region *region_of(uintptr_t at, size_t bytes) {
 }
 
 const Region *region_near(uintptr_t at) {
-  const Region *best = nullptr;
-  uintptr_t closest = 1 << 20;
-  for (const auto &[begin, r] : *usable) {
-    const uintptr_t away = at < begin ? begin - at : at >= r.end ? at - r.end : 0;
-    if (away < closest) closest = away, best = &r;
-  }
-  return best;
+  auto away = [at](const auto &r) { return at < r.first ? r.first - at : at >= r.second.end ? at - r.second.end : 0; };
+  auto best = std::min_element(usable->begin(), usable->end(), [&](const auto &a, const auto &b) { return away(a) < away(b); });
+  return best == usable->end() || away(*best) >= 1 << 20 ? nullptr : &best->second;
 }
 
 uint32_t swap_if(void *at, uint32_t expected, uint32_t desired) {

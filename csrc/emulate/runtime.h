@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <tuple>
 #include <utility>
 
@@ -73,17 +72,18 @@ inline cudaError_t perform(Stream *stream, std::function<cudaError_t()> operatio
   return cudaSuccess;
 }
 
-inline bool on_device(const void *memory) {
-  const Region *r = allocation(memory);
-  return r && r->device != HOST;
+inline cudaError_t new_memory(void **memory, int device, size_t bytes) {
+  return needs((*memory = bytes ? allocate(device, bytes) : nullptr) || !bytes, cudaErrorMemoryAllocation);
 }
-/* Whether these bytes, if they begin in an allocation, stay within it. */
-inline bool whole(const void *memory, size_t bytes) {
+/* Whether these bytes, if they begin in an allocation, stay within it, and whether that is a device's, if it must be (1) or must not (0). */
+inline bool fits(const void *memory, size_t bytes, int on_device) {
   const Region *r = allocation(memory);
+  if (on_device >= 0 && on_device != (r && r->device != HOST)) return false;
   return !r || bytes <= r->end - reinterpret_cast<uintptr_t>(memory);
 }
-inline void host_wrote(void *memory, size_t bytes) {
+inline cudaError_t wrote(void *memory, size_t bytes) {
   if (Region *r = allocation(memory)) r->wrote(reinterpret_cast<uintptr_t>(memory), bytes);
+  return cudaSuccess;
 }
 
 /* A kernel with the values of its parameters, for Launch.body. */
@@ -149,23 +149,15 @@ inline const char *cudaGetErrorString(cudaError_t error) {
 
 /* -- memory ----------------------------------------------------------------------------------------------------------------------- */
 
-inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
-  *memory = bytes ? emu::allocate(emu::device, bytes) : nullptr;
-  return emu::needs(!bytes || *memory, cudaErrorMemoryAllocation);
-}
+inline cudaError_t cudaMalloc(void **memory, size_t bytes) { return emu::new_memory(memory, emu::device, bytes); }
 inline cudaError_t cudaFree(void *memory) { return emu::needs(!memory || emu::release(memory)); }
-inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) {
-  *memory = bytes ? emu::allocate(emu::HOST, bytes) : nullptr;
-  return emu::needs(!bytes || *memory, cudaErrorMemoryAllocation);
-}
+inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) { return emu::new_memory(memory, emu::HOST, bytes); }
 inline cudaError_t cudaFreeHost(void *memory) { return cudaFree(memory); }
 
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
-  const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-  const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-  const bool fits = kind == cudaMemcpyDefault || (emu::on_device(to) == to_device && emu::on_device(from) == from_device);
-  if (bytes && !(fits && emu::whole(to, bytes) && emu::whole(from, bytes))) return emu::note(cudaErrorInvalidValue);
-  return emu::perform(stream, [=] { return std::memmove(to, from, bytes), emu::host_wrote(to, bytes), cudaSuccess; });
+  static constexpr int TO[] = {0, 1, 0, 1, -1}, FROM[] = {0, 0, 1, 1, -1}; /* by kind */
+  if (bytes && !(emu::fits(to, bytes, TO[kind]) && emu::fits(from, bytes, FROM[kind]))) return emu::note(cudaErrorInvalidValue);
+  return emu::perform(stream, [=] { return std::memmove(to, from, bytes), emu::wrote(to, bytes); });
 }
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) { return cudaMemcpyAsync(to, from, bytes, kind); }
 inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
@@ -176,8 +168,8 @@ inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from
   return e;
 }
 inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t stream = nullptr) {
-  if (bytes && !(emu::on_device(to) && emu::whole(to, bytes))) return emu::note(cudaErrorInvalidValue);
-  return emu::perform(stream, [=] { return std::memset(to, byte, bytes), emu::host_wrote(to, bytes), cudaSuccess; });
+  if (bytes && !emu::fits(to, bytes, 1)) return emu::note(cudaErrorInvalidValue);
+  return emu::perform(stream, [=] { return std::memset(to, byte, bytes), emu::wrote(to, bytes); });
 }
 inline cudaError_t cudaMemset(void *to, int byte, size_t bytes) { return cudaMemsetAsync(to, byte, bytes); }
 
