@@ -14,9 +14,9 @@
  * Where keys lie in blocks, queries are mixed and rounded to 8 bits first, one scale a head, as on the CPU; results over blocks are mixed
  * back. products="int8" allows the CPU to round more; here it is computed as "float".
  *
- * Roofline of attention_chunks: a threadgroup reads the cells of its keys once, 4 (e + f) products for each byte of F16 and 32 queries, 8 of
- * them for 8: memory is the limit for single rows, products for prompts (M3 Max: 400 GB/s, 14 TFLOP/s). One row of 8 key/value
- * heads and 4096 keys is 128 threadgroups.
+ * Roofline of attention_chunks: a threadgroup reads the cells of its keys once. Of each byte of F16, 8 queries make 8 operations and 32
+ * make 32; an M3 Max has time for 35 (400 GB/s, 14 TFLOP/s). So memory is the limit for single rows, and products are for prompts, where
+ * threadgroups find keys in the cache. One row of 8 key/value heads and 4096 keys is 128 threadgroups.
  */
 #include "activations.h"
 #include "cells.h"
@@ -74,10 +74,10 @@ kernel void attention_queries(constant attention_args &a [[buffer(0)]], device c
 
 /* ---- chunks ---- */
 
-/* Floats of the shared memory of attention_chunks before each area, 15.6 KB and 8.8 for blocks: places in a matrix; of each query its interval, that in the run
- * of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile; whether a simdgroup
- * loaded a value that is no number; scores, then probabilities [query][36]; 64 elements of a tile's keys or values [32][68];
- * cells of blocks as they are [32][276 bytes]. */
+/* Floats of the shared memory of attention_chunks before each area, 15.6 KB and 8.8 for blocks: places in a matrix; of each query its
+ * interval, that in the run of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile;
+ * whether a simdgroup loaded a value that is no number; scores, then probabilities [query][36]; 64 elements of a tile's keys or values
+ * [32][68]; cells of blocks as they are [32][276 bytes]. */
 enum {
   AT_PLACES = 0,
   AT_LO = 64,
@@ -157,7 +157,8 @@ static inline void find_cells(constant attention_args &a, thread const work &w, 
 
 /* The cells of the tile, whose elements are blocks, as they are, all at once: blocks end anywhere in a sector, and a thread's part of one
  * would be three requests. */
-static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, threadgroup float *shared, int index) {
+static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, threadgroup float *shared,
+                              int index) {
   threadgroup uchar *raw = (threadgroup uchar *)(shared + AT_RAW);
   const int size = words ? 4 : 2, parts = count / 32 * block_bytes(format) / size;
   for (int i = index; i < TILE * parts; i += 128) {
@@ -292,9 +293,9 @@ static inline void add_values(constant attention_args &a, thread const work &w, 
 }
 
 /* One chunk for all queries of the run, into top, sum and o. */
-static inline void run_chunk(constant attention_args &a, thread const work &w, int chunk, device const float *queries, device const uchar *k,
-                             device const uchar *v, device const int *cells, device pe_fault *fault, threadgroup float *shared,
-                             thread outputs &o) {
+static inline void run_chunk(constant attention_args &a, thread const work &w, int chunk, device const float *queries,
+                             device const uchar *k, device const uchar *v, device const int *cells, device pe_fault *fault,
+                             threadgroup float *shared, thread outputs &o) {
   if (w.index < 8 * TILES) {
     shared[AT_TOP + w.index] = -INFINITY;
     shared[AT_SUM + w.index] = 0.0f;
@@ -428,10 +429,9 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
 
 /* ---- results ----
  *
- * A simdgroup owns one query, a lane every 32nd element of it: with SPLIT it merges the chunks in ascending order, as merge_chunk does, four
- * of which are loaded at once; then acc / sum, a sink joining the sum only, and over values in blocks the result is mixed back.
- * Shared memory: 512 floats, to mix. With SPLIT 4 f bytes are read for each chunk of 256 keys, a 128th of the keys and values of F16 with
- * one head to a key/value head.
+ * A simdgroup owns one query, a lane every 32nd element of it: with SPLIT it merges the chunks in ascending order, as merge_chunk does,
+ * four of which are loaded at once; then acc / sum, a sink joining the sum only, and over values in blocks the result is mixed back.
+ * Shared memory: 512 floats, to mix. With SPLIT 4 f bytes are read for each chunk and head, beside the chunk's 1024 f of F16.
  */
 
 enum { LANE_ELEMENTS = MOST_WIDTH / 32, AT_ONCE = 4 };
@@ -441,7 +441,8 @@ struct query_sums {
 };
 
 /* What one query has after all of its n chunks. */
-static inline query_sums merge_all(constant attention_args &a, long query, int n, device const float *partials, device const float *tops, int lane) {
+static inline query_sums merge_all(constant attention_args &a, long query, int n, device const float *partials, device const float *tops,
+                                   int lane) {
   query_sums t;
   for (int first = 0; first < n; first += AT_ONCE) {
     float x[AT_ONCE][LANE_ELEMENTS], top[AT_ONCE], sum[AT_ONCE];
@@ -470,9 +471,10 @@ static inline query_sums merge_all(constant attention_args &a, long query, int n
   return t;
 }
 
-kernel void attention_finish(constant attention_args &a [[buffer(0)]], device const int *lo [[buffer(1)]], device const int *hi [[buffer(2)]],
-                             device const int *seq [[buffer(3)]], device const float *partials [[buffer(4)]],
-                             device const float *tops [[buffer(5)]], device const float *sinks [[buffer(6)]], device float *out [[buffer(7)]],
+kernel void attention_finish(constant attention_args &a [[buffer(0)]], device const int *lo [[buffer(1)]],
+                             device const int *hi [[buffer(2)]], device const int *seq [[buffer(3)]],
+                             device const float *partials [[buffer(4)]], device const float *tops [[buffer(5)]],
+                             device const float *sinks [[buffer(6)]], device float *out [[buffer(7)]],
                              device pe_fault *fault [[buffer(8)]], threadgroup float *shared [[threadgroup(0)]],
                              uint3 at [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
   const long query = (long)at.y * a.heads + at.x;

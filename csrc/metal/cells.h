@@ -1,5 +1,6 @@
 /* cells.h: four elements of a cell of a key/value cache, as floats: plain numbers (F32, F16, BF16) at any distance, or blocks of 32
- * (Q8_0, Q4_0, Q4_1), which csrc/quants.h draws and which lie side by side. What is read is exact but for Q4_1's sum, as on the CPU (csrc/cpu/cells.h).
+ * (Q8_0, Q4_0, Q4_1), which csrc/quants.h draws and which lie side by side. What is read is exact but for Q4_1's sum, as on the CPU
+ * (csrc/cpu/cells.h).
  */
 #ifndef PE_METAL_CELLS_H
 #define PE_METAL_CELLS_H
@@ -15,8 +16,8 @@ static inline float load_number(int format, device const uchar *p) {
 static inline bool is_block(int format) { return format == PE_Q8_0 || format == PE_Q4_0 || format == PE_Q4_1; }
 static inline int block_bytes(int format) { return format == PE_Q8_0 ? PE_BYTES_Q8_0 : format == PE_Q4_0 ? PE_BYTES_Q4_0 : PE_BYTES_Q4_1; }
 
-/* Elements i .. i + 3 of a cell of plain numbers, i a multiple of 4; those from `count` on are 0. `step`: bytes between elements; whole: they
- * lie side by side, four of them aligned to their size, and count is a multiple of 4. */
+/* Elements i .. i + 3 of a cell of plain numbers, i a multiple of 4; those from `count` on are 0. `step`: bytes between elements; whole:
+ * they lie side by side, four of them aligned to their size, and count is a multiple of 4. */
 static inline float4 load_cell4(int format, bool whole, device const uchar *cell, long step, int i, int count) {
   float4 y = float4(0.0f);
   if (whole && format == PE_F32) return *(device const float4 *)(cell + 4 * i);

@@ -17,9 +17,9 @@
 /* ---- rows of x ----
  *
  * A threadgroup of 8 simdgroups owns 64 blocks of 32 of k of one row; a lane owns one element at a time. With a norm each threadgroup
- * sums the squares of the whole row for itself, in one team or in each simdgroup (team.h). Roofline: 4 bytes read and 2.4 written for each element (4 more as floats); for one
- * row of 4096 that is 26 KB, so the launch itself is the cost.
- * Shared memory: 32 floats, sums of simdgroups.
+ * sums the squares of the whole row for itself, in one team or in each simdgroup (team.h). Roofline: 4 bytes read and 2.4 written for
+ * each element (4 more as floats); for one row of 4096 that is 26 KB, so the launch itself is the cost. Shared memory: 32 floats, sums of
+ * simdgroups.
  */
 
 PE_CONSTANT(bool, NORMED, 8);
@@ -98,7 +98,8 @@ static inline float dot_codes(uint u, half4 x, float sum) {
 }
 
 /* A step's sums into the accumulator of one row of x: both of its halves, where the step has two scales. */
-static inline float add_step(packed_form f, float acc, float low, float high, thread const step_scales &w, float d, device const float *sums) {
+static inline float add_step(packed_form f, float acc, float low, float high, thread const step_scales &w, float d,
+                             device const float *sums) {
   low += simd_shuffle_xor(low, 16);
   high += simd_shuffle_xor(high, 16);
   const float bias = -(float)(CODE_BIAS + f.zero);
@@ -208,13 +209,13 @@ kernel void linear_few(constant linear_args &a [[buffer(0)]], device const half 
 /* ---- many rows ----
  *
  * A threadgroup of 4 simdgroups owns 64 columns (of both matrices, one after the other, with glu) for ROWS = 16 or 32 rows of x; a
- * simdgroup 32 columns of them and half of the rows, as 4 x ROWS / 16 matrices of 8 x 8. Each step of 32 of k is unpacked once:
- * a simdgroup unpacks 16 columns as in the kernel for few rows. Codes are whole halfs, so their sums are exact in a float matrix; after 32 of k
- * (or 16) they are scaled into the accumulators. A lane finds out which elements of a matrix it holds from a matrix of numbers.
- * Shared memory, 11 KB: codes of the weights [32 of k][72], codes of x [ROWS][40], scales and offsets [2][64] each, x's scales [ROWS] and sums
- * times scales [2][ROWS], and the numbers 0 .. 63. Rows are padded so that the 8 rows of a matrix lie in different banks.
- * Roofline: for each step 8 KB of products, 2048 ROWS fused multiply-adds against 1152 bytes of Q4_0 and 64 ROWS of x: from 16 rows on
- * the products are the limit (M3 Max: 14 TFLOP/s). Unpacking is 40 instructions a thread and step, beside 16 ROWS cycles of products.
+ * simdgroup 32 columns of them and half of the rows, as 4 x ROWS / 16 matrices of 8 x 8. Each step of 32 of k is unpacked once: a
+ * simdgroup unpacks 16 columns as in the kernel for few rows. Codes are whole halfs, so their sums are exact in a float matrix; after 32
+ * of k (or 16) they are scaled into the accumulators. A lane finds out which elements of a matrix it holds from a matrix of numbers.
+ * Shared memory, 11 KB: codes of the weights [32 of k][72], codes of x [ROWS][40], scales and offsets [2][64] each, x's scales [ROWS] and
+ * sums times scales [2][ROWS], and the numbers 0 .. 63. Rows are padded so that the 8 rows of a matrix lie in different banks. Roofline:
+ * each step 4096 ROWS operations against 1152 bytes of Q4_0, 57 a byte for 16 rows where an M3 Max has time for 35 (400 GB/s, 14 TFLOP/s):
+ * products are the limit. Unpacking is 40 instructions a thread and step, beside 16 ROWS cycles of products.
  */
 
 /* Halfs between rows of codes; floats of the shared memory before each area. */
@@ -274,7 +275,8 @@ static inline void load_step(packed_form f, constant linear_args &a, int first, 
   threadgroup half *x = (threadgroup half *)(shared + AT_X);
   if (index < 4 * ROWS) {
     const int row = index / 4, part = index % 4;
-    *(threadgroup uint4 *)(x + row * X_STRIDE + 8 * part) = *(device const uint4 *)(codes + (long)(first + row) * a.k + 32 * step + 8 * part);
+    device const half *from = codes + (long)(first + row) * a.k + 32 * step + 8 * part;
+    *(threadgroup uint4 *)(x + row * X_STRIDE + 8 * part) = *(device const uint4 *)from;
   }
   if (index < ROWS) {
     const long at = (long)(first + index) * (a.k / 32) + step;

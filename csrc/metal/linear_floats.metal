@@ -1,10 +1,10 @@
 /* linear_floats.metal: rows of x times weights that are floats, or become floats: F32, F16 and BF16, packed or not, and block formats that
  * have no packed form. Reference: pyengine/ops/matmul.py: linear, pyengine/ops/experts.py: expert_linear.
  *
- * x stays float32, as on the CPU; weights become float32 in threadgroup memory, and matrices of 8 x 8 multiply both. Few rows take
- * them too, 8 at once: the order in which a matrix adds up 8 of k is the GPU's own, so only a kernel that multiplies in the same
- * way gives a row the same bits. Of a weight of 2 bytes an M3 Max needs 16 operations for 8 rows in the time that its memory takes: 3.2 of 14
- * TFLOP/s. Sums are cut as linear.h says.
+ * x stays float32, as on the CPU; weights become float32 in threadgroup memory, and matrices of 8 x 8 multiply both. Few rows take them
+ * too, 8 at once: the order in which a matrix adds up 8 of k is the GPU's own, so only a kernel that multiplies in the same way gives a
+ * row the same bits. 8 rows make 16 operations of a weight of 2 bytes: 3.2 TFLOP/s at 400 GB/s, of the 14 that an M3 Max has. Sums are
+ * cut as linear.h says.
  */
 #include "dequant.h"
 #include "linear.h"
@@ -74,7 +74,8 @@ static inline void load_columns(float_columns m, int step, device const codebook
     for (int i = 0; i < 2; i++) {
       const int r = lane / 4 + 8 * i, at = 8 * (lane % 4), k = step + at;
       float y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-      if (m.column + r < m.n) file_values(FORMAT, m.w + (m.column + r) * m.bytes + k / form.elements * form.bytes, k % form.elements, books, y);
+      device const uchar *block = m.w + (m.column + r) * m.bytes + k / form.elements * form.bytes;
+      if (m.column + r < m.n) file_values(FORMAT, block, k % form.elements, books, y);
       for (int j = 0; j < 8; j++) to[(at + j) * stride + r] = y[j];
     }
   }
@@ -150,7 +151,8 @@ kernel void linear_floats_few(constant linear_args &a [[buffer(0)]], device cons
  * A threadgroup of 4 simdgroups owns 64 columns (of both matrices, one after the other, with glu) for ROWS = 16 or 32 rows of x; a
  * simdgroup loads 16 of the columns and multiplies 32 of them with half of the rows, as 4 x ROWS / 16 matrices.
  * Shared memory, 14 KB: numbers 0 .. 63, weights [32 of k][72], x [ROWS][36].
- * Roofline: each step 2048 ROWS fused multiply-adds against 4 to 8 KB of weights: from 16 rows on the products are the limit.
+ * Roofline: of each byte of F16, 16 rows make 16 operations and 32 make 32 (F32: half as many), where an M3 Max has time for 35; more rows
+ * find the weights in the cache, and products are the limit.
  */
 
 enum { AT_FLOAT_W = 64, AT_FLOAT_X = AT_FLOAT_W + 32 * FLOAT_W_STRIDE };

@@ -1,4 +1,4 @@
-"""What the kernels of products and attention on Metal ask of memory, counted by the emulator: weights and cells are read once, in whole sectors.
+"""What the kernels of products and attention on Metal ask of memory, counted by the emulator: weights and cells are read once.
 
 These bounds are what the kernels' rooflines (csrc/metal/*.metal) rest upon. The checked emulator also watches every access here.
 """

@@ -33,7 +33,8 @@ def test_a_kernel_is_compiled_alone_with_its_constants(index: Any, name: str) ->
         assert messages(index, text) == []
 
 
-KERNEL = "#include <metal_stdlib>\nusing namespace metal;\n%s\nkernel void k(device float *x [[buffer(0)]], threadgroup float *t [[threadgroup(0)]]) { %s }"
+KERNEL = ("#include <metal_stdlib>\nusing namespace metal;\n%s\n"
+          "kernel void k(device float *x [[buffer(0)]], threadgroup float *t [[threadgroup(0)]]) { %s }")
 
 
 @pytest.mark.parametrize("before,body,said", [

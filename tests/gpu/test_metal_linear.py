@@ -1,4 +1,4 @@
-"""`linear` and `expert_linear` on Metal, emulated or on an Apple GPU: every format, odd sizes, what is fused, and bits that depend on a row alone.
+"""`linear` and `expert_linear` on Metal, emulated or on an Apple GPU: every format, odd sizes, what is fused, and the bits of a row.
 
 The oracle is that of the CPU's kernels (tests/kernels/test_linear_kernels.py): float64 sums of gguf-py's values times x, which
 formats with a packed form take as codes of 8 bits.
@@ -23,7 +23,8 @@ from pyengine.dtype import dtype
 from pyengine.native import ffi, lib
 
 # Formats that have no packed form: the byte of a block in which the exponent of its scale stands, as the upper half of a float16.
-IN_FILES = {"IQ1_S": 1, "IQ1_M": 55, "IQ2_XXS": 1, "IQ2_XS": 1, "IQ2_S": 1, "IQ3_XXS": 1, "IQ3_S": 1, "TQ1_0": 53, "TQ2_0": 65, "NVFP4": None}
+IN_FILES = {"IQ1_S": 1, "IQ1_M": 55, "IQ2_XXS": 1, "IQ2_XS": 1, "IQ2_S": 1, "IQ3_XXS": 1, "IQ3_S": 1, "TQ1_0": 53, "TQ2_0": 65,
+            "NVFP4": None}
 
 
 class Products:

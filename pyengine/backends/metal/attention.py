@@ -57,8 +57,8 @@ def _places(job: _Job, room: Room, rows: int) -> tuple[View | None, View | None,
     """Return places of queries, of results of chunks, and of tops and sums, and the bytes of all."""
     split, _, queries = job.sizes(rows)
     parts = rows * job.heads * (job.chunks if split else 1)
-    return (room.take(4 * job.groups * queries * (ceil_div(job.e, 8) * 8)), room.take(4 * parts * job.f if split else 0), room.take(8 * parts),
-            room.used)
+    prepared, partials = room.take(4 * job.groups * queries * (ceil_div(job.e, 8) * 8)), room.take(4 * parts * job.f if split else 0)
+    return prepared, partials, room.take(8 * parts), room.used
 
 
 @scratch
@@ -72,8 +72,8 @@ def _cache(s: Step, name: str) -> tuple[View, bool]:
     """Return keys or values, and whether four elements side by side are aligned, or cells of blocks whole words. Raises: NoKernel."""
     view = s.need(name)
     if view.dtype.name not in FORMATS or view.shape[2] > WIDTH_MOST or view.shape[2] % view.dtype.block:
-        raise NoKernel(f"attention: '{name}' has {view.shape[2]} elements of {view.dtype.name}; at most {WIDTH_MOST} of {', '.join(FORMATS)} "
-                       "in whole blocks are possible")
+        raise NoKernel(f"attention: '{name}' has {view.shape[2]} elements of {view.dtype.name}; at most {WIDTH_MOST} of "
+                       f"{', '.join(FORMATS)} in whole blocks are possible")
     size = FORMATS[view.dtype.name]
     if not size and view.strides[2] != view.dtype.nbytes:
         raise NoKernel(f"attention: the blocks of '{name}' do not lie side by side")
