@@ -152,7 +152,9 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, 
             found = _fitted(bound, choice, machine, kept)
             if found.plan.fits and (want.device != "auto" or not found.smaller):
                 break
-        return Fitted(found.layout, found.plan)
+        on = [name for name in found.layout.places if is_card(name)]
+        note = (f"on {', '.join(on)}, which has the memory; device='cpu' leaves it alone",) if want.device == "auto" and on else ()
+        return Fitted(found.layout, replace(found.plan, notes=(*note, *found.plan.notes)))
 
 
 class _Found(NamedTuple):
