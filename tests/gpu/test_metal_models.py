@@ -16,6 +16,8 @@ from PIL import Image
 
 import pyengine as pe
 from converters import convert
+from pyengine.backends.metal.launch import LAUNCHERS, load_launchers
+from pyengine.errors import GraphError
 
 FLOATS, HALVES, CODES = 1e-5, 2e-4, 1e-2                     # largest error, of the range of logits
 # (kind of checkpoint, type of its weights, type of its caches)
@@ -66,6 +68,19 @@ def test_every_step_has_a_kernel(files, metal_device: str, monkeypatch) -> None:
     monkeypatch.setenv("PYENGINE_STRICT", "1")
     for kind in ("llama", "mixtral"):
         pe.load(files(kind, "q8_0"), n_ctx=64, device=metal_device)
+
+
+def test_a_step_without_a_kernel_goes_to_the_reference(files, metal_device: str, monkeypatch) -> None:
+    """It is counted, refused where that is wanted, and gives the same text."""
+    path = files("llama", "f32")
+    want = pe.load(path, n_ctx=64, device=metal_device).generate("It is", max_tokens=3, temperature=0)
+    load_launchers()
+    monkeypatch.delitem(LAUNCHERS, "rope_table")
+    assert pe.load(path, n_ctx=64, device=metal_device).generate("It is", max_tokens=3, temperature=0) == want
+    assert "rope_table (1 step)" in pe.plan(path, n_ctx=64, device=metal_device).table()
+    monkeypatch.setenv("PYENGINE_STRICT", "1")
+    with pytest.raises(GraphError, match="rope_table"):
+        pe.load(path, n_ctx=64, device=metal_device)
 
 
 def test_the_plan_counts_what_is_allocated(files, metal_device: str) -> None:

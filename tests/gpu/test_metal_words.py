@@ -157,6 +157,12 @@ def test_a_declaration_is_read(tmp_path: Path) -> None:
         library.pack("odd_args", dict(n=1))
     with pytest.raises(GraphError, match="no kernel maybe"):
         sources.kernel("maybe", tmp_path)
+    with pytest.raises(GraphError, match="different types"):
+        sources.kernels_of("kernel void f(uint a [[thread_position_in_grid]], uint3 b [[threadgroup_position_in_grid]]) {}", "x", {})
+    with pytest.raises(GraphError, match="cannot be read"):
+        sources.kernels_of("kernel void f(device float *a) {}", "x", {})
+    with pytest.raises(GraphError, match="no field"):
+        sources.structs_of("struct f_args { half x; };")
 
 
 def test_what_an_installation_holds_is_enough(tmp_path: Path, monkeypatch) -> None:

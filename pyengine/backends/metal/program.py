@@ -23,6 +23,7 @@ from pyengine.dtype import I8
 from pyengine.errors import GraphError, RequestError
 from pyengine.files.weights import files_of
 from pyengine.graph.tensor import axis_max, axis_value, Dim, Node, Tensor
+from pyengine.hardware.pages import resident
 from pyengine.native import engine
 
 FAULT = np.dtype([("status", "<i4"), ("reserved", "<i4"), ("value", "<i8"), ("limit", "<i8")])      # pe_fault of csrc/metal/common.h
@@ -224,8 +225,8 @@ class Program(base.Program):
             raise RequestError(said(self.prepared.layout.steps[number].op.name, value, limit))
 
     def resident(self) -> int:
-        """Return the bytes of its own memory: the device holds all of it from the start."""
-        return sum(self.memories[i].array.nbytes for i in (ARENA, WEIGHTS, LASTING))
+        """Return the bytes of its memory that are there already."""
+        return sum(resident(m.array.ctypes.data, m.array.nbytes) for m in self.memories[:FAULTS])
 
     def profile(self, on: bool) -> None:
         """Start (and reset) or stop the clock of each step."""

@@ -16,11 +16,8 @@ from typing import Any
 from pyengine.errors import GraphError
 
 _FORMATS = {"int": "i", "uint": "I", "float": "f", "long": "q"}
-_SIZES = {"bool": 1, "int": 4, "uint": 4, "float": 4}
-
-
-class Field(tuple):
-    """(name, letter of `struct`, how many) of one field of an _args struct."""
+POSITIONS = ("thread_position_in_grid", "thread_position_in_threadgroup", "threadgroup_position_in_grid", "threads_per_threadgroup",
+             "threadgroups_per_grid")                        # attributes that must be of one type in a kernel (MSL specification, 5.2.3.6)
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def _parameter(text: str, structs: Mapping[str, Any]) -> Parameter:
 
 
 def kernels_of(text: str, library: str, structs: Mapping[str, Any]) -> dict[str, Kernel]:
-    """Find the kernels of a source."""
+    """Find the kernels of a source. Raises: GraphError for a parameter that cannot be."""
     found = {}
     for start in re.finditer(r"\bkernel\s+void\s+(\w+)\s*\(", text):
         depth, end = 1, start.end()
@@ -165,6 +162,8 @@ def kernels_of(text: str, library: str, structs: Mapping[str, Any]) -> dict[str,
             end += 1
         parts = re.split(r",(?![^\[\(]*[\]\)])", text[start.end() : end - 1])
         found[start[1]] = Kernel(start[1], library, tuple(_parameter(p, structs) for p in parts))
+        if len({p.type for p in found[start[1]].parameters if p.kind in POSITIONS}) > 1:
+            raise GraphError(f"metal: positions in {start[1]} are of different types")
     return found
 
 

@@ -67,9 +67,9 @@ kernel void vectors(device const float4 *x [[buffer(0)]], device const packed_fl
 /* Sums of a block in threadgroup memory, of the grid by atomics */
 kernel void sums(constant words_args &a [[buffer(0)]], device const int *x [[buffer(1)]], device atomic_int *out [[buffer(2)]],
                  device atomic_uint *most [[buffer(3)]], threadgroup int *memory [[threadgroup(0)]], uint at [[thread_position_in_grid]],
-                 uint number [[thread_index_in_threadgroup]], uint3 threads [[threads_per_threadgroup]]) {
+                 uint number [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
   memory[number] = (int)at < a.n ? x[at] : 0;
-  for (uint step = threads.x / 2; step; step /= 2) {
+  for (uint step = threads / 2; step; step /= 2) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (number < step) memory[number] += memory[number + step];
   }
