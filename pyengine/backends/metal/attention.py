@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, scratch, Step, View
-from pyengine.backends.metal.products import params, Room
+from pyengine.backends.metal.products import Room
 
 TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 256       # of csrc/metal/attention.metal
 QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many rows
@@ -83,7 +83,7 @@ def _cache(s: Step, name: str) -> tuple[View, bool]:
 
 
 def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
-    p, q, k, v, cells = params(s), s.need("q"), s.need("k"), s.need("v"), s.one("cells")
+    p, q, k, v, cells = s.params, s.need("q"), s.need("k"), s.need("v"), s.one("cells")
     run = {name: n & -n for name, n in (("k", job.e), ("v", job.f))}
     args: dict[str, Any] = {
         "m": job.m, "heads": job.heads, "group": job.group, "slots": slots, "e": job.e, "ep": ceil_div(job.e, 8) * 8, "f": job.f,
@@ -100,10 +100,10 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
 @launches
 def attention(s: Step) -> list[Launch]:  # noqa: F811
     """Launch three kernels. Few rows are split over their chunks of keys; the results do not depend on it."""
-    job, cap = _job(s), params(s).softcap
+    job, cap = _job(s), s.params.softcap
     if job.m == 0 or job.heads == 0 or job.f == 0:
         return []
-    if s.params["products"] and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or cap
+    if s.params.products and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or cap
                                  or s.need("k").dtype.block > 1 or s.need("v").dtype.block > 1):
         raise NoKernel("attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap")
     (k, k_whole), (v, v_whole), out = _cache(s, "k"), _cache(s, "v"), s.outputs[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from pyengine.backends.metal.launch import Launch, launches, NoKernel, scratch, Step, View
-from pyengine.backends.metal.products import few_rows, multiply, prepare, Room, Rows, ROWS_FEW, ROWS_MOST, rows_of, Set
+from pyengine.backends.metal.products import few_rows, multiply, prepare, Room, Rows, ROWS_MOST, rows_of, Set
 
 EXPERTS_MOST = 4000                     # whose counts fit threadgroup memory
 
@@ -13,10 +14,10 @@ EXPERTS_MOST = 4000                     # whose counts fit threadgroup memory
 def _tile(m: int, used: int, experts: int) -> tuple[int, int]:
     """Return (rows of a tile, most tiles): an expert takes at most m rows, and of many pairs about their share.
 
-    Few rows an expert take small tiles, so that little is multiplied for nothing; results do not depend on this.
+    A little more than the share, so that most experts are one tile and little is multiplied for nothing. Results do not depend on it.
     """
     share = m * used / experts
-    rows = few_rows(m) if m <= ROWS_FEW else ROWS_FEW if share <= 4 else 16 if share <= 16 else ROWS_MOST
+    rows = few_rows(min(m, 1 + math.ceil(share))) if share <= 4 else 16 if share <= 16 else ROWS_MOST
     return rows, min(experts, m * used) + m * used // rows
 
 
@@ -26,7 +27,7 @@ def _places(s: Step) -> tuple[Rows, View | None, int]:
     room = Room(s.scratch)
     rows = rows_of(room, m * used, k, w, ROWS_MOST)
     order, tiles = room.take(4 * m * used), room.take(12 * (min(experts, m * used) + m * used))
-    between = room.take(4 * m * used * n) if s.params["glu"] and w[0].dtype != w[1].dtype else None
+    between = room.take(4 * m * used * n) if s.params.glu and w[0].dtype != w[1].dtype else None
     return replace(rows, order=order, tiles=tiles), between, room.used
 
 
@@ -39,7 +40,7 @@ def expert_linear(s: Step) -> int:
 @launches
 def expert_linear(s: Step) -> list[Launch]:  # noqa: F811
     """Launch as many tiles as there may be; those that no expert needs return at once."""
-    x, w, chosen, out, glu = s.need("x"), s.inputs["w"], s.need("chosen"), s.outputs[0], s.params["glu"]
+    x, w, chosen, out, glu = s.need("x"), s.inputs["w"], s.need("chosen"), s.outputs[0], s.params.glu
     (m, used), (experts, n, k) = chosen.shape, w[0].shape
     pairs = m * used
     if pairs == 0 or k == 0 or n == 0:

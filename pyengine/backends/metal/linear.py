@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, scratch, Step, View
-from pyengine.backends.metal.products import few_rows, multiply, params, prepare, Room, Rows, ROWS_FEW, ROWS_MOST, rows_of, Set
+from pyengine.backends.metal.products import few_rows, multiply, prepare, Room, Rows, ROWS_FEW, ROWS_MOST, rows_of, Set
 
 
 def _places(s: Step) -> tuple[Rows, View | None, int]:
@@ -13,7 +13,7 @@ def _places(s: Step) -> tuple[Rows, View | None, int]:
     (m, k), w = s.need("x").shape, s.inputs["w"]
     room = Room(s.scratch)
     rows = rows_of(room, m, k, w, -m % ROWS_MOST)
-    mixed = s.params["glu"] and w[0].dtype != w[1].dtype
+    mixed = s.params.glu and w[0].dtype != w[1].dtype
     return rows, room.take(4 * m * w[1].shape[0]) if mixed else None, room.used
 
 
@@ -34,7 +34,7 @@ def _product(rows: Rows, sets: list[Set], glu: int, cap: float) -> list[Launch]:
 @launches
 def linear(s: Step) -> list[Launch]:  # noqa: F811
     """Launch the kernels for few rows or for many, whose sums are the same."""
-    p, x, w, bias, norm = params(s), s.need("x"), s.inputs["w"], s.inputs["bias"], s.one("norm")
+    p, x, w, bias, norm = s.params, s.need("x"), s.inputs["w"], s.inputs["bias"], s.one("norm")
     (m, k), glu, cap = x.shape, p.glu, p.softcap
     if m == 0 or k == 0:
         return []

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
-from pyengine.backends.metal.launch import ceil_div, elements, Launch, Step, View
+from pyengine.backends.metal.launch import ceil_div, elements, Launch, View
 from pyengine.backends.metal.norm import SIMDGROUP_WIDTH
 from pyengine.dtype import DType, PACKED_FORMS
 
@@ -26,11 +25,6 @@ SHARED = {                              # bytes of threadgroup memory, drawn in 
 
 
 FEW, TILED = ("linear_few", "linear_floats_few"), ("linear_tiles", "linear_floats_tiles")       # with codes, with floats
-
-
-def params(s: Step) -> SimpleNamespace:
-    """Return a step's parameters by their names."""
-    return SimpleNamespace(**s.params)
 
 
 def is_float(dtype: DType) -> bool:
