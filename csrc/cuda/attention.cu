@@ -86,9 +86,11 @@ int pitch_of(const Cache &c) {
 
 int tile_bytes(Form form, int columns, int pitch) { return form == BLOCKS ? TILE_KEYS * pitch : columns * TILE_KEYS * 64; }
 
+/* stages: 0 for one in which V takes the place of K. */
 void lay_out(Job *w, int queries, int warps, int stages) {
   Areas &a = w->at;
   int end = 0;
+  a.one = stages == 0;
   a.cells = at_end(&end, CHUNK_KEYS * 4);
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.task = at_end(&end, sizeof(Task));
@@ -98,17 +100,20 @@ void lay_out(Job *w, int queries, int warps, int stages) {
   a.q_sum = at_end(&end, w->k_form == BLOCKS ? (int64_t)queries * w->ne * 4 : 0);
   a.k_ready = at_end(&end, w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
   a.k_scale = at_end(&end, w->k_form == BLOCKS ? w->ne * TILE_KEYS * 8 : 0);
+  const int keys_end = end;
+  if (a.one) end = a.k_ready;
   a.v_ready = at_end(&end, w->v_form == BLOCKS ? w->nf * TILE_KEYS * 64 : 0);
+  if (end < keys_end) end = keys_end;
   a.peaks = at_end(&end, FEW_WARPS * queries * 4);
   a.p = at_end(&end, queries == FEW_QUERIES ? TILE_KEYS / 16 * 32 * 16 : 0);
   a.mixing = at_end(&end, w->k_form == BLOCKS || w->v_form == BLOCKS ? warps * (w->e > w->f ? w->e : w->f) * 4 : 0);
   a.k_pitch = pitch_of(w->k), a.v_pitch = pitch_of(w->v);
-  const int begin = end;
-  a.k = at_end(&end, tile_bytes(w->k_form, w->ne, a.k_pitch));
-  a.v = at_end(&end, tile_bytes(w->v_form, w->nf, a.v_pitch));
+  const int begin = end, k_bytes = tile_bytes(w->k_form, w->ne, a.k_pitch), v_bytes = tile_bytes(w->v_form, w->nf, a.v_pitch);
+  a.k = at_end(&end, a.one && v_bytes > k_bytes ? v_bytes : k_bytes);
+  a.v = a.one ? a.k : at_end(&end, v_bytes);
   a.stage_bytes = end - begin;
-  a.stages = stages;
-  a.bytes = begin + stages * a.stage_bytes;
+  a.stages = a.one ? 1 : stages;
+  a.bytes = begin + a.stages * a.stage_bytes;
 }
 
 void lay_out_floats(Job *w, int queries) {
@@ -203,7 +208,7 @@ pe_status run_floats(Node *n, pe_stream *s) {
 /* Areas of attend_few; more than 2 stages only where three blocks have room beside each other. */
 bool lay_out_few(const Node &n, Job *w) {
   int stages = 4;
-  for (lay_out(w, FEW_QUERIES, FEW_WARPS, stages); stages > 1 && w->at.bytes > (stages > 2 ? n.shared / 3 : n.shared);)
+  for (lay_out(w, FEW_QUERIES, FEW_WARPS, stages); stages > 0 && w->at.bytes > (stages > 2 ? n.shared / 3 : n.shared);)
     lay_out(w, FEW_QUERIES, FEW_WARPS, --stages);
   return w->at.bytes <= n.shared;
 }

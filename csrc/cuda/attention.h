@@ -31,6 +31,7 @@ struct Areas {
   int peaks, p, mixing;
   int k_pitch, v_pitch;     /* bytes between cells of blocks */
   int stages, bytes;
+  bool one;                 /* V takes the place of K when that has been used: one stage, for cards with little shared memory */
 };
 
 /* How a tile gets into shared memory. */

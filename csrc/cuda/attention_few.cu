@@ -10,6 +10,7 @@
  * Per tile: 64 (e + f) elements of the cache, each byte read once for all heads of the group; 2 (e + f) * 64 * 16 operations on tensor
  * cores, of which 16 / group are of use; 8 powers a lane. At 4.8 TB/s (H200) and heads of 128 in F16 tensor cores are busy 8% of the
  * time: it is bound by the cache's bytes. Three barriers a tile, four with blocks; two or three blocks on a multiprocessor hide them.
+ * Where a card has no room for a tile of both (64 KB on sm_75, heads of 256), V is loaded into the place of K when that has been used.
  */
 #include "attention_softmax.h"
 #include "attention_tiles.h"
@@ -42,9 +43,9 @@ struct Sums {
   }
 };
 
-/* The block's queries see a tile: scores, softmax, values. */
+/* The block's queries see a tile: scores, and probabilities as the A of four mma into shared memory. Ends with a barrier. */
 template <int N>
-__device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *k, const char *v, Sums<N> &x) {
+__device__ __forceinline__ void weigh_tile(const Job &w, int tile, const char *k, Sums<N> &x) {
   const int warp = warp_of(), g = lane_of() / 4;
   float s[OWN][4], peak[2], factor[2];
   float *peaks = area<float>(w.at.peaks);
@@ -68,6 +69,13 @@ __device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *
   probabilities(s[0], s[1], x.rows.top, own);
   p[warp * 32 + lane_of()] = make_uint4(own[0], own[1], own[2], own[3]);
   __syncthreads();
+}
+
+/* Values by their probabilities. */
+template <int N>
+__device__ __forceinline__ void add_tile(const Job &w, const char *v, Sums<N> &x) {
+  const int warp = warp_of();
+  const uint4 *p = area<uint4>(w.at.p);
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     const uint4 all = p[step * 32 + lane_of()];
@@ -98,7 +106,8 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
       const char *k, *v;
       const int chunk = now.chunk;
       loader.next(w, u, seen, k, v);
-      attend_tile<N>(w, now.tile, k, v, x);
+      weigh_tile<N>(w, now.tile, k, x);
+      add_tile<N>(w, w.at.one ? loader.load_values(w, u, seen) : v, x);
       if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
 #pragma unroll
       for (int r = 0; r < 2; r++)

@@ -189,27 +189,43 @@ struct Loader {
       const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
       char *stage = shared_bytes() + to * w.at.stage_bytes;
       load_tile<false>(w.k, w.k_form, u.g, cells, w.at.k_pitch, stage + w.at.k);
+      if (w.at.one) return;
       load_tile<true>(w.v, w.v_form, u.g, cells, w.at.v_pitch, stage + w.at.v);
       if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
     }
     cp_async_commit();
     to = to + 1 == w.at.stages ? 0 : to + 1;
   }
+  /* With w.at.one: V of the tile whose K has been used, in K's place. Between barriers; gives where its halves lie. */
+  __device__ __forceinline__ const char *load_values(const Job &w, const Unit &u, const Seen &seen) {
+    char *stage = area<char>(w.at.v);
+    load_tile<true>(w.v, w.v_form, u.g, area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS, w.at.v_pitch, stage);
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage);
+    if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
+    __syncthreads();
+    if (w.v_form != BLOCKS) return stage;
+    unpack_values(w, stage);
+    __syncthreads();
+    return area<char>(w.at.v_ready);
+  }
   /* Wait for the next tile; k and v are where its halves or codes lie. Another stage begins to load. */
   __device__ __forceinline__ void next(const Job &w, const Unit &u, const Seen &seen, const char *&k, const char *&v) {
     if (w.at.stages == 1) {
       __syncthreads();
       load(w, u, seen);
+      if (w.at.one) cp_async_commit();
     }
     wait_for_copies(max(0, w.at.stages - 2));
     char *stage = shared_bytes() + current * w.at.stage_bytes;
     k = stage + w.at.k, v = stage + w.at.v;
     if (w.k_form == COPIED && w.k.dtype == PE_BF16) narrow_tile<false>(w.k, stage + w.at.k);
-    if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage + w.at.v);
+    if (!w.at.one && w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage + w.at.v);
     __syncthreads();
     if (w.at.stages > 1) load(w, u, seen);
     if (w.k_form == BLOCKS) unpack_keys(w, k);
-    if (w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
+    if (!w.at.one && w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
     if (w.k_form == BLOCKS || w.v_form == BLOCKS) __syncthreads();
     current = current + 1 == w.at.stages ? 0 : current + 1;
   }

@@ -21,6 +21,7 @@ from test_kernels import (  # noqa: F401
 
 from csrc import build_rules as rules
 from pyengine.backends import backend
+from pyengine.backends.cuda.library import library
 from pyengine.graph.op import Case, REGISTRY
 
 
@@ -93,6 +94,19 @@ def test_heads_of_any_width(kernels: DeviceKernels, kind: str, e: int, f: int) -
     got = attend(kernels, inputs, **params)
     close(got, want, 1e-3, 1.0)
     alone(kernels, inputs, got, **params)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_cards_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """sm_75 has 64 KB a block: of heads of 256 a tile of K, then of V. The bits are those of cards with room for both."""
+    inputs, params = prompt(kind, 256, 256, m=70)
+    got = []
+    for capability in ("90", "75"):
+        monkeypatch.setenv("PYENGINE_EMULATED_SM", capability)
+        kernels = DeviceKernels(library(True), 1)
+        got.append(attend(kernels, inputs, **params))
+    close(got[1], reference(ATTENTION, inputs, params)[0], 1e-3, 1.0)
+    assert bits(got[0]) == bits(got[1])
 
 
 @pytest.mark.parametrize("e", [72, 80, 88])
