@@ -11,7 +11,7 @@ import pytest
 import test_kernels
 from hypothesis import given, settings
 from metal_kernels import MetalKernels
-from op_cases import bits, CACHES, close, loaded, reference, rng_of, Value
+from op_cases import bits, CACHES, close, KernelError, loaded, reference, rng_of, stored, Value
 from test_kernels import (  # noqa: F401
     attend, ATTENTION, attention_cases, SLOW, test_a_masked_key_contributes_nothing_whatever_it_holds,
     test_a_nan_of_a_query_or_value_stays_there, test_bytes_take_no_cells_sinks_or_cap, test_cells_that_no_row_needs_may_be_unset,
@@ -47,6 +47,23 @@ def compare(kernels: MetalKernels, inputs: list[Value], params: dict[str, Any]) 
 def test_any_case(kernels: MetalKernels, case: Any) -> None:
     inputs, params = case
     compare(kernels, inputs, params)
+
+
+@pytest.mark.parametrize("e,f,cache", [(256, 256, "F16"), (192, 128, "BF16"), (250, 129, "F32"), (256, 256, "Q8_0"), (256, 160, "Q4_1")])
+@pytest.mark.parametrize("m", [2, 20])
+def test_wide_heads(kernels: MetalKernels, e: int, f: int, cache: str, m: int) -> None:
+    """Up to 256 elements, also keys wider than values; more heads to a key/value head than a matrix has rows; more chunks than one."""
+    rng = rng_of(("wide", e, f, cache, m))
+    q = rng.standard_normal((m, 12, e)).astype(np.float32)
+    k, v = (stored(rng.standard_normal((1, 600, n)), cache) for n in (e, f))
+    hi = (600 - m + 1 + np.arange(m)).astype(np.int32)
+    compare(kernels, [q, k, v, np.full(m, 3, np.int32), hi, rng.permutation(600).astype(np.int32)[None], None, None], {"scale": e**-0.5})
+
+
+def test_a_head_wider_than_256_is_refused(kernels: MetalKernels) -> None:
+    q, k, one = np.ones((1, 1, 260), np.float32), np.ones((1, 4, 260), np.float32), np.ones(1, np.int32)
+    with pytest.raises(KernelError, match="at most 256"):
+        attend(kernels, [q, k, k, one - 1, one, None, None, None])
 
 
 @pytest.mark.slow
