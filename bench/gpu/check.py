@@ -74,6 +74,10 @@ class Check:
             out.append(record)
         return out
 
+    def covers(self, job: kernels.Job) -> bool:
+        """Say whether a job's reference is what the device computes."""
+        return True
+
     @property
     def index(self) -> int:
         """The number of the device."""
@@ -101,7 +105,7 @@ def brief(record: dict[str, Any]) -> str:
 
 def check_ops(c: Check) -> None:
     """Every declared case, and layers of real models in every format, beside the reference."""
-    of_ops = [j for j in kernels.jobs() if not c.tiny or j.label.startswith("case ")]
+    of_ops = [j for j in kernels.jobs() if c.covers(j) and (not c.tiny or j.label.startswith("case "))]
 
     def do(job: kernels.Job) -> dict[str, Any]:
         record = jobs.checked(job, c.device)

@@ -92,6 +92,10 @@ def measured(job: Job, device: str, speeds: Speeds, tiny: bool) -> dict[str, Any
 class MacCheck(check.Check):
     """A run of all parts on a Metal device."""
 
+    def covers(self, job: Job) -> bool:
+        """Leave out attention by bytes: its reference rounds, and Metal's kernel does not, whichever products are allowed."""
+        return job.case.params.get("products") != "int8"
+
     @property
     def own(self) -> Device:
         """The device itself."""
