@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,15 @@ class AppleDevice(Device):
         self.name, self.max_threadgroup_bytes = str(self.device.name()), int(self.device.maxThreadgroupMemoryLength())
         self.queue = self.device.newCommandQueue()
         self._pipelines: dict[Any, Any] = {}
-        self.indirect = os.environ.get("PYENGINE_METAL_REPLAY") != "encoder" and (
-            os.environ.get("PYENGINE_METAL_REPLAY") == "indirect" or replays())
-        if self.indirect:
+
+    @cached_property
+    def indirect(self) -> bool:
+        """Whether launches are replayed from indirect command buffers."""
+        wanted = os.environ.get("PYENGINE_METAL_REPLAY")
+        found = wanted == "indirect" or (wanted != "encoder" and replays())
+        if found:
             correct_metadata()
+        return found
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

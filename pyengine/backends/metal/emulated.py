@@ -31,6 +31,8 @@ MESSAGE_BYTES = 4096
 
 def build(checked: bool = False, kernels: Path | None = None) -> Path:
     """Compile the kernels of a folder (default: ours) with the emulator and return the library. Raises: GraphError with the compiler's words."""
+    if not (CSRC / "emulate").is_dir():
+        raise GraphError(f"there is no {CSRC / 'emulate'}: kernels are emulated in a checkout of pyengine only")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "c++"
     place = kernels or sources.folder()
     name = "metal" if kernels is None else f"metal-{place.name}"
