@@ -52,4 +52,4 @@ class Backend(base.Backend):
 
     def prepare(self, declared: base.Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Any:
         """Fuse, lay out and count without loading."""
-        return Prepared(declared, turns, passes, self.device, self.n_threads)
+        return Prepared(declared, turns, passes, self.device, self.n_threads, self.name)

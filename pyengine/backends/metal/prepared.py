@@ -18,10 +18,10 @@ from pyengine.native import lib
 
 
 class Prepared(Counted):
-    """See `base.Prepared`. device: gives the memory when it is loaded."""
+    """See `base.Prepared`. device: gives the memory when it is loaded; isa: the device's name."""
 
-    def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, device: Device, n_threads: int):
-        self.device, self.n_threads = device, n_threads
+    def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, device: Device, n_threads: int, isa: str):
+        self.device, self.n_threads, self.isa = device, n_threads, isa
         self._scratch: dict[Any, int] = {}
         super().__init__(declared, turns, passes, frozenset(LAUNCHERS))
 
