@@ -65,7 +65,7 @@ template <class T> PE_DEVICE T &shared() {
 /* 16 bytes that are read once: not kept in L1. ld.global.nc, so nobody may write them while the kernel runs. Aligned to 16. */
 PE_DEVICE uint4 ld_global_16(const void *at) {
 #if PE_EMULATED
-  return *static_cast<const uint4 *>(at);
+  return __ldg(static_cast<const uint4 *>(at));
 #else
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
@@ -76,7 +76,7 @@ PE_DEVICE uint4 ld_global_16(const void *at) {
 /* The same for 8 and 4 bytes. */
 PE_DEVICE uint2 ld_global_8(const void *at) {
 #if PE_EMULATED
-  return *static_cast<const uint2 *>(at);
+  return __ldg(static_cast<const uint2 *>(at));
 #else
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
@@ -85,7 +85,7 @@ PE_DEVICE uint2 ld_global_8(const void *at) {
 }
 PE_DEVICE uint32_t ld_global_4(const void *at) {
 #if PE_EMULATED
-  return *static_cast<const uint32_t *>(at);
+  return __ldg(static_cast<const uint32_t *>(at));
 #else
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));

@@ -315,6 +315,17 @@ void touched(const void *address, size_t bytes, Access access, const void *site)
 
 __attribute__((noinline)) void touch(const void *address, size_t bytes, Access access) { watch(address, bytes, access, SITE); }
 
+__attribute__((noinline)) void expect_constant(const void *address, size_t bytes) {
+  const void *site = SITE;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  const Region *region = region_of(at, bytes);
+  if (region) each_cell(false, at, bytes, [&](Cell &cell, uintptr_t where) {
+    if (cell.write.serial >= history.first_serial)
+      fault(site, "reads %s, which this launch writes at %s, by a load that does not see it", place(region, where).c_str(),
+            describe_code(cell.write.site).c_str());
+  });
+}
+
 void copy_started(void *shared, int bytes, const void *site) {
   access_memory(*current, reinterpret_cast<uintptr_t>(shared), size_t(bytes), Access::write, site, Record::UNDER_WAY);
 }

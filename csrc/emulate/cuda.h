@@ -133,7 +133,7 @@ __forceinline__ unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) 
   }
   return out;
 }
-template <class T> __forceinline__ T __ldg(const T *at) { return *at; }
+template <class T> __forceinline__ T __ldg(const T *at) { return emu::expect_constant(at, sizeof(T)), *at; }
 
 /* -- threads together --------------------------------------------------------------------------------------------------------- */
 

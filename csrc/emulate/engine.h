@@ -122,12 +122,15 @@ void wait_copies(int groups_left);
 [[noreturn]] void fault(const void *site, const char *format, ...) __attribute__((format(printf, 2, 3)));
 const void *here();
 
-/* An access by the emulator's own code in the name of the line that calls it, such as an atomic (checked form). */
+/* In the checked form: an access by the emulator's own code in the name of the line that calls it, such as an atomic; and a load that
+ * goes by way of a cache which does not see what the launch itself writes. */
 enum class Access : uint8_t { read, write, atomic };
 #ifdef PE_CHECKED
 void touch(const void *address, size_t bytes, Access access);
+void expect_constant(const void *address, size_t bytes);
 #else
 inline void touch(const void *, size_t, Access) {}
+inline void expect_constant(const void *, size_t) {}
 #endif
 
 /* Store `desired` if `expected` is there, at once; what was there. No sanitizer rewrites these. */

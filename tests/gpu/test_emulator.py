@@ -68,6 +68,7 @@ WORDS = {
     "misaligned_load": "misaligned: reads 16 bytes at an allocation of device 0 at offset 8",
     "misaligned_store": "misaligned: writes 8 bytes at an allocation of device 0 at offset 4",
     "missing_wait": "an asynchronous copy to it by thread (0,0,0)", "ldmatrix_race": "reads 16 bytes of shared memory",
+    "stale_load": "thread (0,0,0): reads an allocation of device 0 at offset 0, which this launch writes at ",
     "host_memory": "which is no memory of the device", "bytes_race": "writes shared memory at offset 10 after the write by thread (9,0,0)"}
 NEEDS_NO_WATCH = {"shared_size", "divergent_barrier", "missing_lanes", "missing_lane_in_mask"}
 

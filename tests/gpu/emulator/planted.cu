@@ -167,6 +167,14 @@ template <bool WRONG> __global__ void ldmatrix_race(const float *x, float *out) 
   if (blockIdx.x == 0) out[t] = __uint_as_float(r[0]);
 }
 
+// ld.global.nc of what the kernel itself has written: the cache may hold what was there before.
+template <bool WRONG> __global__ void stale_load(const float *x, float *out) {
+  const int at = blockIdx.x * N + threadIdx.x;
+  out[at] = x[at];
+  __syncthreads();
+  out[at] += __uint_as_float(pe::ld_global_4(WRONG ? out + at : x + at));             // <- stale_load
+}
+
 template <bool WRONG> __global__ void host_memory(const float *x, float *out, const float *host) {
   if (blockIdx.x == 0) out[threadIdx.x] = (WRONG ? host : x)[threadIdx.x];            // <- host_memory
 }
@@ -213,6 +221,7 @@ extern "C" __attribute__((visibility("default"))) const char *planted(const char
   BOTH(misaligned_store);
   BOTH(missing_wait);
   BOTH(bytes_race);
+  BOTH(stale_load);
   if (!strcmp(name, "ldmatrix_race")) both(wrong, ldmatrix_race<false>, ldmatrix_race<true>, sizeof(uint4[N]), x, out);
   if (!strcmp(name, "shared_size")) both(wrong, shared_size<false>, shared_size<true>, wrong ? sizeof(Row) - 4 : sizeof(Row), x, out);
   if (!strcmp(name, "host_memory")) both(wrong, host_memory<false>, host_memory<true>, 0, x, out, const_cast<const float *>(host));
