@@ -8,9 +8,9 @@
  *   keys in blocks             codes of 8 bits, as on the CPU: the same scores  1e-3, of what 8-bit queries give
  *   values in blocks           halves of code times scale
  *
- * Queries of few rows a sequence go to attention_few.cu, with the chunks of a query spread over the card; of many to attention_many.cu, where a
- * block has all chunks of 64 or 128 queries. A query has the same bits in both, and in units of any size (attention.h says why), so the
- * choice may follow from the numbers of rows and sequences. bfloat16 becomes a half exactly from 2^-14 to 65504; beyond, it is
+ * Queries of few rows a sequence go to attention_few.cu, with the chunks of a query spread over the card; of many to attention_many.cu,
+ * where a block has all chunks of 64 or 128 queries. A query has the same bits in both, and in units of any size (attention.h says
+ * why), so the choice may follow from the numbers of rows and sequences. bfloat16 becomes a half exactly from 2^-14 to 65504; beyond, it is
  * infinite, below, it loses bits, as a F16 cache would.
  *
  * merge_kernel: block i owns query i, a thread a column. It reads the partial sums of the query's chunks once, (f + 2) * 4 bytes each, in
@@ -98,12 +98,10 @@ void lay_out(Job *w, int queries, int warps, int stages) {
   a.q = at_end(&end, (int64_t)queries * w->ne * (w->k_form == BLOCKS ? 32 : 64));
   a.q_scale = at_end(&end, w->k_form == BLOCKS ? queries * 4 : 0);
   a.q_sum = at_end(&end, w->k_form == BLOCKS ? (int64_t)queries * w->ne * 4 : 0);
-  a.k_ready = at_end(&end, w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
-  a.k_scale = at_end(&end, w->k_form == BLOCKS ? w->ne * TILE_KEYS * 8 : 0);
-  const int keys_end = end;
-  if (a.one) end = a.k_ready;
-  a.v_ready = at_end(&end, w->v_form == BLOCKS ? w->nf * TILE_KEYS * 64 : 0);
-  if (end < keys_end) end = keys_end;
+  const bool unpack = queries > FEW_QUERIES;
+  a.k_ready = at_end(&end, unpack && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
+  a.k_scale = at_end(&end, unpack && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 8 : 0);
+  a.v_ready = at_end(&end, unpack && w->v_form == BLOCKS ? w->nf * TILE_KEYS * 64 : 0);
   a.peaks = at_end(&end, FEW_WARPS * queries * 4);
   a.p = at_end(&end, queries == FEW_QUERIES ? TILE_KEYS / 16 * 32 * 16 : 0);
   a.mixing = at_end(&end, w->k_form == BLOCKS || w->v_form == BLOCKS ? warps * (w->e > w->f ? w->e : w->f) * 4 : 0);

@@ -5,11 +5,12 @@
  * the others through shared memory, and sums values in blocks of 32 columns i and i + 4. Where the chunks of a unit are spread over
  * blocks, each chunk's sums go to scratch and attention.cu merges them; else this block merges them in its part of `out`.
  *
- * Shared memory: queries; stages of a tile of K and of V as they lie in the cache, copied asynchronously while those before are used;
- * one unpacked tile of each where they are blocks; [4][16] peaks; probabilities as A fragments [4][32 lanes][16 bytes].
+ * Shared memory: queries; stages of a tile of K and of V as they lie in the cache, copied asynchronously while those before are used
+ * (blocks are unpacked in registers: each byte of K and V is wanted by one warp only); [4][16] peaks; probabilities as A fragments
+ * [4][32 lanes][16 bytes].
  * Per tile: 64 (e + f) elements of the cache, each byte read once for all heads of the group; 2 (e + f) * 64 * 16 operations on tensor
  * cores, of which 16 / group are of use; 8 powers a lane. At 4.8 TB/s (H200) and heads of 128 in F16 tensor cores are busy 8% of the
- * time: it is bound by the cache's bytes. Three barriers a tile, four with blocks; two or three blocks on a multiprocessor hide them.
+ * time: it is bound by the cache's bytes. Three barriers a tile; two or three blocks on a multiprocessor hide them.
  * Where a card has no room for a tile of both (64 KB on sm_75, heads of 256), V is loaded into the place of K when that has been used.
  */
 #include "attention_softmax.h"
@@ -50,7 +51,9 @@ __device__ __forceinline__ void weigh_tile(const Job &w, int tile, const char *k
   float s[OWN][4], peak[2], factor[2];
   float *peaks = area<float>(w.at.peaks);
   uint4 *p = area<uint4>(w.at.p);
-  scores_of<OWN>(w, 0, FEW_QUERIES, k, OWN * warp, s);
+  const PackedKeys blocks = {k, w.at.k_pitch, cell_format_of(w.k.dtype).bytes, w.k.dtype};
+  if (w.k_form == BLOCKS) scores_of_codes<OWN>(w, 0, FEW_QUERIES, blocks, OWN * warp, s);
+  else scores_of_halves<OWN>(w, 0, FEW_QUERIES, k, OWN * warp, s);
   to_logits<OWN>(w.softcap, x.rows, tile * TILE_KEYS + 16 * warp, s, peak);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -82,8 +85,12 @@ __device__ __forceinline__ void add_tile(const Job &w, const char *v, Sums<N> &x
     const uint32_t a[4] = {all.x, all.y, all.z, all.w};
     add_sums(a, x.sums);
 #pragma unroll
-    for (int b = 0; b < N; b++)
-      if (warp + FEW_WARPS * b < w.nf) add_values(a, v + (warp + FEW_WARPS * b) * HALF_TILE, step, x.acc[b]);
+    for (int b = 0; b < N; b++) {
+      const int own = warp + FEW_WARPS * b;
+      if (own >= w.nf) continue;
+      if (w.v_form == BLOCKS) add_blocks(a, v + own * cell_format_of(w.v.dtype).bytes, w.at.v_pitch, w.v.dtype, step, x.acc[b]);
+      else add_values(a, v + own * HALF_TILE, step, x.acc[b]);
+    }
   }
 }
 
@@ -105,13 +112,14 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
     while (now.more()) {
       const char *k, *v;
       const int chunk = now.chunk;
-      loader.next(w, u, seen, k, v);
+      loader.next<false>(w, u, seen, k, v);
       weigh_tile<N>(w, now.tile, k, x);
       add_tile<N>(w, w.at.one ? loader.load_values(w, u, seen) : v, x);
       if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        settle<N>(w, u, first + 8 * r, chunk, x.rows.seen[r], x.acc, r, Total{x.rows.top[r], x.sums[2 * r]}, total[r], warp_of(), FEW_WARPS);
+        settle<N>(w, u, first + 8 * r, chunk, x.rows.seen[r], x.acc, r, Total{x.rows.top[r], x.sums[2 * r]}, total[r], warp_of(),
+                  FEW_WARPS);
       x.clear();
     }
   }

@@ -5,12 +5,12 @@
  * of a tile, elements ascending, and sums of their values in columns CPT tx .. CPT tx + CPT - 1 of every 64, keys ascending; between
  * the two a warp owns whole queries for the softmax. A masked key is skipped, whatever it holds.
  *
- * Shared memory: queries [4 TY][e rounded up to 64, + 4]; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then of V,
- * the next one copied while one is used; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4
+ * Shared memory: queries [4 TY][e rounded up to 64, + 4]; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
+ * of V, the next one copied while one is used; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4
  * floats more than a multiple of 32 apart, so that 8 threads' 16-byte loads meet no bank twice.
- * Per tile and block: 64 (e + f) * 4 bytes of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): 16 operations a byte of K and
- * V from L2; 8 loads of 16 bytes for 64 fma a thread: bound by fma, to about three quarters of their peak. TY = 2 (generation): each byte of the
- * cache is read once for 8 heads of a group.
+ * Per tile and block: 64 (e + f) * 4 bytes of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): 16 operations a
+ * byte of K and V from L2; 8 loads of 16 bytes for 64 fma a thread: bound by fma, to about three quarters of their peak. TY = 2
+ * (generation): each byte of the cache is read once for 8 heads of a group.
  */
 #include "attention_softmax.h"
 
@@ -193,7 +193,8 @@ __device__ __forceinline__ void load_floats(const Job &w, const Unit &u, int n, 
   for (int i = warp_of(); i < n; i += THREADS / 32) {
     const bool there = i < queries_of(u);
     const char *from = there ? w.q + row_of(u, i) * w.q_row + head_of(u, i) * w.q_head : nullptr;
-    for (int j = lane_of(); j < pitch - 4; j += 32) q[i * pitch + j] = there && j < w.e ? *(const float *)(from + j * w.q_element) * w.scale : 0.0f;
+    for (int j = lane_of(); j < pitch - 4; j += 32)
+      q[i * pitch + j] = there && j < w.e ? *(const float *)(from + j * w.q_element) * w.scale : 0.0f;
   }
 }
 

@@ -1,15 +1,15 @@
 /* attention_many.cu: attention of prompts and encoders on tensor cores, up to 128 queries of a group and sequence at a time.
  *
- * Block (x, y) has a warp for every 16 queries and owns unit x (then x + gridDim.x ...) of key/value head y; units whose rows come last, and see
- * most, begin first. All warps share each tile; a warp makes the scores, probabilities and sums of its own 16 queries: probabilities
- * go from the accumulators of one product straight into the A fragments of the next. Chunks are merged in the block's part of `out`,
- * which costs its reading and writing once in 512 keys. Tiles outside of a warp's intervals are skipped; tiles inside need no mask.
+ * Block (x, y) has a warp for every 16 queries and owns unit x (then x + gridDim.x ...) of key/value head y; units whose rows come
+ * last, and see most, begin first. All warps share each tile; a warp makes the scores, probabilities and sums of its own 16 queries:
+ * probabilities go from the accumulators of one product straight into the A fragments of the next. Chunks are merged in the block's part
+ * of `out`, which costs its reading and writing once in 512 keys. Tiles outside of a warp's intervals are skipped; tiles inside need no mask.
  *
- * Shared memory: queries [blocks of 32 columns][queries][32]; stages of a tile of K and V, the next on its way while one is used; one unpacked
- * tile of each where they are blocks. Registers: 16 a block of 32 columns of V, 32 for scores.
- * Per 16 queries and tile of heads of 128: 128 + 68 mma of 4096 operations, 64 + 128 16- and 8-byte loads of shared memory a lane, 32
- * powers. K and V are read from L2 once for 128 queries: 512 operations a byte, so it is bound by tensor cores, and on sm_90 and
- * later, whose tensor cores mma.sync does not fill, by the issue of instructions.
+ * Shared memory: queries [blocks of 32 columns][queries][32]; stages of a tile of K and V, the next on its way while one is used; one
+ * unpacked tile of each where they are blocks. Registers: 16 a block of 32 columns of V, 32 for scores.
+ * Per 16 queries and tile, heads of 128, halves: 132 mma of 4096 operations, 40 loads of 16 and 64 of 8 bytes of shared memory a lane, 32
+ * powers. K and V are read from L2 once for 128 queries, 128 operations a byte: bound by tensor cores, and from sm_90 on, whose tensor
+ * cores mma.sync does not fill, by them and shared memory alike (16 KB of it for 64 mma).
  */
 #include "attention_softmax.h"
 #include "attention_tiles.h"
@@ -27,7 +27,9 @@ __device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *
   float s[GROUPS][4], peak[2], factor[2];
   if (!__any_sync(0xffffffffu, meets(rows.seen[0], tile * TILE_KEYS, TILE_KEYS) || meets(rows.seen[1], tile * TILE_KEYS, TILE_KEYS)))
     return;
-  scores_of<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, k, 0, s);
+  const UnpackedKeys codes = {area<char>(w.at.k_ready), area<float>(w.at.k_scale), TILE_KEYS * w.ne};
+  if (w.k_form == BLOCKS) scores_of_codes<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, codes, 0, s);
+  else scores_of_halves<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, k, 0, s);
   to_logits<GROUPS>(w.softcap, rows, tile * TILE_KEYS, s, peak);
 #pragma unroll
   for (int r = 0; r < 2; r++) factor[r] = move_top(peak_of_lanes(peak[r]), rows.top[r]);
@@ -91,7 +93,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
     while (now.more()) {
       const char *k, *v;
       const int chunk = now.chunk;
-      loader.next(w, u, task.seen, k, v);
+      loader.next<true>(w, u, task.seen, k, v);
       attend_tile<N>(w, now.tile, k, v, rows, acc, sums);
       if (!now.step(w, u, task.seen, 0, 1)) continue;
       settle_both<N>(w, u, chunk, rows, acc, sums);

@@ -1,7 +1,8 @@
 /* attention_softmax.h: online softmax over tiles and chunks of keys: what a warp keeps of its 16 queries, how it is renewed and merged.
  *
- * Lane (g, t) keeps two queries, g and g + 8. Logits are in powers of 2, and in those of e where attention is of floats (NATURAL). Sums of probabilities are an mma with a column of ones: of the
- * same rounded probabilities in the same order as sums of values, in every kernel. */
+ * Lane (g, t) keeps two queries, g and g + 8. Logits are in powers of 2, and in those of e where attention is of floats (NATURAL). Sums
+ * of probabilities are an mma with a column of ones: of the same rounded probabilities in the same order as sums of values, in every
+ * kernel. */
 #ifndef PE_CUDA_ATTENTION_SOFTMAX_H
 #define PE_CUDA_ATTENTION_SOFTMAX_H
 
@@ -145,8 +146,8 @@ __device__ __forceinline__ void read_eight(const float *from, int n, float (&x)[
   for (int i = 0; i < 8; i++) x[i] = i < n ? from[i] : 0.0f;
 }
 
-/* Query i has seen a chunk, with sums acc over blocks of columns first, first + step ...; what was before it lies in `out`, not yet divided.
- * high: which of the lane's two. */
+/* Query i has seen a chunk, with sums acc over blocks of columns first, first + step ...; what was before it lies in `out`, not yet
+ * divided. high: which of the lane's two. */
 template <int N>
 __device__ __forceinline__ void settle(const Job &w, const Unit &u, int i, int chunk, Interval seen, const float (&acc)[N][4][4],
                                        int high, Total part, Total &total, int first, int step) {

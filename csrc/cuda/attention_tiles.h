@@ -110,18 +110,33 @@ __device__ __forceinline__ void narrow_tile(const Cache &c, char *tile) {
 
 /* ---- unpacking blocks ---- */
 
-__device__ __forceinline__ uint32_t word_at(const char *p) { return *(const uint16_t *)p | (uint32_t)*(const uint16_t *)(p + 2) << 16; }
+/* Blocks are aligned to 2 bytes; those of a warp's lanes at one time all to 4, or none. */
+__device__ __forceinline__ uint32_t word_at(const char *p) {
+  if (((uintptr_t)p & 3) == 0) return *(const uint32_t *)p;
+  return *(const uint16_t *)p | (uint32_t)*(const uint16_t *)(p + 2) << 16;
+}
+
+/* Four codes of Q4_0 less 8: bytes do not carry into each other. */
+__device__ __forceinline__ uint32_t less_8(uint32_t nibbles) { return (nibbles + 0x78787878u) ^ 0x80808080u; }
+
+/* Codes 4 i .. 4 i + 3 of a block, as signed bytes. Q4_1's are 0 .. 15. */
+__device__ __forceinline__ uint32_t four_codes_of(const char *block, int32_t dtype, int i) {
+  if (dtype == PE_Q8_0) return word_at(block + 2 + 4 * i);
+  const uint32_t x = word_at(block + (dtype == PE_Q4_0 ? 2 : 4) + 4 * (i % 4)) >> (i / 4 * 4) & 0x0f0f0f0fu;
+  return dtype == PE_Q4_0 ? less_8(x) : x;
+}
 
 /* Codes 4 t .. 4 t + 3 and 16 + 4 t .. of a block, as signed bytes. Q4_1's are 0 .. 15. */
 __device__ __forceinline__ uint2 codes_of(const char *block, int32_t dtype, int t) {
   if (dtype == PE_Q8_0) return make_uint2(word_at(block + 2 + 4 * t), word_at(block + 18 + 4 * t));
   const uint32_t both = word_at(block + (dtype == PE_Q4_0 ? 2 : 4) + 4 * t);
-  uint2 x = make_uint2(both & 0x0f0f0f0fu, both >> 4 & 0x0f0f0f0fu);
-  if (dtype == PE_Q4_0) { /* less 8: bytes do not carry into each other */
-    x.x = (x.x + 0x78787878u) ^ 0x80808080u;
-    x.y = (x.y + 0x78787878u) ^ 0x80808080u;
-  }
-  return x;
+  const uint2 x = make_uint2(both & 0x0f0f0f0fu, both >> 4 & 0x0f0f0f0fu);
+  return dtype == PE_Q4_0 ? make_uint2(less_8(x.x), less_8(x.y)) : x;
+}
+
+__device__ __forceinline__ float scale_of(const char *block) { return from_half(*(const uint16_t *)block); }
+__device__ __forceinline__ float least_of(const char *block, int32_t dtype) {
+  return dtype == PE_Q4_1 ? from_half(*(const uint16_t *)(block + 2)) : 0.0f;
 }
 
 /* A tile of keys in blocks: codes, scales [block of columns][key] and for Q4_1 minima behind all scales. */
@@ -133,17 +148,30 @@ __device__ __forceinline__ void unpack_keys(const Job &w, const char *from) {
     const int key = i % TILE_KEYS, b = i / TILE_KEYS;
     const char *block = from + key * w.at.k_pitch + b * bytes;
     *(uint2 *)(codes + b * CODE_TILE + key * 32 + t * 8) = codes_of(block, w.k.dtype, t);
-    if (t == 0) scales[i] = from_half(*(const uint16_t *)block);
-    if (t == 1 && w.k.dtype == PE_Q4_1) scales[i + TILE_KEYS * w.ne] = from_half(*(const uint16_t *)(block + 2));
+    if (t == 0) scales[i] = scale_of(block);
+    if (t == 1 && w.k.dtype == PE_Q4_1) scales[i + TILE_KEYS * w.ne] = least_of(block, PE_Q4_1);
   }
 }
 
-/* Codes times d, plus m: four of them as halves. */
+/* Two halves 1152 + code become code * d + m, rounded once. */
+__device__ __forceinline__ uint32_t scaled(uint32_t codes, float d, float m) {
+#if defined(__CUDA_ARCH__)
+  half2 x, scale = __float2half2_rn(d);
+  memcpy(&x, &codes, 4);
+  x = __hsub2(x, __float2half2_rn(1152.0f));
+  x = m != 0.0f ? __hfma2(x, scale, __float2half2_rn(m)) : __hmul2(x, scale);
+  memcpy(&codes, &x, 4);
+  return codes;
+#else
+  const float2 x = unpack_half2(codes);
+  return pack_half2(fmaf(x.x - 1152.0f, d, m), fmaf(x.y - 1152.0f, d, m));
+#endif
+}
+
+/* Four codes times d, plus m, as halves: the bits 0x6400 + n are the half 1024 + n. */
 __device__ __forceinline__ uint2 halves_of_codes(uint32_t codes, float d, float m) {
-  float x[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = fmaf((float)(int8_t)(codes >> 8 * i), d, m);
-  return make_uint2(pack_half2(x[0], x[1]), pack_half2(x[2], x[3]));
+  codes ^= 0x80808080u;
+  return make_uint2(scaled(__byte_perm(codes, 0x64646464u, 0x4140), d, m), scaled(__byte_perm(codes, 0x64646464u, 0x4342), d, m));
 }
 
 /* A tile of values in blocks becomes halves. */
@@ -154,7 +182,7 @@ __device__ __forceinline__ void unpack_values(const Job &w, const char *from) {
     const int place = i % TILE_KEYS, key = value_of_place(place), b = i / TILE_KEYS;
     const char *block = from + key * w.at.v_pitch + b * bytes;
     const uint2 x = codes_of(block, w.v.dtype, t);
-    const float d = from_half(*(const uint16_t *)block), m = w.v.dtype == PE_Q4_1 ? from_half(*(const uint16_t *)(block + 2)) : 0.0f;
+    const float d = scale_of(block), m = least_of(block, w.v.dtype);
     char *dest = to + b * HALF_TILE + place * 64 + t % 2 * 8;
     *(uint2 *)(dest + part_of_value(place, t / 2)) = halves_of_codes(x.x, d, m);
     *(uint2 *)(dest + part_of_value(place, 2 + t / 2)) = halves_of_codes(x.y, d, m);
@@ -199,18 +227,17 @@ struct Loader {
   /* With w.at.one: V of the tile whose K has been used, in K's place. Between barriers; gives where its halves lie. */
   __device__ __forceinline__ const char *load_values(const Job &w, const Unit &u, const Seen &seen) {
     char *stage = area<char>(w.at.v);
-    load_tile<true>(w.v, w.v_form, u.g, area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS, w.at.v_pitch, stage);
+    const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
+    load_tile<true>(w.v, w.v_form, u.g, cells, w.at.v_pitch, stage);
     cp_async_commit();
     cp_async_wait<0>();
     if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage);
     if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
     __syncthreads();
-    if (w.v_form != BLOCKS) return stage;
-    unpack_values(w, stage);
-    __syncthreads();
-    return area<char>(w.at.v_ready);
+    return stage;
   }
-  /* Wait for the next tile; k and v are where its halves or codes lie. Another stage begins to load. */
+  /* Wait for the next tile; k and v are where it lies. Another stage begins to load. unpack: blocks too. */
+  template <bool UNPACK>
   __device__ __forceinline__ void next(const Job &w, const Unit &u, const Seen &seen, const char *&k, const char *&v) {
     if (w.at.stages == 1) {
       __syncthreads();
@@ -224,9 +251,9 @@ struct Loader {
     if (!w.at.one && w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage + w.at.v);
     __syncthreads();
     if (w.at.stages > 1) load(w, u, seen);
-    if (w.k_form == BLOCKS) unpack_keys(w, k);
-    if (!w.at.one && w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
-    if (w.k_form == BLOCKS || w.v_form == BLOCKS) __syncthreads();
+    if (UNPACK && w.k_form == BLOCKS) unpack_keys(w, k);
+    if (UNPACK && w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
+    if (UNPACK && (w.k_form == BLOCKS || w.v_form == BLOCKS)) __syncthreads();
     current = current + 1 == w.at.stages ? 0 : current + 1;
   }
 };
@@ -299,31 +326,63 @@ __device__ __forceinline__ void scores_of_halves(const Job &w, int first, int n,
   }
 }
 
-/* The same for keys in blocks, unpacked. */
-template <int KEYS>
-__device__ __forceinline__ void scores_of_codes(const Job &w, int first, int n, int key, float (&s)[KEYS][4]) {
-  const int g = lane_of() / 4, t = lane_of() % 4, magic = 0x4b400000; /* 12582912 as a float */
+/* Keys in blocks as scores_of_codes takes them: block of columns b of keys 8 group .. 8 group + 7, unpacked (for many queries). */
+struct UnpackedKeys {
+  const char *codes;
+  const float *scales;
+  int minima; /* behind the scales */
+  __device__ __forceinline__ uint2 codes_at(int b, int group) const {
+    return *(const uint2 *)(codes + b * CODE_TILE + group * 256 + lane_of() * 8);
+  }
+  __device__ __forceinline__ float2 scale_at(int b, int group) const {
+    return *(const float2 *)(scales + b * TILE_KEYS + group * 8 + lane_of() % 4 * 2);
+  }
+  __device__ __forceinline__ float2 least_at(int b, int group) const { return scale_at(b + minima / TILE_KEYS, group); }
+};
+
+/* The same as they lie in the cache (for few). */
+struct PackedKeys {
+  const char *tile;
+  int pitch, bytes;
+  int32_t dtype;
+  __device__ __forceinline__ const char *block(int b, int key) const { return tile + key * pitch + b * bytes; }
+  __device__ __forceinline__ uint2 codes_at(int b, int group) const {
+    return codes_of(block(b, group * 8 + lane_of() / 4), dtype, lane_of() % 4);
+  }
+  __device__ __forceinline__ float2 scale_at(int b, int group) const {
+    const int key = group * 8 + lane_of() % 4 * 2;
+    return make_float2(scale_of(block(b, key)), scale_of(block(b, key + 1)));
+  }
+  __device__ __forceinline__ float2 least_at(int b, int group) const {
+    const int key = group * 8 + lane_of() % 4 * 2;
+    return make_float2(least_of(block(b, key), dtype), least_of(block(b, key + 1), dtype));
+  }
+};
+
+/* Scores as of scores_of_halves. */
+template <int KEYS, class Source>
+__device__ __forceinline__ void scores_of_codes(const Job &w, int first, int n, const Source &k, int key, float (&s)[KEYS][4]) {
+  const int g = lane_of() / 4, magic = 0x4b400000; /* 12582912 as a float */
   const bool has_minima = w.k.dtype == PE_Q4_1;
-  const char *q = area<char>(w.at.q) + first * 32 + lane_of() * 8, *k = area<char>(w.at.k_ready) + key * 256 + lane_of() * 8;
-  const float *d = area<float>(w.at.k_scale) + key * 8 + 2 * t, *m = d + TILE_KEYS * w.ne;
+  const char *q = area<char>(w.at.q) + first * 32 + lane_of() * 8;
   const int32_t *sums = area<int32_t>(w.at.q_sum) + first + g;
 #pragma unroll
   for (int j = 0; j < KEYS; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
-  for (int b = 0; b < w.ne; b++, q += n * 32, k += CODE_TILE, d += TILE_KEYS, m += TILE_KEYS, sums += n) {
+  for (int b = 0; b < w.ne; b++, q += n * 32, sums += n) {
     const uint2 x = *(const uint2 *)q, y = *(const uint2 *)(q + 256);
     const uint32_t a[4] = {x.x, y.x, x.y, y.y};
     const float sum_low = has_minima ? (float)sums[0] : 0.0f, sum_high = has_minima ? (float)sums[8] : 0.0f;
 #pragma unroll
     for (int j = 0; j < KEYS; j++) {
-      const uint2 v = *(const uint2 *)(k + j * 256);
+      const uint2 v = k.codes_at(b, key + j);
       const uint32_t bytes[2] = {v.x, v.y};
       int32_t dot[4] = {magic, magic, magic, magic};
       mma_s8(dot, a, bytes);
-      const float2 scale = *(const float2 *)(d + 8 * j);
+      const float2 scale = k.scale_at(b, key + j);
 #pragma unroll
       for (int i = 0; i < 4; i++) s[j][i] = fmaf(__int_as_float(dot[i]) - 12582912.0f, i % 2 ? scale.y : scale.x, s[j][i]);
       if (!has_minima) continue;
-      const float2 least = *(const float2 *)(m + 8 * j);
+      const float2 least = k.least_at(b, key + j);
 #pragma unroll
       for (int i = 0; i < 4; i++) s[j][i] = fmaf(i / 2 ? sum_high : sum_low, i % 2 ? least.y : least.x, s[j][i]);
     }
@@ -333,23 +392,37 @@ __device__ __forceinline__ void scores_of_codes(const Job &w, int first, int n, 
   for (int j = 0; j < KEYS; j++) s[j][0] *= low, s[j][1] *= low, s[j][2] *= high, s[j][3] *= high;
 }
 
-template <int KEYS>
-__device__ __forceinline__ void scores_of(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
-  if (w.k_form == BLOCKS) scores_of_codes<KEYS>(w, first, n, key, s);
-  else scores_of_halves<KEYS>(w, first, n, tile, key, s);
+/* acc[i] += the probabilities of 16 keys by a block of columns of V, of which v[s] are this lane's four elements of its s-th key. */
+__device__ __forceinline__ void add_products(const uint32_t (&p)[4], const uint2 (&v)[4], float (&acc)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    uint32_t x[4];
+#pragma unroll
+    for (int s = 0; s < 4; s++) x[s] = i / 2 ? v[s].y : v[s].x;
+    const int halves = i % 2 ? 0x7632 : 0x5410;
+    const uint32_t keys[2] = {__byte_perm(x[0], x[1], halves), __byte_perm(x[2], x[3], halves)};
+    mma_f16(acc[i], p, keys);
+  }
 }
 
-/* acc[i] += probabilities by one block of columns of V, over the 16 keys of p: those numbered `step` of the tile. */
+/* V as halves; step: which 16 keys of the tile. */
 __device__ __forceinline__ void add_values(const uint32_t (&p)[4], const char *block, int step, float (&acc)[4][4]) {
   const int g = lane_of() / 4, t = lane_of() % 4;
   const char *v = block + step * 1024 + t * 64 + part_of_value(t, g / 2) + g % 2 * 8;
-  const uint2 a = *(const uint2 *)v, b = *(const uint2 *)(v + 256), c = *(const uint2 *)(v + 512), d = *(const uint2 *)(v + 768);
+  const uint2 x[4] = {*(const uint2 *)v, *(const uint2 *)(v + 256), *(const uint2 *)(v + 512), *(const uint2 *)(v + 768)};
+  add_products(p, x, acc);
+}
+
+/* V in blocks as they lie in the cache; tile: at the block of columns. */
+__device__ __forceinline__ void add_blocks(const uint32_t (&p)[4], const char *tile, int pitch, int32_t dtype, int step,
+                                           float (&acc)[4][4]) {
+  uint2 x[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int halves = i % 2 ? 0x7632 : 0x5410;
-    const uint32_t keys[2] = {__byte_perm(i / 2 ? a.y : a.x, i / 2 ? b.y : b.x, halves), __byte_perm(i / 2 ? c.y : c.x, i / 2 ? d.y : d.x, halves)};
-    mma_f16(acc[i], p, keys);
+  for (int s = 0; s < 4; s++) {
+    const char *block = tile + (16 * step + lane_of() % 4 * 2 + s % 2 + s / 2 * 8) * pitch;
+    x[s] = halves_of_codes(four_codes_of(block, dtype, lane_of() / 4), scale_of(block), least_of(block, dtype));
   }
+  add_products(p, x, acc);
 }
 
 } // namespace pe

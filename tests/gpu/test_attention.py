@@ -128,7 +128,7 @@ def test_heads_of_encoders(kernels: DeviceKernels, e: int) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_many_chunks(kernels: DeviceKernels, kind: str) -> None:
-    """Generation of several sequences and a prompt's end beside them: chunks of 512 keys are made by several blocks and merged in order."""
+    """Generation of several sequences, a prompt's end beside them: chunks of 512 keys are made by several blocks, merged in order."""
     rng = rng_of(("chunks", kind))
     n, g, h, e = 1300, 1, 4, 64
     q = rng.standard_normal((7, h, e)).astype(np.float32)
@@ -161,7 +161,7 @@ def test_a_prompt_beside_generation(kernels: DeviceKernels, kind: str) -> None:
 
 
 def test_scores_of_blocks_are_the_cpus(kernels: DeviceKernels) -> None:
-    """One key: its probability is 1 whatever the score; two keys of one value: their sum is. Codes of keys cannot be seen, those of values can."""
+    """One key: its probability is 1 whatever the score; two keys of one value: their sum is."""
     rng = rng_of("one")
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 2, 64), (1, 2, 64), (1, 1, 64)))
     v = np.repeat(v, 2, axis=1)
@@ -199,8 +199,8 @@ def test_hostile_numbers_are_refused(kernels: DeviceKernels, kind: str, message:
 def test_caches_hold_what_the_cpu_writes(kernels: DeviceKernels, cpu: Kernels, cache: str, interleaved: bool) -> None:
     """rope_append with norms, on both backends: queries and every byte of the caches are the same."""
     rng = rng_of(("append", cache))
-    shapes = {"q": (7, 4, 96), "k": (7, 2, 96), "v": (7, 2, 64), "table": (7, 48), "k_cache": (2, 9, 96), "v_cache": (2, 9, 64), "cells": (7,),
-              "q_norm": (96,), "k_norm": (96,), "k_offset": (2, 96)}
+    shapes = {"q": (7, 4, 96), "k": (7, 2, 96), "v": (7, 2, 64), "table": (7, 48), "k_cache": (2, 9, 96), "v_cache": (2, 9, 64),
+              "cells": (7,), "q_norm": (96,), "k_norm": (96,), "k_offset": (2, 96)}
     op = REGISTRY["rope_append"]
     inputs = make_inputs(op, Case(shapes, {}, {}), rng, cache)
     inputs[6][2] = -1

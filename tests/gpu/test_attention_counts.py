@@ -1,4 +1,4 @@
-"""What attention asks of memory on a CUDA card, counted by the checked emulator: a cache's bytes once and in whole sectors, no conflicts of banks.
+"""What attention asks of memory on a CUDA card, counted by the checked emulator: a cache's bytes once, in whole sectors; no conflicts.
 
 The first run compiles the checked form of all kernels, which takes minutes.
 """
@@ -55,7 +55,7 @@ def bytes_of(c: Value) -> int:
 
 
 def copies(kind: str) -> float:
-    """Conflicts of stores: cells of blocks are copied 8 or 4 bytes a lane, and lie apart, so that a request over two of them wraps around."""
+    """Conflicts of stores: cells of blocks are copied 8 or 4 bytes a lane and lie apart, so a request over two of them wraps around."""
     return 0.22 if kind.startswith("Q") else 0.0
 
 
