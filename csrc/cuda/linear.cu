@@ -61,7 +61,7 @@ Places places_of(const pe_tensor *const *w, int32_t n_w, int64_t rows, int64_t k
     if (kind == KIND_FLOAT) take(y.floats, tiles * TILE_ROWS * steps * 128);
     if (kind != KIND_HALF) continue;
     const bool bf16 = format_of(w[i]) == PE_BF16;
-    take(bf16 ? y.bf16 : y.f16, tiles * steps * 2 * CODES_BYTES);
+    take(bf16 ? y.bf16 : y.f16, tiles * steps * (bf16 ? 4 : 2) * CODES_BYTES);
     if (!bf16) take(y.f16_unit, tiles * TILE_ROWS * 4);
   }
   return y;

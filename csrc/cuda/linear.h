@@ -10,7 +10,7 @@
  *            bytes that are its B operand. Then for t = 0..3, rows 2t and 2t+1: d, d, dsum, dsum: scale, and scale * sum of codes. 64
  *            bytes. Then dsum, dsum of the first half, and of the second, for Q2_K: 64 bytes, written where a weight asks for them.
  *   16-bit   a record for each 16 of k: [row 8][t 4][k t, t+4, t+8, t+12], 256 bytes. f16: times a power of two that brings the row's
- *            largest below 2^15, so that none overflows
+ *            largest below 2^15, so that none overflows. bf16: a record of what a bf16 holds, and one of what it leaves
  *   float    [row][k] as x, normed
  * A tile is k / 32 (k / 16) records, one after the other. Rows that are not there are zeros.
  */

@@ -19,8 +19,11 @@ namespace pe {
 namespace {
 
 /* Steps of which a warp holds the codes: each is loaded anew as soon as it is used, so many steps ahead. */
-template <int F, int T>
-constexpr int ring_steps = (code_pieces<F> == 1 ? (T == 1 && !is_k<F> ? 8 : 4) : T == 1 && (F == PE_Q2_K || !is_k<F>) ? 4 : 2) / (T > 1 && is_k<F> && F != PE_Q5_K ? 2 : 1);
+template <int F, int T> constexpr int ring_steps() {
+  if (code_pieces<F> == 1) return T == 1 ? (is_k<F> ? 4 : 8) : is_k<F> ? 2 : 4;
+  if (T == 1) return code_pieces<F> == 3 || F == PE_Q5_K ? 2 : 4;
+  return Packed<F>::halves == 2 ? 1 : 2;
+}
 
 /* Where 8 steps from s on begin in a group (of formats of 256: the body of their block), and step j from there on. */
 template <int F> __device__ __forceinline__ int eight_at(int s) {
@@ -127,7 +130,7 @@ __device__ __forceinline__ void slice_of(Ahead<F, R> &w, const uint8_t *group, c
 /* With one tile a block walks through pairs, as many blocks for each unit as fill the card once, and loads never pause. With two, registers
  * are short of that: a block has one pair. */
 template <int F, int T, int C> __global__ void __launch_bounds__(512) few(const Product p) {
-  constexpr int R = ring_steps<F, T>;
+  constexpr int R = ring_steps<F, T>();
   auto &sh = shared<FewShared<F>>();
   Part part;
   if (!part_of<T>(p, part)) return;

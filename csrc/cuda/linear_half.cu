@@ -1,6 +1,7 @@
 /* linear_half.cu: F16 and BF16 weights times rows of x in the same numbers, summed in float32 by mma.m16n8k16. linear.h says what the whole
- * is and in which order it sums; within 16 of k the order is the instruction's, in all kernels the same. x loses what a 16-bit float
- * cannot hold: 2^-9 of each element of x for BF16, 2^-12 for F16 (whose rows are scaled, so that none overflows).
+ * is and in which order it sums; within 16 of k the order is the instruction's, in all kernels the same. For F16 x is rounded to 2^-12 of
+ * each element (its rows are scaled, so that none overflows). A bf16 holds too little for that (2^-9): x is two of them, what is rounded
+ * and what is left, 2^-17, and each step two products into the same sum, so BF16 prompts run at half of the tensor cores' speed.
  *
  * Operands.  Packed, 16 rows lie side by side for each of k. Lane l = 16 h + 4 q + t of a warp takes, of a pair of groups and 16 of k, the
  * quad 4q .. 4q+3 of group h at k = t, t+4, t+8, t+12: four loads of 8 bytes, a warp's load being 4 x 2 runs of 32. Products may take k in
@@ -19,6 +20,8 @@ namespace pe {
 namespace {
 
 constexpr int HALF_STEP = 16, GROUP_STEP = 32 * HALF_STEP; /* of k; bytes of a group */
+template <int F> constexpr int parts = F == PE_BF16 ? 2 : 1;
+template <int F> constexpr int half_record = parts<F> * CODES_BYTES; /* 16 of k of 8 rows of x */
 
 /* Words of the quad at k = t, t + 4, t + 8, t + 12: two rows each. */
 struct QuadStep { uint2 k[4]; };
@@ -70,10 +73,11 @@ __device__ __forceinline__ void use(const QuadStep (&w)[AHEAD], const uint8_t *x
 #pragma unroll
     for (int tile = 0; tile < T; tile++) {
       if (tile >= tiles) continue;
-      const uint8_t *at = x + tile * tile_bytes + static_cast<int64_t>(s + i) * CODES_BYTES;
-      uint2 b = make_uint2(0, 0);
-      if (8 * tile + lane / 4 < rows) b = __ldg(reinterpret_cast<const uint2 *>(at + 8 * lane));
-      multiply_half_step<F>(a, b, acc[tile]);
+      const int row = min(lane / 4, max(0, rows - 1 - TILE_ROWS * tile)); /* where there is no row, another: nobody stores its sums */
+      const uint8_t *at = x + tile * tile_bytes + static_cast<int64_t>(s + i) * half_record<F> + 32 * row + 8 * (lane % 4);
+#pragma unroll
+      for (int part = 0; part < parts<F>; part++)
+        multiply_half_step<F>(a, __ldg(reinterpret_cast<const uint2 *>(at + CODES_BYTES * part)), acc[tile]);
     }
   }
 }
@@ -88,7 +92,7 @@ template <int F, int T> __global__ void __launch_bounds__(512) few_half(const Pr
   const Lane l;
   const int warp = threadIdx.x / 32, rows = p.chosen ? 1 : p.order ? TILE_ROWS * T : p.m - TILE_ROWS * part.first_tile;
   const uint8_t *group = group_of(p, span, 0, l.h, part.expert);
-  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * 2 * CODES_BYTES;
+  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * 2 * half_record<F>;
   const uint8_t *x = p.x + part.first_tile * tile_bytes;
   float acc[T][4][2] = {};
   const int begin = 2 * warp * p.slice, end = min(begin + 2 * p.slice, (p.k + HALF_STEP - 1) / HALF_STEP);
@@ -106,33 +110,48 @@ template <int F, int T> __global__ void __launch_bounds__(512) few_half(const Pr
 
 /* ---- many rows ---- */
 
-template <int WN, int WM, int MT> struct HalfStage {
+template <int F, int WN, int WM, int MT> struct HalfStage {
   uint8_t w[2 * WN][2 * GROUP_STEP];
-  uint8_t x[WM * MT][2 * CODES_BYTES];
+  uint8_t x[WM * MT][2 * half_record<F>];
 };
 constexpr int HALF_STAGES = 3;
-template <int WN, int WM, int MT> struct HalfRing { HalfStage<WN, WM, MT> stage[HALF_STAGES]; };
+template <int F, int WN, int WM, int MT> struct HalfRing { HalfStage<F, WN, WM, MT> stage[HALF_STAGES]; };
+
+/* What a warp copies of each stage: a group of weights, and x of MT / WN tiles. */
+template <int F, int WN, int WM, int MT> struct HalfSource {
+  static_assert(WM == 2 && MT % WN == 0, "as many warps as groups, and a whole number of tiles for each");
+  const uint8_t *group, *x;
+  int tiles;             /* of the warp's tiles those that are there */
+  int64_t tile_bytes;
+  __device__ __forceinline__ HalfSource(const Product &p, const Span &span, const Part &part) {
+    const int warp = threadIdx.x / 32, first = warp * (MT / WN);
+    group = group_of(p, span, warp / 2, warp % 2, part.expert);
+    tiles = part.tiles - first;
+    tile_bytes = static_cast<int64_t>(p.steps) * 2 * half_record<F>;
+    x = p.x + (part.first_tile + (tiles > 0 ? first : 0)) * tile_bytes;
+  }
+};
 
 /* Step s of 32 of k. */
-template <int WN, int WM, int MT>
-__device__ __forceinline__ void fill(HalfStage<WN, WM, MT> &to, const Product &p, const Span &span, const Part &part, int s) {
-  constexpr int pieces = 2 * GROUP_STEP / 16, x_pieces = 2 * CODES_BYTES / 16, threads = 32 * WN * WM;
-  for (int i = threadIdx.x; i < 2 * WN * pieces; i += threads) {
-    const int g = i / pieces, offset = i % pieces * 16, k = 32 * s + offset / 32;
-    const uint8_t *group = group_of(p, span, g / 2, g % 2, part.expert);
-    cp_async16(&to.w[g][offset], k < p.k ? group + 32 * k + offset % 32 : group, k < p.k);
+template <int F, int WN, int WM, int MT>
+__device__ __forceinline__ void fill(HalfStage<F, WN, WM, MT> &to, const HalfSource<F, WN, WM, MT> &from, int k, int s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int offset = 16 * lane; offset < 2 * GROUP_STEP; offset += 512) {
+    const bool inside = 32 * s + offset / 32 < k;
+    cp_async16(&to.w[warp][offset], inside ? from.group + static_cast<int64_t>(s) * 2 * GROUP_STEP + offset : from.group, inside);
   }
-  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * 2 * CODES_BYTES;
-  for (int i = threadIdx.x; i < WM * MT * x_pieces; i += threads) {
-    const int tile = i / x_pieces, offset = i % x_pieces * 16;
-    const bool inside = tile < part.tiles;
-    const uint8_t *x = p.x + (part.first_tile + tile) * tile_bytes + static_cast<int64_t>(s) * 2 * CODES_BYTES + offset;
-    cp_async16(&to.x[tile][offset], inside ? x : p.x, inside);
+#pragma unroll
+  for (int tile = 0; tile < MT / WN; tile++) {
+    const uint8_t *x = from.x + (tile < from.tiles ? tile * from.tile_bytes : 0) + static_cast<int64_t>(s) * 2 * half_record<F>;
+#pragma unroll
+    for (int offset = 16 * lane; offset < 2 * half_record<F>; offset += 512)
+      cp_async16(&to.x[MT / WN * warp + tile][offset], x + offset, tile < from.tiles);
   }
 }
 
 template <int F, int WN, int WM, int MT>
-__device__ __forceinline__ void multiply_half_stage(const HalfStage<WN, WM, MT> &from, int pair, int first_tile, const Lane &l,
+__device__ __forceinline__ void multiply_half_stage(const HalfStage<F, WN, WM, MT> &from, int pair, int first_tile, const Lane &l,
                                                     float (&acc)[MT][4][2]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -145,28 +164,33 @@ __device__ __forceinline__ void multiply_half_stage(const HalfStage<WN, WM, MT> 
     to_operands(w, a);
 #pragma unroll
     for (int tile = 0; tile < MT; tile++)
-      multiply_half_step<F>(a, *reinterpret_cast<const uint2 *>(&from.x[first_tile + tile][CODES_BYTES * i + 8 * lane]), acc[tile]);
+#pragma unroll
+      for (int part = 0; part < parts<F>; part++) {
+        const uint2 b = *reinterpret_cast<const uint2 *>(&from.x[first_tile + tile][half_record<F> * i + CODES_BYTES * part + 8 * lane]);
+        multiply_half_step<F>(a, b, acc[tile]);
+      }
   }
 }
 
 template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * WN * WM) tiles_half(const Product p) {
   constexpr int S = HALF_STAGES;
-  auto &ring = shared<HalfRing<WN, WM, MT>>();
+  auto &ring = shared<HalfRing<F, WN, WM, MT>>();
   Part part;
   if (!part_of<WM * MT>(p, part)) return;
   const Span span = span_of<WN>(p, blockIdx.y);
   const Lane l;
   const int warp = threadIdx.x / 32, pair = warp / WM, first_tile = warp % WM * MT;
+  const HalfSource<F, WN, WM, MT> from(p, span, part);
   float acc[MT][4][2] = {}, sum[MT][4][2] = {};
 #pragma unroll
   for (int i = 0; i < S - 1; i++) {
-    if (i < p.steps) fill<WN, WM, MT>(ring.stage[i], p, span, part, i);
+    if (i < p.steps) fill<F, WN, WM, MT>(ring.stage[i], from, p.k, i);
     cp_async_commit();
   }
   for (int s = 0, at = 0, slice = 0; s < p.steps; s++) {
     cp_async_wait<S - 2>();
     __syncthreads();
-    if (s + S - 1 < p.steps) fill<WN, WM, MT>(ring.stage[at == 0 ? S - 1 : at - 1], p, span, part, s + S - 1);
+    if (s + S - 1 < p.steps) fill<F, WN, WM, MT>(ring.stage[at == 0 ? S - 1 : at - 1], from, p.k, s + S - 1);
     cp_async_commit();
     multiply_half_stage<F, WN, WM, MT>(ring.stage[at], pair, first_tile, l, acc);
     at = at + 1 == S ? 0 : at + 1;
@@ -181,8 +205,8 @@ template <int F> void launch_half(const Product &p, int n, dim3 grid, cudaStream
   const dim3 warps(32 * ((p.steps + p.slice - 1) / p.slice));
   if (n == 1) launch(stream, few_half<F, 1>, grid, warps, sizeof(FewHalf), p);
   else if (n == 2) launch(stream, few_half<F, 2>, grid, warps, sizeof(FewHalf), p);
-  else if (n == 8) launch(stream, tiles_half<F, 2, 2, 4>, grid, dim3(128), sizeof(HalfRing<2, 2, 4>), p);
-  else launch(stream, tiles_half<F, 4, 2, 8>, grid, dim3(256), sizeof(HalfRing<4, 2, 8>), p);
+  else if (n == 8) launch(stream, tiles_half<F, 2, 2, 4>, grid, dim3(128), sizeof(HalfRing<F, 2, 2, 4>), p);
+  else launch(stream, tiles_half<F, 4, 2, 8>, grid, dim3(256), sizeof(HalfRing<F, 4, 2, 8>), p);
 }
 
 } // namespace

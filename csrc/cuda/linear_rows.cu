@@ -77,13 +77,23 @@ __device__ __forceinline__ void put_codes(const float4 &v, int e, bool inside, u
   }
 }
 
-/* Elements e .. e + 3 of a record of 16-bit floats. */
-__device__ __forceinline__ void put_half(const float4 &v, int e, uint8_t *tile, int row, bool bf16, float by) {
-  uint16_t *at = reinterpret_cast<uint16_t *>(tile + e / 16 * CODES_BYTES + 32 * row) + e / 4 % 4;
-  const uint32_t low = bf16 ? pack_bf162(v.x, v.y) : pack_half2(v.x * by, v.y * by);
-  const uint32_t high = bf16 ? pack_bf162(v.z, v.w) : pack_half2(v.z * by, v.w * by);
+/* Elements e .. e + 3 to a record of 16-bit floats. */
+__device__ __forceinline__ void put_words(uint32_t low, uint32_t high, int e, uint8_t *record, int row) {
+  uint16_t *at = reinterpret_cast<uint16_t *>(record + 32 * row) + e / 4 % 4;
   at[0] = static_cast<uint16_t>(low), at[4] = static_cast<uint16_t>(low >> 16);
   at[8] = static_cast<uint16_t>(high), at[12] = static_cast<uint16_t>(high >> 16);
+}
+__device__ __forceinline__ void put_f16(const float4 &v, int e, uint8_t *tile, int row, float by) {
+  put_words(pack_half2(v.x * by, v.y * by), pack_half2(v.z * by, v.w * by), e, tile + e / 16 * CODES_BYTES, row);
+}
+
+/* What bf16 holds, and in a record behind that what it leaves. */
+__device__ __forceinline__ void put_bf16(const float4 &v, int e, uint8_t *tile, int row) {
+  const uint32_t low = pack_bf162(v.x, v.y), high = pack_bf162(v.z, v.w);
+  const float2 a = unpack_bf162(low), b = unpack_bf162(high);
+  uint8_t *record = tile + e / 16 * 2 * CODES_BYTES;
+  put_words(low, high, e, record, row);
+  put_words(pack_bf162(v.x - a.x, v.y - a.y), pack_bf162(v.z - b.x, v.w - b.y), e, record + CODES_BYTES, row);
 }
 
 __global__ void __launch_bounds__(THREADS) prepare_rows(const Preparation p) {
@@ -124,8 +134,8 @@ __global__ void __launch_bounds__(THREADS) prepare_rows(const Preparation p) {
     const bool inside = e < 32 * steps;
     if (p.codes) put_codes(v, e, inside, p.codes + static_cast<int64_t>(tile) * steps * RECORD, in_tile, p.halves);
     if (!inside) continue;
-    if (p.bf16) put_half(v, e, p.bf16 + static_cast<int64_t>(tile) * steps * 2 * CODES_BYTES, in_tile, true, 1.0f);
-    if (p.f16) put_half(v, e, p.f16 + static_cast<int64_t>(tile) * steps * 2 * CODES_BYTES, in_tile, false, by);
+    if (p.bf16) put_bf16(v, e, p.bf16 + static_cast<int64_t>(tile) * steps * 4 * CODES_BYTES, in_tile);
+    if (p.f16) put_f16(v, e, p.f16 + static_cast<int64_t>(tile) * steps * 2 * CODES_BYTES, in_tile, by);
     if (p.floats)
       *reinterpret_cast<float4 *>(p.floats + static_cast<int64_t>(p.spread ? TILE_ROWS * slot : slot) * steps * 32 + e) = v;
   }

@@ -45,33 +45,50 @@ template <int F, int WN, int WM, int MT> struct Ring {
   WarpScales<F> scales[WN * WM];
 };
 
-/* Where piece `offset` of a group's stage that begins with step s lies in the group. */
+/* Where piece `offset` of a group's stage lies in the group, from the unit on in which the stage's step s begins. */
 template <int F> __device__ __forceinline__ int stage_source(int s, int offset) {
-  constexpr int steps = Packed<F>::block_steps, unit = Packed<F>::unit;
-  const int block = s / steps, at = block / unit * unit_bytes<F>;
-  if constexpr (!is_k<F>) return at + offset;
-  const int body = at + unit * Packed<F>::head + block % unit * Packed<F>::body;
-  if (offset < head_bytes<F>) return at + offset;
+  constexpr int unit = Packed<F>::unit;
+  if constexpr (!is_k<F>) return offset;
+  const int body = unit * Packed<F>::head + s / 8 % unit * Packed<F>::body;
+  if (offset < head_bytes<F>) return offset;
   if (offset < stage_head<F>) return body + offset - head_bytes<F>;
-  return body + body_scales<F> + s % steps * step_bytes<F> + offset - stage_head<F>;
+  return body + body_scales<F> + s % 8 * step_bytes<F> + offset - stage_head<F>;
 }
 
-template <int F, int WN, int WM, int MT>
-__device__ __forceinline__ void fill(Stage<F, WN, WM, MT> &to, const Product &p, const Span &span, const Part &part, int s) {
-  constexpr int pieces = group_stage<F> / 16, threads = 32 * WN * WM;
-  for (int i = threadIdx.x; i < 2 * WN * pieces; i += threads) {
-    const int g = i / pieces, offset = i % pieces * 16, source = stage_source<F>(s, offset);
-    const uint8_t *group = group_of(p, span, g / 2, g % 2, part.expert);
-    const bool inside = source + 16 <= static_cast<int>(p.w[0].group_bytes);
-    cp_async16(&to.w[g][swizzled(offset)], inside ? group + source : group, inside);
+/* What a warp copies of each stage: a group of weights, and x of MT / WN tiles. */
+template <int F, int WN, int WM, int MT> struct Source {
+  static_assert(WM == 2 && MT % WN == 0, "as many warps as groups, and a whole number of tiles for each");
+  const uint8_t *group, *x;
+  int bytes, tiles;      /* of the group; of the warp's tiles those that are there */
+  int64_t tile_bytes;
+  __device__ __forceinline__ Source(const Product &p, const Span &span, const Part &part) {
+    const int warp = threadIdx.x / 32, first = warp * (MT / WN);
+    group = group_of(p, span, warp / 2, warp % 2, part.expert);
+    bytes = static_cast<int>(p.w[0].group_bytes);
+    tiles = part.tiles - first;
+    tile_bytes = static_cast<int64_t>(p.steps) * RECORD;
+    x = p.x + (part.first_tile + (tiles > 0 ? first : 0)) * tile_bytes;
   }
-  constexpr int x_pieces = record_bytes<F> / 16;
-  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * RECORD;
-  for (int i = threadIdx.x; i < WM * MT * STAGE_STEPS * x_pieces; i += threads) {
-    const int tile = i / (STAGE_STEPS * x_pieces), step = i / x_pieces % STAGE_STEPS, piece = i % x_pieces;
-    const bool inside = s + step < p.steps && tile < part.tiles;
-    const uint8_t *x = p.x + (part.first_tile + tile) * tile_bytes + static_cast<int64_t>(s + step) * RECORD + 16 * piece;
-    cp_async16(&to.x[tile][step][16 * piece], inside ? x : p.x, inside);
+};
+
+template <int F, int WN, int WM, int MT>
+__device__ __forceinline__ void fill(Stage<F, WN, WM, MT> &to, const Source<F, WN, WM, MT> &from, int s, int steps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = s / Packed<F>::block_steps / Packed<F>::unit * unit_bytes<F>;
+#pragma unroll
+  for (int offset = 16 * lane; offset < group_stage<F>; offset += 512) {
+    const int source = at + stage_source<F>(s, offset);
+    const bool inside = source + 16 <= from.bytes;
+    cp_async16(&to.w[warp][swizzled(offset)], from.group + (inside ? source : 0), inside);
+  }
+  constexpr int pieces = record_bytes<F> / 16;
+#pragma unroll
+  for (int tile = 0; tile < MT / WN; tile++) {
+    const uint8_t *x = from.x + (tile < from.tiles ? tile * from.tile_bytes : 0) + static_cast<int64_t>(s) * RECORD;
+#pragma unroll
+    for (int i = lane; i < STAGE_STEPS * pieces; i += 32) {
+      const bool inside = s + i / pieces < steps && tile < from.tiles;
+      cp_async16(&to.x[MT / WN * warp + tile][i / pieces][i % pieces * 16], inside ? x + i / pieces * RECORD + i % pieces * 16 : from.x, inside);
+    }
   }
 }
 
@@ -129,18 +146,19 @@ template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * 
   const Span span = span_of<WN>(p, blockIdx.y);
   const Lane l;
   const int warp = threadIdx.x / 32, pair = warp / WM, first_tile = warp % WM * MT;
+  const Source<F, WN, WM, MT> from(p, span, part);
   float acc[MT][4][2] = {}, sum[MT][4][2] = {};
 
 #pragma unroll
   for (int i = 0; i < S - 1; i++) {
-    if (i * STAGE_STEPS < p.steps) fill<F, WN, WM, MT>(ring.stage[i], p, span, part, i * STAGE_STEPS);
+    if (i * STAGE_STEPS < p.steps) fill<F, WN, WM, MT>(ring.stage[i], from, i * STAGE_STEPS, p.steps);
     cp_async_commit();
   }
   for (int s = 0, at = 0, slice = 0; s < p.steps; s += STAGE_STEPS) {
     cp_async_wait<S - 2>();
     __syncthreads(); /* the stage is there for all, and all are done with the one that is filled now */
     const int later = s + (S - 1) * STAGE_STEPS;
-    if (later < p.steps) fill<F, WN, WM, MT>(ring.stage[at == 0 ? S - 1 : at - 1], p, span, part, later);
+    if (later < p.steps) fill<F, WN, WM, MT>(ring.stage[at == 0 ? S - 1 : at - 1], from, later, p.steps);
     cp_async_commit();
     multiply_stage<F, WN, WM, MT>(ring.stage[at], ring.scales[warp], s, min(STAGE_STEPS, p.steps - s), pair, first_tile, l, acc);
     at = at + 1 == S ? 0 : at + 1;

@@ -242,10 +242,13 @@ template <int F>
 __device__ __forceinline__ void expand_scales(const RowScales<F> &from, int late, int count, WarpScales<F> &to) {
   const int lane = threadIdx.x % 32;
   if constexpr (F == PE_MXFP4) {
+    /* Eight lanes that store together take 32 rows of a step: words of both groups. */
+    const int h = lane / 4 % 2, r = lane % 4, step = lane / 8;
+    const uint32_t word = __shfl_sync(ALL, from.d[0], 16 * h + 4 * step + r);
     float s[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) s[i] = pe_e8m0_half_to_f32(static_cast<uint8_t>(from.d[0] >> 8 * i));
-    *reinterpret_cast<float4 *>(&to.at[lane % 16 / 4][0][lane / 16 * 16 + lane % 4 * 4]) = make_float4(s[0], s[1], s[2], s[3]);
+    for (int i = 0; i < 4; i++) s[i] = pe_e8m0_half_to_f32(static_cast<uint8_t>(word >> 8 * i));
+    *reinterpret_cast<float4 *>(&to.at[step][0][16 * h + 4 * r]) = make_float4(s[0], s[1], s[2], s[3]);
   } else {
 #pragma unroll
     for (int i = 0; i < SCALED_STEPS; i++) {

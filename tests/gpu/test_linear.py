@@ -51,13 +51,19 @@ def width(name: str, blocks: int) -> int:
     return 37 * blocks if name in FLOATS else max(dtype(name).block, 32) * blocks
 
 
+def bf16(x: np.ndarray) -> np.ndarray:
+    """x to the nearest bf16, in float32."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
 def rounded(x: np.ndarray, name: str) -> np.ndarray:
     """x as products with weights of this format read it, in float64."""
     if name in QUANTIZED:
         return as_int8(x)
-    if name == "BF16":
-        bits = x.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+    if name == "BF16":                                                               # two of them
+        high = bf16(x)
+        return high.astype(np.float64) + bf16(x - high)
     if name == "F16":
         most = np.abs(x).max(-1, keepdims=True)
         unit = 2.0 ** (np.floor(np.log2(np.maximum(most, 1e-29))) - 14)
