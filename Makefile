@@ -1,6 +1,6 @@
 # make demo    set up; a model that we ship reads and points; fetch two small real models, ask them something
 # make test    set up, fetch three small real models, run the default tests
-# make test-all, make peers, make sanitize, make fuzz, make bench: see below
+# make test-all, make peers, make sanitize, make fuzz, make bench, make cuda, make gpu-check, make metal-check: see below
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,7 +10,7 @@ SEES := converters/demo/weights/demo-q8_0.gguf
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 SOURCES := setup.py pyproject.toml $(shell find csrc pyengine converters bench -name '*.py' -o -name '*.[ch]' -o -name '*.cpp' -o -path 'pyengine/server/page_files/*' | grep -v csrc/gen)
 
-.PHONY: demo test test-all peers sanitize fuzz bench weights clean
+.PHONY: demo test test-all peers sanitize fuzz bench weights cuda metal-check gpu-check gpu-sanitize gpu-figures clean
 
 demo: $(VENV)/installed
 	@echo "1. A small vision model of our own reads the word in $(SAMPLES)/word.png:"
@@ -57,6 +57,33 @@ fuzz: $(VENV)/installed $(VENV)/test-installed
 
 bench: $(VENV)/installed
 	$(PY) -m bench models
+
+# The CUDA kernels for all cards, with nvcc; PYENGINE_CUDA_TARGETS="90a" for some only.
+cuda:
+	$(PYTHON) -m pyengine.backends.cuda.build
+
+# On a machine with a card, nvcc, NumPy, pybind11, cffi and Pillow (PyTorch is compared with where it is), without a network: build for
+# this card, check every kernel and small models, time everything, write bench/results/gpu-NAME.json; under 9 minutes.
+CARD ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | sed 's/[.]//; s/^90$$/90a/')
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYENGINE_CUDA_TARGETS="$(CARD)" $(PYTHON) -m pyengine.backends.cuda.build
+	$(PYTHON) -m bench.gpu.check
+
+# The same on small sizes under compute-sanitizer, after gpu-check.
+gpu-sanitize:
+	@mkdir -p build
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON) -m bench.gpu.check --tiny --only ops,kernels,agree --json build/memcheck.json
+	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON) -m bench.gpu.check --tiny --only kernels,agree --json build/racecheck.json
+
+# On a Mac: check every kernel and small models on its GPU, time everything, write bench/results/metal-NAME.json. docs/metal.md.
+metal-check: $(VENV)/installed $(VENV)/test-installed
+	$(PY) -m pip install -q pyobjc-framework-Metal
+	$(PY) -m bench.gpu.metal
+
+# docs/gpu-kernels.md: registers, occupancy and requests to memory of the kernels, with nvcc and the emulator; no card.
+gpu-figures: $(VENV)/installed
+	PYENGINE_EMULATE=checked $(PY) -m bench.gpu.figures
 
 weights: $(VENV)/installed
 	$(PY) -m converters.weights models --all

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,14 @@ def write_abi(path: Path) -> None:
     ffi.emit_python_code(str(path))
 
 
+def copy_metal(folder: Path) -> None:
+    """The sources of Metal kernels, where an installed package finds them."""
+    for source in rules.metal_sources():
+        target = folder / source.relative_to(CSRC)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
 class Build(build_ext):
     def build_extensions(self) -> None:
         from pyengine.compiler import codegen
@@ -53,6 +62,8 @@ class Build(build_ext):
         machine = os.environ.get("PYENGINE_ARCH") or machine_built_for()
         for folder in {ROOT / "pyengine", Path(self.get_ext_fullpath("pyengine._engine")).resolve().parent}:
             write_abi(folder / "_abi.py")
+            if sysconfig.get_platform().startswith("macosx") and folder != ROOT / "pyengine":
+                copy_metal(folder / "_metal")
         jobs = [(source, isa, [*rules.C_FLAGS, *flags]) for source, isa, flags in rules.objects(machine)]
         if "ziglang" in os.environ.get("CC", ""):
             jobs = [(source, isa, [rules.ZIG_WORDS.get(f, f) for f in flags]) for source, isa, flags in jobs]

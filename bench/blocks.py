@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from pyengine.dtype import DType
+from pyengine.native.blocks import dequantize
 
 # Bytes of a block at which its float16 scales stand (csrc/quants.h); all other bytes may be anything.
 SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -30,7 +32,9 @@ class Blocks:
         return False
 
     def values(self, rows: Any = slice(None)) -> np.ndarray:
-        """Return the values dequantized by gguf-py, float64."""
+        """Return the values, float64: dequantized by gguf-py, or where that is not installed by ours, which gives the same bits."""
+        if find_spec("gguf") is None:
+            return dequantize(np.ascontiguousarray(self.raw[rows]), self.dtype).astype(np.float64)
         import gguf
 
         return gguf.quants.dequantize(self.raw[rows], gguf.GGMLQuantizationType(self.dtype.id)).astype(np.float64)

@@ -88,9 +88,14 @@ def stale(obj: Path, also: Iterable[Path]) -> bool:
     return any(not p.exists() or p.stat().st_mtime > made for p in [*map(Path, names), *also])
 
 
+def metal_sources() -> list[Path]:
+    """Kernels for Macs and the headers that they include: an installation there holds them as texts, and compiles what it uses."""
+    return [*sorted(p for p in (CSRC / "metal").iterdir() if p.suffix in (".metal", ".h")), CSRC / "quants.h", CSRC / "gen" / "formats.h"]
+
+
 def abi_headers() -> list[Path]:
     """Headers of flat functions, which Python calls through cffi."""
-    headers = sorted([*CSRC.glob("host/*.h"), *CSRC.glob("cpu/*.h")])
+    headers = sorted(h for folder in ("host", "cpu", "cuda") for h in CSRC.glob(f"{folder}/*.h"))
     return [h for h in headers if re.search(r"^PE_API ", h.read_text(encoding="utf-8"), re.M)]
 
 

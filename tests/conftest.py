@@ -13,6 +13,16 @@ WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", ROOT / "models"))
 REAL = {"gemma": "gemma3-270m-q4_k_m.gguf", "smollm2": "smollm2-135m-q4_1.gguf", "qwen": "qwen2.5-coder-0.5b-q4_k_m.gguf"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", default=None, help="run the contract suites on this device only: cuda, cuda-emulated, cuda:1 ..")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Models of the suites go to that device too, where a test does not name one."""
+    if config.getoption("--backend"):
+        os.environ["PYENGINE_DEVICE"] = config.getoption("--backend")
+
+
 def real_path(name: str) -> Path:
     """Path of a real model, or skip."""
     path = WEIGHTS / REAL[name]

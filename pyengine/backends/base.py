@@ -112,7 +112,7 @@ class Program(ABC):
         return out[0] if self.single else out
 
     def resident(self) -> int:
-        """Return how many bytes of its arena, weights and states are in memory already: a page is when it is first written.
+        """Return how many bytes of what it has in main memory are there already: a page is when it is first written.
 
         Where that cannot be found out, fewer: 0.
         """
@@ -132,6 +132,7 @@ class Prepared(ABC):
 
     weight_bytes are copied to the device, mapped_bytes are read where the file is mapped.
     fallbacks  ops without a kernel here, which the NumPy reference computes -> number of steps
+    host_bytes of a device with memory of its own: what it takes of the host's besides
     """
 
     layout: Layout
@@ -140,6 +141,7 @@ class Prepared(ABC):
     mapped_bytes: int
     state_bytes: int
     fallbacks: dict[str, int]
+    host_bytes: int = 0
 
     @abstractmethod
     def resized(self, states: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

@@ -110,12 +110,12 @@ BatchSize = Annotated[int, Option("--batch", "-b", min=1, rich_help_panel="Memor
 Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", rich_help_panel="Pictures", help=(
     "Vision projector (mmproj) file, for a model in two files (default: the one that is found with a name)."))]
 Json = Annotated[bool, Option("--json", help="Write JSON.")]
-Devices = Annotated[list[str] | None, Option("--device", metavar="NAME=SIZE", rich_help_panel="Memory and speed", help=(
-    "cpu (default), or a part of main memory, cpu:0=6GiB; layers are divided over the parts; repeatable."))]
+Devices = Annotated[list[str] | None, Option("--device", metavar="NAME[=SIZE]", rich_help_panel="Memory and speed", help=(
+    "cpu, a card (cuda, cuda:1), or a part of main memory (cpu:0=6GiB); layers are divided over several; repeatable."))]
 EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
-    "The part that holds the image encoder (default: the first)."))]
+    "The device that holds the image encoder (default: the card if it fits, or the first part)."))]
 ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
-    "The part that holds the experts of a mixture (default: with their layers)."))]
+    "The device that holds the experts of a mixture (default: with their layers)."))]
 InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", help=(
     "Read weights in the file at each step, for models larger than the memory; slower."))]
 Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(

@@ -37,7 +37,8 @@ ALIASES = {
     "--typical-p": "--typical", "-mm": "--mmproj", "--images": "--image", "--cache-type": "--kv-dtype", "--prompt-file": "--file",
 }
 
-_GPU = "models run on the CPU; there are no layers on a GPU yet"
+_GPU = ("layers go to cards as far as their memory holds them (`pyengine-run hardware` shows them): --device cuda, --device cuda:1, or "
+        "--device cuda:0=6GiB --device cpu")
 _HUB = "a model of Hugging Face is named as MODEL, org/repo:Q4_K_M; `pull` fetches it"
 _TEMPLATE = "the file's own chat template is used; --raw leaves it out"
 _GRAMMAR = "in a conversation, `/format FILE` holds answers to a JSON schema; the library and the server take grammars, too"
@@ -48,9 +49,8 @@ _SAMPLER = "the sampler has no such step; --help lists those that it has"
 _ROPE = "the scaling of positions is the one that the file names"
 _LOGS = "nothing is logged but what --verbose says"
 HINTS = {
-    **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers", "--num-gpu", "-sm", "--split-mode", "-ts", "--tensor-split", "-mg",
-                     "--main-gpu", "-ncmoe", "--n-cpu-moe", "-ot", "--override-tensor"), _GPU),
-    **dict.fromkeys(("-dev",), f"{_GPU}; --device divides main memory"),
+    **dict.fromkeys(("-sm", "--split-mode", "-ts", "--tensor-split", "-ot", "--override-tensor", "-dev"), _GPU),
+    **dict.fromkeys(("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"), "--device cuda:0 --device cpu --expert-device cpu keeps experts on the CPU"),
     **dict.fromkeys(("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "-hft", "--hf-token"), _HUB),
     **dict.fromkeys(("-mu", "--model-url"), "nothing is fetched by its address; give a file or a name"),
     **dict.fromkeys(("-ub", "--ubatch-size"), "steps have one size here: --batch"),
@@ -78,6 +78,8 @@ HINTS = {
     **dict.fromkeys(("--kv-bits", "--kv-cache-dtype"), "--kv-dtype q8_0 or q4_0 keeps keys and values smaller"),
     **dict.fromkeys(("--gpu-memory-utilization", "--tensor-parallel-size"), _GPU),
 }
+_LAYERS, _MAIN = ("-ngl", "--gpu-layers", "--n-gpu-layers", "--num-gpu"), ("-mg", "--main-gpu")
+MANY_LAYERS = 99                     # of a model that shall be on a card altogether, as people write it
 _KEYS, _VALUES = ("-ctk", "--cache-type-k"), ("-ctv", "--cache-type-v")
 
 
@@ -100,6 +102,11 @@ def translated(arguments: Sequence[str], options: Mapping[str, bool]) -> list[st
                 raise RequestError(f"{name}: needs a format, as q8_0")
             cached[name in _KEYS] = value if equals else left.pop(0)
             continue
+        if name not in options and name in (*_LAYERS, *_MAIN) and "--device" in options:
+            if not equals and not left:
+                raise RequestError(f"{name}: needs a number")
+            found += _card(name, value if equals else left.pop(0))
+            continue
         if name not in options and ALIASES.get(name) in options:
             name = ALIASES[name]
         elif name not in options and name in HINTS:
@@ -108,6 +115,17 @@ def translated(arguments: Sequence[str], options: Mapping[str, bool]) -> list[st
         if options.get(name) and not equals and left:
             found.append(left.pop(0))
     return [*found, *_kv(cached)]
+
+
+def _card(name: str, value: str) -> list[str]:
+    """Return the device that a number of layers on a card means, or the number of a card. Raises: RequestError."""
+    if name in _MAIN and value.isdecimal():
+        return ["--device", f"cuda:{value}"]
+    if name in _LAYERS and value == "0":
+        return ["--device", "cpu"]
+    if name in _LAYERS and (value in ("all", "auto", "-1") or value.isdecimal() and int(value) >= MANY_LAYERS):
+        return [] if value == "auto" else ["--device", "cuda"]
+    raise RequestError(f"{name} {value}: {_GPU}; 0 is --device cpu, {MANY_LAYERS} and more or all is --device cuda")
 
 
 def _kv(cached: Mapping[bool, str]) -> list[str]:

@@ -62,7 +62,7 @@ def _thunk(op: Op) -> str:
         passed.append(f"a->t + a->start[{i}], a->count[{i}]" if many else f"pe_arg(a, {i})")
     return (
         f"static pe_status call_{op.name}(const pe_args *a, const void *p, pe_stream *s) {{\n"
-        f"  return PE_NAME({op.name})({', '.join(passed)}, p, s);\n}}\n"
+        f"  return PE_NAME({op.name})({', '.join(passed)}, (const pe_{op.name}_params *)p, s);\n}}\n"
     )
 
 
@@ -161,6 +161,7 @@ def kernels_table(backend: str, sources: Iterable[Path]) -> str:
             lines.append(f"int64_t {size}(const pe_args *a, const void *params, int32_t n_threads);")
         lines.append(_thunk(ops.REGISTRY[name]))
         rows.append(f'  {{"{name}", call_{name}, {size}}},')
+    lines.append("extern const pe_kernel_entry PE_NAME(kernels)[];           /* in C++, constants are a file's own without this */")
     lines.append("const pe_kernel_entry PE_NAME(kernels)[] = {\n" + "\n".join(rows) + "\n  {0, 0, 0}};\n")
     return "\n".join(lines)
 

@@ -51,9 +51,10 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
-    device: "cpu", or parts of main memory, {"cpu:0": bytes, "cpu:1": bytes}, over which layers are divided in proportion to
-    the free memory of each; the media encoder goes to `encoder_device` of them; `expert_device` takes the experts' weights, and the products that read them, while
-    layers stay on the others (default: experts are with their layers).
+    device: "cpu"; a card, "cuda" or "cuda:1"; several, ["cuda:0", "cpu"] or {"cuda:0": bytes, "cpu": None}, where cards are filled before the
+    CPU; or parts of main memory, {"cpu:0": bytes, "cpu:1": bytes}. Layers are divided in proportion to the free memory of each of a kind; the media
+    encoder goes to `encoder_device` (default: the card if it fits); `expert_device` takes the experts' weights, and the products that read
+    them, while layers stay on the others (default: experts are with their layers). "auto": cards that can be used, as far as the model fits, else the CPU.
     n_ctx: positions of the context; default the training context, at most 32,768, or what of it fits beside a margin. n_seq: conversations that are
     served at once, each of up to n_ctx positions. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
     n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest

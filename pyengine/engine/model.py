@@ -147,8 +147,12 @@ class Model:
         program, media = self.program, self.media
         if self.closed or isinstance(program, Closed) or isinstance(media, Closed):
             return None
-        there = program.resident() + (media.resident() if media is not None else 0)
-        return Held(self.plan.model, planned_bytes(self.plan), {"cpu": there})
+        planned = planned_bytes(self.plan)
+        there = {"cpu": program.resident() + (media.resident() if media is not None else 0)}
+        for device in planned.keys() - {"cpu"}:              # a card's memory is taken when a program is loaded, and counted in full
+            coming = self.plan.of("encoder", device) if media is not None and not media.loaded else 0
+            there[device] = planned[device] - coming
+        return Held(self.plan.model, planned, there)
 
     @alone
     def _release(self) -> None:

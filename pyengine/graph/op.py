@@ -118,6 +118,7 @@ class Op:
     packed: tuple[str, ...] = ()             # weights that kernels may want in a packed form of their own
     sparse: tuple[str, ...] = ()             # weights of which a row reads some matrices only
     any_format: tuple[str, ...] = ()         # and those that kernels read in any format of a file, packed or not
+    fault: str = "{} is not below {}"        # what a device says of a number that it finds out of its range, and of the range
     rowwise: bool = False                    # a row of the results needs that row only of the arguments that have the rows' axis
     light: bool = False                      # computing some rows again costs no more than moving them
     cases: list[Case] = field(default_factory=list)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pyengine.backends.base import Prepared
 from pyengine.backends.prepared import Counted, Resident
 from pyengine.compiler.arena import aligned
 from pyengine.files.model_files import Files
 from pyengine.files.weights import layer_of
 from pyengine.graph.tensor import axis_max
 from pyengine.memory.plan import MIB, PlanItem
+from pyengine.memory.settings import is_card
 from pyengine.programs.step import Step
 from pyengine.text.sampling import sampler_bytes
 
@@ -18,6 +20,9 @@ PROCESS_BYTES = 44 * MIB             # interpreter, NumPy, kernels, the graph as
 TOKEN_BYTES = 64                     # per token of the vocabulary, for the tokenizer
 PIXEL_COPIES = 3                     # of a picture in bytes while its patches are made: decoded, resized, cut
 PICTURE_BYTES = 8 * MIB              # Pillow, and what it keeps
+
+# What the driver takes of a card for a process and its kernels; NVIDIA's tools show 300 to 500 MiB for programs of this kind.
+CONTEXT_BYTES = 512 * MIB
 
 STEP_KINDS = "layers", "experts of layers", "embedding, head and norms"
 ENCODER_KINDS = ("weights of layers, from the first picture on",) * 2 + ("weights of patches, norms and projector",)
@@ -64,6 +69,15 @@ def arena(prepared: Counted, device: str, step: Step) -> PlanItem:
     return PlanItem.sum(device, "arena", detail, prepared.layout.busiest())
 
 
+def transferred(prepared: Prepared, device: str, main: str, program: str = "step") -> list[PlanItem]:
+    """Count what the host has of a program on a card, and what the driver takes there for itself; nothing of one on the CPU."""
+    if not is_card(device):
+        return []
+    own = CONTEXT_BYTES if "-emulated" not in device and program == "step" else 0
+    return [PlanItem(main, "arena", f"inputs, outputs and tables of {device}, which are copied", prepared.host_bytes, program=program),
+            PlanItem(device, "overhead", "the driver's own: a guess, not measured on a card", own, program=program)]
+
+
 def sampler(device: str, n_seq: int, vocab_size: int) -> PlanItem:
     """Count the candidates of each conversation's sampler."""
     return PlanItem.product(device, "sampler", "candidates", [("conversations", n_seq), ("bytes", sampler_bytes(vocab_size))])
@@ -98,5 +112,6 @@ def encoder(kind: str, prepared: Counted, rows: int, device: str, main: str, ima
     return [*weights(prepared.residents.values(), device, "encoder", ENCODER_KINDS, kind),
             PlanItem.sum(device, "encoder", f"arena, up to {rows:,} image tokens a run", prepared.layout.busiest(), program=kind),
             PlanItem.sum(main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)], program=kind),
+            *transferred(prepared, device, main, kind),
             PlanItem(main, "images", "image cache: encoded pictures kept, at most", image_cache, program=kind),
-            PlanItem.sum(device, "images", "a picture's patches and pixels, while it is processed", host, program=kind)]
+            PlanItem.sum(main if is_card(device) else device, "images", "a picture's patches and pixels, while it is processed", host, program=kind)]

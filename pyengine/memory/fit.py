@@ -21,10 +21,11 @@ from pyengine.errors import PlanError, UnsupportedModelError
 from pyengine.files.model_files import open_files
 from pyengine.media.views import MAX_DECODING
 from pyengine.memory import held as others
+from pyengine.memory.devices import choices, named, with_devices
 from pyengine.memory.held import Held
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.plan import Alternative, amount, Headroom, MemoryPlan, MIB
-from pyengine.memory.settings import Settings
+from pyengine.memory.settings import is_card, Settings
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
 
@@ -66,7 +67,7 @@ def margin(free: int) -> int:
 
 def largest_context(m: ModelLayout) -> int | None:
     """Return the largest context that fits, up to the trained one; None if no step's rows do."""
-    return _largest_of(m, m.bound.n_ctx_train or m.sizes.n_ctx, m.host.free)
+    return _largest_of(m, m.bound.n_ctx_train or m.sizes.n_ctx, m.room)
 
 
 def _least_context(m: ModelLayout) -> int:
@@ -81,7 +82,7 @@ def _largest_of(m: ModelLayout, high: int, room: int) -> int | None:
 
 def most_conversations(m: ModelLayout, limit: int) -> int | None:
     """Return how many conversations of this context fit, at most `limit`; None if not one does."""
-    return _largest(lambda n: m.total_at(m.sizes.n_ctx, n), 1, limit, m.host.free)
+    return _largest(lambda n: m.total_at(m.sizes.n_ctx, n), 1, limit, m.room)
 
 
 def headrooms(m: ModelLayout, total: int, overhead: int) -> Iterator[Headroom]:
@@ -106,7 +107,7 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     whole, vocab, fallbacks = not m.want.parts, m.bound.model.config.vocab_size, m.prepared.fallbacks
     limit = max(m.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * vocab)))                     # with the same logits
     in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
-    notes = (*m.notes, *in_place, *([f"{m.main} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
+    notes = (*m.notes, *in_place, *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
                       m.free, m.sizes.n_seq, len(m.step.layers), max(m.sizes.runs.values(), default=0),
                       largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes,
@@ -144,23 +145,41 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, 
     Raises: RequestError, UnsupportedModelError for settings that the model cannot have; GraphError under $PYENGINE_STRICT.
     """
     held = others.held() if held is None else held           # before free memory is measured: pages are touched meanwhile
-    machine = others.beside(machine or hardware.detect(), held)
+    machine = others.beside(with_devices(machine or hardware.detect(), want), held)
     kept = () if want.parts else tuple((h.name, n) for h in held if (n := h.promised("cpu")) > 0)
+    with _uncollected():
+        for choice in choices(want, machine, bool(bound.encoders)):
+            found = _fitted(bound, choice, machine, kept)
+            if found.plan.fits and (want.device != "auto" or not found.smaller):
+                break
+        on = [name for name in found.layout.places if is_card(name)]
+        note = (f"on {', '.join(on)}, which has the memory; device='cpu' leaves it alone",) if want.device == "auto" and on else ()
+        return Fitted(found.layout, replace(found.plan, notes=(*note, *found.plan.notes)))
 
+
+class _Found(NamedTuple):
+    """What `Fitted` holds, and whether the context is smaller than it would be with more memory."""
+
+    layout: ModelLayout
+    plan: MemoryPlan
+    smaller: bool = False
+
+
+def _fitted(bound: Bound, want: Settings, machine: hardware.Hardware, kept: tuple[tuple[str, int], ...]) -> _Found:
+    """Lay a model out where settings say, with the context that they give or the largest that fits."""
     def at(n_ctx: int) -> Fitted:
         layout = ModelLayout(bound, replace(want, n_ctx=n_ctx), machine)
         return Fitted(layout, replace(plan_of(layout), held=kept))
 
-    with _uncollected():
-        found = at(want.n_ctx or min(bound.n_ctx_train, DEFAULT_CTX))
-        check_kernels(found.layout.prepared, found.layout.main)
-        if want.n_ctx is not None:
-            return found
-        found, why = _of_parts(found, at) if want.parts else _beside_margin(found, at)
-        n, trained = found.plan.n_ctx, bound.n_ctx_train
-        note = f"context: {n:,} positions, as trained" if n == trained else f"context: {n:,} of the {trained:,} trained positions"
-        note += f", {why}" if why else "" if n == trained else ", the most unless more is asked for"
-        return found._replace(plan=replace(found.plan, notes=(note, *found.plan.notes)))
+    found = at(want.n_ctx or min(bound.n_ctx_train, DEFAULT_CTX))
+    check_kernels(found.layout.prepared, found.layout.place)
+    if want.n_ctx is not None:
+        return _Found(*found)
+    found, why = _of_parts(found, at) if want.parts else _beside_margin(found, at)
+    n, trained = found.plan.n_ctx, bound.n_ctx_train
+    note = f"context: {n:,} positions, as trained" if n == trained else f"context: {n:,} of the {trained:,} trained positions"
+    note += f", {why}" if why else "" if n == trained else ", the most unless more is asked for"
+    return _Found(found.layout, replace(found.plan, notes=(note, *found.plan.notes)), why != "")
 
 
 def _of_parts(found: Fitted, at: Callable[[int], Fitted]) -> tuple[Fitted, str]:
@@ -176,8 +195,8 @@ def _of_parts(found: Fitted, at: Callable[[int], Fitted]) -> tuple[Fitted, str]:
 
 def _beside_margin(found: Fitted, at: Callable[[int], Fitted]) -> tuple[Fitted, str]:
     """Make the context smaller until the margin stays free, or as small as a step; returns why it is what it is, "" for the default."""
-    m, free = found.layout, found.layout.host.free
-    if found.plan.total <= free - margin(free):
+    m, free = found.layout, found.layout.room
+    if m.taken <= free - margin(free):
         return found, ""
     if n_ctx := _largest_of(m, m.sizes.n_ctx, free - margin(free)):
         return at(_rounded_down(n_ctx)), f"so that {amount(margin(free))} of the memory stay free"
@@ -234,10 +253,12 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
         if len(found) < 3 and rows >= 1 and fits(n_batch=rows):
             break
     image = refused.layout.bound.image
-    for side in (896, 448) if image else ():
-        if len(found) < 3 and was.picture > image.n_rows(side, side) and fits(images=(side, side)):
+    for side in (s for s in (896, 448) if image and was.picture > image.n_rows(s, s)):
+        if len(found) < 3 and fits(images=(side, side)):
             break
-    for device in _larger(want.parts, was, machine.devices[0].free) if want.parts else ():
+    if (cards := list(filter(is_card, named(want)))) and "cpu" not in named(want) and len(found) < 3:
+        fits(device=dict.fromkeys([*cards, "cpu"]))
+    for device in _larger(want.parts, was, machine.devices[0].free) if want.parts and not cards else ():
         if len(found) < 3 and fits(device=device):
             break
     for part in (2, 4, 8, 16) if want.parts else ():

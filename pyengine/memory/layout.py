@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from pyengine import hardware
 from pyengine.backends import backend
-from pyengine.backends.base import Prepared
+from pyengine.backends.base import Backend, Prepared
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.prepared import Counted
 from pyengine.errors import RequestError
 from pyengine.memory import count
 from pyengine.memory.placement import demand, place
 from pyengine.memory.plan import PlanItem
-from pyengine.memory.settings import Settings
+from pyengine.memory.settings import is_card, Settings
 from pyengine.models.architecture import Encoder
 from pyengine.programs import encoder as encoders
 from pyengine.programs.bound import Bound
@@ -43,7 +43,10 @@ class Stage(NamedTuple):
 
 
 class ModelLayout:
-    """See the module's docstring. main: the device that holds what is the process's own; free: bytes of each device."""
+    """See the module's docstring. main: the device that holds what is the process's own; free: bytes of each device.
+
+    place  where the whole step is, or what comes first of several
+    """
 
     def __init__(self, bound: Bound, want: Settings, machine: hardware.Hardware):
         self.size, self.n_pictures = want.largest_picture()
@@ -52,14 +55,44 @@ class ModelLayout:
         if want.images and not self.bound.encoders:
             raise RequestError(f"images={want.images!r}: {bound.files.name} has no media encoder; where it is in a file of its own, give mmproj=")
         self.notes: list[str] = []
-        self.main, self.free = next(iter(want.parts or {"cpu": 0})), dict(want.parts or {"cpu": self.host.free})
-        self._backend = backend("cpu", n_threads=want.n_threads, in_place=want.mmap)
+        self._devices = {d.id: d for d in machine.devices}
+        self.free = self._free()
+        self.place = next(iter(self.free))
+        cards = any(map(is_card, self.free))
+        self.main = "cpu" if cards else self.place
+        self.places = dict(self.free)                        # of layers
+        self.encoder_place = want.encoder_device or (self.place if cards else self.main)
+        if cards:
+            self.free.setdefault("cpu", self.host.free)
+        self._backends: dict[str, Backend] = {}
+        self._backend = self._backend_of(self.place)
         self.encoder: Counted | None = None
         self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
         self.step = Step(self.bound.model, self.sizes)
         self.image_cache = self._image_cache(self.sizes.n_ctx)
         self.stages, self.prepared = self._prepared()
         self.items = self._items()
+
+    def _free(self) -> dict[str, int]:
+        """Return the bytes of each device or part of memory that layers may go to. Raises: RequestError for one that is not there."""
+        wanted = self.want.parts or {"cpu" if self.want.device == "auto" else self.want.device: None}
+        there = {name: d.free for name, d in self._devices.items()}
+        for name in wanted:
+            if not name.startswith("cpu:") and name not in there:
+                raise RequestError(f"device={name!r}: this machine has {', '.join(there)}")
+        return {name: there[name] if room is None else room for name, room in wanted.items()}
+
+    def _backend_of(self, place: str) -> Backend:
+        """Return the backend of a device; parts of main memory are one."""
+        name = place if is_card(place) else "cpu"
+        if name not in self._backends:
+            own = {} if is_card(name) else {"in_place": self.want.mmap}
+            self._backends[name] = backend(name, n_threads=self.want.n_threads, **own)
+        return self._backends[name]
+
+    def total_of(self, place: str) -> int:
+        """Return all bytes that a device has, free or not."""
+        return self._devices[place].total if place in self._devices else self.host.total
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
@@ -80,17 +113,17 @@ class ModelLayout:
         if not n_layers:
             return 0
         largest = min(most, image.n_rows(*self.size)) if self.size else most
-        share = int(ACROSS_SHARE * self.host.total)
+        share = int(ACROSS_SHARE * self.total_of(self.place))
         return largest * (self.n_pictures or max(1, min(ACROSS_PICTURES, share // (n_layers * largest * cell))))
 
     def _largest_run(self, image: Encoder, n_ctx: int) -> tuple[int, Counted]:
         """Find the rows of a run, and its program, for the largest picture that is asked for, or that fits its share of memory."""
         def laid_out(rows: int) -> Counted:
-            return self._backend.prepare(encoders.declare(image, rows))
+            return self._backend_of(self.encoder_place).prepare(encoders.declare(image, rows))
 
         most = image.most_rows(n_ctx)
         rows = min(most, max(1, image.n_rows(*self.size))) if self.size else most
-        found, limit = laid_out(rows), int(PICTURE_SHARE * self.host.total)
+        found, limit = laid_out(rows), int(PICTURE_SHARE * self.total_of(self.encoder_place))
         if self.size or image.atomic_rows:
             return rows, found
         while count.run_bytes(found) > limit and rows > LEAST_PICTURE:
@@ -122,11 +155,14 @@ class ModelLayout:
         declared, n_layers = self.step.declare(), len(self.step.layers)
         whole = self._backend.prepare(declared)
         if not self.want.parts:
-            return [Stage(self.main, whole, list(range(n_layers)))], whole
+            return [Stage(self.place, whole, list(range(n_layers)))], whole
         cached = {i.layer: i.nbytes for i in count.caches(self.step, self.main, range(n_layers))}
-        fixed = sum(i.nbytes for i in self._own() if i.purpose != "mapped")
+        fixed: dict[str, int] = {}
+        beside = [*self._own(), *self._encoder_items(), *(i for name in self.places for i in count.transferred(whole, name, self.main))]
+        for i in beside if any(map(is_card, self.places)) else self._own():
+            fixed[i.device] = fixed.get(i.device, 0) + (i.nbytes if i.purpose != "mapped" else 0)
         need = demand(whole, cached, n_layers, self.want.expert_device is not None)
-        placed = place(declared, need, self.free, fixed, self.want.expert_device, lambda _: self._backend)
+        placed = place(declared, need, self.places, fixed, self.want.expert_device, self._backend_of)
         self.notes.append(placed.note)
         return [Stage(*s) for s in zip(placed.devices, placed.prepared.prepared, placed.layers)], placed.prepared
 
@@ -147,27 +183,41 @@ class ModelLayout:
             items += count.weights(prepared.residents.values(), device, "weights", count.STEP_KINDS)
             caches = count.caches(self.step, device, layers)
             items += [*caches, count.lasting(prepared, device, caches), count.arena(prepared, device, self.step)]
-        items += self._own()
-        if self.encoder:
-            kind = self.bound.image.kind
-            items += count.encoder(kind, self.encoder, self.sizes.runs[kind], self.want.encoder_device or self.main, self.main, self.image_cache)
-        return items
+            items += count.transferred(prepared, device, self.main)
+        return [*items, *self._own(), *self._encoder_items()]
+
+    def _encoder_items(self) -> list[PlanItem]:
+        if not self.encoder:
+            return []
+        kind = self.bound.image.kind
+        return count.encoder(kind, self.encoder, self.sizes.runs[kind], self.encoder_place, self.main, self.image_cache)
 
     @cached_property
     def total(self) -> int:
         """All bytes that are taken; mapped weights are not."""
         return sum(i.nbytes for i in self.items if i.purpose != "mapped")
 
-    def of_purposes(self, *purposes: str) -> int:
-        """Sum the bytes of some purposes."""
-        return sum(i.nbytes for i in self.items if i.purpose in purposes)
+    def of_purposes(self, *purposes: str, device: str | None = None) -> int:
+        """Sum the bytes of some purposes, on one device or on all."""
+        return sum(i.nbytes for i in self.items if i.purpose in purposes and device in (None, i.device))
+
+    @property
+    def room(self) -> int:
+        """Bytes that the device of the whole step has free."""
+        return self.free[self.place]
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are taken there."""
+        return sum(i.nbytes for i in self.items if i.purpose != "mapped" and i.device == self.place)
 
     def total_at(self, n_ctx: int, n_seq: int) -> int:
-        """Return all bytes with these numbers and all else as it is."""
+        """Return all bytes on the device of the whole step with these numbers and all else as it is."""
         vocab = self.bound.model.config.vocab_size
         if step_rows(n_ctx, self.want.n_batch, n_seq, self.bound.atomic_rows, vocab) != (self.sizes.n_batch, self.sizes.n_head):
-            return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine).total
+            return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine).taken
         arena, lasting = self.whole.resized(self.step.lasting_shapes(n_ctx, n_seq))
-        sampler = count.sampler(self.main, n_seq, vocab).nbytes
-        pictures = self.of_purposes("encoder", "images") - self.image_cache + self._image_cache(n_ctx)
-        return self.of_purposes("weights", "overhead") + arena + lasting + sampler + pictures
+        rest = self.of_purposes("weights", "overhead", "encoder", "images", device=self.place) + arena + lasting
+        if self.place == self.main:
+            rest += count.sampler(self.main, n_seq, vocab).nbytes + self._image_cache(n_ctx) - self.image_cache
+        return rest

@@ -11,6 +11,7 @@ from pyengine.backends.prepared import Counted
 from pyengine.compiler.cut import cut
 from pyengine.errors import RequestError
 from pyengine.files.weights import behind_layers, layer_of
+from pyengine.memory.settings import is_card
 from pyengine.programs import step
 
 
@@ -49,22 +50,20 @@ def demand(whole: Counted, caches: Mapping[int, int], n_layers: int, experts_apa
     return Demand(layers, rest, whole.arena_bytes, apart)
 
 
-def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: int, expert_device: str | None,
+def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: Mapping[str, int], expert_device: str | None,
           backend_of: Callable[[str], Backend]) -> Placement:
-    """Divide a step's layers over devices in proportion to what they have free, and lay each part out.
+    """Divide a step's layers over devices in proportion to what they have free, and lay each part out; cards are filled before the CPU.
 
-    free: bytes of each device, the main one first; fixed: bytes that the main one holds beside. What does not fit is laid out too.
+    free: bytes of each device; fixed: bytes that some of them hold beside. What does not fit is laid out too.
     Raises: RequestError where experts shall be apart and there are none.
     """
-    names, where = list(free), expert_device
+    names, where = sorted(free, key=is_card), expert_device
     if where and not need.apart:
         raise RequestError(f"expert_device={where!r}: the model has no experts")
-    left = [max(1, n - need.arena - (fixed if name == names[0] else 0)) for name, n in free.items()]
+    left = [max(1, free[name] - need.arena - fixed.get(name, 0)) for name in names]
     if where and len(names) > 1:
         left[names.index(where)] = 0                         # layers stay away from their experts
-    found, times = None, 1
-    while found is None:                                     # what does not fit is laid out too, and refused with its table
-        found, times = spread(need.layers, [n * times for n in left], last=need.rest), 2 * times
+    found = filled(need, left, sum(not is_card(name) for name in names))
     used = sorted({*found, *([names.index(where)] if where else [])})
     devices: list[int] = []                                  # of each stage: runs of layers, between them the experts of one
     stages: dict[tuple[int, bool], int] = {}                 # (layer, its experts) -> stage
@@ -89,6 +88,20 @@ def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: int,
     note = "layers: " + ", ".join(f"{found.count(d)} on {names[d]}" for d in used if d in found)
     return Placement([names[d] for d in used], chain, [[i for i, on in enumerate(found) if on == d] for d in used],
                      note + (f", their experts on {where}" if where else ""))
+
+
+def filled(need: Demand, left: Sequence[int], n_host: int) -> list[int]:
+    """Return the device of each layer; the first `n_host` devices are of main memory, and get the first layers that cards cannot hold."""
+    found, times = None, 1
+    for n in range(len(need.layers)) if 0 < n_host < len(left) else ():
+        rest = spread(need.layers[n:], left[n_host:], last=need.rest)
+        if rest is not None:
+            return [0] * n + [n_host + device for device in rest]
+    if 0 < n_host < len(left):                               # not even the head
+        left = left[:n_host]
+    while found is None:                                     # what does not fit is laid out too, and refused with its table
+        found, times = spread(need.layers, [n * times for n in left], last=need.rest), 2 * times
+    return found
 
 
 def spread(layers: Sequence[int], free: Sequence[int], first: int = 0, last: int = 0) -> list[int] | None:

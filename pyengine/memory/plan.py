@@ -89,7 +89,8 @@ class Alternative:
 
 def _option(name: str, value: Any) -> str:
     if name == "device":
-        return " ".join(f"--device {part}={nbytes / MIB:.0f}MiB" for part, nbytes in value.items())
+        parts = {value: None} if isinstance(value, str) else value
+        return " ".join(f"--device {part}" + (f"={nbytes / MIB:.0f}MiB" if nbytes else "") for part, nbytes in parts.items())
     if name == "images":
         return f"--picture {value[0]}x{value[1]}"
     if value is True:
@@ -246,7 +247,7 @@ class MemoryPlan:
         if self.alternatives:
             return "\n".join(["these would fit:", *(f"  {a.options() if options else a}" for a in self.alternatives)])
         small = [f"{d} has {amount(self.available[d])} and needs {amount(self.on(d))}" for d in self.devices if self.on(d) > self.available[d]]
-        parts = f"the parts of memory that were given are too small: {', '.join(small)}; " if "cpu" not in self.available else ""
+        parts = f"the parts of memory that were given are too small: {', '.join(small)}; " if set(self.available) != {"cpu"} else ""
         alone = f"its weights alone take {amount(self.of('weights'))}: " if self.of("weights") > sum(self.available.values()) else ""
         return f"{parts}no setting near it fits; {alone}take a smaller model, or a file with fewer bits a weight"
 

@@ -44,6 +44,7 @@ def attend_int8(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 @op(
     strided=("q", "k", "v"),
     rowwise=True,
+    fault="a row reads key, cell or sequence {} of {}",
     flops=lambda q, k, v, *a, **p: 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1])
     * (axis_max(q.shape[2]) + axis_max(v.shape[2])),
 )

@@ -79,7 +79,7 @@ def _expert_linear_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[
     return [((pairs, w[0].shape[1]), dtype("F32"))]
 
 
-@op(infer=_expert_linear_infer, flops=_expert_linear_flops, packed=("w",), sparse=("w",), rowwise=True)
+@op(infer=_expert_linear_infer, flops=_expert_linear_flops, packed=("w",), sparse=("w",), rowwise=True, fault="expert {} of {}")
 def expert_linear(
     x: F32["x k"],
     w: list[Weight["e n k"]],

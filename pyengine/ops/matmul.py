@@ -86,7 +86,7 @@ matmul.case(x=(2, 3, 17, 33), y=(2, 3, 9, 33))
 matmul.case(x=(0, 4), y=(3, 4))
 
 
-@op(any_format=("table",))
+@op(any_format=("table",), fault="id {} of {}")
 def rows(table: Weight["n k"], ids: I32["m"], media: F32["e k"] | None = None, *, scale: float = 1.0) -> F32["m k"]:
     """Pick rows of a table by number, times `scale` (token embeddings; rows whose logits are wanted).
 

@@ -11,7 +11,7 @@ import numpy as np
 from pyengine.graph.op import Cache, F32, I32, op, Same
 
 
-@op()
+@op(fault="axis {} of {} rows of positions")
 def rope_table(
     positions: I32["a m"], inv_freq: F32["f"], axis: I32["f"] | None = None, *, scale: float = 1.0
 ) -> F32["m 2*f"]:
@@ -94,7 +94,7 @@ def mixed(x: np.ndarray) -> np.ndarray:
     return y.reshape(x.shape) * x.dtype.type(1 / np.sqrt(s))
 
 
-@op()
+@op(fault="a row goes to cell {} of {}")
 def cache_append(cache: Cache["g s e"], x: F32["m g e"], cells: I32["m"], offset: F32["g e"] | None = None) -> Same["cache"]:
     """Write row i of every head, less `offset`, into cell cells[i] of the cache, which is changed in place.
 
@@ -113,7 +113,7 @@ def _head_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarr
     return x if weight is None else x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
 
 
-@op(inplace="q")
+@op(inplace="q", fault="a row goes to cell {} of {}")
 def rope_append(
     q: F32["m h e"],
     k: F32["m g e"],

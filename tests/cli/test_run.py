@@ -303,9 +303,18 @@ def test_every_alias_leads_to_an_option_and_every_hint_is_one_line(model, capsys
     for name in (*words.HINTS, "-ctk"):
         assert execute(["m", "Q", name]) == 2
         assert name in one_line(capsys.readouterr().err)
-    assert execute(["m", "Q", "-ngl", "99"]) == 2
-    assert "GPU" in one_line(capsys.readouterr().err)
+    assert execute(["m", "Q", "-ngl", "20"]) == 2
+    assert "--device cuda:0=6GiB --device cpu" in one_line(capsys.readouterr().err)
     assert model.loaded == []
+
+
+def test_numbers_of_layers_and_cards_are_devices() -> None:
+    def said(*arguments: str) -> list[str]:
+        return words.translated(arguments, {"--device": True})
+
+    assert said("-ngl", "0") == ["--device", "cpu"]
+    assert said("--n-gpu-layers=99") == said("-ngl", "all") == said("-ngl", "-1") == ["--device", "cuda"]
+    assert said("-ngl", "auto") == [] and said("-mg", "1") == ["--device", "cuda:1"]
 
 
 def test_commands_of_others(model, capsys) -> None:  # noqa: F811

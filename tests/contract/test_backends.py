@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import devices
 import numpy as np
 import oracle
 import pytest
 
 import pyengine as pe
 from pyengine import ops
-from pyengine.backends import backend, cpu, names
+from pyengine.backends import backend, cpu, names, parsed
 from pyengine.backends.base import Backend, check_kernels, Declared, Program, said, State
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.cpu import Backend as Cpu
@@ -62,7 +63,7 @@ class Stored:
 
 @pytest.fixture(params=names())
 def own(request) -> Backend:
-    return backend(request.param, n_threads=2)
+    return devices.opened(request, request.param)
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def lacking(own: Backend, program: Program) -> set[str]:
 
 
 def test_a_backend_is_found_by_its_name(own: Backend) -> None:
-    assert own.name in names() and isinstance(own, Backend)
+    assert parsed(own.name)[0] in names() and isinstance(own, Backend)
     assert own.kernels is None or own.kernels <= set(REGISTRY)
 
 

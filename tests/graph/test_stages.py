@@ -100,7 +100,7 @@ def test_a_model_on_two_parts_of_memory(tiny_gguf) -> None:
     assert sorted(layers[0] | layers[1]) == list(range(7)) and not layers[0] & layers[1]
     with pytest.raises(PlanError, match="cpu:1"):
         pe.load(path, n_ctx=128, device={"cpu:0": 4 << 20, "cpu:1": 1 << 18})
-    for device, text in (({"cuda:0": 1}, "no part of main memory"), ({"cpu:0": 0}, "no part of main memory"), ("tpu", "models run on")):
+    for device, text in (({"tpu:0": 1}, "no part of main memory"), ({"cpu:0": 0}, "no part of main memory"), ("tpu", "models run on")):
         with pytest.raises(RequestError, match=text):
             pe.plan(path, device=device)
     for name in ("encoder_device", "expert_device"):

@@ -17,7 +17,8 @@ import gguf
 import numpy as np
 import pytest
 import test_kernels
-from test_kernels import MAX_DIMS, CTensor, KernelError, isas, rng_of
+from op_cases import CTensor, KernelError, MAX_DIMS, rng_of
+from test_kernels import isas
 
 from bench.blocks import SCALES
 from csrc import build_rules as rules

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import test_dequant
 from crossbuild import Call, Memory, Outcome
+from op_cases import Block, CACHES, close, describe, KernelError, make_inputs, rng_of, stored, Value
 from test_kernels import (  # noqa: F401
-    CACHES, OPS, Block, KernelError, Value, close, describe, make_inputs, rng_of, stored,
-    test_a_cell_outside_the_cache_is_refused, test_a_masked_key_contributes_nothing_whatever_it_holds,
+    OPS, test_a_cell_outside_the_cache_is_refused, test_a_masked_key_contributes_nothing_whatever_it_holds,
     test_a_nan_of_a_query_or_value_stays_there, test_attention_of_bytes_is_nearly_that_of_floats, test_bytes_take_no_cells_sinks_or_cap,
     test_caches_with_gaps_between_heads_and_cells, test_declared_cases, test_empty_intervals_give_zeros,
     test_experts_of_equal_and_bad_scores,

@@ -428,7 +428,7 @@ def test_sizes_of_devices(given: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("given, message", [(["cpu:0=6XB"], "6XB is no number of bytes"), (["cpu:0=6GiB", "cpu:0=1GiB"], "cpu:0 is given twice"),
-                                            (["cpu:0=6GiB", "cpu"], "each has its bytes"), (["cpu:0="], "each has its bytes")])
+                                            (["cpu:0=6GiB", "cpu:1"], "each has its bytes"), (["cpu:0="], "each has its bytes")])
 def test_sizes_that_are_none(given: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         parse_device(given)

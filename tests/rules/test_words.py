@@ -83,7 +83,7 @@ def test_what_pages_name_is_there(tmp_path) -> None:
 @pytest.mark.parametrize("path, text", [
     ("pyengine/x.py", "# see pyengine/planning.py"), ("pyengine/x.py", '"""`pyengine.planner` reads it."""'),
     ("csrc/cpu/x.c", "/* as in gen/params.h */"), ("csrc/cpu/x.c", "// declared in nowhere.h, not in pool.h"),
-    ("docs/x.md", "The files of `csrc/metal/` are"), ("docs/x.md", "`pyengine.ops.conv2d`"),
+    ("docs/x.md", "The files of `csrc/vulkan/` are"), ("docs/x.md", "`pyengine.ops.conv2d`"),
     ("pyengine/x.py", "# gen/table.c is not gen/cpu/table.c"),
 ])
 def test_a_path_to_nowhere_is_found(path: str, text: str, tmp_path) -> None:
@@ -127,13 +127,14 @@ VERBS = frozenset("""
     rewrite rotate round run sample save say scale scan scatter search see select send separate set settle share shift show skip sort split
     spread start state stop store stream strip sum swap switch take tell test tokenize trace train transform translate treat trim try turn
     unpack update use validate wait walk wrap write yield
-    halve
+    halve launch
     queue warn
 """.split())
 _THIRD = {f"{v}s" for v in VERBS} | {f"{v}es" for v in VERBS} | {f"{v[:-1]}ies" for v in VERBS if v.endswith("y")}
 _NOUNS = {"name", "names", "list", "lists", "map", "maps", "state", "states", "order", "group", "groups", "cut", "cuts", "turn", "turns", "plan",
           "plans", "store", "stores", "record", "point", "points", "place", "places", "sample", "samples", "step", "steps", "scale", "mix",
-          "test", "tests", "report", "reports", "stream", "streams", "share", "shares", "result", "switch", "match", "format", "formats"}
+          "test", "tests", "report", "reports", "stream", "streams", "share", "shares", "result", "switch", "match", "format", "formats",
+          "launch", "launches"}
 
 
 def first_word(text: str) -> str:

@@ -22,7 +22,7 @@ def mapped_view(r: Resident) -> np.ndarray:
 
 
 def load(residents: Sequence[Resident], memory: Any, pool: Any, progress: Progress | None) -> None:
-    """Bring constants into `memory`, an engine.Buffer, at their offsets; the file's pages behind them are released.
+    """Bring constants into `memory`, an engine.Buffer or bytes, at their offsets; the file's pages behind them are released.
 
     Raises: InvalidModelError for a file that was cut or written to meanwhile.
     """
@@ -34,7 +34,7 @@ def load(residents: Sequence[Resident], memory: Any, pool: Any, progress: Progre
         if r.form != "mapped":
             raw = np.ascontiguousarray(source if isinstance(source, np.ndarray) else source.view())
             if r.form == "packed":
-                _pack(r, raw, memory.address + r.offset, pool)
+                _pack(r, raw, data.ctypes.data + r.offset, pool)
             elif isinstance(source, np.ndarray) or source.dtype == r.dtype:
                 data[r.offset : r.offset + r.nbytes] = raw.reshape(-1).view(np.uint8)
             elif r.dtype.name == "F32":                      # a small tensor: norm weights in F16, say

@@ -27,20 +27,20 @@ _UNITS = _DECIMAL | _BINARY
 
 
 def parse_device(arguments: Sequence[str]) -> Any:
-    """Return what `plan` and `load` take as `device`, from "cpu" or from parts "cpu:0=6GiB". Raises: RequestError."""
+    """Return what `plan` and `load` take as `device`: "cpu", "cuda:1", parts "cpu:0=6GiB", several of these. Raises: RequestError."""
     if len(arguments) == 1 and "=" not in arguments[0]:
         return arguments[0]
-    parts: dict[str, int] = {}
+    parts: dict[str, int | None] = {}
     for argument in arguments:
         name, equals, room = argument.partition("=")
         number = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s?([a-z]*)", room.lower(), re.ASCII)
-        if not equals or not room:
+        if equals and not room or not equals and re.fullmatch(r"cpu:\d+", name):
             raise RequestError(f"--device {argument}: of several parts of the memory each has its bytes, as cpu:0=6GiB")
-        if number is None or number[2] not in _UNITS:
+        if equals and (number is None or number[2] not in _UNITS):
             raise RequestError(f"--device {argument}: {room} is no number of bytes; write it as cpu:0=6GiB (or 6G, 6144MiB; 6GB are 6,000,000,000)")
         if name in parts:
             raise RequestError(f"--device {argument}: {name} is given twice; give each part once, as cpu:0=6GiB")
-        parts[name] = int(float(number[1]) * _UNITS[number[2]])
+        parts[name] = int(float(number[1]) * _UNITS[number[2]]) if number and equals else None
     return parts or "auto"
 
 

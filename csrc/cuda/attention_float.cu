@@ -1,0 +1,293 @@
+/* attention_float.cu: attention whose keys and values are float32, in float32 throughout: an engine's F32 mode, encoders outside of blocks.
+ *
+ * Block (x, y, z) has 128 threads in TY x TX and owns unit x (then x + gridDim.x ...) of key/value head y: 4 TY queries; and of the chunks
+ * that it sees those number z, z + gridDim.z ... Thread (ty, tx) makes the scores of queries 4 ty .. 4 ty + 3 and keys tx, tx + TX ...
+ * of a tile, elements ascending, and sums of their values in columns CPT tx .. CPT tx + CPT - 1 of every 64, keys ascending; between
+ * the two a warp owns whole queries for the softmax. A masked key is skipped, whatever it holds.
+ *
+ * Shared memory: queries [4 TY][e rounded up to 64, + 4]; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
+ * of V, the next one copied while one is used; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4
+ * floats more than a multiple of 32 apart, so that 8 threads' 16-byte loads meet no bank twice.
+ * Per tile and block: 64 (e + f) * 4 bytes of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): 16 operations a
+ * byte of K and V from L2; 8 loads of 16 bytes for 64 fma a thread: bound by fma, to about three quarters of their peak. TY = 2
+ * (generation): each byte of the cache is read once for 8 heads of a group.
+ */
+#include "attention_softmax.h"
+
+namespace {
+
+using namespace pe;
+
+enum { THREADS = 128, OWN = 4 /* queries of a thread */, SLICE = 64, PITCH = SLICE + 4 };
+
+__device__ __forceinline__ int slices_of(int elements) { return (elements + SLICE - 1) / SLICE; }
+
+/* Begin to copy elements first .. first + 63 of a tile's cells. */
+__device__ __forceinline__ void load_slice(const Cache &c, bool copied, int64_t head, const int32_t *cells, int first, float *to) {
+  if (copied) {
+    for (int i = threadIdx.x; i < TILE_KEYS * SLICE / 4; i += THREADS) {
+      const int key = i / (SLICE / 4), at = first + i % (SLICE / 4) * 4;
+      const bool valid = cells[key] >= 0 && at < c.elements;
+      cp_async16(to + key * PITCH + at - first, valid ? cell_at(c, head, cells[key]) + 4 * at : c.data, valid);
+    }
+    return;
+  }
+  for (int i = threadIdx.x; i < TILE_KEYS * SLICE; i += THREADS) {
+    const int key = i / SLICE, at = first + i % SLICE;
+    const bool valid = cells[key] >= 0 && at < c.elements;
+    to[key * PITCH + at - first] = valid ? *(const float *)(cell_at(c, head, cells[key]) + at * c.element) : 0.0f;
+  }
+}
+
+/* Slices of K, then of V, of tile after tile; one is on its way while one is used. */
+struct Slices {
+  Walk ahead;
+  int slice, to;
+
+  __device__ __forceinline__ float *buffer(const Job &w, int i) const { return area<float>(w.at.k + i * w.at.stage_bytes); }
+  __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen) {
+    if (ahead.more()) {
+      const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
+      const int keys = slices_of(w.e), values = slices_of(w.f);
+      if (slice < keys) load_slice(w.k, w.k_form == COPIED, u.g, cells, slice * SLICE, buffer(w, to));
+      else load_slice(w.v, w.v_form == COPIED, u.g, cells, (slice - keys) * SLICE, buffer(w, to));
+      if (++slice == keys + values) {
+        slice = 0;
+        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
+      }
+    }
+    cp_async_commit();
+    to ^= 1;
+  }
+  /* The next slice; ends with a barrier. */
+  __device__ __forceinline__ const float *next(const Job &w, const Unit &u, const Seen &seen) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const float *is = buffer(w, to ^ 1);
+    load(w, u, seen);
+    return is;
+  }
+};
+
+/* What a block keeps of each query: in shared memory. */
+struct Kept { float *top, *sum, *factor, *p; };
+
+__device__ __forceinline__ Kept kept_of(const Job &w, int n) {
+  float *at = area<float>(w.at.peaks);
+  return Kept{at, at + n, at + 2 * n, area<float>(w.at.p)};
+}
+
+/* Scores of a tile become probabilities; those of masked keys -1. A warp owns every fourth query. */
+__device__ __forceinline__ void soften(const Job &w, int first, int n, const Kept &kept) {
+  const Interval *rows = area<Interval>(w.at.rows);
+  for (int i = warp_of(); i < n; i += THREADS / 32) {
+    float x[2], peak = PE_NONE, sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int key = first + lane_of() + 32 * j;
+      x[j] = kept.p[i * PITCH + lane_of() + 32 * j];
+      if (w.softcap != 0.0f) x[j] = w.softcap * tanhf(__fdiv_rn(x[j], w.softcap));
+      if (key < rows[i].lo || key >= rows[i].hi) x[j] = PE_NONE;
+      peak = fmaxf(peak, x[j]);
+    }
+    peak = lanes_max(peak);
+    float top = kept.top[i], factor = 1.0f;
+    if (peak > top + PE_SLACK) factor = expf(top - peak), top = peak;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int key = first + lane_of() + 32 * j;
+      const bool masked = key < rows[i].lo || key >= rows[i].hi;
+      const float p = masked ? 0.0f : expf(x[j] - (top == PE_NONE ? 0.0f : top));
+      sum += p;
+      kept.p[i * PITCH + lane_of() + 32 * j] = masked ? -1.0f : p;
+    }
+#pragma unroll
+    for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    __syncwarp(); /* all have read the top */
+    if (lane_of() == 0) kept.top[i] = top, kept.factor[i] = factor, kept.sum[i] = fmaf(kept.sum[i], factor, sum);
+    __syncwarp();
+  }
+}
+
+/* s[i][j] += queries 4 ty + i by keys tx + TX j over one slice. */
+template <int TX>
+__device__ __forceinline__ void add_scores(const float *q, int q_pitch, const float *k, int tx, float (&s)[OWN][TILE_KEYS / TX]) {
+#pragma unroll 2
+  for (int at = 0; at < SLICE; at += 4) {
+    float4 x[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) x[i] = *(const float4 *)(q + i * q_pitch + at);
+#pragma unroll
+    for (int j = 0; j < TILE_KEYS / TX; j++) {
+      const float4 y = *(const float4 *)(k + (tx + TX * j) * PITCH + at);
+#pragma unroll
+      for (int i = 0; i < OWN; i++) s[i][j] = fmaf(x[i].w, y.w, fmaf(x[i].z, y.z, fmaf(x[i].y, y.y, fmaf(x[i].x, y.x, s[i][j]))));
+    }
+  }
+}
+
+/* acc[i][j] = factor[i] acc[i][j] + sum over the keys of p and column CPT tx + j of a slice of V. */
+template <int CPT>
+__device__ __forceinline__ void add_slice(const float *p, const float *factor, const float *v, int tx, float (&acc)[OWN][CPT]) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++)
+#pragma unroll
+    for (int j = 0; j < CPT; j++) acc[i][j] *= factor[i];
+  for (int key = 0; key < TILE_KEYS; key += 4) {
+    float x[OWN][4];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const float4 four = *(const float4 *)(p + i * PITCH + key);
+      x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      float y[CPT];
+      if constexpr (CPT == 4) {
+        const float4 four = *(const float4 *)(v + (key + c) * PITCH + 4 * tx);
+        y[0] = four.x, y[1] = four.y, y[2] = four.z, y[3] = four.w;
+      } else {
+        y[0] = v[(key + c) * PITCH + tx];
+      }
+#pragma unroll
+      for (int i = 0; i < OWN; i++)
+#pragma unroll
+        for (int j = 0; j < CPT; j++)
+          if (!(x[i][c] < 0.0f)) acc[i][j] = fmaf(x[i][c], y[j], acc[i][j]);
+    }
+  }
+}
+
+/* As settle of attention_softmax.h, for this file's owners: columns CPT tx + j of slices of 64. */
+template <int N, int CPT>
+__device__ __forceinline__ void settle_floats(const Job &w, const Unit &u, int i, int chunk, const float (&acc)[N][OWN][CPT], int own,
+                                              Total part, Total &total, int tx) {
+  const Interval seen = area<Interval>(w.at.rows)[i];
+  if (i >= queries_of(u) || !meets(seen, chunk * CHUNK_KEYS, CHUNK_KEYS)) return;
+  const int64_t query = (int64_t)row_of(u, i) * w.h + head_of(u, i), slot = query * w.chunks + chunk - first_chunk(seen);
+  const bool fresh = chunk == first_chunk(seen), last = chunk == last_chunk(seen);
+  float before = 0.0f, now = 1.0f, factor = 1.0f;
+  if (w.partials) {
+    if (tx == 0) w.tops[2 * slot] = part.top, w.tops[2 * slot + 1] = part.sum;
+  } else {
+    if (fresh) total = part;
+    else merge_tops<true>(total, part, before, now);
+    if (last) factor = join_sink<true>(w.sinks, head_of(u, i), total);
+  }
+#pragma unroll
+  for (int b = 0; b < N; b++)
+#pragma unroll
+    for (int j = 0; j < CPT; j++) {
+      const int at = b * SLICE + CPT * tx + j;
+      float x = acc[b][own][j];
+      if (at >= w.f) continue;
+      float *to = w.partials ? w.partials + slot * w.nf * COLUMNS + at : w.out + query * w.f + at;
+      if (!w.partials && !fresh) x = merged(*to, x, before, now);
+      *to = !w.partials && last ? finished(x, factor, total.sum) : x;
+    }
+}
+
+/* Scaled queries, zeros beyond e and where there is none. */
+__device__ __forceinline__ void load_floats(const Job &w, const Unit &u, int n, int pitch) {
+  float *q = area<float>(w.at.q);
+  for (int i = warp_of(); i < n; i += THREADS / 32) {
+    const bool there = i < queries_of(u);
+    const char *from = there ? w.q + row_of(u, i) * w.q_row + head_of(u, i) * w.q_head : nullptr;
+    for (int j = lane_of(); j < pitch - 4; j += 32)
+      q[i * pitch + j] = there && j < w.e ? *(const float *)(from + j * w.q_element) * w.scale : 0.0f;
+  }
+}
+
+/* N: slices of V, at most. */
+template <int TY, int N>
+struct FloatUnit {
+  enum { TX = THREADS / TY, QUERIES = OWN * TY, KEYS = TILE_KEYS / TX, CPT = SLICE / TX };
+  float acc[N][OWN][CPT];
+  Total total[OWN];
+
+  __device__ __forceinline__ void clear(const Kept &kept) {
+#pragma unroll
+    for (int b = 0; b < N; b++)
+#pragma unroll
+      for (int i = 0; i < OWN; i++)
+#pragma unroll
+        for (int j = 0; j < CPT; j++) acc[b][i][j] = 0.0f;
+    __syncthreads();
+    for (int i = threadIdx.x; i < QUERIES; i += THREADS) kept.top[i] = PE_NONE, kept.sum[i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, const Seen &seen, int tile, Slices &slices, const Kept &kept) {
+    const int ty = threadIdx.x / TX, tx = threadIdx.x % TX, pitch = slices_of(w.e) * SLICE + 4;
+    float s[OWN][KEYS] = {}, factor[OWN];
+    for (int i = 0; i < slices_of(w.e); i++)
+      add_scores<TX>(area<float>(w.at.q) + OWN * ty * pitch + i * SLICE, pitch, slices.next(w, u, seen), tx, s);
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+#pragma unroll
+      for (int j = 0; j < KEYS; j++) kept.p[(OWN * ty + i) * PITCH + tx + TX * j] = s[i][j];
+    __syncthreads();
+    soften(w, tile * TILE_KEYS, QUERIES, kept);
+#pragma unroll
+    for (int b = 0; b < N; b++) {
+      if (b >= slices_of(w.f)) break;
+      const float *v = slices.next(w, u, seen); /* a barrier: probabilities are there */
+#pragma unroll
+      for (int i = 0; i < OWN; i++) factor[i] = kept.factor[OWN * ty + i];
+      add_slice<CPT>(kept.p + OWN * ty * PITCH, factor, v, tx, acc[b]);
+    }
+  }
+
+  __device__ __forceinline__ void run(const Job &w, const Unit &u) {
+    const Seen seen = load_intervals(w, u, QUERIES);
+    const Kept kept = kept_of(w, QUERIES);
+    const int ty = threadIdx.x / TX, tx = threadIdx.x % TX;
+    load_floats(w, u, QUERIES, slices_of(w.e) * SLICE + 4);
+    Walk now = {0, 0, 0, 0};
+    now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
+    if (now.more()) {
+      Slices slices = {now, 0, 0};
+      find_cells(w, u, seen, now.chunk);
+      slices.load(w, u, seen);
+      clear(kept);
+      while (now.more()) {
+        const int chunk = now.chunk;
+        attend_tile(w, u, seen, now.tile, slices, kept);
+        if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+          const int at = OWN * ty + i;
+          settle_floats<N, CPT>(w, u, at, chunk, acc, i, Total{kept.top[at], kept.sum[at]}, total[i], tx);
+        }
+        clear(kept);
+      }
+    }
+    if (w.partials) return;
+    for (int i = warp_of(); i < queries_of(u); i += THREADS / 32)
+      finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, empty(area<Interval>(w.at.rows)[i]), nullptr);
+  }
+};
+
+template <int TY, int N>
+__global__ void __launch_bounds__(THREADS) attend_floats_kernel(const Job w) {
+  for (int at = blockIdx.x;; at += gridDim.x) {
+    const Unit u = unit_at(w, at, blockIdx.y);
+    if (u.n_rows == 0) return;
+    FloatUnit<TY, N> unit;
+    unit.run(w, u);
+    __syncthreads();
+  }
+}
+
+template <int TY>
+void launch_floats(const Job &w, dim3 grid, cudaStream_t stream) {
+  const dim3 block(THREADS);
+  if (w.f <= 2 * SLICE) launch(stream, attend_floats_kernel<TY, 2>, grid, block, w.at.bytes, w);
+  else launch(stream, attend_floats_kernel<TY, 4>, grid, block, w.at.bytes, w);
+}
+
+} // namespace
+
+void pe::attend_floats(const Job &w, int queries, dim3 grid, cudaStream_t stream) {
+  if (queries == 8) launch_floats<2>(w, grid, stream);
+  else launch_floats<8>(w, grid, stream);
+}

@@ -1,0 +1,131 @@
+/* attention_many.cu: attention of prompts and encoders on tensor cores, up to 128 queries of a group and sequence at a time.
+ *
+ * Block (x, y) has a warp for every 16 queries and owns unit x (then x + gridDim.x ...) of key/value head y; units whose rows come
+ * last, and see most, begin first. All warps share each tile; a warp makes the scores, probabilities and sums of its own 16 queries:
+ * probabilities go from the accumulators of one product straight into the A fragments of the next. Chunks are merged in the block's part
+ * of `out`, which costs its reading and writing once in 512 keys. Tiles outside of a warp's intervals are skipped; tiles inside need no mask.
+ *
+ * Shared memory: queries [blocks of 32 columns][queries][32]; stages of a tile of K and V, the next on its way while one is used; one
+ * unpacked tile of each where they are blocks. Registers: 16 a block of 32 columns of V, 32 for scores.
+ * Per 16 queries and tile, heads of 128, halves: 132 mma of 4096 operations, 40 loads of 16 and 64 of 8 bytes of shared memory a lane, 32
+ * powers. K and V are read from L2 once for 128 queries, 128 operations a byte: bound by tensor cores, and from sm_90 on, whose tensor
+ * cores mma.sync does not fill, by them and shared memory alike (16 KB of it for 64 mma).
+ */
+#include "attention_softmax.h"
+#include "attention_tiles.h"
+
+namespace {
+
+using namespace pe;
+
+enum { GROUPS = TILE_KEYS / 8, STEPS = TILE_KEYS / 16 };
+
+/* The warp's queries see a tile. */
+template <int N>
+__device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *k, const char *v, Rows &rows, float (&acc)[N][4][4],
+                                            float (&sums)[4]) {
+  float s[GROUPS][4], peak[2], factor[2];
+  if (!__any_sync(0xffffffffu, meets(rows.seen[0], tile * TILE_KEYS, TILE_KEYS) || meets(rows.seen[1], tile * TILE_KEYS, TILE_KEYS)))
+    return;
+  const UnpackedKeys codes = {area<char>(w.at.k_ready), area<float>(w.at.k_scale), TILE_KEYS * w.ne};
+  if (w.k_form == BLOCKS) scores_of_codes<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, codes, 0, s);
+  else scores_of_halves<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, k, 0, s);
+  to_logits<GROUPS>(w.softcap, rows, tile * TILE_KEYS, s, peak);
+#pragma unroll
+  for (int r = 0; r < 2; r++) factor[r] = move_top(peak_of_lanes(peak[r]), rows.top[r]);
+  if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+    for (int b = 0; b < N; b++) shrink(acc[b], factor[0], factor[1]);
+    sums[0] *= factor[0], sums[1] *= factor[0], sums[2] *= factor[1], sums[3] *= factor[1];
+  }
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    uint32_t p[4];
+    probabilities(s[2 * step], s[2 * step + 1], rows.top, p);
+    add_sums(p, sums);
+#pragma unroll
+    for (int b = 0; b < N; b++)
+      if (b < w.nf) add_values(p, v + b * HALF_TILE, step, acc[b]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void clear(Rows &rows, float (&acc)[N][4][4], float (&sums)[4]) {
+#pragma unroll
+  for (int b = 0; b < N; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) acc[b][i][0] = acc[b][i][1] = acc[b][i][2] = acc[b][i][3] = 0.0f;
+  sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+  rows.top[0] = rows.top[1] = PE_NONE;
+}
+
+/* The chunk is done: what it gave joins the queries' totals, which are in shared memory. */
+template <int N>
+__device__ __forceinline__ void settle_both(const Job &w, const Unit &u, int chunk, const Rows &rows, const float (&acc)[N][4][4],
+                                            const float (&sums)[4]) {
+  const int first = 16 * warp_of() + lane_of() / 4;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    Total total = area<Total>(w.at.totals)[first + 8 * r];
+    settle<N>(w, u, first + 8 * r, chunk, rows.seen[r], acc, r, Total{rows.top[r], sums[2 * r]}, total, 0, 1);
+    __syncwarp();
+    if (lane_of() % 4 == 0) area<Total>(w.at.totals)[first + 8 * r] = total;
+  }
+  __syncwarp();
+}
+
+template <int N>
+__device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
+  const int n = blockDim.x / 2, first = 16 * warp_of() + lane_of() / 4;
+  const Unit &u = task.unit;
+  Walk now = {0, 0, 0, 0};
+  load_queries(w, u, n);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) area<Total>(w.at.totals)[i] = Total{PE_NONE, 0.0f};
+  now.enter(w, u, task.seen, 0, 0, 1);
+  if (now.more()) {
+    float acc[N][4][4], sums[4];
+    Rows rows;
+    Loader loader;
+    loader.begin(w, u, task.seen, now);
+    rows.seen[0] = area<Interval>(w.at.rows)[first];
+    rows.seen[1] = area<Interval>(w.at.rows)[first + 8];
+    clear<N>(rows, acc, sums);
+    while (now.more()) {
+      const char *k, *v;
+      const int chunk = now.chunk;
+      loader.next<true>(w, u, task.seen, k, v);
+      attend_tile<N>(w, now.tile, k, v, rows, acc, sums);
+      if (!now.step(w, u, task.seen, 0, 1)) continue;
+      settle_both<N>(w, u, chunk, rows, acc, sums);
+      clear<N>(rows, acc, sums);
+    }
+  }
+  __syncwarp();
+  for (int i = 16 * warp_of(); i < min(16 * warp_of() + 16, queries_of(u)); i++)
+    finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, empty(area<Interval>(w.at.rows)[i]),
+                 area<float>(w.at.mixing) + warp_of() * max(w.e, w.f));
+  __syncthreads();
+}
+
+/* N: blocks of 32 columns of V, at most. */
+template <int N>
+__global__ void __launch_bounds__(N > 4 ? 128 : 256, 1) attend_many_kernel(const Job w) {
+  for (int at = gridDim.x - 1 - blockIdx.x;; at += gridDim.x) {
+    const Unit u = unit_at(w, at, blockIdx.y);
+    if (u.n_rows == 0) return;
+    const Seen seen = load_intervals(w, u, blockDim.x / 2);
+    Task &task = *area<Task>(w.at.task);
+    if (threadIdx.x == 0) task = Task{u, seen};
+    __syncthreads();
+    attend_unit<N>(w, task);
+  }
+}
+
+} // namespace
+
+void pe::attend_many(const Job &w, int queries, dim3 grid, cudaStream_t stream) {
+  const dim3 block(2 * queries);
+  if (w.nf <= 2) launch(stream, attend_many_kernel<2>, grid, block, w.at.bytes, w);
+  else if (w.nf <= 4) launch(stream, attend_many_kernel<4>, grid, block, w.at.bytes, w);
+  else launch(stream, attend_many_kernel<8>, grid, block, w.at.bytes, w);
+}

@@ -1,0 +1,505 @@
+/* attention.metal: softmax(scale q k^T) v over an interval of keys for each query.
+ * Reference: pyengine/ops/attention.py: attention.
+ *
+ *   query   one head of one row; the queries of a key/value head are numbered row by row, `slots` of them a row
+ *   tile    32 keys, aligned in their LOGICAL numbers; chunk: 256 keys, aligned likewise
+ *
+ * Three kernels run one after the other: attention_queries scales the queries, attention_chunks does the work, attention_finish divides.
+ * Online softmax starts afresh in each chunk, and chunks are merged in ascending order. A threadgroup of attention_chunks owns 32 queries
+ * and all of their chunks (prompts, encoders), or, where rows are few, the heads of one row and one chunk (SPLIT), whose result
+ * attention_finish merges. Both do the same with a query: a score is a chain of products of 8 x 8 matrices, e ascending, an output one
+ * with keys ascending; tiles and chunks that a query does not see change nothing of it. So a row has the same bits alone, beside others,
+ * and in a prompt however it is cut.
+ *
+ * Where keys lie in blocks, queries are mixed and rounded to 8 bits first, one scale a head, as on the CPU; results over blocks are mixed
+ * back. products="int8" allows the CPU to round more; here it is computed as "float".
+ *
+ * Roofline of attention_chunks: a threadgroup reads the cells of its keys once. Of each byte of F16, 8 queries make 8 operations and 32
+ * make 32; an M3 Max has time for 35 (400 GB/s, 14 TFLOP/s). So memory is the limit for single rows, and products are for prompts, where
+ * threadgroups find keys in the cache. One row of 8 key/value heads and 4096 keys is 128 threadgroups.
+ */
+#include "activations.h"
+#include "cells.h"
+#include "matrices.h"
+#include "store_cells.h"
+
+PE_CONSTANT(int, K_FORMAT, 0);
+PE_CONSTANT(int, V_FORMAT, 1);
+PE_CONSTANT(bool, K_WHOLE, 2);     /* elements of a cell lie side by side, four of them aligned; blocks: cells are whole words */
+PE_CONSTANT(bool, V_WHOLE, 3);
+PE_CONSTANT(int, TILES, 4);        /* of 8 queries in a threadgroup: 1 or 4 */
+PE_CONSTANT(int, SLICES, 5);       /* of 64 elements of a value */
+PE_CONSTANT(bool, PAGED, 6);       /* keys lie in cells that a table names */
+PE_CONSTANT(bool, SEQUENCED, 7);   /* rows belong to sequences of that table */
+PE_CONSTANT(bool, CAPPED, 8);
+PE_CONSTANT(bool, SPLIT, 9);
+PE_CONSTANT(bool, SUNK, 10);       /* there are sinks */
+
+enum { TILE = 32, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 36, MOST_QUERIES = 32, MOST_WIDTH = 256, RAW_STRIDE = 276 };
+
+struct attention_args {
+  int m, heads, group, slots;      /* group: heads of a key/value head; slots: queries of a row, group or more */
+  int e, ep, f, queries;           /* ep: e in whole 8s; queries: of a key/value head, padded */
+  int l, n_cells, sequences, cells_stride;
+  int chunks;                      /* SPLIT: of one row, at most */
+  int k_run, v_run;                /* elements that are mixed together */
+  float k_shrink, v_shrink, scale, softcap;
+  long q_row, q_head, q_step;      /* bytes, as all below */
+  long k_head, k_cell, k_step;
+  long v_head, v_cell, v_step;
+};
+
+/* ---- queries ----
+ *
+ * A simdgroup owns one query: times scale, and where keys lie in blocks mixed and rounded, to queries[head][query][ep], with zeros behind.
+ * Shared memory: 512 floats, to mix. 8 bytes of traffic an element.
+ */
+kernel void attention_queries(constant attention_args &a [[buffer(0)]], device const uchar *q [[buffer(1)]],
+                              device float *queries [[buffer(2)]], threadgroup float *shared [[threadgroup(0)]],
+                              uint3 at [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+  const int row = (int)at.x / a.slots, i = (int)at.x % a.slots, there = row < a.m && i < a.group;
+  device const uchar *from = q + (there ? row * a.q_row + ((int)at.y * a.group + i) * a.q_head : 0);
+  device float *to = queries + ((long)at.y * a.queries + at.x) * a.ep;
+  threadgroup float *x = shared;
+  for (int j = (int)lane; j < a.ep; j += 32) x[j] = there && j < a.e ? *(device const float *)(from + j * a.q_step) * a.scale : 0.0f;
+  if (is_block(K_FORMAT)) {
+    x = mixed(shared, shared + MOST_WIDTH, a.e, a.k_run, a.k_shrink, (int)lane);
+    float most = 0.0f;
+    for (int j = (int)lane; j < a.e; j += 32) most = max(most, fabs(x[j]));
+    const float d = simd_max(most) / 127.0f, inverse = inverse_of(d);
+    for (int j = (int)lane; j < a.e; j += 32) x[j] = rint(x[j] * inverse) * d;
+  }
+  for (int j = (int)lane; j < a.ep; j += 32) to[j] = x[j];
+}
+
+/* ---- chunks ---- */
+
+/* Floats of the shared memory of attention_chunks before each area, 15.6 KB and 8.8 for blocks: places in a matrix; of each query its
+ * interval, that in the run of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile;
+ * whether a simdgroup loaded a value that is no number; scores, then probabilities [query][36]; 64 elements of a tile's keys or values
+ * [32][68]; cells of blocks as they are [32][276 bytes]. */
+enum {
+  AT_PLACES = 0,
+  AT_LO = 64,
+  AT_HI = AT_LO + MOST_QUERIES,
+  AT_RUN_LO = AT_HI + MOST_QUERIES,
+  AT_RUN_HI = AT_RUN_LO + MOST_QUERIES,
+  AT_TOP = AT_RUN_HI + MOST_QUERIES,
+  AT_SUM = AT_TOP + MOST_QUERIES,
+  AT_ALL_TOP = AT_SUM + MOST_QUERIES,
+  AT_ALL_SUM = AT_ALL_TOP + MOST_QUERIES,
+  AT_SHRINK = AT_ALL_SUM + MOST_QUERIES,
+  AT_GROW = AT_SHRINK + MOST_QUERIES,
+  AT_CELLS = AT_GROW + MOST_QUERIES,
+  AT_BAD = AT_CELLS + TILE,
+  AT_SCORES = AT_BAD + 4,
+  AT_SLICE = AT_SCORES + MOST_QUERIES * SCORE_STRIDE,
+  AT_RAW = AT_SLICE + TILE * SLICE_STRIDE
+};
+
+/* What a thread knows of its threadgroup's work. */
+struct work {
+  int first, head;           /* first query; key/value head */
+  int index, lane, warp;
+  int r[2], c[2];            /* rows and columns of the lane's elements of a matrix */
+  int tile;                  /* of 8 queries, whose products the simdgroup takes */
+  int sequence, lo, hi;      /* of the run of rows at hand: all of its keys lie in lo .. hi - 1 */
+};
+
+/* Sums of the simdgroup's queries: matrix s * (2 TILES) + j is elements 64 s + 8 (first + j) of a value, first 0, or with one tile that all
+ * simdgroups share 2 warp. */
+struct outputs {
+  simdgroup_float8x8 acc[32];
+};
+
+static inline threadgroup int *ints(threadgroup float *shared, int at) { return (threadgroup int *)(shared + at); }
+static inline int per_slice() { return TILES == 4 ? 8 : 2; }
+static inline int first_of_slice(thread const work &w) { return TILES == 4 ? 0 : 2 * w.warp; }
+
+/* The interval of a query; empty where its numbers are refused. */
+static inline int2 interval_of(constant attention_args &a, int row, device const int *lo, device const int *hi, device const int *seq,
+                               device pe_fault *fault) {
+  const int2 none = int2(0, 0);
+  const int first = lo[row], end = hi[row], sequence = SEQUENCED ? seq[row] : 0;
+  if (first >= end) return none;
+  const long keys = (long)end - first;
+  if (first < 0 || (!PAGED && end > a.n_cells)) {
+    raise_fault(fault, FAULT_BAD_VALUE, first < 0 ? first : end, a.n_cells);
+    return none;
+  }
+  if (PAGED && keys > a.l) {
+    raise_fault(fault, FAULT_BAD_VALUE, keys, a.l);
+    return none;
+  }
+  if (PAGED && (sequence < 0 || sequence >= a.sequences)) {
+    raise_fault(fault, FAULT_BAD_VALUE, sequence, a.sequences);
+    return none;
+  }
+  return int2(first, end);
+}
+
+/* Cells of the tile at key0; -1 for those that no query of the run sees. Threads 0 .. 31 own a key each. */
+static inline void find_cells(constant attention_args &a, thread const work &w, int key0, device const int *cells, device pe_fault *fault,
+                              threadgroup float *shared) {
+  if (w.index >= TILE) return;
+  const int key = key0 + w.index;
+  int cell = -1, wanted = 0;
+  for (int i = 0; i < 8 * TILES; i++) wanted |= ints(shared, AT_RUN_LO)[i] <= key && key < ints(shared, AT_RUN_HI)[i];
+  if (wanted) {
+    cell = PAGED ? cells[(long)w.sequence * a.cells_stride + key % a.l] : key;
+    if (cell < 0 || cell >= a.n_cells) {
+      raise_fault(fault, FAULT_BAD_VALUE, cell, a.n_cells);
+      cell = -1;
+    }
+  }
+  ints(shared, AT_CELLS)[w.index] = cell;
+}
+
+/* The cells of the tile, whose elements are blocks, as they are, all at once: blocks end anywhere in a sector, and a thread's part of one
+ * would be three requests. */
+static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, threadgroup float *shared,
+                              int index) {
+  threadgroup uchar *raw = (threadgroup uchar *)(shared + AT_RAW);
+  const int size = words ? 4 : 2, parts = count / 32 * block_bytes(format) / size;
+  for (int i = index; i < TILE * parts; i += 128) {
+    const int key = i / parts, at = i % parts * size, cell = ints(shared, AT_CELLS)[key];
+    if (cell < 0) continue;
+    if (words) *(threadgroup uint *)(raw + key * RAW_STRIDE + at) = *(device const uint *)(head + cell * cell_bytes + at);
+    else *(threadgroup ushort *)(raw + key * RAW_STRIDE + at) = *(device const ushort *)(head + cell * cell_bytes + at);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/* Elements from .. from + 63 of the tile's keys or values, zero where there are none. A thread owns four of every 8th key, so that 16 of
+ * them read a cell side by side. Returns whether all are numbers. */
+static inline bool load_slice(int format, bool whole, device const uchar *head, long cell_bytes, long step, int from, int count,
+                              threadgroup float *shared, int index) {
+  bool good = true;
+  for (int key = index / 16; key < TILE; key += 8) {
+    const int cell = ints(shared, AT_CELLS)[key], i = from + index % 16 * 4;
+    float4 y = float4(0.0f);
+    if (cell >= 0 && i < count) {
+      if (is_block(format)) y = block4(format, (threadgroup const uchar *)(shared + AT_RAW) + key * RAW_STRIDE, i);
+      else y = load_cell4(format, whole, head + cell * cell_bytes, step, i, count);
+    }
+    for (int j = 0; j < 4; j++) good = good && isfinite(y[j]);
+    *(threadgroup float4 *)(shared + AT_SLICE + key * SLICE_STRIDE + index % 16 * 4) = y;
+  }
+  return good;
+}
+
+/* Scores of the tile: with four tiles of queries each simdgroup takes one and all keys, else 8 of the keys. */
+static inline void score_tile(constant attention_args &a, thread const work &w, device const float *queries, device const uchar *k,
+                              threadgroup float *shared) {
+  const int n = TILES == 4 ? 4 : 1, key0 = TILES == 4 ? 0 : 8 * w.warp;
+  device const float *q = queries + ((long)w.head * a.queries + w.first + 8 * w.tile) * a.ep;
+  simdgroup_float8x8 s[4];
+  for (int t = 0; t < n; t++) s[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  k += w.head * a.k_head;
+  if (is_block(K_FORMAT)) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, a.e, shared, w.index);
+  for (int from = 0; from < a.ep; from += SLICE) {
+    load_slice(K_FORMAT, K_WHOLE, k, a.k_cell, a.k_step, from, a.e, shared, w.index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = 0; i < min((int)SLICE, a.ep - from); i += 8) {
+      simdgroup_float8x8 left, right;
+      simdgroup_load(left, q + from + i, a.ep);
+      for (int t = 0; t < n; t++) {
+        simdgroup_load(right, shared + AT_SLICE + (key0 + 8 * t) * SLICE_STRIDE + i, SLICE_STRIDE, ulong2(0), true);
+        simdgroup_multiply_accumulate(s[t], left, right, s[t]);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  for (int t = 0; t < n; t++) simdgroup_store(s[t], shared + AT_SCORES + 8 * w.tile * SCORE_STRIDE + key0 + 8 * t, SCORE_STRIDE);
+}
+
+/* Scores of a tile become probabilities relative to their query's new top; those of masked keys 0. Four lanes own a query, 8 keys each. */
+static inline void soften(constant attention_args &a, thread const work &w, int key0, threadgroup float *shared) {
+  const int query = w.index / 4, from = w.index % 4 * 8;
+  const int lo = ints(shared, AT_RUN_LO)[query] - key0 - from, hi = ints(shared, AT_RUN_HI)[query] - key0 - from;
+  threadgroup float *p = shared + AT_SCORES + query * SCORE_STRIDE + from;
+  const float old = shared[AT_TOP + query];
+  float x[8], best = -INFINITY, total = 0.0f;
+  for (int i = 0; i < 8; i++) {
+    x[i] = CAPPED ? capped(p[i], a.softcap) : p[i];
+    if (lo <= i && i < hi) best = max(best, x[i]);
+  }
+  best = max(best, simd_shuffle_xor(best, 1));
+  best = max(best, simd_shuffle_xor(best, 2));
+  const float top = max(old, best);
+  for (int i = 0; i < 8; i++) {
+    const float y = lo <= i && i < hi ? precise::exp(x[i] - top) : 0.0f;
+    p[i] = y;
+    total += y;
+  }
+  total += simd_shuffle_xor(total, 1);
+  total += simd_shuffle_xor(total, 2);
+  const float shrink = old == top ? 1.0f : precise::exp(old - top);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  if (from) return;
+  shared[AT_TOP + query] = top;
+  shared[AT_SUM + query] = fma(shared[AT_SUM + query], shrink, total);
+  shared[AT_SHRINK + query] = shrink;
+}
+
+/* Values of a slice that are no numbers count for the queries that see them, and are then 0 for the products, which would carry them to all
+ * queries of a matrix. */
+static inline void add_bad_values(thread const work &w, int key0, int slice, threadgroup float *shared, thread outputs &o) {
+  for (int j = 0; j < per_slice(); j++)
+    for (int e = 0; e < 2; e++) {
+      const int query = 8 * w.tile + w.r[e];
+      for (int key = 0; key < TILE; key++) {
+        const float y = shared[AT_SLICE + key * SLICE_STRIDE + 8 * (first_of_slice(w) + j) + w.c[e]];
+        if (!isfinite(y) && ints(shared, AT_RUN_LO)[query] <= key0 + key && key0 + key < ints(shared, AT_RUN_HI)[query])
+          o.acc[slice * per_slice() + j].thread_elements()[e] += shared[AT_SCORES + query * SCORE_STRIDE + key] * y;
+      }
+    }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int key = w.index / 16; key < TILE; key += 8)
+    for (int i = 0; i < 4; i++) {
+      threadgroup float *y = shared + AT_SLICE + key * SLICE_STRIDE + w.index % 16 * 4 + i;
+      if (!isfinite(*y)) *y = 0.0f;
+    }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/* acc = acc * shrink + probabilities of the tile times its values. */
+static inline void add_values(constant attention_args &a, thread const work &w, int key0, device const uchar *v, threadgroup float *shared,
+                              thread outputs &o) {
+  v += w.head * a.v_head;
+  if (is_block(V_FORMAT)) copy_cells(V_FORMAT, V_WHOLE, v, a.v_cell, a.f, shared, w.index);
+  PE_UNROLL
+  for (int slice = 0; slice < SLICES; slice++) {
+    const bool good = load_slice(V_FORMAT, V_WHOLE, v, a.v_cell, a.v_step, SLICE * slice, a.f, shared, w.index);
+    const bool all_good = simd_all(good);
+    if (w.lane == 0) ints(shared, AT_BAD)[w.warp] = !all_good;
+    PE_UNROLL
+    for (int j = 0; j < per_slice(); j++)
+      for (int e = 0; e < 2; e++) o.acc[slice * per_slice() + j].thread_elements()[e] *= shared[AT_SHRINK + 8 * w.tile + w.r[e]];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup const int *bad = ints(shared, AT_BAD);
+    if (bad[0] | bad[1] | bad[2] | bad[3]) add_bad_values(w, key0, slice, shared, o);
+    for (int key = 0; key < TILE; key += 8) {
+      simdgroup_float8x8 left, right;
+      simdgroup_load(left, shared + AT_SCORES + 8 * w.tile * SCORE_STRIDE + key, SCORE_STRIDE);
+      PE_UNROLL
+      for (int j = 0; j < per_slice(); j++) {
+        simdgroup_load(right, shared + AT_SLICE + key * SLICE_STRIDE + 8 * (first_of_slice(w) + j), SLICE_STRIDE);
+        simdgroup_multiply_accumulate(o.acc[slice * per_slice() + j], left, right, o.acc[slice * per_slice() + j]);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+/* One chunk for all queries of the run, into top, sum and o. */
+static inline void run_chunk(constant attention_args &a, thread const work &w, int chunk, device const float *queries,
+                             device const uchar *k, device const uchar *v, device const int *cells, device pe_fault *fault,
+                             threadgroup float *shared, thread outputs &o) {
+  if (w.index < 8 * TILES) {
+    shared[AT_TOP + w.index] = -INFINITY;
+    shared[AT_SUM + w.index] = 0.0f;
+  }
+  PE_UNROLL
+  for (int j = 0; j < SLICES * per_slice(); j++) o.acc[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  for (int key0 = chunk * CHUNK; key0 < (chunk + 1) * CHUNK; key0 += TILE) {
+    if (key0 + TILE <= w.lo || key0 >= w.hi) continue;
+    find_cells(a, w, key0, cells, fault, shared);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    score_tile(a, w, queries, k, shared);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (w.index < TILE * TILES) soften(a, w, key0, shared);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    add_values(a, w, key0, v, shared, o);
+  }
+}
+
+/* Factors of what there was and of what comes where two partial sums with tops of their own become one, whose top is returned. */
+static inline float merged(float top, float next, thread float &shrink, thread float &grow) {
+  const float now = max(top, next);
+  shrink = precise::exp(top - now);
+  grow = precise::exp(next - now);
+  return now;
+}
+
+/* Add a chunk to what the queries that see it have so far, which lies in `out`; with SPLIT keep it by itself. */
+static inline void merge_chunk(constant attention_args &a, thread const work &w, int chunk, int number, device float *out,
+                               device float *partials, device float *tops, threadgroup float *shared, thread outputs &o) {
+  if (w.index < 8 * TILES) {
+    const int lo = ints(shared, AT_RUN_LO)[w.index], hi = ints(shared, AT_RUN_HI)[w.index];
+    float shrink = -1.0f, grow = -1.0f;                 /* not seen */
+    if (lo < hi && lo < (chunk + 1) * CHUNK && hi > chunk * CHUNK) {
+      const float top = shared[AT_TOP + w.index], sum = shared[AT_SUM + w.index];
+      if (lo / CHUNK == chunk) {                        /* the first */
+        grow = 1.0f;
+        shared[AT_ALL_TOP + w.index] = top;
+        shared[AT_ALL_SUM + w.index] = sum;
+      } else if (!SPLIT) {
+        shared[AT_ALL_TOP + w.index] = merged(shared[AT_ALL_TOP + w.index], top, shrink, grow);
+        shared[AT_ALL_SUM + w.index] = fma(sum, grow, shared[AT_ALL_SUM + w.index] * shrink);
+      } else {
+        grow = 1.0f;
+      }
+      const int i = (w.first + w.index) % a.slots;
+      const long at = (long)(w.first + w.index) / a.slots * a.heads + w.head * a.group + i;
+      if (SPLIT) tops[2 * (at * a.chunks + number)] = top, tops[2 * (at * a.chunks + number) + 1] = sum;
+    }
+    shared[AT_SHRINK + w.index] = shrink;
+    shared[AT_GROW + w.index] = grow;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int e = 0; e < 2; e++) {
+    const int query = 8 * w.tile + w.r[e], slot = w.first + query;
+    const float shrink = shared[AT_SHRINK + query], grow = shared[AT_GROW + query];
+    if (grow == -1.0f) continue;
+    const long at = (long)(slot / a.slots) * a.heads + w.head * a.group + slot % a.slots;
+    device float *to = SPLIT ? partials + (at * a.chunks + number) * a.f : out + at * a.f;
+    PE_UNROLL
+    for (int j = 0; j < SLICES * per_slice(); j++) {
+      const int i = j / per_slice() * SLICE + 8 * (first_of_slice(w) + j % per_slice()) + w.c[e];
+      if (i >= a.f) continue;
+      const float y = o.acc[j].thread_elements()[e];
+      to[i] = shrink == -1.0f ? y : fma(y, grow, to[i] * shrink);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/* Rows `row` .. until that belong to one sequence, as far as they are the threadgroup's: where their keys lie. */
+static inline void start_run(constant attention_args &a, thread work &w, int row, int until, threadgroup float *shared) {
+  if (w.index < 8 * TILES) {
+    const int own = (w.first + w.index) / a.slots, mine = row <= own && own < until;
+    ints(shared, AT_RUN_LO)[w.index] = mine ? ints(shared, AT_LO)[w.index] : 0;
+    ints(shared, AT_RUN_HI)[w.index] = mine ? ints(shared, AT_HI)[w.index] : 0;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  w.lo = 0x7fffffff, w.hi = 0;
+  for (int i = 0; i < 8 * TILES; i++) {
+    const int lo = ints(shared, AT_RUN_LO)[i], hi = ints(shared, AT_RUN_HI)[i];
+    if (lo < hi) w.lo = min(w.lo, lo), w.hi = max(w.hi, hi);
+  }
+}
+
+kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device const float *queries [[buffer(1)]],
+                             device const uchar *k [[buffer(2)]], device const uchar *v [[buffer(3)]], device const int *lo [[buffer(4)]],
+                             device const int *hi [[buffer(5)]], device const int *cells [[buffer(6)]], device const int *seq [[buffer(7)]],
+                             device float *out [[buffer(8)]], device float *partials [[buffer(9)]], device float *tops [[buffer(10)]],
+                             device pe_fault *fault [[buffer(11)]], threadgroup float *shared [[threadgroup(0)]],
+                             uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+                             uint lane [[thread_index_in_simdgroup]], uint warp [[simdgroup_index_in_threadgroup]]) {
+  work w;
+  w.first = 8 * TILES * (int)group.x, w.head = (int)group.y;
+  w.index = (int)index, w.lane = (int)lane, w.warp = (int)warp, w.tile = TILES == 4 ? w.warp : 0;
+  w.sequence = 0;
+  find_places(shared + AT_PLACES, w.index, w.r, w.c);
+  const int end = min(a.m, (w.first + 8 * TILES + a.slots - 1) / a.slots);
+  if (w.index < 8 * TILES) {
+    const int slot = w.first + w.index, row = slot / a.slots;
+    const int2 own = row < a.m && slot % a.slots < a.group ? interval_of(a, row, lo, hi, seq, fault) : int2(0, 0);
+    ints(shared, AT_LO)[w.index] = own.x;
+    ints(shared, AT_HI)[w.index] = own.y;
+    shared[AT_ALL_TOP + w.index] = -INFINITY;
+    shared[AT_ALL_SUM + w.index] = 0.0f;
+  }
+  outputs o;
+  for (int row = w.first / a.slots, until; row < end; row = until) {
+    until = SEQUENCED ? row + 1 : end;
+    if (SEQUENCED) {
+      w.sequence = seq[row];
+      while (until < end && seq[until] == w.sequence) until++;
+    }
+    start_run(a, w, row, until, shared);
+    if (w.lo < w.hi) {
+      const int first = w.lo / CHUNK, last = (w.hi - 1) / CHUNK;
+      for (int chunk = SPLIT ? first + (int)group.z : first; chunk <= last; chunk++) {
+        run_chunk(a, w, chunk, queries, k, v, cells, fault, shared, o);
+        merge_chunk(a, w, chunk, chunk - first, out, partials, tops, shared, o);
+        if (SPLIT) break;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (SPLIT || w.index >= 8 * TILES) return;
+  const int slot = w.first + w.index;
+  if (slot / a.slots >= a.m || slot % a.slots >= a.group) return;
+  const long at = (long)(slot / a.slots) * a.heads + w.head * a.group + slot % a.slots;
+  tops[2 * at] = shared[AT_ALL_TOP + w.index];
+  tops[2 * at + 1] = shared[AT_ALL_SUM + w.index];
+}
+
+/* ---- results ----
+ *
+ * A simdgroup owns one query, a lane every 32nd element of it: with SPLIT it merges the chunks in ascending order, as merge_chunk does,
+ * four of which are loaded at once; then acc / sum, a sink joining the sum only, and over values in blocks the result is mixed back.
+ * Shared memory: 512 floats, to mix. With SPLIT 4 f bytes are read for each chunk and head, beside the chunk's 1024 f of F16.
+ */
+
+enum { LANE_ELEMENTS = MOST_WIDTH / 32, AT_ONCE = 4 };
+
+struct query_sums {
+  float top, sum, y[LANE_ELEMENTS];
+};
+
+/* What one query has after all of its n chunks. */
+static inline query_sums merge_all(constant attention_args &a, long query, int n, device const float *partials, device const float *tops,
+                                   int lane) {
+  query_sums t;
+  for (int first = 0; first < n; first += AT_ONCE) {
+    float x[AT_ONCE][LANE_ELEMENTS], top[AT_ONCE], sum[AT_ONCE];
+    PE_UNROLL
+    for (int u = 0; u < AT_ONCE; u++) {
+      const long at = query * a.chunks + min(first + u, n - 1);
+      top[u] = tops[2 * at];
+      sum[u] = tops[2 * at + 1];
+      PE_UNROLL
+      for (int j = 0; j < LANE_ELEMENTS; j++) x[u][j] = lane + 32 * j < a.f ? partials[at * a.f + lane + 32 * j] : 0.0f;
+    }
+    PE_UNROLL
+    for (int u = 0; u < AT_ONCE; u++) {
+      if (first + u >= n) continue;
+      float shrink = 0.0f, grow = 0.0f;
+      if (first + u) {
+        t.top = merged(t.top, top[u], shrink, grow);
+        t.sum = fma(sum[u], grow, t.sum * shrink);
+      } else {
+        t.top = top[u], t.sum = sum[u];
+      }
+      PE_UNROLL
+      for (int j = 0; j < LANE_ELEMENTS; j++) t.y[j] = first + u ? fma(x[u][j], grow, t.y[j] * shrink) : x[u][j];
+    }
+  }
+  return t;
+}
+
+kernel void attention_finish(constant attention_args &a [[buffer(0)]], device const int *lo [[buffer(1)]],
+                             device const int *hi [[buffer(2)]], device const int *seq [[buffer(3)]],
+                             device const float *partials [[buffer(4)]], device const float *tops [[buffer(5)]],
+                             device const float *sinks [[buffer(6)]], device float *out [[buffer(7)]],
+                             device pe_fault *fault [[buffer(8)]], threadgroup float *shared [[threadgroup(0)]],
+                             uint3 at [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+  const long query = (long)at.y * a.heads + at.x;
+  const int2 keys = interval_of(a, (int)at.y, lo, hi, seq, fault);
+  device float *to = out + query * a.f;
+  if (keys.x >= keys.y) {
+    for (int i = (int)lane; i < a.f; i += 32) to[i] = 0.0f;
+    return;
+  }
+  query_sums t;
+  if (SPLIT) {
+    t = merge_all(a, query, (keys.y - 1) / CHUNK - keys.x / CHUNK + 1, partials, tops, (int)lane);
+  } else {
+    t.top = tops[2 * query], t.sum = tops[2 * query + 1];
+    PE_UNROLL
+    for (int j = 0; j < LANE_ELEMENTS; j++) t.y[j] = (int)lane + 32 * j < a.f ? to[lane + 32 * j] : 0.0f;
+  }
+  float shrink = 1.0f;
+  if (SUNK) {
+    const float sink = sinks[at.x], now = max(t.top, sink);
+    shrink = precise::exp(t.top - now);
+    t.sum = t.sum * shrink + precise::exp(sink - now);
+  }
+  PE_UNROLL
+  for (int j = 0; j < LANE_ELEMENTS; j++) shared[lane + 32 * j] = t.y[j] * shrink / t.sum;
+  threadgroup float *y = is_block(V_FORMAT) ? mixed(shared, shared + MOST_WIDTH, a.f, a.v_run, a.v_shrink, (int)lane) : shared;
+  for (int i = (int)lane; i < a.f; i += 32) to[i] = y[i];
+}

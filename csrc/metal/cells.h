@@ -1,0 +1,55 @@
+/* cells.h: four elements of a cell of a key/value cache, as floats: plain numbers (F32, F16, BF16) at any distance, or blocks of 32
+ * (Q8_0, Q4_0, Q4_1), which csrc/quants.h draws and which lie side by side. What is read is exact but for Q4_1's sum, as on the CPU
+ * (csrc/cpu/cells.h).
+ */
+#ifndef PE_METAL_CELLS_H
+#define PE_METAL_CELLS_H
+
+#include "common.h"
+
+static inline float load_number(int format, device const uchar *p) {
+  if (format == PE_F32) return *(device const float *)p;
+  if (format == PE_F16) return (float)*(device const half *)p;
+  return pe_bf16_to_f32(*(device const ushort *)p);
+}
+
+static inline bool is_block(int format) { return format == PE_Q8_0 || format == PE_Q4_0 || format == PE_Q4_1; }
+static inline int block_bytes(int format) { return format == PE_Q8_0 ? PE_BYTES_Q8_0 : format == PE_Q4_0 ? PE_BYTES_Q4_0 : PE_BYTES_Q4_1; }
+
+/* Elements i .. i + 3 of a cell of plain numbers, i a multiple of 4; those from `count` on are 0. `step`: bytes between elements; whole:
+ * they lie side by side, four of them aligned to their size, and count is a multiple of 4. */
+static inline float4 load_cell4(int format, bool whole, device const uchar *cell, long step, int i, int count) {
+  float4 y = float4(0.0f);
+  if (whole && format == PE_F32) return *(device const float4 *)(cell + 4 * i);
+  if (whole && format == PE_F16) {
+    const half4 x = *(device const half4 *)(cell + 2 * i);
+    return float4(x);
+  }
+  if (whole) {
+    const ushort4 x = *(device const ushort4 *)(cell + 2 * i);
+    for (int j = 0; j < 4; j++) y[j] = pe_bf16_to_f32(x[j]);
+    return y;
+  }
+  for (int j = 0; j < 4; j++)
+    if (i + j < count) y[j] = load_number(format, cell + (i + j) * step);
+  return y;
+}
+
+/* Elements i .. i + 3 of a cell of blocks that was copied to threadgroup memory; its address is a multiple of 2. */
+static inline float4 block4(int format, threadgroup const uchar *cell, int i) {
+  threadgroup const uchar *block = cell + i / 32 * block_bytes(format);
+  const int at = i % 32;
+  const float d = (float)*(threadgroup const half *)block;
+  threadgroup const ushort *from = (threadgroup const ushort *)(block + (format == PE_Q4_1 ? 4 : 2) + (format == PE_Q8_0 ? at : at % 16));
+  const uint codes = (uint)from[0] | (uint)from[1] << 16;
+  float4 y;
+  for (int j = 0; j < 4; j++) {
+    const uint byte = codes >> 8 * j;
+    if (format == PE_Q8_0) y[j] = (float)(int)(char)byte * d;
+    else if (format == PE_Q4_0) y[j] = (float)((int)(byte >> at / 16 * 4 & 15u) - 8) * d;
+    else y[j] = fma((float)(byte >> at / 16 * 4 & 15u), d, (float)((threadgroup const half *)block)[1]);
+  }
+  return y;
+}
+
+#endif

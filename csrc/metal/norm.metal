@@ -1,0 +1,98 @@
+/* norm.metal: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
+ * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
+ *
+ * A team (team.h) owns a row: a simdgroup up to 1024 elements, four rows a threadgroup, else 256 threads. Threadgroup memory: 32 floats
+ * for each sum over a team of several simdgroups. Neighbouring threads read neighbouring elements. From memory each reads x once (what it
+ * reads again lies in the cache) and writes out once: 8 bytes an element, 12 with a residual; arithmetic is a fraction of that time.
+ * out may be x or the residual: a thread writes only elements that it alone reads.
+ */
+#include "team.h"
+
+PE_CONSTANT(bool, CENTRED, 0);      /* layer_norm */
+PE_CONSTANT(int, REDUCTION, 1);
+
+struct norm_args {
+  int rows, width, team;
+  int add_step;                      /* elements from one row of `add` to the next: 0 for a bias */
+  float eps;
+};
+
+/* y = (x - mean) / sqrt(mean of (x - mean)^2 + eps) * weight + add; without CENTRED the mean counts as 0. */
+kernel void norm_rows(constant norm_args &a [[buffer(0)]], device const float *x [[buffer(1)]], device const float *weight [[buffer(2)]],
+                      device const float *add [[buffer(3)]], device float *out [[buffer(4)]],
+                      threadgroup float *parts [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                      uint number [[thread_index_in_threadgroup]], uint3 threads [[threads_per_threadgroup]],
+                      uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const team t = team_of(a.team, number, lane, simdgroup, parts);
+  const int row = (int)(group.x * (threads.x / (uint)a.team) + number / (uint)a.team);
+  if (row >= a.rows) return;
+  x += (long)row * a.width;
+  out += (long)row * a.width;
+  float mean = 0.0f, sum = 0.0f;
+  if (CENTRED) {
+    for (int i = t.at; i < a.width; i += t.size) sum += x[i];
+    mean = team_sum(t, sum, 0) / (float)a.width;
+    sum = 0.0f;
+  }
+  for (int i = t.at; i < a.width; i += t.size) sum = fma(x[i] - mean, x[i] - mean, sum);
+  const float inverse = 1.0f / sqrt(team_sum(t, sum, 1) / (float)a.width + a.eps);
+  for (int i = t.at; i < a.width; i += t.size) {
+    float y = (x[i] - mean) * inverse;
+    if (weight) y *= weight[i];
+    if (add) y += add[(long)row * a.add_step + i];
+    out[i] = y;
+  }
+}
+
+struct softmax_args { int rows, width, team; float scale; };
+
+kernel void softmax_rows(constant softmax_args &a [[buffer(0)]], device const float *x [[buffer(1)]], device float *out [[buffer(2)]],
+                         threadgroup float *parts [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                         uint number [[thread_index_in_threadgroup]], uint3 threads [[threads_per_threadgroup]],
+                         uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const team t = team_of(a.team, number, lane, simdgroup, parts);
+  const int row = (int)(group.x * (threads.x / (uint)a.team) + number / (uint)a.team);
+  if (row >= a.rows) return;
+  x += (long)row * a.width;
+  out += (long)row * a.width;
+  float top = -INFINITY, sum = 0.0f;
+  for (int i = t.at; i < a.width; i += t.size) top = max(top, x[i] * a.scale);
+  top = team_max(t, top, 0);
+  for (int i = t.at; i < a.width; i += t.size) {
+    const float e = exp(x[i] * a.scale - top);
+    sum += e;
+    out[i] = e;
+  }
+  const float inverse = 1.0f / team_sum(t, sum, 1);
+  for (int i = t.at; i < a.width; i += t.size) out[i] *= inverse;
+}
+
+enum { REDUCE_SUM, REDUCE_MEAN, REDUCE_MAX, REDUCE_MIN };
+
+struct reduce_args { int rows, width, team; };
+
+kernel void reduce_rows(constant reduce_args &a [[buffer(0)]], device const float *x [[buffer(1)]], device float *out [[buffer(2)]],
+                        threadgroup float *parts [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                        uint number [[thread_index_in_threadgroup]], uint3 threads [[threads_per_threadgroup]],
+                        uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const team t = team_of(a.team, number, lane, simdgroup, parts);
+  const int row = (int)(group.x * (threads.x / (uint)a.team) + number / (uint)a.team);
+  if (row >= a.rows) return;
+  x += (long)row * a.width;
+  float y = 0.0f;
+  if (REDUCTION == REDUCE_SUM || REDUCTION == REDUCE_MEAN) {
+    for (int i = t.at; i < a.width; i += t.size) y += x[i];
+    y = team_sum(t, y, 0);
+    if (REDUCTION == REDUCE_MEAN) y /= (float)a.width;
+  } else {                           /* NaN where the row holds one, as in NumPy: it is looked for apart from the largest */
+    const float sign = REDUCTION == REDUCE_MAX ? 1.0f : -1.0f;
+    float top = -INFINITY, bad = 0.0f;
+    for (int i = t.at; i < a.width; i += t.size) {
+      top = max(top, sign * x[i]);
+      bad = isnan(x[i]) ? 1.0f : bad;
+    }
+    top = team_max(t, top, 0);
+    y = team_max(t, bad, 1) != 0.0f ? NAN : sign * top;
+  }
+  if (t.at == 0) out[row] = y;
+}

@@ -1,0 +1,81 @@
+/* routing.metal: mixtures of experts, around the products: the choice of experts for each row, and the sum of what they give.
+ * Reference: pyengine/ops/experts.py: top_experts, sum_experts.
+ *
+ * pick_experts   A simdgroup owns a row of n <= 1024 scores, four rows a threadgroup. A lane keeps which of its own (i, i + 32 ..) are
+ *                taken in the bits of a word; an expert is picked by a maximum over the lanes, then a minimum of numbers. Threadgroup
+ *                memory: n floats a row, the gates. n scores are read once for each expert picked, from the cache after the first.
+ * add_experts    A thread owns one element of the sum; it reads 4 (u + 1) bytes for each 4 it writes.
+ */
+#include "common.h"
+
+PE_CONSTANT(bool, SIGMOID, 0);
+PE_CONSTANT(bool, NORMED, 1);
+
+struct pick_args { int rows, n, used; float scale; };
+
+kernel void pick_experts(constant pick_args &a [[buffer(0)]], device const float *scores [[buffer(1)]], device const float *bias [[buffer(2)]],
+                         device int *chosen [[buffer(3)]], device float *gates [[buffer(4)]], threadgroup float *memory [[threadgroup(0)]],
+                         uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                         uint simdgroups [[simdgroups_per_threadgroup]], uint lane_ [[thread_index_in_simdgroup]]) {
+  const int row = (int)(group.x * simdgroups + simdgroup), lane = (int)lane_;
+  if (row >= a.rows) return;
+  threadgroup float *g = memory + (int)simdgroup * a.n;
+  device const float *x = scores + (long)row * a.n;
+  float top = -INFINITY, sum = 0.0f;
+  if (SIGMOID) {
+    for (int i = lane; i < a.n; i += 32) g[i] = 1.0f / (1.0f + exp(-x[i]));
+  } else {
+    for (int i = lane; i < a.n; i += 32) top = max(top, x[i]);
+    top = simd_max(top);
+    for (int i = lane; i < a.n; i += 32) {
+      g[i] = exp(x[i] - top);
+      sum += g[i];
+    }
+    sum = simd_sum(sum);
+    for (int i = lane; i < a.n; i += 32) g[i] /= sum;
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  uint taken = 0;
+  float total = 0.0f;
+  for (int u = 0; u < a.used; u++) {
+    float best = -INFINITY;
+    int who = a.n;                   /* of what is left: the largest, the first of equals; a NaN counts as the least */
+    for (int i = lane, bit = 0; i < a.n; i += 32, bit++) {
+      const float key = bias ? g[i] + bias[i] : x[i];
+      if (taken >> bit & 1u) continue;
+      if (who == a.n || key > best) {
+        best = isnan(key) ? -INFINITY : key;
+        who = i;
+      }
+    }
+    const float most = simd_max(best);
+    const int winner = simd_min(who < a.n && best == most ? who : a.n);
+    if (winner % 32 == lane) taken |= 1u << (winner / 32);
+    total += g[winner];
+    if (lane == 0) {
+      chosen[(long)row * a.used + u] = winner;
+      gates[(long)row * a.used + u] = g[winner];
+    }
+  }
+  if (lane != 0) return;
+  for (int u = 0; u < a.used; u++) {
+    device float *gate = gates + (long)row * a.used + u;
+    *gate = (NORMED ? *gate / (total + 1e-20f) : *gate) * a.scale;
+  }
+}
+
+struct add_args { int rows, width, used; };
+
+kernel void add_experts(constant add_args &a [[buffer(0)]], device const float *y [[buffer(1)]], device const float *gates [[buffer(2)]],
+                        device const float *residual [[buffer(3)]], device float *out [[buffer(4)]], uint3 at [[thread_position_in_grid]]) {
+  const int j = (int)at.x, row = (int)at.y;
+  if (j >= a.width) return;
+  device const float *in = y + (long)row * a.used * a.width + j;
+  float sum = gates ? in[0] * gates[(long)row * a.used] : in[0];
+  for (int u = 1; u < a.used; u++) {
+    const float v = in[(long)u * a.width];
+    sum = gates ? fma(v, gates[(long)row * a.used + u], sum) : sum + v;
+  }
+  if (residual) sum += residual[(long)row * a.width + j];
+  out[(long)row * a.width + j] = sum;
+}

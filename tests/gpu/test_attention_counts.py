@@ -1,0 +1,134 @@
+"""What attention asks of memory on a CUDA card, counted by the checked emulator: a cache's bytes once, in whole sectors; no conflicts.
+
+The first run compiles the checked form of all kernels, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from device_kernels import DeviceKernels
+from emulated import counted, Counted
+from op_cases import Block, CTensor, rng_of, stored, Value
+
+from pyengine.backends.cuda import build
+from pyengine.backends.cuda.library import Library, Memory
+
+pytestmark = pytest.mark.slow
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+
+
+class Watched(DeviceKernels):
+    """Remembers where the tensors of the last call were."""
+
+    held: list[tuple[int, int, Memory]]
+
+    def _copied(self, tensors: Sequence[CTensor]) -> list[tuple[int, int, Memory]]:
+        self.held = super()._copied(tensors)
+        return self.held
+
+    def address(self, a: Value) -> int:
+        """The address on the device of an array of the last call."""
+        at = (a.raw if isinstance(a, Block) else a).ctypes.data
+        return next(memory.address for start, n, memory in self.held if start <= at < start + n)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Watched:
+    return Watched(Library(build.emulated(True), True))
+
+
+def attend(kernels: Watched, inputs: list[Value], **params: Any) -> Counted:
+    """Counts of one call."""
+    q, _, v = inputs[:3]
+    with counted(ctypes.CDLL(str(kernels.own.path))) as counts:
+        kernels.call("attention", inputs, [np.zeros((q.shape[0], q.shape[1] * v.shape[2]), np.float32)], {"scale": 0.1, **params})
+    return counts
+
+
+def bytes_of(c: Value) -> int:
+    return (c.raw if isinstance(c, Block) else c).nbytes
+
+
+def copies(kind: str) -> float:
+    """Conflicts of stores: cells of blocks are copied 8 or 4 bytes a lane and lie apart, so a request over two of them wraps around."""
+    return 0.22 if kind.startswith("Q") else 0.0
+
+
+@pytest.mark.parametrize("e", [64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_reads_the_cache_once(kernels: Watched, kind: str, e: int) -> None:
+    """One token with 8 heads that share 2: every byte of K and V once for all heads of a group, sectors within 3% of the least."""
+    rng = rng_of((kind, e))
+    n = 1024
+    k, v = (stored(rng.standard_normal((2, n, e)), kind) for _ in range(2))
+    q, one = rng.standard_normal((1, 8, e)).astype(np.float32), np.zeros(1, np.int32)
+    counts = attend(kernels, [q, k, v, one, one + n, np.arange(n, dtype=np.int32)[None], None, None])
+    name = "attend_floats_kernel" if kind == "F32" else "attend_few_kernel"
+    for c in (k, v):
+        loads, stores = counts.buffer(name, kernels.address(c))
+        assert loads.bytes == bytes_of(c) and stores.bytes == 0
+        assert loads.sectors * 32 <= 1.03 * bytes_of(c), f"{loads.sectors * 32 / bytes_of(c):.3f} of the bytes"
+    assert counts[name].shared_loads.conflicts == 0
+    assert counts[name].shared_stores.conflicts <= copies(kind) * counts[name].shared_stores.sectors
+    tiles, columns = 2 * n // 64, e // 32
+    scores = 8 * columns * (2 if kind in ("F16", "BF16") else 1)
+    assert counts[name].mma == (0 if kind == "F32" else tiles * (scores + 16 * columns + 16))
+    merged, _ = counts.buffer("merge_kernel", kernels.address(q))
+    assert merged.bytes == 0 and counts["merge_kernel"].blocks == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_shares_its_tiles(kernels: Watched, kind: str) -> None:
+    """256 rows that see each other, one head of 128: K and V are read once for each unit, in whole sectors."""
+    rng = rng_of(("prompt", kind))
+    m = 256
+    q, lo = rng.standard_normal((m, 1, 128)).astype(np.float32), np.zeros(m, np.int32)
+    k, v = (stored(rng.standard_normal((1, m, 128)), kind) for _ in range(2))
+    counts = attend(kernels, [q, k, v, lo, lo + m, None, None, None])
+    name, queries = ("attend_floats_kernel", 32) if kind == "F32" else ("attend_many_kernel", 128)
+    units = m // queries
+    assert counts[name].blocks == units
+    for c in (k, v):
+        loads, _ = counts.buffer(name, kernels.address(c))
+        assert loads.bytes == units * bytes_of(c) and loads.sectors * 32 <= 1.03 * units * bytes_of(c)
+    assert counts[name].shared_loads.conflicts == 0
+    assert counts[name].shared_stores.conflicts <= copies(kind) * counts[name].shared_stores.sectors
+    scores = 8 * 4 * (2 if kind in ("F16", "BF16") else 1)
+    assert counts[name].mma == (0 if kind == "F32" else m // 16 * (m // 64) * (scores + 16 * 4 + 4))
+
+
+def test_a_causal_prompt_skips_tiles(kernels: Watched) -> None:
+    """Tiles behind all rows of a unit are not read, and those behind all of a warp's 16 rows give no work."""
+    rng = rng_of("causal")
+    m = 256
+    q, lo = rng.standard_normal((m, 1, 64)).astype(np.float32), np.zeros(m, np.int32)
+    k, v = (stored(rng.standard_normal((1, m, 64)), "F16") for _ in range(2))
+    counts = attend(kernels, [q, k, v, lo, np.arange(1, m + 1, dtype=np.int32), None, None, None])
+    loads, _ = counts.buffer("attend_many_kernel", kernels.address(k))
+    assert loads.bytes == bytes_of(k) // 2 + bytes_of(k)
+    tiles = sum((16 * warp + 15) // 64 + 1 for warp in range(m // 16))
+    assert counts["attend_many_kernel"].mma == tiles * (8 * 2 * 2 + 16 * 2 + 4)
+
+
+@pytest.mark.parametrize("cache", ["F16", "Q8_0"])
+def test_appending_reads_and_writes_once(kernels: Watched, cache: str) -> None:
+    """Each query, key and value is read once (twice with a norm) and written once."""
+    rng = rng_of(("append", cache))
+    m, h, g, e = 16, 8, 2, 128
+    q, k, v = (rng.standard_normal((m, n, e)).astype(np.float32) for n in (h, g, g))
+    k_cache, v_cache = (stored(np.zeros((g, m, e), np.float32), cache) for _ in range(2))
+    out, table = np.empty_like(q), rng.standard_normal((m, e)).astype(np.float32)
+    inputs = [q, k, v, table, k_cache, v_cache, np.arange(m, dtype=np.int32), None, None, None]
+    with counted(ctypes.CDLL(str(kernels.own.path))) as counts:
+        kernels.call("rope_append", inputs, [out, k_cache, v_cache], {})
+    for a in (q, k, v):
+        loads, _ = counts.buffer("rope_append_kernel", kernels.address(a))
+        assert loads.bytes == a.nbytes and loads.sectors * 32 == a.nbytes
+    for a in (out, k_cache, v_cache):
+        _, stores = counts.buffer("rope_append_kernel", kernels.address(a))
+        assert stores.bytes == bytes_of(a)
