@@ -1,4 +1,4 @@
-"""The library of CUDA kernels: `python -m pyengine.backends.cuda.build` makes it with nvcc, in the package, for cards from sm_75 on.
+"""The library of CUDA kernels: `python -m pyengine.backends.cuda` makes it with nvcc, in the package, for cards from sm_75 on.
 
 $PYENGINE_CUDA_TARGETS="90a" builds for some cards only, in a fraction of the time. `emulated` builds the same files with a C++ compiler
 for the emulator of csrc/emulate, where no card is.
@@ -73,9 +73,14 @@ def emulated(checked: bool = False) -> Path:
     return library("cuda-checked" if checked else "cuda", jobs, [compiler, "-shared", "-pthread"], ROOT / "build" / "emulated")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Make the library for the cards that $PYENGINE_CUDA_TARGETS names, or for all."""
     wanted = os.environ.get("PYENGINE_CUDA_TARGETS")
     try:
         print(f"made {for_cards(wanted.replace(',', ' ').split() if wanted else TARGETS)}")
     except GraphError as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
