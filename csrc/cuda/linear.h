@@ -2,8 +2,8 @@
  * and in which order sums are formed. Reference: pyengine/ops/matmul.py, experts.py; csrc/cpu/linear.c.
  *
  * Order of sums.  k is cut into slices of linear_slice(k) steps of 32, at most 16 of them, a function of k alone. Within a slice a sum
- * runs over k, ascending; slices are added in order, from zero. The kernel for few rows gives each warp a slice; the kernels for many rows add
- * theirs up where a slice ends. So all kernels of a format give the same bits for a row, whatever stands beside it.
+ * runs over k, ascending; slices are added in order, from zero. Kernels for few rows give each warp a slice; those for many rows add up
+ * theirs where a slice ends. So all kernels of a format give the same bits for a row, whatever stands beside it.
  *
  * Prepared rows.  Kernels read x in tiles of 8 rows, the columns of a product:
  *   int8     a record for each 32 of k: [row 8][t 4][k 4t .. 4t+3, 16+4t .. 16+4t+3] codes, 256 bytes: lane 4 g + t of a warp reads the 8

@@ -3,11 +3,12 @@
  * float32's rounding. No tensor cores: three bf16 products for each would be faster only where rows are many, and F32 weights are the few
  * of routers and small encoders.
  *
- * Few rows: a block is 32 rows of weights times up to 8 T rows of x, each warp a slice of k and each lane a row. F32 is packed: a warp's load
- * is 2 runs of 64 bytes, 16 of k ahead (2 KB in flight). Weights of the file are dequantized 16 of k at a time to shared memory, [k][33]
- * for each warp; neighbouring lanes take neighbouring eights of a row. x comes from L1, the same for all lanes.
- * Many rows: a block of 256 threads is 64 x 64 results, a thread 4 x 4; it goes through k by 32: weights [k][68], x [k][68] in shared memory, so
- * that a thread reads its rows and columns by 16 bytes each. 64 KB for 64 x 64 x 32 x 2 operations from the second cache: 16 a byte.
+ * Few rows: a block is 32 rows of weights times up to 8 T rows of x, each warp a slice of k and each lane a row. F32 is packed: a warp's
+ * load is 2 runs of 64 bytes, 16 of k ahead (2 KB in flight). Weights of the file are dequantized 16 of k at a time to shared memory,
+ * [k][33] for each warp; neighbouring lanes take neighbouring eights of a row. x comes from L1, the same for all lanes.
+ * Many rows: a block of 256 threads is 64 x 64 results, a thread 4 x 4; it goes through k by 32: weights [k][68], x [k][68] in shared
+ * memory, so that a thread reads its rows and columns by 16 bytes each. 16 KB for 64 x 64 x 32 x 2 operations from the second cache: 16 a
+ * byte.
  * Roofline: weights once, 4 n k bytes (fewer for blocks), or n k m fused products on the fp32 pipes, about half of whose peak is reached.
  */
 #include "dequant.h"
