@@ -63,6 +63,7 @@ struct Product {
   const int32_t *n_units;
   const int32_t *chosen;   /* null, or the expert of unit i, which is one row: the first of tile i, or of tile 0 if shared */
   int experts, shared;
+  int format;              /* of weights in the file's layout */
   const pe_codebooks *codebooks;
   pe_fault *fault;
 };
@@ -181,7 +182,7 @@ void combine_glu(const Matrix &w, const float *up, int64_t m, int glu, float sof
 pe_status multiply_few(int32_t format, const Product &p, int tiles, dim3 grid, cudaStream_t stream);   /* linear_few.cu */
 pe_status multiply_tiles(int32_t format, const Product &p, int tiles, dim3 grid, cudaStream_t stream); /* linear_tiles.cu */
 pe_status multiply_half(int32_t format, const Product &p, int tiles, dim3 grid, cudaStream_t stream);  /* linear_half.cu */
-pe_status multiply_floats(int32_t dtype, const Product &p, int tiles, dim3 grid, cudaStream_t stream); /* linear_float.cu */
+pe_status multiply_floats(int32_t dtype, Product p, int tiles, dim3 grid, cudaStream_t stream); /* linear_float.cu */
 
 } // namespace pe
 
