@@ -167,8 +167,9 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, 3) attend_few_kernel(const Job
 
 void start(const Job &w, dim3 grid, bool alone, cudaStream_t stream) {
   const dim3 block(32 * FEW_WARPS);
-  if (w.nf <= FEW_WARPS) launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone);
-  else launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
+  if constexpr (!PE_ONE_INSTANCE)
+    if (w.nf <= FEW_WARPS) return launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone);
+  launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
 }
 
 } // namespace
