@@ -107,11 +107,11 @@ def peak(d: Published, unit: str) -> float:
     return d.f32 if unit == "f32" else d.mma * (d.int8 if unit == "s8" else d.f16)
 
 
-def collect(targets: Sequence[str], threads: int) -> dict[str, Any]:
-    """Return everything, as plain data."""
+def collect(targets: Sequence[str], threads: int, kept_only: bool = False) -> dict[str, Any]:
+    """Return everything, as plain data; kept_only: of registers what was compiled before."""
     if os.environ.get("PYENGINE_EMULATE") != "checked":
         raise SystemExit("figures: counts need PYENGINE_EMULATE=checked")
-    assembled = ptxas.every(targets, threads)
+    assembled = ptxas.every(targets, threads, kept_only)
     counter = Counter(str(library(True).path))
     rows = []
     for shape in shapes():
@@ -207,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--threads", type=int, default=1, help="compilers at once")
+    parser.add_argument("--kept", action="store_true", help="compile nothing: registers of what was compiled before, - elsewhere")
     args = parser.parse_args(argv)
-    found = collect(args.targets.split(","), args.threads)
+    found = collect(args.targets.split(","), args.threads, args.kept)
     JSON.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(found, indent=1)) + "\n", encoding="utf-8")
     PAGE.write_text(page(found), encoding="utf-8")
     return 0
