@@ -155,7 +155,8 @@ the small sizes under compute-sanitizer. `python -m bench.gpu.check --device cud
 ## Registers and occupancy
 
 Registers of a thread on each target; behind the slash the share of a multiprocessor's threads that are resident with the block and the shared
-memory that the launch has. No kernel here spills registers to memory.
+memory that the launch has. A dash: not compiled for that target yet (`make gpu-figures` compiles all, in about half an hour of one core). None of the others
+spills registers to memory.
 
 """
 REQUESTS = """
