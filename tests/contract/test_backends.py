@@ -12,7 +12,7 @@ import pytest
 
 import pyengine as pe
 from pyengine import ops
-from pyengine.backends import backend, cpu, names, parsed
+from pyengine.backends import cpu, names, parsed
 from pyengine.backends.base import Backend, check_kernels, Declared, Program, said, State
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.cpu import Backend as Cpu
@@ -329,8 +329,8 @@ def layered() -> list[Tensor]:
 def test_programs_of_two_backends_are_one_chain(own: Backend, computing: Backend) -> None:
     ids = np.array([3, 1, 8, 0], np.int32)
     want = Reference(dtype=np.float64).compile(layered()).run(ids=ids)
-    for devices, backends in (([0, 1, 0], [own, Cpu(2)]), ([1, 0, 1], [own, Cpu(2)]), ([0, 1, 1], [Reference(), own])):
-        parts = cut(layered(), lambda name: int(name.split(".")[1]) if name.startswith("blk") else None, devices)
+    for places, backends in (([0, 1, 0], [own, Cpu(2)]), ([1, 0, 1], [own, Cpu(2)]), ([0, 1, 1], [Reference(), own])):
+        parts = cut(layered(), lambda name: int(name.split(".")[1]) if name.startswith("blk") else None, places)
         chain = PreparedChain.lay_out(parts, backends, {})
         program = chain.load()
         for _ in range(2):
@@ -441,7 +441,7 @@ def test_results_may_take_the_memory_of_arguments(computing: Backend, declared) 
     close(y, given + 7)
     want = -(np.swapaxes((given + 7).reshape(5, 8, 8), 1, 2).reshape(5, 64) + 1)
     close(z, want)
-    close(attended, want[1:2])
+    close(attended, want[1:2], 1e-3)                         # beside keys of F16 a card rounds values to it
     close(program.states["c"].gather(np.arange(2, 7)).view(np.float16).astype(np.float32)[0], 2 * want, 1e-3)
 
 
