@@ -268,7 +268,7 @@ struct FloatUnit {
 };
 
 template <int TY, int N>
-__global__ void __launch_bounds__(THREADS) attend_floats_kernel(const Job w) {
+__global__ void __launch_bounds__(THREADS, 2) attend_floats_kernel(const Job w) {
   for (int at = blockIdx.x;; at += gridDim.x) {
     const Unit u = unit_at(w, at, blockIdx.y);
     if (u.n_rows == 0) return;
