@@ -60,14 +60,14 @@ bench: $(VENV)/installed
 
 # The CUDA kernels for all cards, with nvcc; PYENGINE_CUDA_TARGETS="90a" for some only.
 cuda:
-	$(PYTHON) -m pyengine.backends.cuda.build
+	$(PYTHON) -m pyengine.backends.cuda
 
 # On a machine with a card, nvcc, NumPy, pybind11, cffi and Pillow (PyTorch is compared with where it is), without a network: build for
 # this card, check every kernel and small models, time everything, write bench/results/gpu-NAME.json; under 9 minutes.
 CARD ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | sed 's/[.]//; s/^90$$/90a/')
 gpu-check:
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYENGINE_CUDA_TARGETS="$(CARD)" $(PYTHON) -m pyengine.backends.cuda.build
+	PYENGINE_CUDA_TARGETS="$(CARD)" $(PYTHON) -m pyengine.backends.cuda
 	$(PYTHON) -m bench.gpu.check
 
 # The same on small sizes under compute-sanitizer, after gpu-check.

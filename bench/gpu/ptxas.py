@@ -15,6 +15,7 @@ from pyengine.backends.cuda.build import CUDA_FLAGS, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
+FLAGS = [f for f in CUDA_FLAGS if not f.startswith("-I")]      # those that do not name a folder of this machine
 KEPT = ROOT / "build" / "ptxas"                              # answers by the hash of what was compiled
 
 
@@ -89,12 +90,17 @@ def parsed(text: str) -> list[Kernel]:
     return [Kernel(name, *numbers) for name, numbers in zip(demangled(names) if names else [], found)]
 
 
-def compiled(path: Path, target: str) -> list[Kernel]:
-    """Return what the assembler says of a file's kernels for a target. Raises: RuntimeError with the compiler's words, warnings too."""
-    mark = hashlib.sha256(f"{content(included(path))}{target}{CUDA_FLAGS}".encode()).hexdigest()[:16]
+def compiled(path: Path, target: str, kept_only: bool = False) -> list[Kernel]:
+    """Return what the assembler says of a file's kernels for a target; kept_only: nothing where that was not compiled before.
+
+    Raises: RuntimeError with the compiler's words, warnings too.
+    """
+    mark = hashlib.sha256(f"{content(included(path), code_only=True)}{target}{FLAGS}".encode()).hexdigest()[:16]
     kept = KEPT / f"{path.stem}-{target}-{mark}.json"
     if kept.exists():
         return [Kernel(*k) for k in json.loads(kept.read_text(encoding="utf-8"))]
+    if kept_only:
+        return []
     KEPT.mkdir(parents=True, exist_ok=True)
     command = [nvcc(), f"-gencode=arch=compute_{target},code=sm_{target}", *CUDA_FLAGS, "-Xptxas", "-v", "-cubin", "-o", str(kept.with_suffix(".cubin")), str(path)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -106,11 +112,11 @@ def compiled(path: Path, target: str) -> list[Kernel]:
     return kernels
 
 
-def every(targets: Iterable[str], threads: int = 1) -> dict[str, dict[str, dict[str, Kernel]]]:
+def every(targets: Iterable[str], threads: int = 1, kept_only: bool = False) -> dict[str, dict[str, dict[str, Kernel]]]:
     """Return what the assembler says: by file, by kernel, by target."""
     jobs = [(path, target) for path in sources() for target in targets]
     with ThreadPoolExecutor(threads) as pool:
-        made = list(pool.map(lambda job: compiled(*job), jobs))
+        made = list(pool.map(lambda job: compiled(*job, kept_only=kept_only), jobs))
     out: dict[str, dict[str, dict[str, Kernel]]] = {}
     for (path, target), kernels in zip(jobs, made):
         for k in kernels:

@@ -241,6 +241,14 @@ __device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Se
 
 /* ---- files of kernels, called by attention.cu ---- */
 
+/* Kernels are compiled for several numbers of columns, so that few columns take few registers. The emulator, which has no registers to
+ * spare, has only the one for most. */
+#if PE_EMULATED
+#define PE_ONE_INSTANCE true
+#else
+#define PE_ONE_INSTANCE false
+#endif
+
 enum { FEW_QUERIES = 16, FEW_WARPS = 4 };
 
 /* grid: units, heads of K and V, shares of the chunks. */

@@ -148,7 +148,7 @@ __device__ __forceinline__ bool is_spoilt(const Job &w, const Unit &u) {
 /* alone: block (x, y) looks at row x of key/value head y, whose results are there. A key that another row of the unit saw may have held
  * infinities or NaN, which times a probability of 0 is NaN: such a row is made again, and then holds what it holds without neighbours. */
 template <int N>
-__global__ void __launch_bounds__(32 * FEW_WARPS, 3) attend_few_kernel(const Job w, bool alone) {
+__global__ void __launch_bounds__(32 * FEW_WARPS, N > 1 ? 2 : 3) attend_few_kernel(const Job w, bool alone) {
   for (int at = blockIdx.x;; at += gridDim.x) {
     Unit u;
     if (alone) {
@@ -167,8 +167,9 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, 3) attend_few_kernel(const Job
 
 void start(const Job &w, dim3 grid, bool alone, cudaStream_t stream) {
   const dim3 block(32 * FEW_WARPS);
-  if (w.nf <= FEW_WARPS) launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone);
-  else launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
+  if constexpr (!PE_ONE_INSTANCE)
+    if (w.nf <= FEW_WARPS) return launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone);
+  launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
 }
 
 } // namespace

@@ -268,7 +268,7 @@ struct FloatUnit {
 };
 
 template <int TY, int N>
-__global__ void __launch_bounds__(THREADS) attend_floats_kernel(const Job w) {
+__global__ void __launch_bounds__(THREADS, 2) attend_floats_kernel(const Job w) {
   for (int at = blockIdx.x;; at += gridDim.x) {
     const Unit u = unit_at(w, at, blockIdx.y);
     if (u.n_rows == 0) return;
@@ -281,8 +281,9 @@ __global__ void __launch_bounds__(THREADS) attend_floats_kernel(const Job w) {
 template <int TY>
 void launch_floats(const Job &w, dim3 grid, cudaStream_t stream) {
   const dim3 block(THREADS);
-  if (w.f <= 2 * SLICE) launch(stream, attend_floats_kernel<TY, 2>, grid, block, w.at.bytes, w);
-  else launch(stream, attend_floats_kernel<TY, 4>, grid, block, w.at.bytes, w);
+  if constexpr (!PE_ONE_INSTANCE)
+    if (w.f <= 2 * SLICE) return launch(stream, attend_floats_kernel<TY, 2>, grid, block, w.at.bytes, w);
+  launch(stream, attend_floats_kernel<TY, 4>, grid, block, w.at.bytes, w);
 }
 
 } // namespace

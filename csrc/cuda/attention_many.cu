@@ -3,7 +3,7 @@
  * Block (x, y) has a warp for every 16 queries and owns unit x (then x + gridDim.x ...) of key/value head y; units whose rows come
  * last, and see most, begin first. All warps share each tile; a warp makes the scores, probabilities and sums of its own 16 queries:
  * probabilities go from the accumulators of one product straight into the A fragments of the next. Chunks are merged in the block's part
- * of `out`, which costs its reading and writing once in 512 keys. Tiles outside of a warp's intervals are skipped; tiles inside need no mask.
+ * of `out`, which is read and written once in 512 keys. Tiles outside of a warp's intervals are skipped; those inside need no mask.
  *
  * Shared memory: queries [blocks of 32 columns][queries][32]; stages of a tile of K and V, the next on its way while one is used; one
  * unpacked tile of each where they are blocks. Registers: 16 a block of 32 columns of V, 32 for scores.
@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(N > 4 ? 128 : 256, 1) attend_many_kernel(const
 
 void pe::attend_many(const Job &w, int queries, dim3 grid, cudaStream_t stream) {
   const dim3 block(2 * queries);
-  if (w.nf <= 2) launch(stream, attend_many_kernel<2>, grid, block, w.at.bytes, w);
-  else if (w.nf <= 4) launch(stream, attend_many_kernel<4>, grid, block, w.at.bytes, w);
-  else launch(stream, attend_many_kernel<8>, grid, block, w.at.bytes, w);
+  if constexpr (!PE_ONE_INSTANCE) {
+    if (w.nf <= 2) return launch(stream, attend_many_kernel<2>, grid, block, w.at.bytes, w);
+    if (w.nf <= 4) return launch(stream, attend_many_kernel<4>, grid, block, w.at.bytes, w);
+  }
+  launch(stream, attend_many_kernel<8>, grid, block, w.at.bytes, w);
 }

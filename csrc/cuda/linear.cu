@@ -81,12 +81,14 @@ int unit_tiles(Kind kind, int64_t rows, int64_t n, const Queue &queue) {
   if (rows <= TILE_ROWS) return 1;
   if (rows <= 4 * TILE_ROWS) return kind == KIND_FLOAT ? 4 : 2;
   const int64_t blocks = (n + 127) / 128 * ((rows + 127) / 128);
-  return kind != KIND_FLOAT && rows > 64 && blocks >= queue.multiprocessors ? 16 : 8;
+  /* Blocks of 128 x 128 need more shared memory than an sm_75 has. */
+  return kind != KIND_FLOAT && rows > 64 && blocks >= queue.multiprocessors && queue.capability >= 80 ? 16 : 8;
 }
 
-/* Blocks for each unit that walk through pairs: as many as run at once, 16 warps of 128 registers to a multiprocessor, in equal shares. */
+/* Blocks for each unit that walk through pairs: as many as run at once, 16 warps of 128 registers to a multiprocessor, in equal shares. Of
+ * units of experts perhaps a quarter has work. */
 static unsigned few_blocks(const Product &p, int units, const Queue &queue) {
-  const int warps = (p.steps + p.slice - 1) / p.slice, room = queue.multiprocessors * (16 / warps);
+  const int warps = (p.steps + p.slice - 1) / p.slice, room = queue.multiprocessors * (16 / warps) * (p.units ? 4 : 1);
   const int blocks = room / units > 0 ? room / units : 1, rounds = (p.blocks + blocks - 1) / blocks;
   return static_cast<unsigned>((p.blocks + rounds - 1) / rounds);
 }

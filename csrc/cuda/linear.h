@@ -2,8 +2,8 @@
  * and in which order sums are formed. Reference: pyengine/ops/matmul.py, experts.py; csrc/cpu/linear.c.
  *
  * Order of sums.  k is cut into slices of linear_slice(k) steps of 32, at most 16 of them, a function of k alone. Within a slice a sum
- * runs over k, ascending; slices are added in order, from zero. The kernel for few rows gives each warp a slice; the kernels for many rows add
- * theirs up where a slice ends. So all kernels of a format give the same bits for a row, whatever stands beside it.
+ * runs over k, ascending; slices are added in order, from zero. Kernels for few rows give each warp a slice; those for many rows add up
+ * theirs where a slice ends. So all kernels of a format give the same bits for a row, whatever stands beside it.
  *
  * Prepared rows.  Kernels read x in tiles of 8 rows, the columns of a product:
  *   int8     a record for each 32 of k: [row 8][t 4][k 4t .. 4t+3, 16+4t .. 16+4t+3] codes, 256 bytes: lane 4 g + t of a warp reads the 8
@@ -63,6 +63,7 @@ struct Product {
   const int32_t *n_units;
   const int32_t *chosen;   /* null, or the expert of unit i, which is one row: the first of tile i, or of tile 0 if shared */
   int experts, shared;
+  int format;              /* of weights in the file's layout */
   const pe_codebooks *codebooks;
   pe_fault *fault;
 };
@@ -181,7 +182,7 @@ void combine_glu(const Matrix &w, const float *up, int64_t m, int glu, float sof
 pe_status multiply_few(int32_t format, const Product &p, int tiles, dim3 grid, cudaStream_t stream);   /* linear_few.cu */
 pe_status multiply_tiles(int32_t format, const Product &p, int tiles, dim3 grid, cudaStream_t stream); /* linear_tiles.cu */
 pe_status multiply_half(int32_t format, const Product &p, int tiles, dim3 grid, cudaStream_t stream);  /* linear_half.cu */
-pe_status multiply_floats(int32_t dtype, const Product &p, int tiles, dim3 grid, cudaStream_t stream); /* linear_float.cu */
+pe_status multiply_floats(int32_t dtype, Product p, int tiles, dim3 grid, cudaStream_t stream); /* linear_float.cu */
 
 } // namespace pe
 

@@ -1,16 +1,22 @@
 /* linear_few.cu: packed blocks times few rows (1 to 32): generation. linear.h says what the whole is and in which order it sums.
  *
  * A block owns a pair: 32 rows of weights (two groups of 16; with glu a group of each matrix), times a unit of up to 8 T rows of x. Each of
- * its warps owns a slice of k, up to 16; the warps' sums are added in order through shared memory: [warp][row of x 8][36], the 32 sums of
- * a row of x side by side, 36 apart so that a quarter warp's 16-byte stores touch all banks. 18 KB for 16 warps, a tile after the other.
+ * its warps owns a slice of k, up to 16 of them; the warps' sums are added in order through shared memory, [warp][row of x 8][36]: the 32
+ * sums of a row of x side by side, 36 apart, so that a quarter warp's 16-byte stores touch all banks. With T = 1 a block goes on to further
+ * pairs, and its loads run ahead into the next one, so memory does not rest while sums are added. Shared memory: 18 KB of sums, twice, and
+ * 0.5 to 2 KB of scales for each warp (unpack.h), whose scales each row's own lane works out for 4 steps at a time.
  *
- * Weights go from memory to registers in operand order (unpack.h) by 16-byte loads that pass L1 by, 4 or 8 steps ahead of their use: 2 to 6
- * KB in flight a warp, 32 to 96 KB a multiprocessor (an H200 needs 33: 4.3 TB/s x 1 us / 132). x comes through L1, where the blocks of a
- * multiprocessor share it: 96 bytes a step for one row, 320 for eight.
+ * Weights go from memory to registers in operand order (unpack.h) by 16-byte loads that pass L1 by, R steps ahead of their use: 2 to 4 KB
+ * in flight a warp, 32 to 64 KB a multiprocessor (an H200 needs 33: 4.3 TB/s x 1 us / 132). x comes through L1, where it stays: 96 bytes a
+ * step for one row, 320 for eight.
  *
- * Roofline, for n rows and k columns: reads n k x (0.33 to 1.06) bytes of weights, once, and 4 m (n + k) of the rest. A step of a pair (1024
- * weights, 576 bytes of Q4_K) takes 2 mma a tile, 16 to 24 fma, and 12 to 40 instructions of unpacking that T tiles share: for one row
- * 0.11 to 0.16 instructions a byte and lane; an H200 has 0.21 (4 x 1.75 GHz x 132 / 4.3 TB/s).
+ * Roofline, for n rows and k columns: reads n k x (0.33 to 1.06) bytes of weights, once, and 4 m (n + k) of the rest. A step of a pair is
+ * 1024 weights, of Q4_K 576 bytes. An H200 has 0.215 instructions a byte (4 x 1.75 GHz x 132 / 4.3 TB/s), an RTX 4090 0.84. What a
+ * step takes, from the SASS for sm_90a (2026-11):
+ *              Q4_0  Q8_0  Q5_K  Q4_K  Q6_K  Q3_K  IQ4_XS  Q2_K
+ *   one row    81    68    83    64    121   121   121     104       instructions of a warp, 2 of them mma, 4 where scales change every 16
+ *   a byte     0.14  0.06  0.12  0.11  0.14  0.28  0.22    0.31      so Q3_K, IQ4_XS and Q2_K wait for instructions on an H200, others
+ *                                                                    for memory. 2 to 8 rows: 10 to 19 more; a second tile some 50
  */
 #include "linear_parts.h"
 #include "unpack.h"
@@ -40,7 +46,8 @@ template <int F> __host__ __device__ constexpr int step_at(int j) {
 template <int F> __device__ __forceinline__ void fetch_scales(RowScales<F> &to, const uint8_t *group, int s, int end) {
   constexpr int unit = Packed<F>::unit;
   if constexpr (is_k<F>) {
-    const int at = s / 8 / unit * unit_bytes<F>, head = s / 8 % unit * Packed<F>::head, body = unit * Packed<F>::head + s / 8 % unit * Packed<F>::body;
+    const int at = s / 8 / unit * unit_bytes<F>, head = s / 8 % unit * Packed<F>::head;
+    const int body = unit * Packed<F>::head + s / 8 % unit * Packed<F>::body;
     load_scales<F>(to, GlobalBytes{group + at}, head, words_at<F>(head, body));
   } else {
     load_scales_of_32<F>(to, GlobalBytes{group + s / unit * unit_bytes<F>}, 0, min(SCALED_STEPS, end - s));
@@ -69,8 +76,8 @@ template <int T> struct Columns {
 
 /* A step of the pair times all columns, of which a lane sums C of its two: 1 where x is one row. */
 template <int F, int T, int C>
-__device__ __forceinline__ void use(const Codes<F> &codes, const StepScales<F> &w, const uint8_t *x, const Columns<T> &columns, const Lane &l,
-                                    float (&acc)[T][4][2]) {
+__device__ __forceinline__ void use(const Codes<F> &codes, const StepScales<F> &w, const uint8_t *x, const Columns<T> &columns,
+                                    const Lane &l, float (&acc)[T][4][2]) {
   uint32_t a[2][4];
   to_operands<F>(codes, l, a);
 #pragma unroll

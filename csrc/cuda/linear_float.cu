@@ -3,11 +3,12 @@
  * float32's rounding. No tensor cores: three bf16 products for each would be faster only where rows are many, and F32 weights are the few
  * of routers and small encoders.
  *
- * Few rows: a block is 32 rows of weights times up to 8 T rows of x, each warp a slice of k and each lane a row. F32 is packed: a warp's load
- * is 2 runs of 64 bytes, 16 of k ahead (2 KB in flight). Weights of the file are dequantized 16 of k at a time to shared memory, [k][33]
- * for each warp; neighbouring lanes take neighbouring eights of a row. x comes from L1, the same for all lanes.
- * Many rows: a block of 256 threads is 64 x 64 results, a thread 4 x 4; it goes through k by 32: weights [k][68], x [k][68] in shared memory, so
- * that a thread reads its rows and columns by 16 bytes each. 64 KB for 64 x 64 x 32 x 2 operations from the second cache: 16 a byte.
+ * Few rows: a block is 32 rows of weights times up to 8 T rows of x, each warp a slice of k and each lane a row. F32 is packed: a warp's
+ * load is 2 runs of 64 bytes, 16 of k ahead (2 KB in flight). Weights of the file are dequantized 16 of k at a time to shared memory,
+ * [k][33] for each warp; neighbouring lanes take neighbouring eights of a row. x comes from L1, the same for all lanes.
+ * Many rows: a block of 256 threads is 64 x 64 results, a thread 4 x 4; it goes through k by 32: weights [k][68], x [k][68] in shared
+ * memory, so that a thread reads its rows and columns by 16 bytes each. 16 KB for 64 x 64 x 32 x 2 operations from the second cache: 16 a
+ * byte.
  * Roofline: weights once, 4 n k bytes (fewer for blocks), or n k m fused products on the fp32 pipes, about half of whose peak is reached.
  */
 #include "dequant.h"
@@ -18,27 +19,37 @@ namespace {
 
 constexpr int FEW_DEPTH = 16, DEPTH = 32, PITCH = 68, SIDE = 64;
 
-/* Rows of float32 or of a format in the file's layout. */
-template <int F> constexpr bool is_plain = F == PE_F32 || F == PE_F16 || F == PE_BF16;
+/* w[k .. k + 7] of a row of plain numbers; zeros behind its end. */
+template <int F> __device__ __forceinline__ void load_plain(const uint8_t *row, int k, int end, float (&w)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    if (k + i >= end) w[i] = 0.0f;
+    else if (F == PE_F32) w[i] = reinterpret_cast<const float *>(row)[k + i];
+    else if (F == PE_F16) w[i] = half_from_bits(reinterpret_cast<const uint16_t *>(row)[k + i]);
+    else w[i] = __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t *>(row)[k + i]) << 16);
+  }
+}
 
-/* w[k .. k + 7] of a row in the file's layout; zeros behind its end. */
-template <int F> __device__ __forceinline__ void load8(const uint8_t *row, int k, int end, const pe_codebooks *books, float (&w)[8]) {
-  if constexpr (is_plain<F>) {
+/* The same of any format, in the file's layout. All threads take the same way through the switch, which costs less than kernels for each
+ * format would: their compilation took minutes. */
+__device__ __forceinline__ void load8(int format, const uint8_t *row, int k, int end, const pe_codebooks *books, float (&w)[8]) {
+  if (format == PE_F32) return load_plain<PE_F32>(row, k, end, w);
+  if (format == PE_F16) return load_plain<PE_F16>(row, k, end, w);
+  if (format == PE_BF16) return load_plain<PE_BF16>(row, k, end, w);
+  if (k >= end) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (k + i >= end) w[i] = 0.0f;
-      else if (F == PE_F32) w[i] = reinterpret_cast<const float *>(row)[k + i];
-      else if (F == PE_F16) w[i] = half_from_bits(reinterpret_cast<const uint16_t *>(row)[k + i]);
-      else w[i] = __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t *>(row)[k + i]) << 16);
-    }
-  } else {
-    using Block = file_block<F>;
-    if (k >= end) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) w[i] = 0.0f;
-    } else {
-      Block::get8(row + k / Block::elements * Block::bytes, k % Block::elements, books, w);
-    }
+    for (int i = 0; i < 8; i++) w[i] = 0.0f;
+    return;
+  }
+  switch (format) {
+#define FILE_FORMAT(name)                                                                                                      \
+    case PE_##name:                                                                                                            \
+      file_block<PE_##name>::get8(row + k / PE_BLOCK_##name * PE_BYTES_##name, k % PE_BLOCK_##name, books, w);                 \
+      break;
+    PE_FILE_BLOCKS(FILE_FORMAT)
+    PE_FILE_BLOCKS_OF_CODEBOOKS(FILE_FORMAT)
+#undef FILE_FORMAT
+    default: break;
   }
 }
 
@@ -57,7 +68,7 @@ template <bool PACKED> struct FloatShared {
 };
 
 /* w[i] = element k0 + i of the lane's row. */
-template <int F, bool PACKED>
+template <bool PACKED>
 __device__ __forceinline__ void load_weights(const Product &p, const uint8_t *group, const Span &span, int expert, int k0,
                                              float (&scratch)[PACKED ? 1 : FEW_DEPTH][33], float (&w)[FEW_DEPTH]) {
   const int lane = threadIdx.x % 32;
@@ -71,7 +82,7 @@ __device__ __forceinline__ void load_weights(const Product &p, const uint8_t *gr
     for (int i = 0; i < 2; i++) {
       const int r = 16 * i + lane / 2, k = 8 * (lane % 2);
       float eight[8];
-      load8<F>(row_of(p, span, 0, r, expert), k0 + k, p.k, p.codebooks, eight);
+      load8(p.format, row_of(p, span, 0, r, expert), k0 + k, p.k, p.codebooks, eight);
 #pragma unroll
       for (int j = 0; j < 8; j++) scratch[k + j][r] = eight[j];
     }
@@ -81,7 +92,7 @@ __device__ __forceinline__ void load_weights(const Product &p, const uint8_t *gr
   }
 }
 
-template <int F, bool PACKED, int T> __global__ void __launch_bounds__(512) few_float(const Product p) {
+template <bool PACKED, int T> __global__ void __launch_bounds__(512) few_float(const Product p) {
   auto &sh = shared<FloatShared<PACKED>>();
   Part part;
   if (!part_of<T>(p, part)) return;
@@ -94,7 +105,7 @@ template <int F, bool PACKED, int T> __global__ void __launch_bounds__(512) few_
   const int begin = 32 * warp * p.slice, end = min(begin + 32 * p.slice, p.k);
   for (int k = begin; k < end; k += FEW_DEPTH) {
     float w[FEW_DEPTH];
-    load_weights<F, PACKED>(p, group, span, part.expert, k, sh.w[PACKED ? 0 : warp], w);
+    load_weights<PACKED>(p, group, span, part.expert, k, sh.w[PACKED ? 0 : warp], w);
 #pragma unroll
     for (int row = 0; row < TILE_ROWS * T; row++) {
       if (row >= rows) continue;
@@ -123,7 +134,7 @@ struct FloatTile {
   float w[DEPTH][PITCH], x[DEPTH][PITCH];
 };
 
-template <int F, bool PACKED>
+template <bool PACKED>
 __device__ __forceinline__ void fill(FloatTile &to, const Product &p, const Span &span, const Part &part, int k0) {
   if constexpr (PACKED) {
     for (int i = threadIdx.x; i < DEPTH * 16; i += 256) {
@@ -136,7 +147,7 @@ __device__ __forceinline__ void fill(FloatTile &to, const Product &p, const Span
   } else {
     const int r = threadIdx.x / 4, k = 8 * (threadIdx.x % 4);
     float eight[8];
-    load8<F>(row_of(p, span, r / 32, r % 32, part.expert), k0 + k, p.k, p.codebooks, eight);
+    load8(p.format, row_of(p, span, r / 32, r % 32, part.expert), k0 + k, p.k, p.codebooks, eight);
 #pragma unroll
     for (int j = 0; j < 8; j++) to.w[k + j][r] = eight[j];
   }
@@ -149,7 +160,7 @@ __device__ __forceinline__ void fill(FloatTile &to, const Product &p, const Span
   }
 }
 
-template <int F, bool PACKED> __global__ void __launch_bounds__(256) tiles_float(const Product p) {
+template <bool PACKED> __global__ void __launch_bounds__(256) tiles_float(const Product p) {
   auto &sh = shared<FloatTile>();
   Part part;
   if (!part_of<SIDE / TILE_ROWS>(p, part)) return;
@@ -159,7 +170,7 @@ template <int F, bool PACKED> __global__ void __launch_bounds__(256) tiles_float
   float acc[4][4] = {}, sum[4][4] = {}; /* [column][row] */
   for (int s = 0; s < p.steps; s++) {
     __syncthreads();
-    fill<F, PACKED>(sh, p, span, part, DEPTH * s);
+    fill<PACKED>(sh, p, span, part, DEPTH * s);
     __syncthreads();
 #pragma unroll 8
     for (int k = 0; k < DEPTH; k++) {
@@ -184,28 +195,30 @@ template <int F, bool PACKED> __global__ void __launch_bounds__(256) tiles_float
   }
 }
 
-template <int F, bool PACKED> pe_status launch_float(const Product &p, int tiles, dim3 grid, cudaStream_t stream) {
-  const dim3 warps(32 * ((p.steps + p.slice - 1) / p.slice));
-  if (tiles == 1) launch(stream, few_float<F, PACKED, 1>, grid, warps, sizeof(FloatShared<PACKED>), p);
-  else if (tiles == 4) launch(stream, few_float<F, PACKED, 4>, grid, warps, sizeof(FloatShared<PACKED>), p);
-  else launch(stream, tiles_float<F, PACKED>, grid, dim3(256), sizeof(FloatTile), p);
-  return PE_OK;
-}
-
 } // namespace
 
-pe_status multiply_floats(int32_t dtype, const Product &p, int tiles, dim3 grid, cudaStream_t stream) {
+pe_status multiply_floats(int32_t dtype, Product p, int tiles, dim3 grid, cudaStream_t stream) {
+  const dim3 warps(32 * ((p.steps + p.slice - 1) / p.slice));
+  p.format = dtype;
   switch (dtype) {
-    case PE_PACKED + PE_F32: return launch_float<PE_F32, true>(p, tiles, grid, stream);
-    case PE_F32: return launch_float<PE_F32, false>(p, tiles, grid, stream);
-    case PE_F16: return launch_float<PE_F16, false>(p, tiles, grid, stream);
-    case PE_BF16: return launch_float<PE_BF16, false>(p, tiles, grid, stream);
-#define FILE_FORMAT(name) case PE_##name: return launch_float<PE_##name, false>(p, tiles, grid, stream);
+    case PE_PACKED + PE_F32:
+      if (tiles == 1) launch(stream, few_float<true, 1>, grid, warps, sizeof(FloatShared<true>), p);
+      else if (tiles == 4) launch(stream, few_float<true, 4>, grid, warps, sizeof(FloatShared<true>), p);
+      else launch(stream, tiles_float<true>, grid, dim3(256), sizeof(FloatTile), p);
+      return PE_OK;
+#define FILE_FORMAT(name) case PE_##name:
+    PE_FILE_BLOCKS_OF_CODEBOOKS(FILE_FORMAT)
+      if (!p.codebooks) return PE_NO_KERNEL;
+      [[fallthrough]];
     PE_FILE_BLOCKS(FILE_FORMAT)
 #undef FILE_FORMAT
-#define FILE_FORMAT(name) case PE_##name: return p.codebooks ? launch_float<PE_##name, false>(p, tiles, grid, stream) : PE_NO_KERNEL;
-    PE_FILE_BLOCKS_OF_CODEBOOKS(FILE_FORMAT)
-#undef FILE_FORMAT
+    case PE_F32:
+    case PE_F16:
+    case PE_BF16:
+      if (tiles == 1) launch(stream, few_float<false, 1>, grid, warps, sizeof(FloatShared<false>), p);
+      else if (tiles == 4) launch(stream, few_float<false, 4>, grid, warps, sizeof(FloatShared<false>), p);
+      else launch(stream, tiles_float<false>, grid, dim3(256), sizeof(FloatTile), p);
+      return PE_OK;
     default: return PE_NO_KERNEL;
   }
 }

@@ -77,6 +77,16 @@ __device__ __forceinline__ void put_codes(const float4 &v, int e, bool inside, u
   }
 }
 
+/* A tile that has one row: the scales of the others are zeros. Lanes read them for columns whose sums nobody stores. */
+__device__ __forceinline__ void clear_scales(int e, uint8_t *tile, bool halves) {
+  float *scales = reinterpret_cast<float *>(tile + e / 32 * RECORD + CODES_BYTES);
+  const int pair = e / 4 % 8; /* of rows */
+  for (int i = pair ? 0 : 1; pair < TILE_ROWS / 2 && i < 4; i += pair ? 1 : 2) {
+    scales[4 * pair + i] = 0.0f;
+    if (halves) scales[16 + 4 * pair + i] = 0.0f;
+  }
+}
+
 /* Elements e .. e + 3 to a record of 16-bit floats. */
 __device__ __forceinline__ void put_words(uint32_t low, uint32_t high, int e, uint8_t *record, int row) {
   uint16_t *at = reinterpret_cast<uint16_t *>(record + 32 * row) + e / 4 % 4;
@@ -134,6 +144,7 @@ __global__ void __launch_bounds__(THREADS) prepare_rows(const Preparation p) {
     const bool inside = e < 32 * steps;
     if (p.codes) put_codes(v, e, inside, p.codes + static_cast<int64_t>(tile) * steps * RECORD, in_tile, p.halves);
     if (!inside) continue;
+    if (p.codes && p.spread) clear_scales(e, p.codes + static_cast<int64_t>(tile) * steps * RECORD, p.halves);
     if (p.bf16) put_bf16(v, e, p.bf16 + static_cast<int64_t>(tile) * steps * 4 * CODES_BYTES, in_tile);
     if (p.f16) put_f16(v, e, p.f16 + static_cast<int64_t>(tile) * steps * 2 * CODES_BYTES, in_tile, by);
     if (p.floats)

@@ -3,16 +3,18 @@
  * A block owns WN pairs (32 WN rows of weights; with glu half of them of each matrix) times a unit of WM MT tiles of 8 rows of x: 128 x 128
  * by 8 warps, or 64 x 64 by 4. A warp owns a pair times MT tiles: 8 MT sums a thread, and as many for the slices before.
  *
- * Shared memory: a ring of STAGES stages of 4 steps, filled by cp.async, weights as they are packed:
+ * Shared memory: a ring of 2 or 3 stages of 4 steps, filled by cp.async, each warp a group and two tiles; weights as they are packed:
  *   weights  for each of 2 WN groups: [head][scales of parts][4 steps]; formats of 32: whole units. Bit 5 of an offset is flipped by bit 7
  *            (unpack.h: SharedBytes), so the 16-byte loads of operands meet no bank twice.
  *   x        for each tile: 4 records, as in memory; a warp reads 256 bytes in a row, and 64 bytes of scales as a broadcast.
+ *   scales   of each warp's pair, for the stage, as in linear_few.cu
  *
  * Roofline, n rows of weights x k times m rows: 2 n k m operations, int8. Weights are read m / 128 times, x n / 128 times, from the second
- * cache. A step of a warp (32 x 32 of weights x 64 rows) is 16 mma, and for each 8 (with offsets 12) fma that apply scales; 10 to 50
- * instructions unpack, 1 mma in 8. So the fp32 pipes are the limit: 8 to 12 cycles a mma of 4096 products on a quarter of a multiprocessor
- * that could do one in 4 (H200), 8 (A100) or 16 (RTX 3090): 0.33 to 0.5, 0.33 to 0.5 (half as many fp32 pipes) and 1 of the int8 peak, 0.67 to 1 of
- * the bf16 peak on the first two. Shared memory: a step reads 4 + 8 x 3 times for 16 mma, 40 of 64 cycles that they take.
+ * cache. A step of a warp (32 x 32 of weights x 64 rows) is 16 mma, and for each of them 8 (with offsets 12) fma that apply scales: the
+ * fp32 pipes are the limit, 8 to 12 cycles a mma of 4096 products on a quarter of a multiprocessor that could do one in 4 (H200), 8 (A100)
+ * or 16 (RTX 3090). All instructions of the loop, from the SASS for sm_90a (2026-11): 16.4 a mma for Q8_0, 21.2 for Q4_K, so at most 0.24
+ * and 0.19 of an H200's int8 peak, which is 0.49 and 0.38 of its bf16 peak; of a 3090's int8 peak 1 and 0.75. Shared memory: 40 passes a
+ * step of a warp, of the 64 cycles that its 16 mma take at least.
  */
 #include "linear_parts.h"
 #include "unpack.h"
@@ -37,7 +39,8 @@ template <int F, int WN, int WM, int MT> struct Stage {
   uint8_t x[WM * MT][STAGE_STEPS][record_bytes<F>];
 };
 
-/* Stages that fit, with the scales of the warps, into 99 KB, what a block can have on sm_86, 89 and 120 (sm_75: 64 KB; its blocks are 64 x 64). */
+/* Stages that fit, with the scales of the warps, into 99 KB, what a block can have on sm_86, 89 and 120 (sm_75: 64 KB, and blocks are 64
+ * x 64). */
 template <int F, int WN, int WM, int MT>
 constexpr int stages = 3 * sizeof(Stage<F, WN, WM, MT>) + WN * WM * sizeof(WarpScales<F>) <= 99 * 1024 ? 3 : 2;
 template <int F, int WN, int WM, int MT> struct Ring {
@@ -87,7 +90,8 @@ __device__ __forceinline__ void fill(Stage<F, WN, WM, MT> &to, const Source<F, W
 #pragma unroll
     for (int i = lane; i < STAGE_STEPS * pieces; i += 32) {
       const bool inside = s + i / pieces < steps && tile < from.tiles;
-      cp_async16(&to.x[MT / WN * warp + tile][i / pieces][i % pieces * 16], inside ? x + i / pieces * RECORD + i % pieces * 16 : from.x, inside);
+      const uint8_t *piece = x + i / pieces * RECORD + i % pieces * 16;
+      cp_async16(&to.x[MT / WN * warp + tile][i / pieces][i % pieces * 16], inside ? piece : from.x, inside);
     }
   }
 }

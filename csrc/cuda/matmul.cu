@@ -62,7 +62,7 @@ struct Piece {
 };
 
 template <int X_BY_K, int Y_BY_K>
-__global__ void __launch_bounds__(THREADS) matmul_kernel(Product p) {
+__global__ void __launch_bounds__(THREADS, 2) matmul_kernel(Product p) {
   auto &sh = pe::shared<MatmulShared>();
   unsigned tile = blockIdx.x;
   const unsigned column_tile = tile % p.column_tiles, row_tile = tile / p.column_tiles % p.row_tiles;

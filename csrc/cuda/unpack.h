@@ -153,8 +153,8 @@ template <int F> __device__ __forceinline__ void to_operands(const Codes<F> &c, 
 
 /* ---- scales: w = s code, or s code + o ----
  *
- * Of each row of a pair a lane of its own takes the scales: lane 16 h + r row r of group h, for 4 steps at a time. They reach the lanes that
- * multiply through shared memory, [step][s of each half, o of each half][32 rows]: a store of a warp is 32 floats in a row, and
+ * Of each row of a pair a lane of its own takes the scales: lane 16 h + r row r of group h, for 4 steps at a time. They reach the lanes
+ * that multiply through shared memory, [step][s of each half, o of each half][32 rows]: a store of a warp is 32 floats in a row, and
  * a quad's four are one load, the same for its four lanes. */
 
 constexpr int SCALED_STEPS = 4;

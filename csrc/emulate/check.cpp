@@ -26,7 +26,6 @@
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start, _end;
 
 namespace emu {
-
 namespace {
 
 struct Record {                           /* an access of the past; fields are packed by hand, compilers store bit fields one by one */
@@ -140,13 +139,9 @@ Record record(const Lane &lane, Access access, const void *site, uint32_t kind =
 const char *verb(Access access) { return access == Access::read ? "reads" : access == Access::write ? "writes" : "changes atomically"; }
 
 std::string thread_text(const Lane &lane, const Record &r) {
-  const Index3 size = lane.block->launch->block, grid = lane.block->launch->grid;
-  const uint32_t t = uint32_t(r.thread()), b = r.serial - history.first_serial;
-  char text[120];
-  const int n = std::snprintf(text, sizeof text, "thread (%u,%u,%u)", t % size.x, t / size.x % size.y, t / size.x / size.y);
-  if (r.serial != lane.block->serial)
-    std::snprintf(text + n, sizeof text - n, " of block (%u,%u,%u)", b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-  return text;
+  const Launch &l = *lane.block->launch;
+  const std::string block = r.serial == lane.block->serial ? "" : " of block " + l.grid.at(r.serial - history.first_serial).text();
+  return "thread " + l.block.at(r.thread()).text() + block;
 }
 
 std::string region_text(const Region &r) {
@@ -292,7 +287,6 @@ void begin_block(Block &block) {
 }
 
 void barrier_opened(Block &block) { count_together(block); }
-
 void warp_met(const Block &block, Warp &warp, uint32_t mask, bool orders) {
   count_together(warp, mask);
   if (!orders) return;

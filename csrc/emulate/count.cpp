@@ -30,7 +30,6 @@ struct pe_emulated_counts {
 }
 
 namespace emu {
-
 namespace {
 
 struct Counts {

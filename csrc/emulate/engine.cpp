@@ -51,7 +51,7 @@ bool complete(Lane *lane);
 void renew(Lane &lane) {
   lane.copies.clear();
   lane.stack_end = lane.stack + STACK_BYTES - lane.index * 320 % 4096 / 64 * 64;
-  lane.stack_pointer = new_stack(lane.stack, lane.stack_end, lane_main);
+  lane.stack_pointer = new_stack(lane.stack_end, lane_main);
 }
 
 Machine::Machine() {
@@ -100,12 +100,10 @@ void lane_main() {
 }
 
 void fail(const Block &b, const Lane &lane, const std::string &what, const void *site) {
-  char where[160];
-  std::snprintf(where, sizeof where, ", block (%u,%u,%u), thread (%u,%u,%u): ", b.index.x, b.index.y, b.index.z, lane.thread.x, lane.thread.y,
-                lane.thread.z);
   std::lock_guard<std::mutex> hold(error_lock);
   machine->failed = true;
-  if (!stop.exchange(true)) error = "kernel " + name_of(b.launch->kernel) + where + what + ", at " + describe_code(site);
+  if (stop.exchange(true)) return;
+  error = "kernel " + name_of(b.launch->kernel) + ", block " + b.index.text() + ", thread " + lane.thread.text() + ": " + what + ", at " + describe_code(site);
 }
 
 /* -- collectives -------------------------------------------------------------------------------------------------------------------- */
@@ -147,8 +145,7 @@ void meet(const Meeting &meeting, const void *site) {
 
 std::string with_mask(const Meeting &m) {
   char text[32];
-  std::snprintf(text, sizeof text, " with mask %08x", m.mask);
-  return text;
+  return std::snprintf(text, sizeof text, " with mask %08x", m.mask), text;
 }
 
 /* A warp has no lane that could go on, but some wait for others in its collective: say who does not come. */
@@ -169,11 +166,9 @@ void report_stuck(const Block &block, const Warp &warp) {
 
 /* -- running a block ------------------------------------------------------------------------------------------------------------ */
 
-Index3 split(int64_t number, Index3 size) { return {uint32_t(number % size.x), uint32_t(number / size.x % size.y), uint32_t(number / size.x / size.y)}; }
-
 void begin(Block &b, const Launch &launch, int64_t number) {
   b.launch = &launch;
-  b.index = split(number, launch.grid);
+  b.index = launch.grid.at(number);
   b.n_threads = int(launch.block.x * launch.block.y * launch.block.z);
   b.n_warps = (b.n_threads + WARP - 1) / WARP;
   b.n_done = b.epoch = 0;
@@ -186,7 +181,7 @@ void begin(Block &b, const Launch &launch, int64_t number) {
   }
   for (int i = 0; i < b.n_threads; i++) {
     Lane &lane = b.lanes[i];
-    lane.thread = split(i, launch.block);
+    lane.thread = launch.block.at(i);
     lane.at_barrier = lane.quiet = lane.fenced = false;
     lane.copy_groups = 0;
   }
@@ -238,10 +233,8 @@ void run_blocks(Machine &m, const Launch &launch, std::atomic<int64_t> &next, in
 
 /* In the checked form one: shadow memory has no locks, and reports are the same every time. */
 int threads_of_the_os(int64_t n_lanes, int64_t n_blocks) {
-  static const int most = [] {
-    const char *said = std::getenv("PYENGINE_EMULATED_THREADS");
-    return std::max(1, said ? std::atoi(said) : int(std::thread::hardware_concurrency()));
-  }();
+  const char *said = std::getenv("PYENGINE_EMULATED_THREADS");
+  const int64_t most = std::max(1, said ? std::atoi(said) : int(std::thread::hardware_concurrency()));
   return CHECKED ? 1 : int(std::clamp<int64_t>(std::min(n_lanes / LANES_WORTH_A_THREAD, n_blocks), 1, most));
 }
 
@@ -277,15 +270,15 @@ __attribute__((noinline)) void copy_later(void *shared, const void *source, int 
 void commit_copies() { current->copy_groups++; }
 
 void wait_copies(int groups_left) {
-  Lane *lane = current;
-  auto landed = [&](const Copy &c) {
-    if (c.group >= lane->copy_groups - groups_left) return false;
+  std::vector<Copy> &copies = current->copies;
+  size_t n = 0;
+  for (; n < copies.size() && copies[n].group < current->copy_groups - groups_left; n++) {
+    const Copy &c = copies[n];
     copy_ended(c.shared, c.bytes + c.bytes_zeroed, c.site);
     std::memcpy(c.shared, c.source, c.bytes);
     std::memset(static_cast<char *>(c.shared) + c.bytes, 0, c.bytes_zeroed);
-    return true;
-  };
-  lane->copies.erase(std::remove_if(lane->copies.begin(), lane->copies.end(), landed), lane->copies.end());
+  }
+  copies.erase(copies.begin(), copies.begin() + n);
 }
 
 void fault(const void *site, const char *format, ...) {

@@ -22,7 +22,13 @@ namespace emu {
 
 constexpr int WARP = 32, MAX_THREADS = 1024;
 
-struct Index3 { uint32_t x = 1, y = 1, z = 1; };
+struct Index3 {
+  uint32_t x = 1, y = 1, z = 1;
+
+  /* The index of number n in a box of this size, x fastest. */
+  Index3 at(int64_t n) const { return {uint32_t(n % x), uint32_t(n / x % y), uint32_t(n / x / y)}; }
+  std::string text() const { return "(" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ")"; }
+};
 struct Range { const void *begin; size_t bytes; };
 
 struct Launch {

@@ -163,14 +163,28 @@ inline void simdgroup_barrier(mem_flags flags) {
 
 /* ---- matrices of 8 x 8 over a simdgroup ---- */
 
+namespace emulated {
+
+/* Element i of a lane's two is number 2 lane + i of the matrix, row by row; in the checked form they are held from the end, so that tests
+ * in both forms show who relies on that. */
+inline int other_end(int at) {
+#ifdef PE_CHECKED
+  return 63 - at;
+#else
+  return at;
+#endif
+}
+inline int element(int i) { return other_end(2 * (int)lane() + i); }
+
+}  // namespace emulated
+
 template <class T, int C, int R> struct simdgroup_matrix {
   static_assert(C == 8 && R == 8, "only 8 x 8");
-  alignas(2 * sizeof(T)) T e[2]; /* elements 2 lane and 2 lane + 1, row by row */
+  alignas(2 * sizeof(T)) T e[2];
   simdgroup_matrix() = default;
   vec<T, 2> &thread_elements() { return *reinterpret_cast<vec<T, 2> *>(e); }
   explicit simdgroup_matrix(T x) { /* x on the diagonal */
-    const int at = 2 * (int)emulated::lane();
-    for (int i = 0; i < 2; i++) e[i] = (at + i) / 8 == (at + i) % 8 ? x : T(0);
+    for (int i = 0; i < 2; i++) e[i] = emulated::element(i) / 8 == emulated::element(i) % 8 ? x : T(0);
   }
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
@@ -187,7 +201,7 @@ namespace emulated {
 
 /* Where element i of this lane's two lies in memory. */
 inline size_t matrix_place(int i, ulong per_row, ulong2 origin, bool transposed) {
-  const ulong at = 2 * lane() + (ulong)i, row = transposed ? at % 8 : at / 8, column = transposed ? at / 8 : at % 8;
+  const ulong at = (ulong)element(i), row = transposed ? at % 8 : at / 8, column = transposed ? at / 8 : at % 8;
   return (row + origin.y) * per_row + column + origin.x;
 }
 inline void meet(const char *word) {
@@ -199,14 +213,15 @@ struct product_parts { float a[2], b[2], d[2]; };
 inline void multiply_all(void *const *deposits, uint32_t mask) {
   float a[8][8], b[8][8];
   if (mask != 0xffffffffu) return; /* a whole simdgroup is needed: see whole_simdgroup */
-  for (uint i = 0; i < 64; i++) {
-    a[i / 8][i % 8] = of<product_parts>(deposits, i / 2)->a[i % 2];
-    b[i / 8][i % 8] = of<product_parts>(deposits, i / 2)->b[i % 2];
+  for (int i = 0; i < 64; i++) {
+    const product_parts *from = of<product_parts>(deposits, (uint)i / 2);
+    a[other_end(i) / 8][other_end(i) % 8] = from->a[i % 2];
+    b[other_end(i) / 8][other_end(i) % 8] = from->b[i % 2];
   }
-  for (uint i = 0; i < 64; i++)
+  for (int i = 0; i < 64; i++)
     for (int k = 0; k < 8; k++) {
-      float *d = &of<product_parts>(deposits, i / 2)->d[i % 2];
-      *d = ::fmaf(a[i / 8][k], b[k][i % 8], *d);
+      float *d = &of<product_parts>(deposits, (uint)i / 2)->d[i % 2];
+      *d = ::fmaf(a[other_end(i) / 8][k], b[k][other_end(i) % 8], *d);
     }
 }
 inline void whole_simdgroup(const char *word) {

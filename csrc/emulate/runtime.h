@@ -119,8 +119,6 @@ using cudaEvent_t = emu::Event_ *;
 using cudaGraph_t = emu::Operations *;
 using cudaGraphExec_t = emu::Operations *;
 
-/* -- devices -------------------------------------------------------------------------------------------------------------------- */
-
 inline cudaError_t cudaGetDeviceCount(int *n) { return emu::needs((*n = emu::n_devices()) > 0, cudaErrorNoDevice); }
 inline cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= emu::n_devices()) return emu::note(cudaErrorInvalidDevice);
@@ -147,8 +145,6 @@ inline const char *cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-/* -- memory ----------------------------------------------------------------------------------------------------------------------- */
-
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) { return emu::new_memory(memory, emu::device, bytes); }
 inline cudaError_t cudaFree(void *memory) { return emu::needs(!memory || emu::release(memory)); }
 inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) { return emu::new_memory(memory, emu::HOST, bytes); }
@@ -172,8 +168,6 @@ inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_
   return emu::perform(stream, [=] { return std::memset(to, byte, bytes), emu::wrote(to, bytes); });
 }
 inline cudaError_t cudaMemset(void *to, int byte, size_t bytes) { return cudaMemsetAsync(to, byte, bytes); }
-
-/* -- streams, events, graphs ---------------------------------------------------------------------------------------------------------- */
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return *stream = new emu::Stream, cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }

@@ -2,7 +2,6 @@
 #ifndef PE_EMULATE_SWITCH_H
 #define PE_EMULATE_SWITCH_H
 
-#include <cstdint>
 #include <cstring>
 
 /* Keep where this stack stands in *save, and go on where `load` says (from *save of another, or new_stack). */
@@ -27,34 +26,18 @@ asm(EMU_FUNCTION
     "ldp x29, x30, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n"
     "add sp, sp, #160\n ret\n");
 enum { EMU_FRAME = 20, EMU_RETURN = 11 }; /* x30 */
+#else
+#error "the emulator has no switch of stacks for this processor: emu_switch needs its registers"
 #endif
 
 namespace emu {
 
 /* A stack that begins with entry(); its end, the highest address, is a multiple of 16. */
-#if defined(__x86_64__) || defined(__aarch64__)
-inline void *new_stack(char *, char *end, void (*entry)()) {
+inline void *new_stack(char *end, void (*entry)()) {
   void *frame[EMU_FRAME] = {};
   frame[EMU_RETURN] = reinterpret_cast<void *>(entry);
   return std::memcpy(end - sizeof frame, frame, sizeof frame);
 }
-#else
-}
-#include <ucontext.h>
-extern "C" inline void emu_switch(void **save, void *load) {
-  ucontext_t here;
-  swapcontext(static_cast<ucontext_t *>(*save = &here), static_cast<ucontext_t *>(load));
-}
-namespace emu {
-inline void *new_stack(char *stack, char *end, void (*entry)()) {
-  ucontext_t *context = reinterpret_cast<ucontext_t *>(end - (sizeof(ucontext_t) + 63) / 64 * 64);
-  getcontext(context);
-  context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = size_t(reinterpret_cast<char *>(context) - stack);
-  makecontext(context, entry, 0);
-  return context;
-}
-#endif
 
 }  // namespace emu
 #endif

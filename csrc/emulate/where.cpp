@@ -8,7 +8,6 @@
 #include "engine.h"
 
 namespace emu {
-
 namespace {
 
 struct Place { std::string function, line; };
@@ -32,6 +31,7 @@ Place find(const char *library, size_t offset) {
     if (!std::fgets(text, sizeof text, pipe)) break;
     std::string line(text, std::string(text).find_first_of(" \n"));
     const bool found = !between(line);
+    if (line[0] == '?') line = first.line; /* compiled without -g1 */
     if (const size_t csrc = line.rfind("/csrc/"); csrc != std::string::npos) line.erase(0, csrc + 1);
     if (found || n == 0) first = {function, line};
     if (found) break;
@@ -44,10 +44,10 @@ const Place &place(const void *code, bool entry) {
   static std::map<const void *, Place> known;
   static std::mutex lock;
   std::lock_guard<std::mutex> hold(lock);
-  Dl_info info;
   Place &p = known[code];
-  if (p.line.empty() && dladdr(code, &info) && info.dli_fname)
-    p = find(info.dli_fname, size_t(static_cast<const char *>(code) - static_cast<const char *>(info.dli_fbase)) - !entry); /* into the call */
+  Dl_info info = {};
+  if (p.line.empty() && !(dladdr(code, &info) && info.dli_fname)) info = {"code", nullptr, nullptr, nullptr};
+  if (p.line.empty()) p = find(info.dli_fname, size_t(static_cast<const char *>(code) - static_cast<const char *>(info.dli_fbase)) - !entry);
   return p;
 }
 

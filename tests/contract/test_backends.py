@@ -441,7 +441,7 @@ def test_results_may_take_the_memory_of_arguments(computing: Backend, declared) 
     close(y, given + 7)
     want = -(np.swapaxes((given + 7).reshape(5, 8, 8), 1, 2).reshape(5, 64) + 1)
     close(z, want)
-    close(attended, want[1:2])
+    close(attended, want[1:2], 1e-3)                         # beside keys of F16 a card rounds values to it
     close(program.states["c"].gather(np.arange(2, 7)).view(np.float16).astype(np.float32)[0], 2 * want, 1e-3)
 
 
@@ -518,9 +518,9 @@ def test_a_cache_that_the_reference_cannot_read_is_refused_when_it_is_loaded() -
 @pytest.mark.parametrize("name", ["linear", "rope_table", "attention", "rope_append", "rows"])
 def test_a_model_runs_without_a_kernel_and_its_plan_says_so(tiny_gguf, monkeypatch, name: str) -> None:
     path, ids = tiny_gguf("llama", "q8_0")[0], list(range(3, 23))
-    want = pe.load(path, n_ctx=64, n_batch=16, kv_dtype="f32", n_threads=2).logits(ids)
+    want = pe.load(path, n_ctx=64, n_batch=16, kv_dtype="f32", n_threads=2, device="cpu").logits(ids)
     monkeypatch.setattr(cpu, "kernels_of", lambda isa: frozenset(cpu.engine.kernels(isa)) - {name})
-    model = pe.load(path, n_ctx=64, n_batch=16, kv_dtype="f32", n_threads=2)
+    model = pe.load(path, n_ctx=64, n_batch=16, kv_dtype="f32", n_threads=2, device="cpu")
     close(model.logits(ids), oracle.logits(path, ids) if name == "linear" else want, 1e-4)     # kernels round rows to 8 bits
     told = [note for note in model.plan.notes if "no kernel" in note]
     if name == "rope_append":                                # written by a pass only, which is left out
@@ -530,4 +530,4 @@ def test_a_model_runs_without_a_kernel_and_its_plan_says_so(tiny_gguf, monkeypat
     monkeypatch.setenv("PYENGINE_STRICT", "1")
     for public in (pe.plan, pe.load):
         with pytest.raises(GraphError, match=f"no kernel for {name}"):
-            public(path, n_ctx=64)
+            public(path, n_ctx=64, device="cpu")

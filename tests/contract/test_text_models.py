@@ -69,7 +69,7 @@ def test_half_precision_weights_are_used_exactly(kind: str, outtype: str, tiny_g
     """The reference backend, which equals transformers on the float32 file, gets the same 16-bit weights."""
     path, _ = tiny_gguf(kind, outtype)
     ids = np.random.default_rng(0).integers(0, 512, 40).tolist()
-    share = 1e-5 if not on_card() else {"f16": 2e-3, "bf16": 2e-2}[outtype]                  # where activations are rounded to 16 bits too
+    share = 1e-5 if not on_card() else {"f16": 2e-3, "bf16": 5e-5}[outtype]                  # where activations are rounded too
     assert_close(pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids), oracle.logits(path, ids), share)
 
 

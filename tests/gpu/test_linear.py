@@ -36,7 +36,8 @@ def matrix(rng: np.random.Generator, name: str, n: int, k: int) -> Matrix:
     with np.errstate(invalid="ignore"):                                             # scales that are not numbers, replaced below
         w = Matrix(rng, name, n, k)
     if name in OF_FILE and name != "NVFP4":
-        blocks, bits = w.raw.reshape(-1, w.block_bytes), rng.uniform(0.01, 0.1, w.raw.size // w.block_bytes).astype(np.float16).view(np.uint16)
+        blocks = w.raw.reshape(-1, w.block_bytes)
+        bits = rng.uniform(0.01, 0.1, len(blocks)).astype(np.float16).view(np.uint16)
         if name == "IQ1_M":                                                         # four bits in each of four words
             blocks[:, 49:56:2] = blocks[:, 49:56:2] & 15 | (bits[:, None] >> np.arange(0, 16, 4) & 15).astype(np.uint8) << 4
         else:

@@ -37,9 +37,10 @@ def run(device: Device, place: Path, kernel: str, arrays: dict[str, np.ndarray],
     return {n: m.array.view(a.dtype).reshape(a.shape) for m, (n, a) in zip(memories, arrays.items())}
 
 
-@pytest.fixture(scope="module")
-def words() -> Device:
-    return EmulatedDevice(False, WORDS)
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "checked"])
+def words(request: pytest.FixtureRequest) -> Device:
+    """Both forms; they differ in which elements of a matrix a thread holds."""
+    return EmulatedDevice(request.param, WORDS)
 
 
 # ---- words -------------------------------------------------------------------------------------------------------------

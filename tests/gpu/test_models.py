@@ -2,7 +2,7 @@
 
 With float32 weights logits agree within 1e-5 of the range of the CPU's. With quantized ones both round activations to 8 bits: a number
 between two codes may become either, and that row then differs by as much as rounding does, so the median row must agree, and none may
-be far off. With 16-bit weights the card rounds activations to that format. A prompt has the same bits however it is cut, and
+be far off. With F16 weights the card rounds activations too. A prompt has the same bits however it is cut, and
 whatever stands beside it.
 """
 
@@ -64,7 +64,7 @@ def rows_agree(got: np.ndarray, want: np.ndarray) -> None:
 # -- numbers --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "outtype", "most"), [("llama", "f32", 1e-5), ("qwen3", "f16", 2e-3), ("llama", "bf16", 2e-2)])
+@pytest.mark.parametrize(("kind", "outtype", "most"), [("llama", "f32", 1e-5), ("qwen3", "f16", 2e-3), ("llama", "bf16", 5e-5)])
 def test_a_text_model(load: Load, tiny_gguf, kind: str, outtype: str, most: float) -> None:
     assert both(load, tiny_gguf(kind, outtype)[0], IDS[:40]) <= most
 
@@ -92,7 +92,7 @@ def test_a_model_that_sees(load: Load, tiny_gguf, kind: str) -> None:
     assert model.plan.of("encoder", model.plan.devices[0]) > 0
 
 
-@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen3moe", marks=pytest.mark.slow)])
 def test_a_mixture_of_experts(load: Load, tiny_gguf, kind: str) -> None:
     assert both(load, tiny_gguf(kind)[0], IDS[:40]) <= 1e-5
 

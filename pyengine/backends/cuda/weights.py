@@ -47,7 +47,8 @@ def load(residents: Sequence[Resident], address: int, queue: Queue, pool: Any, p
     """
     total, done = sum(r.nbytes for r in residents), 0
     ensure_codebooks(source_dtype(r.tensor) for r in residents)
-    staging = Staging(queue, min(STAGED, max((r.nbytes for r in residents), default=1)))
+    largest = max((r.nbytes for r in residents), default=0)
+    staging = Staging(queue, max(1, min(STAGED, largest), *(_group_bytes(r) for r in residents if r.form == "packed")))
     for r in residents:
         for offset, nbytes, fill in pieces(r, staging.buffers[0].nbytes, pool):
             staging.send(address + r.offset + offset, nbytes, fill)
@@ -87,15 +88,20 @@ def _copier(part: np.ndarray) -> Fill:
     return fill
 
 
+def _group_bytes(r: Resident) -> int:
+    """Return the bytes of a group of rows, which is never cut."""
+    *lead, n, _ = (int(a) for a in r.tensor.shape)
+    return r.nbytes // (math.prod(lead) * -(-n // GROUP))
+
+
 def _packed(r: Resident, raw: np.ndarray, most: int, pool: Any) -> Iterator[Piece]:
     """Cut a matrix, or the matrices of experts one after the other, into runs of whole groups of rows."""
     *lead, n, k = (int(a) for a in r.tensor.shape)
     times = math.prod(lead)
     if n % GROUP == 0:                                       # no group holds rows of two matrices
         n, times = n * times, 1
-    row, groups = raw.size // (n * times), -(-n // GROUP)
-    group = r.nbytes // (groups * times)
-    step = max(1, most // group)
+    row, groups, group = raw.size // (n * times), -(-n // GROUP), _group_bytes(r)
+    step = most // group
     for i in range(times):
         for first in range(0, groups, step):
             held = min(step, groups - first)

@@ -19,7 +19,7 @@ from pyengine.backends.metal.device import bind, Bound, Memory, Recording
 from pyengine.backends.metal.launch import Launch, LAUNCHERS, params_of, Step, View
 from pyengine.backends.prepared import arguments, Resident
 from pyengine.compiler.arena import ALIGN, aligned
-from pyengine.dtype import I8
+from pyengine.dtype import DType, I8
 from pyengine.errors import GraphError, RequestError
 from pyengine.files.weights import files_of
 from pyengine.graph.tensor import axis_max, axis_value, Dim, Node, Tensor
@@ -27,7 +27,7 @@ from pyengine.hardware.pages import resident
 from pyengine.native import engine
 
 FAULT = np.dtype([("status", "<i4"), ("reserved", "<i4"), ("value", "<i8"), ("limit", "<i8")])      # pe_fault of csrc/metal/common.h
-RECORDINGS = 64                          # kept; a set of run-time axes and a first step is one. Generation comes back to a few
+RECORDINGS = 128                         # kept; a set of run-time axes and a first step is one. Generation comes back to a few
 ARENA, WEIGHTS, LASTING, FAULTS = range(4)
 
 
@@ -35,6 +35,14 @@ ARENA, WEIGHTS, LASTING, FAULTS = range(4)
 def packers(n_threads: int) -> Any:
     """Return the thread pool that packs weights."""
     return engine.Pool(n_threads)
+
+
+def extent(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> int:
+    """Return the bytes from a tensor's first element to its last."""
+    if 0 in shape:
+        return 0
+    counts = (*shape[:-1], shape[-1] // dtype.block) if shape else ()
+    return dtype.nbytes + sum((n - 1) * s for n, s in zip(counts, strides))
 
 
 class Part(NamedTuple):
@@ -67,6 +75,7 @@ class Program(base.Program):
         self.inputs = {n.name: self._array(n.outputs[0]) for n in layout.leaves if n.kind == "input"}
         self.outputs = [self._array(t) for t in layout.outputs]
         self._recorded: OrderedDict[Any, list[Part]] = OrderedDict()
+        self._fixed: dict[tuple[int, int], View] = {}
         self._fallbacks = {i: Fallback(self, n) for i, n in enumerate(layout.steps) if not prepared.has_kernel(n)}
         self._timed, self._seconds = False, [0.0] * len(layout.steps)
 
@@ -130,17 +139,19 @@ class Program(base.Program):
     # -- recording ----------------------------------------------------------------------------------------------------
 
     def _view(self, t: Tensor, dims: dict[str, int]) -> View:
+        """Return where a tensor lies when the run-time axes have these values; those without such axes are kept."""
+        key = id(t.node), t.index
+        if key in self._fixed:
+            return self._fixed[key]
         place = self.prepared.layout.of(t)
         number, start = self._root(t)
-        resident = self.prepared.residents.get(id(place.root.node))
+        held = self.prepared.residents.get(id(place.root.node))
         shape, strides = (tuple(axis_value(a, dims) for a in axes) for axes in (t.shape, place.strides))
-        if resident and resident.dtype.is_packed:
-            nbytes = resident.nbytes
-        else:
-            last = t.dtype.size(shape[-1]) if shape and strides[-1] == t.dtype.nbytes else t.dtype.nbytes
-            steps = list(zip(shape, strides))[: -1 if last != t.dtype.nbytes or t.dtype.block > 1 else None]
-            nbytes = 0 if 0 in shape else last + sum((n - 1) * s for n, s in steps)
-        return View(number, start + place.offset, resident.dtype if resident else t.dtype, shape, strides, nbytes)
+        nbytes = held.nbytes if held and held.dtype.is_packed else extent(shape, strides, t.dtype)
+        found = View(number, start + place.offset, held.dtype if held else t.dtype, shape, strides, nbytes)
+        if not any(isinstance(a, Dim) for a in (*t.shape, *place.strides)):
+            self._fixed[key] = found
+        return found
 
     def _step(self, number: int, dims: dict[str, int]) -> list[Launch]:
         node, (offset, nbytes) = self.prepared.layout.steps[number], self.prepared.layout.scratch[number]

@@ -1,0 +1,91 @@
+"""Faults that are planted in the CUDA kernels themselves: each is found by the emulator's checks, at a line of its file.
+
+A mutant is one file of csrc/cuda with one piece of text replaced, compiled beside all other files as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from linear_on_device import LinearOnDevice
+from op_cases import KernelError, rng_of
+from test_linear_kernels import Matrix, rows_of
+
+from pyengine.backends.building import CSRC, Job, library, ROOT
+from pyengine.backends.cuda import build
+from pyengine.backends.cuda.library import Library
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: install g++")]
+
+
+def mutated(file: str, old: str, new: str) -> Library:
+    """The checked library with one change; `old` occurs once."""
+    text = (CSRC / "cuda" / file).read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
+    path = ROOT / "build" / "emulated" / "mutants" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace(old, new))
+    common = (os.environ.get("CXX", "g++"), *build.EMULATED_FLAGS)
+    kernels = (*common, *build.CHECKED_FLAGS, "-x", "c++")
+    jobs = [Job(p, kernels) if p.name != file else Job(path, (*kernels, f"-iquote{CSRC / 'cuda'}")) for p in build.sources()]
+    jobs += [Job(p, (*common, "-DPE_CHECKED")) for p in sorted((CSRC / "emulate").glob("*.cpp"))]
+    return Library(library("cuda-mutant", jobs, [common[0], "-shared", "-pthread"], ROOT / "build" / "emulated"), True)
+
+
+def product(name: str, n: int, k: int, m: int) -> Callable[[LinearOnDevice], None]:
+    """A product of m rows with an [n, k] matrix of a format."""
+    def run(kernels: LinearOnDevice) -> None:
+        rng = rng_of((name, n, k, m))
+        w = Matrix(rng, name, n, k)
+        kernels.linear(rows_of(rng, m, k), [w])
+    return run
+
+
+def norm(d: int) -> Callable[[LinearOnDevice], None]:
+    """rms_norm of three rows."""
+    def run(kernels: LinearOnDevice) -> None:
+        x = rng_of(d).standard_normal((3, d)).astype(np.float32)
+        kernels.call("rms_norm", [x, np.ones(d, np.float32), None], [np.zeros_like(x)], {"eps": 1e-5})
+    return run
+
+
+def matmul(kernels: LinearOnDevice) -> None:
+    """A product of activations whose sizes are no multiples of a tile's."""
+    rng = rng_of("matmul")
+    x, y = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 50), (66, 50)))
+    kernels.call("matmul", [x, y], [np.zeros((70, 66), np.float32)], {})
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """What is replaced in which file, what runs, and what must be said."""
+
+    file: str
+    old: str
+    new: str
+    run: Callable[[LinearOnDevice], None]
+    said: str
+
+
+TILES = product("Q4_K", 100, 1280, 70)
+MUTANTS = {
+    "no barrier before a stage is read": Mutant("linear_tiles.cu", "__syncthreads(); /* the stage", "/* the stage", TILES, "has written so far"),
+    "one group too many under way": Mutant("linear_tiles.cu", "cp_async_wait<S - 2>()", "cp_async_wait<S - 1>()", TILES, "that is still under way"),
+    "scales read before all lanes wrote theirs": Mutant("linear_tiles.cu", "expanded);\n  __syncwarp();", "expanded);", TILES, "has written so far"),
+    "sums read before all are there": Mutant("norm.cu", "  __syncthreads();\n", "", norm(4096), "has written so far"),
+    "a tile over the last row": Mutant("matmul.cu", "row + i < p.x.rows", "row + i <= p.x.rows", matmul, "out of bounds: writes")}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_in_a_kernel_is_found(name: str) -> None:
+    m = MUTANTS[name]
+    with pytest.raises(KernelError) as raised:
+        m.run(LinearOnDevice(mutated(m.file, m.old, m.new), 0))
+    said = str(raised.value)
+    assert m.said in said and "kernel " in said and re.search(rf"{m.file}:|csrc/cuda/\w+.h:", said), said
