@@ -12,7 +12,7 @@ import pytest
 
 import pyengine as pe
 from pyengine import ops
-from pyengine.backends import cpu, names, parsed
+from pyengine.backends import CARDS, cpu, names, parsed
 from pyengine.backends.base import Backend, check_kernels, Declared, Program, said, State
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.cpu import Backend as Cpu
@@ -441,7 +441,10 @@ def test_results_may_take_the_memory_of_arguments(computing: Backend, declared) 
     close(y, given + 7)
     want = -(np.swapaxes((given + 7).reshape(5, 8, 8), 1, 2).reshape(5, 64) + 1)
     close(z, want)
-    close(attended, want[1:2], 1e-3)                         # beside keys of F16 a card rounds values to it
+    if parsed(computing.name)[0] in CARDS:
+        close(attended, want[1:2], 1e-3)                     # beside keys of F16 a card rounds values to it
+    else:
+        close(attended, want[1:2])
     close(program.states["c"].gather(np.arange(2, 7)).view(np.float16).astype(np.float32)[0], 2 * want, 1e-3)
 
 
