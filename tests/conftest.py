@@ -88,6 +88,22 @@ def full_size(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def cuda_device(request: pytest.FixtureRequest) -> str:
+    """The device to test: "cuda" where there is a card and its library, else "cuda-emulated", or what `--backend` names."""
+    import devices
+
+    return devices.device(request, "cuda")
+
+
+@pytest.fixture(scope="session")
+def metal_device(request: pytest.FixtureRequest) -> str:
+    """The same for Metal: "metal" on a Mac, else "metal-emulated"."""
+    import devices
+
+    return devices.device(request, "metal")
+
+
 @pytest.fixture
 def client(served):
     """A client of the server with the one model that a file's fixture `served` loads."""

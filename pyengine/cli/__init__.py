@@ -111,7 +111,7 @@ Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", rich_help_pane
     "Vision projector (mmproj) file, for a model in two files (default: the one that is found with a name)."))]
 Json = Annotated[bool, Option("--json", help="Write JSON.")]
 Devices = Annotated[list[str] | None, Option("--device", metavar="NAME[=SIZE]", rich_help_panel="Memory and speed", help=(
-    "cpu, a card (cuda, cuda:1), or a part of main memory (cpu:0=6GiB); layers are divided over several; repeatable."))]
+    "cpu, a card (cuda, cuda:1), or a part of main memory (cpu:0=6GiB); layers are divided over several (default: auto); repeatable."))]
 EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
     "The device that holds the image encoder (default: the card if it fits, or the first part)."))]
 ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", rich_help_panel="Memory and speed", help=(

@@ -99,7 +99,7 @@ def _named(device: str) -> str:
 
 def _devices(given: Any) -> str | dict[str, int | None]:
     """Return a device, or those that are given with their bytes. Raises: RequestError."""
-    if given == "auto" or given is None:
+    if given is None or isinstance(given, str) and given == "auto":
         given = os.environ.get("PYENGINE_DEVICE") or "auto"
         given = given.split(",") if "," in given else given
     if isinstance(given, str) and (given in ("auto", "cpu") or _card(given)):

@@ -68,7 +68,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def declare(self, graph: Graph, rows: int) -> Tensor:
-        """Build the graph of one run of at most `rows` rows: declares the inputs that `View.inputs` names, returns F32 [rows, d_model]."""
+        """Build the graph of one run of at most `rows` rows: declares the inputs that `View.inputs` names, returns F32 [rows, media_width]."""
 
 
 class Architecture(ABC):

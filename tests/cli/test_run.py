@@ -386,8 +386,10 @@ def test_errors_name_options_and_not_arguments_of_the_library() -> None:
 
 
 def test_a_device_that_is_none(tiny_gguf, capsys) -> None:
-    assert execute([str(tiny_gguf("llama")[0]), "Q", "--device", "cuda:0"]) == 2
-    assert "--device cpu:0=6GiB" in one_line(capsys.readouterr().err)
+    assert execute([str(tiny_gguf("llama")[0]), "Q", "--device", "cuda:99"]) == 2
+    assert "cuda" in one_line(capsys.readouterr().err)       # no library, no driver, or no card of this number
+    assert execute([str(tiny_gguf("llama")[0]), "Q", "--device", "tpu:0"]) == 2
+    assert "--device" in one_line(capsys.readouterr().err)
 
 
 # --- threads and contexts beyond use ----------------------------------------------------------------------------------

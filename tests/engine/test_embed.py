@@ -42,7 +42,8 @@ def hf_hidden(folder: Path, prompt: list[int]) -> np.ndarray:
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
-        own = model.model(torch.tensor([prompt])).last_hidden_state[0].numpy()
+        inner = getattr(model, "model", None) or model.base_model
+        own = inner(torch.tensor([prompt])).last_hidden_state[0].numpy()
         assert np.array_equal(own, head_input(model, lambda: model(torch.tensor([prompt]))))
     return own
 

@@ -195,7 +195,7 @@ def test_arguments(harness, tiny_gguf) -> None:
     assert harness.PyEngineLM(pretrained=path, batch_size="auto:4", max_batch_size=64, device="cuda:0").model.n_seq == 8
     trained = pe.load(path).n_ctx
     assert harness.PyEngineLM(path=path).max_length == min(trained, harness.MAX_LENGTH)
-    for wrong in ({}, {"path": path, "pretrained": path}, {"path": path, "n_gpu": 1}, {"path": path, "device": "cuda:1"}, {"path": path, "batch_size": "x"}, {"path": path, "max_length": 0.5}):
+    for wrong in ({}, {"path": path, "pretrained": path}, {"path": path, "n_gpu": 1}, {"path": path, "device": "tpu"}, {"path": path, "batch_size": "x"}, {"path": path, "max_length": 0.5}):
         with pytest.raises(RequestError):
             harness.PyEngineLM(**wrong)
 

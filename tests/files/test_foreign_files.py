@@ -26,7 +26,7 @@ LAYOUTS = {     # what writes the files of a checkpoint: path of the model, path
     "Ollama, more tokens than rows": lambda folder, out: (foreign.ollama_file(folder, out, extra_tokens=3), None),
 }
 LLAMA_CPP = [case.kind for case in cases.select(sees=True) if case.llama_cpp]        # those that see there
-CASES = [(case.kind, layout) for case in cases.select(sees=True) for layout in LAYOUTS
+CASES = [(case.kind, layout) for case in cases.select(sees=True) if case.dialect for layout in LAYOUTS
          if (case.dialect.ollama_arch or not layout.startswith("Ollama")) and (case.llama_cpp or not layout.startswith("llama.cpp"))]
 
 

@@ -41,6 +41,8 @@ def parse_device(arguments: Sequence[str]) -> Any:
         if name in parts:
             raise RequestError(f"--device {argument}: {name} is given twice; give each part once, as cpu:0=6GiB")
         parts[name] = int(float(number[1]) * _UNITS[number[2]]) if number and equals else None
+    if "cpu" in parts and any(name.startswith("cpu:") for name in parts):
+        raise RequestError("--device cpu: is all of main memory; beside its parts each has its bytes, as cpu:0=6GiB")
     return parts or "auto"
 
 

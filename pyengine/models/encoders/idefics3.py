@@ -139,8 +139,12 @@ class Vision(Encoder):
         return self.rows
 
     def n_rows(self, width: int, height: int) -> int:
-        """Return the rows of one run, whatever the picture's size."""
-        return self.rows
+        """Return the soft tokens of a picture of this size, all tiles and the whole together."""
+        if not self.config.splitting:
+            return self.rows
+        across, down = self.sizes(width, height)[1]
+        tiles = down // self.config.tile * (across // self.config.tile)
+        return self.rows * (tiles + (tiles > 1))
 
     def declare(self, g: Graph, rows: int) -> Tensor:
         """Declare the rows [t, D] of "patches" [n, 3 * p * p]."""

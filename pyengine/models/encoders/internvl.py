@@ -149,8 +149,9 @@ class Vision(Encoder):
         return self.rows
 
     def n_rows(self, width: int, height: int) -> int:
-        """Return the rows of one run, whatever the picture's size."""
-        return self.rows
+        """Return the soft tokens of a picture of this size, all tiles and the whole together."""
+        lines, columns = grid(width, height, self.config.tile, *self.config.tiles)
+        return self.rows * (lines * columns + (lines * columns > 1))
 
     def declare(self, g: Graph, rows: int) -> Tensor:
         """Declare the rows [t, D] of "patches" [n, 3 * p * p]."""

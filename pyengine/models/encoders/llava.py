@@ -186,8 +186,13 @@ class Vision(Encoder):
         return self.tile_rows
 
     def n_rows(self, width: int, height: int) -> int:
-        """Return the rows of one run, whatever the picture's size."""
-        return self.tile_rows
+        """Return the soft tokens of a picture of this size, those of all tiles that are not padding, with ends of lines."""
+        c = self.config
+        if not c.grids:
+            return c.side**2
+        lines, columns = best_grid(width, height, c.grids, c.side * c.patch)
+        across, down = unpadded(width, height, columns * c.side, lines * c.side)
+        return c.side**2 + (lines * c.side - 2 * down) * (columns * c.side - 2 * across + 1)
 
     def declare(self, g: Graph, rows: int) -> Tensor:
         """Declare the rows [tile_rows, D] of "patches" [n, 3 * p * p]."""
@@ -226,7 +231,7 @@ class Vision(Encoder):
             return Processed((Piece(view, 0, n),), media.size, (tile, tile))
         lines, columns = best_grid(width, height, c.grids, tile)
         across, down = unpadded(width, height, columns * c.side, lines * c.side)
-        taken = n + (lines * c.side - 2 * down) * (columns * c.side - 2 * across + 1)
+        taken = self.n_rows(width, height)
         if taken > limits.n_ctx:
             raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {taken} positions, but the context holds {limits.n_ctx}; "
                                        "load with a larger n_ctx, or make the picture smaller")

@@ -52,7 +52,7 @@ function once(target, name, seconds) {
   });
 }
 
-// A promise of the next frame that a video shows (https://wicg.github.io/video-rvfc/). It is kept without one where none may come: browsers
+// A promise of the next frame that a video shows (WICG's video.requestVideoFrameCallback). It is kept without one where none may come: browsers
 // that do not tell of frames, pages that nobody sees, and times at which the same frame is shown.
 function nextFrame(video) {
   const tells = "requestVideoFrameCallback" in video && !document.hidden;
