@@ -9,6 +9,7 @@ import devices
 import numpy as np
 import oracle
 import pytest
+from stored import Stored
 
 import pyengine as pe
 from pyengine import ops
@@ -23,8 +24,7 @@ from pyengine.dtype import DType, dtype
 from pyengine.errors import GraphError
 from pyengine.graph.graph import Graph
 from pyengine.graph.op import Cache, F32, I32, op, REGISTRY, Same, Weight
-from pyengine.graph.tensor import axis_max, Dim, make_leaf, Tensor
-from pyengine.native.blocks import dequantize, quantize
+from pyengine.graph.tensor import axis_max, Dim, Tensor
 from pyengine.programs.sizes import KV_DTYPES
 
 M, K, N = 6, 64, 48
@@ -37,28 +37,6 @@ def randn(*shape: int, seed: int = 0) -> np.ndarray:
 def close(got: np.ndarray, want: np.ndarray, share: float = 1e-5) -> None:
     assert got.shape == want.shape
     assert np.abs(got - want).max(initial=0) <= share * max(1.0, np.abs(want).max(initial=0))
-
-
-class Stored:
-    """A matrix as a file has it: what a constant's source offers."""
-
-    def __init__(self, values: np.ndarray, kind: str):
-        self.name, self.shape, self.dtype = f"stored.{kind}", values.shape, dtype(kind)
-        raw = quantize(values, self.dtype).reshape(-1)
-        memory = np.zeros(raw.size + 64, np.uint8)
-        start = -memory.ctypes.data % 64                     # files align tensors
-        self.bytes = memory[start : start + raw.size]
-        self.bytes[:] = raw
-        self.values = values.copy() if kind == "F32" else dequantize(self.bytes, self.dtype).reshape(self.shape)
-
-    def view(self) -> np.ndarray:
-        return self.bytes
-
-    def drop(self) -> bool:
-        return True
-
-    def constant(self) -> Tensor:
-        return make_leaf("constant", self.name, self.shape, self.dtype, self)
 
 
 @pytest.fixture(params=names())

@@ -90,7 +90,7 @@ def test_of_a_table_only_what_changed_is_sent(own: Backend) -> None:
 
 @pytest.mark.parametrize(("kind", "shape"), [("Q4_K", (40, 256)), ("Q8_0", (300, 64)), ("F32", (33, 32)), ("Q4_0", (3, 20, 64)), ("Q4_0", (3, 32, 64))])
 def test_weights_are_sent_in_pieces_as_they_would_be_in_one(own: Backend, monkeypatch, kind: str, shape: tuple[int, ...]) -> None:
-    from test_backends import Stored
+    from stored import Stored
 
     values = randn(*shape)
 
