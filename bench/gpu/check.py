@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -198,36 +198,48 @@ def run(device: str, tiny: bool, only: list[str]) -> Check:
     return c
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cuda-emulated")
-    parser.add_argument("--tiny", action="store_true", help="sizes that the emulator does in a minute")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
-    parser.add_argument("--json", type=Path, help="the file to write; by default bench/results/gpu-NAME.json")
-    return parser
+def parser(module: str, text: str | None, devices: Sequence[str], parts: Sequence[str], prefix: str) -> argparse.ArgumentParser:
+    """Return the options of a check. devices: the default first; prefix: of the file that it writes."""
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", default=devices[0], help=", ".join(devices))
+    made.add_argument("--tiny", action="store_true", help="sizes that the emulator does in a minute")
+    made.add_argument("--only", default=",".join(parts), help="parts, with commas between them")
+    made.add_argument("--json", type=Path, help=f"the file to write; by default bench/results/{prefix}-NAME.json")
+    return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run, write the JSON, say what was wrong."""
-    args = _parser().parse_args(argv)
-    only = args.only.split(",")
-    if unknown := set(only) - set(PARTS):
-        print(f"gpu-check: no part is named {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-        return 2
-    try:
-        c = run(args.device, args.tiny, only)
-    except GraphError as error:
-        print(f"gpu-check: {error}")
-        return 1
-    name = re.sub(r"[^a-z0-9]+", "-", c.found.get("device", {}).get("name", args.device).lower()).strip("-")
-    path = args.json or ROOT / "bench" / "results" / f"gpu-{name}.json"
-    record = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": describe(), "tiny": args.tiny, "parts": only,
+def known(check: str, only: Sequence[str], parts: Sequence[str]) -> bool:
+    """Say whether all parts that are asked for are there, and print those that are not."""
+    if unknown := set(only) - set(parts):
+        print(f"{check}: no part is named {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    return not unknown
+
+
+def finished(c: Any, args: argparse.Namespace, only: Sequence[str], prefix: str, device: str) -> int:
+    """Write the JSON, say what was wrong, and return the exit code."""
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = args.json or ROOT / "bench" / "results" / f"{prefix}-{name}.json"
+    record = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": describe(), "tiny": args.tiny, "parts": list(only),
               "seconds": {**c.took, "all": time.perf_counter() - c.begun}, "wrong": c.wrong, **c.found}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}; {time.perf_counter() - c.begun:.0f} s; {len(c.wrong)} wrong")
     for line in c.wrong:
         print(f"WRONG {line}")
     return 1 if c.wrong else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, write the JSON, say what was wrong."""
+    args = parser("bench.gpu.check", __doc__, ("cuda", "cuda:1", "cuda-emulated"), PARTS, "gpu").parse_args(argv)
+    only = args.only.split(",")
+    if not known("gpu-check", only, PARTS):
+        return 2
+    try:
+        c = run(args.device, args.tiny, only)
+    except GraphError as error:
+        print(f"gpu-check: {error}")
+        return 1
+    return finished(c, args, only, "gpu", c.found.get("device", {}).get("name", args.device))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,11 @@ Exit code 1 when a result is wrong, or a part fails.
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,7 @@ from pyengine.errors import PyEngineError
 
 from .. import kernels
 from ..kernels import Copy, Job
-from ..machine import describe, ROOT
+from ..machine import ROOT
 from ..stats import summary
 from . import check, jobs
 from .speeds import Speeds
@@ -152,21 +148,11 @@ DO: dict[str, Callable[[Any], None]] = {"replay": check_replay, "tests": run_tes
                                         "agree": check.check_models, "model": check.time_model}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.metal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="metal", help="metal or metal-emulated")
-    parser.add_argument("--tiny", action="store_true", help="sizes that the emulator does in a minute")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
-    parser.add_argument("--json", type=Path, help="the file to write; by default bench/results/metal-NAME.json")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the parts in order, write the JSON, say what was wrong."""
-    args = _parser().parse_args(argv)
+    args = check.parser("bench.gpu.metal", __doc__, ("metal", "metal-emulated"), PARTS, "metal").parse_args(argv)
     only = args.only.split(",")
-    if unknown := set(only) - set(PARTS):
-        print(f"metal-check: no part is named {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if not check.known("metal-check", only, PARTS):
         return 2
     with tempfile.TemporaryDirectory() as folder:
         c = MacCheck(args.device, args.tiny, Path(folder))
@@ -179,15 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             if name in only:
                 with c.part(name):
                     part(c)
-    named = re.sub(r"[^a-z0-9]+", "-", c.own.name.lower()).strip("-")
-    path = args.json or ROOT / "bench" / "results" / f"metal-{named}.json"
-    record = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": describe(), "tiny": args.tiny, "parts": only,
-              "seconds": {**c.took, "all": time.perf_counter() - c.begun}, "wrong": c.wrong, **c.found}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}; {time.perf_counter() - c.begun:.0f} s; {len(c.wrong)} wrong")
-    for line in c.wrong:
-        print(f"WRONG {line}")
-    return 1 if c.wrong else 0
+    return check.finished(c, args, only, "metal", c.own.name)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.encoder import (
-    by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
+    by_table, cut_patches, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
 from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -263,7 +263,7 @@ class Vision(Encoder):
         c, p = self.config, self.config.patch_size
         side = c.image_size // p
         x = resize(pixels, c.image_size, c.image_size, c.resample)[: side * p, : side * p]
-        x = x.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
+        x = cut_patches(x, side, p)[self.order]
         return by_table(self.levels, x).reshape(len(x), -1)
 
     def declare(self, g: Graph, rows: int) -> Tensor:

@@ -38,7 +38,7 @@ from pyengine.cache.policy import Chunked, Full, Policy
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, EncoderAttention, EncoderFeedForward, grouped, head_count, levels, mean_and_std, only_pictures, projector_type, resample_filter,
+    by_table, cut_patches, EncoderAttention, EncoderFeedForward, grouped, head_count, levels, mean_and_std, only_pictures, projector_type, resample_filter,
     special_token, whole_option)
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Embedding, Experts, LayerNorm, Linear, mlp_width, RMSNorm
@@ -334,7 +334,7 @@ class Vision(Encoder):
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [P + 1, 3 * p * p], group by group."""
         p, side = self.config.patch, self.config.tile // self.config.patch
-        x = pixels.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)[self.order]
+        x = cut_patches(pixels, side, p)[self.order]
         patches = pages((len(x) + 1, 3, p * p))
         by_table(self.levels, x, patches[:-1])
         return patches.reshape(len(patches), -1)

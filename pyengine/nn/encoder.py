@@ -144,6 +144,11 @@ def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = Non
     return out
 
 
+def cut_patches(pixels: np.ndarray, side: int, patch: int) -> np.ndarray:
+    """Cut side x side patches, in reading order: pixels uint8 [side * patch, side * patch, 3] -> uint8 [side * side, 3, patch * patch]."""
+    return pixels.reshape(side, patch, side, patch, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, patch * patch)
+
+
 def grouped(side: int, group: int) -> np.ndarray:
     """Return the numbers of side x side patches, one group of group x group after the other."""
     grid = np.arange(side * side).reshape(side // group, group, side // group, group)

@@ -7,7 +7,6 @@ multiplies it: few rows (1, 2, 4 tiles of 8) or many.
 from __future__ import annotations
 
 import itertools
-import math
 
 import gguf
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from linear_on_device import LinearOnDevice
 from op_cases import KernelError
 from test_kernels import rng_of
-from test_linear_kernels import as_int8, FLOATS, Matrix, MIXTURES, QUANTIZED, rows_of
+from test_linear_kernels import Around, as_int8, check_bad_numbers, check_glu, FLOATS, Matrix, MIXTURES, QUANTIZED, rows_of
 
 from pyengine.backends import backend
 from pyengine.dtype import dtype
@@ -133,48 +132,16 @@ def test_same_bits_for_any_rows_everywhere(kernels: LinearOnDevice, name: str) -
 def test_everything_around_the_product(kernels: LinearOnDevice, m: int) -> None:
     """Norm, bias, glu, residual, cap; formats side by side, which are launches of their own."""
     rng = rng_of(("around", m))
-    k, eye = 96, Matrix(rng, "F32", 96, 96)
-    eye.raw[:] = np.eye(96, dtype=np.float32).view(np.uint8)
-    x, gain = rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
-    w = [Matrix(rng, name, n, k) for name, n in (("Q4_0", 33), ("F16", 17), ("Q8_0", 16), ("Q4_0", 5))]
-    bias = [rng.standard_normal(t.n).astype(np.float32) for t in w]
-    h = kernels.linear(x, [eye], norm=gain, norm_eps=1e-3)[0]                       # products with the unit matrix are exact
-    wide = x.astype(np.float64)
-    np.testing.assert_allclose(h, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * gain, rtol=1e-6, atol=1e-7)
-
-    plain = kernels.linear(h, w)
-    for a, b in zip(kernels.linear(x, w, norm=gain, norm_eps=1e-3), plain):
-        assert a.tobytes() == b.tobytes()
-    for a, b, c in zip(kernels.linear(h, w, bias=bias), plain, bias):
-        assert a.tobytes() == (b + c).tobytes()
-    residual = rng.standard_normal((m, 33)).astype(np.float32)
-    assert kernels.linear(h, w[:1], residual=residual)[0].tobytes() == (plain[0] + residual).tobytes()
-    capped = kernels.linear(h, w[:1], softcap=1.5)[0]
-    np.testing.assert_allclose(capped, 1.5 * np.tanh(plain[0].astype(np.float64) / 1.5), rtol=1e-6, atol=1e-7)
-
+    around = Around(kernels.linear, rng, m, ("Q4_0", "F16", "Q8_0", "Q4_0"))
+    around.check()
     for other in ("Q4_0", "Q8_0"):                                                  # the second is combined by a launch of its own
-        pair = [w[0], Matrix(rng, other, 33, k)]
-        biases = [bias[0], rng.standard_normal(33).astype(np.float32)]
-        gate, up = (y.astype(np.float64) for y in kernels.linear(h, pair, bias=biases))
-        acts = {"silu": gate / (1 + np.exp(-gate)),
-                "gelu_tanh": gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))),
-                "gelu": gate / 2 * (1 + np.vectorize(math.erf)(gate / np.sqrt(2))), "relu": np.maximum(gate, 0)}
-        for glu, act in acts.items():
-            got = kernels.linear(h, pair, bias=biases, glu=glu)[0]
-            np.testing.assert_allclose(got, act * up, rtol=1e-6, atol=1e-6 * np.abs(up).max() * (1 + np.abs(gate).max()))
+        pair = [around.w[0], Matrix(rng, other, 33, 96)]
+        check_glu(kernels.linear, around.h, pair, [around.bias[0], rng.standard_normal(33).astype(np.float32)])
 
 
 def test_bad_numbers_show(kernels: LinearOnDevice) -> None:
-    """A NaN or infinity in a row makes that row not finite and leaves the others alone. No rows: nothing happens."""
     rng = rng_of("nan")
-    w = Matrix(rng, "Q4_K", 40, 256)
-    for m, bad in itertools.product((2, 40), (np.nan, np.inf)):
-        x = rows_of(rng, m, 256)
-        clean = kernels.linear(x, [w])[0]
-        x[0, 77] = bad
-        got = kernels.linear(x, [w])[0]
-        assert not np.isfinite(got[0]).any() and got[1:].tobytes() == clean[1:].tobytes()
-    assert kernels.linear(np.empty((0, 256), np.float32), [w])[0].shape == (0, 40)
+    check_bad_numbers(kernels.linear, rng, (2, 40))
     for name in ("Q4_K", "F16", "BF16"):
         for size in (1e-44, 1e30):
             w = Matrix(rng, name, 40, 256)

@@ -7,8 +7,6 @@ formats with a packed form take as codes of 8 bits.
 from __future__ import annotations
 
 import ctypes
-import itertools
-import math
 from typing import Any
 
 import gguf
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from metal_kernels import MetalKernels
 from op_cases import CTensor, KernelError, MAX_DIMS, rng_of
-from test_linear_kernels import array, check, FLOATS, Matrix, PACKED, QUANTIZED, rows_of
+from test_linear_kernels import Around, array, check, check_bad_numbers, check_glu, FLOATS, Matrix, PACKED, QUANTIZED, rows_of
 
 from pyengine.backends import backend
 from pyengine.dtype import dtype
@@ -141,26 +139,7 @@ def test_a_row_has_the_same_bits_however_it_comes(products: Products, name: str)
 
 @pytest.mark.parametrize("m", [1, 6, 33])
 def test_everything_around_the_product(products: Products, m: int) -> None:
-    rng = rng_of(("metal around", m))
-    k, eye = 96, Matrix(rng, "F32", 96, 96)
-    eye.raw[:] = np.eye(96, dtype=np.float32).view(np.uint8)
-    x, gain = rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
-    w = [Matrix(rng, name, n, k) for name, n in (("Q4_0", 33), ("F16", 17), ("Q4_0", 16), ("Q5_1", 5))]
-    bias = [rng.standard_normal(t.n).astype(np.float32) for t in w]
-
-    h = products.linear(x, [eye], norm=gain, norm_eps=1e-3)[0]                  # products with the unit matrix are exact
-    wide = x.astype(np.float64)
-    np.testing.assert_allclose(h, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * gain, rtol=1e-6, atol=1e-7)
-
-    plain = products.linear(h, w)
-    for a, b in zip(products.linear(x, w, norm=gain, norm_eps=1e-3), plain):
-        assert a.tobytes() == b.tobytes()
-    for a, b, c in zip(products.linear(h, w, bias=bias), plain, bias):
-        assert a.tobytes() == (b + c).tobytes()
-    residual = rng.standard_normal((m, 33)).astype(np.float32)
-    assert products.linear(h, w[:1], residual=residual)[0].tobytes() == (plain[0] + residual).tobytes()
-    capped = products.linear(h, w[:1], softcap=1.5)[0]
-    np.testing.assert_allclose(capped, 1.5 * np.tanh(plain[0].astype(np.float64) / 1.5), rtol=1e-6, atol=1e-7)
+    Around(products.linear, rng_of(("metal around", m)), m, ("Q4_0", "F16", "Q4_0", "Q5_1")).check()
 
 
 @pytest.mark.parametrize("second", ["Q4_0", "Q8_0", "F16"])
@@ -169,13 +148,7 @@ def test_glu_of_one_format_or_two(products: Products, second: str, m: int) -> No
     rng = rng_of(("metal glu", second, m))
     pair = [Matrix(rng, "Q4_0", 33, 96), Matrix(rng, second, 33, 96)]
     x, biases = rows_of(rng, m, 96), [rng.standard_normal(33).astype(np.float32) for _ in pair]
-    gate, up = (y.astype(np.float64) for y in products.linear(x, pair, bias=biases))
-    acts = {"silu": gate / (1 + np.exp(-gate)),
-            "gelu_tanh": gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))),
-            "gelu": gate / 2 * (1 + np.vectorize(math.erf)(gate / np.sqrt(2))), "relu": np.maximum(gate, 0)}
-    for glu, act in acts.items():
-        got = products.linear(x, pair, bias=biases, glu=glu)[0]
-        np.testing.assert_allclose(got, act * up, rtol=1e-6, atol=1e-6 * np.abs(up).max() * (1 + np.abs(gate).max()))
+    check_glu(products.linear, x, pair, biases)
 
 
 @pytest.mark.parametrize("name,k", [("Q4_0", 96), ("F16", 77), ("F32", 1500), ("Q8_0", 1088)])
@@ -198,16 +171,9 @@ def test_output_may_be_the_residual(products: Products) -> None:
 
 
 def test_bad_numbers_show(products: Products) -> None:
-    """A NaN or infinity in a row makes that row not finite and leaves the others alone. No rows: nothing happens."""
     rng = rng_of("metal nan")
+    check_bad_numbers(products.linear, rng, (2, 9))
     w = Matrix(rng, "Q4_K", 40, 256)
-    for m, bad in itertools.product((2, 9), (np.nan, np.inf)):
-        x = rows_of(rng, m, 256)
-        clean = products.linear(x, [w])[0]
-        x[0, 77] = bad
-        got = products.linear(x, [w])[0]
-        assert not np.isfinite(got[0]).any() and got[1:].tobytes() == clean[1:].tobytes()
-    assert products.linear(np.empty((0, 256), np.float32), [w])[0].shape == (0, 40)
     tiny = np.full((2, 256), 1e-44, np.float32)
     assert np.isfinite(products.linear(tiny, [w])[0]).all()
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,38 +223,67 @@ def test_same_bits_on_fused_machines(every_isa: list[Kernels]) -> None:
         assert len(set(results)) <= 1, (name, m)
 
 
-@pytest.mark.parametrize("m", [1, 3, 6, 33])
-def test_everything_around_the_product(kernels: Kernels, m: int) -> None:
-    rng = rng_of(("around", m))
-    k, eye = 96, Matrix(rng, "F32", 96, 96)
-    eye.raw[:] = np.eye(96, dtype=np.float32).view(np.uint8)
-    x, gain = rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
-    w = [Matrix(rng, name, n, k) for name, n in (("Q4_0", 33), ("F16", 17), ("Q8_0", 16), ("Q5_1", 5))]
-    bias = [rng.standard_normal(t.n).astype(np.float32) for t in w]
+Product = Callable[..., list[np.ndarray]]                     # `linear` of a library
 
-    h = kernels.linear(x, [eye], norm=gain, norm_eps=1e-3)[0]                   # products with the unit matrix are exact
-    wide = x.astype(np.float64)
-    np.testing.assert_allclose(h, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * gain, rtol=1e-6, atol=1e-7)
 
-    plain = kernels.linear(h, w)
-    for a, b in zip(kernels.linear(x, w, norm=gain, norm_eps=1e-3, threads=2), plain):
-        assert a.tobytes() == b.tobytes()
-    for a, b, c in zip(kernels.linear(h, w, bias=bias), plain, bias):
-        assert a.tobytes() == (b + c).tobytes()
-    residual = rng.standard_normal((m, 33)).astype(np.float32)
-    assert kernels.linear(h, w[:1], residual=residual)[0].tobytes() == (plain[0] + residual).tobytes()
-    capped = kernels.linear(h, w[:1], softcap=1.5)[0]
-    np.testing.assert_allclose(capped, 1.5 * np.tanh(plain[0].astype(np.float64) / 1.5), rtol=1e-6, atol=1e-7)
+class Around:
+    """Norm, bias, residual and cap around products of one kernel, on any device: what each adds, in float64 or bit for bit."""
 
-    pair = [w[0], Matrix(rng, "Q8_0", 33, k)]
-    biases = [bias[0], rng.standard_normal(33).astype(np.float32)]
-    gate, up = (y.astype(np.float64) for y in kernels.linear(h, pair, bias=biases))
+    def __init__(self, linear: Product, rng: np.random.Generator, m: int, formats: Sequence[str]):
+        self.linear, self.rng, k = linear, rng, 96
+        eye = Matrix(rng, "F32", k, k)
+        eye.raw[:] = np.eye(k, dtype=np.float32).view(np.uint8)
+        self.x, self.gain = rows_of(rng, m, k), rng.standard_normal(k).astype(np.float32)
+        self.w = [Matrix(rng, name, n, k) for name, n in zip(formats, (33, 17, 16, 5))]
+        self.bias = [rng.standard_normal(t.n).astype(np.float32) for t in self.w]
+        self.h = linear(self.x, [eye], norm=self.gain, norm_eps=1e-3)[0]        # products with the unit matrix are exact
+
+    def check(self, **how: Any) -> None:
+        """Check all of it. how: arguments of a product with a norm besides."""
+        x, h, w, linear = self.x, self.h, self.w, self.linear
+        wide = x.astype(np.float64)
+        np.testing.assert_allclose(h, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * self.gain, rtol=1e-6, atol=1e-7)
+        plain = linear(h, w)
+        for a, b in zip(linear(x, w, norm=self.gain, norm_eps=1e-3, **how), plain):
+            assert a.tobytes() == b.tobytes()
+        for a, b, c in zip(linear(h, w, bias=self.bias), plain, self.bias):
+            assert a.tobytes() == (b + c).tobytes()
+        residual = self.rng.standard_normal((len(x), 33)).astype(np.float32)
+        assert linear(h, w[:1], residual=residual)[0].tobytes() == (plain[0] + residual).tobytes()
+        capped = linear(h, w[:1], softcap=1.5)[0]
+        np.testing.assert_allclose(capped, 1.5 * np.tanh(plain[0].astype(np.float64) / 1.5), rtol=1e-6, atol=1e-7)
+
+
+def check_glu(linear: Product, h: np.ndarray, pair: list[Matrix], biases: list[np.ndarray], **how: Any) -> None:
+    """Check every activation of a gate beside the plain products. how: arguments of a product with it besides."""
+    gate, up = (y.astype(np.float64) for y in linear(h, pair, bias=biases))
     acts = {"silu": gate / (1 + np.exp(-gate)),
             "gelu_tanh": gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))),
             "gelu": gate / 2 * (1 + np.vectorize(math.erf)(gate / np.sqrt(2))), "relu": np.maximum(gate, 0)}
     for glu, act in acts.items():
-        got = kernels.linear(h, pair, bias=biases, glu=glu, threads=2)[0]
+        got = linear(h, pair, bias=biases, glu=glu, **how)[0]
         np.testing.assert_allclose(got, act * up, rtol=1e-6, atol=1e-6 * np.abs(up).max() * (1 + np.abs(gate).max()))
+
+
+def check_bad_numbers(linear: Product, rng: np.random.Generator, rows: Sequence[int]) -> None:
+    """Check that a NaN or infinity in a row makes that row not finite and leaves the others alone, and that no rows are none."""
+    w = Matrix(rng, "Q4_K", 40, 256)
+    for m, bad in itertools.product(rows, (np.nan, np.inf)):
+        x = rows_of(rng, m, 256)
+        clean = linear(x, [w])[0]
+        x[0, 77] = bad
+        got = linear(x, [w])[0]
+        assert not np.isfinite(got[0]).any() and got[1:].tobytes() == clean[1:].tobytes()
+    assert linear(np.empty((0, 256), np.float32), [w])[0].shape == (0, 40)
+
+
+@pytest.mark.parametrize("m", [1, 3, 6, 33])
+def test_everything_around_the_product(kernels: Kernels, m: int) -> None:
+    rng = rng_of(("around", m))
+    around = Around(kernels.linear, rng, m, ("Q4_0", "F16", "Q8_0", "Q5_1"))
+    around.check(threads=2)
+    pair = [around.w[0], Matrix(rng, "Q8_0", 33, 96)]
+    check_glu(kernels.linear, around.h, pair, [around.bias[0], rng.standard_normal(33).astype(np.float32)], threads=2)
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
@@ -282,16 +311,9 @@ def test_output_may_be_the_residual(kernels: Kernels) -> None:
 
 
 def test_bad_numbers_show(kernels: Kernels) -> None:
-    """A NaN or infinity in a row makes that row not finite and leaves the others alone. No rows: nothing happens."""
     rng = rng_of("nan")
+    check_bad_numbers(kernels.linear, rng, (2, 9))
     w = Matrix(rng, "Q4_K", 40, 256)
-    for m, bad in itertools.product((2, 9), (np.nan, np.inf)):
-        x = rows_of(rng, m, 256)
-        clean = kernels.linear(x, [w])[0]
-        x[0, 77] = bad
-        got = kernels.linear(x, [w])[0]
-        assert not np.isfinite(got[0]).any() and got[1:].tobytes() == clean[1:].tobytes()
-    assert kernels.linear(np.empty((0, 256), np.float32), [w])[0].shape == (0, 40)
     tiny = np.full((2, 256), 1e-44, np.float32)
     assert np.isfinite(kernels.linear(tiny, [w])[0]).all()
 

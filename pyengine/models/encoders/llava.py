@@ -35,7 +35,8 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    activation, by_table, EncoderAttention, EncoderFeedForward, head_count, known_activation, levels, mean_and_std, n_layers, only_pictures,
+    activation, by_table, cut_patches, EncoderAttention, EncoderFeedForward,
+    head_count, known_activation, levels, mean_and_std, n_layers, only_pictures,
     resample_filter, special_token)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
 
@@ -284,6 +285,5 @@ class Vision(Encoder):
 
     def _patches(self, pixels: np.ndarray) -> np.ndarray:
         """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [n, 3 * p * p]."""
-        side, p = self.config.side, self.config.patch
-        x = pixels.reshape(side, p, side, p, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, p * p)
+        x = cut_patches(pixels, self.config.side, self.config.patch)
         return by_table(self.levels, x).reshape(len(x), -1)
