@@ -11,11 +11,14 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from gguf import GGMLQuantizationType as QT
 from gguf import GGUFWriter
+
+if TYPE_CHECKING:
+    from .tokenizer import Vocabulary
 
 # for `Entry.instead`: tensors that are few and count much, and tensors that are no factors of a product with blocks
 FLOAT32 = {QT.F16: QT.F32, QT.BF16: QT.F32, QT.Q8_0: QT.F32}
@@ -50,12 +53,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor of the file that holds tensors of the checkpoint one after the other: an expert's matrix each, of one shape."""
+    """A tensor of the file that holds tensors of the checkpoint one after the other: an expert's matrix each, of one shape; or, where they
+    are `joined`, rows of one matrix.
+    """
     name: str
     parts: tuple[Entry, ...]
+    joined: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.joined:
+            return sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:]
         return len(self.parts), *self.parts[0].shape
 
 
@@ -97,6 +105,13 @@ class Converter(Protocol):
     def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
     @property
     def vocab_size(self) -> int: ...            # rows of the embedding
+
+
+@runtime_checkable
+class ChangesVocabulary(Protocol):
+    """A converter of a model whose own code does more to a text than its tokenizer's files say."""
+
+    def change_vocabulary(self, vocabulary: Vocabulary) -> None: ...
 
 
 _CONVERTERS: dict[str, type[Converter]] = {}

@@ -20,7 +20,7 @@ from .checkpoint import Config, malformed_is
 from .contract import FLOAT32, Entry, converts, linear, supported
 from .decoder import Tensors
 from .tokenizer import special_ids
-from .vision import attention, feed_forward, image_settings, write_encoder_keys
+from .vision import attention, feed_forward, image_settings, square, write_encoder_keys
 
 # transformers' InternVLConfig, InternVLVisionConfig, the authors' InternVisionConfig, and the processors' settings
 DEFAULTS: dict[str, Any] = {"downsample_ratio": 0.5, "projector_hidden_act": "gelu", "vision_feature_layer": -1, "select_layer": -1,
@@ -71,12 +71,7 @@ class InternVl:
         file, own = self.root.file, dict(config)
         if self.authors:                                     # their names of the same settings
             own |= {"attention_bias": config.get("qkv_bias", False), "use_qk_norm": config.get("qk_normalization", False)}
-        for name in ("image_size", "patch_size"):
-            value = own.get(name, VISION[name])
-            sides = set(value) if isinstance(value, list) else {value}
-            if len(sides) != 1:
-                raise UnsupportedModelError(f"{file}: '{name}' is {value}; this converter knows squares")
-            own[name] = sides.pop()
+        own |= {name: square(Config(config, VISION, file), name) for name in ("image_size", "patch_size")}
         v = self.vision = Config(own, VISION, file)
         for name, *allowed in (("num_channels", 3), ("norm_type", "layer_norm", "rms_norm"), ("use_absolute_position_embeddings", True)):
             v.refuse_unless(name, *allowed)

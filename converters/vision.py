@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 
-from pyengine.errors import InvalidModelError
+from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config, malformed_is, read_json
 from .contract import Entry, linear
@@ -61,6 +61,16 @@ def pixel_limits(settings: Config) -> tuple[int, int]:
 
     with malformed_is(f"{settings.file}: 'size' is of the wrong kind"):
         return limit("min_pixels", "shortest_edge"), limit("max_pixels", "longest_edge")
+
+
+def square(config: Config, name: str) -> int:
+    """Return the side of a square: one number, or two equal ones. Raises: UnsupportedModelError."""
+    value = config.need(name)
+    sides = set(value) if isinstance(value, list) else {value}
+    side = sides.pop() if len(sides) == 1 else None
+    if type(side) is not int or side < 1:
+        raise UnsupportedModelError(f"{config.file}: '{name}' is {value}; this converter knows squares")
+    return side
 
 
 def write_encoder_keys(out: GGUFWriter, vision: Config, images: Config, *, projector: str, image_size: int, d_model: int,

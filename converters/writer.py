@@ -21,7 +21,7 @@ from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
-from .contract import Blocks, Constant, Converter, Entry, Stack, supported
+from .contract import Blocks, ChangesVocabulary, Constant, Converter, Entry, Stack, supported
 from .generation import write_sampling
 from .tokenizer import Vocabulary, read_vocabulary
 
@@ -68,6 +68,8 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
         vocabulary = read_vocabulary(checkpoint.folder, values) if with_tokenizer else Vocabulary.none()
     if with_tokenizer and vocabulary.model == "none":
         warn(f"{checkpoint.folder}: no tokenizer; the file takes and gives token ids only")
+    if isinstance(converter, ChangesVocabulary) and vocabulary.model != "none":
+        converter.change_vocabulary(vocabulary)
     vocabulary.write(text.writer, converter.vocab_size)
     write_sampling(checkpoint.folder, text.writer)
     outputs = [(text, entries)]

@@ -1,12 +1,14 @@
 """Boxes and points that models print, as pixels of the original picture; and drawing them.
 
-Two notations are read (Qwen2.5-VL: arXiv:2502.13923, section 2.2; Qwen2-VL: arXiv:2409.12191, section 2.2):
+Three notations are read (Qwen2.5-VL: arXiv:2502.13923, section 2.2; Qwen2-VL: arXiv:2409.12191, section 2.2; Molmo: arXiv:2409.17146):
 
     Qwen2.5-VL  JSON objects {"bbox_2d": [x1, y1, x2, y2], "label": "..."} or {"point_2d": [x, y], ...}, in a list or
                 not, fenced or not, cut off or not, as JSON or as Python prints it; in pixels of the picture as the
                 processor has resized it
     Qwen2-VL    <|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>, in thousandths of
                 width and height; without special tokens, which generated text leaves out: label(x1,y1),(x2,y2)
+    Molmo       <point x="10.5" y="20" alt="...">label</point>, <points x1=".." y1=".." x2=".." y2=".." alt="...">label</points>, in
+                percent of width and height
 
 Objects are read token by token, not by a JSON parser, so that a cut or faulty answer still gives the boxes that are
 whole, and no nesting is too deep. A text ends at a quote that something of JSON follows, or where a key of a box begins:
@@ -31,6 +33,7 @@ from pyengine.media.image import Image
 KEYS = {"bbox_2d": 4, "point_2d": 2}                     # how many numbers each has
 LABELS = ("label", "text_content")                       # the second where Qwen2.5-VL reads documents
 THOUSANDTHS = 1000                                       # Qwen2-VL's scale
+PERCENT = 100                                            # Molmo's
 
 _NUMBER = r"""["']?([-+]?(?:\d{1,9}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d)?)["']?"""            # models quote some
 _SPACE = r"\s{0,99}"
@@ -58,6 +61,9 @@ def _token(last: str) -> re.Pattern[str]:
 _TOKEN, _VALUE = _token(":"), _token("")                 # a value is no key, whatever stands in it
 _PAIR = r"\((\d{1,4}),\s?(\d{1,4})\)"
 _PAIRS = re.compile(rf"<\|box_start\|>{_PAIR}(?:,\s?{_PAIR})?<\|box_end\|>|{_PAIR},\s?{_PAIR}")
+_TAG = re.compile(r"<points?(?=\s)(?P<attributes>[^<>]*)(?:>(?P<label>[^<]*))?")
+_AXIS = re.compile(r"""\b([xy])(\d{0,4})=(["'])(\d{1,3}(?:\.\d{0,40})?)\3""")
+_ALT = re.compile(r"""\balt=(?:"([^"]*)"|'([^']*)')""")
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,14 @@ def find_boxes(text: str, size: tuple[int, int], processed: tuple[int, int], sca
     processed  (width, height) that the processor made of it
     scale      what JSON coordinates count to on both axes; None: to the processed width and height
     image      number of the picture, for the results
-    A text with JSON boxes is not searched for the other notation.
+    A text with boxes in one notation is not searched for those below it.
     Raises: RequestError for sizes below 1.
     """
     if min(*size, *processed) < 1 or scale is not None and not scale > 0:
         raise RequestError(f"boxes: size {size}, processed {processed} and scale {scale} must be above 0")
     found = [(numbers, label, processed if scale is None else (scale, scale)) for numbers, label in _json(text)]
     found = found or [(numbers, label, (THOUSANDTHS, THOUSANDTHS)) for numbers, label in _pairs(text)]
+    found = found or [(numbers, label, (PERCENT, PERCENT)) for numbers, label in _tags(text)]
     boxes: list[Box | Point] = []
     for numbers, label, full in found:
         x = [min(max(n * size[0] / full[0], 0.0), float(size[0])) for n in numbers[0::2]]
@@ -187,6 +194,19 @@ def _pairs(text: str) -> Iterator[tuple[list[float], str]]:
         at = match.end()
         if max(numbers) <= THOUSANDTHS:
             yield numbers, label
+
+
+def _tags(text: str) -> Iterator[tuple[list[float], str]]:
+    """Return ([x, y], label) of each point of an XML tag; one without a text is labelled by its `alt`."""
+    for tag in _TAG.finditer(text):
+        alt = _ALT.search(tag["attributes"])
+        label = (tag["label"] or "").strip() or ("" if alt is None else alt[1] or alt[2] or "")
+        points: dict[str, dict[str, float]] = {}
+        for axis, number, _, value in _AXIS.findall(tag["attributes"]):
+            points.setdefault(number, {})[axis] = float(value)
+        for point in points.values():
+            if len(point) == 2 and max(point.values()) <= PERCENT:
+                yield [point["x"], point["y"]], label
 
 
 def draw(image: Image, boxes: Iterable[Box | Point]) -> PIL.Image.Image:

@@ -112,6 +112,13 @@ class Answer(Reported, str):
         """Boxes and points that the text names, in pixels of the last picture's original; see `boxes_in`."""
         return self.boxes_in(-1) if self.report.media else []
 
+    @property
+    def points(self) -> list[Any]:
+        """The points among them."""
+        from pyengine.chat.boxes import Point                                   # as below
+
+        return [box for box in self.boxes if isinstance(box, Point)]
+
     @takes()
     def boxes_in(self, number: int) -> list[Any]:
         """Find boxes and points (`boxes.Box`, `boxes.Point`) that the text names, in pixels of the original of one picture.

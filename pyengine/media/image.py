@@ -361,8 +361,20 @@ def resize(pixels: np.ndarray, height: int, width: int, resample: int) -> np.nda
     between its horizontal and its vertical pass, and takes no shortcut (`reducing_gap` is None there).
     Raises: RequestError for a size or a filter that there cannot be.
     """
+    check_resize(height, width, resample)
+    image = PIL.Image.fromarray(pixels)
+    return np.array(image.resize((width, height), resample=PIL.Image.Resampling(resample)))
+
+
+def resize_floats(pixels: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+    """Do the same with float32 [h, w, 3], which is not rounded: torch's antialiased `interpolate`, as far as float32 is exact."""
+    check_resize(height, width, resample)
+    channels = [PIL.Image.fromarray(np.ascontiguousarray(pixels[..., i])) for i in range(3)]
+    return np.stack([np.asarray(c.resize((width, height), resample=PIL.Image.Resampling(resample))) for c in channels], axis=2)
+
+
+def check_resize(height: int, width: int, resample: int) -> None:
+    """Raise RequestError for a size or a filter that there cannot be."""
     if not 1 <= height <= MAX_SIDE or not 1 <= width <= MAX_SIDE or height * width > MAX_PIXELS or resample not in range(6):
         raise RequestError(f"resize to {width} x {height} with filter {resample}: sides are 1 to {MAX_SIDE} and "
                            f"{MAX_PIXELS} pixels together at most, filters 0 to 5")
-    image = PIL.Image.fromarray(pixels)
-    return np.array(image.resize((width, height), resample=PIL.Image.Resampling(resample)))

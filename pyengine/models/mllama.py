@@ -34,6 +34,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.cache.policy import Cross, Full, Policy
 from pyengine.nn.cache import CrossCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
+from pyengine.nn.decoder import embedded
 from pyengine.nn.encoder import (
     by_table, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
 from pyengine.models.llama import Block, FeedForward
@@ -323,8 +324,7 @@ class Model(Architecture):
         h.refuse(expert_count="a mixture of experts")
         c = self.config = TextConfig.read(h, w)
         self.across = numbers(h, "attention.cross_attention_layers", c.n_layers)
-        shape: Any = w["token_embd"].shape("weight")
-        self._n_ids = shape[0] if shape is not None and len(shape) == 2 else c.vocab_size
+        self._n_ids = embedded(w, c.vocab_size)
         self.embed = Embedding(w["token_embd"], self._n_ids, c.d_model)
         interleaved = h.get("attention.cross_interleaved", False, bool)
         self.blocks = [CrossBlock(w["blk", i], c, interleaved) if i in self.across else Block(w["blk", i], c)

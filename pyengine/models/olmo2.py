@@ -11,11 +11,12 @@ from pyengine.cache.policy import Full, Policy
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.models.architecture import Architecture
+from pyengine.models import encoders
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.models.llama import FeedForward
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
-from pyengine.nn.decoder import common, DecoderConfig
+from pyengine.nn.decoder import common, DecoderConfig, embedded
 from pyengine.nn.layers import Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 
@@ -58,7 +59,8 @@ class Model(Architecture):
 
     def __init__(self, h: Hparams, w: Weights):
         c = self.config = self.read(h, w)
-        self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
+        self._n_ids = embedded(w, c.vocab_size)
+        self.embed = Embedding(w["token_embd"], self._n_ids, c.d_model)
         self.blocks = [self.block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
@@ -70,13 +72,23 @@ class Model(Architecture):
         h.refuse(attention__sliding_window="a sliding window", attention__clamp_kqv="a limit of queries, keys and values")
         return DecoderConfig(**common(h, w))
 
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
+        """Bind the encoder that the file's projector names."""
+        return encoders.beside(files)
+
+    @property
+    def n_ids(self) -> int:
+        """Rows of the embedding, which may have tokens that the output head does not."""
+        return self._n_ids
+
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""
         return [Full()] * self.config.n_layers
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embed(batch.ids, batch.media)                                                  # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):

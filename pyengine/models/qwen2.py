@@ -19,7 +19,7 @@ from pyengine.nn.cache import LayerCache
 from pyengine.models import encoders
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.models.llama import FeedForward
-from pyengine.nn.decoder import common, DecoderConfig, per_layer
+from pyengine.nn.decoder import common, DecoderConfig, embedded, per_layer
 from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -91,7 +91,8 @@ class Model(Architecture):
 
     def __init__(self, h: Hparams, w: Weights):
         c = self.config = self.read(h, w)
-        self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
+        self._n_ids = embedded(w, c.vocab_size)
+        self.embed = Embedding(w["token_embd"], self._n_ids, c.d_model)
         self.rope = rope(h, w, c.head_dim, interleaved=False)
         self.blocks = [Block(w["blk", i], c, self.feed_forward) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
@@ -106,6 +107,11 @@ class Model(Architecture):
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
         """Bind the encoder that the file's projector names."""
         return encoders.beside(files)
+
+    @property
+    def n_ids(self) -> int:
+        """Rows of the embedding, which may have tokens that the output head does not."""
+        return self._n_ids
 
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""

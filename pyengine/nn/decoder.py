@@ -66,3 +66,12 @@ def vocab_size(w: Weights) -> int:
         if shape is not None and len(shape) == 2:
             return shape[0]
     raise InvalidModelError(f"{w!r}: neither 'output.weight' nor 'token_embd.weight' is a matrix of the file")
+
+
+def embedded(w: Weights, vocab_size: int) -> int:
+    """Return the number of rows of the embedding: those of the output head, and of tokens that are read but never written, behind them."""
+    shape = w["token_embd"].shape("weight")
+    n = shape[0] if shape is not None and len(shape) == 2 else vocab_size
+    if n < vocab_size:
+        raise InvalidModelError(f"{w!r}: 'token_embd.weight' has {n} rows, but the output head gives {vocab_size} tokens")
+    return n

@@ -68,6 +68,16 @@ def per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
     return value.astype(np.float32)
 
 
+def whole_numbers(v: Hparams, name: str, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """Read whole numbers from 0 on; `usual` without the key. Raises: InvalidModelError."""
+    found = v.get(name, None, np.ndarray)
+    if found is None:
+        return usual
+    if found.dtype.kind not in "iu" or np.any(found < 0):
+        raise InvalidModelError(f"{v.arch}.{name} is {found.tolist()}: whole numbers from 0 on are needed")
+    return tuple(int(i) for i in found)
+
+
 def mean_and_std(v: Hparams, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Read what is subtracted from each colour, and what it is then divided by. Raises: InvalidModelError for divisors up to 0."""
     found = per_channel(v, "vision.image_mean", mean), per_channel(v, "vision.image_std", std)

@@ -21,7 +21,7 @@ _MODULE = re.compile(r"(?<![\w./-])(?:pyengine|converters|bench)(?:\.[a-z_]\w*)+
 _FILE = re.compile(r"(?<![\w./*<>-])(?:gen/(?:\w+/)?)?[a-z_]\w*\.(?:py|c|h|cpp)(?![\w/])")
 MADE = ("csrc/gen", "pyengine/_abi", "pyengine/_engine")           # by the build, so they are in no checkout
 # Bare names of other projects' files; with a folder before them they are none of ours anyway.
-FOREIGN = re.compile(r"(modeling|modular|configuration|processing|image|vision|image_processing|video_processing|convert|run|feature_extraction)_\w+\.py"
+FOREIGN = re.compile(r"(modeling|modular|config|configuration|processing|preprocessing|image|vision|image_processing|video_processing|convert|run|feature_extraction)_\w+\.py"
                      r"|tokenization(_\w+)?\.py|(ggml|(ik_)?llama|clip|mtmd|sgemm|siglip)\w*\.(c|h|cpp)"
                      r"|(quants|tensor_mapping|vocab|gguf_reader|gguf_writer|constants|generation|model|functional)\.py")
 

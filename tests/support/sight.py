@@ -95,7 +95,7 @@ def sight_of(folder: Path) -> Sight:
     import cases
 
     config = json.loads((folder / "config.json").read_text())
-    tower = config["vision_config"].get("model_type")
+    tower = config.get("vision_config", {}).get("model_type")
     return next(c.sight for c in cases.every().values() if c.sight and config["model_type"] in c.sight.model_types
                 and tower in (c.sight.towers or (tower,)))
 

@@ -53,6 +53,27 @@ def test_every_cut_gives_the_boxes_that_are_whole() -> None:
             assert type(box) is type(whole) and vars(box) | {"label": 0} == vars(whole) | {"label": 0}
 
 
+POINTS = [Point("cats", 112, 112), Point("cats", 1069.6, 22.4)]
+
+
+@pytest.mark.parametrize("text", [
+    '<points x1="10.0" y1="20" x2="95.5" y2="4.0" alt="two cats">cats</points>', "Here: <points x1='10' y1='20' x2='95.5' y2='4' alt=''>cats</points>.",
+    '<point x="10" y="20" alt="cat">cats</point> and <point x="95.5" y="4" alt="cat">cats</point>',
+    '<points x1="10" y1="20" x2="95.5" y2="4" x3="50" y3="101" x4="3" alt="not within, and half">cats',
+    '<points x1="10" y1="20" x2="95.5" y2="4" alt="cats">'])
+def test_points_in_percent(text: str) -> None:
+    assert read(text) == POINTS
+
+
+def test_a_cut_tag_gives_the_points_that_are_whole() -> None:
+    text = '<points x1="10" y1="20" x2="95.5" y2="4" alt="cats">cats</points>'
+    for n in range(len(text)):
+        found = [(p.x, p.y) for p in read(text[:n])]
+        assert found == [(112, 112), (1069.6, 22.4)][: len(found)] and len(found) >= (n > text.index(" x2")) + (n > text.index(" alt"))
+    for text in ("<point>", '<pointed x="1" y="2">', '<point y="2">', '<point x="1" y="nan">', "<point x1=5 y2=6>", "<" * 1000):
+        assert read(text) == []
+
+
 def test_what_is_no_box() -> None:
     for text in ("", "no boxes", '{"bbox_2d": [1, 2, 3]}', '{"point_2d": [1, 2, 3, 4]}', '{"bbox_2d": [NaN, 1, 2, 3]}',
                  '{"bbox_2d": [1e999, 1, 2, 3]}', '{"bbox_2d": [1, 2, 3, 99999999999999999999]}', '"bbox_2d": [1, 2, 3, 4]',
