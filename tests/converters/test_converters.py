@@ -60,7 +60,7 @@ def checkpoints(tmp_path_factory):
 
     def get(kind):
         if kind not in made:
-            made[kind] = make_checkpoint(kind, tmp_path_factory.mktemp("checkpoints") / kind)
+            made[kind] = make_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint")      # llama.cpp looks for "phi3" in names
         return made[kind]
     return get
 
@@ -119,7 +119,7 @@ def test_keys(kind, checkpoints, tmp_path):
     arch, expected = cases.find(kind).arch, cases.find(kind).converted.keys
     assert {k.removeprefix(f"{arch}."): v for k, v in keys.items() if k.startswith(f"{arch}.")} == expected
     assert {k: v for k, v in keys.items() if k.startswith("general.")} == {
-        "general.architecture": arch, "general.type": "model", "general.name": kind, "general.file_type": 1,
+        "general.architecture": arch, "general.type": "model", "general.name": "checkpoint", "general.file_type": 1,
         "general.quantization_version": 2}
 
 

@@ -19,4 +19,5 @@ CASES = (Case(
     {**COMMON, "head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 10.0, "final_logit_softcapping": 8.0},
     ring=True, cached_as="gemma3_text", norm_mean=lambda name: 0.0,
     variants={"gemma2": {}, "gemma2-no-caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None}},
-    converted=Converted(KEYS, names="GEMMA2", tensor=named)),)
+    converted=Converted(KEYS, names="GEMMA2", tensor=named, error=4e-4,  # measured: 2e-4; llama.cpp looks GELU up in a table of float16
+                        runs={"gemma2": {"query_pre_attn_scalar": 32}})),)                  # its constant: the size of a head

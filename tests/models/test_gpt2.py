@@ -27,7 +27,7 @@ def turned(name: str, value: np.ndarray, config: dict[str, Any]) -> tuple[str | 
 CASES = (Case(
     "gpt2", "gpt2", "GPT2Config", "GPT2LMHeadModel", "gpt-2",
     {"vocab_size": 512, "n_embd": 96, "n_inner": 160, "n_layer": 3, "n_head": 6, "n_positions": 256}, cached_as="llama",
-    converted=Converted(KEYS, names="GPT2", tensor=turned)),)
+    converted=Converted(KEYS, names="GPT2", tensor=turned, error=4e-4)),)   # measured: 2e-4; llama.cpp looks GELU up in a table of float16
 
 
 def test_positions_end_where_the_file_says(tiny_gguf) -> None:
