@@ -59,14 +59,14 @@ def seen(lo: np.ndarray, hi: np.ndarray, n_keys: int) -> float:
     return float((hi - lo).sum()) / max(1, len(lo) * n_keys)
 
 
-def _of_node(node: Node, dims: Mapping[str, int]) -> dict[str, Any]:
+def of_node(node: Node, dims: Mapping[str, int]) -> dict[str, Any]:
     sized = {n: [Sized(t.shape, dims) for t in listed(a)] for n, a in zip(node.op.args, node.args)}
     return {n: s if node.op.args[n].many else s[0] if s else None for n, s in sized.items()}
 
 
 def on_weights(node: Node, dims: Mapping[str, int]) -> Iterator[tuple[Tensor, float]]:
     """Yield the operations on each weight of a node; what an op declares is their sum."""
-    args, own = _of_node(node, dims), dict(zip(node.op.args, node.args))
+    args, own = of_node(node, dims), dict(zip(node.op.args, node.args))
     for name in weights_of(node.op):
         for weight in listed(own[name]):
             yield weight, operations(node.op, {**args, name: Sized(weight.shape, dims)}, dict(node.params))
@@ -84,7 +84,7 @@ def generation_bytes(program: Any, n: int) -> float:
     weights: dict[int, float] = {}
     caches: dict[int, float] = {}
     for node in layout.steps:
-        sized = _of_node(node, dims)
+        sized = of_node(node, dims)
         if node.op.flops and not operations(node.op, sized, dict(node.params)):
             continue
         for name, arg in zip(node.op.args, node.args):
@@ -119,7 +119,7 @@ def encoder_operations(program: Any, view: Any) -> dict[str, float]:
             for weight, count in on_weights(node, view.axes):
                 total["int8" if weight.dtype.block > 1 else "float"] += count
             continue
-        count = operations(node.op, _of_node(node, view.axes), params)
+        count = operations(node.op, of_node(node, view.axes), params)
         if node.op.name == "attention":
             lo, hi = (view.inputs[t.name] if t.node.kind == "input" else t.node.source for t in (args["lo"], args["hi"]))
             keys = axis_value(args["k"].shape[1], view.axes)

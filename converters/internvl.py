@@ -37,6 +37,7 @@ TOWER = "vision_tower"
 
 @converts("InternVLForConditionalGeneration", "InternVLChatModel")
 class InternVl:
+    projector, special = "internvl", TOKENS
     renames = ((r"^model\.language_model\.", "model."), (r"^language_model\.", ""), (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
                # the authors' names
                (r"^vision_model\.", f"{TOWER}."), (r"\.embeddings\.class_embedding$", ".embeddings.cls_token"),
@@ -50,9 +51,9 @@ class InternVl:
 
     def __init__(self, config: dict[str, Any], file: Path):
         r = self.root = Config(config, DEFAULTS, file)
-        self.authors = "InternVLChatModel" in config["architectures"]
+        self.authors = "InternVLForConditionalGeneration" not in config["architectures"]
         text = r.need("llm_config" if self.authors else "text_config")
-        kind = text.get("model_type", "qwen2")
+        kind = self.text_kind(text)
         if kind not in TEXTS:
             raise UnsupportedModelError(f"{file}: the text model is {kind!r}; this converter knows {', '.join(TEXTS)}")
         tied = text.get("tie_word_embeddings", False) if self.authors else config.get("tie_word_embeddings", True)
@@ -64,7 +65,11 @@ class InternVl:
         self.read_encoder(r.need("vision_config"))
         self.images = image_settings(file.parent, IMAGES)
         with malformed_is(f"{file.parent}: a value of the tokenizer's files is of the wrong kind"):
-            self.tokens = dict(zip(TOKENS, special_ids(file.parent, list(TOKENS.values()))))
+            self.tokens = dict(zip(self.special, special_ids(file.parent, list(self.special.values()))))
+
+    def text_kind(self, text: dict[str, Any]) -> str:
+        """Return the kind of the text model, a key of TEXTS."""
+        return str(text.get("model_type", "qwen2"))
 
     def read_encoder(self, config: dict[str, Any]) -> None:
         """Read the encoder's sizes. Raises: UnsupportedModelError."""
@@ -84,7 +89,7 @@ class InternVl:
     def write_keys(self, out: GGUFWriter) -> None:
         self.text.write_keys(out)
         write_encoder_keys(
-            out, self.vision, self.images, projector="internvl", image_size=self.image_size, d_model=self.v_model, d_ff=self.v_ff,
+            out, self.vision, self.images, projector=self.projector, image_size=self.image_size, d_model=self.v_model, d_ff=self.v_ff,
             n_layers=self.v_layers, n_heads=self.v_heads, eps=self.vision.need("layer_norm_eps"), d_text=self.d_model)
         out.add_vision_projector_scale_factor(self.group)
         least, most = (("min_dynamic_patch", "max_dynamic_patch"), ("min_patches", "max_patches"))[not self.authors]
@@ -140,7 +145,11 @@ class InternVl:
                 yield Entry(f"{b}.ls{k}.weight", f"{m}.lambda_{k}", (v,))
         if not self.vision.need("use_mean_pooling") and not self.authors:
             yield from self.norm("v.post_ln", f"{TOWER}.layernorm", v)
-        wide, mm = v * self.group**2, "multi_modal_projector"
-        yield from self.norm("mm.model.mlp.0", f"{mm}.layer_norm", wide)
-        yield from linear("mm.model.mlp.1", f"{mm}.linear_1", d, wide, True)
-        yield from linear("mm.model.mlp.3", f"{mm}.linear_2", d, d, True)
+        yield from self.norm("mm.model.mlp.0", "multi_modal_projector.layer_norm", v * self.group**2)
+        yield from self.products(d, True)
+
+    def products(self, units: int, bias: bool) -> Iterator[Entry]:
+        """List the projector's products, with so many units between."""
+        mm, d = "multi_modal_projector", self.d_model
+        yield from linear("mm.model.mlp.1", f"{mm}.linear_1", units, self.v_model * self.group**2, bias)
+        yield from linear("mm.model.mlp.3", f"{mm}.linear_2", d, units, bias)

@@ -181,7 +181,8 @@ class EncodedMedia:
 def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes, source: bytes) -> MediaSegment:
     """Make what stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
     if isinstance(part, View):
-        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source)
+        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source,
+                            part.alone)
     n, view = part.stop - part.start, part.view
     positions = np.broadcast_to(np.arange(n, dtype=np.int32), (len(view.positions), n))
     return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest, source=source)

@@ -72,7 +72,8 @@ class Runner:
         """
         n, most = sum(len(s.embedding) for _, s in rows.crossed), self.step.sizes.across
         if n > most:
-            raise ContextOverflowError(f"the prompt's {len(rows.crossed)} pictures have {n} encoder rows, but a conversation holds "
+            what = "tiles" if any(s.alone for _, s in rows.crossed) else "pictures"
+            raise ContextOverflowError(f"the prompt's {len(rows.crossed)} {what} have {n} encoder rows, but a conversation holds "
                                        f"{most}; load with images=(width, height, number) for a larger number of pictures, or make "
                                        "them smaller")
 

@@ -24,7 +24,7 @@ class View:
 
     make       computes the encoder graph's inputs, by name, when the run comes: those of a long video are never there together
     axes       values of its run-time axes
-    positions, advance, grid, causal, atomic, token: as in MediaSegment, which has positions.shape[1] rows
+    positions, advance, grid, causal, atomic, token, alone: as in MediaSegment, which has positions.shape[1] rows
     """
 
     make: Callable[[], dict[str, np.ndarray]]
@@ -35,6 +35,7 @@ class View:
     causal: bool = True
     atomic: bool = False
     token: int | None = None
+    alone: bool = False
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:

@@ -109,7 +109,7 @@ class ModelLayout:
 
     def _encoder_rows(self, image: Encoder, n_ctx: int, cell: int) -> int:
         """Count the encoder rows of a conversation in layers that attend across. cell: bytes of a key and a value of one layer."""
-        n_layers, most = sum(p.across for p in self.bound.model.policies()), image.most_rows(n_ctx)
+        n_layers, most = sum(p.across for p in self.bound.model.policies()), image.across_rows(n_ctx)
         if not n_layers:
             return 0
         largest = min(most, image.n_rows(*self.size)) if self.size else most

@@ -55,6 +55,10 @@ class Encoder(ABC):
     def most_rows(self, n_ctx: int) -> int:
         """Return the most rows that one run can be asked for with contexts of n_ctx positions."""
 
+    def across_rows(self, n_ctx: int) -> int:
+        """Return the most rows of one picture that layers see across, where it takes several runs."""
+        return self.most_rows(n_ctx)
+
     @abstractmethod
     def n_rows(self, width: int, height: int) -> int:
         """Return the rows of a picture of width x height pixels, at most."""

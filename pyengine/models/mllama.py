@@ -63,7 +63,8 @@ def numbers(h: Hparams, name: str, below: int) -> tuple[int, ...]:
 
 
 class CrossBlock:
-    """Cross-attention with normed queries and keys, and a gated feed-forward; each is weighed by the tanh of a number."""
+    """Cross-attention, with normed queries and keys where the file has norms, and a gated feed-forward; each is weighed by the tanh of a
+    number."""
 
     def __init__(self, w: Weights, c: TextConfig, interleaved: bool):
         """Bind the weights. interleaved: the halves of q's and k's heads are, as for a rotation, but not those of their norms."""
@@ -73,9 +74,8 @@ class CrossBlock:
         self.k = Linear(w["cross_attn_k_proj"], c.d_model, c.n_kv_heads * c.head_dim)
         self.v = Linear(w["cross_attn_v_proj"], c.d_model, c.n_kv_heads * c.head_dim)
         self.out = Linear(w["cross_attn_o_proj"], c.n_heads * c.head_dim, c.d_model)
-        self.q_norm = RMSNorm(w["cross_attn_q_norm"], c.head_dim, c.eps)
-        self.k_norm = RMSNorm(w["cross_attn_k_norm"], c.head_dim, c.eps)
-        if interleaved:
+        self.q_norm, self.k_norm = (RMSNorm(w[name], c.head_dim, c.eps) if name in w else None for name in ("cross_attn_q_norm", "cross_attn_k_norm"))
+        if interleaved and self.q_norm:
             for norm in (self.q_norm, self.k_norm):
                 ref = norm.weight.node.source
                 norm.weight = constant(DerivedRef(ref.name, ref.shape, (ref,), lambda a: a.reshape(2, -1).T.reshape(-1)))
@@ -91,8 +91,9 @@ class CrossBlock:
 
     def __call__(self, x: Tensor, across: Across, cache: CrossCache) -> Tensor:         # [m, D]
         c, seeing = self.c, across.pick(x)                                         # [s, D]
-        q = self.q_norm(self.q(self.attn_norm(seeing)).reshape(-1, c.n_heads, c.head_dim))             # [s, H, E]
-        k = self.k_norm(self.k(across.states).reshape(-1, c.n_kv_heads, c.head_dim))                   # [c, K, E]
+        q = self.q(self.attn_norm(seeing)).reshape(-1, c.n_heads, c.head_dim)                          # [s, H, E]
+        k = self.k(across.states).reshape(-1, c.n_kv_heads, c.head_dim)                                # [c, K, E]
+        q, k = (norm(y) if norm else y for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         v = self.v(across.states).reshape(-1, c.n_kv_heads, c.head_dim)                                # [c, K, E]
         seeing = seeing + self.out(cache.attend(q, k, v, scale=c.head_dim**-0.5)) * self.attn_weight
         return across.put(x, seeing + self.ffn(self.ffn_norm(seeing)) * self.ffn_weight)
@@ -320,18 +321,30 @@ def _with_class(position: np.ndarray, weight: np.ndarray, class_row: np.ndarray)
 class Model(Architecture):
     """An mllama decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
+    block: Any = Block
+    interleaved = True               # pairs of the rotation
+
     def __init__(self, h: Hparams, w: Weights):
         h.refuse(expert_count="a mixture of experts")
-        c = self.config = TextConfig.read(h, w)
+        c = self.config = self.read(h, w)
         self.across = numbers(h, "attention.cross_attention_layers", c.n_layers)
         self._n_ids = embedded(w, c.vocab_size)
         self.embed = Embedding(w["token_embd"], self._n_ids, c.d_model)
         interleaved = h.get("attention.cross_interleaved", False, bool)
-        self.blocks = [CrossBlock(w["blk", i], c, interleaved) if i in self.across else Block(w["blk", i], c)
+        self.blocks = [CrossBlock(w["blk", i], c, interleaved) if i in self.across else self.block(w["blk", i], c)
                        for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)
-        self.rope = rope(h, w, c.head_dim, interleaved=True)
+        self.rope = rope(h, w, c.head_dim, interleaved=self.interleaved)
+
+    @staticmethod
+    def read(h: Hparams, w: Weights) -> Any:
+        """Read the keys below the architecture's name."""
+        return TextConfig.read(h, w)
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """Return what the first layer gets [m, D]: pictures are not among it."""
+        return self.embed(batch.ids)
 
     @classmethod
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
@@ -349,11 +362,11 @@ class Model(Architecture):
 
     def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
         """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids)                                                  # [m, D]
+        x = self.embedded(batch)                                                   # [m, D]
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):
-            if isinstance(block, Block):
+            if not isinstance(block, CrossBlock):
                 x = block(x, rope, angles, cache)
             elif cache is not None:
                 x = block(x, batch.across, cache)

@@ -35,6 +35,7 @@ class MediaSegment:
     source     digest of the picture or video that it shows, the key of the image cache
     token      None: its rows stand in the sequence. Else one position stands there, with this id, and the rows are what
                cross-attention sees
+    alone      its own position sees its own rows only, not those of pictures right before it; what follows sees all of them
     """
 
     embedding: np.ndarray
@@ -46,6 +47,7 @@ class MediaSegment:
     digest: bytes
     token: int | None = None
     source: bytes = b""
+    alone: bool = False
 
     def __len__(self) -> int:
         """Count the segment's positions in the prompt."""
@@ -147,7 +149,8 @@ def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:
             positions.append(np.broadcast_to(s.positions, (axes, n)).astype(np.int32) + at)
             media.append((first, s))
             at += s.advance
-        sees.append(np.repeat(np.array(seen_across(pictures), np.int32)[:, None], n, axis=1))
+        seen = (n_across - len(s.embedding), n_across) if isinstance(s, MediaSegment) and s.alone else seen_across(pictures)
+        sees.append(np.repeat(np.array(seen, np.int32)[:, None], n, axis=1))
         span_end.append(np.full(n, 0 if isinstance(s, TokenSegment) or s.causal else first + n, np.int32))
     if not keys:
         none = np.empty(0, np.int32)

@@ -77,7 +77,7 @@ class Step:
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
         axes = {"m": m, "c": added, "s": seeing}
-        media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs and self.across is None else None
+        media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs else None
         places = None if media is None else g.input("places", (m,), "I32")
         across = Across(g.input("across", (added, d_model)), g.input("across.rows", (seeing,), "I32"),
                         g.input("across.back", (m,), "I32")) if self.across is not None else None

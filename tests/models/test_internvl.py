@@ -125,7 +125,7 @@ def test_options_and_what_is_refused(tiny_gguf) -> None:
                         ([PICTURES[0]] * 2, "not videos")]:
         with pytest.raises(RequestError, match=text):
             model.encode_image(media)
-    with pytest.raises(ContextOverflowError, match="5 tiles of 4 positions, but the context holds 12"):
+    with pytest.raises(ContextOverflowError, match="5 tiles, 20 positions, but the context holds 12"):
         pe.load(path, n_ctx=12).encode_image(PICTURES[5])
 
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from tiny import OWN
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -182,8 +184,8 @@ class MolmoForCausalLM(transformers.PreTrainedModel):
 
 
 def register() -> None:
-    """Give transformers the classes."""
-    transformers.MolmoConfig, transformers.MolmoForCausalLM = MolmoConfig, MolmoForCausalLM
+    """Let the classes be found by their names."""
+    OWN.update({"MolmoConfig": MolmoConfig, "MolmoForCausalLM": MolmoForCausalLM})
     transformers.AutoConfig.register("molmo", MolmoConfig, exist_ok=True)
     transformers.AutoModelForImageTextToText.register(MolmoConfig, MolmoForCausalLM, exist_ok=True)
 

@@ -42,6 +42,9 @@ ROPES: dict[str, dict[str, Any]] = {
 COMMON = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
           "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
 
+# classes of models that transformers does not have, by name: those of tests/support/reference_*.py
+OWN: dict[str, type] = {}
+
 
 def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtype: str = "float32",
                     max_shard_size: str = "1GB", tokenizer: str | None = "default",
@@ -71,8 +74,9 @@ def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtyp
             special["vocab_size"] = ids["image_token_index"]
         config = {**config, "text_config": {**case.text_config, **special, **config_overrides.pop("text_config", {})},
                   "vision_config": {**case.vision_config, **config_overrides.pop("vision_config", {})}}
-    config = getattr(transformers, case.config_class)(**{**config, **ids, **config_overrides})
-    model = getattr(transformers, case.model_class)(config)
+    config_class, model_class = (OWN.get(name) or getattr(transformers, name) for name in (case.config_class, case.model_class))
+    config = config_class(**{**config, **ids, **config_overrides})
+    model = model_class(config)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

@@ -130,8 +130,7 @@ class Vision(Encoder):
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
         c = self.config = VisionConfig.read(h, v, w)
-        self.markers = {"image": (special_token(v, "image", token, MARKER),)}
-        self.start, self.end = special_token(v, "image_start", token, START), special_token(v, "image_end", token, END)
+        self.bind_tokens(v, token)
         self.rows = (c.side // c.group) ** 2
         self.order = grouped(c.side, c.group)
         self.levels = levels(c.mean, c.std)                                             # [3, 256]
@@ -143,7 +142,21 @@ class Vision(Encoder):
         self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.norm = LayerNorm(v_["post_ln"], c.width, c.eps) if "post_ln" in v_ else None
         self.projector_norm = LayerNorm(mm[0], wide, PROJECTOR_EPS)
-        self.first, self.second = Linear(mm[1], wide, c.d_out), Linear(mm[3], c.d_out, c.d_out)
+        units = mlp_width(mm, wide, ("1",))
+        self.first, self.second = Linear(mm[1], wide, units), Linear(mm[3], units, c.d_out)
+
+    def bind_tokens(self, v: Hparams, token: Callable[[str], int]) -> None:
+        """Find the ids of what stands around a picture, and of what a chat template writes for it."""
+        self.markers = {"image": (special_token(v, "image", token, MARKER),)}
+        self.start, self.end = special_token(v, "image_start", token, START), special_token(v, "image_end", token, END)
+
+    def positions(self, n: int) -> int:
+        """Count the positions of a prompt that a picture of n tiles takes."""
+        return n * self.rows
+
+    def around(self, views: list[View]) -> tuple[str | int | View, ...]:
+        """Put what stands in a prompt around the tiles of a picture, the whole last."""
+        return self.start, *views, self.end
 
     def most_rows(self, n_ctx: int) -> int:
         """Return the rows of one run."""
@@ -180,14 +193,14 @@ class Vision(Encoder):
         most = whole_option(media, "max_tiles", c.tiles[1])
         lines, columns = grid(*media.size, tile, min(c.tiles[0], most), most)
         n = lines * columns + (lines * columns > 1)
-        if n * self.rows > limits.n_ctx:
-            raise ContextOverflowError(f"a picture of {media.size[0]} x {media.size[1]} pixels takes {n} tiles of {self.rows} positions, but the context "
-                                       f"holds {limits.n_ctx}; load with a larger n_ctx, or give a smaller max_tiles")
+        if self.positions(n) > limits.n_ctx:
+            raise ContextOverflowError(f"a picture of {media.size[0]} x {media.size[1]} pixels takes {n} tiles, {self.positions(n)} positions, but the "
+                                       f"context holds {limits.n_ctx}; load with a larger n_ctx, or give a smaller max_tiles")
         canvas = cache(lambda: resize(media.pixels, lines * tile, columns * tile, c.resample))
         views = [self._view(lambda y=y, x=x: canvas()[y : y + tile, x : x + tile]) for y in range(0, lines * tile, tile) for x in range(0, columns * tile, tile)]
         if len(views) > 1:
             views.append(self._view(lambda: resize(media.pixels, tile, tile, c.resample)))
-        return Processed((self.start, *views, self.end), media.size, (columns * tile, lines * tile))
+        return Processed(self.around(views), media.size, (columns * tile, lines * tile))
 
     def _view(self, pixels: Callable[[], np.ndarray]) -> View:
         """Make one run of the encoder over a tile [tile, tile, 3]."""
