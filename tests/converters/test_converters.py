@@ -304,7 +304,7 @@ def test_narrow_sources_keep_their_values(dtype, tmp_path):
 def test_shards_give_the_same_file(checkpoints, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    whole, folder = checkpoints("gemma3_text"), tmp_path / "gemma3_text"
+    whole, folder = checkpoints("gemma3_text"), tmp_path / "checkpoint"
     make_checkpoint("gemma3_text", folder, max_shard_size="200KB")
     shards = list(folder.glob("model-*.safetensors"))
     assert len(shards) > 3 and not (folder / "model.safetensors").exists()
