@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers|together|serving|vision|quality`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|together|serving|vision|quality|widths`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -59,8 +59,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
         (file,) = _paths([args.model])
         return serving.run(file, args.seeing, (args.streams, args.seeing_streams), args.minutes, args.llama_server, args.rounds, args.threads)
-    from . import peers, together
+    from . import peers, together, widths
 
+    if args.suite == "widths":
+        return widths.run(_paths(args.model), args.threads, args.rounds)
     paths = _paths(args.model)
     if args.suite == "together":
         return together.run(paths, args.threads, args.conversations or [4, 16], args.prompt, args.generate, args.rounds)
@@ -117,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
                          help="may be repeated (default: F32, F16, Q8_0, Q4_0)")
     quality.add_argument("--kv", action="append", help="formats of the cache, may be repeated (default: f32, f16, q8_0, q4_0)")
     quality.add_argument("--checkpoint", type=Path, metavar="DIR", help="also transformers' scores, and whether its answers are ours")
+    widths = suites.add_parser("widths", parents=[common], help="16 bits beside 4: bytes, tokens/s, quality, in one table")
+    widths.add_argument("model", nargs="*", help="GGUF files or names; default: models/*.gguf")
+    widths.add_argument("-r", "--rounds", type=int, default=3)
     vision = suites.add_parser("vision", parents=[common], help="image encoders: ops in SigLIP So400m's shape, or whole models'")
     vision.add_argument("--encoder", action="append", choices=["gemma3", "qwen2.5-vl"], default=[],
                         help="of a whole model, through its own graph; without it, ops put together here")

@@ -88,7 +88,7 @@ class VisionConfig:
         mean, std = mean_and_std(v, HALF, HALF)
         return cls(
             n_layers=count, d_model=d_model, d_ff=mlp_width(w["v", "blk", 0], d_model), n_heads=head_count(v, d_model),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_tanh"),
+            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
             rope_base=v.number("vision.rope.freq_base", ROPE_BASE), deep=tuple(np.flatnonzero(marked).tolist()), side=side,
             patch=v.size("vision.patch_size"), merge=v.size("vision.spatial_merge_size", 2), mean=mean, std=std,
             resample=resample_filter(v, BICUBIC), pixels=(v.size("vision.image_min_pixels", MIN_PIXELS), v.size("vision.image_max_pixels", MAX_PIXELS)))

@@ -10,7 +10,8 @@ import types
 import numpy as np
 import pytest
 
-from bench import compare, limits, stats
+import converters.quantize
+from bench import compare, limits, stats, widths
 from cbuild import compile_c
 from pyengine.dtype import dtype
 
@@ -651,3 +652,18 @@ def test_conversations_together(tiny_gguf, tmp_path, capsys) -> None:
     (result,) = json.loads(out.read_text())["results"]
     assert result["conversations"] == 3 and result["correct"] and len(result["score"]["samples"]) == 2
     assert "answers equal" in capsys.readouterr().out
+
+
+# ---- widths -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_16_and_in_4_bits(tiny_gguf, tmp_path) -> None:
+    """The narrow file is made from the wide one, or is the model's own where that has 4 bits already."""
+    path, _ = tiny_gguf("llama", "f32")
+    made = widths.both(path, tmp_path)
+    assert widths.bits(made["F16"]) == 16 and widths.bits(made["4 bits"]) < 9 and made["4 bits"].stat().st_size < 0.6 * made["F16"].stat().st_size
+    sparse = tmp_path / "narrow.gguf"
+    converters.quantize.quantize_file(made["F16"], sparse, "Q4_0")
+    assert widths.bits(sparse) < 6 and widths.both(sparse, tmp_path)["4 bits"] == sparse
+    found = widths.measured(made, n_threads=1, rounds=1)
+    assert found["F16"]["plan_bytes"] > found["4 bits"]["plan_bytes"] and found["4 bits"]["tg64"]["median"] > 0

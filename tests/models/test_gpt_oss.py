@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 
 import pyengine as pe
 import tiny
 from cases import Case, Converted
 from converters import convert
+from hollow import Decoder, Full, kv, Tensor
 from tiny import COMMON, make_checkpoint
 
 KEYS = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 64,
@@ -37,13 +41,46 @@ def parted(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
     return next((layer + ours for theirs, ours in NAMES.items() if theirs in name), None), value
 
 
+@dataclass(frozen=True)
+class GptOss(Decoder):
+    """Experts in MXFP4 in every layer, the rest as asked; `d_ff` is the width of each."""
+
+    n_experts: int = 0
+
+    def tensors(self, dtype: str) -> Iterator[Tensor]:
+        """List the decoder's tensors; router, biases and sinks stay in F32."""
+        for name, shape, kind in super().tensors(dtype):
+            block, _, part = name.removesuffix(".weight").rpartition(".")
+            if part in ("ffn_gate", "ffn_up", "ffn_down"):
+                yield f"{block}.{part}_exps.weight", (self.n_experts, *shape), "MXFP4"
+                yield f"{block}.{part}_exps.bias", (self.n_experts, shape[0]), "F32"
+            else:
+                yield name, shape, kind
+            if part == "attn_norm":
+                yield f"{block}.attn_output.bias", (self.d_model,), "F32"
+                yield f"{block}.attn_sinks.weight", (self.n_heads,), "F32"
+                yield f"{block}.ffn_gate_inp.weight", (self.n_experts, self.d_model), "F32"
+                yield f"{block}.ffn_gate_inp.bias", (self.n_experts,), "F32"
+
+    def metadata(self) -> dict[str, Any]:
+        """Return its keys."""
+        return {**super().metadata(), "gpt-oss.expert_count": self.n_experts, "gpt-oss.expert_used_count": 4,
+                "gpt-oss.expert_feed_forward_length": self.d_ff, "gpt-oss.attention.sliding_window": 128}
+
+
+def full(n_layers: int, n_experts: int) -> Full:
+    return Full(GptOss("gpt-oss", n_layers, 2880, 2880, 64, 8, 64, 201_088, 131_072, biases=True, norms=("attn_norm", "post_attention_norm"),
+                       n_experts=n_experts), dtype="Q8_0")
+
+
 CASES = (Case(
     "gpt_oss", "gpt-oss", "GptOssConfig", "GptOssForCausalLM", "llama-bpe",
     {**COMMON, "intermediate_size": 64, "head_dim": 32, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 6,
      "rope_parameters": YARN},
     ring=True, cached_as="gemma3_text", experts_axis=1, converted=Converted(
         KEYS, names="GPT_OSS", tensor=parted,               # llama.cpp rounds the ends of yarn's ramp, which the checkpoint does not
-        runs={"gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}})),)
+        runs={"gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}}),
+    full={"gpt-oss-20b": full(24, 32), "gpt-oss-120b": full(36, 128)}),)
 
 
 def test_experts_in_mxfp4_are_the_checkpoints(tmp_path) -> None:
@@ -103,3 +140,24 @@ def test_ollamas_published_file(tiny_gguf, tmp_path) -> None:
     theirs, ours = pe.load(tmp_path / "ollama.gguf", n_ctx=64), pe.load(path, n_ctx=64)
     assert np.array_equal(theirs.logits(ids), ours.logits(ids))
     assert theirs.file.metadata["tokenizer.ggml.pre"] == "gpt-4o"
+
+
+@pytest.mark.parametrize("name, n_layers, n_experts, billions", [("gpt-oss-20b", 24, 32, 12.1), ("gpt-oss-120b", 36, 128, 63.4)])
+def test_full_size_by_hand(full_size, machine, name: str, n_layers: int, n_experts: int, billions: float) -> None:
+    """2 KiB a token and layer in f16; every second layer sees 128 tokens only. A row of an expert is 90 blocks of 17 bytes."""
+    machine(96 * 2**30)
+    path, _ = full_size(name)
+    plan = pe.plan(path, n_ctx=131_072, device="cpu")
+    token = 8 * 64 * 2 * 2
+    assert kv(plan) == {"Full": n_layers // 2 * 131_072 * token, "Sliding": n_layers // 2 * (128 + plan.n_batch) * token}
+    group = -(-16 * 2880 // 32 * 17 // 64) * 64                          # of 16 rows, which begins at a line of the cache
+    expert = 3 * 2880 // 16 * group
+    bias = 3 * 2880 * 4
+    mixtures = [i.nbytes for i in plan.items if i.purpose == "weights" and any("_exps.weight" in part for part, _ in i.parts)]
+    assert mixtures == [n_experts * expert] * n_layers                   # rows of biases are read from the mapped file
+    q, k = 64 * 64, 8 * 64
+    attention = (2 * 2880 * q + 2 * 2880 * k) // 32 * 34 + 4 * (q + 2 * k + 2880 + 64 + 2 * 2880 + n_experts * 2881)
+    table = 201_088 * 2880 // 32 * 34
+    whole = n_layers * (n_experts * (expert + bias) + attention) + 2 * table + 4 * 2880
+    assert abs(plan.of("weights") + plan.of("mapped") - whole) < 40 * 2**20                  # the file's header, rows in groups of 16
+    assert abs(whole / 1e9 - billions) < 0.1

@@ -14,6 +14,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
+from hollow import both, Decoder, Encoder, Full, kv, Tensor, vit_layers
 from oracle import encoder_of
 from pictures import same
 from pyengine.errors import ContextOverflowError, RequestError
@@ -80,14 +81,33 @@ CLIP = {"has_vision_encoder": True, "projector_type": "internvl", "use_silu": Fa
         "image_mean": [np.float32(x) for x in MEAN], "image_std": [np.float32(x) for x in STD]}
 
 
-def case(kind: str, also: tuple[str, ...] = (), **vision: Any) -> Case:
+def full_encoder(d_model: int) -> Encoder:
+    """InternViT-300M and its projector, as llama.cpp names them."""
+    width, d_ff, n_layers = 1024, 4096, 24
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "internvl", "clip.use_gelu": True, "clip.vision.image_size": 448,
+            "clip.vision.patch_size": 14, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16, "clip.vision.attention.layer_norm_epsilon": 1e-6,
+            "clip.vision.projection_dim": d_model, "clip.vision.projector.scale_factor": 2}
+    scales = [(f"v.blk.{i}.{name}.weight", (width,), "F32") for i in range(n_layers) for name in ("ls1", "ls2")]
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, 14, 14), "F16"), ("v.patch_embd.bias", (width,), "F32"), ("v.class_embd", (width,), "F32"),
+                             ("v.position_embd.weight", (1025, width), "F32"), *both("mm.model.mlp.0", 4 * width), *vit_layers(n_layers, width, d_ff), *scales]
+    for name, shape in (("1", (d_model, 4 * width)), ("3", (d_model, d_model))):
+        tensors += [(f"mm.model.mlp.{name}.weight", shape, "F16"), (f"mm.model.mlp.{name}.bias", shape[:1], "F32")]
+    return keys, tensors
+
+
+FULL = Full(Decoder("internlm2", 32, 4096, 14_336, 32, 8, 128, 92_553, 32_768), ("<IMG_CONTEXT>", "<img>", "</img>"), full_encoder, "F16")
+
+
+def case(kind: str, also: tuple[str, ...] = (), full: dict[str, Full] = {}, **vision: Any) -> Case:
     return Case(kind, "qwen2", "InternVLConfig", "InternVLForConditionalGeneration", "qwen2", {"tie_word_embeddings": False, "downsample_ratio": 0.5}, TEXT,
                 {**VISION, **vision}, TOKENS, InternVlSight(), also=also, cached_as="qwen2",
                 converted=Converted({"general.architecture": "qwen2", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
-                                    clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}))
+                                    clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}), full=full)
 
 
-CASES = (case("internvl", ("internlm2", "InternLM2ForCausalLM", "InternVLChatModel")), case("internvl_6b", norm_type="rms_norm", use_qk_norm=True, attention_bias=False, use_mean_pooling=False))
+CASES = (case("internvl", ("internlm2", "InternLM2ForCausalLM", "InternVLChatModel"), {"internvl2-8b": FULL}),
+         case("internvl_6b", norm_type="rms_norm", use_qk_norm=True, attention_bias=False, use_mean_pooling=False))
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (112, 112), (56, 56), (90, 1), (131, 130)]      # width, height
 RNG = np.random.default_rng(4)
@@ -194,3 +214,19 @@ def test_internlm2_is_llama_under_other_names(tmp_path) -> None:
     model = pe.load(out, n_ctx=64, kv_dtype="f32")
     assert model.file.metadata["general.architecture"] == "internlm2"
     assert np.array_equal(model.logits(ids), pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids))
+
+
+def test_internvl2_8b_in_f16_takes_16_gb(full_size, machine) -> None:
+    """Two bytes a weight: 7.74 thousand million of InternLM 2.5, 0.34 of the encoder; 256 rows of each of 12 tiles and the whole."""
+    machine(64 * 2**30)
+    path, mmproj = full_size("internvl2-8b")
+    plan = pe.plan(path, n_ctx=8192, mmproj=mmproj, device="cpu")
+    d, f, k = 4096, 14_336, 8 * 128
+    assert kv(plan) == {"Full": 32 * 8192 * 4096}
+    decoder = 2 * (32 * (2 * d * d + 2 * d * k + 3 * d * f) + 2 * 92_553 * d)
+    encoder = 2 * (24 * (4 * 1024**2 + 2 * 1024 * 4096) + 2 * d * d) + 4 * 1025 * 1024
+    found = plan.of("weights") + plan.of("mapped") + sum(i.nbytes for i in plan.items if i.purpose == "encoder" and "arena" not in i.detail)
+    assert abs(found - decoder - encoder) < 16 * 2**20 and 16.0e9 < found < 16.3e9
+    assert plan.picture == 256
+    kept = pe.plan(path, n_ctx=8192, mmproj=mmproj, images=(1792, 1344, 2), device="cpu")
+    assert next(i.nbytes for i in kept.items if "kept" in i.detail) == 2 * 13 * 256 * d * 4

@@ -267,7 +267,7 @@ QWEN25 = Case(
                     "wa_layer_indexes": [1, 3], "n_wa_pattern": 2},
         clip_tokens=CLIP_TOKENS, renames=RENAMES, runs={"qwen2_5_vl": ASSUMED, "qwen2_5_vl-yarn": YARN}),
     dialect=Qwen25Dialect(), llama_cpp=LlamaCpp(assumed=ASSUMED),
-    full={"qwen-7b": Full(FULL, FULL_TOKENS, full_encoder)})
+    full={"qwen-7b": Full(FULL, FULL_TOKENS, full_encoder), "qwen-7b-f16": Full(FULL, FULL_TOKENS, full_encoder, "F16")})
 
 QWEN2 = Case(
     "qwen2_vl", "qwen2vl", "Qwen2VLConfig", "Qwen2VLForConditionalGeneration", "qwen2", {"tie_word_embeddings": True}, TEXT_CONFIG,
@@ -752,3 +752,15 @@ def test_qwen2_5_vl_7b(full_size, machine) -> None:
     assert len(padded) == 32 and set(padded) == {padded[0]} and layer <= padded[0] < 1.01 * layer    # rows in groups of 16
     f32 = 4 * 4 * 16_384 * 3 * 2 * 14 * 14                                          # patches of four to a soft token
     assert any(dict(i.parts).get("patches [65536, 1176]") == f32 for i in plan.items if i.purpose == "images")
+
+
+def test_qwen2_5_vl_7b_in_f16_takes_15_gib(full_size, machine) -> None:
+    """Two bytes a weight: 7.6 thousand million of the decoder, 0.7 of the encoder."""
+    machine(64 * GIB)
+    path, mmproj = full_size("qwen-7b-f16")
+    plan = pe.plan(path, n_ctx=8192, mmproj=mmproj, device="cpu")
+    d, f, kv_width = 3584, 18_944, 4 * 128
+    decoder = 2 * (28 * (2 * d * d + 2 * d * kv_width + 3 * d * f) + 2 * 152_064 * d)
+    encoder = 2 * (32 * (4 * 1280**2 + 3 * 1280 * 3420) + (4 * 1280) ** 2 + 4 * 1280 * d)
+    found = plan.of("weights") + plan.of("mapped") + sum(i.nbytes for i in plan.items if i.purpose == "encoder" and "arena" not in i.detail)
+    assert abs(found - decoder - encoder) < 32 * 2**20 and 15 * GIB < found < 15.6 * GIB

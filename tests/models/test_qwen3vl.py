@@ -11,6 +11,7 @@ import pytest
 import pyengine as pe
 import tiny
 from cases import Case, Converted
+from hollow import both, Decoder, Encoder, Full, kv, Tensor
 from oracle import encoder_of
 from pictures import same
 from pyengine.errors import RequestError
@@ -52,14 +53,40 @@ CLIP = {"has_vision_encoder": True, "projector_type": "qwen3vl_merger", "use_gel
 CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "image_start_token_id": "<|vision_start|>", "image_end_token_id": "<|vision_end|>"}
 
 
-def case(kind: str, arch: str, name: str, text: dict[str, Any]) -> Case:
+def full_encoder(d_model: int) -> Encoder:
+    """Qwen3-VL 8B's encoder: keys and tensors of llama.cpp's projector file."""
+    width, d_ff, n_layers, patch, deep = 1152, 4304, 27, 16, (8, 16, 24)
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "qwen3vl_merger", "clip.use_gelu": True, "clip.vision.image_size": 768,
+            "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers, "clip.vision.embedding_length": width,
+            "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16, "clip.vision.attention.layer_norm_epsilon": 1e-6,
+            "clip.vision.projection_dim": d_model, "clip.vision.is_deepstack_layers": [i in deep for i in range(n_layers)]}
+    wide = 4 * width
+    tensors: list[Tensor] = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.patch_embd.weight.1", (width, 3, patch, patch), "F16"),
+                             ("v.patch_embd.bias", (width,), "F32"), ("v.position_embd.weight", (48 * 48, width), "F32"), *both("v.post_ln", width)]
+    for name, first, second in (("", "mm.0", "mm.2"), *((f"v.deepstack.{i}.norm", f"v.deepstack.{i}.fc1", f"v.deepstack.{i}.fc2") for i in deep)):
+        tensors += [*(both(name, wide) if name else ()), (f"{first}.weight", (wide, wide), "F16"), (f"{first}.bias", (wide,), "F32"),
+                    (f"{second}.weight", (d_model, wide), "F16"), (f"{second}.bias", (d_model,), "F32")]
+    for i in range(n_layers):
+        at = f"v.blk.{i}."
+        tensors += [*both(f"{at}ln1", width), *both(f"{at}ln2", width)]
+        for name, shape in {"attn_qkv": (3 * width, width), "attn_out": (width, width), "ffn_up": (d_ff, width), "ffn_down": (width, d_ff)}.items():
+            tensors += [(f"{at}{name}.weight", shape, "F16"), (f"{at}{name}.bias", shape[:1], "F32")]
+    return keys, tensors
+
+
+FULL = Full(Decoder("qwen3vl", 36, 4096, 12_288, 32, 8, 128, 151_936, 262_144, head_norms=True,
+                    keys={"rope.dimension_sections": np.array([24, 20, 20, 0], np.int32), "n_deepstack_layers": 3}),
+            ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"), full_encoder)
+
+
+def case(kind: str, arch: str, name: str, text: dict[str, Any], full: dict[str, Full] = {}) -> Case:
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen2", {"tie_word_embeddings": False}, {**TEXT, **text}, VISION, TOKENS,
                 Qwen3Sight(), mrope=True, cached_as="qwen2_5_vl",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [5, 5, 4, 0], f"{arch}.n_deepstack_layers": 2},
-                                    clip=CLIP, clip_tokens=CLIP_TOKENS))
+                                    clip=CLIP, clip_tokens=CLIP_TOKENS), full=full)
 
 
-CASES = (case("qwen3_vl", "qwen3vl", "Qwen3VL", {}),)
+CASES = (case("qwen3_vl", "qwen3vl", "Qwen3VL", {}, {"qwen3-vl-8b": FULL}),)
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (112, 112), (36, 12), (56, 28)]      # width, height
 RNG = np.random.default_rng(4)
@@ -98,3 +125,22 @@ def test_options_and_what_is_refused(tiny_gguf) -> None:
     for media, text in [(pe.open_image(PICTURES[0], pan_and_scan=True), "max_pixels"), ([PICTURES[0]] * 2, "not videos")]:
         with pytest.raises(RequestError, match=text):
             model.encode_image(media)
+
+
+def test_qwen3_vl_8b_by_hand(full_size, machine) -> None:
+    """4 KiB a token and layer in f16; a row of a picture has four parts of 4096, for the token and the first three layers."""
+    machine(64 * 2**30)
+    path, mmproj = full_size("qwen3-vl-8b")
+    plan = pe.plan(path, n_ctx=32_768, mmproj=mmproj, images=(1024, 768, 3), device="cpu")
+    d, f, q, k = 4096, 12_288, 32 * 128, 8 * 128
+    assert kv(plan) == {"Full": 36 * 32_768 * 4096}
+    decoder = (36 * (2 * d * q + 2 * d * k + 3 * d * f) + 2 * 151_936 * d) // 32 * 18
+    assert abs(plan.of("weights") + plan.of("mapped") - decoder) < 24 * 2**20
+    width, wide = 1152, 4 * 1152
+    layer = 2 * (4 * width**2 + 2 * width * 4304) + 4 * (4 * width + 4 * width + 4304 + width)
+    layers = [i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is not None]
+    assert len(layers) == 27 and set(layers) == {layers[0]} and layer <= layers[0] < 1.01 * layer
+    mergers = 4 * 2 * (wide * wide + d * wide)
+    rest = sum(i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is None and "arena" not in i.detail)
+    assert mergers < rest < mergers + 24 * 2**20                        # patches of two slices and positions in f32: 17.7 MB
+    assert plan.picture == 32 * 24 and next(i.nbytes for i in plan.items if "kept" in i.detail) == 3 * 768 * 4 * d * 4

@@ -78,7 +78,7 @@ class VisionConfig:
         mean, std = mean_and_std(v, HALF, HALF)
         made = cls(
             n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_tanh"), tile=tile,
+            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"), tile=tile,
             patch=v.size("vision.patch_size"), group=v.size("vision.projector.scale_factor", 2), longest_edge=v.size("vision.preproc_image_size", 4 * tile),
             splitting=v.get("vision.image_splitting", True, bool), mean=mean, std=std, resample=resample_filter(v, LANCZOS))
         if made.side % made.group or not made.side:
