@@ -146,3 +146,9 @@ def linear(name: str, source: str, n_out: int, n_in: int, bias: bool = False,
     yield Entry(f"{name}.weight", f"{source}.weight", (n_out, n_in), row_order)
     if bias:
         yield Entry(f"{name}.bias", f"{source}.bias", (n_out,), row_order)
+
+
+def layer_norm(name: str, source: str, width: int) -> Iterator[Entry]:
+    """List the weight and the bias of a layer norm."""
+    for part in ("weight", "bias"):
+        yield Entry(f"{name}.{part}", f"{source}.{part}", (width,))

@@ -1,15 +1,16 @@
 """Translate a checkpoint's tokenizer into GGUF's `tokenizer.*` keys.
 
-Two kinds are translated. Byte-level BPE (tokenizer.json) becomes model "gpt2", with `pre` naming its pre-tokenizer;
-SentencePiece BPE (tokenizer.model, or a tokenizer.json with byte fallback) becomes model "llama". Every id comes from
-the checkpoint. Key names: gguf-py `Keys.Tokenizer`; meanings: llama.cpp's converter and `llama-vocab.cpp`.
+Three kinds are translated. Byte-level BPE (tokenizer.json) becomes model "gpt2", with `pre` naming its pre-tokenizer;
+SentencePiece BPE (tokenizer.model, or a tokenizer.json with byte fallback) becomes model "llama", its unigram (tokenizer.json) model
+"t5". Every id comes from the checkpoint. Key names: gguf-py `Keys.Tokenizer`; meanings: llama.cpp's converter and `llama-vocab.cpp`.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,18 @@ class Vocabulary:
     add_bos: bool = False
     add_eos: bool = False
     add_space_prefix: bool | None = None
+    charsmap: bytes = b""
     chat_template: str | list[dict[str, str]] | None = None
 
     @classmethod
     def none(cls) -> Vocabulary:
         """Return the vocabulary of a file that takes and gives token ids only."""
         return cls(model="none")
+
+    def retype(self, types: Mapping[str, int]) -> None:
+        """Set the types of tokens by their texts, of those that there are."""
+        for i, text in enumerate(self.tokens):
+            self.types[i] = types.get(text, self.types[i])
 
     def write(self, out: gguf.GGUFWriter, n_rows: int) -> None:
         """Write the keys; `n_rows` rows of the embedding are named, with "[PAD<id>]" where the tokenizer ends."""
@@ -94,6 +101,8 @@ class Vocabulary:
         out.add_add_eos_token(self.add_eos)
         if self.add_space_prefix is not None:
             out.add_add_space_prefix(self.add_space_prefix)
+        if self.charsmap:
+            out.add_precompiled_charsmap(self.charsmap)
         if self.chat_template is not None:
             out.add_chat_template(self.chat_template)
 
@@ -109,9 +118,11 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     fast, piece_file = _json(folder / "tokenizer.json"), folder / "tokenizer.model"
     settings = _json(folder / "tokenizer_config.json")
     model = fast.get("model", {})
-    if fast and model.get("type") != "BPE":
-        raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE is converted")
-    if fast and not model.get("byte_fallback"):
+    if fast and model.get("type") not in ("BPE", "Unigram"):
+        raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE and Unigram are converted")
+    if model.get("type") == "Unigram":
+        vocabulary = _unigram(fast, folder / "tokenizer.json")
+    elif fast and not model.get("byte_fallback"):
         vocabulary = _byte_level(fast, folder / "tokenizer.json")
     elif piece_file.exists():
         vocabulary = _sentencepiece(piece_file)
@@ -232,14 +243,33 @@ def _sentencepiece_from_merges(fast: dict[str, Any], file: Path) -> Vocabulary:
                       add_space_prefix=_space_prefix(fast, file))
 
 
+def _unigram(fast: dict[str, Any], file: Path) -> Vocabulary:
+    """Read the pieces and scores of a unigram, and its map of characters."""
+    model = fast["model"]
+    tokens, scores = [str(piece) for piece, _ in model["vocab"]], [float(score) for _, score in model["vocab"]]
+    unknown, bytes_too = model.get("unk_id"), bool(model.get("byte_fallback"))
+    types = [TokenType.UNKNOWN if i == unknown else TokenType.BYTE if bytes_too and BYTE.fullmatch(t) else TokenType.NORMAL
+             for i, t in enumerate(tokens)]
+    made = Vocabulary("t5", "default", tokens, types, scores=scores, special={} if unknown is None else {"unk": unknown},
+                      add_space_prefix=_space_prefix(fast, file))
+    for step in _flat(fast.get("normalizer"), "normalizers"):
+        if step.get("type") == "Precompiled":
+            made.charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
+    return made
+
+
+def _flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    """List the steps of a normalizer or pre-tokenizer."""
+    return [] if step is None else [p for s in step[parts] for p in _flat(s, parts)] if parts in step else [step]
+
+
 def _space_prefix(fast: dict[str, Any], file: Path) -> bool:
     """Find out whether text gets a leading space. Raises UnsupportedModelError for steps that SentencePiece has not."""
-    def flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-        return [] if step is None else [p for s in step[parts] for p in flat(s, parts)] if parts in step else [step]
-
     prefix = escaped = False
-    for step in flat(fast.get("normalizer"), "normalizers") + flat(fast.get("pre_tokenizer"), "pretokenizers"):
+    for step in _flat(fast.get("normalizer"), "normalizers") + _flat(fast.get("pre_tokenizer"), "pretokenizers"):
         match step:
+            case {"type": "Precompiled"} if fast["model"].get("type") == "Unigram":
+                pass
             case {"type": "Prepend", "prepend": "\u2581"}:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:

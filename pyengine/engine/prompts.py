@@ -145,7 +145,7 @@ class Prompts:
         special = self.tokenizer.tokenize("")
         lead = special[:1] if self.tokenizer.add_bos else []
         first = segments[0].ids[:1] if isinstance(segments[0], TokenSegment) else ()
-        if lead and list(first) != lead:
+        if lead and list(first) != lead and lead[0] not in (p for own, _ in found for p in own):      # some pictures bring BOS behind their rows
             segments.insert(0, self._tokens(lead))
         if special[len(lead):]:
             segments.append(self._tokens(special[len(lead):]))

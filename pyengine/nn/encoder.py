@@ -154,9 +154,11 @@ def by_table(table: np.ndarray, pixels: np.ndarray, out: np.ndarray | None = Non
     return out
 
 
-def cut_patches(pixels: np.ndarray, side: int, patch: int) -> np.ndarray:
-    """Cut side x side patches, in reading order: pixels uint8 [side * patch, side * patch, 3] -> uint8 [side * side, 3, patch * patch]."""
-    return pixels.reshape(side, patch, side, patch, 3).transpose(0, 2, 4, 1, 3).reshape(side * side, 3, patch * patch)
+def cut_patches(pixels: np.ndarray, side: int | tuple[int, int], patch: int) -> np.ndarray:
+    """Cut side x side patches, or (lines, columns) of them, in reading order: pixels uint8 [lines * patch, columns * patch, 3] ->
+    uint8 [lines * columns, 3, patch * patch]."""
+    lines, columns = (side, side) if isinstance(side, int) else side
+    return pixels.reshape(lines, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3).reshape(lines * columns, 3, patch * patch)
 
 
 def grouped(side: int, group: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
 def _encoders(kind: type[Architecture], h: Hparams, files: Files, weights: Weights) -> dict[str, Encoder]:
     """Bind the encoders, none where the files hold none or the architecture cannot run them."""
     source = files.mmproj or files.model
-    if files.mmproj is None and ENCODER_TENSORS[0] not in weights:
+    if files.mmproj is None and not any(scope in weights for scope in ENCODER_TENSORS[:2]):
         return {}
 
     @cache

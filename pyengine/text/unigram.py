@@ -29,11 +29,12 @@ class Unigram:
         for i, (text, score, kind) in enumerate(zip(tokens, scores.tolist(), kinds.tolist())):
             if kind == Kind.USER_DEFINED:
                 vocab.append((text, 0.0))
-            elif kind in (Kind.NORMAL, Kind.UNUSED):
+            elif kind in (Kind.NORMAL, Kind.UNUSED, Kind.BYTE):
                 vocab.append((text, score))
             else:
                 vocab.append((f"\ufdd0{i}", worst))      # no text reaches a control token from here
-        self._model = Pipeline(models.Unigram(vocab, unk_id, False))
+        # bytes spell what no piece has, where they are tokens
+        self._model = Pipeline(models.Unigram(vocab, unk_id, bool((kinds == Kind.BYTE).any())))
         self._charsmap = _Charsmap(charsmap)
         self._prefix, self._merge_spaces = prefix, merge_spaces
         self._tokens = tokens

@@ -55,6 +55,10 @@ class Sight:
         made = processor(text=self.marker, images=[part], add_special_tokens=False, return_tensors="pt", **settings)
         return made["input_ids"][0].tolist(), made
 
+    def chat(self, processor: Any, text: str, pictures: Sequence[Any]) -> list[int]:
+        """Return the ids of a conversation that the chat template has written."""
+        return processor(text=[text], images=[list(pictures)], add_special_tokens=False, return_tensors="pt")["input_ids"][0].tolist()
+
     def run(self, model: Any, tokens: Any, made: list[dict[str, Any]], fps: float | None) -> Run:
         """Return what the model gets for tokens [1, n] with what was made of each picture."""
         raise NotImplementedError

@@ -127,8 +127,7 @@ def hf_chat_ids(folder: str | Path, messages: Sequence[dict[str, Any]], pictures
     processor = load_processor(sight, Path(folder), config)
     template = processor.tokenizer.chat_template
     text = processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    made = processor(text=[text], images=[list(pictures)], add_special_tokens=False, return_tensors="pt")
-    return [-1 if i == sight.soft(config) else i for i in made["input_ids"][0].tolist()]
+    return [-1 if i == sight.soft(config) else i for i in sight.chat(processor, text, pictures)]
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

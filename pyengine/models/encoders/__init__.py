@@ -8,7 +8,12 @@ from pyengine.errors import UnsupportedModelError
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import projector_type
 
-ENCODERS = {"idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo", "nvlm_d": "nvlm", "pixtral": "pixtral"}        # projector: module, of which `Vision` is the encoder
+
+ENCODERS = {"idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo", "nvlm_d": "nvlm", "pixtral": "pixtral"}
+
+# projector: module, of which `Vision` is the encoder
+ENCODERS = {"fuyu": "fuyu", "idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo", "nvlm_d": "nvlm",
+            "pixtral": "pixtral"}
 
 
 def beside(files: EncoderFiles) -> dict[str, Encoder]:
