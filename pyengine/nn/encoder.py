@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -161,6 +162,15 @@ def cut_patches(pixels: np.ndarray, side: int | tuple[int, int], patch: int) -> 
     return pixels.reshape(lines, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3).reshape(lines * columns, 3, patch * patch)
 
 
+def buckets(n: int, side: int) -> np.ndarray:
+    """Return the position embedding's line, of `side`, of each of n lines of patches (or columns), int [n]: that of its fraction of the
+    picture in float32, which is not always its own where n is `side` (transformers' `SmolVLMVisionEmbeddings.forward`)."""
+    step = 1 / side
+    bounds = (step + step * np.arange(max(0, math.ceil((1 - step) / step)))).astype(np.float32)
+    fractions = np.minimum(np.arange(n, dtype=np.float32) * (np.float32(1) / np.float32(n)), np.float32(1 - 1e-6))
+    return np.searchsorted(bounds, fractions, side="right")
+
+
 def grouped(side: int, group: int) -> np.ndarray:
     """Return the numbers of side x side patches, one group of group x group after the other."""
     grid = np.arange(side * side).reshape(side // group, group, side // group, group)
@@ -189,10 +199,11 @@ class EncoderAttention:
         # F32, F16 and BF16 files give the authors' numbers.
         self.products = "int8" if all(p.weight.dtype.block > 1 for p in products) else "float"
 
-    def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray,
-                 rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:              # [n, V] -> [n, V]
-        """Attend within the intervals. rotate: what is done to queries and keys [n, H, E]."""
-        products = ((f(x), norm) for f, norm in zip((self.q, self.k, self.v), self.norms))
+    def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray, rotate: Callable[[Tensor], Tensor] | None = None,
+                 across: tuple[Tensor, Tensor] | None = None) -> Tensor:                   # [n, V] -> [n, V]
+        """Attend within the intervals. rotate: what is done to queries and keys [n, H, E]; across: rows [k, V] that keys and values are
+        made of, where they are not those of x."""
+        products = ((f(rows), norm) for f, rows, norm in zip((self.q, self.k, self.v), (x, *(across or (x, x))), self.norms))
         q, k, v = ((norm(y) if norm else y).reshape(-1, self.n_heads, self.head_dim) for y, norm in products)    # [n, H, E]
         if rotate:
             q, k = rotate(q), rotate(k)

@@ -17,6 +17,7 @@ from oracle import encoder_of
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.media.image import Image
 from pyengine.models.encoders import idefics3
+from pyengine.nn.encoder import buckets
 from sight import of_any_backend, Run, Sight
 from tiny import COMMON
 
@@ -124,7 +125,7 @@ def test_positions_are_in_transformers_buckets(side: int) -> None:
 
     bounds = torch.arange(1 / side, 1.0, 1 / side)
     want = torch.bucketize(torch.clamp(torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side)), max=1.0 - 1e-6), bounds, right=True)
-    assert idefics3.buckets(side).tolist() == want.tolist()
+    assert buckets(side, side).tolist() == want.tolist()
 
 
 def test_options_and_what_is_refused(tiny_gguf) -> None:

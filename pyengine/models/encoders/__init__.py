@@ -12,8 +12,8 @@ from pyengine.nn.encoder import projector_type
 ENCODERS = {"idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo", "nvlm_d": "nvlm", "pixtral": "pixtral"}
 
 # projector: module, of which `Vision` is the encoder
-ENCODERS = {"fuyu": "fuyu", "idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo", "nvlm_d": "nvlm",
-            "pixtral": "pixtral"}
+ENCODERS = {"aria": "aria", "fuyu": "fuyu", "idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo",
+            "nvlm_d": "nvlm", "pixtral": "pixtral"}
 
 
 def beside(files: EncoderFiles) -> dict[str, Encoder]:

@@ -31,7 +31,7 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    activation, by_table, cut_patches, EncoderAttention, EncoderFeedForward,
+    activation, buckets, by_table, cut_patches, EncoderAttention, EncoderFeedForward,
     grouped, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter,
     special_token)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
@@ -86,15 +86,6 @@ class VisionConfig:
         return made
 
 
-def buckets(side: int) -> np.ndarray:
-    """Return the position embedding's column of each column of patches, int [side]: that of its fraction of the side in float32, which is
-    not always its own (`SmolVLMVisionEmbeddings.forward`)."""
-    step = 1 / side
-    bounds = (step + step * np.arange(max(0, math.ceil((1 - step) / step)))).astype(np.float32)
-    fractions = np.minimum(np.arange(side, dtype=np.float32) * (np.float32(1) / np.float32(side)), np.float32(1 - 1e-6))
-    return np.searchsorted(bounds, fractions, side="right")
-
-
 class VisionBlock:
     """SigLIP's layer: attention over all patches of a tile and a feed-forward, each behind a layer norm and added to its input."""
 
@@ -119,7 +110,7 @@ class Vision(Encoder):
         self.rows = (c.side // c.group) ** 2
         self.order = grouped(c.side, c.group)
         self.levels = levels(c.mean, c.std)                                             # [3, 256]
-        v_, places = w["v"], buckets(c.side)
+        v_, places = w["v"], buckets(c.side, c.side)
         own = (places[:, None] * c.side + places).reshape(-1)[self.order]
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         position = v_["position_embd"].tensor("weight", (c.side**2, c.width))
