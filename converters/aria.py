@@ -131,7 +131,7 @@ class Aria(AriaText):
     def projector(self) -> Iterator[Entry]:
         """List the queries, their attention and its feed-forward; PyTorch keeps the three inner products in one matrix."""
         v, d, m = self.v_model, self.d_model, f"{PROJECTOR}.cross_attn"
-        yield Entry("mm.query.weight", f"{PROJECTOR}.query", (max(self.queries.values()), v), instead=FLOAT32)
+        yield Entry("mm.query.weight", f"{PROJECTOR}.query", (max(self.queries.values()), v))
         yield from layer_norm("mm.ln_q", f"{m}.layer_norm", v)
         yield from layer_norm("mm.ln_kv", f"{m}.layer_norm_kv", v)
         for i, name in enumerate("qkv"):

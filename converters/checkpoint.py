@@ -143,6 +143,15 @@ class Checkpoint:
         # a tensor in a shard that the index does not list is an unknown tensor, not one to lose
         return {name: t for shard in shards.values() for name, t in shard.items()}
 
+    def add(self, file: Path) -> None:
+        """Take a further file's tensors. Raises InvalidModelError where it is missing or has a name that is taken."""
+        if not file.exists():
+            raise InvalidModelError(f"{file}: missing")
+        more = read_safetensors_header(file)
+        if taken := sorted(more.keys() & self.tensors.keys()):
+            raise InvalidModelError(f"{file}: tensor '{taken[0]}' is in {self.folder} too")
+        self.tensors |= more
+
     def rename(self, patterns: Sequence[tuple[str, str]]) -> None:
         """Replace names of tensors by every pattern (regex, replacement) in turn. Raises InvalidModelError where two become one."""
         renamed: dict[str, Stored] = {}

@@ -26,6 +26,16 @@ NO_BLOCKS = {QT.Q8_0: QT.F16}
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A change of a matrix [n_out, n_in]: scale * high [n_out, rank] low [rank, n_in], of which both are tensors of the checkpoint
+    (LoRA, arXiv:2106.09685)."""
+    low: str
+    high: str
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class Entry:
     """One tensor of the checkpoint and the tensor of the file that it becomes; shapes slowest axis first.
 
@@ -49,6 +59,7 @@ class Entry:
     padded: tuple[int, ...] | None = None
     instead: Mapping[QT, QT] = field(default_factory=dict)
     make: Callable[[np.ndarray], np.ndarray] | None = None   # applied to the values, float32
+    change: LowRank | None = None        # added to the values
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,11 @@ class Converter(Protocol):
     def write_keys(self, out: GGUFWriter) -> None: ...
     def tensors(self) -> Iterator[Entry | Stack | Constant | Blocks]: ...
     def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
+<<<<<<< HEAD
+=======
+    # May have besides: `chat_template`, of checkpoints without one; `token_types`, of tokens by their texts; `more_files`, with tensors
+    # too; `leaves`, pairs of a pattern of names and of words that say what is left out (see `writer`).
+>>>>>>> 20fe2f9 (Phi-4-multimodal: squares, means and separators beside phi3; the change that pictures need is merged by the converter)
     @property
     def vocab_size(self) -> int: ...            # rows of the embedding
 

@@ -32,7 +32,10 @@ class Phi3(Decoder):
         self.n_rot = int(self.head_dim * self.rope["partial_rotary_factor"])
 
     def read_rope(self) -> dict[str, Any]:
-        return rope_parameters(self.config, self.rope_base, part=True)
+        found = rope_parameters(self.config, self.rope_base, part=True)
+        if found["rope_type"] in ("su", "yarn"):                 # older names of it, as in `Phi3Config`
+            found |= {"rope_type": "longrope", "original_max_position_embeddings": self.config.need("original_max_position_embeddings")}
+        return found
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)

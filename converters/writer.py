@@ -48,6 +48,8 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     """
     checkpoint = Checkpoint(Path(folder))
     converter = _find_converter(checkpoint)
+    for file in getattr(converter, "more_files", ()):
+        checkpoint.add(file)
     checkpoint.rename(converter.renames)
     entries = _check_entries(checkpoint, converter)
     vision = [e for e in entries if e.name.startswith(VISION_TENSORS)]
@@ -132,11 +134,17 @@ def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]
     parts = [p for e in entries for p in (e.parts if isinstance(e, Stack) else [e])]
     by_source = {e.source: e.stored or e.shape for e in parts if isinstance(e, Entry)}
     by_source |= {source: shape for e in parts if isinstance(e, Blocks) for source, shape in e.sources}
+    by_source |= {source: shape for e in parts if isinstance(e, Entry) and e.change for source, shape in (
+        (e.change.low, (e.change.rank, e.shape[1])), (e.change.high, (e.shape[0], e.change.rank)))}
     missing = sorted(by_source.keys() - checkpoint.tensors.keys())
     if missing:
         raise InvalidModelError(f"{checkpoint.folder}: {_listing(missing)} missing from the checkpoint")
     unknown = sorted(n for n in checkpoint.tensors.keys() - by_source.keys() - converter.unused()
                      if not COMPUTED.search(n))
+    for pattern, words in getattr(converter, "leaves", ()):
+        if any(re.search(pattern, n) for n in unknown):
+            warn(f"{checkpoint.folder}: {words}")
+            unknown = [n for n in unknown if not re.search(pattern, n)]
     if unknown:
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no place for {_listing(unknown)}")
     bytes_of = {source for e in parts if isinstance(e, Blocks) for source, _ in e.sources}
@@ -213,6 +221,14 @@ def _quantize_blocks(name: str, chunk: np.ndarray) -> np.ndarray:
         raise InvalidModelError(f"tensor '{name}': {error}") from None
 
 
+def _change(checkpoint: Checkpoint, entry: Entry, start: int, stop: int) -> np.ndarray:
+    """Return rows [start, stop) of what is added to a matrix, float32."""
+    c = entry.change
+    low = to_float32(checkpoint.read(c.low, 0, c.rank), checkpoint.tensors[c.low].dtype)
+    high = to_float32(checkpoint.read(c.high, start, stop), checkpoint.tensors[c.high].dtype)
+    return np.float32(c.scale) * (high @ low)
+
+
 def _chunks(checkpoint: Checkpoint, entry: Tensor) -> Iterator[np.ndarray]:
     """Yield a tensor in float32, or in bytes where it is in blocks already, some rows at a time."""
     match entry:
@@ -244,6 +260,7 @@ def _chunks(checkpoint: Checkpoint, entry: Tensor) -> Iterator[np.ndarray]:
                     raw = raw[:, :, entry.first_column : entry.first_column + shape[1]].swapaxes(1, 2)
                 values = np.ascontiguousarray(to_float32(raw, checkpoint.tensors[source].dtype))
                 values = values + np.float32(add) if add else values
+                values = values + _change(checkpoint, entry, i, stop) if entry.change else values
                 values = entry.make(values) if entry.make else values
                 if entry.padded and len(shape) == 2:
                     values = np.pad(values, ((0, 0), (0, entry.padded[1] - shape[1])))

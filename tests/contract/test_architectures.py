@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -206,7 +207,8 @@ def test_a_picture_has_the_rows_that_were_promised(seen: Bound, image: Encoder, 
         pieces = [p for p in found.parts if isinstance(p, Piece) and p.view is view]
         if pieces:                                           # in order; one that ends lines comes again, and padding not at all
             assert all(0 <= p.start < p.stop <= view.positions.shape[1] for p in pieces)
-            assert all(a.stop <= b.start or (a.start, a.stop) == (b.start, b.stop) for a, b in pairwise(pieces))
+            often = Counter((p.start, p.stop) for p in pieces)
+            assert all(a.stop <= b.start for a, b in pairwise(p for p in pieces if often[p.start, p.stop] == 1))
 
 
 @pytest.mark.parametrize("size", PICTURES[:6])

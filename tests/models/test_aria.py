@@ -91,7 +91,7 @@ CLIP = {"has_vision_encoder": True, "projector_type": "aria", "use_silu": False,
 
 
 def text_tensor(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
-    """Experts' matrices are [in, out] in the checkpoint, gate and up side by side; gpt-oss and deepseek have names for the rest."""
+    """Experts' matrices are [in, out] in the checkpoint, gate and up side by side."""
     block = f"blk.{name.split('.')[2]}" if "layers" in name else ""
     if name.endswith("experts.gate_up_proj"):
         return [(f"{block}.ffn_{part}_exps.weight", half.swapaxes(1, 2)) for part, half in zip(("gate", "up"), np.split(value, 2, axis=2))]
@@ -148,7 +148,7 @@ SEEING = Case(
 ALONE = Case(
     "aria_text", "aria", "AriaTextConfig", "AriaTextForCausalLM", "llama-bpe", TEXT, experts_axis=1, cached_as="llama",
     variants={"aria_text": {}, "aria_text-other": {"attention_bias": True, "tie_word_embeddings": True, "moe_topk": 3, "moe_num_shared_experts": 1}},
-    converted=Converted(KEYS, names="LLAMA", tensor=text_tensor, runs={}))
+    converted=Converted(KEYS, names="DEEPSEEK", tensor=text_tensor, runs={}))
 
 CASES = (SEEING, ALONE)
 

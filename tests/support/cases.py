@@ -28,7 +28,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content']
 
 @dataclass(frozen=True)
 class Tokens:
-    """Special tokens of a family of models: `ids` maps names of a config.json to them, `added` are not special."""
+    """Special tokens of a family of models: `ids` maps names of a config.json ("vision_config." before those in there) to them, `added` are not special."""
 
     special: tuple[str, ...] = ("<|start|>", "<|stop|>", "<|fill|>", "<|turn|>")
     bos: str | None = "<|start|>"
@@ -70,7 +70,7 @@ class Case:
     model_class: str
     tokenizer: str                              # a key of tiny.TOKENIZERS
     config: dict[str, Any]                      # what is not transformers' default
-    text_config: dict[str, Any] | None = None   # of one that sees
+    text_config: dict[str, Any] | None = None   # of one that sees; empty: its values are the config's own
     vision_config: dict[str, Any] | None = None
     tokens: Tokens = Tokens()
     sight: Sight | None = None                  # how transformers sees

@@ -35,6 +35,7 @@ class Sight:
 
     model_types: tuple[str, ...]                # of a config.json
     towers: tuple[str, ...] = ()                # of its vision_config, where models of one type have several
+    auto = "AutoModelForImageTextToText"        # transformers' class that loads its model
     marker: str                                 # what the chat template writes for a picture
 
     def images(self, config: Any, settings: dict[str, Any]) -> Any:

@@ -72,11 +72,20 @@ def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtyp
         special = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if case.across:                     # the picture's token is the first that the output head does not have
             special["vocab_size"] = ids["image_token_index"]
+<<<<<<< HEAD
         config = {**config, "text_config": {**case.text_config, **special, **config_overrides.pop("text_config", {})},
                   "vision_config": {**case.vision_config, **config_overrides.pop("vision_config", {})}}
     config_class, model_class = (OWN.get(name) or getattr(transformers, name) for name in (case.config_class, case.model_class))
     config = config_class(**{**config, **ids, **config_overrides})
     model = model_class(config)
+=======
+        inner = {name.removeprefix("vision_config."): ids.pop(name) for name in list(ids) if name.startswith("vision_config.")}
+        text = {"text_config": {**case.text_config, **special, **config_overrides.pop("text_config", {})}} if case.text_config else special
+        config = {**config, **text,
+                  "vision_config": {**case.vision_config, **inner, **config_overrides.pop("vision_config", {})}}
+    config = getattr(transformers, case.config_class)(**{**config, **ids, **config_overrides})
+    model = getattr(transformers, case.model_class)(config)
+>>>>>>> c322941 (Phi-4-multimodal: squares, means and separators beside phi3; the change that pictures need is merged by the converter)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -85,7 +94,7 @@ def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtyp
                 p.copy_(case.norm_mean(name) + 0.3 * noise)
             elif p.dim() == 1:
                 p.copy_(0.5 * noise)
-            elif p.dim() == 2 and ("embed" in name or "lm_head" in name):
+            elif p.dim() == 2 and ("embed" in name.replace("embed_tokens_extend.image_embed", "") or "lm_head" in name):
                 p.copy_(noise)
             else:
                 fan_in = p.shape[case.experts_axis] if p.dim() == 3 else p[0].numel()
@@ -113,10 +122,11 @@ def hf_seen(folder: str | Path, parts: Sequence[Any], fps: float | None = None, 
     the text that the chat template writes for it; `settings` go to that processor. `fps` is the rate of a video's frames.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    return sight_of(Path(folder)).seen(model, Path(folder), parts, fps, **settings)
+    sight = sight_of(Path(folder))
+    model = getattr(transformers, sight.auto).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return sight.seen(model, Path(folder), parts, fps, **settings)
 
 
 def hf_chat_ids(folder: str | Path, messages: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> list[int]:

@@ -80,7 +80,7 @@ class VisionConfig:
                                     f"{counts}, resolutions {sides}: they do not fit together")
         return cls(
             n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_tanh"),
+            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
             side=v.size("vision.image_size") // patch, patch=patch, queries=queries, longest=longest, shortest=shortest,
             grids=tuple(zip(sides[::2], sides[1::2])), splitting=v.get("vision.image_splitting", False, bool), mean=mean, std=std,
             resample=resample_filter(v, BICUBIC))
