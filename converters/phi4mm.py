@@ -126,5 +126,5 @@ class Phi4Multimodal(Phi3):
             yield from self.encoder_layer(i)
         yield from linear("mm.0", f"{EMBED}.img_projection_up", d, v, bias=True)
         yield from linear("mm.2", f"{EMBED}.img_projection_down", d, d, bias=True)
-        yield Entry("mm.glb_sep", f"{EMBED}.global_img_feature_extensor", (1, 1, v), instead=FLOAT32)
-        yield Entry("mm.sub_sep", f"{EMBED}.sub_img_feature_extensor", (1, 1, 1, v), instead=FLOAT32)
+        yield Entry("mm.glb_sep", f"{EMBED}.global_img_feature_extensor", (1, 1, v))
+        yield Entry("mm.sub_sep", f"{EMBED}.sub_img_feature_extensor", (1, 1, 1, v))

@@ -90,12 +90,17 @@ CLIP = {"has_vision_encoder": True, "projector_type": "aria", "use_silu": False,
         "preproc_min_size": 336, "image_splitting": False, "image_grid_pinpoints": SPLITS, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
+# of transformers 5, and of the first checkpoints
+RENAMES = ((("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."), ("vision_tower.", "model.vision_tower."),
+            ("multi_modal_projector.", "model.multi_modal_projector.")), (("vision_tower.", "vision_tower.vision_model."),))
+
+
 def text_tensor(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
     """Experts' matrices are [in, out] in the checkpoint, gate and up side by side."""
     block = f"blk.{name.split('.')[2]}" if "layers" in name else ""
-    if name.endswith("experts.gate_up_proj"):
+    if name.endswith("experts.fc1.weight"):
         return [(f"{block}.ffn_{part}_exps.weight", half.swapaxes(1, 2)) for part, half in zip(("gate", "up"), np.split(value, 2, axis=2))]
-    if name.endswith("experts.down_proj"):
+    if name.endswith("experts.fc2.weight"):
         return f"{block}.ffn_down_exps.weight", value.swapaxes(1, 2)
     return (f"{block}.ffn_gate_inp.weight" if "router" in name else None), value
 
@@ -140,7 +145,8 @@ def encoder(d_model: int) -> Encoder:
 SEEING = Case(
     "aria", "aria", "AriaConfig", "AriaForConditionalGeneration", "llama-bpe", {"tie_word_embeddings": False, "projector_patch_to_query_dict": QUERIES},
     {**TEXT, "model_type": "aria_text"}, VISION, TOKENS, AriaSight(), experts_axis=1, cached_as="llama",
-    converted=Converted({"general.architecture": "aria", "tokenizer.chat_template": TEMPLATE}, clip=CLIP, clip_tokens={"image_token_id": "<|img|>"}),
+    converted=Converted({"general.architecture": "aria", "tokenizer.chat_template": TEMPLATE}, clip=CLIP, clip_tokens={"image_token_id": "<|img|>"},
+                        renames=RENAMES),
     full={"aria": Full(AriaDecoder("aria", 28, 2560, 1664, 20, 20, 128, 100352, 65536, keys={
         "expert_count": 64, "expert_used_count": 6, "expert_shared_count": 2, "expert_feed_forward_length": 1664}),
         ("<fim_prefix>", "<|img|>", "<fim_suffix>"), encoder)})

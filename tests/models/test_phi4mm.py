@@ -194,7 +194,7 @@ def encoder(d_model: int) -> Encoder:
 
 
 CASES = (Case(
-    "phi4_multimodal", "phi3", "Phi4MultimodalConfig", "Phi4MultimodalForCausalLM", "llama-bpe", TEXT, {}, VISION, TOKENS, Phi4Sight(), cached_as="llama",
+    "phi4_multimodal", "phi3", "Phi4MultimodalConfig", "Phi4MultimodalForCausalLM", "qwen2", TEXT, {}, VISION, TOKENS, Phi4Sight(), also=("Phi4MMForCausalLM", "Phi4ForCausalLMV"), cached_as="llama",
     converted=Converted({"general.architecture": "phi3", "tokenizer.chat_template": TEMPLATE}, clip=CLIP, clip_tokens={"image_token_id": "<|endoftext10|>"}),
     full={"phi4-multimodal": Full(Phi4Decoder("phi3", 32, 3072, 8192, 24, 8, 128, 200064, 131072, tied=True, keys={
         "rope.dimension_count": 96, "rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": 1.19}), ("<|endoftext10|>",), encoder)}),)

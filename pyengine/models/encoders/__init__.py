@@ -13,7 +13,7 @@ ENCODERS = {"idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "mol
 
 # projector: module, of which `Vision` is the encoder
 ENCODERS = {"aria": "aria", "fuyu": "fuyu", "idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo",
-            "nvlm_d": "nvlm", "phi4mm": "phi4mm", "pixtral": "pixtral"}
+            "nvlm_d": "nvlm", "phi4": "phi4", "phi4mm": "phi4mm", "pixtral": "pixtral"}
 
 
 def beside(files: EncoderFiles) -> dict[str, Encoder]:

@@ -1,0 +1,94 @@
+"""Phi-4-reasoning-vision: phi3 with SigLIP 2 (NaFlex) beside it, projector "phi4" in GGUF.
+
+Follows the authors' config and llama.cpp's `conversion/phi.py`, whose keys and names these are; the last layer, behind what is taken, is
+left out. transformers has the parts (`configuration_siglip2.py`, `configuration_phi3.py`), not the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+
+from .checkpoint import Config
+from .contract import FLOAT32, Entry, converts, layer_norm, linear
+from .decoder import Tensors
+from .phi3 import Phi3
+from .vision import attention, feed_forward, image_settings, write_encoder_keys
+
+# transformers' Siglip2VisionConfig, and the authors' processor, where a checkpoint may be silent
+VISION: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3,
+                          "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_patches": 256}
+IMAGES: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2}
+LEAST, MOST = 256, 3600              # patches of a picture
+TOWER = "vision_tower"
+
+
+@converts("Phi4ForCausalLMV")
+class Phi4Vision(Phi3):
+    renames = ((r"^model\.vision_tower\.vision_tower\.vision_model\.", f"{TOWER}."), (r"^model\.mm_projector\.", "mm_projector."))
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        super().__init__(config, file)
+        r = self.root = Config(config, {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}, file)
+        for name, allowed in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_layer", -2)):
+            r.refuse_unless(name, allowed)
+        s = self.images = image_settings(file.parent, IMAGES)
+        # the patch size stands here or there
+        v = self.vision = Config(r.need("vision_config"), {**VISION, "patch_size": s.get("patch_size") or VISION["patch_size"]}, file)
+        v.refuse_unless("num_channels", 3)
+        self.v_model, self.v_ff, self.v_layers, self.v_heads, self.patch_size, self.n_places = (v.count(n) for n in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_patches"))
+        self.side = math.isqrt(self.n_places)
+        if self.side**2 != self.n_places or self.v_layers < 2 or s.get("patch_size") not in (None, self.patch_size):
+            raise UnsupportedModelError(f"{file}: {self.n_places} position embeddings, {self.v_layers} layers and patches of {self.patch_size} pixels "
+                                        f"({s.get('patch_size')} of its processor); this converter knows a square, two layers or more, and one size")
+        self.least, self.most = (Config({name: s.get(name) or config.get(name) or usual}, {}, s.file).count(name)
+                                 for name, usual in (("min_num_patches", LEAST), ("max_num_patches", MOST)))
+        if self.least > self.most:
+            raise InvalidModelError(f"{s.file}: pictures of {self.least} to {self.most} patches")
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        super().write_keys(out)
+        write_encoder_keys(
+            out, self.vision, self.images, projector="phi4", image_size=self.side * self.patch_size, d_model=self.v_model, d_ff=self.v_ff,
+            n_layers=self.v_layers - 1, n_heads=self.v_heads, eps=self.vision.need("layer_norm_eps"), d_text=self.d_model)
+        out.add_vision_min_pixels(self.least * self.patch_size**2)
+        out.add_vision_max_pixels(self.most * self.patch_size**2)
+
+    def unused(self) -> set[str]:
+        head = {f"{TOWER}.head.{name}" for name in (
+            "probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias", "layernorm.weight",
+            "layernorm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")}
+        behind = {entry.source for entry in self.encoder_layer(self.v_layers - 1)}
+        return super().unused() | head | behind | {f"{TOWER}.post_layernorm.{part}" for part in ("weight", "bias")}
+
+    def encoder_layer(self, i: int) -> Iterator[Entry]:
+        """List a layer of the encoder."""
+        b, m = f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}"
+        yield from layer_norm(f"{b}.ln1", f"{m}.layer_norm1", self.v_model)
+        yield from attention(b, f"{m}.self_attn", self.v_model, bias=True, out="out_proj")
+        yield from layer_norm(f"{b}.ln2", f"{m}.layer_norm2", self.v_model)
+        yield from feed_forward(b, f"{m}.mlp", self.v_model, self.v_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
+
+    def tensors(self) -> Tensors:
+        yield from super().tensors()
+        v, d, p, at = self.v_model, self.d_model, self.patch_size, f"{TOWER}.embeddings"
+
+        def by_channel(rows: np.ndarray) -> np.ndarray:
+            """Turn patches' pixels, which lie y, x, channel in the checkpoint."""
+            return np.ascontiguousarray(rows.reshape(-1, p, p, 3).transpose(0, 3, 1, 2))
+
+        yield Entry("v.patch_embd.weight", f"{at}.patch_embedding.weight", (v, 3, p, p), stored=(v, p * p * 3), make=by_channel, instead=FLOAT32)
+        yield Entry("v.patch_embd.bias", f"{at}.patch_embedding.bias", (v,))
+        yield Entry("v.position_embd.weight", f"{at}.position_embedding.weight", (self.n_places, v), instead=FLOAT32)
+        for i in range(self.v_layers - 1):
+            yield from self.encoder_layer(i)
+        yield from linear("mm.0", "mm_projector.0", d, v, bias=True)
+        yield from linear("mm.2", "mm_projector.2", d, d, bias=True)
