@@ -114,11 +114,6 @@ class Converter(Protocol):
     def write_keys(self, out: GGUFWriter) -> None: ...
     def tensors(self) -> Iterator[Entry | Stack | Constant | Blocks]: ...
     def unused(self) -> set[str]: ...           # tensors of the checkpoint that the model itself does not read
-<<<<<<< HEAD
-=======
-    # May have besides: `chat_template`, of checkpoints without one; `token_types`, of tokens by their texts; `more_files`, with tensors
-    # too; `leaves`, pairs of a pattern of names and of words that say what is left out (see `writer`).
->>>>>>> 20fe2f9 (Phi-4-multimodal: squares, means and separators beside phi3; the change that pictures need is merged by the converter)
     @property
     def vocab_size(self) -> int: ...            # rows of the embedding
 
@@ -128,6 +123,22 @@ class ChangesVocabulary(Protocol):
     """A converter of a model whose own code does more to a text than its tokenizer's files say."""
 
     def change_vocabulary(self, vocabulary: Vocabulary) -> None: ...
+
+
+@runtime_checkable
+class ReadsMore(Protocol):
+    """A converter of checkpoints with tensors in further files."""
+
+    @property
+    def more_files(self) -> Sequence[Path]: ...
+
+
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A converter that leaves a part of a model out and says so: patterns of its tensors' names, and words for each."""
+
+    @property
+    def leaves(self) -> Sequence[tuple[str, str]]: ...
 
 
 _CONVERTERS: dict[str, type[Converter]] = {}

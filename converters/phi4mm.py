@@ -65,6 +65,7 @@ class Phi4Multimodal(Phi3):
         with malformed_is(f"{s.file}: 'size' is of the wrong kind"):
             if {s.need("size")["height"], s.need("size")["width"]} != {self.image_size}:
                 raise UnsupportedModelError(f"{s.file}: 'size' is {s.need('size')!r} for an encoder of {self.image_size} pixels")
+        self.more_files: tuple[Path, ...] = ()
         self.change = self.read_change(file.parent / ADAPTER)
 
     def read_change(self, folder: Path) -> tuple[int, float] | None:

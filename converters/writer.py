@@ -21,7 +21,7 @@ from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
-from .contract import Blocks, ChangesVocabulary, Constant, Converter, Entry, Stack, supported
+from .contract import Blocks, ChangesVocabulary, Constant, Converter, Entry, LeavesOut, ReadsMore, Stack, supported
 from .generation import write_sampling
 from .tokenizer import Vocabulary, read_vocabulary
 
@@ -48,7 +48,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     """
     checkpoint = Checkpoint(Path(folder))
     converter = _find_converter(checkpoint)
-    for file in getattr(converter, "more_files", ()):
+    for file in converter.more_files if isinstance(converter, ReadsMore) else ():
         checkpoint.add(file)
     checkpoint.rename(converter.renames)
     entries = _check_entries(checkpoint, converter)
@@ -141,7 +141,7 @@ def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]
         raise InvalidModelError(f"{checkpoint.folder}: {_listing(missing)} missing from the checkpoint")
     unknown = sorted(n for n in checkpoint.tensors.keys() - by_source.keys() - converter.unused()
                      if not COMPUTED.search(n))
-    for pattern, words in getattr(converter, "leaves", ()):
+    for pattern, words in converter.leaves if isinstance(converter, LeavesOut) else ():
         if any(re.search(pattern, n) for n in unknown):
             warn(f"{checkpoint.folder}: {words}")
             unknown = [n for n in unknown if not re.search(pattern, n)]
