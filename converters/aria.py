@@ -20,7 +20,7 @@ from .contract import FLOAT32, Entry, converts, layer_norm, linear
 from .decoder import Decoder, Tensors
 from .idefics3 import VISION
 from .rope import write_rope_scaling
-from .vision import attention, feed_forward, image_settings, write_encoder_keys
+from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' AriaTextConfig, AriaConfig and AriaImageProcessorPil where a checkpoint may be silent
 TEXT: dict[str, Any] = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -118,15 +118,11 @@ class Aria(AriaText):
 
     def unused(self) -> set[str]:
         behind = {entry.source for i in range(self.taken, self.v_layers) for entry in self.encoder_layer(i)}
-        return super().unused() | behind | {f"{TOWER}.post_layernorm.{part}" for part in ("weight", "bias")}
+        return super().unused() | behind | behind_layers(TOWER)
 
     def encoder_layer(self, i: int) -> Iterator[Entry]:
         """List a layer of the encoder."""
-        b, m = f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}"
-        yield from layer_norm(f"{b}.ln1", f"{m}.layer_norm1", self.v_model)
-        yield from attention(b, f"{m}.self_attn", self.v_model, bias=True, out="out_proj")
-        yield from layer_norm(f"{b}.ln2", f"{m}.layer_norm2", self.v_model)
-        yield from feed_forward(b, f"{m}.mlp", self.v_model, self.v_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
+        return pre_norm_layer(f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}", self.v_model, self.v_ff)
 
     def projector(self) -> Iterator[Entry]:
         """List the queries, their attention and its feed-forward; PyTorch keeps the three inner products in one matrix."""

@@ -17,10 +17,10 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config
-from .contract import FLOAT32, Entry, converts, layer_norm, linear
+from .contract import FLOAT32, Entry, converts, linear
 from .decoder import Tensors
 from .phi3 import Phi3
-from .vision import attention, feed_forward, image_settings, write_encoder_keys
+from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' Siglip2VisionConfig, and the authors' processor, where a checkpoint may be silent
 VISION: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3,
@@ -63,19 +63,12 @@ class Phi4Vision(Phi3):
         out.add_vision_max_pixels(self.most * self.patch_size**2)
 
     def unused(self) -> set[str]:
-        head = {f"{TOWER}.head.{name}" for name in (
-            "probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias", "layernorm.weight",
-            "layernorm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")}
-        behind = {entry.source for entry in self.encoder_layer(self.v_layers - 1)}
-        return super().unused() | head | behind | {f"{TOWER}.post_layernorm.{part}" for part in ("weight", "bias")}
+        behind = {entry.source for i in range(self.v_layers - 1, self.v_layers) for entry in self.encoder_layer(i)}
+        return super().unused() | behind | behind_layers(TOWER)
 
     def encoder_layer(self, i: int) -> Iterator[Entry]:
         """List a layer of the encoder."""
-        b, m = f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}"
-        yield from layer_norm(f"{b}.ln1", f"{m}.layer_norm1", self.v_model)
-        yield from attention(b, f"{m}.self_attn", self.v_model, bias=True, out="out_proj")
-        yield from layer_norm(f"{b}.ln2", f"{m}.layer_norm2", self.v_model)
-        yield from feed_forward(b, f"{m}.mlp", self.v_model, self.v_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
+        return pre_norm_layer(f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}", self.v_model, self.v_ff)
 
     def tensors(self) -> Tensors:
         yield from super().tensors()

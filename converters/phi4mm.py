@@ -17,11 +17,11 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config, malformed_is, read_json
-from .contract import FLOAT32, Entry, LowRank, converts, layer_norm, linear
+from .contract import FLOAT32, Entry, LowRank, converts, linear
 from .decoder import Tensors
 from .phi3 import DEFAULTS as TEXT
 from .phi3 import Phi3
-from .vision import attention, feed_forward, image_settings, write_encoder_keys
+from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' Phi4MultimodalConfig, Phi4MultimodalVisionConfig and Phi4MultimodalImageProcessor where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {**TEXT, "vocab_size": 200_064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
@@ -94,11 +94,7 @@ class Phi4Multimodal(Phi3):
 
     def unused(self) -> set[str]:
         behind = {entry.source for i in range(self.taken, self.v_layers) for entry in self.encoder_layer(i)}
-        tower = f"{EMBED}.img_processor"
-        head = {f"{tower}.head.{name}" for name in (
-            "probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias", "layernorm.weight",
-            "layernorm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")}
-        return super().unused() | behind | head | {f"{tower}.post_layernorm.{part}" for part in ("weight", "bias")}
+        return super().unused() | behind | behind_layers(f"{EMBED}.img_processor")
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
         for entry in super().layer(i, b, m):
@@ -111,11 +107,7 @@ class Phi4Multimodal(Phi3):
 
     def encoder_layer(self, i: int) -> Iterator[Entry]:
         """List a layer of the encoder."""
-        b, m = f"v.blk.{i}", f"{EMBED}.img_processor.encoder.layers.{i}"
-        yield from layer_norm(f"{b}.ln1", f"{m}.layer_norm1", self.v_model)
-        yield from attention(b, f"{m}.self_attn", self.v_model, bias=True, out="out_proj")
-        yield from layer_norm(f"{b}.ln2", f"{m}.layer_norm2", self.v_model)
-        yield from feed_forward(b, f"{m}.mlp", self.v_model, self.v_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
+        return pre_norm_layer(f"v.blk.{i}", f"{EMBED}.img_processor.encoder.layers.{i}", self.v_model, self.v_ff)
 
     def tensors(self) -> Tensors:
         yield from super().tensors()

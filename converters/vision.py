@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config, malformed_is, read_json
-from .contract import Entry, linear
+from .contract import Entry, layer_norm, linear
 
 # an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
 ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick_gelu": (False, False),
@@ -119,3 +119,18 @@ def feed_forward(block: str, source: str, width: int, units: int, parts: Mapping
         shape, axis = ((width, units), 1) if name == "ffn_down" else ((units, width), 0)
         for entry in linear(f"{block}.{name}", f"{source}.{theirs}", *shape, bias):
             yield replace(entry, units=axis if axis < len(entry.shape) else None)
+
+
+def pre_norm_layer(block: str, source: str, width: int, units: int) -> Iterator[Entry]:
+    """List a layer of CLIP's and SigLIP's encoders: a norm before the attention and before a feed-forward of two matrices, biases everywhere."""
+    yield from layer_norm(f"{block}.ln1", f"{source}.layer_norm1", width)
+    yield from attention(block, f"{source}.self_attn", width, bias=True, out="out_proj")
+    yield from layer_norm(f"{block}.ln2", f"{source}.layer_norm2", width)
+    yield from feed_forward(block, f"{source}.mlp", width, units, {"ffn_up": "fc1", "ffn_down": "fc2"})
+
+
+def behind_layers(source: str) -> set[str]:
+    """Name the tensors of SigLIP's last norm and of the head that pools its rows, which a decoder does not see."""
+    both = [f"{name}.{part}" for name in ("post_layernorm", "head.attention.out_proj", "head.layernorm", "head.mlp.fc1", "head.mlp.fc2")
+            for part in ("weight", "bias")]
+    return {f"{source}.{name}" for name in (*both, "head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias")}

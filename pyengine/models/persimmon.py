@@ -8,13 +8,10 @@ Axes: m rows of the batch, D hidden, H heads, E head size, F feed-forward width.
 from __future__ import annotations
 
 from pyengine import ops
-from pyengine.cache.policy import Full, Policy
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.models import encoders
-from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
-from pyengine.nn.batch import Batch
+from pyengine.models import phi3
 from pyengine.nn.cache import LayerCache
 from pyengine.nn.decoder import common, DecoderConfig
 from pyengine.nn.layers import Embedding, LayerNorm, Linear
@@ -48,36 +45,14 @@ class Block:
         return self.out(cache.attend(rope(q, angles), rope(k, angles), v, scale=c.head_dim**-0.5))
 
 
-class Model(Architecture):
+class Model(phi3.Model):
     """A persimmon decoder. `forward` builds the graph of one step; nothing about a request is kept here."""
 
     def __init__(self, h: Hparams, w: Weights):
         h.refuse(expert_count="a mixture of experts", attention__sliding_window="a sliding window")
-        c = self.config = DecoderConfig(**common(h, w, eps="attention.layer_norm_epsilon"))
+        c = self.config = phi3.Config(**common(h, w, eps="attention.layer_norm_epsilon"), window=0)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
         self.blocks = [Block(w["blk", i], c) for i in range(c.n_layers)]
         self.norm = LayerNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         self.rope = rope(h, w, c.head_dim, interleaved=False)
-
-    @classmethod
-    def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
-        """Bind the encoder that the file's projector names."""
-        return encoders.beside(files)
-
-    def policies(self) -> list[Policy]:
-        """Return what each layer's attention needs."""
-        return [Full()] * self.config.n_layers
-
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
-        """Return last hidden states [m, D]."""
-        x = self.embed(batch.ids, batch.media)                                     # [m, D]
-        rope = self.rope.at(batch.n_ctx)
-        angles = rope.table(batch.positions)                                       # [m, n_rot]
-        for block, cache in zip(self.blocks, caches):
-            x = block(x, rope, angles, cache)
-        return self.norm(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return logits [l, vocab] of hidden states [l, D]."""
-        return self.head(x)

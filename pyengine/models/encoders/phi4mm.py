@@ -115,7 +115,7 @@ def _grids(most: int) -> tuple[tuple[int, int], ...]:
 
 
 def resampled(x: np.ndarray, n: int, axis: int) -> np.ndarray:
-    """Resample an axis of float32 values to n by a cubic filter that is not widened, with edges repeated."""
+    """Resize an axis of float32 values to n by a cubic filter that is not widened, with edges repeated."""
     size = x.shape[axis]
     at = (np.arange(n, dtype=np.float32) + np.float32(0.5)) * np.float32(size / n) - np.float32(0.5)
     first = np.floor(at)
@@ -242,7 +242,7 @@ class Vision(Encoder):
         return by_table(self.levels, np.moveaxis(pixels, -1, -2))
 
     def _whole(self, canvas: np.ndarray) -> np.ndarray:
-        """Squeeze the canvas into one square: float32 [n, 3, p * p]."""
+        """Resize the canvas to one square: float32 [n, 3, p * p]."""
         c = self.config
         x = resampled(resampled(self._values(canvas), c.square, 0), c.square, 2)         # [square, 3, square]
         return x.reshape(c.side, c.patch, 3, c.side, c.patch).transpose(0, 3, 2, 1, 4).reshape(c.side**2, 3, c.patch**2)
