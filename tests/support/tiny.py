@@ -72,20 +72,13 @@ def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtyp
         special = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if case.across:                     # the picture's token is the first that the output head does not have
             special["vocab_size"] = ids["image_token_index"]
-<<<<<<< HEAD
-        config = {**config, "text_config": {**case.text_config, **special, **config_overrides.pop("text_config", {})},
-                  "vision_config": {**case.vision_config, **config_overrides.pop("vision_config", {})}}
-    config_class, model_class = (OWN.get(name) or getattr(transformers, name) for name in (case.config_class, case.model_class))
-    config = config_class(**{**config, **ids, **config_overrides})
-    model = model_class(config)
-=======
         inner = {name.removeprefix("vision_config."): ids.pop(name) for name in list(ids) if name.startswith("vision_config.")}
         text = {"text_config": {**case.text_config, **special, **config_overrides.pop("text_config", {})}} if case.text_config else special
         config = {**config, **text,
                   "vision_config": {**case.vision_config, **inner, **config_overrides.pop("vision_config", {})}}
-    config = getattr(transformers, case.config_class)(**{**config, **ids, **config_overrides})
-    model = getattr(transformers, case.model_class)(config)
->>>>>>> c322941 (Phi-4-multimodal: squares, means and separators beside phi3; the change that pictures need is merged by the converter)
+    config_class, model_class = (OWN.get(name) or getattr(transformers, name) for name in (case.config_class, case.model_class))
+    config = config_class(**{**config, **ids, **config_overrides})
+    model = model_class(config)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

@@ -8,9 +8,6 @@ from pyengine.errors import UnsupportedModelError
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import projector_type
 
-
-ENCODERS = {"idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo", "nvlm_d": "nvlm", "pixtral": "pixtral"}
-
 # projector: module, of which `Vision` is the encoder
 ENCODERS = {"aria": "aria", "fuyu": "fuyu", "idefics3": "idefics3", "internvl": "internvl", "mlp": "llava", "molmo": "molmo",
             "nvlm_d": "nvlm", "phi4": "phi4", "phi4mm": "phi4mm", "pixtral": "pixtral"}
