@@ -180,7 +180,7 @@ static void finish(const job *w, const unit *u, partial total) {
     for (int64_t i = 0; i < w->group; i++) {
       const int64_t at = r * w->group + i, head = u->head * w->group + i;
       float *out = w->out + ((u->row + r) * w->h + head) * w->f, *acc = total.acc + w->fp * at;
-      float sum = v16f_sum(v16f_load(total.sum + 16 * at));
+      float sum = total.sum[16 * at];
       v16f shrink = v16f_set1(1.0f);
       if (sees_nothing(w, u->row + r)) {
         memset(out, 0, (size_t)w->f * 4);

@@ -67,7 +67,8 @@ PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, fl
   return factor;
 }
 
-/* total += part of the queries first .. first + n - 1, n at most 16: both are relative to their own tops. */
+/* total += part of the queries first .. first + n - 1, n at most 16: both are relative to their own tops. A part's sum is that of its 16
+ * lanes; all lanes of a total hold the same. */
 static void merge_queries(partial total, partial part, int64_t first, int64_t n, int64_t fp) {
   const v16f x = load_some(total.top + first, n), y = load_some(part.top + first, n), now = v16f_max(y, x);
   float mine[16], new[16];
@@ -77,7 +78,7 @@ static void merge_queries(partial total, partial part, int64_t first, int64_t n,
   for (int64_t i = first; i < first + n; i++) {
     const v16f fx = v16f_set1(mine[i - first]), fy = v16f_set1(new[i - first]);
     float *sum = total.sum + 16 * i, *acc = total.acc + fp * i;
-    v16f_store(sum, v16f_fma(v16f_load(part.sum + 16 * i), fy, v16f_mul(v16f_load(sum), fx)));
+    v16f_store(sum, v16f_fma(v16f_set1(v16f_sum(v16f_load(part.sum + 16 * i))), fy, v16f_mul(v16f_load(sum), fx)));
     for (int64_t j = 0; j < fp; j += 16)
       v16f_store(acc + j, v16f_fma(v16f_load(part.acc + fp * i + j), fy, v16f_mul(v16f_load(acc + j), fx)));
   }

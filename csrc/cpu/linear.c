@@ -12,14 +12,15 @@
  * Quantized weights.  h becomes int8, symmetric, one scale for 32 of k; products are exact in int32 and enter one float
  * accumulator an output, k ascending:  acc += (isum * s) * d;  acc += o * (d * sum of x).  Few rows (linear_few.c) and many
  * (linear_tiles.c) do exactly this, so the bits of an output depend neither on the number of rows nor on the number of threads.
- * Float weights, and formats that have no packed form: x stays float; fma in k order (linear_float.c).
+ * Float weights, and formats that have no packed form: x stays float; fma in k order (linear_float.c). Either way k is cut into at most
+ * 16 slices, each with an accumulator of its own (linear_parts.h).
  *
  * Weights in the file's layout whose format has a packed form are packed panel by panel into a thread's own memory and multiplied
  * there, so they give the bits of packed ones. With one row, packing takes longer than the product; among 256 rows a
  * twentieth of it (2026-11, Zen 5).
  *
  * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel, the sums
- * of a strip [panel][rows of a block][16 PANEL_GROUPS], and a packed copy of the panel where weights are in the file's layout.
+ * of a strip [panel][rows of a block][16 PANEL_GROUPS], as many of slices where those are longer than a panel, and a packed copy of the panel where weights are in the file's layout.
  */
 #include "codes.h"
 #include "linear_parts.h"
@@ -111,7 +112,7 @@ linear_needs linear_needs_of(const pe_tensor *const *w, int32_t n_w) {
 
 linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed) {
   const int quantized = needs.quantized, floats = needs.floats;
-  linear_places y = {0, 0, 0, 0, 0, 0, 0, 0};
+  linear_places y = {0, 0, 0, 0, 0, 0, 0, 0, 0};
   const int64_t row = quantized ? linear_row(k) : 0, hrow = normed ? linear_float_row(k) : 0;
   y.h = m > ROWS_FEW ? m * row : 0;
   y.shared = y.h + (m > ROWS_FEW && floats ? m * hrow : 0);
@@ -120,7 +121,8 @@ linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed
   y.rows = y.panel + pe_max(quantized ? PANEL_STEPS * panel_step_bytes(2, 1) : 0,
                             floats ? 64 * PANEL_GROUPS * FILE_PANEL_DEPTH : 0);
   y.acc = y.rows + (floats ? 64 * FILE_PANEL_DEPTH : 0);
-  y.copy = y.acc + linear_block(m) * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
+  y.part = y.acc + linear_block(m) * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
+  y.copy = y.part + (floats || linear_slice(k) > PANEL_STEPS ? y.part - y.acc : 0);
   y.own = y.copy + needs.copy;
   return y;
 }
@@ -189,7 +191,8 @@ static pe_status multiply(const linear_job *t, const pe_tensor *w, int64_t g0, i
   const linear_product p = {.w = w, .id = format_of(w), .packed = packed, .k = t->k, .groups = linear_groups(w), .g0 = g0,
                             .panels = panels, .bytes = group_bytes(w), .next = next, .rows = rows,
                             .ldq = linear_row(t->k), .q = t->q + row0 * linear_row(t->k), .ldh = t->ldh, .h = t->h + row0 * t->ldh,
-                            .panel = own + y->panel, .dequantized = (float *)(own + y->rows), .acc = acc};
+                            .panel = own + y->panel, .dequantized = (float *)(own + y->rows), .acc = acc,
+                            .part = (float *)(own + y->part)};
   return packed || !p.bytes ? product(&p) : packing_product(&p, own + y->copy);
 }
 

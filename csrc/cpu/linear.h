@@ -51,7 +51,7 @@ typedef struct linear_job {
 /* Offsets of working memory for m rows at once. What the threads share comes first: quantized rows at 0, float rows at h. */
 typedef struct linear_places {
   int64_t h, shared;
-  int64_t own_h, panel, rows, acc, copy, own;  /* offsets in the own part of a thread, and its size */
+  int64_t own_h, panel, rows, acc, part, copy, own;  /* offsets in the own part of a thread, and its size */
 } linear_places;
 
 /* What the formats of a product's weights ask for: rows of x as int8, rows as floats, bytes for a panel that is packed on its way. */

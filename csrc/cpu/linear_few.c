@@ -16,11 +16,11 @@ PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t
                            int64_t ld, float *out) {
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
-  const int64_t blocks = k / t.k;
+  const int64_t blocks = k / t.k, slice = linear_slice(k) * 32 / t.k;
   v16f acc[DECODE_ROWS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
-  for (int64_t b = 0; b < blocks; b++) {
+  for (int64_t b = 0, end = slice; b < blocks; b++) {
     const uint8_t *head = pe_block_head(t, group, b), *body = pe_block_body(t, group, b);
     const int64_t at = body - group;
 PE_UNROLL_STEPS
@@ -54,9 +54,14 @@ PE_UNROLL(8)
         }
       }
     }
-  }
+    if (b + 1 < end && b + 1 < blocks) continue;
 PE_UNROLL(8)
-  for (int i = 0; i < rows; i++) v16f_store(out + 16 * i, acc[i]);
+    for (int i = 0; i < rows; i++) {
+      v16f_store(out + 16 * i, end == slice ? acc[i] : v16f_add(v16f_load(out + 16 * i), acc[i]));
+      acc[i] = v16f_zero();
+    }
+    end += slice;
+  }
 }
 
 typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,

@@ -3,18 +3,19 @@
  * Reference: pyengine/ops/matmul.py: linear.
  *
  * Up to ROWS_FEW rows of x read packed floats where they lie. Else weights become float panels of 128 of k (256 from the file's
- * layout), and a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one accumulator an output, fma in k order.
+ * layout), and a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one accumulator an output, fma in k order, cut into slices
+ * as all products are (linear_parts.h).
  */
 #include "../host/dequant.h"
 #include "linear_parts.h"
 
-/* acc[i][16 PANEL_GROUPS] += panel [count][16 PANEL_GROUPS] times `rows` <= FLOAT_TILE_ROWS rows of x. */
-PE_INLINE void float_rows(int rows, const float *panel, int64_t count, const float *x, int64_t ld, float *acc) {
+/* Panel [count][16 PANEL_GROUPS] times `rows` <= FLOAT_TILE_ROWS rows of x. */
+PE_INLINE void float_rows(int rows, const float *panel, int64_t count, const float *x, int64_t ld, const linear_target *to) {
   v16f sum[FLOAT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_load(acc + 16 * (PANEL_GROUPS * i + v));
+    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
   for (int64_t k = 0; k < count; k++, panel += 16 * PANEL_GROUPS) {
     v16f w[PANEL_GROUPS];
 PE_UNROLL(8)
@@ -29,25 +30,24 @@ PE_UNROLL(8)
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+    for (int v = 0; v < PANEL_GROUPS; v++) linear_end(to, 16 * (PANEL_GROUPS * i + v), sum[i][v]);
 }
 
 /* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. */
 static void tile_float(const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines, const float *x,
-                       int64_t ld, int64_t m, float *acc) {
+                       int64_t ld, int64_t m, linear_target to) {
   const int64_t share = (lines * FLOAT_TILE_ROWS + m - 1) / m;
-  const int64_t sums = FLOAT_TILE_ROWS * PANEL_GROUPS * 16;
-  for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, acc += sums) {
+  for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, linear_skip(&to, FLOAT_TILE_ROWS)) {
     for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
       for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(ahead[v] + 64 * asked);
-    float_rows(FLOAT_TILE_ROWS, panel, count, x, ld, acc);
+    float_rows(FLOAT_TILE_ROWS, panel, count, x, ld, &to);
   }
 #define PART(n)                                                                                                        \
   if (m >= n) {                                                                                                        \
-    float_rows(n, panel, count, x, ld, acc);                                                                           \
+    float_rows(n, panel, count, x, ld, &to);                                                                           \
     m -= n;                                                                                                            \
     x += n * ld;                                                                                                       \
-    acc += n * PANEL_GROUPS * 16;                                                                                                \
+    linear_skip(&to, n);                                                                                               \
   }
 #if defined(PE_AVX512)
   PART(4)
@@ -70,7 +70,7 @@ PE_UNROLL(4)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_zero();
-  for (int64_t k = 0; k < count; k++) {
+  for (int64_t k = 0, end = 32 * linear_slice(count), first = 1; k < count; k++) {
 PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) {
       v16f w = load_float(id, group[v] + size * k);
@@ -78,11 +78,18 @@ PE_UNROLL(8)
 PE_UNROLL(4)
       for (int i = 0; i < rows; i++) sum[i][v] = v16f_fma(w, v16f_set1(x[i * ld + k]), sum[i][v]);
     }
-  }
+    if (k + 1 < end && k + 1 < count) continue;
 PE_UNROLL(4)
-  for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+      for (int v = 0; v < PANEL_GROUPS; v++) {
+        float *to = acc + 16 * (PANEL_GROUPS * i + v);
+        v16f_store(to, first ? sum[i][v] : v16f_add(v16f_load(to), sum[i][v]));
+        sum[i][v] = v16f_zero();
+      }
+    first = 0;
+    end += 32 * linear_slice(count);
+  }
 }
 
 static void stream(int id, int64_t m, const uint8_t *const group[PANEL_GROUPS], int64_t count, const float *x, int64_t ld,
@@ -151,7 +158,7 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
                                            : t->next + v * t->bytes;
       }
       tile_float((const float *)t->panel, count, ahead, t->packed ? count * size / 64 : 0, t->h + at, t->ldh, t->rows,
-                 t->acc + p * linear_sums(t));
+                 linear_target_of(t, p, at, at + count));
     }
   }
   return PE_OK;

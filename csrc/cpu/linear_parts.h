@@ -49,8 +49,13 @@ typedef struct linear_product {
   int64_t ldq, ldh;
   char *panel;               /* room for one panel */
   float *dequantized;        /* room for [16][FILE_PANEL_DEPTH] */
-  float *acc;
+  float *acc, *part;         /* part: sums of a slice that is not at its end, where slices are longer than a panel */
 } linear_product;
+
+/* Steps of 32 of k in a slice: whole panels, at most 16 slices. A sum over k is made slice by slice, each from zero, and slices are added in
+ * order: on a GPU each is another warp's, and the bits are the same. */
+PE_INLINE int64_t linear_slice(int64_t k) { return (k + 4095) / 4096 * PANEL_STEPS; }
+
 
 /* Group v of a panel. Beyond the last group it is that one again: nobody reads the sums. */
 PE_INLINE const uint8_t *linear_group(const linear_product *t, int64_t panel, int64_t v) {
@@ -62,6 +67,28 @@ PE_INLINE const uint8_t *linear_group(const linear_product *t, int64_t panel, in
 PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * PANEL_GROUPS * (8 + halves * (1 + offsets)); }
 
 PE_INLINE int64_t linear_sums(const linear_product *t) { return t->rows * 16 * PANEL_GROUPS; } /* of a panel */
+
+/* Where sums of a part of k go, whether a slice begins with it, and whether one ends. */
+typedef struct linear_target { int opens, closes; float *part, *acc; } linear_target;
+
+/* Of a panel's elements begin .. end - 1 of k. */
+PE_INLINE linear_target linear_target_of(const linear_product *t, int64_t panel, int64_t begin, int64_t end) {
+  const int64_t slice = 32 * linear_slice(t->k), at = panel * linear_sums(t);
+  return (linear_target){begin % slice == 0, end % slice == 0 || end == t->k, t->part + at, t->acc + at};
+}
+
+/* 16 sums from zero or from what their slice has so far; and to there, or into those of all slices. */
+PE_INLINE v16f linear_begin(const linear_target *t, int64_t i) { return t->opens ? v16f_zero() : v16f_load(t->part + i); }
+PE_INLINE void linear_end(const linear_target *t, int64_t i, v16f sum) {
+  if (t->closes) v16f_store(t->acc + i, v16f_add(v16f_load(t->acc + i), sum));
+  else v16f_store(t->part + i, sum);
+}
+
+/* The target of rows behind the first `rows`. */
+PE_INLINE void linear_skip(linear_target *t, int64_t rows) {
+  t->part += rows * 16 * PANEL_GROUPS;
+  t->acc += rows * 16 * PANEL_GROUPS;
+}
 
 int PE_NAME(linear_has_few)(void);                         /* whether this instruction set has registers enough for linear_few */
 void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to ROWS_SOME rows */

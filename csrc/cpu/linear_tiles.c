@@ -37,14 +37,14 @@ PE_UNROLL(2)
   }
 }
 
-/* acc[i][16 PANEL_GROUPS] += panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. */
+/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. */
 PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int zero, const uint8_t *panel, int64_t s0, int64_t count,
-                         const char *x, int64_t ld, float *acc) {
+                         const char *x, int64_t ld, const linear_target *to) {
   v16f sum[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_load(acc + 16 * (PANEL_GROUPS * i + v));
+    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
   for (int64_t s = s0; s < s0 + count; s++) {
     const float *f = (const float *)(panel + 64 * PANEL_GROUPS * 8);
 PE_UNROLL(2)
@@ -88,23 +88,23 @@ PE_UNROLL(8)
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) v16f_store(acc + 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+    for (int v = 0; v < PANEL_GROUPS; v++) linear_end(to, 16 * (PANEL_GROUPS * i + v), sum[i][v]);
 }
 
-typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m, float *acc);
+typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m,
+                     linear_target to);
 typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0,
                        int64_t count, uint8_t *to);
 
 /* A tile for each kind of steps (pyengine/dtype.py: PackedForm), whatever the format. */
 #define TILE(name, halves, offsets, z128)                                                                              \
   static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
-                          int64_t m, float *acc) {                                                                     \
-    const int64_t sums = INT_TILE_ROWS * PANEL_GROUPS * 16;                                                            \
-    for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, acc += sums)                               \
-      tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                                        \
-    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
-    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
-    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, acc);                               \
+                          int64_t m, linear_target to) {                                                               \
+    for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, linear_skip(&to, INT_TILE_ROWS))           \
+      tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                             \
+    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                               \
+    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                               \
+    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                               \
   }
 TILE(zero, 1, 0, 0)
 TILE(zero128, 1, 0, 1)
@@ -148,7 +148,7 @@ void PE_NAME(linear_tiles)(const linear_product *t) {
                                        : t->next + v * t->bytes;
       }
       f.unpack(group, ahead, at / 32, count / 32, (uint8_t *)t->panel);
-      f.tile(zero, (const uint8_t *)t->panel, at / 32, count / 32, t->q, t->ldq, t->rows, t->acc + p * linear_sums(t));
+      f.tile(zero, (const uint8_t *)t->panel, at / 32, count / 32, t->q, t->ldq, t->rows, linear_target_of(t, p, at, at + count));
     }
   }
 }

@@ -1,8 +1,7 @@
 /* norm.c: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
  * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
  *
- * A thread claims chunks of whole rows. Sums run in 16 float lanes in the order of the row, then the tree of v16f_sum, so a
- * row's result depends on that row alone. Each kernel reads x two or three times (once from memory, then from cache) and writes
+ * A thread claims chunks of whole rows. Sums are those of vec.h, so a row's result depends on that row alone. Each kernel reads x two or three times (once from memory, then from cache) and writes
  * out once: 8 bytes of traffic an element, far below what the arithmetic needs. out may be x (or the residual).
  */
 #include "vec.h"
@@ -18,12 +17,6 @@ static int64_t count_rows(const pe_tensor *x) {
 
 static const float *data_or_null(const pe_tensor *t) { return t ? (const float *)t->data : 0; }
 
-static float sum_of(const float *x, int64_t d) {
-  v16f sum = v16f_zero();
-  for (int64_t i = 0; i < d; i += 16) sum = v16f_add(sum, load_some(x + i, d - i));
-  return v16f_sum(sum);
-}
-
 PE_KERNEL(cpu, rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *residual, const pe_tensor *out,
                     const pe_rms_norm_params *p, pe_stream *s) {
   const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
@@ -34,23 +27,6 @@ PE_KERNEL(cpu, rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_t
       scale_row(in + i * d, y + i * d, d, 0.0f, inverse_rms(in + i * d, d, p->eps), w, r ? r + i * d : 0);
     }
   return PE_OK;
-}
-
-/* Sum of (x - centre)^2. Four accumulators hide the latency of the fma; lanes beyond the row add 0. */
-static float sum_of_squares(const float *x, int64_t d, float centre) {
-  v16f sum[4] = {v16f_zero(), v16f_zero(), v16f_zero(), v16f_zero()}, c = v16f_set1(centre);
-  int64_t i = 0;
-  for (; i + 64 <= d; i += 64)
-    for (int j = 0; j < 4; j++) {
-      v16f v = v16f_sub(v16f_load(x + i + 16 * j), c);
-      sum[j] = v16f_fma(v, v, sum[j]);
-    }
-  for (; i < d; i += 16) {
-    v16f v = v16f_sub(load_some(x + i, d - i), c);
-    if (d - i < 16) v = v16f_first_n(v, d - i, 0.0f);
-    sum[0] = v16f_fma(v, v, sum[0]);
-  }
-  return v16f_sum(v16f_add(v16f_add(sum[0], sum[1]), v16f_add(sum[2], sum[3])));
 }
 
 PE_KERNEL(cpu, layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
@@ -83,14 +59,12 @@ PE_KERNEL(cpu, softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softm
     for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
       const float *in = (const float *)x->data + i * d;
       float *y = (float *)out->data + i * d;
-      v16f top = v16f_set1(max_of(in, d, p->scale)), sum = v16f_zero();
+      const v16f top = v16f_set1(max_of(in, d, p->scale));
       for (int64_t j = 0; j < d; j += 16) {
-        v16f e = v16f_exp(v16f_sub(v16f_mul(load_some(in + j, d - j), k), top));
-        if (d - j < 16) e = v16f_first_n(e, d - j, 0.0f);
-        sum = v16f_add(sum, e);
+        const v16f e = v16f_exp(v16f_sub(v16f_mul(load_some(in + j, d - j), k), top));
         store_some(y + j, e, d - j);
       }
-      v16f inv = v16f_set1(1.0f / v16f_sum(sum));
+      const v16f inv = v16f_set1(1.0f / sum_of(y, d));
       for (int64_t j = 0; j < d; j += 16) store_some(y + j, v16f_mul(load_some(y + j, d - j), inv), d - j);
     }
   return PE_OK;

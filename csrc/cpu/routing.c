@@ -25,15 +25,13 @@ PE_KERNEL(cpu, top_experts)(const pe_tensor *scores, const pe_tensor *bias, cons
     int32_t *chosen = (int32_t *)((char *)out0->data + i * out0->stride[0]);
     float *gates = (float *)((char *)out1->data + i * out1->stride[0]);
     if (p->gate == PE_TOP_EXPERTS_GATE_SOFTMAX) {
-      v16f top = v16f_set1(-__builtin_inff()), sum = v16f_zero();
+      v16f top = v16f_set1(-__builtin_inff());
       for (int64_t j = 0; j < n; j += 16) top = v16f_max(v16f_first_n(load_some(x + j, n - j), n - j, -__builtin_inff()), top);
       top = v16f_set1(v16f_hmax(top));
       for (int64_t j = 0; j < n; j += 16) {
-        v16f e = v16f_first_n(v16f_exp(v16f_sub(load_some(x + j, n - j), top)), n - j, 0.0f);
-        sum = v16f_add(sum, e);
-        store_some(g + j, e, n - j);
+        store_some(g + j, v16f_exp(v16f_sub(load_some(x + j, n - j), top)), n - j);
       }
-      sum = v16f_set1(v16f_sum(sum));
+      const v16f sum = v16f_set1(sum_of(g, n));
       for (int64_t j = 0; j < n; j += 16) store_some(g + j, v16f_div(load_some(g + j, n - j), sum), n - j);
     } else {
       for (int64_t j = 0; j < n; j += 16) store_some(g + j, v16f_sigmoid(load_some(x + j, n - j)), n - j);

@@ -12,16 +12,51 @@ PE_INLINE void store_some(float *p, v16f v, int64_t left) {
   else v16f_store_n(p, v, left);
 }
 
+/* ---- sums over a row ----
+ * 1024 sums: element i joins number i % 1024, in the order of the row; then the sums are folded in halves, i with i + 512, i + 256 .. i + 1.
+ * GPUs add in this order too (csrc/cuda/sums.h, csrc/metal/team.h), so that what becomes a code of 8 bits next is the same number there. */
+
+enum { ROW_SUMS = 64 }; /* vectors */
+
+PE_INLINE float fold_sums(v16f *sum, int n) {
+  for (int half = ROW_SUMS / 2; half; half /= 2)
+    for (int j = 0; j < half && j + half < n; j++) sum[j] = v16f_add(sum[j], sum[j + half]);
+  return v16f_sum(sum[0]);
+}
+
+PE_INLINE int clear_sums(v16f *sum, int64_t d) {
+  const int n = (int)pe_max(1, pe_min(ROW_SUMS, (d + 15) / 16));
+  for (int j = 0; j < n; j++) sum[j] = v16f_zero();
+  return n;
+}
+
+static __attribute__((unused)) float sum_of(const float *x, int64_t d) {
+  v16f sum[ROW_SUMS];
+  const int n = clear_sums(sum, d);
+  for (int64_t i = 0; i < d; i += 16) {
+    v16f *s = sum + i / 16 % ROW_SUMS;
+    *s = v16f_add(*s, load_some(x + i, d - i));
+  }
+  return fold_sums(sum, n);
+}
+
+/* Sum of (x - centre)^2. Lanes beyond the row add 0. */
+static __attribute__((unused)) float sum_of_squares(const float *x, int64_t d, float centre) {
+  v16f sum[ROW_SUMS], c = v16f_set1(centre);
+  const int n = clear_sums(sum, d);
+  for (int64_t i = 0; i < d; i += 16) {
+    v16f v = v16f_sub(load_some(x + i, d - i), c), *s = sum + i / 16 % ROW_SUMS;
+    if (d - i < 16) v = v16f_first_n(v, d - i, 0.0f);
+    *s = v16f_fma(v, v, *s);
+  }
+  return fold_sums(sum, n);
+}
+
 /* ---- norms: kernels that norm a row (rms_norm, rope_append, linear) do it by these two functions, so with the same bits ---- */
 
-/* 1 / sqrt(mean of x^2 + eps). 16 lanes in the order of the row, then the tree of v16f_sum. */
+/* 1 / sqrt(mean of x^2 + eps) */
 static __attribute__((unused)) float inverse_rms(const float *x, int64_t d, float eps) {
-  v16f sum = v16f_zero();
-  for (int64_t i = 0; i < d; i += 16) {
-    const v16f v = load_some(x + i, d - i);
-    sum = v16f_fma(v, v, sum);
-  }
-  return 1.0f / __builtin_sqrtf(v16f_sum(sum) / (float)d + eps);
+  return 1.0f / __builtin_sqrtf(sum_of_squares(x, d, 0.0f) / (float)d + eps);
 }
 
 /* y = (x - centre) * inv * weight + add, where weight and add may be absent. `add` is a residual or a bias. */

@@ -15,26 +15,15 @@ namespace {
 
 enum { THREADS = 128 };
 
-/* Cosine and sine of x, |x| < 2^30. With k = round(x / (pi/2)) and r = x - k pi/2, |r| <= pi/4, they are +-cos(r) and +-sin(r), in
+/* Cosine and sine of x, |x| < 2^30, by the operations of csrc/cpu/rope.c. With k = round(x / (pi/2)) and r = x - k pi/2, |r| <= pi/4, they are +-cos(r) and +-sin(r), in
  * this or the other order. pi/2 comes in three pieces of which the first two have 22 bits, so that their products with k are exact
  * (Cody & Waite, Software Manual for the Elementary Functions, 1980); the Taylor series' error, r^14/14!, is below 4e-13. */
 __device__ __forceinline__ void cos_sin(double x, double *cosine, double *sine) {
   const double k = rint(x * 0x1.45f306dc9c883p-1);
   const int q = (int)k;
-  const double r = fma(-k, 0x1.18469898cc517p-44, fma(-k, 0x1.5110b00000000p-22, fma(-k, 0x1.921fb00000000p+0, x))), z = r * r;
-  double c = 1.0 / 479001600;
-  c = fma(z, c, -1.0 / 3628800);
-  c = fma(z, c, 1.0 / 40320);
-  c = fma(z, c, -1.0 / 720);
-  c = fma(z, c, 1.0 / 24);
-  c = fma(z, c, -1.0 / 2);
-  c = fma(z, c, 1.0);
-  double s = -1.0 / 39916800;
-  s = fma(z, s, 1.0 / 362880);
-  s = fma(z, s, -1.0 / 5040);
-  s = fma(z, s, 1.0 / 120);
-  s = fma(z, s, -1.0 / 6);
-  s = fma(r * z, s, r);
+  const double r = ((x - k * 0x1.921fb00000000p+0) - k * 0x1.5110b00000000p-22) - k * 0x1.18469898cc517p-44, z = r * r;
+  const double c = 1 + z * (-1.0 / 2 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 + z * (1.0 / 479001600))))));
+  const double s = r + r * z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800)))));
   *cosine = q & 1 ? s : c;
   *sine = q & 1 ? c : s;
   if ((q + 1) & 2) *cosine = -*cosine;

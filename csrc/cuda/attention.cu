@@ -28,6 +28,7 @@ struct MixingRow { float x[MOST_COLUMNS]; };
 
 template <bool NATURAL>
 __global__ void __launch_bounds__(MOST_COLUMNS) merge_kernel(const Job w) {
+  constexpr int CHUNK = NATURAL ? FLOAT_CHUNK_KEYS : CHUNK_KEYS;
   const int64_t query = blockIdx.x;
   const int row = (int)(query / w.h), head = (int)(query % w.h), column = threadIdx.x, wide = w.nf * COLUMNS;
   const Interval seen = interval_of(w, row, false);
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(MOST_COLUMNS) merge_kernel(const Job w) {
   if (!empty(seen)) {
     const int64_t slot = query * w.chunks;
     Total total;
-    for (int i = 0; i <= last_chunk(seen) - first_chunk(seen); i++) {
+    for (int i = 0; i <= last_chunk<CHUNK>(seen) - first_chunk<CHUNK>(seen); i++) {
       const Total part = {w.tops[2 * (slot + i)], w.tops[2 * (slot + i) + 1]};
       const float y = column < w.f ? w.partials[(slot + i) * wide + column] : 0.0f;
       if (i == 0) {
@@ -139,9 +140,15 @@ int64_t cut_units(Job *w, int queries) {
 }
 
 int64_t wide_of(int64_t f) { return round_up(f, COLUMNS); }
-int64_t chunks_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells) {
+
+/* Whether all is float32: float attention, else attention of halves. */
+bool is_float(const pe_tensor *k, const pe_tensor *v, int32_t products) {
+  return k->dtype == PE_F32 && v->dtype == PE_F32 && products == PE_ATTENTION_PRODUCTS_FLOAT;
+}
+int64_t chunks_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells, bool floats) {
+  const int64_t chunk = floats ? FLOAT_CHUNK_KEYS : CHUNK_KEYS;
   const int64_t n = cells ? cells->shape[1] : k->shape[1] < v->shape[1] ? k->shape[1] : v->shape[1];
-  return cells ? n / CHUNK_KEYS + 2 : (n + CHUNK_KEYS - 1) / CHUNK_KEYS;
+  return cells ? n / chunk + 2 : (n + chunk - 1) / chunk;
 }
 int64_t split_bytes(int64_t m, int64_t h, int64_t f, int64_t chunks) { return m * h * chunks * (wide_of(f) + 2) * 4; }
 
@@ -258,9 +265,10 @@ template <class T> T *data_of(const pe_tensor *t) { return t ? static_cast<T *>(
 
 /* Partial sums: for SPLIT_ROWS rows in any case, for more as far as SPLIT_BYTES hold them. */
 PE_SCRATCH(cuda, attention)(const pe_args *a, const void *params, int32_t n_threads) {
-  (void)params, (void)n_threads;
-  const pe_tensor *q = pe_arg(a, 0), *v = pe_arg(a, 2);
-  const int64_t one = split_bytes(1, q->shape[1], v->shape[2], chunks_of(pe_arg(a, 1), v, pe_arg(a, 5)));
+  (void)n_threads;
+  const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
+  const bool floats = is_float(k, v, static_cast<const pe_attention_params *>(params)->products);
+  const int64_t one = split_bytes(1, q->shape[1], v->shape[2], chunks_of(k, v, pe_arg(a, 5), floats));
   int64_t rows = one ? SPLIT_BYTES / one : 0;
   if (rows < SPLIT_ROWS) rows = SPLIT_ROWS;
   return one * (rows < q->shape[0] ? rows : q->shape[0]);
@@ -283,8 +291,8 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
   w.m = (int32_t)q->shape[0], w.h = (int32_t)q->shape[1], w.g = (int32_t)k->shape[0], w.group = w.h / w.g;
   w.e = (int32_t)q->shape[2], w.f = (int32_t)v->shape[2];
   w.ne = (w.e + COLUMNS - 1) / COLUMNS, w.nf = (w.f + COLUMNS - 1) / COLUMNS;
-  w.chunks = (int32_t)chunks_of(k, v, cells);
-  n.floats = k->dtype == PE_F32 && v->dtype == PE_F32 && p->products == PE_ATTENTION_PRODUCTS_FLOAT;
+  n.floats = is_float(k, v, p->products);
+  w.chunks = (int32_t)chunks_of(k, v, cells, n.floats);
   w.k_form = form_of(k, n.floats), w.v_form = form_of(v, n.floats);
   w.partials = reinterpret_cast<float *>(s->scratch);
   w.tops = w.partials + (int64_t)w.m * w.h * w.chunks * wide_of(w.f);

@@ -3,7 +3,7 @@
  *
  *   query   one head of one row
  *   unit    queries of one sequence and one key/value head: up to `rows` rows times `heads` heads of the group, numbered row by row
- *   chunk   CHUNK_KEYS keys, aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, and chunks are merged in
+ *   chunk   CHUNK_KEYS keys (of floats FLOAT_CHUNK_KEYS, as on the CPU), aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, and chunks are merged in
  *           ascending order
  *   tile    TILE_KEYS keys, aligned likewise
  *
@@ -19,7 +19,7 @@
 
 namespace pe {
 
-enum { TILE_KEYS = 64, CHUNK_KEYS = 512, COLUMNS = 32 /* elements of a block of columns of q, K or V */ };
+enum { TILE_KEYS = 64, CHUNK_KEYS = 512, FLOAT_CHUNK_KEYS = 256, COLUMNS = 32 /* elements of a block of columns of q, K or V */ };
 
 /* Where the parts of a block's shared memory begin, in bytes; attention.cu lays them out. */
 struct Areas {
@@ -85,8 +85,8 @@ __device__ __forceinline__ Interval interval_of(const Job &w, int row, bool say)
   return bad ? Interval{0, 0} : Interval{lo, hi};
 }
 
-__device__ __forceinline__ int first_chunk(Interval i) { return i.lo / CHUNK_KEYS; }
-__device__ __forceinline__ int last_chunk(Interval i) { return (i.hi - 1) / CHUNK_KEYS; }
+template <int CHUNK = CHUNK_KEYS> __device__ __forceinline__ int first_chunk(Interval i) { return i.lo / CHUNK; }
+template <int CHUNK = CHUNK_KEYS> __device__ __forceinline__ int last_chunk(Interval i) { return (i.hi - 1) / CHUNK; }
 __device__ __forceinline__ bool empty(Interval i) { return i.hi <= i.lo; }
 /* Does it hold a key of the n from `first` on? */
 __device__ __forceinline__ bool meets(Interval i, int64_t first, int n) { return !empty(i) && i.lo - first < n && i.hi > first; }
@@ -176,14 +176,14 @@ __device__ __forceinline__ Seen load_intervals(const Job &w, const Unit &u, int 
 }
 
 /* The first chunk from `chunk` on of which any row of the unit sees a key, or -1. By a warp. */
-__device__ __forceinline__ int next_chunk(const Job &w, const Unit &u, const Seen &seen, int chunk) {
-  if (seen.hi <= seen.lo || chunk > (seen.hi - 1) / CHUNK_KEYS) return -1;
-  if (seen.whole) return max(chunk, seen.lo / CHUNK_KEYS);
+template <int CHUNK> __device__ __forceinline__ int next_chunk(const Job &w, const Unit &u, const Seen &seen, int chunk) {
+  if (seen.hi <= seen.lo || chunk > (seen.hi - 1) / CHUNK) return -1;
+  if (seen.whole) return max(chunk, seen.lo / CHUNK);
   const Interval *rows = area<Interval>(w.at.rows);
   int best = 0x7fffffff;
   for (int i = lane_of(); i < u.n_rows; i += 32) {
     const Interval own = rows[i * u.n_heads];
-    if (!empty(own) && last_chunk(own) >= chunk) best = min(best, max(chunk, first_chunk(own)));
+    if (!empty(own) && last_chunk<CHUNK>(own) >= chunk) best = min(best, max(chunk, first_chunk<CHUNK>(own)));
   }
 #pragma unroll
   for (int d = 16; d; d /= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, d));
@@ -191,16 +191,16 @@ __device__ __forceinline__ int next_chunk(const Job &w, const Unit &u, const See
 }
 
 /* Walks the tiles of a unit, those chunks whose turn is `share` of `shares`. All warps walk alike. */
-struct Walk {
+template <int CHUNK> struct WalkOf {
   int chunk, tile, last, turn; /* last: of the chunk */
 
   __device__ __forceinline__ bool more() const { return chunk >= 0; }
   __device__ __forceinline__ void enter(const Job &w, const Unit &u, const Seen &seen, int from, int share, int shares) {
-    for (chunk = next_chunk(w, u, seen, from); chunk >= 0 && turn % shares != share; turn++)
-      chunk = chunk == 0x7fffffff / CHUNK_KEYS ? -1 : next_chunk(w, u, seen, chunk + 1);
+    for (chunk = next_chunk<CHUNK>(w, u, seen, from); chunk >= 0 && turn % shares != share; turn++)
+      chunk = chunk == 0x7fffffff / CHUNK ? -1 : next_chunk<CHUNK>(w, u, seen, chunk + 1);
     turn++;
-    tile = max(chunk * (CHUNK_KEYS / TILE_KEYS), seen.lo / TILE_KEYS);
-    last = min(chunk * (CHUNK_KEYS / TILE_KEYS) + CHUNK_KEYS / TILE_KEYS - 1, (seen.hi - 1) / TILE_KEYS);
+    tile = max(chunk * (CHUNK / TILE_KEYS), seen.lo / TILE_KEYS);
+    last = min(chunk * (CHUNK / TILE_KEYS) + CHUNK / TILE_KEYS - 1, (seen.hi - 1) / TILE_KEYS);
   }
   /* true where the next tile is in another chunk, or there is none */
   __device__ __forceinline__ bool step(const Job &w, const Unit &u, const Seen &seen, int share, int shares) {
@@ -208,22 +208,23 @@ struct Walk {
       tile++;
       return false;
     }
-    if (chunk == 0x7fffffff / CHUNK_KEYS) chunk = -1;
+    if (chunk == 0x7fffffff / CHUNK) chunk = -1;
     else enter(w, u, seen, chunk + 1, share, shares);
     return true;
   }
 };
+using Walk = WalkOf<CHUNK_KEYS>;
 
 /* ---- cells ---- */
 
 /* Cells of the keys of a chunk into shared memory: -1 for those that no row sees. By all threads, between barriers. */
-__device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Seen &seen, int chunk) {
+template <int CHUNK = CHUNK_KEYS> __device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Seen &seen, int chunk) {
   int32_t *to = area<int32_t>(w.at.cells);
   const Interval *rows = area<Interval>(w.at.rows);
   const int32_t *map = w.cells ? (const int32_t *)((const char *)w.cells + u.sequence * w.cells_stride) : nullptr;
   __syncthreads();
-  for (int j = threadIdx.x; j < CHUNK_KEYS; j += blockDim.x) {
-    const int key = chunk * CHUNK_KEYS + j; /* at most 2^31 - 1 */
+  for (int j = threadIdx.x; j < CHUNK; j += blockDim.x) {
+    const int key = chunk * CHUNK + j; /* at most 2^31 - 1 */
     bool wanted = key >= seen.lo && key < seen.hi;
     if (wanted && !seen.whole) {
       wanted = false;

@@ -3,7 +3,8 @@
  * Block (x, y, z) has 128 threads in TY x TX and owns unit x (then x + gridDim.x ...) of key/value head y: 4 TY queries; and of the chunks
  * that it sees those number z, z + gridDim.z ... Thread (ty, tx) makes the scores of queries 4 ty .. 4 ty + 3 and keys tx, tx + TX ...
  * of a tile, elements ascending, and sums of their values in columns CPT tx .. CPT tx + CPT - 1 of every 64, keys ascending; between
- * the two a warp owns whole queries for the softmax. A masked key is skipped, whatever it holds.
+ * the two a warp owns whole queries for the softmax, whose sums are of keys 16 apart. A masked key is skipped, whatever it holds. Tiles,
+ * chunks, tops and all sums are those of csrc/cpu/attention.c, and so are the bits.
  *
  * Shared memory: queries [4 TY][e rounded up to 64, + 4]; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
  * of V, the next one copied while one is used; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4
@@ -18,7 +19,8 @@ namespace {
 
 using namespace pe;
 
-enum { THREADS = 128, OWN = 4 /* queries of a thread */, SLICE = 64, PITCH = SLICE + 4 };
+enum { THREADS = 128, OWN = 4 /* queries of a thread */, SLICE = 64, PITCH = SLICE + 4, CHUNK = FLOAT_CHUNK_KEYS };
+constexpr float SLACK = 8.0f; /* csrc/cpu/attention_softmax.h */
 
 __device__ __forceinline__ int slices_of(int elements) { return (elements + SLICE - 1) / SLICE; }
 
@@ -41,19 +43,19 @@ __device__ __forceinline__ void load_slice(const Cache &c, bool copied, int64_t 
 
 /* Slices of K, then of V, of tile after tile; one is on its way while one is used. */
 struct Slices {
-  Walk ahead;
+  WalkOf<CHUNK> ahead;
   int slice, to;
 
   __device__ __forceinline__ float *buffer(const Job &w, int i) const { return area<float>(w.at.k + i * w.at.stage_bytes); }
   __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen) {
     if (ahead.more()) {
-      const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
+      const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK / TILE_KEYS) * TILE_KEYS;
       const int keys = slices_of(w.e), values = slices_of(w.f);
       if (slice < keys) load_slice(w.k, w.k_form == COPIED, u.g, cells, slice * SLICE, buffer(w, to));
       else load_slice(w.v, w.v_form == COPIED, u.g, cells, (slice - keys) * SLICE, buffer(w, to));
       if (++slice == keys + values) {
         slice = 0;
-        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
+        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells<CHUNK>(w, u, seen, ahead.chunk);
       }
     }
     cp_async_commit();
@@ -77,36 +79,52 @@ __device__ __forceinline__ Kept kept_of(const Job &w, int n) {
   return Kept{at, at + n, at + 2 * n, area<float>(w.at.p)};
 }
 
-/* Scores of a tile become probabilities; those of masked keys -1. A warp owns every fourth query. */
-__device__ __forceinline__ void soften(const Job &w, int first, int n, const Kept &kept) {
+/* Scores of a tile become probabilities; those of masked keys -1. A warp owns every fourth query, n of them; lane l < 16 has in sums those of
+ * keys l, l + 16 .. of a tile. */
+template <int N> __device__ __forceinline__ void soften(const Job &w, int first, const Kept &kept, float (&sums)[N]) {
   const Interval *rows = area<Interval>(w.at.rows);
-  for (int i = warp_of(); i < n; i += THREADS / 32) {
-    float x[2], peak = PE_NONE, sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const int i = warp_of() + THREADS / 32 * n;
+    float x[2], peak = PE_NONE;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int key = first + lane_of() + 32 * j;
       x[j] = kept.p[i * PITCH + lane_of() + 32 * j];
-      if (w.softcap != 0.0f) x[j] = w.softcap * tanhf(__fdiv_rn(x[j], w.softcap));
+      if (w.softcap != 0.0f) x[j] = tanh_of(x[j] * __fdiv_rn(1.0f, w.softcap)) * w.softcap;
       if (key < rows[i].lo || key >= rows[i].hi) x[j] = PE_NONE;
       peak = fmaxf(peak, x[j]);
     }
     peak = lanes_max(peak);
     float top = kept.top[i], factor = 1.0f;
-    if (peak > top + PE_SLACK) factor = expf(top - peak), top = peak;
+    if (peak > top + SLACK) factor = exp_of(top - peak), top = peak;
+    float sum = sums[n] * factor;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int key = first + lane_of() + 32 * j;
       const bool masked = key < rows[i].lo || key >= rows[i].hi;
-      const float p = masked ? 0.0f : expf(x[j] - (top == PE_NONE ? 0.0f : top));
+      const float p = masked ? 0.0f : exp_of(x[j] - (top == PE_NONE ? 0.0f : top));
       sum += p;
+      sum += __shfl_down_sync(0xffffffffu, p, 16);
       kept.p[i * PITCH + lane_of() + 32 * j] = masked ? -1.0f : p;
     }
-#pragma unroll
-    for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    sums[n] = sum;
     __syncwarp(); /* all have read the top */
-    if (lane_of() == 0) kept.top[i] = top, kept.factor[i] = factor, kept.sum[i] = fmaf(kept.sum[i], factor, sum);
+    if (lane_of() == 0) kept.top[i] = top, kept.factor[i] = factor;
     __syncwarp();
   }
+}
+
+/* A chunk is at its end: its 16 sums are one. Ends with a barrier. */
+template <int N> __device__ __forceinline__ void fold_sums(const Kept &kept, float (&sums)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#pragma unroll
+    for (int d = 8; d; d /= 2) sums[n] += __shfl_xor_sync(0xffffffffu, sums[n], d);
+    if (lane_of() == 0) kept.sum[warp_of() + THREADS / 32 * n] = sums[n];
+    sums[n] = 0.0f;
+  }
+  __syncthreads();
 }
 
 /* s[i][j] += queries 4 ty + i by keys tx + TX j over one slice. */
@@ -163,9 +181,9 @@ template <int N, int CPT>
 __device__ __forceinline__ void settle_floats(const Job &w, const Unit &u, int i, int chunk, const float (&acc)[N][OWN][CPT], int own,
                                               Total part, Total &total, int tx) {
   const Interval seen = area<Interval>(w.at.rows)[i];
-  if (i >= queries_of(u) || !meets(seen, chunk * CHUNK_KEYS, CHUNK_KEYS)) return;
-  const int64_t query = (int64_t)row_of(u, i) * w.h + head_of(u, i), slot = query * w.chunks + chunk - first_chunk(seen);
-  const bool fresh = chunk == first_chunk(seen), last = chunk == last_chunk(seen);
+  if (i >= queries_of(u) || !meets(seen, chunk * CHUNK, CHUNK)) return;
+  const int64_t query = (int64_t)row_of(u, i) * w.h + head_of(u, i), slot = query * w.chunks + chunk - first_chunk<CHUNK>(seen);
+  const bool fresh = chunk == first_chunk<CHUNK>(seen), last = chunk == last_chunk<CHUNK>(seen);
   float before = 0.0f, now = 1.0f, factor = 1.0f;
   if (w.partials) {
     if (tx == 0) w.tops[2 * slot] = part.top, w.tops[2 * slot + 1] = part.sum;
@@ -202,7 +220,7 @@ __device__ __forceinline__ void load_floats(const Job &w, const Unit &u, int n, 
 template <int TY, int N>
 struct FloatUnit {
   enum { TX = THREADS / TY, QUERIES = OWN * TY, KEYS = TILE_KEYS / TX, CPT = SLICE / TX };
-  float acc[N][OWN][CPT];
+  float acc[N][OWN][CPT], sums[QUERIES / (THREADS / 32)];
   Total total[OWN];
 
   __device__ __forceinline__ void clear(const Kept &kept) {
@@ -213,7 +231,7 @@ struct FloatUnit {
 #pragma unroll
         for (int j = 0; j < CPT; j++) acc[b][i][j] = 0.0f;
     __syncthreads();
-    for (int i = threadIdx.x; i < QUERIES; i += THREADS) kept.top[i] = PE_NONE, kept.sum[i] = 0.0f;
+    for (int i = threadIdx.x; i < QUERIES; i += THREADS) kept.top[i] = PE_NONE;
   }
 
   __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, const Seen &seen, int tile, Slices &slices, const Kept &kept) {
@@ -226,7 +244,7 @@ struct FloatUnit {
 #pragma unroll
       for (int j = 0; j < KEYS; j++) kept.p[(OWN * ty + i) * PITCH + tx + TX * j] = s[i][j];
     __syncthreads();
-    soften(w, tile * TILE_KEYS, QUERIES, kept);
+    soften(w, tile * TILE_KEYS, kept, sums);
 #pragma unroll
     for (int b = 0; b < N; b++) {
       if (b >= slices_of(w.f)) break;
@@ -242,17 +260,20 @@ struct FloatUnit {
     const Kept kept = kept_of(w, QUERIES);
     const int ty = threadIdx.x / TX, tx = threadIdx.x % TX;
     load_floats(w, u, QUERIES, slices_of(w.e) * SLICE + 4);
-    Walk now = {0, 0, 0, 0};
+    WalkOf<CHUNK> now = {0, 0, 0, 0};
     now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
     if (now.more()) {
       Slices slices = {now, 0, 0};
-      find_cells(w, u, seen, now.chunk);
+      find_cells<CHUNK>(w, u, seen, now.chunk);
       slices.load(w, u, seen);
       clear(kept);
+#pragma unroll
+      for (float &sum : sums) sum = 0.0f;
       while (now.more()) {
         const int chunk = now.chunk;
         attend_tile(w, u, seen, now.tile, slices, kept);
         if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
+        fold_sums(kept, sums);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
           const int at = OWN * ty + i;

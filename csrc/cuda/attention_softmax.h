@@ -6,6 +6,7 @@
 #ifndef PE_CUDA_ATTENTION_SOFTMAX_H
 #define PE_CUDA_ATTENTION_SOFTMAX_H
 
+#include "activations.h"
 #include "attention.h"
 
 namespace pe {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void shrink(float (&acc)[4][4], float low, float high
   for (int i = 0; i < 4; i++) acc[i][0] *= low, acc[i][1] *= low, acc[i][2] *= high, acc[i][3] *= high;
 }
 
-template <bool NATURAL> __device__ __forceinline__ float power(float x) { return NATURAL ? expf(x) : power2(x); }
+template <bool NATURAL> __device__ __forceinline__ float power(float x) { return NATURAL ? exp_of(x) : power2(x); }
 
 /* total += part; both are relative to their tops. before, now: what their sums must be multiplied by. */
 template <bool NATURAL>
@@ -117,7 +118,7 @@ template <bool NATURAL>
 __device__ __forceinline__ float join_sink(const float *sinks, int head, Total &total) {
   if (!sinks) return 1.0f;
   const float y = sinks[head] * (NATURAL ? 1.0f : PE_LOG2_E), top = fmaxf(total.top, y), factor = power<NATURAL>(total.top - top);
-  total.sum = fmaf(total.sum, factor, power<NATURAL>(y - top));
+  total.sum = __fadd_rn(__fmul_rn(total.sum, factor), power<NATURAL>(y - top));
   return factor;
 }
 __device__ __forceinline__ float finished(float acc, float factor, float sum) { return __fdiv_rn(acc * factor, sum); }

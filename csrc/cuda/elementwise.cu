@@ -55,7 +55,7 @@ struct Scale {
 };
 struct SoftCap {
   float cap;
-  __device__ __forceinline__ float operator()(float v) const { return cap * tanhf(v / cap); }
+  __device__ __forceinline__ float operator()(float v) const { return pe::capped(v, cap); }
 };
 
 template <class F>

@@ -134,7 +134,7 @@ static __global__ void combine(float *y, const float *up, int64_t m, int n, int6
   if (i >= m * n) return;
   float &at = y[i / n * stride + i % n];
   float value = glu_of(glu, at) * up[i];
-  if (softcap != 0.0f) value = softcap * tanhf(value / softcap);
+  if (softcap != 0.0f) value = capped(value, softcap);
   at = value;
 }
 

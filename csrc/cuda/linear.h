@@ -135,7 +135,7 @@ __device__ __forceinline__ float finished(const Product &p, const Matrix &w, int
     y = glu_of(p.glu, y) * y1;
   }
   if (p.residual) y += p.residual[row * p.residual_stride + n];
-  if (p.softcap != 0.0f) y = p.softcap * tanhf(y / p.softcap);
+  if (p.softcap != 0.0f) y = capped(y, p.softcap);
   return y;
 }
 

@@ -1,11 +1,12 @@
 /* linear_rows.cu: rows of x, normed where there is a norm, as products read them: int8 with scales, bf16, f16 or float32. linear.h draws
  * the forms.
  *
- * A block of 256 threads owns a prepared row. A thread takes 4 elements of each 1024; eight lanes hold a block of 32. Sums of squares:
- * each thread's in order of k, then over lanes, then over warps in order, so they depend on k alone. Shared memory: a float for each warp.
+ * A block of 256 threads owns a prepared row. A thread takes 4 elements of each 1024; eight lanes hold a block of 32. Sums of squares
+ * are those of sums.h. Shared memory: what folds them, and a float for each warp.
  * Reads 4 k bytes a row (twice with a norm, the second time from L1), writes 1.25 k of int8: latency, not bandwidth, is the limit.
  */
 #include "linear.h"
+#include "sums.h"
 
 namespace pe {
 namespace {
@@ -13,7 +14,8 @@ namespace {
 constexpr int THREADS = 256;
 
 struct RowShared {
-  float sum[THREADS / 32], most[THREADS / 32];
+  BlockSums sums;
+  float most[THREADS / 32];
 };
 
 /* Elements e .. e + 3 of a row, zeros behind its end. */
@@ -27,17 +29,12 @@ __device__ __forceinline__ float4 load_row(const float *row, int e, int k) {
 
 /* 1 / sqrt(mean of squares + eps). */
 __device__ __forceinline__ float inverse_rms(const float *row, int k, float eps, RowShared &sh) {
-  float sum = 0.0f;
-  for (int e = 4 * threadIdx.x; e < k; e += 4 * THREADS) {
+  float s[4] = {};
+  for (int e = 4 * threadIdx.x; e < k; e += ROW_SUMS) {
     const float4 v = load_row(row, e, k);
-    sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum), sum = fmaf(v.w, v.w, sum);
+    s[0] = fmaf(v.x, v.x, s[0]), s[1] = fmaf(v.y, v.y, s[1]), s[2] = fmaf(v.z, v.z, s[2]), s[3] = fmaf(v.w, v.w, s[3]);
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) sh.sum[threadIdx.x / 32] = sum;
-  __syncthreads();
-  float all = 0.0f;
-  for (int i = 0; i < THREADS / 32; i++) all += sh.sum[i];
-  return 1.0f / sqrtf(all / static_cast<float>(k) + eps);
+  return 1.0f / sqrtf(fold_block(sh.sums, s) / static_cast<float>(k) + eps);
 }
 
 __device__ __forceinline__ float largest(const float4 &v) { /* as bits, so that a NaN is the largest */

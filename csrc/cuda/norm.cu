@@ -1,26 +1,29 @@
 /* norm.cu: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
  * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
  *
- * A row of d elements belongs to a team of threads: a warp up to 512 elements (eight rows a block), else a block of up to 512 threads.
- * Thread t of n owns the fours t, t + n, t + 2 n ... of its row, and keeps them in registers (up to KEEP fours, 16384 elements; beyond
+ * A row of d elements belongs to a team of threads: a warp up to 512 elements (eight rows a block), else a block of up to 256 threads.
+ * Thread t of n owns the fours t, t + n, t + 2 n ... of its row, and keeps them in registers (up to KEEP fours, 8192 elements; beyond
  * that they are read again for each pass). So a row is read once and written once: 8 bytes an element, 12 with a residual,
- * by 16-byte accesses; weights stay in L2. Sums: a thread's own in order, then a butterfly of shuffles, then the warps' in order
- * of their numbers, through 2 x 16 floats of shared memory. How they are grouped follows from d alone, so a row's bits depend on that
- * row alone. At one row a block is bound by latency: two barriers for each sum. out may be x or the residual.
+ * by 16-byte accesses; weights stay in L2. Sums are those of sums.h, of the CPU's bits, through 4 KB of shared memory. At one row a
+ * block is bound by latency: a barrier for each sum. out may be x or the residual.
  */
 #include <cmath>
 
+#include "activations.h"
 #include "strides.h"
+#include "sums.h"
 
 namespace {
 
-enum { WARP = 32, ROWS = 8, MOST_THREADS = 512, MOST_WARPS = MOST_THREADS / WARP };
+enum { WARP = 32, ROWS = 8, MOST_THREADS = pe::ROW_SUMS / 4, MOST_WARPS = MOST_THREADS / WARP };
 
-struct NormShared { float part[2][MOST_WARPS]; };
+struct NormShared {
+  pe::BlockSums sums;
+  float part[2][MOST_WARPS];
+};
 
 /* ---- what a team does together ---- */
 
-struct Add { __device__ __forceinline__ float operator()(float a, float b) const { return a + b; } };
 struct Most { /* the larger one; what is no number loses */
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
@@ -75,16 +78,28 @@ struct Row {
   }
 };
 
-/* Sum over the row of g(element). */
+/* Sum over the row of g(element, sum so far). again: it is not the first of the kernel. */
 template <int KEEP, class G>
-__device__ __forceinline__ float sum_of(Row<KEEP> &row, G g, NormShared &sh, int turn) {
-  float sum = 0;
+__device__ __forceinline__ float sum_of(Row<KEEP> &row, G g, NormShared &sh, bool again) {
+  float s[4] = {};
+  if (KEEP > 0 && KEEP <= 4 && blockDim.x == WARP) { /* fours 128 elements apart have sums of their own */
+    float own[4][4] = {};
+#pragma unroll
+    for (int i = 0; i < KEEP && i < 4; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        if (row.at(i) + j < row.d) own[i][j] = g(row.kept[i][j], 0.0f);
+#pragma unroll
+    for (int j = 0; j < 4; j++) s[j] = (own[0][j] + own[2][j]) + (own[1][j] + own[3][j]);
+    return pe::fold_fours(make_float4(s[0], s[1], s[2], s[3]));
+  }
   row.each([&](int64_t, int n, float v[4]) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
-      if (j < n) sum = g(v[j], sum);
+      if (j < n) s[j] = g(v[j], s[j]);
   });
-  return team(Add(), sum, 0.0f, sh, turn);
+  if (again) __syncthreads();
+  return pe::fold_block(sh.sums, s);
 }
 
 __device__ __forceinline__ void read_or(const float *p, int64_t start, int n, float otherwise, float v[4]) {
@@ -104,8 +119,8 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_kernel(Rows rows, const flo
   const int64_t i = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, d = rows.d;
   if (i >= rows.n) return; /* whole warps: a block of several rows has no barriers */
   Row<KEEP> row(x + i * d, d);
-  const float mean = CENTRED ? sum_of(row, [](float v, float sum) { return sum + v; }, sh, 0) / (float)d : 0.0f;
-  const float squares = sum_of(row, [=](float v, float sum) { return fmaf(v - mean, v - mean, sum); }, sh, 1);
+  const float mean = CENTRED ? sum_of(row, [](float v, float sum) { return sum + v; }, sh, false) / (float)d : 0.0f;
+  const float squares = sum_of(row, [=](float v, float sum) { return fmaf(v - mean, v - mean, sum); }, sh, CENTRED);
   const float inv = 1.0f / sqrtf(squares / (float)d + eps);
   const float *more = add ? add + i * add_pitch : nullptr;
   float *to = out + i * d;
@@ -135,12 +150,12 @@ __global__ void __launch_bounds__(MOST_THREADS) softmax_kernel(Rows rows, const 
       if (j < n) top = fmaxf(v[j] * scale, top);
   });
   top = team(Most(), top, -INFINITY, sh, 0);
-  const float sum = sum_of(row, [=](float v, float total) { return total + expf(__fmul_rn(v, scale) - top); }, sh, 1);
+  const float sum = sum_of(row, [=](float v, float total) { return total + pe::exp_of(__fmul_rn(v, scale) - top); }, sh, false);
   const float inv = 1.0f / sum;
   row.each([&](int64_t start, int n, float v[4]) {
     float y[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) y[j] = j < n ? expf(__fmul_rn(v[j], scale) - top) * inv : 0.0f;
+    for (int j = 0; j < 4; j++) y[j] = j < n ? pe::exp_of(__fmul_rn(v[j], scale) - top) * inv : 0.0f;
     pe::store4(out + i * d + start, n, y);
   });
 }
@@ -153,7 +168,7 @@ __global__ void __launch_bounds__(MOST_THREADS) reduce_kernel(Rows rows, const f
   Row<KEEP> row(x + i * d, d);
   float y;
   if constexpr (KIND == PE_REDUCE_KIND_SUM || KIND == PE_REDUCE_KIND_MEAN) {
-    y = sum_of(row, [](float v, float sum) { return sum + v; }, sh, 0);
+    y = sum_of(row, [](float v, float sum) { return sum + v; }, sh, false);
     if (KIND == PE_REDUCE_KIND_MEAN) y /= (float)d;
   } else {
     const float sign = KIND == PE_REDUCE_KIND_MAX ? 1.0f : -1.0f;

@@ -9,6 +9,7 @@
  * Every float is made by the operations of csrc/cpu/rope.c in their order, so that caches hold the same bytes.
  */
 #include "cells.h"
+#include "sums.h"
 
 namespace {
 
@@ -19,12 +20,9 @@ struct Heads { float x[4]; };
 
 __device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
 
-/* 1 / sqrt(mean of squares + eps): sums of elements 16 apart, then the tree of csrc/cpu/simd.h over those 16. */
+/* 1 / sqrt(mean of squares + eps) */
 __device__ float inverse_rms(const float *x, int n, float eps) {
-  float sum = 0.0f;
-  for (int i = lane_of() % 16; i < n; i += 16) sum = fmaf(x[i], x[i], sum);
-#pragma unroll
-  for (int d = 8; d; d /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, d));
+  const float sum = pe::sum_of_warp(n, [=](int i, float so_far) { return fmaf(x[i], x[i], so_far); });
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)n), eps)));
 }
 

@@ -12,6 +12,7 @@
 
 #include "activations.h"
 #include "strides.h"
+#include "sums.h"
 
 namespace {
 
@@ -45,24 +46,18 @@ __device__ __forceinline__ Best best_of_lane(const uint32_t *key, int n, int lan
   return best;
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
-
 /* g[j] = softmax or sigmoid of a row's scores; a lane its own. */
 __device__ __forceinline__ void gates_of(const float *x, float *g, int n, int softmax, int lane) {
   if (!softmax) {
     for (int j = lane; j < n; j += WARP) g[j] = pe::sigmoid(x[j]);
     return;
   }
-  float top = -INFINITY, sum = 0;
+  float top = -INFINITY;
   for (int j = lane; j < n; j += WARP) top = fmaxf(x[j], top);
 #pragma unroll
   for (int d = WARP / 2; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-  for (int j = lane; j < n; j += WARP) sum += g[j] = expf(x[j] - top);
-  sum = warp_sum(sum);
+  for (int j = lane; j < n; j += WARP) g[j] = pe::exp_of(x[j] - top);
+  const float sum = pe::sum_of_warp(n, [=](int i, float so_far) { return so_far + g[i]; }); /* of this lane's own */
   for (int j = lane; j < n; j += WARP) g[j] /= sum;
 }
 

@@ -2,17 +2,18 @@
  * Reference: pyengine/ops/attention.py: attention.
  *
  *   query   one head of one row; the queries of a key/value head are numbered row by row, `slots` of them a row
- *   tile    32 keys, aligned in their LOGICAL numbers; chunk: 256 keys, aligned likewise
+ *   tile    64 keys, aligned in their LOGICAL numbers; chunk: 256 keys, aligned likewise; a half of a tile is loaded at a time
  *
  * Three kernels run one after the other: attention_queries scales the queries, attention_chunks does the work, attention_finish divides.
  * Online softmax starts afresh in each chunk, and chunks are merged in ascending order. A threadgroup of attention_chunks owns 32 queries
  * and all of their chunks (prompts, encoders), or, where rows are few, the heads of one row and one chunk (SPLIT), whose result
  * attention_finish merges. Both do the same with a query: a score is a chain of products of 8 x 8 matrices, e ascending, an output one
  * with keys ascending; tiles and chunks that a query does not see change nothing of it. So a row has the same bits alone, beside others,
- * and in a prompt however it is cut.
+ * and in a prompt however it is cut. Tiles, chunks, tops and the order of sums are the CPU's (csrc/cpu/attention.c): where a matrix adds its
+ * 8 products one after the other, as in emulation, results over caches of plain numbers have the CPU's bits.
  *
- * Where keys lie in blocks, queries are mixed and rounded to 8 bits first, one scale a head, as on the CPU; results over blocks are mixed
- * back. products="int8" allows the CPU to round more; here it is computed as "float".
+ * Where keys lie in blocks, queries are mixed and rounded to 8 bits first, one scale a head, and products are of codes, exact in float: each
+ * block's sum times its scale joins the score, as on the CPU; results over blocks are mixed back. products="int8" allows the CPU to round more; here it is computed as "float".
  *
  * Roofline of attention_chunks: a threadgroup reads the cells of its keys once. Of each byte of F16, 8 queries make 8 operations and 32
  * make 32; an M3 Max has time for 35 (400 GB/s, 14 TFLOP/s). So memory is the limit for single rows, and products are for prompts, where
@@ -35,11 +36,11 @@ PE_CONSTANT(bool, CAPPED, 8);
 PE_CONSTANT(bool, SPLIT, 9);
 PE_CONSTANT(bool, SUNK, 10);       /* there are sinks */
 
-enum { TILE = 32, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 36, MOST_QUERIES = 32, MOST_WIDTH = 256, RAW_STRIDE = 276 };
+enum { HALF = 32, TILE = 64, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 68, MOST_QUERIES = 32, MOST_WIDTH = 256, RAW_STRIDE = 276 };
 
 struct attention_args {
   int m, heads, group, slots;      /* group: heads of a key/value head; slots: queries of a row, group or more */
-  int e, ep, f, queries;           /* ep: e in whole 8s; queries: of a key/value head, padded */
+  int e, ep, eq, f, queries;       /* ep: e in whole 8s; eq: floats from a query to the next; queries: of a key/value head, padded */
   int l, n_cells, sequences, cells_stride;
   int chunks;                      /* SPLIT: of one row, at most */
   int k_run, v_run;                /* elements that are mixed together */
@@ -51,7 +52,8 @@ struct attention_args {
 
 /* ---- queries ----
  *
- * A simdgroup owns one query: times scale, and where keys lie in blocks mixed and rounded, to queries[head][query][ep], with zeros behind.
+ * A simdgroup owns one query: times scale, to queries[head][query][eq], with zeros behind. Where keys lie in blocks it is mixed, and becomes
+ * codes; behind them what one is worth, and the sum of each 32.
  * Shared memory: 512 floats, to mix. 8 bytes of traffic an element.
  */
 kernel void attention_queries(constant attention_args &a [[buffer(0)]], device const uchar *q [[buffer(1)]],
@@ -59,7 +61,7 @@ kernel void attention_queries(constant attention_args &a [[buffer(0)]], device c
                               uint3 at [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
   const int row = (int)at.x / a.slots, i = (int)at.x % a.slots, there = row < a.m && i < a.group;
   device const uchar *from = q + (there ? row * a.q_row + ((int)at.y * a.group + i) * a.q_head : 0);
-  device float *to = queries + ((long)at.y * a.queries + at.x) * a.ep;
+  device float *to = queries + ((long)at.y * a.queries + at.x) * a.eq;
   threadgroup float *x = shared;
   for (int j = (int)lane; j < a.ep; j += 32) x[j] = there && j < a.e ? *(device const float *)(from + j * a.q_step) * a.scale : 0.0f;
   if (is_block(K_FORMAT)) {
@@ -67,17 +69,22 @@ kernel void attention_queries(constant attention_args &a [[buffer(0)]], device c
     float most = 0.0f;
     for (int j = (int)lane; j < a.e; j += 32) most = max(most, fabs(x[j]));
     const float d = simd_max(most) / 127.0f, inverse = inverse_of(d);
-    for (int j = (int)lane; j < a.e; j += 32) x[j] = rint(x[j] * inverse) * d;
+    for (int j = (int)lane; j < a.e; j += 32) {
+      x[j] = rint(x[j] * inverse);
+      const float sum = simd_sum(x[j]);                       /* whole numbers: any order */
+      if (lane == 0) to[a.ep + 1 + j / 32] = sum;
+    }
+    if (lane == 0) to[a.ep] = d;
   }
   for (int j = (int)lane; j < a.ep; j += 32) to[j] = x[j];
 }
 
 /* ---- chunks ---- */
 
-/* Floats of the shared memory of attention_chunks before each area, 15.6 KB and 8.8 for blocks: places in a matrix; of each query its
+/* Floats of the shared memory of attention_chunks before each area, 19.8 KB and 8.8 for blocks: places in a matrix; of each query its
  * interval, that in the run of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile;
- * whether a simdgroup loaded a value that is no number; scores, then probabilities [query][36]; 64 elements of a tile's keys or values
- * [32][68]; cells of blocks as they are [32][276 bytes]. */
+ * whether a simdgroup loaded a value that is no number; scores, then probabilities [query][68]; 64 elements of keys or values of half a
+ * tile [32][68]; cells of blocks as they are [32][276 bytes]. */
 enum {
   AT_PLACES = 0,
   AT_LO = 64,
@@ -94,7 +101,7 @@ enum {
   AT_BAD = AT_CELLS + TILE,
   AT_SCORES = AT_BAD + 4,
   AT_SLICE = AT_SCORES + MOST_QUERIES * SCORE_STRIDE,
-  AT_RAW = AT_SLICE + TILE * SLICE_STRIDE
+  AT_RAW = AT_SLICE + HALF * SLICE_STRIDE
 };
 
 /* What a thread knows of its threadgroup's work. */
@@ -138,7 +145,7 @@ static inline int2 interval_of(constant attention_args &a, int row, device const
   return int2(first, end);
 }
 
-/* Cells of the tile at key0; -1 for those that no query of the run sees. Threads 0 .. 31 own a key each. */
+/* Cells of the tile at key0; -1 for those that no query of the run sees. Threads 0 .. 63 own a key each. */
 static inline void find_cells(constant attention_args &a, thread const work &w, int key0, device const int *cells, device pe_fault *fault,
                               threadgroup float *shared) {
   if (w.index >= TILE) return;
@@ -155,14 +162,14 @@ static inline void find_cells(constant attention_args &a, thread const work &w, 
   ints(shared, AT_CELLS)[w.index] = cell;
 }
 
-/* The cells of the tile, whose elements are blocks, as they are, all at once: blocks end anywhere in a sector, and a thread's part of one
+/* The cells of half a tile, whose elements are blocks, as they are, all at once: blocks end anywhere in a sector, and a thread's part of one
  * would be three requests. */
-static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, threadgroup float *shared,
-                              int index) {
+static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, int half_,
+                              threadgroup float *shared, int index) {
   threadgroup uchar *raw = (threadgroup uchar *)(shared + AT_RAW);
   const int size = words ? 4 : 2, parts = count / 32 * block_bytes(format) / size;
-  for (int i = index; i < TILE * parts; i += 128) {
-    const int key = i / parts, at = i % parts * size, cell = ints(shared, AT_CELLS)[key];
+  for (int i = index; i < HALF * parts; i += 128) {
+    const int key = i / parts, at = i % parts * size, cell = ints(shared, AT_CELLS)[HALF * half_ + key];
     if (cell < 0) continue;
     if (words) *(threadgroup uint *)(raw + key * RAW_STRIDE + at) = *(device const uint *)(head + cell * cell_bytes + at);
     else *(threadgroup ushort *)(raw + key * RAW_STRIDE + at) = *(device const ushort *)(head + cell * cell_bytes + at);
@@ -170,16 +177,17 @@ static inline void copy_cells(int format, bool words, device const uchar *head, 
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-/* Elements from .. from + 63 of the tile's keys or values, zero where there are none. A thread owns four of every 8th key, so that 16 of
- * them read a cell side by side. Returns whether all are numbers. */
-static inline bool load_slice(int format, bool whole, device const uchar *head, long cell_bytes, long step, int from, int count,
+/* Elements from .. from + 63 of the keys or values of half a tile, or their codes, zero where there are none. A thread owns four of every 8th
+ * key, so that 16 of them read a cell side by side. Returns whether all are numbers. */
+static inline bool load_slice(int format, bool codes, bool whole, device const uchar *head, long cell_bytes, long step, int from, int count, int half_,
                               threadgroup float *shared, int index) {
   bool good = true;
-  for (int key = index / 16; key < TILE; key += 8) {
-    const int cell = ints(shared, AT_CELLS)[key], i = from + index % 16 * 4;
+  for (int key = index / 16; key < HALF; key += 8) {
+    const int cell = ints(shared, AT_CELLS)[HALF * half_ + key], i = from + index % 16 * 4;
     float4 y = float4(0.0f);
     if (cell >= 0 && i < count) {
-      if (is_block(format)) y = block4(format, (threadgroup const uchar *)(shared + AT_RAW) + key * RAW_STRIDE, i);
+      threadgroup const uchar *raw = (threadgroup const uchar *)(shared + AT_RAW) + key * RAW_STRIDE;
+      if (is_block(format)) y = codes ? codes4(format, raw, i) : block4(format, raw, i);
       else y = load_cell4(format, whole, head + cell * cell_bytes, step, i, count);
     }
     for (int j = 0; j < 4; j++) good = good && isfinite(y[j]);
@@ -188,74 +196,110 @@ static inline bool load_slice(int format, bool whole, device const uchar *head, 
   return good;
 }
 
-/* Scores of the tile: with four tiles of queries each simdgroup takes one and all keys, else 8 of the keys. */
-static inline void score_tile(constant attention_args &a, thread const work &w, device const float *queries, device const uchar *k,
-                              threadgroup float *shared) {
+/* total += the products of block `block` in s, of 8 n keys from key0 on of half a tile, which are cleared. */
+static inline void add_block(constant attention_args &a, thread const work &w, device const float *q, int block, int n, int key0,
+                             threadgroup const float *shared, thread simdgroup_float8x8 *s, thread float *total) {
+  threadgroup const uchar *raw = (threadgroup const uchar *)(shared + AT_RAW);
+  for (int t = 0; t < n; t++) {
+    for (int e = 0; e < 2; e++) {
+      const float2 of = scales_of(K_FORMAT, raw + (key0 + 8 * t + w.c[e]) * RAW_STRIDE, block);
+      float y = fma(s[t].thread_elements()[e], of.x, total[2 * t + e]);
+      if (K_FORMAT == PE_Q4_1) y = fma(q[w.r[e] * a.eq + a.ep + 1 + block], of.y, y);
+      total[2 * t + e] = y;
+    }
+    s[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+}
+
+/* Scores of half a tile: with four tiles of queries each simdgroup takes one and all keys, else 8 of the keys. */
+static inline void score_keys(constant attention_args &a, thread const work &w, int half_, device const float *queries,
+                              device const uchar *k, threadgroup float *shared) {
   const int n = TILES == 4 ? 4 : 1, key0 = TILES == 4 ? 0 : 8 * w.warp;
-  device const float *q = queries + ((long)w.head * a.queries + w.first + 8 * w.tile) * a.ep;
+  device const float *q = queries + ((long)w.head * a.queries + w.first + 8 * w.tile) * a.eq;
   simdgroup_float8x8 s[4];
+  float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};   /* of blocks */
   for (int t = 0; t < n; t++) s[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   k += w.head * a.k_head;
-  if (is_block(K_FORMAT)) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, a.e, shared, w.index);
+  if (is_block(K_FORMAT)) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, a.e, half_, shared, w.index);
   for (int from = 0; from < a.ep; from += SLICE) {
-    load_slice(K_FORMAT, K_WHOLE, k, a.k_cell, a.k_step, from, a.e, shared, w.index);
+    load_slice(K_FORMAT, is_block(K_FORMAT), K_WHOLE, k, a.k_cell, a.k_step, from, a.e, half_, shared, w.index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = 0; i < min((int)SLICE, a.ep - from); i += 8) {
       simdgroup_float8x8 left, right;
-      simdgroup_load(left, q + from + i, a.ep);
+      simdgroup_load(left, q + from + i, a.eq);
       for (int t = 0; t < n; t++) {
         simdgroup_load(right, shared + AT_SLICE + (key0 + 8 * t) * SLICE_STRIDE + i, SLICE_STRIDE, ulong2(0), true);
         simdgroup_multiply_accumulate(s[t], left, right, s[t]);
       }
+      if (is_block(K_FORMAT) && i % 32 == 24) add_block(a, w, q, (from + i) / 32, n, key0, shared, s, total);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  for (int t = 0; t < n; t++) simdgroup_store(s[t], shared + AT_SCORES + 8 * w.tile * SCORE_STRIDE + key0 + 8 * t, SCORE_STRIDE);
+  if (is_block(K_FORMAT))
+    for (int t = 0; t < n; t++)
+      for (int e = 0; e < 2; e++) s[t].thread_elements()[e] = total[2 * t + e] * q[w.r[e] * a.eq + a.ep];
+  threadgroup float *to = shared + AT_SCORES + 8 * w.tile * SCORE_STRIDE + HALF * half_ + key0;
+  for (int t = 0; t < n; t++) simdgroup_store(s[t], to + 8 * t, SCORE_STRIDE);
 }
 
-/* Scores of a tile become probabilities relative to their query's new top; those of masked keys 0. Four lanes own a query, 8 keys each. */
-static inline void soften(constant attention_args &a, thread const work &w, int key0, threadgroup float *shared) {
-  const int query = w.index / 4, from = w.index % 4 * 8;
+/* A query's top moves only when a score passes it by so much (csrc/cpu/attention_softmax.h). */
+constant float SLACK = 8.0f;
+
+/* Scores of a tile become probabilities relative to their query's top; those of masked keys 0. Four lanes own a query: lane q of them keys
+ * 4 q .. 4 q + 3 of every 16, whose sums it keeps. */
+static inline void soften(constant attention_args &a, thread const work &w, int key0, threadgroup float *shared, thread float *sums) {
+  const int query = w.index / 4, from = w.index % 4 * 4;
   const int lo = ints(shared, AT_RUN_LO)[query] - key0 - from, hi = ints(shared, AT_RUN_HI)[query] - key0 - from;
   threadgroup float *p = shared + AT_SCORES + query * SCORE_STRIDE + from;
   const float old = shared[AT_TOP + query];
-  float x[8], best = -INFINITY, total = 0.0f;
-  for (int i = 0; i < 8; i++) {
-    x[i] = CAPPED ? capped(p[i], a.softcap) : p[i];
-    if (lo <= i && i < hi) best = max(best, x[i]);
-  }
+  float best = -INFINITY;
+  for (int i = 0; i < TILE; i += 16)
+    for (int j = i; j < i + 4; j++)
+      if (lo <= j && j < hi) {
+        if (CAPPED) p[j] = tanh_of(p[j] * (1.0f / a.softcap)) * a.softcap;
+        best = max(best, p[j]);
+      }
   best = max(best, simd_shuffle_xor(best, 1));
   best = max(best, simd_shuffle_xor(best, 2));
-  const float top = max(old, best);
-  for (int i = 0; i < 8; i++) {
-    const float y = lo <= i && i < hi ? precise::exp(x[i] - top) : 0.0f;
-    p[i] = y;
-    total += y;
-  }
-  total += simd_shuffle_xor(total, 1);
-  total += simd_shuffle_xor(total, 2);
-  const float shrink = old == top ? 1.0f : precise::exp(old - top);
+  const bool moves = best > old + SLACK;
+  const float top = moves ? best : old, shrink = moves ? exp_of(old - best) : 1.0f;
+  for (int j = 0; j < 4; j++) sums[j] *= shrink;
+  for (int i = 0; i < TILE; i += 16)
+    for (int j = 0; j < 4; j++) {
+      const float y = lo <= i + j && i + j < hi ? exp_of(p[i + j] - top) : 0.0f;
+      p[i + j] = y;
+      sums[j] += y;
+    }
   simdgroup_barrier(mem_flags::mem_threadgroup);
   if (from) return;
   shared[AT_TOP + query] = top;
-  shared[AT_SUM + query] = fma(shared[AT_SUM + query], shrink, total);
   shared[AT_SHRINK + query] = shrink;
+}
+
+/* A chunk is at its end: a query's 16 sums become one. */
+static inline void fold_sums(thread const work &w, threadgroup float *shared, thread float *sums) {
+  for (int j = 0; j < 4; j++) {
+    sums[j] += simd_shuffle_xor(sums[j], 2);
+    sums[j] += simd_shuffle_xor(sums[j], 1);
+  }
+  if (w.index % 4 == 0) shared[AT_SUM + w.index / 4] = (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 /* Values of a slice that are no numbers count for the queries that see them, and are then 0 for the products, which would carry them to all
  * queries of a matrix. */
-static inline void add_bad_values(thread const work &w, int key0, int slice, threadgroup float *shared, thread outputs &o) {
+static inline void add_bad_values(thread const work &w, int key0, int half_, int slice, threadgroup float *shared, thread outputs &o) {
   for (int j = 0; j < per_slice(); j++)
     for (int e = 0; e < 2; e++) {
       const int query = 8 * w.tile + w.r[e];
-      for (int key = 0; key < TILE; key++) {
+      for (int key = 0; key < HALF; key++) {
         const float y = shared[AT_SLICE + key * SLICE_STRIDE + 8 * (first_of_slice(w) + j) + w.c[e]];
-        if (!isfinite(y) && ints(shared, AT_RUN_LO)[query] <= key0 + key && key0 + key < ints(shared, AT_RUN_HI)[query])
-          o.acc[slice * per_slice() + j].thread_elements()[e] += shared[AT_SCORES + query * SCORE_STRIDE + key] * y;
+        if (!isfinite(y) && ints(shared, AT_RUN_LO)[query] <= key0 + HALF * half_ + key &&
+            key0 + HALF * half_ + key < ints(shared, AT_RUN_HI)[query])
+          o.acc[slice * per_slice() + j].thread_elements()[e] += shared[AT_SCORES + query * SCORE_STRIDE + HALF * half_ + key] * y;
       }
     }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int key = w.index / 16; key < TILE; key += 8)
+  for (int key = w.index / 16; key < HALF; key += 8)
     for (int i = 0; i < 4; i++) {
       threadgroup float *y = shared + AT_SLICE + key * SLICE_STRIDE + w.index % 16 * 4 + i;
       if (!isfinite(*y)) *y = 0.0f;
@@ -263,25 +307,25 @@ static inline void add_bad_values(thread const work &w, int key0, int slice, thr
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-/* acc = acc * shrink + probabilities of the tile times its values. */
-static inline void add_values(constant attention_args &a, thread const work &w, int key0, device const uchar *v, threadgroup float *shared,
-                              thread outputs &o) {
+/* acc = acc * shrink + probabilities of half a tile times its values; only the first half of a tile that is taken shrinks. */
+static inline void add_values(constant attention_args &a, thread const work &w, int key0, int half_, bool shrinks, device const uchar *v,
+                              threadgroup float *shared, thread outputs &o) {
   v += w.head * a.v_head;
-  if (is_block(V_FORMAT)) copy_cells(V_FORMAT, V_WHOLE, v, a.v_cell, a.f, shared, w.index);
+  if (is_block(V_FORMAT)) copy_cells(V_FORMAT, V_WHOLE, v, a.v_cell, a.f, half_, shared, w.index);
   PE_UNROLL
   for (int slice = 0; slice < SLICES; slice++) {
-    const bool good = load_slice(V_FORMAT, V_WHOLE, v, a.v_cell, a.v_step, SLICE * slice, a.f, shared, w.index);
+    const bool good = load_slice(V_FORMAT, false, V_WHOLE, v, a.v_cell, a.v_step, SLICE * slice, a.f, half_, shared, w.index);
     const bool all_good = simd_all(good);
     if (w.lane == 0) ints(shared, AT_BAD)[w.warp] = !all_good;
     PE_UNROLL
-    for (int j = 0; j < per_slice(); j++)
+    for (int j = 0; shrinks && j < per_slice(); j++)
       for (int e = 0; e < 2; e++) o.acc[slice * per_slice() + j].thread_elements()[e] *= shared[AT_SHRINK + 8 * w.tile + w.r[e]];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup const int *bad = ints(shared, AT_BAD);
-    if (bad[0] | bad[1] | bad[2] | bad[3]) add_bad_values(w, key0, slice, shared, o);
-    for (int key = 0; key < TILE; key += 8) {
+    if (bad[0] | bad[1] | bad[2] | bad[3]) add_bad_values(w, key0, half_, slice, shared, o);
+    for (int key = 0; key < HALF; key += 8) {
       simdgroup_float8x8 left, right;
-      simdgroup_load(left, shared + AT_SCORES + 8 * w.tile * SCORE_STRIDE + key, SCORE_STRIDE);
+      simdgroup_load(left, shared + AT_SCORES + 8 * w.tile * SCORE_STRIDE + HALF * half_ + key, SCORE_STRIDE);
       PE_UNROLL
       for (int j = 0; j < per_slice(); j++) {
         simdgroup_load(right, shared + AT_SLICE + key * SLICE_STRIDE + 8 * (first_of_slice(w) + j), SLICE_STRIDE);
@@ -298,27 +342,30 @@ static inline void run_chunk(constant attention_args &a, thread const work &w, i
                              threadgroup float *shared, thread outputs &o) {
   if (w.index < 8 * TILES) {
     shared[AT_TOP + w.index] = -INFINITY;
-    shared[AT_SUM + w.index] = 0.0f;
   }
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   PE_UNROLL
   for (int j = 0; j < SLICES * per_slice(); j++) o.acc[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   for (int key0 = chunk * CHUNK; key0 < (chunk + 1) * CHUNK; key0 += TILE) {
     if (key0 + TILE <= w.lo || key0 >= w.hi) continue;
     find_cells(a, w, key0, cells, fault, shared);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    score_tile(a, w, queries, k, shared);
+    const int begin = key0 + HALF <= w.lo ? 1 : 0, end = key0 + HALF >= w.hi ? 1 : 2; /* halves that have keys of the run */
+    for (int half_ = begin; half_ < end; half_++) score_keys(a, w, half_, queries, k, shared);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (w.index < TILE * TILES) soften(a, w, key0, shared);
+    if (w.index < 32 * TILES) soften(a, w, key0, shared, sums);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    add_values(a, w, key0, v, shared, o);
+    for (int half_ = begin; half_ < end; half_++) add_values(a, w, key0, half_, half_ == begin, v, shared, o);
   }
+  if (w.index < 32 * TILES) fold_sums(w, shared, sums);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 /* Factors of what there was and of what comes where two partial sums with tops of their own become one, whose top is returned. */
 static inline float merged(float top, float next, thread float &shrink, thread float &grow) {
   const float now = max(top, next);
-  shrink = precise::exp(top - now);
-  grow = precise::exp(next - now);
+  shrink = exp_of(top - now);
+  grow = exp_of(next - now);
   return now;
 }
 
@@ -495,8 +542,8 @@ kernel void attention_finish(constant attention_args &a [[buffer(0)]], device co
   float shrink = 1.0f;
   if (SUNK) {
     const float sink = sinks[at.x], now = max(t.top, sink);
-    shrink = precise::exp(t.top - now);
-    t.sum = t.sum * shrink + precise::exp(sink - now);
+    shrink = exp_of(t.top - now);
+    t.sum = t.sum * shrink + exp_of(sink - now);
   }
   PE_UNROLL
   for (int j = 0; j < LANE_ELEMENTS; j++) shared[lane + 32 * j] = t.y[j] * shrink / t.sum;

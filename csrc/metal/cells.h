@@ -35,20 +35,32 @@ static inline float4 load_cell4(int format, bool whole, device const uchar *cell
   return y;
 }
 
-/* Elements i .. i + 3 of a cell of blocks that was copied to threadgroup memory; its address is a multiple of 2. */
-static inline float4 block4(int format, threadgroup const uchar *cell, int i) {
+/* Codes of elements i .. i + 3 of a cell of blocks that was copied to threadgroup memory; its address is a multiple of 2. */
+static inline float4 codes4(int format, threadgroup const uchar *cell, int i) {
   threadgroup const uchar *block = cell + i / 32 * block_bytes(format);
   const int at = i % 32;
-  const float d = (float)*(threadgroup const half *)block;
   threadgroup const ushort *from = (threadgroup const ushort *)(block + (format == PE_Q4_1 ? 4 : 2) + (format == PE_Q8_0 ? at : at % 16));
   const uint codes = (uint)from[0] | (uint)from[1] << 16;
   float4 y;
   for (int j = 0; j < 4; j++) {
     const uint byte = codes >> 8 * j;
-    if (format == PE_Q8_0) y[j] = (float)(int)(char)byte * d;
-    else if (format == PE_Q4_0) y[j] = (float)((int)(byte >> at / 16 * 4 & 15u) - 8) * d;
-    else y[j] = fma((float)(byte >> at / 16 * 4 & 15u), d, (float)((threadgroup const half *)block)[1]);
+    y[j] = format == PE_Q8_0 ? (float)(int)(char)byte : (float)((int)(byte >> at / 16 * 4 & 15u) - (format == PE_Q4_0 ? 8 : 0));
   }
+  return y;
+}
+
+/* The block's scale, and what is added to the elements of one of Q4_1. */
+static inline float2 scales_of(int format, threadgroup const uchar *cell, int block) {
+  threadgroup const half *from = (threadgroup const half *)(cell + block * block_bytes(format));
+  return float2((float)from[0], format == PE_Q4_1 ? (float)from[1] : 0.0f);
+}
+
+/* The elements. */
+static inline float4 block4(int format, threadgroup const uchar *cell, int i) {
+  const float4 codes = codes4(format, cell, i);
+  const float2 s = scales_of(format, cell, i / 32);
+  float4 y;
+  for (int j = 0; j < 4; j++) y[j] = format == PE_Q4_1 ? fma(codes[j], s.x, s.y) : codes[j] * s.x;
   return y;
 }
 

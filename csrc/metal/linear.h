@@ -5,8 +5,8 @@
  * matrix; blocks of columns of all sets are counted through along x of the grid, blocks of rows along y. With experts a block of rows
  * is a tile of the table that experts.metal makes: rows of one expert, in sorted order; `order` says where each row's result goes.
  *
- * Every sum over k is cut into PARTS runs of whole 256s, and parts are added in order. The cut follows from k alone, so one row and
- * many rows, whoever multiplies them, add up the same numbers in the same order.
+ * Every sum over k is cut into at most 16 slices of whole 256s, each summed from zero, and slices are added in order. The cut follows from k
+ * alone and is the CPU's (csrc/cpu/linear_parts.h), so one row and many rows, whoever multiplies them, add up the same numbers in the same order.
  */
 #ifndef PE_METAL_LINEAR_H
 #define PE_METAL_LINEAR_H
@@ -25,7 +25,7 @@ PE_CONSTANT(bool, GIVEN, 7);    /* glu: the second product is there already, in 
 
 #define PAIR (GLU && !GIVEN)    /* both matrices of a glu are multiplied */
 
-enum { PARTS = 4, GROUP = 16, TILE_COLUMNS = 64 };
+enum { SIMDGROUPS = 4, GROUP = 16, TILE_COLUMNS = 64 };
 
 struct linear_args {
   int rows, k, sets;
@@ -60,8 +60,8 @@ static inline owned owned_by(constant linear_args &a, uint3 group, int columns, 
   return y;
 }
 
-/* Part p of k: begin .. end - 1. */
-static inline int part_begin(int k, int p) { return min(k, (k + 255) / 256 * p / PARTS * 256); }
+/* Elements of k in a slice. */
+static inline int slice_of(int k) { return (k + 4095) / 4096 * 256; }
 
 /* One of four buffers. */
 #define PE_OF_SET(name, set) ((set) == 0 ? name##0 : (set) == 1 ? name##1 : (set) == 2 ? name##2 : name##3)

@@ -5,8 +5,8 @@
  * Rows of x become codes of 8 bits with one scale for 32 of k, exactly as on the CPU (csrc/cpu/codes.h), so that both backends
  * multiply the same numbers. A GPU of Apple's has no product of bytes, but whole numbers below 2^24 are exact in float, whatever the
  * order of a sum: 32 products of a code below 2^11 and one below 2^7 are. So a step's sum has the same bits from a lane's fma and
- * from a simdgroup_matrix, and what follows is the same in both kernels:
- *     acc = fma(sum * s, d, acc);  acc = fma(o, d * sum of x, acc);  each 32 (or 16) of k in order; parts of k added in order
+ * from a simdgroup_matrix, and what follows is the same in both kernels, and on the CPU:
+ *     acc = fma(sum * s, d, acc);  acc = fma(o, d * sum of x, acc);  each 32 (or 16) of k in order; slices of k added in order
  * A row therefore has the same bits alone, beside others, and in a prompt however it is cut.
  */
 #include "linear.h"
@@ -18,8 +18,8 @@
  *
  * A threadgroup of 8 simdgroups owns 64 blocks of 32 of k of one row; a lane owns one element at a time. With a norm each threadgroup
  * sums the squares of the whole row for itself, in one team or in each simdgroup (team.h). Roofline: 4 bytes read and 2.4 written for
- * each element (4 more as floats); for one row of 4096 that is 26 KB, so the launch itself is the cost. Shared memory: 32 floats, sums of
- * simdgroups.
+ * each element (4 more as floats); for one row of 4096 that is 26 KB, so the launch itself is the cost. Shared memory: 256 floats, for
+ * that sum.
  */
 
 PE_CONSTANT(bool, NORMED, 8);
@@ -37,9 +37,7 @@ enum { PREPARE_BLOCKS = 64 };
 
 /* 1 / root mean square of a row, in every thread: summed as norm.metal does, so that a fused norm has the bits of rms_norm. */
 static inline float inverse_rms(team t, device const float *x, int k, float eps) {
-  float sum = 0.0f;
-  for (int i = t.at; i < k; i += t.size) sum = fma(x[i], x[i], sum);
-  return 1.0f / sqrt(team_sum(t, sum, 0) / (float)k + eps);
+  return 1.0f / sqrt(row_sum(t, x, k, true, 0.0f, 0) / (float)k + eps);
 }
 
 kernel void prepare_rows(constant prepare_args &a [[buffer(0)]], device const float *x [[buffer(1)]],
@@ -73,17 +71,17 @@ kernel void prepare_rows(constant prepare_args &a [[buffer(0)]], device const fl
 
 /* ---- few rows ----
  *
- * A threadgroup of 4 simdgroups owns 16 GROUPS columns (of both matrices with glu) for up to 8 rows; simdgroup p owns part p of k. A lane
+ * A threadgroup of 4 simdgroups owns 16 GROUPS columns (of both matrices with glu) for up to 8 rows; simdgroup p owns slices p, p + 4 .. of k. A lane
  * owns a row of each group and half of each step (packed.h): 2 to 6 loads of weights, 128 bytes a simdgroup, and 7 of x for each row of
  * x, from the cache, which two groups share where rows are many. Codes become halfs by and and or, 1024 too large, which one fma a step
- * takes back. Shared memory: the parts' sums [part][matrix][row of x][column], 8 KB.
+ * takes back. Shared memory: sums of 16 slices, or for more than 2 rows of 4, [slice][matrix][row of x][column], 8 KB.
  * Roofline: the weights, once: n k 0.5625 bytes for Q4_0, at 400 GB/s 711 weights a nanosecond; for one row about 2.6 instructions a
  * weight, a quarter of what an M3 Max has; for 8 rows 10, all of it.
  */
 
 PE_CONSTANT(int, GROUPS, 11);      /* of 16 columns in a threadgroup: 1 or 2 */
 
-enum { FEW_ROWS = 8, FEW_GROUPS = 2, FEW_COLUMNS = FEW_GROUPS * GROUP };
+enum { FEW_ROWS = 8, FEW_GROUPS = 2 };
 
 struct few_sums {
   float e[FEW_GROUPS][FEW_ROWS];
@@ -177,32 +175,42 @@ kernel void linear_few(constant linear_args &a [[buffer(0)]], device const half 
                        device float *out3 [[buffer(16)]], device const int *order [[buffer(17)]],
                        device const int *tiles [[buffer(18)]], threadgroup float *shared [[threadgroup(0)]],
                        uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
-                       uint lane [[thread_index_in_simdgroup]], uint part [[simdgroup_index_in_threadgroup]]) {
+                       uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   const owned own = owned_by(a, group, GROUP * GROUPS, ROWS, tiles);
   if (own.count <= 0) return;
   const int g = own.column / GROUP, last = (a.n[own.set] - 1) / GROUP;
   const long from = own.expert * a.expert_bytes + g * a.group_bytes, bytes = g < last ? a.group_bytes : 0; /* none beyond the last */
-  const int begin = part_begin(a.k, (int)part), end = part_begin(a.k, (int)part + 1);
-  for (int which = 0; which < (PAIR ? 2 : 1); which++) {
-    device const uchar *w = which ? w1 : PE_OF_SET(w, own.set);
-    const few_sums acc = multiply_few(a, w + from, bytes, begin, end, codes, scales, sums, own.first, lane);
+  const int kept = ROWS > 2 ? SIMDGROUPS : 4 * SIMDGROUPS, width = GROUP * GROUPS, each = ROWS * width, slice = slice_of(a.k);
+  float y[2] = {0.0f, 0.0f}, y1[2] = {0.0f, 0.0f};                 /* outputs index and index + 128 */
+  for (int first = 0; first < a.k; first += kept * slice) {
+    const int end = min(a.k, first + kept * slice);
+    if (first) threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int s = (int)simdgroup; first + s * slice < end; s += SIMDGROUPS)
+      for (int which = 0; which < (PAIR ? 2 : 1); which++) {
+        device const uchar *w = which ? w1 : PE_OF_SET(w, own.set);
+        const int begin = first + s * slice;
+        const few_sums acc = multiply_few(a, w + from, bytes, begin, min(end, begin + slice), codes, scales, sums, own.first, lane);
+        PE_UNROLL
+        for (int j = 0; j < GROUPS; j++)
+          PE_UNROLL
+          for (int i = 0; i < ROWS; i++)
+            if (lane < GROUP) shared[(2 * s + which) * each + i * width + GROUP * j + (int)lane] = acc.e[j][i];
+      }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     PE_UNROLL
-    for (int j = 0; j < GROUPS; j++)
-      PE_UNROLL
-      for (int i = 0; i < ROWS; i++)
-        if (lane < GROUP) shared[(((int)part * 2 + which) * FEW_ROWS + i) * FEW_COLUMNS + GROUP * j + (int)lane] = acc.e[j][i];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const results to = {PE_OF_SET(bias, own.set), bias1, residual, PE_OF_SET(out, own.set), order};
-  for (int at = (int)index; at < min(own.count, ROWS) * GROUP * GROUPS; at += 128) {
-    const int i = at / (GROUP * GROUPS), c = at % (GROUP * GROUPS);
-    if (own.column + c >= a.n[own.set]) continue;
-    float y = 0.0f, y1 = 0.0f;
-    for (int p = 0; p < PARTS; p++) {
-      y += shared[(p * 2 * FEW_ROWS + i) * FEW_COLUMNS + c];
-      if (PAIR) y1 += shared[((p * 2 + 1) * FEW_ROWS + i) * FEW_COLUMNS + c];
+    for (int i = 0; i < 2; i++) {
+      if ((int)index + 128 * i >= each) continue;
+      for (int s = 0; first + s * slice < end; s++) {
+        y[i] += shared[2 * s * each + (int)index + 128 * i];
+        if (PAIR) y1[i] += shared[(2 * s + 1) * each + (int)index + 128 * i];
+      }
     }
-    finish(a, own, to, own.first + i, own.column + c, y, y1);
+  }
+  const results to = {PE_OF_SET(bias, own.set), bias1, residual, PE_OF_SET(out, own.set), order};
+  PE_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const int row = ((int)index + 128 * i) / width, column = own.column + ((int)index + 128 * i) % width;
+    if (row < min(own.count, ROWS) && column < a.n[own.set]) finish(a, own, to, own.first + row, column, y[i], y1[i]);
   }
 }
 
@@ -358,9 +366,9 @@ kernel void linear_tiles(constant linear_args &a [[buffer(0)]], device const hal
     device const uchar *w = (which ? w1 : PE_OF_SET(w, own.set)) + from;
     if (which) gate = total;
     clear(total);
-    for (int p = 0; p < PARTS; p++) {
+    for (int begin = 0; begin < a.k; begin += slice_of(a.k)) {
       clear(acc);
-      for (int step = part_begin(a.k, p) / 32; step < part_begin(a.k, p + 1) / 32; step++) {
+      for (int step = begin / 32; step < min(a.k, begin + slice_of(a.k)) / 32; step++) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         unpack_step(f, w, step / steps, step % steps, column, h, held, shared);
         load_step(f, a, own.first, step, codes, scales, sums, shared, (int)index);

@@ -83,13 +83,13 @@ static inline void load_columns(float_columns m, int step, device const codebook
 
 /* ---- few rows ----
  *
- * A threadgroup of 4 simdgroups owns 16 columns (of both matrices with glu) for up to 8 rows; simdgroup p owns part p of k, and two
+ * A threadgroup of 4 simdgroups owns 16 columns (of both matrices with glu) for up to 8 rows; simdgroup p owns slices p, p + 4 .. of k, and two
  * matrices of sums. Rows of x are loaded from the cache as they are.
- * Shared memory, 16.6 KB: numbers 0 .. 63, the simdgroups' weights [4][32 of k][24], the parts' sums [part][matrix][row of x][16].
+ * Shared memory, 16.6 KB: numbers 0 .. 63, the simdgroups' weights [4][32 of k][24], sums of 4 slices [slice][matrix][row of x][16].
  * Roofline: the weights, once; 16 operations for each.
  */
 
-enum { AT_FEW_W = 64, AT_PARTS = AT_FEW_W + PARTS * 32 * FEW_STRIDE };
+enum { AT_FEW_W = 64, AT_SLICES = AT_FEW_W + SIMDGROUPS * 32 * FEW_STRIDE };
 
 kernel void linear_floats_few(constant linear_args &a [[buffer(0)]], device const float *h [[buffer(1)]],
                               device const codebooks *books [[buffer(2)]], device const uchar *w0 [[buffer(4)]],
@@ -102,46 +102,50 @@ kernel void linear_floats_few(constant linear_args &a [[buffer(0)]], device cons
                               device const int *order [[buffer(17)]], device const int *tiles [[buffer(18)]],
                               threadgroup float *shared [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
                               uint index [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                              uint part [[simdgroup_index_in_threadgroup]]) {
+                              uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   const owned own = owned_by(a, group, GROUP, 8, tiles);
   if (own.count <= 0) return;
   int r[2], c[2];
   find_places(shared, (int)index, r, c);
-  threadgroup float *w = shared + AT_FEW_W + (int)part * 32 * FEW_STRIDE;
+  threadgroup float *w = shared + AT_FEW_W + (int)simdgroup * 32 * FEW_STRIDE;
   device const float *x = h + (long)own.first * a.x_stride;
-  for (int which = 0; which < (PAIR ? 2 : 1); which++) {
-    device const uchar *matrix = (which ? w1 : PE_OF_SET(w, own.set)) + own.expert * a.expert_bytes;
-    const float_columns m = {matrix, own.column, a.n[own.set], a.k, a.group_bytes};
-    simdgroup_float8x8 sum[2];
-    PE_UNROLL
-    for (int j = 0; j < 2; j++) sum[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    for (int step = part_begin(a.k, (int)part); step < part_begin(a.k, (int)part + 1); step += 32) {
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      load_columns(m, step, books, w, FEW_STRIDE, (int)lane);
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-      for (int k = 0; k < 32; k += 8) {
-        simdgroup_float8x8 left, right;
-        simdgroup_load(left, x + step + k, a.x_stride);
-        PE_UNROLL
-        for (int j = 0; j < 2; j++) {
-          simdgroup_load(right, w + k * FEW_STRIDE + 8 * j, FEW_STRIDE);
-          simdgroup_multiply_accumulate(sum[j], left, right, sum[j]);
+  const int slice = slice_of(a.k), i = (int)index / GROUP, column = own.column + (int)index % GROUP;
+  float y = 0.0f, y1 = 0.0f;
+  for (int first = 0; first < a.k; first += SIMDGROUPS * slice) {
+    const int begin = first + (int)simdgroup * slice;
+    if (first) threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int which = 0; which < (PAIR ? 2 : 1); which++) {
+      device const uchar *matrix = (which ? w1 : PE_OF_SET(w, own.set)) + own.expert * a.expert_bytes;
+      const float_columns m = {matrix, own.column, a.n[own.set], a.k, a.group_bytes};
+      simdgroup_float8x8 sum[2];
+      PE_UNROLL
+      for (int j = 0; j < 2; j++) sum[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      for (int step = begin; step < min(a.k, begin + slice); step += 32) {
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        load_columns(m, step, books, w, FEW_STRIDE, (int)lane);
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        for (int k = 0; k < 32; k += 8) {
+          simdgroup_float8x8 left, right;
+          simdgroup_load(left, x + step + k, a.x_stride);
+          PE_UNROLL
+          for (int j = 0; j < 2; j++) {
+            simdgroup_load(right, w + k * FEW_STRIDE + 8 * j, FEW_STRIDE);
+            simdgroup_multiply_accumulate(sum[j], left, right, sum[j]);
+          }
         }
       }
+      PE_UNROLL
+      for (int j = 0; j < 2; j++)
+        for (int e = 0; e < 2; e++)
+          shared[AT_SLICES + (((int)simdgroup * 2 + which) * 8 + r[e]) * GROUP + 8 * j + c[e]] = sum[j].thread_elements()[e];
     }
-    PE_UNROLL
-    for (int j = 0; j < 2; j++)
-      for (int e = 0; e < 2; e++)
-        shared[AT_PARTS + (((int)part * 2 + which) * 8 + r[e]) * GROUP + 8 * j + c[e]] = sum[j].thread_elements()[e];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int s = 0; s < SIMDGROUPS && first + s * slice < a.k; s++) {
+      y += shared[AT_SLICES + (s * 2 * 8 + i) * GROUP + (int)index % GROUP];
+      if (PAIR) y1 += shared[AT_SLICES + ((s * 2 + 1) * 8 + i) * GROUP + (int)index % GROUP];
+    }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const int i = (int)index / GROUP, column = own.column + (int)index % GROUP;
   if (i >= own.count || column >= a.n[own.set]) return;
-  float y = 0.0f, y1 = 0.0f;
-  for (int p = 0; p < PARTS; p++) {
-    y += shared[AT_PARTS + (p * 2 * 8 + i) * GROUP + (int)index % GROUP];
-    if (PAIR) y1 += shared[AT_PARTS + ((p * 2 + 1) * 8 + i) * GROUP + (int)index % GROUP];
-  }
   const results to = {PE_OF_SET(bias, own.set), bias1, residual, PE_OF_SET(out, own.set), order};
   finish(a, own, to, own.first + i, column, y, y1);
 }
@@ -202,13 +206,13 @@ kernel void linear_floats_tiles(constant linear_args &a [[buffer(0)]], device co
           if (which) gate[i][j][e] = total[i][j][e];
           total[i][j][e] = 0.0f;
         }
-    for (int p = 0; p < PARTS; p++) {
+    for (int begin = 0; begin < a.k; begin += slice_of(a.k)) {
       simdgroup_float8x8 acc[2][4];
       PE_UNROLL
       for (int i = 0; i < 2; i++)
         PE_UNROLL
         for (int j = 0; j < 4; j++) acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-      for (int step = part_begin(a.k, p); step < part_begin(a.k, p + 1); step += 32) {
+      for (int step = begin; step < min(a.k, begin + slice_of(a.k)); step += 32) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         load_columns(m, step, books, w + mine, FLOAT_W_STRIDE, (int)lane);
         for (int at = (int)index; at < 8 * ROWS; at += 128) /* a float4 each */

@@ -1,11 +1,12 @@
 /* norm.metal: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
  * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
  *
- * A team (team.h) owns a row: a simdgroup up to 1024 elements, four rows a threadgroup, else 256 threads. Threadgroup memory: 32 floats
+ * A team (team.h) owns a row: a simdgroup up to 1024 elements, four rows a threadgroup, else 256 threads. Threadgroup memory: 256 floats
  * for each sum over a team of several simdgroups. Neighbouring threads read neighbouring elements. From memory each reads x once (what it
  * reads again lies in the cache) and writes out once: 8 bytes an element, 12 with a residual; arithmetic is a fraction of that time.
  * out may be x or the residual: a thread writes only elements that it alone reads.
  */
+#include "activations.h"
 #include "team.h"
 
 PE_CONSTANT(bool, CENTRED, 0);      /* layer_norm */
@@ -28,14 +29,8 @@ kernel void norm_rows(constant norm_args &a [[buffer(0)]], device const float *x
   if (row >= a.rows) return;
   x += (long)row * a.width;
   out += (long)row * a.width;
-  float mean = 0.0f, sum = 0.0f;
-  if (CENTRED) {
-    for (int i = t.at; i < a.width; i += t.size) sum += x[i];
-    mean = team_sum(t, sum, 0) / (float)a.width;
-    sum = 0.0f;
-  }
-  for (int i = t.at; i < a.width; i += t.size) sum = fma(x[i] - mean, x[i] - mean, sum);
-  const float inverse = 1.0f / sqrt(team_sum(t, sum, 1) / (float)a.width + a.eps);
+  const float mean = CENTRED ? row_sum(t, x, a.width, false, 0.0f, 0) / (float)a.width : 0.0f;
+  const float inverse = 1.0f / sqrt(row_sum(t, x, a.width, true, mean, 1) / (float)a.width + a.eps);
   for (int i = t.at; i < a.width; i += t.size) {
     float y = (x[i] - mean) * inverse;
     if (weight) y *= weight[i];
@@ -55,15 +50,11 @@ kernel void softmax_rows(constant softmax_args &a [[buffer(0)]], device const fl
   if (row >= a.rows) return;
   x += (long)row * a.width;
   out += (long)row * a.width;
-  float top = -INFINITY, sum = 0.0f;
+  float top = -INFINITY;
   for (int i = t.at; i < a.width; i += t.size) top = max(top, x[i] * a.scale);
   top = team_max(t, top, 0);
-  for (int i = t.at; i < a.width; i += t.size) {
-    const float e = exp(x[i] * a.scale - top);
-    sum += e;
-    out[i] = e;
-  }
-  const float inverse = 1.0f / team_sum(t, sum, 1);
+  for (int i = t.at; i < a.width; i += t.size) out[i] = exp_of(x[i] * a.scale - top); /* the thread's own, for its sums too */
+  const float inverse = 1.0f / row_sum(t, out, a.width, false, 0.0f, 1);
   for (int i = t.at; i < a.width; i += t.size) out[i] *= inverse;
 }
 
@@ -81,8 +72,7 @@ kernel void reduce_rows(constant reduce_args &a [[buffer(0)]], device const floa
   x += (long)row * a.width;
   float y = 0.0f;
   if (REDUCTION == REDUCE_SUM || REDUCTION == REDUCE_MEAN) {
-    for (int i = t.at; i < a.width; i += t.size) y += x[i];
-    y = team_sum(t, y, 0);
+    y = row_sum(t, x, a.width, false, 0.0f, 0);
     if (REDUCTION == REDUCE_MEAN) y /= (float)a.width;
   } else {                           /* NaN where the row holds one, as in NumPy: it is looked for apart from the largest */
     const float sign = REDUCTION == REDUCE_MAX ? 1.0f : -1.0f;

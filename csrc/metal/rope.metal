@@ -10,6 +10,7 @@
  */
 #include "angles.h"
 #include "store_cells.h"
+#include "team.h"
 
 struct angles_args {
   int rows, axes, n;             /* rows of positions, n frequencies */
@@ -70,11 +71,7 @@ struct append_args {
 /* Into threadgroup memory: a head's elements times inv * weight where there is a weight, the first 2 x pairs of them turned. */
 static inline void turned(device const float *x, threadgroup float *y, int width, int pairs, device const float *table,
                           device const float *weight, float eps, int lane) {
-  float inverse = 1.0f, sum = 0.0f;
-  if (weight) {
-    for (int i = lane; i < width; i += 32) sum = fma(x[i], x[i], sum);
-    inverse = 1.0f / sqrt(simd_sum(sum) / (float)width + eps);
-  }
+  const float inverse = weight ? 1.0f / sqrt(simdgroup_row_sum(x, width, true, 0.0f, lane) / (float)width + eps) : 1.0f;
   for (int j = lane; j < pairs; j += 32) {
     const int i = INTERLEAVED ? 2 * j : j, k = i + (INTERLEAVED ? 1 : pairs);
     float u = x[i], v = x[k];

@@ -6,7 +6,8 @@
  *                memory: n floats a row, the gates. n scores are read once for each expert picked, from the cache after the first.
  * add_experts    A thread owns one element of the sum; it reads 4 (u + 1) bytes for each 4 it writes.
  */
-#include "common.h"
+#include "activations.h"
+#include "team.h"
 
 PE_CONSTANT(bool, SIGMOID, 0);
 PE_CONSTANT(bool, NORMED, 1);
@@ -21,17 +22,14 @@ kernel void pick_experts(constant pick_args &a [[buffer(0)]], device const float
   if (row >= a.rows) return;
   threadgroup float *g = memory + (int)simdgroup * a.n;
   device const float *x = scores + (long)row * a.n;
-  float top = -INFINITY, sum = 0.0f;
+  float top = -INFINITY;
   if (SIGMOID) {
-    for (int i = lane; i < a.n; i += 32) g[i] = 1.0f / (1.0f + exp(-x[i]));
+    for (int i = lane; i < a.n; i += 32) g[i] = activated(ACT_SIGMOID, x[i]);
   } else {
     for (int i = lane; i < a.n; i += 32) top = max(top, x[i]);
     top = simd_max(top);
-    for (int i = lane; i < a.n; i += 32) {
-      g[i] = exp(x[i] - top);
-      sum += g[i];
-    }
-    sum = simd_sum(sum);
+    for (int i = lane; i < a.n; i += 32) g[i] = exp_of(x[i] - top);
+    const float sum = simdgroup_row_sum(g, a.n, false, 0.0f, lane); /* of numbers that this lane has written */
     for (int i = lane; i < a.n; i += 32) g[i] /= sum;
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);

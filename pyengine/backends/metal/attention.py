@@ -14,7 +14,7 @@ TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 256       # of csrc/me
 QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many rows
 ROWS_SPLIT = 16                         # at most so many rows are split over their chunks of keys: they read the keys one by one
 SPLIT_BYTES = 64 << 20                  # and as many of them as leave results of chunks of this size
-SHARED_BYTES = 4 * (64 + 10 * QUERIES + 32 + 4 + QUERIES * 36 + 32 * 68)
+SHARED_BYTES = 4 * (64 + 10 * QUERIES + 64 + 4 + QUERIES * 68 + 32 * 68)
 RAW_BYTES = 32 * 276                    # and for blocks, whose cells are copied first
 FORMATS = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 0, "Q4_0": 0, "Q4_1": 0}            # bytes of a plain number
 
@@ -30,11 +30,17 @@ class _Job:
     groups: int
     chunks: int
     split: int
+    blocks: bool                        # of keys
 
     @property
     def group(self) -> int:
         """Heads that share a key/value head."""
         return self.heads // self.groups
+
+    @property
+    def stride(self) -> int:
+        """Floats of a query as it is made ready: over keys in blocks codes, then their scale and sums."""
+        return ceil_div(self.e, 8) * 8 + (16 if self.blocks else 0)
 
     def sizes(self, rows: int) -> tuple[bool, int, int]:
         """Return (split over chunks, slots, queries) for so many rows."""
@@ -50,14 +56,15 @@ def _job(s: Step) -> _Job:
         raise NoKernel(f"attention: {heads} heads share {groups}")
     keys = cells.shape[1] if cells else min(k.shape[1], v.shape[1])
     chunks = keys // CHUNK_KEYS + 2
-    return _Job(m, heads, e, f, groups, chunks, min(ROWS_SPLIT, SPLIT_BYTES // (4 * heads * chunks * max(1, f))))
+    return _Job(m, heads, e, f, groups, chunks, min(ROWS_SPLIT, SPLIT_BYTES // (4 * heads * chunks * max(1, f))),
+                k.dtype.block > 1)
 
 
 def _places(job: _Job, room: Room, rows: int) -> tuple[View | None, View | None, View | None, int]:
     """Return places of queries, of results of chunks, and of tops and sums, and the bytes of all."""
     split, _, queries = job.sizes(rows)
     parts = rows * job.heads * (job.chunks if split else 1)
-    prepared, partials = room.take(4 * job.groups * queries * (ceil_div(job.e, 8) * 8)), room.take(4 * parts * job.f if split else 0)
+    prepared, partials = room.take(4 * job.groups * queries * job.stride), room.take(4 * parts * job.f if split else 0)
     return prepared, partials, room.take(8 * parts), room.used
 
 
@@ -86,7 +93,7 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
     p, q, k, v, cells = s.params, s.need("q"), s.need("k"), s.need("v"), s.one("cells")
     run = {name: n & -n for name, n in (("k", job.e), ("v", job.f))}
     args: dict[str, Any] = {
-        "m": job.m, "heads": job.heads, "group": job.group, "slots": slots, "e": job.e, "ep": ceil_div(job.e, 8) * 8, "f": job.f,
+        "m": job.m, "heads": job.heads, "group": job.group, "slots": slots, "e": job.e, "ep": ceil_div(job.e, 8) * 8, "eq": job.stride, "f": job.f,
         "queries": queries, "l": cells.shape[1] if cells else 0, "n_cells": min(k.shape[1], v.shape[1]),
         "sequences": cells.shape[0] if cells else 1, "cells_stride": cells.strides[0] // 4 if cells else 0, "chunks": job.chunks}
     args |= dict(scale=p.scale, softcap=p.softcap)

@@ -10,7 +10,7 @@ from pyengine.errors import GraphError
 
 SIMDGROUP_WIDTH = 1024                   # rows up to here belong to a simdgroup
 THREADS = 256                            # wider ones to so many threads
-PARTS_BYTES = 2 * 32 * 4                 # of sums over simdgroups, two turns
+PARTS_BYTES = 2 * THREADS * 4            # of sums of a team of several simdgroups, two turns
 
 
 def rows_launch(kernel: str, x: View, args: dict[str, Any], buffers: dict[str, View | None], **constants: int) -> list[Launch]:

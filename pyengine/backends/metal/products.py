@@ -13,13 +13,13 @@ from pyengine.backends.metal.launch import ceil_div, elements, Launch, View
 from pyengine.backends.metal.norm import SIMDGROUP_WIDTH
 from pyengine.dtype import DType, PACKED_FORMS
 
-PARTS, GROUP, TILE_COLUMNS, PREPARE_BLOCKS = 4, 16, 64, 64          # of csrc/metal/linear.h and linear.metal
+SIMDGROUPS, GROUP, TILE_COLUMNS, PREPARE_BLOCKS = 4, 16, 64, 64          # of csrc/metal/linear.h and linear.metal
 ROWS_FEW = 8                            # rows that take the kernels for few rows
 ROWS_MOST = 32                          # of a tile: rows of x are padded to whole tiles
 SHARED = {                              # bytes of threadgroup memory, drawn in linear.metal and linear_floats.metal
-    "linear_few": 4 * PARTS * 2 * ROWS_FEW * 2 * GROUP,
+    "linear_few": 4 * SIMDGROUPS * 2 * ROWS_FEW * 2 * GROUP,
     "linear_tiles": 4 * (64 + 4 * TILE_COLUMNS + 3 * ROWS_MOST + 32 * 72 // 2 + ROWS_MOST * 40 // 2),
-    "linear_floats_few": 4 * (64 + PARTS * 32 * 24 + PARTS * 2 * ROWS_FEW * GROUP),
+    "linear_floats_few": 4 * (64 + SIMDGROUPS * 32 * 24 + SIMDGROUPS * 2 * ROWS_FEW * GROUP),
     "linear_floats_tiles": 4 * (64 + 32 * 72 + ROWS_MOST * 36),
 }
 
@@ -85,7 +85,7 @@ def prepare(rows: Rows, x: View, norm: View | None, eps: float, padded: int, eac
     buffers = {"x": x, "norm": norm, "codes": rows.codes, "scales": rows.scales, "sums": rows.sums, "h": rows.h, "order": rows.order}
     constants = {"NORMED": norm is not None, "QUANTIZED": rows.codes is not None, "FLOATS": rows.h is not None,
                  "EXPERTS": rows.order is not None}
-    return Launch("prepare_rows", args, buffers, (ceil_div(ceil_div(rows.k, 32), PREPARE_BLOCKS), padded, 1), (256, 1, 1), 128, constants)
+    return Launch("prepare_rows", args, buffers, (ceil_div(ceil_div(rows.k, 32), PREPARE_BLOCKS), padded, 1), (256, 1, 1), 1024, constants)
 
 
 @dataclass(frozen=True)
