@@ -1,9 +1,8 @@
 """Whole tiny models on a card, or on the emulator, against the CPU backend; and what must hold there as on the CPU.
 
-With float32 weights logits agree within 1e-5 of the range of the CPU's. With quantized ones both round activations to 8 bits: a number
-between two codes may become either, and that row then differs by as much as rounding does, so the median row must agree, and none may
-be far off. With F16 weights the card rounds activations too. A prompt has the same bits however it is cut, and
-whatever stands beside it.
+With float32 weights logits agree within 1e-5 of the range of the CPU's, with quantized ones and float32 caches within 1e-3: both round
+activations to 8 bits, after the same operations (test_bits.py). With F16 weights, and caches of 16 bits or blocks, the card rounds
+more. A prompt has the same bits however it is cut, and whatever stands beside it.
 """
 
 from __future__ import annotations
@@ -55,12 +54,6 @@ def both(load: Load, path: Path, prompt: Any, **settings: Any) -> float:
     return share(load(path, **settings).logits(prompt), load(path, device="cpu", **settings).logits(prompt))
 
 
-def rows_agree(got: np.ndarray, want: np.ndarray) -> None:
-    """Rows of numbers that were rounded on the way: most agree as floats do, and none is far off."""
-    errors = np.abs(got - want).max(1) / np.ptp(want)
-    assert np.median(errors) <= 1e-6 and errors.max() <= 2e-2, np.sort(errors)[::-1][:5]
-
-
 # -- numbers --------------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +64,7 @@ def test_a_text_model(load: Load, tiny_gguf, kind: str, outtype: str, most: floa
 
 def test_weights_of_eight_bits(load: Load, tiny_gguf) -> None:
     path = tiny_gguf("llama", "q8_0")[0]
-    rows_agree(load(path).logits(IDS[:40]), load(path, device="cpu").logits(IDS[:40]))
+    assert both(load, path, IDS[:40]) <= 1e-3
 
 
 @pytest.mark.parametrize("mixture", ["Q4_K_M", pytest.param("Q5_K_M", marks=pytest.mark.slow), pytest.param("Q2_K", marks=pytest.mark.slow),
@@ -79,7 +72,7 @@ def test_weights_of_eight_bits(load: Load, tiny_gguf) -> None:
 def test_weights_of_a_mixture_of_formats(load: Load, tiny_gguf, tmp_path, mixture: str) -> None:
     out = tmp_path / "a.gguf"
     quantize_file(tiny_gguf("llama", **WIDE)[0], out, mixture)
-    rows_agree(load(out).logits(IDS[:30]), load(out, device="cpu").logits(IDS[:30]))
+    assert both(load, out, IDS[:30]) <= 1e-3
 
 
 @pytest.mark.parametrize("kind", ["gemma3", pytest.param("qwen2_vl", marks=pytest.mark.slow)])

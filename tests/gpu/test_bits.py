@@ -1,0 +1,96 @@
+"""Steps on a card and on a Mac's GPU have the bits of the CPU backend, so that what is rounded to 8 bits behind them is the same number.
+
+They do the CPU's operations in its order: sums over rows (csrc/cpu/vec.h), slices of k, chunks and tiles of attention, functions by the same
+polynomials. On a card that holds for all but 16-bit and block caches, and 16-bit weights, which take its tensor cores; on a Mac's GPU where
+its matrices add up one product after the other, which Apple does not say, and the emulator does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyengine as pe
+from converters.quantize.file import quantize_file
+from pyengine import ops
+from pyengine.backends import backend
+from pyengine.graph.tensor import Dim
+
+WIDTHS = (1, 5, 64, 300, 512, 600, 1000, 1024, 1030, 3000, 9000)
+LONG_K = {"hidden_size": 320, "intermediate_size": 4480, "num_attention_heads": 5, "num_key_value_heads": 1, "num_hidden_layers": 1,
+          "head_dim": 64}                                    # slices of 16 and of 8 steps, the last ones shorter
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 64}
+IDS = np.random.default_rng(0).integers(0, 500, 300).tolist()
+
+
+@pytest.fixture(params=["cuda_device", "metal_device"])
+def emulated(request: pytest.FixtureRequest) -> str:
+    """The device, where its arithmetic is the emulator's."""
+    device = request.getfixturevalue(request.param)
+    if not device.endswith("-emulated"):
+        pytest.skip("what a GPU gives is held to the CPU by test_models.py and test_metal_models.py")
+    return device
+
+
+def same(device: str, build: Callable[[pe.Graph], Any], **inputs: np.ndarray) -> None:
+    """Compile twice, run twice."""
+    results = []
+    for name in ("cpu", device):
+        with pe.Graph() as g:
+            program = backend(name).compile(build(g), strict=True)
+        results.append(program.run(**inputs))
+    for got, want in zip(results[1], results[0]):
+        assert got.tobytes() == want.tobytes(), int((got != want).sum())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sums_over_rows(emulated: str, width: int) -> None:
+    rng = np.random.default_rng(width)
+    x = (rng.standard_normal((5, width)) * np.exp(rng.standard_normal((5, 1)) * 3)).astype(np.float32)
+    weight, bias = rng.standard_normal((2, width)).astype(np.float32)
+
+    def build(g: pe.Graph) -> list[Any]:
+        y = g.input("x", (Dim("m", 8), width))
+        return [ops.rms_norm(y, weight, eps=1e-6), ops.layer_norm(y, weight, bias, eps=1e-5), ops.softmax(y, scale=0.3),
+                ops.reduce(y, kind="sum"), ops.reduce(y, kind="mean")]
+
+    same(emulated, build, x=x)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "quick_gelu", "sigmoid", "tanh", "exp"])
+def test_functions(emulated: str, kind: str) -> None:
+    special = [0.0, 1e-30, 0.64, 0.95, 4.0, 86.9, 87.5, 88.72, 88.8, 200.0, np.inf]
+    x = np.concatenate([np.linspace(-100, 100, 4001), special, np.negative(special)]).astype(np.float32)[None]
+    same(emulated, lambda g: [ops.unary(g.input("x", x.shape), kind=kind), ops.softcap(g.input("y", x.shape), cap=30.0)], x=x, y=x)
+
+
+def test_angles(emulated: str) -> None:
+    positions = np.random.default_rng(0).integers(0, 200_000, (1, 60)).astype(np.int32)
+    frequencies = (500_000.0 ** (-np.arange(64) / 64)).astype(np.float32)
+    same(emulated, lambda g: [ops.rope_table(g.input("p", (1, 60), "I32"), frequencies)], p=positions)
+
+
+@pytest.mark.parametrize(("kind", "outtype", "config", "n"), [
+    ("llama", "q8_0", {}, 300), ("llama", "q8_0", LONG_K, 20), ("llama", "Q4_K_M", WIDE, 20), ("gemma3_text", "q8_0", {}, 300), ("mixtral", "q8_0", {}, 40),
+    pytest.param("gpt_oss", "q8_0", {}, 40, marks=pytest.mark.slow), pytest.param("gemma2", "q8_0", {}, 40, marks=pytest.mark.slow),
+    pytest.param("llama", "Q2_K", WIDE, 20, marks=pytest.mark.slow), pytest.param("gpt2", "q8_0", {}, 40, marks=pytest.mark.slow)])
+def test_models_of_blocks(emulated: str, tiny_gguf, tmp_path, kind: str, outtype: str, config: dict[str, Any], n: int) -> None:
+    """A prompt of several chunks of keys, then rows one by one."""
+    path = tiny_gguf(kind, outtype if outtype.islower() else "f32", **config)[0]
+    if not outtype.islower():
+        quantize_file(path, path := tmp_path / "a.gguf", outtype)
+    model, cpu = (pe.load(path, device=d, n_ctx=512 if n > 128 else 128, kv_dtype="f32") for d in (emulated, "cpu"))
+    assert model.logits(IDS[:n]).tobytes() == cpu.logits(IDS[:n]).tobytes()
+    assert model.logits(IDS[n - 1 : n]).tobytes() == cpu.logits(IDS[n - 1 : n]).tobytes()
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8_0", "q4_1", pytest.param("bf16", marks=pytest.mark.slow), pytest.param("q4_0", marks=pytest.mark.slow)])
+def test_caches_on_metal(metal_device: str, tiny_gguf, kv_dtype: str) -> None:
+    if not metal_device.endswith("-emulated"):
+        pytest.skip("see `emulated`")
+    path = tiny_gguf("qwen3", "q8_0", head_dim=32, num_hidden_layers=2)[0]
+    model, cpu = (pe.load(path, device=d, n_ctx=512, kv_dtype=kv_dtype) for d in (metal_device, "cpu"))
+    assert model.logits(IDS).tobytes() == cpu.logits(IDS).tobytes()
