@@ -189,3 +189,17 @@ def test_points_of_an_answer(tiny_gguf) -> None:
     assert [(p.label, p.x, p.y, p.image) for p in said.points] == [("dogs", 20.0, 25.0, 1), ("dogs", 191.0, 2.0, 1), ("cat", 100.0, 12.5, 1)]
     assert said.boxes == said.points and [p.x for p in said.boxes_in(0)] == [8.0, 76.4, 40.0] and B.size != A.size
     assert replace(said.points[0], image=0) != said.points[0]
+
+
+def test_crops_as_published(tmp_path) -> None:
+    """Crops of 336 pixels in patches of 14, margins of 4 patches, up to 12 of them, in a small model."""
+    processor = {"max_crops": 12, "overlap_margins": [4, 4], "base_image_input_size": [336, 336], "image_token_length_w": 12, "image_token_length_h": 12,
+                 "image_patch_size": 14}
+    folder = make_checkpoint("molmo", tmp_path / "c", processor=processor, vision_config={"image_default_input_size": [336, 336], "image_patch_size": 14,
+                                                                                       "image_num_pos": 577}, text_config={"max_position_embeddings": 4096})
+    model = pe.load(convert(folder, tmp_path / "m.gguf", "f32"), n_ctx=1024, kv_dtype="f32")
+    prompt = ["see ", picture(500, 700, 3), " it"]
+    want = tiny.hf_seen(folder, prompt)
+    same(model.encode_image(prompt[1]), want.features[0])
+    same(model.logits(prompt), want.logits)
+    assert len(want.features[0]) == 144 + 20 * 28                                  # 2 x 3 windows

@@ -123,7 +123,7 @@ def case(kind: str, name: str, tokens: Tokens, arch: str = "nvlm", **more: Any) 
     layers = {"cross_attention_layers": [1, 3]} if arch == "nvlm" else {}
     return Case(kind, arch, {"NVLM_D": "NvlmConfig", "NVLM_X": "NvlmXConfig", "NVLM_H": "NvlmHConfig"}[name], name, "qwen2", {**SETTINGS, **layers},
                 {**TEXT, "rms_norm_eps": 1e-6, "num_hidden_layers": 4 if layers else 3}, VISION, tokens, NvlmSight(name),
-                cached_as="mllama" if layers else "qwen2", converted=Converted(keys, clip=CLIP, clip_tokens={"image_token_id": PAD}), **more)
+                cached_as={"nvlm_d": "qwen2", "nvlm_x": "mllama", "nvlm_h": ""}[kind], converted=Converted(keys, clip=CLIP, clip_tokens={"image_token_id": PAD}), **more)
 
 
 CASES = (case("nvlm_d", "NVLM_D", WORDS, "qwen2", prompts=SHORT), case("nvlm_x", "NVLM_X", TAGGED), case("nvlm_h", "NVLM_H", TAGGED))
