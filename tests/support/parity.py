@@ -27,7 +27,8 @@ HEAD = """# Models beside transformers
 Written by `python tests/support/parity.py`, which runs both on tiny random checkpoints with odd sizes and ids of their own, in float32. The number is
 the worst difference of a logit at any position, as a share of the range of all logits; of soft tokens, of their range. The tests
 (`tests/contract`, `tests/models`) hold the bounds for more configurations, prompts, cuts, formats and neighbours. "Files" are those that tests
-read: a checkpoint of Hugging Face through our converter, llama.cpp's pair of text and mmproj, Ollama's single file.
+read: a checkpoint of Hugging Face through our converter, llama.cpp's pair of text and mmproj, Ollama's single file. A class with a star is not
+of transformers, which has none for this model: it is a reference in torch of our own (`tests/support/reference_*.py`), from paper and checkpoint.
 
 | case | architecture | class of transformers | logits | soft tokens | files |
 |---|---|---|---|---|---|
@@ -57,7 +58,8 @@ def row(case: Case) -> str:
     with tempfile.TemporaryDirectory() as folder:
         logits, soft = measured(case, Path(folder))
     files = ["Hugging Face", *(["llama.cpp"] if case.dialect else []), *(["Ollama"] if case.dialect and case.dialect.ollama_arch else [])]
-    return (f"| {case.kind} | `{case.arch}` | {case.model_class} | {logits:.1e} | {'' if soft is None else f'{soft:.1e}'} | {', '.join(files)} |\n")
+    star = r"\*" if case.model_class in tiny.OWN else ""
+    return (f"| {case.kind} | `{case.arch}` | {case.model_class}{star} | {logits:.1e} | {'' if soft is None else f'{soft:.1e}'} | {', '.join(files)} |\n")
 
 
 def main() -> None:
