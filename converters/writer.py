@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -47,7 +48,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     beyond the interpreter: the vocabulary and at most one stored tensor. Raises InvalidModelError, UnsupportedModelError.
     """
     checkpoint = Checkpoint(Path(folder))
-    converter = _find_converter(checkpoint)
+    converter = find_converter(checkpoint.config, checkpoint.config_file)
     for file in converter.more_files if isinstance(converter, ReadsMore) else ():
         checkpoint.add(file)
     checkpoint.rename(converter.renames)
@@ -117,20 +118,26 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _find_converter(checkpoint: Checkpoint) -> Converter:
+def find_converter(config: dict[str, Any], file: Path) -> Converter:
+    """Return the converter of a config.json's architecture. Raises: InvalidModelError, UnsupportedModelError."""
     known = supported()
-    classes = checkpoint.config.get("architectures") or []
-    with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
+    classes = config.get("architectures") or []
+    with malformed_is(f"{file}: a value is of the wrong kind"):
         for name in classes:
             if name in known:
-                return known[name](checkpoint.config, checkpoint.config_file)
-    raise UnsupportedModelError(f"{checkpoint.config_file}: architecture "
+                return known[name](config, file)
+    raise UnsupportedModelError(f"{file}: architecture "
                                 f"{', '.join(map(str, classes)) or 'unknown'} is not supported; supported: {', '.join(sorted(known))}")
 
 
+def entries_of(converter: Converter, file: Path) -> list[Tensor]:
+    """List the tensors that a converter makes. Raises: InvalidModelError for values of the config `file` that are of the wrong kind."""
+    with malformed_is(f"{file}: a value is of the wrong kind"):
+        return list(converter.tensors())
+
+
 def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]:
-    with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
-        entries = list(converter.tensors())
+    entries = entries_of(converter, checkpoint.config_file)
     parts = [p for e in entries for p in (e.parts if isinstance(e, Stack) else [e])]
     by_source = {e.source: e.stored or e.shape for e in parts if isinstance(e, Entry)}
     by_source |= {source: shape for e in parts if isinstance(e, Blocks) for source, shape in e.sources}

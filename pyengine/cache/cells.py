@@ -51,6 +51,7 @@ class Conversation:
     pictures (number of its token, encoder rows up to its end) of each picture that is seen across
     next     position of the row that follows
     media    digests of its pictures
+    adapters the scale of each adapter that its tokens are computed with; () is none of them
     active   a request works on it; else it is kept for its prefix until space is needed
     """
 
@@ -59,6 +60,7 @@ class Conversation:
     pictures: list[tuple[int, int]] = field(default_factory=list)
     next: int = 0
     media: frozenset[bytes] = frozenset()
+    adapters: tuple[float, ...] = ()
     active: bool = True
     used: int = 0                                            # when it was last used
     high: int = 0                                            # most tokens it ever had: rings remember the last of those
@@ -110,15 +112,15 @@ class Cells:
 
     # -- conversations ----------------------------------------------------------------------------------------------------
 
-    def new(self) -> Conversation:
-        """Begin an empty conversation, in a free row or in that of the idle conversation used longest ago.
+    def new(self, adapters: tuple[float, ...] = ()) -> Conversation:
+        """Begin an empty conversation with these adapters, in a free row or in that of the idle conversation used longest ago.
 
         Raises: PlanError when all rows are active.
         """
         if len(self.conversations) == self.n_seq:
             self._evict(f"all {self.n_seq} conversations are in use; load with a larger n_seq")
         row = min(set(range(self.n_seq)) - {s.row for s in self.conversations})
-        s = Conversation(row, pages={i: [] for i, g in enumerate(self.groups) if g.policy.paged})
+        s = Conversation(row, adapters=adapters, pages={i: [] for i, g in enumerate(self.groups) if g.policy.paged})
         self.conversations.append(s)
         self.touch(s)
         return s
@@ -153,7 +155,7 @@ class Cells:
         """Begin a new conversation with the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
         was, s.active = s.active, True                       # it must outlive the search for a row
         try:
-            child = self.new()
+            child = self.new(s.adapters)
         finally:
             s.active = was
         copies: list[Copy] = []
@@ -240,9 +242,9 @@ class Cells:
         s.keys, s.high = head + tail, start + n
         return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in old]
 
-    def restore(self, keys: Sequence[Hashable], pictures: Sequence[tuple[int, int]] = ()) -> Conversation:
+    def restore(self, keys: Sequence[Hashable], pictures: Sequence[tuple[int, int]] = (), adapters: tuple[float, ...] = ()) -> Conversation:
         """Restore a conversation of keys and pictures; the caller fills `live` cells. Raises: PlanError without a row or pages."""
-        s = self.new()
+        s = self.new(adapters)
         try:
             self.extend(s, len(keys), pictures[-1][1] if pictures else 0)
         except PlanError:

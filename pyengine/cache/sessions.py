@@ -125,10 +125,10 @@ def _shapes(store: Store, tokens: int, crossed: int) -> list[tuple[int, int, int
     return shapes
 
 
-def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int) -> Conversation:
+def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int, adapters: tuple[float, ...] = ()) -> Conversation:
     """Read a conversation into the caches, where it is idle: the next prompt with the same beginning continues from it.
 
-    n_ids: ids that a prompt may have. Raises: SessionError for a file that is damaged, not one of these, or of another model,
+    n_ids: ids that a prompt may have; adapters: their scales, of which `model` knows. Raises: SessionError for a file that is damaged, not one of these, or of another model,
     version or cache format; ContextOverflowError for more tokens than the context has, or more encoder rows than a conversation
     holds; PlanError when no cells are free.
     """
@@ -146,7 +146,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
             for shape in shapes:
                 _section(path, file, int(np.prod(shape)))
             file.seek(at)
-            s = store.cells.restore(session.keys, session.pictures)
+            s = store.cells.restore(session.keys, session.pictures, adapters)
             try:
                 for (cache, cells), shape in zip(store.live(s), shapes):
                     cache.scatter(cells, np.frombuffer(_section(path, file, int(np.prod(shape))), np.uint8).reshape(shape))
@@ -214,7 +214,7 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: in
     formats: tuple[DType, DType] = store.formats
     _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_read_header(path, file)[0])
     if saved != model:
-        raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings")
+        raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings or adapters")
     if (k, v) != (formats[0].id, formats[1].id):
         known = {t.id: t.name for t in DTYPES}
         raise SessionError(f"{path}: its cache has formats {known.get(k, k)}/{known.get(v, v)}, this model's {formats[0]}/{formats[1]}: "

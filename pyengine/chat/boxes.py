@@ -34,6 +34,7 @@ KEYS = {"bbox_2d": 4, "point_2d": 2}                     # how many numbers each
 LABELS = ("label", "text_content")                       # the second where Qwen2.5-VL reads documents
 THOUSANDTHS = 1000                                       # Qwen2-VL's scale
 PERCENT = 100                                            # Molmo's
+MARKS = ("<|box_start|>", "<|box_end|>")                 # tokens of models that were taught to print boxes, also of those that print JSON
 
 _NUMBER = r"""["']?([-+]?(?:\d{1,9}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d)?)["']?"""            # models quote some
 _SPACE = r"\s{0,99}"

@@ -24,6 +24,10 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 from pyengine.cli import overview, words
+from pyengine.cli.options import (
+    BatchSize, check_threads, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
+    Picture, Pictures, Server, Threads,
+)
 from pyengine.cli.screen import complain, note, PROGRAM
 from pyengine.errors import ModelNotFoundError, ModelWarning, PyEngineError, RequestError
 
@@ -31,7 +35,6 @@ USAGE_ERROR = 2                      # exit code of everything that the user can
 NOTHING_DRAWN = 1                    # exit code of --draw when the answer names no boxes
 INTERRUPTED = 130                    # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 NO_READER = 141                      # exit code when standard output is closed: 128 + SIGPIPE
-MOST_THREADS = 4                     # times the processors: more threads than that is a slip of the hand
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich", "context_settings": _HELP}
@@ -73,57 +76,10 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _check_threads(n: int | None) -> int | None:
-    """Refuse and warn of more threads than processors. Raises: RequestError."""
-    if n is not None:
-        from pyengine.hardware import most_threads
-
-        cpus, usable = os.cpu_count() or 1, most_threads()
-        if n > MOST_THREADS * cpus:
-            raise RequestError(f"--threads {n}: this machine has {cpus} processors, and more threads than that only wait for each other")
-        if n > usable:
-            note(f"note: {n} threads on {usable} usable processor{'s' * (usable > 1)} are slower than {usable}")
-    return n
-
-
-def _names(incomplete: str) -> list[str]:
-    """Return the models whose names begin so, for the shell's completion."""
-    from pyengine.files.stores import list_models
-
-    begun = incomplete.casefold()
-    return [model.name for model in list_models() if model.name.casefold().startswith(begun)]
-
-
 def _first_words(incomplete: str) -> list[str]:
-    return [*(name for name in COMMANDS if name.startswith(incomplete)), *_names(incomplete)]
+    return [*(name for name in COMMANDS if name.startswith(incomplete)), *model_names(incomplete)]
 
 
-ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, autocompletion=_names, help="A GGUF file, or a name from `list`.")]
-Context = Annotated[int | None, Option("--ctx", "-c", min=0, callback=lambda n: n or None, rich_help_panel="Memory and speed", help=(
-    "Size of the context in tokens (default, or 0: what the model was trained for, at most 32,768, or what fits)."))]
-KvDtype = Annotated[str, Option("--kv-dtype", rich_help_panel="Memory and speed", help=(
-    "Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values."))]
-Threads = Annotated[int | None, Option("--threads", "-t", min=1, callback=_check_threads, rich_help_panel="Memory and speed", help=(
-    "Number of threads (default: one for each fast physical core)."))]
-BatchSize = Annotated[int, Option("--batch", "-b", min=1, rich_help_panel="Memory and speed", help=(
-    "Batch size: most tokens processed at once."))]
-Mmproj = Annotated[str | None, Option("--mmproj", metavar="FILE", rich_help_panel="Pictures", help=(
-    "Vision projector (mmproj) file, for a model in two files (default: the one that is found with a name)."))]
-Json = Annotated[bool, Option("--json", help="Write JSON.")]
-Devices = Annotated[list[str] | None, Option("--device", metavar="NAME[=SIZE]", rich_help_panel="Memory and speed", help=(
-    "cpu, a card (cuda, cuda:1), or a part of main memory (cpu:0=6GiB); layers are divided over several (default: auto); repeatable."))]
-EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
-    "The device that holds the image encoder (default: the card if it fits, or the first part)."))]
-ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
-    "The device that holds the experts of a mixture (default: with their layers)."))]
-InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", help=(
-    "Read weights in the file at each step, for models larger than the memory; slower."))]
-Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(
-    "Largest picture that memory is kept for (default: what the model's processor allows)."))]
-Pictures = Annotated[int | None, Option("--pictures", min=0, rich_help_panel="Memory and speed", help=(
-    "How many encoded pictures are kept (default: as memory allows); 0: no image encoder."))]
-Server = Annotated[str | None, Option("--server", metavar="URL", show_default=False, help=(
-    "The server to ask (default: $PYENGINE_SERVER, or http://127.0.0.1:8080); $PYENGINE_API_KEY is sent as its key."))]
 N_BATCH = 512
 
 
@@ -139,7 +95,7 @@ def run(
     prompt: Annotated[list[str] | None, Argument(metavar="PROMPT", show_default=False, help=(
         "The question, in one word or several; paths of pictures in it are shown to a vision model. What is piped in comes before it; "
         "- is standard input. Without any of them: a conversation."))] = None,
-    model_option: Annotated[str | None, Option("--model", "-m", metavar="MODEL", autocompletion=_names, help="MODEL, as an option.")] = None,
+    model_option: Annotated[str | None, Option("--model", "-m", metavar="MODEL", autocompletion=model_names, help="MODEL, as an option.")] = None,
     prompt_option: Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="PROMPT, as an option.")] = None,
     file: Annotated[list[str] | None, Option("--file", "-f", metavar="FILE", help=(
         "A text file that comes before the prompt, or is it; - is standard input; repeatable."))] = None,
@@ -158,6 +114,8 @@ def run(
     video_option: Annotated[list[str] | None, Option("--video-option", metavar="NAME=VALUE", rich_help_panel="Pictures", help=(
         "The same for videos: sample_fps=1 ...; repeatable."))] = None,
     mmproj: Mmproj = None,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
     server: Annotated[str | None, Option("--server", metavar="URL", help=(
         "Ask a server instead of loading a model: `serve`, or another one with OpenAI's interface; MODEL is one of its names."))] = None,
     api_key: Annotated[str | None, Option("--api-key", metavar="KEY", help="The server's key (default: $PYENGINE_API_KEY).")] = None,
@@ -210,7 +168,7 @@ def run(
         remote.refuse_local({"--raw": raw, "--ctx": ctx is not None, "--kv-dtype": kv_dtype != "f16", "--threads": threads is not None,
                              "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
                              "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,
-                             "--expert-device": expert_device is not None, "--mmap": mmap})
+                             "--expert-device": expert_device is not None, "--mmap": mmap, "--lora": bool(lora), "--lora-scaled": bool(lora_scaled)})
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
              "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
              "frequency_penalty": frequency_penalty, "seed": seed}
@@ -242,7 +200,8 @@ def run(
                                tuple(stop or ()))
     loaded = remote.connect(server, model, api_key or os.environ.get("PYENGINE_API_KEY")) if server is not None else screen.load(
         model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
-        images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap)
+        images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap,
+        adapters=planned.parse_adapters(lora or (), lora_scaled or ()))
     if shown or draw is not None:
         pictures.need_encoder(loaded)
     if ctx is not None and ctx > loaded.config.n_ctx_train:
@@ -303,6 +262,8 @@ def plan(
     encoder_device: EncoderDevice = None,
     expert_device: ExpertDevice = None,
     mmap: InPlace = False,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
     png: Annotated[Path | None, Option("--png", metavar="FILE", help="Draw it as stacked bars.")] = None,
     json: Json = False,
@@ -316,7 +277,7 @@ def plan(
     n_ctx = ctx or answer.recommended(model).get("num_ctx")
     found = fit.plan(model, n_ctx=n_ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
                           nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
-                          expert_device=expert_device, mmap=mmap)
+                          expert_device=expert_device, mmap=mmap, adapters=shown.parse_adapters(lora or (), lora_scaled or ()))
     if png is not None:
         shown.draw(found, png)
     if json:
@@ -342,6 +303,8 @@ def bench(
     device: Devices = None,
     expert_device: ExpertDevice = None,
     mmap: InPlace = False,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
     profile: Annotated[bool, Option("--profile", help="Time each op in one more run of each test.")] = False,
     json: Json = False,
 ) -> None:
@@ -355,8 +318,8 @@ def bench(
     if not tests:
         raise RequestError("bench: -p 0 and -n 0 leave nothing to measure")
     settings = {"kv_dtype": kv_dtype, "n_batch": batch, "mmproj": mmproj, "device": planned.parse_device(device or ()),
-                "expert_device": expert_device, "mmap": mmap}
-    found = list(measured.results(model, tests, measured.parse_threads(threads, _check_threads), repetitions, profile, settings))
+                "expert_device": expert_device, "mmap": mmap, "adapters": planned.parse_adapters(lora or (), lora_scaled or ())}
+    found = list(measured.results(model, tests, measured.parse_threads(threads, check_threads), repetitions, profile, settings))
     if json:
         screen.show_json([{**result.to_json(), "n_tokens": result.n_tokens, "depth": result.depth, **about}
                           for about, results in found for result in results])
@@ -373,19 +336,23 @@ def perplexity(
     threads: Threads = None,
     kv_dtype: KvDtype = "f16",
     batch: BatchSize = N_BATCH,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
     json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text, by llama-perplexity's definition."""
     import time
 
     from pyengine.cli import screen
+    from pyengine.cli.report.planned import parse_adapters
     from pyengine.measure.perplexity import perplexity as measure
 
     try:
         text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
         raise RequestError(f"-f {file}: {error.strerror}") from None
-    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch)
+    adapters = parse_adapters(lora or (), lora_scaled or ())
+    loaded = screen.load(model, n_ctx=ctx, kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, adapters=adapters)
     started = time.perf_counter()
 
     def progress(done: int, total: int, value: float) -> None:
@@ -472,7 +439,7 @@ def graph(model: ModelName, dot: Annotated[bool, Option("--dot", help="Graphviz 
 
 @commands.command(cls=Form)
 def serve(
-    model: Annotated[list[str] | None, Argument(metavar="[MODEL...]", show_default=False, autocompletion=_names, help=(
+    model: Annotated[list[str] | None, Argument(metavar="[MODEL...]", show_default=False, autocompletion=model_names, help=(
         "Files, or names from `list`: loaded at once, and kept. Without any: --any."))] = None,
     any_model: Annotated[bool, Option("--any", help="Serve every model that `list` shows, each loaded when it is asked for.")] = False,
     keep_alive: Annotated[str, Option("--keep-alive", metavar="TIME", help=(
@@ -496,6 +463,8 @@ def serve(
     mmproj: Mmproj = None,
     picture: Picture = None,
     pictures: Pictures = None,
+    lora: Lora = None,
+    lora_scaled: LoraScaled = None,
 ) -> None:
     """Answer over HTTP, by OpenAI's, Ollama's and Anthropic's interfaces."""
     from pyengine.cli import serving
@@ -503,11 +472,12 @@ def serve(
 
     if (tls_cert is None) != (tls_key is None):
         raise RequestError("--tls-cert and --tls-key go together")
-    if mmproj is not None and len(model or ()) != 1:
-        raise RequestError("--mmproj goes with one model")
+    adapters = planned.parse_adapters(lora or (), lora_scaled or ())
+    if (mmproj is not None or adapters is not None) and len(model or ()) != 1:
+        raise RequestError(f"{'--lora' if mmproj is None else '--mmproj'} goes with one model")
     keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
     options: dict[str, Any] = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
-               "images": planned.parse_size(picture, pictures)}
+               "images": planned.parse_size(picture, pictures), "adapters": adapters}
     asked = serving.Asked(model or (), any_model or not model, options, serving.keep_alive(keep_alive))
     access = {"api_keys": keys, "hosts": allow_host or (), "origins": allow_origin or ()}
     serving.serve(asked, host, port, access, (timeout, allow_pull, allow_url_images), (str(tls_cert), str(tls_key)) if tls_cert else None)

@@ -62,11 +62,12 @@ def serve(asked: Asked, host: str, port: int, access: dict[str, Any], permits: t
     for name in asked.names:
         print(f"loading {name}", file=sys.stderr, flush=True)
         served.append(models.load(name, **asked.options))
-    others = {name: value for name, value in asked.options.items() if name != "mmproj"}
+    others = {name: value for name, value in asked.options.items() if name not in ("mmproj", "adapters")}
     found = models.Models(served, list_models if asked.any else None, others, asked.keep_alive)
     for s, _ in found.running():
         pictures = ", pictures" if s.model.media is not None else ""
-        print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}, {amount(s.model.plan.total)}", file=sys.stderr)
+        adapters = "".join(f", {name} x {scale:g}" for name, scale in s.model.adapters.items())
+        print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}{adapters}, {amount(s.model.plan.total)}", file=sys.stderr)
     if asked.any:
         n = len(found.all) - len(found.running())
         print(f"  {n} {'others' if served else 'models'} of `{PROGRAM} list`, each loaded when it is asked for", file=sys.stderr)

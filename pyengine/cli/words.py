@@ -64,7 +64,6 @@ HINTS = {
     **dict.fromkeys(("--grammar", "--grammar-file", "--json-schema", "-j", "--format"), _GRAMMAR),
     **dict.fromkeys(("--think", "--hidethinking", "--reasoning-budget", "--reasoning-format"), _THINK),
     **dict.fromkeys(("-md", "--model-draft", "--draft", "--draft-max"), _DRAFT),
-    **dict.fromkeys(("--lora", "--lora-scaled"), "LoRA adapters cannot be used yet"),
     **dict.fromkeys(("--audio",), "no sound is heard yet"),
     **dict.fromkeys(("--mirostat", "--xtc-probability", "--xtc-threshold", "--dry-multiplier", "--dynatemp-range", "--samplers",
                      "--sampling-seq", "--top-n-sigma", "--tfs", "--logit-bias"), _SAMPLER),

@@ -46,8 +46,17 @@ def share(outputs: list[Tensor]) -> list[Tensor]:
     return rebuild(outputs, rule, leaf)
 
 
+def _file_of(w: Tensor) -> int:
+    """Return what tells the file of a weight, or of its parts, from others."""
+    source = w.node.source
+    return id(getattr(getattr(source, "parts", (source,))[0], "source", None))
+
+
 def merge_products(outputs: list[Tensor]) -> list[Tensor]:
-    """Merge plain products of one input into one node: q/k/v, gate/up. The input is read and quantized once."""
+    """Merge plain products of one input into one node: q/k/v, gate/up. The input is read and quantized once.
+
+    Weights of two files stay apart: an adapter's low matrices are merged with each other.
+    """
     groups: dict[Any, list[Node]] = {}
     nodes = topological(outputs)
     for node in nodes:
@@ -56,7 +65,7 @@ def merge_products(outputs: list[Tensor]) -> list[Tensor]:
         x, w, bias, norm, residual = node.args
         plain = dict(node.params) == {"norm_eps": 0.0, "glu": "none", "softcap": 0.0}
         if len(w) == 1 and plain and norm is None and residual is None and w[0].node.kind == "constant":
-            groups.setdefault((id(x.node), x.index, bias is None), []).append(node)
+            groups.setdefault((id(x.node), x.index, bias is None, _file_of(w[0])), []).append(node)
     member = {id(n): g for g in groups.values() if 2 <= len(g) <= 4 for n in g}
     merged: dict[int, tuple[Tensor, ...]] = {}
 

@@ -28,11 +28,11 @@ class Candidate:
     want: Settings
 
     @classmethod
-    def open(cls, model: str | Path, mmproj: str | Path | None = None, **settings: Any) -> Candidate:
+    def open(cls, model: str | Path, mmproj: str | Path | None = None, adapters: Any = None, **settings: Any) -> Candidate:
         """Open a model; settings are the fields of `Settings`. Raises as `load`, but for PlanError."""
         want = Settings(**settings)
         want.check()
-        return cls(bind(open_files(model, mmproj), want.pictures), want)
+        return cls(bind(open_files(model, mmproj, adapters), want.pictures), want)
 
     def fit(self, machine: Hardware | None = None, held: Sequence[Held] | None = None) -> Fitted:
         """Decide on sizes: see `pyengine.memory.fit.fit`."""
@@ -47,7 +47,7 @@ class Candidate:
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
          encoder_device: str | None = None, expert_device: str | None = None,
-         progress: Callable[[int, int], None] | None = None, mmap: bool = False) -> Model:
+         progress: Callable[[int, int], None] | None = None, mmap: bool = False, adapters: Any = None) -> Model:
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
@@ -62,12 +62,14 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
     mmap: True reads weights where the file is mapped, in each step, for models that are larger than the memory: nothing is read or
     packed when it is loaded, and the system keeps of the file what it has room for. Answers are the same; generation is slower.
+    adapters: LoRA adapters, files of llama.cpp's: a path, a list of paths and (path, scale), or a mapping of names to these; requests may
+    give other scales. Weights stay as they are: each row of a step has its own mix.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit beside the other
     models of this process.
     """
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: a function of two ints, got {shown(progress)}")
-    candidate = Candidate.open(model, mmproj, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
+    candidate = Candidate.open(model, mmproj, adapters, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
                                device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap)
     with ExitStack() as until_loaded:
         with deciding:

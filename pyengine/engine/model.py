@@ -11,12 +11,13 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from pyengine.arguments import INT32_MAX, iterates, place, switch, takes, whole
+from pyengine.arguments import INT32_MAX, iterates, number, place, switch, takes, whole
 from pyengine.backends.base import Program, Progress
 from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Reported, Stream, Streams
@@ -30,7 +31,7 @@ from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelErro
 from pyengine.files.hparams import Hparams
 from pyengine.memory.fit import Fitted
 from pyengine.memory.held import forget, Held, planned_bytes, register
-from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, token_rows
+from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, Segment, token_rows
 from pyengine.programs.step import Work
 from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
 from pyengine.text.tokenizer import Tokenizer
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 SAMPLING = tuple(SamplingParams.__dataclass_fields__)
-WRITING = (*SAMPLING, *SHAPES)                               # what may be set for a prompt, and for a reply in a conversation
-REPLYING = (*SAMPLING, *WISHES)
+WRITING = (*SAMPLING, *SHAPES, "adapters")                   # what may be set for a prompt, and for a reply in a conversation
+REPLYING = (*SAMPLING, *WISHES, "adapters")
 
 
 def alone(method: F) -> F:
@@ -98,6 +99,7 @@ class Model:
         self._files, self.file, self.config = bound.files, bound.files.model, bound.model.config
         self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = sizes.n_ctx, sizes.n_batch, sizes.n_seq, self.config.vocab_size
         self._n_ids, self._ropes = bound.model.n_ids, bound.model.ropes(sizes.n_ctx)
+        self._adapters = {a.name: a.scale for a in bound.adapters}
         self._runner = Runner(layout.step, program)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
         self._lock = self._scheduler.lock
@@ -215,6 +217,40 @@ class Model:
         parts, _ = self._prompts.encoded(image)
         return np.concatenate([p.embedding[:, : self.config.d_model] for p in parts if isinstance(p, MediaSegment)])
 
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The scale of each adapter, by its name, in requests that say nothing of them."""
+        return dict(self._adapters)
+
+    @takes()
+    def use_adapters(self, adapters: Any) -> None:
+        """Set the scales of requests that come from now on and say nothing: as a request gives them; others are not used."""
+        self._adapters = dict(zip(self._adapters, self._scales({} if adapters is None else adapters)))
+
+    def _scales(self, adapters: Any) -> tuple[float, ...]:
+        """Return the scale of each adapter in a request: those that are named or numbered, 0 for others; None: the usual ones. Raises: RequestError."""
+        if adapters is None:
+            return tuple(self._adapters.values())
+        names = list(self._adapters)
+        if not isinstance(adapters, (str, list, tuple, Mapping)):
+            raise RequestError(f"adapters: must be a mapping of names to scales, or names, got {shown(adapters)}")
+        plain = [adapters] if isinstance(adapters, str) else adapters
+        scales = dict.fromkeys(names, 0.0)
+        for key, scale in plain.items() if isinstance(plain, Mapping) else ((name, 1.0) for name in plain):
+            name = names[key] if type(key) is int and 0 <= key < len(names) else key
+            if not isinstance(name, str) or name not in scales:
+                raise RequestError(f"adapters: there is no {shown(key)}; loaded are {', '.join(names) or 'none: load with adapters='}")
+            scales[name] = number(f"adapters: the scale of {shown(name)}", scale) + 0.0
+        return tuple(scales.values())
+
+    def _lay_out(self, segments: Sequence[Segment], adapters: Any = None) -> Rows:
+        """Lay a prompt out for a request with these adapters."""
+        rows = lay_out_rows(segments, self._axes)
+        rows.adapters = self._scales(adapters)
+        return rows
+
     # -- hidden states and vectors ------------------------------------------------------------------------------------
 
     @property
@@ -222,7 +258,7 @@ class Model:
         """What `hidden` and `embed` rest on; its readings can also be queued in `loop`."""
         from pyengine.engine.vectors import Vectors
 
-        return Vectors(self._prompts, self._scheduler, Hparams(self.file.metadata))
+        return Vectors(self._prompts, self._scheduler, Hparams(self.file.metadata), self._scales(None))
 
     @takes()
     def hidden(self, x: Sequence[Any] | str) -> np.ndarray:
@@ -270,7 +306,7 @@ class Model:
             if self._fed_moved:
                 raise PlanError("the conversation of `feed` has gone for others; tokens were removed from it, so it cannot be "
                                 "computed anew: reset")
-            s = cells.new()
+            s = cells.new(self._scales(None))
         rows = token_rows(held[len(s) :], len(s), self._axes)
         try:
             s.active = True
@@ -297,12 +333,12 @@ class Model:
 
     @alone
     @takes()
-    def logits(self, prompt: Sequence[Any] | str) -> np.ndarray:
+    def logits(self, prompt: Sequence[Any] | str, adapters: Any = None) -> np.ndarray:
         """Compute logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
 
-        Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
+        adapters: as in `stream`. Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
         """
-        rows = lay_out_rows(self._prompts.prompt(prompt).segments, self._axes)
+        rows = self._lay_out(self._prompts.prompt(prompt).segments, adapters)
         out = np.empty((len(rows), self.n_vocab), np.float32)
         for start, block in self.logit_blocks(rows):
             out[start : start + len(block)] = block
@@ -320,7 +356,7 @@ class Model:
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
         with self._lock:
-            s = self._runner.cells.new()
+            s = self._runner.cells.new(rows.adapters if isinstance(prompt, Rows) else self._scales(None))
         try:
             for start, stop in rows.steps(0, self.n_batch):
                 skip = min(max(first - start, 0), stop - start)
@@ -369,27 +405,37 @@ class Model:
             n = rows.whole(common(s.keys, rows.keys))
             if self._runner.cells.reach(s, n):
                 s = replace(s, keys=s.keys[:n], next=rows.position(n))
-        return sessions.save(path, self._runner.store, s, self._identity(), notes)
+        return sessions.save(path, self._runner.store, s, self._identity(s.adapters), notes)
 
     @alone
     @takes()
-    def restore(self, path: str | Path) -> int:
+    def restore(self, path: str | Path, adapters: Any = None) -> int:
         """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
 
-        Raises: SessionError for a file that is damaged, or of another model or kv_dtype; ContextOverflowError; PlanError when
+        adapters: those that it was computed with, as in `stream`.
+        Raises: SessionError for a file that is damaged, or of another model, adapters or kv_dtype; ContextOverflowError; PlanError when
         no cells are free.
         """
         from pyengine.cache import sessions
 
-        return len(sessions.restore(place("path", path), self._runner.store, self._identity(), self._n_ids, self.n_ctx))
+        scales = self._scales(adapters)
+        return len(sessions.restore(place("path", path), self._runner.store, self._identity(scales), self._n_ids, self.n_ctx, scales))
 
-    def _identity(self) -> bytes:
+    def _identity(self, adapters: tuple[float, ...]) -> bytes:
+        """Return what tells the model with these adapters from others; with none of them in use it is that of the model alone."""
         if not self._fingerprint:
             from pyengine.cache import sessions
 
             tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
             self._fingerprint = sessions.fingerprint(self._files.opened, tables)
-        return self._fingerprint
+        return self._fingerprint if not any(adapters) else self._adapted_identity(adapters)
+
+    def _adapted_identity(self, adapters: tuple[float, ...]) -> bytes:
+        from pyengine.cache import sessions
+
+        used = [(a.file, s) for a, s in zip(self._files.adapters, adapters) if s]
+        of_files = [sessions.fingerprint([file], [np.array([file.metadata["adapter.lora.alpha"], scale])]) for file, scale in used]
+        return sha256(b"".join([self._fingerprint, *of_files])).digest()
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -421,7 +467,8 @@ class Model:
         max_tokens: None goes on until the model ends or the context is full. stop: texts that end the answer; they are not
         part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...). What is not
         given is what the model's files recommend (`sampling_defaults`, `stop_defaults`), or else the default of `SamplingParams`.
-        Also one of format (a JSON schema, or "json"), regex, grammar (Lark, or GBNF): nothing else is written then.
+        Also one of format (a JSON schema, or "json"), regex, grammar (Lark, or GBNF): nothing else is written then. adapters: the scales of
+        LoRA adapters by name, or names; those that are not named are not used. None: as they were loaded.
         Raises: ContextOverflowError when the context is full, RequestError, ImageError.
         """
         return self._stream(lambda: self._prompts.prompt(prompt, images), max_tokens, stop, sampling)
@@ -472,15 +519,17 @@ class Model:
     def _request(self, prompt: Callable[[], Prompt], max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any],
                  wishes: Wishes | None) -> Request:
         """Make a request; `prompt` encodes pictures, so what is cheap to refuse is refused before. wishes: of a reply in a conversation."""
+        adapters = sampling.get("adapters")
+        self._scales(adapters)
         talks, wishes = wishes is not None, wishes or _wishes(sampling)
         most = None if max_tokens is None else whole("max_tokens", max_tokens, 0, None)
-        params = sampling_params(self.sampling_defaults, {k: v for k, v in sampling.items() if k not in WISHES})
+        params = sampling_params(self.sampling_defaults, {k: v for k, v in sampling.items() if k not in (*WISHES, "adapters")})
         stops, shape = Stops(self.stop_defaults if stop is None else stop), wishes.shape
         sampler = Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size))
         made = prompt()
         guide, marks = self._guide(made, wishes, shape) if talks or shape else (None, ())
         decoder = self.tokenizer.decoder(skip_special=True, at_start=talks, marks=marks)
-        return Request(lay_out_rows(made.segments, self._axes), sampler, decoder, stops, (most, self.tokenizer.eog_ids), Report(media=made.media), guide)
+        return Request(self._lay_out(made.segments, adapters), sampler, decoder, stops, (most, self.tokenizer.eog_ids), Report(media=made.media), guide)
 
     def _guide(self, prompt: Prompt, wishes: Wishes, shape: str | None) -> tuple[Guide | None, Sequence[int]]:
         from pyengine.engine.guide import guide_of                             # plain texts begin sooner

@@ -87,7 +87,7 @@ class Runner:
         self.store.shift(s, start, stop)
 
     def resume(self, rows: Rows) -> tuple[Conversation, int]:
-        """Return a conversation that has the longest useful beginning of `rows`, active, and the length of that beginning.
+        """Return a conversation that has the longest useful beginning of `rows`, with the same adapters, active, and that beginning's length.
 
         An idle conversation is continued where it is when most of it is used, or where a fork would cost another one and it is itself the
         one that had to go, or begins with all of the prompt: what is cut off then is an earlier answer to it.
@@ -95,12 +95,12 @@ class Runner:
         """
         cells, most = self.cells, len(rows) - 1
         best, kept = None, 0
-        for s in sorted(cells.conversations, key=lambda s: s.active):
+        for s in sorted((s for s in cells.conversations if s.adapters == rows.adapters), key=lambda s: s.active):
             n = rows.whole(min(common(s.keys, rows.keys), most))
             if n > kept and cells.reach(s, n):
                 best, kept = s, n
         if best is None:
-            return cells.new(), 0
+            return cells.new(rows.adapters), 0
         oldest = min((s for s in cells.conversations if not s.active), key=lambda s: s.used, default=None)
         full = oldest is not None and len(cells.conversations) == cells.n_seq
         if not best.active and (2 * kept > len(best) or full and (best is oldest or kept == most)):

@@ -46,7 +46,7 @@ class Reading(Job):
 
     def join(self, runner: Runner) -> None:
         """Take an empty conversation. Raises: PlanError when all are in use."""
-        self.conversation = runner.cells.new()
+        self.conversation = runner.cells.new(self.rows.adapters)
 
     def wanted(self, start: int, stop: int) -> np.ndarray:
         """Return those of rows [start, stop) that the result is made of."""
@@ -100,10 +100,11 @@ class Vectors:
     """What makes readings for one model, and runs them.
 
     h   keys of its file, which may say how vectors are made of hidden states
+    adapters   their scales
     """
 
-    def __init__(self, prompts: Prompts, scheduler: Scheduler, h: Hparams):
-        self.prompts, self.scheduler, self.h = prompts, scheduler, h
+    def __init__(self, prompts: Prompts, scheduler: Scheduler, h: Hparams, adapters: tuple[float, ...] = ()):
+        self.prompts, self.scheduler, self.h, self.adapters = prompts, scheduler, h, adapters
 
     def pooling(self, asked: str | None = None) -> str:
         """Return the pooling: what is asked for, or what the file says, or "last", as decoders see what came before only.
@@ -165,7 +166,9 @@ class Vectors:
         return TokenSegment(tuple(ids if len(ids) <= n else [*ids[: n - len(tail)], *tail]))
 
     def _reading(self, segments: list[Segment], pooling: str | None) -> Reading:
-        reading = Reading(lay_out_rows(segments, self.scheduler.runner.axes), pooling)
+        rows = lay_out_rows(segments, self.scheduler.runner.axes)
+        rows.adapters = self.adapters
+        reading = Reading(rows, pooling)
         self.scheduler.check(reading)
         return reading
 

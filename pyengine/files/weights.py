@@ -70,7 +70,8 @@ class WeightRef(NamedTuple):
 class DerivedRef(NamedTuple):
     """A float32 weight that is computed from tensors of the file when it is loaded (a transposed matrix, joined slices).
 
-    make(*arrays) gets `WeightRef.floats` of each part and returns an array of `shape`.
+    make(*arrays) gets `WeightRef.floats` of each part and returns an array of `shape`. With another `dtype`, that of all parts, it gets
+    the bytes of each part, those of a row in a row, and returns those of the weight: parts that are joined in their format.
     """
 
     name: str
@@ -81,6 +82,8 @@ class DerivedRef(NamedTuple):
 
     def view(self) -> np.ndarray:
         """Compute the bytes, uint8 [nbytes]."""
+        if self.dtype.name != "F32":
+            return np.ascontiguousarray(self.make(*(p.view().reshape(p.shape[0], -1) for p in self.parts))).reshape(-1)
         made = self.make(*(p.floats() for p in self.parts))
         if made.shape != self.shape:
             raise InvalidModelError(f"tensor {self.name!r}: is made with shape {made.shape}, and the model needs {self.shape}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pyengine.backends.base import Prepared
 from pyengine.backends.prepared import Counted, Resident
 from pyengine.compiler.arena import aligned
+from pyengine.files.adapters import A, B
 from pyengine.files.model_files import Files
 from pyengine.files.weights import layer_of
 from pyengine.graph.tensor import axis_max
@@ -24,20 +25,20 @@ PICTURE_BYTES = 8 * MIB              # Pillow, and what it keeps
 # What the driver takes of a card for a process and its kernels; NVIDIA's tools show 300 to 500 MiB for programs of this kind.
 CONTEXT_BYTES = 512 * MIB
 
-STEP_KINDS = "layers", "experts of layers", "embedding, head and norms"
+STEP_KINDS = "layers", "experts of layers", "embedding, head and norms", "adapters of layers"
 ENCODER_KINDS = ("weights of layers, from the first picture on",) * 2 + ("weights of patches, norms and projector",)
 
 
 def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Sequence[str], program: str = "step") -> list[PlanItem]:
     """Count weights by layer, and by whether they are copied or read where the file is mapped.
 
-    kinds: what to call those of layers, of their experts, and the rest.
+    kinds: what to call those of layers, of their experts, the rest, and adapters.
     """
     groups: dict[tuple[bool, int, int], list[tuple[str, int]]] = {}
     for r in residents:
         mapped, layer = r.form == "mapped", layer_of(r.name)
         part = r.name or "computed constant", r.nbytes if mapped else r.held
-        kind = 2 if layer is None else int(r.sparse)
+        kind = 2 if layer is None else 3 if r.name.endswith((A, B)) else int(r.sparse)
         groups.setdefault((mapped, -1 if layer is None else layer, kind), []).append(part)
     return [PlanItem.sum(device, "mapped" if mapped else purpose, kinds[kind], parts, None if kind == 2 else layer, program)
             for (mapped, layer, kind), parts in sorted(groups.items(), key=lambda g: g[0])]
@@ -85,7 +86,7 @@ def sampler(device: str, n_seq: int, vocab_size: int) -> PlanItem:
 
 def overhead(files: Files, device: str) -> list[PlanItem]:
     """Count the process itself, and the headers of its files."""
-    opened = [f for f in (files.model, files.mmproj) if f]
+    opened = [f for f in (files.model, files.mmproj, *(a.file for a in files.adapters)) if f]
     headers = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0))
                for f in opened for i, path in enumerate(f.paths)]
     meta = files.model.metadata

@@ -296,7 +296,8 @@ def refusal(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] 
 @takes()
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
-         nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False) -> MemoryPlan:
+         nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False,
+         adapters: Any = None) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     What is available is what is free beside the models that this process has loaded.
@@ -305,6 +306,6 @@ def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_d
     """
     want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap)
     want.check()
-    bound = bind(open_files(model, mmproj), want.pictures)
+    bound = bind(open_files(model, mmproj, adapters), want.pictures)
     found = fit(bound, want)
     return replace(found.plan, alternatives=tuple(alternatives(bound, want, found))) if nearest and not found.plan.fits else found.plan

@@ -68,7 +68,7 @@ class ModelLayout:
         self._backend = self._backend_of(self.place)
         self.encoder: Counted | None = None
         self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
-        self.step = Step(self.bound.model, self.sizes)
+        self.step = Step(self.bound.model, self.sizes, self.bound.adapters)
         self.image_cache = self._image_cache(self.sizes.n_ctx)
         self.stages, self.prepared = self._prepared()
         self.items = self._items()

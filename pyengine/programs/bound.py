@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.files.adapters import Adapter, check_base
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files
@@ -19,7 +20,7 @@ from pyengine.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Bound:
-    """A decoder, and the encoders that the files hold."""
+    """A decoder, the encoders that the files hold, and the adapters beside them."""
 
     files: Files
     model: Architecture
@@ -44,6 +45,11 @@ class Bound:
         """Return the model as if its files held no encoder."""
         return Bound(self.files, self.model)
 
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Adapters of the decoder."""
+        return self.files.adapters
+
 
 def runs(architecture: object) -> bool:
     """Return whether there is a module for the architecture that a file names."""
@@ -53,13 +59,16 @@ def runs(architecture: object) -> bool:
 def bind(files: Files, with_encoders: bool = True) -> Bound:
     """Bind every tensor of a model's files; without encoders, theirs are left alone.
 
-    Raises: InvalidModelError for tensors that are missing or have other shapes; UnsupportedModelError for those that nothing reads.
+    Raises: InvalidModelError for tensors that are missing or have other shapes, and for adapters of other models; UnsupportedModelError
+    for those that nothing reads.
     """
     h, weights = Hparams(files.model.metadata), Weights(files.model)
     kind = model_class(h.arch)
     model = kind(h, weights)
     encoders = _encoders(kind, h, files, weights) if with_encoders else {}
     weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
+    for adapter in files.adapters:
+        check_base(adapter, files.model)
     return Bound(files, model, encoders)
 
 

@@ -69,6 +69,7 @@ class Rows:
     next       position of what follows
     sees       int32 [2, n]: encoder rows lo <= j < hi that cross-attention sees from each row
     crossed    (row, segment) of each picture whose rows are seen so
+    adapters   the scale of each adapter; () where none is loaded
     """
 
     keys: list[Hashable]
@@ -79,6 +80,7 @@ class Rows:
     next: int
     sees: np.ndarray
     crossed: list[tuple[int, MediaSegment]] = field(default_factory=list)
+    adapters: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

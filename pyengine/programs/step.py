@@ -19,16 +19,19 @@ from pyengine.cache.cells import Cells, Conversation, Group, group
 from pyengine.cache.policy import Policy
 from pyengine.cache.store import Layer, Rotation
 from pyengine.compiler.wanted import only
+from pyengine.files.adapters import Adapter
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.models.architecture import Architecture
 from pyengine.nn.batch import Across, Batch
 from pyengine.nn.cache import CrossCache, LayerCache
 from pyengine.ops import rows as take
+from pyengine.programs.adapters import adapted
 from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import Sizes
 
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
+ADAPTERS = "adapters"                    # scales of adapters, of each row; those of encoder rows are "across.adapters"
 
 
 class Work(NamedTuple):
@@ -51,8 +54,8 @@ class Step:
     groups   cells of layers with the same policy; layers: the number of each layer's group, None for one without a cache
     """
 
-    def __init__(self, model: Architecture, sizes: Sizes):
-        self.model, self.sizes = model, sizes
+    def __init__(self, model: Architecture, sizes: Sizes, adapters: Sequence[Adapter] = ()):
+        self.model, self.sizes, self.adapters = model, sizes, tuple(adapters)
         self.groups: list[Group] = []
         self.layers: list[int | None] = []
         numbers: dict[Policy, int] = {}
@@ -99,8 +102,20 @@ class Step:
             shape, kind = self._cache_shape(number, self.groups), CrossCache if number == self.across else LayerCache
             caches.append(kind(g.state(_key(i), shape, s.k), g.state(_value(i), shape, s.v), **shared[number]))
         hidden = take(model.forward(batch, caches), wanted)
-        logits = model.logits(take(hidden, head))
-        return Declared(only([logits, hidden], wanted, chosen), {HEAD: HEAD})
+        outputs = [model.logits(take(hidden, head)), hidden]
+        if self.adapters:
+            outputs = self._adapted(g, outputs, batch, wanted, head)
+        return Declared(only(outputs, wanted, chosen), {HEAD: HEAD})
+
+    def _adapted(self, g: Graph, outputs: list[Tensor], batch: Batch, wanted: Tensor, head: Tensor) -> list[Tensor]:
+        """Add what adapters change, by the scales of each row."""
+        n, across = len(self.adapters), batch.across
+        own = g.input(ADAPTERS, (batch.ids.shape[0], n))
+        scales = {"m": own, "l": take(take(own, wanted), head)}
+        if across is not None:
+            scales |= {"s": take(own, across.rows), "c": g.input(f"across.{ADAPTERS}", (across.states.shape[0], n))}
+        absent = [f"blk.{i}." for i, number in enumerate(self.layers) if number is None]
+        return adapted(outputs, self.adapters, scales, absent)
 
     def _cache_shape(self, number: int, groups: Sequence[Group]) -> tuple[int, int, int]:
         c = self.model.config
@@ -164,6 +179,12 @@ class StepProgram:
         if name in self._flat:
             self._flat[name][where] = values
 
+    def _put_scales(self, name: str, first: int, n: int, s: Conversation) -> None:
+        """Write a conversation's scales of adapters for n rows."""
+        if self.step.adapters:
+            width = len(self.step.adapters)
+            self._put(name, slice(first * width, (first + n) * width), np.tile(np.array(s.adapters or [0.0] * width, np.float32), n))
+
     def fill(self, work: Sequence[Work]) -> None:
         """Lay the rows of several conversations side by side in the inputs. Their cells, and what they see across, are there."""
         m, w, e = 0, 0, 0
@@ -182,6 +203,7 @@ class StepProgram:
                 e += k
             self._put("seq", here, s.row)
             self._put("seq_wanted", there, s.row)
+            self._put_scales(ADAPTERS, m, n, s)
             self._put("wanted", there, wanted + m)
             for i, (g, name) in enumerate(zip(self.step.groups, self.step.names)):
                 if not g.policy.across:
@@ -232,6 +254,7 @@ class StepProgram:
                 cells = self.cells.cells_of(number, s, np.arange(first, first + len(part)))
                 self._put("across", slice(0, part.size), part.reshape(-1))
                 self._put(f"{self.step.names[number]}.cells", slice(0, len(part)), cells)
+                self._put_scales(f"across.{ADAPTERS}", 0, len(part), s)
                 self.program.execute(m=0, w=0, e=0, l=0, s=0, c=len(part))
                 first += len(part)
 

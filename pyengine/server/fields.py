@@ -70,6 +70,10 @@ class Fields:
             raise FieldError(self.within + name, f"must be a whole number from {low} to {high}, got {shown(value)}")
         return value
 
+    def number(self, name: str) -> float:
+        """Return a number."""
+        return self._read(name, ..., (int, float), "a number")
+
     def stops(self, name: str = "stop") -> tuple[str, ...] | None:
         """Return texts that end an answer, given as one or as a list; None where nothing is said."""
         value = self._read(name, None, (str, list), "a text or a list of texts")

@@ -14,7 +14,7 @@ from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError
 from pyengine.server import replies
-from pyengine.server.fields import FieldError, Fields
+from pyengine.server.fields import FieldError, Fields, parse
 from pyengine.server.infill import laid_out
 from pyengine.server.models import Models, Served
 from pyengine.server.openai import failed
@@ -23,7 +23,7 @@ from pyengine.server.streams import encoded, event, Script, SSE, Stream
 MOST_FILES = 256                     # of input_extra
 _NOT_HERE = {"n_probs": "give logprobs to /v1/completions", "post_sampling_probs": "there are none of them", "return_tokens": "the tokens are not given back",
              "samplers": "the order of the sampler's steps is fixed", "t_max_predict_ms": "there is no such limit of one request",
-             "lora": "no adapters are loaded", "multimodal_data": "give pictures to /v1/chat/completions", "image_data": "give pictures to /v1/chat/completions"}
+             "multimodal_data": "give pictures to /v1/chat/completions", "image_data": "give pictures to /v1/chat/completions"}
 _NO_STEP = {"mirostat": 0, "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0, "top_n_sigma": -1}    # and what switches each off there
 
 
@@ -63,13 +63,20 @@ def routes(models: Models) -> list[Route]:
         files = _files(fields.items("input_extra", []))
         return await _answer(request, fields, served, laid_out(served.model.tokenizer, prefix, fields.text("input_suffix", ""), "input_suffix", files))
 
+    async def adapters(request: Request) -> Response:
+        sent = parse(b'{"lora": ' + await replies.body(request) + b"}") if request.method == "POST" else None
+        served = await replies.using(request, models, request.query_params.get("model"))
+        if sent is not None:
+            served.model.use_adapters(replies.adapters(sent) or {})
+        return JSONResponse([{"id": i, "path": name, "scale": scale} for i, (name, scale) in enumerate(served.model.adapters.items())])
+
     async def slots(request: Request) -> Response:
         said = "slots are not shown: they would tell what others ask"
         return JSONResponse({"error": {"code": 501, "message": said, "type": "not_supported_error"}}, 501)
 
     return [Route("/health", health), Route("/v1/health", health), Route("/props", replies.guarded(properties, failed)), post("/tokenize", tokenize),
             post("/detokenize", detokenize), post("/apply-template", template), post("/completion", complete), post("/completions", complete),
-            post("/infill", infill), Route("/slots", slots), Route("/slots/{number}", slots, methods=["GET", "POST"])]
+            post("/infill", infill), Route("/lora-adapters", replies.guarded(adapters, failed), methods=["GET", "POST"]), Route("/slots", slots), Route("/slots/{number}", slots, methods=["GET", "POST"])]
 
 
 async def _one(request: Request, models: Models, fields: Fields) -> Served:

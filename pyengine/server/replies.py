@@ -54,7 +54,12 @@ def _told(message: str) -> str:
 
 
 async def read(request: Request) -> Fields:
-    """Read a request's JSON. Raises: RequestError, TooLarge; TimeoutError for a body that does not come."""
+    """Read a request's JSON. Raises: as `body`; RequestError for what is no JSON object."""
+    return parse(await body(request))
+
+
+async def body(request: Request) -> bytes:
+    """Read a request's body. Raises: TooLarge; TimeoutError for one that does not come."""
     chunks, n = [], 0
     with anyio.fail_after(BODY_SECONDS):
         async for chunk in request.stream():
@@ -62,7 +67,7 @@ async def read(request: Request) -> Fields:
             if n > BODY_BYTES:
                 raise TooLarge(f"the body exceeds {BODY_BYTES} bytes")
             chunks.append(chunk)
-    return parse(b"".join(chunks))
+    return b"".join(chunks)
 
 
 def status_of(error: BaseException) -> int:
@@ -81,10 +86,21 @@ def status_of(error: BaseException) -> int:
 
 
 def sampling(fields: Fields) -> dict[str, Any]:
-    """Return the settings of the sampler that are there; a negative top_k is none, as llama.cpp, vLLM and Ollama have it."""
+    """Return the settings of the sampler that are there, and of adapters; a negative top_k is none, as llama.cpp, vLLM and Ollama have it."""
     given = fields.given(SAMPLING)
-    k = given.get("top_k")
+    k, lora = given.get("top_k"), adapters(fields)
+    given = given if lora is None else {**given, "adapters": lora}
     return {**given, "top_k": 0} if isinstance(k, int) and k < 0 else given
+
+
+def adapters(fields: Fields) -> dict[int, Any] | None:
+    """Return the scales that llama.cpp's field `lora` gives to adapters, by their numbers; None where it is not there. Raises: FieldError."""
+    given = fields.items("lora", None)
+    for i, one in enumerate(given or ()):
+        if not isinstance(one, dict) or one.keys() != {"id", "scale"}:
+            raise FieldError(f"lora[{i}]", 'must be an object as {"id": number, "scale": number}')
+    each = [Fields(one, f"lora[{i}].") for i, one in enumerate(given or ())]
+    return None if given is None else {one.whole("id"): one.number("scale") for one in each}
 
 
 def unexpected(error: Exception) -> None:

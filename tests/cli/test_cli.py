@@ -1000,6 +1000,7 @@ def test_show_and_list(tiny_gguf, monkeypatch, capsys) -> None:
         "projector": None,
         "architecture": "llama",
         "sees": False,
+        "adapter": False,
         "runs": True,
         "modified": int(path.stat().st_mtime),
     } in json.loads(capsys.readouterr().out)
@@ -1012,13 +1013,18 @@ def test_show_and_list(tiny_gguf, monkeypatch, capsys) -> None:
 
 
 def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, capsys) -> None:
-    for kind, can in (("llama", ["text"]), ("gemma3", ["text", "pictures"]), ("qwen2_5_vl", ["text", "pictures", "videos"])):
+    pictures = r"several pictures \({} of 448 x 448 pixels\)"
+    for kind, can, said in (
+        ("llama", ["text", "tools", "adapters"], "text, tools \\(told in words\\), adapters"),
+        ("gemma3", ["text", "pictures", "several pictures", "tools", "adapters"], f"text, {pictures.format(64)}, tools \\(told in words\\), adapters"),
+        ("qwen2_5_vl", ["text", "pictures", "several pictures", "videos", "boxes", "tools", "adapters"], "text, .*, videos, boxes, .*, adapters"),
+    ):
         path = str(tiny_gguf(kind)[0])
         assert execute(["show", path, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["can"] == can and found["runs"] and found["plan"]["bytes"] == pyengine.plan(path).total
         assert execute(["show", path]) == 0
-        assert re.search(rf"\ncan +{', '.join(can)}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
+        assert re.search(rf"\ncan +{said}\nruns here +yes, in [\d.]+ MiB of ", capsys.readouterr().out)
     for part in ("system", "parameters", "license"):
         assert execute(["show", path, f"--{part}"]) == 2
         assert re.search(rf"no .*{part}.* comes? with this model", one_line(capsys.readouterr().err))
@@ -1048,6 +1054,33 @@ def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, 
     assert execute(["show", path, "--system", "--license"]) == 2 and "printed alone" in one_line(capsys.readouterr().err)
 
 
+def test_an_adapter_is_shown_listed_and_used(tiny_gguf, tmp_path, monkeypatch, capsys) -> None:
+    import lora
+    from converters.adapters import convert_adapter
+
+    path, hf = tiny_gguf("llama")
+    files = [str(convert_adapter(lora.make_adapter(tmp_path / name, hf, seed=i), hf, tmp_path / f"{name}.gguf")) for i, name in enumerate(("one", "two"))]
+    assert execute(["show", files[0]]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"adapter +LoRA for llama: rank 4, alpha 8\n", out) and re.search(r"changes +3 attn_q, .*3 ffn_down\n", out)
+    assert f"MODEL --lora {files[0]}\n" in out
+    assert execute(["show", files[0], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapter"]["ranks"] == [4] and found["adapter"]["changes"]["attn_v"] == 3 and found["metadata"]["adapter.lora.alpha"] == 8.0
+    monkeypatch.setenv("PYENGINE_MODELS", str(tmp_path))
+    assert execute(["list"]) == 0 and re.search(r"one .* llama \(adapter\) ", capsys.readouterr().out)
+    with pyengine.load(path, n_ctx=64, adapters=[files[0], (files[1], -0.5)]) as model:
+        want = str(model.generate("Once", max_tokens=6, temperature=0))
+    asked = [str(path), "Once", "--raw", "-n", "6", "--temp", "0", "--ctx", "64"]
+    for options in (["--lora", files[0], "--lora-scaled", f"{files[1]}:-0.5"], ["--lora-scaled", f"{files[0]}:1,{files[1]}:-0.5"]):
+        assert execute([*asked, *options]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == want.rstrip("\n")
+    assert execute(["plan", str(path), "--lora", files[0], "--json"]) == 0
+    assert any("adapters" in i["detail"] for i in json.loads(capsys.readouterr().out)["items"])
+    assert execute([*asked, "--lora-scaled", files[0]]) == 2 and "FILE:SCALE" in capsys.readouterr().err
+    assert execute([files[0], "Once"]) == 2 and "is an adapter" in one_line(capsys.readouterr().err)
+
+
 def test_list_marks_what_does_not_run(tmp_path, monkeypatch, capsys) -> None:
     import gguf
 
@@ -1065,12 +1098,17 @@ def test_list_marks_what_does_not_run(tmp_path, monkeypatch, capsys) -> None:
 def test_show_lists_what_ollama_keeps_beside_a_model(tiny_gguf, tmp_path, monkeypatch, capsys) -> None:
     import hashlib
 
-    layers, model = [], tiny_gguf("llama")[0].read_bytes()
+    import lora
+    from converters.adapters import convert_adapter
+
+    path, hf = tiny_gguf("llama")
+    adapter = convert_adapter(lora.make_adapter(tmp_path / "low", hf), hf, tmp_path / "low.gguf")
+    layers, model = [], path.read_bytes()
     blobs = tmp_path / ".ollama/models/blobs"
     blobs.mkdir(parents=True)
     for kind, content in (("model", model), ("system", b"You are a pirate."), ("params", b'{"temperature": 0.5, "stop": ["x", "y"], "num_ctx": 64}'),
                           ("template", b"{{ .Prompt }}"), ("license", b"A license\nof two lines"), ("messages", b'[{"role": "user", "content": "Ho"}]'),
-                          ("adapter", b"GGUF")):
+                          ("adapter", adapter.read_bytes())):
         digest = hashlib.sha256(content).hexdigest()
         (blobs / f"sha256-{digest}").write_bytes(content)
         layers.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"})
@@ -1101,10 +1139,17 @@ def test_show_lists_what_ollama_keeps_beside_a_model(tiny_gguf, tmp_path, monkey
     assert found["modelfile"]["system"] == "You are a pirate." and found["sampling"] == {"temperature": 0.5} and found["runs"]
     assert execute(["show", "tuned"]) == 0
     out = capsys.readouterr().out
-    assert "(LoRA, not supported)" in out and re.search(r"runs here +no: .* LoRA", out)
+    assert re.search(r"adapter +/.*/sha256-\w+ \(LoRA\)\n", out) and re.search(r"runs here +yes, ", out)
+    answers = []
+    for name in ("tuned", "pirate"):
+        with pyengine.load(name, n_ctx=64) as loaded:
+            answers.append(loaded.logits([3, 4, 5]))
+            assert loaded.adapters == ({"adapter": 1.0} if name == "tuned" else {})
+    with pyengine.load(path, n_ctx=64, adapters=adapter) as loaded:
+        assert np.array_equal(loaded.logits([3, 4, 5]), answers[0]) and not np.array_equal(*answers)
     assert execute(["list"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"tuned:latest .* llama \(does not run\) ", out) and re.search(r"pirate:latest .* llama  ", out)
+    assert re.search(r"tuned:latest .* llama  ", out) and re.search(r"pirate:latest .* llama  ", out)
 
 
 # --- real models beside llama.cpp ------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Step, Work
 
 
-def step_of(path: Path, n_ctx: int = 64, n_batch: int = 16, kv_dtype: str = "f16", mmproj: Path | None = None, **sizes: int) -> Step:
+def step_of(path: Path, n_ctx: int = 64, n_batch: int = 16, kv_dtype: str = "f16", mmproj: Path | None = None, adapters: Any = None, **sizes: int) -> Step:
     """A model's step at these sizes."""
-    layout = ModelLayout(bind(open_files(path, mmproj)), Settings(n_ctx, n_batch, kv_dtype), hardware.detect())
-    return Step(layout.bound.model, layout.sizes.with_(**sizes))
+    layout = ModelLayout(bind(open_files(path, mmproj, adapters)), Settings(n_ctx, n_batch, kv_dtype), hardware.detect())
+    return Step(layout.bound.model, layout.sizes.with_(**sizes), layout.bound.adapters)
 
 
 class Planned:
@@ -49,12 +49,13 @@ def encoder_of(path: Path, mmproj: Path | None = None, n_ctx: int = 256) -> Plan
     return Planned(bind(open_files(path, mmproj)).image, n_ctx)
 
 
-def logits(path: Path, ids: list[int]) -> np.ndarray:
-    """Logits after each position, float64 [n, vocab], computed in one step."""
+def logits(path: Path, ids: list[int], adapters: Any = None) -> np.ndarray:
+    """Logits after each position, float64 [n, vocab], computed in one step; adapters: (path, scale) each."""
     n = len(ids)
-    step = step_of(path, n, n, "f32", n_head=n)
+    step = step_of(path, n, n, "f32", adapters=adapters, n_head=n)
     runner = Runner(step, Backend(dtype=np.float64).prepare(step.declare()).load())
-    return runner.run([Work(runner.cells.new(), token_rows(ids, 0, runner.axes), 0, n, np.arange(n, dtype=np.int32))])
+    scales = tuple(a.scale for a in step.adapters)
+    return runner.run([Work(runner.cells.new(scales), token_rows(ids, 0, runner.axes), 0, n, np.arange(n, dtype=np.int32))])
 
 
 def int8_activations(x, w, bias=None, norm=None, residual=None, **params):

@@ -112,6 +112,11 @@ class Style:
         return {**given, "reasoning_effort": think} if needed == "effort" else given
 
     @property
+    def shows_tools(self) -> bool:
+        """Whether the template itself shows tools to the model; others are told of them in words."""
+        return not isinstance(self._calls, Prompted) and bool(self._names & {"tools", "available_tools"})
+
+    @property
     def gap(self) -> str:
         """What stands between thinking and content."""
         return self._thoughts.end.partition(self._thoughts.closing[0])[2] if self._thoughts else ""
@@ -166,7 +171,7 @@ class Style:
         given = self._calls.adapt(given) if shows and "tool_calls" in self._source else told_turns(given, self._calls)
         if not tools:
             return given, None
-        if shows and self._names & {"tools", "available_tools"}:
+        if self.shows_tools:
             return given, [tool.as_dict() for tool in tools]
         return told_tools(given, tools, self._calls, self._source), None
 

@@ -6,21 +6,22 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pyengine.cli.report.abilities import abilities, in_words, TEMPLATE
 from pyengine.cli.screen import note, PROGRAM, show, show_columns, size
 from pyengine.errors import PyEngineError
+from pyengine.files.adapters import Asked, is_adapter, open_adapter
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS, translate
-from pyengine.files.gguf import GGUFFile, Metadata
+from pyengine.files.gguf import GGUFFile, Metadata, TensorInfo
 from pyengine.files.stores import FoundModel, list_models, look_up, missing_folders, Modelfile, read_modelfile, SET_FOLDER
 
 SHOWN_ELEMENTS = 8                   # of a long array
 SHOWN_CHARACTERS = 200               # of a long text
-TEMPLATE = "tokenizer.chat_template"
-_TOOLS, _THINKING = re.compile(r"\btools\b"), re.compile(r"\benable_thinking\b|<think>|\breasoning_content\b")
 
 
 def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
@@ -37,13 +38,10 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
             encoder, encoder_metadata = _encoder(file), {key: _plain(file.metadata, key) for key in file.metadata}
     modelfile = read_modelfile(found)
     with GGUFFile(found.path) as file:
+        if is_adapter(file):
+            return _adapter(found)
         meta, tensors = file.metadata, file.tensors.values()
         arch = meta.get("general.architecture")
-        counts, elements, nbytes = Counter(), Counter(), Counter()
-        for t in tensors:
-            counts[t.dtype.name] += 1
-            elements[t.dtype.name] += t.n_elements
-            nbytes[t.dtype.name] += t.nbytes
         return {
             "name": _plain(meta, "general.name"),
             "title": found.title or None,
@@ -53,11 +51,10 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
             "encoder": encoder or _encoder(file),
             "version": file.version,
             "architecture": _plain(meta, "general.architecture"),
-            **_abilities(name, mmproj, meta),
+            **abilities(name, mmproj, meta),
             "file_bytes": sum(p.stat().st_size for p in file.paths),
-            "n_parameters": elements.total(),
-            "tensors": {d: {"count": counts[d], "parameters": elements[d], "bytes": n}
-                        for d, n in nbytes.most_common()},
+            "n_parameters": sum(t.n_elements for t in tensors),
+            "tensors": _formats(tensors),
             "n_ctx": _plain(meta, f"{arch}.context_length"),
             "tokenizer": _plain(meta, "tokenizer.ggml.model"),
             "pre_tokenizer": _plain(meta, "tokenizer.ggml.pre"),
@@ -71,25 +68,25 @@ def describe(name: str, mmproj: str | None = None) -> dict[str, Any]:
         }
 
 
-def _abilities(name: str, mmproj: str | None, meta: Metadata) -> dict[str, Any]:
-    """Say whether the model runs here, in what memory, and what it takes and gives: by binding and planning it, and by its template."""
-    from pyengine.cli.answer import recommended
-    from pyengine.files.model_files import open_files
-    from pyengine.memory import fit
-    from pyengine.memory.settings import Settings
-    from pyengine.programs.bound import bind
+def _formats(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
+    """Count tensors by format, those of most bytes first."""
+    counts, elements, nbytes = Counter(), Counter(), Counter()
+    for t in tensors:
+        counts[t.dtype.name] += 1
+        elements[t.dtype.name] += t.n_elements
+        nbytes[t.dtype.name] += t.nbytes
+    return {d: {"count": counts[d], "parameters": elements[d], "bytes": n} for d, n in nbytes.most_common()}
 
-    template = meta.get(TEMPLATE)
-    told = [word for word, pattern in (("tools", _TOOLS), ("thinking", _THINKING)) if isinstance(template, str) and pattern.search(template)]
-    try:
-        bound = bind(open_files(name, mmproj))
-        plan = fit.fit(bound, Settings(recommended(name).get("num_ctx"))).plan
-    except PyEngineError as error:
-        return {"can": [], "runs": False, "why_not": str(error), "template_takes": told}
-    kinds = {"image": "pictures", "video": "videos"}
-    seen = [kinds.get(kind, kind) for e in bound.encoders.values() for kind in e.markers]
-    about = {"n_ctx": plan.n_ctx, "bytes": plan.total, "available": plan.available["cpu"]}
-    return {"can": ["text", *seen], "runs": plan.fits, "why_not": None if plan.fits else plan.verdict(), "template_takes": told, "plan": about}
+
+def _adapter(found: FoundModel) -> dict[str, Any]:
+    """Return what an adapter's file says. Raises: as `open_adapter`."""
+    adapter = open_adapter(Asked(found.path.stem, found.path, 1.0))
+    meta, kinds = adapter.file.metadata, Counter(re.sub(r"blk\.\d+\.|\.weight$", "", name) for name in adapter.pairs)
+    return {"name": _plain(meta, "general.name"), "title": found.title or None, "path": str(adapter.file.path),
+            "files": [str(p) for p in adapter.file.paths], "architecture": _plain(meta, "general.architecture"),
+            "adapter": {"type": _plain(meta, "adapter.type"), "alpha": adapter.alpha, "ranks": adapter.ranks, "changes": dict(kinds)},
+            "file_bytes": found.path.stat().st_size, "n_parameters": adapter.n_parameters, "tensors": _formats(adapter.file.tensors.values()),
+            "metadata": {key: _plain(meta, key) for key in meta}}
 
 
 def _recommended(meta: Metadata, modelfile: Modelfile) -> dict[str, Any]:
@@ -113,6 +110,8 @@ def _encoder(file: GGUFFile) -> dict[str, Any] | None:
 def show_model(name: str, mmproj: str | None = None) -> None:
     """Print `describe` for people. Raises as it does."""
     d = describe(name, mmproj)
+    if "adapter" in d:
+        return _show_adapter(d)
 
     def known(value: Any) -> Any:
         return "not given" if value is None else value
@@ -127,7 +126,7 @@ def show_model(name: str, mmproj: str | None = None) -> None:
         runs = (f"yes, in {size(d['plan']['bytes'])} of {size(d['plan']['available'])} available with a context of {d['plan']['n_ctx']:,}"
                 if d["runs"] else f"no: {d['why_not']}")
         rows += [("context", context), ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"), ("chat template", template),
-                 *([("can", ", ".join(d["can"]))] if d["can"] else []), ("runs here", runs)]
+                 *([("can", in_words(d))] if d["can"] else []), ("runs here", runs)]
         if d["sampling"]:
             rows.append(("sampling", ", ".join(f"{key} {_line(value)}" for key, value in d["sampling"].items())))
     if e := d["encoder"]:
@@ -138,20 +137,35 @@ def show_model(name: str, mmproj: str | None = None) -> None:
         rows.append(("image encoder", f"{known(e['projector_type'])}: {shape}, {patch}, {where}"))
     show_columns(rows)
     _show_modelfile(d["modelfile"])
-    show("\nTensors")
-    show_columns([(f"  {dtype}", f"{n['count']} tensors", f"{n['parameters']:,} parameters", size(n["bytes"]))
-                  for dtype, n in d["tensors"].items()], right=(1, 2, 3))
-    show("\nMetadata")
-    show_columns([(f"  {key}", _line(value)) for key, value in d["metadata"].items()])
+    _show_contents(d)
     if d["projector"]:
         show(f"\nMetadata of {d['projector']}")
         show_columns([(f"  {key}", _line(value)) for key, value in d["projector_metadata"].items()])
 
 
+def _show_contents(d: dict[str, Any]) -> None:
+    """Print a file's tensors by format, and its keys."""
+    show("\nTensors")
+    show_columns([(f"  {dtype}", f"{n['count']} tensors", f"{n['parameters']:,} parameters", size(n["bytes"]))
+                  for dtype, n in d["tensors"].items()], right=(1, 2, 3))
+    show("\nMetadata")
+    show_columns([(f"  {key}", _line(value)) for key, value in d["metadata"].items()])
+
+
+def _show_adapter(d: dict[str, Any]) -> None:
+    """Print `describe` of an adapter's file."""
+    a = d["adapter"]
+    show_columns([("name", "not given" if d["name"] is None else d["name"]), *(("file", f) for f in d["files"]),
+                  ("adapter", f"LoRA for {d['architecture']}: rank {', '.join(map(str, a['ranks']))}, alpha {a['alpha']:g}"),
+                  ("size", size(d["file_bytes"])), ("parameters", f"{d['n_parameters']:,}"),
+                  ("changes", ", ".join(f"{n} {kind}" for kind, n in a["changes"].items())), ("use", f"{PROGRAM} MODEL --lora {d['files'][0]}")])
+    _show_contents(d)
+
+
 def _show_modelfile(said: dict[str, Any]) -> None:
     """Print what Ollama's store says beside a model, if it says anything."""
     rows = [("  system", _line(said["system"])), *(("  parameter", f"{key} {_line(value)}") for key, value in said["parameters"].items()),
-            *(("  adapter", f"{path} (LoRA, not supported)") for path in said["adapters"]),
+            *(("  adapter", f"{path} (LoRA)") for path in said["adapters"]),
             ("  template", f"{len(said['template']):,} characters of Go's syntax, not read: the file's own is used" if said["template"] else ""),
             *(("  message", f"{m['role']}: {_line(m['content'])}") for m in said["messages"]),
             ("  license", _line(said["license"].strip().partition("\n")[0]))]
@@ -199,12 +213,11 @@ def _glance(found: FoundModel) -> dict[str, Any]:
 
     try:
         with GGUFFile(found.path) as file:
-            arch = _plain(file.metadata, "general.architecture")
+            arch, changes = _plain(file.metadata, "general.architecture"), is_adapter(file)
             sees = found.mmproj is not None or any(name.split(".")[0] in ENCODER_TENSORS for name in file.tensors)
     except PyEngineError:
-        arch, sees = None, False
-    adapters = "adapter" in found.layers
-    return {"architecture": arch, "sees": sees, "runs": runs(arch) and not adapters, "modified": int(found.path.stat().st_mtime)}
+        arch, changes, sees = None, False, False
+    return {"architecture": arch, "sees": sees, "adapter": changes, "runs": runs(arch) and not changes, "modified": int(found.path.stat().st_mtime)}
 
 
 def show_models(verbose: bool = False) -> None:
@@ -218,7 +231,7 @@ def show_models(verbose: bool = False) -> None:
         more = ("SOURCE", "PATH") if verbose else ()
         rows = [("NAME", "SIZE", "ARCHITECTURE", "SEES", "MODIFIED", *more)]
         for m in found:
-            arch = "unreadable" if m["architecture"] is None else f"{m['architecture']}{'' if m['runs'] else ' (does not run)'}"
+            arch = "unreadable" if m["architecture"] is None else f"{m['architecture']}{' (adapter)' if m['adapter'] else '' if m['runs'] else ' (does not run)'}"
             rows.append((m["name"], size(m["bytes"]), arch, "pictures" if m["sees"] else "-",
                          time.strftime("%Y-%m-%d", time.localtime(m["modified"])), *((m["source"], m["path"]) if verbose else ())))
         show_columns(rows, right=(1,))

@@ -56,6 +56,18 @@ def parse_size(text: str | None, count: int | None) -> Any:
     return (int(width), int(height), *([] if count is None else [count]))
 
 
+def parse_adapters(files: Sequence[str], scaled: Sequence[str]) -> list[tuple[str, float]] | None:
+    """Return adapters and their scales; None without any. scaled: FILE:SCALE, or several with commas. Raises: RequestError."""
+    found = [(file, 1.0) for files_ in files for file in files_.split(",")]
+    for one in (part for text in scaled for part in text.split(",")):
+        file, _, scale = one.rpartition(":")
+        try:
+            found.append((file, float(scale)))
+        except ValueError:
+            raise RequestError(f"--lora-scaled {one}: give FILE:SCALE, as a.gguf:0.5") from None
+    return found or None
+
+
 def show_plan(found: MemoryPlan) -> int:
     """Print a plan, its verdict green or red on a terminal; returns the exit code, 0 where it fits."""
     heading, verdict, *rest = found.table().splitlines()
