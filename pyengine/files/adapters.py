@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pyengine.arguments import number, place
 from pyengine.errors import InvalidModelError, RequestError, shown, UnsupportedModelError
+from pyengine.files.dialects import ENCODER_TENSORS
 from pyengine.files.gguf import GGUFFile, quoted
 from pyengine.files.weights import WeightRef
 
@@ -152,7 +153,7 @@ def check_base(adapter: Adapter, model: GGUFFile) -> None:
     if arch != theirs:
         raise InvalidModelError(f"{path}: is an adapter of architecture {shown(arch)}, and {model.path} is {shown(theirs)}")
     for name, (a, b, _) in adapter.pairs.items():
-        if name.startswith(("v.", "mm.")):
+        if name.partition(".")[0] in ENCODER_TENSORS:
             raise UnsupportedModelError(f"{path}: tensor {quoted(a.name)}: adapters of the media encoder are not supported")
         if name not in model.tensors:
             raise InvalidModelError(f"{path}: tensor {quoted(a.name)}: {model.path} has no tensor {quoted(name)}: the adapter is of another base model")

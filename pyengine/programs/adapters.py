@@ -52,7 +52,7 @@ class _Adapting:
         self._spread: dict[Any, Tensor] = {}
 
     def rule(self, node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
-        """Change a product of plain rows by weights that adapters change."""
+        """Return what a product of rows becomes; None for one that no adapter changes."""
         if node.op is not ops.linear:
             return None
         pairs = [self._pairs(w) for w in node.args[1]]

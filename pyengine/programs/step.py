@@ -31,7 +31,7 @@ from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import Sizes
 
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
-ADAPTERS = "adapters"                    # scales of adapters, of each row; those of encoder rows are "across.adapters"
+ADAPTERS = "lora_scales"                 # of each row; those of encoder rows are "across.lora_scales"
 
 
 class Work(NamedTuple):

@@ -171,7 +171,7 @@ def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert model.calls == [("chat", [{"role": "user", "content": "What?"}], None, None, {})]
     assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
                                                 "images": None, "device": "auto", "encoder_device": None,
-                                                "expert_device": None, "mmap": False})]
+                                                "expert_device": None, "mmap": False, "adapters": None})]
 
 
 def test_options_reach_the_model(model) -> None:
@@ -233,7 +233,7 @@ def test_options_reach_the_model(model) -> None:
         "seed": 7,
     }
     assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "images": None, "device": "auto",
-                                  "encoder_device": None, "expert_device": None, "mmap": False}
+                                  "encoder_device": None, "expert_device": None, "mmap": False, "adapters": None}
     execute(["m", "Q", "-n", "-1"])
     assert model.calls[1][2] is None
     execute(["m", "Q", "--mmap"])
@@ -1016,7 +1016,7 @@ def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, 
     pictures = r"several pictures \({} of 448 x 448 pixels\)"
     for kind, can, said in (
         ("llama", ["text", "tools", "adapters"], "text, tools \\(told in words\\), adapters"),
-        ("gemma3", ["text", "pictures", "several pictures", "tools", "adapters"], f"text, {pictures.format(64)}, tools \\(told in words\\), adapters"),
+        ("gemma3", ["text", "pictures", "several pictures", "tools", "adapters"], f"text, {pictures.format(128)}, tools \\(told in words\\), adapters"),
         ("qwen2_5_vl", ["text", "pictures", "several pictures", "videos", "boxes", "tools", "adapters"], "text, .*, videos, boxes, .*, adapters"),
     ):
         path = str(tiny_gguf(kind)[0])
