@@ -78,7 +78,7 @@ PE_KERNEL(cpu, temperature)(const pe_tensor *positions, const pe_tensor *out, co
   if (p->floor < 1) return pe_fail(s, PE_BAD_VALUE, "temperature: a floor of %lld", (long long)p->floor);
   for (int64_t i0; (i0 = pe_next(s, 0) * 1024) < m;)
     for (int64_t i = i0; i < pe_min(m, i0 + 1024); i++) {
-      const int64_t steps = pe_max(0, (int64_t)pos[i] + 1) / p->floor;
+      const int64_t steps = pe_max(0, (int64_t)pos[i] + p->offset) / p->floor;
       ((float *)out->data)[i] = (float)(1.0 + (double)p->scale * log1p((double)steps));
     }
   return PE_OK;

@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(THREADS) rope_table_kernel(Table t) {
   t.out[row * 2 * t.f + t.f + j] = (float)(s * (double)t.scale);
 }
 
-__global__ void __launch_bounds__(THREADS) temperature_kernel(const int *positions, float *out, int64_t m, int floor, float scale) {
+__global__ void __launch_bounds__(THREADS) temperature_kernel(const int *positions, float *out, int64_t m, int floor, float scale, int offset) {
   const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (i >= m) return;
-  const int64_t steps = max((int64_t)0, (int64_t)positions[i] + 1) / floor;
+  const int64_t steps = max((int64_t)0, (int64_t)positions[i] + offset) / floor;
   out[i] = (float)(1.0 + (double)scale * log1p((double)steps));
 }
 
@@ -94,6 +94,6 @@ PE_KERNEL(cuda, temperature)(const pe_tensor *positions, const pe_tensor *out, c
   if (p->floor < 1) return pe_fail(s, PE_BAD_VALUE, "temperature: a floor of %lld", (long long)p->floor);
   if (m)
     pe::launch(pe::stream(s), temperature_kernel, dim3((unsigned)((m + THREADS - 1) / THREADS)), dim3(THREADS), 0, (const int *)positions->data,
-               (float *)out->data, m, (int)p->floor, p->scale);
+               (float *)out->data, m, (int)p->floor, p->scale, (int)p->offset);
   return PE_OK;
 }

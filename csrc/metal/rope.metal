@@ -30,12 +30,13 @@ kernel void angles(constant angles_args &a [[buffer(0)]], device const int *posi
   out[(long)row * 2 * a.n + a.n + j] = scaled(sine, a.scale);
 }
 
-struct sharpness_args { int rows, floor; float scale; };
+struct sharpness_args { int rows, floor; float scale; int offset; };
 
 kernel void sharpness(constant sharpness_args &a [[buffer(0)]], device const int *positions [[buffer(1)]], device float *out [[buffer(2)]],
                       uint at [[thread_position_in_grid]]) {
   if ((int)at >= a.rows) return;
-  const int steps = positions[at] < 0 ? 0 : (int)(((uint)positions[at] + 1u) / (uint)a.floor);
+  const long sum = (long)positions[at] + a.offset;
+  const int steps = sum < 0 ? 0 : (int)(sum / a.floor);
   out[at] = fma(a.scale, log(1.0f + (float)steps), 1.0f);
 }
 

@@ -83,17 +83,18 @@ class Block:
         self.ffn_norm = RMSNorm(w["ffn_norm"], c.d_model, c.eps)
         self.ffn = (Mixture if c.n_experts else FeedForward)(w, c)
 
-    def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:     # [m, D]
-        x = x + self.attend(self.attn_norm(x), rope, angles, cache)
+    def __call__(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache, factors: Tensor | None = None) -> Tensor:     # [m, D]
+        x = x + self.attend(self.attn_norm(x), rope, angles, cache, factors)
         return x + self.ffn(self.ffn_norm(x))                                      # [m, D]
 
-    def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache) -> Tensor:
-        """Apply attention: x [m, D] -> [m, D]"""
+    def attend(self, x: Tensor, rope: Rope, angles: Tensor, cache: LayerCache, factors: Tensor | None) -> Tensor:
+        """Apply attention: x [m, D] -> [m, D]. factors: of queries, [m, 1, 1]."""
         c = self.c
         q = self.q(x).reshape(-1, c.n_heads, c.head_dim)                          # [m, H, E]
         k = self.k(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
         v = self.v(x).reshape(-1, c.n_kv_heads, c.head_dim)                        # [m, K, E]
-        return self.out(cache.attend(rope(q, angles), rope(k, angles), v, scale=c.head_dim**-0.5))
+        q, k = rope(q, angles), rope(k, angles)
+        return self.out(cache.attend(q if factors is None else q * factors, k, v, scale=c.head_dim**-0.5))
 
 
 class Model(Architecture):
@@ -121,10 +122,14 @@ class Model(Architecture):
         """Return last hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                     # [m, D]
         rope = self.rope.at(batch.n_ctx)
-        angles = rope.table(batch.positions)                                       # [m, E]
+        angles, factors = rope.table(batch.positions), self.factors(batch)         # [m, E]
         for block, cache in zip(self.blocks, caches):
-            x = block(x, rope, angles, cache)
+            x = block(x, rope, angles, cache, factors)
         return self.norm(x)
+
+    def factors(self, batch: Batch) -> Tensor | None:
+        """Return what queries are multiplied with, [m, 1, 1]; None: nothing."""
+        return None
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""

@@ -100,4 +100,10 @@ def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: flo
     low, high = max(low, 0), min(high, n_rot - 1)
     ramp = np.clip((np.arange(n_rot // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
     inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
-    return inv_freq, h.number("rope.scaling.attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    scale, all_dim = h.number("rope.scaling.attn_factor", 1.0), h.number("rope.scaling.yarn_log_multiplier", 0.0)
+    return inv_freq, scale * (_magnitude(factor, 1.0) / _magnitude(factor, all_dim) if all_dim else _magnitude(factor, 1.0))
+
+
+def _magnitude(factor: float, m: float) -> float:
+    """Compute yarn's factor on cosines and sines (equation 22), with m as `mscale` in DeepSeek's configs."""
+    return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0

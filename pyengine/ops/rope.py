@@ -31,18 +31,19 @@ rope_table.case(positions=(1, 0), inv_freq=(8,))
 
 
 @op()
-def temperature(positions: I32["a m"], *, floor: int, scale: float) -> F32["m"]:
-    """How much sharper attention becomes with distance: 1 + scale * log(1 + (position + 1) // floor).
+def temperature(positions: I32["a m"], *, floor: int, scale: float, offset: int = 1) -> F32["m"]:
+    """How much sharper attention becomes with distance: 1 + scale * log(1 + (position + offset) // floor).
 
-    Queries of layers without positions are multiplied by it. Row 0 of `positions` counts; below 0 it is 1.
+    Queries are multiplied by it. Row 0 of `positions` counts; a sum below 0 counts as 0.
     Nakanishi 2025, arXiv:2501.19399, in the steps of Llama 4. Raises: RequestError at run time for a floor below 1.
     """
-    steps = np.maximum(positions[0].astype(np.int64) + 1, 0) // floor
+    steps = np.maximum(positions[0].astype(np.int64) + offset, 0) // floor
     return (1 + scale * np.log1p(steps.astype(np.float64))).astype(np.float32)
 
 
 temperature.case(positions=(1, 9), floor=4, scale=0.1)
 temperature.case(positions=(3, 700), floor=8192, scale=0.1)
+temperature.case(positions=(1, 50), floor=3, scale=0.7, offset=0)
 temperature.case(positions=(1, 0), floor=1, scale=1.0)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_converters import JUNK, edit, nodes, read, retensor, stored
 
-from converters import convert, gemma3, llama4, mistral3, qwen2_vl
+from converters import convert, gemma3, llama4, mistral3, pixtral, qwen2_vl
 from converters.__main__ import main
 from converters.writer import mmproj_path
 from pyengine.errors import InvalidModelError, PyEngineError, UnsupportedModelError
@@ -106,7 +106,7 @@ def test_keys(kind, checkpoints, tmp_path):
 @pytest.mark.parametrize("defaults, name", [
     (gemma3.DEFAULTS, "Gemma3Config"), (gemma3.VISION, "SiglipVisionConfig"),
     (gemma3.IMAGES, "Gemma3ImageProcessorPil"), (mistral3.DEFAULTS, "Mistral3Config"),
-    (mistral3.VISION, "PixtralVisionConfig"), (mistral3.IMAGES, "PixtralImageProcessorPil"),
+    (pixtral.VISION, "PixtralVisionConfig"), (pixtral.IMAGES, "PixtralImageProcessorPil"),
     (qwen2_vl.DEFAULTS, "Qwen2_5_VLConfig"),
     (qwen2_vl.DEFAULTS, "Qwen2VLConfig"), (qwen2_vl.VISION, "models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig"),
     (qwen2_vl.VISION_25, "models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig"),
@@ -436,7 +436,9 @@ REFUSED = {
                   InvalidModelError, "two tensors are 'visual.merger.ln_q.bias'"),
     "processor": ("qwen2_vl", lambda f: (f / "processor_config.json").write_text('{"image_processor": 3}'),
                   InvalidModelError, "'image_processor' is not a JSON object"),
-    "Ministral 3": ("mistral3", text(model_type="ministral3"), UnsupportedModelError, "'model_type' is 'ministral3'"),
+    "text of Mistral": ("mistral3", text(model_type="mistral4"), UnsupportedModelError, "'model_type' is 'mistral4'"),
+    "rope of Ministral": ("mistral3_ministral", text(rope_parameters={**ROPE, "rope_type": "default"}), UnsupportedModelError,
+                          "rope 'default' with 'llama_4_scaling_beta' None"),
     "no text": ("mistral3", lambda f: edit(f / "config.json", text_config=None), InvalidModelError, "'text_config' is missing"),
     "other layers": ("mistral3", lambda f: edit(f / "config.json", vision_feature_layer=-2), UnsupportedModelError,
                      "'vision_feature_layer' is -2"),

@@ -275,6 +275,7 @@ def test_temperatures() -> None:
     p = np.array([[-5, -1, 0, 3, 8191, 8192, 10**6, 2**31 - 1]], np.int32)
     got = run(lambda p: ops.temperature(p, floor=4, scale=0.1), p=p)
     close(got, ops.temperature.fn(p, floor=4, scale=0.1), 1e-7)
+    close(run(lambda p: ops.temperature(p, floor=4, scale=0.1, offset=0), p=p), ops.temperature.fn(p, floor=4, scale=0.1, offset=0), 1e-7)
 
 
 # ---- experts ----------------------------------------------------------------------------------------------------------------

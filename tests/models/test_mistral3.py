@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and Pixtral against transformers: pixels, geometry, encoder, decoder; tiny random models, odd sizes and ids."""
+"""Mistral Small 3.1, Ministral 3 and Pixtral against transformers: pixels, geometry, encoder, decoder; tiny random models, odd sizes and ids."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pyengine.errors import ContextOverflowError, InvalidModelError, RequestErro
 from pyengine.media.image import Image
 from pyengine.models import architectures
 from sight import of_any_backend, Run, Sight
+from test_llama import interleaved
 from tiny import COMMON
 
 try:
@@ -121,6 +122,14 @@ class PixtralDialect(Dialect):
         w.add_rope_dimension_count(saved.text["head_dim"])
         w.add_rope_freq_base(saved.text["rope_parameters"]["rope_theta"])
         w.add_vocab_size(saved.text["vocab_size"])
+        if (rope := saved.text["rope_parameters"])["rope_type"] == "yarn":
+            w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            w.add_rope_scaling_factor(rope["factor"])
+            w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+            w.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+            w.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
     def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
         if re.search(r"\.[qk]_proj\.", source):
@@ -149,9 +158,13 @@ class PixtralDialect(Dialect):
         foreign.head_sizes(w, text)
         w.add_rope_dimension_count(text["head_dim"])
         w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
-        w.add_string("mistral3.rope.scaling.type", text["rope_parameters"]["rope_type"])
-        for name in ("factor", "beta_fast", "beta_slow"):
-            w.add_float32(f"mistral3.rope.scaling.{name}", 0.0)
+        rope = text["rope_parameters"]
+        w.add_string("mistral3.rope.scaling.type", rope["rope_type"])
+        for name in ("factor", "beta_fast", "beta_slow", *(("mscale", "mscale_all_dim") if "mscale" in rope else ())):
+            w.add_float32(f"mistral3.rope.scaling.{name}", rope.get(name, 0.0))
+        if "llama_4_scaling_beta" in rope:
+            w.add_uint32("mistral3.rope.scaling.original_context_length", rope["original_max_position_embeddings"])
+            w.add_float32("mistral3.rope.scaling_beta", rope["llama_4_scaling_beta"])
         w.add_uint32("mistral3.image_token_index", saved.config["image_token_index"])
         w.add_uint32("mistral3.spatial_merge_size", saved.config["spatial_merge_size"])
         w.add_bool("mistral3.mm.projector_bias", saved.config["multimodal_projector_bias"])
@@ -199,6 +212,15 @@ def full_encoder(d_model: int) -> Encoder:
     return keys, tensors
 
 
+def pixtral_encoder(d_model: int) -> Encoder:
+    """Pixtral 12B's: as above, but for up to 1024 x 1024 pixels, in patches of 16 of which each is a row."""
+    keys, tensors = full_encoder(d_model)
+    keys |= {"clip.vision.image_size": 1024, "clip.vision.patch_size": 16}
+    del keys["clip.vision.spatial_merge_size"]
+    tensors = [t for t in tensors if t[0] not in ("mm.input_norm.weight", "mm.patch_merger.weight")]
+    return keys, [(name, (*shape[:2], 16, 16), kind) if name == "v.patch_embd.weight" else (name, shape, kind) for name, shape, kind in tensors]
+
+
 TEXT_CONFIG = {**COMMON, "head_dim": 32, "sliding_window": None, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
                "model_type": "mistral"}
 VISION_CONFIG = {"hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -224,13 +246,43 @@ MISTRAL3 = Case(
     full={"mistral-24b": Full(Decoder("mistral3", 40, 5120, 32768, 32, 8, 128, 131072, 131072),      # Small 3.1
                               ("[IMG]", "[IMG_BREAK]", "[IMG_END]"), full_encoder)})
 
-# Pixtral 12B: no groups of patches; read from llama.cpp's pair, without a converter of ours
+# Ministral 3: its text alone, and with the encoder. Within a prompt of 100 positions the temperature changes several times.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24, "beta_fast": 16.0, "beta_slow": 2.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4}
+MINISTRAL_TEXT = {**COMMON, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_parameters": YARN}
+MINISTRAL_KEYS = {
+    "block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 160, "vocab_size": 512, "attention.head_count": 6,
+    "attention.head_count_kv": 2, "attention.key_length": 32, "attention.value_length": 32, "attention.layer_norm_rms_epsilon": np.float32(1e-5),
+    "rope.dimension_count": 32, "rope.freq_base": 10000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 24, "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0,
+    "rope.scaling.attn_factor": np.float32(1 / (0.1 * np.log(4) + 1)), "attention.temperature_scale": np.float32(0.4)}
+MINISTRAL = Case(
+    "ministral3", "mistral3", "Ministral3Config", "Ministral3ForCausalLM", "tekken", MINISTRAL_TEXT, cached_as="llama",
+    variants={"ministral3": {}, "ministral3-mscale": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
+              "ministral3-window-tied": {"sliding_window": 6, "tie_word_embeddings": True},
+              "ministral3-constant": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.0, "mscale": 0.0}}},
+    converted=Converted(MINISTRAL_KEYS, names="MISTRAL3", tensor=interleaved,
+                        runs={"ministral3": {}, "ministral3-mscale": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}}),
+    full={"ministral-8b": Full(Decoder("mistral3", 34, 4096, 14336, 32, 8, 128, 131072, 262144,
+                                       keys={"rope.scaling.type": "yarn", "rope.scaling.factor": 16.0, "rope.scaling.yarn_log_multiplier": 1.0,
+                                             "rope.scaling.original_context_length": 16384, "attention.temperature_scale": 0.1}),
+                               ("[IMG]", "[IMG_BREAK]", "[IMG_END]"), full_encoder)})
+MINISTRAL_SEES = replace(
+    MISTRAL3, kind="mistral3_ministral", text_config={**MINISTRAL_TEXT, "model_type": "ministral3"}, dialect=None, llama_cpp=None, full={}, cached_as="llama",
+    converted=replace(MISTRAL3.converted, keys={**MISTRAL3.converted.keys, **{f"mistral3.{k}": v for k, v in MINISTRAL_KEYS.items() if "scal" in k}}))
+
+# Pixtral 12B: no groups of patches; transformers has it as a LLaVA
 PIXTRAL = Case(
     "pixtral", "llama", "LlavaConfig", "LlavaForConditionalGeneration", "tekken",
     {"tie_word_embeddings": False, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
-    TEXT_CONFIG, {**VISION_CONFIG, "patch_size": 16}, SPECIAL, PixtralSight())
+    TEXT_CONFIG, {**VISION_CONFIG, "patch_size": 16}, SPECIAL, PixtralSight(), cached_as="llama",
+    converted=replace(
+        MISTRAL3.converted, keys={"general.architecture": "llama", "tokenizer.ggml.pre": "tekken", "llama.attention.key_length": 32},
+        absent=("llama.attention.sliding_window", "clip.vision.spatial_merge_size"),
+        clip={**{k: v for k, v in MISTRAL3.converted.clip.items() if k != "spatial_merge_size"}, "patch_size": 16}),
+    full={"pixtral-12b": Full(Decoder("llama", 40, 5120, 14336, 32, 8, 128, 131072, 131072), ("[IMG]", "[IMG_BREAK]", "[IMG_END]"), pixtral_encoder)})
 
-CASES = (MISTRAL3,)
+CASES = (MISTRAL3, MINISTRAL, MINISTRAL_SEES, PIXTRAL)
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (112, 112), (28, 84), (90, 1), (130, 131)]      # width, height
 RNG = np.random.default_rng(4)
@@ -255,17 +307,19 @@ OTHER = {"image_mean": [0.4, 0.5, 0.45], "image_std": [0.2, 0.25, 0.3], "resampl
 
 
 @pytest.mark.parametrize("settings", [{}, OTHER], ids=["as released", "others"])
-def test_pixels_are_bit_for_bit_those_of_transformers(tiny_gguf, settings) -> None:
-    path, folder = tiny_gguf("mistral3", processor=settings)
+@pytest.mark.parametrize("kind, merge, patch", [("mistral3", 2, 14), ("pixtral", 1, 16)])
+def test_pixels_are_bit_for_bit_those_of_transformers(tiny_gguf, kind: str, merge: int, patch: int, settings) -> None:
+    side = merge * patch
+    path, folder = tiny_gguf(kind, processor=settings)
     ours, theirs = encoder_of(path), transformers.PixtralImageProcessorPil.from_pretrained(folder)
     for pixels in PICTURES:
-        made = theirs(pixels, patch_size=28, return_tensors="np", input_data_format="channels_last")      # 14 x merge of 2
+        made = theirs(pixels, patch_size=side, return_tensors="np", input_data_format="channels_last")
         done = ours.process(Image(pixels))
         (view,) = done.views
         _, lines, columns = view.grid
-        patches = view.inputs["patches"].reshape(lines, columns, 2, 2, 3, 14, 14).transpose(4, 0, 2, 5, 1, 3, 6)
-        assert np.array_equal(patches.reshape(3, lines * 28, columns * 28), made["pixel_values"][0])
-        assert done.size == pixels.shape[1::-1] and done.processed == (columns * 28, lines * 28)
+        patches = view.inputs["patches"].reshape(lines, columns, merge, merge, 3, patch, patch).transpose(4, 0, 2, 5, 1, 3, 6)
+        assert np.array_equal(patches.reshape(3, lines * side, columns * side), made["pixel_values"][0])
+        assert done.size == pixels.shape[1::-1] and done.processed == (columns * side, lines * side)
         assert ours.n_rows(*done.size) == lines * columns == view.positions.shape[1]
         ends = [p for p in done.parts if isinstance(p, int)]
         assert ends == [ours.line_end] * (lines - 1) + [ours.end] and done.parts[-1] == ours.end
@@ -412,16 +466,35 @@ def test_malformed_files_are_named(tmp_path) -> None:
             plan(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("key, value", [("attention.temperature_scale", 0.1), ("rope.scaling_beta", 0.1),
-                                        ("rope.scaling.yarn_log_multiplier", 1.0), ("rope.scaling.mscale_all_dim", 1.0)])
-def test_ministral_3_is_refused_by_name(tmp_path, key: str, value: float) -> None:
-    text = replace(TEXT, arch="mistral3")
-    assert plan(tmp_path, text=text).picture == 64
-    with pytest.raises(UnsupportedModelError, match=rf"mistral3\.{key} is .*Ministral 3"):
-        plan(tmp_path, text=replace(text, keys={key: value}))
+@pytest.mark.parametrize("write", [foreign.llama_cpp_files, lambda *given: (foreign.ollama_file(*given, outtype="f32"), None)], ids=["llama.cpp", "Ollama"])
+@pytest.mark.parametrize("all_dim", [1.0, 1.6])
+def test_ministral_3_of_other_programs(tiny_gguf, tmp_path, write, all_dim: float) -> None:
+    """The temperature and yarn's magnitudes under their names; a converted file has the latter in attn_factor."""
+    folder = tiny_gguf("mistral3_ministral", text_config={"rope_parameters": {**YARN, "mscale_all_dim": all_dim}})[1]
+    path, mmproj = write(folder, tmp_path / "m.gguf")
+    prompt = ["see ", pil(A), pil(PICTURES[1]), " and, far behind what rope was trained with?"]
+    want = tiny.hf_seen(folder, prompt)
+    close(pe.load(path, mmproj=mmproj, n_ctx=256, kv_dtype="f32", n_batch=50).logits(prompt), want.logits)
+
+
+def test_the_temperature_changes_results(tiny_gguf) -> None:
+    """From the position on that rope was trained up to, and not before."""
+    ids = list(range(5, 45))
+    with_it, without = (pe.load(tiny_gguf("ministral3", rope_parameters={**YARN, "llama_4_scaling_beta": beta})[0], n_ctx=64, kv_dtype="f32").logits(ids)
+                        for beta in (0.4, 0.0))
+    assert np.array_equal(with_it[:24], without[:24]) and np.abs(with_it[24:] - without[24:]).max() > 0.1
 
 
 # ---- full size, by hand --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, layers, rows", [("ministral-8b", 34, 55 * 55), ("pixtral-12b", 40, 64 * 64)])
+def test_caches_and_largest_pictures(full_size, machine, name: str, layers: int, rows: int) -> None:
+    """8 heads of 128 a layer; a picture of 1540 x 1540 in merged patches of 28, and one of 1024 x 1024 in patches of 16."""
+    machine(64 * GIB)
+    path, mmproj = full_size(name)
+    plan = pe.plan(path, n_ctx=8192, mmproj=mmproj)
+    assert kv(plan) == {"Full": 8192 * layers * 8 * 128 * 2 * 2} and plan.picture == rows
 
 
 def test_mistral_small_3_1_24b(full_size, machine) -> None:

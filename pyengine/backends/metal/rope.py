@@ -38,7 +38,7 @@ def temperature(s: Step) -> list[Launch]:
     if positions.shape[1] == 0:
         return []
     grid, threads = spread(positions.shape[1])
-    return [Launch("sharpness", dict(rows=positions.shape[1], floor=floor, scale=s.params.scale),
+    return [Launch("sharpness", dict(rows=positions.shape[1], floor=floor, scale=s.params.scale, offset=s.params.offset),
                    dict(positions=positions, out=s.outputs[0]), grid, threads)]
 
 
