@@ -18,7 +18,7 @@ from pyengine import hardware
 from pyengine.backends.base import Prepared, Program, Progress
 from pyengine.cache.cells import Cells
 from pyengine.errors import ImageError
-from pyengine.media.views import Limits, Piece, Processed, View
+from pyengine.media.views import Blend, Limits, Piece, Processed, View, views_of
 from pyengine.models.architecture import Encoder
 from pyengine.programs import encoder
 from pyengine.programs.rows import MediaSegment
@@ -91,11 +91,12 @@ class EncodedMedia:
         program = self._program
         return self.stats["image_cache_bytes"] + (program.resident() if program is not None else 0)
 
-    def process(self, media: Image | Video) -> Processed:
-        """Process a picture or video within the plan's limits, without encoding it. Raises as the model's processor does."""
-        return self.encoder.process(media, self.limits)
+    def process(self, media: Image | Video, pictures: int = 1) -> Processed:
+        """Process a picture or video of a prompt with so many pictures within the plan's limits, without encoding it. Raises as the
+        model's processor does."""
+        return self.encoder.process(media, self.limits._replace(pictures=pictures))
 
-    def judge(self, sketch: Image | Video) -> None:
+    def judge(self, sketch: Image | Video, pictures: int = 1) -> None:
         """Raise what the processor raises for a picture or video of that size and with those options: nothing was decoded yet.
 
         Raises: ImageError too, for a picture whose decoding takes more than the memory that is available now; no plan counts it.
@@ -106,48 +107,53 @@ class EncodedMedia:
             raise ImageError(f"decoding {sketch.size[0]} x {sketch.size[1]} pixels takes {sketch.decoding >> 20} MiB for a moment, and "
                              f"{free >> 20} MiB of memory are available; make the picture smaller first")
         try:
-            self.encoder.process(sketch, self.limits)
+            self.process(sketch, pictures)
         except PixelsWanted:                                                   # it has looked at all else
             pass
 
-    def get(self, media: Image | Video) -> tuple[tuple[Part, ...], MediaInfo]:
-        """Return what stands in the prompt for a picture or video, with embeddings, and how it came about.
+    def get(self, media: Image | Video, pictures: int = 1) -> tuple[tuple[Part, ...], MediaInfo]:
+        """Return what stands in a prompt with so many pictures for a picture or video, with embeddings, and how it came about.
 
         Raises: ImageError, RequestError from the model's processor.
         """
+        from hashlib import sha256                                             # OpenSSL takes 2 ms to load
+
+        digest = media.digest
+        if self.encoder.counts and pictures > 1:
+            digest = sha256(digest + b"several").digest()
         with self._lock:                                     # one encoder, one cache: another thread waits
-            entry = self._cache.get(media.digest)
+            entry = self._cache.get(digest)
             if entry is None:
                 self.stats["image_misses"] += 1
-                entry = self._encode(media)
-                self._keep(media.digest, entry)
+                entry = self._encode(media, pictures, digest)
+                self._keep(digest, entry)
                 return entry.parts, entry.info
-            self._cache.move_to_end(media.digest)
+            self._cache.move_to_end(digest)
             self.stats["image_hits"] += 1
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
 
-    def _encode(self, media: Image | Video) -> _Entry:
+    def _encode(self, media: Image | Video, pictures: int, digest: bytes) -> _Entry:
         """Process and encode a picture or video that is not in the cache."""
         from hashlib import sha256                                             # OpenSSL takes 2 ms to load
 
         from pyengine.media.video import Video                                 # Pillow takes 20 ms to import
 
         started = time.perf_counter()
-        processed, encoding, made = self.process(media), 0.0, []
+        processed, encoding, made = self.process(media, pictures), 0.0, []
         done: dict[View, np.ndarray] = {}
         for i, p in enumerate(processed.parts):
-            if isinstance(p, (View, Piece)):
-                view = p.view if isinstance(p, Piece) else p
-                if view not in done:
-                    done[view], seconds = self._encoded(view)
-                    encoding += seconds
-                p = _segment(p, done[view], sha256(media.digest + i.to_bytes(4, "little")).digest(), media.digest)
+            if isinstance(p, (View, Piece, Blend)):
+                for view in views_of(p):
+                    if view not in done:
+                        done[view], seconds = self._encoded(view)
+                        encoding += seconds
+                p = _segment(p, [done[view] for view in views_of(p)], sha256(digest + i.to_bytes(4, "little")).digest(), digest)
             made.append(p)
         parts, views = tuple(made), processed.views
         segments = [p for p in parts if isinstance(p, MediaSegment)]
         info = MediaInfo("video" if isinstance(media, Video) else "image", processed.size, processed.processed,
                          sum(map(len, segments)), len(views), tuple(v.grid for v in views if v.grid), False,
-                         time.perf_counter() - started - encoding, encoding, media.digest.hex())
+                         time.perf_counter() - started - encoding, encoding, digest.hex())
         return _Entry(parts, info, sum(s.embedding.nbytes for s in segments))
 
     def _keep(self, digest: bytes, entry: _Entry) -> None:
@@ -178,11 +184,13 @@ class EncodedMedia:
         return encoder.run(self._program, view), loading + time.perf_counter() - started
 
 
-def _segment(part: View | Piece, embedding: np.ndarray, digest: bytes, source: bytes) -> MediaSegment:
-    """Make what stands in a prompt for a view, or for a piece of it, whose rows are `embedding`."""
+def _segment(part: View | Piece | Blend, rows: list[np.ndarray], digest: bytes, source: bytes) -> MediaSegment:
+    """Make what stands in a prompt for a view, a piece of one or a blend of several, whose rows are `rows`."""
     if isinstance(part, View):
-        return MediaSegment(embedding, part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source,
+        return MediaSegment(rows[0], part.positions, part.advance, part.grid, part.causal, part.atomic, digest, part.token, source,
                             part.alone)
-    n, view = part.stop - part.start, part.view
+    view = views_of(part)[0]
+    embedding = part.of(rows) if isinstance(part, Blend) else rows[0][part.start : part.stop]
+    n = len(embedding)
     positions = np.broadcast_to(np.arange(n, dtype=np.int32), (len(view.positions), n))
-    return MediaSegment(embedding[part.start : part.stop], positions, n, view.grid, view.causal, view.atomic, digest, source=source)
+    return MediaSegment(embedding, positions, n, view.grid, view.causal, view.atomic, digest, source=source)

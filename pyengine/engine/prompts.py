@@ -67,11 +67,12 @@ class Prompts:
 
         return self._encoded(Medium(source, "", kind))
 
-    def _encoded(self, medium: Medium) -> tuple[tuple[Part, ...], MediaInfo]:
-        """Do the same for one that a request names; its errors begin with its place there."""
+    def _encoded(self, medium: Medium, pictures: int = 1) -> tuple[tuple[Part, ...], MediaInfo]:
+        """Do the same for one that a request with so many pictures names; its errors begin with its place there."""
         self._need_encoder()
         try:
-            return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, self.media.judge))
+            judge = partial(self.media.judge, pictures=pictures)
+            return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, judge), pictures)
         except RequestError as e:
             if not medium.field:
                 raise
@@ -107,6 +108,8 @@ class Prompts:
             raise RequestError("images= goes with a text; in a prompt in parts the pictures are parts")
         segments: list[Segment] = []
         infos: list[MediaInfo] = []
+        prompt = list(prompt)
+        pictures = sum(not isinstance(part, (str, int, np.integer)) and not is_video(part) for part in prompt)
         for n, part in enumerate(prompt):
             if isinstance(part, str):
                 segments += self._segments([part])
@@ -116,7 +119,7 @@ class Prompts:
                 raise RequestError(f"prompt[{n}]: a part of a prompt is {type(part).__name__}; ints, strings, pictures and lists "
                                    "of frames are parts")
             else:
-                parts, info = self._encoded(Medium(part, f"prompt[{n}]"))
+                parts, info = self._encoded(Medium(part, f"prompt[{n}]"), pictures)
                 segments += self._segments(parts)
                 infos.append(info)
         return Prompt(segments, infos)
@@ -131,7 +134,8 @@ class Prompts:
         if not media:
             ids = self.tokenizer.tokenize(text, mend=guarded)
             return Prompt([self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], [])
-        found = [self._encoded(medium) for medium in media]
+        pictures = sum(not is_video(medium.source, medium.kind) for medium in media)
+        found = [self._encoded(medium, pictures) for medium in media]
         markers = [m for m in self.markers().values() if m]
         pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
         if len(pieces) == 1:
@@ -243,15 +247,22 @@ def media_of(source: Any, kind: str = "", policy: MediaPolicy | None = None, url
     """
     from pyengine.media.image import read_image                   # Pillow takes 20 ms to import
     from pyengine.media.policy import MediaPolicy
-    from pyengine.media.video import read_video, Video
+    from pyengine.media.video import read_video
 
     options, policy = dict(options or {}), policy or MediaPolicy()
-    if kind == "video" or isinstance(source, (list, tuple, Video)):
+    if is_video(source, kind):
         fps = options.pop("fps", None)
         if fps is not None and not isinstance(source, (list, tuple)):
             raise ImageError("fps is the rate of a list of frames; of a film, sample_fps says how many frames of a second are taken")
         return read_video(policy.admit(source, "video", url), fps, options, judge)
     return read_image(policy.admit(source, "picture", url), options, judge)
+
+
+def is_video(source: Any, kind: str = "") -> bool:
+    """Say whether `media_of` opens this as a video."""
+    from pyengine.media.video import Video                       # Pillow takes 20 ms to import
+
+    return kind == "video" or isinstance(source, (list, tuple, Video))
 
 
 def _told(tools: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,10 +12,12 @@ MAX_DECODING = 1 << 30               # bytes at once that reading a picture's fi
 
 
 class Limits(NamedTuple):
-    """What a plan leaves for one medium: positions of the context, and the most rows of one run of the encoder."""
+    """What a plan leaves for one medium: positions of the context, and the most rows of one run of the encoder; and how many pictures the
+    prompt has."""
 
     n_ctx: int
     rows: int
+    pictures: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +59,49 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class Blend:
+    """Rows that are sums of rows of views with weights: features that are resized, or pooled, over the grid of one or several runs.
+
+    views    their rows are counted on from one to the next
+    indices  int [n, k]: the k rows that each is made of; weights: float32 [n, k]
+    Each takes one position more than the row before it, as in a Piece.
+    """
+
+    views: tuple[View, ...]
+    indices: np.ndarray
+    weights: np.ndarray
+
+    def of(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """Compute them, float32 [n, D], of the rows of its views."""
+        out = np.zeros((len(self.indices), rows[0].shape[1]), np.float32)
+        first = 0
+        for part in rows:
+            for index, weight in zip(self.indices.T, self.weights.T):
+                at = np.flatnonzero((index >= first) & (index < first + len(part)))
+                out[at] += part[index[at] - first] * weight[at, None]
+            first += len(part)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
 class Processed:
     """A picture or video as one model takes it.
 
-    parts      what stands in the prompt in its place: texts and token ids (start, end ...), views, and pieces of views in order
+    parts      what stands in the prompt in its place: texts and token ids (start, end ...), views, pieces of views in order, and blends
     size       (width, height) of the original in pixels
     processed  (width, height) after resizing, of the first view
     """
 
-    parts: tuple[str | int | View | Piece, ...]
+    parts: tuple[str | int | View | Piece | Blend, ...]
     size: tuple[int, int]
     processed: tuple[int, int]
 
     @property
     def views(self) -> list[View]:
         """The runs of the encoder, in the order in which they come first."""
-        return list(dict.fromkeys(p.view if isinstance(p, Piece) else p for p in self.parts if isinstance(p, (View, Piece))))
+        return list(dict.fromkeys(view for p in self.parts if isinstance(p, (View, Piece, Blend)) for view in views_of(p)))
+
+
+def views_of(part: View | Piece | Blend) -> tuple[View, ...]:
+    """Return the runs that a part's rows come from."""
+    return part.views if isinstance(part, Blend) else (part.view,) if isinstance(part, Piece) else (part,)

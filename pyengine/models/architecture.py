@@ -45,11 +45,13 @@ class Encoder(ABC):
     markers      ids that a chat template writes for one medium, by "image" or "video": all of them are what `Processed.parts` replaces;
                  none where the vocabulary has no token for them
     atomic_rows  most rows of a span that must not be cut at a batch boundary; 0 without such spans
+    counts       what a picture becomes depends on whether the prompt has others
     """
 
     kind: ClassVar[str] = "image"
     markers: Mapping[str, tuple[int, ...]]
     atomic_rows: int = 0
+    counts: bool = False
 
     @abstractmethod
     def most_rows(self, n_ctx: int) -> int:

@@ -177,6 +177,23 @@ def grouped(side: int, group: int) -> np.ndarray:
     return grid.transpose(0, 2, 1, 3).reshape(-1)
 
 
+def bilinear(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Resize a grid of rows (height, width): which 4 of its rows, in reading order, each row of the `wanted` one is made of, and their weights.
+
+    Pixels are squares whose middles are compared; sizes that shrink are not smoothed. As `torch.nn.functional.interpolate`, mode "bilinear",
+    without aligned corners. Returns indices int64 and weights float32 [height, width, 4].
+    """
+    taps, shares = [], []
+    for have, want in zip(size, wanted):
+        at = np.maximum(float(np.float32(have / want)) * (np.arange(want) + 0.5) - 0.5, 0).astype(np.float32)
+        low = at.astype(np.int64)
+        taps.append(np.stack([low, np.minimum(low + 1, have - 1)], axis=1))                # [want, 2]
+        shares.append(np.stack([1 - (at - low), at - low], axis=1).astype(np.float32))
+    indices = taps[0][:, None, :, None] * size[1] + taps[1][None, :, None, :]
+    weights = shares[0][:, None, :, None] * shares[1][None, :, None, :]
+    return indices.reshape(*wanted, 4), weights.reshape(*wanted, 4)
+
+
 # ---- layers -------------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from pyengine.graph.graph import Graph, topological
 from pyengine.graph.tensor import axis_max
 from pyengine.media.image import open_image
 from pyengine.media.video import open_video
-from pyengine.media.views import Limits, Piece, Processed, View
+from pyengine.media.views import Blend, Limits, Piece, Processed, View
 from pyengine.models import architectures, model_class
 from pyengine.models.architecture import Architecture, Encoder
 from pyengine.programs import encoder as encoders
@@ -183,7 +183,11 @@ def processed(image: Encoder, media: Any) -> Processed:
 def views_of(found: Processed) -> list[View]:
     """The views of parts, after what every part must be."""
     for p in found.parts:
-        assert isinstance(p, (str, View, Piece)) or type(p) is int
+        assert isinstance(p, (str, View, Piece, Blend)) or type(p) is int
+        if isinstance(p, Blend):
+            rows = sum(v.positions.shape[1] for v in p.views)
+            assert p.indices.shape == p.weights.shape and p.weights.dtype == np.float32 and 0 <= p.indices.min() <= p.indices.max() < rows
+            assert np.allclose(p.weights.sum(1), 1)
     return found.views
 
 
@@ -195,7 +199,8 @@ def test_a_picture_has_the_rows_that_were_promised(seen: Bound, image: Encoder, 
     assert np.array_equal(media.pixels, before) and found.size == size and min(found.processed) > 0
     views = views_of(found)
     rows = [v.positions.shape[1] for v in views]
-    taken = sum(p.stop - p.start if isinstance(p, Piece) else p.positions.shape[1] for p in found.parts if isinstance(p, (Piece, View)))
+    taken = sum(p.stop - p.start if isinstance(p, Piece) else len(p.indices) if isinstance(p, Blend) else p.positions.shape[1]
+                for p in found.parts if isinstance(p, (Piece, Blend, View)))
     assert 0 < max(rows) <= image.most_rows(4096) and taken <= image.n_rows(*size)
     for view in views:
         assert view.positions.shape[0] == seen.model.position_axes and view.positions.dtype == np.int32

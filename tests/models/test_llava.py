@@ -1,4 +1,5 @@
-"""LLaVA 1.5, LLaVA-NeXT and Granite Vision against transformers: pixels, tiles, layers that are joined, ends of lines."""
+"""LLaVA 1.5, LLaVA-NeXT, Granite Vision and LLaVA-OneVision against transformers: pixels, tiles, layers that are joined, ends of lines, rows that
+are resized."""
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from cases import Case, Converted, Tokens
 from oracle import encoder_of
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError
 from pyengine.media.image import Image
-from pyengine.models.encoders import llava
-from sight import of_any_backend, Run, Sight
+from pyengine.media.views import Blend
+from pyengine.models.encoders import clip, llava
+from pyengine.nn.encoder import bilinear
+from sight import ids_of, load_processor, of_any_backend, Run, Seen, Sight
 from tiny import COMMON
 
 try:
@@ -100,13 +103,62 @@ class NextSight(LlavaSight):
         return Run(inputs, list(model.model.get_image_features(**inputs).pooler_output), tiles, [])
 
 
+class OneVisionSight(LlavaSight):
+    """Tiles of the only picture, a square of one of several; frames of videos."""
+
+    model_types, towers = ("llava_onevision",), ()
+    family, name = "llava_onevision", "LlavaOnevision"
+
+    def images(self, config: Any, settings: dict[str, Any]) -> Any:
+        side = config.vision_config.image_size
+        return transformers.LlavaOnevisionImageProcessorPil(**{"size": {"height": side, "width": side},
+                                                               "image_grid_pinpoints": config.image_grid_pinpoints, **settings})
+
+    def processor(self, folder: Path, config: Any, tokenizer: Any) -> Any:
+        base = importlib.import_module("transformers.models.llava_onevision.processing_llava_onevision").LlavaOnevisionProcessor
+        images, vision = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(folder), config.vision_config
+        return of_any_backend(base)(images, tokenizer, None, (vision.image_size // vision.patch_size) ** 2, config.vision_feature_select_strategy,
+                                    vision_aspect_ratio=config.vision_aspect_ratio)
+
+    def seen(self, model: Any, folder: Path, parts: Any, fps: float | None, **settings: Any) -> Any:
+        """All pictures are processed together: what each becomes depends on the others. Features are those of each alone."""
+        import torch
+
+        config, processor = model.config, load_processor(self, folder, model.config)
+        pictures = [p for p in parts if not isinstance(p, (int, str, list))]
+        films = [p for p in parts if isinstance(p, list)]
+        made = processor.image_processor([pictures], return_tensors="pt") if pictures else {}
+        frames = torch.tensor(np.stack([frame_pixels(processor.image_processor, f) for f in films[0]]))[None] if films else None
+
+        def its_ids(part: Any) -> list[int]:
+            if isinstance(part, list):
+                half = -(-config.vision_config.image_size // config.vision_config.patch_size // 2)
+                return [config.video_token_id] * (len(part) * half**2 + 1)
+            text = processor.replace_image_token(made, next(i for i, p in enumerate(pictures) if p is part))
+            return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        tokens = torch.tensor([ids_of(parts, processor.tokenizer, its_ids)])
+        inputs = {**({"pixel_values_videos": frames} if films else {}), **made}
+        with torch.no_grad():
+            alone = [processor.image_processor([[p]], return_tensors="pt") for p in pictures]
+            features = [model.model.get_image_features(**one).pooler_output[0] for one in alone]
+            logits = model(input_ids=tokens, **inputs).logits[0].numpy()
+        return Seen(tokens[0].tolist(), logits, [f.numpy() for f in features], list(made["pixel_values"].numpy()) if pictures else [], [])
+
+
+def frame_pixels(images: Any, frame: Any) -> np.ndarray:
+    """Return a frame's pixels as the video processor has them, which needs torchvision: SigLIP's processor does the same with Pillow."""
+    same = transformers.SiglipImageProcessorPil(size=dict(images.size), resample=images.resample, image_mean=images.image_mean, image_std=images.image_std)
+    return same(frame, return_tensors="np")["pixel_values"][0]
+
+
 TEXT = {**COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": 42, "patch_size": 14, "hidden_act": "quick_gelu"}
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"}
 KEYS = {"has_vision_encoder": True, "projector_type": "mlp", "use_silu": False, "image_size": 42, "patch_size": 14, "embedding_length": 80,
         "feed_forward_length": 100, "attention.head_count": 4, "projection_dim": 96, "resample": 3,
-        "image_mean": [np.float32(x) for x in llava.MEAN], "image_std": [np.float32(x) for x in llava.STD]}
+        "image_mean": [np.float32(x) for x in clip.MEAN], "image_std": [np.float32(x) for x in clip.STD]}
 CLIP_KEYS = {**KEYS, "use_gelu": False, "hidden_act": "quick_gelu", "attention.layer_norm_epsilon": np.float32(1e-5), "block_count": 3,
              "feature_layer": [3]}
 TILES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [n for pair in PINPOINTS for n in pair], "mm_patch_merge_type": "spatial_unpad"}
@@ -135,7 +187,24 @@ GRANITE = Case(
         clip={**KEYS, **TILES, "use_gelu": True, "hidden_act": "gelu_pytorch_tanh", "attention.layer_norm_epsilon": np.float32(1e-6), "block_count": 4,
               "feature_layer": [1, 3, 4]}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
 
-CASES = (LLAVA, NEXT, GRANITE)
+# 45 pixels are 3 patches of 14 and 3 pixels that nothing sees; more than 1.21 x 2 tiles are resized
+SIDES = [[45, 90], [90, 45], [90, 90], [135, 45], [45, 135], [135, 135], [90, 180], [45, 180]]
+ONEVISION_TOKENS = replace(
+    TOKENS, special=("<|start|>", "<image>", "<|end|>", "<video>", "<pad>"), bos="<|start|>", eos="<|end|>",
+    template=TEMPLATE.replace("{{ bos_token }}\n", ""), ids={"image_token_index": "<image>", "video_token_index": "<video>"})
+ONEVISION = Case(
+    "llava_onevision", "qwen2", "LlavaOnevisionConfig", "LlavaOnevisionForConditionalGeneration", "qwen2",
+    {"tie_word_embeddings": False, "image_grid_pinpoints": SIDES, "vision_aspect_ratio": "anyres_max_2"},
+    {**TEXT, "model_type": "qwen2"}, {**SIGLIP, "image_size": 45, "vision_use_head": False}, ONEVISION_TOKENS, OneVisionSight(), cached_as="llama",
+    videos=True,
+    converted=Converted(
+        {"general.architecture": "qwen2"},
+        clip={**KEYS, "image_size": 45, "use_gelu": True, "hidden_act": "gelu_pytorch_tanh", "attention.layer_norm_epsilon": np.float32(1e-6),
+              "block_count": 4, "feature_layer": [4], "image_aspect_ratio": "anyres_max_2", "image_grid_pinpoints": [n for pair in SIDES for n in pair],
+              "mm_patch_merge_type": "spatial_unpad"},
+        clip_tokens={"image_token_id": "<image>", "video_token_id": "<video>"}, renames=RENAMES))
+
+CASES = (LLAVA, NEXT, GRANITE, ONEVISION)
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (84, 84), (42, 42), (90, 1), (131, 130), (127, 42)]      # width, height
 RNG = np.random.default_rng(4)
@@ -184,6 +253,48 @@ def test_rows_are_as_many_as_transformers_counts(tiny_gguf) -> None:
         assert 9 + (lines * 3 - 2 * down) * (columns * 3 - 2 * across + 1) == want, (width, height)
 
 
+@pytest.mark.parametrize("size, wanted", [((7, 5), (3, 4)), ((3, 3), (2, 2)), ((27, 27), (14, 14)), ((2, 9), (5, 3)), ((1, 1), (2, 1))])
+def test_rows_are_resized_as_torch_does(size, wanted) -> None:
+    import torch
+
+    rows = RNG.standard_normal((size[0] * size[1], 6)).astype(np.float32)
+    grid = torch.tensor(rows.T.reshape(1, 6, *size))
+    want = torch.nn.functional.interpolate(grid, wanted, mode="bilinear")[0].numpy().reshape(6, -1).T
+    indices, weights = bilinear(size, wanted)
+    assert np.allclose((rows[indices] * weights[..., None]).sum(2).reshape(-1, 6), want, rtol=0, atol=1e-6)
+
+
+def test_a_picture_alone_and_beside_others(tiny_gguf) -> None:
+    """What a picture becomes depends on the number of pictures of a prompt, not on that of videos; both are kept."""
+    path, folder = tiny_gguf("llava_onevision")
+    model, (one, other) = pe.load(path, n_ctx=512, kv_dtype="f32"), PICTURES[4:6]
+    alone = model.generate([3, one, 4], max_tokens=1, temperature=0).media[0]
+    beside = model.generate([3, one, other, 4], max_tokens=1, temperature=0).media
+    assert [m.n_tokens for m in beside] == [10, 10] and beside[0].views == 1 and not beside[0].cached
+    assert alone.n_tokens == len(model.encode_image(one)) == 9 + 4 * (3 + 1) and alone.views == 10
+    films = model.generate([3, one, [one, one], 4], max_tokens=1, temperature=0).media
+    assert films[0].cached and (films[1].kind, films[1].n_tokens, films[1].views) == ("video", 2 * 4 + 1, 2)
+    assert model.generate([other, 3, one], max_tokens=1, temperature=0).media[1].cached
+    messages = [{"role": "user", "content": [{"type": "image", "image": p} for p in (one, other)]}]
+    assert model.chat_ids(messages).count(-1) == 20 and model.chat_ids([{"role": "user", "content": messages[0]["content"][:1]}]).count(-1) == 25
+
+
+def test_pixels_of_one_vision(tiny_gguf) -> None:
+    path, folder = tiny_gguf("llava_onevision")
+    ours, theirs = encoder_of(path), transformers.LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+    resized = 0
+    for pixels in PICTURES:
+        done = ours.process(Image(pixels))
+        resized += any(isinstance(p, Blend) for p in done.parts)
+        made = list(theirs([[pixels]], return_tensors="np", input_data_format="channels_last")["pixel_values"][0][..., :42, :42])
+        found = [whole(v) for v in done.views]
+        assert np.array_equal(found[0], made[0]) and all(any(np.array_equal(f, t) for t in made[1:]) for f in found[1:])
+        (view,) = ours.encoder.process(Image(pixels), ours.limits._replace(pictures=2)).views
+        made = theirs([[pixels, pixels]], return_tensors="np", input_data_format="channels_last")["pixel_values"][1][0]
+        assert np.array_equal(whole(view), made[..., :42, :42])
+    assert 2 <= resized <= len(PICTURES) - 2
+
+
 def test_what_is_refused(tiny_gguf) -> None:
     path, _ = tiny_gguf("llava_next")
     model = pe.load(path, n_ctx=64, kv_dtype="f32")
@@ -220,7 +331,7 @@ def test_damaged_numbers_are_refused() -> None:
             llava._grids(Keys(value), 42)
     for value in ([5], [-1], []):
         with pytest.raises(InvalidModelError, match="the file has 4 layers"):
-            llava._features(Keys(value), 4)
+            clip.feature_layers(Keys(value), 4)
 
 
 # ---- files of other programs -------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ MINISTRAL_SEES = replace(
 
 # Pixtral 12B: no groups of patches; transformers has it as a LLaVA
 PIXTRAL = Case(
-    "pixtral", "llama", "LlavaConfig", "LlavaForConditionalGeneration", "tekken",
+    "llava_pixtral", "llama", "LlavaConfig", "LlavaForConditionalGeneration", "tekken",
     {"tie_word_embeddings": False, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
     TEXT_CONFIG, {**VISION_CONFIG, "patch_size": 16}, SPECIAL, PixtralSight(), cached_as="llama",
     converted=replace(
@@ -307,7 +307,7 @@ OTHER = {"image_mean": [0.4, 0.5, 0.45], "image_std": [0.2, 0.25, 0.3], "resampl
 
 
 @pytest.mark.parametrize("settings", [{}, OTHER], ids=["as released", "others"])
-@pytest.mark.parametrize("kind, merge, patch", [("mistral3", 2, 14), ("pixtral", 1, 16)])
+@pytest.mark.parametrize("kind, merge, patch", [("mistral3", 2, 14), ("llava_pixtral", 1, 16)])
 def test_pixels_are_bit_for_bit_those_of_transformers(tiny_gguf, kind: str, merge: int, patch: int, settings) -> None:
     side = merge * patch
     path, folder = tiny_gguf(kind, processor=settings)

@@ -1,0 +1,144 @@
+"""CLIP's and SigLIP's encoders over one square of pixels, which several models have beside their text, with projectors of their own.
+
+Papers arXiv:2103.00020 (CLIP), arXiv:2303.15343 (SigLIP). Follows transformers 5.23: `modeling_clip.py`, `modeling_siglip.py`. CLIP has a
+class token in front, whose row is left out, and a norm before its layers. Files hold the layers up to the last one that is needed; keys
+"clip.vision.feature_layer" say which layers' inputs are taken where there are several or it is said.
+Axes: n patches of a square, V hidden, F rows joined, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyengine import ops
+from pyengine.dtype import dtype
+from pyengine.errors import InvalidModelError
+from pyengine.files.hparams import Hparams
+from pyengine.files.weights import Weights
+from pyengine.graph.tensor import Tensor
+from pyengine.nn.encoder import (
+    activation, by_table, cut_patches, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, n_layers, resample_filter)
+from pyengine.nn.layers import constant, LayerNorm, mlp_width, PatchEmbedding
+
+# Constants for files without the key: transformers CLIPImageProcessor, CLIPVisionConfig
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3                          # Pillow's number
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Numbers of one encoder and of what its image processor does with colours, from the metadata."""
+
+    n_layers: int
+    width: int
+    d_ff: int
+    n_heads: int
+    eps: float
+    act: str                         # of ops.unary
+    features: tuple[int, ...]        # layers whose inputs are joined; n_layers: what the last one gives
+    tile: int                        # side of a square in pixels
+    patch: int
+    mean: np.ndarray
+    std: np.ndarray
+    resample: int
+
+    @property
+    def side(self) -> int:
+        """Patches along a side; pixels behind the last whole one are not seen."""
+        return self.tile // self.patch
+
+    @classmethod
+    def read(cls, v: Hparams, w: Weights) -> TowerConfig:
+        """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
+        width, count = v.size("vision.embedding_length"), n_layers(v, w)
+        mean, std = mean_and_std(v, MEAN, STD)
+        return cls(
+            n_layers=count, width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
+            eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu"), features=feature_layers(v, count),
+            tile=v.size("vision.image_size"), patch=v.size("vision.patch_size"), mean=mean, std=std, resample=resample_filter(v, BICUBIC))
+
+
+def feature_layers(v: Hparams, count: int) -> tuple[int, ...]:
+    """Read which layers' inputs are taken; without the key, what the last layer of the file gives."""
+    found = v.get("vision.feature_layer", None, np.ndarray)
+    if found is None:
+        return (count,)
+    layers = tuple(int(i) for i in found)
+    if not layers or not all(0 <= i <= count for i in layers):
+        raise InvalidModelError(f"{v.arch}.vision.feature_layer is {list(layers)}, but the file has {count} layers")
+    return layers
+
+
+class VisionBlock:
+    """Attention of all patches of a square to each other and a feed-forward, each after a layer norm and added to its input."""
+
+    def __init__(self, w: Weights, c: TowerConfig):
+        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
+        self.attention = EncoderAttention(w, c.width, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act)
+
+    def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [n, V]
+        x = x + self.attention(self.norm1(x), lo, hi)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Tower:
+    """The encoder over one square. post_norm: the last layer is followed by a norm; without, one in the file is behind what is taken."""
+
+    def __init__(self, w: Weights, c: TowerConfig, post_norm: bool = False):
+        self.config = c
+        self.levels = levels(c.mean, c.std)                                             # [3, 256]
+        f32, n = dtype("F32"), c.side**2
+        own = w.optional("class_embd", (c.width,))
+        self.own = constant(own, f32) if own else None
+        self.patch = PatchEmbedding(w["patch_embd"], c.width, 3, c.patch)
+        self.position = constant(w["position_embd"].tensor("weight", (n + (own is not None), c.width)), f32)
+        self.pre = LayerNorm(w["pre_ln"], c.width, c.eps) if "pre_ln" in w else None
+        self.blocks = [VisionBlock(w["blk", i], c) for i in range(c.n_layers)]
+        self.post = LayerNorm(w["post_ln"], c.width, c.eps) if post_norm else None
+        for part in ("weight", "bias"):
+            w["post_ln"].optional(part, (c.width,))
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row: those of all layers that are taken."""
+        return self.config.width * len(self.config.features)
+
+    def __call__(self, patches: Tensor) -> Tensor:                                      # [n, 3 * p * p] -> [n, F]
+        c, n = self.config, self.config.side**2
+        x = self.patch(patches)                                                         # [n, V]
+        if self.own is not None:
+            x = ops.concat([self.own.reshape(1, c.width), x], axis=0)                   # [n + 1, V]
+            n += 1
+        x = x + self.position
+        x = self.pre(x) if self.pre else x
+        lo, hi = np.zeros(n, np.int32), np.full(n, n, np.int32)
+        given = [x]
+        for block in self.blocks:
+            given.append(block(given[-1], lo, hi))
+        taken = [given[i] for i in c.features]
+        x = taken[0] if len(taken) == 1 else ops.concat(taken, axis=1)                  # [n, F]
+        x = self.post(x) if self.post else x
+        return x if self.own is None else ops.contiguous(ops.slice(x, axis=0, start=1, stop=n))
+
+    def patches(self, pixels: np.ndarray) -> np.ndarray:
+        """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [n, 3 * p * p]."""
+        c = self.config
+        seen = c.side * c.patch
+        x = cut_patches(np.ascontiguousarray(pixels[:seen, :seen]), c.side, c.patch)
+        return by_table(self.levels, x).reshape(len(x), -1)
+
+    def padded(self, pixels: np.ndarray) -> np.ndarray:
+        """Make a picture one square: padded with the mean colour, then resized to [tile, tile, 3]."""
+        from pyengine.media.image import resize                                         # Pillow takes 20 ms to import
+
+        c, (height, width) = self.config, pixels.shape[:2]
+        side = max(width, height)
+        square = np.empty((side, side, 3), np.uint8)
+        square[:] = (c.mean.astype(np.float64) * 255).astype(np.uint8)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[top : top + height, left : left + width] = pixels
+        return resize(square, c.tile, c.tile, c.resample)
