@@ -14,8 +14,8 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config
-from .contract import FLOAT32, Entry
-from .vision import attention, feed_forward, write_encoder_keys
+from .contract import FLOAT32, Entry, layer_norm
+from .vision import behind_layers, pre_norm_layer, write_encoder_keys
 
 # transformers' CLIPVisionConfig and SiglipVisionConfig where a checkpoint may be silent
 CLIP: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3,
@@ -54,24 +54,12 @@ class Clip:
 
     def unused(self) -> set[str]:
         """Return names of tensors behind what is taken."""
-        left = {f"{TOWER}.embeddings.position_ids"} | {f"{TOWER}.post_layernorm.{part}" for part in ("weight", "bias")}
-        left |= {entry.source for i in range(self.taken, self.n_layers) for entry in self.layer(i)}
-        return left | {f"{TOWER}.head.{name}" for name in ("probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight",
-                                                          "attention.out_proj.bias", "layernorm.weight", "layernorm.bias", "mlp.fc1.weight",
-                                                          "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")}
-
-    def both(self, name: str, source: str) -> Iterator[Entry]:
-        """List a layer norm."""
-        for part in ("weight", "bias"):
-            yield Entry(f"{name}.{part}", f"{source}.{part}", (self.width,))
+        left = {entry.source for i in range(self.taken, self.n_layers) for entry in self.layer(i)}
+        return left | {f"{TOWER}.embeddings.position_ids"} | behind_layers(TOWER)
 
     def layer(self, i: int) -> Iterator[Entry]:
         """List a layer of the encoder."""
-        b, m, v = f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}", self.width
-        yield from self.both(f"{b}.ln1", f"{m}.layer_norm1")
-        yield from attention(b, f"{m}.self_attn", v, bias=True, out="out_proj")
-        yield from self.both(f"{b}.ln2", f"{m}.layer_norm2")
-        yield from feed_forward(b, f"{m}.mlp", v, self.d_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
+        yield from pre_norm_layer(f"v.blk.{i}", f"{TOWER}.encoder.layers.{i}", self.width, self.d_ff)
 
     def tensors(self) -> Iterator[Entry]:
         """List the encoder's tensors."""
@@ -79,7 +67,7 @@ class Clip:
         yield Entry("v.patch_embd.weight", f"{at}.patch_embedding.weight", (v, 3, p, p), instead=FLOAT32)
         if self.classed:
             yield Entry("v.class_embd", f"{at}.class_embedding", (v,))
-            yield from self.both("v.pre_ln", f"{TOWER}.pre_layrnorm")
+            yield from layer_norm("v.pre_ln", f"{TOWER}.pre_layrnorm", v)
         else:
             yield Entry("v.patch_embd.bias", f"{at}.patch_embedding.bias", (v,))
         yield Entry("v.position_embd.weight", f"{at}.position_embedding.weight", (n + self.classed, v), instead=FLOAT32)

@@ -13,7 +13,8 @@ from gguf import GGUFWriter
 from .checkpoint import Config
 from .contract import converts, supported
 from .decoder import Tensors
-from .pixtral import Pixtral, tied
+from .pixtral import Pixtral
+from .vision import tied_head
 
 # transformers' Mistral3Config where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"image_token_index": 10, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
@@ -33,7 +34,7 @@ class Mistral3:
         kind = Config(text, {"model_type": "mistral"}, file)
         kind.refuse_unless("model_type", *TEXTS)
         name = TEXTS[kind.need("model_type")]
-        self.text = supported()[name]({**text, "architectures": [name], "tie_word_embeddings": tied(root)}, file)
+        self.text = supported()[name]({**text, "architectures": [name], "tie_word_embeddings": tied_head(root)}, file)
         self.vocab_size = self.text.vocab_size
         self.encoder = Pixtral(root, self.text.d_model, self.vocab_size, root.count("spatial_merge_size"))
 

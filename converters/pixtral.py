@@ -13,7 +13,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import Checkpoint, Config, malformed_is, read_json
+from .checkpoint import Config, malformed_is, read_json
 from .contract import FLOAT32, Entry, linear
 from .rope import interleaved_rows
 from .tokenizer import special_ids
@@ -104,9 +104,3 @@ class Pixtral:
             yield from linear("mm.patch_merger", "multi_modal_projector.patch_merger.merging_layer", v, v * self.merge**2)
         yield from linear("mm.1", "multi_modal_projector.linear_1", d, v, self.biases)
         yield from linear("mm.2", "multi_modal_projector.linear_2", d, d, self.biases)
-
-
-def tied(root: Config) -> bool:
-    """Say whether the head is the embedding. One in the checkpoint is used whatever its config says, as transformers does."""
-    headed = any(name.endswith("lm_head.weight") for name in Checkpoint(root.file.parent).tensors)
-    return not headed and root.get("tie_word_embeddings") is not False

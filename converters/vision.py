@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import Config, malformed_is, read_json
+from .checkpoint import Checkpoint, Config, malformed_is, read_json
 from .contract import Entry, layer_norm, linear
 
 # an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
@@ -47,6 +47,12 @@ def _settings(folder: Path, part: str, files: tuple[str, ...], defaults: dict[st
     for name, value in FIXED.items():
         settings.refuse_unless(name, value)
     return settings
+
+
+def tied_head(root: Config) -> bool:
+    """Say whether the head is the embedding. One in the checkpoint is used whatever its config says, as transformers does."""
+    headed = any(name.endswith("lm_head.weight") for name in Checkpoint(root.file.parent).tensors)
+    return not headed and root.get("tie_word_embeddings") is not False
 
 
 def pixel_limits(settings: Config) -> tuple[int, int]:

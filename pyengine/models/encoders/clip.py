@@ -131,14 +131,19 @@ class Tower:
         x = cut_patches(np.ascontiguousarray(pixels[:seen, :seen]), c.side, c.patch)
         return by_table(self.levels, x).reshape(len(x), -1)
 
-    def padded(self, pixels: np.ndarray) -> np.ndarray:
-        """Make a picture one square: padded with the mean colour, then resized to [tile, tile, 3]."""
-        from pyengine.media.image import resize                                         # Pillow takes 20 ms to import
-
-        c, (height, width) = self.config, pixels.shape[:2]
+    def on_square(self, pixels: np.ndarray) -> np.ndarray:
+        """Pad a picture with the mean colour to a square [side, side, 3]."""
+        height, width = pixels.shape[:2]
         side = max(width, height)
         square = np.empty((side, side, 3), np.uint8)
-        square[:] = (c.mean.astype(np.float64) * 255).astype(np.uint8)
+        square[:] = (self.config.mean.astype(np.float64) * 255).astype(np.uint8)
         top, left = (side - height) // 2, (side - width) // 2
         square[top : top + height, left : left + width] = pixels
-        return resize(square, c.tile, c.tile, c.resample)
+        return square
+
+    def padded(self, pixels: np.ndarray) -> np.ndarray:
+        """Make a picture one square: padded, then resized to [tile, tile, 3]."""
+        from pyengine.media.image import resize                                         # Pillow takes 20 ms to import
+
+        c = self.config
+        return resize(self.on_square(pixels), c.tile, c.tile, c.resample)

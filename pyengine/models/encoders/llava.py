@@ -126,7 +126,7 @@ class Lines:
         self.resized = (int(self.height // ratio), int(self.width // ratio)) if ratio > LARGER else None
 
     def __len__(self) -> int:
-        """Rows, with the one more behind each line."""
+        """Return the rows, with the one more behind each line."""
         lines, columns = self.resized or (self.height, self.width)
         return lines * (columns + 1)
 

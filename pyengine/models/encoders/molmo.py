@@ -33,7 +33,7 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.llava import MEAN, STD, VisionBlock
+from pyengine.models.encoders.clip import MEAN, STD, VisionBlock
 from pyengine.nn.encoder import (
     activation, cut_patches, grouped, head_count, mean_and_std, n_layers, only_pictures, resample_filter,
     special_token, whole_numbers, whole_option)
