@@ -17,6 +17,7 @@ import pytest
 import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
+from hollow import Decoder, Encoder, Full, kv, vit_layers
 from oracle import encoder_of
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError
 from pyengine.media.image import Image
@@ -187,6 +188,22 @@ GRANITE = Case(
         clip={**KEYS, **TILES, "use_gelu": True, "hidden_act": "gelu_pytorch_tanh", "attention.layer_norm_epsilon": np.float32(1e-6), "block_count": 4,
               "feature_layer": [1, 3, 4]}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
 
+def full_encoder(d_model: int) -> Encoder:
+    """LLaVA-OneVision's: SigLIP of 27 layers but the last, 27 x 27 patches of 14 in 384 pixels, 36 shapes of up to 36 tiles."""
+    width, d_ff, n_layers, patch, side = 1152, 4304, 26, 14, 384
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "mlp", "clip.use_gelu": True, "clip.vision.hidden_act": "gelu_pytorch_tanh",
+            "clip.vision.image_size": side, "clip.vision.patch_size": patch, "clip.vision.block_count": n_layers,
+            "clip.vision.embedding_length": width, "clip.vision.feed_forward_length": d_ff, "clip.vision.attention.head_count": 16,
+            "clip.vision.projection_dim": d_model, "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.image_mean": [0.5] * 3,
+            "clip.vision.image_std": [0.5] * 3, "clip.vision.image_aspect_ratio": "anyres_max_9",
+            "clip.vision.image_grid_pinpoints": [side * n for y in range(1, 7) for x in range(1, 7) for n in (y, x)]}
+    tensors = [("v.patch_embd.weight", (width, 3, patch, patch), "F16"), ("v.patch_embd.bias", (width,), "F32"),
+               ("v.position_embd.weight", ((side // patch) ** 2, width), "F32"), *vit_layers(n_layers, width, d_ff),
+               ("mm.0.weight", (d_model, width), "F16"), ("mm.0.bias", (d_model,), "F32"), ("mm.2.weight", (d_model, d_model), "F16"),
+               ("mm.2.bias", (d_model,), "F32"), ("model.image_newline", (d_model,), "F32")]
+    return keys, tensors
+
+
 # 45 pixels are 3 patches of 14 and 3 pixels that nothing sees; more than 1.21 x 2 tiles are resized
 SIDES = [[45, 90], [90, 45], [90, 90], [135, 45], [45, 135], [135, 135], [90, 180], [45, 180]]
 ONEVISION_TOKENS = replace(
@@ -204,7 +221,9 @@ ONEVISION = Case(
               "mm_patch_merge_type": "spatial_unpad"},
         clip_tokens={"image_token_id": "<image>", "video_token_id": "<video>"}, renames=RENAMES))
 
-CASES = (LLAVA, NEXT, GRANITE, ONEVISION)
+ONEVISION_7B = Full(Decoder("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 32768, biases=True), ("<image>", "<video>"), full_encoder)
+
+CASES = (LLAVA, NEXT, GRANITE, replace(ONEVISION, full={"llava-onevision-7b": ONEVISION_7B}))
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (84, 84), (42, 42), (90, 1), (131, 130), (127, 42)]      # width, height
 RNG = np.random.default_rng(4)
@@ -303,6 +322,11 @@ def test_what_is_refused(tiny_gguf) -> None:
             model.encode_image(media)
     with pytest.raises(ContextOverflowError, match="51 positions, but the context holds 40"):
         pe.load(path, n_ctx=40).encode_image(PICTURES[5])
+    several = pe.load(tiny_gguf("llava_onevision")[0], n_ctx=64)
+    with pytest.raises(ContextOverflowError, match="a video of 16 frames takes 65 positions, .* give fewer frames"):
+        several.logits([3, [PICTURES[0]] * 16])
+    with pytest.raises(RequestError, match="max_tiles"):
+        several.encode_image(pe.Video([PICTURES[0]], max_tiles=2))
 
 
 def test_a_picture_in_tiles_is_taken_from_the_cache(tiny_gguf) -> None:
@@ -332,6 +356,17 @@ def test_damaged_numbers_are_refused() -> None:
     for value in ([5], [-1], []):
         with pytest.raises(InvalidModelError, match="the file has 4 layers"):
             clip.feature_layers(Keys(value), 4)
+
+
+def test_llava_onevision_7b(full_size, machine) -> None:
+    """28 layers with 4 heads of 128; a run has 27 x 27 rows and an end of lines. The most rows of a picture are those of 9 tiles, about."""
+    machine(32 * 2**30)
+    path, mmproj = full_size("llava-onevision-7b")
+    plan = pe.plan(path, n_ctx=32768, mmproj=mmproj)
+    assert kv(plan) == {"Full": 32768 * 28 * 4 * 128 * 2 * 2} and plan.picture == 27 * 27 + 1
+    encoder = encoder_of(path, mmproj)
+    rows = encoder.n_rows(2304, 2304)
+    assert rows == 729 + 81 * 82 and encoder.n_rows(384, 384) == 729 + 27 * 28 and encoder.n_rows(1000, 700) == 729 + len(encoder.lines(1000, 700))
 
 
 # ---- files of other programs -------------------------------------------------------------------------------------------------
