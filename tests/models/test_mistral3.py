@@ -445,7 +445,7 @@ def plan(folder, text=TEXT, without=(), special=TOKENS, **changes):
 def test_malformed_files_are_named(tmp_path) -> None:
     assert plan(tmp_path).picture == 64
     for changes, error, text in [
-        ({"projector_type": "ldp"}, UnsupportedModelError, "projector_type is 'ldp'; beside 'llama' these are supported: .*pixtral"),
+        ({"projector_type": "resampler"}, UnsupportedModelError, "projector_type is 'resampler'; beside 'llama' these are supported: .*pixtral"),
         ({"without": ("clip.projector_type",)}, UnsupportedModelError, "projector_type is ''"),
         ({"vision__attention__head_count": 3}, InvalidModelError, "heads must have"),
         ({"vision__attention__head_count": 512}, InvalidModelError, "heads must have"),
