@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
+from foreign import LlamaCpp
 from hollow import both, Decoder, Encoder, Full, kv, Tensor, vit_layers
 from oracle import encoder_of
 from pictures import same
@@ -81,6 +83,15 @@ CLIP = {"has_vision_encoder": True, "projector_type": "internvl", "use_silu": Fa
         "image_mean": [np.float32(x) for x in MEAN], "image_std": [np.float32(x) for x in STD]}
 
 
+class InternVlLlamaCpp(LlamaCpp):
+    """It puts the class token behind the patches, but its position before theirs: each patch gets its neighbour's."""
+
+    def adapt(self, mmproj: Path) -> None:
+        """Move the class token's position to the end."""
+        table = next(t for t in gguf.GGUFReader(mmproj, "r+").tensors if t.name == "v.position_embd.weight")
+        table.data[:] = np.roll(table.data, -1, axis=-2)
+
+
 def full_encoder(d_model: int) -> Encoder:
     """InternViT-300M and its projector, as llama.cpp names them."""
     width, d_ff, n_layers = 1024, 4096, 24
@@ -103,7 +114,7 @@ def case(kind: str, also: tuple[str, ...] = (), full: dict[str, Full] = {}, **vi
     return Case(kind, "qwen2", "InternVLConfig", "InternVLForConditionalGeneration", "qwen2", {"tie_word_embeddings": False, "downsample_ratio": 0.5}, TEXT,
                 {**VISION, **vision}, TOKENS, InternVlSight(), also=also, cached_as="qwen2",
                 converted=Converted({"general.architecture": "qwen2", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
-                                    clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}), full=full)
+                                    clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}), llama_cpp=None if "norm_type" in vision else InternVlLlamaCpp((56, 56)), full=full)
 
 
 CASES = (case("internvl", ("internlm2", "InternLM2ForCausalLM", "InternVLChatModel"), {"internvl2-8b": FULL}),

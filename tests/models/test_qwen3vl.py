@@ -11,6 +11,7 @@ import pytest
 import pyengine as pe
 import tiny
 from cases import Case, Converted
+from foreign import LlamaCpp
 from hollow import both, Decoder, Encoder, Full, kv, Tensor
 from oracle import encoder_of
 from pictures import same
@@ -53,6 +54,18 @@ CLIP = {"has_vision_encoder": True, "projector_type": "qwen3vl_merger", "use_gel
 CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "image_start_token_id": "<|vision_start|>", "image_end_token_id": "<|vision_end|>"}
 
 
+class Qwen3LlamaCpp(LlamaCpp):
+    """Rows have all parts in llama.cpp too; transformers gives those of the layers apart."""
+
+    def rows(self, rows: np.ndarray, seen: Any) -> np.ndarray:
+        """Return what stands for the tokens."""
+        return rows[:, : seen.features[0].shape[-1]]
+
+    def between(self, rows: np.ndarray, seen: Any) -> tuple[np.ndarray, list[int]]:
+        """Return no rows: all are the picture's."""
+        return self.rows(rows, seen)[:0], []
+
+
 def full_encoder(d_model: int) -> Encoder:
     """Qwen3-VL 8B's encoder: keys and tensors of llama.cpp's projector file."""
     width, d_ff, n_layers, patch, deep = 1152, 4304, 27, 16, (8, 16, 24)
@@ -83,7 +96,7 @@ def case(kind: str, arch: str, name: str, text: dict[str, Any], full: dict[str, 
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen2", {"tie_word_embeddings": False}, {**TEXT, **text}, VISION, TOKENS,
                 Qwen3Sight(), mrope=True, cached_as="qwen2_5_vl",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [5, 5, 4, 0], f"{arch}.n_deepstack_layers": 2},
-                                    clip=CLIP, clip_tokens=CLIP_TOKENS), full=full)
+                                    clip=CLIP, clip_tokens=CLIP_TOKENS), llama_cpp=Qwen3LlamaCpp((112, 84)), full=full)
 
 
 CASES = (case("qwen3_vl", "qwen3vl", "Qwen3VL", {}, {"qwen3-vl-8b": FULL}),)

@@ -322,6 +322,9 @@ class LlamaCpp:
         """Return what it puts in a picture's place: ids, and None for its rows."""
         return [None if i == soft else i for i in seen.ids]
 
+    def adapt(self, mmproj: Path) -> None:
+        """Change the encoder's file where llama.cpp would not compute what the checkpoint does."""
+
     def rows(self, rows: np.ndarray, seen: Seen) -> np.ndarray:
         """Return those of its rows that transformers has too, in transformers' order."""
         return rows
@@ -369,7 +372,7 @@ def mtmd_rows(text: Path, mmproj: Path, picture: Any) -> tuple[list[int | None],
         n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
             assert mtmd.mtmd_encode_chunk(context, chunk) == 0
-            width = llama_cpp.llama_model_n_embd(model.model)
+            width = llama_cpp.llama_model_n_embd_inp(model.model)            # DeepStack's parts too
             rows.append(np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), (n * width,)).reshape(n, width).copy())
             ids += [None] * n
         else:

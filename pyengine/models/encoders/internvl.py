@@ -8,7 +8,9 @@ Papers arXiv:2404.16821, arXiv:2412.05271, arXiv:2504.10479. Follows transformer
 
 A tile is a run of the encoder. The class token stands first and its row is left out; the rest is computed group by group, so that the shuffle
 is a reshape. Large encoders (6B) have RMS norms, and norms of queries and keys over all heads: the file's tensors say so. Videos are not
-taken; their frames are, as pictures. Axes: n patches of a tile, t rows, V hidden; D hidden of the decoder.
+taken; their frames are, as pictures.
+differs: nothing. llama.cpp puts the class token last but its position first, so that each patch gets its neighbour's position.
+Axes: n patches of a tile, t rows, V hidden; D hidden of the decoder.
 """
 
 from __future__ import annotations
