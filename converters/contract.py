@@ -141,6 +141,14 @@ class LeavesOut(Protocol):
     def leaves(self) -> Sequence[tuple[str, str]]: ...
 
 
+@runtime_checkable
+class Tells(Protocol):
+    """A converter that says what it did with a checkpoint, where more than one thing can be done."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
 _CONVERTERS: dict[str, type[Converter]] = {}
 
 

@@ -21,6 +21,7 @@ from .contract import FLOAT32, Entry, LowRank, converts, linear
 from .decoder import Tensors
 from .phi3 import DEFAULTS as TEXT
 from .phi3 import Phi3
+from .tokenizer import Vocabulary
 from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' Phi4MultimodalConfig, Phi4MultimodalVisionConfig and Phi4MultimodalImageProcessor where a checkpoint may be silent
@@ -32,6 +33,18 @@ VISION: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_h
 IMAGES: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"height": 448, "width": 448}, "dynamic_hd": 36}
 BILINEAR = 2                         # of the squares; the processor's `resample` is that of the whole
 BICUBIC = 3
+# before the authors' template, which takes texts only: pictures become their token where they stand, nothing between
+PARTS = """{%%- set shown = namespace(messages=[]) -%%}
+{%%- for m in messages -%%}
+  {%%- set text -%%}
+    {%%- if m['content'] is string -%%}{{ m['content'] }}
+    {%%- else -%%}{%%- for part in m['content'] -%%}{{ %s if part['type'] == 'image' else part['text'] }}{%%- endfor -%%}
+    {%%- endif -%%}
+  {%%- endset -%%}
+  {%%- set shown.messages = shown.messages + [dict(m, content=text)] -%%}
+{%%- endfor -%%}
+{%%- set messages = shown.messages -%%}
+"""
 ADAPTER = "vision-lora"
 EMBED = "model.embed_tokens_extend.image_embed"
 CHANGED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -67,6 +80,9 @@ class Phi4Multimodal(Phi3):
                 raise UnsupportedModelError(f"{s.file}: 'size' is {s.need('size')!r} for an encoder of {self.image_size} pixels")
         self.more_files: tuple[Path, ...] = ()
         self.change = self.read_change(file.parent / ADAPTER)
+        self.notes = (("the low-rank change for pictures is added to the decoder, for texts alone too" if self.change else
+                       f"no low-rank change for pictures ({ADAPTER}/ or 'vision_lora'): the decoder is taken as it is, and the released "
+                       "models see badly without it"),)
 
     def read_change(self, folder: Path) -> tuple[int, float] | None:
         """Return rank and scale of the low-rank change that pictures need, None without one. Raises: UnsupportedModelError."""
@@ -82,6 +98,11 @@ class Phi4Multimodal(Phi3):
         else:
             a = Config(own, {}, self.root.file)
         return a.count("r"), float(a.need("lora_alpha")) / a.count("r")
+
+    def change_vocabulary(self, vocabulary: Vocabulary) -> None:
+        template, token = vocabulary.chat_template, self.vision.token("image_token_id")
+        if isinstance(template, str) and "image" not in template and token < len(vocabulary.tokens):
+            vocabulary.chat_template = PARTS % repr(vocabulary.tokens[token]) + template
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)

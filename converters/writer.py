@@ -22,7 +22,7 @@ from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
-from .contract import Blocks, ChangesVocabulary, Constant, Converter, Entry, LeavesOut, ReadsMore, Stack, supported
+from .contract import Blocks, ChangesVocabulary, Constant, Converter, Entry, LeavesOut, ReadsMore, Stack, supported, Tells
 from .generation import write_sampling
 from .tokenizer import Vocabulary, read_vocabulary
 
@@ -51,6 +51,8 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     converter = find_converter(checkpoint.config, checkpoint.config_file)
     for file in converter.more_files if isinstance(converter, ReadsMore) else ():
         checkpoint.add(file)
+    for note in converter.notes if isinstance(converter, Tells) else ():
+        warn(f"{checkpoint.folder}: {note}")
     checkpoint.rename(converter.renames)
     entries = _check_entries(checkpoint, converter)
     vision = [e for e in entries if e.name.startswith(VISION_TENSORS)]

@@ -281,10 +281,25 @@ def test_options_and_what_is_refused(tiny_gguf, tmp_path) -> None:
             convert(tiny.make_checkpoint("phi4_multimodal", tmp_path / "c", **config), tmp_path / "m.gguf")
 
 
+def test_the_authors_template_gets_pictures_where_they_stand(tmp_path) -> None:
+    """It takes texts only, in which their users write the picture's place; their examples have nothing between it and the question."""
+    folder = tiny.make_checkpoint("phi4_multimodal", tmp_path / "c")
+    theirs = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    path = convert(folder, tmp_path / "own.gguf", "f32")
+    (folder / "chat_template.jinja").write_text(theirs)
+    model, own = (pe.load(p, n_ctx=128) for p in (convert(folder, tmp_path / "m.gguf", "f32"), path))
+    messages = [{"role": "user", "content": [{"type": "image", "image": A}, "what is it?"]}, {"role": "assistant", "content": "a dog {{ x }}"},
+                {"role": "user", "content": [{"type": "text", "text": "sure? <|end|>"}, {"type": "image", "image": B}]}]
+    assert model.chat_ids(messages) == own.chat_ids(messages) and model.chat_ids(messages[:1])[:3] == [model.tokenizer.need("<|user|>"), -1, -1]
+    assert model.chat_ids([{"role": "user", "content": "hi"}]) == own.chat_ids([{"role": "user", "content": "hi"}])
+
+
 def test_sound_is_left_out_and_said(tmp_path, capsys) -> None:
     folder = tiny.make_checkpoint("phi4_multimodal", tmp_path / "c")
     path = convert(folder, tmp_path / "m.gguf", "f32")
-    assert "the encoder of sound" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "the encoder of sound" in err and "no low-rank change for pictures" in err
     model = pe.load(path, n_ctx=64)
     with pytest.raises(RequestError, match="audio"):
         model.chat([{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]}])
@@ -305,7 +320,7 @@ def changed(folder: Path) -> dict[str, Any]:
     return factors
 
 
-def test_the_change_that_pictures_need_is_added(tmp_path) -> None:
+def test_the_change_that_pictures_need_is_added(tmp_path, capsys) -> None:
     """Beside transformers' files, and within the authors': `lora_alpha` 16 of rank 5."""
     from safetensors.torch import load_file, save_file
 
@@ -317,6 +332,7 @@ def test_the_change_that_pictures_need_is_added(tmp_path) -> None:
     save_file({f"base_model.model.{name}.lora_{part}.weight": f.contiguous() for name, both in factors.items() for part, f in zip("AB", both)},
               plain / "vision-lora" / "adapter_model.safetensors")
     path = convert(plain, tmp_path / "m.gguf", "f32")
+    assert "is added to the decoder, for texts alone too" in capsys.readouterr().err
     same(pe.load(path, n_ctx=256, kv_dtype="f32").logits([5, A, "and", B, 6]), want.logits)
 
     tensors, made = load_file(plain / "model.safetensors"), {}
