@@ -29,6 +29,7 @@ class Qwen2(Decoder):
         super().__init__(config, file)
         c = self.config
         c.refuse_unless("hidden_act", "silu")
+        self.n_rot = int(self.head_dim * self.rope["partial_rotary_factor"])
         self.window = c.get("sliding_window") if c.need("use_sliding_window") else None
         kinds = c.get("layer_types")
         if kinds is None:
@@ -38,7 +39,7 @@ class Qwen2(Decoder):
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
-        out.add_rope_dimension_count(self.head_dim)
+        out.add_rope_dimension_count(self.n_rot)
         write_rope_scaling(out, self.rope, self.config, ("linear", "yarn"))
         write_window(out, self.window, self.sliding)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 
+from .checkpoint import Config
 from .contract import FLOAT32, Entry, Stack, converts
 from .decoder import Tensors
 from .qwen2 import Qwen2
@@ -19,6 +20,14 @@ DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_wor
                             "sliding_window": 4096, "max_window_layers": 28, "decoder_sparse_step": 1, "moe_intermediate_size": 1408,
                             "shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4, "num_experts": 60, "norm_topk_prob": False,
                             "mlp_only_layers": None, "qkv_bias": True}
+
+
+def write_expert_keys(out: GGUFWriter, c: Config) -> None:
+    """Write the sizes of experts and of the one that all rows share."""
+    out.add_expert_count(c.count("num_experts"))
+    out.add_expert_used_count(c.count("num_experts_per_tok"))
+    out.add_expert_feed_forward_length(c.count("moe_intermediate_size"))
+    out.add_expert_shared_feed_forward_length(c.count("shared_expert_intermediate_size"))
 
 
 @converts("Qwen2MoeForCausalLM")
@@ -36,10 +45,7 @@ class Qwen2Moe(Qwen2):
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
-        out.add_expert_count(self.n_experts)
-        out.add_expert_used_count(self.config.count("num_experts_per_tok"))
-        out.add_expert_feed_forward_length(self.d_expert)
-        out.add_expert_shared_feed_forward_length(self.d_shared)
+        write_expert_keys(out, self.config)
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
         d, f = self.d_model, self.d_expert

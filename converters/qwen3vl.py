@@ -34,19 +34,21 @@ EPS, VISION_ROPE_BASE = 1e-6, 10_000.0
 @converts("Qwen3VLForConditionalGeneration")
 class Qwen3Vl(Qwen3):
     arch = "qwen3vl"
+    vision_defaults, default_sections = VISION, SECTIONS
     renames = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
+    root_defaults = DEFAULTS
     rope_base = 500_000.0       # Qwen3VLTextConfig.default_theta
     defaults = {**QWEN3, "vocab_size": 151_936}
 
     def __init__(self, config: dict[str, Any], file: Path):
-        r = self.root = Config(config, DEFAULTS, file)
+        r = self.root = Config(config, self.root_defaults, file)
         text = r.need("text_config")
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))      # the root's counts, where it says anything
         super().__init__({**text, "tie_word_embeddings": tied}, file)
         if self.rope["rope_type"] == "mrope":
             self.rope["rope_type"] = "default"
-        self.sections = [int(n) for n in self.rope.get("mrope_section") or SECTIONS]
-        v = self.vision = Config(r.need("vision_config"), VISION, file)
+        self.sections = [int(n) for n in self.rope.get("mrope_section") or self.default_sections]
+        v = self.vision = Config(r.need("vision_config"), self.vision_defaults, file)
         for name, value in (("in_channels", 3), ("temporal_patch_size", 2)):
             v.refuse_unless(name, value)
         self.v_layers, self.v_heads, self.v_model, self.v_ff, self.patch_size, self.merge, d_out, places = (v.count(n) for n in (

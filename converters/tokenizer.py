@@ -31,6 +31,8 @@ SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
 # llama.cpp's name for it. A pattern that ends in "…" is compared up to there.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKED = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+           r"\s+(?!\S)|\s+")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -42,6 +44,7 @@ PRE_TOKENIZERS: tuple[tuple[tuple[str, ...], bool | None, str], ...] = (
     (("bytes+regex",), False, "gpt-2"),
     (("digits", "bytes+regex"), False, "smollm"),
     ((f"split {_WORDS}\\p{{N}}{_REST}", "bytes"), False, "qwen2"),
+    ((f"split {_MARKED}", "bytes"), False, "qwen35"),
     ((f"split {_WORDS}\\p{{N}}{{1,3}}{_REST}", "bytes"), True, "llama-bpe"),
     ((f"split {_WORDS}\\p{{N}}{{1,3}}{_REST}", "bytes"), False, "dbrx"),     # the same regex, merges kept
     ((f"split {_TEKKEN}", "bytes"), None, "tekken"),

@@ -176,6 +176,13 @@ static v16f log_lanes(v16f v) { /* no model takes logarithms of much: libm's */
   for (int i = 0; i < 16; i++) t[i] = logf(t[i]);
   return v16f_load(t);
 }
+/* log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); NaN stays NaN. */
+static v16f softplus_lanes(v16f v) {
+  float t[16];
+  v16f_store(t, v);
+  for (int i = 0; i < 16; i++) t[i] = (t[i] < 0.0f ? 0.0f : t[i]) + log1pf(expf(-fabsf(t[i])));
+  return v16f_load(t);
+}
 PE_INLINE v16f relu(v16f v) { return v16f_max(v16f_zero(), v); } /* in this order NaN stays NaN */
 
 PE_KERNEL(cpu, unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_params *p, pe_stream *s) {
@@ -194,6 +201,7 @@ PE_KERNEL(cpu, unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_p
     case PE_UNARY_KIND_SQRT: PE_FOR_EACH(v16f_sqrt(v)); break;
     case PE_UNARY_KIND_NEG: PE_FOR_EACH(v16f_neg(v)); break;
     case PE_UNARY_KIND_SQUARE: PE_FOR_EACH(v16f_mul(v, v)); break;
+    case PE_UNARY_KIND_SOFTPLUS: PE_FOR_EACH(softplus_lanes(v)); break;
     default: return pe_fail(s, PE_BAD_VALUE, "unary: kind %d is not known", p->kind);
   }
   return PE_OK;

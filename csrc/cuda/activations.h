@@ -72,6 +72,7 @@ __device__ __forceinline__ float activate(float x) {
     case PE_UNARY_KIND_SQRT: return sqrtf(x);
     case PE_UNARY_KIND_NEG: return -x;
     case PE_UNARY_KIND_SQUARE: return x * x;
+    case PE_UNARY_KIND_SOFTPLUS: return positive + log1pf(expf(-fabsf(x)));
     default: return x;
   }
 }

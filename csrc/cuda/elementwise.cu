@@ -123,6 +123,7 @@ PE_KERNEL(cuda, unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_
     KIND(SQRT);
     KIND(NEG);
     KIND(SQUARE);
+    KIND(SOFTPLUS);
 #undef KIND
     default: return pe_fail(s, PE_BAD_VALUE, "unary: kind %d is not known", p->kind);
   }

@@ -12,7 +12,7 @@
 /* In the order of the choices of `unary`; the first five are those of `glu`. */
 enum {
   ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_GELU, ACT_RELU, ACT_QUICK_GELU, ACT_RELU2, ACT_SIGMOID, ACT_TANH, ACT_EXP, ACT_LOG, ACT_SQRT,
-  ACT_NEG, ACT_SQUARE
+  ACT_NEG, ACT_SQUARE, ACT_SOFTPLUS
 };
 
 static inline float poly5(float x, float a, float b, float c, float d, float e) {
@@ -49,6 +49,12 @@ static inline float erf_of(float x) {
   return isnan(x) ? x : copysign(big, x);
 }
 
+/* log(1 + x) for 0 <= x <= 1 without losing the digits of a small x: log(u) x / (u - 1) for u = 1 + x as it is rounded (Kahan). */
+static inline float log_of_one_and(float x) {
+  const float u = 1.0f + x;
+  return u == 1.0f ? x : log(u) * (x / (u - 1.0f));
+}
+
 static inline float activated(int kind, float x) {
   switch (kind) {
     case ACT_SILU: return x / (1.0f + exp_of(-x));
@@ -64,6 +70,7 @@ static inline float activated(int kind, float x) {
     case ACT_SQRT: return sqrt(x);
     case ACT_NEG: return -x;
     case ACT_SQUARE: return x * x;
+    case ACT_SOFTPLUS: return (x < 0.0f ? 0.0f : x) + log_of_one_and(exp(-fabs(x)));
     default: return x;
   }
 }

@@ -2,8 +2,10 @@
 
 Layers that see everything (`Full`) take pages of PAGE cells from one pool; conversations with a common prefix share its pages, and a
 shared page is copied before it is written. So do those that see an encoder's rows (`Cross`), which have numbers of their own.
-Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Nothing is ever
-moved to make space, so there is nothing to defragment.
+Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Recurrent layers
+have a pool of states: a step reads the one behind a conversation's last token and leaves others, in other cells, behind its own, so a
+step that fails has changed nothing; a conversation is cut where a state is, and forks share states, which nobody changes. Nothing is
+ever moved to make space, so there is nothing to defragment.
 
     table[row, j % slots] = cell of token (or encoder row) j of the conversation in that row      (the tensor that attention reads)
 """
@@ -17,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyengine.cache.policy import Policy, seen_across
+from pyengine.cache.policy import Policy, seen_across, snapshots_in, tail_of, thinned
 from pyengine.errors import PlanError, RequestError
+from pyengine.ops.recurrent import BEGIN, FOLLOWS
 
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
 
@@ -43,6 +46,14 @@ def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE
     return Group(policy, slots, slots * n_seq)
 
 
+class Mark(NamedTuple):
+    """A state that recurrent layers left behind a conversation's first n tokens. stays: as a snapshot, when others follow."""
+
+    n: int
+    cell: int
+    stays: bool = False
+
+
 @dataclass(eq=False)
 class Conversation:
     """One conversation's tokens in the caches.
@@ -53,6 +64,7 @@ class Conversation:
     media    digests of its pictures
     adapters the scale of each adapter that its tokens are computed with; () is none of them
     active   a request works on it; else it is kept for its prefix until space is needed
+    marks    states of recurrent layers, by n; those beyond its tokens are of a step that is being run, or has failed
     """
 
     row: int
@@ -66,6 +78,8 @@ class Conversation:
     high: int = 0                                            # most tokens it ever had: rings remember the last of those
     low: dict[int, int] = field(default_factory=dict)        # by group number: no token before it was copied into its ring
     pages: dict[int, list[int]] = field(default_factory=dict)    # by group number
+    marks: list[Mark] = field(default_factory=list)
+    turn: int = 0                                            # behind which of them the last prompt's snapshot is
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -86,15 +100,18 @@ Copy = tuple[int, np.ndarray, np.ndarray]                    # group number, cel
 class Cells:
     """The cells of one model's caches.
 
-    tables: int32 [n_seq, slots] of each group; they are written here and read by attention.
+    tables: int32 [n_seq, slots] of each group; they are written here and read by attention. Recurrent groups have none.
     """
 
-    def __init__(self, groups: Sequence[Group], tables: Sequence[np.ndarray], page: int = PAGE):
+    def __init__(self, groups: Sequence[Group], tables: Sequence[np.ndarray | None], page: int = PAGE):
         self.groups, self.tables, self.page = list(groups), list(tables), page
-        self.n_seq = len(tables[0])
+        self.n_seq = next((len(t) for t in self.tables if t is not None), self.groups[0].n_cells // self.groups[0].slots)
+        self.n_states = max((g.n_cells for g in self.groups if g.policy.recurrent), default=0)
         self.conversations: list[Conversation] = []
         self._clock = 0
         for g, table in zip(self.groups, self.tables):
+            if table is None:
+                continue
             rows = np.arange(self.n_seq, dtype=np.int32)[:, None] * g.slots + np.arange(g.slots, dtype=np.int32)
             table[:] = 0 if g.policy.paged else rows
         self.recount()
@@ -109,6 +126,7 @@ class Cells:
         self._free = [np.flatnonzero(refs == 0).tolist() for refs in self._refs]
         for free in self._free:
             heapify(free)
+        self._states = self._holders([m for s in self.conversations for m in s.marks])
 
     # -- conversations ----------------------------------------------------------------------------------------------------
 
@@ -137,10 +155,15 @@ class Cells:
             self.conversations.remove(s)
 
     def reach(self, s: Conversation, n: int) -> int:
-        """Return how many of the first n tokens of a conversation another can go on from: n, or 0 where a ring has lost them."""
+        """Return how many of the first n tokens of a conversation another can go on from.
+
+        n; where layers are recurrent, as many as a state was left behind; 0 where a ring has lost them.
+        """
         n = min(n, len(s))
+        if self.n_states:
+            n = max((m.n for m in s.marks if m.n <= n), default=0)
         for i, g in enumerate(self.groups):
-            if not g.policy.paged and g.policy.first_of(n) < max(s.high - g.slots, s.low.get(i, 0)):
+            if g.policy.ring and g.policy.first_of(n) < max(s.high - g.slots, s.low.get(i, 0)):
                 return 0
         return n
 
@@ -152,7 +175,7 @@ class Cells:
         return heir
 
     def fork(self, s: Conversation, n: int) -> tuple[Conversation, list[Copy]]:
-        """Begin a new conversation with the first n = reach(s, n) tokens of `s`: pages are shared, rings are to be copied."""
+        """Begin a new conversation with the first n = reach(s, n) tokens of `s`: pages and states are shared, rings are to be copied."""
         was, s.active = s.active, True                       # it must outlive the search for a row
         try:
             child = self.new(s.adapters)
@@ -164,11 +187,12 @@ class Cells:
                 child.pages[i] = s.pages[i][: -(-self.filled(i, s, n) // self.page)]
                 self._refs[i][child.pages[i]] += 1
                 self.tables[i][child.row] = self.tables[i][s.row]
-            else:
+            elif g.policy.ring:
                 child.low[i] = g.policy.first_of(n)
                 tokens = np.arange(child.low[i], n) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
         child.keys, child.high, child.media = s.keys[:n], n, s.media
+        self._mark(child, [m for m in s.marks if m.n <= n])
         child.pictures = [p for p in s.pictures if p[0] < n]
         return child, copies
 
@@ -181,6 +205,7 @@ class Cells:
             del pages[kept:]
         del s.keys[n:]
         s.pictures = [p for p in s.pictures if p[0] < n]
+        self._mark(s, [m for m in s.marks if m.n <= n])
         if n == 0:
             s.high = s.next = 0
             s.low.clear()
@@ -193,9 +218,11 @@ class Cells:
             return s.crossed(n)
         return len(s) if n is None else n
 
-    def extend(self, s: Conversation, n: int, crossed: int = 0) -> list[Copy]:
+    def extend(self, s: Conversation, n: int, crossed: int = 0, end: int | None = None) -> list[Copy]:
         """Make cells for n more tokens, which the caller then adds to `keys`, and for the encoder rows that they bring, which it
         adds to `pictures`. Returns what must be copied before they are written.
+
+        end: tokens at the end of the prompt that they are of, for snapshots of recurrent layers; None: none are made.
 
         Raises: PlanError when there are not enough pages although idle conversations were dropped; `s` is then as it was.
         """
@@ -218,7 +245,38 @@ class Cells:
                     pages.append(page)
                 self.tables[i][s.row, start : start + len(cells)] = cells
         s.high = max(s.high, len(s) + n)
+        if self.n_states and n:
+            self._leave(s, len(s) + n, end)
         return copies
+
+    def _leave(self, s: Conversation, last: int, end: int | None) -> None:
+        """Choose behind which tokens the next step leaves states, the last one among them, and let go of what is not needed then."""
+        first, held = len(s), [m for m in s.marks if m.n <= len(s)]
+        new = [] if end is None else snapshots_in(first, last, end)
+        if end is not None and tail_of(end) in new:
+            s.turn = tail_of(end)
+        stays = thinned([m.n for m in held if m.stays] + new, last, s.turn)
+        self._mark(s, [m._replace(stays=m.n in stays) for m in held if m.n in stays or m.n == first])
+        for n in dict.fromkeys([*(n for n in stays if n > first), last]):
+            self._mark(s, [*s.marks, Mark(n, int(np.flatnonzero(self._states == 0)[0]), n in stays)])
+
+    def _mark(self, s: Conversation, marks: list[Mark]) -> None:
+        """Give a conversation these states in place of those that it has."""
+        self._states += self._holders(marks) - self._holders(s.marks)
+        s.marks = marks
+
+    def _holders(self, marks: list[Mark]) -> np.ndarray:
+        """Return how many of these are in each cell of recurrent layers."""
+        return np.bincount(np.array([m.cell for m in marks], np.int64), minlength=self.n_states)
+
+    def states_of(self, s: Conversation, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cells of the states before and after each of n more tokens, for which there are cells: int32 [n] each."""
+        before, after = np.full(n, FOLLOWS, np.int32), np.full(n, -1, np.int32)
+        before[:1] = next(m.cell for m in s.marks if m.n == len(s)) if len(s) else BEGIN
+        for m in s.marks:
+            if m.n > len(s):
+                after[m.n - len(s) - 1] = m.cell
+        return before, after
 
     def shift(self, s: Conversation, start: int, stop: int) -> list[Copy]:
         """Remove tokens [start, stop) of a conversation whose groups are all paged; later ones, no pictures, take their numbers.
@@ -251,11 +309,13 @@ class Cells:
             self.drop(s)
             raise
         s.keys, s.pictures = list(keys), list(pictures)
-        s.low = {i: g.policy.first_of(len(keys)) for i, g in enumerate(self.groups) if not g.policy.paged}
+        s.low = {i: g.policy.first_of(len(keys)) for i, g in enumerate(self.groups) if g.policy.ring}
         return s
 
     def cells_of(self, number: int, s: Conversation, index: np.ndarray) -> np.ndarray:
-        """Return the cells of tokens, or encoder rows, `index` of a conversation in one group."""
+        """Return the cells of tokens, or encoder rows, `index` of a conversation in one group; of the states behind these tokens."""
+        if self.groups[number].policy.recurrent:
+            return np.array([m.cell for m in s.marks if np.isin(m.n - 1, index)], np.int64)
         return self.tables[number][s.row, index % self.groups[number].slots]
 
     def live(self, number: int, s: Conversation) -> np.ndarray:

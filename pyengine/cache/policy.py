@@ -2,6 +2,7 @@
 
 A query sees an interval of earlier tokens, so a mask is two numbers a row, and a cache is a ring of cells: token j of a
 conversation lies in cell table[j % len(table)]. Layers that attend across, to an encoder's rows, number those rows instead.
+Recurrent layers keep one state of fixed size, and copies of it that were left behind some tokens (`snapshots_in`, `thinned`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,21 @@ class InputSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """What a layer's attention needs. Layers whose policies are equal share a table of cells.
+    """What a layer keeps of a conversation. Layers whose policies are equal share a table of cells.
 
-    paged   cells come from a pool of pages, and conversations with a common beginning share them; else each has a ring
-    across  the cells hold an encoder's rows, not tokens
+    paged      cells come from a pool of pages, and conversations with a common beginning share them; else each has a ring
+    across     the cells hold an encoder's rows, not tokens
+    recurrent  a cell holds a state: what all tokens up to one have left
     """
 
     paged: ClassVar[bool] = True
     across: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
+
+    @property
+    def ring(self) -> bool:
+        """Whether each conversation has a ring of cells of its own."""
+        return not self.paged and not self.recurrent
 
     @property
     def name(self) -> str:
@@ -153,6 +161,72 @@ class Cross(Policy):
     def inputs(self) -> tuple[InputSpec, ...]:
         """Return where encoder rows are written, and what the rows that see any of them see."""
         return InputSpec("cells", "c"), InputSpec("seq", "s"), InputSpec("lo", "s"), InputSpec("hi", "s")
+
+
+SNAPSHOTS = 4            # states of one conversation that are kept behind earlier tokens
+INTERVAL = 256           # tokens between those, at least
+TAIL = 8                 # tokens of a prompt's end, the start of an answer, that the next prompt of a conversation may lack
+
+
+@dataclass(frozen=True)
+class Recurrent(Policy):
+    """A state is kept, not tokens: arrays of float32, `shapes` (heads, elements) of each.
+
+    A conversation has one behind its last token, one that the next step leaves, and `SNAPSHOTS` behind earlier tokens.
+    """
+
+    paged: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = True
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one state."""
+        return sum(4 * heads * elements for heads, elements in self.shapes)
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return the states of one conversation, whatever its length."""
+        return 2 + SNAPSHOTS
+
+    def first(self, n: Any) -> Any:
+        """Return the token before: the state behind it is all that is seen of the past."""
+        return np.maximum(n - 1, 0)
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return the cells of the states before and after each row (`ops.recurrent`)."""
+        return InputSpec("before", "m"), InputSpec("after", "m")
+
+    def about(self, n: int) -> str:
+        """Say that states do not grow with the context."""
+        return f"states: {n} of {self.nbytes:,} bytes, {SNAPSHOTS} of them behind earlier tokens"
+
+
+def snapshots_in(first: int, last: int, end: int) -> list[int]:
+    """Return the numbers of tokens first < n <= last behind which a state is worth keeping, in a prompt that has `end` tokens.
+
+    These are multiples of INTERVAL, and TAIL tokens before the prompt's end: the next prompt of a conversation goes on from there,
+    and so does one that asks the same again.
+    """
+    found = set(range(first // INTERVAL * INTERVAL + INTERVAL, last + 1, INTERVAL))
+    return sorted(found | {tail_of(end)} if first < tail_of(end) <= last else found)
+
+
+def tail_of(end: int) -> int:
+    """Return the number of tokens before the end of a prompt's that the next one may lack."""
+    return end - TAIL
+
+
+def thinned(places: Sequence[int], last: int, keep: int) -> list[int]:
+    """Choose SNAPSHOTS of the ascending `places` of states in a conversation of `last` tokens; the place `keep` stays.
+
+    Those go whose loss leaves the shortest stretch without one, so places are spread over the conversation, whatever its length.
+    """
+    left = list(places)
+    while len(left) > SNAPSHOTS:
+        edges = [0, *left, last + INTERVAL]
+        stretches = [(np.inf if n == keep else after - before, n) for before, n, after in zip(edges, left, edges[2:])]
+        left.remove(min(stretches)[1])
+    return left
 
 
 def seen_across(pictures: Sequence[tuple[int, int]]) -> tuple[int, int]:

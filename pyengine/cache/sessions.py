@@ -6,7 +6,7 @@
 Version 2 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
 them is of version 1. A row is a token id and 0, or -1 - the number of a digest and the row of that picture; of a picture that is seen
 across, less than 0: minus its encoder rows. A file holds what later tokens may see: all tokens of layers that see everything, the
-window of those that slide, all encoder rows of those that attend across. Lengths are not stored but follow from rows and the model,
+window of those that slide, all encoder rows of those that attend across, the last state of those that are recurrent. Lengths are not stored but follow from rows and the model,
 so a file's size is known before any cell is read. Nothing is read into the caches before all sums were right.
 """
 
@@ -121,7 +121,7 @@ def _shapes(store: Store, tokens: int, crossed: int) -> list[tuple[int, int, int
     shapes = []
     for layer in store.layers:
         n = crossed if store.cells.groups[layer.group].policy.across else tokens
-        shapes += [(cache.shape[0], len(store.cells.seen(layer.group, n)), cache.dtype.size(cache.shape[2])) for cache in (layer.k, layer.v)]
+        shapes += [(cache.shape[0], len(store.cells.seen(layer.group, n)), cache.dtype.size(cache.shape[2])) for cache in layer.states]
     return shapes
 
 

@@ -22,13 +22,15 @@ class Rotation(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The caches of one layer, and the number of the group whose cells they have."""
+    """The caches of one layer, and the number of the group whose cells they have.
+
+    states    keys and values; those of a recurrent layer, whose `rotation` is None
+    """
 
     number: int
     group: int
-    k: State
-    v: State
-    rotation: Rotation
+    states: tuple[State, ...]
+    rotation: Rotation | None
 
 
 class Store:
@@ -39,23 +41,24 @@ class Store:
 
     @property
     def formats(self) -> tuple[DType, DType]:
-        """The formats in which keys and values are stored. A model without caches has none to ask for."""
-        return self.layers[0].k.dtype, self.layers[0].v.dtype
+        """The formats in which keys and values are stored; of a model that has none, those of its states."""
+        states = next((layer.states for layer in self.layers if layer.rotation), self.layers[0].states)
+        return states[0].dtype, states[-1].dtype
 
     def copy(self, copies: Iterable[Copy]) -> None:
         """Copy cells in all layers of a group."""
         for number, source, target in copies:
             for layer in self.layers:
                 if layer.group == number:
-                    layer.k.copy(source, target)
-                    layer.v.copy(source, target)
+                    for state in layer.states:
+                        state.copy(source, target)
 
     def live(self, s: Conversation) -> Iterator[tuple[State, np.ndarray]]:
-        """Yield each cache, keys before values of each layer, and its cells that later tokens of a conversation may see."""
+        """Yield each cache, layer by layer, keys before values, and its cells that later tokens of a conversation may see."""
         for layer in self.layers:
             cells = self.cells.cells_of(layer.group, s, self.cells.live(layer.group, s))
-            yield layer.k, cells
-            yield layer.v, cells
+            for state in layer.states:
+                yield state, cells
 
     def shift(self, s: Conversation, start: int, stop: int) -> None:
         """Remove tokens [start, stop) of an idle conversation; later ones move down, with keys rotated back by as many positions.
@@ -86,12 +89,13 @@ class Store:
     @staticmethod
     def _move(layer: Layer, moves: list[tuple[np.ndarray, np.ndarray]], by: int) -> None:
         """Move cells of one layer; the last ones' keys are rotated by `by` positions."""
-        held = [(layer.k.gather(source), layer.v.gather(source)) for source, _ in moves]     # read before anything is written
+        keys, values = layer.states
+        held = [(keys.gather(source), values.gather(source)) for source, _ in moves]         # read before anything is written
         *_, (k, v) = held
-        held[-1] = rotate_keys(k, layer.k.dtype, layer.rotation, by), v
+        held[-1] = rotate_keys(k, keys.dtype, layer.rotation, by), v
         for (_, target), (k, v) in zip(moves, held):
-            layer.k.scatter(target, k)
-            layer.v.scatter(target, v)
+            keys.scatter(target, k)
+            values.scatter(target, v)
 
 
 def rotate_keys(cells: np.ndarray, dtype: DType, rotation: Rotation, by: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelErro
 from pyengine.files.hparams import Hparams
 from pyengine.memory.fit import Fitted
 from pyengine.memory.held import forget, Held, planned_bytes, register
-from pyengine.programs.rows import common, lay_out_rows, MediaSegment, Rows, Segment, token_rows
+from pyengine.programs.rows import lay_out_rows, MediaSegment, Rows, Segment, token_rows
 from pyengine.programs.step import Work
 from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
 from pyengine.text.tokenizer import Tokenizer
@@ -402,8 +402,8 @@ class Model:
             raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
         if messages is not None:
             rows = lay_out_rows(self._prompts.chat(messages).segments, self._axes)
-            n = rows.whole(common(s.keys, rows.keys))
-            if self._runner.cells.reach(s, n):
+            n = self._runner.reach(s, rows, len(rows))
+            if n:
                 s = replace(s, keys=s.keys[:n], next=rows.position(n))
         return sessions.save(path, self._runner.store, s, self._identity(s.adapters), notes)
 

@@ -53,7 +53,8 @@ class Runner:
     def _make_cells(self, work: Sequence[Work]) -> None:
         for part in work:
             pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
-            self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures))))
+            end = len(part.conversation) - part.start + len(part.rows)
+            self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end))
             self.inputs.cross(part.conversation, pictures)
 
     def head(self, done: int) -> np.ndarray:
@@ -86,6 +87,14 @@ class Runner:
             raise RequestError("tokens cannot be removed from the middle where positions have several axes (M-RoPE)")
         self.store.shift(s, start, stop)
 
+    def reach(self, s: Conversation, rows: Rows, most: int) -> int:
+        """Return how many of the first rows, `most` at most, a conversation has, and can be gone on from."""
+        n, found = min(common(s.keys, rows.keys), most), -1
+        while n != found:                                    # neither within a picture that is one step, nor where a cache cannot be cut
+            found = self.cells.reach(s, rows.whole(n))
+            n = rows.whole(found)
+        return n
+
     def resume(self, rows: Rows) -> tuple[Conversation, int]:
         """Return a conversation that has the longest useful beginning of `rows`, with the same adapters, active, and that beginning's length.
 
@@ -96,8 +105,8 @@ class Runner:
         cells, most = self.cells, len(rows) - 1
         best, kept = None, 0
         for s in sorted((s for s in cells.conversations if s.adapters == rows.adapters), key=lambda s: s.active):
-            n = rows.whole(min(common(s.keys, rows.keys), most))
-            if n > kept and cells.reach(s, n):
+            n = self.reach(s, rows, most)
+            if n > kept:
                 best, kept = s, n
         if best is None:
             return cells.new(rows.adapters), 0

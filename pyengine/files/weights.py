@@ -177,6 +177,10 @@ class Weights:
         file = self._names.sources.get(self.prefix + name)
         return None if file is None else file.tensors[self.prefix + name].shape
 
+    def leave_out(self) -> None:
+        """Count all tensors of this scope as used: the model does without them, on purpose."""
+        self._names.bound.update(name for name in self._names.sources if name.startswith(self.prefix))
+
     def finish(self, ignore: Iterable[str] = ()) -> None:
         """Check, once the model is built, that every tensor of the files is bound, so that nothing is left unused.
 

@@ -7,6 +7,7 @@ Paper arXiv:2407.10671. Follows transformers `modeling_qwen2_moe.py`: qwen2's at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pyengine import ops
 from pyengine.files.hparams import Hparams
@@ -28,7 +29,9 @@ class Config(qwen2.Config):
 
 
 class Mixture:
-    """Experts that a router picks for each row, and one for all rows that a sigmoid weighs."""
+    """Experts that a router picks for each row, and one for all rows that a sigmoid weighs. normed: gates add up to 1."""
+
+    normed: ClassVar[bool] = False
 
     def __init__(self, w: Weights, c: Config):
         self.n_used = c.n_used
@@ -37,7 +40,7 @@ class Mixture:
         self.shared, self.weight = FeedForward(w, c, "_shexp", c.d_shared), Linear(w["ffn_gate_inp_shexp"], c.d_model, 1)
 
     def __call__(self, x: Tensor) -> Tensor:                                       # [m, D]
-        mixed = self.experts(x, *ops.top_experts(self.router(x), n_used=self.n_used, gate="softmax"))
+        mixed = self.experts(x, *ops.top_experts(self.router(x), n_used=self.n_used, gate="softmax", normed=self.normed))
         return mixed + self.shared(x) * ops.sigmoid(self.weight(x))
 
 

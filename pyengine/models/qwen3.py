@@ -58,7 +58,7 @@ class Model(Architecture):
     def __init__(self, h: Hparams, w: Weights):
         c = self.config = self.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)
-        self.blocks = [Block(w["blk", i], c, self.feed_forward) for i in range(c.n_layers)]
+        self.blocks = [self.block(w["blk", i], i) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         self.rope = rope(h, w, c.head_dim, interleaved=False)
@@ -68,6 +68,10 @@ class Model(Architecture):
         """Read the keys "qwen3.*"."""
         h.refuse(attention__sliding_window="a sliding window", expert_count="a mixture of experts")
         return DecoderConfig(**common(h, w))
+
+    def block(self, w: Weights, i: int) -> Any:
+        """Bind layer i."""
+        return Block(w, self.config, self.feed_forward)
 
     @classmethod
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:

@@ -50,3 +50,11 @@ class CrossCache(NamedTuple):
         """Write k, v [c, kv heads, head_dim] and attend with q [s, heads, head_dim]; returns [s, heads * head_dim]."""
         k_all, v_all = ops.cache_append(self.k, k, self.cells), ops.cache_append(self.v, v, self.cells)
         return ops.attention(q, k_all, v_all, self.lo, self.hi, self.table, self.seq, scale=scale)
+
+
+class RecurrentCache(NamedTuple):
+    """What a recurrent layer keeps: states [heads, cells, elements], and the cells of the states before and after each row of a step."""
+
+    states: tuple[Tensor, ...]
+    before: Tensor           # I32 [m], as `ops.recurrent` says
+    after: Tensor            # I32 [m]

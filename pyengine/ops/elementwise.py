@@ -49,11 +49,11 @@ def unary(
     x: F32["..."],
     *,
     kind: Literal["none", "silu", "gelu_tanh", "gelu", "relu", "quick_gelu", "relu2", "sigmoid", "tanh", "exp", "log", "sqrt",
-                  "neg", "square"],
+                  "neg", "square", "softplus"],
 ) -> F32["..."]:
     """Apply a function to each element. gelu is the exact one (erf), gelu_tanh its tanh form; both of arXiv:1606.08415.
 
-    quick_gelu = x sigmoid(1.702 x), as CLIP was trained with; relu2 = relu(x)^2.
+    quick_gelu = x sigmoid(1.702 x), as CLIP was trained with; relu2 = relu(x)^2; softplus = log(1 + e^x).
     """
     return activation(x, kind)
 
@@ -79,11 +79,12 @@ def activation(x: np.ndarray, kind: str) -> np.ndarray:
         "sqrt": lambda: np.sqrt(x),
         "neg": lambda: -x,
         "square": lambda: x * x,
+        "softplus": lambda: np.logaddexp(0, x).astype(x.dtype),
     }
     return functions[kind]()
 
 
-for _kind in ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu", "relu2", "sigmoid", "tanh", "exp", "neg", "square"):
+for _kind in ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu", "relu2", "sigmoid", "tanh", "exp", "neg", "square", "softplus"):
     unary.case(x=(3, 37), kind=_kind)
 unary.case(x=(512, 2048), kind="silu")
 unary.case(x=(0, 8), kind="gelu")
@@ -161,3 +162,8 @@ def tanh(x: Any) -> Any:
 def exp(x: Any) -> Any:
     """Compute e^x."""
     return unary(x, kind="exp")
+
+
+def softplus(x: Any) -> Any:
+    """Compute log(1 + e^x)."""
+    return unary(x, kind="softplus")

@@ -19,17 +19,19 @@ from pyengine.cache.cells import Cells, Conversation, Group, group
 from pyengine.cache.policy import Policy
 from pyengine.cache.store import Layer, Rotation
 from pyengine.compiler.wanted import only
+from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.files.adapters import Adapter
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.models.architecture import Architecture
 from pyengine.nn.batch import Across, Batch
-from pyengine.nn.cache import CrossCache, LayerCache
+from pyengine.nn.cache import CrossCache, LayerCache, RecurrentCache
 from pyengine.ops import rows as take
 from pyengine.programs.adapters import adapted
 from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import Sizes
 
+FLOAT = dtype_of("F32")                  # of states
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
 ADAPTERS = "lora_scales"                 # of each row; those of encoder rows are "across.lora_scales"
 
@@ -89,18 +91,21 @@ class Step:
         seq, chosen = g.input("seq", (m,), "I32"), {"seq": g.input("seq_wanted", (w,), "I32")}
         shared: list[dict[str, Tensor]] = []
         for own, name in zip(self.groups, self.names):
-            shared.append({"table": g.table(f"{name}.table", (s.n_seq, own.slots)), "seq": seq})
+            shared.append({} if own.policy.recurrent else {"table": g.table(f"{name}.table", (s.n_seq, own.slots)), "seq": seq})
             for spec in own.policy.inputs():
                 shared[-1][spec.name] = g.input(f"{name}.{spec.name}", (axes[spec.axis],), "I32")
-            if not own.policy.across:
+            if {"lo", "hi"} <= set(shared[-1]) and not own.policy.across:
                 chosen |= {f"{name}.{end}": g.input(f"{name}.{end}_wanted", (w,), "I32") for end in ("lo", "hi")}
-        caches: list[LayerCache | CrossCache | None] = []
+        caches: list[LayerCache | CrossCache | RecurrentCache | None] = []
         for i, number in enumerate(self.layers):
             if number is None:
                 caches.append(None)
                 continue
-            shape, kind = self._cache_shape(number, self.groups), CrossCache if number == self.across else LayerCache
-            caches.append(kind(g.state(_key(i), shape, s.k), g.state(_value(i), shape, s.v), **shared[number]))
+            states = [g.state(name, shape, dtype) for name, (shape, dtype) in self._states(i, self.groups).items()]
+            if self.groups[number].policy.recurrent:
+                caches.append(RecurrentCache(tuple(states), **shared[number]))
+            else:
+                caches.append((CrossCache if number == self.across else LayerCache)(*states, **shared[number]))
         hidden = take(model.forward(batch, caches), wanted)
         outputs = [model.logits(take(hidden, head)), hidden]
         if self.adapters:
@@ -117,43 +122,45 @@ class Step:
         absent = [f"blk.{i}." for i, number in enumerate(self.layers) if number is None]
         return adapted(outputs, self.adapters, scales, absent)
 
-    def _cache_shape(self, number: int, groups: Sequence[Group]) -> tuple[int, int, int]:
-        c = self.model.config
-        return c.n_kv_heads, groups[number].n_cells, c.head_dim
+    def _states(self, layer: int, groups: Sequence[Group]) -> dict[str, tuple[tuple[int, int, int], DType]]:
+        """Return shapes [heads, cells, elements] and formats of what a layer keeps, by name: keys and values, or states."""
+        number, c = self.layers[layer], self.model.config
+        if number is None:
+            return {}
+        own = groups[number]
+        if own.policy.recurrent:
+            return {f"blk.{layer}.state{j}": ((heads, own.n_cells, n), FLOAT) for j, (heads, n) in enumerate(own.policy.shapes)}
+        shape = c.n_kv_heads, own.n_cells, c.head_dim
+        return {f"blk.{layer}.k": (shape, self.sizes.k), f"blk.{layer}.v": (shape, self.sizes.v)}
 
     def lasting_shapes(self, n_ctx: int, n_seq: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tables and caches with other numbers of positions and conversations, but as many rows of a step."""
         groups = [group(g.policy, n_ctx, self.sizes.n_batch, n_seq) for g in self.groups]
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.table": (n_seq, g.slots) for g, name in zip(groups, self.names)}
-        for i, number in enumerate(self.layers):
-            if number is not None:
-                shapes[_key(i)] = shapes[_value(i)] = self._cache_shape(number, groups)
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.table": (n_seq, g.slots) for g, name in zip(groups, self.names)
+                                              if not g.policy.recurrent}
+        for i in range(len(self.layers)):
+            shapes |= {name: shape for name, (shape, _) in self._states(i, groups).items()}
         return shapes
 
     # -- of a loaded program ------------------------------------------------------------------------------------------
 
     def cells(self, program: Program) -> Cells:
         """Return the cells of the program's caches, none of them in use."""
-        return Cells(self.groups, [program.tables[f"{name}.table"] for name in self.names])
+        return Cells(self.groups, [None if g.policy.recurrent else program.tables[f"{name}.table"] for g, name in zip(self.groups, self.names)])
 
     def caches(self, program: Program) -> list[Layer]:
         """Return the states of each layer that has a cache."""
-        ropes = self.model.ropes(self.sizes.n_ctx)
-        return [Layer(i, number, program.states[_key(i)], program.states[_value(i)], Rotation(ropes[i].inv_freq, ropes[i].interleaved))
-                for i, number in enumerate(self.layers) if number is not None]
+        ropes, made = self.model.ropes(self.sizes.n_ctx), []
+        for i, number in enumerate(self.layers):
+            if number is not None:
+                turned = None if self.groups[number].policy.recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
+                made.append(Layer(i, number, tuple(program.states[name] for name in self._states(i, self.groups)), turned))
+        return made
 
 
 def stage_of(name: str, last: int) -> int | None:
     """Return `last` for inputs that belong to the output head, None for those that any layer may read."""
     return last if name == HEAD else None
-
-
-def _key(layer: int) -> str:
-    return f"blk.{layer}.k"
-
-
-def _value(layer: int) -> str:
-    return f"blk.{layer}.v"
 
 
 def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
@@ -206,7 +213,10 @@ class StepProgram:
             self._put_scales(ADAPTERS, m, n, s)
             self._put("wanted", there, wanted + m)
             for i, (g, name) in enumerate(zip(self.step.groups, self.step.names)):
-                if not g.policy.across:
+                if g.policy.recurrent:
+                    for end, values in zip(("before", "after"), self.cells.states_of(s, n)):
+                        self._put(f"{name}.{end}", here, values)
+                elif not g.policy.across:
                     lo, hi = g.policy.visible(index, part.rows.span_end[part.start : part.stop])
                     self._put(f"{name}.cells", here, self.cells.cells_of(i, s, index))
                     for end, values in (("lo", lo), ("hi", hi)):

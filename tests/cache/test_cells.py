@@ -13,9 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pyengine.cache.cells import Cells, Conversation, Group, group
 from pyengine.errors import PlanError, RequestError
-from pyengine.cache.policy import Chunked, Cross, Full, Sliding
+from pyengine.cache import policy
+from pyengine.cache.policy import Chunked, Cross, Full, Recurrent, Sliding, SNAPSHOTS, snapshots_in, thinned
 
 PAGE, N_BATCH = 4, 5
+INTERVAL, TAIL = policy.INTERVAL, policy.TAIL
 MIXES = {
     "full": (Full(),),
     "gemma": (Sliding(6), Full()),
@@ -23,6 +25,9 @@ MIXES = {
     "rings": (Sliding(1), Chunked(3), Sliding(7)),
     "across": (Full(), Cross(50)),
     "across and a window": (Cross(50), Sliding(6)),
+    "recurrent": (Recurrent(((1, 4),)), Full()),
+    "recurrent of two kinds": (Recurrent(((1, 4),)), Recurrent(((2, 2),))),
+    "recurrent and a window": (Sliding(6), Recurrent(((1, 4),))),
 }
 
 
@@ -32,13 +37,15 @@ def brought(value: int) -> list[int]:
 
 
 class Store:
-    """Cells, and an array for each group that holds in each cell the value written there last."""
+    """Cells, and an array for each group that holds in each cell the value written there last. A state is the last token's value: it stands
+    for all before it, because values are unique.
+    """
 
     def __init__(self, policies: tuple[Any, ...], n_ctx: int, n_seq: int, spare: int | None = None):
         groups = [group(p, n_ctx, N_BATCH, n_seq, PAGE) for p in policies]
         if spare is not None and n_seq > 1:                  # fewer pages than all sequences could fill
             groups = [Group(g.policy, g.slots, g.slots + spare * PAGE) if g.policy.paged else g for g in groups]
-        self.cells = Cells(groups, [np.full((n_seq, g.slots), -1, np.int32) for g in groups], PAGE)
+        self.cells = Cells(groups, [None if g.policy.recurrent else np.full((n_seq, g.slots), -1, np.int32) for g in groups], PAGE)
         self.data = [np.full(g.n_cells, -1, np.int64) for g in groups]
         self.serial = 0
 
@@ -48,13 +55,16 @@ class Store:
 
     def write(self, s: Conversation, n: int) -> list[int]:
         """Append n tokens in steps, as the engine does; returns their values, which are unique."""
-        values = list(range(self.serial, self.serial + n))
+        values, end = list(range(self.serial, self.serial + n)), len(s) + n
         self.serial += n
         for i in range(0, n, N_BATCH):
             part = values[i : i + N_BATCH]
             rows = [r for v in part for r in brought(v)]
-            self.copy(self.cells.extend(s, len(part), len(rows)))
+            self.copy(self.cells.extend(s, len(part), len(rows), end))
             for number, array in enumerate(self.data):
+                if self.cells.groups[number].policy.recurrent:
+                    self.leave(number, s, part)
+                    continue
                 own, first = rows if self.across(number) else part, self.cells.filled(number, s)
                 array[self.cells.cells_of(number, s, np.arange(first, first + len(own)))] = own
             for j, value in enumerate(part):
@@ -63,6 +73,13 @@ class Store:
             s.keys += part
             self.cells.touch(s)
         return values
+
+    def leave(self, number: int, s: Conversation, values: list[int]) -> None:
+        """Write the states behind new tokens, as a step does; the one before them is that of the last token."""
+        before, after = self.cells.states_of(s, len(values))
+        assert (before[1:] == -2).all() and after[-1] >= 0 and (before[0] < 0 or before[0] not in after)
+        assert before[0] == -1 if not s.keys else self.data[number][before[0]] == s.keys[-1]
+        self.data[number][after[after >= 0]] = np.array(values)[after >= 0]
 
     def read(self, number: int, s: Conversation, tokens: np.ndarray) -> list[int]:
         return self.data[number][self.cells.cells_of(number, s, tokens)].tolist()
@@ -84,6 +101,10 @@ class Store:
                 first = 0 if self.across(i) else g.policy.visible(np.array([len(s)]))[0][0]
                 assert live.tolist() == list(range(first, len(values)))
                 assert self.read(i, s, live) == [values[j] for j in live]
+            for s in cells.conversations if g.policy.recurrent else ():
+                marks = [m for m in s.marks if m.n <= len(s)]
+                assert [self.data[i][m.cell] for m in marks] == [model[s][m.n - 1] for m in marks]
+                assert len(s.marks) <= g.slots and sum(m.stays for m in s.marks) <= SNAPSHOTS
             held = Counter(p for s in cells.conversations for p in s.pages.get(i, ()))
             if g.policy.paged:
                 assert {p: int(n) for p, n in enumerate(cells._refs[i]) if n} == held
@@ -91,11 +112,11 @@ class Store:
             owners: dict[int, tuple[int, int]] = {}          # cell -> (number of its token, value): the same for all who hold it
             for s in cells.conversations:
                 for j in cells.live(i, s):
-                    cell = int(cells.cells_of(i, s, j))
+                    cell = int(np.ravel(cells.cells_of(i, s, j))[0])
                     assert 0 <= cell < g.n_cells
                     value = self.values(i, model[s])[j]
                     assert owners.setdefault(cell, (int(j), value)) == (int(j), value)
-                    assert g.policy.paged or cell // g.slots == s.row
+                    assert not g.policy.ring or cell // g.slots == s.row
 
 
 def some(machine: Machine) -> bool:
@@ -113,11 +134,15 @@ class Machine(RuleBasedStateMachine):
                 spare=st.none() | st.integers(0, 4), lengths=st.lists(st.integers(1, 30), max_size=3))
     def begin(self, mix: str, n_ctx: int, n_seq: int, spare: int | None, lengths: list[int]) -> None:
         self.store, self.n_ctx, self.model = Store(MIXES[mix], n_ctx, n_seq, spare), n_ctx, {}
+        policy.INTERVAL, policy.TAIL = 5, 2
         self.files: list[tuple[list[tuple[np.ndarray, list[int]]], list[int], list[tuple[int, int]]]] = []
         self.cells = self.store.cells
         for row, n in enumerate(lengths[:n_seq]):
             self.new()
             self.extend(row, n, N_BATCH)
+
+    def teardown(self) -> None:
+        policy.INTERVAL, policy.TAIL = INTERVAL, TAIL
 
     def pick(self, row: int) -> Conversation:
         return self.cells.conversations[row % len(self.cells.conversations)]
@@ -165,6 +190,10 @@ class Machine(RuleBasedStateMachine):
         if copies is not None:
             self.store.copy(copies)
             for i, array in enumerate(self.store.data):
+                if self.cells.groups[i].policy.recurrent:
+                    after = self.cells.states_of(s, n)[1]
+                    array[after[after >= 0]] = -7
+                    continue
                 first = self.cells.filled(i, s)
                 array[self.cells.cells_of(i, s, np.arange(first, first + n))] = -7
 
@@ -245,9 +274,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def recount(self) -> None:
-        before = [sorted(f) for f in self.cells._free], [r.tolist() for r in self.cells._refs]
+        def counted() -> tuple[Any, ...]:
+            return [sorted(f) for f in self.cells._free], [r.tolist() for r in self.cells._refs], self.cells._states.tolist()
+
+        before = counted()
         self.cells.recount()
-        assert before == ([sorted(f) for f in self.cells._free], [r.tolist() for r in self.cells._refs])
+        assert before == counted()
 
     @invariant()
     def holds(self) -> None:
@@ -309,6 +341,25 @@ def test_refused_pages_leave_everything_as_it_was() -> None:
     model[b] = values + store.write(b, 5) + store.write(b, 5)
     assert a not in cells.conversations
     store.check(model)
+
+
+def test_where_snapshots_are_made() -> None:
+    assert snapshots_in(0, 600, 600) == [256, 512, 592]
+    assert snapshots_in(256, 512, 600) == [512]                                  # a step of a longer prompt
+    assert snapshots_in(592, 600, 600) == [] and snapshots_in(591, 600, 600) == [592]
+    assert snapshots_in(0, 8, 8) == [] and snapshots_in(700, 769, 701) == [768]  # of an answer that goes on
+
+
+def test_snapshots_are_spread_over_a_conversation() -> None:
+    places = list(range(256, 2560, 256))
+    assert thinned(places[:SNAPSHOTS], 5000, 0) == places[:SNAPSHOTS]
+    assert thinned([100, 900, 1000, 1900, 2000], 2000, 0) == [100, 900, 1000, 1900]
+    assert thinned([100, 900, 1000, 1900, 2000], 2000, 2000) == [900, 1000, 1900, 2000]      # that of the last prompt stays
+    left: list[int] = []
+    for n in range(256, 16_385, 256):                                            # one after the other, as a long prompt comes
+        left = thinned([*left, n], n, 0)
+    gaps = np.diff([0, *left, 16_384])
+    assert len(left) == SNAPSHOTS and gaps.max() <= 6144, left
 
 
 def test_first_seen_is_the_mask_s_lower_bound() -> None:

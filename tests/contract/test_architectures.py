@@ -112,6 +112,10 @@ def test_policies_see_and_hold_what_they_say(model: Architecture) -> None:
         if p.across:
             assert p.holding(7).slots(N_CTX, N_BATCH) == 7
             continue
+        if p.recurrent:
+            assert p.slots(N_CTX, N_BATCH) > 2 and [s.name for s in p.inputs()] == ["before", "after"] and p.nbytes > 0
+            assert all(p.first_of(i) == max(i - 1, 0) for i in (0, 1, 9))        # one state, behind the last token
+            continue
         first = p.first(n)
         assert (first <= n).all() and (np.diff(first) >= 0).all() and p.first_of(5) == first[5]
         lo, hi = p.visible(n)

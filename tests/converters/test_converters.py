@@ -377,7 +377,7 @@ def test_vocabulary(name, tmp_path):
     assert {i for i in range(n) if types[i] == USER_DEFINED} == {vocabulary["<tool>"]}
     assert keys["bos_token_id"] == vocabulary["<|start|>"] and keys["eos_token_id"] == vocabulary["<|stop|>"]
     assert keys["padding_token_id"] == vocabulary["<|fill|>"]
-    assert keys["add_bos_token"] == (name != "qwen2") and keys["add_eos_token"] is False
+    assert keys["add_bos_token"] == (name not in ("qwen2", "qwen35")) and keys["add_eos_token"] is False
     assert keys["tokenizer.chat_template"] == cases.CHAT_TEMPLATE
     if name == "spm":
         assert (keys["model"], keys["pre"], keys["add_space_prefix"]) == ("llama", "default", False)
@@ -408,7 +408,7 @@ def test_pre_tokenizers_as_transformers_builds_them(tmp_path):
     """Other people's copies of the same regexes, so that a typing error here or in tiny.py shows."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    for tokenizer_class, name in (("GPT2Tokenizer", "gpt-2"), ("Qwen2Tokenizer", "qwen2")):
+    for tokenizer_class, name in (("GPT2Tokenizer", "gpt-2"), ("Qwen2Tokenizer", "qwen2"), ("Qwen3_5Tokenizer", "qwen35")):
         tokenizer = getattr(transformers, tokenizer_class)(vocab={"a": 0}, merges=[]).backend_tokenizer
         assert pre_tokenizer_name(json.loads(tokenizer.to_str()), tmp_path) == name
     splits = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping",

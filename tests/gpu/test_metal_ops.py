@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 from metal_kernels import MetalKernels
 from test_kernels import (  # noqa: F401
-    CASES, test_a_cell_outside_the_cache_is_refused, test_caches_with_gaps_between_heads_and_cells,
+    CASES, test_a_cell_outside_the_cache_is_refused, test_a_state_goes_on_in_another_step_with_the_same_bits,
+    test_a_state_outside_the_cells_is_refused, test_caches_with_gaps_between_heads_and_cells,
     test_cells_are_written_with_the_bits_of_gguf, test_declared_cases as declared_case, test_experts_of_equal_and_bad_scores,
     test_reduce_of_nan, test_rope_table_of_large_angles, test_rope_table_refuses_an_axis_that_is_not_there, test_rows_of_any_width,
     test_softmax_of_masked_and_large_values, test_unary_of_special_values, test_unary_over_its_range,

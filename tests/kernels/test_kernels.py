@@ -421,6 +421,49 @@ def test_a_cell_outside_the_cache_is_refused(kernels, cell):
     assert (cache == 0).all()
 
 
+# ---- states of a fixed size ------------------------------------------------------------------------------------------
+
+
+STATES = {"causal_conv": {"x": (24, 40), "weight": (4, 40), "state": (3, 8, 40)},
+          "gated_delta_rule": {"q": (24, 2, 24), "k": (24, 2, 24), "v": (24, 4, 40), "log_decay": (24, 4), "beta": (24, 4), "state": (4, 8, 960)}}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_goes_on_in_another_step_with_the_same_bits(kernels, name):
+    """Rows of two conversations in one step, and cut into three, between which states pass through other cells."""
+    op = REGISTRY[name]
+    values = dict(zip(op.args, make_inputs(op, Case({**STATES[name], "before": (24,), "after": (24,)}, {}, {}), rng_of(name))))
+    values["before"], values["after"] = np.full(24, -2, np.int32), np.full(24, -1, np.int32)
+    values["before"][[0, 10]], values["after"][[9, 23]] = (-1, 2), (3, 4)
+    rows = [n for n, spec in op.args.items() if spec.axes[0] == "m"]
+    shape = lambda n: (n, *STATES[name]["v" if "v" in values else "x"][1:])  # noqa: E731
+
+    def step(begin: int, end: int, state: np.ndarray, **cells: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        part = {n: v[begin:end].copy() if n in rows else v for n, v in values.items()} | {"state": state}
+        for n, places in cells.items():
+            for at, cell in places.items():
+                part[n][at - begin] = cell
+        return tuple(run(kernels, op, list(part.values()), {}, [shape(end - begin), state.shape], 2))
+
+    whole, states = step(0, 24, values["state"])
+    first, state = step(0, 4, values["state"], after={3: 5})
+    second, state = step(4, 13, state, before={4: 5}, after={12: 6})
+    third, state = step(13, 24, state, before={13: 6})
+    assert bits(np.concatenate([first, second, third])) == bits(whole)
+    assert bits(state[:, 3:5]) == bits(states[:, 3:5])
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("argument,row,cell", [("before", 1, 8), ("after", 2, 9), ("before", 0, -2), ("before", 1, -3)])
+def test_a_state_outside_the_cells_is_refused(kernels, name, argument, row, cell):
+    op = REGISTRY[name]
+    values = dict(zip(op.args, make_inputs(op, Case({**STATES[name], "before": (24,), "after": (24,)}, {}, {}), rng_of(name))))
+    values[argument][row] = cell
+    out = np.zeros(STATES[name]["v" if "v" in values else "x"], np.float32)
+    with pytest.raises(KernelError, match=f"cell {cell} of 8"):
+        kernels.call(name, list(values.values()), [out, values["state"]], {})
+
+
 # ---- matmul --------------------------------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def names_of_step(step: Source) -> set[str]:
             found |= {c.value for c in ast.walk(node.args[0]) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             found.add(node.value.value)                      # HEAD
-        if isinstance(node, ast.FunctionDef) and node.name in ("_key", "_value"):
+        if isinstance(node, ast.FunctionDef) and node.name == "_states":
             found |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
     return found - ORDINARY - {"."}
 

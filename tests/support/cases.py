@@ -79,6 +79,7 @@ class Case:
     experts_axis: int = 2
 
     ring: bool = False                          # caches of some layers forget: windows, chunks
+    recurrent: bool = False                     # some layers keep a state, not tokens
     mrope: bool = False                         # positions have three axes
     across: bool = False                        # pictures are seen by cross-attention
     videos: bool = False

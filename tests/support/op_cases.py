@@ -193,6 +193,17 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
     ("attention", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
     ("attention", "cells"): lambda rng, s, shapes: np.stack(
         [rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
+    **{(name, "before"): lambda rng, s, shapes: np.where(rng.random(s) < 0.3, rng.integers(-1, shapes["state"][1] // 2, s),
+                                                         np.where(np.arange(s[0]) == 0, -1, -2))
+       for name in ("causal_conv", "gated_delta_rule")},
+    **{(name, "after"): lambda rng, s, shapes: np.where(
+        np.arange(s[0]) % 4 == 3, shapes["state"][1] // 2 + np.arange(s[0]) // 4 % (shapes["state"][1] // 2), -1)
+       for name in ("causal_conv", "gated_delta_rule")},
+}
+FLOATS = {  # and of floats that are not any number
+    ("gated_delta_rule", "k"): lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6),
+    ("gated_delta_rule", "log_decay"): lambda x: -np.abs(x),
+    ("gated_delta_rule", "beta"): lambda x: 1 / (1 + np.exp(-x)),
 }
 
 
@@ -212,7 +223,8 @@ def make_inputs(op: Op, case: Case, rng: np.random.Generator, cache: str = "F32"
         elif name == "inv_freq":
             values.append((10_000.0 ** -(np.arange(shape[0]) / max(1, shape[0]))).astype(np.float32))
         else:
-            values.append(rng.standard_normal(shape).astype(np.float32))
+            x = rng.standard_normal(shape)
+            values.append(FLOATS.get((op.name, name), lambda x: x)(x).astype(np.float32))
     return values
 
 
@@ -277,6 +289,7 @@ TOLERANCE = {
     "reduce": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "sum_experts": (5e-7, 3.0),
+    "causal_conv": (5e-7, 3.0), "gated_delta_rule": (2e-6, 8.0),
 }
 # Attention by bytes: a float that lies near the middle of two codes may become either.
 TOLERANCE_INT8 = (5e-3, 1.0)

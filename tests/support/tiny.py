@@ -149,6 +149,7 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool] | None] = {
     "gpt-2": ((), False, False),
     "smollm": ((), True, False),
     "qwen2": ((_CONTRACTIONS + r"\p{N}" + _TAIL,), False, False),
+    "qwen35": ((_CONTRACTIONS.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|") + r"\p{N}" + _TAIL.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}"),), False, False),
     "llama-bpe": ((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), False, True),
     "dbrx": ((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), False, False),
     "tekken": ((_CASED,), False, True),
@@ -172,7 +173,7 @@ def save_tokenizer(name: str, folder: Path, f: Tokens = Tokens()) -> dict[str, i
     tokenizer = _train_spm() if TOKENIZERS[name] is None else _train_byte_level(*TOKENIZERS[name])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in f.special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in f.added])
-    if name == "qwen2":                 # the only one that normalizes text, and that adds no bos
+    if name in ("qwen2", "qwen35"):     # the only ones that normalize text, and that add no bos
         tokenizer.normalizer = NFC()
     else:
         tokenizer.post_processor = TemplateProcessing(single=f"{f.bos} $A", pair=f"{f.bos} $A {f.bos} $B",

@@ -1,0 +1,71 @@
+"""Qwen3.5 against transformers; what all models must do is in tests/contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cases import Case, Converted
+from test_qwen2vl import TOKENS
+from test_qwen3next import KEYS, norm_mean, plain, TEXT
+from test_qwen3vl import CLIP, CLIP_TOKENS, Qwen3Sight, VISION
+
+try:
+    import transformers
+except ImportError:         # the cases are found without it
+    transformers = None
+
+pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers and torch: pip install -r requirements/test.txt")
+
+
+class Qwen35Sight(Qwen3Sight):
+    """Qwen3-VL's processor."""
+
+    model_types = ("qwen3_5", "qwen3_5_moe")
+
+
+QWEN35 = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
+SEEING = {**QWEN35, "vocab_size": 520, "max_position_embeddings": 512}
+SEES = {k: v for k, v in VISION.items() if k != "deepstack_visual_indexes"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen35": {},
+    "qwen35-equal-heads": {"linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    "qwen35-wide-values": {"linear_value_head_dim": 64, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3},
+    "qwen35-layers": {"num_hidden_layers": 3, "layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    "qwen35-recurrent-alone-at-the-end": {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"], "tie_word_embeddings": True},
+}
+
+
+def reordered(value: np.ndarray, n_keys: int, n_values: int) -> np.ndarray:
+    """Heads of v along the first axis, in llama.cpp's order."""
+    return value.reshape(n_keys, n_values // n_keys, -1).swapaxes(0, 1).reshape(value.shape)
+
+
+def tensor(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
+    """A tensor of the checkpoint as the file has it: heads of v that share a key are as many apart as there are keys."""
+    new, value = plain(name, value)
+    heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if any(part in name for part in ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")):
+        value = reordered(value, *heads)
+    elif "in_proj_qkv" in name or "conv1d" in name:
+        n = 2 * heads[0] * config["linear_key_head_dim"]
+        value = np.concatenate([value[:n], reordered(value[n:], *heads)])
+    elif "linear_attn.out_proj" in name:
+        value = reordered(np.ascontiguousarray(value.T), *heads).T
+    return new, value
+
+
+def seeing(kind: str, arch: str, name: str, text: dict[str, Any]) -> Case:
+    return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen35", {"tie_word_embeddings": False}, {**SEEING, **text}, SEES, TOKENS,
+                Qwen35Sight(), norm_mean=lambda name: 1.0 if "visual" in name else norm_mean(name), recurrent=True, mrope=True, cached_as="qwen3_5_text",
+                converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [2, 1, 1, 0], f"{arch}.n_deepstack_layers": 0},
+                                    clip={**CLIP, "is_deepstack_layers": [False] * 4}, clip_tokens=CLIP_TOKENS))
+
+
+CASES = (
+    Case("qwen3_5_text", "qwen35", "Qwen3_5TextConfig", "Qwen3_5ForCausalLM", "qwen35", QWEN35, norm_mean=norm_mean, variants=VARIANTS, recurrent=True,
+         converted=Converted({**KEYS, "rope.dimension_sections": [2, 1, 1, 0]}, names="QWEN35", tensor=tensor)),
+    seeing("qwen3_5", "qwen35", "Qwen3_5", {}),
+)
