@@ -367,14 +367,14 @@ def test_removal_is_what_numpy_makes_of_the_cache(tiny_gguf, kind: str, dtype: s
     assert beside.report.n_cached == 70 and dict(one._runner.cells.shared()) == {0: 1}
     cells, s = one._runner.cells, one._fed
     at = cells.cells_of(0, s, np.arange(201))
-    before = [tuple(as_floats(c.gather(at), dtype) for c in (layer.k, layer.v)) for layer in one._runner.store.layers]
+    before = [tuple(as_floats(c.gather(at), dtype) for c in layer.states) for layer in one._runner.store.layers]
     one.shift(a, b)
     two.feed([*text[:a], *text[b:], 4])
     for i, (keys, values) in enumerate(before):
         keys[:, b:] = turned(keys[:, b:], one._ropes[i], a - b)
         at = two._runner.cells.cells_of(0, two._fed, np.arange(201 - b + a))
         (theirs, ours), moved = (runner.store.layers[i] for runner in (two._runner, one._runner)), cells.cells_of(0, s, np.arange(201 - b + a))
-        for cache, own, x in ((theirs.k, ours.k, keys), (theirs.v, ours.v, values)):
+        for cache, own, x in zip(theirs.states, ours.states, (keys, values)):
             x = np.delete(x, slice(a, b), axis=1).astype(np.float32)
             got = as_floats(own.gather(moved), dtype)
             assert np.all(np.abs(got - x) <= {"f32": 1e-6, "f16": 2**-10, "bf16": 2**-7}[dtype] * np.abs(x) + 1e-6)

@@ -488,11 +488,11 @@ def test_tokens_behind_a_picture_can_be_removed(path) -> None:
     model = pe.load(path, n_ctx=64)
     ask(model, [3, A, *range(20, 40)])
     runner, s = model._runner, model._runner.cells.conversations[0]
-    layer, every = runner.store.layers[1], np.arange(runner.store.layers[1].k.shape[1])
-    held = [layer.k.gather(every), layer.v.gather(every)]
+    states = runner.store.layers[1].states
+    held = [state.gather(np.arange(state.shape[1])) for state in states]
     runner.shift(s, 6, 10)
     assert s.crossed() == 40 and s.sees == (0, 40) and len(s.keys) == 2 + 20 + 7 - 4
-    assert all(np.array_equal(a, b) for a, b in zip(held, (layer.k.gather(every), layer.v.gather(every))))
+    assert all(np.array_equal(a, b) for a, b in zip(held, [state.gather(np.arange(state.shape[1])) for state in states]))
     with pytest.raises(RequestError, match="before or within a picture"):
         runner.shift(s, 0, 1)
 

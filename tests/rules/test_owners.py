@@ -53,10 +53,10 @@ def states_indexed(files: Sequence[Source]) -> list[str]:
     for f in without(files, "pyengine/backends/", "pyengine/models/", "pyengine/ops/"):
         for node in ast.walk(f.tree):
             what = node.value if isinstance(node, ast.Subscript) else None
-            if isinstance(what, ast.Subscript):                                  # program.states["k"][..]
+            if isinstance(what, ast.Subscript):                                  # program.states["k"][..], layer.states[0][..]
                 hit = isinstance(what.value, ast.Attribute) and what.value.attr == "states"
-            elif isinstance(what, ast.Attribute):                                # layer.k[..], state.memory[..]
-                hit = what.attr in ("k", "v", "memory", "state_memory")
+            elif isinstance(what, ast.Attribute):                                # state.memory[..]
+                hit = what.attr in ("memory", "state_memory")
             elif isinstance(what, ast.Call):                                     # program.state("k")[..]
                 hit = isinstance(what.func, ast.Attribute) and what.func.attr == "state"
             else:
@@ -70,7 +70,7 @@ def test_only_backends_reach_into_states() -> None:
     assert states_indexed(package()) == []
 
 
-@pytest.mark.parametrize("text", ["program.states['k'][:, cells] = 0", "layer.k[0]", "x = state.memory[:, 1:]", "program.state(name)[0]"])
+@pytest.mark.parametrize("text", ["program.states['k'][:, cells] = 0", "layer.states[0][1]", "x = state.memory[:, 1:]", "program.state(name)[0]"])
 def test_an_indexed_state_is_found(text: str) -> None:
     assert len(states_indexed([Source("pyengine/cache/store.py", text), Source("pyengine/backends/host.py", text)])) == 1
     assert states_indexed([Source("pyengine/cache/store.py", "program.states[name].gather(cells)[0]; tables[0][1]")]) == []
