@@ -29,7 +29,8 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.llava import fitted, MEAN, STD, VisionBlock
+from pyengine.models.encoders.clip import MEAN, STD, VisionBlock
+from pyengine.models.encoders.llava import fitted
 from pyengine.nn.convolution import adaptive_average, Bottleneck
 from pyengine.nn.encoder import (
     activation, by_table, cut_patches, head_count, levels, mean_and_std, n_layers,
