@@ -176,14 +176,18 @@ static v16f log_lanes(v16f v) { /* no model takes logarithms of much: libm's */
   for (int i = 0; i < 16; i++) t[i] = logf(t[i]);
   return v16f_load(t);
 }
-/* log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); NaN stays NaN. */
+PE_INLINE v16f relu(v16f v) { return v16f_max(v16f_zero(), v); } /* in this order NaN stays NaN */
+/* log(1 + e^x) = max(x, 0) + log(1 + y), y = e^-|x|, as log(u) y / (u - 1) for u = 1 + y as it is rounded (Kahan): no digits of a small y
+ * are lost. */
 static v16f softplus_lanes(v16f v) {
   float t[16];
-  v16f_store(t, v);
-  for (int i = 0; i < 16; i++) t[i] = (t[i] < 0.0f ? 0.0f : t[i]) + log1pf(expf(-fabsf(t[i])));
-  return v16f_load(t);
+  v16f_store(t, v16f_exp(v16f_neg(v16f_abs(v))));
+  for (int i = 0; i < 16; i++) {
+    const float u = 1.0f + t[i];
+    if (u != 1.0f) t[i] = logf(u) * (t[i] / (u - 1.0f));
+  }
+  return v16f_add(relu(v), v16f_load(t));
 }
-PE_INLINE v16f relu(v16f v) { return v16f_max(v16f_zero(), v); } /* in this order NaN stays NaN */
 
 PE_KERNEL(cpu, unary)(const pe_tensor *x, const pe_tensor *out, const pe_unary_params *p, pe_stream *s) {
   switch (p->kind) {

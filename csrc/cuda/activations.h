@@ -54,6 +54,12 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return x / (1.0f + exp_of(-u));
 }
 
+/* log(1 + x) for 0 <= x <= 1 without losing the digits of a small x: log(u) x / (u - 1) for u = 1 + x as it is rounded (Kahan). */
+__device__ __forceinline__ float log_of_one_and(float x) {
+  const float u = 1.0f + x;
+  return u == 1.0f ? x : logf(u) * (x / (u - 1.0f));
+}
+
 /* One of PE_UNARY_KIND_*, which must be a constant. A NaN stays a NaN. */
 template <int KIND>
 __device__ __forceinline__ float activate(float x) {
@@ -72,7 +78,7 @@ __device__ __forceinline__ float activate(float x) {
     case PE_UNARY_KIND_SQRT: return sqrtf(x);
     case PE_UNARY_KIND_NEG: return -x;
     case PE_UNARY_KIND_SQUARE: return x * x;
-    case PE_UNARY_KIND_SOFTPLUS: return positive + log1pf(expf(-fabsf(x)));
+    case PE_UNARY_KIND_SOFTPLUS: return positive + log_of_one_and(exp_of(-fabsf(x)));
     default: return x;
   }
 }

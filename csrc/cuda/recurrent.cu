@@ -5,16 +5,14 @@
  *                   most as far as the taps reach, and reads what lies before from the state. 4 (taps + 1) bytes an element, most of
  *                   which are in the cache; bound by memory.
  * gated_delta_rule  A block of 4 warps owns COLUMNS columns of one head's matrix [e, f] and walks all rows of the step. Lane 8 p + c of
- *                   a warp keeps elements p, p + 4, p + 8 ... of column c in registers (PER of them); a sum over a column is four sums
- *                   in turn of a thread's own elements, added as (0 + 1) + (2 + 3), then two shuffles. q, k and v of ROWS rows pass
+ *                   a warp keeps elements p, p + 4, p + 8 ... of column c in registers (PER of them); a sum over a column is a sum of
+ *                   each thread's own elements, and two shuffles: parts (0 + 1) + (2 + 3). q, k and v of ROWS rows pass
  *                   through shared memory, 8 e + 128 bytes a row. 7 e f operations a row and head; the state is read and written once
  *                   a step, by 32-byte sectors. One row is bound by the state's memory, a prompt by the latency of a row: two barriers
  *                   for ROWS rows, four shuffles a row.
- * How sums are made follows from e alone, so bits do not depend on how a prompt is cut. No cell is read and written in one launch.
+ * Operations are those of csrc/cpu/recurrent.c in their order, so results are the CPU's to the bit. No cell is read and written in one launch.
  */
-#include <cmath>
-
-#include "cuda.h"
+#include "activations.h"
 
 namespace {
 
@@ -88,9 +86,8 @@ struct Delta {
   States states;
 };
 
-/* Sum over a column: the four partial sums of a thread, then its four threads'. All of them get it. */
-__device__ __forceinline__ float over_column(const float sum[4]) {
-  float v = __fadd_rn(__fadd_rn(sum[0], sum[1]), __fadd_rn(sum[2], sum[3]));
+/* Sum over a column of what its four threads have. All of them get it. */
+__device__ __forceinline__ float over_column(float v) {
   v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, 8));
   return __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, 16));
 }
@@ -119,7 +116,7 @@ __global__ void __launch_bounds__(THREADS) delta_kernel(Delta w) {
       v[j] = c < w.f ? w.v[((i0 + row) * w.h + head) * w.f + c] : 0.0f;
     }
     if (threadIdx.x < n) {
-      decay[threadIdx.x] = expf(w.log_decay[(i0 + threadIdx.x) * w.h + head]);
+      decay[threadIdx.x] = pe::exp_of(w.log_decay[(i0 + threadIdx.x) * w.h + head]);
       beta[threadIdx.x] = w.beta[(i0 + threadIdx.x) * w.h + head];
     }
     __syncthreads();
@@ -137,16 +134,16 @@ __global__ void __launch_bounds__(THREADS) delta_kernel(Delta w) {
         }
       }
       const float *kr = k + row * width + part, *qr = q + row * width + part;
-      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < PER; j++) sum[j % 4] = fmaf(kr[PARTS * j], s[j], sum[j % 4]);
+      for (int j = 0; j < PER; j++) sum = fmaf(kr[PARTS * j], s[j], sum);
       const float seen = over_column(sum), fades = decay[row];
       const float change = __fmul_rn(beta[row], __fsub_rn(v[row * COLUMNS + column], __fmul_rn(seen, fades)));
-      sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+      sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < PER; j++) {
         s[j] = fmaf(kr[PARTS * j], change, __fmul_rn(s[j], fades));
-        sum[j % 4] = fmaf(qr[PARTS * j], s[j], sum[j % 4]);
+        sum = fmaf(qr[PARTS * j], s[j], sum);
       }
       const float y = over_column(sum);
       if (mine && part == 0) w.out[(i * w.h + head) * w.f + at] = y;

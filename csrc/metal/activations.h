@@ -70,7 +70,7 @@ static inline float activated(int kind, float x) {
     case ACT_SQRT: return sqrt(x);
     case ACT_NEG: return -x;
     case ACT_SQUARE: return x * x;
-    case ACT_SOFTPLUS: return (x < 0.0f ? 0.0f : x) + log_of_one_and(exp(-fabs(x)));
+    case ACT_SOFTPLUS: return (x < 0.0f ? 0.0f : x) + log_of_one_and(exp_of(-fabs(x)));
     default: return x;
   }
 }

@@ -4,17 +4,17 @@
  * conv_rows    A thread owns one channel of one row. It looks back for the row at which its conversation begins in this step, at most as
  *              far as the taps reach, and reads what lies before from the state. Bound by memory: 4 (taps + 1) bytes an element at most.
  * delta_rows   A threadgroup of 4 simdgroups owns 32 columns of one head's matrix [e, f] and walks all rows of the step. Lane 8 p + c of a
- *              simdgroup keeps elements p, p + 4, p + 8 ... of column c in registers (PER of them); a sum over a column is four sums in
- *              turn of a thread's own elements, added as (0 + 1) + (2 + 3), then two shuffles. q and k of ROWS rows, v, decay and beta
+ *              simdgroup keeps elements p, p + 4, p + 8 ... of column c in registers (PER of them); a sum over a column is a sum of
+ *              each thread's own elements, and two shuffles: parts (0 + 1) + (2 + 3). q and k of ROWS rows, v, decay and beta
  *              pass through threadgroup memory, 8 e + 136 bytes a row. 7 e f operations a row and head; the state is read and written
  *              once a step. One row is bound by the state's memory, a prompt by the latency of a row.
- * How sums are made follows from e alone, so bits do not depend on how a prompt is cut. No cell is read and written in one launch.
+ * Operations are those of csrc/cpu/recurrent.c in their order, so results are the CPU's to the bit. No cell is read and written in one launch.
  */
-#include "common.h"
+#include "activations.h"
 
 enum { FOLLOWS = -2, PARTS = 4, COLUMNS = 32, ROWS = 8, MOST_PER = 64 };
 
-PE_CONSTANT(int, PER, 0);       /* elements of a column that a thread keeps: a multiple of 4 */
+PE_CONSTANT(int, PER, 0);       /* elements of a column that a thread keeps */
 
 /* Whether row i may go on from a cell, and leave its state in one; the thread that `says` so notes why not. */
 static inline bool right_cells(int i, int from, int to, int cells, bool says, device pe_fault *fault) {
@@ -58,9 +58,8 @@ kernel void conv_rows(constant conv_args &a [[buffer(0)]], device const float *x
   }
 }
 
-/* Sum over a column: the four partial sums of a thread, then its four threads'. All of them get it. */
-static inline float over_column(float a, float b, float c, float d) {
-  float v = (a + b) + (c + d);
+/* Sum over a column of what its four threads have. All of them get it. */
+static inline float over_column(float v) {
   v += simd_shuffle_xor(v, 8);
   return v + simd_shuffle_xor(v, 16);
 }
@@ -98,7 +97,7 @@ kernel void delta_rows(constant delta_args &a [[buffer(0)]], device const float 
       vs[j] = c < a.width ? v[((long)(i0 + row) * a.heads + head) * a.width + c] : 0.0f;
     }
     if (number < n) {
-      decays[number] = exp(log_decay[(long)(i0 + number) * a.heads + head]);
+      decays[number] = exp_of(log_decay[(long)(i0 + number) * a.heads + head]);
       betas[number] = beta[(long)(i0 + number) * a.heads + head];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -111,24 +110,16 @@ kernel void delta_rows(constant delta_args &a [[buffer(0)]], device const float 
           s[j] = from >= 0 && mine && d < a.e ? state[head * a.head + from * a.cell + (long)d * a.width + at] : 0.0f;
         }
       threadgroup const float *kr = ks + row * room + part, *qr = qs + row * room + part;
-      float t0 = 0.0f, t1 = 0.0f, t2 = 0.0f, t3 = 0.0f;
-      for (int j = 0; j < PER; j += 4) {
-        t0 = fma(kr[PARTS * j], s[j], t0);
-        t1 = fma(kr[PARTS * (j + 1)], s[j + 1], t1);
-        t2 = fma(kr[PARTS * (j + 2)], s[j + 2], t2);
-        t3 = fma(kr[PARTS * (j + 3)], s[j + 3], t3);
-      }
-      const float seen = over_column(t0, t1, t2, t3), fades = decays[row];
+      float sum = 0.0f;
+      for (int j = 0; j < PER; j++) sum = fma(kr[PARTS * j], s[j], sum);
+      const float seen = over_column(sum), fades = decays[row];
       const float change = betas[row] * (vs[row * COLUMNS + column] - seen * fades);
-      t0 = t1 = t2 = t3 = 0.0f;
-      for (int j = 0; j < PER; j++) s[j] = fma(kr[PARTS * j], change, s[j] * fades);
-      for (int j = 0; j < PER; j += 4) {
-        t0 = fma(qr[PARTS * j], s[j], t0);
-        t1 = fma(qr[PARTS * (j + 1)], s[j + 1], t1);
-        t2 = fma(qr[PARTS * (j + 2)], s[j + 2], t2);
-        t3 = fma(qr[PARTS * (j + 3)], s[j + 3], t3);
+      sum = 0.0f;
+      for (int j = 0; j < PER; j++) {
+        s[j] = fma(kr[PARTS * j], change, s[j] * fades);
+        sum = fma(qr[PARTS * j], s[j], sum);
       }
-      const float y = over_column(t0, t1, t2, t3);
+      const float y = over_column(sum);
       if (mine && part == 0) out[((long)i * a.heads + head) * a.width + at] = y;
       for (int j = 0; to >= 0 && mine && j < PER; j++) {
         const int d = part + PARTS * j;

@@ -8,7 +8,7 @@ order of its tokens, and two numbers for each row say where states are:
 
 So a state can be left behind any row, and a step goes on from any state that was left. What a row gives does not depend on where it
 stands in a step or on who else is there: rows of a conversation are computed one after the other, heads and columns side by side.
-No cell is read and written in the same step.
+No cell is read and written in the same step, or written twice.
 """
 
 from __future__ import annotations

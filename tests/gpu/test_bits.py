@@ -60,11 +60,29 @@ def test_sums_over_rows(emulated: str, width: int) -> None:
     same(emulated, build, x=x)
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "quick_gelu", "sigmoid", "tanh", "exp"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "quick_gelu", "sigmoid", "tanh", "exp", "softplus"])
 def test_functions(emulated: str, kind: str) -> None:
     special = [0.0, 1e-30, 0.64, 0.95, 4.0, 86.9, 87.5, 88.72, 88.8, 200.0, np.inf]
     x = np.concatenate([np.linspace(-100, 100, 4001), special, np.negative(special)]).astype(np.float32)[None]
     same(emulated, lambda g: [ops.unary(g.input("x", x.shape), kind=kind), ops.softcap(g.input("y", x.shape), cap=30.0)], x=x, y=x)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_states(emulated: str, tiled: bool) -> None:
+    """A conversation of two rows, and one of one; states are left behind the first row and the last."""
+    rng = np.random.default_rng(3)
+    numbers = {"k": (3, 2, 40), "v": (3, 4, 48), "decay": (3, 4), "x": (3, 70)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in numbers.items()}
+    arrays |= {"k": arrays["k"] / 8, "decay": -np.abs(arrays["decay"])}
+    cells = {"before": np.array([-1, -2, -1], np.int32), "after": np.array([2, -1, 1], np.int32)}
+
+    def build(g: pe.Graph) -> list[Any]:
+        t = {name: g.input(name, a.shape, "F32" if a.dtype == np.float32 else "I32") for name, a in (arrays | cells).items()}
+        conv = ops.causal_conv(t["x"], np.ones((4, 70), np.float32) / 3, g.state("s0", (3, 3, 70)), t["before"], t["after"])[0]
+        return [conv, ops.gated_delta_rule(t["k"], t["k"], t["v"], t["decay"], ops.sigmoid(t["decay"]), g.state("s1", (4, 3, 40 * 48)), t["before"],
+                                           t["after"], tiled=tiled)[0]]
+
+    same(emulated, build, **arrays, **cells)
 
 
 def test_angles(emulated: str) -> None:

@@ -197,7 +197,7 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
                                                          np.where(np.arange(s[0]) == 0, -1, -2))
        for name in ("causal_conv", "gated_delta_rule")},
     **{(name, "after"): lambda rng, s, shapes: np.where(
-        np.arange(s[0]) % 4 == 3, shapes["state"][1] // 2 + np.arange(s[0]) // 4 % (shapes["state"][1] // 2), -1)
+        (np.arange(s[0]) % 4 == 3) & (np.arange(s[0]) < 2 * shapes["state"][1]), shapes["state"][1] // 2 + np.arange(s[0]) // 4, -1)
        for name in ("causal_conv", "gated_delta_rule")},
 }
 FLOATS = {  # and of floats that are not any number
