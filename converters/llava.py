@@ -109,11 +109,14 @@ class Llava:
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", r.need("tie_word_embeddings")))
         self.text = supported()[TEXTS[kind]]({**text, "architectures": [TEXTS[kind]], "tie_word_embeddings": tied}, file)
         self.arch, self.vocab_size = self.text.arch, self.text.vocab_size
-        if not tiled and r.need("vision_config").get("model_type") == "pixtral":
-            r.refuse_unless("vision_feature_select_strategy", "full")
-            self.encoder = Pixtral(r, self.text.d_model, self.vocab_size)
-        else:
-            self.encoder = Projected(r, self.text.d_model, tiled)
+        self.encoder = self.beside(r, tiled)
+
+    def beside(self, root: Config, tiled: bool) -> Any:
+        """Read the encoder and the projector that stand beside the text model."""
+        if not tiled and root.need("vision_config").get("model_type") == "pixtral":
+            root.refuse_unless("vision_feature_select_strategy", "full")
+            return Pixtral(root, self.text.d_model, self.vocab_size)
+        return Projected(root, self.text.d_model, tiled)
 
     def write_keys(self, out: GGUFWriter) -> None:
         self.text.write_keys(out)

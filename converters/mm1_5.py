@@ -17,6 +17,7 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config
+from .clip import Clip
 from .contract import FLOAT32, Entry, converts, linear
 from .decoder import Tensors
 from .llava import Llava
@@ -30,35 +31,41 @@ IMAGES: dict[str, Any] = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "im
 MM = "multi_modal_projector"
 
 
-@converts("MM1_5ForConditionalGeneration")
-class Mm15(Llava):
-    def __init__(self, config: dict[str, Any], file: Path):
-        super().__init__({"vision_feature_layer": -1, **config}, file)
-        if not self.clip or len(self.features) != 1:
+class Abstractor:
+    """CLIP and its projector."""
+
+    def __init__(self, root: Config, d_text: int):
+        """Read the settings below `root` and of the image processor. Raises: InvalidModelError, UnsupportedModelError."""
+        file = root.file
+        c, self.d_text = Clip(root, root.need("vision_config")), d_text
+        if not c.classed or len(c.features) != 1:
             raise UnsupportedModelError(f"{file}: this converter knows one layer of clip_vision_model")
-        p = self.projector = Config(config.get("projector_config") or {}, PROJECTOR, file)
+        p = self.projector = Config(root.get("projector_config") or {}, PROJECTOR, file)
         for name, *allowed in (("projector_type", "c-abs"), ("mlp_depth", 2), ("pos_emb", True), ("prenorm", False), ("num_eos_tokens", 0)):
             p.refuse_unless(name, *allowed)
+        self.clip, self.image_token = c, root.token("image_token_index", "image_token_id")
         self.inner, self.depth, rows = p.count("hidden_size"), p.count("depth"), p.count("num_query_tokens")
         self.query_side = math.isqrt(rows)
-        if self.query_side**2 != rows or self.query_side > self.image_size // self.patch_size:
+        if self.query_side**2 != rows or self.query_side > c.image_size // c.patch_size:
             raise InvalidModelError(f"{file}: 'num_query_tokens' is {rows}: a square of at most the patches of a sub-image is needed")
-
-    def read_images(self) -> None:
-        """Read what the image processor does."""
-        self.images = image_settings(self.root.file.parent, IMAGES)
+        self.images = image_settings(file.parent, IMAGES)
 
     def write_keys(self, out: GGUFWriter) -> None:
-        self.text.write_keys(out)
+        """Write the keys "clip.*"."""
+        c = self.clip
         write_encoder_keys(
-            out, self.vision, self.images, projector="mm1_5", image_size=self.image_size, d_model=self.v_model, d_ff=self.v_ff,
-            n_layers=max(1, *self.features), n_heads=self.v_heads, eps=self.vision.need("layer_norm_eps"), d_text=self.d_model)
+            out, c.vision, self.images, projector="mm1_5", image_size=c.image_size, d_model=c.width, d_ff=c.d_ff,
+            n_layers=c.taken, n_heads=c.n_heads, eps=c.vision.need("layer_norm_eps"), d_text=self.d_text)
         for name, value in (("query_side", self.query_side), ("embedding_length", self.inner), ("block_count", self.depth)):
             out.add_uint32(f"clip.vision.projector.{name}", value)
         out.add_float32("clip.vision.projector.layer_norm_epsilon", self.projector.need("layer_norm_eps"))
         for name in ("min", "max"):
             out.add_uint32(f"clip.vision.preproc_{name}_tiles", self.images.count(f"{name}_sub_images"))
         out.add_uint32("clip.vision.image_token_id", self.image_token)
+
+    def unused(self) -> set[str]:
+        """Return names of tensors that are left out."""
+        return self.clip.unused()
 
     def convolution(self, name: str, source: str, n_out: int, n_in: int, bias: bool = False) -> Iterator[Entry]:
         """List a 1 x 1 convolution as a product."""
@@ -83,12 +90,22 @@ class Mm15(Llava):
                 yield Entry(f"{name}.{part}", f"{source}.{part}", (c,))
 
     def tensors(self) -> Tensors:
-        yield from (entry for entry in super().tensors() if not entry.name.startswith("mm."))
-        n = (self.image_size // self.patch_size) ** 2
-        yield Entry("mm.position_embd.weight", f"{MM}.pos_emb", (1, n, self.v_model), instead=FLOAT32)
+        """List the tensors of encoder and projector."""
+        yield from self.clip.tensors()
+        n = (self.clip.image_size // self.clip.patch_size) ** 2
+        yield Entry("mm.position_embd.weight", f"{MM}.pos_emb", (1, n, self.clip.width), instead=FLOAT32)
         for stage in (0, 1):
             for i in range(self.depth):
-                n_in = self.v_model if (stage, i) == (0, 0) else self.inner
+                n_in = self.clip.width if (stage, i) == (0, 0) else self.inner
                 yield from self.block(f"mm.net.{stage}.blk.{i}", f"{MM}.net.{2 * stage}.b{i + 1}", n_in)
-        yield from linear("mm.0", f"{MM}.readout.0", self.d_model, self.inner, True)
-        yield from linear("mm.2", f"{MM}.readout.2", self.d_model, self.d_model, True)
+        yield from linear("mm.0", f"{MM}.readout.0", self.d_text, self.inner, True)
+        yield from linear("mm.2", f"{MM}.readout.2", self.d_text, self.d_text, True)
+
+
+@converts("MM1_5ForConditionalGeneration")
+class Mm15(Llava):
+    def __init__(self, config: dict[str, Any], file: Path):
+        super().__init__({"vision_feature_layer": -1, **config}, file)
+
+    def beside(self, root: Config, tiled: bool) -> Abstractor:
+        return Abstractor(root, self.text.d_model)

@@ -1,31 +1,52 @@
-"""Convolutions over patches that lie as rows [n, C], row after row of a square; made of products, picked rows and sums."""
+"""Convolutions over patches that lie as rows [n, C], row after row of a square; made of products, slices and sums."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pyengine import ops
+from pyengine.dtype import dtype
 from pyengine.files.weights import DerivedRef, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.layers import constant, LayerNorm, Linear
 
 
-class Depthwise:
-    """A 3 x 3 convolution of each channel by itself, with zeros around: tensor "weight" [C, 9], no bias."""
+class DepthwiseConv:
+    """A convolution of each channel with a window of its own, k x k, zeros around the grid: x [h, w, D] -> [ceil(h / s), ceil(w / s), D].
 
-    def __init__(self, w: Weights, width: int):
-        weight = w.tensor("weight", (width, 9))
-        self.taps = [constant(DerivedRef(f"{weight.name}.{k}", (width,), (weight,), lambda a, k=k: np.ascontiguousarray(a[:, k]))) for k in range(9)]
+    As shifted copies of the grid, each times its row of the window, added up. Files have the window as [D, k k], [D, k, k] or [D, 1, k, k].
+    """
 
-    def __call__(self, x: Tensor, side: int) -> Tensor:                            # [n, C] -> [n, C]
-        n, width = side * side, int(x.shape[1])
-        padded = ops.concat([x, np.zeros((1, width), np.float32)], axis=0)         # [n + 1, C]
-        numbers = np.pad(np.arange(n, dtype=np.int32).reshape(side, side), 1, constant_values=n)
-        total = None
-        for k, tap in enumerate(self.taps):
-            part = ops.rows(padded, numbers[k // 3 : k // 3 + side, k % 3 : k % 3 + side].reshape(-1)) * tap
-            total = part if total is None else total + part
-        return total
+    def __init__(self, w: Weights, d: int, k: int, stride: int = 1):
+        """Bind the window. Raises: InvalidModelError."""
+        found = w.shape("weight")
+        shape = {2: (d, k * k), 4: (d, 1, k, k)}.get(len(found or ()), (d, k, k))
+        ref, bias = w.tensor("weight", shape), w.optional("bias", (d,))
+        self.weight = constant(DerivedRef(ref.name, (k * k, d), (ref,), lambda a: a.reshape(d, k * k).T))
+        self.bias = constant(bias, dtype("F32")) if bias else None
+        self.k, self.stride = k, stride
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the windows to the grid."""
+        s, p = self.stride, self.k // 2
+        h, w, d = (int(n) for n in x.shape)
+        down, across = (p + -(n + 2 * p) % s for n in (h, w))                      # behind the grid, so that phases are whole
+        x = ops.concat([_zeros(p, w, d), x, _zeros(down, w, d)], axis=0)
+        x = ops.concat([_zeros(h + p + down, p, d), x, _zeros(h + p + down, across, d)], axis=1)
+        x = x.reshape((h + p + down) // s, s, (w + p + across) // s, s, d)
+        out: Tensor | None = None
+        for i, j in np.ndindex(self.k, self.k):
+            tap = ops.slice(ops.slice(x, axis=0, start=i // s, stop=i // s + -(-h // s)), axis=1, start=i % s, stop=i % s + 1)
+            tap = ops.slice(ops.slice(tap, axis=2, start=j // s, stop=j // s + -(-w // s)), axis=3, start=j % s, stop=j % s + 1)
+            tap = tap * ops.slice(self.weight, axis=0, start=i * self.k + j, stop=i * self.k + j + 1).reshape(d)
+            out = tap if out is None else out + tap
+        assert out is not None
+        out = out.reshape(-(-h // s), -(-w // s), d)
+        return out if self.bias is None else out + self.bias
+
+
+def _zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
 
 
 class Bottleneck:
@@ -37,7 +58,7 @@ class Bottleneck:
 
     def __init__(self, w: Weights, n_in: int, width: int, squeezed: int, eps: float):
         self.enter, self.leave = Linear(w["conv1"], n_in, width), Linear(w["conv3"], width, width)
-        self.middle = Depthwise(w["conv2"], width)
+        self.middle = DepthwiseConv(w["conv2"], width, 3)
         self.norms = [LayerNorm(w[f"norm{i}"], width, eps) for i in (1, 2, 3)]
         self.squeeze, self.excite = Linear(w["se1"], width, squeezed), Linear(w["se2"], squeezed, width)
         wider = "skip" in w
@@ -45,7 +66,8 @@ class Bottleneck:
 
     def __call__(self, x: Tensor, side: int) -> Tensor:                            # [n, C_in] -> [n, C]
         y = ops.silu(self.norms[0](self.enter(x)))
-        y = ops.silu(self.norms[1](self.middle(y, side)))
+        y = self.middle(y.reshape(side, side, -1)).reshape(side * side, -1)
+        y = ops.silu(self.norms[1](y))
         mean = ops.reduce(ops.contiguous(ops.transpose(y, axes=(1, 0))), kind="mean").reshape(1, -1)                 # [1, C]
         y = y * ops.sigmoid(self.excite(ops.silu(self.squeeze(mean))))
         y = self.norms[2](self.leave(y))

@@ -125,44 +125,6 @@ class PatchEmbedding(Linear):
         self.bias = constant(bias, dtype_of("F32")) if bias else None
 
 
-class DepthwiseConv:
-    """A convolution of each channel with a window of its own, k x k, zeros around the grid: x [h, w, D] -> [ceil(h / s), ceil(w / s), D].
-
-    As shifted copies of the grid, each times its row of the window, added up. Files have the window as [D, k, k] or [D, 1, k, k].
-    """
-
-    def __init__(self, w: Weights, d: int, k: int, stride: int = 1):
-        """Bind the window. Raises: InvalidModelError."""
-        found = w.shape("weight")
-        shape = (d, 1, k, k) if found is not None and len(found) == 4 else (d, k, k)
-        ref, bias = w.tensor("weight", shape), w.optional("bias", (d,))
-        self.weight = constant(DerivedRef(ref.name, (k * k, d), (ref,), lambda a: a.reshape(d, k * k).T))
-        self.bias = constant(bias, dtype_of("F32")) if bias else None
-        self.k, self.stride = k, stride
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the windows to the grid."""
-        s, p = self.stride, self.k // 2
-        h, w, d = (int(n) for n in x.shape)
-        down, across = (p + -(n + 2 * p) % s for n in (h, w))                      # behind the grid, so that phases are whole
-        x = ops.concat([_zeros(p, w, d), x, _zeros(down, w, d)], axis=0)
-        x = ops.concat([_zeros(h + p + down, p, d), x, _zeros(h + p + down, across, d)], axis=1)
-        x = x.reshape((h + p + down) // s, s, (w + p + across) // s, s, d)
-        out: Tensor | None = None
-        for i, j in np.ndindex(self.k, self.k):
-            tap = ops.slice(ops.slice(x, axis=0, start=i // s, stop=i // s + -(-h // s)), axis=1, start=i % s, stop=i % s + 1)
-            tap = ops.slice(ops.slice(tap, axis=2, start=j // s, stop=j // s + -(-w // s)), axis=3, start=j % s, stop=j % s + 1)
-            tap = tap * ops.slice(self.weight, axis=0, start=i * self.k + j, stop=i * self.k + j + 1).reshape(d)
-            out = tap if out is None else out + tap
-        assert out is not None
-        out = out.reshape(-(-h // s), -(-w // s), d)
-        return out if self.bias is None else out + self.bias
-
-
-def _zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
-
-
 class LayerNorm:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
 

@@ -28,8 +28,9 @@ from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.clip import Tower, TowerConfig
 from pyengine.models.encoders.llava import MARKER
+from pyengine.nn.convolution import DepthwiseConv
 from pyengine.nn.encoder import only_pictures, projector_type, special_token
-from pyengine.nn.layers import DepthwiseConv, LayerNorm, Linear, PatchEmbedding
+from pyengine.nn.layers import LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
