@@ -19,7 +19,7 @@ from pyengine.errors import InvalidModelError, UnsupportedModelError
 from .checkpoint import Config
 from .contract import FLOAT32, Entry, converts, linear
 from .qwen2 import Qwen2
-from .vision import GATED, feed_forward, image_settings, pixel_limits, video_settings, write_encoder_keys
+from .vision import GATED, feed_forward, image_settings, pixel_limits, video_settings, write_encoder_keys, write_video_keys
 
 # transformers' Qwen2VLConfig, Qwen2VLTextConfig, Qwen2VLVisionConfig and Qwen2VLImageProcessorPil,
 # Qwen2VLVideoProcessor where a checkpoint may be silent
@@ -103,24 +103,11 @@ class Qwen2VL(Qwen2):
         least, most = pixel_limits(images)
         out.add_vision_min_pixels(least)
         out.add_vision_max_pixels(most)
-        self.write_video_keys(out, videos)
+        write_video_keys(out, videos)
         for key, name in (("image_token_id", "image_token_id"), ("video_token_id", "video_token_id"),
                           ("image_start_token_id", "vision_start_token_id"),
                           ("image_end_token_id", "vision_end_token_id")):
             out.add_uint32(f"clip.vision.{key}", self.root.token(name))
-
-    def write_video_keys(self, out: GGUFWriter, videos: Config) -> None:
-        """Write how frames are chosen and resized; a rate only where the processor has one."""
-        videos.refuse_unless("num_frames", None)
-        videos.refuse_unless("cap_pixels_per_frame", None, False)
-        least, most = pixel_limits(videos)
-        out.add_uint32("clip.vision.video_min_pixels", least)
-        out.add_uint32("clip.vision.video_max_pixels", most)
-        out.add_uint32("clip.vision.video_min_frames", videos.count("min_frames"))
-        out.add_uint32("clip.vision.video_max_frames", videos.count("max_frames"))
-        out.add_bool("clip.vision.video_sample_frames", bool(videos.need("do_sample_frames")))
-        if videos.get("fps") is not None:
-            out.add_float32("clip.vision.video_fps", videos.need("fps"))
 
     def vision_norm(self, name: str, source: str) -> Iterator[Entry]:
         """List the parameters of one of the encoder's norms."""

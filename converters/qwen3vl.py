@@ -19,14 +19,16 @@ from .contract import FLOAT32, Entry, converts, linear
 from .decoder import Tensors
 from .qwen3 import DEFAULTS as QWEN3
 from .qwen3 import Qwen3
-from .vision import feed_forward, image_settings, pixel_limits, write_encoder_keys
+from .vision import feed_forward, image_settings, pixel_limits, video_settings, write_encoder_keys, write_video_keys
 
 # transformers' Qwen3VLConfig, Qwen3VLVisionConfig, Qwen3VLMoeTextConfig and the image processor of published checkpoints
-DEFAULTS: dict[str, Any] = {"image_token_id": 151_655, "vision_start_token_id": 151_652, "vision_end_token_id": 151_653, "tie_word_embeddings": False}
+DEFAULTS: dict[str, Any] = {"image_token_id": 151_655, "video_token_id": 151_656, "vision_start_token_id": 151_652, "vision_end_token_id": 151_653, "tie_word_embeddings": False}
 VISION: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304, "num_heads": 16, "in_channels": 3,
                           "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584, "num_position_embeddings": 2304,
                           "deepstack_visual_indexes": [8, 16, 24]}
 IMAGES: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
+VIDEOS: dict[str, Any] = {**IMAGES, "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}, "min_frames": 4, "max_frames": 768,
+                          "do_sample_frames": True, "fps": 2}                  # transformers' Qwen3VLVideoProcessor
 SECTIONS = (24, 20, 20)
 EPS, VISION_ROPE_BASE = 1e-6, 10_000.0
 
@@ -73,7 +75,8 @@ class Qwen3Vl(Qwen3):
         least, most = pixel_limits(images)
         out.add_vision_min_pixels(least)
         out.add_vision_max_pixels(most)
-        for key, name in (("image", "image_token_id"), ("image_start", "vision_start_token_id"), ("image_end", "vision_end_token_id")):
+        write_video_keys(out, video_settings(self.root.file.parent, VIDEOS))
+        for key, name in (("image", "image_token_id"), ("video", "video_token_id"), ("image_start", "vision_start_token_id"), ("image_end", "vision_end_token_id")):
             out.add_uint32(f"clip.vision.{key}_token_id", self.root.token(name))
 
     def both(self, name: str, source: str, n: int) -> Iterator[Entry]:

@@ -36,6 +36,20 @@ def video_settings(folder: Path, defaults: dict[str, Any]) -> Config:
     return _settings(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"), defaults)
 
 
+def write_video_keys(out: GGUFWriter, videos: Config) -> None:
+    """Write how frames are chosen and resized; a rate only where the processor has one."""
+    videos.refuse_unless("num_frames", None)
+    videos.refuse_unless("cap_pixels_per_frame", None, False)
+    least, most = pixel_limits(videos)
+    out.add_uint32("clip.vision.video_min_pixels", least)
+    out.add_uint32("clip.vision.video_max_pixels", most)
+    out.add_uint32("clip.vision.video_min_frames", videos.count("min_frames"))
+    out.add_uint32("clip.vision.video_max_frames", videos.count("max_frames"))
+    out.add_bool("clip.vision.video_sample_frames", bool(videos.need("do_sample_frames")))
+    if videos.get("fps") is not None:
+        out.add_float32("clip.vision.video_fps", videos.need("fps"))
+
+
 def _settings(folder: Path, part: str, files: tuple[str, ...], defaults: dict[str, Any]) -> Config:
     both = folder / "processor_config.json"
     nested = read_json(both).get(part)

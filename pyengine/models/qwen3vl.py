@@ -1,7 +1,7 @@
 """Qwen3-VL whole: decoder, vision encoder with features for the decoder's first layers, image processor, special tokens.
 
 Paper arXiv:2511.21631; DeepStack arXiv:2406.04334. Follows transformers 5.23: `modeling_qwen3_vl.py`, `processing_qwen3_vl.py`,
-`image_processing_pil_qwen2_vl.py`. The decoder is qwen3's with positions on three axes that take turns over a head's pairs.
+`image_processing_pil_qwen2_vl.py`, `video_processing_qwen3_vl.py`. The decoder is qwen3's with positions on three axes that take turns over a head's pairs.
 
     picture -> resized so that both sides are multiples of patch * merge -> patches in groups of merge x merge -> encoder
     -> each group joined to one row of the decoder; groups of some layers' rows too, which are added behind the decoder's first layers
@@ -9,12 +9,18 @@ Paper arXiv:2511.21631; DeepStack arXiv:2406.04334. Follows transformers 5.23: `
 A row of a picture so has 1 + n parts of D numbers: what stands for the token, and what layers 0 .. n - 1 get. Position embeddings are a
 square grid that is interpolated to each picture's (bilinear, corners aligned).
 differs: pairs that no axis has turn (the last ones, where the sections leave any) turn with time, as in transformers; llama.cpp gives them
-a fourth position, which is always 0 for pictures. Videos are not taken yet; their frames are, as pictures.
+a fourth position, which is always 0 for pictures.
+
+A video is pairs of frames, each a run of the encoder as a picture is, and in the prompt the time of each, in seconds, before it:
+`<0.5 seconds>` start, rows, end. Positions go on from one pair to the next as behind pictures. As in transformers a list of frames without a
+rate has 24 a second. differs: frames are resized by Pillow, as pictures are; transformers has only a torchvision processor for videos. A
+single frame is a pair of the same; transformers refuses it.
 Axes: m rows of the batch, D hidden; in the encoder n patches, t merged rows, V hidden, H heads, E head size.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,20 +37,21 @@ from pyengine.media.video import Video
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models import qwen3
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.qwen2vl import integers, most_rows, smart_resize
+from pyengine.models.qwen2vl import integers, LIST_FPS, most_rows, smart_resize
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
 from pyengine.nn.decoder import common, DecoderConfig
 from pyengine.nn.encoder import (
-    activation, by_table, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, n_layers, only_pictures, projector_type,
+    activation, by_table, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, n_layers, projector_type,
     resample_filter, special_token)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
 
 # Constants for files without the key; of Qwen/Qwen3-VL-4B-Instruct:
 MIN_PIXELS, MAX_PIXELS = 65_536, 16_777_216
+VIDEO_PIXELS, VIDEO_FRAMES, VIDEO_FPS = (4096, 25_165_824), (4, 768), 2.0      # of all frames together; sampled of a file, and of a second
 HALF, BICUBIC = (0.5, 0.5, 0.5), 3                             # mean and deviation, Pillow's number of the filter
 EPS, ROPE_BASE = 1e-6, 10_000.0                                # of the encoder
-SPECIAL = (("image_start", "<|vision_start|>"), ("image_end", "<|vision_end|>"), ("image", "<|image_pad|>"))
+SPECIAL = (("image_start", "<|vision_start|>"), ("image_end", "<|vision_end|>"), ("image", "<|image_pad|>"), ("video", "<|video_pad|>"))
 SLICES = ("patch_embd.weight", "patch_embd.weight.1")                           # of the patch convolution, one a frame
 
 
@@ -71,6 +78,10 @@ class VisionConfig:
     std: np.ndarray
     resample: int
     pixels: tuple[int, int]          # least and most of a picture
+    video_pixels: tuple[int, int]    # of all frames of a video together
+    video_frames: tuple[int, int]    # least and most that are sampled
+    video_fps: float                 # frames that are sampled of a second
+    sample_lists: bool               # of lists of frames with a rate too, not only of files
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
@@ -91,7 +102,10 @@ class VisionConfig:
             d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
             rope_base=v.number("vision.rope.freq_base", ROPE_BASE), deep=tuple(np.flatnonzero(marked).tolist()), side=side,
             patch=v.size("vision.patch_size"), merge=v.size("vision.spatial_merge_size", 2), mean=mean, std=std,
-            resample=resample_filter(v, BICUBIC), pixels=(v.size("vision.image_min_pixels", MIN_PIXELS), v.size("vision.image_max_pixels", MAX_PIXELS)))
+            resample=resample_filter(v, BICUBIC), pixels=(v.size("vision.image_min_pixels", MIN_PIXELS), v.size("vision.image_max_pixels", MAX_PIXELS)),
+            video_pixels=(v.size("vision.video_min_pixels", VIDEO_PIXELS[0]), v.size("vision.video_max_pixels", VIDEO_PIXELS[1])),
+            video_frames=(v.size("vision.video_min_frames", VIDEO_FRAMES[0]), v.size("vision.video_max_frames", VIDEO_FRAMES[1])),
+            video_fps=v.number("vision.video_fps", VIDEO_FPS), sample_lists=v.get("vision.video_sample_frames", False, bool))
 
 
 class FusedAttention(EncoderAttention):
@@ -135,8 +149,8 @@ class Vision(Encoder):
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
         c = self.config = VisionConfig.read(h, v, w)
-        self.start, self.end, self.soft = (special_token(v, name, token, text) for name, text in SPECIAL)
-        self.markers = {"image": (self.start, self.soft, self.end)}
+        self.start, self.end, *soft = (special_token(v, name, token, text) for name, text in SPECIAL)
+        self.markers = {kind: (self.start, one, self.end) for kind, one in zip(("image", "video"), soft)}
         self.levels = levels(c.mean, c.std)                                    # [3, 256]
         half = c.d_model // c.n_heads // 2
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / half)
@@ -183,37 +197,64 @@ class Vision(Encoder):
         return h // factor * (w // factor)
 
     def process(self, media: Image | Video, limits: Limits) -> Processed:
-        """Turn a picture into the encoder's inputs.
+        """Turn a picture or a video into the encoder's inputs. A file is sampled; a list of frames only if the processor does so.
 
-        Options: min_pixels and max_pixels. Raises: ContextOverflowError if its rows exceed the context, RequestError, also for videos.
+        Options: min_pixels and max_pixels, of a picture, or of all frames together; sample_fps, frames to take of a second of a video.
+        Raises: ContextOverflowError if its rows exceed the context, RequestError.
         """
-        only_pictures(media, "min_pixels", "max_pixels")
-        known_options(media.options, "min_pixels", "max_pixels")
+        moving = isinstance(media, Video)
+        known_options(media.options, "min_pixels", "max_pixels", *(["sample_fps"] if moving else []))
         c, (width, height) = self.config, media.size
-        low, high = media.options.get("min_pixels", c.pixels[0]), media.options.get("max_pixels", c.pixels[1])
-        factor = c.patch * c.merge
-        h, w = smart_resize(height, width, factor, low, high)
+        low, high = c.video_pixels if moving else c.pixels
+        low, high = media.options.get("min_pixels", low), media.options.get("max_pixels", high)
+        factor, numbers = c.patch * c.merge, self._frames(media) if moving else []
+        h, w = video_resize(len(numbers), height, width, factor, low, high) if moving else smart_resize(height, width, factor, low, high)
+        pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
         lines, columns = h // factor, w // factor
-        rows = lines * columns
-        if rows > limits.n_ctx:
-            raise ContextOverflowError(f"a picture of {width} x {height} pixels takes {rows} positions, but the context holds {limits.n_ctx}; load with a "
-                                       "larger n_ctx, or give a smaller max_pixels")
+        rows, runs, what = lines * columns, len(pairs) or 1, "video" if moving else "picture"
+        if rows * runs > limits.n_ctx:
+            raise ContextOverflowError(f"a {what} of {width} x {height} pixels takes {rows * runs} positions, but the context holds {limits.n_ctx}; load "
+                                       f"with a larger n_ctx, or give a smaller max_pixels{' or sample_fps' if moving else ''}")
         if rows > limits.rows:
-            raise RequestError(f"a picture of {width} x {height} pixels takes {rows} soft tokens, but this model was planned for pictures of up to "
+            raise RequestError(f"a {what} of {width} x {height} pixels takes {rows} soft tokens a run, but this model was planned for pictures of up to "
                                f"{limits.rows}, {limits.rows * factor**2} pixels; give a smaller max_pixels, or load with images=({width}, {height})")
         y, x = np.divmod(np.arange(rows), columns)                             # of each merged row
         places = np.stack([np.zeros(rows), y, x]).astype(np.int32)
-        view = View(lambda: self._inputs(media, h, w), {"t": rows}, places, max(lines, columns), (1, lines, columns))
-        return Processed((self.start, view, self.end), (width, height), (w, h))
 
-    def _inputs(self, image: Image, h: int, w: int) -> dict[str, np.ndarray]:
-        """Resize a picture and cut it into patches, those of a merged row one after another; both frames of a patch are the picture."""
+        def view(chosen: list[int]) -> View:
+            return View(lambda: self._inputs(media, chosen, h, w), {"t": rows}, places, max(lines, columns), (1, lines, columns))
+
+        if not moving:
+            return Processed((self.start, view([]), self.end), (width, height), (w, h))
+        fps = np.float64(media.fps or LIST_FPS)
+        seconds = [(pair[0] / fps + pair[-1] / fps) / 2 for pair in pairs]
+        parts = (part for pair, at in zip(pairs, seconds) for part in (f"<{at:.1f} seconds>", self.start, view(pair), self.end))
+        return Processed(tuple(parts), (width, height), (w, h))
+
+    def _frames(self, video: Video) -> list[int]:
+        """Choose the numbers of the frames to take. Source: `sample_frames` in transformers' `video_processing_qwen3_vl.py`."""
+        c, total, fps = self.config, len(video), video.fps or LIST_FPS
+        whole = isinstance(video.frames, tuple) and not (c.sample_lists and video.fps)
+        wanted = video.options.get("sample_fps", None if whole else c.video_fps)
+        if wanted is None:
+            return list(range(total))
+        if isinstance(wanted, bool) or not isinstance(wanted, (int, float)) or not wanted > 0:
+            raise RequestError(f"sample_fps={wanted!r}: must be a number above 0")
+        n = min(max(int(total / fps * wanted), c.video_frames[0]), c.video_frames[1], total)
+        return np.linspace(0, total - 1, n).round().astype(int).tolist()
+
+    def _inputs(self, media: Image | Video, numbers: list[int], h: int, w: int) -> dict[str, np.ndarray]:
+        """Resize a picture, or frames of these numbers, and cut them into patches, those of a merged row one after another.
+
+        A patch has two frames: the same where there is one.
+        """
         c, m, p = self.config, self.config.merge, self.config.patch
         lines, columns = h // p // m, w // p // m
         n = lines * columns * m * m
-        pixels = resize(image.pixels, h, w, c.resample)
-        pixels = pixels.reshape(lines, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5).reshape(n, 3, p * p)
-        patches = np.repeat(by_table(self.levels, pixels)[:, :, None], len(SLICES), axis=2).reshape(n, -1)
+        frames = [resize(f.pixels, h, w, c.resample) for f in (media.read(numbers) if isinstance(media, Video) else [media])]
+        cut = [f.reshape(lines, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5).reshape(n, 3, p * p) for f in frames]
+        both = [by_table(self.levels, f) for f in cut]
+        patches = np.stack([both[0], both[-1]], axis=2).reshape(n, -1)                             # [n, 3, frames, p * p]
         line, column = np.divmod(np.arange(lines * columns), columns)
         inner = np.stack(np.divmod(np.arange(m * m), m))                       # [2, m * m]
         positions = (np.stack([line, column])[..., None] * m + inner[:, None]).reshape(2, n).astype(np.int32)
@@ -237,6 +278,26 @@ class Vision(Encoder):
             made[f"tap{tap}"] = (rows[i] * side + columns[j]).astype(np.int32)
             made[f"weight{tap}"] = (down[i] * across[j])[:, None]
         return made
+
+
+def video_resize(n: int, height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Compute the size of a video's n frames: as `smart_resize`, with limits of the pixels of all frames together.
+
+    Source: `smart_resize` in transformers' `video_processing_qwen3_vl.py`. Raises: RequestError.
+    """
+    n = max(n, 2)
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    smart_resize(height, width, factor, least, most)                           # refuses what no size fits
+    h, w, t = round(height / factor) * factor, round(width / factor) * factor, round(n / 2) * 2
+    if t * h * w > most:
+        beta = math.sqrt(n * height * width / most)
+        h, w = (max(factor, math.floor(s / beta / factor) * factor) for s in (height, width))
+    elif t * h * w < least:
+        beta = math.sqrt(least / (n * height * width))
+        h, w = (math.ceil(s * beta / factor) * factor for s in (height, width))
+    return h, w
 
 
 # ---- decoder ----------------------------------------------------------------------------------------------------------------

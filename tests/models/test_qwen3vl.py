@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from foreign import LlamaCpp
 from hollow import both, Decoder, Encoder, Full, kv, Tensor
 from oracle import encoder_of
 from pictures import same
-from pyengine.errors import RequestError
+from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.media.image import Image
-from sight import of_any_backend
+from sight import of_any_backend, Seen
 from test_qwen2vl import QwenSight, TOKENS
 from tiny import COMMON
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers
 
 
 class Qwen3Sight(QwenSight):
-    """Pictures only."""
+    """Videos are pairs of frames, each behind its time."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
@@ -42,6 +43,39 @@ class Qwen3Sight(QwenSight):
 
         return of_any_backend(Qwen3VLProcessor)(transformers.Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None)
 
+    def seen(self, model: Any, folder: Path, parts: Sequence[Any], fps: float | None, **settings: Any) -> Seen:
+        self.fps = fps
+        return super().seen(model, folder, parts, fps, **settings)
+
+    def part(self, processor: Any, config: Any, folder: Path, part: Any, **settings: Any) -> tuple[list[int], dict[str, Any]]:
+        import torch
+
+        if not isinstance(part, (list, tuple)):
+            return super().part(processor, config, folder, part, **settings)
+        patches, grid = video_patches(processor.image_processor, part)
+        times = processor._calculate_timestamps(list(range(len(part))), self.fps or 24, 2)
+        ids: list[int] = []
+        for at in times:
+            ids += [*processor.tokenizer(f"<{at:.1f} seconds>", add_special_tokens=False)["input_ids"], config.vision_start_token_id,
+                    *[config.video_token_id] * (grid[1] * grid[2] // 4), config.vision_end_token_id]
+        return ids, {"kind": "video", "pixels": torch.tensor(patches), "grid": grid}
+
+
+def video_patches(images: Any, frames: list[Any]) -> tuple[np.ndarray, list[int]]:
+    """Patches and grid of a video, frames of the size that transformers' video processor gives them and patches as its image processor has them."""
+    from PIL import Image as Pillow
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    first = np.asarray(frames[0])
+    h, w = smart_resize(max(2, len(frames)), *first.shape[:2], 2, 2 * images.patch_size, images.size["shortest_edge"], images.size["longest_edge"])
+    resized = [np.asarray(Pillow.fromarray(np.asarray(f)).resize((w, h), Pillow.Resampling.BICUBIC)) for f in frames]
+    single = [images(images=[f], do_resize=False, return_tensors="np") for f in resized]
+    _, rows, columns = single[0]["image_grid_thw"][0].tolist()
+    kept = [s["pixel_values"].reshape(-1, 3, 2, images.patch_size**2)[:, :, 0] for s in single]
+    kept += [kept[-1]] * (len(kept) % 2)
+    patches = np.concatenate([np.stack(kept[i : i + 2], axis=2).reshape(rows * columns, -1) for i in range(0, len(kept), 2)])
+    return patches, [len(kept) // 2, rows, columns]
+
 
 TEXT = {**COMMON, "head_dim": 32, "vocab_size": 520, "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [5, 5, 4]}}
@@ -50,8 +84,9 @@ VISION = {"depth": 4, "hidden_size": 80, "intermediate_size": 100, "num_heads": 
 CLIP = {"has_vision_encoder": True, "projector_type": "qwen3vl_merger", "use_gelu": True, "use_silu": False, "hidden_act": "gelu_pytorch_tanh",
         "image_size": 84, "patch_size": 14, "embedding_length": 80, "feed_forward_length": 100, "block_count": 4, "attention.head_count": 4,
         "attention.layer_norm_epsilon": np.float32(1e-6), "projection_dim": 96, "spatial_merge_size": 2, "rope.freq_base": 1e4, "resample": 3,
-        "is_deepstack_layers": [True, False, True, False], "image_min_pixels": 3136, "image_max_pixels": 50176, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "image_start_token_id": "<|vision_start|>", "image_end_token_id": "<|vision_end|>"}
+        "is_deepstack_layers": [True, False, True, False], "video_min_pixels": 3136, "video_max_pixels": 50176, "video_min_frames": 4,
+        "video_max_frames": 768, "video_sample_frames": True, "video_fps": np.float32(2), "image_min_pixels": 3136, "image_max_pixels": 50176, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "image_start_token_id": "<|vision_start|>", "image_end_token_id": "<|vision_end|>"}
 
 
 class Qwen3LlamaCpp(LlamaCpp):
@@ -94,7 +129,7 @@ FULL = Full(Decoder("qwen3vl", 36, 4096, 12_288, 32, 8, 128, 151_936, 262_144, h
 
 def case(kind: str, arch: str, name: str, text: dict[str, Any], full: dict[str, Full] = {}) -> Case:
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen2", {"tie_word_embeddings": False}, {**TEXT, **text}, VISION, TOKENS,
-                Qwen3Sight(), mrope=True, cached_as="qwen2_5_vl",
+                Qwen3Sight(), mrope=True, videos=True, cached_as="qwen2_5_vl",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [5, 5, 4, 0], f"{arch}.n_deepstack_layers": 2},
                                     clip=CLIP, clip_tokens=CLIP_TOKENS), llama_cpp=Qwen3LlamaCpp((112, 84)), full=full)
 
@@ -135,8 +170,9 @@ def test_options_and_what_is_refused(tiny_gguf) -> None:
     model = pe.load(path, n_ctx=128, kv_dtype="f32")
     want = tiny.hf_seen(folder, [5, PICTURES[4], 6], max_pixels=10_000)
     same(model.logits([5, pe.open_image(PICTURES[4], max_pixels=10_000), 6]), want.logits)
-    for media, text in [(pe.open_image(PICTURES[0], pan_and_scan=True), "max_pixels"), ([PICTURES[0]] * 2, "not videos")]:
-        with pytest.raises(RequestError, match=text):
+    for media, text in [(pe.open_image(PICTURES[0], pan_and_scan=True), "max_pixels"), (pe.Video([PICTURES[0]] * 600), "positions"),
+                        (pe.Video([PICTURES[0]] * 4, sample_fps=0), "sample_fps"), (pe.Video([PICTURES[0]] * 4, max_pixels=0), "max_pixels")]:
+        with pytest.raises((RequestError, ContextOverflowError), match=text):
             model.encode_image(media)
 
 
@@ -157,3 +193,29 @@ def test_qwen3_vl_8b_by_hand(full_size, machine) -> None:
     rest = sum(i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is None and "arena" not in i.detail)
     assert mergers < rest < mergers + 24 * 2**20                        # patches of two slices and positions in f32: 17.7 MB
     assert plan.picture == 32 * 24 and next(i.nbytes for i in plan.items if "kept" in i.detail) == 3 * 768 * 4 * d * 4
+
+
+FRAMES = [RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8) for _ in range(6)]
+
+
+@pytest.mark.parametrize(("n", "fps"), [(2, None), (3, None), (4, 1.5), (6, 12.0)])
+def test_a_video_is_pairs_of_frames_behind_their_times(tiny_gguf, n: int, fps: float | None) -> None:
+    """Timestamps, positions, features behind the first layers, an odd number of frames; text around, and a picture beside it."""
+    path, folder = tiny_gguf("qwen3_vl", processor={})
+    frames = FRAMES[:n]
+    with pe.load(path, n_ctx=512, kv_dtype="f32") as model:
+        for prompt in ([5, frames, 6, 7], [5, PICTURES[0], frames, 9, frames, 4]):
+            want = tiny.hf_seen(folder, prompt, fps=fps)
+            # with a rate, a list is sampled where the processor says so: here all are taken
+            ours = [pe.Video(p, fps=fps, sample_fps=fps) if isinstance(p, list) and fps else p for p in prompt]
+            same(model.logits(ours), want.logits)
+
+
+def test_sizes_and_chosen_frames_are_those_of_transformers(tiny_gguf) -> None:
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    from pyengine.models.qwen3vl import video_resize
+
+    for n, height, width in ((2, 40, 60), (3, 700, 30), (5, 1080, 1920), (64, 9, 700), (7, 333, 444)):
+        for least, most in ((4096, 25_165_824), (131_072, 786_432)):
+            assert video_resize(n, height, width, 32, least, most) == smart_resize(n, height, width, 2, 32, least, most)
