@@ -16,6 +16,7 @@ from pyengine.backends.cuda.build import CUDA_FLAGS, nvcc
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 FLAGS = [f for f in CUDA_FLAGS if not f.startswith("-I")]      # those that do not name a folder of this machine
+DECLARED = "csrc/gen/kernels.h"
 KEPT = ROOT / "build" / "ptxas"                              # answers by the hash of what was compiled
 
 
@@ -42,14 +43,22 @@ def included(path: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def content(paths: Iterable[Path], code_only: bool = False) -> str:
-    """Return a hash of files' names and texts; code_only: without comments, empty lines and the ends of lines."""
-    texts = []
-    for p in sorted(paths):
-        text = p.read_text(encoding="utf-8")
-        if code_only:
-            text = re.sub(r"\s+\n", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
-        texts.append(f"{p.relative_to(ROOT)}\0{text}\0")
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    """Return a hash of files' names and texts; code_only: without comments, empty lines, the ends of lines, and what gen/kernels.h
+    declares of ops that none of these files names."""
+    texts = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted(paths)}
+    if code_only:
+        texts = {name: re.sub(r"\s+\n", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)) for name, text in texts.items()}
+        if DECLARED in texts:
+            others = "".join(text for name, text in texts.items() if name != DECLARED)
+            texts[DECLARED] = "".join(part for op, part in declarations(texts[DECLARED])
+                                      if re.search(rf"\bpe_{op}_params\b|\bPE_{op.upper()}_|\(cuda, {op}\)", others))
+    return hashlib.sha256("".join(f"{name}\0{text}\0" for name, text in texts.items()).encode()).hexdigest()[:16]
+
+
+def declarations(header: str) -> list[tuple[str, str]]:
+    """Return what gen/kernels.h declares of each op: (op, its part of the text)."""
+    parts = re.split(r"(?=^#ifndef PE_\w+_PARAMS$)", header, flags=re.M)[1:]
+    return [(re.search(r"PE_NAME\((\w+)\)", part)[1], part) for part in parts]
 
 
 def sources() -> list[Path]:
