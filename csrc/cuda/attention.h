@@ -155,10 +155,10 @@ struct Seen {
   bool whole; /* every key between is seen by some row */
 };
 
-/* Intervals of the block's queries [n] into shared memory, and what they see together. By all threads; ends with a barrier. */
+/* Intervals of the block's n queries into shared memory, and what they see together. By all threads, n at least; ends with a barrier. */
 __device__ __forceinline__ Seen load_intervals(const Job &w, const Unit &u, int n) {
   Interval *to = area<Interval>(w.at.rows);
-  for (int i = threadIdx.x; i < n; i += blockDim.x)
+  if (const int i = threadIdx.x; i < n)
     to[i] = i < queries_of(u) ? interval_of(w, row_of(u, i), blockIdx.y == 0 && i % u.n_heads == 0) : Interval{0, 0};
   __syncthreads();
   int lo = 0x7fffffff, hi = 0, gaps = 0;
@@ -192,24 +192,25 @@ template <int CHUNK> __device__ __forceinline__ int next_chunk(const Job &w, con
 
 /* Walks the tiles of a unit, those chunks whose turn is `share` of `shares`. All warps walk alike. */
 template <int CHUNK> struct WalkOf {
-  int chunk, tile, last, turn; /* last: of the chunk */
+  int tile, turn; /* tile: -1 where there is none */
 
-  __device__ __forceinline__ bool more() const { return chunk >= 0; }
+  __device__ __forceinline__ bool more() const { return tile >= 0; }
+  __device__ __forceinline__ int chunk() const { return tile / (CHUNK / TILE_KEYS); }
   __device__ __forceinline__ void enter(const Job &w, const Unit &u, const Seen &seen, int from, int share, int shares) {
-    for (chunk = next_chunk<CHUNK>(w, u, seen, from); chunk >= 0 && turn % shares != share; turn++)
+    int chunk = next_chunk<CHUNK>(w, u, seen, from);
+    for (; chunk >= 0 && turn % shares != share; turn++)
       chunk = chunk == 0x7fffffff / CHUNK ? -1 : next_chunk<CHUNK>(w, u, seen, chunk + 1);
     turn++;
-    tile = max(chunk * (CHUNK / TILE_KEYS), seen.lo / TILE_KEYS);
-    last = min(chunk * (CHUNK / TILE_KEYS) + CHUNK / TILE_KEYS - 1, (seen.hi - 1) / TILE_KEYS);
+    tile = chunk < 0 ? -1 : max(chunk * (CHUNK / TILE_KEYS), seen.lo / TILE_KEYS);
   }
   /* true where the next tile is in another chunk, or there is none */
   __device__ __forceinline__ bool step(const Job &w, const Unit &u, const Seen &seen, int share, int shares) {
-    if (tile < last) {
+    if ((tile + 1) % (CHUNK / TILE_KEYS) && tile < (seen.hi - 1) / TILE_KEYS) { /* not the chunk's last one */
       tile++;
       return false;
     }
-    if (chunk == 0x7fffffff / CHUNK) chunk = -1;
-    else enter(w, u, seen, chunk + 1, share, shares);
+    if (chunk() == 0x7fffffff / CHUNK) tile = -1;
+    else enter(w, u, seen, chunk() + 1, share, shares);
     return true;
   }
 };

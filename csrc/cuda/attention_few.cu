@@ -103,16 +103,16 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
   load_queries(w, u, FEW_QUERIES);
 #pragma unroll
   for (int r = 0; r < 2; r++) x.rows.seen[r] = area<Interval>(w.at.rows)[first + 8 * r];
-  Walk now = {0, 0, 0, 0};
+  Walk now = {0, 0};
   now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
   if (now.more()) {
-    Loader loader;
+    Loader<false> loader;
     loader.begin(w, u, seen, now);
     x.clear();
     while (now.more()) {
       const char *k, *v;
-      const int chunk = now.chunk;
-      loader.next<false>(w, u, seen, k, v);
+      const int chunk = now.chunk();
+      loader.next(w, u, seen, k, v);
       weigh_tile<N>(w, now.tile, k, x);
       add_tile<N>(w, w.at.one ? loader.load_values(w, u, seen) : v, x);
       if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;

@@ -55,7 +55,7 @@ struct Slices {
       else load_slice(w.v, w.v_form == COPIED, u.g, cells, (slice - keys) * SLICE, buffer(w, to));
       if (++slice == keys + values) {
         slice = 0;
-        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells<CHUNK>(w, u, seen, ahead.chunk);
+        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells<CHUNK>(w, u, seen, ahead.chunk());
       }
     }
     cp_async_commit();
@@ -260,17 +260,17 @@ struct FloatUnit {
     const Kept kept = kept_of(w, QUERIES);
     const int ty = threadIdx.x / TX, tx = threadIdx.x % TX;
     load_floats(w, u, QUERIES, slices_of(w.e) * SLICE + 4);
-    WalkOf<CHUNK> now = {0, 0, 0, 0};
+    WalkOf<CHUNK> now = {0, 0};
     now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
     if (now.more()) {
       Slices slices = {now, 0, 0};
-      find_cells<CHUNK>(w, u, seen, now.chunk);
+      find_cells<CHUNK>(w, u, seen, now.chunk());
       slices.load(w, u, seen);
       clear(kept);
 #pragma unroll
       for (float &sum : sums) sum = 0.0f;
       while (now.more()) {
-        const int chunk = now.chunk;
+        const int chunk = now.chunk();
         attend_tile(w, u, seen, now.tile, slices, kept);
         if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
         fold_sums(kept, sums);

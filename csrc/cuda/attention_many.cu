@@ -25,10 +25,11 @@ template <int N>
 __device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *k, const char *v, Rows &rows, float (&acc)[N][4][4],
                                             float (&sums)[4]) {
   float s[GROUPS][4], peak[2], factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) rows.seen[r] = area<Interval>(w.at.rows)[16 * warp_of() + lane_of() / 4 + 8 * r]; /* not kept: registers */
   if (!__any_sync(0xffffffffu, meets(rows.seen[0], tile * TILE_KEYS, TILE_KEYS) || meets(rows.seen[1], tile * TILE_KEYS, TILE_KEYS)))
     return;
-  const UnpackedKeys codes = {area<char>(w.at.k_ready), area<float>(w.at.k_scale), TILE_KEYS * w.ne};
-  if (w.k_form == BLOCKS) scores_of_codes<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, codes, 0, s);
+  if (w.k_form == BLOCKS) scores_of_codes<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, UnpackedKeys(w), 0, s);
   else scores_of_halves<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, k, 0, s);
   to_logits<GROUPS>(w.softcap, rows, tile * TILE_KEYS, s, peak);
 #pragma unroll
@@ -66,8 +67,9 @@ __device__ __forceinline__ void settle_both(const Job &w, const Unit &u, int chu
   const int first = 16 * warp_of() + lane_of() / 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
+    const Interval seen = area<Interval>(w.at.rows)[first + 8 * r];
     Total total = area<Total>(w.at.totals)[first + 8 * r];
-    settle<N>(w, u, first + 8 * r, chunk, rows.seen[r], acc, r, Total{rows.top[r], sums[2 * r]}, total, 0, 1);
+    settle<N>(w, u, first + 8 * r, chunk, seen, acc, r, Total{rows.top[r], sums[2 * r]}, total, 0, 1);
     __syncwarp();
     if (lane_of() % 4 == 0) area<Total>(w.at.totals)[first + 8 * r] = total;
   }
@@ -76,25 +78,23 @@ __device__ __forceinline__ void settle_both(const Job &w, const Unit &u, int chu
 
 template <int N>
 __device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
-  const int n = blockDim.x / 2, first = 16 * warp_of() + lane_of() / 4;
+  const unsigned n = blockDim.x / 2;
   const Unit &u = task.unit;
-  Walk now = {0, 0, 0, 0};
+  Walk now = {0, 0};
   load_queries(w, u, n);
-  for (int i = threadIdx.x; i < n; i += blockDim.x) area<Total>(w.at.totals)[i] = Total{PE_NONE, 0.0f};
+  if (threadIdx.x < n) area<Total>(w.at.totals)[threadIdx.x] = Total{PE_NONE, 0.0f};
   now.enter(w, u, task.seen, 0, 0, 1);
   if (now.more()) {
     float acc[N][4][4], sums[4];
     Rows rows;
-    Loader loader;
+    Loader<true> loader;
     loader.begin(w, u, task.seen, now);
-    rows.seen[0] = area<Interval>(w.at.rows)[first];
-    rows.seen[1] = area<Interval>(w.at.rows)[first + 8];
     clear<N>(rows, acc, sums);
     while (now.more()) {
       const char *k, *v;
-      const int chunk = now.chunk;
-      loader.next<true>(w, u, task.seen, k, v);
+      loader.next(w, u, task.seen, k, v);
       attend_tile<N>(w, now.tile, k, v, rows, acc, sums);
+      const int chunk = now.chunk();
       if (!now.step(w, u, task.seen, 0, 1)) continue;
       settle_both<N>(w, u, chunk, rows, acc, sums);
       clear<N>(rows, acc, sums);
@@ -110,12 +110,12 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
 /* N: blocks of 32 columns of V, at most. */
 template <int N>
 __global__ void __launch_bounds__(N > 4 ? 128 : 256, 1) attend_many_kernel(const Job w) {
-  for (int at = gridDim.x - 1 - blockIdx.x;; at += gridDim.x) {
+  Task &task = *area<Task>(w.at.task);
+  for (int at = gridDim.x - 1 - blockIdx.x;; at = task.at + gridDim.x) {
     const Unit u = unit_at(w, at, blockIdx.y);
     if (u.n_rows == 0) return;
     const Seen seen = load_intervals(w, u, blockDim.x / 2);
-    Task &task = *area<Task>(w.at.task);
-    if (threadIdx.x == 0) task = Task{u, seen};
+    if (threadIdx.x == 0) task = Task{u, seen, at};
     __syncthreads();
     attend_unit<N>(w, task);
   }

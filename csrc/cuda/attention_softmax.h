@@ -36,6 +36,7 @@ struct Total { float top, sum; };
 struct Task {
   Unit unit;
   Seen seen;
+  int at; /* the unit's number */
 };
 
 /* The queries g and g + 8 of a lane within one chunk. */
@@ -51,6 +52,7 @@ __device__ __forceinline__ void to_logits(float softcap, const Rows &rows, int f
   const float over = softcap != 0.0f ? __fdiv_rn(1.0f, softcap) : 0.0f, factor = softcap != 0.0f ? softcap * PE_LOG2_E : PE_LOG2_E;
   const bool inside = rows.seen[0].lo <= first && rows.seen[0].hi - first >= 8 * KEYS && rows.seen[1].lo <= first &&
                       rows.seen[1].hi - first >= 8 * KEYS;
+  const int column = again(2 * (lane_of() % 4));
   peak[0] = peak[1] = PE_NONE;
 #pragma unroll
   for (int j = 0; j < KEYS; j++)
@@ -59,7 +61,7 @@ __device__ __forceinline__ void to_logits(float softcap, const Rows &rows, int f
       float x = s[j][i];
       if (softcap != 0.0f) x = tanhf(x * over);
       x *= factor;
-      const int key = first + 8 * j + 2 * (lane_of() % 4) + i % 2; /* first + 63 is at most 2^31 - 1 */
+      const int key = first + 8 * j + column + i % 2; /* first + 63 is at most 2^31 - 1 */
       if (!inside && (key < rows.seen[i / 2].lo || key >= rows.seen[i / 2].hi)) x = PE_NONE;
       s[j][i] = x;
       peak[i / 2] = fmaxf(peak[i / 2], x);
@@ -153,7 +155,7 @@ template <int N>
 __device__ __forceinline__ void settle(const Job &w, const Unit &u, int i, int chunk, Interval seen, const float (&acc)[N][4][4],
                                        int high, Total part, Total &total, int first, int step) {
   if (i >= queries_of(u) || !meets(seen, chunk * CHUNK_KEYS, CHUNK_KEYS)) return;
-  const int row = row_of(u, i), head = head_of(u, i), column = 8 * (lane_of() % 4);
+  const int row = row_of(u, i), head = head_of(u, i), column = again(8 * (lane_of() % 4));
   float x[8], old[8];
   if (w.partials) {
     const int64_t slot = ((int64_t)row * w.h + head) * w.chunks + chunk - first_chunk(seen);

@@ -54,7 +54,7 @@ __device__ __forceinline__ uint4 gather_eight(const Cache &c, const char *cell, 
 template <int STEP>
 __device__ __forceinline__ void copy_cells(const Cache &c, int64_t head, const int32_t *cells, int n, int pitch, char *to) {
   const int parts = n / STEP;
-  for (int i = threadIdx.x; i < TILE_KEYS * parts; i += blockDim.x) {
+  for (int i = again(threadIdx.x); i < TILE_KEYS * parts; i += blockDim.x) {
     const int key = i / parts, at = i % parts * STEP;
     const char *from = cell_at(c, head, max(0, cells[key])) + at;
     char *dest = to + key * pitch + at;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_tile(const Cache &c, Form form, int64_t hea
     else copy_cells<2>(c, head, cells, n, pitch, to);
     return;
   }
-  const int g = lane_of() / 4, t = lane_of() % 4, columns = (c.elements + COLUMNS - 1) / COLUMNS;
+  const int lane = again(lane_of()), g = lane / 4, t = lane % 4, columns = (c.elements + COLUMNS - 1) / COLUMNS;
   for (int i = warp_of(); i < 8 * columns; i += blockDim.x / 32) {
     const int place = i % 8 * 8 + g, cell = cells[VALUES ? value_of_place(place) : place], first = i / 8 * COLUMNS + 8 * t;
     const bool valid = cell >= 0 && first < c.elements;
@@ -99,7 +99,7 @@ __device__ __forceinline__ uint32_t halves_of_bf16(uint32_t x) {
 /* What this thread has copied by load_tile becomes halves, in place. Before the barrier. */
 template <bool VALUES>
 __device__ __forceinline__ void narrow_tile(const Cache &c, char *tile) {
-  const int g = lane_of() / 4, t = lane_of() % 4, own = g * 64 + (VALUES ? part_of_value(g, t) : t * 16);
+  const int lane = again(lane_of()), g = lane / 4, t = lane % 4, own = g * 64 + (VALUES ? part_of_value(g, t) : t * 16);
   const int columns = (c.elements + COLUMNS - 1) / COLUMNS;
   for (int i = warp_of(); i < 8 * columns; i += blockDim.x / 32) {
     uint4 *at = (uint4 *)(tile + i / 8 * HALF_TILE + i % 8 * 512 + own);
@@ -143,8 +143,8 @@ __device__ __forceinline__ float least_of(const char *block, int32_t dtype) {
 __device__ __forceinline__ void unpack_keys(const Job &w, const char *from) {
   char *codes = area<char>(w.at.k_ready);
   float *scales = area<float>(w.at.k_scale);
-  const int bytes = cell_format_of(w.k.dtype).bytes, t = threadIdx.x % 4;
-  for (int i = threadIdx.x / 4; i < TILE_KEYS * w.ne; i += blockDim.x / 4) {
+  const int bytes = cell_format_of(w.k.dtype).bytes, thread = again(threadIdx.x), t = thread % 4;
+  for (int i = thread / 4; i < TILE_KEYS * w.ne; i += blockDim.x / 4) {
     const int key = i % TILE_KEYS, b = i / TILE_KEYS;
     const char *block = from + key * w.at.k_pitch + b * bytes;
     *(uint2 *)(codes + b * CODE_TILE + key * 32 + t * 8) = codes_of(block, w.k.dtype, t);
@@ -177,8 +177,8 @@ __device__ __forceinline__ uint2 halves_of_codes(uint32_t codes, float d, float 
 /* A tile of values in blocks becomes halves. */
 __device__ __forceinline__ void unpack_values(const Job &w, const char *from) {
   char *to = area<char>(w.at.v_ready);
-  const int bytes = cell_format_of(w.v.dtype).bytes, t = threadIdx.x % 4;
-  for (int i = threadIdx.x / 4; i < TILE_KEYS * w.nf; i += blockDim.x / 4) {
+  const int bytes = cell_format_of(w.v.dtype).bytes, thread = again(threadIdx.x), t = thread % 4;
+  for (int i = thread / 4; i < TILE_KEYS * w.nf; i += blockDim.x / 4) {
     const int place = i % TILE_KEYS, key = value_of_place(place), b = i / TILE_KEYS;
     const char *block = from + key * w.at.v_pitch + b * bytes;
     const uint2 x = codes_of(block, w.v.dtype, t);
@@ -201,28 +201,31 @@ __device__ __forceinline__ void wait_for_copies(int ahead) {
 enum { MOST_STAGES = 4 };
 
 /* The tiles of a unit in the order of their keys. While one of them is used, the next stages - 1 are on their way. All functions by all
- * threads of the block. */
-struct Loader {
-  Walk ahead;      /* the next tile to be loaded */
-  int to, current; /* stages: of that tile, and of the one in use */
+ * threads of the block. MANY: a block has all chunks, and blocks of numbers are unpacked. */
+template <bool MANY> struct Loader {
+  Walk ahead;  /* the next tile to be loaded */
+  int current; /* the stage of the one in use; that one goes into the stage before it */
 
   __device__ __forceinline__ void begin(const Job &w, const Unit &u, const Seen &seen, const Walk &first) {
     ahead = first;
-    to = current = 0;
-    find_cells(w, u, seen, first.chunk);
-    for (int i = 1; i < w.at.stages; i++) load(w, u, seen);
+    current = 0;
+    find_cells(w, u, seen, first.chunk());
+    for (int i = 1; i < w.at.stages; i++) load(w, u, seen, i - 1);
   }
-  __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen) {
+  /* The walk goes on: true where the next tile is in another chunk, or there is none. */
+  __device__ __forceinline__ bool step(const Job &w, const Unit &u, const Seen &seen) {
+    return MANY ? ahead.step(w, u, seen, 0, 1) : ahead.step(w, u, seen, blockIdx.z, gridDim.z);
+  }
+  __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen, int to) {
     if (ahead.more()) {
       const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
       char *stage = shared_bytes() + to * w.at.stage_bytes;
       load_tile<false>(w.k, w.k_form, u.g, cells, w.at.k_pitch, stage + w.at.k);
       if (w.at.one) return;
       load_tile<true>(w.v, w.v_form, u.g, cells, w.at.v_pitch, stage + w.at.v);
-      if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
+      if (step(w, u, seen) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
     }
     cp_async_commit();
-    to = to + 1 == w.at.stages ? 0 : to + 1;
   }
   /* With w.at.one: V of the tile whose K has been used, in K's place. Between barriers; gives where its halves lie. */
   __device__ __forceinline__ const char *load_values(const Job &w, const Unit &u, const Seen &seen) {
@@ -232,16 +235,15 @@ struct Loader {
     cp_async_commit();
     cp_async_wait<0>();
     if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage);
-    if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk);
+    if (step(w, u, seen) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
     __syncthreads();
     return stage;
   }
-  /* Wait for the next tile; k and v are where it lies. Another stage begins to load. unpack: blocks too. */
-  template <bool UNPACK>
+  /* Wait for the next tile; k and v are where it lies. Another stage begins to load. */
   __device__ __forceinline__ void next(const Job &w, const Unit &u, const Seen &seen, const char *&k, const char *&v) {
     if (w.at.stages == 1) {
       __syncthreads();
-      load(w, u, seen);
+      load(w, u, seen, 0);
       if (w.at.one) cp_async_commit();
     }
     wait_for_copies(max(0, w.at.stages - 2));
@@ -250,10 +252,10 @@ struct Loader {
     if (w.k_form == COPIED && w.k.dtype == PE_BF16) narrow_tile<false>(w.k, stage + w.at.k);
     if (!w.at.one && w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage + w.at.v);
     __syncthreads();
-    if (w.at.stages > 1) load(w, u, seen);
-    if (UNPACK && w.k_form == BLOCKS) unpack_keys(w, k);
-    if (UNPACK && w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
-    if (UNPACK && (w.k_form == BLOCKS || w.v_form == BLOCKS)) __syncthreads();
+    if (w.at.stages > 1) load(w, u, seen, current == 0 ? w.at.stages - 1 : current - 1);
+    if (MANY && w.k_form == BLOCKS) unpack_keys(w, k);
+    if (MANY && w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
+    if (MANY && (w.k_form == BLOCKS || w.v_form == BLOCKS)) __syncthreads();
     current = current + 1 == w.at.stages ? 0 : current + 1;
   }
 };
@@ -310,7 +312,8 @@ __device__ __forceinline__ void load_queries(const Job &w, const Unit &u, int n)
 /* s[j] = queries first .. first + 15 (of n) by keys 8 (key + j) .. + 7, j < KEYS. */
 template <int KEYS>
 __device__ __forceinline__ void scores_of_halves(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
-  const char *q = area<char>(w.at.q) + first * 64 + lane_of() * 16, *k = tile + key * 512 + lane_of() * 16;
+  const int lane = again(lane_of());
+  const char *q = area<char>(w.at.q) + first * 64 + lane * 16, *k = tile + key * 512 + lane * 16;
 #pragma unroll
   for (int j = 0; j < KEYS; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
   for (int b = 0; b < w.ne; b++, q += n * 64, k += HALF_TILE) {
@@ -328,15 +331,15 @@ __device__ __forceinline__ void scores_of_halves(const Job &w, int first, int n,
 
 /* Keys in blocks as scores_of_codes takes them: block of columns b of keys 8 group .. 8 group + 7, unpacked (for many queries). */
 struct UnpackedKeys {
-  const char *codes;
+  const char *codes;   /* this and the scales: of this lane */
   const float *scales;
   int minima; /* behind the scales */
-  __device__ __forceinline__ uint2 codes_at(int b, int group) const {
-    return *(const uint2 *)(codes + b * CODE_TILE + group * 256 + lane_of() * 8);
+  __device__ __forceinline__ UnpackedKeys(const Job &w) {
+    const int lane = again(lane_of());
+    codes = area<char>(w.at.k_ready) + lane * 8, scales = area<float>(w.at.k_scale) + lane % 4 * 2, minima = TILE_KEYS * w.ne;
   }
-  __device__ __forceinline__ float2 scale_at(int b, int group) const {
-    return *(const float2 *)(scales + b * TILE_KEYS + group * 8 + lane_of() % 4 * 2);
-  }
+  __device__ __forceinline__ uint2 codes_at(int b, int group) const { return *(const uint2 *)(codes + b * CODE_TILE + group * 256); }
+  __device__ __forceinline__ float2 scale_at(int b, int group) const { return *(const float2 *)(scales + b * TILE_KEYS + group * 8); }
   __device__ __forceinline__ float2 least_at(int b, int group) const { return scale_at(b + minima / TILE_KEYS, group); }
 };
 

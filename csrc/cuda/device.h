@@ -142,6 +142,14 @@ template <int N> PE_DEVICE void cp_async_wait() {
 #endif
 }
 
+/* x, but what follows from it is worked out where it stands, and not beforehand and kept, for which registers are short. */
+PE_DEVICE int again(int x) {
+#if !PE_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 /* -- bits -------------------------------------------------------------------------------------------------------------------- */
 
 /* Two 16-bit floats in a register, the first in the low half, as mma wants them. */
@@ -265,7 +273,9 @@ PE_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else /* element by element: registers of the lanes that hold row g of A and columns 2t and 2t+1 of B */
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
   for (int high = 0; high < 2; high++)
+#pragma unroll 1 /* all of it side by side is more than a thread has registers for */
     for (int from = 0; from < 4; from++) {
       const float2 top = unpack_bf162(__shfl_sync(ALL, a[2 * high], g * 4 + from));
       const float2 bottom = unpack_bf162(__shfl_sync(ALL, a[2 * high + 1], g * 4 + from));

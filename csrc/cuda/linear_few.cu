@@ -25,9 +25,9 @@ namespace pe {
 namespace {
 
 /* Steps of which a warp holds the codes: each is loaded anew as soon as it is used, so many steps ahead. */
-template <int F, int T> constexpr int ring_steps() {
+template <int F, int T, int C> __host__ __device__ constexpr int ring_steps() {
   if (code_pieces<F> == 1) return T == 1 ? (is_k<F> ? 4 : 8) : is_k<F> ? 2 : 4;
-  if (T == 1) return code_pieces<F> == 3 || F == PE_Q5_K ? 2 : 4;
+  if (T == 1) return code_pieces<F> == 3 || F == PE_Q5_K || (F == PE_Q2_K && C == 2) ? 2 : 4;
   return Packed<F>::halves == 2 ? 1 : 2;
 }
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ void slice_of(Ahead<F, R> &w, const uint8_t *group, c
     const bool more = s + 8 < end;
     const uint8_t *here = group + eight_at<F>(s), *after = more ? group + eight_at<F>(s + 8) : next + eight_at<F>(begin);
     const uint8_t *record = x.scales + static_cast<int64_t>(s) * RECORD;
-#pragma unroll(T == 1 && code_pieces<F> < 3 ? 2 : 1)
+#pragma unroll(T == 1 && (code_pieces<F> < 3 || (F == PE_Q6_K && C == 2)) ? 2 : 1)
     for (int late = 0; late < 2; late++) {
       const int first = SCALED_STEPS * late, left = is_k<F> ? SCALED_STEPS : end - s - first;
       if (left <= 0) break;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void slice_of(Ahead<F, R> &w, const uint8_t *group, c
 /* With one tile a block walks through pairs, as many blocks for each unit as fill the card once, and loads never pause. With two, registers
  * are short of that: a block has one pair. */
 template <int F, int T, int C> __global__ void __launch_bounds__(512) few(const Product p) {
-  constexpr int R = ring_steps<F, T>();
+  constexpr int R = ring_steps<F, T, C>();
   auto &sh = shared<FewShared<F>>();
   Part part;
   if (!part_of<T>(p, part)) return;

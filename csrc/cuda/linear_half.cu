@@ -50,59 +50,66 @@ template <int F> __device__ __forceinline__ void multiply_half_step(const uint32
 
 constexpr int AHEAD = 2; /* steps of 16 that are loaded at once */
 
-/* Steps s .. of a group as far as they lie before `end`; zeros behind the last of k. */
-__device__ __forceinline__ void fetch(QuadStep (&w)[AHEAD], const uint8_t *group, int s, int end, int k, const Lane &l) {
+/* AHEAD steps of a group; from: the lane's first quad of them, which is of `first` of k. Zeros from `limit` on. */
+__device__ __forceinline__ void fetch(QuadStep (&w)[AHEAD], const uint8_t *from, int first, int limit) {
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const int at = HALF_STEP * (s + i) + 4 * j + l.t;
-      w[i].k[j] = s + i < end && at < k ? ld_global_8(group + 32 * at + 8 * l.q) : make_uint2(0, 0);
+      const int at = HALF_STEP * i + 4 * j;
+      w[i].k[j] = first + at < limit ? ld_global_8(from + 32 * at) : make_uint2(0, 0);
     }
 }
 
+/* Those of them that are there, `left`, times columns; x: of each tile, where the lane's part of the first step's record is. */
 template <int F, int T>
-__device__ __forceinline__ void use(const QuadStep (&w)[AHEAD], const uint8_t *x, int64_t tile_bytes, int tiles, int rows, int s, int end,
-                                    float (&acc)[T][4][2]) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void use(const QuadStep (&w)[AHEAD], const uint8_t *const (&x)[T], int tiles, int left, float (&acc)[T][4][2]) {
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) {
-    if (s + i >= end) continue;
+    if (i >= left) continue;
     uint32_t a[2][4];
     to_operands(w[i], a);
 #pragma unroll
     for (int tile = 0; tile < T; tile++) {
       if (tile >= tiles) continue;
-      const int row = min(lane / 4, max(0, rows - 1 - TILE_ROWS * tile)); /* where there is no row, another: nobody stores its sums */
-      const uint8_t *at = x + tile * tile_bytes + static_cast<int64_t>(s + i) * half_record<F> + 32 * row + 8 * (lane % 4);
 #pragma unroll
       for (int part = 0; part < parts<F>; part++)
-        multiply_half_step<F>(a, __ldg(reinterpret_cast<const uint2 *>(at + CODES_BYTES * part)), acc[tile]);
+        multiply_half_step<F>(a, __ldg(reinterpret_cast<const uint2 *>(x[tile] + i * half_record<F> + CODES_BYTES * part)), acc[tile]);
     }
   }
 }
 
 struct FewHalf { FewSums sums[1]; };
 
-template <int F, int T> __global__ void __launch_bounds__(512) few_half(const Product p) {
+template <int F, int T> __global__ void __launch_bounds__(512, F == PE_F16 && T == 1 ? 2 : 1) few_half(const Product p) {
   auto &sh = shared<FewHalf>();
   Part part;
   if (!part_of<T>(p, part)) return;
   const Span span = span_of<1>(p, blockIdx.y);
   const Lane l;
-  const int warp = threadIdx.x / 32, rows = p.chosen ? 1 : p.order ? TILE_ROWS * T : p.m - TILE_ROWS * part.first_tile;
-  const uint8_t *group = group_of(p, span, 0, l.h, part.expert);
-  const int64_t tile_bytes = static_cast<int64_t>(p.steps) * 2 * half_record<F>;
-  const uint8_t *x = p.x + part.first_tile * tile_bytes;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int rows = p.chosen ? 1 : p.order ? TILE_ROWS * T : p.m - TILE_ROWS * part.first_tile;
+  const int begin = 2 * warp * p.slice, end = min(begin + 2 * p.slice, (p.k + HALF_STEP - 1) / HALF_STEP), limit = min(p.k, HALF_STEP * end);
+  const uint8_t *from = group_of(p, span, 0, l.h, part.expert) + static_cast<int64_t>(begin) * GROUP_STEP + 32 * l.t + 8 * l.q, *x[T];
+#pragma unroll
+  for (int tile = 0; tile < T; tile++) { /* where there is no row, another: nobody stores its sums */
+    const int row = min(lane / 4, max(0, rows - 1 - TILE_ROWS * tile));
+    x[tile] = p.x + (static_cast<int64_t>(part.first_tile + tile) * 2 * p.steps + begin) * half_record<F> + 32 * row + 8 * (lane % 4);
+  }
   float acc[T][4][2] = {};
-  const int begin = 2 * warp * p.slice, end = min(begin + 2 * p.slice, (p.k + HALF_STEP - 1) / HALF_STEP);
   QuadStep even[AHEAD], odd[AHEAD];
-  fetch(even, group, begin, end, p.k, l);
+  fetch(even, from, HALF_STEP * begin + l.t, limit);
   for (int s = begin; s < end; s += 2 * AHEAD) {
-    fetch(odd, group, s + AHEAD, end, p.k, l);
-    use<F, T>(even, x, tile_bytes, part.tiles, rows, s, end, acc);
-    fetch(even, group, s + 2 * AHEAD, end, p.k, l);
-    use<F, T>(odd, x, tile_bytes, part.tiles, rows, s + AHEAD, end, acc);
+    const int first = HALF_STEP * s + l.t;
+    fetch(odd, from + AHEAD * GROUP_STEP, first + AHEAD * HALF_STEP, limit);
+    use<F, T>(even, x, part.tiles, end - s, acc);
+    from += 2 * AHEAD * GROUP_STEP;
+    fetch(even, from, first + 2 * AHEAD * HALF_STEP, limit);
+#pragma unroll
+    for (int tile = 0; tile < T; tile++) x[tile] += AHEAD * half_record<F>;
+    use<F, T>(odd, x, part.tiles, end - s - AHEAD, acc);
+#pragma unroll
+    for (int tile = 0; tile < T; tile++) x[tile] += AHEAD * half_record<F>;
   }
   int turn = 0;
   finish_few<T>(p, sh.sums, turn, span, part, warp, l, acc);

@@ -76,7 +76,7 @@ template <int F, int WN, int WM, int MT> struct Source {
 
 template <int F, int WN, int WM, int MT>
 __device__ __forceinline__ void fill(Stage<F, WN, WM, MT> &to, const Source<F, WN, WM, MT> &from, int s, int steps) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = s / Packed<F>::block_steps / Packed<F>::unit * unit_bytes<F>;
+  const int lane = again(threadIdx.x % 32), warp = threadIdx.x / 32, at = s / Packed<F>::block_steps / Packed<F>::unit * unit_bytes<F>;
 #pragma unroll
   for (int offset = 16 * lane; offset < group_stage<F>; offset += 512) {
     const int source = at + stage_source<F>(s, offset);
@@ -142,7 +142,7 @@ __device__ __forceinline__ void multiply_stage(const Stage<F, WN, WM, MT> &from,
   __syncwarp(); /* the scales are read before the next stage's are written */
 }
 
-template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * WN * WM) tiles(const Product p) {
+template <int F, int WN, int WM, int MT> __global__ void __launch_bounds__(32 * WN * WM, 1) tiles(const Product p) {
   constexpr int S = stages<F, WN, WM, MT>;
   auto &ring = shared<Ring<F, WN, WM, MT>>();
   Part part;
