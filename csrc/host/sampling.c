@@ -10,6 +10,8 @@
  */
 #include "sampling.h"
 
+#include "../weight.h"
+
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -25,7 +27,7 @@ _Static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must be rounded to float"
 #define WIDE
 #endif
 
-enum { LANES = 16, BLOCK = 64, CHUNK = 4096, FIRST_GUESS = 256, GROWTH = 8 };
+enum { LANES = PE_WEIGHT_LANES, BLOCK = 64, CHUNK = PE_WEIGHT_CHUNK, FIRST_GUESS = 256, GROWTH = 8 };
 
 typedef struct { uint32_t key; int32_t id; } entry;   /* sorted by ascending key */
 
@@ -77,39 +79,17 @@ double pe_random_unit(uint64_t seed, uint64_t step) {
   return (double)(bits >> 11) * 0x1p-53;
 }
 
-enum { EXP_END = -87 };   /* weights are 0 from exp(-87) down, where normal floats end */
-
-static inline float clamp(float x) { return x > EXP_END ? x : EXP_END; }
-
-/* exp(x) for EXP_END <= x <= 0 within 2 units in the last place.
- * 2^n * exp(f), |f| <= ln(2) / 2, Taylor to the seventh power (the eighth is below 2^-27). */
-static inline float exp_clamped(float x) {
-  int32_t n = (int32_t)(x * 1.44269504f - 0.5f);
-  float f = x - (float)n * 0.693359375f;   /* ln(2) in two parts, the first exact in 9 bits */
-  f = f - (float)n * -2.12194440e-4f;
-  float y = 1.0f / 5040;
-  y = y * f + 1.0f / 720;
-  y = y * f + 1.0f / 120;
-  y = y * f + 1.0f / 24;
-  y = y * f + 1.0f / 6;
-  y = y * f + 0.5f;
-  y = y * f + 1.0f;
-  y = y * f + 1.0f;
-  union { uint32_t u; float f; } half_power = {(uint32_t)(n + 126) << 23};   /* 2^(n - 1), and 0 for n = -126 */
-  return (y + y) * half_power.f;
-}
-
-static float weight_of(float x, float max, float temperature) { return exp_clamped(clamp((x - max) / temperature)); }
+static float weight_of(float x, float max, float temperature) { return pe_weight_exp(pe_weight_clamp((x - max) / temperature)); }
 
 /* weights[i] = weight_of(x[i]), the same bits. Two loops: gcc makes one into a branch instead of vectors. */
 static inline __attribute__((always_inline)) void weigh_all(const float *x, int64_t n, float max, float temperature,
                                                             float *weights) {
   if (temperature == 1) {
-    for (int64_t i = 0; i < n; i++) weights[i] = clamp(x[i] - max);
+    for (int64_t i = 0; i < n; i++) weights[i] = pe_weight_clamp(x[i] - max);
   } else {
-    for (int64_t i = 0; i < n; i++) weights[i] = clamp((x[i] - max) / temperature);
+    for (int64_t i = 0; i < n; i++) weights[i] = pe_weight_clamp((x[i] - max) / temperature);
   }
-  for (int64_t i = 0; i < n; i++) weights[i] = exp_clamped(weights[i]);
+  for (int64_t i = 0; i < n; i++) weights[i] = pe_weight_exp(weights[i]);
 }
 
 /* A key whose ascending order is the order of floats; -0 and 0 are equal. */
@@ -183,6 +163,12 @@ WIDE static float scan(const float *x, int64_t n, float *maxima, int64_t *bad) {
   return all;
 }
 
+static double sum_of_lanes(const float *lanes) {
+  double sum = 0;
+  for (int l = 0; l < LANES; l++) sum += lanes[l];
+  return sum;
+}
+
 /* The sum of all weights; chunks[c] is that of chunk c. */
 WIDE static double sum_weights(const float *x, int64_t n, float max, float temperature, double *chunks) {
   double total = 0;
@@ -194,10 +180,7 @@ WIDE static double sum_weights(const float *x, int64_t n, float max, float tempe
     for (int64_t i = 0; i < count; i += LANES) {
       for (int l = 0; l < LANES; l++) lanes[l] += weights[i + l];
     }
-    double sum = 0;
-    for (int l = 0; l < LANES; l++) sum += lanes[l];
-    chunks[c] = sum;
-    total += sum;
+    total += chunks[c] = sum_of_lanes(lanes);
   }
   return total;
 }
@@ -421,5 +404,49 @@ pe_status pe_sample(const pe_sampler_params *p, const pe_sampler_input *in, void
   }
   *out = (pe_sampled){.token = (int32_t)token, .logprob = (float)((double)in->logits[token] - given_max - log_sum),
                       .n_kept = (int32_t)n_kept, .fault = PE_FAULT_NONE};
+  return PE_OK;
+}
+
+/* ---- from the largest logits alone --------------------------------------------------------------------------------- */
+
+/* Candidates are numbers of the largest here, x their logits; all: there are no others. Returns how many are left up to min_p, 0 where the
+ * others could matter. */
+static int64_t truncate_few(workspace *w, const float *x, int64_t count, int all, double sum, int64_t n, const pe_sampler_params *p) {
+  int typical = p->typical_p < 1, limited = p->top_k > 0 && p->top_k < n;
+  if (limited || typical) {
+    if (!all && (!limited || p->top_k > count)) return 0;
+    if (limited && count > p->top_k) count = p->top_k;
+    if (typical) count = keep_typical(w, x, count, p->typical_p);
+    return keep_top(w, count, weigh(w, x, count, 1.0f), p);
+  }
+  if (p->top_p >= 1 && !(p->min_p > 0)) return 0;
+  weigh(w, x, count, 1.0f);
+  int64_t left = keep_top(w, count, sum, p);
+  return left < count || all ? left : 0;
+}
+
+pe_status pe_sample_few(const pe_sampler_params *p, const pe_sampler_few *in, void *scratch, pe_sampled *out, pe_token_value *top,
+                        int32_t n_top) {
+  const float *x = in->logits;
+  if (in->k < 1 || in->k > in->n_vocab || n_top < 0 || n_top > in->k) return PE_BAD_SHAPE;
+  if (!params_are_good(p)) return fault(out, PE_FAULT_PARAMS, -1);
+  if (!(x[0] < INFINITY)) return fault(out, PE_FAULT_LOGIT, in->tokens[0]);
+  if (x[0] == -INFINITY) return fault(out, PE_FAULT_EMPTY, -1);
+  workspace w;
+  lay_out(&w, scratch, in->k);
+  double sum = 0;
+  for (int64_t c = 0; c * CHUNK < in->n_vocab; c++) sum += sum_of_lanes(in->sums + c * LANES);
+  double log_sum = log(sum);
+  int64_t count = 0, at = 0, n_kept = 1;
+  for (; count < in->k && x[count] >= -FLT_MAX; count++) w.kept[count] = (entry){descending(x[count]), (int32_t)count};
+  for (int64_t i = 0; i < n_top; i++)
+    top[i] = i < count ? (pe_token_value){in->tokens[i], (float)((double)x[i] - x[0] - log_sum)} : (pe_token_value){-1, -INFINITY};
+  if (p->temperature != 0) {
+    n_kept = truncate_few(&w, x, count, count < in->k || in->k == in->n_vocab, sum, in->n_vocab, p);
+    if (n_kept == 0) return fault(out, PE_FAULT_FEW, -1);
+    at = draw_kept(&w, x, n_kept, p->temperature, pe_random_unit(in->seed, in->step));
+  }
+  *out = (pe_sampled){.token = in->tokens[at], .logprob = (float)((double)x[at] - x[0] - log_sum), .n_kept = (int32_t)n_kept,
+                      .fault = PE_FAULT_NONE};
   return PE_OK;
 }

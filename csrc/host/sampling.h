@@ -52,12 +52,22 @@ typedef struct pe_sampler_input {
   uint64_t seed, step;             /* the random number of step `step` of the stream `seed` */
 } pe_sampler_input;
 
+/* The k largest logits of a row, as the op `top_k` finds them on a device: the largest first, of equals the lower token. */
+typedef struct pe_sampler_few {
+  const float *logits;             /* [k] */
+  const int32_t *tokens;           /* [k] */
+  const float *sums;               /* [ceil(n_vocab / 4096)][16] of weights: weight.h */
+  int32_t k, n_vocab;
+  uint64_t seed, step;
+} pe_sampler_few;
+
 enum pe_sample_fault {
   PE_FAULT_NONE = 0,
   PE_FAULT_PARAMS = 1,             /* a parameter is out of its range */
   PE_FAULT_TOKEN = 2,              /* `recent` or `bias` names token `token`, which is not in the vocabulary */
   PE_FAULT_LOGIT = 3,              /* the logit of `token` is NaN or +inf */
-  PE_FAULT_EMPTY = 4               /* no token is left: all logits are -inf or not allowed */
+  PE_FAULT_EMPTY = 4,              /* no token is left: all logits are -inf or not allowed */
+  PE_FAULT_FEW = 5                 /* the largest logits do not decide: the row is needed */
 };
 
 typedef struct pe_sampled {
@@ -75,6 +85,11 @@ PE_API int64_t pe_sample_scratch(int32_t n_vocab);
  * 0..n_vocab. PE_BAD_VALUE: see out->fault. */
 PE_API pe_status pe_sample(const pe_sampler_params *params, const pe_sampler_input *input, void *scratch,
                            pe_sampled *out, pe_token_value *top, int32_t n_top);
+
+/* The same token, logprobs and faults as pe_sample gives for the whole row without bias, penalties and mask; or PE_FAULT_FEW, where they
+ * depend on logits that are not here. Greedy and with top_k <= k they never do. n_top is at most k. */
+PE_API pe_status pe_sample_few(const pe_sampler_params *params, const pe_sampler_few *few, void *scratch, pe_sampled *out,
+                               pe_token_value *top, int32_t n_top);
 
 /* Number `step` of stream `seed`, uniform in [0, 1): SplitMix64 (Steele, Lea and Flood 2014,
  * doi:10.1145/2660193.2660195) started at the mixed seed, upper 53 bits of its output. */

@@ -30,10 +30,12 @@ class Declared:
     """A program as a model declares it: outputs of a graph, and where a run may begin.
 
     entries  name of an entry -> the input whose first reader it begins at: what may change while all before it stays
+    asked    numbers of outputs that stay on a device with memory of its own until `Program.read` asks for rows of them
     """
 
     outputs: list[Tensor]
     entries: Mapping[str, str] = field(default_factory=dict)
+    asked: frozenset[int] = frozenset()
 
 
 class State(ABC):
@@ -64,7 +66,7 @@ class Program(ABC):
 
     inputs   host array of each input, run-time axes at their largest; what is written there counts at the next run
     tables   host array of each table: written where something changes, read by every later run
-    outputs  host array of each output, valid until the next run
+    outputs  host array of each output, valid until the next run; those that were declared to be asked for by `read` only
     states   by name
     """
 
@@ -87,6 +89,10 @@ class Program(ABC):
         dims: values of the run-time axes.
         Raises: RequestError for run-time numbers out of range (ids, cells); GraphError for what kernels refuse.
         """
+
+    def read(self, output: int, first: int, n: int) -> np.ndarray:
+        """Return rows first .. first + n - 1 of an output of the last run, valid until the next one."""
+        return self.outputs[output][first : first + n]
 
     def run(self, **arrays: np.ndarray) -> Any:
         """Compute the outputs from arrays by input name; run-time axes take their values from the arrays' shapes.
@@ -157,9 +163,11 @@ class Backend(ABC):
 
     name     as in `device=`
     kernels  names of the ops that it computes itself; None: every op there is
+    apart    its memory is its own: inputs and outputs are copied
     """
 
     name: ClassVar[str]
+    apart: ClassVar[bool] = False
     kernels: frozenset[str] | None = None
 
     @abstractmethod

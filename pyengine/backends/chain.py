@@ -22,10 +22,11 @@ class PreparedChain(NamedTuple):
     prepared: list[Prepared]
 
     @classmethod
-    def lay_out(cls, parts: list[Part], backends: Sequence[Backend], entries: dict[str, str]) -> PreparedChain:
-        """Lay out each part with the backend of its device. Entries are in the program that runs last."""
+    def lay_out(cls, parts: list[Part], backends: Sequence[Backend], declared: Declared) -> PreparedChain:
+        """Lay out each part of what was declared with the backend of its device. Entries are in the program that runs last."""
         last = max(range(len(parts)), key=lambda d: max(parts[d].stages, default=-1))
-        return cls(parts, [own.prepare(Declared(p.outputs, entries if d == last else {}), p.turns)
+        asked = [frozenset(k for i, k in p.results if i in declared.asked) - frozenset(p.sends.values()) for p in parts]
+        return cls(parts, [own.prepare(Declared(p.outputs, declared.entries if d == last else {}, asked[d]), p.turns)
                            for d, (p, own) in enumerate(zip(parts, backends))])
 
     @property
@@ -74,8 +75,9 @@ class Chain(base.Program):
             copies = [(program.outputs[i], target, t) for name, i in part.sends.items() if part.turns.outputs[i] == turn
                       for target, t in received[name]]
             self._order.append((program, turn, copies))
-        places = {i: program.outputs[k] for part, program in zip(self.parts, self.programs) for i, k in part.results}
-        self.outputs = [places[i] for i in range(len(places))]
+        places = {i: (program, k) for part, program in zip(self.parts, self.programs) for i, k in part.results}
+        self._made_by = [places[i] for i in range(len(places))]                # of each output: the program, and its number there
+        self.outputs = [program.outputs[k] for program, k in self._made_by]
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.programs))})"
@@ -92,6 +94,11 @@ class Chain(base.Program):
         for program, own, copies in self._order:
             program.execute(None, own, **dims)
             self._copy(copies, dims)
+
+    def read(self, output: int, first: int, n: int) -> np.ndarray:
+        """Return rows of an output of the last run."""
+        program, number = self._made_by[output]
+        return program.read(number, first, n)
 
     def resident(self) -> int:
         """Return the bytes of all devices' memory that are there already."""

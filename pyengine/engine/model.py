@@ -315,7 +315,7 @@ class Model:
         finally:
             s.active = False
         self._fed, self._fed_ids = s, held
-        return logits[0].copy()
+        return logits.whole()[0].copy()
 
     @alone
     @takes()
@@ -362,7 +362,7 @@ class Model:
                 skip = min(max(first - start, 0), stop - start)
                 wanted = np.arange(skip, stop - start, dtype=np.int32)
                 with self._lock:
-                    done, logits = 0, self._runner.run([Work(s, rows, start, stop, wanted)])
+                    done, logits = 0, self._runner.run([Work(s, rows, start, stop, wanted)]).whole()
                     step = self._runner.n_steps
                 while len(logits):
                     yield start + skip + done, logits
@@ -370,7 +370,7 @@ class Model:
                     with self._lock:
                         if self._runner.n_steps != step:
                             raise RequestError("logit_blocks: another step of the model was run while its blocks were read")
-                        logits = self._runner.head(done) if done < len(wanted) else logits[:0]
+                        logits = self._runner.head(done).whole() if done < len(wanted) else logits[:0]
         finally:
             with self._lock:
                 if not self.closed:

@@ -15,6 +15,7 @@ from pyengine.cache.cells import Conversation
 from pyengine.arguments import iterates
 from pyengine.errors import RequestError, shown as in_short
 from pyengine.programs.rows import Rows
+from pyengine.programs.step import Row
 from pyengine.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:
@@ -162,8 +163,8 @@ class Job(ABC):
         """Return which of its rows [start, stop) `take` gets, counted from `start`."""
 
     @abstractmethod
-    def take(self, given: np.ndarray) -> None:
-        """Take what the step gave for the wanted rows: hidden states [n, d_model], or the logits [vocab] of the last one."""
+    def take(self, given: Any) -> None:
+        """Take what the step gave for the wanted rows: hidden states [n, d_model], or the logits after the last one, a `Row`."""
 
     def leave(self, runner: Runner) -> None:
         """Let go of the conversation."""
@@ -201,19 +202,20 @@ class Request(Job):
             return np.arange(stop - start, dtype=np.int32)
         return np.array([stop - start - 1], np.int32) if stop == len(self.rows) else np.empty(0, np.int32)
 
-    def score(self, row: int, logits: np.ndarray) -> None:
+    def score(self, row: int, given: Row) -> None:
         """Note how probable the prompt's token `row` is by the logits after the row before it; the first row has none."""
         token = int(self.rows.ids[row])
         if token < 0 or self.scorer is None:                 # of a picture
             self.report.prompted.append(None)
             return
+        logits = given.whole()
         best = self.scorer.sample(logits[: self.scorer.n_vocab])
         known = dict(best.top)
         total = float(logits[best.token]) - best.logprob     # logarithm of the sum of all exponentials
         self.report.prompted.append(Sampled(token, known.get(token, float(logits[token]) - total), best.top))
 
-    def take(self, logits: np.ndarray) -> None:
-        """Sample from logits [rows of the head] after the last row, and decide whether to go on. Rows beyond the tokens are padding."""
+    def take(self, given: Row) -> None:
+        """Sample from the logits after the last row, and decide whether to go on."""
         run, now, guide = self.report, time.perf_counter(), self.guide
         if self.pending is None:
             self.prompted = now
@@ -221,10 +223,7 @@ class Request(Job):
         self.pending = None
         if self.max_tokens == 0:
             return self._end(run.finish)
-        allowed = None if guide is None else guide.allowed()
-        if allowed is not None:                              # a vocabulary may be longer than the head: nobody draws its last ones
-            allowed = allowed[: (self.sampler.n_vocab + 31) // 32]
-        drawn = self.sampler.sample(logits[: self.sampler.n_vocab], allowed)
+        drawn = self._draw(given)
         if drawn.token in self.eog:
             run.ended_by = drawn
             return self._end("stop")
@@ -246,6 +245,17 @@ class Request(Job):
             self._end("length")
         else:
             self.pending = drawn.token
+
+    def _draw(self, given: Row) -> Sampled:
+        """Choose a token by the largest logits where those decide, else by all. Rows of the head beyond the tokens are padding."""
+        allowed = None if self.guide is None else self.guide.allowed()
+        if allowed is None and given.largest is not None:
+            drawn = self.sampler.sample_few(*given.largest)
+            if drawn is not None:
+                return drawn
+        if allowed is not None:                              # a vocabulary may be longer than the head: nobody draws its last ones
+            allowed = allowed[: (self.sampler.n_vocab + 31) // 32]
+        return self.sampler.sample(given.whole()[: self.sampler.n_vocab], allowed)
 
     def fill(self) -> None:
         """End because the context is full: what was generated so far is the answer, of finish "length"."""

@@ -11,7 +11,7 @@ from pyengine.cache.cells import Conversation
 from pyengine.cache.store import Store
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import common, Rows
-from pyengine.programs.step import Step, StepProgram, Work
+from pyengine.programs.step import Logits, Step, StepProgram, Work
 
 
 class Runner:
@@ -25,8 +25,8 @@ class Runner:
         self.inputs = StepProgram(step, program, self.cells)
         self.n_steps = 0
 
-    def run(self, work: Sequence[Work]) -> np.ndarray:
-        """Run one step; returns logits of the first n_head rows that give some [l, vocab], valid until the next call.
+    def run(self, work: Sequence[Work]) -> Logits:
+        """Run one step; returns logits of the first n_head rows that give some, valid until the next call.
 
         A step that fails, or is interrupted, adds nothing to its conversations; those whose cells may be half copied are dropped.
         """
@@ -57,7 +57,7 @@ class Runner:
             self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end))
             self.inputs.cross(part.conversation, pictures)
 
-    def head(self, done: int) -> np.ndarray:
+    def head(self, done: int) -> Logits:
         """Return logits of the last step's rows that give some, from number `done` on, n_head at most."""
         return self.inputs.head(done)
 

@@ -21,7 +21,7 @@ from pyengine.engine.request import Job
 from pyengine.engine.runner import Runner
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import token_rows
-from pyengine.programs.step import Work
+from pyengine.programs.step import Logits, Row, Work
 
 YIELD_SECONDS = 1e-4         # enough for another thread to wake
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
@@ -97,7 +97,7 @@ class Scheduler:
             served = [r for r, _ in work]
             if work:
                 logits = self.runner.run([w for _, w in work])
-                self._take(work, logits, self.runner.hidden)
+                self._take(work, logits)
         except BaseException as error:                       # Ctrl-C too, wherever it comes
             for request in served:
                 if not request.finished:
@@ -124,9 +124,10 @@ class Scheduler:
         if self.asking:
             time.sleep(YIELD_SECONDS)
 
-    def _take(self, work: Sequence[tuple[Job, Work]], logits: np.ndarray, hidden: np.ndarray) -> None:
-        """Hand out what a step gave for wanted rows, in order: hidden states of all of them, logits of those that are no `hidden` work."""
+    def _take(self, work: Sequence[tuple[Job, Work]], logits: Logits) -> None:
+        """Hand out what a step gave for wanted rows, in order: hidden states of `hidden` work, logits of the others."""
         row, head, first = 0, 0, 0                           # of all rows, of those with logits, and of these the first one in `logits`
+        hidden = self.runner.hidden if any(w.hidden for _, w in work) else _NOTHING
         for request, w in work:
             if request.pending is None:
                 request.done = w.stop
@@ -141,9 +142,9 @@ class Scheduler:
                 head += 1
             row += n
 
-    def _hand(self, request: Job, given: np.ndarray, scored: int | None) -> None:
+    def _hand(self, request: Job, given: Row | np.ndarray, scored: int | None) -> None:
         """Give a request what came for it; scored: the row of its prompt that these logits foretell, where it is not the first new one."""
-        if request.finished or not len(given):
+        if request.finished or isinstance(given, np.ndarray) and not len(given):
             return
         before = len(request.report.tokens)
         try:
@@ -233,7 +234,7 @@ class Scheduler:
         return Work(r.conversation, r.rows, start, stop, r.wanted(start, stop), r.hidden)
 
 
-_FIRST = np.zeros(1, np.int32)
+_FIRST, _NOTHING = np.zeros(1, np.int32), np.empty(0, np.float32)
 
 
 def check_room(n: int, n_ctx: int) -> None:

@@ -105,7 +105,14 @@ class ModelLayout:
         if image is not None:
             across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
             runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
-        return Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across)
+        return Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens())
+
+    def _n_tokens(self) -> int:
+        """Return how many tokens there are, for a device that finds the largest logits of each row; 0: logits are in the host's memory."""
+        meta = self.bound.files.model.metadata
+        if not self._backend.apart or "tokenizer.ggml.tokens" not in meta:
+            return 0
+        return min(self.bound.model.config.vocab_size, meta.count("tokenizer.ggml.tokens"))
 
     def _encoder_rows(self, image: Encoder, n_ctx: int, cell: int) -> int:
         """Count the encoder rows of a conversation in layers that attend across. cell: bytes of a key and a value of one layer."""

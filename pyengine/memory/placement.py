@@ -84,7 +84,7 @@ def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: Mapp
         return last if behind_layers(name) else step.stage_of(name, last)
 
     parts = cut(declared.outputs, stage_of, devices)
-    chain = PreparedChain.lay_out(parts, [backend_of(names[d]) for d in used], dict(declared.entries))
+    chain = PreparedChain.lay_out(parts, [backend_of(names[d]) for d in used], declared)
     note = "layers: " + ", ".join(f"{found.count(d)} on {names[d]}" for d in used if d in found)
     return Placement([names[d] for d in used], chain, [[i for i, on in enumerate(found) if on == d] for d in used],
                      note + (f", their experts on {where}" if where else ""))

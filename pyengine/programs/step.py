@@ -2,7 +2,7 @@
 
     Step.declare  graph of one step for given sizes, rows that nobody wants left out
     Step.fill     rows of several conversations into the inputs of a loaded program
-    Step.run, Step.head    replay it; the head alone, for more of the wanted rows
+    Step.run, Step.head    replay it; the head alone, for more of the wanted rows: `Logits`
     Step.hidden   what the head reads: last hidden states of the wanted rows
 """
 
@@ -26,12 +26,14 @@ from pyengine.graph.tensor import Dim, Tensor
 from pyengine.models.architecture import Architecture
 from pyengine.nn.batch import Across, Batch
 from pyengine.nn.cache import CrossCache, LayerCache, RecurrentCache
-from pyengine.ops import rows as take
+from pyengine.ops import rows as take, top_k
+from pyengine.ops.top import MOST
 from pyengine.programs.adapters import adapted
 from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import Sizes
 
 FLOAT = dtype_of("F32")                  # of states
+LOGITS, HIDDEN, LARGEST = 0, 1, 2        # numbers of outputs
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
 ADAPTERS = "lora_scales"                 # of each row; those of encoder rows are "across.lora_scales"
 
@@ -77,7 +79,10 @@ class Step:
     # -- declared -----------------------------------------------------------------------------------------------------
 
     def declare(self) -> Declared:
-        """Build the graph: logits [l, vocab] of some of the wanted rows, and last hidden states of all of them [w, d_model]."""
+        """Build the graph: logits [l, vocab] of some of the wanted rows, and last hidden states of all of them [w, d_model].
+
+        With n_tokens in the sizes both stay on the device until they are asked for, and what `top_k` finds in the logits comes back.
+        """
         g, s, model = Graph(), self.sizes, self.model
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
@@ -110,7 +115,9 @@ class Step:
         outputs = [model.logits(take(hidden, head)), hidden]
         if self.adapters:
             outputs = self._adapted(g, outputs, batch, wanted, head)
-        return Declared(only(outputs, wanted, chosen), {HEAD: HEAD})
+        largest = top_k(outputs[LOGITS], n=s.n_tokens, k=min(s.n_tokens, MOST)) if s.n_tokens else ()
+        asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
+        return Declared(only([*outputs, *largest], wanted, chosen), {HEAD: HEAD}, asked)
 
     def _adapted(self, g: Graph, outputs: list[Tensor], batch: Batch, wanted: Tensor, head: Tensor) -> list[Tensor]:
         """Add what adapters change, by the scales of each row."""
@@ -168,6 +175,42 @@ def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
     return [p if not p.across else p.holding(sizes.across) if sizes.across else None for p in model.policies()]
 
 
+class Row:
+    """Logits after one row of a run, valid until the next one."""
+
+    def __init__(self, program: Program, number: int):
+        self._program, self._number = program, number
+
+    @property
+    def largest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """What `top_k` found in it, where the device looks for that: (logits, tokens, sums of weights)."""
+        if len(self._program.outputs) == LARGEST:
+            return None
+        values, tokens, sums = (a[self._number] for a in self._program.outputs[LARGEST:])
+        return values, tokens, sums
+
+    def whole(self) -> np.ndarray:
+        """Return all logits [vocab]."""
+        return self._program.read(LOGITS, self._number, 1)[0]
+
+
+class Logits:
+    """Logits after rows of a run, `self[i]` of each, valid until the next one."""
+
+    def __init__(self, program: Program, n: int):
+        self._program, self._n = program, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: int) -> Row:
+        return Row(self._program, i)
+
+    def whole(self) -> np.ndarray:
+        """Return all of them [l, vocab]."""
+        return self._program.read(LOGITS, 0, self._n)
+
+
 class StepProgram:
     """A step's program, loaded: fills its inputs and runs it.
 
@@ -177,7 +220,6 @@ class StepProgram:
     def __init__(self, step: Step, program: Program, cells: Cells):
         self.step, self.program, self.cells = step, program, cells
         self._flat: Mapping[str, np.ndarray] = {name: a.reshape(-1) for name, a in program.inputs.items()}
-        self._logits, self._hidden = program.outputs
         self._dims: dict[str, int] = {}
         self._heads = np.empty(0, np.int32)                  # of the wanted rows, the numbers of those that give logits
 
@@ -268,22 +310,22 @@ class StepProgram:
                 self.program.execute(m=0, w=0, e=0, l=0, s=0, c=len(part))
                 first += len(part)
 
-    def run(self) -> np.ndarray:
-        """Run what `fill` has laid out; returns logits of the first n_head rows that give some [l, vocab], valid until the next run."""
+    def run(self) -> Logits:
+        """Run what `fill` has laid out; returns logits of the first n_head rows that give some, valid until the next run."""
         return self._run(0, None)
 
-    def head(self, done: int) -> np.ndarray:
+    def head(self, done: int) -> Logits:
         """Return logits of the last run's rows that give some, from number `done` on, n_head at most."""
         return self._run(done, HEAD)
 
     @property
     def hidden(self) -> np.ndarray:
         """Last hidden states of all wanted rows of the last run [w, d_model], valid until the next run."""
-        return self._hidden[: self._dims["w"]]
+        return self.program.read(HIDDEN, 0, self._dims["w"])
 
-    def _run(self, done: int, entry: str | None) -> np.ndarray:
+    def _run(self, done: int, entry: str | None) -> Logits:
         heads = self._heads[done : done + self.step.sizes.n_head]
         n = len(heads)
         self._put(HEAD, slice(0, n), heads)
         self.program.execute(entry, l=n, **self._dims)
-        return self._logits[:n]
+        return Logits(self.program, n)

@@ -240,6 +240,27 @@ class Sampler:
             self._params, row, self._scratch_at, self._out, self._top, self.params.logprobs
         )
         row.logits = row.allowed = row.recent = ffi.NULL
+        return self._sampled(status)
+
+    def sample_few(self, logits: np.ndarray, tokens: np.ndarray, sums: np.ndarray) -> Sampled | None:
+        """Choose the token that `sample` would, from the k largest logits alone: what the op `top_k` finds in a row.
+
+        None where it depends on others: with penalties and biases, without top_k where the tokens that top_p and min_p keep do not end
+        among these, and for more logprobs than there are. Raises as `sample`.
+        """
+        p, k = self.params, len(logits)
+        if self._counts or p.logit_bias or p.logprobs > k:
+            return None
+        ffi = native.ffi
+        few = ffi.new("pe_sampler_few *", [ffi.cast("float *", logits.ctypes.data), ffi.cast("int32_t *", tokens.ctypes.data),
+                                           ffi.cast("float *", sums.ctypes.data), k, self.n_vocab, self.seed, self.step])
+        status = native.lib.pe_sample_few(self._params, few, self._scratch_at, self._out, self._top, p.logprobs)
+        if status != 0 and self._out.fault == native.lib.PE_FAULT_FEW:
+            return None
+        return self._sampled(status)
+
+    def _sampled(self, status: int) -> Sampled:
+        """Return what C has drawn. Raises what it says instead."""
         if status != 0:
             raise self._error(status)
         self.step += 1

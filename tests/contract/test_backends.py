@@ -309,7 +309,7 @@ def test_programs_of_two_backends_are_one_chain(own: Backend, computing: Backend
     want = Reference(dtype=np.float64).compile(layered()).run(ids=ids)
     for places, backends in (([0, 1, 0], [own, Cpu(2)]), ([1, 0, 1], [own, Cpu(2)]), ([0, 1, 1], [Reference(), own])):
         parts = cut(layered(), lambda name: int(name.split(".")[1]) if name.startswith("blk") else None, places)
-        chain = PreparedChain.lay_out(parts, backends, {})
+        chain = PreparedChain.lay_out(parts, backends, Declared(layered()))
         program = chain.load()
         for _ in range(2):
             program.inputs["ids"][:4] = ids
@@ -449,7 +449,7 @@ def test_a_chain_counts_and_refuses_the_steps_of_its_parts(computing: Backend, d
 
     ids = np.array([3, 1], np.int32)
     parts = cut(outputs(), lambda name: int(name.split(".")[1]) if name.startswith("blk") else None, [0, 1, 0])
-    chain = PreparedChain.lay_out(parts, [computing, Reference()], {})
+    chain = PreparedChain.lay_out(parts, [computing, Reference()], Declared(outputs()))
     assert chain.fallbacks.get("shifted") == (None if computing.kernels is None else 2)
     program = chain.load()
     program.profile(True)

@@ -20,7 +20,7 @@ from converters.quantize.file import quantize_file
 from pyengine.engine.runner import Runner
 from pyengine.errors import PlanError, RequestError
 from pyengine.programs.rows import token_rows
-from pyengine.programs.step import Work
+from pyengine.programs.step import Row, Work
 
 IDS = np.random.default_rng(0).integers(0, 500, 100).tolist()
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 64}
@@ -116,6 +116,26 @@ def test_greedy_text_is_the_cpus(load: Load, tiny_gguf) -> None:
 
 
 # -- invariants -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_needs_the_largest_logits_only(load: Load, tiny_gguf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of logits stay on the card where a request does not need them, and then tokens and log-probabilities are the same."""
+    model, read = load(tiny_gguf("llama")[0]), []
+    program, own = model._runner.program, model._runner.program.read
+    monkeypatch.setattr(program, "read", lambda *args: read.append(args) or own(*args))
+
+    def answers(**settings: Any) -> tuple[list[Any], int]:
+        before = len(read)
+        return model.generate(IDS[:20], max_tokens=6, **settings).sampled, len(read) - before
+
+    for settings, needs in (({"seed": 5}, False), ({"temperature": 0, "logprobs": 3}, False), ({"seed": 1, "top_k": 0, "top_p": 0.5}, False),
+                            ({"seed": 2, "presence_penalty": 0.5}, True), ({"seed": 3, "top_k": 0, "top_p": 1, "min_p": 0}, True)):
+        sampled, times = answers(**settings)
+        assert (times > 0) == needs, (settings, read)
+        with monkeypatch.context() as m:
+            m.setattr(Row, "largest", None)
+            whole, times = answers(**settings)
+        assert times == len(whole) and sampled == whole, settings
 
 
 @pytest.mark.parametrize(("kind", "outtype", "kv_dtype"), [("llama", "f32", "f32"), ("llama", "q8_0", "f16"), ("gemma3_text", "f32", "f16"),

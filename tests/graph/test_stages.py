@@ -25,19 +25,19 @@ IDS = np.random.default_rng(7).integers(0, 512, 50).tolist()
 def runner_of(step: Step, n: int) -> Runner:
     layers, declared = step.model.config.n_layers, step.declare()
     parts = cut(declared.outputs, lambda name: int(name.split(".")[1]) * n // layers if name.startswith("blk.") else None, range(n))
-    return Runner(step, PreparedChain.lay_out(parts, [backend("cpu")] * n, dict(declared.entries)).load())
+    return Runner(step, PreparedChain.lay_out(parts, [backend("cpu")] * n, declared).load())
 
 
 def logits(runner: Runner, ids: list[int]) -> np.ndarray:
     s, rows, out = runner.cells.new(), token_rows(ids, 0, runner.axes), []
     for start, stop in rows.steps(0, runner.n_batch):
         wanted = np.arange(stop - start, dtype=np.int32)
-        part = runner.run([Work(s, rows, start, stop, wanted)])
+        part = runner.run([Work(s, rows, start, stop, wanted)]).whole()
         done = 0
         while len(part):
             out.append(part.copy())
             done += len(part)
-            part = runner.head(done) if done < len(wanted) else part[:0]
+            part = runner.head(done).whole() if done < len(wanted) else part[:0]
     return np.concatenate(out)
 
 

@@ -288,7 +288,7 @@ TOLERANCE = {
     "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
     "reduce": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
-    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "sum_experts": (5e-7, 3.0),
+    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
     "causal_conv": (5e-7, 3.0), "gated_delta_rule": (2e-6, 8.0),
 }
 # Attention by bytes: a float that lies near the middle of two codes may become either.

@@ -55,7 +55,7 @@ def logits(path: Path, ids: list[int], adapters: Any = None) -> np.ndarray:
     step = step_of(path, n, n, "f32", adapters=adapters, n_head=n)
     runner = Runner(step, Backend(dtype=np.float64).prepare(step.declare()).load())
     scales = tuple(a.scale for a in step.adapters)
-    return runner.run([Work(runner.cells.new(scales), token_rows(ids, 0, runner.axes), 0, n, np.arange(n, dtype=np.int32))])
+    return runner.run([Work(runner.cells.new(scales), token_rows(ids, 0, runner.axes), 0, n, np.arange(n, dtype=np.int32))]).whole()
 
 
 def int8_activations(x, w, bias=None, norm=None, residual=None, **params):

@@ -382,6 +382,72 @@ int main(void) {{
     cbuild.run_sanitized((program, cbuild.CSRC / "host/sampling.c"), tmp_path / "run")
 
 
+FEW = [
+    {}, dict(temperature=0.0), dict(top_k=7, typical_p=0.6), dict(top_k=256, top_p=1.0, min_p=0.0, temperature=3.0), dict(logprobs=9),
+    dict(top_k=0, top_p=0.6), dict(top_k=0, top_p=1.0, min_p=0.02), dict(temperature=0.0, logprobs=256), dict(top_k=0, top_p=0.999, min_p=0.0),
+    OFF, dict(top_k=300), dict(top_k=0, typical_p=0.5),
+]
+
+
+@pytest.mark.parametrize("n_vocab", (5, 256, 1000, 9001))
+@pytest.mark.parametrize("chain", FEW, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default")
+def test_the_largest_logits_give_the_same_tokens(sampling, chain, n_vocab):
+    """Tokens, logprobs and the random stream, bit for bit; or None, and then the whole row must be needed: see the second half."""
+    if chain.get("logprobs", 0) > n_vocab:
+        return
+    k, rng, decided = min(n_vocab, 256), np.random.default_rng(n_vocab), 0
+    params = sampling.SamplingParams(**chain, seed=11)
+    few, whole = sampling.Sampler(params, n_vocab), sampling.Sampler(params, n_vocab)
+    for spread in (0.0, 0.1, 1.0, 3.0, 10.0, 60.0) * 3:
+        row = np.round(rng.standard_normal(n_vocab) * spread, 1).astype(np.float32)          # with ties
+        row[rng.random(n_vocab) < 0.1] = -np.inf
+        values, tokens, sums = largest(row, k)
+        drawn, want = few.sample_few(values, tokens, sums), whole.sample(row)
+        if drawn is None:
+            few.step += 1
+        else:
+            assert drawn == want
+            decided += 1
+    limited = chain.get("temperature") == 0 or 0 < chain.get("top_k", 40) <= min(k, n_vocab - 1)
+    assert decided == 18 if limited else decided < 18 or n_vocab <= 256 or chain.get("min_p") == 0.02
+
+
+def largest(row, k):
+    """What the op top_k gives for a row, with sums by the C sampler's own arithmetic, in NumPy."""
+    n = len(row)
+    tokens = np.argsort(-row, kind="stable")[:k].astype(np.int32)
+    one = np.float32(1)
+    x = np.fmax(row - row.max(), np.float32(-87))
+    steps = (x * np.float32(1.44269504) - np.float32(0.5)).astype(np.int32)
+    f = x - steps.astype(np.float32) * np.float32(0.693359375)
+    f = f - steps.astype(np.float32) * np.float32(-2.12194440e-4)
+    y = np.full_like(f, 1 / 5040)
+    for c in (one / np.float32(720), one / np.float32(120), one / np.float32(24), one / np.float32(6), np.float32(0.5), one, one):
+        y = y * f + c
+    weights = (y + y) * ((steps + 126).astype(np.uint32) << 23).view(np.float32)
+    weights = np.pad(weights, (0, -n % 4096)).reshape(-1, 256, 16)
+    sums = np.zeros((len(weights), 16), np.float32)
+    for i in range(256):
+        sums += weights[:, i]
+    return row[tokens], tokens, sums.reshape(-1)
+
+
+def test_the_largest_logits_are_not_enough(sampling):
+    row = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    few = largest(row, 256)
+    for params in (dict(logit_bias=((3, 1.0),)), dict(logprobs=257), dict(top_k=257), OFF):
+        assert sampling.Sampler(sampling.SamplingParams(**params), 1000).sample_few(*few) is None
+    penalized = sampling.Sampler(sampling.SamplingParams(presence_penalty=1.0), 1000)
+    assert penalized.sample_few(*few) is not None                              # nothing is recent yet
+    penalized.accept(int(few[1][0]))
+    assert penalized.sample_few(*few) is None
+    for bad in (math.nan, math.inf):
+        row[17] = bad
+        values, tokens = np.array([bad, 1.0], np.float32), np.array([17, 3], np.int32)
+        with pytest.raises(PyEngineError, match="token 17 is NaN or infinite"):
+            sampling.Sampler(sampling.SamplingParams(), 1000).sample_few(values, tokens, few[2])
+
+
 def test_speed(sampling, capsys):
     """Gemma's vocabulary, medians of 50 calls from Python; the bound is loose because machines are busy."""
     n_vocab = 262_144

@@ -35,6 +35,7 @@ class Backend(base.Backend):
     """See the module's docstring. index: the number of the card; emulated: in place of cards."""
 
     name: ClassVar[str] = "cuda"
+    apart: ClassVar[bool] = True
 
     def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
         if in_place:

@@ -24,6 +24,7 @@ class Prepared(Counted):
 
     def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, own: Any):
         self.own, self.turns, self.n_threads, self.isa = own, turns, own.n_threads, own.name
+        self.asked = declared.asked
         self._scratch: dict[Any, int] = {}                   # answers of `scratch_bytes`: most layers ask the same
         super().__init__(declared, turns, passes, own.kernels)
         self.codebooks = aligned(BYTES) if any(r.dtype.name in BOOKS for r in self.residents.values()) else 0

@@ -160,12 +160,12 @@ class Program(base.Program):
         return out
 
     def _fetches(self, turn: int, begin: int) -> list[Transfer]:
-        """List the outputs of a turn."""
+        """List the outputs of a turn, but for those that are asked for."""
         layout, turns = self.prepared.layout, self.prepared.turns
         number = {id(node): i for i, node in enumerate(layout.steps)}
         out = []
         for i, (t, array) in enumerate(zip(layout.outputs, self.outputs)):
-            if (turns.outputs[i] if turns else 0) == turn:
+            if (turns.outputs[i] if turns else 0) == turn and i not in self.prepared.asked:
                 maker = t
                 while maker.node.op is not None and maker.node.op.view:
                     maker = maker.node.args[0]
@@ -226,6 +226,16 @@ class Program(base.Program):
                 status, said = does.run(self._dims, max(0, first - begin))
                 if status:
                     raise self._error(status, begin, said)
+
+    def read(self, output: int, first: int, n: int) -> np.ndarray:
+        """Return rows of an output of the last run, which come now if they were declared to be asked for."""
+        rows = self.outputs[output][first : first + n]
+        if output in self.prepared.asked and rows.size:
+            t = self.prepared.layout.outputs[output]
+            step = int(self.prepared.layout.of(t).strides[0])
+            self.queue.copy(rows.ctypes.data, self.address_of(t) + first * step, rows.nbytes)
+            self.queue.wait()
+        return rows
 
     def _error(self, status: int, begin: int, said: Any) -> Exception:
         if status not in _STATUS:
