@@ -51,7 +51,7 @@ class Model:
     def logits(self, parts: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the logits after every token of a new conversation that is run part by part."""
         s = self.runner.cells.new()
-        out = [self.runner.run([self.work(s, ids, len(ids))]).copy() for ids in parts]
+        out = [self.runner.run([self.work(s, ids, len(ids))]).whole().copy() for ids in parts]
         self.runner.cells.drop(s)
         return np.concatenate(out)
 
@@ -115,7 +115,7 @@ def _generate(model: Model, s: Conversation, n: int) -> list[float]:
     token, seconds = 1, []
     for _ in range(n):
         start = time.perf_counter()
-        token = int(model.runner.run([model.work(s, [token])])[0].argmax())
+        token = int(model.runner.run([model.work(s, [token])]).whole()[0].argmax())
         seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -151,7 +151,7 @@ def logits_of(model: pe.Model, prompts: list[list[int]]) -> list[np.ndarray]:
     """Logits after the last token of each prompt, all of one step."""
     runner = Runner(model._runner.step, model.program)
     work = [Work(runner.cells.new(), token_rows(ids, 0, runner.axes), 0, len(ids), np.array([len(ids) - 1], np.int32)) for ids in prompts]
-    return list(runner.run(work).copy())
+    return list(runner.run(work).whole().copy())
 
 
 @pytest.mark.parametrize(("kind", "outtype", "kv_dtype"), [("llama", "f32", "f16"), ("llama", "q8_0", "f16"),
