@@ -2,7 +2,7 @@
  * Reference: pyengine/ops/recurrent.py: causal_conv, gated_delta_rule.
  *
  * Rows of a step are walked in order, because each needs the state that the one before it left; what a thread owns is a part of the
- * state that no other part touches: COLUMNS channels of the convolution, or COLUMNS columns of one head's matrix. Sums: over taps in
+ * state that no other part touches: CHANNELS of the convolution, or COLUMNS columns of one head's matrix. Sums: over taps in
  * their order; over the e rows of a matrix in four sums, of every fourth row, added as (0 + 1) + (2 + 3). So an element's bits depend
  * on the conversation's rows alone.
  *
@@ -12,7 +12,7 @@
  */
 #include "vec.h"
 
-enum { VECTORS = 2, COLUMNS = 16 * VECTORS, FOLLOWS = -2 };
+enum { VECTORS = 2, COLUMNS = 16 * VECTORS, CHANNELS = 256, FOLLOWS = -2 };
 
 /* Cells of all rows; all threads alike. */
 static pe_status check_rows(const char *op, const pe_tensor *state, const pe_tensor *before, const pe_tensor *after, pe_stream *s) {
@@ -43,12 +43,12 @@ PE_KERNEL(cpu, causal_conv)(const pe_tensor *x, const pe_tensor *weight, const p
   const int32_t *from = before->data, *to = after->data;
   const pe_status bad = check_rows("causal_conv", state, before, after, s);
   if (bad) return bad;
-  for (int64_t c0; (c0 = pe_next(s, 0) * COLUMNS) < d;)
-    for (int64_t c = c0; c < pe_min(d, c0 + COLUMNS); c += 16) {
-      int64_t start = 0; /* the first row that goes on from the state in `cell` */
-      int32_t cell = -1;
-      for (int64_t i = 0; i < m; i++) {
-        if (from[i] != FOLLOWS) start = i, cell = from[i];
+  for (int64_t c0; (c0 = pe_next(s, 0) * CHANNELS) < d;) {
+    int64_t start = 0; /* the first row that goes on from the state in `cell` */
+    int32_t cell = -1;
+    for (int64_t i = 0; i < m; i++) {
+      if (from[i] != FOLLOWS) start = i, cell = from[i];
+      for (int64_t c = c0; c < pe_min(d, c0 + CHANNELS); c += 16) {
         v16f sum = v16f_zero();
         for (int64_t j = 0; j < taps; j++) {
           const int64_t row = i - taps + 1 + j;
@@ -67,6 +67,7 @@ PE_KERNEL(cpu, causal_conv)(const pe_tensor *x, const pe_tensor *weight, const p
         }
       }
     }
+  }
   return PE_OK;
 }
 
