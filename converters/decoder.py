@@ -29,6 +29,7 @@ class Decoder:
     rope_base: float
     width = "intermediate_size"             # the name of the feed-forward's units
     norm_offset = 0.0                       # added to the weights of norms
+    merges = False                          # a tokenizer with byte fallback is one of merges, not of scores
 
     def __init__(self, config: dict[str, Any], file: Path, more_defaults: Mapping[str, Any] = MappingProxyType({})):
         c = self.config = Config(config, {**self.defaults, **more_defaults}, file)
@@ -49,13 +50,18 @@ class Decoder:
         out.add_block_count(self.n_layers)
         out.add_context_length(c.count("max_position_embeddings"))
         out.add_embedding_length(self.d_model)
-        out.add_feed_forward_length(self.d_ff)
+        d_ff, n_kv_heads, head_dim = self.layer_sizes()
+        out.add_feed_forward_length(d_ff)
         out.add_head_count(self.n_heads)
-        out.add_head_count_kv(self.n_kv_heads)
-        out.add_key_length(self.head_dim)
-        out.add_value_length(self.head_dim)
+        out.add_head_count_kv(n_kv_heads)
+        out.add_key_length(head_dim)
+        out.add_value_length(head_dim)
         out.add_layer_norm_rms_eps(c.need("rms_norm_eps"))
         out.add_rope_freq_base(self.rope["rope_theta"])
+
+    def layer_sizes(self) -> tuple[int | list[int], int | list[int], int]:
+        """Return units of the feed-forwards, key/value heads (for all layers, or a list) and elements of a head as the file says them."""
+        return self.d_ff, self.n_kv_heads, self.head_dim
 
     def unused(self) -> set[str]:
         return {"lm_head.weight"} if self.tied else set()

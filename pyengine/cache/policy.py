@@ -31,11 +31,13 @@ class Policy:
     paged      cells come from a pool of pages, and conversations with a common beginning share them; else each has a ring
     across     the cells hold an encoder's rows, not tokens
     recurrent  a cell holds a state: what all tokens up to one have left
+    spans      rows of a non-causal span see it whole
     """
 
     paged: ClassVar[bool] = True
     across: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
+    spans: ClassVar[bool] = True
 
     @property
     def ring(self) -> bool:
@@ -66,7 +68,7 @@ class Policy:
         itself in both directions) the number after its last token, else anything <= index + 1. The window limits backwards
         only, spans forwards only, as transformers does for Gemma 3 (`token_type_ids_mask_function`).
         """
-        hi = index + 1 if span_end is None else np.maximum(index + 1, span_end)
+        hi = index + 1 if span_end is None or not self.spans else np.maximum(index + 1, span_end)
         return self.first(index).astype(np.int32), hi.astype(np.int32)
 
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -81,6 +83,8 @@ class Policy:
 @dataclass(frozen=True)
 class Full(Policy):
     """A policy by which every earlier token is seen."""
+
+    spans: bool = True
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
         """Return a cell for each token."""

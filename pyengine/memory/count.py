@@ -46,15 +46,15 @@ def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Seq
 
 def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
     """Count keys and values, or states, of some layers."""
-    c, s, items = step.model.config, step.sizes, []
-    k, v = s.k.size(c.head_dim), s.v.size(c.head_dim)
+    s, items = step.sizes, []
     for i in layers:
         if step.layers[i] is not None:
-            own = step.groups[step.layers[i]]
+            own, (heads, head_dim) = step.groups[step.layers[i]], step.shapes[i]
+            k, v = s.k.size(head_dim), s.v.size(head_dim)
             if own.policy.recurrent:
                 factors = [("states", own.n_cells), ("bytes", own.policy.nbytes)]
             else:
-                factors = [("heads", c.n_kv_heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
+                factors = [("heads", heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{s.n_seq} x " if s.n_seq > 1 else ""
             items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, i))
     return items

@@ -24,7 +24,7 @@ from pyengine.memory.settings import is_card, Settings
 from pyengine.models.architecture import Encoder
 from pyengine.programs import encoder as encoders
 from pyengine.programs.bound import Bound
-from pyengine.programs.sizes import check_head, Sizes, step_rows
+from pyengine.programs.sizes import check_heads, Sizes, step_rows
 from pyengine.programs.step import Step
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
@@ -99,7 +99,7 @@ class ModelLayout:
     def _sizes(self, n_ctx: int) -> Sizes:
         """Decide all sizes; the encoder is laid out for the largest picture on the way."""
         want, c = self.want, self.bound.model.config
-        k, v = check_head(want.kv_dtype, c.head_dim)
+        k, v = check_heads(want.kv_dtype, [head_dim for _, head_dim in self.bound.model.cache_shapes()])
         n_batch, n_head = step_rows(n_ctx, want.n_batch, want.n_seq, self.bound.atomic_rows, c.vocab_size)
         image, runs, across = self.bound.image, {}, 0
         if image is not None:
@@ -168,7 +168,7 @@ class ModelLayout:
         beside = [*self._own(), *self._encoder_items(), *(i for name in self.places for i in count.transferred(whole, name, self.main))]
         for i in beside if any(map(is_card, self.places)) else self._own():
             fixed[i.device] = fixed.get(i.device, 0) + (i.nbytes if i.purpose != "mapped" else 0)
-        need = demand(whole, cached, n_layers, self.want.expert_device is not None)
+        need = demand(whole, cached, self.bound.model.cache_owners(), self.want.expert_device is not None)
         placed = place(declared, need, self.places, fixed, self.want.expert_device, self._backend_of)
         self.notes.append(placed.note)
         return [Stage(*s) for s in zip(placed.devices, placed.prepared.prepared, placed.layers)], placed.prepared

@@ -18,13 +18,15 @@ from pyengine.programs import step
 class Demand(NamedTuple):
     """What places must hold: bytes of each layer's weights and caches, of what belongs to no layer, and a run's on every device.
 
-    apart  names of the experts' tensors, where they have a device of their own
+    apart     names of the experts' tensors, where they have a device of their own
+    together  first layer and one past the last of those that must be on one device, because they read each other's caches
     """
 
     layers: Sequence[int]
     rest: int
     arena: int
     apart: frozenset[str] = frozenset()
+    together: tuple[int, int] = (0, 0)
 
 
 class Placement(NamedTuple):
@@ -36,9 +38,11 @@ class Placement(NamedTuple):
     note: str
 
 
-def demand(whole: Counted, caches: Mapping[int, int], n_layers: int, experts_apart: bool) -> Demand:
-    """Return what a step laid out on one device asks of places. caches: bytes by layer."""
-    layers = [caches.get(i, 0) for i in range(n_layers)]
+def demand(whole: Counted, caches: Mapping[int, int], owners: Sequence[int], experts_apart: bool) -> Demand:
+    """Return what a step laid out on one device asks of places. caches: bytes by layer; owners: of each layer's cache."""
+    layers = [caches.get(i, 0) for i in range(len(owners))]
+    readers = [i for i, owner in enumerate(owners) if owner != i]
+    together = (min(owners[i] for i in readers), readers[-1] + 1) if readers else (0, 0)
     apart = frozenset(r.name for r in whole.residents.values() if experts_apart and r.sparse)
     rest = 0
     for r in whole.residents.values():
@@ -47,7 +51,7 @@ def demand(whole: Counted, caches: Mapping[int, int], n_layers: int, experts_apa
             rest += r.held
         elif r.name not in apart:
             layers[layer] += r.held
-    return Demand(layers, rest, whole.arena_bytes, apart)
+    return Demand(layers, rest, whole.arena_bytes, apart, together)
 
 
 def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: Mapping[str, int], expert_device: str | None,
@@ -92,6 +96,10 @@ def place(declared: Declared, need: Demand, free: Mapping[str, int], fixed: Mapp
 
 def filled(need: Demand, left: Sequence[int], n_host: int) -> list[int]:
     """Return the device of each layer; the first `n_host` devices are of main memory, and get the first layers that cards cannot hold."""
+    first, end = need.together
+    if end > first:                                          # as one layer
+        found = filled(need._replace(layers=[*need.layers[:first], sum(need.layers[first:end]), *need.layers[end:]], together=(0, 0)), left, n_host)
+        return [*found[:first], *found[first : first + 1] * (end - first), *found[first + 1 :]]
     found, times = None, 1
     for n in range(len(need.layers)) if 0 < n_host < len(left) else ():
         rest = spread(need.layers[n:], left[n_host:], last=need.rest)

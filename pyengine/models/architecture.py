@@ -84,11 +84,13 @@ class Architecture(ABC):
     position_axes  rows of `batch.positions` (3 with M-RoPE)
     rope           the rotary embedding of queries and keys, where `ropes` is not written anew
     absolute       positions are added to embeddings: keys cannot be moved to others
+    media_id       the id that stands for media rows in `batch.texts`
     """
 
     config: Any
     position_axes: ClassVar[int] = 1
     absolute: ClassVar[bool] = False
+    media_id: int = 0
     rope: Rotary
 
     @abstractmethod
@@ -114,6 +116,15 @@ class Architecture(ABC):
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs. The plan says how many encoder rows `Cross` holds."""
 
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Return each layer's (key/value heads, elements of a head)."""
+        return [(self.config.n_kv_heads, self.config.head_dim)] * self.config.n_layers
+
+    def cache_owners(self) -> list[int]:
+        """Return the number of the layer whose keys and values each layer reads: its own, or an earlier one's with the same policy and
+        shape. Layers that read another one's have no cache."""
+        return list(range(self.config.n_layers))
+
     def ropes(self, n_ctx: int) -> list[Rope]:
         """Return the rotary embedding of each layer's keys: they can be rotated by further positions."""
         return [self.rope.at(n_ctx)] * self.config.n_layers
@@ -122,7 +133,8 @@ class Architecture(ABC):
     def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
         """Build the graph of one step for all its rows; returns last hidden states [m, d_model], after the final norm.
 
-        caches: a `LayerCache` each; for layers that attend across a `CrossCache`, or None without an encoder.
+        caches: a `LayerCache` each, None for layers that read another one's; for layers that attend across a `CrossCache`, or None
+        without an encoder.
         """
 
     @abstractmethod

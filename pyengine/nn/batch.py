@@ -38,3 +38,4 @@ class Batch(NamedTuple):
     media: Tensor | None = None      # F32 [e, media_width]: embeddings of this step's media rows; id -1-j takes row j. None: there are none
     across: Across | None = None     # None: no layer attends across
     places: Tensor | None = None     # I32 [m]: ids of media rows, and 0 for all others; as media
+    texts: Tensor | None = None      # I32 [m]: ids of all others, and `Architecture.media_id` for media rows; as media

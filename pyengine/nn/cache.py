@@ -27,9 +27,15 @@ class LayerCache(NamedTuple):
         would make their scales coarser: it adds the same to all scores of a query, which softmax does not see.
         """
         left_out = k_common if self.k.dtype.block > 1 and not softcap and sinks is None else None
-        k_all = ops.cache_append(self.k, k, self.cells, left_out)
-        v_all = ops.cache_append(self.v, v, self.cells)
-        return ops.attention(q, k_all, v_all, self.lo, self.hi, self.table, self.seq, sinks, scale=scale, softcap=softcap)
+        return self.append(k, v, left_out).read(q, scale=scale, softcap=softcap, sinks=sinks)
+
+    def append(self, k: Tensor, v: Tensor, left_out: Tensor | None = None) -> LayerCache:
+        """Write k, less `left_out`, and v [m, kv heads, head_dim]; returns the cache that holds them too, for any layer that reads it."""
+        return self._replace(k=ops.cache_append(self.k, k, self.cells, left_out), v=ops.cache_append(self.v, v, self.cells))
+
+    def read(self, q: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+        """Attend with q [m, heads, head_dim] to what is there; returns [m, heads * head_dim]."""
+        return ops.attention(q, self.k, self.v, self.lo, self.hi, self.table, self.seq, sinks, scale=scale, softcap=softcap)
 
 
 class CrossCache(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,28 @@ def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "
         "n_ctx_train": h.size("context_length"),
         "eps": h.number(eps),
     }
+
+
+def sizes(h: Hparams, name: str, n_layers: int) -> tuple[int, ...]:
+    """Read a count or width of each layer, which a file gives as one number or as a list. Raises: InvalidModelError."""
+    value = h.need(name, int, np.ndarray)
+    found = [value] * n_layers if isinstance(value, int) else value.tolist()
+    if len(found) != n_layers:
+        raise InvalidModelError(f"{h.key(name)} has {len(found)} entries for {n_layers} layers")
+    if not all(type(n) is int and 1 <= n < 2**31 for n in found):
+        raise InvalidModelError(f"{h.key(name)} is {found}, which are no possible sizes")
+    return tuple(found)
+
+
+def last_of_kind(kinds: Sequence[object], n_own: int, where: str) -> tuple[int, ...]:
+    """Return the owner of each layer's cache where layers from number n_own on read that of the last earlier one of their kind.
+
+    Raises: InvalidModelError, beginning with `where`, for a kind that no earlier layer has.
+    """
+    last = {kind: i for i, kind in enumerate(kinds[:n_own])}
+    if missing := set(kinds[n_own:]) - set(last):
+        raise InvalidModelError(f"{where}: layers from {n_own} on read the caches of earlier ones, and none of those is like {missing}")
+    return tuple(i if i < n_own else last[kind] for i, kind in enumerate(kinds))
 
 
 def per_layer(h: Hparams, name: str, default: tuple[bool, ...]) -> tuple[bool, ...]:

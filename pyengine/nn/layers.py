@@ -58,17 +58,37 @@ class Linear:
         return ops.linear(x, [self.weight], None if self.bias is None else [self.bias])[0]
 
 
+class ClippedLinear(Linear):
+    """The same with input and result kept within bounds [1], where the file has them: input_min, input_max, output_min, output_max."""
+
+    def __init__(self, w: Weights, n_in: int, n_out: int):
+        super().__init__(w, n_in, n_out)
+        self.bounds = {name: scalar(w, name) if name in w else None for name in ("input_min", "input_max", "output_min", "output_max")}
+
+    def __call__(self, x: Tensor) -> Tensor:                                       # [m, n_in] -> [m, n_out]
+        return self._clipped(super().__call__(self._clipped(x, "input")), "output")
+
+    def _clipped(self, x: Tensor, what: str) -> Tensor:
+        for end, kind in (("min", "max"), ("max", "min")):                         # at least the smallest, at most the largest
+            bound = self.bounds[f"{what}_{end}"]
+            x = x if bound is None else ops.binary(x, bound, kind=kind)
+        return x
+
+
 class Experts:
     """Gated feed-forwards of which each row uses some: y[i] = sum over j of gate[i, j] down(act(gate x) * up x) of expert chosen[i, j].
 
     names  tensors [n_experts, d_ff, d_model], the same again, and [n_experts, d_model, d_ff], in any format; "...weight" is added
+    both   the name of a tensor [n_experts, 2 d_ff, d_model] that a file may have instead of the first two: the gate's rows come first
     """
 
-    def __init__(self, w: Weights, n_experts: int, d_model: int, d_ff: int,
-                 names: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), activation: str = "silu"):
-        self.gate, self.up, self.down = (constant(w[name].tensor("weight", (n_experts, *shape)))
-                                         for name, shape in zip(names, ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff))))
-        self.activation = activation
+    def __init__(self, w: Weights, n_experts: int, d_model: int, d_ff: int, names: tuple[str, str, str] = (
+            "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), activation: str = "silu", both: str = "ffn_gate_up_exps"):
+        shapes = {names[0]: (d_ff, d_model), names[1]: (d_ff, d_model), names[2]: (d_model, d_ff)}
+        if both in w:
+            shapes = {both: (2 * d_ff, d_model), names[2]: (d_model, d_ff)}
+        *self.into, self.down = (constant(w[name].tensor("weight", (n_experts, *shape))) for name, shape in shapes.items())
+        self.activation, self.d_ff = activation, d_ff
 
     def __call__(self, x: Tensor, chosen: Tensor, gates: Tensor, *, scale_input: bool = False) -> Tensor:
         """Apply the chosen experts to x [m, D]; chosen I32 [m, u] and gates [m, u] as of `ops.top_experts` -> [m, D].
@@ -78,7 +98,12 @@ class Experts:
         used, width = chosen.shape[1], x.shape[1]
         if scale_input:
             x = (x.reshape(-1, 1, width) * gates.reshape(-1, used, 1)).reshape(-1, width)      # [m u, D]
-        h = ops.expert_linear(x, [self.gate, self.up], chosen, glu=self.activation)            # [m u, F]
+        if len(self.into) == 2:
+            h = ops.expert_linear(x, self.into, chosen, glu=self.activation)                   # [m u, F]
+        else:
+            h = ops.expert_linear(x, self.into, chosen)                                        # [m u, 2 F]
+            gate, up = (ops.slice(h, axis=1, start=i * self.d_ff, stop=(i + 1) * self.d_ff) for i in range(2))
+            h = ops.unary(ops.contiguous(gate), kind=self.activation) * up                     # [m u, F]
         y = ops.expert_linear(h, [self.down], chosen)                                          # [m u, D]
         return ops.sum_experts(y, None if scale_input else gates, n_used=used)                 # [m, D]
 

@@ -93,7 +93,7 @@ def _infer_slice(args: tuple[Tensor], params: dict[str, Any]) -> list[Any]:
     return [((*x.shape[:axis], stop - start, *x.shape[axis + 1 :]), x.dtype)]
 
 
-@op(view="slice", strided=("x",), infer=_infer_slice)
+@op(view="slice", strided=("x",), infer=_infer_slice, rowwise=True)
 def slice(x: Float["..."], *, axis: int, start: int, stop: int) -> Float["..."]:  # noqa: A001  NumPy's word
     """Elements start <= i < stop of one axis."""
     return x[(np.s_[:],) * axis + (np.s_[start:stop],)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,9 +57,9 @@ def kv_dtypes(name: str) -> tuple[DType, DType]:
     return dtype_of(KV_DTYPES[k]), dtype_of(KV_DTYPES[v or k])
 
 
-def check_head(name: str, head_dim: int) -> tuple[DType, DType]:
-    """Return `kv_dtypes` if their blocks divide a head. Raises: UnsupportedModelError if they do not."""
-    for dtype in kv_dtypes(name):
+def check_heads(name: str, sizes: Sequence[int]) -> tuple[DType, DType]:
+    """Return `kv_dtypes` if their blocks divide heads of these sizes. Raises: UnsupportedModelError if they do not."""
+    for dtype, head_dim in product(kv_dtypes(name), sizes):
         if head_dim % dtype.block:
             raise UnsupportedModelError(f"kv_dtype={name}: blocks of {dtype.block} do not divide a head of {head_dim}; use f16")
     return kv_dtypes(name)

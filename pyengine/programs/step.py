@@ -56,10 +56,11 @@ class Step:
     """One model's step for given sizes.
 
     groups   cells of layers with the same policy; layers: the number of each layer's group, None for one without a cache
+    shapes   (key/value heads, elements of a head) of each layer
     """
 
     def __init__(self, model: Architecture, sizes: Sizes, adapters: Sequence[Adapter] = ()):
-        self.model, self.sizes, self.adapters = model, sizes, tuple(adapters)
+        self.model, self.sizes, self.adapters, self.shapes = model, sizes, tuple(adapters), model.cache_shapes()
         self.groups: list[Group] = []
         self.layers: list[int | None] = []
         numbers: dict[Policy, int] = {}
@@ -88,10 +89,10 @@ class Step:
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
         axes = {"m": m, "c": added, "s": seeing}
         media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs else None
-        places = None if media is None else g.input("places", (m,), "I32")
+        places, texts = (None if media is None else g.input(name, (m,), "I32") for name in ("places", "texts"))
         across = Across(g.input("across", (added, d_model)), g.input("across.rows", (seeing,), "I32"),
                         g.input("across.back", (m,), "I32")) if self.across is not None else None
-        batch = Batch(s.n_ctx, g.input("ids", (m,), "I32"), g.input("positions", (model.position_axes, m), "I32"), media, across, places)
+        batch = Batch(s.n_ctx, g.input("ids", (m,), "I32"), g.input("positions", (model.position_axes, m), "I32"), media, across, places, texts)
         wanted, head = g.input("wanted", (w,), "I32"), g.input(HEAD, (Dim("l", s.n_head),), "I32")
         seq, chosen = g.input("seq", (m,), "I32"), {"seq": g.input("seq_wanted", (w,), "I32")}
         shared: list[dict[str, Tensor]] = []
@@ -126,18 +127,20 @@ class Step:
         scales = {"m": own, "l": take(take(own, wanted), head)}
         if across is not None:
             scales |= {"s": take(own, across.rows), "c": g.input(f"across.{ADAPTERS}", (across.states.shape[0], n))}
-        absent = [f"blk.{i}." for i, number in enumerate(self.layers) if number is None]
+        owners = self.model.cache_owners()                   # layers that read another one's cache are there
+        absent = [f"blk.{i}." for i, number in enumerate(self.layers) if number is None and owners[i] == i]
         return adapted(outputs, self.adapters, scales, absent)
 
     def _states(self, layer: int, groups: Sequence[Group]) -> dict[str, tuple[tuple[int, int, int], DType]]:
         """Return shapes [heads, cells, elements] and formats of what a layer keeps, by name: keys and values, or states."""
-        number, c = self.layers[layer], self.model.config
+        number = self.layers[layer]
         if number is None:
             return {}
         own = groups[number]
         if own.policy.recurrent:
             return {f"blk.{layer}.state{j}": ((heads, own.n_cells, n), FLOAT) for j, (heads, n) in enumerate(own.policy.shapes)}
-        shape = c.n_kv_heads, own.n_cells, c.head_dim
+        heads, head_dim = self.shapes[layer]
+        shape = heads, own.n_cells, head_dim
         return {f"blk.{layer}.k": (shape, self.sizes.k), f"blk.{layer}.v": (shape, self.sizes.v)}
 
     def lasting_shapes(self, n_ctx: int, n_seq: int) -> dict[str, tuple[int, ...]]:
@@ -171,8 +174,10 @@ def stage_of(name: str, last: int) -> int | None:
 
 
 def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
-    """Return each layer's policy with the encoder rows that it holds; None for layers that attend across where no encoder is."""
-    return [p if not p.across else p.holding(sizes.across) if sizes.across else None for p in model.policies()]
+    """Return each layer's policy with the encoder rows that it holds; None for layers that attend across where no encoder is, and for
+    those that read another one's cache."""
+    own = [p if not p.across else p.holding(sizes.across) if sizes.across else None for p in model.policies()]
+    return [p if owner == i else None for i, (p, owner) in enumerate(zip(own, model.cache_owners()))]
 
 
 class Row:
@@ -244,10 +249,12 @@ class StepProgram:
             here, there, wanted = slice(m, m + n), slice(w, w + len(part.wanted)), part.wanted
             self._put("ids", here, part.rows.ids[part.start : part.stop])
             self._put("places", here, 0)
+            self._put("texts", here, part.rows.ids[part.start : part.stop])
             for rows, embedding in part.rows.embeddings(part.start, part.stop):
                 k, d = embedding.shape
                 for name in ("ids", "places"):
                     self._put(name, slice(m + rows.start, m + rows.stop), np.arange(-1 - e, -1 - e - k, -1))
+                self._put("texts", slice(m + rows.start, m + rows.stop), self.step.model.media_id)
                 self._put("media", slice(e * d, (e + k) * d), embedding.reshape(-1))
                 e += k
             self._put("seq", here, s.row)
