@@ -29,7 +29,6 @@ class Decoder:
     rope_base: float
     width = "intermediate_size"             # the name of the feed-forward's units
     norm_offset = 0.0                       # added to the weights of norms
-    merges = False                          # a tokenizer with byte fallback is one of merges, not of scores
 
     def __init__(self, config: dict[str, Any], file: Path, more_defaults: Mapping[str, Any] = MappingProxyType({})):
         c = self.config = Config(config, {**self.defaults, **more_defaults}, file)

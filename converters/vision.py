@@ -22,7 +22,7 @@ from .contract import Entry, layer_norm, linear
 ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick_gelu": (False, False),
                "silu": (False, True)}
 GATED = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}     # for `feed_forward`: most gated ones' names
-# values of a processor that no key expresses
+# values of a processor that no key expresses, unless a model's defaults say others
 FIXED: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 
 
@@ -31,9 +31,9 @@ def image_settings(folder: Path, defaults: dict[str, Any]) -> Config:
     return _settings(folder, "image_processor", ("preprocessor_config.json",), defaults)
 
 
-def video_settings(folder: Path, defaults: dict[str, Any]) -> Config:
-    """Return the video processor's settings; old checkpoints have one file for pictures and videos."""
-    return _settings(folder, "video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"), defaults)
+def video_settings(folder: Path, defaults: dict[str, Any], old: bool = True) -> Config:
+    """Return the video processor's settings; `old` checkpoints have one file for pictures and videos."""
+    return _settings(folder, "video_processor", ("video_preprocessor_config.json", *(["preprocessor_config.json"] if old else [])), defaults)
 
 
 def write_video_keys(out: GGUFWriter, videos: Config) -> None:
@@ -58,8 +58,8 @@ def _settings(folder: Path, part: str, files: tuple[str, ...], defaults: dict[st
     if not isinstance(values, dict):
         raise InvalidModelError(f"{file}: '{part}' is not a JSON object")
     settings = Config({k: v for k, v in values.items() if v is not None}, {**FIXED, **defaults}, file)
-    for name, value in FIXED.items():
-        settings.refuse_unless(name, value)
+    for name in FIXED:
+        settings.refuse_unless(name, settings.defaults[name])
     return settings
 
 

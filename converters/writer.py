@@ -141,7 +141,7 @@ def entries_of(converter: Converter, file: Path) -> list[Tensor]:
 def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]:
     entries = entries_of(converter, checkpoint.config_file)
     parts = [p for e in entries for p in (e.parts if isinstance(e, Stack) else [e])]
-    by_source = {e.source: e.stored or e.shape for e in parts if isinstance(e, Entry)}
+    by_source = {e.source: e.shape if e.stored is None else e.stored for e in parts if isinstance(e, Entry)}
     by_source |= {source: shape for e in parts if isinstance(e, Blocks) for source, shape in e.sources}
     by_source |= {source: shape for e in parts if isinstance(e, Entry) and e.change for source, shape in (
         (e.change.low, (e.change.rank, e.shape[1])), (e.change.high, (e.shape[0], e.change.rank)))}

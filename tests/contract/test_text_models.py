@@ -77,7 +77,7 @@ def test_half_precision_weights_are_used_exactly(kind: str, outtype: str, tiny_g
 def test_quantized_weights_cost_int8_activations_and_no_more(kind: str, tiny_gguf, monkeypatch) -> None:
     """Equal to the reference with activations rounded in blocks of 32. A value between two codes may round either way, and that
     row then differs by as much as rounding does: so the median row must agree, not the last."""
-    path, _ = tiny_gguf(kind, "q8_0", num_hidden_layers=2)
+    path, _ = tiny_gguf(kind, "q8_0", **cases.find(kind).shallow)
     ids = np.random.default_rng(0).integers(0, 512, 40).tolist()
     got = pe.load(path, n_ctx=64, kv_dtype="f32").logits(ids)
     exact = oracle.logits(path, ids)

@@ -95,7 +95,8 @@ def check_arithmetic(plan: MemoryPlan, tensors: dict[str, Any]) -> None:
                 if name in tensors and i.layer is not None:
                     assert f"blk.{i.layer}." in name
     for name, info in tensors.items():                                   # each tensor of the file is counted
-        folded = (".weight.1", "img_break", "v.class_embd", "position_embd.gate", "rope_factors_long.weight", "rope_factors_short.weight")  # parts of what another tensor becomes
+        folded = (".weight.1", "img_break", "v.class_embd", "position_embd.gate", "rope_factors_long.weight", "rope_factors_short.weight",
+                  "rope_freqs.weight")  # parts of what another tensor becomes
         assert name in named or name.endswith(folded), name
         if name in named and info.dtype.block > 1:                       # packed in groups of 16 rows; read twice: mapped too
             assert info.nbytes <= named[name] <= 2 * info.nbytes + 16 * info.nbytes // info.shape[0] + 64

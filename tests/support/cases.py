@@ -77,6 +77,9 @@ class Case:
     # The random weights: the mean of a norm's, by name, and the axis of stacked experts' matrices that is summed over.
     norm_mean: Callable[[str], float] = lambda name: 1.0
     experts_axis: int = 2
+    # Saved numbers that are no parameters: what theirs are around and how far from it, by name; None: as the class makes them.
+    buffer: Callable[[str], tuple[float, float] | None] = lambda name: None
+    shallow: dict[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 2})      # what makes it a model of few layers
 
     ring: bool = False                          # caches of some layers forget: windows, chunks
     recurrent: bool = False                     # some layers keep a state, not tokens

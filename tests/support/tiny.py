@@ -92,6 +92,10 @@ def make_checkpoint(kind: str | Case, folder: str | Path, seed: int = 0, *, dtyp
             else:
                 fan_in = p.shape[case.experts_axis] if p.dim() == 3 else p[0].numel()
                 p.copy_(1.5 * noise / fan_in ** 0.5)                    # attention that is far from uniform
+        saved = model.state_dict()
+        for name, b in sorted(model.named_buffers()):
+            if name in saved and (found := case.buffer(name)):
+                b.copy_(found[0] + found[1] * torch.randn(b.shape, generator=random))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if case.sees:
         case.sight.images(config, processor or {}).save_pretrained(folder)
