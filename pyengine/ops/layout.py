@@ -76,7 +76,7 @@ def _infer_concat(args: tuple[Any], params: dict[str, Any]) -> list[Any]:
     return [((*first[:axis], sum(sizes), *first[axis + 1 :]), dtype("F32"))]
 
 
-@op(infer=_infer_concat)
+@op(infer=_infer_concat, rowwise=True)
 def concat(parts: list[F32["..."]], *, axis: int) -> F32["..."]:
     """Join arrays along one axis."""
     return np.concatenate(parts, axis=axis)
