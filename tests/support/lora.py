@@ -23,7 +23,7 @@ def read(file: Path) -> dict[str, np.ndarray]:
 def _adaptable(name: str, w: np.ndarray) -> bool:
     """Whether a tensor is a plain matrix of a layer."""
     last = name.removesuffix(".weight").rpartition(".")[2]
-    return w.ndim == 2 and name.endswith(".weight") and last not in ROUTERS and any(part.isdigit() for part in name.split(".")) and ".experts." not in name
+    return w.ndim == 2 and name.endswith(".weight") and last not in ROUTERS and any(part.isdigit() for part in name.split(".")[:-2]) and ".experts." not in name
 
 
 def make_adapter(folder: Path, base: Path, targets: Sequence[str] = (), *, seed: int = 0, dtype: str = "float32",
