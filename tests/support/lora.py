@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 TURNED = ("c_attn", "c_proj", "c_fc")          # modules whose weights are [in, out] in a checkpoint: transformers' Conv1D
+APART = (".experts.", ".linear_attn.")         # no adapters: stacks, and columns that lie in another order in files
 ROUTERS = ("gate", "router")                   # of experts: a choice between two that are near turns with the last bit
 
 
@@ -23,7 +24,8 @@ def read(file: Path) -> dict[str, np.ndarray]:
 def _adaptable(name: str, w: np.ndarray) -> bool:
     """Whether a tensor is a plain matrix of a layer."""
     last = name.removesuffix(".weight").rpartition(".")[2]
-    return w.ndim == 2 and name.endswith(".weight") and last not in ROUTERS and any(part.isdigit() for part in name.split(".")[:-2]) and ".experts." not in name
+    layered = any(part.isdigit() for part in name.split(".")[:-2]) and not any(part in name for part in APART)
+    return w.ndim == 2 and name.endswith(".weight") and last not in ROUTERS and layered
 
 
 def make_adapter(folder: Path, base: Path, targets: Sequence[str] = (), *, seed: int = 0, dtype: str = "float32",
