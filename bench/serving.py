@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from .stats import summary
-from .streams import ask, Reply
+from .streams import ask, Client, Reply
 
 LEAVES, SLOW = 0.10, 0.05            # shares of clients
 PAUSE = 0.2                          # seconds before each read of a slow one
@@ -99,20 +99,28 @@ def pictures(number: int, rng: random.Random) -> list[dict[str, Any]]:
 
 
 async def _alone(port: int, requests: Sequence[dict[str, Any]]) -> list[Reply]:
-    return [await ask(port, r) for r in requests]
+    client = Client(port)
+    replies = [await ask(client, r) for r in requests]
+    client.close()
+    return replies
 
 
 async def _together(port: int, requests: Sequence[dict[str, Any]]) -> list[Reply]:
-    return list(await asyncio.gather(*(ask(port, r) for r in requests)))
+    clients = [Client(port) for _ in requests]
+    replies = list(await asyncio.gather(*(ask(c, r) for c, r in zip(clients, requests))))
+    for client in clients:
+        client.close()
+    return replies
 
 
 async def _stream(port: int, known: Sequence[tuple[dict[str, Any], Reply]], until: float, rng: random.Random, found: dict[str, Any]) -> None:
     """Ask one thing after the other until a time comes."""
+    client = Client(port)
     while time.monotonic() < until:
         body, want = rng.choice(known)
         leaves, slow = rng.random() < LEAVES, rng.random() < SLOW
         try:
-            got = await ask(port, body, rng.randrange(1, 6) if leaves else None, PAUSE if slow else 0.0)
+            got = await ask(client, body, rng.randrange(1, 6) if leaves else None, PAUSE if slow else 0.0)
         except OSError as error:
             found["wrong"].append(f"connection: {error}")
             continue
@@ -127,6 +135,7 @@ async def _stream(port: int, known: Sequence[tuple[dict[str, Any], Reply]], unti
                 found["different"].append([want.text, got.text])
         else:
             found["left"] += 1
+    client.close()
 
 
 async def _watch(server: Server, until: float, seen: list[tuple[float, int, int]]) -> None:

@@ -22,14 +22,36 @@ class Reply:
     times: list[float] = field(default_factory=list, repr=False)
 
 
-async def ask(port: int, body: dict[str, Any], leave_after: int | None = None, pause: float = 0.0) -> Reply:
+class Client:
+    """One asker, who keeps its connection as clients do (RFC 9112, 9.3), unless it leaves in the middle of an answer."""
+
+    def __init__(self, port: int):
+        self.port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return the connection, a new one where there is none or the server has closed it."""
+        if self._streams is None or self._streams[0].at_eof():
+            self.close()
+            self._streams = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
+        return self._streams
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+async def ask(client: Client, body: dict[str, Any], leave_after: int | None = None, pause: float = 0.0) -> Reply:
     """Ask for a streamed chat completion at this machine. leave_after: pieces after which the connection is dropped; pause: seconds before
     each read, of a kilobyte at most."""
     reply, began = Reply(), time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    reader, writer = await client.connected()
+    whole = False
     try:
         data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{client.port}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
         await writer.drain()
         status = int((await reader.readline()).split()[1])
@@ -54,14 +76,16 @@ async def ask(port: int, body: dict[str, Any], leave_after: int | None = None, p
             if leave_after is not None and reply.pieces >= leave_after:
                 reply.finish = ""
                 return reply
+        whole = True
     finally:
-        writer.close()
+        if not whole:
+            client.close()
     return reply
 
 
 async def _events(reader: asyncio.StreamReader, pause: float) -> Any:
-    """Yield the values of server-sent events; sizes of chunks are lines that begin with no "data:"."""
-    rest = b""
+    """Yield the values of server-sent events until the last chunk has come; sizes of chunks are lines that begin with no "data:"."""
+    rest, done = b"", False
     while True:
         if pause:
             await asyncio.sleep(pause)
@@ -69,6 +93,10 @@ async def _events(reader: asyncio.StreamReader, pause: float) -> Any:
         if not block:
             return
         *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
+        for i, line in enumerate(lines):
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                 yield json.loads(line[6:])
+            done |= line.strip() == b"data: [DONE]"
+            if done and line == b"0\r":                       # the chunk of no bytes; an empty line follows
+                await reader.readexactly(2 - len(b"\n".join([*lines[i + 1 :], rest])))
+                return

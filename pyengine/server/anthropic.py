@@ -5,7 +5,6 @@ Blocks of a reply come in the order in which the model writes them: thinking, te
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,7 +171,7 @@ def _blocks(answer: Answer) -> list[dict[str, Any]]:
 
 
 def _head(served: Served) -> dict[str, Any]:
-    return {"id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant", "model": served.name}
+    return {"id": replies.fresh("msg_"), "type": "message", "role": "assistant", "model": served.name}
 
 
 def _usage(handle: Handle) -> dict[str, int]:

@@ -7,7 +7,6 @@ import hmac
 import ipaddress
 import os
 import re
-import secrets
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, chat, completions, embeddings, listing, llamacpp, ollama, openai, page, responses
+from pyengine.server import anthropic, chat, completions, embeddings, listing, llamacpp, ollama, openai, page, replies, responses
 from pyengine.server.allowed import Allowed, set_allowed
 from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
@@ -68,7 +67,7 @@ class _Guard:
         set_metrics(self.counts)
         request = Request(scope)
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        name = "req_" + secrets.token_hex(12)
+        name = replies.fresh("req_")
         named = {header: name for header in _NAMES}
         refused = self._refused(request, host, origin)
         if refused is not None:

@@ -5,7 +5,6 @@ Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typi
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,7 +65,7 @@ class Interface(Script):
                     if "seed" in own and i:                  # the choices of one seed differ, and are the same each time
                         own["seed"] = (int(own["seed"]) + i) % 2**63
                     handles.append(await replies.submit(lambda own=own: self.served.submit(client, **own), self.names))
-            self.head = {"id": self.prefix + secrets.token_hex(12), "object": self.object, "created": int(time.time()),
+            self.head = {"id": replies.fresh(self.prefix), "object": self.object, "created": int(time.time()),
                          "model": self.served.name}
             self.handles, self.untold = handles, [replies.Untold(h, self.with_logprobs) for h in handles]
             if stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
 import traceback
@@ -31,6 +32,7 @@ BODY_SECONDS = 60.0                  # until all of it has come
 SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
                                     "presence_penalty", "frequency_penalty", "seed")}
 _NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must |is missing))")     # how errors of the library name an argument, and a place in it
+_names = random.Random()             # begins at a number of the system's
 _OFF = "give false"                  # how they say that thinking is switched off
 
 
@@ -175,6 +177,11 @@ async def using(request: Request, models: Models, name: str | None, keep: float 
 def waited(request: Request) -> float:
     """Return the seconds that a request waited for its models to be loaded."""
     return sum(hold.waited for hold in request.state.leases)
+
+
+def fresh(prefix: str) -> str:
+    """Return a name that no other request or reply has; it opens nothing, so it is not secret (the system's own numbers cost a call each)."""
+    return f"{prefix}{_names.getrandbits(96):024x}"
 
 
 T = TypeVar("T")
