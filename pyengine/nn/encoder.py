@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelErr
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import pages, Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.nn.layers import ACTIVATIONS, Linear
+from pyengine.nn.layers import ACTIVATIONS, Linear, mlp_width
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -93,6 +94,46 @@ def resample_filter(v: Hparams, usual: int) -> int:
     if found not in range(6):
         raise InvalidModelError(f"{v.arch}.vision.resample is {found}, but Pillow's filters are 0 to 5")
     return found
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Numbers that encoders of pictures and their processors have in common; an architecture's own numbers follow."""
+
+    n_layers: int
+    width: int
+    d_ff: int
+    n_heads: int
+    d_out: int                       # of the decoder
+    eps: float
+    act: str                         # of ops.unary
+    patch: int                       # side in pixels
+    mean: np.ndarray                 # of each colour, as the next
+    std: np.ndarray
+    resample: int                    # Pillow's number of a filter
+
+
+def common(h: Hparams, v: Hparams, w: Weights, *, gelu: str, eps: float, colours: tuple[tuple[float, ...], tuple[float, ...]],
+           resample: int) -> dict[str, Any]:
+    """Read the fields of `EncoderConfig` from the decoder's keys `h` and the keys "clip.*" `v`. Raises: InvalidModelError, UnsupportedModelError.
+
+    Of files without the key: gelu, which one a switch means; eps; colours, (mean, deviation); resample.
+    """
+    width = v.size("vision.embedding_length")
+    mean, std = mean_and_std(v, *colours)
+    return {
+        "n_layers": n_layers(v, w),
+        "width": width,
+        "d_ff": mlp_width(w["v", "blk", 0], width),
+        "n_heads": head_count(v, width),
+        "d_out": h.size("embedding_length"),
+        "eps": v.number("vision.attention.layer_norm_epsilon", eps),
+        "act": activation(v, gelu),
+        "patch": v.size("vision.patch_size"),
+        "mean": mean,
+        "std": std,
+        "resample": resample_filter(v, resample),
+    }
 
 
 def special_token(v: Hparams, name: str, token: Callable[[str], int], text: str) -> int:

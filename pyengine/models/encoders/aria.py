@@ -32,9 +32,9 @@ from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.idefics3 import VisionBlock
 from pyengine.models.encoders.llava import best_grid, fitted
 from pyengine.nn.encoder import (
-    activation, buckets, by_table, cut_patches, EncoderAttention, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter,
+    buckets, by_table, common, cut_patches, EncoderAttention, EncoderConfig, levels, only_pictures,
     special_token)
-from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
+from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -46,32 +46,20 @@ MARKERS = (("image_start", "<fim_prefix>"), ("image", "<|img|>"), ("image_end", 
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     side: int                        # lines of the position embedding
-    patch: int                       # side in pixels
     queries: dict[int, int]          # queries of a square by its side in pixels
     longest: int                     # side of a square, unless it is said otherwise
     shortest: int                    # pixels of a picture's shorter side, at least
     grids: tuple[tuple[int, int], ...]       # resolutions (height, width) of pictures that are split
     splitting: bool                  # into squares, unless it is said otherwise
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width, patch = v.size("vision.embedding_length"), v.size("vision.patch_size")
-        mean, std = mean_and_std(v, HALF, HALF)
+        patch = v.size("vision.patch_size")
         counts, sides = (v.get(f"vision.{name}", np.zeros(0, int), np.ndarray).tolist() for name in ("projector.patch_to_query", "image_grid_pinpoints"))
         longest, shortest = v.size("vision.preproc_image_size"), v.size("vision.preproc_min_size")
         queries = {round(n**0.5) * patch: count for n, count in zip(counts[::2], counts[1::2])}
@@ -79,11 +67,9 @@ class VisionConfig:
             raise InvalidModelError(f"{v.arch}.vision: squares of {longest} pixels, shorter sides from {shortest}, queries by the number of patches "
                                     f"{counts}, resolutions {sides}: they do not fit together")
         return cls(
-            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
-            side=v.size("vision.image_size") // patch, patch=patch, queries=queries, longest=longest, shortest=shortest,
-            grids=tuple(zip(sides[::2], sides[1::2])), splitting=v.get("vision.image_splitting", False, bool), mean=mean, std=std,
-            resample=resample_filter(v, BICUBIC))
+            **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BICUBIC),
+            side=v.size("vision.image_size") // patch, queries=queries, longest=longest, shortest=shortest,
+            grids=tuple(zip(sides[::2], sides[1::2])), splitting=v.get("vision.image_splitting", False, bool))
 
 
 class Projector:

@@ -31,10 +31,9 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    activation, buckets, by_table, cut_patches, EncoderAttention, EncoderFeedForward,
-    grouped, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter,
-    special_token)
-from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
+    buckets, by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels,
+    only_pictures, special_token)
+from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -47,24 +46,13 @@ AROUND, WHOLE, MARKER = "<fake_token_around_image>", "<global-img>", "<image>"
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     tile: int                        # side in pixels
-    patch: int                       # side in pixels
     group: int                       # side of a group in patches
     longest_edge: int                # pixels of the longer side
     splitting: bool                  # into tiles, unless it is said otherwise
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @property
     def side(self) -> int:
@@ -74,13 +62,11 @@ class VisionConfig:
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width, tile = v.size("vision.embedding_length"), v.size("vision.image_size")
-        mean, std = mean_and_std(v, HALF, HALF)
+        tile = v.size("vision.image_size")
         made = cls(
-            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"), tile=tile,
-            patch=v.size("vision.patch_size"), group=v.size("vision.projector.scale_factor", 2), longest_edge=v.size("vision.preproc_image_size", 4 * tile),
-            splitting=v.get("vision.image_splitting", True, bool), mean=mean, std=std, resample=resample_filter(v, LANCZOS))
+            **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=LANCZOS), tile=tile,
+            group=v.size("vision.projector.scale_factor", 2), longest_edge=v.size("vision.preproc_image_size", 4 * tile),
+            splitting=v.get("vision.image_splitting", True, bool))
         if made.side % made.group or not made.side:
             raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are no groups of {made.group}")
         return made

@@ -32,9 +32,7 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    activation, by_table, cut_patches, EncoderAttention, EncoderFeedForward,
-    grouped, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter,
-    special_token, whole_option)
+    by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels, only_pictures, special_token, whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 
 if TYPE_CHECKING:
@@ -50,23 +48,12 @@ START, MARKER, END = "<img>", "<IMG_CONTEXT>", "</img>"
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     tile: int                        # side in pixels
-    patch: int                       # side in pixels
     group: int                       # side of a group in patches
     tiles: tuple[int, int]           # of a picture, least and most
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @property
     def side(self) -> int:
@@ -76,14 +63,10 @@ class VisionConfig:
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width = v.size("vision.embedding_length")
-        mean, std = mean_and_std(v, MEAN, STD)
         made = cls(
-            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu"),
-            tile=v.size("vision.image_size"), patch=v.size("vision.patch_size"), group=v.size("vision.projector.scale_factor", 2),
-            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)), mean=mean, std=std,
-            resample=resample_filter(v, BICUBIC))
+            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC), tile=v.size("vision.image_size"),
+            group=v.size("vision.projector.scale_factor", 2),
+            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)))
         if made.side % made.group or not made.side:
             raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are no groups of {made.group}")
         if made.tiles[0] > made.tiles[1]:

@@ -34,7 +34,6 @@ from pyengine import ops
 from pyengine.dtype import dtype
 from pyengine.errors import ContextOverflowError, InvalidModelError, UnsupportedModelError
 from pyengine.files.hparams import Hparams
-from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Blend, Limits, Piece, Processed, View

@@ -33,9 +33,8 @@ from pyengine.models.encoders.clip import MEAN, STD, VisionBlock
 from pyengine.models.encoders.llava import fitted
 from pyengine.nn.convolution import adaptive_average, Bottleneck
 from pyengine.nn.encoder import (
-    activation, by_table, cut_patches, head_count, levels, mean_and_std, n_layers,
-    only_pictures, resample_filter, special_token, whole_option)
-from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
+    by_table, common, cut_patches, EncoderConfig, levels, only_pictures, special_token, whole_option)
+from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -47,39 +46,25 @@ MARKER = "<image>"
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     side: int                        # of a sub-image in patches
-    patch: int                       # in pixels
     to: int                          # rows along a side
     inner: int                       # C
     depth: int                       # blocks before the average, and behind it
     norm_eps: float                  # of the projector
     tiles: tuple[int, int]           # sub-images of a picture, least and most
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width, patch = v.size("vision.embedding_length"), v.size("vision.patch_size")
-        mean, std = mean_and_std(v, MEAN, STD)
+        patch = v.size("vision.patch_size")
         made = cls(
-            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width), d_out=h.size("embedding_length"),
-            eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu"), side=v.size("vision.image_size") // patch, patch=patch,
-            to=v.size("vision.projector.query_side"), inner=v.size("vision.projector.embedding_length"), depth=v.size("vision.projector.block_count"),
-            norm_eps=v.number("vision.projector.layer_norm_epsilon"),
-            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)), mean=mean, std=std,
-            resample=resample_filter(v, BICUBIC))
+            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC), side=v.size("vision.image_size") // patch,
+            to=v.size("vision.projector.query_side"), inner=v.size("vision.projector.embedding_length"),
+            depth=v.size("vision.projector.block_count"), norm_eps=v.number("vision.projector.layer_norm_epsilon"),
+            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)))
         if not 1 <= made.to <= made.side:
             raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are averaged to {made.to}")
         if made.tiles[0] > made.tiles[1]:

@@ -35,8 +35,7 @@ from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.clip import MEAN, STD, VisionBlock
 from pyengine.nn.encoder import (
-    activation, cut_patches, grouped, head_count, mean_and_std, n_layers, only_pictures, resample_filter,
-    special_token, whole_numbers, whole_option)
+    common, cut_patches, EncoderConfig, grouped, n_layers, only_pictures, special_token, whole_numbers, whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -50,25 +49,14 @@ TOKENS = {"image": "<|image|>", "image_start": "<im_start>", "image_end": "<im_e
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     features: tuple[int, ...]        # layers whose inputs are joined; n_layers: what the last one gives
     side: int                        # of a crop in patches
-    patch: int                       # in pixels
     group: int                       # side of what is pooled, in patches
     margins: tuple[int, ...]         # patches of a crop before and behind its window
     crops: int                       # at most, beside the whole
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @property
     def window(self) -> int:
@@ -78,15 +66,12 @@ class VisionConfig:
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width, count, patch = v.size("vision.embedding_length"), n_layers(v, w), v.size("vision.patch_size")
+        count, patch = n_layers(v, w), v.size("vision.patch_size")
         margins = whole_numbers(v, "vision.preproc_overlap_margins", MARGINS)
-        mean, std = mean_and_std(v, MEAN, STD)
         made = cls(
-            n_layers=count, width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width), d_out=h.size("embedding_length"),
-            eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu"),
-            features=whole_numbers(v, "vision.feature_layer", (count,)), side=v.size("vision.image_size") // patch, patch=patch,
-            group=v.size("vision.projector.scale_factor", GROUP), margins=margins, crops=v.size("vision.preproc_max_tiles", CROPS),
-            mean=mean, std=std, resample=resample_filter(v, BILINEAR))
+            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BILINEAR),
+            features=whole_numbers(v, "vision.feature_layer", (count,)), side=v.size("vision.image_size") // patch,
+            group=v.size("vision.projector.scale_factor", GROUP), margins=margins, crops=v.size("vision.preproc_max_tiles", CROPS))
         if not made.features or max(made.features) > count:
             raise InvalidModelError(f"{v.arch}.vision.feature_layer is {list(made.features)}, but the file has {count} layers")
         if len(margins) != 2 or any(n % made.group for n in (made.side, *margins)) or made.window < 1:

@@ -30,8 +30,8 @@ from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.idefics3 import VisionBlock
 from pyengine.nn.encoder import (
-    activation, by_table, cut_patches, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter, special_token, whole_option)
-from pyengine.nn.layers import constant, Linear, mlp_width, PatchEmbedding
+    by_table, common, cut_patches, EncoderConfig, levels, only_pictures, special_token, whole_option)
+from pyengine.nn.layers import constant, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -43,36 +43,23 @@ NEAR = 1e-5                          # of scales: `get_image_size_for_max_num_pa
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     side: int                        # of the position embeddings' grid
-    patch: int                       # side in pixels
     least: int                       # patches of a picture
     most: int
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width, patch = v.size("vision.embedding_length"), v.size("vision.patch_size")
+        patch = v.size("vision.patch_size")
         least, most = (v.size(f"vision.image_{name}_pixels") // patch**2 for name in ("min", "max"))
-        mean, std = mean_and_std(v, HALF, HALF)
         if not 1 <= least <= most:
             raise InvalidModelError(f"{v.arch}.vision: pictures of {least} to {most} patches")
         return cls(
-            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
-            side=v.size("vision.image_size") // patch, patch=patch, least=least, most=most, mean=mean, std=std, resample=resample_filter(v, BILINEAR))
+            **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BILINEAR),
+            side=v.size("vision.image_size") // patch, least=least, most=most)
 
 
 def largest_grid(width: int, height: int, patch: int, most: int) -> tuple[int, int]:

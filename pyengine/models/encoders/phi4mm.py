@@ -34,9 +34,9 @@ from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.idefics3 import VisionBlock
 from pyengine.nn.encoder import (
-    activation, buckets, by_table, cut_patches, grouped, head_count, levels, mean_and_std, n_layers, only_pictures, resample_filter, special_token,
+    buckets, by_table, common, cut_patches, EncoderConfig, grouped, levels, only_pictures, special_token,
     whole_option)
-from pyengine.nn.layers import constant, Linear, mlp_width, PatchEmbedding
+from pyengine.nn.layers import constant, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -49,22 +49,11 @@ CUBIC = -0.75                        # of torch.nn.functional.interpolate
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
-    act: str                         # of ops.unary
     square: int                      # side in pixels
-    patch: int                       # side in pixels
     most: int                        # squares of a picture
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @property
     def side(self) -> int:
@@ -79,13 +68,9 @@ class VisionConfig:
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        width = v.size("vision.embedding_length")
-        mean, std = mean_and_std(v, HALF, HALF)
         made = cls(
-            n_layers=n_layers(v, w), width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
-            square=v.size("vision.image_size"), patch=v.size("vision.patch_size"), most=v.size("vision.preproc_max_tiles", MOST), mean=mean, std=std,
-            resample=resample_filter(v, BILINEAR))
+            **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BILINEAR),
+            square=v.size("vision.image_size"), most=v.size("vision.preproc_max_tiles", MOST))
         if made.square % made.patch or made.side % 2:
             raise InvalidModelError(f"{v.arch}.vision: squares of {made.square} pixels have no even number of patches of {made.patch} pixels a side")
         return made
