@@ -27,7 +27,8 @@ LAYOUTS = {     # what writes the files of a checkpoint: path of the model, path
 }
 LLAMA_CPP = [case.kind for case in cases.select(sees=True) if case.llama_cpp]        # those that see there
 CASES = [(case.kind, layout) for case in cases.select(sees=True) if case.dialect for layout in LAYOUTS
-         if (case.dialect.ollama_arch or not layout.startswith("Ollama")) and (case.llama_cpp or not layout.startswith("llama.cpp"))]
+         if (case.dialect.ollama_arch or not layout.startswith("Ollama")) and (case.llama_cpp or not layout.startswith("llama.cpp"))
+         and (case.dialect.legacy or layout != "llama.cpp, first converters")]
 
 
 def picture(width, height, seed):

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 import pyengine as pe
 import tiny
 from cases import Case, Converted
-from foreign import LlamaCpp
+from foreign import Dialect, head_sizes, LlamaCpp, Saved, Tensors, vision_name
 from hollow import both, Decoder, Encoder, Full, kv, Tensor
 from oracle import encoder_of
 from pictures import same
@@ -89,6 +90,75 @@ CLIP = {"has_vision_encoder": True, "projector_type": "qwen3vl_merger", "use_gel
 CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "image_start_token_id": "<|vision_start|>", "image_end_token_id": "<|vision_end|>"}
 
 
+class Qwen3Dialect(Dialect):
+    """llama.cpp's `conversion/qwen3vl.py`: limits of pixels are not in the file."""
+
+    model_types, legacy = ("qwen3_vl",), False
+    arch, names, projector = "qwen3vl", gguf.MODEL_ARCH.QWEN3VL, "qwen3vl_merger"
+    vision_sizes = ("intermediate_size", "hidden_size", "depth", "num_heads")
+
+    def assume(self, saved: Saved) -> None:
+        assert saved.vision["temporal_patch_size"] == 2 and saved.text["rms_norm_eps"] == 1e-6
+
+    def image_size(self, saved: Saved) -> int:
+        return round(saved.vision["num_position_embeddings"] ** 0.5) * saved.vision["patch_size"]
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        rope = saved.text["rope_parameters"]
+        head_sizes(w, saved.text)
+        w.add_rope_freq_base(rope["rope_theta"])
+        w.add_rope_dimension_sections([*rope["mrope_section"], 0])
+        w.add_num_deepstack_layers(len(saved.vision["deepstack_visual_indexes"]))
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        vision = saved.vision
+        w.add_vision_use_gelu(True)
+        w.add_vision_spatial_merge_size(vision["spatial_merge_size"])
+        w.add_vision_attention_layernorm_eps(saved.text["rms_norm_eps"])
+        w.add_vision_is_deepstack_layers([i in vision["deepstack_visual_indexes"] for i in range(vision["depth"])])
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
+        part, _, end = source.rpartition(".")
+        own = {"visual.merger.norm": "v.post_ln", "visual.merger.linear_fc1": "mm.0", "visual.merger.linear_fc2": "mm.2"}
+        for k, layer in enumerate(saved.vision["deepstack_visual_indexes"]):
+            own |= {f"visual.deepstack_merger_list.{k}.{theirs}": f"v.deepstack.{layer}.{name}"
+                    for theirs, name in (("norm", "norm"), ("linear_fc1", "fc1"), ("linear_fc2", "fc2"))}
+        if source == "visual.patch_embed.proj.weight":
+            yield "v.patch_embd.weight", value[:, :, 0]
+            yield "v.patch_embd.weight.1", value[:, :, 1]
+        else:
+            yield f"{own[part]}.{end}" if part in own else vision_name(source), value
+
+
+class Qwen3MoeDialect(Qwen3Dialect):
+    """The same with experts, whose matrices are turned."""
+
+    model_types, arch, names = ("qwen3_vl_moe",), "qwen3vlmoe", gguf.MODEL_ARCH.QWEN3VLMOE
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        super().text_keys(w, saved)
+        w.add_expert_count(saved.text["num_local_experts"])
+        w.add_expert_used_count(saved.text["num_experts_per_tok"])
+        w.add_expert_feed_forward_length(saved.text["moe_intermediate_size"])
+
+    def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
+        base = source.rpartition(".")[0]
+        if source.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), np.split(value, 2, axis=1 if value.shape[2] == saved.text["hidden_size"] else 2)):
+                yield self.text_name(f"{base}.{part}_proj.weight"), self.upright(saved, half, saved.text["hidden_size"])
+        elif source.endswith("experts.down_proj"):
+            yield self.text_name(f"{source}.weight"), self.upright(saved, value, saved.text["moe_intermediate_size"])
+        else:
+            yield from super().text_tensor(saved, source, value)
+
+    def upright(self, saved: Saved, value: np.ndarray, n_in: int) -> np.ndarray:
+        """Return matrices [experts, out, in], however the checkpoint has them."""
+        return value if value.shape[2] == n_in else value.swapaxes(1, 2)
+
+
+PIXELS = {"processor": {"min_pixels": 65_536, "max_pixels": 90_000}}          # the least of published checkpoints, which is assumed
+
+
 class Qwen3LlamaCpp(LlamaCpp):
     """Rows have all parts in llama.cpp too; transformers gives those of the layers apart."""
 
@@ -131,7 +201,8 @@ def case(kind: str, arch: str, name: str, text: dict[str, Any], full: dict[str, 
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen2", {"tie_word_embeddings": False}, {**TEXT, **text}, VISION, TOKENS,
                 Qwen3Sight(), mrope=True, videos=True, cached_as="qwen2_5_vl",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [5, 5, 4, 0], f"{arch}.n_deepstack_layers": 2},
-                                    clip=CLIP, clip_tokens=CLIP_TOKENS), llama_cpp=Qwen3LlamaCpp((112, 84)), full=full)
+                                    clip=CLIP, clip_tokens=CLIP_TOKENS), dialect=Qwen3MoeDialect() if arch == "qwen3vlmoe" else Qwen3Dialect(),
+                llama_cpp=Qwen3LlamaCpp((280, 252), PIXELS), full=full)
 
 
 CASES = (case("qwen3_vl", "qwen3vl", "Qwen3VL", {}, {"qwen3-vl-8b": FULL}),)

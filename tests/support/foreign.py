@@ -43,7 +43,8 @@ class Saved:
         for file in sorted(folder.glob("*.safetensors")):
             for name, value in load_file(file).items():
                 name = re.sub(r"^language_model\.(model|lm_head)", r"\1", name)
-                self.tensors[re.sub(r"^model\.language_model\.", "model.", name)] = value.float().numpy()
+                name = re.sub(r"^model\.(language_model|text_model)\.", "model.", name)
+                self.tensors[re.sub(r"^model\.(?!embed_tokens|layers|norm)", "", name)] = value.float().numpy()
 
     @property
     def dialect(self) -> Dialect:
@@ -68,6 +69,7 @@ class Dialect:
     # names of numbers in configs; of the encoder: feed-forward and width, layers, heads
     vision_sizes = ("intermediate_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     feed_forward = "intermediate_size"          # as the text file's length of it
+    legacy = True                               # whether llama.cpp's first converters of encoders knew it
     # Ollama: the file's architecture, if it reads such models, and strings.NewReplacer: at each place the first that fits
     ollama_arch: str | None = None
     ollama_names: tuple[tuple[str, str], ...] = ()
@@ -78,6 +80,10 @@ class Dialect:
     def text_arch(self, saved: Saved, legacy: bool) -> str:
         """Return general.architecture of llama.cpp's text file."""
         return self.arch
+
+    def image_size(self, saved: Saved) -> int:
+        """Return the encoder's side in pixels."""
+        return saved.vision.get("image_size", 560)
 
     def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         """Write the text file's keys beside sizes, head counts and epsilon."""
@@ -193,7 +199,7 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
     feed_forward, width, layers, heads = dialect.vision_sizes
     mmproj.add_clip_has_vision_encoder(True)
     mmproj.add_vision_projection_dim(text["hidden_size"])
-    mmproj.add_vision_image_size(vision.get("image_size", 560))
+    mmproj.add_vision_image_size(dialect.image_size(saved))
     mmproj.add_vision_patch_size(vision["patch_size"])
     mmproj.add_vision_embedding_length(vision[width])
     mmproj.add_vision_feed_forward_length(vision[feed_forward])
