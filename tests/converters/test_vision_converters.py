@@ -51,7 +51,7 @@ def clip_keys(path):
 
 # --- one file and two -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", [kind for kind in LLAMA_CPP if cases.find(kind).dialect])
+@pytest.mark.parametrize("kind", [c.kind for c in cases.select(sees=True) if c.llama_cpp and c.dialect and "now" in c.dialect.converters])
 def test_every_tensor_is_where_llama_cpp_has_it(kind, checkpoints, tmp_path):
     convert(checkpoints(kind), tmp_path / "m.gguf", "f32", split_mmproj=True)
     theirs = foreign.llama_cpp_files(checkpoints(kind), tmp_path / "theirs.gguf")
@@ -526,7 +526,7 @@ def test_llama_cpp_encodes_pictures_as_transformers_does(kind, outtype, checkpoi
     assert np.allclose(embedded, read(text_file)[1]["token_embd.weight"][tokens])
     rows = theirs.rows(rows, seen)
     # measured 5e-4 in F32: llama.cpp's GELU is the tanh one where Qwen's merger has the exact one, from a table of float16
-    want = np.concatenate([f.reshape(-1, f.shape[-1]) for f in seen.features])                 # of a tile each, or of the picture
+    want = theirs.wanted(seen)
     assert abs(rows - want).max() < (theirs.error if outtype == "f32" else 1e-2) * np.ptp(want)
 
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 import pyengine as pe
 from cases import Case, Converted, Tokens
-from foreign import LlamaCpp
+from foreign import Dialect, llama_keys, llama_turned, LlamaCpp, Saved, Tensors, vision_name
 from oracle import encoder_of
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.media.image import Image
@@ -73,6 +74,28 @@ class Idefics3Sight(Sight):
         return Run(inputs, features, [m["pixel_values"][0] for m in made], [])
 
 
+class Idefics3Dialect(Dialect):
+    """llama.cpp's `conversion/smolvlm.py`."""
+
+    model_types, converters = ("idefics3", "smolvlm"), ("now",)
+    arch, names, projector = "llama", gguf.MODEL_ARCH.LLAMA, "idefics3"
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        llama_keys(w, saved.text)
+
+    def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
+        yield self.text_name(source), llama_turned(source, value, saved.text)
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        w.add_vision_attention_layernorm_eps(saved.vision["layer_norm_eps"])
+        w.add_vision_projector_scale_factor(saved.config["scale_factor"])
+        w.add_vision_use_gelu(True)
+        w.add_vision_preproc_image_size(saved.images["size"]["longest_edge"])
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
+        yield vision_name(f"model.{source}"), value
+
+
 class Idefics3LlamaCpp(LlamaCpp):
     """It looks the blank line up by its text, which two tokens of the tiny vocabulary have."""
 
@@ -93,7 +116,7 @@ def case(kind: str, name: str, **more: Any) -> Case:
     return Case(kind, "llama", f"{name}Config", f"{name}ForConditionalGeneration", "smollm", {"tie_word_embeddings": False, "scale_factor": 2}, TEXT,
                 VISION, TOKENS, Idefics3Sight(), cached_as="llama",
                 converted=Converted({"general.architecture": "llama", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
-                                    clip_tokens={"image_token_id": "<image>"}), llama_cpp=Idefics3LlamaCpp((56, 56)), **more)
+                                    clip_tokens={"image_token_id": "<image>"}), dialect=Idefics3Dialect(), llama_cpp=Idefics3LlamaCpp((56, 56)), **more)
 
 
 CASES = (case("idefics3", "Idefics3"), case("smolvlm", "SmolVLM"))

@@ -15,7 +15,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
-from foreign import LlamaCpp
+from foreign import Dialect, LlamaCpp, Saved, Tensors, vision_name
 from hollow import both, Decoder, Encoder, Full, kv, Tensor, vit_layers
 from oracle import encoder_of
 from pictures import same
@@ -83,6 +83,30 @@ CLIP = {"has_vision_encoder": True, "projector_type": "internvl", "use_silu": Fa
         "image_mean": [np.float32(x) for x in MEAN], "image_std": [np.float32(x) for x in STD]}
 
 
+class InternVlDialect(Dialect):
+    """llama.cpp's `conversion/internvl.py`, which reads the authors' checkpoints; names that transformers gave them are in its tables too."""
+
+    model_types, converters = ("internvl",), ("now",)
+    settings = {"vision_config": {"use_mean_pooling": True}}           # the authors' encoders have no norm behind the layers
+    arch, names, projector = "qwen2", gguf.MODEL_ARCH.QWEN2, "internvl"
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        w.add_rope_freq_base(saved.text["rope_parameters"]["rope_theta"])
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        w.add_vision_attention_layernorm_eps(saved.vision["layer_norm_eps"])
+        w.add_vision_use_gelu(True)
+        w.add_vision_projector_scale_factor(int(1 / saved.config["downsample_ratio"]))
+        w.add_vision_preproc_min_tiles(saved.images["min_patches"])
+        w.add_vision_preproc_max_tiles(saved.images["max_patches"])
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
+        projector = {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}
+        known = re.sub(r"^multi_modal_projector\.(\w+)", lambda m: projector[m[1]], source)
+        name = vision_name(re.sub("^vision_tower", "model.vision_tower", known))
+        yield name + ".weight" * bool(re.search(r"\.ls\d$|position_embd$", name)), value
+
+
 class InternVlLlamaCpp(LlamaCpp):
     """It puts the class token behind the patches, but its position before theirs: each patch gets its neighbour's."""
 
@@ -114,7 +138,8 @@ def case(kind: str, also: tuple[str, ...] = (), full: dict[str, Full] = {}, **vi
     return Case(kind, "qwen2", "InternVLConfig", "InternVLForConditionalGeneration", "qwen2", {"tie_word_embeddings": False, "downsample_ratio": 0.5}, TEXT,
                 {**VISION, **vision}, TOKENS, InternVlSight(), also=also, cached_as="qwen2",
                 converted=Converted({"general.architecture": "qwen2", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
-                                    clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}), llama_cpp=None if "norm_type" in vision else InternVlLlamaCpp((56, 56)), full=full)
+                                    clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}),
+                dialect=InternVlDialect(), llama_cpp=None if "norm_type" in vision else InternVlLlamaCpp((56, 56)), full=full)
 
 
 CASES = (case("internvl", ("internlm2", "InternLM2ForCausalLM", "InternVLChatModel"), {"internvl2-8b": FULL}),

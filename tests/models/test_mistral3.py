@@ -101,7 +101,7 @@ class PixtralSight(Sight):
 class PixtralDialect(Dialect):
     """llama.cpp's `conversion/mistral3.py` and `conversion/llava.py`; Ollama's `convert/convert_mistral.go`."""
 
-    model_types = ("mistral3", "llava")
+    model_types, towers = ("mistral3", "llava"), ("pixtral",)
     arch, names, projector = "mistral3", gguf.MODEL_ARCH.MISTRAL3, "pixtral"
     ollama_arch = "mistral3"
     ollama_names = (
@@ -118,10 +118,7 @@ class PixtralDialect(Dialect):
         return "llama" if legacy or saved.kind == "llava" else self.arch
 
     def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
-        foreign.head_sizes(w, saved.text)
-        w.add_rope_dimension_count(saved.text["head_dim"])
-        w.add_rope_freq_base(saved.text["rope_parameters"]["rope_theta"])
-        w.add_vocab_size(saved.text["vocab_size"])
+        foreign.llama_keys(w, saved.text)
         if (rope := saved.text["rope_parameters"])["rope_type"] == "yarn":
             w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             w.add_rope_scaling_factor(rope["factor"])
@@ -132,9 +129,7 @@ class PixtralDialect(Dialect):
             w.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
     def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
-        if re.search(r"\.[qk]_proj\.", source):
-            value = turned(value, saved.text["num_attention_heads" if ".q_proj." in source else "num_key_value_heads"])
-        yield self.text_name(source), value
+        yield self.text_name(source), foreign.llama_turned(source, value, saved.text)
 
     def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         w.add_vision_attention_layernorm_eps(1e-5)

@@ -108,7 +108,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class MllamaDialect(Dialect):
     """Ollama's `convert/convert_mllama.go` and `convert/convert_llama.go`; llama.cpp has no such models."""
 
-    model_types = ("mllama",)
+    model_types, converters = ("mllama",), ()
     settings = {"processor": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}}
     ollama_arch = "mllama"
     ollama_names = (

@@ -93,7 +93,7 @@ CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad
 class Qwen3Dialect(Dialect):
     """llama.cpp's `conversion/qwen3vl.py`: limits of pixels are not in the file."""
 
-    model_types, legacy = ("qwen3_vl",), False
+    model_types, converters = ("qwen3_vl",), ("now",)
     arch, names, projector = "qwen3vl", gguf.MODEL_ARCH.QWEN3VL, "qwen3vl_merger"
     vision_sizes = ("intermediate_size", "hidden_size", "depth", "num_heads")
 

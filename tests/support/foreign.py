@@ -43,15 +43,16 @@ class Saved:
         for file in sorted(folder.glob("*.safetensors")):
             for name, value in load_file(file).items():
                 name = re.sub(r"^language_model\.(model|lm_head)", r"\1", name)
-                name = re.sub(r"^model\.(language_model|text_model)\.", "model.", name)
-                self.tensors[re.sub(r"^model\.(?!embed_tokens|layers|norm)", "", name)] = value.float().numpy()
+                name = re.sub(r"^model\.(?!language_model|text_model|embed_tokens|layers|norm)", "", name)
+                self.tensors[re.sub(r"^model\.(language_model|text_model)\.", "model.", name)] = value.float().numpy()
 
     @property
     def dialect(self) -> Dialect:
         """The dialect of its architecture."""
         import cases
 
-        return next(c.dialect for c in cases.every().values() if c.dialect and self.kind in c.dialect.model_types)
+        return next(c.dialect for c in cases.every().values() if c.dialect and self.kind in c.dialect.model_types
+                    and self.vision.get("model_type") in (c.dialect.towers or (self.vision.get("model_type"),)))
 
     def vocabulary(self) -> Vocabulary:
         return read_vocabulary(self.folder, {**self.text, **self.config})
@@ -61,6 +62,7 @@ class Dialect:
     """How other programs write an architecture's checkpoints. What their files cannot say must have the value that they assume."""
 
     model_types: tuple[str, ...]                # of a config.json
+    towers: tuple[str, ...] = ()                # of its encoder's part, where others have the same; empty: any
     settings: dict[str, Any] = {}               # of a checkpoint with the values that Ollama assumes, if ours differ
     # llama.cpp: the text file's architecture, names of its tensors, and what the encoder's file calls the projector
     arch: str
@@ -69,7 +71,7 @@ class Dialect:
     # names of numbers in configs; of the encoder: feed-forward and width, layers, heads
     vision_sizes = ("intermediate_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     feed_forward = "intermediate_size"          # as the text file's length of it
-    legacy = True                               # whether llama.cpp's first converters of encoders knew it
+    converters: tuple[str, ...] = ("now", "first")      # which of llama.cpp's write it
     # Ollama: the file's architecture, if it reads such models, and strings.NewReplacer: at each place the first that fits
     ollama_arch: str | None = None
     ollama_names: tuple[tuple[str, str], ...] = ()
@@ -83,7 +85,7 @@ class Dialect:
 
     def image_size(self, saved: Saved) -> int:
         """Return the encoder's side in pixels."""
-        return saved.vision.get("image_size", 560)
+        return side(saved.vision.get("image_size", 560))
 
     def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         """Write the text file's keys beside sizes, head counts and epsilon."""
@@ -175,6 +177,27 @@ def head_sizes(w: gguf.GGUFWriter, text: dict[str, Any]) -> None:
     w.add_value_length(text["head_dim"])
 
 
+def llama_keys(w: gguf.GGUFWriter, text: dict[str, Any]) -> None:
+    """Write the keys of `LlamaModel`, which others have too."""
+    if text.get("head_dim"):
+        head_sizes(w, text)
+    w.add_rope_dimension_count(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+    w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+    w.add_vocab_size(text["vocab_size"])
+
+
+def llama_turned(source: str, value: np.ndarray, text: dict[str, Any]) -> np.ndarray:
+    """Return a tensor of `LlamaModel`, q and k turned."""
+    if re.search(r"\.[qk]_proj\.", source):
+        return turned(value, text["num_attention_heads" if ".q_proj." in source else "num_key_value_heads"])
+    return value
+
+
+def side(value: int | list[int]) -> int:
+    """Return a size that may be listed for both sides."""
+    return value[0] if isinstance(value, list) else value
+
+
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool = False) -> tuple[Path, Path]:
@@ -200,7 +223,7 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
     mmproj.add_clip_has_vision_encoder(True)
     mmproj.add_vision_projection_dim(text["hidden_size"])
     mmproj.add_vision_image_size(dialect.image_size(saved))
-    mmproj.add_vision_patch_size(vision["patch_size"])
+    mmproj.add_vision_patch_size(side(vision["patch_size"]))
     mmproj.add_vision_embedding_length(vision[width])
     mmproj.add_vision_feed_forward_length(vision[feed_forward])
     mmproj.add_vision_block_count(vision[layers])
@@ -334,6 +357,10 @@ class LlamaCpp:
     def rows(self, rows: np.ndarray, seen: Seen) -> np.ndarray:
         """Return those of its rows that transformers has too, in transformers' order."""
         return rows
+
+    def wanted(self, seen: Seen) -> np.ndarray:
+        """Return transformers' rows that it has too."""
+        return np.concatenate([f.reshape(-1, f.shape[-1]) for f in seen.features])             # of a tile each, or of the picture
 
     def between(self, rows: np.ndarray, seen: Seen) -> tuple[np.ndarray, list[int]]:
         """Return those of its rows that are embeddings of tokens, and the tokens."""
