@@ -18,6 +18,7 @@ from pyengine.nn.rope import Rope
 from pyengine.cache.store import Rotation, rotate_keys
 from pyengine.engine.request import Request
 from pyengine.engine.scheduler import BESIDE
+from pyengine.programs.step import Row
 
 KINDS = cases.kinds(own_cache=True)
 N_CTX = 256
@@ -47,9 +48,9 @@ def seen(monkeypatch) -> dict[int, list[np.ndarray]]:
     reports = []                                             # kept, so that no other gets their ids
     take = Request.take
 
-    def spy(self: Request, logits: np.ndarray) -> None:
+    def spy(self: Request, logits: Row) -> None:
         reports.append(self.report)
-        found.setdefault(id(self.report), []).append(logits.copy())
+        found.setdefault(id(self.report), []).append(logits.whole().copy())
         take(self, logits)
 
     monkeypatch.setattr(Request, "take", spy)

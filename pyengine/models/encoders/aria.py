@@ -153,7 +153,7 @@ class Vision(Encoder):
                                        "load with a larger n_ctx, or give split_image=False or a smaller max_image_size")
         if c.queries[longest] > limits.rows:
             raise RequestError(f"max_image_size={longest} takes {c.queries[longest]} soft tokens a run, but this model was planned for {limits.rows}; "
-                               f"load without images=")
+                               f"load with images=({longest}, {longest})")
         canvas = cache(lambda: self._padded(media.pixels) if split else media.pixels)
         views = [self._view(lambda y=y, x=x: canvas()[y, x], x.stop - x.start, y.stop - y.start, longest) for y, x in squares]
         y, x = squares[0]
