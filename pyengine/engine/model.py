@@ -112,7 +112,7 @@ class Model:
             limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
             self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress)
         self._language = Language(self.file.metadata, bound.files.modelfile)
-        self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media)
+        self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media, left_out=bound.left_out)
         self._axes = self._runner.axes
         self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {_weights(bound.files.opened)} weights"
         self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds
@@ -210,9 +210,9 @@ class Model:
         """Return the soft tokens of a picture (or of a list of frames), as the decoder receives them: float32 [n, d_model].
 
         Without start, end or row-break tokens; after the projector, before any multiplier of the decoder. Kept in the image
-        cache. Raises: UnsupportedModelError without an encoder, ImageError.
+        cache. Raises: UnsupportedModelError without an encoder, RequestError where it was left out, ImageError.
         """
-        if self.media is None:
+        if self.media is None and not self._prompts.left_out:
             raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder; where it is in a file of its own, load with mmproj=")
         parts, _ = self._prompts.encoded(image)
         return np.concatenate([p.embedding[:, : self.config.d_model] for p in parts if isinstance(p, MediaSegment)])

@@ -40,10 +40,11 @@ class Prompts:
     n_ids     ids that a prompt may have: rows of the embedding
     language  its tokenizer and chat template; media: its encoder, or None
     policy    which files a request may name; None: that of a program that writes its messages itself
+    left_out  whether it has an encoder that it was loaded without
     """
 
-    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy | None = None):
-        self.name, self.n_ids, self.language, self.media, self.policy = name, n_ids, language, media, policy
+    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy | None = None, left_out: bool = False):
+        self.name, self.n_ids, self.language, self.media, self.policy, self.left_out = name, n_ids, language, media, policy, left_out
 
     def under(self, policy: MediaPolicy) -> Prompts:
         """Return the same with another policy. Raises: RequestError for what is none."""
@@ -51,7 +52,7 @@ class Prompts:
 
         if not isinstance(policy, MediaPolicy):
             raise RequestError(f"media_policy is a MediaPolicy, not {type(policy).__name__}")
-        return Prompts(self.name, self.n_ids, self.language, self.media, policy)
+        return Prompts(self.name, self.n_ids, self.language, self.media, policy, self.left_out)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -79,6 +80,8 @@ class Prompts:
             raise type(e)(f"{medium.field}: {e}") from e
 
     def _need_encoder(self) -> None:
+        if self.media is None and self.left_out:
+            raise RequestError(f"{self.name} was loaded with images=0, without its media encoder, so it takes no pictures")
         if self.media is None:
             raise RequestError(f"{self.name} has no media encoder, so it takes no pictures; where it is in a file of its own, "
                                "load with mmproj=")

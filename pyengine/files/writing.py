@@ -17,13 +17,16 @@ _OPEN = ("/proc", "/dev/fd")         # names there are what a process has open, 
 def target_of(path: str | Path) -> Path:
     """Return where a file of this name is put: where its links end, so that a link stays one.
 
-    Raises: OSError for a directory, and for a pipe, a device, and what a process has open (/dev/stdout), which are not to be replaced.
+    Raises: OSError for a directory, for a folder that is not there, and for a pipe, a device, and what a process has open (/dev/stdout),
+    which are not to be replaced.
     """
     if _is_written_into(path):
         raise OSError(errno.EINVAL, "is a pipe or a device, which no file can take the place of", os.fspath(path))
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not target.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
     return target
 
 

@@ -59,6 +59,7 @@ class _Adapting:
         axis = args[0].shape[0]
         if not any(pairs) or not isinstance(axis, Dim) or axis.scale != 1 or axis.name not in self.scales:
             return None
+        self.changed.update(w.node.source.name for w, own in zip(node.args[1], pairs) if own)
         outputs = node.outputs if args is node.args else node.with_args(args).outputs
         return [y if not own else y + self._low(args[0], axis.name, own) for y, own in zip(outputs, pairs)]
 
@@ -70,7 +71,6 @@ class _Adapting:
         found = []
         for i, adapter in enumerate(self.adapters):
             if (pair := adapter.pairs.get(ref.name)) is not None:
-                self.changed.add(ref.name)
                 found.append((i, pair._replace(b=pair.b.rows(ref.first // ref.shape[1], ref.shape[0]))))
         return found
 

@@ -25,6 +25,7 @@ class Bound:
     files: Files
     model: Architecture
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
+    left_out: bool = False           # whether there are encoders, and the model runs without them
 
     @property
     def image(self) -> Encoder | None:
@@ -43,7 +44,7 @@ class Bound:
 
     def without_encoders(self) -> Bound:
         """Return the model as if its files held no encoder."""
-        return Bound(self.files, self.model)
+        return Bound(self.files, self.model, left_out=self.left_out or bool(self.encoders))
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -69,13 +70,18 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
     weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     for adapter in files.adapters:
         check_base(adapter, files.model)
-    return Bound(files, model, encoders)
+    return Bound(files, model, encoders, left_out=not with_encoders and _with_encoder(files, weights))
+
+
+def _with_encoder(files: Files, weights: Weights) -> bool:
+    """Say whether the files hold tensors of an encoder."""
+    return files.mmproj is not None or any(scope in weights for scope in ENCODER_TENSORS[:2])
 
 
 def _encoders(kind: type[Architecture], h: Hparams, files: Files, weights: Weights) -> dict[str, Encoder]:
     """Bind the encoders, none where the files hold none or the architecture cannot run them."""
     source = files.mmproj or files.model
-    if files.mmproj is None and not any(scope in weights for scope in ENCODER_TENSORS[:2]):
+    if not _with_encoder(files, weights):
         return {}
 
     @cache

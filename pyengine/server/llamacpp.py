@@ -12,7 +12,7 @@ from starlette.routing import Route
 import pyengine
 from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
-from pyengine.errors import PyEngineError
+from pyengine.errors import PyEngineError, RequestError
 from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields, parse
 from pyengine.server.infill import laid_out
@@ -67,7 +67,10 @@ def routes(models: Models) -> list[Route]:
         sent = parse(b'{"lora": ' + await replies.body(request) + b"}") if request.method == "POST" else None
         served = await replies.using(request, models, request.query_params.get("model"))
         if sent is not None:
-            served.model.use_adapters(replies.adapters(sent) or {})
+            try:
+                served.model.use_adapters(replies.adapters(sent) or {})
+            except RequestError as error:
+                raise replies.renamed(error) from error
         return JSONResponse([{"id": i, "path": name, "scale": scale} for i, (name, scale) in enumerate(served.model.adapters.items())])
 
     async def slots(request: Request) -> Response:

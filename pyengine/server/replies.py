@@ -48,9 +48,10 @@ class TooSlow(PyEngineError):
     """An answer that took more time than the server gives one."""
 
 
-def _told(message: str) -> str:
+def told(message: str) -> str:
     """Return a message of the library with the arguments of `load` as the options of the command that serves."""
-    for ours, said in (("load with a larger n_ctx", "serve the model with a larger --ctx"), ("load with mmproj=", "serve the model with --mmproj")):
+    for ours, said in (("load with a larger n_ctx", "serve the model with a larger --ctx"), ("load with mmproj=", "serve the model with --mmproj"),
+                       ("load with adapters=", "serve the model with --lora"), ("images=0", "--pictures 0")):
         message = message.replace(ours, said)
     return message
 
@@ -128,7 +129,7 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
                 unexpected(error)
                 error = RuntimeError("an error of the server; its log has more")
             if isinstance(error, PyEngineError):
-                error.args = (_told(str(error)),)
+                error.args = (told(str(error)),)
             return JSONResponse(failed(error, status), status)
         except BaseException:                                # the server ends
             _release(leases)
@@ -201,7 +202,7 @@ async def submit(call: Callable[[], Handle], names: Mapping[str, str] = {}) -> H
     try:
         handle = await apart(call)
     except RequestError as error:
-        raise _renamed(error, names) from error
+        raise renamed(error, names) from error
     if counts is not None:
         counts.follow(handle, began)
     if seconds is not None:                                  # a timer must not keep what has ended
@@ -210,8 +211,9 @@ async def submit(call: Callable[[], Handle], names: Mapping[str, str] = {}) -> H
     return handle
 
 
-def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+def renamed(error: RequestError, names: Mapping[str, str] = {}) -> RequestError:
     """Return an error that begins with the name of an argument as a FieldError with the interface's name of it; others as they are."""
+    names = {"adapters": "lora", **names}
     found = None if isinstance(error, FieldError) else _NAMED.match(str(error))
     if found is None:
         return error

@@ -13,6 +13,7 @@ import os
 import pydoc
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import pytest
 
 import pyengine
 from pyengine.cli import answer, execute, screen
+from pyengine.cli.report.planned import parse_adapters
 from pyengine.cli.talk import chat, settings
 from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.request import Report
@@ -1077,6 +1079,11 @@ def test_an_adapter_is_shown_listed_and_used(tiny_gguf, tmp_path, monkeypatch, c
         assert capsys.readouterr().out.rstrip("\n") == want.rstrip("\n")
     assert execute(["plan", str(path), "--lora", files[0], "--json"]) == 0
     assert any("adapters" in i["detail"] for i in json.loads(capsys.readouterr().out)["items"])
+    (tmp_path / "b").mkdir()
+    again = str(shutil.copy(files[1], tmp_path / "b" / "one.gguf"))                          # two files of one name
+    assert execute([*asked, "--lora", files[0], "--lora-scaled", f"{again}:-0.5"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == want.rstrip("\n")
+    assert parse_adapters([files[0], again], [f"{again}:2"]) == {"one": (files[0], 1.0), "one-2": (again, 1.0), "one-3": (again, 2.0)}
     assert execute([*asked, "--lora-scaled", files[0]]) == 2 and "FILE:SCALE" in capsys.readouterr().err
     assert execute([files[0], "Once"]) == 2 and "is an adapter" in one_line(capsys.readouterr().err)
 

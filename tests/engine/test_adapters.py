@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import pytest
 import cases
 import lora
 import pyengine as pe
+from pyengine import ops
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.files.adapters import asked_for, open_adapter
+from pyengine.files.gguf import GGUFFile
+from pyengine.files.weights import WeightRef
+from pyengine.nn.layers import constant
+from pyengine.programs.adapters import adapted
 
 pytest.importorskip("transformers", reason="needs transformers and torch: pip install -r requirements/test.txt")
 import tiny  # noqa: E402
@@ -293,3 +300,20 @@ def test_factors_of_no_product_are_refused(tiny_gguf, tmp_path: Path) -> None:
     out.close()
     with pytest.raises(UnsupportedModelError, match="position_embd.weight.*not multiplied"):
         pe.load(path, n_ctx=16, adapters=tmp_path / "x.gguf")
+
+
+def test_a_product_that_is_not_changed_is_refused(pair) -> None:
+    """Rows of other axes have no scales: what multiplies only them cannot be left as it is in silence."""
+    name, file = "blk.0.attn_q.weight", GGUFFile(pair["base"])
+    whole = open_adapter(asked_for(pair["files"][0])[0])
+    adapter = replace(whole, pairs={name: whole.pairs[name]})
+    for scale, changed in ((1, True), (2, False)):
+        with pe.Graph() as g:
+            axis = pe.Dim("m", 8, scale)
+            y = ops.linear(g.input("x", (axis, 96)), [constant(WeightRef(name, file.tensors[name].shape, file.tensors[name].dtype, file))])[0]
+            scales = {"m": g.input("scales", (pe.Dim("m", 8), 1))}
+            if changed:
+                assert adapted([y], [adapter], scales)[0].shape == y.shape
+            else:
+                with pytest.raises(UnsupportedModelError, match=f"{name}.*not multiplied"):
+                    adapted([y], [adapter], scales)

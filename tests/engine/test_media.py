@@ -142,6 +142,10 @@ def test_what_cannot_be_taken_says_so(gemma, tiny_gguf) -> None:
         blind.chat([{"role": "user", "content": [{"type": "image", "image": A}]}])
     with pytest.raises(UnsupportedModelError, match="no image encoder"):
         blind.encode_image(A)
+    shut = pe.load(tiny_gguf("gemma3")[0], n_ctx=64, images=0)
+    for ask in (lambda: shut.generate("x", images=[A]), lambda: shut.encode_image(A), lambda: shut.chat([{"role": "user", "content": [{"type": "image", "image": A}]}])):
+        with pytest.raises(RequestError, match="loaded with images=0"):
+            ask()
 
 
 def test_a_picture_beyond_the_plan_is_refused_with_numbers(tiny_gguf) -> None:

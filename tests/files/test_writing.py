@@ -39,6 +39,14 @@ def test_a_new_file_and_one_in_its_place(tmp_path: Path, lasting: bool) -> None:
     assert sorted(os.listdir(tmp_path)) == sorted([path.name, "private"])
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """The error has the name that was given, not one of ours."""
+    for what in (target_of, lambda path: write(path, b"x")):
+        with pytest.raises(FileNotFoundError) as error:
+            what(tmp_path / "none" / "a")
+        assert error.value.filename == str(tmp_path / "none" / "a")
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a"

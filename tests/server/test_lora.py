@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 import lora
+from pyengine.errors import RequestError
+from pyengine.server import replies
 from pyengine.server.models import load
 
 pytest.importorskip("httpx")
@@ -56,3 +58,18 @@ def test_wrong_scales_are_refused(client, model, given: Any, says: str) -> None:
         assert response.status_code == 400 and says in response.json()["error"]["message"]
     assert client.post("/lora-adapters", content=b"]").status_code == 400
     assert model.adapters == {"one": 1.0, "two": 0.5}
+
+
+def test_errors_name_the_field_and_the_option(client, model, tiny_gguf) -> None:
+    """A client sees no names of the library's arguments."""
+    asked = {"max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}], "lora": [{"id": 2, "scale": 1}]}
+    error = client.post("/v1/chat/completions", json=asked).json()["error"]
+    assert error["param"] == "lora" and error["message"] == "lora: there is no 2; loaded are one, two"
+    assert client.post("/lora-adapters", json=asked["lora"]).json()["error"]["message"] == "lora: there is no 2; loaded are one, two"
+    bare = load(str(tiny_gguf("llama")[0]), n_ctx=64, n_threads=1)
+    try:
+        with pytest.raises(RequestError) as told:
+            bare.model.use_adapters({0: 1.0})
+    finally:
+        bare.model.close()
+    assert str(told.value).endswith("none: load with adapters=") and replies.told(str(told.value)).endswith("none: serve the model with --lora")

@@ -56,8 +56,11 @@ def parse_size(text: str | None, count: int | None) -> Any:
     return (int(width), int(height), *([] if count is None else [count]))
 
 
-def parse_adapters(files: Sequence[str], scaled: Sequence[str]) -> list[tuple[str, float]] | None:
-    """Return adapters and their scales; None without any. scaled: FILE:SCALE, or several with commas. Raises: RequestError."""
+def parse_adapters(files: Sequence[str], scaled: Sequence[str]) -> dict[str, tuple[str, float]] | None:
+    """Return adapters and their scales by their names, those of the files: x, x-2, x-3 of several; None without any.
+
+    scaled: FILE:SCALE, or several with commas. Raises: RequestError.
+    """
     found = [(file, 1.0) for files_ in files for file in files_.split(",")]
     for one in (part for text in scaled for part in text.split(",")):
         file, _, scale = one.rpartition(":")
@@ -65,7 +68,12 @@ def parse_adapters(files: Sequence[str], scaled: Sequence[str]) -> list[tuple[st
             found.append((file, float(scale)))
         except ValueError:
             raise RequestError(f"--lora-scaled {one}: give FILE:SCALE, as a.gguf:0.5") from None
-    return found or None
+    named: dict[str, tuple[str, float]] = {}
+    for file, factor in found:
+        stem = Path(file).stem
+        names = (stem, *(f"{stem}-{i}" for i in range(2, len(found) + 1)))
+        named[next(n for n in names if n not in named)] = (file, factor)
+    return named or None
 
 
 def show_plan(found: MemoryPlan) -> int:
