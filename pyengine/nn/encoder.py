@@ -45,12 +45,12 @@ def head_count(v: Hparams, width: int) -> int:
     return n
 
 
-def activation(v: Hparams, gelu: str) -> str:
+def activation(v: Hparams, gelu: str, neither: str = "quick_gelu") -> str:
     """Read the kind of `ops.unary` from transformers' name, or from llama.cpp's switches: `gelu` is which GELU it is.
 
     Raises: UnsupportedModelError for an unknown one.
     """
-    switched = "silu" if v.get("use_silu", False, bool) else gelu if v.get("use_gelu", False, bool) else "quick_gelu"
+    switched = "silu" if v.get("use_silu", False, bool) else gelu if v.get("use_gelu", False, bool) else neither
     return known_activation(v, "vision.hidden_act", switched)
 
 

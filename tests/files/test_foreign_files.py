@@ -25,7 +25,7 @@ LAYOUTS = {     # what writes the files of a checkpoint: path of the model, path
     "Ollama": lambda folder, out: (foreign.ollama_file(folder, out), None),
     "Ollama, more tokens than rows": lambda folder, out: (foreign.ollama_file(folder, out, extra_tokens=3), None),
 }
-LLAMA_CPP = [case.kind for case in cases.select(sees=True) if case.llama_cpp and case.dialect]        # those that see there
+LLAMA_CPP = [case.kind for case in cases.select(sees=True) if case.llama_cpp and case.dialect and "now" in case.dialect.converters]
 CASES = [(case.kind, layout) for case in cases.select(sees=True) if case.dialect for layout in LAYOUTS
          if (case.dialect.ollama_arch or not layout.startswith("Ollama")) and ("now" in case.dialect.converters or layout != "llama.cpp")
          and ("first" in case.dialect.converters or layout != "llama.cpp, first converters")]

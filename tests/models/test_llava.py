@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
+from foreign import Dialect, llama_keys, llama_turned, LlamaCpp, Saved, Tensors
 from hollow import Decoder, Encoder, Full, kv, vit_layers
 from oracle import encoder_of
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError
@@ -153,6 +155,94 @@ def frame_pixels(images: Any, frame: Any) -> np.ndarray:
     return same(frame, return_tensors="np")["pixel_values"][0]
 
 
+SHORT = (("embeddings.", ""), ("encoder.layers", "blk"), ("self_attn.", "attn_"), ("_proj", ""), ("layer_norm", "ln"), ("layernorm", "ln"),
+         ("layrnorm", "ln"), ("mlp.fc1", "ffn_down"), ("mlp.fc2", "ffn_up"), ("embedding", "embd"))
+
+
+class LlavaDialect(Dialect):
+    """llama.cpp's `tools/mtmd/legacy-models/{llava_surgery_v2,convert_image_encoder_to_gguf}.py`, text models by `conversion/{llama,granite}.py`.
+
+    The encoder's config is written by hand: only that of Granite Vision lists layers. Without, llama.cpp leaves the file's last layer out.
+    """
+
+    model_types, towers, converters = ("llava", "llava_next"), ("clip_vision_model", "siglip_vision_model"), ("first",)
+    settings = {"processor": {"do_pad": True}}                          # LLaVA 1.5, as its authors have it
+    arch, names, projector = "llama", gguf.MODEL_ARCH.LLAMA, "mlp"
+
+    def text_arch(self, saved: Saved, legacy: bool) -> str:
+        return "granite" if saved.text["model_type"] == "granite" else self.arch
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        text = saved.text
+        if text["model_type"] != "granite":
+            llama_keys(w, text)
+            return
+        llama_keys(w, {**text, "head_dim": None})
+        w.add_attention_scale(text["attention_multiplier"])
+        w.add_embedding_scale(text["embedding_multiplier"])
+        w.add_residual_scale(text["residual_multiplier"])
+        w.add_logit_scale(text["logits_scaling"])
+
+    def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
+        yield self.text_name(source), llama_turned(source, value, saved.text)
+
+    def features(self, saved: Saved) -> list[int]:
+        """Return the layers whose inputs are taken."""
+        found, n = saved.config["vision_feature_layer"], saved.vision["num_hidden_layers"]
+        return [i if i >= 0 else n + 1 + i for i in (found if isinstance(found, list) else [found])]
+
+    def encoder_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        """Write all keys; the width behind CLIP's own projection is its, and SigLIP's is 0."""
+        vision = saved.vision
+        for name, value in (("has_text_encoder", False), ("has_vision_encoder", True), ("has_llava_projector", True)):
+            w.add_bool(f"clip.{name}", value)
+        w.add_description("image encoder for LLaVA")
+        w.add_string("clip.projector_type", self.projector)
+        for name, number in (("image_size", vision["image_size"]), ("patch_size", vision["patch_size"]), ("embedding_length", vision["hidden_size"]),
+                             ("feed_forward_length", vision["intermediate_size"]), ("projection_dim", vision.get("projection_dim", 0)),
+                             ("attention.head_count", vision["num_attention_heads"]), ("block_count", max(self.features(saved)))):
+            w.add_uint32(f"clip.vision.{name}", number)
+        w.add_float32("clip.vision.attention.layer_norm_epsilon", vision["layer_norm_eps"])
+        if saved.kind == "llava_next":
+            w.add_array("clip.vision.image_grid_pinpoints", [n for pair in saved.config["image_grid_pinpoints"] for n in pair])
+            w.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        if isinstance(saved.config["vision_feature_layer"], list):
+            w.add_array("clip.vision.feature_layer", self.features(saved))
+        w.add_array("clip.vision.image_mean", saved.images["image_mean"])
+        w.add_array("clip.vision.image_std", saved.images["image_std"])
+        w.add_bool("clip.use_gelu", saved.vision["hidden_act"] == "gelu")
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
+        layer = re.search(r"layers\.(\d+)\.", source)
+        if layer and int(layer[1]) >= max(self.features(saved)) or "vision_model.post_layernorm" in source or "vision_tower.post_layernorm" in source:
+            return
+        name = re.sub(r"^vision_tower\.(vision_model\.)?", "v.", source)
+        name = re.sub(r"^multi_modal_projector\.linear_([12])", lambda m: f"mm.{2 * int(m[1]) - 2}", name)
+        if name.startswith("v."):
+            for theirs, short in SHORT:
+                name = name.replace(theirs, short)
+        yield f"model.{name}" if name == "image_newline" else name, value.squeeze()
+
+
+class LlavaLlamaCpp(LlamaCpp):
+    """It puts the class token behind the patches, but its position before theirs, and leaves the first row out instead of the last."""
+
+    def adapt(self, mmproj: Path) -> None:
+        """Move the class token's position to the end."""
+        table = next(t for t in gguf.GGUFReader(mmproj, "r+").tensors if t.name == "v.position_embd.weight")
+        table.data[:] = np.roll(table.data, -1, axis=-2)
+
+    def rows(self, rows: np.ndarray, seen: Any) -> np.ndarray:
+        """Return the rows but the class token's."""
+        return rows[:-1]
+
+    def wanted(self, seen: Any) -> np.ndarray:
+        """Return the rows but the first."""
+        return super().wanted(seen)[1:]
+
+
 TEXT = {**COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": 42, "patch_size": 14, "hidden_act": "quick_gelu"}
@@ -170,13 +260,15 @@ LLAVA = Case(
     "llava", "llama", "LlavaConfig", "LlavaForConditionalGeneration", "llama-bpe", {"tie_word_embeddings": False, "vision_feature_layer": -2},
     {**TEXT, "model_type": "llama"}, CLIP, TOKENS, LlavaSight(), cached_as="llama",
     converted=Converted({"general.architecture": "llama", "tokenizer.chat_template": TEMPLATE},
-                        clip={**CLIP_KEYS, "image_aspect_ratio": "crop"}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
+                        clip={**CLIP_KEYS, "image_aspect_ratio": "crop"}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES),
+    dialect=LlavaDialect(), llama_cpp=LlavaLlamaCpp((42, 42)))
 
 NEXT = Case(
     "llava_next", "llama", "LlavaNextConfig", "LlavaNextForConditionalGeneration", "llama-bpe",
     {"tie_word_embeddings": False, "vision_feature_layer": -2, "image_grid_pinpoints": PINPOINTS},
     {**TEXT, "model_type": "mistral", "sliding_window": None}, CLIP, TOKENS, NextSight(), cached_as="llama",
-    converted=Converted({"general.architecture": "llama"}, clip={**CLIP_KEYS, **TILES}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
+    converted=Converted({"general.architecture": "llama"}, clip={**CLIP_KEYS, **TILES}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES),
+    dialect=LlavaDialect())
 
 GRANITE = Case(
     "granite_vision", "granite", "LlavaNextConfig", "LlavaNextForConditionalGeneration", "gpt-2",
@@ -186,7 +278,8 @@ GRANITE = Case(
     converted=Converted(
         {"general.architecture": "granite"},
         clip={**KEYS, **TILES, "use_gelu": True, "hidden_act": "gelu_pytorch_tanh", "attention.layer_norm_epsilon": np.float32(1e-6), "block_count": 4,
-              "feature_layer": [1, 3, 4]}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES))
+              "feature_layer": [1, 3, 4]}, clip_tokens={"image_token_id": "<image>"}, renames=RENAMES),
+    dialect=LlavaDialect())
 
 def full_encoder(d_model: int) -> Encoder:
     """LLaVA-OneVision's: SigLIP of 27 layers but the last, 27 x 27 patches of 14 in 384 pixels, 36 shapes of up to 36 tiles."""

@@ -107,6 +107,21 @@ class Dialect:
             if source.startswith(("model.", "lm_head.")):
                 yield from self.text_tensor(saved, source, value)
 
+    def encoder_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        """Write the keys of llama.cpp's encoder file that all have."""
+        vision, (feed_forward, width, layers, heads) = saved.vision, self.vision_sizes
+        w.add_clip_has_vision_encoder(True)
+        w.add_vision_projection_dim(saved.text["hidden_size"])
+        w.add_vision_image_size(self.image_size(saved))
+        w.add_vision_patch_size(side(vision["patch_size"]))
+        w.add_vision_embedding_length(vision[width])
+        w.add_vision_feed_forward_length(vision[feed_forward])
+        w.add_vision_block_count(vision[layers])
+        w.add_vision_head_count(vision[heads])
+        w.add_vision_image_mean(saved.images["image_mean"])
+        w.add_vision_image_std(saved.images["image_std"])
+        w.add_clip_projector_type(self.projector)
+
     def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         """Write the keys of llama.cpp's encoder file that other architectures do not have."""
         raise NotImplementedError
@@ -208,7 +223,7 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
     the value that llama.cpp assumes: see `Dialect.assume`.
     """
     saved = Saved(folder)
-    dialect, text, vision = saved.dialect, saved.text, saved.vision
+    dialect, text = saved.dialect, saved.text
     dialect.assume(saved)
     w = new_writer(out, dialect.text_arch(saved, legacy), outtype, "model")
     text_sizes(w, text, dialect.feed_forward)
@@ -218,19 +233,8 @@ def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool 
     write(w, dialect.text_tensors(saved), outtype)
 
     path = out.with_name(f"mmproj-{out.name}")
-    mmproj = new_writer(path, "clip", outtype, "mmproj")
-    feed_forward, width, layers, heads = dialect.vision_sizes
-    mmproj.add_clip_has_vision_encoder(True)
-    mmproj.add_vision_projection_dim(text["hidden_size"])
-    mmproj.add_vision_image_size(dialect.image_size(saved))
-    mmproj.add_vision_patch_size(side(vision["patch_size"]))
-    mmproj.add_vision_embedding_length(vision[width])
-    mmproj.add_vision_feed_forward_length(vision[feed_forward])
-    mmproj.add_vision_block_count(vision[layers])
-    mmproj.add_vision_head_count(vision[heads])
-    mmproj.add_vision_image_mean(saved.images["image_mean"])
-    mmproj.add_vision_image_std(saved.images["image_std"])
-    mmproj.add_clip_projector_type(dialect.projector)
+    mmproj = new_writer(path, "clip", outtype, "mmproj" if "now" in dialect.converters else None)
+    dialect.encoder_keys(mmproj, saved)
     dialect.vision_keys(mmproj, saved)
     write(mmproj, dialect.vision_tensors(saved, legacy), outtype)
     return out, path

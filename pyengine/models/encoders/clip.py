@@ -2,7 +2,9 @@
 
 Papers arXiv:2103.00020 (CLIP), arXiv:2303.15343 (SigLIP). Follows transformers 5.23: `modeling_clip.py`, `modeling_siglip.py`. CLIP has a
 class token in front, whose row is left out, and a norm before its layers. Files hold the layers up to the last one that is needed; keys
-"clip.vision.feature_layer" say which layers' inputs are taken where there are several or it is said.
+"clip.vision.feature_layer" say which layers' inputs are taken where there are several or it is said. Files of llama.cpp's first converters
+may have SigLIP's pooling head, which is left out, and switch GELU on for CLIP's "gelu" only: without it SigLIP's is the tanh one.
+differs from llama.cpp, which then computes CLIP's quick GELU, and without "feature_layer" leaves the file's last layer out.
 Axes: n patches of a square, V hidden, F rows joined, H heads.
 """
 
@@ -55,9 +57,10 @@ class TowerConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         width, count = v.size("vision.embedding_length"), n_layers(v, w)
         mean, std = mean_and_std(v, MEAN, STD)
+        neither = "quick_gelu" if w["v"].shape("class_embd") else "gelu_pytorch_tanh"
         return cls(
             n_layers=count, width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
-            eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu"), features=feature_layers(v, count),
+            eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu", neither), features=feature_layers(v, count),
             tile=v.size("vision.image_size"), patch=v.size("vision.patch_size"), mean=mean, std=std, resample=resample_filter(v, BICUBIC))
 
 
@@ -101,6 +104,7 @@ class Tower:
         self.post = LayerNorm(w["post_ln"], c.width, c.eps) if post_norm else None
         for part in ("weight", "bias"):
             w["post_ln"].optional(part, (c.width,))
+        w["head"].leave_out()
 
     @property
     def width(self) -> int:
