@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
+from foreign import Dialect, llama_keys, llama_turned, LlamaCpp, Saved, Tensors, vision_name
 from hollow import both, Decoder, Encoder, Full, kv, vit_layers
 from oracle import encoder_of
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
@@ -77,6 +79,44 @@ DRAWS = {"embed_dim": 8, "num_embeddings": 24, "latent_channels": 8, "base_chann
          "projection_dim": 96, "image_token_embed_dim": 96}
 
 
+class JanusDialect(Dialect):
+    """llama.cpp's `conversion/januspro.py`."""
+
+    model_types, converters = ("janus",), ("now",)
+    settings = {"processor": {"min_size": 14}}                          # of the processor's class, which files do not say
+    arch, names, projector = "llama", gguf.MODEL_ARCH.LLAMA, "janus_pro"
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        llama_keys(w, saved.text)
+
+    def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
+        yield self.text_name(source), llama_turned(source, value, saved.text)
+
+    def encoder_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        vision = saved.vision
+        vision["intermediate_size"] = round(vision["hidden_size"] * vision["mlp_ratio"])
+        super().encoder_keys(w, saved)
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        w.add_vision_attention_layernorm_eps(saved.vision["layer_norm_eps"])
+        if saved.vision["hidden_act"] == "gelu":
+            w.add_vision_use_gelu(True)
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
+        part, _, end = source.rpartition(".")
+        if source.startswith("vision_model."):
+            yield vision_name(f"model.{source}"), value
+        elif source.startswith("aligner."):
+            yield f"mm.{0 if part == 'aligner.fc1' else int(part.rpartition('.')[2]) + 1}.{end}", value
+
+
+class JanusLlamaCpp(LlamaCpp):
+    """It puts no tokens around a picture."""
+
+    def ids(self, seen: Any, soft: int | None) -> list[int | None]:
+        return super().ids(seen, soft)[1:-1]
+
+
 def full_encoder(d_model: int) -> Encoder:
     """Janus-Pro's encoder, SigLIP-L: keys and tensors of llama.cpp's projector file."""
     width, d_ff, n_layers, patch, side = 1024, 4096, 24, 16, 24
@@ -102,6 +142,7 @@ JANUS = Case(
               "image_mean": [np.float32(x) for x in (0.48145466, 0.4578275, 0.40821073)],
               "image_std": [np.float32(x) for x in (0.26862954, 0.26130258, 0.27577711)]},
         clip_tokens={"image_token_id": "<image_placeholder>", "image_start_token_id": "<begin_of_image>", "image_end_token_id": "<end_of_image>"}),
+    dialect=JanusDialect(), llama_cpp=JanusLlamaCpp((50, 50)),
     full={"janus-pro-7b": Full(Decoder("llama", 30, 4096, 11008, 32, 32, 128, 102400, 16384), tuple(NAMED.values()), full_encoder)})
 
 CASES = (JANUS,)
