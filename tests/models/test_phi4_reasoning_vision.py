@@ -4,9 +4,12 @@ is described by the authors: whole patches counted and kept within bounds, rows 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -14,6 +17,7 @@ import pyengine as pe
 import tiny
 from cases import Tokens
 from converters import convert
+from foreign import Dialect, llama_cpp_files, Saved, Tensors, vision_name
 from hollow import Encoder, Full, kv, Tensor, vit_layers
 from oracle import encoder_of
 from pictures import A, B, DOT, LONG, same, THIN
@@ -174,6 +178,55 @@ def test_keys_and_other_formats(path: Path, whole: Whole, tmp_path) -> None:
     for outtype, most in (("f16", 4e-3), ("q8_0", 6e-2)):
         close = pe.load(convert(whole.folder, tmp_path / f"{outtype}.gguf", outtype), n_ctx=128).encode_image(A)
         assert 1e-6 < np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2)) < most
+
+
+class Phi4Dialect(Dialect):
+    """llama.cpp's `conversion/phi.py`: without the encoder's last layer and norm."""
+
+    model_types, arch, names, projector = ("phi4-siglip",), "phi3", gguf.MODEL_ARCH.PHI3, "phi4"
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        text = saved.text
+        w.add_rope_scaling_orig_ctx_len(text["original_max_position_embeddings"])
+        w.add_rope_dimension_count(text["hidden_size"] // text["num_attention_heads"])
+        w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+        w.add_sliding_window(text["sliding_window"] or 0)
+
+    def image_size(self, saved: Saved) -> int:
+        return round(saved.vision["num_patches"] ** 0.5) * saved.vision["patch_size"]
+
+    def encoder_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        saved.vision["num_hidden_layers"] -= 1
+        super().encoder_keys(w, saved)
+
+    def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        area = saved.vision["patch_size"] ** 2
+        w.add_vision_min_pixels(saved.config["min_num_patches"] * area)
+        w.add_vision_max_pixels(saved.config["max_num_patches"] * area)
+        w.add_vision_use_gelu(True)
+        w.add_vision_attention_layernorm_eps(saved.vision["layer_norm_eps"])
+
+    def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
+        source, p = source.replace("vision_tower.vision_tower.", "vision_tower."), saved.vision["patch_size"]
+        layer = re.search(r"layers\.(\d+)\.", source)
+        if layer and int(layer[1]) == saved.vision["num_hidden_layers"] or ".post_layernorm." in source or ".head." in source:
+            return
+        if source.startswith("mm_projector."):
+            yield source.replace("mm_projector.", "mm."), value
+        elif source.endswith("patch_embedding.weight"):
+            yield vision_name(source), value.reshape(-1, p, p, 3).transpose(0, 3, 1, 2)
+        else:
+            yield vision_name(source), value
+
+
+def test_llama_cpps_pair_is_read_as_it_is(whole: Whole, tmp_path) -> None:
+    folder = shutil.copytree(whole.folder, tmp_path / "c")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    text, mmproj = llama_cpp_files(folder, tmp_path / "l.gguf", dialect=Phi4Dialect())
+    model = pe.load(text, mmproj=mmproj, n_ctx=256, kv_dtype="f32")
+    for name in ("two", "awkward"):
+        same(model.logits(PROMPTS[name]), whole.logits(PROMPTS[name]))
+    same(model.encode_image(A), whole.rows(A).numpy())
 
 
 def test_variants_of_the_text_model(tmp_path) -> None:

@@ -215,15 +215,15 @@ def side(value: int | list[int]) -> int:
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
-def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool = False) -> tuple[Path, Path]:
+def llama_cpp_files(folder: Path, out: Path, outtype: str = "f32", legacy: bool = False, dialect: Dialect | None = None) -> tuple[Path, Path]:
     """Write OUT (text) and mmproj-OUT as llama.cpp's converter does and return both paths.
 
     `legacy`: as its first converters wrote them, with the encoder's ffn_up and ffn_down the wrong way round; Mistral 3's
     text as "llama"; Llama 4, with the name of a norm that its table has had since Gemma 4. What these files cannot say must have
-    the value that llama.cpp assumes: see `Dialect.assume`.
+    the value that llama.cpp assumes: see `Dialect.assume`. `dialect`: of a checkpoint that no case has.
     """
     saved = Saved(folder)
-    dialect, text = saved.dialect, saved.text
+    dialect, text = dialect or saved.dialect, saved.text
     dialect.assume(saved)
     w = new_writer(out, dialect.text_arch(saved, legacy), outtype, "model")
     text_sizes(w, text, dialect.feed_forward)
