@@ -164,10 +164,12 @@ class Backend(ABC):
     name     as in `device=`
     kernels  names of the ops that it computes itself; None: every op there is
     apart    its memory is its own: inputs and outputs are copied
+    widest   most elements of a head that its attention takes; None: any
     """
 
     name: ClassVar[str]
     apart: ClassVar[bool] = False
+    widest: ClassVar[int | None] = None
     kernels: frozenset[str] | None = None
 
     @abstractmethod

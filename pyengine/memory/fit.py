@@ -148,12 +148,19 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, 
     machine = others.beside(with_devices(machine or hardware.detect(), want), held)
     kept = () if want.parts else tuple((h.name, n) for h in held if (n := h.promised("cpu")) > 0)
     with _uncollected():
+        notes: dict[str, None] = {}
         for choice in choices(want, machine, bool(bound.encoders)):
-            found = _fitted(bound, choice, machine, kept)
+            try:
+                found = _fitted(bound, choice, machine, kept)
+            except UnsupportedModelError as error:           # what a card does not take
+                if want.device != "auto" or choice.device == "cpu":
+                    raise
+                notes[str(error)] = None
+                continue
             if found.plan.fits and (want.device != "auto" or not found.smaller):
                 break
         on = [name for name in found.layout.places if is_card(name)]
-        note = (f"on {', '.join(on)}, which has the memory; device='cpu' leaves it alone",) if want.device == "auto" and on else ()
+        note = (f"on {', '.join(on)}, which has the memory; device='cpu' leaves it alone",) if want.device == "auto" and on else tuple(notes)
         return Fitted(found.layout, replace(found.plan, notes=(*note, *found.plan.notes)))
 
 

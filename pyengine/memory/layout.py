@@ -16,7 +16,7 @@ from pyengine.backends import backend
 from pyengine.backends.base import Backend, Prepared
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.prepared import Counted
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, UnsupportedModelError
 from pyengine.memory import count
 from pyengine.memory.placement import demand, place
 from pyengine.memory.plan import PlanItem
@@ -99,7 +99,13 @@ class ModelLayout:
     def _sizes(self, n_ctx: int) -> Sizes:
         """Decide all sizes; the encoder is laid out for the largest picture on the way."""
         want, c = self.want, self.bound.model.config
-        k, v = check_heads(want.kv_dtype, [head_dim for _, head_dim in self.bound.model.cache_shapes()])
+        heads = [head_dim for _, head_dim in self.bound.model.cache_shapes()]
+        k, v = check_heads(want.kv_dtype, heads)
+        for name in filter(is_card, self.places):
+            most, widest = self._backend_of(name).widest, max(heads, default=0)
+            if most is not None and widest > most:
+                raise UnsupportedModelError(f"device={name!r}: attention there takes heads of {most} elements at most, and this model has {widest}; give "
+                                            "device='cpu'")
         n_batch, n_head = step_rows(n_ctx, want.n_batch, want.n_seq, self.bound.atomic_rows, c.vocab_size)
         image, runs, across = self.bound.image, {}, 0
         if image is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 import pyengine as pe
-from pyengine.errors import PyEngineError, RequestError
+from pyengine.errors import PyEngineError, RequestError, UnsupportedModelError
 from pyengine.hardware.facts import Device
 from pyengine.memory import devices
 from pyengine.memory.placement import Demand, filled
@@ -48,6 +48,21 @@ def test_auto_takes_the_card_that_holds_all(tiny_gguf, cards) -> None:
     assert layers_on(pe.plan(path)) == {"cpu": [0, 1, 2]}
     cards(2 * GIB)
     assert set(layers_on(pe.plan(path, device="cpu"))) == {"cpu"} == set(layers_on(pe.plan(path, mmap=True)))
+
+
+def test_heads_that_cards_do_not_take_stay_on_the_cpu(tiny_gguf, cards) -> None:
+    """Before anything is loaded `auto` says so, and takes the CPU."""
+    wide = tiny_gguf("gemma4_text", global_head_dim=512)[0]
+    cards(2 * GIB)
+    plan = pe.plan(wide, n_ctx=64)
+    assert plan.fits and set(layers_on(plan)) == {"cpu"} and any("heads of 256 elements at most, and this model has 512" in n for n in plan.notes)
+    assert set(layers_on(pe.plan(tiny_gguf("gemma4_text")[0], n_ctx=64))) == {CARD(0)}
+
+
+@pytest.mark.parametrize("device", [CARD(0), [CARD(0), "cpu"], "metal-emulated"])
+def test_a_card_that_does_not_take_the_heads_is_refused(tiny_gguf, device: object) -> None:
+    with pytest.raises(UnsupportedModelError, match="this model has 512; give device='cpu'"):
+        pe.load(tiny_gguf("gemma4_text", global_head_dim=512)[0], n_ctx=64, device=device)
 
 
 def test_auto_divides_layers_where_no_card_holds_all(tiny_gguf, cards) -> None:

@@ -36,6 +36,7 @@ class Backend(base.Backend):
 
     name: ClassVar[str] = "cuda"
     apart: ClassVar[bool] = True
+    widest: ClassVar[int] = 256          # MOST_COLUMNS of csrc/cuda/attention.cu
 
     def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
         if in_place:

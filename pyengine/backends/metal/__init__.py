@@ -39,6 +39,7 @@ class Backend(base.Backend):
     """See the module's docstring. emulated: in place of the Mac's GPU."""
 
     name: ClassVar[str] = "metal"
+    widest: ClassVar[int] = 256          # WIDTH_MOST of attention.py
 
     def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
         if in_place:
