@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from cases import Case, Converted
+from foreign import head_sizes, Saved, Tensors
 from test_qwen2vl import TOKENS
 from test_qwen3next import KEYS, norm_mean, plain, TEXT
-from test_qwen3vl import CLIP, CLIP_TOKENS, Qwen3Sight, VISION
+from test_qwen3vl import CLIP, CLIP_TOKENS, PIXELS, Qwen3Dialect, Qwen3LlamaCpp, Qwen3Sight, VISION
 
 try:
     import transformers
@@ -57,11 +60,57 @@ def tensor(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
     return new, value
 
 
+class Qwen35Dialect(Qwen3Dialect):
+    """llama.cpp's `conversion/qwen.py` beside Qwen3-VL's encoder; without layers for the prediction of further tokens."""
+
+    model_types, arch, names = ("qwen3_5",), "qwen35", gguf.MODEL_ARCH.QWEN35
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        text, rope = saved.text, saved.text["rope_parameters"]
+        head_sizes(w, text)
+        w.add_rope_freq_base(rope["rope_theta"])
+        w.add_rope_dimension_sections([*rope["mrope_section"], 0])
+        w.add_rope_dimension_count(int(text["head_dim"] * rope["partial_rotary_factor"]))
+        w.add_ssm_conv_kernel(text["linear_conv_kernel_dim"])
+        w.add_ssm_state_size(text["linear_key_head_dim"])
+        w.add_ssm_group_count(text["linear_num_key_heads"])
+        w.add_ssm_time_step_rank(text["linear_num_value_heads"])
+        w.add_ssm_inner_size(text["linear_value_head_dim"] * text["linear_num_value_heads"])
+        w.add_array(f"{self.arch}.attention.recurrent_layers", [kind == "linear_attention" for kind in text["layer_types"]])
+        w.add_full_attention_interval(4)
+
+    def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
+        name, value = tensor(source, value, saved.text)
+        yield name or self.text_name(source), value
+
+
+class Qwen35MoeDialect(Qwen35Dialect):
+    """The same with experts, and no length of a feed-forward without them."""
+
+    model_types, arch, names, feed_forward = ("qwen3_5_moe",), "qwen35moe", gguf.MODEL_ARCH.QWEN35MOE, ""
+
+    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        super().text_keys(w, saved)
+        w.add_expert_count(saved.text["num_experts"])
+        w.add_expert_used_count(saved.text["num_experts_per_tok"])
+        w.add_expert_feed_forward_length(saved.text["moe_intermediate_size"])
+        w.add_expert_shared_feed_forward_length(saved.text["shared_expert_intermediate_size"])
+
+    def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
+        one = re.fullmatch(r"(.*experts)\.(\d+)\.(\w+)", source.removesuffix(".weight"))
+        if one is None:
+            yield from super().text_tensor(saved, source, value)
+        elif one[2] == "0":
+            experts = [saved.tensors[f"{one[1]}.{i}.{one[3]}.weight"] for i in range(saved.text["num_experts"])]
+            yield self.text_name(f"{one[1]}.{one[3]}.weight"), np.stack(experts)
+
+
 def seeing(kind: str, arch: str, name: str, text: dict[str, Any]) -> Case:
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen35", {"tie_word_embeddings": False}, {**SEEING, **text}, SEES, TOKENS,
                 Qwen35Sight(), norm_mean=lambda name: 1.0 if "visual" in name else norm_mean(name), recurrent=True, mrope=True, cached_as="qwen3_5_text",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [2, 1, 1, 0], f"{arch}.n_deepstack_layers": 0},
-                                    clip={**CLIP, "is_deepstack_layers": [False] * 4}, clip_tokens=CLIP_TOKENS))
+                                    clip={**CLIP, "is_deepstack_layers": [False] * 4}, clip_tokens=CLIP_TOKENS),
+                dialect=Qwen35MoeDialect() if arch == "qwen35moe" else Qwen35Dialect(), llama_cpp=Qwen3LlamaCpp((280, 252), PIXELS))
 
 
 CASES = (

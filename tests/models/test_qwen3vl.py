@@ -108,19 +108,19 @@ class Qwen3Dialect(Dialect):
         head_sizes(w, saved.text)
         w.add_rope_freq_base(rope["rope_theta"])
         w.add_rope_dimension_sections([*rope["mrope_section"], 0])
-        w.add_num_deepstack_layers(len(saved.vision["deepstack_visual_indexes"]))
+        w.add_num_deepstack_layers(len(saved.vision.get("deepstack_visual_indexes", [])))
 
     def vision_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         vision = saved.vision
         w.add_vision_use_gelu(True)
         w.add_vision_spatial_merge_size(vision["spatial_merge_size"])
         w.add_vision_attention_layernorm_eps(saved.text["rms_norm_eps"])
-        w.add_vision_is_deepstack_layers([i in vision["deepstack_visual_indexes"] for i in range(vision["depth"])])
+        w.add_vision_is_deepstack_layers([i in vision.get("deepstack_visual_indexes", []) for i in range(vision["depth"])])
 
     def vision_tensor(self, saved: Saved, source: str, value: np.ndarray, legacy: bool) -> Tensors:
         part, _, end = source.rpartition(".")
         own = {"visual.merger.norm": "v.post_ln", "visual.merger.linear_fc1": "mm.0", "visual.merger.linear_fc2": "mm.2"}
-        for k, layer in enumerate(saved.vision["deepstack_visual_indexes"]):
+        for k, layer in enumerate(saved.vision.get("deepstack_visual_indexes", [])):
             own |= {f"visual.deepstack_merger_list.{k}.{theirs}": f"v.deepstack.{layer}.{name}"
                     for theirs, name in (("norm", "norm"), ("linear_fc1", "fc1"), ("linear_fc2", "fc2"))}
         if source == "visual.patch_embed.proj.weight":

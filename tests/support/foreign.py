@@ -181,7 +181,8 @@ def text_sizes(w: gguf.GGUFWriter, text: dict[str, Any], feed_forward: str = "in
     w.add_block_count(text["num_hidden_layers"])
     w.add_context_length(text["max_position_embeddings"])
     w.add_embedding_length(text["hidden_size"])
-    w.add_feed_forward_length(text[feed_forward])
+    if feed_forward in text:
+        w.add_feed_forward_length(text[feed_forward])
     w.add_head_count(text["num_attention_heads"])
     w.add_head_count_kv(text["num_key_value_heads"])
 
