@@ -11,7 +11,7 @@
 
 enum { PE_WEIGHT_END = -87, PE_WEIGHT_LANES = 16, PE_WEIGHT_CHUNK = 4096 }; /* weights are 0 from exp(-87) down, where normal floats end */
 
-PE_QUANT_FN float pe_weight_clamp(float x) { return x > PE_WEIGHT_END ? x : PE_WEIGHT_END; }
+PE_QUANT_FN float pe_weight_clamp(float x) { return x > (float)PE_WEIGHT_END ? x : (float)PE_WEIGHT_END; }
 
 /* exp(x) for PE_WEIGHT_END <= x <= 0 within 2 units in the last place.
  * 2^n * exp(f), |f| <= ln(2) / 2, Taylor to the seventh power (the eighth is below 2^-27). */

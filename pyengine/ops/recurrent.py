@@ -76,7 +76,7 @@ def gated_delta_rule(
     *,
     tiled: bool = False,
 ) -> tuple[F32["m h f"], Same["state"]]:
-    """Keep a matrix S [e, f] for each of h heads, and change it with every row: out = S' q, where
+    """Keep a matrix S [e, f] for each of h heads, and change it with every row; out = S' q, where:
 
     S' = S exp(log_decay) + k (beta (v - k S exp(log_decay)))
 

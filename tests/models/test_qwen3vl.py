@@ -201,7 +201,8 @@ def case(kind: str, arch: str, name: str, text: dict[str, Any], full: dict[str, 
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen2", {"tie_word_embeddings": False}, {**TEXT, **text}, VISION, TOKENS,
                 Qwen3Sight(), mrope=True, videos=True, cached_as="qwen2_5_vl",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [5, 5, 4, 0], f"{arch}.n_deepstack_layers": 2},
-                                    clip=CLIP, clip_tokens=CLIP_TOKENS), dialect=Qwen3MoeDialect() if arch == "qwen3vlmoe" else Qwen3Dialect(),
+                                    clip={**CLIP, **{f"{kind}_{bound}": n for kind in ("image", "video") for bound, n in PIXELS["processor"].items()}},
+                                    clip_tokens=CLIP_TOKENS), dialect=Qwen3MoeDialect() if arch == "qwen3vlmoe" else Qwen3Dialect(),
                 llama_cpp=Qwen3LlamaCpp((280, 252), PIXELS), full=full)
 
 

@@ -104,6 +104,9 @@ class NVLM_D(transformers.PreTrainedModel):      # noqa: N801  the authors' name
             self.language_model.model.cross_layers = nn.ModuleList([CrossLayer(text) for _ in config.cross_attention_layers])
         self.post_init()
 
+    def get_output_embeddings(self) -> Any:
+        return self.language_model.lm_head
+
     def _init_weights(self, module: nn.Module) -> None:
         """Random values are the test's."""
 
