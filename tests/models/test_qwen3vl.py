@@ -85,8 +85,8 @@ VISION = {"depth": 4, "hidden_size": 80, "intermediate_size": 100, "num_heads": 
 CLIP = {"has_vision_encoder": True, "projector_type": "qwen3vl_merger", "use_gelu": True, "use_silu": False, "hidden_act": "gelu_pytorch_tanh",
         "image_size": 84, "patch_size": 14, "embedding_length": 80, "feed_forward_length": 100, "block_count": 4, "attention.head_count": 4,
         "attention.layer_norm_epsilon": np.float32(1e-6), "projection_dim": 96, "spatial_merge_size": 2, "rope.freq_base": 1e4, "resample": 3,
-        "is_deepstack_layers": [True, False, True, False], "video_min_pixels": 3136, "video_max_pixels": 50176, "video_min_frames": 4,
-        "video_max_frames": 768, "video_sample_frames": True, "video_fps": np.float32(2), "image_min_pixels": 3136, "image_max_pixels": 50176, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        "is_deepstack_layers": [True, False, True, False], "video_min_pixels": 65536, "video_max_pixels": 90000, "video_min_frames": 4,
+        "video_max_frames": 768, "video_sample_frames": True, "video_fps": np.float32(2), "image_min_pixels": 65536, "image_max_pixels": 90000, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "image_start_token_id": "<|vision_start|>", "image_end_token_id": "<|vision_end|>"}
 
 
@@ -201,8 +201,7 @@ def case(kind: str, arch: str, name: str, text: dict[str, Any], full: dict[str, 
     return Case(kind, arch, f"{name}Config", f"{name}ForConditionalGeneration", "qwen2", {"tie_word_embeddings": False}, {**TEXT, **text}, VISION, TOKENS,
                 Qwen3Sight(), mrope=True, videos=True, cached_as="qwen2_5_vl",
                 converted=Converted({"general.architecture": arch, f"{arch}.rope.dimension_sections": [5, 5, 4, 0], f"{arch}.n_deepstack_layers": 2},
-                                    clip={**CLIP, **{f"{kind}_{bound}": n for kind in ("image", "video") for bound, n in PIXELS["processor"].items()}},
-                                    clip_tokens=CLIP_TOKENS), dialect=Qwen3MoeDialect() if arch == "qwen3vlmoe" else Qwen3Dialect(),
+                                    clip=CLIP, clip_tokens=CLIP_TOKENS), dialect=Qwen3MoeDialect() if arch == "qwen3vlmoe" else Qwen3Dialect(),
                 llama_cpp=Qwen3LlamaCpp((280, 252), PIXELS), full=full)
 
 
