@@ -45,18 +45,21 @@ class Decoder:
         return rope_parameters(self.config, self.rope_base)
 
     def write_keys(self, out: GGUFWriter) -> None:
-        c = self.config
-        out.add_block_count(self.n_layers)
-        out.add_context_length(c.count("max_position_embeddings"))
-        out.add_embedding_length(self.d_model)
         d_ff, n_kv_heads, head_dim = self.layer_sizes()
-        out.add_feed_forward_length(d_ff)
-        out.add_head_count(self.n_heads)
+        self.write_sizes(out, d_ff)
         out.add_head_count_kv(n_kv_heads)
         out.add_key_length(head_dim)
         out.add_value_length(head_dim)
-        out.add_layer_norm_rms_eps(c.need("rms_norm_eps"))
+        out.add_layer_norm_rms_eps(self.config.need("rms_norm_eps"))
         out.add_rope_freq_base(self.rope["rope_theta"])
+
+    def write_sizes(self, out: GGUFWriter, d_ff: int | list[int]) -> None:
+        """Write what files of all decoders say."""
+        out.add_block_count(self.n_layers)
+        out.add_context_length(self.config.count("max_position_embeddings"))
+        out.add_embedding_length(self.d_model)
+        out.add_feed_forward_length(d_ff)
+        out.add_head_count(self.n_heads)
 
     def layer_sizes(self) -> tuple[int | list[int], int | list[int], int]:
         """Return units of the feed-forwards, key/value heads (for all layers, or a list) and elements of a head as the file says them."""

@@ -33,11 +33,7 @@ class Gpt2(Decoder):
             self.config.refuse_unless(name, *allowed)
 
     def write_keys(self, out: GGUFWriter) -> None:
-        out.add_block_count(self.n_layers)
-        out.add_context_length(self.config.count("max_position_embeddings"))
-        out.add_embedding_length(self.d_model)
-        out.add_feed_forward_length(self.d_ff)
-        out.add_head_count(self.n_heads)
+        self.write_sizes(out, self.d_ff)
         out.add_layer_norm_eps(self.config.need("layer_norm_epsilon"))
 
     def unused(self) -> set[str]:

@@ -18,7 +18,7 @@ from .clip import Clip
 from .contract import Entry, converts, linear, supported
 from .decoder import Tensors
 from .pixtral import Pixtral
-from .vision import image_settings, video_settings
+from .vision import image_settings, TextAndEncoder, video_settings
 
 # transformers' LlavaConfig, LlavaNextConfig and image processors where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
@@ -95,7 +95,7 @@ class Projected:
 
 
 @converts("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
-class Llava:
+class Llava(TextAndEncoder):
     renames = ((r"^model\.language_model\.", "model."), (r"^language_model\.model\.", "model."), (r"^language_model\.lm_head\.", "lm_head."),
                (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"), (r"^vision_tower\.vision_model\.", "vision_tower."))
 
@@ -117,14 +117,3 @@ class Llava:
             root.refuse_unless("vision_feature_select_strategy", "full")
             return Pixtral(root, self.text.d_model, self.vocab_size)
         return Projected(root, self.text.d_model, tiled)
-
-    def write_keys(self, out: GGUFWriter) -> None:
-        self.text.write_keys(out)
-        self.encoder.write_keys(out)
-
-    def unused(self) -> set[str]:
-        return self.text.unused() | self.encoder.unused()
-
-    def tensors(self) -> Tensors:
-        yield from self.text.tensors()
-        yield from self.encoder.tensors()

@@ -8,13 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter
 
 from .checkpoint import Config
 from .contract import converts, supported
-from .decoder import Tensors
 from .pixtral import Pixtral
-from .vision import tied_head
+from .vision import TextAndEncoder, tied_head
 
 # transformers' Mistral3Config where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"image_token_index": 10, "projector_hidden_act": "gelu", "vision_feature_layer": -1,
@@ -23,7 +21,7 @@ TEXTS = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 
 
 @converts("Mistral3ForConditionalGeneration")
-class Mistral3:
+class Mistral3(TextAndEncoder):
     arch = "mistral3"
     renames = ((r"^model\.language_model\.", "model."), (r"^language_model\.model\.", "model."),
                (r"^language_model\.lm_head\.", "lm_head."), (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."))
@@ -37,14 +35,3 @@ class Mistral3:
         self.text = supported()[name]({**text, "architectures": [name], "tie_word_embeddings": tied_head(root)}, file)
         self.vocab_size = self.text.vocab_size
         self.encoder = Pixtral(root, self.text.d_model, self.vocab_size, root.count("spatial_merge_size"))
-
-    def write_keys(self, out: GGUFWriter) -> None:
-        self.text.write_keys(out)
-        self.encoder.write_keys(out)
-
-    def unused(self) -> set[str]:
-        return self.text.unused() | self.encoder.unused()
-
-    def tensors(self) -> Tensors:
-        yield from self.text.tensors()
-        yield from self.encoder.tensors()

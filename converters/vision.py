@@ -16,7 +16,8 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Checkpoint, Config, malformed_is, read_json
-from .contract import Entry, layer_norm, linear
+from .contract import Converter, Entry, layer_norm, linear
+from .decoder import Tensors
 
 # an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
 ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick_gelu": (False, False),
@@ -24,6 +25,24 @@ ACTIVATIONS = {"gelu_pytorch_tanh": (True, False), "gelu": (True, False), "quick
 GATED = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}     # for `feed_forward`: most gated ones' names
 # values of a processor that no key expresses, unless a model's defaults say others
 FIXED: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+
+
+class TextAndEncoder:
+    """A checkpoint of two parts, each with a converter of its own; a subclass makes them."""
+
+    text: Converter
+    encoder: Any
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        self.text.write_keys(out)
+        self.encoder.write_keys(out)
+
+    def unused(self) -> set[str]:
+        return self.text.unused() | self.encoder.unused()
+
+    def tensors(self) -> Tensors:
+        yield from self.text.tensors()
+        yield from self.encoder.tensors()
 
 
 def image_settings(folder: Path, defaults: dict[str, Any]) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, Literal, Protocol, TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelErr
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import pages, Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.nn.layers import ACTIVATIONS, Linear, mlp_width
+from pyengine.nn.layers import ACTIVATIONS, LayerNorm, Linear, mlp_width
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -94,6 +94,21 @@ def resample_filter(v: Hparams, usual: int) -> int:
     if found not in range(6):
         raise InvalidModelError(f"{v.arch}.vision.resample is {found}, but Pillow's filters are 0 to 5")
     return found
+
+
+class BlockSizes(Protocol):
+    """What a layer of an encoder needs to know."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def act(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -281,3 +296,16 @@ class EncoderFeedForward:
         if self.gate is None:
             return self.down(ops.unary(self.up(x), kind=self.act))
         return self.down(ops.unary(self.gate(x), kind=self.act) * self.up(x))
+
+
+class EncoderBlock:
+    """A layer of CLIP, SigLIP and their kin: attention and a feed-forward, each behind a layer norm and added to its input."""
+
+    def __init__(self, w: Weights, c: BlockSizes):
+        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
+        self.attention = EncoderAttention(w, c.width, c.n_heads)
+        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act)
+
+    def __call__(self, x: Tensor, lo: np.ndarray | Tensor, hi: np.ndarray | Tensor) -> Tensor:      # [n, V]
+        x = x + self.attention(self.norm1(x), lo, hi)
+        return x + self.feed_forward(self.norm2(x))

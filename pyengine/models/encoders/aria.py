@@ -29,11 +29,9 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.idefics3 import VisionBlock
 from pyengine.models.encoders.llava import best_grid, fitted
 from pyengine.nn.encoder import (
-    buckets, by_table, common, cut_patches, EncoderAttention, EncoderConfig, levels, only_pictures,
-    special_token)
+    buckets, by_table, common, cut_patches, EncoderAttention, EncoderBlock, EncoderConfig, levels, only_pictures, special_token)
 from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -101,7 +99,7 @@ class Vision(Encoder):
         v_ = w["v"]
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         self.position = constant(v_["position_embd"].tensor("weight", (c.side**2, c.width)))
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.projector = Projector(w["mm"], c)
 
     def most_rows(self, n_ctx: int) -> int:

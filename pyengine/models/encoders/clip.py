@@ -21,7 +21,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.encoder import (
-    activation, by_table, cut_patches, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, n_layers, resample_filter)
+    activation, by_table, cut_patches, EncoderBlock, head_count, levels, mean_and_std, n_layers, resample_filter)
 from pyengine.nn.layers import constant, LayerNorm, mlp_width, PatchEmbedding
 
 # Constants for files without the key: transformers CLIPImageProcessor, CLIPVisionConfig
@@ -75,19 +75,6 @@ def feature_layers(v: Hparams, count: int) -> tuple[int, ...]:
     return layers
 
 
-class VisionBlock:
-    """Attention of all patches of a square to each other and a feed-forward, each after a layer norm and added to its input."""
-
-    def __init__(self, w: Weights, c: TowerConfig):
-        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
-        self.attention = EncoderAttention(w, c.width, c.n_heads)
-        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act)
-
-    def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [n, V]
-        x = x + self.attention(self.norm1(x), lo, hi)
-        return x + self.feed_forward(self.norm2(x))
-
-
 class Tower:
     """The encoder over one square. post_norm: the last layer is followed by a norm; without, one in the file is behind what is taken."""
 
@@ -100,7 +87,7 @@ class Tower:
         self.patch = PatchEmbedding(w["patch_embd"], c.width, 3, c.patch)
         self.position = constant(w["position_embd"].tensor("weight", (n + (own is not None), c.width)), f32)
         self.pre = LayerNorm(w["pre_ln"], c.width, c.eps) if "pre_ln" in w else None
-        self.blocks = [VisionBlock(w["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(w["blk", i], c) for i in range(c.n_layers)]
         self.post = LayerNorm(w["post_ln"], c.width, c.eps) if post_norm else None
         for part in ("weight", "bias"):
             w["post_ln"].optional(part, (c.width,))

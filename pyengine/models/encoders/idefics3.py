@@ -31,8 +31,7 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    buckets, by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels,
-    only_pictures, special_token)
+    buckets, by_table, common, cut_patches, EncoderBlock, EncoderConfig, grouped, levels, only_pictures, special_token)
 from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -72,19 +71,6 @@ class VisionConfig(EncoderConfig):
         return made
 
 
-class VisionBlock:
-    """SigLIP's layer: attention over all patches of a tile and a feed-forward, each behind a layer norm and added to its input."""
-
-    def __init__(self, w: Weights, c: VisionConfig):
-        self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
-        self.attention = EncoderAttention(w, c.width, c.n_heads)
-        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act)
-
-    def __call__(self, x: Tensor, lo: np.ndarray, hi: np.ndarray) -> Tensor:            # [n, V]
-        x = x + self.attention(self.norm1(x), lo, hi)
-        return x + self.feed_forward(self.norm2(x))
-
-
 class Vision(Encoder):
     """Encoder, projector, processor and special tokens. Nothing about a picture is kept here."""
 
@@ -101,7 +87,7 @@ class Vision(Encoder):
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         position = v_["position_embd"].tensor("weight", (c.side**2, c.width))
         self.position = constant(DerivedRef(position.name, position.shape, (position,), lambda a: a[own]))
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.norm = LayerNorm(v_["post_ln"], c.width, c.eps)
         self.projector = Linear(w["mm", "model", "fc"], c.width * c.group**2, c.d_out)
 

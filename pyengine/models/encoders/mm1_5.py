@@ -29,11 +29,11 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.clip import MEAN, STD, VisionBlock
+from pyengine.models.encoders.clip import MEAN, STD
 from pyengine.models.encoders.llava import fitted
 from pyengine.nn.convolution import adaptive_average, Bottleneck
 from pyengine.nn.encoder import (
-    by_table, common, cut_patches, EncoderConfig, levels, only_pictures, special_token, whole_option)
+    by_table, common, cut_patches, EncoderBlock, EncoderConfig, levels, only_pictures, special_token, whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Vision(Encoder):
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         self.position = constant(v_["position_embd"].tensor("weight", (n + 1, c.width)), f32)
         self.pre = LayerNorm(v_["pre_ln"], c.width, c.eps)
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.places = constant(mm["position_embd"].tensor("weight", (n, c.width)), f32)
         squeezed = (c.width, *[c.inner] * (c.depth - 1)), (c.inner,) * c.depth          # widths that come in
         self.stages = [[Bottleneck(mm["net", s, "blk", i], n_in, c.inner, round(n_in / 4), c.norm_eps) for i, n_in in enumerate(widths)]

@@ -33,9 +33,10 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.clip import MEAN, STD, VisionBlock
+from pyengine.models.encoders.clip import MEAN, STD
 from pyengine.nn.encoder import (
-    common, cut_patches, EncoderConfig, grouped, n_layers, only_pictures, special_token, whole_numbers, whole_option)
+    common, cut_patches, EncoderBlock, EncoderConfig, grouped, n_layers, only_pictures, special_token, whole_numbers,
+    whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Vision(Encoder):
         position, rows = v_["position_embd"].tensor("weight", (n + 1, c.width)), np.concatenate([[0], 1 + self.order])
         self.position = constant(DerivedRef(position.name, position.shape, (position,), lambda a: a[rows]))
         self.pre = LayerNorm(v_["pre_ln"], c.width, c.eps)
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(v_["blk", i], c) for i in range(c.n_layers)]
         padding = mm.tensor("pad_embd", (2, wide))
         self.padding = constant(DerivedRef(padding.name, (3, wide), (padding,), lambda a: np.pad(a, ((1, 0), (0, 0)))))       # none, all, in part
         self.q, self.k, self.v = (Linear(mm[f"attn_{name}"], wide, c.width) for name in "qkv")

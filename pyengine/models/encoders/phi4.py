@@ -28,9 +28,8 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.idefics3 import VisionBlock
 from pyengine.nn.encoder import (
-    by_table, common, cut_patches, EncoderConfig, levels, only_pictures, special_token, whole_option)
+    by_table, common, cut_patches, EncoderBlock, EncoderConfig, levels, only_pictures, special_token, whole_option)
 from pyengine.nn.layers import constant, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class Vision(Encoder):
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         position = v_["position_embd"].tensor("weight", (c.side**2, c.width))
         self.position = constant(DerivedRef(position.name, (c.width, c.side**2), (position,), lambda a: a.T))
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.first, self.second = Linear(mm[0], c.width, c.d_out), Linear(mm[2], c.d_out, c.d_out)
 
     def most_rows(self, n_ctx: int) -> int:

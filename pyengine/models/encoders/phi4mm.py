@@ -32,9 +32,8 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
-from pyengine.models.encoders.idefics3 import VisionBlock
 from pyengine.nn.encoder import (
-    buckets, by_table, common, cut_patches, EncoderConfig, grouped, levels, only_pictures, special_token,
+    buckets, by_table, common, cut_patches, EncoderBlock, EncoderConfig, grouped, levels, only_pictures, special_token,
     whole_option)
 from pyengine.nn.layers import constant, Linear, PatchEmbedding
 
@@ -153,7 +152,7 @@ class Vision(Encoder):
         v_, mm, f32 = w["v"], w["mm"], dtype("F32")
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         self.position = constant(v_["position_embd"].tensor("weight", (c.side**2, c.width)))
-        self.blocks = [VisionBlock(v_["blk", i], c) for i in range(c.n_layers)]
+        self.blocks = [EncoderBlock(v_["blk", i], c) for i in range(c.n_layers)]
         self.between, self.line_end = (constant(mm.tensor(name, (1, c.width)), f32) for name in ("glb_sep", "sub_sep"))
         self.first, self.second = Linear(mm[0], c.width, c.d_out), Linear(mm[2], c.d_out, c.d_out)
 

@@ -30,9 +30,9 @@ from pyengine.graph.graph import Graph
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.files.hparams import Hparams
 from pyengine.nn.encoder import (
-    activation, by_table, EncoderAttention, EncoderFeedForward, head_count, known_activation, levels, mean_and_std, n_layers, only_pictures,
-    resample_filter, special_token, whole_option)
-from pyengine.nn.layers import Linear, mlp_width, PatchEmbedding, RMSNorm
+    by_table, common, EncoderAttention, EncoderConfig, EncoderFeedForward, known_activation, levels, only_pictures,
+    special_token, whole_option)
+from pyengine.nn.layers import Linear, PatchEmbedding, RMSNorm
 from pyengine.nn.rope import Rope
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.files.weights import Weights
@@ -49,52 +49,27 @@ SPECIAL = (("image", "[IMG]"), ("image_break", "[IMG_BREAK]"), ("image_end", "[I
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(EncoderConfig):
     """Numbers of one encoder, its projector and its image processor, from the metadata."""
 
-    n_layers: int
-    width: int
-    d_ff: int
-    n_heads: int
-    d_out: int                       # of the decoder
-    eps: float
     projector_eps: float
     rope_base: float
     interleaved: bool                # pairs of q and k that turn together are neighbours
-    act: str                         # of ops.unary
     projector_act: str
-    patch: int                       # side in pixels
     merge: int                       # side of a group in patches
     longest_edge: int                # pixels of the longer side, at most
-    mean: np.ndarray
-    std: np.ndarray
-    resample: int
 
     @classmethod
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
-        act, projector_act = activation(v, "gelu"), known_activation(v, "vision.projector.hidden_act", "gelu")
-        width = v.size("vision.embedding_length")
-        n_heads = head_count(v, width)
-        mean, std = mean_and_std(v, MEAN, STD)
         return cls(
-            n_layers=n_layers(v, w),
-            width=width,
-            d_ff=mlp_width(w["v", "blk", 0], width),
-            n_heads=n_heads,
-            d_out=h.size("embedding_length"),
-            eps=v.number("vision.attention.layer_norm_epsilon", EPS),
+            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC),
             projector_eps=h.number("attention.layer_norm_rms_epsilon"),
             rope_base=v.number("vision.rope.freq_base", ROPE_BASE),
             interleaved=v.get("vision.rope.interleaved", True, bool),
-            act=act,
-            projector_act=projector_act,
-            patch=v.size("vision.patch_size"),
+            projector_act=known_activation(v, "vision.projector.hidden_act", "gelu"),
             merge=v.size("vision.spatial_merge_size", 1),
             longest_edge=v.size("vision.longest_edge", v.size("vision.image_size")),
-            mean=mean,
-            std=std,
-            resample=resample_filter(v, BICUBIC),
         )
 
 
