@@ -66,12 +66,16 @@ class Model(Architecture):
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]. Raises: RequestError for contexts that are larger than the positions of the file."""
-        if batch.n_ctx > self.config.n_ctx_train:
-            raise RequestError(f"n_ctx is {batch.n_ctx}, but the model has embeddings of {self.config.n_ctx_train} positions")
-        x = self.embed(batch.ids) + self.places(batch.positions.reshape(-1))       # [m, D]
+        x = self.placed(self.embed(batch.ids), batch)
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache)
         return self.norm(x)
+
+    def placed(self, x: Tensor, batch: Batch) -> Tensor:
+        """Add the embeddings of their positions to a step's rows [m, D]. Raises: RequestError where the file has fewer than a context may need."""
+        if batch.n_ctx > self.config.n_ctx_train:
+            raise RequestError(f"n_ctx is {batch.n_ctx}, but the model has embeddings of {self.config.n_ctx_train} positions")
+        return x + self.places(batch.positions.reshape(-1))
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""
