@@ -17,7 +17,7 @@ import numpy as np
 from pyengine import hardware
 from pyengine.backends.base import Prepared, Program, Progress
 from pyengine.cache.cells import Cells
-from pyengine.errors import ImageError
+from pyengine.errors import ImageError, UnsupportedModelError
 from pyengine.media.views import Blend, Limits, Piece, Processed, View, views_of
 from pyengine.models.architecture import Encoder
 from pyengine.programs import encoder
@@ -132,6 +132,17 @@ class EncodedMedia:
             self.stats["image_hits"] += 1
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
 
+    def attention(self, media: Image | Video) -> dict[str, np.ndarray]:
+        """Encode a picture and return what its layers attended to: float32 [heads, queries, keys] by name; nothing is kept.
+
+        Raises: UnsupportedModelError for an encoder that shows none; ImageError, RequestError from the model's processor.
+        """
+        if not self.encoder.maps:
+            raise UnsupportedModelError("this model's image encoder shows no maps of attention; those with queries over a whole picture do")
+        with self._lock:
+            (view,) = self.process(media).views
+            return encoder.maps(self._loaded(), view, self.encoder.maps)
+
     def _encode(self, media: Image | Video, pictures: int, digest: bytes) -> _Entry:
         """Process and encode a picture or video that is not in the cache."""
         from hashlib import sha256                                             # OpenSSL takes 2 ms to load
@@ -173,15 +184,20 @@ class EncodedMedia:
         """Return a view's rows, and the seconds that the encoder took; its inputs are made here and gone again before the next
         view's."""
         loading = time.perf_counter()
-        if self._program is None:
-            self._program = self.prepared.load(self._progress)
+        program = self._loaded()
         loading = time.perf_counter() - loading
         rows = view.positions.shape[1]
         if rows > self.limits.rows:
             raise ImageError(f"a picture of {rows} soft tokens exceeds the {self.limits.rows} that this model was planned for; "
                              "make it smaller, or load with images=(width, height) of the largest one")
         started = time.perf_counter()
-        return encoder.run(self._program, view), loading + time.perf_counter() - started
+        return encoder.run(program, view), loading + time.perf_counter() - started
+
+    def _loaded(self) -> Program:
+        """Return the encoder's program, whose weights are read when it is first needed."""
+        if self._program is None:
+            self._program = self.prepared.load(self._progress)
+        return self._program
 
 
 def _segment(part: View | Piece | Blend, rows: list[np.ndarray], digest: bytes, source: bytes) -> MediaSegment:

@@ -212,10 +212,23 @@ class Model:
         Without start, end or row-break tokens; after the projector, before any multiplier of the decoder. Kept in the image
         cache. Raises: UnsupportedModelError without an encoder, RequestError where it was left out, ImageError.
         """
-        if self.media is None and not self._prompts.left_out:
-            raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder; where it is in a file of its own, load with mmproj=")
+        self._need_image_encoder()
         parts, _ = self._prompts.encoded(image)
         return np.concatenate([p.embedding[:, : self.config.d_model] for p in parts if isinstance(p, MediaSegment)])
+
+    @takes()
+    def attention(self, x: Any) -> dict[str, np.ndarray]:
+        """Return what an encoder's queries attended to in a picture, after softmax: float32 [heads, queries, keys] by name and layer
+        ("qformer.0"); keys are the class token and the patches, line by line. Computed anew each time, and when it is asked for only.
+
+        Raises: UnsupportedModelError for a model that shows none; as `encode_image`.
+        """
+        self._need_image_encoder()
+        return self._prompts.attention(x)
+
+    def _need_image_encoder(self) -> None:
+        if self.media is None and not self._prompts.left_out:
+            raise UnsupportedModelError(f"{self.file.path}: this model has no image encoder; where it is in a file of its own, load with mmproj=")
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 

@@ -79,6 +79,11 @@ class Prompts:
                 raise
             raise type(e)(f"{medium.field}: {e}") from e
 
+    def attention(self, source: Any) -> dict[str, np.ndarray]:
+        """Return the maps of attention over a picture; see `media_of` for the argument."""
+        self._need_encoder()
+        return self.media.attention(media_of(source, "", self.policy, judge=self.media.judge))
+
     def _need_encoder(self) -> None:
         if self.media is None and self.left_out:
             raise RequestError(f"{self.name} was loaded with images=0, without its media encoder, so it takes no pictures")
@@ -140,9 +145,12 @@ class Prompts:
         pictures = sum(not is_video(medium.source, medium.kind) for medium in media)
         found = [self._encoded(medium, pictures) for medium in media]
         markers = [m for m in self.markers().values() if m]
+        leads = self.media.encoder.leads
         pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
         if len(pieces) == 1:
             pieces = [""] * len(found) + [text]
+        if leads and len(pieces) == len(found) + 1:
+            pieces = [""] * len(found) + ["".join(pieces)]
         if len(pieces) != len(found) + 1:
             raise RequestError(f"the prompt has {len(pieces) - 1} places for pictures ({', '.join(map(repr, markers))}), but {len(found)} were given")
         parts: list[Part] = [pieces[0]]
@@ -151,9 +159,10 @@ class Prompts:
         segments = self._segments([p for p in parts if p != ""], guarded)
         special = self.tokenizer.tokenize("")
         lead = special[:1] if self.tokenizer.add_bos else []
-        first = segments[0].ids[:1] if isinstance(segments[0], TokenSegment) else ()
+        at = sum(isinstance(s, MediaSegment) for s in segments) if leads else 0
+        first = next((s.ids[:1] for s in segments[at : at + 1] if isinstance(s, TokenSegment)), ())
         if lead and list(first) != lead and lead[0] not in (p for own, _ in found for p in own):      # some pictures bring BOS behind their rows
-            segments.insert(0, self._tokens(lead))
+            segments.insert(at, self._tokens(lead))
         if special[len(lead):]:
             segments.append(self._tokens(special[len(lead):]))
         return Prompt(segments, [info for _, info in found])
@@ -190,6 +199,8 @@ class Prompts:
         if not media:
             return render(seen)
         self._need_encoder()
+        if self.media.encoder.leads:                         # pictures have no place in the text
+            return render([_spoken(m) for m in seen])
         markers = self.markers()
         text = render(seen, media_marker=markers.get("image"))
         if sum(text.count(m) for m in markers.values()) != len(media):         # a template that knows of no pictures
@@ -275,6 +286,14 @@ def _told(tools: Any) -> Any:
     from pyengine.chat.functions import schema_of
 
     return [schema_of(tool) if callable(tool) else tool for tool in tools]
+
+
+def _spoken(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message without its pictures."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    return {**message, "content": [p for p in content if isinstance(p, str) or p.get("type") == "text"]}
 
 
 def _flattened(parts: Sequence[Any], markers: dict[str, str]) -> str:

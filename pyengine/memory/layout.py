@@ -132,7 +132,7 @@ class ModelLayout:
     def _largest_run(self, image: Encoder, n_ctx: int) -> tuple[int, Counted]:
         """Find the rows of a run, and its program, for the largest picture that is asked for, or that fits its share of memory."""
         def laid_out(rows: int) -> Counted:
-            return self._backend_of(self.encoder_place).prepare(encoders.declare(image, rows))
+            return encoders.prepare(self._backend_of(self.encoder_place), image, rows)
 
         most = image.most_rows(n_ctx)
         rows = min(most, max(1, image.n_rows(*self.size))) if self.size else most

@@ -46,12 +46,16 @@ class Encoder(ABC):
                  none where the vocabulary has no token for them
     atomic_rows  most rows of a span that must not be cut at a batch boundary; 0 without such spans
     counts       what a picture becomes depends on whether the prompt has others
+    leads        pictures stand before all of a text, the token that begins it included
+    maps         names of the maps of attention that it can show, where a picture is one run; none of others
     """
 
     kind: ClassVar[str] = "image"
     markers: Mapping[str, tuple[int, ...]]
     atomic_rows: int = 0
     counts: bool = False
+    leads: ClassVar[bool] = False
+    maps: tuple[str, ...] = ()
 
     @abstractmethod
     def most_rows(self, n_ctx: int) -> int:
@@ -75,6 +79,10 @@ class Encoder(ABC):
     @abstractmethod
     def declare(self, graph: Graph, rows: int) -> Tensor:
         """Build the graph of one run of at most `rows` rows: declares the inputs that `View.inputs` names, returns F32 [rows, media_width]."""
+
+    def declare_maps(self, graph: Graph, rows: int) -> list[Tensor]:
+        """Build the same graph; returns those rows and, for each name of `maps`, F32 [heads, queries, keys] after softmax."""
+        return [self.declare(graph, rows)]
 
 
 class Architecture(ABC):

@@ -108,17 +108,6 @@ class VisionConfig:
             video_fps=v.number("vision.video_fps", VIDEO_FPS), sample_lists=v.get("vision.video_sample_frames", False, bool))
 
 
-class FusedAttention(EncoderAttention):
-    """Attention whose q, k and v may be one matrix of the file, as llama.cpp has them."""
-
-    def __init__(self, w: Weights, width: int, n_heads: int):
-        if "attn_qkv" not in w:
-            super().__init__(w, width, n_heads)
-            return
-        q, k, v = Linear.several(w["attn_qkv"], width, (width,) * 3)
-        self.hold(q, k, v, Linear(w["attn_out"], width, width), n_heads=n_heads)
-
-
 class Merger:
     """Groups of rows joined, and two products with a GELU between."""
 
@@ -135,7 +124,7 @@ class VisionBlock:
 
     def __init__(self, w: Weights, c: VisionConfig):
         self.ln1, self.ln2 = LayerNorm(w["ln1"], c.d_model, c.eps), LayerNorm(w["ln2"], c.d_model, c.eps)
-        self.attention = FusedAttention(w, c.d_model, c.n_heads)
+        self.attention = EncoderAttention(w, c.d_model, c.n_heads)
         self.feed_forward = EncoderFeedForward(w, c.d_model, c.d_ff, c.act)
 
     def __call__(self, x: Tensor, angles: Tensor, lo: Tensor, hi: Tensor) -> Tensor:       # [n, V]

@@ -36,12 +36,11 @@ def n_layers(v: Hparams, w: Weights) -> int:
     return n
 
 
-def head_count(v: Hparams, width: int) -> int:
+def head_count(v: Hparams, width: int, name: str = "vision.attention.head_count") -> int:
     """Read the number of heads, which are as wide as rotations and kernels need. Raises: InvalidModelError."""
-    n = v.size("vision.attention.head_count")
+    n = v.size(name)
     if width % n or width // n % 4:
-        raise InvalidModelError(f"{v.arch}.vision.attention.head_count is {n} for a width of {width}: heads must have "
-                                "a multiple of 4 elements")
+        raise InvalidModelError(f"{v.arch}.{name} is {n} for a width of {width}: heads must have a multiple of 4 elements")
     return n
 
 
@@ -254,14 +253,17 @@ def bilinear(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[np.ndarray
 
 
 class EncoderAttention:
-    """Attention of rows [n, V] to those of the interval that each sees, in heads that together are as wide as the rows.
+    """Attention of rows [n, V] to those of the interval that each sees, in heads that together are as wide as the rows. In a file q, k and v
+    may be one matrix, as llama.cpp has them.
 
     q_norm, k_norm  norms of all heads' queries and keys at once; None: there are none
     """
 
     def __init__(self, w: Weights, width: int, n_heads: int, q_norm: Callable[[Tensor], Tensor] | None = None,
                  k_norm: Callable[[Tensor], Tensor] | None = None):
-        self.hold(*(Linear(w[n], width, width) for n in ("attn_q", "attn_k", "attn_v", "attn_out")), n_heads=n_heads, norms=(q_norm, k_norm))
+        parts = (Linear.several(w["attn_qkv"], width, (width,) * 3) if "attn_qkv" in w
+                 else [Linear(w[n], width, width) for n in ("attn_q", "attn_k", "attn_v")])
+        self.hold(*parts, Linear(w["attn_out"], width, width), n_heads=n_heads, norms=(q_norm, k_norm))
 
     def hold(self, *products: Linear, n_heads: int, norms: tuple[Callable[[Tensor], Tensor] | None, ...] = (None, None)) -> None:
         """Keep the products of queries, keys, values and output."""
@@ -276,12 +278,24 @@ class EncoderAttention:
                  across: tuple[Tensor, Tensor] | None = None) -> Tensor:                   # [n, V] -> [n, V]
         """Attend within the intervals. rotate: what is done to queries and keys [n, H, E]; across: rows [k, V] that keys and values are
         made of, where they are not those of x."""
+        return self.read(*self.heads(x, rotate, across), lo, hi)
+
+    def heads(self, x: Tensor, rotate: Callable[[Tensor], Tensor] | None = None, across: tuple[Tensor, Tensor] | None = None
+              ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries [n, H, E], keys and values [H, k, E] of rows; arguments are those of a call."""
         products = ((f(rows), norm) for f, rows, norm in zip((self.q, self.k, self.v), (x, *(across or (x, x))), self.norms))
         q, k, v = ((norm(y) if norm else y).reshape(-1, self.n_heads, self.head_dim) for y, norm in products)    # [n, H, E]
         if rotate:
             q, k = rotate(q), rotate(k)
-        k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                          # [H, n, E], views
+        return q, *(ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                      # [H, n, E], views
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray) -> Tensor:
+        """Attend with heads within the intervals: [n, V]."""
         return self.out(ops.attention(q, k, v, lo, hi, scale=self.head_dim**-0.5, products=self.products))
+
+    def shares(self, q: Tensor, k: Tensor) -> Tensor:
+        """Compute what `read` does not keep: how much of each query's attention goes to each key, after softmax, [H, n, k]."""
+        return ops.softmax(ops.matmul(ops.transpose(q, axes=(1, 0, 2)), k), scale=self.head_dim**-0.5)
 
 
 class EncoderFeedForward:

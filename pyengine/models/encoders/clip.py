@@ -76,10 +76,14 @@ def feature_layers(v: Hparams, count: int) -> tuple[int, ...]:
 
 
 class Tower:
-    """The encoder over one square. post_norm: the last layer is followed by a norm; without, one in the file is behind what is taken."""
+    """The encoder over one square.
 
-    def __init__(self, w: Weights, c: TowerConfig, post_norm: bool = False):
-        self.config = c
+    post_norm  the last layer is followed by a norm; without, one in the file is behind what is taken
+    whole      the class token's row, the first, is taken too
+    """
+
+    def __init__(self, w: Weights, c: TowerConfig, post_norm: bool = False, whole: bool = False):
+        self.config, self.whole = c, whole
         self.levels = levels(c.mean, c.std)                                             # [3, 256]
         f32, n = dtype("F32"), c.side**2
         own = w.optional("class_embd", (c.width,))
@@ -98,7 +102,7 @@ class Tower:
         """Numbers of a row: those of all layers that are taken."""
         return self.config.width * len(self.config.features)
 
-    def __call__(self, patches: Tensor) -> Tensor:                                      # [n, 3 * p * p] -> [n, F]
+    def __call__(self, patches: Tensor) -> Tensor:                                      # [n, 3 * p * p] -> [n, F], whole [n + 1, F]
         c, n = self.config, self.config.side**2
         x = self.patch(patches)                                                         # [n, V]
         if self.own is not None:
@@ -113,7 +117,7 @@ class Tower:
         taken = [given[i] for i in c.features]
         x = taken[0] if len(taken) == 1 else ops.concat(taken, axis=1)                  # [n, F]
         x = self.post(x) if self.post else x
-        return x if self.own is None else ops.contiguous(ops.slice(x, axis=0, start=1, stop=n))
+        return x if self.own is None or self.whole else ops.contiguous(ops.slice(x, axis=0, start=1, stop=n))
 
     def patches(self, pixels: np.ndarray) -> np.ndarray:
         """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [n, 3 * p * p]."""

@@ -1,0 +1,138 @@
+"""BLIP-2: OPT beside a vision transformer and a Q-Former, projector "blip2" in GGUF, which llama.cpp does not have.
+
+Follows transformers `configuration_blip_2.py`, `processing_blip_2.py`. Names as llama.cpp has them for other Q-Formers; keys
+"clip.vision.qformer.*" are ours. Checkpoints from before transformers 4.47 have no token for pictures: nothing else is different.
+Axes: V encoder width, F its feed-forward width, Q width of the Q-Former.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+
+from pyengine.errors import UnsupportedModelError
+
+from .checkpoint import Config
+from .contract import FLOAT32, Entry, converts, layer_norm, linear, supported
+from .decoder import Tensors
+from .tokenizer import Vocabulary
+from .vision import feed_forward, image_settings, square, TextAndEncoder, write_encoder_keys
+
+# transformers' Blip2Config, Blip2VisionConfig, Blip2QFormerConfig and BlipImageProcessorPil where a checkpoint may be silent
+DEFAULTS: dict[str, Any] = {"num_query_tokens": 32, "vision_config": {}, "qformer_config": {}, "text_config": {}}
+VISION: dict[str, Any] = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16, "image_size": 224,
+                          "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
+QFORMER: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu",
+                           "layer_norm_eps": 1e-12, "cross_attention_frequency": 2, "use_qformer_text_input": False}
+IMAGES: dict[str, Any] = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3,
+                          "size": {"height": 384, "width": 384}}
+# text models by their model_type: the class that converts them alone
+TEXTS = {"opt": "OPTForCausalLM"}
+# The form of the authors' questions, with answers before them; without a question, a caption. Pictures stand in front. A checkpoint has no
+# template of its own.
+TEMPLATE = """{%- for m in messages -%}
+  {%- if m['role'] not in ['user', 'assistant'] -%}{{ raise_exception('this model knows questions and answers only: give no ' + m['role'] + ' message') }}{%- endif -%}
+  {%- set ns = namespace(text='') -%}
+  {%- if m['content'] is string -%}{%- set ns.text = m['content'] -%}
+  {%- else -%}
+    {%- for part in m['content'] if part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}{%- endfor -%}
+  {%- endif -%}
+  {%- set ns.text = ns.text | trim -%}
+  {%- if m['role'] == 'assistant' -%}{{ ' ' + ns.text + ('' if ns.text.endswith('.') else '.') + ' ' }}
+  {%- elif ns.text.startswith('Question:') -%}{{ ns.text }}
+  {%- elif ns.text -%}{{ 'Question: ' + ns.text + ' Answer:' }}
+  {%- endif -%}
+{%- endfor -%}"""
+
+
+class Queries:
+    """The vision transformer, the Q-Former, and the product into the text model's width."""
+
+    def __init__(self, root: Config, d_text: int):
+        """Read the settings below `root` and of the image processor. Raises: InvalidModelError, UnsupportedModelError."""
+        self.root, self.d_text = root, d_text
+        v = self.vision = Config(root.need("vision_config"), VISION, root.file)
+        self.width, self.d_ff, self.n_layers, self.n_heads = (v.count(n) for n in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
+        self.patch_size, self.image_size = square(v, "patch_size"), square(v, "image_size")
+        q = self.qformer = Config(root.need("qformer_config"), QFORMER, root.file)
+        q.refuse_unless("use_qformer_text_input", False)
+        self.n_queries, self.q_width, self.q_layers, self.every = root.count("num_query_tokens"), *(q.count(n) for n in (
+            "hidden_size", "num_hidden_layers", "cross_attention_frequency"))
+        s = self.images = image_settings(root.file.parent, IMAGES)
+        if s.need("size") not in (self.image_size, {"height": self.image_size, "width": self.image_size}):
+            raise UnsupportedModelError(f"{s.file}: 'size' is {s.need('size')!r} for an encoder of {self.image_size} pixels")
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        """Write the keys "clip.*"."""
+        write_encoder_keys(
+            out, self.vision, self.images, projector="blip2", image_size=self.image_size, d_model=self.width, d_ff=self.d_ff,
+            n_layers=self.n_layers, n_heads=self.n_heads, eps=self.vision.need("layer_norm_eps"), d_text=self.d_text)
+        q, at = self.qformer, "clip.vision.qformer"
+        for name, value in (("block_count", self.q_layers), ("query_count", self.n_queries), ("embedding_length", self.q_width),
+                            ("feed_forward_length", q.count("intermediate_size")), ("attention.head_count", q.count("num_attention_heads")),
+                            ("cross_attention_frequency", self.every)):
+            out.add_uint32(f"{at}.{name}", value)
+        out.add_float32(f"{at}.attention.layer_norm_epsilon", q.need("layer_norm_eps"))
+        out.add_string(f"{at}.hidden_act", q.need("hidden_act"))
+        if any(self.root.get(name) is not None for name in ("image_token_index", "image_token_id")):
+            out.add_uint32("clip.vision.image_token_id", self.root.token("image_token_index", "image_token_id"))
+
+    def unused(self) -> set[str]:
+        """Return names of tensors that are left out: none."""
+        return set()
+
+    def tensors(self) -> Tensors:
+        """List the tensors of encoder, Q-Former and projection."""
+        v, p, n, at = self.width, self.patch_size, (self.image_size // self.patch_size) ** 2, "vision_model"
+        yield Entry("v.patch_embd.weight", f"{at}.embeddings.patch_embedding.weight", (v, 3, p, p), instead=FLOAT32)
+        yield Entry("v.patch_embd.bias", f"{at}.embeddings.patch_embedding.bias", (v,))
+        yield Entry("v.class_embd", f"{at}.embeddings.class_embedding", (1, 1, v), instead=FLOAT32)
+        yield Entry("v.position_embd.weight", f"{at}.embeddings.position_embedding", (1, n + 1, v), instead=FLOAT32)
+        yield from layer_norm("v.post_ln", f"{at}.post_layernorm", v)
+        for i in range(self.n_layers):
+            b, m = f"v.blk.{i}", f"{at}.encoder.layers.{i}"
+            yield from layer_norm(f"{b}.ln1", f"{m}.layer_norm1", v)
+            yield from linear(f"{b}.attn_qkv", f"{m}.self_attn.qkv", 3 * v, v, bool(self.vision.need("qkv_bias")))
+            yield from linear(f"{b}.attn_out", f"{m}.self_attn.projection", v, v, True)
+            yield from layer_norm(f"{b}.ln2", f"{m}.layer_norm2", v)
+            yield from feed_forward(b, f"{m}.mlp", v, self.d_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
+        yield Entry("mm.proj_query", "query_tokens", (1, self.n_queries, self.q_width), instead=FLOAT32)
+        yield from layer_norm("mm.proj_norm", "qformer.layernorm", self.q_width)
+        for i in range(self.q_layers):
+            yield from self.layer(f"mm.proj_blk.{i}", f"qformer.encoder.layer.{i}", i % self.every == 0)
+        yield from linear("mm.proj_linear", "language_projection", self.d_text, self.q_width, True)
+
+    def layer(self, b: str, m: str, crosses: bool) -> Tensors:
+        """List a layer of the Q-Former, which attends to the picture's rows or does not."""
+        d, f = self.q_width, self.qformer.count("intermediate_size")
+        for name, source, width in (("self_attn", "attention", d), *([("cross_attn", "crossattention", self.width)] if crosses else [])):
+            for part, theirs, n_in in (("q", "attention.query", d), ("k", "attention.key", width), ("v", "attention.value", width),
+                                       ("out", "output.dense", d)):
+                yield from linear(f"{b}.{name}_{part}", f"{m}.{source}.{theirs}", d, n_in, True)
+            yield from layer_norm(f"{b}.{name}_norm", f"{m}.{source}.output.LayerNorm", d)
+        yield from linear(f"{b}.ffn_up", f"{m}.intermediate_query.dense", f, d, True)
+        yield from linear(f"{b}.ffn_down", f"{m}.output_query.dense", d, f, True)
+        yield from layer_norm(f"{b}.ffn_norm", f"{m}.output_query.LayerNorm", d)
+
+
+@converts("Blip2ForConditionalGeneration")
+class Blip2(TextAndEncoder):
+    renames = ((r"^language_model\.(model\.)?decoder\.", ""), (r"^language_model\.lm_head\.", "lm_head."))
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        root = Config(config, DEFAULTS, file)
+        text = root.need("text_config")
+        kind = text.get("model_type", "opt")
+        if kind not in TEXTS:
+            raise UnsupportedModelError(f"{file}: the text model is {kind!r}; this converter knows {', '.join(TEXTS)}")
+        self.text = supported()[TEXTS[kind]]({**text, "architectures": [TEXTS[kind]]}, file)
+        self.arch, self.vocab_size = self.text.arch, self.text.vocab_size
+        if self.text.d_token != self.text.d_model:
+            raise UnsupportedModelError(f"{file}: 'word_embed_proj_dim' is {self.text.d_token}: pictures' rows would not be as wide as tokens")
+        self.encoder = Queries(root, self.text.d_model)
+
+    def change_vocabulary(self, vocabulary: Vocabulary) -> None:
+        vocabulary.chat_template = vocabulary.chat_template or TEMPLATE
