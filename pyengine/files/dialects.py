@@ -15,8 +15,9 @@ value. They are
 Nothing is decoded for it but a few numbers, and a file in llama.cpp's own names is handed back as it is. Names that no table has stay
 what they are, and whoever binds the model says which of them it does not know.
 
-Sources: Ollama, `convert/convert_{gemma3,llama4,mistral,mllama,qwen25vl,qwen2}.go` and `model/models/*`; llama.cpp, `llama-model.cpp:
-load_hparams`, `tools/mtmd/clip.cpp: load_tensors`, gguf-py's `tensor_mapping.py`.
+Sources: Ollama, `convert/convert_{gemma3,gemma3n,gemma4,llama4,mistral,mllama,qwen2,qwen25vl,qwen3,qwen3vl,qwen3next}.go`, `model/models/*` as
+they were, `llama/compat/llama-ollama-compat.cpp`; llama.cpp, `llama-model.cpp: load_hparams`, `tools/mtmd/clip.cpp: load_tensors`, gguf-py's
+`tensor_mapping.py`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from pyengine.errors import InvalidModelError
-from pyengine.files.gguf import GGUFFile
+from pyengine.files.gguf import GGUFFile, TensorInfo
 
-ENCODER, ENCODER_TENSORS = "clip", ("v", "mm", "model")       # llama.cpp's beginnings of an encoder's keys and of its tensors' names
+ENCODER, ENCODER_TENSORS = "clip", ("v", "mm", "model", "a")  # llama.cpp's beginnings of an encoder's keys and of its tensors' names
 
 Table = Mapping[str, str]
 _LAYER = re.compile(r"(?:(?<=^blk\.)|(?<=\.blk\.))\d+(?=\.)")
@@ -43,6 +44,7 @@ def translate(file: GGUFFile) -> GGUFFile:
     rope_scaling(t, arch)
     if arch in DIALECTS:
         DIALECTS[arch](t)
+    first_projector(t)
     later_norm(t)
     exchanged_feed_forward(t)
     return t.file()
@@ -62,7 +64,8 @@ class Translation:
         self.source = file
         self.keys: dict[str, str] = {}       # the file's -> llama.cpp's, where they differ
         self.own: dict[str, str] = {}        # the same, back
-        self.tensors: dict[str, str] = {}    # the file's -> llama.cpp's
+        self.tensors: dict[str, str | None] = {}        # the file's -> llama.cpp's; None: left out
+        self.placed: dict[str, TensorInfo] = {}         # llama.cpp's -> where it lies in a tensor of the file
         self.added: dict[str, Any] = {}
 
     def __contains__(self, key: str) -> bool:
@@ -107,11 +110,29 @@ class Translation:
         """Say whether the file has a tensor under this name of its own."""
         return name in self.source.tensors
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor under this name of its own; () where there is none."""
+        return self.source.tensors[name].shape if name in self.source.tensors else ()
+
+    def encoder_layers(self) -> int:
+        """Return the number of the encoder's layers that a file gives; 0 where it gives more than it has tensors."""
+        n = self.get("clip.vision.block_count", int) or 0
+        return n if 0 < n <= len(self.source.tensors) else 0
+
+    def leave_out(self, *starts: str) -> None:
+        """Leave out tensors with these beginnings of their own names."""
+        self.tensors.update((name, None) for name in self.source.tensors if name.startswith(starts))
+
+    def place(self, new: str, name: str, shape: tuple[int, ...], first: int = 0) -> None:
+        """Call by llama.cpp's name what lies in a tensor of the file from element `first` on, in this shape."""
+        self.tensors[name] = None
+        self.placed[new] = self.source.tensors[name].within(shape, first)
+
     def file(self) -> GGUFFile:
         """Return the file with the changes made here. Raises: InvalidModelError where two of its tensors are the same one."""
         if not (self.keys or self.tensors or self.added):
             return self.source
-        return self.source.renamed(self.tensors, self.source.metadata.renamed(self.keys, self.added))
+        return self.source.renamed(self.tensors, self.source.metadata.renamed(self.keys, self.added), self.placed)
 
 
 # ---- of any architecture: llama.cpp's files as they once were, mostly -----------------------------------------------------------
@@ -131,6 +152,12 @@ def rope_scaling(t: Translation, arch: str | None) -> None:
             t.rename_keys({f"{rope}scaling.{bound}": f"{rope}scaling.yarn_{bound}"})
 
 
+def first_projector(t: Translation) -> None:
+    """Name the projector of LLaVA's first files, which there was only one of then: two products with a GELU between."""
+    if t.get("clip.has_llava_projector", bool) and not ("clip.projector_type" in t or "clip.vision.projector_type" in t):
+        t.add("clip.projector_type", "mlp")
+
+
 def later_norm(t: Translation) -> None:
     """Translate Llama 4's second norm: since Gemma 4 gguf-py's table has another entry for it, which converters write."""
     if "llama4" in (t.get("clip.projector_type", str), t.get("clip.vision.projector_type", str)):
@@ -145,7 +172,8 @@ def exchanged_feed_forward(t: Translation) -> None:
     width = t.get("clip.vision.embedding_length", int)
     if width is None:
         return
-    names = {t.tensors.get(name, name): name for name in t.source.tensors}
+    kept = ((t.tensors.get(name, name), name) for name in t.source.tensors)
+    names = {new: name for new, name in kept if new is not None}
     for name, own in names.items():
         scope, _, end = name.partition(".ffn_down.")
         shape = t.source.tensors[own].shape
@@ -308,6 +336,98 @@ def qwen2vl(t: Translation) -> None:
     t.rename_keys({"qwen2vl.rope.mrope_section": "qwen2vl.rope.dimension_sections"})
 
 
+# ---- Qwen3-VL, Qwen3.5, Qwen3-Next ------------------------------------------------------------------------------------------------
+
+QWEN3VL_TENSORS = {
+    "v.patch_embed.bias": "v.patch_embd.bias", "v.pos_embed": "v.position_embd", "v.blk.*.norm1": "v.blk.*.ln1", "v.blk.*.norm2": "v.blk.*.ln2",
+    "v.blk.*.mlp.linear_fc1": "v.blk.*.ffn_up", "v.blk.*.mlp.linear_fc2": "v.blk.*.ffn_down",
+    "v.merger.norm": "v.post_ln", "v.merger.linear_fc1": "mm.0", "v.merger.linear_fc2": "mm.2",
+}
+QWEN3VL_SECTIONS = 24, 20, 20        # of a file without the key: mrope_section of all published Qwen3-VL
+DEEPSTACK = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
+
+
+def qwen3vl(t: Translation) -> None:
+    """Translate Ollama's single files of Qwen3-VL, dense and with experts; those of llama.cpp have another file for the encoder.
+
+    Features for the decoder's first layers are counted there, not named by the encoder's layer, and experts' width is in no key.
+    """
+    arch = t.get("general.architecture", str)
+    if f"{arch}.vision.block_count" not in t:
+        return
+    t.rename_keys({f"{arch}.rope.mrope_section": f"{arch}.rope.dimension_sections"})
+    t.add(f"{arch}.rope.dimension_sections", np.array(QWEN3VL_SECTIONS, np.int32))
+    experts = t.shape("blk.0.ffn_gate_exps.weight")
+    if len(experts) == 3:
+        t.add(f"{arch}.expert_feed_forward_length", experts[1])
+    t.add(f"{arch}.n_deepstack_layers", len(qwen3vl_encoder(t, arch)))
+
+
+def qwen3vl_encoder(t: Translation, arch: str) -> list[int]:
+    """Translate the encoder; return the layers behind which features for the decoder are taken."""
+    t.rename_keys({f"{arch}.vision.shortest_edge": "clip.vision.image_min_pixels", f"{arch}.vision.longest_edge": "clip.vision.image_max_pixels",
+                   f"{arch}.vision.": "clip.vision."})
+    t.add("clip.projector_type", "qwen3vl_merger")
+    t.add("clip.use_gelu", True)
+    indexes, count = t.get("clip.vision.deepstack_visual_indexes", np.ndarray), t.encoder_layers()
+    deep = [] if indexes is None else indexes.tolist()
+    if all(isinstance(i, int) and 0 <= i < count for i in deep):
+        t.add("clip.vision.is_deepstack_layers", np.isin(np.arange(count), deep))
+    t.rename_tensors(QWEN3VL_TENSORS)
+    counted = "v.deepstack_merger" if any(name.startswith("v.deepstack_merger.") for name in t.source.tensors) else "v.deepstack"
+    t.rename_tensors({f"{counted}.{k}.{theirs}": f"v.deepstack.{layer}.{ours}" for k, layer in enumerate(deep) for theirs, ours in DEEPSTACK.items()})
+    for name in ("v.patch_embed.weight", "v.patch_embd.weight"):               # [width * channels, frames, p, p]
+        shape, channels = t.shape(name), t.get("clip.vision.num_channels", int) or 3
+        if len(shape) == 4 and shape[1] == 2 and shape[0] % channels == 0:
+            t.place("v.patch_embd.weight", name, (shape[0] // channels, channels, 2, shape[2] * shape[3]))
+    return deep
+
+
+def qwen35(t: Translation) -> None:
+    """Translate Ollama's files of Qwen3.5 and Qwen3-Next. Layers that predict further tokens are left out, as the models do with llama.cpp's.
+
+    Which layers keep a state is said there by heads of keys and values that are none.
+    """
+    arch = t.get("general.architecture", str)
+    t.tensors.update((name, f"{name}.bias") for name in t.source.tensors if name.endswith(".ssm_dt"))
+    t.leave_out("mtp.")
+    heads = t.get(f"{arch}.attention.head_count_kv", np.ndarray)
+    if heads is not None and len(heads) and heads.dtype.kind in "iu":
+        t.replace(f"{arch}.attention.head_count_kv", int(heads.max()))
+        t.add(f"{arch}.attention.recurrent_layers", heads == 0)
+    if f"{arch}.vision.block_count" in t:
+        qwen3vl_encoder(t, arch)
+
+
+# ---- Gemma 3n and 4 -----------------------------------------------------------------------------------------------------------------
+
+CLAMPED = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")        # products of a layer, and bounds of each:
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+
+
+def gemma4(t: Translation) -> None:
+    """Translate Ollama's single files. Bounds of the encoder's products are there one by one, packed into one tensor, or both."""
+    t.rename_tensors({"blk.*.ffn_gate_inp.per_expert_scale": "blk.*.ffn_down_exps.scale"})
+    if "gemma4.vision.block_count" not in t:
+        return
+    t.rename_keys({"gemma4.vision.": "clip.vision."})
+    t.add("clip.vision.projector_type", "gemma4v")
+    if t.has_tensor("v.blk.0.attn_q.input_min"):
+        t.leave_out("v.clamp_data")
+    elif t.has_tensor("v.clamp_data"):
+        names = [f"v.blk.{i}.{name}" for i in range(t.encoder_layers()) for name in CLAMPED] + ["mm.input_projection"]
+        for i, (name, bound) in enumerate((name, bound) for name in names for bound in BOUNDS):
+            t.place(f"{name}.{bound}", "v.clamp_data", (1,), i)
+
+
+def gemma3n(t: Translation) -> None:
+    """Translate Ollama's files of the text model; ids of pictures and sounds, which have rows in one of two tables only, are left out."""
+    t.rename_keys({"gemma3n.head_dim": "gemma3n.attention.key_length", "gemma3n.rope.freq_base_local": "gemma3n.rope.freq_base_swa"})
+    embedding, own = t.shape("token_embd.weight"), t.shape("per_layer_token_embd.weight")
+    if len(embedding) == len(own) == 2 and embedding[0] > own[0]:
+        t.place("token_embd.weight", "token_embd.weight", (own[0], embedding[1]))
+
+
 GPTOSS_TENSORS = {"blk.*.attn_out": "blk.*.attn_output", "blk.*.attn_sinks": "blk.*.attn_sinks.weight", "blk.*.ffn_norm": "blk.*.post_attention_norm"}
 
 
@@ -327,5 +447,6 @@ def gptoss(t: Translation) -> None:
 
 # by general.architecture
 DIALECTS: dict[str | None, Callable[[Translation], None]] = {
-    "gemma3": gemma3, "gptoss": gptoss, "llama4": llama4, "mistral3": mistral3, "mllama": mllama, "qwen25vl": qwen25vl, "qwen2vl": qwen2vl,
+    "gemma3": gemma3, "gemma3n": gemma3n, "gemma4": gemma4, "gptoss": gptoss, "llama4": llama4, "mistral3": mistral3, "mllama": mllama,
+    "qwen25vl": qwen25vl, "qwen2vl": qwen2vl, "qwen35": qwen35, "qwen35moe": qwen35, "qwen3next": qwen35, "qwen3vl": qwen3vl, "qwen3vlmoe": qwen3vl,
 }

@@ -76,6 +76,13 @@ class TensorInfo(NamedTuple):
     def n_elements(self) -> int:
         return math.prod(self.shape)
 
+    def within(self, shape: tuple[int, ...], first: int = 0) -> TensorInfo:
+        """Return what lies in a tensor from element `first` on, in this shape. Raises: InvalidModelError where it does not."""
+        n = math.prod(shape)
+        if not 0 <= first <= first + n <= self.n_elements or first % self.dtype.block or shape[-1] % self.dtype.block:
+            raise InvalidModelError(f"tensor {quoted(self.name)}: {shape} from element {first} on is not in {self.shape} of {self.dtype}")
+        return self._replace(shape=shape, nbytes=self.dtype.size(n), offset=self.offset + self.dtype.size(first))
+
 
 class _Value(NamedTuple):
     """Where the value of a key lies. `start` is the first byte after all lengths and types that come before it."""
@@ -470,18 +477,20 @@ class GGUFFile:
                 self.tensors[name] = info
         self._files: list[MappedFile] | None = [part.file for part in parts]
 
-    def renamed(self, tensors: Mapping[str, str], metadata: Metadata) -> GGUFFile:
+    def renamed(self, tensors: Mapping[str, str | None], metadata: Metadata, placed: Mapping[str, TensorInfo] = {}) -> GGUFFile:
         """Return the same open file with tensors under other names and with other metadata; `TensorInfo.name` stays the file's.
 
-        tensors  the file's -> the new one, of names that change
+        tensors  the file's -> the new one, of names that change; None: of a tensor that is left out
+        placed   by its new name, what lies elsewhere in a tensor of the file or has another shape there (`TensorInfo.within`)
         Raises: InvalidModelError where two tensors would have one name.
         """
         other = copy(self)
         other.metadata, other.tensors = metadata, {}
-        for name, info in self.tensors.items():
-            new = tensors.get(name, name)
+        for new, info in (*((tensors.get(name, name), info) for name, info in self.tensors.items()), *placed.items()):
+            if new is None:
+                continue
             if new in other.tensors:
-                raise InvalidModelError(f"{self.paths[info.part]}: tensor {quoted(name)}: {quoted(other.tensors[new].name)} is there "
+                raise InvalidModelError(f"{self.paths[info.part]}: tensor {quoted(info.name)}: {quoted(other.tensors[new].name)} is there "
                                         f"too, which is another name of the same one, at byte {info.offset}")
             other.tensors[new] = info
         return other

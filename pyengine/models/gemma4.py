@@ -298,6 +298,8 @@ class Vision(Encoder):
         inv_freq = 1.0 / c.rope_base ** (np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
         self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                # of columns, then of lines: [E / 2]
         self.axes = np.repeat(np.arange(2, dtype=np.int32), len(inv_freq))
+        for sound in (w["a"], w["mm", "a"]):
+            sound.leave_out()                                                                  # of models that hear, which this one does not
         v_ = w["v"]
         self.patch = PatchEmbedding(v_["patch_embd"], c.width, 3, c.patch)
         shape = v_["position_embd"].shape("weight")

@@ -136,13 +136,16 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "ge
 class PatchEmbedding(Linear):
     """A convolution whose windows do not overlap, as a product over patches flattened in the order channel, (time,) y, x.
 
-    Tensors `slices` are [width, channels, p, p] each: one for pictures, one a frame where patches span several frames.
+    Tensors `slices` are [width, channels, p, p] each: one for pictures, one a frame where patches span several frames, which the first may
+    hold together, [width, channels, frames, p * p].
     """
 
     def __init__(self, w: Weights, width: int, channels: int, p: int, slices: Sequence[str] = ("weight",)):
-        parts = [w.tensor(name, (width, channels, p, p)) for name in slices]
-        shape = (width, len(parts) * channels * p * p)
-        if len(parts) == 1:
+        shape, together = (width, len(slices) * channels * p * p), (width, channels, len(slices), p * p)
+        if len(slices) > 1 and slices[1] not in w and w.shape(slices[0]) == together:
+            whole = w.tensor(slices[0], together)
+            self.weight = constant(DerivedRef(whole.name, shape, (whole,), lambda a: a.reshape(shape)))
+        elif len(parts := [w.tensor(name, (width, channels, p, p)) for name in slices]) == 1:
             self.weight = constant(parts[0]._replace(shape=shape))
         else:
             self.weight = constant(DerivedRef(parts[0].name, shape, tuple(parts), lambda *a: np.stack(a, axis=2).reshape(shape)))

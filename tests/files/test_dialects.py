@@ -144,9 +144,15 @@ def test_ollamas_names_become_those_of_gguf_py(kind, tmp_path) -> None:
     text, mmproj = (GGUFFile(p) for p in foreign.llama_cpp_files(folder, tmp_path / "l.gguf"))
     file = open_files(foreign.ollama_file(folder, tmp_path / "o.gguf", "f32")).model
     want = {name: f for f in (text, mmproj) for name in f.tensors if name != "v.token_embd.img_break"}
-    assert set(file.tensors) == set(want)
+    made = {name: file.array(name) for name in file.tensors}
+    for name in [name for name in want if name not in made]:                   # of one tensor in the one and several in the other
+        if ".attn_qkv." in name:
+            made[name] = np.concatenate([made.pop(name.replace("attn_qkv", f"attn_{part}")) for part in "qkv"])
+        elif name == "v.patch_embd.weight.1":
+            made["v.patch_embd.weight"], made[name] = (made["v.patch_embd.weight"][:, :, i] for i in range(2))
+    assert set(made) == set(want)
     for name, f in want.items():
-        got, expected = file.array(name), f.array(name)
+        got, expected = made[name], f.array(name)
         if kind == "mistral3" and name.endswith(("attn_q.weight", "attn_k.weight")) and name.startswith("v."):
             got = foreign.turned(got, f.metadata["clip.vision.attention.head_count"])          # a key says that these are in halves
         assert np.array_equal(got.reshape(-1), expected.reshape(-1)), name
@@ -156,6 +162,89 @@ def test_ollamas_names_become_those_of_gguf_py(kind, tmp_path) -> None:
     if kind != "gemma3":
         assert file.metadata["clip.projector_type"] == mmproj.metadata["clip.projector_type"]
     assert not any(".vision." in key for key in file.metadata if not key.startswith("clip."))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_5_moe"])
+def test_one_file_of_ollama_gives_the_bits_of_llama_cpps_pair(kind, tmp_path) -> None:
+    folder = tiny.make_checkpoint(kind, tmp_path / "c", dtype="float16", **cases.find(kind).assumed)
+    text, mmproj = foreign.llama_cpp_files(folder, tmp_path / "l.gguf", "f16")
+    pixels = np.random.default_rng(1).integers(0, 256, (90, 150, 3), np.uint8)
+    want, got = (pe.load(path, mmproj=other, n_ctx=256).logits([5, "a dog", pe.open_image(pixels), "What is it?"])
+                 for path, other in ((text, mmproj), (foreign.ollama_file(folder, tmp_path / "o.gguf", "f16"), None)))
+    assert np.array_equal(got, want)
+
+
+def test_qwen3_vl_by_ollamas_later_names_and_without_the_sections(tmp_path) -> None:
+    """Features for the first layers are counted in both; a file in which they are not has another name for the merger, or two files."""
+    keys = {"vision.block_count": 5, "vision.embedding_length": 4, "vision.deepstack_visual_indexes": [1, 4], "vision.longest_edge": 999}
+    file = translate(write(tmp_path / "m.gguf", "qwen3vl", keys, {
+        "v.patch_embd.weight": (12, 2, 3, 3), "v.merger.norm.weight": (4,), "v.deepstack.0.norm.bias": (2,), "v.deepstack.1.linear_fc2.weight": (3,),
+        "v.blk.3.ln1.weight": (4,)}))
+    assert {name: info.shape for name, info in file.tensors.items()} == {
+        "v.patch_embd.weight": (4, 3, 2, 9), "v.post_ln.weight": (4,), "v.deepstack.1.norm.bias": (2,), "v.deepstack.4.fc2.weight": (3,), "v.blk.3.ln1.weight": (4,)}
+    meta = file.metadata
+    assert list(meta["qwen3vl.rope.dimension_sections"]) == [24, 20, 20] and meta["qwen3vl.n_deepstack_layers"] == 2
+    assert meta["clip.vision.image_max_pixels"] == 999 and meta["clip.vision.is_deepstack_layers"].tolist() == [False, True, False, False, True]
+    odd = translate(write(tmp_path / "o.gguf", "qwen3vl", {"vision.block_count": 2}, {"v.patch_embed.weight": (13, 2, 3, 3)}))
+    assert odd.tensors["v.patch_embed.weight"].shape == (13, 2, 3, 3) and len(odd.metadata.get("clip.vision.is_deepstack_layers")) == 0
+
+
+def test_bounds_of_gemma_4_in_one_tensor(tmp_path) -> None:
+    """Four of each product, seven products a layer, then those of the projection; where they are there one by one too, these are taken."""
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma4")
+    w.add_uint32("gemma4.vision.block_count", 2)
+    w.add_tensor("v.clamp_data", np.arange(60, dtype=np.float32))
+    w.add_tensor("v.std_bias", np.zeros(3, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    file = translate(GGUFFile(tmp_path / "m.gguf"))
+    assert len(file.tensors) == 61 and "v.clamp_data" not in file.tensors
+    for name, value in (("v.blk.0.attn_q.input_min", 0), ("v.blk.0.attn_k.output_max", 7), ("v.blk.1.attn_q.input_max", 29), ("mm.input_projection.output_min", 58)):
+        assert file.array(name).tolist() == [value]
+    single = translate(write(tmp_path / "s.gguf", "gemma4", {"vision.block_count": 2}, {"v.clamp_data": (60,), "v.blk.0.attn_q.input_min": (1,)}))
+    assert set(single.tensors) == {"v.blk.0.attn_q.input_min"}
+    short = write(tmp_path / "t.gguf", "gemma4", {"vision.block_count": 3}, {"v.clamp_data": (60,), "a": (1,), "b": (1,)})
+    with pytest.raises(InvalidModelError, match=r"'v\.clamp_data'"):
+        translate(short)
+
+
+def test_gemma_3n_of_ollama_has_rows_that_only_pictures_need(tiny_gguf, tmp_path) -> None:
+    """More tokens and rows of the one table than of the other; keys of the heads and of the second rotation have other names."""
+    path, ids = tiny_gguf("gemma3n")[0], list(range(3, 60))
+    table, base = GGUFFile(path).array("token_embd.weight"), "gemma3n.rope.freq_base"
+    more = np.concatenate([table, np.ones((4, table.shape[1]), np.float32)])
+    theirs = rewritten(path, tmp_path / "o.gguf", ("gemma3n.attention.key_length", "gemma3n.attention.value_length", f"{base}_swa"),
+                       {"gemma3n.head_dim": 32, f"{base}_local": 1e4}, {"token_embd.weight": (more, gguf.GGMLQuantizationType.F32)})
+    assert np.array_equal(pe.load(theirs, n_ctx=64).logits(ids), pe.load(path, n_ctx=64).logits(ids))
+
+
+def test_qwen3_next_of_ollama(tiny_gguf, tmp_path) -> None:
+    """Layers without heads of keys keep a state, and a bias lacks the end of its name."""
+    path, ids = tiny_gguf("qwen3_next")[0], list(range(3, 60))
+    reader, theirs = gguf.GGUFReader(path), tmp_path / "o.gguf"
+    w = gguf.GGUFWriter(theirs, "qwen3next")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "qwen3next.attention.recurrent_layers", "qwen3next.attention.head_count_kv"):
+            w.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+    recurrent, heads = (reader.fields[f"qwen3next.attention.{name}"].contents() for name in ("recurrent_layers", "head_count_kv"))
+    w.add_array("qwen3next.attention.head_count_kv", [0 if keeps else heads for keeps in recurrent])
+    for t in reader.tensors:
+        w.add_tensor(t.name.replace("ssm_dt.bias", "ssm_dt"), np.array(t.data))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    assert np.array_equal(pe.load(theirs, n_ctx=64).logits(ids), pe.load(path, n_ctx=64).logits(ids))
+
+
+def test_llavas_first_projectors_do_not_name_themselves(tmp_path) -> None:
+    def projector(**keys: Any) -> str | None:
+        return translate(write(tmp_path / "m.gguf", "clip", keys)).metadata.get("clip.projector_type")
+
+    assert projector(has_llava_projector=True) == "mlp" and projector(has_llava_projector=True, projector_type="ldp") == "ldp"
+    assert projector(has_llava_projector=False) is None and projector(has_vision_encoder=True) is None
 
 
 def test_names_of_both_of_ollamas_files_of_llama_3_2_vision(tmp_path) -> None:

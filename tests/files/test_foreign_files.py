@@ -73,7 +73,7 @@ def check(model, parts, seen):
 def test_embeddings_and_logits(kind, layout, models, tmp_path):
     folder, parts, seen = models(kind)
     path, mmproj = LAYOUTS[layout](folder, tmp_path / "m.gguf")
-    check(pe.load(path, mmproj=mmproj, n_ctx=N_CTX, kv_dtype="f32"), parts, seen)
+    check(pe.load(path, mmproj=mmproj, n_ctx=cases.find(kind).dialect.n_ctx, kv_dtype="f32"), parts, seen)
 
 
 @pytest.mark.parametrize("kind, layout", [("gemma3", "Ollama"), ("qwen2_5_vl", "Ollama"), ("gemma3", "llama.cpp"),

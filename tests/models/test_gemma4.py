@@ -100,12 +100,16 @@ class Gemma4Sight(Sight):
 
 
 class Gemma4Dialect(Dialect):
-    """llama.cpp's `conversion/gemma.py`: no budget, activation, padding or direction, and an epsilon that is written as 1e-6."""
+    """llama.cpp's `conversion/gemma.py`: no budget, activation, padding or direction, and an epsilon that is written as 1e-6.
+    Ollama's `convert/convert_gemma4.go`.
+    """
 
     model_types, converters = ("gemma4",), ()       # the test below writes with its own settings
+    ollama_arch, n_ctx = "gemma4", 1024
     arch, names, projector = "gemma4", gguf.MODEL_ARCH.GEMMA4, "gemma4v"
     assumed = {"vision_config": {"rms_norm_eps": 1e-6, "position_embedding_size": 850}, "processor": {"max_soft_tokens": 280},
                "text_config": {"pad_token_id": 0}}
+    settings = assumed
 
     def assume(self, saved: Saved) -> None:
         assert saved.images["max_soft_tokens"] == 280 and saved.vision["rms_norm_eps"] == 1e-6 and saved.text["pad_token_id"] == 0
@@ -146,7 +150,27 @@ class Gemma4Dialect(Dialect):
         assert found is not None, source
         yield found, value.reshape(1) if value.ndim == 0 else value
 
+    def ollama_sizes(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        foreign.text_sizes(w, saved.text, "none")                   # the feed-forwards' widths are below
 
+    def ollama_keys(self, w: gguf.GGUFWriter, saved: Saved) -> tuple[dict[str, int], float | None]:
+        vision = saved.vision
+        self.text_keys(w, saved)
+        w.add_layer_norm_rms_eps(saved.text["rms_norm_eps"])
+        return {"block_count": vision["num_hidden_layers"], "feed_forward_length": vision["intermediate_size"],
+                "attention.head_count": vision["num_attention_heads"], "projector.scale_factor": 3}, 1e-6
+
+    def ollama_vision(self, saved: Saved) -> Tensors:
+        """Names are llama.cpp's; bounds come once more, in one tensor, and a part of the encoder of sounds may be there."""
+        made = dict(self.vision_tensors(saved, legacy=False))
+        names = [f"v.blk.{i}.{name}" for i in range(saved.vision["num_hidden_layers"]) for name in LINEARS] + ["mm.input_projection"]
+        bounds = [made.get(f"{name}.{bound}", np.zeros(1))[0] for name in names for bound in ("input_min", "input_max", "output_min", "output_max")]
+        yield from made.items()
+        yield "v.clamp_data", np.array(bounds, np.float32)
+        yield "a.conv1d.0.weight", np.ones((2, 3), np.float32)
+
+
+LINEARS = ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
 NAMES = {"post_attention_layernorm.": "post_attention_norm", "pre_feedforward_layernorm.": "ffn_norm", "post_feedforward_layernorm.": "post_ffw_norm",
          "layer_scalar": "layer_output_scale"}
 SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cases import Case, Converted
-from foreign import head_sizes, Saved, Tensors
+from foreign import head_sizes, Saved, Tensors, text_sizes
 from test_qwen2vl import TOKENS
 from test_qwen3next import KEYS, norm_mean, plain, TEXT
 from test_qwen3vl import CLIP, CLIP_TOKENS, PIXELS, Qwen3Dialect, Qwen3LlamaCpp, Qwen3Sight, VISION
@@ -61,36 +61,56 @@ def tensor(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
 
 
 class Qwen35Dialect(Qwen3Dialect):
-    """llama.cpp's `conversion/qwen.py` beside Qwen3-VL's encoder; without layers for the prediction of further tokens."""
+    """llama.cpp's `conversion/qwen.py` beside Qwen3-VL's encoder; without layers for the prediction of further tokens, which Ollama's
+    `convert/convert_qwen3next.go` keeps.
+    """
 
-    model_types, arch, names = ("qwen3_5",), "qwen35", gguf.MODEL_ARCH.QWEN35
+    model_types, arch, names, ollama_arch = ("qwen3_5",), "qwen35", gguf.MODEL_ARCH.QWEN35, "qwen35"
 
     def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         text, rope = saved.text, saved.text["rope_parameters"]
         head_sizes(w, text)
         w.add_rope_freq_base(rope["rope_theta"])
         w.add_rope_dimension_sections([*rope["mrope_section"], 0])
+        w.add_array(f"{self.arch}.attention.recurrent_layers", [kind == "linear_attention" for kind in text["layer_types"]])
+        self.state_keys(w, saved)
+
+    def state_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        text, rope = saved.text, saved.text["rope_parameters"]
         w.add_rope_dimension_count(int(text["head_dim"] * rope["partial_rotary_factor"]))
         w.add_ssm_conv_kernel(text["linear_conv_kernel_dim"])
         w.add_ssm_state_size(text["linear_key_head_dim"])
         w.add_ssm_group_count(text["linear_num_key_heads"])
         w.add_ssm_time_step_rank(text["linear_num_value_heads"])
         w.add_ssm_inner_size(text["linear_value_head_dim"] * text["linear_num_value_heads"])
-        w.add_array(f"{self.arch}.attention.recurrent_layers", [kind == "linear_attention" for kind in text["layer_types"]])
         w.add_full_attention_interval(4)
 
     def text_tensor(self, saved: Saved, source: str, value: np.ndarray) -> Tensors:
         name, value = tensor(source, value, saved.text)
         yield name or self.text_name(source), value
 
+    def ollama_sizes(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        heads = [saved.text["num_key_value_heads"] * (kind == "full_attention") for kind in saved.text["layer_types"]]
+        text_sizes(w, {**saved.text, "num_key_value_heads": heads, "intermediate_size": saved.text.get("intermediate_size", 0)})
+
+    def ollama_keys(self, w: gguf.GGUFWriter, saved: Saved) -> tuple[dict[str, int], float | None]:
+        self.state_keys(w, saved)
+        w.add_array(f"{self.arch}.rope.dimension_sections", saved.text["rope_parameters"]["mrope_section"])
+        w.add_bool(f"{self.arch}.ssm.v_head_reordered", True)
+        return super().ollama_keys(w, saved)
+
+    def ollama_text(self, saved: Saved) -> Tensors:
+        yield from ((name.replace("ssm_dt.bias", "ssm_dt"), value) for name, value in self.text_tensors(saved))
+        yield "mtp.fc.weight", np.ones((saved.text["hidden_size"], 2 * saved.text["hidden_size"]), np.float32)
+
 
 class Qwen35MoeDialect(Qwen35Dialect):
     """The same with experts, and no length of a feed-forward without them."""
 
-    model_types, arch, names, feed_forward = ("qwen3_5_moe",), "qwen35moe", gguf.MODEL_ARCH.QWEN35MOE, ""
+    model_types, arch, names, feed_forward, ollama_arch = ("qwen3_5_moe",), "qwen35moe", gguf.MODEL_ARCH.QWEN35MOE, "", "qwen35moe"
 
-    def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
-        super().text_keys(w, saved)
+    def state_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        super().state_keys(w, saved)
         w.add_expert_count(saved.text["num_experts"])
         w.add_expert_used_count(saved.text["num_experts_per_tok"])
         w.add_expert_feed_forward_length(saved.text["moe_intermediate_size"])

@@ -91,11 +91,14 @@ CLIP_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad
 
 
 class Qwen3Dialect(Dialect):
-    """llama.cpp's `conversion/qwen3vl.py`: limits of pixels are not in the file."""
+    """llama.cpp's `conversion/qwen3vl.py`: limits of pixels are not in the file. Ollama's `convert/convert_qwen3vl.go` as it was."""
 
     model_types, converters = ("qwen3_vl",), ("now",)
     arch, names, projector = "qwen3vl", gguf.MODEL_ARCH.QWEN3VL, "qwen3vl_merger"
     vision_sizes = ("intermediate_size", "hidden_size", "depth", "num_heads")
+    ollama_arch = "qwen3vl"
+    ollama_names = (("visual", "v"), ("patch_embed.proj", "patch_embed"), ("blocks", "blk"), ("attn.qkv", "attn_qkv"), ("attn.proj", "attn_out"),
+                    ("deepstack_merger_list", "deepstack_merger"))
 
     def assume(self, saved: Saved) -> None:
         assert saved.vision["temporal_patch_size"] == 2 and saved.text["rms_norm_eps"] == 1e-6
@@ -129,11 +132,38 @@ class Qwen3Dialect(Dialect):
         else:
             yield f"{own[part]}.{end}" if part in own else vision_name(source), value
 
+    def ollama_keys(self, w: gguf.GGUFWriter, saved: Saved) -> tuple[dict[str, int], float | None]:
+        text, vision, size = saved.text, saved.vision, saved.images["size"]
+        head_sizes(w, text)
+        w.add_layer_norm_rms_eps(text["rms_norm_eps"])
+        w.add_rope_freq_base(text["rope_parameters"]["rope_theta"])
+        w.add_array(f"{self.ollama_arch}.rope.mrope_section", text["rope_parameters"]["mrope_section"])
+        return self.ollama_vision_keys(w, vision, saved.images, size)
+
+    def ollama_vision_keys(self, w: gguf.GGUFWriter, vision: dict[str, Any], images: dict[str, Any], size: dict[str, int]) -> Any:
+        arch = self.ollama_arch
+        w.add_float32(f"{arch}.vision.rope.freq_base", 1e4)
+        if vision.get("deepstack_visual_indexes"):
+            w.add_array(f"{arch}.vision.deepstack_visual_indexes", vision["deepstack_visual_indexes"])
+        for name in ("image_mean", "image_std"):
+            w.add_array(f"{arch}.vision.{name}", images[name])
+        return {"block_count": vision["depth"], "spatial_merge_size": vision["spatial_merge_size"], "temporal_patch_size": 2,
+                "attention.head_count": vision["num_heads"], "shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"]}, 1e-6
+
+    def ollama_tensor(self, name: str, value: np.ndarray) -> Tensors:
+        if name == "v.patch_embed.weight":                                     # [V, 3, 2, p, p] with the first two as one
+            yield name, value.reshape(-1, *value.shape[2:])
+        elif "attn_qkv" in name:
+            yield from ((name.replace("attn_qkv", f"attn_{part}"), third) for part, third in zip("qkv", np.split(value, 3)))
+        else:
+            yield name, value
+
 
 class Qwen3MoeDialect(Qwen3Dialect):
     """The same with experts, whose matrices are turned."""
 
     model_types, arch, names = ("qwen3_vl_moe",), "qwen3vlmoe", gguf.MODEL_ARCH.QWEN3VLMOE
+    ollama_arch = "qwen3vlmoe"
 
     def text_keys(self, w: gguf.GGUFWriter, saved: Saved) -> None:
         super().text_keys(w, saved)
@@ -150,6 +180,13 @@ class Qwen3MoeDialect(Qwen3Dialect):
             yield self.text_name(f"{source}.weight"), self.upright(saved, value, saved.text["moe_intermediate_size"])
         else:
             yield from super().text_tensor(saved, source, value)
+
+    def ollama_keys(self, w: gguf.GGUFWriter, saved: Saved) -> tuple[dict[str, int], float | None]:
+        """The width of an expert is not said."""
+        w.add_expert_count(saved.text["num_local_experts"])
+        w.add_expert_used_count(saved.text["num_experts_per_tok"])
+        w.add_bool("qwen3vlmoe.norm_top_k_prob", True)
+        return super().ollama_keys(w, saved)
 
     def upright(self, saved: Saved, value: np.ndarray, n_in: int) -> np.ndarray:
         """Return matrices [experts, out, in], however the checkpoint has them."""

@@ -75,6 +75,7 @@ class Dialect:
     # Ollama: the file's architecture, if it reads such models, and strings.NewReplacer: at each place the first that fits
     ollama_arch: str | None = None
     ollama_names: tuple[tuple[str, str], ...] = ()
+    n_ctx = 256                                 # that holds two pictures
 
     def assume(self, saved: Saved) -> None:
         """Check what llama.cpp hard-codes of the family."""
@@ -140,6 +141,14 @@ class Dialect:
         """Write keys of Ollama's file; return numbers of the encoder, and its epsilon where the file says it under the usual name."""
         raise NotImplementedError
 
+    def ollama_sizes(self, w: gguf.GGUFWriter, saved: Saved) -> None:
+        """Write the sizes of the text model."""
+        text_sizes(w, saved.text)
+
+    def ollama_text(self, saved: Saved) -> Tensors:
+        """List the text model's tensors under Ollama's names."""
+        return self.text_tensors(saved)
+
     def ollama_tensor(self, name: str, value: np.ndarray) -> Tensors:
         """List what becomes of a tensor of the encoder that has got Ollama's name."""
         yield name, value
@@ -159,7 +168,7 @@ class Dialect:
         """Write a checkpoint as `ollama_file` says."""
         text, vision, arch = saved.text, saved.vision, self.ollama_arch
         w = new_writer(out, arch, outtype)
-        text_sizes(w, text)
+        self.ollama_sizes(w, saved)
         numbers, epsilon = self.ollama_keys(w, saved)
         for name, value in {**numbers, "embedding_length": vision["hidden_size"], "num_channels": 3,
                             "patch_size": vision["patch_size"]}.items():
@@ -167,7 +176,7 @@ class Dialect:
         if epsilon is not None:
             w.add_float32(f"{arch}.vision.attention.layer_norm_epsilon", epsilon)
         ollama_vocabulary(w, saved.vocabulary(), text["vocab_size"] + extra_tokens, bool(extra_tokens))
-        write(w, [*self.text_tensors(saved), *self.ollama_vision(saved)], outtype, conv_too=True)
+        write(w, [*self.ollama_text(saved), *self.ollama_vision(saved)], outtype, conv_too=True)
         return out
 
 

@@ -214,7 +214,7 @@ def _glance(found: FoundModel) -> dict[str, Any]:
     try:
         with GGUFFile(found.path) as file:
             arch, changes = _plain(file.metadata, "general.architecture"), is_adapter(file)
-            sees = found.mmproj is not None or any(name.split(".")[0] in ENCODER_TENSORS for name in file.tensors)
+            sees = found.mmproj is not None or any(name.split(".")[0] in ENCODER_TENSORS[:2] for name in file.tensors)
     except PyEngineError:
         arch, changes, sees = None, False, False
     return {"architecture": arch, "sees": sees, "adapter": changes, "runs": runs(arch) and not changes, "modified": int(found.path.stat().st_mtime)}
