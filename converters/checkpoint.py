@@ -78,7 +78,8 @@ class Stored:
 
 
 # bfloat16 has no NumPy dtype: its bits are read as uint16
-STORED_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1")}     # U8: of blocks
+STORED_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+NO_NUMBERS = "U8", "I64"             # bytes of blocks; buffers of positions, which follow from the config
 
 
 def read_safetensors_header(file: Path) -> dict[str, Stored]:
@@ -180,7 +181,7 @@ class Checkpoint:
     def prevailing_dtype(self) -> str:
         """The dtype of most numbers, in lower case."""
         n_elements: dict[str, int] = {}
-        for t in (t for t in self.tensors.values() if t.dtype != "U8"):
+        for t in (t for t in self.tensors.values() if t.dtype not in NO_NUMBERS):
             n_elements[t.dtype] = n_elements.get(t.dtype, 0) + math.prod(t.shape)
         return max(n_elements, key=lambda dtype: n_elements[dtype]).lower()
 

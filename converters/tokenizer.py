@@ -71,6 +71,8 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool | None = None
     charsmap: bytes = b""
+    lowercase: bool | None = None                               # of a WordPiece vocabulary, as the next
+    strip_accents: bool | None = None
     chat_template: str | list[dict[str, str]] | None = None
 
     @classmethod
@@ -104,6 +106,9 @@ class Vocabulary:
         out.add_add_eos_token(self.add_eos)
         if self.add_space_prefix is not None:
             out.add_add_space_prefix(self.add_space_prefix)
+        for name, value in (("lowercase", self.lowercase), ("strip_accents", self.strip_accents)):
+            if value is not None:
+                out.add_bool(f"tokenizer.ggml.normalizer.{name}", value)
         if self.charsmap:
             out.add_precompiled_charsmap(self.charsmap)
         if self.chat_template is not None:
@@ -121,9 +126,11 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     fast, piece_file = _json(folder / "tokenizer.json"), folder / "tokenizer.model"
     settings = _json(folder / "tokenizer_config.json")
     model = fast.get("model", {})
-    if fast and model.get("type") not in ("BPE", "Unigram"):
-        raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE and Unigram are converted")
-    if model.get("type") == "Unigram":
+    if fast and model.get("type") not in ("BPE", "Unigram", "WordPiece"):
+        raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE, Unigram and WordPiece are converted")
+    if model.get("type") == "WordPiece" or not fast and (folder / "vocab.txt").exists():
+        vocabulary = _word_piece(fast, settings, folder)
+    elif model.get("type") == "Unigram":
         vocabulary = _unigram(fast, folder / "tokenizer.json")
     elif fast and not model.get("byte_fallback"):
         vocabulary = _byte_level(fast, folder / "tokenizer.json")
@@ -261,6 +268,27 @@ def _unigram(fast: dict[str, Any], file: Path) -> Vocabulary:
     return made
 
 
+def _word_piece(fast: dict[str, Any], settings: dict[str, Any], folder: Path) -> Vocabulary:
+    """Read the pieces of a WordPiece vocabulary: those that begin a word are written with a space before them, the others without "##".
+
+    Raises: UnsupportedModelError for a normalizer without keys.
+    """
+    if fast:
+        tokens = _by_id(fast["model"]["vocab"], folder / "tokenizer.json")
+        prefix = fast["model"].get("continuing_subword_prefix", "##")
+        normalizer = fast.get("normalizer") or {}
+        if normalizer.get("type") not in (None, "BertNormalizer"):
+            raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: WordPiece with normalizer {normalizer.get('type')!r} has no name in GGUF")
+        lowercase, accents = bool(normalizer.get("lowercase", True)), normalizer.get("strip_accents")
+    else:
+        tokens = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        prefix, lowercase, accents = "##", settings.get("do_lower_case", True), settings.get("strip_accents")
+    marked = [t if t is None or re.fullmatch(r"\[.*\]", t) else t.removeprefix(prefix) if t.startswith(prefix) else SPACE + t for t in tokens]
+    made = Vocabulary("bert", "default", marked, [TokenType.UNUSED if t is None else TokenType.NORMAL for t in marked])
+    made.lowercase, made.strip_accents = bool(lowercase), bool(lowercase if accents is None else accents)
+    return made
+
+
 def _flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
     """List the steps of a normalizer or pre-tokenizer."""
     return [] if step is None else [p for s in step[parts] for p in _flat(s, parts)] if parts in step else [step]
@@ -367,6 +395,12 @@ def _mark_special(vocabulary: Vocabulary, folder: Path, settings: dict[str, Any]
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < len(vocabulary.tokens):
             vocabulary.special[name] = number
+    if vocabulary.model == "bert":                              # whose [CLS] files keep as the token that begins a text
+        cls = texts.get("cls_token", "[CLS]")
+        cls = cls.get("content") if isinstance(cls, dict) else cls
+        if cls not in ids or "sep" not in vocabulary.special:
+            raise InvalidModelError(f"{folder}: the vocabulary has no {cls!r}, or no token that separates texts")
+        vocabulary.special["bos"] = ids[cls]
     ends = _json(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
     known = vocabulary.special
     more = [i for i in ends if i not in known.values()] if isinstance(ends, list) else []
@@ -382,12 +416,14 @@ def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any]
     Where neither says anything (a tokenizer.model alone) SentencePiece models of these families add bos only.
     Raises UnsupportedModelError for a template that adds anything else.
     """
-    found = {"bos": not fast and vocabulary.model == "llama", "eos": False}
+    found = {"bos": vocabulary.model == "bert" or not fast and vocabulary.model == "llama", "eos": False}
     post = fast.get("post_processor") or {}
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing":
             parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]     # None is the text itself
             text_of = {name: vocabulary.tokens[i] for name, i in vocabulary.special.items()}
+            if vocabulary.model == "bert" and parts == [text_of["bos"], None, text_of["sep"]]:
+                return True, False                              # both, always
             found = {"bos": parts[0] is not None, "eos": parts[-1] is not None}
             if parts != [text_of.get("bos")] * found["bos"] + [None] + [text_of.get("eos")] * found["eos"]:
                 raise UnsupportedModelError(f"{folder}: the tokenizer's template adds {parts} (None: the text); "

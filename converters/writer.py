@@ -34,7 +34,7 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "q8_0": (QT.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
-COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # buffers of old checkpoints that follow from the config
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)position_ids$")  # buffers of old checkpoints that follow from the config
 # What belongs to an image encoder: llama.cpp keeps it in a file of its own, whose name starts with "mmproj-"
 VISION_TENSORS, VISION_KEYS = ("v.", "mm.", "model.image_newline"), "clip."
 
@@ -158,7 +158,7 @@ def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no place for {_listing(unknown)}")
     bytes_of = {source for e in parts if isinstance(e, Blocks) for source, _ in e.sources}
     for source, shape in by_source.items():
-        if (checkpoint.tensors[source].dtype == "U8") != (source in bytes_of):
+        if checkpoint.tensors[source].dtype == "I64" or (checkpoint.tensors[source].dtype == "U8") != (source in bytes_of):
             raise UnsupportedModelError(f"{checkpoint.folder}: tensor '{source}' is {checkpoint.tensors[source].dtype}")
         if checkpoint.tensors[source].shape != shape:
             raise InvalidModelError(f"{checkpoint.folder}: tensor '{source}' has shape "

@@ -19,6 +19,7 @@ _WHERE = {
     "load": "pyengine.engine.load",
     "plan": "pyengine.memory.fit",
     "Model": "pyengine.engine.model",
+    "EncoderModel": "pyengine.engine.towers",
     "Answer": "pyengine.engine.answer",
     "MemoryPlan": "pyengine.memory.plan",
     "load_tokenizer": "pyengine.text.tokenizer",

@@ -16,6 +16,7 @@ from pyengine.hardware.facts import Hardware
 from pyengine.memory.fit import fit, Fitted, refusal
 from pyengine.memory.held import deciding, Held, promised
 from pyengine.memory.settings import Settings
+from pyengine.memory.towers import TowersLayout
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import N_BATCH
 
@@ -47,8 +48,8 @@ class Candidate:
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
          encoder_device: str | None = None, expert_device: str | None = None,
-         progress: Callable[[int, int], None] | None = None, mmap: bool = False, adapters: Any = None) -> Model:
-    """Load a model from a GGUF file, or by a name that `pyengine-run list` shows.
+         progress: Callable[[int, int], None] | None = None, mmap: bool = False, adapters: Any = None) -> Any:
+    """Load a model from a GGUF file, or by a name that `pyengine-run list` shows: a `Model`, or an `EncoderModel` (of vectors and scores).
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
     device: "cpu"; a card, "cuda" or "cuda:1"; several, ["cuda:0", "cpu"] or {"cuda:0": bytes, "cpu": None}, where cards are filled before the
@@ -81,6 +82,10 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
         return fill(fitted, progress)
 
 
-def fill(fitted: Fitted, progress: Callable[[int, int], None] | None = None) -> Model:
+def fill(fitted: Fitted, progress: Callable[[int, int], None] | None = None) -> Any:
     """Allocate what a plan counts, read the weights, and return the model."""
+    if isinstance(fitted.layout, TowersLayout):
+        from pyengine.engine.towers import EncoderModel                        # decoders load faster
+
+        return EncoderModel(fitted.layout, fitted.plan, progress)
     return Model(fitted, fitted.layout.prepared.load(progress), progress)

@@ -77,7 +77,7 @@ class Closed:
         raise self.error
 
 
-def _weights(files: Iterable[GGUFFile]) -> str:
+def weights_in_words(files: Iterable[GGUFFile]) -> str:
     """Return how many weights files hold, as people write it: "134.5M"."""
     n = sum(t.n_elements for f in files for t in f.tensors.values())
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
@@ -114,7 +114,7 @@ class Model:
         self._language = Language(self.file.metadata, bound.files.modelfile)
         self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media, left_out=bound.left_out)
         self._axes = self._runner.axes
-        self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {_weights(bound.files.opened)} weights"
+        self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {weights_in_words(bound.files.opened)} weights"
         self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds
         self._fed_ids: list[int] = []
         self._fed_moved = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from pyengine.backends.base import Prepared
 from pyengine.backends.prepared import Counted, Resident
@@ -109,13 +110,20 @@ def run_bytes(prepared: Counted) -> int:
     return prepared.arena_bytes + sum(n for _, n in input_bytes(prepared))
 
 
-def encoder(kind: str, prepared: Counted, rows: int, device: str, main: str, image_cache: int) -> list[PlanItem]:
-    """Count an encoder: its weights and arena, the image cache, and what a picture takes on the host while it is processed."""
+def pictures(prepared: Counted, device: str, program: str) -> list[PlanItem]:
+    """Count what a picture takes on the host while it is processed, and the library that reads it."""
     numbers = sum(n.outputs[0].nbytes_max for n in prepared.layout.leaves if n.kind == "input" and n.outputs[0].dtype.name == "F32")
     host = [*input_bytes(prepared), *[("pixels", numbers // 4)] * PIXEL_COPIES]            # a byte for each number of the patches
+    return [PlanItem.sum(device, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)], program=program),
+            PlanItem.sum(device, "images", "a picture's patches and pixels, while it is processed", host, program=program)]
+
+
+def encoder(kind: str, prepared: Counted, rows: int, device: str, main: str, image_cache: int) -> list[PlanItem]:
+    """Count an encoder: its weights and arena, the image cache, and what a picture takes on the host while it is processed."""
+    library, pixels = pictures(prepared, main if is_card(device) else device, kind)
     return [*weights(prepared.residents.values(), device, "encoder", ENCODER_KINDS, kind),
             PlanItem.sum(device, "encoder", f"arena, up to {rows:,} image tokens a run", prepared.layout.busiest(), program=kind),
-            PlanItem.sum(main, "images", "library, from the first picture on", [("Pillow", PICTURE_BYTES)], program=kind),
+            replace(library, device=main),
             *transferred(prepared, device, main, kind),
             PlanItem(main, "images", "image cache: encoded pictures kept, at most", image_cache, program=kind),
-            PlanItem.sum(main if is_card(device) else device, "images", "a picture's patches and pixels, while it is processed", host, program=kind)]
+            pixels]

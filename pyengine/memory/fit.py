@@ -26,6 +26,7 @@ from pyengine.memory.held import Held
 from pyengine.memory.layout import ModelLayout
 from pyengine.memory.plan import Alternative, amount, Headroom, MemoryPlan, MIB
 from pyengine.memory.settings import is_card, Settings
+from pyengine.memory.towers import plan_towers, shorter, TowersLayout
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
 
@@ -39,7 +40,7 @@ MARGIN, MARGIN_SHARE = 1 << 30, 1 / 8                        # what such a conte
 class Fitted(NamedTuple):
     """A model laid out, nothing loaded, and the plan of it."""
 
-    layout: ModelLayout
+    layout: ModelLayout | TowersLayout
     plan: MemoryPlan
 
 
@@ -150,6 +151,8 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, 
     with _uncollected():
         notes: dict[str, None] = {}
         for choice in choices(want, machine, bool(bound.encoders)):
+            if bound.towers and choice.parts and want.device == "auto":
+                continue                                     # several devices are for layers of decoders
             try:
                 found = _fitted(bound, choice, machine, kept)
             except UnsupportedModelError as error:           # what a card does not take
@@ -167,13 +170,17 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, 
 class _Found(NamedTuple):
     """What `Fitted` holds, and whether the context is smaller than it would be with more memory."""
 
-    layout: ModelLayout
+    layout: ModelLayout | TowersLayout
     plan: MemoryPlan
     smaller: bool = False
 
 
 def _fitted(bound: Bound, want: Settings, machine: hardware.Hardware, kept: tuple[tuple[str, int], ...]) -> _Found:
     """Lay a model out where settings say, with the context that they give or the largest that fits."""
+    if bound.towers:
+        towers = TowersLayout(bound, want, machine)
+        return _Found(towers, plan_towers(towers, kept))
+
     def at(n_ctx: int) -> Fitted:
         layout = ModelLayout(bound, replace(want, n_ctx=n_ctx), machine)
         return Fitted(layout, replace(plan_of(layout), held=kept))
@@ -280,6 +287,16 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
     return found[:3]
 
 
+def _others(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None = None) -> list[Alternative]:
+    """Find settings that fit: `alternatives` of a decoder; of towers shorter texts, or fewer at once."""
+    if not bound.towers:
+        return alternatives(bound, want, refused, held)
+    plans = ((settings, fit(bound, settings).plan) for settings in shorter(want))
+    changed = [({name: getattr(settings, name) for name in ("n_ctx", "n_batch") if getattr(settings, name) != getattr(want, name)}, found.total)
+               for settings, found in plans if found.fits]
+    return [Alternative(*change) for change in changed[:3]]
+
+
 def _larger(parts: dict[str, int], was: MemoryPlan, free: int) -> Iterator[dict[str, int]]:
     """Give larger parts of memory in the same proportion, the least first, as far as the machine has them."""
     least = max(was.on(name) / parts[name] for name in parts)
@@ -296,7 +313,7 @@ def _kv_bytes(name: str) -> float:
 
 def refusal(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None = None) -> PlanError:
     """Make the error for a plan that does not fit: its table, and what would."""
-    plan_ = replace(refused.plan, alternatives=tuple(alternatives(bound, want, refused, held)))
+    plan_ = replace(refused.plan, alternatives=tuple(_others(bound, want, refused, held)))
     return PlanError(plan_.refusal(), plan_)
 
 
@@ -315,4 +332,4 @@ def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_d
     want.check()
     bound = bind(open_files(model, mmproj, adapters), want.pictures)
     found = fit(bound, want)
-    return replace(found.plan, alternatives=tuple(alternatives(bound, want, found))) if nearest and not found.plan.fits else found.plan
+    return replace(found.plan, alternatives=tuple(_others(bound, want, found))) if nearest and not found.plan.fits else found.plan

@@ -135,8 +135,8 @@ class MemoryPlan:
 
     def __repr__(self) -> str:
         free = sum(self.available.values())
-        return (f"MemoryPlan({self.model}: context {self.n_ctx}{f' x {self.n_seq}' if self.n_seq > 1 else ''}, kv {self.kv_dtype}, "
-                f"{self.total / MIB:.1f} of {free / MIB:.0f} MiB, {'fits' if self.fits else 'does not fit'})")
+        sizes = f"context {self.n_ctx}{f' x {self.n_seq}' if self.n_seq > 1 else ''}, kv {self.kv_dtype}" if self.kv_dtype else f"texts of {self.n_ctx}"
+        return (f"MemoryPlan({self.model}: {sizes}, {self.total / MIB:.1f} of {free / MIB:.0f} MiB, {'fits' if self.fits else 'does not fit'})")
 
     @property
     def total(self) -> int:
@@ -180,7 +180,10 @@ class MemoryPlan:
         return "\n".join([self.heading(), self.verdict(), *lines])
 
     def heading(self) -> str:
-        """Name the model and the settings."""
+        """Name the model and the settings; a model without caches (kv_dtype "") has none of a decoder's."""
+        if not self.kv_dtype:
+            texts = [f"texts of up to {self.n_ctx:,} tokens, {self.n_batch:,} a run"] if self.n_ctx else []
+            return f"{self.model}: {'; '.join([*texts, *(['pictures'] if self.picture else [])])}"
         times = f" x {self.n_seq} conversations" if self.n_seq > 1 else ""
         return f"{self.model}: context {self.n_ctx:,}{times}, batch {self.n_batch:,}, kv {self.kv_dtype}"
 
@@ -223,7 +226,7 @@ class MemoryPlan:
         if self.held:
             yield f"available beside the other models of this process, for which {self._kept()} more are kept"
         trained = self.n_ctx_train
-        if 0 < trained < self.n_ctx:
+        if 0 < trained < self.n_ctx and self.kv_dtype:
             yield f"a context of {self.n_ctx:,} is more than the {trained:,} positions that the model was trained for: expect nonsense beyond"
         if self.max_ctx is not None:
             yield (f"largest context that fits: {self.max_ctx:,}"
@@ -233,7 +236,7 @@ class MemoryPlan:
             yield f"parallel conversations that fit: {self.max_seq}{'+' if self.max_seq == self.seq_limit else ''}"
         for room in self.rooms:
             holds = "all of it" if room.whole else f"{room.n_layers} of {self.n_layers} layers"
-            if room.device not in self.available:
+            if room.device not in self.available and (room.whole or self.n_layers):
                 yield f"{room.device} ({room.name}, {amount(room.free)} available) could hold {holds}"
 
     def _kept(self) -> str:

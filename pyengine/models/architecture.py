@@ -1,4 +1,5 @@
-"""The contracts between an architecture's module and the engine: `Architecture`, and the `Encoder`s that stand beside a decoder.
+"""The contracts between an architecture's module and the engine: `Architecture`, a decoder, and the `Encoder`s that stand beside it;
+`Towers`, a model that makes vectors, labels and scores of texts and pictures.
 
 Weights are bound once, when a model is made; nothing of it depends on sizes. What a plan decides (contexts, rows, the largest
 picture) comes as arguments, so one model serves any number of plans. Nothing is assigned to these objects from outside.
@@ -7,21 +8,23 @@ picture) comes as arguments, so one model serves any number of plans. Nothing is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 from pyengine.cache.policy import Policy
+from pyengine.errors import UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.batch import Batch
 from pyengine.nn.rope import Rotary, Rope
+from pyengine.nn.texts import Texts
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
     from pyengine.media.video import Video
-    from pyengine.media.views import Limits, Processed
+    from pyengine.media.views import Limits, Processed, View
 
 
 class EncoderFiles(NamedTuple):
@@ -148,3 +151,96 @@ class Architecture(ABC):
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Build the output head: last hidden states [l, d_model] to logits [l, vocab]."""
+
+
+HIDDEN, VECTORS, CLASSES, LOGITS = "hidden", "vectors", "classes", "logits"        # what a run of a tower may give
+
+
+class TextTower(ABC):
+    """Texts to hidden states and what is made of them, without caches: each run reads whole texts.
+
+    width      numbers of a last hidden state; d_out: of a vector
+    n_ids      rows of the embedding; n_ctx: the longest text, in tokens
+    pooling    what vectors are made of, one of `POOLINGS`; "head": by layers of the model's own
+    causal     a row sees what stands before it only
+    windows    widths of layers that see a window: so many rows on each side
+    n_classes  scores of a text, 0 without such a head; n_logits: of a row that goes through the head of a masked model
+    """
+
+    width: int
+    d_out: int
+    n_ids: int
+    n_ctx: int
+    pooling: str
+    causal: ClassVar[bool] = False
+    windows: tuple[int, ...] = ()
+    n_classes: int = 0
+    n_logits: int = 0
+
+    def place(self, ids: Sequence[int]) -> int:
+        """Return which of a text's positions stands for it: the first, or the last where the pooling is "last"."""
+        return len(ids) - 1 if self.pooling == "last" else 0
+
+    @abstractmethod
+    def declare(self, texts: Texts) -> dict[str, Tensor]:
+        """Build the graph of one run: HIDDEN [m, width] and, where the model has them, VECTORS [p, d_out] of texts, CLASSES [p, n_classes],
+        LOGITS [l, n_logits] of the rows that are wanted."""
+
+
+class ImageTower(ABC):
+    """Pictures to hidden states and what is made of them, one picture a run.
+
+    width, d_out, n_classes, pooling: as of a `TextTower`
+    """
+
+    width: int
+    d_out: int
+    pooling: str
+    n_classes: int = 0
+
+    @abstractmethod
+    def most_rows(self) -> int:
+        """Return the most rows that a picture becomes."""
+
+    @abstractmethod
+    def n_rows(self, width: int, height: int) -> int:
+        """Return the rows of a picture of width x height pixels, at most."""
+
+    @abstractmethod
+    def process(self, media: Image, limits: Limits) -> View:
+        """Turn a picture into the inputs of a run, on the host. Raises: RequestError for what the model does not take."""
+
+    @abstractmethod
+    def declare(self, graph: Graph, rows: int) -> dict[str, Tensor]:
+        """Build the graph of one run of at most `rows` rows: declares the inputs that `View.inputs` names; returns as `TextTower.declare`,
+        of the one picture."""
+
+
+class Towers(ABC):
+    """What a module's class `Model` offers that makes vectors, labels and scores, and no text.
+
+    text, image  None for a model without
+    labels       names of the classes, as many as there are; () where the file names none
+    independent  scores of labels are probabilities each for itself (a sigmoid), not together (a softmax)
+    """
+
+    text: TextTower | None = None
+    image: ImageTower | None = None
+    labels: tuple[str, ...] = ()
+    independent: bool = False
+
+    @abstractmethod
+    def __init__(self, h: Hparams, w: Weights):
+        """Bind the weights. Raises: InvalidModelError, UnsupportedModelError."""
+
+    @property
+    def towers(self) -> dict[str, TextTower | ImageTower]:
+        """Those that there are, by "text" and "image"."""
+        return {kind: tower for kind, tower in (("text", self.text), ("image", self.image)) if tower is not None}
+
+    def scale(self) -> tuple[float, float]:
+        """Return (factor, bias) of the similarity of a picture and a text whose vectors have length 1. Reads the file.
+
+        Raises: UnsupportedModelError for a model that compares none.
+        """
+        raise UnsupportedModelError("this model does not compare pictures with texts: it has no scale of similarities")

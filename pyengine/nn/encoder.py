@@ -252,6 +252,12 @@ def bilinear(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[np.ndarray
 # ---- layers -------------------------------------------------------------------------------------------------------------------
 
 
+def products_of(*around: Linear) -> str:
+    """Return how attention multiplies: bytes where the weights around it are in blocks, whose products round activations to 8 bits too;
+    floats elsewhere, so that F32, F16 and BF16 files give the authors' numbers."""
+    return "int8" if all(p.weight.dtype.block > 1 for p in around) else "float"
+
+
 class EncoderAttention:
     """Attention of rows [n, V] to those of the interval that each sees, in heads that together are as wide as the rows. In a file q, k and v
     may be one matrix, as llama.cpp has them.
@@ -270,9 +276,7 @@ class EncoderAttention:
         self.q, self.k, self.v, self.out = products
         width = int(self.out.weight.shape[0])
         self.n_heads, self.head_dim, self.norms = n_heads, width // n_heads, (*norms, None)
-        # Bytes where the weights around it are in blocks, whose products round activations to 8 bits too; floats elsewhere, so that
-        # F32, F16 and BF16 files give the authors' numbers.
-        self.products = "int8" if all(p.weight.dtype.block > 1 for p in products) else "float"
+        self.products = products_of(*products)
 
     def __call__(self, x: Tensor, lo: Tensor | np.ndarray, hi: Tensor | np.ndarray, rotate: Callable[[Tensor], Tensor] | None = None,
                  across: tuple[Tensor, Tensor] | None = None) -> Tensor:                   # [n, V] -> [n, V]

@@ -10,7 +10,7 @@ from pyengine.ops.elementwise import (
 from pyengine.ops.experts import expert_linear, sum_experts, top_experts
 from pyengine.ops.layout import concat, contiguous, reshape, slice, transpose  # noqa: A004
 from pyengine.ops.matmul import linear, matmul, rows
-from pyengine.ops.norm import layer_norm, reduce, rms_norm, softmax
+from pyengine.ops.norm import layer_norm, mean_rows, reduce, rms_norm, softmax
 from pyengine.ops.recurrent import causal_conv, gated_delta_rule
 from pyengine.ops.rope import cache_append, rope, rope_append, rope_table, temperature
 from pyengine.ops.top import top_k
@@ -18,7 +18,7 @@ from pyengine.graph.tensor import Tensor
 
 __all__ = [
     "REGISTRY", "add", "attention", "binary", "cache_append", "causal_conv", "concat", "contiguous", "div", "exp",
-    "expert_linear", "gated_delta_rule", "gelu", "gelu_tanh", "layer_norm", "linear", "matmul", "mul", "reduce", "relu",
+    "expert_linear", "gated_delta_rule", "gelu", "gelu_tanh", "layer_norm", "linear", "matmul", "mean_rows", "mul", "reduce", "relu",
     "reshape", "rms_norm", "rope", "rope_append", "rope_table", "rows", "scale", "sigmoid", "silu", "slice", "softcap",
     "softmax", "softplus", "sub", "sum_experts", "tanh", "temperature", "top_experts", "top_k", "transpose", "unary",
 ]

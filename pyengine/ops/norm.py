@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from pyengine.graph.op import F32, op
+from pyengine.graph.op import F32, I32, op
 
 
 @op(inplace="x", flops=lambda x, weight, residual, eps: 4 * x.size, rowwise=True, light=True)
@@ -67,3 +67,21 @@ def reduce(x: F32["... d"], *, kind: Literal["sum", "mean", "max", "min"]) -> F3
 
 for _kind in ("sum", "mean", "max", "min"):
     reduce.case(x=(3, 5, 33), kind=_kind)
+
+
+@op(flops=lambda x, lo, hi: x.size, fault="a mean of rows {} .. of {}")
+def mean_rows(x: F32["n d"], lo: I32["m"], hi: I32["m"]) -> F32["m d"]:
+    """The mean of rows lo[i] <= j < hi[i] of x for each i, added one after the other; zeros for an interval without rows.
+
+    What a vector of a text is made of by the pooling "mean" (Reimers & Gurevych 2019, arXiv:1908.10084), of several texts in one run.
+    """
+    out = np.zeros((len(lo), x.shape[1]), x.dtype)
+    for i, (first, end) in enumerate(zip(lo, hi)):
+        if end > first:
+            out[i] = np.cumsum(x[first:end], axis=0)[-1] / x.dtype.type(end - first)
+    return out
+
+
+mean_rows.case(x=(9, 384), lo=(3,), hi=(3,))
+mean_rows.case(x=(40, 33), lo=(5,), hi=(5,))
+mean_rows.case(x=(4, 8), lo=(0,), hi=(0,))

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
-from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.adapters import Adapter, check_base
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files
 from pyengine.files.weights import Weights
-from pyengine.models import architectures, model_class
-from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
+from pyengine.models import architectures, model_class, tower_models
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, Towers
 from pyengine.nn.rope import FACTORS
 from pyengine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A decoder, the encoders that the files hold, and the adapters beside them."""
+    """A decoder, the encoders that the files hold, and the adapters beside them; or towers, which are all that there is."""
 
     files: Files
-    model: Architecture
+    model: Any
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     left_out: bool = False           # whether there are encoders, and the model runs without them
 
@@ -33,13 +34,20 @@ class Bound:
         return self.encoders.get("image")
 
     @property
+    def towers(self) -> bool:
+        """Whether the model makes vectors, labels and scores, and no text."""
+        return isinstance(self.model, Towers)
+
+    @property
     def atomic_rows(self) -> int:
         """Most rows of a span that no step may cut."""
         return max((e.atomic_rows for e in self.encoders.values()), default=0)
 
     @property
     def n_ctx_train(self) -> int:
-        """Positions of the contexts that the model was trained with."""
+        """Positions of the contexts that the model was trained with, of texts where it has no context; 0 without texts."""
+        if self.towers:
+            return self.model.text.n_ctx if self.model.text else 0
         return Hparams(self.files.model.metadata).size("context_length")
 
     def without_encoders(self) -> Bound:
@@ -54,7 +62,7 @@ class Bound:
 
 def runs(architecture: object) -> bool:
     """Return whether there is a module for the architecture that a file names."""
-    return architecture in architectures()
+    return isinstance(architecture, str) and architecture.replace("-", "_") in (*architectures(), *tower_models())
 
 
 def bind(files: Files, with_encoders: bool = True) -> Bound:
@@ -66,6 +74,11 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
     h, weights = Hparams(files.model.metadata), Weights(files.model)
     kind = model_class(h.arch)
     model = kind(h, weights)
+    if isinstance(model, Towers):
+        if files.mmproj is not None:
+            raise RequestError(f"{files.model.path}: architecture {h.arch!r} has its encoders in one file; give no mmproj")
+        weights.finish()
+        return Bound(files, model)
     encoders = _encoders(kind, h, files, weights) if with_encoders else {}
     weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     for adapter in files.adapters:

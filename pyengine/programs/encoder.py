@@ -33,7 +33,7 @@ def prepare(backend: Backend, encoder: Encoder, rows: int) -> Prepared:
 
 def run(program: Program, view: View) -> np.ndarray:
     """Encode a view, whose inputs are made here and gone again: rows float32 [n, d_model]."""
-    _fill(program, view)
+    fill(program, view)
     program.execute(turn=0, **view.axes)
     rows, out = view.positions.shape[1], program.outputs[0]
     embedding = out.reshape(-1)[: rows * out.shape[-1]].reshape(rows, -1).copy()
@@ -43,11 +43,12 @@ def run(program: Program, view: View) -> np.ndarray:
 
 def maps(program: Program, view: View, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Encode a view, and return what its layers attended to: float32 [heads, queries, keys] by name."""
-    _fill(program, view)
+    fill(program, view)
     program.execute(**view.axes)
     return {name: np.array(out, np.float32) for name, out in zip(names, program.outputs[1:], strict=True)}
 
 
-def _fill(program: Program, view: View) -> None:
+def fill(program: Program, view: View) -> None:
+    """Make a view's inputs, and write them into the program's."""
     for name, array in view.inputs.items():
         program.inputs[name].reshape(-1)[: array.size] = array.reshape(-1)

@@ -47,6 +47,7 @@ def test_an_op_named_by_a_backend_is_found(text: str) -> None:
 # -- a step's inputs ------------------------------------------------------------------------------------------------------
 
 DECLARES = {"input", "table", "state", "_put"}               # what takes a name of an input, table or cache in the step's file
+TOWERS = "pyengine/programs/towers.py", "pyengine/nn/texts.py"
 ORDINARY = {"table", "seq", "lo", "hi", "cells"}             # words of policies (`InputSpec`), arguments of ops, kinds of leaves
 
 
@@ -64,10 +65,10 @@ def names_of_step(step: Source) -> set[str]:
 
 
 def inputs_named(files: Sequence[Source]) -> list[str]:
-    """Names of a step's inputs and caches outside its file. Encoders declare inputs of their own, in models."""
+    """Names of a step's inputs and caches outside its file. Encoders declare inputs of their own, in models; towers in their program's file."""
     step = next(f for f in files if f.path == STEP)
     names, found = names_of_step(step), []
-    for f in without(files, STEP, "pyengine/models/"):
+    for f in without(files, STEP, *TOWERS, "pyengine/models/"):
         keys = {id(k) for d in ast.walk(f.tree) if isinstance(d, ast.Dict) for k in d.keys}          # of results as JSON, of messages
         for node in ast.walk(f.tree):
             if isinstance(node, ast.Constant) and node.value in names and id(node) not in f.documented | keys:

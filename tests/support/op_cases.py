@@ -190,6 +190,8 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
     ("rope_append", "cells"): lambda rng, s, shapes: rng.permutation(shapes["k_cache"][1])[: s[0]],
     ("attention", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["k"][1] // 2, s),
     ("attention", "hi"): lambda rng, s, shapes: rng.integers(shapes["k"][1] // 2, shapes["k"][1] + 1, s),
+    ("mean_rows", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["x"][0] // 2 + 1, s),
+    ("mean_rows", "hi"): lambda rng, s, shapes: rng.integers(shapes["x"][0] // 2, shapes["x"][0] + 1, s),
     ("attention", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
     ("attention", "cells"): lambda rng, s, shapes: np.stack(
         [rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
@@ -286,7 +288,7 @@ def copy_of(v: Value) -> Value:
 TOLERANCE = {
     "binary": (1e-7, 0.0), "unary": (6e-7, 0.5), "scale": (2e-7, 1.0), "softcap": (6e-7, 0.0), "contiguous": (0.0, 0.0),
     "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
-    "reduce": (1e-6, 10.0),
+    "reduce": (1e-6, 10.0), "mean_rows": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
     "causal_conv": (5e-7, 3.0), "gated_delta_rule": (2e-6, 8.0),

@@ -1,0 +1,310 @@
+"""A loaded model that makes vectors, labels and scores of texts and pictures, and writes nothing: BERT, CLIP, SigLIP and their kin.
+
+Texts go side by side into runs of the text encoder, without padding; a picture is a run of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from pyengine.arguments import iterates, switch, takes
+from pyengine.backends.base import Progress
+from pyengine.engine.language import Language
+from pyengine.engine.model import Closed, Model, weights_in_words
+from pyengine.engine.prompts import media_of, token_ids
+from pyengine.errors import ContextOverflowError, RequestError, shown, UnsupportedModelError
+from pyengine.files.hparams import Hparams
+from pyengine.media.policy import MediaPolicy
+from pyengine.media.views import Limits
+from pyengine.memory.held import forget, Held, planned_bytes, register
+from pyengine.memory.plan import MemoryPlan
+from pyengine.memory.towers import TowersLayout
+from pyengine.models.architecture import CLASSES, HIDDEN, ImageTower, LOGITS, TextTower, VECTORS
+from pyengine.nn.texts import HEAD, POOLINGS
+from pyengine.programs.encoder import fill
+from pyengine.programs.towers import Text, TextRun
+from pyengine.text.tokenizer import Tokenizer
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LEAST_NORM = 1e-12                  # torch.nn.functional.normalize's
+
+
+def alone(method: F) -> F:
+    """Let a method of a model run when no other thread works on the model."""
+    @wraps(method)
+    def waits(self: EncoderModel, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return waits                                             # type: ignore[return-value]
+
+
+class Given(NamedTuple):
+    """What a run gave of one text or picture: hidden states [n, width], and its own row of each other output, by name."""
+
+    hidden: np.ndarray
+    rows: Mapping[str, np.ndarray]
+    at: int
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Give vectors [.., d] length 1, in float64; those of zeros stay."""
+    x = x.astype(np.float64)
+    return x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), _LEAST_NORM)
+
+
+def is_text(x: Any) -> bool:
+    """Say whether an input is a text, or token ids, and no picture."""
+    return isinstance(x, str) or isinstance(x, (list, tuple)) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in x)
+
+
+class EncoderModel:
+    """A model of a text encoder, an image encoder, or both. Made by `load`; `with` closes it at its end.
+
+    n_ctx  the longest text, in tokens; 0 for a model of pictures only
+    Several threads may use it: each run waits for the one before it.
+    """
+
+    def __init__(self, layout: TowersLayout, plan: MemoryPlan, progress: Progress | None = None):
+        bound = layout.bound
+        self.plan, self.closed, self.n_ctx = plan, False, layout.n_ctx
+        self._files, self.file, self.towers = bound.files, bound.files.model, bound.model
+        self._lock = threading.RLock()
+        self._language = Language(self.file.metadata, bound.files.modelfile)
+        self._programs = {kind: p.prepared.load(progress) for kind, p in layout.programs.items()}
+        self._rows = {kind: p.rows for kind, p in layout.programs.items()}
+        self._names = {kind: p.names for kind, p in layout.programs.items()}
+        text = self.towers.text
+        self._texts = TextRun(text, self._programs["text"], self._names["text"], self._rows["text"]) if text else None
+        self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {weights_in_words(bound.files.opened)} weights"
+        register(self)
+
+    def __repr__(self) -> str:
+        reads = " and ".join({"text": "text", "image": "pictures"}[kind] for kind in self._rows)
+        return f"EncoderModel({self._title}, {'closed' if self.closed else f'reads {reads}'})"
+
+    def __enter__(self) -> EncoderModel:
+        if self.closed:
+            raise RequestError(f"{self.plan.model} is closed")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(Model, name):
+            raise UnsupportedModelError(f"{self.plan.model} makes vectors and scores and writes no text: it has no {name!r}")
+        raise AttributeError(f"'EncoderModel' has no attribute {name!r}")
+
+    @alone
+    def close(self) -> None:
+        """Release the memory of the weights, and the files. Every later use is a RequestError; a closed model may be closed again."""
+        if not self.closed:
+            gone: Any = Closed(self.plan.model)
+            self.closed = True
+            self.file = self.towers = self._files = self._language = self._programs = self._texts = gone
+            forget(self)
+
+    def held(self) -> Held | None:
+        """Return what the model holds by its plan and how much of that is resident; None once it is closed."""
+        programs = self._programs
+        if self.closed or isinstance(programs, Closed):
+            return None
+        planned = planned_bytes(self.plan)
+        return Held(self.plan.model, planned, {**planned, "cpu": sum(p.resident() for p in programs.values())})
+
+    # -- texts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, built from the file when it is first needed."""
+        return self._language.tokenizer
+
+    @takes()
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """Return the token ids of a text; `add_special` adds those that stand around one. Raises: RequestError."""
+        return self.tokenizer.tokenize(text, add_special=switch("add_special", add_special))
+
+    @takes()
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids. Raises: RequestError for what is no list of the vocabulary's ids."""
+        return self.tokenizer.detokenize(ids)
+
+    def _tower(self, kind: str) -> Any:
+        """Return a tower. Raises: RequestError for one that the model has not, or was loaded without."""
+        if kind not in self._rows:
+            raise RequestError(f"{self.plan.model} reads {'pictures' if kind == 'text' else 'text'} only, and this is a {'text' if kind == 'text' else 'picture'}")
+        return getattr(self.towers, kind)
+
+    def _text(self, x: Any, cut: bool = False) -> Text:
+        """Tokenize a text, or take token ids as they are. cut: shorten what is too long. Raises: RequestError, ContextOverflowError."""
+        tower: TextTower = self._tower("text")
+        ids = self.tokenize(x) if isinstance(x, str) else token_ids(x, tower.n_ids)
+        return self._fitting(Text(tuple(ids), len(ids)), cut)
+
+    def _fitting(self, text: Text, cut: bool) -> Text:
+        n, ids = len(text.ids), text.ids
+        if n == 0:
+            raise RequestError("a text without tokens has no hidden states")
+        if n > self.n_ctx and cut:
+            return Text((*ids[: self.n_ctx - 1], ids[-1]), min(text.second, self.n_ctx))
+        if n > self.n_ctx:
+            raise ContextOverflowError(f"a text of {n} tokens is longer than the {self.n_ctx} that the model was loaded for")
+        return text
+
+    def _run_texts(self, texts: Iterable[Text]) -> Iterator[Given]:
+        """Compute texts, as many at once as a run holds; in order."""
+        waiting: list[Text] = []
+        for text in texts:
+            if waiting and not self._texts.fits(waiting, text):
+                yield from self._run_these(waiting)
+                waiting = []
+            waiting.append(text)
+        if waiting:
+            yield from self._run_these(waiting)
+
+    def _run_these(self, texts: list[Text]) -> list[Given]:
+        with self._lock:
+            run = self._texts
+            run.run(texts)
+            given, row = [], 0
+            others = [name for name in run.numbers if name not in (HIDDEN, LOGITS)]
+            for i, text in enumerate(texts):
+                n = len(text.ids)
+                own = {name: run.read(name, i, 1)[0].copy() for name in others}
+                given.append(Given(run.read(HIDDEN, row, n).copy(), own, self.towers.text.place(text.ids)))
+                row += n
+            return given
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    def _picture(self, x: Any, policy: MediaPolicy | None = None) -> Given:
+        """Compute a picture. Raises: ImageError, RequestError."""
+        tower: ImageTower = self._tower("image")
+        if x is None or isinstance(x, (bool, int, float, complex, np.generic, Mapping)):
+            raise RequestError(f"a text or a picture was expected, not {type(x).__name__}; token ids are a list")
+        view = tower.process(media_of(x, "image", policy), Limits(0, self._rows["image"]))
+        n = view.positions.shape[1]
+        if n > self._rows["image"]:
+            raise RequestError(f"a picture of {n} rows exceeds the {self._rows['image']} that this model was planned for; make it smaller, "
+                               "or load with images=(width, height) of the largest one")
+        with self._lock:
+            program, names = self._programs["image"], self._names["image"]
+            fill(program, view)
+            program.execute(**view.axes)
+            read = {name: program.read(i, 0, n if name == HIDDEN else 1).copy() for i, name in enumerate(names)}
+            return Given(read[HIDDEN], {name: rows[0] for name, rows in read.items() if name != HIDDEN}, 0)
+
+    # -- what is made of them -----------------------------------------------------------------------------------------
+
+    def _given(self, items: Sequence[Any], cut: bool = False) -> list[Given]:
+        """Compute texts and pictures, in order; those of one kind that stand together share runs."""
+        found: list[Given | None] = [None] * len(items)
+        texts = [i for i, x in enumerate(items) if is_text(x)]
+        for i, given in zip(texts, self._run_texts(self._text(items[i], cut) for i in texts)):
+            found[i] = given
+        return [self._picture(items[i]) if given is None else given for i, given in enumerate(found)]
+
+    @takes()
+    def hidden(self, x: Any) -> np.ndarray:
+        """Compute the last hidden states of a text, token ids or a picture: float32 [n, width].
+
+        Raises: ContextOverflowError, RequestError, ImageError.
+        """
+        return self._given([x])[0].hidden
+
+    @takes()
+    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None) -> np.ndarray:
+        """Compute the vector of a text or picture, float32 [d], or of each in a list, [n, d].
+
+        x: token ids are a list in the list. normalize: to length 1. pooling: what it is made of, one of `POOLINGS`: the mean of the last hidden states,
+        the first or the last of them, the end token's, or the model's own head; None: what the file says.
+        Raises: ContextOverflowError, RequestError, ImageError; UnsupportedModelError for a head that the model has not.
+        """
+        normalize = switch("normalize", normalize)
+        if pooling is not None and (not isinstance(pooling, str) or pooling not in POOLINGS):
+            raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(pooling)}")
+        many = isinstance(x, (list, tuple)) and not (x and isinstance(x[0], (int, np.integer)))
+        items = list(x) if many else [x]
+        rows = [self._vector(item, given, pooling) for item, given in zip(items, self._given(items))]
+        if not rows:
+            return np.empty((0, next(iter(self.towers.towers.values())).d_out), np.float32)
+        if len({len(row) for row in rows}) > 1:
+            raise RequestError("x: the vectors of its texts and its pictures have different lengths with this pooling: embed them one by one")
+        found = np.stack([unit(row) if normalize else row for row in rows]).astype(np.float32)
+        return found if many else found[0]
+
+    def _vector(self, item: Any, given: Given, pooling: str | None) -> np.ndarray:
+        """Return the vector of what a run gave."""
+        tower = self._tower("text" if is_text(item) else "image")
+        if pooling in (None, tower.pooling) or pooling == HEAD:
+            if VECTORS in given.rows and (pooling != HEAD or tower.pooling in (HEAD, "eos")):
+                return given.rows[VECTORS]
+            if pooling is None:
+                raise UnsupportedModelError(f"{self.plan.model} gives scores and no vectors; for those of its hidden states give pooling=, one of mean, cls, last")
+            raise UnsupportedModelError(f"{self.plan.model} has no layers that make vectors; its pooling is {tower.pooling!r}")
+        if pooling == "mean":
+            return given.hidden.astype(np.float64).mean(axis=0)
+        return given.hidden[{"cls": 0, "last": len(given.hidden) - 1, "eos": given.at}[pooling]]
+
+    @takes()
+    def similarity(self, images: Any, texts: Any) -> np.ndarray:
+        """Compare pictures with texts: the model's own logits, float32 [images, texts]; a single one is a list of one.
+
+        Raises: UnsupportedModelError for a model that was not made for this; RequestError, ImageError.
+        """
+        factor, bias = self.towers.scale()
+        pictures, words = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (images, texts))
+        if not all(isinstance(text, str) for text in words):
+            raise RequestError("similarity: texts are texts")
+        seen, read = (np.stack([self._vector(x, g, None) for x, g in zip(items, self._given(items, cut=True))]) if items else None
+                      for items in (pictures, words))
+        if seen is None or read is None:
+            return np.empty((len(pictures), len(words)), np.float32)
+        return (factor * unit(seen) @ unit(read).T + bias).astype(np.float32)
+
+    @takes()
+    def classify(self, image: Any, labels: Sequence[str] | None = None, activation: str | None = None) -> dict[str, float]:
+        """Compute how probable each label is, the most probable first: {label: probability}.
+
+        image: a picture, or for a model of texts a text. labels: texts as they are, which are compared with the picture; None: the classes of the file.
+        activation: "softmax", "sigmoid" or "none"; None: what the model was trained with. Raises: RequestError, UnsupportedModelError, ImageError.
+        """
+        activation = activation or ("sigmoid" if self.towers.independent else "softmax")
+        if activation not in ("softmax", "sigmoid", "none"):
+            raise RequestError(f"activation must be softmax, sigmoid or none, got {shown(activation)}")
+        if labels is None:
+            scores = self._given([image])[0].rows.get(CLASSES)
+            if scores is None:
+                raise UnsupportedModelError(f"{self.plan.model} has no classes of its own: give labels, texts to compare the picture with")
+            names = list(self.towers.labels) or [f"class {i}" for i in range(len(scores))]
+        else:
+            if isinstance(labels, str) or not iterates(labels) or not all(isinstance(label, str) for label in labels) or not len(labels):
+                raise RequestError(f"labels must be a list of texts, got {shown(labels)}")
+            names, scores = list(labels), self.similarity([image], list(labels))[0]
+        x = scores.astype(np.float64)
+        if activation == "softmax":
+            x = np.exp(x - x.max())
+            x /= x.sum()
+        elif activation == "sigmoid":
+            x = 1 / (1 + np.exp(-x))
+        return dict(sorted(zip(names, x.tolist()), key=lambda pair: -pair[1]))
+
+    @takes()
+    def logits(self, ids: Sequence[int] | str) -> np.ndarray:
+        """Compute the head's logits of a masked language model, one row a position: float32 [n, n_vocab].
+
+        Raises: UnsupportedModelError for a model without that head; ContextOverflowError, RequestError.
+        """
+        tower: TextTower = self._tower("text")
+        if not tower.n_logits:
+            raise UnsupportedModelError(f"{self.plan.model} has no head that predicts tokens")
+        text = self._text(ids)
+        with self._lock:
+            self._texts.run([text])
+            return self._texts.logits(0, len(text.ids))
