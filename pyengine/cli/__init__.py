@@ -1,7 +1,8 @@
 """The command `pyengine-run`: arguments in, text out. Everything else is in the library.
 
     pyengine-run MODEL [PROMPT]      one answer, or a conversation
-    pyengine-run COMMAND ...         pull, plan, bench, perplexity, serve, ps, stop, show, list, hardware
+    pyengine-run COMMAND ...         pull, plan, bench, perplexity, serve, ps, stop, show, list, hardware, graph,
+                                     attention
 
 A first argument that is a command's name is that command; a file of such a name is given as ./plan. What is slow to
 import is imported by the command that needs it.
@@ -21,9 +22,9 @@ from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
-from typer.core import TyperCommand
 
-from pyengine.cli import overview, words
+from pyengine.cli import looking as looking, overview, words         # each module of forms adds its own to `commands`
+from pyengine.cli.forms import commands, Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
     BatchSize, check_threads, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
     Picture, Pictures, Server, Threads,
@@ -35,33 +36,6 @@ USAGE_ERROR = 2                      # exit code of everything that the user can
 NOTHING_DRAWN = 1                    # exit code of --draw when the answer names no boxes
 INTERRUPTED = 130                    # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 NO_READER = 141                      # exit code when standard output is closed: 128 + SIGPIPE
-
-_HELP = {"help_option_names": ["-h", "--help"]}
-_settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich", "context_settings": _HELP}
-main_form = typer.Typer(**_settings)
-commands = typer.Typer(**_settings)
-
-
-class _ReaderLeft(Exception):
-    """Whoever read standard output has closed it."""
-
-
-class Form(TyperCommand):
-    """A form of the command that knows other programs' options too."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments. Raises: RequestError for an option of others that has nothing like it here."""
-        takes_value = {name: not getattr(p, "is_flag", True) for p in self.params for name in p.opts if name.startswith("-")}
-        return super().parse_args(ctx, words.translated(args, takes_value))
-
-    def invoke(self, ctx: Any) -> Any:
-        """Do it. Raises: _ReaderLeft."""
-        try:
-            found = super().invoke(ctx)
-            sys.stdout.flush()
-            return found
-        except BrokenPipeError:
-            raise _ReaderLeft from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,7 +62,7 @@ def _sampling(default: str, *names: str, text: str) -> Any:
     return Option(*names, rich_help_panel="Sampling (defaults where the model's file names none)", help=f"{text} (default: {default}).")
 
 
-@main_form.command(cls=Form, epilog=overview.COMMANDS, context_settings=_HELP)
+@main_form.command(cls=Form, epilog=overview.COMMANDS, context_settings=HELP)
 def run(
     model: Annotated[str | None, Argument(metavar="MODEL", show_default=False, autocompletion=_first_words, help=(
         "A GGUF file, or a name from `list`."))] = None,
@@ -500,7 +474,7 @@ def stop(model: Annotated[str, Argument(metavar="MODEL", show_default=False, hel
 
 
 MODES = ("run", "chat")              # what others say for what is meant anyway
-COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph")
+COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph", "attention")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -584,7 +558,7 @@ def execute(arguments: Sequence[str]) -> int:
         return USAGE_ERROR
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except _ReaderLeft:
+    except ReaderLeft:
         _close_output()
         return NO_READER
     return code if isinstance(code, int) else 0

@@ -26,6 +26,8 @@ pyengine-run show MODEL: what its file says
 
 pyengine-run graph MODEL: the graph of its step
 
+pyengine-run attention MODEL --image FILE --png OUT.png: where its queries look in a picture
+
 pyengine-run list: the models on this machine
 
 pyengine-run hardware: what this machine has, and what of it can be used

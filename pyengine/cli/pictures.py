@@ -301,8 +301,6 @@ def draw(found: Any, pictures: Sequence[Picture], out: Path, name: str = "--draw
 
     Raises: RequestError if the file cannot be written.
     """
-    from PIL import Image
-
     from pyengine.chat.boxes import draw as drawn
 
     marks = boxes(found)
@@ -310,12 +308,19 @@ def draw(found: Any, pictures: Sequence[Picture], out: Path, name: str = "--draw
         note(f"(the answer names no boxes or points: {out} is not written)")
         return False
     picture = pictures[marks[0].image]
+    save(drawn(picture.media, marks), out, name)
+    note(f"({len(marks)} {'mark' if len(marks) == 1 else 'marks'} on {picture.name}: {out})")
+    return True
+
+
+def save(drawing: Any, out: Path, name: str) -> None:
+    """Write a drawing, a Pillow image, in the format of its name. Raises: RequestError with the option's or command's name if it cannot be."""
+    from PIL import Image
+
     content = io.BytesIO()
-    drawn(picture.media, marks).save(content, Image.registered_extensions()[out.suffix.lower()])
+    drawing.save(content, Image.registered_extensions()[out.suffix.lower()])
     try:
         with written(out) as file:
             file.write(content.getvalue())
     except OSError as error:
         raise RequestError(f"{name} {out}: {error.strerror}") from None
-    note(f"({len(marks)} {'mark' if len(marks) == 1 else 'marks'} on {picture.name}: {out})")
-    return True

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
 from converters.blip_2 import TEMPLATE
-from hollow import both, Decoder, Encoder, Full, kv, Tensor
+from hollow import both, Encoder, Full, kv, PlainDecoder, Tensor
 from oracle import encoder_of
 from pictures import A, B, DOT, LONG, same, THIN
 from pyengine.backends import backend
@@ -74,24 +73,6 @@ class Blip2Sight(Sight):
         return transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
 
 
-@dataclass(frozen=True)
-class OptDecoder(Decoder):
-    """Positions, norms and products with biases, one matrix up and one down."""
-
-    def tensors(self, dtype: str) -> Iterator[Tensor]:
-        d, f = self.d_model, self.d_ff
-        yield "token_embd.weight", (self.vocab_size, d), dtype
-        yield "position_embd.weight", (self.n_ctx, d), "F16"
-        yield from both("output_norm", d)
-        for i in range(self.n_layers):
-            b = f"blk.{i}."
-            for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (d, d)), "ffn_up": (f, d), "ffn_down": (d, f)}.items():
-                yield f"{b}{name}.weight", shape, dtype
-                yield f"{b}{name}.bias", shape[:1], "F32"
-            for name in ("attn_norm", "ffn_norm"):
-                yield from both(b + name, d)
-
-
 def weighted(name: str, n_out: int, n_in: int) -> list[Tensor]:
     """A product with a bias."""
     return [(f"{name}.weight", (n_out, n_in), "F16"), (f"{name}.bias", (n_out,), "F32")]
@@ -126,7 +107,7 @@ TEXT = {"model_type": "opt", "vocab_size": 512, "hidden_size": 96, "word_embed_p
         "num_attention_heads": 6, "max_position_embeddings": 512}
 VISION = {"hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 45, "patch_size": 14}
 QFORMER = {"hidden_size": 60, "intermediate_size": 72, "num_hidden_layers": 5, "num_attention_heads": 5, "cross_attention_frequency": 2}
-OPT_2_7B = OptDecoder("opt", 32, 2560, 10240, 32, 32, 80, 50304, 2048, tied=True,
+OPT_2_7B = PlainDecoder("opt", 32, 2560, 10240, 32, 32, 80, 50304, 2048, tied=True, positions=True,
                       keys={"attention.layer_norm_epsilon": 1e-5, "pre_norm": True, "hidden_activation": "relu"})
 
 CASES = (Case(

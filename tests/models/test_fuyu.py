@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
 from converters.fuyu import TEMPLATE
-from hollow import both, Decoder, Encoder, Full, kv, Tensor
+from hollow import Encoder, Full, kv, PlainDecoder
 from oracle import encoder_of
 from pictures import A, B, DOT, LONG, same, THIN
 from pyengine.errors import ContextOverflowError, InvalidModelError, PyEngineError, RequestError, UnsupportedModelError
@@ -99,24 +98,6 @@ class FuyuSight(Sight):
         return Run({"pixel_values": torch.cat(pixels)}, features, pixels, [])
 
 
-@dataclass(frozen=True)
-class PersimmonDecoder(Decoder):
-    """Norms and products with biases, one matrix up and one down."""
-
-    def tensors(self, dtype: str) -> Iterator[Tensor]:
-        d, f = self.d_model, self.d_ff
-        for name in ("token_embd", "output"):
-            yield f"{name}.weight", (self.vocab_size, d), dtype
-        yield from both("output_norm", d)
-        for i in range(self.n_layers):
-            b = f"blk.{i}."
-            for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (d, d)), "ffn_up": (f, d), "ffn_down": (d, f)}.items():
-                yield f"{b}{name}.weight", shape, dtype
-                yield f"{b}{name}.bias", shape[:1], "F32"
-            for name, width in (("attn_norm", d), ("ffn_norm", d), ("attn_q_norm", self.head_dim), ("attn_k_norm", self.head_dim)):
-                yield from both(b + name, width)
-
-
 def encoder(d_model: int) -> Encoder:
     """One product of patches of 30 x 30 pixels."""
     keys = {"clip.has_vision_encoder": True, "clip.projector_type": "fuyu", "clip.vision.patch_size": 30, "clip.vision.block_count": 0,
@@ -138,8 +119,8 @@ CASES = (Case(
         clip_tokens={"image_token_id": "|SPEAKER|"},
         renames=((("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
                   ("vision_embed_tokens.", "model.vision_embed_tokens.")),)),
-    full={"fuyu-8b": Full(PersimmonDecoder("persimmon", 36, 4096, 16384, 64, 64, 64, 262144, 16384,
-                                           keys={"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 32}),
+    full={"fuyu-8b": Full(PlainDecoder("persimmon", 36, 4096, 16384, 64, 64, 64, 262144, 16384, head_norms=True,
+                                       keys={"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 32}),
                           ("|SPEAKER|", "|NEWLINE|", "<s>"), encoder)}),)
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (60, 36), (55, 31), (1, 30), (131, 130)]      # width, height

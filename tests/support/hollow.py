@@ -66,6 +66,31 @@ class Decoder:
         return {f"{self.arch}.{name}": value for name, value in own.items()}
 
 
+@dataclass(frozen=True)
+class PlainDecoder(Decoder):
+    """Norms and products with biases, one matrix up and one down."""
+
+    positions: bool = False          # they are a table that is added to embeddings
+
+    def tensors(self, dtype: str) -> Iterator[Tensor]:
+        """The decoder's tensors."""
+        d, f = self.d_model, self.d_ff
+        for name in ("token_embd", *([] if self.tied else ["output"])):
+            yield f"{name}.weight", (self.vocab_size, d), dtype
+        if self.positions:
+            yield "position_embd.weight", (self.n_ctx, d), "F16"
+        yield from both("output_norm", d)
+        for i in range(self.n_layers):
+            b = f"blk.{i}."
+            for name, shape in {**dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (d, d)), "ffn_up": (f, d), "ffn_down": (d, f)}.items():
+                yield f"{b}{name}.weight", shape, dtype
+                yield f"{b}{name}.bias", shape[:1], "F32"
+            for name in self.norms:
+                yield from both(b + name, d)
+            for name in ("attn_q_norm", "attn_k_norm") if self.head_norms else ():
+                yield from both(b + name, self.head_dim)
+
+
 Encoder = tuple[dict[str, Any], list[Tensor]]                # keys and tensors of llama.cpp's projector file
 
 
