@@ -14,11 +14,11 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import Config
+from .checkpoint import Config, malformed_is
 from .contract import FLOAT32, Entry, converts, linear
 from .decoder import Tensors
 from .llama import Llama
-from .vision import attention, feed_forward, image_settings, write_encoder_keys
+from .vision import attention, feed_forward, image_settings, video_settings, write_encoder_keys
 
 # transformers' SmolVLMConfig, SmolVLMVisionConfig and SmolVLMImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"scale_factor": 2, "image_token_id": 128_257, "tie_word_embeddings": False}
@@ -48,6 +48,26 @@ class Idefics3(Llama):
         s = self.images = image_settings(file.parent, IMAGES)
         if s.need("max_image_size").get("longest_edge") != self.image_size:
             raise UnsupportedModelError(f"{s.file}: 'max_image_size' is {s.need('max_image_size')!r} for an encoder of {self.image_size} pixels")
+        self.videos = self.read_videos() if "SmolVLMForConditionalGeneration" in config["architectures"] else None
+
+    def read_videos(self) -> Config:
+        """Read what the video processor does. Raises: UnsupportedModelError where frames are not treated as pictures without tiles."""
+        v = video_settings(self.root.file.parent, {**IMAGES, "video_sampling": {}, "num_frames": None, "fps": None, "do_sample_frames": False})
+        for name in ("image_mean", "image_std", "resample", "max_image_size"):
+            v.refuse_unless(name, self.images.need(name))
+        return v
+
+    def write_video_keys(self, out: GGUFWriter, videos: Config) -> None:
+        """Write how many frames are taken, of a second too, and their longer side before they are squeezed."""
+        own = videos.need("video_sampling")
+        with malformed_is(f"{videos.file}: a setting of videos is of the wrong kind"):
+            size, frames, fps = own.get("video_size", videos.need("size")), own.get("max_frames", videos.get("num_frames")), own.get("fps", videos.get("fps"))
+            out.add_uint32("clip.vision.video_preproc_image_size", int(size["longest_edge"]))
+            out.add_bool("clip.vision.video_sample_frames", bool(videos.get("do_sample_frames")))
+            if frames is not None:
+                out.add_uint32("clip.vision.video_max_frames", int(frames))
+            if fps is not None:
+                out.add_float32("clip.vision.video_fps", float(fps))
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
@@ -58,6 +78,8 @@ class Idefics3(Llama):
         out.add_vision_preproc_image_size(int(self.images.need("size")["longest_edge"]))
         out.add_bool("clip.vision.image_splitting", bool(self.images.need("do_image_splitting")))
         out.add_uint32("clip.vision.image_token_id", self.image_token)
+        if self.videos is not None:
+            self.write_video_keys(out, self.videos)
 
     def both(self, name: str, source: str) -> Iterator[Entry]:
         """List a layer norm."""

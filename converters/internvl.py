@@ -20,7 +20,7 @@ from .checkpoint import Config, malformed_is
 from .contract import FLOAT32, Entry, converts, linear, supported
 from .decoder import Tensors
 from .tokenizer import special_ids
-from .vision import attention, feed_forward, image_settings, square, write_encoder_keys
+from .vision import attention, feed_forward, image_settings, square, video_settings, write_encoder_keys
 
 # transformers' InternVLConfig, InternVLVisionConfig, the authors' InternVisionConfig, and the processors' settings
 DEFAULTS: dict[str, Any] = {"downsample_ratio": 0.5, "projector_hidden_act": "gelu", "vision_feature_layer": -1, "select_layer": -1,
@@ -64,8 +64,18 @@ class InternVl:
             r.refuse_unless(name, *allowed)
         self.read_encoder(r.need("vision_config"))
         self.images = image_settings(file.parent, IMAGES)
+        if not self.authors:
+            self.check_videos()
         with malformed_is(f"{file.parent}: a value of the tokenizer's files is of the wrong kind"):
             self.tokens = dict(zip(self.special, special_ids(file.parent, list(self.special.values()))))
+
+    def check_videos(self) -> None:
+        """Raise UnsupportedModelError where frames are not treated as the whole of a picture."""
+        side = {"height": self.image_size, "width": self.image_size}
+        videos = video_settings(self.root.file.parent, {**IMAGES, "size": side})
+        for name in ("image_mean", "image_std", "resample"):
+            videos.refuse_unless(name, self.images.need(name))
+        videos.refuse_unless("size", side)
 
     def text_kind(self, text: dict[str, Any]) -> str:
         """Return the kind of the text model, a key of TEXTS."""

@@ -202,7 +202,8 @@ class Prompts:
         if self.media.encoder.leads:                         # pictures have no place in the text
             return render([_spoken(m) for m in seen])
         markers = self.markers()
-        text = render(seen, media_marker=markers.get("image"))
+        bare = {kind for kind, marker in markers.items() if marker == _PLACE and {*markers.values()} != {_PLACE}}
+        text = render([_placed(m, bare) for m in seen], media_marker=markers.get("image"))
         if sum(text.count(m) for m in markers.values()) != len(media):         # a template that knows of no pictures
             flat = [m if isinstance(m.get("content"), str) else {**m, "content": _flattened(m.get("content") or (), markers)} for m in seen]
             text = render(flat)
@@ -294,6 +295,14 @@ def _spoken(message: Mapping[str, Any]) -> Mapping[str, Any]:
     if content is None or isinstance(content, str):
         return message
     return {**message, "content": [p for p in content if isinstance(p, str) or p.get("type") == "text"]}
+
+
+def _placed(message: Mapping[str, Any], kinds: set[str]) -> Mapping[str, Any]:
+    """Return a message with media of these kinds as texts of their place: no template shows what has no token."""
+    content = message.get("content")
+    if not kinds or content is None or isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": _PLACE} if isinstance(p, Mapping) and p.get("type") in kinds else p for p in content]}
 
 
 def _flattened(parts: Sequence[Any], markers: dict[str, str]) -> str:

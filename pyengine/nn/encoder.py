@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol, TYPE_CHECKING
 
 import numpy as np
@@ -156,6 +157,14 @@ def special_token(v: Hparams, name: str, token: Callable[[str], int], text: str)
     return token(text) if number is None else number
 
 
+def token_or_text(token: Callable[[str], int], text: str) -> int | str:
+    """Return a token by its text, or the text where the vocabulary has none."""
+    try:
+        return token(text)
+    except InvalidModelError:
+        return text
+
+
 # ---- pictures -----------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +184,18 @@ def whole_option(media: Image | Video, name: str, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise RequestError(f"{name}={value!r}: must be a whole number from 1 to {most}")
     return value
+
+
+def squeezed(video: Video, numbers: Sequence[int], sizes: Sequence[tuple[int, int]], resample: int) -> Callable[[], list[np.ndarray]]:
+    """Return what reads frames of these numbers, once, resized to (height, width) after (height, width): uint8 [h, w, 3] each."""
+    from pyengine.media.image import resize                                        # Pillow takes 20 ms to import
+
+    def resized(pixels: np.ndarray) -> np.ndarray:
+        for height, width in sizes:
+            pixels = resize(pixels, height, width, resample)
+        return pixels
+
+    return cache(lambda: [resized(frame.pixels) for frame in video.read(numbers)])
 
 
 Rounding = Literal["float64, float32", "float32", "bfloat16"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -13,18 +15,21 @@ import numpy as np
 import pytest
 
 import pyengine as pe
+import tiny
 from cases import Case, Converted, Tokens
+from converters import convert
 from foreign import Dialect, llama_keys, llama_turned, LlamaCpp, Saved, Tensors, vision_name
 from oracle import encoder_of
-from pyengine.errors import ContextOverflowError, RequestError
+from pyengine.errors import ContextOverflowError, RequestError, UnsupportedModelError
 from pyengine.media.image import Image
 from pyengine.models.encoders import idefics3
 from pyengine.nn.encoder import buckets
-from sight import of_any_backend, Run, Sight
+from sight import of_any_backend, Run, Seen, Sight
 from tiny import COMMON
 
 try:
     import transformers
+    from transformers.video_utils import VideoMetadata
 except ImportError:         # the cases are found without it
     transformers = None
 
@@ -46,9 +51,20 @@ TOKENS = Tokens(("<|im_start|>", "<image>", "<end_of_utterance>", "<pad>", "<fak
 
 
 class Idefics3Sight(Sight):
-    """Tiles, and the whole."""
+    """Tiles, and the whole. Videos need torchvision and num2words there: here each frame goes through the processor of pictures, without tiles."""
 
     model_types, marker = ("idefics3", "smolvlm"), "<image>"
+
+    def seen(self, model: Any, folder: Path, parts: Any, fps: float | None, **settings: Any) -> Seen:
+        self.fps = fps
+        return super().seen(model, folder, parts, fps, **settings)
+
+    def part(self, processor: Any, config: Any, folder: Path, part: Any, **settings: Any) -> tuple[list[int], dict[str, Any]]:
+        if not isinstance(part, (list, tuple)):
+            return super().part(processor, config, folder, part, **settings)
+        made = processor.image_processor(images=list(part), do_image_splitting=False, return_tensors="pt")
+        text = film_text(processor, len(part), VideoMetadata(len(part), self.fps, frames_indices=list(range(len(part)))))
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"], made
 
     def images(self, config: Any, settings: dict[str, Any]) -> Any:
         side = config.vision_config.image_size
@@ -72,6 +88,14 @@ class Idefics3Sight(Sight):
         inputs = {"pixel_values": torch.cat([m["pixel_values"][0] for m in made])[None]}
         features = [model.model.get_image_features(m["pixel_values"]).pooler_output[0] for m in made]
         return Run(inputs, features, [m["pixel_values"][0] for m in made], [])
+
+
+def film_text(processor: Any, n: int, about: Any) -> str:
+    """Return the text of a video as SmolVLM's processor writes it, which takes words for numbers from a package."""
+    module = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+    module.num2words = {1: "one", 2: "two", 3: "three", 5: "five"}.get
+    own = SimpleNamespace(image_seq_len=4, image_token="<image>", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>")
+    return module.SmolVLMProcessor.replace_video_token(own, {"pixel_values": np.zeros((1, n)), "video_metadata": [about]}, 0)
 
 
 class Idefics3Dialect(Dialect):
@@ -112,14 +136,14 @@ CLIP = {"has_vision_encoder": True, "projector_type": "idefics3", "use_silu": Fa
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def case(kind: str, name: str, **more: Any) -> Case:
+def case(kind: str, name: str, clip: dict[str, Any] = {}) -> Case:
     return Case(kind, "llama", f"{name}Config", f"{name}ForConditionalGeneration", "smollm", {"tie_word_embeddings": False, "scale_factor": 2}, TEXT,
-                VISION, TOKENS, Idefics3Sight(), cached_as="llama",
-                converted=Converted({"general.architecture": "llama", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
-                                    clip_tokens={"image_token_id": "<image>"}), dialect=Idefics3Dialect(), llama_cpp=Idefics3LlamaCpp((56, 56)), **more)
+                VISION, TOKENS, Idefics3Sight(), videos=kind == "smolvlm", cached_as="llama",
+                converted=Converted({"general.architecture": "llama", "tokenizer.chat_template": TEMPLATE}, clip={**CLIP, **clip},
+                                    clip_tokens={"image_token_id": "<image>"}), dialect=Idefics3Dialect(), llama_cpp=Idefics3LlamaCpp((56, 56)))
 
 
-CASES = (case("idefics3", "Idefics3"), case("smolvlm", "SmolVLM"))
+CASES = (case("idefics3", "Idefics3"), case("smolvlm", "SmolVLM", {"video_preproc_image_size": 168, "video_sample_frames": False}))
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (168, 168), (56, 56), (90, 1), (131, 130)]      # width, height
 RNG = np.random.default_rng(4)
@@ -166,8 +190,63 @@ def test_options_and_what_is_refused(tiny_gguf) -> None:
     assert len(model.encode_image(pe.open_image(PICTURES[4], image_splitting=False))) == 4
     assert len(model.encode_image(PICTURES[4])) == 4 * (9 + 1)                     # 168 x 135 pixels, up to 3 x 3 tiles
     for media, text in [(pe.open_image(PICTURES[0], image_splitting=1), "True or False"), (pe.open_image(PICTURES[0], max_tiles=2), "max_tiles"),
-                        ([PICTURES[0]] * 2, "not videos")]:
+                        (pe.Video([PICTURES[0]] * 2, image_splitting=False), "sample_fps"), (pe.Video([PICTURES[0]] * 2, sample_fps=0), "sample_fps"),
+                        (pe.Video([PICTURES[0]] * 2, num_frames=0), "num_frames")]:
         with pytest.raises(RequestError, match=text):
             model.encode_image(media)
     with pytest.raises(ContextOverflowError, match="10 tiles of 4 positions, but the context holds 30"):
         pe.load(path, n_ctx=30).encode_image(PICTURES[4])
+    with pytest.raises(ContextOverflowError, match="8 frames takes 32 positions, but the context holds 30"):
+        pe.load(path, n_ctx=30).encode_image([PICTURES[4]] * 8)
+
+
+def test_frames_are_chosen_as_transformers_does(tiny_gguf) -> None:
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+
+    ours = encoder_of(tiny_gguf("smolvlm")[0])
+    for _ in range(300):
+        total, fps, n, rate = int(RNG.integers(1, 3000)), float(RNG.choice([7, 24, 29.97])), int(RNG.integers(1, 70)), float(RNG.choice([0.5, 1, 2]))
+        about = VideoMetadata(total, fps, duration=total / fps)
+        want = SmolVLMVideoProcessor.sample_frames(SimpleNamespace(), about, n, rate).tolist()
+        film = Film(total, fps, {"num_frames": n, "sample_fps": rate})
+        assert ours._frames(film) == want
+
+
+class Film(SimpleNamespace):
+    """A video file of so many frames of nothing."""
+
+    def __init__(self, total: int, fps: float, options: dict[str, Any]):
+        super().__init__(total=total, fps=fps, options=options, frames=[])
+
+    def __len__(self) -> int:
+        return self.total
+
+
+@pytest.mark.parametrize("fps", [None, 0.5])
+def test_a_conversation_about_a_video(tiny_gguf, fps: float | None) -> None:
+    """Which no template shows: the video stands where it is among the texts. Three frames at half of one a second are four seconds long."""
+    path, folder = tiny_gguf("smolvlm")
+    video = pe.Video([PICTURES[0]] * 3, fps=fps)
+    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "what moves?"}]}]
+    text = film_text(None, 3, VideoMetadata(3, fps, frames_indices=[0, 1, 2]))
+    assert "00:04:" in text and "0:00:04 [H" in text if fps else "0:00:00 [H" in text
+    want = transformers.AutoTokenizer.from_pretrained(folder)(f"<|im_start|>User: {text}what moves?<end_of_utterance>\nAssistant:",
+                                                              add_special_tokens=False)["input_ids"]
+    model = pe.load(path, n_ctx=256)
+    assert model.chat_ids(messages) == [-1 if i == model.tokenizer.id_of("<image>") else i for i in want]
+
+
+def test_numbers_in_words() -> None:
+    for n, words in {1: "one", 13: "thirteen", 20: "twenty", 64: "sixty-four", 100: "one hundred", 115: "one hundred and fifteen", 1000: "one thousand",
+                     1007: "one thousand and seven", 2340: "two thousand, three hundred and forty", 12_000: "twelve thousand"}.items():
+        assert idefics3.in_words(n) == words
+
+
+def test_how_videos_are_taken_is_in_the_checkpoint(tmp_path) -> None:
+    folder = tiny.make_checkpoint("smolvlm", tmp_path / "c", processor={"video_sampling": {"fps": 2, "max_frames": 6, "video_size": {"longest_edge": 100}}})
+    meta = pe.GGUFFile(convert(folder, tmp_path / "m.gguf", "f32")).metadata
+    assert [meta[f"clip.vision.video_{name}"] for name in ("preproc_image_size", "max_frames", "fps", "sample_frames")] == [100, 6, 2.0, False]
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.1] * 3}))
+    with pytest.raises(UnsupportedModelError, match="image_mean"):
+        convert(folder, tmp_path / "n.gguf")

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers
 TEMPLATE = """{%- for m in messages -%}
   {{ '<|im_start|>' + m['role'] + '\n' }}
   {%- if m['content'] is string -%}{{ m['content'] }}
-  {%- else -%}{%- for part in m['content'] -%}{{ '<IMG_CONTEXT>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}
+  {%- else -%}{%- for part in m['content'] -%}{{ '<IMG_CONTEXT>\n' if part['type'] == 'image' else '<video>\n' if part['type'] == 'video' else part['text'] }}{%- endfor -%}
   {%- endif -%}
   {{ '<|im_end|>\n' }}
 {%- endfor -%}
@@ -48,9 +48,16 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class InternVlSight(Sight):
-    """Tiles and the whole."""
+    """Tiles and the whole. Videos need torchvision there: here each frame goes through the processor of pictures, without tiles."""
 
     model_types, marker = ("internvl",), "<IMG_CONTEXT>"
+
+    def part(self, processor: Any, config: Any, folder: Path, part: Any, **settings: Any) -> tuple[list[int], dict[str, Any]]:
+        if not isinstance(part, (list, tuple)):
+            return super().part(processor, config, folder, part, **settings)
+        made = processor.image_processor(images=list(part), crop_to_patches=False, return_tensors="pt")
+        text = processor.replace_video_token({"pixel_values_videos": [made["pixel_values"]]}, 0)
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"], made
 
     def images(self, config: Any, settings: dict[str, Any]) -> Any:
         side = config.vision_config.image_size[0]
@@ -136,7 +143,7 @@ FULL = Full(Decoder("internlm2", 32, 4096, 14_336, 32, 8, 128, 92_553, 32_768), 
 
 def case(kind: str, also: tuple[str, ...] = (), full: dict[str, Full] = {}, **vision: Any) -> Case:
     return Case(kind, "qwen2", "InternVLConfig", "InternVLForConditionalGeneration", "qwen2", {"tie_word_embeddings": False, "downsample_ratio": 0.5}, TEXT,
-                {**VISION, **vision}, TOKENS, InternVlSight(), also=also, cached_as="qwen2",
+                {**VISION, **vision}, TOKENS, InternVlSight(), also=also, videos=True, cached_as="qwen2",
                 converted=Converted({"general.architecture": "qwen2", "tokenizer.chat_template": TEMPLATE}, clip=CLIP,
                                     clip_tokens={"image_token_id": "<IMG_CONTEXT>", "image_start_token_id": "<img>", "image_end_token_id": "</img>"}),
                 dialect=InternVlDialect(), llama_cpp=None if "norm_type" in vision else InternVlLlamaCpp((56, 56)), full=full)
@@ -178,11 +185,38 @@ def test_options_and_what_is_refused(tiny_gguf) -> None:
     assert len(model.encode_image(PICTURES[5])) == 4 * 5 and len(model.encode_image(pe.open_image(PICTURES[5], max_tiles=1))) == 4
     same(model.logits([5, pe.open_image(PICTURES[4], max_tiles=2), 6]), tiny.hf_seen(folder, [5, PICTURES[4], 6], max_patches=2).logits)
     for media, text in [(pe.open_image(PICTURES[0], max_tiles=7), "from 1 to 6"), (pe.open_image(PICTURES[0], pan_and_scan=True), "has max_tiles"),
-                        ([PICTURES[0]] * 2, "not videos")]:
+                        (pe.Video([PICTURES[0]] * 2, num_frames=3), "from 1 to 2"), (pe.Video([PICTURES[0]] * 2, max_tiles=1), "has num_frames")]:
         with pytest.raises(RequestError, match=text):
             model.encode_image(media)
     with pytest.raises(ContextOverflowError, match="5 tiles, 20 positions, but the context holds 12"):
         pe.load(path, n_ctx=12).encode_image(PICTURES[5])
+    with pytest.raises(ContextOverflowError, match="4 frames takes 16 positions, but the context holds 12"):
+        pe.load(path, n_ctx=12).encode_image([PICTURES[0]] * 4)
+
+
+def test_frames_are_taken_from_the_middles_as_transformers_does(tiny_gguf) -> None:
+    import torch
+
+    for _ in range(500):
+        total = int(RNG.integers(1, 5000))
+        n = int(RNG.integers(1, min(total, 64) + 1))         # with more the last bits differ from machine to machine
+        assert internvl.middles(total, n) == torch.arange(total / n / 2, total, total / n).int().tolist()
+    path, folder = tiny_gguf("internvl")
+    model, frames = pe.load(path, n_ctx=128, kv_dtype="f32"), [PICTURES[0] // (i + 1) for i in range(7)]
+    want = tiny.hf_seen(folder, [5, [frames[i] for i in (1, 3, 5)], 6])
+    same(model.logits([5, pe.Video(frames, num_frames=3), 6]), want.logits)
+
+
+def test_a_conversation_about_a_video(tiny_gguf) -> None:
+    """A line for each frame, behind and before the text around them."""
+    path, folder = tiny_gguf("internvl")
+    messages = [{"role": "user", "content": [{"type": "text", "text": "watch "}, {"type": "video", "video": [PICTURES[0]] * 2},
+                                             {"type": "text", "text": "what moves?"}]}]
+    soft = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
+    text = f"<|im_start|>user\nwatch Frame1: {soft}\nFrame2: {soft}\nwhat moves?<|im_end|>\n<|im_start|>assistant\n"
+    want = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    model = pe.load(path, n_ctx=128)
+    assert model.chat_ids(messages) == [-1 if i == model.tokenizer.id_of("<IMG_CONTEXT>") else i for i in want]
 
 
 def as_authors(folder: Path) -> None:

@@ -1,15 +1,15 @@
 """InternVL 2, 2.5 and 3: InternViT over tiles, groups of rows joined by a pixel shuffle, a norm and two products with a GELU between.
 
 Papers arXiv:2404.16821, arXiv:2412.05271, arXiv:2504.10479. Follows transformers 5.23: `modeling_internvl.py`, `processing_internvl.py`,
-`image_processing_pil_got_ocr2.py`; the authors' remote code computes the same.
+`image_processing_pil_got_ocr2.py`, `video_processing_internvl.py`; the authors' remote code computes the same.
 
     picture -> resized to the grid of 1 to 12 tiles with the nearest shape -> tiles, and all of it in one more unless there is one
     prompt: <img> rows of the tiles in reading order, rows of the whole </img>
+    video: frames, each squeezed into one tile: Frame1: <img> rows </img>, a line each
 
 A tile is a run of the encoder. The class token stands first and its row is left out; the rest is computed group by group, so that the shuffle
-is a reshape. Large encoders (6B) have RMS norms, and norms of queries and keys over all heads: the file's tensors say so. Videos are not
-taken; their frames are, as pictures.
-differs: nothing. llama.cpp puts the class token last but its position first, so that each patch gets its neighbour's position.
+is a reshape. Large encoders (6B) have RMS norms, and norms of queries and keys over all heads: the file's tensors say so.
+differs: frames are resized by Pillow, as pictures are; transformers has only a torchvision processor for videos. llama.cpp puts the class token last but its position first, so that each patch gets its neighbour's position.
 Axes: n patches of a tile, t rows, V hidden; D hidden of the decoder.
 """
 
@@ -32,7 +32,8 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels, only_pictures, special_token, whole_option)
+    by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels, only_pictures, special_token, squeezed,
+    token_or_text, whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = 3                          # Pillow's number
 EPS, QK_EPS, PROJECTOR_EPS = 1e-6, 1e-6, 1e-5
 LEAST, MOST = 1, 12                  # tiles
-START, MARKER, END = "<img>", "<IMG_CONTEXT>", "</img>"
+FRAMES = 8                           # taken of a video file: the authors' examples, and transformers'
+START, MARKER, END, VIDEO_MARKER = "<img>", "<IMG_CONTEXT>", "</img>", "<video>"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ def grid(width: int, height: int, tile: int, least: int, most: int) -> tuple[int
     return best[1], best[0]
 
 
+def middles(total: int, n: int) -> list[int]:
+    """Choose n numbers of `total` frames: those in the middles of equal parts; all where n is the total.
+
+    Source: `sample_frames` in transformers' `video_processing_internvl.py`, whose numbers are float32.
+    """
+    return [int(np.float32(total / n / 2 + i * (total / n))) for i in range(n)]
+
+
 def norm_of(w: Weights, c: VisionConfig) -> LayerNorm | RMSNorm:
     """Bind a layer norm, or an RMS norm where the file has no bias for it."""
     return LayerNorm(w, c.width, c.eps) if w.shape("bias") else RMSNorm(w, c.width, c.eps)
@@ -112,6 +122,8 @@ class VisionBlock:
 class Vision(Encoder):
     """Encoder, projector, processor and special tokens. Nothing about a picture is kept here."""
 
+    films = True                     # takes videos
+
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
         c = self.config = VisionConfig.read(h, v, w)
@@ -132,7 +144,8 @@ class Vision(Encoder):
 
     def bind_tokens(self, v: Hparams, token: Callable[[str], int]) -> None:
         """Find the ids of what stands around a picture, and of what a chat template writes for it."""
-        self.markers = {"image": (special_token(v, "image", token, MARKER),)}
+        video = token_or_text(token, VIDEO_MARKER)
+        self.markers = {"image": (special_token(v, "image", token, MARKER),), "video": () if isinstance(video, str) else (video,)}
         self.start, self.end = special_token(v, "image_start", token, START), special_token(v, "image_end", token, END)
 
     def positions(self, n: int) -> int:
@@ -167,12 +180,16 @@ class Vision(Encoder):
     # -- processor ------------------------------------------------------------------------------------------------------------
 
     def process(self, media: Image | Video, limits: Limits) -> Processed:
-        """Turn a picture into tiles and the whole between start and end.
+        """Turn a picture into tiles and the whole between start and end, or frames of a video into a tile each.
 
-        Option: max_tiles. Raises: RequestError for videos and other options; ContextOverflowError if its rows exceed the context.
+        Options: max_tiles, of a picture; num_frames, to take of a video: of a file 8 or all, of a list all.
+        Raises: RequestError for other options; ContextOverflowError if its rows exceed the context.
         """
         from pyengine.media.image import resize                                         # Pillow takes 20 ms to import
+        from pyengine.media.video import Video
 
+        if self.films and isinstance(media, Video):
+            return self._film(media, limits)
         only_pictures(media, "max_tiles")
         c, tile = self.config, self.config.tile
         most = whole_option(media, "max_tiles", c.tiles[1])
@@ -186,6 +203,22 @@ class Vision(Encoder):
         if len(views) > 1:
             views.append(self._view(lambda: resize(media.pixels, tile, tile, c.resample)))
         return Processed(self.around(views), media.size, (columns * tile, lines * tile))
+
+    def _film(self, video: Video, limits: Limits) -> Processed:
+        """Take frames from the middles of equal parts of a video, each as one tile."""
+        from pyengine.media.image import known_options                                  # Pillow takes 20 ms to import
+
+        known_options(video.options, "num_frames")
+        total, c = len(video), self.config
+        whole = "num_frames" in video.options or isinstance(video.frames, tuple)
+        numbers = middles(total, whole_option(video, "num_frames", total) if whole else min(FRAMES, total))
+        if self.positions(len(numbers)) > limits.n_ctx:
+            raise ContextOverflowError(f"a video of {len(numbers)} frames takes {self.positions(len(numbers))} positions, but the context holds "
+                                       f"{limits.n_ctx}; load with a larger n_ctx, or give a smaller num_frames")
+        frames = squeezed(video, numbers, ((c.tile, c.tile),), c.resample)
+        views = [self._view(lambda i=i: frames()[i]) for i in range(len(numbers))]
+        parts = (part for i, view in enumerate(views) for part in (f"{chr(10) * (i > 0)}Frame{i + 1}: ", *self.around([view])))
+        return Processed(tuple(parts), video.size, (c.tile, c.tile))
 
     def _view(self, pixels: Callable[[], np.ndarray]) -> View:
         """Make one run of the encoder over a tile [tile, tile, 3]."""

@@ -28,6 +28,8 @@ def tags(n: int) -> list[str]:
 class Vision(internvl.Vision):
     """Encoder, projector, processor and tags. Nothing about a picture is kept here."""
 
+    films = False                    # videos are not taken; their frames are, as pictures
+
     def bind_tokens(self, v: Hparams, token: Callable[[str], int]) -> None:
         """Find the id of what a chat template writes for a picture; all else is text."""
         self.markers = {"image": (special_token(v, "image", token, MARKER),)}
