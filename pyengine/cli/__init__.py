@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from pyengine.cli import looking as looking, overview, words         # each module of forms adds its own to `commands`
+from pyengine.cli import embedding as embedding, looking as looking, overview, words         # each module of forms adds its own to `commands`
 from pyengine.cli.forms import commands, Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
     BatchSize, check_threads, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
@@ -474,7 +474,7 @@ def stop(model: Annotated[str, Argument(metavar="MODEL", show_default=False, hel
 
 
 MODES = ("run", "chat")              # what others say for what is meant anyway
-COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph", "attention")
+COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph", "attention", "embed")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

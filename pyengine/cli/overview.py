@@ -28,6 +28,8 @@ pyengine-run graph MODEL: the graph of its step
 
 pyengine-run attention MODEL --image FILE --png OUT.png: where its queries look in a picture
 
+pyengine-run embed MODEL TEXT...: vectors of texts and pictures
+
 pyengine-run list: the models on this machine
 
 pyengine-run hardware: what this machine has, and what of it can be used

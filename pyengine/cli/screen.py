@@ -14,6 +14,7 @@ from typing import Any
 
 from pyengine.cli.talk.terminal import quiet, width
 from pyengine.cli.words import told
+from pyengine.errors import UnsupportedModelError
 
 PROGRAM = "pyengine-run"
 BAR_AFTER_SECONDS = 0.3
@@ -149,9 +150,16 @@ def busy(what: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(Text(printable(what)))
 
 
-def load(model: str, **settings: Any) -> Any:
-    """Load a model, with a bar on standard error where that is a terminal. Raises as `pyengine.load`."""
+def load(model: str, writes: bool = True, **settings: Any) -> Any:
+    """Load a model, with a bar on standard error where that is a terminal; writes: one that writes text is needed.
+
+    Raises: as `pyengine.load`; UnsupportedModelError for a model that writes none.
+    """
     import pyengine
 
     with LoadingBar(model) as bar, quiet():
-        return pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)
+        found = pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)
+    if writes and not getattr(found, "writes", True):
+        found.close()
+        raise UnsupportedModelError(f"{found.plan.model} makes vectors and scores and writes no text; `{PROGRAM} show` says what can be done with it")
+    return found

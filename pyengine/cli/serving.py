@@ -65,6 +65,9 @@ def serve(asked: Asked, host: str, port: int, access: dict[str, Any], permits: t
     others = {name: value for name, value in asked.options.items() if name not in ("mmproj", "adapters")}
     found = models.Models(served, list_models if asked.any else None, others, asked.keep_alive)
     for s, _ in found.running():
+        if "completion" not in s.capabilities:
+            print(f"  {s.name}: {', '.join(s.capabilities)}, {amount(s.model.plan.total)}", file=sys.stderr)
+            continue
         pictures = ", pictures" if s.model.media is not None else ""
         adapters = "".join(f", {name} x {scale:g}" for name, scale in s.model.adapters.items())
         print(f"  {s.name}: context {s.model.n_ctx:,}, {s.model.n_seq} at once{pictures}{adapters}, {amount(s.model.plan.total)}", file=sys.stderr)

@@ -92,6 +92,8 @@ class Model:
     Several threads may use it: each call, and each piece of a stream, waits for the one before it.
     """
 
+    writes = True                    # text; other models make vectors and scores
+
     def __init__(self, fitted: Fitted, program: Program, progress: Progress | None = None):
         layout, self.plan, self.program = fitted.layout, fitted.plan, program
         self.closed = False

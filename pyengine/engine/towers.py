@@ -70,6 +70,10 @@ class EncoderModel:
     Several threads may use it: each run waits for the one before it.
     """
 
+    writes = False                   # text, as a `Model` does
+    n_seq = 1                        # what else a `Model` has, for those that look at either: nothing here is kept between requests
+    media = None
+
     def __init__(self, layout: TowersLayout, plan: MemoryPlan, progress: Progress | None = None):
         bound = layout.bound
         self.plan, self.closed, self.n_ctx = plan, False, layout.n_ctx
@@ -81,6 +85,7 @@ class EncoderModel:
         self._names = {kind: p.names for kind, p in layout.programs.items()}
         text = self.towers.text
         self._texts = TextRun(text, self._programs["text"], self._names["text"], self._rows["text"]) if text else None
+        self._counts = {"prompt_tokens": 0, "steps": 0}
         self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {weights_in_words(bound.files.opened)} weights"
         register(self)
 
@@ -117,6 +122,16 @@ class EncoderModel:
             return None
         planned = planned_bytes(self.plan)
         return Held(self.plan.model, planned, {**planned, "cpu": sum(p.resident() for p in programs.values())})
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """There are none: they are for decoders."""
+        return {}
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts since the model was loaded: tokens (of pictures, rows) and runs."""
+        return dict(self._counts)
 
     # -- texts --------------------------------------------------------------------------------------------------------
 
@@ -172,6 +187,7 @@ class EncoderModel:
         with self._lock:
             run = self._texts
             run.run(texts)
+            self._count(sum(len(t.ids) for t in texts))
             given, row = [], 0
             others = [name for name in run.numbers if name not in (HIDDEN, LOGITS)]
             for i, text in enumerate(texts):
@@ -180,6 +196,10 @@ class EncoderModel:
                 given.append(Given(run.read(HIDDEN, row, n).copy(), own, self.towers.text.place(text.ids)))
                 row += n
             return given
+
+    def _count(self, n: int) -> None:
+        self._counts["prompt_tokens"] += n
+        self._counts["steps"] += 1
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
@@ -197,13 +217,17 @@ class EncoderModel:
             program, names = self._programs["image"], self._names["image"]
             fill(program, view)
             program.execute(**view.axes)
+            self._count(n)
             read = {name: program.read(i, 0, n if name == HIDDEN else 1).copy() for i, name in enumerate(names)}
             return Given(read[HIDDEN], {name: rows[0] for name, rows in read.items() if name != HIDDEN}, 0)
 
     # -- what is made of them -----------------------------------------------------------------------------------------
 
-    def _given(self, items: Sequence[Any], cut: bool = False) -> list[Given]:
-        """Compute texts and pictures, in order; those of one kind that stand together share runs."""
+    def read(self, items: Sequence[Any], cut: bool = False) -> list[Given]:
+        """Compute texts, token ids and pictures, in order; texts share runs. cut: shorten texts that are too long.
+
+        Raises: ContextOverflowError, RequestError, ImageError.
+        """
         found: list[Given | None] = [None] * len(items)
         texts = [i for i, x in enumerate(items) if is_text(x)]
         for i, given in zip(texts, self._run_texts(self._text(items[i], cut) for i in texts)):
@@ -216,7 +240,7 @@ class EncoderModel:
 
         Raises: ContextOverflowError, RequestError, ImageError.
         """
-        return self._given([x])[0].hidden
+        return self.read([x])[0].hidden
 
     @takes()
     def embed(self, x: Any, normalize: bool = True, pooling: str | None = None) -> np.ndarray:
@@ -231,7 +255,7 @@ class EncoderModel:
             raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(pooling)}")
         many = isinstance(x, (list, tuple)) and not (x and isinstance(x[0], (int, np.integer)))
         items = list(x) if many else [x]
-        rows = [self._vector(item, given, pooling) for item, given in zip(items, self._given(items))]
+        rows = [self.vector(item, given, pooling) for item, given in zip(items, self.read(items))]
         if not rows:
             return np.empty((0, next(iter(self.towers.towers.values())).d_out), np.float32)
         if len({len(row) for row in rows}) > 1:
@@ -239,8 +263,15 @@ class EncoderModel:
         found = np.stack([unit(row) if normalize else row for row in rows]).astype(np.float32)
         return found if many else found[0]
 
-    def _vector(self, item: Any, given: Given, pooling: str | None) -> np.ndarray:
-        """Return the vector of what a run gave."""
+    def check(self, item: Any, cut: bool = False) -> None:
+        """Refuse what `read` would, of a text: before others are computed. Raises: RequestError, ContextOverflowError."""
+        if is_text(item):
+            self._text(item, cut)
+        else:
+            self._tower("image")
+
+    def vector(self, item: Any, given: Given, pooling: str | None = None) -> np.ndarray:
+        """Return the vector of what a run gave of an item, of any length. Raises: UnsupportedModelError for a head that the model has not."""
         tower = self._tower("text" if is_text(item) else "image")
         if pooling in (None, tower.pooling) or pooling == HEAD:
             if VECTORS in given.rows and (pooling != HEAD or tower.pooling in (HEAD, "eos")):
@@ -262,7 +293,7 @@ class EncoderModel:
         pictures, words = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (images, texts))
         if not all(isinstance(text, str) for text in words):
             raise RequestError("similarity: texts are texts")
-        seen, read = (np.stack([self._vector(x, g, None) for x, g in zip(items, self._given(items, cut=True))]) if items else None
+        seen, read = (np.stack([self.vector(x, g, None) for x, g in zip(items, self.read(items, cut=True))]) if items else None
                       for items in (pictures, words))
         if seen is None or read is None:
             return np.empty((len(pictures), len(words)), np.float32)
@@ -279,7 +310,7 @@ class EncoderModel:
         if activation not in ("softmax", "sigmoid", "none"):
             raise RequestError(f"activation must be softmax, sigmoid or none, got {shown(activation)}")
         if labels is None:
-            scores = self._given([image])[0].rows.get(CLASSES)
+            scores = self.read([image])[0].rows.get(CLASSES)
             if scores is None:
                 raise UnsupportedModelError(f"{self.plan.model} has no classes of its own: give labels, texts to compare the picture with")
             names = list(self.towers.labels) or [f"class {i}" for i in range(len(scores))]

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
-from pyengine.server import anthropic, chat, completions, embeddings, listing, llamacpp, ollama, openai, page, replies, responses
+from pyengine.server import anthropic, chat, completions, embeddings, listing, llamacpp, ollama, openai, page, replies, rerank, responses
 from pyengine.server.allowed import Allowed, set_allowed
 from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
@@ -45,7 +45,7 @@ def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (),
         return _refusal(request, status, said)
 
     counts = Metrics(models)
-    routes = [*listing.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models),
+    routes = [*listing.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models), *rerank.routes(models),
               *anthropic.routes(models), *ollama.routes(models), *llamacpp.routes(models), counts.route(), *page.routes(models)]
     return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins, allowed, counts)
 

@@ -1,6 +1,7 @@
-"""Embeddings: OpenAI's /v1/embeddings, Ollama's /api/embed and the older /api/embeddings.
+"""Embeddings: OpenAI's /v1/embeddings, of pictures too, Ollama's /api/embed and the older /api/embeddings.
 
-A list is queued in parts, so that one request does not fill the queue; its texts are read beside what others ask.
+A list is queued in parts, so that one request does not fill the queue; its texts are read beside what others ask. A model of encoders takes each
+part at once.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pyengine.engine.loop import Handle
+from pyengine.engine.prompts import media_of
+from pyengine.engine.towers import EncoderModel, unit
 from pyengine.engine.vectors import Reading
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.server import ollama, openai, replies
+from pyengine.server.allowed import allowed
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models, Served
 
@@ -39,7 +44,7 @@ def routes(models: Models) -> list[Route]:
     async def created(request: Request) -> Response:
         fields = await replies.read(request)
         served = await replies.using(request, models, fields.text("model", None))
-        size = fields.whole("dimensions", None, 1, served.model.config.d_model)
+        size = fields.whole("dimensions", None, 1, _width(served))
         write = _written(fields.text("encoding_format", "float"))
         found = await _read(request, served, _inputs(fields), size=size)
         usage = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
@@ -71,19 +76,51 @@ def routes(models: Models) -> list[Route]:
             Route("/api/embeddings", replies.guarded(embedded_once, ollama.failed), methods=["POST"])]
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A picture among the inputs: an address, a data URL or base64."""
+
+    source: str
+    url: bool
+
+    def opened(self) -> Any:
+        """Return its pixels. Raises: ImageError."""
+        return media_of(self.source, "image", allowed().media, self.url)
+
+
 def _inputs(fields: Fields) -> list[Any]:
-    """Return OpenAI's inputs: a text, token ids, or a list of either. Raises: FieldError."""
+    """Return the inputs: OpenAI's, a text, token ids, or a list of either; in a list pictures too, in the forms of a message's parts or of Jina's
+    interface. Raises: FieldError."""
     given = fields.values.get("input")
     if given is None:
         raise FieldError("input", "is missing")
-    found = [given] if isinstance(given, str) or _is_ids(given) else given
-    if not isinstance(found, list) or not all(isinstance(x, str) or _is_ids(x) for x in found):
-        raise FieldError("input", "must be a text, a list of token ids, or a list of those")
-    if not found or not all(found):
+    found = [given] if isinstance(given, (str, dict)) or _is_ids(given) else given
+    if not isinstance(found, list):
+        raise FieldError("input", "must be a text, a list of token ids, or a list of those and of pictures")
+    if not found or "" in found:
         raise FieldError("input", "is empty, or has an empty text")
     if len(found) > MOST_INPUTS:
         raise FieldError("input", f"at most {MOST_INPUTS} are taken at once, got {len(found)}")
-    return found
+    inputs = [_part(x, f"input[{i}]") if isinstance(x, dict) else x for i, x in enumerate(found)]
+    if not all(isinstance(x, (str, _Shown)) or _is_ids(x) for x in inputs):
+        raise FieldError("input", "must be a text, a list of token ids, or a list of those and of pictures")
+    most = allowed().media.most
+    if most is not None and sum(isinstance(x, _Shown) for x in inputs) > most:
+        raise FieldError("input", f"at most {most} pictures are taken at once")
+    return inputs
+
+
+def _part(given: dict[str, Any], where: str) -> str | _Shown:
+    """Return a text or a picture of {"text": ..}, {"image": ..}, or {"type": "text" | "image_url", ..}. Raises: FieldError."""
+    fields = Fields(given, f"{where}.")
+    if "text" in given:
+        return fields.text("text")
+    if isinstance(given.get("image_url"), dict):
+        return _Shown(Fields(given["image_url"], f"{where}.image_url.").text("url"), True)
+    for name in ("image_url", "image"):
+        if name in given:
+            return _Shown(fields.text(name), name == "image_url")
+    raise FieldError(where, 'must be a text, token ids, {"text": ..}, {"image": ..} or {"type": "image_url", "image_url": {"url": ..}}')
 
 
 def _texts(fields: Fields) -> list[str]:
@@ -114,6 +151,8 @@ async def _read(request: Request, served: Served, inputs: Sequence[Any], cut: bo
 
     cut: shorten those that exceed the context; size: numbers that are kept of each, before it is given length 1.
     """
+    if isinstance(served.model, EncoderModel):
+        return await _encode(request, served.model, inputs, cut, normalize, size)
     found, client, n_tokens = [], replies.client_of(request), 0
     pooling = served.model.vectors.pooling()
     for start in range(0, len(inputs), QUEUED):
@@ -124,12 +163,45 @@ async def _read(request: Request, served: Served, inputs: Sequence[Any], cut: bo
     return _Found(found, n_tokens)
 
 
+async def _encode(request: Request, model: EncoderModel, inputs: Sequence[Any], cut: bool, normalize: bool, size: int | None) -> _Found:
+    """Compute vectors by a model of encoders, some at a time, until the client leaves. Raises: ClientDisconnect, and what a model does."""
+    found, n_tokens = [], 0
+
+    def some(first: int) -> tuple[list[np.ndarray], int]:
+        items, vectors, n = [], [], 0
+        for i, item in enumerate(inputs[first : first + QUEUED], first):
+            try:
+                items.append(item.opened() if isinstance(item, _Shown) else item)
+                model.check(items[-1], cut)
+            except (RequestError, ContextOverflowError) as error:
+                raise type(error)(f"input[{i}]: {error}") from error
+        for item, given in zip(items, model.read(items, cut)):
+            x = model.vector(item, given)[:size]
+            vectors.append((unit(x) if normalize else x).astype(np.float32))
+            n += len(given.hidden)
+        return vectors, n
+
+    for first in range(0, len(inputs), QUEUED):
+        vectors, n = await replies.apart(partial(some, first))
+        found += vectors
+        n_tokens += n
+        if await request.is_disconnected():
+            raise ClientDisconnect()
+    return _Found(found, n_tokens)
+
+
+def _width(served: Served) -> int:
+    """Return the numbers of a vector."""
+    model = served.model
+    return max(t.d_out for t in model.towers.towers.values()) if isinstance(model, EncoderModel) else model.config.d_model
+
+
 def _queue(served: Served, client: str, inputs: Sequence[Any], first: int, pooling: str, cut: bool) -> list[tuple[Reading, Handle]]:
     """Queue inputs, the first of which has number `first`: all of them or, if one is refused, none. Raises: what refuses it."""
     vectors, loop, readings = served.model.vectors, served.model.loop, []
     for i, item in enumerate(inputs, first):
         try:
-            readings.append(vectors.reading(item, pooling, cut))
+            readings.append(vectors.reading(item.opened() if isinstance(item, _Shown) else item, pooling, cut))
         except (RequestError, ContextOverflowError) as error:
             raise type(error)(f"input[{i}]: {error}") from error
     queued: list[tuple[Reading, Handle]] = []

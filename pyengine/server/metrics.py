@@ -138,8 +138,9 @@ class Metrics:
         waiting = GaugeMetricFamily("pyengine_requests_waiting", "Requests that wait for a place.", labels=["model"])
         planned = GaugeMetricFamily("pyengine_planned_memory_bytes", "Memory of the model's plan.", labels=["model", "device", "purpose"])
         for name, model in loaded:
-            running.add_metric([name], model.loop.n_running)
-            waiting.add_metric([name], model.loop.n_waiting)
+            if hasattr(type(model), "loop"):                  # models of encoders queue nothing
+                running.add_metric([name], model.loop.n_running)
+                waiting.add_metric([name], model.loop.n_waiting)
             sizes: Counter[tuple[str, str]] = Counter()
             for item in model.plan.items:
                 sizes[item.device, item.purpose] += item.nbytes

@@ -19,11 +19,13 @@ from pyengine.engine.load import Candidate
 from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
 from pyengine.engine.residents import KEEP_ALIVE, Lease, Residency, Residents
+from pyengine.engine.towers import EncoderModel
 from pyengine.engine.vectors import pooling_of, POOLINGS
 from pyengine.errors import ModelNotFoundError, nearest, PyEngineError
 from pyengine.files.gguf import GGUFFile, quoted
 from pyengine.files.hparams import Hparams
 from pyengine.files.stores import FoundModel, matching
+from pyengine.models.architecture import Towers
 from pyengine.server.allowed import allowed
 from pyengine.server.fields import FieldError
 from pyengine.text.tokenizer import Tokenizer
@@ -103,6 +105,8 @@ class Offer(Named):
         """What can be asked of it. Raises as `load`, but for what does not fit."""
         bound = Candidate.open(self.source, **self.options).bound
         metadata = bound.files.model.metadata
+        if bound.towers:
+            return capabilities_of_towers(bound.model)
         return capabilities_of(metadata, Tokenizer(metadata), bound.image is not None)
 
 
@@ -111,7 +115,7 @@ class Served(Named):
     """A loaded model with the names that it goes by. offer: how it is loaded again, where that can be."""
 
     names: tuple[str, ...]
-    model: Model
+    model: Any                       # Model or EncoderModel
     loaded: float                    # seconds since 1970
     nbytes: int                      # of its files
     offer: Offer | None = None
@@ -141,6 +145,8 @@ class Served(Named):
     @property
     def capabilities(self) -> list[str]:
         """What can be asked of it."""
+        if isinstance(self.model, EncoderModel):
+            return capabilities_of_towers(self.model.towers)
         return capabilities_of(self.file.metadata, self.model.tokenizer, self.model.media is not None)
 
     @cached_property
@@ -164,6 +170,11 @@ def capabilities_of(metadata: Mapping[str, Any], tokenizer: Tokenizer, sees: boo
     told = {"vision": sees, "tools": isinstance(template, str), "thinking": thinks, "insert": tokenizer.fim is not None,
             "embedding": pooling_of(Hparams(metadata)) in POOLINGS}
     return ["completion", *(name for name, can in told.items() if can)]
+
+
+def capabilities_of_towers(model: Towers) -> list[str]:
+    """Return what can be asked of a model of encoders, which completes no text."""
+    return ["embedding", *(["vision"] if model.image is not None else [])]
 
 
 def digest_of(path: Path) -> str:

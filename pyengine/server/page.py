@@ -87,7 +87,7 @@ def routes(models: Models) -> list[Route]:
         return files()[request.url.path].reply(request)
 
     async def listed(request: Request) -> Response:
-        return JSONResponse({"models": [_shown(s) for s, _ in models.running()], "others": await replies.apart(lambda: _others(models)),
+        return JSONResponse({"models": [_shown(s) for s, _ in models.running() if "completion" in s.capabilities], "others": await replies.apart(lambda: _others(models)),
                              "body_bytes": replies.BODY_BYTES, "loads": models.loads})
 
     async def planned(request: Request) -> Response:
@@ -138,7 +138,8 @@ def _others(models: Models) -> list[dict[str, Any]]:
     if models.loads:
         models.look()
         there = {s.name for s, _ in models.running()}
-        return [{"name": m.name, "loaded": False, "nbytes": m.nbytes, "source": "", "pictures": "vision" in _can(m)} for m in models.all if m.name not in there]
+        return [{"name": m.name, "loaded": False, "nbytes": m.nbytes, "source": "", "pictures": "vision" in can} for m in models.all
+                if m.name not in there and (not (can := _can(m)) or "completion" in can)]
     there = {n.casefold() for s in models.all for n in s.names}
     return [{"name": m.name, "loaded": False, "nbytes": m.nbytes, "source": m.source, "pictures": m.mmproj is not None} for m in list_models()
             if not {m.name.casefold(), *map(str.casefold, m.aliases)} & there]

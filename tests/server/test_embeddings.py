@@ -100,8 +100,8 @@ def test_beside_answers(client, model, served) -> None:
 
 @pytest.mark.parametrize("change, field, part", [
     ({"input": None}, "input", "is missing"), ({"input": ""}, "input", "is empty"), ({"input": []}, "input", "is empty"),
-    ({"input": ["a", ""]}, "input", "empty text"), ({"input": [1.5]}, "input", "must be a text"), ({"input": {"a": 1}}, "input", "must be a text"),
-    ({"input": [[]]}, "input", "must be a text"), ({"input": [True]}, "input", "must be a text"), ({"input": ["a"] * 2049}, "input", "at most 2048"),
+    ({"input": ["a", ""]}, "input", "empty text"), ({"input": [1.5]}, "input", "must be a text"), ({"input": {"a": 1}}, "input[0]", "must be a text"),
+    ({"input": [{"image": 3}]}, "input[0].image", "must be a text"), ({"input": [{"image": "x.png"}]}, None, "input[0]: "), ({"input": [[]]}, "input", "must be a text"), ({"input": [True]}, "input", "must be a text"), ({"input": ["a"] * 2049}, "input", "at most 2048"),
     ({"encoding_format": "int8"}, "encoding_format", "float or base64"), ({"dimensions": 0}, "dimensions", "1 to 96"),
     ({"dimensions": 97}, "dimensions", "1 to 96"), ({"input": [10**6]}, None, "input[0]: token id 1000000 is outside"),
 ])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from pyengine.errors import PyEngineError
 from pyengine.files.gguf import Metadata
+
+if TYPE_CHECKING:
+    from pyengine.memory.plan import MemoryPlan
+    from pyengine.models.architecture import Towers
 
 TEMPLATE = "tokenizer.chat_template"
 SIDE = 448                           # pixels of the pictures that are counted
@@ -27,15 +31,36 @@ def abilities(name: str, mmproj: str | None, meta: Metadata) -> dict[str, Any]:
     template = meta.get(TEMPLATE)
     told = [word for word, pattern in (("tools", _TOOLS), ("thinking", _THINKING)) if isinstance(template, str) and pattern.search(template)]
     try:
-        fitted = fit.fit(bind(open_files(name, mmproj)), Settings(recommended(name).get("num_ctx")))
+        bound = bind(open_files(name, mmproj))
+        fitted = fit.fit(bound, Settings(recommended(name).get("num_ctx")))
+        if bound.towers:
+            return _of_towers(bound.model, fitted)
         found = {**_seen(fitted), **_spoken(meta), "adapters": [a.name for a in fitted.layout.bound.adapters]}
     except PyEngineError as error:
         return {"can": [], "abilities": {}, "runs": False, "why_not": str(error), "template_takes": told}
     plan = fitted.plan
     several = found.get("pictures", {}).get("at_once", 0) > 1
     can = ["text", *(word for key in found for word in ([key, "several pictures"] if key == "pictures" and several else [key]))]
+    return {"can": can, "abilities": found, **_fits(plan), "template_takes": told}
+
+
+def _fits(plan: MemoryPlan) -> dict[str, Any]:
+    """Return whether it runs here, and in what memory."""
     about = {"n_ctx": plan.n_ctx, "bytes": plan.total, "available": plan.available["cpu"]}
-    return {"can": can, "abilities": found, "runs": plan.fits, "why_not": None if plan.fits else plan.verdict(), "template_takes": told, "plan": about}
+    return {"runs": plan.fits, "why_not": None if plan.fits else plan.verdict(), "plan": about}
+
+
+def _of_towers(model: Towers, fitted: Any) -> dict[str, Any]:
+    """Say the same of a model that makes vectors, labels and scores."""
+    found: dict[str, Any] = {"vectors of text" if kind == "text" else "vectors of pictures": {"size": tower.d_out, "pooling": tower.pooling}
+                             for kind, tower in model.towers.items()}
+    if len(found) == 2:
+        found["pictures compared with text"] = {"independent": model.independent}
+    if any(tower.n_classes for tower in model.towers.values()):
+        found["classes"] = {"labels": list(model.labels)}
+    if model.text is not None and model.text.n_logits:
+        found["masked tokens"] = {}
+    return {"can": list(found), "abilities": found, **_fits(fitted.plan), "template_takes": []}
 
 
 def _seen(fitted: Any) -> dict[str, Any]:

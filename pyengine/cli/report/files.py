@@ -123,8 +123,9 @@ def show_model(name: str, mmproj: str | None = None) -> None:
     if d["architecture"] != ENCODER:
         context = f"{d['n_ctx']:,}" if isinstance(d["n_ctx"], int) else known(d["n_ctx"])
         template = f"yes{', with ' + ' and '.join(d['template_takes']) if d['template_takes'] else ''}" if d["chat_template"] else "no"
-        runs = (f"yes, in {size(d['plan']['bytes'])} of {size(d['plan']['available'])} available with a context of {d['plan']['n_ctx']:,}"
-                if d["runs"] else f"no: {d['why_not']}")
+        n = f"{d['plan']['n_ctx']:,}" if d["runs"] else ""
+        of = f" with a context of {n}" if "text" in d["can"] else f", texts of up to {n} tokens" if n != "0" else ""
+        runs = (f"yes, in {size(d['plan']['bytes'])} of {size(d['plan']['available'])} available{of}" if d["runs"] else f"no: {d['why_not']}")
         rows += [("context", context), ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"), ("chat template", template),
                  *([("can", in_words(d))] if d["can"] else []), ("runs here", runs)]
         if d["sampling"]:

@@ -1,0 +1,81 @@
+"""A model of encoders over HTTP: vectors as the library's, and everything that it cannot do refused in each interface's own form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_towers
+
+from converters.writer import convert
+from pyengine.server.models import load, Models
+
+httpx = pytest.importorskip("httpx")
+
+TEXTS = ["a dog and a fox", "the lazy dog.", "x"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Any:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_towers.save_word_piece(folder)
+    config = transformers.BertConfig(vocab_size=160, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, intermediate_size=128,
+                                     max_position_embeddings=64)
+    file = convert(tiny_towers.make("BertModel", config, folder), folder / "words.gguf", "f32")
+    yield Models([load(str(file), n_threads=1, n_seq=4)]).all[0]
+
+
+def test_vectors_are_the_librarys(client, model, served) -> None:
+    want = model.embed(TEXTS)
+    response = client.post("/v1/embeddings", json={"model": "words", "input": [TEXTS[0], {"text": TEXTS[1]}, {"type": "text", "text": TEXTS[2]}]})
+    got = np.array([d["embedding"] for d in response.json()["data"]], np.float32)
+    n = sum(len(model.tokenize(t)) for t in TEXTS)
+    assert np.array_equal(got, want) and response.json()["usage"] == {"prompt_tokens": n, "total_tokens": n}
+    got = client.post("/api/embed", json={"model": "words", "input": TEXTS}).json()
+    assert np.array_equal(np.array(got["embeddings"], np.float32), want) and got["prompt_eval_count"] == n
+    got = client.post("/api/embeddings", json={"model": "words", "prompt": TEXTS[0]}).json()["embedding"]
+    assert np.array_equal(np.array(got, np.float32), model.embed(TEXTS[0], normalize=False))
+    short = client.post("/v1/embeddings", json={"input": TEXTS[0], "dimensions": 7}).json()["data"][0]["embedding"]
+    assert len(short) == 7 and abs(np.linalg.norm(short) - 1) < 1e-6
+    many = client.post("/v1/embeddings", json={"input": TEXTS * 60}).json()["data"]
+    assert np.array_equal(np.array([d["embedding"] for d in many], np.float32), model.embed(TEXTS * 60))
+
+
+def test_texts_that_are_too_long(client, model) -> None:
+    long = "dog " * 100
+    assert client.post("/v1/embeddings", json={"input": [TEXTS[0], long]}).json()["error"]["message"].startswith("input[1]: a text of 102 tokens")
+    assert len(client.post("/api/embed", json={"model": "words", "input": long}).json()["embeddings"]) == 1          # Ollama's truncate
+    assert "error" in client.post("/api/embed", json={"model": "words", "input": long, "truncate": False}).json()
+
+
+def test_what_it_cannot_do_is_refused(client, model) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    for path, body, status in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, 400), ("/v1/completions", {"prompt": "a"}, 400),
+            ("/api/chat", {"model": "words", "messages": [{"role": "user", "content": "a"}]}, 400), ("/api/generate", {"model": "words", "prompt": "a"}, 400),
+            ("/v1/responses", {"input": "a"}, 400), ("/v1/messages", {"max_tokens": 4, "messages": [{"role": "user", "content": "a"}]}, 400),
+            ("/v1/embeddings", {"input": [picture]}, 400), ("/infill", {"input_prefix": "a", "input_suffix": "b"}, 400),
+            ("/apply-template", {"messages": [{"role": "user", "content": "a"}]}, 400)):
+        response = client.post(path, json=body)
+        assert response.status_code == status and "error" in response.json(), (path, response.status_code, response.text)
+
+
+def test_lists_say_what_it_is_for(client, model) -> None:
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["words"]
+    assert client.post("/api/show", json={"model": "words"}).json()["capabilities"] == ["embedding"]
+    assert client.get("/api/ps").json()["models"][0]["name"] == "words"
+    assert client.get("/api/tags").json()["models"][0]["name"] == "words"
+    assert client.get("/pyengine/models").json()["models"] == []
+    assert "pyengine_prompt_tokens_total" in client.get("/metrics").text
+    assert client.post("/tokenize", json={"content": "a dog"}).json()["tokens"] == model.tokenize("a dog", add_special=False)
+    assert client.get("/props").status_code in (200, 400)
+
+
+def test_scores_need_a_reranker(client, model) -> None:
+    response = client.post("/v1/rerank", json={"model": "words", "query": "a", "documents": ["b", {"text": "c"}]})
+    assert response.status_code == 400 and "no" in response.json()["error"]["message"]
+    for wrong in ({}, {"query": "a"}, {"query": "a", "documents": []}, {"query": "a", "documents": [3]}, {"query": 1, "documents": ["a"]}):
+        assert client.post("/v1/rerank", json=wrong).status_code == 400
