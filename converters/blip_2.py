@@ -1,23 +1,25 @@
-"""BLIP-2: OPT beside a vision transformer and a Q-Former, projector "blip2" in GGUF, which llama.cpp does not have.
+"""BLIP-2 and InstructBLIP: OPT or Vicuna beside a vision transformer and a Q-Former, projectors "blip2" and "instructblip" in GGUF, which
+llama.cpp does not have.
 
-Follows transformers `configuration_blip_2.py`, `processing_blip_2.py`. Names as llama.cpp has them for other Q-Formers; keys
+Follows transformers `configuration_blip_2.py`, `configuration_instructblip.py`, `processing_blip_2.py`. Names as llama.cpp has them for other Q-Formers; keys
 "clip.vision.qformer.*" are ours. Checkpoints from before transformers 4.47 have no token for pictures: nothing else is different.
 Axes: V encoder width, F its feed-forward width, Q width of the Q-Former.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
 
-from pyengine.errors import UnsupportedModelError
+from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config
 from .contract import FLOAT32, Entry, converts, layer_norm, linear, supported
 from .decoder import Tensors
-from .tokenizer import Vocabulary
+from .tokenizer import read_vocabulary, Vocabulary
 from .vision import feed_forward, image_settings, square, TextAndEncoder, write_encoder_keys
 
 # transformers' Blip2Config, Blip2VisionConfig, Blip2QFormerConfig and BlipImageProcessorPil where a checkpoint may be silent
@@ -25,11 +27,13 @@ DEFAULTS: dict[str, Any] = {"num_query_tokens": 32, "vision_config": {}, "qforme
 VISION: dict[str, Any] = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16, "image_size": 224,
                           "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True}
 QFORMER: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu",
-                           "layer_norm_eps": 1e-12, "cross_attention_frequency": 2, "use_qformer_text_input": False}
+                           "layer_norm_eps": 1e-12, "cross_attention_frequency": 2, "use_qformer_text_input": False,
+                           "vocab_size": 30522, "max_position_embeddings": 512}
 IMAGES: dict[str, Any] = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3,
                           "size": {"height": 384, "width": 384}}
 # text models by their model_type: the class that converts them alone
-TEXTS = {"opt": "OPTForCausalLM"}
+TEXTS = {"opt": "OPTForCausalLM", "llama": "LlamaForCausalLM"}
+READS = "qformer_tokenizer"                     # the folder with the vocabulary by which InstructBLIP's Q-Former reads
 # The form of the authors' questions, with answers before them; without a question, a caption. Pictures stand in front. A checkpoint has no
 # template of its own.
 TEMPLATE = """{%- for m in messages -%}
@@ -47,12 +51,22 @@ TEMPLATE = """{%- for m in messages -%}
 {%- endfor -%}"""
 
 
-class Queries:
-    """The vision transformer, the Q-Former, and the product into the text model's width."""
+# InstructBLIP was trained with instructions as they are.
+INSTRUCTED = """{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}
+  {{ raise_exception('this model follows one instruction, without a system message: give one message of a user') }}
+{%- endif -%}
+{%- set content = messages[0]['content'] -%}
+{%- if content is string -%}{{ content | trim }}
+{%- else -%}{%- for part in content if part['type'] == 'text' -%}{{ part['text'] | trim }}{%- endfor -%}
+{%- endif -%}"""
 
-    def __init__(self, root: Config, d_text: int):
+
+class Queries:
+    """The vision transformer, the Q-Former, and the product into the text model's width. reads: the Q-Former reads the prompt's text too."""
+
+    def __init__(self, root: Config, d_text: int, reads: bool):
         """Read the settings below `root` and of the image processor. Raises: InvalidModelError, UnsupportedModelError."""
-        self.root, self.d_text = root, d_text
+        self.root, self.d_text, self.reads = root, d_text, reads
         v = self.vision = Config(root.need("vision_config"), VISION, root.file)
         self.width, self.d_ff, self.n_layers, self.n_heads = (v.count(n) for n in (
             "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
@@ -68,7 +82,7 @@ class Queries:
     def write_keys(self, out: GGUFWriter) -> None:
         """Write the keys "clip.*"."""
         write_encoder_keys(
-            out, self.vision, self.images, projector="blip2", image_size=self.image_size, d_model=self.width, d_ff=self.d_ff,
+            out, self.vision, self.images, projector="instructblip" if self.reads else "blip2", image_size=self.image_size, d_model=self.width, d_ff=self.d_ff,
             n_layers=self.n_layers, n_heads=self.n_heads, eps=self.vision.need("layer_norm_eps"), d_text=self.d_text)
         q, at = self.qformer, "clip.vision.qformer"
         for name, value in (("block_count", self.q_layers), ("query_count", self.n_queries), ("embedding_length", self.q_width),
@@ -77,12 +91,18 @@ class Queries:
             out.add_uint32(f"{at}.{name}", value)
         out.add_float32(f"{at}.attention.layer_norm_epsilon", q.need("layer_norm_eps"))
         out.add_string(f"{at}.hidden_act", q.need("hidden_act"))
+        if self.reads:
+            words = read_vocabulary(self.root.file.parent / READS, {})
+            if words.model != "bert":
+                raise InvalidModelError(f"{self.root.file.parent / READS}: there is no BERT vocabulary, by which the Q-Former reads the prompt")
+            words.write_below(out, at, q.count("vocab_size"))
         if any(self.root.get(name) is not None for name in ("image_token_index", "image_token_id")):
             out.add_uint32("clip.vision.image_token_id", self.root.token("image_token_index", "image_token_id"))
 
     def unused(self) -> set[str]:
-        """Return names of tensors that are left out: none."""
-        return set()
+        """Return names of tensors that are left out: the feed-forward of text in the last layer, behind which only the queries are taken."""
+        last = [entry.source for entry in self.feed_forward("", f"qformer.encoder.layer.{self.q_layers - 1}", "")] if self.reads else []
+        return {*last, "qformer.embeddings.position_ids"}
 
     def tensors(self) -> Tensors:
         """List the tensors of encoder, Q-Former and projection."""
@@ -100,27 +120,38 @@ class Queries:
             yield from layer_norm(f"{b}.ln2", f"{m}.layer_norm2", v)
             yield from feed_forward(b, f"{m}.mlp", v, self.d_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield Entry("mm.proj_query", "query_tokens", (1, self.n_queries, self.q_width), instead=FLOAT32)
-        yield from layer_norm("mm.proj_norm", "qformer.layernorm", self.q_width)
+        if self.reads:
+            for name, theirs, n in (("token", "word", self.qformer.count("vocab_size")), ("position", "position", self.qformer.count("max_position_embeddings"))):
+                yield Entry(f"mm.{name}_embd.weight", f"qformer.embeddings.{theirs}_embeddings.weight", (n, self.q_width), instead=FLOAT32)
+        yield from layer_norm("mm.proj_norm", f"qformer.{'embeddings.' * self.reads}layernorm", self.q_width)
         for i in range(self.q_layers):
-            yield from self.layer(f"mm.proj_blk.{i}", f"qformer.encoder.layer.{i}", i % self.every == 0)
+            b, m = f"mm.proj_blk.{i}", f"qformer.encoder.layer.{i}"
+            yield from self.attentions(b, m, i % self.every == 0)
+            yield from self.feed_forward(f"{b}.ffn", m, "_query")
+            if self.reads and i < self.q_layers - 1:
+                yield from self.feed_forward(f"{b}.ffn_text", m, "")
         yield from linear("mm.proj_linear", "language_projection", self.d_text, self.q_width, True)
 
-    def layer(self, b: str, m: str, crosses: bool) -> Tensors:
-        """List a layer of the Q-Former, which attends to the picture's rows or does not."""
-        d, f = self.q_width, self.qformer.count("intermediate_size")
+    def attentions(self, b: str, m: str, crosses: bool) -> Tensors:
+        """List the attention of a layer of the Q-Former, and that to the picture's rows where it has one."""
+        d = self.q_width
         for name, source, width in (("self_attn", "attention", d), *([("cross_attn", "crossattention", self.width)] if crosses else [])):
             for part, theirs, n_in in (("q", "attention.query", d), ("k", "attention.key", width), ("v", "attention.value", width),
                                        ("out", "output.dense", d)):
                 yield from linear(f"{b}.{name}_{part}", f"{m}.{source}.{theirs}", d, n_in, True)
             yield from layer_norm(f"{b}.{name}_norm", f"{m}.{source}.output.LayerNorm", d)
-        yield from linear(f"{b}.ffn_up", f"{m}.intermediate_query.dense", f, d, True)
-        yield from linear(f"{b}.ffn_down", f"{m}.output_query.dense", d, f, True)
-        yield from layer_norm(f"{b}.ffn_norm", f"{m}.output_query.LayerNorm", d)
+
+    def feed_forward(self, b: str, m: str, kind: str) -> Iterator[Entry]:
+        """List a feed-forward of a layer of the Q-Former; `kind` is added to the checkpoint's names."""
+        d, f = self.q_width, self.qformer.count("intermediate_size")
+        yield from linear(f"{b}_up", f"{m}.intermediate{kind}.dense", f, d, True)
+        yield from linear(f"{b}_down", f"{m}.output{kind}.dense", d, f, True)
+        yield from layer_norm(f"{b}_norm", f"{m}.output{kind}.LayerNorm", d)
 
 
-@converts("Blip2ForConditionalGeneration")
+@converts("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration")
 class Blip2(TextAndEncoder):
-    renames = ((r"^language_model\.(model\.)?decoder\.", ""), (r"^language_model\.lm_head\.", "lm_head."))
+    renames = ((r"^language_model\.(model\.)?decoder\.", ""), (r"^language_model\.(model|lm_head)\.", r"\1."))
 
     def __init__(self, config: dict[str, Any], file: Path):
         root = Config(config, DEFAULTS, file)
@@ -130,9 +161,9 @@ class Blip2(TextAndEncoder):
             raise UnsupportedModelError(f"{file}: the text model is {kind!r}; this converter knows {', '.join(TEXTS)}")
         self.text = supported()[TEXTS[kind]]({**text, "architectures": [TEXTS[kind]]}, file)
         self.arch, self.vocab_size = self.text.arch, self.text.vocab_size
-        if self.text.d_token != self.text.d_model:
-            raise UnsupportedModelError(f"{file}: 'word_embed_proj_dim' is {self.text.d_token}: pictures' rows would not be as wide as tokens")
-        self.encoder = Queries(root, self.text.d_model)
+        if text.get("word_embed_proj_dim") not in (None, self.text.d_model):
+            raise UnsupportedModelError(f"{file}: 'word_embed_proj_dim' is {text['word_embed_proj_dim']}: pictures' rows would not be as wide as tokens")
+        self.encoder = Queries(root, self.text.d_model, "InstructBlipForConditionalGeneration" in config["architectures"])
 
     def change_vocabulary(self, vocabulary: Vocabulary) -> None:
-        vocabulary.chat_template = vocabulary.chat_template or TEMPLATE
+        vocabulary.chat_template = vocabulary.chat_template or (INSTRUCTED if self.encoder.reads else TEMPLATE)

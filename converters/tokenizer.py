@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,15 @@ class Vocabulary:
             out.add_precompiled_charsmap(self.charsmap)
         if self.chat_template is not None:
             out.add_chat_template(self.chat_template)
+
+
+    def write_below(self, out: gguf.GGUFWriter, prefix: str, n_rows: int) -> None:
+        """Write the keys behind `prefix`: a file's second vocabulary."""
+        own = gguf.GGUFWriter(os.devnull, "")
+        self.write(own, n_rows)
+        for key, value in own.kv_data[0].items():
+            if key.startswith("tokenizer."):
+                out.add_key_value(f"{prefix}.{key}", value.value, value.type, value.sub_type)
 
 
 def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:

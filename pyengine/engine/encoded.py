@@ -24,6 +24,7 @@ from pyengine.programs import encoder
 from pyengine.programs.rows import MediaSegment
 
 if TYPE_CHECKING:
+    from pyengine.engine.language import Language
     from pyengine.media.image import Image
     from pyengine.media.video import Video
 
@@ -70,11 +71,12 @@ class EncodedMedia:
     prepared    its run as the backend planned it
     limits      what the plan leaves for one medium
     budget      bytes of embeddings that are kept; least recently used go first, those that a conversation of `cells` holds last
+    language    has the vocabulary of an encoder that reads the prompt's text
     """
 
     def __init__(self, encoder: Encoder, prepared: Prepared, limits: Limits, budget: int, cells: Cells,
-                 progress: Progress | None = None):
-        self.encoder, self.prepared, self.limits, self.budget, self.cells = encoder, prepared, limits, budget, cells
+                 progress: Progress | None = None, language: Language | None = None):
+        self.encoder, self.prepared, self.limits, self.budget, self.cells, self.language = encoder, prepared, limits, budget, cells, language
         self._program: Program | None = None
         self._progress = progress
         self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
@@ -91,12 +93,16 @@ class EncodedMedia:
         program = self._program
         return self.stats["image_cache_bytes"] + (program.resident() if program is not None else 0)
 
-    def process(self, media: Image | Video, pictures: int = 1) -> Processed:
-        """Process a picture or video of a prompt with so many pictures within the plan's limits, without encoding it. Raises as the
-        model's processor does."""
-        return self.encoder.process(media, self.limits._replace(pictures=pictures))
+    def process(self, media: Image | Video, pictures: int = 1, text: str = "") -> Processed:
+        """Process a picture or video of a prompt with so many pictures and this text within the plan's limits, without encoding it. Raises
+        as the model's processor does."""
+        return self.encoder.process(media, self.limits._replace(pictures=pictures, words=self._words(text)))
 
-    def judge(self, sketch: Image | Video, pictures: int = 1) -> None:
+    def _words(self, text: str) -> tuple[int, ...]:
+        """Return a prompt's text in the encoder's own vocabulary; nothing where it has none."""
+        return () if self.language is None else tuple(self.language.tokenizer.tokenize(text))
+
+    def judge(self, sketch: Image | Video, pictures: int = 1, text: str = "") -> None:
         """Raise what the processor raises for a picture or video of that size and with those options: nothing was decoded yet.
 
         Raises: ImageError too, for a picture whose decoding takes more than the memory that is available now; no plan counts it.
@@ -107,12 +113,12 @@ class EncodedMedia:
             raise ImageError(f"decoding {sketch.size[0]} x {sketch.size[1]} pixels takes {sketch.decoding >> 20} MiB for a moment, and "
                              f"{free >> 20} MiB of memory are available; make the picture smaller first")
         try:
-            self.process(sketch, pictures)
+            self.process(sketch, pictures, text)
         except PixelsWanted:                                                   # it has looked at all else
             pass
 
-    def get(self, media: Image | Video, pictures: int = 1) -> tuple[tuple[Part, ...], MediaInfo]:
-        """Return what stands in a prompt with so many pictures for a picture or video, with embeddings, and how it came about.
+    def get(self, media: Image | Video, pictures: int = 1, text: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
+        """Return what stands in a prompt with so many pictures and this text for a picture or video, with embeddings, and how it came about.
 
         Raises: ImageError, RequestError from the model's processor.
         """
@@ -121,36 +127,38 @@ class EncodedMedia:
         digest = media.digest
         if self.encoder.counts and pictures > 1:
             digest = sha256(digest + b"several").digest()
+        if self.language is not None:
+            digest = sha256(digest + np.array(self._words(text), np.int32).tobytes()).digest()
         with self._lock:                                     # one encoder, one cache: another thread waits
             entry = self._cache.get(digest)
             if entry is None:
                 self.stats["image_misses"] += 1
-                entry = self._encode(media, pictures, digest)
+                entry = self._encode(media, pictures, text, digest)
                 self._keep(digest, entry)
                 return entry.parts, entry.info
             self._cache.move_to_end(digest)
             self.stats["image_hits"] += 1
             return entry.parts, replace(entry.info, cached=True, process_seconds=0.0, encode_seconds=0.0)
 
-    def attention(self, media: Image | Video) -> dict[str, np.ndarray]:
-        """Encode a picture and return what its layers attended to: float32 [heads, queries, keys] by name; nothing is kept.
+    def attention(self, media: Image | Video, text: str = "") -> dict[str, np.ndarray]:
+        """Encode a picture, of a prompt with this text, and return what its layers attended to: float32 [heads, queries, keys] by name; nothing is kept.
 
         Raises: UnsupportedModelError for an encoder that shows none; ImageError, RequestError from the model's processor.
         """
         if not self.encoder.maps:
             raise UnsupportedModelError("this model's image encoder shows no maps of attention; those with queries over a whole picture do")
         with self._lock:
-            (view,) = self.process(media).views
+            (view,) = self.process(media, text=text).views
             return encoder.maps(self._loaded(), view, self.encoder.maps)
 
-    def _encode(self, media: Image | Video, pictures: int, digest: bytes) -> _Entry:
+    def _encode(self, media: Image | Video, pictures: int, text: str, digest: bytes) -> _Entry:
         """Process and encode a picture or video that is not in the cache."""
         from hashlib import sha256                                             # OpenSSL takes 2 ms to load
 
         from pyengine.media.video import Video                                 # Pillow takes 20 ms to import
 
         started = time.perf_counter()
-        processed, encoding, made = self.process(media, pictures), 0.0, []
+        processed, encoding, made = self.process(media, pictures, text), 0.0, []
         done: dict[View, np.ndarray] = {}
         for i, p in enumerate(processed.parts):
             if isinstance(p, (View, Piece, Blend)):

@@ -112,7 +112,9 @@ class Model:
             from pyengine.media.views import Limits
 
             limits = Limits(sizes.n_ctx, sizes.runs[image.kind])
-            self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress)
+            own = (bound.files.mmproj or self.file).metadata
+            reads = Language(own.below(f"{image.vocabulary}.")) if image.vocabulary else None
+            self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress, reads)
         self._language = Language(self.file.metadata, bound.files.modelfile)
         self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media, left_out=bound.left_out)
         self._axes = self._runner.axes
@@ -222,6 +224,7 @@ class Model:
     def attention(self, x: Any) -> dict[str, np.ndarray]:
         """Return what an encoder's queries attended to in a picture, after softmax: float32 [heads, queries, keys] by name and layer
         ("qformer.0"); keys are the class token and the patches, line by line. Computed anew each time, and when it is asked for only.
+        x: a picture, or [picture, text] for an encoder that reads the prompt's text.
 
         Raises: UnsupportedModelError for a model that shows none; as `encode_image`.
         """

@@ -13,6 +13,7 @@ from pyengine.engine.language import Language
 from pyengine.arguments import iterates
 from pyengine.errors import ImageError, RequestError, shown
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
+from pyengine.text.marks import GUARD
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -68,21 +69,27 @@ class Prompts:
 
         return self._encoded(Medium(source, "", kind))
 
-    def _encoded(self, medium: Medium, pictures: int = 1) -> tuple[tuple[Part, ...], MediaInfo]:
-        """Do the same for one that a request with so many pictures names; its errors begin with its place there."""
+    def _encoded(self, medium: Medium, pictures: int = 1, text: str = "") -> tuple[tuple[Part, ...], MediaInfo]:
+        """Do the same for one that a request with so many pictures and this text names; its errors begin with its place there."""
         self._need_encoder()
         try:
-            judge = partial(self.media.judge, pictures=pictures)
-            return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, judge), pictures)
+            judge = partial(self.media.judge, pictures=pictures, text=text)
+            return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, judge), pictures, text)
         except RequestError as e:
             if not medium.field:
                 raise
             raise type(e)(f"{medium.field}: {e}") from e
 
     def attention(self, source: Any) -> dict[str, np.ndarray]:
-        """Return the maps of attention over a picture; see `media_of` for the argument."""
+        """Return the maps of attention over a picture, or over that of a list of one and texts; see `media_of` for the argument."""
         self._need_encoder()
-        return self.media.attention(media_of(source, "", self.policy, judge=self.media.judge))
+        texts = [p for p in source if isinstance(p, str)] if isinstance(source, (list, tuple)) else []
+        if texts:
+            others = [p for p in source if not isinstance(p, str)]
+            if len(others) != 1:
+                raise RequestError(f"attention: one picture and texts, got {len(others)} pictures")
+            source = others[0]
+        return self.media.attention(media_of(source, "", self.policy, judge=self.media.judge), "".join(texts))
 
     def _need_encoder(self) -> None:
         if self.media is None and self.left_out:
@@ -118,6 +125,7 @@ class Prompts:
         infos: list[MediaInfo] = []
         prompt = list(prompt)
         pictures = sum(not isinstance(part, (str, int, np.integer)) and not is_video(part) for part in prompt)
+        words = "".join(part for part in prompt if isinstance(part, str))
         for n, part in enumerate(prompt):
             if isinstance(part, str):
                 segments += self._segments([part])
@@ -127,7 +135,7 @@ class Prompts:
                 raise RequestError(f"prompt[{n}]: a part of a prompt is {type(part).__name__}; ints, strings, pictures and lists "
                                    "of frames are parts")
             else:
-                parts, info = self._encoded(Medium(part, f"prompt[{n}]"), pictures)
+                parts, info = self._encoded(Medium(part, f"prompt[{n}]"), pictures, words)
                 segments += self._segments(parts)
                 infos.append(info)
         return Prompt(segments, infos)
@@ -142,15 +150,15 @@ class Prompts:
         if not media:
             ids = self.tokenizer.tokenize(text, mend=guarded)
             return Prompt([self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], [])
+        self._need_encoder()
         pictures = sum(not is_video(medium.source, medium.kind) for medium in media)
-        found = [self._encoded(medium, pictures) for medium in media]
         markers = [m for m in self.markers().values() if m]
         leads = self.media.encoder.leads
         pieces = re.split("|".join(map(re.escape, markers)), text) if markers else [text]
-        if len(pieces) == 1:
-            pieces = [""] * len(found) + [text]
-        if leads and len(pieces) == len(found) + 1:
-            pieces = [""] * len(found) + ["".join(pieces)]
+        words = "".join(pieces)
+        if len(pieces) == 1 or leads and len(pieces) == len(media) + 1:
+            pieces = [""] * len(media) + [words]
+        found = [self._encoded(medium, pictures, words.replace(GUARD, "")) for medium in media]
         if len(pieces) != len(found) + 1:
             raise RequestError(f"the prompt has {len(pieces) - 1} places for pictures ({', '.join(map(repr, markers))}), but {len(found)} were given")
         parts: list[Part] = [pieces[0]]

@@ -243,6 +243,10 @@ class Metadata(Mapping[str, Any]):
         other._added, other._own = dict(added), {new: old for old, new in names.items()}
         return other
 
+    def below(self, prefix: str) -> Metadata:
+        """Return the keys that begin with `prefix`, without it. Nothing is decoded."""
+        return Metadata(self._path, self._buffer, {key[len(prefix):]: value for key, value in self._values.items() if key.startswith(prefix)})
+
     def own_name(self, key: str) -> str:
         """Return the name that `key` has in the file, for messages."""
         return self._own.get(key, key)

@@ -13,11 +13,12 @@ MAX_DECODING = 1 << 30               # bytes at once that reading a picture's fi
 
 class Limits(NamedTuple):
     """What a plan leaves for one medium: positions of the context, and the most rows of one run of the encoder; and how many pictures the
-    prompt has."""
+    prompt has, and what its text is for an encoder that reads it: ids of that one's own vocabulary."""
 
     n_ctx: int
     rows: int
     pictures: int = 1
+    words: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,6 +50,7 @@ class Encoder(ABC):
     atomic_rows  most rows of a span that must not be cut at a batch boundary; 0 without such spans
     counts       what a picture becomes depends on whether the prompt has others
     leads        pictures stand before all of a text, the token that begins it included
+    vocabulary   what stands before the keys of a vocabulary of its own, by which it reads a prompt's text (`Limits.words`); "": it reads none
     maps         names of the maps of attention that it can show, where a picture is one run; none of others
     """
 
@@ -58,6 +59,7 @@ class Encoder(ABC):
     atomic_rows: int = 0
     counts: bool = False
     leads: ClassVar[bool] = False
+    vocabulary: str = ""
     maps: tuple[str, ...] = ()
 
     @abstractmethod

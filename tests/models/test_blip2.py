@@ -21,7 +21,6 @@ from pictures import A, B, DOT, LONG, same, THIN
 from pyengine.backends import backend
 from pyengine.errors import RequestError, UnsupportedModelError
 from pyengine.graph.graph import Graph
-from pyengine.media.image import Image
 from sight import of_any_backend, Run, Seen, Sight
 
 try:
@@ -161,10 +160,7 @@ def test_every_hidden_state_is_that_of_transformers(tiny_gguf, config: dict[str,
     ours = encoder_of(path).encoder
     (view,) = ours.process(pe.open_image(A), None or encoder_of(path).limits).views
     g = Graph()
-    rows = ours.tower(g.input("patches", view.inputs["patches"].shape))
-    states = [ours.norm(ours.queries)]
-    for layer in ours.layers:
-        states.append(layer(states[-1], rows)[0])
+    rows, states, _ = ours.states(g)
     found = backend("cpu").compile([rows, *states, ours.projection(states[-1])]).run(**view.inputs)
     for got, want in zip(found, [picture, *made.hidden_states, soft], strict=True):
         same(got, want[0].numpy())
