@@ -5,6 +5,7 @@
  * Neighbouring threads read neighbouring elements: 4 bytes an element of x, once. No shared memory.
  */
 #include "cuda.h"
+#include "strides.h"
 
 namespace {
 
