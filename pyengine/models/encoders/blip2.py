@@ -136,7 +136,7 @@ class Words:
         self.none = np.zeros((1, c.width), np.float32)
 
     def __call__(self, words: Tensor, places: Tensor, queries: Tensor) -> Tensor:         # [r], [r], [q, Q] -> [r, Q]
-        """Embed rows: id -1-j is query j, which has place -1."""
+        """Return the embeddings of rows; id -1-j is query j, which has place -1."""
         return self.embed(words, queries) + self.places(places, self.none)
 
 
