@@ -27,12 +27,16 @@ from pyengine.files.gguf import GGUFFile
 from pyengine.files.stores import hub_folder
 from pyengine.files.writing import target_of
 
+from .base_config import configs_of
 from .checkpoint import Config, read_json, read_safetensors_header, Stored, STORED_DTYPES, to_float32
-from .contract import Converter, Entry, supported
+from .contract import Converter, Entry
 from .writer import entries_of, find_converter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TYPES = {"f32": QT.F32, "f16": QT.F16, "bf16": QT.BF16}
+# names of a text model's weights in checkpoints that see, and in those that do not
+_TEXT = ((r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=layers\.|norm\.|embed_tokens\.)", "model."),
+         (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."))
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
 _DEFAULTS: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
                              "bias": "none", "fan_in_fan_out": False}
@@ -96,35 +100,16 @@ def _places(found: dict[str, Low], base: Path, folder: Path) -> tuple[str, list[
         converter = find_converter(read_json(file, required=True), file)
         return converter.arch, list(_placed(converter, found, file, folder))
     with GGUFFile(base) as model:
-        configs = list(_configs_of(model))
-    problem: PyEngineError = UnsupportedModelError(f"{base}: no converter writes files of its architecture")
+        configs = list(configs_of(model))
+    problem: PyEngineError | None = None
     for config in configs:
         try:
             converter = find_converter(config, base)
-            return converter.arch, list(_placed(converter, found, base, folder))
+            return converter.arch, list(_placed(converter, found, base, folder, _TEXT))
         except PyEngineError as error:
-            problem = error
+            problem = problem or error                      # of the text model's class, if there is one
+    problem = problem or UnsupportedModelError(f"{base}: no converter writes files of its architecture")
     raise type(problem)(f"{problem}; with --base HF_DIR, the folder of the base model's config.json, nothing has to be guessed")
-
-
-def _configs_of(model: GGUFFile) -> Iterator[dict[str, Any]]:
-    """Yield a config.json, as far as names and shapes need it, for each class of checkpoints of a file's architecture."""
-    meta, tensors = model.metadata, model.tensors
-    arch = meta.need("general.architecture", str)
-    keys = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-            "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
-            "max_position_embeddings": "context_length", "num_experts": "expert_count", "num_local_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length"}
-    given = {name: meta.get(f"{arch}.{key}") for name, key in keys.items()}
-    config = {name: value for name, value in given.items() if isinstance(value, int)}
-    if "token_embd.weight" in tensors:
-        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in tensors
-    for bias in ("attention_bias", "mlp_bias"):
-        config[bias] = ("blk.0.attn_q.bias" if bias == "attention_bias" else "blk.0.ffn_up.bias") in tensors
-    for name, kind in sorted(supported().items(), key=lambda known: not known[0].endswith("ForCausalLM")):
-        if getattr(kind, "arch", None) == arch:                                 # others take that of their text model
-            yield {**config, "architectures": [name]}
 
 
 def _check(config: Config) -> None:
@@ -193,12 +178,12 @@ def _pattern(config: Config, patterns: str, usual: str, module: str) -> float:
     return value
 
 
-def _placed(converter: Converter, found: dict[str, Low], base: Path, folder: Path) -> Iterator[Place]:
+def _placed(converter: Converter, found: dict[str, Low], base: Path, folder: Path, renames: tuple[tuple[str, str], ...] = ()) -> Iterator[Place]:
     """Yield where the base model's converter puts each module's weight. Raises: UnsupportedModelError, InvalidModelError."""
     renamed: dict[str, str] = {}
     for name in found:
         new = name
-        for pattern, replacement in converter.renames:
+        for pattern, replacement in (*renames, *converter.renames):
             new = re.sub(pattern, replacement, new)
         renamed[new] = name
     placed: set[str] = set()

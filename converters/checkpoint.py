@@ -111,6 +111,12 @@ def read_safetensors_header(file: Path) -> dict[str, Stored]:
     return found
 
 
+def tensors_beside(file: Path) -> dict[str, Stored]:
+    """Return the tensors of a config.json's checkpoint; none where no weights lie beside it, or `file` is another: the base of an adapter."""
+    there = file.name == "config.json" and any((file.parent / f"model.safetensors{end}").exists() for end in ("", ".index.json"))
+    return Checkpoint(file.parent).tensors if there else {}
+
+
 class Checkpoint:
     """A Hugging Face model folder: config.json and one or several safetensors files, read a piece at a time."""
 

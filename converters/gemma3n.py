@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import Checkpoint
+from .checkpoint import tensors_beside
 from .contract import Entry, Stack, converts, linear
 from .decoder import Decoder, Tensors, write_window
 from .gemma4_text import SHARED
@@ -67,7 +67,7 @@ class Gemma3n(Decoder):
             raise InvalidModelError(f"{file}: 'layer_types' and 'activation_sparsity_pattern' must have an entry for each of {self.n_layers} layers, and "
                                     f"'vocab_size_per_layer_input' must not be above {self.vocab_size}")
         prefix = re.compile(r"^(model\.language_model|language_model\.model|model)\.")
-        self.there = {prefix.sub("", name) for name in Checkpoint(file.parent).tensors}
+        self.there = {prefix.sub("", name) for name in tensors_beside(file)}
         self.local_rope = rope_parameters(c, LOCAL_BASE, "sliding_attention", "rope_local_base_freq", scaled=False)
         if self.local_rope["rope_type"] != "default" or self.rope["rope_type"] != "default":
             raise UnsupportedModelError(f"{file}: scaling of rope has no key")
@@ -110,7 +110,7 @@ class Gemma3n(Decoder):
                              ("laurel_post_norm", "laurel.post_laurel_norm"), ("altup_router_norm", "altup.router_norm")):
             yield self.norm(f"{b}.{name}", f"{m}.{source}", d)
         for entry in self.attention(b, f"{m}.self_attn", head_norms=True):
-            if i < self.n_own or entry.source.removeprefix("model.") in self.there:          # llama.cpp wants those that nothing reads
+            if i < self.n_own or not self.there or entry.source.removeprefix("model.") in self.there:          # llama.cpp wants those that nothing reads
                 yield entry
         yield from self.gated(b, f"{m}.mlp", self.d_ff)
         yield from linear(f"{b}.inp_gate", f"{m}.per_layer_input_gate", self.d_per_layer, d)

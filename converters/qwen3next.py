@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError
 
-from .checkpoint import Checkpoint
+from .checkpoint import tensors_beside
 from .contract import FLOAT32, Entry, Stack, converts, linear
 from .decoder import Decoder, Tensors
 from .qwen2moe import write_expert_keys
@@ -51,7 +51,7 @@ class DeltaNets(Decoder):
             raise InvalidModelError(f"{c.file}: {self.n_values} heads cannot share {self.n_keys} keys, or a convolution of {self.taps}")
         self.recurrent = [kind == "linear_attention" for kind in kinds]
         self.key_width, self.value_width = self.n_keys * self.d_key, self.n_values * self.d_value
-        self.more = {n for n in Checkpoint(c.file.parent).tensors if n.startswith(("mtp.", "model.mtp."))}
+        self.more = {n for n in tensors_beside(c.file) if n.startswith(("mtp.", "model.mtp."))}
 
     def unused(self) -> set[str]:
         return super().unused() | self.more
@@ -113,7 +113,7 @@ class SharedExperts(DeltaNets):
         for name, *allowed in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", None, [])):
             c.refuse_unless(name, *allowed)
         self.n_experts, self.d_expert, self.d_shared = (c.count(n) for n in ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"))
-        self.joined = any(n.endswith(".mlp.experts.gate_up_proj") for n in Checkpoint(c.file.parent).tensors)
+        self.joined = any(n.endswith(".mlp.experts.gate_up_proj") for n in tensors_beside(c.file))
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)

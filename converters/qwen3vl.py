@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import Checkpoint, Config
+from .checkpoint import Config, tensors_beside
 from .contract import FLOAT32, Entry, converts, linear
 from .decoder import Tensors
 from .qwen3 import DEFAULTS as QWEN3
@@ -124,7 +124,7 @@ class Qwen3VlMoe(Qwen3Vl):
             c.refuse_unless(name, *allowed)
         self.n_experts = c.count("num_experts" if c.get("num_experts") is not None else "num_local_experts")
         self.d_expert = c.count("moe_intermediate_size")
-        shapes = {t.shape for name, t in Checkpoint(file.parent).tensors.items() if name.endswith("experts.gate_up_proj")}
+        shapes = {t.shape for name, t in tensors_beside(file).items() if name.endswith("experts.gate_up_proj")}
         self.transposed = shapes == {(self.n_experts, self.d_model, 2 * self.d_expert)}
 
     def write_keys(self, out: GGUFWriter) -> None:

@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import Checkpoint, Config, malformed_is, read_json
+from .checkpoint import Config, malformed_is, read_json, tensors_beside
 from .contract import Converter, Entry, layer_norm, linear
 from .decoder import Tensors
 
@@ -84,7 +84,7 @@ def _settings(folder: Path, part: str, files: tuple[str, ...], defaults: dict[st
 
 def tied_head(root: Config) -> bool:
     """Say whether the head is the embedding. One in the checkpoint is used whatever its config says, as transformers does."""
-    headed = any(name.endswith("lm_head.weight") for name in Checkpoint(root.file.parent).tensors)
+    headed = any(name.endswith("lm_head.weight") for name in tensors_beside(root.file))
     return not headed and root.get("tie_word_embeddings") is not False
 
 

@@ -52,6 +52,8 @@ class Encoder(ABC):
     leads        pictures stand before all of a text, the token that begins it included
     vocabulary   what stands before the keys of a vocabulary of its own, by which it reads a prompt's text (`Limits.words`); "": it reads none
     maps         names of the maps of attention that it can show, where a picture is one run; none of others
+    several      a prompt may have more than one picture
+    points       answers name places of a picture as points (`chat/boxes`)
     """
 
     kind: ClassVar[str] = "image"
@@ -61,6 +63,8 @@ class Encoder(ABC):
     leads: ClassVar[bool] = False
     vocabulary: str = ""
     maps: tuple[str, ...] = ()
+    several: ClassVar[bool] = True
+    points: ClassVar[bool] = False
 
     @abstractmethod
     def most_rows(self, n_ctx: int) -> int:

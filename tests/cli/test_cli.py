@@ -1020,6 +1020,8 @@ def test_show_says_what_a_model_can_do_and_whether_it_runs(tiny_gguf, tmp_path, 
         ("llama", ["text", "tools", "adapters"], "text, tools \\(told in words\\), adapters"),
         ("gemma3", ["text", "pictures", "several pictures", "tools", "adapters"], f"text, {pictures.format(128)}, tools \\(told in words\\), adapters"),
         ("qwen2_5_vl", ["text", "pictures", "several pictures", "videos", "boxes", "tools", "adapters"], "text, .*, videos, boxes, .*, adapters"),
+        ("molmo", ["text", "pictures", "several pictures", "points", "tools", "adapters"], "text, .*, points, .*, adapters"),
+        ("fuyu", ["text", "pictures", "tools", "adapters"], "text, pictures, tools .*, adapters"),
     ):
         path = str(tiny_gguf(kind)[0])
         assert execute(["show", path, "--json"]) == 0

@@ -58,11 +58,23 @@ def test_adapted_is_merged(kind: str, tiny_gguf, tmp_path: Path) -> None:
     path, hf = tiny_gguf(kind)
     adapter = lora.make_adapter(tmp_path / "a", hf)
     file = convert_adapter(adapter, hf, tmp_path / "a.gguf")
+    assert convert_adapter(adapter, path, tmp_path / "of-file.gguf").read_bytes() == file.read_bytes()          # of the base only names and shapes are needed
     want = tiny.hf_logits(lora.merge(tmp_path / "merged", hf, [(adapter, 0.7)]), IDS)
     with pe.load(path, n_ctx=64, kv_dtype="f32", adapters=[(file, 0.7)]) as model:
         close(model.logits(IDS), want)
         close(model.logits(IDS, adapters={}), tiny.hf_logits(hf, IDS))
     assert np.abs(want - tiny.hf_logits(hf, IDS)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "internvl", "llava_next", "mistral3", "mllama", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"])
+def test_text_models_of_checkpoints_that_see(kind: str, tiny_gguf, tmp_path: Path) -> None:
+    """By the folder, and by a file of the base model, which says less."""
+    path, hf = tiny_gguf(kind)
+    adapter = lora.make_adapter(tmp_path / "a", hf, ("gate_proj", "o_proj"), within=("language_model", "text_model", "model.layers."))
+    file = convert_adapter(adapter, hf, tmp_path / "a.gguf")
+    assert convert_adapter(adapter, path, tmp_path / "b.gguf").read_bytes() == file.read_bytes()
+    with pe.load(path, n_ctx=64, adapters=file) as model, pe.load(path, n_ctx=64) as plain:
+        assert np.abs(model.logits(IDS) - plain.logits(IDS)).max() > 0.05
 
 
 @pytest.mark.parametrize("scales", [(1.0, 0.0), (0.0, 1.0), (0.5, -1.5)])

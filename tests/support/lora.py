@@ -29,8 +29,10 @@ def _adaptable(name: str, w: np.ndarray) -> bool:
 
 
 def make_adapter(folder: Path, base: Path, targets: Sequence[str] = (), *, seed: int = 0, dtype: str = "float32",
-                 ranks: Mapping[str, int] | None = None, **config: Any) -> Path:
-    """Write an adapter for the matrices of a checkpoint whose modules have these names, or all of its layers; ranks: of modules, instead of r."""
+                 ranks: Mapping[str, int] | None = None, within: Sequence[str] = ("",), **config: Any) -> Path:
+    """Write an adapter for the matrices of a checkpoint whose modules have these names, or all of its layers; ranks: of modules, instead of r;
+    within: what whole names have in them, one of these.
+    """
     from safetensors.numpy import save_file
 
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(targets), "base_model_name_or_path": str(base), "bias": "none",
@@ -41,7 +43,7 @@ def make_adapter(folder: Path, base: Path, targets: Sequence[str] = (), *, seed:
     for name, w in sorted(read(base / "model.safetensors").items()):
         module = name.removesuffix(".weight")
         last = module.rpartition(".")[2]
-        if last not in targets if targets else not _adaptable(name, w):
+        if (last not in targets if targets else not _adaptable(name, w)) or not any(part in name for part in within):
             continue
         r = (ranks or {}).get(last, settings["r"])
         n_out, n_in = w.shape[::-1] if last in TURNED else w.shape

@@ -72,11 +72,11 @@ def _seen(fitted: Any) -> dict[str, Any]:
     from pyengine.text.tokenizer import Tokenizer
 
     rows = bound.image.n_rows(SIDE, SIDE)
-    found: dict[str, Any] = {"pictures": {"side": SIDE, "rows": rows, "at_once": (sizes.across or sizes.n_ctx) // rows}}
+    found: dict[str, Any] = {"pictures": {"side": SIDE, "rows": rows, "at_once": (sizes.across or sizes.n_ctx) // rows if bound.image.several else 1}}
     if "video" in bound.image.markers:
         found["videos"] = {}
     tokenizer = Tokenizer.from_metadata(bound.files.model.metadata)
-    return {**found, **({"boxes": {}} if all(tokenizer.id_of(mark) is not None for mark in MARKS) else {})}
+    return {**found, **({"boxes": {}} if all(tokenizer.id_of(mark) is not None for mark in MARKS) else {}), **({"points": {}} if bound.image.points else {})}
 
 
 def _spoken(meta: Metadata) -> dict[str, Any]:

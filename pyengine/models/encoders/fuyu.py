@@ -62,6 +62,8 @@ class VisionConfig:
 class Vision(Encoder):
     """Product, processor and special tokens. Nothing about a picture is kept here."""
 
+    several = False
+
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
         c = self.config = VisionConfig.read(h, v)

@@ -101,6 +101,8 @@ def fitted(width: int, height: int, w: int, h: int) -> tuple[int, int]:
 class Vision(Encoder):
     """Encoder, projector, processor and special tokens. Nothing about a picture is kept here."""
 
+    points = True
+
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
         c = self.config = VisionConfig.read(h, v, w)
