@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cases import Case, Converted
+from hollow import Decoder, Full
 from test_gemma3 import named
 from tiny import COMMON
 
@@ -20,4 +21,6 @@ CASES = (Case(
     ring=True, cached_as="gemma3_text", norm_mean=lambda name: 0.0,
     variants={"gemma2": {}, "gemma2-no-caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None}},
     converted=Converted(KEYS, names="GEMMA2", tensor=named, error=4e-4,  # measured: 2e-4; llama.cpp looks GELU up in a table of float16
-                        runs={"gemma2": {"query_pre_attn_scalar": 32}})),)                  # its constant: the size of a head
+                        runs={"gemma2": {"query_pre_attn_scalar": 32}}),                  # its constant: the size of a head
+    full={"gemma-2-9b": Full(Decoder("gemma2", 42, 3584, 14336, 16, 8, 256, 256000, 8192, tied=True, norms=(
+        "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), keys={"attention.sliding_window": 4096}))}),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cases import Case, Converted
+from hollow import Decoder, Full
 from test_llama import interleaved
 from tiny import COMMON, ROPES
 
@@ -20,6 +21,8 @@ OWN = {**COMMON, **MULTIPLIERS, "rms_norm_eps": 1e-5, "tie_word_embeddings": Tru
 GRANITE = Case(
     "granite", "granite", "GraniteConfig", "GraniteForCausalLM", "gpt-2", OWN, cached_as="llama",
     variants={"granite": {}, "granite-untied-yarn": {"tie_word_embeddings": False, "rope_parameters": ROPES["yarn"]}},
-    converted=Converted(KEYS, names="GRANITE", tensor=interleaved, narrow="bf16"))
+    converted=Converted(KEYS, names="GRANITE", tensor=interleaved, narrow="bf16"),
+    full={"granite-3.3-8b": Full(Decoder("granite", 40, 4096, 12800, 32, 8, 128, 49159, 131072, tied=True, keys={
+        "logit_scale": 16.0, "residual_scale": 0.22, "embedding_scale": 12.0, "attention.scale": 0.0078125}))})
 
 CASES = (GRANITE,)

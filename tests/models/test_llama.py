@@ -41,7 +41,7 @@ LLAMA = Case(
               **{f"llama-{name}": {"rope_parameters": rope} for name, rope in ROPES.items()},
               "llama-longrope-short": {"rope_parameters": {**ROPES["longrope"], "original_max_position_embeddings": 512},
                                        "max_position_embeddings": 2048}}),
-    full={"llama-405b": Full(Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072, n_merges=280147),
+    full={"llama-8b": Full(Decoder("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072)), "llama-405b": Full(Decoder("llama", 126, 16384, 53248, 128, 8, 128, 128256, 131072, n_merges=280147),
                              dtype="Q8_0", part_bytes=40 * 2**30)})
 
 MISTRAL = Case(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cases import Case, Converted
+from hollow import Decoder, Full
 from tiny import COMMON, ROPES
 
 KEYS = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 160,
@@ -17,4 +18,5 @@ CASES = (Case(
     variants={"qwen2": {}, "qwen2-untied-sliding": {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 6,
                                                     "max_window_layers": 1}},
     converted=Converted(KEYS, names="QWEN2", narrow="bf16", tensors={"qwen2": {}, "qwen2-untied": {"tie_word_embeddings": False}},
-                        runs={"qwen2": {}, "qwen2-yarn": {"rope_parameters": ROPES["yarn-attn"]}})),)
+                        runs={"qwen2": {}, "qwen2-yarn": {"rope_parameters": ROPES["yarn-attn"]}}),
+    full={"qwen2.5-7b": Full(Decoder("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 32768, biases=True))}),)

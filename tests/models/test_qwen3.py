@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cases import Case, Converted
+from hollow import Decoder, Full
 from tiny import COMMON, ROPES
 
 KEYS = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 160,
@@ -17,4 +18,5 @@ CASES = (Case(
     cached_as="qwen2",
     variants={"qwen3": {}, "qwen3-untied": {"tie_word_embeddings": False}},
     converted=Converted(KEYS, names="QWEN3", narrow="bf16", tensors={"qwen3": {}, "qwen3-untied": {"tie_word_embeddings": False}},
-                        runs={"qwen3": {}, "qwen3-yarn": {"rope_parameters": ROPES["yarn-attn"]}})),)
+                        runs={"qwen3": {}, "qwen3-yarn": {"rope_parameters": ROPES["yarn-attn"]}}),
+    full={"qwen3-8b": Full(Decoder("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 40960, head_norms=True))}),)

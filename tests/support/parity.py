@@ -21,6 +21,7 @@ import tiny  # noqa: E402
 from cases import Case  # noqa: E402
 from converters import convert  # noqa: E402
 from pictures import A, B  # noqa: E402
+from pyengine.memory.fit import DEFAULT_CTX  # noqa: E402
 
 HEAD = """# Models beside transformers
 
@@ -30,8 +31,11 @@ the worst difference of a logit at any position, as a share of the range of all 
 read: a checkpoint of Hugging Face through our converter, llama.cpp's pair of text and mmproj, Ollama's single file. A class with a star is not
 of transformers, which has none for this model: it is a reference in torch of our own (`tests/support/reference_*.py`), from paper and checkpoint.
 
-| case | architecture | class of transformers | logits | soft tokens | files |
-|---|---|---|---|---|---|
+"Plan" is what `pyengine-run plan` counts of published models of this kind: weights with those of the encoder, and caches at the default context
+({most:,} positions, or what the model was trained with). Files for it have the published sizes and no data; matrices in the format that is named.
+
+| case | architecture | class of transformers | logits | soft tokens | files | plan: weights + caches |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -53,13 +57,25 @@ def measured(case: Case, folder: Path) -> tuple[float, float | None]:
     return share(model.logits(prompt), want.logits), max(soft, default=None)
 
 
+def planned(case: Case, folder: Path) -> str:
+    """Return the sizes of the published models that the case knows."""
+    found = []
+    for name, full in case.full.items():
+        path, mmproj = full.write(folder, name)
+        plan = pe.plan(path, mmproj=mmproj, device="cpu", n_ctx=min(full.decoder.n_ctx, DEFAULT_CTX))
+        weights = plan.of("weights") + plan.of("mapped") + sum(i.nbytes for i in plan.items if i.purpose == "encoder" and "arena" not in i.detail)
+        found.append(f"{name}, {full.dtype}: {weights / 2**30:.1f} + {plan.of('kv') / 2**30:.1f} GiB")
+    return "; ".join(found)
+
+
 def row(case: Case) -> str:
     """Run a case and return its row."""
     with tempfile.TemporaryDirectory() as folder:
         logits, soft = measured(case, Path(folder))
+        plans = planned(case, Path(folder))
     files = ["Hugging Face", *(["llama.cpp"] if case.dialect else []), *(["Ollama"] if case.dialect and case.dialect.ollama_arch else [])]
     star = r"\*" if case.model_class in tiny.OWN else ""
-    return (f"| {case.kind} | `{case.arch}` | {case.model_class}{star} | {logits:.1e} | {'' if soft is None else f'{soft:.1e}'} | {', '.join(files)} |\n")
+    return (f"| {case.kind} | `{case.arch}` | {case.model_class}{star} | {logits:.1e} | {'' if soft is None else f'{soft:.1e}'} | {', '.join(files)} | {plans} |\n")
 
 
 def main() -> None:
@@ -68,7 +84,7 @@ def main() -> None:
     for case in sorted((c for c in cases.every().values() if c.converted), key=lambda c: (c.sees, c.arch, c.kind)):
         rows.append(row(case))
         print(rows[-1], end="", flush=True)
-    (ROOT / "docs" / "models.md").write_text(HEAD + "".join(rows))
+    (ROOT / "docs" / "models.md").write_text(HEAD.format(most=DEFAULT_CTX) + "".join(rows))
 
 
 if __name__ == "__main__":
