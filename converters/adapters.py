@@ -2,7 +2,8 @@
 
 A folder has adapter_config.json and adapter_model.safetensors, whose tensors are named
 `base_model.model.<name of the module>.lora_A.weight` [r, n_in] and `.lora_B.weight` [n_out, r]. B's rows are those of the weight, and
-go where the base model's converter puts them (rows in another order; parts of a matrix); A stays as it is.
+go where the base model's converter puts them (rows in another order; parts of a matrix); A stays as it is. An embedding has `.lora_embedding_A`
+[r, vocabulary], which is turned, and `.lora_embedding_B` [n_out, r]. Modules of a layer's experts become one tensor, as their weights do.
 
 The scale of a module is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; `rank_pattern` and `alpha_pattern` give other numbers
 to some modules. A file has one alpha: where alpha / r is not a module's scale, its B is multiplied. Follows peft `lora/config.py`,
@@ -23,13 +24,14 @@ import numpy as np
 from gguf import GGMLQuantizationType as QT
 
 from pyengine.errors import InvalidModelError, PyEngineError, RequestError, UnsupportedModelError
+from pyengine.files.adapters import EMBEDDING
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.stores import hub_folder
 from pyengine.files.writing import target_of
 
 from .base_config import configs_of
 from .checkpoint import Config, read_json, read_safetensors_header, Stored, STORED_DTYPES, to_float32
-from .contract import Converter, Entry
+from .contract import Converter, Entry, Stack
 from .writer import entries_of, find_converter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,7 +39,7 @@ TYPES = {"f32": QT.F32, "f16": QT.F16, "bf16": QT.BF16}
 # names of a text model's weights in checkpoints that see, and in those that do not
 _TEXT = ((r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=layers\.|norm\.|embed_tokens\.)", "model."),
          (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."))
-_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight$")
+_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?(2)|\.weight)$")
 _DEFAULTS: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
                              "bias": "none", "fan_in_fan_out": False}
 # what peft's LoraConfig may ask for beside two matrices, in words
@@ -48,18 +50,27 @@ _OTHER = {"use_dora": "DoRA, which also scales the weight's rows", "modules_to_s
 
 
 class Low(NamedTuple):
-    """The two matrices of a module, and the module's scale."""
+    """The two matrices of a module, and the module's scale. embeds: the module is an embedding, whose weight is (b a)^T."""
 
     a: Stored
     b: Stored
     scale: float
+    embeds: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's shape."""
+        shape = self.b.shape[0], self.a.shape[1]
+        return shape[::-1] if self.embeds else shape
 
 
 class Place(NamedTuple):
-    """A weight of the base model's file, and the two matrices of the module that it comes from."""
+    """A weight of the base model's file, and the two matrices of the module that it comes from; of experts, of the module of each."""
 
+    name: str
     entry: Entry
-    low: Low
+    lows: tuple[Low, ...]
+    experts: bool
 
 
 def is_adapter(folder: Path) -> bool:
@@ -118,7 +129,8 @@ def _check(config: Config) -> None:
     config.refuse_unless("bias", "none", None)
     for name, what in _OTHER.items():
         if config.get(name):
-            raise UnsupportedModelError(f"{config.file}: '{name}' is set: {what}; this converter knows plain LoRA")
+            of = ", ".join(map(str, config.get(name))) if isinstance(config.get(name), list) else ""
+            raise UnsupportedModelError(f"{config.file}: '{name}' is set{f' ({of})' if of else ''}: {what}; this converter knows plain LoRA")
 
 
 def _base(config: Config) -> Path:
@@ -137,13 +149,14 @@ def _pairs(file: Path, config: Config) -> dict[str, Low]:
     if not file.is_file():
         raise InvalidModelError(f"{file}: is missing; save the adapter with safetensors")
     halves: dict[str, dict[str, Stored]] = {}
+    embeds: set[str] = set()
     for name, stored in read_safetensors_header(file).items():
         key = _KEY.match(name)
         if key is None:
-            what = ("DoRA's magnitudes" if "lora_magnitude" in name else "adapters of embeddings" if "lora_embedding" in name else
-                    "biases of LoRA" if name.endswith(".lora_B.bias") else "no matrix of LoRA")
+            what = ("DoRA's magnitudes" if "lora_magnitude" in name else "biases of LoRA" if name.endswith(".lora_B.bias") else "no matrix of LoRA")
             raise UnsupportedModelError(f"{file}: tensor '{name}': {what}, which this converter does not know")
-        halves.setdefault(key[1], {})[key[2]] = stored
+        halves.setdefault(key[1], {})[key[3]] = stored
+        embeds |= {key[1]} if key[2] else set()
     found: dict[str, Low] = {}
     for module, half in halves.items():
         if half.keys() != {"A", "B"}:
@@ -153,7 +166,7 @@ def _pairs(file: Path, config: Config) -> dict[str, Low]:
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] != rank:
             raise InvalidModelError(f"{file}: '{module}' has matrices of shapes {a.shape} and {b.shape}, and its rank is {rank}")
         alpha = _pattern(config, "alpha_pattern", "lora_alpha", module)
-        found[f"{module}.weight"] = Low(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        found[f"{module}.weight"] = Low(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), module in embeds)
     if not found:
         raise InvalidModelError(f"{file}: has no tensors")
     return found
@@ -187,22 +200,47 @@ def _placed(converter: Converter, found: dict[str, Low], base: Path, folder: Pat
             new = re.sub(pattern, replacement, new)
         renamed[new] = name
     placed: set[str] = set()
-    for entry in entries_of(converter, base):
-        source = renamed.get(getattr(entry, "source", ""))
-        if source is None:
+    for tensor in entries_of(converter, base):
+        parts = tensor.parts if isinstance(tensor, Stack) else (tensor,)
+        sources = [renamed.get(getattr(part, "source", "")) for part in parts]
+        own = [source for source in sources if source is not None]
+        if not own:
             continue
-        low, whole = found[source], entry.stored or entry.shape
-        plain = len(whole) == 2 and entry.frame is None and entry.middle is None and entry.first_column is None and entry.make is None
-        if not plain or entry.name.startswith(("v.", "mm.", "token_embd")):
-            raise UnsupportedModelError(f"{folder}: '{source}' becomes '{entry.name}', whose adapters are not supported")
-        shape = whole[::-1] if entry.turned else whole
-        if (low.b.shape[0], low.a.shape[1]) != shape:
-            raise InvalidModelError(f"{folder}: '{source}' has matrices for a weight {(low.b.shape[0], low.a.shape[1])}, and {base} asks for {shape}: "
-                                    "the adapter is of another base model")
-        placed.add(source)
-        yield Place(entry, low)
+        lows = tuple(found[source] for source in own)
+        for source, part in zip(sources, parts):
+            if source is not None:
+                _check_place(part, tensor.name, found[source], f"{folder}: '{source}'", base)
+        if len(own) < len(parts) or len({low.b.shape[1] for low in lows}) > 1 or isinstance(tensor, Stack) and tensor.joined:
+            raise UnsupportedModelError(f"{folder}: '{own[0]}' is a part of '{tensor.name}', which takes adapters of one rank for all of its {len(parts)} parts")
+        placed.update(own)
+        yield Place(tensor.name, parts[0], lows, isinstance(tensor, Stack))
     if missing := sorted(found.keys() - placed):
         raise UnsupportedModelError(f"{folder}: '{converter.arch}' has no product for '{missing[0]}'" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+
+
+def _check_place(entry: Entry, name: str, low: Low, what: str, base: Path) -> None:
+    """Check that a weight takes an adapter. Raises: UnsupportedModelError, InvalidModelError."""
+    whole = entry.stored or entry.shape
+    plain = len(whole) == 2 and entry.frame is None and entry.middle is None and entry.first_column is None and entry.make is None
+    if not plain or name.startswith(("v.", "mm.")) or low.embeds is not (name == EMBEDDING):
+        raise UnsupportedModelError(f"{what} becomes '{name}', whose adapters are not supported")
+    shape = whole[::-1] if entry.turned else whole
+    if low.shape != shape:
+        raise InvalidModelError(f"{what} has matrices for a weight {low.shape}, and {base} asks for {shape}: the adapter is of another base model")
+
+
+def _matrices(place: Place, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the two tensors of a weight in the file: of experts one above the other, of an embedding the first turned."""
+    made = []
+    for low in place.lows:
+        a, b, entry = _read(low.a), _read(low.b), place.entry
+        factor = np.float32(low.scale * a.shape[0] / alpha)
+        if low.embeds:
+            a = np.ascontiguousarray(a.T)
+        else:
+            b = b[entry.row_order] if entry.row_order is not None else b[entry.first_row : entry.first_row + entry.shape[0]]
+        made.append((a, b if factor == 1 else b * factor))
+    return (np.stack([a for a, _ in made]), np.stack([b for _, b in made])) if place.experts else made[0]
 
 
 def _read(stored: Stored) -> np.ndarray:
@@ -212,24 +250,22 @@ def _read(stored: Stored) -> np.ndarray:
 
 def _write(file: Path, arch: str, folder: Path, placed: list[Place], wanted: QT | None) -> None:
     """Write the keys and the matrices."""
-    scales = [low.scale * low.a.shape[0] for _, low in placed]
+    scales = [place.lows[0].scale * place.lows[0].a.shape[0] for place in placed]
     alpha = max(scales, key=scales.count)                                       # most modules' B stays as it is
     out = gguf.GGUFWriter(file, arch)
     out.add_type("adapter")
     out.add_name(folder.resolve().name)
     out.add_string("adapter.type", "lora")
     out.add_float32("adapter.lora.alpha", alpha)
-    for entry, low in placed:
-        a, b = _read(low.a), _read(low.b)
-        b = b[entry.row_order] if entry.row_order is not None else b[entry.first_row : entry.first_row + entry.shape[0]]
-        factor = np.float32(low.scale * low.a.shape[0] / alpha)
-        for end, values, stored in (("lora_a", a, low.a), ("lora_b", b if factor == 1 else b * factor, low.b)):
+    for place in placed:
+        a, b = _matrices(place, alpha)
+        for end, values, stored in (("lora_a", a, place.lows[0].a), ("lora_b", b, place.lows[0].b)):
             qtype = wanted or TYPES[stored.dtype.lower()]
             with np.errstate(over="ignore"):
                 data = gguf.quants.quantize(np.ascontiguousarray(values), qtype)
             if qtype == QT.F16 and np.isinf(data).any() and np.isfinite(values).all():
-                raise UnsupportedModelError(f"tensor '{entry.name}.{end}' has values that float16 cannot hold; use --outtype f32")
-            out.add_tensor(f"{entry.name}.{end}", data, raw_dtype=qtype)
+                raise UnsupportedModelError(f"tensor '{place.name}.{end}' has values that float16 cannot hold; use --outtype f32")
+            out.add_tensor(f"{place.name}.{end}", data, raw_dtype=qtype)
     try:
         out.write_header_to_file()
         out.write_kv_data_to_file()

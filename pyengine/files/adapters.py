@@ -2,6 +2,8 @@
 
     general.type = "adapter", general.architecture, adapter.type = "lora", adapter.lora.alpha
     blk.0.attn_q.weight.lora_a [r, n_in], blk.0.attn_q.weight.lora_b [n_out, r]            (slowest axis first)
+    blk.0.ffn_up_exps.weight.lora_a [e, r, n_in], blk.0.ffn_up_exps.weight.lora_b [e, n_out, r]        of e experts
+    token_embd.weight.lora_a [vocabulary, r], token_embd.weight.lora_b [n_out, r]          rows by id, times B^T
 
 Hu et al. 2021, arXiv:2106.09685: y = x W^T + scale alpha / r (x A^T) B^T; alpha 0: y = x W^T + scale (x A^T) B^T, as in llama.cpp
 (src/llama-adapter.h). `python -m converters` makes such files of peft's folders.
@@ -23,10 +25,13 @@ from pyengine.files.weights import WeightRef
 
 A, B = ".lora_a", ".lora_b"
 KIND = "adapter"                     # general.type of such a file
+EMBEDDING = "token_embd.weight"
 
 
 class Pair(NamedTuple):
-    """The matrices of one weight: a [r, n_in], b [n_out, r]; `factor` is alpha / r."""
+    """The matrices of one weight: a [r, n_in], b [n_out, r], those of experts one above the other, of embeddings a [vocabulary, r]; `factor` is
+    alpha / r.
+    """
 
     a: WeightRef
     b: WeightRef
@@ -34,7 +39,7 @@ class Pair(NamedTuple):
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.b.shape[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +133,13 @@ def _pairs(file: GGUFFile, alpha: float) -> dict[str, Pair]:
         b = file.tensors[other]
         if end == B:
             continue
-        if len(a.shape) == 3 or len(b.shape) == 3:
-            raise UnsupportedModelError(f"{file.path}: tensor {quoted(name)}: is of experts' matrices {a.shape}, whose adapters are not supported")
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            raise InvalidModelError(f"{file.path}: tensor {quoted(name)}: has shape {a.shape}, and {quoted(other)} {b.shape}: the rows of the one "
-                                    "must be the columns of the other")
-        rank = a.shape[0]
-        if not rank:
-            raise InvalidModelError(f"{file.path}: tensor {quoted(name)}: has no rows")
+        if len(a.shape) not in (2, 3) or len(b.shape) != len(a.shape) or a.shape[:-2] != b.shape[:-2]:
+            raise InvalidModelError(f"{file.path}: tensor {quoted(name)}: has shape {a.shape}, and {quoted(other)} {b.shape}: two matrices are needed, or "
+                                    "two of each expert")
+        rank = a.shape[-1 if base == EMBEDDING else -2]
+        if rank != b.shape[-1]:
+            raise InvalidModelError(f"{file.path}: tensor {quoted(name)}: has shape {a.shape}, and {quoted(other)} {b.shape}: the "
+                                    f"{'columns' if base == EMBEDDING else 'rows'} of the one must be the columns of the other")
         pairs[base] = Pair(WeightRef(name, a.shape, a.dtype, file), WeightRef(other, b.shape, b.dtype, file), alpha / rank if alpha else 1.0)
     if not pairs:
         raise InvalidModelError(f"{file.path}: has no tensors")
@@ -157,9 +161,8 @@ def check_base(adapter: Adapter, model: GGUFFile) -> None:
             raise UnsupportedModelError(f"{path}: tensor {quoted(a.name)}: adapters of the media encoder are not supported")
         if name not in model.tensors:
             raise InvalidModelError(f"{path}: tensor {quoted(a.name)}: {model.path} has no tensor {quoted(name)}: the adapter is of another base model")
-        if name == "token_embd.weight":
-            raise UnsupportedModelError(f"{path}: tensor {quoted(a.name)}: adapters of token embeddings are not supported")
-        shape, wanted = model.tensors[name].shape, (b.shape[0], a.shape[1])
+        shape = model.tensors[name].shape
+        wanted = (a.shape[0], b.shape[0]) if name == EMBEDDING else (*a.shape[:-2], b.shape[-2], a.shape[-1])
         if shape != wanted:
             raise InvalidModelError(f"{path}: tensors {quoted(a.name)} {a.shape} and {quoted(b.name)} {b.shape} are for a weight {wanted}, but "
                                     f"{quoted(name)} of {model.path} is {shape}: the adapter is of another base model")

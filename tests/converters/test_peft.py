@@ -84,7 +84,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize(("config", "tensors", "error", "says"), [
     ({"use_dora": True}, {}, UnsupportedModelError, "DoRA"),
-    ({"modules_to_save": ["lm_head"]}, {}, UnsupportedModelError, "modules_to_save"),
+    ({"modules_to_save": ["lm_head", "norm"]}, {}, UnsupportedModelError, r"modules_to_save' is set \(lm_head, norm\)"),
     ({"peft_type": "IA3"}, {}, UnsupportedModelError, "IA3"),
     ({"bias": "all"}, {}, UnsupportedModelError, "'bias' is 'all'"),
     ({"alora_invocation_tokens": [1, 2]}, {}, UnsupportedModelError, "activated"),
@@ -95,7 +95,11 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     ({}, {f"{Q}.lora_A.weight": None}, InvalidModelError, "has no lora_A"),
     ({}, {f"{Q}.lora_A.weight": np.ones((4, 95), np.float32)}, InvalidModelError, "another base model"),
     ({}, {f"{Q}.lora_magnitude_vector": np.ones(96, np.float32)}, UnsupportedModelError, "DoRA"),
-    ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 512), np.float32)}, UnsupportedModelError, "embeddings"),
+    ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 512), np.float32)}, InvalidModelError, "has no lora_B"),
+    ({}, {f"base_model.model.model.embed_tokens.lora_embedding_{x}": np.ones(s, np.float32) for x, s in (("A", (4, 500)), ("B", (96, 4)))},
+     InvalidModelError, r"weight \(500, 96\)"),
+    ({}, {f"base_model.model.model.norm.lora_embedding_{x}": np.ones(s, np.float32) for x, s in (("A", (4, 96)), ("B", (96, 4)))},
+     UnsupportedModelError, "output_norm.weight"),
     ({}, {"base_model.model.lm_head.weight": np.ones((512, 96), np.float32)}, UnsupportedModelError, "no matrix of LoRA"),
     ({}, {f"base_model.model.model.embed_tokens.lora_{x}.weight": np.ones(s, np.float32) for x, s in (("A", (4, 96)), ("B", (512, 4)))},
      UnsupportedModelError, "token_embd.weight"),
@@ -107,7 +111,7 @@ def test_what_a_file_cannot_say_is_refused(made, tmp_path: Path, config: dict[st
     assert not list(tmp_path.glob("x.gguf*"))
 
 
-def test_experts_are_refused(tiny_gguf, tmp_path: Path) -> None:
+def test_some_experts_alone_are_refused(tiny_gguf, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     hf = tiny_gguf("qwen3moe")[1]
@@ -117,5 +121,5 @@ def test_experts_are_refused(tiny_gguf, tmp_path: Path) -> None:
     module = f"base_model.model.{name.removesuffix('.weight')}"
     save_file({f"{module}.lora_A.weight": np.ones((4, columns), np.float32), f"{module}.lora_B.weight": np.ones((rows, 4), np.float32)},
               adapter / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedModelError, match="experts"):
+    with pytest.raises(UnsupportedModelError, match=r"experts.*a part of 'blk.0.ffn_.*_exps.weight'.*all of its"):
         convert_adapter(adapter, hf, tmp_path / "x.gguf")

@@ -96,6 +96,53 @@ def test_heads_and_weights_in_parts(tiny_gguf, tmp_path: Path) -> None:
         close(model.logits(IDS), tiny.hf_logits(lora.merge(tmp_path / "merged", hf, [(adapter, 1.0)]), IDS))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "gpt2"])
+def test_embeddings(kind: str, tiny_gguf, tmp_path: Path) -> None:
+    """Rows that are looked up change, with the embedding's own factor; an output head that is the same matrix does not."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    path, hf = tiny_gguf(kind)
+    adapters = [lora.make_adapter(tmp_path / f"a{seed}", hf, ("embed_tokens", "wte", "down_proj"), seed=seed, r=3 + seed) for seed in (1, 2)]
+    files = [convert_adapter(folder, path, tmp_path / f"{folder.name}.gguf") for folder in adapters]
+    merged, config = lora.merge(tmp_path / "merged", hf, [(adapters[0], 0.5), (adapters[1], 1.0)]), json.loads((hf / "config.json").read_text())
+    tensors, base = lora.read(merged / "model.safetensors"), lora.read(hf / "model.safetensors")
+    head = next(value for name, value in base.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+    save_file({**tensors, "lm_head.weight": base.get("lm_head.weight", head)}, merged / "model.safetensors", metadata={"format": "pt"})
+    (merged / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pe.load(path, n_ctx=64, kv_dtype="f32", adapters=[(files[0], 0.5), files[1]]) as model, pe.load(path, n_ctx=64, kv_dtype="f32") as plain:
+        close(model.logits(IDS), tiny.hf_logits(merged, IDS))
+        assert np.array_equal(model.logits(IDS, adapters={}), plain.logits(IDS))
+
+
+def test_rows_of_pictures_are_no_embeddings(tiny_gguf, tmp_path: Path) -> None:
+    from pictures import A
+
+    path, hf = tiny_gguf("qwen3_vl")
+    adapter = lora.make_adapter(tmp_path / "a", hf, ("embed_tokens",))
+    file, prompt = convert_adapter(adapter, hf, tmp_path / "a.gguf"), [5, A, "what is it?", 9]
+    with pe.load(path, n_ctx=256, kv_dtype="f32", adapters=file) as model:
+        close(model.logits(prompt), tiny.hf_seen(lora.merge(tmp_path / "merged", hf, [(adapter, 1.0)]), prompt).logits, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3moe", "mixtral", "olmoe"])
+def test_experts(kind: str, tiny_gguf, tmp_path: Path) -> None:
+    """Each expert has matrices of its own; two adapters of them, in a step whose rows take different ones."""
+    path, hf = tiny_gguf(kind)
+    adapters = [lora.make_adapter(tmp_path / f"a{seed}", hf, targets, seed=seed, r=2 + seed, within=(".experts.",))
+                for seed, targets in ((1, ("gate_proj", "down_proj", "w1", "w2")), (2, ("up_proj", "down_proj", "w3", "w2")))]
+    files = [convert_adapter(folder, path, tmp_path / f"{folder.name}.gguf") for folder in adapters]
+    assert files[0].read_bytes() == convert_adapter(adapters[0], hf, tmp_path / "again.gguf").read_bytes()
+    want = tiny.hf_logits(lora.merge(tmp_path / "merged", hf, [(adapters[0], 0.5), (adapters[1], 1.0)]), IDS)
+    with pe.load(path, n_ctx=64, kv_dtype="f32", adapters=[(files[0], 0.5), files[1]]) as model, pe.load(path, n_ctx=64, kv_dtype="f32") as plain:
+        close(model.logits(IDS), want)
+        assert np.array_equal(model.logits(IDS, adapters={}), plain.logits(IDS))
+        mixed = [model.generate(IDS[i:], adapters=mix, max_tokens=4, temperature=0).tokens for i, mix in enumerate(({}, None, "a1"))]
+        model.reset()
+        assert [model.generate(IDS[i:], adapters=mix, max_tokens=4, temperature=0).tokens for i, mix in enumerate(({}, None, "a1"))] == mixed
+
+
 @pytest.mark.parametrize(("outtype", "error"), [("q8_0", 3e-2), ("f16", 1e-4)])
 def test_quantized_weights_stay_as_they_are(pair, tiny_gguf, outtype: str, error: float) -> None:
     """On weights in blocks an adapter adds no error of its own: see `oracle` for the same sums in float64."""
@@ -283,8 +330,11 @@ def test_wrong_files_are_refused(pair, tiny_gguf, tmp_path: Path) -> None:
         (alpha, {f"{q}.lora_b": (96, 2)}, InvalidModelError, "lora_a"),
         (alpha, {f"{q}.lora_a": (2, 96), f"{q}.lora_b": (96, 3)}, InvalidModelError, "rows of the one"),
         (alpha, {f"{q}.lora_a": (2, 96), f"{q}.lora_b": (96, 2), f"{q}.lora_magnitude": (96,)}, UnsupportedModelError, "lora_magnitude"),
-        (alpha, {"blk.0.ffn_gate_exps.weight.lora_a": (3, 2, 96), "blk.0.ffn_gate_exps.weight.lora_b": (3, 96, 2)}, UnsupportedModelError, "experts"),
-        (alpha, {"token_embd.weight.lora_a": (2, 96), "token_embd.weight.lora_b": (512, 2)}, UnsupportedModelError, "embeddings"),
+        (alpha, {"blk.0.ffn_gate_exps.weight.lora_a": (3, 2, 96), "blk.0.ffn_gate_exps.weight.lora_b": (3, 96, 2)}, InvalidModelError, "has no tensor"),
+        (alpha, {f"{q}.lora_a": (3, 2, 96), f"{q}.lora_b": (3, 96, 2)}, InvalidModelError, r"\(3, 96, 96\)"),
+        (alpha, {f"{q}.lora_a": (3, 2, 96), f"{q}.lora_b": (2, 96, 2)}, InvalidModelError, "two of each expert"),
+        (alpha, {"token_embd.weight.lora_a": (2, 96), "token_embd.weight.lora_b": (512, 2)}, InvalidModelError, "columns of the one"),
+        (alpha, {"token_embd.weight.lora_a": (500, 2), "token_embd.weight.lora_b": (96, 2)}, InvalidModelError, "another base model"),
         (alpha, {"v.blk.0.attn_q.weight.lora_a": (2, 96), "v.blk.0.attn_q.weight.lora_b": (96, 2)}, UnsupportedModelError, "encoder"),
         (alpha, {"blk.9.attn_q.weight.lora_a": (2, 96), "blk.9.attn_q.weight.lora_b": (96, 2)}, InvalidModelError, "has no tensor"),
         (alpha, {}, InvalidModelError, "no tensors"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 TURNED = ("c_attn", "c_proj", "c_fc")          # modules whose weights are [in, out] in a checkpoint: transformers' Conv1D
+EMBEDS = ("embed_tokens", "wte")               # modules that are embeddings, if they are asked for
 APART = (".experts.", ".linear_attn.")         # no adapters: stacks, and columns that lie in another order in files
 ROUTERS = ("gate", "router")                   # of experts: a choice between two that are near turns with the last bit
 
@@ -46,7 +47,11 @@ def make_adapter(folder: Path, base: Path, targets: Sequence[str] = (), *, seed:
         if (last not in targets if targets else not _adaptable(name, w)) or not any(part in name for part in within):
             continue
         r = (ranks or {}).get(last, settings["r"])
-        n_out, n_in = w.shape[::-1] if last in TURNED else w.shape
+        n_out, n_in = w.shape[::-1] if last in (*TURNED, *EMBEDS) else w.shape
+        if last in EMBEDS:
+            tensors[f"base_model.model.{module}.lora_embedding_A"] = random.standard_normal((r, n_in)).astype(dtype)
+            tensors[f"base_model.model.{module}.lora_embedding_B"] = (random.standard_normal((n_out, r)) / r).astype(dtype)
+            continue
         tensors[f"base_model.model.{module}.lora_A.weight"] = (random.standard_normal((r, n_in)) / n_in**0.5).astype(dtype)
         tensors[f"base_model.model.{module}.lora_B.weight"] = (random.standard_normal((n_out, r)) / r).astype(dtype)
     assert tensors, f"{base} has none of {targets}"
@@ -70,11 +75,11 @@ def merge(out: Path, base: Path, adapters: Sequence[tuple[Path, float]]) -> Path
     for folder, scale in adapters:
         config, low = json.loads((folder / "adapter_config.json").read_text()), read(folder / "adapter_model.safetensors")
         for name, a in low.items():
-            if name.endswith(".lora_A.weight"):
-                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                b = low[name.replace("lora_A", "lora_B")].astype(np.float64)
+            if name.endswith((".lora_A.weight", ".lora_embedding_A")):
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+                b = low[name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")].astype(np.float64)
                 change = scale * scale_of(config, module, a.shape[0]) * (b @ a.astype(np.float64))
                 w = tensors[f"{module}.weight"]
-                tensors[f"{module}.weight"] = (w + (change.T if module.rpartition(".")[2] in TURNED else change)).astype(np.float32)
+                tensors[f"{module}.weight"] = (w + (change.T if module.rpartition(".")[2] in (*TURNED, *EMBEDS) else change)).astype(np.float32)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
