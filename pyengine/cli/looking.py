@@ -22,6 +22,8 @@ def attention(
         "Write the picture with the map of each query over it, the mean of all heads."))] = None,
     query: Annotated[list[int] | None, Option("--query", "-q", min=0, metavar="N", help=(
         "The number of a query, from 0 (default: all); repeatable."))] = None,
+    prompt: Annotated[str, Option("--prompt", "-p", metavar="TEXT", show_default=False, help=(
+        "What the prompt says, for a model whose queries read it."))] = "",
     layer: Annotated[int | None, Option("--layer", "-l", min=0, metavar="N", help="The number of the layer (default: the last with maps).")] = None,
     mmproj: Mmproj = None,
     threads: Threads = None,
@@ -39,7 +41,7 @@ def attention(
         pictures.check_drawing(png, [shown], "--png")
     queries = list(dict.fromkeys(query or ()))
     with screen.load(model, n_ctx=LEAST_CONTEXT, mmproj=mmproj, n_threads=threads, device=parse_device(device or ()), encoder_device=encoder_device) as loaded:
-        found = loaded.attention(shown.media)
+        found = loaded.attention([shown.media, prompt] if prompt else shown.media)
     name = _layer(found, layer)
     looks = maps.looks(shown.media, found[name], queries)
     if png is not None:

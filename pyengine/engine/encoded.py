@@ -17,7 +17,7 @@ import numpy as np
 from pyengine import hardware
 from pyengine.backends.base import Prepared, Program, Progress
 from pyengine.cache.cells import Cells
-from pyengine.errors import ImageError, UnsupportedModelError
+from pyengine.errors import ImageError, RequestError, UnsupportedModelError
 from pyengine.media.views import Blend, Limits, Piece, Processed, View, views_of
 from pyengine.models.architecture import Encoder
 from pyengine.programs import encoder
@@ -147,6 +147,8 @@ class EncodedMedia:
         """
         if not self.encoder.maps:
             raise UnsupportedModelError("this model's image encoder shows no maps of attention; those with queries over a whole picture do")
+        if text and self.language is None:
+            raise RequestError("this model's image encoder reads no text: what it attends to depends on the picture alone")
         with self._lock:
             (view,) = self.process(media, text=text).views
             return encoder.maps(self._loaded(), view, self.encoder.maps)

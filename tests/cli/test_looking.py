@@ -40,7 +40,16 @@ def test_chosen_queries_of_a_layer_as_json(cat, tiny_gguf, capsys) -> None:
     assert np.allclose([q["most"] for q in found["queries"]], mean[[3, 1], 1:].max(-1)) and Image.open("out.jpg").size == (2 * 196 - 4, 144)
 
 
+def test_queries_that_read_the_prompt(cat, tiny_gguf, capsys) -> None:
+    path, found = str(tiny_gguf("instructblip")[0]), []
+    for prompt in ([], ["--prompt", "a fox"], ["--prompt", "a dog"]):
+        assert execute(["attention", path, "--image", "cat.png", *prompt, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["queries"][0]["most"])
+    assert len(set(found)) == 3
+
+
 @pytest.mark.parametrize("arguments, words", [
+    (["--prompt", "a fox"], "reads no text"),
     (["--layer", "1"], "--layer 1: layers 0, 2, 4 attend to the picture"), (["--query", "5"], "query 5: there are 5, from 0 to 4"),
     (["--png", "nowhere/out.png"], "there is no such folder"), (["--png", "cat.png"], "give the drawing another name"), (["--png", "out.txt"], "ends in .png")])
 def test_what_is_refused(cat, tiny_gguf, capsys, arguments: list[str], words: str) -> None:

@@ -14,6 +14,7 @@ import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
 from converters.blip_2 import INSTRUCTED, READS
+from hollow import both, Decoder, Encoder, Full, kv
 from oracle import encoder_of
 from pictures import A, B, same
 from pyengine.backends import backend
@@ -72,6 +73,16 @@ class InstructSight(blip2.Blip2Sight):
         return Run({"pixel_values": pixels, "qformer_input_ids": words}, list(model.get_image_features(pixels, none).pooler_output), list(pixels), [])
 
 
+def full_encoder(d_model: int) -> Encoder:
+    """BLIP-2's, with BERT's vocabulary and a feed-forward of text in all layers but the last."""
+    keys, tensors = blip2.full_encoder(d_model)
+    tensors += [("mm.token_embd.weight", (30523, 768), "F32"), ("mm.position_embd.weight", (512, 768), "F32")]
+    for i in range(11):
+        b = f"mm.proj_blk.{i}.ffn_text"
+        tensors += [*blip2.weighted(f"{b}_up", 3072, 768), *blip2.weighted(f"{b}_down", 768, 3072), *both(f"{b}_norm", 768)]
+    return {**keys, "clip.projector_type": "instructblip"}, tensors
+
+
 TEXT = {**COMMON, "model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
 CASES = (Case(
     "instructblip", "llama", "InstructBlipConfig", "InstructBlipForConditionalGeneration", "spm",
@@ -80,7 +91,8 @@ CASES = (Case(
     messages=[{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "what is unusual in it?\n"}]}],
     converted=Converted(
         {"general.architecture": "llama", "tokenizer.chat_template": INSTRUCTED, "clip.vision.projector_type": "instructblip",
-         "clip.vision.qformer.tokenizer.ggml.model": "bert", "clip.vision.qformer.tokenizer.ggml.lowercase": True})),)
+         "clip.vision.qformer.tokenizer.ggml.model": "bert", "clip.vision.qformer.tokenizer.ggml.lowercase": True}),
+    full={"instructblip-vicuna-7b": Full(Decoder("llama", 32, 4096, 11008, 32, 32, 128, 32001, 2048), ("<unk>", "</s>", "<image>"), full_encoder)}),)
 
 
 @pytest.mark.parametrize("text", ["", "What is in the picture? It's a dog - and snow.", "fox " * 80])
@@ -167,3 +179,12 @@ def test_beside_opt_in_two_files(tmp_path) -> None:
     prompt = [A, "what is it?"]
     assert np.array_equal(one.logits(prompt), two.logits(prompt))
     same(one.logits(prompt), tiny.hf_seen(folder, prompt).logits)
+
+
+def test_instructblip_vicuna_7b(full_size, machine) -> None:
+    """32 layers with 32 heads of 128; the encoder's run has room for 512 words beside the 32 queries."""
+    machine(32 * 2**30)
+    path, mmproj = full_size("instructblip-vicuna-7b")
+    plan = pe.plan(path, n_ctx=2048, mmproj=mmproj)
+    assert kv(plan) == {"Full": 2048 * 32 * 32 * 128 * 2 * 2} and plan.picture == 32
+    assert encoder_of(path, mmproj).words.most == 512
