@@ -152,6 +152,14 @@ class Residents:
                 self._wake()
         return wish.future
 
+    def lease_now(self, name: str, keep: float | None = None) -> Lease | None:
+        """Return a model as `lease` does if it is loaded, else None. Raises: RequestError once closed."""
+        wish = _Wish(name, keep, self._clock())
+        with self._state:
+            if self._closed:
+                raise RequestError("the models are closed")
+            return wish.future.result() if self._give(wish) else None
+
     @contextmanager
     def using(self, name: str, keep: float | None = None) -> Iterator[Model]:
         """Use a model within a block, loaded if it is not. Raises as `lease`'s future."""

@@ -8,12 +8,13 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.errors import RequestError
@@ -21,10 +22,9 @@ from pyengine.server import anthropic, chat, completions, embeddings, listing, l
 from pyengine.server.allowed import Allowed, set_allowed
 from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
+from pyengine.server.protocol import HEADER_BYTES, Protocol
 
-HEADER_BYTES = 32 << 10
-KEEP_ALIVE_SECONDS = 10              # of connections that ask nothing
-_NAMES = ("X-Request-Id", "Request-Id")                      # headers with a reply's own name: OpenAI's, Anthropic's
+_NAMES = (b"x-request-id", b"request-id")                    # headers with a reply's own name: OpenAI's, Anthropic's
 _HEADERS = re.compile(r"[\w-]+(, ?[\w-]+)*")                 # names of headers, as a preflight asks for them
 
 
@@ -42,20 +42,26 @@ def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (),
     async def nothing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
-        return _refusal(request, status, said)
+        return _refusal(request.scope, status, said)
 
     counts = Metrics(models)
     routes = [*listing.routes(models), *chat.routes(models), *completions.routes(models), *responses.routes(models), *embeddings.routes(models), *rerank.routes(models),
               *anthropic.routes(models), *ollama.routes(models), *llamacpp.routes(models), counts.route(), *page.routes(models)]
-    return _Guard(Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing}), api_keys, hosts, origins, allowed, counts)
+    app = Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing})
+    return _Guard(app, api_keys, hosts, origins, allowed, counts, _direct(routes))
+
+
+def _direct(routes: Sequence[Route]) -> dict[tuple[str, str], Route]:
+    """Return the routes whose address is one text by method and address: their requests pass none of Starlette's layers."""
+    return {(method, route.path): route for route in reversed(routes) if "{" not in route.path for method in route.methods or ()}
 
 
 class _Guard:
     """What each request passes first: its Host, its Origin, its key. Answers preflights of allowed origins."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str],
-                 allowed: Allowed, counts: Metrics):
-        self.app, self.allowed, self.counts, self.keys = app, allowed, counts, [k.encode() for k in api_keys]
+                 allowed: Allowed, counts: Metrics, direct: Mapping[tuple[str, str], Route]):
+        self.app, self.allowed, self.counts, self.keys, self.direct = app, allowed, counts, [k.encode() for k in api_keys], direct
         self.hosts = {"localhost", *(h.lower() for h in hosts)}
         self.origins = {o.rstrip("/").lower() for o in origins}
 
@@ -65,43 +71,49 @@ class _Guard:
             return
         set_allowed(self.allowed)
         set_metrics(self.counts)
-        request = Request(scope)
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        name = replies.fresh("req_")
-        named = {header: name for header in _NAMES}
-        refused = self._refused(request, host, origin)
+        origin, name = _header(scope, b"origin"), replies.fresh("req_").encode()
+        refused = self._refused(scope, origin)
         if refused is not None:
-            refused.headers.update(named)
+            refused.raw_headers += [(header, name) for header in _NAMES]
             self.counts.count("refused", refused.status_code)
             await refused(scope, receive, send)
             return
         foreign = origin is not None and origin.lower() in self.origins
-        if foreign and request.method == "OPTIONS":
-            await Response(status_code=204, headers=_cors(request))(scope, receive, send)
+        if foreign and scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers=_cors(scope))(scope, receive, send)
             return
 
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.counts.count(getattr(scope.get("route"), "path", "other"), message["status"])
-                given = {**named, **(_cors(request) if foreign else {})}
-                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in given.items())]
+                given = [(k.lower().encode(), v.encode()) for k, v in _cors(scope).items()] if foreign else []
+                message["headers"] = [*message["headers"], *((header, name) for header in _NAMES), *given]
             await send(message)
 
-        await self.app(scope, receive, sent)
+        route = self.direct.get((scope["method"], scope["path"]))
+        if route is None:
+            return await self.app(scope, receive, sent)
+        scope["route"] = route
+        response = await route.endpoint(Request(scope, receive, sent))
+        await response(scope, receive, sent)
 
-    def _refused(self, request: Request, host: str, origin: str | None) -> Response | None:
+    def _refused(self, scope: Scope, origin: str | None) -> Response | None:
         """Return the refusal of a request, or None if it may pass."""
-        if sum(len(name) + len(value) for name, value in request.scope["headers"]) + len(request.url.path) > HEADER_BYTES:
-            return _refusal(request, 431, f"a request's address and headers may have {HEADER_BYTES} bytes")
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        host, method, path = hosts[0] if hosts else "", scope["method"], scope["path"]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path", path)) > HEADER_BYTES:
+            return _refusal(scope, 431, f"a request's address and headers may have {HEADER_BYTES} bytes")
+        if len(hosts) != 1 and scope["http_version"] == "1.1":
+            return _refusal(scope, 400, "a request of HTTP/1.1 needs one Host")
         if not self._is_ours(host):
-            return _refusal(request, 403, f"Host {host!r} is not this server's; allow it with --allow-host")
+            return _refusal(scope, 403, f"Host {host!r} is not this server's; allow it with --allow-host")
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
-            return _refusal(request, 403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
-        if self.keys and request.url.path != "/health" and request.method != "OPTIONS" and not page.is_open(request.method, request.url.path):
-            kind, _, key = request.headers.get("authorization", "").partition(" ")
-            given = (key if kind.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+            return _refusal(scope, 403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
+        if self.keys and path != "/health" and method != "OPTIONS" and not page.is_open(method, path):
+            kind, _, key = (_header(scope, b"authorization") or "").partition(" ")
+            given = (key if kind.lower() == "bearer" else _header(scope, b"x-api-key") or "").strip().encode()
             if not any([hmac.compare_digest(given, known) for known in self.keys]):              # all are compared
-                return _refusal(request, 401, "an API key is needed: Authorization: Bearer KEY")
+                return _refusal(scope, 401, "an API key is needed: Authorization: Bearer KEY")
         return None
 
     def _is_ours(self, host: str) -> bool:
@@ -115,18 +127,24 @@ class _Guard:
             return name in self.hosts
 
 
-def _cors(request: Request) -> dict[str, str]:
+def _header(scope: Scope, name: bytes) -> str | None:
+    """Return the first header of a name, or None."""
+    return next((value.decode("latin-1") for given, value in scope["headers"] if given == name), None)
+
+
+def _cors(scope: Scope) -> dict[str, str]:
     """Return what lets a page of an allowed origin ask: with any headers, as clients in browsers add their own."""
-    asked = request.headers.get("access-control-request-headers", "")
+    asked = _header(scope, b"access-control-request-headers") or ""
     allowed_headers = asked if _HEADERS.fullmatch(asked) else "Authorization, Content-Type, X-API-Key"
-    return {"Access-Control-Allow-Origin": request.headers["origin"], "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": allowed_headers, "Access-Control-Expose-Headers": ", ".join(_NAMES), "Access-Control-Max-Age": "600"}
+    return {"Access-Control-Allow-Origin": _header(scope, b"origin") or "", "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": allowed_headers, "Access-Control-Expose-Headers": "X-Request-Id, Request-Id", "Access-Control-Max-Age": "600"}
 
 
-def _refusal(request: Request, status: int, message: str) -> Response:
+def _refusal(scope: Scope, status: int, message: str) -> Response:
     """Return an error in the form of the interface that the address belongs to."""
-    path = request.url.path
-    interface = ollama if path.startswith("/api/") else anthropic if path.startswith("/v1/messages") or "anthropic-version" in request.headers else openai
+    path = scope["path"]
+    asks_anthropic = path.startswith("/v1/messages") or _header(scope, b"anthropic-version") is not None
+    interface = ollama if path.startswith("/api/") else anthropic if asks_anthropic else openai
     return JSONResponse(interface.failed(RequestError(message), status), status)
 
 
@@ -151,10 +169,8 @@ def server(app: ASGIApp, certificate: str | None = None, key: str | None = None)
     """
     import uvicorn
 
-    from pyengine.server.protocol import Protocol
-
-    return uvicorn.Server(uvicorn.Config(app, log_level="error", h11_max_incomplete_event_size=HEADER_BYTES, server_header=False, lifespan="off", ws="none",
-                                         timeout_keep_alive=KEEP_ALIVE_SECONDS, ssl_certfile=certificate, ssl_keyfile=key, http=Protocol))
+    return uvicorn.Server(uvicorn.Config(app, log_level="error", server_header=False, lifespan="off", ws="none",
+                                         ssl_certfile=certificate, ssl_keyfile=key, http=Protocol))
 
 
 def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:

@@ -304,6 +304,15 @@ class Models:
             return [m.name for m in matches]
         return [s.name for s in there.values() if any(_key(n).startswith(_key(name)) for n in s.names)]
 
+    def there(self, name: str | None, keep: float | None = None) -> Hold | None:
+        """Return a model that is loaded, as `lease` does; None where that has to be waited for, or the name is not the whole one."""
+        if name is None:
+            return None
+        named = self._by_name.get(_key(name))
+        known = named.name if named is not None else name if name in self._offers else None
+        lease = None if known is None else self.residents.lease_now(known, keep)
+        return None if lease is None or known is None else Hold(self._of(known, lease.model, time.time()), lease)
+
     async def lease(self, name: str | None, keep: float | None = None) -> Hold:
         """Return a model by its name, loaded if it is not, that cannot go before it is released. keep: seconds that it stays afterwards.
 

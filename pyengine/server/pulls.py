@@ -16,6 +16,7 @@ from pyengine.errors import BusyError, PyEngineError, RequestError
 from pyengine.server import replies
 from pyengine.server.allowed import allowed
 from pyengine.server.fields import FieldError, Fields
+from pyengine.server.streams import leaving
 
 AT_ONCE = 4
 LINE_SECONDS = 0.1                   # between two lines about one file
@@ -43,13 +44,11 @@ class Pulls:
         left = threading.Event()
         if fields.flag("stream", True):
             return StreamingResponse(self._lines(source, left), media_type="application/x-ndjson")
-        leaving = asyncio.ensure_future(_leaves(request, left))
         try:
-            await replies.apart(lambda: self._pull(source, lambda line: None, left))
+            with leaving(request, left.set):
+                await replies.apart(lambda: self._pull(source, lambda line: None, left))
         except _Left:
             return Response(status_code=400)
-        finally:
-            leaving.cancel()
         return JSONResponse({"status": "success"})
 
     async def _lines(self, source: tuple[str, Any], left: threading.Event) -> AsyncIterator[str]:
@@ -119,12 +118,6 @@ class _Progress:
             self._told = now
             digest = self._file.digest
             self._tell({"status": f"pulling {digest.partition(':')[2][:12]}", "digest": digest, "total": self._file.size, "completed": n_bytes})
-
-
-async def _leaves(request: Request, left: threading.Event) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    left.set()
 
 
 def _source(fields: Fields) -> tuple[str, Any]:

@@ -9,11 +9,11 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
-import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -21,9 +21,12 @@ from starlette.types import Receive, Scope, Send
 from pyengine.engine.loop import Handle
 from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
 from pyengine.server.allowed import allowed
+from pyengine.server.apart import apart
+from pyengine.server.exchange import STREAM
 from pyengine.server.fields import FieldError, Fields, parse
 from pyengine.server.metrics import metrics
 from pyengine.server.models import Hold, Models, Served
+from pyengine.server.streams import leaving
 
 BODY_BYTES = 64 << 20                # of one request: some large pictures in base64
 BODY_SECONDS = 60.0                  # until all of it has come
@@ -63,13 +66,17 @@ async def read(request: Request) -> Fields:
 
 async def body(request: Request) -> bytes:
     """Read a request's body. Raises: TooLarge; TimeoutError for one that does not come."""
-    chunks, n = [], 0
-    with anyio.fail_after(BODY_SECONDS):
-        async for chunk in request.stream():
-            n += len(chunk)
+    exchange = request.scope.get("extensions", {}).get(STREAM)
+    chunks, n, more = list[bytes](), 0, True
+    with nullcontext() if exchange is not None and exchange.whole else anyio.fail_after(BODY_SECONDS):
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect()
+            chunks.append(message.get("body", b""))
+            more, n = message.get("more_body", False), n + len(chunks[-1])
             if n > BODY_BYTES:
                 raise TooLarge(f"the body exceeds {BODY_BYTES} bytes")
-            chunks.append(chunk)
     return b"".join(chunks)
 
 
@@ -162,15 +169,18 @@ async def using(request: Request, models: Models, name: str | None, keep: float 
     For endpoints that are `guarded`. keep: seconds that it stays afterwards; None: as before. Raises as `Models.lease`; ClientDisconnect when
     the client leaves before the model is there.
     """
-    wish, left = asyncio.ensure_future(models.lease(name, keep)), asyncio.ensure_future(_leaves(request))
-    try:
-        await asyncio.wait({wish, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not wish.done():
-            raise ClientDisconnect()
-        hold = wish.result()
-    finally:
-        left.cancel()
-        wish.cancel()
+    hold = models.there(name, keep)
+    if hold is None:
+        wish, left = asyncio.ensure_future(models.lease(name, keep)), asyncio.get_running_loop().create_future()
+        try:
+            with leaving(request, lambda: left.done() or left.set_result(None)):
+                await asyncio.wait({wish, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not wish.done():
+                raise ClientDisconnect()
+            hold = wish.result()
+        finally:
+            left.cancel()
+            wish.cancel()
     request.state.leases.append(hold)
     return hold.served
 
@@ -183,14 +193,6 @@ def waited(request: Request) -> float:
 def fresh(prefix: str) -> str:
     """Return a name that no other request or reply has; it opens nothing, so it is not secret (the system's own numbers cost a call each)."""
     return f"{prefix}{_names.getrandbits(96):024x}"
-
-
-T = TypeVar("T")
-
-
-async def apart(call: Callable[[], T]) -> T:
-    """Call a function in a thread of its own: templates and pictures take their time."""
-    return await anyio.to_thread.run_sync(call)
 
 
 async def submit(call: Callable[[], Handle], names: Mapping[str, str] = {}) -> Handle:
@@ -234,27 +236,29 @@ def client_of(request: Request) -> str:
 
 async def finished(request: Request, handles: Sequence[Handle]) -> None:
     """Wait for answers; those of a client that leaves are cancelled. Raises: ClientDisconnect, and what ended an answer."""
-    left = asyncio.ensure_future(_leaves(request))
-    all_of_them = asyncio.gather(*(_end(h) for h in handles))
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[bool] = loop.create_future()        # whether they have ended, and the client has not left
+
+    def look() -> None:
+        if not over.done() and (all(h.done for h in handles) or any(h.error for h in handles)):
+            over.set_result(True)
+
+    def ended(handle: Handle) -> None:
+        with suppress(RuntimeError):                         # the event loop is closed
+            loop.call_soon_threadsafe(look)
+
     try:
-        await asyncio.wait({left, all_of_them}, return_when=asyncio.FIRST_COMPLETED)
-        if not all_of_them.done():
-            raise ClientDisconnect()
-        await all_of_them
+        with leaving(request, lambda: over.done() or over.set_result(False)):
+            for handle in handles:
+                handle.on_done(ended)
+            if not await over:
+                raise ClientDisconnect()
+        for handle in handles:
+            if handle.error is not None:
+                raise handle.error
     finally:
-        left.cancel()
         for handle in handles:
             handle.cancel()
-
-
-async def _leaves(request: Request) -> None:
-    """Wait until the client has left; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _end(handle: Handle) -> None:
-    await handle
 
 
 def moment(seconds: float) -> str:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError
+from pyengine.server.exchange import STREAM
 
-STREAM = "pyengine.stream"           # name of the extension of ASGI by which a stream finds its connection
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 
 encoded: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False).encode
@@ -61,32 +63,29 @@ class Stream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._out = scope.get("extensions", {}).get(STREAM) or _Messages(send)
-        left = asyncio.ensure_future(_left(receive))
+        self._out = scope.get("extensions", {}).get(STREAM) or _Messages(receive, send)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._out.stream(self._pump)
-            self._write(self._script.begin())
+            self._out.on_left(self._leave)
+            self._out.write(self._script.begin().encode())
             for handle in self._handles:
                 handle.watch(self._pump)
             self._pump()
-            await asyncio.wait({self._ended, left}, return_when=asyncio.FIRST_COMPLETED)
-            if self._ended.done():
-                self._ended.result()                         # raises what nobody expected
-                if isinstance(self._out, _Messages):
-                    await self._out.sent()
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._ended                                # raises what nobody expected
+            if isinstance(self._out, _Messages):
+                await self._out.sent()
         finally:
-            left.cancel()
             self._ended.cancel()
+            self._out.on_left(None)
             if isinstance(self._out, _Messages):
                 self._out.close()
             for handle in self._handles:
                 handle.cancel()
 
-    def _write(self, text: str) -> None:
-        if text:
-            self._out.write(text.encode())
+    def _leave(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     def _pump(self) -> None:
         """Write what is there, unless the client is behind: it stays in the handles then."""
@@ -94,16 +93,21 @@ class Stream(Response):
             return
         texts: list[str] = []
         try:
-            self._read(texts)
+            ended = self._read(texts)
         except PyEngineError as error:
             texts.append(self._script.fail(error))
-            self._ended.set_result(None)
+            ended = True
         except Exception as error:
             self._ended.set_exception(error)
-        self._write("".join(texts))
+            return
+        if ended:
+            self._ended.set_result(None)
+            self._out.end("".join(texts).encode())
+        elif texts:
+            self._out.write("".join(texts).encode())
 
-    def _read(self, texts: list[str]) -> None:
-        """Add what is new; raise what ended an answer."""
+    def _read(self, texts: list[str]) -> bool:
+        """Add what is new, and say whether it was the last; raise what ended an answer."""
         for i, handle in self._running[:]:
             ended = handle.done                              # before its last pieces are taken
             texts += [self._script.piece(i, delta) for delta in handle.take()]
@@ -113,33 +117,47 @@ class Stream(Response):
                     raise handle.error
         if not self._running:
             texts.append(self._script.end())
-            self._ended.set_result(None)
+        return not self._running
 
 
 class _Messages:
-    """A connection by ASGI's messages: a task sends what is written."""
+    """The same of a server that is not ours, by ASGI's messages: a task sends what is written, another one waits until the client leaves."""
 
     writable = True
 
-    def __init__(self, send: Send):
-        self._send = send
-        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
+    def __init__(self, receive: Receive, send: Send):
+        self._receive, self._send = receive, send
+        self._queue: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
         self._task = asyncio.ensure_future(self._work())
+        self._waits: asyncio.Future[None] | None = None
 
     def stream(self, drained: Callable[[], None]) -> None:
         """Begin."""
 
+    def on_left(self, call: Callable[[], None] | None) -> None:
+        """Call a function when the client leaves; None: no more."""
+        if call is not None:
+            self._waits = asyncio.ensure_future(_left(self._receive, call))
+        elif self._waits is not None:
+            self._waits.cancel()
+
     def write(self, data: bytes) -> None:
         """Queue a part of the body."""
-        self._queue.put_nowait(data)
+        if data:
+            self._queue.put_nowait((data, True))
+
+    def end(self, data: bytes) -> None:
+        """Queue the last part of the body."""
+        self._queue.put_nowait((data, False))
 
     async def _work(self) -> None:
-        while data := await self._queue.get():
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        more = True
+        while more:
+            data, more = await self._queue.get()
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def sent(self) -> None:
         """Wait until all is sent."""
-        self._queue.put_nowait(b"")
         await self._task
 
     def close(self) -> None:
@@ -147,6 +165,25 @@ class _Messages:
         self._task.cancel()
 
 
-async def _left(receive: Receive) -> None:
+async def _left(receive: Receive, call: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    call()
+
+
+@contextmanager
+def leaving(request: Request, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function if the client leaves within the block; all of its request has been read."""
+    exchange = request.scope.get("extensions", {}).get(STREAM)
+    if exchange is not None:
+        exchange.on_left(call)
+        try:
+            yield
+        finally:
+            exchange.on_left(None)
+        return
+    waits = asyncio.ensure_future(_left(request.receive, call))
+    try:
+        yield
+    finally:
+        waits.cancel()

@@ -214,7 +214,7 @@ def test_a_client_that_takes_nothing_is_let_go(served, monkeypatch) -> None:
         s.connect(running.address)
         ask = post("/tokenize", {"content": "a b " * 200_000, "with_pieces": True})          # some tens of megabytes
         s.sendall(ask)
-        wait(lambda: any(c.flow.write_paused for c in running.server.server_state.connections))
+        wait(lambda: any(c.paused for c in running.server.server_state.connections))
         wait(lambda: not running.server.server_state.connections)
         s.close()
 
