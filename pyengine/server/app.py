@@ -120,11 +120,15 @@ class _Guard:
         """Say whether a Host header names this server: an address does, as no foreign page can make a name of its own be one."""
         name = host.lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] if ":" in name else name
-        try:
-            ipaddress.ip_address(name)
-            return True
-        except ValueError:
-            return name in self.hosts
+        return name in self.hosts or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+        return True
+    except ValueError:
+        return False
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

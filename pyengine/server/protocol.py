@@ -47,6 +47,7 @@ class Protocol(asyncio.Protocol):
         self._current: Exchange | None = None                # which is answered, or was last
         self._last: Exchange | None = None                   # whose body comes, or came last
         self._ahead: deque[Exchange] = deque()               # that wait for those before them
+        self._framing: bytes | None = None                   # the header that says where the body ends which the parser leaves to another protocol
         self._n_head = 0                                     # bytes that came since a part of a body, or the end of a request
         self._reading, self._ended, self._broken = True, False, False          # ended: the client sends nothing more; broken: what it sends is not read
         self._writable: asyncio.Event | None = None          # while the client is behind
@@ -96,17 +97,22 @@ class Protocol(asyncio.Protocol):
             try:
                 self._parser.feed_data(data)
                 data = b""
-            except httptools.HttpParserUpgrade as offer:     # of another protocol, which may be declined (RFC 9110, 7.8)
+            except httptools.HttpParserUpgrade as offer:     # of another protocol, which is declined (RFC 9110, 7.8)
                 data = data[offer.args[0]:]
                 self._parser = httptools.HttpRequestParser(self)
+                if self._framing is not None:
+                    self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % self._framing)
             except httptools.HttpParserError:
                 return self._refuse(400, "this is no HTTP/1.1 request")
             if self._n_head > HEADER_BYTES:
                 self._refuse(431, f"a request's address and headers may have {HEADER_BYTES} bytes")
 
+    # -- what the parser says: what it reads behind the head of a request with an offer is read once more, by `_framing` --------
+
     def on_message_begin(self) -> None:
         """Begin a request."""
-        self._target, self._headers, self._in_head = b"", list[tuple[bytes, bytes]](), True
+        if self._framing is None:
+            self._target, self._headers, self._in_head = b"", list[tuple[bytes, bytes]](), True
 
     def on_url(self, part: bytes) -> None:
         """Take a part of the address."""
@@ -114,11 +120,14 @@ class Protocol(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; those behind a body are dropped."""
-        if self._in_head:
+        if self._in_head and self._framing is None:
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """Answer a request whose head is there, or let it wait for those before it. Raises: ValueError for one that is refused."""
+        if self._framing is not None:
+            self._framing, self._in_head = None, False
+            return
         version, self._in_head, self._n_head = self._parser.get_http_version(), False, 0
         if version not in ("1.0", "1.1") or len(self._ahead) >= MOST_AHEAD:
             raise ValueError
@@ -128,6 +137,8 @@ class Protocol(asyncio.Protocol):
                  "method": self._parser.get_method().decode("ascii"), "path": unquote(text) if "%" in text else text, "raw_path": path,
                  "query_string": query, "headers": self._headers, "state": self._app_state.copy()}
         continues = any(name == b"expect" and value.lower() == b"100-continue" for name, value in self._headers)
+        if self._parser.should_upgrade():
+            self._framing = next((b"%b: %b" % header for header in self._headers if header[0] in (b"content-length", b"transfer-encoding")), None)
         self._last = Exchange(self, scope, version == "1.1" and self._parser.should_keep_alive(), continues)
         if self._busy:
             self._ahead.append(self._last)
@@ -143,7 +154,8 @@ class Protocol(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """Note the end of a request."""
         self._n_head = 0
-        self._last.end_of_request()                          # type: ignore[union-attr]
+        if self._framing is None:
+            self._last.end_of_request()                      # type: ignore[union-attr]
 
     def _refuse(self, status: int, message: str) -> None:
         """Read no more. What was asked properly is answered before the connection ends; in the middle of a request there is nothing to wait for."""

@@ -303,6 +303,58 @@ def test_requests_one_behind_the_other(running) -> None:
     assert [b["choices"][0]["text"] for b in bodies[:-1]] == want * 3 and bodies[-1] == {"status": "ok"}
 
 
+def test_what_stands_behind_a_request_does_not_take_its_answer(running) -> None:
+    """Nor is its head waited for: what is no request ends the connection after what was asked before it."""
+    asked = post("/v1/completions", {"prompt": "a", "max_tokens": 3, "temperature": 0})
+    for behind, more in ((b"no request\r\n\r\n", 0), (b"X" * 100_000, 0), (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 0),
+                         (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100, protocol.MOST_AHEAD)):
+        with closing(running.connect(asked + behind)) as s:
+            found = all_of(s)
+        assert found.count(b"HTTP/1.1 200 OK") == 1 + more and b'"choices"' in found
+
+
+def test_offers_of_other_protocols_are_declined(running) -> None:
+    """Java's own client offers HTTP/2 with each request (RFC 9110, 7.8); the connection goes on."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+    body = json.dumps({"prompt": "a", "max_tokens": 2}).encode()
+    one = post("/v1/completions", body, *offer, f"Content-Length: {len(body)}")
+    health = "\r\n".join(("GET /health HTTP/1.1", "Host: localhost", *offer)).encode() + b"\r\n\r\n"
+    with closing(running.connect(one + health + one, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")) as s:
+        found = all_of(s)
+    assert found.count(b"HTTP/1.1 200 OK") == 4 and found.count(b'"choices"') == 2 and found.count(b'{"status":"ok"}') == 2
+
+
+def test_a_body_that_is_expected_first(running) -> None:
+    """curl asks before it sends a large body (RFC 9110, 10.1.1)."""
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    with closing(running.connect(post("/v1/completions", b"", f"Content-Length: {len(body)}", "Expect: 100-continue", "Connection: close"))) as s:
+        assert s.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        s.sendall(body)
+        assert answer(all_of(s))[0] == 200
+
+
+@pytest.mark.parametrize("sent", [
+    post("/v1/completions", b"2\r\n{}\r\n0\r\nX: ", "Transfer-Encoding: chunked"), post("/v1/completions", b"2;x=", "Transfer-Encoding: chunked"),
+    b"\r\n", post("/v1/completions", b"0" * 20, "Transfer-Encoding: chunked"), b"POST / HTTP/1.1\r\nX"])
+def test_nothing_that_is_no_body_grows_without_end(running, sent: bytes) -> None:
+    with closing(running.connect(sent)) as s:
+        with pytest.raises(OSError):                         # it is refused, and no longer read
+            for _ in range(100):
+                s.sendall(b"0" * 5000 if b"chunked" in sent or b"X" in sent else b"\r\n" * 2500)
+                time.sleep(0.005)
+        found = all_of(s)
+    assert not found or answer(found)[0] in (400, 431)
+
+
+def test_old_http(running) -> None:
+    """HTTP/1.0 knows no chunks: the end of the connection ends the answer."""
+    body = json.dumps(endless(running.model, stream=True, max_tokens=5)).encode()
+    for more in (b"", b"Connection: keep-alive\r\n"):
+        with closing(running.connect(b"POST /v1/chat/completions HTTP/1.0\r\nHost: localhost\r\n" + more + b"Content-Length: %d\r\n\r\n" % len(body) + body)) as s:
+            status, found = answer(all_of(s))
+        assert status == 200 and found.startswith(b"data: {") and found.endswith(b"data: [DONE]\n\n")
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("HEAD", "/", 200), ("HEAD", "/v1/models", 200), ("HEAD", "/v1/chat/completions", 405), ("OPTIONS", "/v1/chat/completions", 405), ("TRACE", "/", 405),
     ("CONNECT", "example.com:443", 404), ("DELETE", "/v1/models", 405), ("GET", "http://example.com/", 404), ("GET", "/../../etc/passwd", 404),
