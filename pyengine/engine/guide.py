@@ -177,13 +177,13 @@ def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | 
         several = wishes.parallel_tool_calls and wishes.tool_choice in CHOICES
         held = called if demanded else _holdable(style, called, grammars)
         if held or content is not None:
-            whole = style.grammar(held or called, True, several, grammars.literal)
             units = Units(style.grammar(held or called, False, several, grammars.literal), style.bare(held or called, several), not several)
             if demanded:
-                content = whole
+                content = style.demanded(called, several, grammars.literal)
             elif content is not None and style.framed:
                 content = style.around(nested(content), nested(style.grammar(held or called, False, several, grammars.literal)), grammars.literal)
             elif content is not None:
+                whole = style.grammar(held or called, True, several, grammars.literal)
                 content = f"start: calls | content\ncalls: {nested(whole)}\ncontent: {nested(content)}\n"
         else:
             units = Units(single=not several)

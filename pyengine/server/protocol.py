@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 

@@ -301,6 +301,20 @@ def test_a_call_without_its_mark_is_held_too(tokenizer, text: str) -> None:
     assert way.lead('{"name": "Ada", "arguments": 3}') == "" and way.guide.allowed() is None
 
 
+def test_an_answer_of_calls_may_end_where_the_model_ends(tokenizer, qwen) -> None:
+    """Behind a line's end too, and without marks where the model leaves them out: else a small model goes on with calls that nobody asked for."""
+    calls = ('<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>', '{"name": "time", "arguments": {}}')
+    style = find(HERMES, lambda text: tokenizer.id_of(text) is not None)
+    grammars = compiler(tokenizer, *(i for i in map(tokenizer.id_of, style.marks) if i is not None))
+    for text in (call + more for call in calls for more in ("", "\n", "\n" + call, "\n" + call + "\n")):
+        matcher = grammars.matcher(style.demanded(read_tools([TIME]), True, grammars.literal))
+        assert all(matcher.accept(token) for token in tokenizer.tokenize(text, add_special=False)) and matcher.allows(min(tokenizer.eog_ids)), text
+        assert not matcher.allows(tokenizer.tokenize("x", add_special=False)[0])
+    for choice in ("required", "time"):
+        answer = qwen.chat([{"role": "user", "content": "What is the time? Use the tool."}], tools=[TIME], tool_choice=choice, temperature=0, max_tokens=100)
+        assert len(answer.tool_calls) == 1 and answer.finish == "tool_calls"
+
+
 def test_one_call_is_one_call(qwen) -> None:
     for choice in ("required", "time"):
         answer = qwen.chat(ASKED, tools=[TIME], tool_choice=choice, parallel_tool_calls=False, temperature=1.0, seed=1)

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import clients
+import frameworks  # noqa: F401  which adds its cases
 import needs
 import other_clients  # noqa: F401  which adds its cases
 import pytest

@@ -1,13 +1,12 @@
-"""More cases of `clients.CASES`: ollama, anthropic, LangChain, LiteLLM."""
+"""More cases of `clients.CASES`: ollama, anthropic."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
-from clients import ASKED, BOB, case, CHAT, comes_to_rest, DATA_URL, PARAMETERS, PERSON, PICTURE, raised, RIVER, SEES, square, STORY, TOOLS, WEATHER, working
+from clients import ASKED, BOB, case, CHAT, comes_to_rest, PARAMETERS, PERSON, PICTURE, raised, RIVER, SEES, square, STORY, TOOLS, working
 
 SHORT, GREEDY = {"temperature": 0, "num_predict": 8}, {"temperature": 0, "num_predict": 60}
 SHAPES = "what shapes are there?"
@@ -252,105 +251,3 @@ def messages_leave(url: str) -> None:
     comes_to_rest(url)
     raised(anthropic.APITimeoutError, lambda: client.with_options(timeout=0.2).messages.create(**_asked(TOOLS, messages=STORY, max_tokens=900)))
     comes_to_rest(url)
-
-
-# -- LangChain -------------------------------------------------------------------------------------------------------------
-
-
-def _weather_tool() -> Any:
-    from langchain_core.tools import tool
-
-    @tool
-    def get_weather(city: str) -> str:
-        """Get the weather of a city."""
-        return "18 C in " + city
-
-    return get_weather
-
-
-def _langchain(url: str, kind: str, model: str, n: int) -> Any:
-    if kind == "ollama":
-        from langchain_ollama import ChatOllama
-
-        return ChatOllama(base_url=url, model=model, temperature=0, num_predict=n)
-    from langchain_openai import ChatOpenAI
-
-    return ChatOpenAI(base_url=url + "/v1", api_key="none", model=model, temperature=0, max_tokens=n, max_retries=0, use_responses_api=kind == "responses")
-
-
-def _langchains(kind: str) -> dict[str, Callable[[str], None]]:
-    from_tool: dict[str, Any] = {} if kind == "ollama" else {"tool_choice": "get_weather"}
-
-    def says(url: str) -> None:
-        model = _langchain(url, kind, CHAT, 16)
-        assert model.invoke("Name a river.").usage_metadata["output_tokens"] <= 16 and len(list(model.stream("Name a river."))) > 2
-
-    def calls(url: str) -> None:
-        from langchain_core.messages import ToolMessage
-
-        bound = _langchain(url, kind, TOOLS, 60).bind_tools([_weather_tool()], **from_tool)
-        said = bound.invoke(ASKED)
-        assert said.tool_calls[0]["args"] == {"city": "Paris"}
-        whole = None
-        for piece in bound.stream(ASKED):
-            whole = piece if whole is None else whole + piece
-        assert whole.tool_calls[0]["args"] == {"city": "Paris"}
-        free = _langchain(url, kind, TOOLS, 16).bind_tools([_weather_tool()])
-        assert free.invoke([*ASKED, said, ToolMessage("18 C", tool_call_id=said.tool_calls[0]["id"])]).usage_metadata["output_tokens"] <= 16
-
-    def forms(url: str) -> None:
-        for method in ("json_schema", "function_calling"):
-            assert _langchain(url, kind, TOOLS, 60).with_structured_output(PERSON | {"title": "person"}, method=method).invoke(BOB)["age"] == 5
-
-    def sees(url: str) -> None:
-        parts = [{"type": "image_url", "image_url": {"url": DATA_URL}}, {"type": "image", "base64": PICTURE, "mime_type": "image/png"}, {"type": "text", "text": SHAPES}]
-        assert _langchain(url, kind, SEES, 16).invoke([{"role": "user", "content": parts}]).content
-
-    return {f"{kind}_{call.__name__}": call for call in (says, calls, forms, sees)}
-
-
-for _package, _kinds in (("langchain_openai", ("chat", "responses")), ("langchain_ollama", ("ollama",))):
-    for _kind in _kinds:
-        for _name, _call in _langchains(_kind).items():
-            _call.__name__ = "langchain_" + _name
-            case(_package)(_call)
-
-
-@case("langchain_openai")
-def langchain_embeds(url: str) -> None:
-    from langchain_openai import OpenAIEmbeddings
-
-    made = OpenAIEmbeddings(base_url=url + "/v1", api_key="none", model=CHAT, check_embedding_ctx_length=False)
-    assert len(made.embed_documents(["hello", "you"])) == 2 and made.embed_query("hello")
-
-
-@case("langchain_ollama")
-def langchain_ollama_embeds(url: str) -> None:
-    from langchain_ollama import OllamaEmbeddings
-
-    assert len(OllamaEmbeddings(base_url=url, model=CHAT).embed_documents(["hello", "you"])) == 2
-
-
-# -- LiteLLM ---------------------------------------------------------------------------------------------------------------
-
-
-@case("litellm")
-def litellm_providers(url: str) -> None:
-    import litellm
-
-    ways = {"openai": url + "/v1", "hosted_vllm": url + "/v1", "ollama_chat": url, "ollama": url, "anthropic": url}
-    for provider, base in ways.items():
-        def ask(model: str = CHAT, *, base: str = base, provider: str = provider, **more: Any) -> Any:
-            asked = {"messages": RIVER, "max_tokens": 8, "temperature": 0, "num_retries": 0, "api_key": "none", **more}
-            return litellm.completion(model=f"{provider}/{model}", api_base=base, drop_params=True, **asked)
-
-        assert ask().choices[0].message.content
-        assert "".join(piece.choices[0].delta.content or "" for piece in ask(stream=True))
-        called = ask(TOOLS, messages=ASKED, tools=[WEATHER], tool_choice="auto", max_tokens=60).choices[0].message.tool_calls
-        assert json.loads(called[0].function.arguments) == {"city": "Paris"}, provider
-        form = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
-        assert json.loads(ask(TOOLS, messages=BOB, response_format=form, max_tokens=60).choices[0].message.content)["age"] == 5, provider
-        parts = [{"type": "image_url", "image_url": {"url": DATA_URL}}, {"type": "text", "text": SHAPES}]
-        assert ask(SEES, messages=[{"role": "user", "content": parts}]).choices[0].message.content
-        raised(litellm.NotFoundError, lambda ask=ask: ask("nope"))
-    assert len(litellm.embedding(model=f"openai/{CHAT}", api_base=url + "/v1", api_key="none", input=["a", "b"]).data) == 2

@@ -4,7 +4,7 @@
 
 serves the three models of `clients.py` and runs its cases, and those of `clients.mjs`, against them; what comes is written to
 tests/data/clients/PACKAGE.json with the versions of the packages. PYTHON is an interpreter with openai, ollama, anthropic, langchain-openai,
-langchain-ollama and litellm; FOLDER has node_modules with openai, ai, @ai-sdk/openai, @ai-sdk/openai-compatible, zod, ollama and
+langchain-ollama, langchain-anthropic and litellm; FOLDER has node_modules with openai, ai, @ai-sdk/openai, @ai-sdk/openai-compatible, zod, ollama and
 @anthropic-ai/sdk. Without them their cases are left out. Headers that tell of a machine are not written.
 """
 

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import clients
+import frameworks  # noqa: F401  which adds its cases
 import other_clients  # noqa: F401  which adds its cases
 
 

@@ -105,6 +105,10 @@ class Calls(ABC):
         """Give the grammar of one unit, or of a whole reply of calls, in Lark as llguidance reads it, with the rule `start`: of one call,
         or of `several`."""
 
+    def demanded(self, tools: Sequence[Tool], several: bool, literal: Literal) -> str:
+        """Give the grammar of a reply that must be calls."""
+        return self.grammar(tools, True, several, literal)
+
     def bare(self, tools: Sequence[Tool], several: bool) -> str:
         """Give the grammar of a unit that a `leading` text begins; "" where those are units like any other."""
         return ""
@@ -254,6 +258,15 @@ def alternatives(rule: str, count: int) -> str:
     return f"{rule}: {' | '.join(f'{rule}_{i}' for i in range(count))}"
 
 
+def joined(rule: str) -> str:
+    """Return the part of a rule behind the first of several that stand in lines.
+
+    The answer may end behind a line's end too: there it is that models choose between one more and the end, and one that was held to the form
+    has often not learnt another place.
+    """
+    return f' ("\\n" {rule})* "\\n"?'
+
+
 def quoted(text: str) -> str:
     """Return a text as a literal of a grammar."""
     return json.dumps(text, ensure_ascii=False)
@@ -284,7 +297,7 @@ _BLANKS = r"[ \t\r\n]{1,40}"                # as models indent; without a bound 
 
 def bare_rules(tools: Sequence[Tool], several: bool) -> str:
     """Return a grammar of what `read_bare` reads, spaced in any way."""
-    lines = ['start: body | "```" ("json" | "tool_code" | "tool_call")? ws body ws "```"',
+    lines = [f'start: body{" ws" if several else ""} | "```" ("json" | "tool_code" | "tool_call")? ws body ws "```"',
              'body: call (ws ("," | ";")? ws call)* | "[" ws call (ws "," ws call)* ws "]"' if several else 'body: call | "[" ws call ws "]"',
              f"ws: /{_BLANKS}/?", alternatives("call", len(tools))]
     for i, tool in enumerate(tools):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyengine.chat.reply.calls import alternatives, Calls, Literal, quoted, Spell, Unit
+from pyengine.chat.reply.calls import alternatives, Calls, joined, Literal, quoted, Spell, Unit
 from pyengine.chat.reply.json_text import escaped
 from pyengine.chat.reply.schema import arguments_of, is_text, json_value, ordered, text_rules
 from pyengine.chat.reply.tape import Malformed, Reading, stops
@@ -78,7 +78,7 @@ class Coder(Calls):
 
     def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
-        lines = ["start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (' ("\\n" unit)*' if whole and several else ""),
+        lines = ["start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (joined("unit") if whole and several else ""),
                  f'unit: ({literal("<tool_call>")} "\\n")? "<function=" call "</function>\\n" {literal("</tool_call>")}', alternatives("call", len(tools))]
         end = quoted("\n</parameter>\n")
         for i, tool in enumerate(tools):

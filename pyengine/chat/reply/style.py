@@ -159,6 +159,10 @@ class Style:
             raise RequestError("tools: there are none to call")
         return self._calls.grammar(tools, whole, several, literal)
 
+    def demanded(self, tools: Sequence[Tool], several: bool, literal: Literal) -> str:
+        """Give the grammar of a reply that must be calls."""
+        return self._calls.demanded(tools, several, literal)
+
     def bare(self, tools: Sequence[Tool], several: bool) -> str:
         """Give the grammar of calls that lack their marks; "" where that is how they are written."""
         return self._calls.bare(tools, several)

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyengine.chat.reply.calls import (
-    bare_rules, call_rules, Calls, dumped, FENCES, KEYS, Literal, one_at_a_time, quoted, read_bare, read_call, read_list, schema_rules, Spell, Unit
+    bare_rules, call_rules, Calls, dumped, FENCES, joined, KEYS, Literal, one_at_a_time, quoted, read_bare, read_call, read_list, schema_rules, Spell, Unit
 )
 from pyengine.chat.reply.json_text import escaped, read_value
 from pyengine.chat.reply.pythonic import read_arguments, read_word
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.text.grammar import nested
 from pyengine.text.marks import MARK
 
 Messages = list[dict[str, Any]]
@@ -61,8 +62,13 @@ class Hermes(Loose):
 
     def grammar(self, tools: Sequence[Tool], whole: bool, several: bool, literal: Literal) -> str:
         """Give the grammar of one unit, or of a whole reply of calls."""
-        start = "start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (' ("\\n" unit)*' if whole and several else "")
+        start = "start: " + ("/\\n{0,2}/ " if whole else "") + "unit" + (joined("unit") if whole and several else "")
         return f'{start}\nunit: {literal("<tool_call>")} "\\n" call "\\n" {literal("</tool_call>")}\n{call_rules(tools)}'
+
+    def demanded(self, tools: Sequence[Tool], several: bool, literal: Literal) -> str:
+        """Give the grammar of a reply that must be calls, also without marks: models that leave them out do worse where they have to write them."""
+        marked, bare = nested(self.grammar(tools, True, several, literal)), joined("call") if several else ""
+        return f"start: marked | call{bare}\nmarked: {marked}\n{call_rules(tools)}"
 
     def write(self, calls: Written) -> str:
         """Write calls as the model does."""
@@ -290,7 +296,7 @@ class Prompted(Calls):
         """Give the grammar of one unit, or of a whole reply of calls, which is spaced as the model was told."""
         if not whole:
             return bare_rules(tools, several)
-        more = ' ("\\n" call)*' if several else ""
+        more = joined("call") if several else ""
         return f"start: call{more}\n{call_rules(tools, 'parameters')}"
 
     def write(self, calls: Written) -> str:
