@@ -1,6 +1,8 @@
 """Molmo: Qwen 2 or OLMo 2 under the authors' names, q, k and v in one matrix and up and gate in another, beside CLIP: projector "molmo" in GGUF.
+MolmoE: OLMoE so.
 
-Follows the authors' `config_molmo.py`, `modeling_molmo.py`, `preprocessing_molmo.py` (allenai/Molmo-7B-D-0924). What the code fixes and no
+Follows the authors' `config_molmo.py`, `modeling_molmo.py`, `preprocessing_molmo.py` (allenai/Molmo-7B-D-0924), `config_molmoe.py`,
+`modeling_molmoe.py` (allenai/MolmoE-1B-0924), whose config has the names of training. What the code fixes and no
 config.json has to say has their names: `vision_backbone`, `vit_layers`. Tokens for pictures have rows of the embedding and none of the output
 head. Axes: V encoder width, F its feed-forward width, D text width.
 """
@@ -28,7 +30,13 @@ DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "rope_theta": 10_000.0,
     "clip_qkv": None, "qkv_bias": False, "weight_tying": False, "attention_layer_norm": False, "norm_after": False, "layer_norm_type": "rms",
     "vit_layers": [-2, -9], "image_pooling_2d": "attention-meanq", "image_padding_embed": "pad_and_partial_pad", "image_projector": "mlp",
-    "image_pooling_h": 2, "image_pooling_w": 2, "vision_backbone": {}}
+    "image_pooling_h": 2, "image_pooling_w": 2, "vision_backbone": {}, "moe_num_experts": None}
+# MolmoE's names, and the settings of its code that must be so
+TRAINING = {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers"}
+FIXED: dict[str, Any] = {
+    "include_bias": False, "rope": True, "scale_logits": False, "activation_type": "swiglu", "normalize_input_embeds": False, "use_cls_feature": False,
+    "moe_shared_expert": False, "moe_interleave": False, "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": None,
+    "multi_query_attention": None, "moe_dropless": True, "attention_layer_norm_with_affine": True, "layer_norm_with_affine": True, "alibi": False}
 VISION: dict[str, Any] = {
     "image_default_input_size": [336, 336], "image_patch_size": 14, "image_emb_dim": 1024, "image_num_heads": 16, "image_num_key_value_heads": 16,
     "image_num_layers": 23, "image_mlp_dim": 4096, "image_mlp_activations": "quick_gelu", "image_num_pos": 577, "image_norm_eps": 1e-5,
@@ -38,8 +46,9 @@ IMAGES: dict[str, Any] = {
     "overlap_margins": [4, 4], "base_image_input_size": [336, 336], "image_token_length_w": 12, "image_token_length_h": 12, "image_patch_size": 14,
     "image_padding_mask": True}
 TOKENS = {"image": "<|image|>", "image_start": "<im_start>", "image_end": "<im_end>", "image_row": "<im_col>", "image_patch": "<im_patch>"}
-# the text model by (norm_after, attention_layer_norm)
+# the text model by (norm_after, attention_layer_norm), that with experts
 TEXTS = {(False, False): "Qwen2ForCausalLM", (True, True): "Olmo2ForCausalLM"}
+EXPERTS = (False, True), "OlmoeForCausalLM"
 # The pictures of all messages stand before the first word, as `preprocessing_molmo.py` puts them.
 TEMPLATE = (
     "{%- for m in messages -%}{%- if m['content'] is not string -%}{%- for part in m['content'] -%}{%- if part['type'] == 'image' -%}"
@@ -50,27 +59,52 @@ TEMPLATE = (
 TOWER, POOL, PROJECTOR = "model.vision_backbone.image_vit", "model.vision_backbone.image_pooling_2d", "model.vision_backbone.image_projector"
 
 
-@converts("MolmoForCausalLM")
+def renamed(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return a config that has the names of training under those of the published dense models. Raises: UnsupportedModelError."""
+    own = Config(config, {**FIXED, "mlp_hidden_size": None, "mlp_ratio": 4, "max_position_embeddings": None, "max_sequence_length": 1024,
+                          "vision_backbone": None, "rope_impl": "cockatoo"}, file)
+    for name, value in FIXED.items():
+        own.refuse_unless(name, value)
+    if own.get("vision_backbone") is None:
+        raise UnsupportedModelError(f"{file}: 'vision_backbone' is missing: a text model alone is not known by these names")
+    return {**config, **{new: config[old] for new, old in TRAINING.items() if old in config}, "rope_impl": own.need("rope_impl"),
+            "intermediate_size": own.get("mlp_hidden_size") or own.count("mlp_ratio") * own.count("d_model"),
+            "max_position_embeddings": own.get("max_position_embeddings") or own.count("max_sequence_length"),
+            "vision_backbone": {**own.need("vision_backbone"), "image_mlp_activations": VISION["image_mlp_activations"]}}    # the code's, whatever is said
+
+
+def halved_rows(n: int, head_dim: int) -> np.ndarray:
+    """Return the order of n rows in which neighbours of a head lie half of it apart: [a0 b0 a1 b1 ..] -> [a0 a1 .. b0 b1 ..]."""
+    return np.arange(n).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).ravel()
+
+
+@converts("MolmoForCausalLM", "OLMoForCausalLM")
 class Molmo:
     renames: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, config: dict[str, Any], file: Path):
-        r = self.root = Config(config, DEFAULTS, file)
+        trained = "d_model" in config or "OLMoForCausalLM" in (config.get("architectures") or ())
+        r = self.root = Config(renamed(config, file) if trained else config, DEFAULTS, file)
+        self.pairs_apart = trained and r.get("rope_impl") == "cockatoo"                        # neighbours turn together, not halves of a head
         for name, *allowed in (("clip_qkv", None), ("weight_tying", False), ("layer_norm_type", "rms"), ("image_projector", "mlp"),
                                ("image_pooling_2d", "attention-meanq", "attention_meanq"), ("image_padding_embed", "pad_and_partial_pad"),
-                               ("image_pooling_h", 2), ("image_pooling_w", 2), ("moe_num_experts", None, 0), ("rope_scaling", None)):
+                               ("image_pooling_h", 2), ("image_pooling_w", 2), ("rope_scaling", None), *([] if trained else [("moe_num_experts", None, 0)])):
             r.refuse_unless(name, *allowed)
         kind = bool(r.need("norm_after")), bool(r.need("attention_layer_norm"))
-        if kind not in TEXTS:
-            raise UnsupportedModelError(f"{file}: 'norm_after' is {kind[0]} and 'attention_layer_norm' {kind[1]}; this converter knows both or none")
+        self.n_experts = r.count("moe_num_experts") if trained else 0
+        name = dict([EXPERTS]).get(kind) if trained else TEXTS.get(kind)
+        if name is None:
+            known = "the second alone, with experts" if trained else "both or none"
+            raise UnsupportedModelError(f"{file}: 'norm_after' is {kind[0]} and 'attention_layer_norm' {kind[1]}; this converter knows {known}")
         self.after = kind[0]
         self.n_head, self.extra = r.count("embedding_size") if r.get("embedding_size") else r.count("vocab_size"), r.count("additional_vocab_size")
         if r.count("intermediate_size") % 2:
             raise InvalidModelError(f"{file}: 'intermediate_size' counts the rows of two matrices, so {r.need('intermediate_size')} cannot be")
-        self.text: Decoder = supported()[TEXTS[kind]]({
+        self.text: Decoder = supported()[name]({
             **{name: r.get(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                                               "max_position_embeddings", "rope_theta")},
-            "architectures": [TEXTS[kind]], "vocab_size": self.n_head, "intermediate_size": r.count("intermediate_size") // 2,
+            **({"num_experts": self.n_experts, "num_experts_per_tok": r.count("moe_top_k")} if trained else {}),
+            "architectures": [name], "vocab_size": self.n_head, "intermediate_size": r.count("intermediate_size") // 2,
             "rms_norm_eps": r.need("layer_norm_eps"), "tie_word_embeddings": False}, file)
         self.arch, self.vocab_size, self.d_model = self.text.arch, self.n_head + self.extra, self.text.d_model
         self.read_encoder()
@@ -128,6 +162,23 @@ class Molmo:
     def unused(self) -> set[str]:
         return {entry.source for i in range(max(self.features), self.v_layers) for entry in self.encoder_layer(i)}
 
+    def expert_layer(self, i: int) -> Tensors:
+        """List a layer of the decoder that has experts: attention and mixture are modules of their own."""
+        t, d, b, m = self.text, self.d_model, f"blk.{i}", f"model.transformer.blocks.{i}"
+        q, kv, f, at = t.q_width, t.kv_width, t.d_ff, f"{m}.attn"
+        yield t.norm(f"{b}.attn_norm", f"{at}.attn_norm", d)
+        for name, first, n in (("attn_q", 0, q), ("attn_k", q, kv), ("attn_v", q + kv, kv)):
+            rows = first + halved_rows(n, t.head_dim) if self.pairs_apart and name != "attn_v" else None
+            yield Entry(f"{b}.{name}.weight", f"{at}.att_proj.weight", (n, d), row_order=rows, stored=(q + 2 * kv, d), first_row=first)
+        for name, n in (("q_norm", q), ("k_norm", kv)):
+            yield Entry(f"{b}.attn_{name}.weight", f"{at}.{name}.weight", (n,), row_order=halved_rows(n, t.head_dim) if self.pairs_apart else None)
+        yield from linear(f"{b}.attn_output", f"{at}.attn_out", d, q)
+        yield t.norm(f"{b}.ffn_norm", f"{m}.mlp.ff_norm", d)
+        yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.mlp.gate.weight", (self.n_experts, d), instead=FLOAT32)
+        for name, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
+            parts = tuple(Entry(name, f"{m}.mlp.experts.{e}.{name}_proj.weight", shape) for e in range(self.n_experts))
+            yield Stack(f"{b}.ffn_{name}_exps.weight", parts)
+
     def layer(self, i: int) -> Iterator[Entry]:
         """List a layer of the decoder."""
         t, d, b, m, biased = self.text, self.d_model, f"blk.{i}", f"model.transformer.blocks.{i}", bool(self.root.need("qkv_bias"))
@@ -164,7 +215,7 @@ class Molmo:
         yield self.text.norm("output_norm", "model.transformer.ln_f", d)
         yield Entry("output.weight", "model.transformer.ff_out.weight", (self.n_head, d))
         for i in range(self.text.n_layers):
-            yield from self.layer(i)
+            yield from self.expert_layer(i) if self.n_experts else self.layer(i)
         yield from self.encoder_tensors()
         row = self.patch_token
         part, row = (parts[0], row) if row < self.n_head else (parts[1], row - self.n_head)

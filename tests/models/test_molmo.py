@@ -17,7 +17,7 @@ from converters import convert
 from converters.molmo import TEMPLATE as CONVERTED
 from oracle import encoder_of
 from pictures import A, B, LONG, picture, same
-from pyengine.errors import ContextOverflowError, RequestError, UnsupportedModelError
+from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.media.image import Image, resize_floats
 from pyengine.models.encoders import molmo
 from sight import Run, Sight
@@ -49,7 +49,7 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 class MolmoSight(Sight):
     """The whole and crops that overlap."""
 
-    model_types, marker = ("molmo",), "<|image|>"
+    model_types, marker = ("molmo", "molmoe"), "<|image|>"
 
     def images(self, config: Any, settings: dict[str, Any]) -> Any:
         return reference_molmo.Images(**{"max_crops": 4, "overlap_margins": [2, 2], "base_image_input_size": [56, 56], "image_token_length_w": 4,
@@ -88,13 +88,19 @@ CLIP = {"has_vision_encoder": True, "projector_type": "molmo", "use_silu": False
 CLIP_TOKENS = {"image_token_id": "<|image|>", "image_start_token_id": "<im_start>", "image_end_token_id": "<im_end>", "image_row_token_id": "<im_col>"}
 
 
-def case(kind: str, arch: str, **text: Any) -> Case:
-    return Case(kind, arch, "MolmoConfig", "MolmoForCausalLM", "qwen2", {}, {**TEXT, **text}, VISION, TOKENS, MolmoSight(), cached_as="qwen2",
+def case(kind: str, arch: str, classes: tuple[str, str] = ("MolmoConfig", "MolmoForCausalLM"), base: dict[str, Any] = TEXT, **text: Any) -> Case:
+    return Case(kind, arch, *classes, "qwen2", {}, {**base, **text}, VISION, TOKENS, MolmoSight(), cached_as="qwen2",
                 converted=Converted({"general.architecture": arch, "tokenizer.chat_template": CONVERTED, "tokenizer.ggml.add_bos_token": True}, clip=CLIP,
                                     clip_tokens=CLIP_TOKENS))
 
 
-CASES = (case("molmo", "qwen2"), case("molmo_o", "olmo2", qkv_bias=False, attention_layer_norm=True, norm_after=True, num_key_value_heads=None))
+NAMES = {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers",
+         "intermediate_size": "mlp_hidden_size"}
+TRAINED = {**{NAMES.get(name, name): value for name, value in TEXT.items()}, "qkv_bias": False, "attention_layer_norm": True, "include_bias": False, "rope": True,
+           "activation_type": "swiglu", "moe_num_experts": 9, "moe_top_k": 3, "rope_impl": "cockatoo"}
+E = ("MolmoEConfig", "OLMoForCausalLM"), TRAINED
+
+CASES = (case("molmo", "qwen2"), case("molmoe", "olmoe", *E), case("molmoe_halves", "olmoe", *E, rope_impl="llama", n_kv_heads=None), case("molmo_o", "olmo2", qkv_bias=False, attention_layer_norm=True, norm_after=True, num_key_value_heads=None))
 
 SIZES = [(61, 47), (30, 300), (300, 17), (9, 11), (400, 500), (112, 112), (56, 56), (90, 1), (28, 28), (131, 28)]      # width, height
 RNG = np.random.default_rng(4)
@@ -168,6 +174,17 @@ def test_what_cannot_be_converted(tmp_path, changes: dict[str, Any], text: str) 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UnsupportedModelError, match=text):
+        convert(folder, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"norm_after": True}, "this converter knows the second alone, with experts"), ({"include_bias": True}, "'include_bias' is True"),
+    ({"moe_shared_expert": True}, "'moe_shared_expert' is True"), ({"vision_backbone": None}, "a text model alone"), ({"moe_num_experts": 0}, "moe_num_experts")])
+def test_what_cannot_be_converted_of_molmoe(tmp_path, changes: dict[str, Any], text: str) -> None:
+    folder = make_checkpoint("molmoe", tmp_path / "c")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises((UnsupportedModelError, InvalidModelError), match=text):
         convert(folder, tmp_path / "m.gguf")
 
 

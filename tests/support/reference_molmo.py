@@ -30,6 +30,17 @@ class MolmoConfig(transformers.PretrainedConfig):
         super().__init__(**{"vision_backbone": vision_config or {}, **values})
 
 
+class MolmoEConfig(MolmoConfig):
+    """The names of training."""
+
+    model_type = "molmoe"
+    attribute_map = {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers",
+                     "intermediate_size": "mlp_hidden_size"}
+
+    def __init__(self, text_config: dict[str, Any] | None = None, vision_config: dict[str, Any] | None = None, **values: Any):
+        super().__init__(text_config, vision_config, **values)
+
+
 class Norm(nn.Module):
     """x / rms(x) * weight."""
 
@@ -41,9 +52,13 @@ class Norm(nn.Module):
         return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
 
-def rotated(x: torch.Tensor, base: float) -> torch.Tensor:
-    """Rotate heads [h, n, e] by their positions: pairs (i, i + e / 2)."""
+def rotated(x: torch.Tensor, base: float, neighbours: bool = False) -> torch.Tensor:
+    """Rotate heads [h, n, e] by their positions: pairs (i, i + e / 2), or (2 i, 2 i + 1)."""
     _, n, e = x.shape
+    if neighbours:
+        angle = torch.arange(n).double()[:, None] / base ** (torch.arange(0, e, 2).double() / e)
+        turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+        return torch.view_as_real(turned).flatten(-2).float()
     angle = torch.arange(n).double()[:, None] / base ** (torch.arange(0, e, 2).double() / e)
     cos, sin = (torch.cat([f, f], -1).float() for f in (angle.cos(), angle.sin()))
     a, b = x.chunk(2, -1)
@@ -86,6 +101,43 @@ class Block(nn.Module):
             return x + self.ff_norm(self.feed(x))
         x = x + self.attend(self.attn_norm(x))
         return x + self.feed(self.ff_norm(x))
+
+
+class Expert(nn.Module):
+    def __init__(self, c: Any):
+        super().__init__()
+        f = c.intermediate_size // 2
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*n, bias=False) for n in ((c.hidden_size, f), (c.hidden_size, f), (f, c.hidden_size)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertBlock(Block):
+    """A layer whose feed-forward is a mixture of experts, in modules of their own; the k with the largest probabilities count by these."""
+
+    def __init__(self, c: Any):
+        super().__init__(c)
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        for name in ("att_proj", "attn_out", "attn_norm", "q_norm", "k_norm"):
+            setattr(self.attn, name, getattr(self, name))
+        self.mlp.gate, self.mlp.ff_norm = nn.Linear(c.hidden_size, c.moe_num_experts, bias=False), self.ff_norm
+        self.mlp.experts = nn.ModuleList([Expert(c) for _ in range(c.moe_num_experts)])
+        for name in ("att_proj", "attn_out", "attn_norm", "q_norm", "k_norm", "ff_norm", "ff_proj", "ff_out"):
+            delattr(self, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, m, c = self.attn, self.mlp, self.c
+        q, k, v = a.att_proj(a.attn_norm(x)).split([self.heads * self.e, self.kv * self.e, self.kv * self.e], -1)
+        q, k, v = (y.unflatten(-1, (-1, self.e)).transpose(0, 1) for y in (a.q_norm(q), a.k_norm(k), v))
+        q, k = (rotated(y, c.rope_theta, c.rope_impl == "cockatoo") for y in (q, k))
+        k, v = (y.repeat_interleave(self.heads // self.kv, 0) for y in (k, v))
+        scores = q @ k.transpose(1, 2) / math.sqrt(self.e)
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
+        x = x + a.attn_out((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        h = m.ff_norm(x)
+        weights, chosen = m.gate(h).softmax(-1).topk(c.moe_top_k, -1)
+        return x + torch.stack([sum(w * m.experts[e](row) for w, e in zip(ws, es)) for row, ws, es in zip(h, weights, chosen)])
 
 
 class Attention(nn.Module):
@@ -158,7 +210,7 @@ class MolmoForCausalLM(transformers.PreTrainedModel):
         t.wte = nn.Module()
         t.wte.embedding = nn.Parameter(torch.zeros(config.embedding_size, config.hidden_size))
         t.wte.new_embedding = nn.Parameter(torch.zeros(128, config.hidden_size))
-        t.blocks = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        t.blocks = nn.ModuleList([(ExpertBlock if getattr(config, "moe_num_experts", 0) else Block)(config) for _ in range(config.num_hidden_layers)])
         t.ln_f = Norm(config.hidden_size, config.layer_norm_eps)
         t.ff_out = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
         self.model.transformer, self.model.vision_backbone = t, Backbone(config)
@@ -183,11 +235,18 @@ class MolmoForCausalLM(transformers.PreTrainedModel):
         return SimpleNamespace(logits=t.ff_out(t.ln_f(x))[None])
 
 
+class OLMoForCausalLM(MolmoForCausalLM):
+    """MolmoE, by the name that its config.json gives."""
+
+    config_class = MolmoEConfig
+
+
 def register() -> None:
     """Let the classes be found by their names."""
-    OWN.update({"MolmoConfig": MolmoConfig, "MolmoForCausalLM": MolmoForCausalLM})
-    transformers.AutoConfig.register("molmo", MolmoConfig, exist_ok=True)
-    transformers.AutoModelForImageTextToText.register(MolmoConfig, MolmoForCausalLM, exist_ok=True)
+    for config, model in ((MolmoConfig, MolmoForCausalLM), (MolmoEConfig, OLMoForCausalLM)):
+        OWN.update({config.__name__: config, model.__name__: model})
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        transformers.AutoModelForImageTextToText.register(config, model, exist_ok=True)
 
 
 # -- processor -----------------------------------------------------------------------------------------------------------------
