@@ -1,84 +1,103 @@
-"""BERT and sentence models of its shape: `bert` in GGUF. Follows transformers `modeling_bert.py`; pooling as sentence-transformers says it beside.
+"""BERT and encoders of its shape: RoBERTa and XLM-R, DistilBERT; `bert` in GGUF, with llama.cpp's names. Heads of classes and of masked models.
 
-The layer behind the first token that BertModel calls its pooler makes no vectors here and is left out, as in llama.cpp.
+Follows transformers `modeling_bert.py`, `modeling_roberta.py`, `modeling_distilbert.py`. RoBERTa's positions begin behind the padding token's number:
+the rows before are left out, as llama.cpp does. BertModel's pooler stands before the scores of classes only, as llama.cpp's `cls`; vectors are
+made without it.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, PoolingType
+from gguf import GGUFWriter
 
-from .checkpoint import Config, malformed_is
 from .contract import converts, Entry, layer_norm, linear
 from .decoder import Tensors
+from .text_encoder import TextEncoder
+from .tokenizer import Vocabulary
 
-# transformers' BertConfig where a config.json may be silent
+# transformers' configs where a config.json may be silent
 DEFAULTS: dict[str, Any] = {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-                            "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-                            "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+                            "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 1,
+                            "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+DISTIL = {**DEFAULTS, "num_hidden_layers": 6, "type_vocab_size": 0, "sinusoidal_pos_embds": False}
+DISTIL_NAMES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size",
+                "activation": "hidden_act"}
+OLD_NORMS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
 
 
-def pooling(folder: Path, usual: PoolingType = PoolingType.MEAN) -> PoolingType:
-    """Return what sentence-transformers' files beside a checkpoint say vectors are made of; `usual` without them.
-
-    Raises: UnsupportedModelError for ways that files have no number for.
-    """
-    from pyengine.errors import UnsupportedModelError
-
-    file = folder / "1_Pooling" / "config.json"
-    if not file.exists():
-        return usual
-    with malformed_is(f"{file}: not a pooling"):
-        said = json.loads(file.read_text(encoding="utf-8"))
-        on = [name for name, value in said.items() if name.startswith("pooling_mode_") and value is True]
-    kinds = {"pooling_mode_mean_tokens": PoolingType.MEAN, "pooling_mode_cls_token": PoolingType.CLS, "pooling_mode_lasttoken": PoolingType.LAST}
-    if len(on) != 1 or on[0] not in kinds:
-        raise UnsupportedModelError(f"{file}: pools by {', '.join(on) or 'nothing'}; one of {', '.join(kinds)} is supported")
-    return kinds[on[0]]
-
-
-@converts("BertModel")
-class Bert:
+@converts("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification")
+class Bert(TextEncoder):
     arch = "bert"
-    renames = ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
+    renames = ((r"^bert\.", ""), *OLD_NORMS)
+    defaults = DEFAULTS
+    masked = ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder", "cls.predictions.bias")
+    classes = "pooler.dense", "classifier"
+    also = "cls.seq_relationship.weight", "cls.seq_relationship.bias"
+    # of a layer, by ours
+    layer = (("attn_q", "attention.self.query"), ("attn_k", "attention.self.key"), ("attn_v", "attention.self.value"),
+             ("attn_output", "attention.output.dense"), ("ffn_up", "intermediate.dense"), ("ffn_down", "output.dense"))
+    norms = ("attn_output_norm", "attention.output.LayerNorm"), ("layer_output_norm", "output.LayerNorm")
+    where = "encoder.layer"
+    skipped = 0                                              # rows of the positions that stand for no position
 
     def __init__(self, config: dict[str, Any], file: Path):
-        c = self.config = Config(config, DEFAULTS, file)
-        self.vocab_size, self.width, self.d_ff = (c.count(n) for n in ("vocab_size", "hidden_size", "intermediate_size"))
-        self.n_layers, self.n_ctx = c.count("num_hidden_layers"), c.count("max_position_embeddings")
-        self.n_types = c.count("type_vocab_size")
-        self.pooling = pooling(file.parent)
+        super().__init__(config, file)
+        c = self.config
+        self.n_types = int(c.get("type_vocab_size") or 0)
         for name, *allowed in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
             c.refuse_unless(name, *allowed)
 
     def write_keys(self, out: GGUFWriter) -> None:
-        out.add_block_count(self.n_layers)
-        out.add_context_length(self.n_ctx)
-        out.add_embedding_length(self.width)
-        out.add_feed_forward_length(self.d_ff)
-        out.add_head_count(self.config.count("num_attention_heads"))
-        out.add_layer_norm_eps(self.config.need("layer_norm_eps"))
-        out.add_causal_attention(False)
-        out.add_pooling_type(self.pooling)
-
-    def unused(self) -> set[str]:
-        return {"pooler.dense.weight", "pooler.dense.bias"}
+        super().write_keys(out)
+        out.add_token_type_count(max(1, self.n_types))
 
     def tensors(self) -> Tensors:
-        d = self.width
+        d, f, stored = self.width, self.d_ff, (self.n_ctx + self.skipped, self.width)
         yield Entry("token_embd.weight", "embeddings.word_embeddings.weight", (self.vocab_size, d))
-        yield Entry("position_embd.weight", "embeddings.position_embeddings.weight", (self.n_ctx, d))
-        yield Entry("token_types.weight", "embeddings.token_type_embeddings.weight", (self.n_types, d))
+        yield Entry("position_embd.weight", "embeddings.position_embeddings.weight", (self.n_ctx, d), stored=stored, first_row=self.skipped)
+        if self.n_types:
+            yield Entry("token_types.weight", "embeddings.token_type_embeddings.weight", (self.n_types, d))
         yield from layer_norm("token_embd_norm", "embeddings.LayerNorm", d)
+        sizes = {"ffn_up": (f, d), "ffn_down": (d, f)}
         for i in range(self.n_layers):
-            b, m = f"blk.{i}", f"encoder.layer.{i}"
-            for ours, theirs in (("attn_q", "attention.self.query"), ("attn_k", "attention.self.key"), ("attn_v", "attention.self.value"),
-                                 ("attn_output", "attention.output.dense")):
-                yield from linear(f"{b}.{ours}", f"{m}.{theirs}", d, d, True)
-            yield from layer_norm(f"{b}.attn_output_norm", f"{m}.attention.output.LayerNorm", d)
-            yield from linear(f"{b}.ffn_up", f"{m}.intermediate.dense", self.d_ff, d, True)
-            yield from linear(f"{b}.ffn_down", f"{m}.output.dense", d, self.d_ff, True)
-            yield from layer_norm(f"{b}.layer_output_norm", f"{m}.output.LayerNorm", d)
+            for ours, theirs in self.layer:
+                yield from linear(f"blk.{i}.{ours}", f"{self.where}.{i}.{theirs}", *sizes.get(ours, (d, d)), True)
+            for ours, theirs in self.norms:
+                yield from layer_norm(f"blk.{i}.{ours}", f"{self.where}.{i}.{theirs}", d)
+        yield from self.heads()
+
+
+@converts("RobertaModel", "RobertaForMaskedLM", "RobertaForSequenceClassification", "XLMRobertaModel", "XLMRobertaForMaskedLM",
+          "XLMRobertaForSequenceClassification", "CamembertModel", "CamembertForMaskedLM", "CamembertForSequenceClassification")
+class Roberta(Bert):
+    renames = ((r"^roberta\.", ""), *OLD_NORMS)
+    masked = "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"
+    classes = "classifier.dense", "classifier.out_proj"
+    also = "pooler.dense.weight", "pooler.dense.bias"
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        super().__init__(config, file)
+        self.skipped = self.config.token("pad_token_id") + 1
+        self.n_ctx -= self.skipped
+
+    def change_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Name llama.cpp's tokenizer of these models, which puts two tokens between the parts of a pair."""
+        vocabulary.pre = "roberta-bpe" if vocabulary.pre == "gpt-2" else vocabulary.pre
+        vocabulary.add_sep = True
+
+
+@converts("DistilBertModel", "DistilBertForMaskedLM", "DistilBertForSequenceClassification")
+class DistilBert(Bert):
+    renames = ((r"^distilbert\.", ""), *OLD_NORMS)
+    defaults = DISTIL
+    masked = "vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.bias"
+    classes, class_act = ("pre_classifier", "classifier"), "relu"
+    layer = (("attn_q", "attention.q_lin"), ("attn_k", "attention.k_lin"), ("attn_v", "attention.v_lin"), ("attn_output", "attention.out_lin"),
+             ("ffn_up", "ffn.lin1"), ("ffn_down", "ffn.lin2"))
+    norms = ("attn_output_norm", "sa_layer_norm"), ("layer_output_norm", "output_layer_norm")
+    where = "transformer.layer"
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        super().__init__({DISTIL_NAMES.get(name, name): value for name, value in config.items()}, file)

@@ -150,11 +150,11 @@ class Checkpoint:
         # a tensor in a shard that the index does not list is an unknown tensor, not one to lose
         return {name: t for shard in shards.values() for name, t in shard.items()}
 
-    def add(self, file: Path) -> None:
-        """Take a further file's tensors. Raises InvalidModelError where it is missing or has a name that is taken."""
+    def add(self, file: Path, prefix: str = "") -> None:
+        """Take a further file's tensors, with what is put before their names. Raises InvalidModelError where it is missing or has a name that is taken."""
         if not file.exists():
             raise InvalidModelError(f"{file}: missing")
-        more = read_safetensors_header(file)
+        more = {prefix + name: tensor for name, tensor in read_safetensors_header(file).items()}
         if taken := sorted(more.keys() & self.tensors.keys()):
             raise InvalidModelError(f"{file}: tensor '{taken[0]}' is in {self.folder} too")
         self.tensors |= more

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -18,6 +18,8 @@ from gguf import GGMLQuantizationType as QT
 from gguf import GGUFWriter
 
 if TYPE_CHECKING:
+    from gguf import PoolingType
+
     from .tokenizer import Vocabulary
 
 # for `Entry.instead`: tensors that are few and count much, and tensors that are no factors of a product with blocks
@@ -131,6 +133,21 @@ class ReadsMore(Protocol):
 
     @property
     def more_files(self) -> Sequence[Path]: ...
+
+
+@runtime_checkable
+class LooksFirst(Protocol):
+    """A converter that has to know which tensors a checkpoint has, under the names that `renames` gives, before it lists them."""
+
+    def look(self, names: Collection[str]) -> None: ...
+
+
+@runtime_checkable
+class MakesVectors(Protocol):
+    """A converter of a model that makes vectors of texts, with layers behind its pooling where sentence-transformers' files have them."""
+
+    @property
+    def usual_pooling(self) -> PoolingType: ...
 
 
 @runtime_checkable

@@ -70,10 +70,16 @@ class Vocabulary:
     special: dict[str, int] = field(default_factory=dict)       # by the names in SPECIAL
     add_bos: bool = False
     add_eos: bool = False
+    add_sep: bool = False                                       # one more token between the parts of a pair
     add_space_prefix: bool | None = None
+    one_space: bool | None = None                               # blanks are one space between words and none around them
+    steps: list[str] | None = None                              # of a normalizer that is more than a map of characters, in order
+    swallows: dict[str, list[int]] = field(default_factory=dict)        # tokens that take the blanks on their "lstrip" or "rstrip" side
     charsmap: bytes = b""
     lowercase: bool | None = None                               # of a WordPiece vocabulary, as the next
     strip_accents: bool | None = None
+    longest_word: int | None = None                             # letters, beyond which it is unknown
+    switches: dict[str, bool] = field(default_factory=dict)     # of its normalizer, that are off
     chat_template: str | list[dict[str, str]] | None = None
 
     @classmethod
@@ -105,9 +111,19 @@ class Vocabulary:
             getattr(out, f"add_{name}_token_id")(token)
         out.add_add_bos_token(self.add_bos)
         out.add_add_eos_token(self.add_eos)
+        if self.add_sep:
+            out.add_add_sep_token(True)
         if self.add_space_prefix is not None:
             out.add_add_space_prefix(self.add_space_prefix)
-        for name, value in (("lowercase", self.lowercase), ("strip_accents", self.strip_accents)):
+        if self.one_space is not None:
+            out.add_remove_extra_whitespaces(self.one_space)
+        if self.steps:
+            out.add_array("tokenizer.ggml.normalizer.steps", self.steps)
+        for side, ids in self.swallows.items():
+            out.add_array(f"tokenizer.ggml.{side}_tokens", ids)
+        if self.longest_word is not None:
+            out.add_uint32("tokenizer.ggml.max_input_chars_per_word", self.longest_word)
+        for name, value in (("lowercase", self.lowercase), ("strip_accents", self.strip_accents), *self.switches.items()):
             if value is not None:
                 out.add_bool(f"tokenizer.ggml.normalizer.{name}", value)
         if self.charsmap:
@@ -152,6 +168,9 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         raise InvalidModelError(f"{folder}: neither tokenizer.json nor tokenizer.model; convert with --no-tokenizer")
     _add_tokens(vocabulary, _added_tokens(folder, fast, settings), folder)
     _mark_special(vocabulary, folder, settings, config)
+    for side in ("lstrip", "rstrip"):
+        if ids := [t["id"] for t in fast.get("added_tokens", []) if t.get(side)]:
+            vocabulary.swallows[side] = ids
     vocabulary.add_bos, vocabulary.add_eos = _adds(vocabulary, fast, settings, folder)
     vocabulary.chat_template = _chat_template(folder, settings)
     _check(vocabulary, folder)
@@ -264,18 +283,42 @@ def _sentencepiece_from_merges(fast: dict[str, Any], file: Path) -> Vocabulary:
 
 
 def _unigram(fast: dict[str, Any], file: Path) -> Vocabulary:
-    """Read the pieces and scores of a unigram, and its map of characters."""
+    """Read the pieces and scores of a unigram, its map of characters, and what else is done to a text first."""
     model = fast["model"]
     tokens, scores = [str(piece) for piece, _ in model["vocab"]], [float(score) for _, score in model["vocab"]]
     unknown, bytes_too = model.get("unk_id"), bool(model.get("byte_fallback"))
     types = [TokenType.UNKNOWN if i == unknown else TokenType.BYTE if bytes_too and BYTE.fullmatch(t) else TokenType.NORMAL
              for i, t in enumerate(tokens)]
-    made = Vocabulary("t5", "default", tokens, types, scores=scores, special={} if unknown is None else {"unk": unknown},
-                      add_space_prefix=_space_prefix(fast, file))
+    made = Vocabulary("t5", "default", tokens, types, scores=scores, special={} if unknown is None else {"unk": unknown})
+    before, left = [], []
     for step in _flat(fast.get("normalizer"), "normalizers"):
         if step.get("type") == "Precompiled":
             made.charsmap = base64.b64decode(step["precompiled_charsmap"] or "")
+        named = _step(step)
+        before += [named] if named else []
+        left += [] if named else [step]
+    cuts = _flat(fast.get("pre_tokenizer"), "pretokenizers")
+    words = {"type": "WhitespaceSplit"} in cuts
+    made.add_space_prefix = _space_prefix({**fast, "normalizer": {"normalizers": left},
+                                           "pre_tokenizer": {"pretokenizers": [c for c in cuts if c != {"type": "WhitespaceSplit"}]}}, file)
+    before += ["words"] if words else []
+    made.steps = before if before not in ([], ["charsmap"]) else None
+    made.one_space = words or None
     return made
+
+
+def _step(step: dict[str, Any]) -> str:
+    """Name a step of a unigram's normalizer; "" for one without a name here."""
+    match step:
+        case {"type": "Precompiled"}:
+            return "charsmap"
+        case {"type": "Replace", "pattern": {"String": "``" | "''" as old}, "content": '"'}:
+            return f"replace {old} \""
+        case {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}:
+            return "one_space"
+        case {"type": "NFKD" | "StripAccents" | "Lowercase" as kind}:
+            return {"NFKD": "nfkd", "StripAccents": "strip_accents", "Lowercase": "lowercase"}[kind]
+    return ""
 
 
 def _word_piece(fast: dict[str, Any], settings: dict[str, Any], folder: Path) -> Vocabulary:
@@ -290,11 +333,19 @@ def _word_piece(fast: dict[str, Any], settings: dict[str, Any], folder: Path) ->
         if normalizer.get("type") not in (None, "BertNormalizer"):
             raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: WordPiece with normalizer {normalizer.get('type')!r} has no name in GGUF")
         lowercase, accents = bool(normalizer.get("lowercase", True)), normalizer.get("strip_accents")
+        longest, switches = fast["model"].get("max_input_chars_per_word", 100), {name: normalizer.get(name, True) for name in ("clean_text", "handle_chinese_chars")}
     else:
-        tokens = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        usual = {name: f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}       # transformers' BertTokenizer
+        for name, text in usual.items():
+            settings.setdefault(f"{name}_token", text)
+        tokens = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         prefix, lowercase, accents = "##", settings.get("do_lower_case", True), settings.get("strip_accents")
+        longest, switches = 100, {"handle_chinese_chars": settings.get("tokenize_chinese_chars", True)}
     marked = [t if t is None or re.fullmatch(r"\[.*\]", t) else t.removeprefix(prefix) if t.startswith(prefix) else SPACE + t for t in tokens]
-    made = Vocabulary("bert", "default", marked, [TokenType.UNUSED if t is None else TokenType.NORMAL for t in marked])
+    special = set() if fast else {_text_of(settings.get(f"{name}_token")) for name in (*SPECIAL, "cls")}
+    types = [TokenType.UNUSED if t is None else TokenType.CONTROL if t in special else TokenType.NORMAL for t in tokens]
+    made = Vocabulary("bert", "default", [t if kind == TokenType.CONTROL else m for t, m, kind in zip(tokens, marked, types)], types)
+    made.longest_word, made.switches = longest, {name: on for name, on in switches.items() if not on}
     made.lowercase, made.strip_accents = bool(lowercase), bool(lowercase if accents is None else accents)
     return made
 
@@ -309,8 +360,6 @@ def _space_prefix(fast: dict[str, Any], file: Path) -> bool:
     prefix = escaped = False
     for step in _flat(fast.get("normalizer"), "normalizers") + _flat(fast.get("pre_tokenizer"), "pretokenizers"):
         match step:
-            case {"type": "Precompiled"} if fast["model"].get("type") == "Unigram":
-                pass
             case {"type": "Prepend", "prepend": "\u2581"}:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
@@ -329,6 +378,11 @@ def _space_prefix(fast: dict[str, Any], file: Path) -> bool:
 
 
 # --- what both kinds share --------------------------------------------------------------------------------------------
+
+def _text_of(token: Any) -> Any:
+    """Return a token's text, which settings give as such or among what is done with it."""
+    return token.get("content") if isinstance(token, dict) else token
+
 
 def _plain(text: str, kind: int) -> str:
     """Return a token's text in the file: user-defined tokens are matched against text with ordinary spaces."""
@@ -393,9 +447,7 @@ def _mark_special(vocabulary: Vocabulary, folder: Path, settings: dict[str, Any]
     ids = {t: i for i, t in enumerate(vocabulary.tokens)}
     texts = {**_json(folder / "special_tokens_map.json"), **settings}
     for name in SPECIAL:
-        text = texts.get(f"{name}_token")
-        if isinstance(text, dict):
-            text = text.get("content")
+        text = _text_of(texts.get(f"{name}_token"))
         if text is not None:
             if text not in ids:
                 raise InvalidModelError(f"{folder}: {name}_token {text!r} is not in the vocabulary")
@@ -406,8 +458,7 @@ def _mark_special(vocabulary: Vocabulary, folder: Path, settings: dict[str, Any]
         if isinstance(number, int) and 0 <= number < len(vocabulary.tokens):
             vocabulary.special[name] = number
     if vocabulary.model == "bert":                              # whose [CLS] files keep as the token that begins a text
-        cls = texts.get("cls_token", "[CLS]")
-        cls = cls.get("content") if isinstance(cls, dict) else cls
+        cls = _text_of(texts.get("cls_token", "[CLS]"))
         if cls not in ids or "sep" not in vocabulary.special:
             raise InvalidModelError(f"{folder}: the vocabulary has no {cls!r}, or no token that separates texts")
         vocabulary.special["bos"] = ids[cls]
@@ -429,8 +480,11 @@ def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any]
     found = {"bos": vocabulary.model == "bert" or not fast and vocabulary.model == "llama", "eos": False}
     post = fast.get("post_processor") or {}
     for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing":
-            parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]     # None is the text itself
+        if step.get("type") in ("TemplateProcessing", "RobertaProcessing", "BertProcessing"):
+            if step["type"] == "TemplateProcessing":
+                parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]     # None is the text itself
+            else:
+                parts = [step["cls"][0], None, step["sep"][0]]
             text_of = {name: vocabulary.tokens[i] for name, i in vocabulary.special.items()}
             if vocabulary.model == "bert" and parts == [text_of["bos"], None, text_of["sep"]]:
                 return True, False                              # both, always

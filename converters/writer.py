@@ -22,8 +22,10 @@ from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
-from .contract import Blocks, ChangesVocabulary, Constant, Converter, Entry, LeavesOut, ReadsMore, Stack, supported, Tells
+from .contract import (
+    Blocks, ChangesVocabulary, Constant, Converter, Entry, LeavesOut, LooksFirst, MakesVectors, ReadsMore, Stack, supported, Tells)
 from .generation import write_sampling
+from .sentence import Dense, Sentences
 from .tokenizer import Vocabulary, read_vocabulary
 
 Tensor = Entry | Stack | Constant | Blocks
@@ -47,14 +49,19 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     encoder goes to a second file, `mmproj_path(out_file)`. A file appears under its name only when it is whole. Memory
     beyond the interpreter: the vocabulary and at most one stored tensor. Raises InvalidModelError, UnsupportedModelError.
     """
-    checkpoint = Checkpoint(Path(folder))
+    sentences = Sentences(Path(folder))
+    checkpoint = Checkpoint(sentences.checkpoint)
     converter = find_converter(checkpoint.config, checkpoint.config_file)
     for file in converter.more_files if isinstance(converter, ReadsMore) else ():
         checkpoint.add(file)
     for note in converter.notes if isinstance(converter, Tells) else ():
         warn(f"{checkpoint.folder}: {note}")
     checkpoint.rename(converter.renames)
-    entries = _check_entries(checkpoint, converter)
+    if isinstance(converter, LooksFirst):
+        converter.look(checkpoint.tensors.keys())
+    for layer in _layers(sentences, converter):
+        checkpoint.add(layer.file, layer.prefix)
+    entries = _check_entries(checkpoint, converter, sentences)
     vision = [e for e in entries if e.name.startswith(VISION_TENSORS)]
     if split_mmproj and not vision:
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no image encoder to split off")
@@ -67,6 +74,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     text.writer.add_vocab_size(converter.vocab_size)
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
         converter.write_keys(text.writer)
+        sentences.write_keys(text.writer, converter.usual_pooling if isinstance(converter, MakesVectors) else None)
     with malformed_is(f"{checkpoint.folder}: a value of the tokenizer's files is of the wrong kind"):
         # a model with an image encoder has its text model's own values one level down
         values = {**(checkpoint.config.get("text_config") or {}), **checkpoint.config}
@@ -75,6 +83,8 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
         warn(f"{checkpoint.folder}: no tokenizer; the file takes and gives token ids only")
     if isinstance(converter, ChangesVocabulary) and vocabulary.model != "none":
         converter.change_vocabulary(vocabulary)
+    if sentences.lowercase and not vocabulary.lowercase:
+        raise UnsupportedModelError(f"{folder}: sentence_bert_config.json makes small letters of texts, and the tokenizer does not")
     vocabulary.write(text.writer, converter.vocab_size)
     write_sampling(checkpoint.folder, text.writer)
     outputs = [(text, entries)]
@@ -138,8 +148,15 @@ def entries_of(converter: Converter, file: Path) -> list[Tensor]:
         return list(converter.tensors())
 
 
-def _check_entries(checkpoint: Checkpoint, converter: Converter) -> list[Tensor]:
-    entries = entries_of(converter, checkpoint.config_file)
+def _layers(sentences: Sentences, converter: Converter) -> list[Dense]:
+    """Return what stands behind the pooling. Raises: UnsupportedModelError for a model that has no place for it."""
+    if sentences.dense and not isinstance(converter, MakesVectors):
+        raise UnsupportedModelError(f"{sentences.folder}: '{converter.arch}' has no place for layers behind its pooling")
+    return sentences.dense
+
+
+def _check_entries(checkpoint: Checkpoint, converter: Converter, sentences: Sentences) -> list[Tensor]:
+    entries = [*entries_of(converter, checkpoint.config_file), *sentences.entries()]
     parts = [p for e in entries for p in (e.parts if isinstance(e, Stack) else [e])]
     by_source = {e.source: e.shape if e.stored is None else e.stored for e in parts if isinstance(e, Entry)}
     by_source |= {source: shape for e in parts if isinstance(e, Blocks) for source, shape in e.sources}

@@ -9,7 +9,9 @@ from typing import Any, TYPE_CHECKING
 
 from pyengine.errors import InvalidModelError, ModelWarning, shown
 from pyengine.files.gguf import Metadata
+from pyengine.files.hparams import Hparams
 from pyengine.files.stores import Modelfile
+from pyengine.text.prefixes import Prefixes
 from pyengine.text.sampling import ollama_sampling, sampling_defaults
 from pyengine.text.tokenizer import Tokenizer
 
@@ -29,6 +31,11 @@ class Language:
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer."""
         return Tokenizer.from_metadata(self.metadata)
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """What the file says of texts that vectors are made of."""
+        return Prefixes.read(Hparams(self.metadata))
 
     @cached_property
     def sampling_defaults(self) -> dict[str, Any]:

@@ -287,14 +287,15 @@ class Model:
         return self.vectors.states(x)
 
     @takes()
-    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None) -> np.ndarray:
+    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None, prompt: str | None = None) -> np.ndarray:
         """Compute the vector of a text or picture, float32 [d_model], or of each in a list, [n, d_model], side by side as n_seq allows.
 
         x: texts get the special tokens of any prompt, a picture is a prompt of its own; a list in the list is a prompt in parts, as ids.
         normalize: to length 1. pooling: which last hidden states it is made of: "mean", "cls" (the first) or "last"; None: what the
-        file says, or else the last. Raises: as `hidden`.
+        file says, or else the last. prompt: the name of what the file puts before texts ("query", ..); None: what it puts there by itself;
+        "": nothing. Raises: as `hidden`.
         """
-        return self.vectors.embed(x, normalize, pooling)
+        return self.vectors.embed(x, normalize, pooling, prompt)
 
     # -- plain steps --------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,18 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), _LEAST_NORM)
 
 
+def shares(a: int, b: int, room: int) -> tuple[int, int]:
+    """Return how many tokens of two texts of a and b tokens stay where there is room for so many: the longer one loses first (`longest_first` of
+    `tokenizers`, utils/truncation.rs)."""
+    if a + b <= room:
+        return a, b
+    low = min(a, b)
+    high = max(low, room - low) if low <= room else low
+    if low + high > room:
+        low, high = room // 2, room - room // 2
+    return (low, high) if a <= b else (high, low)
+
+
 def is_text(x: Any) -> bool:
     """Say whether an input is a text, or token ids, and no picture."""
     return isinstance(x, str) or isinstance(x, (list, tuple)) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in x)
@@ -156,21 +168,37 @@ class EncoderModel:
             raise RequestError(f"{self.plan.model} reads {'pictures' if kind == 'text' else 'text'} only, and this is a {'text' if kind == 'text' else 'picture'}")
         return getattr(self.towers, kind)
 
-    def _text(self, x: Any, cut: bool = False) -> Text:
-        """Tokenize a text, or take token ids as they are. cut: shorten what is too long. Raises: RequestError, ContextOverflowError."""
+    def _text(self, x: Any, cut: bool = False, before: str = "") -> Text:
+        """Tokenize a text, behind what stands before it, or take token ids as they are. Texts are shortened to what the file says; cut: to
+        what there is room for too. Raises: RequestError, ContextOverflowError."""
         tower: TextTower = self._tower("text")
-        ids = self.tokenize(x) if isinstance(x, str) else token_ids(x, tower.n_ids)
-        return self._fitting(Text(tuple(ids), len(ids)), cut)
+        if not isinstance(x, str):
+            ids = token_ids(x, tower.n_ids)
+            return self._fitting(Text(tuple(ids), len(ids)), self.n_ctx if cut else 0)
+        ids, most = self.tokenize(before + x), self._language.prefixes.max_tokens
+        return self._fitting(Text(tuple(ids), len(ids)), min(most or self.n_ctx, self.n_ctx) if most or cut else 0)
 
-    def _fitting(self, text: Text, cut: bool) -> Text:
+    def _fitting(self, text: Text, most: int) -> Text:
+        """Return a text, shortened to the most tokens, of which its end token is one; 0: not shortened. Raises: RequestError, ContextOverflowError."""
         n, ids = len(text.ids), text.ids
         if n == 0:
             raise RequestError("a text without tokens has no hidden states")
-        if n > self.n_ctx and cut:
-            return Text((*ids[: self.n_ctx - 1], ids[-1]), min(text.second, self.n_ctx))
+        if most and n > most:
+            end = ids[-1:] if [ids[-1]] == self.tokenize("")[-1:] else ()
+            ids = (*ids[: most - len(end)], *end)
+            return Text(ids, len(ids))
         if n > self.n_ctx:
             raise ContextOverflowError(f"a text of {n} tokens is longer than the {self.n_ctx} that the model was loaded for")
         return text
+
+    def _pair(self, first: Sequence[int], second: Sequence[int]) -> Text:
+        """Put two texts together as the model reads pairs; the longer one is shortened first, both where that is not enough."""
+        begin, end = (around := self.tokenize(""))[:-1], around[-1:]
+        between = end * (self.towers.text.separators or (1 if self.tokenizer.model == "bert" else 2))
+        room = min(self._language.prefixes.max_tokens or self.n_ctx, self.n_ctx) - len((*begin, *between, *end))
+        n = shares(len(first), len(second), room)
+        ids = (*begin, *first[: n[0]], *between, *second[: n[1]], *end)
+        return Text(ids, len(ids) - len(end) - n[1])
 
     def _run_texts(self, texts: Iterable[Text]) -> Iterator[Given]:
         """Compute texts, as many at once as a run holds; in order."""
@@ -223,14 +251,14 @@ class EncoderModel:
 
     # -- what is made of them -----------------------------------------------------------------------------------------
 
-    def read(self, items: Sequence[Any], cut: bool = False) -> list[Given]:
-        """Compute texts, token ids and pictures, in order; texts share runs. cut: shorten texts that are too long.
+    def read(self, items: Sequence[Any], cut: bool = False, before: str = "") -> list[Given]:
+        """Compute texts, token ids and pictures, in order; texts share runs. cut: shorten texts that are too long; before: what stands before texts.
 
         Raises: ContextOverflowError, RequestError, ImageError.
         """
         found: list[Given | None] = [None] * len(items)
         texts = [i for i, x in enumerate(items) if is_text(x)]
-        for i, given in zip(texts, self._run_texts(self._text(items[i], cut) for i in texts)):
+        for i, given in zip(texts, self._run_texts(self._text(items[i], cut, before) for i in texts)):
             found[i] = given
         return [self._picture(items[i]) if given is None else given for i, given in enumerate(found)]
 
@@ -243,11 +271,12 @@ class EncoderModel:
         return self.read([x])[0].hidden
 
     @takes()
-    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None) -> np.ndarray:
+    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None, prompt: str | None = None) -> np.ndarray:
         """Compute the vector of a text or picture, float32 [d], or of each in a list, [n, d].
 
         x: token ids are a list in the list. normalize: to length 1. pooling: what it is made of, one of `POOLINGS`: the mean of the last hidden states,
-        the first or the last of them, the end token's, or the model's own head; None: what the file says.
+        the first or the last of them, the end token's, or the model's own head; None: what the file says. prompt: the name of what the file puts
+        before texts ("query", "document", ..); None: what it puts there by itself; "": nothing.
         Raises: ContextOverflowError, RequestError, ImageError; UnsupportedModelError for a head that the model has not.
         """
         normalize = switch("normalize", normalize)
@@ -255,7 +284,7 @@ class EncoderModel:
             raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(pooling)}")
         many = isinstance(x, (list, tuple)) and not (x and isinstance(x[0], (int, np.integer)))
         items = list(x) if many else [x]
-        rows = [self.vector(item, given, pooling) for item, given in zip(items, self.read(items))]
+        rows = [self.vector(item, given, pooling) for item, given in zip(items, self.read(items, before=self._language.prefixes.before(prompt)))]
         if not rows:
             return np.empty((0, next(iter(self.towers.towers.values())).d_out), np.float32)
         if len({len(row) for row in rows}) > 1:
@@ -306,7 +335,7 @@ class EncoderModel:
         image: a picture, or for a model of texts a text. labels: texts as they are, which are compared with the picture; None: the classes of the file.
         activation: "softmax", "sigmoid" or "none"; None: what the model was trained with. Raises: RequestError, UnsupportedModelError, ImageError.
         """
-        activation = activation or ("sigmoid" if self.towers.independent else "softmax")
+        activation = activation or ("" if labels is not None else self.towers.scores) or ("sigmoid" if self.towers.independent else "softmax")
         if activation not in ("softmax", "sigmoid", "none"):
             raise RequestError(f"activation must be softmax, sigmoid or none, got {shown(activation)}")
         if labels is None:
@@ -325,6 +354,23 @@ class EncoderModel:
         elif activation == "sigmoid":
             x = 1 / (1 + np.exp(-x))
         return dict(sorted(zip(names, x.tolist()), key=lambda pair: -pair[1]))
+
+    @takes()
+    def rerank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Compute how well each document answers a query: float32 [n], the higher the better.
+
+        They are the scores of the model's head, before any activation, as those of sentence-transformers' CrossEncoder with `Identity`; what it would
+        apply is `model.towers.scores` ("sigmoid" or "none"). Pairs that are too long are shortened, the longer text first.
+        Raises: UnsupportedModelError for a model without a head of one score; RequestError.
+        """
+        tower: TextTower = self._tower("text")
+        if tower.n_classes != 1:
+            raise UnsupportedModelError(f"{self.plan.model} gives {tower.n_classes or 'no'} scores of a text; to rank texts a model has one")
+        if not isinstance(query, str) or isinstance(documents, str) or not iterates(documents) or not all(isinstance(d, str) for d in documents):
+            raise RequestError("rerank: query is a text, and documents are a list of texts")
+        first = self.tokenize(query, add_special=False)
+        pairs = (self._pair(first, self.tokenize(document, add_special=False)) for document in documents)
+        return np.array([given.rows[CLASSES][0] for given in self._run_texts(pairs)], np.float32)
 
     @takes()
     def logits(self, ids: Sequence[int] | str) -> np.ndarray:

@@ -18,11 +18,10 @@ from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import Scheduler
 from pyengine.errors import ContextOverflowError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
+from pyengine.nn.texts import pooling_of
 from pyengine.programs.rows import lay_out_rows, Rows, Segment, TokenSegment
 
 POOLINGS = "mean", "cls", "last"
-# llama.cpp's enum llama_pooling_type (include/llama.h), as files give it; "" leaves it to us
-_IN_FILES = {-1: "", 0: "", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _LEAST_NORM = 1e-12                  # torch.nn.functional.normalize's: a row of zeros stays one
 
 
@@ -90,12 +89,6 @@ class Reading(Job):
             raise RequestError("the prompt was not read to its end: it was cancelled, or is still being read")
 
 
-def pooling_of(h: Hparams) -> str:
-    """Return what a file's keys say of pooling: one of POOLINGS, or "rank", or a number that is not known; "" if nothing."""
-    said = h.get("pooling_type", 0, int)
-    return _IN_FILES.get(said, str(said))
-
-
 class Vectors:
     """What makes readings for one model, and runs them.
 
@@ -128,10 +121,12 @@ class Vectors:
         reading = self._reading(self.prompts.prompt(prompt)[0], None)
         return self._run([reading], Reading.states)[0]
 
-    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None) -> np.ndarray:
+    def embed(self, x: Any, normalize: bool = True, pooling: str | None = None, prompt: str | None = None) -> np.ndarray:
         """Compute the vector of an input, float32 [d], or those of a list of inputs [n, d]: see `Model.embed`."""
-        normalize, pooling = switch("normalize", normalize), self.pooling(pooling)
+        normalize, pooling, before = switch("normalize", normalize), self.pooling(pooling), self.prompts.language.prefixes.before(prompt)
         many = isinstance(x, (list, tuple))
+        if before:
+            x = [before + item if isinstance(item, str) else item for item in x] if many else before + x if isinstance(x, str) else x
         found = self._run(self._each(x, pooling) if many else [self.reading(x, pooling)], lambda r: r.vector(normalize))
         if not many:
             return found[0]
@@ -146,7 +141,8 @@ class Vectors:
                 raise type(error)(f"x[{i}]: {error}") from error
 
     def reading(self, item: Any, pooling: str, cut: bool = False) -> Reading:
-        """Make a reading of a text, a picture or a prompt in parts; `cut` shortens a text, or ids, to what the context holds.
+        """Make a reading of a text, a picture or a prompt in parts; `cut` shortens a text, or ids, to what the context holds; a text is
+        shortened to what the file says.
 
         Raises: ContextOverflowError, RequestError, ImageError.
         """
@@ -156,12 +152,13 @@ class Vectors:
             segments = self.prompts.prompt(item)[0]
         else:
             segments = self.prompts.prompt("", [item])[0]
-        return self._reading([self._shortened(segments)] if cut else segments, pooling)
+        most = self.prompts.language.prefixes.max_tokens if isinstance(item, str) else 0
+        return self._reading([self._shortened(segments, most)] if cut or most else segments, pooling)
 
-    def _shortened(self, segments: list[Segment]) -> TokenSegment:
-        """Cut a prompt of tokens at the end of the context, before the token that the tokenizer puts at an end."""
+    def _shortened(self, segments: list[Segment], most: int = 0) -> TokenSegment:
+        """Cut a prompt of tokens at the end of the context, or after the most tokens, before the token that the tokenizer puts at an end."""
         ids = [i for s in segments for i in s.ids]
-        n, end = self.scheduler.n_ctx, self.prompts.tokenizer.eos_id
+        n, end = min(most or self.scheduler.n_ctx, self.scheduler.n_ctx), self.prompts.tokenizer.eos_id
         tail = [end] if self.prompts.tokenizer.add_eos and ids[-1:] == [end] else []
         return TokenSegment(tuple(ids if len(ids) <= n else [*ids[: n - len(tail)], *tail]))
 

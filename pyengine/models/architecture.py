@@ -19,7 +19,8 @@ from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.batch import Batch
 from pyengine.nn.rope import Rotary, Rope
-from pyengine.nn.texts import Texts
+from pyengine.nn.text_encoder import TextHeads
+from pyengine.nn.texts import CLASSES, HIDDEN, LOGITS, Texts, VECTORS
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -159,9 +160,6 @@ class Architecture(ABC):
         """Build the output head: last hidden states [l, d_model] to logits [l, vocab]."""
 
 
-HIDDEN, VECTORS, CLASSES, LOGITS = "hidden", "vectors", "classes", "logits"        # what a run of a tower may give
-
-
 class TextTower(ABC):
     """Texts to hidden states and what is made of them, without caches: each run reads whole texts.
 
@@ -171,6 +169,7 @@ class TextTower(ABC):
     causal     a row sees what stands before it only
     windows    widths of layers that see a window: so many rows on each side
     n_classes  scores of a text, 0 without such a head; n_logits: of a row that goes through the head of a masked model
+    separators tokens between the parts of a pair; 0: one where the vocabulary is WordPiece, two elsewhere
     """
 
     width: int
@@ -182,6 +181,7 @@ class TextTower(ABC):
     windows: tuple[int, ...] = ()
     n_classes: int = 0
     n_logits: int = 0
+    separators: ClassVar[int] = 0
 
     def place(self, ids: Sequence[int]) -> int:
         """Return which of a text's positions stands for it: the first, or the last where the pooling is "last"."""
@@ -191,6 +191,21 @@ class TextTower(ABC):
     def declare(self, texts: Texts) -> dict[str, Tensor]:
         """Build the graph of one run: HIDDEN [m, width] and, where the model has them, VECTORS [p, d_out] of texts, CLASSES [p, n_classes],
         LOGITS [l, n_logits] of the rows that are wanted."""
+
+
+class SentenceTower(TextTower):
+    """A text tower whose vectors, scores and logits are made by what stands in its file behind the layers. heads: that."""
+
+    heads: TextHeads
+
+    def hold(self, heads: TextHeads) -> None:
+        """Keep what stands behind the layers."""
+        self.heads, self.pooling, self.d_out = heads, heads.pooling, heads.d_out
+        self.n_classes, self.n_logits = heads.n_classes, heads.n_logits
+
+    def place(self, ids: Sequence[int]) -> int:
+        """Return which of a text's positions stands for it."""
+        return len(ids) - 1 if self.heads.rows == "last" else 0
 
 
 class ImageTower(ABC):
@@ -228,16 +243,22 @@ class Towers(ABC):
     text, image  None for a model without
     labels       names of the classes, as many as there are; () where the file names none
     independent  scores of labels are probabilities each for itself (a sigmoid), not together (a softmax)
+    scores       what makes probabilities of the scores of its own classes: "softmax", "sigmoid" or "none"; "": as of labels
     """
 
     text: TextTower | None = None
     image: ImageTower | None = None
     labels: tuple[str, ...] = ()
     independent: bool = False
+    scores: str = ""
 
     @abstractmethod
     def __init__(self, h: Hparams, w: Weights):
         """Bind the weights. Raises: InvalidModelError, UnsupportedModelError."""
+
+    def read_texts(self, tower: SentenceTower) -> None:
+        """Take a text tower with its classes."""
+        self.text, self.labels, self.scores = tower, tower.heads.labels, tower.heads.scores
 
     @property
     def towers(self) -> dict[str, TextTower | ImageTower]:

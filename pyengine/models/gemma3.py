@@ -29,7 +29,7 @@ from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.encoder import (
     by_table, cut_patches, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
 from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
-from pyengine.nn.rope import Rope, rope
+from pyengine.nn.rope import plain_rope, Rope, rope
 from pyengine.graph.tensor import Tensor
 from pyengine.files.weights import DerivedRef, pages, Weights
 
@@ -297,8 +297,7 @@ class Model(Architecture):
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         self.rope = rope(h, w, c.head_dim, interleaved=False)
-        local = h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
-        self.rope_local = Rope((1 / local ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)).astype(np.float32), 1.0, False)
+        self.rope_local = plain_rope(h.number("rope.freq_base_swa", LOCAL_ROPE_BASE), c.head_dim)
 
     @classmethod
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:

@@ -39,6 +39,13 @@ class Linear:
     def __init__(self, w: Weights, n_in: int, n_out: int):
         self._hold(w.tensor("weight", (n_out, n_in)), w.optional("bias", (n_out,)))
 
+    @classmethod
+    def of(cls, weight: WeightRef, bias: WeightRef | None) -> Linear:
+        """Make one of tensors that do not stand together, as of an output head that shares the embedding's matrix."""
+        made = cls.__new__(cls)
+        made._hold(weight, bias)
+        return made
+
     def _hold(self, weight: WeightRef, bias: WeightRef | None) -> None:
         self.weight = constant(weight)
         self.bias = constant(bias, dtype_of("F32")) if bias else None
@@ -49,9 +56,8 @@ class Linear:
         weight, bias = w.tensor("weight", (sum(sizes), n_in)), w.optional("bias", (sum(sizes),))
         made = []
         for i, n in enumerate(sizes):
-            one, first = cls.__new__(cls), sum(sizes[:i])
-            one._hold(weight.rows(first, n), bias and bias.rows(first, n))
-            made.append(one)
+            first = sum(sizes[:i])
+            made.append(cls.of(weight.rows(first, n), bias and bias.rows(first, n)))
         return made
 
     def __call__(self, x: Tensor) -> Tensor:                                       # [m, n_in] -> [m, n_out]
@@ -154,12 +160,13 @@ class PatchEmbedding(Linear):
 
 
 class LayerNorm:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. biased: whether there is a bias; None: where the file has one."""
 
-    def __init__(self, w: Weights, d: int, eps: float):
-        f32 = dtype_of("F32")
-        self.weight, self.bias = constant(w.tensor("weight", (d,)), f32), constant(w.tensor("bias", (d,)), f32)
-        self.eps = eps
+    def __init__(self, w: Weights, d: int, eps: float, biased: bool | None = True):
+        f32, self.eps = dtype_of("F32"), eps
+        self.weight = constant(w.tensor("weight", (d,)), f32)
+        bias = w.tensor("bias", (d,)) if biased else w.optional("bias", (d,)) if biased is None else None
+        self.bias = constant(bias, f32) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)

@@ -30,6 +30,11 @@ class Rope(NamedTuple):
         return ops.rope(x, table, interleaved=self.interleaved)
 
 
+def plain_rope(base: float, n_rot: int, interleaved: bool = False) -> Rope:
+    """Return the rotary embedding of n_rot elements without scaling."""
+    return Rope((1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / n_rot)).astype(np.float32), 1.0, interleaved)
+
+
 class Rotary(NamedTuple):
     """The rotary embedding that a file describes; `at` gives it for a context's size.
 

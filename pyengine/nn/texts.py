@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pyengine import ops
+from pyengine.files.hparams import Hparams
 from pyengine.graph.tensor import Tensor
 
+HIDDEN, VECTORS, CLASSES, LOGITS = "hidden", "vectors", "classes", "logits"        # what a run of a tower may give
 HEAD = "head"                        # a pooling by layers of the model's own
 POOLINGS = "mean", "cls", "last", "eos", HEAD
+# llama.cpp's enum llama_pooling_type (include/llama.h), as files give it; "" says nothing
+_IN_FILES = {-1: "", 0: "", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+
+
+def pooling_of(h: Hparams, key: str = "pooling_type") -> str:
+    """Return what a file's keys say of pooling: one of POOLINGS, or "rank", or a number that is not known; "" if nothing."""
+    said = h.get(key, 0, int)
+    return _IN_FILES.get(said, str(said))
 
 
 class Seen(NamedTuple):
@@ -52,4 +62,6 @@ class Texts(NamedTuple):
 
     def pooled(self, x: Tensor, how: str) -> Tensor:
         """Make one row of each text's rows of x [m, d]: their mean, or the row that stands for it; returns [p, d]."""
-        return ops.mean_rows(x, self.first, self.end) if how == "mean" else ops.rows(x, self.at)
+        if how == "mean":
+            return ops.mean_rows(x, self.first, self.end)
+        return ops.rows(x, self.first if how == "cls" else self.at)

@@ -18,7 +18,7 @@ The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Kno
 - Nothing "cleans up" spaces before punctuation when ids become text: text, ids, text is exact, but where SPM's prefix
   stands behind a special token within the text, which comes back as a space (in llama.cpp too).
 - A gpt2 vocabulary that does not name its BOS and EOS has none, unless token 11 is a control token as in Falcon.
-- Words of some models are cut as their authors do, which llama.cpp does not (pretokenizers).
+- Words of some models are cut as their authors do, which llama.cpp does not (pretokenizers); of bert, where the file says how long a word is.
 - Of special tokens that overlap in a text the first is taken (specials).
 - A file that does not say how words are cut, or that Ollama wrote, is cut as its vocabulary's other files are.
 - A llama vocabulary without byte tokens spells what it does not have as unknown tokens, one a byte; llama.cpp aborts.
@@ -43,9 +43,9 @@ from pyengine.text.marks import GUARD, MARK
 from pyengine.text.pretokenizers import known_pre, PRE, Pre
 from pyengine.text.roles import find_roles, HARMONY_TEXTS
 from pyengine.text.specials import Specials
-from pyengine.text.unigram import Unigram
+from pyengine.text.unigram import Normalizer, Unigram
 from pyengine.text.vocabulary import byte_token, Kind, LETTER_BYTES, read_key, SPACE, Strings, SURROGATE, Vocabulary
-from pyengine.text.wordpiece import WordPiece
+from pyengine.text.wordpiece import AuthorsWordPiece, WordPiece
 
 
 _BLANKS = " \t\n\v\f\r"
@@ -140,6 +140,7 @@ class Tokenizer:
 
     def _load_specials(self, name: str, architecture: str) -> None:
         """List what is cut out of a text before it is tokenized, and the blanks that go with it."""
+        meta = self._meta
         kinds = self.vocabulary.kinds
         self.special_ids = frozenset(np.flatnonzero((kinds == Kind.CONTROL) | (kinds == Kind.UNKNOWN)).tolist())
         self._fixed_ids = np.flatnonzero(kinds == Kind.USER_DEFINED).tolist()
@@ -155,6 +156,8 @@ class Tokenizer:
             self._rstrip = frozenset({*self.special_ids, *self._fixed_ids, self.id_of("</s>")} - keep)
         elif "modern-bert" in name:
             self._lstrip = frozenset({self.id_of("[MASK]")})
+        if any(f"tokenizer.ggml.{side}_tokens" in meta for side in ("lstrip", "rstrip")):       # our converter's
+            self._lstrip, self._rstrip = (frozenset(np.asarray(meta.get(f"tokenizer.ggml.{side}_tokens", [])).tolist()) for side in ("lstrip", "rstrip"))
 
     @cached_property
     def _fixed(self) -> Specials:
@@ -188,11 +191,16 @@ class Tokenizer:
             lowercase = read_key(meta, "normalizer.lowercase", bool, True)
             if self.unk_id is None:
                 raise InvalidModelError("tokenizer.ggml.unknown_token_id: a bert vocabulary needs it")
-            return WordPiece(tokens, self.unk_id, lowercase, read_key(meta, "normalizer.strip_accents", bool, lowercase))
+            accents, longest = read_key(meta, "normalizer.strip_accents", bool, lowercase), read_key(meta, "max_input_chars_per_word", int)
+            if longest is None:
+                return WordPiece(tokens, self.unk_id, lowercase, accents)
+            switches = {name: read_key(meta, f"normalizer.{name}", bool, True) for name in ("clean_text", "handle_chinese_chars")}
+            return AuthorsWordPiece(tokens, self.unk_id, lowercase, accents, longest, switches)
         charsmap = meta.get("tokenizer.ggml.precompiled_charsmap", b"")
         blob = charsmap if isinstance(charsmap, bytes) else np.asarray(charsmap).astype(np.uint8).tobytes()
-        return Unigram(tokens, self.vocabulary.scores, self.vocabulary.file_kinds, self.unk_id, blob, self.add_space_prefix,
-                        self.remove_extra_whitespaces)
+        before = Normalizer(blob, read_key(meta, "normalizer.steps", list, ["charsmap"]))
+        return Unigram(tokens, self.vocabulary.scores, self.vocabulary.file_kinds, self.unk_id, before, self.add_space_prefix,
+                       self.remove_extra_whitespaces)
 
     # -- text to ids -----------------------------------------------------------------------------------------------
 

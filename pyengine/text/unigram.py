@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from pyengine.errors import InvalidModelError
+from pyengine.errors import InvalidModelError, UnsupportedModelError
 from pyengine.text.specials import Specials
 from pyengine.text.vocabulary import BYTE_RUNS, lenient, Kind, SPACE
 
+BLANKS = re.compile("[^\\S\x1c-\x1f]+")           # Unicode's white space
 MAX_RULE = 256      # bytes of a rule's text, and of what replaces it; sentencepiece's own are far shorter. It bounds what a letter costs
 
 
 class Unigram:
     """Cuts the text into the tokens whose scores sum highest (Kudo 2018, arXiv:1804.10959)."""
 
-    def __init__(self, tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray, unk_id: int | None,
-                 charsmap: bytes, prefix: bool, merge_spaces: bool):
+    def __init__(self, tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray, unk_id: int | None, before: Normalizer, prefix: bool,
+                 merge_spaces: bool):
         from tokenizers import Tokenizer as Pipeline
         from tokenizers import models
 
@@ -35,20 +38,59 @@ class Unigram:
                 vocab.append((f"\ufdd0{i}", worst))      # no text reaches a control token from here
         # bytes spell what no piece has, where they are tokens
         self._model = Pipeline(models.Unigram(vocab, unk_id, bool((kinds == Kind.BYTE).any())))
-        self._charsmap = _Charsmap(charsmap)
+        self._before = before
         self._prefix, self._merge_spaces = prefix, merge_spaces
         self._tokens = tokens
         self._fixed = Specials({i: t for i, (t, k) in enumerate(zip(tokens, kinds.tolist())) if k == Kind.USER_DEFINED})
 
     def encode(self, text: str) -> list[int]:
-        text = "".join([self._charsmap.apply(part) if isinstance(part, str) else self._tokens[part] for part in self._fixed.split(text)])
+        text = "".join([self._before.apply(part) if isinstance(part, str) else self._tokens[part] for part in self._fixed.split(text)])
         if self._merge_spaces:
-            words = [word for word in text.split(" ") if word]
-            text = "".join(SPACE + word for word in words)
+            text = "".join(SPACE + word for word in (BLANKS.split(text) if self._before.words else text.split(" ")) if word)
+        elif self._before.one_space:                         # `tokenizers`' Metaspace: a text that begins with a space has its prefix
+            text = text.replace(" ", SPACE)
+            text = SPACE + text if self._prefix and text[:1] not in ("", SPACE) else text
         else:
             # The one extra space goes before the first word; a text of blanks alone gets none.
             text = (SPACE if self._prefix and text.strip(" ") else "") + text.replace(" ", SPACE)
         return self._model.encode(text, add_special_tokens=False).ids if text else []
+
+
+class Normalizer:
+    """What is done to a text first: a map of characters, and other steps where a file names them, in its order.
+
+    replace A B   every A becomes B
+    nfkd, strip_accents, lowercase   as `tokenizers` does them
+    one_space     several spaces become one
+    words         words end at any white space, where extra spaces are removed
+    """
+
+    def __init__(self, charsmap: bytes, steps: Sequence[str] = ("charsmap",)):
+        from tokenizers import normalizers
+
+        self.one_space, self.words = "one_space" in steps, "words" in steps
+        kinds = {"nfkd": normalizers.NFKD, "strip_accents": normalizers.StripAccents, "lowercase": normalizers.Lowercase}
+        self._steps: list[Callable[[str], str]] = []
+        for step in steps:
+            name, *parts = step.split(" ") if isinstance(step, str) else [""]
+            if step == "charsmap":
+                self._steps.append(_Charsmap(charsmap).apply)
+            elif name == "replace" and len(parts) == 2 and parts[0]:
+                self._steps.append(lambda text, old=parts[0], new=parts[1]: text.replace(old, new))
+            elif step == "one_space":
+                self._steps.append(partial(re.compile(" {2,}").sub, " "))
+            elif step == "words":
+                pass                                         # once all others are done
+            elif step in kinds:
+                self._steps.append(lambda text, made=kinds[step](): made.normalize_str(lenient(text)))
+            else:
+                raise UnsupportedModelError(f"tokenizer.ggml.normalizer.steps: {step!r} is not known")
+
+    def apply(self, text: str) -> str:
+        """Return the text that is cut into tokens."""
+        for step in self._steps:
+            text = step(text)
+        return text
 
 
 class _Charsmap:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyengine.text.vocabulary import lenient, SPACE
+
+
+_WORDS, _LONG = 1 << 16, 64                         # how many words are remembered, and of how many letters at most
+_NO_BLANKS = re.compile("[\0-\x08\x0e-\x1f\x7f]+")   # control characters that part no words
+_ASCII_WORD = re.compile(r"[!-/:-@\[-`{-~]|[A-Za-z0-9]+")
 
 
 class WordPiece:
@@ -20,9 +26,24 @@ class WordPiece:
         self._ids = {text: i for i, text in enumerate(tokens)}
         self._lengths = sorted(set(map(len, tokens)), reverse=True)
         self._unk_id, self._lowercase, self._strip_accents = unk_id, lowercase, strip_accents
+        self._plain = True                                   # control characters are left out
+        self._known: dict[str, list[int]] = {}               # words that were cut before
 
     def encode(self, text: str) -> list[int]:
-        return [i for word in self._words(lenient(text)) for i in self._pieces(SPACE + word)]
+        if self._plain and text.isascii():
+            text = _NO_BLANKS.sub("", text)
+            words = _ASCII_WORD.findall(text.lower() if self._lowercase else text)
+        else:
+            words = self._words(lenient(text))
+        known, ids = self._known, []
+        for word in words:
+            found = known.get(word)
+            if found is None:
+                found = self._pieces(SPACE + word)
+                if len(known) < _WORDS and len(word) <= _LONG:
+                    known[word] = found
+            ids += found
+        return ids
 
     def _words(self, text: str) -> list[str]:
         """Split at blanks and around signs and Chinese characters (BERT's BasicTokenizer, as llama.cpp has it)."""
@@ -57,6 +78,27 @@ class WordPiece:
             ids.append(found)
             start += length
         return ids
+
+
+class AuthorsWordPiece(WordPiece):
+    """WordPiece with words as the authors' code makes them, which llama.cpp does not for scripts with marks and for long words.
+
+    longest   letters of a word, beyond which it is unknown; switches: further arguments of `tokenizers`' BertNormalizer
+    """
+
+    def __init__(self, tokens: Sequence[str], unk_id: int, lowercase: bool, strip_accents: bool, longest: int, switches: Mapping[str, bool]):
+        from tokenizers import normalizers, pre_tokenizers
+
+        super().__init__(tokens, unk_id, lowercase, strip_accents)
+        self._longest, self._plain = longest, switches.get("clean_text", True)
+        self._normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents, **switches)
+        self._cut = pre_tokenizers.BertPreTokenizer()
+
+    def _words(self, text: str) -> list[str]:
+        return [word for word, _ in self._cut.pre_tokenize_str(self._normalizer.normalize_str(text))]
+
+    def _pieces(self, word: str) -> list[int]:
+        return [self._unk_id] if len(word) > self._longest + len(SPACE) else super()._pieces(word)
 
 
 def _first_decomposed(char: str) -> str:

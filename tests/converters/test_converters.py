@@ -592,7 +592,7 @@ REFUSED = {
     "bytes without regex": (tokenizer_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False,
                                                           "use_regex": False}), UnsupportedModelError, r"\['bytes'\]"),
     "normalizer": (tokenizer_json(normalizer={"type": "Lowercase"}), UnsupportedModelError, "'Lowercase'"),
-    "word pieces": (tokenizer_json(model={"type": "WordPiece", "vocab": {}}), UnsupportedModelError, "'WordPiece' tokenizer"),
+    "word level": (tokenizer_json(model={"type": "WordLevel", "vocab": {}}), UnsupportedModelError, "'WordLevel' tokenizer"),
     "unigram's steps": (tokenizer_json(model={"type": "Unigram", "vocab": [["<unk>", 0.0]], "unk_id": 0}, normalizer={"type": "Strip"}),
                         UnsupportedModelError, "Strip"),
     "template": (both_ends, UnsupportedModelError, r"template adds \['<\|turn\|>', None\]"),

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+import pyengine as pe
 import tiny
+from converters.writer import convert
 
 WORDS = "the quick brown fox jumps over a lazy dog is in it s 1 2 3 4 o clock picture shows and snow what ein fur".split()
 
@@ -25,9 +27,51 @@ def save_word_piece(folder: Path, n_tokens: int = 160, lowercase: bool = True) -
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 7))
     made.add_special_tokens(["[SEP]", "[PAD]", "[UNK]", "[MASK]", "[CLS]"])
+    _save(made, folder, "BertTokenizer", **{name: f"[{name.upper()}]" for name in ("sep", "pad", "unk", "mask", "cls")})
+
+
+def save_byte_level(folder: Path, special: tuple[str, ...] = ("<s>", "<pad>", "</s>", "<unk>"), mask: str = "<mask>", n_tokens: int = 320) -> None:
+    """Write RoBERTa's tokenizer: byte-level BPE; the first of `special` begins a text and the third ends it."""
+    from tokenizers import AddedToken, models, pre_tokenizers, processors, Tokenizer, trainers
+
+    draft = Tokenizer(models.BPE())
+    draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    draft.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=n_tokens - 5, special_tokens=list(special), show_progress=False, initial_alphabet=alphabet))
+    draft.add_special_tokens([AddedToken(mask, lstrip=True, normalized=False)])
+    begin, pad, end, unknown = special
+    draft.post_processor = processors.RobertaProcessing((end, draft.token_to_id(end)), (begin, draft.token_to_id(begin)), trim_offsets=True,
+                                                        add_prefix_space=False)
+    _save(draft, folder, "RobertaTokenizer", bos=begin, cls=begin, eos=end, sep=end, pad=pad, unk=unknown, mask=mask)
+
+
+def save_unigram(folder: Path, n_tokens: int = 150) -> None:
+    """Write XLM-R's tokenizer: SentencePiece's unigram, with a map of characters that sentencepiece made."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as pb
+    from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, Tokenizer
+
+    text = folder / "lines.txt"
+    text.write_text("\n".join([*TEXTS, *WORDS, "naive cafe kase"]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "draft"), vocab_size=n_tokens, model_type="unigram",
+                                             hard_vocab_limit=False, minloglevel=2, pad_id=-1)
+    proto = pb.ModelProto()
+    proto.ParseFromString((folder / "draft.model").read_bytes())
+    for name in ("lines.txt", "draft.model", "draft.vocab"):
+        (folder / name).unlink()
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p.piece, p.score) for p in proto.pieces[3:])]
+    made = Tokenizer(models.Unigram(pieces, unk_id=3))
+    made.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
+    made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    _save(made, folder, "XLMRobertaTokenizer", bos="<s>", cls="<s>", eos="</s>", sep="</s>", pad="<pad>", unk="<unk>", mask="<mask>")
+
+
+def _save(made: Any, folder: Path, kind: str, **special: str) -> None:
+    """Write a tokenizer and its settings. kind: its class; special: tokens by what they are."""
     made.save(str(folder / "tokenizer.json"))
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("sep", "pad", "unk", "mask", "cls")}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase, **special}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **{f"{name}_token": t for name, t in special.items()}}))
 
 
 def make(model_class: str, config: Any, folder: Path, seed: int = 0, **saved: Any) -> Path:
@@ -63,6 +107,80 @@ def close(got: np.ndarray, want: Any, share: float = 1e-5) -> None:
     assert got.shape == want.shape
     worst = float(np.abs(got - want).max(initial=0))
     assert worst <= share * float(np.abs(want).max(initial=1e-30)), f"{worst} of a range of {np.abs(want).max()}"
+
+
+def loaded(folder: Path, outtype: str = "f32", **settings: Any) -> Any:
+    """Convert a checkpoint and load it."""
+    return pe.load(convert(folder, folder / f"{outtype}.gguf", outtype), **settings)
+
+
+def alone_and_beside(model: Any) -> None:
+    """Hold that texts have the same bits alone and side by side."""
+    texts = [*TEXTS, *TEXTS[::-1]] * 2
+    assert all(np.array_equal(row, model.embed(text)) for row, text in zip(model.embed(texts), texts))
+
+
+def words_of(folder: Path) -> Any:
+    """The tokenizer of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def compare_states(model: Any, theirs: Any, folder: Path, texts: tuple[str, ...] = ()) -> None:
+    """Compare ids and last hidden states of texts with those of a model of transformers, each text alone."""
+    import torch
+
+    words = words_of(folder)
+    for text in texts or TEXTS:
+        ids = words(text)["input_ids"]
+        assert model.tokenize(text) == ids, text
+        with torch.no_grad():
+            close(model.hidden(text), theirs(torch.tensor([ids])).last_hidden_state[0])
+
+
+def compare_logits(model: Any, theirs: Any, folder: Path) -> None:
+    """Compare logits of each position with those of a masked model of transformers, of a text with a mask."""
+    import torch
+
+    words = words_of(folder)
+    text = f"The quick brown {words.mask_token} jumps over the {words.mask_token}dog."
+    ids = words(text)["input_ids"]
+    assert model.tokenize(text) == ids and ids.count(words.mask_token_id) == 2
+    with torch.no_grad():
+        close(model.logits(ids), theirs(torch.tensor([ids])).logits[0])
+
+
+def compare_scores(model: Any, theirs: Any, folder: Path) -> None:
+    """Compare scores of a text's classes with those of a model of transformers."""
+    import torch
+
+    words = words_of(folder)
+    for text in TEXTS:
+        with torch.no_grad():
+            want = theirs(**words(text, return_tensors="pt")).logits[0].numpy()
+        got = model.classify(text, activation="none")
+        assert list(got) == [theirs.config.id2label[i] for i in np.argsort(-want)]
+        close(np.array([got[theirs.config.id2label[i]] for i in range(len(want))], np.float32), want)
+        share = np.exp(want - want.max()) / np.exp(want - want.max()).sum() if len(want) > 1 else 1 / (1 + np.exp(-want))
+        assert np.allclose(list(model.classify(text).values()), -np.sort(-share), atol=1e-5)
+
+
+def compare_ranks(model: Any, theirs: Any, folder: Path, most: int) -> None:
+    """Compare scores of pairs of texts with those of a model of transformers, of which some are cut."""
+    import torch
+
+    words, query = words_of(folder), "What is in the picture?"
+    documents = [*TEXTS, "fox " * (most + 9), "a quick picture"]
+    for first in (query, query * 40):
+        got = model.rerank(first, documents)
+        assert got.dtype == np.float32 and got.shape == (len(documents),)
+        parts = getattr(theirs.config, "type_vocab_size", 1) > 1
+        pairs = [words([(first, d)], truncation="longest_first", max_length=most, return_tensors="pt", return_token_type_ids=parts) for d in documents]
+        with torch.no_grad():
+            close(got, np.array([theirs(**pair).logits[0, 0] for pair in pairs], np.float32))
+    assert np.array_equal(model.rerank(query, documents[::-1]), model.rerank(query, documents)[::-1])
+    assert model.rerank(query, []).shape == (0,)
 
 
 TEXTS = (*tiny.TEXTS, "", "a", "dog " * 40)

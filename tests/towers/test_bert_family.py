@@ -1,0 +1,148 @@
+"""Encoders of BERT's shape, RoBERTa, XLM-R, DistilBERT: hidden states, heads of masked models and of classes, pairs, against transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_towers
+from tiny_towers import alone_and_beside, compare_logits, compare_ranks, compare_scores, compare_states, loaded, make, reference
+
+from converters.writer import convert
+from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+
+SIZES = {"hidden_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 200, "max_position_embeddings": 140}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Bert": ("save_word_piece", {"vocab_size": 160, "type_vocab_size": 2, "layer_norm_eps": 1e-7, **SIZES}),
+    "Roberta": ("save_byte_level", {"vocab_size": 330, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, **SIZES}),
+    "XLMRoberta": ("save_unigram", {"vocab_size": 170, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, **SIZES}),
+    "DistilBert": ("save_word_piece", {"vocab_size": 160, "dim": 72, "n_layers": 3, "n_heads": 6, "hidden_dim": 200, "max_position_embeddings": 140}),
+}
+
+
+def checkpoint(kind: str, head: str, folder: Path, **more: Any) -> Path:
+    import transformers
+
+    tokenizer, sizes = KINDS[kind]
+    folder.mkdir(exist_ok=True)
+    getattr(tiny_towers, tokenizer)(folder)
+    return make(f"{kind}{head}", getattr(transformers, f"{kind}Config")(**{**sizes, **more}), folder)
+
+
+def resaved(folder: Path, rename: Any) -> None:
+    """Rename the tensors of a checkpoint, or leave out those that become None."""
+    from safetensors.torch import load_file, save_file
+
+    found = load_file(folder / "model.safetensors")
+    save_file({new: t.contiguous() for name, t in found.items() if (new := rename(name))}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_encoder(kind: str, tmp_path: Path) -> None:
+    folder = checkpoint(kind, "Model", tmp_path / "hf")
+    with loaded(folder) as model:
+        compare_states(model, reference(f"{kind}Model", folder), folder)
+        alone_and_beside(model)
+        for what in (lambda: model.logits("a"), lambda: model.rerank("a", ["b"]), lambda: model.classify("a")):
+            with pytest.raises(UnsupportedModelError):
+                what()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_model(kind: str, tied: bool, tmp_path: Path) -> None:
+    folder = checkpoint(kind, "ForMaskedLM", tmp_path / "hf", tie_word_embeddings=tied)
+    theirs = reference(f"{kind}ForMaskedLM", folder)
+    with loaded(folder) as model:
+        compare_logits(model, theirs, folder)
+        compare_states(model, theirs.base_model, folder)
+        assert model.embed("a dog").shape == (72,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classes_of_texts(kind: str, tmp_path: Path) -> None:
+    names = {i: f"kind {i}" for i in range(11)}
+    folder = checkpoint(kind, "ForSequenceClassification", tmp_path / "hf", id2label=names, label2id={v: k for k, v in names.items()})
+    theirs = reference(f"{kind}ForSequenceClassification", folder)
+    with loaded(folder) as model:
+        compare_scores(model, theirs, folder)
+        compare_states(model, theirs.base_model, folder)
+        with pytest.raises(UnsupportedModelError, match="gives scores and no vectors"):
+            model.embed("a")
+        assert model.embed("a", pooling="mean").shape == (72,)
+        with pytest.raises(UnsupportedModelError, match="gives 11 scores"):
+            model.rerank("a", ["b"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_of_texts_are_ranked(kind: str, tmp_path: Path) -> None:
+    folder = checkpoint(kind, "ForSequenceClassification", tmp_path / "hf", num_labels=1)
+    most = 140 - 2 * ("oberta" in kind)
+    with loaded(folder) as model:
+        compare_ranks(model, reference(f"{kind}ForSequenceClassification", folder), folder, most)
+        assert model.towers.scores == "sigmoid"
+        for wrong in (("a", "b"), (3, ["b"]), ("a", [3]), ("a", None)):
+            with pytest.raises(RequestError, match="rerank"):
+                model.rerank(*wrong)
+    with loaded(folder, n_ctx=40) as model:
+        compare_ranks(model, reference(f"{kind}ForSequenceClassification", folder), folder, 40)
+
+
+def test_what_sentence_transformers_does_with_scores_is_kept(tmp_path: Path) -> None:
+    folder = checkpoint("Bert", "ForSequenceClassification", tmp_path / "hf", num_labels=1)
+    config = json.loads((folder / "config.json").read_text())
+    for said, kept in (({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, "none"),
+                       ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"}, "sigmoid"),
+                       ({"problem_type": "multi_label_classification"}, "sigmoid")):
+        (folder / "config.json").write_text(json.dumps({**config, **said}))
+        with loaded(folder) as model:
+            assert model.towers.scores == kept
+            raw = model.classify("a", activation="none")["LABEL_0"]
+            assert model.classify("a")["LABEL_0"] == pytest.approx(raw if kept == "none" else 1 / (1 + np.exp(-raw)))
+
+
+def test_old_checkpoints(tmp_path: Path) -> None:
+    """Norms with gamma and beta, a second copy of the tied matrix and its bias, the head of next sentences, buffers of positions."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint("Bert", "ForPreTraining", tmp_path / "hf")
+    theirs = reference("BertForPreTraining", folder)
+    want = [theirs(torch.tensor([[7, 9, 12, 3]])).prediction_logits[0].detach().numpy(), theirs.bert(torch.tensor([[7, 9, 3]])).last_hidden_state[0]]
+    found = load_file(folder / "model.safetensors")
+    old = {re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name)): t for name, t in found.items()}
+    old["cls.predictions.decoder.weight"] = old["bert.embeddings.word_embeddings.weight"].clone()
+    old["cls.predictions.decoder.bias"] = old["cls.predictions.bias"].clone()
+    old["bert.embeddings.position_ids"] = torch.arange(140)[None]
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+    with loaded(folder) as model:
+        tiny_towers.close(model.logits([7, 9, 12, 3]), want[0])
+        tiny_towers.close(model.hidden([7, 9, 3]), want[1])
+
+
+def test_a_checkpoint_whose_class_names_more_than_it_holds(tmp_path: Path) -> None:
+    folder = checkpoint("Bert", "ForMaskedLM", tmp_path / "hf")
+    resaved(folder, lambda name: None if name.startswith("cls") else name.removeprefix("bert."))
+    with loaded(folder) as model:
+        assert model.embed("a dog").shape == (72,)
+        with pytest.raises(UnsupportedModelError, match="no head"):
+            model.logits("a dog")
+
+
+def test_vocab_txt_alone(tmp_path: Path) -> None:
+    folder = checkpoint("Bert", "Model", tmp_path / "hf")
+    fast = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    with loaded(folder) as model:
+        want = {text: model.tokenize(text) for text in (*tiny_towers.TEXTS, "a [MASK] dog")}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.txt").write_text("\n".join(sorted(fast, key=fast.get)) + "\n", encoding="utf-8")
+    with loaded(folder) as model:
+        assert {text: model.tokenize(text) for text in want} == want
+    (folder / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(InvalidModelError):
+        convert(folder, tmp_path / "no.gguf", "f32")
