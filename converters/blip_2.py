@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP: OPT or Vicuna beside a vision transformer and a Q-Former, projectors "blip2" and "instructblip" in GGUF, which
+"""BLIP-2 and InstructBLIP: OPT, Vicuna or Flan-T5 beside a vision transformer and a Q-Former, projectors "blip2" and "instructblip" in GGUF, which
 llama.cpp does not have.
 
 Follows transformers `configuration_blip_2.py`, `configuration_instructblip.py`, `processing_blip_2.py`. Names as llama.cpp has them for other Q-Formers; keys
@@ -31,8 +31,10 @@ QFORMER: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_att
                            "vocab_size": 30522, "max_position_embeddings": 512}
 IMAGES: dict[str, Any] = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3,
                           "size": {"height": 384, "width": 384}}
-# text models by their model_type: the class that converts them alone
-TEXTS = {"opt": "OPTForCausalLM", "llama": "LlamaForCausalLM"}
+# text models by their model_type: the class that converts them alone, and its names of tensors by those of the checkpoint
+TEXTS = {"opt": ("OPTForCausalLM", ((r"^language_model\.(model\.)?decoder\.", ""), (r"^language_model\.lm_head\.", "lm_head."))),
+         "llama": ("LlamaForCausalLM", ((r"^language_model\.(model|lm_head)\.", r"\1."),)),
+         "t5": ("T5ForConditionalGeneration", ((r"^language_model\.", ""),))}
 READS = "qformer_tokenizer"                     # the folder with the vocabulary by which InstructBLIP's Q-Former reads
 # The form of the authors' questions, with answers before them; without a question, a caption. Pictures stand in front. A checkpoint has no
 # template of its own.
@@ -151,15 +153,16 @@ class Queries:
 
 @converts("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration")
 class Blip2(TextAndEncoder):
-    renames = ((r"^language_model\.(model\.)?decoder\.", ""), (r"^language_model\.(model|lm_head)\.", r"\1."))
-
     def __init__(self, config: dict[str, Any], file: Path):
         root = Config(config, DEFAULTS, file)
         text = root.need("text_config")
         kind = text.get("model_type", "opt")
         if kind not in TEXTS:
             raise UnsupportedModelError(f"{file}: the text model is {kind!r}; this converter knows {', '.join(TEXTS)}")
-        self.text = supported()[TEXTS[kind]]({**text, "architectures": [TEXTS[kind]]}, file)
+        name, self.renames = TEXTS[kind]
+        alone = supported()[name]
+        own = type(alone.__name__, (alone,), {"renames": self.renames})          # one that looks into the checkpoint itself finds its tensors too
+        self.text = own({**text, "architectures": [name]}, file)
         self.arch, self.vocab_size = self.text.arch, self.text.vocab_size
         if text.get("word_embed_proj_dim") not in (None, self.text.d_model):
             raise UnsupportedModelError(f"{file}: 'word_embed_proj_dim' is {text['word_embed_proj_dim']}: pictures' rows would not be as wide as tokens")

@@ -67,7 +67,8 @@ def run(
     model: Annotated[str | None, Argument(metavar="MODEL", show_default=False, autocompletion=_first_words, help=(
         "A GGUF file, or a name from `list`."))] = None,
     prompt: Annotated[list[str] | None, Argument(metavar="PROMPT", show_default=False, help=(
-        "The question, in one word or several; paths of pictures in it are shown to a vision model. What is piped in comes before it; "
+        "The question, in one word or several; paths of pictures in it are shown to a vision model; \"\" asks about pictures alone. What is "
+        "piped in comes before it; "
         "- is standard input. Without any of them: a conversation."))] = None,
     model_option: Annotated[str | None, Option("--model", "-m", metavar="MODEL", autocompletion=model_names, help="MODEL, as an option.")] = None,
     prompt_option: Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="PROMPT, as an option.")] = None,
@@ -162,6 +163,8 @@ def run(
     question = None if lines else asked.question(typed, file or (), options["image"])
     if question is not None and not any(isinstance(part, str) and part.strip() for part in question.parts):
         question, shown = None, [*shown, *question.found]                # pictures alone wait for a question
+    if question is None and shown and typed and not any(map(str.strip, typed)):
+        question = asked.Asked([], [], "", "")                           # an empty PROMPT: what a model says of pictures alone
     one = question is not None
     if not one and (json or jsonl or draw):
         raise RequestError(f"{'--json' if json else '--jsonl' if jsonl else '--draw'} needs a PROMPT")

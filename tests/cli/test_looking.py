@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -60,3 +61,14 @@ def test_what_is_refused(cat, tiny_gguf, capsys, arguments: list[str], words: st
 def test_a_model_that_shows_no_maps(cat, tiny_gguf, capsys) -> None:
     assert execute(["attention", str(tiny_gguf("llava")[0]), "--image", "cat.png"]) == 2
     assert "no maps of attention" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_empty_prompt_is_a_caption(cat, tiny_gguf, capsys, monkeypatch) -> None:
+    """The picture's rows and BOS, no text; without a PROMPT there is nothing to answer."""
+    path = str(tiny_gguf("blip2")[0])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    assert execute([path, "", "--image", "cat.png", "--temperature", "0", "-n", "4", "--ctx", "128", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    want = pe.load(path, n_ctx=128).generate("", images=["cat.png"], max_tokens=4, temperature=0)
+    assert found["text"] == str(want) and want.n_prompt == 5 + 1
+    assert execute([path, "--image", "cat.png", "--ctx", "128"]) == 2 and "no PROMPT" in capsys.readouterr().err
