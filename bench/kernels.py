@@ -80,6 +80,23 @@ ROWS = (1, 4, 16, 512)
 MIXTURES = (("16 top-1", 16, 1, 1024, 2048), ("64 top-4", 64, 4, 1024, 512))
 ATTENTIONS = (("gemma", 4, 1, 256, 512), ("smollm2", 9, 3, 64, None), ("qwen", 14, 2, 64, None))   # heads, kv heads, width, window
 
+# Convolutions of VGG16 and of DaViT (Florence-2): side of the picture, channels, outputs, side of the window, stride, padding, groups.
+CONVOLUTIONS = (
+    ("vgg 1.2", 224, 64, 64, 3, 1, 1, 1), ("vgg 3.2", 56, 256, 256, 3, 1, 1, 1), ("vgg 5", 14, 512, 512, 3, 1, 1, 1),
+    ("davit 0", 768, 3, 128, 7, 4, 3, 1), ("davit 2", 96, 256, 512, 3, 2, 1, 1), ("davit depthwise", 48, 512, 512, 3, 1, 1, 512),
+)
+
+
+def convolution_jobs() -> Iterator[Job]:
+    """Yield each convolution with a weight of floats, of halves, and where windows are whole blocks of Q8_0."""
+    for what, side, c, o, k, stride, padding, groups in CONVOLUTIONS:
+        columns = k * k * c // groups
+        for kind in ("F32", "F16", "Q8_0"):
+            if columns % dtype_of(kind).block == 0:
+                shapes = {"x": (1, side, side, c), "weight": (o, columns), "bias": (o,)}
+                params = {"kernel": (k,), "stride": (stride,), "padding": (padding,), "groups": groups}
+                yield Job(ops.conv2d, Case(shapes, {"weight": kind}, params), f"{what} {kind} {side}x{side}x{c} {k}x{k} {o}")
+
 
 def linear_job(what: str, n: Sequence[int], k: int, formats: Sequence[str], m: int, options: dict[str, Any]) -> Job:
     shapes: dict[str, Any] = {"x": (m, k), "w": [(rows, k) for rows in n]}
@@ -126,6 +143,7 @@ def jobs() -> Iterator[Job]:
                 for w in dict.fromkeys((None, window)):
                     label = f"{model} {heads}/{kv_heads}x{width} {kind} keys={cells}{f' window={w}' if w else ''} m={m}"
                     yield Job(ops.attention, Case(shapes, {"k": kind, "v": kind}, {"scale": width**-0.5}), label, w)
+    yield from convolution_jobs()
     for m in (1, 512):
         for d in (576, 640, 896):
             yield Job(ops.rms_norm, Case({"x": (m, d), "weight": (d,)}, {}, {"eps": 1e-6}), f"real {m}x{d}")
@@ -148,9 +166,9 @@ def integers(job: Job, name: str, shape: Sequence[int], rng: np.random.Generator
         values = rng.permutation(shapes["cache" if "cache" in shapes else "k_cache"][1])[: shape[0]]
     elif name == "chosen":
         values = np.stack([rng.permutation(shapes["w"][0][0])[: shape[1]] for _ in range(shape[0])])
-    elif name in ("lo", "hi"):
+    elif name in ("lo", "hi", "at"):
         hi = np.maximum(shapes["k"][1] - shape[0] + np.arange(shape[0]) + 1, 1)
-        values = hi if name == "hi" else np.maximum(hi - (job.window or shapes["k"][1]), 0)
+        values = hi if name == "hi" else hi - 1 if name == "at" else np.maximum(hi - (job.window or shapes["k"][1]), 0)
     else:
         ends = {"ids": lambda: shapes["table"][0], "seq": lambda: shapes["cells"][0], "axis": lambda: shapes["positions"][0],
                 "positions": lambda: 4096}
@@ -280,7 +298,7 @@ def expected(job: Job, copy: Copy) -> tuple[Any, Any]:
         values["w"] = [w.values(rows).reshape(-1, n, k) if isinstance(w, Blocks) else w[kept] for w in values["w"]]
     elif job.op is ops.attention:
         rows = np.unique(np.linspace(0, job.case.shapes["q"][0] - 1, 4).astype(int))
-        for name in ("q", "lo", "hi", "seq"):
+        for name in ("q", "lo", "hi", "seq", "at"):
             if values[name] is not None:
                 values[name] = values[name][rows]
         part = rows

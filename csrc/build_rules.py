@@ -90,7 +90,8 @@ def stale(obj: Path, also: Iterable[Path]) -> bool:
 
 def metal_sources() -> list[Path]:
     """Kernels for Macs and the headers that they include: an installation there holds them as texts, and compiles what it uses."""
-    return [*sorted(p for p in (CSRC / "metal").iterdir() if p.suffix in (".metal", ".h")), CSRC / "quants.h", CSRC / "weight.h", CSRC / "gen" / "formats.h"]
+    shared = (CSRC / name for name in ("quants.h", "taps.h", "weight.h", "gen/formats.h"))
+    return [*sorted(p for p in (CSRC / "metal").iterdir() if p.suffix in (".metal", ".h")), *shared]
 
 
 def abi_headers() -> list[Path]:

@@ -57,17 +57,32 @@ PE_SCRATCH(cpu, attention)(const pe_args *a, const void *params, int32_t n_threa
   return n_threads * 4 * thread_floats(&w) + (n_threads > 1 ? pe_min(split, SPLIT_BYTES) : 0);
 }
 
-/* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile. */
-static void attend(const job *w, const float *q, int64_t n, int a, int b, const loaded *t, partial s) {
+/* Scores of keys a .. b - 1 of the tile at `first` get what their distance from a query adds; distances beyond the ends are those of the ends. */
+static void add_bias(const job *w, int64_t row, int64_t head, int64_t first, int a, int b, float *p) {
+  const float *bias = w->bias + head * (2 * w->reach + 1);
+  const int64_t from = first - (w->at ? w->at[row] : w->hi[row] - 1) + w->reach;      /* column of key 0 of the tile */
+  const int inner = (int)pe_max(a, pe_min(b, -from)), outer = (int)pe_max(inner, pe_min(b, 2 * w->reach + 1 - from));
+  for (int j = a; j < inner; j++) p[j] += bias[0];
+  for (int j = inner; j < outer; j += 16)
+    store_some(p + j, v16f_add(load_some(p + j, outer - j), load_some(bias + from + j, outer - j)), outer - j);
+  for (int j = outer; j < b; j++) p[j] += bias[2 * w->reach];
+}
+
+/* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile at `first`; the first is that of row `row` and head `head`. */
+static void attend(const job *w, int64_t row, int64_t head, int64_t first, const float *q, int64_t n, int a, int b, const loaded *t, partial s) {
   const int most = t->form != FLOATS && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
   ahead k = ahead_of(t->next->k, cell_bytes(w->k)), v = ahead_of(t->next->v, cell_bytes(w->v));
   const int v0 = a / 16, v1 = (b + 15) / 16;
   float p[FEW_ROWS][TILE_KEYS], factor[FEW_ROWS];
+  int64_t done = 0;
   for (int64_t tiles = (n + most - 1) / most; n; tiles--) {
     const int r = (int)((n + tiles - 1) / tiles); /* as even as they can be: 7 queries are 4 + 3 */
     if (t->form == CODES) block_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
     else if (t->form == NARROW) narrow_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
     else tile(r, v1 - v0, q, w->e, t->kt + 16 * v0, TILE_KEYS, p[0] + 16 * v0, TILE_KEYS, w->e, 0);
+    for (int i = 0; w->bias && i < r; i++)
+      add_bias(w, row + (done + i) / w->group, head + (done + i) % w->group, first, a, b, p[i]);
+    done += r;
     if (a == 0 && b == TILE_KEYS)
       for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.sum + 16 * i);
     else
@@ -160,7 +175,7 @@ static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t l
       if (!visible(w, r, first, &a, &b)) continue;
       for (int c, d; r + n < end && visible(w, r + n, first, &c, &d) && c == a && d == b;) n++;
       const int64_t at = (r - u->row) * w->group;
-      attend(w, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.sum + 16 * at, p.acc + w->fp * at});
+      attend(w, r, u->head * w->group, first, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.sum + 16 * at, p.acc + w->fp * at});
     }
   }
   return PE_OK;
@@ -245,8 +260,8 @@ static int64_t claim_at(int64_t claim, int64_t n, int64_t n_threads) {
 }
 
 PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
-                     const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *out,
-                     const pe_attention_params *p, pe_stream *s) {
+                     const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *bias, const pe_tensor *numbers,
+                     const pe_tensor *out, const pe_attention_params *p, pe_stream *s) {
   job w = job_of(q, k, v, unit_queries(q, v), s->nth);
   w.lo = lo->data, w.hi = hi->data, w.scale = p->scale, w.softcap = p->softcap, w.out = out->data;
   if (w.m == 0 || w.h == 0) return PE_OK;
@@ -254,11 +269,12 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
   if (cells) w.cells = cells->data, w.cells_stride = cells->stride[0], w.l = cells->shape[1];
   if (seq) w.seq = seq->data;
   if (sinks) w.sinks = sinks->data;
+  if (bias) w.bias = bias->data, w.reach = bias->shape[1] / 2, w.at = numbers ? numbers->data : 0;
   pe_status bad = check_cells("attention", "k", k, 0, s);
   if (!bad) bad = check_cells("attention", "v", v, 0, s);
   if (!bad && p->products == PE_ATTENTION_PRODUCTS_INT8) {
-    if (cells || seq || sinks || p->softcap != 0.0f || in_blocks(k) || in_blocks(v))
-      return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap");
+    if (cells || seq || sinks || bias || p->softcap != 0.0f || in_blocks(k) || in_blocks(v))
+      return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
     return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
   }
   if (!bad) bad = check_rows(&w, cells ? cells->shape[0] : 1, s);

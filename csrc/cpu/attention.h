@@ -14,7 +14,9 @@ typedef struct job {
   const pe_tensor *q, *k, *v;
   const int32_t *lo, *hi, *seq, *cells;
   int64_t cells_stride, l;              /* bytes between sequences in `cells`; its number of cells */
-  const float *sinks;
+  const float *sinks, *bias;            /* bias: [h][2 reach + 1], by the distance from a query to a key */
+  const int32_t *at;                    /* numbers of queries among the keys, or NULL: hi - 1 */
+  int64_t reach;
   float *out;
   float scale, softcap;
   int64_t m, h, g, group, e, f, ep, fp; /* group: query heads of a key/value head; ep, fp: e and f rounded up to whole vectors */

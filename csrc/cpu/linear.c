@@ -28,7 +28,8 @@
 
 /* ---- rows of x ---- */
 
-static void quantize_row(const float *x, int64_t k, linear_step *to) {
+void linear_quantize(const float *x, int64_t k, char *q) {
+  linear_step *to = (linear_step *)q;
   for (int64_t b = 0; b < k / 32; b++, to++) {
     const v16f x0 = v16f_load(x + 32 * b), x1 = v16f_load(x + 32 * b + 16);
     float inverse;
@@ -49,16 +50,6 @@ static void quantize_row(const float *x, int64_t k, linear_step *to) {
 
 /* ---- what is done with sums ---- */
 
-PE_INLINE v16f activate(v16f y, int32_t glu) {
-  switch (glu) {
-    case PE_LINEAR_GLU_SILU: return v16f_silu(y);
-    case PE_LINEAR_GLU_GELU_TANH: return v16f_gelu_tanh(y);
-    case PE_LINEAR_GLU_GELU: return v16f_gelu_erf(y);
-    case PE_LINEAR_GLU_RELU: return v16f_max(v16f_zero(), y);
-    default: return y;
-  }
-}
-
 /* Sums of one group of 16 outputs to memory. a, b: [rows] with `ld` floats between rows; b only with glu. */
 static void finish(const linear_job *t, int set, int64_t g, int64_t row0, int64_t rows, const float *a, const float *b,
                    int64_t ld) {
@@ -75,7 +66,7 @@ static void finish(const linear_job *t, int set, int64_t g, int64_t row0, int64_
     if (b) {
       v16f u = v16f_load(b + i * ld);
       if (t->bias) u = v16f_add(u, bias1);
-      y = v16f_mul(activate(y, t->p.glu), u);
+      y = v16f_mul(linear_activate(y, t->p.glu), u);
     }
     if (t->residual) {
       const float *add = (const float *)((const char *)t->residual->data + (row0 + i) * t->residual->stride[0]) + c;
@@ -110,6 +101,16 @@ linear_needs linear_needs_of(const pe_tensor *const *w, int32_t n_w) {
   return y;
 }
 
+void linear_own_memory(linear_places *y, int64_t at, int64_t rows, int64_t k, linear_needs needs) {
+  const int quantized = needs.quantized, floats = needs.floats;
+  y->panel = at;
+  y->rows = at + pe_max(quantized ? PANEL_STEPS * panel_step_bytes(2, 1) : 0, floats ? 64 * PANEL_GROUPS * FILE_PANEL_DEPTH : 0);
+  y->acc = y->rows + (floats ? 64 * FILE_PANEL_DEPTH : 0);
+  y->part = y->acc + rows * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
+  y->copy = y->part + (floats || linear_slice(k) > PANEL_STEPS ? y->part - y->acc : 0);
+  y->own = y->copy + needs.copy;
+}
+
 linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed) {
   const int quantized = needs.quantized, floats = needs.floats;
   linear_places y = {0, 0, 0, 0, 0, 0, 0, 0, 0};
@@ -117,13 +118,7 @@ linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed
   y.h = m > ROWS_FEW ? m * row : 0;
   y.shared = y.h + (m > ROWS_FEW && floats ? m * hrow : 0);
   y.own_h = ROWS_FEW * row;
-  y.panel = y.own_h + ROWS_FEW * hrow; /* a normed row on its way to int8 also stays here */
-  y.rows = y.panel + pe_max(quantized ? PANEL_STEPS * panel_step_bytes(2, 1) : 0,
-                            floats ? 64 * PANEL_GROUPS * FILE_PANEL_DEPTH : 0);
-  y.acc = y.rows + (floats ? 64 * FILE_PANEL_DEPTH : 0);
-  y.part = y.acc + linear_block(m) * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
-  y.copy = y.part + (floats || linear_slice(k) > PANEL_STEPS ? y.part - y.acc : 0);
-  y.own = y.copy + needs.copy;
+  linear_own_memory(&y, y.own_h + ROWS_FEW * hrow, linear_block(m), k, needs); /* a normed row on its way to int8 stays before it */
   return y;
 }
 
@@ -144,14 +139,14 @@ void linear_prepare(const pe_tensor *x, const pe_tensor *norm, float eps, int64_
   } else if (h) {
     memcpy(h, row, (size_t)k * sizeof(float));
   }
-  if (q) quantize_row(row, k, (linear_step *)q);
+  if (q) linear_quantize(row, k, q);
 }
 
 static pe_status product(const linear_product *p) {
   if (linear_is_float(p->w)) {
-    if (!p->packed || p->rows > ROWS_FEW) return PE_NAME(linear_floats)(p);
+    if (!p->packed || p->rows > ROWS_FEW || p->gather) return PE_NAME(linear_floats)(p);
     PE_NAME(linear_few_floats)(p);
-  } else if (p->rows <= ROWS_SOME && PE_NAME(linear_has_few)()) {
+  } else if (p->rows <= ROWS_SOME && !p->gather && PE_NAME(linear_has_few)()) {
     PE_NAME(linear_few)(p);
   } else {
     PE_NAME(linear_tiles)(p);
@@ -183,16 +178,14 @@ static pe_status packing_product(const linear_product *t, char *copy) {
   return PE_OK;
 }
 
-/* acc[panel][rows][16 PANEL_GROUPS] = `panels` panels from group g0 of matrix w on, times rows row0 .. row0 + rows - 1 of x.
- * own: the thread's working memory, laid out as y says. */
-static pe_status multiply(const linear_job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
+pe_status linear_multiply(const linear_job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
                           int64_t rows, char *own, const linear_places *y, float *acc) {
   const int packed = w->dtype >= PE_PACKED;
   const linear_product p = {.w = w, .id = format_of(w), .packed = packed, .k = t->k, .groups = linear_groups(w), .g0 = g0,
                             .panels = panels, .bytes = group_bytes(w), .next = next, .rows = rows,
                             .ldq = linear_row(t->k), .q = t->q + row0 * linear_row(t->k), .ldh = t->ldh, .h = t->h + row0 * t->ldh,
                             .panel = own + y->panel, .dequantized = (float *)(own + y->rows), .acc = acc,
-                            .part = (float *)(own + y->part)};
+                            .part = (float *)(own + y->part), .gather = t->gather, .row0 = row0};
   return packed || !p.bytes ? product(&p) : packing_product(&p, own + y->copy);
 }
 
@@ -217,8 +210,8 @@ pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *
   float *acc = (float *)(own + y->acc);
   float *acc1 = acc + t->rows * 16 * PANEL_GROUPS * (STRIP_PANELS / 2);
   const uint8_t *after = glu ? linear_strip_bytes(t->w[1], t->k, g0) : next;
-  pe_status status = multiply(t, t->w[set], g0, panels, after, row0, rows, own, y, acc);
-  if (!status && glu) status = multiply(t, t->w[1], g0, panels, next, row0, rows, own, y, acc1);
+  pe_status status = linear_multiply(t, t->w[set], g0, panels, after, row0, rows, own, y, acc);
+  if (!status && glu) status = linear_multiply(t, t->w[1], g0, panels, next, row0, rows, own, y, acc1);
   if (status) return status;
   for (int64_t r = 0; r < rows; r += FLOAT_TILE_ROWS) /* a strip's columns lie side by side in the result */
     for (int64_t g = 0; g < count; g++) {
@@ -254,7 +247,7 @@ PE_KERNEL(cpu, linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_
   pe_status status = check(x, w, n_w, n_bias, residual, n_out, p, s);
   if (status || m == 0 || k == 0) return status;
 
-  linear_job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, linear_block(m), 1, 0, 0, 0, 0, 0};
+  linear_job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, linear_block(m), 1, 0, 0, 0, 0, 0, 0};
   const linear_needs needs = linear_needs_of(w, n_w);
   const int quantized = needs.quantized, floats = needs.floats;
   const linear_places y = linear_memory(m, k, needs, norm != 0);

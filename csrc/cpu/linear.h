@@ -12,6 +12,9 @@
 #define linear_strip PE_NAME(linear_strip)
 #define linear_strip_bytes PE_NAME(linear_strip_bytes)
 #define linear_is_float PE_NAME(linear_is_float)
+#define linear_own_memory PE_NAME(linear_own_memory)
+#define linear_quantize PE_NAME(linear_quantize)
+#define linear_multiply PE_NAME(linear_multiply)
 
 #if defined(PE_AVX512)
 enum { PANEL_GROUPS = 3 }; /* groups of 16 rows of a matrix in a panel */
@@ -32,6 +35,18 @@ static inline int64_t linear_float_row(int64_t k) { return pe_round_up(4 * k, 64
 /* Rows of x that are multiplied at once, of m. */
 static inline int64_t linear_block(int64_t m) { return pe_min(pe_round_up(m, 8), ROWS_BLOCK); }
 
+/* Rows of x that are made where they are multiplied, a part of k at a time, because all of them would not fit a cache (conv.c). */
+typedef struct linear_gather {
+  /* k0 .. k0 + count - 1 of rows row0 .. row0 + rows - 1, `ld` floats apart */
+  void (*floats)(const struct linear_gather *g, int64_t row0, int64_t rows, int64_t k0, int64_t count, float *to, int64_t ld);
+  /* the same as int8, `ld` bytes apart; NULL: as linear_quantize has them */
+  void (*codes)(const struct linear_gather *g, int64_t row0, int64_t rows, int64_t k0, int64_t count, char *to, int64_t ld);
+  float *room;          /* of a thread: linear_gather_bytes for the rows of a block */
+} linear_gather;
+
+enum { GATHER_DEPTH = 256, GATHER_FLOATS = GATHER_DEPTH + 16, GATHER_CODES = GATHER_DEPTH / 32 * 64 + 64 }; /* k; floats, bytes from row to row */
+static inline int64_t linear_gather_bytes(int64_t rows, int quantized) { return rows * (4 * GATHER_FLOATS + (quantized ? GATHER_CODES : 0)); }
+
 typedef struct linear_job {
   const pe_tensor *const *w, *const *bias, *const *out;
   const pe_tensor *residual;
@@ -46,6 +61,7 @@ typedef struct linear_job {
   const float *h;       /* float rows */
   int64_t ldh;          /* floats */
   const int32_t *order; /* the row of the results that belongs to each row of x; NULL: the same */
+  const linear_gather *gather; /* in place of q and h, or NULL */
 } linear_job;
 
 /* Offsets of working memory for m rows at once. What the threads share comes first: quantized rows at 0, float rows at h. */
@@ -60,6 +76,9 @@ linear_needs linear_needs_of(const pe_tensor *const *w, int32_t n_w);
 
 linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed);
 
+/* Lay out the own part of a thread from `at` on, without its rows of x, for blocks of so many rows. Sets panel to own. */
+void linear_own_memory(linear_places *y, int64_t at, int64_t rows, int64_t k, linear_needs needs);
+
 /* Whether products with this weight take float32 rows of x; else they take int8. */
 int linear_is_float(const pe_tensor *w);
 
@@ -70,6 +89,24 @@ void linear_prepare(const pe_tensor *x, const pe_tensor *norm, float eps, int64_
  * thread's working memory, laid out as y says; `next`: the weights that this thread will read afterwards, to prefetch. */
 pe_status linear_strip(const linear_job *t, int set, int64_t g0, const uint8_t *next, int64_t row0, int64_t rows, char *own,
                        const linear_places *y);
+
+/* acc[panel][rows][16 PANEL_GROUPS] = `panels` panels from group g0 of matrix w on, times rows row0 .. row0 + rows - 1 of x. */
+pe_status linear_multiply(const linear_job *t, const pe_tensor *w, int64_t g0, int64_t panels, const uint8_t *next, int64_t row0,
+                          int64_t rows, char *own, const linear_places *y, float *acc);
+
+/* k floats as int8: k / 32 cache lines with codes, scale and sums. */
+void linear_quantize(const float *x, int64_t k, char *to);
+
+/* What follows a product, by the number of the word in `linear`'s glu. */
+PE_INLINE v16f linear_activate(v16f y, int32_t kind) {
+  switch (kind) {
+    case PE_LINEAR_GLU_SILU: return v16f_silu(y);
+    case PE_LINEAR_GLU_GELU_TANH: return v16f_gelu_tanh(y);
+    case PE_LINEAR_GLU_GELU: return v16f_gelu_erf(y);
+    case PE_LINEAR_GLU_RELU: return v16f_max(v16f_zero(), y);
+    default: return y;
+  }
+}
 
 /* Where group g0 of a matrix begins, for prefetching only. */
 const uint8_t *linear_strip_bytes(const pe_tensor *w, int64_t k, int64_t g0);

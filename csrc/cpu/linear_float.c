@@ -9,42 +9,42 @@
 #include "../host/dequant.h"
 #include "linear_parts.h"
 
-/* Panel [count][16 PANEL_GROUPS] times `rows` <= FLOAT_TILE_ROWS rows of x. */
-PE_INLINE void float_rows(int rows, const float *panel, int64_t count, const float *x, int64_t ld, const linear_target *to) {
+/* The first `groups` of a panel [count][16 PANEL_GROUPS] times `rows` <= FLOAT_TILE_ROWS rows of x. */
+PE_INLINE void float_rows(int rows, int groups, const float *panel, int64_t count, const float *x, int64_t ld, const linear_target *to) {
   v16f sum[FLOAT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
+    for (int v = 0; v < groups; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
   for (int64_t k = 0; k < count; k++, panel += 16 * PANEL_GROUPS) {
     v16f w[PANEL_GROUPS];
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) w[v] = v16f_load(panel + 16 * v);
+    for (int v = 0; v < groups; v++) w[v] = v16f_load(panel + 16 * v);
 PE_UNROLL(8)
     for (int i = 0; i < rows; i++) {
       v16f a = v16f_set1(x[i * ld + k]);
 PE_UNROLL(8)
-      for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = v16f_fma(w[v], a, sum[i][v]);
+      for (int v = 0; v < groups; v++) sum[i][v] = v16f_fma(w[v], a, sum[i][v]);
     }
   }
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) linear_end(to, 16 * (PANEL_GROUPS * i + v), sum[i][v]);
+    for (int v = 0; v < groups; v++) linear_end(to, 16 * (PANEL_GROUPS * i + v), sum[i][v]);
 }
 
 /* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. */
-static void tile_float(const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines, const float *x,
-                       int64_t ld, int64_t m, linear_target to) {
+PE_INLINE void tile_groups(int groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
+                           const float *x, int64_t ld, int64_t m, linear_target to) {
   const int64_t share = (lines * FLOAT_TILE_ROWS + m - 1) / m;
   for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, linear_skip(&to, FLOAT_TILE_ROWS)) {
     for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
       for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(ahead[v] + 64 * asked);
-    float_rows(FLOAT_TILE_ROWS, panel, count, x, ld, &to);
+    float_rows(FLOAT_TILE_ROWS, groups, panel, count, x, ld, &to);
   }
 #define PART(n)                                                                                                        \
   if (m >= n) {                                                                                                        \
-    float_rows(n, panel, count, x, ld, &to);                                                                           \
+    float_rows(n, groups, panel, count, x, ld, &to);                                                                   \
     m -= n;                                                                                                            \
     x += n * ld;                                                                                                       \
     linear_skip(&to, n);                                                                                               \
@@ -55,6 +55,17 @@ static void tile_float(const float *panel, int64_t count, const uint8_t *const a
   PART(2)
   PART(1)
 #undef PART
+}
+
+/* A panel's last groups may be those of no rows of the matrix: they are left out. */
+static void tile_float(int64_t groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
+                       const float *x, int64_t ld, int64_t m, linear_target to) {
+#if defined(PE_AVX512)
+  if (groups == 1) return tile_groups(1, panel, count, ahead, lines, x, ld, m, to);
+  if (groups == 2) return tile_groups(2, panel, count, ahead, lines, x, ld, m, to);
+#endif
+  (void)groups;
+  tile_groups(PANEL_GROUPS, panel, count, ahead, lines, x, ld, m, to);
 }
 
 PE_INLINE v16f load_float(int id, const uint8_t *p) {
@@ -144,7 +155,9 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
   const int64_t chunk = t->packed ? FLOAT_PANEL_DEPTH : FILE_PANEL_DEPTH, size = 16 * pe_format_of(t->id).bytes;
   memset(t->acc, 0, (size_t)(t->panels * linear_sums(t)) * sizeof(float));
   for (int64_t at = 0; at < t->k; at += chunk) {
-    const int64_t count = pe_min(chunk, t->k - at);
+    const int64_t count = pe_min(chunk, t->k - at), ld = t->gather ? GATHER_FLOATS : t->ldh;
+    const float *x = t->gather ? t->gather->room : t->h + at;
+    if (t->gather) t->gather->floats(t->gather, t->row0, t->rows, at, count, t->gather->room, ld);
     for (int64_t p = 0; p < t->panels; p++) {
       pe_status status = float_panel(t->w, t->g0 + PANEL_GROUPS * p, at, count, (float *)t->panel, t->dequantized);
       if (status) return status;
@@ -157,8 +170,8 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
                    : later < t->k          ? group - PANEL_GROUPS * p * t->bytes + size * later
                                            : t->next + v * t->bytes;
       }
-      tile_float((const float *)t->panel, count, ahead, t->packed ? count * size / 64 : 0, t->h + at, t->ldh, t->rows,
-                 linear_target_of(t, p, at, at + count));
+      tile_float(pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), (const float *)t->panel, count, ahead,
+                 t->packed ? count * size / 64 : 0, x, ld, t->rows, linear_target_of(t, p, at, at + count));
     }
   }
   return PE_OK;

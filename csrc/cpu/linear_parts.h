@@ -50,6 +50,8 @@ typedef struct linear_product {
   char *panel;               /* room for one panel */
   float *dequantized;        /* room for [16][FILE_PANEL_DEPTH] */
   float *acc, *part;         /* part: sums of a slice that is not at its end, where slices are longer than a panel */
+  const linear_gather *gather; /* in place of q and h, or NULL */
+  int64_t row0;              /* the number of the first row there */
 } linear_product;
 
 /* Steps of 32 of k in a slice: whole panels, at most 16 slices. A sum over k is made slice by slice, each from zero, and slices are added in

@@ -130,6 +130,19 @@ static tiler tiler_of(int32_t id) {
   }
 }
 
+/* k at .. at + count - 1 of all rows, as int8. */
+static const char *gather_codes(const linear_product *t, int64_t at, int64_t count) {
+  const linear_gather *g = t->gather;
+  char *to = (char *)(g->room + t->rows * GATHER_FLOATS);
+  if (g->codes) {
+    g->codes(g, t->row0, t->rows, at, count, to, GATHER_CODES);
+    return to;
+  }
+  g->floats(g, t->row0, t->rows, at, count, g->room, GATHER_FLOATS);
+  for (int64_t i = 0; i < t->rows; i++) linear_quantize(g->room + i * GATHER_FLOATS, count, to + i * GATHER_CODES);
+  return to;
+}
+
 void PE_NAME(linear_tiles)(const linear_product *t) {
   const pe_traits c = pe_traits_of(t->id);
   const tiler f = tiler_of(t->id);
@@ -137,7 +150,8 @@ void PE_NAME(linear_tiles)(const linear_product *t) {
   const int64_t chunk = 32 * PANEL_STEPS;
   memset(t->acc, 0, (size_t)(t->panels * linear_sums(t)) * sizeof(float));
   for (int64_t at = 0; at < t->k; at += chunk) {
-    const int64_t count = pe_min(chunk, t->k - at);
+    const int64_t count = pe_min(chunk, t->k - at), ldq = t->gather ? GATHER_CODES : t->ldq;
+    const char *q = t->gather ? gather_codes(t, at, count) : t->q;
     for (int64_t p = 0; p < t->panels; p++) {
       /* ahead: these 256 of k of the next panel; after the last, the next 256 of the first */
       const uint8_t *group[PANEL_GROUPS], *ahead[PANEL_GROUPS];
@@ -148,7 +162,8 @@ void PE_NAME(linear_tiles)(const linear_product *t) {
                                        : t->next + v * t->bytes;
       }
       f.unpack(group, ahead, at / 32, count / 32, (uint8_t *)t->panel);
-      f.tile(zero, (const uint8_t *)t->panel, at / 32, count / 32, t->q, t->ldq, t->rows, linear_target_of(t, p, at, at + count));
+      f.tile(zero, (const uint8_t *)t->panel, t->gather ? 0 : at / 32, count / 32, q, ldq, t->rows,
+             linear_target_of(t, p, at, at + count));
     }
   }
 }

@@ -1,8 +1,11 @@
-/* norm.c: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
- * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
+/* norm.c: rms_norm, layer_norm, l2_norm, softmax, reduce over the last axis, which is contiguous; group_norm over pictures.
+ * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, l2_norm, softmax, reduce, group_norm.
  *
  * A thread claims chunks of whole rows. Sums are those of vec.h, so a row's result depends on that row alone. Each kernel reads x two or three times (once from memory, then from cache) and writes
  * out once: 8 bytes of traffic an element, far below what the arithmetic needs. out may be x (or the residual).
+ *
+ * group_norm: a thread claims a group of a picture's channels, and passes over its places three times: 16 lanes of channels, places
+ * ascending, in sums of PLACES places each that are added in their order.
  */
 #include "vec.h"
 
@@ -40,6 +43,53 @@ PE_KERNEL(cpu, layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe
       float inv = 1.0f / __builtin_sqrtf(sum_of_squares(in + i * d, d, mean) / (float)d + p->eps);
       scale_row(in + i * d, y + i * d, d, mean, inv, w, b);
     }
+  return PE_OK;
+}
+
+PE_KERNEL(cpu, l2_norm)(const pe_tensor *x, const pe_tensor *out, const pe_l2_norm_params *p, pe_stream *s) {
+  const int64_t d = x->shape[x->ndim - 1], n = count_rows(x), step = rows_per_chunk(d);
+  const float *in = x->data;
+  for (int64_t i0; (i0 = pe_next(s, 0) * step) < n;)
+    for (int64_t i = i0; i < pe_min(n, i0 + step); i++) {
+      const float length = __builtin_sqrtf(sum_of_squares(in + i * d, d, 0.0f));
+      scale_row(in + i * d, (float *)out->data + i * d, d, 0.0f, 1.0f / (length > p->eps || length != length ? length : p->eps), 0, 0);
+    }
+  return PE_OK;
+}
+
+/* ---- groups of channels of a picture ---- */
+
+enum { PLACES = 64 };
+
+/* Sum of x - centre, or of its squares, over c channels of m places, `ld` apart. */
+static float sum_of_group(const float *x, int64_t m, int64_t c, int64_t ld, float centre, int squares) {
+  const v16f middle = v16f_set1(centre);
+  v16f all = v16f_zero();
+  for (int64_t i0 = 0; i0 < m; i0 += PLACES) {
+    v16f sum = v16f_zero();
+    for (int64_t i = i0; i < pe_min(m, i0 + PLACES); i++)
+      for (int64_t j = 0; j < c; j += 16) {
+        v16f v = v16f_sub(load_some(x + i * ld + j, c - j), middle);
+        if (c - j < 16) v = v16f_first_n(v, c - j, 0.0f);
+        sum = squares ? v16f_fma(v, v, sum) : v16f_add(sum, v);
+      }
+    all = v16f_add(all, sum);
+  }
+  return v16f_sum(all);
+}
+
+PE_KERNEL(cpu, group_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
+                      const pe_group_norm_params *p, pe_stream *s) {
+  const int64_t n = x->shape[0], d = x->shape[x->ndim - 1], c = d / p->groups, m = n ? count_rows(x) / n : 0;
+  const float *w = data_or_null(weight), *b = data_or_null(bias);
+  if (m == 0) return PE_OK;
+  for (int64_t item; (item = pe_next(s, 0)) < n * p->groups;) {
+    const int64_t first = item % p->groups * c, at = item / p->groups * m * d + first;
+    const float *in = (const float *)x->data + at, count = (float)(m * c), mean = sum_of_group(in, m, c, d, 0.0f, 0) / count;
+    const float inv = 1.0f / __builtin_sqrtf(sum_of_group(in, m, c, d, mean, 1) / count + p->eps);
+    float *y = (float *)out->data + at;
+    for (int64_t i = 0; i < m; i++) scale_row(in + i * d, y + i * d, c, mean, inv, w ? w + first : 0, b ? b + first : 0);
+  }
   return PE_OK;
 }
 

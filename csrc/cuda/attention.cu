@@ -245,15 +245,15 @@ pe_status run_halves(Node *n, pe_stream *s) {
 }
 
 pe_status check(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells, const pe_tensor *seq,
-                const pe_tensor *sinks, const pe_attention_params *p, pe_stream *s) {
+                const pe_tensor *sinks, const pe_tensor *bias, const pe_attention_params *p, pe_stream *s) {
   const int64_t h = q->shape[1], g = k->shape[0];
   if (g == 0 || h % g) return pe_fail(s, PE_BAD_SHAPE, "attention: %lld heads share %lld", (long long)h, (long long)g);
   pe_status bad = check_cells("attention", "k", k, false, s);
   if (!bad) bad = check_cells("attention", "v", v, false, s);
   if (bad) return bad;
   if (p->products == PE_ATTENTION_PRODUCTS_INT8 &&
-      (cells || seq || sinks || p->softcap != 0.0f || cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1))
-    return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap");
+      (cells || seq || sinks || bias || p->softcap != 0.0f || cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1))
+    return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
   if (v->shape[2] > MOST_COLUMNS)
     return pe_fail(s, PE_NO_KERNEL, "attention: values of %lld elements, at most %d are possible", (long long)v->shape[2], MOST_COLUMNS);
   return PE_OK;
@@ -275,18 +275,19 @@ PE_SCRATCH(cuda, attention)(const pe_args *a, const void *params, int32_t n_thre
 }
 
 PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
-                           const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *out,
-                           const pe_attention_params *p, pe_stream *s) {
+                           const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *bias,
+                           const pe_tensor *numbers, const pe_tensor *out, const pe_attention_params *p, pe_stream *s) {
   Node n = {};
   Job &w = n.w;
   if (q->shape[0] == 0 || q->shape[1] == 0 || v->shape[2] == 0) return PE_OK;
-  const pe_status bad = check(q, k, v, cells, seq, sinks, p, s);
+  const pe_status bad = check(q, k, v, cells, seq, sinks, bias, p, s);
   if (bad) return bad;
   w.q = data_of<char>(q), w.q_row = q->stride[0], w.q_head = q->stride[1], w.q_element = q->stride[2];
   w.k = cache_of(k), w.v = cache_of(v);
   w.lo = data_of<int32_t>(lo), w.hi = data_of<int32_t>(hi), w.seq = data_of<int32_t>(seq), w.cells = data_of<int32_t>(cells);
   if (cells) w.cells_stride = cells->stride[0], w.l = (int32_t)cells->shape[1], w.n_sequences = (int32_t)cells->shape[0];
   w.n_cells = k->shape[1] < v->shape[1] ? k->shape[1] : v->shape[1];
+  w.bias = data_of<float>(bias), w.numbers = data_of<int32_t>(numbers), w.reach = bias ? (int32_t)(bias->shape[1] / 2) : 0;
   w.sinks = data_of<float>(sinks), w.out = data_of<float>(out), w.fault = fault(s), w.scale = p->scale, w.softcap = p->softcap;
   w.m = (int32_t)q->shape[0], w.h = (int32_t)q->shape[1], w.g = (int32_t)k->shape[0], w.group = w.h / w.g;
   w.e = (int32_t)q->shape[2], w.f = (int32_t)v->shape[2];

@@ -47,7 +47,8 @@ struct Job {
   Cache k, v;
   const int32_t *lo, *hi, *seq, *cells;
   int64_t cells_stride, n_cells;
-  const float *sinks;
+  const float *sinks, *bias;        /* bias: [h][2 reach + 1], by the distance from a query to a key; or null */
+  const int32_t *numbers;           /* of rows among the keys; null: their last key */
   float *out;
   float *partials, *tops;           /* split: [query][chunks][fp], [query][chunks][2]; null where a unit merges its chunks itself */
   pe_fault *fault;
@@ -56,6 +57,7 @@ struct Job {
   int32_t m, h, g, group, e, f, ne, nf; /* ne, nf: blocks of columns of K and V */
   int32_t rows, heads, head_tiles;  /* of a unit; units that share a group */
   int32_t chunks;                   /* of one query, at most */
+  int32_t reach;                    /* of the bias */
   Form k_form, v_form;
   Areas at;
 };
@@ -148,6 +150,12 @@ __device__ __forceinline__ Unit unit_at(const Job &w, int at, int g) {
 __device__ __forceinline__ int row_of(const Unit &u, int i) { return u.row + i / u.n_heads; }
 __device__ __forceinline__ int head_of(const Unit &u, int i) { return u.head + i % u.n_heads; }
 __device__ __forceinline__ int queries_of(const Unit &u) { return u.n_rows * u.n_heads; }
+
+/* What the distance from query i of a unit to a key adds to their score. */
+__device__ __forceinline__ float bias_of(const Job &w, const Unit &u, int i, int key) {
+  const int row = row_of(u, i), distance = key - (w.numbers ? w.numbers[row] : w.hi[row] - 1);
+  return w.bias[(int64_t)head_of(u, i) * (2 * w.reach + 1) + w.reach + max(-w.reach, min(w.reach, distance))];
+}
 
 /* What all rows of a unit together see. */
 struct Seen {

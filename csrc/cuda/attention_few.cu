@@ -46,7 +46,7 @@ struct Sums {
 
 /* The block's queries see a tile: scores, and probabilities as the A of four mma into shared memory. Ends with a barrier. */
 template <int N>
-__device__ __forceinline__ void weigh_tile(const Job &w, int tile, const char *k, Sums<N> &x) {
+__device__ __forceinline__ void weigh_tile(const Job &w, const Unit &u, int tile, const char *k, Sums<N> &x) {
   const int warp = warp_of(), g = lane_of() / 4;
   float s[OWN][4], peak[2], factor[2];
   float *peaks = area<float>(w.at.peaks);
@@ -54,6 +54,7 @@ __device__ __forceinline__ void weigh_tile(const Job &w, int tile, const char *k
   const PackedKeys blocks = {k, w.at.k_pitch, cell_format_of(w.k.dtype).bytes, w.k.dtype};
   if (w.k_form == BLOCKS) scores_of_codes<OWN>(w, 0, FEW_QUERIES, blocks, OWN * warp, s);
   else scores_of_halves<OWN>(w, 0, FEW_QUERIES, k, OWN * warp, s);
+  if (w.bias) add_bias<OWN>(w, u, 0, tile * TILE_KEYS + 16 * warp, s);
   to_logits<OWN>(w.softcap, x.rows, tile * TILE_KEYS + 16 * warp, s, peak);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -113,7 +114,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
       const char *k, *v;
       const int chunk = now.chunk();
       loader.next(w, u, seen, k, v);
-      weigh_tile<N>(w, now.tile, k, x);
+      weigh_tile<N>(w, u, now.tile, k, x);
       add_tile<N>(w, w.at.one ? loader.load_values(w, u, seen) : v, x);
       if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
 #pragma unroll

@@ -81,7 +81,7 @@ __device__ __forceinline__ Kept kept_of(const Job &w, int n) {
 
 /* Scores of a tile become probabilities; those of masked keys -1. A warp owns every fourth query, n of them; lane l < 16 has in sums those of
  * keys l, l + 16 .. of a tile. */
-template <int N> __device__ __forceinline__ void soften(const Job &w, int first, const Kept &kept, float (&sums)[N]) {
+template <int N> __device__ __forceinline__ void soften(const Job &w, const Unit &u, int first, const Kept &kept, float (&sums)[N]) {
   const Interval *rows = area<Interval>(w.at.rows);
 #pragma unroll
   for (int n = 0; n < N; n++) {
@@ -91,6 +91,7 @@ template <int N> __device__ __forceinline__ void soften(const Job &w, int first,
     for (int j = 0; j < 2; j++) {
       const int key = first + lane_of() + 32 * j;
       x[j] = kept.p[i * PITCH + lane_of() + 32 * j];
+      if (w.bias && i < queries_of(u)) x[j] += bias_of(w, u, i, key);
       if (w.softcap != 0.0f) x[j] = tanh_of(x[j] * __fdiv_rn(1.0f, w.softcap)) * w.softcap;
       if (key < rows[i].lo || key >= rows[i].hi) x[j] = PE_NONE;
       peak = fmaxf(peak, x[j]);
@@ -244,7 +245,7 @@ struct FloatUnit {
 #pragma unroll
       for (int j = 0; j < KEYS; j++) kept.p[(OWN * ty + i) * PITCH + tx + TX * j] = s[i][j];
     __syncthreads();
-    soften(w, tile * TILE_KEYS, kept, sums);
+    soften(w, u, tile * TILE_KEYS, kept, sums);
 #pragma unroll
     for (int b = 0; b < N; b++) {
       if (b >= slices_of(w.f)) break;

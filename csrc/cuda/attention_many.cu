@@ -22,7 +22,7 @@ enum { GROUPS = TILE_KEYS / 8, STEPS = TILE_KEYS / 16 };
 
 /* The warp's queries see a tile. */
 template <int N>
-__device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *k, const char *v, Rows &rows, float (&acc)[N][4][4],
+__device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, int tile, const char *k, const char *v, Rows &rows, float (&acc)[N][4][4],
                                             float (&sums)[4]) {
   float s[GROUPS][4], peak[2], factor[2];
 #pragma unroll
@@ -31,6 +31,7 @@ __device__ __forceinline__ void attend_tile(const Job &w, int tile, const char *
     return;
   if (w.k_form == BLOCKS) scores_of_codes<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, UnpackedKeys(w), 0, s);
   else scores_of_halves<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, k, 0, s);
+  if (w.bias) add_bias<GROUPS>(w, u, 16 * warp_of(), tile * TILE_KEYS, s);
   to_logits<GROUPS>(w.softcap, rows, tile * TILE_KEYS, s, peak);
 #pragma unroll
   for (int r = 0; r < 2; r++) factor[r] = move_top(peak_of_lanes(peak[r]), rows.top[r]);
@@ -93,7 +94,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
     while (now.more()) {
       const char *k, *v;
       loader.next(w, u, task.seen, k, v);
-      attend_tile<N>(w, now.tile, k, v, rows, acc, sums);
+      attend_tile<N>(w, u, now.tile, k, v, rows, acc, sums);
       const int chunk = now.chunk();
       if (!now.step(w, u, task.seen, 0, 1)) continue;
       settle_both<N>(w, u, chunk, rows, acc, sums);

@@ -68,6 +68,24 @@ __device__ __forceinline__ void to_logits(float softcap, const Rows &rows, int f
     }
 }
 
+/* The same scores, of the unit's queries from `query` on, get what distances add. */
+template <int KEYS>
+__device__ __forceinline__ void add_bias(const Job &w, const Unit &u, int query, int first, float (&s)[KEYS][4]) {
+#pragma unroll 1
+  for (int high = 0; high < 2; high++) {
+    const int i = query + lane_of() / 4 + 8 * high;
+    if (i >= queries_of(u)) continue;
+#pragma unroll
+    for (int j = 0; j < KEYS; j++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const float more = bias_of(w, u, i, first + 8 * j + 2 * (lane_of() % 4) + c);
+        if (high) s[j][2 + c] += more;
+        else s[j][c] += more;
+      }
+  }
+}
+
 /* The largest over the four lanes of a query. */
 __device__ __forceinline__ float peak_of_lanes(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));

@@ -1,11 +1,14 @@
-/* norm.cu: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
- * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
+/* norm.cu: rms_norm, layer_norm, l2_norm, softmax, reduce over the last axis, which is contiguous; group_norm over pictures.
+ * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, l2_norm, softmax, reduce, group_norm.
  *
  * A row of d elements belongs to a team of threads: a warp up to 512 elements (eight rows a block), else a block of up to 256 threads.
  * Thread t of n owns the fours t, t + n, t + 2 n ... of its row, and keeps them in registers (up to KEEP fours, 8192 elements; beyond
  * that they are read again for each pass). So a row is read once and written once: 8 bytes an element, 12 with a residual,
  * by 16-byte accesses; weights stay in L2. Sums are those of sums.h, of the CPU's bits, through 4 KB of shared memory. At one row a
  * block is bound by latency: a barrier for each sum. out may be x or the residual.
+ *
+ * group_norm: a block owns a group of a picture's channels, thread t every 256th of its numbers from t on, and reads them three times, from L2 but
+ * for the first.
  */
 #include <cmath>
 
@@ -138,6 +141,49 @@ __global__ void __launch_bounds__(MOST_THREADS) norm_kernel(Rows rows, const flo
 }
 
 template <int KEEP>
+__global__ void __launch_bounds__(MOST_THREADS) length_kernel(Rows rows, const float *x, float *out, float eps) {
+  auto &sh = pe::shared<NormShared>();
+  const int64_t i = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, d = rows.d;
+  if (i >= rows.n) return;
+  Row<KEEP> row(x + i * d, d);
+  const float length = sqrtf(sum_of(row, [](float v, float sum) { return fmaf(v, v, sum); }, sh, false));
+  const float inv = 1.0f / (length > eps || length != length ? length : eps);
+  row.each([&](int64_t start, int n, float v[4]) {
+    float y[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) y[j] = v[j] * inv;
+    pe::store4(out + i * d + start, n, y);
+  });
+}
+
+/* Group y of picture x: `places` runs of `each` channels, d apart. */
+struct Groups { int64_t places, d, each; };
+
+template <class G>
+__device__ __forceinline__ float over_group(const Groups &a, const float *x, G g, NormShared &sh, int turn) {
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < a.places * a.each; i += blockDim.x) sum = g(x[i / a.each * a.d + i % a.each], sum);
+  return team([](float p, float q) { return p + q; }, sum, 0.0f, sh, turn);
+}
+
+__global__ void __launch_bounds__(MOST_THREADS) group_kernel(Groups a, const float *x, const float *weight, const float *bias, float *out, float eps) {
+  auto &sh = pe::shared<NormShared>();
+  const int64_t first = blockIdx.y * a.each, at = blockIdx.x * a.places * a.d + first;
+  x += at, out += at;
+  const float count = (float)(a.places * a.each);
+  const float mean = over_group(a, x, [](float v, float sum) { return sum + v; }, sh, 0) / count;
+  const float squares = over_group(a, x, [=](float v, float sum) { return fmaf(v - mean, v - mean, sum); }, sh, 1);
+  const float inv = 1.0f / sqrtf(squares / count + eps);
+  for (int64_t i = threadIdx.x; i < a.places * a.each; i += blockDim.x) {
+    const int64_t c = i % a.each, from = i / a.each * a.d + c;
+    float y = (x[from] - mean) * inv;
+    if (weight) y = y * weight[first + c];
+    if (bias) y = y + bias[first + c];
+    out[from] = y;
+  }
+}
+
+template <int KEEP>
 __global__ void __launch_bounds__(MOST_THREADS) softmax_kernel(Rows rows, const float *x, float *out, float scale) {
   auto &sh = pe::shared<NormShared>();
   const int64_t i = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, d = rows.d;
@@ -261,6 +307,30 @@ PE_KERNEL(cuda, rms_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_
 PE_KERNEL(cuda, layer_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
                             const pe_layer_norm_params *p, pe_stream *s) {
   return norm<1>("layer_norm", x, weight, data_or_null(bias), 0, out, p->eps, s);
+}
+
+PE_KERNEL(cuda, l2_norm)(const pe_tensor *x, const pe_tensor *out, const pe_l2_norm_params *p, pe_stream *s) {
+  const Rows r = rows_of(x);
+  const Teams t = teams_of(r.d);
+  pe_status status = PE_OK;
+  if (r.n == 0 || r.d == 0) return PE_OK;
+#define LAUNCH(KEEP) status = launch_rows("l2_norm", s, r, t, length_kernel<KEEP>, (const float *)x->data, (float *)out->data, p->eps)
+  PE_EACH_KEEP(t.keep, LAUNCH)
+#undef LAUNCH
+  return status;
+}
+
+PE_KERNEL(cuda, group_norm)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out,
+                            const pe_group_norm_params *p, pe_stream *s) {
+  const Rows r = rows_of(x);
+  const int64_t n = x->shape[0];
+  if (r.n == 0 || r.d == 0) return PE_OK;
+  if (p->groups > 65535 || !pe::counts_in_31_bits(n))
+    return pe_fail(s, PE_NO_KERNEL, "group_norm: %d groups of %lld pictures", p->groups, (long long)n);
+  const Groups a = {r.n / n, r.d, r.d / p->groups};
+  pe::launch(pe::stream(s), group_kernel, dim3((unsigned)n, (unsigned)p->groups), dim3(MOST_THREADS), sizeof(NormShared), a,
+             (const float *)x->data, data_or_null(weight), data_or_null(bias), (float *)out->data, p->eps);
+  return PE_OK;
 }
 
 PE_KERNEL(cuda, softmax)(const pe_tensor *x, const pe_tensor *out, const pe_softmax_params *p, pe_stream *s) {

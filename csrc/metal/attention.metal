@@ -35,6 +35,7 @@ PE_CONSTANT(bool, SEQUENCED, 7);   /* rows belong to sequences of that table */
 PE_CONSTANT(bool, CAPPED, 8);
 PE_CONSTANT(bool, SPLIT, 9);
 PE_CONSTANT(bool, SUNK, 10);       /* there are sinks */
+PE_CONSTANT(bool, BIASED, 11);     /* scores get what their distance adds */
 
 enum { HALF = 32, TILE = 64, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 68, MOST_QUERIES = 32, MOST_WIDTH = 256, RAW_STRIDE = 276 };
 
@@ -43,6 +44,7 @@ struct attention_args {
   int e, ep, eq, f, queries;       /* ep: e in whole 8s; eq: floats from a query to the next; queries: of a key/value head, padded */
   int l, n_cells, sequences, cells_stride;
   int chunks;                      /* SPLIT: of one row, at most */
+  int reach;                       /* BIASED: the farthest distance that has a number of its own */
   int k_run, v_run;                /* elements that are mixed together */
   float k_shrink, v_shrink, scale, softcap;
   long q_row, q_head, q_step;      /* bytes, as all below */
@@ -111,6 +113,8 @@ struct work {
   int r[2], c[2];            /* rows and columns of the lane's elements of a matrix */
   int tile;                  /* of 8 queries, whose products the simdgroup takes */
   int sequence, lo, hi;      /* of the run of rows at hand: all of its keys lie in lo .. hi - 1 */
+  device const float *bias;  /* [heads][2 reach + 1], BIASED */
+  device const int *numbers; /* of rows among the keys; null: their last key */
 };
 
 /* Sums of the simdgroup's queries: matrix s * (2 TILES) + j is elements 64 s + 8 (first + j) of a value, first 0, or with one tile that all
@@ -253,9 +257,17 @@ static inline void soften(constant attention_args &a, thread const work &w, int 
   threadgroup float *p = shared + AT_SCORES + query * SCORE_STRIDE + from;
   const float old = shared[AT_TOP + query];
   float best = -INFINITY;
+  device const float *bias = w.bias;
+  int distance = 0;                                    /* from the query to the lane's first key */
+  if (BIASED && lo < hi) {
+    const int slot = w.first + query, row = slot / a.slots;
+    distance = key0 + from - (w.numbers ? w.numbers[row] : ints(shared, AT_HI)[query] - 1);
+    bias += (long)(w.head * a.group + slot % a.slots) * (2 * a.reach + 1) + a.reach;
+  }
   for (int i = 0; i < TILE; i += 16)
     for (int j = i; j < i + 4; j++)
       if (lo <= j && j < hi) {
+        if (BIASED) p[j] += bias[max(-a.reach, min(a.reach, distance + j))];
         if (CAPPED) p[j] = tanh_of(p[j] * (1.0f / a.softcap)) * a.softcap;
         best = max(best, p[j]);
       }
@@ -431,13 +443,15 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
                              device const uchar *k [[buffer(2)]], device const uchar *v [[buffer(3)]], device const int *lo [[buffer(4)]],
                              device const int *hi [[buffer(5)]], device const int *cells [[buffer(6)]], device const int *seq [[buffer(7)]],
                              device float *out [[buffer(8)]], device float *partials [[buffer(9)]], device float *tops [[buffer(10)]],
-                             device pe_fault *fault [[buffer(11)]], threadgroup float *shared [[threadgroup(0)]],
+                             device pe_fault *fault [[buffer(11)]], device const float *bias [[buffer(12)]],
+                             device const int *numbers [[buffer(13)]], threadgroup float *shared [[threadgroup(0)]],
                              uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                              uint lane [[thread_index_in_simdgroup]], uint warp [[simdgroup_index_in_threadgroup]]) {
   work w;
   w.first = 8 * TILES * (int)group.x, w.head = (int)group.y;
   w.index = (int)index, w.lane = (int)lane, w.warp = (int)warp, w.tile = TILES == 4 ? w.warp : 0;
   w.sequence = 0;
+  w.bias = bias, w.numbers = numbers;
   find_places(shared + AT_PLACES, w.index, w.r, w.c);
   const int end = min(a.m, (w.first + 8 * TILES + a.slots - 1) / a.slots);
   if (w.index < 8 * TILES) {

@@ -1,10 +1,12 @@
-/* norm.metal: rms_norm, layer_norm, softmax, reduce over the last axis, which is contiguous.
- * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, softmax, reduce.
+/* norm.metal: rms_norm, layer_norm, l2_norm, softmax, reduce over the last axis, which is contiguous; group_norm over pictures.
+ * Reference: pyengine/ops/norm.py: rms_norm, layer_norm, l2_norm, softmax, reduce, group_norm.
  *
  * A team (team.h) owns a row: a simdgroup up to 1024 elements, four rows a threadgroup, else 256 threads. Threadgroup memory: 256 floats
  * for each sum over a team of several simdgroups. Neighbouring threads read neighbouring elements. From memory each reads x once (what it
  * reads again lies in the cache) and writes out once: 8 bytes an element, 12 with a residual; arithmetic is a fraction of that time.
  * out may be x or the residual: a thread writes only elements that it alone reads.
+ *
+ * group_norm: a threadgroup of 256 owns a group of a picture's channels, as a row whose numbers lie in runs of its channels.
  */
 #include "activations.h"
 #include "team.h"
@@ -36,6 +38,59 @@ kernel void norm_rows(constant norm_args &a [[buffer(0)]], device const float *x
     if (weight) y *= weight[i];
     if (add) y += add[(long)row * a.add_step + i];
     out[i] = y;
+  }
+}
+
+struct length_args { int rows, width, team; float eps; };
+
+kernel void scale_to_length(constant length_args &a [[buffer(0)]], device const float *x [[buffer(1)]], device float *out [[buffer(2)]],
+                            threadgroup float *parts [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                            uint number [[thread_index_in_threadgroup]], uint3 threads [[threads_per_threadgroup]],
+                            uint lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const team t = team_of(a.team, number, lane, simdgroup, parts);
+  const int row = (int)(group.x * (threads.x / (uint)a.team) + number / (uint)a.team);
+  if (row >= a.rows) return;
+  x += (long)row * a.width;
+  out += (long)row * a.width;
+  const float length_ = sqrt(row_sum(t, x, a.width, true, 0.0f, 0));
+  const float inverse = 1.0f / (length_ > a.eps || isnan(length_) ? length_ : a.eps);
+  for (int i = t.at; i < a.width; i += t.size) out[i] = x[i] * inverse;
+}
+
+struct group_args {
+  int count, each;                   /* numbers of a group, and of a run of it */
+  int d;                             /* numbers from one run to the next */
+  long picture;                      /* and from one picture to the next */
+  float eps;
+};
+
+/* A group's numbers, by their number. */
+struct grouped {
+  device const float *x;
+  int each, d;
+  float operator[](int i) const { return x[(long)(i / each) * d + i % each]; }
+};
+
+kernel void norm_groups(constant group_args &a [[buffer(0)]], device const float *x [[buffer(1)]], device const float *weight [[buffer(2)]],
+                        device const float *bias [[buffer(3)]], device float *out [[buffer(4)]],
+                        threadgroup float *parts [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                        uint number [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                        uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  const team t = team_of(256, number, lane, simdgroup, parts);
+  const int first = (int)group.y * a.each;
+  x += (long)group.x * a.picture + first;
+  out += (long)group.x * a.picture + first;
+  grouped all;
+  all.x = x, all.each = a.each, all.d = a.d;
+  const float mean = row_sum(t, all, a.count, false, 0.0f, 0) / (float)a.count;
+  const float inverse = 1.0f / sqrt(row_sum(t, all, a.count, true, mean, 1) / (float)a.count + a.eps);
+  threadgroup_barrier(mem_flags::mem_device);
+  for (int i = t.at; i < a.count; i += t.size) {
+    const int c = i % a.each;
+    float y = (all[i] - mean) * inverse;
+    if (weight) y *= weight[first + c];
+    if (bias) y += bias[first + c];
+    out[(long)(i / a.each) * a.d + c] = y;
   }
 }
 

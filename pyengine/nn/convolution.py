@@ -1,4 +1,4 @@
-"""Convolutions over patches that lie as rows [n, C], row after row of a square; made of products, slices and sums."""
+"""Convolutions over pictures [n, h, w, C], bound by name, and blocks that are made of them."""
 
 from __future__ import annotations
 
@@ -6,47 +6,77 @@ import numpy as np
 
 from pyengine import ops
 from pyengine.dtype import dtype
-from pyengine.files.weights import DerivedRef, Weights
+from pyengine.files.weights import DerivedRef, WeightRef, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.layers import constant, LayerNorm, Linear
+
+
+class Conv2d:
+    """A convolution with zeros around the picture: x [n, h, w, n_in] -> [n, y, x, n_out]. b [n_out] where the file has one.
+
+    Files have the weight as torch has it, [n_out, n_in / groups, kh, kw] (conv1d: without kh), or as `ops.conv2d` reads it, [n_out, kh kw
+    n_in / groups], which blocks need. The first is put in order when it is loaded: F16 and BF16 stay what they are.
+    """
+
+    def __init__(self, w: Weights, n_in: int, n_out: int, kernel: tuple[int, int], stride: tuple[int, ...] = (1,),
+                 padding: tuple[int, ...] = (0,), groups: int = 1):
+        """Bind weight and bias. Raises: InvalidModelError."""
+        found, each = w.shape("weight"), n_in // groups
+        flat = (n_out, kernel[0] * kernel[1] * each)
+        shapes = {2: flat, 3: (n_out, each, kernel[1])}
+        ref = w.tensor("weight", shapes.get(len(found or ()), (n_out, each, *kernel)))
+        self.weight = constant(ref if len(ref.shape) == 2 else _in_order(ref, flat, each))
+        bias = w.optional("bias", (n_out,))
+        self.bias = constant(bias, dtype("F32")) if bias else None
+        self.params = {"kernel": kernel, "stride": stride, "padding": padding, "groups": groups}
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Apply the convolution, then an activation of `ops.conv2d`."""
+        return ops.conv2d(x, self.weight, self.bias, activation=activation, **self.params)
+
+
+class Conv1d(Conv2d):
+    """The same over a sequence: x [n, t, n_in] -> [n, t', n_out]. padding: at both ends, or (before, after)."""
+
+    def __init__(self, w: Weights, n_in: int, n_out: int, kernel: int, stride: int = 1, padding: tuple[int, int] = (0, 0), groups: int = 1):
+        """Bind weight and bias. Raises: InvalidModelError."""
+        super().__init__(w, n_in, n_out, (1, kernel), groups=groups)
+        self.params = {"kernel": kernel, "stride": stride, "padding": padding, "groups": groups}
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Apply the convolution, then an activation of `ops.conv2d`."""
+        return ops.conv1d(x, self.weight, self.bias, activation=activation, **self.params)
+
+
+def _in_order(ref: WeightRef, flat: tuple[int, int], each: int) -> DerivedRef:
+    """Return a weight [n_out, channels, ..] with its channels last, as a matrix. Formats of 16 bits are moved as they are."""
+    def order(a: np.ndarray) -> np.ndarray:
+        return np.moveaxis(a.reshape(flat[0], each, -1), 1, 2)
+
+    if ref.dtype.name in ("F16", "BF16"):
+        return DerivedRef(ref.name, flat, (ref,), lambda a: np.ascontiguousarray(order(a.view(np.uint16))).view(np.uint8).reshape(flat[0], -1), ref.dtype)
+    return DerivedRef(ref.name, flat, (ref,), lambda a: order(a).reshape(flat))
 
 
 class DepthwiseConv:
     """A convolution of each channel with a window of its own, k x k, zeros around the grid: x [h, w, D] -> [ceil(h / s), ceil(w / s), D].
 
-    As shifted copies of the grid, each times its row of the window, added up. Files have the window as [D, k k], [D, k, k] or [D, 1, k, k].
+    Files have the window as [D, k k], [D, k, k] or [D, 1, k, k].
     """
 
     def __init__(self, w: Weights, d: int, k: int, stride: int = 1):
         """Bind the window. Raises: InvalidModelError."""
         found = w.shape("weight")
-        shape = {2: (d, k * k), 4: (d, 1, k, k)}.get(len(found or ()), (d, k, k))
-        ref, bias = w.tensor("weight", shape), w.optional("bias", (d,))
-        self.weight = constant(DerivedRef(ref.name, (k * k, d), (ref,), lambda a: a.reshape(d, k * k).T))
+        ref = w.tensor("weight", {2: (d, k * k), 4: (d, 1, k, k)}.get(len(found or ()), (d, k, k)))
+        bias = w.optional("bias", (d,))
+        self.weight = constant(ref._replace(shape=(d, k * k)))
         self.bias = constant(bias, dtype("F32")) if bias else None
-        self.k, self.stride = k, stride
+        self.params = {"kernel": (k, k), "stride": (stride,), "padding": (k // 2,), "groups": d}
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the windows to the grid."""
-        s, p = self.stride, self.k // 2
-        h, w, d = (int(n) for n in x.shape)
-        down, across = (p + -(n + 2 * p) % s for n in (h, w))                      # behind the grid, so that phases are whole
-        x = ops.concat([_zeros(p, w, d), x, _zeros(down, w, d)], axis=0)
-        x = ops.concat([_zeros(h + p + down, p, d), x, _zeros(h + p + down, across, d)], axis=1)
-        x = x.reshape((h + p + down) // s, s, (w + p + across) // s, s, d)
-        out: Tensor | None = None
-        for i, j in np.ndindex(self.k, self.k):
-            tap = ops.slice(ops.slice(x, axis=0, start=i // s, stop=i // s + -(-h // s)), axis=1, start=i % s, stop=i % s + 1)
-            tap = ops.slice(ops.slice(tap, axis=2, start=j // s, stop=j // s + -(-w // s)), axis=3, start=j % s, stop=j % s + 1)
-            tap = tap * ops.slice(self.weight, axis=0, start=i * self.k + j, stop=i * self.k + j + 1).reshape(d)
-            out = tap if out is None else out + tap
-        assert out is not None
-        out = out.reshape(-(-h // s), -(-w // s), d)
-        return out if self.bias is None else out + self.bias
-
-
-def _zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
+        y = ops.conv2d(x.reshape(1, *x.shape), self.weight, self.bias, **self.params)
+        return y.reshape(*y.shape[1:])
 
 
 class Bottleneck:
@@ -68,16 +98,12 @@ class Bottleneck:
         y = ops.silu(self.norms[0](self.enter(x)))
         y = self.middle(y.reshape(side, side, -1)).reshape(side * side, -1)
         y = ops.silu(self.norms[1](y))
-        mean = ops.reduce(ops.contiguous(ops.transpose(y, axes=(1, 0))), kind="mean").reshape(1, -1)                 # [1, C]
+        mean = adaptive_average(y, side, 1)                                        # [1, C]
         y = y * ops.sigmoid(self.excite(ops.silu(self.squeeze(mean))))
         y = self.norms[2](self.leave(y))
         return ops.silu(y + (self.skip_norm(self.skip(x)) if self.skip else x))
 
 
 def adaptive_average(x: Tensor, side: int, to: int) -> Tensor:
-    """Return a square [side * side, C] averaged down to [to * to, C]: cell i is the mean of rows floor(i side / to) up to ceil((i + 1) side / to)."""
-    one = np.zeros((to, side), np.float32)
-    for i in range(to):
-        start, stop = i * side // to, -(-(i + 1) * side // to)
-        one[i, start:stop] = 1 / (stop - start)
-    return ops.matmul(np.kron(one, one), ops.contiguous(ops.transpose(x, axes=(1, 0))))
+    """Return a square [side * side, C] averaged down to [to * to, C], as torch's adaptive_avg_pool2d."""
+    return ops.adaptive_avg_pool2d(x.reshape(1, side, side, -1), size=(to, to)).reshape(to * to, -1)

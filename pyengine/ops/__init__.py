@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from pyengine.graph.op import REGISTRY
 from pyengine.ops.attention import attention
+from pyengine.ops.convolution import conv1d, conv2d
 from pyengine.ops.elementwise import (
     add, binary, div, exp, gelu, gelu_tanh, mul, relu, scale, sigmoid, silu, softcap, softplus, sub, tanh, unary,
 )
 from pyengine.ops.experts import expert_linear, sum_experts, top_experts
 from pyengine.ops.layout import concat, contiguous, reshape, slice, transpose  # noqa: A004
 from pyengine.ops.matmul import linear, matmul, rows
-from pyengine.ops.norm import layer_norm, mean_rows, reduce, rms_norm, softmax
+from pyengine.ops.norm import group_norm, l2_norm, layer_norm, mean_rows, reduce, rms_norm, softmax
+from pyengine.ops.pooling import adaptive_avg_pool2d, adaptive_pool2d, avg_pool2d, max_pool2d, pool2d, resize2d
 from pyengine.ops.recurrent import causal_conv, gated_delta_rule
 from pyengine.ops.rope import cache_append, rope, rope_append, rope_table, temperature
 from pyengine.ops.top import top_k
 from pyengine.graph.tensor import Tensor
 
 __all__ = [
-    "REGISTRY", "add", "attention", "binary", "cache_append", "causal_conv", "concat", "contiguous", "div", "exp",
-    "expert_linear", "gated_delta_rule", "gelu", "gelu_tanh", "layer_norm", "linear", "matmul", "mean_rows", "mul", "reduce", "relu",
-    "reshape", "rms_norm", "rope", "rope_append", "rope_table", "rows", "scale", "sigmoid", "silu", "slice", "softcap",
-    "softmax", "softplus", "sub", "sum_experts", "tanh", "temperature", "top_experts", "top_k", "transpose", "unary",
+    "REGISTRY", "adaptive_avg_pool2d", "adaptive_pool2d", "add", "attention", "avg_pool2d", "binary", "cache_append",
+    "causal_conv", "concat", "contiguous", "conv1d", "conv2d", "div", "exp", "expert_linear", "gated_delta_rule", "gelu",
+    "gelu_tanh", "group_norm", "l2_norm", "layer_norm", "linear", "matmul", "max_pool2d", "mean_rows", "mul", "pool2d",
+    "reduce", "relu", "reshape", "resize2d", "rms_norm", "rope", "rope_append", "rope_table", "rows", "scale", "sigmoid",
+    "silu", "slice", "softcap", "softmax", "softplus", "sub", "sum_experts", "tanh", "temperature", "top_experts", "top_k",
+    "transpose", "unary",
 ]
 
 # Operators of symbolic tensors, so that models read as formulas.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,7 +41,23 @@ def attend_int8(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return common + out / total
 
 
+def distance_columns(distance: np.ndarray, n: int) -> np.ndarray:
+    """Return the columns of a bias with n of them for distances from query to key; the middle one is 0."""
+    return n // 2 + np.clip(distance, -(n // 2), n // 2)
+
+
+def _infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
+    shapes = attention._infer(args)
+    bias, at = args[8:10]
+    if bias is not None and (not isinstance(bias.shape[1], int) or bias.shape[1] % 2 == 0):
+        raise ShapeError(f"attention: 'bias' has {bias.shape[1]} distances; it must be an odd number of them, the middle one 0")
+    if bias is None and at is not None:
+        raise ShapeError("attention: 'at' is for a bias, and there is none")
+    return shapes
+
+
 @op(
+    infer=_infer,
     strided=("q", "k", "v"),
     rowwise=True,
     fault="a row reads key, cell or sequence {} of {}",
@@ -57,6 +73,8 @@ def attention(
     cells: I32["b l"] | None = None,
     seq: I32["m"] | None = None,
     sinks: F32["h"] | None = None,
+    bias: F32["h r"] | None = None,
+    at: I32["m"] | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -68,20 +86,21 @@ def attention(
     (default 0). Every mask of the engine is such an interval: causal [0, i], sliding [i - window + 1, i], chunked,
     bidirectional spans (hi reaches the span's end), cross (all keys), windows of an encoder. An empty interval gives zeros.
     softcap: logits = softcap * tanh(logits / softcap). sinks: one more logit per head that takes probability and gives
-    nothing (gpt-oss). Vaswani et al. 2017, arXiv:1706.03762; grouped heads: arXiv:2305.13245.
+    nothing (gpt-oss). bias: added to the scores by the distance from the query to the key, j - at[i], in -R .. R for r = 2 R + 1 columns;
+    what is farther counts as R (T5's buckets end so). at: the number that query i has among the keys, by default hi[i] - 1. Vaswani et al. 2017, arXiv:1706.03762; grouped heads: arXiv:2305.13245.
     Caches in block formats hold `rope.mixed` keys and values, which this takes into account; with keys in blocks, kernels round
     mixed queries to 8 bits, one scale a head.
 
     products="int8": see `attend_int8`; about as exact as products with blocks of 8 bits, fast where rows share intervals.
-    Keys and values of plain numbers, without cells, sinks and soft cap. ShapeError with one of these.
+    Keys and values of plain numbers, without cells, sinks, bias and soft cap. ShapeError with one of these.
     """
     m, h, _ = q.shape
-    if products == "int8" and not (cells is None and seq is None and sinks is None and softcap == 0):
-        raise ShapeError("attention: products of int8 take neither cells nor sinks nor a soft cap")
+    if products == "int8" and not (cells is None and seq is None and sinks is None and bias is None and softcap == 0):
+        raise ShapeError("attention: products of int8 take neither cells nor sinks nor a bias nor a soft cap")
     g = k.shape[0]
     out = np.zeros((m, h, v.shape[2]), q.dtype)
     for i in range(m):
-        j = np.arange(lo[i], hi[i])
+        j = keys = np.arange(lo[i], hi[i])
         if cells is not None:
             j = cells[0 if seq is None else seq[i], j % cells.shape[1]]
         if len(j) == 0:
@@ -92,6 +111,8 @@ def attention(
             out[i] = attend_int8(q[i] * q.dtype.type(scale), kj, vj)
             continue
         s = np.einsum("he,hke->hk", q[i], kj) * q.dtype.type(scale)
+        if bias is not None:
+            s = s + bias[:, distance_columns(keys - (hi[i] - 1 if at is None else at[i]), bias.shape[1])]
         if softcap:
             s = softcap * np.tanh(s / softcap)
         top = s.max(axis=-1, keepdims=True)
@@ -109,4 +130,6 @@ attention.case(q=(1, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(1,), hi=(1,), sca
 attention.case(q=(9, 4, 64), k=(1, 40, 64), v=(1, 40, 32), lo=(9,), hi=(9,), cells=(2, 40), seq=(9,), scale=0.2, softcap=50.0)
 attention.case(q=(9, 4, 80), k=(4, 33, 80), v=(4, 33, 80), lo=(9,), hi=(9,), sinks=(4,), scale=0.1)
 attention.case(q=(0, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(0,), hi=(0,), scale=0.125)
+attention.case(q=(9, 4, 64), k=(2, 200, 64), v=(2, 200, 64), lo=(9,), hi=(9,), bias=(4, 33), at=(9,), scale=1.0)
+attention.case(q=(70, 3, 40), k=(3, 90, 40), v=(3, 90, 48), lo=(70,), hi=(70,), cells=(2, 90), seq=(70,), bias=(3, 7), scale=0.2, softcap=30.0)
 attention.case(q=(90, 4, 72), k=(2, 90, 72), v=(2, 90, 72), lo=(90,), hi=(90,), scale=0.1, products="int8")

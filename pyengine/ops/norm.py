@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from pyengine.errors import ShapeError
 from pyengine.graph.op import F32, I32, op
 
 
@@ -44,6 +45,46 @@ layer_norm.case(x=(2, 1152), weight=(1152,), bias=(1152,), eps=1e-6)
 layer_norm.case(x=(3, 5, 7), weight=(7,), eps=1e-5)
 layer_norm.case(x=(3, 17), eps=1e-5)
 layer_norm.case(x=(0, 8), eps=1e-5)
+
+
+def _group_infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
+    shapes = group_norm._infer(args)
+    x, groups = args[0], params["groups"]
+    if x.ndim < 2 or groups < 1 or x.shape[-1] % groups:
+        raise ShapeError(f"group_norm: {groups} groups do not divide the channels of {x.shape} [pictures, .., channels]")
+    return shapes
+
+
+@op(inplace="x", infer=_group_infer, flops=lambda x, weight, bias, **_: 6 * x.size)
+def group_norm(x: F32["... c"], weight: F32["c"] | None = None, bias: F32["c"] | None = None, *, groups: int, eps: float) -> F32["... c"]:
+    """Norm each picture of x [n, .., c], in groups of neighbouring channels, over all of its places; then weight and bias, channel by channel.
+
+    With groups = 1 over the whole picture; of x [n, c] over the groups of each row. Wu & He 2018, arXiv:1803.08494
+    """
+    rows = x.reshape(x.shape[0], int(np.prod(x.shape[1:-1])), groups, x.shape[-1] // groups)
+    centred = rows - np.mean(rows, axis=(1, 3), keepdims=True)
+    y = (centred / np.sqrt(np.mean(centred * centred, axis=(1, 3), keepdims=True) + x.dtype.type(eps))).reshape(x.shape)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+group_norm.case(x=(2, 5, 7, 36), weight=(36,), bias=(36,), groups=3, eps=1e-5)
+group_norm.case(x=(1, 33, 64), weight=(64,), bias=(64,), groups=4, eps=1e-6)
+group_norm.case(x=(3, 4, 3, 10), groups=1, eps=1e-5)
+group_norm.case(x=(5, 40), weight=(40,), groups=8, eps=1e-5)
+group_norm.case(x=(0, 5, 8), weight=(8,), groups=2, eps=1e-5)
+
+
+@op(inplace="x", flops=lambda x, eps: 3 * x.size, rowwise=True, light=True)
+def l2_norm(x: F32["... d"], *, eps: float = 1e-12) -> F32["... d"]:
+    """Bring each row to length 1: x / max(|x|, eps), as torch's normalize."""
+    length = np.sqrt(np.sum(x * x, axis=-1, keepdims=True))
+    return x / np.maximum(length, x.dtype.type(eps))
+
+
+l2_norm.case(x=(3, 384))
+l2_norm.case(x=(2, 5, 37), eps=1e-6)
+l2_norm.case(x=(0, 8))
 
 
 @op(inplace="x", flops=lambda x, scale: 5 * x.size)

@@ -83,7 +83,7 @@ def test_what_pages_name_is_there(tmp_path) -> None:
 @pytest.mark.parametrize("path, text", [
     ("pyengine/x.py", "# see pyengine/planning.py"), ("pyengine/x.py", '"""`pyengine.planner` reads it."""'),
     ("csrc/cpu/x.c", "/* as in gen/params.h */"), ("csrc/cpu/x.c", "// declared in nowhere.h, not in pool.h"),
-    ("docs/x.md", "The files of `csrc/vulkan/` are"), ("docs/x.md", "`pyengine.ops.conv2d`"),
+    ("docs/x.md", "The files of `csrc/vulkan/` are"), ("docs/x.md", "`pyengine.ops.conv3d`"),
     ("pyengine/x.py", "# gen/table.c is not gen/cpu/table.c"),
 ])
 def test_a_path_to_nowhere_is_found(path: str, text: str, tmp_path) -> None:

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from pyengine.dtype import dtype
-from pyengine.graph.op import Case, Op
+from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 
 GUARD = 64
@@ -70,7 +70,8 @@ class Runner(ABC):
 
     def call(self, name: str, inputs: Sequence[Value], outputs: Sequence[np.ndarray | Block], params: dict[str, Any],
              threads: int = 1, repeat: int = 1) -> None:
-        """Run a kernel on these very arrays."""
+        """Run a kernel on these very arrays; inputs that are missing at the end are absent."""
+        inputs = [*inputs, *[None] * (len(REGISTRY[name].args) - len(inputs))]
         groups = [[] if v is None else v if isinstance(v, list) else [v] for v in [*inputs, *outputs]]
         self.run(name, [[describe(a) for a in g] for g in groups], len(outputs), params, threads, repeat)
 
@@ -193,6 +194,7 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
     ("mean_rows", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["x"][0] // 2 + 1, s),
     ("mean_rows", "hi"): lambda rng, s, shapes: rng.integers(shapes["x"][0] // 2, shapes["x"][0] + 1, s),
     ("attention", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
+    ("attention", "at"): lambda rng, s, shapes: rng.integers(0, shapes["k"][1], s),
     ("attention", "cells"): lambda rng, s, shapes: np.stack(
         [rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
     **{(name, "before"): lambda rng, s, shapes: np.where(rng.random(s) < 0.3, rng.integers(-1, shapes["state"][1] // 2, s),
@@ -292,6 +294,8 @@ TOLERANCE = {
     "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
     "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
     "causal_conv": (5e-7, 3.0), "gated_delta_rule": (2e-6, 8.0),
+    "conv2d": (2e-6, 20.0), "pool2d": (4e-7, 1.0), "adaptive_pool2d": (4e-7, 1.0), "resize2d": (1e-6, 2.0), "group_norm": (2e-6, 1.0),
+    "l2_norm": (6e-7, 0.0),
 }
 # Attention by bytes: a float that lies near the middle of two codes may become either.
 TOLERANCE_INT8 = (5e-3, 1.0)

@@ -96,7 +96,7 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
         "m": job.m, "heads": job.heads, "group": job.group, "slots": slots, "e": job.e, "ep": ceil_div(job.e, 8) * 8, "eq": job.stride, "f": job.f,
         "queries": queries, "l": cells.shape[1] if cells else 0, "n_cells": min(k.shape[1], v.shape[1]),
         "sequences": cells.shape[0] if cells else 1, "cells_stride": cells.strides[0] // 4 if cells else 0, "chunks": job.chunks}
-    args |= dict(scale=p.scale, softcap=p.softcap)
+    args |= dict(scale=p.scale, softcap=p.softcap, reach=s.need("bias").shape[1] // 2 if s.inputs["bias"] else 0)
     for name, n in run.items():
         args |= {f"{name}_run": n, f"{name}_shrink": 1 / math.sqrt(n)}
     args |= dict(zip(("q_row", "q_head", "q_step"), q.strides))
@@ -110,13 +110,13 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
     job, cap = _job(s), s.params.softcap
     if job.m == 0 or job.heads == 0 or job.f == 0:
         return []
-    if s.params.products and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or cap
+    if s.params.products and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or s.inputs["bias"] or cap
                                  or s.need("k").dtype.block > 1 or s.need("v").dtype.block > 1):
-        raise NoKernel("attention: products of int8 take neither cells nor blocks nor sinks nor a soft cap")
+        raise NoKernel("attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap")
     (k, k_whole), (v, v_whole), out = _cache(s, "k"), _cache(s, "v"), s.outputs[0]
     split, slots, queries = job.sizes(job.m)
     prepared, partials, tops, _ = _places(job, Room(s.scratch), job.m)
-    cells, seq, sinks = s.one("cells"), s.one("seq"), s.one("sinks")
+    cells, seq, sinks, bias = s.one("cells"), s.one("seq"), s.one("sinks"), s.one("bias")
     if seq is not None and cells is None:
         seq = None                                           # without a table there is one sequence
     args = _args(s, job, slots, queries)
@@ -124,12 +124,12 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
     constants: Mapping[str, int | bool] = {
         "K_FORMAT": k.dtype.id, "V_FORMAT": v.dtype.id, "K_WHOLE": k_whole, "V_WHOLE": v_whole, "TILES": tiles,
         "SLICES": ceil_div(job.f, SLICE), "PAGED": cells is not None, "SEQUENCED": seq is not None, "CAPPED": cap != 0.0,
-        "SPLIT": split, "SUNK": sinks is not None}
+        "SPLIT": split, "SUNK": sinks is not None, "BIASED": bias is not None}
     rows = {"lo": s.need("lo"), "hi": s.need("hi"), "seq": seq, "partials": partials if split else None, "tops": tops, "out": out}
     grid = (ceil_div(job.m * slots, TILE_QUERIES * tiles), job.groups, job.chunks if split else 1)
     return [
         Launch("attention_queries", args, {"q": s.need("q"), "queries": prepared}, (queries, job.groups, 1), (32, 1, 1), 8 * WIDTH_MOST,
                constants),
-        Launch("attention_chunks", args, {"queries": prepared, "k": k, "v": v, "cells": cells, **rows}, grid, (128, 1, 1),
+        Launch("attention_chunks", args, {"queries": prepared, "k": k, "v": v, "cells": cells, "bias": bias, "numbers": s.one("at"), **rows}, grid, (128, 1, 1),
                SHARED_BYTES + (RAW_BYTES if k.dtype.block > 1 or v.dtype.block > 1 else 0), constants),
         Launch("attention_finish", args, {"sinks": sinks, **rows}, (job.heads, job.m, 1), (32, 1, 1), 8 * WIDTH_MOST, constants)]

@@ -45,6 +45,27 @@ def layer_norm(s: Step) -> list[Launch]:
 
 
 @launches
+def l2_norm(s: Step) -> list[Launch]:
+    """Launch a team a row."""
+    x = s.need("x")
+    if x.shape[-1] == 0:
+        return []
+    return rows_launch("scale_to_length", x, {"eps": s.params.eps}, {"x": x, "out": s.outputs[0]})
+
+
+@launches
+def group_norm(s: Step) -> list[Launch]:
+    """Launch a threadgroup for each group of a picture."""
+    x, groups = s.need("x"), s.params.groups
+    if x.size == 0:
+        return []
+    n, d = x.shape[0], x.shape[-1]
+    args = dict(count=x.size // n // groups, each=d // groups, d=d, picture=x.size // n, eps=s.params.eps)
+    buffers = {"x": x, "weight": s.one("weight"), "bias": s.one("bias"), "out": s.outputs[0]}
+    return [Launch("norm_groups", args, buffers, (n, groups, 1), (THREADS, 1, 1), PARTS_BYTES)]
+
+
+@launches
 def softmax(s: Step) -> list[Launch]:
     """Launch a team a row."""
     x = s.need("x")

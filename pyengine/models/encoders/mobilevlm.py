@@ -56,7 +56,7 @@ class Block:
         y = self.conv_norm(self.conv(x))
         h, w, d = (int(n) for n in y.shape)
         y = (y * hard_sigmoid(y)).reshape(-1, d)                                        # [h w, D], hard swish
-        means = ops.reduce(ops.contiguous(ops.transpose(y, axes=(1, 0))), kind="mean").reshape(1, d)
+        means = ops.adaptive_avg_pool2d(y.reshape(1, h, w, d), size=(1, 1)).reshape(1, d)
         y = y * hard_sigmoid(self.excite(ops.relu(self.squeeze(means))))
         y = self.out_norm(self.out(y)).reshape(h, w, d)
         return x + y if self.added else y
@@ -110,9 +110,7 @@ class Vision(Encoder):
         x = self.second(ops.gelu(self.first(x)))                                        # [n, D]
         d = int(x.shape[1])
         if self.second_kind:
-            x = x.reshape(s // 2, 2, s // 2, 2, d)
-            parts = [ops.slice(ops.slice(x, axis=1, start=i, stop=i + 1), axis=3, start=j, stop=j + 1) for i, j in np.ndindex(2, 2)]
-            x = ops.scale(parts[0] + parts[1] + parts[2] + parts[3], factor=0.25).reshape(s // 2, s // 2, d)
+            x = ops.avg_pool2d(x.reshape(1, s, s, d), kernel=(2, 2)).reshape(s // 2, s // 2, d)
             x = self.conv(x) + x
         else:
             x = x.reshape(s, s, d)

@@ -1,0 +1,310 @@
+/* conv.c: conv2d: the window around each place of a picture times a weight.
+ * Reference: pyengine/ops/convolution.py: conv2d.
+ *
+ * As a product (conv2d in general).  Windows are rows of k = kh kw c / groups floats, `rows` of them a block; nobody builds those of the whole
+ * picture: linear's kernels ask for 128 (of bytes 256) of k of a block at a time (linear.h: linear_gather), which are copied from
+ * the picture in runs of a pixel's channels, or of a window's row. An item is a strip of up to 12 groups of 16 outputs times a block of up to
+ * 256 windows of one picture or several; threads claim items. The order of sums is linear's, so the bits are those of a product over such rows.
+ *
+ *   operations   2 k a window and output
+ *   copied       4 k bytes a window and strip: 1/24 of a load for each fma of 16 lanes, for 192 outputs
+ *   read         weights once for each block: 128 operations a byte of F32, from the shared cache; the picture about once a strip
+ *
+ * VGG16's second layer (64 -> 64, 224 x 224): 3.7 G operations, 29 MB of picture and result: 128 operations a byte: bound by fma. Weights in
+ * blocks: the picture is rounded to 8 bits once, before, where a pixel's channels are whole blocks of 32, else each window as it is copied.
+ *
+ * By channel (groups = channels = outputs, weights in floats).  Four places of a row times 16 channels in registers, windows ascending y, then x;
+ * pixels beyond the picture are left out. 2 kh kw operations for 8 bytes of memory: 3 x 3 is bound by memory and loads.
+ */
+#include "../host/dequant.h"
+#include "linear_parts.h"
+#include "vec.h"
+
+enum { PLACES = 4 /* of a row, by channel */, MOST_OUTPUTS = PANEL_GROUPS * STRIP_PANELS * 16 };
+
+typedef struct conv {
+  const pe_tensor *x, *w, *bias, *out;
+  int64_t n, height, width, c;    /* the pictures */
+  int64_t rows, columns, o;       /* the results */
+  int64_t kh, kw, sy, sx, top, left, dy, dx, groups;
+  int64_t cg, og, k;              /* channels and outputs of a group; k of a window */
+  int32_t activation;
+} conv;
+
+_Static_assert((int)PE_CONV2D_ACTIVATION_SILU == (int)PE_LINEAR_GLU_SILU && (int)PE_CONV2D_ACTIVATION_RELU == (int)PE_LINEAR_GLU_RELU,
+               "conv2d's activations have the numbers of linear's");
+
+static conv conv_of(const pe_tensor *x, const pe_tensor *w, const pe_tensor *out, const pe_conv2d_params *p) {
+#define LAST(a, n) (int64_t)p->a[(n) - 1] /* one number is for both axes */
+  conv t = {.x = x, .w = w, .out = out, .n = x->shape[0], .height = x->shape[1], .width = x->shape[2], .c = x->shape[3],
+            .rows = out->shape[1], .columns = out->shape[2], .o = out->shape[3], .kh = p->kernel[0], .kw = LAST(kernel, p->n_kernel),
+            .sy = p->stride[0], .sx = LAST(stride, p->n_stride), .top = p->padding[0],
+            .left = p->padding[p->n_padding == 4 ? 2 : p->n_padding - 1], .dy = p->dilation[0], .dx = LAST(dilation, p->n_dilation),
+            .groups = p->groups, .activation = p->activation};
+#undef LAST
+  t.cg = t.c / t.groups, t.og = t.o / t.groups, t.k = t.kh * t.kw * t.cg;
+  return t;
+}
+
+static int32_t weight_format(const pe_tensor *w) { return w->dtype >= PE_PACKED ? w->dtype - PE_PACKED : w->dtype; }
+
+/* Whether each channel has a window of its own, whose weights are floats. */
+static int by_channel(const conv *t) { return t->groups == t->c && t->o == t->c && pe_format_of(weight_format(t->w)).elements == 1; }
+
+/* ---- as a product ---- */
+
+typedef struct window_rows {
+  linear_gather gather;
+  const conv *t;
+  int64_t group;
+  const char *codes;   /* the picture as int8: t->c / 32 steps a pixel; or NULL */
+} window_rows;
+
+PE_INLINE void copy_floats(float *to, const float *from, int64_t n) {
+  for (; n >= 16; n -= 16, to += 16, from += 16) v16f_store(to, v16f_load(from));
+  if (n) v16f_store_n(to, v16f_load_n(from, n), n);
+}
+PE_INLINE void clear_floats(float *to, int64_t n) {
+  for (; n >= 16; n -= 16, to += 16) v16f_store(to, v16f_zero());
+  if (n) v16f_store_n(to, v16f_zero(), n);
+}
+
+/* Where a window begins: its picture, and its first pixel, which may lie before the picture. */
+typedef struct place { int64_t picture, y, x; } place;
+PE_INLINE place place_of(const conv *t, int64_t row) {
+  const int64_t y = row / t->columns;
+  return (place){y / t->rows, y % t->rows * t->sy - t->top, row % t->columns * t->sx - t->left};
+}
+
+/* Floats k0 .. k0 + count - 1 of a window. A run is a pixel's channels, or, where they lie side by side, a row of the window. */
+static void window_floats(const conv *t, int64_t group, place at, int64_t k0, int64_t count, float *to) {
+  const int joined = t->groups == 1 && t->dx == 1;
+  const int64_t run = joined ? t->kw * t->cg : t->cg;
+  while (count > 0) {
+    const int64_t number = k0 / run, first = k0 % run, n = pe_min(count, run - first);
+    const int64_t y = at.y + (joined ? number : number / t->kw) * t->dy, x = joined ? at.x : at.x + number % t->kw * t->dx;
+    if (y < 0 || y >= t->height) {
+      clear_floats(to, n);
+    } else {
+      const float *line = (const float *)t->x->data + ((at.picture * t->height + y) * t->width) * t->c + group * t->cg;
+      const int64_t wide = joined ? t->kw : 1; /* pixels of the run; those from `begin` to `end` of its floats are inside */
+      const int64_t begin = pe_min(n, pe_max(0, -x * t->cg - first));
+      const int64_t end = pe_max(begin, pe_min(n, (pe_min(wide, t->width - x)) * t->cg - first));
+      clear_floats(to, begin);
+      copy_floats(to + begin, line + x * t->c + first + begin, end - begin);
+      clear_floats(to + end, n - end);
+    }
+    to += n, k0 += n, count -= n;
+  }
+}
+
+static void gather_floats(const linear_gather *g, int64_t row0, int64_t rows, int64_t k0, int64_t count, float *to, int64_t ld) {
+  const window_rows *w = (const window_rows *)g;
+  for (int64_t i = 0; i < rows; i++) window_floats(w->t, w->group, place_of(w->t, row0 + i), k0, count, to + i * ld);
+}
+
+/* Steps of 32 of k: a line of 64 bytes each, of the picture that was rounded before. */
+static void gather_codes(const linear_gather *g, int64_t row0, int64_t rows, int64_t k0, int64_t count, char *to, int64_t ld) {
+  const window_rows *w = (const window_rows *)g;
+  const conv *t = w->t;
+  const int64_t steps = t->cg / 32;
+  for (int64_t i = 0; i < rows; i++) {
+    const place at = place_of(t, row0 + i);
+    for (int64_t s = k0 / 32; s < (k0 + count) / 32; s++) {
+      const int64_t pixel = s / steps, y = at.y + pixel / t->kw * t->dy, x = at.x + pixel % t->kw * t->dx;
+      v64u *line = (v64u *)(to + i * ld) + (s - k0 / 32);
+      const int inside = y >= 0 && y < t->height && x >= 0 && x < t->width;
+      const int64_t from = ((at.picture * t->height + y) * t->width + x) * (t->c / 32) + w->group * steps + s % steps;
+      v64u_store(line, inside ? v64u_load(w->codes + 64 * from) : v64u_set1(0));
+    }
+  }
+}
+
+/* Outputs lo .. hi - 1 of the strip that begins with output c0, of which acc has the sums, to the result. */
+static void finish(const conv *t, int64_t c0, int64_t lo, int64_t hi, int64_t row0, int64_t rows, const float *acc) {
+  for (int64_t c = lo / 16 * 16; c < hi; c += 16) {
+    const int64_t g = (c - c0) / 16, first = pe_max(lo, c), n = pe_min(hi, c + 16) - first;
+    const float *from = acc + g / PANEL_GROUPS * rows * 16 * PANEL_GROUPS + g % PANEL_GROUPS * 16;
+    v16f bias = v16f_zero();
+    if (t->bias) bias = load_some((const float *)t->bias->data + c, t->o - c);
+    for (int64_t i = 0; i < rows; i++, from += 16 * PANEL_GROUPS) {
+      v16f y = v16f_load(from);
+      if (t->bias) y = v16f_add(y, bias);
+      y = linear_activate(y, t->activation);
+      float *to = (float *)t->out->data + (row0 + i) * t->o + first;
+      if (n == 16) {
+        v16f_store(to, y);
+      } else if (first == c) {
+        v16f_store_n(to, y, n);
+      } else { /* a group of channels that begins within 16 outputs */
+        float part[16];
+        v16f_store(part, y);
+        memcpy(to, part + (first - c), (size_t)n * sizeof(float));
+      }
+    }
+  }
+}
+
+/* Windows of a block: as even as they can be, in whole eights. */
+static int64_t block_rows(const conv *t) {
+  const int64_t m = pe_max(1, t->n * t->rows * t->columns), blocks = (m + ROWS_BLOCK - 1) / ROWS_BLOCK;
+  return pe_min(ROWS_BLOCK, pe_round_up((m + blocks - 1) / blocks, 8));
+}
+
+/* Whether the picture is rounded to int8 before: its weights ask for it, and blocks do not reach over a pixel. */
+static int rounds_first(const conv *t, linear_needs needs) { return needs.quantized && t->cg % 32 == 0; }
+
+typedef struct conv_places { linear_places y; int64_t gather, codes; } conv_places; /* bytes: of a thread, then of all */
+
+static conv_places conv_memory(const conv *t) {
+  const linear_needs needs = linear_needs_of(&t->w, 1);
+  conv_places y = {.gather = 0};
+  const int64_t rows = block_rows(t), gather = linear_gather_bytes(rows, needs.quantized);
+  y.y.own_h = 0;
+  linear_own_memory(&y.y, pe_round_up(gather, 64), rows, t->k, needs);
+  y.y.own = pe_round_up(y.y.own, 64);
+  y.codes = rounds_first(t, needs) ? t->n * t->height * t->width * (t->c / 32) * 64 : 0;
+  return y;
+}
+
+static pe_status multiply_windows(const conv *t, const conv_places *y, pe_stream *s) {
+  const linear_needs needs = linear_needs_of(&t->w, 1);
+  const int64_t m = t->n * t->rows * t->columns, size = block_rows(t), blocks = (m + size - 1) / size;
+  char *own = s->scratch + y->codes + s->ith * y->y.own;
+  window_rows rows = {.gather = {.floats = gather_floats, .room = (float *)own}, .t = t};
+  if (rounds_first(t, needs)) {
+    const int64_t pixels = t->n * t->height * t->width;
+    for (int64_t at; (at = 64 * pe_next(s, 0)) < pixels;)
+      for (int64_t i = at; i < pe_min(pixels, at + 64); i++)
+        linear_quantize((const float *)t->x->data + i * t->c, t->c, s->scratch + i * (t->c / 32) * 64);
+    pe_barrier(s);
+    rows.codes = s->scratch;
+    rows.gather.codes = gather_codes;
+  }
+  const linear_job job = {.w = &t->w, .n_w = 1, .n_sets = 1, .m = m, .k = t->k, .rows = size, .gather = &rows.gather};
+  /* A group's outputs lie in 16s of the weight's rows, the first and last of which they may share with other groups. */
+  const int64_t most = (t->og + 30) / 16;
+  int64_t wide = STRIP_PANELS, strips;
+  for (;; wide /= 2) {
+    strips = (most + PANEL_GROUPS * wide - 1) / (PANEL_GROUPS * wide);
+    if (wide == 1 || blocks * t->groups * strips >= 8 * s->nth) break;
+  }
+  for (int64_t item; (item = pe_next(s, 1)) < blocks * t->groups * strips;) {
+    const int64_t row0 = item / strips / t->groups * size, n = pe_min(size, m - row0);
+    rows.group = item / strips % t->groups;
+    const int64_t lo = rows.group * t->og, hi = lo + t->og, g0 = lo / 16 + item % strips * PANEL_GROUPS * wide;
+    const int64_t count = pe_min(PANEL_GROUPS * wide, (hi + 15) / 16 - g0);
+    if (count <= 0) continue;
+    float *acc = (float *)(own + y->y.acc);
+    const pe_status bad = linear_multiply(&job, t->w, g0, (count + PANEL_GROUPS - 1) / PANEL_GROUPS, t->w->data, row0, n, own, &y->y, acc);
+    if (bad) return bad;
+    finish(t, 16 * g0, pe_max(lo, 16 * g0), pe_min(hi, 16 * (g0 + count)), row0, n, acc);
+  }
+  return PE_OK;
+}
+
+/* ---- by channel ---- */
+
+/* Bytes of the weights as floats [kh kw][c rounded up to 16], which threads share, and of each thread's room for 16 rows of them. */
+static int64_t taps_bytes(const conv *t) { return pe_round_up(4 * t->kh * t->kw * pe_round_up(t->c, 16), 64); }
+static int64_t taps_own(const conv *t) { return pe_round_up(4 * 16 * t->kh * t->kw, 64); }
+
+/* The weights of channels 16 g .. 16 g + 15. */
+static pe_status load_taps(const conv *t, int64_t g, float *taps, float *room) {
+  const int64_t n = t->kh * t->kw, cp = pe_round_up(t->c, 16);
+  const int32_t id = weight_format(t->w);
+  if (t->w->dtype >= PE_PACKED) {
+    const char *from = (const char *)t->w->data + g * pe_pack_group_bytes(id, n);
+    for (int64_t i = 0; i < n; i++) {
+      const char *p = from + 16 * i * pe_format_of(id).bytes;
+      v16f_store(taps + i * cp + 16 * g, id == PE_F32 ? v16f_load((const float *)p) : id == PE_F16 ? v16f_load_f16(p) : v16f_load_bf16(p));
+    }
+    return PE_OK;
+  }
+  for (int64_t r = 0; r < 16; r++) {
+    const int64_t row = pe_min(16 * g + r, t->c - 1);
+    const pe_status bad = pe_dequantize_row(id, (const char *)t->w->data + row * t->w->stride[0], room, n);
+    if (bad) return bad;
+    for (int64_t i = 0; i < n; i++) taps[i * cp + 16 * g + r] = room[i];
+  }
+  return PE_OK;
+}
+
+/* `count` places from (y, x) on of a picture, in 16 channels from c0 on. Rows and columns of the window that lie in the picture for all of
+ * them: y0 .. y1 - 1, x0 .. x1 - 1. */
+typedef struct inside { int64_t y0, y1, x0, x1; } inside;
+PE_INLINE void channel_places(const conv *t, int count, const float *x, const float *taps, inside in, int64_t c0, float *to) {
+  const int64_t left = t->c - c0, cp = pe_round_up(t->c, 16), step = t->sx * t->c;
+  v16f sum[PLACES];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++) sum[i] = v16f_zero();
+  for (int64_t ky = in.y0; ky < in.y1; ky++)
+    for (int64_t kx = in.x0; kx < in.x1; kx++) {
+      const v16f w = v16f_load(taps + (ky * t->kw + kx) * cp + c0);
+      const float *from = x + (ky * t->dy * t->width + kx * t->dx) * t->c + c0;
+#pragma GCC unroll 4
+      for (int i = 0; i < count; i++) sum[i] = v16f_fma(load_some(from + i * step, left), w, sum[i]);
+    }
+  v16f bias = v16f_zero();
+  if (t->bias) bias = load_some((const float *)t->bias->data + c0, left);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++) {
+    const v16f y = t->bias ? v16f_add(sum[i], bias) : sum[i];
+    store_some(to + i * t->c + c0, linear_activate(y, t->activation), left);
+  }
+}
+
+/* Of a window that begins at `at`: from the first row (column) in the picture to behind the last. */
+PE_INLINE int64_t first_inside(int64_t at, int64_t step, int64_t window) { return pe_min(window, at >= 0 ? 0 : (-at + step - 1) / step); }
+PE_INLINE int64_t end_inside(int64_t at, int64_t step, int64_t window, int64_t size) {
+  return pe_max(0, pe_min(window, at >= size ? 0 : (size - at + step - 1) / step));
+}
+
+static pe_status convolve_channels(const conv *t, pe_stream *s) {
+  const int64_t groups = (t->c + 15) / 16;
+  float *taps = (float *)s->scratch, *room = (float *)(s->scratch + taps_bytes(t) + s->ith * taps_own(t));
+  for (int64_t g; (g = pe_next(s, 0)) < groups;) {
+    const pe_status bad = load_taps(t, g, taps, room);
+    if (bad) return bad;
+  }
+  pe_barrier(s);
+  for (int64_t row; (row = pe_next(s, 1)) < t->n * t->rows;)
+    for (int64_t column = 0, count; column < t->columns; column += count) {
+      const place at = place_of(t, row * t->columns + column);
+      count = pe_min(PLACES, t->columns - column);
+      inside in = {first_inside(at.y, t->dy, t->kh), end_inside(at.y, t->dy, t->kh, t->height), 0, t->kw};
+      if (count < PLACES || at.x < 0 || at.x + (PLACES - 1) * t->sx + (t->kw - 1) * t->dx >= t->width) {
+        count = 1;
+        in.x0 = first_inside(at.x, t->dx, t->kw), in.x1 = end_inside(at.x, t->dx, t->kw, t->width);
+      }
+      const float *x = (const float *)t->x->data + ((at.picture * t->height + at.y) * t->width + at.x) * t->c;
+      float *to = (float *)t->out->data + (row * t->columns + column) * t->c;
+      for (int64_t c0 = 0; c0 < t->c; c0 += 16)
+        if (count == PLACES) channel_places(t, PLACES, x, taps, in, c0, to);
+        else channel_places(t, 1, x, taps, in, c0, to);
+    }
+  return PE_OK;
+}
+
+/* ---- the kernel ---- */
+
+PE_SCRATCH(cpu, conv2d)(const pe_args *a, const void *params, int32_t n_threads) {
+  const conv t = conv_of(pe_arg(a, 0), pe_arg(a, 1), pe_arg(a, 3), params);
+  if (by_channel(&t)) return taps_bytes(&t) + n_threads * taps_own(&t);
+  const conv_places y = conv_memory(&t);
+  return y.codes + n_threads * y.y.own;
+}
+
+PE_KERNEL(cpu, conv2d)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out, const pe_conv2d_params *p,
+                       pe_stream *s) {
+  conv t = conv_of(x, weight, out, p);
+  t.bias = bias;
+  if (t.n * t.rows * t.columns == 0 || t.o == 0) return PE_OK;
+  if (by_channel(&t)) {
+    if (s->scratch_bytes < taps_bytes(&t) + s->nth * taps_own(&t)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
+    return convolve_channels(&t, s);
+  }
+  const conv_places y = conv_memory(&t);
+  if (s->scratch_bytes < y.codes + s->nth * y.y.own) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
+  return multiply_windows(&t, &y, s);
+}
