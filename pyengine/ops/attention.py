@@ -130,6 +130,6 @@ attention.case(q=(1, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(1,), hi=(1,), sca
 attention.case(q=(9, 4, 64), k=(1, 40, 64), v=(1, 40, 32), lo=(9,), hi=(9,), cells=(2, 40), seq=(9,), scale=0.2, softcap=50.0)
 attention.case(q=(9, 4, 80), k=(4, 33, 80), v=(4, 33, 80), lo=(9,), hi=(9,), sinks=(4,), scale=0.1)
 attention.case(q=(0, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(0,), hi=(0,), scale=0.125)
-attention.case(q=(9, 4, 64), k=(2, 200, 64), v=(2, 200, 64), lo=(9,), hi=(9,), bias=(4, 33), at=(9,), scale=1.0)
+attention.case(q=(9, 4, 64), k=(2, 200, 64), v=(2, 200, 64), lo=(9,), hi=(9,), bias=(4, 33), at=(9,), scale=0.125)
 attention.case(q=(70, 3, 40), k=(3, 90, 40), v=(3, 90, 48), lo=(70,), hi=(70,), cells=(2, 90), seq=(70,), bias=(3, 7), scale=0.2, softcap=30.0)
 attention.case(q=(90, 4, 72), k=(2, 90, 72), v=(2, 90, 72), lo=(90,), hi=(90,), scale=0.1, products="int8")
