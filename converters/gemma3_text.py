@@ -33,13 +33,14 @@ GLOBAL_BASE, LOCAL_BASE = 1_000_000.0, 10_000.0    # Gemma3TextConfig.default_th
 class Gemma3Text(Decoder):
     arch = "gemma3"
     defaults, rope_base, norm_offset = DEFAULTS, GLOBAL_BASE, 1.0
+    both_ways: tuple[bool | None, ...] = (False, None)       # what a config may say of seeing in both directions
 
     def __init__(self, config: dict[str, Any], file: Path):
         super().__init__(config, file)
         c = self.config
         c.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
         c.refuse_unless("attention_bias", False)
-        c.refuse_unless("use_bidirectional_attention", False, None)
+        c.refuse_unless("use_bidirectional_attention", *self.both_ways)
         kinds = c.get("layer_types")
         if kinds is None:
             period = config.get("sliding_window_pattern", PATTERN)

@@ -45,8 +45,8 @@ def save_byte_level(folder: Path, special: tuple[str, ...] = ("<s>", "<pad>", "<
     _save(draft, folder, "RobertaTokenizer", bos=begin, cls=begin, eos=end, sep=end, pad=pad, unk=unknown, mask=mask)
 
 
-def save_unigram(folder: Path, n_tokens: int = 150) -> None:
-    """Write XLM-R's tokenizer: SentencePiece's unigram, with a map of characters that sentencepiece made."""
+def save_unigram(folder: Path, n_tokens: int = 150, begin: str = "<s>", end: str = "</s>", mask: str = "<mask>", albert: bool = False) -> None:
+    """Write XLM-R's tokenizer, SentencePiece's unigram with a map of characters that sentencepiece made; or ALBERT's, which does more to a text."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as pb
     from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, Tokenizer
@@ -59,13 +59,63 @@ def save_unigram(folder: Path, n_tokens: int = 150) -> None:
     proto.ParseFromString((folder / "draft.model").read_bytes())
     for name in ("lines.txt", "draft.model", "draft.vocab"):
         (folder / name).unlink()
-    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p.piece, p.score) for p in proto.pieces[3:])]
+    pieces = [(begin, 0.0), ("<pad>", 0.0), (end, 0.0), ("<unk>", 0.0), *((p.piece, p.score) for p in proto.pieces[3:])]
     made = Tokenizer(models.Unigram(pieces, unk_id=3))
-    made.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    own = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    more = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"'), normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    made.normalizer = normalizers.Sequence([*more, own]) if albert else own
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
-    made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    _save(made, folder, "XLMRobertaTokenizer", bos="<s>", cls="<s>", eos="</s>", sep="</s>", pad="<pad>", unk="<unk>", mask="<mask>")
+    made.add_special_tokens([begin, "<pad>", end, "<unk>", AddedToken(mask, lstrip=True)])
+    pair = f"{begin} $A {end} $B:1 {end}:1" if albert else f"{begin} $A {end} {end} $B {end}"
+    made.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}", pair=pair, special_tokens=[(begin, 0), (end, 2)])
+    _save(made, folder, "AlbertTokenizer" if albert else "XLMRobertaTokenizer", bos=begin, cls=begin, eos=end, sep=end, pad="<pad>", unk="<unk>", mask=mask)
+
+
+def save_modules(folder: Path, width: int, pooling: str, *, dense: tuple[tuple[int, str, bool], ...] = (), prompts: dict[str, str] | None = None,
+                 default: str | None = None, most: int | None = None, normalize: bool = True, old: bool = True) -> list[Any]:
+    """Write what sentence-transformers keeps beside a checkpoint; returns the layers behind the pooling, of torch.
+
+    dense: (width, class of torch.nn, whether it has a bias) of each; old: the form of the pooling before version 5
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    kinds, layers, random = ["Transformer", "Pooling", *["Dense"] * len(dense), *["Normalize"] * normalize], [], torch.Generator().manual_seed(5)
+    modules = [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for i, kind in enumerate(kinds[1:], 1):
+        (folder / f"{i}_{kind}").mkdir(exist_ok=True)
+    names = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken", "max": "max_tokens"}
+    switches = {f"pooling_mode_{name}": kind == pooling for kind, name in names.items()}
+    said = {"word_embedding_dimension": width, **switches, "include_prompt": True} if old else {"embedding_dimension": width, "pooling_mode": pooling}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    for i, (n, act, bias) in enumerate(dense, 2):
+        layer = torch.nn.Linear(width, n, bias=bias)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.copy_(torch.randn(p.shape, generator=random) / p.shape[-1] ** 0.5)
+        place = "linear" if act == "Identity" else "activation"
+        (folder / f"{i}_Dense" / "config.json").write_text(json.dumps({"in_features": width, "out_features": n, "bias": bias,
+                                                                       "activation_function": f"torch.nn.modules.{place}.{act}"}))
+        save_file({f"linear.{name}": p.detach().contiguous() for name, p in layer.named_parameters()}, folder / f"{i}_Dense" / "model.safetensors")
+        layers += [layer, getattr(torch.nn, act)()]
+        width = n
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts or {}, "default_prompt_name": default}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": most, "do_lower_case": False}))
+    return layers
+
+
+def pooled(theirs: Any, folder: Path, text: str, pooling: str, layers: list[Any], most: int | None = None) -> Any:
+    """Do what sentence-transformers does, but for the length of 1: the text cut at `most` tokens, pooled, and the layers behind it."""
+    import torch
+
+    with torch.no_grad():
+        ids = words_of(folder)(text, return_tensors="pt", truncation=most is not None, max_length=most)["input_ids"]
+        states = theirs(ids).last_hidden_state[0]
+        x = {"mean": states.mean(0), "cls": states[0], "lasttoken": states[-1]}[pooling]
+        for layer in layers:
+            x = layer(x)
+    return x
 
 
 def _save(made: Any, folder: Path, kind: str, **special: str) -> None:
@@ -151,12 +201,12 @@ def compare_logits(model: Any, theirs: Any, folder: Path) -> None:
         close(model.logits(ids), theirs(torch.tensor([ids])).logits[0])
 
 
-def compare_scores(model: Any, theirs: Any, folder: Path) -> None:
+def compare_scores(model: Any, theirs: Any, folder: Path, texts: tuple[str, ...] = ()) -> None:
     """Compare scores of a text's classes with those of a model of transformers."""
     import torch
 
     words = words_of(folder)
-    for text in TEXTS:
+    for text in texts or TEXTS:
         with torch.no_grad():
             want = theirs(**words(text, return_tensors="pt")).logits[0].numpy()
         got = model.classify(text, activation="none")
@@ -166,12 +216,12 @@ def compare_scores(model: Any, theirs: Any, folder: Path) -> None:
         assert np.allclose(list(model.classify(text).values()), -np.sort(-share), atol=1e-5)
 
 
-def compare_ranks(model: Any, theirs: Any, folder: Path, most: int) -> None:
+def compare_ranks(model: Any, theirs: Any, folder: Path, most: int, texts: tuple[str, ...] = ()) -> None:
     """Compare scores of pairs of texts with those of a model of transformers, of which some are cut."""
     import torch
 
     words, query = words_of(folder), "What is in the picture?"
-    documents = [*TEXTS, "fox " * (most + 9), "a quick picture"]
+    documents = [*(texts or TEXTS), "fox " * (most + 9), "a quick picture"]
     for first in (query, query * 40):
         got = model.rerank(first, documents)
         assert got.dtype == np.float32 and got.shape == (len(documents),)
