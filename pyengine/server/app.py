@@ -41,7 +41,9 @@ def application(served: Models | Sequence[Served], api_keys: Sequence[str] = (),
 
     async def nothing(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        said = f"{request.method} {request.url.path}: " + ("there is no such address here" if status == 404 else "not by this method")
+        path = request.url.path
+        near = f"; there is /v1{path}" if any(route.path == f"/v1{path}" for route in routes) else ""          # an address was given without it
+        said = f"{request.method} {path}: " + (f"there is no such address here{near}" if status == 404 else "not by this method")
         return _refusal(request.scope, status, said)
 
     counts = Metrics(models)

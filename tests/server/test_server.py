@@ -388,6 +388,7 @@ def test_the_root_says_that_it_runs(client) -> None:
 def test_unknown_addresses(client) -> None:
     for method, path, status in (("GET", "/v1/none", 404), ("POST", "/v1/models", 405), ("GET", "/..%2f..%2fetc/passwd", 404)):
         assert client.request(method, path).status_code == status
+    assert "there is /v1/chat/completions" in client.post("/chat/completions", json={}).json()["error"]["message"]
 
 
 # -- over a socket --------------------------------------------------------------------------------------------------------
