@@ -46,7 +46,7 @@ class Protocol(asyncio.Protocol):
         self._current: Exchange | None = None                # which is answered, or was last
         self._last: Exchange | None = None                   # whose body comes, or came last
         self._ahead: deque[Exchange] = deque()               # that wait for those before them
-        self._framing: bytes | None = None                   # the header that says where the body ends which the parser leaves to another protocol
+        self._framing: bytes | None = None                   # headers that say where the body ends which the parser leaves to another protocol
         self._n_head = 0                                     # bytes that came since a part of a body, or the end of a request
         self._reading, self._ended, self._broken = True, False, False          # ended: the client sends nothing more; broken: what it sends is not read
         self._writable: asyncio.Event | None = None          # while the client is behind
@@ -97,10 +97,9 @@ class Protocol(asyncio.Protocol):
                 self._parser.feed_data(data)
                 data = b""
             except httptools.HttpParserUpgrade as offer:     # of another protocol, which is declined (RFC 9110, 7.8)
-                data = data[offer.args[0]:]
                 self._parser = httptools.HttpRequestParser(self)
-                if self._framing is not None:
-                    self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % self._framing)
+                again = b"" if self._framing is None else b"POST / HTTP/1.1\r\n%b\r\n\r\n" % self._framing
+                data = again + data[offer.args[0]:]
             except httptools.HttpParserError:
                 return self._refuse(400, "this is no HTTP/1.1 request")
             if self._n_head > HEADER_BYTES:
@@ -137,7 +136,7 @@ class Protocol(asyncio.Protocol):
                  "query_string": query, "headers": self._headers, "state": self._app_state.copy()}
         continues = any(name == b"expect" and value.lower() == b"100-continue" for name, value in self._headers)
         if self._parser.should_upgrade():
-            self._framing = next((b"%b: %b" % header for header in self._headers if header[0] in (b"content-length", b"transfer-encoding")), None)
+            self._framing = b"\r\n".join(b"%b: %b" % header for header in self._headers if header[0] in (b"content-length", b"transfer-encoding")) or None
         self._last = Exchange(self, scope, version == "1.1" and self._parser.should_keep_alive(), continues)
         if self._busy:
             self._ahead.append(self._last)

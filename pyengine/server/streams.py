@@ -62,7 +62,7 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()         # whether all was written, or the client has left
         self._out = scope.get("extensions", {}).get(STREAM) or _Messages(receive, send)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -72,8 +72,8 @@ class Stream(Response):
             for handle in self._handles:
                 handle.watch(self._pump)
             self._pump()
-            await self._ended                                # raises what nobody expected
-            if isinstance(self._out, _Messages):
+            whole = await self._ended                        # raises what nobody expected
+            if whole and isinstance(self._out, _Messages):
                 await self._out.sent()
         finally:
             self._ended.cancel()
@@ -85,7 +85,7 @@ class Stream(Response):
 
     def _leave(self) -> None:
         if not self._ended.done():
-            self._ended.set_result(None)
+            self._ended.set_result(False)
 
     def _pump(self) -> None:
         """Write what is there, unless the client is behind: it stays in the handles then."""
@@ -101,7 +101,7 @@ class Stream(Response):
             self._ended.set_exception(error)
             return
         if ended:
-            self._ended.set_result(None)
+            self._ended.set_result(True)
             self._out.end("".join(texts).encode())
         elif texts:
             self._out.write("".join(texts).encode())

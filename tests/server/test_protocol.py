@@ -109,6 +109,13 @@ def test_a_body_that_is_not_read_does_not_reach_the_next_request() -> None:
         assert got == want
 
 
+def test_a_body_behind_an_offer_is_framed_as_any_other() -> None:
+    for wrong in (b"Content-Length: 4\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Content-Length: 4\r\nContent-Length: 5"):
+        for i in range(0, 130, 7):
+            data = OFFER.replace(b"Content-Length: 4", wrong) + LAST
+            assert asyncio.run(converse([data[:i], data[i:]])).written.startswith(b"HTTP/1.1 400 Bad Request")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_streams_raise_nothing(seed: int, caplog) -> None:
     rng = random.Random(seed)
