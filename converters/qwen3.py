@@ -8,19 +8,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gguf import GGUFWriter, PoolingType
+
 from .checkpoint import Config
-from .contract import converts
+from .contract import converts, Entry
 from .decoder import Tensors
 from .qwen2 import Qwen2
+from .tokenizer import token_numbers, Vocabulary
 
 # transformers' Qwen3Config where a config.json may be silent
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
                             "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128}
 
 
-@converts("Qwen3ForCausalLM")
+# the prompt of a checkpoint that ranks, in llama.cpp's form; its words are the authors' (Qwen3-Reranker's model card)
+RERANK = ("<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can "
+          'only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n'
+          "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+RANKS = "qwen3-reranker"                     # what llama.cpp's converter knows such a checkpoint by, in its folder's or its own name
+
+
+@converts("Qwen3ForCausalLM", "Qwen3Model")
 class Qwen3(Qwen2):
     arch = "qwen3"
+    renames = ((r"^(?=(embed_tokens|layers|norm)\.)", "model."),)         # checkpoints that were saved without the output head (Qwen3-Embedding)
     defaults = DEFAULTS
 
     def __init__(self, config: dict[str, Any], file: Path):
@@ -28,6 +40,30 @@ class Qwen3(Qwen2):
         c.refuse_unless("use_sliding_window", False)
         c.refuse_unless("attention_bias", False)
         super().__init__(config, file)
+        plain = config.get("architectures") == ["Qwen3Model"]                    # saved without its output head
+        self.tied = self.tied or plain
+        names = str(config.get("_name_or_path", "")), file.parent.name
+        self.ranks = any(RANKS in name.lower() for name in names)
+        self.folder = file.parent
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        super().write_keys(out)
+        if self.ranks:
+            out.add_pooling_type(PoolingType.RANK)
+            out.add_array(f"{self.arch}.classifier.output_labels", ["yes", "no"])
+
+    def change_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Give the prompt by which a checkpoint ranks."""
+        if self.ranks:
+            named = vocabulary.chat_template
+            named = named if isinstance(named, list) else [{"name": "default", "template": named}] if named else []
+            vocabulary.chat_template = [*(t for t in named if t["name"] != "rerank"), {"name": "rerank", "template": RERANK}]
+
+    def tensors(self) -> Tensors:
+        yield from super().tensors()
+        if self.ranks:
+            head = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+            yield Entry("cls.output.weight", head, (2, self.d_model), np.array(token_numbers(self.folder, ("yes", "no"))), stored=(self.vocab_size, self.d_model))
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
         yield self.norm(f"{b}.attn_norm", f"{m}.input_layernorm", self.d_model)

@@ -486,6 +486,9 @@ def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any]
             else:
                 parts = [step["cls"][0], None, step["sep"][0]]
             text_of = {name: vocabulary.tokens[i] for name, i in vocabulary.special.items()}
+            if parts[-1] not in (None, text_of.get("eos"), text_of.get("sep")):             # another than what ends a turn (Qwen3-Embedding's)
+                _end_with(vocabulary, parts[-1])
+                text_of["eos"] = parts[-1]
             if vocabulary.model == "bert" and parts == [text_of["bos"], None, text_of["sep"]]:
                 return True, False                              # both, always
             found = {"bos": parts[0] is not None, "eos": parts[-1] is not None}
@@ -496,6 +499,21 @@ def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any]
         if settings.get(f"add_{name}_token") is not None:
             found[name] = bool(settings[f"add_{name}_token"])
     return found["bos"], found["eos"]
+
+
+def _end_with(vocabulary: Vocabulary, text: str) -> None:
+    """Make a token the one that ends a text; what was it before ends a turn."""
+    if text in vocabulary.tokens and "eos" in vocabulary.special:
+        vocabulary.special.setdefault("eot", vocabulary.special["eos"])
+        vocabulary.special["eos"] = vocabulary.tokens.index(text)
+
+
+def token_numbers(folder: Path, texts: Sequence[str]) -> list[int]:
+    """Return the ids of tokens of a tokenizer.json's vocabulary. Raises: InvalidModelError for one that it has not."""
+    vocab = _json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    if missing := [text for text in texts if not isinstance(vocab, dict) or text not in vocab]:
+        raise InvalidModelError(f"{folder}: no token {missing[0]!r} in tokenizer.json")
+    return [vocab[text] for text in texts]
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:

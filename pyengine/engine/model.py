@@ -101,7 +101,7 @@ class Model:
         self._files, self.file, self.config = bound.files, bound.files.model, bound.model.config
         self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = sizes.n_ctx, sizes.n_batch, sizes.n_seq, self.config.vocab_size
         self._n_ids, self._ropes = bound.model.n_ids, bound.model.ropes(sizes.n_ctx)
-        self._adapters = {a.name: a.scale for a in bound.adapters}
+        self._adapters, self._ranks = {a.name: a.scale for a in bound.adapters}, bound.ranks
         self._runner = Runner(layout.step, program)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
         self._lock = self._scheduler.lock
@@ -296,6 +296,17 @@ class Model:
         "": nothing. Raises: as `hidden`.
         """
         return self.vectors.embed(x, normalize, pooling, prompt)
+
+    @takes()
+    def rerank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Compute how well each document answers a query: float32 [n], the higher the better.
+
+        For a file of a decoder that was made for it (Qwen3-Reranker): its logit of "yes" less that of "no". Their sigmoid is the probability of "yes"
+        beside "no", which llama.cpp and sentence-transformers give. Raises: UnsupportedModelError for other files; otherwise as `hidden`.
+        """
+        from pyengine.engine.ranks import check_asked, ranked
+
+        return ranked(self.vectors, self._ranks, self.plan.model, query, check_asked(query, documents))
 
     # -- plain steps --------------------------------------------------------------------------------------------------
 

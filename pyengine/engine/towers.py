@@ -17,6 +17,7 @@ from pyengine.backends.base import Progress
 from pyengine.engine.language import Language
 from pyengine.engine.model import Closed, Model, weights_in_words
 from pyengine.engine.prompts import media_of, token_ids
+from pyengine.engine.ranks import check_asked
 from pyengine.errors import ContextOverflowError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.media.policy import MediaPolicy
@@ -366,8 +367,7 @@ class EncoderModel:
         tower: TextTower = self._tower("text")
         if tower.n_classes != 1:
             raise UnsupportedModelError(f"{self.plan.model} gives {tower.n_classes or 'no'} scores of a text; to rank texts a model has one")
-        if not isinstance(query, str) or isinstance(documents, str) or not iterates(documents) or not all(isinstance(d, str) for d in documents):
-            raise RequestError("rerank: query is a text, and documents are a list of texts")
+        documents = check_asked(query, documents)
         first = self.tokenize(query, add_special=False)
         pairs = (self._pair(first, self.tokenize(document, add_special=False)) for document in documents)
         return np.array([given.rows[CLASSES][0] for given in self._run_texts(pairs)], np.float32)

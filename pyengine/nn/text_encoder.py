@@ -71,7 +71,8 @@ class TextAttention:
         """Attend. rotate: what is done to queries and keys [m, H, E]; more: arguments of `ops.attention`."""
         q, k, v = (part(x).reshape(-1, self.n_heads, self.head_dim) for part in (self.q, self.k, self.v))   # [m, H, E] each
         q, k = (rotate(q), rotate(k)) if rotate else (q, k)
-        return self.out(texts.attend(q, k, v, scale=self.head_dim**-0.5, window=self.window, products=self.products, **more))
+        products = "float" if more else self.products                                      # those of bytes take nothing else
+        return self.out(texts.attend(q, k, v, scale=self.head_dim**-0.5, window=self.window, products=products, **more))
 
 
 class PostNormBlock:

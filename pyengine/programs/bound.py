@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyengine.files.adapters import Adapter, check_base
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files
-from pyengine.files.weights import Weights
+from pyengine.files.weights import WeightRef, Weights
 from pyengine.models import architectures, model_class, tower_models
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, Towers
 from pyengine.nn.rope import FACTORS
@@ -27,6 +27,7 @@ class Bound:
     model: Any
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     left_out: bool = False           # whether there are encoders, and the model runs without them
+    ranks: WeightRef | None = None   # of a decoder that ranks texts: rows [2, d_model] for the answers "yes" and "no"
 
     @property
     def image(self) -> Encoder | None:
@@ -52,7 +53,7 @@ class Bound:
 
     def without_encoders(self) -> Bound:
         """Return the model as if its files held no encoder."""
-        return Bound(self.files, self.model, left_out=self.left_out or bool(self.encoders))
+        return replace(self, encoders={}, left_out=self.left_out or bool(self.encoders))
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -80,10 +81,12 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
         weights.finish()
         return Bound(files, model)
     encoders = _encoders(kind, h, files, weights) if with_encoders else {}
+    answers = 2, model.config.d_model
+    ranks = weights["cls.output"].tensor("weight", answers) if weights["cls.output"].shape("weight") == answers else None
     weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     for adapter in files.adapters:
         check_base(adapter, files.model)
-    return Bound(files, model, encoders, left_out=not with_encoders and _with_encoder(files, weights))
+    return Bound(files, model, encoders, not with_encoders and _with_encoder(files, weights), ranks)
 
 
 def _with_encoder(files: Files, weights: Weights) -> bool:

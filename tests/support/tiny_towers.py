@@ -15,6 +15,20 @@ from converters.writer import convert
 WORDS = "the quick brown fox jumps over a lazy dog is in it s 1 2 3 4 o clock picture shows and snow what ein fur".split()
 
 
+def save_mpnet(folder: Path) -> None:
+    """Write MPNet's tokenizer: WordPiece with the special tokens of RoBERTa but for the unknown one."""
+    save_word_piece(folder)
+    text = (folder / "tokenizer.json").read_text()
+    for old, new in (("CLS", "<s>"), ("SEP", "</s>"), ("PAD", "<pad>"), ("MASK", "<mask>")):
+        text = text.replace(f'"[{old}]"', f'"{new}"')
+    made = json.loads(text)
+    made["post_processor"] = {"type": "RobertaProcessing", **{name: made["post_processor"][name] for name in ("sep", "cls")}, "trim_offsets": True,
+                              "add_prefix_space": False}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    special = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "[UNK]", "mask": "<mask>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MPNetTokenizer", **{f"{name}_token": t for name, t in special.items()}}))
+
+
 def save_word_piece(folder: Path, n_tokens: int = 160, lowercase: bool = True) -> None:
     """Write a BERT tokenizer whose special tokens have no official ids."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

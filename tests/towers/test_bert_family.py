@@ -1,4 +1,4 @@
-"""Encoders of BERT's shape, RoBERTa, XLM-R, DistilBERT: hidden states, heads of masked models and of classes, pairs, against transformers."""
+"""Encoders of BERT's shape, RoBERTa, XLM-R, MPNet, DistilBERT: hidden states, heads of masked models and of classes, pairs, against transformers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Bert": ("save_word_piece", {"vocab_size": 160, "type_vocab_size": 2, "layer_norm_eps": 1e-7, **SIZES}),
     "Roberta": ("save_byte_level", {"vocab_size": 330, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, **SIZES}),
     "XLMRoberta": ("save_unigram", {"vocab_size": 170, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, **SIZES}),
+    "MPNet": ("save_mpnet", {"vocab_size": 160, "layer_norm_eps": 1e-7, **SIZES, "max_position_embeddings": 142}),
     "DistilBert": ("save_word_piece", {"vocab_size": 160, "dim": 72, "n_layers": 3, "n_heads": 6, "hidden_dim": 200, "max_position_embeddings": 140}),
 }
 
