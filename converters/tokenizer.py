@@ -1,8 +1,8 @@
 """Translate a checkpoint's tokenizer into GGUF's `tokenizer.*` keys.
 
 Three kinds are translated. Byte-level BPE (tokenizer.json) becomes model "gpt2", with `pre` naming its pre-tokenizer;
-SentencePiece BPE (tokenizer.model, or a tokenizer.json with byte fallback) becomes model "llama", its unigram (tokenizer.json) model
-"t5". Every id comes from the checkpoint. Key names: gguf-py `Keys.Tokenizer`; meanings: llama.cpp's converter and `llama-vocab.cpp`.
+SentencePiece BPE (tokenizer.model, or a tokenizer.json with byte fallback) becomes model "llama", its unigram (tokenizer.json, or
+spiece.model) model "t5". Every id comes from the checkpoint. Key names: gguf-py `Keys.Tokenizer`; meanings: llama.cpp's converter and `llama-vocab.cpp`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ADDED_SCORE = -1000.0                          # of tokens that no merge makes, 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
          "spiece.model", "tekken.json", "added_tokens.json")
+PIECES = ("tokenizer.model", "spiece.model")   # names of a SentencePiece model
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
 
 # One entry: the steps of a tokenizer.json's pre-tokenizer (see `_steps`), `ignore_merges` (None: either), and
@@ -149,7 +150,8 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     """
     if not any((folder / name).exists() for name in FILES):
         return Vocabulary.none()
-    fast, piece_file = _json(folder / "tokenizer.json"), folder / "tokenizer.model"
+    fast = _json(folder / "tokenizer.json")
+    piece_file = next((file for name in PIECES if (file := folder / name).exists()), None)
     settings = _json(folder / "tokenizer_config.json")
     model = fast.get("model", {})
     if fast and model.get("type") not in ("BPE", "Unigram", "WordPiece"):
@@ -160,12 +162,12 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         vocabulary = _unigram(fast, folder / "tokenizer.json")
     elif fast and not model.get("byte_fallback"):
         vocabulary = _byte_level(fast, folder / "tokenizer.json")
-    elif piece_file.exists():
+    elif piece_file is not None:
         vocabulary = _sentencepiece(piece_file)
     elif fast:
         vocabulary = _sentencepiece_from_merges(fast, folder / "tokenizer.json")
     else:
-        raise InvalidModelError(f"{folder}: neither tokenizer.json nor tokenizer.model; convert with --no-tokenizer")
+        raise InvalidModelError(f"{folder}: neither tokenizer.json nor {' nor '.join(PIECES)}; convert with --no-tokenizer")
     _add_tokens(vocabulary, _added_tokens(folder, fast, settings), folder)
     _mark_special(vocabulary, folder, settings, config)
     for side in ("lstrip", "rstrip"):
@@ -247,7 +249,7 @@ def _steps(pre: dict[str, Any] | None, file: Path) -> list[str]:
 # --- SentencePiece BPE ------------------------------------------------------------------------------------------------
 
 def _sentencepiece(file: Path) -> Vocabulary:
-    """Read a tokenizer.model; its piece types have the numbers of GGUF's token types."""
+    """Read a SentencePiece model; its piece types have the numbers of GGUF's token types."""
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2 as pb
@@ -258,14 +260,19 @@ def _sentencepiece(file: Path) -> Vocabulary:
         proto.ParseFromString(file.read_bytes())
     except DecodeError as e:
         raise InvalidModelError(f"{file}: not a SentencePiece model: {e}") from None
-    if proto.trainer_spec.model_type != pb.TrainerSpec.BPE:
-        kind = pb.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type)
-        raise UnsupportedModelError(f"{file}: a {kind} SentencePiece model; BPE is converted")
+    model_type, normalizer = proto.trainer_spec.model_type, proto.normalizer_spec
+    if model_type not in (pb.TrainerSpec.BPE, pb.TrainerSpec.UNIGRAM):
+        kind = pb.TrainerSpec.ModelType.Name(model_type)
+        raise UnsupportedModelError(f"{file}: a {kind} SentencePiece model; BPE and UNIGRAM are converted")
     types = [int(p.type) for p in proto.pieces]
-    return Vocabulary("llama", "default",
+    made = Vocabulary("llama", "default",
                       [_plain(p.piece, t) for p, t in zip(proto.pieces, types)], types,
                       scores=[p.score for p in proto.pieces],
-                      add_space_prefix=proto.normalizer_spec.add_dummy_prefix)
+                      add_space_prefix=normalizer.add_dummy_prefix)
+    if model_type == pb.TrainerSpec.UNIGRAM:
+        made.model, made.charsmap = "t5", bytes(normalizer.precompiled_charsmap)
+        made.one_space = normalizer.remove_extra_whitespaces
+    return made
 
 
 def _sentencepiece_from_merges(fast: dict[str, Any], file: Path) -> Vocabulary:
@@ -474,10 +481,10 @@ def _mark_special(vocabulary: Vocabulary, folder: Path, settings: dict[str, Any]
 def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any], folder: Path) -> tuple[bool, bool]:
     """Return whether encoding adds bos and eos: the settings' word, else the post-processor's template.
 
-    Where neither says anything (a tokenizer.model alone) SentencePiece models of these families add bos only.
+    Where neither says anything (a SentencePiece model alone) BPE models of these families add bos only, unigrams eos only.
     Raises UnsupportedModelError for a template that adds anything else.
     """
-    found = {"bos": vocabulary.model == "bert" or not fast and vocabulary.model == "llama", "eos": False}
+    found = {"bos": vocabulary.model == "bert" or not fast and vocabulary.model == "llama", "eos": not fast and vocabulary.model == "t5"}
     post = fast.get("post_processor") or {}
     for step in post.get("processors", [post]):
         if step.get("type") in ("TemplateProcessing", "RobertaProcessing", "BertProcessing"):

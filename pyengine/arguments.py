@@ -25,7 +25,7 @@ _ELSEWHERE = {"max_new_tokens": "max_tokens", "max_completion_tokens": "max_toke
               "stop_sequences": "stop", "stop_strings": "stop", "until": "stop", "num_ctx": "n_ctx", "ctx_size": "n_ctx",
               "max_model_len": "n_ctx", "max_seq_len": "n_ctx", "num_thread": "n_threads", "threads": "n_threads", "n_parallel": "n_seq",
               "batch_size": "n_batch", "n_ubatch": "n_batch", "model_path": "model", "pretrained": "model",
-              "type_k": "kv_dtype", "cache_type_k": "kv_dtype", "conversation": "messages", "text": "prompt"}
+              "type_k": "kv_dtype", "cache_type_k": "kv_dtype", "num_beams": "n_beams", "no_repeat_ngram_size": "no_repeat_ngram", "conversation": "messages", "text": "prompt"}
 
 
 def takes(more: Iterable[str] = ()) -> Callable[[F], F]:

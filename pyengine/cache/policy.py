@@ -8,7 +8,7 @@ Recurrent layers keep one state of fixed size, and copies of it that were left b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -141,10 +141,14 @@ class Chunked(Policy):
 
 @dataclass(frozen=True)
 class Cross(Policy):
-    """Rows of an encoder are seen, not tokens (`seen_across`); a conversation holds at most `n`, which the plan decides."""
+    """Rows of an encoder are seen, not tokens (`seen_across`); a conversation holds at most `n`, which the plan decides.
+
+    everywhere  every row of a step sees some: the decoder of an encoder-decoder
+    """
 
     across: ClassVar[bool] = True
     n: int = 0
+    everywhere: bool = False
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
         """Return a cell for each encoder row."""
@@ -152,7 +156,7 @@ class Cross(Policy):
 
     def holding(self, n: int) -> Cross:
         """Return the same for conversations that hold n encoder rows."""
-        return Cross(n)
+        return replace(self, n=n)
 
     def first(self, n: Any) -> Any:
         """Return zeros: all rows of a conversation stay."""
@@ -160,10 +164,12 @@ class Cross(Policy):
 
     def about(self, n: int) -> str:
         """Name what is kept, which are no positions of the context."""
-        return f"pictures: {n:,} rows"
+        return f"{'the source' if self.everywhere else 'pictures'}: {n:,} rows"
 
     def inputs(self) -> tuple[InputSpec, ...]:
         """Return where encoder rows are written, and what the rows that see any of them see."""
+        if self.everywhere:
+            return InputSpec("cells", "c"), InputSpec("lo", "m"), InputSpec("hi", "m")
         return InputSpec("cells", "c"), InputSpec("seq", "s"), InputSpec("lo", "s"), InputSpec("hi", "s")
 
 

@@ -37,6 +37,11 @@ INST = """\
 {% else %}{{ ' ' + message.content|trim + eos_token }}{% endif %}
 {% endfor %}
 """
+SINGLE = """\
+{% if messages|length != 1 or messages[0].role != 'user' %}
+{{ raise_exception('this model turns one text into another and has no conversations: give one message of a user') }}
+{% endif %}
+{{- messages[0].content }}"""
 PLAIN = """\
 {{ bos_token }}{% for message in messages %}
 {{ message.role|capitalize + ': ' + message.content + '\n' }}
@@ -46,7 +51,10 @@ PLAIN = """\
 
 
 def default_template(meta: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """Give the source of a template that fits a vocabulary: the one whose marks it has, or plain "User: ..." lines."""
+    """Give the source of a template that fits a vocabulary: the one whose marks it has, or plain "User: ..." lines; of an encoder-decoder
+    the text alone."""
+    if f"{meta.get('general.architecture')}.decoder_start_token_id" in meta:
+        return SINGLE
     for mark, source in (("<|im_start|>", CHATML), ("<start_of_turn>", GEMMA), ("<|start_header_id|>", LLAMA3),
                          ("[INST]", INST)):
         if tokenizer.id_of(mark) is not None:

@@ -26,6 +26,7 @@ from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
+from pyengine.engine.searching import rules_of, searches
 from pyengine.engine.wishes import SHAPES, Wishes, WISHES
 from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
@@ -34,6 +35,7 @@ from pyengine.memory.held import forget, Held, planned_bytes, register
 from pyengine.programs.rows import lay_out_rows, MediaSegment, Rows, Segment, token_rows
 from pyengine.programs.step import Work
 from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
+from pyengine.text.search import SEARCH
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.guide import Guide
     from pyengine.engine.loop import Handle, Loop
+    from pyengine.engine.sources import Sources
     from pyengine.engine.vectors import Vectors
     from pyengine.files.gguf import GGUFFile
     from pyengine.media.policy import MediaPolicy
@@ -48,8 +51,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 SAMPLING = tuple(SamplingParams.__dataclass_fields__)
-WRITING = (*SAMPLING, *SHAPES, "adapters")                   # what may be set for a prompt, and for a reply in a conversation
-REPLYING = (*SAMPLING, *WISHES, "adapters")
+WRITING = (*SAMPLING, *SEARCH, *SHAPES, "adapters")          # what may be set for a prompt, and for a reply in a conversation
+REPLYING = (*SAMPLING, *SEARCH, *WISHES, "adapters")
 
 
 def alone(method: F) -> F:
@@ -115,8 +118,13 @@ class Model:
             own = (bound.files.mmproj or self.file).metadata
             reads = Language(own.below(f"{image.vocabulary}.")) if image.vocabulary else None
             self.media = EncodedMedia(image, layout.encoder, limits, layout.image_cache, self._runner.cells, progress, reads)
+        self.sources: Sources | None = None
+        if layout.source is not None:
+            from pyengine.engine.sources import Sources
+
+            self.sources = Sources(bound.source, layout.source.load(progress), sizes.source, layout.source_cache)
         self._language = Language(self.file.metadata, bound.files.modelfile)
-        self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media, left_out=bound.left_out)
+        self._prompts = Prompts(bound.files.name, self._n_ids, self._language, self.media, left_out=bound.left_out, sources=self.sources)
         self._axes = self._runner.axes
         self._title = f"{bound.files.name}: {Hparams(self.file.metadata).arch}, {weights_in_words(bound.files.opened)} weights"
         self._fed: Conversation | None = None                                  # the conversation of `feed`, and what it holds
@@ -150,11 +158,11 @@ class Model:
 
     def held(self) -> Held | None:
         """Return what the model holds by its plan and how much of that is resident; None once it is closed. Waits for nobody."""
-        program, media = self.program, self.media
-        if self.closed or isinstance(program, Closed) or isinstance(media, Closed):
+        program, media, sources = self.program, self.media, self.sources
+        if self.closed or isinstance(program, Closed) or isinstance(media, Closed) or isinstance(sources, Closed):
             return None
         planned = planned_bytes(self.plan)
-        there = {"cpu": program.resident() + (media.resident() if media is not None else 0)}
+        there = {"cpu": program.resident() + (media.resident() if media is not None else 0) + (sources.resident() if sources is not None else 0)}
         for device in planned.keys() - {"cpu"}:              # a card's memory is taken when a program is loaded, and counted in full
             coming = self.plan.of("encoder", device) if media is not None and not media.loaded else 0
             there[device] = planned[device] - coming
@@ -169,6 +177,7 @@ class Model:
         self.closed, self._fed = True, None
         self.program = self.file = self._files = self._runner = self._language = self._prompts = gone
         self.media = None if self.media is None else gone
+        self.sources = None if self.sources is None else gone
         forget(self)
         gc.collect()                                         # programs with steps that the reference computes refer to themselves
 
@@ -191,8 +200,9 @@ class Model:
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
-        """Fields of `SamplingParams` that the model's files recommend; arguments of a request go before them."""
-        return self._language.sampling_defaults
+        """Fields of `SamplingParams` that the model's files recommend; arguments of a request go before them. Models that turn one text into
+        another write what is most probable, unless their files say otherwise."""
+        return {**({"temperature": 0.0} if self.sources is not None else {}), **self._language.sampling_defaults}
 
     @property
     def stop_defaults(self) -> tuple[str, ...]:
@@ -207,7 +217,8 @@ class Model:
     @property
     def stats(self) -> dict[str, int]:
         """Counts since the model was loaded: tokens, steps, and hits and misses of the image cache."""
-        return {**self._scheduler.stats, "steps": self._runner.n_steps, **(self.media.stats if self.media else {})}
+        return {**self._scheduler.stats, "steps": self._runner.n_steps, **(self.media.stats if self.media else {}),
+                **(self.sources.stats if self.sources else {})}
 
     @takes()
     def encode_image(self, image: Any) -> np.ndarray:
@@ -329,6 +340,7 @@ class Model:
         if not ids:
             raise RequestError("feed: there are no tokens")
         most = self.n_batch if n_batch is None else min(whole("n_batch", n_batch, 1), self.n_batch)
+        self._runner.check_across(token_rows(ids, 0, self._axes))
         cells, s, held = self._runner.cells, self._fed, [*self._fed_ids, *ids]
         check_room(len(held), self.n_ctx)
         self._fed = None                                                       # what fails or is interrupted is computed anew
@@ -363,12 +375,18 @@ class Model:
 
     @alone
     @takes()
-    def logits(self, prompt: Sequence[Any] | str, adapters: Any = None) -> np.ndarray:
+    def logits(self, prompt: Sequence[Any] | str, adapters: Any = None, source: Sequence[Any] | str | None = None) -> np.ndarray:
         """Compute logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
 
-        adapters: as in `stream`. Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
+        adapters: as in `stream`. source: of an encoder-decoder, what its encoder reads, a text or a prompt in parts; `prompt` are then ids of
+        the decoder, from the token on that it starts with.
+        Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
         """
-        rows = self._lay_out(self._prompts.prompt(prompt).segments, adapters)
+        if source is None and self.sources is not None:
+            raise RequestError("logits: an encoder reads this model's prompts; give source=, and ids of the decoder, which begin with "
+                               f"{self.sources.encoder.start}")
+        segments = self._prompts.prompt(prompt).segments if source is None else self._prompts.following(source, prompt)
+        rows = self._lay_out(segments, adapters)
         out = np.empty((len(rows), self.n_vocab), np.float32)
         for start, block in self.logit_blocks(rows):
             out[start : start + len(block)] = block
@@ -528,6 +546,8 @@ class Model:
         request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options, wishes),
                                 max_tokens, stop, sampling, None if messages is None else wishes)
         if prompt_logprobs is not None:
+            if self.sources is not None:
+                raise RequestError("prompt_logprobs: an encoder reads this model's prompts, and foretells nothing")
             n_best = whole("prompt_logprobs", prompt_logprobs, 0, None)
             request.scorer = Sampler(SamplingParams(temperature=0, logprobs=n_best), min(self.n_vocab, self.tokenizer.vocab_size))
         return self.loop.submit(request, client)
@@ -553,13 +573,17 @@ class Model:
         self._scales(adapters)
         talks, wishes = wishes is not None, wishes or _wishes(sampling)
         most = None if max_tokens is None else whole("max_tokens", max_tokens, 0, None)
-        params = sampling_params(self.sampling_defaults, {k: v for k, v in sampling.items() if k not in (*WISHES, "adapters")})
+        params = sampling_params(self.sampling_defaults, {k: v for k, v in sampling.items() if k in SAMPLING})
+        rules = rules_of(self.sources, self.file.metadata, self.tokenizer.eog_ids, sampling)
         stops, shape = Stops(self.stop_defaults if stop is None else stop), wishes.shape
         sampler = Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size))
         made = prompt()
         guide, marks = self._guide(made, wishes, shape) if talks or shape else (None, ())
-        decoder = self.tokenizer.decoder(skip_special=True, at_start=talks, marks=marks)
-        return Request(self._lay_out(made.segments, adapters), sampler, decoder, stops, (most, self.tokenizer.eog_ids), Report(media=made.media), guide)
+        decoder = self.tokenizer.decoder(skip_special=True, at_start=talks or self.sources is not None, marks=marks)
+        kind: type[Request] = Request
+        if rules is not None and searches(rules.search, sampling, guide is not None, self.n_seq):
+            from pyengine.engine.beams import BeamRequest as kind
+        return kind(self._lay_out(made.segments, adapters), sampler, decoder, stops, (most, self.tokenizer.eog_ids), Report(media=made.media), guide, rules)
 
     def _guide(self, prompt: Prompt, wishes: Wishes, shape: str | None) -> tuple[Guide | None, Sequence[int]]:
         from pyengine.engine.guide import guide_of                             # plain texts begin sooner

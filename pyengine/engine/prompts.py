@@ -19,6 +19,7 @@ from pyengine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from pyengine.chat.reply.tools import Tool
     from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
+    from pyengine.engine.sources import Sources
     from pyengine.engine.wishes import Wishes
     from pyengine.media.image import Image
     from pyengine.media.messages import Medium
@@ -41,11 +42,14 @@ class Prompts:
     n_ids     ids that a prompt may have: rows of the embedding
     language  its tokenizer and chat template; media: its encoder, or None
     policy    which files a request may name; None: that of a program that writes its messages itself
-    left_out  whether it has an encoder that it was loaded without
+    left_out  whether it has an encoder of pictures that it was loaded without
+    sources   the encoder that prompts go to, of an encoder-decoder
     """
 
-    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy | None = None, left_out: bool = False):
+    def __init__(self, name: str, n_ids: int, language: Language, media: EncodedMedia | None, policy: MediaPolicy | None = None, left_out: bool = False,
+                 sources: Sources | None = None):
         self.name, self.n_ids, self.language, self.media, self.policy, self.left_out = name, n_ids, language, media, policy, left_out
+        self.sources = sources
 
     def under(self, policy: MediaPolicy) -> Prompts:
         """Return the same with another policy. Raises: RequestError for what is none."""
@@ -53,7 +57,7 @@ class Prompts:
 
         if not isinstance(policy, MediaPolicy):
             raise RequestError(f"media_policy is a MediaPolicy, not {type(policy).__name__}")
-        return Prompts(self.name, self.n_ids, self.language, self.media, policy, self.left_out)
+        return Prompts(self.name, self.n_ids, self.language, self.media, policy, self.left_out, self.sources)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -109,7 +113,25 @@ class Prompts:
         return out
 
     def prompt(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
-        """Make the segments of a prompt: a text (BOS is added where the model wants it) with pictures, or parts (nothing is
+        """Make the segments of a prompt: what it is made of, or what stands for it in a decoder whose encoder reads it."""
+        found = self.made_of(prompt, images)
+        return found._replace(segments=self.asked(found.segments))
+
+    def asked(self, segments: list[Segment]) -> list[Segment]:
+        """Return what stands in the decoder's sequence for a prompt."""
+        return segments if self.sources is None else [self.sources.segment(segments)]
+
+    def following(self, source: str | Sequence[Any], ids: Any) -> list[Segment]:
+        """Make the segments of a decoder's ids, the first of which begins its sequence, behind what its encoder reads. Raises: RequestError."""
+        if self.sources is None:
+            raise RequestError(f"source=: {self.name} has no encoder that reads a text; its prompt is all that there is")
+        ids = token_ids(ids, self.n_ids)
+        if not ids:
+            raise RequestError(f"there are no ids: the decoder's begin with {self.sources.encoder.start}, the token that it starts with")
+        return [self.sources.segment(self.made_of(source).segments, ids[0]), *([self._tokens(ids[1:])] if ids[1:] else [])]
+
+    def made_of(self, prompt: str | Sequence[Any], images: Sequence[Any] = ()) -> Prompt:
+        """Make what a prompt is made of: a text (special tokens are added where the model wants them) with pictures, or parts (nothing is
         added)."""
         if isinstance(prompt, str) and isinstance(images, (list, tuple)) and not images:
             return self.text(prompt, [])
@@ -200,7 +222,8 @@ class Prompts:
         text = self._rendered(partial(self.language.template.render, tools=shown, variables=variables), seen, media)
         if wishes.think is False:
             text += style.unthought(text)
-        return self.text(text, media, guarded=True)._replace(tools=known, opened=style.opened(text))
+        made = self.text(text, media, guarded=True)
+        return made._replace(segments=self.asked(made.segments), tools=known, opened=style.opened(text))
 
     def _rendered(self, render: Callable[..., str], seen: Sequence[Any], media: Sequence[Medium]) -> str:
         """Render a conversation with a marker for each picture."""

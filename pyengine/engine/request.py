@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyengine.engine.encoded import MediaInfo
     from pyengine.engine.guide import Guide
     from pyengine.engine.runner import Runner
+    from pyengine.text.search import Rules
 
 
 class Stops:
@@ -134,10 +135,13 @@ class Job(ABC):
     """A prompt that the scheduler works on, whatever is made of it.
 
     hidden   its wanted rows give last hidden states, not logits
+    seats    conversations that it may have side by side; n_held: those that it has
     pieces   what nobody has taken yet: content as it is, the rest as a Delta
     """
 
     hidden: ClassVar[bool] = False
+    seats: int = 1
+    n_held: int = 1
 
     def __init__(self, rows: Rows, report: Report):
         self.rows, self.report = rows, report
@@ -166,6 +170,10 @@ class Job(ABC):
     def take(self, given: Any) -> None:
         """Take what the step gave for the wanted rows: hidden states [n, d_model], or the logits after the last one, a `Row`."""
 
+    def branches(self) -> list[tuple[Conversation, int]]:
+        """Return the conversations that go on, with the tokens that the next step appends: `take` gets the logits after each."""
+        return [(self.conversation, self.pending)]
+
     def leave(self, runner: Runner) -> None:
         """Let go of the conversation."""
         self.conversation.active = False
@@ -175,13 +183,14 @@ class Request(Job):
     """One prompt on its way to an answer.
 
     guide: splits the text into content, thinking and calls, and says which tokens may come; None: all of it is content, and free.
+    rules: which tokens the model's authors leave out.
     Stop texts are looked for in the content.
     """
 
     def __init__(self, rows: Rows, sampler: Sampler, decoder: Any, stops: Stops, limits: tuple[int | None, Collection[int]], report: Report,
-                 guide: Guide | None = None):
+                 guide: Guide | None = None, rules: Rules | None = None):
         super().__init__(rows, report)
-        self.sampler, self.decoder, self.stops, self.guide = sampler, decoder, stops, guide
+        self.sampler, self.decoder, self.stops, self.guide, self.rules = sampler, decoder, stops, guide, rules
         self.max_tokens, self.eog = limits
         self.scorer: Sampler | None = None                   # where log-probabilities of the prompt are wanted
 
@@ -248,14 +257,17 @@ class Request(Job):
 
     def _draw(self, given: Row) -> Sampled:
         """Choose a token by the largest logits where those decide, else by all. Rows of the head beyond the tokens are padding."""
-        allowed = None if self.guide is None else self.guide.allowed()
-        if allowed is None and given.largest is not None:
+        allowed, n_vocab = None if self.guide is None else self.guide.allowed(), self.sampler.n_vocab
+        ruled = None if self.rules is None else self.rules.allowed(self.rows.ids.tolist(), self.report.tokens, n_vocab)
+        if allowed is None and ruled is None and given.largest is not None:
             drawn = self.sampler.sample_few(*given.largest)
             if drawn is not None:
                 return drawn
         if allowed is not None:                              # a vocabulary may be longer than the head: nobody draws its last ones
-            allowed = allowed[: (self.sampler.n_vocab + 31) // 32]
-        return self.sampler.sample(given.whole()[: self.sampler.n_vocab], allowed)
+            allowed = allowed[: (n_vocab + 31) // 32]
+        if ruled is not None:
+            allowed = ruled if allowed is None else allowed & ruled
+        return self.sampler.sample(given.whole()[:n_vocab], allowed)
 
     def fill(self) -> None:
         """End because the context is full: what was generated so far is the answer, of finish "length"."""

@@ -69,8 +69,11 @@ class Runner:
     def check_across(self, rows: Rows) -> None:
         """Check the number of encoder rows.
 
-        Raises: ContextOverflowError for pictures that have more encoder rows than a conversation's caches.
+        Raises: RequestError for tokens without a prompt that the encoder has read, where there must be one; ContextOverflowError for pictures
+        that have more encoder rows than a conversation's caches.
         """
+        if self.step.model.source is not None and rows.source is None:
+            raise RequestError("these tokens are the decoder's, and nothing says what its encoder reads; use generate(prompt), or logits(ids, source=prompt)")
         n, most = sum(len(s.embedding) for _, s in rows.crossed), self.step.sizes.across
         if n > most:
             what = "tiles" if any(s.alone for _, s in rows.crossed) else "pictures"

@@ -42,7 +42,7 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether another request would be worked on at once."""
-        return len(self.active) + len(self.waiting) < self.runner.cells.n_seq
+        return sum(r.seats for r in (*self.active, *self.waiting)) < self.runner.cells.n_seq
 
     def submit(self, request: Job) -> None:
         """Add a request to the queue. Raises as `check`."""
@@ -159,7 +159,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Give free rows to waiting requests; if no request is active, the first one ends with the error that no row is free."""
         cells = self.runner.cells
-        while self.waiting and (sum(s.active for s in cells.conversations) < cells.n_seq or not self.active):
+        while self.waiting and (self._seated() + self.waiting[0].seats <= cells.n_seq or not self.active):
             request = self.waiting.popleft()
             try:
                 self._join(request)
@@ -170,12 +170,17 @@ class Scheduler:
                 if not isinstance(error, Exception):
                     raise
 
+    def _seated(self) -> int:
+        """Count the places that are taken: conversations that somebody works on, and those that requests may still begin."""
+        cells = self.runner.cells
+        return sum(s.active for s in cells.conversations) + sum(r.seats - r.n_held for r in self.active)
+
     def _join(self, request: Job) -> None:
         request.started = time.perf_counter()
         request.join(self.runner)
         request.conversation.media = request.media
         run = request.report
-        run.n_prompt, run.n_cached, run.conversation = len(request.rows), request.done, request.conversation
+        run.n_prompt, run.n_cached, run.conversation = request.rows.n_asked, request.done, request.conversation
         self.stats["prompt_tokens"] += run.n_prompt
         self.stats["cached_tokens"] += run.n_cached
         self.active.append(request)
@@ -194,8 +199,8 @@ class Scheduler:
             if len(r.conversation) == self.n_ctx:
                 r.fill()
                 continue
-            row = token_rows([r.pending], r.conversation.next, self.runner.axes, r.conversation.sees)
-            work.append((r, Work(r.conversation, row, 0, 1, _FIRST)))
+            for s, token in r.branches():
+                work.append((r, Work(s, token_rows([token], s.next, self.runner.axes, s.sees), 0, 1, _FIRST)))
         left = self.runner.n_batch - len(work)
         limit, first = min(left, BESIDE) if work else left, True
         for r, share in self._shares(limit):

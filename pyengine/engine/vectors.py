@@ -35,17 +35,19 @@ class Reading(Job):
     hidden: ClassVar[bool] = True
 
     def __init__(self, rows: Rows, pooling: str | None = None):
-        super().__init__(rows, Report(n_prompt=len(rows), finish="stop"))
+        self._n = n = len(rows) if rows.source is None else len(rows.source.embedding)
+        super().__init__(rows, Report(n_prompt=n, finish="stop"))
         self.pooling = pooling
-        n = len(rows)
         self._wanted = {"cls": range(1), "last": range(n - 1, n)}.get(pooling or "", range(n))
         self._left = len(self._wanted)                       # of these, how many have not come
         self._rows: list[np.ndarray] = []
         self._sum: np.ndarray | float = 0.0
 
     def join(self, runner: Runner) -> None:
-        """Take an empty conversation. Raises: PlanError when all are in use."""
+        """Take an empty conversation; the states of an encoder are there at once. Raises: PlanError when all are in use."""
         self.conversation = runner.cells.new(self.rows.adapters)
+        if self.rows.source is not None:
+            self.take(np.asarray(self.rows.source.embedding)[self._wanted.start : self._wanted.stop])
 
     def wanted(self, start: int, stop: int) -> np.ndarray:
         """Return those of rows [start, stop) that the result is made of."""
@@ -78,7 +80,7 @@ class Reading(Job):
         Raises: what ended it before that came.
         """
         self._check()
-        x = self._sum / len(self.rows) if self.pooling == "mean" else self._rows[0][0].astype(np.float64)
+        x = self._sum / self._n if self.pooling == "mean" else self._rows[0][0].astype(np.float64)
         x = x[:size]
         return (x / max(np.sqrt(np.sum(x * x)), _LEAST_NORM) if normalize else x).astype(np.float32)
 
@@ -100,7 +102,7 @@ class Vectors:
         self.prompts, self.scheduler, self.h, self.adapters = prompts, scheduler, h, adapters
 
     def pooling(self, asked: str | None = None) -> str:
-        """Return the pooling: what is asked for, or what the file says, or "last", as decoders see what came before only.
+        """Return the pooling: what is asked for, or what the file says, or "last", as decoders see what came before only; "mean" of an encoder's.
 
         Raises: RequestError for one that is none, and where the file is of a model that ranks; UnsupportedModelError for a file's
         that is not known.
@@ -114,11 +116,11 @@ class Vectors:
             raise RequestError(f"{key} is rank: the model scores pairs of texts and gives no vectors; for vectors of its hidden states {instead}")
         if said and said not in POOLINGS:
             raise UnsupportedModelError(f"{key} is {said}, which is not known; {instead}")
-        return said or "last"
+        return said or ("last" if self.prompts.sources is None else "mean")
 
     def states(self, prompt: Any) -> np.ndarray:
         """Compute last hidden states of a prompt, float32 [n_positions, d_model]."""
-        reading = self._reading(self.prompts.prompt(prompt)[0], None)
+        reading = self._reading(self.prompts.made_of(prompt)[0], None)
         return self._run([reading], Reading.states)[0]
 
     def embed(self, x: Any, normalize: bool = True, pooling: str | None = None, prompt: str | None = None) -> np.ndarray:
@@ -149,9 +151,9 @@ class Vectors:
         if item is None or isinstance(item, (bool, int, float, complex, np.generic, Mapping)):
             raise RequestError(f"a text, a picture or a prompt in parts was expected, not {type(item).__name__}; token ids are a list in the list")
         if isinstance(item, (str, list, tuple)):
-            segments = self.prompts.prompt(item)[0]
+            segments = self.prompts.made_of(item)[0]
         else:
-            segments = self.prompts.prompt("", [item])[0]
+            segments = self.prompts.made_of("", [item])[0]
         most = self.prompts.language.prefixes.max_tokens if isinstance(item, str) else 0
         return self._reading([self._shortened(segments, most)] if cut or most else segments, pooling)
 
@@ -163,7 +165,7 @@ class Vectors:
         return TokenSegment(tuple(ids if len(ids) <= n else [*ids[: n - len(tail)], *tail]))
 
     def _reading(self, segments: list[Segment], pooling: str | None) -> Reading:
-        rows = lay_out_rows(segments, self.scheduler.runner.axes)
+        rows = lay_out_rows(self.prompts.asked(segments), self.scheduler.runner.axes)
         rows.adapters = self.adapters
         reading = Reading(rows, pooling)
         self.scheduler.check(reading)

@@ -27,6 +27,7 @@ PICTURE_BYTES = 8 * MIB              # Pillow, and what it keeps
 CONTEXT_BYTES = 512 * MIB
 
 STEP_KINDS = "layers", "experts of layers", "embedding, head and norms", "adapters of layers"
+SOURCE_KINDS = ("encoder's layers",) * 2 + ("encoder's embedding and norms",)
 ENCODER_KINDS = ("weights of layers, from the first picture on",) * 2 + ("weights of patches, norms and projector",)
 
 
@@ -48,8 +49,9 @@ def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Seq
 def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
     """Count keys and values, or states, of some layers."""
     s, items = step.sizes, []
-    for i in layers:
-        if step.layers[i] is not None:
+    shown = set(layers)
+    for i, layer in enumerate(step.owned):
+        if layer in shown and step.layers[i] is not None:
             own, (heads, head_dim) = step.groups[step.layers[i]], step.shapes[i]
             k, v = s.k.size(head_dim), s.v.size(head_dim)
             if own.policy.recurrent:
@@ -57,7 +59,7 @@ def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
             else:
                 factors = [("heads", heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{s.n_seq} x " if s.n_seq > 1 else ""
-            items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, i))
+            items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, layer))
     return items
 
 
@@ -108,6 +110,14 @@ def input_bytes(prepared: Counted) -> list[tuple[str, int]]:
 def run_bytes(prepared: Counted) -> int:
     """Return what a run takes beside its weights."""
     return prepared.arena_bytes + sum(n for _, n in input_bytes(prepared))
+
+
+def source(prepared: Counted, rows: int, device: str, main: str, kept: int) -> list[PlanItem]:
+    """Count the encoder of an encoder-decoder's prompts: its weights and arena, and the encoded prompts that are kept."""
+    return [*weights(prepared.residents.values(), device, "encoder", SOURCE_KINDS, "source"),
+            PlanItem.sum(device, "encoder", f"arena, up to {rows:,} tokens of a prompt", prepared.layout.busiest(), program="source"),
+            *transferred(prepared, device, main, "source"),
+            PlanItem(main, "encoder", "encoded prompts kept, at most", kept, program="source")]
 
 
 def pictures(prepared: Counted, device: str, program: str) -> list[PlanItem]:

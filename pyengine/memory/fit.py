@@ -88,7 +88,7 @@ def most_conversations(m: ModelLayout, limit: int) -> int | None:
 
 def headrooms(m: ModelLayout, total: int, overhead: int) -> Iterator[Headroom]:
     """Say for each device of the machine how many layers, the last ones first, fit beside the head and an arena."""
-    layered = [0] * len(m.step.layers)
+    layered = [0] * m.step.n_layers
     mine = [i for i in m.items if i.program == "step" and i.purpose in ("weights", "mapped", "kv", "arena")]
     for i in mine:
         if i.layer is not None:
@@ -110,7 +110,7 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
     notes = (*m.notes, *in_place, *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
-                      m.free, m.sizes.n_seq, len(m.step.layers), max(m.sizes.runs.values(), default=0),
+                      m.free, m.sizes.n_seq, m.step.n_layers, max(m.sizes.runs.values(), default=0),
                       largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes,
                       n_ctx_train=m.bound.n_ctx_train, decoding=MAX_DECODING if m.encoder else 0)
     return replace(made, rooms=tuple(headrooms(m, made.total, made.of("overhead"))))
@@ -150,7 +150,7 @@ def fit(bound: Bound, want: Settings, machine: hardware.Hardware | None = None, 
     kept = () if want.parts else tuple((h.name, n) for h in held if (n := h.promised("cpu")) > 0)
     with _uncollected():
         notes: dict[str, None] = {}
-        for choice in choices(want, machine, bool(bound.encoders)):
+        for choice in choices(want, machine, bool(bound.encoders) or bound.source is not None):
             if bound.towers and choice.parts and want.device == "auto":
                 continue                                     # several devices are for layers of decoders
             try:

@@ -55,6 +55,9 @@ class ModelLayout:
         if want.images and not self.bound.encoders:
             raise RequestError(f"images={want.images!r}: {bound.files.name} has no media encoder; where it is in a file of its own, give mmproj=")
         self.notes: list[str] = []
+        if want.n_seq < bound.n_seq_least:
+            self.want = replace(want, n_seq=bound.n_seq_least)
+            self.notes.append(f"{bound.n_seq_least} conversations side by side: as many as an answer that is searched for has beams")
         self._devices = {d.id: d for d in machine.devices}
         self.free = self._free()
         self.place = next(iter(self.free))
@@ -67,6 +70,7 @@ class ModelLayout:
         self._backends: dict[str, Backend] = {}
         self._backend = self._backend_of(self.place)
         self.encoder: Counted | None = None
+        self.source: Counted | None = None                   # of a prompt, where there is an encoder for it
         self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
         self.step = Step(self.bound.model, self.sizes, self.bound.adapters)
         self.image_cache = self._image_cache(self.sizes.n_ctx)
@@ -111,7 +115,12 @@ class ModelLayout:
         if image is not None:
             across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
             runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
-        return Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens())
+        sizes = Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens())
+        if self.bound.source is None:
+            return sizes
+        sizes = sizes.with_(across=n_ctx, source=n_ctx)
+        self.source = self._backend_of(self.encoder_place).prepare(encoders.declare_source(self.bound.model, sizes))
+        return sizes
 
     def _n_tokens(self) -> int:
         """Return how many tokens there are, for a device that finds the largest logits of each row; 0: logits are in the host's memory."""
@@ -165,16 +174,19 @@ class ModelLayout:
 
     def _prepared(self) -> tuple[list[Stage], Prepared | PreparedChain]:
         """Lay the step out, on one device or divided over parts of memory."""
-        declared, n_layers = self.step.declare(), len(self.step.layers)
+        declared, n_layers = self.step.declare(), self.step.n_layers
         whole = self._backend.prepare(declared)
         if not self.want.parts:
             return [Stage(self.place, whole, list(range(n_layers)))], whole
-        cached = {i.layer: i.nbytes for i in count.caches(self.step, self.main, range(n_layers))}
+        cached = dict.fromkeys(range(n_layers), 0)
+        for i in count.caches(self.step, self.main, range(n_layers)):
+            cached[i.layer] += i.nbytes
         fixed: dict[str, int] = {}
         beside = [*self._own(), *self._encoder_items(), *(i for name in self.places for i in count.transferred(whole, name, self.main))]
         for i in beside if any(map(is_card, self.places)) else self._own():
             fixed[i.device] = fixed.get(i.device, 0) + (i.nbytes if i.purpose != "mapped" else 0)
-        need = demand(whole, cached, self.bound.model.cache_owners(), self.want.expert_device is not None)
+        owners = self.bound.model.cache_owners() if len(self.step.layers) == n_layers else range(n_layers)
+        need = demand(whole, cached, owners, self.want.expert_device is not None)
         placed = place(declared, need, self.places, fixed, self.want.expert_device, self._backend_of)
         self.notes.append(placed.note)
         return [Stage(*s) for s in zip(placed.devices, placed.prepared.prepared, placed.layers)], placed.prepared
@@ -200,10 +212,21 @@ class ModelLayout:
         return [*items, *self._own(), *self._encoder_items()]
 
     def _encoder_items(self) -> list[PlanItem]:
-        if not self.encoder:
-            return []
-        kind = self.bound.image.kind
-        return count.encoder(kind, self.encoder, self.sizes.runs[kind], self.encoder_place, self.main, self.image_cache)
+        items: list[PlanItem] = []
+        if self.source:
+            items += count.source(self.source, self.sizes.source, self.encoder_place, self.main, self.source_cache)
+        if self.encoder:
+            kind = self.bound.image.kind
+            items += count.encoder(kind, self.encoder, self.sizes.runs[kind], self.encoder_place, self.main, self.image_cache)
+        return items
+
+    @property
+    def source_cache(self) -> int:
+        """Bytes of encoded prompts to keep: one for each conversation."""
+        return self._source_cache(self.sizes.n_seq)
+
+    def _source_cache(self, n_seq: int) -> int:
+        return n_seq * self.sizes.source * 4 * self.bound.model.config.d_model
 
     @cached_property
     def total(self) -> int:
@@ -227,10 +250,12 @@ class ModelLayout:
     def total_at(self, n_ctx: int, n_seq: int) -> int:
         """Return all bytes on the device of the whole step with these numbers and all else as it is."""
         vocab = self.bound.model.config.vocab_size
-        if step_rows(n_ctx, self.want.n_batch, n_seq, self.bound.atomic_rows, vocab) != (self.sizes.n_batch, self.sizes.n_head):
+        rows = step_rows(n_ctx, self.want.n_batch, n_seq, self.bound.atomic_rows, vocab)
+        if self.source and n_ctx != self.sizes.n_ctx or rows != (self.sizes.n_batch, self.sizes.n_head):
             return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine).taken
         arena, lasting = self.whole.resized(self.step.lasting_shapes(n_ctx, n_seq))
         rest = self.of_purposes("weights", "overhead", "encoder", "images", device=self.place) + arena + lasting
         if self.place == self.main:
             rest += count.sampler(self.main, n_seq, vocab).nbytes + self._image_cache(n_ctx) - self.image_cache
+            rest += self._source_cache(n_seq) - self.source_cache
         return rest

@@ -1,5 +1,5 @@
-"""The contracts between an architecture's module and the engine: `Architecture`, a decoder, and the `Encoder`s that stand beside it;
-`Towers`, a model that makes vectors, labels and scores of texts and pictures.
+"""The contracts between an architecture's module and the engine: `Architecture`, a decoder, the `Encoder`s that stand beside it, and the
+`SourceEncoder` in front of one; `Towers`, a model that makes vectors, labels and scores of texts and pictures.
 
 Weights are bound once, when a model is made; nothing of it depends on sizes. What a plan decides (contexts, rows, the largest
 picture) comes as arguments, so one model serves any number of plans. Nothing is assigned to these objects from outside.
@@ -11,14 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
-from pyengine.cache.policy import Policy
+import numpy as np
+
+from pyengine.cache.policy import Cross, Full, Policy
 from pyengine.errors import UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
-from pyengine.nn.batch import Batch
-from pyengine.nn.rope import Rotary, Rope
+from pyengine.nn.batch import Batch, Source
+from pyengine.nn.rope import Rope, Rotary
 from pyengine.nn.text_encoder import TextHeads
 from pyengine.nn.texts import CLASSES, HIDDEN, LOGITS, Texts, VECTORS
 
@@ -95,6 +97,21 @@ class Encoder(ABC):
         return [self.declare(graph, rows)]
 
 
+class SourceEncoder(ABC):
+    """Text, and what encoders made of pictures in it, to rows that all layers of a decoder see across.
+
+    start   the id that the decoder begins with
+    forced  ids that an answer begins with
+    """
+
+    start: int
+    forced: tuple[int, ...] = ()
+
+    @abstractmethod
+    def forward(self, source: Source) -> Tensor:
+        """Build the graph of a run; returns last hidden states F32 [m, d_model], after the final norm."""
+
+
 class Architecture(ABC):
     """What a module's class `Model` offers to the engine.
 
@@ -103,12 +120,14 @@ class Architecture(ABC):
     rope           the rotary embedding of queries and keys, where `ropes` is not written anew
     absolute       positions are added to embeddings: keys cannot be moved to others
     media_id       the id that stands for media rows in `batch.texts`
+    source         the encoder that prompts go to, of an encoder-decoder: pictures' rows too, and `Cross(everywhere=True)` layers see its rows
     """
 
     config: Any
     position_axes: ClassVar[int] = 1
     absolute: ClassVar[bool] = False
     media_id: int = 0
+    source: SourceEncoder | None = None
     rope: Rotary
 
     @abstractmethod
@@ -143,6 +162,11 @@ class Architecture(ABC):
         shape. Layers that read another one's have no cache."""
         return list(range(self.config.n_layers))
 
+    def cached_layers(self) -> list[int]:
+        """Return the layer that each cache belongs to, where a layer has several: it attends to itself and across. `policies`, `cache_shapes`,
+        `cache_owners`, `ropes` and the caches of `forward` are lists by cache."""
+        return list(range(self.config.n_layers))
+
     def ropes(self, n_ctx: int) -> list[Rope]:
         """Return the rotary embedding of each layer's keys: they can be rotated by further positions."""
         return [self.rope.at(n_ctx)] * self.config.n_layers
@@ -158,6 +182,32 @@ class Architecture(ABC):
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Build the output head: last hidden states [l, d_model] to logits [l, vocab]."""
+
+
+class EncoderDecoder(Architecture):
+    """An architecture whose decoder's layers have two caches each: of the tokens before, and of its encoder's rows. Nothing rotates."""
+
+    source: SourceEncoder
+
+    def policies(self) -> list[Policy]:
+        """Return what the two attentions of each layer need."""
+        return [Full(), Cross(everywhere=True)] * self.config.n_layers
+
+    def cached_layers(self) -> list[int]:
+        """Return the layer of each cache."""
+        return [i // 2 for i in range(2 * self.config.n_layers)]
+
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Return (heads, elements of a head) of each cache."""
+        return [(self.config.n_kv_heads, self.config.head_dim)] * (2 * self.config.n_layers)
+
+    def cache_owners(self) -> list[int]:
+        """Return the numbers of the caches: each is its own."""
+        return list(range(2 * self.config.n_layers))
+
+    def ropes(self, n_ctx: int) -> list[Rope]:
+        """Return rotary embeddings that rotate nothing."""
+        return [Rope(np.empty(0, np.float32), 1.0, False)] * (2 * self.config.n_layers)
 
 
 class TextTower(ABC):

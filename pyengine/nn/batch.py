@@ -1,8 +1,8 @@
-"""A step's rows in a graph."""
+"""The rows of a step, or of a text encoder's run, in a graph."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyengine import ops
 from pyengine.graph.tensor import Tensor
@@ -39,3 +39,22 @@ class Batch(NamedTuple):
     across: Across | None = None     # None: no layer attends across
     places: Tensor | None = None     # I32 [m]: ids of media rows, and 0 for all others; as media
     texts: Tensor | None = None      # I32 [m]: ids of all others, and `Architecture.media_id` for media rows; as media
+
+
+class Source(NamedTuple):
+    """The graph's inputs for one run of the encoder of an encoder-decoder: a prompt of `m` rows, which all see each other.
+
+    n_ctx    rows of the longest prompt
+    """
+
+    n_ctx: int
+    ids: Tensor              # I32 [m]
+    positions: Tensor        # I32 [m]: from 0
+    lo: Tensor               # I32 [m]: the rows that each one sees
+    hi: Tensor
+    media: Tensor | None = None      # F32 [e, media_width]: embeddings of its media rows; id -1-j takes row j. None: there are none
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, **more: Any) -> Tensor:
+        """Attend with q [m, H, E] to k, v [m, G, E]; returns [m, H * E]. more: arguments of `ops.attention`."""
+        k, v = (ops.transpose(t, axes=(1, 0, 2)) for t in (k, v))                          # [G, m, E], views
+        return ops.attention(q, k, v, self.lo, self.hi, scale=scale, **more)

@@ -20,22 +20,23 @@ class LayerCache(NamedTuple):
     hi: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
-               k_common: Tensor | None = None) -> Tensor:
+               k_common: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Write k, v [m, kv heads, head_dim] and attend with q [m, heads, head_dim]; returns [m, heads * head_dim].
 
         k_common [kv heads, head_dim]: what all keys have in common, if much. A cache of blocks stores keys without it, because it
         would make their scales coarser: it adds the same to all scores of a query, which softmax does not see.
         """
         left_out = k_common if self.k.dtype.block > 1 and not softcap and sinks is None else None
-        return self.append(k, v, left_out).read(q, scale=scale, softcap=softcap, sinks=sinks)
+        return self.append(k, v, left_out).read(q, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
 
     def append(self, k: Tensor, v: Tensor, left_out: Tensor | None = None) -> LayerCache:
         """Write k, less `left_out`, and v [m, kv heads, head_dim]; returns the cache that holds them too, for any layer that reads it."""
         return self._replace(k=ops.cache_append(self.k, k, self.cells, left_out), v=ops.cache_append(self.v, v, self.cells))
 
-    def read(self, q: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+    def read(self, q: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Attend with q [m, heads, head_dim] to what is there; returns [m, heads * head_dim]."""
-        return ops.attention(q, self.k, self.v, self.lo, self.hi, self.table, self.seq, sinks, scale=scale, softcap=softcap)
+        own = {} if bias is None else {"bias": bias}
+        return ops.attention(q, self.k, self.v, self.lo, self.hi, self.table, self.seq, sinks, scale=scale, softcap=softcap, **own)
 
 
 class CrossCache(NamedTuple):
@@ -48,7 +49,7 @@ class CrossCache(NamedTuple):
     v: Tensor
     table: Tensor            # I32 [conversations, cells of one]
     cells: Tensor            # I32 [c]: where encoder rows are written
-    seq: Tensor              # I32 [s]
+    seq: Tensor              # I32 [s]; where all rows see encoder rows, [m] here and below
     lo: Tensor               # I32 [s]
     hi: Tensor
 

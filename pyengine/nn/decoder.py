@@ -52,6 +52,15 @@ def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "
     }
 
 
+def first_tokens(h: Hparams, start: int | None = None) -> tuple[int, tuple[int, ...]]:
+    """Read the id that the decoder of an encoder-decoder begins with, and those that its answers are forced to begin with.
+
+    start  of files without the key; None: there must be one
+    """
+    forced = h.get("forced_bos_token_id", None, int)
+    return h.need("decoder_start_token_id", int) if start is None else h.get("decoder_start_token_id", start, int), () if forced is None else (forced,)
+
+
 def sizes(h: Hparams, name: str, n_layers: int) -> tuple[int, ...]:
     """Read a count or width of each layer, which a file gives as one number or as a list. Raises: InvalidModelError."""
     value = h.need(name, int, np.ndarray)

@@ -14,8 +14,9 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files
 from pyengine.files.weights import WeightRef, Weights
 from pyengine.models import architectures, model_class, tower_models
-from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, Towers
+from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, SourceEncoder, Towers
 from pyengine.nn.rope import FACTORS
+from pyengine.text.search import BEAMS, search_defaults
 from pyengine.text.tokenizer import Tokenizer
 
 
@@ -40,9 +41,19 @@ class Bound:
         return isinstance(self.model, Towers)
 
     @property
+    def source(self) -> SourceEncoder | None:
+        """The encoder that prompts go to, of an encoder-decoder."""
+        return None if self.towers else self.model.source
+
+    @property
     def atomic_rows(self) -> int:
-        """Most rows of a span that no step may cut."""
-        return max((e.atomic_rows for e in self.encoders.values()), default=0)
+        """Most rows of a span that no step may cut; none of prompts that an encoder reads."""
+        return max((e.atomic_rows for e in self.encoders.values()), default=0) if self.source is None else 0
+
+    @property
+    def n_seq_least(self) -> int:
+        """Conversations that there must be places for: the beams of one answer, where answers are searched for so."""
+        return 1 if self.source is None else max(BEAMS, search_defaults(self.files.model.metadata).n_beams)
 
     @property
     def n_ctx_train(self) -> int:

@@ -54,6 +54,11 @@ class MediaSegment:
         return len(self.embedding) if self.token is None else 1
 
 
+@dataclass(frozen=True, eq=False)
+class SourceSegment(MediaSegment):
+    """A prompt that an encoder reads in front of the decoder: one position, whose id is the first that the decoder gets."""
+
+
 Segment = TokenSegment | MediaSegment
 
 
@@ -121,6 +126,16 @@ class Rows:
     def across(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """List the pictures among rows [start, stop) that are seen across: (row, encoder rows [n, d_model])."""
         return [(i, s.embedding) for i, s in self.crossed if start <= i < stop]
+
+    @property
+    def source(self) -> SourceSegment | None:
+        """The prompt that an encoder reads."""
+        return next((s for _, s in self.crossed if isinstance(s, SourceSegment)), None)
+
+    @property
+    def n_asked(self) -> int:
+        """Tokens of what was asked: all positions, or those of the prompt that an encoder reads, and what the decoder is given to go on from."""
+        return len(self) if self.source is None else len(self.source.embedding) + len(self) - 1
 
 
 def lay_out_rows(segments: Iterable[Segment], axes: int = 1) -> Rows:

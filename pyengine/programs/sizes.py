@@ -25,6 +25,7 @@ class Sizes(NamedTuple):
     runs     rows of one run of each encoder, by its kind
     across   encoder rows of one conversation in layers that attend across; 0 without such layers or an encoder
     n_tokens tokens of the vocabulary, where the device finds the largest logits of each row; 0 where the host has them all
+    source   rows of one source of an encoder-decoder; 0 for a decoder
     """
 
     n_ctx: int
@@ -36,6 +37,7 @@ class Sizes(NamedTuple):
     runs: Mapping[str, int] = MappingProxyType({})
     across: int = 0
     n_tokens: int = 0
+    source: int = 0
 
     def with_(self, **changes: Any) -> Sizes:
         """Return the same with other numbers."""

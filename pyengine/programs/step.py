@@ -55,12 +55,13 @@ class Work(NamedTuple):
 class Step:
     """One model's step for given sizes.
 
-    groups   cells of layers with the same policy; layers: the number of each layer's group, None for one without a cache
-    shapes   (key/value heads, elements of a head) of each layer
+    groups   cells of caches with the same policy; layers: the number of each cache's group, None for a layer without a cache
+    shapes   (key/value heads, elements of a head) of each cache; owned: its layer
     """
 
     def __init__(self, model: Architecture, sizes: Sizes, adapters: Sequence[Adapter] = ()):
         self.model, self.sizes, self.adapters, self.shapes = model, sizes, tuple(adapters), model.cache_shapes()
+        self.owned = model.cached_layers()
         self.groups: list[Group] = []
         self.layers: list[int | None] = []
         numbers: dict[Policy, int] = {}
@@ -71,6 +72,11 @@ class Step:
             self.layers.append(None if policy is None else numbers[policy])
         self.across = next((i for i, g in enumerate(self.groups) if g.policy.across), None)
         self.n_across = min(sizes.across, sizes.n_batch)                       # encoder rows of one run
+
+    @property
+    def n_layers(self) -> int:
+        """Layers, which may have several caches each."""
+        return max(self.owned) + 1
 
     @cached_property
     def names(self) -> list[str]:
@@ -88,7 +94,7 @@ class Step:
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
         axes = {"m": m, "c": added, "s": seeing}
-        media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs else None
+        media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs and not s.source else None
         places, texts = (None if media is None else g.input(name, (m,), "I32") for name in ("places", "texts"))
         across = Across(g.input("across", (added, d_model)), g.input("across.rows", (seeing,), "I32"),
                         g.input("across.back", (m,), "I32")) if self.across is not None else None
@@ -100,7 +106,7 @@ class Step:
             shared.append({} if own.policy.recurrent else {"table": g.table(f"{name}.table", (s.n_seq, own.slots)), "seq": seq})
             for spec in own.policy.inputs():
                 shared[-1][spec.name] = g.input(f"{name}.{spec.name}", (axes[spec.axis],), "I32")
-            if {"lo", "hi"} <= set(shared[-1]) and not own.policy.across:
+            if any(spec == ("lo", "m") for spec in own.policy.inputs()):
                 chosen |= {f"{name}.{end}": g.input(f"{name}.{end}_wanted", (w,), "I32") for end in ("lo", "hi")}
         caches: list[LayerCache | CrossCache | RecurrentCache | None] = []
         for i, number in enumerate(self.layers):
@@ -128,20 +134,20 @@ class Step:
         if across is not None:
             scales |= {"s": take(own, across.rows), "c": g.input(f"across.{ADAPTERS}", (across.states.shape[0], n))}
         owners = self.model.cache_owners()                   # layers that read another one's cache are there
-        absent = [f"blk.{i}." for i, number in enumerate(self.layers) if number is None and owners[i] == i]
+        absent = [f"blk.{self.owned[i]}." for i, number in enumerate(self.layers) if number is None and owners[i] == i]
         return adapted(outputs, self.adapters, scales, absent)
 
     def _states(self, layer: int, groups: Sequence[Group]) -> dict[str, tuple[tuple[int, int, int], DType]]:
         """Return shapes [heads, cells, elements] and formats of what a layer keeps, by name: keys and values, or states."""
-        number = self.layers[layer]
+        number, name = self.layers[layer], f"blk.{self.owned[layer]}"
         if number is None:
             return {}
         own = groups[number]
         if own.policy.recurrent:
-            return {f"blk.{layer}.state{j}": ((heads, own.n_cells, n), FLOAT) for j, (heads, n) in enumerate(own.policy.shapes)}
+            return {f"{name}.state{j}": ((heads, own.n_cells, n), FLOAT) for j, (heads, n) in enumerate(own.policy.shapes)}
         heads, head_dim = self.shapes[layer]
-        shape = heads, own.n_cells, head_dim
-        return {f"blk.{layer}.k": (shape, self.sizes.k), f"blk.{layer}.v": (shape, self.sizes.v)}
+        shape, two = (heads, own.n_cells, head_dim), (".cross_k", ".cross_v") if own.policy.across else (".k", ".v")
+        return {name + kind: (shape, dtype) for kind, dtype in zip(two, (self.sizes.k, self.sizes.v))}
 
     def lasting_shapes(self, n_ctx: int, n_seq: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tables and caches with other numbers of positions and conversations, but as many rows of a step."""
@@ -164,7 +170,7 @@ class Step:
         for i, number in enumerate(self.layers):
             if number is not None:
                 turned = None if self.groups[number].policy.recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
-                made.append(Layer(i, number, tuple(program.states[name] for name in self._states(i, self.groups)), turned))
+                made.append(Layer(self.owned[i], number, tuple(program.states[name] for name in self._states(i, self.groups)), turned))
         return made
 
 
@@ -287,9 +293,16 @@ class StepProgram:
         """Fill the inputs that say which rows of a step see which encoder rows; returns how many do."""
         if self.step.across is None:
             return 0
-        name, m, n = self.step.names[self.step.across], 0, 0
+        name, m, n, w = self.step.names[self.step.across], 0, 0, 0
+        everywhere = self.step.groups[self.step.across].policy.everywhere
         for part in work:
             lo, hi = part.rows.sees[:, part.start : part.stop]
+            if everywhere:
+                for end, values in (("lo", lo), ("hi", hi)):
+                    self._put(f"{name}.{end}", slice(m, m + len(lo)), values)
+                    self._put(f"{name}.{end}_wanted", slice(w, w + len(part.wanted)), values[part.wanted])
+                m, w = m + len(lo), w + len(part.wanted)
+                continue
             rows = np.arange(m, m + len(lo), dtype=np.int32)
             seeing = hi > lo
             here = slice(n, n + int(seeing.sum()))
@@ -307,7 +320,7 @@ class StepProgram:
         So they cost one run's input, and no run of the steps that follow, however many there are.
         """
         first, number = s.crossed(), self.step.across
-        for rows in pictures:
+        for rows in map(np.asarray, pictures):               # a prompt's are made now
             for start in range(0, len(rows), self.step.n_across):
                 part = rows[start : start + self.step.n_across]
                 cells = self.cells.cells_of(number, s, np.arange(first, first + len(part)))

@@ -111,6 +111,7 @@ def test_three_files_are_a_new_architecture(tmp_path: Path) -> None:
 def test_every_architecture_has_its_cases() -> None:
     found = cases.every().values()
     read = {c.arch.replace("-", "_") for c in found} | {c.dialect.ollama_arch for c in found if c.dialect} | {a for c in found for a in c.also}
+    read |= {c.arch for c in cases.sources().values()}
     assert set(architectures()) <= read
     assert all((TESTS / "models" / f"test_{c.arch.replace('-', '_')}.py").exists() for c in found)
 
@@ -118,7 +119,7 @@ def test_every_architecture_has_its_cases() -> None:
 def test_every_converter_has_its_cases() -> None:
     from converters import supported
 
-    assert set(supported()) <= {name for c in cases.every().values() for name in (c.model_class, *c.also)}
+    assert set(supported()) <= {name for c in (*cases.every().values(), *cases.sources().values()) for name in (c.model_class, *c.also)}
 
 
 def test_nothing_lists_models() -> None:

@@ -97,9 +97,10 @@ KEY = r"clip|clip\..*"
 
 
 def architecture_names(kinds: Iterable[str]) -> str:
-    """A pattern of texts that begin with an architecture's name, or that of its family without digits behind. Names of three letters are
-    those of no word that goes on ("opt" of "option")."""
-    return "|".join(re.escape(k) + ("(?![a-z]).*" if len(k) < 4 else ".*") for k in sorted({*kinds, *(k.rstrip("0123456789") for k in kinds), "clip", "siglip", "pixtral"}))
+    """A pattern of texts that begin with an architecture's name, or that of its family without digits behind, if that is more than a letter.
+    Names of three letters are those of no word that goes on ("opt" of "option")."""
+    families = {family for k in kinds if len(family := k.rstrip("0123456789")) > 1}
+    return "|".join(re.escape(k) + ("(?![a-z]).*" if len(k) < 4 else ".*") for k in sorted({*kinds, *families, "clip", "siglip", "pixtral"}))
 
 
 def model_names(files: Sequence[Source], kinds: Iterable[str]) -> list[str]:

@@ -122,18 +122,44 @@ class Case:
         return self.llama_cpp.assumed if self.llama_cpp else {}
 
 
-@cache
-def every() -> dict[str, Case]:
-    """Find the cases of all architectures by name."""
-    found: dict[str, Case] = {}
+@dataclass(frozen=True, eq=False)
+class SourceCase:
+    """A tiny checkpoint of an encoder-decoder, and configs of it whose encoder and decoder are compared, by name."""
+
+    kind: str
+    arch: str
+    config_class: str                           # of transformers, as the next
+    model_class: str
+    tokenizer: str                              # a key of tiny_sources.SAVE
+    config: dict[str, Any]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unscaled: Callable[[Any], float] = lambda config: 1.0       # what makes random queries as large as trained ones, where scores are not scaled
+    also: tuple[str, ...] = ()                  # other classes that are converted as it is
+
+
+def _declared(name: str) -> dict[str, Any]:
+    """Find what the tests of all architectures declare under a name, by its kind."""
+    found: dict[str, Any] = {}
     for folder in FOLDERS:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
         for file in sorted(folder.glob("test_*.py")):
-            for case in importlib.import_module(file.stem).CASES:
+            for case in getattr(importlib.import_module(file.stem), name, ()):
                 assert case.kind not in found, f"{file}: {case.kind} is declared twice"
                 found[case.kind] = case
     return found
+
+
+@cache
+def every() -> dict[str, Case]:
+    """Find the cases of all decoders by name."""
+    return _declared("CASES")
+
+
+@cache
+def sources() -> dict[str, SourceCase]:
+    """Find the cases of all encoder-decoders by name."""
+    return _declared("SOURCES")
 
 
 def find(kind: str) -> Case:

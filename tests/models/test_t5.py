@@ -1,0 +1,88 @@
+"""T5 and its kin: what all encoder-decoders must do is in tests/contract/test_sources.py; this file declares what it does it with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_sources
+import tiny_towers
+from cases import SourceCase
+
+import pyengine as pe
+from converters.writer import convert
+from pyengine.errors import InvalidModelError, UnsupportedModelError
+
+T5 = SourceCase(
+    "t5", "t5", "T5Config", "T5ForConditionalGeneration", "unigram",
+    {"d_model": 56, "d_kv": 20, "d_ff": 88, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 3, "relative_attention_num_buckets": 16,
+     "relative_attention_max_distance": 40, "decoder_start_token_id": 0},
+    {"t5": {}, "flan-t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-5}},
+    lambda config: config.d_kv**-0.5, ("T5WithLMHeadModel", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"))
+SOURCES = (T5,)
+
+
+def test_a_head_of_its_own_is_used(tmp_path: Path) -> None:
+    """T5 1.1: transformers 5 ties the head whatever the checkpoint has, so it is taken apart here."""
+    import torch
+
+    folder = tiny_sources.make(T5, tmp_path / "hf", own_head=True, tie_word_embeddings=False)
+    theirs = tiny_sources.reference(T5, folder)
+    saved = __import__("safetensors.torch", fromlist=["load_file"]).load_file(folder / "model.safetensors")
+    assert not torch.equal(saved["lm_head.weight"], saved["shared.weight"])
+    theirs.lm_head.weight = torch.nn.Parameter(saved["lm_head.weight"])
+    source, ids = list(range(5, 40)), [0, 9, 30, 12, 7]
+    model = pe.load(convert(folder, tmp_path / "own.gguf", "f32"), kv_dtype="f32")
+    tiny_towers.close(model.logits(ids, source=source), tiny_sources.states(theirs, source, ids)[1])
+
+
+def test_a_sentencepiece_model_alone_gives_the_same_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    both = tiny_sources.make(T5, tmp_path / "both")
+    want = AutoTokenizer.from_pretrained(both)
+    for file in both.glob("tokenizer*.json"):
+        file.unlink()
+    tiny_sources.save_unigram(both, alone=True)
+    model = pe.load(convert(both, tmp_path / "alone.gguf"))
+    for text in (*tiny.TEXTS, "  two  blanks ", "\uff21\ufb01 \u00bd"):                # wide letters, a ligature, a fraction: the map of characters
+        assert model.tokenize(text) == want(text)["input_ids"], text
+
+
+def test_positions_have_no_end_but_the_context(tmp_path: Path) -> None:
+    """Distances beyond the farthest bucket share its bias, in prompts and answers of any length."""
+    folder = tiny_sources.make(T5, tmp_path / "hf")
+    theirs = tiny_sources.reference(T5, folder)
+    rng = np.random.default_rng(5)
+    source, ids = rng.integers(3, 180, 700).tolist(), [0, *rng.integers(3, 180, 600).tolist()]
+    model = pe.load(convert(folder, tmp_path / "long.gguf", "f32"), n_ctx=1024, kv_dtype="f32")
+    hidden, logits = tiny_sources.states(theirs, source, ids)
+    tiny_towers.close(model.hidden(source), hidden)
+    tiny_towers.close(model.logits(ids, source=source), logits)
+
+
+def test_a_table_of_no_use_is_refused(tmp_path: Path) -> None:
+    folder = tiny_sources.make(T5, tmp_path / "hf", relative_attention_num_buckets=16, relative_attention_max_distance=8)
+    with pytest.raises(InvalidModelError, match="no such buckets reach a distance of 8"):
+        pe.load(convert(folder, tmp_path / "short.gguf"))
+
+
+def test_other_feed_forwards_are_refused(tmp_path: Path) -> None:
+    folder = tiny_sources.make(T5, tmp_path / "hf", feed_forward_proj="gated-silu")
+    with pytest.raises(UnsupportedModelError, match="gated-silu"):
+        convert(folder, tmp_path / "silu.gguf")
+
+
+@pytest.mark.parametrize("name", ["MT5", "UMT5"])
+def test_kin_of_other_names(name: str, tmp_path: Path) -> None:
+    """mT5 is T5 1.1; in UMT5 each layer has a table of its own."""
+    case = replace(T5, config_class=f"{name}Config", model_class=f"{name}ForConditionalGeneration")
+    folder = tiny_sources.make(case, tmp_path / "hf")
+    source, ids = list(range(5, 70)), [0, 9, 30, 12, 7, *range(20, 60)]
+    hidden, logits = tiny_sources.states(tiny_sources.reference(case, folder), source, ids)
+    with pe.load(convert(folder, tmp_path / "kin.gguf", "f32"), kv_dtype="f32") as model:
+        tiny_towers.close(model.hidden(source), hidden)
+        tiny_towers.close(model.logits(ids, source=source), logits)
