@@ -2,17 +2,19 @@
 
 Follows transformers `modeling_bert.py`, `modeling_roberta.py`, `modeling_distilbert.py`. RoBERTa's positions begin behind the padding token's number:
 the rows before are left out, as llama.cpp does. BertModel's pooler stands before the scores of classes only, as llama.cpp's `cls`; vectors are
-made without it.
+made without it. Values of attention stay F16 in a file of Q8_0: of all-MiniLM-L6-v2 the smallest cosine of 250 sentences with those of F32 is 0.9995 so,
+and 0.9988 without; no other matrix counts as much.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
 
-from .contract import converts, Entry, layer_norm, linear
+from .contract import converts, Entry, layer_norm, linear, NO_BLOCKS
 from .decoder import Tensors
 from .text_encoder import TextEncoder
 from .tokenizer import Vocabulary
@@ -63,7 +65,8 @@ class Bert(TextEncoder):
         sizes = {"ffn_up": (f, d), "ffn_down": (d, f)}
         for i in range(self.n_layers):
             for ours, theirs in self.layer:
-                yield from linear(f"blk.{i}.{ours}", f"{self.where}.{i}.{theirs}", *sizes.get(ours, (d, d)), True)
+                for entry in linear(f"blk.{i}.{ours}", f"{self.where}.{i}.{theirs}", *sizes.get(ours, (d, d)), True):
+                    yield replace(entry, instead=NO_BLOCKS) if ours == "attn_v" else entry         # see the module's docstring
             for ours, theirs in self.norms:
                 yield from layer_norm(f"blk.{i}.{ours}", f"{self.where}.{i}.{theirs}", d)
         yield from self.heads()

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = Path(os.environ.get("PYENGINE_TEST_WEIGHTS", ROOT / "models"))
 REAL = {"gemma": "gemma3-270m-q4_k_m.gguf", "smollm2": "smollm2-135m-q4_1.gguf", "qwen": "qwen2.5-coder-0.5b-q4_k_m.gguf"}
+ENCODERS = {"minilm": "all-minilm-l6-v2.zip"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def real_path(name: str) -> Path:
     """Path of a real model, or skip."""
-    path = WEIGHTS / REAL[name]
+    path = WEIGHTS / {**REAL, **ENCODERS}[name]
     if not path.exists():
         pytest.skip(f"{path.name} is not in {WEIGHTS}: `make weights` fetches it")
     return path

