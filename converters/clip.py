@@ -1,12 +1,14 @@
-"""CLIP's and SigLIP's encoders as other models have them beside their text: their sizes, their keys and their tensors.
+"""CLIP whole, `clip` in GGUF; and CLIP's and SigLIP's encoders as other models have them beside their text: their sizes, keys and tensors.
 
-Follows transformers `configuration_clip.py`, `configuration_siglip.py`. Keys and names as in llama.cpp's `convert_image_encoder_to_gguf.py`;
+Follows transformers `configuration_clip.py`, `configuration_siglip.py`, `image_processing_pil_clip.py`; a whole one is as
+clip.cpp's files. Keys and names as in llama.cpp's `convert_image_encoder_to_gguf.py`;
 layers behind the last one that is taken are left out. Axes: V encoder width, F its feed-forward width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
@@ -14,14 +16,69 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config
-from .contract import FLOAT32, Entry, layer_norm
-from .vision import behind_layers, pre_norm_layer, write_encoder_keys
+from .contract import converts, Entry, FLOAT32, layer_norm, linear
+from .decoder import Tensors
+from .towers import part, processor_of, SquareTower, TextEncoder
+from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' CLIPVisionConfig and SiglipVisionConfig where a checkpoint may be silent
 CLIP: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3,
                         "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 SIGLIP: dict[str, Any] = {**CLIP, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 TOWER = "vision_tower"
+
+# CLIPTextConfig and CLIPConfig, CLIPImageProcessorPil
+TEXT: dict[str, Any] = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+                        "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}
+IMAGES: dict[str, Any] = {"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, "resample": 3,
+                          "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+OLD_END = 2                          # of configurations that pool at the highest id
+
+
+@converts("CLIPModel")
+class ClipModel:
+    """Both encoders and what compares them."""
+
+    arch = "clip"
+    whole = True
+    renames = ()
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        root = self.config = Config(config, {"projection_dim": 512}, file)
+        images = image_settings(file.parent, IMAGES)
+        processor_of(images, "CLIPImageProcessor")
+        self.text = TextEncoder(part(root, "text_config", TEXT))
+        vision = part(root, "vision_config", CLIP)
+        self.vision, self.d_ff, self.d_out = SquareTower(vision, images), vision.count("intermediate_size"), root.count("projection_dim")
+        self.vision.on_trained_square()
+        self.end = self.text.config.token("eos_token_id")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        acts = [c.need("hidden_act") for c in (self.text.config, self.vision.vision)]
+        for name, value in (("has_text_encoder", True), ("has_vision_encoder", True), ("use_gelu", acts[1] == "gelu")):
+            out.add_bool(f"clip.{name}", value)
+        self.text.write_keys(out, self.arch)
+        self.vision.write_keys(out, self.arch, self.d_ff)
+        for name in ("text", "vision"):
+            out.add_uint32(f"clip.{name}.projection_dim", self.d_out)
+        if self.end != OLD_END:
+            out.add_uint32("clip.text.end_token_id", self.end)
+
+    def unused(self) -> set[str]:
+        return set()
+
+    def tensors(self) -> Tensors:
+        yield from self.text.tensors()
+        yield from self.vision.embeddings("vision_model.embeddings", classed=True)
+        yield from layer_norm("v.pre_ln", "vision_model.pre_layrnorm", self.vision.width)
+        yield from self.vision.layers("vision_model", self.d_ff)
+        yield from linear("text_projection", "text_projection", self.d_out, self.text.width)
+        yield from linear("visual_projection", "visual_projection", self.d_out, self.vision.width)
+        yield Entry("logit_scale", "logit_scale", (1,), stored=())
 
 
 class Clip:

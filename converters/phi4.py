@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
@@ -20,7 +19,7 @@ from .checkpoint import Config
 from .contract import FLOAT32, Entry, converts, linear
 from .decoder import Tensors
 from .phi3 import Phi3
-from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
+from .vision import behind_layers, flat_patches, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' Siglip2VisionConfig, and the authors' processor, where a checkpoint may be silent
 VISION: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3,
@@ -72,14 +71,9 @@ class Phi4Vision(Phi3):
 
     def tensors(self) -> Tensors:
         yield from super().tensors()
-        v, d, p, at = self.v_model, self.d_model, self.patch_size, f"{TOWER}.embeddings"
+        v, d, at = self.v_model, self.d_model, f"{TOWER}.embeddings"
 
-        def by_channel(rows: np.ndarray) -> np.ndarray:
-            """Turn patches' pixels, which lie y, x, channel in the checkpoint."""
-            return np.ascontiguousarray(rows.reshape(-1, p, p, 3).transpose(0, 3, 1, 2))
-
-        yield Entry("v.patch_embd.weight", f"{at}.patch_embedding.weight", (v, 3, p, p), stored=(v, p * p * 3), make=by_channel, instead=FLOAT32)
-        yield Entry("v.patch_embd.bias", f"{at}.patch_embedding.bias", (v,))
+        yield from flat_patches(at, v, self.patch_size)
         yield Entry("v.position_embd.weight", f"{at}.position_embedding.weight", (self.n_places, v), instead=FLOAT32)
         for i in range(self.v_layers - 1):
             yield from self.encoder_layer(i)

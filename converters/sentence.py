@@ -110,11 +110,12 @@ class Sentences:
 
     def write_keys(self, out: GGUFWriter, usual: PoolingType | None = None) -> None:
         """Write what the modules say. usual: the pooling where they say none; None: none is written."""
-        arch, context = out.arch, out.kv_data[0][f"{out.arch}.context_length"].value
+        arch = out.arch
         pooling = usual if self.pooling is None else self.pooling
         if pooling is not None:
             out.add_pooling_type(pooling)
         if self._cuts:
+            context = out.kv_data[0][f"{arch}.context_length"].value
             out.add_uint32(f"{arch}.embedding.max_tokens", int(min(self._most or context, context)))
         if self.prompts:
             out.add_array(f"{arch}.embedding.prompts.names", list(self.prompts))

@@ -76,8 +76,9 @@ class Vocabulary:
     one_space: bool | None = None                               # blanks are one space between words and none around them
     steps: list[str] | None = None                              # of a normalizer that is more than a map of characters, in order
     swallows: dict[str, list[int]] = field(default_factory=dict)        # tokens that take the blanks on their "lstrip" or "rstrip" side
+    remove_punctuation: bool | None = None                      # of a text, before all else: SigLIP's
     charsmap: bytes = b""
-    lowercase: bool | None = None                               # of a WordPiece vocabulary, as the next
+    lowercase: bool | None = None                               # small letters before all else; of a WordPiece vocabulary, as the next
     strip_accents: bool | None = None
     longest_word: int | None = None                             # letters, beyond which it is unknown
     switches: dict[str, bool] = field(default_factory=dict)     # of its normalizer, that are off
@@ -124,7 +125,8 @@ class Vocabulary:
             out.add_array(f"tokenizer.ggml.{side}_tokens", ids)
         if self.longest_word is not None:
             out.add_uint32("tokenizer.ggml.max_input_chars_per_word", self.longest_word)
-        for name, value in (("lowercase", self.lowercase), ("strip_accents", self.strip_accents), *self.switches.items()):
+        for name, value in (("lowercase", self.lowercase), ("strip_accents", self.strip_accents), ("remove_punctuation", self.remove_punctuation),
+                            *self.switches.items()):
             if value is not None:
                 out.add_bool(f"tokenizer.ggml.normalizer.{name}", value)
         if self.charsmap:
@@ -153,6 +155,10 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     fast = _json(folder / "tokenizer.json")
     piece_file = next((file for name in PIECES if (file := folder / name).exists()), None)
     settings = _json(folder / "tokenizer_config.json")
+    if settings.get("tokenizer_class") == "SiglipTokenizer" and piece_file is not None:
+        fast = {}                                               # which reads this file only
+    if not fast and piece_file is None and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        fast = _of_words(folder)
     model = fast.get("model", {})
     if fast and model.get("type") not in ("BPE", "Unigram", "WordPiece"):
         raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE, Unigram and WordPiece are converted")
@@ -160,6 +166,8 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         vocabulary = _word_piece(fast, settings, folder)
     elif model.get("type") == "Unigram":
         vocabulary = _unigram(fast, folder / "tokenizer.json")
+    elif model.get("end_of_word_suffix"):
+        vocabulary = _words(fast, folder / "tokenizer.json")
     elif fast and not model.get("byte_fallback"):
         vocabulary = _byte_level(fast, folder / "tokenizer.json")
     elif piece_file is not None:
@@ -284,9 +292,10 @@ def _sentencepiece_from_merges(fast: dict[str, Any], file: Path) -> Vocabulary:
         rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
     types = [TokenType.UNUSED if t is None else TokenType.BYTE if BYTE.fullmatch(t) else
              TokenType.UNKNOWN if t == model.get("unk_token") else TokenType.NORMAL for t in tokens]
+    small = any(step.get("type") == "Lowercase" for step in _flat(fast.get("normalizer"), "normalizers"))
     return Vocabulary("llama", "default", tokens, types,
                       scores=[-float(rank.get(t, len(rank))) for t in tokens],
-                      add_space_prefix=_space_prefix(fast, file))
+                      add_space_prefix=_space_prefix(fast, file), lowercase=small or None)
 
 
 def _unigram(fast: dict[str, Any], file: Path) -> Vocabulary:
@@ -357,6 +366,26 @@ def _word_piece(fast: dict[str, Any], settings: dict[str, Any], folder: Path) ->
     return made
 
 
+def _words(fast: dict[str, Any], file: Path) -> Vocabulary:
+    """Read a BPE whose words end in a mark, CLIP's: transformers' class makes the rest of its steps anew. Raises: UnsupportedModelError for others."""
+    model, steps = fast["model"], [step.get("type") for step in _flat(fast.get("normalizer"), "normalizers")]
+    if model["end_of_word_suffix"] != "</w>" or not set(steps) <= {"NFC", "Replace", "Lowercase"}:
+        raise UnsupportedModelError(f"{file}: words that end in {model['end_of_word_suffix']!r}, behind the steps {steps}, have no name in GGUF")
+    tokens = _by_id(model["vocab"], file)
+    return Vocabulary("clip", "default", tokens, [TokenType.NORMAL if t is not None else TokenType.UNUSED for t in tokens],
+                      merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+
+
+def _of_words(folder: Path) -> dict[str, Any]:
+    """Read vocab.json and merges.txt as a tokenizer.json, where their words end in a mark; {} where they do not."""
+    vocab = _json(folder / "vocab.json")
+    if not any(token.endswith("</w>") for token in vocab):
+        return {}
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>"}}
+
+
 def _flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
     """List the steps of a normalizer or pre-tokenizer."""
     return [] if step is None else [p for s in step[parts] for p in _flat(s, parts)] if parts in step else [step]
@@ -367,6 +396,8 @@ def _space_prefix(fast: dict[str, Any], file: Path) -> bool:
     prefix = escaped = False
     for step in _flat(fast.get("normalizer"), "normalizers") + _flat(fast.get("pre_tokenizer"), "pretokenizers"):
         match step:
+            case {"type": "Lowercase"} if fast["model"].get("type") == "BPE":
+                pass                # has a key
             case {"type": "Prepend", "prepend": "\u2581"}:
                 prefix = True
             case {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
@@ -484,6 +515,8 @@ def _adds(vocabulary: Vocabulary, fast: dict[str, Any], settings: dict[str, Any]
     Where neither says anything (a SentencePiece model alone) BPE models of these families add bos only, unigrams eos only.
     Raises UnsupportedModelError for a template that adds anything else.
     """
+    if vocabulary.model == "clip":
+        return True, True                                       # RobertaProcessing, whatever the settings say
     found = {"bos": vocabulary.model == "bert" or not fast and vocabulary.model == "llama", "eos": not fast and vocabulary.model == "t5"}
     post = fast.get("post_processor") or {}
     for step in post.get("processors", [post]):

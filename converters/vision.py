@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config, malformed_is, read_json, tensors_beside
-from .contract import Converter, Entry, layer_norm, linear
+from .contract import Converter, Entry, FLOAT32, layer_norm, linear
 from .decoder import Tensors
 
 # an encoder's activation by transformers' name: clip.use_gelu, clip.use_silu (neither: the "quick" GELU)
@@ -131,13 +131,18 @@ def write_encoder_keys(out: GGUFWriter, vision: Config, images: Config, *, proje
     out.add_vision_head_count(n_heads)
     out.add_vision_projection_dim(d_text)
     out.add_vision_attention_layernorm_eps(eps)
+    write_colours(out, images)
+
+
+def write_colours(out: GGUFWriter, images: Config, arch: str = "clip") -> None:
+    """Write what is done with colours, and the filter that resizes."""
     with malformed_is(f"{images.file}: a value is of the wrong kind"):
         for name in ("image_mean", "image_std"):
             values = [float(v) for v in images.need(name)]
             if len(values) != 3:
                 raise InvalidModelError(f"{images.file}: '{name}' has {len(values)} values for 3 colours")
-            out.add_array(f"clip.vision.{name}", values)
-        out.add_uint32("clip.vision.resample", int(images.need("resample")))
+            out.add_array(f"{arch}.vision.{name}", values)
+        out.add_uint32(f"{arch}.vision.resample", int(images.need("resample")))
 
 
 def attention(block: str, source: str, width: int, bias: bool = False, out: str = "o_proj",
@@ -166,6 +171,16 @@ def pre_norm_layer(block: str, source: str, width: int, units: int) -> Iterator[
     yield from attention(block, f"{source}.self_attn", width, bias=True, out="out_proj")
     yield from layer_norm(f"{block}.ln2", f"{source}.layer_norm2", width)
     yield from feed_forward(block, f"{source}.mlp", width, units, {"ffn_up": "fc1", "ffn_down": "fc2"})
+
+
+def flat_patches(at: str, width: int, patch: int) -> Iterator[Entry]:
+    """List NaFlex's embedding of patches, whose pixels lie y, x, channel in the checkpoint."""
+    def by_channel(rows: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(rows.reshape(-1, patch, patch, 3).transpose(0, 3, 1, 2))
+
+    yield Entry("v.patch_embd.weight", f"{at}.patch_embedding.weight", (width, 3, patch, patch), stored=(width, patch * patch * 3), make=by_channel,
+                instead=FLOAT32)
+    yield Entry("v.patch_embd.bias", f"{at}.patch_embedding.bias", (width,))
 
 
 def behind_layers(source: str) -> set[str]:

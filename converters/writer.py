@@ -63,7 +63,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
         checkpoint.add(layer.file, layer.prefix)
     entries = _check_entries(checkpoint, converter, sentences)
     vision = [e for e in entries if e.name.startswith(VISION_TENSORS)]
-    if split_mmproj and not vision:
+    if split_mmproj and (not vision or getattr(converter, "whole", False)):
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no image encoder to split off")
 
     try:
@@ -71,7 +71,8 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
     except OSError as error:
         raise RequestError(f"{out_file}: {error.strerror}") from None
     text = _Output(out_file, converter.arch, "model", checkpoint, outtype)
-    text.writer.add_vocab_size(converter.vocab_size)
+    if converter.vocab_size:                                    # models of pictures only have none
+        text.writer.add_vocab_size(converter.vocab_size)
     with malformed_is(f"{checkpoint.config_file}: a value is of the wrong kind"):
         converter.write_keys(text.writer)
         sentences.write_keys(text.writer, converter.usual_pooling if isinstance(converter, MakesVectors) else None)
@@ -79,7 +80,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
         # a model with an image encoder has its text model's own values one level down
         values = {**(checkpoint.config.get("text_config") or {}), **checkpoint.config}
         vocabulary = read_vocabulary(checkpoint.folder, values) if with_tokenizer else Vocabulary.none()
-    if with_tokenizer and vocabulary.model == "none":
+    if with_tokenizer and vocabulary.model == "none" and converter.vocab_size:
         warn(f"{checkpoint.folder}: no tokenizer; the file takes and gives token ids only")
     if isinstance(converter, ChangesVocabulary) and vocabulary.model != "none":
         converter.change_vocabulary(vocabulary)

@@ -2,7 +2,7 @@
 
     pyengine-run MODEL [PROMPT]      one answer, or a conversation
     pyengine-run COMMAND ...         pull, plan, bench, perplexity, serve, ps, stop, show, list, hardware, graph,
-                                     attention
+                                     attention, embed, classify, index, search
 
 A first argument that is a command's name is that command; a file of such a name is given as ./plan. What is slow to
 import is imported by the command that needs it.
@@ -23,7 +23,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from pyengine.cli import embedding as embedding, looking as looking, overview, words         # each module of forms adds its own to `commands`
+from pyengine.cli import overview, words
+from pyengine.cli import classifying as classifying, embedding as embedding, finding as finding, looking as looking         # each adds its own to `commands`
 from pyengine.cli.forms import commands, Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
     BatchSize, check_threads, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
@@ -477,7 +478,8 @@ def stop(model: Annotated[str, Argument(metavar="MODEL", show_default=False, hel
 
 
 MODES = ("run", "chat")              # what others say for what is meant anyway
-COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph", "attention", "embed")
+COMMANDS = ("pull", "plan", "bench", "perplexity", "serve", "ps", "stop", "show", "list", "hardware", "graph", "attention", "embed", "classify", "index",
+            "search")
 # Typer carries a click of its own since 0.26; this is the base of its errors about arguments in either case.
 _ArgumentError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

@@ -16,6 +16,10 @@ pyengine-run bench MODEL: tokens per second of prompts and generation
 
 pyengine-run perplexity MODEL -f FILE: how well it predicts a text
 
+pyengine-run classify MODEL --image FILE LABEL...: how probable labels are for a picture
+
+pyengine-run index FOLDER --model MODEL: make pictures searchable; search QUERY: find them
+
 pyengine-run serve [MODEL...]: answers over HTTP
 
 pyengine-run ps: the models that a server has in memory

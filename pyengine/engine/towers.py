@@ -6,6 +6,7 @@ Texts go side by side into runs of the text encoder, without padding; a picture 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +19,7 @@ from pyengine.engine.language import Language
 from pyengine.engine.model import Closed, Model, weights_in_words
 from pyengine.engine.prompts import media_of, token_ids
 from pyengine.engine.ranks import check_asked
-from pyengine.errors import ContextOverflowError, RequestError, shown, UnsupportedModelError
+from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.media.policy import MediaPolicy
 from pyengine.media.views import Limits
@@ -69,6 +70,12 @@ def shares(a: int, b: int, room: int) -> tuple[int, int]:
     if low + high > room:
         low, high = room // 2, room - room // 2
     return (low, high) if a <= b else (high, low)
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Return names of classes of which no two are the same: those that several have, or none, get the class's number."""
+    times = Counter(names)
+    return [f"class {i}" if not name else name if times[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names)]
 
 
 def is_text(x: Any) -> bool:
@@ -177,7 +184,17 @@ class EncoderModel:
             ids = token_ids(x, tower.n_ids)
             return self._fitting(Text(tuple(ids), len(ids)), self.n_ctx if cut else 0)
         ids, most = self.tokenize(before + x), self._language.prefixes.max_tokens
+        if tower.padded:
+            filling = [self._padding] * (self.n_ctx - len(ids))
+            ids = [*filling, *ids] if tower.padded == "left" else [*ids, *filling]
         return self._fitting(Text(tuple(ids), len(ids)), min(most or self.n_ctx, self.n_ctx) if most or cut else 0)
+
+    @property
+    def _padding(self) -> int:
+        found = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else self.tokenizer.eos_id
+        if found is None:
+            raise InvalidModelError(f"{self.file.path}: tokenizer.ggml.padding_token_id: is missing, and the model reads texts with padding")
+        return found
 
     def _fitting(self, text: Text, most: int) -> Text:
         """Return a text, shortened to the most tokens, of which its end token is one; 0: not shortened. Raises: RequestError, ContextOverflowError."""
@@ -250,6 +267,10 @@ class EncoderModel:
             read = {name: program.read(i, 0, n if name == HIDDEN else 1).copy() for i, name in enumerate(names)}
             return Given(read[HIDDEN], {name: rows[0] for name, rows in read.items() if name != HIDDEN}, 0)
 
+    def _reads(self, x: Any) -> bool:
+        """Say whether an input is a text or its ids: a path is a picture to a model that reads no texts."""
+        return is_text(x) and not (isinstance(x, str) and self.towers.text is None)
+
     # -- what is made of them -----------------------------------------------------------------------------------------
 
     def read(self, items: Sequence[Any], cut: bool = False, before: str = "") -> list[Given]:
@@ -258,7 +279,7 @@ class EncoderModel:
         Raises: ContextOverflowError, RequestError, ImageError.
         """
         found: list[Given | None] = [None] * len(items)
-        texts = [i for i, x in enumerate(items) if is_text(x)]
+        texts = [i for i, x in enumerate(items) if self._reads(x)]
         for i, given in zip(texts, self._run_texts(self._text(items[i], cut, before) for i in texts)):
             found[i] = given
         return [self._picture(items[i]) if given is None else given for i, given in enumerate(found)]
@@ -295,14 +316,14 @@ class EncoderModel:
 
     def check(self, item: Any, cut: bool = False) -> None:
         """Refuse what `read` would, of a text: before others are computed. Raises: RequestError, ContextOverflowError."""
-        if is_text(item):
+        if self._reads(item):
             self._text(item, cut)
         else:
             self._tower("image")
 
     def vector(self, item: Any, given: Given, pooling: str | None = None) -> np.ndarray:
         """Return the vector of what a run gave of an item, of any length. Raises: UnsupportedModelError for a head that the model has not."""
-        tower = self._tower("text" if is_text(item) else "image")
+        tower = self._tower("text" if self._reads(item) else "image")
         if pooling in (None, tower.pooling) or pooling == HEAD:
             if VECTORS in given.rows and (pooling != HEAD or tower.pooling in (HEAD, "eos")):
                 return given.rows[VECTORS]
@@ -323,10 +344,10 @@ class EncoderModel:
         pictures, words = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (images, texts))
         if not all(isinstance(text, str) for text in words):
             raise RequestError("similarity: texts are texts")
-        seen, read = (np.stack([self.vector(x, g, None) for x, g in zip(items, self.read(items, cut=True))]) if items else None
-                      for items in (pictures, words))
-        if seen is None or read is None:
+        if not pictures or not words:
             return np.empty((len(pictures), len(words)), np.float32)
+        seen = np.stack([self._picture(x).rows[VECTORS] for x in pictures])
+        read = np.stack([given.rows[VECTORS] for given in self.read(words, cut=True)])
         return (factor * unit(seen) @ unit(read).T + bias).astype(np.float32)
 
     @takes()
@@ -340,10 +361,11 @@ class EncoderModel:
         if activation not in ("softmax", "sigmoid", "none"):
             raise RequestError(f"activation must be softmax, sigmoid or none, got {shown(activation)}")
         if labels is None:
-            scores = self.read([image])[0].rows.get(CLASSES)
+            pictured = self.towers.image is not None and self.towers.image.n_classes
+            scores = (self._picture(image) if pictured else self.read([image])[0]).rows.get(CLASSES)
             if scores is None:
                 raise UnsupportedModelError(f"{self.plan.model} has no classes of its own: give labels, texts to compare the picture with")
-            names = list(self.towers.labels) or [f"class {i}" for i in range(len(scores))]
+            names = told_apart(self.towers.labels or [""] * len(scores))
         else:
             if isinstance(labels, str) or not iterates(labels) or not all(isinstance(label, str) for label in labels) or not len(labels):
                 raise RequestError(f"labels must be a list of texts, got {shown(labels)}")

@@ -45,6 +45,7 @@ def translate(file: GGUFFile) -> GGUFFile:
     if arch in DIALECTS:
         DIALECTS[arch](t)
     first_projector(t)
+    first_tokenizer(t)
     later_norm(t)
     exchanged_feed_forward(t)
     return t.file()
@@ -158,6 +159,12 @@ def first_projector(t: Translation) -> None:
         t.add("clip.projector_type", "mlp")
 
 
+def first_tokenizer(t: Translation) -> None:
+    """Name the tokenizer of clip.cpp's files, which hold the tokens alone (`models/convert_hf_to_gguf.py` there)."""
+    if t.get("clip.has_text_encoder", bool) and "tokenizer.ggml.tokens" in t:
+        t.add("tokenizer.ggml.model", "clip")
+
+
 def later_norm(t: Translation) -> None:
     """Translate Llama 4's second norm: since Gemma 4 gguf-py's table has another entry for it, which converters write."""
     if "llama4" in (t.get("clip.projector_type", str), t.get("clip.vision.projector_type", str)):
@@ -166,18 +173,22 @@ def later_norm(t: Translation) -> None:
 
 
 def exchanged_feed_forward(t: Translation) -> None:
-    """Swap ffn_down and ffn_up where the first converters of encoders (for Qwen2-VL, Gemma 3, Llama 3.2 Vision) wrote the file:
+    """Swap ffn_down and ffn_up where the first converters of encoders (for CLIP, Qwen2-VL, Gemma 3, Llama 3.2 Vision) wrote the file:
     they called the first matrix ffn_down, the second ffn_up.
     """
-    width = t.get("clip.vision.embedding_length", int)
-    if width is None:
-        return
+    for key, start in (("clip.vision.embedding_length", "v."), ("clip.text.embedding_length", "t.")):
+        if (width := t.get(key, int)) is not None:
+            _exchange(t, width, start)
+
+
+def _exchange(t: Translation, width: int, start: str) -> None:
+    """Do so for the layers of one encoder, whose tensors begin so."""
     kept = ((t.tensors.get(name, name), name) for name in t.source.tensors)
     names = {new: name for new, name in kept if new is not None}
     for name, own in names.items():
         scope, _, end = name.partition(".ffn_down.")
         shape = t.source.tensors[own].shape
-        if end == "weight" and scope.startswith("v.") and len(shape) == 2 and shape[1] == width != shape[0]:
+        if end == "weight" and scope.startswith(start) and len(shape) == 2 and shape[1] == width != shape[0]:
             for one, other in (("ffn_down", "ffn_up"), ("ffn_up", "ffn_down")):
                 for kind in ("weight", "bias"):
                     if (found := names.get(f"{scope}.{one}.{kind}")) is not None:

@@ -52,7 +52,7 @@ class TowersLayout:
         self.n_ctx, self.programs = 0, {}
         model = self.model
         if model.text is not None:
-            self.n_ctx = self._longest(model.text.n_ctx)
+            self.n_ctx = self._longest(model.text.n_ctx, model.text.padded)
             rows = max(self.n_ctx, want.n_batch)
             self.programs["text"] = self._prepared(declare_texts(model.text, self.n_ctx, rows), rows)
         size, number = want.largest_picture()
@@ -70,8 +70,10 @@ class TowersLayout:
         """The bound model."""
         return self.bound.model
 
-    def _longest(self, trained: int) -> int:
+    def _longest(self, trained: int, padded: str) -> int:
         """Return the longest text: as asked for, at most what positions there are for. Raises: RequestError."""
+        if padded and self.want.n_ctx not in (None, trained):
+            raise RequestError(f"n_ctx is {self.want.n_ctx}, but the model reads every text as {trained} tokens")
         if self.want.n_ctx is not None and self.want.n_ctx > trained:
             raise RequestError(f"n_ctx is {self.want.n_ctx}, but the model reads texts of at most {trained} tokens")
         return self.want.n_ctx or trained

@@ -220,6 +220,7 @@ class TextTower(ABC):
     windows    widths of layers that see a window: so many rows on each side
     n_classes  scores of a text, 0 without such a head; n_logits: of a row that goes through the head of a masked model
     separators tokens between the parts of a pair; 0: one where the vocabulary is WordPiece, two elsewhere
+    padded     where padding makes every text n_ctx tokens long, "left" or "right", for models that were trained to see it; "" elsewhere
     """
 
     width: int
@@ -232,6 +233,7 @@ class TextTower(ABC):
     n_classes: int = 0
     n_logits: int = 0
     separators: ClassVar[int] = 0
+    padded: str = ""
 
     def place(self, ids: Sequence[int]) -> int:
         """Return which of a text's positions stands for it: the first, or the last where the pooling is "last"."""

@@ -11,11 +11,13 @@ from typing import Any, Literal, Protocol, TYPE_CHECKING
 import numpy as np
 
 from pyengine import ops
+from pyengine.dtype import dtype
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import pages, Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.nn.layers import ACTIVATIONS, LayerNorm, Linear, mlp_width
+from pyengine.nn.layers import ACTIVATIONS, constant, LayerNorm, Linear, mlp_width
+from pyengine.nn.texts import Texts
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -305,6 +307,11 @@ class EncoderAttention:
         made of, where they are not those of x."""
         return self.read(*self.heads(x, rotate, across), lo, hi)
 
+    def among(self, x: Tensor, texts: Texts) -> Tensor:                                    # [m, V] -> [m, V]
+        """Attend within texts that stand side by side."""
+        q, k, v = (part(x).reshape(-1, self.n_heads, self.head_dim) for part in (self.q, self.k, self.v))      # [m, H, E] each
+        return self.out(texts.attend(q, k, v, scale=self.head_dim**-0.5, products=self.products))
+
     def heads(self, x: Tensor, rotate: Callable[[Tensor], Tensor] | None = None, across: tuple[Tensor, Tensor] | None = None
               ) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries [n, H, E], keys and values [H, k, E] of rows; arguments are those of a call."""
@@ -338,13 +345,23 @@ class EncoderFeedForward:
 
 
 class EncoderBlock:
-    """A layer of CLIP, SigLIP and their kin: attention and a feed-forward, each behind a layer norm and added to its input."""
+    """A layer of CLIP, SigLIP, ViT and their kin: attention and a feed-forward, each behind a layer norm and added to its input; where the file
+    has such, the feed-forward is gated, and what is added is multiplied by a scale for each element (arXiv:2103.17239)."""
 
     def __init__(self, w: Weights, c: BlockSizes):
         self.norm1, self.norm2 = LayerNorm(w["ln1"], c.width, c.eps), LayerNorm(w["ln2"], c.width, c.eps)
         self.attention = EncoderAttention(w, c.width, c.n_heads)
-        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act)
+        self.feed_forward = EncoderFeedForward(w, c.width, c.d_ff, c.act, gated="ffn_gate" in w)
+        self.scales = [constant(ref, dtype("F32")) if ref else None for ref in (w[name].optional("weight", (c.width,)) for name in ("ls1", "ls2"))]
 
     def __call__(self, x: Tensor, lo: np.ndarray | Tensor, hi: np.ndarray | Tensor) -> Tensor:      # [n, V]
-        x = x + self.attention(self.norm1(x), lo, hi)
-        return x + self.feed_forward(self.norm2(x))
+        x = x + self._scaled(self.attention(self.norm1(x), lo, hi), 0)
+        return x + self._scaled(self.feed_forward(self.norm2(x)), 1)
+
+    def among(self, x: Tensor, texts: Texts) -> Tensor:                                    # [m, V] -> [m, V]
+        """Apply it to texts that stand side by side."""
+        x = x + self._scaled(self.attention.among(self.norm1(x), texts), 0)
+        return x + self._scaled(self.feed_forward(self.norm2(x)), 1)
+
+    def _scaled(self, x: Tensor, which: int) -> Tensor:
+        return x if self.scales[which] is None else x * self.scales[which]

@@ -62,12 +62,16 @@ class Roles(NamedTuple):
 def find_roles(vocabulary: Vocabulary, family: str, pre: str | None) -> Roles:
     """Find the tokens with a role: by their keys, by llama.cpp's defaults, by their texts; then what ends text.
 
-    Kinds of tokens that are found by their texts are set in the vocabulary. family: llama, gpt2, gemma4, bert or t5.
+    Kinds of tokens that are found by their texts are set in the vocabulary. family: llama, gpt2, gemma4, bert, t5 or clip.
     """
     v = vocabulary
     default = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "t5": {"eos": 1, "unk": 2, "pad": 0},
                "bert": {"bos": 101, "sep": 102, "unk": 100, "pad": 0, "mask": 103},
-               "gpt2": {"bos": 11, "eos": 11} if len(v) > 11 and v.kinds[11] == Kind.CONTROL else {}, "gemma4": {}}[family]
+               "gpt2": {"bos": 11, "eos": 11} if len(v) > 11 and v.kinds[11] == Kind.CONTROL else {}, "gemma4": {}, "clip": {}}[family]
+    if family == "clip":                                                       # whose first files name no tokens
+        default = {name: i for name, i in (("bos", v.id_of("<|startoftext|>")), *((n, v.id_of("<|endoftext|>")) for n in ("eos", "unk"))) if i is not None}
+        for i in default.values():
+            v.set_kind(i, Kind.CONTROL)
     if pre in ("chatglm-bpe", "glm4", "glm5"):
         default.pop("bos", None)
     default = {name: i for name, i in default.items() if i < len(v)}

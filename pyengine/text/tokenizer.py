@@ -1,13 +1,14 @@
 """Text to token ids and back, from the metadata of a GGUF file alone.
 
 A GGUF file carries its tokenizer as plain keys (`tokenizer.ggml.*`): the texts, types and scores of the tokens, the
-merges, and a few flags. Five kinds exist here, by `tokenizer.ggml.model`:
+merges, and a few flags. Six kinds exist here, by `tokenizer.ggml.model`:
 
     llama   pieces joined in order of their score (SentencePiece "BPE")           csrc/host/bpe.c
     gpt2    byte-level BPE; `tokenizer.ggml.pre` names the splitting expressions  csrc/host/bpe.c, cut by tokenizers
     gemma4  BPE over characters with U+2581 for a space                          csrc/host/bpe.c
     t5      the likeliest cut of the text (SentencePiece "unigram")              tokenizers
     bert    longest match from the left of each word (WordPiece)                 below
+    clip    BPE of small letters, whose words end in a mark                      tokenizers; files name it so here, or have no name
 
 Tokens and merges stay in the file's bytes, with a hash table over them: no Python object is made for each of them.
 
@@ -27,6 +28,8 @@ The ids are llama.cpp's (`src/llama-vocab.cpp`), for any text and any bytes. Kno
 from __future__ import annotations
 
 import codecs
+import re
+import string
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
@@ -46,13 +49,15 @@ from pyengine.text.specials import Specials
 from pyengine.text.unigram import Normalizer, Unigram
 from pyengine.text.vocabulary import byte_token, Kind, LETTER_BYTES, read_key, SPACE, Strings, SURROGATE, Vocabulary
 from pyengine.text.wordpiece import AuthorsWordPiece, WordPiece
+from pyengine.text.words import END, WordBpe
 
 
 _BLANKS = " \t\n\v\f\r"
+KINDS = "llama", "gpt2", "gemma4", "bert", "t5", "clip"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The five kinds: each turns a piece of text between special tokens into ids.
+# The six kinds: each turns a piece of text between special tokens into ids.
 
 
 class _Model(Protocol):
@@ -75,8 +80,8 @@ class Tokenizer:
         self.model = read_key(meta, "model", str)
         if self.model is None:
             raise InvalidModelError("tokenizer.ggml.model: missing; the file has no tokenizer")
-        if self.model not in ("llama", "gpt2", "gemma4", "bert", "t5"):
-            raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known: llama, gpt2, gemma4, bert, t5")
+        if self.model not in KINDS:
+            raise UnsupportedModelError(f"tokenizer.ggml.model: {self.model!r}; known: {', '.join(KINDS)}")
         self.vocabulary = Vocabulary(meta)
         self._tokens = self.vocabulary.tokens
         self.pre = self._find_pre() if self.model == "gpt2" else None
@@ -84,7 +89,7 @@ class Tokenizer:
         self._family = "gemma4" if gemma4 else self.model
         if self._family == "gpt2" and self.pre not in PRE:
             raise UnsupportedModelError(f"tokenizer.ggml.pre: {self.pre!r}; known: {', '.join(sorted(PRE))}, gemma4")
-        if self._family in ("gpt2", "gemma4"):
+        if self._family in ("gpt2", "gemma4") or self._family == "clip" and "tokenizer.ggml.merges" in meta:
             self._merges = Strings.read(meta, "merges")
             wrong = lib.pe_strings_not_pair(self._merges.table)
             if wrong >= 0:
@@ -120,8 +125,8 @@ class Tokenizer:
     def _load_flags(self) -> None:
         meta = self._meta
         pre = PRE.get(self.pre, Pre(())) if self._family == "gpt2" else Pre(())
-        self.add_bos = read_key(meta, "add_bos_token", bool, self._family in ("llama", "bert", "gemma4") or pre.add_bos)
-        self.add_eos = read_key(meta, "add_eos_token", bool, self._family == "t5")
+        self.add_bos = read_key(meta, "add_bos_token", bool, self._family in ("llama", "bert", "gemma4", "clip") or pre.add_bos)
+        self.add_eos = read_key(meta, "add_eos_token", bool, self._family in ("t5", "clip"))
         if self._family == "gemma4":
             self.add_bos = True                          # whatever the file says: early conversions had it wrong
         if self._family == "bert":
@@ -136,6 +141,9 @@ class Tokenizer:
         plain = str(meta.get("general.architecture", "")).startswith("gemma")
         prefix = read_key(meta, "add_space_prefix", bool, self._family == "llama" and not plain)
         self.add_space_prefix = prefix and self._family in ("llama", "t5")
+        self._lowercase = self._family in ("llama", "gemma4", "t5") and read_key(meta, "normalizer.lowercase", bool, False)
+        removed = self._family == "t5" and read_key(meta, "normalizer.remove_punctuation", bool, False)
+        self._punctuation = str.maketrans("", "", string.punctuation) if removed else None
         self.remove_extra_whitespaces = read_key(meta, "remove_extra_whitespaces", bool, False)
 
     def _load_specials(self, name: str, architecture: str) -> None:
@@ -196,6 +204,11 @@ class Tokenizer:
                 return WordPiece(tokens, self.unk_id, lowercase, accents)
             switches = {name: read_key(meta, f"normalizer.{name}", bool, True) for name in ("clean_text", "handle_chinese_chars")}
             return AuthorsWordPiece(tokens, self.unk_id, lowercase, accents, longest, switches)
+        if self._family == "clip":
+            merges = list(map(self._merges.text, range(self._merges.n))) if "tokenizer.ggml.merges" in meta else None
+            if self.unk_id is None:
+                raise InvalidModelError("tokenizer.ggml.unknown_token_id: a clip vocabulary needs it, or a token <|endoftext|>")
+            return WordBpe(tokens, merges, tokens[self.unk_id])
         charsmap = meta.get("tokenizer.ggml.precompiled_charsmap", b"")
         blob = charsmap if isinstance(charsmap, bytes) else np.asarray(charsmap).astype(np.uint8).tobytes()
         before = Normalizer(blob, read_key(meta, "normalizer.steps", list, ["charsmap"]))
@@ -227,13 +240,21 @@ class Tokenizer:
                 ids.append(part)
             else:
                 prefix = " " if self._family == "llama" and self.add_space_prefix and after_special else ""
-                ids += self._encoder.encode(prefix + (part.replace(GUARD, "") if mend else part))
+                part = self._normalized(part.replace(GUARD, "") if mend else part)
+                ids += self._encoder.encode(prefix + part)
             after_special = isinstance(part, int)
         if add_special and self._family == "bert":
             ids.append(self.sep_id)
         elif add_special and self.add_eos:
             ids.append(self.eos_id)
         return ids
+
+    def _normalized(self, text: str) -> str:
+        """Give a text as a file's keys "normalizer.*" have it, of those vocabularies that know no more of it."""
+        if self._punctuation is not None:                # transformers `tokenization_siglip.py`, canonicalize_text
+            text = (text.lower() if self._lowercase else text).translate(self._punctuation)
+            return re.sub(r"\s+", " ", text).strip()
+        return "".join(map(str.lower, text)) if self._lowercase else text
 
     def guarded(self, text: str) -> str:
         """Return a text with the texts of control tokens in it broken up, so that what a user wrote stays text within a prompt that
@@ -269,8 +290,15 @@ class Tokenizer:
             return byte_token(raw)
         if kind != Kind.NORMAL:
             return b""                                   # unused and undefined ones have no text
-        if self._family != "gpt2":
+        if self._family not in ("gpt2", "clip"):
             return raw.replace(SPACE.encode(), b" ")
+        if self._family == "clip" and raw.endswith(END.encode()):
+            return self._bytes(raw[: -len(END)]) + b" "
+        return self._bytes(raw)
+
+    @staticmethod
+    def _bytes(raw: bytes) -> bytes:
+        """Give the bytes that a token's letters stand for."""
         return b"".join([LETTER_BYTES.get(letter) or letter.encode("utf-8", "surrogateescape")
                          for letter in raw.decode("utf-8", "surrogateescape")])
 
@@ -283,7 +311,8 @@ class Tokenizer:
         if not iterates(ids):
             raise RequestError(f"detokenize: ids must be a list of ints, not {type(ids).__name__}")
         decoder = self.decoder(skip_special)
-        return "".join([*map(decoder.push, ids), decoder.flush()])
+        text = "".join([*map(decoder.push, ids), decoder.flush()])
+        return text.strip(" ") if self._family == "clip" else text
 
     def decoder(self, skip_special: bool = True, at_start: bool = True, marks: Collection[int] = ()) -> StreamDecoder:
         """Give a decoder for ids that come one at a time.
@@ -360,6 +389,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises: InvalidModelError, UnsupportedModelError.
     """
+    from pyengine.files.dialects import translate
     from pyengine.files.gguf import GGUFFile
 
-    return Tokenizer.from_metadata(GGUFFile(path).metadata)
+    return Tokenizer.from_metadata(translate(GGUFFile(path)).metadata)

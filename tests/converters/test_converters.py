@@ -674,10 +674,10 @@ def test_qwen_experts_refuse(change, tmp_path):
         convert(folder, tmp_path / "m.gguf")
 
 
-def test_unigram_tokenizer_model_is_refused(tmp_path):
+def test_other_tokenizer_models_are_refused(tmp_path):
     folder = make_checkpoint("llama", tmp_path / "c", tokenizer=None)
-    train_sentencepiece(folder / "tokenizer.model", model_type="unigram")
-    with pytest.raises(UnsupportedModelError, match="UNIGRAM"):
+    train_sentencepiece(folder / "tokenizer.model", model_type="word")
+    with pytest.raises(UnsupportedModelError, match="WORD"):
         convert(folder, tmp_path / "m.gguf")
     (folder / "tokenizer.model").write_bytes(b"\xff" * 40)
     with pytest.raises(PyEngineError, match="not a SentencePiece model"):

@@ -248,3 +248,100 @@ def compare_ranks(model: Any, theirs: Any, folder: Path, most: int, texts: tuple
 
 
 TEXTS = (*tiny.TEXTS, "", "a", "dog " * 40)
+
+
+HARD = ("A photo of a CAT.", "  two\t\n spaces\u00a0and\u3000more ", "", "caf\u00e9 na\u00efve \u0130stanbul \u03a3\u03a3 \u1e9e", "it's we'll they've o'clock ''s",
+        "1234567 3.14 x\u00b2 \u2167", "\u6587\u5b57 \ud55c\uad6d\uc5b4 \u0939\u093f\u0928\u094d\u0926\u0940 \u05e2\u05d1\u05e8\u05d9\u05ea",
+        "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 ok",
+        "a<|endoftext|>b", "...!!!???--- (what) #tag @name", "e\u0301 \ufb01ne \uff21\uff22", "\ufeffstart\u200bzero", "x" * 90, "a_b\u2581c")
+
+
+def save_word_bpe(folder: Path, n_tokens: int = 420, as_files: bool = False) -> None:
+    """Write CLIP's tokenizer, trained on a few texts: letters, letters that end a word, merges, two special tokens."""
+    from transformers import CLIPTokenizer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, Regex, trainers
+
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    trained.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"'s|'t|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator([*TEXTS, *HARD, *WORDS] * 3, trainers.BpeTrainer(vocab_size=n_tokens, show_progress=False, end_of_word_suffix="</w>",
+                                                                                  initial_alphabet=sorted(letters)))
+    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
+    tokens = [*sorted(letters), *(f"{c}</w>" for c in sorted(letters)), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = list(dict.fromkeys(tokens))
+    vocab = {t: i for i, t in enumerate(tokens)}
+    made = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    made.save_pretrained(folder)
+    if as_files:
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+
+
+def pictures() -> list[Any]:
+    """Make pictures of noise: wider, higher, of a side, smaller and longer than what encoders see."""
+    from PIL import Image
+
+    random = np.random.default_rng(3)
+    return [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((60, 95), (42, 42), (33, 20), (130, 41))]
+
+
+def processor(name: str, folder: Path) -> Any:
+    """Load a processor of pictures that computes with Pillow; it gives their pixels."""
+    import transformers
+
+    made = getattr(transformers, name).from_pretrained(folder)
+    return lambda images: made(images, return_tensors="pt")["pixel_values"]
+
+
+def save_unigram(folder: Path, n_tokens: int = 130) -> None:
+    """Write SigLIP's tokenizer, trained on a few texts: a spiece.model alone."""
+    import sentencepiece
+
+    texts = [t for t in (*TEXTS, *HARD, *WORDS) if t.strip()] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "spiece"), vocab_size=n_tokens, model_type="unigram", hard_vocab_limit=False, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc", character_coverage=0.98, minloglevel=2)
+    (folder / "spiece.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "eos_token": "</s>",
+                                                              "pad_token": "</s>", "unk_token": "<unk>", "model_max_length": 64}))
+
+
+def save_small_letters(folder: Path, **settings: Any) -> None:
+    """Write SigLIP 2's tokenizer: Gemma's with small letters, trained on a few texts."""
+    from tokenizers import models, normalizers, Tokenizer, trainers
+    from transformers import Siglip2Tokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    trained.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "\u2581")])
+    trained.train_from_iterator([*TEXTS[:5], *WORDS] * 3, trainers.BpeTrainer(vocab_size=len(special) + 90, special_tokens=special, show_progress=False))
+    found = json.loads(trained.to_str())["model"]
+    Siglip2Tokenizer(vocab=found["vocab"], merges=[tuple(m) for m in found["merges"]], add_bos_token=False, add_eos_token=True, model_max_length=64,
+                     **settings).save_pretrained(folder)
+
+
+CLIP_IMAGES = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "do_resize": True,
+               "do_center_crop": True, "do_normalize": True}
+CLIP_OLD = {**CLIP_IMAGES, "size": 42, "crop_size": 42, "feature_extractor_type": "CLIPFeatureExtractor"}
+CLIP_NEW = {**CLIP_IMAGES, "size": {"shortest_edge": 45}, "crop_size": {"height": 42, "width": 42}, "image_processor_type": "CLIPImageProcessor"}
+
+
+def save_clip(folder: Path, act: str, images: dict[str, Any], end: int | None = None, files: bool = False) -> Path:
+    """Write a CLIP with its tokenizer and what its pictures go through. end: of its configuration; files: vocab.json and merges.txt."""
+    import transformers
+
+    folder.mkdir(exist_ok=True)
+    save_word_bpe(folder, as_files=files)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": len(tokens), "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 4,
+                     "max_position_embeddings": 77, "hidden_act": act, "projection_dim": 56, "bos_token_id": tokens.bos_token_id,
+                     "eos_token_id": tokens.eos_token_id if end is None else end},
+        vision_config={"hidden_size": 80, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 5, "image_size": 42, "patch_size": 6,
+                       "hidden_act": act, "projection_dim": 56}, projection_dim=56)
+    make("CLIPModel", config, folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    return folder

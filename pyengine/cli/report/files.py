@@ -102,8 +102,10 @@ def _encoder(file: GGUFFile) -> dict[str, Any] | None:
     if not tensors:
         return None
     meta = translate(file).metadata
+    arch = meta.get("general.architecture")
+    own = next((start for start in (ENCODER, arch) if f"{start}.vision.block_count" in meta), ENCODER)
     return {"path": str(file.path), "projector_type": _plain(meta, f"{ENCODER}.projector_type"), "n_tensors": len(tensors),
-            "bytes": sum(t.nbytes for t in tensors), **{key: _plain(meta, f"{ENCODER}.vision.{key}") for key in (
+            "bytes": sum(t.nbytes for t in tensors), **{key: _plain(meta, f"{own}.vision.{key}") for key in (
                 "block_count", "embedding_length", "patch_size")}}
 
 
@@ -120,14 +122,16 @@ def show_model(name: str, mmproj: str | None = None) -> None:
     name = d["name"] if not d["title"] else f"{d['title']} ({d['name']})" if d["name"] else d["title"]
     rows = [("name", known(name)), *(("file", f) for f in d["files"]), ("architecture", known(d["architecture"])),
             ("size", size(d["file_bytes"])), ("parameters", f"{d['n_parameters']:,}")]
-    if d["architecture"] != ENCODER:
+    if d["architecture"] != ENCODER or d["runs"]:
         context = f"{d['n_ctx']:,}" if isinstance(d["n_ctx"], int) else known(d["n_ctx"])
         template = f"yes{', with ' + ' and '.join(d['template_takes']) if d['template_takes'] else ''}" if d["chat_template"] else "no"
         n = f"{d['plan']['n_ctx']:,}" if d["runs"] else ""
         of = f" with a context of {n}" if "text" in d["can"] else f", texts of up to {n} tokens" if n != "0" else ""
         runs = (f"yes, in {size(d['plan']['bytes'])} of {size(d['plan']['available'])} available{of}" if d["runs"] else f"no: {d['why_not']}")
-        rows += [("context", context), ("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens"), ("chat template", template),
-                 *([("can", in_words(d))] if d["can"] else []), ("runs here", runs)]
+        writes = not d["runs"] or "text" in d["can"]
+        rows += [*([("context", context)] if writes or isinstance(d["n_ctx"], int) else []),
+                 *([("tokenizer", f"{tokenizer}, {d['n_tokens']:,} tokens")] if writes or d["n_tokens"] else []),
+                 *([("chat template", template)] if writes else []), *([("can", in_words(d))] if d["can"] else []), ("runs here", runs)]
         if d["sampling"]:
             rows.append(("sampling", ", ".join(f"{key} {_line(value)}" for key, value in d["sampling"].items())))
     if e := d["encoder"]:
@@ -135,7 +139,8 @@ def show_model(name: str, mmproj: str | None = None) -> None:
         file = "a file of the store" if d["title"] else Path(e["path"]).name
         where = f"{size(e['bytes'])} in {file}"
         patch = f"patches of {known(e['patch_size'])}"
-        rows.append(("image encoder", f"{known(e['projector_type'])}: {shape}, {patch}, {where}"))
+        kind = f"{e['projector_type']}: " if e["projector_type"] is not None else "" if d["runs"] and "text" not in d["can"] else "not given: "
+        rows.append(("image encoder", f"{kind}{shape}, {patch}, {where}"))
     show_columns(rows)
     _show_modelfile(d["modelfile"])
     _show_contents(d)

@@ -10,6 +10,7 @@ Axes: n patches of a square, V hidden, F rows joined, H heads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,11 @@ from pyengine import ops
 from pyengine.dtype import dtype
 from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
-from pyengine.files.weights import Weights
+from pyengine.files.weights import DerivedRef, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.encoder import (
     activation, by_table, cut_patches, EncoderBlock, head_count, levels, mean_and_std, n_layers, resample_filter)
+from pyengine.nn.grids import cubics, resized
 from pyengine.nn.layers import constant, LayerNorm, mlp_width, PatchEmbedding
 
 # Constants for files without the key: transformers CLIPImageProcessor, CLIPVisionConfig
@@ -80,22 +82,32 @@ class Tower:
 
     post_norm  the last layer is followed by a norm; without, one in the file is behind what is taken
     whole      the class token's row, the first, is taken too
+    any_grid   positions of another square than the picture's are resized (bicubic)
     """
 
-    def __init__(self, w: Weights, c: TowerConfig, post_norm: bool = False, whole: bool = False):
+    def __init__(self, w: Weights, c: TowerConfig, post_norm: bool = False, whole: bool = False, any_grid: bool = False):
         self.config, self.whole = c, whole
         self.levels = levels(c.mean, c.std)                                             # [3, 256]
         f32, n = dtype("F32"), c.side**2
         own = w.optional("class_embd", (c.width,))
         self.own = constant(own, f32) if own else None
         self.patch = PatchEmbedding(w["patch_embd"], c.width, 3, c.patch)
-        self.position = constant(w["position_embd"].tensor("weight", (n + (own is not None), c.width)), f32)
+        self.position = self._positions(w["position_embd"], n + (own is not None), any_grid)
         self.pre = LayerNorm(w["pre_ln"], c.width, c.eps) if "pre_ln" in w else None
         self.blocks = [EncoderBlock(w["blk", i], c) for i in range(c.n_layers)]
         self.post = LayerNorm(w["post_ln"], c.width, c.eps) if post_norm else None
         for part in ("weight", "bias"):
             w["post_ln"].optional(part, (c.width,))
         w["head"].leave_out()
+
+    def _positions(self, w: Weights, n: int, any_grid: bool) -> Tensor:
+        """Bind the embeddings of n rows' positions, those of patches resized where the file has another number."""
+        f32, one, rows = dtype("F32"), int(self.own is not None), math.prod(w.shape("weight") or (0,)) // self.config.width
+        side = math.isqrt(max(0, rows - one))
+        if not any_grid or rows == n or rows != side**2 + one:
+            return constant(w.tensor("weight", (n, self.config.width)), f32)
+        ref, weights = w.tensor("weight", (rows, self.config.width)), cubics(side, self.config.side)
+        return constant(DerivedRef(ref.name, (n, self.config.width), (ref,), lambda a: np.concatenate([a[:one], resized(a[one:], weights, weights)])))
 
     @property
     def width(self) -> int:

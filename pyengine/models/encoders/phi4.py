@@ -14,7 +14,6 @@ Axes: n patches, which are rows; V hidden; D hidden of the decoder.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
     by_table, common, cut_patches, EncoderBlock, EncoderConfig, levels, only_pictures, special_token, whole_option)
+from pyengine.nn.grids import largest_grid, triangles
 from pyengine.nn.layers import constant, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 HALF, BILINEAR = (0.5, 0.5, 0.5), 2  # transformers Siglip2ImageProcessorPil: mean and deviation, Pillow's number of the filter
 EPS = 1e-6
-NEAR = 1e-5                          # of scales: `get_image_size_for_max_num_patches`
 
 
 @dataclass(frozen=True)
@@ -59,31 +58,6 @@ class VisionConfig(EncoderConfig):
         return cls(
             **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BILINEAR),
             side=v.size("vision.image_size") // patch, least=least, most=most)
-
-
-def largest_grid(width: int, height: int, patch: int, most: int) -> tuple[int, int]:
-    """Compute (lines, columns) of a picture that is scaled until one more step would take more than `most` patches: sides are rounded up
-    to patches. Source: `get_image_size_for_max_num_patches` in transformers' `image_processing_pil_siglip2.py`, its bisection in float64."""
-    def count(scale: float, size: int) -> int:
-        return max(1, math.ceil(size * scale / patch))
-
-    low, high = NEAR / 10, 100.0
-    while high - low >= NEAR:
-        scale = (low + high) / 2
-        low, high = (scale, high) if count(scale, height) * count(scale, width) <= most else (low, scale)
-    return count(low, height), count(low, width)
-
-
-def triangles(size: int, wanted: int) -> np.ndarray:
-    """Return the weights [wanted, size] of a bilinear resize that is smoothed where it shrinks, edges cut off.
-
-    As `torch.nn.functional.interpolate` with `antialias`, corners not aligned.
-    """
-    scale = size / wanted
-    width = max(scale, 1.0)
-    middle = (np.arange(wanted)[:, None] + 0.5) * scale
-    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - middle) / width)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 class Vision(Encoder):
