@@ -18,7 +18,9 @@ from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.models.architecture import EncoderDecoder, SourceEncoder
+from pyengine.models import encoders
+from pyengine.models.architecture import Encoder as ImageEncoder
+from pyengine.models.architecture import EncoderDecoder, EncoderFiles, SourceEncoder
 from pyengine.nn.attention import Attention
 from pyengine.nn.batch import Batch, Source
 from pyengine.nn.decoder import DecoderConfig, first_tokens, vocab_size
@@ -131,6 +133,11 @@ class Model(EncoderDecoder):
         self.biases = biases(w["dec"], c.n_layers, c, False)
         self.norm = RMSNorm(w["dec", "output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)
+
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, ImageEncoder]:
+        """Bind the encoder of pictures, whose rows go to the encoder of prompts."""
+        return encoders.beside(files)
 
     def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
         """Return last hidden states [m, D]."""

@@ -9,7 +9,7 @@ Papers arXiv:2301.12597, arXiv:2305.06500. Follows transformers 5.23: `modeling_
                   each added to its input, and a norm behind the sum -> a product into the text model's width
     InstructBLIP: the prompt's text, in BERT's vocabulary, stands behind the queries, which attend to it too; it has feed-forwards of its own
 
-The soft tokens stand before all of a text, BOS included. llama.cpp does not have this model; names are those that it has for other
+The soft tokens stand before all of a text, BOS included; beside Flan-T5 both go to its encoder. llama.cpp does not have this model; names are those that it has for other
 Q-Formers, behind "mm.", and keys "clip.vision.qformer.*" are ours.
 Axes: n patches of a square, V hidden, q queries, r rows of queries and text, Q hidden of the Q-Former, H heads, D hidden of the text model.
 """
