@@ -56,7 +56,8 @@ class T5:
             self.own_head = any(not np.array_equal(*(there.read(name, i, min(i + 4096, self.vocab_size)) for name in (self.shared, "lm_head.weight")))
                                 for i in rows)
         said = self.config.get("scale_decoder_outputs")          # of transformers 5; before, it followed from the other
-        self.scaled = self.config.get("tie_word_embeddings") is not False if said is None else bool(said)
+        scaled = self.config.get("tie_word_embeddings") is not False if said is None else bool(said)
+        self.scaled = scaled and self.config.get("model_type") != "mt5"        # MT5ForConditionalGeneration.forward
 
     def write_keys(self, out: GGUFWriter) -> None:
         c = self.config

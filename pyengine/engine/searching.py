@@ -36,7 +36,8 @@ def searches(search: Search, asked: Mapping[str, Any], guided: bool, n_seq: int)
     n = search.n_beams
     if n == 1 or asked.get("temperature") == 0:
         return False
-    other = next((name for name in SamplingParams.__dataclass_fields__ if name in asked), "a form of the content" if guided else "")
+    samples = (name for name in SamplingParams.__dataclass_fields__ if name in asked and (name != "logprobs" or asked[name]))
+    other = next(samples, "a form of the content" if guided else "")
     if other and "n_beams" not in asked:
         return False
     if other:

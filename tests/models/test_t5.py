@@ -86,3 +86,28 @@ def test_kin_of_other_names(name: str, tmp_path: Path) -> None:
     with pe.load(convert(folder, tmp_path / "kin.gguf", "f32"), kv_dtype="f32") as model:
         tiny_towers.close(model.hidden(source), hidden)
         tiny_towers.close(model.logits(ids, source=source), logits)
+
+
+def test_files_of_llama_cpp_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have neither the farthest distance nor a scale of the head, and a table for attention across that nobody reads."""
+    from converters import t5
+    from converters.contract import Constant
+
+    folder = tiny_sources.make(T5, tmp_path / "hf", relative_attention_max_distance=128)
+    source, ids = list(range(5, 90)), [0, 9, 30, 12, 7]
+    want = pe.load(convert(folder, tmp_path / "ours.gguf", "f32"), kv_dtype="f32").logits(ids, source=source)
+    keys, tensors = t5.T5.write_keys, t5.T5.tensors
+
+    def written(self, out) -> None:
+        keys(self, out)
+        for name in ("logit_scale", "attention.relative_max_distance"):
+            del out.kv_data[0][f"t5.{name}"]
+
+    def listed(self):
+        yield from tensors(self)
+        yield Constant("dec.blk.0.cross_attn_rel_b.weight", np.ones((16, 3), np.float32))
+
+    monkeypatch.setattr(t5.T5, "write_keys", written)
+    monkeypatch.setattr(t5.T5, "tensors", listed)
+    theirs = pe.load(convert(folder, tmp_path / "theirs.gguf", "f32"), kv_dtype="f32")
+    assert np.array_equal(theirs.logits(ids, source=source), want)
