@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pyengine.engine.sources import Sources
 
 
+OFF = ("top_p", "typical_p", "repeat_penalty")               # settings that 1 leaves out; the others are left out by 0, or by nothing
+
+
 def rules_of(sources: Sources | None, meta: Mapping[str, Any], ends: Collection[int], asked: Mapping[str, Any]) -> Rules | None:
     """Return which tokens may come in an answer, None for a model that does not search. ends: ids that end one.
 
@@ -36,7 +39,7 @@ def searches(search: Search, asked: Mapping[str, Any], guided: bool, n_seq: int)
     n = search.n_beams
     if n == 1 or asked.get("temperature") == 0:
         return False
-    samples = (name for name in SamplingParams.__dataclass_fields__ if name in asked and (name != "logprobs" or asked[name]))
+    samples = (name for name in SamplingParams.__dataclass_fields__ if asked.get(name) and not (name in OFF and asked[name] == 1))
     other = next(samples, "a form of the content" if guided else "")
     if other and "n_beams" not in asked:
         return False

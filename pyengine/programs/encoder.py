@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pyengine.media.views import View
 
 
+SOURCE = "source.ids", "source.positions", "source.lo", "source.hi"          # inputs of a prompt's run, and its soft tokens
+SOURCE_MEDIA = "source.media"
+
+
 def declare(encoder: Encoder, rows: int) -> Declared:
     """Declare a run of at most `rows` rows: its first output; the others are maps of attention."""
     return Declared(encoder.declare_maps(Graph(), rows))
@@ -66,8 +70,8 @@ def fill(program: Program, view: View) -> None:
 def declare_source(model: Architecture, sizes: Sizes) -> Declared:
     """Declare a run of an encoder-decoder's encoder."""
     g, m = Graph(), Dim("m", sizes.source)
-    ids, positions, lo, hi = (g.input(name, (m,), "I32") for name in ("ids", "positions", "lo", "hi"))
-    media = g.input("media", (Dim("e", sizes.source), model.media_width)) if sizes.runs else None
+    ids, positions, lo, hi = (g.input(name, (m,), "I32") for name in SOURCE)
+    media = g.input(SOURCE_MEDIA, (Dim("e", sizes.source), model.media_width)) if sizes.runs else None
     return Declared([model.source.forward(Source(sizes.source, ids, positions, lo, hi, media))])
 
 
@@ -77,9 +81,9 @@ def run_source(program: Program, rows: Rows) -> np.ndarray:
     for own, embedding in rows.embeddings(0, n):
         k, d = embedding.shape
         ids[own] = np.arange(-1 - e, -1 - e - k, -1)
-        program.inputs["media"].reshape(-1)[e * d : (e + k) * d] = embedding.reshape(-1)
+        program.inputs[SOURCE_MEDIA].reshape(-1)[e * d : (e + k) * d] = embedding.reshape(-1)
         e += k
-    for name, values in (("ids", ids), ("positions", np.arange(n)), ("lo", 0), ("hi", n)):
+    for name, values in zip(SOURCE, (ids, np.arange(n), 0, n)):
         if name in program.inputs:                           # one that the encoder never reads is left out of its program
             program.inputs[name].reshape(-1)[:n] = values
     program.execute(m=n, e=e)
