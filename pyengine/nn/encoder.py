@@ -60,7 +60,7 @@ def known_activation(v: Hparams, name: str, usual: str) -> str:
     """Read the kind of `ops.unary` from transformers' name; `usual` without the key. Raises: UnsupportedModelError."""
     act = v.get(name, usual, str)
     if act not in ACTIVATIONS:
-        raise UnsupportedModelError(f"{v.arch}.{name}: the encoder's activation is {act!r}; {', '.join(ACTIVATIONS)} are supported")
+        raise UnsupportedModelError(f"{v.arch}.{name}: the activation is {act!r}; {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[act]
 
 

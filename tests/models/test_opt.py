@@ -12,6 +12,7 @@ import pyengine as pe
 import tiny
 from cases import Case, Converted
 from converters import convert
+from hollow import Full, kv, PlainDecoder
 from pyengine.errors import RequestError, UnsupportedModelError
 
 KEYS = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 160, "vocab_size": 512,
@@ -38,7 +39,9 @@ CASES = (Case(
      "max_position_embeddings": 256}, cached_as="llama",
     variants={"opt": {}, "opt-behind": NARROW, "opt-plain": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu",
                                                              "tie_word_embeddings": False}},
-    converted=Converted(KEYS, names="LLAMA", tensor=named, tensors={"opt": {}, "opt-behind": NARROW}, runs={})),)
+    converted=Converted(KEYS, names="LLAMA", tensor=named, tensors={"opt": {}, "opt-behind": NARROW}, runs={}),
+    full={"opt-6.7b": Full(PlainDecoder("opt", 32, 4096, 16384, 32, 32, 128, 50272, 2048, tied=True, positions=True, keys={
+        "attention.layer_norm_epsilon": 1e-5, "pre_norm": True, "hidden_activation": "relu"}))}),)
 
 
 def test_positions_end_where_the_file_says(tiny_gguf) -> None:
@@ -76,3 +79,10 @@ def test_configs_that_are_refused(tmp_path, change: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnsupportedModelError, match=next(iter(change))):
         convert(folder, tmp_path / "m.gguf", "f32")
+
+
+def test_opt_6_7b(full_size) -> None:
+    """32 layers with 32 heads of 128."""
+    path, _ = full_size("opt-6.7b")
+    plan = pe.plan(path, n_ctx=2048)
+    assert kv(plan) == {"Full": 2048 * 32 * 32 * 128 * 2 * 2}
