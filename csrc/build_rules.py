@@ -90,7 +90,7 @@ def stale(obj: Path, also: Iterable[Path]) -> bool:
 
 def metal_sources() -> list[Path]:
     """Kernels for Macs and the headers that they include: an installation there holds them as texts, and compiles what it uses."""
-    shared = (CSRC / name for name in ("quants.h", "taps.h", "weight.h", "gen/formats.h"))
+    shared = (CSRC / name for name in ("functions.h", "quants.h", "taps.h", "weight.h", "gen/formats.h"))
     return [*sorted(p for p in (CSRC / "metal").iterdir() if p.suffix in (".metal", ".h")), *shared]
 
 

@@ -47,9 +47,10 @@ def shapes() -> Iterator[Shape]:
         yield Shape(linear_job("few", (14336,), 4096, ("Q4_K",), m, {}), linear_job("few", (128,), 2048, ("Q4_K",), m, {}))
     for kind in ("Q4_K", "Q6_K", "Q8_0", "BF16", "F16"):
         yield Shape(linear_job("prompt", (14336,), 4096, (kind,), 512, {}), linear_job("prompt", (256,), 512, (kind,), 256, {}))
-    yield Shape(jobs.attention("prompt", 8192, 8192, "F16"), jobs.attention("prompt", 128, 256, "F16", (4, 1, 128)))
-    for kind in ("F16", "Q8_0", "Q4_0"):
-        yield Shape(jobs.attention("generate", 1, 32768, kind), jobs.attention("generate", 1, 2048, kind, (8, 2, 128)))
+    for m, keys, least in ((512, 512, 256), (8192, 8192, jobs.EXACT_KEYS + 256)):
+        yield Shape(jobs.attention("prompt", m, keys, "F16"), jobs.attention("prompt", 128, least, "F16", (4, 1, 128)))
+    for keys, least, kind in ((2048, 1024, "F16"), (32768, jobs.EXACT_KEYS + 256, "F16"), (32768, 2048, "Q8_0"), (32768, 2048, "Q4_0")):
+        yield Shape(jobs.attention("generate", 1, keys, kind), jobs.attention("generate", 1, least, kind, (8, 2, 128)))
     yield from _mixtures()
     yield from _others()
 

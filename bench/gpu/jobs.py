@@ -39,6 +39,7 @@ MOST_STEPS = 512                                             # of a graph
 # ---- which jobs -----------------------------------------------------------------------------------------------------------------
 
 FORMATS = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "IQ4_XS", "MXFP4", "BF16", "F16")
+EXACT_KEYS = 2048                                            # of plain caches are attended in float32 (csrc/cuda/attention.cu)
 UP, DOWN = (14336, 4096), (4096, 14336)                      # of a feed-forward part: outputs, inputs
 
 
@@ -213,7 +214,8 @@ class Bound:
         kinds = [w.dtype for name in kernels.weights_of(job.op) for w in kernels.listed(copy.values[name]) if isinstance(w, Blocks)]
         unit = "s8" if any(d.block > 1 for d in kinds) else "bf16" if any(d.name == "BF16" for d in kinds) else "f16" if kinds else "f32"
         if job.op is ops.attention:
-            unit = "f16"
+            plain = job.case.dtypes.get("k", "F32") in ("F32", "F16", "BF16")
+            unit = "f32" if plain and job.case.shapes["k"][1] <= EXACT_KEYS else "f16"
         return cls(kernels.traffic(job, copy), kernels.operations(job, copy) or 0.0, unit)
 
     def seconds(self, speeds: Speeds) -> tuple[float, str]:

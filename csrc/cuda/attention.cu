@@ -1,12 +1,20 @@
 /* attention.cu: softmax(scale q k^T) v over an interval of keys for each query: which kernel does a node, and the merging of chunks.
  * Reference: pyengine/ops/attention.py: attention.
  *
- *   keys and values            products of                                      within, of the reference
- *   both F32                   floats (attention_float.cu)                      2e-6
- *   plain numbers otherwise,   halves: queries, keys, probabilities and         1e-3 of the spread of values
- *   F32 with products="int8"   values rounded to 11 bits, sums in float         (int8 allows 5e-3)
- *   keys in blocks             codes of 8 bits, as on the CPU: the same scores  1e-3, of what 8-bit queries give
- *   values in blocks           halves of code times scale
+ *   keys and values             a query sees             products of                                   within, of the reference
+ *   F32                         any number of keys       floats, in the CPU's order: its bits          2e-6
+ *   plain numbers otherwise     up to EXACT_KEYS of them the same (attention_float.cu)                 2e-6
+ *                               more                     halves: queries, keys, probabilities and      1e-3 of the spread of values
+ *   F32 with products="int8"    any number of keys       values rounded to 11 bits, sums in float      (int8 allows 5e-3)
+ *   keys in blocks              any number of keys       codes of 8 bits, as on the CPU: its scores    1e-3, of what 8-bit queries give
+ *   values in blocks            any number of keys       halves of code times scale
+ *   heads wider than 256        any number of keys       floats; where keys or values are in blocks, by attention_few.cu alone
+ *
+ * Why two: activations are rounded to 8 bits behind attention, and one that differs in its last digit may fall on the other side of the
+ * middle of two codes. Then logits differ by what rounding to 8 bits costs, up to 1e-2 of their range; so agreement with the CPU takes its
+ * bits, which tensor cores cannot give. Of long contexts attention would be most of the time: an H200 multiplies halves nine times as
+ * fast as floats, a GeForce twice. $PYENGINE_CUDA_EXACT_KEYS moves the border: 0 leaves all to tensor cores. Where a node may meet both
+ * kinds of queries two kernels run, and each leaves the other's alone; what a query gets follows from its own interval.
  *
  * Queries of few rows a sequence go to attention_few.cu, with the chunks of a query spread over the card; of many to attention_many.cu,
  * where a block has all chunks of 64 or 128 queries. A query has the same bits in both, and in units of any size (attention.h says
@@ -18,11 +26,14 @@
  */
 #include "attention_softmax.h"
 
+#include <cstdlib>
+
 namespace {
 
 using namespace pe;
 
-enum { MOST_COLUMNS = 256, SPLIT_BYTES = 32 << 20, SPLIT_ROWS = 8 };
+enum { MOST_COLUMNS = 512, MOST_HALVES = 256 /* columns in attend_many */, EXACT_KEYS = 2048, SPLIT_BYTES = 32 << 20, SPLIT_ROWS = 8 };
+constexpr int64_t ANY = INT64_MAX;
 
 struct MixingRow { float x[MOST_COLUMNS]; };
 
@@ -33,6 +44,7 @@ __global__ void __launch_bounds__(MOST_COLUMNS) merge_kernel(const Job w) {
   const int row = (int)(query / w.h), head = (int)(query % w.h), column = threadIdx.x, wide = w.nf * COLUMNS;
   const Interval seen = interval_of(w, row, false);
   float *out = w.out + query * w.f, x = 0.0f, before, now;
+  if (is_anothers(seen)) return;
   if (!empty(seen)) {
     const int64_t slot = query * w.chunks;
     Total total;
@@ -118,7 +130,7 @@ void lay_out(Job *w, int queries, int warps, int stages) {
 void lay_out_floats(Job *w, int queries) {
   Areas &a = w->at;
   int end = 0;
-  const int pitch = 64 + 4;
+  const int pitch = 64 + 4, buffers = w->narrow ? 1 : 2;
   a.cells = at_end(&end, CHUNK_KEYS * 4);
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.q = at_end(&end, (int64_t)queries * (round_up(w->e, 64) + 4) * 4);
@@ -126,7 +138,7 @@ void lay_out_floats(Job *w, int queries) {
   a.p = at_end(&end, queries * pitch * 4);
   a.k = at_end(&end, TILE_KEYS * pitch * 4);
   a.stage_bytes = end - a.k;
-  a.bytes = end + a.stage_bytes;
+  a.bytes = a.k + buffers * a.stage_bytes;
 }
 
 /* Units of so many queries; returns how many there may be: with sequences that begin anywhere a few more than without. */
@@ -141,26 +153,34 @@ int64_t cut_units(Job *w, int queries) {
 
 int64_t wide_of(int64_t f) { return round_up(f, COLUMNS); }
 
-/* Whether all is float32: float attention, else attention of halves. */
-bool is_float(const pe_tensor *k, const pe_tensor *v, int32_t products) {
-  return k->dtype == PE_F32 && v->dtype == PE_F32 && products == PE_ATTENTION_PRODUCTS_FLOAT;
+int64_t keys_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells) {
+  return cells ? cells->shape[1] : k->shape[1] < v->shape[1] ? k->shape[1] : v->shape[1];
 }
-int64_t chunks_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells, bool floats) {
-  const int64_t chunk = floats ? FLOAT_CHUNK_KEYS : CHUNK_KEYS;
-  const int64_t n = cells ? cells->shape[1] : k->shape[1] < v->shape[1] ? k->shape[1] : v->shape[1];
-  return cells ? n / chunk + 2 : (n + chunk - 1) / chunk;
+
+/* Queries that see up to so many keys are for attention of floats, those that see more for attention of halves. */
+int64_t exact_keys(const pe_tensor *k, const pe_tensor *v, int32_t products) {
+  if (cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1) return 0;
+  if (k->shape[2] > MOST_HALVES || v->shape[2] > MOST_HALVES) return ANY;
+  if (products == PE_ATTENTION_PRODUCTS_INT8) return 0;
+  if (k->dtype == PE_F32 && v->dtype == PE_F32) return ANY;
+  const char *own = getenv("PYENGINE_CUDA_EXACT_KEYS");
+  return own ? atoll(own) : EXACT_KEYS;
 }
+
+/* Of a query that sees up to n keys. */
+int64_t chunks_of(int64_t n, bool floats) { return n / (floats ? FLOAT_CHUNK_KEYS : CHUNK_KEYS) + 2; }
 int64_t split_bytes(int64_t m, int64_t h, int64_t f, int64_t chunks) { return m * h * chunks * (wide_of(f) + 2) * 4; }
 
 bool multiple_of_16(const pe_tensor *t) {
   return (((uintptr_t)t->data | (uintptr_t)t->stride[0] | (uintptr_t)t->stride[1]) & 15) == 0;
 }
 
-Form form_of(const pe_tensor *t, bool floats) {
+/* wide: whether it is float32 that is copied as it is, or 16-bit numbers. */
+Form form_of(const pe_tensor *t, bool wide) {
   const pe_format f = cell_format_of(t->dtype);
   if (f.elements > 1) return BLOCKS;
   if (t->stride[2] != f.bytes || t->shape[2] * f.bytes % 16 || !multiple_of_16(t)) return GATHERED;
-  return floats == (t->dtype == PE_F32) ? COPIED : GATHERED;
+  return wide == (t->dtype == PE_F32) ? COPIED : GATHERED;
 }
 
 struct Node {
@@ -202,9 +222,11 @@ pe_status too_large(const Node &n, pe_stream *s) {
 int64_t rows_together(const Job &w) { return w.cells && w.seq ? (w.m + w.n_sequences - 1) / w.n_sequences : w.m; }
 
 pe_status run_floats(Node *n, pe_stream *s) {
-  const int queries = rows_together(n->w) * n->w.group <= 16 ? 8 : 32;
-  const int64_t units = cut_units(&n->w, queries);
+  const bool wide = n->w.e > MOST_HALVES || n->w.f > MOST_HALVES;
+  int queries = rows_together(n->w) * n->w.group <= 16 ? 8 : wide ? 16 : 32;
   lay_out_floats(&n->w, queries);
+  if (n->w.at.bytes > n->shared) lay_out_floats(&n->w, queries = 8);
+  const int64_t units = cut_units(&n->w, queries);
   if (n->w.at.bytes > n->shared) return too_large(*n, s);
   run_few(n, units, queries, stream(s));
   return PE_OK;
@@ -222,7 +244,7 @@ pe_status run_halves(Node *n, pe_stream *s) {
   Job &w = n->w, alone = n->w;
   alone.partials = alone.tops = nullptr;
   if (!lay_out_few(*n, &alone)) return too_large(*n = Node{alone, false, n->shared, 0, 0}, s);
-  int queries = rows_together(w) * w.group > 64 && w.nf <= 4 ? 128 : 64;
+  int queries = w.nf > MOST_HALVES / COLUMNS ? 0 : rows_together(w) * w.group > 64 && w.nf <= 4 ? 128 : 64;
   for (; queries >= 64; queries /= 2) {
     lay_out(&w, queries, queries / 16, queries > 64 ? 2 : 1);
     if (w.at.bytes <= n->shared) break;
@@ -259,6 +281,11 @@ pe_status check(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, cons
   return PE_OK;
 }
 
+void set_chunks(Job *w, int64_t chunks) {
+  w->chunks = (int32_t)chunks;
+  w->tops = w->partials + (int64_t)w->m * w->h * chunks * wide_of(w->f);
+}
+
 template <class T> T *data_of(const pe_tensor *t) { return t ? static_cast<T *>(t->data) : nullptr; }
 
 } // namespace
@@ -267,8 +294,9 @@ template <class T> T *data_of(const pe_tensor *t) { return t ? static_cast<T *>(
 PE_SCRATCH(cuda, attention)(const pe_args *a, const void *params, int32_t n_threads) {
   (void)n_threads;
   const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
-  const bool floats = is_float(k, v, static_cast<const pe_attention_params *>(params)->products);
-  const int64_t one = split_bytes(1, q->shape[1], v->shape[2], chunks_of(k, v, pe_arg(a, 5), floats));
+  const int64_t n = keys_of(k, v, pe_arg(a, 5)), exact = exact_keys(k, v, static_cast<const pe_attention_params *>(params)->products);
+  const int64_t few = exact > 0 ? chunks_of(exact < n ? exact : n, true) : 0, all = n > exact ? chunks_of(n, false) : 0;
+  const int64_t one = split_bytes(1, q->shape[1], v->shape[2], few > all ? few : all);
   int64_t rows = one ? SPLIT_BYTES / one : 0;
   if (rows < SPLIT_ROWS) rows = SPLIT_ROWS;
   return one * (rows < q->shape[0] ? rows : q->shape[0]);
@@ -292,11 +320,22 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
   w.m = (int32_t)q->shape[0], w.h = (int32_t)q->shape[1], w.g = (int32_t)k->shape[0], w.group = w.h / w.g;
   w.e = (int32_t)q->shape[2], w.f = (int32_t)v->shape[2];
   w.ne = (w.e + COLUMNS - 1) / COLUMNS, w.nf = (w.f + COLUMNS - 1) / COLUMNS;
-  n.floats = is_float(k, v, p->products);
-  w.chunks = (int32_t)chunks_of(k, v, cells, n.floats);
-  w.k_form = form_of(k, n.floats), w.v_form = form_of(v, n.floats);
   w.partials = reinterpret_cast<float *>(s->scratch);
-  w.tops = w.partials + (int64_t)w.m * w.h * w.chunks * wide_of(w.f);
   n.shared = shared_limit(queue(s).capability), n.multiprocessors = queue(s).multiprocessors, n.scratch = s->scratch_bytes;
-  return n.floats ? run_floats(&n, s) : run_halves(&n, s);
+  const int64_t keys = keys_of(k, v, cells), exact = exact_keys(k, v, p->products);
+  pe_status done = PE_OK;
+  if (exact > 0) {
+    Node floats = n;
+    floats.floats = true;
+    floats.w.least = 0, floats.w.most = exact;
+    floats.w.narrow = form_of(k, false) == COPIED && form_of(v, false) == COPIED;
+    floats.w.k_form = form_of(k, !floats.w.narrow), floats.w.v_form = form_of(v, !floats.w.narrow);
+    set_chunks(&floats.w, chunks_of(exact < keys ? exact : keys, true));
+    done = run_floats(&floats, s);
+  }
+  if (done != PE_OK || keys <= exact) return done;
+  w.least = exact + 1, w.most = ANY;
+  w.k_form = form_of(k, false), w.v_form = form_of(v, false);
+  set_chunks(&w, chunks_of(keys, false));
+  return run_halves(&n, s);
 }

@@ -3,8 +3,8 @@
  *
  *   query   one head of one row
  *   unit    queries of one sequence and one key/value head: up to `rows` rows times `heads` heads of the group, numbered row by row
- *   chunk   CHUNK_KEYS keys (of floats FLOAT_CHUNK_KEYS, as on the CPU), aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, and chunks are merged in
- *           ascending order
+ *   chunk   CHUNK_KEYS keys (of floats FLOAT_CHUNK_KEYS, as on the CPU), aligned in the LOGICAL numbers of the keys; online softmax
+ *           starts afresh in each, and chunks are merged in ascending order
  *   tile    TILE_KEYS keys, aligned likewise
  *
  * What happens to a query follows from its interval and the numbers of its keys alone. So it has the same bits in every unit, alone or
@@ -36,8 +36,8 @@ struct Areas {
 
 /* How a tile gets into shared memory. */
 enum Form {
-  COPIED,   /* 16 bits an element, copied 16 bytes at a time while other tiles are used */
-  GATHERED, /* any plain numbers at any distance, read and rounded to halves */
+  COPIED,   /* in memory as in shared memory, copied 16 bytes at a time while other tiles are used */
+  GATHERED, /* any plain numbers at any distance, read one by one */
   BLOCKS,   /* copied as it is and unpacked there */
 };
 
@@ -58,7 +58,9 @@ struct Job {
   int32_t rows, heads, head_tiles;  /* of a unit; units that share a group */
   int32_t chunks;                   /* of one query, at most */
   int32_t reach;                    /* of the bias */
+  int64_t least, most;              /* keys of the queries whose turn it is: others are left as they are */
   Form k_form, v_form;
+  bool narrow;                      /* in attention of floats: all of K and V is 16 bits wide and side by side */
   Areas at;
 };
 
@@ -73,7 +75,11 @@ template <class T> __device__ __forceinline__ T *area(int at) { return (T *)(sha
 
 struct Interval { int lo, hi; };
 
-/* The keys of a row; none where its numbers are out of range, which is a fault. */
+__device__ __forceinline__ bool empty(Interval i) { return i.hi <= i.lo; }
+/* Does another kernel attend for this row? */
+__device__ __forceinline__ bool is_anothers(Interval i) { return i.hi < 0; }
+
+/* The keys of a row; none where its numbers are out of range, which is a fault, or where it is another kernel's. */
 __device__ __forceinline__ Interval interval_of(const Job &w, int row, bool say) {
   const int lo = w.lo[row], hi = w.hi[row];
   if (lo >= hi) return Interval{0, 0};
@@ -84,12 +90,12 @@ __device__ __forceinline__ Interval interval_of(const Job &w, int row, bool say)
   else if (w.cells && (int64_t)hi - lo > w.l) bad = true, value = (int64_t)hi - lo, limit = w.l;
   else if (w.cells && w.seq && (w.seq[row] < 0 || w.seq[row] >= w.n_sequences)) bad = true, value = w.seq[row], limit = w.n_sequences;
   if (bad && say) raise(w.fault, PE_BAD_VALUE, value, limit);
-  return bad ? Interval{0, 0} : Interval{lo, hi};
+  if (bad) return Interval{0, 0};
+  return (int64_t)hi - lo < w.least || (int64_t)hi - lo > w.most ? Interval{0, -1} : Interval{lo, hi};
 }
 
 template <int CHUNK = CHUNK_KEYS> __device__ __forceinline__ int first_chunk(Interval i) { return i.lo / CHUNK; }
 template <int CHUNK = CHUNK_KEYS> __device__ __forceinline__ int last_chunk(Interval i) { return (i.hi - 1) / CHUNK; }
-__device__ __forceinline__ bool empty(Interval i) { return i.hi <= i.lo; }
 /* Does it hold a key of the n from `first` on? */
 __device__ __forceinline__ bool meets(Interval i, int64_t first, int n) { return !empty(i) && i.lo - first < n && i.hi > first; }
 
@@ -266,7 +272,7 @@ void attend_few(const Job &w, dim3 grid, cudaStream_t stream);
 /* Make those rows again, each alone, whose results are not finite; areas are those of attend_few. */
 void repair(const Job &w, cudaStream_t stream);
 void attend_many(const Job &w, int queries, dim3 grid, cudaStream_t stream);
-void attend_floats(const Job &w, int queries, dim3 grid, cudaStream_t stream); /* 8 or 32 queries a block */
+void attend_floats(const Job &w, int queries, dim3 grid, cudaStream_t stream); /* 8, 16 or 32 queries a block */
 
 } // namespace pe
 

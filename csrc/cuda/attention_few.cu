@@ -127,7 +127,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
   __syncthreads();
   if (w.partials) return;
   for (int i = warp_of(); i < queries_of(u); i += FEW_WARPS)
-    finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, empty(area<Interval>(w.at.rows)[i]),
+    finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, area<Interval>(w.at.rows)[i],
                  area<float>(w.at.mixing) + warp_of() * max(w.e, w.f));
   __syncthreads();
 }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, N > 1 ? 2 : 3) attend_few_kern
       if (first >= w.group) return;
       u = Unit{row, 1, (int)blockIdx.y * w.group + first, min((int)FEW_QUERIES, w.group - first), blockIdx.y,
                w.seq && w.cells ? w.seq[row] : 0};
-      if (!is_spoilt(w, u)) continue;
+      if (is_anothers(interval_of(w, row, false)) || !is_spoilt(w, u)) continue;
     } else {
       u = unit_at(w, at, blockIdx.y);
       if (u.n_rows == 0) return;
@@ -169,8 +169,10 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, N > 1 ? 2 : 3) attend_few_kern
 void start(const Job &w, dim3 grid, bool alone, cudaStream_t stream) {
   const dim3 block(32 * FEW_WARPS);
   if constexpr (!PE_ONE_INSTANCE)
-    if (w.nf <= FEW_WARPS) return launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone);
-  launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
+    if (w.nf <= 2 * FEW_WARPS)
+      return w.nf <= FEW_WARPS ? launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone)
+                               : launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
+  launch(stream, attend_few_kernel<4>, grid, block, w.at.bytes, w, alone);
 }
 
 } // namespace

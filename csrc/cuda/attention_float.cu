@@ -1,4 +1,4 @@
-/* attention_float.cu: attention whose keys and values are float32, in float32 throughout: an engine's F32 mode, encoders outside of blocks.
+/* attention_float.cu: attention over plain numbers (F32, F16, BF16) in float32 throughout; nothing is rounded but sums.
  *
  * Block (x, y, z) has 128 threads in TY x TX and owns unit x (then x + gridDim.x ...) of key/value head y: 4 TY queries; and of the chunks
  * that it sees those number z, z + gridDim.z ... Thread (ty, tx) makes the scores of queries 4 ty .. 4 ty + 3 and keys tx, tx + TX ...
@@ -7,11 +7,13 @@
  * chunks, tops and all sums are those of csrc/cpu/attention.c, and so are the bits.
  *
  * Shared memory: queries [4 TY][e rounded up to 64, + 4]; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
- * of V, the next one copied while one is used; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4
- * floats more than a multiple of 32 apart, so that 8 threads' 16-byte loads meet no bank twice.
- * Per tile and block: 64 (e + f) * 4 bytes of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): 16 operations a
+ * of V; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4 floats more than a multiple of 32 apart,
+ * so that 8 threads' 16-byte loads meet no bank twice. While a slice is used the next is on its way: floats by cp.async into a second
+ * buffer, 16-bit numbers (NARROW) into 16 registers of each thread, and from there as floats into the one buffer.
+ * Per tile and block: 64 (e + f) numbers of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): of F16 32 operations a
  * byte of K and V from L2; 8 loads of 16 bytes for 64 fma a thread: bound by fma, to about three quarters of their peak. TY = 2
- * (generation): each byte of the cache is read once for 8 heads of a group.
+ * (generation): each byte of the cache is read once for 8 heads of a group, 5 loads of 16 bytes for 16 fma: on an RTX 4090 F16 caches
+ * are the limit, on an H200 shared memory, at some 60% of the bandwidth. TY = 4: heads wider than 256.
  */
 #include "attention_softmax.h"
 
@@ -37,35 +39,75 @@ __device__ __forceinline__ void load_slice(const Cache &c, bool copied, int64_t 
   for (int i = threadIdx.x; i < TILE_KEYS * SLICE; i += THREADS) {
     const int key = i / SLICE, at = first + i % SLICE;
     const bool valid = cells[key] >= 0 && at < c.elements;
-    to[key * PITCH + at - first] = valid ? *(const float *)(cell_at(c, head, cells[key]) + at * c.element) : 0.0f;
+    to[key * PITCH + at - first] = valid ? load_number(c.dtype, cell_at(c, head, cells[key]) + at * c.element) : 0.0f;
   }
 }
 
+/* A slice of 16-bit numbers in the threads' registers: thread 8 i + j has elements 8 j .. 8 j + 7 of keys i, i + 16 .. */
+struct Held {
+  enum { PARTS = SLICE / 8, KEYS = THREADS / PARTS, N = TILE_KEYS / KEYS };
+  uint4 x[N];
+  bool f16;
+
+  __device__ __forceinline__ void load(const Cache &c, int64_t head, const int32_t *cells, int first) {
+    const int at = first + threadIdx.x % PARTS * 8;
+    f16 = c.dtype == PE_F16;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const int cell = cells[threadIdx.x / PARTS + KEYS * n];
+      x[n] = cell >= 0 && at < c.elements ? *(const uint4 *)(cell_at(c, head, cell) + 2 * at) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  __device__ __forceinline__ float2 pair(uint32_t bits) const { return f16 ? unpack_half2(bits) : unpack_bf162(bits); }
+  /* Of 8 lanes the last four write their halves the other way round: 32 different banks. */
+  __device__ __forceinline__ void store(float *to) const {
+    const int part = threadIdx.x % PARTS, second = part >= PARTS / 2;
+    to += threadIdx.x / PARTS * PITCH + 8 * part;
+#pragma unroll
+    for (int n = 0; n < N; n++, to += KEYS * PITCH) {
+      const float2 a = pair(x[n].x), b = pair(x[n].y), c = pair(x[n].z), d = pair(x[n].w);
+      const float4 low = make_float4(a.x, a.y, b.x, b.y), high = make_float4(c.x, c.y, d.x, d.y);
+      *(float4 *)(to + 4 * second) = second ? high : low;
+      *(float4 *)(to + 4 - 4 * second) = second ? low : high;
+    }
+  }
+};
+
 /* Slices of K, then of V, of tile after tile; one is on its way while one is used. */
-struct Slices {
+template <bool NARROW> struct Slices {
   WalkOf<CHUNK> ahead;
   int slice, to;
+  Held held;
 
+  __device__ __forceinline__ Slices(const WalkOf<CHUNK> &first) : ahead(first), slice(0), to(0) {}
   __device__ __forceinline__ float *buffer(const Job &w, int i) const { return area<float>(w.at.k + i * w.at.stage_bytes); }
   __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen) {
     if (ahead.more()) {
       const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK / TILE_KEYS) * TILE_KEYS;
       const int keys = slices_of(w.e), values = slices_of(w.f);
-      if (slice < keys) load_slice(w.k, w.k_form == COPIED, u.g, cells, slice * SLICE, buffer(w, to));
-      else load_slice(w.v, w.v_form == COPIED, u.g, cells, (slice - keys) * SLICE, buffer(w, to));
+      const bool of_keys = slice < keys;
+      const int first = (of_keys ? slice : slice - keys) * SLICE;
+      if constexpr (NARROW) held.load(of_keys ? w.k : w.v, u.g, cells, first);
+      else load_slice(of_keys ? w.k : w.v, (of_keys ? w.k_form : w.v_form) == COPIED, u.g, cells, first, buffer(w, to));
       if (++slice == keys + values) {
         slice = 0;
         if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells<CHUNK>(w, u, seen, ahead.chunk());
       }
     }
+    if constexpr (NARROW) return;
     cp_async_commit();
     to ^= 1;
   }
   /* The next slice; ends with a barrier. */
   __device__ __forceinline__ const float *next(const Job &w, const Unit &u, const Seen &seen) {
-    cp_async_wait<0>();
+    if constexpr (NARROW) {
+      __syncthreads();
+      held.store(buffer(w, 0));
+    } else {
+      cp_async_wait<0>();
+    }
     __syncthreads();
-    const float *is = buffer(w, to ^ 1);
+    const float *is = buffer(w, NARROW ? 0 : to ^ 1);
     load(w, u, seen);
     return is;
   }
@@ -165,6 +207,9 @@ __device__ __forceinline__ void add_slice(const float *p, const float *factor, c
       if constexpr (CPT == 4) {
         const float4 four = *(const float4 *)(v + (key + c) * PITCH + 4 * tx);
         y[0] = four.x, y[1] = four.y, y[2] = four.z, y[3] = four.w;
+      } else if constexpr (CPT == 2) {
+        const float2 two = *(const float2 *)(v + (key + c) * PITCH + 2 * tx);
+        y[0] = two.x, y[1] = two.y;
       } else {
         y[0] = v[(key + c) * PITCH + tx];
       }
@@ -218,7 +263,7 @@ __device__ __forceinline__ void load_floats(const Job &w, const Unit &u, int n, 
 }
 
 /* N: slices of V, at most. */
-template <int TY, int N>
+template <int TY, int N, bool NARROW>
 struct FloatUnit {
   enum { TX = THREADS / TY, QUERIES = OWN * TY, KEYS = TILE_KEYS / TX, CPT = SLICE / TX };
   float acc[N][OWN][CPT], sums[QUERIES / (THREADS / 32)];
@@ -235,7 +280,7 @@ struct FloatUnit {
     for (int i = threadIdx.x; i < QUERIES; i += THREADS) kept.top[i] = PE_NONE;
   }
 
-  __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, const Seen &seen, int tile, Slices &slices, const Kept &kept) {
+  __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, const Seen &seen, int tile, Slices<NARROW> &slices, const Kept &kept) {
     const int ty = threadIdx.x / TX, tx = threadIdx.x % TX, pitch = slices_of(w.e) * SLICE + 4;
     float s[OWN][KEYS] = {}, factor[OWN];
     for (int i = 0; i < slices_of(w.e); i++)
@@ -264,7 +309,7 @@ struct FloatUnit {
     WalkOf<CHUNK> now = {0, 0};
     now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
     if (now.more()) {
-      Slices slices = {now, 0, 0};
+      Slices<NARROW> slices(now);
       find_cells<CHUNK>(w, u, seen, now.chunk());
       slices.load(w, u, seen);
       clear(kept);
@@ -285,32 +330,44 @@ struct FloatUnit {
     }
     if (w.partials) return;
     for (int i = warp_of(); i < queries_of(u); i += THREADS / 32)
-      finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, empty(area<Interval>(w.at.rows)[i]), nullptr);
+      finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, area<Interval>(w.at.rows)[i], nullptr);
   }
 };
 
-template <int TY, int N>
-__global__ void __launch_bounds__(THREADS, 2) attend_floats_kernel(const Job w) {
+/* Blocks beside each other on a multiprocessor, for which registers are kept few enough. */
+template <int TY, int N> constexpr int BESIDE = TY == 2 && N == 2 ? 3 : 2;
+
+template <int TY, int N, bool NARROW>
+__global__ void __launch_bounds__(THREADS, BESIDE<TY, N>) attend_floats_kernel(const Job w) {
   for (int at = blockIdx.x;; at += gridDim.x) {
     const Unit u = unit_at(w, at, blockIdx.y);
     if (u.n_rows == 0) return;
-    FloatUnit<TY, N> unit;
+    FloatUnit<TY, N, NARROW> unit;
     unit.run(w, u);
     __syncthreads();
   }
 }
 
-template <int TY>
+template <int TY, int N>
 void launch_floats(const Job &w, dim3 grid, cudaStream_t stream) {
-  const dim3 block(THREADS);
-  if constexpr (!PE_ONE_INSTANCE)
-    if (w.f <= 2 * SLICE) return launch(stream, attend_floats_kernel<TY, 2>, grid, block, w.at.bytes, w);
-  launch(stream, attend_floats_kernel<TY, 4>, grid, block, w.at.bytes, w);
+  if (w.narrow) launch(stream, attend_floats_kernel<TY, N, true>, grid, dim3(THREADS), w.at.bytes, w);
+  else launch(stream, attend_floats_kernel<TY, N, false>, grid, dim3(THREADS), w.at.bytes, w);
+}
+
+/* MOST: slices of V, at most. */
+template <int TY, int MOST>
+void launch_narrowest(const Job &w, dim3 grid, cudaStream_t stream) {
+  if constexpr (!PE_ONE_INSTANCE && TY != 4) {
+    if (w.f <= 2 * SLICE) return launch_floats<TY, 2>(w, grid, stream);
+    if (w.f <= 4 * SLICE && MOST > 4) return launch_floats<TY, 4>(w, grid, stream);
+  }
+  launch_floats<TY, MOST>(w, grid, stream);
 }
 
 } // namespace
 
 void pe::attend_floats(const Job &w, int queries, dim3 grid, cudaStream_t stream) {
-  if (queries == 8) launch_floats<2>(w, grid, stream);
-  else launch_floats<8>(w, grid, stream);
+  if (queries == 8) launch_narrowest<2, 8>(w, grid, stream);
+  else if (queries == 16) launch_narrowest<4, 8>(w, grid, stream);
+  else launch_narrowest<8, 4>(w, grid, stream);
 }

@@ -103,7 +103,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
   }
   __syncwarp();
   for (int i = 16 * warp_of(); i < min(16 * warp_of() + 16, queries_of(u)); i++)
-    finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, empty(area<Interval>(w.at.rows)[i]),
+    finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, area<Interval>(w.at.rows)[i],
                  area<float>(w.at.mixing) + warp_of() * max(w.e, w.f));
   __syncthreads();
 }

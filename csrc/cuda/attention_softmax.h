@@ -211,9 +211,10 @@ __device__ __forceinline__ void settle(const Job &w, const Unit &u, int i, int c
 
 /* ---- the end of a unit: by a warp, for one of its queries, after its results are in `out` ---- */
 
-/* Zeros where nothing was seen; results of values in blocks are mixed back. x: room for f floats in shared memory. */
-__device__ __forceinline__ void finish_query(const Job &w, float *out, bool nothing, float *x) {
-  if (nothing) {
+/* Zeros where nothing is seen; results of values in blocks are mixed back. x: room for f floats in shared memory. */
+__device__ __forceinline__ void finish_query(const Job &w, float *out, Interval seen, float *x) {
+  if (is_anothers(seen)) return;
+  if (empty(seen)) {
     for (int j = lane_of(); j < w.f; j += 32) out[j] = 0.0f;
   } else if (in_blocks(w.v)) {
     for (int j = lane_of(); j < w.f; j += 32) x[j] = out[j];

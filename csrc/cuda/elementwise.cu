@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) binary_kernel(pe::Walk w, const float
 /* A function of one number, as the kernels below take it. */
 template <int KIND>
 struct Activation {
-  __device__ __forceinline__ float operator()(float v) const { return pe::activate<KIND>(v); }
+  __device__ __forceinline__ float operator()(float v) const { return pe::activated(KIND, v); }
 };
 struct Scale {
   float factor, offset;

@@ -111,10 +111,10 @@ __device__ __forceinline__ const uint8_t *group_of(const Product &p, const Span 
 
 __device__ __forceinline__ float glu_of(int kind, float y) {
   switch (kind) {
-    case PE_LINEAR_GLU_SILU: return activate<PE_UNARY_KIND_SILU>(y);
-    case PE_LINEAR_GLU_GELU_TANH: return activate<PE_UNARY_KIND_GELU_TANH>(y);
-    case PE_LINEAR_GLU_GELU: return activate<PE_UNARY_KIND_GELU>(y);
-    case PE_LINEAR_GLU_RELU: return activate<PE_UNARY_KIND_RELU>(y);
+    case PE_LINEAR_GLU_SILU: return activated(ACT_SILU, y);
+    case PE_LINEAR_GLU_GELU_TANH: return activated(ACT_GELU_TANH, y);
+    case PE_LINEAR_GLU_GELU: return activated(ACT_GELU, y);
+    case PE_LINEAR_GLU_RELU: return activated(ACT_RELU, y);
     default: return y;
   }
 }

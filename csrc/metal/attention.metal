@@ -13,7 +13,8 @@
  * 8 products one after the other, as in emulation, results over caches of plain numbers have the CPU's bits.
  *
  * Where keys lie in blocks, queries are mixed and rounded to 8 bits first, one scale a head, and products are of codes, exact in float: each
- * block's sum times its scale joins the score, as on the CPU; results over blocks are mixed back. products="int8" allows the CPU to round more; here it is computed as "float".
+ * block's sum times its scale joins the score, as on the CPU; results over blocks are mixed back. products="int8" allows the CPU to round
+ * more; here it is computed as "float". Values wider than 256 take 8 queries a threadgroup, whose sums then fit the registers.
  *
  * Roofline of attention_chunks: a threadgroup reads the cells of its keys once. Of each byte of F16, 8 queries make 8 operations and 32
  * make 32; an M3 Max has time for 35 (400 GB/s, 14 TFLOP/s). So memory is the limit for single rows, and products are for prompts, where
@@ -28,7 +29,7 @@ PE_CONSTANT(int, K_FORMAT, 0);
 PE_CONSTANT(int, V_FORMAT, 1);
 PE_CONSTANT(bool, K_WHOLE, 2);     /* elements of a cell lie side by side, four of them aligned; blocks: cells are whole words */
 PE_CONSTANT(bool, V_WHOLE, 3);
-PE_CONSTANT(int, TILES, 4);        /* of 8 queries in a threadgroup: 1 or 4 */
+PE_CONSTANT(int, TILES, 4);        /* of 8 queries in a threadgroup: 1 or 4; 1 with more than 4 slices */
 PE_CONSTANT(int, SLICES, 5);       /* of 64 elements of a value */
 PE_CONSTANT(bool, PAGED, 6);       /* keys lie in cells that a table names */
 PE_CONSTANT(bool, SEQUENCED, 7);   /* rows belong to sequences of that table */
@@ -37,7 +38,7 @@ PE_CONSTANT(bool, SPLIT, 9);
 PE_CONSTANT(bool, SUNK, 10);       /* there are sinks */
 PE_CONSTANT(bool, BIASED, 11);     /* scores get what their distance adds */
 
-enum { HALF = 32, TILE = 64, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 68, MOST_QUERIES = 32, MOST_WIDTH = 256, RAW_STRIDE = 276 };
+enum { HALF = 32, TILE = 64, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 68, MOST_QUERIES = 32, MOST_WIDTH = 512, RAW_RUN = 256, RAW_STRIDE = 276 };
 
 struct attention_args {
   int m, heads, group, slots;      /* group: heads of a key/value head; slots: queries of a row, group or more */
@@ -56,7 +57,7 @@ struct attention_args {
  *
  * A simdgroup owns one query: times scale, to queries[head][query][eq], with zeros behind. Where keys lie in blocks it is mixed, and becomes
  * codes; behind them what one is worth, and the sum of each 32.
- * Shared memory: 512 floats, to mix. 8 bytes of traffic an element.
+ * Shared memory: 1024 floats, to mix. 8 bytes of traffic an element.
  */
 kernel void attention_queries(constant attention_args &a [[buffer(0)]], device const uchar *q [[buffer(1)]],
                               device float *queries [[buffer(2)]], threadgroup float *shared [[threadgroup(0)]],
@@ -86,7 +87,7 @@ kernel void attention_queries(constant attention_args &a [[buffer(0)]], device c
 /* Floats of the shared memory of attention_chunks before each area, 19.8 KB and 8.8 for blocks: places in a matrix; of each query its
  * interval, that in the run of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile;
  * whether a simdgroup loaded a value that is no number; scores, then probabilities [query][68]; 64 elements of keys or values of half a
- * tile [32][68]; cells of blocks as they are [32][276 bytes]. */
+ * tile [32][68]; 256 elements of cells of blocks as they are [32][276 bytes]. */
 enum {
   AT_PLACES = 0,
   AT_LO = 64,
@@ -166,12 +167,13 @@ static inline void find_cells(constant attention_args &a, thread const work &w, 
   ints(shared, AT_CELLS)[w.index] = cell;
 }
 
-/* The cells of half a tile, whose elements are blocks, as they are, all at once: blocks end anywhere in a sector, and a thread's part of one
- * would be three requests. */
-static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int count, int half_,
+/* The run of 256 elements from `from` on in the cells of half a tile, whose elements are blocks, as they are, all at once: blocks end anywhere
+ * in a sector, and a thread's part of one would be three requests. */
+static inline void copy_cells(int format, bool words, device const uchar *head, long cell_bytes, int from, int count, int half_,
                               threadgroup float *shared, int index) {
   threadgroup uchar *raw = (threadgroup uchar *)(shared + AT_RAW);
-  const int size = words ? 4 : 2, parts = count / 32 * block_bytes(format) / size;
+  const int size = words ? 4 : 2, parts = min((int)RAW_RUN, count - from) / 32 * block_bytes(format) / size;
+  head += from / 32 * block_bytes(format);
   for (int i = index; i < HALF * parts; i += 128) {
     const int key = i / parts, at = i % parts * size, cell = ints(shared, AT_CELLS)[HALF * half_ + key];
     if (cell < 0) continue;
@@ -191,7 +193,7 @@ static inline bool load_slice(int format, bool codes, bool whole, device const u
     float4 y = float4(0.0f);
     if (cell >= 0 && i < count) {
       threadgroup const uchar *raw = (threadgroup const uchar *)(shared + AT_RAW) + key * RAW_STRIDE;
-      if (is_block(format)) y = codes ? codes4(format, raw, i) : block4(format, raw, i);
+      if (is_block(format)) y = codes ? codes4(format, raw, i % RAW_RUN) : block4(format, raw, i % RAW_RUN);
       else y = load_cell4(format, whole, head + cell * cell_bytes, step, i, count);
     }
     for (int j = 0; j < 4; j++) good = good && isfinite(y[j]);
@@ -206,7 +208,7 @@ static inline void add_block(constant attention_args &a, thread const work &w, d
   threadgroup const uchar *raw = (threadgroup const uchar *)(shared + AT_RAW);
   for (int t = 0; t < n; t++) {
     for (int e = 0; e < 2; e++) {
-      const float2 of = scales_of(K_FORMAT, raw + (key0 + 8 * t + w.c[e]) * RAW_STRIDE, block);
+      const float2 of = scales_of(K_FORMAT, raw + (key0 + 8 * t + w.c[e]) * RAW_STRIDE, block % (RAW_RUN / 32));
       float y = fma(s[t].thread_elements()[e], of.x, total[2 * t + e]);
       if (K_FORMAT == PE_Q4_1) y = fma(q[w.r[e] * a.eq + a.ep + 1 + block], of.y, y);
       total[2 * t + e] = y;
@@ -224,8 +226,8 @@ static inline void score_keys(constant attention_args &a, thread const work &w, 
   float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};   /* of blocks */
   for (int t = 0; t < n; t++) s[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   k += w.head * a.k_head;
-  if (is_block(K_FORMAT)) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, a.e, half_, shared, w.index);
   for (int from = 0; from < a.ep; from += SLICE) {
+    if (is_block(K_FORMAT) && from % RAW_RUN == 0) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, from, a.e, half_, shared, w.index);
     load_slice(K_FORMAT, is_block(K_FORMAT), K_WHOLE, k, a.k_cell, a.k_step, from, a.e, half_, shared, w.index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = 0; i < min((int)SLICE, a.ep - from); i += 8) {
@@ -323,9 +325,10 @@ static inline void add_bad_values(thread const work &w, int key0, int half_, int
 static inline void add_values(constant attention_args &a, thread const work &w, int key0, int half_, bool shrinks, device const uchar *v,
                               threadgroup float *shared, thread outputs &o) {
   v += w.head * a.v_head;
-  if (is_block(V_FORMAT)) copy_cells(V_FORMAT, V_WHOLE, v, a.v_cell, a.f, half_, shared, w.index);
   PE_UNROLL
   for (int slice = 0; slice < SLICES; slice++) {
+    if (is_block(V_FORMAT) && SLICE * slice % RAW_RUN == 0)
+      copy_cells(V_FORMAT, V_WHOLE, v, a.v_cell, SLICE * slice, a.f, half_, shared, w.index);
     const bool good = load_slice(V_FORMAT, false, V_WHOLE, v, a.v_cell, a.v_step, SLICE * slice, a.f, half_, shared, w.index);
     const bool all_good = simd_all(good);
     if (w.lane == 0) ints(shared, AT_BAD)[w.warp] = !all_good;
@@ -492,7 +495,7 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
  *
  * A simdgroup owns one query, a lane every 32nd element of it: with SPLIT it merges the chunks in ascending order, as merge_chunk does,
  * four of which are loaded at once; then acc / sum, a sink joining the sum only, and over values in blocks the result is mixed back.
- * Shared memory: 512 floats, to mix. With SPLIT 4 f bytes are read for each chunk and head, beside the chunk's 1024 f of F16.
+ * Shared memory: 1024 floats, to mix. With SPLIT 4 f bytes are read for each chunk and head, beside the chunk's 1024 f of F16.
  */
 
 enum { LANE_ELEMENTS = MOST_WIDTH / 32, AT_ONCE = 4 };

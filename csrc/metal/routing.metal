@@ -1,9 +1,9 @@
 /* routing.metal: mixtures of experts, around the products: the choice of experts for each row, and the sum of what they give.
  * Reference: pyengine/ops/experts.py: top_experts, sum_experts.
  *
- * pick_experts   A simdgroup owns a row of n <= 1024 scores, four rows a threadgroup. A lane keeps which of its own (i, i + 32 ..) are
- *                taken in the bits of a word; an expert is picked by a maximum over the lanes, then a minimum of numbers. Threadgroup
- *                memory: n floats a row, the gates. n scores are read once for each expert picked, from the cache after the first.
+ * pick_experts   A simdgroup owns a row of n scores, up to four rows a threadgroup. An expert is picked by a maximum over the lanes, then a
+ *                minimum of numbers; the lane whose own it is (i, i + 32 ..) marks it as taken. Threadgroup memory: n floats a row, the
+ *                gates, which are not negative; -1 is taken. n scores are read once for each expert picked, from the cache after the first.
  * add_experts    A thread owns one element of the sum; it reads 4 (u + 1) bytes for each 4 it writes.
  */
 #include "activations.h"
@@ -32,15 +32,13 @@ kernel void pick_experts(constant pick_args &a [[buffer(0)]], device const float
     const float sum = simdgroup_row_sum(g, a.n, false, 0.0f, lane); /* of numbers that this lane has written */
     for (int i = lane; i < a.n; i += 32) g[i] /= sum;
   }
-  simdgroup_barrier(mem_flags::mem_threadgroup);
-  uint taken = 0;
   float total = 0.0f;
   for (int u = 0; u < a.used; u++) {
     float best = -INFINITY;
     int who = a.n;                   /* of what is left: the largest, the first of equals; a NaN counts as the least */
-    for (int i = lane, bit = 0; i < a.n; i += 32, bit++) {
+    for (int i = lane; i < a.n; i += 32) {
       const float key = bias ? g[i] + bias[i] : x[i];
-      if (taken >> bit & 1u) continue;
+      if (g[i] < 0.0f) continue;
       if (who == a.n || key > best) {
         best = isnan(key) ? -INFINITY : key;
         who = i;
@@ -48,11 +46,13 @@ kernel void pick_experts(constant pick_args &a [[buffer(0)]], device const float
     }
     const float most = simd_max(best);
     const int winner = simd_min(who < a.n && best == most ? who : a.n);
-    if (winner % 32 == lane) taken |= 1u << (winner / 32);
-    total += g[winner];
+    float gate = 0.0f;
+    if (winner % 32 == lane) gate = g[winner], g[winner] = -1.0f;
+    gate = simd_shuffle(gate, (ushort)(winner % 32));
+    total += gate;
     if (lane == 0) {
       chosen[(long)row * a.used + u] = winner;
-      gates[(long)row * a.used + u] = g[winner];
+      gates[(long)row * a.used + u] = gate;
     }
   }
   if (lane != 0) return;

@@ -165,11 +165,13 @@ class Backend(ABC):
     kernels  names of the ops that it computes itself; None: every op there is
     apart    its memory is its own: inputs and outputs are copied
     widest   most elements of a head that its attention takes; None: any
+    experts  most experts that a row can choose from; None: any
     """
 
     name: ClassVar[str]
     apart: ClassVar[bool] = False
     widest: ClassVar[int | None] = None
+    experts: ClassVar[int | None] = None
     kernels: frozenset[str] | None = None
 
     @abstractmethod

@@ -106,10 +106,11 @@ class ModelLayout:
         heads = [head_dim for _, head_dim in self.bound.model.cache_shapes()]
         k, v = check_heads(want.kv_dtype, heads)
         for name in filter(is_card, self.places):
-            most, widest = self._backend_of(name).widest, max(heads, default=0)
-            if most is not None and widest > most:
-                raise UnsupportedModelError(f"device={name!r}: attention there takes heads of {most} elements at most, and this model has {widest}; give "
-                                            "device='cpu'")
+            own = self._backend_of(name)
+            for what, most, n in (("attention there takes heads of {} elements", own.widest, max(heads, default=0)),
+                                  ("a row there chooses from {} experts", own.experts, getattr(c, "n_experts", 0))):
+                if most is not None and n > most:
+                    raise UnsupportedModelError(f"device={name!r}: {what.format(most)} at most, and this model has {n}; give device='cpu'")
         n_batch, n_head = step_rows(n_ctx, want.n_batch, want.n_seq, self.bound.atomic_rows, c.vocab_size)
         image, runs, across = self.bound.image, {}, 0
         if image is not None:

@@ -1,15 +1,20 @@
 """`attention`, `rope_append` and `cache_append` on CUDA cards, emulated or not: the tests of the CPU's kernels, and what only these kernels
-have: halves on tensor cores, chunks that are spread over the card, units of 8 to 128 queries.
+have: floats for queries of few keys and halves on tensor cores for the others, chunks that are spread over the card, units of 8 to 128
+queries, heads of 512.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 from device_kernels import DeviceKernels
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from op_cases import bits, CACHES, close, KernelError, loaded, make_inputs, reference, rng_of, stored, Value
 from test_kernels import (  # noqa: F401
     attend, ATTENTION, attention_cases, isas, Kernels, SLOW, test_a_masked_key_contributes_nothing_whatever_it_holds,
@@ -38,6 +43,32 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return Kernels(isas()[-1], tmp_path_factory.mktemp("rope"), [rules.CSRC / "cpu" / "rope.c"])
 
 
+BORDER = "PYENGINE_CUDA_EXACT_KEYS"
+ALL_FLOATS, ALL_HALVES = 1 << 30, 0
+
+
+@contextmanager
+def border(keys: int) -> Iterator[None]:
+    """Queries of up to so many keys are for floats."""
+    os.environ[BORDER] = str(keys)
+    try:
+        yield
+    finally:
+        del os.environ[BORDER]
+
+
+@pytest.fixture(params=[ALL_FLOATS, ALL_HALVES], ids=["floats", "halves"])
+def exact(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both kernels of plain numbers, one after the other."""
+    with border(request.param):
+        yield request.param > 0
+
+
+def most_of(kind: str, exact: bool) -> float:
+    """How far results may be from the reference, of values of about 1."""
+    return 2e-6 if kind == "F32" or exact and kind in ("F16", "BF16") else 1e-3
+
+
 def alone(kernels: DeviceKernels, inputs: list[Value], got: np.ndarray, **params: Any) -> None:
     """The same bits for a row alone, and for some rows in another order."""
     q, k, v, lo, hi, cells, seq, sinks = inputs
@@ -47,31 +78,33 @@ def alone(kernels: DeviceKernels, inputs: list[Value], got: np.ndarray, **params
         assert bits(attend(kernels, part, **params)) == bits(got[rows]), f"rows {rows} differ in other company"
 
 
-def compare(kernels: DeviceKernels, inputs: list[Value], params: dict[str, Any]) -> None:
+def compare(kernels: DeviceKernels, inputs: list[Value], params: dict[str, Any], exact: bool) -> None:
     """Against the reference, and row by row."""
     q, k, v = inputs[:3]
     (want,) = reference(ATTENTION, inputs, params)
     got = attend(kernels, inputs, **params)
     # a score's error is that of its sum; it enters the result through exp, times the spread of the values
     spread = 1 + np.abs(params["scale"]) * np.abs(q).max(initial=0) * np.sqrt(q.shape[2]) * 4
-    floats = all(isinstance(c, np.ndarray) and c.dtype == np.float32 for c in (k, v))
+    floats = all(isinstance(c, np.ndarray) and (exact or c.dtype == np.float32) for c in (k, v))
     close(got, want, (3e-7 if floats else 4e-4) * spread, np.abs(loaded(v)[np.isfinite(loaded(v))]).max(initial=0), "attention")
     alone(kernels, inputs, got, **params)
 
 
 @settings(SLOW, max_examples=25)
-@given(attention_cases())
-def test_any_case(kernels: DeviceKernels, case: Any) -> None:
+@given(attention_cases(), st.sampled_from([ALL_FLOATS, ALL_HALVES, 50, 200]))
+def test_any_case(kernels: DeviceKernels, case: Any, exact: int) -> None:
     inputs, params = case
-    compare(kernels, inputs, params)
+    with border(exact):
+        compare(kernels, inputs, params, exact == ALL_FLOATS)
 
 
 @pytest.mark.slow
 @settings(SLOW, max_examples=400)
-@given(attention_cases())
-def test_many_cases(kernels: DeviceKernels, case: Any) -> None:
+@given(attention_cases(), st.sampled_from([ALL_FLOATS, ALL_HALVES, 50, 200]))
+def test_many_cases(kernels: DeviceKernels, case: Any, exact: int) -> None:
     inputs, params = case
-    compare(kernels, inputs, params)
+    with border(exact):
+        compare(kernels, inputs, params, exact == ALL_FLOATS)
 
 
 def prompt(kind: str, e: int, f: int, m: int = 150, g: int = 2, group: int = 3, first: int = 0) -> tuple[list[Value], dict[str, Any]]:
@@ -87,17 +120,29 @@ def prompt(kind: str, e: int, f: int, m: int = 150, g: int = 2, group: int = 3, 
 
 @pytest.mark.parametrize("e,f", [(64, 64), (128, 128), (32, 96), (96, 32), (256, 256), pytest.param(192, 128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_heads_of_any_width(kernels: DeviceKernels, kind: str, e: int, f: int) -> None:
+def test_heads_of_any_width(kernels: DeviceKernels, exact: bool, kind: str, e: int, f: int) -> None:
     """A prompt's rows together, and the last of them alone: other kernels, the same bits."""
     inputs, params = prompt(kind, e, f, m=90)
     (want,) = reference(ATTENTION, inputs, params)
     got = attend(kernels, inputs, **params)
-    close(got, want, 1e-3, 1.0)
+    close(got, want, most_of(kind, exact), 1.0)
+    alone(kernels, inputs, got, **params)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", pytest.param("F32", marks=pytest.mark.slow), pytest.param("Q4_1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability", ["90", pytest.param("75", marks=pytest.mark.slow)])
+def test_wide_heads(monkeypatch: pytest.MonkeyPatch, kind: str, capability: str) -> None:
+    """Heads of 512: floats with any number of keys, and blocks; on cards with little shared memory too."""
+    monkeypatch.setenv("PYENGINE_EMULATED_SM", capability)
+    kernels = DeviceKernels(library(True), 1)
+    inputs, params = prompt(kind, 512, 512, m=40, g=1, group=4, first=300)
+    got = attend(kernels, inputs, **params)
+    close(got, reference(ATTENTION, inputs, params)[0], most_of(kind, True), 1.0)
     alone(kernels, inputs, got, **params)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
-def test_cards_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_cards_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch, exact: bool, kind: str) -> None:
     """sm_75 has 64 KB a block: of heads of 256 a tile of K, then of V. The bits are those of cards with room for both."""
     inputs, params = prompt(kind, 256, 256, m=70)
     got = []
@@ -105,7 +150,7 @@ def test_cards_with_little_shared_memory(monkeypatch: pytest.MonkeyPatch, kind: 
         monkeypatch.setenv("PYENGINE_EMULATED_SM", capability)
         kernels = DeviceKernels(library(True), 1)
         got.append(attend(kernels, inputs, **params))
-    close(got[1], reference(ATTENTION, inputs, params)[0], 1e-3, 1.0)
+    close(got[1], reference(ATTENTION, inputs, params)[0], most_of(kind, exact), 1.0)
     assert bits(got[0]) == bits(got[1])
 
 
@@ -127,8 +172,8 @@ def test_heads_of_encoders(kernels: DeviceKernels, e: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
-def test_many_chunks(kernels: DeviceKernels, kind: str) -> None:
-    """Generation of several sequences, a prompt's end beside them: chunks of 512 keys are made by several blocks, merged in order."""
+def test_many_chunks(kernels: DeviceKernels, exact: bool, kind: str) -> None:
+    """Generation of several sequences, a prompt's end beside them: chunks are made by several blocks, and merged in order."""
     rng = rng_of(("chunks", kind))
     n, g, h, e = 1300, 1, 4, 64
     q = rng.standard_normal((7, h, e)).astype(np.float32)
@@ -141,23 +186,40 @@ def test_many_chunks(kernels: DeviceKernels, kind: str) -> None:
     params = {"scale": e**-0.5, "softcap": 20.0}
     (want,) = reference(ATTENTION, inputs, params)
     got = attend(kernels, inputs, **params)
-    close(got, want, 2e-6 if kind == "F32" else 1e-3, 1.0)
+    close(got, want, most_of(kind, exact), 1.0)
     for i in range(7):
         part = [q[i : i + 1], k, v, lo[i : i + 1], hi[i : i + 1], cells, seq[i : i + 1], inputs[7]]
         assert bits(attend(kernels, part, **params)) == bits(got[i : i + 1]), f"row {i} alone"
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", pytest.param("Q8_0", marks=pytest.mark.slow)])
-def test_a_prompt_beside_generation(kernels: DeviceKernels, kind: str) -> None:
+def test_a_prompt_beside_generation(kernels: DeviceKernels, exact: bool, kind: str) -> None:
     """300 rows behind 700 keys, many rows to a block: each chunk's sums join those before it; rows of them alone have the same bits."""
     inputs, params = prompt(kind, 64, 64, m=300, g=1, group=4, first=700)
     got = attend(kernels, inputs, **params)
     (want,) = reference(ATTENTION, inputs, params)
-    close(got, want, 2e-6 if kind == "F32" else 1e-3, 1.0)
+    close(got, want, most_of(kind, exact), 1.0)
     q, k, v, lo, hi, cells, _, _ = inputs
     for rows in (np.s_[:1], np.s_[37:45], np.s_[100:200], np.s_[299:]):
         part = [q[rows], k, v, lo[rows], hi[rows], cells, None, None]
         assert bits(attend(kernels, part, **params)) == bits(got[rows]), f"rows {rows}"
+
+
+def test_both_kinds_of_queries_in_one_node(kernels: DeviceKernels) -> None:
+    """Rows of up to 100 keys have the bits of floats, those of more the bits of halves, and of two sequences neither disturbs the other."""
+    inputs, params = prompt("F16", 64, 64, m=150, g=1, group=2)
+    cells = np.tile(inputs[5], (2, 1))
+    inputs = [np.tile(x, (2, 1, 1)[: x.ndim]) if i in (0, 3, 4) else x for i, x in enumerate(inputs)]
+    inputs[3:7] = [np.tile(inputs[3][:150], 2), np.tile(inputs[4][:150], 2), cells, np.repeat(np.arange(2, dtype=np.int32), 150)]
+    for rows in (np.s_[:], np.s_[90:110]):
+        part = [np.ascontiguousarray(inputs[0][rows]), *inputs[1:3], *(x[rows] for x in inputs[3:5]), cells, inputs[6][rows], None]
+        got = {}
+        for keys in (100, ALL_FLOATS, ALL_HALVES):
+            with border(keys):
+                got[keys] = attend(kernels, part, **params)
+        few = part[4] <= 100
+        assert few.any() and not few.all()
+        assert bits(got[100][few]) == bits(got[ALL_FLOATS][few]) and bits(got[100][~few]) == bits(got[ALL_HALVES][~few])
 
 
 def test_scores_of_blocks_are_the_cpus(kernels: DeviceKernels) -> None:
@@ -181,7 +243,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("message,change", HOSTILE, ids=[f"{m} {next(iter(c))}" for m, c in HOSTILE])
 @pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_hostile_numbers_are_refused(kernels: DeviceKernels, kind: str, message: str, change: dict[str, int]) -> None:
+def test_hostile_numbers_are_refused(kernels: DeviceKernels, exact: bool, kind: str, message: str, change: dict[str, int]) -> None:
     """What only the device sees: the row is left out and the program fails, with the number and its limit."""
     q, k = np.ones((2, 2, 16), np.float32), stored(np.ones((1, 40, 16), np.float32), kind)
     lo, hi = np.array([0, change.get("lo", 0)], np.int32), np.array([1, change.get("hi", 3)], np.int32)

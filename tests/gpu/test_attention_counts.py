@@ -42,6 +42,18 @@ def kernels() -> Watched:
     return Watched(Library(build.emulated(True), True))
 
 
+@pytest.fixture(params=[1 << 30, 0], ids=["floats", "halves"])
+def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both kernels of plain numbers, one after the other."""
+    monkeypatch.setenv("PYENGINE_CUDA_EXACT_KEYS", str(request.param))
+    return request.param > 0
+
+
+def floats(kind: str, exact: bool) -> bool:
+    """Whether queries are for attention of floats."""
+    return kind == "F32" or exact and not kind.startswith("Q")
+
+
 def attend(kernels: Watched, inputs: list[Value], **params: Any) -> Counted:
     """Counts of one call."""
     q, _, v = inputs[:3]
@@ -61,14 +73,14 @@ def copies(kind: str) -> float:
 
 @pytest.mark.parametrize("e", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_reads_the_cache_once(kernels: Watched, kind: str, e: int) -> None:
+def test_generation_reads_the_cache_once(kernels: Watched, exact: bool, kind: str, e: int) -> None:
     """One token with 8 heads that share 2: every byte of K and V once for all heads of a group, sectors within 3% of the least."""
     rng = rng_of((kind, e))
     n = 1024
     k, v = (stored(rng.standard_normal((2, n, e)), kind) for _ in range(2))
     q, one = rng.standard_normal((1, 8, e)).astype(np.float32), np.zeros(1, np.int32)
     counts = attend(kernels, [q, k, v, one, one + n, np.arange(n, dtype=np.int32)[None], None, None])
-    name = "attend_floats_kernel" if kind == "F32" else "attend_few_kernel"
+    name = "attend_floats_kernel" if floats(kind, exact) else "attend_few_kernel"
     for c in (k, v):
         loads, stores = counts.buffer(name, kernels.address(c))
         assert loads.bytes == bytes_of(c) and stores.bytes == 0
@@ -77,20 +89,20 @@ def test_generation_reads_the_cache_once(kernels: Watched, kind: str, e: int) ->
     assert counts[name].shared_stores.conflicts <= copies(kind) * counts[name].shared_stores.sectors
     tiles, columns = 2 * n // 64, e // 32
     scores = 8 * columns * (2 if kind in ("F16", "BF16") else 1)
-    assert counts[name].mma == (0 if kind == "F32" else tiles * (scores + 16 * columns + 16))
+    assert counts[name].mma == (0 if floats(kind, exact) else tiles * (scores + 16 * columns + 16))
     merged, _ = counts.buffer("merge_kernel", kernels.address(q))
     assert merged.bytes == 0 and counts["merge_kernel"].blocks == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_shares_its_tiles(kernels: Watched, kind: str) -> None:
+def test_a_prompt_shares_its_tiles(kernels: Watched, exact: bool, kind: str) -> None:
     """256 rows that see each other, one head of 128: K and V are read once for each unit, in whole sectors."""
     rng = rng_of(("prompt", kind))
     m = 256
     q, lo = rng.standard_normal((m, 1, 128)).astype(np.float32), np.zeros(m, np.int32)
     k, v = (stored(rng.standard_normal((1, m, 128)), kind) for _ in range(2))
     counts = attend(kernels, [q, k, v, lo, lo + m, None, None, None])
-    name, queries = ("attend_floats_kernel", 32) if kind == "F32" else ("attend_many_kernel", 128)
+    name, queries = ("attend_floats_kernel", 32) if floats(kind, exact) else ("attend_many_kernel", 128)
     units = m // queries
     assert counts[name].blocks == units
     for c in (k, v):
@@ -99,11 +111,12 @@ def test_a_prompt_shares_its_tiles(kernels: Watched, kind: str) -> None:
     assert counts[name].shared_loads.conflicts == 0
     assert counts[name].shared_stores.conflicts <= copies(kind) * counts[name].shared_stores.sectors
     scores = 8 * 4 * (2 if kind in ("F16", "BF16") else 1)
-    assert counts[name].mma == (0 if kind == "F32" else m // 16 * (m // 64) * (scores + 16 * 4 + 4))
+    assert counts[name].mma == (0 if floats(kind, exact) else m // 16 * (m // 64) * (scores + 16 * 4 + 4))
 
 
-def test_a_causal_prompt_skips_tiles(kernels: Watched) -> None:
+def test_a_causal_prompt_skips_tiles(kernels: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles behind all rows of a unit are not read, and those behind all of a warp's 16 rows give no work."""
+    monkeypatch.setenv("PYENGINE_CUDA_EXACT_KEYS", "0")
     rng = rng_of("causal")
     m = 256
     q, lo = rng.standard_normal((m, 1, 64)).astype(np.float32), np.zeros(m, np.int32)

@@ -49,10 +49,11 @@ def test_any_case(kernels: MetalKernels, case: Any) -> None:
     compare(kernels, inputs, params)
 
 
-@pytest.mark.parametrize("e,f,cache", [(256, 256, "F16"), (192, 128, "BF16"), (250, 129, "F32"), (256, 256, "Q8_0"), (256, 160, "Q4_1")])
+@pytest.mark.parametrize("e,f,cache", [(256, 256, "F16"), (192, 128, "BF16"), (250, 129, "F32"), (256, 256, "Q8_0"), (256, 160, "Q4_1"),
+                                       (512, 512, "F16"), (512, 480, "Q8_0"), (288, 512, "Q4_1")])
 @pytest.mark.parametrize("m", [2, 20])
 def test_wide_heads(kernels: MetalKernels, e: int, f: int, cache: str, m: int) -> None:
-    """Up to 256 elements, also keys wider than values; more heads to a key/value head than a matrix has rows; more chunks than one."""
+    """Up to 512 elements, also keys wider than values; more heads to a key/value head than a matrix has rows; more chunks than one."""
     rng = rng_of(("wide", e, f, cache, m))
     q = rng.standard_normal((m, 12, e)).astype(np.float32)
     k, v = (stored(rng.standard_normal((1, 600, n)), cache) for n in (e, f))
@@ -60,9 +61,9 @@ def test_wide_heads(kernels: MetalKernels, e: int, f: int, cache: str, m: int) -
     compare(kernels, [q, k, v, np.full(m, 3, np.int32), hi, rng.permutation(600).astype(np.int32)[None], None, None], {"scale": e**-0.5})
 
 
-def test_a_head_wider_than_256_is_refused(kernels: MetalKernels) -> None:
-    q, k, one = np.ones((1, 1, 260), np.float32), np.ones((1, 4, 260), np.float32), np.ones(1, np.int32)
-    with pytest.raises(KernelError, match="at most 256"):
+def test_a_head_wider_than_512_is_refused(kernels: MetalKernels) -> None:
+    q, k, one = np.ones((1, 1, 520), np.float32), np.ones((1, 4, 520), np.float32), np.ones(1, np.int32)
+    with pytest.raises(KernelError, match="at most 512"):
         attend(kernels, [q, k, k, one - 1, one, None, None, None])
 
 

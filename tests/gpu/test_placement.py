@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 import pyengine as pe
+from pyengine.backends import cuda, metal
 from pyengine.errors import PyEngineError, RequestError, UnsupportedModelError
 from pyengine.hardware.facts import Device
 from pyengine.memory import devices
@@ -52,17 +53,29 @@ def test_auto_takes_the_card_that_holds_all(tiny_gguf, cards) -> None:
 
 def test_heads_that_cards_do_not_take_stay_on_the_cpu(tiny_gguf, cards) -> None:
     """Before anything is loaded `auto` says so, and takes the CPU."""
-    wide = tiny_gguf("gemma4_text", global_head_dim=512)[0]
+    wide = tiny_gguf("gemma4_text", global_head_dim=576)[0]
     cards(2 * GIB)
     plan = pe.plan(wide, n_ctx=64)
-    assert plan.fits and set(layers_on(plan)) == {"cpu"} and any("heads of 256 elements at most, and this model has 512" in n for n in plan.notes)
+    assert plan.fits and set(layers_on(plan)) == {"cpu"} and any("heads of 512 elements at most, and this model has 576" in n for n in plan.notes)
     assert set(layers_on(pe.plan(tiny_gguf("gemma4_text")[0], n_ctx=64))) == {CARD(0)}
 
 
 @pytest.mark.parametrize("device", [CARD(0), [CARD(0), "cpu"], "metal-emulated"])
 def test_a_card_that_does_not_take_the_heads_is_refused(tiny_gguf, device: object) -> None:
-    with pytest.raises(UnsupportedModelError, match="this model has 512; give device='cpu'"):
-        pe.load(tiny_gguf("gemma4_text", global_head_dim=512)[0], n_ctx=64, device=device)
+    with pytest.raises(UnsupportedModelError, match="this model has 576; give device='cpu'"):
+        pe.load(tiny_gguf("gemma4_text", global_head_dim=576)[0], n_ctx=64, device=device)
+
+
+def test_a_card_that_does_not_take_so_many_experts_is_refused(tiny_gguf, cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_gguf("mixtral")[0]
+    for kind in (cuda.Backend, metal.Backend):
+        monkeypatch.setattr(kind, "experts", 3)
+    for device in (CARD(0), "metal-emulated"):
+        with pytest.raises(UnsupportedModelError, match="chooses from 3 experts at most, and this model has 4; give device='cpu'"):
+            pe.load(path, n_ctx=64, device=device)
+    cards(2 * GIB)
+    plan = pe.plan(path, n_ctx=64)
+    assert plan.fits and set(layers_on(plan)) == {"cpu"} and any("3 experts at most" in n for n in plan.notes)
 
 
 def test_auto_divides_layers_where_no_card_holds_all(tiny_gguf, cards) -> None:

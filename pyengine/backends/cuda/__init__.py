@@ -36,7 +36,8 @@ class Backend(base.Backend):
 
     name: ClassVar[str] = "cuda"
     apart: ClassVar[bool] = True
-    widest: ClassVar[int] = 256          # MOST_COLUMNS of csrc/cuda/attention.cu
+    widest: ClassVar[int] = 512          # MOST_COLUMNS of csrc/cuda/attention.cu
+    experts: ClassVar[int] = 6144        # MOST_SHARED of csrc/cuda/routing.cu, 8 bytes each
 
     def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
         if in_place:

@@ -39,7 +39,8 @@ class Backend(base.Backend):
     """See the module's docstring. emulated: in place of the Mac's GPU."""
 
     name: ClassVar[str] = "metal"
-    widest: ClassVar[int] = 256          # WIDTH_MOST of attention.py
+    widest: ClassVar[int] = 512          # WIDTH_MOST of attention.py
+    experts: ClassVar[int] = 4095        # MOST_EXPERTS of routing.py
 
     def __init__(self, n_threads: int | None = None, index: int = 0, emulated: bool = False, in_place: bool = False):
         if in_place:

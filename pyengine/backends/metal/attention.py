@@ -10,7 +10,8 @@ from typing import Any
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, scratch, Step, View
 from pyengine.backends.metal.products import Room
 
-TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 256       # of csrc/metal/attention.metal
+TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 512       # of csrc/metal/attention.metal
+WIDTH_NARROW = 256                      # values up to here leave registers for many queries of a threadgroup
 QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many rows
 ROWS_SPLIT = 16                         # at most so many rows are split over their chunks of keys: they read the keys one by one
 SPLIT_BYTES = 64 << 20                  # and as many of them as leave results of chunks of this size
@@ -40,7 +41,7 @@ class _Job:
     @property
     def stride(self) -> int:
         """Floats of a query as it is made ready: over keys in blocks codes, then their scale and sums."""
-        return ceil_div(self.e, 8) * 8 + (16 if self.blocks else 0)
+        return ceil_div(self.e, 8) * 8 + (ceil_div(1 + self.e // 32, 8) * 8 if self.blocks else 0)
 
     def sizes(self, rows: int) -> tuple[bool, int, int]:
         """Return (split over chunks, slots, queries) for so many rows."""
@@ -120,7 +121,7 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
     if seq is not None and cells is None:
         seq = None                                           # without a table there is one sequence
     args = _args(s, job, slots, queries)
-    tiles = 1 if split else QUERIES // TILE_QUERIES
+    tiles = 1 if split or job.f > WIDTH_NARROW else QUERIES // TILE_QUERIES
     constants: Mapping[str, int | bool] = {
         "K_FORMAT": k.dtype.id, "V_FORMAT": v.dtype.id, "K_WHOLE": k_whole, "V_WHOLE": v_whole, "TILES": tiles,
         "SLICES": ceil_div(job.f, SLICE), "PAGED": cells is not None, "SEQUENCED": seq is not None, "CAPPED": cap != 0.0,

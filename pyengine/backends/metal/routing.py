@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, Step
 
-MOST_EXPERTS = 1024                      # a lane keeps which of its own are taken in 32 bits
+MEMORY = 32 << 10                        # bytes of threadgroup memory
+MOST_EXPERTS = 4095                      # of whom sort_experts keeps two numbers there
 
 
 @launches
@@ -16,7 +17,7 @@ def top_experts(s: Step) -> list[Launch]:
         raise NoKernel(f"{s.name}: {n} experts; at most {MOST_EXPERTS} are possible")
     if rows == 0:
         return []
-    together = min(4, rows)
+    together = min(4, rows, MEMORY // (4 * n))
     return [Launch("pick_experts", dict(rows=rows, n=n, used=s.params.n_used, scale=s.params.scale),
                    {"scores": scores, "bias": s.one("bias"), "chosen": chosen, "gates": gates}, (ceil_div(rows, together), 1, 1),
                    (32 * together, 1, 1), 4 * n * together, {"SIGMOID": s.params.gate == 1, "NORMED": s.params.normed})]
