@@ -2,7 +2,7 @@
  *
  * Block (x, y, z) has four warps and owns unit x (then x + gridDim.x ...) of key/value head y, and of the chunks that the unit sees those
  * number z, z + gridDim.z ... For a tile warp i makes the scores of keys 16 i .. 16 i + 15, exchanges peaks and probabilities with
- * the others through shared memory, and sums values in blocks of 32 columns i and i + 4. Where the chunks of a unit are spread over
+ * the others through shared memory, and sums values in blocks of 32 columns i, i + 4 .. Where the chunks of a unit are spread over
  * blocks, each chunk's sums go to scratch and attention.cu merges them; else this block merges them in its part of `out`.
  *
  * Shared memory: queries; stages of a tile of K and of V as they lie in the cache, copied asynchronously while those before are used

@@ -136,8 +136,12 @@ def test_default_settings(emulated: str, tiny_gguf, tmp_path, kind: str, outtype
 
 @pytest.mark.parametrize("outtype", ["q8_0", pytest.param("f32", marks=pytest.mark.slow)])
 def test_heads_of_512(emulated: str, tiny_gguf, outtype: str) -> None:
-    """As the global layers of Gemma 4 have them."""
-    agree(emulated, tiny_gguf("gemma4_text", outtype, global_head_dim=512)[0])
+    """As the global layers of Gemma 4 have them. With their 256 angles a position, one of the first 300 positions is turned by a cosine that is
+    not the CPU's on Metal (csrc/metal/angles.h: nearly always)."""
+    path = tiny_gguf("gemma4_text", outtype, global_head_dim=512)[0]
+    got, want = (pe.load(path, device=d, n_ctx=512).logits(IDS) for d in (emulated, "cpu"))
+    rows = (got != want).any(axis=1)
+    assert rows.sum() <= emulated.startswith("metal") and np.abs(got - want).max() <= 1e-5 * np.ptp(want)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_a_card_that_does_not_take_so_many_experts_is_refused(tiny_gguf, cards, 
     for kind in (cuda.Backend, metal.Backend):
         monkeypatch.setattr(kind, "experts", 3)
     for device in (CARD(0), "metal-emulated"):
-        with pytest.raises(UnsupportedModelError, match="chooses from 3 experts at most, and this model has 4; give device='cpu'"):
+        with pytest.raises(UnsupportedModelError, match="chooses from 3 experts at most, and this model has 5; give device='cpu'"):
             pe.load(path, n_ctx=64, device=device)
     cards(2 * GIB)
     plan = pe.plan(path, n_ctx=64)
