@@ -47,7 +47,13 @@ class Siglip:
         self.d_ff, self.d_out = vision.count("intermediate_size"), self.text.config.get("projection_size") or self.text.width
         self.vision = self.tower(vision, images)
         self.said = read_json(file.parent / "tokenizer_config.json")
-        self.side = self.said.get("padding_side", "left" if self.said.get("tokenizer_class") == "Siglip2Tokenizer" else "right")
+        self.side = self._side(file.parent)
+
+    def _side(self, folder: Path) -> str:
+        """Return where texts are padded: the settings' word, the tokenizer's own, or that of its class."""
+        found = self.said.get("padding_side") or (read_json(folder / "tokenizer.json").get("padding") or {}).get("direction")
+        usual = "left" if str(self.said.get("tokenizer_class")).startswith(("Siglip2", "Gemma")) else "right"
+        return str(found or usual).lower()
 
     def tower(self, vision: Config, images: Config) -> SquareTower:
         """Read the image encoder's sizes."""

@@ -58,6 +58,12 @@ def check_encoder(file: GGUFFile) -> None:
         raise InvalidModelError(f"{file.path}: general.architecture is {found!r}; a projector file has {ENCODER!r}")
 
 
+def is_projector(file: GGUFFile) -> bool:
+    """Say whether a file holds an encoder that stands beside a model, and is none."""
+    whole = file.metadata.get(f"{ENCODER}.has_text_encoder", False) or "visual_projection.weight" in file.tensors
+    return file.metadata.get("general.architecture") == ENCODER and not whole
+
+
 class Translation:
     """New names of a file's keys and tensors, and keys that it lacks."""
 

@@ -296,7 +296,7 @@ def processor(name: str, folder: Path) -> Any:
     return lambda images: made(images, return_tensors="pt")["pixel_values"]
 
 
-def save_unigram(folder: Path, n_tokens: int = 130) -> None:
+def save_canonical_unigram(folder: Path, n_tokens: int = 130) -> None:
     """Write SigLIP's tokenizer, trained on a few texts: a spiece.model alone."""
     import sentencepiece
 

@@ -16,6 +16,8 @@ import pyengine as pe
 from converters.tokenizer import read_vocabulary
 from converters.writer import convert
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.files.dialects import is_projector
+from pyengine.files.gguf import GGUFFile
 from pyengine.text.words import merges_of
 
 
@@ -158,6 +160,7 @@ def test_a_projector_is_no_model(tmp_path: Path) -> None:
     path = hollow.write_encoder(tmp_path / "mmproj.gguf", ({"clip.has_vision_encoder": True, "clip.projector_type": "mlp"}, [("mm.0.weight", (8, 8), "F32")]))
     with pytest.raises(UnsupportedModelError, match="'clip' is not supported.*projector for another model"):
         pe.load(path)
+    assert is_projector(GGUFFile(path)) and not is_projector(GGUFFile(b32(tmp_path)))
 
 
 def b32(folder: Path) -> Path:
@@ -204,6 +207,32 @@ def test_what_it_cannot_run_is_refused(folder: Path, tmp_path: Path, change: dic
             convert(folder, tmp_path / "m.gguf", "f32")
     finally:
         file.write_text(kept)
+
+
+def test_old_checkpoints_have_buffers_and_parts(folder: Path, tmp_path: Path, model: Any) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"{name}_model.embeddings.position_ids": torch.arange(n)[None] for name, n in (("text", 77), ("vision", 50))}
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name, part in halves.items():
+        save_file({n: tensors[n] for n in part}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: name for name, part in halves.items() for n in part}}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config_dict"] = {k: config["text_config"][k] for k in config["text_config"]}    # which counts, where it is
+    config["text_config"] = {"hidden_size": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("vocab.json", "merges.txt"):
+        if (folder / name).exists():
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pe.load(convert(tmp_path, tmp_path / "m.gguf", "f32")) as loaded:
+        assert np.array_equal(loaded.embed("a dog"), model.embed("a dog"))
+        assert np.array_equal(loaded.embed(tiny_towers.pictures()[0]), model.embed(tiny_towers.pictures()[0]))
 
 
 def test_it_has_no_encoder_to_split_off(folder: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "SigLIP": Kind("SiglipModel", "SiglipConfig", tiny_towers.save_unigram, SQUARE),
+    "SigLIP": Kind("SiglipModel", "SiglipConfig", tiny_towers.save_canonical_unigram, SQUARE),
     "SigLIP 2": Kind("SiglipModel", "SiglipConfig", lambda folder: tiny_towers.save_small_letters(folder, padding_side="right"), SQUARE),
     "NaFlex": Kind("Siglip2Model", "Siglip2Config", tiny_towers.save_small_letters, NAFLEX, "left"),
 }

@@ -16,7 +16,7 @@ from pyengine.cli.report.abilities import abilities, in_words, TEMPLATE
 from pyengine.cli.screen import note, PROGRAM, show, show_columns, size
 from pyengine.errors import PyEngineError
 from pyengine.files.adapters import Asked, is_adapter, open_adapter
-from pyengine.files.dialects import ENCODER, ENCODER_TENSORS, translate
+from pyengine.files.dialects import ENCODER, ENCODER_TENSORS, is_projector, translate
 from pyengine.files.gguf import GGUFFile, Metadata, TensorInfo
 from pyengine.files.stores import FoundModel, list_models, look_up, missing_folders, Modelfile, read_modelfile, SET_FOLDER
 
@@ -220,10 +220,11 @@ def _glance(found: FoundModel) -> dict[str, Any]:
     try:
         with GGUFFile(found.path) as file:
             arch, changes = _plain(file.metadata, "general.architecture"), is_adapter(file)
+            alone = not is_projector(file)
             sees = found.mmproj is not None or any(name.split(".")[0] in ENCODER_TENSORS[:2] for name in file.tensors)
     except PyEngineError:
-        arch, changes, sees = None, False, False
-    return {"architecture": arch, "sees": sees, "adapter": changes, "runs": runs(arch) and not changes, "modified": int(found.path.stat().st_mtime)}
+        arch, changes, sees, alone = None, False, False, False
+    return {"architecture": arch, "sees": sees, "adapter": changes, "runs": runs(arch) and alone and not changes, "modified": int(found.path.stat().st_mtime)}
 
 
 def show_models(verbose: bool = False) -> None:
