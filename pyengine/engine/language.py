@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
+from pyengine.arguments import switch, takes
 from pyengine.errors import InvalidModelError, ModelWarning, shown
 from pyengine.files.gguf import Metadata
 from pyengine.files.hparams import Hparams
@@ -102,3 +103,24 @@ class Language:
         if theirs - ours or ours and not theirs:
             warnings.warn("the model's TEMPLATE in Ollama is of another form than its file's own chat template, which is used instead: "
                           "templates in Go's syntax are not read", ModelWarning)
+
+
+class ReadsText:
+    """What every model that has a tokenizer offers; its `Language` is in `_language`."""
+
+    _language: Language
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, built from the file when it is first needed."""
+        return self._language.tokenizer
+
+    @takes()
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """Return the token ids of a text; `add_special` adds those that the model wants around it. Raises: RequestError."""
+        return self.tokenizer.tokenize(text, add_special=switch("add_special", add_special))
+
+    @takes()
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids. Raises: RequestError for what is no list of the vocabulary's ids."""
+        return self.tokenizer.detokenize(ids)

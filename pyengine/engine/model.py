@@ -21,7 +21,7 @@ from pyengine.arguments import INT32_MAX, iterates, number, place, switch, takes
 from pyengine.backends.base import Program, Progress
 from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Reported, Stream, Streams
-from pyengine.engine.language import Language
+from pyengine.engine.language import Language, ReadsText
 from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Report, Request, Stops
 from pyengine.engine.runner import Runner
@@ -36,7 +36,6 @@ from pyengine.programs.rows import lay_out_rows, MediaSegment, Rows, Segment, to
 from pyengine.programs.step import Work
 from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
 from pyengine.text.search import SEARCH
-from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pyengine.chat.template import ChatTemplate
@@ -89,7 +88,7 @@ def weights_in_words(files: Iterable[GGUFFile]) -> str:
     return str(n)
 
 
-class Model:
+class Model(ReadsText):
     """A loaded model with the caches of `n_seq` conversations. Made by `load`; `with` closes it at its end.
 
     Several threads may use it: each call, and each piece of a stream, waits for the one before it.
@@ -182,21 +181,6 @@ class Model:
         gc.collect()                                         # programs with steps that the reference computes refer to themselves
 
     # -- text ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, built from the file when it is first needed."""
-        return self._language.tokenizer
-
-    @takes()
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Return the token ids of a text; `add_special` adds BOS and EOS where the model wants them. Raises: RequestError."""
-        return self.tokenizer.tokenize(text, add_special=switch("add_special", add_special))
-
-    @takes()
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Raises: RequestError for what is no list of the vocabulary's ids."""
-        return self.tokenizer.detokenize(ids)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:

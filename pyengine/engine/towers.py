@@ -15,7 +15,7 @@ import numpy as np
 
 from pyengine.arguments import iterates, switch, takes
 from pyengine.backends.base import Progress
-from pyengine.engine.language import Language
+from pyengine.engine.language import Language, ReadsText
 from pyengine.engine.model import Closed, Model, weights_in_words
 from pyengine.engine.prompts import media_of, token_ids
 from pyengine.engine.ranks import check_asked
@@ -30,7 +30,6 @@ from pyengine.models.architecture import CLASSES, HIDDEN, ImageTower, LOGITS, Te
 from pyengine.nn.texts import HEAD, POOLINGS
 from pyengine.programs.encoder import fill
 from pyengine.programs.towers import Text, TextRun
-from pyengine.text.tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LEAST_NORM = 1e-12                  # torch.nn.functional.normalize's
@@ -83,7 +82,7 @@ def is_text(x: Any) -> bool:
     return isinstance(x, str) or isinstance(x, (list, tuple)) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in x)
 
 
-class EncoderModel:
+class EncoderModel(ReadsText):
     """A model of a text encoder, an image encoder, or both. Made by `load`; `with` closes it at its end.
 
     n_ctx  the longest text, in tokens; 0 for a model of pictures only
@@ -154,21 +153,6 @@ class EncoderModel:
         return dict(self._counts)
 
     # -- texts --------------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, built from the file when it is first needed."""
-        return self._language.tokenizer
-
-    @takes()
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Return the token ids of a text; `add_special` adds those that stand around one. Raises: RequestError."""
-        return self.tokenizer.tokenize(text, add_special=switch("add_special", add_special))
-
-    @takes()
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids. Raises: RequestError for what is no list of the vocabulary's ids."""
-        return self.tokenizer.detokenize(ids)
 
     def _tower(self, kind: str) -> Any:
         """Return a tower. Raises: RequestError for one that the model has not, or was loaded without."""
