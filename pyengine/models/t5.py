@@ -123,8 +123,6 @@ class Encoder(SourceEncoder):
 class Model(EncoderDecoder):
     """A T5. `forward` builds the graph of a decoder's step; nothing about a request is kept here."""
 
-    absolute = True                                                                # the bias is not in the keys, but distances count cells
-
     def __init__(self, h: Hparams, w: Weights):
         c = self.config = Config.read(h, w)
         self.embed = Embedding(w["token_embd"], c.vocab_size, c.d_model)

@@ -216,6 +216,16 @@ def test_beams_beside_others(ending: Made, searching: Any) -> None:
     assert not any(s.active for s in searching._runner.cells.conversations)
 
 
+def test_answers_end_where_the_context_does(ending: Made) -> None:
+    """Greedy or searched for, with as many tokens; what transformers finds with as many is the same."""
+    source = ending.ids(8, 9)
+    with pe.load(ending.path, kv_dtype="f32", n_ctx=12) as model:
+        for ours, theirs in (({"temperature": 0}, {}), ({"n_beams": 2, "early_stopping": "never"}, {"num_beams": 2, "early_stopping": "never"})):
+            answer = model.generate(source, max_tokens=None, **ours)
+            assert answer.tokens == tiny_sources.written(ending.theirs, source, 12, **theirs)
+            assert answer.finish == ("length" if len(answer.tokens) == 12 else "stop")
+
+
 def test_a_search_that_is_none_is_refused(searching: Any) -> None:
     for wrong, said in (({"n_beams": 2, "top_k": 5}, "top_k does not go with beams"), ({"n_beams": 2, "temperature": 0.5}, "temperature does not go"),
                         ({"n_beams": 99}, "n_beams"), ({"n_beams": 9}, "load with n_seq=9"), ({"n_beams": 0}, "n_beams"),
