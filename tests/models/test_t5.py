@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import hollow
 import numpy as np
 import pytest
 import tiny
@@ -111,3 +112,30 @@ def test_files_of_llama_cpp_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(t5.T5, "tensors", listed)
     theirs = pe.load(convert(folder, tmp_path / "theirs.gguf", "f32"), kv_dtype="f32")
     assert np.array_equal(theirs.logits(ids, source=source), want)
+
+
+def test_the_plan_of_a_published_size(tmp_path: Path) -> None:
+    """Flan-T5 large, of a file without data: weights of both halves, caches of both attentions, a prompt's run."""
+    d, f, heads, n, vocab = 1024, 2816, 16, 24, 32128
+    keys = {"context_length": 512, "embedding_length": d, "feed_forward_length": f, "block_count": n, "attention.head_count": heads,
+            "attention.key_length": 64, "attention.relative_buckets_count": 32, "attention.layer_norm_rms_epsilon": 1e-6, "decoder_start_token_id": 0}
+    tensors = [("token_embd.weight", (vocab, d), "Q8_0"), ("output.weight", (vocab, d), "Q8_0")]
+    for half, names in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
+        tensors.append((f"{half}.output_norm.weight", (d,), "F32"))
+        for b in (f"{half}.blk.{i}" for i in range(n)):
+            tensors += [(f"{b}.{name}_{part}.weight", (d, d), "Q8_0") for name in names for part in "qkvo"]
+            tensors += [(f"{b}.{name}_norm.weight", (d,), "F32") for name in (*names, "ffn")]
+            tensors += [(f"{b}.ffn_{part}.weight", shape, "Q8_0") for part, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f)))]
+        tensors.append((f"{half}.blk.0.attn_rel_b.weight", (32, heads), "F32"))
+    path = hollow.write_headers(tmp_path / "flan-t5-large.gguf", "t5", {f"t5.{k}": v for k, v in keys.items()}, tensors, 0)
+    plan = pe.plan(path)
+    assert plan.n_layers == n and (plan.n_ctx, plan.n_seq) == (512, 4)
+    caches = {i.detail: i.nbytes for i in plan.items if i.purpose == "kv" and i.layer == n - 1}
+    assert caches == {"4 x all 512 positions": 4 * 512 * 2 * d * 2, "4 x the source: 512 rows": 4 * 512 * 2 * d * 2}
+    matrices = n * (4 * d * d + 3 * d * f)                           # of the encoder, in blocks of 34 bytes for 32
+    layers = sum(i.nbytes for i in plan.items if i.purpose == "encoder" and i.layer is not None)
+    assert matrices * 34 / 32 <= layers <= 1.02 * matrices * 34 / 32
+    decoder = n * (8 * d * d + 3 * d * f) + vocab * d
+    assert decoder * 34 / 32 <= plan.of("weights") <= 1.02 * decoder * 34 / 32 and plan.max_ctx == 512
+    longer = pe.plan(path, n_ctx=2048)
+    assert longer.of("kv") > 3.9 * plan.of("kv") and longer.of("encoder") > plan.of("encoder")
