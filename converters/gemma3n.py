@@ -1,123 +1,90 @@
-"""Gemma 3n, text only: residual streams, per-layer embeddings, sparse gates, caches that later layers share. `gemma3n` in GGUF.
+"""Gemma 3n with its encoder of pictures, MobileNet-V5: `gemma3n` in GGUF, projector "gemma3nv". The encoder of sounds is left out.
 
-Follows transformers `configuration_gemma3n.py`, `modeling_gemma3n.py`; keys and names as llama.cpp's `conversion/gemma.py` has them. The
-encoders of pictures and sounds of whole checkpoints are left out, with a warning. Axes: D hidden, F feed-forward, N streams, P per-layer width.
+Follows transformers `configuration_gemma3n.py`, `processing_gemma3n.py` and timm's `mobilenetv5.py`; keys and names as llama.cpp's
+`conversion/gemma.py` has them: those of the blocks are timm's. A checkpoint says no widths of the encoder, which are its tensors'.
+Axes: V encoder width, D text width.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import sys
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 from gguf import GGUFWriter
 
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
-from .checkpoint import tensors_beside
-from .contract import Entry, Stack, converts, linear
-from .decoder import Decoder, Tensors, write_window
-from .gemma4_text import SHARED
-from .rope import rope_parameters
+from .checkpoint import Config, tensors_beside
+from .contract import FLOAT32, NO_BLOCKS, Entry, converts
+from .decoder import Tensors
+from .gemma3n_text import Gemma3nText
+from .vision import image_settings, write_encoder_keys
 
-# transformers' Gemma3nTextConfig where a config.json may be silent
-DEFAULTS: dict[str, Any] = {
-    "vocab_size": 262_400, "hidden_size": 2048, "intermediate_size": 16_384, "num_hidden_layers": 35, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    "attention_bias": False, "sliding_window": 512, "final_logit_softcapping": 30.0, "vocab_size_per_layer_input": 262_144,
-    "hidden_size_per_layer_input": 256, "altup_active_idx": 0, "altup_correct_scale": True, "altup_num_inputs": 4, "num_kv_shared_layers": 15,
-    "laurel_rank": 64,
-}
-PATTERN, SPARSE_LAYERS, SPARSITY = 5, 10, 0.95     # every 5th layer is global; the first layers of deep models are sparse
-GLOBAL_BASE, LOCAL_BASE = 1_000_000.0, 10_000.0
-ENCODERS = "vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."
+# transformers' Gemma3nConfig, Gemma3nVisionConfig and the released processor where a checkpoint may be silent
+DEFAULTS: dict[str, Any] = {"vision_soft_tokens_per_image": 256, "boi_token_id": 255_999, "eoi_token_id": 262_144, "image_token_id": 262_145}
+VISION: dict[str, Any] = {"architecture": "mobilenetv5_300m_enc", "hidden_size": 2048, "vocab_size": 128, "vocab_offset": 262_144, "rms_norm_eps": 1e-6,
+                          "model_args": None}
+IMAGES: dict[str, Any] = {"do_normalize": False, "resample": 2, "size": {"height": 768, "width": 768}}
+# what llama.cpp's files say of an encoder that has neither patches of one size nor layers of one width
+UNREAD: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh"}
+LAYERS, HEADS = 128, 8
+
+TOWER = "vision_tower.timm_model."
+PROJECTOR = {"embedding": "embedding", "hard_emb_norm": "hard_embedding_norm", "soft_emb_norm": "soft_embedding_norm",
+             "input_projection": "embedding_projection"}
 
 
-@converts("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration")
-class Gemma3n(Decoder):
-    arch = "gemma3n"
+@converts("Gemma3nForConditionalGeneration")
+class Gemma3n(Gemma3nText):
     renames = ((r"^model\.language_model\.", "model."), (r"^model\.(vision_tower|audio_tower|embed_vision|embed_audio)\.", r"\1."))
-    defaults, rope_base = DEFAULTS, GLOBAL_BASE
+    leaves = ((r"^(audio_tower|embed_audio)\.", "the encoder of sounds is left out: the file takes texts and pictures"),)
 
     def __init__(self, config: dict[str, Any], file: Path):
-        text = config.get("text_config") or config
-        widths = text.get("intermediate_size", DEFAULTS["intermediate_size"])
-        if isinstance(widths, list):
-            if len(set(widths)) != 1:
-                raise UnsupportedModelError(f"{file}: 'intermediate_size' differs from layer to layer, for which there is no key")
-            text = {**text, "intermediate_size": widths[0]}
-        super().__init__(text, file)
-        c = self.config
-        c.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
-        c.refuse_unless("attention_bias", False)
-        c.refuse_unless("altup_correct_scale", True)
-        kinds = c.get("layer_types") or ["sliding_attention" if (i + 1) % PATTERN else "full_attention" for i in range(self.n_layers)]
-        self.sliding = [kind == "sliding_attention" for kind in kinds]
-        self.n_own = self.n_layers - c.need("num_kv_shared_layers")
-        if not 0 < self.n_own <= self.n_layers or set(self.sliding[self.n_own :]) - set(self.sliding[: self.n_own]):
-            raise InvalidModelError(f"{file}: 'num_kv_shared_layers' is {c.need('num_kv_shared_layers')}: layers of all kinds are needed before those")
-        n_sparse = SPARSE_LAYERS if self.n_layers > SPARSE_LAYERS else 0
-        self.sparsity = c.get("activation_sparsity_pattern") or [SPARSITY * (i < n_sparse) for i in range(self.n_layers)]
-        self.n_streams, self.rank, self.d_per_layer, self.n_table = (c.count(name) for name in (
-            "altup_num_inputs", "laurel_rank", "hidden_size_per_layer_input", "vocab_size_per_layer_input"))
-        if len(self.sparsity) != self.n_layers or len(kinds) != self.n_layers or self.n_table > self.vocab_size:
-            raise InvalidModelError(f"{file}: 'layer_types' and 'activation_sparsity_pattern' must have an entry for each of {self.n_layers} layers, and "
-                                    f"'vocab_size_per_layer_input' must not be above {self.vocab_size}")
-        prefix = re.compile(r"^(model\.language_model|language_model\.model|model)\.")
-        self.there = {prefix.sub("", name) for name in tensors_beside(file)}
-        self.local_rope = rope_parameters(c, LOCAL_BASE, "sliding_attention", "rope_local_base_freq", scaled=False)
-        if self.local_rope["rope_type"] != "default" or self.rope["rope_type"] != "default":
-            raise UnsupportedModelError(f"{file}: scaling of rope has no key")
-
-    def read_rope(self) -> dict[str, Any]:
-        return rope_parameters(self.config, self.rope_base, "full_attention")
+        super().__init__(config, file)
+        r = self.root = Config(config, DEFAULTS, file)
+        v = self.vision = Config(config.get("vision_config") or {}, VISION, file)
+        names = {re.sub(r"^model\.", "", name): tuple(stored.shape) for name, stored in tensors_beside(file).items()}
+        self.tower = {name.removeprefix(TOWER): shape for name, shape in sorted(names.items()) if name.startswith(TOWER)}
+        if not self.tower:
+            return
+        v.refuse_unless("architecture", "mobilenetv5_300m_enc")
+        v.refuse_unless("model_args", None, {})
+        self.end_row = r.token("eoi_token_id") - v.count("vocab_offset")
+        if not 0 <= self.end_row < v.count("vocab_size"):
+            raise InvalidModelError(f"{file}: 'eoi_token_id' is {r.token('eoi_token_id')}, which is none of the encoder's "
+                                    f"{v.count('vocab_size')} tokens from {v.count('vocab_offset')} on")
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
-        c = self.config
-        out.add_rope_freq_base_swa(self.local_rope["rope_theta"])
-        write_window(out, c.count("sliding_window"), self.sliding)
-        out.add_shared_kv_layers(self.n_layers - self.n_own)
-        out.add_embedding_length_per_layer_input(self.d_per_layer)
-        out.add_altup_active_idx(c.need("altup_active_idx"))
-        out.add_altup_num_inputs(self.n_streams)
-        out.add_activation_sparsity_scale([NormalDist().inv_cdf(s) if s else -math.inf for s in self.sparsity])
-        out.add_final_logit_softcapping(c.get("final_logit_softcapping") or 0.0)
-        if any(name.startswith(ENCODERS) for name in self.unused()):
-            print(f"warning: {c.file.parent}: encoders of pictures and sounds are left out: gemma3n files are text models here", file=sys.stderr)
-
-    def unused(self) -> set[str]:
-        names = {f"model.layers.{i}.self_attn.{name}.weight" for i in range(self.n_own, self.n_layers) for name in SHARED}
-        return super().unused() | names | {name for name in self.there if name.startswith(ENCODERS)}
+        if not self.tower:
+            return
+        r, v = self.root, self.vision
+        images = image_settings(r.file.parent, IMAGES)
+        side, tokens, width = images.need("size").get("height"), r.count("vision_soft_tokens_per_image"), v.count("hidden_size")
+        if type(side) is not int or images.need("size").get("width") != side:
+            raise UnsupportedModelError(f"{images.file}: 'size' is {images.need('size')}; a square is needed")
+        as_they_are = Config({**images.values, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}, images.defaults, images.file)
+        write_encoder_keys(
+            out, Config({"patch_size": max(1, side // tokens)}, UNREAD, v.file), as_they_are, projector="gemma3nv", image_size=side, d_model=width,
+            d_ff=4 * width, n_layers=LAYERS, n_heads=HEADS, eps=v.need("rms_norm_eps"), d_text=self.d_model)
+        out.add_uint32("clip.vision.tokens_per_image", tokens)
+        out.add_uint32("clip.vision.image_end_row", self.end_row)
+        out.add_uint32("clip.vision.image_token_id", r.token("image_token_id"))
+        out.add_uint32("clip.vision.image_start_token_id", r.token("boi_token_id"))
 
     def tensors(self) -> Tensors:
         yield from super().tensors()
-        d, wide = self.d_model, self.n_layers * self.d_per_layer
-        yield Entry("per_layer_token_embd.weight", "model.embed_tokens_per_layer.weight", (self.n_table, wide),
-                    padded=(self.vocab_size, wide) if self.n_table < self.vocab_size else None)
-        yield from linear("per_layer_model_proj", "model.per_layer_model_projection", wide, d)
-        yield self.norm("per_layer_proj_norm", "model.per_layer_projection_norm", self.d_per_layer)
-        for name, source in (("altup_proj", "altup_projections"), ("altup_unembd_proj", "altup_unembed_projections")):
-            yield Stack(f"{name}.weight", tuple(Entry(name, f"model.{source}.{i}.weight", (d, d)) for i in range(self.n_streams - 1)))
-
-    def layer(self, i: int, b: str, m: str) -> Tensors:
-        d, n = self.d_model, self.n_streams
-        for name, source in (("attn_norm", "input_layernorm"), ("post_attention_norm", "post_attention_layernorm"), ("ffn_norm", "pre_feedforward_layernorm"),
-                             ("post_ffw_norm", "post_feedforward_layernorm"), ("post_norm", "post_per_layer_input_norm"),
-                             ("laurel_post_norm", "laurel.post_laurel_norm"), ("altup_router_norm", "altup.router_norm")):
-            yield self.norm(f"{b}.{name}", f"{m}.{source}", d)
-        for entry in self.attention(b, f"{m}.self_attn", head_norms=True):
-            if i < self.n_own or not self.there or entry.source.removeprefix("model.") in self.there:          # llama.cpp wants those that nothing reads
-                yield entry
-        yield from self.gated(b, f"{m}.mlp", self.d_ff)
-        yield from linear(f"{b}.inp_gate", f"{m}.per_layer_input_gate", self.d_per_layer, d)
-        yield from linear(f"{b}.proj", f"{m}.per_layer_projection", d, self.d_per_layer)
-        yield from linear(f"{b}.laurel_l", f"{m}.laurel.linear_left", self.rank, d)
-        yield from linear(f"{b}.laurel_r", f"{m}.laurel.linear_right", d, self.rank)
-        for name, source, shape in (("router", "modality_router", (n, d)), ("predict_coef", "prediction_coefs", (n * n, n)),
-                                    ("correct_coef", "correction_coefs", (n, n))):
-            yield from linear(f"{b}.altup_{name}", f"{m}.altup.{source}", *shape)
-        yield Entry(f"{b}.altup_correct_scale.weight", f"{m}.altup.correct_output_scale", (d,))
+        for name, shape in self.tower.items():
+            ours = re.sub(r"^blocks\.", "blk.", name)
+            if name == "conv_stem.conv.bias":                                      # [1, C, 1, 1], as llama.cpp adds it
+                n = math.prod(shape)
+                yield Entry(f"v.{ours}", TOWER + name, (1, n, 1, 1), np.arange(n)[None], stored=shape, instead=FLOAT32)
+            else:
+                yield Entry(f"v.{ours}", TOWER + name, shape, instead=FLOAT32 if name.startswith("conv_stem") else NO_BLOCKS)
+        width = self.vision.count("hidden_size")
+        for name, source in PROJECTOR.items() if self.tower else ():
+            shape = {"embedding": (self.vision.count("vocab_size"), width), "input_projection": (self.d_model, width)}.get(name, (width,))
+            yield Entry(f"mm.{name}.weight", f"embed_vision.{source}.weight", shape)

@@ -11,8 +11,8 @@ arXiv:2411.07501.
     end         the mean of the streams, projected back and as large as the first
 
 differs from llama.cpp: the deviation is that of all gates, not an estimate from them, and each layer's cutoff is the file's.
-Pictures and sounds are refused: their encoders are not there. Rows of the per-layer table that a checkpoint lacks, those of pictures'
-and sounds' tokens, are zeros as in llama.cpp's files (transformers takes its first row).
+Sounds are not read. Rows of the per-layer table that a checkpoint lacks, those of pictures' and sounds' tokens, are zeros as in llama.cpp's
+files, where they stand in a text (transformers takes its first row); those of a picture take its first row.
 Axes: m rows of the batch, N streams, D hidden, F feed-forward width.
 """
 
@@ -24,10 +24,11 @@ import numpy as np
 
 from pyengine import ops
 from pyengine.cache.policy import Full, Policy, Sliding
-from pyengine.errors import InvalidModelError, UnsupportedModelError
+from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
+from pyengine.models import encoders
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.models.gemma4 import Attention
 from pyengine.nn.batch import Batch
@@ -186,8 +187,8 @@ class Model(Architecture):
 
     @classmethod
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
-        """Refuse the encoder of pictures. Raises: UnsupportedModelError."""
-        raise UnsupportedModelError("pictures for gemma3n are encoded by MobileNetV5, which is not supported; load the text model without its mmproj")
+        """Bind MobileNet-V5, where the files hold it."""
+        return encoders.beside(files)
 
     def policies(self) -> list[Policy]:
         """Return what each layer's attention needs."""

@@ -8,7 +8,7 @@ from pyengine import ops
 from pyengine.dtype import dtype
 from pyengine.files.weights import DerivedRef, WeightRef, Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.nn.layers import constant, LayerNorm, Linear
+from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 
 class Conv2d:
@@ -26,8 +26,8 @@ class Conv2d:
         shapes = {2: flat, 3: (n_out, each, kernel[1])}
         ref = w.tensor("weight", shapes.get(len(found or ()), (n_out, each, *kernel)))
         self.weight = constant(ref if len(ref.shape) == 2 else _in_order(ref, flat, each))
-        bias = w.optional("bias", (n_out,))
-        self.bias = constant(bias, dtype("F32")) if bias else None
+        bias = w.optional("bias", (n_out, 1, 1) if len(w.shape("bias") or ()) > 2 else (n_out,))       # llama.cpp's may be [1, n_out, 1, 1]
+        self.bias = constant(bias._replace(shape=(n_out,)), dtype("F32")) if bias else None
         self.params = {"kernel": kernel, "stride": stride, "padding": padding, "groups": groups}
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
@@ -56,6 +56,12 @@ def _in_order(ref: WeightRef, flat: tuple[int, int], each: int) -> DerivedRef:
     if ref.dtype.name in ("F16", "BF16"):
         return DerivedRef(ref.name, flat, (ref,), lambda a: np.ascontiguousarray(order(a.view(np.uint16))).view(np.uint8).reshape(flat[0], -1), ref.dtype)
     return DerivedRef(ref.name, flat, (ref,), lambda a: order(a).reshape(flat))
+
+
+def pointwise(w: Weights, n_in: int, n_out: int) -> Linear:
+    """Bind a convolution of 1 x 1, which files have as [n_out, n_in] or with two axes more, as a product over rows [m, n_in]."""
+    shape = w.shape("weight")
+    return PatchEmbedding(w, n_out, n_in, 1) if shape is not None and len(shape) == 4 else Linear(w, n_in, n_out)
 
 
 class DepthwiseConv:

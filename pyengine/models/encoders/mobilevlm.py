@@ -28,9 +28,9 @@ from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.clip import Tower, TowerConfig
 from pyengine.models.encoders.llava import MARKER
-from pyengine.nn.convolution import DepthwiseConv
+from pyengine.nn.convolution import DepthwiseConv, pointwise
 from pyengine.nn.encoder import only_pictures, projector_type, special_token
-from pyengine.nn.layers import LayerNorm, Linear, PatchEmbedding
+from pyengine.nn.layers import LayerNorm, Linear
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -66,12 +66,6 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     """Compute min(max(x / 6 + 1 / 2, 0), 1)."""
     y = ops.relu(ops.scale(x, factor=1 / 6, offset=0.5))
     return ops.binary(y, np.ones(1, np.float32), kind="min")
-
-
-def pointwise(w: Weights, n_in: int, n_out: int) -> Linear:
-    """Bind a convolution of 1 x 1, which files have as [n_out, n_in] or with two axes more."""
-    shape = w.shape("weight")
-    return PatchEmbedding(w, n_out, n_in, 1) if shape is not None and len(shape) == 4 else Linear(w, n_in, n_out)
 
 
 class Vision(Encoder):
