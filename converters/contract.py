@@ -166,6 +166,12 @@ class Tells(Protocol):
     def notes(self) -> Sequence[str]: ...
 
 
+@runtime_checkable
+class IsEncoders(Protocol):
+    """A converter of a model that is encoders and nothing else: none of them can be split off."""
+    whole: bool
+
+
 _CONVERTERS: dict[str, type[Converter]] = {}
 
 

@@ -23,7 +23,7 @@ from pyengine.native.blocks import quantize
 
 from .checkpoint import Checkpoint, malformed_is, to_float32
 from .contract import (
-    Blocks, ChangesVocabulary, Constant, Converter, Entry, LeavesOut, LooksFirst, MakesVectors, ReadsMore, Stack, supported, Tells)
+    Blocks, ChangesVocabulary, Constant, Converter, Entry, IsEncoders, LeavesOut, LooksFirst, MakesVectors, ReadsMore, Stack, supported, Tells)
 from .generation import write_sampling
 from .sentence import Dense, Sentences
 from .tokenizer import Vocabulary, read_vocabulary
@@ -63,7 +63,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
         checkpoint.add(layer.file, layer.prefix)
     entries = _check_entries(checkpoint, converter, sentences)
     vision = [e for e in entries if e.name.startswith(VISION_TENSORS)]
-    if split_mmproj and (not vision or getattr(converter, "whole", False)):
+    if split_mmproj and (not vision or isinstance(converter, IsEncoders)):
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no image encoder to split off")
 
     try:
