@@ -143,6 +143,7 @@ def test_what_authors_say_of_answers_is_kept(kind: str, tmp_path: Path) -> None:
             source = made.ids(i, 25)
             answer = model.generate(source, max_tokens=20, temperature=0)
             assert answer.tokens == tiny_sources.written(made.theirs, source, 20) and answer.tokens[0] == 77
+            assert model.generate(source, max_tokens=12, n_beams=3).tokens == tiny_sources.written(made.theirs, source, 12, num_beams=3)
         free = model.generate(source, max_tokens=20, temperature=0, no_repeat_ngram=0)
         assert free.tokens == tiny_sources.written(made.theirs, source, 20, no_repeat_ngram_size=0)
 

@@ -18,7 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().par
 import cases  # noqa: E402  found through the line above
 import pyengine as pe  # noqa: E402
 import tiny  # noqa: E402
-from cases import Case  # noqa: E402
+import tiny_sources  # noqa: E402
+from cases import Case, SourceCase  # noqa: E402
 from converters import convert  # noqa: E402
 from pictures import A, B  # noqa: E402
 from pyengine.memory.fit import DEFAULT_CTX  # noqa: E402
@@ -36,6 +37,16 @@ of transformers, which has none for this model: it is a reference in torch of ou
 
 | case | architecture | class of transformers | logits | soft tokens | files | plan: weights + caches |
 |---|---|---|---|---|---|---|
+"""
+
+
+SOURCES = """
+## Encoder-decoders
+
+The same of models whose prompts an encoder reads: its last hidden states, and logits of the decoder at every position.
+
+| case | architecture | class of transformers | encoder | logits |
+|---|---|---|---|---|
 """
 
 
@@ -78,13 +89,28 @@ def row(case: Case) -> str:
     return (f"| {case.kind} | `{case.arch}` | {case.model_class}{star} | {logits:.1e} | {'' if soft is None else f'{soft:.1e}'} | {', '.join(files)} | {plans} |\n")
 
 
+def source_row(case: SourceCase, name: str) -> str:
+    """Run a config of an encoder-decoder and return its row."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = tiny_sources.make(case, Path(folder) / "hf", **case.variants[name])
+        theirs = tiny_sources.reference(case, checkpoint)
+        source, ids = rng.integers(5, 180, 100).tolist(), [theirs.config.decoder_start_token_id, *rng.integers(5, 180, 99).tolist()]
+        hidden, logits = tiny_sources.states(theirs, source, ids)
+        with pe.load(convert(checkpoint, Path(folder) / "m.gguf", "f32"), kv_dtype="f32") as model:
+            errors = share(model.hidden(source), hidden), share(model.logits(ids, source=source), logits)
+    return f"| {name} | `{case.arch}` | {case.model_class} | {errors[0]:.1e} | {errors[1]:.1e} |\n"
+
+
 def main() -> None:
     """Write the page."""
     rows = []
     for case in sorted((c for c in cases.every().values() if c.converted), key=lambda c: (c.sees, c.arch, c.kind)):
         rows.append(row(case))
         print(rows[-1], end="", flush=True)
-    (ROOT / "docs" / "models.md").write_text(HEAD.format(most=DEFAULT_CTX) + "".join(rows))
+    sources = [source_row(case, name) for case in cases.sources().values() for name in case.variants]
+    print("".join(sources), end="", flush=True)
+    (ROOT / "docs" / "models.md").write_text(HEAD.format(most=DEFAULT_CTX) + "".join(rows) + SOURCES + "".join(sources))
 
 
 if __name__ == "__main__":
