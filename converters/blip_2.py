@@ -123,8 +123,9 @@ class Queries:
             yield from feed_forward(b, f"{m}.mlp", v, self.d_ff, {"ffn_up": "fc1", "ffn_down": "fc2"})
         yield Entry("mm.proj_query", "query_tokens", (1, self.n_queries, self.q_width), instead=FLOAT32)
         if self.reads:
-            for name, theirs, n in (("token", "word", self.qformer.count("vocab_size")), ("position", "position", self.qformer.count("max_position_embeddings"))):
-                yield Entry(f"mm.{name}_embd.weight", f"qformer.embeddings.{theirs}_embeddings.weight", (n, self.q_width), instead=FLOAT32)
+            n_words, n_places, at = self.qformer.count("vocab_size"), self.qformer.count("max_position_embeddings"), "qformer.embeddings"
+            yield Entry("mm.token_embd.weight", f"{at}.word_embeddings.weight", (n_words, self.q_width))
+            yield Entry("mm.position_embd.weight", f"{at}.position_embeddings.weight", (n_places, self.q_width), instead=FLOAT32)
         yield from layer_norm("mm.proj_norm", f"qformer.{'embeddings.' * self.reads}layernorm", self.q_width)
         for i in range(self.q_layers):
             b, m = f"mm.proj_blk.{i}", f"qformer.encoder.layer.{i}"

@@ -105,7 +105,7 @@ def full_encoder(d_model: int) -> Encoder:
 TEXT = {"model_type": "opt", "vocab_size": 512, "hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 160, "num_hidden_layers": 3,
         "num_attention_heads": 6, "max_position_embeddings": 512}
 VISION = {"hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 45, "patch_size": 14}
-QFORMER = {"hidden_size": 60, "intermediate_size": 72, "num_hidden_layers": 5, "num_attention_heads": 5, "cross_attention_frequency": 2}
+QFORMER = {"hidden_size": 60, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 5, "cross_attention_frequency": 2}
 OPT_2_7B = PlainDecoder("opt", 32, 2560, 10240, 32, 32, 80, 50304, 2048, tied=True, positions=True,
                       keys={"attention.layer_norm_epsilon": 1e-5, "pre_norm": True, "hidden_activation": "relu"})
 
@@ -117,7 +117,7 @@ CASES = (Case(
         clip={"has_vision_encoder": True, "projector_type": "blip2", "use_gelu": True, "use_silu": False, "hidden_act": "gelu", "image_size": 45,
               "patch_size": 14, "embedding_length": 80, "feed_forward_length": 100, "block_count": 3, "attention.head_count": 4, "projection_dim": 96,
               "resample": 3, "attention.layer_norm_epsilon": np.float32(1e-6), "qformer.block_count": 5, "qformer.query_count": 5,
-              "qformer.embedding_length": 60, "qformer.feed_forward_length": 72, "qformer.attention.head_count": 5,
+              "qformer.embedding_length": 60, "qformer.feed_forward_length": 96, "qformer.attention.head_count": 5,
               "qformer.cross_attention_frequency": 2, "qformer.attention.layer_norm_epsilon": np.float32(1e-12), "qformer.hidden_act": "gelu",
               "image_mean": [np.float32(x) for x in (0.48145466, 0.4578275, 0.40821073)],
               "image_std": [np.float32(x) for x in (0.26862954, 0.26130258, 0.27577711)]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -83,6 +84,10 @@ def full_encoder(d_model: int) -> Encoder:
     return {**keys, "clip.projector_type": "instructblip"}, tensors
 
 
+# tokens themselves are compared by what texts become
+WORDS = {"model": "bert", "pre": "default", "tokens": ANY, "token_type": ANY, "unknown_token_id": 5, "seperator_token_id": 3, "padding_token_id": 4,
+         "mask_token_id": 6, "bos_token_id": 7, "add_bos_token": True, "add_eos_token": False, "max_input_chars_per_word": 100,
+         "normalizer.lowercase": True, "normalizer.strip_accents": True}
 TEXT = {**COMMON, "model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
 CASES = (Case(
     "instructblip", "llama", "InstructBlipConfig", "InstructBlipForConditionalGeneration", "spm",
@@ -90,8 +95,9 @@ CASES = (Case(
     blip2.VISION, TOKENS, InstructSight(), cached_as="llama",
     messages=[{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "what is unusual in it?\n"}]}],
     converted=Converted(
-        {"general.architecture": "llama", "tokenizer.chat_template": INSTRUCTED, "clip.vision.projector_type": "instructblip",
-         "clip.vision.qformer.tokenizer.ggml.model": "bert", "clip.vision.qformer.tokenizer.ggml.lowercase": True}),
+        {"general.architecture": "llama", "tokenizer.chat_template": INSTRUCTED},
+        clip={**blip2.CASES[0].converted.clip, "projector_type": "instructblip",
+              **{f"qformer.tokenizer.ggml.{name}": value for name, value in WORDS.items()}}, clip_tokens={"image_token_id": "<image>"}),
     full={"instructblip-vicuna-7b": Full(Decoder("llama", 32, 4096, 11008, 32, 32, 128, 32001, 2048), ("<unk>", "</s>", "<image>"), full_encoder)}),)
 
 
