@@ -39,11 +39,11 @@ def n_layers(v: Hparams, w: Weights) -> int:
     return n
 
 
-def head_count(v: Hparams, width: int, name: str = "vision.attention.head_count") -> int:
-    """Read the number of heads, which are as wide as rotations and kernels need. Raises: InvalidModelError."""
+def head_count(v: Hparams, width: int, name: str = "vision.attention.head_count", step: int = 4) -> int:
+    """Read the number of heads, which are as wide as rotations need: a multiple of `step`, 1 without them. Raises: InvalidModelError."""
     n = v.size(name)
-    if width % n or width // n % 4:
-        raise InvalidModelError(f"{v.arch}.{name} is {n} for a width of {width}: heads must have a multiple of 4 elements")
+    if width % n or width // n % step:
+        raise InvalidModelError(f"{v.arch}.{name} is {n} for a width of {width}: heads must have a multiple of {step} element{'s' * (step > 1)}")
     return n
 
 

@@ -235,6 +235,25 @@ def test_old_checkpoints_have_buffers_and_parts(folder: Path, tmp_path: Path, mo
         assert np.array_equal(loaded.embed(tiny_towers.pictures()[0]), model.embed(tiny_towers.pictures()[0]))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda-emulated"])
+def test_heads_of_any_width(tmp_path: Path, device: str) -> None:
+    import torch
+    import transformers
+
+    tiny_towers.save_word_bpe(tmp_path)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    sizes = {"num_hidden_layers": 2, "projection_dim": 33}
+    text = {"vocab_size": len(tokens), "hidden_size": 54, "intermediate_size": 101, "num_attention_heads": 6, "eos_token_id": tokens.eos_token_id}
+    vision = {"hidden_size": 70, "intermediate_size": 99, "num_attention_heads": 7, "image_size": 45, "patch_size": 7}
+    tiny_towers.make("CLIPModel", transformers.CLIPConfig(text_config={**text, **sizes}, vision_config={**vision, **sizes}, projection_dim=33), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**tiny_towers.CLIP_OLD, "size": 45, "crop_size": 45}))
+    theirs, pixels = tiny_towers.reference("CLIPModel", tmp_path), tiny_towers.processor("CLIPImageProcessorPil", tmp_path)
+    with pe.load(convert(tmp_path, tmp_path / "m.gguf", "f32"), device=device) as odd:
+        picture = tiny_towers.pictures()[0]                                                # pixels behind the last whole patch are not seen
+        tiny_towers.close(odd.hidden(picture), theirs.vision_model(pixels(picture)).last_hidden_state[0])
+        tiny_towers.close(odd.hidden("a lazy dog"), theirs.text_model(torch.tensor([odd.tokenize("a lazy dog")])).last_hidden_state[0])
+
+
 def test_it_has_no_encoder_to_split_off(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="split off"):
         convert(folder, tmp_path / "m.gguf", "f32", split_mmproj=True)

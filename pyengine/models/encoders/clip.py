@@ -61,7 +61,7 @@ class TowerConfig:
         mean, std = mean_and_std(v, MEAN, STD)
         neither = "quick_gelu" if w["v"].shape("class_embd") else "gelu_pytorch_tanh"
         return cls(
-            n_layers=count, width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width),
+            n_layers=count, width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width, step=1),
             eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu", neither), features=feature_layers(v, count),
             tile=v.size("vision.image_size"), patch=v.size("vision.patch_size"), mean=mean, std=std, resample=resample_filter(v, BICUBIC))
 

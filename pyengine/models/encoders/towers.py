@@ -130,7 +130,7 @@ class PreNormText(TextTower):
     def __init__(self, h: Hparams, w: Weights, *, act: str, eps: float):
         """Bind the tensors "t.*" by the keys "text.*". act, eps: of files without the keys."""
         d, t = h.size("text.embedding_length"), w["t"]
-        c = self.config = TextConfig(h.size("text.block_count"), d, mlp_width(t["blk", 0], d), head_count(h, d, "text.attention.head_count"),
+        c = self.config = TextConfig(h.size("text.block_count"), d, mlp_width(t["blk", 0], d), head_count(h, d, "text.attention.head_count", step=1),
                                      h.number("text.attention.layer_norm_epsilon", eps), known_activation(h, "text.hidden_act", act))
         shape = t["token_embd"].shape("weight")
         if shape is None or len(shape) != 2:
