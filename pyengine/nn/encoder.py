@@ -43,7 +43,8 @@ def head_count(v: Hparams, width: int, name: str = "vision.attention.head_count"
     """Read the number of heads, which are as wide as rotations need: a multiple of `step`, 1 without them. Raises: InvalidModelError."""
     n = v.size(name)
     if width % n or width // n % step:
-        raise InvalidModelError(f"{v.arch}.{name} is {n} for a width of {width}: heads must have a multiple of {step} element{'s' * (step > 1)}")
+        raise InvalidModelError(f"{v.arch}.{name} is {n} for a width of {width}: heads must have a multiple of {step} elements"
+                                if step > 1 else f"{v.arch}.{name} is {n}, which does not divide a width of {width}")
     return n
 
 

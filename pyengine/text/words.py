@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyengine.errors import InvalidModelError
 from pyengine.text.vocabulary import lenient
 
 END = "</w>"                         # behind the last letter of a word, in tokens
@@ -16,15 +17,17 @@ class WordBpe:
 
     merges  pairs with a blank between, the first first; None: those that the order of the tokens says
     unk     the token of what has none
+    Raises: InvalidModelError for merges of other tokens.
     """
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[str] | None, unk: str):
         from tokenizers import models, normalizers, pre_tokenizers, Regex
         from tokenizers import Tokenizer as Pipeline
 
-        pairs = [tuple(merge.split(" ")) for merge in merges] if merges is not None else merges_of(tokens)
-        self._pipeline = Pipeline(models.BPE({text: i for i, text in enumerate(tokens)}, pairs, unk_token=unk, fuse_unk=False,
-                                             continuing_subword_prefix="", end_of_word_suffix=END))
+        pairs, ids = [tuple(merge.split(" ")) for merge in merges] if merges is not None else merges_of(tokens), {t: i for i, t in enumerate(tokens)}
+        if wrong := next((pair for pair in pairs if not ids.keys() >= {*pair, "".join(pair)}), None):
+            raise InvalidModelError(f"tokenizer.ggml.merges: {' '.join(wrong)!r} is not of tokens that there are")
+        self._pipeline = Pipeline(models.BPE(ids, pairs, unk_token=unk, fuse_unk=False, continuing_subword_prefix="", end_of_word_suffix=END))
         self._pipeline.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self._pipeline.pre_tokenizer = pre_tokenizers.Sequence(

@@ -18,7 +18,7 @@ from converters.writer import convert
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.dialects import is_projector
 from pyengine.files.gguf import GGUFFile
-from pyengine.text.words import merges_of
+from pyengine.text.words import merges_of, WordBpe
 
 
 @pytest.fixture(scope="module", params=["quick_gelu, old files", "gelu"])
@@ -154,6 +154,12 @@ def test_merges_follow_from_the_order_of_tokens(tmp_path: Path) -> None:
     tiny_towers.save_word_bpe(tmp_path)
     vocabulary = read_vocabulary(tmp_path, {})
     assert [" ".join(pair) for pair in merges_of(vocabulary.tokens)] == vocabulary.merges and len(vocabulary.merges) > 90
+
+
+def test_merges_of_other_tokens_are_refused() -> None:
+    with pytest.raises(InvalidModelError, match="'a x' is not of tokens that there are"):
+        WordBpe(["a", "b", "ab", "u"], ["a b", "a x"], "u")
+    assert WordBpe(["a", "b</w>", "ab</w>", "u"], ["a b</w>"], "u").encode("AB ab") == [2, 2]
 
 
 def test_a_projector_is_no_model(tmp_path: Path) -> None:
