@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers|together|serving|vision|quality|widths`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|together|serving|vision|quality|widths|embed`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -39,6 +39,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         if unknown := set(isas) - set(engine.isas()):
             raise SystemExit(f"bench: this machine and build have {', '.join(engine.isas())}, not {', '.join(unknown)}")
         return kernels.run(isas, args.threads, args.only)
+    if args.suite == "embed":
+        from . import vectors
+
+        return vectors.run(args.model, args.threads, args.sentences, args.rounds, args.peers, args.format or vectors.FORMATS, args.rows)
     if args.suite == "vision" and args.encoder:
         from . import encoders
 
@@ -122,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     widths = suites.add_parser("widths", parents=[common], help="16 bits beside 4: bytes, tokens/s, quality, in one table")
     widths.add_argument("model", nargs="*", help="GGUF files or names; default: models/*.gguf")
     widths.add_argument("-r", "--rounds", type=int, default=3)
+    embed = suites.add_parser("embed", parents=[common], help="vectors of sentences, beside transformers and llama.cpp")
+    embed.add_argument("model", type=Path, help="a folder of sentence-transformers")
+    embed.add_argument("-n", "--sentences", type=int, default=1000, help="of 3 to 60 words (default: 1000)")
+    embed.add_argument("-r", "--rounds", type=int, default=3)
+    embed.add_argument("--rows", type=int, default=512, help="of a run, or of a batch of llama.cpp (default: 512)")
+    embed.add_argument("--format", action="append", choices=["F32", "F16", "Q8_0"], help="may be repeated (default: all three)")
+    embed.add_argument("--peers", action="append", choices=["torch", "llama.cpp"], default=[], help="also measure, in turns")
     vision = suites.add_parser("vision", parents=[common], help="image encoders: ops in SigLIP So400m's shape, or whole models'")
     vision.add_argument("--encoder", action="append", choices=["gemma3", "qwen2.5-vl"], default=[],
                         help="of a whole model, through its own graph; without it, ops put together here")

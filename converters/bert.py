@@ -3,7 +3,7 @@
 Follows transformers `modeling_bert.py`, `modeling_roberta.py`, `modeling_distilbert.py`. RoBERTa's positions begin behind the padding token's number:
 the rows before are left out, as llama.cpp does. BertModel's pooler stands before the scores of classes only, as llama.cpp's `cls`; vectors are
 made without it. Values of attention stay F16 in a file of Q8_0: of all-MiniLM-L6-v2 the smallest cosine of 250 sentences with those of F32 is 0.9995 so,
-and 0.9988 without; no other matrix counts as much.
+and 0.9988 without; no other matrix counts as much. Rows of positions and parts are F32, which llama.cpp can add.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from .contract import converts, Entry, layer_norm, linear, NO_BLOCKS
+from .contract import converts, Entry, FLOAT32, layer_norm, linear, NO_BLOCKS
 from .decoder import Tensors
 from .text_encoder import TextEncoder
 from .tokenizer import Vocabulary
@@ -58,9 +58,9 @@ class Bert(TextEncoder):
     def tensors(self) -> Tensors:
         d, f, stored = self.width, self.d_ff, (self.n_ctx + self.skipped, self.width)
         yield Entry("token_embd.weight", "embeddings.word_embeddings.weight", (self.vocab_size, d))
-        yield Entry("position_embd.weight", "embeddings.position_embeddings.weight", (self.n_ctx, d), stored=stored, first_row=self.skipped)
+        yield Entry("position_embd.weight", "embeddings.position_embeddings.weight", (self.n_ctx, d), stored=stored, first_row=self.skipped, instead=FLOAT32)
         if self.n_types:
-            yield Entry("token_types.weight", "embeddings.token_type_embeddings.weight", (self.n_types, d))
+            yield Entry("token_types.weight", "embeddings.token_type_embeddings.weight", (self.n_types, d), instead=FLOAT32)
         yield from layer_norm("token_embd_norm", "embeddings.LayerNorm", d)
         sizes = {"ffn_up": (f, d), "ffn_down": (d, f)}
         for i in range(self.n_layers):

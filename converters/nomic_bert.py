@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 
 from pyengine.errors import UnsupportedModelError
 
-from .contract import converts, Entry, layer_norm, linear
+from .contract import converts, Entry, FLOAT32, layer_norm, linear
 from .decoder import Tensors
 from .rope import rope_parameters
 from .text_encoder import TextEncoder
@@ -62,7 +62,7 @@ class NomicBert(TextEncoder):
     def tensors(self) -> Tensors:
         d, f = self.width, self.d_ff
         yield Entry("token_embd.weight", "embeddings.word_embeddings.weight", (self.vocab_size, d))
-        yield Entry("token_types.weight", "embeddings.token_type_embeddings.weight", (self.n_types, d))
+        yield Entry("token_types.weight", "embeddings.token_type_embeddings.weight", (self.n_types, d), instead=FLOAT32)
         yield from layer_norm("token_embd_norm", "embeddings.LayerNorm", d)
         for i in range(self.n_layers):
             b, m = f"blk.{i}", f"layers.{i}"

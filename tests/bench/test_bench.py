@@ -667,3 +667,26 @@ def test_a_model_in_16_and_in_4_bits(tiny_gguf, tmp_path) -> None:
     assert widths.bits(sparse) < 6 and widths.both(sparse, tmp_path)["4 bits"] == sparse
     found = widths.measured(made, n_threads=1, rounds=1)
     assert found["F16"]["plan_bytes"] > found["4 bits"]["plan_bytes"] and found["4 bits"]["tg64"]["median"] > 0
+
+
+# ---- vectors of sentences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_vectors_of_sentences_beside_transformers(tmp_path, capsys) -> None:
+    import tiny_towers
+    import transformers
+
+    from bench import vectors
+
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    tiny_towers.save_word_piece(folder)
+    tiny_towers.make("BertModel", transformers.BertConfig(vocab_size=160, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, intermediate_size=200), folder)
+    found = vectors.run(folder, 1, 6, 2, ["torch"], ("F32", "Q8_0"), 512)
+    assert [r["name"] for r in found["results"]] == ["embed pyengine F32", "embed pyengine Q8_0", "embed torch F32"]
+    ours = found["results"][0]
+    assert ours["correct"] and ours["cosine"] > 0.99999 and ours["over torch"] > 0 and found["tokens"] > 6 * 5 and len(ours["samples"]) == 2
+    texts = vectors.sentences(tiny_towers.convert(folder, tmp_path / "m.gguf", "f32"), 50)
+    lengths = [len(text.split()) for text in texts]
+    assert min(lengths) >= vectors.LEAST and max(lengths) <= vectors.MOST and texts == vectors.sentences(tmp_path / "m.gguf", 50)
