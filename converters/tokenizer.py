@@ -377,13 +377,19 @@ def _words(fast: dict[str, Any], file: Path) -> Vocabulary:
 
 
 def _of_words(folder: Path) -> dict[str, Any]:
-    """Read vocab.json and merges.txt as a tokenizer.json, where their words end in a mark; {} where they do not."""
+    """Read vocab.json and merges.txt as a tokenizer.json: words end in a mark, or are bytes, which RoBERTa's class puts between two tokens."""
     vocab = _json(folder / "vocab.json")
-    if not any(token.endswith("</w>") for token in vocab):
-        return {}
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>"}}
+    made = {"model": {"type": "BPE", "vocab": vocab, "merges": [line for line in lines if line and not line.startswith("#version")]}}
+    if any(token.endswith("</w>") for token in vocab):
+        made["model"]["end_of_word_suffix"] = "</w>"
+        return made
+    made["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
+    special = [(text, False) for text in ("<s>", "<pad>", "</s>", "<unk>")] + [("<mask>", True)]       # transformers' RobertaTokenizer
+    if all(text in vocab for text, _ in special):
+        made["added_tokens"] = [{"id": vocab[text], "content": text, "special": True, "lstrip": strips} for text, strips in special]
+        made["post_processor"] = {"type": "RobertaProcessing", "cls": ["<s>", vocab["<s>"]], "sep": ["</s>", vocab["</s>"]]}
+    return made
 
 
 def _flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:

@@ -147,3 +147,19 @@ def test_vocab_txt_alone(tmp_path: Path) -> None:
     (folder / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(InvalidModelError):
         convert(folder, tmp_path / "no.gguf", "f32")
+
+
+def test_vocab_json_and_merges_alone(tmp_path: Path) -> None:
+    folder = checkpoint("Roberta", "Model", tmp_path / "hf")
+    texts = (*tiny_towers.TEXTS, "a  <mask> dog</s>")
+    with loaded(folder) as model:
+        want = {text: model.tokenize(text) for text in texts}
+    fast = json.loads((folder / "tokenizer.json").read_text())
+    vocab = {**fast["model"]["vocab"], **{t["content"]: t["id"] for t in fast["added_tokens"]}}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in fast["model"]["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    with loaded(folder) as model:
+        assert {text: model.tokenize(text) for text in texts} == want
