@@ -151,15 +151,18 @@ static int64_t block_rows(const conv *t) {
   return pe_min(ROWS_BLOCK, pe_round_up((m + blocks - 1) / blocks, 8));
 }
 
+/* The most that a block has with these windows or fewer, of which blocks may be larger: memory is for all numbers up to the largest. */
+static int64_t most_rows(const conv *t) { return pe_min(ROWS_BLOCK, pe_round_up(pe_max(1, t->n * t->rows * t->columns), 8)); }
+
 /* Whether the picture is rounded to int8 before: its weights ask for it, and blocks do not reach over a pixel. */
 static int rounds_first(const conv *t, linear_needs needs) { return needs.quantized && t->cg % 32 == 0; }
 
 typedef struct conv_places { linear_places y; int64_t gather, codes; } conv_places; /* bytes: of a thread, then of all */
 
-static conv_places conv_memory(const conv *t) {
+static conv_places conv_memory(const conv *t, int64_t rows) {
   const linear_needs needs = linear_needs_of(&t->w, 1);
   conv_places y = {.gather = 0};
-  const int64_t rows = block_rows(t), gather = linear_gather_bytes(rows, needs.quantized);
+  const int64_t gather = linear_gather_bytes(rows, needs.quantized);
   y.y.own_h = 0;
   linear_own_memory(&y.y, pe_round_up(gather, 64), rows, t->k, needs);
   y.y.own = pe_round_up(y.y.own, 64);
@@ -291,7 +294,7 @@ static pe_status convolve_channels(const conv *t, pe_stream *s) {
 PE_SCRATCH(cpu, conv2d)(const pe_args *a, const void *params, int32_t n_threads) {
   const conv t = conv_of(pe_arg(a, 0), pe_arg(a, 1), pe_arg(a, 3), params);
   if (by_channel(&t)) return taps_bytes(&t) + n_threads * taps_own(&t);
-  const conv_places y = conv_memory(&t);
+  const conv_places y = conv_memory(&t, most_rows(&t));
   return y.codes + n_threads * y.y.own;
 }
 
@@ -304,7 +307,7 @@ PE_KERNEL(cpu, conv2d)(const pe_tensor *x, const pe_tensor *weight, const pe_ten
     if (s->scratch_bytes < taps_bytes(&t) + s->nth * taps_own(&t)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
     return convolve_channels(&t, s);
   }
-  const conv_places y = conv_memory(&t);
+  const conv_places y = conv_memory(&t, block_rows(&t));
   if (s->scratch_bytes < y.codes + s->nth * y.y.own) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
   return multiply_windows(&t, &y, s);
 }

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from pyengine.arguments import takes, whole
 from pyengine.backends import backend
-from pyengine.backends.base import Program
+from pyengine.backends.base import Declared, Program
+from pyengine.backends.prepared import Counted
 from pyengine.errors import GraphError, shown
 from pyengine.graph import graph
 from pyengine.graph.tensor import Tensor
@@ -34,9 +35,26 @@ class Graph(graph.Graph):
         Ops without a kernel on the device are computed by the NumPy reference; `strict` refuses them (GraphError).
         Returns a program with `run(**inputs)`: one array, or a list for a list. Raises: GraphError, RequestError.
         """
-        single = isinstance(outputs, Tensor)
-        targets = [outputs] if single else list(outputs) if isinstance(outputs, (list, tuple)) else []
-        if not targets or not all(isinstance(t, Tensor) for t in targets):
-            raise GraphError(f"compile: the outputs are a tensor or a list of tensors, got {shown(outputs)}")
-        n_threads = None if n_threads is None else whole("n_threads", n_threads, 1)
-        return backend(device, n_threads=n_threads).compile(targets, passes=passes, single=single, strict=strict)
+        run_by = backend(device, n_threads=_threads(n_threads))
+        return run_by.compile(_targets("compile", outputs), passes=passes, single=isinstance(outputs, Tensor), strict=strict)
+
+    @takes()
+    def plan(self, outputs: Tensor | Sequence[Tensor], device: str = "cpu", n_threads: int | None = None, passes: Sequence[str] | None = None) -> Counted:
+        """Count what `compile` would load with the same arguments, and load nothing.
+
+        Returns what has `weight_bytes`, `arena_bytes` and `state_bytes`, all that it would allocate, `operations` of the largest run, and `fallbacks`:
+        the ops that the device has no kernel for. Raises: GraphError, RequestError.
+        """
+        return backend(device, n_threads=_threads(n_threads)).prepare(Declared(_targets("plan", outputs)), passes=passes)
+
+
+def _threads(n_threads: int | None) -> int | None:
+    return None if n_threads is None else whole("n_threads", n_threads, 1)
+
+
+def _targets(name: str, outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs as a list. Raises: GraphError."""
+    targets = [outputs] if isinstance(outputs, Tensor) else list(outputs) if isinstance(outputs, (list, tuple)) else []
+    if not targets or not all(isinstance(t, Tensor) for t in targets):
+        raise GraphError(f"{name}: the outputs are a tensor or a list of tensors, got {shown(outputs)}")
+    return targets

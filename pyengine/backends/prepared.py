@@ -82,6 +82,16 @@ class Counted(Prepared):
         self.mapped_bytes = sum(r.nbytes for r in self.residents.values() if r.form == "mapped")
         self.state_bytes = sum(aligned(t.nbytes_max) for t in self.lasting)
 
+    def __repr__(self) -> str:
+        sizes = (("weights", self.weight_bytes), ("states", self.state_bytes), ("arena", self.arena_bytes))
+        said = ", ".join(f"{n:,} bytes of {name}" for name, n in sizes if n)
+        return f"Plan({len(self.layout.steps)} steps; {said or 'no memory'}; {self.operations:,} operations)"
+
+    @property
+    def operations(self) -> int:
+        """Operations of the largest run, as ops declare them: a product and a sum are two; what only moves numbers has none."""
+        return sum(int(node.op.flops(*node.args, **dict(node.params))) for node in self.layout.steps if node.op.flops)
+
     @abstractmethod
     def packed_bytes(self, dtype: DType, shape: Sequence[int]) -> int:
         """Return the bytes of a matrix [n, k] when packed, or of experts' matrices [e, n, k]; 0 where there is no packed form."""

@@ -117,9 +117,14 @@ class Tensor:
         return self.node.name
 
     @property
+    def size(self) -> int:
+        """Elements when every run-time axis has its largest value."""
+        return math.prod(axis_max(a) for a in self.shape)
+
+    @property
     def nbytes_max(self) -> int:
         """Bytes when every run-time axis has its largest value."""
-        return self.dtype.size(math.prod(axis_max(a) for a in self.shape))
+        return self.dtype.size(self.size)
 
     def __repr__(self) -> str:
         return f"Tensor({self.node!r}, shape={self.shape}, {self.dtype.name})"

@@ -1,4 +1,7 @@
-"""The pages' Python examples run: each of the README's by itself, those of docs/library.md from top to bottom, and that page names all."""
+"""The pages' Python examples run: each of the README's by itself, those of docs/library.md and docs/graphs.md from top to bottom.
+
+The first of these pages names everything public.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pyengine.engine.answer import Answer, Reported, Stream, Streams
 from pyengine.engine.loop import Handle
 from pyengine.engine.model import Model
 
-LIBRARY = ROOT / "docs" / "library.md"
+LIBRARY, GRAPHS = ROOT / "docs" / "library.md", ROOT / "docs" / "graphs.md"
 
 
 def blocks(text: str) -> list[str]:
@@ -50,6 +53,24 @@ def test_the_library_page(capsys, monkeypatch, tmp_path) -> None:
     for number, code in enumerate(blocks(text)):
         exec(compile(here(code), f"docs/library.md, example {number + 1}", "exec"), names)
         assert capsys.readouterr().out.strip(), code
+
+
+FULL = "WIDTH, HIDDEN, CLASSES, SIZE = 64, 4096, 1000, 224"
+
+
+@pytest.mark.parametrize("sizes", [FULL.replace("64, 4096, 1000, 224", "4, 48, 10, 64"), pytest.param(FULL, marks=pytest.mark.slow)])
+def test_the_graphs_page(sizes: str, capsys) -> None:
+    text, names = GRAPHS.read_text(), {}
+    assert text.count(FULL) == 1 and text.count("138,357,544") == 1
+    said = []
+    for number, code in enumerate(blocks(text.replace(FULL, sizes))):
+        exec(compile(code, f"docs/graphs.md, example {number + 1}", "exec"), names)
+        said.append(capsys.readouterr().out)
+        assert bool(said[-1]) == ("print(" in code), code
+    assert any(out.startswith("138,357,544 numbers in 16 layers") for out in said)
+    if sizes == FULL:                                            # the drawn plan is of two threads, whose working memory counts in the arena
+        want, got = ([re.sub("arena.*", "", line) for line in plan.split("\n")[:3]] for plan in (text[text.index("Plan(25 steps") :], said[5]))
+        assert want == got and "61,893,360,400 operations" in said[5]
 
 
 def public(kind: type) -> set[str]:
