@@ -187,6 +187,6 @@ def test_a_plan_is_what_is_compiled(names: dict[str, Any]) -> None:
     macs = sum(9 * k * n * side**2 for k, n, side in zip([3, *widths], widths, sides)) + 49 * 64 * 40 + 40 * 40 + 40 * 7
     pools = sum(4 * k * side**2 for k, side in ((8, 16), (16, 8), (32, 4), (64, 2), (64, 1))) + 64
     assert g.plan(scores).operations == 2 * (2 * macs + pools)
-    for wrong, error in (((None,), GraphError), (([],), GraphError), ((scores, "tpu"), RequestError), ((scores, "cpu", 0), RequestError)):
+    for wrong, error in (((None,), GraphError), (([],), GraphError), ((scores, "tpu"), GraphError), ((scores, "cpu", 0), RequestError)):
         with pytest.raises(error):
             g.plan(*wrong)

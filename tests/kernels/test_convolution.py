@@ -66,6 +66,17 @@ def matrix(w: np.ndarray) -> np.ndarray:
 pairs = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
 
 
+
+@pytest.mark.parametrize("isa", isas())
+def test_there_is_memory_for_any_number_of_pictures(isa: str) -> None:
+    """Blocks of windows are as even as they can be: those of three pictures are larger than those of four."""
+    weight, x = rng_of(1).standard_normal((24, 27), np.float32), rng_of(2).standard_normal((4, 20, 20, 3), np.float32)
+    y = ops.conv2d(make_leaf("input", "x", (Dim("n", max=4), 20, 20, 3), dtype("F32")), weight, kernel=(3, 3), padding=(1, 1))
+    program = Prepared(Declared([y]), None, (), kernels_of(isa), isa, 2).load()
+    whole = program.run(x=x)[0]
+    for n in range(4):
+        assert program.run(x=x[:n])[0].tobytes() == whole[:n].tobytes()
+
 @SLOW
 @given(pairs(1, 12), pairs(1, 4), pairs(1, 3), pairs(0, 3), pairs(1, 3), st.sampled_from([(1, 3, 7), (1, 33, 50), (1, 64, 20), (2, 8, 6),
        (3, 12, 9), (4, 64, 64), (5, 5, 5), (48, 48, 48), (6, 6, 12)]), st.integers(1, 2), seeds)
