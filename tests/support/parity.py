@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent), str(ROOT / "tests" / "models")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent), str(ROOT / "tests" / "models"),
+                str(ROOT / "tests" / "towers")]
 
 import cases  # noqa: E402  found through the line above
 import pyengine as pe  # noqa: E402
 import tiny  # noqa: E402
 import tiny_sources  # noqa: E402
+import tiny_towers  # noqa: E402
 from cases import Case, SourceCase  # noqa: E402
 from converters import convert  # noqa: E402
 from pictures import A, B  # noqa: E402
@@ -47,6 +50,16 @@ The same of models whose prompts an encoder reads: its last hidden states, and l
 
 | case | architecture | class of transformers | encoder | logits |
 |---|---|---|---|---|
+"""
+
+
+TOWERS = """
+## Encoders
+
+The same of models that make vectors and scores of texts: last hidden states of several texts, at every position.
+
+| architecture | class of transformers | hidden states |
+|---|---|---|
 """
 
 
@@ -102,6 +115,30 @@ def source_row(case: SourceCase, name: str) -> str:
     return f"| {name} | `{case.arch}` | {case.model_class} | {errors[0]:.1e} | {errors[1]:.1e} |\n"
 
 
+def tower_rows() -> list[str]:
+    """Run a plain checkpoint of each architecture of text encoders and return their rows."""
+    import test_albert
+    import test_bert_family
+    import test_gemma_embedding
+    import test_modern_bert
+    import test_nomic_bert
+    import torch
+
+    made = {f"{kind}Model": partial(test_bert_family.checkpoint, kind, "Model") for kind in test_bert_family.KINDS}
+    made |= {f"{kind}Model": partial(module.checkpoint, "Model") for kind, module in (("Albert", test_albert), ("ModernBert", test_modern_bert),
+                                                                                      ("NomicBert", test_nomic_bert))}
+    rows = []
+    for name, make in sorted({**made, "Gemma3TextModel": test_gemma_embedding.checkpoint}.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = make(Path(folder) / "hf")
+            theirs, worst = tiny_towers.reference(name, checkpoint), 0.0
+            with tiny_towers.loaded(checkpoint) as model:
+                for ids in map(model.tokenize, tiny_towers.TEXTS):
+                    worst = max(worst, share(model.hidden(ids), theirs(torch.tensor([ids])).last_hidden_state[0].detach().numpy()))
+                rows.append(f"| `{model.file.metadata['general.architecture']}` | {name} | {worst:.1e} |\n")
+    return sorted(rows)
+
+
 def main() -> None:
     """Write the page."""
     rows = []
@@ -110,7 +147,9 @@ def main() -> None:
         print(rows[-1], end="", flush=True)
     sources = [source_row(case, name) for case in cases.sources().values() for name in case.variants]
     print("".join(sources), end="", flush=True)
-    (ROOT / "docs" / "models.md").write_text(HEAD.format(most=DEFAULT_CTX) + "".join(rows) + SOURCES + "".join(sources))
+    towers = tower_rows()
+    print("".join(towers), end="", flush=True)
+    (ROOT / "docs" / "models.md").write_text(HEAD.format(most=DEFAULT_CTX) + "".join(rows) + SOURCES + "".join(sources) + TOWERS + "".join(towers))
 
 
 if __name__ == "__main__":
