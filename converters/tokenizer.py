@@ -172,6 +172,7 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         vocabulary = _byte_level(fast, folder / "tokenizer.json")
     elif piece_file is not None:
         vocabulary = _sentencepiece(piece_file)
+        _add_sentinels(vocabulary, settings)
     elif fast:
         vocabulary = _sentencepiece_from_merges(fast, folder / "tokenizer.json")
     else:
@@ -281,6 +282,15 @@ def _sentencepiece(file: Path) -> Vocabulary:
         made.model, made.charsmap = "t5", bytes(normalizer.precompiled_charsmap)
         made.one_space = normalizer.remove_extra_whitespaces
     return made
+
+
+def _add_sentinels(vocabulary: Vocabulary, settings: dict[str, Any]) -> None:
+    """Add the tokens that stand for gaps, the last one first, which T5's tokenizer has behind its model's pieces."""
+    n = settings.get("extra_ids", 100) if str(settings.get("tokenizer_class")).startswith("T5Tokenizer") else 0
+    for i in reversed(range(n)):
+        vocabulary.tokens.append(f"<extra_id_{i}>")
+        vocabulary.types.append(TokenType.CONTROL)
+        vocabulary.scores.append(0.0)
 
 
 def _sentencepiece_from_merges(fast: dict[str, Any], file: Path) -> Vocabulary:

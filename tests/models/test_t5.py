@@ -49,7 +49,7 @@ def test_a_sentencepiece_model_alone_gives_the_same_ids(tmp_path: Path) -> None:
         file.unlink()
     tiny_sources.save_unigram(both, alone=True)
     model = pe.load(convert(both, tmp_path / "alone.gguf"))
-    for text in (*tiny.TEXTS, "  two  blanks ", "\uff21\ufb01 \u00bd"):                # wide letters, a ligature, a fraction: the map of characters
+    for text in (*tiny.TEXTS, "  two  blanks ", "The <extra_id_0> fox <extra_id_1> dog", "\uff21\ufb01 \u00bd"):                # wide letters, a ligature, a fraction: the map of characters
         assert model.tokenize(text) == want(text)["input_ids"], text
 
 

@@ -29,7 +29,7 @@ def save_unigram(folder: Path, alone: bool = False) -> None:
     (folder / "spiece.model").write_bytes(model.getvalue())
     if alone:
         (folder / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}))
+            "tokenizer_class": "T5Tokenizer", "extra_ids": 5, "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}))
         return
     T5Tokenizer.from_pretrained(folder, extra_ids=5).save_pretrained(folder)
 
