@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,12 @@ class Bart:
         c.refuse_unless("tie_word_embeddings", True)
         c.refuse_unless("activation_function", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")
         self.vocab_size, self.d_model, self.n_ctx = (c.count(name) for name in ("vocab_size", "d_model", "max_position_embeddings"))
+        self.biased = True
         self.halves = {half: {name: c.count(f"{half}coder_{name}") for name in ("layers", "ffn_dim", "attention_heads")} for half in ("en", "de")}
+
+    def look(self, names: Collection[str]) -> None:
+        """Find out whether the head has a bias. names: of the checkpoint's tensors."""
+        self.biased = "final_logits_bias" in names
 
     def write_keys(self, out: GGUFWriter) -> None:
         c, encoder, decoder = self.config, self.halves["en"], self.halves["de"]
@@ -56,7 +61,8 @@ class Bart:
 
     def tensors(self) -> Tensors:
         yield Entry("token_embd.weight", "model.shared.weight", (self.vocab_size, self.d_model))
-        yield Entry("output.bias", "final_logits_bias", (self.vocab_size,), stored=(1, self.vocab_size))
+        if self.biased:
+            yield Entry("output.bias", "final_logits_bias", (self.vocab_size,), stored=(1, self.vocab_size))
         for half, sizes in self.halves.items():
             b, m = f"{half}c", f"model.{half}coder"
             yield Entry(f"{b}.position_embd.weight", f"{m}.embed_positions.weight", (self.n_ctx + OFFSET, self.d_model))

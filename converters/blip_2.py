@@ -20,7 +20,7 @@ from .checkpoint import Config
 from .contract import FLOAT32, Entry, converts, layer_norm, linear, supported
 from .decoder import Tensors
 from .tokenizer import read_vocabulary, Vocabulary
-from .vision import feed_forward, image_settings, square, TextAndEncoder, write_encoder_keys
+from .vision import feed_forward, image_settings, ONE_INSTRUCTION, square, TextAndEncoder, write_encoder_keys
 
 # transformers' Blip2Config, Blip2VisionConfig, Blip2QFormerConfig and BlipImageProcessorPil where a checkpoint may be silent
 DEFAULTS: dict[str, Any] = {"num_query_tokens": 32, "vision_config": {}, "qformer_config": {}, "text_config": {}}
@@ -51,16 +51,6 @@ TEMPLATE = """{%- for m in messages -%}
   {%- elif ns.text -%}{{ 'Question: ' + ns.text + ' Answer:' }}
   {%- endif -%}
 {%- endfor -%}"""
-
-
-# InstructBLIP was trained with instructions as they are.
-INSTRUCTED = """{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}
-  {{ raise_exception('this model follows one instruction, without a system message: give one message of a user') }}
-{%- endif -%}
-{%- set content = messages[0]['content'] -%}
-{%- if content is string -%}{{ content | trim }}
-{%- else -%}{%- for part in content if part['type'] == 'text' -%}{{ part['text'] | trim }}{%- endfor -%}
-{%- endif -%}"""
 
 
 class Queries:
@@ -170,4 +160,4 @@ class Blip2(TextAndEncoder):
         self.encoder = Queries(root, self.text.d_model, "InstructBlipForConditionalGeneration" in config["architectures"])
 
     def change_vocabulary(self, vocabulary: Vocabulary) -> None:
-        vocabulary.chat_template = vocabulary.chat_template or (INSTRUCTED if self.encoder.reads else TEMPLATE)
+        vocabulary.chat_template = vocabulary.chat_template or (ONE_INSTRUCTION if self.encoder.reads else TEMPLATE)

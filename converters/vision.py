@@ -26,6 +26,15 @@ GATED = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"} 
 # values of a processor that no key expresses, unless a model's defaults say others
 FIXED: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 
+# The chat template of models that were trained with instructions as they are.
+ONE_INSTRUCTION = """{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}
+  {{ raise_exception('this model follows one instruction, without a system message: give one message of a user') }}
+{%- endif -%}
+{%- set content = messages[0]['content'] -%}
+{%- if content is string -%}{{ content | trim }}
+{%- else -%}{%- for part in content if part['type'] == 'text' -%}{{ part['text'] | trim }}{%- endfor -%}
+{%- endif -%}"""
+
 
 class TextAndEncoder:
     """A checkpoint of two parts, each with a converter of its own; a subclass makes them."""

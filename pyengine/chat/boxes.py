@@ -69,7 +69,8 @@ _ALT = re.compile(r"""\balt=(?:"([^"]*)"|'([^']*)')""")
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels of the original picture: x1 <= x2 to the right, y1 <= y2 down; image: which picture."""
+    """A rectangle in pixels of the original picture: x1 <= x2 to the right, y1 <= y2 down (of `regions` as the answer has them); image: which
+    picture."""
 
     label: str
     x1: float
@@ -87,6 +88,20 @@ class Point:
     x: float
     y: float
     image: int = 0
+
+
+@dataclass(frozen=True)
+class Polygon:
+    """A region in pixels of the original picture: the corners (x, y) of each of its parts; image: which picture."""
+
+    label: str
+    parts: tuple[tuple[tuple[float, float], ...], ...]
+    image: int = 0
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """The corners of all parts."""
+        return [corner for part in self.parts for corner in part]
 
 
 def find_boxes(text: str, size: tuple[int, int], processed: tuple[int, int], scale: float | None = None,
@@ -210,8 +225,8 @@ def _tags(text: str) -> Iterator[tuple[list[float], str]]:
                 yield [point["x"], point["y"]], label
 
 
-def draw(image: Image, boxes: Iterable[Box | Point]) -> PIL.Image.Image:
-    """Draw boxes and points with their labels on a copy of the picture: one colour for each label."""
+def draw(image: Image, boxes: Iterable[Box | Point | Polygon]) -> PIL.Image.Image:
+    """Draw boxes, points and polygons with their labels on a copy of the picture: one colour for each label."""
     picture = PIL.Image.fromarray(image.pixels)
     pen = PIL.ImageDraw.Draw(picture)
     line = max(2, round(min(picture.size) / 200))
@@ -221,7 +236,10 @@ def draw(image: Image, boxes: Iterable[Box | Point]) -> PIL.Image.Image:
     for box in boxes:
         colour = colours[box.label]
         if isinstance(box, Box):
-            pen.rectangle((box.x1, box.y1, box.x2, box.y2), outline=colour, width=line)
+            pen.rectangle((min(box.x1, box.x2), min(box.y1, box.y2), max(box.x1, box.x2), max(box.y1, box.y2)), outline=colour, width=line)
+        elif isinstance(box, Polygon):
+            for part in box.parts:
+                pen.line([*part, *part[:2]], fill=colour, width=line, joint="curve")
         else:
             pen.circle((box.x, box.y), 3 * line, fill=colour, outline="white", width=max(1, line // 2))
     for box in boxes:                                    # above every line
@@ -230,14 +248,17 @@ def draw(image: Image, boxes: Iterable[Box | Point]) -> PIL.Image.Image:
     return picture
 
 
-def _draw_label(pen: PIL.ImageDraw.ImageDraw, size: tuple[int, int], box: Box | Point, colour: tuple[int, int, int],
+def _draw_label(pen: PIL.ImageDraw.ImageDraw, size: tuple[int, int], box: Box | Point | Polygon, colour: tuple[int, int, int],
                 line: int, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont) -> None:
     """Draw a filled tab with the text: above a box or beside a point, and always in the picture."""
     text = " ".join(box.label[:60].encode("utf-8", "replace").decode().split())
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 2 * line, bottom - top + 2 * line
     if isinstance(box, Box):
-        x, y = box.x1, box.y1 - height
+        x, y = min(box.x1, box.x2), min(box.y1, box.y2) - height
+    elif isinstance(box, Polygon):
+        x, y = (min((corner[axis] for corner in box.points), default=0.0) for axis in (0, 1))
+        y -= height
     else:
         right_of = box.x + 4 * line
         x, y = right_of if right_of + width <= size[0] else box.x - 4 * line - width, box.y - height / 2

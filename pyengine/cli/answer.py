@@ -11,13 +11,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TYPE_CHECKING
 
 from pyengine.cli.paper import Paper, thought
-from pyengine.cli.pictures import boxes, media_json, Picture, places, report_line, warn_of_loss
+from pyengine.cli.pictures import boxes_json, media_json, Picture, places, report_line, warn_of_loss
 from pyengine.cli.screen import busy, note, show_json, size
 from pyengine.errors import ModelNotFoundError, ModelWarning, shown
 
@@ -381,7 +381,7 @@ def summary(model: Any, question: Question, report: Shown) -> dict[str, Any]:
         "prompt_tokens_per_second": rate(found.n_prompt - found.n_cached, found.prompt_seconds),
         "generation_tokens_per_second": rate(n_later, found.seconds),
         **({"thinking": found.thinking} if found.thinking else {}),
-        "media": media_json(question.names(), found.report.media), "boxes": [asdict(box) for box in boxes(found)],
+        "media": media_json(question.names(), found.report.media), **boxes_json(found),
         **({"memory": memory(model)} if isinstance(model.plan, MemoryPlan) else {}),
     }
 

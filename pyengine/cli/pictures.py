@@ -260,14 +260,23 @@ def media_json(names: Sequence[str], infos: Sequence[Any]) -> list[dict[str, Any
 # ---------------------------------------------------------------------------------------------- boxes
 
 def boxes(found: Any) -> list[Any]:
-    """Find the boxes and points of an answer: those of its last picture, or of its last video where there is no picture."""
+    """Find the boxes, points and polygons of an answer: those of its last picture, or of its last video where there is no picture."""
     kinds = [info.kind for info in found.media]
-    return found.boxes_in(len(kinds) - 1 - kinds[::-1].index("image")) if "image" in kinds else found.boxes
+    return found.marks_in(len(kinds) - 1 - kinds[::-1].index("image")) if "image" in kinds else found.boxes
+
+
+def boxes_json(found: Any) -> dict[str, Any]:
+    """Return the same as plain data: "boxes" and points among them, and "polygons" where there are any."""
+    from pyengine.chat.boxes import Polygon
+
+    marks = boxes(found)
+    polygons = [asdict(mark) for mark in marks if isinstance(mark, Polygon)]
+    return {"boxes": [asdict(mark) for mark in marks if not isinstance(mark, Polygon)], **({"polygons": polygons} if polygons else {})}
 
 
 def places(found: Any, names: Sequence[str], way: str = "") -> list[str]:
-    """Format the boxes and points of an answer, after what they are measured in, for standard error; `way`: how to see them."""
-    from pyengine.chat.boxes import Box
+    """Format the boxes, points and polygons of an answer, after what they are measured in, for standard error; `way`: how to see them."""
+    from pyengine.chat.boxes import Box, Polygon
 
     marks = boxes(found)
     if not marks:
@@ -275,7 +284,10 @@ def places(found: Any, names: Sequence[str], way: str = "") -> list[str]:
     number = marks[0].image
     lines = [f"(in pixels of {names[number]}, {_size(found.media[number].size)}{way and '; '}{way})"]
     for mark in marks:
-        at = f"{mark.x1:.0f},{mark.y1:.0f} to {mark.x2:.0f},{mark.y2:.0f}" if isinstance(mark, Box) else f"{mark.x:.0f},{mark.y:.0f}"
+        if isinstance(mark, Polygon):
+            at = "; ".join(" ".join(f"{x:.0f},{y:.0f}" for x, y in part) for part in mark.parts)
+        else:
+            at = f"{mark.x1:.0f},{mark.y1:.0f} to {mark.x2:.0f},{mark.y2:.0f}" if isinstance(mark, Box) else f"{mark.x:.0f},{mark.y:.0f}"
         lines.append(f"  {mark.label or '(no label)'}: {at}")
     return lines
 

@@ -119,19 +119,41 @@ class Answer(Reported, str):
 
         return [box for box in self.boxes if isinstance(box, Point)]
 
+    @property
+    def polygons(self) -> list[Any]:
+        """Polygons that the answer names (`boxes.Polygon`), in pixels of the last picture's original."""
+        from pyengine.chat.boxes import Polygon                                 # as below
+
+        return [mark for mark in self.marks_in(-1) if isinstance(mark, Polygon)] if self.report.media else []
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of all boxes, points and polygons, in the answer's order."""
+        return [mark.label for mark in self.marks_in(-1)] if self.report.media else []
+
     @takes()
     def boxes_in(self, number: int) -> list[Any]:
         """Find boxes and points (`boxes.Box`, `boxes.Point`) that the text names, in pixels of the original of one picture.
 
         A text does not say which of several pictures it speaks of, so the caller does. Raises: RequestError where there is no such picture.
         """
+        from pyengine.chat.boxes import Polygon                                 # Pillow takes 20 ms to import
+
+        return [mark for mark in self.marks_in(number, "boxes_in") if not isinstance(mark, Polygon)]
+
+    def marks_in(self, number: int, name: str = "marks_in") -> list[Any]:
+        """Find the same and polygons. Raises: RequestError, naming what was called."""
         from pyengine.chat.boxes import find_boxes                              # Pillow takes 20 ms to import
+        from pyengine.chat.regions import find_regions
 
         n, seen = whole("number", number, -INT32_MAX), len(self.report.media)
         if not -seen <= n < seen:
-            raise RequestError(f"boxes_in({n}): the prompt of this answer has {seen} pictures, numbered from 0")
+            raise RequestError(f"{name}({n}): the prompt of this answer has {seen} pictures, numbered from 0")
         n %= seen
-        return find_boxes(self, self.report.media[n].size, self.report.media[n].processed, image=n)
+        medium = self.report.media[n]
+        if self.report.naming is not None:
+            return find_regions(self.report.marked, self.report.naming, medium.size, n)
+        return find_boxes(self, medium.size, medium.processed, image=n)
 
     def __repr__(self) -> str:
         return f"Answer({str.__repr__(self)}, {len(self.tokens)} tokens, finish={self.finish!r})"

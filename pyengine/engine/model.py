@@ -23,7 +23,7 @@ from pyengine.cache.cells import Conversation
 from pyengine.engine.answer import Answer, Reported, Stream, Streams
 from pyengine.engine.language import Language, ReadsText
 from pyengine.engine.prompts import Prompt, Prompts, token_ids
-from pyengine.engine.request import Report, Request, Stops
+from pyengine.engine.request import Marking, Report, Request, Stops
 from pyengine.engine.runner import Runner
 from pyengine.engine.scheduler import check_room, Scheduler
 from pyengine.engine.searching import rules_of, searches
@@ -564,10 +564,13 @@ class Model(ReadsText):
         made = prompt()
         guide, marks = self._guide(made, wishes, shape) if talks or shape else (None, ())
         decoder = self.tokenizer.decoder(skip_special=True, at_start=talks or self.sources is not None, marks=marks)
+        report = Report(media=made.media, naming=made.naming)
+        if made.naming is not None:
+            decoder = Marking(decoder, self.tokenizer.decoder(skip_special=False, at_start=True), report)
         kind: type[Request] = Request
         if rules is not None and searches(rules.search, sampling, guide is not None, self.n_seq):
             from pyengine.engine.beams import BeamRequest as kind
-        return kind(self._lay_out(made.segments, adapters), sampler, decoder, stops, (most, self.tokenizer.eog_ids), Report(media=made.media), guide, rules)
+        return kind(self._lay_out(made.segments, adapters), sampler, decoder, stops, (most, self.tokenizer.eog_ids), report, guide, rules)
 
     def _guide(self, prompt: Prompt, wishes: Wishes, shape: str | None) -> tuple[Guide | None, Sequence[int]]:
         from pyengine.engine.guide import guide_of                             # plain texts begin sooner

@@ -17,6 +17,7 @@ from pyengine.text.marks import GUARD
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from pyengine.chat.regions import Naming
     from pyengine.chat.reply.tools import Tool
     from pyengine.engine.encoded import EncodedMedia, MediaInfo, Part
     from pyengine.engine.sources import Sources
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
     from pyengine.media.messages import Medium
     from pyengine.media.policy import MediaPolicy
     from pyengine.media.video import Video
+    from pyengine.models.architecture import Encoder
 
 class Prompt(NamedTuple):
     """Segments and what became of their pictures. Of a conversation the tools that may be called, None of a plain text; and whether thinking
-    is open at its end."""
+    is open at its end. naming: how the answer names regions of the picture, where a task asks for them."""
 
     segments: list[Segment]
     media: list[MediaInfo]
     tools: Sequence[Tool] | None = None
     opened: bool = False
+    naming: Naming | None = None
 
 
 class Prompts:
@@ -169,6 +172,7 @@ class Prompts:
 
     def text(self, text: str, media: Sequence[Medium], guarded: bool = False) -> Prompt:
         """Lay out a text with as many markers as media, or with none: then the media come first. BOS as for any text."""
+        text, naming = tasked(text, self.media.encoder) if self.media and self.media.encoder.tasks else (text, None)
         if not media:
             ids = self.tokenizer.tokenize(text, mend=guarded)
             return Prompt([self._tokens(ids[1:] if self.tokenizer.bos_id is not None and ids[:2] == [self.tokenizer.bos_id] * 2 else ids)], [])
@@ -195,7 +199,7 @@ class Prompts:
             segments.insert(at, self._tokens(lead))
         if special[len(lead):]:
             segments.append(self._tokens(special[len(lead):]))
-        return Prompt(segments, [info for _, info in found])
+        return Prompt(segments, [info for _, info in found], naming=naming)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
              options: Mapping[str, Any] | None = None, wishes: Wishes | None = None) -> Prompt:
@@ -254,6 +258,26 @@ class Prompts:
 
 _PLACE = "\ufdd1"                    # a noncharacter (Unicode 16, 23.7)
 _OWN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")     # what a template gets anyway
+
+
+def tasked(text: str, encoder: Encoder) -> tuple[str, Naming | None]:
+    """Return what a text asks that has a task's name in it, or the text; and how the answer names regions, if it does. Places in a text that
+    was guarded are tokens again.
+
+    Raises: RequestError for a text beside a task that takes none.
+    """
+    name = next((name for name in encoder.tasks if name in text), None)
+    if name is None:
+        return text, None
+    sentence, way = encoder.tasks[name]
+    given = text.replace(name, "").strip()
+    if given and "{input}" not in sentence:
+        raise RequestError(f"the task {name} takes no text; give its name alone, not {shown(text)}")
+    if not way:
+        return sentence.replace("{input}", re.sub(f"<{GUARD}(loc_[0-9]+>)", r"<\1", given)), None
+    from pyengine.chat.regions import Naming
+
+    return sentence.replace("{input}", re.sub(f"<{GUARD}(loc_[0-9]+>)", r"<\1", given)), Naming(way, frozenset(encoder.ignored))
 
 
 def template_options(options: Any) -> dict[str, Any]:

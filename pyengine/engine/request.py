@@ -19,11 +19,13 @@ from pyengine.programs.step import Row
 from pyengine.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:
+    from pyengine.chat.regions import Naming
     from pyengine.chat.reply.deltas import Delta, ToolCall
     from pyengine.engine.encoded import MediaInfo
     from pyengine.engine.guide import Guide
     from pyengine.engine.runner import Runner
     from pyengine.text.search import Rules
+    from pyengine.text.tokenizer import StreamDecoder
 
 
 class Stops:
@@ -108,7 +110,8 @@ class Report:
     times: of the tokens, by the clock of `time.perf_counter`;
     thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
-    media: what became of each picture or video. conversation: that in the caches, as long as it is there.
+    media: what became of each picture or video. naming: how the answer names regions of the last one, if it does: by tokens that its text may
+    leave out, and that stand in `marked`. conversation: that in the caches, as long as it is there.
     earlier: where tools were run, the messages before this answer: calls and their results.
     """
 
@@ -127,8 +130,27 @@ class Report:
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     media: list[MediaInfo] = field(default_factory=list)
+    naming: Naming | None = None
+    marked: str = field(default="", repr=False)
     conversation: Conversation | None = field(default=None, repr=False, compare=False)
     earlier: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+
+class Marking:
+    """A decoder beside which another one keeps the texts of all tokens, in a report's `marked`."""
+
+    def __init__(self, decoder: StreamDecoder, whole: StreamDecoder, report: Report):
+        self.decoder, self.whole, self.report = decoder, whole, report
+
+    def push(self, token: int) -> str:
+        """Give the text that this token completes."""
+        self.report.marked += self.whole.push(token)
+        return self.decoder.push(token)
+
+    def flush(self) -> str:
+        """Give what is held back."""
+        self.report.marked += self.whole.flush()
+        return self.decoder.flush()
 
 
 class Job(ABC):

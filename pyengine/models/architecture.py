@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,14 @@ class EncoderFiles(NamedTuple):
     token: Callable[[str], int]
 
 
+class Task(NamedTuple):
+    """What a prompt asks that is a task's name: a sentence, in which "{input}" is what stands behind the name; and how the answer names
+    places of the picture, one of the ways of `chat/regions`; "": it names none."""
+
+    sentence: str
+    regions: str = ""
+
+
 class Encoder(ABC):
     """Pictures (later sounds, texts) to rows that a decoder reads.
 
@@ -57,6 +66,8 @@ class Encoder(ABC):
     maps         names of the maps of attention that it can show, where a picture is one run; none of others
     several      a prompt may have more than one picture
     points       answers name places of a picture as points (`chat/boxes`)
+    tasks        what prompts ask that are names of tasks; none of models that are asked in words
+    ignored      labels of phrases that name nothing in a picture
     """
 
     kind: ClassVar[str] = "image"
@@ -68,6 +79,8 @@ class Encoder(ABC):
     maps: tuple[str, ...] = ()
     several: ClassVar[bool] = True
     points: ClassVar[bool] = False
+    tasks: ClassVar[Mapping[str, Task]] = MappingProxyType({})
+    ignored: tuple[str, ...] = ()
 
     @abstractmethod
     def most_rows(self, n_ctx: int) -> int:

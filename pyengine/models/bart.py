@@ -16,7 +16,9 @@ from pyengine.errors import InvalidModelError, RequestError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
-from pyengine.models.architecture import EncoderDecoder, SourceEncoder
+from pyengine.models import encoders
+from pyengine.models.architecture import Encoder as ImageEncoder
+from pyengine.models.architecture import EncoderDecoder, EncoderFiles, SourceEncoder
 from pyengine.nn.attention import Attention
 from pyengine.nn.batch import Batch, Source
 from pyengine.nn.decoder import DecoderConfig, first_tokens, vocab_size
@@ -136,6 +138,11 @@ class Model(EncoderDecoder):
         self.head = constant(w["token_embd" if tied else "output"].tensor("weight", (c.vocab_size, c.d_model)))
         bias = w["output"].optional("bias", (c.vocab_size,))
         self.head_bias = constant(bias, dtype_of("F32")) if bias else None
+
+    @classmethod
+    def encoders(cls, files: EncoderFiles) -> dict[str, ImageEncoder]:
+        """Bind the encoder of pictures, whose rows go to the encoder of prompts."""
+        return encoders.beside(files)
 
     def forward(self, batch: Batch, caches: list[Any]) -> Tensor:
         """Return last hidden states [m, D]. Raises: RequestError for contexts that are larger than the positions of the file."""

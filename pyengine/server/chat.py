@@ -122,9 +122,10 @@ class _Chat(Interface):
                 "finish_reason": answer.finish}
 
     def _media(self, handle: Handle) -> Mapping[str, Any]:
-        """Return boxes that the text names, in pixels of the picture that was sent: an addition to OpenAI's form."""
-        boxes = handle.result(0).boxes
-        return {"boxes": [vars(b) for b in boxes]} if boxes else {}
+        """Return boxes and polygons that the answer names, in pixels of the picture that was sent: an addition to OpenAI's form."""
+        answer = handle.result(0)
+        found = {"boxes": answer.boxes, "polygons": answer.polygons}
+        return {name: [vars(mark) for mark in marks] for name, marks in found.items() if marks}
 
     def _piece(self, i: int, delta: Delta, first: bool) -> dict[str, Any]:
         said = {**({"role": "assistant"} if first else {}), **self._said(i, delta)}

@@ -14,7 +14,8 @@ import test_blip2 as blip2
 import tiny
 from cases import Case, Converted, Tokens
 from converters import convert
-from converters.blip_2 import INSTRUCTED, READS
+from converters.blip_2 import READS
+from converters.vision import ONE_INSTRUCTION
 from hollow import both, Decoder, Encoder, Full, kv
 from oracle import encoder_of
 from pictures import A, B, same
@@ -33,7 +34,7 @@ except ImportError:         # the cases are found without it
 pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers and torch: pip install -r requirements/test.txt")
 
 N_QUERIES, N_WORDS = blip2.N_QUERIES, 160
-TOKENS = Tokens(("<s>", "</s>", "<pad>", "<image>"), "<s>", "</s>", "<pad>", INSTRUCTED, {"image_token_index": "<image>"})
+TOKENS = Tokens(("<s>", "</s>", "<pad>", "<image>"), "<s>", "</s>", "<pad>", ONE_INSTRUCTION, {"image_token_index": "<image>"})
 
 
 class Saved:
@@ -95,7 +96,7 @@ CASES = (Case(
     blip2.VISION, TOKENS, InstructSight(), cached_as="llama",
     messages=[{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "what is unusual in it?\n"}]}],
     converted=Converted(
-        {"general.architecture": "llama", "tokenizer.chat_template": INSTRUCTED},
+        {"general.architecture": "llama", "tokenizer.chat_template": ONE_INSTRUCTION},
         clip={**blip2.CASES[0].converted.clip, "projector_type": "instructblip",
               **{f"qformer.tokenizer.ggml.{name}": value for name, value in WORDS.items()}}, clip_tokens={"image_token_id": "<image>"}),
     full={"instructblip-vicuna-7b": Full(Decoder("llama", 32, 4096, 11008, 32, 32, 128, 32001, 2048), ("<unk>", "</s>", "<image>"), full_encoder)}),)

@@ -76,7 +76,7 @@ def _seen(fitted: Any) -> dict[str, Any]:
     if "video" in bound.image.markers:
         found["videos"] = {}
     tokenizer = Tokenizer.from_metadata(bound.files.model.metadata)
-    return {**found, **({"boxes": {}} if all(tokenizer.id_of(mark) is not None for mark in MARKS) else {}), **({"points": {}} if bound.image.points else {})}
+    return {**found, **({"boxes": {}} if bound.image.tasks or all(tokenizer.id_of(mark) is not None for mark in MARKS) else {}), **({"points": {}} if bound.image.points else {})}
 
 
 def _spoken(meta: Metadata) -> dict[str, Any]:

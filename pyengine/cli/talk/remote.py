@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pyengine.chat.boxes import Box, Point
+from pyengine.chat.boxes import Box, Point, Polygon
 from pyengine.chat.reply.deltas import Delta, new_call_id, ToolCall
 from pyengine.cli.talk.place import RemotePlan
 from pyengine.engine.answer import Answer
@@ -179,7 +179,7 @@ class Seen(NamedTuple):
 
 @dataclass
 class RemoteReport(Report):
-    """How an answer came about, as far as the server says. `seen`: what was sent; `boxes`: those that the server found in the answer."""
+    """How an answer came about, as far as the server says. `seen`: what was sent; `boxes`: those that the server found in the answer, points and polygons too."""
 
     seen: list[Seen] = field(default_factory=list)
     boxes: list[Any] = field(default_factory=list)
@@ -200,7 +200,7 @@ class RemoteAnswer(Answer):
         """Boxes and points that the server found, in pixels of the picture that was sent."""
         return self.report.boxes
 
-    def boxes_in(self, number: int) -> list[Any]:
+    def marks_in(self, number: int, name: str = "marks_in") -> list[Any]:
         """Return those of one picture."""
         return [box for box in self.report.boxes if box.image == number]
 
@@ -251,6 +251,7 @@ class RemoteStream:
         for call in _get(said, "tool_calls", list) or ():
             yield from map(self._counted, self._called(call))
         self.report.boxes += [_box(box) for box in _get(said, "boxes", list) or () if isinstance(box, dict)]
+        self.report.boxes += [_polygon(found) for found in _get(said, "polygons", list) or () if isinstance(found, dict)]
         self.report.finish = _get(choice, "finish_reason", str) or self.report.finish
         if usage := _get(value, "usage", dict):
             self._use(usage)
@@ -315,6 +316,15 @@ def _get(value: Any, key: str, kind: type) -> Any:
     """Return a field if it is there, and of its type; None otherwise."""
     found = value.get(key) if isinstance(value, Mapping) else None
     return found if isinstance(found, kind) and not (kind is int and isinstance(found, bool)) else None
+
+
+def _polygon(found: Mapping[str, Any]) -> Polygon:
+    def corner(c: Any) -> tuple[float, ...]:
+        return tuple(float(n) for n in c if isinstance(n, (int, float))) if isinstance(c, list) else ()
+
+    parts = (map(corner, part) for part in _get(found, "parts", list) or () if isinstance(part, list))
+    corners = tuple(tuple((c[0], c[1]) for c in part if len(c) == 2) for part in parts)
+    return Polygon(_get(found, "label", str) or "", corners, _get(found, "image", int) or 0)
 
 
 def _box(box: Mapping[str, Any]) -> Box | Point:

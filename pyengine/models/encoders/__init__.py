@@ -9,8 +9,9 @@ from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import projector_type
 
 # projector: module, of which `Vision` is the encoder
-ENCODERS = {"aria": "aria", "blip2": "blip2", "fuyu": "fuyu", "gemma3nv": "mobilenetv5", "idefics3": "idefics3", "instructblip": "blip2", "internvl": "internvl", "janus_pro": "janus",
-            "ldp": "mobilevlm", "ldpv2": "mobilevlm", "mlp": "llava", "mm1_5": "mm1_5", "molmo": "molmo", "nvlm_d": "nvlm",
+ENCODERS = {"aria": "aria", "blip2": "blip2", "florence2": "florence2", "fuyu": "fuyu", "gemma3nv": "mobilenetv5", "idefics3": "idefics3",
+            "instructblip": "blip2", "internvl": "internvl", "janus_pro": "janus", "ldp": "mobilevlm", "ldpv2": "mobilevlm", "mlp": "llava",
+            "mm1_5": "mm1_5", "molmo": "molmo", "nvlm_d": "nvlm",
             "phi4": "phi4", "phi4mm": "phi4mm", "pixtral": "pixtral"}
 
 

@@ -1,0 +1,246 @@
+"""Florence-2 against transformers: pixels, every stage, the projector's rows, logits, greedy and beam text, and what answers name."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyengine as pe
+import tiny_sources
+from converters import convert
+from oracle import encoder_of
+from pictures import A, B, DOT, LONG, same, THIN
+from pyengine.backends import backend
+from pyengine.chat.boxes import draw, Polygon
+from pyengine.chat.regions import Naming
+from pyengine.engine.answer import Answer
+from pyengine.engine.encoded import MediaInfo
+from pyengine.engine.request import Report
+from pyengine.errors import RequestError
+from pyengine.graph.graph import Graph
+from sight import of_any_backend
+from test_bart import BART
+from test_blip2_t5 import Made
+
+try:
+    import transformers
+except ImportError:         # the cases are found without it
+    transformers = None
+
+pytestmark = pytest.mark.skipif(transformers is None, reason="needs transformers and torch: pip install -r requirements/test.txt")
+
+SIDE, ROWS = 75, 26                  # grids of 19, 10 and 5 places
+VISION = {"depths": [1, 2, 1], "patch_size": [7, 3, 3], "patch_stride": [4, 2, 2], "patch_padding": [3, 1, 1], "patch_prenorm": [False, True, True],
+          "embed_dim": [24, 40, 64], "num_heads": [2, 5, 4], "num_groups": [3, 2, 4], "window_size": 4, "mlp_ratio": 2.5, "projection_dim": 60,
+          "max_position_embeddings": 7, "drop_path_rate": 0.1}
+OTHER = {"patch_prenorm": [True, False, False], "window_size": 5, "qkv_bias": False, "activation_function": "gelu_pytorch_tanh", "mlp_ratio": 3.0}
+MARKS = ["<od>", "</od>", "<ocr>", "</ocr>", *(f"<loc_{i}>" for i in range(1000)), "<cap>", "</cap>", "<sep>", "<poly>", "</poly>", "<and>"]
+POST = {"NUM_BBOX_HEIGHT_BINS": 1000, "NUM_BBOX_WIDTH_BINS": 1000,
+        "ocr": {"PATTERN": r"(.+?)<loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)>", "AREA_THRESHOLD": 0.0},
+        "phrase_grounding": {"banned_grounding_tokens": ["it", "the image"]},
+        **{name: {} for name in ("pure_text", "description_with_bboxes", "description_with_polygons", "polygons", "bboxes",
+                                 "description_with_bboxes_or_polygons")}}
+
+
+def checkpoint(folder: Path, vision: dict[str, Any], images: dict[str, Any]) -> Made:
+    """Write a tiny random checkpoint as transformers' own converter does, and its file."""
+    import torch
+
+    folder.mkdir(parents=True)
+    tiny_sources.save_byte_level(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.add_tokens(MARKS, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = transformers.Florence2Config(
+        text_config={**BART.config, "model_type": "bart", "vocab_size": len(tokenizer)}, vision_config={**VISION, **vision}, image_token_id=image,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    model, random = transformers.Florence2ForConditionalGeneration(config), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            noise = torch.randn(p.shape, generator=random)
+            if p.dim() == 1:
+                p.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.3 * noise)
+            else:
+                p.copy_(noise if "embed" in name or "shared" in name else 1.5 * noise / p[0].numel() ** 0.5)
+    model.save_pretrained(folder)
+    own = transformers.CLIPImageProcessorPil(**{
+        "size": {"height": SIDE, "width": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": False, "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "image_seq_length": ROWS, **images})
+    processor = of_any_backend(transformers.Florence2Processor)(own, tokenizer, post_processor_config=POST)
+    processor.save_pretrained(folder)
+    theirs = transformers.Florence2ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    return Made(folder, convert(folder, folder.parent / "model.gguf", "f32"), theirs, processor)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return checkpoint(tmp_path_factory.mktemp("florence2") / "hf", {}, {})
+
+
+@pytest.fixture(scope="module")
+def model(made: Made) -> Any:
+    with pe.load(made.path, n_ctx=128, kv_dtype="f32") as loaded:
+        yield loaded
+
+
+def test_pixels_are_bit_for_bit_those_of_transformers(made: Made) -> None:
+    ours = encoder_of(made.path)
+    for picture in (A, B, LONG, THIN, DOT):
+        (view,) = ours.process(pe.open_image(picture)).views
+        want = made.processor.image_processor(picture, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
+        assert np.array_equal(view.inputs["pixels"], want.numpy())
+
+
+@pytest.mark.parametrize(("vision", "images"), [({}, {}), (OTHER, {"resample": 2, "image_mean": [0.4, 0.5, 0.6]})], ids=["usual", "others"])
+def test_every_stage_and_the_rows_are_those_of_transformers(tmp_path: Path, vision: dict[str, Any], images: dict[str, Any]) -> None:
+    import torch
+
+    made = checkpoint(tmp_path / "hf", vision, images)
+    pixels = made.processor.image_processor(A, return_tensors="pt")["pixel_values"]
+    tower, states = made.theirs.model.vision_tower, []
+    with torch.no_grad():
+        x = pixels
+        for conv, blocks in zip(tower.convs, tower.blocks):
+            x = conv(x)
+            states.append(x)
+            for block in blocks:
+                x = block(x)
+                states.append(x)
+        soft = made.theirs.get_image_features(pixels).pooler_output[0]
+    ours = encoder_of(made.path).encoder
+    (view,) = ours.process(pe.open_image(A), encoder_of(made.path).limits).views
+    g = Graph()
+    made_of = ours.states(g)
+    *found, rows = backend("cpu").compile([*made_of, ours.project(made_of[-1])]).run(**view.inputs)
+    assert rows.shape == (ROWS, 60)
+    for got, want in zip(found, states, strict=True):
+        same(got, want[0].flatten(1).T.numpy())
+    same(rows, soft.numpy())
+
+
+@pytest.mark.parametrize("text", ["<OD>", "<CAPTION_TO_PHRASE_GROUNDING>a green car", "<REGION_TO_CATEGORY><loc_5><loc_77><loc_400><loc_999>", "fox"])
+def test_encoder_and_decoder_at_every_position(made: Made, model: Any, text: str) -> None:
+    """The picture's rows, then BOS, the task's sentence and what ends it."""
+    import torch
+
+    inputs = made.inputs(text)
+    ids = [2, 30, 12, 7, 299, 305, 5]
+    with torch.no_grad():
+        out = made.theirs(**inputs, decoder_input_ids=torch.tensor([ids]))
+    read = inputs["input_ids"][0].tolist()
+    assert read[:ROWS] == [made.theirs.config.image_token_id] * ROWS and read[ROWS] == 0 and read[-1] == 2
+    source = [A, *read[ROWS:]]
+    same(model.logits(ids, source=source), out.logits[0].numpy())
+    same(model.hidden(source), out.encoder_last_hidden_state[0].numpy())
+
+
+TASKS = {"<OD>": "", "<OCR>": "", "<CAPTION>": "", "<DETAILED_CAPTION>": "", "<MORE_DETAILED_CAPTION>": "", "<OCR_WITH_REGION>": "",
+         "<DENSE_REGION_CAPTION>": "", "<REGION_PROPOSAL>": "", "<CAPTION_TO_PHRASE_GROUNDING>": "a fox in the snow",
+         "<REFERRING_EXPRESSION_SEGMENTATION>": "the dog", "<OPEN_VOCABULARY_DETECTION>": "dog", "<REGION_TO_SEGMENTATION>": "<loc_1><loc_2><loc_33><loc_700>",
+         "<REGION_TO_CATEGORY>": "<loc_1><loc_2><loc_33><loc_700>", "<REGION_TO_DESCRIPTION>": "<loc_9><loc_2><loc_33><loc_70>",
+         "<REGION_TO_OCR>": "<loc_1><loc_2><loc_33><loc_999>"}
+
+
+def written(made: Made, text: str, max_tokens: int, picture: Any = A, **settings: Any) -> list[int]:
+    """What transformers writes, with the decoder's first token and all else."""
+    import torch
+
+    with torch.no_grad():
+        return made.theirs.generate(**made.inputs(text, picture), max_new_tokens=max_tokens, do_sample=False, **{"num_beams": 1, **settings})[0].tolist()
+
+
+def named(answer: Any) -> tuple[list[Any], list[Any], list[str]]:
+    """Boxes, polygons as lists of numbers in parts, and labels of an answer, as the processor has them."""
+    return ([[b.x1, b.y1, b.x2, b.y2] for b in answer.boxes],
+            [[[n for corner in part for n in corner] for part in p.parts] for p in answer.polygons], answer.labels)
+
+
+def wanted(made: Made, text: str, task: str, size: tuple[int, int]) -> tuple[list[Any], list[Any], list[str]]:
+    """What the processor makes of an answer's text."""
+    found = made.processor.post_process_generation(text=text, task=task, image_size=size)[task]
+    if isinstance(found, str):
+        return [], [], []
+    polygons = [[quad] for quad in found["quad_boxes"]] if "quad_boxes" in found else found.get("polygons", [])
+    return found.get("bboxes", []), polygons, found.get("labels", found.get("bboxes_labels", []) + found.get("polygons_labels", []))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_are_asked_and_read_as_by_the_processor(made: Made, model: Any, task: str) -> None:
+    """The prompt's ids, the greedy answer, and all that its tokens name in a picture of another shape."""
+    text = task + TASKS[task]
+    read = made.inputs(text, B)["input_ids"][0].tolist()
+    segments = model._prompts.made_of(text, [B]).segments
+    assert [i for s in segments[1:] for i in s.ids] == read[ROWS:]
+    want = written(made, text, 24, B)
+    answer = model.generate(text, images=[B], max_tokens=24, temperature=0)
+    assert answer.media[0].n_tokens == ROWS and answer.tokens == [i for i in want[1:] if i != 2][: len(answer.tokens)] and len(answer.tokens) > 3
+    assert named(answer) == wanted(made, made.processor.batch_decode([want], skip_special_tokens=False)[0], task, B.size)
+
+
+def test_beams_find_what_transformers_finds(made: Made, model: Any) -> None:
+    want = written(made, "<OD>", 10, num_beams=3)
+    answer = model.generate("<OD>", images=[A], max_tokens=10, n_beams=3)
+    assert answer.tokens == [i for i in want[1:] if i != 2] and len(answer.tokens) > 3
+    assert named(answer) == wanted(made, made.processor.batch_decode([want], skip_special_tokens=False)[0], "<OD>", A.size)
+
+
+PIECES = ["car", " a red fox", "it", "naïve café", "\n", " ", ">", "a>b", "<loc_1>", "<loc_20>", "<loc_333>", "<loc_999>", "<loc_0>", "<sep>", "<poly>", "</poly>", "<od>",
+          "</s>", "<pad>", "<s>", "<and>", "<loc_", "<"]
+ANSWERS = [
+    "</s><s>car<loc_1><loc_2><loc_500><loc_999><loc_3><loc_4><loc_5><loc_6>wheel<loc_900><loc_8><loc_7><loc_6></s>",
+    "it<loc_1><loc_2><loc_3><loc_4>the image<loc_1><loc_2><loc_3><loc_4> dog <loc_1><loc_2><loc_3><loc_4><loc_5>",
+    "STOP<loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><loc_7><loc_8>\nfür alle<loc_11><loc_2><loc_3><loc_4><loc_5><loc_6><loc_7><loc_88>",
+    "<loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><sep><loc_7><loc_8><loc_9>",
+    "dog<poly><loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><sep><loc_7><loc_8></poly><poly><loc_9><loc_1><loc_2></poly>cat<poly><loc_7><loc_8><loc_3></poly>",
+    ""]
+
+
+def test_regions_are_those_of_the_processor(made: Made) -> None:
+    """Answers as the authors have them, and such as untrained models write; every task, in pictures of several sizes."""
+    tasks, rng = made.processor.tasks_answer_post_processing_type, np.random.default_rng(5)
+    ours = encoder_of(made.path).encoder
+    odds = np.array([1.0] * 8 + [4.0] * 5 + [2.0] * 3 + [1.0] * 7)
+    texts = ANSWERS + ["".join(rng.choice(PIECES, rng.integers(1, 40), p=odds / odds.sum())) for _ in range(600)]
+    seen: set[str] = set()
+    for n, text in enumerate(texts):
+        size = [(53, 97), (1000, 1000), (640, 481), (1, 4096)][n % 4]
+        for task in tasks:
+            way = ours.tasks[task].regions
+            if not way:
+                continue
+            answer = Answer("", Report(media=[MediaInfo("image", size, size, ROWS, 1, (), False, 0.0, 0.0, "")], naming=Naming(way, frozenset(ours.ignored)), marked=text))
+            want = wanted(made, text, task, size)
+            assert named(answer) == want, (task, text)
+            seen |= {task} if want[2] else set()
+    assert seen == {task for task in tasks if ours.tasks[task].regions}
+    assert set(ours.tasks) == set(tasks)
+
+
+def test_tasks_say_what_is_wrong(model: Any) -> None:
+    with pytest.raises(RequestError, match="<OD> takes no text"):
+        model.generate("<OD> cats", images=[A], max_tokens=1)
+    with pytest.raises(RequestError, match="not videos"):
+        model.generate("<OD>", images=[[A, A]], max_tokens=1)
+
+
+def test_conversations_ask_as_prompts_do(model: Any) -> None:
+    """Places in a message are the tokens that the task reads; other tokens stay text."""
+    for text in ("<OD>", "<REGION_TO_SEGMENTATION><loc_1><loc_2><loc_33><loc_700>"):
+        messages = [{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": text}]}]
+        said, plain = model.chat(messages, max_tokens=9, temperature=0), model.generate(text, images=[A], max_tokens=9, temperature=0)
+        assert said.tokens == plain.tokens and named(said) == named(plain)
+
+
+def test_answers_are_kept_and_drawn(model: Any) -> None:
+    answer = model.generate("<OD>", images=[B], max_tokens=24, temperature=0)
+    assert answer.boxes and named(pickle.loads(pickle.dumps(answer))) == named(answer)
+    stream = model.stream("<OD>", images=[B], max_tokens=24, temperature=0)
+    assert named(stream.answer()) == named(answer)
+    quads = [Polygon("sign", (((5, 5), (40, 8), (40, 30), (5, 25)),)), Polygon("", ((), ((1, 1),)))]
+    drawn = np.asarray(draw(pe.open_image(B), [*answer.boxes, *quads]))
+    assert drawn.shape == (97, 53, 3) and not np.array_equal(drawn, np.asarray(B)) and not np.array_equal(drawn[5:9, 20], np.asarray(B)[5:9, 20])
