@@ -167,8 +167,11 @@ int64_t exact_keys(const pe_tensor *k, const pe_tensor *v, int32_t products) {
   return own ? atoll(own) : EXACT_KEYS;
 }
 
-/* Of a query that sees up to n keys. */
-int64_t chunks_of(int64_t n, bool floats) { return n / (floats ? FLOAT_CHUNK_KEYS : CHUNK_KEYS) + 2; }
+/* Of a query that sees up to n keys; anywhere: they begin in the middle of a chunk, perhaps. */
+int64_t chunks_of(int64_t n, bool anywhere, bool floats) {
+  const int64_t chunk = floats ? FLOAT_CHUNK_KEYS : CHUNK_KEYS;
+  return anywhere ? n / chunk + 2 : (n + chunk - 1) / chunk;
+}
 int64_t split_bytes(int64_t m, int64_t h, int64_t f, int64_t chunks) { return m * h * chunks * (wide_of(f) + 2) * 4; }
 
 bool multiple_of_16(const pe_tensor *t) {
@@ -295,7 +298,8 @@ PE_SCRATCH(cuda, attention)(const pe_args *a, const void *params, int32_t n_thre
   (void)n_threads;
   const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
   const int64_t n = keys_of(k, v, pe_arg(a, 5)), exact = exact_keys(k, v, static_cast<const pe_attention_params *>(params)->products);
-  const int64_t few = exact > 0 ? chunks_of(exact < n ? exact : n, true) : 0, all = n > exact ? chunks_of(n, false) : 0;
+  const int64_t few = exact > 0 ? chunks_of(exact < n ? exact : n, pe_arg(a, 5) || exact < n, true) : 0;
+  const int64_t all = n > exact ? chunks_of(n, pe_arg(a, 5), false) : 0;
   const int64_t one = split_bytes(1, q->shape[1], v->shape[2], few > all ? few : all);
   int64_t rows = one ? SPLIT_BYTES / one : 0;
   if (rows < SPLIT_ROWS) rows = SPLIT_ROWS;
@@ -330,12 +334,12 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
     floats.w.least = 0, floats.w.most = exact;
     floats.w.narrow = form_of(k, false) == COPIED && form_of(v, false) == COPIED;
     floats.w.k_form = form_of(k, !floats.w.narrow), floats.w.v_form = form_of(v, !floats.w.narrow);
-    set_chunks(&floats.w, chunks_of(exact < keys ? exact : keys, true));
+    set_chunks(&floats.w, chunks_of(exact < keys ? exact : keys, cells || exact < keys, true));
     done = run_floats(&floats, s);
   }
   if (done != PE_OK || keys <= exact) return done;
   w.least = exact + 1, w.most = ANY;
   w.k_form = form_of(k, false), w.v_form = form_of(v, false);
-  set_chunks(&w, chunks_of(keys, false));
+  set_chunks(&w, chunks_of(keys, cells, false));
   return run_halves(&n, s);
 }

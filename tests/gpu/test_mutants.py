@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from linear_on_device import LinearOnDevice
-from op_cases import KernelError, rng_of
+from op_cases import KernelError, rng_of, stored
 from test_linear_kernels import Matrix, rows_of
 
 from pyengine.backends.building import CSRC, Job, library, ROOT
 from pyengine.backends.cuda import build
 from pyengine.backends.cuda.library import Library
+from pyengine.graph.op import REGISTRY
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: install g++")]
 
@@ -62,6 +63,14 @@ def matmul(kernels: LinearOnDevice) -> None:
     kernels.call("matmul", [x, y], [np.zeros((70, 66), np.float32)], {})
 
 
+def attention(kernels: LinearOnDevice) -> None:
+    """Rows that see each other, over keys and values of F16: slices of both take turns in one buffer."""
+    rng, m = rng_of("attention"), 40
+    q, cache, lo = rng.standard_normal((m, 1, 128)).astype(np.float32), stored(rng.standard_normal((1, m, 128)), "F16"), np.zeros(m, np.int32)
+    inputs = [q, cache, cache, lo, lo + m, *[None] * (len(REGISTRY["attention"].args) - 5)]
+    kernels.call("attention", inputs, [np.zeros((m, 128), np.float32)], {"scale": 0.125})
+
+
 @dataclass(frozen=True)
 class Mutant:
     """What is replaced in which file, what runs, and what must be said."""
@@ -79,6 +88,8 @@ MUTANTS = {
     "one group too many under way": Mutant("linear_tiles.cu", "cp_async_wait<S - 2>()", "cp_async_wait<S - 1>()", TILES, "that is still under way"),
     "scales read before all lanes wrote theirs": Mutant("linear_tiles.cu", "expanded);\n  __syncwarp();", "expanded);", TILES, "has written so far"),
     "sums read before all are there": Mutant("norm.cu", "  __syncthreads();\n", "", norm(4096), "has written so far"),
+    "a slice replaced while others read it": Mutant("attention_float.cu", "__syncthreads();\n      held.store", "held.store", attention,
+                                                    "a race: it writes shared memory"),
     "a tile over the last row": Mutant("matmul.cu", "row + i < p.x.rows", "row + i <= p.x.rows", matmul, "out of bounds: writes")}
 
 
