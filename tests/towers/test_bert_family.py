@@ -12,6 +12,7 @@ import pytest
 import tiny_towers
 from tiny_towers import alone_and_beside, compare_logits, compare_ranks, compare_scores, compare_states, loaded, make, reference
 
+import pyengine as pe
 from converters.writer import convert
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
 
@@ -163,3 +164,42 @@ def test_vocab_json_and_merges_alone(tmp_path: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     with loaded(folder) as model:
         assert {text: model.tokenize(text) for text in texts} == want
+
+
+def as_llama_cpp(path: Path, out: Path, types: int) -> Path:
+    """Write a file as llama.cpp's converters have: q, k and v in one matrix, some rows of parts only, and none of our own keys."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(out, "bert")
+    own = "embedding.", "longest", "max_input_chars", "lstrip_tokens", "classifier.activation", "classifier.hidden_act"
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture" or any(part in field.name for part in own):
+            continue
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(field.name, field.contents())
+        else:
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
+    for name in [n for n in tensors if ".attn_q." in n]:
+        parts = [tensors.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
+        tensors[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
+    tensors["token_types.weight"] = tensors["token_types.weight"][:types]
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_files_of_llama_cpp(types: int, tmp_path: Path) -> None:
+    folder = checkpoint("Bert", "ForSequenceClassification", tmp_path / "hf", num_labels=1)
+    with loaded(folder) as model:
+        want, ranks = [model.hidden(text) for text in tiny_towers.TEXTS[:2]], model.rerank("a dog", ["fox", "the quick brown fox"])
+    with pe.load(as_llama_cpp(folder / "f32.gguf", tmp_path / "theirs.gguf", types)) as model:
+        for text, states in zip(tiny_towers.TEXTS[:2], want):
+            assert np.allclose(model.hidden(text), states, atol=1e-5)
+        found = model.rerank("a dog", ["fox", "the quick brown fox"])
+        assert np.allclose(found, ranks, atol=1e-5) == (types == 2)            # with one row the second part is read as the first, as llama.cpp does
