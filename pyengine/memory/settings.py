@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pyengine.arguments import INT32_MAX, whole
+from pyengine.arguments import INT32_MAX, switch, whole
 from pyengine.backends import CARDS, parsed
 from pyengine.errors import RequestError, shown
 from pyengine.programs.sizes import kv_dtypes, N_BATCH
@@ -62,6 +62,7 @@ class Settings:
                 object.__setattr__(self, name, whole(name, value, 1, MAX_THREADS if name == "n_threads" else INT32_MAX))
         if (self.n_ctx or 1) * self.n_seq > INT32_MAX:
             raise RequestError(f"n_ctx={self.n_ctx}, n_seq={self.n_seq}: together they must be at most {INT32_MAX} positions")
+        object.__setattr__(self, "mmap", switch("mmap", self.mmap))
         object.__setattr__(self, "device", _devices(self.device))
         there = list(self.parts or [self.device])
         for name in ("encoder_device", "expert_device"):

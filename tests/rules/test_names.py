@@ -161,3 +161,19 @@ def test_numbers_of_formats_are_in_one_table() -> None:
 def test_numbers_of_formats_elsewhere_are_found(path: str, text: str) -> None:
     assert len(found := format_facts([Source(path, text)])) == 1 and found[0].startswith(path)
     assert format_facts([Source("csrc/x.c", "/* Q4_0: (Q4_0, 32, 18) */ ENCODER(Q4_0, 32, q4_0) int x = (PE_BLOCK_Q4_0, 3);")]) == []
+
+# -- test files ---------------------------------------------------------------------------------------------------------------
+
+
+def twice(paths: Iterable[str]) -> list[str]:
+    """Names that several test files have: pytest imports them by their names alone, and cannot collect them together."""
+    names = [path.rpartition("/")[2] for path in paths]
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    assert twice(f.path for f in read("tests/*/test_*.py")) == []
+
+
+def test_a_name_of_two_test_files_is_found() -> None:
+    assert twice(["tests/a/test_x.py", "tests/b/test_x.py", "tests/b/test_xy.py"]) == ["test_x.py"]

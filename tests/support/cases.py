@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sight import Sight
 
 FOLDERS = [Path(__file__).resolve().parents[1] / "models"]
+TOWERS = Path(__file__).resolve().parents[1] / "towers"
 CHAT_TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>{% endfor %}"
 
 
@@ -137,15 +138,20 @@ class SourceCase:
     also: tuple[str, ...] = ()                  # other classes that are converted as it is
 
 
+def _modules(folder: Path) -> list[Any]:
+    """Import the tests of a folder."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return [importlib.import_module(file.stem) for file in sorted(folder.glob("test_*.py"))]
+
+
 def _declared(name: str) -> dict[str, Any]:
     """Find what the tests of all architectures declare under a name, by its kind."""
     found: dict[str, Any] = {}
     for folder in FOLDERS:
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-        for file in sorted(folder.glob("test_*.py")):
-            for case in getattr(importlib.import_module(file.stem), name, ()):
-                assert case.kind not in found, f"{file}: {case.kind} is declared twice"
+        for module in _modules(folder):
+            for case in getattr(module, name, ()):
+                assert case.kind not in found, f"{module.__file__}: {case.kind} is declared twice"
                 found[case.kind] = case
     return found
 
@@ -160,6 +166,15 @@ def every() -> dict[str, Case]:
 def sources() -> dict[str, SourceCase]:
     """Find the cases of all encoder-decoders by name."""
     return _declared("SOURCES")
+
+
+@cache
+def towers() -> dict[str, Callable[[Path], Path]]:
+    """Find what writes a tiny checkpoint of each model of encoders, by the name of its module."""
+    found: dict[str, Callable[[Path], Path]] = {}
+    for module in _modules(TOWERS):
+        found |= getattr(module, "TINY", {})
+    return found
 
 
 def find(kind: str) -> Case:

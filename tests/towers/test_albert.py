@@ -25,6 +25,9 @@ def checkpoint(head: str, folder: Path, **more: Any) -> Path:
     return make(f"Albert{head}", transformers.AlbertConfig(**{**sizes, **more}), folder)
 
 
+TINY = {"albert": lambda folder: checkpoint("Model", folder)}
+
+
 @pytest.mark.parametrize("more", [{}, {"inner_group_num": 2, "num_hidden_groups": 3}, {"num_hidden_groups": 1, "hidden_act": "gelu"}])
 def test_a_plain_encoder(more: dict[str, Any], tmp_path: Path) -> None:
     folder = checkpoint("Model", tmp_path / "hf", **more)

@@ -35,6 +35,9 @@ def checkpoint(kind: str, head: str, folder: Path, **more: Any) -> Path:
     return make(f"{kind}{head}", getattr(transformers, f"{kind}Config")(**{**sizes, **more}), folder)
 
 
+TINY = {"bert": lambda folder: checkpoint("Bert", "Model", folder), "mpnet": lambda folder: checkpoint("MPNet", "Model", folder)}
+
+
 def resaved(folder: Path, rename: Any) -> None:
     """Rename the tensors of a checkpoint, or leave out those that become None."""
     from safetensors.torch import load_file, save_file

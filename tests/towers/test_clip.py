@@ -21,6 +21,9 @@ from pyengine.files.gguf import GGUFFile
 from pyengine.text.words import merges_of, WordBpe
 
 
+TINY = {"clip": lambda folder: tiny_towers.save_clip(folder, "quick_gelu", tiny_towers.CLIP_NEW)}
+
+
 @pytest.fixture(scope="module", params=["quick_gelu, old files", "gelu"])
 def folder(request: Any, tmp_path_factory: Any) -> Path:
     old = request.param != "gelu"

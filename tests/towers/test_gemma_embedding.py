@@ -33,6 +33,9 @@ def checkpoint(folder: Path, **more: Any) -> Path:
     return make("Gemma3TextModel", transformers.Gemma3TextConfig(**{**sizes, **more}), folder)
 
 
+TINY = {"gemma_embedding": lambda folder: checkpoint(folder)}
+
+
 def test_it_sees_in_both_directions(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "hf")
     with loaded(folder) as model:

@@ -27,6 +27,9 @@ def checkpoint(head: str, folder: Path, **more: Any) -> Path:
     return make(f"ModernBert{head}", transformers.ModernBertConfig(**{**sizes, **more}), folder)
 
 
+TINY = {"modern_bert": lambda folder: checkpoint("Model", folder)}
+
+
 @pytest.mark.parametrize("more", [{}, {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]},
                                   {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 900.0},
                                                        "sliding_attention": {"rope_type": "default", "rope_theta": 40.0}}},

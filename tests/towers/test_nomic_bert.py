@@ -25,6 +25,9 @@ def checkpoint(head: str, folder: Path, **more: Any) -> Path:
     return make(f"NomicBert{head}", transformers.NomicBertConfig(**{**sizes, **more}), folder)
 
 
+TINY = {"nomic_bert": lambda folder: checkpoint("Model", folder)}
+
+
 def test_a_plain_encoder_in_both_forms(tmp_path: Path) -> None:
     folder = checkpoint("Model", tmp_path / "hf", rope_parameters={"rope_type": "default", "rope_theta": 70.0})
     theirs = reference("NomicBertModel", folder)

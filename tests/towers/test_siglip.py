@@ -55,6 +55,9 @@ def save(folder: Path, kind: Kind) -> Path:
     return folder
 
 
+TINY = {"siglip": lambda folder: save(folder, KINDS["SigLIP"])}
+
+
 class Made(NamedTuple):
     """A checkpoint, what transformers makes of it, and our model."""
 

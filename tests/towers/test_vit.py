@@ -52,6 +52,9 @@ def save(folder: Path, kind: Kind) -> Path:
     return folder
 
 
+TINY = {"vit": lambda folder: save(folder, KINDS["ViT"]), "dinov2": lambda folder: save(folder, KINDS["DINOv2"])}
+
+
 class Made(NamedTuple):
     """A checkpoint, what transformers makes of it, and our model."""
 
