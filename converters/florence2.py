@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, TokenType
 
 from pyengine.errors import UnsupportedModelError
 
@@ -35,6 +35,10 @@ IMAGES: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.2
 # keys of the file by names of a config.json
 STAGE = {"block_count": "depths", "embedding_length": "embed_dim", "kernel_size": "patch_size", "stride": "patch_stride", "padding": "patch_padding",
          "norm_first": "patch_prenorm", "head_count": "num_heads", "group_count": "num_groups"}
+# tokens that the authors' code puts behind those of the tokenizer's files (microsoft/Florence-2-base: processing_florence2.py)
+ADDED = ["<od>", "</od>", "<ocr>", "</ocr>", *(f"<loc_{i}>" for i in range(1000)),
+         *(f"<{end}{name}>" for name in ("cap", "ncap", "dcap", "grounding", "seg") for end in ("", "/")), "<sep>",
+         *(f"<{end}{name}>" for name in ("region_cap", "region_to_desciption", "proposal", "poly") for end in ("", "/")), "<and>"]
 
 
 class Davit:
@@ -104,7 +108,7 @@ class Davit:
         for name, theirs, size in (("line", "row", n // 2), ("column", "column", n - n // 2)):
             yield Entry(f"mm.{name}_embd.weight", f"{m}.image_position_embed.{theirs}_embeddings.weight", (most, size), instead=FLOAT32)
         [projection] = linear("mm.proj", f"{m}.image_projection", self.d_text, n)
-        yield replace(projection, source="image_projection", turned=True) if self.turned else projection
+        yield replace(projection, source="image_projection", stored=(n, self.d_text), turned=True) if self.turned else projection
         yield from layer_norm("mm.proj_norm", f"{m}.image_proj_norm", self.d_text)
 
     def _half(self, b: str, m: str, attention: str, width: int) -> Tensors:
@@ -157,4 +161,7 @@ class Florence2(TextAndEncoder):
         self.encoder.look(names)
 
     def change_vocabulary(self, vocabulary: Vocabulary) -> None:
+        if "<loc_0>" not in vocabulary.tokens:                  # the authors' code adds them when it runs
+            vocabulary.tokens += ADDED
+            vocabulary.types += [TokenType.CONTROL] * len(ADDED)
         vocabulary.chat_template = vocabulary.chat_template or ONE_INSTRUCTION

@@ -160,6 +160,14 @@ def special_token(v: Hparams, name: str, token: Callable[[str], int], text: str)
     return token(text) if number is None else number
 
 
+def image_marker(v: Hparams, token: Callable[[str], int]) -> tuple[int, ...]:
+    """Return the token that stands for a picture; none where the vocabulary, as those of first checkpoints, has no such token."""
+    try:
+        return (special_token(v, "image", token, "<image>"),)
+    except InvalidModelError:
+        return ()
+
+
 def token_or_text(token: Callable[[str], int], text: str) -> int | str:
     """Return a token by its text, or the text where the vocabulary has none."""
     try:

@@ -17,7 +17,8 @@ BART = SourceCase(
     {"d_model": 60, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 3, "decoder_attention_heads": 5, "encoder_ffn_dim": 88,
      "decoder_ffn_dim": 100, "max_position_embeddings": 150, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
      "forced_eos_token_id": None},
-    {"bart": {}, "scaled": {"scale_embedding": True, "activation_function": "relu"}})
+    {"bart": {}, "scaled": {"scale_embedding": True, "activation_function": "relu"}},
+    also=("Florence2ForConditionalGeneration",))         # its text model; test_florence2.py has what it sees
 SOURCES = (BART,)
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +16,11 @@ import numpy as np
 import pytest
 
 import pyengine as pe
+import test_blip2 as blip2
 import tiny_sources
 from converters import convert
+from converters.florence2 import ADDED
+from hollow import both, Decoder, Encoder, Full, Tensor
 from oracle import encoder_of
 from pictures import A, B, DOT, LONG, same, THIN
 from pyengine.backends import backend
@@ -244,3 +253,97 @@ def test_answers_are_kept_and_drawn(model: Any) -> None:
     quads = [Polygon("sign", (((5, 5), (40, 8), (40, 30), (5, 25)),)), Polygon("", ((), ((1, 1),)))]
     drawn = np.asarray(draw(pe.open_image(B), [*answer.boxes, *quads]))
     assert drawn.shape == (97, 53, 3) and not np.array_equal(drawn, np.asarray(B)) and not np.array_equal(drawn[5:9, 20], np.asarray(B)[5:9, 20])
+
+
+def test_checkpoints_of_the_authors(made: Made, model: Any, tmp_path: Path) -> None:
+    """Their names of tensors and numbers, the projection as it is multiplied from the left, a bias of the head, and tokens that their code adds."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "hf"
+    shutil.copytree(made.folder, folder)
+    tiny_sources.save_byte_level(folder)                             # without a single place
+    names = [(r"^model\.language_model\.", "language_model.model."), (r"^lm_head", "language_model.lm_head"), (r"^model\.", ""),
+             (r"^multi_modal_projector\.image_projection\.weight", "image_projection"), (r"^multi_modal_projector\.image_position_embed", "image_pos_embed"),
+             (r"^multi_modal_projector\.", ""), (r"(convs\.\d)\.conv\.", r"\1.proj."), (r"(conv[12])\.(\w+)$", r"\1.fn.dw.\2"),
+             (r"\.(window|channel)_attn\.", r".\1_attn.fn."), (r"\.ffn\.", ".ffn.fn.net."), (r"\.norm2\.", ".ffn.norm."),
+             (r"\.(window|channel|spatial)_block\.norm1", lambda m: f".{m[1]}_block.{'channel' if m[1] == 'channel' else 'window'}_attn.norm")]
+    weights = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        for pattern, other in names:
+            name = re.sub(pattern, other, name)
+        weights[name] = value.T.contiguous() if name == "image_projection" else value
+    assert {"vision_tower.blocks.1.1.channel_block.channel_attn.norm.bias", "vision_tower.blocks.0.0.spatial_block.window_attn.fn.qkv.weight",
+            "vision_tower.convs.0.proj.bias", "vision_tower.blocks.0.0.spatial_block.conv1.fn.dw.weight", "image_pos_embed.row_embeddings.weight",
+            "vision_tower.blocks.2.0.channel_block.ffn.fn.net.fc1.bias", "language_model.model.shared.weight"} <= set(weights)
+    config = json.loads((folder / "config.json").read_text())
+    vision, text = config["vision_config"], config["text_config"]
+    vision |= {"dim_embed": vision.pop("embed_dim"), "image_pos_embed": {"type": "learned_abs_2d", "max_pos_embeddings": vision.pop("max_position_embeddings")}}
+    n = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    rows = weights["language_model.model.shared.weight"]
+    text["vocab_size"] = len(n) + len(ADDED)
+    padded = np.random.default_rng(0).standard_normal((text["vocab_size"], rows.shape[1])).astype(np.float32)
+    padded[: len(n)] = rows[: len(n)].numpy()
+    bias = np.linspace(-1, 1, text["vocab_size"], dtype=np.float32)[None]
+    weights |= {"language_model.model.shared.weight": rows.new_tensor(padded), "language_model.final_logits_bias": rows.new_tensor(bias)}
+    save_file({name: value for name, value in weights.items() if "lm_head" not in name}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "image_token_id"}))
+    with pe.load(convert(folder, tmp_path / "model.gguf", "f32"), n_ctx=128, kv_dtype="f32") as ours:
+        assert np.array_equal(ours.encode_image(A), model.encode_image(A))
+        source, ids = [A, 0, 40, 60, 7, 2], [2, 30, 12]
+        known = len(n)
+        assert np.allclose(ours.logits(ids, source=source)[:, :known], model.logits(ids, source=source)[:, :known] + bias[:, :known], atol=1e-5)
+        assert ours.tokenize("<loc_0><loc_999><and>", add_special=False) == [known + 4, known + 1003, known + 1023]
+        assert ours.generate("<OD>", images=[A], max_tokens=5, temperature=0).tokens
+
+
+@dataclass(frozen=True)
+class BartDecoder(Decoder):
+    """Both halves of BART, as many layers each."""
+
+    def tensors(self, dtype: str) -> Iterator[Tensor]:
+        d, f = self.d_model, self.d_ff
+        yield "token_embd.weight", (self.vocab_size, d), dtype
+        for half, parts in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
+            yield f"{half}.position_embd.weight", (self.n_ctx + 2, d), "F16"
+            yield from both(f"{half}.token_embd_norm", d)
+            for b in (f"{half}.blk.{i}" for i in range(self.n_layers)):
+                for name in parts:
+                    yield from (t for part in "qkvo" for t in blip2.weighted(f"{b}.{name}_{part}", d, d))
+                yield from (*blip2.weighted(f"{b}.ffn_up", f, d), *blip2.weighted(f"{b}.ffn_down", d, f))
+                yield from (t for name in (*parts, "ffn") for t in both(f"{b}.{name}_norm", d))
+
+
+def full_encoder(widths: Sequence[int], d_model: int) -> Encoder:
+    """DaViT of the published models, over squares of 768 pixels."""
+    depths, kernels, heads = (1, 1, 9, 1), (7, 3, 3, 3), [width // 32 for width in widths]
+    keys = {"has_vision_encoder": True, "projector_type": "florence2", "vision.image_size": 768, "vision.window_size": 12, "vision.position_count": 50,
+            "vision.projection_dim": d_model, "vision.stage.block_count": depths, "vision.stage.embedding_length": widths,
+            "vision.stage.kernel_size": kernels, "vision.stage.stride": (4, 2, 2, 2), "vision.stage.padding": (3, 1, 1, 1),
+            "vision.stage.norm_first": (0, 1, 1, 1), "vision.stage.head_count": heads, "vision.stage.group_count": heads}
+    tensors: list[Tensor] = [("mm.line_embd.weight", (50, widths[-1] // 2), "F32"), ("mm.column_embd.weight", (50, widths[-1] // 2), "F32"),
+                             ("mm.proj.weight", (d_model, widths[-1]), "F16"), *both("mm.proj_norm", d_model)]
+    before = 3
+    for i, (n, width, kernel) in enumerate(zip(depths, widths, kernels)):
+        tensors += [*blip2.weighted(f"v.stage.{i}.patch_embd", width, kernel**2 * before), *both(f"v.stage.{i}.norm", before if i else width)]
+        for b in (f"v.stage.{i}.blk.{j}.{half}." for j in range(n) for half in ("spatial", "channel")):
+            tensors += [(f"{b}conv{k}.{part}", shape, "F32") for k in (1, 2) for part, shape in (("weight", (width, 1, 3, 3)), ("bias", (width,)))]
+            tensors += [*both(f"{b}ln1", width), *both(f"{b}ln2", width)]
+            tensors += [t for name, n_out, n_in in (("attn_qkv", 3 * width, width), ("attn_out", width, width), ("ffn_up", 4 * width, width),
+                                                    ("ffn_down", width, 4 * width)) for t in blip2.weighted(b + name, n_out, n_in)]
+        before = width
+    return {f"clip.{name}": list(value) if isinstance(value, tuple) else value for name, value in keys.items()}, tensors
+
+
+@pytest.mark.parametrize(("n_layers", "d", "widths", "most", "weights"), [(6, 768, (128, 256, 512, 1024), 1024, 231e6), (12, 1024, (256, 512, 1024, 2048), 4096, 777e6)],
+                         ids=["base", "large"])
+def test_published_models(tmp_path: Path, machine: Any, n_layers: int, d: int, widths: tuple[int, ...], most: int, weights: float) -> None:
+    """Florence-2 base and large: 231 and 777 million weights; 577 rows a picture."""
+    machine(16 * 2**30)
+    keys = {"decoder_start_token_id": 2, "attention.layer_norm_epsilon": 1e-5}
+    decoder = BartDecoder("bart", n_layers, d, 4 * d, d // 64, d // 64, 64, 51290, most, keys=keys)
+    tokens = ("<s>", "<pad>", "</s>", "<unk>", "<image>")
+    path, mmproj = Full(decoder, tokens, lambda width: full_encoder(widths, width), "F16").write(tmp_path, "florence-2")
+    plan = pe.plan(path, n_ctx=1024, mmproj=mmproj)
+    caches = [i.nbytes for i in plan.items if i.purpose == "kv" and i.layer is not None]
+    assert plan.fits and plan.picture == 577 and caches == [plan.n_seq * 1024 * d * 2 * 2] * 2 * n_layers
+    assert abs(sum(math.prod(shape) for _, shape, _ in (*decoder.tensors("F16"), *full_encoder(widths, d)[1])) / weights - 1) < 0.02

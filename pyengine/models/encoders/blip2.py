@@ -31,7 +31,7 @@ from pyengine.graph.tensor import Dim, Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.clip import Tower, TowerConfig
-from pyengine.nn.encoder import EncoderAttention, head_count, known_activation, only_pictures, projector_type, special_token
+from pyengine.nn.encoder import EncoderAttention, head_count, image_marker, known_activation, only_pictures, projector_type
 from pyengine.nn.layers import constant, Embedding, LayerNorm, Linear
 
 if TYPE_CHECKING:
@@ -158,10 +158,7 @@ class Vision(Encoder):
                        for i in range(c.n_layers)]
         self.projection = Linear(own["proj_linear"], c.width, h.size("embedding_length"))
         self.maps = tuple(f"qformer.{i}" for i in range(0, c.n_layers, c.every))
-        try:
-            self.markers = {"image": (special_token(v, "image", token, "<image>"),)}
-        except InvalidModelError:                                                       # the vocabularies of first checkpoints have no such token
-            self.markers = {"image": ()}
+        self.markers = {"image": image_marker(v, token)}
 
     def most_rows(self, n_ctx: int) -> int:
         """Return the rows of a picture, one for each query."""

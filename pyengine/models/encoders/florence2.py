@@ -32,7 +32,7 @@ from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles, Task
 from pyengine.nn.convolution import Conv2d, DepthwiseConv
 from pyengine.nn.encoder import (
-    EncoderAttention, EncoderFeedForward, known_activation, levels, mean_and_std, only_pictures, resample_filter, special_token, whole_numbers)
+    EncoderAttention, EncoderFeedForward, image_marker, known_activation, levels, mean_and_std, only_pictures, resample_filter, whole_numbers)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Vision(Encoder):
         self.places = self._places(w["mm"], v.size("vision.position_count"), width)
         self.projection, self.norm = Linear(w["mm", "proj"], width, d), LayerNorm(w["mm", "proj_norm"], d, EPS)
         self.ignored = tuple(str(label) for label in v.get("vision.ignored_phrases", (), list))
-        self.markers = {"image": (special_token(v, "image", token, "<image>"),)}
+        self.markers = {"image": image_marker(v, token)}
 
     def _places(self, w: Weights, most: int, width: int) -> Tensor:
         """Bind the embeddings of all places [n, C]: of column and line side by side, and cosines of time 0 (0, 1, 0, 1 ...)."""
