@@ -124,3 +124,8 @@ class ReadsText:
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids. Raises: RequestError for what is no list of the vocabulary's ids."""
         return self.tokenizer.detokenize(ids)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What its file puts before texts of which vectors are made, by names."""
+        return self._language.prefixes

@@ -151,6 +151,8 @@ async def _read(request: Request, served: Served, inputs: Sequence[Any], cut: bo
 
     cut: shorten those that exceed the context; size: numbers that are kept of each, before it is given length 1.
     """
+    before = served.model.prefixes.before(None)              # what the file puts before texts that are asked for without a prompt's name
+    inputs = [before + x if isinstance(x, str) else x for x in inputs] if before else inputs
     if isinstance(served.model, EncoderModel):
         return await _encode(request, served.model, inputs, cut, normalize, size)
     found, client, n_tokens = [], replies.client_of(request), 0

@@ -24,6 +24,7 @@ pytest.importorskip("transformers", reason="needs transformers and torch: pip in
 import tiny  # noqa: E402
 
 from converters.adapters import convert_adapter  # noqa: E402
+from converters.checkpoint import read_safetensors_header  # noqa: E402
 
 IDS = [3, 77, 12, 200, 45, 9, 301, 88, 5, 17, 60, 121]
 TEXTS = [c.kind for c in cases.select(sees=False) if c.converted is not None]
@@ -66,10 +67,13 @@ def test_adapted_is_merged(kind: str, tiny_gguf, tmp_path: Path) -> None:
     assert np.abs(want - tiny.hf_logits(hf, IDS)).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "internvl", "llava_next", "mistral3", "mllama", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("kind", [c.kind for c in cases.select(sees=True) if c.converted and c.model_class not in tiny.OWN])
 def test_text_models_of_checkpoints_that_see(kind: str, tiny_gguf, tmp_path: Path) -> None:
     """By the folder, and by a file of the base model, which says less."""
     path, hf = tiny_gguf(kind)
+    names = set(read_safetensors_header(hf / "model.safetensors"))
+    if not any("gate_proj" in name for name in names) or any("vision" in name and "o_proj" in name and "model.layers." in name for name in names):
+        pytest.skip("its text model's matrices have other names, or its encoder's the same")
     adapter = lora.make_adapter(tmp_path / "a", hf, ("gate_proj", "o_proj"), within=("language_model", "text_model", "model.layers."))
     file = convert_adapter(adapter, hf, tmp_path / "a.gguf")
     assert convert_adapter(adapter, path, tmp_path / "b.gguf").read_bytes() == file.read_bytes()

@@ -163,7 +163,7 @@ def with_an_op(root: Path) -> Path:
         shutil.copy(ROOT / name, root / name)
     norm, names = root / "pyengine/ops/norm.py", root / "pyengine/ops/__init__.py"
     norm.write_text(norm.read_text() + "\n\n" + block("adding-an-op.md", "python"))
-    names.write_text(names.read_text().replace("import layer_norm", "import dynamic_tanh, layer_norm"))
+    names.write_text(names.read_text().replace("from pyengine.ops.norm import ", "from pyengine.ops.norm import dynamic_tanh, "))
     (root / "csrc/cpu/dynamic_tanh.c").write_text(block("adding-an-op.md", "c"))
     return root
 
