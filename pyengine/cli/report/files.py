@@ -140,7 +140,8 @@ def show_model(name: str, mmproj: str | None = None) -> None:
         where = f"{size(e['bytes'])} in {file}"
         patch = f"patches of {known(e['patch_size'])}"
         kind = f"{e['projector_type']}: " if e["projector_type"] is not None else "" if d["runs"] and "text" not in d["can"] else "not given: "
-        rows.append(("image encoder", f"{kind}{shape}, {patch}, {where}"))
+        sizes = f"{shape}, {patch}, " if any(e[name] is not None for name in ("block_count", "embedding_length", "patch_size")) else ""
+        rows.append(("image encoder", f"{kind}{sizes}{where}"))
     show_columns(rows)
     _show_modelfile(d["modelfile"])
     _show_contents(d)
