@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import pyengine as pe
@@ -26,6 +27,8 @@ from pictures import A, B, DOT, LONG, same, THIN
 from pyengine.backends import backend
 from pyengine.chat.boxes import draw, Polygon
 from pyengine.chat.regions import Naming
+from pyengine.cli import pictures
+from pyengine.cli.talk import remote
 from pyengine.engine.answer import Answer
 from pyengine.engine.encoded import MediaInfo
 from pyengine.engine.request import Report
@@ -347,3 +350,16 @@ def test_published_models(tmp_path: Path, machine: Any, n_layers: int, d: int, w
     caches = [i.nbytes for i in plan.items if i.purpose == "kv" and i.layer is not None]
     assert plan.fits and plan.picture == 577 and caches == [plan.n_seq * 1024 * d * 2 * 2] * 2 * n_layers
     assert abs(sum(math.prod(shape) for _, shape, _ in (*decoder.tensors("F16"), *full_encoder(widths, d)[1])) / weights - 1) < 0.02
+
+
+def test_commands_say_and_draw_regions(model: Any, tmp_path: Path) -> None:
+    """As lines, as JSON, which a conversation at a server reads again, and on the picture."""
+    answer = model.generate("<OCR_WITH_REGION>", images=[B], max_tokens=40, temperature=0, no_repeat_ngram=1)
+    assert answer.polygons and answer.boxes == []
+    found = json.loads(json.dumps(pictures.boxes_json(answer)))
+    assert found["boxes"] == [] and [remote._polygon(polygon) for polygon in found["polygons"]] == answer.polygons
+    first, *lines = pictures.places(answer, ["b.png"])
+    assert "53x97" in first and len(lines) == len(answer.polygons)
+    assert lines[0].endswith(" ".join(f"{x},{y}" for x, y in answer.polygons[0].points))
+    assert pictures.draw(answer, [pictures.Picture("b.png", pe.open_image(B))], tmp_path / "o.png")
+    assert not np.array_equal(np.asarray(PIL.Image.open(tmp_path / "o.png")), np.asarray(B))

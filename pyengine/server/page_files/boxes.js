@@ -1,10 +1,10 @@
-// Boxes and points of an answer over the picture, in its own pixels: the drawing's coordinates are the picture's.
+// Boxes, points and polygons of an answer over the picture, in its own pixels: the drawing's coordinates are the picture's.
 
 import { byId, colour, h, icon, svg } from "./dom.js";
 import { medium } from "./attach.js";
 
 function spoken(box) {
-  const at = "x" in box ? [box.x, box.y] : [box.x1, box.y1, box.x2, box.y2];
+  const at = box.parts ? box.parts.flat(2) : "x" in box ? [box.x, box.y] : [box.x1, box.y1, box.x2, box.y2];
   return at.map((n) => Math.round(n)).join(", ");
 }
 
@@ -12,8 +12,12 @@ function shapes(boxes, size) {
   const labels = [...new Set(boxes.map((b) => b.label))], dot = Math.max(size.width, size.height) / 90;
   return boxes.map((box) => {
     const stroke = colour(labels.indexOf(box.label)), common = { stroke, "vector-effect": "non-scaling-stroke", class: "box" };
+    if (box.parts) {
+      const outlines = box.parts.filter((part) => part.length).map((part) => `M${part.map((corner) => corner.join(" ")).join("L")}Z`);
+      return svg("path", { d: outlines.join(""), fill: stroke, "fill-opacity": "0.15", ...common });
+    }
     return "x" in box ? svg("circle", { cx: box.x, cy: box.y, r: dot, fill: stroke, ...common, stroke: "#fff" })
-      : svg("rect", { x: box.x1, y: box.y1, width: box.x2 - box.x1, height: box.y2 - box.y1, fill: stroke, "fill-opacity": "0.08", ...common });
+      : svg("rect", { x: Math.min(box.x1, box.x2), y: Math.min(box.y1, box.y2), width: Math.abs(box.x2 - box.x1), height: Math.abs(box.y2 - box.y1), fill: stroke, "fill-opacity": "0.08", ...common });
   });
 }
 
@@ -29,7 +33,7 @@ export async function boxesFigure(boxes, id) {
   const list = h("ol", { class: "labels" }, boxes.map((box, i) => h("li", {},
     h("button", { type: "button", "data-box": i, onfocus: () => mark(i), onblur: () => mark(-1), onmouseenter: () => mark(i), onmouseleave: () => mark(-1) },
       svg("svg", { viewBox: "0 0 10 10", width: "10", height: "10", "aria-hidden": "true" }, svg("rect", { width: 10, height: 10, rx: 2, fill: colour(labels.indexOf(box.label)) })),
-      h("span", {}, box.label || ("x" in box ? "point" : "box")), h("span", { class: "numbers" }, spoken(box))))));
+      h("span", {}, box.label || (box.parts ? "region" : "x" in box ? "point" : "box")), h("span", { class: "numbers" }, spoken(box))))));
   const figure = h("figure", { class: "boxes" });
   function mark(i) {
     figure.classList.toggle("marking", i >= 0);

@@ -109,7 +109,7 @@ export function take(node, event) {
     if (part.function?.arguments) call.arguments += part.function.arguments;
     changed.add("calls");
   }
-  if (delta.boxes) node.boxes = delta.boxes;
+  if (delta.boxes || delta.polygons) node.boxes = [...(delta.boxes || []), ...(delta.polygons || [])];
   if (choice.finish_reason) {
     node.finish = choice.finish_reason;
     changed.add("end");
