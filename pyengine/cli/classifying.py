@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from pyengine.cli.forms import commands, Form
 from pyengine.cli.options import Devices, Json, ModelName, Threads
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, UnsupportedModelError
 
 TOP = 10                             # labels that are shown of the model's own
 WIDTH = 30                           # of the longest bar, in letters
@@ -46,6 +46,9 @@ def classify(
         raise RequestError(f"--labels {labels[0]}: no line has a label")
     shown = [pictures.open_picture(file, {}) for file in pictures.separate(image)]
     with screen.load(model, writes=False, n_threads=threads, device=parse_device(device or ())) as loaded:
+        if loaded.writes:
+            raise UnsupportedModelError(f"classify: {loaded.plan.model} writes text and has no classes; ask it about the picture instead: "
+                                        f"`{screen.PROGRAM} MODEL QUESTION --image FILE`")
         found = [loaded.classify(one.media, asked or None, activation) for one in shown]
         names, kind = [one.name for one in shown], activation or ("sigmoid" if loaded.towers.independent else "softmax")
     top = top or (len(asked) if asked else TOP)

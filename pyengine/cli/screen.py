@@ -14,7 +14,7 @@ from typing import Any
 
 from pyengine.cli.talk.terminal import quiet, width
 from pyengine.cli.words import told
-from pyengine.errors import UnsupportedModelError
+from pyengine.errors import RequestError, UnsupportedModelError
 
 PROGRAM = "pyengine-run"
 BAR_AFTER_SECONDS = 0.3
@@ -156,10 +156,21 @@ def load(model: str, writes: bool = True, **settings: Any) -> Any:
     Raises: as `pyengine.load`; UnsupportedModelError for a model that writes none.
     """
     import pyengine
+    from pyengine.files.model_files import open_files
+    from pyengine.programs.bound import bind
 
-    with LoadingBar(model) as bar, quiet():
-        found = pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)
+    try:
+        with LoadingBar(model) as bar, quiet():
+            found = pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)
+    except RequestError:
+        if writes and (bound := bind(open_files(model, settings.get("mmproj")))).towers:
+            raise _writes_nothing(bound.files.name) from None          # whatever else it was asked for
+        raise
     if writes and not getattr(found, "writes", True):
         found.close()
-        raise UnsupportedModelError(f"{found.plan.model} makes vectors and scores and writes no text; `{PROGRAM} show` says what can be done with it")
+        raise _writes_nothing(found.plan.model)
     return found
+
+
+def _writes_nothing(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{name} makes vectors and scores and writes no text; `{PROGRAM} show` says what can be done with it")

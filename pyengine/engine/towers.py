@@ -30,6 +30,7 @@ from pyengine.models.architecture import CLASSES, HIDDEN, ImageTower, LOGITS, Te
 from pyengine.nn.texts import HEAD, POOLINGS
 from pyengine.programs.encoder import fill
 from pyengine.programs.towers import Text, TextRun
+from pyengine.text.tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LEAST_NORM = 1e-12                  # torch.nn.functional.normalize's
@@ -80,6 +81,16 @@ def told_apart(names: Sequence[str]) -> list[str]:
 def is_text(x: Any) -> bool:
     """Say whether an input is a text, or token ids, and no picture."""
     return isinstance(x, str) or isinstance(x, (list, tuple)) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in x)
+
+
+def _named(items: Sequence[Any], i: int, make: Callable[..., Any], *how: Any) -> Any:
+    """Return what is made of one of several items; what refuses it says which one it is."""
+    try:
+        return make(items[i], *how)
+    except (RequestError, ContextOverflowError) as error:
+        if len(items) == 1:
+            raise
+        raise type(error)(f"x[{i}]: {error}") from error
 
 
 class EncoderModel(ReadsText):
@@ -151,6 +162,12 @@ class EncoderModel(ReadsText):
     def stats(self) -> dict[str, int]:
         """Counts since the model was loaded: tokens (of pictures, rows) and runs."""
         return dict(self._counts)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, built from the file when it is first needed. Raises: RequestError for a model of pictures only."""
+        self._tower("text")
+        return self._language.tokenizer
 
     # -- texts --------------------------------------------------------------------------------------------------------
 
@@ -235,9 +252,11 @@ class EncoderModel(ReadsText):
 
     def _picture(self, x: Any, policy: MediaPolicy | None = None) -> Given:
         """Compute a picture. Raises: ImageError, RequestError."""
-        tower: ImageTower = self._tower("image")
         if x is None or isinstance(x, (bool, int, float, complex, np.generic, Mapping)):
             raise RequestError(f"a text or a picture was expected, not {type(x).__name__}; token ids are a list")
+        if isinstance(x, (list, tuple)) and self.towers.text is not None:
+            raise RequestError(f"a list in place of a text is its token ids, all of them ints, got {shown(x)}")
+        tower: ImageTower = self._tower("image")
         view = tower.process(media_of(x, "image", policy), Limits(0, self._rows["image"]))
         n = view.positions.shape[1]
         if n > self._rows["image"]:
@@ -264,9 +283,9 @@ class EncoderModel(ReadsText):
         """
         found: list[Given | None] = [None] * len(items)
         texts = [i for i, x in enumerate(items) if self._reads(x)]
-        for i, given in zip(texts, self._run_texts(self._text(items[i], cut, before) for i in texts)):
+        for i, given in zip(texts, self._run_texts(_named(items, i, self._text, cut, before) for i in texts)):
             found[i] = given
-        return [self._picture(items[i]) if given is None else given for i, given in enumerate(found)]
+        return [_named(items, i, self._picture) if given is None else given for i, given in enumerate(found)]
 
     @takes()
     def hidden(self, x: Any) -> np.ndarray:
@@ -341,8 +360,9 @@ class EncoderModel(ReadsText):
         image: a picture, or for a model of texts a text. labels: texts as they are, which are compared with the picture; None: the classes of the file.
         activation: "softmax", "sigmoid" or "none"; None: what the model was trained with. Raises: RequestError, UnsupportedModelError, ImageError.
         """
-        activation = activation or ("" if labels is not None else self.towers.scores) or ("sigmoid" if self.towers.independent else "softmax")
-        if activation not in ("softmax", "sigmoid", "none"):
+        if activation is None:
+            activation = ("" if labels is not None else self.towers.scores) or ("sigmoid" if self.towers.independent else "softmax")
+        if not isinstance(activation, str) or activation not in ("softmax", "sigmoid", "none"):
             raise RequestError(f"activation must be softmax, sigmoid or none, got {shown(activation)}")
         if labels is None:
             pictured = self.towers.image is not None and self.towers.image.n_classes
@@ -353,6 +373,8 @@ class EncoderModel(ReadsText):
         else:
             if isinstance(labels, str) or not iterates(labels) or not all(isinstance(label, str) for label in labels) or not len(labels):
                 raise RequestError(f"labels must be a list of texts, got {shown(labels)}")
+            if len(set(labels)) < len(labels):
+                raise RequestError(f"labels: {shown(next(label for label, n in Counter(labels).items() if n > 1))} is given twice")
             names, scores = list(labels), self.similarity([image], list(labels))[0]
         x = scores.astype(np.float64)
         if activation == "softmax":

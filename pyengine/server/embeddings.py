@@ -173,6 +173,8 @@ async def _encode(request: Request, model: EncoderModel, inputs: Sequence[Any], 
         items, vectors, n = [], [], 0
         for i, item in enumerate(inputs[first : first + QUEUED], first):
             try:
+                if isinstance(item, str) and model.towers.text is None:        # to the library it is the path of a picture
+                    raise RequestError(f'{model.plan.model} reads pictures only: give one as {{"image": base64}}, to /v1/embeddings')
                 items.append(item.opened() if isinstance(item, _Shown) else item)
                 model.check(items[-1], cut)
             except (RequestError, ContextOverflowError) as error:

@@ -174,7 +174,8 @@ def capabilities_of(metadata: Mapping[str, Any], tokenizer: Tokenizer, sees: boo
 
 def capabilities_of_towers(model: Towers) -> list[str]:
     """Return what can be asked of a model of encoders, which completes no text."""
-    return ["embedding", *(["vision"] if model.image is not None else [])]
+    vectors = any(tower.pooling for tower in model.towers.values())            # rerankers and models of classes make none
+    return [*(["embedding"] if vectors else []), *(["vision"] if model.image is not None else [])]
 
 
 def digest_of(path: Path) -> str:

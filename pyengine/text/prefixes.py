@@ -33,7 +33,7 @@ class Prefixes(NamedTuple):
 
     def before(self, prompt: str | None) -> str:
         """Return what stands before a text: the prompt of this name; "": nothing; None: the file's default. Raises: RequestError."""
-        if prompt == "":
+        if isinstance(prompt, str) and not prompt:
             return ""
         if prompt is not None and (not isinstance(prompt, str) or prompt not in self.texts):
             raise RequestError(f"prompt must be the name of one of the file's prompts, {', '.join(map(repr, self.texts)) or 'of which there are none'}, "

@@ -58,6 +58,36 @@ def said(capsys: Any, *arguments: object) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def test_words_of_a_model_that_reads(clip: Path, vit: Path, tmp_path: Path, tiny_gguf: Any, capsys: Any) -> None:
+    """What the commands for decoders say to it, what `classify` says to a decoder, and its graphs."""
+    writer, picture = str(tiny_gguf("llama")[0]), tmp_path / "p.png"
+    tiny_towers.pictures()[0].save(picture)
+    for arguments, words in ((["bench", str(clip)], "writes no text"), (["perplexity", str(vit), "-f", __file__], "writes no text"),
+                             (["attention", str(clip), "--image", str(picture)], "writes no text"),
+                             (["classify", writer, "a", "--image", str(picture)], "writes text and has no classes")):
+        assert execute(arguments) == USAGE_ERROR
+        error = capsys.readouterr().err
+        assert words in error and "--ctx" not in error and error.count("\n") == 1
+    for file, inputs in ((clip, ("ids", "patches")), (vit, ("patches",))):
+        for more in ([], ["--no-passes"]):
+            assert execute(["graph", str(file), *more]) == 0
+            parts = capsys.readouterr().out.split("\n\n")
+            assert len(parts) == len(inputs) and all(name in part and "attention" in part for name, part in zip(inputs, parts))
+        assert execute(["graph", str(file), "--dot"]) == 0
+        assert capsys.readouterr().out.count("digraph") == len(inputs)
+
+
+@pytest.mark.parametrize("n, can", [(1, ["texts ranked by a query"]), (3, ["classes"])])
+def test_show_says_what_scores_are_of(n: int, can: list[str], tmp_path: Path, capsys: Any) -> None:
+    import transformers
+
+    tiny_towers.save_word_piece(tmp_path)
+    config = transformers.BertConfig(vocab_size=160, hidden_size=96, num_hidden_layers=1, num_attention_heads=6, intermediate_size=128,
+                                     max_position_embeddings=64, num_labels=n)
+    file = convert(tiny_towers.make("BertForSequenceClassification", config, tmp_path), tmp_path / "scores.gguf", "f32")
+    assert said(capsys, "show", file)["can"] == can
+
+
 # -- classify -------------------------------------------------------------------------------------------------------------
 
 

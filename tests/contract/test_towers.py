@@ -196,9 +196,24 @@ def test_arguments_that_are_wrong_are_refused(made: Made, tmp_path: Path) -> Non
     for wrong in (None, 3, 1.5, True, {"a": 1}, [None], [1.5], [good, None], [good, 2.5], np.float32(1), b"", object()):
         with pytest.raises((RequestError, ImageError)):
             model.embed(wrong)
-    for options in ({"pooling": "x"}, {"pooling": 3}, {"normalize": "yes"}, {"no_such": 1}, {"prompt": "no such"}, {"prompt": 5}):
+    for options in ({"pooling": "x"}, {"pooling": 3}, {"normalize": "yes"}, {"no_such": 1}, {"prompt": "no such"}, {"prompt": 5},
+                    {"prompt": np.zeros(3)}, {"pooling": np.zeros(3)}):
         with pytest.raises(RequestError):
             model.embed(good, **options)
+    for activation in ("", "tanh", 0, np.zeros(3)):
+        with pytest.raises(RequestError, match="activation must be"):
+            model.classify(good, ["a", "b"] if len(made.reads.towers) == 2 else None, activation)
+    with pytest.raises(RequestError, match="labels: 'a' is given twice"):
+        model.classify(good, ["a", "b", "a"])
+    with pytest.raises(RequestError, match="expected, not NoneType"):
+        model.embed(None)
+    with pytest.raises(RequestError, match=r"^x\[1\]: .*expected, not NoneType"):
+        model.embed([good, None])
+    with pytest.raises(RequestError, match="token ids, all of them ints" if made.reads.text else "pictures, not videos|frame 0"):
+        model.hidden([1.5])
+    if not made.reads.text:
+        with pytest.raises(RequestError, match="reads pictures only"):
+            model.tokenize("a")
     with pytest.raises((UnsupportedModelError, RequestError)):
         model.embed(good, pooling="head" if made.name not in ("clip", "siglip") else "no head")
     for options in ({"n_ctx": 0}, {"n_ctx": -1}, {"n_ctx": "a"}, {"n_ctx": 10**9}, {"n_threads": 0}, {"n_batch": 0}, {"device": "tpu"}, {"device": 3},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,3 +81,34 @@ def test_scores_need_a_reranker(client, model) -> None:
     assert response.status_code == 400 and "no" in response.json()["error"]["message"]
     for wrong in ({}, {"query": "a"}, {"query": "a", "documents": []}, {"query": "a", "documents": [3]}, {"query": 1, "documents": ["a"]}):
         assert client.post("/v1/rerank", json=wrong).status_code == 400
+
+
+def test_a_text_names_no_file_of_the_server(tmp_path: Path) -> None:
+    """To the library a text is a path where a model reads pictures only; a request's text must not be one."""
+    import cases
+    from starlette.testclient import TestClient
+
+    from pyengine.server.app import application
+
+    picture = tmp_path / "secret.png"
+    tiny_towers.pictures()[0].save(picture)
+    served = load(str(convert(cases.towers()["vit"](tmp_path / "vit"), tmp_path / "sees.gguf", "f32")), n_threads=1)
+    with served.model, TestClient(application([served]), base_url="http://localhost:8080") as client:
+        for path, field in (("/v1/embeddings", "input"), ("/api/embed", "input"), ("/api/embeddings", "prompt")):
+            for text in (str(picture), picture.as_uri(), str(tmp_path / "none"), "a"):
+                response = client.post(path, json={"model": "sees", field: text})
+                assert response.status_code == 400 and "input[0]: sees.gguf reads pictures only: give one as" in response.text
+        shown = {"image": base64.b64encode(picture.read_bytes()).decode()}
+        got = client.post("/v1/embeddings", json={"model": "sees", "input": shown}).json()["data"][0]["embedding"]
+        assert np.array_equal(np.array(got, np.float32), served.model.embed(picture))
+
+
+def test_models_of_scores_are_not_said_to_give_vectors(tmp_path: Path) -> None:
+    import transformers
+
+    tiny_towers.save_word_piece(tmp_path)
+    config = transformers.BertConfig(vocab_size=160, hidden_size=96, num_hidden_layers=1, num_attention_heads=6, intermediate_size=128,
+                                     max_position_embeddings=64, num_labels=1)
+    served = load(str(convert(tiny_towers.make("BertForSequenceClassification", config, tmp_path), tmp_path / "ranks.gguf", "f32")), n_threads=1)
+    with served.model:
+        assert served.capabilities == []

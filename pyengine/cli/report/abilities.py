@@ -53,10 +53,12 @@ def _fits(plan: MemoryPlan) -> dict[str, Any]:
 def _of_towers(model: Towers, fitted: Any) -> dict[str, Any]:
     """Say the same of a model that makes vectors, labels and scores."""
     found: dict[str, Any] = {"vectors of text" if kind == "text" else "vectors of pictures": {"size": tower.d_out, "pooling": tower.pooling}
-                             for kind, tower in model.towers.items()}
+                             for kind, tower in model.towers.items() if tower.pooling}
     if len(found) == 2:
         found["pictures compared with text"] = {"independent": model.independent}
-    if any(tower.n_classes for tower in model.towers.values()):
+    if model.text is not None and model.text.n_classes == 1:
+        found["texts ranked by a query"] = {}
+    elif any(tower.n_classes for tower in model.towers.values()):
         found["classes"] = {"labels": list(model.labels)}
     if model.text is not None and model.text.n_logits:
         found["masked tokens"] = {}
