@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.guide import Guide
     from pyengine.engine.loop import Handle, Loop
+    from pyengine.engine.ranks import Ranked
     from pyengine.engine.sources import Sources
     from pyengine.engine.vectors import Vectors
     from pyengine.files.gguf import GGUFFile
@@ -76,6 +77,9 @@ class Closed:
         return RequestError(self._said)
 
     def __getattr__(self, name: str) -> Any:
+        raise self.error
+
+    def __getitem__(self, key: object) -> Any:
         raise self.error
 
 
@@ -299,6 +303,10 @@ class Model(ReadsText):
         For a file of a decoder that was made for it (Qwen3-Reranker): its logit of "yes" less that of "no". Their sigmoid is the probability of "yes"
         beside "no", which llama.cpp and sentence-transformers give. Raises: UnsupportedModelError for other files; otherwise as `hidden`.
         """
+        return self.ranked(query, documents).scores
+
+    def ranked(self, query: str, documents: Sequence[str]) -> Ranked:
+        """Do what `rerank` does, and count the tokens."""
         from pyengine.engine.ranks import check_asked, ranked
 
         return ranked(self.vectors, self._ranks, self.plan.model, query, check_asked(query, documents))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,13 @@ TEMPLATE = "tokenizer.chat_template.rerank"
 _BLANK = re.compile(r"\{(query|document)\}")
 
 
+class Ranked(NamedTuple):
+    """Scores of documents, float32 [n], and the tokens that were read for them."""
+
+    scores: np.ndarray
+    n_tokens: int
+
+
 def check_asked(query: Any, documents: Any) -> list[str]:
     """Return the documents. Raises: RequestError for what is no text and no list of texts."""
     if not isinstance(query, str) or isinstance(documents, str) or not iterates(documents) or not all(isinstance(d, str) for d in documents):
@@ -27,8 +34,8 @@ def check_asked(query: Any, documents: Any) -> list[str]:
     return list(documents)
 
 
-def ranked(vectors: Vectors, rows: WeightRef | None, name: str, query: str, documents: Sequence[str]) -> np.ndarray:
-    """Return the logit of the first row less that of the second for each document, float32 [n]. rows: [2, d_model]; name: of the model.
+def ranked(vectors: Vectors, rows: WeightRef | None, name: str, query: str, documents: Sequence[str]) -> Ranked:
+    """Return the logit of the first row less that of the second for each document. rows: [2, d_model]; name: of the model.
 
     Raises: UnsupportedModelError for a model that does not rank; ContextOverflowError, RequestError.
     """
@@ -44,4 +51,5 @@ def ranked(vectors: Vectors, rows: WeightRef | None, name: str, query: str, docu
         ids = language.tokenizer.tokenize(_BLANK.sub(lambda found: words[found[1]], template), add_special=False, mend=True)
         out.append(ids)
     hidden = vectors.embed(out, normalize=False, pooling="last").astype(np.float64)                # [n, d_model]
-    return ((hidden @ weight.T) @ np.array([1.0, -1.0])).astype(np.float32) if out else np.empty(0, np.float32)
+    scores = ((hidden @ weight.T) @ np.array([1.0, -1.0])).astype(np.float32) if out else np.empty(0, np.float32)
+    return Ranked(scores, sum(map(len, out)))

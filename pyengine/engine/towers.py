@@ -18,7 +18,7 @@ from pyengine.backends.base import Progress
 from pyengine.engine.language import Language, ReadsText
 from pyengine.engine.model import Closed, Model, weights_in_words
 from pyengine.engine.prompts import media_of, token_ids
-from pyengine.engine.ranks import check_asked
+from pyengine.engine.ranks import check_asked, Ranked
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.media.policy import MediaPolicy
@@ -281,11 +281,14 @@ class EncoderModel(ReadsText):
 
         Raises: ContextOverflowError, RequestError, ImageError.
         """
-        found: list[Given | None] = [None] * len(items)
+        found = dict(self._each(items, cut, before))
+        return [found[i] for i in range(len(items))]
+
+    def _each(self, items: Sequence[Any], cut: bool = False, before: str = "") -> Iterator[tuple[int, Given]]:
+        """Do what `read` does, texts first, with their numbers: a long list's hidden states need not all be kept."""
         texts = [i for i, x in enumerate(items) if self._reads(x)]
-        for i, given in zip(texts, self._run_texts(_named(items, i, self._text, cut, before) for i in texts)):
-            found[i] = given
-        return [_named(items, i, self._picture) if given is None else given for i, given in enumerate(found)]
+        yield from zip(texts, self._run_texts(_named(items, i, self._text, cut, before) for i in texts))
+        yield from ((i, _named(items, i, self._picture)) for i in sorted({*range(len(items))} - {*texts}))
 
     @takes()
     def hidden(self, x: Any) -> np.ndarray:
@@ -309,13 +312,15 @@ class EncoderModel(ReadsText):
             raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {shown(pooling)}")
         many = isinstance(x, (list, tuple)) and not (x and isinstance(x[0], (int, np.integer)))
         items = list(x) if many else [x]
-        rows = [self.vector(item, given, pooling) for item, given in zip(items, self.read(items, before=self._language.prefixes.before(prompt)))]
+        each = self._each(items, before=self._language.prefixes.before(prompt))
+        found = {i: np.array(self.vector(items[i], given, pooling)) for i, given in each}
+        rows = [found[i] for i in range(len(items))]
         if not rows:
             return np.empty((0, next(iter(self.towers.towers.values())).d_out), np.float32)
         if len({len(row) for row in rows}) > 1:
             raise RequestError("x: the vectors of its texts and its pictures have different lengths with this pooling: embed them one by one")
-        found = np.stack([unit(row) if normalize else row for row in rows]).astype(np.float32)
-        return found if many else found[0]
+        made = np.stack([unit(row) if normalize else row for row in rows]).astype(np.float32)
+        return made if many else made[0]
 
     def check(self, item: Any, cut: bool = False) -> None:
         """Refuse what `read` would, of a text: before others are computed. Raises: RequestError, ContextOverflowError."""
@@ -350,7 +355,7 @@ class EncoderModel(ReadsText):
         if not pictures or not words:
             return np.empty((len(pictures), len(words)), np.float32)
         seen = np.stack([self._picture(x).rows[VECTORS] for x in pictures])
-        read = np.stack([given.rows[VECTORS] for given in self.read(words, cut=True)])
+        read = np.stack([given.rows[VECTORS] for _, given in self._each(words, cut=True)])
         return (factor * unit(seen) @ unit(read).T + bias).astype(np.float32)
 
     @takes()
@@ -392,13 +397,18 @@ class EncoderModel(ReadsText):
         apply is `model.towers.scores` ("sigmoid" or "none"). Pairs that are too long are shortened, the longer text first.
         Raises: UnsupportedModelError for a model without a head of one score; RequestError.
         """
+        return self.ranked(query, documents).scores
+
+    def ranked(self, query: str, documents: Sequence[str]) -> Ranked:
+        """Do what `rerank` does, and count the tokens."""
         tower: TextTower = self._tower("text")
         if tower.n_classes != 1:
             raise UnsupportedModelError(f"{self.plan.model} gives {tower.n_classes or 'no'} scores of a text; to rank texts a model has one")
         documents = check_asked(query, documents)
         first = self.tokenize(query, add_special=False)
         pairs = (self._pair(first, self.tokenize(document, add_special=False)) for document in documents)
-        return np.array([given.rows[CLASSES][0] for given in self._run_texts(pairs)], np.float32)
+        found = [(given.rows[CLASSES][0], len(given.hidden)) for given in self._run_texts(pairs)]
+        return Ranked(np.array([score for score, _ in found], np.float32), sum(n for _, n in found))
 
     @takes()
     def logits(self, ids: Sequence[int] | str) -> np.ndarray:

@@ -26,9 +26,7 @@ def routes(models: Models) -> list[Route]:
         served = await replies.using(request, models, fields.text("model", None))
         if not hasattr(type(served.model), "rerank"):
             raise UnsupportedModelError(f"{served.name} gives no scores of pairs of texts: it is no reranker")
-        before = served.model.stats["prompt_tokens"]
-        scores = await replies.apart(lambda: served.model.rerank(query, documents))
-        n_tokens = served.model.stats["prompt_tokens"] - before
+        scores, n_tokens = await replies.apart(lambda: served.model.ranked(query, documents))
         order = sorted(range(len(documents)), key=lambda i: -float(scores[i]))[:top]
         found = [{"index": i, "relevance_score": float(scores[i]), **({"document": {"text": documents[i]}} if shown else {})} for i in order]
         return JSONResponse({"model": served.name, "object": "list", "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens}, "results": found})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,6 +227,17 @@ def test_arguments_that_are_wrong_are_refused(made: Made, tmp_path: Path) -> Non
         pe.load(made.path, adapters=str(tmp_path))
 
 
+def test_hidden_states_of_a_long_list_are_not_kept(made: Made) -> None:
+    item = made.inputs(made.model)[-1]
+    n = made.model.hidden(item).nbytes
+    tracemalloc.start()
+    try:
+        vectors = made.model.embed([item] * 300, pooling="cls")
+        assert tracemalloc.get_traced_memory()[1] - 3 * vectors.nbytes < 300 * n / 2
+    finally:
+        tracemalloc.stop()
+
+
 # ---- closed, cut ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +254,16 @@ def test_a_model_is_closed_once_and_for_all(made: Made) -> None:
             use()
     model.close()
     assert made.states(made.model)                           # the other one is as it was
+
+
+def test_a_model_is_closed_while_a_picture_is_read(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not made.reads.image:
+        return
+    with pe.load(made.path) as model:
+        process = model.towers.image.process
+        monkeypatch.setattr(model.towers.image, "process", lambda *given: (process(*given), model.close())[0])
+        with pytest.raises(RequestError, match="closed"):
+            model.embed(tiny_towers.pictures()[0])
 
 
 def test_a_file_that_was_cut_is_refused(made: Made, tmp_path: Path) -> None:

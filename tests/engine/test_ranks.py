@@ -80,6 +80,8 @@ def test_a_decoder_that_ranks(tied: bool, tmp_path: Path) -> None:
                 logits = theirs(torch.tensor([ids])).logits[0, -1]
             want.append(float(logits[yes] - logits[no]))
         tiny_towers.close(got, np.array(want, np.float32))
+        before = model.stats["prompt_tokens"]
+        assert model.ranked(query, documents).n_tokens == model.stats["prompt_tokens"] - before > 0
         assert model.rerank(query, []).shape == (0,) and got.dtype == np.float32
         assert np.array_equal(model.rerank(query, documents[:2]), got[:2])
         marked = "<|turn|> {query} <|stop|>"                                  # of a user: text

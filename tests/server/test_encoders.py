@@ -103,12 +103,22 @@ def test_a_text_names_no_file_of_the_server(tmp_path: Path) -> None:
         assert np.array_equal(np.array(got, np.float32), served.model.embed(picture))
 
 
-def test_models_of_scores_are_not_said_to_give_vectors(tmp_path: Path) -> None:
+def test_a_reranker(tmp_path: Path) -> None:
+    """It is not said to give vectors, and its tokens are those of the request, whatever else is asked meanwhile."""
     import transformers
+    from starlette.testclient import TestClient
+
+    from pyengine.server.app import application
 
     tiny_towers.save_word_piece(tmp_path)
     config = transformers.BertConfig(vocab_size=160, hidden_size=96, num_hidden_layers=1, num_attention_heads=6, intermediate_size=128,
                                      max_position_embeddings=64, num_labels=1)
     served = load(str(convert(tiny_towers.make("BertForSequenceClassification", config, tmp_path), tmp_path / "ranks.gguf", "f32")), n_threads=1)
-    with served.model:
+    with served.model as model, TestClient(application([served]), base_url="http://localhost:8080") as client:
         assert served.capabilities == []
+        ranked = model.ranked
+        model.ranked = lambda *asked: (model.classify("another's text"), ranked(*asked))[1]
+        found = client.post("/v1/rerank", json={"query": "a dog", "documents": TEXTS}).json()
+        n = sum(len(model.tokenize("a dog")) + len(model.tokenize(text)) - 1 for text in TEXTS)
+        assert found["usage"] == {"prompt_tokens": n, "total_tokens": n}
+        assert {r["index"]: np.float32(r["relevance_score"]) for r in found["results"]} == dict(enumerate(model.rerank("a dog", TEXTS)))
