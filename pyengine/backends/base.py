@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,13 @@ class Program(ABC):
     tables: dict[str, np.ndarray]
     outputs: list[np.ndarray]
     states: Mapping[str, State]
+    _running: threading.Lock
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make one with a lock: threads that call `run` wait for each other."""
+        made = super().__new__(cls)
+        made._running = threading.Lock()
+        return made
 
     def __repr__(self) -> str:
         layout = self.prepared.layout
@@ -95,7 +103,7 @@ class Program(ABC):
         return self.outputs[output][first : first + n]
 
     def run(self, **arrays: np.ndarray) -> Any:
-        """Compute the outputs from arrays by input name; run-time axes take their values from the arrays' shapes.
+        """Compute the outputs from arrays by input name; run-time axes take their values from the arrays' shapes. Threads take turns.
 
         Raises: GraphError for missing and unknown names, and for shapes that do not fit.
         """
@@ -107,14 +115,15 @@ class Program(ABC):
             except Exception as error:                       # texts, lists of unequal lengths, a stranger's __array__
                 raise GraphError(f"run: '{name}' is no array of numbers: {error}") from None
         dims = dims_of(leaves, given)
-        for name in leaves:
-            flat, value = self.inputs[name].reshape(-1), given[name].reshape(-1)
-            flat[: value.size] = value
-        self.execute(**dims)
         out = []
-        for t, array in zip(self.prepared.layout.outputs, self.outputs):
-            shape = tuple(axis_value(a, dims) for a in t.shape)
-            out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
+        with self._running:
+            for name in leaves:
+                flat, value = self.inputs[name].reshape(-1), given[name].reshape(-1)
+                flat[: value.size] = value
+            self.execute(**dims)
+            for t, array in zip(self.prepared.layout.outputs, self.outputs):
+                shape = tuple(axis_value(a, dims) for a in t.shape)
+                out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
         return out[0] if self.single else out
 
     def resident(self) -> int:

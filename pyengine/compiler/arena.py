@@ -15,7 +15,7 @@ from pyengine import ops
 from pyengine.compiler.rewrite import make, rebuild
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
-from pyengine.graph.graph import check_states, topological
+from pyengine.graph.graph import check_names, check_states, topological
 from pyengine.graph.tensor import Axis, axis_max, Node, product, Shape, Tensor
 
 ALIGN = 64                                                                     # bytes: one cache line, one AVX-512 vector
@@ -171,6 +171,7 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
     """
     outputs = _with_copies(outputs)
     nodes = topological(outputs)
+    check_names(nodes)
     check_states(nodes)
     leaves = [n for n in nodes if n.op is None]
     steps = [n for n in nodes if n.op is not None and not n.op.view]

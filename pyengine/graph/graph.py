@@ -42,6 +42,11 @@ class Graph:
             raise GraphError(f"graph: the name of {kind} is a text, got {shown(name)}")
         if not isinstance(shape, (tuple, list)):
             raise GraphError(f"graph: {name!r}: a shape is a tuple of ints and Dims, got {shown(shape)}")
+        for a in shape:
+            if isinstance(a, Dim) and (not isinstance(a.name, str) or not a.name):
+                raise GraphError(f"graph: {name!r}: the name of a Dim is a text, got {shown(a.name)}")
+            if isinstance(a, Dim):
+                whole(f"graph: {name!r}: the most of Dim {a.name!r}", a.max, 0, None)
         shape = tuple(a if isinstance(a, Dim) else whole(f"graph: {name!r}: an axis", a, 0, None) for a in shape)
         if not isinstance(dtype, (str, DType)):
             raise GraphError(f"graph: {name!r}: a dtype is named, as 'F32', got {shown(dtype)}")
@@ -97,6 +102,16 @@ def users(nodes: Iterable[Node]) -> dict[tuple[int, int], list[Node]]:
         for t in node.inputs:
             table.setdefault((id(t.node), t.index), []).append(node)
     return table
+
+
+def check_names(nodes: Sequence[Node]) -> None:
+    """Refuse two inputs, states or tables of one name: those of several graphs, of which a run could fill only one."""
+    seen: set[str] = set()
+    for node in nodes:
+        if node.op is None and node.kind != "constant":
+            if node.name in seen:
+                raise GraphError(f"two graphs declare {node.name!r}, and what they declare is used together; give one of them another name")
+            seen.add(node.name)
 
 
 def check_states(nodes: Sequence[Node]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from pyengine.dtype import dtype
 from pyengine.errors import ShapeError
 from pyengine.graph.op import F32, op
-from pyengine.graph.tensor import Tensor
+from pyengine.graph.tensor import axis_max, Tensor
 
 
 def broadcast_shapes(name: str, a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -19,6 +19,7 @@ def broadcast_shapes(name: str, a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple
     a, b = (1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y and x != 1 and y != 1:
+            x, y = (f"{a} (at most {axis_max(a)})" if str(x) == str(y) else a for a in (x, y))
             raise ShapeError(f"{name}: axis {i - n} is {x} in the first argument but {y} in the second")
     return tuple(y if x == 1 else x for x, y in zip(a, b))
 
@@ -109,24 +110,29 @@ def softcap(x: F32["..."], *, cap: float) -> F32["..."]:
 softcap.case(x=(2, 99), cap=30.0)
 
 
+def _real(x: Any) -> Any:
+    """Take an int for the float of its value: x + 1 means x + 1.0."""
+    return float(x) if type(x) is int else x
+
+
 def add(x: Any, y: Any) -> Any:
     """Compute x + y."""
-    return binary(x, y, kind="add")
+    return binary(_real(x), _real(y), kind="add")
 
 
 def sub(x: Any, y: Any) -> Any:
     """Compute x - y."""
-    return binary(x, y, kind="sub")
+    return binary(_real(x), _real(y), kind="sub")
 
 
 def mul(x: Any, y: Any) -> Any:
     """Compute x * y, element by element."""
-    return binary(x, y, kind="mul")
+    return binary(_real(x), _real(y), kind="mul")
 
 
 def div(x: Any, y: Any) -> Any:
     """Compute x / y."""
-    return binary(x, y, kind="div")
+    return binary(_real(x), _real(y), kind="div")
 
 
 def silu(x: Any) -> Any:

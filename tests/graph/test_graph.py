@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -11,7 +14,7 @@ from pyengine.compiler import codegen, passes
 from pyengine.backends.cpu import Backend as Cpu
 from pyengine.backends.reference import Backend as Reference
 from pyengine.dtype import dtype
-from pyengine.errors import GraphError, ShapeError
+from pyengine.errors import GraphError, RequestError, ShapeError
 from pyengine.compiler.listing import to_dot
 from pyengine.graph.graph import topological
 from pyengine.nn.cache import LayerCache
@@ -176,3 +179,45 @@ def test_dot_names_every_op_and_input() -> None:
     assert text.startswith("digraph") and text.endswith("}")
     for word in ("attention", "rope_table", "cache_append", "input x", "state k"):
         assert word in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_threads_that_run_one_program_take_turns(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = pe.Graph()
+    program = g.compile(ops.relu(ops.linear(g.input("x", (Dim("m", max=8), 4)), [np.ones((3, 4), np.float32)])[0]), device=device)
+    execute = program.execute
+
+    def slowly(**dims: int) -> None:
+        time.sleep(0.002)                                    # so that others come before and behind it
+        execute(**dims)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(program, "execute", slowly)
+    with ThreadPoolExecutor(6) as pool:
+        for i, got in enumerate(pool.map(lambda i: program.run(x=np.full((i % 8 + 1, 4), i, np.float32)), range(24))):
+            assert np.array_equal(got, np.full((i % 8 + 1, 3), 4 * i, np.float32))
+
+
+def test_names_and_axes_that_are_wrong_are_said() -> None:
+    g, other = pe.Graph(), pe.Graph()
+    both = g.input("x", (3,)) + other.input("x", (3,))
+    for device in ("cpu", "reference"):
+        with pytest.raises(GraphError, match="two graphs declare 'x'"):
+            g.compile(both, device=device)
+    for dim in (Dim("m", "8"), Dim("m", -1), Dim("m", None), Dim("m", 1.5), Dim("m", True)):  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="the most of Dim 'm' must be an integer"):
+            g.input("y", (dim, 4))
+    for name in ("", 5):
+        with pytest.raises(GraphError, match="the name of a Dim is a text"):
+            g.input("y", (Dim(name, 8), 4))                  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"is m \(at most 8\) in the first argument but m \(at most 9\) in the second"):
+        g.input("a", (Dim("m", 8),)) + g.input("b", (Dim("m", 9),))
+
+
+def test_numbers_and_arrays_stand_on_either_side() -> None:
+    g, x = pe.Graph(), np.array([1.0, 2.0, 4.0], np.float32)
+    t = g.input("x", (3,))
+    made = [t + 1, 1 + t, t - 1, 1 - t, t * 2, 2 * t, t / 2, 2 / t, x + t, x - t, x * t, x / t, np.float32(2) * t, 0.5 - t]
+    want = [x + 1, 1 + x, x - 1, 1 - x, x * 2, 2 * x, x / 2, 2 / x, x + x, x - x, x * x, x / x, np.float32(2) * x, 0.5 - x]
+    for got, expected in zip(g.compile(made).run(x=x), want):
+        assert got.shape == (3,) and np.array_equal(got, expected.astype(np.float32))
