@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, TYPE_CHECKING
 
@@ -220,10 +220,39 @@ class _Vocabulary:
         self.tokens = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(apart)
         self.bos_token_id, self.eos_token_id = tokenizer.bos_id, next(iter(sorted(tokenizer.eog_ids)), 0)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._apart = tokenizer, frozenset(apart)
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.tokenize(text, add_special=False, parse_special=False)
+        """Return the tokens of a text within an answer: without the blank that some tokenizers put before every text, and of nothing else."""
+        for before in (b"", b"\n"):                          # behind a line's end there is a blank too, but apart from the text
+            ids = self._tokenizer.tokenize(before + text, add_special=False, parse_special=False)
+            for n in range(min(3, len(ids))):
+                if not self._spelled(ids[:n]).strip() and self._spelled(ids[n:]) == text and self._apart.isdisjoint(ids[n:]):
+                    return ids[n:]
+        return self._longest(text)
+
+    def _spelled(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self.tokens[i] for i in ids)
+
+    def _longest(self, text: bytes) -> list[int]:
+        """Return tokens of a text, the longest that there is each time, as far as there is one."""
+        ids, at = [], 0
+        while at < len(text):
+            piece = next((text[at : at + n] for n in range(self._most, 0, -1) if text[at : at + n] in self._ids), b"")
+            if not piece:
+                break
+            ids.append(self._ids[piece])
+            at += len(piece)
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        """The first token of each piece that is a text."""
+        return {piece: i for i, piece in reversed(list(enumerate(self.tokens))) if piece and i not in self._apart}
+
+    @cached_property
+    def _most(self) -> int:
+        return max(map(len, self._ids), default=0)
 
 
 class Matcher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,17 @@ def test_what_cannot_be_asked_is_said(made: Made, model: Any) -> None:
         model.generate(made.ids(0, model.n_ctx + 1))
     with pytest.raises(RequestError, match="prompt_logprobs"):
         model.submit("a", prompt_logprobs=1)
+
+
+def test_forms_hold(made: Made, model: Any) -> None:
+    """Also where the vocabulary's texts begin with a blank, and where it cannot write what is asked for."""
+    for regex in ("dog", "a (dog|fox) is", "[a-f]{3} dog"):
+        answer = model.generate("the fox", regex=regex, max_tokens=32)
+        assert answer.finish == "stop" and re.fullmatch(regex, answer)
+    try:
+        assert model.generate("the fox", regex=r"\{dog\}", max_tokens=32) == "{dog}"
+    except RequestError as error:
+        assert "nothing can be written" in str(error) and not any(b"{" in model.tokenizer.piece(i) for i in range(model.tokenizer.vocab_size))
 
 
 def test_a_conversation_is_one_text(made: Made, model: Any) -> None:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile
 from pyengine.native import ffi, lib
+from pyengine.text.grammar import Grammars, shape
 from pyengine.text.pretokenizers import PRE
 from pyengine.text.tokenizer import load_tokenizer, Tokenizer
 from pyengine.text.vocabulary import BYTE_LETTERS, Kind
@@ -181,6 +182,22 @@ def write_gguf(path: Path, meta: dict[str, object]) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize("name", [n for n in small_vocabularies() if n.startswith(("spm", "bpe, qwen2"))])
+def test_grammars_force_tokens_that_spell_the_text(name: str) -> None:
+    """In the middle of an answer no blank stands before a text, as some tokenizers put one before every text."""
+    tokenizer = Tokenizer(small_vocabularies()[name])
+    for text in ("hello", " hello", "the world", "\n the", "{\"a\": 1}", "hell", "日"):
+        matcher, spelled = Grammars(tokenizer).matcher(shape(grammar=f"start: {json.dumps(text)}")), b""
+        while not matcher.ended and len(spelled) <= len(text.encode()):
+            mask = matcher.mask()
+            token = next(i for i in range(tokenizer.vocab_size) if mask[i // 32] >> np.uint32(i % 32) & 1)
+            if token in tokenizer.eog_ids:
+                break
+            assert matcher.accept(token), (text, spelled, tokenizer.piece(token))
+            spelled += tokenizer.piece(token)
+        assert spelled == text.encode()
 
 
 class LlamaCpp:
