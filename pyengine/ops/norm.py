@@ -8,6 +8,7 @@ import numpy as np
 
 from pyengine.errors import ShapeError
 from pyengine.graph.op import F32, I32, op
+from pyengine.graph.tensor import axis_max
 
 
 @op(inplace="x", flops=lambda x, weight, residual, eps: 4 * x.size, rowwise=True, light=True)
@@ -110,7 +111,7 @@ for _kind in ("sum", "mean", "max", "min"):
     reduce.case(x=(3, 5, 33), kind=_kind)
 
 
-@op(flops=lambda x, lo, hi: x.size, fault="a mean of rows {} .. of {}")
+@op(flops=lambda x, lo, hi: min(1, axis_max(lo.shape[0])) * x.size, fault="a mean of rows {} .. of {}")
 def mean_rows(x: F32["n d"], lo: I32["m"], hi: I32["m"]) -> F32["m d"]:
     """The mean of rows lo[i] <= j < hi[i] of x for each i, added one after the other; zeros for an interval without rows.
 

@@ -169,7 +169,7 @@ def test_work_of_attention_counts_the_keys_that_are_seen(kernels) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["linear case 3x64 40x64 3x40", "rms_norm case 4x640 640 4x640", "cache_append case",
-                                     "attention case 9x4x64"])
+                                     "attention case 9x4x64 1x40x64"])
 def test_small_jobs_are_right_and_timed(small, pattern: str) -> None:
     (job,) = [j for j in small.jobs() if j.name.startswith(pattern)]
     (record,) = small.measure(job, "generic", 2)

@@ -328,7 +328,7 @@ def test_types(kind, outtype, checkpoints, tmp_path):
     for name, value in exact.items():
         wanted = outtype.upper()
         f32 = ("v.class_embd", "v.position_embd", "v.patch_embd", "v.pre_tile_position_embd", "v.post_tile_position_embd", "mm.pad_embd", "mm.position_embd", "mm.proj_query")
-        if value.ndim < 2 or name.startswith(f32) or ".ffn_gate_inp" in name or ".ssm_conv1d." in name or name.endswith(".conv2.weight"):
+        if value.ndim < 2 or name.startswith(f32) or ".ffn_gate_inp" in name or ".ssm_conv1d." in name or name.endswith((".conv2.weight", ".bias")):
             wanted = "F32"
         elif name == "v.tile_position_embd.weight":          # as many as a layer has weights, never in blocks
             wanted = "F16" if outtype == "q8_0" else wanted

@@ -30,6 +30,7 @@ from test_kernels import (  # noqa: F401
 )
 from test_linear_kernels import FLOATS, QUANTIZED, Matrix, check as check_product, rows_of
 
+from pyengine import ops
 from pyengine.compiler import codegen
 from pyengine.compiler.codegen import pack_params
 from pyengine.dtype import dtype
@@ -107,7 +108,7 @@ def kernels(arm: str) -> Kernels:
 
 def test_every_kernel_is_tested_here() -> None:
     kernels, _ = codegen.kernels_of("cpu", codegen.backends(crossbuild.CSRC)["cpu"])
-    assert kernels == {*OPS, "linear", "rows", "expert_linear"}
+    assert kernels == {*OPS, "linear", "rows", "expert_linear", "conv2d"}
 
 
 # ---- linear and rows ---------------------------------------------------------------------------------------------
@@ -222,6 +223,28 @@ def test_linear_declared_cases(arm: str, index: int) -> None:
 def rows_call(w: Matrix | Blocks, ids: np.ndarray, packed: bool, scale: float = 1.0) -> Call:
     out = memory_of(np.full((len(ids), w.k), np.nan, np.float32))
     return Call("rows", params_of("rows", {"scale": scale}), [[weight(w, packed)], [memory_of(ids)], [], [out]])
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "Q8_0"])
+def test_conv2d(arm: str, name: str) -> None:
+    """Every declared case, weights packed where channels are not apart from each other; the same bits on three threads."""
+    rng = rng_of(("neon conv2d", name))
+    for case in REGISTRY["conv2d"].cases:
+        (n, k), groups = case.shapes["weight"], case.params.get("groups", 1)
+        if name == "Q8_0" and (k % 32 or groups > 1 and n // groups % 16):
+            continue
+        w, x = Matrix(rng, name, n, k), rng.standard_normal(case.shapes["x"]).astype(np.float32)
+        bias = rng.standard_normal(n).astype(np.float32) if case.shapes.get("bias") else None
+        want = np.asarray(ops.conv2d(x, w.values, bias, **case.params))
+        out = np.full(want.shape, np.nan, np.float32)
+        packed = groups == 1 or n // groups % 16 == 0
+        call = Call("conv2d", params_of("conv2d", case.params),
+                    [[memory_of(x)], [weight(w, packed)], [] if bias is None else [memory_of(bias)], [memory_of(out)]])
+        ((one,), (three,)) = (crossbuild.run(arm, "neon", threads, [call]) for threads in (1, 3))
+        assert one.status == OK, one.message
+        got = np.frombuffer(one.outputs[0], np.float32).reshape(want.shape) if want.size else want
+        limit = 2e-2 if name == "Q8_0" else 1e-5                     # activations are rounded to 8 bits beside blocks
+        assert np.abs(got - want).max(initial=0) <= limit * max(1.0, np.abs(want).max(initial=0)) and one == three
 
 
 @pytest.mark.parametrize("name", UNPACKED + FLOATS)
