@@ -66,13 +66,13 @@ def rewritten(source: Path, path: Path, drop: tuple[str, ...] = (), keys: dict[s
 # ---- what is llama.cpp's already ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.converted])
+@pytest.mark.parametrize("kind", cases.quick(c.kind for c in cases.every().values() if c.converted))
 def test_our_files_pass_as_they_are(kind, tiny_gguf) -> None:
     file = GGUFFile(tiny_gguf(kind)[0])
     assert translate(file) is file
 
 
-@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.llama_cpp and c.dialect and "now" in c.dialect.converters])
+@pytest.mark.parametrize("kind", cases.quick(c.kind for c in cases.every().values() if c.llama_cpp and c.dialect and "now" in c.dialect.converters))
 def test_llama_cpps_files_pass_as_they_are(kind, tmp_path) -> None:
     folder = tiny.make_checkpoint(kind, tmp_path / "c", **cases.find(kind).assumed)
     files = open_files(*foreign.llama_cpp_files(folder, tmp_path / "m.gguf"))
@@ -137,7 +137,7 @@ def test_other_kinds_of_values_are_left_to_the_model(tmp_path) -> None:
 # ---- Ollama's files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.llama_cpp and c.dialect and c.dialect.ollama_arch])
+@pytest.mark.parametrize("kind", cases.quick(c.kind for c in cases.every().values() if c.llama_cpp and c.dialect and c.dialect.ollama_arch))
 def test_ollamas_names_become_those_of_gguf_py(kind, tmp_path) -> None:
     """The same checkpoint by both programs' converters: the same names, shapes and numbers."""
     folder = tiny.make_checkpoint(kind, tmp_path / "c", dtype="float16", **cases.find(kind).assumed)
@@ -408,7 +408,7 @@ def test_factors_of_frequencies_in_any_format(kind, names, tiny_gguf, tmp_path) 
 
 
 @pytest.mark.parametrize("window", [0, -1, 2**31 - 1, 2**32 - 1])
-@pytest.mark.parametrize("kind", [c.kind for c in cases.every().values() if c.converted and not c.sees])
+@pytest.mark.parametrize("kind", cases.quick(c.kind for c in cases.every().values() if c.converted and not c.sees))
 def test_windows_that_are_none(kind: str, window: int, tiny_gguf, tmp_path) -> None:
     """Writers say in several ways that there is no window; right are the logits of one that is wider than the context."""
     path, ids = tiny_gguf(kind)[0], list(range(3, 60))

@@ -69,7 +69,7 @@ def check(model, parts, seen):
     assert (logits.argmax(1) == seen.logits.argmax(1)).all()
 
 
-@pytest.mark.parametrize("kind, layout", CASES)
+@pytest.mark.parametrize("kind, layout", [pytest.param(*c, marks=pytest.mark.slow) if cases.find(c[0]).cached_as else c for c in CASES])
 def test_embeddings_and_logits(kind, layout, models, tmp_path):
     folder, parts, seen = models(kind)
     path, mmproj = LAYOUTS[layout](folder, tmp_path / "m.gguf")
@@ -86,7 +86,7 @@ def test_ollamas_store(kind, layout, models, tmp_path, monkeypatch):
     check(pe.load("seer:tiny", n_ctx=N_CTX, kv_dtype="f32"), parts, seen)
 
 
-@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("kind", cases.quick(WRITTEN))
 def test_llama_cpps_text_file_alone_is_a_text_model(kind, models, tmp_path):
     folder, parts, _ = models(kind)
     words = [p for p in parts if isinstance(p, (int, str))]
@@ -96,7 +96,7 @@ def test_llama_cpps_text_file_alone_is_a_text_model(kind, models, tmp_path):
     assert abs(found - expected).max() < 1e-4 * np.ptp(expected)
 
 
-@pytest.mark.parametrize("kind", LLAMA_CPP)
+@pytest.mark.parametrize("kind", cases.quick(LLAMA_CPP))
 def test_llama_cpp_itself_reads_the_pair(kind, models, tmp_path):
     """The fixture is what it says it is."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="make peers")

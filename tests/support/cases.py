@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 if TYPE_CHECKING:
     from foreign import Dialect, LlamaCpp
@@ -195,3 +196,9 @@ def kinds(**properties: Any) -> list[str]:
 def first(**properties: Any) -> str:
     """Return the name of one case with these properties, which stands for itself in suites about caches unless that is asked for."""
     return next(select(**{"own_cache": True, **properties})).kind
+
+
+def quick(kinds: Iterable[str]) -> list[Any]:
+    """Return kinds as parameters; those that another kind stands for elsewhere (`cached_as`) are for the slow tests: what files of other
+    programs say of them differs from their like by names."""
+    return [pytest.param(kind, marks=pytest.mark.slow) if find(kind).cached_as else kind for kind in kinds]
