@@ -1,4 +1,4 @@
-"""What the checked emulator counts of a kernel's requests to memory: csrc/emulate/count.cpp."""
+"""What the checked emulator counts of a kernel's requests to memory: csrc/emulate/check.cpp."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ template <class T> PE_DEVICE T &shared() {
 #if PE_EMULATED
   const emu::Block &block = *emu::self()->block;
   if (sizeof(T) > block.launch->shared_bytes)
-    emu::fault(emu::here(), "shared memory of %zu bytes, but the launch gave %zu", sizeof(T), block.launch->shared_bytes);
+    emu::fault(nullptr, "shared memory of %zu bytes, but the launch gave %zu", sizeof(T), block.launch->shared_bytes);
   return *reinterpret_cast<T *>(block.shared);
 #else
   extern __shared__ __align__(128) unsigned char pe_shared_bytes[];
@@ -238,15 +238,15 @@ template <class D, class Sum, int PER, int KS, Sum (*from)(uint32_t, int)> void 
     for (int n = 0; n < 8; n++) static_cast<const MmaLane<D> *>(lanes[m % 8 * 4 + n / 2])->d[m / 8 * 2 + n % 2] = D(sums[n]);
   }
 }
-inline double half_at(uint32_t bits, int i) { return emu::half_to_float(uint16_t(bits >> 16 * i)); }
-inline double bf16_at(uint32_t bits, int i) { return emu::bf16_to_float(uint16_t(bits >> 16 * i)); }
+inline double half_at(uint32_t bits, int i) { return pe_f16_to_f32(uint16_t(bits >> 16 * i)); }
+inline double bf16_at(uint32_t bits, int i) { return pe_bf16_to_f32(uint16_t(bits >> 16 * i)); }
 inline uint32_t s8_at(uint32_t bits, int i) { return uint32_t(int8_t(bits >> 8 * i)); } /* sums wrap around */
 
 template <class D, class Sum, int PER, int KS, Sum (*from)(uint32_t, int)>
 PE_DEVICE void mma(const char *word, D *d, const uint32_t *a, const uint32_t *b) {
   MmaLane<D> mine{d, a, b};
   if (emu::self()->lane == 0) emu::count(emu::Event::mma);
-  emu::whole_warp(word, &mine, mma_all<D, Sum, PER, KS, from>);
+  emu::collective(word, ALL, &mine, mma_all<D, Sum, PER, KS, from>, false, true);
 }
 
 PE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma<float, double, 2, 2, half_at>("mma_f16", d, a, b); }
@@ -331,7 +331,7 @@ template <bool TRANS> void ldmatrix_all(void *const *lanes, uint32_t) {
 template <bool TRANS> PE_DEVICE void ldmatrix(const char *word, uint32_t (&r)[4], const void *row) {
   LdmatrixLane mine{row, r};
   emu::touch(row, 16, emu::Access::read);
-  emu::whole_warp(word, &mine, ldmatrix_all<TRANS>);
+  emu::collective(word, ALL, &mine, ldmatrix_all<TRANS>, false, true);
 }
 PE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void *row) { ldmatrix<false>("ldmatrix_x4", r, row); }
 PE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row) { ldmatrix<true>("ldmatrix_x4_trans", r, row); }

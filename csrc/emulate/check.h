@@ -1,7 +1,8 @@
-/* check.h: memory that launches may use, and what the engine tells the watcher (check.cpp, count.cpp). In the plain form nobody watches. */
+/* check.h: memory that launches may use, and what the engine tells the watcher (check.cpp). In the plain form nobody watches. */
 #ifndef PE_EMULATE_CHECK_H
 #define PE_EMULATE_CHECK_H
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -11,9 +12,7 @@
 #define SITE __builtin_return_address(0)  /* the code that calls the function that says it */
 
 namespace emu {
-
 /* -- memory (memory.cpp) ---------------------------------------------------------------------------------------------------------- */
-
 constexpr int HOST = -1;
 extern std::mutex busy;                   /* held by a launch, and while memory is allocated */
 
@@ -26,11 +25,17 @@ struct Region {
   void wrote(uintptr_t at, size_t bytes) { if (!written.empty()) std::memset(&written[at - begin], 1, bytes); }
 };
 
+/* What a variable of the environment says. */
+inline int64_t number_from(const char *variable, int64_t otherwise) {
+  const char *said = std::getenv(variable);
+  return said && *said ? std::atoll(said) : otherwise;
+}
+
 /* Memory of a device or of the host, aligned to 256 bytes, with red zones around it; null where the device has no more. */
 void *allocate(int device, size_t bytes);
 bool release(void *memory);
-/* Bytes of each device (PYENGINE_EMULATED_MEMORY), and how many are taken. */
-size_t device_bytes();
+/* Bytes of each device, and how many are taken. */
+inline size_t device_bytes() { return size_t(number_from("PYENGINE_EMULATED_MEMORY", int64_t(8) << 30)); }
 size_t device_bytes_used(int device);
 /* The allocation that holds this address, or null. */
 Region *allocation(const void *memory);
@@ -41,37 +46,13 @@ Region *region_of(uintptr_t at, size_t bytes);
 const Region *region_near(uintptr_t at);
 
 /* -- watching --------------------------------------------------------------------------------------------------------------------- */
-
-constexpr uint32_t FIRST_SERIAL = 1;      /* of a block: 0 is nobody, in the past of a word of memory */
-using Events = const uint64_t (&)[int(Event::n_events)];
-
-#ifdef PE_CHECKED
-constexpr bool CHECKED = true;
-#define PE_WATCHED(declaration) declaration;
-#else
-constexpr bool CHECKED = false;
-#define PE_WATCHED(declaration) inline declaration {}
-#endif
 PE_WATCHED(void begin_launch(const Launch &, uint32_t /* first serial */))
-PE_WATCHED(void end_launch(Events))
-PE_WATCHED(void begin_block(Block &))
-PE_WATCHED(void end_block(Block &))
-PE_WATCHED(void barrier_opened(Block &))
-PE_WATCHED(void warp_met(const Block &, Warp &, uint32_t /* mask */, bool /* orders */))
-PE_WATCHED(void touched(const void *, size_t, Access, const void * /* site */))
+PE_WATCHED(void end_launch(Block &))
+PE_WATCHED(void together(Block &)) /* it begins, or a barrier opens */
+PE_WATCHED(void warp_met(Warp &, uint32_t /* mask */, bool /* orders */))
+/* By kernels' code; whole: at once, as one vector; otherwise as pieces that are aligned to their sizes. */
+PE_WATCHED(void touched(const void *, size_t, Access, const void * /* site */, bool /* whole */ = true))
 PE_WATCHED(void copy_started(void *, int, const void * /* site */))
 PE_WATCHED(void copy_ended(void *, int, const void * /* site */))
-#undef PE_WATCHED
-
-/* Whether two addresses are of one line: a compiler may have doubled it. */
-inline bool same_line(const void *site, const void *other) { return !CHECKED || site == other || describe_code(site) == describe_code(other); }
-
-/* Counting (count.cpp). All lanes of the block, or these lanes of the warp, have met: what they do next are new requests. */
-void count_launch(const Launch &launch);
-void count_access(const Lane &lane, bool shared, uintptr_t at, size_t bytes, Access access, const void *site, const Region *region);
-void count_together(Block &block);
-void count_together(Warp &warp, uint32_t mask);
-void count_end(Events events, int64_t sectors_read, int64_t sectors_written);
-
 }  // namespace emu
 #endif

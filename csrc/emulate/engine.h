@@ -15,12 +15,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
 namespace emu {
-
 constexpr int WARP = 32, MAX_THREADS = 1024;
+
+enum class Event : uint8_t { block, barrier, collective, mma, dp4a, atomic, n_events };
 
 struct Index3 {
   uint32_t x = 1, y = 1, z = 1;
@@ -43,19 +45,9 @@ struct Launch {
 };
 
 /* -- who runs ------------------------------------------------------------------------------------------------------------ */
-
 struct Warp;
 struct Block;
-
-/* A collective of a warp as one lane calls it: see collective() and whole_warp(). */
 using Combine = void (*)(void *const *deposits, uint32_t mask);
-struct Meeting {
-  const char *word;
-  uint32_t mask;
-  void *deposit;
-  Combine combine;
-  bool orders, whole;
-};
 
 /* To shared memory, under way: see copy_later(). */
 struct Copy {
@@ -72,11 +64,14 @@ struct Lane {
   int index, lane;                        /* number in its block, in its warp */
   Warp *warp;
   Block *block;
-  bool at_barrier, fenced;
+  bool fenced;
   bool quiet;                             /* what it does now is the emulator's work and no access of the kernel */
   const char *word;                       /* what it waits at, such as "__syncthreads" */
   const void *site;                       /* the code that called it */
-  Meeting meeting;
+  uint32_t mask;                          /* of the collective, as what follows: see collective() */
+  void *deposit;
+  Combine combine;
+  bool orders, whole;
   int copy_groups;                        /* committed so far */
   std::vector<Copy> copies;
 };
@@ -84,19 +79,24 @@ struct Lane {
 struct Warp {
   Lane *lanes[WARP];
   uint32_t present, ready, arrived, done; /* bits by lane: in the block, may run, waits at a collective, has returned */
-  uint32_t clock_epoch;                   /* 1 + the epoch of the block in which the clocks hold (check.cpp) */
   uint32_t clock[WARP][WARP];             /* clock[i][j]: the last time of lane j that lane i comes after; [i][i] is its own */
 };
 
+/* What one thread of the OS needs to run blocks, one after the other. Kept from launch to launch. */
 struct Block {
   const Launch *launch;
   Index3 index;                           /* blockIdx */
   char *shared;
-  Lane *lanes;
-  Warp *warps;
-  Range engine;                           /* where this, the lanes and the warps lie */
+  Lane lanes[MAX_THREADS] = {};
+  Warp warps[MAX_THREADS / WARP] = {};
   int n_threads, n_warps, n_done;
   uint32_t serial, epoch;                 /* of this block over all launches; barriers so far */
+  std::set<uint32_t> before;              /* serials of blocks that fences order before it (check.cpp) */
+  void *scheduler;                        /* its stack pointer while a lane runs */
+  bool failed = false;
+  uint64_t events[int(Event::n_events)] = {};
+
+  Block();
 };
 
 /* The lane that runs on this thread of the OS, null in host code. */
@@ -104,17 +104,13 @@ extern thread_local Lane *current __attribute__((tls_model("initial-exec")));
 inline Lane *self() { return current; }
 
 /* -- what a kernel does ----------------------------------------------------------------------------------------------------- */
-
 /* All lanes of the block that have not returned wait for each other. */
 void barrier(const char *word);
 
 /* The lanes in `mask` meet; the last one to come calls combine(deposits by lane, mask of those present) once, then all go on.
  * `word` names the collective: lanes that wait for different ones, or with different masks, are an error. orders: memory written
- * before is seen after (true of __syncwarp, not of shuffles). */
-void collective(const char *word, uint32_t mask, void *deposit, Combine combine, bool orders = false);
-
-/* The same for instructions that need all 32 lanes. */
-void whole_warp(const char *word, void *deposit, Combine combine);
+ * before is seen after (true of __syncwarp, not of shuffles). whole: a lane that has returned or never was is an error too. */
+void collective(const char *word, uint32_t mask, void *deposit, Combine combine, bool orders = false, bool whole = false);
 
 /* Memory written before is seen by other blocks before what follows. */
 inline void fence() { self()->fenced = true; }
@@ -124,36 +120,33 @@ void copy_later(void *shared, const void *source, int bytes, int bytes_zeroed);
 void commit_copies();
 void wait_copies(int groups_left);
 
-/* End the launch with a message about the thread that runs and the code `site`; here() is the code that calls it. */
-[[noreturn]] void fault(const void *site, const char *format, ...) __attribute__((format(printf, 2, 3)));
-const void *here();
+/* End the launch with a message about the thread that runs and the code `site`, null for the code that calls this. */
+[[noreturn]] void fault(const void *site, const char *format, ...) __attribute__((noinline, format(printf, 2, 3)));
 
 /* In the checked form: an access by the emulator's own code in the name of the line that calls it, such as an atomic; and a load that
  * goes by way of a cache which does not see what the launch itself writes. */
 enum class Access : uint8_t { read, write, atomic };
 #ifdef PE_CHECKED
-void touch(const void *address, size_t bytes, Access access);
-void expect_constant(const void *address, size_t bytes);
+constexpr bool CHECKED = true;
+#define PE_WATCHED(declaration) declaration;
 #else
-inline void touch(const void *, size_t, Access) {}
-inline void expect_constant(const void *, size_t) {}
+constexpr bool CHECKED = false;
+#define PE_WATCHED(declaration) inline declaration {}
 #endif
+PE_WATCHED(void touch(const void * /* address */, size_t, Access))
+PE_WATCHED(void expect_constant(const void * /* address */, size_t))
 
-/* Store `desired` if `expected` is there, at once; what was there. No sanitizer rewrites these. */
-uint32_t swap_if(void *at, uint32_t expected, uint32_t desired);
-uint64_t swap_if(void *at, uint64_t expected, uint64_t desired);
+/* Store `desired` if `expected` is there, at once; what was there. Of 4 or 8 bytes; no sanitizer rewrites these. */
+template <class Bits> Bits swap_if(void *at, Bits expected, Bits desired);
 
-enum class Event : uint8_t { barrier, collective, mma, dp4a, n_events };
 void count(Event event);
 
 /* -- running ---------------------------------------------------------------------------------------------------------------- */
-
 bool launch(const Launch &launch);
 const std::string &last_error();
 
 /* "csrc/cuda/norm.cu:41" and "norm<4>", from the symbols in the library (where.cpp). */
 std::string describe_code(const void *site);
 std::string name_of(const void *kernel);
-
 }  // namespace emu
 #endif

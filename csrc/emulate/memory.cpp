@@ -1,15 +1,12 @@
 /* memory.cpp: the memory of emulated devices, what launches may use of it, and atomics that no sanitizer rewrites. */
 #include <algorithm>
-#include <cstdlib>
 
 #include "check.h"
 
 namespace emu {
-
 std::mutex busy;
 
 namespace {
-
 constexpr size_t RED_ZONE = 4096;
 using Regions = std::map<uintptr_t, Region>;            /* by first address */
 
@@ -23,13 +20,7 @@ Region *holding(Regions &regions, uintptr_t at) {
   if (next == regions.begin() || at >= std::prev(next)->second.end) return nullptr;
   return &std::prev(next)->second;
 }
-
 }  // namespace
-
-size_t device_bytes() {
-  const char *said = std::getenv("PYENGINE_EMULATED_MEMORY");
-  return said && *said ? std::strtoull(said, nullptr, 10) : size_t(8) << 30;
-}
 
 size_t device_bytes_used(int device) {
   std::lock_guard<std::mutex> hold(busy);
@@ -89,13 +80,10 @@ const Region *region_near(uintptr_t at) {
   return best == usable->end() || away(*best) >= 1 << 20 ? nullptr : &best->second;
 }
 
-uint32_t swap_if(void *at, uint32_t expected, uint32_t desired) {
-  __atomic_compare_exchange_n(static_cast<uint32_t *>(at), &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+template <class Bits> Bits swap_if(void *at, Bits expected, Bits desired) {
+  __atomic_compare_exchange_n(static_cast<Bits *>(at), &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return expected;
 }
-uint64_t swap_if(void *at, uint64_t expected, uint64_t desired) {
-  __atomic_compare_exchange_n(static_cast<uint64_t *>(at), &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  return expected;
-}
-
+template uint32_t swap_if(void *, uint32_t, uint32_t);
+template uint64_t swap_if(void *, uint64_t, uint64_t);
 }  // namespace emu

@@ -9,8 +9,6 @@
 
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -19,45 +17,31 @@
 #define EMU_ERRORS(X)                                                                                                         \
   X(cudaSuccess, 0, "no error") X(cudaErrorInvalidValue, 1, "invalid argument") X(cudaErrorMemoryAllocation, 2, "out of memory") \
   X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                                       \
-  X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version")                          \
   X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected") X(cudaErrorInvalidDevice, 101, "invalid device ordinal")    \
   X(cudaErrorLaunchFailure, 719, emu::last_error().c_str()) /* what the last kernel that failed did wrong */                  \
   X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")
-enum cudaError_t {
 #define EMU_ERROR(name, number, text) name = number,
-  EMU_ERRORS(EMU_ERROR)
-#undef EMU_ERROR
-};
+enum cudaError_t { EMU_ERRORS(EMU_ERROR) };
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
 
-struct cudaDeviceProp {
-  char name[256];
-  size_t totalGlobalMem, sharedMemPerBlockOptin;
-  int major, minor, multiProcessorCount;
-};
+struct cudaDeviceProp { char name[256]; int major, minor, multiProcessorCount; };
 
 namespace emu {
-
 /* All streams of one capture share the list: a graph is the operations in the order in which they were noted. */
 using Operations = std::vector<std::function<cudaError_t()>>;
 struct Stream { std::shared_ptr<Operations> capture; };
-struct Event_ { std::chrono::steady_clock::time_point time; };
+using Clock = std::chrono::steady_clock;
 
 inline thread_local cudaError_t last_status = cudaSuccess;
 inline thread_local int device = 0;
 
-inline int number_from(const char *variable, int otherwise) {
-  const char *said = std::getenv(variable);
-  return said && *said ? std::atoi(said) : otherwise;
-}
-inline int n_devices() { return number_from("PYENGINE_EMULATED_DEVICES", 2); }
-inline int compute_capability() { return number_from("PYENGINE_EMULATED_SM", 80); }
+inline int n_devices() { return int(number_from("PYENGINE_EMULATED_DEVICES", 2)); }
+inline int compute_capability() { return int(number_from("PYENGINE_EMULATED_SM", 80)); }
 
-/* Programming Guide, "Technical specifications per compute capability": shared memory of one block, when it asks for it. */
-constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
+/* Programming Guide, "Technical specifications per compute capability": shared memory of one block, where it asks for > 48 KiB. */
 inline size_t most_shared_bytes() {
   const int sm = compute_capability();
   return size_t(sm == 75 ? 64 : sm == 80 ? 163 : sm == 90 || sm == 100 ? 227 : 99) << 10;
@@ -86,14 +70,10 @@ inline cudaError_t wrote(void *memory, size_t bytes) {
   return cudaSuccess;
 }
 
-/* A kernel with the values of its parameters, for Launch.body. */
-template <class... P> struct Bound {
-  void (*kernel)(P...);
-  std::tuple<std::decay_t<P>...> values;
-};
+/* A launch of a kernel with the values of its parameters. */
 template <class... P> Launch bind(void (*kernel)(P...), Index3 grid, Index3 block, size_t shared_bytes, std::decay_t<P>... values) {
-  auto bound = std::make_shared<const Bound<P...>>(Bound<P...>{kernel, {values...}});
-  auto body = [b = bound.get()] { std::apply(b->kernel, b->values); };
+  auto bound = std::make_shared<const std::tuple<std::decay_t<P>...>>(values...);
+  auto body = [kernel, at = bound.get()] { std::apply(kernel, *at); };
   return {reinterpret_cast<const void *>(kernel), grid, block, shared_bytes, body, bound.get(), sizeof *bound, bound, {}};
 }
 
@@ -107,15 +87,14 @@ inline cudaError_t enqueue(Stream *stream, Launch l) {
       l.grid.z >> 16)
     return note(cudaErrorInvalidConfiguration);
   std::unique_lock<std::mutex> hold(busy);
-  if (l.shared_bytes > std::max(SHARED_WITHOUT_ASKING, allowed_shared[l.kernel])) return note(cudaErrorInvalidValue);
+  if (l.shared_bytes > std::max<size_t>(48 << 10, allowed_shared[l.kernel])) return note(cudaErrorInvalidValue);
   hold.unlock();
   return perform(stream, [l = std::move(l)] { return launch(l) ? cudaSuccess : cudaErrorLaunchFailure; });
 }
-
 }  // namespace emu
 
 using cudaStream_t = emu::Stream *;
-using cudaEvent_t = emu::Event_ *;
+using cudaEvent_t = emu::Clock::time_point *;
 using cudaGraph_t = emu::Operations *;
 using cudaGraphExec_t = emu::Operations *;
 
@@ -127,11 +106,13 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
   const int sm = emu::compute_capability();
-  *p = {{}, emu::device_bytes(), emu::most_shared_bytes(), sm / 10, sm % 10, 4};
+  *p = {{}, sm / 10, sm % 10, 4};
   std::snprintf(p->name, sizeof p->name, "Emulated GPU %d", device);
   return emu::needs(device >= 0 && device < emu::n_devices(), cudaErrorInvalidDevice);
 }
-inline cudaError_t cudaDriverGetVersion(int *version) { return *version = emu::number_from("PYENGINE_EMULATED_DRIVER", 13000), cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int *version) {
+  return *version = int(emu::number_from("PYENGINE_EMULATED_DRIVER", 13000)), cudaSuccess;
+}
 inline cudaError_t cudaRuntimeGetVersion(int *version) { return *version = 13000, cudaSuccess; }
 inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
   *total = emu::device_bytes();
@@ -139,10 +120,8 @@ inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emu::last_status, cudaSuccess); }
 inline const char *cudaGetErrorString(cudaError_t error) {
-#define EMU_TEXT(name, number, text) if (error == name) return text;
-  EMU_ERRORS(EMU_TEXT)
-#undef EMU_TEXT
-  return "unrecognized error code";
+#define EMU_TEXT(name, number, text) error == name ? text :
+  return EMU_ERRORS(EMU_TEXT) "unrecognized error code";
 }
 
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) { return emu::new_memory(memory, emu::device, bytes); }
@@ -182,13 +161,13 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
   return emu::needs(*graph);
 }
 
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return *event = new emu::Event_{}, cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return *event = new emu::Clock::time_point, cudaSuccess; }
 inline cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) { return event->time = std::chrono::steady_clock::now(), cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) { return *event = emu::Clock::now(), cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
-  return *ms = std::chrono::duration<float, std::milli>(end->time - begin->time).count(), cudaSuccess;
+  return *ms = std::chrono::duration<float, std::milli>(*end - *begin).count(), cudaSuccess;
 }
 
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long = 0) {
@@ -210,5 +189,4 @@ template <class F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute
   emu::allowed_shared[reinterpret_cast<const void *>(kernel)] = size_t(bytes);
   return cudaSuccess;
 }
-
 #endif

@@ -4,14 +4,9 @@
 
 #include <cstring>
 
-/* Keep where this stack stands in *save, and go on where `load` says (from *save of another, or new_stack). */
-extern "C" void emu_switch(void **save, void *load);
-
-#if defined(__APPLE__)
-#define EMU_FUNCTION ".text\n.p2align 4\n.globl _emu_switch\n.private_extern _emu_switch\n_emu_switch:\n"
-#else
-#define EMU_FUNCTION ".text\n.p2align 4\n.globl emu_switch\n.hidden emu_switch\nemu_switch:\n"
-#endif
+/* Keep where this stack stands in *save, and go on where `load` says (*save of another, or new_stack). For one file only. */
+extern "C" void emu_switch(void **save, void *load) asm("emu_switch");
+#define EMU_FUNCTION ".text\n.p2align 4\nemu_switch:\n"
 
 #if defined(__x86_64__)
 asm(EMU_FUNCTION "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
@@ -31,13 +26,11 @@ enum { EMU_FRAME = 20, EMU_RETURN = 11 }; /* x30 */
 #endif
 
 namespace emu {
-
 /* A stack that begins with entry(); its end, the highest address, is a multiple of 16. */
 inline void *new_stack(char *end, void (*entry)()) {
   void *frame[EMU_FRAME] = {};
   frame[EMU_RETURN] = reinterpret_cast<void *>(entry);
   return std::memcpy(end - sizeof frame, frame, sizeof frame);
 }
-
 }  // namespace emu
 #endif

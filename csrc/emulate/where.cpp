@@ -9,7 +9,6 @@
 
 namespace emu {
 namespace {
-
 struct Place { std::string function, line; };
 
 /* Frames of this folder, of device.h and of the C++ library stand between a kernel's line and what it calls. */
@@ -50,7 +49,6 @@ const Place &place(const void *code, bool entry) {
   if (p.line.empty()) p = find(info.dli_fname, size_t(static_cast<const char *>(code) - static_cast<const char *>(info.dli_fbase)) - !entry);
   return p;
 }
-
 }  // namespace
 
 std::string describe_code(const void *site) { return place(site, false).line; }
@@ -67,5 +65,4 @@ std::string name_of(const void *kernel) {
   }
   return name.substr(begin, end - begin);
 }
-
 }  // namespace emu
