@@ -48,12 +48,10 @@ def product(name: str, n: int, k: int, m: int) -> Callable[[LinearOnDevice], Non
     return run
 
 
-def norm(d: int) -> Callable[[LinearOnDevice], None]:
-    """rms_norm of three rows."""
-    def run(kernels: LinearOnDevice) -> None:
-        x = rng_of(d).standard_normal((3, d)).astype(np.float32)
-        kernels.call("rms_norm", [x, np.ones(d, np.float32), None], [np.zeros_like(x)], {"eps": 1e-5})
-    return run
+def softmax(kernels: LinearOnDevice) -> None:
+    """Rows that a block's warps share: the largest element of all is needed by each."""
+    x = rng_of("softmax").standard_normal((3, 4096)).astype(np.float32)
+    kernels.call("softmax", [x], [np.zeros_like(x)], {"scale": 1.0})
 
 
 def matmul(kernels: LinearOnDevice) -> None:
@@ -87,7 +85,7 @@ MUTANTS = {
     "no barrier before a stage is read": Mutant("linear_tiles.cu", "__syncthreads(); /* the stage", "/* the stage", TILES, "has written so far"),
     "one group too many under way": Mutant("linear_tiles.cu", "cp_async_wait<S - 2>()", "cp_async_wait<S - 1>()", TILES, "that is still under way"),
     "scales read before all lanes wrote theirs": Mutant("linear_tiles.cu", "expanded);\n  __syncwarp();", "expanded);", TILES, "has written so far"),
-    "sums read before all are there": Mutant("norm.cu", "  __syncthreads();\n", "", norm(4096), "has written so far"),
+    "maxima read before all are there": Mutant("norm.cu", "  __syncthreads();\n", "", softmax, "has written so far"),
     "a slice replaced while others read it": Mutant("attention_float.cu", "__syncthreads();\n      held.store", "held.store", attention,
                                                     "a race: it writes shared memory"),
     "a tile over the last row": Mutant("matmul.cu", "row + i < p.x.rows", "row + i <= p.x.rows", matmul, "out of bounds: writes")}
