@@ -28,7 +28,7 @@ from pyengine.cli import classifying as classifying, embedding as embedding, fin
 from pyengine.cli.forms import commands, Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
     BatchSize, check_threads, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
-    Picture, Pictures, Server, Threads,
+    N_BATCH, Picture, Pictures, Server, Threads,
 )
 from pyengine.cli.screen import complain, note, PROGRAM
 from pyengine.errors import ModelNotFoundError, ModelWarning, PyEngineError, RequestError
@@ -53,9 +53,6 @@ def _print_version(wanted: bool) -> None:
 
 def _first_words(incomplete: str) -> list[str]:
     return [*(name for name in COMMANDS if name.startswith(incomplete)), *model_names(incomplete)]
-
-
-N_BATCH = 512
 
 
 def _sampling(default: str, *names: str, text: str) -> Any:

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from pyengine.cli.forms import commands, Form
-from pyengine.cli.options import BatchSize, Context, Devices, Json, Mmproj, ModelName, Threads
+from pyengine.cli.options import BatchSize, Context, Devices, Json, Mmproj, ModelName, N_BATCH, Threads
 from pyengine.errors import RequestError
 
 SHOWN = 6                            # numbers of a vector at a terminal
-N_BATCH = 512
 
 
 @commands.command(cls=Form)

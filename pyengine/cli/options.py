@@ -10,6 +10,7 @@ from typer import Argument, Option
 from pyengine.cli.screen import note
 from pyengine.errors import RequestError
 
+N_BATCH = 512                        # tokens at once, unless told otherwise: `programs.sizes`, which starts slower
 MOST_THREADS = 4                     # times the processors: more threads than that is a slip of the hand
 
 

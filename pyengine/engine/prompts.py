@@ -273,11 +273,12 @@ def tasked(text: str, encoder: Encoder) -> tuple[str, Naming | None]:
     given = text.replace(name, "").strip()
     if given and "{input}" not in sentence:
         raise RequestError(f"the task {name} takes no text; give its name alone, not {shown(text)}")
+    asked = sentence.replace("{input}", re.sub(f"<{GUARD}(loc_[0-9]+>)", r"<\1", given))
     if not way:
-        return sentence.replace("{input}", re.sub(f"<{GUARD}(loc_[0-9]+>)", r"<\1", given)), None
+        return asked, None
     from pyengine.chat.regions import Naming
 
-    return sentence.replace("{input}", re.sub(f"<{GUARD}(loc_[0-9]+>)", r"<\1", given)), Naming(way, frozenset(encoder.ignored))
+    return asked, Naming(way, frozenset(encoder.ignored))
 
 
 def template_options(options: Any) -> dict[str, Any]:

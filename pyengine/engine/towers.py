@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +18,9 @@ from pyengine.engine.language import Language, ReadsText
 from pyengine.engine.model import Closed, Model, weights_in_words
 from pyengine.engine.prompts import media_of, token_ids
 from pyengine.engine.ranks import check_asked, Ranked
+from pyengine.engine.vectors import unit
 from pyengine.errors import ContextOverflowError, InvalidModelError, RequestError, shown, UnsupportedModelError
 from pyengine.files.hparams import Hparams
-from pyengine.media.policy import MediaPolicy
 from pyengine.media.views import Limits
 from pyengine.memory.held import forget, Held, planned_bytes, register
 from pyengine.memory.plan import MemoryPlan
@@ -32,32 +31,12 @@ from pyengine.programs.encoder import fill
 from pyengine.programs.towers import Text, TextRun
 from pyengine.text.tokenizer import Tokenizer
 
-F = TypeVar("F", bound=Callable[..., Any])
-_LEAST_NORM = 1e-12                  # torch.nn.functional.normalize's
-
-
-def alone(method: F) -> F:
-    """Let a method of a model run when no other thread works on the model."""
-    @wraps(method)
-    def waits(self: EncoderModel, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return waits                                             # type: ignore[return-value]
-
-
 class Given(NamedTuple):
     """What a run gave of one text or picture: hidden states [n, width], and its own row of each other output, by name."""
 
     hidden: np.ndarray
     rows: Mapping[str, np.ndarray]
     at: int
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Give vectors [.., d] length 1, in float64; those of zeros stay."""
-    x = x.astype(np.float64)
-    return x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), _LEAST_NORM)
 
 
 def shares(a: int, b: int, room: int) -> tuple[int, int]:
@@ -83,14 +62,14 @@ def is_text(x: Any) -> bool:
     return isinstance(x, str) or isinstance(x, (list, tuple)) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in x)
 
 
-def _named(items: Sequence[Any], i: int, make: Callable[..., Any], *how: Any) -> Any:
-    """Return what is made of one of several items; what refuses it says which one it is."""
+def _named(name: str, make: Callable[..., Any], *of: Any) -> Any:
+    """Return what is made of an input; what refuses it says its name, if it has one."""
     try:
-        return make(items[i], *how)
+        return make(*of)
     except (RequestError, ContextOverflowError) as error:
-        if len(items) == 1:
+        if not name:
             raise
-        raise type(error)(f"x[{i}]: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 class EncoderModel(ReadsText):
@@ -136,14 +115,14 @@ class EncoderModel(ReadsText):
             raise UnsupportedModelError(f"{self.plan.model} makes vectors and scores and writes no text: it has no {name!r}")
         raise AttributeError(f"'EncoderModel' has no attribute {name!r}")
 
-    @alone
     def close(self) -> None:
         """Release the memory of the weights, and the files. Every later use is a RequestError; a closed model may be closed again."""
-        if not self.closed:
-            gone: Any = Closed(self.plan.model)
-            self.closed = True
-            self.file = self.towers = self._files = self._language = self._programs = self._texts = gone
-            forget(self)
+        with self._lock:
+            if not self.closed:
+                gone: Any = Closed(self.plan.model)
+                self.closed = True
+                self.file = self.towers = self._files = self._language = self._programs = self._texts = gone
+                forget(self)
 
     def held(self) -> Held | None:
         """Return what the model holds by its plan and how much of that is resident; None once it is closed."""
@@ -250,14 +229,14 @@ class EncoderModel(ReadsText):
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
-    def _picture(self, x: Any, policy: MediaPolicy | None = None) -> Given:
+    def _picture(self, x: Any) -> Given:
         """Compute a picture. Raises: ImageError, RequestError."""
         if x is None or isinstance(x, (bool, int, float, complex, np.generic, Mapping)):
             raise RequestError(f"a text or a picture was expected, not {type(x).__name__}; token ids are a list")
         if isinstance(x, (list, tuple)) and self.towers.text is not None:
             raise RequestError(f"a list in place of a text is its token ids, all of them ints, got {shown(x)}")
         tower: ImageTower = self._tower("image")
-        view = tower.process(media_of(x, "image", policy), Limits(0, self._rows["image"]))
+        view = tower.process(media_of(x, "image"), Limits(0, self._rows["image"]))
         n = view.positions.shape[1]
         if n > self._rows["image"]:
             raise RequestError(f"a picture of {n} rows exceeds the {self._rows['image']} that this model was planned for; make it smaller, "
@@ -276,19 +255,21 @@ class EncoderModel(ReadsText):
 
     # -- what is made of them -----------------------------------------------------------------------------------------
 
-    def read(self, items: Sequence[Any], cut: bool = False, before: str = "") -> list[Given]:
-        """Compute texts, token ids and pictures, in order; texts share runs. cut: shorten texts that are too long; before: what stands before texts.
+    def read(self, items: Sequence[Any], cut: bool = False, name: Callable[[int], str] | None = None) -> list[Given]:
+        """Compute texts, token ids and pictures, in order; texts share runs. cut: shorten texts that are too long; name: what errors call an input.
 
         Raises: ContextOverflowError, RequestError, ImageError.
         """
-        found = dict(self._each(items, cut, before))
+        found = dict(self._each(items, cut, name=name))
         return [found[i] for i in range(len(items))]
 
-    def _each(self, items: Sequence[Any], cut: bool = False, before: str = "") -> Iterator[tuple[int, Given]]:
-        """Do what `read` does, texts first, with their numbers: a long list's hidden states need not all be kept."""
+    def _each(self, items: Sequence[Any], cut: bool = False, before: str = "", name: Callable[[int], str] | None = None) -> Iterator[tuple[int, Given]]:
+        """Do what `read` does, texts first, with their numbers: a long list's hidden states need not all be kept. No text is computed before
+        all of them are tokenized. before: what stands before texts."""
+        name = name or (lambda i: f"x[{i}]" if len(items) > 1 else "")
         texts = [i for i, x in enumerate(items) if self._reads(x)]
-        yield from zip(texts, self._run_texts(_named(items, i, self._text, cut, before) for i in texts))
-        yield from ((i, _named(items, i, self._picture)) for i in sorted({*range(len(items))} - {*texts}))
+        yield from zip(texts, self._run_texts([_named(name(i), self._text, items[i], cut, before) for i in texts]))
+        yield from ((i, _named(name(i), self._picture, items[i])) for i in sorted({*range(len(items))} - {*texts}))
 
     @takes()
     def hidden(self, x: Any) -> np.ndarray:
@@ -321,13 +302,6 @@ class EncoderModel(ReadsText):
             raise RequestError("x: the vectors of its texts and its pictures have different lengths with this pooling: embed them one by one")
         made = np.stack([unit(row) if normalize else row for row in rows]).astype(np.float32)
         return made if many else made[0]
-
-    def check(self, item: Any, cut: bool = False) -> None:
-        """Refuse what `read` would, of a text: before others are computed. Raises: RequestError, ContextOverflowError."""
-        if self._reads(item):
-            self._text(item, cut)
-        else:
-            self._tower("image")
 
     def vector(self, item: Any, given: Given, pooling: str | None = None) -> np.ndarray:
         """Return the vector of what a run gave of an item, of any length. Raises: UnsupportedModelError for a head that the model has not."""

@@ -25,6 +25,12 @@ POOLINGS = "mean", "cls", "last"
 _LEAST_NORM = 1e-12                  # torch.nn.functional.normalize's: a row of zeros stays one
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Give vectors [.., d] length 1, in float64; those of zeros stay."""
+    x = x.astype(np.float64)
+    return x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), _LEAST_NORM)
+
+
 class Reading(Job):
     """One prompt on its way to its last hidden states: all of them, or one row as `pooling` says.
 
@@ -82,7 +88,7 @@ class Reading(Job):
         self._check()
         x = self._sum / self._n if self.pooling == "mean" else self._rows[0][0].astype(np.float64)
         x = x[:size]
-        return (x / max(np.sqrt(np.sum(x * x)), _LEAST_NORM) if normalize else x).astype(np.float32)
+        return (unit(x) if normalize else x).astype(np.float32)
 
     def _check(self) -> None:
         if self.error is not None:

@@ -20,8 +20,8 @@ from starlette.routing import Route
 
 from pyengine.engine.loop import Handle
 from pyengine.engine.prompts import media_of
-from pyengine.engine.towers import EncoderModel, unit
-from pyengine.engine.vectors import Reading
+from pyengine.engine.towers import EncoderModel
+from pyengine.engine.vectors import Reading, unit
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.server import ollama, openai, replies
 from pyengine.server.allowed import allowed
@@ -176,10 +176,9 @@ async def _encode(request: Request, model: EncoderModel, inputs: Sequence[Any], 
                 if isinstance(item, str) and model.towers.text is None:        # to the library it is the path of a picture
                     raise RequestError(f'{model.plan.model} reads pictures only: give one as {{"image": base64}}, to /v1/embeddings')
                 items.append(item.opened() if isinstance(item, _Shown) else item)
-                model.check(items[-1], cut)
             except (RequestError, ContextOverflowError) as error:
                 raise type(error)(f"input[{i}]: {error}") from error
-        for item, given in zip(items, model.read(items, cut)):
+        for item, given in zip(items, model.read(items, cut, lambda i: f"input[{first + i}]")):
             x = model.vector(item, given)[:size]
             vectors.append((unit(x) if normalize else x).astype(np.float32))
             n += len(given.hidden)

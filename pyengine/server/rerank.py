@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pyengine.errors import UnsupportedModelError
 from pyengine.server import openai, replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models
@@ -24,8 +23,6 @@ def routes(models: Models) -> list[Route]:
         top = fields.whole("top_n", len(documents), 1) or len(documents)
         shown = fields.flag("return_documents", False)
         served = await replies.using(request, models, fields.text("model", None))
-        if not hasattr(type(served.model), "rerank"):
-            raise UnsupportedModelError(f"{served.name} gives no scores of pairs of texts: it is no reranker")
         scores, n_tokens = await replies.apart(lambda: served.model.ranked(query, documents))
         order = sorted(range(len(documents)), key=lambda i: -float(scores[i]))[:top]
         found = [{"index": i, "relevance_score": float(scores[i]), **({"document": {"text": documents[i]}} if shown else {})} for i in order]

@@ -13,6 +13,8 @@ import pyengine as pe
 import tiny
 from devices import on_card
 from pyengine import ops
+from pyengine.errors import RequestError
+from pyengine.models import model_class
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (case.kind, config) for case in cases.select(sees=False) for name, config in case.compared.items()}
@@ -96,3 +98,14 @@ def test_greedy_text_equals_transformers(tiny_gguf) -> None:
     for _ in range(len(answer.tokens)):
         want.append(int(tiny.hf_logits(folder, want)[-1].argmax()))
     assert answer.tokens == want[20:]
+
+
+@pytest.mark.parametrize("kind", [c.kind for c in cases.select(sees=False) if c.converted and model_class(c.arch).absolute])
+def test_positions_that_are_added_end_where_the_file_says(kind: str, tiny_gguf) -> None:
+    path, _ = tiny_gguf(kind)
+    with pytest.raises(RequestError, match="embeddings of 256 positions"):
+        pe.load(path, n_ctx=300)
+    model = pe.load(path, n_ctx=256)
+    model.feed(list(range(20)))
+    with pytest.raises(RequestError, match="positions are added to embeddings"):
+        model.shift(4, 8)

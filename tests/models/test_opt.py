@@ -13,7 +13,7 @@ import tiny
 from cases import Case, Converted
 from converters import convert
 from hollow import Full, kv, PlainDecoder
-from pyengine.errors import RequestError, UnsupportedModelError
+from pyengine.errors import UnsupportedModelError
 
 KEYS = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_forward_length": 160, "vocab_size": 512,
         "attention.head_count": 6, "attention.layer_norm_epsilon": np.float32(1e-5), "hidden_activation": "relu", "pre_norm": True}
@@ -42,16 +42,6 @@ CASES = (Case(
     converted=Converted(KEYS, names="LLAMA", tensor=named, tensors={"opt": {}, "opt-behind": NARROW}, runs={}),
     full={"opt-6.7b": Full(PlainDecoder("opt", 32, 4096, 16384, 32, 32, 128, 50272, 2048, tied=True, positions=True, keys={
         "attention.layer_norm_epsilon": 1e-5, "pre_norm": True, "hidden_activation": "relu"}))}),)
-
-
-def test_positions_end_where_the_file_says(tiny_gguf) -> None:
-    path, _ = tiny_gguf("opt")
-    with pytest.raises(RequestError, match="embeddings of 256 positions"):
-        pe.load(path, n_ctx=300)
-    model = pe.load(path, n_ctx=256)
-    model.feed(list(range(20)))
-    with pytest.raises(RequestError, match="positions are added to embeddings"):
-        model.shift(4, 8)
 
 
 @pytest.mark.parametrize("config", [{}, NARROW], ids=["wide", "narrow"])
