@@ -33,6 +33,15 @@ _WHERE = {
     "Tensor": "pyengine.graph.tensor",
     "Dim": "pyengine.graph.tensor",
     "GGUFFile": "pyengine.files.gguf",
+    "LookM": "pyengine.cache.compression.attention",
+    "H2O": "pyengine.cache.compression.attention",
+    "SnapKV": "pyengine.cache.compression.attention",
+    "RoCo": "pyengine.cache.compression.attention",
+    "StreamingLLM": "pyengine.cache.compression.attention",
+    "VLCache": "pyengine.cache.compression.layers",
+    "MEDA": "pyengine.cache.compression.layers",
+    "Diverse": "pyengine.cache.compression.diverse",
+    "compression_of": "pyengine.cache.compression.written",
 }
 _MODULES = ("ops", "nn", "errors")
 __all__ = ["__version__", "DISTRIBUTION", *_WHERE, *_MODULES]

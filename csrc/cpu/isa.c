@@ -6,18 +6,21 @@
 #if defined(PE_HAVE_avx512)
 extern const pe_kernel_entry pe_avx512_kernels[];
 extern pe_status pe_avx512_quantize(int32_t, const float *, void *, int64_t);
+extern pe_status pe_avx512_nearest(const pe_nearest_input *, void *, int32_t *, double *);
 static int has_avx512(void) { return pe_x86_ask().avx512; }
 #endif
 
 #if defined(PE_HAVE_avx2)
 extern const pe_kernel_entry pe_avx2_kernels[];
 extern pe_status pe_avx2_quantize(int32_t, const float *, void *, int64_t);
+extern pe_status pe_avx2_nearest(const pe_nearest_input *, void *, int32_t *, double *);
 static int has_avx2(void) { return pe_x86_ask().avx2; }
 #endif
 
 #if defined(PE_HAVE_neon)
 extern const pe_kernel_entry pe_neon_kernels[];
 extern pe_status pe_neon_quantize(int32_t, const float *, void *, int64_t);
+extern pe_status pe_neon_nearest(const pe_nearest_input *, void *, int32_t *, double *);
 #if defined(__linux__)
 #include <sys/auxv.h>
 #ifndef HWCAP_ASIMDDP
@@ -35,17 +38,18 @@ static int has_neon(void) { return 1; } /* every Apple and Windows arm64 machine
 
 extern const pe_kernel_entry pe_generic_kernels[];
 extern pe_status pe_generic_quantize(int32_t, const float *, void *, int64_t);
+extern pe_status pe_generic_nearest(const pe_nearest_input *, void *, int32_t *, double *);
 static int always(void) { return 1; }
 
 const pe_isa pe_isas[] = {
 #if defined(PE_HAVE_avx512)
-  {"avx512", pe_avx512_kernels, has_avx512, pe_avx512_quantize},
+  {"avx512", pe_avx512_kernels, has_avx512, pe_avx512_quantize, pe_avx512_nearest},
 #endif
 #if defined(PE_HAVE_avx2)
-  {"avx2", pe_avx2_kernels, has_avx2, pe_avx2_quantize},
+  {"avx2", pe_avx2_kernels, has_avx2, pe_avx2_quantize, pe_avx2_nearest},
 #endif
 #if defined(PE_HAVE_neon)
-  {"neon", pe_neon_kernels, has_neon, pe_neon_quantize},
+  {"neon", pe_neon_kernels, has_neon, pe_neon_quantize, pe_neon_nearest},
 #endif
-  {"generic", pe_generic_kernels, always, pe_generic_quantize},
-  {0, 0, 0, 0}};
+  {"generic", pe_generic_kernels, always, pe_generic_quantize, pe_generic_nearest},
+  {0, 0, 0, 0, 0}};

@@ -2,6 +2,7 @@
 #ifndef PE_ISA_H
 #define PE_ISA_H
 
+#include "../host/nearest.h"
 #include "../table.h"
 
 #ifdef __cplusplus
@@ -13,6 +14,7 @@ typedef struct pe_isa {
   const pe_kernel_entry *kernels;
   int (*supported)(void);
   pe_status (*quantize)(int32_t dtype, const float *src, void *dst, int64_t n); /* ../host/quantize.h */
+  pe_status (*nearest)(const pe_nearest_input *in, void *scratch, int32_t *nearest, double *cosine); /* ../host/nearest.h */
 } pe_isa;
 
 extern const pe_isa pe_isas[]; /* best first; ends with a null name */
