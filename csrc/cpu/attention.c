@@ -1,12 +1,12 @@
 /* attention.c: softmax(scale q k^T) v over an interval of keys for each query.
  * Reference: pyengine/ops/attention.py: attention.
  *
- * One path serves prompts, single tokens and encoders. Here are units and their schedule; attention_tiles.h has what is done with a
- * tile, attention_softmax.h what is kept of a query. Work is cut as
+ * One path serves prompts, single tokens and encoders. Here are units and their schedule; attention_keys.h and attention_tiles.h have what is
+ * done with a tile, attention_softmax.h what is kept of a query. Work is cut as
  *
  *   unit    up to UNIT_FLOATS' worth of queries (rows x heads of the group) of one sequence and one key/value head
  *   chunk   CHUNK_KEYS keys, aligned in the LOGICAL numbers of the keys; online softmax starts afresh in each, giving a partial
- *           (top, sum[16], acc[f]) per query; partials are merged in ascending order
+ *           (top, largest score, sum[16], acc[f]) per query; partials are merged in ascending order
  *   tile    TILE_KEYS keys, aligned likewise: K is converted to float and transposed to kt[e][64], V to v[64][f] once,
  *           and all queries of the unit that see the tile use them, six at a time in registers (vec.h: tile).
  *           For few queries (decoding) floats in memory would be most of the work: there V is read where it lies, and avx512
@@ -77,20 +77,19 @@ static void attend(const job *w, int64_t row, int64_t head, int64_t first, const
   int64_t done = 0;
   for (int64_t tiles = (n + most - 1) / most; n; tiles--) {
     const int r = (int)((n + tiles - 1) / tiles); /* as even as they can be: 7 queries are 4 + 3 */
-    if (t->form == CODES) block_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
-    else if (t->form == NARROW) narrow_scores(w->k->dtype, r, q, w->e, t->kt, &k, p[0]);
-    else tile(r, v1 - v0, q, w->e, t->kt + 16 * v0, TILE_KEYS, p[0] + 16 * v0, TILE_KEYS, w->e, 0);
+    scores_of(t->form, w->k->dtype, r, q, w->e, t->kt, v0, v1, &k, p[0]);
     for (int i = 0; w->bias && i < r; i++)
       add_bias(w, row + (done + i) / w->group, head + (done + i) % w->group, first, a, b, p[i]);
     done += r;
     if (a == 0 && b == TILE_KEYS)
-      for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.sum + 16 * i);
+      for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
     else
-      for (int i = 0; i < r; i++) factor[i] = soften(p[i], a, b, v0, v1, w->softcap, s.top + i, s.sum + 16 * i);
+      for (int i = 0; i < r; i++) factor[i] = soften(p[i], a, b, v0, v1, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
     if (t->direct) direct_values(w->v->dtype, r, p[0] + a, t->cells->v + a, &v, w->f, s.acc, b - a, factor);
     else tile(r, (int)(w->fp / 16), p[0] + a, TILE_KEYS, t->v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
     q += r * w->e;
     s.top += r;
+    s.most += r;
     s.sum += 16 * r;
     s.acc += r * w->fp;
     n -= r;
@@ -117,24 +116,10 @@ static int64_t next_chunk(const job *w, const unit *u, int64_t chunk) {
   return best;
 }
 
-/* Scaled queries [e] side by side; where K is in blocks, mixed and rounded. */
+/* Scaled queries [e] side by side. */
 static void load_queries(const job *w, const unit *u, float *to) {
-  const v16f scale = v16f_set1(w->scale);
-  const int blocks = in_blocks(w->k);
   for (int64_t r = u->row; r < u->row + u->n_rows; r++)
-    for (int64_t i = 0; i < w->group; i++, to += w->e) {
-      const char *q = (const char *)w->q->data + r * w->q->stride[0] + (u->head * w->group + i) * w->q->stride[1];
-      for (int64_t j = 0; j < w->e; j += 16) {
-        const int64_t left = w->e - j;
-        v16f x = w->q->stride[2] == 4 ? load_some((const float *)q + j, left)
-                                      : load_cell_n(PE_F32, q, w->q->stride[2], j, pe_min(16, left));
-        store_some(to + j, v16f_mul(x, scale), left);
-      }
-      if (blocks) {
-        mix(to, w->e);
-        round_query(to, w->e);
-      }
-    }
+    for (int64_t i = 0; i < w->group; i++, to += w->e) load_query(w, r, u->head * w->group + i, to);
 }
 
 /* Part of the tile at key `first` that a row sees: *a <= j < *b; 0 if none. */
@@ -175,7 +160,7 @@ static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t l
       if (!visible(w, r, first, &a, &b)) continue;
       for (int c, d; r + n < end && visible(w, r + n, first, &c, &d) && c == a && d == b;) n++;
       const int64_t at = (r - u->row) * w->group;
-      attend(w, r, u->head * w->group, first, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.sum + 16 * at, p.acc + w->fp * at});
+      attend(w, r, u->head * w->group, first, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.most + at, p.sum + 16 * at, p.acc + w->fp * at});
     }
   }
   return PE_OK;
@@ -189,6 +174,15 @@ static void merge(const job *w, const unit *u, int64_t chunk, partial total, par
         merge_queries(total, part, first, pe_min(16, end - first), w->fp);
 }
 
+/* stats = (the largest logit, sum of exp(logit - it)) of a query whose sum is relative to `top`. */
+static void tell(float top, float most, float sum, const float *sink, float *stats) {
+  const float largest = sink && *sink > most ? *sink : most;
+  float total = sum * first_lane(v16f_exp(v16f_set1(top - largest)));
+  if (sink) total += first_lane(v16f_exp(v16f_set1(*sink - largest)));
+  stats[0] = largest;
+  stats[1] = total;
+}
+
 /* out = acc / sum; a sink joins the sum only. */
 static void finish(const job *w, const unit *u, partial total) {
   for (int64_t r = 0; r < u->n_rows; r++)
@@ -197,10 +191,13 @@ static void finish(const job *w, const unit *u, partial total) {
       float *out = w->out + ((u->row + r) * w->h + head) * w->f, *acc = total.acc + w->fp * at;
       float sum = total.sum[16 * at];
       v16f shrink = v16f_set1(1.0f);
+      float *stats = w->stats ? w->stats + 2 * ((u->row + r) * w->h + head) : 0;
       if (sees_nothing(w, u->row + r)) {
         memset(out, 0, (size_t)w->f * 4);
+        if (stats) stats[0] = stats[1] = 0.0f;
         continue;
       }
+      if (stats) tell(total.top[at], total.most[at], sum, w->sinks ? w->sinks + head : 0, stats);
       if (w->sinks) {
         const float x = total.top[at], y = w->sinks[head], now = y > x ? y : x;
         shrink = v16f_exp(v16f_set1(x - now));
@@ -229,27 +226,7 @@ static unit unit_at(const int32_t *starts, int64_t n_blocks, int64_t i) {
   return (unit){starts[b], starts[b + 1] - starts[b], i / n_blocks};
 }
 
-/* ---- arguments ---- */
-
-static pe_status check_rows(const job *w, int64_t n_sequences, pe_stream *s) {
-  const int64_t n_cells = pe_min(w->k->shape[1], w->v->shape[1]);
-  for (int64_t r = 0; r < w->m; r++) {
-    const int64_t lo = w->lo[r], hi = w->hi[r];
-    if (lo >= hi) continue;
-    if (lo < 0 || (!w->cells && hi > n_cells))
-      return pe_fail(s, PE_BAD_VALUE, "attention: row %lld reads keys %lld to %lld of %lld", (long long)r, (long long)lo,
-                     (long long)hi, (long long)n_cells);
-    if (!w->cells) continue;
-    if (hi - lo > w->l)
-      return pe_fail(s, PE_BAD_VALUE, "attention: row %lld reads %lld keys, but a sequence has %lld cells", (long long)r,
-                     (long long)(hi - lo), (long long)w->l);
-    const int64_t n = w->seq ? w->seq[r] : 0;
-    if (n < 0 || n >= n_sequences)
-      return pe_fail(s, PE_BAD_VALUE, "attention: row %lld belongs to sequence %lld of %lld", (long long)r, (long long)n,
-                     (long long)n_sequences);
-  }
-  return PE_OK;
-}
+/* ---- the kernel ---- */
 
 /* Where claim number `claim` of n pairs begins: runs of a thread's own, so that what is fetched ahead is mostly for itself, and
  * ever shorter, so that threads end together. */
@@ -261,7 +238,7 @@ static int64_t claim_at(int64_t claim, int64_t n, int64_t n_threads) {
 
 PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
                      const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *bias, const pe_tensor *numbers,
-                     const pe_tensor *out, const pe_attention_params *p, pe_stream *s) {
+                     const pe_tensor *out, const pe_tensor *stats, const pe_attention_params *p, pe_stream *s) {
   job w = job_of(q, k, v, unit_queries(q, v), s->nth);
   w.lo = lo->data, w.hi = hi->data, w.scale = p->scale, w.softcap = p->softcap, w.out = out->data;
   if (w.m == 0 || w.h == 0) return PE_OK;
@@ -269,6 +246,7 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
   if (cells) w.cells = cells->data, w.cells_stride = cells->stride[0], w.l = cells->shape[1];
   if (seq) w.seq = seq->data;
   if (sinks) w.sinks = sinks->data;
+  if (stats) w.stats = stats->data;
   if (bias) w.bias = bias->data, w.reach = bias->shape[1] / 2, w.at = numbers ? numbers->data : 0;
   pe_status bad = check_cells("attention", "k", k, 0, s);
   if (!bad) bad = check_cells("attention", "v", v, 0, s);
@@ -277,7 +255,7 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
       return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
     return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
   }
-  if (!bad) bad = check_rows(&w, cells ? cells->shape[0] : 1, s);
+  if (!bad) bad = check_rows("attention", &w, pe_min(k->shape[1], v->shape[1]), cells ? cells->shape[0] : 1, s);
   if (bad) return bad;
 
   const int64_t own = thread_floats(&w), n = w.rows * w.group;

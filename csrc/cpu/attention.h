@@ -17,7 +17,7 @@ typedef struct job {
   const float *sinks, *bias;            /* bias: [h][2 reach + 1], by the distance from a query to a key */
   const int32_t *at;                    /* numbers of queries among the keys, or NULL: hi - 1 */
   int64_t reach;
-  float *out;
+  float *out, *stats;                   /* stats: [m][h][2], or NULL */
   float scale, softcap;
   int64_t m, h, g, group, e, f, ep, fp; /* group: query heads of a key/value head; ep, fp: e and f rounded up to whole vectors */
   int64_t rows;                         /* of a unit, at most */

@@ -9,18 +9,19 @@
  * shrinking of the sums so far. */
 static const float SLACK = 8.0f;
 
-/* Online softmax of the queries of a unit: top [n], sum [n][16], acc [n][fp]. */
-typedef struct partial { float *top, *sum, *acc; } partial;
+/* Online softmax of the queries of a unit: top [n], largest score [n], sum [n][16], acc [n][fp]. */
+typedef struct partial { float *top, *most, *sum, *acc; } partial;
 
-static int64_t partial_floats(int64_t n, int64_t fp) { return pe_round_up(n, 16) + n * 16 + n * fp; }
+static int64_t partial_floats(int64_t n, int64_t fp) { return 2 * pe_round_up(n, 16) + n * 16 + n * fp; }
 static partial partial_at(float *p, int64_t n) {
-  return (partial){p, p + pe_round_up(n, 16), p + pe_round_up(n, 16) + n * 16};
+  const int64_t tops = pe_round_up(n, 16);
+  return (partial){p, p + tops, p + 2 * tops, p + 2 * tops + n * 16};
 }
 
 /* No key seen yet. */
 static void start(const job *w, const unit *u, partial p) {
   const int64_t n = u->n_rows * w->group;
-  for (int64_t i = 0; i < n; i++) p.top[i] = -__builtin_inff();
+  for (int64_t i = 0; i < n; i++) p.top[i] = p.most[i] = -__builtin_inff();
   memset(p.sum, 0, (size_t)n * 16 * 4);
   memset(p.acc, 0, (size_t)(n * w->fp) * 4);
 }
@@ -33,7 +34,7 @@ static const float LANE[TILE_KEYS] = {
 
 /* Scores p[16 v0 .. 16 v1 - 1] of one query become probabilities relative to its new top; keys outside [a, b) become 0.
  * Returns the factor by which sums so far must shrink. */
-PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, float *top, float *sum) {
+PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, float *top, float *most, float *sum) {
   const v16f none = v16f_set1(-__builtin_inff()), first = v16f_set1((float)a), end = v16f_set1((float)b);
   const int whole = a == 16 * v0 && b == 16 * v1;
   v16f x[TILE_KEYS / 16], best = none;
@@ -51,6 +52,7 @@ PE_INLINE float soften(float *p, int a, int b, int v0, int v1, float softcap, fl
   const int moves = peak > old + SLACK; /* always so at a query's first tile of a chunk, where old = -inf and the factor 0 */
   v16f total = v16f_load(sum);
   float factor = 1.0f;
+  *most = peak > *most ? peak : *most;
   if (moves) {
     v16f r = v16f_exp(v16f_set1(old - peak));
     factor = first_lane(r);
@@ -75,6 +77,7 @@ static void merge_queries(partial total, partial part, int64_t first, int64_t n,
   v16f_store(mine, v16f_exp(v16f_sub(x, now)));
   v16f_store(new, v16f_exp(v16f_sub(y, now)));
   store_some(total.top + first, now, n);
+  store_some(total.most + first, v16f_max(load_some(part.most + first, n), load_some(total.most + first, n)), n);
   for (int64_t i = first; i < first + n; i++) {
     const v16f fx = v16f_set1(mine[i - first]), fy = v16f_set1(new[i - first]);
     float *sum = total.sum + 16 * i, *acc = total.acc + fp * i;

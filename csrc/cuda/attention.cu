@@ -308,9 +308,11 @@ PE_SCRATCH(cuda, attention)(const pe_args *a, const void *params, int32_t n_thre
 
 PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
                            const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *bias,
-                           const pe_tensor *numbers, const pe_tensor *out, const pe_attention_params *p, pe_stream *s) {
+                           const pe_tensor *numbers, const pe_tensor *out, const pe_tensor *stats, const pe_attention_params *p,
+                           pe_stream *s) {
   Node n = {};
   Job &w = n.w;
+  if (stats) return pe_fail(s, PE_NO_KERNEL, "attention: stats come from the CPU only");
   if (q->shape[0] == 0 || q->shape[1] == 0 || v->shape[2] == 0) return PE_OK;
   const pe_status bad = check(q, k, v, cells, seq, sinks, bias, p, s);
   if (bad) return bad;

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pyengine.compiler.arena import Layout, Turns
+from pyengine.compiler.arena import is_changed_state, Layout, Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.graph.tensor import axis_max, axis_value, described, Node, Tensor
@@ -30,6 +30,7 @@ Progress = Callable[[int, int], None]                    # (bytes done, all byte
 class Declared:
     """A program as a model declares it: outputs of a graph, and where a run may begin.
 
+    outputs  changed states among them are there to be changed, though nobody reads them; their place among the others does not matter
     entries  name of an entry -> the input whose first reader it begins at: what may change while all before it stays
     asked    numbers of outputs that stay on a device with memory of its own until `Program.read` asks for rows of them
     """
@@ -67,7 +68,8 @@ class Program(ABC):
 
     inputs   host array of each input, run-time axes at their largest; what is written there counts at the next run
     tables   host array of each table: written where something changes, read by every later run
-    outputs  host array of each output, valid until the next run; those that were declared to be asked for by `read` only
+    outputs  host array of each output, valid until the next run; those that were declared to be asked for by `read` only, and an empty
+             array for a changed state, which stays where `states` has it
     states   by name
     """
 
@@ -122,6 +124,9 @@ class Program(ABC):
                 flat[: value.size] = value
             self.execute(**dims)
             for t, array in zip(self.prepared.layout.outputs, self.outputs):
+                if is_changed_state(t):
+                    out.append(array)
+                    continue
                 shape = tuple(axis_value(a, dims) for a in t.shape)
                 out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
         return out[0] if self.single else out

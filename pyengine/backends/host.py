@@ -9,6 +9,7 @@ from pyengine.dtype import DType
 from pyengine.graph.tensor import Tensor
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "I32": np.int32}
+NO_NUMBERS = np.empty(0, np.float32)     # stands for an output that is a changed state
 
 
 class HostState(State):

@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyengine.backends import base
-from pyengine.backends.host import HostState, NUMPY
+from pyengine.backends.host import HostState, NO_NUMBERS, NUMPY
 from pyengine.backends.prepared import Counted, States
-from pyengine.compiler.arena import Layout, Turns
+from pyengine.compiler.arena import is_changed_state, Layout, Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.graph.tensor import axis_max, Node, Tensor
 
 
 def host_arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    """Return an array of zeros for each tensor, run-time axes at their largest."""
-    return [np.zeros([axis_max(a) for a in t.shape], NUMPY[t.dtype.name]) for t in tensors]
+    """Return an array of zeros for each tensor, run-time axes at their largest; an empty one for a changed state."""
+    return [NO_NUMBERS if is_changed_state(t) else np.zeros([axis_max(a) for a in t.shape], NUMPY[t.dtype.name]) for t in tensors]
 
 
 class Prepared(Counted):

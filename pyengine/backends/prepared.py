@@ -51,9 +51,12 @@ def source_dtype(t: Tensor) -> DType:
 
 
 def arguments(node: Node) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-    """Return a kernel's inputs and its outputs, the tensors of each: one, none for an input that is left out, or those of a list."""
+    """Return a kernel's inputs and its outputs, the tensors of each: one, none for what is left out, or those of a list."""
     inputs = [arg if isinstance(arg, tuple) else () if arg is None else (arg,) for arg in node.args]
-    return inputs, [tuple(node.outputs)] if node.op.results[0].many else [(t,) for t in node.outputs]
+    if node.op.results[0].many:
+        return inputs, [tuple(node.outputs)]
+    left_out: list[tuple[Tensor, ...]] = [()] * (len(node.op.results) - len(node.outputs))
+    return inputs, [*((t,) for t in node.outputs), *left_out]
 
 
 class Counted(Prepared):

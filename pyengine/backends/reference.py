@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyengine.backends import base
-from pyengine.backends.host import HostState, NUMPY
+from pyengine.backends.host import HostState, NO_NUMBERS, NUMPY
 from pyengine.backends.prepared import Counted, States
-from pyengine.compiler.arena import Turns
+from pyengine.compiler.arena import is_changed_state, Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.files.weights import files_of
@@ -83,7 +83,7 @@ class Program(base.Program):
                     self.tables[node.name] = array
                 else:
                     self.states[node.name] = HostState(t, array.reshape(-1).view(np.uint8))
-        self.outputs = [np.zeros([axis_max(a) for a in t.shape], self._numpy(t)) for t in layout.outputs]
+        self.outputs = [NO_NUMBERS if is_changed_state(t) else np.zeros([axis_max(a) for a in t.shape], self._numpy(t)) for t in layout.outputs]
 
     def _numpy(self, t: Tensor) -> Any:
         return np.int32 if t.dtype.name == "I32" else self.dtype
@@ -99,7 +99,7 @@ class Program(base.Program):
         for i in range(max(begin, 0 if entry is None else self.prepared.entry_step(entry)), end):
             self._step(i, steps[i])
         for t, out in zip(self.prepared.layout.outputs, self.outputs):
-            if turn is None or self._computed(t):
+            if not is_changed_state(t) and (turn is None or self._computed(t)):
                 value = self._value(t)
                 out.reshape(-1)[: value.size] = value.reshape(-1)
 

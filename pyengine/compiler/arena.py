@@ -165,12 +165,13 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
     """Order the graph, resolve views and reuse of memory, and give everything its place in the arena.
 
     `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
-    reader and are not get a `contiguous` step. `turns`: the graph runs in pieces; one that runs at once is a single turn.
-    `entries`: names of inputs at whose first reader a run may begin again, on what all steps before it left.
+    reader and are not get a `contiguous` step. Changed states among the outputs, which no op may read, are computed as soon as they
+    can be: before the other outputs. `turns`: the graph runs in pieces; one that runs at once is a single turn. `entries`: names of inputs at whose first reader a run may begin again, on what all steps before it left.
     Raises: GraphError for an entry that no step reads, and for graphs that cannot be laid out.
     """
     outputs = _with_copies(outputs)
-    nodes = topological(outputs)
+    turn_of = turns.outputs if turns else (0,) * len(outputs)
+    nodes = topological([outputs[i] for i in sorted(range(len(outputs)), key=lambda i: (turn_of[i], not is_changed_state(outputs[i])))])
     check_names(nodes)
     check_states(nodes)
     leaves = [n for n in nodes if n.op is None]
@@ -194,6 +195,11 @@ def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], tur
     layout.offsets = dict(zip(layout.lives, offsets))
     layout.scratch = list(zip(offsets[len(layout.lives) :], sizes))
     return layout
+
+
+def is_changed_state(t: Tensor) -> bool:
+    """Say whether a tensor is the result of an op that changes a state in place; as an output it stays where it is."""
+    return t.node.op is not None and not t.node.op.results[0].many and t.node.op.results[t.index].kind == "Same"
 
 
 def _with_copies(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -177,7 +177,7 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
     read = users(nodes)
 
     def once(t: Tensor) -> bool:
-        return len(read[id(t.node), t.index]) == 1
+        return sum(node.op is not ops.key_sums for node in read[id(t.node), t.index]) == 1
 
     def before_rope(turned: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
         """Return what a rope rotates: (tensor before q/k-norm, norm weight, eps)."""
@@ -187,6 +187,9 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
         return x, None, None
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        if node.op is ops.key_sums:                              # it reads what the attention reads whose stats it takes
+            of = ops.key_sums.argument(args, "stats").node.args
+            return make(ops.key_sums, (args[0], *of[:2], *args[3:]), dict(node.params)) if of[:2] != args[1:3] else None
         if node.op is not ops.attention:
             return None
         (q, k, v), (old_q, old_k, old_v) = args[:3], node.args[:3]

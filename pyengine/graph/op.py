@@ -15,7 +15,7 @@ Annotations
   list[F32["m n"]]    several tensors (each with its own sizes for axis names that end in an underscore: "n_ k")
   F32["k"] | None     may be absent
 Results: F32[...] a new tensor; Same["cache"] the (modified) argument of that name; list[...] one per element of the list
-argument named in @op(per="w").
+argument named in @op(per="w"); F32[...] | None, last: only where the op's `infer` gives it.
 """
 
 from __future__ import annotations
@@ -175,11 +175,11 @@ class Op:
         return {"float": float, "int": int, "bool": bool}[p.kind](value)
 
     def node(self, values: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Add a node; returns its tensor, or a tuple where the op has several results."""
+        """Add a node; returns its tensor, or a tuple where it has several results."""
         args = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         node = Node(self, args, tuple(params.items()))
         node.outputs = outputs = tuple([Tensor(node, s, d, i) for i, (s, d) in enumerate(self.shapes(args, params))])
-        return outputs[0] if len(self.results) == 1 and not self.results[0].many else outputs
+        return outputs[0] if len(outputs) == 1 and not self.results[0].many else outputs
 
     def shapes(self, args: tuple[Any, ...], params: dict[str, Any]) -> list[tuple[Shape, DType]]:
         """Return shape and dtype of each result. Raises: ShapeError where the arguments do not go together."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyengine import ops
+from pyengine.errors import GraphError
 from pyengine.graph.tensor import Tensor
+from pyengine.ops.attention import SUMS
 
 
 class LayerCache(NamedTuple):
@@ -18,6 +20,10 @@ class LayerCache(NamedTuple):
     seq: Tensor              # I32 [m]: the conversation of each row
     lo: Tensor               # I32 [m]: the interval of tokens that it sees
     hi: Tensor
+    sums: Tensor | None = None         # a state [kv heads, conversations * cells of one, c], if it is known what attention gives each token:
+    weights: Tensor | None = None      # F32 [m, c]: what each row of this step counts,
+    kinds: tuple[str, ...] = ()        # which statistic each of the c is, of `ops.attention.SUMS`,
+    changed: list[Tensor] | None = None        # and where every reading leaves the changed state, which must be an output of the graph
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
                k_common: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -36,7 +42,16 @@ class LayerCache(NamedTuple):
     def read(self, q: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Attend with q [m, heads, head_dim] to what is there; returns [m, heads * head_dim]."""
         own = {} if bias is None else {"bias": bias}
-        return ops.attention(q, self.k, self.v, self.lo, self.hi, self.table, self.seq, sinks, scale=scale, softcap=softcap, **own)
+        seen = (q, self.k, self.v, self.lo, self.hi, self.table, self.seq, sinks)
+        if self.sums is None:
+            return ops.attention(*seen, scale=scale, softcap=softcap, **own)
+        if bias is not None or self.weights is None or self.changed is None:
+            raise GraphError("cache: sums over what attention gives need weights, a list for the changed state, and no bias")
+        out, stats = ops.attention(*seen, scale=scale, softcap=softcap, stats=True)
+        before = self.changed[-1] if self.changed else self.sums
+        self.changed.append(ops.key_sums(before, q, self.k, self.lo, self.hi, self.table, self.seq, stats, self.weights, scale=scale,
+                                         softcap=softcap, kinds=tuple(SUMS.index(kind) for kind in self.kinds)))
+        return out
 
 
 class CrossCache(NamedTuple):

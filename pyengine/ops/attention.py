@@ -1,4 +1,7 @@
-"""Attention: one op, its variants are arguments. The mask is an interval of key numbers for each query, never a matrix."""
+"""Attention: one op, its variants are arguments. The mask is an interval of key numbers for each query, never a matrix.
+
+And sums over queries of what attention gives a key: what decides which keys a cache can forget.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pyengine.errors import ShapeError
-from pyengine.graph.op import Cache, F32, I32, op
+from pyengine.graph.op import Cache, F32, I32, op, Same
 from pyengine.graph.tensor import axis_max
 
 TILE_KEYS = 64
@@ -46,6 +49,16 @@ def distance_columns(distance: np.ndarray, n: int) -> np.ndarray:
     return n // 2 + np.clip(distance, -(n // 2), n // 2)
 
 
+def _weigh(s: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return exp(s - top), top and total of logits s [h, keys]; sinks [h] are among those whose largest is top and whose sum is total."""
+    top = s.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        top = np.maximum(top, sinks[:, None])
+    p = np.exp(s - top)
+    total = p.sum(axis=-1, keepdims=True)
+    return p, top, total if sinks is None else total + np.exp(sinks[:, None] - top)
+
+
 def _infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     shapes = attention._infer(args)
     bias, at = args[8:10]
@@ -53,7 +66,9 @@ def _infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
         raise ShapeError(f"attention: 'bias' has {bias.shape[1]} distances; it must be an odd number of them, the middle one 0")
     if bias is None and at is not None:
         raise ShapeError("attention: 'at' is for a bias, and there is none")
-    return shapes
+    if params["stats"] and params["products"] == "int8":
+        raise ShapeError("attention: products of int8 give no stats; leave one of them out")
+    return shapes if params["stats"] else shapes[:1]
 
 
 @op(
@@ -79,7 +94,8 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     products: Literal["float", "int8"] = "float",
-) -> F32["m h*f"]:
+    stats: bool = False,
+) -> tuple[F32["m h*f"], F32["m h 2"] | None]:
     """softmax(scale * q k^T) v over the keys lo[i] <= j < hi[i] of each query i; h heads share g key/value heads.
 
     Key j of sequence n lies in cell cells[n, j % l] (without `cells`: in cell j); query i belongs to sequence seq[i]
@@ -93,12 +109,15 @@ def attention(
 
     products="int8": see `attend_int8`; about as exact as products with blocks of 8 bits, fast where rows share intervals.
     Keys and values of plain numbers, without cells, sinks, bias and soft cap. ShapeError with one of these.
+
+    stats: a second result gives, of each query and head, the largest logit `top`, and `total`, the sum of exp(logit - top); a sink is
+    one of the logits. So a key with logit s has probability exp(s - top) / total. Zeros for an empty interval.
     """
     m, h, _ = q.shape
     if products == "int8" and not (cells is None and seq is None and sinks is None and bias is None and softcap == 0):
         raise ShapeError("attention: products of int8 take neither cells nor sinks nor a bias nor a soft cap")
     g = k.shape[0]
-    out = np.zeros((m, h, v.shape[2]), q.dtype)
+    out, found = np.zeros((m, h, v.shape[2]), q.dtype), np.zeros((m, h, 2), q.dtype)
     for i in range(m):
         j = keys = np.arange(lo[i], hi[i])
         if cells is not None:
@@ -115,15 +134,11 @@ def attention(
             s = s + bias[:, distance_columns(keys - (hi[i] - 1 if at is None else at[i]), bias.shape[1])]
         if softcap:
             s = softcap * np.tanh(s / softcap)
-        top = s.max(axis=-1, keepdims=True)
-        if sinks is not None:
-            top = np.maximum(top, sinks[:, None])
-        p = np.exp(s - top)
-        total = p.sum(axis=-1, keepdims=True)
-        if sinks is not None:
-            total = total + np.exp(sinks[:, None] - top)
+        p, top, total = _weigh(s, sinks)
         out[i] = np.einsum("hk,hkf->hf", p / total, vj)
-    return out.reshape(m, h * v.shape[2])
+        found[i] = np.concatenate([top, total], axis=-1)
+    out = out.reshape(m, h * v.shape[2])
+    return (out, found) if stats else out
 
 
 attention.case(q=(1, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(1,), hi=(1,), scale=0.125)
@@ -133,3 +148,71 @@ attention.case(q=(0, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(0,), hi=(0,), sca
 attention.case(q=(9, 4, 64), k=(2, 200, 64), v=(2, 200, 64), lo=(9,), hi=(9,), bias=(4, 33), at=(9,), scale=0.125)
 attention.case(q=(70, 3, 40), k=(3, 90, 40), v=(3, 90, 48), lo=(70,), hi=(70,), cells=(2, 90), seq=(70,), bias=(3, 7), scale=0.2, softcap=30.0)
 attention.case(q=(90, 4, 72), k=(2, 90, 72), v=(2, 90, 72), lo=(90,), hi=(90,), scale=0.1, products="int8")
+attention.case(q=(9, 4, 64), k=(2, 40, 64), v=(2, 40, 32), lo=(9,), hi=(9,), cells=(2, 40), seq=(9,), sinks=(4,), scale=0.2, softcap=20.0, stats=True)
+attention.case(q=(2, 4, 64), k=(2, 900, 64), v=(2, 900, 64), lo=(2,), hi=(2,), scale=0.125, stats=True)
+
+SUMS = ("sum", "square", "large", "entropy")
+LARGE = 0.01                             # of a row's largest probability
+
+
+def _infer_sums(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
+    shapes, (b, l), (_, n, c) = key_sums._infer(args), args[5].shape, args[0].shape
+    if n != b * l:
+        raise ShapeError(f"key_sums: 'sums' has {n} keys, and {b} sequences of {l} cells have {b * l}")
+    if len(params["kinds"]) != c or not all(0 <= kind < len(SUMS) for kind in params["kinds"]):
+        raise ShapeError(f"key_sums: 'kinds' are {params['kinds']}; each of {c} channels needs one, 0 to {len(SUMS) - 1}")
+    return shapes
+
+
+@op(
+    infer=_infer_sums,
+    strided=("q", "k"),
+    fault="a row reads key, cell or sequence {} of {}",
+    flops=lambda sums, q, k, *a, **p: 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1]) * axis_max(q.shape[2]),
+)
+def key_sums(
+    sums: F32["g n c"],
+    q: F32["m h e"],
+    k: Cache["g s e"],
+    lo: I32["m"],
+    hi: I32["m"],
+    cells: I32["b l"],
+    seq: I32["m"] | None,
+    stats: F32["m h 2"],
+    weights: F32["m c"],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    kinds: tuple[int, ...],
+) -> Same["sums"]:
+    """Add to the sums of each key what the queries of an attention give it, weights[i, c] times a statistic of its probability p.
+
+    Arguments are those of `attention`, and its second result. Key j of sequence n has its sums at n * l + j % l. Channel c is of kind
+    SUMS[kinds[c]]: "sum" p (H2O, Zhang et al. 2023, arXiv:2306.14048); "square" p * p; "large" 1 where p is at least LARGE of the row's
+    largest, the sink's included (VL-Cache, Tu et al. 2024, arXiv:2410.23317); "entropy" -p ln p. Query after query in the order of rows,
+    and of the heads of a group: the bits do not depend on how a prompt is cut. A row without weights costs nothing.
+    """
+    (m, h, _), g, l = q.shape, k.shape[0], cells.shape[1]
+    for i in range(m):
+        if hi[i] <= lo[i] or not weights[i].any():
+            continue
+        n, slots = 0 if seq is None else seq[i], np.arange(lo[i], hi[i]) % l
+        kj = k[:, cells[n, slots]].astype(q.dtype)                                   # [g, keys, e]
+        for head in range(h // g):
+            own = np.s_[i, head :: h // g]                                           # one head of each group
+            s = np.einsum("ge,gke->gk", q[own], kj) * q.dtype.type(scale)
+            if softcap:
+                s = softcap * np.tanh(s / softcap)
+            s, total = s - stats[own][:, :1], stats[own][:, 1:]
+            p = np.exp(s) / total
+            found = (p, p * p, np.exp(s) >= LARGE, p * (np.log(total) - s))
+            for c, kind in enumerate(kinds):
+                sums[:, n * l + slots, c] += weights[i, c] * found[kind]
+    return sums
+
+
+key_sums.case(sums=(2, 80, 4), q=(9, 4, 64), k=(2, 40, 64), lo=(9,), hi=(9,), cells=(2, 40), seq=(9,), stats=(9, 4, 2), weights=(9, 4), scale=0.2,
+              softcap=20.0, kinds=(0, 1, 2, 3))
+key_sums.case(sums=(1, 300, 1), q=(70, 6, 80), k=(1, 300, 80), lo=(70,), hi=(70,), cells=(1, 300), stats=(70, 6, 2), weights=(70, 1), scale=0.1,
+              kinds=(0,))
+key_sums.case(sums=(2, 40, 1), q=(0, 4, 64), k=(2, 40, 64), lo=(0,), hi=(0,), cells=(1, 40), stats=(0, 4, 2), weights=(0, 1), scale=0.1, kinds=(0,))

@@ -10,9 +10,9 @@ import numpy as np
 from pyengine.backends import base
 from pyengine.backends.cpu import weights
 from pyengine.backends.cpu.fallback import Fallback
-from pyengine.backends.host import HostState, NUMPY
+from pyengine.backends.host import HostState, NO_NUMBERS, NUMPY
 from pyengine.backends.prepared import arguments, Resident
-from pyengine.compiler.arena import ALIGN, aligned
+from pyengine.compiler.arena import ALIGN, aligned, is_changed_state
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.files.weights import files_of
@@ -80,6 +80,8 @@ class Program(base.Program):
 
     def _array(self, arena: np.ndarray, t: Tensor) -> np.ndarray:
         """Return the array over a tensor's memory, run-time axes at their largest."""
+        if is_changed_state(t):
+            return NO_NUMBERS
         place = self.prepared.layout.of(t)
         if place.root.node.kind not in ("op", "input"):
             raise GraphError(f"output {t!r} is a constant or a state: it has no place in the arena")

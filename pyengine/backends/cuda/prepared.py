@@ -12,7 +12,7 @@ from pyengine.backends.cuda.codebooks import BOOKS, BYTES
 from pyengine.backends.cuda.describe import Described
 from pyengine.backends.cuda.program import Program
 from pyengine.backends.prepared import arguments, Counted, Resident, States
-from pyengine.compiler.arena import aligned, contiguous_strides, Turns
+from pyengine.compiler.arena import aligned, contiguous_strides, is_changed_state, Turns
 from pyengine.compiler.codegen import pack_params
 from pyengine.dtype import DType
 from pyengine.graph.tensor import axis_max, Node
@@ -34,7 +34,8 @@ class Prepared(Counted):
     def host_bytes(self) -> int:
         """Bytes of the host: inputs, outputs and tables, which are copied to and from the device; tables twice, to see what changed."""
         inputs = [n.outputs[0] for n in self.layout.leaves if n.kind == "input"]
-        return sum(aligned(t.nbytes_max) for t in [*inputs, *self.layout.outputs, *self.tables, *self.tables])
+        outputs = [t for t in self.layout.outputs if not is_changed_state(t)]
+        return sum(aligned(t.nbytes_max) for t in [*inputs, *outputs, *self.tables, *self.tables])
 
     def _residents(self, nodes: Sequence[Node]) -> dict[int, Resident]:
         """Decide each constant's form; what the CPU would read where its file is mapped is copied as it is."""

@@ -14,9 +14,9 @@ from pyengine.backends.cuda.describe import Described
 from pyengine.backends.cuda.fallback import Fallback
 from pyengine.backends.cuda.library import Memory, Queue
 from pyengine.backends.cuda.states import DeviceState
-from pyengine.backends.host import NUMPY
+from pyengine.backends.host import NO_NUMBERS, NUMPY
 from pyengine.backends.prepared import arguments
-from pyengine.compiler.arena import ALIGN, aligned
+from pyengine.compiler.arena import ALIGN, aligned, is_changed_state
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.graph.tensor import Axis, axis_max, Dim, Node, Tensor
@@ -113,6 +113,8 @@ class Program(base.Program):
 
     def _host_array(self, t: Tensor) -> np.ndarray:
         """Return a pinned array for a tensor, run-time axes at their largest."""
+        if is_changed_state(t):
+            return NO_NUMBERS
         if self.prepared.layout.of(t).root.node.kind not in ("op", "input"):
             raise GraphError(f"output {t!r} is a constant or a state: it has no place in the arena")
         return self._pinned(t.nbytes_max).array()[: t.nbytes_max].view(NUMPY[t.dtype.name]).reshape([axis_max(a) for a in t.shape])
@@ -165,7 +167,7 @@ class Program(base.Program):
         number = {id(node): i for i, node in enumerate(layout.steps)}
         out = []
         for i, (t, array) in enumerate(zip(layout.outputs, self.outputs)):
-            if (turns.outputs[i] if turns else 0) == turn and i not in self.prepared.asked:
+            if (turns.outputs[i] if turns else 0) == turn and i not in self.prepared.asked and not is_changed_state(t):
                 maker = t
                 while maker.node.op is not None and maker.node.op.view:
                     maker = maker.node.args[0]

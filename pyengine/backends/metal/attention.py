@@ -109,6 +109,8 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
 def attention(s: Step) -> list[Launch]:  # noqa: F811
     """Launch three kernels. Few rows are split over their chunks of keys; the results do not depend on it."""
     job, cap = _job(s), s.params.softcap
+    if s.params.stats:
+        raise NoKernel("attention: stats come from the CPU only")
     if job.m == 0 or job.heads == 0 or job.f == 0:
         return []
     if s.params.products and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or s.inputs["bias"] or cap

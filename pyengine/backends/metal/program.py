@@ -14,11 +14,11 @@ from pyengine.backends.cpu import weights
 from pyengine.backends.cpu.fallback import Fallback
 from pyengine.backends.cuda import codebooks
 from pyengine.backends.faults import said
-from pyengine.backends.host import HostState, NUMPY
+from pyengine.backends.host import HostState, NO_NUMBERS, NUMPY
 from pyengine.backends.metal.device import bind, Bound, Memory, Recording
 from pyengine.backends.metal.launch import Launch, LAUNCHERS, params_of, Step, View
 from pyengine.backends.prepared import arguments, Resident
-from pyengine.compiler.arena import ALIGN, aligned
+from pyengine.compiler.arena import ALIGN, aligned, is_changed_state
 from pyengine.dtype import DType, I8
 from pyengine.errors import GraphError, RequestError
 from pyengine.files.weights import files_of
@@ -130,6 +130,8 @@ class Program(base.Program):
 
     def _array(self, t: Tensor) -> np.ndarray:
         """Return the array over a tensor's memory, run-time axes at their largest."""
+        if is_changed_state(t):
+            return NO_NUMBERS
         place = self.prepared.layout.of(t)
         if place.root.node.kind not in ("op", "input"):
             raise GraphError(f"output {t!r} is a constant or a state: it has no place in the arena")
