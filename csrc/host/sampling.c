@@ -11,6 +11,7 @@
 #include "sampling.h"
 
 #include "../weight.h"
+#include "numbers.h"
 
 #include <float.h>
 #include <math.h>
@@ -28,6 +29,7 @@ _Static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must be rounded to float"
 #endif
 
 enum { LANES = PE_WEIGHT_LANES, BLOCK = 64, CHUNK = PE_WEIGHT_CHUNK, FIRST_GUESS = 256, GROWTH = 8 };
+enum { ZIPF = 100 };   /* logits that mirostat 1 fits Zipf's law to, as the paper does */
 
 typedef struct { uint32_t key; int32_t id; } entry;   /* sorted by ascending key */
 
@@ -185,6 +187,45 @@ WIDE static double sum_weights(const float *x, int64_t n, float max, float tempe
   return total;
 }
 
+/* The sum of weights times their distance from the largest logit, at temperature 1; *count: logits above -inf. */
+WIDE static double sum_distances(const float *x, int64_t n, float max, int64_t *count) {
+  double total = 0;
+  *count = 0;
+  for (int64_t c = 0; c * CHUNK < n; c++) {
+    int64_t m = n - c * CHUNK < CHUNK ? n - c * CHUNK : CHUNK;
+    float weights[CHUNK], lanes[LANES] = {0};
+    const float *p = x + c * CHUNK;
+    weigh_all(p, m, max, 1, weights);
+    for (int64_t i = 0; i < m; i++) weights[i] *= pe_weight_clamp(p[i] - max);
+    for (int64_t i = m; i % LANES; i++) weights[i] = 0;
+    for (int64_t i = 0; i < m; i += LANES) {
+      for (int l = 0; l < LANES; l++) lanes[l] += weights[i + l];
+    }
+    for (int64_t i = 0; i < m; i++) *count += p[i] >= -FLT_MAX;
+    total += sum_of_lanes(lanes);
+  }
+  return total;
+}
+
+/* The least logit that is within `sigmas` standard deviations of the largest. */
+WIDE static float sigma_threshold(const float *x, int64_t n, float max, float sigmas) {
+  double sums[LANES] = {0}, squares[LANES] = {0}, sum = 0, square = 0;
+  int64_t counts[LANES] = {0}, count = 0, whole = n - n % LANES;
+  for (int64_t i = 0; i < n; i += LANES) {
+    float row[LANES];
+    for (int l = 0; l < LANES; l++) row[l] = i < whole || l < n - i ? x[i + l] : -INFINITY;
+    for (int l = 0; l < LANES; l++) {
+      double d = row[l] >= -FLT_MAX ? (double)row[l] - max : 0;
+      sums[l] += d;
+      squares[l] += d * d;
+      counts[l] += row[l] >= -FLT_MAX;
+    }
+  }
+  for (int l = 0; l < LANES; l++) sum += sums[l], square += squares[l], count += counts[l];
+  double variance = (square - sum * sum / (double)count) / (double)count;
+  return pe_float_above(max - sigmas * sqrt(variance > 0 ? variance : 0));
+}
+
 static int64_t first_of(const float *x, const float *maxima, float value) {
   int64_t b = 0;
   while (maxima[b] != value) b++;
@@ -193,12 +234,12 @@ static int64_t first_of(const float *x, const float *maxima, float value) {
   return i;
 }
 
-/* Candidates in descending order: at least the k largest logits (all that exceed -inf, if there are fewer); more than
- * k only by what the threshold lets in. w->blocks must be sorted. */
-static int64_t gather(workspace *w, const float *x, int64_t n, int64_t k) {
+/* Candidates in descending order: of the logits that are not below `least`, at least the k largest (all that exceed -inf, if there are
+ * fewer); more than k only by what the threshold lets in. w->blocks must be sorted. */
+static int64_t gather(workspace *w, const float *x, int64_t n, int64_t k, float least) {
   int64_t n_blocks = (n + BLOCK - 1) / BLOCK, count = 0;
   float threshold = k <= n_blocks ? value_of_descending(w->blocks[k - 1].key) : -FLT_MAX;
-  if (!(threshold > -FLT_MAX)) threshold = -FLT_MAX;
+  if (!(threshold > least)) threshold = least;
   for (int64_t b = 0; b < n_blocks; b++) {
     if (!(w->maxima[b] >= threshold)) continue;
     int64_t end = n - b * BLOCK < BLOCK ? n : (b + 1) * BLOCK;
@@ -269,17 +310,17 @@ static int64_t keep_top(const workspace *w, int64_t count, double sum, const pe_
 }
 
 /* All steps up to min_p, given the sum of all weights; returns how many candidates are left in w->kept. */
-static int64_t truncate_all(workspace *w, const float *x, int64_t n, double sum, const pe_sampler_params *p) {
-  int typical = p->typical_p < 1, limited = p->top_k > 0 && p->top_k < n;
+static int64_t truncate_all(workspace *w, const float *x, int64_t n, float max, double sum, const pe_sampler_params *p) {
+  int typical = p->typical_p < 1, limited = p->top_k > 0 && p->top_k < n, sigma = p->top_n_sigma > 0;
   sort_blocks(w, n);
-  if (limited || typical) {
-    int64_t count = gather(w, x, n, limited ? p->top_k : n);
+  if (limited || typical || sigma) {
+    int64_t count = gather(w, x, n, limited ? p->top_k : n, sigma ? sigma_threshold(x, n, max, p->top_n_sigma) : -FLT_MAX);
     if (limited && count > p->top_k) count = p->top_k;
     if (typical) count = keep_typical(w, x, count, p->typical_p);
     return keep_top(w, count, weigh(w, x, count, 1.0f), p);
   }
   for (int64_t k = FIRST_GUESS;; k *= GROWTH) {
-    int64_t count = gather(w, x, n, k < n ? k : n);
+    int64_t count = gather(w, x, n, k < n ? k : n, -FLT_MAX);
     weigh(w, x, count, 1.0f);
     int64_t left = keep_top(w, count, sum, p);
     if (left < count || k >= n) return left;
@@ -295,6 +336,45 @@ static int64_t draw_kept(workspace *w, const float *x, int64_t count, float temp
     if (w->weights[i] > 0) last = i;
   }
   return w->kept[last].id;
+}
+
+static int excludes(const pe_sampler_params *p, uint64_t seed, uint64_t step) {
+  return p->xtc_probability > 0 && pe_random_unit(~seed, step) < p->xtc_probability;
+}
+
+/* How many of the first candidates xtc leaves out; w->weights are set, `sum` is that of all. */
+static int64_t n_excluded(const workspace *w, int64_t count, double sum, const pe_sampler_params *p) {
+  int64_t n = 0;
+  while (n < count && w->weights[n] >= p->xtc_threshold * sum) n++;
+  return n > 1 ? n - 1 : 0;
+}
+
+/* The temperature for `count` tokens of which weights and weighted distances from the largest have these sums. */
+static float dynamic_temperature(double sum, double distances, int64_t count, const pe_sampler_params *p) {
+  double low = (double)p->temperature - p->dynatemp_range, high = (double)p->temperature + p->dynatemp_range;
+  double part = count > 1 ? (pe_ln(sum) - distances / sum) / pe_ln((double)count) : 1;
+  low = low > 0 ? low : 0;
+  if (part < DBL_MIN) part = DBL_MIN;
+  part = p->dynatemp_exponent == 1 ? part : pe_power_of_e(p->dynatemp_exponent * pe_ln(part));
+  double t = low + (high - low) * (part < 1 ? part : 1);
+  return t < FLT_MAX ? (float)t : FLT_MAX;
+}
+
+/* The steps behind the truncation, and the draw; *count becomes what it was drawn from. */
+static int64_t draw_left(workspace *w, const float *x, int64_t *count, const pe_sampler_params *p, uint64_t seed, uint64_t step) {
+  float temperature = p->temperature;
+  if (excludes(p, seed, step)) {
+    int64_t n = n_excluded(w, *count, weigh(w, x, *count, 1.0f), p);
+    w->kept += n;
+    *count -= n;
+  }
+  if (p->dynatemp_range > 0) {
+    double sum = weigh(w, x, *count, 1.0f), distances = 0, max = x[w->kept[0].id];
+    for (int64_t i = 0; i < *count; i++) distances += w->weights[i] * (x[w->kept[i].id] - max);
+    temperature = dynamic_temperature(sum, distances, *count, p);
+    if (temperature == 0) return w->kept[0].id;
+  }
+  return draw_kept(w, x, *count, temperature, pe_random_unit(seed, step));
 }
 
 /* Draw from the whole vocabulary, given the sum of all weights and of each chunk: find the chunk, then the token. */
@@ -317,6 +397,86 @@ static int64_t draw_all(const workspace *w, const float *x, int64_t n, float max
   return last;
 }
 
+/* The same for a distribution of which nothing is truncated. */
+static int64_t draw_untruncated(workspace *w, const float *x, int64_t n, float max, const pe_sampler_params *p, const pe_sampler_input *in,
+                                int64_t *n_kept) {
+  float temperature = p->temperature;
+  *n_kept = n;
+  if (excludes(p, in->seed, in->step)) {
+    int64_t most = p->xtc_threshold * (float)n > 1 ? (int64_t)(1 / p->xtc_threshold) + 2 : n;   /* no more are so probable */
+    double sum = sum_weights(x, n, max, 1, w->chunks);
+    sort_blocks(w, n);
+    int64_t count = gather(w, x, n, most < n ? most : n, -FLT_MAX);
+    weigh(w, x, count, 1.0f);
+    int64_t out = n_excluded(w, count, sum, p);
+    if (out && x != w->logits) x = memcpy(w->logits, x, sizeof *x * (size_t)n);
+    for (int64_t i = 0; i < out; i++) w->logits[w->kept[i].id] = -INFINITY;
+    if (out) max = x[w->kept[out].id];
+    *n_kept -= out;
+  }
+  if (p->dynatemp_range > 0) {
+    int64_t count;
+    double distances = sum_distances(x, n, max, &count);
+    temperature = dynamic_temperature(sum_weights(x, n, max, 1, w->chunks), distances, count, p);
+    for (int64_t i = 0; temperature == 0 && i < n; i++) {
+      if (x[i] == max) return i;
+    }
+  }
+  double sum = sum_weights(x, n, max, temperature, w->chunks);
+  return draw_all(w, x, n, max, temperature, sum, pe_random_unit(in->seed, in->step));
+}
+
+/* How many tokens are expected to have a surprise of at most mu, if the count largest logits follow Zipf's law: the paper's
+ * equations 1 and 2, and its authors' rounding. */
+static int64_t zipf_count(const workspace *w, const float *x, int64_t count, int64_t n, double mu, float temperature) {
+  double products = 0, squares = 0;
+  for (int64_t i = 0; i + 1 < count; i++) {
+    double t = pe_ln((double)(i + 2) / (double)(i + 1)), b = ((double)x[w->kept[i].id] - x[w->kept[i + 1].id]) / temperature;
+    products += t * b;
+    squares += t * t;
+  }
+  double s = squares > 0 ? products / squares : 0, epsilon = s - 1;
+  double tail = 1 - pe_power_of_e(-epsilon * pe_ln((double)n)), part = epsilon * epsilon > 1e-18 ? epsilon / tail : 1 / pe_ln((double)n);
+  if (n < 2) return 1;
+  double exponent = (pe_ln(part) + mu * PE_LN2) / (s > 1e-9 ? s : 1e-9), k = pe_power_of_e(exponent < 40 ? exponent : 40) + 0.5;
+  return k < (double)n ? (int64_t)k + 1 : n;
+}
+
+/* Draw by mirostat, and give mu of the next draw. */
+static int64_t draw_mirostat(workspace *w, const float *x, int64_t n, float max, const pe_sampler_params *p, const pe_sampler_input *in,
+                             int64_t *n_kept, double *mu) {
+  double log_sum = pe_ln(sum_weights(x, n, max, p->temperature, w->chunks));
+  sort_blocks(w, n);
+  int64_t count;
+  if (p->mirostat == 1) {
+    count = gather(w, x, n, ZIPF < n ? ZIPF : n, -FLT_MAX);
+    int64_t k = zipf_count(w, x, count < ZIPF ? count : ZIPF, n, in->mu, p->temperature);
+    count = gather(w, x, n, k, -FLT_MAX);
+    count = count < k ? count : k;
+  } else {
+    count = gather(w, x, n, n, pe_float_above(max + p->temperature * (log_sum - in->mu * PE_LN2)));
+    if (count == 0) gather(w, x, n, 1, max), count = 1;
+  }
+  int64_t token = draw_kept(w, x, count, p->temperature, pe_random_unit(in->seed, in->step));
+  *n_kept = count;
+  *mu = in->mu - p->mirostat_eta * ((log_sum - ((double)x[token] - max) / p->temperature) / PE_LN2 - p->mirostat_tau);
+  return token;
+}
+
+void pe_repeats(const int32_t *tokens, int32_t n, int32_t *runs) {
+  if (n < 1) return;
+  const int32_t *last = tokens + (n - 1);
+  int32_t *run = runs + (n - 1), from = 0, to = 0;   /* the run at `from` before the end is the one that reaches furthest, to `to` */
+  run[0] = 0;
+  for (int32_t k = 1; k < n; k++) {
+    int32_t m = 0;
+    if (k < to) m = run[from - k] < to - k ? run[from - k] : to - k;
+    while (k + m < n && last[-m] == last[-k - m]) m++;
+    if (k + m > to) from = k, to = k + m;
+    run[-k] = m;
+  }
+}
+
 /* ---- the call -------------------------------------------------------------------------------------------------- */
 
 static pe_status fault(pe_sampled *out, int32_t fault, int64_t token) {
@@ -328,10 +488,13 @@ static pe_status fault(pe_sampled *out, int32_t fault, int64_t token) {
 static int params_are_good(const pe_sampler_params *p) {
   return p->temperature >= 0 && p->temperature <= FLT_MAX && p->top_p >= 0 && p->min_p <= 1 && p->typical_p >= 0 &&
          p->repeat_penalty > 0 && p->repeat_penalty <= FLT_MAX && fabsf(p->presence_penalty) <= FLT_MAX &&
-         fabsf(p->frequency_penalty) <= FLT_MAX;
+         fabsf(p->frequency_penalty) <= FLT_MAX && p->top_n_sigma <= FLT_MAX && p->xtc_probability >= 0 && p->xtc_probability <= 1 &&
+         p->xtc_threshold >= 0 && p->xtc_threshold <= 1 && p->dynatemp_range >= 0 && p->dynatemp_range <= FLT_MAX &&
+         p->dynatemp_exponent >= 0 && p->dynatemp_exponent <= FLT_MAX && p->mirostat >= 0 && p->mirostat <= 2 && p->mirostat_tau >= 0 &&
+         p->mirostat_tau <= FLT_MAX && p->mirostat_eta >= 0 && p->mirostat_eta <= FLT_MAX;
 }
 
-/* Bias, mask and penalties into w->logits. Returns 0 and sets *bad if a token is not in the vocabulary. */
+/* Bias, mask, penalties and dry into w->logits. Returns 0 and sets *bad if a token is not in the vocabulary. */
 static int change_logits(workspace *w, const pe_sampler_params *p, const pe_sampler_input *in, int64_t *bad) {
   float *x = w->logits;
   int32_t n = in->n_vocab;
@@ -346,6 +509,11 @@ static int change_logits(workspace *w, const pe_sampler_params *p, const pe_samp
     if (t < 0 || t >= n) return *bad = t, 0;
     x[t] = x[t] > 0 ? x[t] / p->repeat_penalty : x[t] * p->repeat_penalty;
     x[t] -= (float)in->recent[i].count * p->frequency_penalty + p->presence_penalty;
+  }
+  for (int32_t i = 0; i < in->n_less; i++) {
+    int32_t t = in->less[i].token;
+    if (t < 0 || t >= n) return *bad = t, 0;
+    x[t] -= in->less[i].value;
   }
   for (int64_t t = 0; in->allowed && t < n; t += 32) {
     uint32_t word = in->allowed[t / 32];
@@ -371,7 +539,7 @@ pe_status pe_sample(const pe_sampler_params *p, const pe_sampler_input *in, void
   double sum = sum_weights(x, n, given_max, 1.0f, w.chunks), log_sum = log(sum);
   if (n_top) {
     sort_blocks(&w, n);
-    int64_t count = gather(&w, x, n, n_top);
+    int64_t count = gather(&w, x, n, n_top, -FLT_MAX);
     for (int64_t i = 0; i < n_top; i++) {
       int32_t id = i < count ? w.kept[i].id : -1;
       top[i] = (pe_token_value){id, id < 0 ? -INFINITY : (float)((double)x[id] - given_max - log_sum)};
@@ -379,7 +547,7 @@ pe_status pe_sample(const pe_sampler_params *p, const pe_sampler_input *in, void
   }
 
   int penalties = in->n_recent && (p->repeat_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0);
-  int changed = penalties || in->n_bias || in->allowed;
+  int changed = penalties || in->n_bias || in->allowed || in->n_less;
   if (changed) {
     if (!change_logits(&w, p, in, &bad)) return fault(out, PE_FAULT_TOKEN, bad);
     x = w.logits;
@@ -389,21 +557,25 @@ pe_status pe_sample(const pe_sampler_params *p, const pe_sampler_input *in, void
   }
 
   int limited = p->top_k > 0 && p->top_k < n;
-  int truncates = limited || p->typical_p < 1 || p->top_p < 1 || p->min_p > 0;
+  int truncates = limited || p->typical_p < 1 || p->top_p < 1 || p->min_p > 0 || p->top_n_sigma > 0;
   int64_t token, n_kept = 1;
+  double mu = in->mu;
   if (p->temperature == 0) {
     token = first_of(x, w.maxima, max);
+  } else if (p->mirostat) {
+    token = draw_mirostat(&w, x, n, max, p, in, &n_kept, &mu);
+  } else if (!truncates && (p->xtc_probability > 0 || p->dynatemp_range > 0)) {
+    token = draw_untruncated(&w, x, n, max, p, in, &n_kept);
   } else {
     float temperature = truncates ? 1 : p->temperature;   /* of the sum over the whole vocabulary, if one is needed */
     int needed = !truncates || (p->top_p < 1 && !limited);
     if (needed && (changed || temperature != 1)) sum = sum_weights(x, n, max, temperature, w.chunks);
-    double unit = pe_random_unit(in->seed, in->step);
-    n_kept = truncates ? truncate_all(&w, x, n, sum, p) : n;
-    token = truncates ? draw_kept(&w, x, n_kept, p->temperature, unit)
-                      : draw_all(&w, x, n, max, temperature, sum, unit);
+    n_kept = truncates ? truncate_all(&w, x, n, max, sum, p) : n;
+    token = truncates ? draw_left(&w, x, &n_kept, p, in->seed, in->step)
+                      : draw_all(&w, x, n, max, temperature, sum, pe_random_unit(in->seed, in->step));
   }
   *out = (pe_sampled){.token = (int32_t)token, .logprob = (float)((double)in->logits[token] - given_max - log_sum),
-                      .n_kept = (int32_t)n_kept, .fault = PE_FAULT_NONE};
+                      .n_kept = (int32_t)n_kept, .fault = PE_FAULT_NONE, .mu = mu};
   return PE_OK;
 }
 
@@ -442,9 +614,10 @@ pe_status pe_sample_few(const pe_sampler_params *p, const pe_sampler_few *in, vo
   for (int64_t i = 0; i < n_top; i++)
     top[i] = i < count ? (pe_token_value){in->tokens[i], (float)((double)x[i] - x[0] - log_sum)} : (pe_token_value){-1, -INFINITY};
   if (p->temperature != 0) {
+    if (p->top_n_sigma > 0 || p->mirostat) return fault(out, PE_FAULT_FEW, -1);
     n_kept = truncate_few(&w, x, count, count < in->k || in->k == in->n_vocab, sum, in->n_vocab, p);
     if (n_kept == 0) return fault(out, PE_FAULT_FEW, -1);
-    at = draw_kept(&w, x, n_kept, p->temperature, pe_random_unit(in->seed, in->step));
+    at = draw_left(&w, x, &n_kept, p, in->seed, in->step);
   }
   *out = (pe_sampled){.token = in->tokens[at], .logprob = (float)((double)x[at] - x[0] - log_sum), .n_kept = (int32_t)n_kept,
                       .fault = PE_FAULT_NONE};

@@ -109,6 +109,27 @@ def run(
     frequency_penalty: Annotated[float | None, _sampling("0", "--frequency-penalty", text=(
         "Subtract X from logits of recent tokens, once for each use; 0: off"))] = None,
     seed: Annotated[int | None, _sampling("another one each time", "--seed", text="Random seed; the same seed gives the same answer")] = None,
+    top_n_sigma: Annotated[float | None, _sampling("0", "--top-n-sigma", text=(
+        "Keep logits within X standard deviations of the largest; 0: off"))] = None,
+    xtc_probability: Annotated[float | None, _sampling("0", "--xtc-probability", text=(
+        "How often the top choices are left out, down to the last one that is likely; 0: off"))] = None,
+    xtc_threshold: Annotated[float | None, _sampling("0.1", "--xtc-threshold", text="The probability of a top choice")] = None,
+    dynatemp_range: Annotated[float | None, _sampling("0", "--dynatemp-range", text=(
+        "The temperature goes X below and above by how sure the model is; 0: off"))] = None,
+    dynatemp_exponent: Annotated[float | None, _sampling("1", "--dynatemp-exp", text="The power of the entropy in that")] = None,
+    mirostat: Annotated[int | None, _sampling("0", "--mirostat", text=(
+        "1 or 2: hold the surprise at mirostat_tau, without top_k, top_p and the others; 0: off"))] = None,
+    mirostat_tau: Annotated[float | None, _sampling("5", "--mirostat-ent", text="The surprise of a token that mirostat aims at, in bits")] = None,
+    mirostat_eta: Annotated[float | None, _sampling("0.1", "--mirostat-lr", text="How fast mirostat follows")] = None,
+    dry_multiplier: Annotated[float | None, _sampling("0", "--dry-multiplier", text=(
+        "DRY: how much is subtracted from what would prolong a repetition; 0: off"))] = None,
+    dry_base: Annotated[float | None, _sampling("1.75", "--dry-base", text="How much more that is for each token that is repeated")] = None,
+    dry_allowed_length: Annotated[int | None, _sampling("2", "--dry-allowed-length", text=(
+        "Repetitions that are longer lose more than the multiplier"))] = None,
+    dry_penalty_last_n: Annotated[int | None, _sampling("64", "--dry-penalty-last-n", text=(
+        "How many tokens are searched for repetitions; -1: all"))] = None,
+    dry_sequence_breakers: Annotated[list[str] | None, _sampling(r"\n : \" *", "--dry-sequence-breaker", text=(
+        "Texts that no repetition reaches over, one each time that it is given; none: there are none"))] = None,
     ctx: Context = None,
     kv_dtype: KvDtype = "f16",
     threads: Threads = None,
@@ -144,7 +165,11 @@ def run(
                              "--expert-device": expert_device is not None, "--mmap": mmap, "--lora": bool(lora), "--lora-scaled": bool(lora_scaled)})
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
              "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
-             "frequency_penalty": frequency_penalty, "seed": seed}
+             "frequency_penalty": frequency_penalty, "seed": seed, "top_n_sigma": top_n_sigma, "xtc_probability": xtc_probability,
+             "xtc_threshold": xtc_threshold, "dynatemp_range": dynatemp_range, "dynatemp_exponent": dynatemp_exponent, "mirostat": mirostat,
+             "mirostat_tau": mirostat_tau, "mirostat_eta": mirostat_eta, "dry_multiplier": dry_multiplier, "dry_base": dry_base,
+             "dry_allowed_length": dry_allowed_length, "dry_penalty_last_n": dry_penalty_last_n,
+             "dry_sequence_breakers": answer.breakers(dry_sequence_breakers) if dry_sequence_breakers else None}
     sampling = {k: v for k, v in given.items() if v is not None}
     if raw and system is not None:
         raise RequestError("--system needs the chat template, which --raw leaves out")

@@ -423,6 +423,11 @@ def check_sampling(sampling: dict[str, Any]) -> None:
     SamplingParams(**sampling)
 
 
+def breakers(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return sequence breakers as they were typed: \\n is the end of a line, and `none` alone says that there are none."""
+    return () if tuple(texts) == ("none",) else tuple(text.replace("\\n", "\n") for text in texts)
+
+
 def rate(count: int, seconds: float) -> float:
     """Return `count` per second; 0 where nothing was counted."""
     return count / max(seconds, 1e-9) if count else 0.0

@@ -34,7 +34,8 @@ ALIASES = {
     "--ctx-size": "--ctx", "--num-ctx": "--ctx", "--n-ctx": "--ctx", "--max-model-len": "--ctx", "--context-length": "--ctx",
     "--batch-size": "--batch", "--num-thread": "--threads", "--n-threads": "--threads",
     "-sys": "--system", "--system-prompt": "--system", "-s": "--seed", "-r": "--stop", "--reverse-prompt": "--stop",
-    "--typical-p": "--typical", "-mm": "--mmproj", "--images": "--image", "--cache-type": "--kv-dtype", "--prompt-file": "--file",
+    "--typical-p": "--typical", "--top-nsigma": "--top-n-sigma", "--dynatemp-exponent": "--dynatemp-exp", "--mirostat-tau": "--mirostat-ent",
+    "--mirostat-eta": "--mirostat-lr", "-mm": "--mmproj", "--images": "--image", "--cache-type": "--kv-dtype", "--prompt-file": "--file",
 }
 
 _GPU = ("layers go to cards as far as their memory holds them (`pyengine-run hardware` shows them): --device cuda, --device cuda:1, or "
@@ -46,6 +47,7 @@ _THINK = "in a conversation, `/think` says whether the model thinks, and `/set t
 _DRAFT = "there is no speculative decoding yet"
 _MAPPED = "weights are read into memory, in the layout that the kernels want; without --mmap they always are"
 _SAMPLER = "the sampler has no such step; --help lists those that it has"
+_ORDER = "the order of the sampler's steps is fixed: docs/library.md names it"
 _ROPE = "the scaling of positions is the one that the file names"
 _LOGS = "nothing is logged but what --verbose says"
 HINTS = {
@@ -65,8 +67,8 @@ HINTS = {
     **dict.fromkeys(("--think", "--hidethinking", "--reasoning-budget", "--reasoning-format"), _THINK),
     **dict.fromkeys(("-md", "--model-draft", "--draft", "--draft-max"), _DRAFT),
     **dict.fromkeys(("--audio",), "no sound is heard yet"),
-    **dict.fromkeys(("--mirostat", "--xtc-probability", "--xtc-threshold", "--dry-multiplier", "--dynatemp-range", "--samplers",
-                     "--sampling-seq", "--top-n-sigma", "--tfs", "--logit-bias"), _SAMPLER),
+    **dict.fromkeys(("--tfs", "--logit-bias", "--adaptive-target", "--adaptive-decay"), _SAMPLER),
+    **dict.fromkeys(("--samplers", "--sampling-seq", "--sampler-seq"), _ORDER),
     **dict.fromkeys(("--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale"), _ROPE),
     **dict.fromkeys(("--no-display-prompt", "--log-disable", "--verbose-prompt", "--simple-io", "-co", "--color", "--no-perf"), _LOGS),
     **dict.fromkeys(("-e", "--escape"), "your shell can write escapes: $'a\\nb'"),

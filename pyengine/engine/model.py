@@ -568,7 +568,7 @@ class Model(ReadsText):
         params = sampling_params(self.sampling_defaults, {k: v for k, v in sampling.items() if k in SAMPLING})
         rules = rules_of(self.sources, self.file.metadata, self.tokenizer.eog_ids, sampling)
         stops, shape = Stops(self.stop_defaults if stop is None else stop), wishes.shape
-        sampler = Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size))
+        sampler = Sampler(params, min(self.n_vocab, self.tokenizer.vocab_size), self.tokenizer.piece)
         made = prompt()
         guide, marks = self._guide(made, wishes, shape) if talks or shape else (None, ())
         decoder = self.tokenizer.decoder(skip_special=True, at_start=talks or self.sources is not None, marks=marks)

@@ -24,7 +24,6 @@ MOST_FILES = 256                     # of input_extra
 _NOT_HERE = {"n_probs": "give logprobs to /v1/completions", "post_sampling_probs": "there are none of them", "return_tokens": "the tokens are not given back",
              "samplers": "the order of the sampler's steps is fixed", "t_max_predict_ms": "there is no such limit of one request",
              "multimodal_data": "give pictures to /v1/chat/completions", "image_data": "give pictures to /v1/chat/completions"}
-_NO_STEP = {"mirostat": 0, "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0, "top_n_sigma": -1}    # and what switches each off there
 
 
 def routes(models: Models) -> list[Route]:
@@ -145,9 +144,6 @@ def _files(extra: Sequence[Any]) -> list[tuple[str, str]]:
 
 def _settings(fields: Fields) -> dict[str, Any]:
     fields.refuse(_NOT_HERE, harmless=(None, False, 0, -1, ""))
-    for name, off in _NO_STEP.items():
-        if fields.values.get(name) not in (None, off):
-            raise FieldError(name, "the sampler has no such step")
     wanted = replies.sampling(fields)
     if isinstance(wanted.get("seed"), int) and wanted["seed"] in (-1, 2**32 - 1):
         del wanted["seed"]                                   # another one each time

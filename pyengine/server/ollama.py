@@ -30,7 +30,7 @@ _MANAGED = {"push": "/api/push: nothing is sent from here to a registry", "creat
             "delete": "/api/delete: no request may delete a file of this machine; delete it with the program that stored it",
             "blobs": "/api/blobs: no request may store a file on this machine"}
 _NAMES = {name: f"options.{name}" for name in (*replies.SAMPLING, "stop")} | {"adapters": "options.lora"}    # of the library's arguments
-_WITHOUT_EFFECT = {"mirostat": 0, "tfs_z": 1.0}
+_WITHOUT_EFFECT = {"tfs_z": 1.0}
 
 
 def failed(error: BaseException, status: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """OpenAI's interface: what chat completions and completions share (platform.openai.com/docs/api-reference).
 
-Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typical_p, repeat_penalty, repeat_last_n.
+Beside OpenAI's fields those of llama.cpp's server are taken: top_k, min_p, typical_p, repeat_penalty, repeat_last_n, xtc_probability ...
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ from pyengine.server.fields import FieldError, Fields, parse
 from pyengine.server.metrics import metrics
 from pyengine.server.models import Hold, Models, Served
 from pyengine.server.streams import leaving
+from pyengine.text.sampling import SamplingParams
 from pyengine.text.search import SEARCH
 
 BODY_BYTES = 64 << 20                # of one request: some large pictures in base64
 BODY_SECONDS = 60.0                  # until all of it has come
 
 # Of the settings of an answer, what OpenAI and llama.cpp's server call them, and `SamplingParams` here; and those of `Search`.
-SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
-                                    "presence_penalty", "frequency_penalty", "seed", *SEARCH)}
+SAMPLING = {name: name for name in (*SamplingParams.__dataclass_fields__, *SEARCH) if name not in ("logprobs", "logit_bias")}   # both have forms of their own
 _NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must |is missing))")     # how errors of the library name an argument, and a place in it
 _names = random.Random()             # begins at a number of the system's
 _OFF = "give false"                  # how they say that thinking is switched off

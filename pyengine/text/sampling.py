@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from pyengine import native
 from pyengine.arguments import INT32_MAX, number, takes, whole
 from pyengine.errors import ModelWarning, PyEngineError, RequestError, ShapeError, shown
+from pyengine.text.repetition import Repetitions
 
 
 def sampler_bytes(n_vocab: int) -> int:
@@ -38,6 +39,15 @@ class SamplingParams:
     seed               the same seed draws the same tokens from the same logits; None draws a seed
     logprobs           how many of the most probable tokens to report beside the chosen one
     logit_bias         pairs (token, bias) or a mapping, added to the logits; -inf forbids a token
+    top_n_sigma        keep logits within so many standard deviations of the largest               [0]
+    xtc_probability    how often, of tokens of at least xtc_threshold, only the least probable stays [0]
+    dynatemp_range     how far the temperature goes below and above by the entropy of what is left [0]
+    dynatemp_exponent  the power of the normalised entropy in it
+    mirostat           1 or 2: hold the surprise near mirostat_tau bits, instead of all that truncates [0]
+    mirostat_eta       how fast it follows
+    dry_multiplier     subtract it * dry_base^(n - dry_allowed_length) from what would prolong a repetition of n tokens [0]
+    dry_penalty_last_n how many tokens are searched for repetitions, -1 for all                    [0]
+    dry_sequence_breakers  texts that no repetition reaches over
 
     A model's file may have other defaults than these: `sampling_defaults`. Raises RequestError with the offending value.
     """
@@ -54,6 +64,19 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
 
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:
@@ -68,11 +91,15 @@ class SamplingParams:
         if self.seed is not None:
             keep("seed", whole("seed", self.seed, 0, 2**64 - 1))
         keep("logit_bias", _biases(self.logit_bias))
+        keep("dry_sequence_breakers", _texts("dry_sequence_breakers", self.dry_sequence_breakers))
 
 
 _NUMBERS = (("temperature", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("typical_p", 0, 1), ("repeat_penalty", 0, math.inf),
-            ("presence_penalty", -math.inf, math.inf), ("frequency_penalty", -math.inf, math.inf))
-_WHOLE = (("top_k", 0, INT32_MAX), ("repeat_last_n", -1, INT32_MAX), ("logprobs", 0, INT32_MAX))
+            ("presence_penalty", -math.inf, math.inf), ("frequency_penalty", -math.inf, math.inf), ("top_n_sigma", -math.inf, math.inf),
+            ("xtc_probability", 0, 1), ("xtc_threshold", 0, 1), ("dynatemp_range", 0, math.inf), ("dynatemp_exponent", 0, math.inf),
+            ("mirostat_tau", 0, math.inf), ("mirostat_eta", 0, math.inf), ("dry_multiplier", 0, math.inf), ("dry_base", 1, math.inf))
+_WHOLE = (("top_k", 0, INT32_MAX), ("repeat_last_n", -1, INT32_MAX), ("logprobs", 0, INT32_MAX), ("mirostat", 0, 2),
+          ("dry_allowed_length", 0, INT32_MAX), ("dry_penalty_last_n", -1, INT32_MAX))
 SamplingParams.__init__ = takes()(SamplingParams.__init__)   # type: ignore[method-assign]
 
 
@@ -90,6 +117,13 @@ def _biases(bias: Any) -> tuple[tuple[int, float], ...]:
     return tuple(made)
 
 
+def _texts(name: str, texts: Any) -> tuple[str, ...]:
+    """Return some texts, none of them empty. Raises: RequestError."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+        raise RequestError(f"{name} must be a list of texts that are not empty, got {shown(texts)}")
+    return tuple(texts)
+
+
 def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
     """Return a model's defaults with what a request gives instead. Raises RequestError also for a name that no field has."""
     return SamplingParams(**{**defaults, **given})
@@ -97,27 +131,27 @@ def sampling_params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sa
 
 # Keys of files (gguf-py: Keys.General.SAMPLING_*), which converters fill from generation_config.json, and what they are here.
 SAMPLING_KEYS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repeat_penalty",
-                 "penalty_last_n": "repeat_last_n"}
-_UNKNOWN_KEYS = {"xtc_probability": 0, "mirostat": 0, "sequence": ""}          # and the value with which they do nothing
+                 "penalty_last_n": "repeat_last_n", "xtc_probability": "xtc_probability", "xtc_threshold": "xtc_threshold",
+                 "mirostat": "mirostat", "mirostat_tau": "mirostat_tau", "mirostat_eta": "mirostat_eta"}
+_ORDER = "sequence"                  # of steps, in a file: it is fixed here
 
 
 def sampling_defaults(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model's authors recommend, by fields of `SamplingParams`: the file's keys `general.sampling.*`.
 
-    What is not there keeps its usual default. Warns of values out of range, and of steps that this sampler does not have.
+    What is not there keeps its usual default. Warns of values out of range, and of another order of steps.
     """
-    said = {key: meta.get(f"general.sampling.{key}") for key in (*SAMPLING_KEYS, *_UNKNOWN_KEYS)}
-    for key, nothing in _UNKNOWN_KEYS.items():
-        if said[key] not in (None, nothing):
-            warnings.warn(f"general.sampling.{key}: {shown(said[key])} is ignored: the sampler has no such step", ModelWarning)
+    said = {key: meta.get(f"general.sampling.{key}") for key in (*SAMPLING_KEYS, _ORDER)}
+    if said[_ORDER] not in (None, ""):
+        warnings.warn(f"general.sampling.{_ORDER}: {shown(said[_ORDER])} is ignored: the order of the sampler's steps is fixed", ModelWarning)
     return usable_sampling({field: said[key] for key, field in SAMPLING_KEYS.items() if said[key] is not None}, "general.sampling")
 
 
 # Parameters of Ollama (its page of the Modelfile) that are no sampling settings: of memory, speed and length, or without effect today.
 _OTHER_PARAMETERS = set(
     "stop num_ctx num_predict num_keep num_batch num_gpu main_gpu low_vram f16_kv vocab_only use_mmap use_mlock num_thread numa num_gqa "
-    "embedding_only logits_all penalize_newline mirostat_tau mirostat_eta rope_frequency_base rope_frequency_scale draft_num_predict".split())
-_NO_SUCH_STEP = {"mirostat": 0, "tfs_z": 1}              # and the value with which they do nothing
+    "embedding_only logits_all penalize_newline rope_frequency_base rope_frequency_scale draft_num_predict".split())
+_NO_SUCH_STEP = {"tfs_z": 1}              # and the value with which they do nothing
 
 
 def ollama_sampling(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,11 +199,13 @@ class Sampler:
     """Sample one sequence: owns the random stream, the recent tokens and the scratch memory of the C sampler.
 
     `n_vocab` are the tokens that there are: rows of a model's head beyond them are padding, which nobody may draw, and the caller
-    leaves them out. `seed` is the one in use, also where params left it open: it replays the text. Not for several threads at once.
+    leaves them out. `seed` is the one in use, also where params left it open: it replays the text. `piece`: the bytes of a token, by
+    which DRY finds its sequence breakers. Not for several threads at once.
     """
 
     params: SamplingParams
     n_vocab: int
+    piece: Callable[[int], bytes] | None = None
     seed: int = field(init=False)
     step: int = field(init=False, default=0)  # numbers drawn so far
 
@@ -186,19 +222,23 @@ class Sampler:
         )
         self._recent: deque[int] = deque()
         self._counts: Counter[int] = Counter()
+        self._repetitions = _repetitions(p, self.piece)
         ffi = native.ffi
         self._scratch = np.empty(sampler_bytes(self.n_vocab), np.uint8)
         self._scratch_at = ffi.cast("void *", self._scratch.ctypes.data + -self._scratch.ctypes.data % 64)
         self._params = ffi.new(
             "pe_sampler_params *",
             [p.temperature, p.top_k, p.top_p, p.min_p, p.typical_p]
-            + [p.repeat_penalty, p.presence_penalty, p.frequency_penalty],
+            + [p.repeat_penalty, p.presence_penalty, p.frequency_penalty]
+            + [max(p.top_n_sigma, 0), p.xtc_probability, p.xtc_threshold, p.dynatemp_range, p.dynatemp_exponent]
+            + [p.mirostat, p.mirostat_tau, p.mirostat_eta],
         )
         self._bias = ffi.new("pe_token_value[]", list(p.logit_bias))
         self._input = ffi.new("pe_sampler_input *")
         self._input.n_vocab = self.n_vocab
         self._input.bias, self._input.n_bias = self._bias, len(p.logit_bias)
         self._input.seed = self.seed
+        self._input.mu = 2 * p.mirostat_tau
         self._out = ffi.new("pe_sampled *")
         self._top = ffi.new("pe_token_value[]", p.logprobs)
 
@@ -208,6 +248,8 @@ class Sampler:
         Raises RequestError if the vocabulary has no such token.
         """
         whole("token", token, 0, self.n_vocab - 1)
+        if self._repetitions is not None:
+            self._repetitions.accept(int(token))
         if not self._penalizes:
             return
         self._recent.append(token)
@@ -235,21 +277,25 @@ class Sampler:
             row.allowed = ffi.cast("uint32_t *", allowed.ctypes.data)
         recent = ffi.new("pe_token_count[]", list(self._counts.items()))
         row.recent, row.n_recent = recent, len(self._counts)
+        less = ffi.new("pe_token_value[]", [] if self._repetitions is None else self._repetitions.penalties())
+        row.less, row.n_less = less, len(less)
         row.step = self.step
         status = native.lib.pe_sample(
             self._params, row, self._scratch_at, self._out, self._top, self.params.logprobs
         )
-        row.logits = row.allowed = row.recent = ffi.NULL
-        return self._sampled(status)
+        row.logits = row.allowed = row.recent = row.less = ffi.NULL
+        found = self._sampled(status)
+        row.mu = self._out.mu
+        return found
 
     def sample_few(self, logits: np.ndarray, tokens: np.ndarray, sums: np.ndarray) -> Sampled | None:
         """Choose the token that `sample` would, from the k largest logits alone: what the op `top_k` finds in a row.
 
-        None where it depends on others: with penalties and biases, without top_k where the tokens that top_p and min_p keep do not end
-        among these, and for more logprobs than there are. Raises as `sample`.
+        None where it depends on others: with penalties, biases, top_n_sigma and mirostat, without top_k where the tokens that top_p and
+        min_p keep do not end among these, and for more logprobs than there are. Raises as `sample`.
         """
         p, k = self.params, len(logits)
-        if self._counts or p.logit_bias or p.logprobs > k:
+        if self._counts or p.logit_bias or p.logprobs > k or self._repetitions is not None and self._repetitions.penalties():
             return None
         ffi = native.ffi
         few = ffi.new("pe_sampler_few *", [ffi.cast("float *", logits.ctypes.data), ffi.cast("int32_t *", tokens.ctypes.data),
@@ -277,6 +323,15 @@ class Sampler:
         if out.fault == lib.PE_FAULT_EMPTY:
             return RequestError("no token is left to choose from: every one is forbidden by mask, bias or the model")
         return PyEngineError(f"pe_sample refused its arguments: status {status}, fault {out.fault}, token {out.token}")
+
+
+def _repetitions(p: SamplingParams, piece: Callable[[int], bytes] | None) -> Repetitions | None:
+    """Return what DRY counts, or None where it is left out. Raises: RequestError without a tokenizer."""
+    if p.dry_multiplier == 0 or p.dry_penalty_last_n == 0:
+        return None
+    if piece is None and p.dry_sequence_breakers:
+        raise RequestError("dry_sequence_breakers: a sampler without a tokenizer does not know the texts of tokens; give piece=, or no breakers")
+    return Repetitions(p.dry_multiplier, p.dry_base, p.dry_allowed_length, p.dry_penalty_last_n, p.dry_sequence_breakers, piece or (lambda token: b""))
 
 
 def _check_array(name: str, array: np.ndarray, dtype: type, size: int) -> None:

@@ -166,6 +166,14 @@ def test_set_lists_all_values_and_where_they_are_from() -> None:
     assert (talk.choices.keep, talk.choices.wordwrap, listed(talk)["temperature"][0]) == ("all", True, "0.6")
 
 
+def test_sequence_breakers_are_typed_as_texts() -> None:
+    talk = talk_with()
+    for typed, want in ((r'"\n" "a b" c', ("\n", "a b", "c")), ("none", ()), ("END", ("END",))):
+        talk.choices.set("dry_sequence_breakers", typed)
+        assert talk.choices.answer.sampling == {"dry_sequence_breakers": want}
+    assert listed(talk)["dry_sequence_breakers"] == ('"END"', "set")
+
+
 def test_settings_have_the_words_of_the_options() -> None:
     import typing
 

@@ -267,7 +267,8 @@ def test_ollamas_lists(client, served, name) -> None:
 
 @pytest.mark.parametrize("path, change, part", [
     ("/api/chat", {"format": "xml"}, "JSON schema"), ("/api/chat", {"think": True}, "thinking"),
-    ("/api/chat", {"options": {"num_ctx": 4096}}, "--ctx 4096"), ("/api/chat", {"options": {"mirostat": 1}}, "no such step"),
+    ("/api/chat", {"options": {"num_ctx": 4096}}, "--ctx 4096"), ("/api/chat", {"options": {"tfs_z": 0.5}}, "no such step"),
+    ("/api/chat", {"options": {"mirostat": 3}}, "options.mirostat: must be"),
     ("/api/pull", {}, "--allow-pull"), ("/api/delete", {}, "no request may delete"), ("/api/blobs/sha256:0", {}, "no request may store"),
 ])
 def test_ollamas_refusals(client, name, path: str, change: dict, part: str) -> None:

@@ -61,7 +61,7 @@ def native(*symbols: str):
         pass
     stand_in = types.ModuleType("pyengine.native")
     stand_in.ffi, stand_in.lib = compile_c(("host/dequant.c", "host/sampling.c"), ("host/dequant.h", "host/sampling.h"))
-    users = ("pyengine.native", "pyengine.native.blocks", "pyengine.text.sampling")
+    users = ("pyengine.native", "pyengine.native.blocks", "pyengine.text.repetition", "pyengine.text.sampling")
     kept = {name: sys.modules.pop(name, None) for name in users}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pyengine.native", stand_in)

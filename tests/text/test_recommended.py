@@ -108,26 +108,28 @@ def test_keys_have_the_names_of_gguf_py():
     keys = gguf.Keys.General
     meta = {keys.SAMPLING_TEMP: np.float32(0.6).item(), keys.SAMPLING_TOP_K: 20, keys.SAMPLING_TOP_P: np.float32(0.95).item(),
             keys.SAMPLING_MIN_P: 0.0, keys.SAMPLING_PENALTY_REPEAT: np.float32(1.05).item(), keys.SAMPLING_PENALTY_LAST_N: -1,
-            keys.SAMPLING_MIROSTAT: 0, keys.SAMPLING_XTC_PROBABILITY: 0.0, keys.SAMPLING_SEQUENCE: ""}
+            keys.SAMPLING_MIROSTAT: 2, keys.SAMPLING_MIROSTAT_TAU: 4.0, keys.SAMPLING_MIROSTAT_ETA: np.float32(0.2).item(),
+            keys.SAMPLING_XTC_PROBABILITY: 0.5, keys.SAMPLING_XTC_THRESHOLD: np.float32(0.2).item(), keys.SAMPLING_SEQUENCE: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = sampling_defaults(meta)
-    assert found == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repeat_penalty": 1.05, "repeat_last_n": -1}
-    assert sampling_params(found, {"temperature": 0}) == SamplingParams(0, 20, 0.95, 0.0, repeat_penalty=1.05, repeat_last_n=-1)
+    more = {"mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2, "xtc_probability": 0.5, "xtc_threshold": 0.2}
+    assert found == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repeat_penalty": 1.05, "repeat_last_n": -1, **more}
+    assert sampling_params(found, {"temperature": 0}) == SamplingParams(0, 20, 0.95, 0.0, repeat_penalty=1.05, repeat_last_n=-1, **more)
 
 
 @pytest.mark.parametrize("key, value", [("temp", -1.0), ("temp", math.nan), ("top_p", 1.5), ("min_p", "0.1"), ("top_k", 2**40), ("top_k", 1.5),
-                                        ("penalty_repeat", 0.0), ("penalty_last_n", -2), ("temp", True), ("temp", [1.0])])
+                                        ("penalty_repeat", 0.0), ("penalty_last_n", -2), ("temp", True), ("temp", [1.0]), ("mirostat", 3),
+                                        ("xtc_probability", 1.5)])
 def test_values_out_of_range_are_ignored_with_a_warning(key, value):
     with pytest.warns(ModelWarning, match="general.sampling.* is ignored"):
         assert sampling_defaults({f"general.sampling.{key}": value, "general.sampling.top_p": 0.9} if key != "top_p" else
                                  {f"general.sampling.{key}": value}).keys() <= {"top_p"}
 
 
-@pytest.mark.parametrize("key, value", [("mirostat", 2), ("xtc_probability", 0.5), ("sequence", "temperature;top_k")])
-def test_steps_that_the_sampler_does_not_have_are_named(key, value):
-    with pytest.warns(ModelWarning, match=f"general.sampling.{key}: .*no such step"):
-        assert sampling_defaults({f"general.sampling.{key}": value}) == {}
+def test_another_order_of_steps_is_named():
+    with pytest.warns(ModelWarning, match="general.sampling.sequence: .*order"):
+        assert sampling_defaults({"general.sampling.sequence": "temperature;top_k"}) == {}
 
 
 def test_all_tokens_by_a_negative_top_k():
@@ -275,8 +277,9 @@ def test_a_modelfile_is_used(home):
 def test_parameters_that_cannot_be_followed_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ollama_sampling({"temperature": 1, "top_k": 64, "num_gpu": 1, "mirostat": 0, "tfs_z": 1, "stop": None}) == {"temperature": 1, "top_k": 64}
-    for wrong in ({"mirostat": 1}, {"unheard_of": 1}, {"temperature": "hot"}, {"logit_bias": []}):
+        assert ollama_sampling({"temperature": 1, "top_k": 64, "num_gpu": 1, "mirostat": 1, "mirostat_tau": 2.0, "tfs_z": 1, "stop": None}) == {
+            "temperature": 1, "top_k": 64, "mirostat": 1, "mirostat_tau": 2.0}
+    for wrong in ({"mirostat": 7}, {"unheard_of": 1}, {"temperature": "hot"}, {"logit_bias": []}):
         with pytest.warns(ModelWarning, match=f"{next(iter(wrong))}.* is ignored"):
             assert ollama_sampling(wrong) == {}
 

@@ -28,7 +28,7 @@ def softmax(x):
     return e / e.sum()
 
 
-def reference(logits, p, counts=(), allowed=None):
+def reference(logits, p, counts=(), allowed=None, mu=None):
     """Return {token: probability} of the final draw; float64, a full sort, written from the definitions."""
     x = logits.astype(np.float64)
     for token, bias in p.logit_bias:
@@ -42,6 +42,10 @@ def reference(logits, p, counts=(), allowed=None):
     ids = ids[np.isfinite(x[ids])]
     if p.temperature == 0:
         return {int(ids[0]): 1.0}
+    if p.mirostat:
+        return mirostat(x[ids] / p.temperature, ids, p, 2 * p.mirostat_tau if mu is None else mu, len(logits))[0]
+    if p.top_n_sigma > 0:                                                    # arXiv:2411.07641, algorithm 1
+        ids = ids[x[ids] >= x[ids[0]] - p.top_n_sigma * np.std(x[ids])]
     if p.top_k > 0:
         ids = ids[: p.top_k]
     if p.typical_p < 1:
@@ -56,7 +60,36 @@ def reference(logits, p, counts=(), allowed=None):
         ids = ids[: reached[0] + 1 if reached.size else None]
     probs = softmax(x[ids])
     ids = ids[probs >= p.min_p * probs[0]]
-    return dict(zip(ids.tolist(), softmax(x[ids] / p.temperature).tolist()))
+    choices = np.flatnonzero(softmax(x[ids]) >= p.xtc_threshold)
+    if p.xtc_probability == 1 and choices.size > 1:                           # text-generation-webui 6335: all of them but the least probable
+        ids = np.delete(ids, choices[:-1])
+    t = p.temperature
+    if p.dynatemp_range > 0 and ids.size > 1:                                 # koboldcpp 600
+        probs = softmax(x[ids])
+        part = -np.sum(probs * np.log(probs, where=probs > 0, out=np.zeros_like(probs))) / np.log(ids.size)
+        low, high = max(0, t - p.dynatemp_range), t + p.dynatemp_range
+        t = low + (high - low) * part**p.dynatemp_exponent
+    return dict(zip(ids.tolist(), (softmax(x[ids] / t) if t > 0 else np.eye(ids.size)[0]).tolist()))
+
+
+def mirostat(x, ids, p, mu, n_vocab):
+    """Return {token: probability}, and how surprising each is in bits, by arXiv:2007.14966 and its authors' program, of sorted logits."""
+    probs = softmax(x)
+    with np.errstate(divide="ignore"):
+        surprise = -np.log2(probs)
+    if p.mirostat == 2:
+        n = max(1, int(np.sum(surprise <= mu)))
+    else:
+        best = x[:100]
+        t, b = np.log(np.arange(2, best.size + 1) / np.arange(1, best.size)), best[:-1] - best[1:]
+        n = 1
+        if best.size > 1:
+            s = max(t @ b / (t @ t), 1e-9)
+            with np.errstate(over="ignore"):
+                k = ((s - 1) * 2.0**mu / (1 - n_vocab ** -(s - 1))) ** (1 / s)
+            n = round(k) + 1 if k < x.size else x.size
+    kept = softmax(x[:n])
+    return dict(zip(ids[:n].tolist(), kept.tolist())), dict(zip(ids.tolist(), surprise.tolist()))
 
 
 def bits(allowed):
@@ -104,6 +137,19 @@ CHAINS = [
     dict(OFF, top_p=0.0),
     dict(OFF, typical_p=0.0),
     dict(temperature=0.0),
+    dict(OFF, top_n_sigma=1.0),
+    dict(top_n_sigma=2.5, top_k=20, typical_p=0.9, temperature=0.5),
+    dict(OFF, top_n_sigma=1.5, top_p=0.6),
+    dict(OFF, xtc_probability=1.0, temperature=1.4),
+    dict(OFF, xtc_probability=1.0, xtc_threshold=0.001),
+    dict(min_p=0.02, xtc_probability=1.0, xtc_threshold=0.05),
+    dict(xtc_probability=1.0, xtc_threshold=1.0),
+    dict(OFF, dynatemp_range=0.5),
+    dict(OFF, dynatemp_range=2.0, dynatemp_exponent=0.7, xtc_probability=1.0, xtc_threshold=0.02),
+    dict(dynatemp_range=0.4, dynatemp_exponent=2.0, top_p=1.0),
+    dict(mirostat=1, mirostat_tau=3.0),
+    dict(mirostat=2, mirostat_tau=2.0, temperature=0.7),
+    dict(mirostat=2, mirostat_tau=30.0, top_k=3),
 ]
 
 
@@ -116,10 +162,12 @@ def test_kept_tokens(sampling, n_vocab, chain):
         logits = (rng.standard_normal(n_vocab) * spread).astype(np.float32)
         params = sampling.SamplingParams(**chain, seed=row)
         sampler = sampling.Sampler(params, n_vocab)
-        expected = reference(logits, params)
-        tokens = draws(sampler, logits, 8)
-        assert sampler._out.n_kept == len(expected)
-        assert set(tokens.tolist()) <= set(expected)
+        mu = sampler._input.mu
+        for _ in range(8):
+            expected = reference(logits, params, mu=mu)
+            token = sampler.sample(logits).token
+            assert sampler._out.n_kept == len(expected) and token in expected
+            mu = sampler._input.mu
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default")
@@ -127,7 +175,7 @@ def test_distribution(sampling, chain):
     n_vocab = 5000  # more than one chunk
     logits = np.random.default_rng(3).standard_normal(n_vocab).astype(np.float32) * 2
     logits[[7, 4500, 4999]] = 8.0, 9.0, 8.5
-    params = sampling.SamplingParams(**chain, seed=11)
+    params = sampling.SamplingParams(**chain, seed=11, mirostat_eta=0.0)       # mu stays
     tokens = draws(sampling.Sampler(params, n_vocab), logits, 4000)
     assert_distributed(tokens, reference(logits, params))
 
@@ -244,6 +292,14 @@ def test_refused_logits(sampling):
         dict(repeat_last_n=-2),
         dict(presence_penalty=math.nan),
         dict(frequency_penalty=1e39),
+        *({name: v} for name in ("xtc_probability", "xtc_threshold") for v in (-0.01, 1.01, math.nan, "1")),
+        *({name: v} for name in ("dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta", "dry_multiplier") for v in (-0.1, math.nan, None)),
+        dict(top_n_sigma=math.inf),
+        dict(dry_base=0.9),
+        *(dict(mirostat=v) for v in (-1, 3, 1.0, True)),
+        *(dict(dry_allowed_length=v) for v in (-1, 1.5)),
+        dict(dry_penalty_last_n=-2),
+        *(dict(dry_sequence_breakers=v) for v in ("abc", [""], [1], 5, None)),
         *(dict(seed=v) for v in (-1, 2**64, 0.5)),
         dict(logprobs=-1),
         *(dict(logit_bias=v) for v in (5, (1, 2), ((1, 2, 3),), ((-1, 0.0),), ((1, math.inf),), ((1.0, 0.0),))),
@@ -300,14 +356,16 @@ def test_same_tokens_whatever_the_compiler_does():
         scratch = np.empty(lib.pe_sample_scratch(n_vocab) + 64, np.uint8)
         at = ffi.cast("void *", scratch.ctypes.data + -scratch.ctypes.data % 64)
         out, found = ffi.new("pe_sampled *"), []
-        for k, top_p, min_p, typical in ((0, 1, 0, 1), (40, 0.95, 0.05, 1), (0, 0.9, 0, 1), (0, 1, 0, 0.7)):
-            params = ffi.new("pe_sampler_params *", [0.7, k, top_p, min_p, typical, 1, 0, 0])
+        plain = ((0, 1, 0, 1), (40, 0.95, 0.05, 1), (0, 0.9, 0, 1), (0, 1, 0, 0.7))
+        for k, top_p, min_p, typical, sigma, xtc, dyna, miro in (*((*p, 0, 0, 0, 0) for p in plain), *((*p, 0, 0.5, 0.5, 0) for p in plain),
+                                                                (0, 1, 0, 1, 2.0, 0, 0, 0), (0, 1, 0, 1, 0, 0, 0, 1), (0, 1, 0, 1, 0, 0, 0, 2)):
+            params = ffi.new("pe_sampler_params *", [0.7, k, top_p, min_p, typical, 1, 0, 0, sigma, xtc, 0.02, dyna, 0.7, miro, 4.0, 0.1])
             for row in rows:
                 for step in range(20):
-                    row_in = ffi.new("pe_sampler_input *", dict(n_vocab=n_vocab, seed=5, step=step))
+                    row_in = ffi.new("pe_sampler_input *", dict(n_vocab=n_vocab, seed=5, step=step, mu=6.0))
                     row_in.logits = ffi.cast("float *", row.ctypes.data)
                     assert lib.pe_sample(params, row_in, at, out, ffi.NULL, 0) == 0
-                    found.append((out.token, out.n_kept, out.logprob))
+                    found.append((out.token, out.n_kept, out.logprob, out.mu))
         results.append(found)
     assert results[0] == results[1] == results[2]
 
@@ -329,10 +387,15 @@ def test_c_refuses_what_python_would_not_pass(sampling):
     for i in (0, 2, 3, 4, 5, 6, 7):
         for value in (math.nan, -1.0 if i in (0, 2, 4, 5) else math.inf):
             assert call([*good[:i], value, *good[i + 1 :]]) == (3, lib.PE_FAULT_PARAMS)
+    for i, wrong in ((0, (math.nan, math.inf)), (1, (math.nan, -0.1, 1.1)), (2, (math.nan, -0.1, 1.1)), (3, (math.nan, -1.0)), (4, (math.nan, -1.0)),
+                     (5, (-1, 3)), (6, (math.nan, -1.0)), (7, (math.nan, -1.0))):
+        for value in wrong:
+            assert call([*good, *[0] * i, value]) == (3, lib.PE_FAULT_PARAMS)
     for token in (-1, 8, 2**31 - 1):
         pair = ffi.new("pe_token_value[]", [(token, 1.0)])
         assert call(bias=pair, n_bias=1) == (3, lib.PE_FAULT_TOKEN) and out.token == token
         count = ffi.new("pe_token_count[]", [(token, 1)])
+        assert call(less=pair, n_less=1) == (3, lib.PE_FAULT_TOKEN) and out.token == token
         penalty = [*good[:6], 0.5, 0.0]
         assert call(penalty, recent=count, n_recent=1) == (3, lib.PE_FAULT_TOKEN) and out.token == token
 
@@ -356,15 +419,16 @@ int main(void) {{
     pe_token_count recent = {{0, 2}};
     void *scratch = aligned_alloc(64, pe_sample_scratch(n));
     memset(allowed, 0xff, 4 * n_words);
-    for (int round = 0; round < 48; round++) {{
+    for (int round = 0; round < 128; round++) {{
       for (int i = 0; i < n; i++) {{
         float unit = (float)pe_random_unit(round, i);
         logits[i] = round % 3 == 0 ? 0 : round % 3 == 1 ? 20 * unit : extremes[(int)(unit * 5.99f)];
       }}
       logits[n / 2] = 1;
       pe_sampler_params p = {{round % 4 ? 0.7f : 0, round & 1 ? 40 : 0, round & 2 ? 0.9f : 1, round & 4 ? 0.1f : 0,
-                             round & 8 ? 0.5f : 1, 1.5f, 0.1f, 0.1f}};
-      pe_sampler_input in = {{logits, n, &recent, 1, &bias, 1, round & 16 ? allowed : NULL, 1, (uint64_t)round}};
+                             round & 8 ? 0.5f : 1, 1.5f, 0.1f, 0.1f, round & 16 ? 1.5f : 0, round & 32 ? 0.7f : 0, 0.1f,
+                             round & 64 ? 0.9f : 0, 0.5f, round % 7 < 3 ? round % 7 : 0, 3, 0.5f}};
+      pe_sampler_input in = {{logits, n, &recent, 1, &bias, 1, round & 16 ? allowed : NULL, 1, (uint64_t)round, &bias, 1, round % 9}};
       pe_sampled out;
       if (pe_sample(&p, &in, scratch, &out, top, n < 20 ? n : 20) != PE_OK) return 1;
       if (out.token < 0 || out.token >= n || out.n_kept < 1 || out.n_kept > n) return 2;
@@ -385,7 +449,7 @@ int main(void) {{
 FEW = [
     {}, dict(temperature=0.0), dict(top_k=7, typical_p=0.6), dict(top_k=256, top_p=1.0, min_p=0.0, temperature=3.0), dict(logprobs=9),
     dict(top_k=0, top_p=0.6), dict(top_k=0, top_p=1.0, min_p=0.02), dict(temperature=0.0, logprobs=256), dict(top_k=0, top_p=0.999, min_p=0.0),
-    OFF, dict(top_k=300), dict(top_k=0, typical_p=0.5),
+    OFF, dict(top_k=300), dict(top_k=0, typical_p=0.5), dict(xtc_probability=0.5, dynatemp_range=0.5), dict(top_k=0, top_p=0.6, xtc_probability=1.0),
 ]
 
 
@@ -435,12 +499,17 @@ def largest(row, k):
 def test_the_largest_logits_are_not_enough(sampling):
     row = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     few = largest(row, 256)
-    for params in (dict(logit_bias=((3, 1.0),)), dict(logprobs=257), dict(top_k=257), OFF):
+    for params in (dict(logit_bias=((3, 1.0),)), dict(logprobs=257), dict(top_k=257), OFF, dict(top_n_sigma=1.0), dict(mirostat=1), dict(mirostat=2),
+                   dict(OFF, xtc_probability=1.0)):
         assert sampling.Sampler(sampling.SamplingParams(**params), 1000).sample_few(*few) is None
     penalized = sampling.Sampler(sampling.SamplingParams(presence_penalty=1.0), 1000)
     assert penalized.sample_few(*few) is not None                              # nothing is recent yet
     penalized.accept(int(few[1][0]))
     assert penalized.sample_few(*few) is None
+    dry = sampling.Sampler(sampling.SamplingParams(dry_multiplier=1.0, dry_sequence_breakers=()), 1000)
+    for token, whole in ((1, False), (2, False), (3, False), (1, False), (2, True), (9, False)):
+        dry.accept(token)
+        assert (dry.sample_few(*few) is None) == whole                         # where it takes something from a token
     for bad in (math.nan, math.inf):
         row[17] = bad
         values, tokens = np.array([bad, 1.0], np.float32), np.array([17, 3], np.int32)
@@ -461,6 +530,14 @@ def test_speed(sampling, capsys):
         "temperature": dict(OFF, temperature=0.8),
         "top_p": dict(OFF, top_p=0.95),
         "typical_p": dict(OFF, typical_p=0.9),
+        "top_n_sigma": dict(OFF, top_n_sigma=1.0),
+        "default, xtc": dict(xtc_probability=0.5),
+        "xtc": dict(OFF, xtc_probability=1.0),
+        "default, dynatemp": dict(dynatemp_range=0.5),
+        "dynatemp": dict(OFF, dynatemp_range=0.5),
+        "mirostat 1": dict(mirostat=1),
+        "mirostat 2": dict(mirostat=2),
+        "default, dry": dict(dry_multiplier=0.8, dry_penalty_last_n=-1, dry_sequence_breakers=()),
     }
     lines = []
     for name, chain in cases.items():

@@ -12,7 +12,10 @@ from pyengine.errors import RequestError
 
 SAMPLING: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "typical_p": float,
                              "repeat_penalty": float, "repeat_last_n": int, "presence_penalty": float,
-                             "frequency_penalty": float, "seed": int}
+                             "frequency_penalty": float, "seed": int, "top_n_sigma": float, "xtc_probability": float, "xtc_threshold": float,
+                             "dynatemp_range": float, "dynatemp_exponent": float, "mirostat": int, "mirostat_tau": float,
+                             "mirostat_eta": float, "dry_multiplier": float, "dry_base": float, "dry_allowed_length": int,
+                             "dry_penalty_last_n": int, "dry_sequence_breakers": tuple}
 KEEP = ("all", "latest")
 SWITCHES = ("on", "off")
 THINK = ("auto", "on", "off", "low", "medium", "high")          # or a number of tokens
@@ -28,6 +31,19 @@ MEANINGS = {
     "presence_penalty": "subtract X from logits of recent tokens; 0: off",
     "frequency_penalty": "subtract X from logits of recent tokens, once for each use; 0: off",
     "seed": "random seed; the same seed gives the same answer",
+    "top_n_sigma": "keep logits within X standard deviations of the largest; 0: off",
+    "xtc_probability": "how often the top choices are left out, down to the last one that is likely; 0: off",
+    "xtc_threshold": "the probability of a top choice",
+    "dynatemp_range": "the temperature goes X below and above by how sure the model is; 0: off",
+    "dynatemp_exponent": "the power of the entropy in that",
+    "mirostat": "1 or 2: hold the surprise at mirostat_tau, without top_k, top_p and the others; 0: off",
+    "mirostat_tau": "the surprise of a token that mirostat aims at, in bits",
+    "mirostat_eta": "how fast mirostat follows",
+    "dry_multiplier": "DRY: how much is subtracted from what would prolong a repetition; 0: off",
+    "dry_base": "how much more that is for each token that is repeated",
+    "dry_allowed_length": "repetitions that are longer lose more than the multiplier",
+    "dry_penalty_last_n": "how many tokens are searched for repetitions; -1: all",
+    "dry_sequence_breakers": 'texts that no repetition reaches over: END, or several: "\\n" ":"; none: there are none',
     "max_tokens": "at most N tokens in an answer; -1: until the model ends it or the context is full",
     "stop": 'a text that ends the answer and is not part of it: END, or several: "one" "two"',
     "think": "whether the model thinks before it answers: auto (as it does by itself), on, off, low, medium, high, or at most N tokens",
@@ -57,7 +73,7 @@ class Choices:
         if name in SAMPLING:
             sampling = {k: v for k, v in self.answer.sampling.items() if k != name}
             if value is not None:
-                sampling[name] = _number(name, value, SAMPLING[name])
+                sampling[name] = answer.breakers(_texts(value)) if SAMPLING[name] is tuple else _number(name, value, SAMPLING[name])
             answer.check_sampling(sampling)
             self.answer.sampling = sampling
         elif name == "max_tokens":
@@ -87,7 +103,8 @@ class Choices:
         for name in SAMPLING:
             source = "set" if name in self.answer.sampling else "the model's" if name in model.sampling_defaults else ""
             value = {**usual, **model.sampling_defaults, **self.answer.sampling}[name]
-            found.append((name, "random" if value is None else str(value), source))
+            text = " ".join(map(_quoted, value)) if isinstance(value, (tuple, list)) else str(value)
+            found.append((name, "random" if value is None else text, source))
         limit, stop, plain = self.answer.max_tokens, self.answer.stop or model.stop_defaults, Choices()
         found.append(("max_tokens", "-1" if limit is None else str(limit), "set" if limit != plain.answer.max_tokens else ""))
         found.append(("stop", " ".join(map(_quoted, stop)) or "none", "set" if self.answer.stop else "the model's" if stop else ""))

@@ -76,7 +76,7 @@ export async function requestOf(conversation, nodes) {
     else messages.push(await messageOf(node));
   }
   const body = { model: conversation.model, messages, stream: true, stream_options: { include_usage: true } };
-  for (const name of ["temperature", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens", "seed"]) {
+  for (const name of ["temperature", "top_k", "top_p", "min_p", "repeat_penalty", "top_n_sigma", "xtc_probability", "dynatemp_range", "dry_multiplier", "max_tokens", "seed"]) {
     if (settings[name] !== undefined) body[name] = settings[name];
   }
   if (settings.think !== undefined) body.think = settings.think;

@@ -10,6 +10,10 @@ const NUMBERS = [
   ["top_p", "Top p", { min: 0, max: 1, step: "any" }, "1 leaves it out"],
   ["min_p", "Min p", { min: 0, max: 1, step: "any" }, "0 leaves it out"],
   ["repeat_penalty", "Repeat penalty", { min: 0.01, max: 10, step: "any" }, "1 leaves it out"],
+  ["top_n_sigma", "Top n sigma", { min: 0, max: 100, step: "any" }, "0 leaves it out"],
+  ["xtc_probability", "XTC probability", { min: 0, max: 1, step: "any" }, "leaves out top choices; 0 never"],
+  ["dynatemp_range", "Temperature range", { min: 0, max: 100, step: "any" }, "0 keeps it fixed"],
+  ["dry_multiplier", "DRY multiplier", { min: 0, max: 1000, step: "any" }, "against repetitions; 0 leaves it out"],
   ["max_tokens", "Most tokens", { min: 1, max: 10000000, step: 1 }, "of one answer, thinking too"],
   ["seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }, "the same seed gives the same answer"]];
 const OTHERWISE = { max_tokens: "until it ends", seed: "drawn anew" };
