@@ -119,7 +119,7 @@ def test_roco_is_the_papers(case: Any, budget: int, robust: float, recent: int |
     n, p, _, _, is_text = case
     policy = pe.RoCo(budget=budget, robust=robust, recent=recent)
     found = statistics(policy, p, is_text)
-    kept = policy.choose(found, is_text, group=p.shape[1])
+    kept = policy.choose(found, is_text, counts=p.shape[1] * np.arange(n, 0, -1))
     last = min(10, budget // 2) if recent is None else recent
     for h in range(len(p)):
         mean, std = [], []
@@ -250,6 +250,47 @@ def test_of_equal_scores_the_first_is_kept() -> None:
     is_text = np.array([0, 1, 0, 1, 1, 0, 1], bool)
     assert pe.LookM(budget=4, recent=1).select(np.ones((1, 7)), is_text).tolist() == [[1, 3, 4, 6]]
     assert pe.LookM(budget=6, recent=1).select(np.ones((1, 7)), is_text).tolist() == [[0, 1, 2, 3, 4, 6]]
+
+
+def test_heads_may_hold_different_tokens() -> None:
+    rng = np.random.default_rng(3)
+    sums, is_text = rng.random((3, 40)), rng.random((3, 40)) < 0.4
+    for policy in (pe.LookM(budget=12, pictures=0.3), pe.MEDA(), pe.H2O(), pe.Diverse(budget=9), pe.RoCo(), pe.StreamingLLM()):
+        kept = policy.select(sums, is_text)
+        assert all((policy.select(sums[h:h + 1], is_text[h])[0] == kept[h]).all() for h in range(3))
+
+
+# -- what it costs --------------------------------------------------------------------------------------------------------
+
+
+def test_extreme_ratios_degrade_gently() -> None:
+    """Outputs of attention for later queries, on keys in clusters as patches of pictures are: merging keeps more of them, and never
+    makes them worse than nothing."""
+    rng = np.random.default_rng(7)
+    heads, n, e = 2, 240, 24
+    is_text = np.ones(n, bool)
+    is_text[20:200] = False
+    p, keys, values = attention(rng, heads, 1, n, e)
+    for x in (keys, values):
+        x[:, ~is_text] = np.repeat(rng.normal(size=(heads, 9, e)) * 1.5, 20, axis=1) + rng.normal(size=(heads, 180, e)) * 0.3
+    queries = rng.normal(size=(heads, 60, e)) + 0.7 * keys[:, rng.integers(20, 200, 60)]
+
+    def outputs(k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        weights = np.exp(np.einsum("hie,hje->hij", queries, k) / math.sqrt(e))
+        return np.einsum("hij,hje->hie", weights / weights.sum(-1, keepdims=True), v)
+
+    full = outputs(keys, values)
+    for kind in (pe.LookM, pe.H2O, pe.VLCache, pe.Diverse):
+        error: dict[tuple[str, float], float] = {}
+        found = statistics(kind(merge="attention"), p, is_text)
+        for rule in ("none", "attention"):
+            for ratio in (0.2, 0.05, 0.01):
+                policy = kind(ratio=ratio, merge=rule)
+                kept = policy.choose(found, is_text, keys=keys, values=values)
+                got = outputs(*policy.merge(kept, keys, values, sums=policy.shares(found)))
+                error[rule, ratio] = float(np.linalg.norm(got - full) / np.linalg.norm(full))
+        assert error["attention", 0.2] < error["attention", 0.05] < error["attention", 0.01] < 1, (kind, error)
+        assert all(error["attention", ratio] < error["none", ratio] for ratio in (0.05, 0.01)), (kind, error)
 
 
 # -- budgets --------------------------------------------------------------------------------------------------------------

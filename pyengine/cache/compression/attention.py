@@ -139,8 +139,8 @@ class RoCo(Compression):
         """Return the positions that are kept, int64 [h, b].
 
         squares  [h, n]: sums of squared probabilities; without them only means decide
-        counts   [n] or [h, n]: how many probabilities are in each key's sums; n - j where they are not given, a causal prompt of one
-                 query head for each key/value head
+        counts   [n] or [h, n]: how many probabilities are in each key's sums, of all query heads that share it; n - j where they are
+                 not given, a causal prompt of one query head for each key/value head
         """
         scores, _ = read_sums(sums, is_text)
         n = scores.shape[1]
@@ -155,9 +155,8 @@ class RoCo(Compression):
             kept |= largest(np.where(kept, -np.inf, varies), max(part(self.robust, budget) - recent, 0))
         return positions(kept | largest(np.where(kept, -np.inf, mean), budget - int(kept[:1].sum())))
 
-    def choose(self, statistics: np.ndarray, is_text: np.ndarray, budget: int | None = None, group: int = 1,
+    def choose(self, statistics: np.ndarray, is_text: np.ndarray, budget: int | None = None, *, counts: np.ndarray | None = None,
                keys: np.ndarray | None = None, values: np.ndarray | None = None) -> np.ndarray:
-        counts = group * np.arange(statistics.shape[1], 0, -1)
         return self.select(statistics[..., 0], is_text, budget=budget, squares=statistics[..., 1], counts=counts)
 
 
@@ -199,7 +198,7 @@ class LookM(Compression):
         first = scores + np.where(text, scores.max(axis=1, keepdims=True, initial=0), 0)
         if self.pictures:
             patches = np.where(text, -np.inf, scores)[:, :before]
-            first[:, :before][largest(patches, min(part(self.pictures, budget - recent), int((~text[:before]).sum())))] = np.inf
+            first[:, :before][largest(patches, part(self.pictures, budget - recent)) & ~text[:, :before]] = np.inf
         return best_and_recent(first, budget, recent)
 
     def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray, group: int = 1) -> list[int]:

@@ -103,7 +103,7 @@ class Compression:
         return (*self.observed, (TEXT, "sum")) if self.merging == "attention" else self.observed
 
     def weights(self, is_text: np.ndarray, n: int | None = None) -> np.ndarray:
-        """Return how much each row counts in each channel, float32 [n, c]: 1 or 0. is_text: bool [n], of tokens that no picture made."""
+        """Return how much each row counts in each channel, float32 [n, c]: 1 or 0. is_text: bool [n], of a prompt's tokens."""
         text = read_text(is_text, n)
         out = np.zeros((len(text), len(self.channels)), np.float32)
         for c, (rows, _) in enumerate(self.channels):
@@ -126,14 +126,18 @@ class Compression:
         """Return the positions that are kept of each head, ascending, int64 [h, b]. Of equal scores the lowest position is kept.
 
         sums     [h, n]: for each key the sum of its probabilities, over the rows of the first channel and the heads of a group
-        is_text  bool [n]
+        is_text  bool [n]: of tokens that no picture made; or [h, n], where heads hold different tokens because they forgot before
         budget   cells, instead of `budget_of(n)`
         """
         raise NotImplementedError
 
-    def choose(self, statistics: np.ndarray, is_text: np.ndarray, budget: int | None = None, group: int = 1,
+    def choose(self, statistics: np.ndarray, is_text: np.ndarray, budget: int | None = None, *, counts: np.ndarray | None = None,
                keys: np.ndarray | None = None, values: np.ndarray | None = None) -> np.ndarray:
-        """Return what `select` does, from all statistics [h, n, c] in the order of `channels`. keys and values: where `contents`."""
+        """Return what `select` does, from all statistics [h, n, c] in the order of `channels`.
+
+        counts        [n] or [h, n]: how many probabilities are in each key's sums; those of a causal prompt where they are not given
+        keys, values  [h, n, e], which policies with `contents` read
+        """
         return self.select(self._first(statistics), is_text, budget=budget)
 
     def _first(self, statistics: np.ndarray) -> np.ndarray:
@@ -224,11 +228,13 @@ def read_text(is_text: np.ndarray, n: int | None = None) -> np.ndarray:
 
 
 def read_sums(sums: np.ndarray, is_text: np.ndarray, name: str = "sums") -> tuple[np.ndarray, np.ndarray]:
-    """Return sums as float64 [h, n], where NaN is the least of all numbers, and is_text as bool [n]. Raises: RequestError."""
-    scores = np.asarray(sums, np.float64)
+    """Return sums as float64 [h, n], where NaN is the least of all numbers, and is_text as bool [h, n]. Raises: RequestError."""
+    scores, text = np.asarray(sums, np.float64), np.asarray(is_text)
     if scores.ndim != 2:
         raise RequestError(f"{name} must be [heads, n], got {list(scores.shape)}")
-    return np.where(np.isnan(scores), -np.inf, scores), read_text(is_text, scores.shape[1])
+    if text.shape != scores.shape:
+        text = np.broadcast_to(read_text(text, scores.shape[1]), scores.shape)
+    return np.where(np.isnan(scores), -np.inf, scores), text.astype(np.bool_)
 
 
 def largest(scores: np.ndarray, k: int) -> np.ndarray:

@@ -52,7 +52,7 @@ class Diverse(SnapKV):
             mixed[h, :before] = mixture(pooled[h, :before], keys[h, :before].astype(np.float64), values[h, :before].astype(np.float64))
         return best_and_recent(mixed, budget, recent)
 
-    def choose(self, statistics: np.ndarray, is_text: np.ndarray, budget: int | None = None, group: int = 1,
+    def choose(self, statistics: np.ndarray, is_text: np.ndarray, budget: int | None = None, *, counts: np.ndarray | None = None,
                keys: np.ndarray | None = None, values: np.ndarray | None = None) -> np.ndarray:
         return self.select(statistics[..., 0], is_text, budget=budget, keys=keys, values=values)
 
