@@ -59,6 +59,21 @@ def arguments(node: Node) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, 
     return inputs, [*((t,) for t in node.outputs), *left_out]
 
 
+def placed(lasting: Sequence[Tensor], shapes: States = {}) -> tuple[dict[str, int], int]:
+    """Return where each of these lies in memory, by name, and all bytes, if some had these shapes; states that share memory have one place."""
+    places, shared, total = dict[str, int](), dict[str, int](), 0
+    for t in lasting:
+        memory = t.node.source if t.node.kind == "state" else None
+        if memory in shared:
+            places[t.name] = shared[memory]
+            continue
+        places[t.name] = total
+        if memory is not None:
+            shared[memory] = total
+        total += aligned(t.dtype.size(math.prod(shapes.get(t.name, t.shape))))
+    return places, total
+
+
 class Counted(Prepared):
     """A prepared program whose backend says how weights are packed, and what its kernels need besides their arguments.
 
@@ -83,7 +98,7 @@ class Counted(Prepared):
         self.arena_bytes = self.layout.arena_bytes
         self.weight_bytes = sum(r.held for r in self.residents.values())
         self.mapped_bytes = sum(r.nbytes for r in self.residents.values() if r.form == "mapped")
-        self.state_bytes = sum(aligned(t.nbytes_max) for t in self.lasting)
+        self.places, self.state_bytes = placed(self.lasting)
 
     def __repr__(self) -> str:
         sizes = (("weights", self.weight_bytes), ("states", self.state_bytes), ("arena", self.arena_bytes))
@@ -124,8 +139,7 @@ class Counted(Prepared):
         for i in self._stateful:
             sizes[i] = self.scratch_bytes(layout.steps[i], states)
         same = sizes == [n for _, n in layout.scratch]
-        total = sum(aligned(t.dtype.size(math.prod(states.get(t.name, t.shape)))) for t in self.lasting)
-        return layout.arena_bytes if same else layout.place(sizes)[1], total
+        return layout.arena_bytes if same else layout.place(sizes)[1], placed(self.lasting, states)[1]
 
     @cached_property
     def _stateful(self) -> list[int]:

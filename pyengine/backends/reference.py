@@ -68,8 +68,10 @@ class Program(base.Program):
         self._values: dict[tuple[int, int], np.ndarray] = {}
         self._seconds, self._timed = [0.0] * len(layout.steps), False
         self.inputs, self.tables, self.states = {}, {}, {}
+        shared: dict[str | None, np.ndarray] = {}            # states that are one memory
         for node in layout.leaves:
             t = node.outputs[0]
+            shared.pop(None, None)
             if node.kind == "constant":
                 array = constant_array(t)
                 self._values[id(node), 0] = array if array.dtype == np.int32 else array.astype(self.dtype)
@@ -78,7 +80,9 @@ class Program(base.Program):
             elif t.dtype.name not in NUMPY:
                 raise GraphError(f"reference: states of dtype {t.dtype.name} are not supported; use F32 or F16")
             else:
-                array = self._values[id(node), 0] = np.zeros([int(a) for a in t.shape], NUMPY[t.dtype.name])
+                array = shared.get(node.source) if node.kind == "state" else None
+                array = np.zeros([int(a) for a in t.shape], NUMPY[t.dtype.name]) if array is None else array
+                self._values[id(node), 0] = shared[node.source] = array
                 if node.kind == "table":
                     self.tables[node.name] = array
                 else:

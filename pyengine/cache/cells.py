@@ -5,14 +5,15 @@ shared page is copied before it is written. So do those that see an encoder's ro
 Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Recurrent layers
 have a pool of states: a step reads the one behind a conversation's last token and leaves others, in other cells, behind its own, so a
 step that fails has changed nothing; a conversation is cut where a state is, and forks share states, which nobody changes. Nothing is
-ever moved to make space, so there is nothing to defragment.
+ever moved to make space, so there is nothing to defragment. Where cells are compressed (`Compressed`), a conversation has fewer of them
+than tokens: numbers of its keys count those that stayed, each head's and layer's own, and then the tokens that followed.
 
     table[row, j % slots] = cell of token (or encoder row) j of the conversation in that row      (the tensor that attention reads)
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyengine.cache.policy import Policy, seen_across, snapshots_in, tail_of, thinned
-from pyengine.errors import PlanError, RequestError
+from pyengine.errors import ContextOverflowError, PlanError, RequestError
 from pyengine.ops.recurrent import BEGIN, FOLLOWS
 
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
@@ -31,11 +32,15 @@ class Group(NamedTuple):
 
     slots   tokens, or encoder rows, of one conversation that the table can name
     n_cells cells of each layer's cache, for all conversations
+    pool    number of the first of the groups that take their pages from one pool, whose layers have one cache of n_cells together; None: its own
+    share   of those cells, what is counted for each layer
     """
 
     policy: Policy
     slots: int
     n_cells: int
+    pool: int | None = None
+    share: int = 0
 
 
 def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> Group:
@@ -43,7 +48,19 @@ def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE
     slots = policy.slots(n_ctx, n_batch)
     if policy.paged and n_seq > 1:
         slots = -(-slots // page) * page
-    return Group(policy, slots, slots * n_seq)
+    return Group(policy, slots, slots * n_seq, share=slots * n_seq)
+
+
+def groups_of(policies: Sequence[Policy], n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> list[Group]:
+    """Return the cells of layers of these policies. Those that share a pool (`Compressed.layer`) have as many together as they would have alone,
+    and for each one more page, of which a part may be unused."""
+    made = [group(p, n_ctx, n_batch, n_seq, page) for p in policies]
+    alike = [i for i, p in enumerate(policies) if p.pooled]
+    for i in alike:
+        share = n_seq * (policies[i].cells(n_ctx) + page)
+        slots = -(-policies[i].slots(n_ctx, n_batch) // page) * page
+        made[i] = Group(policies[i], slots, share * len(alike), alike[0], share)
+    return made
 
 
 class Mark(NamedTuple):
@@ -65,6 +82,10 @@ class Conversation:
     adapters the scale of each adapter that its tokens are computed with; () is none of them
     active   a request works on it; else it is kept for its prefix until space is needed
     marks    states of recurrent layers, by n; those beyond its tokens are of a step that is being run, or has failed
+    compression  by which policy its cells are compressed; None: they are not. By group number, `gone`: tokens without a cell; by layer,
+             `kept`: int32 [heads, n], of which tokens its first cells are
+    floor    it cannot be cut to fewer tokens: what was chosen, or summed, knows of these
+    partial  of a prompt that is compressed when it was read, the sums of a part are there
     """
 
     row: int
@@ -78,6 +99,11 @@ class Conversation:
     high: int = 0                                            # most tokens it ever had: rings remember the last of those
     low: dict[int, int] = field(default_factory=dict)        # by group number: no token before it was copied into its ring
     pages: dict[int, list[int]] = field(default_factory=dict)    # by group number
+    compression: Hashable | None = None
+    gone: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
+    floor: int = 0
+    partial: bool = False
     marks: list[Mark] = field(default_factory=list)
     turn: int = 0                                            # behind which of them the last prompt's snapshot is
 
@@ -118,19 +144,24 @@ class Cells:
 
     def recount(self) -> None:
         """Derive free pages and the number of their holders from what conversations hold, whatever an interruption has cut short."""
-        self._refs = [np.zeros(-(-g.n_cells // self.page) if g.policy.paged else 0, np.int32) for g in self.groups]
+        self._refs: list[np.ndarray] = []
+        for i, g in enumerate(self.groups):                  # those of a pool have one count of holders, and one list of free pages
+            own = g.pool is None or g.pool == i
+            self._refs.append(np.zeros(-(-g.n_cells // self.page) if g.policy.paged else 0, np.int32) if own else self._refs[g.pool])
         for s in self.conversations:
             for i, pages in s.pages.items():
                 np.add.at(self._refs[i], pages, 1)
         # The lowest free page is taken first: the last page of a lone conversation may be a part of one, and must be its last block.
-        self._free = [np.flatnonzero(refs == 0).tolist() for refs in self._refs]
-        for free in self._free:
-            heapify(free)
+        free = {id(refs): np.flatnonzero(refs == 0).tolist() for refs in self._refs}
+        self._free = [free[id(refs)] for refs in self._refs]
+        for pages in self._free:
+            heapify(pages)
+        self._pools = [[i for i, refs in enumerate(self._refs) if id(refs) == one] for one in free if self._refs]
         self._states = self._holders([m for s in self.conversations for m in s.marks])
 
     # -- conversations ----------------------------------------------------------------------------------------------------
 
-    def new(self, adapters: tuple[float, ...] = ()) -> Conversation:
+    def new(self, adapters: tuple[float, ...] = (), compression: Hashable | None = None) -> Conversation:
         """Begin an empty conversation with these adapters, in a free row or in that of the idle conversation used longest ago.
 
         Raises: PlanError when all rows are active.
@@ -138,7 +169,7 @@ class Cells:
         if len(self.conversations) == self.n_seq:
             self._evict(f"all {self.n_seq} conversations are in use; load with a larger n_seq")
         row = min(set(range(self.n_seq)) - {s.row for s in self.conversations})
-        s = Conversation(row, adapters=adapters, pages={i: [] for i, g in enumerate(self.groups) if g.policy.paged})
+        s = Conversation(row, adapters=adapters, compression=compression, pages={i: [] for i, g in enumerate(self.groups) if g.policy.paged})
         self.conversations.append(s)
         self.touch(s)
         return s
@@ -157,9 +188,11 @@ class Cells:
     def reach(self, s: Conversation, n: int) -> int:
         """Return how many of the first n tokens of a conversation another can go on from.
 
-        n; where layers are recurrent, as many as a state was left behind; 0 where a ring has lost them.
+        n; where layers are recurrent, as many as a state was left behind; 0 where a ring has lost them, or a compression knows of more.
         """
         n = min(n, len(s))
+        if n < s.floor:
+            return 0
         if self.n_states:
             n = max((m.n for m in s.marks if m.n <= n), default=0)
         for i, g in enumerate(self.groups):
@@ -178,7 +211,7 @@ class Cells:
         """Begin a new conversation with the first n = reach(s, n) tokens of `s`: pages and states are shared, rings are to be copied."""
         was, s.active = s.active, True                       # it must outlive the search for a row
         try:
-            child = self.new(s.adapters)
+            child = self.new(s.adapters, s.compression)
         finally:
             s.active = was
         copies: list[Copy] = []
@@ -191,6 +224,7 @@ class Cells:
                 child.low[i] = g.policy.first_of(n)
                 tokens = np.arange(child.low[i], n) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
+        child.gone, child.kept, child.floor = dict(s.gone), dict(s.kept), s.floor
         child.keys, child.high, child.media = s.keys[:n], n, s.media
         self._mark(child, [m for m in s.marks if m.n <= n])
         child.pictures = [p for p in s.pictures if p[0] < n]
@@ -207,30 +241,40 @@ class Cells:
         s.pictures = [p for p in s.pictures if p[0] < n]
         self._mark(s, [m for m in s.marks if m.n <= n])
         if n == 0:
-            s.high = s.next = 0
-            s.low.clear()
+            s.high = s.next = s.floor = 0
+            s.partial = False
+            for by_number in (s.low, s.gone, s.kept):
+                by_number.clear()
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
     def filled(self, number: int, s: Conversation, n: int | None = None) -> int:
-        """Return the number of tokens, or encoder rows, that a conversation has in a group; with n, those of its first n tokens."""
+        """Return the number of tokens, or encoder rows, that a conversation has in a group; with n, those of its first n tokens.
+
+        Of tokens without a cell none is counted: this is the number in the group of the token that follows.
+        """
         if self.groups[number].policy.across:
             return s.crossed(n)
-        return len(s) if n is None else n
+        return max(0, (len(s) if n is None else n) - s.gone.get(number, 0))
 
-    def extend(self, s: Conversation, n: int, crossed: int = 0, end: int | None = None) -> list[Copy]:
+    def extend(self, s: Conversation, n: int, crossed: int = 0, end: int | None = None, gone: Mapping[int, int] = {}) -> list[Copy]:
         """Make cells for n more tokens, which the caller then adds to `keys`, and for the encoder rows that they bring, which it
         adds to `pictures`. Returns what must be copied before they are written.
 
-        end: tokens at the end of the prompt that they are of, for snapshots of recurrent layers; None: none are made.
+        end: tokens at the end of the prompt that they are of, for snapshots of recurrent layers; None: none are made. gone: by group, how
+        many of them get no cell.
 
-        Raises: PlanError when there are not enough pages although idle conversations were dropped; `s` is then as it was.
+        Raises: PlanError when there are not enough pages although idle conversations were dropped; ContextOverflowError for more tokens
+        than the cells of one conversation. `s` is then as it was.
         """
         copies: list[Copy] = []
-        more = [crossed if g.policy.across else n for g in self.groups]
+        more = [crossed if g.policy.across else n - gone.get(i, 0) for i, g in enumerate(self.groups)]
         for i, g in enumerate(self.groups):
-            while g.policy.paged and len(self._lacking(i, s, more[i])) > len(self._free[i]):
-                self._evict(f"no page is left of {len(self._refs[i])}; fewer or shorter conversations fit", but=s)
+            if g.policy.compressed and (cells := self.filled(i, s) + more[i]) > g.slots:
+                raise ContextOverflowError(f"{cells} cells are needed, and a conversation has {g.slots}: ask with a policy of compression, or for less")
+        for pool in (pool for pool in self._pools if self.groups[pool[0]].policy.paged):
+            while sum(len(self._lacking(i, s, more[i])) for i in pool) > len(self._free[pool[0]]):
+                self._evict(f"no page is left of {len(self._refs[pool[0]])}; fewer or shorter conversations fit", but=s)
         for i, g in enumerate(self.groups):
             first = self.filled(i, s)
             for block in self._lacking(i, s, more[i]) if g.policy.paged else ():
@@ -278,6 +322,32 @@ class Cells:
                 after[m.n - len(s) - 1] = m.cell
         return before, after
 
+    def compact(self, number: int, s: Conversation, n: int) -> np.ndarray:
+        """Make the first n cells of a conversation in a group its own, and return them: what stays is written there, then `shrink`.
+
+        Raises: PlanError when there are not enough pages although idle conversations were dropped.
+        """
+        for block, page in enumerate(s.pages[number][: -(-n // self.page)]):
+            if self._refs[number][page] > 1:
+                while not self._free[number]:
+                    self._evict("no page is left for a conversation that shares its cells with others", but=s)
+                own, start = self._take(number), block * self.page
+                self._release(number, page)
+                s.pages[number][block] = own
+                cells = np.arange(own * self.page, (own + 1) * self.page, dtype=np.int32)[: self.groups[number].slots - start]
+                self.tables[number][s.row, start : start + len(cells)] = cells
+        return self.cells_of(number, s, np.arange(n)).copy()
+
+    def shrink(self, s: Conversation, kept: Mapping[int, int]) -> None:
+        """Note that a conversation has kept so many cells of each of these groups; the pages of others are free."""
+        for number, n in kept.items():
+            pages = s.pages[number]
+            for page in pages[-(-n // self.page) :]:
+                self._release(number, page)
+            del pages[-(-n // self.page) :]
+            s.gone[number] = len(s) - n
+        s.floor, s.partial = len(s), False
+
     def shift(self, s: Conversation, start: int, stop: int) -> list[Copy]:
         """Remove tokens [start, stop) of a conversation whose groups are all paged; later ones, no pictures, take their numbers.
 
@@ -286,6 +356,8 @@ class Cells:
         """
         if not all(g.policy.paged for g in self.groups):
             raise RequestError("tokens cannot be removed from the middle where layers remember a bounded past only")
+        if s.floor:
+            raise RequestError("tokens cannot be removed from the middle of a conversation whose cells are compressed")
         n = len(s) - stop
         own = [i for i, g in enumerate(self.groups) if not g.policy.across]
         old = [(i, self.cells_of(i, s, np.arange(stop, len(s))).copy()) for i in own]
@@ -300,20 +372,25 @@ class Cells:
         s.keys, s.high = head + tail, start + n
         return copies + [(i, cells, self.cells_of(i, s, np.arange(start, start + n)).copy()) for i, cells in old]
 
-    def restore(self, keys: Sequence[Hashable], pictures: Sequence[tuple[int, int]] = (), adapters: tuple[float, ...] = ()) -> Conversation:
-        """Restore a conversation of keys and pictures; the caller fills `live` cells. Raises: PlanError without a row or pages."""
-        s = self.new(adapters)
+    def restore(self, keys: Sequence[Hashable], pictures: Sequence[tuple[int, int]] = (), adapters: tuple[float, ...] = (),
+                compression: Hashable | None = None, gone: Mapping[int, int] = {}) -> Conversation:
+        """Restore a conversation of keys and pictures, of which some have no cells; the caller fills `live` ones.
+
+        Raises: PlanError without a row or pages, ContextOverflowError.
+        """
+        s = self.new(adapters, compression)
         try:
-            self.extend(s, len(keys), pictures[-1][1] if pictures else 0)
-        except PlanError:
+            self.extend(s, len(keys), pictures[-1][1] if pictures else 0, gone=gone)
+        except (PlanError, ContextOverflowError):
             self.drop(s)
             raise
-        s.keys, s.pictures = list(keys), list(pictures)
+        s.keys, s.pictures, s.gone = list(keys), list(pictures), dict(gone)
         s.low = {i: g.policy.first_of(len(keys)) for i, g in enumerate(self.groups) if g.policy.ring}
         return s
 
     def cells_of(self, number: int, s: Conversation, index: np.ndarray) -> np.ndarray:
-        """Return the cells of tokens, or encoder rows, `index` of a conversation in one group; of the states behind these tokens."""
+        """Return the cells of numbers `index` of a conversation in one group (tokens, encoder rows, or cells that were kept); of the states
+        behind these tokens."""
         if self.groups[number].policy.recurrent:
             return np.array([m.cell for m in s.marks if np.isin(m.n - 1, index)], np.int64)
         return self.tables[number][s.row, index % self.groups[number].slots]

@@ -32,9 +32,15 @@ class Policy:
     across     the cells hold an encoder's rows, not tokens
     recurrent  a cell holds a state: what all tokens up to one have left
     spans      rows of a non-causal span see it whole
+    whole      every earlier token is seen
+    compressed cells may be fewer than tokens: a cell is kept of some, and numbers of keys count those cells
+    pooled     layers take their cells from one pool, each as many as it needs
     """
 
     paged: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
+    compressed: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
     across: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
     spans: ClassVar[bool] = True
@@ -84,6 +90,7 @@ class Policy:
 class Full(Policy):
     """A policy by which every earlier token is seen."""
 
+    whole: ClassVar[bool] = True
     spans: bool = True
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
@@ -97,6 +104,41 @@ class Full(Policy):
     def about(self, n: int) -> str:
         """Say that everything is kept."""
         return f"all {n:,} positions"
+
+
+UNEVEN = 4               # times the mean that one layer may keep, where layers keep different numbers of cells
+
+
+@dataclass(frozen=True)
+class Compressed(Full):
+    """A policy by which every earlier token is seen of which a cell was kept (`cache/compression`).
+
+    most   cells of one conversation, the mean of all layers; 0: as many as it has tokens
+    layer  which layer's, where layers keep different numbers of cells; None: all keep as many
+    kinds  statistics of attention that are summed for each cell, by which those that stay are chosen: `ops.key_sums`
+    """
+
+    compressed: ClassVar[bool] = True
+    most: int = 0
+    kinds: tuple[str, ...] = ()
+    layer: int | None = None
+
+    @property
+    def pooled(self) -> bool:                                # type: ignore[override]
+        """Whether layers keep different numbers of cells."""
+        return self.layer is not None
+
+    def cells(self, n_ctx: int) -> int:
+        """Return the cells of one conversation, in the mean of all layers."""
+        return min(n_ctx, self.most or n_ctx)
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return as many cells as a conversation ever has in one layer."""
+        return min(n_ctx, UNEVEN * self.most or n_ctx) if self.pooled else self.cells(n_ctx)
+
+    def about(self, n: int) -> str:
+        """Say how many cells there are."""
+        return f"{n:,} positions, of which some are kept"
 
 
 @dataclass(frozen=True)

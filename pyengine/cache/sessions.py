@@ -4,7 +4,7 @@
     sections  (sha256, bytes) each: header, notes, digests of pictures, what each row is, keys and values of each layer
 
 Version 2 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
-them is of version 1. A row is a token id and 0, or -1 - the number of a digest and the row of that picture; of a picture that is seen
+them is of version 1. A conversation whose cells are compressed is of version 5: its notes are followed by what `_compressed` writes. A row is a token id and 0, or -1 - the number of a digest and the row of that picture; of a picture that is seen
 across, less than 0: minus its encoder rows. A file holds what later tokens may see: all tokens of layers that see everything, the
 window of those that slide, all encoder rows of those that attend across, the last state of those that are recurrent. Lengths are not stored but follow from rows and the model,
 so a file's size is known before any cell is read. Nothing is read into the caches before all sums were right.
@@ -12,29 +12,35 @@ so a file's size is known before any cell is read. Nothing is read into the cach
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import struct
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TYPE_CHECKING
 
 import numpy as np
 
+from pyengine.arguments import place
 from pyengine.cache.cells import Conversation
+from pyengine.cache.eviction import cells_of_sums, clear, compressed
 from pyengine.cache.store import Store
 from pyengine.dtype import DType, DTYPES
-from pyengine.arguments import place
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.writing import written
 
-MAGIC, PLAIN, NOTED = b"pe-cells", 3, 4              # versions without and with notes; 1 and 2 did not mix blocks
+if TYPE_CHECKING:
+    from pyengine.cache.compression.base import Compression
+
+MAGIC, PLAIN, NOTED, SMALLER = b"pe-cells", 3, 4, 5  # versions without and with notes, compressed; 1 and 2 did not mix blocks
 # version, tokens, position of the next one, digests of rows, digests of pictures, ggml's numbers of the formats of keys and values
 HEADER = struct.Struct("<8s 7I 32s")
 NOTES = struct.Struct("<I")              # bytes of the notes
+BOTH = struct.Struct("<II")              # bytes of the notes, and of what says how cells are compressed
 SUM, SAMPLE = 32, 256                    # bytes of a sha256; of each tensor's middle, for the fingerprint
 
 
@@ -74,6 +80,55 @@ class Session:
     pictures: list[tuple[int, int]]
     next: int
     media: frozenset[bytes]
+    smaller: Smaller | None = None
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """How a conversation's cells are compressed: the policy's text, and the statistics that were summed; by group number tokens without a
+    cell; by layer how many cells were kept of each head; the number of tokens when they were chosen."""
+
+    policy: str
+    kinds: list[str]
+    gone: dict[int, int]
+    kept: dict[int, int]
+    floor: int
+
+    @classmethod
+    def of(cls, store: Store, s: Conversation) -> Smaller | None:
+        """Describe a conversation; None for one that is not compressed."""
+        if s.compression is None:
+            return None
+        policy: Compression = s.compression                  # type: ignore[assignment]
+        return cls(policy.text, list(kinds_of(store)), s.gone, {layer: a.shape[1] for layer, a in s.kept.items()}, s.floor)
+
+    def made(self) -> Compression:
+        """Make the policy. Raises: RequestError for what is none."""
+        from pyengine.cache.compression.written import compression_of
+
+        return compression_of(self.policy)                   # type: ignore[return-value]
+
+    @classmethod
+    def read(cls, path: Path, text: bytes, store: Store, n: int) -> Smaller:
+        """Read what `of` gave. Raises: SessionError for what this model's caches do not hold."""
+        try:
+            found = json.loads(text)
+            gone, kept = ({int(k): int(v) for k, v in found[name].items()} for name in ("gone", "kept"))
+            smaller = cls(str(found["policy"]), [str(k) for k in found["kinds"]], gone, kept, int(found["floor"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SessionError(f"{path}: does not say how its cells are compressed: {error}") from None
+        own = {layer.number: layer.group for layer in compressed(store)}
+        if smaller.kinds != list(kinds_of(store)) or not own:
+            raise SessionError(f"{path}: its cells were compressed by {smaller.policy}; load with compress={smaller.policy!r}")
+        if not (gone.keys() <= set(own.values()) and kept.keys() <= own.keys() and 0 <= smaller.floor <= n
+                and all(0 <= v < n for v in gone.values()) and all(0 < v <= n - gone.get(own[layer], 0) for layer, v in kept.items())):
+            raise SessionError(f"{path}: cells that were kept, tokens and layers contradict each other")
+        return smaller
+
+
+def kinds_of(store: Store) -> tuple[str, ...]:
+    """Return the statistics of attention that a model's caches have."""
+    return next((store.cells.groups[layer.group].policy.kinds for layer in compressed(store)), ())
 
 
 def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: bytes = b"") -> int:
@@ -84,7 +139,7 @@ def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: b
     path = Path(place("session", path))
     if len(notes) >= 1 << 32:
         raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
-    if not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
+    if s.partial or not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
         raise SessionError(f"{path}: a conversation that is empty, or from which tokens were removed, is not saved")
     nbytes = 0
     try:
@@ -103,24 +158,35 @@ def _sections(store: Store, s: Conversation, model: bytes, notes: bytes) -> Iter
     ends = [0, *(end for _, end in s.pictures)]
     for (token, end), start in zip(s.pictures, ends):
         keys[token, 1] = start - end
-    version, formats = NOTED if notes else PLAIN, (d.id for d in store.formats)
+    smaller = Smaller.of(store, s)
+    version, formats = SMALLER if smaller else NOTED if notes else PLAIN, (d.id for d in store.formats)
     head = HEADER.pack(MAGIC, version, len(s), s.next, len(digests), len(s.media), *formats, model)
-    if notes:
+    if smaller:
+        text = json.dumps(asdict(smaller)).encode()
+        yield head + BOTH.pack(len(notes), len(text))
+        yield notes
+    elif notes:
         yield head + NOTES.pack(len(notes))
         yield notes
     else:
         yield head
     yield b"".join([*digests, *sorted(s.media)])
     yield keys.tobytes()
+    if smaller:
+        yield text
+        for layer in compressed(store):
+            yield s.kept.get(layer.number, np.empty(0, np.int32)).astype("<i4").tobytes()
+            if layer.sums is not None:
+                yield np.ascontiguousarray(layer.sums.gather(cells_of_sums(store, s, layer))).tobytes()
     for cache, cells in store.live(s):
         yield np.ascontiguousarray(cache.gather(cells))
 
 
-def _shapes(store: Store, tokens: int, crossed: int) -> list[tuple[int, int, int]]:
+def _shapes(store: Store, tokens: int, crossed: int, smaller: Smaller | None) -> list[tuple[int, int, int]]:
     """Return the shape of what each cache saves for these numbers of tokens and encoder rows: (heads, cells, bytes of one)."""
-    shapes = []
+    shapes, gone = [], smaller.gone if smaller else {}
     for layer in store.layers:
-        n = crossed if store.cells.groups[layer.group].policy.across else tokens
+        n = crossed if store.cells.groups[layer.group].policy.across else tokens - gone.get(layer.group, 0)
         shapes += [(cache.shape[0], len(store.cells.seen(layer.group, n)), cache.dtype.size(cache.shape[2])) for cache in layer.states]
     return shapes
 
@@ -136,18 +202,21 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
     try:
         with open(path, "rb", opener=_regular) as file:
             session = _read_head(path, file, model, store, n_ids, n_ctx)
-            at, n = file.tell(), len(session.keys)
+            at, n, smaller = file.tell(), len(session.keys), session.smaller
             crossed = session.pictures[-1][1] if session.pictures else 0
-            shapes = _shapes(store, n, crossed)
-            want = at + sum(SUM + int(np.prod(shape)) for shape in shapes)
+            beside, shapes = _beside(store, n, smaller), _shapes(store, n, crossed, smaller)
+            want = at + sum(SUM + size for size in beside) + sum(SUM + int(np.prod(shape)) for shape in shapes)
             size = os.fstat(file.fileno()).st_size
             if size != want:
                 raise SessionError(f"{path}: has {size} bytes, but {n} tokens of this model take {want}: it is cut off or damaged")
-            for shape in shapes:
-                _section(path, file, int(np.prod(shape)))
+            for nbytes in (*beside, *(int(np.prod(shape)) for shape in shapes)):
+                _section(path, file, nbytes)
             file.seek(at)
-            s = store.cells.restore(session.keys, session.pictures, adapters)
+            policy, gone = (smaller.made(), smaller.gone) if smaller else (None, {})
+            s = store.cells.restore(session.keys, session.pictures, adapters, policy, gone)
             try:
+                if smaller:
+                    _read_beside(path, file, store, s, smaller)
                 for (cache, cells), shape in zip(store.live(s), shapes):
                     cache.scatter(cells, np.frombuffer(_section(path, file, int(np.prod(shape))), np.uint8).reshape(shape))
             except BaseException:                            # Ctrl-C, or the file has changed
@@ -159,6 +228,35 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
         raise SessionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     s.next, s.media, s.active = session.next, session.media, False
     return s
+
+
+def _beside(store: Store, n: int, smaller: Smaller | None) -> list[int]:
+    """Return the bytes of what is saved beside cells that are compressed: of which tokens each head's are, and sums, layer by layer."""
+    sizes: list[int] = []
+    for layer in compressed(store) if smaller else ():
+        heads = layer.states[0].shape[0]
+        sizes.append(4 * heads * smaller.kept.get(layer.number, 0))
+        if layer.sums is not None:
+            sizes.append(4 * heads * (n - smaller.gone.get(layer.group, 0)) * layer.sums.shape[2])
+    return sizes
+
+
+def _read_beside(path: Path, file: BinaryIO, store: Store, s: Conversation, smaller: Smaller) -> None:
+    """Read what is saved beside cells. Raises: SessionError for tokens that are not there."""
+    sizes = iter(_beside(store, len(s), smaller))
+    clear(store, s)
+    for layer in compressed(store):
+        heads = layer.states[0].shape[0]
+        if nbytes := next(sizes):
+            s.kept[layer.number] = np.frombuffer(_section(path, file, nbytes), "<i4").reshape(heads, -1).astype(np.int32)
+            if (np.diff(s.kept[layer.number], axis=1) <= 0).any() or s.kept[layer.number].min() < 0 or s.kept[layer.number].max() >= len(s):
+                raise SessionError(f"{path}: names tokens that are not there")
+        else:
+            _section(path, file, 0)
+        if layer.sums is not None:
+            cells = cells_of_sums(store, s, layer)
+            layer.sums.scatter(cells, np.frombuffer(_section(path, file, next(sizes)), np.uint8).reshape(heads, len(cells), -1))
+    s.floor = smaller.floor
 
 
 def read_notes(path: str | Path) -> bytes:
@@ -191,28 +289,30 @@ def _section(path: Path, file: BinaryIO, nbytes: int) -> bytes:
     return data
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes]:
-    """Read the header without the number of notes, and the notes."""
+def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes, int]:
+    """Read the header without the lengths at its end, the notes, and the bytes of what says how cells are compressed; 0: they are not."""
     start = file.read(SUM + 12)
     if start[SUM : SUM + 8] != MAGIC:
         raise SessionError(f"{path}: is not a saved conversation")
     version = int.from_bytes(start[SUM + 8 :], "little")
-    if version not in (PLAIN, NOTED):
-        raise SessionError(f"{path}: has version {version}, but only {PLAIN} and {NOTED} are read")
+    if version not in (PLAIN, NOTED, SMALLER):
+        raise SessionError(f"{path}: has version {version}, but only {PLAIN}, {NOTED} and {SMALLER} are read")
     file.seek(0)
     if version == PLAIN:
-        return _section(path, file, HEADER.size), b""
-    header = _section(path, file, HEADER.size + NOTES.size)
-    (n_notes,) = NOTES.unpack_from(header, HEADER.size)
-    if (size := os.fstat(file.fileno()).st_size) < file.tell() + SUM + n_notes:
-        raise SessionError(f"{path}: has {size} bytes, but {n_notes} of notes: it is cut off or damaged")
-    return header[: HEADER.size], _section(path, file, n_notes)
+        return _section(path, file, HEADER.size), b"", 0
+    lengths = BOTH if version == SMALLER else NOTES
+    header = _section(path, file, HEADER.size + lengths.size)
+    n_notes, *more = lengths.unpack_from(header, HEADER.size)
+    if (size := os.fstat(file.fileno()).st_size) < file.tell() + SUM + n_notes + sum(more):
+        raise SessionError(f"{path}: has {size} bytes, but {n_notes + sum(more)} of notes: it is cut off or damaged")
+    return header[: HEADER.size], _section(path, file, n_notes), sum(more)
 
 
 def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: int, n_ctx: int) -> Session:
     """Read and check all that stands before the cells."""
     formats: tuple[DType, DType] = store.formats
-    _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(_read_header(path, file)[0])
+    header, _, n_text = _read_header(path, file)
+    _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(header)
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings or adapters")
     if (k, v) != (formats[0].id, formats[1].id):
@@ -235,4 +335,5 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: in
     if len(ends) and ends[-1] > most:
         raise ContextOverflowError(f"{path}: its pictures have {ends[-1]} encoder rows, but a conversation holds {most}; "
                                    "load with images=(width, height, number) for more")
-    return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]))
+    smaller = Smaller.read(path, _section(path, file, n_text), store, n) if n_text else None
+    return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]), smaller)

@@ -25,12 +25,16 @@ class Layer(NamedTuple):
     """The caches of one layer, and the number of the group whose cells they have.
 
     states    keys and values; those of a recurrent layer, whose `rotation` is None
+    sums      of attention, by conversation and number of the key, where cells are compressed by them (`ops.key_sums`)
+    queries   heads that share one of its heads of keys
     """
 
     number: int
     group: int
     states: tuple[State, ...]
     rotation: Rotation | None
+    sums: State | None = None
+    queries: int = 1
 
 
 class Store:
@@ -109,3 +113,21 @@ def rotate_keys(cells: np.ndarray, dtype: DType, rotation: Rotation, by: int) ->
         u = y.view(np.uint32)
         return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16).view(np.uint8)
     return y.astype(dtype.numpy).view(np.uint8)
+
+
+class Cached(NamedTuple):
+    """What a conversation takes of the caches: its tokens, cells of each layer that sees everything (the mean of all), bytes of keys and values."""
+
+    n_tokens: int
+    n_cells: int
+    nbytes: int
+
+
+def cached(store: Store) -> Cached | None:
+    """Measure the conversation used last; None if there is none."""
+    s = max(store.cells.conversations, key=lambda s: s.used, default=None)
+    if s is None:
+        return None
+    whole = [store.cells.filled(i, s) for i, g in enumerate(store.cells.groups) if g.policy.whole]
+    held = sum(len(cells) * state.shape[0] * state.dtype.size(state.shape[2]) for state, cells in store.live(s))
+    return Cached(len(s), sum(whole) // max(1, len(whole)), held)

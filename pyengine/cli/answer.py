@@ -42,19 +42,22 @@ class Settings:
     think      True, False, a budget in tokens, or "low", "medium", "high"; None: as the model does by itself
     format     the JSON schema of answers
     tools      schemas of the tools that may be called
+    compress   how the conversation's cells are compressed: a policy's text, "off": not at all; None: as the model was loaded
     """
 
     sampling: dict[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     think: bool | int | str | None = None
+    compress: str | None = None
     format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of Model.chat and Model.stream; those that nobody has set are left out."""
         return {"max_tokens": self.max_tokens, **({"stop": list(self.stop)} if self.stop else {}),
-                **({} if self.format is None else {"format": self.format}), **self.sampling}
+                **({} if self.format is None else {"format": self.format}), **({} if self.compress is None else {"compress": self.compress}),
+                **self.sampling}
 
     def wishes(self) -> dict[str, Any]:
         """Return those that Model.chat alone takes."""

@@ -53,6 +53,8 @@ EncoderDevice = Annotated[str | None, Option("--encoder-device", metavar="NAME",
     "The device that holds the image encoder (default: the card if it fits, or the first part)."))]
 ExpertDevice = Annotated[str | None, Option("--expert-device", metavar="NAME", rich_help_panel="Memory and speed", help=(
     "The device that holds the experts of a mixture (default: with their layers)."))]
+Compress = Annotated[str | None, Option("--compress", metavar="POLICY", rich_help_panel="Memory and speed", help=(
+    "Keep a part of what was read: look-m, h2o, snapkv .. with settings, look-m:ratio=0.2, or look-m:budget=1024,when=always."))]
 InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", help=(
     "Read weights in the file at each step, for models larger than the memory; slower."))]
 Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(

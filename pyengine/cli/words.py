@@ -144,12 +144,12 @@ _TOLD = [(re.compile(pattern), said) for pattern, said in (
     (r"\bimages=(?=[\d(\[])", "--pictures "),
     (r"\bmmproj=", "--mmproj FILE"),
     (r"\bmmap=True\b", "--mmap"),
-    (r"\b(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device|device)=", lambda m: f"{_OPTIONS[m[1]]} "),
+    (r"\b(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device|device|compress)=", lambda m: f"{_OPTIONS[m[1]]} "),
     (r"(?<![\w/.-])(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device)(?![\w/.-])", lambda m: _OPTIONS[m[1]]),
     (r"\bload with\b", "use"),
 )]
 _OPTIONS = {"kv_dtype": "--kv-dtype", "n_ctx": "--ctx", "n_batch": "--batch", "n_threads": "--threads", "n_seq": "--seq", "device": "--device",
-            "encoder_device": "--encoder-device", "expert_device": "--expert-device"}
+            "encoder_device": "--encoder-device", "expert_device": "--expert-device", "compress": "--compress"}
 
 
 def told(text: str) -> str:

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import wraps
-from hashlib import sha256
-from pathlib import Path
-from typing import Any, TYPE_CHECKING, TypeVar
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from pyengine.arguments import INT32_MAX, iterates, number, place, switch, takes, whole
+from pyengine.arguments import INT32_MAX, iterates, number, switch, takes, whole
 from pyengine.backends.base import Program, Progress
 from pyengine.cache.cells import Conversation
-from pyengine.engine.answer import Answer, Reported, Stream, Streams
+from pyengine.cache.store import Cached, cached
+from pyengine.engine.anew import fitted_anew
+from pyengine.engine.answer import Answer, Stream, Streams
+from pyengine.engine.closed import Closed, weights_in_words
 from pyengine.engine.language import Language, ReadsText
 from pyengine.engine.prompts import Prompt, Prompts, token_ids
 from pyengine.engine.request import Marking, Report, Request, Stops
 from pyengine.engine.runner import Runner
-from pyengine.engine.scheduler import check_room, Scheduler
+from pyengine.engine.saving import Saves
+from pyengine.engine.scheduler import alone, check_room, Scheduler
 from pyengine.engine.searching import rules_of, searches
 from pyengine.engine.wishes import SHAPES, Wishes, WISHES
 from pyengine.errors import PlanError, RequestError, shown, UnsupportedModelError
@@ -38,6 +38,7 @@ from pyengine.text.sampling import Sampler, sampling_params, SamplingParams
 from pyengine.text.search import SEARCH
 
 if TYPE_CHECKING:
+    from pyengine.cache.compression.base import Compression
     from pyengine.chat.template import ChatTemplate
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.guide import Guide
@@ -45,54 +46,16 @@ if TYPE_CHECKING:
     from pyengine.engine.ranks import Ranked
     from pyengine.engine.sources import Sources
     from pyengine.engine.vectors import Vectors
-    from pyengine.files.gguf import GGUFFile
     from pyengine.media.policy import MediaPolicy
 
 
-F = TypeVar("F", bound=Callable[..., Any])
 SAMPLING = tuple(SamplingParams.__dataclass_fields__)
-WRITING = (*SAMPLING, *SEARCH, *SHAPES, "adapters")          # what may be set for a prompt, and for a reply in a conversation
-REPLYING = (*SAMPLING, *SEARCH, *WISHES, "adapters")
+OF_CACHE = ("adapters", "compress")      # what a conversation's cells depend on
+WRITING = (*SAMPLING, *SEARCH, *SHAPES, *OF_CACHE)           # what may be set for a prompt, and for a reply in a conversation
+REPLYING = (*SAMPLING, *SEARCH, *WISHES, *OF_CACHE)
 
 
-def alone(method: F) -> F:
-    """Let a method of a model run when no other thread works on the model."""
-    @wraps(method)
-    def waits(self: Model, *args: Any, **kwargs: Any) -> Any:
-        with self._scheduler.turn():
-            return method(self, *args, **kwargs)
-
-    return waits                                             # type: ignore[return-value]
-
-
-class Closed:
-    """What stands in the place of the parts of a model that is closed: any use of it is the error."""
-
-    def __init__(self, name: str):
-        self._said = f"{name} is closed: its weights and caches are freed; load it again"
-
-    @property
-    def error(self) -> RequestError:
-        """What its use raises."""
-        return RequestError(self._said)
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.error
-
-    def __getitem__(self, key: object) -> Any:
-        raise self.error
-
-
-def weights_in_words(files: Iterable[GGUFFile]) -> str:
-    """Return how many weights files hold, as people write it: "134.5M"."""
-    n = sum(t.n_elements for f in files for t in f.tensors.values())
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return str(n)
-
-
-class Model(ReadsText):
+class Model(ReadsText, Saves):
     """A loaded model with the caches of `n_seq` conversations. Made by `load`; `with` closes it at its end.
 
     Several threads may use it: each call, and each piece of a stream, waits for the one before it.
@@ -101,14 +64,15 @@ class Model(ReadsText):
     writes = True                    # text; other models make vectors and scores
 
     def __init__(self, fitted: Fitted, program: Program, progress: Progress | None = None):
-        layout, self.plan, self.program = fitted.layout, fitted.plan, program
+        layout = fitted.layout
         self.closed = False
         bound, sizes, image = layout.bound, layout.sizes, layout.bound.image
         self._files, self.file, self.config = bound.files, bound.files.model, bound.model.config
         self.n_ctx, self.n_batch, self.n_seq, self.n_vocab = sizes.n_ctx, sizes.n_batch, sizes.n_seq, self.config.vocab_size
         self._n_ids, self._ropes = bound.model.n_ids, bound.model.ropes(sizes.n_ctx)
         self._adapters, self._ranks = {a.name: a.scale for a in bound.adapters}, bound.ranks
-        self._runner = Runner(layout.step, program)
+        self._compression = layout.want.compress
+        self._run_on(fitted, program)
         self._scheduler = Scheduler(self._runner, self.n_ctx)
         self._lock = self._scheduler.lock
         self._loop: Loop | None = None
@@ -135,6 +99,11 @@ class Model(ReadsText):
         self._fed_moved = False
         self._fingerprint = b""
         register(self)
+
+    def _run_on(self, fitted: Fitted, program: Program) -> None:
+        """Take a program of the model's steps; there are no conversations in its caches."""
+        self._fitted, self.plan, self.program = fitted, fitted.plan, program
+        self._runner = Runner(fitted.layout.step, program)
 
     def __repr__(self) -> str:
         many = f" x {self.n_seq}" if self.n_seq > 1 else ""
@@ -178,7 +147,7 @@ class Model(ReadsText):
         gone: Any = Closed(self.plan.model)
         self._scheduler.close(gone)
         self.closed, self._fed = True, None
-        self.program = self.file = self._files = self._runner = self._language = self._prompts = gone
+        self.program = self.file = self._files = self._fitted = self._runner = self._language = self._prompts = gone
         self.media = None if self.media is None else gone
         self.sources = None if self.sources is None else gone
         forget(self)
@@ -262,11 +231,60 @@ class Model(ReadsText):
             scales[name] = number(f"adapters: the scale of {shown(name)}", scale) + 0.0
         return tuple(scales.values())
 
-    def _lay_out(self, segments: Sequence[Segment], adapters: Any = None) -> Rows:
-        """Lay a prompt out for a request with these adapters."""
+    def _lay_out(self, segments: Sequence[Segment], adapters: Any = None, compression: Compression | None = None) -> Rows:
+        """Lay a prompt out for a request with these adapters, whose cells are compressed so."""
         rows = lay_out_rows(segments, self._axes)
-        rows.adapters = self._scales(adapters)
+        rows.adapters, rows.compression = self._scales(adapters), compression
         return rows
+
+    # -- compression --------------------------------------------------------------------------------------------------
+
+    @property
+    def compression(self) -> Compression | None:
+        """How the cells of conversations are compressed where a request says nothing of it."""
+        return self._compression
+
+    def _compression_of(self, asked: Any) -> Compression | None:
+        """Return how a request's conversation is compressed: None as usual, False not at all. Raises: RequestError."""
+        if asked is None:
+            return self._compression
+        if asked is False:
+            return None
+        from pyengine.cache.compression.written import compression_of
+
+        policy = compression_of(asked)
+        if policy is None:
+            return None
+        if not self._runner.bounds.serves(policy):
+            self._run_anew(policy)
+        self._runner.bounds.check(policy)
+        return policy
+
+    @alone
+    def _run_anew(self, policy: Compression) -> None:
+        """Lay the model out anew, so that conversations can be compressed by a policy too; those that there are go.
+
+        Raises: RequestError while requests are worked on; PlanError if that does not fit.
+        """
+        if self._loop is not None or self._scheduler.active or self._scheduler.waiting:
+            raise RequestError(f"compress={policy!r}: the model was loaded for {self._fitted.layout.want.compress!r}, and is at work; load it with compress={policy!r}")
+        fitted = fitted_anew(self._fitted, policy, self)
+        self._fed = self.program = self._runner = self._scheduler.runner = None              # type: ignore[assignment]
+        gc.collect()
+        self._run_on(fitted, fitted.layout.prepared.load())
+        self._scheduler.runner = self._runner
+        if self.media is not None:
+            self.media.cells = self._runner.cells
+
+    @alone
+    def cells_held(self) -> Cached | None:
+        """Return how much of the caches the conversation used last takes; None if there is none."""
+        return cached(self._runner.store)
+
+    @property
+    def _always(self) -> Compression | None:
+        """How all conversations are compressed, plain steps too: there are no cells for the others."""
+        return self._compression if self._runner.bounds.bounded else None
 
     # -- hidden states and vectors ------------------------------------------------------------------------------------
 
@@ -340,11 +358,11 @@ class Model(ReadsText):
             if self._fed_moved:
                 raise PlanError("the conversation of `feed` has gone for others; tokens were removed from it, so it cannot be "
                                 "computed anew: reset")
-            s = cells.new(self._scales(None))
+            s = cells.new(self._scales(None), self._always)
         rows = token_rows(held[len(s) :], len(s), self._axes)
         try:
             s.active = True
-            for start, stop in rows.steps(0, most):
+            for start, stop in self._runner.steps(s, rows, 0, most):
                 logits = self._runner.run([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
         finally:
             s.active = False
@@ -367,10 +385,10 @@ class Model(ReadsText):
 
     @alone
     @takes()
-    def logits(self, prompt: Sequence[Any] | str, adapters: Any = None, source: Sequence[Any] | str | None = None) -> np.ndarray:
+    def logits(self, prompt: Sequence[Any] | str, adapters: Any = None, source: Sequence[Any] | str | None = None, compress: Any = None) -> np.ndarray:
         """Compute logits after each position of a prompt, float32 [n_positions, n_vocab]; nothing of an earlier cache is used.
 
-        adapters: as in `stream`. source: of an encoder-decoder, what its encoder reads, a text or a prompt in parts; `prompt` are then ids of
+        adapters, compress: as in `stream`; what compresses after a prompt changes none of these. source: of an encoder-decoder, what its encoder reads, a text or a prompt in parts; `prompt` are then ids of
         the decoder, from the token on that it starts with.
         Raises: ContextOverflowError, RequestError, ImageError; PlanError when every conversation is in use.
         """
@@ -378,7 +396,7 @@ class Model(ReadsText):
             raise RequestError("logits: an encoder reads this model's prompts; give source=, and ids of the decoder, which begin with "
                                f"{self.sources.encoder.start}")
         segments = self._prompts.prompt(prompt).segments if source is None else self._prompts.following(source, prompt)
-        rows = self._lay_out(segments, adapters)
+        rows = self._lay_out(segments, adapters, self._always if compress is None else self._compression_of(compress))
         out = np.empty((len(rows), self.n_vocab), np.float32)
         for start, block in self.logit_blocks(rows):
             out[start : start + len(block)] = block
@@ -396,9 +414,10 @@ class Model(ReadsText):
         check_room(len(rows), self.n_ctx)
         self._runner.check_across(rows)
         with self._lock:
-            s = self._runner.cells.new(rows.adapters if isinstance(prompt, Rows) else self._scales(None))
+            given = isinstance(prompt, Rows)
+            s = self._runner.cells.new(rows.adapters if given else self._scales(None), rows.compression if given else self._always)
         try:
-            for start, stop in rows.steps(0, self.n_batch):
+            for start, stop in self._runner.steps(s, rows, 0, self.n_batch):
                 skip = min(max(first - start, 0), stop - start)
                 wanted = np.arange(skip, stop - start, dtype=np.int32)
                 with self._lock:
@@ -415,67 +434,6 @@ class Model(ReadsText):
             with self._lock:
                 if not self.closed:
                     self._runner.cells.drop(s)
-
-    # -- conversations in files ---------------------------------------------------------------------------------------
-
-    @alone
-    @takes()
-    def save(self, path: str | Path, answer: Answer | Stream | None = None, messages: Sequence[dict[str, Any]] | None = None,
-             notes: bytes = b"") -> int:
-        """Write a conversation's part of the caches to a file: the one that `answer` belongs to, or else the one used last.
-
-        messages: the conversation with its last answer; then what later prompts of it do not begin with is left out (an answer's text
-        may be cut into other tokens than it was generated in): layers that see a window could not go on from before that.
-        notes: bytes that are kept beside the cells, for `sessions.read_notes`. Returns the file's bytes.
-        Raises: SessionError, RequestError where the conversation is no longer in the caches.
-        """
-        from pyengine.cache import sessions
-
-        place("path", path)
-        if answer is not None and not isinstance(answer, Reported):
-            raise RequestError(f"save: answer is what `generate`, `chat` or `stream` gave, not {shown(answer)}")
-        if not isinstance(notes, bytes):
-            raise RequestError(f"save: notes are bytes, not {type(notes).__name__}")
-        held = self._runner.cells.conversations
-        s = answer.report.conversation if answer is not None else max(held, key=lambda s: s.used, default=None)
-        if s not in held:
-            raise RequestError("that conversation is not in the caches: it was never begun, or has gone on or gone for others")
-        if messages is not None:
-            rows = lay_out_rows(self._prompts.chat(messages).segments, self._axes)
-            n = self._runner.reach(s, rows, len(rows))
-            if n:
-                s = replace(s, keys=s.keys[:n], next=rows.position(n))
-        return sessions.save(path, self._runner.store, s, self._identity(s.adapters), notes)
-
-    @alone
-    @takes()
-    def restore(self, path: str | Path, adapters: Any = None) -> int:
-        """Read a conversation that `save` wrote; returns its tokens. A prompt that begins as it does goes on from it.
-
-        adapters: those that it was computed with, as in `stream`.
-        Raises: SessionError for a file that is damaged, or of another model, adapters or kv_dtype; ContextOverflowError; PlanError when
-        no cells are free.
-        """
-        from pyengine.cache import sessions
-
-        scales = self._scales(adapters)
-        return len(sessions.restore(place("path", path), self._runner.store, self._identity(scales), self._n_ids, self.n_ctx, scales))
-
-    def _identity(self, adapters: tuple[float, ...]) -> bytes:
-        """Return what tells the model with these adapters from others; with none of them in use it is that of the model alone."""
-        if not self._fingerprint:
-            from pyengine.cache import sessions
-
-            tables = [a for r in self._ropes for a in (r.inv_freq, np.array([r.scale, r.interleaved], np.float64))]
-            self._fingerprint = sessions.fingerprint(self._files.opened, tables)
-        return self._fingerprint if not any(adapters) else self._adapted_identity(adapters)
-
-    def _adapted_identity(self, adapters: tuple[float, ...]) -> bytes:
-        from pyengine.cache import sessions
-
-        used = [(a.file, s) for a, s in zip(self._files.adapters, adapters) if s]
-        of_files = [sessions.fingerprint([file], [np.array([file.metadata["adapter.lora.alpha"], scale])]) for file, scale in used]
-        return sha256(b"".join([self._fingerprint, *of_files])).digest()
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -508,7 +466,8 @@ class Model(ReadsText):
         part of it. sampling: fields of `SamplingParams` (temperature=0 is greedy; top_k, top_p, min_p, seed ...). What is not
         given is what the model's files recommend (`sampling_defaults`, `stop_defaults`), or else the default of `SamplingParams`.
         Also one of format (a JSON schema, or "json"), regex, grammar (Lark, or GBNF): nothing else is written then. adapters: the scales of
-        LoRA adapters by name, or names; those that are not named are not used. None: as they were loaded.
+        LoRA adapters by name, or names; those that are not named are not used. None: as they were loaded. compress: how the conversation's
+        cells are compressed, a policy such as `pe.LookM(ratio=0.2)` or its text; None: as the model was loaded; False: not at all.
         Raises: ContextOverflowError when the context is full, RequestError, ImageError.
         """
         return self._stream(lambda: self._prompts.prompt(prompt, images), max_tokens, stop, sampling)
@@ -534,6 +493,7 @@ class Model(ReadsText):
                 raise RequestError(f"submit: {'tools' if tools else name} needs messages: a prompt is continued as it is")
         if not isinstance(client, str):
             raise RequestError(f"submit: client is a text, not {type(client).__name__}")
+        loop = self.loop
         prompts, wishes = self._prompts_under(media_policy), _wishes(sampling)
         request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options, wishes),
                                 max_tokens, stop, sampling, None if messages is None else wishes)
@@ -542,7 +502,7 @@ class Model(ReadsText):
                 raise RequestError("prompt_logprobs: an encoder reads this model's prompts, and foretells nothing")
             n_best = whole("prompt_logprobs", prompt_logprobs, 0, None)
             request.scorer = Sampler(SamplingParams(temperature=0, logprobs=n_best), min(self.n_vocab, self.tokenizer.vocab_size))
-        return self.loop.submit(request, client)
+        return loop.submit(request, client)
 
     @property
     def loop(self) -> Loop:
@@ -561,7 +521,7 @@ class Model(ReadsText):
     def _request(self, prompt: Callable[[], Prompt], max_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any],
                  wishes: Wishes | None) -> Request:
         """Make a request; `prompt` encodes pictures, so what is cheap to refuse is refused before. wishes: of a reply in a conversation."""
-        adapters = sampling.get("adapters")
+        adapters, compression = sampling.get("adapters"), self._compression_of(sampling.get("compress"))
         self._scales(adapters)
         talks, wishes = wishes is not None, wishes or _wishes(sampling)
         most = None if max_tokens is None else whole("max_tokens", max_tokens, 0, None)
@@ -578,7 +538,7 @@ class Model(ReadsText):
         kind: type[Request] = Request
         if rules is not None and searches(rules.search, sampling, guide is not None, self.n_seq):
             from pyengine.engine.beams import BeamRequest as kind
-        return kind(self._lay_out(made.segments, adapters), sampler, decoder, stops, (most, self.tokenizer.eog_ids), report, guide, rules)
+        return kind(self._lay_out(made.segments, adapters, compression), sampler, decoder, stops, (most, self.tokenizer.eog_ids), report, guide, rules)
 
     def _guide(self, prompt: Prompt, wishes: Wishes, shape: str | None) -> tuple[Guide | None, Sequence[int]]:
         from pyengine.engine.guide import guide_of                             # plain texts begin sooner

@@ -224,7 +224,7 @@ class Request(Job):
         if self.scorer is None:
             self.conversation, self.done = runner.resume(self.rows)
         else:                                                # each row's logits are wanted: none may come from the cache
-            self.conversation, self.done = runner.cells.new(self.rows.adapters), 0
+            self.conversation, self.done = runner.cells.new(self.rows.adapters, self.rows.compression), 0
             self.report.prompted.append(None)
 
     def wanted(self, start: int, stop: int) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pyengine.backends.base import Program
 from pyengine.cache.cells import Conversation
+from pyengine.cache.eviction import copy_sums
 from pyengine.cache.store import Store
+from pyengine.engine.bounds import Bounds
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import common, Rows
 from pyengine.programs.step import Logits, Step, StepProgram, Work
@@ -23,6 +25,7 @@ class Runner:
         self.cells = step.cells(program)
         self.store = Store(self.cells, step.caches(program))
         self.inputs = StepProgram(step, program, self.cells)
+        self.bounds = Bounds(step, self.store)
         self.n_steps = 0
 
     def run(self, work: Sequence[Work]) -> Logits:
@@ -31,7 +34,7 @@ class Runner:
         A step that fails, or is interrupted, adds nothing to its conversations; those whose cells may be half copied are dropped.
         """
         try:
-            self._make_cells(work)
+            work = [self._make_cells(part) for part in work]
             self.inputs.fill(work)
         except BaseException:                                # Ctrl-C too
             for part in work:
@@ -46,16 +49,33 @@ class Runner:
                 s.pictures.append((len(s) + i - part.start, s.crossed() + len(rows)))
             s.next = part.rows.position(part.stop)
             s.keys.extend(part.rows.keys[part.start : part.stop])
+            if part.counts is not None:
+                s.floor, s.partial = len(s), not self.bounds.running(s)
             self.cells.touch(s)
         self.n_steps += 1
         return logits
 
-    def _make_cells(self, work: Sequence[Work]) -> None:
-        for part in work:
-            pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
-            end = len(part.conversation) - part.start + len(part.rows)
-            self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end))
-            self.inputs.cross(part.conversation, pictures)
+    def _make_cells(self, part: Work) -> Work:
+        """Make cells for a part of a step; returns it with what its rows count in sums of attention."""
+        if part.conversation.compression is not None:
+            part = self.bounds.counted(part)
+        pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
+        end = len(part.conversation) - part.start + len(part.rows)
+        self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end))
+        self.inputs.cross(part.conversation, pictures)
+        return part
+
+    def steps(self, s: Conversation, rows: Rows, start: int, n_batch: int) -> Iterator[tuple[int, int]]:
+        """Cut the rows from `start` on into steps of at most n_batch rows, as `Rows.steps` does, and where a conversation's cells are taken."""
+        while start < len(rows):
+            stop = rows.cut(start, min(n_batch, self.bounds.most(s)))
+            start, stop = next(rows.steps(start, n_batch)) if stop == start else (start, stop)
+            yield start, stop
+            start = stop
+
+    def after_prompt(self, s: Conversation) -> None:
+        """Let go of cells of a conversation whose prompt has been read to its end, if its policy does that then."""
+        self.bounds.after_prompt(s)
 
     def head(self, done: int) -> Logits:
         """Return logits of the last step's rows that give some, from number `done` on, n_head at most."""
@@ -107,12 +127,13 @@ class Runner:
         """
         cells, most = self.cells, len(rows) - 1
         best, kept = None, 0
-        for s in sorted((s for s in cells.conversations if s.adapters == rows.adapters), key=lambda s: s.active):
+        alike = [s for s in cells.conversations if s.adapters == rows.adapters and s.compression == rows.compression and not s.partial]
+        for s in sorted(alike, key=lambda s: s.active):
             n = self.reach(s, rows, most)
             if n > kept:
                 best, kept = s, n
         if best is None:
-            return cells.new(rows.adapters), 0
+            return cells.new(rows.adapters, rows.compression), 0
         oldest = min((s for s in cells.conversations if not s.active), key=lambda s: s.used, default=None)
         full = oldest is not None and len(cells.conversations) == cells.n_seq
         if not best.active and (2 * kept > len(best) or full and (best is oldest or kept == most)):
@@ -120,6 +141,7 @@ class Runner:
         child, copies = cells.fork(best, kept)
         try:
             self.store.copy(copies)
+            copy_sums(self.store, best, child)
         except BaseException:                                # Ctrl-C: its ring may be half copied
             cells.drop(child)
             raise

@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Logits, Row, Work
 
+F = TypeVar("F", bound=Callable[..., Any])
 YIELD_SECONDS = 1e-4         # enough for another thread to wake
 BESIDE = 128                 # rows of a prompt in a step that also generates: what the others wait for
 
@@ -98,6 +100,9 @@ class Scheduler:
             if work:
                 logits = self.runner.run([w for _, w in work])
                 self._take(work, logits)
+                for r, w in work:
+                    if w.rows is r.rows and w.stop == len(r.rows):
+                        self.runner.after_prompt(w.conversation)
         except BaseException as error:                       # Ctrl-C too, wherever it comes
             for request in served:
                 if not request.finished:
@@ -231,7 +236,7 @@ class Scheduler:
     def _slice(self, r: Job, limit: int, most: int) -> Work | None:
         """Take the next rows of a prompt: at most `limit`, or one atomic picture of at most `most`; None if it does not fit."""
         start = r.done
-        stop = r.rows.cut(start, limit)
+        stop = r.rows.cut(start, min(limit, self.runner.bounds.most(r.conversation)))
         if stop == start:
             stop = r.rows.cut(start, r.rows.atom(start))
             if stop - start > most:
@@ -246,3 +251,13 @@ def check_room(n: int, n_ctx: int) -> None:
     """Check a prompt's length. Raises: ContextOverflowError for a prompt that exceeds the context."""
     if n > n_ctx:
         raise ContextOverflowError(f"the prompt has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")
+
+
+def alone(method: F) -> F:
+    """Let a method of a model run when no other thread works on the model."""
+    @wraps(method)
+    def waits(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._scheduler.turn():
+            return method(self, *args, **kwargs)
+
+    return waits                                             # type: ignore[return-value]

@@ -15,7 +15,8 @@ import numpy as np
 from pyengine.arguments import iterates, switch, takes
 from pyengine.backends.base import Progress
 from pyengine.engine.language import Language, ReadsText
-from pyengine.engine.model import Closed, Model, weights_in_words
+from pyengine.engine.closed import Closed, weights_in_words
+from pyengine.engine.model import Model
 from pyengine.engine.prompts import media_of, token_ids
 from pyengine.engine.ranks import check_asked, Ranked
 from pyengine.engine.vectors import unit

@@ -51,7 +51,7 @@ class Reading(Job):
 
     def join(self, runner: Runner) -> None:
         """Take an empty conversation; the states of an encoder are there at once. Raises: PlanError when all are in use."""
-        self.conversation = runner.cells.new(self.rows.adapters)
+        self.conversation = runner.cells.new(self.rows.adapters, self.rows.compression)
         if self.rows.source is not None:
             self.take(np.asarray(self.rows.source.embedding)[self._wanted.start : self._wanted.stop])
 

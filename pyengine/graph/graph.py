@@ -59,9 +59,18 @@ class Graph:
         """Declare an array that is given at each run."""
         return self._leaf(self.inputs, "input", name, shape, dtype)
 
-    def state(self, name: str, shape: Sequence[int], dtype: str | DType = "F32") -> Tensor:
-        """Declare memory that outlives a run (a KV cache); it starts as zeros and ops such as cache_append change it."""
-        return self._leaf(self.states, "state", name, shape, dtype)
+    def state(self, name: str, shape: Sequence[int], dtype: str | DType = "F32", memory: str | None = None) -> Tensor:
+        """Declare memory that outlives a run (a KV cache); it starts as zeros and ops such as cache_append change it.
+
+        memory: states that name the same, and have the same shape and dtype, are one memory: who fills a run sees to it that no two of them
+        write the same cells.
+        """
+        made = self._leaf(self.states, "state", name, shape, dtype)
+        made.node.source = memory
+        for other in self.states.values():
+            if memory is not None and other.node.source == memory and (other.shape, other.dtype) != (made.shape, made.dtype):
+                raise GraphError(f"graph: {name!r} and {other.name!r} share memory {memory!r}, but not their shape and dtype")
+        return made
 
     def table(self, name: str, shape: Sequence[int]) -> Tensor:
         """Declare an int32 input that keeps its value from run to run: the host writes what changes (where cells lie)."""

@@ -80,7 +80,7 @@ class Node:
         self.args = args                               # Tensor | None | tuple[Tensor, ...] in the order of the declaration
         self.params = params
         self.kind, self.name = kind, name
-        self.source = source                           # constants: ndarray or WeightRef
+        self.source = source                           # constants: ndarray or WeightRef; states: the name of the memory that several share
         self.outputs: tuple[Tensor, ...] = ()
         flat: list[Tensor] = []                        # list arguments flattened, absent ones left out
         for a in args:

@@ -57,9 +57,12 @@ def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
             if own.policy.recurrent:
                 factors = [("states", own.n_cells), ("bytes", own.policy.nbytes)]
             else:
-                factors = [("heads", heads), ("cells", own.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
+                factors = [("heads", heads), ("cells", own.share), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{s.n_seq} x " if s.n_seq > 1 else ""
             items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, layer))
+            if own.policy.compressed and step.kinds:
+                factors = [("heads", heads), ("cells", own.share), (f"float32 of {', '.join(step.kinds)}", 4 * len(step.kinds))]
+                items.append(PlanItem.product(device, "kv", "sums of attention, by which cells are kept", factors, layer))
     return items
 
 

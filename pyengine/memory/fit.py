@@ -108,12 +108,27 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     whole, vocab, fallbacks = not m.want.parts, m.bound.model.config.vocab_size, m.prepared.fallbacks
     limit = max(m.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * vocab)))                     # with the same logits
     in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
-    notes = (*m.notes, *in_place, *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
+    notes = (*m.notes, *in_place, *compression_notes(m), *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
                       m.free, m.sizes.n_seq, m.step.n_layers, max(m.sizes.runs.values(), default=0),
                       largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes,
                       n_ctx_train=m.bound.n_ctx_train, decoding=MAX_DECODING if m.encoder else 0)
     return replace(made, rooms=tuple(headrooms(m, made.total, made.of("overhead"))))
+
+
+def compression_notes(m: ModelLayout) -> Iterator[str]:
+    """Say what conversations take that are compressed: while a prompt is read, and at rest."""
+    policy, own = m.want.compress, m.sizes.compressed
+    if own is None:
+        return
+    cell = sum(heads * (m.sizes.k.size(e) + m.sizes.v.size(e) + 4 * len(own.kinds)) for (heads, e), i in zip(m.step.shapes, m.step.layers)
+               if i is not None and m.step.groups[i].policy.compressed)
+    rest = policy.budget_of(m.sizes.n_ctx)
+    if own.most:
+        yield f"{policy.text}: a conversation of any length takes {own.most:,} cells at most, {amount(own.most * cell)}, and {rest:,} after each compression"
+    else:
+        yield (f"{policy.text}: a prompt of {m.sizes.n_ctx:,} tokens takes {amount(m.sizes.n_ctx * cell)} while it is read, then {rest:,} cells, {amount(rest * cell)}; "
+               "what that frees is for other conversations")
 
 
 def _largest(total: Callable[[int], int], low: int, high: int, room: int) -> int | None:
@@ -321,14 +336,14 @@ def refusal(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] 
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
          nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False,
-         adapters: Any = None) -> MemoryPlan:
+         adapters: Any = None, compress: Any = None) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     What is available is what is free beside the models that this process has loaded.
     nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap, compress)
     want.check()
     bound = bind(open_files(model, mmproj, adapters), want.pictures)
     found = fit(bound, want)

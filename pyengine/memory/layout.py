@@ -16,6 +16,7 @@ from pyengine.backends import backend
 from pyengine.backends.base import Backend, Prepared
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.prepared import Counted
+from pyengine.cache.policy import Compressed
 from pyengine.errors import RequestError, UnsupportedModelError
 from pyengine.memory import count
 from pyengine.memory.placement import demand, place
@@ -24,7 +25,7 @@ from pyengine.memory.settings import is_card, Settings
 from pyengine.models.architecture import Encoder
 from pyengine.programs import encoder as encoders
 from pyengine.programs.bound import Bound
-from pyengine.programs.sizes import check_heads, Sizes, step_rows
+from pyengine.programs.sizes import cells_of_budget, check_heads, Sizes, step_rows
 from pyengine.programs.step import Step
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
@@ -116,12 +117,28 @@ class ModelLayout:
         if image is not None:
             across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
             runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
-        sizes = Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens())
+        sizes = Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens(), compressed=self._compressed(),
+                      atomic_rows=self.bound.atomic_rows)
         if self.bound.source is None:
             return sizes
         sizes = sizes.with_(across=n_ctx, source=n_ctx)
         self.source = self._backend_of(self.encoder_place).prepare(encoders.declare_source(self.bound.model, sizes))
         return sizes
+
+    def _compressed(self) -> Compressed | None:
+        """Return what stands in place of `Full` where conversations are compressed. Raises: UnsupportedModelError where no layer sees everything."""
+        policy = self.want.compress
+        if policy is None:
+            return None
+        if self.bound.source is not None or not any(p.whole for p in self.bound.model.policies()):
+            raise UnsupportedModelError(f"compress={policy!r}: {self.bound.files.name} has no layers that see all tokens of a conversation")
+        most = cells_of_budget(policy.budget_of(self.bound.n_ctx_train), self.bound.atomic_rows) if policy.when == "always" else 0
+        if policy.uneven and len({shape for shape, p in zip(self.bound.model.cache_shapes(), self.bound.model.policies()) if p.whole}) > 1:
+            raise UnsupportedModelError(f"compress={policy!r}: layers of {self.bound.files.name} that see everything have heads of different sizes, so they "
+                                        "cannot share cells; use a policy that keeps as many of each layer")
+        if policy.uneven and self.want.parts:
+            raise UnsupportedModelError(f"compress={policy!r}: layers share their cells, and are on several devices; use a policy that keeps as many of each layer")
+        return Compressed(most=most, kinds=tuple(kind for _, kind in policy.channels), layer=0 if policy.uneven else None)
 
     def _n_tokens(self) -> int:
         """Return how many tokens there are, for a device that finds the largest logits of each row; 0: logits are in the host's memory."""

@@ -30,6 +30,7 @@ class Settings:
     images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
              number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory.
              Where layers attend across, a conversation holds that number of pictures; None: ACROSS_SHARE of the memory
+    compress by which policy the cells of conversations are compressed (`cache/compression`), or its text; None: they are not
     """
 
     n_ctx: int | None = None
@@ -42,6 +43,7 @@ class Settings:
     encoder_device: str | None = None
     expert_device: str | None = None
     mmap: bool = False
+    compress: Any = None
 
     @property
     def parts(self) -> dict[str, int | None] | None:
@@ -64,6 +66,10 @@ class Settings:
             raise RequestError(f"n_ctx={self.n_ctx}, n_seq={self.n_seq}: together they must be at most {INT32_MAX} positions")
         object.__setattr__(self, "mmap", switch("mmap", self.mmap))
         object.__setattr__(self, "device", _devices(self.device))
+        if self.compress is not None:
+            from pyengine.cache.compression.written import compression_of      # plans without load faster
+
+            object.__setattr__(self, "compress", compression_of(self.compress))
         there = list(self.parts or [self.device])
         for name in ("encoder_device", "expert_device"):
             where = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,8 @@ class Rows:
     sees       int32 [2, n]: encoder rows lo <= j < hi that cross-attention sees from each row
     crossed    (row, segment) of each picture whose rows are seen so
     adapters   the scale of each adapter; () where none is loaded
+    compression  by which policy the conversation's cells are compressed; counts: how much each row counts in sums of attention,
+               float32 [n, kinds]; None: nothing
     """
 
     keys: list[Hashable]
@@ -86,6 +89,8 @@ class Rows:
     sees: np.ndarray
     crossed: list[tuple[int, MediaSegment]] = field(default_factory=list)
     adapters: tuple[float, ...] = ()
+    compression: Any = None
+    counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

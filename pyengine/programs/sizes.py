@@ -7,6 +7,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from pyengine.cache.policy import Compressed
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import RequestError, shown, UnsupportedModelError
 
@@ -26,6 +27,8 @@ class Sizes(NamedTuple):
     across   encoder rows of one conversation in layers that attend across; 0 without such layers or an encoder
     n_tokens tokens of the vocabulary, where the device finds the largest logits of each row; 0 where the host has them all
     source   rows of one source of an encoder-decoder; 0 for a decoder
+    compressed  the policy in place of `Full` where conversations are compressed; None: they are not
+    atomic_rows rows of the largest picture that must be one step
     """
 
     n_ctx: int
@@ -38,10 +41,17 @@ class Sizes(NamedTuple):
     across: int = 0
     n_tokens: int = 0
     source: int = 0
+    compressed: Compressed | None = None
+    atomic_rows: int = 0
 
     def with_(self, **changes: Any) -> Sizes:
         """Return the same with other numbers."""
         return self._replace(**changes)
+
+
+def cells_of_budget(budget: int, atomic_rows: int) -> int:
+    """Return the cells of a conversation of which a compression leaves `budget`: a fifth more, or a picture that must be one step."""
+    return budget + max(1, budget // 5, atomic_rows)
 
 
 def step_rows(n_ctx: int, n_batch: int, n_seq: int, atomic_rows: int, vocab_size: int) -> tuple[int, int]:

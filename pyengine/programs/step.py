@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pyengine.backends.base import Declared, Program
-from pyengine.cache.cells import Cells, Conversation, Group, group
+from pyengine.cache.cells import Cells, Conversation, Group, groups_of
 from pyengine.cache.policy import Policy
 from pyengine.cache.store import Layer, Rotation
 from pyengine.compiler.wanted import only
@@ -36,12 +37,14 @@ FLOAT = dtype_of("F32")                  # of states
 LOGITS, HIDDEN, LARGEST = 0, 1, 2        # numbers of outputs
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
 ADAPTERS = "lora_scales"                 # of each row; those of encoder rows are "across.lora_scales"
+COUNTS = "counts"                        # how much each row counts in sums of attention
 
 
 class Work(NamedTuple):
     """Rows [start, stop) of a prompt, which follow what `conversation` has; `wanted` of them, from `start` on, give logits.
 
-    hidden: they give last hidden states only, and do not go through the output head
+    hidden: they give last hidden states only, and do not go through the output head. counts: float32 [n, kinds], how much the rows count in
+    sums of attention; None: nothing
     """
 
     conversation: Conversation
@@ -50,6 +53,7 @@ class Work(NamedTuple):
     stop: int
     wanted: np.ndarray
     hidden: bool = False
+    counts: np.ndarray | None = None
 
 
 class Step:
@@ -62,14 +66,10 @@ class Step:
     def __init__(self, model: Architecture, sizes: Sizes, adapters: Sequence[Adapter] = ()):
         self.model, self.sizes, self.adapters, self.shapes = model, sizes, tuple(adapters), model.cache_shapes()
         self.owned = model.cached_layers()
-        self.groups: list[Group] = []
-        self.layers: list[int | None] = []
-        numbers: dict[Policy, int] = {}
-        for policy in policies(model, sizes):
-            if policy is not None and policy not in numbers:
-                numbers[policy] = len(self.groups)
-                self.groups.append(group(policy, sizes.n_ctx, sizes.n_batch, sizes.n_seq))
-            self.layers.append(None if policy is None else numbers[policy])
+        own = policies(model, sizes)
+        numbers = {policy: i for i, policy in enumerate(dict.fromkeys(p for p in own if p is not None))}
+        self.groups = groups_of(list(numbers), sizes.n_ctx, sizes.n_batch, sizes.n_seq)
+        self.layers = [None if policy is None else numbers[policy] for policy in own]
         self.across = next((i for i, g in enumerate(self.groups) if g.policy.across), None)
         self.n_across = min(sizes.across, sizes.n_batch)                       # encoder rows of one run
 
@@ -77,6 +77,11 @@ class Step:
     def n_layers(self) -> int:
         """Layers, which may have several caches each."""
         return max(self.owned) + 1
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The statistics of attention that are summed for each key (`ops.key_sums`)."""
+        return self.sizes.compressed.kinds if self.sizes.compressed else ()
 
     @cached_property
     def names(self) -> list[str]:
@@ -108,23 +113,31 @@ class Step:
                 shared[-1][spec.name] = g.input(f"{name}.{spec.name}", (axes[spec.axis],), "I32")
             if any(spec == ("lo", "m") for spec in own.policy.inputs()):
                 chosen |= {f"{name}.{end}": g.input(f"{name}.{end}_wanted", (w,), "I32") for end in ("lo", "hi")}
+        summed: list[list[Tensor]] = []                      # sums of attention after each reading of a cache
+        counts = g.input(COUNTS, (m, len(self.kinds))) if self.kinds else None
         caches: list[LayerCache | CrossCache | RecurrentCache | None] = []
         for i, number in enumerate(self.layers):
             if number is None:
                 caches.append(None)
                 continue
-            states = [g.state(name, shape, dtype) for name, (shape, dtype) in self._states(i, self.groups).items()]
+            pooled = self.groups[number].policy.pooled
+            states = [g.state(name, shape, dtype, f"pool{name[-2:]}" if pooled and name[-2:] in (".k", ".v") else None)
+                      for name, (shape, dtype) in self._states(i, self.groups, self.sizes.n_seq).items()]
             if self.groups[number].policy.recurrent:
                 caches.append(RecurrentCache(tuple(states), **shared[number]))
+            elif number == self.across:
+                caches.append(CrossCache(*states, **shared[number]))
             else:
-                caches.append((CrossCache if number == self.across else LayerCache)(*states, **shared[number]))
+                summed.append([])
+                own = {"sums": states[2], "weights": counts, "kinds": self.kinds, "changed": summed[-1]} if states[2:] else {}
+                caches.append(LayerCache(*states[:2], **shared[number], **own))
         hidden = take(model.forward(batch, caches), wanted)
         outputs = [model.logits(take(hidden, head)), hidden]
         if self.adapters:
             outputs = self._adapted(g, outputs, batch, wanted, head)
         largest = top_k(outputs[LOGITS], n=s.n_tokens, k=min(s.n_tokens, MOST)) if s.n_tokens else ()
         asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
-        return Declared(only([*outputs, *largest], wanted, chosen), {HEAD: HEAD}, asked)
+        return Declared(only([*outputs, *largest, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
 
     def _adapted(self, g: Graph, outputs: list[Tensor], batch: Batch, wanted: Tensor, head: Tensor) -> list[Tensor]:
         """Add what adapters change, by the scales of each row."""
@@ -137,7 +150,7 @@ class Step:
         absent = [f"blk.{self.owned[i]}." for i, number in enumerate(self.layers) if number is None and owners[i] == i]
         return adapted(outputs, self.adapters, scales, absent)
 
-    def _states(self, layer: int, groups: Sequence[Group]) -> dict[str, tuple[tuple[int, int, int], DType]]:
+    def _states(self, layer: int, groups: Sequence[Group], n_seq: int) -> dict[str, tuple[tuple[int, int, int], DType]]:
         """Return shapes [heads, cells, elements] and formats of what a layer keeps, by name: keys and values, or states."""
         number, name = self.layers[layer], f"blk.{self.owned[layer]}"
         if number is None:
@@ -147,15 +160,18 @@ class Step:
             return {f"{name}.state{j}": ((heads, own.n_cells, n), FLOAT) for j, (heads, n) in enumerate(own.policy.shapes)}
         heads, head_dim = self.shapes[layer]
         shape, two = (heads, own.n_cells, head_dim), (".cross_k", ".cross_v") if own.policy.across else (".k", ".v")
-        return {name + kind: (shape, dtype) for kind, dtype in zip(two, (self.sizes.k, self.sizes.v))}
+        states = {name + kind: (shape, dtype) for kind, dtype in zip(two, (self.sizes.k, self.sizes.v))}
+        if own.policy.compressed and self.kinds:
+            states[name + ".sums"] = (heads, n_seq * own.slots, len(self.kinds)), FLOAT
+        return states
 
     def lasting_shapes(self, n_ctx: int, n_seq: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tables and caches with other numbers of positions and conversations, but as many rows of a step."""
-        groups = [group(g.policy, n_ctx, self.sizes.n_batch, n_seq) for g in self.groups]
+        groups = groups_of([g.policy for g in self.groups], n_ctx, self.sizes.n_batch, n_seq)
         shapes: dict[str, tuple[int, ...]] = {f"{name}.table": (n_seq, g.slots) for g, name in zip(groups, self.names)
                                               if not g.policy.recurrent}
         for i in range(len(self.layers)):
-            shapes |= {name: shape for name, (shape, _) in self._states(i, groups).items()}
+            shapes |= {name: shape for name, (shape, _) in self._states(i, groups, n_seq).items()}
         return shapes
 
     # -- of a loaded program ------------------------------------------------------------------------------------------
@@ -169,8 +185,10 @@ class Step:
         ropes, made = self.model.ropes(self.sizes.n_ctx), []
         for i, number in enumerate(self.layers):
             if number is not None:
-                turned = None if self.groups[number].policy.recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
-                made.append(Layer(self.owned[i], number, tuple(program.states[name] for name in self._states(i, self.groups)), turned))
+                recurrent, states = self.groups[number].policy.recurrent, [program.states[name] for name in self._states(i, self.groups, self.sizes.n_seq)]
+                turned = None if recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
+                sums = states.pop() if self.groups[number].policy.compressed and self.kinds else None
+                made.append(Layer(self.owned[i], number, tuple(states), turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0])))
         return made
 
 
@@ -181,23 +199,26 @@ def stage_of(name: str, last: int) -> int | None:
 
 def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
     """Return each layer's policy with the encoder rows that it holds; None for layers that attend across where no encoder is, and for
-    those that read another one's cache."""
+    those that read another one's cache. Where conversations are compressed, layers that see everything keep some of it."""
     own = [p if not p.across else p.holding(sizes.across) if sizes.across else None for p in model.policies()]
+    if sizes.compressed:
+        each = sizes.compressed.pooled
+        own = [replace(sizes.compressed, spans=p.spans, layer=i if each else None) if p.whole else p for i, p in enumerate(own)]
     return [p if owner == i else None for i, (p, owner) in enumerate(zip(own, model.cache_owners()))]
 
 
 class Row:
     """Logits after one row of a run, valid until the next one."""
 
-    def __init__(self, program: Program, number: int):
-        self._program, self._number = program, number
+    def __init__(self, program: Program, number: int, finds: bool):
+        self._program, self._number, self._finds = program, number, finds
 
     @property
     def largest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """What `top_k` found in it, where the device looks for that: (logits, tokens, sums of weights)."""
-        if len(self._program.outputs) == LARGEST:
+        if not self._finds:
             return None
-        values, tokens, sums = (a[self._number] for a in self._program.outputs[LARGEST:])
+        values, tokens, sums = (a[self._number] for a in self._program.outputs[LARGEST : LARGEST + 3])
         return values, tokens, sums
 
     def whole(self) -> np.ndarray:
@@ -208,14 +229,14 @@ class Row:
 class Logits:
     """Logits after rows of a run, `self[i]` of each, valid until the next one."""
 
-    def __init__(self, program: Program, n: int):
-        self._program, self._n = program, n
+    def __init__(self, program: Program, n: int, finds: bool):
+        self._program, self._n, self._finds = program, n, finds
 
     def __len__(self) -> int:
         return self._n
 
     def __getitem__(self, i: int) -> Row:
-        return Row(self._program, i)
+        return Row(self._program, i, self._finds)
 
     def whole(self) -> np.ndarray:
         """Return all of them [l, vocab]."""
@@ -266,14 +287,17 @@ class StepProgram:
             self._put("seq", here, s.row)
             self._put("seq_wanted", there, s.row)
             self._put_scales(ADAPTERS, m, n, s)
+            if kinds := len(self.step.kinds):
+                self._put(COUNTS, slice(m * kinds, (m + n) * kinds), 0 if part.counts is None else part.counts.reshape(-1))
             self._put("wanted", there, wanted + m)
             for i, (g, name) in enumerate(zip(self.step.groups, self.step.names)):
                 if g.policy.recurrent:
                     for end, values in zip(("before", "after"), self.cells.states_of(s, n)):
                         self._put(f"{name}.{end}", here, values)
                 elif not g.policy.across:
-                    lo, hi = g.policy.visible(index, part.rows.span_end[part.start : part.stop])
-                    self._put(f"{name}.cells", here, self.cells.cells_of(i, s, index))
+                    gone = s.gone.get(i, 0)                  # numbers count the cells that were kept
+                    lo, hi = g.policy.visible(index - gone, part.rows.span_end[part.start : part.stop] - gone)
+                    self._put(f"{name}.cells", here, self.cells.cells_of(i, s, index - gone))
                     for end, values in (("lo", lo), ("hi", hi)):
                         self._put(f"{name}.{end}", here, values)
                         self._put(f"{name}.{end}_wanted", there, values[wanted])
@@ -348,4 +372,4 @@ class StepProgram:
         n = len(heads)
         self._put(HEAD, slice(0, n), heads)
         self.program.execute(entry, l=n, **self._dims)
-        return Logits(self.program, n)
+        return Logits(self.program, n, self.step.sizes.n_tokens > 0)

@@ -53,6 +53,13 @@ class Fields:
         """Return true or false."""
         return self._read(name, default, (bool,), "true or false")
 
+    def policy(self, name: str) -> Any:
+        """Return a text, an object or false; None where it is not there."""
+        value = self._read(name, None, (str, dict, bool), "a policy's text, an object as {\"policy\": text}, or false")
+        if value is True:
+            raise FieldError(self.within + name, "true names no policy")
+        return value
+
     def items(self, name: str, default: Any = ...) -> Any:
         """Return a list."""
         return self._read(name, default, (list,), "a list")

@@ -101,6 +101,8 @@ def sampling(fields: Fields) -> dict[str, Any]:
     given = fields.given(SAMPLING)
     k, lora = given.get("top_k"), adapters(fields)
     given = given if lora is None else {**given, "adapters": lora}
+    if (policy := fields.policy("compress")) is not None:    # an extension: a policy's text, its settings as an object, or false
+        given = {**given, "compress": policy}
     return {**given, "top_k": 0} if isinstance(k, int) and k < 0 else given
 
 

@@ -12,7 +12,7 @@ from pyengine.backends.cpu import weights
 from pyengine.backends.cpu.fallback import Fallback
 from pyengine.backends.host import HostState, NO_NUMBERS, NUMPY
 from pyengine.backends.prepared import arguments, Resident
-from pyengine.compiler.arena import ALIGN, aligned, is_changed_state
+from pyengine.compiler.arena import ALIGN, is_changed_state
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.files.weights import files_of
@@ -54,16 +54,16 @@ class Program(base.Program):
         self._files = files_of(r.tensor.node.source for r in prepared.residents.values() if r.form == "mapped")
         for r in prepared.residents.values():
             self._place(r.tensor.node, self._mapped_address(r) if r.form == "mapped" else self.weights.address + r.offset)
-        lasting, offset = np.frombuffer(self.state_memory, np.uint8) if prepared.state_bytes else np.empty(0, np.uint8), 0
+        lasting = np.frombuffer(self.state_memory, np.uint8) if prepared.state_bytes else np.empty(0, np.uint8)
         self.states, self.tables = {}, {}
         for t in prepared.lasting:
+            offset = prepared.places[t.name]
             self._place(t.node, self.state_memory.address + offset)
             memory = lasting[offset : offset + t.nbytes_max]
             if t.node.kind == "state":
                 self.states[t.name] = HostState(t, memory)
             else:
                 self.tables[t.name] = memory.view(np.int32).reshape([int(a) for a in t.shape])
-            offset += aligned(t.nbytes_max)
         self._turns = [self._runs(begin, end) for begin, end in layout.turns]
         weights.load(list(prepared.residents.values()), self.weights, self.pool, progress)
         arena = np.frombuffer(self.arena, np.uint8)

@@ -16,7 +16,7 @@ from pyengine.backends.cuda.library import Memory, Queue
 from pyengine.backends.cuda.states import DeviceState
 from pyengine.backends.host import NO_NUMBERS, NUMPY
 from pyengine.backends.prepared import arguments
-from pyengine.compiler.arena import ALIGN, aligned, is_changed_state
+from pyengine.compiler.arena import ALIGN, is_changed_state
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
 from pyengine.graph.tensor import Axis, axis_max, Dim, Node, Tensor
@@ -90,9 +90,10 @@ class Program(base.Program):
         self.dim_names = sorted({a.name for n in [*layout.leaves, *layout.steps] for t in n.outputs for a in t.shape
                                  if isinstance(a, Dim)})
         self._dims = ffi.new("int64_t[]", max(1, len(self.dim_names)))
-        self.states, self.tables, self._places, offset = {}, {}, {}, 0
+        self.states, self.tables, self._places = {}, {}, {}
         self._shadows: list[tuple[int, np.ndarray, np.ndarray]] = []           # address of a table, the table, what was sent of it
         for t in prepared.lasting:
+            offset = prepared.places[t.name]
             self._places[id(t.node)] = self.state_memory.address + offset
             if t.node.kind == "state":
                 self.states[t.name] = DeviceState(t, self.state_memory, offset, self.queue)
@@ -101,7 +102,6 @@ class Program(base.Program):
                 shadow = self._pinned(t.nbytes_max).array()
                 self.queue.copy(self._places[id(t.node)], shadow.ctypes.data, t.nbytes_max)
                 self._shadows.append((self.state_memory.address + offset, self.tables[t.name], shadow))
-            offset += aligned(t.nbytes_max)
         self._load(progress)
         inputs = [n.outputs[0] for n in layout.leaves if n.kind == "input"]
         self.inputs = {t.name: self._host_array(t) for t in inputs}

@@ -18,7 +18,7 @@ from pyengine.backends.host import HostState, NO_NUMBERS, NUMPY
 from pyengine.backends.metal.device import bind, Bound, Memory, Recording
 from pyengine.backends.metal.launch import Launch, LAUNCHERS, params_of, Step, View
 from pyengine.backends.prepared import arguments, Resident
-from pyengine.compiler.arena import ALIGN, aligned, is_changed_state
+from pyengine.compiler.arena import ALIGN, is_changed_state
 from pyengine.dtype import DType, I8
 from pyengine.errors import GraphError, RequestError
 from pyengine.files.weights import files_of
@@ -102,15 +102,15 @@ class Program(base.Program):
 
     def _place_lasting(self) -> None:
         """Give states and tables their places."""
-        self.states, self.tables, offset = {}, {}, 0
+        self.states, self.tables = {}, {}
         for t in self.prepared.lasting:
+            offset = self.prepared.places[t.name]
             self._base[id(t.node)] = LASTING, offset
             memory = self.memories[LASTING].array[offset : offset + t.nbytes_max]
             if t.node.kind == "state":
                 self.states[t.name] = HostState(t, memory)
             else:
                 self.tables[t.name] = memory.view(np.int32).reshape([int(a) for a in t.shape])
-            offset += aligned(t.nbytes_max)
 
     def _root(self, t: Tensor) -> tuple[int, int]:
         """Return (memory, offset) of the tensor that owns this one's memory."""

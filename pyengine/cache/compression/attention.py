@@ -201,11 +201,15 @@ class LookM(Compression):
             first[:, :before][largest(patches, part(self.pictures, budget - recent)) & ~text[:, :before]] = np.inf
         return best_and_recent(first, budget, recent)
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray, group: int = 1) -> list[int]:
+    @property
+    def uneven(self) -> bool:                                # type: ignore[override]
+        """Whether the budget of a layer follows its entropy."""
+        return self.least < 1
+
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
         """Return each layer's cells: least B + (1 - least) B H, B the budget and H the entropy of attention over its largest, ln of
         the keys that each row sees. Never above B, so that a plan made for B holds."""
-        n = len(is_text)
-        most = self.budget_of(n)
+        most, n = self.mean_of(statistics, budget), max((s.shape[1] for s in statistics), default=0)
         if self.least == 1:
             return [most] * len(statistics)
         low, whole_entropy = max(1, part(self.least, most)), np.log(np.arange(1, n + 1)).sum()

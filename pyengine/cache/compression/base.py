@@ -34,11 +34,13 @@ class Compression:
     word      the policy's name on command lines and in requests
     observed  the statistics that it selects by: `channels`
     contents  whether it reads keys and values to select
+    uneven    whether layers keep different numbers of cells
     """
 
     word: ClassVar[str]
     observed: ClassVar[tuple[Channel, ...]] = ()
     contents: ClassVar[bool] = False
+    uneven: bool = False
     ratio: float | None
     budget: int | None
     recent: int | float | None
@@ -82,12 +84,17 @@ class Compression:
             return min(self.recent, budget)
         return max(1, part(self.recent, budget)) if self.recent else 0
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray, group: int = 1) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
         """Return the cells that each head of each layer keeps, from each layer's statistics [h, n, c]: here the same of all.
 
-        group: query heads that share a key/value head, whose attention the statistics have summed
+        is_text: bool [n], or where layers hold different tokens [h, n] of each. group: query heads that share a key/value head, whose attention
+        the statistics have summed. budget: cells in the mean of all layers, instead of `budget_of(n)`
         """
-        return [self.budget_of(len(is_text))] * len(statistics)
+        return [self.mean_of(statistics, budget)] * len(statistics)
+
+    def mean_of(self, statistics: Sequence[np.ndarray], budget: int | None) -> int:
+        """Return the cells of a layer in the mean of all, from statistics [h, n, c] of each."""
+        return self.cells_of(budget, max(s.shape[1] for s in statistics)) if len(statistics) else 0
 
     # -- what is observed ---------------------------------------------------------------------------------------------
 
@@ -220,9 +227,9 @@ def part(share: Any, n: int) -> int:
 
 
 def read_text(is_text: np.ndarray, n: int | None = None) -> np.ndarray:
-    """Return is_text as bool [n]. Raises: RequestError."""
+    """Return is_text as bool [n], or [h, n]. Raises: RequestError."""
     text = np.asarray(is_text)
-    if text.ndim != 1 or text.dtype != np.bool_ and not np.isin(text, (0, 1)).all() or n is not None and len(text) != n:
+    if text.ndim not in (1, 2) or text.dtype != np.bool_ and not np.isin(text, (0, 1)).all() or n is not None and text.shape[-1] != n:
         raise RequestError(f"is_text must be bool [{'n' if n is None else n}], got {text.dtype} {list(text.shape)}")
     return text.astype(np.bool_)
 

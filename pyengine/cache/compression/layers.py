@@ -32,6 +32,7 @@ class VLCache(Compression):
 
     word = "vl-cache"
     observed = ((AFTER, "sum"), (AFTER, "large"))
+    uneven = True
 
     @takes()
     def __init__(self, ratio: float | None = None, budget: int | None = None, recent: int | float = 0.1, merge: str = "none",
@@ -50,10 +51,10 @@ class VLCache(Compression):
         budget = self.cells_of(budget, scores.shape[1])
         return best_and_recent(scores, budget, self.recents_of(budget))
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray, group: int = 1) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
         """Return each layer's cells by its density; the pairs that are counted are as many in all layers, so counts decide."""
         density = [s[..., 1].sum(dtype=np.float64) / len(s) for s in statistics]
-        return layer_budgets(self, density, len(is_text))
+        return layer_budgets(self, density, statistics, budget)
 
 
 class MEDA(LookM):
@@ -71,28 +72,32 @@ class MEDA(LookM):
 
     word = "meda"
     observed = ((ALL, "sum"), (TEXT, "entropy"), (MEDIA, "entropy"))   # type: ignore[assignment]
+    uneven = True                                            # type: ignore[assignment]
 
     @takes()
     def __init__(self, ratio: float | None = None, budget: int | None = None, recent: int | float = 0.5, merge: str = "averaged",
                  when: str = "prompt"):
         super().__init__(ratio, budget, recent, merge, when)
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray, group: int = 1) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
         """Return each layer's cells by the exponential of its entropy."""
-        text = read_text(is_text)
-        mixed = bool(text.any() and not text.all())
+        def level(s: np.ndarray, is_text: np.ndarray) -> float:
+            text = np.broadcast_to(read_text(is_text, s.shape[1]), s.shape[:2])
+            mixed = bool(text.any() and not text.all())
+            found = 0.0
+            for channel, rows in ((1, text), (2, ~text)):
+                keys = ~rows if mixed else rows
+                found += s[..., channel][keys].sum(dtype=np.float64) / (max(1.0, rows.sum() / len(s)) * len(s) * group)
+            return found
 
-        def entropy(s: np.ndarray, channel: int, rows: np.ndarray, keys: np.ndarray) -> float:
-            return s[:, keys, channel].sum(dtype=np.float64) / (max(1, int(rows.sum())) * len(s) * group)
-
-        levels = np.array([entropy(s, 1, text, ~text if mixed else text) + entropy(s, 2, ~text, text if mixed else ~text)
-                           for s in statistics])
-        return layer_budgets(self, np.exp(levels - levels.max(initial=-np.inf)), len(text))
+        each = is_text if isinstance(is_text, (list, tuple)) else [is_text] * len(statistics)
+        levels = np.array([level(s, text) for s, text in zip(statistics, each, strict=True)])
+        return layer_budgets(self, np.exp(levels - levels.max(initial=-np.inf)), statistics, budget)
 
 
-def layer_budgets(policy: Compression, weights: Sequence[float] | np.ndarray, n: int) -> list[int]:
-    """Return cells of each layer in proportion to weights, which sum to as many as if all had `budget_of(n)`."""
-    each = policy.budget_of(n)
+def layer_budgets(policy: Compression, weights: Sequence[float] | np.ndarray, statistics: Sequence[np.ndarray], budget: int | None) -> list[int]:
+    """Return cells of each layer in proportion to weights, which sum to as many as if all had the budget."""
+    each, n = policy.mean_of(statistics, budget), max((s.shape[1] for s in statistics), default=0)
     return apportioned(weights, each * len(weights), min(each, max(1, int(LEAST * n))), n)
 
 

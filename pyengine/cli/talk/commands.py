@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pyengine.cache.compression.written import POLICIES
 from pyengine.cli import answer, pictures
 from pyengine.cli.talk import settings, toolbox
 from pyengine.cli.talk.conversation import Chat
@@ -72,6 +73,15 @@ def choose(chat: Chat, rest: str) -> None:
 def think(chat: Chat, rest: str) -> None:
     """Set whether the model thinks before it answers."""
     note(f"({chat.choices.set('think', rest or None)})")
+
+
+def compress(chat: Chat, rest: str) -> None:
+    """Set how the conversation's cells are compressed from the next question on; without a policy, tell. Raises: RequestError."""
+    if rest:
+        note(f"({chat.choices.set('compress', rest)})")
+    else:
+        held = chat.model.cells_held()
+        note("(nothing is read yet)" if held is None else f"({held.n_tokens:,} tokens are in {held.n_cells:,} cells of each layer that sees all, {size(held.nbytes)})")
 
 
 def equip(chat: Chat, rest: str) -> None:
@@ -211,6 +221,8 @@ COMMANDS: dict[str, Command] = {
                      lambda chat, rest: chat.load(_path("load", rest)), "saved"),
     "/think": Command("[HOW]", "let the model think before it answers: on, off, low, medium, high, at most N tokens, or auto, as it does by itself",
                       think, words=dict.fromkeys(settings.THINK, "")),
+    "/compress": Command("[POLICY]", "keep a part of what was read, from the next question on: look-m, h2o, snapkv .., look-m:ratio=0.2; off: all of it; "
+                         "without POLICY, tell how much is kept", compress, words=dict.fromkeys((*POLICIES, "off"), "")),
     "/tools": Command("FILE", "let the model call the functions of a Python file, which run here, or the tools of a JSON file, whose results you "
                       "type; off: none; without FILE, list them", equip, "tools", {"off": "no tools"}),
     "/format": Command("FILE", "hold answers to the JSON schema in a file; json: to objects; off: they are free; without FILE, show the schema",

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pyengine.cache.compression.written import compression_of
 from pyengine.cli import answer
 from pyengine.cli.paper import FOLDED, HIDDEN, SHOWN
 from pyengine.errors import RequestError
@@ -47,6 +48,7 @@ MEANINGS = {
     "max_tokens": "at most N tokens in an answer; -1: until the model ends it or the context is full",
     "stop": 'a text that ends the answer and is not part of it: END, or several: "one" "two"',
     "think": "whether the model thinks before it answers: auto (as it does by itself), on, off, low, medium, high, or at most N tokens",
+    "compress": "how much of what was read is kept: a policy such as look-m:ratio=0.2, or off; as the model was loaded",
     "thinking": "how that is shown: dimmed as it comes, folded to one line that counts it, or hidden",
     "keep": "when the context is full: all is kept and you are told, or only the latest turns",
     "wordwrap": "no word is cut at the terminal's edge",
@@ -84,6 +86,8 @@ class Choices:
         elif name == "think":
             value = value or "on"
             self.answer.think = _think(value)
+        elif name == "compress":
+            self.answer.compress = None if value is None else _policy(value)
         elif name in WORDS:
             word = WORDS[name][0] if value is None else _word(name, value)
             setattr(self, name, word == "on" if WORDS[name] == SWITCHES else word)
@@ -111,6 +115,8 @@ class Choices:
         think = self.answer.think
         word = "auto" if think is None else SWITCHES[not think] if isinstance(think, bool) else str(think)
         found.append(("think", word, "" if think is None else "set"))
+        compress = self.answer.compress
+        found.append(("compress", str(getattr(model.compression, "text", "off") if compress is None else compress), "" if compress is None else "set"))
         for name in WORDS:
             value = getattr(self, name)
             word = value if isinstance(value, str) else SWITCHES[not value]
@@ -156,3 +162,9 @@ def _texts(value: str) -> tuple[str, ...]:
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\n", "\\n").replace('"', '\\"') + '"'
+
+
+def _policy(value: str) -> str:
+    """Return a policy's text as it is written in full. Raises: RequestError."""
+    policy = compression_of(value)
+    return policy.text if policy is not None else "off"

@@ -1,0 +1,173 @@
+"""A conversation's cells compressed: what attention gave to each key is read, a policy says which cells stay, and what goes is merged into them.
+
+Each head of each layer keeps its own tokens, all of them as many, so that all share a table of cells: after a compression cell i of a
+conversation holds the i-th token that was kept, another one for each head, and tokens that follow take the cells behind. Keys were rotated
+when they were written and keep their tokens' positions. A cell that nothing was merged into keeps its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyengine.cache.cells import Conversation
+from pyengine.cache.store import Layer, Store
+from pyengine.native.blocks import dequantize, quantize
+if TYPE_CHECKING:
+    from pyengine.cache.compression.base import Compression
+
+WINDOW = 32                              # rows before a compression that observe, where it comes again and again
+WINDOWS = "last", "after"                # rows of a channel that are counted anew after each compression
+
+
+def columns(policy: Compression, kinds: Sequence[str]) -> list[int] | None:
+    """Return which of the sums that a step makes each of a policy's are; None where it does not make them."""
+    free, found = list(enumerate(kinds)), []
+    for _, kind in policy.channels:
+        place = next(((i, k) for i, k in free if k == kind), None)
+        if place is None:
+            return None
+        free.remove(place)
+        found.append(place[0])
+    return found
+
+
+def prompt_counts(policy: Compression, kinds: Sequence[str], is_text: np.ndarray) -> np.ndarray:
+    """Return how much each row of a prompt counts in each of a step's sums: float32 [n, kinds]."""
+    counts = np.zeros((len(is_text), len(kinds)), np.float32)
+    counts[:, columns(policy, kinds)] = policy.weights(is_text, len(is_text))
+    return counts
+
+
+def running_counts(policy: Compression, kinds: Sequence[str], is_text: np.ndarray, numbers: np.ndarray, most: int) -> np.ndarray:
+    """Return the same for rows of a conversation that is compressed whenever its `most` cells are taken; numbers: of their cells."""
+    counts = np.zeros((len(is_text), len(kinds)), np.float32)
+    rows = {"all": np.ones(len(is_text)), "text": is_text, "media": ~is_text, **dict.fromkeys(WINDOWS, numbers >= most - WINDOW)}
+    for place, (which, _) in zip(columns(policy, kinds), policy.channels):
+        counts[:, place] = rows[which]
+    return counts
+
+
+def clear(store: Store, s: Conversation) -> None:
+    """Set the sums of a conversation's keys to nothing, those to come included."""
+    for layer in compressed(store):
+        if layer.sums is not None:
+            slots = store.cells.groups[layer.group].slots
+            cells = np.arange(s.row * slots, (s.row + 1) * slots)
+            heads, _, kinds = layer.sums.shape
+            layer.sums.scatter(cells, np.zeros((heads, len(cells), 4 * kinds), np.uint8))
+
+
+def copy_sums(store: Store, s: Conversation, child: Conversation) -> None:
+    """Give a conversation that goes on from another one the sums of that one's keys."""
+    for layer in compressed(store):
+        if layer.sums is not None:
+            layer.sums.copy(cells_of_sums(store, s, layer), cells_of_sums(store, child, layer))
+
+
+def cells_of_sums(store: Store, s: Conversation, layer: Layer) -> np.ndarray:
+    """Return where the sums of a conversation's keys lie in a layer's."""
+    return s.row * store.cells.groups[layer.group].slots + np.arange(store.cells.filled(layer.group, s))
+
+
+def compressed(store: Store) -> list[Layer]:
+    """Return the layers whose cells are compressed."""
+    return [layer for layer in store.layers if store.cells.groups[layer.group].policy.compressed]
+
+
+def compress(store: Store, s: Conversation, policy: Compression, budget: int) -> None:
+    """Leave a conversation `budget` cells of each layer and head, or those that it has if they are fewer. A policy that spends more on some
+    layers spends less on others.
+
+    If that is interrupted the conversation is dropped. Raises: PlanError without pages for a conversation that shares its cells.
+    """
+    cells = store.cells
+    layers = [Content(store, s, policy, layer) for layer in compressed(store)]
+    try:
+        kept = {layer.group: min(budget, len(layer.old)) for layer in layers}
+        if policy.uneven and budget * len(layers) < sum(len(layer.old) for layer in layers):
+            wanted = policy.budgets([layer.statistics for layer in layers], [layer.is_text for layer in layers], layers[0].queries, budget)
+            kept = dict(zip(kept, spread(wanted, [layer.most for layer in layers], budget * len(layers))))
+        new = {i: cells.compact(i, s, n) for i, n in kept.items()}
+        for layer in layers:
+            if kept[layer.group] < len(layer.old):
+                layer.compress(new[layer.group])
+        cells.shrink(s, kept)
+    except BaseException:                                    # Ctrl-C: half moved
+        cells.drop(s)
+        raise
+
+
+def spread(wanted: Sequence[int], most: Sequence[int], total: int) -> list[int]:
+    """Return cells of each layer, of 1 to `most` each and `total` together at most, or as many as are wanted, as near to those as that allows."""
+    total = min(total, sum(wanted))
+    given = [max(1, min(n, limit)) for n, limit in zip(wanted, most)]
+    while sum(given) > total:                                # the largest gives, the smallest takes
+        given[max(range(len(given)), key=lambda i: (given[i], -i))] -= 1
+    while sum(given) < total and given != list(most):
+        given[min((i for i in range(len(given)) if given[i] < most[i]), key=lambda i: (given[i], i))] += 1
+    return given
+
+
+class Content:
+    """What a layer holds of a conversation, on the way through a compression.
+
+    old      its cells; statistics: float32 [heads, cells, channels of the policy]; is_text: bool [heads, cells]
+    queries  heads that share a head of keys; most: cells that it can have
+    """
+
+    def __init__(self, store: Store, s: Conversation, policy: Compression, layer: Layer):
+        own = store.cells.groups[layer.group]
+        self.s, self.policy, self.layer, self.group, self.queries = s, policy, layer, layer.group, layer.queries
+        self.old = store.cells.cells_of(layer.group, s, np.arange(store.cells.filled(layer.group, s))).copy()
+        self.most = min(own.slots, len(self.old))
+        self._heads, self._places = layer.states[0].shape[0], columns(policy, own.policy.kinds) or []
+        self._cells = cells_of_sums(store, s, layer)
+        self.tokens = tokens_of(s, layer.number, self._heads, len(self.old))
+        text = np.array([isinstance(key, int) for key in s.keys])
+        self.is_text = text[self.tokens]
+        self.statistics = self._sums()[..., self._places]
+
+    def _sums(self) -> np.ndarray:
+        if self.layer.sums is None:
+            return np.zeros((*self.tokens.shape, 0), np.float32)
+        return np.ascontiguousarray(self.layer.sums.gather(self._cells)).view(np.float32)
+
+    def compress(self, new: np.ndarray) -> None:
+        """Choose what stays, and write it to the cells `new`."""
+        policy, states = self.policy, self.layer.states
+        data = [state.gather(self.old) for state in states]
+        reads = policy.merging != "none" or policy.contents
+        numbers = [dequantize(d, state.dtype) if reads else None for d, state in zip(data, states)]      # of blocks `rope.mixed` elements
+        counts = self.queries * (len(self.s) - self.tokens)                    # of probabilities in each key's sums
+        stay = policy.choose(self.statistics, self.is_text, len(new), counts=counts, keys=numbers[0], values=numbers[1])
+        left = [np.take_along_axis(d, stay[..., None], 1) for d in data]
+        if policy.merging != "none":
+            merged = policy.merge(stay, *numbers, sums=policy.shares(self.statistics))
+            for d, state, was, now in zip(left, states, numbers, merged):
+                changed = (now != np.take_along_axis(was, stay[..., None], 1)).any(-1)
+                d[changed] = quantize(now[changed].astype(np.float32), state.dtype)
+        for state, d in zip(states, left):
+            state.scatter(new, d)
+        self.s.kept[self.layer.number] = np.take_along_axis(self.tokens, stay, 1).astype(np.int32)
+        self._keep_sums(stay)
+
+    def _keep_sums(self, stay: np.ndarray) -> None:
+        """Let sums go with their keys. Those of a window are counted anew."""
+        if self.layer.sums is None:
+            return
+        sums = self._sums()
+        again = np.zeros_like(sums)
+        for at, (which, _) in zip(self._places, self.policy.channels):
+            if which not in WINDOWS:
+                again[:, : stay.shape[1], at] = np.take_along_axis(sums[..., at], stay, 1)
+        self.layer.sums.scatter(self._cells, again.view(np.uint8))
+
+
+def tokens_of(s: Conversation, layer: int, heads: int, n: int) -> np.ndarray:
+    """Return of which tokens the first n cells of a layer are: int32 [heads, n]."""
+    kept = s.kept.get(layer, np.empty((heads, 0), np.int32))
+    behind = np.arange(len(s) - (n - kept.shape[1]), len(s), dtype=np.int32)
+    return np.concatenate([kept, np.broadcast_to(behind, (heads, len(behind)))], axis=1)

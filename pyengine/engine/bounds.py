@@ -1,0 +1,97 @@
+"""When conversations are compressed: after each prompt, or whenever the cells that their policy leaves them are taken.
+
+Both are places in a conversation that no cut of its prompt into steps, and nobody who is served beside it, can move.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyengine.cache import eviction
+from pyengine.cache.cells import Conversation
+from pyengine.cache.store import Store
+from pyengine.errors import RequestError
+from pyengine.programs.rows import Rows
+from pyengine.programs.sizes import cells_of_budget
+from pyengine.programs.step import Step, Work
+
+if TYPE_CHECKING:
+    from pyengine.cache.compression.base import Compression
+
+UNBOUNDED = 1 << 30
+
+
+class Bounds:
+    """The cells of conversations that are compressed."""
+
+    def __init__(self, step: Step, store: Store):
+        self.sizes, self.store, self.atom = step.sizes, store, step.sizes.atomic_rows
+        self.groups = [i for i, g in enumerate(step.groups) if g.policy.compressed]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there are fewer cells than positions for a conversation, so that each is compressed as it grows."""
+        return self.sizes.compressed is not None and self.sizes.compressed.most > 0
+
+    def _count(self, rows: Rows) -> None:
+        """Note in a prompt how much its rows count in sums of attention. Raises: RequestError where the model was laid out anew for another policy."""
+        if not self.serves(rows.compression):
+            raise RequestError(f"compress={rows.compression!r}: the model has been laid out for {self.sizes.compressed!r} since this was asked for")
+        rows.counts = eviction.prompt_counts(rows.compression, self.sizes.compressed.kinds, rows.ids >= 0)
+
+    def running(self, s: Conversation) -> bool:
+        """Say whether a conversation is compressed as it grows, and not after its prompts."""
+        policy: Compression | None = s.compression           # type: ignore[assignment]
+        return policy is not None and (self.bounded or policy.when == "always")
+
+    def serves(self, policy: Compression) -> bool:
+        """Say whether the step makes what a policy reads, and layers can keep different numbers of cells if it wants them to."""
+        there = self.sizes.compressed
+        return there is not None and eviction.columns(policy, there.kinds) is not None and (there.pooled or not policy.uneven)
+
+    def check(self, policy: Compression) -> None:
+        """Check that a conversation can be compressed so in the cells that there are. Raises: RequestError."""
+        if self.bounded and policy.budget_of(self.sizes.n_ctx) >= self.sizes.compressed.most:
+            raise RequestError(f"compress={policy!r}: leaves {policy.budget_of(self.sizes.n_ctx)} cells, and the model was loaded with "
+                               f"{self.sizes.compressed.most} a conversation; give a smaller budget")
+
+    def limit(self, s: Conversation) -> tuple[int, int]:
+        """Return (cells that a growing conversation may have, those that a compression leaves)."""
+        budget = s.compression.budget_of(self.sizes.n_ctx)   # type: ignore[union-attr]
+        return min(self.sizes.compressed.cells(self.sizes.n_ctx), cells_of_budget(budget, self.atom)), budget
+
+    def filled(self, s: Conversation) -> int:
+        """Return how many cells of each layer a conversation has, in the mean."""
+        return sum(self.store.cells.filled(i, s) for i in self.groups) // len(self.groups)
+
+    def most(self, s: Conversation) -> int:
+        """Return how many rows the next step may add to a conversation."""
+        if not self.running(s):
+            return UNBOUNDED
+        limit, budget = self.limit(s)
+        return limit - self.filled(s) or limit - budget
+
+    def counted(self, part: Work) -> Work:
+        """Make room for a part of a step where a conversation is compressed as it grows; returns the part with what its rows count in sums of attention."""
+        s, n, kinds = part.conversation, part.stop - part.start, self.sizes.compressed.kinds
+        if not len(s):
+            eviction.clear(self.store, s)
+        if not self.running(s):
+            if part.rows.compression is None:                # of an answer
+                return part
+            if part.rows.counts is None or part.rows.counts.shape[1] != len(kinds):
+                self._count(part.rows)
+            return part._replace(counts=part.rows.counts[part.start : part.stop])
+        limit, budget = self.limit(s)
+        if self.filled(s) + n > limit:
+            eviction.compress(self.store, s, s.compression, budget)
+        first = self.filled(s)
+        is_text = part.rows.ids[part.start : part.stop] >= 0
+        return part._replace(counts=eviction.running_counts(s.compression, kinds, is_text, np.arange(first, first + n), limit))
+
+    def after_prompt(self, s: Conversation) -> None:
+        """Let go of cells of a conversation that is compressed after its prompts."""
+        if s.compression is not None and not self.running(s):
+            eviction.compress(self.store, s, s.compression, s.compression.budget_of(len(s)))

@@ -1,0 +1,273 @@
+"""Conversations whose cells are compressed: what stays is what the papers' equations say, the budget is exact, and nobody else moves a bit of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cases
+import pyengine as pe
+import tiny_sources
+from converters.writer import convert
+from pyengine.cache import eviction
+from pyengine.cache.cells import Conversation
+from pyengine.cache.compression.base import Compression
+from pyengine.errors import ContextOverflowError, RequestError, SessionError, UnsupportedModelError
+
+IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
+SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "kv_dtype": "f32"}
+SEEING = ("qwen2_vl", "gemma3")                               # M-RoPE; pictures that see themselves, and layers that slide
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+def prompt(kind: str, n: int = 100) -> list[Any]:
+    seen = [picture(1), 8, picture(2)] if cases.find(kind).sees else []
+    return [*IDS[: n // 2], *seen, *IDS[n // 2 : n]]
+
+
+def ask(model: Any, parts: list[Any], n: int = 8, **more: Any) -> Any:
+    never = tuple((i, -1e9) for i in model.tokenizer.eog_ids)
+    return model.generate(parts, max_tokens=n, temperature=0.7, seed=1, logit_bias=never, **more)
+
+
+def told(answer: Any) -> list[tuple[int, float]]:
+    return [(t, s.logprob) for t, s in zip(answer.tokens, answer.report.sampled)]
+
+
+class Seen:
+    """What each layer held before and after a compression."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.found: list[dict[str, Any]] = []
+        original = eviction.Content.compress
+
+        def compress(content: eviction.Content, new: np.ndarray) -> None:
+            keys, values = content.layer.states
+            before = [s.gather(content.old).view(np.float32) for s in (keys, values)]
+            original(content, new)
+            after = [s.gather(new).view(np.float32) for s in (keys, values)]
+            self.found.append({"layer": content.layer.number, "sums": content.statistics, "text": content.is_text, "before": before, "after": after,
+                               "tokens": content.tokens, "kept": content.s.kept[content.layer.number]})
+
+        monkeypatch.setattr(eviction.Content, "compress", compress)
+
+
+def look_m(sums: np.ndarray, text: np.ndarray, budget: int, recent: float = 0.5) -> list[int]:
+    """Choose one head's tokens by LOOK-M's equations 3 and 4: text first, then what was attended to, and the last ones."""
+    n, m = len(sums), max(1, int(recent * budget))
+    scores = [float(s) + (float(max(sums)) if is_text else 0.0) for s, is_text in zip(sums, text)]
+    best = sorted(range(n - m), key=lambda j: (-scores[j], j))[: budget - m]
+    return sorted([*best, *range(n - m, n)])
+
+
+def pivotal(kept: list[int], keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Merge one head's evicted rows by LOOK-M's equations 5 and 7, in float64."""
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    homes: dict[int, list[int]] = {c: [] for c in kept}
+    for e in set(range(len(keys))) - set(kept):
+        homes[kept[int(np.argmax(unit[kept] @ unit[e]))]].append(e)
+    out = [np.stack([(x[c] + sum((x[e] + x[c]) / 2 for e in sorted(homes[c]))) / (1 + len(homes[c])) for c in kept]) for x in (keys, values)]
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", *SEEING])
+def test_what_stays_is_what_the_paper_says(tiny_gguf, monkeypatch, kind: str) -> None:
+    seen, policy = Seen(monkeypatch), pe.LookM(ratio=0.3, merge="pivotal")
+    model = pe.load(tiny_gguf(kind)[0], compress=policy, **SETTINGS)
+    answer = ask(model, prompt(kind), 1)
+    n, layers = answer.n_prompt, [layer.number for layer in eviction.compressed(model._runner.store)]
+    assert [f["layer"] for f in seen.found] == layers and layers
+    budget = int(0.3 * n)
+    for f in seen.found:
+        for h in range(len(f["kept"])):
+            kept = look_m(f["sums"][h, :, 0], f["text"][h], budget)
+            assert f["kept"][h].tolist() == kept
+            for found, wanted in zip((f["after"][0][h], f["after"][1][h]), pivotal(kept, f["before"][0][h], f["before"][1][h])):
+                np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    held = model.cells_held()
+    assert (held.n_tokens, held.n_cells) == (n, budget)
+    if cases.find(kind).sees:
+        assert not seen.found[0]["text"].all() and seen.found[0]["text"].any()
+
+
+@pytest.mark.parametrize("kind", ["llama", *SEEING])
+@pytest.mark.parametrize("policy", [pe.LookM(ratio=0.3), pe.H2O(budget=37), pe.SnapKV(ratio=0.25, window=8), pe.RoCo(ratio=0.3),
+                                    pe.StreamingLLM(ratio=0.3), pe.LookM(budget=90, when="always"), pe.SnapKV(budget=90, when="always")], ids=repr)
+def test_results_do_not_depend_on_cuts_threads_and_neighbours(tiny_gguf, kind: str, policy: Compression) -> None:
+    path, results = tiny_gguf(kind)[0], []
+    for settings in ({}, {"n_batch": 7, "n_threads": 1}, {"n_batch": 256, "n_threads": 2}, {"n_seq": 3}):
+        model = pe.load(path, compress=policy, **{**SETTINGS, **settings})
+        if "n_seq" in settings:
+            streams = [model.stream([*IDS[k : k + 60]], max_tokens=30, temperature=0) for k in (3, 40)]
+            for stream in streams:
+                next(stream, None)
+        results.append(told(ask(model, prompt(kind), 40)))
+        model.close()
+    assert results.count(results[0]) == len(results)
+
+
+@pytest.mark.parametrize("policy", [pe.LookM(ratio=0.99999), pe.H2O(budget=1000, when="always"), pe.RoCo(budget=250)], ids=repr)
+def test_a_budget_for_all_changes_nothing(tiny_gguf, policy: Compression) -> None:
+    path = tiny_gguf("llama")[0]
+    plain = told(ask(pe.load(path, **SETTINGS), prompt("llama"), 8))
+    model = pe.load(path, compress=policy, **SETTINGS)
+    found = told(ask(model, prompt("llama"), 8))
+    assert (found == plain) is (policy.ratio is None)        # 0.99999 of 100 is 99
+    assert told(ask(model, prompt("llama"), 8, compress=False)) == plain
+
+
+def test_the_budget_holds_while_prompt_and_answer_grow(tiny_gguf, monkeypatch) -> None:
+    policy = pe.LookM(budget=50, when="always")
+    model = pe.load(tiny_gguf("llama")[0], compress=policy, **SETTINGS)
+    cells, most = model._runner.cells, []
+    extend = type(cells).extend
+
+    def watched(self: Any, s: Conversation, n: int, *args: Any, **more: Any) -> Any:
+        found = extend(self, s, n, *args, **more)
+        most.append(self.filled(0, s) + n)
+        return found
+
+    monkeypatch.setattr(type(cells), "extend", watched)
+    answer = ask(model, IDS[:150], 90)
+    assert len(answer.tokens) == 90 and max(most) == 60 == cells.groups[0].slots
+    assert model.cells_held().n_tokens == 239 and 50 <= model.cells_held().n_cells <= 60
+    assert model.plan.of("kv") < pe.plan(tiny_gguf("llama")[0], **SETTINGS).of("kv") / 3
+    with pytest.raises(ContextOverflowError, match="60"):
+        ask(model, IDS[:150], 1, compress=False)
+    assert model.logits(IDS[:150]).shape[0] == 150           # plain steps, too
+    with pytest.raises(RequestError, match="smaller budget"):
+        ask(model, IDS[:20], 1, compress=pe.H2O(budget=60, when="always"))
+
+
+@pytest.mark.parametrize("policy", [pe.LookM(ratio=0.3), pe.LookM(budget=40, when="always")], ids=repr)
+def test_a_conversation_goes_on(tiny_gguf, policy: Compression) -> None:
+    model = pe.load(tiny_gguf("llama")[0], compress=policy, n_seq=2, **SETTINGS)
+    first = ask(model, IDS[:100])
+    longer = [*IDS[:100], *first.tokens[:-1], *IDS[100:130]]
+    second = ask(model, longer)
+    assert second.n_cached == 107                            # all that the caches have of it
+    again = ask(model, IDS[:100])
+    assert again.n_cached == 0 and told(again) == told(first)                  # a prompt is read anew: its end is needed
+    if policy.when == "prompt":
+        assert ask(model, longer, compress=False).n_cached == 0                # a compressed prefix is another prefix
+    assert ask(model, longer, compress=pe.H2O(budget=41, when=policy.when)).n_cached == 0
+    other = ask(model, [*IDS[:90], *IDS[150:170]])
+    assert other.n_cached == 0
+
+
+def test_pages_are_given_back(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], compress=pe.LookM(ratio=0.2), n_seq=2, **{**SETTINGS, "n_ctx": 512})
+    cells = model._runner.cells
+    free = len(cells._free[0])
+    ask(model, IDS + IDS[:100], 1)
+    assert free - len(cells._free[0]) == 1                   # 60 of 300 tokens
+    model.reset()
+    assert len(cells._free[0]) == free
+
+
+def test_an_interrupted_prompt_is_read_anew(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], compress=pe.SnapKV(ratio=0.3, window=8), n_seq=2, **SETTINGS)
+    want = told(ask(model, IDS[:150]))
+    model.reset()
+    stream = model.stream(IDS[:120])
+    stream.begin()
+    stream.advance()                                         # a part of it
+    assert 0 < len(model._runner.cells.conversations[0]) < 120
+    stream.close()
+    assert model._runner.cells.conversations and told(ask(model, IDS[:150])) == want
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "bf16", "q8_0", "q8_0/q4_0"])
+def test_formats_of_the_cache(tiny_gguf, kv_dtype: str) -> None:
+    path, settings = tiny_gguf("gemma3_text")[0], {**SETTINGS, "kv_dtype": kv_dtype}
+    model, whole = pe.load(path, compress=pe.H2O(ratio=0.5), **settings), pe.load(path, **settings)
+    states = []
+    for one in (model, whole):
+        ask(one, IDS[:100], 1)
+        layer = next(layer for layer in one._runner.store.layers if one._runner.cells.groups[layer.group].policy.whole)
+        s = one._runner.cells.conversations[0]
+        cells = one._runner.cells.cells_of(layer.group, s, np.arange(one._runner.cells.filled(layer.group, s)))
+        states.append((s.kept.get(layer.number), [state.gather(cells) for state in layer.states]))
+    (kept, small), (_, full) = states
+    for a, b in zip(small, full):                            # not a byte of what stays is changed
+        assert a.shape[1] == 50 and (a == np.take_along_axis(b, kept[..., None], 1)).all()
+    assert told(ask(pe.load(path, compress=pe.LookM(ratio=0.5), **settings), IDS[:100]))
+
+
+@pytest.mark.parametrize(("policy", "kind"), [(pe.LookM(ratio=0.3), "gemma3"), (pe.LookM(budget=80, when="always"), "qwen2_vl"), (pe.StreamingLLM(ratio=0.3), "llama")])
+def test_sessions(tiny_gguf, tmp_path, policy: Compression, kind: str) -> None:
+    path = tiny_gguf(kind)[0]
+    model = pe.load(path, compress=policy, **SETTINGS)
+    first = ask(model, prompt(kind))
+    assert model.save(tmp_path / "a", first) == (tmp_path / "a").stat().st_size
+    longer = [*prompt(kind), *first.tokens, *IDS[:20]]
+    on = ask(model, longer)
+    other = pe.load(path, compress=policy, **{**SETTINGS, "n_seq": 2})
+    n = other.restore(tmp_path / "a")
+    again = ask(other, longer)
+    assert again.n_cached == on.n_cached == n == first.n_prompt + 7 and told(again) == told(on)
+    with pytest.raises(SessionError, match="compress="):
+        pe.load(path, **SETTINGS).restore(tmp_path / "a")
+    data = (tmp_path / "a").read_bytes()
+    for at in range(40, len(data), len(data) // 50):
+        (tmp_path / "b").write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        with pytest.raises(SessionError):
+            other.restore(tmp_path / "b")
+
+
+def test_a_model_is_laid_out_anew_for_another_policy(tiny_gguf) -> None:
+    path = tiny_gguf("llama")[0]
+    want = told(ask(pe.load(path, compress=pe.RoCo(ratio=0.3), **SETTINGS), IDS[:100]))
+    model = pe.load(path, **SETTINGS)
+    plain, kv = told(ask(model, IDS[:100])), model.plan.of("kv")
+    assert model.compression is None and told(ask(model, IDS[:100], compress="roco:ratio=0.3")) == want
+    assert model.plan.of("kv") > kv and model.compression is None and told(ask(model, IDS[:100])) == plain
+    assert told(ask(model, IDS[:100], compress={"policy": "roco", "ratio": 0.3})) == want
+    handle = model.submit(IDS[:50], max_tokens=3, compress=pe.H2O(ratio=0.5))
+    assert len(handle.result().tokens) == 3
+    with pytest.raises(RequestError, match="load it with"):
+        model.submit(IDS[:50], compress=pe.VLCache(ratio=0.5))
+
+
+def test_what_cannot_be_compressed_says_so(tiny_gguf, tmp_path) -> None:
+    folder = tiny_sources.make(next(iter(cases.sources().values())), tmp_path / "hf")
+    with pytest.raises(UnsupportedModelError, match="no layers"):
+        pe.load(convert(folder, tmp_path / "reads.gguf", "f32"), compress=pe.H2O(ratio=0.5))
+    for wrong in (0.2, True, "best", {"policy": "best"}, ["h2o"]):
+        with pytest.raises(RequestError):
+            pe.load(tiny_gguf("llama")[0], compress=wrong)
+    model = pe.load(tiny_gguf("llama")[0], compress=pe.H2O(ratio=0.5), **SETTINGS)
+    first = ask(model, IDS[:60])
+    with pytest.raises(RequestError, match="compressed"):
+        model._runner.store.shift(first.report.conversation, 3, 5)
+
+
+def test_a_step_that_fails_leaves_no_half_compressed_conversation(tiny_gguf, monkeypatch) -> None:
+    model = pe.load(tiny_gguf("llama")[0], compress=pe.H2O(ratio=0.5), n_seq=2, **SETTINGS)
+    want = told(ask(model, IDS[:60]))
+    model.reset()
+    original, calls = eviction.Content.compress, []
+
+    def fails(content: eviction.Content, new: np.ndarray) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(content, new)
+
+    monkeypatch.setattr(eviction.Content, "compress", fails)
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, IDS[:60])
+    assert not model._runner.cells.conversations and len(model._runner.cells._free[0]) == len(model._runner.cells._refs[0])
+    assert told(ask(model, IDS[:60])) == want
+
+
+def test_plans_say_what_rests(tiny_gguf) -> None:
+    plan = pe.plan(tiny_gguf("llama")[0], compress="look-m:ratio=0.2", **SETTINGS)
+    assert any("51 cells" in note for note in plan.notes)
