@@ -28,7 +28,7 @@ from pyengine.cli import classifying as classifying, embedding as embedding, fin
 from pyengine.cli.forms import commands, Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
     BatchSize, check_threads, Compress, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
-    N_BATCH, Picture, Pictures, Server, Threads,
+    N_BATCH, Picture, Pictures, Server, Speculate, Threads,
 )
 from pyengine.cli.screen import complain, note, PROGRAM
 from pyengine.errors import ModelNotFoundError, ModelWarning, PyEngineError, RequestError
@@ -141,6 +141,7 @@ def run(
     expert_device: ExpertDevice = None,
     mmap: InPlace = False,
     compress: Compress = None,
+    speculate: Speculate = None,
     json: Annotated[bool, Option("--json", help="Write the whole answer, its tokens, boxes and timings as one JSON object.")] = False,
     jsonl: Annotated[bool, Option("--jsonl", help="Write each piece as a JSON object on a line, and last that of --json.")] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Print timings, memory and image sizes.")] = False,
@@ -164,7 +165,7 @@ def run(
                              "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
                              "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,
                              "--expert-device": expert_device is not None, "--mmap": mmap, "--lora": bool(lora), "--lora-scaled": bool(lora_scaled),
-                             "--compress": compress is not None})
+                             "--compress": compress is not None, "--speculate": speculate is not None})
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
              "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
              "frequency_penalty": frequency_penalty, "seed": seed, "top_n_sigma": top_n_sigma, "xtc_probability": xtc_probability,
@@ -203,7 +204,7 @@ def run(
     loaded = remote.connect(server, model, api_key or os.environ.get("PYENGINE_API_KEY")) if server is not None else screen.load(
         model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
         images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap,
-        adapters=planned.parse_adapters(lora or (), lora_scaled or ()), compress=compress)
+        adapters=planned.parse_adapters(lora or (), lora_scaled or ()), compress=compress, speculate=speculate)
     if shown or draw is not None:
         pictures.need_encoder(loaded)
     if ctx is not None and ctx > loaded.config.n_ctx_train:
@@ -467,6 +468,7 @@ def serve(
     picture: Picture = None,
     pictures: Pictures = None,
     compress: Compress = None,
+    speculate: Speculate = None,
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
 ) -> None:
@@ -481,7 +483,7 @@ def serve(
         raise RequestError(f"{'--lora' if mmproj is None else '--mmproj'} goes with one model")
     keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
     options: dict[str, Any] = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
-               "images": planned.parse_size(picture, pictures), "adapters": adapters, "compress": compress}
+               "images": planned.parse_size(picture, pictures), "adapters": adapters, "compress": compress, "speculate": speculate}
     asked = serving.Asked(model or (), any_model or not model, options, serving.keep_alive(keep_alive))
     access = {"api_keys": keys, "hosts": allow_host or (), "origins": allow_origin or ()}
     serving.serve(asked, host, port, access, (timeout, allow_pull, allow_url_images), (str(tls_cert), str(tls_key)) if tls_cert else None)

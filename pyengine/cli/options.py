@@ -57,6 +57,8 @@ Compress = Annotated[str | None, Option("--compress", metavar="POLICY", rich_hel
     "Keep a part of what was read: look-m, h2o, snapkv .. with settings, look-m:ratio=0.2, or look-m:budget=1024,when=always."))]
 InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", help=(
     "Read weights in the file at each step, for models larger than the memory; slower."))]
+Speculate = Annotated[int | None, Option("--speculate", min=0, metavar="N", rich_help_panel="Memory and speed", help=(
+    "Draft up to N tokens from the text so far, where that is faster; texts are the same (default: 32); 0: none."))]
 Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(
     "Largest picture that memory is kept for (default: what the model's processor allows)."))]
 Pictures = Annotated[int | None, Option("--pictures", min=0, rich_help_panel="Memory and speed", help=(

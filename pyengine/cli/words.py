@@ -44,7 +44,7 @@ _HUB = "a model of Hugging Face is named as MODEL, org/repo:Q4_K_M; `pull` fetch
 _TEMPLATE = "the file's own chat template is used; --raw leaves it out"
 _GRAMMAR = "in a conversation, `/format FILE` holds answers to a JSON schema; the library and the server take grammars, too"
 _THINK = "in a conversation, `/think` says whether the model thinks, and `/set thinking` how that is shown"
-_DRAFT = "there is no speculative decoding yet"
+_DRAFT = "drafts come from the text so far, without a second model; --speculate N says how many tokens they have, 0 none"
 _MAPPED = "weights are read into memory, in the layout that the kernels want; without --mmap they always are"
 _SAMPLER = "the sampler has no such step; --help lists those that it has"
 _ORDER = "the order of the sampler's steps is fixed: docs/library.md names it"
@@ -144,6 +144,7 @@ _TOLD = [(re.compile(pattern), said) for pattern, said in (
     (r"\bimages=(?=[\d(\[])", "--pictures "),
     (r"\bmmproj=", "--mmproj FILE"),
     (r"\bmmap=True\b", "--mmap"),
+    (r"\bspeculate(?==|:)", "--speculate"),
     (r"\b(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device|device|compress)=", lambda m: f"{_OPTIONS[m[1]]} "),
     (r"(?<![\w/.-])(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device)(?![\w/.-])", lambda m: _OPTIONS[m[1]]),
     (r"\bload with\b", "use"),

@@ -69,6 +69,16 @@ class Reported:
         return self.report.n_cached
 
     @property
+    def n_drafted(self) -> int:
+        """Tokens that were computed before they were known: see `engine.speculation`."""
+        return self.report.n_drafted
+
+    @property
+    def n_accepted(self) -> int:
+        """Of those, how many came."""
+        return self.report.n_accepted
+
+    @property
     def prompt_seconds(self) -> float:
         """Seconds from the start of the work to the first token."""
         return self.report.prompt_seconds

@@ -94,6 +94,16 @@ class Guide:
             return self._grammars.going_on                   # the content is still to come
         return None
 
+    def forced(self, most: int) -> list[int]:
+        """Return tokens, `most` at most, that come next unless a grammar's text is cut into others; none where there is a choice."""
+        if self._forced:
+            return list(self._forced)[:most]
+        return [] if self._matcher is None else self._matcher.forced()[:most]
+
+    def n_allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of these tokens may come next, as far as a grammar holds."""
+        return len(tokens) if self._matcher is None else self._matcher.n_allowed(tokens)
+
     def push(self, token: int, text: str) -> list[Delta]:
         """Take a token and the text that it completes; return what that means."""
         forced = bool(self._forced)

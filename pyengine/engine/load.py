@@ -48,7 +48,8 @@ class Candidate:
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
          encoder_device: str | None = None, expert_device: str | None = None,
-         progress: Callable[[int, int], None] | None = None, mmap: bool = False, adapters: Any = None, compress: Any = None) -> Any:
+         progress: Callable[[int, int], None] | None = None, mmap: bool = False, adapters: Any = None, compress: Any = None,
+         speculate: Any = None) -> Any:
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows: a `Model`, or an `EncoderModel` (of vectors and scores).
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
@@ -67,13 +68,16 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     give other scales. Weights stay as they are: each row of a step has its own mix.
     compress: a policy by which conversations keep some of their cells, `pe.LookM(ratio=0.2)` or its text "look-m:ratio=0.2"; requests may
     give another one that needs no more of attention, or False. With when="always" there are no more cells than its budget and a fifth.
+    speculate: tokens that are likely to follow, found in the prompt and the answer so far, are computed beside the next one, where that is
+    faster: texts are the same. False: none; a number: so many at most; requests may say otherwise. Layers that keep states have none.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit beside the other
     models of this process.
     """
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: a function of two ints, got {shown(progress)}")
     candidate = Candidate.open(model, mmproj, adapters, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
-                               device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap, compress=compress)
+                               device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap, compress=compress,
+                               speculate=speculate)
     with ExitStack() as until_loaded:
         with deciding:
             fitted = candidate.fit()

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 SAMPLING = tuple(SamplingParams.__dataclass_fields__)
 OF_CACHE = ("adapters", "compress")      # what a conversation's cells depend on
-WRITING = (*SAMPLING, *SEARCH, *SHAPES, *OF_CACHE)           # what may be set for a prompt, and for a reply in a conversation
-REPLYING = (*SAMPLING, *SEARCH, *WISHES, *OF_CACHE)
+WRITING = (*SAMPLING, *SEARCH, *SHAPES, *OF_CACHE, "speculate")   # what may be set for a prompt, and for a reply in a conversation
+REPLYING = (*SAMPLING, *SEARCH, *WISHES, *OF_CACHE, "speculate")
 
 
 class Model(ReadsText, Saves):
@@ -73,7 +73,7 @@ class Model(ReadsText, Saves):
         self._adapters, self._ranks = {a.name: a.scale for a in bound.adapters}, bound.ranks
         self._compression = layout.want.compress
         self._run_on(fitted, program)
-        self._scheduler = Scheduler(self._runner, self.n_ctx)
+        self._scheduler = Scheduler(self._runner, self.n_ctx, layout.want.speculate)
         self._lock = self._scheduler.lock
         self._loop: Loop | None = None
         self.media: EncodedMedia | None = None
@@ -538,7 +538,9 @@ class Model(ReadsText, Saves):
         kind: type[Request] = Request
         if rules is not None and searches(rules.search, sampling, guide is not None, self.n_seq):
             from pyengine.engine.beams import BeamRequest as kind
-        return kind(self._lay_out(made.segments, adapters, compression), sampler, decoder, stops, (most, self.tokenizer.eog_ids), report, guide, rules)
+        request = kind(self._lay_out(made.segments, adapters, compression), sampler, decoder, stops, (most, self.tokenizer.eog_ids), report, guide, rules)
+        request.drafts = self._scheduler.speculation.drafts(request, sampling.get("speculate"))
+        return request
 
     def _guide(self, prompt: Prompt, wishes: Wishes, shape: str | None) -> tuple[Guide | None, Sequence[int]]:
         from pyengine.engine.guide import guide_of                             # plain texts begin sooner

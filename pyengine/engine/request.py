@@ -21,6 +21,7 @@ from pyengine.text.sampling import Sampled, Sampler
 if TYPE_CHECKING:
     from pyengine.chat.regions import Naming
     from pyengine.chat.reply.deltas import Delta, ToolCall
+    from pyengine.engine.drafts import Drafts
     from pyengine.engine.encoded import MediaInfo
     from pyengine.engine.guide import Guide
     from pyengine.engine.runner import Runner
@@ -110,6 +111,7 @@ class Report:
     times: of the tokens, by the clock of `time.perf_counter`;
     thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
+    n_drafted, n_accepted: tokens that were computed before they were known, and those of them that came.
     media: what became of each picture or video. naming: how the answer names regions of the last one, if it does: by tokens that its text may
     leave out, and that stand in `marked`. conversation: that in the caches, as long as it is there.
     earlier: where tools were run, the messages before this answer: calls and their results.
@@ -127,6 +129,8 @@ class Report:
     calls: list[ToolCall] = field(default_factory=list)
     n_prompt: int = 0
     n_cached: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     media: list[MediaInfo] = field(default_factory=list)
@@ -159,9 +163,11 @@ class Job(ABC):
     hidden   its wanted rows give last hidden states, not logits
     seats    conversations that it may have side by side; n_held: those that it has
     pieces   what nobody has taken yet: content as it is, the rest as a Delta
+    drafts   of tokens that may follow, where steps compute some before they are known
     """
 
     hidden: ClassVar[bool] = False
+    drafts: Drafts | None = None
     seats: int = 1
     n_held: int = 1
 

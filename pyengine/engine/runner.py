@@ -55,6 +55,11 @@ class Runner:
         self.n_steps += 1
         return logits
 
+    def take_back(self, s: Conversation, n: int) -> None:
+        """Remove the last n tokens, which the last step added and no other token has seen; none of recurrent layers."""
+        self.cells.truncate(s, len(s) - n)
+        s.next -= n
+
     def _make_cells(self, part: Work) -> Work:
         """Make cells for a part of a step; returns it with what its rows count in sums of attention."""
         if part.conversation.compression is not None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from pyengine.engine.request import Job
 from pyengine.engine.runner import Runner
+from pyengine.engine.speculation import Speculation
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Logits, Row, Work
@@ -32,14 +33,15 @@ BESIDE = 128                 # rows of a prompt in a step that also generates: w
 class Scheduler:
     """A queue of requests, served in the order in which they came, as many at once as there are rows of conversations."""
 
-    def __init__(self, runner: Runner, n_ctx: int):
+    def __init__(self, runner: Runner, n_ctx: int, speculate: Any = None):
         self.runner, self.n_ctx = runner, n_ctx
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
         self.lock = threading.RLock()                        # who works on the model now; other threads wait
         self.asking: set[int] = set()                        # and are in here, so that a loop of steps lets them have it
         self._stepping = False
-        self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+        self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0}
+        self.speculation = Speculation(speculate, bool(runner.cells.n_states), self.stats)
 
     @property
     def has_room(self) -> bool:
@@ -98,7 +100,7 @@ class Scheduler:
             work = self._compose()
             served = [r for r, _ in work]
             if work:
-                logits = self.runner.run([w for _, w in work])
+                logits = self.speculation.run(self.runner, work)
                 self._take(work, logits)
                 for r, w in work:
                     if w.rows is r.rows and w.stop == len(r.rows):
@@ -139,12 +141,19 @@ class Scheduler:
             n = len(w.wanted)
             if w.hidden:
                 self._hand(request, hidden[row : row + n], None)
-            for at in () if w.hidden else w.wanted.tolist():
-                if head - first == len(logits):
-                    first, logits = head, self.runner.head(head)
-                scored = w.rows is request.rows and w.start + at + 1 < len(w.rows)
-                self._hand(request, logits[head - first], w.start + at + 1 if scored else None)
-                head += 1
+            prompt = w.rows is request.rows
+            for i, at in enumerate(() if w.hidden else w.wanted.tolist()):
+                if i and not prompt and (request.finished or request.pending != w.rows.keys[at]):      # another one than was drafted
+                    self.speculation.settle(request, w, i, self.runner)
+                    break
+                if head + i - first >= len(logits):
+                    first, logits = head + i, self.runner.head(head + i)
+                scored = prompt and w.start + at + 1 < len(w.rows)
+                self._hand(request, logits[head + i - first], w.start + at + 1 if scored else None)
+            else:
+                if n > 1 and not prompt:
+                    self.speculation.settle(request, w, n, self.runner)
+            head += 0 if w.hidden else n
             row += n
 
     def _hand(self, request: Job, given: Row | np.ndarray, scored: int | None) -> None:
@@ -218,6 +227,7 @@ class Scheduler:
             limit, first = limit - (part.stop - part.start), False
             if limit <= 0:
                 break
+        self.speculation.add(work, self.runner, self.n_ctx)
         return work
 
     def _shares(self, limit: int) -> list[tuple[Job, int]]:

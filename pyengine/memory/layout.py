@@ -55,6 +55,8 @@ class ModelLayout:
         self.want, self.machine, self.host = want, machine, machine.devices[0]
         if want.images and not self.bound.encoders:
             raise RequestError(f"images={want.images!r}: {bound.files.name} has no media encoder; where it is in a file of its own, give mmproj=")
+        if want.speculate and any(p.recurrent for p in self.bound.model.policies()):
+            raise RequestError(f"speculate={want.speculate!r}: layers of {bound.files.name} keep states that cannot be taken back, so nothing is drafted")
         self.notes: list[str] = []
         if want.n_seq < bound.n_seq_least:
             self.want = replace(want, n_seq=bound.n_seq_least)

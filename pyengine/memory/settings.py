@@ -11,6 +11,7 @@ from pyengine.arguments import INT32_MAX, switch, whole
 from pyengine.backends import CARDS, parsed
 from pyengine.errors import RequestError, shown
 from pyengine.programs.sizes import kv_dtypes, N_BATCH
+from pyengine.text.lookup import DRAFTED, most_drafted
 
 MAX_THREADS = 1024                     # of a pool
 
@@ -26,6 +27,7 @@ class Settings:
              $PYENGINE_DEVICE names another default, several with commas
     encoder_device  the device or part that holds the media encoder; None: the card, if it fits there beside the rest, or the first part
     expert_device   the one that holds the experts' weights and computes with them; layers go to the others. None: with their layer
+    speculate  how many tokens are drafted at most: see `engine.speculation`
     mmap     weights are read where the file is mapped, instead of being packed into memory
     images   (width, height) of the largest picture, a number of such pictures that the image cache keeps, or (width, height,
              number); 0: no pictures at all; None: the processor's largest, or one that takes PICTURE_SHARE of the memory.
@@ -44,6 +46,7 @@ class Settings:
     expert_device: str | None = None
     mmap: bool = False
     compress: Any = None
+    speculate: Any = None
 
     @property
     def parts(self) -> dict[str, int | None] | None:
@@ -65,6 +68,7 @@ class Settings:
         if (self.n_ctx or 1) * self.n_seq > INT32_MAX:
             raise RequestError(f"n_ctx={self.n_ctx}, n_seq={self.n_seq}: together they must be at most {INT32_MAX} positions")
         object.__setattr__(self, "mmap", switch("mmap", self.mmap))
+        most_drafted(self.speculate, DRAFTED)
         object.__setattr__(self, "device", _devices(self.device))
         if self.compress is not None:
             from pyengine.cache.compression.written import compression_of      # plans without load faster

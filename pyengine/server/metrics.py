@@ -25,7 +25,9 @@ from pyengine.server.models import Models
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)            # seconds
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _COUNTS = (("prompt_tokens", "prompt_tokens", "Tokens of prompts."), ("cached_tokens", "prompt_tokens_cached", "Tokens of prompts that were found in the caches."),
-           ("generated_tokens", "generated_tokens", "Tokens that were generated."), ("steps", "steps", "Steps of the model."),
+           ("generated_tokens", "generated_tokens", "Tokens that were generated."),
+           ("drafted_tokens", "drafted_tokens", "Tokens that were computed before they were known."),
+           ("accepted_tokens", "accepted_tokens", "Those of them that came."), ("steps", "steps", "Steps of the model."),
            ("image_misses", "images_encoded", "Pictures and videos that were encoded."), ("image_hits", "images_cached", "Pictures and videos that were encoded already."))
 
 

@@ -138,4 +138,5 @@ def _usage(handles: Sequence[Handle]) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": sum(m.n_tokens for r in reports for m in r.media), "audio_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": sum(r.n_thinking for r in reports)}},
         "timings": {"prompt_seconds": sum(r.prompt_seconds for r in reports), "generation_seconds": sum(r.seconds for r in reports),
-                    "cached_images": sum(m.cached for r in reports for m in r.media)}}
+                    "cached_images": sum(m.cached for r in reports for m in r.media),
+                    "draft_n": sum(r.n_drafted for r in reports), "draft_n_accepted": sum(r.n_accepted for r in reports)}}

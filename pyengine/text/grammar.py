@@ -277,6 +277,14 @@ class Matcher:
         """Say whether a token may come next."""
         return bool(self._made.validate_tokens([token]) == 1)
 
+    def n_allowed(self, tokens: Sequence[int]) -> int:
+        """Return how many of these tokens may come next, one after the other."""
+        return int(self._made.validate_tokens(list(tokens)))
+
+    def forced(self) -> list[int]:
+        """Return the tokens of the text that must come next, as the tokenizer would cut it."""
+        return list(self._made.compute_ff_tokens())
+
     @property
     def ended(self) -> bool:
         """Whether the text is whole, and nothing can follow."""

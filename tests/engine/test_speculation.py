@@ -1,0 +1,232 @@
+"""Speculation changes no bit of an answer: tokens, log-probabilities and texts are those of one token a step, whatever is drafted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cases
+import pyengine as pe
+from pyengine.engine.drafts import Drafter
+from pyengine.engine.speculation import Pace, Speculation
+from pyengine.errors import RequestError
+
+KINDS = cases.kinds(own_cache=True)
+N_CTX = 256
+FEW = tuple(range(40, 46))           # tokens that a random model writes, so that texts repeat
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng((seed, n)).choice(FEW, n).tolist()
+
+
+def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def prompts(kind: str) -> list[list[Any]]:
+    plain = [ids(5), ids(70, 1), ids(17, 2), ids(130, 3)]
+    if not cases.find(kind).sees:
+        return plain
+    return [*plain[:2], [*FEW, picture(1), *FEW, *ids(9)], [*ids(30, 5), picture(2, 90, 70), *FEW]]
+
+
+def settings(seed: int) -> dict[str, Any]:
+    """Sampling among FEW tokens, greedy for even seeds."""
+    return {"temperature": 0 if seed % 2 == 0 else 1.0, "seed": seed, "logit_bias": tuple((t, 60.0) for t in FEW), "logprobs": 2}
+
+
+@pytest.fixture
+def eager(monkeypatch) -> None:
+    """Draft all that there is to draft, whatever it costs."""
+    monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
+
+
+def told(answer: Any) -> tuple[Any, ...]:
+    return str(answer), answer.tokens, answer.sampled, answer.finish, answer.report.stopped_by, answer.report.ended_by
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_the_same(tiny_gguf, eager, kind: str) -> None:
+    path, wanted, recurrent = tiny_gguf(kind)[0], prompts(kind), cases.find(kind).recurrent
+    for n_seq, n_batch in ((1, 512), (3, 40)):
+        model = pe.load(path, n_ctx=N_CTX, n_batch=n_batch, n_seq=n_seq, n_threads=1)
+        for seed in range(2):
+            found = []
+            for speculate in (False, None):
+                model.reset()
+                found.append([told(a) for a in model.generate_many(wanted, max_tokens=40, speculate=speculate, **settings(seed))])
+            assert found[0] == found[1]
+        drafted, accepted = model.stats["drafted_tokens"], model.stats["accepted_tokens"]
+        assert drafted == accepted == 0 if recurrent else drafted > accepted > 0
+
+
+@pytest.mark.parametrize("kind", [cases.first(), cases.first(ring=True), cases.first(mrope=True)])
+def test_what_is_cached_is_what_was_read_and_written(tiny_gguf, eager, kind: str) -> None:
+    """A conversation that goes on, and one that begins as it does, find the cells of the tokens that came, and no others."""
+    path, asked = tiny_gguf(kind)[0], ids(50, 7)
+    plain, fast = (pe.load(path, n_ctx=N_CTX, n_batch=24, n_seq=2, n_threads=1, speculate=speculate) for speculate in (False, True))
+    for seed in range(4):
+        answers = [m.generate(asked, max_tokens=30, **settings(seed)) for m in (plain, fast)]
+        assert told(answers[0]) == told(answers[1])
+        held = [m._runner.cells.conversations[-1] for m in (plain, fast)]
+        assert held[0].keys == held[1].keys and held[0].next == held[1].next
+        asked = [*asked[:40], *answers[0].tokens[: 10 * seed], *ids(6, seed)]
+    fresh = pe.load(path, n_ctx=N_CTX, n_threads=1, speculate=False)
+    assert told(fresh.generate(asked, max_tokens=20, **settings(1))) == told(fast.generate(asked, max_tokens=20, **settings(1)))
+
+
+@pytest.fixture
+def llama(tiny_gguf) -> Any:
+    return pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, n_batch=64, n_seq=2, n_threads=1)
+
+
+def both(model: Any, prompt: Any, **asked: Any) -> Any:
+    """Ask with and without drafts; return the answer with them."""
+    answers = []
+    for speculate in (False, None):
+        model.reset()
+        answers.append(model.generate(prompt, speculate=speculate, **asked))
+    assert told(answers[0]) == told(answers[1])
+    assert answers[0].report.n_drafted == 0
+    return answers[1]
+
+
+def test_lengths_and_the_context(llama, eager) -> None:
+    for most in (0, 1, 2, 3, 20):
+        assert len(both(llama, ids(60), max_tokens=most, **settings(0)).tokens) == most
+    for n in (N_CTX - 30, N_CTX - 2, N_CTX - 1, N_CTX):      # full in the middle of a draft
+        answer = both(llama, ids(n, 3), max_tokens=None, **settings(0))
+        assert answer.finish == "length" and len(answer.tokens) == N_CTX - n + 1
+    assert len(both(llama, ids(60), max_tokens=40, **settings(0)).report.conversation) <= N_CTX
+
+
+def test_stops_penalties_and_ends(llama, eager) -> None:
+    text = both(llama, ids(60), max_tokens=60, **settings(0))
+    for stop in (str(text)[20:24], str(text)[33:35]):
+        assert both(llama, ids(60), max_tokens=60, stop=stop, **settings(0)).finish == "stop"
+    for more in ({"repeat_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.3}, {"repeat_penalty": 1.1, "repeat_last_n": -1},
+                 {"top_p": 0.7, "min_p": 0.1}, {"top_k": 3}, {"typical_p": 0.8}):
+        for seed in range(4):
+            both(llama, ids(60, seed), max_tokens=60, **{**settings(seed), "repeat_last_n": 20, **more})
+    end = next(iter(llama.tokenizer.eog_ids))
+    asked = settings(1)
+    asked["logit_bias"] = (*asked["logit_bias"], (end, 58.0))
+    repeats = [*ids(20, 2), end, *ids(20, 2), end, *ids(20, 2)[:3]]
+    assert {both(llama, repeats, max_tokens=100, **{**asked, "seed": s}).finish for s in range(8)} >= {"stop"}
+
+
+def test_pieces_come_in_order(llama, eager) -> None:
+    asked = {"max_tokens": 50, **settings(0)}
+    whole = both(llama, ids(60), **asked)
+    assert "".join(llama.stream(ids(60), **asked)) == whole and whole.report.n_accepted
+    handle = llama.submit(ids(60), **asked)
+    assert "".join(handle) == whole == handle.result() and handle.tokens == whole.tokens
+    times = handle.report.times
+    assert len(times) == len(whole.tokens) and times == sorted(times)
+
+
+def test_ending_one_leaves_the_other(llama, eager) -> None:
+    wanted = llama.generate(ids(60), max_tokens=60, speculate=False, **settings(0))
+    first, second = (llama.stream(ids(60), max_tokens=60, **settings(0)) for _ in range(2))
+    taken = next(first) + next(first)
+    begun = next(second)
+    first.close()
+    assert wanted.startswith(taken) and len(first.tokens) < 60 and begun + "".join(second) == wanted
+    again = llama.generate(ids(60), max_tokens=60, **settings(0))                # from what the first one has left
+    assert told(again) == told(wanted)
+
+
+def test_a_sampler_that_fails_ends_its_own_answer(llama, eager, monkeypatch) -> None:
+    wanted = llama.generate(ids(60), max_tokens=40, **settings(0))
+    first, second = (llama.stream(ids(60), max_tokens=40, **settings(0)) for _ in range(2))
+    accept, left = first._request.sampler.accept, iter(range(15))
+
+    def fails(token: int) -> None:
+        if next(left, None) is None:
+            raise RequestError("enough")
+        accept(token)
+
+    first.begin()
+    next(second)
+    monkeypatch.setattr(first._request.sampler, "accept", fails)
+    with pytest.raises(RequestError, match="enough"):
+        list(first)
+    second.answer()
+    assert second.tokens == wanted.tokens
+
+
+def test_beside_a_long_prompt(llama, monkeypatch) -> None:
+    """Likely tokens are drafted while another one's prompt is read, and the answers stay the same."""
+    alone = [llama.generate(p, max_tokens=30, speculate=False, **settings(0)).sampled for p in (ids(60), ids(200, 9))]
+    monkeypatch.setattr("pyengine.engine.scheduler.BESIDE", 16)
+    llama.reset()
+    first, second = llama.stream(ids(60), max_tokens=30, **settings(0)), llama.stream(ids(200, 9), max_tokens=30, **settings(0))
+    next(first)
+    second.begin()
+    assert [s.answer().sampled for s in (first, second)] == alone
+
+
+def test_grammars_and_their_forced_tokens(real_model, eager) -> None:
+    qwen = real_model("qwen", n_seq=2)
+    form = {"type": "object", "properties": {"first_name": {"type": "string", "maxLength": 8}, "profession": {"enum": ["carpenter", "engineer"]},
+                                             "age": {"type": "integer", "maximum": 99}}, "required": ["first_name", "profession", "age"], "additionalProperties": False}
+    for seed in range(3):
+        answers = [qwen.chat([{"role": "user", "content": "Invent a person."}], format=form, temperature=0.9, seed=seed, max_tokens=80, speculate=s)
+                   for s in (False, None)]
+        assert told(answers[0]) == told(answers[1]) and json.loads(answers[1])
+        assert answers[1].report.n_accepted >= 4             # names of fields are foreseen
+    text = both(qwen, "Numbers: 1, 2, 3, 4, 5, 6,", regex=r"( [0-9]+,){12}", temperature=0, max_tokens=80)
+    assert text.report.n_drafted
+
+
+def test_requests_and_models_may_leave_it_out(tiny_gguf, llama, eager) -> None:
+    assert llama.generate(ids(60), max_tokens=20, speculate=False, **settings(0)).report.n_drafted == 0
+    assert llama.generate(ids(60), max_tokens=20, speculate=3, **settings(0)).report.n_drafted > 0
+    with pytest.raises(RequestError, match="speculate"):
+        llama.generate(ids(60), speculate="yes")
+    plain = pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, speculate=False)
+    assert plain.generate(ids(60), max_tokens=20, **settings(0)).report.n_drafted == 0
+    assert plain.generate(ids(60), max_tokens=20, speculate=True, **settings(0)).report.n_drafted > 0
+    with pytest.raises(RequestError, match="speculate"):
+        pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, speculate="yes")
+
+
+def test_states_cannot_be_taken_back(tiny_gguf) -> None:
+    path = tiny_gguf(cases.first(recurrent=True))[0]
+    with pytest.raises(RequestError, match="keep states"):
+        pe.load(path, n_ctx=N_CTX, speculate=True)
+    model = pe.load(path, n_ctx=N_CTX)
+    with pytest.raises(RequestError, match="keep states"):
+        model.generate(ids(9), speculate=4)
+    assert model.generate(ids(60), max_tokens=20, **settings(0)).report.n_drafted == 0
+
+
+def test_odds_follow_what_comes(llama) -> None:
+    text = ids(40)
+    right, wrong = Drafter([*text, *text[:8]]), Drafter([*text, *text[:8]])
+    for i in range(8, 30):
+        assert right.draft(4).tokens[0] == text[i]
+        right.extend([text[i]])
+        wrong.draft(4)
+        wrong.extend([text[i] + 10, *text[i - 7 : i + 1]])
+    assert right.draft(1).odds[0] > 0.9 > 0.4 > wrong.draft(1).odds[0]
+
+
+def test_pace_and_what_pays() -> None:
+    pace, some = Pace(), Speculation(None, False, {})
+    assert pace.costs(1, 3) == sorted(pace.costs(1, 3)) and pace.costs(1, 3)[0] > 0
+    for rows, seconds in ((1, 1.0), (4, 1.0), (8, 1.5), (16, 4.0)):
+        for _ in range(20):
+            some.pace.note(rows, seconds)
+    some.pace.note(1, 500.0)                                 # something else went on
+    assert some.pace.costs(1, 16)[0] < 1.2 and some.pace.costs(1, 16)[3:8] == pytest.approx([1, 1.125, 1.25, 1.375, 1.5])
+    assert some._paying([0.9, 0.8, 0.7, *[0.1] * 8], 1, 1, False) == 3
+    assert some._paying([0.99] * 15, 1, 1, False) == 7       # 16 rows do not pay
+    assert some._paying([0.01], 1, 4, False) == 0
+    assert some._paying([0.9, 0.6, 0.4], 2, 100, True) == 2
