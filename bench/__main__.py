@@ -1,4 +1,4 @@
-"""`python -m bench kernels|models|peers|together|serving|vision|quality|widths|embed`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|together|lookup|serving|vision|quality|widths|embed`: measure, print, write JSON, compare with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -63,6 +63,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
         (file,) = _paths([args.model])
         return serving.run(file, args.seeing, (args.streams, args.seeing_streams), args.minutes, args.llama_server, args.rounds, args.threads)
+    if args.suite == "lookup":
+        from . import lookup
+
+        (file,) = _paths([args.model])
+        return lookup.run(file, args.threads, args.generate, args.rounds, args.peer)
     from . import peers, together, widths
 
     if args.suite == "widths":
@@ -107,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
                        help="another engine: a folder into which pip installed llama_cpp or ik_llama_cpp; repeatable")
     beside = suites.add_parser("together", parents=[common, runs], help="conversations side by side, beside one after the other")
     beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
+    lookup = suites.add_parser("lookup", parents=[common], help="answers with drafts by prompt lookup, beside those without")
+    lookup.add_argument("model", help="a GGUF file or name")
+    lookup.add_argument("-n", "--generate", type=int, default=200)
+    lookup.add_argument("-r", "--rounds", type=int, default=5)
+    lookup.add_argument("--peer", type=Path, metavar="DIR", help="a folder into which pip installed llama_cpp, to be measured in turns")
     serving = suites.add_parser("serving", parents=[common], help="the server under load, and beside llama.cpp's")
     serving.add_argument("model", help="a GGUF file or name")
     serving.add_argument("--seeing", type=Path, metavar="FILE", help="a second model, asked about the demo model's pictures")

@@ -22,7 +22,7 @@ def run(paths: Sequence[Path], n_threads: int, numbers: Sequence[int], n_prompt:
         model = pe.load(path, n_ctx=n_prompt + n_generate, n_seq=most, n_threads=n_threads)
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, model.n_vocab, n).tolist() for n in np.linspace(n_prompt // 4, n_prompt, most).astype(int)]
-        go_on = {"max_tokens": n_generate, "temperature": 0, "logit_bias": tuple((i, -1e9) for i in model.tokenizer.eog_ids)}
+        go_on = {"max_tokens": n_generate, "temperature": 0, "speculate": False, "logit_bias": tuple((i, -1e9) for i in model.tokenizer.eog_ids)}
         rates: dict[int, list[float]] = {n: [] for n in (1, *numbers)}
         own: list[Any] = []
         equal = True

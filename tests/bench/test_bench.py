@@ -654,6 +654,17 @@ def test_conversations_together(tiny_gguf, tmp_path, capsys) -> None:
     assert "answers equal" in capsys.readouterr().out
 
 
+def test_prompt_lookup(tiny_gguf, tmp_path, capsys) -> None:
+    from bench.__main__ import main
+
+    out = tmp_path / "lookup.json"
+    assert main(["lookup", str(tiny_gguf("llama")[0]), "-n", "12", "-r", "2", "-t", "1", "--json", str(out)]) == 0
+    results = json.loads(out.read_text())["results"]
+    assert [r["kind"] for r in results] == ["edit", "question", "free"]
+    assert all(r["correct"] and len(r["score"]["samples"]) == 2 and r["accepted"] <= r["drafted"] for r in results)
+    assert "answers equal" in capsys.readouterr().out
+
+
 # ---- widths -------------------------------------------------------------------------------------------------------------
 
 
