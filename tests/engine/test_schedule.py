@@ -102,7 +102,7 @@ def rows_of_steps(model: pe.Model, monkeypatch) -> list[list[tuple[int, int, boo
 
 
 def test_a_long_prompt_does_not_stall_others(tiny_gguf, monkeypatch) -> None:
-    model = pe.load(tiny_gguf("llama")[0], n_ctx=1024, n_batch=512, n_seq=3)
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=1024, n_batch=512, n_seq=3, speculate=False)
     steps = rows_of_steps(model, monkeypatch)
     quick = model.stream(ids(5), max_tokens=40, **options(model))
     next(quick)
@@ -124,7 +124,7 @@ def test_a_picture_beside_others_takes_its_own_rows_only(tiny_gguf, monkeypatch)
     path = tiny_gguf("gemma3", mm_tokens_per_image=16, text_config={"sliding_window": 6})[0]
     monkeypatch.setattr("pyengine.engine.scheduler.BESIDE", 4)
     for n_batch, alone in ((16, True), (40, False)):
-        model = pe.load(path, n_ctx=N_CTX, n_batch=n_batch, n_seq=2)
+        model = pe.load(path, n_ctx=N_CTX, n_batch=n_batch, n_seq=2, speculate=False)
         steps = rows_of_steps(model, monkeypatch)
         quick = model.stream(ids(5), max_tokens=40, **options(model))
         next(quick)
@@ -140,7 +140,7 @@ def test_a_picture_beside_others_takes_its_own_rows_only(tiny_gguf, monkeypatch)
 
 
 def test_they_are_served_in_the_order_in_which_they_came(tiny_gguf) -> None:
-    model = pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, n_batch=32, n_seq=2)
+    model = pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, n_batch=32, n_seq=2, speculate=False)
     streams = [model.stream(ids(40, i), max_tokens=4, **options(model)) for i in range(6)]
     for s in streams:
         s.begin()
