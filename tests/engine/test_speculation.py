@@ -207,6 +207,14 @@ def test_states_cannot_be_taken_back(tiny_gguf) -> None:
     assert model.generate(ids(60), max_tokens=20, **settings(0)).report.n_drafted == 0
 
 
+def test_compressed_conversations(tiny_gguf, eager) -> None:
+    """After a prompt's compression drafts come and go as ever; where each row adds to sums that choose cells, there are none."""
+    for policy, drafts in ((pe.LookM(ratio=0.3), True), (pe.H2O(budget=40, when="always"), False)):
+        model = pe.load(tiny_gguf("llama")[0], n_ctx=N_CTX, n_batch=32, n_threads=1, compress=policy)
+        for seed in range(2):
+            assert bool(both(model, ids(90), max_tokens=60, **settings(seed)).report.n_drafted) == drafts
+
+
 def test_odds_follow_what_comes(llama) -> None:
     text = ids(40)
     right, wrong = Drafter([*text, *text[:8]]), Drafter([*text, *text[:8]])
