@@ -336,14 +336,14 @@ def refusal(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] 
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
          nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False,
-         adapters: Any = None, compress: Any = None) -> MemoryPlan:
+         adapters: Any = None, compress: Any = None, speculate: Any = None) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     What is available is what is free beside the models that this process has loaded.
     nearest: where it does not fit, look for `alternatives` too, which takes as long as some ten plans.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError.
     """
-    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap, compress)
+    want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap, compress, speculate)
     want.check()
     bound = bind(open_files(model, mmproj, adapters), want.pictures)
     found = fit(bound, want)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import cases
@@ -183,6 +184,23 @@ def test_grammars_and_their_forced_tokens(real_model, eager) -> None:
         assert answers[1].report.n_accepted >= 4             # names of fields are foreseen
     text = both(qwen, "Numbers: 1, 2, 3, 4, 5, 6,", regex=r"( [0-9]+,){12}", temperature=0, max_tokens=80)
     assert text.report.n_drafted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,n", [("smollm2", 100), ("qwen", 60), ("gemma", 40)])
+def test_real_models_write_the_same(real_model, name: str, n: int) -> None:
+    """200 prompts, each greedy and sampled in turns, one at a time and 8 side by side."""
+    text, rng = (ROOT / "tests/data/plain_text.txt").read_text(), np.random.default_rng(0)
+    several, one = real_model(name, n_seq=8, n_ctx=512), real_model(name, n_ctx=512)
+    prompts = [text[at : at + 60 * (1 + i % 6)] for i, at in enumerate(rng.integers(0, len(text) - 400, n))]
+    prompts = [p + "\n\n" + p[: len(p) // 3] if i % 3 == 0 else p for i, p in enumerate(prompts)]
+    for start in range(0, n, 20):
+        part, asked = prompts[start : start + 20], {"temperature": 0.7 * (start // 20 % 2), "seed": start, "max_tokens": 32, "logprobs": 1}
+        wanted = [told(a) for a in several.generate_many(part, speculate=False, **asked)]
+        for model in (several, one):
+            model.reset()
+            assert [told(a) for a in model.generate_many(part, speculate=True, **asked)] == wanted
+    assert all(m.stats["accepted_tokens"] > n for m in (several, one))
 
 
 def test_requests_and_models_may_leave_it_out(tiny_gguf, llama, eager) -> None:
