@@ -92,9 +92,18 @@ class Drafts:
             most = min(most, self._max_tokens - len(tokens) - 1)
         if most < 1:
             return Draft([], [])
-        forced = [] if guide is None else guide.forced(most)
-        draft = drafter.draft(most) if not forced else Draft(forced, [_FORCED] * len(forced))
+        draft = drafter.draft(most)
+        if guide is not None:
+            draft = _with_forced(draft, guide.forced(most))
         n = next((i for i, token in enumerate(draft.tokens) if token in self._ends), len(draft.tokens))       # nothing follows those
-        if guide is not None and not forced:
+        if guide is not None:
             n = guide.n_allowed(draft.tokens[:n])
         return Draft(draft.tokens[:n], draft.odds[:n])
+
+
+def _with_forced(draft: Draft, forced: list[int]) -> Draft:
+    """Return a draft that begins with what a grammar forces: what was drafted goes on behind it only where it has all of that."""
+    n = len(forced)
+    if not n or draft.tokens[:n] != forced:
+        return Draft(forced, [_FORCED] * n) if n else draft
+    return Draft(draft.tokens, [_FORCED] * n + [_FORCED * q / draft.odds[n - 1] for q in draft.odds[n:]])

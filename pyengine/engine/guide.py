@@ -102,6 +102,8 @@ class Guide:
 
     def n_allowed(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens may come next, as far as a grammar holds."""
+        if self._forced:
+            return next((i for i, pair in enumerate(zip(tokens, self._forced)) if pair[0] != pair[1]), min(len(tokens), len(self._forced)))
         return len(tokens) if self._matcher is None else self._matcher.n_allowed(tokens)
 
     def push(self, token: int, text: str) -> list[Delta]:

@@ -189,5 +189,6 @@ def _end(handle: Handle, served: Served) -> dict[str, Any]:
     kind = "word" if r.stopped_by else {"stop": "eos", "length": "limit"}.get(r.finish, "none")
     return {"tokens": [], "id_slot": -1, "stop": True, "model": served.name, "tokens_predicted": n, "tokens_evaluated": r.n_prompt, "tokens_cached": r.n_prompt + n,
             "truncated": False, "stop_type": kind, "stopping_word": r.stopped_by or "",
-            "timings": {"cache_n": r.n_cached, "prompt_n": new, "prompt_ms": prompt * 1e3, "prompt_per_second": new / prompt if prompt else None,
+            "timings": {"cache_n": r.n_cached, "draft_n": r.n_drafted, "draft_n_accepted": r.n_accepted,
+                        "prompt_n": new, "prompt_ms": prompt * 1e3, "prompt_per_second": new / prompt if prompt else None,
                         "predicted_n": n, "predicted_ms": seconds * 1e3, "predicted_per_second": n / seconds if seconds else None}}

@@ -279,7 +279,7 @@ class Matcher:
 
     def n_allowed(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens may come next, one after the other."""
-        return int(self._made.validate_tokens(list(tokens)))
+        return max(0, int(self._made.validate_tokens(list(tokens))))
 
     def forced(self) -> list[int]:
         """Return the tokens of the text that must come next, as the tokenizer would cut it."""

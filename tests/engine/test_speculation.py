@@ -13,7 +13,7 @@ from PIL import Image
 
 import cases
 import pyengine as pe
-from pyengine.engine.drafts import Drafter
+from pyengine.engine.drafts import _with_forced, Draft, Drafter
 from pyengine.engine.speculation import Pace, Speculation
 from pyengine.errors import RequestError
 
@@ -242,6 +242,13 @@ def test_odds_follow_what_comes(llama) -> None:
         wrong.draft(4)
         wrong.extend([text[i] + 10, *text[i - 7 : i + 1]])
     assert right.draft(1).odds[0] > 0.9 > 0.4 > wrong.draft(1).odds[0]
+
+
+def test_what_is_forced_goes_first() -> None:
+    assert _with_forced(Draft([1, 2], [0.5, 0.4]), []) == Draft([1, 2], [0.5, 0.4])
+    assert _with_forced(Draft([1, 2], [0.5, 0.4]), [1, 3]) == Draft([1, 3], [0.95, 0.95])
+    tokens, odds = _with_forced(Draft([1, 2, 4], [0.5, 0.4, 0.2]), [1, 2])
+    assert tokens == [1, 2, 4] and odds == pytest.approx([0.95, 0.95, 0.475])
 
 
 def test_pace_and_what_pays() -> None:
