@@ -258,6 +258,24 @@ def test_heads_may_hold_different_tokens() -> None:
     for policy in (pe.LookM(budget=12, pictures=0.3), pe.MEDA(), pe.H2O(), pe.Diverse(budget=9), pe.RoCo(), pe.StreamingLLM()):
         kept = policy.select(sums, is_text)
         assert all((policy.select(sums[h:h + 1], is_text[h])[0] == kept[h]).all() for h in range(3))
+    with pytest.raises(RequestError, match="is_text must be"):
+        pe.LookM().select(sums, is_text[:2])
+    with pytest.raises(RequestError, match="is_text must be"):
+        pe.LookM().weights(is_text)
+
+
+def test_layers_may_hold_different_tokens() -> None:
+    rng = np.random.default_rng(4)
+    policy, sizes = pe.MEDA(), (40, 31, 40)
+    found, texts = [rng.random((2, n, 3)) for n in sizes], [rng.random((2, n)) < 0.5 for n in sizes]
+    level = []
+    for s, text in zip(found, texts):
+        heads = [(s[h, ~text[h], 1].sum(), s[h, text[h], 2].sum()) for h in range(2)]
+        level.append(sum(a for a, _ in heads) / text.sum() + sum(b for _, b in heads) / (~text).sum())
+    share = np.exp(level) / np.exp(level).sum()
+    cells = policy.budgets(found, texts, budget=20)
+    assert sum(cells) == 60 and all(abs(a - b) < 1 for a, b in zip(cells, 60 * share))
+    assert sum(pe.VLCache().budgets(found, texts, budget=20)) == 60 and pe.H2O().budgets(found, texts, budget=20) == [20] * 3
 
 
 # -- what it costs --------------------------------------------------------------------------------------------------------

@@ -226,22 +226,22 @@ def part(share: Any, n: int) -> int:
 # -- arrays ---------------------------------------------------------------------------------------------------------------
 
 
-def read_text(is_text: np.ndarray, n: int | None = None) -> np.ndarray:
-    """Return is_text as bool [n], or [h, n]. Raises: RequestError."""
+def read_text(is_text: np.ndarray, n: int | None = None, heads: int | None = None) -> np.ndarray:
+    """Return is_text as bool [n], or [heads, n] where that many hold tokens of their own. Raises: RequestError."""
     text = np.asarray(is_text)
-    if text.ndim not in (1, 2) or text.dtype != np.bool_ and not np.isin(text, (0, 1)).all() or n is not None and text.shape[-1] != n:
+    fits = text.ndim == 1 or text.ndim == 2 and len(text) == heads
+    if not fits or text.dtype != np.bool_ and not np.isin(text, (0, 1)).all() or n is not None and text.shape[-1] != n:
         raise RequestError(f"is_text must be bool [{'n' if n is None else n}], got {text.dtype} {list(text.shape)}")
     return text.astype(np.bool_)
 
 
 def read_sums(sums: np.ndarray, is_text: np.ndarray, name: str = "sums") -> tuple[np.ndarray, np.ndarray]:
     """Return sums as float64 [h, n], where NaN is the least of all numbers, and is_text as bool [h, n]. Raises: RequestError."""
-    scores, text = np.asarray(sums, np.float64), np.asarray(is_text)
+    scores = np.asarray(sums, np.float64)
     if scores.ndim != 2:
         raise RequestError(f"{name} must be [heads, n], got {list(scores.shape)}")
-    if text.shape != scores.shape:
-        text = np.broadcast_to(read_text(text, scores.shape[1]), scores.shape)
-    return np.where(np.isnan(scores), -np.inf, scores), text.astype(np.bool_)
+    text = np.broadcast_to(read_text(is_text, scores.shape[1], len(scores)), scores.shape)
+    return np.where(np.isnan(scores), -np.inf, scores), text
 
 
 def largest(scores: np.ndarray, k: int) -> np.ndarray:

@@ -82,7 +82,7 @@ class MEDA(LookM):
     def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
         """Return each layer's cells by the exponential of its entropy."""
         def level(s: np.ndarray, is_text: np.ndarray) -> float:
-            text = np.broadcast_to(read_text(is_text, s.shape[1]), s.shape[:2])
+            text = np.broadcast_to(read_text(is_text, s.shape[1], len(s)), s.shape[:2])
             mixed = bool(text.any() and not text.all())
             found = 0.0
             for channel, rows in ((1, text), (2, ~text)):
