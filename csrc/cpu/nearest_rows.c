@@ -90,8 +90,9 @@ pe_status PE_NAME(nearest)(const pe_nearest_input *in, void *scratch, int32_t *n
     }
     multiply(in, &w, n);
     for (int64_t r = 0; r < n; r++) {
+      const double *x = in->keys + in->evicted[first + r] * in->width;
       double best = 0;
-      nearest[first + r] = decide(in, &w, in->keys + in->evicted[first + r] * in->width, w.scores + r * w.n_panels * NEAREST_PANEL, margin, &best);
+      nearest[first + r] = decide(in, &w, x, w.scores + r * w.n_panels * NEAREST_PANEL, margin, &best);
       cosine[first + r] = best * inverse[r];
     }
   }

@@ -20,9 +20,11 @@ static inline int64_t nearest_memory(nearest_work *w, char *base, int64_t n_kept
   const int64_t panels = (n_kept + NEAREST_PANEL - 1) / NEAREST_PANEL;
   const int64_t doubles = 8 * n_kept, kept = 4 * panels * NEAREST_PANEL * width, rows = 4 * NEAREST_ROWS * width;
   const int64_t scores = 4 * NEAREST_ROWS * panels * NEAREST_PANEL;
-  if (w)
-    *w = (nearest_work){(double *)base, (float *)(base + doubles), (float *)(base + doubles + kept), (float *)(base + doubles + kept + rows),
-                        (float *)(base + doubles + kept + rows + scores), panels};
+  if (w) {
+    char *at = base + doubles;
+    *w = (nearest_work){(double *)base, (float *)at, (float *)(at + kept), (float *)(at + kept + rows),
+                        (float *)(at + kept + rows + scores), panels};
+  }
   return doubles + kept + rows + scores + 4 * panels;
 }
 

@@ -206,7 +206,8 @@ class LookM(Compression):
         """Whether the budget of a layer follows its entropy."""
         return self.least < 1
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1,
+                budget: int | None = None) -> list[int]:
         """Return each layer's cells: least B + (1 - least) B H, B the budget and H the entropy of attention over its largest, ln of
         the keys that each row sees. Never above B, so that a plan made for B holds."""
         most, n = self.mean_of(statistics, budget), max((s.shape[1] for s in statistics), default=0)

@@ -84,11 +84,13 @@ class Compression:
             return min(self.recent, budget)
         return max(1, part(self.recent, budget)) if self.recent else 0
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1,
+                budget: int | None = None) -> list[int]:
         """Return the cells that each head of each layer keeps, from each layer's statistics [h, n, c]: here the same of all.
 
-        is_text: bool [n], or where layers hold different tokens [h, n] of each. group: query heads that share a key/value head, whose attention
-        the statistics have summed. budget: cells in the mean of all layers, instead of `budget_of(n)`
+        is_text: bool [n], or where layers hold different tokens [h, n] of each
+        group: query heads that share a key/value head, whose attention the statistics have summed
+        budget: cells in the mean of all layers, instead of `budget_of(n)`
         """
         return [self.mean_of(statistics, budget)] * len(statistics)
 

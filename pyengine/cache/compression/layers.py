@@ -51,7 +51,8 @@ class VLCache(Compression):
         budget = self.cells_of(budget, scores.shape[1])
         return best_and_recent(scores, budget, self.recents_of(budget))
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1,
+                budget: int | None = None) -> list[int]:
         """Return each layer's cells by its density; the pairs that are counted are as many in all layers, so counts decide."""
         density = [s[..., 1].sum(dtype=np.float64) / len(s) for s in statistics]
         return layer_budgets(self, density, statistics, budget)
@@ -79,7 +80,8 @@ class MEDA(LookM):
                  when: str = "prompt"):
         super().__init__(ratio, budget, recent, merge, when)
 
-    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1, budget: int | None = None) -> list[int]:
+    def budgets(self, statistics: Sequence[np.ndarray], is_text: np.ndarray | Sequence[np.ndarray], group: int = 1,
+                budget: int | None = None) -> list[int]:
         """Return each layer's cells by the exponential of its entropy."""
         def level(s: np.ndarray, is_text: np.ndarray) -> float:
             text = np.broadcast_to(read_text(is_text, s.shape[1], len(s)), s.shape[:2])
@@ -95,7 +97,8 @@ class MEDA(LookM):
         return layer_budgets(self, np.exp(levels - levels.max(initial=-np.inf)), statistics, budget)
 
 
-def layer_budgets(policy: Compression, weights: Sequence[float] | np.ndarray, statistics: Sequence[np.ndarray], budget: int | None) -> list[int]:
+def layer_budgets(policy: Compression, weights: Sequence[float] | np.ndarray, statistics: Sequence[np.ndarray],
+                  budget: int | None) -> list[int]:
     """Return cells of each layer in proportion to weights, which sum to as many as if all had the budget."""
     each, n = policy.mean_of(statistics, budget), max((s.shape[1] for s in statistics), default=0)
     return apportioned(weights, each * len(weights), min(each, max(1, int(LEAST * n))), n)

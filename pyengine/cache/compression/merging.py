@@ -56,7 +56,8 @@ def merged(rule: str, kept: np.ndarray, keys: np.ndarray, values: np.ndarray, su
 def check(kept: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
     """Raise a RequestError unless kept [h, b] are ascending positions in keys and values [h, n, e]."""
     if keys.ndim != 3 or values.ndim != 3 or keys.shape[:2] != values.shape[:2]:
-        raise RequestError(f"keys and values must be [heads, n, e] of the same heads and n, got {list(keys.shape)} and {list(values.shape)}")
+        raise RequestError(f"keys and values must be [heads, n, e] of the same heads and n, got {list(keys.shape)} and "
+                           f"{list(values.shape)}")
     if kept.ndim != 2 or len(kept) != len(keys) or not np.issubdtype(kept.dtype, np.integer):
         raise RequestError(f"kept must be positions [{len(keys)}, budget], got {kept.dtype} {list(kept.shape)}")
     if kept.size and (kept.min() < 0 or kept.max() >= keys.shape[1] or (np.diff(kept, axis=1) <= 0).any()):
