@@ -199,6 +199,20 @@ def test_rows_of_one_step_have_adapters_of_their_own(pair, tiny_gguf, outtype: s
         assert model.generate(prompts[1], **asked).report.sampled == together[1].report.sampled
 
 
+def test_drafted_rows_have_their_request_s_adapters(pair, monkeypatch) -> None:
+    from pyengine.engine.answer import Streams
+    from pyengine.engine.speculation import Speculation
+
+    monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
+    asked = {"max_tokens": 24, "temperature": 0, "logprobs": 3, "logit_bias": tuple((i, 60.0) for i in IDS[:4])}
+    with pe.load(pair["base"], n_ctx=128, n_seq=5, adapters=pair["files"]) as model:
+        found = []
+        for speculate in (False, True):
+            model.reset()
+            found.append([a.sampled for a in Streams([model.stream(IDS[:4] * 6, adapters=mix, speculate=speculate, **asked) for mix in MIXES]).answers()])
+        assert found[0] == found[1] and model.stats["drafted_tokens"] > model.stats["accepted_tokens"] > 0
+
+
 def test_a_graph_without_adapters_has_nothing_of_them(pair) -> None:
     from pyengine.compiler.listing import to_text
     import oracle

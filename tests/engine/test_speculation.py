@@ -13,6 +13,8 @@ from PIL import Image
 
 import cases
 import pyengine as pe
+import tiny_sources
+from converters.writer import convert
 from pyengine.engine.drafts import _with_forced, Draft, Drafter
 from pyengine.engine.speculation import Pace, Speculation
 from pyengine.errors import RequestError
@@ -223,6 +225,16 @@ def test_states_cannot_be_taken_back(tiny_gguf) -> None:
     with pytest.raises(RequestError, match="keep states"):
         model.generate(ids(9), speculate=4)
     assert model.generate(ids(60), max_tokens=20, **settings(0)).report.n_drafted == 0
+
+
+@pytest.mark.parametrize("kind", list(cases.sources()))
+def test_decoders_of_a_source(tmp_path, eager, kind: str) -> None:
+    folder = tiny_sources.make(cases.sources()[kind], tmp_path / "hf")
+    model = pe.load(convert(folder, tmp_path / "m.gguf", "f32"), n_ctx=64, n_threads=1, n_seq=2)
+    for seed in range(2):
+        assert both(model, "a text of some words", max_tokens=40, n_beams=1, **settings(seed)).report.n_accepted
+    with pytest.raises(RequestError, match="beams"):
+        model.generate("a text", n_beams=2, speculate=True)
 
 
 def test_compressed_conversations(tiny_gguf, eager) -> None:
