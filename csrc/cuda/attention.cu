@@ -47,9 +47,11 @@ __global__ void __launch_bounds__(MOST_COLUMNS) merge_kernel(const Job w) {
   if (is_anothers(seen)) return;
   if (!empty(seen)) {
     const int64_t slot = query * w.chunks;
+    float most = PE_NONE;
     Total total;
     for (int i = 0; i <= last_chunk<CHUNK>(seen) - first_chunk<CHUNK>(seen); i++) {
       const Total part = {w.tops[2 * (slot + i)], w.tops[2 * (slot + i) + 1]};
+      if (w.stats && column == 0) most = fmaxf(most, w.mosts[slot + i]);
       const float y = column < w.f ? w.partials[(slot + i) * wide + column] : 0.0f;
       if (i == 0) {
         total = part, x = y;
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(MOST_COLUMNS) merge_kernel(const Job w) {
       merge_tops<NATURAL>(total, part, before, now);
       x = merged(x, y, before, now);
     }
+    if (w.stats && column == 0) tell<NATURAL>(w, query, total, most);
     const float factor = join_sink<NATURAL>(w.sinks, head, total);
     x = finished(x, factor, total.sum);
     if (in_blocks(w.v)) {
@@ -68,6 +71,8 @@ __global__ void __launch_bounds__(MOST_COLUMNS) merge_kernel(const Job w) {
       __syncthreads();
       x = all[column];
     }
+  } else if (w.stats && column == 0) {
+    tell_nothing(w, query);
   }
   if (column < w.f) out[column] = x;
 }
@@ -108,6 +113,7 @@ void lay_out(Job *w, int queries, int warps, int stages) {
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.task = at_end(&end, sizeof(Task));
   a.totals = at_end(&end, queries * sizeof(Total));
+  a.most = at_end(&end, w->stats ? queries * 4 : 0);
   a.q = at_end(&end, (int64_t)queries * w->ne * (w->k_form == BLOCKS ? 32 : 64));
   a.q_scale = at_end(&end, w->k_form == BLOCKS ? queries * 4 : 0);
   a.q_sum = at_end(&end, w->k_form == BLOCKS ? (int64_t)queries * w->ne * 4 : 0);
@@ -135,6 +141,7 @@ void lay_out_floats(Job *w, int queries) {
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.q = at_end(&end, (int64_t)queries * (round_up(w->e, 64) + 4) * 4);
   a.peaks = at_end(&end, 3 * queries * 4);
+  a.most = at_end(&end, w->stats ? queries * 4 : 0);
   a.p = at_end(&end, queries * pitch * 4);
   a.k = at_end(&end, TILE_KEYS * pitch * 4);
   a.stage_bytes = end - a.k;
@@ -172,7 +179,7 @@ int64_t chunks_of(int64_t n, bool anywhere, bool floats) {
   const int64_t chunk = floats ? FLOAT_CHUNK_KEYS : CHUNK_KEYS;
   return anywhere ? n / chunk + 2 : (n + chunk - 1) / chunk;
 }
-int64_t split_bytes(int64_t m, int64_t h, int64_t f, int64_t chunks) { return m * h * chunks * (wide_of(f) + 2) * 4; }
+int64_t split_bytes(int64_t m, int64_t h, int64_t f, int64_t chunks) { return m * h * chunks * (wide_of(f) + 3) * 4; }
 
 bool multiple_of_16(const pe_tensor *t) {
   return (((uintptr_t)t->data | (uintptr_t)t->stride[0] | (uintptr_t)t->stride[1]) & 15) == 0;
@@ -287,6 +294,7 @@ pe_status check(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, cons
 void set_chunks(Job *w, int64_t chunks) {
   w->chunks = (int32_t)chunks;
   w->tops = w->partials + (int64_t)w->m * w->h * chunks * wide_of(w->f);
+  w->mosts = w->tops + 2 * (int64_t)w->m * w->h * chunks;
 }
 
 template <class T> T *data_of(const pe_tensor *t) { return t ? static_cast<T *>(t->data) : nullptr; }
@@ -312,7 +320,6 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
                            pe_stream *s) {
   Node n = {};
   Job &w = n.w;
-  if (stats) return pe_fail(s, PE_NO_KERNEL, "attention: stats come from the CPU only");
   if (q->shape[0] == 0 || q->shape[1] == 0 || v->shape[2] == 0) return PE_OK;
   const pe_status bad = check(q, k, v, cells, seq, sinks, bias, p, s);
   if (bad) return bad;
@@ -322,7 +329,7 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
   if (cells) w.cells_stride = cells->stride[0], w.l = (int32_t)cells->shape[1], w.n_sequences = (int32_t)cells->shape[0];
   w.n_cells = k->shape[1] < v->shape[1] ? k->shape[1] : v->shape[1];
   w.bias = data_of<float>(bias), w.numbers = data_of<int32_t>(numbers), w.reach = bias ? (int32_t)(bias->shape[1] / 2) : 0;
-  w.sinks = data_of<float>(sinks), w.out = data_of<float>(out), w.fault = fault(s), w.scale = p->scale, w.softcap = p->softcap;
+  w.sinks = data_of<float>(sinks), w.out = data_of<float>(out), w.stats = data_of<float>(stats), w.fault = fault(s), w.scale = p->scale, w.softcap = p->softcap;
   w.m = (int32_t)q->shape[0], w.h = (int32_t)q->shape[1], w.g = (int32_t)k->shape[0], w.group = w.h / w.g;
   w.e = (int32_t)q->shape[2], w.f = (int32_t)v->shape[2];
   w.ne = (w.e + COLUMNS - 1) / COLUMNS, w.nf = (w.f + COLUMNS - 1) / COLUMNS;

@@ -29,6 +29,7 @@ struct Areas {
   int k, v, stage_bytes;    /* loaded tiles, `stages` of them */
   int k_ready, k_scale, v_ready; /* a tile of blocks, unpacked */
   int peaks, p, mixing;
+  int most;                 /* [queries]: the largest logit so far, where stats are wanted */
   int k_pitch, v_pitch;     /* bytes between cells of blocks */
   int stages, bytes;
   bool one;                 /* V takes the place of K when that has been used: one stage, for cards with little shared memory */
@@ -49,8 +50,9 @@ struct Job {
   int64_t cells_stride, n_cells;
   const float *sinks, *bias;        /* bias: [h][2 reach + 1], by the distance from a query to a key; or null */
   const int32_t *numbers;           /* of rows among the keys; null: their last key */
-  float *out;
+  float *out, *stats;               /* stats: [query][2], or null */
   float *partials, *tops;           /* split: [query][chunks][fp], [query][chunks][2]; null where a unit merges its chunks itself */
+  float *mosts;                     /* split: [query][chunks], the largest logit of its block so far */
   pe_fault *fault;
   float scale, softcap;
   int32_t l, n_sequences;

@@ -67,6 +67,7 @@ __device__ __forceinline__ void weigh_tile(const Job &w, const Unit &u, int tile
     const float *all = peaks + g + 8 * r;
     const float most = fmaxf(fmaxf(all[0], all[FEW_QUERIES]), fmaxf(all[2 * FEW_QUERIES], all[3 * FEW_QUERIES]));
     factor[r] = move_top(most, x.rows.top[r]);
+    if (w.stats && threadIdx.x % 4 == 0 && warp == 0) note_peak(w, g + 8 * r, most);
   }
   x.shrink_all(factor);
   uint32_t own[4];
@@ -109,6 +110,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
   if (now.more()) {
     Loader<false> loader;
     loader.begin(w, u, seen, now);
+    forget_peaks(w, FEW_QUERIES);
     x.clear();
     while (now.more()) {
       const char *k, *v;

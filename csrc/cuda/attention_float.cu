@@ -154,6 +154,7 @@ template <int N> __device__ __forceinline__ void soften(const Job &w, const Unit
     sums[n] = sum;
     __syncwarp(); /* all have read the top */
     if (lane_of() == 0) kept.top[i] = top, kept.factor[i] = factor;
+    if (w.stats && lane_of() == 0) note_peak(w, i, peak);
     __syncwarp();
   }
 }
@@ -232,10 +233,14 @@ __device__ __forceinline__ void settle_floats(const Job &w, const Unit &u, int i
   const bool fresh = chunk == first_chunk<CHUNK>(seen), last = chunk == last_chunk<CHUNK>(seen);
   float before = 0.0f, now = 1.0f, factor = 1.0f;
   if (w.partials) {
-    if (tx == 0) w.tops[2 * slot] = part.top, w.tops[2 * slot + 1] = part.sum;
+    if (tx == 0) {
+      w.tops[2 * slot] = part.top, w.tops[2 * slot + 1] = part.sum;
+      if (w.stats) w.mosts[slot] = area<float>(w.at.most)[i];
+    }
   } else {
     if (fresh) total = part;
     else merge_tops<true>(total, part, before, now);
+    if (last && w.stats && tx == 0) tell<true>(w, query, total, area<float>(w.at.most)[i]);
     if (last) factor = join_sink<true>(w.sinks, head_of(u, i), total);
   }
 #pragma unroll
@@ -312,6 +317,7 @@ struct FloatUnit {
       Slices<NARROW> slices(now);
       find_cells<CHUNK>(w, u, seen, now.chunk());
       slices.load(w, u, seen);
+      forget_peaks(w, QUERIES);
       clear(kept);
 #pragma unroll
       for (float &sum : sums) sum = 0.0f;

@@ -34,7 +34,11 @@ __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, int til
   if (w.bias) add_bias<GROUPS>(w, u, 16 * warp_of(), tile * TILE_KEYS, s);
   to_logits<GROUPS>(w.softcap, rows, tile * TILE_KEYS, s, peak);
 #pragma unroll
-  for (int r = 0; r < 2; r++) factor[r] = move_top(peak_of_lanes(peak[r]), rows.top[r]);
+  for (int r = 0; r < 2; r++) {
+    peak[r] = peak_of_lanes(peak[r]);
+    factor[r] = move_top(peak[r], rows.top[r]);
+    if (w.stats && lane_of() % 4 == 0) note_peak(w, 16 * warp_of() + lane_of() / 4 + 8 * r, peak[r]);
+  }
   if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
     for (int b = 0; b < N; b++) shrink(acc[b], factor[0], factor[1]);
@@ -84,6 +88,7 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Task &task) {
   Walk now = {0, 0};
   load_queries(w, u, n);
   if (threadIdx.x < n) area<Total>(w.at.totals)[threadIdx.x] = Total{PE_NONE, 0.0f};
+  forget_peaks(w, (int)n);
   now.enter(w, u, task.seen, 0, 0, 1);
   if (now.more()) {
     float acc[N][4][4], sums[4];

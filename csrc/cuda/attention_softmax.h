@@ -143,6 +143,26 @@ __device__ __forceinline__ float join_sink(const float *sinks, int head, Total &
 }
 __device__ __forceinline__ float finished(float acc, float factor, float sum) { return __fdiv_rn(acc * factor, sum); }
 
+/* ---- what is said of a query's softmax, where it is wanted: its largest logit, and the sum of exp(logit - it), with the sink ---- */
+
+/* A tile's peak joins the largest logit of query i, in shared memory; by one lane. */
+__device__ __forceinline__ void note_peak(const Job &w, int i, float peak) {
+  float &most = area<float>(w.at.most)[i];
+  most = fmaxf(most, peak);
+}
+__device__ __forceinline__ void forget_peaks(const Job &w, int n) {
+  if (w.stats && (int)threadIdx.x < n) area<float>(w.at.most)[threadIdx.x] = PE_NONE;
+}
+
+/* total: all its chunks, without the sink. */
+template <bool NATURAL> __device__ __forceinline__ void tell(const Job &w, int64_t query, Total total, float most) {
+  const float unit = NATURAL ? 1.0f : PE_LOG2_E, sink = w.sinks ? w.sinks[query % w.h] * unit : PE_NONE, largest = fmaxf(most, sink);
+  const float sum = __fmul_rn(total.sum, power<NATURAL>(total.top - largest));
+  w.stats[2 * query] = __fdiv_rn(largest, unit);
+  w.stats[2 * query + 1] = w.sinks ? __fadd_rn(sum, power<NATURAL>(sink - largest)) : sum;
+}
+__device__ __forceinline__ void tell_nothing(const Job &w, int64_t query) { w.stats[2 * query] = w.stats[2 * query + 1] = 0.0f; }
+
 /* ---- the end of a chunk ---- */
 
 /* Eight neighbouring elements of one query: those of acc with i in {0, 1} (high = 0) or {2, 3} (high = 1). */
@@ -183,13 +203,17 @@ __device__ __forceinline__ void settle(const Job &w, const Unit &u, int i, int c
       take_eight(acc[b], high, x);
       if (first + b * step < w.nf) store_eight(w.partials + slot * w.nf * COLUMNS + at, 8, x);
     }
-    if (first == 0 && column == 0) w.tops[2 * slot] = part.top, w.tops[2 * slot + 1] = part.sum;
+    if (first == 0 && column == 0) {
+      w.tops[2 * slot] = part.top, w.tops[2 * slot + 1] = part.sum;
+      if (w.stats) w.mosts[slot] = area<float>(w.at.most)[i];
+    }
     return;
   }
   float before = 0.0f, now = 1.0f, factor = 1.0f;
   const bool fresh = chunk == first_chunk(seen), last = chunk == last_chunk(seen);
   if (fresh) total = part;
   else merge_tops<false>(total, part, before, now);
+  if (last && w.stats && first == 0 && column == 0) tell<false>(w, (int64_t)row * w.h + head, total, area<float>(w.at.most)[i]);
   if (last) factor = join_sink<false>(w.sinks, head, total);
   float *out = w.out + ((int64_t)row * w.h + head) * w.f;
 #pragma unroll
@@ -216,6 +240,7 @@ __device__ __forceinline__ void finish_query(const Job &w, float *out, Interval 
   if (is_anothers(seen)) return;
   if (empty(seen)) {
     for (int j = lane_of(); j < w.f; j += 32) out[j] = 0.0f;
+    if (w.stats && lane_of() == 0) tell_nothing(w, (out - w.out) / w.f);
   } else if (in_blocks(w.v)) {
     for (int j = lane_of(); j < w.f; j += 32) x[j] = out[j];
     __syncwarp();

@@ -37,6 +37,7 @@ PE_CONSTANT(bool, CAPPED, 8);
 PE_CONSTANT(bool, SPLIT, 9);
 PE_CONSTANT(bool, SUNK, 10);       /* there are sinks */
 PE_CONSTANT(bool, BIASED, 11);     /* scores get what their distance adds */
+PE_CONSTANT(bool, TOLD, 12);       /* largest logits and sums are wanted too */
 
 enum { HALF = 32, TILE = 64, CHUNK = 256, SLICE = 64, SLICE_STRIDE = 68, SCORE_STRIDE = 68, MOST_QUERIES = 32, MOST_WIDTH = 512, RAW_RUN = 256, RAW_STRIDE = 276 };
 
@@ -85,7 +86,8 @@ kernel void attention_queries(constant attention_args &a [[buffer(0)]], device c
 /* ---- chunks ---- */
 
 /* Floats of the shared memory of attention_chunks before each area, 19.8 KB and 8.8 for blocks: places in a matrix; of each query its
- * interval, that in the run of rows at hand, top and sum of the chunk and of all so far, and the two factors of a merge; cells of a tile;
+ * interval, that in the run of rows at hand, top and sum of the chunk and of all so far, the two factors of a merge, and the largest logit
+ * of all so far; cells of a tile;
  * whether a simdgroup loaded a value that is no number; scores, then probabilities [query][68]; 64 elements of keys or values of half a
  * tile [32][68]; 256 elements of cells of blocks as they are [32][276 bytes]. */
 enum {
@@ -100,7 +102,8 @@ enum {
   AT_ALL_SUM = AT_ALL_TOP + MOST_QUERIES,
   AT_SHRINK = AT_ALL_SUM + MOST_QUERIES,
   AT_GROW = AT_SHRINK + MOST_QUERIES,
-  AT_CELLS = AT_GROW + MOST_QUERIES,
+  AT_MOST = AT_GROW + MOST_QUERIES,
+  AT_CELLS = AT_MOST + MOST_QUERIES,
   AT_BAD = AT_CELLS + TILE,
   AT_SCORES = AT_BAD + 4,
   AT_SLICE = AT_SCORES + MOST_QUERIES * SCORE_STRIDE,
@@ -288,6 +291,7 @@ static inline void soften(constant attention_args &a, thread const work &w, int 
   if (from) return;
   shared[AT_TOP + query] = top;
   shared[AT_SHRINK + query] = shrink;
+  if (TOLD) shared[AT_MOST + query] = max(shared[AT_MOST + query], best);
 }
 
 /* A chunk is at its end: a query's 16 sums become one. */
@@ -386,7 +390,7 @@ static inline float merged(float top, float next, thread float &shrink, thread f
 
 /* Add a chunk to what the queries that see it have so far, which lies in `out`; with SPLIT keep it by itself. */
 static inline void merge_chunk(constant attention_args &a, thread const work &w, int chunk, int number, device float *out,
-                               device float *partials, device float *tops, threadgroup float *shared, thread outputs &o) {
+                               device float *partials, device float *tops, device float *mosts, threadgroup float *shared, thread outputs &o) {
   if (w.index < 8 * TILES) {
     const int lo = ints(shared, AT_RUN_LO)[w.index], hi = ints(shared, AT_RUN_HI)[w.index];
     float shrink = -1.0f, grow = -1.0f;                 /* not seen */
@@ -405,6 +409,7 @@ static inline void merge_chunk(constant attention_args &a, thread const work &w,
       const int i = (w.first + w.index) % a.slots;
       const long at = (long)(w.first + w.index) / a.slots * a.heads + w.head * a.group + i;
       if (SPLIT) tops[2 * (at * a.chunks + number)] = top, tops[2 * (at * a.chunks + number) + 1] = sum;
+      if (SPLIT && TOLD) mosts[at * a.chunks + number] = shared[AT_MOST + w.index];
     }
     shared[AT_SHRINK + w.index] = shrink;
     shared[AT_GROW + w.index] = grow;
@@ -447,7 +452,7 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
                              device const int *hi [[buffer(5)]], device const int *cells [[buffer(6)]], device const int *seq [[buffer(7)]],
                              device float *out [[buffer(8)]], device float *partials [[buffer(9)]], device float *tops [[buffer(10)]],
                              device pe_fault *fault [[buffer(11)]], device const float *bias [[buffer(12)]],
-                             device const int *numbers [[buffer(13)]], threadgroup float *shared [[threadgroup(0)]],
+                             device const int *numbers [[buffer(13)]], device float *mosts [[buffer(14)]], threadgroup float *shared [[threadgroup(0)]],
                              uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
                              uint lane [[thread_index_in_simdgroup]], uint warp [[simdgroup_index_in_threadgroup]]) {
   work w;
@@ -464,6 +469,7 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
     ints(shared, AT_HI)[w.index] = own.y;
     shared[AT_ALL_TOP + w.index] = -INFINITY;
     shared[AT_ALL_SUM + w.index] = 0.0f;
+    shared[AT_MOST + w.index] = -INFINITY;
   }
   outputs o;
   for (int row = w.first / a.slots, until; row < end; row = until) {
@@ -477,7 +483,7 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
       const int first = w.lo / CHUNK, last = (w.hi - 1) / CHUNK;
       for (int chunk = SPLIT ? first + (int)group.z : first; chunk <= last; chunk++) {
         run_chunk(a, w, chunk, queries, k, v, cells, fault, shared, o);
-        merge_chunk(a, w, chunk, chunk - first, out, partials, tops, shared, o);
+        merge_chunk(a, w, chunk, chunk - first, out, partials, tops, mosts, shared, o);
         if (SPLIT) break;
       }
     }
@@ -489,6 +495,7 @@ kernel void attention_chunks(constant attention_args &a [[buffer(0)]], device co
   const long at = (long)(slot / a.slots) * a.heads + w.head * a.group + slot % a.slots;
   tops[2 * at] = shared[AT_ALL_TOP + w.index];
   tops[2 * at + 1] = shared[AT_ALL_SUM + w.index];
+  if (TOLD) mosts[at] = shared[AT_MOST + w.index];
 }
 
 /* ---- results ----
@@ -539,13 +546,15 @@ kernel void attention_finish(constant attention_args &a [[buffer(0)]], device co
                              device const int *hi [[buffer(2)]], device const int *seq [[buffer(3)]],
                              device const float *partials [[buffer(4)]], device const float *tops [[buffer(5)]],
                              device const float *sinks [[buffer(6)]], device float *out [[buffer(7)]],
-                             device pe_fault *fault [[buffer(8)]], threadgroup float *shared [[threadgroup(0)]],
+                             device pe_fault *fault [[buffer(8)]], device const float *mosts [[buffer(9)]],
+                             device float *stats [[buffer(10)]], threadgroup float *shared [[threadgroup(0)]],
                              uint3 at [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
   const long query = (long)at.y * a.heads + at.x;
   const int2 keys = interval_of(a, (int)at.y, lo, hi, seq, fault);
   device float *to = out + query * a.f;
   if (keys.x >= keys.y) {
     for (int i = (int)lane; i < a.f; i += 32) to[i] = 0.0f;
+    if (TOLD && lane < 2) stats[2 * query + lane] = 0.0f;
     return;
   }
   query_sums t;
@@ -555,6 +564,14 @@ kernel void attention_finish(constant attention_args &a [[buffer(0)]], device co
     t.top = tops[2 * query], t.sum = tops[2 * query + 1];
     PE_UNROLL
     for (int j = 0; j < LANE_ELEMENTS; j++) t.y[j] = (int)lane + 32 * j < a.f ? to[lane + 32 * j] : 0.0f;
+  }
+  if (TOLD && lane == 0) {
+    const int chunks = SPLIT ? (keys.y - 1) / CHUNK - keys.x / CHUNK + 1 : 1;
+    float largest = SUNK ? sinks[at.x] : -INFINITY;
+    for (int i = 0; i < chunks; i++) largest = max(largest, mosts[SPLIT ? query * a.chunks + i : query]);
+    const float total = t.sum * exp_of(t.top - largest);
+    stats[2 * query] = largest;
+    stats[2 * query + 1] = SUNK ? total + exp_of(sinks[at.x] - largest) : total;
   }
   float shrink = 1.0f;
   if (SUNK) {

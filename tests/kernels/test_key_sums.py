@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import bits, Block, CACHES, check, close, copy_of, elements, in_blocks, KernelError, loaded, moved, reference, rng_of, run, stored, Value
+from op_cases import bits, Block, CACHES, check, close, copy_of, in_blocks, KernelError, loaded, moved, reference, rng_of, run, stored, Value
 from test_kernels import ATTENTION, attention_cases, isas, Kernels, SLOW
 
 from csrc import build_rules as rules
@@ -40,7 +40,7 @@ def test_what_attention_says_of_its_softmax(kernels: Kernels, case: Any) -> None
     if len(stats):
         _, want = reference(ATTENTION, inputs, {**params, "stats": True})
         q = inputs[0]
-        error = 3e-7 * (1 + abs(params["scale"]) * np.abs(q).max(initial=0) * np.sqrt(q.shape[2]) * 4)
+        error = kernels.rounding * (1 + abs(params["scale"]) * np.abs(q).max(initial=0) * np.sqrt(q.shape[2]) * 4)
         close(stats[..., 0], want[..., 0], error, 1.0, "largest")
         close(stats[..., 1], want[..., 1], error, 0.0, "total")
     assert bits(attend(kernels, inputs, 3, **params)[1]) == bits(stats)
@@ -115,22 +115,21 @@ def test_a_prompt_in_pieces_has_the_sums_of_one(kernels: Kernels, cache: str) ->
             at = end
         whole = sums if whole is None else whole
         assert bits(sums) == bits(whole), f"{cuts} give other sums"
-    np.testing.assert_allclose(whole[..., 0].sum(1), n * h / g, rtol=1e-4)
+    np.testing.assert_allclose(whole[..., 0].sum(1), n * h / g, rtol=1e-4 if kernels.rounding < 1e-6 else 2e-3)
     p, j = np.zeros((h, n)), cells[0]
     keys = np.repeat(loaded(k), h // g, axis=0).astype(np.float64)
     if not in_blocks(k):
         for i in range(n):
             s = np.exp(0.1 * np.einsum("he,hke->hk", q[i].astype(np.float64), keys[:, j[: i + 1]]))
             p[:, : i + 1] += s / s.sum(1, keepdims=True)
-        np.testing.assert_allclose(whole[..., 0], p.reshape(g, h // g, n).sum(1), rtol=3e-5)
-    assert elements(whole).dtype == np.float32
+        np.testing.assert_allclose(whole[..., 0], p.reshape(g, h // g, n).sum(1), rtol=3e-5 if kernels.rounding < 1e-6 else 3e-3)
 
 
 def test_wrong_numbers_are_refused(kernels: Kernels) -> None:
     sums, q, k = np.zeros((1, 20, 1), np.float32), np.ones((2, 2, 32), np.float32), np.ones((1, 20, 32), np.float32)
     cells, stats, weights = np.arange(20, dtype=np.int32).reshape(2, 10), np.ones((2, 2, 2), np.float32), np.ones((2, 1), np.float32)
     zero, five, params = np.zeros(2, np.int32), np.full(2, 5, np.int32), {"scale": 1.0, "kinds": (0,)}
-    for lo, hi, seq, table, words in ((zero - 1, five, None, cells, "keys -1 to 5"), (zero, five + 9, None, cells, "14 keys"),
-                                      (zero, five, zero + 2, cells, "sequence 2 of 2"), (zero, five, None, cells + 18, "cell 20 of 20")):
+    for lo, hi, seq, table, words in ((zero - 1, five, None, cells, "-1 (to 5|of 10)"), (zero, five + 9, None, cells, "14 (keys|of 10)"),
+                                      (zero, five, zero + 2, cells, "sequence 2 of 2"), (zero, five, None, cells + 18, "2[012] of 20")):
         with pytest.raises(KernelError, match=words):
             add(kernels, [sums, q, k, lo, hi, table.astype(np.int32), seq, stats, weights], params, 2)

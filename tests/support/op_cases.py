@@ -61,7 +61,9 @@ def describe(a: np.ndarray | Block) -> CTensor:
 
 
 class Runner(ABC):
-    """What runs single kernels."""
+    """What runs single kernels. rounding: of what its attention multiplies, about."""
+
+    rounding = 3e-7
 
     @abstractmethod
     def run(self, name: str, groups: Sequence[Sequence[CTensor]], n_out: int, params: dict[str, Any], threads: int = 1,

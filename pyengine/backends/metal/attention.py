@@ -15,7 +15,7 @@ WIDTH_NARROW = 256                      # values up to here leave registers for 
 QUERIES = 4 * TILE_QUERIES              # of a threadgroup where there are many rows
 ROWS_SPLIT = 16                         # at most so many rows are split over their chunks of keys: they read the keys one by one
 SPLIT_BYTES = 64 << 20                  # and as many of them as leave results of chunks of this size
-SHARED_BYTES = 4 * (64 + 10 * QUERIES + 64 + 4 + QUERIES * 68 + 32 * 68)
+SHARED_BYTES = 4 * (64 + 11 * QUERIES + 64 + 4 + QUERIES * 68 + 32 * 68)
 RAW_BYTES = 32 * 276                    # and for blocks, whose cells are copied first
 FORMATS = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 0, "Q4_0": 0, "Q4_1": 0}            # bytes of a plain number
 
@@ -61,19 +61,19 @@ def _job(s: Step) -> _Job:
                 k.dtype.block > 1)
 
 
-def _places(job: _Job, room: Room, rows: int) -> tuple[View | None, View | None, View | None, int]:
-    """Return places of queries, of results of chunks, and of tops and sums, and the bytes of all."""
+def _places(job: _Job, room: Room, rows: int, stats: bool) -> tuple[View | None, View | None, View | None, View | None, int]:
+    """Return places of queries, of results of chunks, of tops and sums, and of largest logits, and the bytes of all."""
     split, _, queries = job.sizes(rows)
     parts = rows * job.heads * (job.chunks if split else 1)
     prepared, partials = room.take(4 * job.groups * queries * job.stride), room.take(4 * parts * job.f if split else 0)
-    return prepared, partials, room.take(8 * parts), room.used
+    return prepared, partials, room.take(8 * parts), room.take(4 * parts if stats else 0), room.used
 
 
 @scratch
 def attention(s: Step) -> int:
     """Count for as many rows as there may be, and for few of them, whose chunks have results of their own."""
     job = _job(s)
-    return max(_places(job, Room(None), rows)[3] for rows in {job.m, min(job.m, job.split)})
+    return max(_places(job, Room(None), rows, s.params.stats)[-1] for rows in {job.m, min(job.m, job.split)})
 
 
 def _cache(s: Step, name: str) -> tuple[View, bool]:
@@ -109,8 +109,6 @@ def _args(s: Step, job: _Job, slots: int, queries: int) -> dict[str, Any]:
 def attention(s: Step) -> list[Launch]:  # noqa: F811
     """Launch three kernels. Few rows are split over their chunks of keys; the results do not depend on it."""
     job, cap = _job(s), s.params.softcap
-    if s.params.stats:
-        raise NoKernel("attention: stats come from the CPU only")
     if job.m == 0 or job.heads == 0 or job.f == 0:
         return []
     if s.params.products and (s.inputs["cells"] or s.inputs["seq"] or s.inputs["sinks"] or s.inputs["bias"] or cap
@@ -118,7 +116,8 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
         raise NoKernel("attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap")
     (k, k_whole), (v, v_whole), out = _cache(s, "k"), _cache(s, "v"), s.outputs[0]
     split, slots, queries = job.sizes(job.m)
-    prepared, partials, tops, _ = _places(job, Room(s.scratch), job.m)
+    told = bool(s.params.stats)
+    prepared, partials, tops, mosts, _ = _places(job, Room(s.scratch), job.m, told)
     cells, seq, sinks, bias = s.one("cells"), s.one("seq"), s.one("sinks"), s.one("bias")
     if seq is not None and cells is None:
         seq = None                                           # without a table there is one sequence
@@ -127,12 +126,13 @@ def attention(s: Step) -> list[Launch]:  # noqa: F811
     constants: Mapping[str, int | bool] = {
         "K_FORMAT": k.dtype.id, "V_FORMAT": v.dtype.id, "K_WHOLE": k_whole, "V_WHOLE": v_whole, "TILES": tiles,
         "SLICES": ceil_div(job.f, SLICE), "PAGED": cells is not None, "SEQUENCED": seq is not None, "CAPPED": cap != 0.0,
-        "SPLIT": split, "SUNK": sinks is not None, "BIASED": bias is not None}
-    rows = {"lo": s.need("lo"), "hi": s.need("hi"), "seq": seq, "partials": partials if split else None, "tops": tops, "out": out}
+        "SPLIT": split, "SUNK": sinks is not None, "BIASED": bias is not None, "TOLD": told}
+    rows = {"lo": s.need("lo"), "hi": s.need("hi"), "seq": seq, "partials": partials if split else None, "tops": tops, "out": out,
+            "mosts": mosts if told else None}
     grid = (ceil_div(job.m * slots, TILE_QUERIES * tiles), job.groups, job.chunks if split else 1)
     return [
         Launch("attention_queries", args, {"q": s.need("q"), "queries": prepared}, (queries, job.groups, 1), (32, 1, 1), 8 * WIDTH_MOST,
                constants),
         Launch("attention_chunks", args, {"queries": prepared, "k": k, "v": v, "cells": cells, "bias": bias, "numbers": s.one("at"), **rows}, grid, (128, 1, 1),
                SHARED_BYTES + (RAW_BYTES if k.dtype.block > 1 or v.dtype.block > 1 else 0), constants),
-        Launch("attention_finish", args, {"sinks": sinks, **rows}, (job.heads, job.m, 1), (32, 1, 1), 8 * WIDTH_MOST, constants)]
+        Launch("attention_finish", args, {"sinks": sinks, "stats": s.outputs[1] if told else None, **rows}, (job.heads, job.m, 1), (32, 1, 1), 8 * WIDTH_MOST, constants)]
