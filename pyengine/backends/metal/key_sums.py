@@ -46,11 +46,11 @@ def key_sums(s: Step) -> list[Launch]:  # noqa: F811
     shared = {"m": m, "heads": heads, "group": group, "e": e, "ep": ceil_div(e, 8) * 8, "eq": _stride(s), "queries": m * group}
     unused = ("f", "l", "n_cells", "sequences", "cells_stride", "chunks", "reach", "v_run", "v_shrink", "k_head", "k_cell", "k_step", "v_head",
               "v_cell", "v_step")
-    ready = {**dict.fromkeys(unused, 0), **shared, "slots": group, "scale": s.params.scale, "softcap": 0.0, "k_run": run,
-             "k_shrink": 1 / math.sqrt(max(1, run)), **dict(zip(("q_row", "q_head", "q_step"), q.strides))}
+    ready = {**dict.fromkeys(unused, 0), **shared, "slots": group, "k_run": run, "k_shrink": 1 / math.sqrt(max(1, run)),
+             **dict(scale=s.params.scale, softcap=0.0), **dict(zip(("q_row", "q_head", "q_step"), q.strides))}
     args = {**shared, "l": cells.shape[1], "n_cells": k.shape[1], "sequences": cells.shape[0], "cells_stride": cells.strides[0] // 4,
-            "channels": channels, "n_keys": n_keys, "pitch": pitch, "kinds": kinds + (0,) * (CHANNELS - channels), "softcap": s.params.softcap,
-            **dict(zip(("k_head", "k_cell", "k_step"), k.strides))}
+            "channels": channels, "n_keys": n_keys, "pitch": pitch, "kinds": kinds + (0,) * (CHANNELS - channels),
+            **dict(softcap=s.params.softcap), **dict(zip(("k_head", "k_cell", "k_step"), k.strides))}
     buffers = {"queries": queries, "seq": seq, **{name: s.need(name) for name in ("sums", "k", "lo", "hi", "cells", "stats", "weights")}}
     floats = 4 * THREADS + keys + 2 * TOGETHER * (keys + 1) + 3 + keys * pitch
     return [
