@@ -1,4 +1,5 @@
-"""`python -m bench kernels|models|peers|together|lookup|serving|vision|quality|widths|embed`: measure, print, write JSON, compare with an earlier file, draw.
+"""`python -m bench kernels|models|peers|together|lookup|serving|vision|quality|widths|embed|convolutions`: measure, print, write JSON, compare
+with an earlier file, draw.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -43,6 +44,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         from . import vectors
 
         return vectors.run(args.model, args.threads, args.sentences, args.rounds, args.peers, args.format or vectors.FORMATS, args.rows)
+    if args.suite == "convolutions":
+        from . import convolutions
+
+        return convolutions.run(args.rounds, bool(args.peers))
     if args.suite == "vision" and args.encoder:
         from . import encoders
 
@@ -143,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--rows", type=int, default=512, help="of a run, or of a batch of llama.cpp (default: 512)")
     embed.add_argument("--format", action="append", choices=["F32", "F16", "Q8_0"], help="may be repeated (default: all three)")
     embed.add_argument("--peers", action="append", choices=["torch", "llama.cpp"], default=[], help="also measure, in turns")
+    layers = suites.add_parser("convolutions", parents=[common], help="layers of VGG16 and DaViT, one thread, beside PyTorch's")
+    layers.add_argument("-r", "--rounds", type=int, default=9)
+    layers.add_argument("--peers", action="append", choices=["torch"], default=[], help="also measure, in turns")
     vision = suites.add_parser("vision", parents=[common], help="image encoders: ops in SigLIP So400m's shape, or whole models'")
     vision.add_argument("--encoder", action="append", choices=["gemma3", "qwen2.5-vl"], default=[],
                         help="of a whole model, through its own graph; without it, ops put together here")

@@ -1,6 +1,8 @@
 /* conv.c: conv2d: the window around each place of a picture times a weight.
  * Reference: pyengine/ops/convolution.py: conv2d.
  *
+ * winograd.c takes small windows with weights in floats; here are the other two ways.
+ *
  * As a product (conv2d in general).  Windows are rows of k = kh kw c / groups floats, `rows` of them a block; nobody builds those of the whole
  * picture: linear's kernels ask for 128 (of bytes 256) of k of a block at a time (linear.h: linear_gather), which are copied from
  * the picture in runs of a pixel's channels, or of a window's row. An item is a strip of up to 12 groups of 16 outputs times a block of up to
@@ -10,26 +12,18 @@
  *   copied       4 k bytes a window and strip: 1/24 of a load for each fma of 16 lanes, for 192 outputs
  *   read         weights once for each block: 128 operations a byte of F32, from the shared cache; the picture about once a strip
  *
- * VGG16's second layer (64 -> 64, 224 x 224): 3.7 G operations, 29 MB of picture and result: 128 operations a byte: bound by fma. Weights in
- * blocks: the picture is rounded to 8 bits once, before, where a pixel's channels are whole blocks of 32, else each window as it is copied.
+ * With 64 channels and outputs, 224 x 224 (VGG16's second layer, in blocks): 3.7 G operations, 29 MB of picture and result: 128 operations a
+ * byte: bound by fma. Weights in blocks: the picture is rounded to 8 bits once, before, where a pixel's channels are whole blocks of 32, else each window as it is copied.
  *
  * By channel (groups = channels = outputs, weights in floats).  Four places of a row times 16 channels in registers, windows ascending y, then x;
- * pixels beyond the picture are left out. 2 kh kw operations for 8 bytes of memory: 3 x 3 is bound by memory and loads.
+ * pixels beyond the picture are left out. 2 kh kw operations for 8 bytes of memory: 3 x 3 is bound by memory and loads. Windows of 3 x 3 without
+ * stride take two rows of four places at once: 24 loads of pixels for 72 fma.
  */
 #include "../host/dequant.h"
-#include "linear_parts.h"
+#include "conv.h"
 #include "vec.h"
 
 enum { PLACES = 4 /* of a row, by channel */, MOST_OUTPUTS = PANEL_GROUPS * STRIP_PANELS * 16 };
-
-typedef struct conv {
-  const pe_tensor *x, *w, *bias, *out;
-  int64_t n, height, width, c;    /* the pictures */
-  int64_t rows, columns, o;       /* the results */
-  int64_t kh, kw, sy, sx, top, left, dy, dx, groups;
-  int64_t cg, og, k;              /* channels and outputs of a group; k of a window */
-  int32_t activation;
-} conv;
 
 _Static_assert((int)PE_CONV2D_ACTIVATION_SILU == (int)PE_LINEAR_GLU_SILU && (int)PE_CONV2D_ACTIVATION_RELU == (int)PE_LINEAR_GLU_RELU,
                "conv2d's activations have the numbers of linear's");
@@ -46,10 +40,8 @@ static conv conv_of(const pe_tensor *x, const pe_tensor *w, const pe_tensor *out
   return t;
 }
 
-static int32_t weight_format(const pe_tensor *w) { return w->dtype >= PE_PACKED ? w->dtype - PE_PACKED : w->dtype; }
-
 /* Whether each channel has a window of its own, whose weights are floats. */
-static int by_channel(const conv *t) { return t->groups == t->c && t->o == t->c && pe_format_of(weight_format(t->w)).elements == 1; }
+static int by_channel(const conv *t) { return t->groups == t->c && t->o == t->c && pe_format_of(conv_format(t->w)).elements == 1; }
 
 /* ---- as a product ---- */
 
@@ -215,7 +207,7 @@ static int64_t taps_own(const conv *t) { return pe_round_up(4 * 16 * t->kh * t->
 /* The weights of channels 16 g .. 16 g + 15. */
 static pe_status load_taps(const conv *t, int64_t g, float *taps, float *room) {
   const int64_t n = t->kh * t->kw, cp = pe_round_up(t->c, 16);
-  const int32_t id = weight_format(t->w);
+  const int32_t id = conv_format(t->w);
   if (t->w->dtype >= PE_PACKED) {
     const char *from = (const char *)t->w->data + g * pe_pack_group_bytes(id, n);
     for (int64_t i = 0; i < n; i++) {
@@ -233,6 +225,13 @@ static pe_status load_taps(const conv *t, int64_t g, float *taps, float *room) {
   return PE_OK;
 }
 
+/* Sums, with bias and activation, to a result. */
+PE_INLINE void finish_channels(const conv *t, v16f sum, int64_t c0, float *to) {
+  const int64_t left = t->c - c0;
+  if (t->bias) sum = v16f_add(sum, load_some((const float *)t->bias->data + c0, left));
+  store_some(to + c0, linear_activate(sum, t->activation), left);
+}
+
 /* `count` places from (y, x) on of a picture, in 16 channels from c0 on. Rows and columns of the window that lie in the picture for all of
  * them: y0 .. y1 - 1, x0 .. x1 - 1. */
 typedef struct inside { int64_t y0, y1, x0, x1; } inside;
@@ -248,19 +247,78 @@ PE_INLINE void channel_places(const conv *t, int count, const float *x, const fl
 #pragma GCC unroll 4
       for (int i = 0; i < count; i++) sum[i] = v16f_fma(load_some(from + i * step, left), w, sum[i]);
     }
-  v16f bias = v16f_zero();
-  if (t->bias) bias = load_some((const float *)t->bias->data + c0, left);
 #pragma GCC unroll 4
-  for (int i = 0; i < count; i++) {
-    const v16f y = t->bias ? v16f_add(sum[i], bias) : sum[i];
-    store_some(to + i * t->c + c0, linear_activate(y, t->activation), left);
+  for (int i = 0; i < count; i++) finish_channels(t, sum[i], c0, to + i * t->c);
+}
+
+/* Two rows of PLACES places, of windows of 3 x 3 without stride or dilation: 4 rows of PLACES + 2 pixels, each loaded once. With `edge` only
+ * rows y0 .. y1 - 1 and columns x0 .. x1 - 1 of these lie in the picture, and only `rows` and `columns` of the places. */
+typedef struct square { int64_t y0, y1, x0, x1, rows, columns; } square;
+PE_INLINE void channel_square(const conv *t, int edge, square in, const float *x, const float *taps, int64_t c0, float *to) {
+  const int64_t cp = pe_round_up(t->c, 16), left = edge ? t->c - c0 : 16;
+  v16f sum[2][PLACES];
+#pragma GCC unroll 4
+  for (int i = 0; i < PLACES; i++) sum[0][i] = sum[1][i] = v16f_zero();
+#pragma GCC unroll 4
+  for (int y = 0; y < 4; y++) {
+    if (edge && (y < in.y0 || y >= in.y1)) continue;
+    const float *from = x + y * t->width * t->c + c0;
+#pragma GCC unroll 8
+    for (int j = 0; j < PLACES + 2; j++) {
+      if (edge && (j < in.x0 || j >= in.x1)) continue;
+      const v16f pixel = load_some(from + j * t->c, left);
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; r++)
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; kx++)
+          if (y >= r && y < r + 3 && j >= kx && j < kx + PLACES)
+            sum[r][j - kx] = v16f_fma(pixel, v16f_load(taps + (3 * (y - r) + kx) * cp + c0), sum[r][j - kx]);
+    }
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; r++)
+#pragma GCC unroll 4
+    for (int i = 0; i < PLACES; i++)
+      if (!edge || (r < in.rows && i < in.columns)) finish_channels(t, sum[r][i], c0, to + (r * t->columns + i) * t->c);
+}
+
+/* Rows row and row + 1 of a picture's results by squares. Channels are taken 256 at a time, whose weights stay in the first cache. */
+static void convolve_squares(const conv *t, const float *taps, int64_t picture, int64_t row) {
+  const int64_t y = row - t->top;
+  for (int64_t block = 0; block < t->c; block += 256)
+    for (int64_t column = 0; column < t->columns; column += PLACES) {
+      const int64_t x = column - t->left;
+      const square in = {pe_max(0, -y), t->height - y, pe_max(0, -x), t->width - x, t->rows - row, t->columns - column};
+      const int whole = in.y0 == 0 && in.y1 >= 4 && in.x0 == 0 && in.x1 >= PLACES + 2 && in.rows >= 2 && in.columns >= PLACES;
+      const float *from = (const float *)t->x->data + ((picture * t->height + y) * t->width + x) * t->c;
+      float *to = (float *)t->out->data + ((picture * t->rows + row) * t->columns + column) * t->c;
+      for (int64_t c0 = block; c0 < pe_min(t->c, block + 256); c0 += 16)
+        if (whole && t->c - c0 >= 16) channel_square(t, 0, in, from, taps, c0, to);
+        else channel_square(t, 1, in, from, taps, c0, to);
+    }
 }
 
 /* Of a window that begins at `at`: from the first row (column) in the picture to behind the last. */
 PE_INLINE int64_t first_inside(int64_t at, int64_t step, int64_t window) { return pe_min(window, at >= 0 ? 0 : (-at + step - 1) / step); }
 PE_INLINE int64_t end_inside(int64_t at, int64_t step, int64_t window, int64_t size) {
   return pe_max(0, pe_min(window, at >= size ? 0 : (size - at + step - 1) / step));
+}
+
+static void convolve_row(const conv *t, const float *taps, int64_t row) {
+  for (int64_t column = 0, count; column < t->columns; column += count) {
+    const place at = place_of(t, row * t->columns + column);
+    count = pe_min(PLACES, t->columns - column);
+    inside in = {first_inside(at.y, t->dy, t->kh), end_inside(at.y, t->dy, t->kh, t->height), 0, t->kw};
+    if (count < PLACES || at.x < 0 || at.x + (PLACES - 1) * t->sx + (t->kw - 1) * t->dx >= t->width) {
+      count = 1;
+      in.x0 = first_inside(at.x, t->dx, t->kw), in.x1 = end_inside(at.x, t->dx, t->kw, t->width);
+    }
+    const float *x = (const float *)t->x->data + ((at.picture * t->height + at.y) * t->width + at.x) * t->c;
+    float *to = (float *)t->out->data + (row * t->columns + column) * t->c;
+    for (int64_t c0 = 0; c0 < t->c; c0 += 16)
+      if (count == PLACES) channel_places(t, PLACES, x, taps, in, c0, to);
+      else channel_places(t, 1, x, taps, in, c0, to);
+  }
 }
 
 static pe_status convolve_channels(const conv *t, pe_stream *s) {
@@ -271,21 +329,12 @@ static pe_status convolve_channels(const conv *t, pe_stream *s) {
     if (bad) return bad;
   }
   pe_barrier(s);
-  for (int64_t row; (row = pe_next(s, 1)) < t->n * t->rows;)
-    for (int64_t column = 0, count; column < t->columns; column += count) {
-      const place at = place_of(t, row * t->columns + column);
-      count = pe_min(PLACES, t->columns - column);
-      inside in = {first_inside(at.y, t->dy, t->kh), end_inside(at.y, t->dy, t->kh, t->height), 0, t->kw};
-      if (count < PLACES || at.x < 0 || at.x + (PLACES - 1) * t->sx + (t->kw - 1) * t->dx >= t->width) {
-        count = 1;
-        in.x0 = first_inside(at.x, t->dx, t->kw), in.x1 = end_inside(at.x, t->dx, t->kw, t->width);
-      }
-      const float *x = (const float *)t->x->data + ((at.picture * t->height + at.y) * t->width + at.x) * t->c;
-      float *to = (float *)t->out->data + (row * t->columns + column) * t->c;
-      for (int64_t c0 = 0; c0 < t->c; c0 += 16)
-        if (count == PLACES) channel_places(t, PLACES, x, taps, in, c0, to);
-        else channel_places(t, 1, x, taps, in, c0, to);
-    }
+  if (t->kh == 3 && t->kw == 3 && t->sy == 1 && t->sx == 1 && t->dy == 1 && t->dx == 1) {
+    const int64_t pairs = (t->rows + 1) / 2;
+    for (int64_t pair; (pair = pe_next(s, 1)) < t->n * pairs;) convolve_squares(t, taps, pair / pairs, pair % pairs * 2);
+  } else {
+    for (int64_t row; (row = pe_next(s, 1)) < t->n * t->rows;) convolve_row(t, taps, row);
+  }
   return PE_OK;
 }
 
@@ -295,7 +344,8 @@ PE_SCRATCH(cpu, conv2d)(const pe_args *a, const void *params, int32_t n_threads)
   const conv t = conv_of(pe_arg(a, 0), pe_arg(a, 1), pe_arg(a, 3), params);
   if (by_channel(&t)) return taps_bytes(&t) + n_threads * taps_own(&t);
   const conv_places y = conv_memory(&t, most_rows(&t));
-  return y.codes + n_threads * y.y.own;
+  const int64_t product = y.codes + n_threads * y.y.own; /* which smaller pictures may take */
+  return PE_NAME(winograd_fits)(&t) ? pe_max(product, PE_NAME(winograd_bytes)(&t, n_threads)) : product;
 }
 
 PE_KERNEL(cpu, conv2d)(const pe_tensor *x, const pe_tensor *weight, const pe_tensor *bias, const pe_tensor *out, const pe_conv2d_params *p,
@@ -306,6 +356,10 @@ PE_KERNEL(cpu, conv2d)(const pe_tensor *x, const pe_tensor *weight, const pe_ten
   if (by_channel(&t)) {
     if (s->scratch_bytes < taps_bytes(&t) + s->nth * taps_own(&t)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
     return convolve_channels(&t, s);
+  }
+  if (PE_NAME(winograd_fits)(&t)) {
+    if (s->scratch_bytes < PE_NAME(winograd_bytes)(&t, s->nth)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
+    return PE_NAME(winograd)(&t, s);
   }
   const conv_places y = conv_memory(&t, block_rows(&t));
   if (s->scratch_bytes < y.codes + s->nth * y.y.own) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");

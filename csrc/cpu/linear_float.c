@@ -58,18 +58,14 @@ PE_INLINE void tile_groups(int groups, const float *panel, int64_t count, const 
 }
 
 /* A panel's last groups may be those of no rows of the matrix: they are left out. */
-static void tile_float(int64_t groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
-                       const float *x, int64_t ld, int64_t m, linear_target to) {
+void PE_NAME(linear_float_tile)(int64_t groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
+                                const float *x, int64_t ld, int64_t m, linear_target to) {
 #if defined(PE_AVX512)
   if (groups == 1) return tile_groups(1, panel, count, ahead, lines, x, ld, m, to);
   if (groups == 2) return tile_groups(2, panel, count, ahead, lines, x, ld, m, to);
 #endif
   (void)groups;
   tile_groups(PANEL_GROUPS, panel, count, ahead, lines, x, ld, m, to);
-}
-
-PE_INLINE v16f load_float(int id, const uint8_t *p) {
-  return id == PE_F32 ? v16f_load((const float *)p) : id == PE_F16 ? v16f_load_f16(p) : v16f_load_bf16(p);
 }
 
 /* Few rows: acc[i][16 PANEL_GROUPS] = a panel of packed floats times row i of x, straight from memory. */
@@ -84,7 +80,7 @@ PE_UNROLL(8)
   for (int64_t k = 0, end = 32 * linear_slice(count), first = 1; k < count; k++) {
 PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) {
-      v16f w = load_float(id, group[v] + size * k);
+      v16f w = linear_floats_of(id, group[v] + size * k);
       if (lines == 1 || k % 2 == 0) pe_prefetch(group[v] + size * k + DECODE_AHEAD / 2);
 PE_UNROLL(4)
       for (int i = 0; i < rows; i++) sum[i][v] = v16f_fma(w, v16f_set1(x[i * ld + k]), sum[i][v]);
@@ -125,7 +121,7 @@ static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t
       float *to = panel + 16 * v;
 #define WIDEN(id_, size)                                                                                               \
   if (id == id_)                                                                                                       \
-    for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * PANEL_GROUPS * i, load_float(id_, from + size * i));
+    for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * PANEL_GROUPS * i, linear_floats_of(id_, from + size * i));
       WIDEN(PE_F32, 64) WIDEN(PE_F16, 32) WIDEN(PE_BF16, 32)
 #undef WIDEN
       continue;
@@ -170,7 +166,7 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
                    : later < t->k          ? group - PANEL_GROUPS * p * t->bytes + size * later
                                            : t->next + v * t->bytes;
       }
-      tile_float(pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), (const float *)t->panel, count, ahead,
+      PE_NAME(linear_float_tile)(pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), (const float *)t->panel, count, ahead,
                  t->packed ? count * size / 64 : 0, x, ld, t->rows, linear_target_of(t, p, at, at + count));
     }
   }

@@ -92,10 +92,20 @@ PE_INLINE void linear_skip(linear_target *t, int64_t rows) {
   t->acc += rows * 16 * PANEL_GROUPS;
 }
 
+/* 16 numbers of a format of floats. */
+PE_INLINE v16f linear_floats_of(int id, const uint8_t *p) {
+  return id == PE_F32 ? v16f_load((const float *)p) : id == PE_F16 ? v16f_load_f16(p) : v16f_load_bf16(p);
+}
+
 int PE_NAME(linear_has_few)(void);                         /* whether this instruction set has registers enough for linear_few */
 void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to ROWS_SOME rows */
 void PE_NAME(linear_tiles)(const linear_product *t);       /* packed blocks, any rows */
 void PE_NAME(linear_few_floats)(const linear_product *t);  /* packed floats, up to ROWS_FEW rows */
 pe_status PE_NAME(linear_floats)(const linear_product *t); /* all other weights */
+
+/* A panel of floats [count][16 PANEL_GROUPS], of whose groups the first `groups` count, times m rows of x, ld floats apart. ahead[v]: `lines`
+ * cache lines of what the next panel's group v is made of, to prefetch. */
+void PE_NAME(linear_float_tile)(int64_t groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
+                                const float *x, int64_t ld, int64_t m, linear_target to);
 
 #endif

@@ -127,6 +127,9 @@ conv2d.case(x=(1, 6, 7, 12), weight=(9, 24), bias=(9,), kernel=(2, 3), padding=(
 conv2d.case(x=(1, 5, 5, 64), weight=(32, 288), kernel=(3, 3), padding=(1, 1), groups=2)
 conv2d.case(x=(0, 5, 5, 8), weight=(4, 72), kernel=(3, 3))
 conv2d.case(x=(1, 1, 40, 80), weight=(70, 240), bias=(70,), kernel=(1, 3), stride=(1, 2), padding=(0, 1), activation="gelu_tanh")
+conv2d.case(x=(2, 9, 14, 20), weight=(50, 180), bias=(50,), kernel=(3, 3), padding=(1, 0), activation="relu")      # 6 x 6 pixels at a time
+conv2d.case(x=(1, 17, 15, 37), weight=(20, 333), kernel=(3, 3), stride=(2, 2), padding=(0, 1, 1, 0))
+conv2d.case(x=(1, 31, 40, 3), weight=(70, 147), bias=(70,), kernel=(7, 7), stride=(4, 4), padding=(3, 3))
 
 
 def conv1d(x: Any, weight: Any, bias: Any = None, *, kernel: int, stride: int = 1, padding: int | tuple[int, int] = 0, dilation: int = 1,

@@ -701,3 +701,13 @@ def test_vectors_of_sentences_beside_transformers(tmp_path, capsys) -> None:
     texts = vectors.sentences(tiny_towers.convert(folder, tmp_path / "m.gguf", "f32"), 50)
     lengths = [len(text.split()) for text in texts]
     assert min(lengths) >= vectors.LEAST and max(lengths) <= vectors.MOST and texts == vectors.sentences(tmp_path / "m.gguf", 50)
+
+
+@pytest.mark.slow
+def test_convolutions_beside_torch(monkeypatch) -> None:
+    from bench import convolutions
+
+    monkeypatch.setattr(convolutions, "LAYERS", (("one", 12, 5, 20, 3, 1, 1, 1), ("depthwise", 9, 16, 16, 3, 1, 1, 16)))
+    found = convolutions.run(2, True)["results"]
+    assert [r["operations"] for r in found] == [2 * 144 * 45 * 20, 2 * 81 * 9 * 16]
+    assert all(r["correct"] and r["over torch by time on the cores"] > 0 and len(r["samples"]) == 2 for r in found)

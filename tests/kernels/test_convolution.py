@@ -103,6 +103,65 @@ def test_large_convolutions(groups, c, o):
     everywhere(lambda t: ops.conv2d(t, matrix(w), bias, kernel=(3, 3), padding=(1, 1), groups=groups, activation="relu"), x, want, 4e-6)
 
 
+TILED = [(3, 1), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (7, 3)]     # window and stride that are computed by tiles of 6 x 6 values (winograd.c)
+
+
+@SLOW
+@given(pairs(7, 17), st.sampled_from(TILED), st.tuples(*[st.integers(0, 3)] * 4), st.integers(1, 80), st.integers(1, 120),
+       st.sampled_from(["F32", "F16", "BF16"]), seeds)
+def test_small_windows_over_pictures_of_some_size(to, window, padding, c, o, kind, seed):
+    """Any edges, channels and outputs; a picture alone has the bits that it has among others; so has a weight that is not packed."""
+    rng, (k, stride), (top, bottom, left, right) = np.random.default_rng(seed), window, padding
+    size = ((to[0] - 1) * stride + k - top - bottom, (to[1] - 1) * stride + k - left - right)
+    if min(size) < 1:
+        return
+    x, w = rng.standard_normal((2, *size, c)).astype(np.float32), (rng.standard_normal((o, k * k * c)) / k).astype(np.float32)
+    raw = w if kind == "F32" else gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
+    weight = w if kind == "F32" else Blocks("w", dtype(kind), np.ascontiguousarray(raw).view(np.uint8).reshape(o, -1))
+    values = w if kind == "F32" else weight.values().reshape(o, -1)
+    bias = rng.standard_normal(o).astype(np.float32)
+    want = last(F.conv2d(F.pad(first(x), (left, right, top, bottom)), torch.tensor(values.reshape(o, k, k, c).transpose(0, 3, 1, 2).copy()).double(),
+                         torch.tensor(bias).double(), stride))
+    leaf = lambda: make_leaf("constant", "w", w.shape, dtype(kind), weight)  # noqa: E731
+    build = lambda t, w=None: ops.conv2d(t, w or leaf(), bias, kernel=(k,), stride=(stride,), padding=padding)  # noqa: E731
+    for isa in isas():
+        got = run(build, x, isa)
+        assert np.abs(got - want).max() <= 3e-6 * np.abs(want).max(), isa
+        assert got.tobytes() == run(build, x, isa, 1).tobytes() == b"".join(run(build, one[None], isa).tobytes() for one in x)
+        if kind == "F32":
+            assert got.tobytes() == run(lambda t: _beside(build, leaf(), t), x, isa)[: got.size].tobytes()
+
+
+def _beside(build: Any, weight: Tensor, t: Tensor) -> Tensor:
+    """build(t, weight), and the weight's own numbers: where something else reads them, it is not packed."""
+    return ops.concat([build(t, weight).reshape(-1), ops.relu(weight).reshape(-1)], axis=0)
+
+
+@pytest.mark.parametrize("c, o", ((64, 64), (512, 100)))
+def test_tiles_are_as_exact_as_plain_sums(c, o):
+    """The range of the results and 1e-5 of it are what a model may differ in as a whole: a layer has a tenth of that."""
+    rng = rng_of((c, o))
+    x, w = rng.standard_normal((1, 21, 30, c)).astype(np.float32), (rng.standard_normal((o, c, 3, 3)) / c**0.5).astype(np.float32)
+    want = last(F.conv2d(first(x), torch.tensor(w).double(), None, 1, 1))
+    for isa in isas():
+        got = run(lambda t: ops.conv2d(t, matrix(w), kernel=(3, 3), padding=(1, 1)), x, isa)
+        assert np.abs(got - want).max() <= 1e-6 * (want.max() - want.min()), isa
+
+
+def test_what_is_no_number_stays_near():
+    """A NaN reaches its window and no further than the tiles that read it: 4 x 4 results of 6 x 6 pixels."""
+    rng = rng_of("nan")
+    x, w = rng.standard_normal((1, 20, 20, 5)).astype(np.float32), rng.standard_normal((7, 45)).astype(np.float32)
+    build = lambda t: ops.conv2d(t, w, kernel=(3, 3), padding=(1, 1))  # noqa: E731
+    for isa in isas():
+        clean, spoiled = run(build, x, isa), x.copy()
+        spoiled[0, 10, 5, 2] = np.nan
+        got = run(build, spoiled, isa)
+        assert np.isnan(got[0, 9:12, 4:7]).all() and not np.isnan(np.delete(got, np.s_[8:12], 1)).any()
+        kept = np.delete(got, np.s_[4:8], 2)
+        assert kept.tobytes() == np.delete(clean, np.s_[4:8], 2).tobytes()
+
+
 @pytest.mark.parametrize("kind", ("F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "TQ1_0"))
 @pytest.mark.parametrize("c, groups", ((64, 1), (64, 2), (256, 1), (16, 1)))
 def test_weights_of_every_kind(kind, c, groups):
