@@ -126,9 +126,10 @@ async def _stream(port: int, known: Sequence[tuple[dict[str, Any], Reply]], unti
             continue
         if got.error:
             found["wrong"].append(got.error[:300])
-        elif got.finish:                                     # it has ended, also where the client would have left later
+            continue
+        found["tokens"] += got.tokens
+        if got.finish:                                       # it has ended, also where the client would have left later
             found["finished"] += 1
-            found["tokens"] += got.tokens
             if got.first:
                 found["first"].append(got.first)
             if got.text != want.text:

@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What came of one request: content, seconds to its first piece, pieces, how it ended ("" if this client left)."""
+    """What came of one request: content, seconds to its first piece, pieces, how it ended ("" if this client left); tokens, of one that was left
+    as many as there were pieces."""
 
     text: str = ""
     first: float = 0.0
@@ -74,7 +75,7 @@ async def ask(client: Client, body: dict[str, Any], leave_after: int | None = No
                     reply.pieces += 1
                 reply.finish = choice.get("finish_reason") or reply.finish
             if leave_after is not None and reply.pieces >= leave_after:
-                reply.finish = ""
+                reply.finish, reply.tokens = "", reply.pieces
                 return reply
         whole = True
     finally:

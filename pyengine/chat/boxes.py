@@ -60,6 +60,7 @@ def _token(last: str) -> re.Pattern[str]:
 
 
 _TOKEN, _VALUE = _token(":"), _token("")                 # a value is no key, whatever stands in it
+_DIGIT = re.compile(r"\d")
 _PAIR = r"\((\d{1,4}),\s?(\d{1,4})\)"
 _PAIRS = re.compile(rf"<\|box_start\|>{_PAIR}(?:,\s?{_PAIR})?<\|box_end\|>|{_PAIR},\s?{_PAIR}")
 _TAG = re.compile(r"<points?(?=\s)(?P<attributes>[^<>]*)(?:>(?P<label>[^<]*))?")
@@ -117,6 +118,8 @@ def find_boxes(text: str, size: tuple[int, int], processed: tuple[int, int], sca
     """
     if min(*size, *processed) < 1 or scale is not None and not scale > 0:
         raise RequestError(f"boxes: size {size}, processed {processed} and scale {scale} must be above 0")
+    if _DIGIT.search(text) is None:                      # most answers
+        return []
     found = [(numbers, label, processed if scale is None else (scale, scale)) for numbers, label in _json(text)]
     found = found or [(numbers, label, (THOUSANDTHS, THOUSANDTHS)) for numbers, label in _pairs(text)]
     found = found or [(numbers, label, (PERCENT, PERCENT)) for numbers, label in _tags(text)]

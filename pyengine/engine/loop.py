@@ -39,10 +39,14 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     """
 
     def __init__(self, request: Job, loop: Loop, client: str):
+        from pyengine.chat.reply.deltas import Delta
+
         self.report: Report = request.report
         self.client = client
         self._request, self._loop = request, loop
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._delta = Delta
         self._pieces: list[str | Delta] = []                 # all, taken or not
         self._read = 0
         self._ended = False
@@ -62,7 +66,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
 
     def cancel(self, error: Exception | None = None) -> bool:
         """Stop working on the answer; False if it has ended already. With an error it ends with that."""
-        return self._loop.cancel(self, error)
+        return not self._ended and self._loop.cancel(self, error)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -71,7 +75,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
 
     def on_done(self, call: Callable[[Handle], None]) -> None:
         """Call a function once the answer has ended, in the thread that ends it; at once if it has."""
-        with self._changed:
+        with self._lock:
             if not self._ended:
                 self._callbacks.append(call)
                 return
@@ -100,17 +104,15 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         """
         import asyncio
 
-        with self._changed:
+        with self._lock:
             if not self._ended:
                 self._watchers.append((asyncio.get_running_loop(), call))
 
     def take(self) -> list[Delta]:
         """Take the pieces that are there, with their kinds, without waiting. Once `done` was true before, they are the last."""
-        from pyengine.chat.reply.deltas import Delta
-
-        with self._changed:
+        with self._lock:
             new, self._read = self._pieces[self._read:], len(self._pieces)
-        return [Delta("text", p) if isinstance(p, str) else p for p in new]
+        return [self._delta("text", p) if isinstance(p, str) else p for p in new]
 
     def _piece(self) -> str | Delta | None:
         """Take the next piece, or None if it is not there yet. Raises: StopIteration at the end, or what ended the answer."""
@@ -141,7 +143,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
 
     async def _anext(self) -> str | Delta:
         while True:
-            with self._changed:
+            with self._lock:
                 try:
                     piece = self._piece()
                 except StopIteration:
@@ -152,7 +154,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
             await slept
 
     def _sleeper(self) -> asyncio.Future[None]:
-        """Make a future that ends with the next change; the caller holds `_changed`."""
+        """Make a future that ends with the next change; the caller holds `_lock`."""
         import asyncio
 
         loop = asyncio.get_running_loop()
@@ -162,7 +164,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
 
     async def _wait(self) -> Answer:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._ended:
                     break
                 slept = self._sleeper()
@@ -177,7 +179,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         request = self._request
         if not request.pieces and not request.finished:
             return []
-        with self._changed:
+        with self._lock:
             if self._ended:
                 return []
             finished = request.finished                      # before the pieces: what comes with the end is not left behind
@@ -202,17 +204,15 @@ class Deltas(Iterator["Delta"], AsyncIterator["Delta"]):
     """The pieces of a handle's answer, each with its kind."""
 
     def __init__(self, handle: Handle):
-        from pyengine.chat.reply.deltas import Delta
-
-        self._handle, self._kind = handle, Delta
+        self._handle, self._delta = handle, handle._delta
 
     def __next__(self) -> Delta:
         piece = self._handle._next()
-        return self._kind("text", piece) if isinstance(piece, str) else piece
+        return self._delta("text", piece) if isinstance(piece, str) else piece
 
     async def __anext__(self) -> Delta:
         piece = await self._handle._anext()
-        return self._kind("text", piece) if isinstance(piece, str) else piece
+        return self._delta("text", piece) if isinstance(piece, str) else piece
 
 
 def _wake(calls: Calls) -> None:

@@ -154,11 +154,12 @@ class Residents:
 
     def lease_now(self, name: str, keep: float | None = None) -> Lease | None:
         """Return a model as `lease` does if it is loaded, else None. Raises: RequestError once closed."""
-        wish = _Wish(name, keep, self._clock())
+        began = self._clock()
         with self._state:
             if self._closed:
                 raise RequestError("the models are closed")
-            return wish.future.result() if self._give(wish) else None
+            resident = self._present(name)
+            return None if resident is None else self._let(resident, keep, began)
 
     @contextmanager
     def using(self, name: str, keep: float | None = None) -> Iterator[Model]:
@@ -219,16 +220,25 @@ class Residents:
 
     def _give(self, wish: _Wish) -> bool:
         """Hand out a model that is there, or say that it has to be loaded; the caller holds `_state`."""
-        resident = self._there.get(wish.name)
-        if resident is None or resident.leaving:
+        resident = self._present(wish.name)
+        if resident is None:
             return False
         if wish.future.set_running_or_notify_cancel():
-            resident.users += 1
-            resident.used = self._clock()
-            if wish.keep is not None:
-                resident.keep = wish.keep
-            wish.future.set_result(Lease(self, resident, self._clock() - wish.began))
+            wish.future.set_result(self._let(resident, wish.keep, wish.began))
         return True
+
+    def _present(self, name: str) -> _Resident | None:
+        """Return a model that is loaded and stays; the caller holds `_state`."""
+        resident = self._there.get(name)
+        return None if resident is None or resident.leaving else resident
+
+    def _let(self, resident: _Resident, keep: float | None, began: float) -> Lease:
+        """Count one more user, who has waited since `began`; the caller holds `_state`."""
+        resident.users += 1
+        resident.used = self._clock()
+        if keep is not None:
+            resident.keep = keep
+        return Lease(self, resident, resident.used - began)
 
     def _release(self, resident: _Resident) -> None:
         with self._state:

@@ -73,7 +73,7 @@ class _Guard:
             return
         set_allowed(self.allowed)
         set_metrics(self.counts)
-        origin, name = _header(scope, b"origin"), replies.fresh("req_").encode()
+        origin, name = replies.header(scope, b"origin"), replies.fresh("req_").encode()
         refused = self._refused(scope, origin)
         if refused is not None:
             refused.raw_headers += [(header, name) for header in _NAMES]
@@ -112,8 +112,8 @@ class _Guard:
         if origin is not None and origin.lower() not in self.origins and origin.lower().partition("://")[2] != host.lower():
             return _refusal(scope, 403, f"pages of {origin!r} may not ask this server; allow them with --allow-origin")
         if self.keys and path != "/health" and method != "OPTIONS" and not page.is_open(method, path):
-            kind, _, key = (_header(scope, b"authorization") or "").partition(" ")
-            given = (key if kind.lower() == "bearer" else _header(scope, b"x-api-key") or "").strip().encode()
+            kind, _, key = (replies.header(scope, b"authorization") or "").partition(" ")
+            given = (key if kind.lower() == "bearer" else replies.header(scope, b"x-api-key") or "").strip().encode()
             if not any([hmac.compare_digest(given, known) for known in self.keys]):              # all are compared
                 return _refusal(scope, 401, "an API key is needed: Authorization: Bearer KEY")
         return None
@@ -133,23 +133,18 @@ def _is_address(name: str) -> bool:
         return False
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
-    """Return the first header of a name, or None."""
-    return next((value.decode("latin-1") for given, value in scope["headers"] if given == name), None)
-
-
 def _cors(scope: Scope) -> dict[str, str]:
     """Return what lets a page of an allowed origin ask: with any headers, as clients in browsers add their own."""
-    asked = _header(scope, b"access-control-request-headers") or ""
+    asked = replies.header(scope, b"access-control-request-headers") or ""
     allowed_headers = asked if _HEADERS.fullmatch(asked) else "Authorization, Content-Type, X-API-Key"
-    return {"Access-Control-Allow-Origin": _header(scope, b"origin") or "", "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+    return {"Access-Control-Allow-Origin": replies.header(scope, b"origin") or "", "Vary": "Origin", "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
             "Access-Control-Allow-Headers": allowed_headers, "Access-Control-Expose-Headers": "X-Request-Id, Request-Id", "Access-Control-Max-Age": "600"}
 
 
 def _refusal(scope: Scope, status: int, message: str) -> Response:
     """Return an error in the form of the interface that the address belongs to."""
     path = scope["path"]
-    asks_anthropic = path.startswith("/v1/messages") or _header(scope, b"anthropic-version") is not None
+    asks_anthropic = path.startswith("/v1/messages") or replies.header(scope, b"anthropic-version") is not None
     interface = ollama if path.startswith("/api/") else anthropic if asks_anthropic else openai
     return JSONResponse(interface.failed(RequestError(message), status), status)
 

@@ -143,7 +143,7 @@ def _files(extra: Sequence[Any]) -> list[tuple[str, str]]:
 
 
 def _settings(fields: Fields) -> dict[str, Any]:
-    fields.refuse(_NOT_HERE, harmless=(None, False, 0, -1, ""))
+    fields.refuse(_NOT_HERE, harmless=(False, 0, -1, ""))
     wanted = replies.sampling(fields)
     if isinstance(wanted.get("seed"), int) and wanted["seed"] in (-1, 2**32 - 1):
         del wanted["seed"]                                   # another one each time

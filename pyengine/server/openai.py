@@ -109,8 +109,8 @@ class Interface(Script):
     def end(self) -> str:
         """Return the last chunk of each choice, usage where it is wanted, and [DONE]."""
         ends = [f"{self._opening}{encoded(self._end(i, handle))}]}}\n\n" for i, handle in enumerate(self.handles)]
-        usage = [event({**self.head, "choices": [], **_usage(self.handles)})] if self.usage else []
-        return "".join([*ends, *usage, _DONE])
+        usage = f"{self._opening}], {encoded(_usage(self.handles))[1:]}\n\n" if self.usage else ""
+        return "".join([*ends, usage, _DONE])
 
     def fail(self, error: PyEngineError) -> str:
         """Return the error, and [DONE]."""
@@ -131,12 +131,17 @@ def logprobs_of(served: Served, sampled: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _usage(handles: Sequence[Handle]) -> dict[str, Any]:
     """Return tokens by OpenAI's names, and seconds: prompts of several choices count once for each."""
-    reports = [h.report for h in handles]
-    prompt, cached, made = (sum(f(r) for r in reports) for f in (lambda r: r.n_prompt, lambda r: r.n_cached, lambda r: len(r.tokens)))
+    prompt = cached = made = thought = shown = known = drafted = taken = 0
+    reading = writing = 0.0
+    for handle in handles:
+        r = handle.report
+        prompt, cached, made, thought = prompt + r.n_prompt, cached + r.n_cached, made + len(r.tokens), thought + r.n_thinking
+        reading, writing = reading + r.prompt_seconds, writing + r.seconds
+        drafted, taken = drafted + r.n_drafted, taken + r.n_accepted
+        for m in r.media:
+            shown, known = shown + m.n_tokens, known + m.cached
     return {"usage": {
         "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": sum(m.n_tokens for r in reports for m in r.media), "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": sum(r.n_thinking for r in reports)}},
-        "timings": {"prompt_seconds": sum(r.prompt_seconds for r in reports), "generation_seconds": sum(r.seconds for r in reports),
-                    "cached_images": sum(m.cached for r in reports for m in r.media),
-                    "draft_n": sum(r.n_drafted for r in reports), "draft_n_accepted": sum(r.n_accepted for r in reports)}}
+        "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": shown, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": thought}},
+        "timings": {"prompt_seconds": reading, "generation_seconds": writing, "cached_images": known, "draft_n": drafted, "draft_n_accepted": taken}}

@@ -37,6 +37,7 @@ BODY_SECONDS = 60.0                  # until all of it has come
 SAMPLING = {name: name for name in (*SamplingParams.__dataclass_fields__, *SEARCH) if name not in ("logprobs", "logit_bias")}   # both have forms of their own
 _NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must |is missing))")     # how errors of the library name an argument, and a place in it
 _names = random.Random()             # begins at a number of the system's
+_LEASES = "pyengine.leases"          # where a request has the models that it uses
 _OFF = "give false"                  # how they say that thinking is switched off
 
 
@@ -125,7 +126,7 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
     """Turn an endpoint's errors into replies of its interface's own form. What is not expected is printed, and not told."""
     async def answer(request: Request) -> Any:
         leases: list[Hold] = []
-        request.state.leases = leases
+        request.scope[_LEASES] = leases
         try:
             response = await endpoint(request)
             return _Held(response, leases) if leases else response
@@ -184,13 +185,13 @@ async def using(request: Request, models: Models, name: str | None, keep: float 
         finally:
             left.cancel()
             wish.cancel()
-    request.state.leases.append(hold)
+    request.scope[_LEASES].append(hold)
     return hold.served
 
 
 def waited(request: Request) -> float:
     """Return the seconds that a request waited for its models to be loaded."""
-    return sum(hold.waited for hold in request.state.leases)
+    return sum(hold.waited for hold in request.scope[_LEASES])
 
 
 def fresh(prefix: str) -> str:
@@ -234,7 +235,16 @@ def _late(of: weakref.ref[Handle], seconds: float) -> None:
 
 def client_of(request: Request) -> str:
     """Return who asks, for taking turns: the key, or the address."""
-    return request.headers.get("authorization") or (request.client.host if request.client else "")
+    client = request.scope.get("client")
+    return header(request.scope, b"authorization") or (client[0] if client else "")
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """Return the first header of a name, or None."""
+    for given, value in scope["headers"]:
+        if given == name:
+            return value.decode("latin-1")
+    return None
 
 
 async def finished(request: Request, handles: Sequence[Handle]) -> None:

@@ -22,9 +22,23 @@ from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError
 from pyengine.server.exchange import STREAM
 
-SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+SSE, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
-encoded: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False).encode
+
+def _encoder() -> Callable[[Any], str]:
+    """Return the function that writes JSON. `json` makes its C function anew for each value, which takes longer than most of ours: here it is made once."""
+    plain, make = json.JSONEncoder(ensure_ascii=False), getattr(json.encoder, "c_make_encoder", None)
+    if make is None:                                         # a Python without it
+        return plain.encode
+    write = make(None, plain.default, json.encoder.encode_basestring, None, plain.key_separator, plain.item_separator, False, False, True)
+
+    def encode(value: Any) -> str:
+        return "".join(write(value, 0))
+
+    return encode
+
+
+encoded = _encoder()
 
 
 def event(value: Mapping[str, Any], kind: str = "") -> str:
@@ -57,7 +71,7 @@ class Stream(Response):
 
     def __init__(self, script: Script, handles: Sequence[Handle], media_type: str):
         self.status_code, self.media_type, self.background = 200, media_type, None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.raw_headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), (b"content-type", media_type.encode())]
         self._script, self._handles, self._running = script, handles, list(enumerate(handles))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -15,7 +15,7 @@ import pytest
 from running import idle, running
 
 import pyengine as pe
-from pyengine.server import replies
+from pyengine.server import replies, streams
 from pyengine.server.app import application
 from pyengine.server.models import load, Models
 
@@ -54,6 +54,11 @@ def events(response: Any) -> list[Any]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize("value", [{}, [], "", "a\u2028\x00\"\\é\ud800", 1, 0.1, -9999.0, True, None, {"a": [1, {"b": (None, "\n")}], "é": 1e300}, [[], {}]])
+def test_what_is_sent_is_the_json_that_python_writes(value: Any) -> None:
+    assert streams.encoded(value) == json.dumps(value, ensure_ascii=False)
 
 
 def picture(seed: int = 0) -> bytes:
