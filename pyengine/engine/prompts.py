@@ -80,6 +80,8 @@ class Prompts:
         """Do the same for one that a request with so many pictures and this text names; its errors begin with its place there."""
         self._need_encoder()
         try:
+            if pictures > 1 and not self.media.encoder.several:
+                raise RequestError(f"{self.name} takes one picture a prompt, and {pictures} were given; ask of each by itself")
             judge = partial(self.media.judge, pictures=pictures, text=text)
             return self.media.get(media_of(medium.source, medium.kind, self.policy, medium.url, medium.options, judge), pictures, text)
         except RequestError as e:

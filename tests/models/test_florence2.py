@@ -238,6 +238,8 @@ def test_tasks_say_what_is_wrong(model: Any) -> None:
         model.generate("<OD> cats", images=[A], max_tokens=1)
     with pytest.raises(RequestError, match="not videos"):
         model.generate("<OD>", images=[[A, A]], max_tokens=1)
+    with pytest.raises(RequestError, match=r"images\[0\]: .* takes one picture a prompt, and 2 were given"):
+        model.generate("<OD>", images=[A, B], max_tokens=1)
 
 
 def test_conversations_ask_as_prompts_do(model: Any) -> None:

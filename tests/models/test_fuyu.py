@@ -110,7 +110,8 @@ CASES = (Case(
     "fuyu", "persimmon", "FuyuConfig", "FuyuForCausalLM", "spm", {"patch_size": 6, "tie_word_embeddings": False},
     {**TEXT, "model_type": "persimmon"}, {}, TOKENS, FuyuSight(), cached_as="llama",
     prompts={"text": [3, 7, "only text here", 9], "one": [A, "what is this?", 9], "wide": [LONG, "long"], "thin": [THIN, "thin"], "dot": [DOT, 4],
-             "two": [5, A, "and", B, "differ how?", 6]},
+             "behind": [5, A, "is how?", 6]},
+    several=False,
     messages=[{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "what is it?\n"}]}],
     converted=Converted(
         {"general.architecture": "persimmon", "tokenizer.chat_template": TEMPLATE},
@@ -156,6 +157,11 @@ def test_layout(tiny_gguf) -> None:
 def test_what_is_refused(tiny_gguf, tmp_path) -> None:
     path, folder = tiny_gguf("fuyu")
     model = pe.load(path, n_ctx=128)
+    parts = [{"type": "image", "image": A}, {"type": "image", "image": B}, {"type": "text", "text": "differ how?"}]
+    for ask, place in ((lambda: model.logits([A, "and", B]), r"prompt\[0\]"), (lambda: model.generate("hm", images=[A, B]), r"images\[0\]"),
+                       (lambda: model.chat([{"role": "user", "content": parts}]), r"messages\[0\]")):
+        with pytest.raises(RequestError, match=place + ".*takes one picture a prompt, and 2 were given"):
+            ask()
     for media, text in [(pe.open_image(PICTURES[0], zoom=1), "zoom"), ([PICTURES[0]] * 2, "not videos"),
                         (np.zeros((2000, 3, 3), np.uint8), "less than one pixel remains")]:
         with pytest.raises(RequestError, match=text):

@@ -93,6 +93,7 @@ class Case:
 
     variants: dict[str, dict[str, Any]] | None = None           # of a text model: configs whose logits are compared; None: its own
     prompts: dict[str, list[Any]] | None = None                 # of one that sees: instead of those that all get
+    several: bool = True                                        # of one that sees: a prompt may have several pictures
     messages: list[dict[str, Any]] | None = None                # of one that sees: a conversation instead of the one that all get
     converted: Converted | None = None          # None: no converter of ours, its files come from other programs
     dialect: Dialect | None = None              # writes it as other programs do

@@ -75,7 +75,7 @@ def measured(case: Case, folder: Path) -> tuple[float, float | None]:
     if not case.sees:
         ids = np.random.default_rng(0).integers(0, 512, 100).tolist()
         return share(model.logits(ids), tiny.hf_logits(checkpoint, ids)), None
-    prompt = [5, A, "and", B, "differ how?", 6]
+    prompt = [5, A, "and", B, "differ how?", 6] if case.several else [5, A, "is how?", 6]
     want = tiny.hf_seen(checkpoint, prompt)
     soft = [share(model.encode_image(picture), features) for picture, features in zip((A, B), want.features)]
     return share(model.logits(prompt), want.logits), max(soft, default=None)
