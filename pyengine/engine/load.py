@@ -43,6 +43,17 @@ class Candidate:
         """Make the error for a plan that does not fit, with what would."""
         return refusal(self.bound, self.want, fitted, held)
 
+    def load(self, progress: Callable[[int, int], None] | None = None) -> Any:
+        """Load it. Raises: PlanError if it does not fit beside the other models of this process."""
+        with ExitStack() as until_loaded:
+            with deciding:
+                fitted = self.fit()
+                if fitted.plan.fits:
+                    until_loaded.enter_context(promised(fitted.plan))
+            if not fitted.plan.fits:
+                raise self.refusal(fitted)
+            return fill(fitted, progress)
+
 
 @takes()
 def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "auto", n_ctx: int | None = None, kv_dtype: str = "f16",
@@ -58,7 +69,7 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     encoder goes to `encoder_device` (default: the card if it fits); `expert_device` takes the experts' weights, and the products that read
     them, while layers stay on the others (default: experts are with their layers). "auto": cards that can be used, as far as the model fits, else the CPU.
     n_ctx: positions of the context; default the training context, at most 32,768, or what of it fits beside a margin. n_seq: conversations that are
-    served at once, each of up to n_ctx positions. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
+    served at once, each of up to n_ctx positions; models of encoders have none. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
     n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest
     picture, how many such pictures are kept encoded, or (width, height, number); 0 leaves the encoder out; default what the model's
     processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.
@@ -75,17 +86,9 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     """
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: a function of two ints, got {shown(progress)}")
-    candidate = Candidate.open(model, mmproj, adapters, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
-                               device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap, compress=compress,
-                               speculate=speculate)
-    with ExitStack() as until_loaded:
-        with deciding:
-            fitted = candidate.fit()
-            if fitted.plan.fits:
-                until_loaded.enter_context(promised(fitted.plan))
-        if not fitted.plan.fits:
-            raise candidate.refusal(fitted)
-        return fill(fitted, progress)
+    return Candidate.open(model, mmproj, adapters, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
+                          device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap, compress=compress,
+                          speculate=speculate).load(progress)
 
 
 def fill(fitted: Fitted, progress: Callable[[int, int], None] | None = None) -> Any:

@@ -40,6 +40,10 @@ class TowersLayout:
             raise RequestError(f"device={want.device!r}: a model without layers of a decoder is on one device")
         if bound.adapters:
             raise UnsupportedModelError(f"{bound.files.name}: adapters are for decoders")
+        if want.n_seq > 1:
+            raise RequestError(f"n_seq={want.n_seq}: {bound.files.name} has no conversations; texts go side by side in runs of up to n_batch tokens")
+        if want.n_ctx is not None and bound.model.text is None:
+            raise RequestError(f"n_ctx={want.n_ctx}: {bound.files.name} reads pictures only, and has no context")
         self.bound, self.want, self.machine = bound, want, machine
         self.place = "cpu" if want.device == "auto" else want.device
         there = {d.id: d.free for d in machine.devices}

@@ -356,20 +356,27 @@ class Models:
         offer = self._offers.get(name)
         if offer is None:
             raise ModelNotFoundError(f"{quoted(name)} was stopped, and it is not known where it came from: it cannot be loaded again")
-        return Candidate.open(offer.source, **offer.options)
+        return _opened(offer.source, offer.options)
 
 
 def _key(name: str) -> str:
     return name.casefold().removesuffix(":latest")
 
 
+def _opened(source: str, options: Mapping[str, Any]) -> Candidate:
+    """Open a model with the options of all that a server has: encoders keep no conversations, and those of pictures have no context."""
+    found = Candidate.open(source, **options)
+    if not found.bound.towers:
+        return found
+    return replace(found, want=replace(found.want, n_seq=1, n_ctx=found.want.n_ctx if found.bound.model.text is not None else None))
+
+
 def load(name: str, **options: Any) -> Served:
     """Load a model to be served: `options` are those of `pyengine.load`. Raises as that does."""
-    from pyengine.engine.load import load as load_model
     from pyengine.files.stores import look_up
 
     found = look_up(name)
-    model = load_model(name, **options)
+    model = _opened(name, options).load()
     stem = Path(found.path).stem if not found.source else found.name
     names = tuple(dict.fromkeys([stem, found.name, name, Path(found.path).name, *found.aliases]))
     return Served(names, model, time.time(), found.nbytes, Offer(names, name, Path(found.path), found.nbytes, options, modified(Path(found.path))))

@@ -157,8 +157,13 @@ def _settings(fields: Fields, served: Served) -> dict[str, Any]:
 def check_context(options: Fields, served: Served) -> None:
     """Refuse a context that is larger than the one that the model was loaded with. Raises: FieldError."""
     n_ctx = options.whole("num_ctx", None)
-    if n_ctx is not None and n_ctx > served.model.n_ctx:
-        raise FieldError("options.num_ctx", f"the model was loaded with a context of {served.model.n_ctx}; serve it with --ctx {n_ctx}")
+    model = served.model
+    if n_ctx is None or n_ctx <= model.n_ctx:
+        return
+    why = f"the model was loaded with a context of {model.n_ctx}; serve it with --ctx {n_ctx}"
+    if not model.writes and n_ctx > model.plan.n_ctx_train:
+        why = f"the model reads texts of at most {model.plan.n_ctx_train} tokens" if model.n_ctx else "the model reads pictures only, and has no context"
+    raise FieldError("options.num_ctx", why)
 
 
 class _Chat:

@@ -38,6 +38,11 @@ SAMPLING = {name: name for name in (*SamplingParams.__dataclass_fields__, *SEARC
 _NAMED = re.compile(r"([a-z][a-z_]*)((?:\[\d+\]|\.[\w$-]+)*)(?:: | (?=must |is missing))")     # how errors of the library name an argument, and a place in it
 _names = random.Random()             # begins at a number of the system's
 _LEASES = "pyengine.leases"          # where a request has the models that it uses
+_TOLD = [(re.compile(ours), said) for ours, said in (
+    (r"\bload with(?= a larger n_ctx| (?:mmproj|adapters|images|n_seq)=)", "serve the model with"), (r"\ba larger n_ctx\b", "a larger --ctx"), (r"\bmmproj=", "--mmproj"),
+    (r"\badapters=", "--lora"), (r"\bn_seq=", "--seq "), (r"\bimages=0", "--pictures 0"), (r"\bimages=\((\d+), ?(\d+)\)", r"--picture \1x\2"),
+    (r"\bimages=\(width, height\)", "--picture WIDTHxHEIGHT"), (r"\bimages=\(width, height, number\)", "--picture WIDTHxHEIGHT --pictures NUMBER"),
+    (r"; (?:for (?:vectors|those) of its hidden states )?give pooling=.*", ""))]
 _OFF = "give false"                  # how they say that thinking is switched off
 
 
@@ -54,10 +59,10 @@ class TooSlow(PyEngineError):
 
 
 def told(message: str) -> str:
-    """Return a message of the library with the arguments of `load` as the options of the command that serves."""
-    for ours, said in (("load with a larger n_ctx", "serve the model with a larger --ctx"), ("load with mmproj=", "serve the model with --mmproj"),
-                       ("load with adapters=", "serve the model with --lora"), ("images=0", "--pictures 0")):
-        message = message.replace(ours, said)
+    """Return a message of the library with the arguments of `load` as the options of the command that serves, and without those that no
+    interface has."""
+    for ours, said in _TOLD:
+        message = ours.sub(said, message)
     return message
 
 

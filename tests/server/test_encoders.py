@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import tiny_towers
 
+import pyengine as pe
 from converters.writer import convert
+from pyengine.errors import RequestError
+from pyengine.server import replies
 from pyengine.server.models import load, Models
 
 httpx = pytest.importorskip("httpx")
@@ -53,6 +56,31 @@ def test_texts_that_are_too_long(client, model) -> None:
     assert "error" in client.post("/api/embed", json={"model": "words", "input": long, "truncate": False}).json()
 
 
+def test_a_context_that_it_cannot_have(client, served) -> None:
+    """Settings of a server are for all of its models; what a request or a program asks of this one is refused in words."""
+    response = client.post("/api/embed", json={"model": "words", "input": "a dog", "options": {"num_ctx": 2048}})
+    assert response.status_code == 400 and "options.num_ctx: the model reads texts of at most 64 tokens" in response.json()["error"]
+    assert client.post("/api/embed", json={"model": "words", "input": "a dog", "options": {"num_ctx": 64}}).status_code == 200
+    with pytest.raises(RequestError, match="n_seq=4: words.gguf has no conversations"):
+        pe.load(served.file.path, n_seq=4)
+    with pytest.raises(RequestError, match="n_ctx is 65, but the model reads texts of at most 64 tokens"):
+        pe.load(served.file.path, n_ctx=65)
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    ("longer than the context of 8; load with a larger n_ctx", "longer than the context of 8; serve the model with a larger --ctx"),
+    ("x has no media encoder; load with mmproj=", "x has no media encoder; serve the model with --mmproj"),
+    ("make it smaller, or load with images=(640, 480)", "make it smaller, or serve the model with --picture 640x480"),
+    ("load with images=(width, height, number) for a larger number", "serve the model with --picture WIDTHxHEIGHT --pictures NUMBER for a larger number"),
+    ("or load with images=(width, height) of the largest one", "or serve the model with --picture WIDTHxHEIGHT of the largest one"),
+    ("it was loaded with images=0, without", "it was loaded with --pictures 0, without"),
+    ("side by side; load with n_seq=4", "side by side; serve the model with --seq 4"),
+    ("bert.pooling_type is rank: no vectors; for vectors of its hidden states give pooling=, one of mean", "bert.pooling_type is rank: no vectors"),
+    ("bert.pooling_type is x, which is not known; give pooling=, one of mean", "bert.pooling_type is x, which is not known")])
+def test_errors_name_no_argument_of_the_library(ours: str, theirs: str) -> None:
+    assert replies.told(ours) == theirs
+
+
 def test_what_it_cannot_do_is_refused(client, model) -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     for path, body, status in (
@@ -92,12 +120,16 @@ def test_a_text_names_no_file_of_the_server(tmp_path: Path) -> None:
 
     picture = tmp_path / "secret.png"
     tiny_towers.pictures()[0].save(picture)
-    served = load(str(convert(cases.towers()["vit"](tmp_path / "vit"), tmp_path / "sees.gguf", "f32")), n_threads=1)
+    served = load(str(convert(cases.towers()["vit"](tmp_path / "vit"), tmp_path / "sees.gguf", "f32")), n_threads=1, n_ctx=512, n_seq=2)
+    with pytest.raises(RequestError, match="n_ctx=512: sees.gguf reads pictures only, and has no context"):
+        pe.load(tmp_path / "sees.gguf", n_ctx=512)
     with served.model, TestClient(application([served]), base_url="http://localhost:8080") as client:
         for path, field in (("/v1/embeddings", "input"), ("/api/embed", "input"), ("/api/embeddings", "prompt")):
             for text in (str(picture), picture.as_uri(), str(tmp_path / "none"), "a"):
                 response = client.post(path, json={"model": "sees", field: text})
                 assert response.status_code == 400 and "input[0]: sees.gguf reads pictures only: give one as" in response.text
+        response = client.post("/api/embed", json={"model": "sees", "input": [], "options": {"num_ctx": 2048}})
+        assert response.status_code == 400 and "options.num_ctx: the model reads pictures only" in response.json()["error"]
         shown = {"image": base64.b64encode(picture.read_bytes()).decode()}
         got = client.post("/v1/embeddings", json={"model": "sees", "input": shown}).json()["data"][0]["embedding"]
         assert np.array_equal(np.array(got, np.float32), served.model.embed(picture))
@@ -116,6 +148,8 @@ def test_a_reranker(tmp_path: Path) -> None:
     served = load(str(convert(tiny_towers.make("BertForSequenceClassification", config, tmp_path), tmp_path / "ranks.gguf", "f32")), n_threads=1)
     with served.model as model, TestClient(application([served]), base_url="http://localhost:8080") as client:
         assert served.capabilities == []
+        refused = client.post("/v1/embeddings", json={"input": "a dog"})
+        assert refused.status_code == 400 and refused.json()["error"]["message"] == "ranks.gguf gives scores and no vectors"
         ranked = model.ranked
         model.ranked = lambda *asked: (model.classify("another's text"), ranked(*asked))[1]
         found = client.post("/v1/rerank", json={"query": "a dog", "documents": TEXTS}).json()
