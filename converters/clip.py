@@ -18,7 +18,7 @@ from pyengine.errors import InvalidModelError, UnsupportedModelError
 from .checkpoint import Config
 from .contract import converts, Entry, FLOAT32, layer_norm, linear
 from .decoder import Tensors
-from .towers import part, processor_of, SquareTower, TextEncoder
+from .towers import ImageClassifier, part, processor_of, SquareTower, TextEncoder
 from .vision import behind_layers, image_settings, pre_norm_layer, write_encoder_keys
 
 # transformers' CLIPVisionConfig and SiglipVisionConfig where a checkpoint may be silent
@@ -79,6 +79,18 @@ class ClipModel:
         yield from linear("text_projection", "text_projection", self.d_out, self.text.width)
         yield from linear("visual_projection", "visual_projection", self.d_out, self.vision.width)
         yield Entry("logit_scale", "logit_scale", (1,), stored=())
+
+
+@converts("CLIPForImageClassification")
+class ClipClasses(ImageClassifier):
+    """The image encoder with a head of classes."""
+
+    arch, processor = "clip", "CLIPImageProcessor"
+    images, sizes = IMAGES, CLIP
+
+    def patches(self) -> Tensors:
+        yield from self.vision.embeddings("vision_model.embeddings", classed=True)
+        yield from layer_norm("v.pre_ln", "vision_model.pre_layrnorm", self.vision.width)
 
 
 class Clip:

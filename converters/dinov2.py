@@ -1,12 +1,15 @@
-"""DINOv2, with or without its head of classes: `dinov2` in GGUF. Follows transformers `configuration_dinov2.py`, `image_processing_pil_bit.py`."""
+"""DINOv2, with or without registers and its head of classes: `dinov2` in GGUF. Follows transformers `configuration_dinov2.py`,
+`configuration_dinov2_with_registers.py`, `image_processing_pil_bit.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from .contract import converts, Entry
+from .contract import converts, Entry, FLOAT32
+from .decoder import Tensors
 from .vision import feed_forward
 from .vit import Vit, VIT
 
@@ -44,3 +47,15 @@ class Dinov2(Vit):
         for entry in feed_forward(block, at, d, f, {"ffn_gate": "weights_in", "ffn_up": "weights_in", "ffn_down": "weights_out"}):
             first = f if ".ffn_up." in entry.name else 0                                   # rows of the gate come first
             yield entry if ".ffn_down." in entry.name else replace(entry, stored=(2 * f, *entry.shape[1:]), first_row=first)
+
+
+@converts("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification")
+class Dinov2WithRegisters(Dinov2):
+    """The same with registers behind the class token."""
+
+    defaults: ClassVar[dict[str, Any]] = {**DINOV2, "patch_size": 16, "num_register_tokens": 4}
+
+    def tensors(self) -> Tensors:
+        n = self.config.count("num_register_tokens")
+        yield from super().tensors()
+        yield Entry("v.register_embd", "embeddings.register_tokens", (1, n, self.vision.width), instead=FLOAT32)

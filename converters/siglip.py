@@ -18,7 +18,7 @@ from .clip import SIGLIP
 from .contract import converts, Entry, FLOAT32, layer_norm, linear
 from .decoder import Tensors
 from .tokenizer import Vocabulary
-from .towers import part, processor_of, SquareTower, TextEncoder
+from .towers import ImageClassifier, part, processor_of, SquareTower, TextEncoder
 from .vision import feed_forward, flat_patches, image_settings
 
 # transformers' SiglipTextConfig, SiglipVisionConfig, Siglip2VisionConfig, and their image processors
@@ -122,6 +122,13 @@ class FlexibleTower(SquareTower):
         out.add_uint32(f"{arch}.vision.max_patches", self.most)
 
 
+def flexible_patches(v: SquareTower) -> Iterator[Entry]:
+    """List the embeddings of patches and positions of such an encoder."""
+    at = "vision_model.embeddings"
+    yield from flat_patches(at, v.width, v.patch)
+    yield Entry("v.position_embd.weight", f"{at}.position_embedding.weight", ((v.trained // v.patch) ** 2, v.width), instead=FLOAT32)
+
+
 @converts("Siglip2Model")
 class Siglip2(Siglip):
     """The same with pictures of their own shape."""
@@ -133,6 +140,38 @@ class Siglip2(Siglip):
         return FlexibleTower(vision, images)
 
     def patches(self) -> Iterator[Entry]:
-        v, at = self.vision, "vision_model.embeddings"
-        yield from flat_patches(at, v.width, v.patch)
-        yield Entry("v.position_embd.weight", f"{at}.position_embedding.weight", ((v.trained // v.patch) ** 2, v.width), instead=FLOAT32)
+        return flexible_patches(self.vision)
+
+
+class SiglipHead(ImageClassifier):
+    """What stands in the place of texts and of what compares them: the head of classes. The query of vectors is left out."""
+
+    sizes = VISION
+
+    def unused(self) -> set[str]:
+        at, parts = "vision_model.head", ("weight", "bias")
+        return {f"{at}.probe", *(f"{at}.attention.in_proj_{part}" for part in parts),
+                *(f"{at}.{name}.{part}" for name in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2") for part in parts)}
+
+
+@converts("SiglipForImageClassification")
+class SiglipClasses(SiglipHead):
+    """The image encoder over squares with a head of classes."""
+
+    arch, images, processor = Siglip.arch, Siglip.images, Siglip.processor
+
+    def patches(self) -> Iterator[Entry]:
+        return self.vision.embeddings("vision_model.embeddings", classed=False)
+
+
+@converts("Siglip2ForImageClassification")
+class Siglip2Classes(SiglipHead):
+    """The same with pictures of their own shape."""
+
+    arch, images, processor = Siglip2.arch, Siglip2.images, Siglip2.processor
+
+    def tower(self, vision: Config, images: Config) -> SquareTower:
+        return FlexibleTower(vision, images)
+
+    def patches(self) -> Iterator[Entry]:
+        return flexible_patches(self.vision)

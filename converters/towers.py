@@ -5,7 +5,9 @@ Keys "<arch>.text.*" and "<arch>.vision.*", as llama.cpp and clip.cpp name those
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter
@@ -13,8 +15,11 @@ from gguf import GGUFWriter
 from pyengine.errors import InvalidModelError, UnsupportedModelError
 
 from .checkpoint import Config, malformed_is
-from .contract import Entry, FLOAT32, layer_norm
-from .vision import ACTIVATIONS, pre_norm_layer, square, write_colours
+from .contract import Entry, FLOAT32, layer_norm, linear
+from .tokenizer import Vocabulary
+from .vision import ACTIVATIONS, image_settings, pre_norm_layer, square, write_colours
+
+TWO = {"0": "LABEL_0", "1": "LABEL_1"}         # transformers' PreTrainedConfig, where a config names no classes
 
 
 def part(root: Config, name: str, defaults: dict[str, Any]) -> Config:
@@ -144,3 +149,57 @@ def labels(root: Config, n: int) -> list[str]:
     if set(names) != set(range(n)):
         raise InvalidModelError(f"{root.file}: 'id2label' names {len(names)} classes, the head has {n}")
     return [names[i] for i in range(n)]
+
+
+def class_names(config: dict[str, Any], file: Path) -> list[str]:
+    """Return the names of a classifier's classes, in order. Raises: InvalidModelError."""
+    said = config.get("id2label", TWO)
+    return labels(Config({"id2label": said}, {}, file), len(said) if isinstance(said, dict) else 0)
+
+
+class ImageClassifier(ABC):
+    """An image encoder with a head of classes behind the mean of its patches, and no texts. A subclass, or a model that it stands before, reads the
+    encoder (`tower`) and lists what stands before its layers (`patches`)."""
+
+    whole = True
+    renames = ()
+    vocab_size = 0
+    arch: str
+    images: dict[str, Any]
+    processor: str
+    sizes: dict[str, Any]
+
+    def __init__(self, config: dict[str, Any], file: Path):
+        vision, images = part(Config(config, {}, file), "vision_config", self.sizes), image_settings(file.parent, self.images)
+        processor_of(images, self.processor)
+        self.vision, self.d_ff, self.labels = self.tower(vision, images), vision.count("intermediate_size"), class_names(config, file)
+
+    def tower(self, vision: Config, images: Config) -> SquareTower:
+        """Read the image encoder's sizes."""
+        tower = SquareTower(vision, images)
+        tower.on_trained_square()
+        return tower
+
+    def change_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take none: it reads no texts."""
+        vocabulary.model = "none"
+
+    def write_keys(self, out: GGUFWriter) -> None:
+        """Write the keys of the encoder, and the names of the classes."""
+        out.add_bool(f"{self.arch}.has_vision_encoder", True)
+        self.vision.write_keys(out, self.arch, self.d_ff)
+        out.add_array(f"{self.arch}.classifier.output_labels", self.labels)
+
+    def unused(self) -> set[str]:
+        """Return the names of tensors that are left out: none."""
+        return set()
+
+    @abstractmethod
+    def patches(self) -> Iterator[Entry]:
+        """List the embeddings of patches and positions, and what else stands before the layers."""
+
+    def tensors(self) -> Iterator[Entry]:
+        """List the tensors."""
+        yield from self.patches()
+        yield from self.vision.layers("vision_model", self.d_ff)
+        yield from linear("cls.output", "classifier", len(self.labels), self.vision.width, bias=True)

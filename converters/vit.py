@@ -12,14 +12,13 @@ from .checkpoint import Config
 from .contract import converts, Entry, FLOAT32, layer_norm, linear
 from .decoder import Tensors
 from .tokenizer import Vocabulary
-from .towers import labels, processor_of, SquareTower
+from .towers import class_names, processor_of, SquareTower
 from .vision import feed_forward, image_settings
 
 # transformers' ViTConfig, ViTImageProcessorPil
 VIT: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu",
                        "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16, "num_channels": 3, "qkv_bias": True}
 IMAGES: dict[str, Any] = {"size": 224, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
-TWO = {"0": "LABEL_0", "1": "LABEL_1"}         # transformers' PreTrainedConfig
 
 
 @converts("ViTModel", "ViTForImageClassification")
@@ -28,7 +27,7 @@ class Vit:
 
     arch, processor = "vit", "ViTImageProcessor"
     whole = True
-    renames = ((r"^(vit|dinov2)\.", ""),)
+    renames = ((r"^(vit|dinov2|dinov2_with_registers)\.", ""),)
     defaults, images = VIT, IMAGES
     to_square, parts = True, 1
     norms: ClassVar[tuple[str, str]] = ("layernorm_before", "layernorm_after")
@@ -40,7 +39,7 @@ class Vit:
         processor_of(images, self.processor)
         self.vision = SquareTower(root, images, self.to_square)
         self.classes = config["architectures"][0].endswith("ForImageClassification")
-        self.labels = labels(Config({"id2label": config.get("id2label", TWO)}, {}, file), len(config.get("id2label", TWO))) if self.classes else []
+        self.labels = class_names(config, file) if self.classes else []
         self.read()
 
     def read(self) -> None:

@@ -43,6 +43,15 @@ def cubics(size: int, wanted: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
+def smooth_cubics(size: int, wanted: int) -> np.ndarray:
+    """Return the weights [wanted, size] of a bicubic resize that is smoothed where it shrinks (`antialias`), edges cut off (Keys 1981, a = -0.5)."""
+    scale = size / wanted
+    x = np.abs(np.arange(size) + 0.5 - (np.arange(wanted)[:, None] + 0.5) * scale) / max(scale, 1.0)
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
 def resized(grid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Resize rows of a grid [h * w, d] with weights of its lines [h', h] and columns [w', w]: [h' * w', d], float32."""
     squares = grid.reshape(rows.shape[1], columns.shape[1], -1).astype(np.float64)

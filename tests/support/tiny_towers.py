@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import pyengine as pe
 import tiny
 from converters.writer import convert
+from pyengine.errors import RequestError, UnsupportedModelError
 
 WORDS = "the quick brown fox jumps over a lazy dog is in it s 1 2 3 4 o clock picture shows and snow what ein fur".split()
 
@@ -245,6 +247,30 @@ def compare_ranks(model: Any, theirs: Any, folder: Path, most: int, texts: tuple
             close(got, np.array([theirs(**pair).logits[0, 0] for pair in pairs], np.float32))
     assert np.array_equal(model.rerank(query, documents[::-1]), model.rerank(query, documents)[::-1])
     assert model.rerank(query, []).shape == (0,)
+
+
+def compare_classes(model_class: str, images: str, folder: Path) -> None:
+    """Compare classes of pictures with those of a model of transformers that has no texts; it makes no vectors by itself."""
+    import torch
+    import transformers
+
+    made = getattr(transformers, images).from_pretrained(folder)
+    theirs, said = reference(model_class, folder), json.loads((folder / "config.json").read_text())["id2label"]
+    with loaded(folder) as model:
+        for picture in pictures():
+            with torch.no_grad():
+                want = theirs(**made(picture, return_tensors="pt")).logits[0].numpy()
+            got = model.classify(picture, activation="none")
+            close(np.array([got[said[str(i)]] for i in range(len(want))], np.float32), want)
+            shares = np.exp(want - want.max()) / np.exp(want - want.max()).sum()
+            assert np.allclose([model.classify(picture)[said[str(i)]] for i in range(len(want))], shares, atol=1e-5)
+        with pytest.raises(UnsupportedModelError, match="gives scores and no vectors"):
+            model.embed(picture)
+        assert np.array_equal(model.embed(picture, pooling="mean", normalize=False), model.hidden(picture).astype(np.float64).mean(0).astype(np.float32))
+        with pytest.raises(UnsupportedModelError, match="does not compare pictures"):
+            model.classify(picture, ["a dog"])
+        with pytest.raises(RequestError, match="reads pictures only"):
+            model.embed([[1, 2]])
 
 
 TEXTS = (*tiny.TEXTS, "", "a", "dog " * 40)

@@ -107,6 +107,15 @@ def test_four_logits_become_shares_by_a_softmax(model: Any, monkeypatch: Any) ->
     assert {name: f"{share:.4f}" for name, share in shares.items()} == {"a cat": "0.7410", "a dog": "0.1305", "a remote control": "0.0912", "a sofa": "0.0373"}
 
 
+def test_a_head_of_classes_in_the_place_of_texts(tmp_path: Path) -> None:
+    import transformers
+
+    vision = {"hidden_size": 80, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 5, "image_size": 42, "patch_size": 6}
+    folder = tiny_towers.make("CLIPForImageClassification", transformers.CLIPConfig(vision_config=vision, id2label=dict(enumerate("abc")), label2id={}), tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(tiny_towers.CLIP_NEW))
+    tiny_towers.compare_classes("CLIPForImageClassification", "CLIPImageProcessorPil", folder)
+
+
 # -- files ----------------------------------------------------------------------------------------------------------------
 
 

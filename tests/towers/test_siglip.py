@@ -177,3 +177,14 @@ def test_smaller_formats_stay_near(made: Made, tmp_path: Path, outtype: str, lea
     with pe.load(convert(made.folder, tmp_path / "m.gguf", outtype)) as small:
         for x in (PICTURES[0], "the quick fox"):
             assert small.embed(x) @ made.model.embed(x) > least
+
+
+@pytest.mark.parametrize("model, config, images, sizes", [
+    ("SiglipForImageClassification", "SiglipConfig", SQUARE, {"image_size": 42}), ("Siglip2ForImageClassification", "Siglip2Config", NAFLEX, {"num_patches": 25})])
+def test_a_head_of_classes_in_the_place_of_texts(tmp_path: Path, model: str, config: str, images: dict[str, Any], sizes: dict[str, int]) -> None:
+    import transformers
+
+    made = getattr(transformers, config)(vision_config={**VISION, **sizes}, id2label=dict(enumerate("abc")), label2id={})
+    tiny_towers.make(model, made, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    tiny_towers.compare_classes(model, f"{images['image_processor_type']}Pil", tmp_path)

@@ -1,4 +1,4 @@
-"""ViT and DINOv2: hidden states, vectors and classes against transformers; labels of the file; positions of another grid."""
+"""ViT and DINOv2, with registers and without: hidden states, vectors and classes against transformers; labels of the file; positions of another grid."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ KINDS = {
     "ViT without a head": Kind("ViTModel", "ViTConfig", {"intermediate_size": 104, "image_size": 42, "qkv_bias": False}, VIT, "ViTImageProcessorPil"),
     "DINOv2": Kind("Dinov2ForImageClassification", "Dinov2Config", {"image_size": 66}, BIT, "BitImageProcessorPil"),
     "DINOv2, larger pictures": Kind("Dinov2Model", "Dinov2Config", {"image_size": 30}, BIT, "BitImageProcessorPil"),
+    "registers": Kind("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {"image_size": 66, "num_register_tokens": 3}, BIT,
+                      "BitImageProcessorPil"),
+    "registers, larger pictures": Kind("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"image_size": 30, "num_register_tokens": 3}, BIT,
+                                       "BitImageProcessorPil"),
+    "registers, the same grid": Kind("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig",
+                                     {"image_size": 44, "num_register_tokens": 1, "use_swiglu_ffn": True}, BIT, "BitImageProcessorPil"),
     "DINOv2, gated": Kind("Dinov2ForImageClassification", "Dinov2Config", {"image_size": 42, "use_swiglu_ffn": True}, BIT, "BitImageProcessorPil"),
 }
 
@@ -74,7 +80,7 @@ def made(request: Any, tmp_path_factory: Any) -> Iterator[Made]:
 
 def test_pictures_are_those_of_transformers(made: Made) -> None:
     pixels = tiny_towers.processor(made.kind.processor, made.folder)
-    body = getattr(made.theirs, "vit", None) or getattr(made.theirs, "dinov2", None) or made.theirs
+    body = next((found for name in ("vit", "dinov2", "dinov2_with_registers") if (found := getattr(made.theirs, name, None))), made.theirs)
     for picture in tiny_towers.pictures():
         want = body(pixels(picture)).last_hidden_state[0]
         tiny_towers.close(made.model.hidden(picture), want)
@@ -105,7 +111,7 @@ def test_it_reads_pictures_only(made: Made, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="reads pictures only"):
         made.model.embed([[1, 2]])
     plan = pe.plan(made.folder / "m.gguf")
-    assert plan.n_ctx == 0 and plan.picture in (50, 50) and plan.total == made.model.plan.total and "pictures" in plan.table()
+    assert plan.n_ctx == 0 and plan.picture == 50 + made.kind.sizes.get("num_register_tokens", 0) and plan.total == made.model.plan.total and "pictures" in plan.table()
 
 
 @pytest.mark.parametrize("name, file, change, words", [

@@ -23,7 +23,7 @@ from pyengine.files.weights import DerivedRef, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.encoder import (
     activation, by_table, cut_patches, EncoderBlock, head_count, levels, mean_and_std, n_layers, resample_filter)
-from pyengine.nn.grids import cubics, resized
+from pyengine.nn.grids import cubics, resized, smooth_cubics
 from pyengine.nn.layers import constant, LayerNorm, mlp_width, PatchEmbedding
 
 # Constants for files without the key: transformers CLIPImageProcessor, CLIPVisionConfig
@@ -81,8 +81,9 @@ class Tower:
     """The encoder over one square.
 
     post_norm  the last layer is followed by a norm; without, one in the file is behind what is taken
-    whole      the class token's row, the first, is taken too
-    any_grid   positions of another square than the picture's are resized (bicubic)
+    whole      the class token's row, the first, is taken too, and those of registers behind it, which have no positions
+    any_grid   positions of another square than the picture's are resized (bicubic; beside registers smoothed where the grid shrinks)
+    front      rows before those of patches
     """
 
     def __init__(self, w: Weights, c: TowerConfig, post_norm: bool = False, whole: bool = False, any_grid: bool = False):
@@ -91,6 +92,9 @@ class Tower:
         f32, n = dtype("F32"), c.side**2
         own = w.optional("class_embd", (c.width,))
         self.own = constant(own, f32) if own else None
+        shape = w.shape("register_embd")
+        self.registers = constant(w.tensor("register_embd", (math.prod(shape) // c.width, c.width)), f32) if shape and own else None
+        self.front = (own is not None) + (int(self.registers.shape[0]) if self.registers is not None else 0)
         self.patch = PatchEmbedding(w["patch_embd"], c.width, 3, c.patch)
         self.position = self._positions(w["position_embd"], n + (own is not None), any_grid)
         self.pre = LayerNorm(w["pre_ln"], c.width, c.eps) if "pre_ln" in w else None
@@ -106,7 +110,7 @@ class Tower:
         side = math.isqrt(max(0, rows - one))
         if not any_grid or rows == n or rows != side**2 + one:
             return constant(w.tensor("weight", (n, self.config.width)), f32)
-        ref, weights = w.tensor("weight", (rows, self.config.width)), cubics(side, self.config.side)
+        ref, weights = w.tensor("weight", (rows, self.config.width)), (cubics if self.registers is None else smooth_cubics)(side, self.config.side)
         return constant(DerivedRef(ref.name, (n, self.config.width), (ref,), lambda a: np.concatenate([a[:one], resized(a[one:], weights, weights)])))
 
     @property
@@ -114,13 +118,16 @@ class Tower:
         """Numbers of a row: those of all layers that are taken."""
         return self.config.width * len(self.config.features)
 
-    def __call__(self, patches: Tensor) -> Tensor:                                      # [n, 3 * p * p] -> [n, F], whole [n + 1, F]
+    def __call__(self, patches: Tensor) -> Tensor:                                      # [n, 3 * p * p] -> [n, F], whole [n + front, F]
         c, n = self.config, self.config.side**2
         x = self.patch(patches)                                                         # [n, V]
         if self.own is not None:
             x = ops.concat([self.own.reshape(1, c.width), x], axis=0)                   # [n + 1, V]
             n += 1
         x = x + self.position
+        if self.registers is not None:
+            x = ops.concat([ops.slice(x, axis=0, start=0, stop=1), self.registers, ops.slice(x, axis=0, start=1, stop=n)], axis=0)         # [n + front, V]
+            n += self.front - 1
         x = self.pre(x) if self.pre else x
         lo, hi = np.zeros(n, np.int32), np.full(n, n, np.int32)
         given = [x]
@@ -129,7 +136,7 @@ class Tower:
         taken = [given[i] for i in c.features]
         x = taken[0] if len(taken) == 1 else ops.concat(taken, axis=1)                  # [n, F]
         x = self.post(x) if self.post else x
-        return x if self.own is None or self.whole else ops.contiguous(ops.slice(x, axis=0, start=1, stop=n))
+        return x if self.own is None or self.whole else ops.contiguous(ops.slice(x, axis=0, start=self.front, stop=n))
 
     def patches(self, pixels: np.ndarray) -> np.ndarray:
         """Cut patches: pixels uint8 [tile, tile, 3] -> F32 [n, 3 * p * p]."""

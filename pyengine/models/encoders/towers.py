@@ -23,7 +23,7 @@ from pyengine.media.views import Limits, View
 from pyengine.models.architecture import ImageTower, TextTower
 from pyengine.models.encoders.clip import Tower, TowerConfig
 from pyengine.nn.encoder import EncoderBlock, head_count, known_activation, only_pictures, whole_numbers
-from pyengine.nn.layers import Embedding, LayerNorm, mlp_width
+from pyengine.nn.layers import Embedding, LayerNorm, Linear, mlp_width
 from pyengine.nn.texts import Texts
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SquareImage(ImageTower):
         c = TowerConfig.read(v, w)
         self.tower = Tower(w["v"], c, post_norm=post_norm, whole=True, any_grid=any_grid)
         self.prepared, self.width, self.eps, self.n_heads = Preparation.read(v, c), c.width, c.eps, c.n_heads
-        self.n = c.side**2 + (self.tower.own is not None)
+        self.n = c.side**2 + self.tower.front
 
     def most_rows(self) -> int:
         """Return the rows of every picture."""
@@ -148,9 +148,28 @@ class PreNormText(TextTower):
         return self.post(x)
 
 
-def labels_of(h: Hparams) -> tuple[str, ...]:
+class ClassHead:
+    """A head of classes: a product, whose number of rows is that of the classes."""
+
+    def __init__(self, w: Weights, width: int):
+        shape = w.shape("weight")
+        if shape is None or len(shape) != 2:
+            raise InvalidModelError(f"{w!r}: 'weight' is no matrix of the file")
+        self.n_classes, self.product = shape[0], Linear(w, width, shape[0])
+
+    def __call__(self, x: Tensor) -> Tensor:                                               # [1, D] -> [1, C]
+        return self.product(x)
+
+    def of_mean(self, x: Tensor, first: np.ndarray | Tensor, end: np.ndarray | Tensor) -> Tensor:
+        """Build the scores [1, C] of the mean of rows first <= i < end of x [n, D]; both are I32 [1]."""
+        return self.product(ops.mean_rows(x, first, end))
+
+
+def labels_of(h: Hparams, n_classes: int) -> tuple[str, ...]:
     """Read the names of a file's classes, () without them. Raises: InvalidModelError."""
     found: Sequence[str] | None = h.get("classifier.output_labels", None, list)
     if found is not None and not all(isinstance(name, str) for name in found):
         raise InvalidModelError(f"{h.key('classifier.output_labels')} is no list of texts")
+    if found and len(found) != n_classes:
+        raise InvalidModelError(f"{h.key('classifier.output_labels')} names {len(found)} classes, the head has {n_classes}")
     return tuple(found or ())

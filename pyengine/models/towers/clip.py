@@ -8,7 +8,8 @@ clip.cpp's (github.com/monatis/clip.cpp), which may hold one of the encoders alo
     clip.vision.resize, clip.vision.crop           how pictures are prepared (see `Preparation`)
 
 Old configurations say `eos_token_id` 2 and pool at the highest id, which is that of the end token in OpenAI's vocabulary. clip.cpp's files leave the scale
-of similarities out: 100 is where training stopped it. Last hidden states of a picture have the class token and come before the last norm.
+of similarities out: 100 is where training stopped it. Last hidden states of a picture have the class token and come before the last norm; the mean of their
+patches goes through a head of classes, "cls.output", where a file has one in the place of the projection.
 Axes: m rows of all texts, p texts, n rows of a picture, D hidden, V of vectors.
 """
 
@@ -24,8 +25,8 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
-from pyengine.models.architecture import HIDDEN, Towers, VECTORS
-from pyengine.models.encoders.towers import PreNormText, rows_of, SquareImage
+from pyengine.models.architecture import CLASSES, HIDDEN, Towers, VECTORS
+from pyengine.models.encoders.towers import ClassHead, labels_of, PreNormText, rows_of, SquareImage
 from pyengine.nn.layers import LayerNorm, Linear
 from pyengine.nn.texts import HEAD, Texts
 
@@ -79,10 +80,30 @@ class Picture(SquareImage):
         return {HIDDEN: x, VECTORS: self.projection(self.post(rows_of(x, 0, 1)))}          # [1, V]
 
 
+class ClassedPicture(SquareImage):
+    """The image encoder with a head of classes."""
+
+    pooling = HEAD
+
+    def __init__(self, h: Hparams, w: Weights):
+        super().__init__(h, w, post_norm=False)
+        self.d_out, self.head = self.width, ClassHead(w["cls", "output"], self.width)
+        self.n_classes = self.head.n_classes
+
+    def declare(self, g: Graph, rows: int) -> dict[str, Tensor]:
+        """Build the graph of one run."""
+        x = self.states(g)                                                                 # [n, D]
+        return {HIDDEN: x, CLASSES: self.head.of_mean(x, np.full(1, self.tower.front, np.int32), np.full(1, self.n, np.int32))}
+
+
 class Model(Towers):
     """A CLIP model, or one of its encoders."""
 
     def __init__(self, h: Hparams, w: Weights):
+        if "cls" in w:
+            self.image = ClassedPicture(h, w)
+            self.labels = labels_of(h, self.image.n_classes)
+            return
         texts, pictures = h.get("has_text_encoder", False, bool), "visual_projection" in w
         if not (texts or pictures):
             raise UnsupportedModelError("architecture 'clip' is not supported where a file has an encoder and a projector for another model: "

@@ -6,7 +6,8 @@ Papers arXiv:2303.15343, arXiv:2502.14786. Follows transformers 5.23: `modeling_
     siglip.text.padding           "right" or "left": where padding makes each text context_length tokens long, which layers see like any others
     siglip.vision.max_patches     of NaFlex: a picture keeps its shape, in at most so many patches; without it pictures are squares
 
-Vectors of texts are made of the last position, those of pictures of rows that a learned query attends to. Last hidden states of a picture come behind the last
+Vectors of texts are made of the last position, those of pictures of rows that a learned query attends to. A file of classes has no texts and no such query: the
+mean of a picture's rows goes through the head "cls.output". Last hidden states of a picture come behind the last
 norm; NaFlex has those of its patches only. The square grid of NaFlex's position embeddings is resized to a picture's (bilinear, smoothed where it
 shrinks) by a product.
 Axes: m rows of all texts, p texts, n rows of a picture, D hidden, V of vectors.
@@ -28,9 +29,9 @@ from pyengine.files.weights import DerivedRef, Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.media.views import Limits, View
-from pyengine.models.architecture import HIDDEN, ImageTower, Towers, VECTORS
+from pyengine.models.architecture import CLASSES, HIDDEN, ImageTower, Towers, VECTORS
 from pyengine.models.encoders.clip import TowerConfig
-from pyengine.models.encoders.towers import PreNormText, SquareImage
+from pyengine.models.encoders.towers import ClassHead, labels_of, PreNormText, SquareImage
 from pyengine.nn.encoder import BlockSizes, by_table, cut_patches, EncoderAttention, EncoderBlock, EncoderFeedForward, levels, only_pictures, whole_option
 from pyengine.nn.grids import largest_grid, triangles
 from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
@@ -81,6 +82,20 @@ class PoolingHead:
         return y + self.feed_forward(self.norm(y))
 
 
+class Ends:
+    """What is made of the last hidden states: the vector, or scores of classes."""
+
+    def __init__(self, w: Weights, c: BlockSizes):
+        self.classes = ClassHead(w["cls", "output"], c.width) if "cls" in w else None
+        self.head = PoolingHead(w["v", "head"], c) if self.classes is None else None
+        self.n_classes = self.classes.n_classes if self.classes else 0
+
+    def __call__(self, x: Tensor, first: np.ndarray | Tensor, end: np.ndarray | Tensor) -> dict[str, Tensor]:
+        if self.classes is not None:
+            return {HIDDEN: x, CLASSES: self.classes.of_mean(x, first, end)}               # [1, C]
+        return {HIDDEN: x, VECTORS: self.head(x, first, end)}                              # [1, D]
+
+
 class Square(SquareImage):
     """The image encoder over a square of pixels."""
 
@@ -88,12 +103,12 @@ class Square(SquareImage):
 
     def __init__(self, h: Hparams, w: Weights):
         super().__init__(h, w, post_norm=True)
-        self.d_out, self.head = self.width, PoolingHead(w["v", "head"], self.tower.config)
+        self.d_out, self.ends = self.width, Ends(w, self.tower.config)
+        self.n_classes = self.ends.n_classes
 
     def declare(self, g: Graph, rows: int) -> dict[str, Tensor]:
         """Build the graph of one run."""
-        x = self.states(g)                                                                 # [n, D]
-        return {HIDDEN: x, VECTORS: self.head(x, np.zeros(1, np.int32), np.full(1, self.n, np.int32))}
+        return self.ends(self.states(g), np.zeros(1, np.int32), np.full(1, self.n, np.int32))
 
 
 class NaFlex(ImageTower):
@@ -110,7 +125,8 @@ class NaFlex(ImageTower):
         position = v["position_embd"].tensor("weight", (c.side**2, c.width))
         self.position = constant(DerivedRef(position.name, (c.width, c.side**2), (position,), lambda a: a.T))
         self.blocks = [EncoderBlock(v["blk", i], c) for i in range(c.n_layers)]
-        self.post, self.head = LayerNorm(v["post_ln"], c.width, c.eps), PoolingHead(v["head"], c)
+        self.post, self.ends = LayerNorm(v["post_ln"], c.width, c.eps), Ends(w, c)
+        self.n_classes = self.ends.n_classes
 
     def most_rows(self) -> int:
         """Return the patches of the largest picture."""
@@ -148,23 +164,29 @@ class NaFlex(ImageTower):
         x = x + ops.linear(g.input("blend", (n, c.side**2)), [self.position])[0]
         for block in self.blocks:
             x = block(x, lo, hi)
-        x, ends = self.post(x), g.input("all", (2,), "I32")
-        first, end = (ops.slice(ends, axis=0, start=i, stop=i + 1) for i in range(2))
-        return {HIDDEN: x, VECTORS: self.head(x, first, end)}                              # [1, D]
+        places = g.input("all", (2,), "I32")
+        first, end = (ops.slice(places, axis=0, start=i, stop=i + 1) for i in range(2))
+        return self.ends(self.post(x), first, end)
 
 
 class Model(Towers):
-    """A SigLIP model of both kinds."""
+    """A SigLIP model of both kinds, or one of classes."""
 
     independent = True
 
     def __init__(self, h: Hparams, w: Weights):
-        self.text, self.image = Text(h, w), NaFlex(h, w) if "vision.max_patches" in h else Square(h, w)
+        self.image = NaFlex(h, w) if "vision.max_patches" in h else Square(h, w)
+        if self.image.n_classes:
+            self.labels, self.scores = labels_of(h, self.image.n_classes), "softmax"
+            return
+        self.text = Text(h, w)
         if self.text.d_out != self.image.d_out:
             raise InvalidModelError(f"vectors of texts have {self.text.d_out} numbers, those of pictures {self.image.d_out}")
         self.numbers = [w.tensor(name, (1,)) for name in ("logit_scale", "logit_bias")]
 
     def scale(self) -> tuple[float, float]:
         """Return the factor and the bias of similarities."""
+        if self.text is None:
+            return super().scale()
         factor, bias = (float(ref.floats()[0]) for ref in self.numbers)
         return math.exp(factor), bias

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
 from pyengine.models.architecture import CLASSES, HIDDEN, Towers, VECTORS
-from pyengine.models.encoders.towers import labels_of, rows_of, SquareImage
-from pyengine.nn.layers import Linear
+from pyengine.models.encoders.towers import ClassHead, labels_of, rows_of, SquareImage
 
 
 class Picture(SquareImage):
@@ -28,13 +26,10 @@ class Picture(SquareImage):
 
     def __init__(self, h: Hparams, w: Weights):
         super().__init__(h, w, post_norm=True, any_grid=self.any_grid)
-        self.d_out, head = self.width, w["cls", "output"]
+        self.d_out = self.width
         if "cls" in w:
-            shape = head.shape("weight")
-            if shape is None or len(shape) != 2:
-                raise InvalidModelError("'cls.output.weight' is no matrix of the file")
-            self.n_classes = shape[0]
-            self.head = Linear(head, self.parts * self.width, self.n_classes)
+            self.head = ClassHead(w["cls", "output"], self.parts * self.width)
+            self.n_classes = self.head.n_classes
 
     def summary(self, x: Tensor) -> Tensor:
         """Build what the head reads of the last hidden states [n, D]."""
@@ -53,6 +48,5 @@ class Model(Towers):
     kind: ClassVar[type[Picture]] = Picture
 
     def __init__(self, h: Hparams, w: Weights):
-        self.image, self.labels = self.kind(h, w), labels_of(h)
-        if self.labels and len(self.labels) != self.image.n_classes:
-            raise InvalidModelError(f"{h.key('classifier.output_labels')} names {len(self.labels)} classes, the head has {self.image.n_classes}")
+        self.image = self.kind(h, w)
+        self.labels = labels_of(h, self.image.n_classes)
