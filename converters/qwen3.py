@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter, PoolingType
 
+from pyengine.errors import UnsupportedModelError
+
 from .checkpoint import Config
 from .contract import converts, Entry
 from .decoder import Tensors
 from .qwen2 import Qwen2
 from .tokenizer import token_numbers, Vocabulary
+from .towers import class_names
 
 # transformers' Qwen3Config where a config.json may be silent
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
@@ -29,7 +32,10 @@ RERANK = ("<|im_start|>system\nJudge whether the Document meets the requirements
 RANKS = "qwen3-reranker"                     # what llama.cpp's converter knows such a checkpoint by, in its folder's or its own name
 
 
-@converts("Qwen3ForCausalLM", "Qwen3Model")
+SCORED = "Qwen3ForSequenceClassification"
+
+
+@converts("Qwen3ForCausalLM", "Qwen3Model", SCORED)
 class Qwen3(Qwen2):
     arch = "qwen3"
     renames = ((r"^(?=(embed_tokens|layers|norm)\.)", "model."),)         # checkpoints that were saved without the output head (Qwen3-Embedding)
@@ -40,28 +46,39 @@ class Qwen3(Qwen2):
         c.refuse_unless("use_sliding_window", False)
         c.refuse_unless("attention_bias", False)
         super().__init__(config, file)
-        plain = config.get("architectures") == ["Qwen3Model"]                    # saved without its output head
+        self.scored = config.get("architectures") == [SCORED]                    # it ranks by a row of its own
+        plain = self.scored or config.get("architectures") == ["Qwen3Model"]     # saved without its output head
         self.tied = self.tied or plain
         names = str(config.get("_name_or_path", "")), file.parent.name
-        self.ranks = any(RANKS in name.lower() for name in names)
+        self.named = any(RANKS in name.lower() for name in names)
+        self.ranks = self.named or self.scored
         self.folder = file.parent
+        self.labels = class_names(config, file) if self.scored else ["yes", "no"]
+        if self.scored and len(self.labels) != 1:
+            raise UnsupportedModelError(f"{file}: a head of {len(self.labels)} classes; a head of one score, which ranks texts, is supported")
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
         if self.ranks:
             out.add_pooling_type(PoolingType.RANK)
-            out.add_array(f"{self.arch}.classifier.output_labels", ["yes", "no"])
+            out.add_array(f"{self.arch}.classifier.output_labels", self.labels)
 
     def change_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Give the prompt by which a checkpoint ranks."""
         if self.ranks:
             named = vocabulary.chat_template
             named = named if isinstance(named, list) else [{"name": "default", "template": named}] if named else []
-            vocabulary.chat_template = [*(t for t in named if t["name"] != "rerank"), {"name": "rerank", "template": RERANK}]
+            own = [t for t in named if t["name"] == "rerank"] if self.scored else []
+            if not own and not self.named:
+                raise UnsupportedModelError(f"{self.folder}: it is not said how a query and a document are put together; name such a chat template \"rerank\", "
+                                            "with {query} and {document} in it")
+            vocabulary.chat_template = [*(t for t in named if t["name"] != "rerank"), *(own or [{"name": "rerank", "template": RERANK}])]
 
     def tensors(self) -> Tensors:
         yield from super().tensors()
-        if self.ranks:
+        if self.scored:
+            yield Entry("cls.output.weight", "score.weight", (1, self.d_model))
+        elif self.ranks:
             head = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
             yield Entry("cls.output.weight", head, (2, self.d_model), np.array(token_numbers(self.folder, ("yes", "no"))), stored=(self.vocab_size, self.d_model))
 

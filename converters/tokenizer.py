@@ -25,8 +25,9 @@ SPACE = "\u2581"                               # SentencePiece's visible space
 ADDED_SCORE = -1000.0                          # of tokens that no merge makes, as in llama.cpp's converter
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt",
-         "spiece.model", "tekken.json", "added_tokens.json")
+         "spiece.model", "tekken.json", "added_tokens.json", "sentencepiece.bpe.model")
 PIECES = ("tokenizer.model", "spiece.model")   # names of a SentencePiece model
+FAIRSEQ = "sentencepiece.bpe.model"            # one whose first ids are those of fairseq, not of the file
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "eot", "eom")
 
 # One entry: the steps of a tokenizer.json's pre-tokenizer (see `_steps`), `ignore_merges` (None: either), and
@@ -159,6 +160,8 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         fast = {}                                               # which reads this file only
     if not fast and piece_file is None and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         fast = _of_words(folder)
+    if not fast and piece_file is None and (folder / FAIRSEQ).exists():
+        fast = _of_fairseq(folder / FAIRSEQ, str(settings.get("tokenizer_class", "")), config, settings)
     model = fast.get("model", {})
     if fast and model.get("type") not in ("BPE", "Unigram", "WordPiece"):
         raise UnsupportedModelError(f"{folder / 'tokenizer.json'}: a {model.get('type')!r} tokenizer; BPE, Unigram and WordPiece are converted")
@@ -400,6 +403,29 @@ def _of_words(folder: Path) -> dict[str, Any]:
         made["added_tokens"] = [{"id": vocab[text], "content": text, "special": True, "lstrip": strips} for text, strips in special]
         made["post_processor"] = {"type": "RobertaProcessing", "cls": ["<s>", vocab["<s>"]], "sep": ["</s>", vocab["</s>"]]}
     return made
+
+
+def _of_fairseq(file: Path, kind: str, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Read XLM-R's SentencePiece model as a tokenizer.json: four tokens of fairseq's in the place of the file's first three, and the mask at the end.
+    Settings get the names of these tokens where they say nothing.
+
+    Raises: UnsupportedModelError for a model whose tokens are in another order.
+    """
+    if kind not in ("", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast") or not str(config.get("model_type", "")).startswith("xlm-roberta"):
+        raise UnsupportedModelError(f"{file}: the order of its tokens is known of XLM-R only, not of {kind or config.get('model_type')}; save tokenizer.json beside it")
+    read = _sentencepiece(file)
+    if read.model != "t5" or read.scores is None:
+        raise UnsupportedModelError(f"{file}: a BPE SentencePiece model; XLM-R has UNIGRAM")
+    first = ("<s>", "<pad>", "</s>", "<unk>")
+    pieces = [*((text, 0.0) for text in first), *list(zip(read.tokens, read.scores))[3:], ("<mask>", 0.0)]
+    for name, text in {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}.items():
+        settings.setdefault(f"{name}_token", text)                   # transformers' XLMRobertaTokenizer
+    added = [*enumerate(first), (len(pieces) - 1, "<mask>")]
+    return {"model": {"type": "Unigram", "vocab": pieces, "unk_id": 3},
+            "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(read.charsmap).decode()},
+            "pre_tokenizer": {"pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": SPACE}]},
+            "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {}}, {"SpecialToken": {"id": "</s>"}}]},
+            "added_tokens": [{"id": i, "content": text, "special": True, "lstrip": text == "<mask>"} for i, text in added]}
 
 
 def _flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:

@@ -318,7 +318,7 @@ class Model(ReadsText, Saves):
     def rerank(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """Compute how well each document answers a query: float32 [n], the higher the better.
 
-        For a file of a decoder that was made for it (Qwen3-Reranker): its logit of "yes" less that of "no". Their sigmoid is the probability of "yes"
+        For a file of a decoder that was made for it (Qwen3-Reranker): its logit of "yes" less that of "no", or the score of its head. Their sigmoid is the probability of "yes"
         beside "no", which llama.cpp and sentence-transformers give. Raises: UnsupportedModelError for other files; otherwise as `hidden`.
         """
         return self.ranked(query, documents).scores

@@ -1,6 +1,7 @@
 """Ranking by a decoder that was asked whether a document answers a query: how much rather it says yes than no.
 
-Such a file has two rows of an output head, for the two words, and a template of its own (llama.cpp's pooling "rank" of Qwen3-Reranker).
+Such a file has two rows of an output head, for the two words, or a row that gives the score itself, and a template of its own (llama.cpp's pooling
+"rank" of Qwen3-Reranker).
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def check_asked(query: Any, documents: Any) -> list[str]:
 
 
 def ranked(vectors: Vectors, rows: WeightRef | None, name: str, query: str, documents: Sequence[str]) -> Ranked:
-    """Return the logit of the first row less that of the second for each document. rows: [2, d_model]; name: of the model.
+    """Return the logit of the first row, less that of the second where there is one, for each document. rows: [1 or 2, d_model]; name: of the model.
 
     Raises: UnsupportedModelError for a model that does not rank; ContextOverflowError, RequestError.
     """
     language = vectors.prompts.language
     template = language.metadata.get(TEMPLATE)
     if rows is None or template is None:
-        raise UnsupportedModelError(f"{name} was not made to rank texts: its file has no rows for two answers, or no template {TEMPLATE!r}")
+        raise UnsupportedModelError(f"{name} was not made to rank texts: its file has no row for a score, or no template {TEMPLATE!r}")
     if not isinstance(template, str):
         raise InvalidModelError(f"{TEMPLATE} is {type(template).__name__}, and a text is needed")
     weight, guarded, out = rows.floats().astype(np.float64), language.tokenizer.guarded, []
@@ -51,5 +52,5 @@ def ranked(vectors: Vectors, rows: WeightRef | None, name: str, query: str, docu
         ids = language.tokenizer.tokenize(_BLANK.sub(lambda found: words[found[1]], template), add_special=False, mend=True)
         out.append(ids)
     hidden = vectors.embed(out, normalize=False, pooling="last").astype(np.float64)                # [n, d_model]
-    scores = ((hidden @ weight.T) @ np.array([1.0, -1.0])).astype(np.float32) if out else np.empty(0, np.float32)
+    scores = ((hidden @ weight.T) @ np.array([1.0, -1.0][: len(weight)])).astype(np.float32) if out else np.empty(0, np.float32)
     return Ranked(scores, sum(map(len, out)))

@@ -28,7 +28,7 @@ class Bound:
     model: Any
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     left_out: bool = False           # whether there are encoders, and the model runs without them
-    ranks: WeightRef | None = None   # of a decoder that ranks texts: rows [2, d_model] for the answers "yes" and "no"
+    ranks: WeightRef | None = None   # of a decoder that ranks texts: one row for its score, or two for the answers "yes" and "no"
 
     @property
     def image(self) -> Encoder | None:
@@ -92,8 +92,8 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
         weights.finish()
         return Bound(files, model)
     encoders = _encoders(kind, h, files, weights) if with_encoders else {}
-    answers = 2, model.config.d_model
-    ranks = weights["cls.output"].tensor("weight", answers) if weights["cls.output"].shape("weight") == answers else None
+    shape = weights["cls.output"].shape("weight")
+    ranks = weights["cls.output"].tensor("weight", shape) if shape in ((1, model.config.d_model), (2, model.config.d_model)) else None
     weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     for adapter in files.adapters:
         check_base(adapter, files.model)

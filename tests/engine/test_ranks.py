@@ -41,6 +41,51 @@ def checkpoint(folder: Path, tied: bool, plain: bool) -> Path:
     return folder
 
 
+def scored(folder: Path, labels: int = 1, **more: Any) -> Path:
+    """Make such a checkpoint one with a head of scores in the place of its output head."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    checkpoint(folder, True, False)
+    found = {name: t for name, t in load_file(folder / "model.safetensors").items() if not name.startswith("lm_head")}
+    found["score.weight"] = torch.randn(labels, 96, generator=torch.Generator().manual_seed(4)) / 10
+    save_file({name: t.contiguous() for name, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    named = {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForSequenceClassification"], **named}))
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, **more}))
+    (folder / "chat_template.jinja").unlink()                # which counts before what the settings say
+    return folder
+
+
+@pytest.mark.parametrize("name, template", [("Qwen3-Reranker-seq-cls", RERANK), ("other", "Q: {query}\nA: {document}\n")])
+def test_a_decoder_with_a_head_of_one_score(tmp_path: Path, name: str, template: str) -> None:
+    import torch
+    import transformers
+
+    own = {"chat_template": [{"name": "rerank", "template": template}]} if name == "other" else {}
+    folder = scored(tmp_path / name, **own)
+    words = tiny_towers.words_of(folder)
+    theirs = transformers.Qwen3ForSequenceClassification.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    query, documents, want = "What is in the picture?", [*TEXTS[:4], "", "a"], []
+    with loaded(folder, n_ctx=600, kv_dtype="f32") as model:
+        for document in documents:
+            ids = words(template.replace("{query}", query).replace("{document}", document), add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                want.append(float(theirs(torch.tensor([ids])).logits[0, 0]))
+        tiny_towers.close(model.rerank(query, documents), np.array(want, np.float32))
+        with pytest.raises(RequestError, match="scores pairs of texts"):
+            model.embed("a")
+
+
+def test_heads_that_do_not_rank_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="a head of 3 classes"):
+        convert(scored(tmp_path / "Qwen3-Reranker-a", 3), tmp_path / "m.gguf", "f32")
+    with pytest.raises(UnsupportedModelError, match="how a query and a document are put together"):
+        convert(scored(tmp_path / "other"), tmp_path / "m.gguf", "f32")
+
+
 def test_a_decoder_that_embeds(tmp_path: Path) -> None:
     import torch
     import transformers

@@ -61,8 +61,9 @@ def save_byte_level(folder: Path, special: tuple[str, ...] = ("<s>", "<pad>", "<
     _save(draft, folder, "RobertaTokenizer", bos=begin, cls=begin, eos=end, sep=end, pad=pad, unk=unknown, mask=mask)
 
 
-def save_unigram(folder: Path, n_tokens: int = 150, begin: str = "<s>", end: str = "</s>", mask: str = "<mask>", albert: bool = False) -> None:
-    """Write XLM-R's tokenizer, SentencePiece's unigram with a map of characters that sentencepiece made; or ALBERT's, which does more to a text."""
+def save_unigram(folder: Path, n_tokens: int = 150, begin: str = "<s>", end: str = "</s>", mask: str = "<mask>", albert: bool = False, alone: bool = False) -> None:
+    """Write XLM-R's tokenizer, SentencePiece's unigram with a map of characters that sentencepiece made; or ALBERT's, which does more to a text. alone: XLM-R's
+    sentencepiece.bpe.model, and nothing else."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as pb
     from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, Tokenizer
@@ -73,8 +74,12 @@ def save_unigram(folder: Path, n_tokens: int = 150, begin: str = "<s>", end: str
                                              hard_vocab_limit=False, minloglevel=2, pad_id=-1)
     proto = pb.ModelProto()
     proto.ParseFromString((folder / "draft.model").read_bytes())
+    if alone:
+        (folder / "draft.model").rename(folder / "sentencepiece.bpe.model")
     for name in ("lines.txt", "draft.model", "draft.vocab"):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
+    if alone:
+        return
     pieces = [(begin, 0.0), ("<pad>", 0.0), (end, 0.0), ("<unk>", 0.0), *((p.piece, p.score) for p in proto.pieces[3:])]
     made = Tokenizer(models.Unigram(pieces, unk_id=3))
     own = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)

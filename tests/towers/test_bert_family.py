@@ -57,6 +57,26 @@ def test_a_plain_encoder(kind: str, tmp_path: Path) -> None:
                 what()
 
 
+def test_a_sentencepiece_model_alone(tmp_path: Path) -> None:
+    """XLM-R's older checkpoints have no other file of a tokenizer."""
+    import transformers
+
+    folder = checkpoint("XLMRoberta", "Model", tmp_path / "hf")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    tiny_towers.save_unigram(folder, alone=True)
+    words = transformers.XLMRobertaTokenizer.from_pretrained(folder)
+    with loaded(folder) as model:
+        for text in (*tiny_towers.TEXTS, *tiny_towers.HARD, "a <mask> dog", "x</s>y"):
+            assert model.tokenize(text) == words(text)["input_ids"], text
+        ids = words("a", "b")["input_ids"]
+        assert list(model._pair(model.tokenize("a", add_special=False), model.tokenize("b", add_special=False)).ids) == ids
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "camembert", "architectures": ["CamembertModel"]}))
+    with pytest.raises(UnsupportedModelError, match="known of XLM-R only, not of camembert"):
+        convert(folder, tmp_path / "m.gguf", "f32")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_masked_model(kind: str, tied: bool, tmp_path: Path) -> None:
