@@ -43,7 +43,7 @@ class Entry:
 
     A part of a tensor has `stored`, the whole's shape; it is `shape[0]` rows from `first_row` on, one `frame`, with an axis less
     the one row `first_row`, a number without axes as (1,), of a stack of matrices `shape[1]` rows of each from `middle` on, or, of one that the checkpoint keeps
-    transposed, `shape[1]` columns from `first_column` on. A matrix that is `turned` lies transposed in the checkpoint. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
+    transposed, `shape[1]` columns from `first_column` on. A matrix that is `turned` lies transposed in the checkpoint, from its `first_row` on. With `padded` the tensor of the file is larger than `shape`, by rows and columns of zeros behind it.
     Vectors are float32 and matrices of the type that is asked for, or of the one that stands for it in `instead`.
     """
     name: str

@@ -267,8 +267,8 @@ def _chunks(checkpoint: Checkpoint, entry: Tensor) -> Iterator[np.ndarray]:
         case Blocks(shape=shape, sources=sources, make=make):
             for i in range(shape[0]):
                 yield make(*(checkpoint.read(source, i, i + 1) for source, _ in sources))
-        case Entry(source=source, shape=shape, stored=(rows, _), turned=True):
-            yield np.ascontiguousarray(to_float32(checkpoint.read(source, 0, rows), checkpoint.tensors[source].dtype).T)
+        case Entry(source=source, shape=(_, rows), first_row=row, turned=True):
+            yield np.ascontiguousarray(to_float32(checkpoint.read(source, row, row + rows), checkpoint.tensors[source].dtype).T)
         case Entry(source=source, shape=(_,) as shape, stored=(_, _), first_row=row):
             yield to_float32(checkpoint.read(source, row, row + 1).reshape(shape), checkpoint.tensors[source].dtype)
         case Entry(source=source, shape=shape, row_order=order, add=add):

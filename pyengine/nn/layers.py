@@ -84,14 +84,16 @@ class ClippedLinear(Linear):
 class Experts:
     """Gated feed-forwards of which each row uses some: y[i] = sum over j of gate[i, j] down(act(gate x) * up x) of expert chosen[i, j].
 
-    names  tensors [n_experts, d_ff, d_model], the same again, and [n_experts, d_model, d_ff], in any format; "...weight" is added
+    names  tensors [n_experts, d_ff, d_model], the same again, and [n_experts, d_model, d_ff], in any format; "...weight" is added. Without the gate's
+           feed-forwards are plain: down(act(up x))
     both   the name of a tensor [n_experts, 2 d_ff, d_model] that a file may have instead of the first two: the gate's rows come first
     """
 
-    def __init__(self, w: Weights, n_experts: int, d_model: int, d_ff: int, names: tuple[str, str, str] = (
+    def __init__(self, w: Weights, n_experts: int, d_model: int, d_ff: int, names: tuple[str, ...] = (
             "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), activation: str = "silu", both: str = "ffn_gate_up_exps"):
-        shapes = {names[0]: (d_ff, d_model), names[1]: (d_ff, d_model), names[2]: (d_model, d_ff)}
-        if both in w:
+        self.gated = len(names) > 2
+        shapes = {**{name: (d_ff, d_model) for name in names[:-1]}, names[-1]: (d_model, d_ff)}
+        if self.gated and both in w:
             shapes = {both: (2 * d_ff, d_model), names[2]: (d_model, d_ff)}
         *self.into, self.down = (constant(w[name].tensor("weight", (n_experts, *shape))) for name, shape in shapes.items())
         self.activation, self.d_ff = activation, d_ff
@@ -104,7 +106,9 @@ class Experts:
         used, width = chosen.shape[1], x.shape[1]
         if scale_input:
             x = (x.reshape(-1, 1, width) * gates.reshape(-1, used, 1)).reshape(-1, width)      # [m u, D]
-        if len(self.into) == 2:
+        if not self.gated:
+            h = ops.unary(ops.expert_linear(x, self.into, chosen), kind=self.activation)       # [m u, F]
+        elif len(self.into) == 2:
             h = ops.expert_linear(x, self.into, chosen, glu=self.activation)                   # [m u, F]
         else:
             h = ops.expert_linear(x, self.into, chosen)                                        # [m u, 2 F]

@@ -76,15 +76,18 @@ class TextAttention:
 
 
 class PostNormBlock:
-    """Attention and feed-forward, each added to its input and then normalized. gated: the feed-forward has a third matrix."""
+    """Attention and feed-forward, each added to its input and then normalized. gated: the feed-forward has a third matrix; mixture: what stands in its
+    place."""
 
-    def __init__(self, w: Weights, sizes: tuple[int, int, int], eps: float, act: str, gated: bool = False):
+    def __init__(self, w: Weights, sizes: tuple[int, int, int], eps: float, act: str, gated: bool = False, mixture: Callable[[Tensor], Tensor] | None = None):
         """Bind the weights. sizes: (D, F, H); act: of `ops.unary`."""
         d, d_ff, n_heads = sizes
         self.attention = TextAttention(w, d, n_heads)
         self.norm1, self.norm2 = LayerNorm(w["attn_output_norm"], d, eps), LayerNorm(w["layer_output_norm"], d, eps)
-        self.gate = Linear(w["ffn_gate"], d, d_ff) if gated else None
-        self.up, self.down, self.act = Linear(w["ffn_up"], d, d_ff), Linear(w["ffn_down"], d_ff, d), act
+        self.mixture, self.act = mixture, act
+        if mixture is None:
+            self.gate = Linear(w["ffn_gate"], d, d_ff) if gated else None
+            self.up, self.down = Linear(w["ffn_up"], d, d_ff), Linear(w["ffn_down"], d_ff, d)
 
     def __call__(self, x: Tensor, texts: Texts, rotate: Rotate | None = None, **more: Any) -> Tensor:       # [m, D]
         x = self.norm1(x + self.attention(x, texts, rotate, **more))
@@ -92,6 +95,8 @@ class PostNormBlock:
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward: x [m, D] -> [m, D]"""
+        if self.mixture is not None:
+            return self.mixture(x)
         if self.gate is None:
             return self.down(ops.unary(self.up(x), kind=self.act))
         return self.down(ops.unary(self.gate(x), kind=self.act) * self.up(x))
