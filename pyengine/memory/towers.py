@@ -42,6 +42,8 @@ class TowersLayout:
             raise UnsupportedModelError(f"{bound.files.name}: adapters are for decoders")
         if want.n_seq > 1:
             raise RequestError(f"n_seq={want.n_seq}: {bound.files.name} has no conversations; texts go side by side in runs of up to n_batch tokens")
+        if want.compress is not None:
+            raise RequestError(f"compress: {bound.files.name} has no conversations")
         if want.n_ctx is not None and bound.model.text is None:
             raise RequestError(f"n_ctx={want.n_ctx}: {bound.files.name} reads pictures only, and has no context")
         self.bound, self.want, self.machine = bound, want, machine

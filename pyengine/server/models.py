@@ -368,7 +368,7 @@ def _opened(source: str, options: Mapping[str, Any]) -> Candidate:
     found = Candidate.open(source, **options)
     if not found.bound.towers:
         return found
-    return replace(found, want=replace(found.want, n_seq=1, n_ctx=found.want.n_ctx if found.bound.model.text is not None else None))
+    return replace(found, want=replace(found.want, n_seq=1, compress=None, n_ctx=found.want.n_ctx if found.bound.model.text is not None else None))
 
 
 def load(name: str, **options: Any) -> Served:

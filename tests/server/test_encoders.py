@@ -63,6 +63,8 @@ def test_a_context_that_it_cannot_have(client, served) -> None:
     assert client.post("/api/embed", json={"model": "words", "input": "a dog", "options": {"num_ctx": 64}}).status_code == 200
     with pytest.raises(RequestError, match="n_seq=4: words.gguf has no conversations"):
         pe.load(served.file.path, n_seq=4)
+    with pytest.raises(RequestError, match="compress: words.gguf has no conversations"):
+        pe.load(served.file.path, compress="look-m:ratio=0.2")
     with pytest.raises(RequestError, match="n_ctx is 65, but the model reads texts of at most 64 tokens"):
         pe.load(served.file.path, n_ctx=65)
 
