@@ -28,6 +28,7 @@
  * 8 integer products of 16 keys, a conversion and an fma.
  */
 #include "attention_softmax.h"
+#include "attention_sums.h"
 #include "attention_tiles.h"
 
 enum { CHUNK_KEYS = 256 };
@@ -69,7 +70,8 @@ static void add_bias(const job *w, int64_t row, int64_t head, int64_t first, int
 }
 
 /* n queries, side by side in q and in the partial, see keys a .. b - 1 of the tile at `first`; the first is that of row `row` and head `head`. */
-static void attend(const job *w, int64_t row, int64_t head, int64_t first, const float *q, int64_t n, int a, int b, const loaded *t, partial s) {
+static void attend(const job *w, int64_t row, int64_t head, int64_t first, const float *q, int64_t n, int a, int b, const loaded *t, partial s,
+                   const kept *keeps, int64_t at) {
   const int most = t->form != FLOATS && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
   ahead k = ahead_of(t->next->k, cell_bytes(w->k)), v = ahead_of(t->next->v, cell_bytes(w->v));
   const int v0 = a / 16, v1 = (b + 15) / 16;
@@ -85,6 +87,8 @@ static void attend(const job *w, int64_t row, int64_t head, int64_t first, const
       for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
     else
       for (int i = 0; i < r; i++) factor[i] = soften(p[i], a, b, v0, v1, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
+    for (int i = 0; keeps && i < r; i++) keep(keeps, at + i, first, v0, v1, p[i], s.top[i]);
+    at += r;
     if (t->direct) direct_values(w->v->dtype, r, p[0] + a, t->cells->v + a, &v, w->f, s.acc, b - a, factor);
     else tile(r, (int)(w->fp / 16), p[0] + a, TILE_KEYS, t->v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
     q += r * w->e;
@@ -123,7 +127,7 @@ static void load_queries(const job *w, const unit *u, float *to) {
 }
 
 /* Part of the tile at key `first` that a row sees: *a <= j < *b; 0 if none. */
-PE_INLINE int visible(const job *w, int64_t row, int64_t first, int *a, int *b) {
+static int visible(const job *w, int64_t row, int64_t first, int *a, int *b) {
   const int64_t x = pe_max(w->lo[row], first), y = pe_min(w->hi[row], first + TILE_KEYS);
   *a = (int)(x - first);
   *b = (int)(y - first);
@@ -140,7 +144,7 @@ static uint64_t wanted_keys(const job *w, const unit *u, int64_t first) {
 }
 
 /* One chunk for all queries of a unit, whose scaled queries are in t->q. Keys before `limit` will be needed by this thread. */
-static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t limit, const buffers *t, partial p, pe_stream *s) {
+static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t limit, const buffers *t, partial p, const kept *keeps, pe_stream *s) {
   const int64_t end = u->row + u->n_rows, first_key = chunk * CHUNK_KEYS;
   const int32_t sequence = w->cells && w->seq ? w->seq[u->row] : 0;
   cells_of cells[2]; /* of this tile and of the next */
@@ -160,7 +164,8 @@ static pe_status run_chunk(const job *w, const unit *u, int64_t chunk, int64_t l
       if (!visible(w, r, first, &a, &b)) continue;
       for (int c, d; r + n < end && visible(w, r + n, first, &c, &d) && c == a && d == b;) n++;
       const int64_t at = (r - u->row) * w->group;
-      attend(w, r, u->head * w->group, first, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.most + at, p.sum + 16 * at, p.acc + w->fp * at});
+      attend(w, r, u->head * w->group, first, t->q + at * w->e, n * w->group, a, b, &tile, (partial){p.top + at, p.most + at, p.sum + 16 * at, p.acc + w->fp * at},
+             keeps, at);
     }
   }
   return PE_OK;
@@ -183,8 +188,8 @@ static void tell(float top, float most, float sum, const float *sink, float *sta
   stats[1] = total;
 }
 
-/* out = acc / sum; a sink joins the sum only. */
-static void finish(const job *w, const unit *u, partial total) {
+/* out = acc / sum; a sink joins the sum only. keeps: what is kept of the queries, if anything. */
+static void finish(const job *w, const unit *u, partial total, const kept *keeps) {
   for (int64_t r = 0; r < u->n_rows; r++)
     for (int64_t i = 0; i < w->group; i++) {
       const int64_t at = r * w->group + i, head = u->head * w->group + i;
@@ -198,6 +203,11 @@ static void finish(const job *w, const unit *u, partial total) {
         continue;
       }
       if (stats) tell(total.top[at], total.most[at], sum, w->sinks ? w->sinks + head : 0, stats);
+      if (keeps) {
+        float own[2];
+        tell(total.top[at], total.most[at], sum, w->sinks ? w->sinks + head : 0, own);
+        keeps->largest[at] = own[0], keeps->total[at] = own[1];
+      }
       if (w->sinks) {
         const float x = total.top[at], y = w->sinks[head], now = y > x ? y : x;
         shrink = v16f_exp(v16f_set1(x - now));
@@ -236,57 +246,47 @@ static int64_t claim_at(int64_t claim, int64_t n, int64_t n_threads) {
   return at;
 }
 
-PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
-                     const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *bias, const pe_tensor *numbers,
-                     const pe_tensor *out, const pe_tensor *stats, const pe_attention_params *p, pe_stream *s) {
-  job w = job_of(q, k, v, unit_queries(q, v), s->nth);
-  w.lo = lo->data, w.hi = hi->data, w.scale = p->scale, w.softcap = p->softcap, w.out = out->data;
-  if (w.m == 0 || w.h == 0) return PE_OK;
-  if (w.g == 0 || w.h % w.g) return pe_fail(s, PE_BAD_SHAPE, "attention: %lld heads share %lld", (long long)w.h, (long long)w.g);
-  if (cells) w.cells = cells->data, w.cells_stride = cells->stride[0], w.l = cells->shape[1];
-  if (seq) w.seq = seq->data;
-  if (sinks) w.sinks = sinks->data;
-  if (stats) w.stats = stats->data;
-  if (bias) w.bias = bias->data, w.reach = bias->shape[1] / 2, w.at = numbers ? numbers->data : 0;
-  pe_status bad = check_cells("attention", "k", k, 0, s);
-  if (!bad) bad = check_cells("attention", "v", v, 0, s);
-  if (!bad && p->products == PE_ATTENTION_PRODUCTS_INT8) {
-    if (cells || seq || sinks || bias || p->softcap != 0.0f || in_blocks(k) || in_blocks(v))
-      return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
-    return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
-  }
-  if (!bad) bad = check_rows("attention", &w, pe_min(k->shape[1], v->shape[1]), cells ? cells->shape[0] : 1, s);
-  if (bad) return bad;
+/* What one thread has in scratch. */
+typedef struct room { int32_t *starts; buffers t; partial part, total; float *end; } room;
 
-  const int64_t own = thread_floats(&w), n = w.rows * w.group;
+static room room_at(const job *w, float *mine) {
+  const int64_t n = w->rows * w->group;
+  room r = {.starts = (int32_t *)mine, .t.q = mine + pe_round_up(w->m + 1, 16)};
+  r.part = partial_at(r.t.q + pe_round_up(n * w->e, 16), n);
+  r.total = partial_at(r.part.acc + n * w->fp, n);
+  r.t.kt = r.total.acc + n * w->fp;
+  r.t.v = r.t.kt + w->ep * TILE_KEYS;
+  r.end = r.t.v + w->fp * TILE_KEYS;
+  return r;
+}
+
+static pe_status run(const job *w, pe_stream *s) {
+  const int64_t own = thread_floats(w), n = w->rows * w->group;
   const int64_t left = s->scratch_bytes / 4 - own * s->nth;
   if (left < 0) return pe_fail(s, PE_NO_MEMORY, "attention: scratch is too small");
-  float *mine = (float *)s->scratch + own * s->ith, *shared = (float *)s->scratch + own * s->nth;
-  int32_t *starts = (int32_t *)mine;
-  buffers t = {.q = mine + pe_round_up(w.m + 1, 16)};
-  partial part = partial_at(t.q + pe_round_up(n * w.e, 16), n);
-  partial total = partial_at(part.acc + n * w.fp, n);
-  t.kt = total.acc + n * w.fp;
-  t.v = t.kt + w.ep * TILE_KEYS;
+  const room r = room_at(w, (float *)s->scratch + own * s->ith);
+  float *shared = (float *)s->scratch + own * s->nth;
+  const int32_t *starts = r.starts;
+  pe_status bad;
 
-  const int64_t n_blocks = cut_by_sequence(&w, starts), n_units = n_blocks * w.g, slot = partial_floats(n, w.fp);
+  const int64_t n_blocks = cut_by_sequence(w, r.starts), n_units = n_blocks * w->g, slot = partial_floats(n, w->fp);
   int64_t n_pairs = 0; /* (unit, chunk) pairs, where units are too few for the threads */
   if (s->nth > 1 && n_units < 2 * s->nth)
     for (int64_t i = 0; i < n_units && n_pairs * slot <= left; i++) {
       const unit u = unit_at(starts, n_blocks, i);
-      for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0 && n_pairs * slot <= left; c++) n_pairs++;
+      for (int64_t c = 0; (c = next_chunk(w, &u, c)) >= 0 && n_pairs * slot <= left; c++) n_pairs++;
     }
 
   if (n_pairs <= n_units || n_pairs * slot > left) {
     for (int64_t i; (i = pe_next(s, 0)) < n_units;) {
       const unit u = unit_at(starts, n_blocks, i);
-      load_queries(&w, &u, t.q);
-      start(&w, &u, total);
-      for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++) {
-        if ((bad = run_chunk(&w, &u, c, INT64_MAX, &t, part, s))) return bad;
-        merge(&w, &u, c, total, part);
+      load_queries(w, &u, r.t.q);
+      start(w, &u, r.total);
+      for (int64_t c = 0; (c = next_chunk(w, &u, c)) >= 0; c++) {
+        if ((bad = run_chunk(w, &u, c, INT64_MAX, &r.t, r.part, 0, s))) return bad;
+        merge(w, &u, c, r.total, r.part);
       }
-      finish(&w, &u, total);
+      finish(w, &u, r.total, 0);
     }
     return PE_OK;
   }
@@ -295,11 +295,11 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
   int64_t begin = claim_at(claim, n_pairs, s->nth), end = claim_at(claim + 1, n_pairs, s->nth);
   for (int64_t i = 0; i < n_units; i++) {
     const unit u = unit_at(starts, n_blocks, i);
-    for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++) {
+    for (int64_t c = 0; (c = next_chunk(w, &u, c)) >= 0; c++, at++) {
       if (at < begin) continue;
-      if (loaded != i) load_queries(&w, &u, t.q), loaded = i;
+      if (loaded != i) load_queries(w, &u, r.t.q), loaded = i;
       const int64_t limit = (c + end - at) * CHUNK_KEYS;
-      if ((bad = run_chunk(&w, &u, c, limit, &t, partial_at(shared + at * slot, n), s))) return bad;
+      if ((bad = run_chunk(w, &u, c, limit, &r.t, partial_at(shared + at * slot, n), 0, s))) return bad;
       done = __atomic_add_fetch(&s->counters[1], 1, __ATOMIC_ACQ_REL);
       if (at + 1 < end) continue;
       claim = pe_next(s, 0);
@@ -310,10 +310,114 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
   at = 0;
   for (int64_t i = 0; i < n_units; i++) {
     const unit u = unit_at(starts, n_blocks, i);
-    start(&w, &u, total);
-    for (int64_t c = 0; (c = next_chunk(&w, &u, c)) >= 0; c++, at++)
-      merge(&w, &u, c, total, partial_at(shared + at * slot, n));
-    finish(&w, &u, total);
+    start(w, &u, r.total);
+    for (int64_t c = 0; (c = next_chunk(w, &u, c)) >= 0; c++, at++)
+      merge(w, &u, c, r.total, partial_at(shared + at * slot, n));
+    finish(w, &u, r.total, 0);
   }
   return PE_OK;
+}
+
+/* The job of a node, checked. */
+static pe_status begin(const char *op, job *w, const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, pe_stream *s) {
+  if (w->g == 0 || w->h % w->g) return pe_fail(s, PE_BAD_SHAPE, "%s: %lld heads share %lld", op, (long long)w->h, (long long)w->g);
+  if (cells) w->cells = cells->data, w->cells_stride = cells->stride[0], w->l = cells->shape[1];
+  if (seq) w->seq = seq->data;
+  if (sinks) w->sinks = sinks->data;
+  const pe_status bad = check_cells(op, "k", w->k, 0, s);
+  return bad ? bad : check_cells(op, "v", w->v, 0, s);
+}
+
+PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
+                     const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *bias, const pe_tensor *numbers,
+                     const pe_tensor *out, const pe_tensor *stats, const pe_attention_params *p, pe_stream *s) {
+  job w = job_of(q, k, v, unit_queries(q, v), s->nth);
+  w.lo = lo->data, w.hi = hi->data, w.scale = p->scale, w.softcap = p->softcap, w.out = out->data;
+  if (w.m == 0 || w.h == 0) return PE_OK;
+  if (stats) w.stats = stats->data;
+  if (bias) w.bias = bias->data, w.reach = bias->shape[1] / 2, w.at = numbers ? numbers->data : 0;
+  pe_status bad = begin("attention", &w, cells, seq, sinks, s);
+  if (bad) return bad;
+  if (p->products == PE_ATTENTION_PRODUCTS_INT8) {
+    if (cells || seq || sinks || bias || p->softcap != 0.0f || in_blocks(k) || in_blocks(v))
+      return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
+    return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
+  }
+  bad = check_rows("attention", &w, pe_min(k->shape[1], v->shape[1]), cells ? cells->shape[0] : 1, s);
+  return bad ? bad : run(&w, s);
+}
+
+/* ---- with sums of what keys get ---- */
+
+/* Rows are cut finer: what is kept of a unit is for its rows times all keys. */
+static job summed(job w, int64_t l) {
+  const int64_t most = KEPT_FLOATS / (pe_max(1, w.group) * kept_keys(l));
+  w.rows = pe_max(1, pe_min(w.rows, pe_max(LEAST_ROWS, pe_min(most, SUM_ROWS))));
+  return w;
+}
+
+static int64_t summed_floats(const job *w, int64_t l) { return thread_floats(w) + kept_floats(w->rows * w->group, kept_keys(l)); }
+
+PE_SCRATCH(cpu, attention_sums)(const pe_args *a, const void *params, int32_t n_threads) {
+  const pe_tensor *q = pe_arg(a, 0), *k = pe_arg(a, 1), *v = pe_arg(a, 2);
+  const int64_t l = pe_arg(a, 5)->shape[1];
+  const job w = summed(job_of(q, k, v, unit_queries(q, v), n_threads), l);
+  const pe_attention_params plain = {0};
+  (void)params;
+  return pe_max(PE_NAME(attention_scratch)(a, &plain, n_threads), 4 * (n_threads * summed_floats(&w, l) + pe_round_up(w.g, 16)));
+}
+
+/* One unit, and what it gives to keys: in its turn. */
+static pe_status run_unit(const job *w, const unit *u, int64_t number, int32_t *turn, const room *r, pe_stream *s) {
+  const int counts = unit_counts(w, u);
+  const kept keeps = counts ? kept_at(w, u, r->end) : (kept){0};
+  load_queries(w, u, r->t.q);
+  start(w, u, r->total);
+  for (int64_t c = 0; (c = next_chunk(w, u, c)) >= 0; c++) {
+    const pe_status bad = run_chunk(w, u, c, INT64_MAX, &r->t, r->part, counts ? &keeps : 0, s);
+    if (bad) return bad;
+    merge(w, u, c, r->total, r->part);
+  }
+  finish(w, u, r->total, counts ? &keeps : 0);
+  if (!await_turn(turn, (int32_t)number)) return PE_OK; /* another thread has failed, and says so */
+  if (counts) add_unit(w, u, &keeps, visible);
+  __atomic_store_n(turn, (int32_t)number + 1, __ATOMIC_RELEASE);
+  return PE_OK;
+}
+
+static pe_status run_summed(const job *w, pe_stream *s) {
+  const int64_t own = summed_floats(w, w->l);
+  if (s->scratch_bytes / 4 < own * s->nth + pe_round_up(w->g, 16)) return pe_fail(s, PE_NO_MEMORY, "attention_sums: scratch is too small");
+  const room r = room_at(w, (float *)s->scratch + own * s->ith);
+  int32_t *turns = (int32_t *)((float *)s->scratch + own * s->nth); /* of each head: the number of its unit that may add now */
+  if (s->ith == 0) memset(turns, 0, (size_t)w->g * 4);
+  pe_barrier(s);
+  const int64_t n_blocks = cut_by_sequence(w, r.starts);
+  for (int64_t i; (i = pe_next(s, 0)) < n_blocks * w->g;) {
+    const int64_t block = i % n_blocks;
+    const unit u = {r.starts[block], r.starts[block + 1] - r.starts[block], i / n_blocks};
+    const pe_status bad = run_unit(w, &u, block, turns + u.head, &r, s);
+    for (int64_t head = 0; bad && head < w->g; head++) __atomic_store_n(turns + head, ABANDONED, __ATOMIC_RELEASE);
+    if (bad) return bad;
+  }
+  return PE_OK;
+}
+
+PE_KERNEL(cpu, attention_sums)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo, const pe_tensor *hi,
+                          const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *sinks, const pe_tensor *sums, const pe_tensor *weights,
+                          const pe_tensor *out, const pe_tensor *changed, const pe_attention_sums_params *p, pe_stream *s) {
+  job w = job_of(q, k, v, unit_queries(q, v), s->nth);
+  w.lo = lo->data, w.hi = hi->data, w.scale = p->scale, w.softcap = p->softcap, w.out = out->data;
+  w.sums = changed->data, w.weights = weights->data, w.kinds = p->kinds, w.sum_keys = sums->shape[1], w.channels = sums->shape[2];
+  if (w.m == 0 || w.h == 0) return PE_OK;
+  if (w.channels > CHANNELS) return pe_fail(s, PE_NO_KERNEL, "attention_sums: %lld channels; at most %d are possible", (long long)w.channels, CHANNELS);
+  pe_status bad = begin("attention_sums", &w, cells, seq, sinks, s);
+  if (!bad) bad = check_rows("attention_sums", &w, pe_min(k->shape[1], v->shape[1]), cells->shape[0], s);
+  if (bad) return bad;
+  for (int64_t r = 0; r < w.m; r++)
+    if (w.hi[r] > w.l) return pe_fail(s, PE_BAD_VALUE, "attention_sums: row %lld reads key %d of a sequence of %lld cells", (long long)r, w.hi[r] - 1, (long long)w.l);
+  const unit all = {0, w.m, 0};
+  if (!unit_counts(&w, &all)) return run(&w, s);
+  w = summed(w, w.l);
+  return run_summed(&w, s);
 }

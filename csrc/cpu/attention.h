@@ -18,6 +18,10 @@ typedef struct job {
   const int32_t *at;                    /* numbers of queries among the keys, or NULL: hi - 1 */
   int64_t reach;
   float *out, *stats;                   /* stats: [m][h][2], or NULL */
+  float *sums;                          /* of keys: [g][sum_keys][channels]; weights: [m][channels], or NULL where nothing is summed */
+  const float *weights;
+  const int32_t *kinds;
+  int64_t sum_keys, channels;
   float scale, softcap;
   int64_t m, h, g, group, e, f, ep, fp; /* group: query heads of a key/value head; ep, fp: e and f rounded up to whole vectors */
   int64_t rows;                         /* of a unit, at most */

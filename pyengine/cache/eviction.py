@@ -77,7 +77,7 @@ def compressed(store: Store) -> list[Layer]:
     return [layer for layer in store.layers if store.cells.groups[layer.group].policy.compressed]
 
 
-def compress(store: Store, s: Conversation, policy: Compression, budget: int) -> None:
+def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_threads: int = 1) -> None:
     """Leave a conversation `budget` cells of each layer and head, or those that it has if they are fewer. A policy that spends more on some
     layers spends less on others.
 
@@ -93,7 +93,7 @@ def compress(store: Store, s: Conversation, policy: Compression, budget: int) ->
         new = {i: cells.compact(i, s, n) for i, n in kept.items()}
         for layer in layers:
             if kept[layer.group] < len(layer.old):
-                layer.compress(new[layer.group])
+                layer.compress(new[layer.group], n_threads)
         cells.shrink(s, kept)
     except BaseException:                                    # Ctrl-C: half moved
         cells.drop(s)
@@ -135,8 +135,8 @@ class Content:
             return np.zeros((*self.tokens.shape, 0), np.float32)
         return np.ascontiguousarray(self.layer.sums.gather(self._cells)).view(np.float32)
 
-    def compress(self, new: np.ndarray) -> None:
-        """Choose what stays, and write it to the cells `new`."""
+    def compress(self, new: np.ndarray, n_threads: int) -> None:
+        """Choose what stays, and write it to the cells `new`. Heads are merged side by side."""
         policy, states = self.policy, self.layer.states
         data = [state.gather(self.old) for state in states]
         reads = policy.merging != "none" or policy.contents
@@ -145,7 +145,7 @@ class Content:
         stay = policy.choose(self.statistics, self.is_text, len(new), counts=counts, keys=numbers[0], values=numbers[1])
         left = [np.take_along_axis(d, stay[..., None], 1) for d in data]
         if policy.merging != "none":
-            merged = policy.merge(stay, *numbers, sums=policy.shares(self.statistics))
+            merged = policy.merge(stay, *numbers, sums=policy.shares(self.statistics), n_threads=n_threads)
             for d, state, was, now in zip(left, states, numbers, merged):
                 changed = (now != np.take_along_axis(was, stay[..., None], 1)).any(-1)
                 d[changed] = quantize(now[changed].astype(np.float32), state.dtype)

@@ -14,6 +14,7 @@ from pyengine import ops
 from pyengine.compiler.rewrite import make, rebuild
 from pyengine.graph.graph import topological, users
 from pyengine.graph.tensor import Node, Tensor
+from pyengine.ops.attention import SUMS
 
 Pass = Callable[[list[Tensor]], list[Tensor]]
 
@@ -212,6 +213,34 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
     return rebuild(outputs, rule, nodes=nodes)
 
 
+def fold_key_sums(outputs: list[Tensor]) -> list[Tensor]:
+    """Sum what keys get where attention computes it, in one pass over the keys."""
+    nodes = topological(outputs)
+    read = users(nodes)
+
+    def summing(node: Node) -> Node | None:
+        """Return the node that sums an attention's probabilities, if it is all that reads the stats, and can be done beside."""
+        if node.op is not ops.attention or len(node.outputs) < 2 or node.args[8] is not None:
+            return None
+        readers = read.get((id(node), 1), [])
+        if len(readers) != 1 or readers[0].op is not ops.key_sums or SUMS.index("entropy") in dict(readers[0].params)["kinds"]:
+            return None
+        sums, weights = (ops.key_sums.argument(readers[0].args, name) for name in ("sums", "weights"))
+        return readers[0] if sums.node.op is None and weights.node.op is None else None
+
+    def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
+        if node.op is ops.key_sums and _is(stats := ops.key_sums.argument(args, "stats"), ops.attention_sums):
+            return (stats,)                                  # its second result, in the place of attention's
+        summed = summing(node)
+        if summed is None:
+            return None
+        sums, weights = (ops.key_sums.argument(summed.args, name) for name in ("sums", "weights"))
+        params = dict(summed.params)
+        return make(ops.attention_sums, (*args[:8], sums, weights), {name: params[name] for name in ("scale", "softcap", "kinds")})
+
+    return rebuild(outputs, rule, nodes=nodes)
+
+
 class Fusion(NamedTuple):
     """A pass, and the ops that it writes: a backend without a kernel of one of them runs the graph unfused instead."""
 
@@ -231,6 +260,7 @@ PASSES: dict[str, Fusion] = {
     "fold_residual": _fusion(fold_residual, ops.linear, ops.rms_norm, ops.sum_experts),
     "fold_softcap": _fusion(fold_softcap, ops.linear),
     "fold_rope_append": _fusion(fold_rope_append, ops.rope_append),
+    "fold_key_sums": _fusion(fold_key_sums, ops.attention_sums),
 }
 
 

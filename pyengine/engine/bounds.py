@@ -24,10 +24,10 @@ UNBOUNDED = 1 << 30
 
 
 class Bounds:
-    """The cells of conversations that are compressed."""
+    """The cells of conversations that are compressed, by n_threads."""
 
-    def __init__(self, step: Step, store: Store):
-        self.sizes, self.store, self.atom = step.sizes, store, step.sizes.atomic_rows
+    def __init__(self, step: Step, store: Store, n_threads: int):
+        self.sizes, self.store, self.atom, self.n_threads = step.sizes, store, step.sizes.atomic_rows, n_threads
         self.groups = [i for i, g in enumerate(step.groups) if g.policy.compressed]
 
     @property
@@ -86,7 +86,7 @@ class Bounds:
             return part._replace(counts=part.rows.counts[part.start : part.stop])
         limit, budget = self.limit(s)
         if self.filled(s) + n > limit:
-            eviction.compress(self.store, s, s.compression, budget)
+            eviction.compress(self.store, s, s.compression, budget, self.n_threads)
         first = self.filled(s)
         is_text = part.rows.ids[part.start : part.stop] >= 0
         return part._replace(counts=eviction.running_counts(s.compression, kinds, is_text, np.arange(first, first + n), limit))
@@ -94,4 +94,4 @@ class Bounds:
     def after_prompt(self, s: Conversation) -> None:
         """Let go of cells of a conversation that is compressed after its prompts."""
         if s.compression is not None and not self.running(s):
-            eviction.compress(self.store, s, s.compression, s.compression.budget_of(len(s)))
+            eviction.compress(self.store, s, s.compression, s.compression.budget_of(len(s)), self.n_threads)

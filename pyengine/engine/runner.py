@@ -25,7 +25,7 @@ class Runner:
         self.cells = step.cells(program)
         self.store = Store(self.cells, step.caches(program))
         self.inputs = StepProgram(step, program, self.cells)
-        self.bounds = Bounds(step, self.store)
+        self.bounds = Bounds(step, self.store, getattr(program.prepared, "n_threads", 1))
         self.n_steps = 0
 
     def run(self, work: Sequence[Work]) -> Logits:

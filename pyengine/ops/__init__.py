@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyengine.graph.op import REGISTRY
-from pyengine.ops.attention import attention, key_sums
+from pyengine.ops.attention import attention, attention_sums, key_sums
 from pyengine.ops.convolution import conv1d, conv2d
 from pyengine.ops.elementwise import (
     add, binary, div, exp, gelu, gelu_tanh, mul, relu, scale, sigmoid, silu, softcap, softplus, sub, tanh, unary,
@@ -19,7 +19,7 @@ from pyengine.ops.top import top_k
 from pyengine.graph.tensor import Tensor
 
 __all__ = [
-    "REGISTRY", "adaptive_avg_pool2d", "adaptive_pool2d", "add", "attention", "avg_pool2d", "binary", "cache_append",
+    "REGISTRY", "adaptive_avg_pool2d", "adaptive_pool2d", "add", "attention", "attention_sums", "avg_pool2d", "binary", "cache_append",
     "causal_conv", "concat", "contiguous", "conv1d", "conv2d", "div", "exp", "expert_linear", "gated_delta_rule", "gelu",
     "gelu_tanh", "group_norm", "key_sums", "l2_norm", "layer_norm", "linear", "matmul", "max_pool2d", "mean_rows", "mul", "pool2d",
     "reduce", "relu", "reshape", "resize2d", "rms_norm", "rope", "rope_append", "rope_table", "rows", "scale", "sigmoid",

@@ -216,3 +216,48 @@ key_sums.case(sums=(2, 80, 4), q=(9, 4, 64), k=(2, 40, 64), lo=(9,), hi=(9,), ce
 key_sums.case(sums=(1, 300, 1), q=(70, 6, 80), k=(1, 300, 80), lo=(70,), hi=(70,), cells=(1, 300), stats=(70, 6, 2), weights=(70, 1), scale=0.1,
               kinds=(0,))
 key_sums.case(sums=(2, 40, 1), q=(0, 4, 64), k=(2, 40, 64), lo=(0,), hi=(0,), cells=(1, 40), stats=(0, 4, 2), weights=(0, 1), scale=0.1, kinds=(0,))
+
+
+def _infer_both(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
+    shapes, (b, l), (_, n, c) = attention_sums._infer(args), args[5].shape, args[8].shape
+    if n != b * l:
+        raise ShapeError(f"attention_sums: 'sums' has {n} keys, and {b} sequences of {l} cells have {b * l}")
+    if len(params["kinds"]) != c or not all(0 <= kind < SUMS.index("entropy") for kind in params["kinds"]):
+        raise ShapeError(f"attention_sums: 'kinds' are {params['kinds']}; each of {c} channels needs one, 0 to {SUMS.index('entropy') - 1}")
+    return shapes
+
+
+@op(
+    infer=_infer_both,
+    strided=("q", "k", "v"),
+    fault="a row reads key, cell or sequence {} of {}",
+    flops=lambda q, k, v, *a, **p: 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1])
+    * (axis_max(q.shape[2]) + axis_max(v.shape[2])),
+)
+def attention_sums(
+    q: F32["m h e"],
+    k: Cache["g s e"],
+    v: Cache["g s f"],
+    lo: I32["m"],
+    hi: I32["m"],
+    cells: I32["b l"],
+    seq: I32["m"] | None,
+    sinks: F32["h"] | None,
+    sums: F32["g n c"],
+    weights: F32["m c"],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    kinds: tuple[int, ...],
+) -> tuple[F32["m h*f"], Same["sums"]]:
+    """Do what `attention` and `key_sums` of its stats do, in one pass: probabilities that attention has computed are summed, all but "entropy".
+
+    Keys do not go round in the cells: hi is at most l."""
+    out, stats = attention.fn(q, k, v, lo, hi, cells, seq, sinks, scale=scale, softcap=softcap, stats=True)
+    return out, key_sums.fn(sums, q, k, lo, hi, cells, seq, stats, weights, scale=scale, softcap=softcap, kinds=kinds)
+
+
+attention_sums.case(q=(9, 4, 64), k=(2, 80, 64), v=(2, 80, 64), lo=(9,), hi=(9,), cells=(2, 40), seq=(9,), sinks=(4,), sums=(2, 80, 3), weights=(9, 3),
+                    scale=0.2, softcap=20.0, kinds=(0, 1, 2))
+attention_sums.case(q=(70, 6, 80), k=(1, 300, 80), v=(1, 300, 48), lo=(70,), hi=(70,), cells=(1, 300), sums=(1, 300, 1), weights=(70, 1), scale=0.1, kinds=(0,))
+attention_sums.case(q=(0, 4, 64), k=(2, 40, 64), v=(2, 40, 64), lo=(0,), hi=(0,), cells=(1, 40), sums=(2, 40, 1), weights=(0, 1), scale=0.1, kinds=(0,))

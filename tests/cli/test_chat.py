@@ -150,7 +150,7 @@ def listed(talk: Chat) -> dict[str, tuple[str, str]]:
 def test_set_lists_all_values_and_where_they_are_from() -> None:
     talk = talk_with(Recommending(), max_tokens=7)
     found = listed(talk)
-    assert set(found) == {*settings.SAMPLING, "max_tokens", "stop", "think", "thinking", "keep", "wordwrap", "verbose"}
+    assert set(found) == {*settings.SAMPLING, "max_tokens", "stop", "think", "thinking", "compress", "keep", "wordwrap", "verbose"}
     assert found["temperature"] == ("0.6", "the model's") and found["top_k"] == ("20", "the model's") and found["top_p"][0] == "0.95"
     assert found["stop"] == ('"<end>" "two\\nlines"', "the model's") and found["max_tokens"] == ("7", "set")
     talk.say(["Q"])

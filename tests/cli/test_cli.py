@@ -173,7 +173,7 @@ def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert model.calls == [("chat", [{"role": "user", "content": "What?"}], None, None, {})]
     assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
                                                 "images": None, "device": "auto", "encoder_device": None,
-                                                "expert_device": None, "mmap": False, "adapters": None})]
+                                                "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None})]
 
 
 def test_options_reach_the_model(model) -> None:
@@ -251,7 +251,7 @@ def test_options_reach_the_model(model) -> None:
         "dry_sequence_breakers": ("\n", "END"),
     }
     assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "images": None, "device": "auto",
-                                  "encoder_device": None, "expert_device": None, "mmap": False, "adapters": None}
+                                  "encoder_device": None, "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None}
     execute(["m", "Q", "-n", "-1"])
     assert model.calls[1][2] is None
     execute(["m", "Q", "--mmap"])

@@ -47,10 +47,10 @@ class Seen:
         self.found: list[dict[str, Any]] = []
         original = eviction.Content.compress
 
-        def compress(content: eviction.Content, new: np.ndarray) -> None:
+        def compress(content: eviction.Content, new: np.ndarray, n_threads: int) -> None:
             keys, values = content.layer.states
             before = [s.gather(content.old).view(np.float32) for s in (keys, values)]
-            original(content, new)
+            original(content, new, n_threads)
             after = [s.gather(new).view(np.float32) for s in (keys, values)]
             self.found.append({"layer": content.layer.number, "sums": content.statistics, "text": content.is_text, "before": before, "after": after,
                                "tokens": content.tokens, "kept": content.s.kept[content.layer.number]})
@@ -255,11 +255,11 @@ def test_a_step_that_fails_leaves_no_half_compressed_conversation(tiny_gguf, mon
     model.reset()
     original, calls = eviction.Content.compress, []
 
-    def fails(content: eviction.Content, new: np.ndarray) -> None:
+    def fails(content: eviction.Content, new: np.ndarray, n_threads: int) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        original(content, new)
+        original(content, new, n_threads)
 
     monkeypatch.setattr(eviction.Content, "compress", fails)
     with pytest.raises(KeyboardInterrupt):

@@ -186,6 +186,7 @@ def moved(rng: np.random.Generator, c: np.ndarray | Block) -> np.ndarray | Block
 
 # ---- arguments from a declared case --------------------------------------------------------------------------------
 
+SUMMING = ("key_sums", "attention_sums")
 INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the shapes
     ("rope_table", "positions"): lambda rng, s, shapes: rng.integers(0, 100_000, s),
     ("temperature", "positions"): lambda rng, s, shapes: rng.integers(-2, 100_000, s),
@@ -200,10 +201,10 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
     ("attention", "at"): lambda rng, s, shapes: rng.integers(0, shapes["k"][1], s),
     ("attention", "cells"): lambda rng, s, shapes: np.stack(
         [rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
-    ("key_sums", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][1] // 2, s),
-    ("key_sums", "hi"): lambda rng, s, shapes: rng.integers(shapes["cells"][1] // 2, shapes["cells"][1] + 1, s),
-    ("key_sums", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
-    ("key_sums", "cells"): lambda rng, s, shapes: np.stack([rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]),
+    **{(name, "lo"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][1] // 2, s) for name in SUMMING},
+    **{(name, "hi"): lambda rng, s, shapes: rng.integers(shapes["cells"][1] // 2, shapes["cells"][1] + 1, s) for name in SUMMING},
+    **{(name, "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s) for name in SUMMING},
+    **{(name, "cells"): lambda rng, s, shapes: np.stack([rng.permutation(shapes["k"][1])[: s[1]] for _ in range(s[0])]) for name in SUMMING},
     **{(name, "before"): lambda rng, s, shapes: np.where(rng.random(s) < 0.3, rng.integers(-1, shapes["state"][1] // 2, s),
                                                          np.where(np.arange(s[0]) == 0, -1, -2))
        for name in ("causal_conv", "gated_delta_rule")},
@@ -215,7 +216,7 @@ FLOATS = {  # and of floats that are not any number
     ("gated_delta_rule", "k"): lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6),
     ("gated_delta_rule", "log_decay"): lambda x: -np.abs(x),
     ("key_sums", "stats"): lambda x: np.abs(x) + [3, 1],
-    ("key_sums", "weights"): lambda x: np.where(x[:, :1] > 0, x, 0),
+    **{(name, "weights"): lambda x: np.where(x[:, :1] > 0, x, 0) for name in SUMMING},
     ("gated_delta_rule", "beta"): lambda x: 1 / (1 + np.exp(-x)),
 }
 
@@ -244,11 +245,11 @@ def make_inputs(op: Op, case: Case, rng: np.random.Generator, cache: str = "F32"
 def reference(op: Op, inputs: Sequence[Value], params: dict[str, Any]) -> list[np.ndarray]:
     """The declared function in float64, on copies."""
     wide = lambda a: a.astype(np.float64) if a.dtype != np.int32 else a.copy()  # noqa: E731
-    if op.name == "attention" and len(inputs[0]) == 0:
-        return [np.zeros((0, inputs[0].shape[1] * inputs[2].shape[2]))]
+    if op.name in ("attention", "attention_sums") and len(inputs[0]) == 0:
+        return [np.zeros((0, inputs[0].shape[1] * inputs[2].shape[2])), *(inputs[8:9] if op.name == "attention_sums" else [])]
     at_k = list(op.args).index("k") if "k" in op.args else 0             # queries stand before it
     args = [[wide(p) for p in v] if isinstance(v, list) else None if v is None else wide(loaded(v)) for v in inputs]
-    if op.name in ("attention", "key_sums") and in_blocks(inputs[at_k]) and len(inputs[at_k - 1]):
+    if op.name in ("attention", *SUMMING) and in_blocks(inputs[at_k]) and len(inputs[at_k - 1]):
         args[at_k - 1] = rounded(inputs[at_k - 1], params["scale"])
     with np.errstate(all="ignore"):
         out = op.fn(*args, **{p.name: params.get(p.name, p.default) for p in op.params.values()})
@@ -302,7 +303,7 @@ TOLERANCE = {
     "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
     "reduce": (1e-6, 10.0), "mean_rows": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
-    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "key_sums": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
+    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "key_sums": (2e-6, 1.0), "attention_sums": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
     "causal_conv": (5e-7, 3.0), "gated_delta_rule": (2e-6, 8.0),
     "conv2d": (2e-6, 20.0), "pool2d": (4e-7, 1.0), "adaptive_pool2d": (4e-7, 1.0), "resize2d": (1e-6, 2.0), "group_norm": (2e-6, 1.0),
     "l2_norm": (6e-7, 0.0),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pyengine.cache.compression.written import POLICIES
 from pyengine.cli import answer, pictures
 from pyengine.cli.talk import settings, toolbox
 from pyengine.cli.talk.conversation import Chat
@@ -80,6 +79,8 @@ def compress(chat: Chat, rest: str) -> None:
     if rest:
         note(f"({chat.choices.set('compress', rest)})")
     else:
+        if not hasattr(chat.model, "cells_held"):
+            raise RequestError("/compress: how much is kept is known where the model is in this process")
         held = chat.model.cells_held()
         note("(nothing is read yet)" if held is None else f"({held.n_tokens:,} tokens are in {held.n_cells:,} cells of each layer that sees all, {size(held.nbytes)})")
 
@@ -222,7 +223,7 @@ COMMANDS: dict[str, Command] = {
     "/think": Command("[HOW]", "let the model think before it answers: on, off, low, medium, high, at most N tokens, or auto, as it does by itself",
                       think, words=dict.fromkeys(settings.THINK, "")),
     "/compress": Command("[POLICY]", "keep a part of what was read, from the next question on: look-m, h2o, snapkv .., look-m:ratio=0.2; off: all of it; "
-                         "without POLICY, tell how much is kept", compress, words=dict.fromkeys((*POLICIES, "off"), "")),
+                         "without POLICY, tell how much is kept", compress, words={"off": "keep all of it"}),
     "/tools": Command("FILE", "let the model call the functions of a Python file, which run here, or the tools of a JSON file, whose results you "
                       "type; off: none; without FILE, list them", equip, "tools", {"off": "no tools"}),
     "/format": Command("FILE", "hold answers to the JSON schema in a file; json: to objects; off: they are free; without FILE, show the schema",

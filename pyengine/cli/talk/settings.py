@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pyengine.cache.compression.written import compression_of
 from pyengine.cli import answer
 from pyengine.cli.paper import FOLDED, HIDDEN, SHOWN
 from pyengine.errors import RequestError
@@ -116,7 +115,7 @@ class Choices:
         word = "auto" if think is None else SWITCHES[not think] if isinstance(think, bool) else str(think)
         found.append(("think", word, "" if think is None else "set"))
         compress = self.answer.compress
-        found.append(("compress", str(getattr(model.compression, "text", "off") if compress is None else compress), "" if compress is None else "set"))
+        found.append(("compress", str(getattr(getattr(model, "compression", None), "text", "off") if compress is None else compress), "" if compress is None else "set"))
         for name in WORDS:
             value = getattr(self, name)
             word = value if isinstance(value, str) else SWITCHES[not value]
@@ -166,5 +165,7 @@ def _quoted(text: str) -> str:
 
 def _policy(value: str) -> str:
     """Return a policy's text as it is written in full. Raises: RequestError."""
+    from pyengine.cache.compression.written import compression_of              # a conversation begins sooner
+
     policy = compression_of(value)
     return policy.text if policy is not None else "off"
