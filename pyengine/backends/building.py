@@ -9,13 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-from filelock import FileLock
 
 from pyengine.errors import GraphError
 
@@ -36,6 +32,10 @@ def library(name: str, jobs: Sequence[Job], link: Sequence[str], folder: Path) -
     link: the command that links, to which `-o LIBRARY OBJECTS` is added.
     Raises: GraphError with the compiler's words.
     """
+    from concurrent.futures import ThreadPoolExecutor        # here: who only looks for a library that was built compiles nothing
+
+    from filelock import FileLock
+
     folder.mkdir(parents=True, exist_ok=True)
     kept = Path(os.environ.get("PYENGINE_OBJECTS") or folder / "objects")
     kept.mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,8 @@ def _made(place: Path, listed: Sequence[str]) -> Path:
 
 
 def _run(command: Sequence[str], what: str) -> None:
+    import subprocess
+
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except OSError as error:

@@ -149,7 +149,6 @@ def run(
 ) -> int:
     """Answer PROMPT, or hold a conversation when it is missing."""
     from pyengine.cli import answer, asked, pictures, screen
-    from pyengine.cli.talk import chat
     from pyengine.cli.report import planned
 
     typed = [*([] if model_option is None or model is None else [model]), *(prompt or ()), *(prompt_option or ())]
@@ -221,6 +220,8 @@ def run(
         note("(base model: the file has no chat template, so the prompt is not answered but continued as plain text)")
     code = 0
     if question is None:
+        from pyengine.cli.talk import chat
+
         talk = chat.Chat(loaded, settings, system, raw or base, verbose, options)
         chat.run(talk, shown)
     else:

@@ -276,11 +276,11 @@ def boxes_json(found: Any) -> dict[str, Any]:
 
 def places(found: Any, names: Sequence[str], way: str = "") -> list[str]:
     """Format the boxes, points and polygons of an answer, after what they are measured in, for standard error; `way`: how to see them."""
-    from pyengine.chat.boxes import Box, Polygon
-
     marks = boxes(found)
     if not marks:
-        return []
+        return []                                            # of texts alone, for which Pillow is not imported
+    from pyengine.chat.boxes import Box, Polygon
+
     number = marks[0].image
     lines = [f"(in pixels of {names[number]}, {_size(found.media[number].size)}{way and '; '}{way})"]
     for mark in marks:

@@ -144,6 +144,8 @@ class Model(ReadsText, Saves):
     def _release(self) -> None:
         if self.closed:
             return
+        fitting = self.plan.search()                         # while the files are open; the plan can be read later, and does not keep them
+        self.plan = replace(self.plan, search=lambda: fitting)
         gone: Any = Closed(self.plan.model)
         self._scheduler.close(gone)
         self.closed, self._fed = True, None

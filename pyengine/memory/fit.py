@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     notes = (*m.notes, *in_place, *compression_notes(m), *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
                       m.free, m.sizes.n_seq, m.step.n_layers, max(m.sizes.runs.values(), default=0),
-                      largest_context(m) if whole else None, most_conversations(m, limit) if whole else None, limit, notes=notes,
+                      cache(lambda: (largest_context(m), most_conversations(m, limit)) if whole else (None, None)), limit, notes=notes,
                       n_ctx_train=m.bound.n_ctx_train, decoding=MAX_DECODING if m.encoder else 0)
     return replace(made, rooms=tuple(headrooms(m, made.total, made.of("overhead"))))
 

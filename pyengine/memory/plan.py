@@ -7,8 +7,8 @@ are no part of the total), kv, arena, sampler, encoder (weights and arena of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -104,8 +104,8 @@ class MemoryPlan:
 
     available   bytes that each device used could give when the plan was made
     picture     most soft tokens of one run of the encoder: 0 without one
-    max_ctx     largest context, up to the trained one, that fits with all else as it is, the largest picture too; None if none does
-    max_seq     conversations that fit so, at most `seq_limit`, which is as far as was looked
+    search      finds `max_ctx` and `max_seq` when they are first asked for: a model answers sooner
+    seq_limit   as far as `max_seq` is looked for
     rooms       all devices of the machine and what they could hold
     notes       what was chosen because it was not given, and why
     alternatives  of a plan that was refused: the nearest settings that fit
@@ -123,8 +123,7 @@ class MemoryPlan:
     n_seq: int = 1
     n_layers: int = 0
     picture: int = 0
-    max_ctx: int | None = None
-    max_seq: int | None = None
+    search: Callable[[], tuple[int | None, int | None]] = field(default=lambda: (None, None), repr=False, compare=False)
     seq_limit: int = 1
     rooms: tuple[Headroom, ...] = ()
     notes: tuple[str, ...] = ()
@@ -137,6 +136,16 @@ class MemoryPlan:
         free = sum(self.available.values())
         sizes = f"context {self.n_ctx}{f' x {self.n_seq}' if self.n_seq > 1 else ''}, kv {self.kv_dtype}" if self.kv_dtype else f"texts of {self.n_ctx}"
         return (f"MemoryPlan({self.model}: {sizes}, {self.total / MIB:.1f} of {free / MIB:.0f} MiB, {'fits' if self.fits else 'does not fit'})")
+
+    @property
+    def max_ctx(self) -> int | None:
+        """The largest context, up to the trained one, that fits with all else as it is, the largest picture too; None if none does."""
+        return self.search()[0]
+
+    @property
+    def max_seq(self) -> int | None:
+        """Conversations that fit so, at most `seq_limit`."""
+        return self.search()[1]
 
     @property
     def total(self) -> int:
@@ -164,7 +173,8 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for `--json`."""
-        return {**asdict(self), "total": self.total, "fits": self.fits}
+        found = {name: value for name, value in asdict(self).items() if name != "search"}
+        return {**found, "max_ctx": self.max_ctx, "max_seq": self.max_seq, "total": self.total, "fits": self.fits}
 
     def lines(self) -> list[tuple[str, str, int, str]]:
         """Return (device, purpose, bytes, detail) with the layers of the same kind added up."""

@@ -520,3 +520,19 @@ def test_a_standard_input_that_nothing_comes_from(monkeypatch) -> None:
     monkeypatch.setattr(sys.stdin.buffer, "read", lambda: (_ for _ in ()).throw(broken))
     with pytest.raises(RequestError, match="standard input: Input/output error"):
         asked.read_stdin()
+
+
+def test_plain_arguments_are_read_without_pydantic() -> None:
+    """It takes longer to import than NumPy, and is loaded for what is wrong or no plain text or whole number."""
+    code = ("import sys; from pyengine.cli import main; sys.argv = ['pyengine-run', *sys.argv[1:]]\n"
+            "try: main()\nexcept SystemExit as e: print('pydantic' in sys.modules, 'PIL' in sys.modules, e.code)")
+
+    def run(*arguments: str) -> tuple[str, str]:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+        return done.stdout.splitlines()[-1], done.stderr
+
+    assert run("plan", "no-such-model", "--ctx", "64", "-b", "32")[0] == "False False 2"
+    assert run("no-such-model", "Hi", "-n", "1", "--top-k", "3", "--stop", "x", "--stop", "y")[0] == "False False 2"
+    for wrong, said in (("x", "valid integer"), ("1.5", "valid integer"), ("-2", "-1")):
+        found, error = run("no-such-model", "Hi", "-n", wrong)
+        assert found == "True False 2" and said in error and "-n" in error

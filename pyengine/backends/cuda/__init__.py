@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TYPE_CHECKING
 
 from pyengine import hardware
 from pyengine.backends import base
 from pyengine.backends.cuda.library import Library, library
-from pyengine.backends.cuda.prepared import Prepared
-from pyengine.compiler.arena import Turns
 from pyengine.errors import GraphError
 from pyengine.hardware.facts import Device
+
+if TYPE_CHECKING:
+    from pyengine.compiler.arena import Turns
 
 _KERNELS: dict[str, frozenset[str]] = {}                     # by the path of a library
 
@@ -52,4 +53,6 @@ class Backend(base.Backend):
 
     def prepare(self, declared: base.Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Any:
         """Fuse, lay out and count without loading."""
+        from pyengine.backends.cuda.prepared import Prepared                     # machines without cards start sooner
+
         return Prepared(declared, turns, passes, self)
