@@ -58,10 +58,11 @@ static winograd winograd_of(const conv *t) {
   return y;
 }
 
-/* It depends on the number of pictures in nothing, and a smaller picture is never taken where a larger one is not. */
+/* Strides are left to products for now: they gained 5 to 15%, and errors of 1.7e-6 that a small Gemma 3n does not bear.
+ * It depends on the number of pictures in nothing, and a smaller picture is never taken where a larger one is not. */
 int PE_NAME(winograd_fits)(const conv *t) {
   const int64_t s = t->sy, taps = (t->kh + s - 1) / s, side = SPAN + 1 - taps;
-  if (t->groups != 1 || t->dy != 1 || t->dx != 1 || t->sx != s || taps != (t->kw + s - 1) / s || taps < 2 || taps > 3) return 0;
+  if (s != 1 || t->groups != 1 || t->dy != 1 || t->dx != 1 || t->sx != s || taps != (t->kw + s - 1) / s || taps < 2 || taps > 3) return 0;
   if (pe_format_of(conv_format(t->w)).elements != 1 || pe_min(t->rows, t->columns) < LEAST_SIDE * s * s) return 0;
   const int64_t across = (SPAN - 1) * s, y = across + t->kh - s * (taps - 1), x = across + t->kw - s * (taps - 1);
   return 3 * y * x <= 2 * t->kh * t->kw * side * side; /* products of a tile */
