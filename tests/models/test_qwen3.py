@@ -15,7 +15,7 @@ KEYS = {"block_count": 3, "context_length": 256, "embedding_length": 96, "feed_f
 
 CASES = (Case(
     "qwen3", "qwen3", "Qwen3Config", "Qwen3ForCausalLM", "qwen2", {**COMMON, "head_dim": 32, "tie_word_embeddings": True},
-    cached_as="qwen2", also=("Qwen3Model",),                 # without its head: tests/engine/test_ranks.py
+    cached_as="qwen2", also=("Qwen3Model", "Qwen3ForSequenceClassification"),     # without its head, with one of a score: tests/engine/test_ranks.py
     variants={"qwen3": {}, "qwen3-untied": {"tie_word_embeddings": False}},
     converted=Converted(KEYS, names="QWEN3", narrow="bf16", tensors={"qwen3": {}, "qwen3-untied": {"tie_word_embeddings": False}},
                         runs={"qwen3": {}, "qwen3-yarn": {"rope_parameters": ROPES["yarn-attn"]}}),
