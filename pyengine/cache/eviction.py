@@ -61,10 +61,12 @@ def clear(store: Store, s: Conversation) -> None:
 
 
 def copy_sums(store: Store, s: Conversation, child: Conversation) -> None:
-    """Give a conversation that goes on from another one the sums of that one's keys."""
+    """Give a conversation that goes on from a beginning of another one the sums of its keys."""
+    clear(store, child)
     for layer in compressed(store):
         if layer.sums is not None:
-            layer.sums.copy(cells_of_sums(store, s, layer), cells_of_sums(store, child, layer))
+            cells = cells_of_sums(store, child, layer)
+            layer.sums.copy(cells_of_sums(store, s, layer)[: len(cells)], cells)
 
 
 def cells_of_sums(store: Store, s: Conversation, layer: Layer) -> np.ndarray:
@@ -94,9 +96,13 @@ def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_
         for layer in layers:
             if kept[layer.group] < len(layer.old):
                 layer.compress(new[layer.group], n_threads)
+            else:
+                layer.keep_sums(np.broadcast_to(np.arange(len(layer.old)), layer.tokens.shape))
         cells.shrink(s, kept)
     except BaseException:                                    # Ctrl-C: half moved
-        cells.drop(s)
+        if s in cells.conversations:
+            cells.conversations.remove(s)
+        cells.recount()
         raise
 
 
@@ -152,9 +158,9 @@ class Content:
         for state, d in zip(states, left):
             state.scatter(new, d)
         self.s.kept[self.layer.number] = np.take_along_axis(self.tokens, stay, 1).astype(np.int32)
-        self._keep_sums(stay)
+        self.keep_sums(stay)
 
-    def _keep_sums(self, stay: np.ndarray) -> None:
+    def keep_sums(self, stay: np.ndarray) -> None:
         """Let sums go with their keys. Those of a window are counted anew."""
         if self.layer.sums is None:
             return

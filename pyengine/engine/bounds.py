@@ -12,7 +12,7 @@ import numpy as np
 from pyengine.cache import eviction
 from pyengine.cache.cells import Conversation
 from pyengine.cache.store import Store
-from pyengine.errors import RequestError
+from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import cells_of_budget
 from pyengine.programs.step import Step, Work
@@ -36,9 +36,7 @@ class Bounds:
         return self.sizes.compressed is not None and self.sizes.compressed.most > 0
 
     def _count(self, rows: Rows) -> None:
-        """Note in a prompt how much its rows count in sums of attention. Raises: RequestError where the model was laid out anew for another policy."""
-        if not self.serves(rows.compression):
-            raise RequestError(f"compress={rows.compression!r}: the model has been laid out for {self.sizes.compressed!r} since this was asked for")
+        """Note in a prompt how much its rows count in sums of attention."""
         rows.counts = eviction.prompt_counts(rows.compression, self.sizes.compressed.kinds, rows.ids >= 0)
 
     def running(self, s: Conversation) -> bool:
@@ -53,9 +51,24 @@ class Bounds:
 
     def check(self, policy: Compression) -> None:
         """Check that a conversation can be compressed so in the cells that there are. Raises: RequestError."""
-        if self.bounded and policy.budget_of(self.sizes.n_ctx) >= self.sizes.compressed.most:
-            raise RequestError(f"compress={policy!r}: leaves {policy.budget_of(self.sizes.n_ctx)} cells, and the model was loaded with "
-                               f"{self.sizes.compressed.most} a conversation; give a smaller budget")
+        budget, most = policy.budget_of(self.sizes.n_ctx), self.room(None)
+        if most < self.sizes.n_ctx and budget + max(1, self.atom) > most:
+            read = f", {self.atom} of them for a picture that is read in one step" if self.atom > 1 else ""
+            raise RequestError(f"compress={policy!r}: leaves {budget} cells, and the model was loaded with {most} a conversation{read}; give a smaller budget")
+
+    def room(self, policy: Compression | None) -> int:
+        """Return how many tokens a conversation may have that is compressed so: where there are cells for a part of them only, the others are as many."""
+        return self.sizes.n_ctx if policy is not None or not self.bounded else self.sizes.compressed.cells(self.sizes.n_ctx)
+
+    def check_prompt(self, rows: Rows) -> None:
+        """Check that a prompt can be read in the cells that there are. Raises: ContextOverflowError; RequestError where the model was laid out anew for
+        another policy since it was asked for."""
+        if rows.compression is not None:
+            if not self.serves(rows.compression):
+                raise RequestError(f"compress={rows.compression!r}: the model has been laid out for other policies since this was asked for; ask again")
+            self.check(rows.compression)
+        elif len(rows) > self.room(None):
+            raise ContextOverflowError(f"{len(rows)} cells are needed, and a conversation has {self.room(None)}: ask with a policy of compression, or for less")
 
     def limit(self, s: Conversation) -> tuple[int, int]:
         """Return (cells that a growing conversation may have, those that a compression leaves)."""

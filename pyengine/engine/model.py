@@ -249,18 +249,16 @@ class Model(ReadsText, Saves):
 
     def _compression_of(self, asked: Any) -> Compression | None:
         """Return how a request's conversation is compressed: None as usual, False not at all. Raises: RequestError."""
-        if asked is None:
-            return self._compression
-        if asked is False:
-            return None
-        from pyengine.cache.compression.written import compression_of
+        policy = self._compression
+        if asked is not None and asked is not policy:
+            from pyengine.cache.compression.written import compression_of
 
-        policy = compression_of(asked)
+            policy = None if asked is False else compression_of(asked)
         if policy is None:
             return None
+        self._runner.bounds.check(policy)
         if not self._runner.bounds.serves(policy):
             self._run_anew(policy)
-        self._runner.bounds.check(policy)
         return policy
 
     @alone
@@ -269,15 +267,24 @@ class Model(ReadsText, Saves):
 
         Raises: RequestError while requests are worked on; PlanError if that does not fit.
         """
-        if self._loop is not None or self._scheduler.active or self._scheduler.waiting:
-            raise RequestError(f"compress={policy!r}: the model was loaded for {self._fitted.layout.want.compress!r}, and is at work; load it with compress={policy!r}")
-        fitted = fitted_anew(self._fitted, policy, self)
+        if self._loop is not None or self._scheduler.active or self._scheduler.waiting or any(s.active for s in self._runner.cells.conversations):
+            there = self._fitted.layout.want.compress
+            raise RequestError(f"compress={policy!r}: the model was loaded {f'for {there!r}' if there else 'without compression'}, and is at work; load it with "
+                               f"compress={policy!r}")
+        was, n_steps = self._fitted, self._runner.n_steps
+        fitted = fitted_anew(was, policy, self._compression, self)
         self._fed = self.program = self._runner = self._scheduler.runner = None              # type: ignore[assignment]
         gc.collect()
-        self._run_on(fitted, fitted.layout.prepared.load())
-        self._scheduler.runner = self._runner
-        if self.media is not None:
-            self.media.cells = self._runner.cells
+        try:
+            self._run_on(fitted, fitted.layout.prepared.load())
+        except BaseException:                                # Ctrl-C, or no memory: as it was, without conversations
+            self._run_on(was, was.layout.prepared.load())
+            raise
+        finally:
+            if self._runner is not None:
+                self._runner.n_steps, self._scheduler.runner = n_steps, self._runner
+                if self.media is not None:
+                    self.media.cells = self._runner.cells
 
     @alone
     def cells_held(self) -> Cached | None:
@@ -296,7 +303,7 @@ class Model(ReadsText, Saves):
         """What `hidden` and `embed` rest on; its readings can also be queued in `loop`."""
         from pyengine.engine.vectors import Vectors
 
-        return Vectors(self._prompts, self._scheduler, Hparams(self.file.metadata), self._scales(None))
+        return Vectors(self._prompts, self._scheduler, Hparams(self.file.metadata), self._scales(None), self._always)
 
     @takes()
     def hidden(self, x: Sequence[Any] | str) -> np.ndarray:

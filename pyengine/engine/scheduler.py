@@ -54,10 +54,11 @@ class Scheduler:
         self.waiting.append(request)
 
     def check(self, request: Job) -> None:
-        """Check that a request can be served. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context holds."""
+        """Check that a request can be served. Raises: RequestError for an empty prompt, ContextOverflowError for one that no context, or no cells, hold."""
         if not len(request.rows):
             raise RequestError("the prompt is empty")
         check_room(len(request.rows), self.n_ctx)
+        self.runner.bounds.check_prompt(request.rows)
         self.runner.check_across(request.rows)
 
     def cancel(self, request: Job) -> None:
@@ -210,7 +211,7 @@ class Scheduler:
         """Collect the rows of the next step."""
         work: list[tuple[Job, Work]] = []
         for r in [r for r in self.active if r.pending is not None]:
-            if len(r.conversation) == self.n_ctx:
+            if len(r.conversation) == self.runner.bounds.room(r.conversation.compression):
                 r.fill()
                 continue
             for s, token in r.branches():
@@ -227,7 +228,7 @@ class Scheduler:
             limit, first = limit - (part.stop - part.start), False
             if limit <= 0:
                 break
-        self.speculation.add(work, self.runner, self.n_ctx)
+        self.speculation.add(work, self.runner)
         return work
 
     def _shares(self, limit: int) -> list[tuple[Job, int]]:

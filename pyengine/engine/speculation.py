@@ -116,14 +116,14 @@ class Speculation:
             self.pace.note(sum(w.stop - w.start for _, w in work), time.perf_counter() - began)
         return logits
 
-    def add(self, work: list[tuple[Job, Work]], runner: Runner, n_ctx: int) -> None:
+    def add(self, work: list[tuple[Job, Work]], runner: Runner) -> None:
         """Put drafts into a step where they pay, as far as it has rows left. A conversation that is compressed as it grows has none: each row
         adds to the sums by which its cells are chosen."""
         used = sum(w.stop - w.start for _, w in work)
         room, found = runner.n_batch - used, dict[int, Draft]()
         for i, (r, w) in enumerate(work):
             if room and r.drafts is not None and r.pending is not None and not runner.bounds.running(w.conversation):
-                draft = r.drafts.next(r.report.tokens, min(room, n_ctx - len(w.conversation) - 1))
+                draft = r.drafts.next(r.report.tokens, min(room, runner.bounds.room(w.conversation.compression) - len(w.conversation) - 1))
                 if draft.tokens:
                     found[i] = draft
         if not found:

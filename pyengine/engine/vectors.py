@@ -101,11 +101,11 @@ class Vectors:
     """What makes readings for one model, and runs them.
 
     h   keys of its file, which may say how vectors are made of hidden states
-    adapters   their scales
+    adapters   their scales; compression: of all conversations, where a part of their tokens has cells
     """
 
-    def __init__(self, prompts: Prompts, scheduler: Scheduler, h: Hparams, adapters: tuple[float, ...] = ()):
-        self.prompts, self.scheduler, self.h, self.adapters = prompts, scheduler, h, adapters
+    def __init__(self, prompts: Prompts, scheduler: Scheduler, h: Hparams, adapters: tuple[float, ...] = (), compression: Any = None):
+        self.prompts, self.scheduler, self.h, self.adapters, self.compression = prompts, scheduler, h, adapters, compression
 
     def pooling(self, asked: str | None = None) -> str:
         """Return the pooling: what is asked for, or what the file says, or "last", as decoders see what came before only; "mean" of an encoder's.
@@ -172,7 +172,7 @@ class Vectors:
 
     def _reading(self, segments: list[Segment], pooling: str | None) -> Reading:
         rows = lay_out_rows(self.prompts.asked(segments), self.scheduler.runner.axes)
-        rows.adapters = self.adapters
+        rows.adapters, rows.compression = self.adapters, self.compression
         reading = Reading(rows, pooling)
         self.scheduler.check(reading)
         return reading

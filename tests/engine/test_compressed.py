@@ -236,6 +236,89 @@ def test_a_model_is_laid_out_anew_for_another_policy(tiny_gguf) -> None:
         model.submit(IDS[:50], compress=pe.VLCache(ratio=0.5))
 
 
+def test_laying_out_anew_keeps_what_the_model_was_loaded_for(tiny_gguf, monkeypatch) -> None:
+    path = tiny_gguf("llama")[0]
+    plain = pe.load(path, **SETTINGS)
+    whole, steps = told(ask(plain, IDS[:150])), plain.stats["steps"]
+    assert told(ask(plain, IDS[:150], compress=pe.LookM(budget=50, when="always"))) != whole
+    assert told(ask(plain, IDS[:150])) == whole and plain.stats["steps"] > 2 * steps      # a context of cells is still there
+    model = pe.load(path, compress=pe.RoCo(ratio=0.3), **SETTINGS)
+    want = told(ask(model, IDS[:150]))
+    late = model.stream(IDS[:150])
+    ask(model, IDS[:150], compress=pe.VLCache(ratio=0.3))
+    with pytest.raises(RequestError, match="ask again"):
+        late.answer()
+    assert told(ask(model, IDS[:150])) == want               # of another layout, which comes back
+    blocks = model.logit_blocks(IDS[:100])
+    next(blocks)
+    with pytest.raises(RequestError, match="at work"):
+        ask(model, IDS[:50], compress=pe.VLCache(ratio=0.3))
+    blocks.close()
+    run_on, failed = type(model)._run_on, []
+
+    def fails(self: Any, *args: Any) -> None:
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        run_on(self, *args)
+
+    monkeypatch.setattr(type(model), "_run_on", fails)
+    with pytest.raises(MemoryError):
+        ask(model, IDS[:50], compress=pe.VLCache(ratio=0.3))
+    assert told(ask(model, IDS[:150])) == want
+
+
+def test_a_beginning_of_an_answer_is_gone_on_from(tiny_gguf) -> None:
+    path, policy = tiny_gguf("llama")[0], pe.LookM(ratio=0.3)
+    model = pe.load(path, compress=policy, n_seq=2, **SETTINGS)
+    waiting = model.stream(IDS[:10], max_tokens=50)
+    next(waiting)
+    ask(model, IDS[20:180])                                  # leaves its sums in the second row
+    waiting.close()
+    for s in list(model._runner.cells.conversations):
+        model._runner.cells.drop(s)
+    never = tuple((i, -1e9) for i in model.tokenizer.eog_ids)
+    stream = model.stream(IDS[:100], max_tokens=60, temperature=0.7, seed=1, logit_bias=never)
+    while len(stream.report.tokens) < 20:
+        next(stream)
+    longer = [*IDS[:100], *stream.report.tokens[:5], *IDS[100:180]]
+    answer = ask(model, longer)
+    assert answer.n_cached == 105 and answer.report.conversation.row == 1
+    alone = pe.load(path, compress=policy, **SETTINGS)
+    ask(alone, IDS[:100], 6)
+    want = ask(alone, longer)
+    assert want.n_cached == 105 and told(answer) == told(want)
+
+
+def test_requests_that_have_no_cells_do_not_end_others(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], compress=pe.LookM(budget=50, when="always"), n_seq=2, **SETTINGS)
+    want = told(ask(model, IDS[:20], 30))
+    handle = model.submit(IDS[:20], max_tokens=30, temperature=0.7, seed=1, logit_bias=tuple((i, -1e9) for i in model.tokenizer.eog_ids))
+    with pytest.raises(ContextOverflowError, match="60"):
+        model.submit(IDS[:61], compress=False)
+    grown = model.submit(IDS[:50], max_tokens=60, compress=False, temperature=0, logit_bias=tuple((i, -1e9) for i in model.tokenizer.eog_ids))
+    assert len(grown.result().tokens) == 11 and grown.report.finish == "length"           # 60 cells, and a token that takes none
+    assert told(handle.result()) == want
+    assert model.hidden(IDS[:150]).shape[0] == 150 and model.embed([IDS[:150]]).shape[0] == 1
+    with pytest.raises(RequestError, match="smaller budget"):
+        model.submit(IDS[:20], compress=pe.H2O(budget=1000))
+
+
+def test_a_budget_leaves_room_for_a_picture_in_one_step(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("gemma3")[0], compress=pe.LookM(budget=20, when="always"), **SETTINGS)
+    assert model._runner.bounds.atom == 4
+    assert ask(model, prompt("gemma3"), 30).tokens
+    with pytest.raises(RequestError, match="in one step"):
+        ask(model, prompt("gemma3"), 30, compress=pe.LookM(budget=21, when="always"))
+
+
+def test_a_window_is_counted_anew_where_all_was_kept(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("llama")[0], compress=pe.SnapKV(budget=60, window=8), **SETTINGS)
+    first = ask(model, IDS[:50], 1)
+    layer, s = eviction.compressed(model._runner.store)[0], first.report.conversation
+    assert model.cells_held().n_cells == 50 and not layer.sums.gather(eviction.cells_of_sums(model._runner.store, s, layer)).any()
+
+
 def test_what_cannot_be_compressed_says_so(tiny_gguf, tmp_path) -> None:
     folder = tiny_sources.make(next(iter(cases.sources().values())), tmp_path / "hf")
     with pytest.raises(UnsupportedModelError, match="no layers"):
