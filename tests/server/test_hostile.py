@@ -28,7 +28,7 @@ ENDLESS = {"max_tokens": 200, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def served(tiny_gguf) -> Iterator[Any]:
-    found = load(str(tiny_gguf("gemma3")[0]), n_ctx=256, n_threads=1, n_seq=4)
+    found = load(str(tiny_gguf("gemma3")[0]), n_ctx=256, n_threads=1, n_seq=4, speculate=False)     # tests count steps
     yield found
     found.model.close()
 
