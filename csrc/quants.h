@@ -57,6 +57,17 @@ typedef struct {
 } block_q4_1;
 PE_BLOCK_SIZE(block_q4_1, Q4_1);
 
+/* x[i] = d * q[i] + m, 2 bits a code; only caches have it. Bits 2 j of qs[h] hold q[16 h + j]. */
+typedef struct {
+  uint16_t d;       /* f16 */
+  uint16_t m;       /* f16 */
+  uint32_t qs[2];
+} block_q2_1;
+PE_BLOCK_SIZE(block_q2_1, Q2_1);
+
+/* Q4_1_CHANNELS, Q2_1_CHANNELS: keys of 32 neighbouring cells of a head are e blocks of Q4_1 or Q2_1, one for each channel with its 32
+ * elements. A cell's own bytes are a thirty-second part of them, and mean nothing alone. */
+
 /* x[i] = d * (q[i] - 16), where q[i] = bit i of qh << 4 | nibble
  *
  *   qh[0]                        qh[3]

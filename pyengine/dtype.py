@@ -13,6 +13,7 @@ import numpy as np
 from pyengine.errors import ShapeError, UnsupportedModelError
 
 PACKED_BIT = 256  # id of a packed format = id of the format + PACKED_BIT; every id of ggml is far below
+OWN = 512         # formats of ours, which only caches have, begin here
 _PACKED_SUFFIX = ":packed"
 
 
@@ -41,6 +42,16 @@ class DType(NamedTuple):
     @property
     def is_packed(self) -> bool:
         return bool(self.id & PACKED_BIT)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether files may have it; the others are forms in memory only."""
+        return self.id < PACKED_BIT
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether it holds keys in blocks of one channel each."""
+        return self.name in BY_CHANNEL
 
     @property
     def packed(self) -> DType:
@@ -95,6 +106,17 @@ _TABLE = (
 )
 
 
+# The formats that only caches have, which csrc/quants.h draws. Those by channel hold keys: what stands in one cell of a head is a part of
+# a group of GROUP neighbouring cells, which are whole blocks of one channel each.
+_CACHE_TABLE = (
+    ("Q2_1", OWN, 32, 12, None),
+    ("Q4_1_CHANNELS", OWN + 1, 32, 20, None),
+    ("Q2_1_CHANNELS", OWN + 2, 32, 12, None),
+)
+GROUP = 32
+BY_CHANNEL = {"Q4_1_CHANNELS": "Q4_1", "Q2_1_CHANNELS": "Q2_1"}       # and the format of a channel's block
+
+
 class PackedForm(NamedTuple):
     """How 16 rows of a format lie interleaved for kernels; csrc/cpu/pack.h draws it. Bytes are of 16 rows.
 
@@ -139,9 +161,10 @@ REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
 
 DTYPES = tuple(DType(name, id, block, nbytes, None if numpy is None else np.dtype(numpy))
                for name, id, block, nbytes, numpy in _TABLE)
+CACHE_DTYPES = tuple(DType(*row) for row in _CACHE_TABLE)
 _PACKED = tuple(DType(t.name + _PACKED_SUFFIX, t.id | PACKED_BIT, t.block, t.nbytes, t.numpy) for t in DTYPES)
-_BY_ID = {t.id: t for t in DTYPES + _PACKED}
-_BY_NAME = {t.name.casefold(): t for t in DTYPES + _PACKED}
+_BY_ID = {t.id: t for t in DTYPES + _PACKED + CACHE_DTYPES}
+_BY_NAME = {t.name.casefold(): t for t in DTYPES + _PACKED + CACHE_DTYPES}
 
 
 def dtype(key: str | int) -> DType:

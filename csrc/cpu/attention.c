@@ -324,7 +324,9 @@ static pe_status begin(const char *op, job *w, const pe_tensor *cells, const pe_
   if (cells) w->cells = cells->data, w->cells_stride = cells->stride[0], w->l = cells->shape[1];
   if (seq) w->seq = seq->data;
   if (sinks) w->sinks = sinks->data;
-  const pe_status bad = check_cells(op, "k", w->k, 0, s);
+  const int by_channel = channel_format(w->k->dtype) != PE_F32;
+  const pe_status bad = by_channel ? check_channels(op, "k", w->k, s) : check_cells(op, "k", w->k, 0, s);
+  if (!bad && w->k->dtype == PE_Q2_1) return pe_fail(s, PE_NO_KERNEL, "%s: 'k' in blocks of 2 bits: only by channel", op);
   return bad ? bad : check_cells(op, "v", w->v, 0, s);
 }
 
@@ -339,7 +341,7 @@ PE_KERNEL(cpu, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tenso
   pe_status bad = begin("attention", &w, cells, seq, sinks, s);
   if (bad) return bad;
   if (p->products == PE_ATTENTION_PRODUCTS_INT8) {
-    if (cells || seq || sinks || bias || p->softcap != 0.0f || in_blocks(k) || in_blocks(v))
+    if (cells || seq || sinks || bias || p->softcap != 0.0f || in_blocks(k) || in_blocks(v) || channel_format(k->dtype) != PE_F32)
       return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
     return PE_NAME(attention_int8)(q, k, v, lo, hi, out, p->scale, s);
   }

@@ -4,6 +4,7 @@
  *   F32                  floats: transpose_keys, then vec.h's tile     the same
  *   F16, BF16 (avx512)   transpose_narrow, narrow_scores               transpose_keys, tile
  *   blocks               transpose_blocks, block_scores                the same
+ *   by channel           channel_scores, where it lies                 load_channels, tile
  *
  * A score has the same bits in all of them, but for keys in blocks, whose queries are rounded.
  * Names of inner functions: X_body is the loop over a tile for constant rows and vectors, in registers; X_rows walks the tile with
@@ -13,6 +14,7 @@
  *   rows      1  2  3  4  5  6  7  8
  *   scores    4  4  4  4  4  4  2  2     sums
  *   codes     4  4  4  2  2  2  2  1     sums of integers and of floats
+ *   channels  4  4  4  4  4  4  2  2     sums
  */
 #ifndef PE_ATTENTION_KEYS_H
 #define PE_ATTENTION_KEYS_H
@@ -23,8 +25,8 @@
  * to store floats and load them again. */
 enum { FEW_ROWS = PE_PARTS == 1 ? 8 : TILE_ROWS, FEW_QUERIES = 2 * FEW_ROWS };
 
-/* How a tile of K is held: floats [e][64], 16 bits wide, or codes of blocks. */
-enum form { FLOATS, NARROW, CODES };
+/* How a tile of K is held: floats [e][64], 16 bits wide, codes of blocks, or (GROUPS) the addresses of its two groups. */
+enum form { FLOATS, NARROW, CODES, GROUPS };
 
 /* ---- K as floats ---- */
 
@@ -63,6 +65,7 @@ PE_INLINE void transpose_keys(const int dtype, const char *const *cell, const ch
 
 /* Bytes of one cell, for fetching ahead; 0 where its elements are spread. */
 static int64_t cell_bytes(const pe_tensor *t) {
+  if (channel_format(t->dtype) != PE_F32) return t->stride[1];
   return t->stride[2] == cell_format_of(t->dtype).bytes ? cell_offset(t->dtype, t->shape[2]) : 0;
 }
 
@@ -89,6 +92,16 @@ PE_INLINE void ask(ahead *a, int64_t lines) {
       if (a->cell == a->last) a->at = a->end;
       else a->at = *a->cell++, a->end = a->at + a->bytes;
     }
+  }
+}
+
+/* One element of each key: acc[r][j] += q[r * e] * y[j]. */
+PE_INLINE void score_step(const int rows, const int vectors, const float *q, int64_t e, const v16f *y, v16f acc[FEW_ROWS][4]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) {
+    const v16f x = v16f_set1(q[r * e]);
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_fma(x, y[j], acc[r][j]);
   }
 }
 
@@ -177,16 +190,6 @@ PE_INLINE void transpose_narrow(const int dtype, const char *const *cell, int64_
 
 static int can_narrow(const pe_tensor *k) {
   return (k->dtype == PE_F16 || (k->dtype == PE_BF16 && k->shape[2] % 8 == 0)) && k->shape[2] > 0 && k->stride[2] == 2;
-}
-
-/* One element of each key: acc[r][j] += q[r * e] * y[j]. */
-PE_INLINE void score_step(const int rows, const int vectors, const float *q, int64_t e, const v16f *y, v16f acc[FEW_ROWS][4]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; r++) {
-    const v16f x = v16f_set1(q[r * e]);
-#pragma GCC unroll 4
-    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_fma(x, y[j], acc[r][j]);
-  }
 }
 
 /* p[r][j] = dot of query r and key j of 16 * vectors, e ascending. */
@@ -415,11 +418,105 @@ static __attribute__((noinline)) void block_scores(int dtype, int rows, const fl
 
 /* ---- loading ---- */
 
+/* ---- keys by channel: a block holds one channel of 32 keys, so nothing is transposed; both ways give the same floats ---- */
+
+/* Where the group of 32 keys begins that holds the wanted ones among keys 32 h .. of a tile; another one's where none is wanted. */
+PE_INLINE const char *group_at(const pe_tensor *k, const char *const *cell, uint64_t wanted, int h) {
+  const uint64_t own = wanted & (uint64_t)0xffffffff << GROUP_KEYS * h;
+  const int j = __builtin_ctzll(own ? own : wanted);
+  return cell[j] - j % GROUP_KEYS * k->stride[1];
+}
+
+/* kt[i][j] = element i of key j, for groups that hold a wanted one; what they hold in the next tile is asked for. */
+PE_INLINE void load_channels(const int format, const pe_tensor *k, const char *const *cell, const char *const *next, uint64_t wanted, float *kt) {
+  const int64_t bytes = cell_format_of(format).bytes;
+  for (int h = 0; h < TILE_KEYS / GROUP_KEYS; h++) {
+    const char *block = group_at(k, cell, wanted, h), *later = next[GROUP_KEYS * h];
+    if (!(wanted >> GROUP_KEYS * h & 0xffffffff)) continue;
+    for (int64_t i = 0; i < k->shape[2]; i++, block += bytes, later += bytes) {
+      const block_values t = values_of(format, v16f_set1(half_to_float(block)), v16f_set1(half_to_float(block + 2)));
+      pe_prefetch(later);
+      for (int j = 0; j < 2; j++) v16f_store(kt + i * TILE_KEYS + GROUP_KEYS * h + 16 * j, value_of(format, t, block_codes(format, block, j)));
+    }
+  }
+}
+
+/* p[r][j] = dot of query r and key j of 16 * vectors, from key `first` on, e ascending. */
+PE_INLINE void channels_body(const int format, const int rows, const int vectors, const float *q, int64_t e, const char *const *group,
+                             int first, ahead *next, int64_t share, float *p) {
+  const int64_t bytes = cell_format_of(format).bytes;
+  const char *block[2] = {group[first / GROUP_KEYS], group[(first + 16 * vectors - 1) / GROUP_KEYS]};
+  ahead a = *next;
+  v16f acc[FEW_ROWS][4], y[4];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) acc[r][j] = v16f_zero();
+  for (int64_t i = 0; i < e; i++, block[0] += bytes, block[1] += bytes) {
+    ask(&a, share);
+    block_values t[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++)
+      t[h] = values_of(format, v16f_set1(half_to_float(block[h])), v16f_set1(half_to_float(block[h] + 2)));
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++)
+      y[j] = value_of(format, t[j / 2], block_codes(format, block[j / 2], vectors == 1 ? first / 16 % 2 : j % 2));
+    score_step(rows, vectors, q + i, e, y, acc);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) v16f_store(p + r * TILE_KEYS + 16 * j, acc[r][j]);
+  *next = a;
+}
+
+PE_INLINE void channels_rows(const int format, const int rows, const int vectors, const float *q, int64_t e, const char *const *group,
+                             ahead *next, int64_t share, float *p) {
+  for (int j = 0; j < TILE_KEYS; j += 16 * vectors) channels_body(format, rows, vectors, q, e, group, j, next, share, p + j);
+}
+
+PE_INLINE void channels_any(const int format, int rows, const float *q, int64_t e, const char *const *group, ahead *next, int64_t share,
+                            float *p) {
+  enum { WIDE = PE_PARTS == 1 ? 4 : 1 };
+  switch (rows) {
+    case 1: channels_rows(format, 1, WIDE, q, e, group, next, share, p); break;
+    case 2: channels_rows(format, 2, WIDE, q, e, group, next, share, p); break;
+    case 3: channels_rows(format, 3, WIDE, q, e, group, next, share, p); break;
+    case 4: channels_rows(format, 4, WIDE, q, e, group, next, share, p); break;
+    case 5: channels_rows(format, 5, WIDE, q, e, group, next, share, p); break;
+#if PE_PARTS == 1
+    case 7: channels_rows(format, 7, 2, q, e, group, next, share, p); break;
+    case 8: channels_rows(format, 8, 2, q, e, group, next, share, p); break;
+#endif
+    default: channels_rows(format, 6, WIDE, q, e, group, next, share, p);
+  }
+}
+
+static __attribute__((noinline)) void channel_scores(int dtype, int rows, const float *q, int64_t e, const float *kt, ahead *next,
+                                                     float *p) {
+  const int64_t steps = e * (PE_PARTS > 1 ? 4 : rows > 6 ? 2 : 1), share = (lines_ahead(next) + steps - 1) / steps;
+  const char *group[2];
+  memcpy(group, kt, sizeof group);
+  if (channel_format(dtype) == PE_Q4_1) channels_any(PE_Q4_1, rows, q, e, group, next, share, p);
+  else channels_any(PE_Q2_1, rows, q, e, group, next, share, p);
+}
+
+/* ---- a tile ---- */
+
 /* Load a tile of which keys are `wanted`, for so many queries; `next`: the cells that will be read then. */
 static enum form load_keys(const pe_tensor *k, const char *const *cell, const char *const *next, uint64_t wanted, int64_t queries, float *kt) {
   const int64_t e = k->shape[2], bytes = cell_bytes(k);
-  const enum form form = in_blocks(k) ? CODES : queries <= FEW_QUERIES && can_narrow(k) ? NARROW : FLOATS;
-  if (form == CODES) {
+  const int32_t by_channel = channel_format(k->dtype);
+  const int few = queries <= FEW_QUERIES;
+  const enum form form = in_blocks(k) ? CODES : by_channel != PE_F32 ? few ? GROUPS : FLOATS : few && can_narrow(k) ? NARROW : FLOATS;
+  if (form == GROUPS) {
+    const char *group[2] = {group_at(k, cell, wanted, 0), group_at(k, cell, wanted, 1)};
+    memcpy(kt, group, sizeof group);
+  } else if (by_channel == PE_Q4_1) {
+    load_channels(PE_Q4_1, k, cell, next, wanted, kt);
+  } else if (by_channel == PE_Q2_1) {
+    load_channels(PE_Q2_1, k, cell, next, wanted, kt);
+  } else if (form == CODES) {
 #define TRANSPOSE_BLOCKS(d) transpose_blocks(d, cell, e, (char *)kt)
     PE_EACH_BLOCK_FORMAT(k->dtype, TRANSPOSE_BLOCKS)
 #undef TRANSPOSE_BLOCKS
@@ -440,6 +537,7 @@ static enum form load_keys(const pe_tensor *k, const char *const *cell, const ch
 PE_INLINE void scores_of(enum form form, int32_t dtype, int rows, const float *q, int64_t e, const float *kt, int v0, int v1, ahead *next, float *p) {
   if (form == CODES) block_scores(dtype, rows, q, e, kt, next, p);
   else if (form == NARROW) narrow_scores(dtype, rows, q, e, kt, next, p);
+  else if (form == GROUPS) channel_scores(dtype, rows, q, e, kt, next, p);
   else tile(rows, v1 - v0, q, e, kt + 16 * v0, TILE_KEYS, p + 16 * v0, TILE_KEYS, e, 0);
 }
 

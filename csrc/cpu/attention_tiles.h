@@ -58,6 +58,10 @@ static pe_status find_cells(const job *w, int64_t head, int32_t sequence, int64_
     if ((uint64_t)(int64_t)cell[j] >= n)
       return pe_fail(s, PE_BAD_VALUE, "attention: key %lld of sequence %d lies in cell %d of %lld", (long long)(first + j),
                      sequence, cell[j], (long long)n);
+  for (int j = any; channel_format(w->k->dtype) != PE_F32 && j < TILE_KEYS; j++)
+    if (wanted >> j & 1 && (cell[j] % GROUP_KEYS != j % GROUP_KEYS || (j % GROUP_KEYS && wanted >> (j - 1) & 1 && cell[j] != cell[j - 1] + 1)))
+      return pe_fail(s, PE_BAD_VALUE, "attention: key %lld of sequence %d lies in cell %d, but keys %lld .. are a group of %d cells",
+                     (long long)(first + j), sequence, cell[j], (long long)(first + j / GROUP_KEYS * GROUP_KEYS), GROUP_KEYS);
   return PE_OK;
 }
 

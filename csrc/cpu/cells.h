@@ -1,6 +1,6 @@
 /* cells.h: what one cell of a key/value cache holds, one head of one token: plain numbers (F32, F16, BF16), or blocks of 32 as
- * csrc/quants.h draws them (Q8_0, Q4_0, Q4_1). Writing rounds as gguf-py's quantizers do, bit for bit; reading is exact but for
- * Q4_1's sum. In an array of plain numbers the elements of a cell may lie at any distance, blocks lie side by side.
+ * csrc/quants.h draws them (Q8_0, Q4_0, Q4_1, Q2_1). Writing rounds as gguf-py's quantizers do, bit for bit, but for Q2_1, whose scale
+ * is searched for; reading is exact but for the sums of Q4_1 and Q2_1. In an array of plain numbers the elements of a cell may lie at any distance, blocks lie side by side.
  *
  * Blocks hold mixed elements, H x of a key or value x: a few channels are much larger than the rest, and would coarsen the
  * scales of their blocks. H is orthogonal, so q k = (H q)(H k), and sums of values are turned back once (Ashkboos et al. 2024,
@@ -15,7 +15,7 @@
 PE_INLINE pe_format cell_format_of(int32_t dtype) {
   switch (dtype) {
 #define CELL(name) case PE_##name: return (pe_format){PE_BLOCK_##name, PE_BYTES_##name};
-    CELL(F32) CELL(F16) CELL(BF16) CELL(Q8_0) CELL(Q4_0) CELL(Q4_1)
+    CELL(F32) CELL(F16) CELL(BF16) CELL(Q8_0) CELL(Q4_0) CELL(Q4_1) CELL(Q2_1)
 #undef CELL
     default: return (pe_format){0, 0};
   }
@@ -29,6 +29,7 @@ PE_INLINE pe_format cell_format_of(int32_t dtype) {
     case PE_BF16: f(PE_BF16); break;                                                                                   \
     case PE_Q8_0: f(PE_Q8_0); break;                                                                                   \
     case PE_Q4_0: f(PE_Q4_0); break;                                                                                   \
+    case PE_Q2_1: f(PE_Q2_1); break;                                                                                   \
     default: f(PE_Q4_1);                                                                                               \
   }
 
@@ -42,11 +43,25 @@ static __attribute__((unused)) pe_status check_cells(const char *op, const char 
                                                      pe_stream *s) {
   const pe_format f = cell_format_of(t->dtype);
   if (!f.elements)
-    return pe_fail(s, PE_NO_KERNEL, "%s: '%s' has dtype %d; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are possible", op, name, t->dtype);
+    return pe_fail(s, PE_NO_KERNEL, "%s: '%s' has dtype %d; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q2_1 are possible", op, name, t->dtype);
   if (t->shape[2] % f.elements)
     return pe_fail(s, PE_BAD_SHAPE, "%s: %lld elements of '%s' are no whole blocks", op, (long long)t->shape[2], name);
   if ((side_by_side || f.elements > 1) && t->stride[2] != f.bytes)
     return pe_fail(s, PE_NO_KERNEL, "%s: the elements of '%s' do not lie side by side", op, name);
+  return PE_OK;
+}
+
+/* The format of a channel's blocks where keys are quantized by channel, in groups of GROUP_KEYS cells; PE_F32 where they are not. */
+enum { GROUP_KEYS = 32 };
+PE_INLINE int32_t channel_format(int32_t dtype) {
+  return dtype == PE_Q4_1_CHANNELS ? PE_Q4_1 : dtype == PE_Q2_1_CHANNELS ? PE_Q2_1 : PE_F32;
+}
+
+static __attribute__((unused)) pe_status check_channels(const char *op, const char *name, const pe_tensor *t, pe_stream *s) {
+  const int64_t bytes = cell_format_of(channel_format(t->dtype)).bytes;
+  if (t->shape[2] % 32 || t->shape[1] % GROUP_KEYS || t->stride[2] != bytes || t->stride[1] != t->shape[2] / 32 * bytes)
+    return pe_fail(s, PE_BAD_SHAPE, "%s: '%s' is no groups of %d cells, which lie side by side, of %lld elements", op, name, GROUP_KEYS,
+                   (long long)t->shape[2]);
   return PE_OK;
 }
 
@@ -95,6 +110,16 @@ static __attribute__((unused)) void mix(float *x, int64_t n) {
 }
 
 /* ---- writing ---- */
+
+PE_INLINE float half_to_float(const void *p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+#if defined(PE_AVX512) || defined(PE_AVX2)
+  return _cvtsh_ss(h);
+#else
+  return pe_f16_to_f32(h);
+#endif
+}
 
 /* To the nearest integer, halves away from zero; |x| < 2^22. */
 PE_INLINE v16i round_away(v16f x) {
@@ -156,6 +181,60 @@ static __attribute__((unused)) void store_q4_1(uint8_t *block, const float *x) {
                 nibbles_of(v16f_add(v16f_mul(v16f_sub(b, least), inv), half)));
 }
 
+/* Round to a half and back. */
+PE_INLINE float half_of(float x) {
+#if defined(PE_AVX512) || defined(PE_AVX2)
+  return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint8_t h[2];
+  store_half(h, x);
+  return half_to_float(h);
+#endif
+}
+
+/* Of 2 bits a code, m and d decide much, so they are searched for: from the range, and from 3/4 of it, the codes that are nearest, and twice
+ * the line through the elements by least squares. What gives the least sum of squares stays. No fma: all machines write the same bytes. */
+static __attribute__((unused)) void store_q2_1(uint8_t *block, const float *x) {
+  const v16f a = v16f_load(x), b = v16f_load(x + 16), zero = v16f_zero(), half = v16f_set1(0.5f), most = v16f_set1(3.0f);
+  const float low = -v16f_hmax(v16f_max(v16f_neg(a), v16f_neg(b))), high = v16f_hmax(v16f_max(a, b));
+  const float middle = (low + high) * 0.5f, mean = v16f_sum(v16f_add(a, b)) * (1.0f / 32);
+  float best = __builtin_inff();
+  int32_t code[32];
+  for (int from = 0; from < 2; from++) {
+    float reach = (high - low) * (from ? 0.375f : 0.5f), m = middle - reach, d = reach * (2.0f / 3);
+    for (int i = 0; i < 3; i++) {
+      const float dh = half_of(d), mh = half_of(m);
+      const v16f inv = v16f_set1(inverse(dh)), scale = v16f_set1(dh), least = v16f_set1(mh);
+      v16f q[2], error = zero;
+      for (int h = 0; h < 2; h++) {
+        const v16f z = h ? b : a, u = v16f_max(v16f_add(v16f_mul(v16f_sub(z, least), inv), half), zero);
+        const v16f n = v16i_to_f(v16f_to_i(v16f_min(u, most)));
+        q[h] = v16f_select_lt(v16f_min(u, most), n, v16f_sub(n, v16f_set1(1.0f)), n);
+        const v16f off = v16f_sub(v16f_add(v16f_mul(q[h], scale), least), z);
+        error = v16f_add(error, v16f_mul(off, off));
+      }
+      const float sum = v16f_sum(error);
+      if (!(sum >= best)) { /* so too where it is no number */
+        best = sum;
+        store_half(block, dh);
+        store_half(block + 2, mh);
+        v16i_store(code, v16f_to_i(q[0]));
+        v16i_store(code + 16, v16f_to_i(q[1]));
+      }
+      const v16f centre = v16f_set1(v16f_sum(v16f_add(q[0], q[1])) * (1.0f / 32)), p = v16f_sub(q[0], centre), r = v16f_sub(q[1], centre);
+      const float spread = v16f_sum(v16f_add(v16f_mul(p, p), v16f_mul(r, r)));
+      if (!(spread > 0)) break;
+      d = v16f_sum(v16f_add(v16f_mul(p, v16f_sub(a, v16f_set1(mean))), v16f_mul(r, v16f_sub(b, v16f_set1(mean))))) / spread;
+      m = mean - d * v16f_sum(v16f_add(q[0], q[1])) * (1.0f / 32);
+    }
+  }
+  for (int h = 0; h < 2; h++) {
+    uint32_t word = 0;
+    for (int i = 0; i < 16; i++) word |= (uint32_t)code[16 * h + i] << 2 * i;
+    memcpy(block + 4 + 4 * h, &word, 4);
+  }
+}
+
 /* Write n elements into a cell where they lie side by side. */
 static __attribute__((unused)) void store_cell(char *cell, int32_t dtype, const float *x, int64_t n) {
   uint8_t *p = (uint8_t *)cell;
@@ -179,6 +258,9 @@ static __attribute__((unused)) void store_cell(char *cell, int32_t dtype, const 
     case PE_Q4_0:
       for (int64_t i = 0; i < n; i += 32, p += PE_BYTES_Q4_0) store_q4_0(p, x + i);
       break;
+    case PE_Q2_1:
+      for (int64_t i = 0; i < n; i += 32, p += PE_BYTES_Q2_1) store_q2_1(p, x + i);
+      break;
     default:
       for (int64_t i = 0; i < n; i += 32, p += PE_BYTES_Q4_1) store_q4_1(p, x + i);
   }
@@ -186,15 +268,38 @@ static __attribute__((unused)) void store_cell(char *cell, int32_t dtype, const 
 
 /* ---- reading ---- */
 
-PE_INLINE float half_to_float(const void *p) {
-  uint16_t h;
-  memcpy(&h, p, 2);
-#if defined(PE_AVX512) || defined(PE_AVX2)
-  return _cvtsh_ss(h);
-#else
-  return pe_f16_to_f32(h);
-#endif
+/* Codes 16 half .. of a block of Q4_0, Q4_1 or Q2_1 as numbers. */
+PE_INLINE v16i block_codes(const int dtype, const char *block, int half) {
+  if (dtype == PE_Q2_1) {
+    static const int32_t PLACE[16] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    uint32_t word;
+    memcpy(&word, block + 4 + 4 * half, 4);
+    return v16i_shru_each(v16i_set1((int32_t)word), v16i_load(PLACE)); /* of which the lowest 2 bits count */
+  }
+  const v16i pair = v16i_load_i8(block + (dtype == PE_Q4_0 ? 2 : 4));
+  return half ? v16i_shr(pair, 4) : pair;                             /* the lowest 4 bits */
 }
+
+#if defined(PE_AVX512) /* the values of a block by the low 4 bits of each lane's index: codes need no mask */
+typedef struct { __m512 a; } block_values;
+PE_INLINE block_values values_of(const int dtype, v16f d, v16f m) {
+  const v16i lane = {(pe_pi)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+  if (dtype == PE_Q4_0) return (block_values){(__m512)v16f_mul(v16i_to_f(v16i_sub(lane, v16i_set1(8))), d).a};
+  return (block_values){(__m512)v16f_fma(v16i_to_f(dtype == PE_Q2_1 ? v16i_and(lane, v16i_set1(3)) : lane), d, m).a};
+}
+PE_INLINE v16f value_of(const int dtype, block_values t, v16i code) {
+  (void)dtype;
+  return (v16f){(pe_pf)_mm512_permutexvar_ps((__m512i)code.a, t.a)};
+}
+#else
+typedef struct { v16f d, m; } block_values;
+PE_INLINE block_values values_of(const int dtype, v16f d, v16f m) { (void)dtype; return (block_values){d, m}; }
+PE_INLINE v16f value_of(const int dtype, block_values t, v16i code) {
+  const v16i c = v16i_and(code, v16i_set1(dtype == PE_Q2_1 ? 3 : 15));
+  if (dtype == PE_Q4_0) return v16f_mul(v16i_to_f(v16i_sub(c, v16i_set1(8))), t.d);
+  return v16f_fma(v16i_to_f(c), t.d, t.m); /* code * d is exact */
+}
+#endif
 
 /* Elements i .. i + 15 of a cell whose elements lie side by side; i is a multiple of 16 in blocks. */
 PE_INLINE v16f load_cell(const int dtype, const char *cell, int64_t i) {
@@ -204,18 +309,8 @@ PE_INLINE v16f load_cell(const int dtype, const char *cell, int64_t i) {
   const char *block = cell + cell_offset(dtype, i / 32 * 32);
   const v16f d = v16f_set1(half_to_float(block));
   if (dtype == PE_Q8_0) return v16f_mul(v16i_to_f(v16i_load_i8(block + 2 + i % 32)), d);
-  const v16i pair = v16i_load_i8(block + (dtype == PE_Q4_0 ? 2 : 4)), low = v16i_set1(15);
-#if defined(PE_AVX512) /* the sixteen values in a register, picked by the low 4 bits of each lane */
-  const v16i lane = {(pe_pi)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
-  const v16f values = dtype == PE_Q4_0 ? v16f_mul(v16i_to_f(v16i_sub(lane, v16i_set1(8))), d)
-                                       : v16f_fma(v16i_to_f(lane), d, v16f_set1(half_to_float(block + 2)));
-  (void)low;
-  return (v16f){(pe_pf)_mm512_permutexvar_ps((__m512i)(i % 32 ? v16i_shr(pair, 4) : pair).a, (__m512)values.a)};
-#else
-  const v16i code = v16i_and(i % 32 ? v16i_shr(pair, 4) : pair, low);
-  if (dtype == PE_Q4_0) return v16f_mul(v16i_to_f(v16i_sub(code, v16i_set1(8))), d);
-  return v16f_fma(v16i_to_f(code), d, v16f_set1(half_to_float(block + 2))); /* code * d is exact */
-#endif
+  const v16f m = dtype == PE_Q4_0 ? v16f_zero() : v16f_set1(half_to_float(block + 2));
+  return value_of(dtype, values_of(dtype, d, m), block_codes(dtype, block, (int)(i % 32 / 16)));
 }
 
 /* The same for n <= 16 elements at any distance; the other lanes are 0. */

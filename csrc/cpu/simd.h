@@ -389,6 +389,7 @@ PE_INLINE void v16i_store_i8(void *p, v16i v) { PE_EACH1(PE_P_TO_I8, v); }      
 #define PE_P_FLOAT(x) (pe_pf)(x)
 #define PE_P_SHL(x) (pe_pi)((pe_pw)(x) << n)
 #define PE_P_SHR(x) (x) >> n
+#define PE_P_SHRU_EACH(x, n) (pe_pi)((pe_pw)(x) >> (pe_pw)(n))
 #define PE_P_SHRU(x) (pe_pi)((pe_pw)(x) >> n)
 #define PE_P_SHLB(x) (pe_pb)((pe_ph)(x) << n)
 #define PE_P_SHRB(x) (pe_pb)((pe_ph)(x) >> n)
@@ -418,6 +419,7 @@ PE_INLINE v16i v16i_max(v16i x, v16i y) { return (v16i)PE_MAP2(p_maxi, x, y); }
 PE_INLINE v16i v16i_shl(v16i x, int n) { return (v16i)PE_MAP1(PE_P_SHL, x); }
 PE_INLINE v16i v16i_shr(v16i x, int n) { return (v16i)PE_MAP1(PE_P_SHR, x); }       /* keeps the sign */
 PE_INLINE v16i v16i_shru(v16i x, int n) { return (v16i)PE_MAP1(PE_P_SHRU, x); }
+PE_INLINE v16i v16i_shru_each(v16i x, v16i n) { return (v16i)PE_MAP2(PE_P_SHRU_EACH, x, n); } /* each lane by its own number */
 PE_INLINE v16f v16i_to_f(v16i x) { return (v16f)PE_MAP1(p_to_f, x); }
 PE_INLINE v16i v16f_to_i(v16f x) { return (v16i)PE_MAP1(p_round, x); }              /* nearest even */
 PE_INLINE v16i v16f_bits(v16f x) { return (v16i)PE_MAP1(PE_P_BITS, x); }

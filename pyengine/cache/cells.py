@@ -196,7 +196,7 @@ class Cells:
         if self.n_states:
             n = max((m.n for m in s.marks if m.n <= n), default=0)
         for i, g in enumerate(self.groups):
-            if g.policy.ring and g.policy.first_of(n) < max(s.high - g.slots, s.low.get(i, 0)):
+            if g.policy.ring and g.policy.first_of(n) < max(0 if g.policy.stays else s.high - g.slots, s.low.get(i, 0)):
                 return 0
         return n
 
@@ -222,7 +222,7 @@ class Cells:
                 self.tables[i][child.row] = self.tables[i][s.row]
             elif g.policy.ring:
                 child.low[i] = g.policy.first_of(n)
-                tokens = np.arange(child.low[i], n) % g.slots
+                tokens = self.seen(i, n) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
         child.gone, child.kept, child.floor = dict(s.gone), dict(s.kept), s.floor
         child.keys, child.high, child.media = s.keys[:n], n, s.media
@@ -401,7 +401,7 @@ class Cells:
 
     def seen(self, number: int, n: int) -> np.ndarray:
         """Return the numbers of those of n tokens, or encoder rows, that later tokens may see in a group."""
-        return np.arange(self.groups[number].policy.first_of(n), n)
+        return self.groups[number].policy.seen(n)
 
     def _lacking(self, i: int, s: Conversation, n: int) -> list[int]:
         """Return the blocks for which a conversation needs a page of its own before n more tokens, or encoder rows, are written."""

@@ -13,11 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from pyengine.dtype import GROUP
+
 
 class InputSpec(NamedTuple):
     """An int32 input of a step that belongs to the layers of one policy.
 
-    axis  whose rows it describes: "m" all rows of the step, "c" encoder rows that are added, "s" rows that see encoder rows
+    axis  whose rows it describes: "m" all rows of the step, "c" encoder rows that are added, "s" rows that see encoder rows, "z" groups
+          of tokens that are written
     """
 
     name: str
@@ -35,15 +38,22 @@ class Policy:
     whole      every earlier token is seen
     compressed cells may be fewer than tokens: a cell is kept of some, and numbers of keys count those cells
     pooled     layers take their cells from one pool, each as many as it needs
+    stays      what a ring holds is never written over
     """
 
     paged: ClassVar[bool] = True
     whole: ClassVar[bool] = False
     compressed: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    stays: ClassVar[bool] = False
     across: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
     spans: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """What else a layer keeps, by policies of its own: tokens in full beside those in groups."""
+        return ()
 
     @property
     def ring(self) -> bool:
@@ -66,6 +76,10 @@ class Policy:
     def first_of(self, n: int) -> int:
         """Return `first` of a single token."""
         return int(self.first(n))
+
+    def seen(self, n: int) -> np.ndarray:
+        """Return the numbers of those of n tokens, or encoder rows, that later tokens may see."""
+        return np.arange(self.first_of(n), n)
 
     def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Apply the one mask rule of self-attention: row i sees keys lo[i] <= j < hi[i]. int32 [m] each.
@@ -104,6 +118,108 @@ class Full(Policy):
     def about(self, n: int) -> str:
         """Say that everything is kept."""
         return f"all {n:,} positions"
+
+
+RECENT = 128             # tokens that are in full, at least, where keys are quantized by channel
+PINNED = GROUP           # and so many of a conversation's beginning: all attend to them, and they are unlike the rest (arXiv:2401.18079)
+
+
+def grouped(n: Any) -> Any:
+    """Return how many tokens before token n are read in groups by it: all whole groups but for the last RECENT tokens, itself among them."""
+    return np.maximum(n + 1 - RECENT, 0) // GROUP * GROUP
+
+
+def _groups(n: int) -> int:
+    """Return the cells of as many whole groups as hold n."""
+    return -(-n // GROUP) * GROUP
+
+
+@dataclass(frozen=True)
+class Grouped(Full):
+    """A policy by which every earlier token is seen: in groups, whose keys are quantized by channel (`ops.cache_groups`), or in full.
+
+    What token n sees depends on n alone, not on how a prompt is cut: of groups those between PINNED and `grouped(n)`. A group is written
+    in the step that first reads it, from the cells of `Recent`.
+    """
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The last tokens and the first ones, in full."""
+        return Recent(self.spans), Pinned()
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return a cell for each token, in whole groups."""
+        return _groups(n_ctx)
+
+    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the interval of tokens that each row sees in groups."""
+        end = grouped(index).astype(np.int32)
+        return np.minimum(end, PINNED), end
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return what rows see, and from and to which cells groups are written."""
+        return InputSpec("lo", "m"), InputSpec("hi", "m"), InputSpec("source", "z"), InputSpec("target", "z")
+
+    def about(self, n: int) -> str:
+        """Say that everything is kept."""
+        return f"all {n:,} positions, in groups"
+
+
+@dataclass(frozen=True)
+class Recent(Policy):
+    """The last tokens in full, of layers that keep the others in groups: from `grouped(n)` on."""
+
+    paged: ClassVar[bool] = False
+    spans: bool = True
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return what the oldest row of a batch sees, the group that it reads first, and the batch."""
+        return min(_groups(n_ctx), _groups(RECENT + GROUP - 1 + n_batch))
+
+    def first(self, n: Any) -> Any:
+        """Return the first tokens that are in no group."""
+        return grouped(n)
+
+    def first_of(self, n: int) -> int:
+        """Return the first token that the step needs which begins with token n: earlier ones are in groups already."""
+        return int(grouped(n - 1))
+
+    def about(self, n: int) -> str:
+        """Name the tokens that are in full, and the positions kept, which are a batch more."""
+        return f"the last {RECENT} in full: {n:,} positions"
+
+
+@dataclass(frozen=True)
+class Pinned(Policy):
+    """The first PINNED tokens in full, of layers that keep the others in groups. Written as groups are, read when `Recent` ends behind them."""
+
+    paged: ClassVar[bool] = False
+    stays: ClassVar[bool] = True
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return a cell for each of them."""
+        return PINNED
+
+    def first(self, n: Any) -> Any:
+        """Return zeros."""
+        return np.zeros_like(n)
+
+    def seen(self, n: int) -> np.ndarray:
+        """Return the numbers of the first tokens."""
+        return np.arange(min(n, PINNED))
+
+    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the interval of tokens that each row sees here: all or none."""
+        end = np.minimum(grouped(index), PINNED).astype(np.int32)
+        return np.zeros_like(end), end
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return what rows see, and to which cells a group is written."""
+        return InputSpec("lo", "m"), InputSpec("hi", "m"), InputSpec("target", "z")
+
+    def about(self, n: int) -> str:
+        """Name them."""
+        return f"the first {n:,} positions in full"
 
 
 UNEVEN = 4               # times the mean that one layer may keep, where layers keep different numbers of cells

@@ -28,7 +28,7 @@ from pyengine.arguments import place
 from pyengine.cache.cells import Conversation
 from pyengine.cache.eviction import cells_of_sums, clear, compressed
 from pyengine.cache.store import Store
-from pyengine.dtype import DType, DTYPES
+from pyengine.dtype import CACHE_DTYPES, DType, DTYPES
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.writing import written
@@ -316,7 +316,7 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: in
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings or adapters")
     if (k, v) != (formats[0].id, formats[1].id):
-        known = {t.id: t.name for t in DTYPES}
+        known = {t.id: t.name for t in DTYPES + CACHE_DTYPES}
         raise SessionError(f"{path}: its cache has formats {known.get(k, k)}/{known.get(v, v)}, this model's {formats[0]}/{formats[1]}: "
                            "load with the kv_dtype that it was saved with")
     if n > n_ctx:

@@ -39,7 +39,7 @@ ModelName = Annotated[str, Argument(metavar="MODEL", show_default=False, autocom
 Context = Annotated[int | None, Option("--ctx", "-c", min=0, callback=lambda n: n or None, rich_help_panel="Memory and speed", help=(
     "Size of the context in tokens (default, or 0: what the model was trained for, at most 32,768, or what fits)."))]
 KvDtype = Annotated[str, Option("--kv-dtype", rich_help_panel="Memory and speed", help=(
-    "Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, or keys/values."))]
+    "Format of cached keys and values: f32, f16, bf16, q8_0, q4_0, q4_1, kivi4, kivi2, or keys/values."))]
 Threads = Annotated[int | None, Option("--threads", "-t", min=1, callback=check_threads, rich_help_panel="Memory and speed", help=(
     "Number of threads (default: one for each fast physical core)."))]
 BatchSize = Annotated[int, Option("--batch", "-b", min=1, rich_help_panel="Memory and speed", help=(

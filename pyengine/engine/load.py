@@ -69,7 +69,7 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     encoder goes to `encoder_device` (default: the card if it fits); `expert_device` takes the experts' weights, and the products that read
     them, while layers stay on the others (default: experts are with their layers). "auto": cards that can be used, as far as the model fits, else the CPU.
     n_ctx: positions of the context; default the training context, at most 32,768, or what of it fits beside a margin. n_seq: conversations that are
-    served at once, each of up to n_ctx positions; models of encoders have none. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, or "keys/values" ("q8_0/q4_0").
+    served at once, each of up to n_ctx positions; models of encoders have none. kv_dtype: f32, f16, bf16, q8_0, q4_0, q4_1, kivi4, kivi2, or "keys/values" ("q8_0/q4_0").
     n_batch: most rows of one step; it grows to the largest picture that must not be cut. images: (width, height) of the largest
     picture, how many such pictures are kept encoded, or (width, height, number); 0 leaves the encoder out; default what the model's
     processor allows, within a share of the memory. progress(done_bytes, all_bytes) is called while weights are read.

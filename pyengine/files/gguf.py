@@ -447,7 +447,7 @@ class _Part:
         number = scan.u32(f"dtype of {field}")
         try:
             found = dtype(number)
-            if found.is_packed:                          # a form of ours in memory, which no file may claim
+            if not found.in_files:                       # a form of ours in memory, which no file may claim
                 raise UnsupportedModelError(f"no dtype has the number {number} in a file")
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self.path}: dtype of {field}: {error}, at byte {at}") from None

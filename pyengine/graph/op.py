@@ -11,7 +11,7 @@ Annotations
   F32["m k"]          axes by name, separated by blanks; the same name must have the same size everywhere in the op;
                       `...` first stands for any leading axes; `h*e` is a product of named axes; a number is itself
   I32, F32            that dtype; Float: F32, F16 or BF16; Weight: any dtype that can be dequantized;
-                      Cache: F32, F16, BF16, Q8_0, Q4_0 or Q4_1
+                      Cache: F32, F16, BF16, Q8_0, Q4_0, Q4_1 or a format that only caches have
   list[F32["m n"]]    several tensors (each with its own sizes for axis names that end in an underscore: "n_ k")
   F32["k"] | None     may be absent
 Results: F32[...] a new tensor; Same["cache"] the (modified) argument of that name; list[...] one per element of the list
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 
-from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.dtype import CACHE_DTYPES, DType, dtype as dtype_of
 from pyengine.errors import ShapeError
 from pyengine.graph.tensor import Axis, make_leaf, Node, product, Shape, Tensor
 
@@ -57,7 +57,8 @@ class _Kind:
 F32, I32, Float, Weight, Cache, Same = (_Kind(k) for k in ("F32", "I32", "Float", "Weight", "Cache", "Same"))
 
 MOST_KNOWN = 1024                        # shapes of results that an op keeps
-_ALLOWED = {"F32": {"F32"}, "I32": {"I32"}, "Float": {"F32", "F16", "BF16"}, "Cache": {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}}
+_ALLOWED = {"F32": {"F32"}, "I32": {"I32"}, "Float": {"F32", "F16", "BF16"},
+            "Cache": {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", *(t.name for t in CACHE_DTYPES)}}
 
 
 class Param(NamedTuple):

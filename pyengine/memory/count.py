@@ -53,13 +53,17 @@ def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
     for i, layer in enumerate(step.owned):
         if layer in shown and step.layers[i] is not None:
             own, (heads, head_dim) = step.groups[step.layers[i]], step.shapes[i]
-            k, v = s.k.size(head_dim), s.v.size(head_dim)
+            k, v = (dtype.size(head_dim) for dtype in step.formats(step.layers[i]))
             if own.policy.recurrent:
                 factors = [("states", own.n_cells), ("bytes", own.policy.nbytes)]
             else:
                 factors = [("heads", heads), ("cells", own.share), (f"bytes ({k} of a key, {v} of a value)", k + v)]
             times = f"{s.n_seq} x " if s.n_seq > 1 else ""
             items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, layer))
+            for part in step.parts.get(step.layers[i], ()):
+                full, (k, v) = step.groups[part], (dtype.size(head_dim) for dtype in step.formats(part))
+                factors = [("heads", heads), ("cells", full.n_cells), (f"bytes ({k} of a key, {v} of a value)", k + v)]
+                items.append(PlanItem.product(device, "kv", times + full.policy.about(full.slots), factors, layer))
             if own.policy.compressed and step.kinds:
                 factors = [("heads", heads), ("cells", own.share), (f"float32 of {', '.join(step.kinds)}", 4 * len(step.kinds))]
                 items.append(PlanItem.product(device, "kv", "sums of attention, by which cells are kept", factors, layer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pyengine import ops
-from pyengine.errors import GraphError
+from pyengine.errors import GraphError, UnsupportedModelError
 from pyengine.graph.tensor import Tensor
 from pyengine.ops.attention import SUMS
 
@@ -52,6 +52,55 @@ class LayerCache(NamedTuple):
         self.changed.append(ops.key_sums(before, q, self.k, self.lo, self.hi, self.table, self.seq, stats, self.weights, scale=scale,
                                          softcap=softcap, kinds=tuple(SUMS.index(kind) for kind in self.kinds)))
         return out
+
+
+class Part(NamedTuple):
+    """One of several stores of a layer's keys and values: states [kv heads, cells, head_dim], and what rows see of it."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor            # I32 [conversations, cells of one]
+    lo: Tensor               # I32 [m]
+    hi: Tensor
+
+
+class GroupedCache(NamedTuple):
+    """The cache of a layer whose keys are quantized by channel, in groups of tokens (`cache.policy.Grouped`).
+
+    A step writes its rows to `recent`, then the groups that its rows read first, and attends to all three parts at once.
+    """
+
+    groups: Part
+    recent: Part             # the last tokens in full
+    pinned: Part             # and the first ones
+    cells: Tensor            # I32 [m]: where the rows of this step are written in `recent`
+    seq: Tensor              # I32 [m]: the conversation of each row
+    source: Tensor           # I32 [z]: where in `recent` each group begins that is written,
+    target: Tensor           # I32 [z]: where in `groups`
+    first: Tensor            # I32 [z]: and where in `pinned`; -1: not there
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
+               k_common: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Write k, v [m, kv heads, head_dim] and attend with q [m, heads, head_dim]; returns [m, heads * head_dim].
+
+        k_common: not needed, because a channel's minimum is stored.
+        """
+        return self.append(k, v).read(q, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+
+    def append(self, k: Tensor, v: Tensor) -> GroupedCache:
+        """Write k and v [m, kv heads, head_dim]; returns the cache that holds them too."""
+        new = self.recent._replace(k=ops.cache_append(self.recent.k, k, self.cells), v=ops.cache_append(self.recent.v, v, self.cells))
+        made = [part._replace(**dict(zip("kv", ops.cache_groups(part.k, part.v, new.k, new.v, self.source, target))))
+                for part, target in ((self.groups, self.target), (self.pinned, self.first))]
+        return self._replace(groups=made[0], recent=new, pinned=made[1])
+
+    def read(self, q: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Attend with q [m, heads, head_dim] to what is there; returns [m, heads * head_dim]. Raises: UnsupportedModelError with a bias."""
+        if bias is not None:
+            raise UnsupportedModelError("attention with a bias by distance has no cache whose keys are quantized by channel; use kv_dtype='f16'")
+        seen = [ops.attention(q, *part[:2], part.lo, part.hi, part.table, self.seq, sinks if part is self.recent else None,
+                              scale=scale, softcap=softcap, stats=True) for part in (self.pinned, self.groups, self.recent)]
+        return ops.merge_attention([out for out, _ in seen], [stats for _, stats in seen])
 
 
 class CrossCache(NamedTuple):

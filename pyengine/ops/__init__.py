@@ -9,6 +9,7 @@ from pyengine.ops.elementwise import (
     add, binary, div, exp, gelu, gelu_tanh, mul, relu, scale, sigmoid, silu, softcap, softplus, sub, tanh, unary,
 )
 from pyengine.ops.experts import expert_linear, sum_experts, top_experts
+from pyengine.ops.groups import cache_groups, merge_attention
 from pyengine.ops.layout import concat, contiguous, reshape, slice, transpose  # noqa: A004
 from pyengine.ops.matmul import linear, matmul, rows
 from pyengine.ops.norm import group_norm, l2_norm, layer_norm, mean_rows, reduce, rms_norm, softmax
@@ -20,8 +21,9 @@ from pyengine.graph.tensor import Tensor
 
 __all__ = [
     "REGISTRY", "adaptive_avg_pool2d", "adaptive_pool2d", "add", "attention", "attention_sums", "avg_pool2d", "binary", "cache_append",
-    "causal_conv", "concat", "contiguous", "conv1d", "conv2d", "div", "exp", "expert_linear", "gated_delta_rule", "gelu",
-    "gelu_tanh", "group_norm", "key_sums", "l2_norm", "layer_norm", "linear", "matmul", "max_pool2d", "mean_rows", "mul", "pool2d",
+    "cache_groups", "causal_conv", "concat", "contiguous", "conv1d", "conv2d", "div", "exp", "expert_linear", "gated_delta_rule", "gelu",
+    "gelu_tanh", "group_norm", "key_sums", "l2_norm", "layer_norm", "linear", "matmul", "max_pool2d", "mean_rows", "merge_attention", "mul",
+    "pool2d",
     "reduce", "relu", "reshape", "resize2d", "rms_norm", "rope", "rope_append", "rope_table", "rows", "scale", "sigmoid",
     "silu", "slice", "softcap", "softmax", "softplus", "sub", "sum_experts", "tanh", "temperature", "top_experts", "top_k",
     "transpose", "unary",

@@ -12,6 +12,7 @@ from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import RequestError, shown, UnsupportedModelError
 
 KV_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
+GROUPED = {"kivi4": ("Q4_1_CHANNELS", "Q4_1"), "kivi2": ("Q2_1_CHANNELS", "Q2_1")}       # keys by channel, values (arXiv:2402.02750)
 HEAD_BYTES = 32 << 20                # logits of at most this size are computed at once
 N_BATCH = 512                        # rows of one step, unless told otherwise
 
@@ -64,9 +65,12 @@ def kv_dtypes(name: str) -> tuple[DType, DType]:
     """Return the formats of keys and values: "q8_0" for both, "q8_0/q4_0" for each. Raises: RequestError naming those that there are."""
     k, _, v = name.partition("/") if isinstance(name, str) else ("", "", "")
     for part in (k, v or k):
-        if part not in KV_DTYPES:
-            raise RequestError(f"kv_dtype={shown(name)}: use one of {', '.join(KV_DTYPES)}, or two of them as keys/values")
-    return dtype_of(KV_DTYPES[k]), dtype_of(KV_DTYPES[v or k])
+        if part not in (KV_DTYPES | GROUPED):
+            raise RequestError(f"kv_dtype={shown(name)}: use one of {', '.join(KV_DTYPES | GROUPED)}, or two of them as keys/values")
+    if v in GROUPED and k not in GROUPED:
+        raise RequestError(f"kv_dtype={shown(name)}: values of {v} go with keys of {' or '.join(GROUPED)}, whose last tokens are in full")
+    own = {name: (n, n) for name, n in KV_DTYPES.items()} | GROUPED
+    return dtype_of(own[k][0]), dtype_of(own[v or k][1])
 
 
 def check_heads(name: str, sizes: Sequence[int]) -> tuple[DType, DType]:

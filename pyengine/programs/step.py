@@ -17,16 +17,16 @@ import numpy as np
 
 from pyengine.backends.base import Declared, Program
 from pyengine.cache.cells import Cells, Conversation, Group, groups_of
-from pyengine.cache.policy import Policy
+from pyengine.cache.policy import Grouped, grouped, PINNED, Policy
 from pyengine.cache.store import Layer, Rotation
 from pyengine.compiler.wanted import only
-from pyengine.dtype import DType, dtype as dtype_of
+from pyengine.dtype import DType, dtype as dtype_of, GROUP
 from pyengine.files.adapters import Adapter
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.models.architecture import Architecture
 from pyengine.nn.batch import Across, Batch
-from pyengine.nn.cache import CrossCache, LayerCache, RecurrentCache
+from pyengine.nn.cache import CrossCache, GroupedCache, LayerCache, Part, RecurrentCache
 from pyengine.ops import rows as take, top_k
 from pyengine.ops.top import MOST
 from pyengine.programs.adapters import adapted
@@ -34,6 +34,7 @@ from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import Sizes
 
 FLOAT = dtype_of("F32")                  # of states
+FULL = dtype_of("F16")                   # of tokens in full
 LOGITS, HIDDEN, LARGEST = 0, 1, 2        # numbers of outputs
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
 ADAPTERS = "lora_scales"                 # of each row; those of encoder rows are "across.lora_scales"
@@ -60,6 +61,7 @@ class Step:
     """One model's step for given sizes.
 
     groups   cells of caches with the same policy; layers: the number of each cache's group, None for a layer without a cache
+    parts    of groups of layers whose tokens are in groups: the numbers of those with the last and the first ones in full
     shapes   (key/value heads, elements of a head) of each cache; owned: its layer
     """
 
@@ -67,9 +69,12 @@ class Step:
         self.model, self.sizes, self.adapters, self.shapes = model, sizes, tuple(adapters), model.cache_shapes()
         self.owned = model.cached_layers()
         own = policies(model, sizes)
-        numbers = {policy: i for i, policy in enumerate(dict.fromkeys(p for p in own if p is not None))}
+        kinds = dict.fromkeys(p for p in own if p is not None)
+        kinds |= dict.fromkeys(part for p in kinds for part in p.parts)
+        numbers = {policy: i for i, policy in enumerate(kinds)}
         self.groups = groups_of(list(numbers), sizes.n_ctx, sizes.n_batch, sizes.n_seq)
         self.layers = [None if policy is None else numbers[policy] for policy in own]
+        self.parts = {i: tuple(numbers[part] for part in p.parts) for p, i in numbers.items() if p.parts}
         self.across = next((i for i, g in enumerate(self.groups) if g.policy.across), None)
         self.n_across = min(sizes.across, sizes.n_batch)                       # encoder rows of one run
 
@@ -98,7 +103,7 @@ class Step:
         g, s, model = Graph(), self.sizes, self.model
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
-        axes = {"m": m, "c": added, "s": seeing}
+        axes = {"m": m, "c": added, "s": seeing, "z": Dim("z", max(1, (s.n_batch + (GROUP - 1) * s.n_seq) // GROUP))}
         media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs and not s.source else None
         places, texts = (None if media is None else g.input(name, (m,), "I32") for name in ("places", "texts"))
         across = Across(g.input("across", (added, d_model)), g.input("across.rows", (seeing,), "I32"),
@@ -115,7 +120,7 @@ class Step:
                 chosen |= {f"{name}.{end}": g.input(f"{name}.{end}_wanted", (w,), "I32") for end in ("lo", "hi")}
         summed: list[list[Tensor]] = []                      # sums of attention after each reading of a cache
         counts = g.input(COUNTS, (m, len(self.kinds))) if self.kinds else None
-        caches: list[LayerCache | CrossCache | RecurrentCache | None] = []
+        caches: list[LayerCache | GroupedCache | CrossCache | RecurrentCache | None] = []
         for i, number in enumerate(self.layers):
             if number is None:
                 caches.append(None)
@@ -127,6 +132,8 @@ class Step:
                 caches.append(RecurrentCache(tuple(states), **shared[number]))
             elif number == self.across:
                 caches.append(CrossCache(*states, **shared[number]))
+            elif number in self.parts:
+                caches.append(self._grouped(states, shared, number))
             else:
                 summed.append([])
                 own = {"sums": states[2], "weights": counts, "kinds": self.kinds, "changed": summed[-1]} if states[2:] else {}
@@ -139,6 +146,12 @@ class Step:
         asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
         return Declared(only([*outputs, *largest, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
 
+    def _grouped(self, states: Sequence[Tensor], shared: Sequence[dict[str, Tensor]], number: int) -> GroupedCache:
+        """Return the cache of a layer with its parts, whose states follow one another."""
+        own, recent, pinned = (shared[i] for i in (number, *self.parts[number]))
+        parts = [Part(*states[2 * i : 2 * i + 2], *(part[name] for name in ("table", "lo", "hi"))) for i, part in enumerate((own, recent, pinned))]
+        return GroupedCache(*parts, recent["cells"], own["seq"], own["source"], own["target"], pinned["target"])
+
     def _adapted(self, g: Graph, outputs: list[Tensor], batch: Batch, wanted: Tensor, head: Tensor) -> list[Tensor]:
         """Add what adapters change, by the scales of each row."""
         n, across = len(self.adapters), batch.across
@@ -150,6 +163,10 @@ class Step:
         absent = [f"blk.{self.owned[i]}." for i, number in enumerate(self.layers) if number is None and owners[i] == i]
         return adapted(outputs, self.adapters, scales, absent)
 
+    def formats(self, number: int) -> tuple[DType, DType]:
+        """Return the formats of keys and values of a group; what is beside tokens in groups is in full."""
+        return (FULL, FULL) if self.sizes.k.by_channel and number not in self.parts else (self.sizes.k, self.sizes.v)
+
     def _states(self, layer: int, groups: Sequence[Group], n_seq: int) -> dict[str, tuple[tuple[int, int, int], DType]]:
         """Return shapes [heads, cells, elements] and formats of what a layer keeps, by name: keys and values, or states."""
         number, name = self.layers[layer], f"blk.{self.owned[layer]}"
@@ -160,7 +177,9 @@ class Step:
             return {f"{name}.state{j}": ((heads, own.n_cells, n), FLOAT) for j, (heads, n) in enumerate(own.policy.shapes)}
         heads, head_dim = self.shapes[layer]
         shape, two = (heads, own.n_cells, head_dim), (".cross_k", ".cross_v") if own.policy.across else (".k", ".v")
-        states = {name + kind: (shape, dtype) for kind, dtype in zip(two, (self.sizes.k, self.sizes.v))}
+        states = {name + kind: (shape, dtype) for kind, dtype in zip(two, self.formats(number))}
+        for part, two in zip(self.parts.get(number, ()), ((".recent_k", ".recent_v"), (".pinned_k", ".pinned_v"))):
+            states |= {name + kind: ((heads, groups[part].n_cells, head_dim), dtype) for kind, dtype in zip(two, self.formats(part))}
         if own.policy.compressed and self.kinds:
             states[name + ".sums"] = (heads, n_seq * own.slots, len(self.kinds)), FLOAT
         return states
@@ -188,6 +207,9 @@ class Step:
                 recurrent, states = self.groups[number].policy.recurrent, [program.states[name] for name in self._states(i, self.groups, self.sizes.n_seq)]
                 turned = None if recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
                 sums = states.pop() if self.groups[number].policy.compressed and self.kinds else None
+                for part in reversed(self.parts.get(number, ())):
+                    made.append(Layer(self.owned[i], part, (*states[-2:],), turned))
+                    del states[-2:]
                 made.append(Layer(self.owned[i], number, tuple(states), turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0])))
         return made
 
@@ -204,6 +226,8 @@ def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
     if sizes.compressed:
         each = sizes.compressed.pooled
         own = [replace(sizes.compressed, spans=p.spans, layer=i if each else None) if p.whole else p for i, p in enumerate(own)]
+    elif sizes.k.by_channel:
+        own = [Grouped(p.spans) if p.whole else p for p in own]
     return [p if owner == i else None for i, (p, owner) in enumerate(zip(own, model.cache_owners()))]
 
 
@@ -311,7 +335,22 @@ class StepProgram:
                 n = part.stop - part.start
                 self._put("positions", slice(at, at + n), part.rows.positions[axis, part.start : part.stop])
                 at += n
-        self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work)}
+        self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work), "z": self._group(work)}
+
+    def _group(self, work: Sequence[Work]) -> int:
+        """Fill the inputs that say which tokens become groups in a step: those that its rows are the first to read so. Returns their number."""
+        z = 0
+        for number, (recent, pinned) in self.step.parts.items():
+            z, names = 0, self.step.names
+            for part in work:
+                s = part.conversation
+                first = np.arange(grouped(len(s) - 1), grouped(len(s) + part.stop - part.start - 1), GROUP)
+                here = slice(z, z + len(first))
+                self._put(f"{names[number]}.source", here, self.cells.cells_of(recent, s, first))
+                self._put(f"{names[number]}.target", here, self.cells.cells_of(number, s, first))
+                self._put(f"{names[pinned]}.target", here, np.where(first < PINNED, self.cells.cells_of(pinned, s, first), -1))
+                z += len(first)
+        return z
 
     def _look_across(self, work: Sequence[Work]) -> int:
         """Fill the inputs that say which rows of a step see which encoder rows; returns how many do."""
@@ -351,7 +390,7 @@ class StepProgram:
                 self._put("across", slice(0, part.size), part.reshape(-1))
                 self._put(f"{self.step.names[number]}.cells", slice(0, len(part)), cells)
                 self._put_scales(f"across.{ADAPTERS}", 0, len(part), s)
-                self.program.execute(m=0, w=0, e=0, l=0, s=0, c=len(part))
+                self.program.execute(m=0, w=0, e=0, l=0, s=0, z=0, c=len(part))
                 first += len(part)
 
     def run(self) -> Logits:

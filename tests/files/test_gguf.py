@@ -515,7 +515,7 @@ def test_a_huge_count_that_the_file_can_hold_costs_no_more_than_its_bytes(tmp_pa
     assert peak < 8 * n * 9 // 8 + (1 << 20)        # a bytearray grows by eighths
 
 
-@pytest.mark.parametrize("number, says", [(4, "Q4_2"), (31, "Q4_0_4_4"), (99, "99"), (256 + 8, "264"),
+@pytest.mark.parametrize("number, says", [(4, "Q4_2"), (31, "Q4_0_4_4"), (99, "99"), (256 + 8, "264"), (513, "513"),
                                           (2**32 - 1, "4294967295")])
 def test_unknown_dtypes_are_named(tmp_path, number, says):
     (tmp_path / "m.gguf").write_bytes(with_fields(two__dtype=number))

@@ -36,7 +36,7 @@ def kinds_asked(files: Sequence[Source]) -> list[str]:
 
 
 def test_a_policys_kind_is_its_own_business() -> None:
-    assert KINDS == {"Policy", "Full", "Compressed", "Sliding", "Chunked", "Cross", "Recurrent"}
+    assert KINDS == {"Policy", "Full", "Compressed", "Grouped", "Recent", "Pinned", "Sliding", "Chunked", "Cross", "Recurrent"}
     assert kinds_asked(package()) == []
 
 

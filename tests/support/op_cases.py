@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from pyengine.dtype import dtype
+from pyengine.dtype import BY_CHANNEL, dtype, GROUP
 from pyengine.graph.op import Case, Op, REGISTRY
 from pyengine.ops.rope import mixed
 
@@ -110,7 +110,7 @@ CACHES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 
 def in_blocks(c: Value) -> bool:
-    return isinstance(c, Block) and dtype(c.kind).block > 1
+    return isinstance(c, Block) and dtype(c.kind).block > 1 and c.kind not in BY_CHANNEL
 
 
 def rounded(q: np.ndarray, scale: float) -> np.ndarray:
@@ -121,8 +121,54 @@ def rounded(q: np.ndarray, scale: float) -> np.ndarray:
     return mixed(codes.astype(np.float64) * d) / scale
 
 
+def q2_1(x: np.ndarray) -> np.ndarray:
+    """Blocks of Q2_1 of float32 x [..., 32], uint8 [..., 12], bit for bit as csrc/cpu/cells.h searches for them."""
+    f = np.float32
+
+    def summed(a: np.ndarray) -> np.ndarray:                 # 32 to 1, in the kernels' order
+        a = a[..., :16] + a[..., 16:]
+        for n in (8, 4, 2, 1):
+            a = a[..., :n] + a[..., n:]
+        return a
+
+    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    middle, mean = (low + high) * f(0.5), summed(x) * f(1 / 32)
+    best, found = np.full_like(low, np.inf), np.zeros((*x.shape[:-1], 12), np.uint8)
+    for share in (0.5, 0.375):
+        reach = (high - low) * f(share)
+        m, d, active = middle - reach, reach * (f(2) / f(3)), np.ones(low.shape, bool)
+        for _ in range(3):
+            dh, mh = d.astype(np.float16).astype(f), m.astype(np.float16).astype(f)
+            q = np.floor(np.clip((x - mh) * np.divide(f(1), dh, out=np.zeros_like(dh), where=dh != 0) + f(0.5), 0, 3))
+            off = q * dh + mh - x
+            error = summed(off * off)
+            better = active & (error < best)
+            best = np.where(better, error, best)
+            words = (q.astype(np.uint32).reshape(*x.shape[:-1], 2, 16) << (2 * np.arange(16, dtype=np.uint32))).sum(-1, dtype=np.uint32)
+            block = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in (np.concatenate([dh, mh], -1).astype(np.float16), words)], -1)
+            found = np.where(better, block, found)
+            p = q - summed(q) * f(1 / 32)
+            spread = summed(p * p)
+            active &= spread > 0
+            d = np.divide(summed(p * (x - mean)), spread, out=np.zeros_like(d), where=spread > 0)
+            m = mean - d * summed(q) * f(1 / 32)
+    return found
+
+
+def channels_of(cells: np.ndarray) -> np.ndarray:
+    """Numbers [g, s, e] as a cache by channel has them: [g, s / 32, e, 32]; and back, what such a one has as [g, s, e]."""
+    g, s, e = cells.shape
+    return cells.reshape(g, s // GROUP, GROUP, e).swapaxes(2, 3)
+
+
 def stored(x: np.ndarray, kind: str) -> np.ndarray | Block:
-    """x as a cache of this dtype holds it: mixed where it is in blocks, gguf-py's rounding."""
+    """x as a cache of this dtype holds it: mixed where it is in blocks, gguf-py's rounding; for Q2_1 that of `q2_1`."""
+    if kind in BY_CHANNEL:
+        blocks = channels_of(np.ascontiguousarray(x, np.float32))
+        raw = q2_1(blocks) if kind == "Q2_1_CHANNELS" else gguf.quants.quantize(blocks, gguf.GGMLQuantizationType.Q4_1).view(np.uint8)
+        return Block(raw.reshape(*x.shape[:-1], -1, dtype(kind).nbytes), kind)
+    if kind == "Q2_1":
+        return Block(q2_1(mixed(np.ascontiguousarray(x, np.float32)).reshape(*x.shape[:-1], -1, 32)), kind)
     if dtype(kind).numpy in (np.float32, np.float16):
         return x.astype(dtype(kind).numpy)
     x = np.ascontiguousarray(x, np.float32)
@@ -134,6 +180,16 @@ def elements(c: np.ndarray | Block) -> np.ndarray:
     """What stands in a cache, as float32."""
     if not isinstance(c, Block):
         return c
+    if c.kind in BY_CHANNEL:
+        g, s, e = c.shape
+        plain = elements(Block(np.ascontiguousarray(c.raw).reshape(g, s // GROUP * e, 1, -1), BY_CHANNEL[c.kind]))
+        return plain.reshape(g, s // GROUP, e, GROUP).swapaxes(2, 3).reshape(g, s, e)
+    if c.kind == "Q2_1":
+        raw = np.ascontiguousarray(c.raw)
+        d, m = np.moveaxis(np.ascontiguousarray(raw[..., :4]).view(np.float16).astype(np.float32), -1, 0)[..., None]
+        words = np.ascontiguousarray(raw[..., 4:]).view(np.uint32)[..., None]
+        codes = (words >> (2 * np.arange(16, dtype=np.uint32)) & 3).reshape(*raw.shape[:-1], 32)
+        return (codes.astype(np.float32) * d + m).reshape(c.shape)
     raw = np.ascontiguousarray(c.raw).reshape(*c.raw.shape[:-2], -1)
     return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[c.kind]).reshape(c.shape)
 
@@ -195,6 +251,8 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
     ("rope_append", "cells"): lambda rng, s, shapes: rng.permutation(shapes["k_cache"][1])[: s[0]],
     ("attention", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["k"][1] // 2, s),
     ("attention", "hi"): lambda rng, s, shapes: rng.integers(shapes["k"][1] // 2, shapes["k"][1] + 1, s),
+    ("cache_groups", "source"): lambda rng, s, shapes: 32 * rng.integers(0, shapes["k_full"][1] // 32, s),
+    ("cache_groups", "target"): lambda rng, s, shapes: 32 * rng.permutation(shapes["k"][1] // 32)[: s[0]],
     ("mean_rows", "lo"): lambda rng, s, shapes: rng.integers(0, shapes["x"][0] // 2 + 1, s),
     ("mean_rows", "hi"): lambda rng, s, shapes: rng.integers(shapes["x"][0] // 2, shapes["x"][0] + 1, s),
     ("attention", "seq"): lambda rng, s, shapes: rng.integers(0, shapes["cells"][0], s),
@@ -215,6 +273,7 @@ INTEGERS = {  # value range of I32 arguments by (op, argument); `case` gives the
 FLOATS = {  # and of floats that are not any number
     ("gated_delta_rule", "k"): lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6),
     ("gated_delta_rule", "log_decay"): lambda x: -np.abs(x),
+    ("merge_attention", "stats"): lambda x: np.stack([x[..., 0], np.maximum(0, x[..., 1])], -1),
     ("key_sums", "stats"): lambda x: np.abs(x) + [3, 1],
     **{(name, "weights"): lambda x: np.where(x[:, :1] > 0, x, 0) for name in SUMMING},
     ("gated_delta_rule", "beta"): lambda x: 1 / (1 + np.exp(-x)),
@@ -229,11 +288,11 @@ def make_inputs(op: Op, case: Case, rng: np.random.Generator, cache: str = "F32"
         if shape is None:
             values.append(None)
         elif spec.many:
-            values.append([rng.standard_normal(s).astype(np.float32) for s in shape])
+            values.append([FLOATS.get((op.name, name), lambda x: x)(rng.standard_normal(s)).astype(np.float32) for s in shape])
         elif spec.kind == "I32":
             values.append(INTEGERS[op.name, name](rng, shape, case.shapes).astype(np.int32))
         elif spec.kind == "Cache":
-            values.append(stored(rng.standard_normal(shape), cache))
+            values.append(stored(rng.standard_normal(shape), "F16" if name.endswith("_full") and dtype(cache).block > 1 else cache))
         elif name == "inv_freq":
             values.append((10_000.0 ** -(np.arange(shape[0]) / max(1, shape[0]))).astype(np.float32))
         else:
@@ -303,7 +362,8 @@ TOLERANCE = {
     "concat": (0.0, 0.0), "rms_norm": (8e-7, 1.0), "layer_norm": (8e-7, 1.0), "softmax": (2e-6, 0.0),
     "reduce": (1e-6, 10.0), "mean_rows": (1e-6, 10.0),
     "rope_table": (1.2e-7, 0.0), "temperature": (1.2e-7, 0.0), "rope": (3e-7, 2.0), "cache_append": (0.0, 0.0), "rope_append": (8e-7, 2.0),
-    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "key_sums": (2e-6, 1.0), "attention_sums": (2e-6, 1.0), "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
+    "matmul": (5e-7, 0.0), "attention": (2e-6, 1.0), "key_sums": (2e-6, 1.0), "attention_sums": (2e-6, 1.0), "cache_groups": (0.0, 0.0), "merge_attention": (1e-6, 1.0),
+    "top_experts": (6e-7, 0.1), "top_k": (2e-6, 0.0), "sum_experts": (5e-7, 3.0),
     "causal_conv": (5e-7, 3.0), "gated_delta_rule": (2e-6, 8.0),
     "conv2d": (2e-6, 20.0), "pool2d": (4e-7, 1.0), "adaptive_pool2d": (4e-7, 1.0), "resize2d": (1e-6, 2.0), "group_norm": (2e-6, 1.0),
     "l2_norm": (6e-7, 0.0),
@@ -311,7 +371,8 @@ TOLERANCE = {
 # Attention by bytes: a float that lies near the middle of two codes may become either.
 TOLERANCE_INT8 = (5e-3, 1.0)
 # Rounding of a cache, relative to its largest element. Q4_0 has 8 steps on one side and 7 on the other.
-STEP = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127, "Q4_0": 1.001 / 8, "Q4_1": 1.001 / 15}
+STEP = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127, "Q4_0": 1.001 / 8, "Q4_1": 1.001 / 15,
+        "Q4_1_CHANNELS": 1.001 / 15, "Q2_1_CHANNELS": 1.001 / 3, "Q2_1": 1.001 / 3}
 
 
 def check(kernels: Runner, op: Op, inputs: list[Value], params: dict[str, Any], cache: str = "F32") -> list[Value]:
