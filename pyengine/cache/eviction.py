@@ -79,9 +79,9 @@ def compressed(store: Store) -> list[Layer]:
     return [layer for layer in store.layers if store.cells.groups[layer.group].policy.compressed]
 
 
-def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_threads: int = 1) -> None:
+def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_threads: int = 1, free: int = 0) -> None:
     """Leave a conversation `budget` cells of each layer and head, or those that it has if they are fewer. A policy that spends more on some
-    layers spends less on others.
+    layers spends less on others; `free` cells at least are then left to each for tokens that follow.
 
     If that is interrupted the conversation is dropped. Raises: PlanError without pages for a conversation that shares its cells.
     """
@@ -91,7 +91,7 @@ def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_
         kept = {layer.group: min(budget, len(layer.old)) for layer in layers}
         if policy.uneven and budget * len(layers) < sum(len(layer.old) for layer in layers):
             wanted = policy.budgets([layer.statistics for layer in layers], [layer.is_text for layer in layers], layers[0].queries, budget)
-            kept = dict(zip(kept, spread(wanted, [layer.most for layer in layers], budget * len(layers))))
+            kept = dict(zip(kept, spread(wanted, [layer.most(free) for layer in layers], budget * len(layers))))
         new = {i: cells.compact(i, s, n) for i, n in kept.items()}
         for layer in layers:
             if kept[layer.group] < len(layer.old):
@@ -121,20 +121,24 @@ class Content:
     """What a layer holds of a conversation, on the way through a compression.
 
     old      its cells; statistics: float32 [heads, cells, channels of the policy]; is_text: bool [heads, cells]
-    queries  heads that share a head of keys; most: cells that it can have
+    queries  heads that share a head of keys
     """
 
     def __init__(self, store: Store, s: Conversation, policy: Compression, layer: Layer):
         own = store.cells.groups[layer.group]
         self.s, self.policy, self.layer, self.group, self.queries = s, policy, layer, layer.group, layer.queries
         self.old = store.cells.cells_of(layer.group, s, np.arange(store.cells.filled(layer.group, s))).copy()
-        self.most = min(own.slots, len(self.old))
+        self._slots = own.slots
         self._heads, self._places = layer.states[0].shape[0], columns(policy, own.policy.kinds) or []
         self._cells = cells_of_sums(store, s, layer)
         self.tokens = tokens_of(s, layer.number, self._heads, len(self.old))
         text = np.array([isinstance(key, int) for key in s.keys])
         self.is_text = text[self.tokens]
         self.statistics = self._sums()[..., self._places]
+
+    def most(self, free: int) -> int:
+        """Return how many cells it can keep where so many are to be free."""
+        return min(max(1, self._slots - free), len(self.old))
 
     def _sums(self) -> np.ndarray:
         if self.layer.sums is None:

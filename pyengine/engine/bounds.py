@@ -99,7 +99,7 @@ class Bounds:
             return part._replace(counts=part.rows.counts[part.start : part.stop])
         limit, budget = self.limit(s)
         if self.filled(s) + n > limit:
-            eviction.compress(self.store, s, s.compression, budget, self.n_threads)
+            eviction.compress(self.store, s, s.compression, budget, self.n_threads, limit - budget)
         first = self.filled(s)
         is_text = part.rows.ids[part.start : part.stop] >= 0
         return part._replace(counts=eviction.running_counts(s.compression, kinds, is_text, np.arange(first, first + n), limit))

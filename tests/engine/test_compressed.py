@@ -319,6 +319,16 @@ def test_a_window_is_counted_anew_where_all_was_kept(tiny_gguf) -> None:
     assert model.cells_held().n_cells == 50 and not layer.sums.gather(eviction.cells_of_sums(model._runner.store, s, layer)).any()
 
 
+def test_a_layer_that_gets_most_cells_has_room_to_grow(tiny_gguf, monkeypatch) -> None:
+    policy = pe.VLCache(budget=40, when="always")
+    monkeypatch.setattr(pe.VLCache, "budgets", lambda self, statistics, *args: [40 * len(statistics), *[1] * (len(statistics) - 1)])
+    model = pe.load(tiny_gguf("llama", num_hidden_layers=8)[0], compress=policy, **{**SETTINGS, "n_ctx": 1024})
+    answer = ask(model, IDS * 3, 100)
+    s, cells = answer.report.conversation, model._runner.cells
+    assert len(answer.tokens) == 100 and cells.groups[0].slots == 192
+    assert cells.filled(0, s) > 180 and sum(cells.filled(i, s) for i in range(8)) <= 8 * 48
+
+
 def test_what_cannot_be_compressed_says_so(tiny_gguf, tmp_path) -> None:
     folder = tiny_sources.make(next(iter(cases.sources().values())), tmp_path / "hf")
     with pytest.raises(UnsupportedModelError, match="no layers"):
