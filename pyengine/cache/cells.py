@@ -191,10 +191,10 @@ class Cells:
         n; where layers are recurrent, as many as a state was left behind; 0 where a ring has lost them, or a compression knows of more.
         """
         n = min(n, len(s))
-        if n < s.floor:
-            return 0
         if self.n_states:
             n = max((m.n for m in s.marks if m.n <= n), default=0)
+        if n < s.floor:
+            return 0
         for i, g in enumerate(self.groups):
             if g.policy.ring and g.policy.first_of(n) < max(0 if g.policy.stays else s.high - g.slots, s.low.get(i, 0)):
                 return 0

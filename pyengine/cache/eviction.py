@@ -120,7 +120,7 @@ def spread(wanted: Sequence[int], most: Sequence[int], total: int) -> list[int]:
 class Content:
     """What a layer holds of a conversation, on the way through a compression.
 
-    old      its cells; statistics: float32 [heads, cells, channels of the policy]; is_text: bool [heads, cells]
+    old      its cells; statistics: float32 [heads, cells, channels of the policy], of one layer that reads it; is_text: bool [heads, cells]
     queries  heads that share a head of keys
     """
 
@@ -135,6 +135,8 @@ class Content:
         text = np.array([isinstance(key, int) for key in s.keys])
         self.is_text = text[self.tokens]
         self.statistics = self._sums()[..., self._places]
+        if layer.readers > 1:                                # what one of them gives, as in layers with keys of their own
+            self.statistics = self.statistics / np.float32(layer.readers)
 
     def most(self, free: int) -> int:
         """Return how many cells it can keep where so many are to be free."""

@@ -140,7 +140,7 @@ def save(path: str | Path, store: Store, s: Conversation, model: bytes, notes: b
     if len(notes) >= 1 << 32:
         raise SessionError(f"{path}: notes of {len(notes)} bytes are not saved")
     if s.partial or not len(s) or not all(isinstance(k, int) or isinstance(k[0], bytes) for k in s.keys):
-        raise SessionError(f"{path}: a conversation that is empty, or from which tokens were removed, is not saved")
+        raise SessionError(f"{path}: a conversation that is empty, whose prompt was not read to its end, or from which tokens were removed, is not saved")
     nbytes = 0
     try:
         with written(path, private=True, lasting=True) as file:

@@ -26,7 +26,7 @@ class Layer(NamedTuple):
 
     states    keys and values; those of a recurrent layer, whose `rotation` is None
     sums      of attention, by conversation and number of the key, where cells are compressed by them (`ops.key_sums`)
-    queries   heads that share one of its heads of keys
+    queries   heads of one layer that share one of its heads of keys; readers: layers that attend to its keys
     """
 
     number: int
@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     rotation: Rotation | None
     sums: State | None = None
     queries: int = 1
+    readers: int = 1
 
 
 class Store:

@@ -9,6 +9,7 @@ import numpy as np
 from pyengine.backends.base import Program
 from pyengine.cache.cells import Conversation
 from pyengine.cache.eviction import copy_sums
+from pyengine.cache.policy import TAIL
 from pyengine.cache.store import Store
 from pyengine.engine.bounds import Bounds
 from pyengine.errors import ContextOverflowError, RequestError
@@ -66,6 +67,8 @@ class Runner:
             part = self.bounds.counted(part)
         pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
         end = len(part.conversation) - part.start + len(part.rows)
+        if part.counts is not None and not self.bounds.running(part.conversation):
+            end += TAIL                                      # compressed there: nothing goes on from before it
         self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end))
         self.inputs.cross(part.conversation, pictures)
         return part

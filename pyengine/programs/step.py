@@ -201,7 +201,7 @@ class Step:
 
     def caches(self, program: Program) -> list[Layer]:
         """Return the states of each layer that has a cache."""
-        ropes, made = self.model.ropes(self.sizes.n_ctx), []
+        ropes, owners, made = self.model.ropes(self.sizes.n_ctx), self.model.cache_owners(), []
         for i, number in enumerate(self.layers):
             if number is not None:
                 recurrent, states = self.groups[number].policy.recurrent, [program.states[name] for name in self._states(i, self.groups, self.sizes.n_seq)]
@@ -210,7 +210,7 @@ class Step:
                 for part in reversed(self.parts.get(number, ())):
                     made.append(Layer(self.owned[i], part, (*states[-2:],), turned))
                     del states[-2:]
-                made.append(Layer(self.owned[i], number, tuple(states), turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0])))
+                made.append(Layer(self.owned[i], number, tuple(states), turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i)))
         return made
 
 

@@ -290,6 +290,20 @@ def test_a_beginning_of_an_answer_is_gone_on_from(tiny_gguf) -> None:
     assert want.n_cached == 105 and told(answer) == told(want)
 
 
+def test_states_are_not_gone_on_from_before_a_compression(tiny_gguf) -> None:
+    model = pe.load(tiny_gguf("qwen3_next")[0], compress=pe.SnapKV(budget=12, window=2), n_seq=3, **SETTINGS)
+    first = ask(model, IDS[:100], 30)
+    assert ask(model, [*IDS[:97], *IDS[100:120]]).n_cached == 0
+    found = []
+    for _ in range(2):
+        answer = ask(model, [*IDS[:100], *first.tokens[:5], *IDS[100:120]])
+        assert answer.n_cached == 100                        # the state behind the prompt, where it was compressed
+        found.append(told(answer))
+        model.reset()
+        ask(model, IDS[:100], 1)
+    assert found[0] == found[1]
+
+
 def test_requests_that_have_no_cells_do_not_end_others(tiny_gguf) -> None:
     model = pe.load(tiny_gguf("llama")[0], compress=pe.LookM(budget=50, when="always"), n_seq=2, **SETTINGS)
     want = told(ask(model, IDS[:20], 30))
@@ -310,6 +324,17 @@ def test_a_budget_leaves_room_for_a_picture_in_one_step(tiny_gguf) -> None:
     assert ask(model, prompt("gemma3"), 30).tokens
     with pytest.raises(RequestError, match="in one step"):
         ask(model, prompt("gemma3"), 30, compress=pe.LookM(budget=21, when="always"))
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "qwen3_next", "mllama"])
+def test_a_row_gives_one_to_all_keys_together(tiny_gguf, monkeypatch, kind: str) -> None:
+    seen = Seen(monkeypatch)
+    model = pe.load(tiny_gguf(kind)[0], compress=pe.RoCo(ratio=0.3), **SETTINGS)
+    n = ask(model, IDS[:90], 1).n_prompt
+    layers = eviction.compressed(model._runner.store)
+    assert seen.found and (kind != "gemma3n" or any(layer.readers > 1 for layer in layers))
+    for f, layer in zip(seen.found, layers):                 # the mean of the layers that share these keys
+        np.testing.assert_allclose(f["sums"][..., 0].sum(1), n * layer.queries, rtol=1e-4)
 
 
 def test_a_window_is_counted_anew_where_all_was_kept(tiny_gguf) -> None:
