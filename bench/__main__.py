@@ -1,5 +1,4 @@
-"""`python -m bench kernels|models|peers|together|lookup|serving|vision|quality|widths|embed|convolutions`: measure, print, write JSON, compare
-with an earlier file, draw.
+"""`python -m bench SUITE`: measure, print, write JSON, compare with an earlier file, draw. `python -m bench -h` lists the suites.
 
 Exit codes: 0; 1 when a result is wrong, a kernel is missing, or --compare finds a regression; 2 for wrong arguments.
 """
@@ -63,6 +62,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         (file,) = _paths([args.model])
         return sight.run(file, args.threads, args.number, args.seed, args.weights or sight.TYPES, args.kv or sight.CACHES,
                          args.checkpoint)
+    if args.suite == "cache":
+        return _measure_cache(args)
     if args.suite == "serving":
         from . import serving
 
@@ -83,6 +84,22 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.suite == "models":
         return peers.models(paths, args.threads, args.prompt, args.generate, args.rounds)
     return peers.peers(paths, args.threads, args.prompt, args.generate, args.rounds, args.quality, args.engine, dict(args.peer))
+
+
+def _measure_cache(args: argparse.Namespace) -> dict[str, Any]:
+    from . import cache, cache_models
+
+    policies = args.policy or [name for name in cache.POLICIES if name in cache.known()]
+    ratios = args.ratio or cache.RATIOS
+    if args.speed:
+        chosen = list(cache.settings(policies[:1], ratios, {}))
+        return cache_models.speeds(args.speed, args.threads, args.depth or cache_models.DEPTHS, chosen, args.kv, args.rounds)
+    (file,) = _paths([args.model])
+    if args.budget:
+        return cache_models.perplexities(file, args.threads, args.budget, policies, args.kv)
+    asked_for = {"tasks": args.task or cache.TASKS, "numbers": args.pictures or cache.NUMBERS, "policies": policies, "ratios": ratios,
+                 "merges": args.merge or cache.MERGES}
+    return cache.run(file, args.threads, args.number, args.seed, args.kv, asked_for, args.tokens)
 
 
 def _named_folder(text: str) -> tuple[str, Path]:
@@ -138,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="may be repeated (default: F32, F16, Q8_0, Q4_0)")
     quality.add_argument("--kv", action="append", help="formats of the cache, may be repeated (default: f32, f16, q8_0, q4_0)")
     quality.add_argument("--checkpoint", type=Path, metavar="DIR", help="also transformers' scores, and whether its answers are ours")
+    _add_cache(suites, common)
     widths = suites.add_parser("widths", parents=[common], help="16 bits beside 4: bytes, tokens/s, quality, in one table")
     widths.add_argument("model", nargs="*", help="GGUF files or names; default: models/*.gguf")
     widths.add_argument("-r", "--rounds", type=int, default=3)
@@ -164,6 +182,25 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--text-layers", type=int, metavar="N", help="of the text model whose turns are measured (default: all)")
     whole.add_argument("--files", type=Path, metavar="DIR", help="keep the random models there, and take them from there")
     return parser
+
+
+def _add_cache(suites: Any, common: argparse.ArgumentParser) -> None:
+    cache = suites.add_parser("cache", parents=[common], help="caches that forget: answers about many pictures, time, perplexity")
+    cache.add_argument("model", nargs="?", default="converters/demo/weights/demo-many-f16.gguf",
+                       help="the demo model of many pictures (default); with --budget any text model")
+    cache.add_argument("-n", "--number", type=int, default=50, help="questions of each task and number of pictures (default: 50)")
+    cache.add_argument("--seed", type=int, default=20_261_201, help="of the pictures")
+    cache.add_argument("--task", action="append", help="may be repeated (default: all)")
+    cache.add_argument("--pictures", type=int, action="append", metavar="N", help="of a question, may be repeated (default: 8, 16, 24)")
+    cache.add_argument("--tokens", type=int, choices=[16, 25, 36], default=16, help="of a picture (default: 16)")
+    cache.add_argument("--policy", action="append", metavar="CLASS", help="may be repeated (default: all)")
+    cache.add_argument("--ratio", type=float, action="append", help="share of the cache, may be repeated (default: 1 to 0.01)")
+    cache.add_argument("--merge", action="append", help="of LookM, may be repeated (default: all)")
+    cache.add_argument("--kv", default="f16", help="format of the cache (default: f16)")
+    cache.add_argument("--budget", type=int, action="append", metavar="CELLS", help="perplexity of a text model with so many; may be repeated")
+    cache.add_argument("--speed", action="append", choices=["llava", "qwen"], help="time of a token of random models; may be repeated")
+    cache.add_argument("--depth", type=int, action="append", metavar="N", help="tokens of their prompts (default: 4096 to 32768)")
+    cache.add_argument("-r", "--rounds", type=int, default=3, help="of --speed")
 
 
 def main(argv: list[str] | None = None) -> int:

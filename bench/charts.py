@@ -23,6 +23,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
                "models": lambda: [("shares", bars(result, "share of the limit", 1.0))],
                "peers": lambda: [("ratios", bars(result, "pyengine / other engine", 1.0))],
                "vision": lambda: [("vision", bars(result, "share of the peaks; ratios of speeds", 1.0))],
+               "cache": lambda: [("cache", kept(result))],
                "quality": lambda: [("quality", bars(result, "share of right answers; overlap of boxes", 1.0))]}
     paths = []
     for name, figure in figures[result["suite"]]():
@@ -76,4 +77,26 @@ def bars(result: Mapping[str, Any], label: str, line: float) -> Any:
              title=f"{result['machine']['cpu']}, {result['machine']['threads']} threads, {what}")
     axes.grid(True, axis="x", alpha=0.3)
     axes.set_axisbelow(True)
+    return figure
+
+
+def kept(result: Mapping[str, Any]) -> Any:
+    """Draw right answers over the bytes of the cache, a line for each policy and merging rule, and the full cache as a band."""
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    full = next(r for r in result["results"] if r["ratio"] == 1)
+    axes.axhspan(*full["interval"], color="black", alpha=0.1)
+    axes.axhline(full["score"]["median"], color="black", lw=1, label="full cache")
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for r in result["results"]:
+        if r["ratio"] < 1:
+            lines.setdefault(r["policy"] if r["merge"] == "none" else f"{r['policy']}, {r['merge']}", []).append(r)
+    for name, rows in lines.items():
+        rows.sort(key=lambda r: r["bytes"])
+        y = np.array([r["score"]["median"] for r in rows])
+        low, high = np.abs(np.array([r["interval"] for r in rows]).T - y)
+        axes.errorbar([r["bytes"] / 1024 for r in rows], y, yerr=[low, high], marker=".", capsize=2, lw=1.2, label=name)
+    axes.set(xscale="log", xlabel="KiB of the cache after the prompt", ylabel="share of right answers", ylim=(0, 1.02),
+             title=f"{result['file']}, cache {result['kv']}, pictures of {result['tokens']} tokens; intervals of 95%")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
     return figure

@@ -45,7 +45,7 @@ def hold(say: Say, examples: Sequence[Example]) -> list[list[str]]:
         messages: list[dict[str, Any]] = []
         left = iter(example.pictures)
         for turn, n in zip(example.turns, example.shown()):
-            shown = [{"type": "image", "image": p.pixels} for p in islice(left, n)]
+            shown = pictures.shown_parts(example, [{"type": "image", "image": p.pixels} for p in islice(left, n)])
             messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.question}]})
             messages.append({"role": "assistant", "content": say(messages, example.functions())})
         out.append([m["content"] for m in messages[1::2]])

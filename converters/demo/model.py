@@ -2,7 +2,7 @@
 
 transformers' Qwen2_5_VLForConditionalGeneration, small. Its encoder runs picture by picture on a CPU; training here runs all
 pictures of a batch through the same modules at once, and those of one size through one attention call. `check_forward` holds
-this to transformers' own forward. Axes: n patches, r merged rows, b conversations, t tokens, D hidden.
+this to transformers' own forward. Axes: n patches, r merged rows, b conversations, t tokens, s those of pictures, D hidden.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -31,10 +31,12 @@ from .pictures import ALPHABET, COLOURS, GROUP, KEYS, SHAPES, Example, Picture, 
 PATCH, MERGE, FRAMES = 14, 2, 2
 MEAN = STD = 0.5
 WIDTH = 192
-# M-RoPE gives columns the slowest turns of a head: with a usual base, those of 32 elements could not tell neighbours apart
+# M-RoPE gives columns the slowest turns of a head: with a usual base, those of 32 elements could not tell neighbours apart. With this base
+# all pairs turn so fast that nothing is found 50 positions away by what it is; so YaRN stops the three slowest, from the 13th on
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6,
         "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]}}
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "mrope_section": [2, 7, 7], "factor": 1000.0, "attention_factor": 1.0,
+                            "original_max_position_embeddings": 2048, "beta_fast": 54.7, "beta_slow": 53.2}}
 VISION = {"depth": 4, "hidden_size": WIDTH, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": WIDTH,
           "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES, "window_size": 4 * PATCH,
           "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
@@ -179,7 +181,8 @@ def make_model(seed: int) -> Any:
         vision_config=VISION, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True)
-    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
+        config, attn_implementation={"text_config": "sdpa", "vision_config": "eager"})
     model.tie_weights()
     return model
 
@@ -227,16 +230,18 @@ class Batch:
     ids: Tensor                     # int64 [b, t]
     positions: Tensor               # int64 [3, b, t]
     targets: Tensor                 # int64 [b, t]: the next token where it belongs to an answer, else -100
-    asked: Tensor                   # int64 [3, b, t]: where an answer is: which of NAMED its question names, else -100
+    asked: Tensor                   # int64 [5, b, t]: where an answer is: which of NAMED its question names, and digits; else -100
     patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied
     grids: list[tuple[int, int]]    # per size: rows and columns of merged groups
-    rows: Tensor                    # int64 [r]: which row of the encoder's output each image token takes
+    rows: Tensor                    # int64 [s]: which row of the encoder's output each image token takes
     glyphs: Tensor                  # int64 [r, QUARTERS]: the character whose centre lies in that quarter from the left; -100 unknown
     things: Tensor                  # int64 [r]: the shape whose centre lies there; -100 unknown
     boxes: Tensor                   # float32 [r, 4]: its box from the group's centre, in groups
     lines: Tensor                   # int64 [r]: the key of a form's line that lies there; -100 none
-    numbers: Tensor                 # int64 [r]: of the picture in its conversation, from 0; -100 from NUMBERED on
+    numbers: Tensor                 # int64 [s], of image tokens: of the picture in its conversation, from 0; -100 from NUMBERED on
+    labels: Tensor                  # int64 [2, s]: digits of the number before the picture where something lies; -100 elsewhere
     places: Tensor                  # float32 [r, 2]: column and row of the group's centre in its picture, in groups
+    seen: Tensor | None             # bool [b, 1, t, t]: which tokens see which, where turns are apart; None: all before them
 
 
 def resized(picture: Picture) -> np.ndarray:
@@ -287,34 +292,43 @@ def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np
     return glyphs, things, boxes, lines
 
 
-def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
-    """Return token ids, targets, positions [3, t] as chat template and get_rope_index make them, and what is asked for [3, t]."""
+def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray, np.ndarray, list[int]]:
+    """Return token ids, targets, positions [3, t] as chat template and get_rope_index make them, what is asked for [5, t], and where each
+    turn begins that stands apart.
+    """
     tokenizer, encode = make_tokenizer(), _encode
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids: list[int] = []
     targets: list[int] = []
     asked: list[list[int]] = []
-    named = [-100] * len(NAMED)
-    coming = iter(grids)
+    named = [-100] * (len(NAMED) + 2)
+    coming = iter(enumerate(grids, 1))
     if example.tools:
         ids += encode(f"<|im_start|>system\n{tools_text(example.tools)}<|im_end|>\n")
+    starts: list[int] = []
     for turn, shown in zip(example.turns, example.shown()):
-        ids += encode("<|im_start|>user\n<tool_response>\n" if turn.pictures else "<|im_start|>user\n")
-        for h, w in islice(coming, shown):
+        if not (example.apart and starts):
+            ids += encode("<|im_start|>user\n<tool_response>\n" if turn.pictures else "<|im_start|>user\n")
+        for number, (h, w) in islice(coming, shown):
+            ids += encode(str(number)) if example.numbered else ()
             ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
+        starts += [len(ids)] if example.apart else []
         end = "\n</tool_response>" if turn.pictures else ""
         ids += encode(f"{turn.question}{end}<|im_end|>\n<|im_start|>assistant\n")
         answer = encode(f"{turn.mistaken or turn.answer}<|im_end|>")
         if not turn.pictures:                                                  # else it is what was asked for before
             named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in NAMED]
-        asked += [[-100] * len(NAMED)] * (len(ids) - len(targets) - 1) + [named] * len(answer)
+            named += digits(next((int(word) for word in turn.question.strip("?").split() if word.isdigit()), -100))
+        asked += [[-100] * (len(NAMED) + 2)] * (len(ids) - len(targets) - 1) + [named] * len(answer)
         targets += [-100] * (len(ids) - len(targets) - 1) + [-100 if turn.mistaken else token for token in answer]
         ids += answer
         ids += encode("\n")
-    asked += [[-100] * len(NAMED)] * (len(ids) - len(targets))
+    asked += [[-100] * (len(NAMED) + 2)] * (len(ids) - len(targets))
     targets += [-100] * (len(ids) - len(targets))
     positions, start, i, left = np.zeros((3, len(ids)), np.int64), 0, 0, list(grids)
     while i < len(ids):
+        if i in starts:
+            start = positions[0, starts[0] - 1] + 1
         if ids[i] != pad:
             positions[:, i] = start
             start, i = start + 1, i + 1
@@ -323,7 +337,12 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
         rows, columns = np.divmod(np.arange(h * w), w)
         positions[:, i:i + h * w] = start + np.stack([0 * rows, rows, columns])
         start, i = start + max(h, w), i + h * w
-    return ids, targets, positions, np.array(asked).T
+    return ids, targets, positions, np.array(asked).T, starts
+
+
+def digits(number: int) -> tuple[int, int]:
+    """Return tens and ones; -100 of a negative number."""
+    return divmod(number, 10) if number >= 0 else (-100, -100)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -332,32 +351,44 @@ def _encode(text: str) -> tuple[int, ...]:
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
-    """Pack conversations; ids are padded at the end, where causal attention does not see them."""
-    done = [[patches(p) for p in e.pictures] for e in examples]
-    said = [conversation(e, [grid for _, grid in d]) for e, d in zip(examples, done)]
+    """Pack conversations; ids are padded at the end, where causal attention does not see them. A picture that several show is one."""
+    own = {id(p): p for e in examples for p in e.pictures}
+    made = {key: patches(p) for key, p in own.items()}
+    said = [conversation(e, [made[id(p)][1] for p in e.pictures]) for e in examples]
     t = max(len(ids) for ids, *_ in said)
     ids, targets = np.zeros((len(said), t), np.int64), np.full((len(said), t), -100, np.int64)
-    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((len(NAMED), len(said), t), -100, np.int64)
-    for i, (a, b, p, q) in enumerate(said):
+    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((len(NAMED) + 2, len(said), t), -100, np.int64)
+    part = np.zeros((len(said), t), np.int64)                                  # the turn that a token belongs to; 0: all
+    for i, (a, b, p, q, starts) in enumerate(said):
         ids[i, :len(a)], targets[i, :len(b)], positions[:, i, :len(a)], asked[:, i, :len(a)] = a, b, p, q
-    flat = [(x, grid, picture, n) for d, e in zip(done, examples) for n, ((x, grid), picture) in enumerate(zip(d, e.pictures))]
-    grids = sorted({grid for _, grid, *_ in flat})
-    by_size = [i for g in grids for i, (_, grid, *_) in enumerate(flat) if grid == g]
-    starts, at = {}, 0
-    for i in by_size:
-        starts[i] = at
-        at += flat[i][1][0] * flat[i][1][1]
-    rows = np.concatenate([starts[i] + np.arange(g[0] * g[1]) for i, (_, g, *_) in enumerate(flat)])
-    aims = [row_targets(flat[i][2], flat[i][1]) for i in by_size]
-    glyphs, things, boxes, lines = (torch.from_numpy(np.concatenate(a)) for a in zip(*aims))
-    centres = [np.stack(np.divmod(np.arange(g[0] * g[1]), g[1])[::-1], axis=-1) + 0.5 for g in (flat[i][1] for i in by_size)]
-    numbers = torch.from_numpy(np.concatenate([np.full(flat[i][1][0] * flat[i][1][1], flat[i][3], np.int64) for i in by_size]))
-    numbers[numbers >= NUMBERED] = -100
-    places = torch.from_numpy(np.concatenate(centres).astype(np.float32))
-    stacks = [torch.from_numpy(np.stack([x for x, grid, *_ in flat if grid == g])) for g in grids]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets),
-                 torch.from_numpy(asked), stacks, grids,
-                 torch.from_numpy(rows), glyphs, things, boxes, lines, numbers, places)
+        for start in starts:
+            part[i, start:] += 1
+    grids = sorted({grid for _, grid in made.values()})
+    by_size = [key for g in grids for key, (_, grid) in made.items() if grid == g]
+    first, at = {}, 0
+    for key in by_size:
+        first[key] = at
+        at += made[key][1][0] * made[key][1][1]
+    tokens = [(first[id(p)] + np.arange(h * w), n, e.numbered) for e in examples for n, p in enumerate(e.pictures)
+              for h, w in [made[id(p)][1]]]
+    rows = np.concatenate([r for r, *_ in tokens])
+    aims = [row_targets(own[key], made[key][1]) for key in by_size]
+    glyphs, things, boxes, lines = (np.concatenate(a) for a in zip(*aims))
+    centres = [np.stack(np.divmod(np.arange(h * w), w)[::-1], axis=-1) + 0.5 for h, w in (made[key][1] for key in by_size)]
+    numbers = np.concatenate([np.full(len(r), n if n < NUMBERED else -100, np.int64) for r, n, _ in tokens])
+    labels = np.concatenate([np.tile(np.array([digits(n + 1 if numbered else -100)]).T, len(r)) for r, n, numbered in tokens], axis=1)
+    labels[:, ~((things > 0) | (glyphs > 0).any(1))[rows]] = -100
+    stacks = [torch.from_numpy(np.stack([x for x, grid in (made[key] for key in by_size) if grid == g])) for g in grids]
+    return Batch(*map(torch.from_numpy, (ids, positions, targets, asked)), stacks, grids,
+                 *map(torch.from_numpy, (rows, glyphs, things, boxes, lines, numbers, labels, np.concatenate(centres).astype(np.float32))),
+                 _seen(part) if part.any() else None)
+
+
+def _seen(part: np.ndarray) -> Tensor:
+    """Say which tokens see which, from the part [b, t] that each belongs to: those before them, of their own part or of part 0."""
+    turn = torch.from_numpy(part)
+    own = (turn[:, :, None] == turn[:, None]) | (turn[:, None] == 0)           # [b, t, t]
+    return (own & torch.ones(own.shape[1:], dtype=torch.bool).tril())[:, None]
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------------------
@@ -417,7 +448,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def hidden(model: Any, batch: Batch, soft: Tensor, halfway: list[Tensor] | None = None) -> Tensor:
     """Run the decoder over the conversations with the pictures' rows in place: [b, t, D].
 
-    halfway: gets what the decoder's second half finds: rows [r, D] in the order of `soft`, and all tokens [b, t, D].
+    halfway: gets what the decoder's second half finds: image tokens [s, D], and all tokens [b, t, D].
     """
     text = model.model.language_model
     x = text.embed_tokens(batch.ids)
@@ -426,13 +457,18 @@ def hidden(model: Any, batch: Batch, soft: Tensor, halfway: list[Tensor] | None 
     handle = None
     if halfway is not None:
         middle = text.layers[len(text.layers) // 2]
-        order = batch.rows.argsort()
-        handle = middle.register_forward_pre_hook(lambda _, inputs: halfway.extend((inputs[0][shown][order], inputs[0])))
+        handle = middle.register_forward_pre_hook(lambda _, inputs: halfway.extend((inputs[0][shown], inputs[0])))
     try:
-        return text(inputs_embeds=x, position_ids=batch.positions, use_cache=False).last_hidden_state
+        mask = None if batch.seen is None else {"full_attention": batch.seen}
+        return text(inputs_embeds=x, attention_mask=mask, position_ids=batch.positions, use_cache=False).last_hidden_state
     finally:
         if handle is not None:
             handle.remove()
+
+
+def alone(example: Example) -> list[Example]:
+    """List the conversations that an example of turns apart holds at once."""
+    return [replace(example, turns=(turn,), apart=False) for turn in example.turns] if example.apart else [example]
 
 
 def check_forward(model: Any, examples: Sequence[Example]) -> float:
@@ -440,7 +476,8 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
 
     The ids are those of the chat template and the patches those of the processor, so that these are compared as well.
     """
-    tokenizer, batch, worst = make_tokenizer(), make_batch(examples), 0.0
+    tokenizer, examples = make_tokenizer(), [one for example in examples for one in alone(example)[:3]]
+    batch, worst = make_batch(examples), 0.0
     processor = transformers.Qwen2VLImageProcessorPil(
         patch_size=PATCH, temporal_patch_size=FRAMES, merge_size=MERGE, min_pixels=pictures.MIN_PIXELS,
         max_pixels=pictures.MAX_PIXELS, image_mean=[MEAN] * 3, image_std=[STD] * 3)
@@ -450,7 +487,7 @@ def check_forward(model: Any, examples: Sequence[Example]) -> float:
             made = processor(images=[PIL.Image.fromarray(p.pixels) for p in example.pictures], return_tensors="pt")
             messages: list[dict[str, Any]] = []
             for turn, n in zip(example.turns, example.shown()):
-                shown = [{"type": "image"} for _ in range(n)]
+                shown = pictures.shown_parts(example, [{"type": "image"} for _ in range(n)])
                 messages += [{"role": turn.role, "content": [*shown, {"type": "text", "text": turn.question}]},
                              {"role": "assistant", "content": turn.mistaken or turn.answer}]
             text = tokenizer.apply_chat_template(messages, tools=example.functions() or None, tokenize=False)
@@ -471,6 +508,14 @@ def _towards(x: Tensor, words: Iterable[str], aim: Tensor, table: Tensor) -> Ten
     return F.cross_entropy((x @ table[[_encode(word[0] if word.isupper() else f" {word}")[0] for word in words]].T).float(), aim)
 
 
+def _digits_loss(head: nn.Linear, x: Tensor, aims: Tensor) -> Tensor:
+    """Compute the loss of tens and ones [2, ...] that a head reads from vectors [..., D]."""
+    known = aims[0] >= 0
+    if not known.any():
+        return x.sum() * 0
+    return F.cross_entropy(head(x[known]).float().view(-1, 10), aims[:, known].T.reshape(-1))
+
+
 class Reader(nn.Module):
     """Heads that predict from each of the encoder's rows what lies in its group: a second aim in training, dropped afterwards."""
 
@@ -481,6 +526,8 @@ class Reader(nn.Module):
         self.boxes = nn.Linear(WIDTH, 4)
         self.edges = nn.Linear(WIDTH, 6 * TENS)
         self.numbers = nn.Linear(WIDTH, NUMBERED)
+        self.labels = nn.Linear(WIDTH, 2 * 10)
+        self.sought = nn.Linear(WIDTH, 2 * 10)
 
     def forward(self, soft: Tensor, batch: Batch, table: Tensor) -> tuple[Tensor, float]:
         """Return the loss and the share of characters that are right; table [vocabulary, D] embeds the decoder's tokens.
@@ -508,7 +555,7 @@ class Reader(nn.Module):
         for words, aims in zip(NAMED, batch.asked):
             if (known := aims >= 0).any():
                 loss = loss + _towards(tokens[known], words, aims[known], table)
-        return loss
+        return loss + _digits_loss(self.sought, tokens, batch.asked[len(NAMED):])
 
     def where(self, rows: Tensor, batch: Batch, table: Tensor) -> Tensor:
         """Compute the loss of rows halfway through the decoder: which picture they are of, edges of a shape's box, a line's key.
@@ -516,12 +563,15 @@ class Reader(nn.Module):
         Of the edges and of the box's middle, the tens of their pixels. The encoder sees one picture and has relative positions only: the first two are the
         decoder's to find out.
         """
-        there, lined = batch.things > 0, batch.lines >= 0
-        loss = F.cross_entropy(self.numbers(rows).float(), batch.numbers)
+        things, lines = batch.things[batch.rows], batch.lines[batch.rows]
+        there, lined = things > 0, lines >= 0
+        loss = _digits_loss(self.labels, rows, batch.labels)
+        if (batch.numbers >= 0).any():
+            loss = loss + F.cross_entropy(self.numbers(rows).float(), batch.numbers)
         if lined.any():
-            loss = loss + _towards(rows[lined], KEYS, batch.lines[lined], table)
+            loss = loss + _towards(rows[lined], KEYS, lines[lined], table)
         if there.any():
-            edges = (batch.boxes + batch.places.repeat(1, 2))[there]
+            edges = (batch.boxes + batch.places.repeat(1, 2))[batch.rows][there]
             edges = torch.cat((edges, (edges[:, :2] + edges[:, 2:]) / 2), dim=1)
             tens = (edges * GROUP / 10).long().clamp(0, TENS - 1)
             loss = loss + F.cross_entropy(self.edges(rows[there]).float().view(-1, TENS), tens.view(-1))

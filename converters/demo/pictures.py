@@ -97,11 +97,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation: pictures that no turn has of its own come before the first question; tools: names of functions to call."""
+    """A conversation: pictures that no turn has of its own come before the first question; tools: names of functions to call.
+
+    numbered   before each of those pictures stands its number, from 1
+    apart      its turns are conversations of their own about the same pictures, which training holds at once
+    """
 
     pictures: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     tools: tuple[str, ...] = ()
+    numbered: bool = False
+    apart: bool = False
 
     def shown(self) -> list[int]:
         """Count the pictures that each turn shows."""
@@ -111,6 +117,13 @@ class Example:
     def functions(self) -> list[dict[str, object]]:
         """List the tools as a chat template gets them."""
         return [{"type": "function", "function": {"name": name}} for name in self.tools]
+
+
+def shown_parts(example: Example, parts: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Put the numbers of a numbered conversation before its pictures, as parts of a message."""
+    if not example.numbered:
+        return list(parts)
+    return [part for n, picture in enumerate(parts, 1) for part in ({"type": "text", "text": str(n)}, picture)]
 
 
 def split_of(key: str) -> str:
@@ -304,11 +317,12 @@ def _draw_shapes(rng: random.Random, key: str, size: tuple[int, int], paper: Col
     return Picture(_noisy(rng, small) if noisy else np.asarray(small), tuple(marks), (key,))
 
 
-def moving_pictures(rng: random.Random, split: str) -> tuple[tuple[Picture, ...], str]:
-    """Draw three pictures of a shape that moves from one side to the other; return them and the way (of MOVES)."""
+def moving_pictures(rng: random.Random, split: str, number: int = 3,
+                    side: tuple[int, int] = (48, 62)) -> tuple[tuple[Picture, ...], str]:
+    """Draw pictures of a shape that moves from one side to the other; return them and the way (of MOVES)."""
     while True:
         kind, way = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}", rng.choice(list(MOVES))
-        size, r = (rng.randint(48, 62), rng.randint(48, 62)), rng.uniform(9, 11)
+        size, r = (rng.randint(*side), rng.randint(*side)), rng.uniform(9, 11)
         room = [n - 2 * r - 4 for n in size]
         start = [2 + r + rng.uniform(0, n) for n in room]
         dx, dy = MOVES[way]
@@ -319,19 +333,22 @@ def moving_pictures(rng: random.Random, split: str) -> tuple[tuple[Picture, ...]
         if split_of(key) == split:
             break
     paper, fill = _paper(rng, rng.random() < 0.3), _near(rng, COLOURS[kind.split()[0]], 14)
-    places = [(start[0] + dx * travel * t, start[1] + dy * travel * t, r) for t in (0, 0.5, 1)]
+    places = [(start[0] + dx * travel * t, start[1] + dy * travel * t, r) for t in np.linspace(0, 1, number)]
     return tuple(_draw_shapes(rng, key, size, paper, [(kind, place, fill)]) for place in places), way
 
 
-def word_page(rng: random.Random, split: str, size: tuple[int, int]) -> Picture:
-    """Draw a page of this size that shows one short word or number."""
+def word_page(rng: random.Random, split: str, size: tuple[int, int], longest: int = 5, in_row: bool = False) -> Picture:
+    """Draw a page of this size that shows one short word or number; in_row: within one row of groups, or nearly."""
     while True:
-        text, font = draw_text(rng, split, 5), _font(rng.choice(FONTS[split]), rng.randint(16, 21))
+        text, font = draw_text(rng, split, longest), _font(rng.choice(FONTS[split]), rng.randint(16, 21))
         ends = [font.getlength(text[:i]) for i in range(len(text) + 1)]
         if ends[-1] + 8 < size[0]:
             break
     top, bottom = font.getbbox("H0")[1::2]
     x, y = rng.uniform(4, size[0] - ends[-1] - 4), rng.uniform(4, size[1] - (bottom - top) - 4)
+    if in_row:
+        rows = processed_size(*size)[1] // GROUP
+        y = (rng.randrange(rows) + 0.5) * size[1] / rows - (bottom - top) / 2 + rng.uniform(-4, 4)
     picture = Image.new("RGB", size, (255, 255, 255) if rng.random() < 0.7 else _paper(rng, dark=False))
     ImageDraw.Draw(picture).text((x, y - top), text, fill=INKS[rng.choice(list(INKS))], font=font, stroke_width=_bolder(rng, split))
     marks = [Mark(char, (x + a, y, x + b, y + bottom - top)) for char, a, b in zip(text, ends, ends[1:])]
@@ -349,7 +366,8 @@ def box_text(mark: Mark, size: tuple[int, int]) -> str:
     return json.dumps([{"bbox_2d": box, "label": mark.what}], separators=(",", ":"))
 
 
-def _a(thing: str) -> str:
+def a_thing(thing: str) -> str:
+    """Put an article before a name."""
     return f"an {thing}" if thing[0] in "aeiou" else f"a {thing}"
 
 
@@ -374,7 +392,7 @@ def shapes_example(rng: random.Random, split: str) -> Example:
     colour, shape = mark.what.split()
     turns = [Turn("count", "How many shapes are there?", str(len(picture.marks)))]
     if len(picture.marks) == 1:
-        names = (("What is in the picture?", f"{_a(mark.what).capitalize()}."), (f"What colour is the {shape}?", colour),
+        names = (("What is in the picture?", f"{a_thing(mark.what).capitalize()}."), (f"What colour is the {shape}?", colour),
                  (f"Which shape is {colour}?", shape))
         turns += [Turn("name", *rng.choice(names)), Turn("locate", f"Where is the {mark.what}?", box_text(mark, picture.size))]
         rng.shuffle(turns)
@@ -390,7 +408,7 @@ def pick_example(rng: random.Random, split: str) -> Example:
         if len(set(names)) == n:
             break
     order = rng.sample(range(n), 2)
-    turns = [Turn("pick", f"Which picture shows {_a(names[i])}?", f"Picture {i + 1}") for i in order]
+    turns = [Turn("pick", f"Which picture shows {a_thing(names[i])}?", f"Picture {i + 1}") for i in order]
     return Example(tuple(pictures), tuple(turns))
 
 
@@ -420,7 +438,7 @@ def pair_example(rng: random.Random, split: str) -> Example:
     """Ask which of two shapes is on the left, larger and the like, and where one is."""
     picture = shapes_picture(rng, split, 2, (76, 95))
     question, mark = rng.choice([(q, mark) for q in COMPARISONS if (mark := compare(q, picture.marks))])
-    turns = [Turn("compare", question, f"{_a(mark.what).capitalize()}.")]
+    turns = [Turn("compare", question, f"{a_thing(mark.what).capitalize()}.")]
     if rng.random() < 0.8:
         found = rng.choice(picture.marks)
         turns.append(Turn("find", f"Where is the {found.what}?", box_text(found, picture.size)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import time
@@ -33,12 +34,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from . import many
 from . import model as demo
 from .pictures import BOXES, FAMILIES, Example
 
 
 class Part(NamedTuple):
-    """What a kind of conversation has of a step after the first stage."""
+    """What a kind of conversation has of a step after the first stage; of those in `many`, counted in pictures of 16 tokens."""
 
     conversations: int
     weight: float                       # of the loss: most of an answer with a box, and of "Picture 1", is soon known
@@ -47,18 +49,30 @@ class Part(NamedTuple):
 
 MIX = {"read": Part(36, 1.0, 96), "shapes": Part(18, 4.0, 48), "pick": Part(8, 3.0, 48), "move": Part(4, 1.0, 48),
        "pair": Part(12, 6.0, 48), "form": Part(12, 2.0, 48), "click": Part(32, 10.0, 96),
-       "task": Part(6, 6.0, 24)}
-LATER = ("click", "task")                                   # kinds that came when the others had been learnt
-# of the others, in a step while these are learnt: the kind that is forgotten first, how many more in turn, and their conversations
-FIRST_FORGOTTEN, KEPT, REPLAY = "read", 2, {"read": 1.25}
+       "task": Part(6, 6.0, 24),
+       "album": Part(64, 6.0, 240), "frames": Part(24, 1.0, 192)}
+LATER = tuple(many.KINDS)                                   # kinds that came when the others had been learnt
+EVERY = {"frames": 3}                             # of LATER: steps from one to the next
+# of the others, in a step while these are learnt: the kind that is forgotten first in one step, one more in turn in the next, and their
+# conversations
+FIRST_FORGOTTEN, REPLAY = "read", {"read": 0.5, "click": 0.3}
+# pictures of a conversation: the most at first and at last, steps for one more; those of a validation
+FEWEST, MOST, SETTLED, STEPS_PER_PICTURE, USUAL = 4, 24, 450, 30, 12
 # of a step, for the encoder alone: in the first stage and afterwards
 FIRST_ROWS, ROWS = {"read": 112, "shapes": 10}, {"read": 64}
 PEAK, WARM_UP, DECAY_MINUTES, AVERAGE = 1.2e-3, 100, 14.0, 0.998
+ASKED = 0.5                                                 # weight of what answers know of the question halfway
 FACTORS = (1.7, 1.0)                                        # of the rate: Muon's, AdamW's
 
 
 def examples(kind: str, n: int, rng: random.Random, split: str, step: int | None = None) -> list[Example]:
-    """Draw n conversations; in training (step) texts to read grow longer with the steps."""
+    """Draw n conversations; in training (step) texts to read grow longer with the steps, and albums too."""
+    if kind in many.KINDS:
+        number, tokens = USUAL, 16
+        if step is not None:
+            most = min(MOST, 2 * FEWEST + max(0, step - SETTLED) // STEPS_PER_PICTURE)
+            number, tokens = round(math.exp(rng.uniform(math.log(FEWEST), math.log(most)))), rng.choices((16, 25, 36), (8, 1, 1))[0]
+        return many.KINDS[kind](rng, split, max(1, round(n * 16 / (tokens * number))), number, tokens)
     longest = {} if kind != "read" or step is None else {"longest": min(8, 3 + step // 60)}
     return [FAMILIES[kind](rng, split, **longest) for _ in range(n)]
 
@@ -79,11 +93,12 @@ class Steps(IterableDataset):
         if not self.later:
             return others
         others.remove(FIRST_FORGOTTEN)
-        return [*LATER, FIRST_FORGOTTEN, *(others[(KEPT * step + i) % len(others)] for i in range(KEPT))]
+        due = [kind for kind in LATER if step % EVERY.get(kind, 1) == 0]
+        return [*due, others[step // 2 % len(others)] if step % 2 else FIRST_FORGOTTEN]
 
     def share(self, kind: str, n: int) -> int:
         """Return how many of n conversations of a kind a step has."""
-        return round(n * REPLAY.get(kind, 0.8)) if self.later and kind not in LATER else n
+        return round(n * REPLAY.get(kind, 0.5)) if self.later and kind not in LATER else n
 
     def __iter__(self) -> Iterator[dict[str, demo.Batch]]:
         torch.set_num_threads(1)
@@ -94,7 +109,7 @@ class Steps(IterableDataset):
             whole = self.later or later >= 0
             rows = (ROWS if whole else FIRST_ROWS).items()
             batches = {"rows": demo.make_batch([e for t, n in rows for e in examples(t, n, rng, "train")])} if not self.later else {}
-            age = None if self.later else later
+            age = step if self.later else later
             for kind in self.kinds(step) if whole else ():
                 batches[kind] = demo.make_batch(examples(kind, self.share(kind, MIX[kind].conversations), rng, "train", age))
             yield batches
@@ -213,7 +228,7 @@ class Training:
                 loss = F.cross_entropy(logits.float(), batch.targets[known])
                 where = self.reader.where(halfway[0], batch, self.model.lm_head.weight)
                 asked = self.reader.asked(halfway[1], batch, self.model.lm_head.weight)
-            (MIX[task].weight * loss + 0.5 * seen + where + 0.2 * asked).backward()
+            (MIX[task].weight * loss + 0.5 * seen + where + ASKED * asked).backward()
             losses[task], losses[f"{task} where"], losses[f"{task} asked"] = loss.item(), where.item(), asked.item()
         losses |= self.move(rate)
         keep = min(AVERAGE, self.step / (self.step + 10))
