@@ -89,16 +89,14 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 def _measure_cache(args: argparse.Namespace) -> dict[str, Any]:
     from . import cache, cache_models
 
-    policies = args.policy or [name for name in cache.POLICIES if name in cache.known()]
-    ratios = args.ratio or cache.RATIOS
+    policies, ratios = args.policy or cache.POLICIES, args.ratio or cache.RATIOS
     if args.speed:
-        chosen = list(cache.settings(policies[:1], ratios, {}))
+        chosen = [setting for group in cache.settings(args.policy or ["look-m"], ratios).values() for setting in group]
         return cache_models.speeds(args.speed, args.threads, args.depth or cache_models.DEPTHS, chosen, args.kv, args.rounds)
     (file,) = _paths([args.model])
     if args.budget:
-        return cache_models.perplexities(file, args.threads, args.budget, policies, args.kv)
-    asked_for = {"tasks": args.task or cache.TASKS, "numbers": args.pictures or cache.NUMBERS, "policies": policies, "ratios": ratios,
-                 "merges": args.merge or cache.MERGES}
+        return cache_models.perplexities(file, args.threads, args.budget, args.policy or cache_models.POLICIES, args.kv)
+    asked_for = {"tasks": args.task or cache.TASKS, "numbers": args.pictures or cache.NUMBERS, "policies": policies, "ratios": ratios}
     return cache.run(file, args.threads, args.number, args.seed, args.kv, asked_for, args.tokens)
 
 
@@ -193,9 +191,8 @@ def _add_cache(suites: Any, common: argparse.ArgumentParser) -> None:
     cache.add_argument("--task", action="append", help="may be repeated (default: all)")
     cache.add_argument("--pictures", type=int, action="append", metavar="N", help="of a question, may be repeated (default: 8, 16, 24)")
     cache.add_argument("--tokens", type=int, choices=[16, 25, 36], default=16, help="of a picture (default: 16)")
-    cache.add_argument("--policy", action="append", metavar="CLASS", help="may be repeated (default: all)")
+    cache.add_argument("--policy", action="append", metavar="TEXT", help="look-m:merge=pivotal, h2o and the like, may be repeated (default: all)")
     cache.add_argument("--ratio", type=float, action="append", help="share of the cache, may be repeated (default: 1 to 0.01)")
-    cache.add_argument("--merge", action="append", help="of LookM, may be repeated (default: all)")
     cache.add_argument("--kv", default="f16", help="format of the cache (default: f16)")
     cache.add_argument("--budget", type=int, action="append", metavar="CELLS", help="perplexity of a text model with so many; may be repeated")
     cache.add_argument("--speed", action="append", choices=["llava", "qwen"], help="time of a token of random models; may be repeated")

@@ -1,11 +1,11 @@
-"""What a cache that forgets costs: answers about many pictures, by policy, merging rule and share of the cache that is kept.
+"""What a cache that forgets costs: answers about many pictures, by policy and by the share of the cache that is kept.
 
 The questions are the demo generator's (converters/demo/many.py), of the test split: words, numbers, layouts and fonts that training has not
 seen. Each is a conversation of its own, answered greedily, and right if its text is the expected one. Intervals are Wilson's, of
 95%. All policies get the same questions, so that differences between them are paired: `differences` counts the questions that
-one answers and the full cache does not, and the other way round.
+the full cache answers and a policy does not, and the other way round.
 
-Bytes are those of the cells that are kept of a prompt, in all layers.
+Policies are texts as `pyengine.compression_of` reads them, without a ratio: look-m:merge=pivotal.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +28,10 @@ many, pictures = converters("demo.many"), converters("demo.pictures")
 TASKS: tuple[str, ...] = many.TASKS
 NUMBERS, TOKENS = (8, 16, 24), 16
 RATIOS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.01)
-# classes of the library; those that this build has not are left out
-POLICIES = ("LookM", "H2O", "SnapKV", "RoCo", "StreamingLLM", "VLCache", "MEDA", "Diverse")
-MERGES = ("none", "averaged", "pivotal", "weighted")
-MAX_TOKENS = 16
 FULL = "full"
+POLICIES = ("look-m:merge=none", "look-m:merge=averaged", "look-m:merge=pivotal", "look-m:merge=weighted",
+            "look-m:merge=pivotal,pictures=0.25", "h2o", "snapkv", "roco", "streaming-llm", "vl-cache", "meda", "diverse")
+MAX_TOKENS = 16
 
 
 # ---- questions ----------------------------------------------------------------------------------------------------------
@@ -70,38 +69,30 @@ def right(question: Question, answer: str) -> bool:
 # ---- policies -----------------------------------------------------------------------------------------------------------
 
 
-def known() -> dict[str, Any]:
-    """Return the policies that this build has, by name."""
+def policy(text: str, **arguments: Any) -> Any:
+    """Return the policy that a text names, with more arguments; None for the full cache."""
     import pyengine as pe
 
-    return {name: getattr(pe, name) for name in POLICIES if name in dir(pe)}
+    if text == FULL:
+        return None
+    return pe.compression_of(text + (":", ",")[":" in text] + ",".join(f"{k}={v}" for k, v in arguments.items()))
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A policy with its arguments; no policy: the full cache."""
+class Setting(NamedTuple):
+    """A policy's text and the share of the cache that it keeps."""
 
     policy: str
     ratio: float = 1.0
-    merge: str = "none"
-
-    def made(self) -> Any:
-        """Return the object that `generate(compress=...)` takes, None for the full cache."""
-        return None if self.policy == FULL else known()[self.policy](ratio=self.ratio, merge=self.merge)
 
     @property
     def name(self) -> str:
-        return self.policy if self.policy == FULL else f"{self.policy}, {self.merge}, {self.ratio:.0%}"
+        return self.policy if self.policy == FULL else f"{self.policy} {self.ratio:.0%}"
 
 
-def settings(policies: Sequence[str], ratios: Sequence[float], merges: Mapping[str, Sequence[str]]) -> Iterator[Setting]:
-    """Yield the full cache, then each policy with each of its merging rules (by default none) and each ratio below 1."""
-    yield Setting(FULL)
-    for policy in policies:
-        for merge in merges.get(policy, ("none",)):
-            for ratio in ratios:
-                if ratio < 1:
-                    yield Setting(policy, ratio, merge)
+def settings(policies: Sequence[str], ratios: Sequence[float]) -> dict[str, list[Setting]]:
+    """List the settings of each policy: the full cache alone, and each other one with each ratio below 1."""
+    less = [r for r in ratios if r < 1]
+    return {FULL: [Setting(FULL)], **({p: [Setting(p, r) for r in less] for p in policies} if less else {})}
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------------
@@ -113,13 +104,15 @@ class Tally:
 
     points: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     cells: list[int] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
     prompt_seconds: list[float] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
 
-    def add(self, question: Question, answer: Any, policy: Any) -> None:
-        """Note an answer of `Model.chat`."""
+    def add(self, question: Question, answer: Any, held: Any) -> None:
+        """Note an answer of `Model.chat`, and what `Model.cells_held` says after it."""
         self.points[question.task, question.number].append(float(right(question, answer)))
-        self.cells.append(answer.n_prompt if policy is None else policy.budget_of(answer.n_prompt))
+        self.cells.append(held.n_cells)
+        self.nbytes.append(held.nbytes)
         self.prompt_seconds.append(answer.prompt_seconds)
         if len(answer.tokens) > 1:
             self.token_seconds.append(answer.seconds / (len(answer.tokens) - 1))
@@ -129,37 +122,31 @@ class Tally:
         return [p for points in self.points.values() for p in points]
 
 
-def cell_bytes(file: Path, kv: str) -> float:
-    """Return the bytes of one position in all layers' caches, as planned."""
-    import pyengine as pe
-
-    more, less = (pe.plan(file, n_ctx=n, kv_dtype=kv, device="cpu", images=0).of("kv") for n in (8192, 4096))
-    return (more - less) / 4096
-
-
 def _context(asked: Sequence[Question], tokens: int) -> int:
     """Return the positions that the longest of some questions needs, with its answer."""
     most = max(q.number for q in asked)
     return -(-(most * (tokens * 3 // 2 + 8) + 128) // 256) * 256
 
 
-def ask(file: Path, kv: str, n_threads: int, asked: Sequence[Question], chosen: Sequence[Setting], tokens: int = TOKENS) -> dict[Setting, Tally]:
-    """Ask each question under each setting, one question after the other: its pictures are encoded once."""
+def ask(file: Path, kv: str, n_threads: int, asked: Sequence[Question], chosen: Mapping[str, Sequence[Setting]],
+        tokens: int = TOKENS) -> dict[Setting, Tally]:
+    """Ask each question under each setting; a model is loaded for each policy, and keeps the pictures of a question encoded."""
     import pyengine as pe
 
     side = many.SIDES[tokens][1] + pictures.GROUP
-    model = pe.load(file, n_ctx=_context(asked, tokens), kv_dtype=kv, n_threads=n_threads,
-                    images=(side, side, max(q.number for q in asked)))
-    tallies = {setting: Tally() for setting in chosen}
-    policies = {setting: setting.made() for setting in chosen}
-    began = time.monotonic()
-    for i, question in enumerate(asked, 1):
-        for setting, policy in policies.items():
-            given = {} if policy is None else {"compress": policy}
-            answer = model.chat(question.messages, temperature=0, max_tokens=MAX_TOKENS, **given)
-            tallies[setting].add(question, answer, policy)
-        if i % 100 == 0:
-            print(f"  {i} of {len(asked)} questions, {time.monotonic() - began:.0f} s", flush=True)
+    most = max(q.number for q in asked)
+    tallies = {setting: Tally() for group in chosen.values() for setting in group}
+    for text, group in chosen.items():
+        policies = {setting: policy(text, ratio=setting.ratio) for setting in group}
+        began = time.monotonic()
+        with pe.load(file, n_ctx=_context(asked, tokens), kv_dtype=kv, n_threads=n_threads, images=(side, side, most),
+                     compress=policies[group[0]]) as model:
+            for question in asked:
+                for setting, made in policies.items():
+                    given = {} if made is None else {"compress": made}
+                    answer = model.chat(question.messages, temperature=0, max_tokens=MAX_TOKENS, **given)
+                    tallies[setting].add(question, answer, model.cells_held())
+        print(f"  {text}: {time.monotonic() - began:.0f} s", flush=True)
     return tallies
 
 
@@ -169,7 +156,7 @@ def differences(full: Tally, other: Tally) -> dict[str, int]:
     return {"lost": sum(a > b for a, b in pairs), "gained": sum(a < b for a, b in pairs)}
 
 
-def results(tallies: Mapping[Setting, Tally], nbytes: float) -> list[dict[str, Any]]:
+def results(tallies: Mapping[Setting, Tally]) -> list[dict[str, Any]]:
     """Make a result of each setting: over all questions, and by task and number of pictures."""
     out, full = [], tallies[Setting(FULL)]
     for setting, tally in tallies.items():
@@ -178,9 +165,9 @@ def results(tallies: Mapping[Setting, Tally], nbytes: float) -> list[dict[str, A
         mean = float(np.mean(points))
         kinds = [{"task": task, "pictures": number, "right": float(np.mean(p)), "interval": list(interval(p)), "questions": len(p)}
                  for (task, number), p in tally.points.items()]
-        out.append({"name": setting.name, "policy": setting.policy, "ratio": setting.ratio, "merge": setting.merge,
+        out.append({"name": setting.name, "policy": setting.policy, "ratio": setting.ratio,
                     "score": {"median": mean, "spread": (high - low) / 2 / mean if mean else 0.0}, "interval": [low, high],
-                    "questions": len(points), "cells": float(np.mean(tally.cells)), "bytes": nbytes * float(np.mean(tally.cells)),
+                    "questions": len(points), "cells": float(np.mean(tally.cells)), "bytes": float(np.mean(tally.nbytes)),
                     "prompt_seconds": _times(tally.prompt_seconds), "token_seconds": _times(tally.token_seconds),
                     **differences(full, tally), "kinds": kinds})
     return out
@@ -194,19 +181,15 @@ def _times(seconds: Sequence[float]) -> dict[str, float]:
 def run(file: Path, n_threads: int, n: int, seed: int, kv: str, asked_for: Mapping[str, Sequence[Any]], tokens: int = TOKENS) -> dict[str, Any]:
     """Ask n questions of each task and number of pictures under each setting.
 
-    asked_for: lists by "tasks", "numbers", "policies", "ratios" and "merges", the rules of LookM; other policies merge nothing.
+    asked_for: lists by "tasks", "numbers", "policies" and "ratios"
     """
-    policies = [name for name in asked_for["policies"] if name in known()]
-    if missing := [name for name in asked_for["policies"] if name not in policies]:
-        print(f"this build has no {', '.join(missing)}", flush=True)
-    merges = {name: asked_for["merges"] for name in policies if name == "LookM"}
-    chosen = list(settings(policies, asked_for["ratios"], merges))
+    chosen = settings(asked_for["policies"], asked_for["ratios"])
     asked = questions(n, seed, asked_for["tasks"], asked_for["numbers"], tokens)
-    print(f"{file.name}, cache {kv}: {len(asked)} questions, {len(chosen)} settings, pictures of {tokens} tokens", flush=True)
-    found = results(ask(file, kv, n_threads, asked, chosen, tokens), cell_bytes(file, kv))
+    print(f"{file.name}, cache {kv}: {len(asked)} questions, {len(chosen)} policies, pictures of {tokens} tokens", flush=True)
+    found = results(ask(file, kv, n_threads, asked, chosen, tokens))
     for r in found:
         low, high = r["interval"]
-        print(f"  {r['name']:<34} {r['score']['median']:6.1%} [{low:.1%}, {high:.1%}]  lost {r['lost']}, gained {r['gained']}  "
+        print(f"  {r['name']:<42} {r['score']['median']:6.1%} [{low:.1%}, {high:.1%}]  lost {r['lost']}, gained {r['gained']}  "
               f"{r['bytes'] / 1024:8.1f} KiB  {1000 * r['token_seconds'].get('median', 0):.2f} ms a token", flush=True)
         if r["policy"] == FULL:
             for k in r["kinds"]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .cache import FULL, known, Setting
+from .cache import FULL, policy, Setting
 from .gpu.synthetic import Decoder, write
 from .quality import plain_text
 from .stats import summary
 
 LAYERS, VOCABULARY, GENERATED = 4, 1024, 32
+POLICIES = ("h2o", "snapkv", "roco", "streaming-llm")             # of texts alone
 DEPTHS = (4096, 8192, 16384, 32768)
 # text models of liuhaotian/llava-v1.5-7b and Qwen/Qwen2.5-VL-3B-Instruct
 SHAPES = {"llava": Decoder("llama", LAYERS, 4096, 11008, 32, 32, 128, VOCABULARY, "Q8_0"),
@@ -26,7 +27,9 @@ SHAPES = {"llava": Decoder("llama", LAYERS, 4096, 11008, 32, 32, 128, VOCABULARY
 
 
 def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: Sequence[Setting], kv: str, rounds: int) -> dict[str, Any]:
-    """Measure the time of a token after prompts of each depth, the full cache and each setting in turns."""
+    """Measure the time of a token after prompts of each depth, under each setting; the model is loaded for each, so that the full cache sums
+    no attention.
+    """
     import pyengine as pe
 
     results = []
@@ -34,28 +37,26 @@ def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: 
         for name in names:
             file = write(Path(folder, f"{name}.gguf"), SHAPES[name])
             for depth in depths:
-                model = pe.load(file, n_ctx=depth + GENERATED, kv_dtype=kv, n_threads=n_threads)
-                samples: dict[Setting, dict[str, list[float]]] = {s: {"token": [], "prompt": []} for s in chosen}
-                for r in range(rounds):
-                    for setting in list(samples)[:: 1 if r % 2 == 0 else -1]:
-                        prompt = np.random.default_rng(r).integers(0, VOCABULARY, depth).tolist()
-                        policy = setting.made()
-                        given = {} if policy is None else {"compress": policy}
-                        model.reset()
-                        answer = model.generate(prompt, max_tokens=GENERATED, temperature=0,
-                                                logit_bias=tuple((i, -1e9) for i in model.tokenizer.eog_ids), **given)
-                        samples[setting]["token"].append(answer.seconds / (GENERATED - 1))
-                        samples[setting]["prompt"].append(answer.prompt_seconds)
-                results += _results(name, depth, samples, model.plan.of("kv"))
-                model.close()
+                samples: dict[Setting, dict[str, list[float]]] = {s: {"token": [], "prompt": [], "bytes": []} for s in chosen}
+                prompts = [np.random.default_rng(r).integers(0, VOCABULARY, depth).tolist() for r in range(rounds)]
+                for setting in chosen:
+                    made = policy(setting.policy, ratio=setting.ratio)
+                    with pe.load(file, n_ctx=depth + GENERATED, kv_dtype=kv, n_threads=n_threads, compress=made) as model:
+                        for prompt in prompts:
+                            answer = model.generate(prompt, max_tokens=GENERATED, temperature=0,
+                                                    logit_bias=tuple((i, -1e9) for i in model.tokenizer.eog_ids))
+                            samples[setting]["token"].append(answer.seconds / (GENERATED - 1))
+                            samples[setting]["prompt"].append(answer.prompt_seconds)
+                            samples[setting]["bytes"].append(model.cells_held().nbytes)
+                results += _results(name, depth, samples)
     return {"suite": "cache-speed", "kv": kv, "layers": LAYERS, "results": results}
 
 
-def _results(name: str, depth: int, samples: dict[Setting, dict[str, list[float]]], nbytes: int) -> list[dict[str, Any]]:
-    """Make the results of one model and depth: `score` is the full cache's time of a token over the setting's, round by round."""
+def _results(name: str, depth: int, samples: dict[Setting, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Make the results of one model and depth: `score` is the full cache's time of a token over the setting's, prompt by prompt."""
     out, full = [], samples[Setting(FULL)]
     for setting, found in samples.items():
-        out.append({"name": f"{name} {depth} {setting.name}", "ratio": setting.ratio, "bytes": setting.ratio * nbytes,
+        out.append({"name": f"{name} {depth} {setting.name}", "ratio": setting.ratio, "bytes": float(np.median(found["bytes"])),
                     "token_seconds": summary(found["token"]), "prompt_seconds": summary(found["prompt"]),
                     "score": summary([a / b for a, b in zip(full["token"], found["token"])]),
                     "prompt_cost": summary([b / a for a, b in zip(full["prompt"], found["prompt"])])})
@@ -73,8 +74,8 @@ def perplexities(file: Path, n_threads: int, budgets: Sequence[int], policies: S
 
     results, text = [], plain_text()
     for name, budget in [(FULL, n_ctx), *((p, b) for p in policies for b in budgets)]:
-        given = {} if name == FULL else {"compress": known()[name](budget=budget, when="always")}
-        with pe.load(file, n_ctx=n_ctx, kv_dtype=kv, n_threads=n_threads, **given) as model:
+        made = policy(name, budget=budget, when="always")
+        with pe.load(file, n_ctx=n_ctx, kv_dtype=kv, n_threads=n_threads, compress=made) as model:
             found = perplexity(model, text[: 12 * n_ctx * chunks], n_ctx, chunks)
             nbytes = model.plan.of("kv")
         results.append({"name": f"{file.stem} {name} {budget}", "policy": name, "budget": budget, "perplexity": found.value,

@@ -81,7 +81,7 @@ def bars(result: Mapping[str, Any], label: str, line: float) -> Any:
 
 
 def kept(result: Mapping[str, Any]) -> Any:
-    """Draw right answers over the bytes of the cache, a line for each policy and merging rule, and the full cache as a band."""
+    """Draw right answers over the bytes of the cache, a line for each policy, and the full cache as a band."""
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     full = next(r for r in result["results"] if r["ratio"] == 1)
     axes.axhspan(*full["interval"], color="black", alpha=0.1)
@@ -89,13 +89,13 @@ def kept(result: Mapping[str, Any]) -> Any:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for r in result["results"]:
         if r["ratio"] < 1:
-            lines.setdefault(r["policy"] if r["merge"] == "none" else f"{r['policy']}, {r['merge']}", []).append(r)
+            lines.setdefault(r["policy"], []).append(r)
     for name, rows in lines.items():
         rows.sort(key=lambda r: r["bytes"])
         y = np.array([r["score"]["median"] for r in rows])
         low, high = np.abs(np.array([r["interval"] for r in rows]).T - y)
         axes.errorbar([r["bytes"] / 1024 for r in rows], y, yerr=[low, high], marker=".", capsize=2, lw=1.2, label=name)
-    axes.set(xscale="log", xlabel="KiB of the cache after the prompt", ylabel="share of right answers", ylim=(0, 1.02),
+    axes.set(xscale="log", xlabel="KiB of the cache", ylabel="share of right answers", ylim=(0, 1.02),
              title=f"{result['file']}, cache {result['kv']}, pictures of {result['tokens']} tokens; intervals of 95%")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)

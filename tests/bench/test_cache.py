@@ -22,7 +22,6 @@ class Said:
     """What `add` reads of an answer."""
 
     text: str
-    n_prompt: int = 100
     prompt_seconds: float = 1.0
     seconds: float = 2.0
     tokens: tuple[int, ...] = (1, 2, 3)
@@ -31,11 +30,12 @@ class Said:
         return self.text.strip()
 
 
-class Tenth:
-    """A policy that keeps a tenth."""
+@dataclass
+class Held:
+    """What `add` reads of the cells held."""
 
-    def budget_of(self, n: int) -> int:
-        return n // 10
+    n_cells: int
+    nbytes: int
 
 
 def test_questions_are_the_same_of_a_seed() -> None:
@@ -47,20 +47,25 @@ def test_questions_are_the_same_of_a_seed() -> None:
         assert len(shown) == q.number and cache.right(q, f" {q.answer}\n") and not cache.right(q, f"{q.answer} {q.answer}")
 
 
-def test_settings_have_the_full_cache_first() -> None:
-    chosen = list(cache.settings(["A", "B"], [1.0, 0.2, 0.1], {"A": ["none", "pivotal"]}))
-    assert chosen[0] == cache.Setting(cache.FULL) and chosen[0].made() is None
-    assert [(s.policy, s.merge, s.ratio) for s in chosen[1:]] == [
-        ("A", "none", 0.2), ("A", "none", 0.1), ("A", "pivotal", 0.2), ("A", "pivotal", 0.1), ("B", "none", 0.2), ("B", "none", 0.1)]
+def test_settings_are_policies_with_ratios() -> None:
+    import pyengine as pe
+
+    chosen = cache.settings(["h2o", "look-m:merge=none"], [1.0, 0.2, 0.1])
+    assert list(chosen) == [cache.FULL, "h2o", "look-m:merge=none"] and cache.policy(cache.FULL, ratio=1.0) is None
+    assert [s.ratio for s in chosen["h2o"]] == [0.2, 0.1] and list(cache.settings(["h2o"], [1.0])) == [cache.FULL]
+    assert cache.policy("h2o", ratio=0.2) == pe.H2O(ratio=0.2)
+    assert cache.policy("look-m:merge=none", budget=64, when="always") == pe.LookM(budget=64, merge="none", when="always")
+    for text in cache.POLICIES:
+        assert cache.policy(text, ratio=0.05).ratio == 0.05
 
 
 def test_points_lost_and_gained() -> None:
     asked = cache.questions(4, 3, ["way"], [3])
     full, other = cache.Tally(), cache.Tally()
     for q, a, b in zip(asked, (1, 1, 1, 0), (1, 0, 0, 1)):
-        full.add(q, Said(q.answer if a else "no"), None)
-        other.add(q, Said(q.answer if b else "no"), Tenth())
-    first, second = cache.results({cache.Setting(cache.FULL): full, cache.Setting("T", 0.1): other}, 8.0)
+        full.add(q, Said(q.answer if a else "no"), Held(100, 800))
+        other.add(q, Said(q.answer if b else "no"), Held(10, 80))
+    first, second = cache.results({cache.Setting(cache.FULL): full, cache.Setting("T", 0.1): other})
     assert (first["score"]["median"], second["score"]["median"]) == (0.75, 0.5) and (second["lost"], second["gained"]) == (2, 1)
     assert (first["bytes"], second["bytes"]) == (800.0, 80.0) and second["token_seconds"]["median"] == 1.0
     low, high = second["interval"]
@@ -68,17 +73,25 @@ def test_points_lost_and_gained() -> None:
     assert second["kinds"][0]["questions"] == 4
 
 
-def test_bytes_of_a_cell_are_those_of_keys_and_values() -> None:
-    by_hand = 4 * 2 * 32 * 2 * 2                             # layers, key heads, size of a head, keys and values, bytes of F16
-    assert cache.cell_bytes(WEIGHTS, "f16") == pytest.approx(by_hand, rel=0.02)
-    assert cache.cell_bytes(WEIGHTS, "f32") == pytest.approx(2 * by_hand, rel=0.02)
-
-
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from bench.__main__ import main
 
-    command = ["cache", str(WEIGHTS), "-n", "2", "--task", "way", "--pictures", "3", "--ratio", "1", "-t", "1"]
+    command = ["cache", str(WEIGHTS), "-n", "2", "--task", "way", "--pictures", "6", "--policy", "snapkv", "--ratio", "0.2", "-t", "1"]
     assert main([*command, "--json", str(tmp_path / "a.json"), "--png", str(tmp_path)]) == 0
-    (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert result["policy"] == "full" and result["questions"] == 2 and np.isfinite(result["prompt_seconds"]["median"])
+    full, kept = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert (full["policy"], kept["name"], kept["questions"]) == ("full", "snapkv 20%", 2) and np.isfinite(kept["prompt_seconds"]["median"])
+    assert 0.15 < kept["bytes"] / full["bytes"] < 0.3                           # the answer's tokens are held too
     assert (tmp_path / "cache.png").stat().st_size > 5_000 and "way" in capsys.readouterr().out
+
+
+def test_time_and_perplexity_of_text_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_gguf) -> None:
+    from bench import cache_models
+    from bench.gpu.synthetic import SMALL
+
+    monkeypatch.setattr(cache_models, "SHAPES", {"tiny": SMALL["qwen2 Q5_0"]})
+    monkeypatch.setattr(cache_models, "VOCABULARY", 512)
+    chosen = [cache.Setting(cache.FULL), cache.Setting("h2o", 0.2)]
+    full, kept = cache_models.speeds(["tiny"], 1, [256], chosen, "f16", 2)["results"]
+    assert full["score"]["median"] == 1 and kept["score"]["median"] > 0 and 0.2 < kept["bytes"] / full["bytes"] < 0.35
+    exact, less = cache_models.perplexities(tiny_gguf("llama")[0], 1, [32], ["h2o"], "f32", 128, 1)["results"]
+    assert exact["perplexity"] > 1 and less["perplexity"] != exact["perplexity"]
