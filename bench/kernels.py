@@ -258,7 +258,7 @@ def traffic(job: Job, copy: Copy) -> int:
 
 def _specs(job: Job, n: int) -> Sequence[Any]:
     """Return the declarations of an op's n results."""
-    return job.op.results * n if job.op.results[0].many else job.op.results
+    return job.op.results * n if job.op.results[0].many else job.op.results[:n]
 
 
 def operations(job: Job, copy: Copy) -> float | None:

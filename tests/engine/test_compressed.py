@@ -326,7 +326,7 @@ def test_a_budget_leaves_room_for_a_picture_in_one_step(tiny_gguf) -> None:
         ask(model, prompt("gemma3"), 30, compress=pe.LookM(budget=21, when="always"))
 
 
-@pytest.mark.parametrize("kind", ["gemma3n", "qwen3_next", "mllama"])
+@pytest.mark.parametrize("kind", ["gemma3n", "qwen3_next"] + ["mllama"])
 def test_a_row_gives_one_to_all_keys_together(tiny_gguf, monkeypatch, kind: str) -> None:
     seen = Seen(monkeypatch)
     model = pe.load(tiny_gguf(kind)[0], compress=pe.RoCo(ratio=0.3), **SETTINGS)
