@@ -43,6 +43,30 @@ static inline job job_of(const pe_tensor *q, const pe_tensor *k, const pe_tensor
 
 static inline int sees_nothing(const job *w, int64_t row) { return w->hi[row] <= w->lo[row]; }
 
+/* ---- sums of what keys get: numbers of pyengine/ops/attention.py: SUMS ---- */
+
+enum { CHANNELS = 6 };
+enum { SUM, SQUARE, LARGE_SHARE, ENTROPY };
+static const float LARGE = 0.01f; /* of a row's largest probability */
+
+/* Does a row count in any channel? */
+static inline int row_counts(const job *w, int64_t row) {
+  for (int64_t c = 0; c < w->channels && !sees_nothing(w, row); c++)
+    if (w->weights[row * w->channels + c] != 0.0f) return 1;
+  return 0;
+}
+
+/* Sums of the wanted keys of a tile, channel by channel, from where they lie or back there. */
+static inline void move_sums(float *sums, int64_t channels, uint64_t wanted, float acc[CHANNELS][TILE_KEYS], int back) {
+  for (; wanted; wanted &= wanted - 1) {
+    const int j = __builtin_ctzll(wanted);
+    for (int64_t c = 0; c < channels; c++) {
+      if (back) sums[j * channels + c] = acc[c][j];
+      else acc[c][j] = sums[j * channels + c];
+    }
+  }
+}
+
 /* The form of attention that multiplies bytes: attention.c hands over to it where products="int8". */
 int64_t PE_NAME(attention_int8_scratch)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, int32_t n_threads);
 pe_status PE_NAME(attention_int8)(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, const pe_tensor *lo,

@@ -15,9 +15,7 @@
 #include "attention_softmax.h"
 
 /* Rows of a unit: what is kept of them takes at most 16 MiB, but for contexts of which even LEAST_ROWS take more. */
-enum { SUM_ROWS = 32, LEAST_ROWS = 4, KEPT_FLOATS = 1 << 22, CHANNELS = 6, SPIN_TURN = 1 << 11, ABANDONED = 1 << 30 };
-enum { SUM, SQUARE, LARGE_SHARE };
-static const float LARGE = 0.01f; /* of a row's largest probability */
+enum { SUM_ROWS = 32, LEAST_ROWS = 4, KEPT_FLOATS = 1 << 22, SPIN_TURN = 1 << 11, ABANDONED = 1 << 30 };
 
 /* Of one thread: probabilities [queries][keys], tops [tiles][queries], the largest logit and the total of each query; power: of a tile's tops to
  * those. base: the first key. */
@@ -26,12 +24,6 @@ typedef struct kept { float *p, *tops, *largest, *total, *power; int64_t base, k
 static int64_t kept_keys(int64_t l) { return pe_round_up(l, TILE_KEYS) + TILE_KEYS; }
 static int64_t kept_floats(int64_t queries, int64_t keys) {
   return queries * keys + pe_round_up(queries, 16) * (keys / TILE_KEYS + 3);
-}
-
-static int row_counts(const job *w, int64_t row) {
-  for (int64_t c = 0; w->weights && c < w->channels && !sees_nothing(w, row); c++)
-    if (w->weights[row * w->channels + c] != 0.0f) return 1;
-  return 0;
 }
 
 static int unit_counts(const job *w, const unit *u) {
@@ -60,17 +52,6 @@ PE_INLINE void keep(const kept *t, int64_t at, int64_t first, int v0, int v1, co
   float *to = t->p + at * t->keys + (first - t->base);
   for (int i = v0; i < v1; i++) v16f_store(to + 16 * i, v16f_load(p + 16 * i));
   t->tops[(first - t->base) / TILE_KEYS * t->queries + at] = top;
-}
-
-/* Sums of keys a .. b - 1 of the tile at `first`, channel by channel, from where they lie or back there. */
-static void move_tile(const job *w, float *sums, int64_t first, int a, int b, float acc[CHANNELS][TILE_KEYS], int back) {
-  for (int j = a; j < b; j++) {
-    float *at = sums + (first + j) * w->channels;
-    for (int64_t c = 0; c < w->channels; c++) {
-      if (back) at[c] = acc[c][j];
-      else acc[c][j] = at[c];
-    }
-  }
 }
 
 /* Add what one query gives the keys of 16 i0 .. 16 i1 - 1; keys that it does not see have p = 0. power: of its top to the largest. */
@@ -120,16 +101,17 @@ static void add_unit(const job *w, const unit *u, const kept *t, int (*seen)(con
   for (int64_t first = t->base; first < t->base + t->keys; first += TILE_KEYS) {
     float acc[CHANNELS][TILE_KEYS] = {{0}};
     const float *tops = t->tops + (first - t->base) / TILE_KEYS * t->queries;
-    int from = TILE_KEYS, to = 0, a, b;
+    uint64_t wanted = 0;
+    int a, b;
     for (int64_t r = u->row; r < u->row + u->n_rows; r++)
-      if (row_counts(w, r) && seen(w, r, first, &a, &b)) from = a < from ? a : from, to = b > to ? b : to;
-    if (from >= to) continue;
-    move_tile(w, sums, first, from, to, acc, 0);
+      if (row_counts(w, r) && seen(w, r, first, &a, &b)) wanted |= ~(uint64_t)0 >> (TILE_KEYS - (b - a)) << a;
+    if (!wanted) continue;
+    move_sums(sums + first * w->channels, w->channels, wanted, acc, 0);
     for (int64_t at = 0; at < t->queries; at += 16)
       v16f_store(t->power + at, v16f_exp(v16f_sub(v16f_load(tops + at), v16f_load(t->largest + at))));
     if (w->channels == 1 && w->kinds[0] == SUM) add_tile(w, u, t, first, seen, 1, acc);
     else add_tile(w, u, t, first, seen, 0, acc);
-    move_tile(w, sums, first, from, to, acc, 1);
+    move_sums(sums + first * w->channels, w->channels, wanted, acc, 1);
   }
 }
 

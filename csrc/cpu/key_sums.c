@@ -11,15 +11,12 @@
  */
 #include "attention_keys.h"
 
-enum { CHANNELS = 6, CLAIMED_ROWS = 16 };
-static const float LARGE = 0.01f; /* of a row's largest probability */
+enum { CLAIMED_ROWS = 16 };
 
 typedef struct sums_job {
   job w;
-  const float *stats, *weights;
-  float *sums;
-  int64_t n_keys, n_sequences, channels; /* n_keys: of a head in `sums` */
-  const int32_t *kinds;
+  const float *stats;
+  int64_t n_sequences;
 } sums_job;
 
 /* Rows that count, sequence after sequence, in their order: starts [sequences + 1]; of each its number, the place of its first key, and the
@@ -39,24 +36,16 @@ PE_SCRATCH(cpu, key_sums)(const pe_args *a, const void *params, int32_t n_thread
   return 4 * (query_floats(&w) + n_threads * own_floats(&w, pe_arg(a, 5)->shape[0]));
 }
 
-static int counts(const sums_job *t, int64_t row) {
-  const float *weights = t->weights + row * t->channels;
-  if (sees_nothing(&t->w, row)) return 0;
-  for (int64_t c = 0; c < t->channels; c++)
-    if (weights[c] != 0.0f) return 1;
-  return 0;
-}
-
 static rows find_rows(const sums_job *t, int32_t *memory) {
   const job *w = &t->w;
   rows r = {memory, memory + t->n_sequences + 2, 0, 0, 0};
   r.first = r.row + w->m, r.n = r.first + w->m;
   memset(r.starts, 0, (size_t)(t->n_sequences + 2) * 4);
   for (int64_t i = 0; i < w->m; i++)
-    if (counts(t, i)) r.starts[(w->seq ? w->seq[i] : 0) + 2]++;
+    if (row_counts(w, i)) r.starts[(w->seq ? w->seq[i] : 0) + 2]++;
   for (int64_t n = 0; n < t->n_sequences; n++) r.starts[n + 2] += r.starts[n + 1];
   for (int64_t i = 0; i < w->m; i++) {
-    if (!counts(t, i)) continue;
+    if (!row_counts(w, i)) continue;
     const int32_t at = r.starts[(w->seq ? w->seq[i] : 0) + 1]++; /* becomes the next sequence's start */
     r.row[at] = (int32_t)i;
     r.first[at] = (int32_t)(w->lo[i] % w->l);
@@ -115,12 +104,12 @@ PE_INLINE void add_query(const sums_job *t, const float *p, int a, int b, const 
       power = v16f_select_lt(lane, start, none, v16f_select_lt(lane, end, power, none));
     }
     const v16f share = v16f_mul(power, inverse);
-    for (int64_t c = 0; c < t->channels; c++) {
+    for (int64_t c = 0; c < t->w.channels; c++) {
       if (weights[c] == 0.0f) continue;
       v16f y = share;
-      if (t->kinds[c] == 1) y = v16f_mul(share, share);
-      else if (t->kinds[c] == 2) y = v16f_select_lt(power, v16f_set1(LARGE), none, v16f_set1(1.0f));
-      else if (t->kinds[c] == 3) y = v16f_mul(share, v16f_sub(v16f_set1(__builtin_logf(stats[1])), less));
+      if (t->w.kinds[c] == SQUARE) y = v16f_mul(share, share);
+      else if (t->w.kinds[c] == LARGE_SHARE) y = v16f_select_lt(power, v16f_set1(LARGE), none, v16f_set1(1.0f));
+      else if (t->w.kinds[c] == ENTROPY) y = v16f_mul(share, v16f_sub(v16f_set1(__builtin_logf(stats[1])), less));
       v16f_store(acc[c] + i, v16f_fma(v16f_set1(weights[c]), y, v16f_load(acc[c] + i)));
     }
   }
@@ -141,20 +130,9 @@ static void add_rows(const sums_job *t, const rows *r, int64_t at, int64_t n, in
       const int64_t row = r->row[i / w->group];
       const float *stats = t->stats + 2 * (row * w->h + head * w->group + i % w->group);
       for (int which = 0; which < 2; which++)
-        if (visible(t, r, i / w->group, first, which, &a, &b)) add_query(t, p[j], a, b, stats, t->weights + row * t->channels, acc);
+        if (visible(t, r, i / w->group, first, which, &a, &b)) add_query(t, p[j], a, b, stats, t->w.weights + row * t->w.channels, acc);
     }
     left -= some;
-  }
-}
-
-/* Sums of the wanted keys, channel by channel, from where they lie or back there. */
-static void move_sums(float *sums, int64_t channels, uint64_t wanted, float acc[CHANNELS][TILE_KEYS], int back) {
-  for (; wanted; wanted &= wanted - 1) {
-    const int j = __builtin_ctzll(wanted);
-    for (int64_t c = 0; c < channels; c++) {
-      if (back) sums[j * channels + c] = acc[c][j];
-      else acc[c][j] = sums[j * channels + c];
-    }
   }
 }
 
@@ -167,8 +145,8 @@ static pe_status run_task(const sums_job *t, const rows *r, int64_t sequence, in
   const char *cells[TILE_KEYS];
   const pe_status bad = find_keys(t, head, sequence, first, wanted, cells, s);
   if (bad) return bad;
-  float acc[CHANNELS][TILE_KEYS] = {{0}}, *sums = t->sums + (head * t->n_keys + sequence * w->l + first) * t->channels;
-  move_sums(sums, t->channels, wanted, acc, 0);
+  float acc[CHANNELS][TILE_KEYS] = {{0}}, *sums = w->sums + (head * t->w.sum_keys + sequence * w->l + first) * t->w.channels;
+  move_sums(sums, t->w.channels, wanted, acc, 0);
   const enum form form = load_keys(w->k, cells, cells, wanted, (end - begin) * w->group, kt);
   int a, b;
   for (int64_t i = begin, n; i < end; i += n) { /* runs of rows that see something */
@@ -176,14 +154,14 @@ static pe_status run_task(const sums_job *t, const rows *r, int64_t sequence, in
     if (n) add_rows(t, r, i, n, head, first, form, q, kt, cells, acc);
     else n = 1;
   }
-  move_sums(sums, t->channels, wanted, acc, 1);
+  move_sums(sums, t->w.channels, wanted, acc, 1);
   return PE_OK;
 }
 
 static pe_status check(const sums_job *t, const pe_tensor *k, pe_stream *s) {
   const job *w = &t->w;
   if (w->g == 0 || w->h % w->g) return pe_fail(s, PE_BAD_SHAPE, "key_sums: %lld heads share %lld", (long long)w->h, (long long)w->g);
-  if (t->channels > CHANNELS) return pe_fail(s, PE_NO_KERNEL, "key_sums: %lld channels; at most %d are possible", (long long)t->channels, CHANNELS);
+  if (t->w.channels > CHANNELS) return pe_fail(s, PE_NO_KERNEL, "key_sums: %lld channels; at most %d are possible", (long long)t->w.channels, CHANNELS);
   const pe_status bad = check_cells("key_sums", "k", k, 0, s);
   return bad ? bad : check_rows("key_sums", w, k->shape[1], t->n_sequences, s);
 }
@@ -191,12 +169,13 @@ static pe_status check(const sums_job *t, const pe_tensor *k, pe_stream *s) {
 PE_KERNEL(cpu, key_sums)(const pe_tensor *sums, const pe_tensor *q, const pe_tensor *k, const pe_tensor *lo, const pe_tensor *hi,
                     const pe_tensor *cells, const pe_tensor *seq, const pe_tensor *stats, const pe_tensor *weights, const pe_tensor *out,
                     const pe_key_sums_params *p, pe_stream *s) {
-  sums_job t = {.w = job_of(q, k, k, LEAST_QUERIES, s->nth), .stats = stats->data, .weights = weights->data, .sums = out->data, .kinds = p->kinds};
+  sums_job t = {.w = job_of(q, k, k, LEAST_QUERIES, s->nth), .stats = stats->data};
   job *w = &t.w;
   w->lo = lo->data, w->hi = hi->data, w->scale = p->scale, w->softcap = p->softcap;
   w->cells = cells->data, w->cells_stride = cells->stride[0], w->l = cells->shape[1];
   w->seq = seq ? seq->data : 0;
-  t.n_keys = sums->shape[1], t.n_sequences = cells->shape[0], t.channels = sums->shape[2];
+  w->weights = weights->data, w->sums = out->data, w->kinds = p->kinds, w->sum_keys = sums->shape[1], w->channels = sums->shape[2];
+  t.n_sequences = cells->shape[0];
   if (w->m == 0 || w->h == 0) return PE_OK;
   const pe_status wrong = check(&t, k, s);
   if (wrong) return wrong;

@@ -8,12 +8,8 @@
  *   window      taps  side  products a result
  *   3 x 3        3     4     2.25 instead of 9
  *   2 x 2        2     5     1.44 instead of 4
- *   3 x 3 by 2   2     5     4.84 instead of 9
- *   7 x 7 by 4   2     5     21.2 instead of 49
  *
- * With stride s a window of k is one of ceil(k / s) taps over squares of s x s pixels. A row of s pixels is a run of s c floats in memory, whose
- * values are made together; the s rows of a square come one after another. Rows and channels that have a tap less have a zero in its place, and
- * nothing at infinity: that product is left out.
+ * Windows with a stride are left to products: as taps over squares of pixels they gained 5 to 15%, and had errors of 1.7e-6.
  *
  * An item is a strip of up to 96 outputs times up to TILES tiles. For each chunk of channels a thread makes the pixels' values (V) and the
  * weights' (U), and adds 36 products of [tiles, chunk] and [chunk, outputs], by linear_float.c's tiles, to the sums (M); then come the results.
@@ -33,7 +29,7 @@ enum {
   WIDE = 16 * PANEL_GROUPS,
   APART = 16,                                  /* floats between points: multiples of a page would share cache sets */
   M_POINT = STRIP * TILES * WIDE + APART,      /* floats from point to point */
-  LEAST_SIDE = 7,                              /* of a picture's results, times the square of the stride: below, U costs more than it saves */
+  LEAST_SIDE = 7,                              /* of a picture's results: below, U costs more than it saves */
 };
 #define HALF_ROOT 0.70710678118654752f
 #define ROOT 1.41421356237309505f
@@ -41,31 +37,25 @@ enum {
 typedef struct winograd {
   const conv *t;
   int64_t taps, side;
-  int64_t run, chunk;           /* channels of a row of s pixels; of those whose products are added up before they join the sums */
+  int64_t chunk;                /* channels whose products are added up before they join the sums */
   int64_t v_point, u_point;     /* floats from point to point */
-  int64_t full_rows, full_run;  /* rows of s pixels, and channels of one, that have all taps */
   int64_t down, across, tiles;  /* tiles of a picture, and of all */
 } winograd;
 
 static winograd winograd_of(const conv *t) {
-  const int64_t s = t->sy, taps = (t->kh + s - 1) / s, side = SPAN + 1 - taps;
-  winograd y = {.t = t, .taps = taps, .side = side, .run = s * t->c, .full_rows = t->kh - s * (taps - 1), .full_run = (t->kw - s * (taps - 1)) * t->c,
-                .down = (t->rows + side - 1) / side, .across = (t->columns + side - 1) / side};
+  const int64_t side = SPAN + 1 - t->kh;
+  winograd y = {.t = t, .taps = t->kh, .side = side, .down = (t->rows + side - 1) / side, .across = (t->columns + side - 1) / side};
   y.tiles = t->n * y.down * y.across;
-  y.chunk = s > 1 || y.run <= 64 ? 64 : 32; /* on Zen 4: 64 where V costs most, 32 where U does */
+  y.chunk = t->c <= 64 ? 64 : 32; /* on Zen 4: 64 where V costs most, 32 where U does */
   y.v_point = TILES * y.chunk + APART;
   y.u_point = STRIP * y.chunk * WIDE + APART;
   return y;
 }
 
-/* Strides are left to products for now: they gained 5 to 15%, and errors of 1.7e-6 that a small Gemma 3n does not bear.
- * It depends on the number of pictures in nothing, and a smaller picture is never taken where a larger one is not. */
+/* It depends on the number of pictures in nothing, and a smaller picture is never taken where a larger one is not. */
 int PE_NAME(winograd_fits)(const conv *t) {
-  const int64_t s = t->sy, taps = (t->kh + s - 1) / s, side = SPAN + 1 - taps;
-  if (s != 1 || t->groups != 1 || t->dy != 1 || t->dx != 1 || t->sx != s || taps != (t->kw + s - 1) / s || taps < 2 || taps > 3) return 0;
-  if (pe_format_of(conv_format(t->w)).elements != 1 || pe_min(t->rows, t->columns) < LEAST_SIDE * s * s) return 0;
-  const int64_t across = (SPAN - 1) * s, y = across + t->kh - s * (taps - 1), x = across + t->kw - s * (taps - 1);
-  return 3 * y * x <= 2 * t->kh * t->kw * side * side; /* products of a tile */
+  if (t->sy != 1 || t->sx != 1 || t->groups != 1 || t->dy != 1 || t->dx != 1 || t->kh != t->kw || t->kh < 2 || t->kh > 3) return 0;
+  return pe_format_of(conv_format(t->w)).elements == 1 && pe_min(t->rows, t->columns) >= LEAST_SIDE;
 }
 
 static int64_t own_floats(const winograd *w) { return POINTS * (w->v_point + w->u_point + M_POINT); }
@@ -129,9 +119,8 @@ static group_weights group_of(const conv *t, int64_t g) {
   return y;
 }
 
-/* Tap (y, x) of channel `ch`; zero beyond the window. */
+/* Tap (y, x) of channel `ch`. */
 PE_INLINE v16f tap(const conv *t, const group_weights *g, int64_t y, int64_t x, int64_t ch) {
-  if (y >= t->kh || x >= t->kw) return v16f_zero();
   const int64_t k = (y * t->kw + x) * t->c + ch;
   if (g->packed) return linear_floats_of(g->id, g->at[0] + 16 * k * g->size);
   uint8_t rows[64];
@@ -139,15 +128,12 @@ PE_INLINE v16f tap(const conv *t, const group_weights *g, int64_t y, int64_t x, 
   return linear_floats_of(g->id, rows);
 }
 
-/* U of `count` channels from q of row `row` of s pixels, for one group. */
-PE_INLINE void group_values(const winograd *w, int taps, const group_weights *g, int64_t row, int64_t q, int64_t count, float *u) {
-  const conv *t = w->t;
-  const int64_t s = t->sy;
+/* U of `count` channels from q on, for one group. */
+PE_INLINE void group_values(const winograd *w, int taps, const group_weights *g, int64_t q, int64_t count, float *u) {
   float half[POINTS * 16];
   for (int64_t i = 0; i < count; i++, u += WIDE) {
-    const int64_t x = (q + i) / t->c, ch = (q + i) % t->c;
     for (int64_t b = 0; b < taps; b++) {
-#define TAP(a) tap(t, g, a * s + row, b * s + x, ch)
+#define TAP(a) tap(w->t, g, a, b, q + i)
       store_six(half + 16 * b, 16 * SPAN, weight_values(TAP(0), TAP(1), taps == 3 ? TAP(2) : v16f_zero(), taps));
 #undef TAP
     }
@@ -160,12 +146,12 @@ PE_INLINE void group_values(const winograd *w, int taps, const group_weights *g,
 }
 
 /* The same for all groups from g0 to end - 1: [panel][count][WIDE] of each point. */
-static void weights(const winograd *w, int64_t g0, int64_t end, int64_t row, int64_t q, int64_t count, float *u) {
+static void weights(const winograd *w, int64_t g0, int64_t end, int64_t q, int64_t count, float *u) {
   for (int64_t g = g0; g < end; g++) {
     float *to = u + (g - g0) / PANEL_GROUPS * w->chunk * WIDE + (g - g0) % PANEL_GROUPS * 16;
     const group_weights from = group_of(w->t, g);
-    if (w->taps == 3) group_values(w, 3, &from, row, q, count, to);
-    else group_values(w, 2, &from, row, q, count, to);
+    if (w->taps == 3) group_values(w, 3, &from, q, count, to);
+    else group_values(w, 2, &from, q, count, to);
   }
 }
 
@@ -197,40 +183,37 @@ PE_INLINE void spread_pixels(int inside, const float *const lines[SPAN], int64_t
   for (int64_t i = 0; i < SPAN; i++) store_six(to + i * SPAN * point, point, pixel_values(load_six(half + 16 * SPAN * i, 16)));
 }
 
-/* V of `count` channels from q of row `row` of s pixels, for tiles first .. first + n - 1. */
-static void pixels(const winograd *w, int64_t first, int64_t n, int64_t row, int64_t q, int64_t count, float *v) {
+/* V of `count` channels from q on, for tiles first .. first + n - 1. */
+static void pixels(const winograd *w, int64_t first, int64_t n, int64_t q, int64_t count, float *v) {
   const conv *t = w->t;
-  const int64_t s = t->sy, length = t->width * t->c;
+  const int64_t length = t->width * t->c;
   for (int64_t i = 0; i < n; i++, v += w->chunk) {
     const spot at = spot_of(w, first + i);
     const float *lines[SPAN];
     int inside = 1;
     for (int a = 0; a < SPAN; a++) {
-      const int64_t y = (at.y + a) * s + row - t->top, in = y >= 0 && y < t->height;
+      const int64_t y = at.y + a - t->top, in = y >= 0 && y < t->height;
       lines[a] = in ? (const float *)t->x->data + (at.picture * t->height + y) * length : 0;
       inside &= (int)in;
     }
-    const int64_t begin = (at.x * s - t->left) * t->c + q;
+    const int64_t begin = (at.x - t->left) * t->c + q;
     for (int64_t c = 0, x = begin; c < count; c += 16, x += 16)
-      if (inside && x >= 0 && x + (SPAN - 1) * w->run + 16 <= length) spread_pixels(1, lines, x, w->run, length, v + c, w->v_point);
-      else spread_pixels(0, lines, x, w->run, length, v + c, w->v_point);
+      if (inside && x >= 0 && x + (SPAN - 1) * t->c + 16 <= length) spread_pixels(1, lines, x, t->c, length, v + c, w->v_point);
+      else spread_pixels(0, lines, x, t->c, length, v + c, w->v_point);
   }
 }
 
 /* M of n tiles and groups g0 to end - 1 (+)= V times U of a chunk. */
-static void multiply(const winograd *w, int64_t n, int64_t g0, int64_t end, int64_t row, int64_t q, int64_t count, const float *v,
+static void multiply(const winograd *w, int64_t n, int64_t g0, int64_t end, int64_t q, int64_t count, const float *v,
                      const float *u, float *m) {
   const uint8_t *none[PANEL_GROUPS] = {0};
-  for (int64_t p = 0; p < POINTS; p++) {
-    const int64_t known = p % SPAN < SPAN - 1 ? count : pe_min(count, w->full_run - q);
-    if (known <= 0 || (p / SPAN == SPAN - 1 && row >= w->full_rows)) continue;
+  for (int64_t p = 0; p < POINTS; p++)
     for (int64_t b = 0; g0 + b * PANEL_GROUPS < end; b++) {
       float *to = m + p * M_POINT + b * TILES * WIDE;
-      const linear_target target = {.opens = 1, .closes = row + q > 0, .part = to, .acc = to};
-      PE_NAME(linear_float_tile)(pe_min(PANEL_GROUPS, end - g0 - b * PANEL_GROUPS), u + p * w->u_point + b * w->chunk * WIDE, known, none, 0,
+      const linear_target target = {.opens = 1, .closes = q > 0, .part = to, .acc = to};
+      PE_NAME(linear_float_tile)(pe_min(PANEL_GROUPS, end - g0 - b * PANEL_GROUPS), u + p * w->u_point + b * w->chunk * WIDE, count, none, 0,
                                  v + p * w->v_point, w->chunk, n, target);
     }
-  }
 }
 
 /* 16 results from output c on of a tile, of which m has the sums. */
@@ -253,15 +236,14 @@ PE_INLINE void finish_tile(const winograd *w, int side, spot at, int64_t c, cons
 /* Item: groups g0 to end - 1 times tiles first .. first + n - 1. own: of the thread; held: the first group of U that is there as a whole. */
 static void tiles_item(const winograd *w, int64_t g0, int64_t end, int64_t first, int64_t n, float *own, int64_t *held) {
   float *v = own, *u = v + POINTS * w->v_point, *m = u + POINTS * w->u_point;
-  const int whole = w->t->sy == 1 && w->run <= w->chunk;
-  for (int64_t row = 0; row < w->t->sy; row++)
-    for (int64_t q = 0; q < w->run; q += w->chunk) {
-      const int64_t count = pe_min(w->chunk, w->run - q);
-      pixels(w, first, n, row, q, count, v);
-      if (!whole || *held != g0) weights(w, g0, end, row, q, count, u);
-      *held = g0;
-      multiply(w, n, g0, end, row, q, count, v, u, m);
-    }
+  const int64_t c = w->t->c;
+  for (int64_t q = 0; q < c; q += w->chunk) {
+    const int64_t count = pe_min(w->chunk, c - q);
+    pixels(w, first, n, q, count, v);
+    if (c > w->chunk || *held != g0) weights(w, g0, end, q, count, u);
+    *held = g0;
+    multiply(w, n, g0, end, q, count, v, u, m);
+  }
   for (int64_t i = 0; i < n; i++) {
     const spot at = spot_of(w, first + i);
     for (int64_t g = g0; g < end; g++) {
@@ -276,7 +258,7 @@ pe_status PE_NAME(winograd)(const conv *t, pe_stream *s) {
   const winograd w = winograd_of(t);
   const int64_t groups = (t->o + 15) / 16, strip = STRIP * PANEL_GROUPS, strips = (groups + strip - 1) / strip;
   float *own = (float *)(s->scratch + s->ith * 4 * own_floats(&w));
-  int64_t n = t->sy * w.run <= 16 ? 16 : TILES, held = -1; /* tiles of an item, as even as they can be; few where M costs more than products */
+  int64_t n = t->c <= 16 ? 16 : TILES, held = -1; /* tiles of an item, as even as they can be; few where M costs more than products */
   while (n > 8 && (w.tiles + n - 1) / n * strips < 4 * s->nth) n /= 2;
   const int64_t blocks = (w.tiles + n - 1) / n;
   n = pe_min(n, pe_round_up((w.tiles + blocks - 1) / blocks, 8));

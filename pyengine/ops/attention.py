@@ -59,6 +59,11 @@ def _weigh(s: np.ndarray, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndar
     return p, top, total if sinks is None else total + np.exp(sinks[:, None] - top)
 
 
+def _products(q: Any, k: Any, v: Any, *others: Any, **params: Any) -> int:
+    """Count the operations of scores and of sums of values, for as many keys as there are cells."""
+    return 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1]) * (axis_max(q.shape[2]) + axis_max(v.shape[2]))
+
+
 def _infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     shapes = attention._infer(args)
     bias, at = args[8:10]
@@ -76,8 +81,7 @@ def _infer(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     strided=("q", "k", "v"),
     rowwise=True,
     fault="a row reads key, cell or sequence {} of {}",
-    flops=lambda q, k, v, *a, **p: 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1])
-    * (axis_max(q.shape[2]) + axis_max(v.shape[2])),
+    flops=_products,
 )
 def attention(
     q: F32["m h e"],
@@ -231,8 +235,7 @@ def _infer_both(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     infer=_infer_both,
     strided=("q", "k", "v"),
     fault="a row reads key, cell or sequence {} of {}",
-    flops=lambda q, k, v, *a, **p: 2 * axis_max(q.shape[0]) * axis_max(q.shape[1]) * axis_max(k.shape[1])
-    * (axis_max(q.shape[2]) + axis_max(v.shape[2])),
+    flops=_products,
 )
 def attention_sums(
     q: F32["m h e"],
