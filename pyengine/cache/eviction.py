@@ -15,6 +15,7 @@ import numpy as np
 from pyengine.cache.cells import Conversation
 from pyengine.cache.store import Layer, Store
 from pyengine.native.blocks import dequantize, quantize
+
 if TYPE_CHECKING:
     from pyengine.cache.compression.base import Compression
 
@@ -86,7 +87,8 @@ def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_
     If that is interrupted the conversation is dropped. Raises: PlanError without pages for a conversation that shares its cells.
     """
     cells = store.cells
-    layers = [Content(store, s, policy, layer) for layer in compressed(store)]
+    text = np.array([isinstance(key, int) for key in s.keys])
+    layers = [Content(store, s, policy, layer, text) for layer in compressed(store)]
     try:
         kept = {layer.group: min(budget, len(layer.old)) for layer in layers}
         if policy.uneven and budget * len(layers) < sum(len(layer.old) for layer in layers):
@@ -120,11 +122,11 @@ def spread(wanted: Sequence[int], most: Sequence[int], total: int) -> list[int]:
 class Content:
     """What a layer holds of a conversation, on the way through a compression.
 
-    old      its cells; statistics: float32 [heads, cells, channels of the policy], of one layer that reads it; is_text: bool [heads, cells]
+    text     bool [tokens], of the conversation; old: its cells; statistics: float32 [heads, cells, channels of the policy], of one layer that reads it; is_text: bool [heads, cells]
     queries  heads that share a head of keys
     """
 
-    def __init__(self, store: Store, s: Conversation, policy: Compression, layer: Layer):
+    def __init__(self, store: Store, s: Conversation, policy: Compression, layer: Layer, text: np.ndarray):
         own = store.cells.groups[layer.group]
         self.s, self.policy, self.layer, self.group, self.queries = s, policy, layer, layer.group, layer.queries
         self.old = store.cells.cells_of(layer.group, s, np.arange(store.cells.filled(layer.group, s))).copy()
@@ -132,20 +134,17 @@ class Content:
         self._heads, self._places = layer.states[0].shape[0], columns(policy, own.policy.kinds) or []
         self._cells = cells_of_sums(store, s, layer)
         self.tokens = tokens_of(s, layer.number, self._heads, len(self.old))
-        text = np.array([isinstance(key, int) for key in s.keys])
         self.is_text = text[self.tokens]
-        self.statistics = self._sums()[..., self._places]
+        sums = np.zeros((*self.tokens.shape, 0), np.float32)
+        if layer.sums is not None:
+            sums = np.ascontiguousarray(layer.sums.gather(self._cells)).view(np.float32)
+        self._sums, self.statistics = sums, sums[..., self._places]
         if layer.readers > 1:                                # what one of them gives, as in layers with keys of their own
             self.statistics = self.statistics / np.float32(layer.readers)
 
     def most(self, free: int) -> int:
         """Return how many cells it can keep where so many are to be free."""
         return min(max(1, self._slots - free), len(self.old))
-
-    def _sums(self) -> np.ndarray:
-        if self.layer.sums is None:
-            return np.zeros((*self.tokens.shape, 0), np.float32)
-        return np.ascontiguousarray(self.layer.sums.gather(self._cells)).view(np.float32)
 
     def compress(self, new: np.ndarray, n_threads: int) -> None:
         """Choose what stays, and write it to the cells `new`. Heads are merged side by side."""
@@ -170,11 +169,10 @@ class Content:
         """Let sums go with their keys. Those of a window are counted anew."""
         if self.layer.sums is None:
             return
-        sums = self._sums()
-        again = np.zeros_like(sums)
+        again = np.zeros_like(self._sums)
         for at, (which, _) in zip(self._places, self.policy.channels):
             if which not in WINDOWS:
-                again[:, : stay.shape[1], at] = np.take_along_axis(sums[..., at], stay, 1)
+                again[:, : stay.shape[1], at] = np.take_along_axis(self._sums[..., at], stay, 1)
         self.layer.sums.scatter(self._cells, again.view(np.uint8))
 
 
