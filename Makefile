@@ -36,10 +36,10 @@ test: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all
 	$(PY) -m pytest -n $(JOBS) -m "not slow"
 
-# The slow tests too; those that compare with llama.cpp run after `make peers`.
+# The slow tests too, and new examples for the property tests; those that compare with llama.cpp run after `make peers`.
 test-all: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all
-	$(PY) -m pytest -n $(JOBS)
+	PYENGINE_TEST_EXAMPLES=new $(PY) -m pytest -n $(JOBS)
 
 # Build llama.cpp from its source package for this machine, for the comparisons.
 peers: $(VENV)/installed
