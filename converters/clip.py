@@ -1,6 +1,6 @@
-"""CLIP whole, `clip` in GGUF; and CLIP's and SigLIP's encoders as other models have them beside their text: their sizes, keys and tensors.
+"""CLIP and MetaCLIP 2 whole, `clip` in GGUF; and CLIP's and SigLIP's encoders as other models have them beside their text: their sizes, keys and tensors.
 
-Follows transformers `configuration_clip.py`, `configuration_siglip.py`, `image_processing_pil_clip.py`; a whole one is as
+Follows transformers `configuration_clip.py`, `configuration_metaclip_2.py`, `configuration_siglip.py`, `image_processing_pil_clip.py`; a whole one is as
 clip.cpp's files. Keys and names as in llama.cpp's `convert_image_encoder_to_gguf.py`;
 layers behind the last one that is taken are left out. Axes: V encoder width, F its feed-forward width.
 """
@@ -42,6 +42,7 @@ class ClipModel:
     arch = "clip"
     whole = True
     renames = ()
+    highest: int | None = OLD_END    # as end of texts, it stands for the highest id
 
     def __init__(self, config: dict[str, Any], file: Path):
         root = self.config = Config(config, {"projection_dim": 512}, file)
@@ -65,7 +66,7 @@ class ClipModel:
         self.vision.write_keys(out, self.arch, self.d_ff)
         for name in ("text", "vision"):
             out.add_uint32(f"clip.{name}.projection_dim", self.d_out)
-        if self.end != OLD_END:
+        if self.end != self.highest:
             out.add_uint32("clip.text.end_token_id", self.end)
 
     def unused(self) -> set[str]:
@@ -81,7 +82,14 @@ class ClipModel:
         yield Entry("logit_scale", "logit_scale", (1,), stored=())
 
 
-@converts("CLIPForImageClassification")
+@converts("MetaClip2Model")
+class MetaClip2Model(ClipModel):
+    """The same with XLM-R's vocabulary, whose end token is 2 (Chuang et al. 2025, arXiv:2507.22062)."""
+
+    highest = None
+
+
+@converts("CLIPForImageClassification", "MetaClip2ForImageClassification")
 class ClipClasses(ImageClassifier):
     """The image encoder with a head of classes."""
 

@@ -360,19 +360,23 @@ CLIP_OLD = {**CLIP_IMAGES, "size": 42, "crop_size": 42, "feature_extractor_type"
 CLIP_NEW = {**CLIP_IMAGES, "size": {"shortest_edge": 45}, "crop_size": {"height": 42, "width": 42}, "image_processor_type": "CLIPImageProcessor"}
 
 
-def save_clip(folder: Path, act: str, images: dict[str, Any], end: int | None = None, files: bool = False) -> Path:
-    """Write a CLIP with its tokenizer and what its pictures go through. end: of its configuration; files: vocab.json and merges.txt."""
+def save_clip(folder: Path, act: str, images: dict[str, Any], end: int | None = None, files: bool = False, kind: str = "CLIP") -> Path:
+    """Write a CLIP with its tokenizer and what its pictures go through. end: of its configuration; files: vocab.json and merges.txt;
+    kind: or "MetaClip2", with XLM-R's tokenizer."""
     import transformers
 
     folder.mkdir(exist_ok=True)
-    save_word_bpe(folder, as_files=files)
+    if kind == "CLIP":
+        save_word_bpe(folder, as_files=files)
+    else:
+        save_unigram(folder)
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
-    config = transformers.CLIPConfig(
+    config = getattr(transformers, f"{kind}Config")(
         text_config={"vocab_size": len(tokens), "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 3, "num_attention_heads": 4,
                      "max_position_embeddings": 77, "hidden_act": act, "projection_dim": 56, "bos_token_id": tokens.bos_token_id,
                      "eos_token_id": tokens.eos_token_id if end is None else end},
         vision_config={"hidden_size": 80, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 5, "image_size": 42, "patch_size": 6,
                        "hidden_act": act, "projection_dim": 56}, projection_dim=56)
-    make("CLIPModel", config, folder)
+    make(f"{kind}Model", config, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder

@@ -1,4 +1,4 @@
-"""CLIP: ids, hidden states, vectors, similarities against transformers; clip.cpp's files; what a published one counts."""
+"""CLIP and MetaCLIP 2: ids, hidden states, vectors, similarities against transformers; clip.cpp's files; what a published one counts."""
 
 from __future__ import annotations
 
@@ -107,13 +107,38 @@ def test_four_logits_become_shares_by_a_softmax(model: Any, monkeypatch: Any) ->
     assert {name: f"{share:.4f}" for name, share in shares.items()} == {"a cat": "0.7410", "a dog": "0.1305", "a remote control": "0.0912", "a sofa": "0.0373"}
 
 
-def test_a_head_of_classes_in_the_place_of_texts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_metaclip_2(tmp_path: Path, act: str) -> None:
+    """XLM-R's tokens, whose end is 2: in CLIP's configurations that stands for the highest id."""
+    import torch
+    import transformers
+
+    folder = tiny_towers.save_clip(tmp_path / "m", act, tiny_towers.CLIP_NEW, kind="MetaClip2")
+    words, pixels = transformers.AutoTokenizer.from_pretrained(folder), tiny_towers.processor("CLIPImageProcessorPil", folder)
+    theirs = tiny_towers.reference("MetaClip2Model", folder)
+    with pe.load(convert(folder, tmp_path / "m.gguf", "f32")) as model:
+        texts = [text for text in (*tiny_towers.TEXTS, *tiny_towers.HARD[:8]) if len(model.tokenize(text)) <= 77]
+        for text in texts:
+            assert model.tokenize(text) == words(text)["input_ids"] and model.tokenize(text)[-1] == 2
+            out = theirs.text_model(torch.tensor([model.tokenize(text)]))
+            tiny_towers.close(model.hidden(text), out.last_hidden_state[0])
+            tiny_towers.close(model.embed(text, normalize=False), theirs.text_projection(out.pooler_output)[0])
+        images, ids = tiny_towers.pictures(), [[0, 9, 2, 30, 60, 2], [30, 60, 7]]                  # the end twice, and missing
+        for row in ids:
+            tiny_towers.close(model.embed([row], normalize=False)[0], theirs.text_projection(theirs.text_model(torch.tensor([row])).pooler_output)[0])
+        given = words(texts, padding=True, return_tensors="pt")
+        tiny_towers.close(model.similarity(images, texts), theirs(**given, pixel_values=pixels(images)).logits_per_image)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "MetaClip2"])
+def test_a_head_of_classes_in_the_place_of_texts(tmp_path: Path, kind: str) -> None:
     import transformers
 
     vision = {"hidden_size": 80, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 5, "image_size": 42, "patch_size": 6}
-    folder = tiny_towers.make("CLIPForImageClassification", transformers.CLIPConfig(vision_config=vision, id2label=dict(enumerate("abc")), label2id={}), tmp_path)
+    config = getattr(transformers, f"{kind}Config")(vision_config=vision, id2label=dict(enumerate("abc")), label2id={})
+    folder = tiny_towers.make(f"{kind}ForImageClassification", config, tmp_path)
     (folder / "preprocessor_config.json").write_text(json.dumps(tiny_towers.CLIP_NEW))
-    tiny_towers.compare_classes("CLIPForImageClassification", "CLIPImageProcessorPil", folder)
+    tiny_towers.compare_classes(f"{kind}ForImageClassification", "CLIPImageProcessorPil", folder)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------------

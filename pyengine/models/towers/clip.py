@@ -1,4 +1,4 @@
-"""CLIP: a text encoder and an image encoder whose vectors are compared (OpenAI's, OpenCLIP's, MetaCLIP's).
+"""CLIP: a text encoder and an image encoder whose vectors are compared (OpenAI's, OpenCLIP's, MetaCLIP 1 and 2).
 
 Radford et al. 2021, arXiv:2103.00020. Follows transformers 5.23 `modeling_clip.py`, `image_processing_pil_clip.py`, `tokenization_clip.py`. Files are
 clip.cpp's (github.com/monatis/clip.cpp), which may hold one of the encoders alone; further keys of ours:
