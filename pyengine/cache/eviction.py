@@ -19,7 +19,6 @@ from pyengine.native.blocks import dequantize, quantize
 if TYPE_CHECKING:
     from pyengine.cache.compression.base import Compression
 
-WINDOW = 32                              # rows before a compression that observe, where it comes again and again
 WINDOWS = "last", "after"                # rows of a channel that are counted anew after each compression
 
 
@@ -42,10 +41,16 @@ def prompt_counts(policy: Compression, kinds: Sequence[str], is_text: np.ndarray
     return counts
 
 
-def running_counts(policy: Compression, kinds: Sequence[str], is_text: np.ndarray, numbers: np.ndarray, most: int) -> np.ndarray:
-    """Return the same for rows of a conversation that is compressed whenever its `most` cells are taken; numbers: of their cells."""
+def running_counts(policy: Compression, kinds: Sequence[str], is_text: np.ndarray, stop: int, picture: int) -> np.ndarray:
+    """Return the same for rows of a conversation that is compressed as it grows, next before row `stop`; picture: where the last one before begins.
+
+    An observation window is then the policy's, before that row. "after" are rows from the last picture on, its own among them: often no
+    text follows before the next one.
+    """
     counts = np.zeros((len(is_text), len(kinds)), np.float32)
-    rows = {"all": np.ones(len(is_text)), "text": is_text, "media": ~is_text, **dict.fromkeys(WINDOWS, numbers >= most - WINDOW)}
+    index = np.arange(len(is_text))
+    near = index >= stop - (stop if policy.window is None else policy.window)
+    rows = {"all": np.ones(len(is_text)), "text": is_text, "media": ~is_text, "last": near, "after": near & (index >= picture)}
     for place, (which, _) in zip(columns(policy, kinds), policy.channels):
         counts[:, place] = rows[which]
     return counts

@@ -1,13 +1,14 @@
 """When conversations are compressed: after each prompt, or whenever the cells that their policy leaves them are taken.
 
-Both are places in a conversation that no cut of its prompt into steps, and nobody who is served beside it, can move.
+Both are places in a conversation that no cut of its prompt into steps, and nobody who is served beside it, can move. While a prompt is
+read, cells are let go of between pictures, not within one (structure-aware, picture by picture: arXiv:2604.16734): where the cells that are
+left do not hold the next picture, they are compressed before it. A picture that needs more than a compression frees is cut where
+they are taken.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import NamedTuple, TYPE_CHECKING
 
 from pyengine.cache import eviction
 from pyengine.cache.cells import Conversation
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from pyengine.cache.compression.base import Compression
 
 UNBOUNDED = 1 << 30
+
+
+class Section(NamedTuple):
+    """A part of a prompt that is read between two compressions of a conversation that grows.
+
+    due   whether one comes before its first row
+    stop  the row before which the next one comes, which may be behind the prompt's end
+    """
+
+    due: bool
+    stop: int
 
 
 class Bounds:
@@ -79,16 +91,25 @@ class Bounds:
         """Return how many cells of each layer a conversation has, in the mean."""
         return sum(self.store.cells.filled(i, s) for i in self.groups) // len(self.groups)
 
-    def most(self, s: Conversation) -> int:
-        """Return how many rows the next step may add to a conversation."""
-        if not self.running(s):
-            return UNBOUNDED
+    def section(self, s: Conversation, rows: Rows, start: int) -> Section:
+        """Find the section that the rows from `start` on are of, in a conversation that has all before. It is the same for all of its rows."""
         limit, budget = self.limit(s)
-        return limit - self.filled(s) or limit - budget
+        filled = self.filled(s)
+        due = filled > budget and filled + next((len(m) for first, m in rows.media if first == start), 1) > limit
+        filled = budget if due else filled
+        stop = start + limit - filled
+        for first, m in rows.media:                          # compressed before it, where that frees cells
+            if start < first < stop < first + len(m) and filled + first - start > budget:
+                stop = first
+        return Section(due, stop)
+
+    def most(self, s: Conversation, rows: Rows, start: int) -> int:
+        """Return how many rows from `start` on the next step may add to a conversation."""
+        return self.section(s, rows, start).stop - start if self.running(s) else UNBOUNDED
 
     def counted(self, part: Work) -> Work:
         """Make room for a part of a step where a conversation is compressed as it grows; returns the part with what its rows count in sums of attention."""
-        s, n, kinds = part.conversation, part.stop - part.start, self.sizes.compressed.kinds
+        s, kinds = part.conversation, self.sizes.compressed.kinds
         if not len(s):
             eviction.clear(self.store, s)
         if not self.running(s):
@@ -97,12 +118,13 @@ class Bounds:
             if part.rows.counts is None or part.rows.counts.shape[1] != len(kinds):
                 self._count(part.rows)
             return part._replace(counts=part.rows.counts[part.start : part.stop])
-        limit, budget = self.limit(s)
-        if self.filled(s) + n > limit:
+        due, stop = self.section(s, part.rows, part.start)
+        if due:
+            limit, budget = self.limit(s)
             eviction.compress(self.store, s, s.compression, budget, self.n_threads, limit - budget)
-        first = self.filled(s)
-        is_text = part.rows.ids[part.start : part.stop] >= 0
-        return part._replace(counts=eviction.running_counts(s.compression, kinds, is_text, np.arange(first, first + n), limit))
+        picture = max((first for first, _ in part.rows.media if first < stop), default=0)
+        counts = eviction.running_counts(s.compression, kinds, part.rows.ids >= 0, stop, picture)
+        return part._replace(counts=counts[part.start : part.stop])
 
     def after_prompt(self, s: Conversation) -> None:
         """Let go of cells of a conversation that is compressed after its prompts."""

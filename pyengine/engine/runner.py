@@ -76,7 +76,7 @@ class Runner:
     def steps(self, s: Conversation, rows: Rows, start: int, n_batch: int) -> Iterator[tuple[int, int]]:
         """Cut the rows from `start` on into steps of at most n_batch rows, as `Rows.steps` does, and where a conversation's cells are taken."""
         while start < len(rows):
-            stop = rows.cut(start, min(n_batch, self.bounds.most(s)))
+            stop = rows.cut(start, min(n_batch, self.bounds.most(s, rows, start)))
             start, stop = next(rows.steps(start, n_batch)) if stop == start else (start, stop)
             yield start, stop
             start = stop

@@ -247,7 +247,7 @@ class Scheduler:
     def _slice(self, r: Job, limit: int, most: int) -> Work | None:
         """Take the next rows of a prompt: at most `limit`, or one atomic picture of at most `most`; None if it does not fit."""
         start = r.done
-        stop = r.rows.cut(start, min(limit, self.runner.bounds.most(r.conversation)))
+        stop = r.rows.cut(start, min(limit, self.runner.bounds.most(r.conversation, r.rows, start)))
         if stop == start:
             stop = r.rows.cut(start, r.rows.atom(start))
             if stop - start > most:

@@ -15,6 +15,7 @@ from converters.writer import convert
 from pyengine.cache import eviction
 from pyengine.cache.cells import Conversation
 from pyengine.cache.compression.base import Compression
+from pyengine.programs.rows import lay_out_rows
 from pyengine.errors import ContextOverflowError, RequestError, SessionError, UnsupportedModelError
 
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
@@ -53,7 +54,7 @@ class Seen:
             original(content, new, n_threads)
             after = [s.gather(new).view(np.float32) for s in (keys, values)]
             self.found.append({"layer": content.layer.number, "sums": content.statistics, "text": content.is_text, "before": before, "after": after,
-                               "tokens": content.tokens, "kept": content.s.kept[content.layer.number]})
+                               "tokens": content.tokens, "queries": content.queries, "place": len(content.s), "kept": content.s.kept[content.layer.number]})
 
         monkeypatch.setattr(eviction.Content, "compress", compress)
 
@@ -144,6 +145,43 @@ def test_the_budget_holds_while_prompt_and_answer_grow(tiny_gguf, monkeypatch) -
     assert model.logits(IDS[:150]).shape[0] == 150           # plain steps, too
     with pytest.raises(RequestError, match="smaller budget"):
         ask(model, IDS[:20], 1, compress=pe.H2O(budget=60, when="always"))
+
+
+@pytest.mark.parametrize("kind", SEEING)
+@pytest.mark.parametrize("policy", [pe.SnapKV(budget=30, when="always", window=4), pe.VLCache(budget=30, when="always"), pe.VLCache(budget=30, when="always", window=3)],
+                         ids=repr)
+def test_cells_are_let_go_of_between_pictures(tiny_gguf, monkeypatch, kind: str, policy: Compression) -> None:
+    parts = [*IDS[:25], *(part for i in range(5) for part in (picture(i), IDS[i], IDS[i + 1])), *IDS[25:60]]
+    path, places, compress = tiny_gguf(kind)[0], [], eviction.compress
+
+    def watched(store: Any, s: Conversation, *args: Any) -> None:
+        places.append(len(s))
+        compress(store, s, *args)
+
+    monkeypatch.setattr(eviction, "compress", watched)
+    seen, found = Seen(monkeypatch), []
+    for settings in ({}, {"n_batch": 6, "n_threads": 1}, {"n_batch": 256, "n_threads": 2}):
+        places.clear()
+        seen.found.clear()
+        model = pe.load(path, compress=policy, **{**SETTINGS, **settings})
+        found.append((told(ask(model, parts, 20)), list(places), [f["kept"].tolist() for f in seen.found]))
+        rows, bounds = lay_out_rows(model._prompts.prompt(parts).segments, model._axes), model._runner.bounds
+        limit = bounds.limit(model._runner.cells.conversations[0])[0]
+        model.close()
+    assert found.count(found[0]) == 3
+    filled, done = 0, 0
+    for place in places:                                     # where the next picture does not fit; never within one that does
+        filled, done = filled + place - done, place
+        within = [(first, len(m)) for first, m in rows.media if first <= place < first + len(m)]
+        assert filled == limit or within and within[0][0] == place and filled + within[0][1] > limit
+        assert not within or within[0][0] == place or within[0][1] > limit - 30
+        filled = 30
+    for f in seen.found:                                     # each row that counts gives one to all keys together
+        place = f["place"]
+        begun = max((first for first, _ in rows.media if first < place), default=0)
+        before = max((p for p in places if p < place), default=0)
+        n = place - max(before, place - policy.window if policy.window else 0, begun if isinstance(policy, pe.VLCache) else 0)
+        np.testing.assert_allclose(f["sums"][..., 0].sum(1), n * f["queries"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("policy", [pe.LookM(ratio=0.3), pe.LookM(budget=40, when="always")], ids=repr)

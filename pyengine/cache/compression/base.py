@@ -34,6 +34,7 @@ class Compression:
     word      the policy's name on command lines and in requests
     observed  the statistics that it selects by: `channels`
     contents  whether it reads keys and values to select
+    window    the last rows, which observe; None: as many as the channel names
     uneven    whether layers keep different numbers of cells
     """
 
@@ -41,6 +42,7 @@ class Compression:
     observed: ClassVar[tuple[Channel, ...]] = ()
     contents: ClassVar[bool] = False
     uneven: bool = False
+    window: int | None = None
     ratio: float | None
     budget: int | None
     recent: int | float | None
@@ -123,7 +125,7 @@ class Compression:
         """Return which rows one of the names of `channels` means, bool [n]."""
         index = np.arange(len(text))
         if rows == LAST:
-            return index >= len(text) - self.window          # type: ignore[attr-defined]  of policies that name such rows
+            return index >= len(text) - self.window          # type: ignore[operator]  of policies that name such rows
         if rows == AFTER:
             media = np.flatnonzero(~text)
             return index >= min(media[-1] + 1 if len(media) else 0, len(text) - 1)
