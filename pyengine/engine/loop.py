@@ -275,6 +275,12 @@ class Loop:
         """How many requests are worked on."""
         return len(self._running)
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that was submitted has ended."""
+        with self._state:
+            return not self._waiting and all(h.done for h in self._running)
+
     def cancel(self, handle: Handle, error: Exception | None = None) -> bool:
         """End a request, with an error if one is given; False if it has ended already."""
         request = handle._request

@@ -247,8 +247,8 @@ class Model(ReadsText, Saves):
         """How the cells of conversations are compressed where a request says nothing of it."""
         return self._compression
 
-    def _compression_of(self, asked: Any) -> Compression | None:
-        """Return how a request's conversation is compressed: None as usual, False not at all. Raises: RequestError."""
+    def _compression_of(self, asked: Any, fixed: bool = False) -> Compression | None:
+        """Return how a request's conversation is compressed: None as usual, False not at all. fixed: the model stays laid out as it is. Raises: RequestError."""
         policy = self._compression
         if asked is not None and asked is not policy:
             from pyengine.cache.compression.written import compression_of
@@ -258,6 +258,8 @@ class Model(ReadsText, Saves):
             return None
         self._runner.bounds.check(policy)
         if not self._runner.bounds.serves(policy):
+            if fixed:
+                raise self._not_laid_out(policy, "others ask it too")
             self._run_anew(policy)
         return policy
 
@@ -267,10 +269,9 @@ class Model(ReadsText, Saves):
 
         Raises: RequestError while requests are worked on; PlanError if that does not fit.
         """
-        if self._loop is not None or self._scheduler.active or self._scheduler.waiting or any(s.active for s in self._runner.cells.conversations):
-            there = self._fitted.layout.want.compress
-            raise RequestError(f"compress={policy!r}: the model was loaded {f'for {there!r}' if there else 'without compression'}, and is at work; load it with "
-                               f"compress={policy!r}")
+        if (self._loop is not None and not self._loop.idle or self._scheduler.active or self._scheduler.waiting
+                or any(s.active for s in self._runner.cells.conversations)):
+            raise self._not_laid_out(policy, "is at work")
         was, n_steps = self._fitted, self._runner.n_steps
         fitted = fitted_anew(was, policy, self._compression, self)
         self._fed = self.program = self._runner = self._scheduler.runner = None              # type: ignore[assignment]
@@ -285,6 +286,11 @@ class Model(ReadsText, Saves):
                 self._runner.n_steps, self._scheduler.runner = n_steps, self._runner
                 if self.media is not None:
                     self.media.cells = self._runner.cells
+
+    def _not_laid_out(self, policy: Compression, why: str) -> RequestError:
+        there = self._fitted.layout.want.compress
+        return RequestError(f"compress={policy!r}: the model was loaded {f'for {there!r}' if there else 'without compression'}, and {why}; load it with "
+                            f"compress={policy!r}")
 
     @alone
     def cells_held(self) -> Cached | None:
@@ -492,7 +498,7 @@ class Model(ReadsText, Saves):
         prompt, images: as in `stream`; messages, tools, template_options: as in `chat`; one of the two. Pictures are read and encoded before it returns.
         sampling: those of `stream`, and those of `chat` where there are messages.
         client: who asks; those who ask much do not keep others waiting. media_policy: which files of this machine may be shown, where
-        somebody else wrote the messages. prompt_logprobs: log-probabilities of the prompt's tokens are wanted too, and so many of the most
+        somebody else wrote the messages; then the model is not laid out anew for `compress` either. prompt_logprobs: log-probabilities of the prompt's tokens are wanted too, and so many of the most
         probable ones in the place of each (`report.prompted`). The answer is the one that `generate` or `chat` gives.
         Raises: BusyError when too many requests wait; ContextOverflowError, RequestError, TemplateError, ImageError.
         """
@@ -504,6 +510,8 @@ class Model(ReadsText, Saves):
         if not isinstance(client, str):
             raise RequestError(f"submit: client is a text, not {type(client).__name__}")
         loop = self.loop
+        if media_policy is not None:
+            self._compression_of(sampling.get("compress"), fixed=True)
         prompts, wishes = self._prompts_under(media_policy), _wishes(sampling)
         request = self._request(lambda: prompts.prompt(prompt, images) if prompt is not None else prompts.chat(messages, tools, template_options, wishes),
                                 max_tokens, stop, sampling, None if messages is None else wishes)

@@ -388,6 +388,7 @@ def test_which_rows_count() -> None:
     every, text = np.ones(7), is_text.astype(float)
     expected = {
         pe.LookM(): [every], pe.LookM(least=0.5): [every, every], pe.LookM(merge="attention"): [every, text], pe.H2O(): [every],
+        pe.LookM(rows="text"): [text], pe.LookM(rows="after", least=0.5): [[0, 0, 0, 0, 0, 1, 1], every],
         pe.SnapKV(window=2): [[0, 0, 0, 0, 0, 1, 1]], pe.SnapKV(): [every], pe.RoCo(): [every, every], pe.StreamingLLM(): [],
         pe.VLCache(): [[0, 0, 0, 0, 0, 1, 1]] * 2, pe.VLCache(window=1): [[0, 0, 0, 0, 0, 0, 1]] * 2, pe.MEDA(): [every, text, 1 - text],
     }
@@ -404,7 +405,7 @@ def test_which_rows_count() -> None:
 
 # -- values ---------------------------------------------------------------------------------------------------------------
 
-MADE = (pe.LookM(), pe.LookM(ratio=0.05, merge="averaged", pictures=0.25, least=0.5), pe.LookM(budget=512, recent=64, when="always"),
+MADE = (pe.LookM(), pe.LookM(ratio=0.05, merge="averaged", pictures=0.25, least=0.5), pe.LookM(budget=512, recent=64, when="always"), pe.LookM(rows="after"),
         pe.H2O(recent=1), pe.H2O(recent=1.0), pe.SnapKV(window=16, kernel=5, pooling="avg"), pe.RoCo(robust=0.5, budget=9), pe.StreamingLLM(sinks=8),
         pe.VLCache(ratio=0.1, window=50), pe.MEDA(merge="none"), pe.Diverse(budget=64), pe.RoCo(recent=0.25))
 

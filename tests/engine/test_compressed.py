@@ -15,8 +15,9 @@ from converters.writer import convert
 from pyengine.cache import eviction
 from pyengine.cache.cells import Conversation
 from pyengine.cache.compression.base import Compression
-from pyengine.programs.rows import lay_out_rows
 from pyengine.errors import ContextOverflowError, RequestError, SessionError, UnsupportedModelError
+from pyengine.media.policy import MediaPolicy
+from pyengine.programs.rows import lay_out_rows
 
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32, "kv_dtype": "f32"}
@@ -271,7 +272,14 @@ def test_a_model_is_laid_out_anew_for_another_policy(tiny_gguf) -> None:
     handle = model.submit(IDS[:50], max_tokens=3, compress=pe.H2O(ratio=0.5))
     assert len(handle.result().tokens) == 3
     with pytest.raises(RequestError, match="load it with"):
+        model.submit(IDS[:50], compress=pe.VLCache(ratio=0.5), media_policy=MediaPolicy())
+    more = model.submit(IDS[:150], max_tokens=50)
+    with pytest.raises(RequestError, match="at work"):
         model.submit(IDS[:50], compress=pe.VLCache(ratio=0.5))
+    more.cancel()
+    more.result()
+    found = model.submit(IDS[:100], compress=pe.VLCache(ratio=0.5), max_tokens=8, temperature=0).result()
+    assert told(found) == told(model.generate(IDS[:100], compress=pe.VLCache(ratio=0.5), max_tokens=8, temperature=0))
 
 
 def test_laying_out_anew_keeps_what_the_model_was_loaded_for(tiny_gguf, monkeypatch) -> None:

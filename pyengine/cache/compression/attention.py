@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from pyengine.arguments import number, takes, whole
-from pyengine.cache.compression.base import ALL, best_and_recent, Compression, largest, LAST, one_of, part, positions, read_sums
+from pyengine.cache.compression.base import AFTER, ALL, best_and_recent, Compression, largest, LAST, one_of, part, positions, read_sums, TEXT
 from pyengine.errors import RequestError
 
 POOLINGS = ("max", "avg")
+ROWS = (ALL, TEXT, AFTER)
 
 
 class StreamingLLM(Compression):
@@ -171,6 +172,8 @@ class LookM(Compression):
               is less than the text, a picture would otherwise live on in merged cells only
     least     share of the budget that every prompt gets; what is above it is spent by the entropy of the prompt's attention, layer by
               layer: all where rows attend to all keys alike, nothing where each attends to one. 1, the paper: the same for all
+    rows      whose attention A_s sums: "all", the paper; "text", or "after", what stands behind the last picture. Patches attend to
+              patches beside them, and are many: with "all" they decide which patches stay, not the question
 
     differs: the released code keeps all of the text even where the budget is smaller, and so exceeds it. Here the budget is exact: text
     competes with text by A_s. It counts 576 tokens for each picture, and merges "averaged" and "weighted" only those evicted
@@ -181,14 +184,14 @@ class LookM(Compression):
 
     @takes()
     def __init__(self, ratio: float | None = None, budget: int | None = None, recent: int | float = 0.5, merge: str = "pivotal",
-                 when: str = "prompt", pictures: float = 0.0, least: float = 1.0):
+                 when: str = "prompt", pictures: float = 0.0, least: float = 1.0, rows: str = ALL):
         self._common(ratio, budget, recent, merge, when)
-        self._set(pictures=number("pictures", pictures, 0, 1), least=number("least", least, 0, 1))
+        self._set(pictures=number("pictures", pictures, 0, 1), least=number("least", least, 0, 1), rows=one_of("rows", rows, ROWS))
 
     @property
     def observed(self) -> tuple[Any, ...]:                   # type: ignore[override]
         """The sums, and entropies where budgets follow them."""
-        return ((ALL, "sum"), (ALL, "entropy")) if self.least < 1 else ((ALL, "sum"),)
+        return ((self.rows, "sum"), (ALL, "entropy")) if self.least < 1 else ((self.rows, "sum"),)
 
     def select(self, sums: np.ndarray, is_text: np.ndarray, *, budget: int | None = None) -> np.ndarray:
         scores, text = read_sums(sums, is_text)
