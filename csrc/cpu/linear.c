@@ -146,7 +146,7 @@ static pe_status product(const linear_product *p) {
   if (linear_is_float(p->w)) {
     if (!p->packed || p->rows > ROWS_FEW || p->gather) return PE_NAME(linear_floats)(p);
     PE_NAME(linear_few_floats)(p);
-  } else if (p->rows <= ROWS_SOME && !p->gather && PE_NAME(linear_has_few)()) {
+  } else if (p->rows <= ROWS_FEW && !p->gather && PE_NAME(linear_has_few)()) {
     PE_NAME(linear_few)(p);
   } else {
     PE_NAME(linear_tiles)(p);

@@ -22,8 +22,8 @@ enum { PANEL_GROUPS = 3 }; /* groups of 16 rows of a matrix in a panel */
 enum { PANEL_GROUPS = 1 };
 #endif
 enum {
-  ROWS_FEW = 4,     /* rows that each thread quantizes for itself */
-  ROWS_SOME = 16,   /* rows that take the kernels for few rows */
+  ROWS_FEW = 4,     /* rows that take the kernels for few rows, and that each thread quantizes for itself */
+  ROWS_SOME = 16,   /* rows that take strips of one panel: memory bounds them */
   ROWS_BLOCK = 256, /* rows of x in a block: 256 of their k (128 KB) and the sums of a strip (192 KB) fit the second cache */
   STRIP_PANELS = 4, /* panels in a strip; 2 of each matrix with glu */
 };

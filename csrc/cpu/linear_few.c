@@ -1,9 +1,9 @@
 /* linear_few.c: `linear` with packed blocks and few rows of x: linear.c says what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
- * A step of 16 rows of the matrix x 32 of k stays in registers and is multiplied with up to DECODE_ROWS rows of x. The weights'
+ * A step of 16 rows of the matrix x 32 of k stays in registers and is multiplied with up to ROWS_FEW rows of x. The weights'
  * bytes are read once, in order; 8 dot products for each row and 9 to 24 instructions of unpacking go on 16 x 32 weights (e.g. 288 bytes
- * of Q4_0): memory is the limit.
+ * of Q4_0): memory is the limit. With more rows each product's own load of x would be: tiles share it among vectors of weights.
  */
 #include "linear_parts.h"
 
@@ -17,7 +17,7 @@ PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
   const int64_t blocks = k / t.k, slice = linear_slice(k) * 32 / t.k;
-  v16f acc[DECODE_ROWS];
+  v16f acc[ROWS_FEW];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
   for (int64_t b = 0, end = slice; b < blocks; b++) {
@@ -67,29 +67,22 @@ PE_UNROLL(8)
 typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,
                        float *out);
 
-/* A function for 1 .. ROWS_FEW rows and one for DECODE_ROWS, which may be one of those, for each format. */
+/* A function for 1 .. ROWS_FEW rows for each format. */
 #define DECODE(id, rows)                                                                                               \
   static void decode_##id##_##rows(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, \
                                    int64_t ld, float *out) {                                                           \
     decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, out);                                                     \
   }
-#if defined(PE_AVX512)
-#define DECODE_MOST(id) DECODE(id, 8)
-#define DECODE_MOST_OF(id) decode_##id##_8
-#else
-#define DECODE_MOST(id)
-#define DECODE_MOST_OF(id) decode_##id##_4
-#endif
-#define DECODE_FORMAT(id, ...) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4) DECODE_MOST(id)
+#define DECODE_FORMAT(id, ...) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4)
 PE_PACKED_BLOCKS(DECODE_FORMAT)
 
-typedef struct decoder { decode_fn *few[ROWS_FEW], *most; } decoder;
+typedef struct decoder { decode_fn *rows[ROWS_FEW]; } decoder;
 
 static const decoder *decoder_of(int32_t id) {
   switch (id) {
 #define DECODER(id, ...)                                                                                               \
   case PE_##id: {                                                                                                      \
-    static const decoder d = {{decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}, DECODE_MOST_OF(id)}; \
+    static const decoder d = {{decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}};                   \
     return &d;                                                                                                         \
   }
     PE_PACKED_BLOCKS(DECODER)
@@ -101,19 +94,15 @@ static const decoder *decoder_of(int32_t id) {
 int PE_NAME(linear_has_few)(void) { return 1; }
 
 void PE_NAME(linear_few)(const linear_product *t) {
-  const decoder *f = decoder_of(t->id);
+  decode_fn *const decode = decoder_of(t->id)->rows[t->rows - 1];
   for (int64_t p = 0; p < t->panels; p++) {
     float *to = t->acc + p * linear_sums(t);
     for (int v = 0; v < PANEL_GROUPS && t->g0 + PANEL_GROUPS * p + v < t->groups; v++) {
       const int more = v + 1 < PANEL_GROUPS && t->g0 + PANEL_GROUPS * p + v + 1 < t->groups;
       const uint8_t *group = linear_group(t, p, v), *next = more ? group + t->bytes : t->next;
-      for (int64_t i0 = 0, n; i0 < t->rows; i0 += n) {
-        const int64_t left = t->rows - i0;
-        n = left >= DECODE_ROWS ? DECODE_ROWS : left > ROWS_FEW ? (left + 1) / 2 : left; /* 5 rows are 3 and 2 */
-        _Alignas(64) float y[DECODE_ROWS * 16];
-        (n > ROWS_FEW ? f->most : f->few[n - 1])(group, next, t->bytes, t->k, t->q + i0 * t->ldq, t->ldq, y);
-        for (int64_t i = 0; i < n; i++) v16f_store(to + 16 * (PANEL_GROUPS * (i0 + i) + v), v16f_load(y + 16 * i));
-      }
+      _Alignas(64) float y[ROWS_FEW * 16];
+      decode(group, next, t->bytes, t->k, t->q, t->ldq, y);
+      for (int64_t i = 0; i < t->rows; i++) v16f_store(to + 16 * (PANEL_GROUPS * i + v), v16f_load(y + 16 * i));
     }
   }
 }

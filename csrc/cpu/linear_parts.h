@@ -1,7 +1,7 @@
 /* linear_parts.h: what the files of linear share: the sizes of tiles, rows of x as int8, and the three ways to multiply a strip.
  *
- *   linear_few.c    up to ROWS_SOME rows times packed blocks: weights stay in registers
- *   linear_tiles.c  many rows times packed blocks: panels are unpacked once, then tiled
+ *   linear_few.c    up to ROWS_FEW rows times packed blocks: weights stay in registers
+ *   linear_tiles.c  more rows times packed blocks: panels are unpacked once, then tiled
  *   linear_float.c  weights that are floats, or become floats
  *   linear.c        says which, and does what is left: rows of x before, sums after
  */
@@ -12,7 +12,6 @@
 #include "unpack.h"
 
 enum {
-  DECODE_ROWS = PE_PARTS == 1 ? 8 : 4,     /* rows of x that the kernels for few rows take at most at once */
   INT_TILE_ROWS = 4,                       /* rows of x in a tile of integers */
   FLOAT_TILE_ROWS = PE_PARTS == 1 ? 8 : 4, /* and of floats */
   PANEL_STEPS = 8,         /* steps of 32 of k in an unpacked panel */
@@ -98,7 +97,7 @@ PE_INLINE v16f linear_floats_of(int id, const uint8_t *p) {
 }
 
 int PE_NAME(linear_has_few)(void);                         /* whether this instruction set has registers enough for linear_few */
-void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to ROWS_SOME rows */
+void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to ROWS_FEW rows */
 void PE_NAME(linear_tiles)(const linear_product *t);       /* packed blocks, any rows */
 void PE_NAME(linear_few_floats)(const linear_product *t);  /* packed floats, up to ROWS_FEW rows */
 pe_status PE_NAME(linear_floats)(const linear_product *t); /* all other weights */

@@ -6,23 +6,32 @@
  */
 #include "linear_parts.h"
 
-/* Steps s0 .. s0 + count - 1 of PANEL_GROUPS groups. ahead[v]: what will be unpacked next in place of this part of group v. */
-PE_INLINE void unpack_panel(int id, const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0,
-                            int64_t count, uint8_t *to) {
+/* What will be unpacked after a panel: from byte `at` of its groups on, and behind their end that of those that come next. While the panel
+ * is multiplied, `lines` cache lines of each group are asked for, so many in so many `steps`: memory works while tiles compute. */
+typedef struct panel_ahead {
+  const uint8_t *group[PANEL_GROUPS], *next[PANEL_GROUPS];
+  int64_t at, end;
+  int64_t lines, steps, due; /* due: what is left of `lines` for each of the steps so far */
+} panel_ahead;
+
+PE_INLINE void fetch_ahead(panel_ahead *t) {
+  for (t->due += t->lines; t->due >= t->steps; t->due -= t->steps, t->at += 64)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(t->at < t->end ? t->group[v] + t->at : t->next[v] + (t->at - t->end));
+}
+
+/* Steps s0 .. s0 + count - 1 of PANEL_GROUPS groups. */
+PE_INLINE void unpack_panel(int id, const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to) {
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32;
   const int64_t step = panel_step_bytes(t.halves, t.offsets);
   for (int64_t b = s0 / steps; b < (s0 + count) / steps; b++) {
     for (int v = 0; v < PANEL_GROUPS; v++) {
       const uint8_t *head = pe_block_head(t, group[v], b), *body = pe_block_body(t, group[v], b);
-      const uint8_t *fetch = ahead[v] + (body - pe_block_head(t, group[v], s0 / steps));
 PE_UNROLL_STEPS
       for (int j = 0; j < steps; j++) {
         pe_step w;
         pe_unpack(id, head, body, j, &w);
-        const int step_bytes = (t.head + t.body) / steps;
-PE_UNROLL(9)
-        for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(fetch + j * step_bytes + 64 * c);
         uint8_t *p = to + (b * steps + j - s0) * step;
 PE_UNROLL(8)
         for (int g = 0; g < 8; g++) v64u_store(p + 64 * (PANEL_GROUPS * g + v), w.u[g]);
@@ -39,7 +48,7 @@ PE_UNROLL(2)
 
 /* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. */
 PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int zero, const uint8_t *panel, int64_t s0, int64_t count,
-                         const char *x, int64_t ld, const linear_target *to) {
+                         const char *x, int64_t ld, panel_ahead *ahead, const linear_target *to) {
   v16f sum[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
@@ -47,6 +56,7 @@ PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
   for (int64_t s = s0; s < s0 + count; s++) {
     const float *f = (const float *)(panel + 64 * PANEL_GROUPS * 8);
+    fetch_ahead(ahead);
 PE_UNROLL(2)
     for (int h = 0; h < halves; h++) {
       v16i dot[INT_TILE_ROWS][PANEL_GROUPS];
@@ -92,19 +102,18 @@ PE_UNROLL(8)
 }
 
 typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m,
-                     linear_target to);
-typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0,
-                       int64_t count, uint8_t *to);
+                     panel_ahead *ahead, linear_target to);
+typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to);
 
 /* A tile for each kind of steps (pyengine/dtype.py: PackedForm), whatever the format. */
 #define TILE(name, halves, offsets, z128)                                                                              \
   static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
-                          int64_t m, linear_target to) {                                                               \
+                          int64_t m, panel_ahead *ahead, linear_target to) {                                           \
     for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, linear_skip(&to, INT_TILE_ROWS))           \
-      tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                             \
-    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                               \
-    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                               \
-    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, &to);                               \
+      tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                      \
+    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                        \
+    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                        \
+    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                        \
   }
 TILE(zero, 1, 0, 0)
 TILE(zero128, 1, 0, 1)
@@ -113,9 +122,8 @@ TILE(halves_zero, 2, 0, 0)
 TILE(halves_offset, 2, 1, 0)
 
 #define UNPACK(id, ...)                                                                                                \
-  static void unpack_##id(const uint8_t *const group[PANEL_GROUPS], const uint8_t *const ahead[PANEL_GROUPS], int64_t s0, \
-                          int64_t count, uint8_t *to) {                                                                \
-    unpack_panel(PE_##id, group, ahead, s0, count, to);                                                                \
+  static void unpack_##id(const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to) {          \
+    unpack_panel(PE_##id, group, s0, count, to);                                                                       \
   }
 PE_PACKED_BLOCKS(UNPACK)
 
@@ -143,6 +151,20 @@ static const char *gather_codes(const linear_product *t, int64_t at, int64_t cou
   return to;
 }
 
+/* While k = at .. at + count - 1 of a panel is multiplied: that part of the next panel; of the last panel, what the first one reads next. */
+static panel_ahead panel_ahead_of(const linear_product *t, pe_traits c, int64_t panel, int64_t at, int64_t count) {
+  const int64_t bytes = c.head + c.body; /* of a block */
+  const int last = panel + 1 == t->panels;
+  panel_ahead y = {.at = at / c.k * bytes + (last ? pe_min(32 * PANEL_STEPS / c.k * bytes, t->bytes) : 0), .end = t->bytes};
+  for (int v = 0; v < PANEL_GROUPS; v++) {
+    y.group[v] = linear_group(t, last ? 0 : panel + 1, v);
+    y.next[v] = t->next + v * t->bytes;
+  }
+  y.lines = (count / c.k * bytes + 63) / 64;
+  y.steps = (t->rows + INT_TILE_ROWS - 1) / INT_TILE_ROWS * (count / 32);
+  return y;
+}
+
 void PE_NAME(linear_tiles)(const linear_product *t) {
   const pe_traits c = pe_traits_of(t->id);
   const tiler f = tiler_of(t->id);
@@ -153,17 +175,12 @@ void PE_NAME(linear_tiles)(const linear_product *t) {
     const int64_t count = pe_min(chunk, t->k - at), ldq = t->gather ? GATHER_CODES : t->ldq;
     const char *q = t->gather ? gather_codes(t, at, count) : t->q;
     for (int64_t p = 0; p < t->panels; p++) {
-      /* ahead: these 256 of k of the next panel; after the last, the next 256 of the first */
-      const uint8_t *group[PANEL_GROUPS], *ahead[PANEL_GROUPS];
-      for (int v = 0; v < PANEL_GROUPS; v++) {
-        group[v] = linear_group(t, p, v);
-        ahead[v] = p + 1 < t->panels   ? pe_block_head(c, group[v] + PANEL_GROUPS * t->bytes, at / c.k)
-                   : at + count < t->k ? pe_block_head(c, group[v] - PANEL_GROUPS * p * t->bytes, (at + count) / c.k)
-                                       : t->next + v * t->bytes;
-      }
-      f.unpack(group, ahead, at / 32, count / 32, (uint8_t *)t->panel);
+      const uint8_t *group[PANEL_GROUPS];
+      for (int v = 0; v < PANEL_GROUPS; v++) group[v] = linear_group(t, p, v);
+      panel_ahead ahead = panel_ahead_of(t, c, p, at, count);
+      f.unpack(group, at / 32, count / 32, (uint8_t *)t->panel);
       f.tile(zero, (const uint8_t *)t->panel, t->gather ? 0 : at / 32, count / 32, q, ldq, t->rows,
-             linear_target_of(t, p, at, at + count));
+             &ahead, linear_target_of(t, p, at, at + count));
     }
   }
 }
