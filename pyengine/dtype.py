@@ -6,11 +6,10 @@ a plain type is a block of one. Ids and sizes are those of ggml (`ggml.h: enum g
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from pyengine.errors import ShapeError, UnsupportedModelError
+from pyengine.records import NamedTuple
 
 PACKED_BIT = 256  # id of a packed format = id of the format + PACKED_BIT; every id of ggml is far below
 OWN = 512         # formats of ours, which only caches have, begin here

@@ -13,7 +13,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from pyengine.compiler.arena import is_changed_state, Layout, Turns
 from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.graph.tensor import axis_max, axis_value, described, Node, Tensor
+from pyengine.records import dataclass
 
 Progress = Callable[[int, int], None]                    # (bytes done, all bytes)
 

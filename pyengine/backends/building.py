@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from pyengine.errors import GraphError
+from pyengine.records import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from pyengine.backends import base
 from pyengine.backends.base import Backend, Declared, Prepared, Progress
 from pyengine.compiler.cut import Part
 from pyengine.graph.tensor import axis_value, Node, product, Tensor
+from pyengine.records import NamedTuple
 
 Copies = list[tuple[np.ndarray, np.ndarray, Tensor]]                           # (from, to, shape)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +17,7 @@ from pyengine.errors import GraphError
 from pyengine.files.weights import DerivedRef
 from pyengine.graph.graph import topological
 from pyengine.graph.tensor import Node, Tensor
+from pyengine.records import dataclass
 
 States = Mapping[str, tuple[int, ...]]
 

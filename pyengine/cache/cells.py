@@ -14,15 +14,15 @@ than tokens: numbers of its keys count those that stayed, each head's and layer'
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
 
 import numpy as np
 
 from pyengine.cache.policy import Policy, seen_across, snapshots_in, tail_of, thinned
 from pyengine.errors import ContextOverflowError, PlanError, RequestError
 from pyengine.ops.recurrent import BEGIN, FOLLOWS
+from pyengine.records import dataclass, NamedTuple
 
 PAGE = 64                    # tiles of attention hold 64 keys at most, so a tile never spans more than two pages
 

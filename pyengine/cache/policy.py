@@ -8,12 +8,13 @@ Recurrent layers keep one state of fixed size, and copies of it that were left b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pyengine.dtype import GROUP
+from pyengine.records import dataclass, NamedTuple
 
 
 class InputSpec(NamedTuple):

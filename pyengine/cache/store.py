@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from pyengine.cache.cells import Cells, Conversation, Copy
 from pyengine.dtype import DType
 from pyengine.errors import RequestError
 from pyengine.ops.rope import rotate
+from pyengine.records import NamedTuple
 
 
 class Rotation(NamedTuple):

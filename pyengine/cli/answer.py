@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TYPE_CHECKING
@@ -20,6 +20,7 @@ from pyengine.cli.paper import Paper, thought
 from pyengine.cli.pictures import boxes_json, media_json, Picture, places, report_line, warn_of_loss
 from pyengine.cli.screen import busy, note, show_json, size
 from pyengine.errors import ModelNotFoundError, ModelWarning, shown
+from pyengine.records import dataclass
 
 if TYPE_CHECKING:
     from pyengine.chat.reply.deltas import Delta

@@ -7,11 +7,11 @@ import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from pyengine.cli import pictures
 from pyengine.cli.screen import note
 from pyengine.errors import RequestError
+from pyengine.records import NamedTuple
 
 WAIT_SECONDS = 3.0                   # for standard input, before it is said that it is waited for
 

@@ -7,13 +7,14 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pyengine.cli.screen import note
 from pyengine.errors import ImageError, RequestError
 from pyengine.files.writing import written
+from pyengine.records import dataclass
 
 Options = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import field
+from typing import Any
 
 from pyengine import ops
 from pyengine.compiler.rewrite import make, rebuild
@@ -17,6 +17,7 @@ from pyengine.dtype import DType
 from pyengine.errors import GraphError
 from pyengine.graph.graph import check_names, check_states, topological
 from pyengine.graph.tensor import Axis, axis_max, Node, product, Shape, Tensor
+from pyengine.records import dataclass, NamedTuple
 
 ALIGN = 64                                                                     # bytes: one cache line, one AVX-512 vector
 RED_ZONES = os.environ.get("PYENGINE_RED_ZONES") == "1"                        # a free line behind each tensor, for sanitized builds

@@ -8,12 +8,13 @@ another device needs is an output of its own program and an input there, copied 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine.compiler.arena import Turns
 from pyengine.compiler.rewrite import rebuild
 from pyengine.graph.graph import topological
 from pyengine.graph.tensor import make_leaf, Node, Tensor
+from pyengine.records import NamedTuple
 
 ANYWHERE = -1
 

@@ -6,7 +6,7 @@ Every pass can be switched off by name (`Graph.compile(passes=...)`); a test com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pyengine.compiler.rewrite import make, rebuild
 from pyengine.graph.graph import topological, users
 from pyengine.graph.tensor import Node, Tensor
 from pyengine.ops.attention import SUMS
+from pyengine.records import NamedTuple
 
 Pass = Callable[[list[Tensor]], list[Tensor]]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyengine.records import NamedTuple
 from pyengine.text.lookup import Lookup
 
 if TYPE_CHECKING:

@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.chat.reply.deltas import Delta, Reader
 from pyengine.engine.wishes import CHOICES, Wishes
 from pyengine.errors import RequestError
+from pyengine.records import NamedTuple
 from pyengine.text.grammar import Grammars, Matcher, nested
 
 if TYPE_CHECKING:

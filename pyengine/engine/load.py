@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyengine.memory.settings import Settings
 from pyengine.memory.towers import TowersLayout
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import N_BATCH
+from pyengine.records import dataclass
 
 
 @dataclass(frozen=True)

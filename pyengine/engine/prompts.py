@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from pyengine.engine.language import Language
 from pyengine.arguments import iterates
 from pyengine.errors import ImageError, RequestError, shown
 from pyengine.programs.rows import MediaSegment, Segment, TokenSegment
+from pyengine.records import NamedTuple
 from pyengine.text.marks import GUARD
 from pyengine.text.tokenizer import Tokenizer
 

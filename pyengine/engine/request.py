@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, ClassVar, TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from pyengine.arguments import iterates
 from pyengine.errors import RequestError, shown as in_short
 from pyengine.programs.rows import Rows
 from pyengine.programs.step import Row
+from pyengine.records import dataclass
 from pyengine.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -92,4 +91,6 @@ class Saves:
 
         used = [(a.file, s) for a, s in zip(self._files.adapters, adapters) if s]
         of_files = [sessions.fingerprint([file], [np.array([file.metadata["adapter.lora.alpha"], scale])]) for file, scale in used]
+        from hashlib import sha256                           # OpenSSL takes 2 ms to load
+
         return sha256(b"".join([self._fingerprint, *of_files])).digest()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.arguments import switch, whole
 from pyengine.errors import nearest, RequestError, shown
+from pyengine.records import dataclass
 
 if TYPE_CHECKING:
     from pyengine.chat.reply.tools import Tool

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine.arguments import number, place
 from pyengine.errors import InvalidModelError, RequestError, shown, UnsupportedModelError
 from pyengine.files.dialects import ENCODER_TENSORS
 from pyengine.files.gguf import GGUFFile, quoted
 from pyengine.files.weights import WeightRef
+from pyengine.records import dataclass, NamedTuple
 
 A, B = ".lora_a", ".lora_b"
 KIND = "adapter"                     # general.type of such a file

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from pyengine.dtype import DType, dtype
 from pyengine.errors import InvalidModelError, ModelNotFoundError, nearest, RequestError, UnsupportedModelError
 from pyengine.files.mapped import MappedFile
 from pyengine.native import ffi, lib
+from pyengine.records import NamedTuple
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

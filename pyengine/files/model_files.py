@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine.arguments import place
 from pyengine.errors import InvalidModelError
@@ -11,6 +11,7 @@ from pyengine.files.adapters import Adapter, asked_for, is_adapter, open_adapter
 from pyengine.files.dialects import check_encoder, translate
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.stores import look_up, Modelfile, read_modelfile
+from pyengine.records import NamedTuple
 
 
 class Files(NamedTuple):

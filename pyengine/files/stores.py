@@ -25,11 +25,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pyengine.arguments import place
 from pyengine.errors import InvalidModelError, ModelNotFoundError, nearest
 from pyengine.files.gguf import quoted, SPLIT_NAME
+from pyengine.records import NamedTuple
 
 MAX_MANIFEST_BYTES = 1 << 20       # real ones have about 1 KB
 MAX_LAYER_BYTES = 1 << 20          # of a text beside a model: a template has some KB

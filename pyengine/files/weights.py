@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError, nearest
 from pyengine.files.gguf import GGUFFile, quoted
+from pyengine.records import NamedTuple
 
 
 def pages(shape: tuple[int, ...]) -> np.ndarray:

@@ -23,14 +23,15 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from dataclasses import field
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
 from pyengine.dtype import CACHE_DTYPES, DType, dtype as dtype_of
 from pyengine.errors import ShapeError
 from pyengine.graph.tensor import Axis, make_leaf, Node, product, Shape, Tensor
+from pyengine.records import dataclass, NamedTuple
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pyengine.dtype import DType
 from pyengine.errors import ShapeError
+from pyengine.records import dataclass
 
 
 @dataclass(frozen=True)

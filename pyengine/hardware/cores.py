@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from pyengine.hardware.system import leading_int, MAX_CPUS, System
+from pyengine.records import NamedTuple
 
 CPU = "/sys/devices/system/cpu"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from pyengine.hardware.facts import Device, Memory
 from pyengine.hardware.system import leading_int, System
+from pyengine.records import dataclass
 
 GIB = 1 << 30
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pyengine.arguments import iterates
 from pyengine.errors import RequestError
 from pyengine.media.sources import BUFFERS
+from pyengine.records import dataclass
 
 TEXTS = ("text", "input_text", "output_text")
 PICTURES = ("image", "image_url", "input_image")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+
+from pyengine.records import dataclass, NamedTuple
 
 MAX_DECODING = 1 << 30               # bytes at once that reading a picture's file may take: those of its decoder, and the pixels
 

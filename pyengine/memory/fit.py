@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine import hardware
 from pyengine.arguments import takes
@@ -30,6 +30,7 @@ from pyengine.memory.settings import is_card, Settings
 from pyengine.memory.towers import plan_towers, shorter, TowersLayout
 from pyengine.programs.bound import bind, Bound
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
+from pyengine.records import NamedTuple
 
 IN_PLACE = ("mmap: {} are read where the file is mapped, in each step; the same answers, generated slower than from packed "
             "weights, and much slower where memory cannot hold all of it")

@@ -16,11 +16,11 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from pyengine.hardware.facts import Hardware
 from pyengine.memory.plan import MemoryPlan
+from pyengine.records import dataclass
 
 deciding = threading.RLock()         # held from a plan to its promise, so that two threads do not promise the same memory
 _registered: weakref.WeakSet[Any] = weakref.WeakSet()        # of what has a method `held`

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 from pyengine import hardware
 from pyengine.backends import backend
@@ -27,6 +26,7 @@ from pyengine.programs import encoder as encoders
 from pyengine.programs.bound import Bound
 from pyengine.programs.sizes import cells_of_budget, check_heads, Sizes, step_rows
 from pyengine.programs.step import Step
+from pyengine.records import NamedTuple
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
 PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 64

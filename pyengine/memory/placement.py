@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from pyengine.backends.base import Backend, Declared
 from pyengine.backends.chain import PreparedChain
@@ -13,6 +12,7 @@ from pyengine.errors import RequestError
 from pyengine.files.weights import behind_layers, layer_of
 from pyengine.memory.settings import is_card
 from pyengine.programs import step
+from pyengine.records import NamedTuple
 
 
 class Demand(NamedTuple):

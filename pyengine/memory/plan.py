@@ -8,9 +8,11 @@ are no part of the total), kv, arena, sampler, encoder (weights and arena of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from math import prod
 from typing import Any
+
+from pyengine.records import dataclass
 
 MIB = 2**20
 PURPOSES = "weights", "kv", "arena", "sampler", "encoder", "images", "overhead", "mapped"      # in the order of a table

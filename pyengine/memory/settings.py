@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from pyengine.arguments import INT32_MAX, switch, whole
 from pyengine.backends import CARDS, parsed
 from pyengine.errors import RequestError, shown
 from pyengine.programs.sizes import kv_dtypes, N_BATCH
+from pyengine.records import dataclass
 from pyengine.text.lookup import DRAFTED, most_drafted
 
 MAX_THREADS = 1024                     # of a pool

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 from pyengine import hardware
 from pyengine.backends import backend
@@ -22,6 +21,7 @@ from pyengine.memory.settings import is_card, Settings
 from pyengine.models.architecture import Towers
 from pyengine.programs.bound import Bound
 from pyengine.programs.towers import declare_picture, declare_texts, Declaration
+from pyengine.records import NamedTuple
 
 
 class TowerProgram(NamedTuple):

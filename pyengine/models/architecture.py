@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
+from typing import Any, ClassVar, TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pyengine.nn.batch import Batch, Source
 from pyengine.nn.rope import Rope, Rotary
 from pyengine.nn.text_encoder import TextHeads
 from pyengine.nn.texts import CLASSES, HIDDEN, LOGITS, Texts, VECTORS
+from pyengine.records import NamedTuple
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image

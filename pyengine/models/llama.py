@@ -8,8 +8,6 @@ Axes: m rows of the batch, D hidden, H/K query/KV heads, E head size, F feed-for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pyengine import ops
 from pyengine.nn.batch import Batch
 from pyengine.files.hparams import Hparams
@@ -22,6 +20,7 @@ from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
 from pyengine.files.weights import Weights
+from pyengine.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine import ops
 from pyengine.graph.tensor import Tensor
+from pyengine.records import NamedTuple
 
 
 class Across(NamedTuple):

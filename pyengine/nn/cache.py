@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from pyengine import ops
 from pyengine.errors import GraphError, UnsupportedModelError
 from pyengine.graph.tensor import Tensor
 from pyengine.ops.attention import SUMS
+from pyengine.records import NamedTuple
 
 
 class LayerCache(NamedTuple):

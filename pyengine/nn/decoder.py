@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
+from pyengine.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol, TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from pyengine.files.weights import pages, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.nn.layers import ACTIVATIONS, constant, LayerNorm, Linear, mlp_width
 from pyengine.nn.texts import Texts
+from pyengine.records import dataclass
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image

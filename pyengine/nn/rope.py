@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from pyengine.errors import InvalidModelError, UnsupportedModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import WeightRef, Weights
 from pyengine.graph.tensor import Tensor
+from pyengine.records import NamedTuple
 
 FACTORS = "rope_freqs", "rope_factors_long", "rope_factors_short"                # tensors that some architectures read
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine import ops
 from pyengine.files.hparams import Hparams
 from pyengine.graph.tensor import Tensor
+from pyengine.records import NamedTuple
 
 HIDDEN, VECTORS, CLASSES, LOGITS = "hidden", "vectors", "classes", "logits"        # what a run of a tower may give
 HEAD = "head"                        # a pooling by layers of the model's own

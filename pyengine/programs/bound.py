@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from pyengine.files.weights import WeightRef, Weights
 from pyengine.models import architectures, model_class, tower_models
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, SourceEncoder, Towers
 from pyengine.nn.rope import FACTORS
+from pyengine.records import dataclass
 from pyengine.text.search import BEAMS, search_defaults
 from pyengine.text.tokenizer import Tokenizer
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 
 from pyengine.cache.policy import seen_across
 from pyengine.errors import RequestError
+from pyengine.records import dataclass
 
 
 @dataclass(frozen=True)

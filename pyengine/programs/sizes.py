@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyengine.cache.policy import Compressed
 from pyengine.dtype import DType, dtype as dtype_of
 from pyengine.errors import RequestError, shown, UnsupportedModelError
+from pyengine.records import NamedTuple
 
 KV_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 GROUPED = {"kivi4": ("Q4_1_CHANNELS", "Q4_1"), "kivi2": ("Q2_1_CHANNELS", "Q2_1")}       # keys by channel, values (arXiv:2402.02750)

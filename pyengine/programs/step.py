@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from pyengine.ops.top import MOST
 from pyengine.programs.adapters import adapted
 from pyengine.programs.rows import Rows
 from pyengine.programs.sizes import Sizes
+from pyengine.records import NamedTuple
 
 FLOAT = dtype_of("F32")                  # of states
 FULL = dtype_of("F16")                   # of tokens in full

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from pyengine.graph.tensor import Dim
 from pyengine.models.architecture import HIDDEN, ImageTower, LOGITS, TextTower
 from pyengine.nn.texts import Seen, Texts
 from pyengine.programs.sizes import HEAD_BYTES
+from pyengine.records import NamedTuple
 
 WANTED = "wanted"                        # the input that says whose logits are computed, and the entry at which it is first read
 ENDS = "lo", "hi", "lo.run", "hi.run"   # inputs of `Seen`

@@ -8,12 +8,13 @@ LZ77, Ziv and Lempel 1977, doi:10.1109/TIT.1977.1055714). Used for drafts of spe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pyengine.arguments import whole
 from pyengine.errors import RequestError, shown
+from pyengine.records import NamedTuple
 
 DRAFTED = 32                 # tokens of a draft, unless told otherwise
 MOST_DRAFTED = 1024          # that can be asked for

@@ -6,10 +6,10 @@ Keys "<arch>.embedding.*", which our converter writes from sentence-transformers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from pyengine.errors import InvalidModelError, RequestError, shown
 from pyengine.files.hparams import Hparams
+from pyengine.records import NamedTuple
 
 
 class Prefixes(NamedTuple):

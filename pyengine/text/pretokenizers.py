@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+
+from pyengine.records import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pre-tokenizers of the gpt2 kind: expressions in Oniguruma's syntax. Each cuts the parts that the one before left; a

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
+from pyengine.records import NamedTuple
 from pyengine.text.vocabulary import Kind, Vocabulary
 
 # Texts that mark a token's role when the file does not (llama-vocab.cpp, llama_vocab::impl::load). A token found by one

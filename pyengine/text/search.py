@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
 from pyengine.arguments import number, takes, whole
 from pyengine.errors import ModelWarning, PyEngineError, RequestError, shown
+from pyengine.records import dataclass, NamedTuple
 
 BEAMS = 4                            # that there is room for, unless a model's authors want more
 MOST_BEAMS = 64

@@ -16,8 +16,8 @@ from test_cli import FAKE, FakeModel, Terminal, type_in
 
 import cases
 import pyengine
-from pyengine import cli
-from pyengine.cli import answer, execute, screen
+from pyengine.cli import answer, command, screen
+from pyengine.cli.command import execute
 from pyengine.cli.talk import chat, commands as chat_commands, completion, editor, settings
 from pyengine.cli.talk.conversation import Chat
 from pyengine.cli.paper import Words
@@ -177,7 +177,7 @@ def test_sequence_breakers_are_typed_as_texts() -> None:
 def test_settings_have_the_words_of_the_options() -> None:
     import typing
 
-    hints, names = typing.get_type_hints(cli.run, include_extras=True), {"typical_p": "typical"}
+    hints, names = typing.get_type_hints(command.run, include_extras=True), {"typical_p": "typical"}
     for name in (*settings.SAMPLING, "max_tokens", "stop"):
         said = hints[names.get(name, name)].__metadata__[0].help
         meaning = settings.MEANINGS[name].partition(": END")[0]

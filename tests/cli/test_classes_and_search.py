@@ -15,7 +15,7 @@ from PIL import Image
 
 import pyengine as pe
 from converters.writer import convert
-from pyengine.cli import execute, INTERRUPTED, USAGE_ERROR
+from pyengine.cli.command import execute, INTERRUPTED, USAGE_ERROR
 from pyengine.errors import RequestError
 
 pytest.importorskip("usearch")

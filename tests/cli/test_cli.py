@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.cli import answer, execute, screen
+from pyengine.cli import answer, screen
+from pyengine.cli.command import execute
 from pyengine.cli.report.planned import parse_adapters
 from pyengine.cli.talk import chat, settings
 from pyengine.chat.reply.deltas import Delta
@@ -447,7 +448,7 @@ def test_a_command_comes_first_and_anything_else_is_a_model(model, capsys) -> No
 def test_help_imports_little() -> None:
     heavy = {"numpy", "prompt_toolkit", "PIL", "jinja2", "tokenizers", "psutil", "pyengine.engine", "pyengine.native"}
     code = (
-        f"import sys; from pyengine.cli import execute; assert execute(['--help']) == 0; "
+        f"import sys; from pyengine.cli.command import execute; assert execute(['--help']) == 0; "
         f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -455,14 +456,27 @@ def test_help_imports_little() -> None:
 
 
 def test_an_answer_imports_no_network_and_no_grammars() -> None:
-    heavy = {"ssl", "http.client", "asyncio", "prompt_toolkit", "llguidance", "jsonschema", "starlette", "prometheus_client", "pyengine.cli.talk.remote"}
+    heavy = {"ssl", "http.client", "asyncio", "prompt_toolkit", "llguidance", "jsonschema", "starlette", "prometheus_client", "pyengine.cli.talk.remote",
+             "pyengine.cli.subcommands", "pyengine.backends.building", "pyengine.backends.metal.device"}
     sees = ROOT / "converters" / "demo" / "weights" / "demo-q8_0.gguf"
     code = (
-        f"import sys; from pyengine.cli import execute; assert execute([{str(sees)!r}, 'Hi', '--max-tokens', '1']) == 0; "
+        f"import sys; from pyengine.cli.command import execute; assert execute([{str(sees)!r}, 'Hi', '--max-tokens', '1']) == 0; "
         f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_end_of_a_process(busy: bool) -> None:
+    """What is to be done at its end is done, what was written arrives, and the code is the command's, though the interpreter takes nothing apart."""
+    code = ("import atexit, sys, threading; from pyengine.cli import main; atexit.register(print, 'bye')\n"
+            f"if {busy}: threading.Thread(target=lambda: (threading.main_thread().join(), print('thread'))).start()\n"
+            "sys.argv = ['pyengine-run', *sys.argv[1:]]; main()")
+    done = subprocess.run([sys.executable, "-c", code, "help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.endswith("thread\nbye\n" if busy else "bye\n") and "MODEL" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code, "nothing.gguf", "Hi"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "nothing.gguf" in done.stderr and "bye" in done.stdout
 
 
 # --- the screen ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ import pyengine
 from converters import convert
 from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.answer import Stream
-from pyengine.cli import answer, execute, pictures
+from pyengine.cli import answer, pictures
+from pyengine.cli.command import execute
 from pyengine.cli.talk import chat, commands as chat_commands, saved as talks
 from pyengine.errors import ImageError, RequestError, SessionError
 from pyengine.engine.encoded import MediaInfo

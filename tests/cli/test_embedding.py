@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyengine as pe
-from pyengine.cli import execute
+from pyengine.cli.command import execute
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import pyengine as pe
-from pyengine.cli import execute
+from pyengine.cli.command import execute
 
 
 @pytest.fixture

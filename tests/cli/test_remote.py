@@ -26,7 +26,8 @@ from test_cli import type_in
 import pyengine as pe
 from pyengine.chat.boxes import Box, Point
 from pyengine.chat.reply.deltas import Delta
-from pyengine.cli import answer, execute
+from pyengine.cli import answer
+from pyengine.cli.command import execute
 from pyengine.cli.talk import chat, editor, remote
 from pyengine.cli.talk.conversation import Chat
 from pyengine.errors import BusyError, ContextOverflowError, RequestError

@@ -20,7 +20,8 @@ from PIL import Image
 from test_cli import FAKE, FakeModel, model, one_line, ROOT, run_process, Terminal, type_in  # noqa: F401
 
 import pyengine
-from pyengine.cli import answer, asked, execute, main_form, pictures, words
+from pyengine.cli import answer, asked, pictures, words
+from pyengine.cli.command import execute, main_form
 from pyengine.cli.talk.conversation import Chat
 from pyengine.errors import ModelWarning, RequestError
 
@@ -524,8 +525,8 @@ def test_a_standard_input_that_nothing_comes_from(monkeypatch) -> None:
 
 def test_plain_arguments_are_read_without_pydantic() -> None:
     """It takes longer to import than NumPy, and is loaded for what is wrong or no plain text or whole number."""
-    code = ("import sys; from pyengine.cli import main; sys.argv = ['pyengine-run', *sys.argv[1:]]\n"
-            "try: main()\nexcept SystemExit as e: print('pydantic' in sys.modules, 'PIL' in sys.modules, e.code)")
+    code = ("import sys; from pyengine.cli.command import execute\n"
+            "code = execute(sys.argv[1:]); print('pydantic' in sys.modules, 'PIL' in sys.modules, code)")
 
     def run(*arguments: str) -> tuple[str, str]:
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)

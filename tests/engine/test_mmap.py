@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import pyengine as pe
-from pyengine.cli import execute
+from pyengine.cli.command import execute
 from pyengine.errors import PlanError
 from pyengine.memory.plan import MIB
 

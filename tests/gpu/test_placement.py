@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 
@@ -160,8 +161,7 @@ def test_devices_that_are_none(given) -> None:
 
 
 def test_a_card_that_is_not_there_says_why(tiny_gguf, monkeypatch) -> None:
-    from pyengine.backends.cuda import build
-
-    monkeypatch.setattr(build, "BUILT", build.ROOT / "nowhere" / "_cuda.so")
+    library = import_module("pyengine.backends.cuda.library")                  # the package has a function of this name
+    monkeypatch.setattr(library, "BUILT", library.BUILT.parent / "nowhere" / "_cuda.so")
     with pytest.raises(PyEngineError, match="make cuda"):
         pe.plan(tiny_gguf("llama")[0], device="cuda")

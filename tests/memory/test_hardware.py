@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyengine import hardware
-from pyengine.cli import execute
+from pyengine.cli.command import execute
 from pyengine.cli.report import machine
 from pyengine.hardware import gpu, System
 from pyengine.hardware.cores import Core, physical_cores, threads

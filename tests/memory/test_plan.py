@@ -393,7 +393,7 @@ def test_resident_memory_of_models_that_see(tiny_gguf, kind: str) -> None:
 
 
 def test_the_command_shows_explains_and_draws(files, machine, tmp_path, capsys) -> None:
-    from pyengine.cli import execute
+    from pyengine.cli.command import execute
 
     machine(16 * GIB)
     path, mmproj = map(str, files["gemma-12b"])
@@ -427,7 +427,7 @@ def test_the_command_shows_explains_and_draws(files, machine, tmp_path, capsys) 
 
 
 def test_drawing_without_matplotlib_says_what_is_missing(files, monkeypatch, capsys, tmp_path) -> None:
-    from pyengine.cli import execute
+    from pyengine.cli.command import execute
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert execute(["plan", str(files["gemma-12b"][0]), "--ctx", "512", "--png", str(tmp_path / "a.png")]) == 2

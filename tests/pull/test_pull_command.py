@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT
 from servers import COMMIT, cut, Page
 
-from pyengine.cli import execute, pulling
+from pyengine.cli import pulling
+from pyengine.cli.command import execute
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.stores import find_model, list_models
 from pyengine.pull import download, find, offer

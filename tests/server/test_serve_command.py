@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from pyengine.cli import execute
+from pyengine.cli.command import execute
 from pyengine.cli.running import left
 
 httpx = pytest.importorskip("httpx")

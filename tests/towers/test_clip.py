@@ -223,7 +223,7 @@ def b32(folder: Path) -> Path:
 
 
 def test_the_parameters_of_b32_and_its_plan(tmp_path: Path, capsys: Any) -> None:
-    from pyengine.cli import execute
+    from pyengine.cli.command import execute
     from pyengine.cli.report.files import describe
 
     path = b32(tmp_path)

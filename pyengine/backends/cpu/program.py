@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from pyengine.files.weights import files_of
 from pyengine.graph.tensor import Axis, axis_max, Dim, Node, Tensor
 from pyengine.hardware.pages import resident
 from pyengine.native import engine
+from pyengine.records import NamedTuple
 
 _STATUS = {1: GraphError, 2: GraphError, 3: RequestError, 4: PlanError, 5: GraphError}     # by pe_status
 

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from pyengine.backends.cuda.build import main
+from pyengine.backends.cuda.library import BUILT
 
-main()
+main(BUILT)

@@ -16,7 +16,6 @@ from pyengine.backends.building import CSRC, Job, library, ROOT
 from pyengine.compiler import codegen
 from pyengine.errors import GraphError
 
-BUILT = ROOT / "pyengine" / "_cuda.so"
 TARGETS = ("75", "80", "86", "89", "90a", "100", "120")      # the last one's PTX too, for what comes after it
 
 # -fmad=false, -ffp-contract=off: whether products and sums are fused is said in the kernels and never left to the compiler.
@@ -52,16 +51,15 @@ def nvcc() -> str:
     return found
 
 
-def for_cards(targets: Sequence[str] = TARGETS) -> Path:
-    """Compile for cards and return the library, which lies in the package."""
+def for_cards(to: Path, targets: Sequence[str] = TARGETS) -> None:
+    """Compile for cards; `to` is the library."""
     compiler = nvcc()
     command = (compiler, *gencode(targets), *CUDA_FLAGS)
     jobs = [Job(path, (*command, "-x", "cu")) for path in sources()]
     made = library("cuda", jobs, [compiler, "-shared", "-cudart", "static", *gencode(targets)], ROOT / "build" / "cuda")
-    new = BUILT.with_suffix(f".{os.getpid()}")
+    new = to.with_suffix(f".{os.getpid()}")
     shutil.copy(made, new)
-    new.replace(BUILT)
-    return BUILT
+    new.replace(to)
 
 
 def emulated(checked: bool = False) -> Path:
@@ -74,14 +72,11 @@ def emulated(checked: bool = False) -> Path:
     return library("cuda-checked" if checked else "cuda", jobs, [compiler, "-shared", "-pthread"], ROOT / "build" / "emulated")
 
 
-def main() -> None:
+def main(to: Path) -> None:
     """Make the library for the cards that $PYENGINE_CUDA_TARGETS names, or for all."""
     wanted = os.environ.get("PYENGINE_CUDA_TARGETS")
     try:
-        print(f"made {for_cards(wanted.replace(',', ' ').split() if wanted else TARGETS)}")
+        for_cards(to, wanted.replace(",", " ").split() if wanted else TARGETS)
     except GraphError as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    print(f"made {to}")

@@ -6,14 +6,15 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from pyengine.backends.cuda import build
 from pyengine.errors import GraphError, PlanError, PyEngineError
 from pyengine.native import ffi
+from pyengine.records import NamedTuple
 
+BUILT = Path(__file__).resolve().parents[2] / "_cuda.so"                       # by `build`, for cards
 NO_MEMORY = 4                                                                  # pe_status
 
 
@@ -102,10 +103,12 @@ def library(emulated: bool) -> Library:
     Raises: GraphError where there is none.
     """
     if emulated:
+        from pyengine.backends.cuda import build             # others compile nothing
+
         return _opened(build.emulated(os.environ.get("PYENGINE_EMULATE") == "checked"), True)
-    if not build.BUILT.exists():
-        raise GraphError(f"there is no {build.BUILT.name}: `make cuda` builds it, which needs NVIDIA's CUDA toolkit (nvcc) and no card")
-    return _opened(build.BUILT, False)
+    if not BUILT.exists():
+        raise GraphError(f"there is no {BUILT.name}: `make cuda` builds it, which needs NVIDIA's CUDA toolkit (nvcc) and no card")
+    return _opened(BUILT, False)
 
 
 class Memory:

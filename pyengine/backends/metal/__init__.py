@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TYPE_CHECKING
 
 from pyengine import hardware
 from pyengine.backends import base
-from pyengine.backends.metal import device as interface
-from pyengine.backends.metal.launch import LAUNCHERS, load_launchers
-from pyengine.backends.metal.prepared import Prepared
-from pyengine.compiler.arena import Turns
+from pyengine.backends.metal.framework import framework
 from pyengine.errors import GraphError
 from pyengine.hardware.facts import Device
+
+if TYPE_CHECKING:
+    from pyengine.backends.metal import device as interface
+    from pyengine.compiler.arena import Turns
 
 
 @lru_cache(maxsize=2)
@@ -23,6 +24,7 @@ def opened(emulated: bool) -> interface.Device:
         from pyengine.backends.metal.emulated import EmulatedDevice
 
         return EmulatedDevice()
+    framework()                                              # machines that are no Macs start sooner
     from pyengine.backends.metal.apple import AppleDevice
 
     return AppleDevice()
@@ -49,9 +51,13 @@ class Backend(base.Backend):
             raise GraphError(f"there is no device metal:{index}: a Mac's GPU is one device")
         self.n_threads, self.device = n_threads or hardware.default_threads(), opened(emulated)      # of the host, which packs weights
         self.name = "metal-emulated" if emulated else "metal"   # type: ignore[misc]  one of the two that this class is
+        from pyengine.backends.metal.launch import LAUNCHERS, load_launchers
+
         load_launchers()
         self.kernels = frozenset(LAUNCHERS)
 
     def prepare(self, declared: base.Declared, turns: Turns | None = None, passes: Sequence[str] | None = None) -> Any:
         """Fuse, lay out and count without loading."""
+        from pyengine.backends.metal.prepared import Prepared
+
         return Prepared(declared, turns, passes, self.device, self.n_threads, self.name)

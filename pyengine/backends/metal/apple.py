@@ -22,6 +22,7 @@ import numpy as np
 
 from pyengine import hardware
 from pyengine.backends.metal.device import Bound, Device, Memory, Recording
+from pyengine.backends.metal.framework import framework
 from pyengine.backends.metal.sources import specialized
 from pyengine.errors import GraphError, PlanError
 
@@ -29,17 +30,6 @@ PAGE = 16384                                                 # of Apple's proces
 MOST_COMMANDS = 16384                                        # of an indirect command buffer
 ARGS_ALIGN = 256                                             # of a buffer's offset in constant memory
 READ_AND_WRITE = 3                                           # MTLResourceUsageRead | Write
-
-
-def framework() -> Any:
-    """Return pyobjc's Metal. Raises: GraphError saying what to do."""
-    if sys.platform != "darwin":
-        raise GraphError('device="metal" needs a Mac; here device="metal-emulated" runs the same kernels, slowly, for tests')
-    try:
-        import Metal
-    except ImportError:
-        raise GraphError('device="metal" needs pyobjc: pip install pyobjc-framework-Metal') from None
-    return Metal
 
 
 class AppleMemory(Memory):

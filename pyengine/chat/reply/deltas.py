@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+from pyengine.records import dataclass, NamedTuple
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -43,6 +43,8 @@ class ToolCall:
 
 def new_call_id() -> str:
     """Make the id of a call: nine random letters and digits, which is what Mistral's templates demand."""
+    import secrets                                           # most answers call nothing
+
     return "".join(secrets.choice(_LETTERS) for _ in range(9))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from pyengine.chat.reply.calls import Calls, Unit
 from pyengine.chat.reply.deltas import Delta, joined, Reader
 from pyengine.chat.reply.tape import Malformed, Reading, stops, Tape
 from pyengine.chat.reply.tools import Tool
+from pyengine.records import dataclass
 from pyengine.text.marks import MARK
 
 BLANKS = " \t\r\n"

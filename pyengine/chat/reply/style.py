@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pyengine.chat.reply.calls import Calls, Literal, quoted, Spell, speller
@@ -19,6 +18,7 @@ from pyengine.chat.reply.schema import regex
 from pyengine.chat.reply.told import told_tools, told_turns
 from pyengine.chat.reply.tools import Tool
 from pyengine.errors import RequestError, shown
+from pyengine.records import dataclass
 
 Is = Callable[[str], bool]
 EFFORTS = ("low", "medium", "high")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from pyengine.errors import RequestError, shown
+from pyengine.records import dataclass
 from pyengine.text.grammar import check_schema
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
