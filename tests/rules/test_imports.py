@@ -11,7 +11,7 @@ from sources import read, Source
 # In the order in which data flows, from what needs nothing to the front doors: an import names an earlier one, inside functions too.
 ORDER = ("records", "errors", "arguments", "dtype", "graph", "ops", "compiler", "native", "files", "pull", "media", "text", "chat", "hardware", "backends",
          "cache", "nn", "models", "programs", "memory", "engine", "measure", "search", "lm_eval", "server", "agents", "cli", "__main__")
-MODELS_MAY_IMPORT = ("dtype", "ops", "nn", "graph", "files.weights", "files.hparams", "cache.policy", "media", "errors", "models")
+MODELS_MAY_IMPORT = ("records", "dtype", "ops", "nn", "graph", "files.weights", "files.hparams", "cache.policy", "media", "errors", "models")
 ONLY = {"models": ("programs", "memory", "engine"), "backends": ("memory", "engine")}        # who imports them
 CONTRACTS = ("backends.base", "models.architecture")                   # but for these, which lower floors may know
 FOREIGN = ("torch", "transformers", "safetensors", "diffusers")        # for converters and tests
