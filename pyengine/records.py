@@ -82,7 +82,7 @@ else:
         return names["__init__"]
 
     class _Named(type):
-        """Makes a tuple's class of what a class says that has `NamedTuple` for its base."""
+        """The kind of `NamedTuple`, which turns what a class says below it into a tuple's class."""
 
         def __new__(meta: type, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type:
             fields = body.pop("__annotations__", {})

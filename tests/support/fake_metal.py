@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pyengine.backends.metal import apple, framework, sources
+from pyengine.backends.metal import apple, mac, sources
 from pyengine.backends.metal.emulated import MESSAGE_BYTES, opened
 
 
@@ -239,7 +239,7 @@ def install(monkeypatch: Any) -> FakeDevice:
         MTLCreateSystemDefaultDevice=lambda: made, MTLGPUFamilyApple7=1007, MTLResourceStorageModeShared=0, MTLMathModeSafe=0,
         MTLCompileOptions=Named, MTLComputePipelineDescriptor=Named, MTLIndirectCommandBufferDescriptor=Named,
         MTLIndirectCommandTypeConcurrentDispatch=32, MTLCommandBufferStatusError=5, MTLSizeMake=lambda *n: n)
-    for module in (apple, framework):
+    for module in (apple, mac):
         monkeypatch.setattr(module, "sys", types.SimpleNamespace(platform="darwin", executable=sys.executable))
     monkeypatch.setitem(sys.modules, "Metal", metal)
     monkeypatch.setitem(sys.modules, "objc", types.SimpleNamespace(registerMetaDataForSelector=lambda *a: None))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TYPE_CHECKING
 
 from pyengine import hardware
 from pyengine.backends import base
-from pyengine.backends.metal.framework import framework
+from pyengine.backends.metal.mac import framework
 from pyengine.errors import GraphError
 from pyengine.hardware.facts import Device
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from pyengine import hardware
 from pyengine.backends.metal.device import Bound, Device, Memory, Recording
-from pyengine.backends.metal.framework import framework
+from pyengine.backends.metal.mac import framework
 from pyengine.backends.metal.sources import specialized
 from pyengine.errors import GraphError, PlanError
 
