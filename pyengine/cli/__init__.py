@@ -8,17 +8,16 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
 import threading
 
-YOUNG = 100_000          # objects that are made before the garbage collector looks at them: a start makes many, and little garbage
+from pyengine.cli.collector import rest
 
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
-    gc.set_threshold(YOUNG)
+    rest()
     from pyengine.cli import command
 
     for stream in (sys.stdout, sys.stderr):

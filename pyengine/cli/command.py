@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from pyengine.cli import overview, words
+from pyengine.cli.collector import settle
 from pyengine.cli.forms import Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
     BatchSize, Compress, Context, Devices, EncoderDevice, ExpertDevice, InPlace, KvDtype, Lora, LoraScaled, Mmproj, model_names, N_BATCH, Picture, Pictures,
@@ -227,6 +228,7 @@ def run(
     if question is None:
         from pyengine.cli.talk import chat
 
+        settle()
         talk = chat.Chat(loaded, settings, system, raw or base, verbose, options)
         chat.run(talk, shown)
     else:
@@ -267,6 +269,7 @@ def _call(app: Any, arguments: list[str]) -> Any:
 def _commands() -> Any:
     from pyengine.cli.subcommands import commands          # an answer begins sooner without them
 
+    settle()
     return commands
 
 

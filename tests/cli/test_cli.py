@@ -6,6 +6,7 @@ where they are there, real ones beside llama.cpp.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -475,6 +476,9 @@ def test_the_end_of_a_process(busy: bool) -> None:
             "sys.argv = ['pyengine-run', *sys.argv[1:]]; main()")
     done = subprocess.run([sys.executable, "-c", code, "help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.endswith("thread\nbye\n" if busy else "bye\n") and "MODEL" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code.replace("print, 'bye'", "lambda: print(gc.get_threshold()[0])").replace("atexit,", "atexit, gc,"),
+                           "list"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and int(done.stdout.splitlines()[-1]) == gc.get_threshold()[0]           # but for one answer
     done = subprocess.run([sys.executable, "-c", code, "nothing.gguf", "Hi"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "nothing.gguf" in done.stderr and "bye" in done.stdout
 
