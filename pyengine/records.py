@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dataclasses import dataclass
     from typing import NamedTuple
 else:
-    import dataclasses
     from collections import namedtuple
     from threading import RLock
 
@@ -52,29 +51,33 @@ else:
 
     def _finish(cls: type, how: dict[str, bool]) -> None:
         """Let `dataclasses` finish a class, once. `__init__` is changed last: other threads wait here, or find all of it."""
+        import dataclasses                                   # what asks the machine only has no use for it
+
         with _making:
             if isinstance(vars(cls)[_FIELDS], _Later):
                 del cls.__match_args__
                 dataclasses.dataclass(cls, init=False, **how)
-                cls.__init__ = _init_of(cls, how.get("frozen", False))
+                cls.__init__ = _init_of(cls, dataclasses.fields(cls), how.get("frozen", False))
 
-    def _init_of(cls: type, frozen: bool) -> Any:
+    def _init_of(cls: type, fields: tuple[Any, ...], frozen: bool) -> Any:
         """Return `__init__` as `dataclasses` writes it: arguments in the order of the fields, then `__post_init__`."""
+        from dataclasses import MISSING
+
         names: dict[str, Any] = {"_set": object.__setattr__, "_ABSENT": _ABSENT}
         given, body = ["self"], []
-        for f in dataclasses.fields(cls):
+        for f in fields:
             value = f.name
-            if f.default_factory is not dataclasses.MISSING:
+            if f.default_factory is not MISSING:
                 names[f"_new_{f.name}"] = f.default_factory
                 value = f"_new_{f.name}() if {f.name} is _ABSENT else {f.name}" if f.init else f"_new_{f.name}()"
                 default = "=_ABSENT"
-            elif f.default is not dataclasses.MISSING:
+            elif f.default is not MISSING:
                 names[f"_default_{f.name}"], default = f.default, f"=_default_{f.name}"
             else:
                 default = ""
             if f.init:
                 given.append(f.name + default)
-            if f.init or f.default_factory is not dataclasses.MISSING:
+            if f.init or f.default_factory is not MISSING:
                 body.append(f"_set(self, {f.name!r}, {value})" if frozen else f"self.{f.name} = {value}")
         body += ["self.__post_init__()"] if hasattr(cls, "__post_init__") else []
         exec(f"def __init__({', '.join(given)}):\n " + "\n ".join(body or ["pass"]), names)
