@@ -1,7 +1,7 @@
 /* conv.c: conv2d: the window around each place of a picture times a weight.
  * Reference: pyengine/ops/convolution.py: conv2d.
  *
- * winograd.c takes small windows with weights in floats; here are the other two ways.
+ * conv_few.c takes pictures with few channels, winograd.c small windows, both with weights in floats; here are the other two ways.
  *
  * As a product (conv2d in general).  Windows are rows of k = kh kw c / groups floats, `rows` of them a block; nobody builds those of the whole
  * picture: linear's kernels ask for 128 (of bytes 256) of k of a block at a time (linear.h: linear_gather), which are copied from
@@ -21,7 +21,6 @@
  */
 #include "../host/dequant.h"
 #include "conv.h"
-#include "vec.h"
 
 enum { PLACES = 4 /* of a row, by channel */, MOST_OUTPUTS = PANEL_GROUPS * STRIP_PANELS * 16 };
 
@@ -68,31 +67,51 @@ PE_INLINE place place_of(const conv *t, int64_t row) {
   return (place){y / t->rows, y % t->rows * t->sy - t->top, row % t->columns * t->sx - t->left};
 }
 
-/* Floats k0 .. k0 + count - 1 of a window. A run is a pixel's channels, or, where they lie side by side, a row of the window. */
-static void window_floats(const conv *t, int64_t group, place at, int64_t k0, int64_t count, float *to) {
-  const int joined = t->groups == 1 && t->dx == 1;
-  const int64_t run = joined ? t->kw * t->cg : t->cg;
-  while (count > 0) {
-    const int64_t number = k0 / run, first = k0 % run, n = pe_min(count, run - first);
-    const int64_t y = at.y + (joined ? number : number / t->kw) * t->dy, x = joined ? at.x : at.x + number % t->kw * t->dx;
-    if (y < 0 || y >= t->height) {
-      clear_floats(to, n);
-    } else {
-      const float *line = (const float *)t->x->data + ((at.picture * t->height + y) * t->width) * t->c + group * t->cg;
-      const int64_t wide = joined ? t->kw : 1; /* pixels of the run; those from `begin` to `end` of its floats are inside */
-      const int64_t begin = pe_min(n, pe_max(0, -x * t->cg - first));
-      const int64_t end = pe_max(begin, pe_min(n, (pe_min(wide, t->width - x)) * t->cg - first));
-      clear_floats(to, begin);
-      copy_floats(to + begin, line + x * t->c + first + begin, end - begin);
-      clear_floats(to + end, n - end);
-    }
-    to += n, k0 += n, count -= n;
-  }
+/* The windows from `row` on, one after the other. */
+typedef struct places { place at; int64_t column, row; } places;
+PE_INLINE places places_from(const conv *t, int64_t row) { return (places){place_of(t, row), row % t->columns, row / t->columns % t->rows}; }
+PE_INLINE void next_place(const conv *t, places *p) {
+  p->at.x += t->sx;
+  if (++p->column < t->columns) return;
+  p->column = 0, p->at.x = -t->left, p->at.y += t->sy;
+  if (++p->row < t->rows) return;
+  p->row = 0, p->at.y = -t->top, p->at.picture++;
 }
 
+/* n floats of a line of a picture, of which those outside of it are 0. */
+PE_INLINE void copy_line(const float *line, int64_t from, int64_t n, int64_t length, float *to) {
+  const int64_t begin = pe_min(n, pe_max(0, -from)), end = pe_max(begin, pe_min(n, length - from));
+  clear_floats(to, begin);
+  copy_floats(to + begin, line + from + begin, end - begin);
+  clear_floats(to + end, n - end);
+}
+
+/* Floats k0 .. k0 + count - 1 of windows, run by run: a pixel's channels, or, where they lie side by side, a row of the window. Of windows that
+ * are `AHEAD` further on they are asked for: runs are too short for a processor to see that they come. */
 static void gather_floats(const linear_gather *g, int64_t row0, int64_t rows, int64_t k0, int64_t count, float *to, int64_t ld) {
+  enum { AHEAD = 6 };
   const window_rows *w = (const window_rows *)g;
-  for (int64_t i = 0; i < rows; i++) window_floats(w->t, w->group, place_of(w->t, row0 + i), k0, count, to + i * ld);
+  const conv *t = w->t;
+  const int joined = t->groups == 1 && t->dx == 1;
+  const int64_t run = joined ? t->kw * t->cg : t->cg, length = t->width * t->c;
+  for (int64_t n; count > 0; to += n, k0 += n, count -= n) {
+    const int64_t number = k0 / run, first = k0 % run;
+    n = pe_min(count, run - first);
+    const int64_t ky = joined ? number : number / t->kw, kx = joined ? 0 : number % t->kw;
+    const int64_t group = joined ? 0 : w->group * t->cg;
+    places p = places_from(t, row0);
+    for (int64_t i = 0; i < rows; i++, next_place(t, &p)) {
+      const int64_t y = p.at.y + ky * t->dy, x = p.at.x + kx * t->dx, from = x * t->c + group + first;
+      if (y < 0 || y >= t->height || (!joined && (x < 0 || x >= t->width))) {
+        clear_floats(to + i * ld, n);
+        continue;
+      }
+      const float *line = (const float *)t->x->data + (p.at.picture * t->height + y) * length;
+      for (int64_t k = 0; k < n; k += 16) pe_prefetch(line + from + AHEAD * t->sx * t->c + k);
+      if (from >= 0 && from + n <= length) copy_floats(to + i * ld, line + from, n);
+      else copy_line(line, from, n, length, to + i * ld);
+    }
+  }
 }
 
 /* Steps of 32 of k: a line of 64 bytes each, of the picture that was rounded before. */
@@ -125,7 +144,7 @@ static void finish(const conv *t, int64_t c0, int64_t lo, int64_t hi, int64_t ro
       y = linear_activate(y, t->activation);
       float *to = (float *)t->out->data + (row0 + i) * t->o + first;
       if (n == 16) {
-        v16f_store(to, y);
+        conv_store(t, to, y, 16);
       } else if (first == c) {
         v16f_store_n(to, y, n);
       } else { /* a group of channels that begins within 16 outputs */
@@ -195,6 +214,7 @@ static pe_status multiply_windows(const conv *t, const conv_places *y, pe_stream
     if (bad) return bad;
     finish(t, 16 * g0, pe_max(lo, 16 * g0), pe_min(hi, 16 * (g0 + count)), row0, n, acc);
   }
+  conv_stored(t);
   return PE_OK;
 }
 
@@ -229,7 +249,7 @@ static pe_status load_taps(const conv *t, int64_t g, float *taps, float *room) {
 PE_INLINE void finish_channels(const conv *t, v16f sum, int64_t c0, float *to) {
   const int64_t left = t->c - c0;
   if (t->bias) sum = v16f_add(sum, load_some((const float *)t->bias->data + c0, left));
-  store_some(to + c0, linear_activate(sum, t->activation), left);
+  conv_store(t, to + c0, linear_activate(sum, t->activation), left);
 }
 
 /* `count` places from (y, x) on of a picture, in 16 channels from c0 on. Rows and columns of the window that lie in the picture for all of
@@ -335,6 +355,7 @@ static pe_status convolve_channels(const conv *t, pe_stream *s) {
   } else {
     for (int64_t row; (row = pe_next(s, 1)) < t->n * t->rows;) convolve_row(t, taps, row);
   }
+  conv_stored(t);
   return PE_OK;
 }
 
@@ -343,6 +364,7 @@ static pe_status convolve_channels(const conv *t, pe_stream *s) {
 PE_SCRATCH(cpu, conv2d)(const pe_args *a, const void *params, int32_t n_threads) {
   const conv t = conv_of(pe_arg(a, 0), pe_arg(a, 1), pe_arg(a, 3), params);
   if (by_channel(&t)) return taps_bytes(&t) + n_threads * taps_own(&t);
+  if (PE_NAME(conv_few_fits)(&t)) return PE_NAME(conv_few_bytes)(&t, n_threads);
   const conv_places y = conv_memory(&t, most_rows(&t));
   const int64_t product = y.codes + n_threads * y.y.own; /* which smaller pictures may take */
   return PE_NAME(winograd_fits)(&t) ? pe_max(product, PE_NAME(winograd_bytes)(&t, n_threads)) : product;
@@ -352,10 +374,15 @@ PE_KERNEL(cpu, conv2d)(const pe_tensor *x, const pe_tensor *weight, const pe_ten
                        pe_stream *s) {
   conv t = conv_of(x, weight, out, p);
   t.bias = bias;
+  t.past = conv_stores_past(&t);
   if (t.n * t.rows * t.columns == 0 || t.o == 0) return PE_OK;
   if (by_channel(&t)) {
     if (s->scratch_bytes < taps_bytes(&t) + s->nth * taps_own(&t)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
     return convolve_channels(&t, s);
+  }
+  if (PE_NAME(conv_few_fits)(&t)) {
+    if (s->scratch_bytes < PE_NAME(conv_few_bytes)(&t, s->nth)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");
+    return PE_NAME(conv_few)(&t, s);
   }
   if (PE_NAME(winograd_fits)(&t)) {
     if (s->scratch_bytes < PE_NAME(winograd_bytes)(&t, s->nth)) return pe_fail(s, PE_NO_MEMORY, "conv2d: scratch is too small");

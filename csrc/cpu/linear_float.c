@@ -40,6 +40,9 @@ PE_INLINE void tile_groups(int groups, const float *panel, int64_t count, const 
   for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, linear_skip(&to, FLOAT_TILE_ROWS)) {
     for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
       for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(ahead[v] + 64 * asked);
+    if (m >= 2 * FLOAT_TILE_ROWS) /* the next rows lie in the second cache */
+      for (int64_t i = FLOAT_TILE_ROWS; i < 2 * FLOAT_TILE_ROWS; i++)
+        for (int64_t k = 0; k < count; k += 16) pe_prefetch(x + i * ld + k);
     float_rows(FLOAT_TILE_ROWS, groups, panel, count, x, ld, &to);
   }
 #define PART(n)                                                                                                        \

@@ -18,9 +18,7 @@
  *   operations   for 16 channels of a tile and 96 outputs: 3456 fma, 144 operations to V, 1/64 of 96 x 70 to U; for 16 results of a tile 90
  *   bytes        V, U and M are 2.4 MB; a chunk writes and reads each once, 5 bytes for each fma of 16 lanes, from the second and third cache
  */
-#include "../host/dequant.h"
 #include "conv.h"
-#include "vec.h"
 
 enum {
   SPAN = 6, POINTS = SPAN * SPAN,
@@ -109,31 +107,12 @@ PE_INLINE six results_of(six m, int side) {
 
 /* ---- weights ---- */
 
-/* Weights of one group of 16 outputs: packed, or rows of which the last counts again where there are less than 16. */
-typedef struct group_weights { int32_t id; int packed; int64_t size; const uint8_t *at[16]; } group_weights;
-static group_weights group_of(const conv *t, int64_t g) {
-  const int32_t id = conv_format(t->w);
-  group_weights y = {.id = id, .packed = t->w->dtype >= PE_PACKED, .size = pe_format_of(id).bytes};
-  for (int64_t r = 0; r < 16; r++)
-    y.at[r] = (const uint8_t *)t->w->data + (y.packed ? g * pe_pack_group_bytes(id, t->k) : pe_min(16 * g + r, t->o - 1) * t->w->stride[0]);
-  return y;
-}
-
-/* Tap (y, x) of channel `ch`. */
-PE_INLINE v16f tap(const conv *t, const group_weights *g, int64_t y, int64_t x, int64_t ch) {
-  const int64_t k = (y * t->kw + x) * t->c + ch;
-  if (g->packed) return linear_floats_of(g->id, g->at[0] + 16 * k * g->size);
-  uint8_t rows[64];
-  for (int r = 0; r < 16; r++) memcpy(rows + r * g->size, g->at[r] + k * g->size, (size_t)g->size);
-  return linear_floats_of(g->id, rows);
-}
-
 /* U of `count` channels from q on, for one group. */
-PE_INLINE void group_values(const winograd *w, int taps, const group_weights *g, int64_t q, int64_t count, float *u) {
+PE_INLINE void group_values(const winograd *w, int taps, const conv_weights *g, int64_t q, int64_t count, float *u) {
   float half[POINTS * 16];
   for (int64_t i = 0; i < count; i++, u += WIDE) {
     for (int64_t b = 0; b < taps; b++) {
-#define TAP(a) tap(w->t, g, a, b, q + i)
+#define TAP(a) conv_tap(g, ((a) * w->t->kw + b) * w->t->c + q + i)
       store_six(half + 16 * b, 16 * SPAN, weight_values(TAP(0), TAP(1), taps == 3 ? TAP(2) : v16f_zero(), taps));
 #undef TAP
     }
@@ -149,7 +128,7 @@ PE_INLINE void group_values(const winograd *w, int taps, const group_weights *g,
 static void weights(const winograd *w, int64_t g0, int64_t end, int64_t q, int64_t count, float *u) {
   for (int64_t g = g0; g < end; g++) {
     float *to = u + (g - g0) / PANEL_GROUPS * w->chunk * WIDE + (g - g0) % PANEL_GROUPS * 16;
-    const group_weights from = group_of(w->t, g);
+    const conv_weights from = conv_weights_of(w->t, g);
     if (w->taps == 3) group_values(w, 3, &from, q, count, to);
     else group_values(w, 2, &from, q, count, to);
   }
@@ -228,7 +207,7 @@ PE_INLINE void finish_tile(const winograd *w, int side, spot at, int64_t c, cons
     store_six(row, 16, results_of(load_six(half + 16 * SPAN * i, 16), side));
     for (int64_t j = 0; j < columns; j++) {
       const v16f y = v16f_load(row + 16 * j);
-      store_some(to + j * t->o, linear_activate(t->bias ? v16f_add(y, bias) : y, t->activation), left);
+      conv_store(t, to + j * t->o, linear_activate(t->bias ? v16f_add(y, bias) : y, t->activation), left);
     }
   }
 }
@@ -266,5 +245,6 @@ pe_status PE_NAME(winograd)(const conv *t, pe_stream *s) {
     const int64_t first = item % blocks * n, g0 = item / blocks * strip;
     if (first < w.tiles) tiles_item(&w, g0, pe_min(groups, g0 + strip), first, pe_min(n, w.tiles - first), own, &held);
   }
+  conv_stored(t);
   return PE_OK;
 }

@@ -103,7 +103,45 @@ def test_large_convolutions(groups, c, o):
     everywhere(lambda t: ops.conv2d(t, matrix(w), bias, kernel=(3, 3), padding=(1, 1), groups=groups, activation="relu"), x, want, 4e-6)
 
 
-TILED = [(3, 1), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (7, 3)]     # window and stride that are computed by tiles of 6 x 6 values (winograd.c)
+@SLOW
+@given(pairs(1, 20), pairs(1, 7), pairs(1, 4), pairs(0, 3), st.integers(1, 2), st.integers(1, 8), st.integers(1, 140), st.sampled_from(["F32", "F16", "BF16"]),
+       seeds)
+def test_pictures_of_few_channels(to, kernel, stride, padding, dilation, c, o, kind, seed):
+    """Any windows, places and outputs: a picture alone has the bits that it has among others; so has a weight that is not packed."""
+    rng, k = np.random.default_rng(seed), kernel[0] * kernel[1] * c
+    size = tuple(max(1, (t - 1) * s + d * (n - 1) + 1 - 2 * p) for t, n, s, p, d in zip(to, kernel, stride, padding, (dilation, 1)))
+    if size[0] + 2 * padding[0] < dilation * (kernel[0] - 1) + 1 or size[1] + 2 * padding[1] < kernel[1]:
+        return
+    x, w = rng.standard_normal((2, *size, c)).astype(np.float32), (rng.standard_normal((o, k)) / k**0.5).astype(np.float32)
+    raw = w if kind == "F32" else gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
+    weight = w if kind == "F32" else Blocks("w", dtype(kind), np.ascontiguousarray(raw).view(np.uint8).reshape(o, -1))
+    values, bias = w if kind == "F32" else weight.values().reshape(o, -1), rng.standard_normal(o).astype(np.float32)
+    want = last(F.conv2d(first(x), torch.tensor(values.reshape(o, *kernel, c).transpose(0, 3, 1, 2).copy()).double(), torch.tensor(bias).double(),
+                         stride, padding, (dilation, 1)).relu())
+    leaf = lambda: make_leaf("constant", "w", w.shape, dtype(kind), weight)  # noqa: E731
+    build = lambda t, w=None: ops.conv2d(t, w or leaf(), bias, kernel=kernel, stride=stride, padding=padding, dilation=(dilation, 1),  # noqa: E731
+                                         activation="relu")
+    for isa in isas():
+        got = run(build, x, isa)
+        assert np.abs(got - want).max(initial=0) <= 2e-6 * max(1.0, np.abs(want).max(initial=0)), isa
+        assert got.tobytes() == run(build, x, isa, 1).tobytes() == b"".join(run(build, one[None], isa).tobytes() for one in x)
+        if kind == "F32":
+            assert got.tobytes() == run(lambda t: _beside(build, leaf(), t), x, isa)[: got.size].tobytes()
+
+
+@pytest.mark.parametrize("channels, stride, groups", (((3, 64), 1, 1), ((32, 64), 1, 1), ((64, 64), 1, 64), ((20, 64), 2, 1), ((20, 90), 2, 1)))
+def test_large_results_are_stored_whole(channels, stride, groups):
+    """Results of more than 2 MB, which pass the caches where outputs are whole vectors, by each way of computing them."""
+    (c, o), rng = channels, rng_of((channels, stride, groups))
+    x, w = rng.standard_normal((1, 100 * stride, 101 * stride, c)).astype(np.float32), rng.standard_normal((o, c // groups, 3, 3)).astype(np.float32)
+    w /= np.float32(3 * (c // groups) ** 0.5)
+    bias = rng.standard_normal(o).astype(np.float32)
+    want = last(F.conv2d(first(x), torch.tensor(w).double(), torch.tensor(bias).double(), stride, 1, 1, groups))
+    assert 4 * want.size > 2 << 20
+    everywhere(lambda t: ops.conv2d(t, matrix(w), bias, kernel=(3, 3), stride=(stride,), padding=(1,), groups=groups), x, want)
+
+
+TILED = [(3, 1), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (7, 3)]     # window and stride: those without a stride are computed by tiles of 6 x 6 values (winograd.c)
 
 
 @SLOW
