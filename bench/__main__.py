@@ -73,7 +73,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         from . import lookup
 
         (file,) = _paths([args.model])
-        return lookup.run(file, args.threads, args.generate, args.rounds, args.peer)
+        return lookup.run(file, args.threads, args.generate, args.rounds, args.peer, args.draft)
     from . import peers, together, widths
 
     if args.suite == "widths":
@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     lookup.add_argument("-n", "--generate", type=int, default=200)
     lookup.add_argument("-r", "--rounds", type=int, default=5)
     lookup.add_argument("--peer", type=Path, metavar="DIR", help="a folder into which pip installed llama_cpp, to be measured in turns")
+    lookup.add_argument("--draft", type=Path, metavar="FILE", help="a draft model, whose answers are measured in the same rounds")
     serving = suites.add_parser("serving", parents=[common], help="the server under load, and beside llama.cpp's")
     serving.add_argument("model", help="a GGUF file or name")
     serving.add_argument("--seeing", type=Path, metavar="FILE", help="a second model, asked about the demo model's pictures")

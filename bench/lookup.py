@@ -1,4 +1,4 @@
-"""Prompt lookup: the same greedy answers with and without drafts, in turns, by kind of work; beside llama.cpp's with its own lookup.
+"""Drafts: the same greedy answers with and without them, in turns, by kind of work; by a draft model too; beside llama.cpp's with its own lookup.
 
 Kinds are what drafts are good for, and what they are not: a function is edited, a text is asked about, a text is written freely.
 """
@@ -96,29 +96,33 @@ def _ours(model: Any, ids: Sequence[int], n: int, speculate: bool) -> tuple[floa
     return answer.seconds / max(1, len(answer.tokens) - 1), answer.tokens, (answer.n_drafted, answer.n_accepted)
 
 
-def run(path: Path, n_threads: int, n_generate: int, rounds: int, peer: Path | None) -> dict[str, Any]:
-    """Measure each kind; answers must be the same with and without. peer: the folder of llama-cpp-python, to be measured in the same rounds."""
+def run(path: Path, n_threads: int, n_generate: int, rounds: int, peer: Path | None, draft: Path | None = None) -> dict[str, Any]:
+    """Measure each kind; answers must be the same with and without. peer: the folder of llama-cpp-python, to be measured in the same rounds; draft: a
+    draft model, whose prompts are read within the measured time."""
     import pyengine as pe
 
     model = pe.load(path, n_ctx=1024, n_threads=n_threads)
+    turns = [("plain", model, False), ("lookup", model, True)]
+    if draft is not None:
+        turns.append(("draft", pe.load(path, n_ctx=1024, n_threads=n_threads, draft=draft), True))
     asked = {kind: [model.chat_ids([{"role": "user", "content": text}]) for text in texts] for kind, texts in work().items()}
     others = Process("llama.cpp", "lookup_worker", path, "-t", n_threads, "--folder", peer) if peer else None
     seconds: dict[str, dict[str, list[float]]] = {kind: {} for kind in asked}
-    drafts = {kind: [0, 0] for kind in asked}
+    drafts = {kind: {name: [0, 0] for name, *_ in turns} for kind in asked}
     equal = True
     try:
         for r in range(rounds + 1):                          # the first one warms up
             for kind, prompts in asked.items():
-                order = [("plain", False), ("lookup", True)][:: 1 if r % 2 == 0 else -1]
+                order = turns[:: 1 if r % 2 == 0 else -1]
                 got: dict[str, float] = {}
                 texts: dict[str, list[list[int]]] = {}
-                for name, on in order:
-                    each = [_ours(model, ids, n_generate, on) for ids in prompts]
+                for name, one, on in order:
+                    each = [_ours(one, ids, n_generate, on) for ids in prompts]
                     got[name], texts[name] = sum(s for s, _, _ in each), [t for _, t, _ in each]
-                    drafts[kind] = [sum(d[i] for *_, d in each) for i in range(2)] if on else drafts[kind]
-                    if others:
+                    drafts[kind][name] = [sum(d[i] for *_, d in each) for i in range(2)]
+                    if others and name != "draft":
                         got[f"llama.cpp {name}"] = sum(others.call("generate", ids=ids, n=n_generate, lookup=on) for ids in prompts)
-                equal &= texts["plain"] == texts["lookup"]
+                equal &= all(found == texts["plain"] for found in texts.values())
                 for name, value in got.items() if r else ():
                     seconds[kind].setdefault(name, []).append(value / len(prompts))
     finally:
@@ -128,15 +132,19 @@ def run(path: Path, n_threads: int, n_generate: int, rounds: int, peer: Path | N
     return {"suite": "lookup", "generate": n_generate, "results": results}
 
 
-def _result(model: str, kind: str, seconds: dict[str, list[float]], drafts: Sequence[int], equal: bool) -> dict[str, Any]:
+def _result(model: str, kind: str, seconds: dict[str, list[float]], drafts: dict[str, list[int]], equal: bool) -> dict[str, Any]:
     """Return and print what one kind of work gave: tokens a second, and ratios within rounds."""
     rates = {name: summary([1 / s for s in found]) for name, found in seconds.items()}
     ratio = summary([a / b for a, b in zip(seconds["plain"], seconds["lookup"])])
     line = f"{model} {kind}: {rates['plain']['median']:.1f} tokens/s, with lookup {rates['lookup']['median']:.1f}: {ratio['median']:.2f} x"
-    theirs = None
+    theirs = beside = None
+    if "draft" in seconds:
+        beside, (n, came) = summary([a / b for a, b in zip(seconds["plain"], seconds["draft"])]), drafts["draft"]
+        line += f"; with the draft model {rates['draft']['median']:.1f}: {beside['median']:.2f} x, {came} of {n} drafted tokens accepted"
     if "llama.cpp plain" in seconds:
         theirs = summary([a / b for a, b in zip(seconds["llama.cpp plain"], seconds["llama.cpp lookup"])])
         line += f"; llama.cpp {rates['llama.cpp plain']['median']:.1f}, with its lookup {rates['llama.cpp lookup']['median']:.1f}: {theirs['median']:.2f} x"
-    print(f"{line}; {drafts[1]} of {drafts[0]} drafted tokens accepted; answers {'equal' if equal else 'DIFFER'}", flush=True)
-    return {"name": f"{model} {kind}", "kind": kind, "rates": rates, "score": ratio, "llama_cpp_ratio": theirs, "drafted": drafts[0], "accepted": drafts[1],
+    n, came = drafts["lookup"]
+    print(f"{line}; {came} of {n} drafted tokens accepted; answers {'equal' if equal else 'DIFFER'}", flush=True)
+    return {"name": f"{model} {kind}", "kind": kind, "rates": rates, "score": ratio, "llama_cpp_ratio": theirs, "draft_ratio": beside, "drafted": n, "accepted": came,
             "correct": equal}

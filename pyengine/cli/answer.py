@@ -382,6 +382,7 @@ def summary(model: Any, question: Question, report: Shown) -> dict[str, Any]:
         "finish": "interrupted" if report.stopped else found.finish,
         "chat_template": not question.raw, "n_prompt": found.n_prompt, "n_cached": found.n_cached,
         "n_drafted": found.n_drafted, "n_accepted": found.n_accepted,
+        **({"drafts": {origin: d._asdict() for origin, d in found.report.drafts.items()}} if found.n_drafted else {}),
         "prompt_seconds": found.prompt_seconds, "generation_seconds": found.seconds,
         "prompt_tokens_per_second": rate(found.n_prompt - found.n_cached, found.prompt_seconds),
         "generation_tokens_per_second": rate(n_later, found.seconds),

@@ -21,7 +21,7 @@ from pyengine.cli import overview, words
 from pyengine.cli.collector import settle
 from pyengine.cli.forms import Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
-    BatchSize, Compress, Context, Devices, EncoderDevice, ExpertDevice, InPlace, KvDtype, Lora, LoraScaled, Mmproj, model_names, N_BATCH, Picture, Pictures,
+    BatchSize, Compress, Context, Devices, DraftModel, EncoderDevice, ExpertDevice, InPlace, KvDtype, Lora, LoraScaled, Mmproj, model_names, N_BATCH, Picture, Pictures,
     Speculate, Threads,
 )
 from pyengine.cli.screen import complain, note, PROGRAM
@@ -147,6 +147,7 @@ def run(
     mmap: InPlace = False,
     compress: Compress = None,
     speculate: Speculate = None,
+    draft: DraftModel = None,
     json: Annotated[bool, Option("--json", help="Write the whole answer, its tokens, boxes and timings as one JSON object.")] = False,
     jsonl: Annotated[bool, Option("--jsonl", help="Write each piece as a JSON object on a line, and last that of --json.")] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Print timings, memory and image sizes.")] = False,
@@ -170,7 +171,7 @@ def run(
                              "--batch": batch != N_BATCH, "--mmproj": mmproj is not None, "--picture": picture is not None,
                              "--pictures": pictures_kept is not None, "--device": bool(device), "--encoder-device": encoder_device is not None,
                              "--expert-device": expert_device is not None, "--mmap": mmap, "--lora": bool(lora), "--lora-scaled": bool(lora_scaled),
-                             "--compress": compress is not None, "--speculate": speculate is not None})
+                             "--compress": compress is not None, "--speculate": speculate is not None, "--draft": draft is not None})
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical,
              "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "presence_penalty": presence_penalty,
              "frequency_penalty": frequency_penalty, "seed": seed, "top_n_sigma": top_n_sigma, "xtc_probability": xtc_probability,
@@ -209,7 +210,7 @@ def run(
     loaded = remote.connect(server, model, api_key or os.environ.get("PYENGINE_API_KEY")) if server is not None else screen.load(
         model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
         images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap,
-        adapters=planned.parse_adapters(lora or (), lora_scaled or ()), compress=compress, speculate=speculate)
+        adapters=planned.parse_adapters(lora or (), lora_scaled or ()), compress=compress, speculate=speculate, draft=draft)
     if shown or draw is not None:
         pictures.need_encoder(loaded)
     if ctx is not None and ctx > loaded.config.n_ctx_train:

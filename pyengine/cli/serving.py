@@ -62,7 +62,7 @@ def serve(asked: Asked, host: str, port: int, access: dict[str, Any], permits: t
     for name in asked.names:
         print(f"loading {name}", file=sys.stderr, flush=True)
         served.append(models.load(name, **asked.options))
-    others = {name: value for name, value in asked.options.items() if name not in ("mmproj", "adapters")}
+    others = {name: value for name, value in asked.options.items() if name not in ("mmproj", "adapters", "draft")}
     found = models.Models(served, list_models if asked.any else None, others, asked.keep_alive)
     for s, _ in found.running():
         if "completion" not in s.capabilities:

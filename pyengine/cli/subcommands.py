@@ -12,8 +12,8 @@ from typer import Argument, Option
 from pyengine.cli import classifying as classifying, embedding as embedding, finding as finding, looking as looking         # each adds its own to `commands`
 from pyengine.cli.forms import commands, Form
 from pyengine.cli.options import (
-    BatchSize, check_threads, Compress, Context, Devices, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names, ModelName,
-    N_BATCH, Picture, Pictures, Server, Speculate, Threads,
+    BatchSize, check_threads, Compress, Context, Devices, DraftModel, EncoderDevice, ExpertDevice, InPlace, Json, KvDtype, Lora, LoraScaled, Mmproj, model_names,
+    ModelName, N_BATCH, Picture, Pictures, Server, Speculate, Threads,
 )
 from pyengine.errors import RequestError
 
@@ -46,6 +46,7 @@ def plan(
     expert_device: ExpertDevice = None,
     mmap: InPlace = False,
     compress: Compress = None,
+    draft: DraftModel = None,
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
     explain: Annotated[bool, Option("--explain", help="Print the arithmetic, term by term.")] = False,
@@ -61,7 +62,8 @@ def plan(
     n_ctx = ctx or answer.recommended(model).get("num_ctx")
     found = fit.plan(model, n_ctx=n_ctx, kv_dtype=kv_dtype, n_batch=batch, n_threads=threads, mmproj=mmproj, n_seq=seq, images=images,
                           nearest=True, device=shown.parse_device(device or ()), encoder_device=encoder_device,
-                          expert_device=expert_device, mmap=mmap, adapters=shown.parse_adapters(lora or (), lora_scaled or ()), compress=compress)
+                          expert_device=expert_device, mmap=mmap, adapters=shown.parse_adapters(lora or (), lora_scaled or ()), compress=compress,
+                          draft=draft)
     if png is not None:
         shown.draw(found, png)
     if json:
@@ -249,6 +251,7 @@ def serve(
     pictures: Pictures = None,
     compress: Compress = None,
     speculate: Speculate = None,
+    draft: DraftModel = None,
     lora: Lora = None,
     lora_scaled: LoraScaled = None,
 ) -> None:
@@ -259,11 +262,12 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise RequestError("--tls-cert and --tls-key go together")
     adapters = planned.parse_adapters(lora or (), lora_scaled or ())
-    if (mmproj is not None or adapters is not None) and len(model or ()) != 1:
-        raise RequestError(f"{'--lora' if mmproj is None else '--mmproj'} goes with one model")
+    for name, given in (("--mmproj", mmproj), ("--lora", adapters), ("--draft", draft)):
+        if given is not None and len(model or ()) != 1:
+            raise RequestError(f"{name} goes with one model")
     keys = api_key or [key for key in (os.environ.get("PYENGINE_API_KEY"),) if key]
     options: dict[str, Any] = {"n_ctx": ctx, "kv_dtype": kv_dtype, "n_threads": threads or serving.default_threads(), "n_batch": batch, "mmproj": mmproj, "n_seq": seq,
-               "images": planned.parse_size(picture, pictures), "adapters": adapters, "compress": compress, "speculate": speculate}
+               "images": planned.parse_size(picture, pictures), "adapters": adapters, "compress": compress, "speculate": speculate, "draft": draft}
     asked = serving.Asked(model or (), any_model or not model, options, serving.keep_alive(keep_alive))
     access = {"api_keys": keys, "hosts": allow_host or (), "origins": allow_origin or ()}
     serving.serve(asked, host, port, access, (timeout, allow_pull, allow_url_images), (str(tls_cert), str(tls_key)) if tls_cert else None)

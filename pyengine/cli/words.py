@@ -36,6 +36,7 @@ ALIASES = {
     "-sys": "--system", "--system-prompt": "--system", "-s": "--seed", "-r": "--stop", "--reverse-prompt": "--stop",
     "--typical-p": "--typical", "--top-nsigma": "--top-n-sigma", "--dynatemp-exponent": "--dynatemp-exp", "--mirostat-tau": "--mirostat-ent",
     "--mirostat-eta": "--mirostat-lr", "-mm": "--mmproj", "--images": "--image", "--cache-type": "--kv-dtype", "--prompt-file": "--file",
+    "-md": "--draft", "--model-draft": "--draft",
 }
 
 _GPU = ("layers go to cards as far as their memory holds them (`pyengine-run hardware` shows them): --device cuda, --device cuda:1, or "
@@ -44,7 +45,7 @@ _HUB = "a model of Hugging Face is named as MODEL, org/repo:Q4_K_M; `pull` fetch
 _TEMPLATE = "the file's own chat template is used; --raw leaves it out"
 _GRAMMAR = "in a conversation, `/format FILE` holds answers to a JSON schema; the library and the server take grammars, too"
 _THINK = "in a conversation, `/think` says whether the model thinks, and `/set thinking` how that is shown"
-_DRAFT = "drafts come from the text so far, without a second model; --speculate N says how many tokens they have, 0 none"
+_DRAFT = "--draft MODEL drafts by a second model; --speculate N says how many tokens a draft has, 0 none"
 _MAPPED = "weights are read into memory, in the layout that the kernels want; without --mmap they always are"
 _SAMPLER = "the sampler has no such step; --help lists those that it has"
 _ORDER = "the order of the sampler's steps is fixed: docs/library.md names it"
@@ -65,7 +66,7 @@ HINTS = {
     **dict.fromkeys(("--no-mmap", "--mlock"), _MAPPED),
     **dict.fromkeys(("--grammar", "--grammar-file", "--json-schema", "-j", "--format"), _GRAMMAR),
     **dict.fromkeys(("--think", "--hidethinking", "--reasoning-budget", "--reasoning-format"), _THINK),
-    **dict.fromkeys(("-md", "--model-draft", "--draft", "--draft-max"), _DRAFT),
+    **dict.fromkeys(("--draft-max", "--draft-n", "--draft-min", "--draft-p-min"), _DRAFT),
     **dict.fromkeys(("--audio",), "no sound is heard yet"),
     **dict.fromkeys(("--tfs", "--logit-bias", "--adaptive-target", "--adaptive-decay"), _SAMPLER),
     **dict.fromkeys(("--samplers", "--sampling-seq", "--sampler-seq"), _ORDER),
@@ -145,6 +146,8 @@ _TOLD = [(re.compile(pattern), said) for pattern, said in (
     (r"\bmmproj=", "--mmproj FILE"),
     (r"\bmmap=True\b", "--mmap"),
     (r"\bspeculate(?==|:)", "--speculate"),
+    (r"\bdraft=None\b", "without --draft"),
+    (r"(?<![\w/.-])draft(?=: )", "--draft"),
     (r"\b(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device|device|compress)=", lambda m: f"{_OPTIONS[m[1]]} "),
     (r"(?<![\w/.-])(kv_dtype|n_ctx|n_batch|n_threads|n_seq|encoder_device|expert_device)(?![\w/.-])", lambda m: _OPTIONS[m[1]]),
     (r"\bload with\b", "use"),

@@ -2,7 +2,7 @@
 
 Answers repeat their prompt and themselves: code that is edited, a text that is asked about, names, forms. `Drafter` looks up what followed
 where the text was as it is now (`text.lookup`), and learns how often that comes true. `Drafts` are those of one request: what its grammar
-forces goes first, and nothing that it does not allow. What is made of them: `engine.speculation`.
+forces goes first, and nothing that it does not allow. What is made of them: `engine.speculation`; who else drafts: `engine.proposing`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from pyengine.text.lookup import Lookup
 if TYPE_CHECKING:
     from pyengine.engine.guide import Guide
 
+LOOKUP, GRAMMAR, MODEL = "lookup", "grammar", "model"        # where drafts come from
+
 
 class Draft(NamedTuple):
-    """Tokens that may follow, and for each how likely it is that it and all before it do."""
+    """Tokens that may follow, and for each how likely it is that it and all before it do; origin: where they come from."""
 
     tokens: list[int]
     odds: list[float]
+    origin: str = LOOKUP
 
 
 _LENGTHS = (1, 2, 3, 4, 6, 9, 14, 22)                        # of matches, that count together up to each
@@ -79,32 +82,37 @@ class Drafts:
     """The drafts of one request, of `most` tokens each at most. prompt: its ids; ends: tokens that end the answer."""
 
     def __init__(self, most: int, prompt: np.ndarray, max_tokens: int | None, ends: Collection[int], guide: Guide | None):
-        self.most, self._prompt, self._max_tokens, self._ends, self._guide = most, prompt, max_tokens, ends, guide
+        self.most, self._prompt, self._max_tokens, self.ends, self._guide = most, prompt, max_tokens, ends, guide
+        self.origin = LOOKUP                                 # of what the step that is run has drafted
         self._drafter: Drafter | None = None                 # made when the first draft is wanted: a prompt may be long
 
     def next(self, tokens: Sequence[int], most: int) -> Draft:
         """Return what may follow the answer's tokens so far, `most` at most."""
         if self._drafter is None:
             self._drafter = Drafter(self._prompt.tolist())
-        drafter, guide = self._drafter, self._guide
+        drafter = self._drafter
         drafter.extend(tokens[len(drafter) - len(self._prompt) :])
-        most = min(most, self.most)
-        if self._max_tokens is not None:                     # nobody wants what follows the last one
-            most = min(most, self._max_tokens - len(tokens) - 1)
+        most = self.most_after(len(tokens), most)
         if most < 1:
             return Draft([], [])
         draft = drafter.draft(most)
-        if guide is not None:
-            draft = _with_forced(draft, guide.forced(most))
-        n = next((i for i, token in enumerate(draft.tokens) if token in self._ends), len(draft.tokens))       # nothing follows those
-        if guide is not None:
-            n = guide.n_allowed(draft.tokens[:n])
-        return Draft(draft.tokens[:n], draft.odds[:n])
+        return self.allowed(draft if self._guide is None else _with_forced(draft, self._guide.forced(most)))
+
+    def most_after(self, n: int, most: int) -> int:
+        """Return how many tokens may be drafted behind the answer's first n, `most` at most: nobody wants what follows the last one."""
+        return min(most, self.most, *(() if self._max_tokens is None else (self._max_tokens - n - 1,)))
+
+    def allowed(self, draft: Draft) -> Draft:
+        """Return the beginning of a draft that may come: nothing follows what ends the answer, and nothing is what its grammar has not."""
+        n = next((i for i, token in enumerate(draft.tokens) if token in self.ends), len(draft.tokens))
+        if self._guide is not None:
+            n = self._guide.n_allowed(draft.tokens[:n])
+        return draft._replace(tokens=draft.tokens[:n], odds=draft.odds[:n])
 
 
 def _with_forced(draft: Draft, forced: list[int]) -> Draft:
     """Return a draft that begins with what a grammar forces: what was drafted goes on behind it only where it has all of that."""
     n = len(forced)
     if not n or draft.tokens[:n] != forced:
-        return Draft(forced, [_FORCED] * n) if n else draft
+        return Draft(forced, [_FORCED] * n, GRAMMAR) if n else draft
     return Draft(draft.tokens, [_FORCED] * n + [_FORCED * q / draft.odds[n - 1] for q in draft.odds[n:]])

@@ -16,7 +16,7 @@ from pyengine.memory.fit import fit, Fitted, refusal
 from pyengine.memory.held import deciding, Held, promised
 from pyengine.memory.settings import Settings
 from pyengine.memory.towers import TowersLayout
-from pyengine.programs.bound import bind, Bound
+from pyengine.programs.bound import bind, Bound, with_draft
 from pyengine.programs.sizes import N_BATCH
 from pyengine.records import dataclass
 
@@ -29,11 +29,11 @@ class Candidate:
     want: Settings
 
     @classmethod
-    def open(cls, model: str | Path, mmproj: str | Path | None = None, adapters: Any = None, **settings: Any) -> Candidate:
+    def open(cls, model: str | Path, mmproj: str | Path | None = None, adapters: Any = None, draft: str | Path | None = None, **settings: Any) -> Candidate:
         """Open a model; settings are the fields of `Settings`. Raises as `load`, but for PlanError."""
         want = Settings(**settings)
         want.check()
-        return cls(bind(open_files(model, mmproj, adapters), want.pictures), want)
+        return cls(with_draft(bind(open_files(model, mmproj, adapters), want.pictures), draft), want)
 
     def fit(self, machine: Hardware | None = None, held: Sequence[Held] | None = None) -> Fitted:
         """Decide on sizes: see `pyengine.memory.fit.fit`."""
@@ -60,7 +60,7 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
          n_threads: int | None = None, n_batch: int = N_BATCH, n_seq: int = 1, images: Any = None,
          encoder_device: str | None = None, expert_device: str | None = None,
          progress: Callable[[int, int], None] | None = None, mmap: bool = False, adapters: Any = None, compress: Any = None,
-         speculate: Any = None) -> Any:
+         speculate: Any = None, draft: str | Path | None = None) -> Any:
     """Load a model from a GGUF file, or by a name that `pyengine-run list` shows: a `Model`, or an `EncoderModel` (of vectors and scores).
 
     mmproj: the file of the media encoder, for models in two files (found by itself where `model` is a name).
@@ -81,12 +81,13 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     give another one that needs no more of attention, or False. With when="always" there are no more cells than its budget and a fifth.
     speculate: tokens that are likely to follow, found in the prompt and the answer so far, are computed beside the next one, where that is
     faster: texts are the same. False: none; a number: so many at most; requests may say otherwise. Layers that keep states have none.
+    draft: a small model of the same tokens, by path or name, that drafts where the text itself has nothing that is likely to follow.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit beside the other
     models of this process.
     """
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: a function of two ints, got {shown(progress)}")
-    return Candidate.open(model, mmproj, adapters, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
+    return Candidate.open(model, mmproj, adapters, draft, n_ctx=n_ctx, n_batch=n_batch, kv_dtype=kv_dtype, n_seq=n_seq, n_threads=n_threads, images=images,
                           device=device, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap, compress=compress,
                           speculate=speculate).load(progress)
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pyengine.engine.encoded import EncodedMedia
     from pyengine.engine.guide import Guide
     from pyengine.engine.loop import Handle, Loop
+    from pyengine.engine.proposing import Source
     from pyengine.engine.ranks import Ranked
     from pyengine.engine.sources import Sources
     from pyengine.engine.vectors import Vectors
@@ -74,7 +75,7 @@ class Model(ReadsText, Saves):
         self._adapters, self._ranks = {a.name: a.scale for a in bound.adapters}, bound.ranks
         self._compression = layout.want.compress
         self._run_on(fitted, program)
-        self._scheduler = Scheduler(self._runner, self.n_ctx, layout.want.speculate)
+        self._scheduler = Scheduler(self._runner, self.n_ctx, layout.want.speculate, _source(fitted))
         self._lock = self._scheduler.lock
         self._loop: Loop | None = None
         self.media: EncodedMedia | None = None
@@ -135,7 +136,9 @@ class Model(ReadsText, Saves):
         if self.closed or isinstance(program, Closed) or isinstance(media, Closed) or isinstance(sources, Closed):
             return None
         planned = planned_bytes(self.plan)
-        there = {"cpu": program.resident() + (media.resident() if media is not None else 0) + (sources.resident() if sources is not None else 0)}
+        source = self._scheduler.speculation.source
+        drafting = source.resident() if source is not None else 0
+        there = {"cpu": program.resident() + drafting + (media.resident() if media is not None else 0) + (sources.resident() if sources is not None else 0)}
         for device in planned.keys() - {"cpu"}:              # a card's memory is taken when a program is loaded, and counted in full
             coming = self.plan.of("encoder", device) if media is not None and not media.loaded else 0
             there[device] = planned[device] - coming
@@ -274,12 +277,14 @@ class Model(ReadsText, Saves):
             raise self._not_laid_out(policy, "is at work")
         was, n_steps = self._fitted, self._runner.n_steps
         fitted = fitted_anew(was, policy, self._compression, self)
-        self._fed = self.program = self._runner = self._scheduler.runner = None              # type: ignore[assignment]
+        self._fed = self.program = self._runner = self._scheduler.runner = self._scheduler.speculation.source = None         # type: ignore[assignment]
         gc.collect()
         try:
             self._run_on(fitted, fitted.layout.prepared.load())
+            self._scheduler.speculation.source = _source(fitted)
         except BaseException:                                # Ctrl-C, or no memory: as it was, without conversations
             self._run_on(was, was.layout.prepared.load())
+            self._scheduler.speculation.source = _source(was)
             raise
         finally:
             if self._runner is not None:
@@ -352,6 +357,7 @@ class Model(ReadsText, Saves):
         """Forget all conversations that nobody works on; encoded pictures stay in the image cache."""
         for s in [s for s in self._runner.cells.conversations if not s.active]:
             self._runner.cells.drop(s)
+        self._scheduler.speculation.reset()
         self._fed, self._fed_ids, self._fed_moved = None, [], False
 
     @alone
@@ -608,6 +614,15 @@ class Model(ReadsText, Saves):
 
             pieces = ToolStream(begin, messages, tools, later=lambda messages, tools: begin(messages, tools, wishes.after_calls()))
         return pieces if wanted else pieces.answer()
+
+
+def _source(fitted: Fitted) -> Source | None:
+    """Load the draft model of a plan that has one."""
+    if fitted.layout.draft is None:
+        return None
+    from pyengine.engine.draft_model import DraftModel
+
+    return DraftModel(fitted.layout)
 
 
 def _wishes(given: Mapping[str, Any]) -> Wishes:

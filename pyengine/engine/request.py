@@ -16,7 +16,7 @@ from pyengine.arguments import iterates
 from pyengine.errors import RequestError, shown as in_short
 from pyengine.programs.rows import Rows
 from pyengine.programs.step import Row
-from pyengine.records import dataclass
+from pyengine.records import dataclass, NamedTuple
 from pyengine.text.sampling import Sampled, Sampler
 
 if TYPE_CHECKING:
@@ -101,6 +101,13 @@ def _longer(stop: str, back: list[int], at: int, char: str) -> int:
     return at + (stop[at] == char)
 
 
+class Drafted(NamedTuple):
+    """Tokens that were drafted, and those of them that came."""
+
+    n_drafted: int = 0
+    n_accepted: int = 0
+
+
 @dataclass
 class Report:
     """How an answer came about.
@@ -112,7 +119,8 @@ class Report:
     times: of the tokens, by the clock of `time.perf_counter`;
     thinking: the text of it; n_thinking: its tokens; calls: of tools, the last one may be cut off;
     n_prompt, n_cached: prompt tokens, and those of them found in the cache; seconds: of the generation.
-    n_drafted, n_accepted: tokens that were computed before they were known, and those of them that came.
+    drafts: by where they came from ("lookup", "grammar", "model"), tokens that were computed before they were known, and those of them that
+    came; n_drafted, n_accepted: of all.
     media: what became of each picture or video. naming: how the answer names regions of the last one, if it does: by tokens that its text may
     leave out, and that stand in `marked`. conversation: that in the caches, as long as it is there.
     earlier: where tools were run, the messages before this answer: calls and their results.
@@ -130,8 +138,7 @@ class Report:
     calls: list[ToolCall] = field(default_factory=list)
     n_prompt: int = 0
     n_cached: int = 0
-    n_drafted: int = 0
-    n_accepted: int = 0
+    drafts: dict[str, Drafted] = field(default_factory=dict)
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     media: list[MediaInfo] = field(default_factory=list)
@@ -139,6 +146,16 @@ class Report:
     marked: str = field(default="", repr=False)
     conversation: Conversation | None = field(default=None, repr=False, compare=False)
     earlier: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def n_drafted(self) -> int:
+        """Tokens that were computed before they were known."""
+        return sum(d.n_drafted for d in self.drafts.values())
+
+    @property
+    def n_accepted(self) -> int:
+        """Of those, how many came."""
+        return sum(d.n_accepted for d in self.drafts.values())
 
 
 class Marking:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pyengine.engine.proposing import Source
 from pyengine.engine.request import Job
 from pyengine.engine.runner import Runner
 from pyengine.engine.speculation import Speculation
@@ -33,7 +34,7 @@ BESIDE = 128                 # rows of a prompt in a step that also generates: w
 class Scheduler:
     """A queue of requests, served in the order in which they came, as many at once as there are rows of conversations."""
 
-    def __init__(self, runner: Runner, n_ctx: int, speculate: Any = None):
+    def __init__(self, runner: Runner, n_ctx: int, speculate: Any = None, source: Source | None = None):
         self.runner, self.n_ctx = runner, n_ctx
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
@@ -41,7 +42,7 @@ class Scheduler:
         self.asking: set[int] = set()                        # and are in here, so that a loop of steps lets them have it
         self._stepping = False
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0}
-        self.speculation = Speculation(speculate, bool(runner.cells.n_states), self.stats)
+        self.speculation = Speculation(speculate, bool(runner.cells.n_states), self.stats, source)
 
     @property
     def has_room(self) -> bool:
@@ -86,7 +87,7 @@ class Scheduler:
             if not request.finished:
                 request.error, request.finished = closed.error, True
         self._sweep()
-        self.runner = closed
+        self.runner, self.speculation.source = closed, None
 
     def advance(self) -> None:
         """Run one step for those that are served. Raises what the step raises; all requests in it have then ended with that error.
@@ -204,6 +205,7 @@ class Scheduler:
         """Let go of requests that have ended."""
         for request in [r for r in self.active if r.finished]:
             request.leave(self.runner)
+            self.speculation.leave(request)
         self.active = [r for r in self.active if not r.finished]
         self.waiting = deque(r for r in self.waiting if not r.finished)
 

@@ -4,14 +4,13 @@ A step of a few rows takes little longer than a step of one, and a row has the s
 would have seen one step at a time: it draws the same tokens, and where it draws another than was drafted, the rows behind are taken back
 (Leviathan, Kalman and Matias 2023, arXiv:2211.17192, with drafts that are certain or wrong: then nothing has to be corrected).
 
-    Pace         what a step takes by its number of rows, as measured
-    Speculation  which drafts are computed in a step: as many as make the most tokens a second
+Drafts come from the text itself (`engine.drafts`) and, where there is one, from a `Source`. Which of them are computed in a step: as many as
+make the most tokens a second (`engine.pace`).
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from heapq import merge
 from typing import Any
@@ -19,70 +18,14 @@ from typing import Any
 import numpy as np
 
 from pyengine.engine.drafts import Draft, Drafts
-from pyengine.engine.request import Job, Request
+from pyengine.engine.pace import Pace
+from pyengine.engine.proposing import Asked, Source, Terms
+from pyengine.engine.request import Drafted, Job, Request
 from pyengine.engine.runner import Runner
 from pyengine.errors import RequestError
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Logits, Work
 from pyengine.text.lookup import DRAFTED, most_drafted
-
-
-_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)        # at which steps are measured; others count to the next of these
-_SLOPE = 0.04                # what a row is thought to add to a step of one, before it is known: little, so that it is tried
-_PRIOR = 0.3                 # weight of that, in steps
-_MOST, _KEPT = 20.0, 0.98    # weight of what was measured, at most, and what is left of it with each step of other rows: so it is tried again
-_LONGEST = 3.0               # a step that takes so many times what was thought counts as no longer: something else happened in it
-
-
-class Pace:
-    """Seconds of a step by the number of its rows, as measured of late."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}                 # by the number of the place in _ROWS
-        self._weights: dict[int, float] = {}
-
-    def note(self, rows: int, seconds: float) -> None:
-        """Count a step."""
-        kind = bisect_left(_ROWS, rows)
-        if self._seconds:
-            seconds = min(seconds, _LONGEST * self._thought(kind))
-        seconds = max(seconds, 1e-9)                         # a clock may stand still
-        for other in self._weights:
-            self._weights[other] *= _KEPT
-        n = self._weights.get(kind, 0.0)
-        self._seconds[kind] = (n * self._seconds.get(kind, 0.0) + seconds) / (n + 1)
-        self._weights[kind] = min(n + 1, _MOST)
-
-    def _thought(self, kind: int) -> float:
-        """Return what a step takes: as measured, and the less of that the longer ago, between those of fewer and more rows, or by _SLOPE."""
-        known = [k for k, n in self._weights.items() if n > _PRIOR and k != kind] or [next(iter(self._weights))]
-        below, above = max((k for k in known if k < kind), default=None), min((k for k in known if k > kind), default=None)
-        near = above if below is None else below
-        if below is not None and above is not None:
-            share = (_rows(kind) - _rows(below)) / (_rows(above) - _rows(below))
-            prior = (1 - share) * self._seconds[below] + share * self._seconds[above]
-        elif near is not None:
-            prior = self._seconds[near] * _shape(_rows(kind)) / _shape(_rows(near))
-        else:                                                # nothing else is known
-            prior = self._seconds[kind]
-        n = self._weights.get(kind, 0.0)
-        return (n * self._seconds.get(kind, 0.0) + _PRIOR * prior) / (n + _PRIOR)
-
-    def costs(self, first: int, last: int) -> list[float]:
-        """Return what steps of first .. last rows take, in any unit."""
-        if not self._seconds:
-            return [_shape(rows) for rows in range(first, last + 1)]
-        kinds = range(max(0, bisect_left(_ROWS, first) - 1), bisect_left(_ROWS, last) + 1)
-        return np.interp(np.arange(first, last + 1), [_rows(k) for k in kinds], [self._thought(k) for k in kinds]).tolist()
-
-
-def _rows(kind: int) -> int:
-    return _ROWS[kind] if kind < len(_ROWS) else 2 * _ROWS[-1]
-
-
-def _shape(rows: float) -> float:
-    return 1 + _SLOPE * (rows - 1)
-
 
 BESIDE_A_PROMPT = 0.5        # how likely a drafted token is at least in a step that also reads a prompt, which it takes rows from
 
@@ -91,13 +34,14 @@ class Speculation:
     """See the module's docstring.
 
     speculate: what holds for requests that say nothing. recurrent: layers keep states, of which a step leaves none behind a drafted token,
-    so nothing can be taken back, and nothing is drafted. stats: tokens that were drafted, and accepted, are counted there.
+    so nothing can be taken back, and nothing is drafted. stats: tokens that were drafted, and accepted, are counted there. source: what
+    drafts beside the text itself.
     """
 
-    def __init__(self, speculate: Any, recurrent: bool, stats: dict[str, int]) -> None:
+    def __init__(self, speculate: Any, recurrent: bool, stats: dict[str, int], source: Source | None = None) -> None:
         self._usual, self._recurrent = most_drafted(speculate, 0 if recurrent else DRAFTED), recurrent
         self.pace = Pace()
-        self.stats = stats
+        self.stats, self.source = stats, source
 
     def drafts(self, request: Request, speculate: Any) -> Drafts | None:
         """Return the drafts of a request, None for one that has none. Raises: RequestError where it asks for some that cannot be."""
@@ -120,12 +64,10 @@ class Speculation:
         """Put drafts into a step where they pay, as far as it has rows left. A conversation that is compressed as it grows has none: each row
         adds to the sums by which its cells are chosen."""
         used = sum(w.stop - w.start for _, w in work)
-        room, found = runner.n_batch - used, dict[int, Draft]()
-        for i, (r, w) in enumerate(work):
-            if room and r.drafts is not None and r.pending is not None and not runner.bounds.running(w.conversation):
-                draft = r.drafts.next(r.report.tokens, min(room, runner.bounds.room(w.conversation.compression) - len(w.conversation) - 1))
-                if draft.tokens:
-                    found[i] = draft
+        room = runner.n_batch - used
+        may = [(i, r, min(room, runner.bounds.room(w.conversation.compression) - len(w.conversation) - 1)) for i, (r, w) in enumerate(work)
+               if r.drafts is not None and r.pending is not None and not runner.bounds.running(w.conversation)] if room else []
+        found = self._drafted(may, len(work), used)
         if not found:
             return
         reads = any(r.pending is None for r, _ in work)
@@ -137,7 +79,28 @@ class Speculation:
             if k:
                 r, w = work[i]
                 s, rows = w.conversation, [r.pending, *draft.tokens[:k]]
+                r.drafts.origin = draft.origin
                 work[i] = r, Work(s, token_rows(rows, s.next, runner.axes, s.sees), 0, k + 1, np.arange(k + 1, dtype=np.int32))
+
+    def _drafted(self, may: Sequence[tuple[int, Job, int]], n: int, used: int) -> dict[int, Draft]:
+        """Return the draft of each request that has one, by its place: from its text, or from the source where that makes more tokens.
+
+        may: (place, request, most tokens); n: rows of a step that makes a token for each of them, used: all its rows.
+        """
+        found = {i: draft for i, r, most in may if (draft := r.drafts.next(r.report.tokens, most)).tokens}
+        if self.source is None:
+            return found
+        beside = {i: Asked(r, most, r.drafts.ends, sum(found[i].odds) if i in found else 0.0) for i, r, room in may
+                  if (most := r.drafts.most_after(len(r.report.tokens), room)) > 0}
+        if not beside:
+            return found
+        most = max(asked.most for asked in beside.values()) * len(beside)
+        terms = Terms(n, self.pace.costs(used, used + most), self.pace.known)
+        for (i, asked), draft in zip(beside.items(), self.source.propose(list(beside.values()), terms)):
+            draft = asked.job.drafts.allowed(draft)
+            if sum(draft.odds) > asked.beaten:
+                found[i] = draft
+        return found
 
     def _paying(self, odds: Sequence[float], n: int, used: int, reads: bool) -> int:
         """Return how many of the likeliest drafted tokens make the most tokens a second of a step that makes n for certain."""
@@ -156,7 +119,18 @@ class Speculation:
         n = work.stop - work.start
         if n_taken < n:
             runner.take_back(work.conversation, n - n_taken)
-        request.report.n_drafted += n - 1
-        request.report.n_accepted += n_taken - 1
+        by = request.report.drafts
+        before = by.get(request.drafts.origin, Drafted())
+        by[request.drafts.origin] = Drafted(before.n_drafted + n - 1, before.n_accepted + n_taken - 1)
         self.stats["drafted_tokens"] += n - 1
         self.stats["accepted_tokens"] += n_taken - 1
+
+    def leave(self, request: Job) -> None:
+        """Let go of what the source keeps for a request that has ended."""
+        if self.source is not None:
+            self.source.leave(request)
+
+    def reset(self) -> None:
+        """Forget what the source keeps for requests that may come."""
+        if self.source is not None:
+            self.source.reset()

@@ -97,15 +97,19 @@ def sampler(device: str, n_seq: int, vocab_size: int) -> PlanItem:
     return PlanItem.product(device, "sampler", "candidates", [("conversations", n_seq), ("bytes", sampler_bytes(vocab_size))])
 
 
+def headers(files: Files, device: str, program: str = "step") -> PlanItem:
+    """Count the headers of a model's files."""
+    opened = [f for f in (files.model, files.mmproj, *(a.file for a in files.adapters)) if f]
+    parts = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0)) for f in opened for i, path in enumerate(f.paths)]
+    return PlanItem.sum(device, "overhead", "headers of files", parts, program=program)
+
+
 def overhead(files: Files, device: str) -> list[PlanItem]:
     """Count the process itself, and the headers of its files."""
-    opened = [f for f in (files.model, files.mmproj, *(a.file for a in files.adapters)) if f]
-    headers = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0))
-               for f in opened for i, path in enumerate(f.paths)]
     meta = files.model.metadata
     n_tokens = meta.count("tokenizer.ggml.tokens") if "tokenizer.ggml.tokens" in meta else 0
     parts = [("interpreter and libraries", PROCESS_BYTES), (f"tokenizer, {n_tokens} x {TOKEN_BYTES}", n_tokens * TOKEN_BYTES)]
-    return [PlanItem.sum(device, "overhead", "the process itself", parts), PlanItem.sum(device, "overhead", "headers of files", headers)]
+    return [PlanItem.sum(device, "overhead", "the process itself", parts), headers(files, device)]
 
 
 def input_bytes(prepared: Counted) -> list[tuple[str, int]]:

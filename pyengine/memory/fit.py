@@ -28,7 +28,7 @@ from pyengine.memory.layout import ModelLayout
 from pyengine.memory.plan import Alternative, amount, Headroom, MemoryPlan, MIB
 from pyengine.memory.settings import is_card, Settings
 from pyengine.memory.towers import plan_towers, shorter, TowersLayout
-from pyengine.programs.bound import bind, Bound
+from pyengine.programs.bound import bind, Bound, with_draft
 from pyengine.programs.sizes import HEAD_BYTES, kv_dtypes, N_BATCH
 from pyengine.records import NamedTuple
 
@@ -109,8 +109,9 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     """Make the plan of a layout, with what else would fit; on parts of memory that is not looked for."""
     whole, vocab, fallbacks = not m.want.parts, m.bound.model.config.vocab_size, m.prepared.fallbacks
     limit = max(m.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * vocab)))                     # with the same logits
+    beside = [f"drafts are of {m.draft.bound.files.name}, {amount(sum(i.nbytes for i in m.items if i.program == 'draft'))} of this"] if m.draft else []
     in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
-    notes = (*m.notes, *in_place, *compression_notes(m), *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
+    notes = (*m.notes, *beside, *in_place, *compression_notes(m), *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
                       m.free, m.sizes.n_seq, m.step.n_layers, max(m.sizes.runs.values(), default=0),
                       cache(lambda: (largest_context(m), most_conversations(m, limit)) if whole else (None, None)), limit, notes=notes,
@@ -204,6 +205,8 @@ def _fitted(bound: Bound, want: Settings, machine: hardware.Hardware, kept: tupl
 
     found = at(want.n_ctx or min(bound.n_ctx_train, DEFAULT_CTX))
     check_kernels(found.layout.prepared, found.layout.place)
+    if found.layout.draft is not None:
+        check_kernels(found.layout.draft.prepared, found.layout.place)
     if want.n_ctx is not None:
         return _Found(*found)
     found, why = _of_parts(found, at) if want.parts else _beside_margin(found, at)
@@ -247,7 +250,7 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
 
     None has a context beyond the trained one; where that fits with nothing else changed, it is the only one.
     """
-    found: list[Alternative] = []
+    found = _without_draft(bound, want, refused, held)
     smaller: list[dict[str, Any]] = []
     held = others.held() if held is None else held
     machine, was = hardware.detect(), refused.plan
@@ -304,6 +307,14 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
     return found[:3]
 
 
+def _without_draft(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None) -> list[Alternative]:
+    """Say whether the model fits alone, where a draft model is to be beside it."""
+    if bound.draft is None:
+        return []
+    alone = fit(replace(bound, draft=None), replace(want, n_ctx=refused.plan.n_ctx), held=held).plan
+    return [Alternative({"draft": None}, alone.total)] if alone.fits else []
+
+
 def _others(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None = None) -> list[Alternative]:
     """Find settings that fit: `alternatives` of a decoder; of towers shorter texts, or fewer at once."""
     if not bound.towers:
@@ -338,7 +349,7 @@ def refusal(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] 
 def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_dtype: str = "f16", n_batch: int = N_BATCH,
          n_threads: int | None = None, mmproj: str | Path | None = None, n_seq: int = 1, images: Any = None,
          nearest: bool = False, encoder_device: str | None = None, expert_device: str | None = None, mmap: bool = False,
-         adapters: Any = None, compress: Any = None, speculate: Any = None) -> MemoryPlan:
+         adapters: Any = None, compress: Any = None, speculate: Any = None, draft: str | Path | None = None) -> MemoryPlan:
     """Count what a model will take, per device and purpose; reads headers only. Arguments are those of `load`.
 
     What is available is what is free beside the models that this process has loaded.
@@ -347,6 +358,6 @@ def plan(model: str | Path, n_ctx: int | None = None, device: Any = "auto", kv_d
     """
     want = Settings(n_ctx, n_batch, kv_dtype, n_seq, n_threads, images, device, encoder_device, expert_device, mmap, compress, speculate)
     want.check()
-    bound = bind(open_files(model, mmproj, adapters), want.pictures)
+    bound = with_draft(bind(open_files(model, mmproj, adapters), want.pictures), draft)
     found = fit(bound, want)
     return replace(found.plan, alternatives=tuple(_others(bound, want, found))) if nearest and not found.plan.fits else found.plan

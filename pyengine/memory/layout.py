@@ -77,6 +77,7 @@ class ModelLayout:
         self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
         self.step = Step(self.bound.model, self.sizes, self.bound.adapters)
         self.image_cache = self._image_cache(self.sizes.n_ctx)
+        self.draft = None if self.bound.draft is None else self._beside(self.bound.draft)
         self.stages, self.prepared = self._prepared()
         self.items = self._items()
 
@@ -196,6 +197,20 @@ class ModelLayout:
 
     # -- programs -----------------------------------------------------------------------------------------------------
 
+    def _beside(self, draft: Bound) -> ModelLayout:
+        """Lay a draft model out for as many conversations, on the first device. Its caches have the formats of the model's, f16 where its heads
+        do not allow them, or keys are kept by channel; its context is no longer than it was trained for."""
+        heads = [head_dim for _, head_dim in draft.model.cache_shapes()]
+        plain = self.sizes.k.by_channel or any(n % dtype.block for dtype in (self.sizes.k, self.sizes.v) for n in heads)
+        device = {self.place: self.free[self.place]} if self.place.startswith("cpu:") else self.place
+        want = replace(self.want, n_ctx=self._drafted(self.sizes.n_ctx), kv_dtype="f16" if plain else self.want.kv_dtype, n_seq=self.sizes.n_seq, images=None,
+                       device=device, encoder_device=None, expert_device=None, compress=None, speculate=None)
+        return ModelLayout(draft, want, self.machine)
+
+    def _drafted(self, n_ctx: int) -> int:
+        """Return the positions that a draft model has of a context."""
+        return min(n_ctx, self.bound.draft.n_ctx_train or n_ctx)
+
     def _prepared(self) -> tuple[list[Stage], Prepared | PreparedChain]:
         """Lay the step out, on one device or divided over parts of memory."""
         declared, n_layers = self.step.declare(), self.step.n_layers
@@ -206,8 +221,8 @@ class ModelLayout:
         for i in count.caches(self.step, self.main, range(n_layers)):
             cached[i.layer] += i.nbytes
         fixed: dict[str, int] = {}
-        beside = [*self._own(), *self._encoder_items(), *(i for name in self.places for i in count.transferred(whole, name, self.main))]
-        for i in beside if any(map(is_card, self.places)) else self._own():
+        beside = [*self._own(), *self._encoder_items(), *self._draft_items(), *(i for name in self.places for i in count.transferred(whole, name, self.main))]
+        for i in beside if any(map(is_card, self.places)) else [*self._own(), *self._draft_items()]:
             fixed[i.device] = fixed.get(i.device, 0) + (i.nbytes if i.purpose != "mapped" else 0)
         owners = self.bound.model.cache_owners() if len(self.step.layers) == n_layers else range(n_layers)
         need = demand(whole, cached, owners, self.want.expert_device is not None)
@@ -227,13 +242,25 @@ class ModelLayout:
         return [count.sampler(self.main, self.sizes.n_seq, self.bound.model.config.vocab_size), *count.overhead(self.bound.files, self.main)]
 
     def _items(self) -> list[PlanItem]:
+        return [*self._step_items(), *self._own(), *self._encoder_items(), *self._draft_items()]
+
+    def _step_items(self, program: str = "step") -> list[PlanItem]:
         items: list[PlanItem] = []
         for device, prepared, layers in self.stages:
             items += count.weights(prepared.residents.values(), device, "weights", count.STEP_KINDS)
             caches = count.caches(self.step, device, layers)
             items += [*caches, count.lasting(prepared, device, caches), count.arena(prepared, device, self.step)]
-            items += count.transferred(prepared, device, self.main)
-        return [*items, *self._own(), *self._encoder_items()]
+            items += count.transferred(prepared, device, self.main, program)
+        return items
+
+    def _draft_items(self) -> list[PlanItem]:
+        """List what the draft model takes: the process and its driver are there already."""
+        own = self.draft
+        if own is None:
+            return []
+        sampler = count.sampler(self.main, 1, own.bound.model.config.vocab_size)
+        items = [*own._step_items("draft"), sampler, count.headers(own.bound.files, self.main)]
+        return [replace(i, detail=f"draft model's {i.detail}", program="draft") for i in items]
 
     def _encoder_items(self) -> list[PlanItem]:
         items: list[PlanItem] = []
@@ -279,7 +306,17 @@ class ModelLayout:
             return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine).taken
         arena, lasting = self.whole.resized(self.step.lasting_shapes(n_ctx, n_seq))
         rest = self.of_purposes("weights", "overhead", "encoder", "images", device=self.place) + arena + lasting
+        if self.draft:
+            rest += self.draft._growing(self._drafted(n_ctx), n_seq)
         if self.place == self.main:
+            rest += sum(i.nbytes for i in self._draft_items() if i.purpose == "sampler")
             rest += count.sampler(self.main, n_seq, vocab).nbytes + self._image_cache(n_ctx) - self.image_cache
             rest += self._source_cache(n_seq) - self.source_cache
         return rest
+
+    def _growing(self, n_ctx: int, n_seq: int) -> int:
+        """Return the bytes of the step's arena, tables and caches on its device with these numbers."""
+        rows = step_rows(n_ctx, self.want.n_batch, n_seq, self.bound.atomic_rows, self.bound.model.config.vocab_size)
+        if rows != (self.sizes.n_batch, self.sizes.n_head):
+            return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine)._growing(n_ctx, n_seq)
+        return sum(self.whole.resized(self.step.lasting_shapes(n_ctx, n_seq)))

@@ -93,6 +93,8 @@ def _option(name: str, value: Any) -> str:
     if name == "device":
         parts = {value: None} if isinstance(value, str) else value
         return " ".join(f"--device {part}" + (f"={nbytes / MIB:.0f}MiB" if nbytes else "") for part, nbytes in parts.items())
+    if name == "draft":
+        return "without --draft"
     if name == "images":
         return f"--picture {value[0]}x{value[1]}"
     if value is True:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelError
+from pyengine.arguments import place
+from pyengine.errors import InvalidModelError, RequestError, shown, UnsupportedModelError
 from pyengine.files.adapters import Adapter, check_base
 from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
-from pyengine.files.model_files import Files
+from pyengine.files.model_files import Files, open_files
 from pyengine.files.weights import WeightRef, Weights
 from pyengine.models import architectures, model_class, tower_models
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, SourceEncoder, Towers
@@ -19,6 +21,7 @@ from pyengine.nn.rope import FACTORS
 from pyengine.records import dataclass
 from pyengine.text.search import BEAMS, search_defaults
 from pyengine.text.tokenizer import Tokenizer
+from pyengine.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Bound:
     model: Any
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     left_out: bool = False           # whether there are encoders, and the model runs without them
+    draft: Bound | None = None       # a small model of the same tokens, whose answers are drafts of this one's
     ranks: WeightRef | None = None   # of a decoder that ranks texts: one row for its score, or two for the answers "yes" and "no"
 
     @property
@@ -99,6 +103,35 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
     for adapter in files.adapters:
         check_base(adapter, files.model)
     return Bound(files, model, encoders, not with_encoders and _with_encoder(files, weights), ranks)
+
+
+PADDED = 128                         # tokens by which vocabularies may differ: they end in padding, to a number that suits the makers' hardware
+
+
+def with_draft(bound: Bound, name: str | Path | None) -> Bound:
+    """Bind a draft model, by its path or its name, beside a model; without one, return the model as it is. Its encoders are left alone.
+
+    Its tokens must be the model's, id by id: it reads and writes ids. Names of tokens that stand for no text may differ, as they do between
+    generations of a family; llama.cpp does not compare the first five for it. So may sizes, by PADDED tokens at most, its limit too
+    (common/speculative.cpp): ids that only one of them has are padding, and are not drafted.
+    Raises: as `bind`; RequestError for two that do not go together.
+    """
+    if name is None:
+        return bound
+    own = bind(open_files(place("draft", name)), with_encoders=False)
+    for one, what in ((bound, "a model with"), (own, "a model as")):
+        why = ("makes vectors and scores, no text" if one.towers else "has an encoder for its prompts" if one.source is not None else
+               "has layers that keep states, which cannot be taken back" if any(p.recurrent for p in one.model.policies()) else "")
+        if why:
+            raise RequestError(f"draft: {one.files.name} {why}: {what} a draft is a decoder whose layers attend")
+    mine, its = (Vocabulary(b.files.model.metadata) for b in (bound, own))
+    first = mine.first_other(its)
+    if first is not None:
+        raise RequestError(f"draft: {own.files.name} has other tokens than {bound.files.name}: {first} is {shown(its.tokens.text(first))} there, and "
+                           f"{shown(mine.tokens.text(first))} here; a draft is a small model of the same family")
+    if abs(len(mine) - len(its)) > PADDED:
+        raise RequestError(f"draft: {own.files.name} has {len(its):,} tokens, and {bound.files.name} {len(mine):,}; padding makes a difference of {PADDED} at most")
+    return replace(bound, draft=own)
 
 
 def _with_encoder(files: Files, weights: Weights) -> bool:

@@ -114,6 +114,12 @@ class Strings:
     def text(self, i: int) -> str:
         return self[i].decode("utf-8", "surrogateescape")
 
+    def same(self, other: Strings) -> bool:
+        """Say whether the others are the same, as far as both have some."""
+        n = min(self.n, other.n)
+        end = int(self._start[n])
+        return bool((self._start[: n + 1] == other._start[: n + 1]).all()) and self._data[:end] == other._data[:end]
+
     def find(self, raw: bytes) -> int | None:
         found = lib.pe_strings_find(self.table, raw, len(raw))
         return None if found < 0 else found
@@ -162,6 +168,15 @@ class Vocabulary:
         if found is None:
             raise UnsupportedModelError(f"the vocabulary has no token {text!r}, which this model needs")
         return found
+
+    def first_other(self, other: Vocabulary) -> int | None:
+        """Give the first id at which another vocabulary has another token; None without one. Names of tokens that stand for no text do not
+        count, nor do ids beyond those of the shorter one."""
+        if self.tokens.same(other.tokens):
+            return None
+        silent = (Kind.UNKNOWN, Kind.CONTROL, Kind.UNUSED)
+        return next((i for i in range(min(len(self), len(other))) if self.tokens[i] != other.tokens[i]
+                     and not (self.file_kinds[i] in silent and other.file_kinds[i] in silent)), None)
 
     def set_kind(self, i: int, kind: Kind) -> None:
         if self.kinds[i] != kind:

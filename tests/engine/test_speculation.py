@@ -16,7 +16,8 @@ import pyengine as pe
 import tiny_sources
 from converters.writer import convert
 from pyengine.engine.drafts import _with_forced, Draft, Drafter
-from pyengine.engine.speculation import Pace, Speculation
+from pyengine.engine.pace import Pace
+from pyengine.engine.speculation import Speculation
 from pyengine.errors import RequestError
 
 KINDS = cases.kinds(own_cache=True)
@@ -258,8 +259,8 @@ def test_odds_follow_what_comes(llama) -> None:
 
 def test_what_is_forced_goes_first() -> None:
     assert _with_forced(Draft([1, 2], [0.5, 0.4]), []) == Draft([1, 2], [0.5, 0.4])
-    assert _with_forced(Draft([1, 2], [0.5, 0.4]), [1, 3]) == Draft([1, 3], [0.95, 0.95])
-    tokens, odds = _with_forced(Draft([1, 2, 4], [0.5, 0.4, 0.2]), [1, 2])
+    assert _with_forced(Draft([1, 2], [0.5, 0.4]), [1, 3]) == Draft([1, 3], [0.95, 0.95], "grammar")
+    tokens, odds, _ = _with_forced(Draft([1, 2, 4], [0.5, 0.4, 0.2]), [1, 2])
     assert tokens == [1, 2, 4] and odds == pytest.approx([0.95, 0.95, 0.475])
 
 
