@@ -63,9 +63,9 @@ PE_INLINE const uint8_t *linear_group(const linear_product *t, int64_t panel, in
   return (const uint8_t *)t->w->data + pe_min(t->g0 + PANEL_GROUPS * panel + v, t->groups - 1) * t->bytes;
 }
 
-/* Bytes of a step of an unpacked panel: codes of vector g of group v at 64 (PANEL_GROUPS g + v); then scales, then offsets, one float
- * vector for each half and group. */
-PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * PANEL_GROUPS * (8 + halves * (1 + offsets)); }
+/* Bytes of a step of an unpacked panel: codes of vector g of group v at 64 (PANEL_GROUPS g + v); then scales, dot_base of scales, and offsets,
+ * one float vector for each half and group. */
+PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * PANEL_GROUPS * (8 + halves * (2 + offsets)); }
 
 PE_INLINE int64_t linear_sums(const linear_product *t) { return t->rows * 16 * PANEL_GROUPS; } /* of a panel */
 

@@ -1,8 +1,9 @@
 /* linear_tiles.c: `linear` with packed blocks and many rows of x: linear.c says what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
- * A panel of 256 of k is unpacked once into L1 (12 KB of codes, 1.5 to 6 KB of scales on avx512), and a tile takes INT_TILE_ROWS
- * rows of x times PANEL_GROUPS vectors: 12 integer and 12 float accumulators in 32 registers.
+ * A panel of 256 of k is unpacked once into L1 (12 KB of codes, 3 to 9 KB of scales on avx512), and a tile takes INT_TILE_ROWS
+ * rows of x times PANEL_GROUPS vectors: 12 integer and 12 float accumulators in 32 registers. avx2 has half as many of half the size:
+ * its 8 integer sums stay in registers and the float ones in L1.
  */
 #include "linear_parts.h"
 
@@ -39,7 +40,8 @@ PE_UNROLL(8)
 PE_UNROLL(2)
         for (int h = 0; h < t.halves; h++) {
           v16f_store(f + 16 * PANEL_GROUPS * h, w.s[h]);
-          if (t.offsets) v16f_store(f + 16 * PANEL_GROUPS * (t.halves + h), w.o[h]);
+          v16f_store(f + 16 * PANEL_GROUPS * (t.halves + h), dot_base(w.s[h]));
+          if (t.offsets) v16f_store(f + 16 * PANEL_GROUPS * (2 * t.halves + h), w.o[h]);
         }
       }
     }
@@ -47,7 +49,7 @@ PE_UNROLL(2)
 }
 
 /* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. */
-PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int zero, const uint8_t *panel, int64_t s0, int64_t count,
+PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t s0, int64_t count,
                          const char *x, int64_t ld, panel_ahead *ahead, const linear_target *to) {
   v16f sum[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
@@ -62,34 +64,46 @@ PE_UNROLL(2)
       v16i dot[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
-        int32_t n = zero ? halves == 2 ? linear_step_of(x, ld, i, s)->sum2[h] : linear_step_of(x, ld, i, s)->sum : 0;
-        n = (int32_t)((uint32_t)-zero * (uint32_t)n); /* wraps where codes are those of NaN */
+        const int32_t n = halves == 2 ? linear_step_of(x, ld, i, s)->sum2[h] : linear_step_of(x, ld, i, s)->sum;
+        const v16i start = offsets ? v16i_set1(PE_DOT_BASE) : dot_start(n, -zero);
 PE_UNROLL(8)
-        for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = v16i_set1(n);
+        for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = start;
       }
 PE_UNROLL(8)
-      for (int g = 8 / halves * h; g < 8 / halves * (h + 1); g++) {
-        v64u w[PANEL_GROUPS];
+      for (int first = 8 / halves * h; first < 8 / halves * (h + 1); first += run) {
+        v16i part[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
-        for (int v = 0; v < PANEL_GROUPS; v++) w[v] = v64u_load(panel + 64 * (PANEL_GROUPS * g + v));
+        for (int g = first; g < first + run; g++) {
+          v64u w[PANEL_GROUPS];
 PE_UNROLL(8)
-        for (int i = 0; i < rows; i++) {
-          v64u q = v64u_set4(linear_step_of(x, ld, i, s)->q + 4 * g);
+          for (int v = 0; v < PANEL_GROUPS; v++) w[v] = v64u_load(panel + 64 * (PANEL_GROUPS * g + v));
 PE_UNROLL(8)
-          for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = z128 ? dot_z128(dot[i][v], w[v], q) : dot_u7(dot[i][v], w[v], q);
+          for (int i = 0; i < rows; i++) {
+            const v64u q = v64u_set4(linear_step_of(x, ld, i, s)->q + 4 * g);
+PE_UNROLL(8)
+            for (int v = 0; v < PANEL_GROUPS; v++)
+              if (z128) dot[i][v] = dot_z128(dot[i][v], w[v], q);
+              else part[i][v] = g == first ? dot_run_begin(dot[i][v], w[v], q) : dot_run_add(part[i][v], w[v], q);
+          }
         }
+PE_UNROLL(8)
+        for (int i = 0; i < rows && !z128; i++)
+PE_UNROLL(8)
+          for (int v = 0; v < PANEL_GROUPS; v++) dot[i][v] = dot_run_end(dot[i][v], part[i][v]);
       }
 PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
         v16f d = v16f_set1(linear_step_of(x, ld, i, s)->d);
 PE_UNROLL(8)
-        for (int v = 0; v < PANEL_GROUPS; v++)
-          sum[i][v] = v16f_fma(v16f_mul(v16i_to_f(dot[i][v]), v16f_load(f + 16 * (PANEL_GROUPS * h + v))), d, sum[i][v]);
+        for (int v = 0; v < PANEL_GROUPS; v++) {
+          const float *s_at = f + 16 * (PANEL_GROUPS * h + v);
+          sum[i][v] = v16f_fma(dot_scaled(dot[i][v], v16f_load(s_at), v16f_load(s_at + 16 * PANEL_GROUPS * halves)), d, sum[i][v]);
+        }
         if (offsets) {
           v16f ds = v16f_set1(halves == 2 ? linear_step_of(x, ld, i, s)->dsum2[h] : linear_step_of(x, ld, i, s)->dsum);
 PE_UNROLL(8)
           for (int v = 0; v < PANEL_GROUPS; v++)
-            sum[i][v] = v16f_fma(v16f_load(f + 16 * (PANEL_GROUPS * (halves + h) + v)), ds, sum[i][v]);
+            sum[i][v] = v16f_fma(v16f_load(f + 16 * (PANEL_GROUPS * (2 * halves + h) + v)), ds, sum[i][v]);
         }
       }
     }
@@ -105,21 +119,30 @@ typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, 
                      panel_ahead *ahead, linear_target to);
 typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to);
 
-/* A tile for each kind of steps (pyengine/dtype.py: PackedForm), whatever the format. */
-#define TILE(name, halves, offsets, z128)                                                                              \
+/* A tile for each kind of steps (pyengine/dtype.py: PackedForm) and run of products, whatever the format. */
+#define TILE(name, halves, offsets, z128, run)                                                                         \
   static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
                           int64_t m, panel_ahead *ahead, linear_target to) {                                           \
     for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, linear_skip(&to, INT_TILE_ROWS))           \
-      tile_rows(INT_TILE_ROWS, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                      \
-    if (m == 3) tile_rows(3, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                        \
-    if (m == 2) tile_rows(2, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                        \
-    if (m == 1) tile_rows(1, halves, offsets, z128, zero, panel, s0, count, x, ld, ahead, &to);                        \
+      tile_rows(INT_TILE_ROWS, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                 \
+    if (m == 3) tile_rows(3, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                   \
+    if (m == 2) tile_rows(2, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                   \
+    if (m == 1) tile_rows(1, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                   \
   }
-TILE(zero, 1, 0, 0)
-TILE(zero128, 1, 0, 1)
-TILE(offset, 1, 1, 0)
-TILE(halves_zero, 2, 0, 0)
-TILE(halves_offset, 2, 1, 0)
+TILE(zero, 1, 0, 0, 8)
+TILE(zero128, 1, 0, 1, 8)
+TILE(offset, 1, 1, 0, 8)
+TILE(halves_zero, 2, 0, 0, 4)
+TILE(halves_offset, 2, 1, 0, 4)
+#if PE_RUN(32) < 8 /* codes of more bits have shorter runs */
+TILE(zero_4, 1, 0, 0, 4)
+TILE(offset_4, 1, 1, 0, 4)
+TILE(halves_zero_2, 2, 0, 0, 2)
+#else
+#define tile_zero_4 tile_zero
+#define tile_offset_4 tile_offset
+#define tile_halves_zero_2 tile_halves_zero
+#endif
 
 #define UNPACK(id, ...)                                                                                                \
   static void unpack_##id(const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to) {          \
@@ -130,8 +153,14 @@ PE_PACKED_BLOCKS(UNPACK)
 typedef struct tiler { unpack_fn *unpack; tile_fn *tile; } tiler;
 
 static tiler tiler_of(int32_t id) {
+  const int run = PE_RUN(pe_most_code(pe_traits_of(id)));
+#define tile_of_zero run < 8 ? tile_zero_4 : tile_zero
+#define tile_of_zero128 tile_zero128
+#define tile_of_offset run < 8 ? tile_offset_4 : tile_offset
+#define tile_of_halves_zero run < 4 ? tile_halves_zero_2 : tile_halves_zero
+#define tile_of_halves_offset tile_halves_offset
   switch (id) {
-#define TILER(name, blocks, head, body, steps, ...) case PE_##name: return (tiler){unpack_##name, tile_##steps};
+#define TILER(name, blocks, head, body, steps, ...) case PE_##name: return (tiler){unpack_##name, tile_of_##steps};
     PE_PACKED_BLOCKS(TILER)
 #undef TILER
     default: return (tiler){0, 0};

@@ -47,6 +47,11 @@ PE_INLINE pe_traits pe_traits_of(int id) {
   }
 }
 
+/* No code of a format is larger. */
+PE_INLINE int pe_most_code(pe_traits t) {
+  return t.zero ? pe_min(255, 2 * t.zero) : (1 << 8 * t.body / (16 * t.k)) - 1; /* the body has whole bits, and less for scales */
+}
+
 /* Head and body of block b of a group. */
 PE_INLINE const uint8_t *pe_block_head(pe_traits t, const uint8_t *group, int64_t b) {
   return group + b / t.blocks * (t.blocks * (t.head + t.body)) + b % t.blocks * t.head;

@@ -32,9 +32,9 @@ FLOATS = ["F32", "F16", "BF16"]
 
 
 class Matrix:
-    """Random weights of a format in the file's layout, and their values as gguf-py reads them."""
+    """Random weights of a format in the file's layout, and their values as gguf-py reads them. fill: every byte but the scales of a block."""
 
-    def __init__(self, rng: np.random.Generator, name: str, n: int, k: int):
+    def __init__(self, rng: np.random.Generator, name: str, n: int, k: int, fill: int | None = None):
         self.name, self.n, self.k = name, n, k
         kind = gguf.GGMLQuantizationType[name]
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -43,7 +43,8 @@ class Matrix:
             raw = (raw.view(np.uint32) >> 16).astype(np.uint16) if name == "BF16" else raw.astype(name.replace("F", "float"))
             self.raw = raw.view(np.uint8).reshape(n, -1)
         else:
-            self.raw = rng.integers(0, 256, (n, k // block * size), np.uint8)
+            low, end = (0, 256) if fill is None else (fill, fill + 1)
+            self.raw = rng.integers(low, end, (n, k // block * size), np.uint8)
             blocks = self.raw.reshape(-1, size)
             for at in SCALES.get(name, ()):
                 blocks[:, at : at + 2] = rng.uniform(-0.1, 0.1, (len(blocks), 1)).astype(np.float16).view(np.uint8)
@@ -181,6 +182,20 @@ def test_values(kernels: Kernels, name: str) -> None:
         for m in ROWS:
             x = rows_of(rng, m, w.k)
             check(kernels.linear(x, [w])[0], x, w.values, name in QUANTIZED)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_largest_codes(kernels: Kernels, name: str) -> None:
+    """Sums of codes that are all at an end, with rows that are too: nothing wraps on its way."""
+    rng = rng_of(("ends", name))
+    x = np.ones((20, 512), np.float32)
+    x[1::4] = -1
+    x[2::4] = rng.choice([-1, 1], (5, 512))
+    x[3::4, ::2] = -1
+    for fill in (0, 0x7F, 0x80, 0xFF):
+        w = Matrix(rng, name, 33, 512, fill)
+        for m in (3, 20):
+            check(kernels.linear(x[:m], [w])[0], x[:m], w.values, True)
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS, "TQ2_0"])
