@@ -5,6 +5,7 @@
  * rows of x times PANEL_GROUPS vectors: 12 integer and 12 float accumulators in 32 registers. avx2 has half as many of half the size:
  * its 8 integer sums stay in registers and the float ones in L1.
  */
+#include "dots.h"
 #include "linear_parts.h"
 
 /* What will be unpacked after a panel: from byte `at` of its groups on, and behind their end that of those that come next. While the panel

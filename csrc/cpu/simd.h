@@ -91,8 +91,6 @@ typedef struct { pe_pb a, b, c, d; } v64u;
  * p_select_lt(a, b, x, y) = a < b ? x : y     p_round: float to int32, nearest even     p_table: 16 bytes, index < 16
  * p_f16 / p_to_f16, p_i8: from and to memory
  * p_dot_u7(acc, w, x): acc[l] += sum over 4 bytes of w[l] (unsigned, <= 127) * x[l] (signed, >= -127)
- * p_run_begin, p_run_add, p_run_end: acc += a run of such sums, PE_RUN(most) at most where no w is above `most`. avx2 multiplies bytes into
- *   16 bits, two products each, and widens them at the run's end; the others sum in 32 bits.
  * p_dot_z128(acc, w, x): the same for any unsigned w, less PE_DOT_ZERO times the sum of x: VNNI multiplies unsigned bytes
  *   (PE_DOT_ZERO 0: the caller takes off 128 * sum), the others take off the zero point 128 themselves (PE_DOT_ZERO 128). */
 
@@ -159,15 +157,11 @@ PE_INLINE pe_pi p_chain(pe_pi sum) {
   return sum;
 }
 PE_INLINE pe_pi p_pairs(pe_pb w, pe_pb x) { return (pe_pi)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
-PE_INLINE pe_pi p_run_begin(pe_pi acc, pe_pb w, pe_pb x) { (void)acc; return p_pairs(w, x); }
-PE_INLINE pe_pi p_run_add(pe_pi run, pe_pb w, pe_pb x) {
-  return p_chain((pe_pi)_mm256_add_epi16((__m256i)run, (__m256i)p_pairs(w, x)));
-}
-PE_INLINE pe_pi p_run_end(pe_pi acc, pe_pi run) {
-  return p_chain(acc + (pe_pi)_mm256_madd_epi16((__m256i)run, _mm256_set1_epi16(1)));
+PE_INLINE pe_pi p_widen(pe_pi acc, pe_pi pairs) { /* acc[l] += both halves of pairs[l] */
+  return p_chain(acc + (pe_pi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)));
 }
 /* 127 * 127 * 2 and 128 * 127 * 2 both fit the 16 bits of vpmaddubsw. */
-PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) { return p_run_end(acc, p_pairs(w, x)); }
+PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) { return p_widen(acc, p_pairs(w, x)); }
 PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) {
   __m256i s = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8((char)0x80));
   return p_dot_u7(acc, (pe_pb)_mm256_abs_epi8(s), (pe_pb)_mm256_sign_epi8((__m256i)x, s));
@@ -456,43 +450,6 @@ PE_INLINE v64u v64u_set4(const int8_t x[4]) { /* the same 4 signed bytes in ever
   memcpy(&w, x, 4);
   return v16i_bytes(v16i_set1(w));
 }
-#if defined(PE_AVX2)
-#define PE_RUN(most) ((most) <= 16 ? 8 : (most) <= 32 ? 4 : (most) <= 64 ? 2 : 1) /* most * 127 * 2 * PE_RUN(most) < 2^15 */
-#else
-#define PE_RUN(most) 8
-PE_INLINE pe_pi p_run_begin(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_u7(acc, w, x); }
-PE_INLINE pe_pi p_run_add(pe_pi run, pe_pb w, pe_pb x) { return p_dot_u7(run, w, x); }
-PE_INLINE pe_pi p_run_end(pe_pi acc, pe_pi run) { (void)acc; return run; }
-#endif
-
-/* Integers n as bits PE_DOT_BASE + n, |n| < 2^22: those of the float 1.5 * 2^23 + n. Times s it is n s with one rounding, where dot_base(s) is
- * exact (s of at most 22 bits, and not near the largest float): an fma in place of a conversion and a product. generic has no fma. */
-#if defined(PE_GENERIC)
-#define PE_DOT_BASE 0
-PE_INLINE v16f dot_base(v16f s) { (void)s; return v16f_zero(); }
-PE_INLINE v16f dot_scaled(v16i dot, v16f s, v16f base) { (void)base; return v16f_mul(v16i_to_f(dot), s); }
-#else
-#define PE_DOT_BASE 0x4b400000
-PE_INLINE v16f dot_base(v16f s) { return v16f_mul(s, v16f_set1(-12582912.0f)); }
-PE_INLINE v16f dot_scaled(v16i dot, v16f s, v16f base) { return v16f_fma(v16i_as_f(dot), s, base); }
-#endif
-/* PE_DOT_BASE + n * by in every lane, where n and by fit 16 bits; otherwise what wraps, and the same everywhere where `by` is even. x86 does
- * with a load and a product what would take a product and two moves between kinds of registers. */
-PE_INLINE v16i dot_start(int32_t n, int32_t by) {
-#if defined(PE_AVX512)
-  return (v16i){(pe_pi)_mm512_dpwssd_epi32(_mm512_set1_epi32(PE_DOT_BASE), _mm512_set1_epi32(n), _mm512_set1_epi32(by & 0xffff))};
-#elif defined(PE_AVX2)
-  const __m256i v = _mm256_madd_epi16(_mm256_set1_epi32(n), _mm256_set1_epi32(by & 0xffff));
-  const pe_pi start = (pe_pi)_mm256_add_epi32(v, _mm256_set1_epi32(PE_DOT_BASE));
-  return (v16i){start, start};
-#else
-  return v16i_set1((int32_t)(PE_DOT_BASE + (uint32_t)n * (uint32_t)by));
-#endif
-}
-
-PE_INLINE v16i dot_run_begin(v16i acc, v64u w, v64u x) { return (v16i)PE_MAP3(p_run_begin, acc, w, x); }
-PE_INLINE v16i dot_run_add(v16i run, v64u w, v64u x) { return (v16i)PE_MAP3(p_run_add, run, w, x); }
-PE_INLINE v16i dot_run_end(v16i acc, v16i run) { return (v16i)PE_MAP2(p_run_end, acc, run); }
 PE_INLINE v16i dot_u7(v16i acc, v64u w, v64u x) { return (v16i)PE_MAP3(p_dot_u7, acc, w, x); }
 PE_INLINE v16i dot_z128(v16i acc, v64u w, v64u x) { return (v16i)PE_MAP3(p_dot_z128, acc, w, x); }
 
