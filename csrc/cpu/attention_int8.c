@@ -173,7 +173,6 @@ static void quantize_keys(const job *w, int64_t head, int64_t first, int64_t hi,
 
 /* V likewise. */
 static void quantize_values(const job *w, int64_t head, int64_t first, int64_t hi, const buffers *b, bytes_tile *t) {
-  const v16f most_inverse = v16f_set1(3e38f);
   for (int j = 0; j < t->n; j++) {
     fetch_cell(w->v, head, pe_min(first + j + AHEAD, hi - 1));
     read_cell(w->v, cell_at(w->v, head, first + j), b->v_centre, b->cells + j * w->fp);
@@ -182,14 +181,13 @@ static void quantize_values(const job *w, int64_t head, int64_t first, int64_t h
   for (int64_t i = 0; i < w->fp; i += 16) {
     v16i most = v16i_zero(), sum = v16i_zero();
     for (int j = 0; j < t->n; j++) most = v16i_max(most, magnitude(v16f_load(b->cells + j * w->fp + i)));
-    const v16f amax = v16i_as_f(most), inverse = v16f_div(v16f_set1(127.0f), amax), none = v16f_zero();
-    const v16f finite = v16f_select_lt(most_inverse, inverse, none, inverse); /* as code_scale, lane by lane */
-    v16f_store(t->vs + i, v16f_select_lt(most_inverse, inverse, none, v16f_div(amax, v16f_set1(127.0f))));
+    v16f inverse;
+    v16f_store(t->vs + i, code_scales(most, &inverse));
     for (int l = 0; l < 16; l++) {
       v16i word = v16i_zero();
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
-        const v16i c = v16f_to_i(v16f_mul(v16f_load(b->cells + (l + 16 * k) * w->fp + i), finite));
+        const v16i c = v16f_to_i(v16f_mul(v16f_load(b->cells + (l + 16 * k) * w->fp + i), inverse));
         sum = v16i_add(sum, c);
         word = v16i_or(word, v16i_shl(v16i_and(c, v16i_set1(255)), 8 * k));
       }

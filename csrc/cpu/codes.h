@@ -19,6 +19,13 @@ PE_INLINE float code_scale(v16i most, float *inverse) {
   return amax / 127.0f;
 }
 
+/* The same for 16 at once, each a lane; where one is NaN, so is its inverse. */
+PE_INLINE v16f code_scales(v16i most, v16f *inverse) {
+  const v16f amax = v16i_as_f(most), full = v16f_set1(127.0f), end = v16f_set1(3e38f), none = v16f_zero(), y = v16f_div(full, amax);
+  *inverse = v16f_select_lt(end, y, none, y);
+  return v16f_select_lt(end, y, none, v16f_div(amax, full));
+}
+
 PE_INLINE v16i codes_of(v16f x, float inverse) { return v16f_to_i(v16f_mul(x, v16f_set1(inverse))); }
 
 /* Codes of x [n, a multiple of 16], whose magnitudes are at most `most`; returns their scale. */

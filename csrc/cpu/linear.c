@@ -28,23 +28,38 @@
 
 /* ---- rows of x ---- */
 
+static void fill_step(const int8_t codes[32], const int32_t sums[8], float d, linear_step *to) {
+  const int32_t s0 = sums[0] + sums[1] + sums[2] + sums[3], s1 = sums[4] + sums[5] + sums[6] + sums[7];
+  memcpy(to->q, codes, 32);
+  to->d = d;
+  to->dsum = d * (float)(s0 + s1);
+  to->dsum2[0] = d * (float)s0;
+  to->dsum2[1] = d * (float)s1;
+  to->sum = s0 + s1;
+  to->sum2[0] = s0;
+  to->sum2[1] = s1;
+}
+
 void linear_quantize(const float *x, int64_t k, char *q) {
+  enum { TOGETHER = 16 }; /* steps whose scales are divided at once; two are summed at once */
   linear_step *to = (linear_step *)q;
-  for (int64_t b = 0; b < k / 32; b++, to++) {
-    const v16f x0 = v16f_load(x + 32 * b), x1 = v16f_load(x + 32 * b + 16);
-    float inverse;
-    const float d = code_scale(v16i_max(magnitude(x0), magnitude(x1)), &inverse);
-    const v16i q0 = codes_of(x0, inverse), q1 = codes_of(x1, inverse);
-    v16i_store_i8(to->q, q0);
-    v16i_store_i8(to->q + 16, q1);
-    const int32_t s0 = v16i_sum(q0), s1 = v16i_sum(q1);
-    to->d = d;
-    to->dsum = d * (float)(s0 + s1);
-    to->dsum2[0] = d * (float)s0;
-    to->dsum2[1] = d * (float)s1;
-    to->sum = s0 + s1;
-    to->sum2[0] = s0;
-    to->sum2[1] = s1;
+  for (int64_t left = k / 32; left > 0; left -= TOGETHER, x += 32 * TOGETHER, to += TOGETHER) {
+    const int n = (int)pe_min(TOGETHER, left);
+    int32_t most[TOGETHER] = {0}, sums[TOGETHER][8];
+    int8_t codes[TOGETHER][32];
+    float d[TOGETHER], inverse[TOGETHER];
+    v16f inverses;
+    for (int i = 0; i < n; i++)
+      most[i] = v16i_hmax(v16i_max(magnitude(v16f_load(x + 32 * i)), magnitude(v16f_load(x + 32 * i + 16))));
+    v16f_store(d, code_scales(v16i_load(most), &inverses));
+    v16f_store(inverse, inverses);
+    for (int i = 0; i < n; i++) {
+      v16i_store_i8(codes[i], codes_of(v16f_load(x + 32 * i), inverse[i]));
+      v16i_store_i8(codes[i] + 16, codes_of(v16f_load(x + 32 * i + 16), inverse[i]));
+    }
+    if (n % 2) memset(codes[n], 0, 32);
+    for (int i = 0; i < n; i += 2) v16i_store(sums[i], dot_u7(v16i_zero(), v64u_set1(1), v64u_load(codes[i])));
+    for (int i = 0; i < n; i++) fill_step(codes[i], sums[i], d[i], to + i);
   }
 }
 
