@@ -152,7 +152,6 @@ void PE_NAME(linear_few_floats)(const linear_product *t) {
 
 pe_status PE_NAME(linear_floats)(const linear_product *t) {
   const int64_t chunk = t->packed ? FLOAT_PANEL_DEPTH : FILE_PANEL_DEPTH, size = 16 * pe_format_of(t->id).bytes;
-  memset(t->acc, 0, (size_t)(t->panels * linear_sums(t)) * sizeof(float));
   for (int64_t at = 0; at < t->k; at += chunk) {
     const int64_t count = pe_min(chunk, t->k - at), ld = t->gather ? GATHER_FLOATS : t->ldh;
     const float *x = t->gather ? t->gather->room : t->h + at;

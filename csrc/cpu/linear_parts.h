@@ -69,13 +69,14 @@ PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * PANEL_
 
 PE_INLINE int64_t linear_sums(const linear_product *t) { return t->rows * 16 * PANEL_GROUPS; } /* of a panel */
 
-/* Where sums of a part of k go, whether a slice begins with it, and whether one ends. */
+/* Where sums of a part of k go, whether a slice begins with it, and whether one ends that is added to those before. */
 typedef struct linear_target { int opens, closes; float *part, *acc; } linear_target;
 
-/* Of a panel's elements begin .. end - 1 of k. */
+/* Of a panel's elements begin .. end - 1 of k. The first slice is made where all slices are summed. */
 PE_INLINE linear_target linear_target_of(const linear_product *t, int64_t panel, int64_t begin, int64_t end) {
   const int64_t slice = 32 * linear_slice(t->k), at = panel * linear_sums(t);
-  return (linear_target){begin % slice == 0, end % slice == 0 || end == t->k, t->part + at, t->acc + at};
+  const int first = begin < slice;
+  return (linear_target){begin % slice == 0, !first && (end % slice == 0 || end == t->k), (first ? t->acc : t->part) + at, t->acc + at};
 }
 
 /* 16 sums from zero or from what their slice has so far; and to there, or into those of all slices. */

@@ -200,7 +200,6 @@ void PE_NAME(linear_tiles)(const linear_product *t) {
   const tiler f = tiler_of(t->id);
   const int zero = c.zero == 128 ? 128 - PE_DOT_ZERO : c.zero;
   const int64_t chunk = 32 * PANEL_STEPS;
-  memset(t->acc, 0, (size_t)(t->panels * linear_sums(t)) * sizeof(float));
   for (int64_t at = 0; at < t->k; at += chunk) {
     const int64_t count = pe_min(chunk, t->k - at), ldq = t->gather ? GATHER_CODES : t->ldq;
     const char *q = t->gather ? gather_codes(t, at, count) : t->q;
