@@ -175,7 +175,7 @@ def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert model.calls == [("chat", [{"role": "user", "content": "What?"}], None, None, {})]
     assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
                                                 "images": None, "device": "auto", "encoder_device": None,
-                                                "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None})]
+                                                "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None, "draft": None})]
 
 
 def test_options_reach_the_model(model) -> None:
@@ -253,11 +253,11 @@ def test_options_reach_the_model(model) -> None:
         "dry_sequence_breakers": ("\n", "END"),
     }
     assert model.loaded[0][2] == {"n_ctx": 99, "kv_dtype": "q8_0", "n_threads": 2, "n_batch": 32, "mmproj": None, "images": None, "device": "auto",
-                                  "encoder_device": None, "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None}
+                                  "encoder_device": None, "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None, "draft": None}
     execute(["m", "Q", "-n", "-1"])
     assert model.calls[1][2] is None
-    execute(["m", "Q", "--mmap"])
-    assert model.loaded[-1][2]["mmap"] is True
+    execute(["m", "Q", "--mmap", "-md", "small"])
+    assert model.loaded[-1][2]["mmap"] is True and model.loaded[-1][2]["draft"] == "small"
 
 
 def test_devices_and_their_sizes(model, capsys) -> None:
