@@ -1,4 +1,4 @@
-/* dots.h: dot products of bytes in runs, and from integers to floats, for kernels where both count: tiles of many rows.
+/* dots.h: dot products of bytes in runs, and from integers to floats, for kernels where both count.
  *
  *   acc = dot_start(...)                                      an integer to begin with
  *   run = dot_run_begin(acc, w, x); run = dot_run_add(run, w, x) ...; acc = dot_run_end(acc, run)

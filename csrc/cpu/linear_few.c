@@ -5,17 +5,37 @@
  * bytes are read once, in order; 8 dot products for each row and 9 to 24 instructions of unpacking go on 16 x 32 weights (e.g. 288 bytes
  * of Q4_0): memory is the limit. With more rows each product's own load of x would be: tiles share it among vectors of weights.
  */
+#include "dots.h"
 #include "linear_parts.h"
 
 #if defined(PE_GENERIC) /* too few registers */
 int PE_NAME(linear_has_few)(void) { return 0; }
 void PE_NAME(linear_few)(const linear_product *t) { (void)t; }
 #else
+/* sum + products of `count` vectors of codes, from u on, with x. run: of how many, where runs save something; else 1, and two sums wait less
+ * for each other. */
+PE_INLINE v16i products(int z128, int run, int count, const v64u *u, const int8_t *x, v16i sum) {
+  v16i part = v16i_zero();
+PE_UNROLL(8)
+  for (int g = 0; g < count; g += 2) {
+    const v64u x0 = v64u_set4(x + 4 * g), x1 = v64u_set4(x + 4 * g + 4);
+    if (run > 1) {
+      part = dot_run_add(g % run ? dot_run_add(part, u[g], x0) : dot_run_begin(sum, u[g], x0), u[g + 1], x1);
+      if ((g + 2) % run == 0) sum = dot_run_end(sum, part);
+    } else {
+      sum = z128 ? dot_z128(sum, u[g], x0) : dot_u7(sum, u[g], x0);
+      part = z128 ? dot_z128(part, u[g + 1], x1) : dot_u7(part, u[g + 1], x1);
+    }
+  }
+  return run > 1 ? sum : v16i_add(sum, part);
+}
+
 /* out[i][lane] = row `lane` of the group times row i of x. `next` is the memory that the thread will read after the group. */
 PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x,
                            int64_t ld, float *out) {
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
+  const int count = 8 / t.halves, run = z128 || PE_RUN(255) > 1 ? 1 : (int)pe_min(PE_RUN(pe_most_code(t)), count);
   const int64_t blocks = k / t.k, slice = linear_slice(k) * 32 / t.k;
   v16f acc[ROWS_FEW];
 PE_UNROLL(8)
@@ -41,14 +61,9 @@ PE_UNROLL(8)
 PE_UNROLL(2)
         for (int h = 0; h < t.halves; h++) {
           int32_t sum = zero ? t.halves == 2 ? a->sum2[h] : a->sum : 0;
-          v16i p0 = v16i_set1((int32_t)((uint32_t)-zero * (uint32_t)sum)), p1 = v16i_zero(); /* wraps for codes of NaN */
-PE_UNROLL(8)
-          for (int g = 8 / t.halves * h; g < 8 / t.halves * (h + 1); g += 2) {
-            v64u x0 = v64u_set4(a->q + 4 * g), x1 = v64u_set4(a->q + 4 * g + 4);
-            p0 = z128 ? dot_z128(p0, w.u[g], x0) : dot_u7(p0, w.u[g], x0);
-            p1 = z128 ? dot_z128(p1, w.u[g + 1], x1) : dot_u7(p1, w.u[g + 1], x1);
-          }
-          v16f y = v16f_mul(v16i_to_f(v16i_add(p0, p1)), w.s[h]);
+          v16i dot = v16i_set1((int32_t)((uint32_t)-zero * (uint32_t)sum)); /* wraps for codes of NaN */
+          dot = products(z128, run, count, w.u + count * h, a->q + 4 * count * h, dot);
+          v16f y = v16f_mul(v16i_to_f(dot), w.s[h]);
           acc[i] = v16f_fma(y, v16f_set1(a->d), acc[i]);
           if (t.offsets) acc[i] = v16f_fma(w.o[h], v16f_set1(t.halves == 2 ? a->dsum2[h] : a->dsum), acc[i]);
         }
