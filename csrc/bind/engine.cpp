@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../cpu/pack.h"
+#include "../gen/declarations.h"
 #include "../guard.h"
 #include "../cpu/isa.h"
 #include "../cpu/program.h"
@@ -394,6 +395,10 @@ PYBIND11_MODULE(_engine, m) {
       .def("seconds", &Program::seconds);
   m.def("scratch_bytes", &scratch_bytes, py::arg("isa"), py::arg("node"), py::arg("tensors"), py::arg("n_threads"));
   m.def("pack", &pack, py::arg("pool"), py::arg("dtype"), py::arg("src"), py::arg("n"), py::arg("k"), py::arg("dst"));
+  py::dict declarations;                    // for what declarations the kernels were compiled: a library may be older than they are
+#define PE_DECLARED(name, fingerprint) declarations[#name] = uint32_t{fingerprint};
+  PE_DECLARATIONS(PE_DECLARED)
+  m.attr("declarations") = declarations;
 #if defined(PE_ASAN)
   m.attr("SANITIZED") = true;
 #else

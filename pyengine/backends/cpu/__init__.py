@@ -11,7 +11,8 @@ from pyengine import hardware
 from pyengine.backends import base
 from pyengine.backends.cpu.prepared import Prepared
 from pyengine.compiler.arena import Turns
-from pyengine.errors import GraphError
+from pyengine.compiler.codegen import outdated
+from pyengine.errors import GraphError, PyEngineError
 from pyengine.native import engine
 
 
@@ -26,7 +27,10 @@ def isa() -> str:
 
 @lru_cache(maxsize=4)
 def kernels_of(name: str) -> frozenset[str]:
-    """Return the ops that this build computes with an instruction set."""
+    """Return the ops that this build computes with an instruction set. Raises: PyEngineError for one older than the declarations."""
+    if others := outdated(getattr(engine, "declarations", {})):
+        raise PyEngineError(f"pyengine's compiled part was built for other declarations than those that are here ({', '.join(others)}); "
+                            "build it again: `pip install .`, in a checkout `python setup.py build_ext --inplace`")
     return frozenset(engine.kernels(name))
 
 
