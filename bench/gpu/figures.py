@@ -49,7 +49,8 @@ def shapes() -> Iterator[Shape]:
         yield Shape(linear_job("prompt", (14336,), 4096, (kind,), 512, {}), linear_job("prompt", (256,), 512, (kind,), 256, {}))
     for m, keys, least in ((512, 512, 256), (8192, 8192, jobs.EXACT_KEYS + 256)):
         yield Shape(jobs.attention("prompt", m, keys, "F16"), jobs.attention("prompt", 128, least, "F16", (4, 1, 128)))
-    for keys, least, kind in ((2048, 1024, "F16"), (32768, jobs.EXACT_KEYS + 256, "F16"), (32768, 2048, "Q8_0"), (32768, 2048, "Q4_0")):
+    for keys, kind in ((2048, "F16"), (2048, "Q8_0"), (32768, "F16"), (32768, "Q8_0"), (32768, "Q4_0")):
+        least = 1024 if keys <= jobs.EXACT_KEYS else jobs.EXACT_KEYS + 256
         yield Shape(jobs.attention("generate", 1, keys, kind), jobs.attention("generate", 1, least, kind, (8, 2, 128)))
     yield from _mixtures()
     yield from _others()
@@ -98,7 +99,7 @@ def estimated(shape: Shape) -> dict[str, Any]:
     """Return bytes and operations of the job of true size, and the microseconds on each published device that no kernel beats."""
     bound, out = jobs.Bound.of(shape.full, Copy.make(shape.full, np.random.default_rng(0))), {}
     for d in PUBLISHED:
-        memory, products = 1e6 * bound.bytes / d.bandwidth, 1e6 * bound.operations / peak(d, bound.unit)
+        memory, products = 1e6 * bound.bytes / d.bandwidth, 1e6 * bound.operations * (bound.passes if d.target else 1) / peak(d, bound.unit)
         out[d.name] = {"us": max(memory, products), "by": "memory" if memory >= products else bound.unit}
     return {"bytes": bound.bytes, "operations": bound.operations, "unit": bound.unit, "least": out}
 
@@ -109,17 +110,32 @@ def peak(d: Published, unit: str) -> float:
 
 
 def collect(targets: Sequence[str], threads: int, kept_only: bool = False) -> dict[str, Any]:
-    """Return everything, as plain data; kept_only: of registers what was compiled before."""
+    """Return everything, as plain data; kept_only: registers of what was compiled before, and what the JSON says of files that are the same."""
     if os.environ.get("PYENGINE_EMULATE") != "checked":
         raise SystemExit("figures: counts need PYENGINE_EMULATE=checked")
     assembled = ptxas.every(targets, threads, kept_only)
+    registers = {file: {name: {t: list(k[1:]) for t, k in by.items()} for name, by in found.items()} for file, found in assembled.items()}
+    before = unchanged() if kept_only else {"registers": {}, "shapes": {}}
+    for file, kernels_of in before["registers"].items():
+        own = registers.setdefault(file, {})
+        for name, by in kernels_of.items():
+            own[name] = by | own.get(name, {})
     counter = Counter(str(library(True).path))
     rows = []
     for shape in shapes():
         print(shape.full.name, flush=True)
-        rows.append({"name": shape.full.name, "counted": shape.cut.name, **counted(shape, counter), **estimated(shape)})
-    registers = {file: {name: {t: list(k[1:]) for t, k in by.items()} for name, by in found.items()} for file, found in assembled.items()}
+        name = shape.full.name
+        rows.append(before["shapes"].get(name) or {"name": name, "counted": shape.cut.name, **counted(shape, counter), **estimated(shape)})
     return {"sources": marks(), "targets": list(targets), "registers": registers, "shapes": rows}
+
+
+def unchanged() -> dict[str, Any]:
+    """Return what the JSON says of files that have not changed since: registers, and by name the shapes all of whose kernels are theirs."""
+    found = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {"sources": {}, "registers": {}, "shapes": []}
+    today = marks()
+    registers = {file: by for file, by in found["registers"].items() if found["sources"].get(file) == today.get(file)}
+    known = {name for by in registers.values() for name in by}
+    return {"registers": registers, "shapes": {row["name"]: row for row in found["shapes"] if row["kernels"] and known.issuperset(row["kernels"])}}
 
 
 def marks() -> dict[str, str]:

@@ -39,7 +39,7 @@ MOST_STEPS = 512                                             # of a graph
 # ---- which jobs -----------------------------------------------------------------------------------------------------------------
 
 FORMATS = ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "IQ4_XS", "MXFP4", "BF16", "F16")
-EXACT_KEYS = 2048                                            # of plain caches are attended in float32 (csrc/cuda/attention.cu)
+EXACT_KEYS = 2048                                            # of any cache are attended in float32 (csrc/cuda/attention.cu)
 UP, DOWN = (14336, 4096), (4096, 14336)                      # of a feed-forward part: outputs, inputs
 
 
@@ -203,24 +203,25 @@ def checked(job: Job, device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bound:
-    """What limits a job: bytes that it must move, operations and on which units."""
+    """What limits a job: bytes that it must move, operations and on which units; passes: how often a card's units do each."""
 
     bytes: float
     operations: float
     unit: str
+    passes: int = 1
 
     @classmethod
     def of(cls, job: Job, copy: Copy) -> Bound:
         kinds = [w.dtype for name in kernels.weights_of(job.op) for w in kernels.listed(copy.values[name]) if isinstance(w, Blocks)]
         unit = "s8" if any(d.block > 1 for d in kinds) else "bf16" if any(d.name == "BF16" for d in kinds) else "f16" if kinds else "f32"
         if job.op is ops.attention:
-            plain = job.case.dtypes.get("k", "F32") in ("F32", "F16", "BF16")
-            unit = "f32" if plain and job.case.shapes["k"][1] <= EXACT_KEYS else "f16"
-        return cls(kernels.traffic(job, copy), kernels.operations(job, copy) or 0.0, unit)
+            unit = "f32" if job.case.dtypes.get("k", "F32") == "F32" or job.case.shapes["k"][1] <= EXACT_KEYS else "f16"
+        passes = 2 if job.op is ops.attention and unit == "f16" else 1         # csrc/cuda/attention.cu: queries and probabilities are two halves
+        return cls(kernels.traffic(job, copy), kernels.operations(job, copy) or 0.0, unit, passes)
 
     def seconds(self, speeds: Speeds) -> tuple[float, str]:
         """Return the least time that the device's own limits allow, and which of them it is."""
-        memory, products = self.bytes / speeds.read, self.operations / getattr(speeds, self.unit)
+        memory, products = self.bytes / speeds.read, self.passes * self.operations / getattr(speeds, self.unit)
         return (products, self.unit) if products > memory else (memory, "read")
 
 

@@ -2,16 +2,20 @@
  * Reference: pyengine/ops/attention.py: attention.
  *
  *   keys and values             a query sees             products of                                   within, of the reference
- *   F32                         any number of keys       floats, in the CPU's order: its bits          2e-6
- *   plain numbers otherwise     up to EXACT_KEYS of them the same (attention_float.cu)                 2e-6
- *                               more                     halves: queries, keys, probabilities and      1e-3 of the spread of values
- *   F32 with products="int8"    any number of keys       values rounded to 11 bits, sums in float      (int8 allows 5e-3)
- *   keys in blocks              any number of keys       codes of 8 bits, as on the CPU: its scores    1e-3, of what 8-bit queries give
- *   values in blocks            any number of keys       halves of code times scale
- *   heads wider than 256        any number of keys       floats; where keys or values are in blocks, by attention_few.cu alone
+ *   F32, heads wider than 256   any number of keys       floats, in the CPU's order: its bits          2e-6 of the spread of values
+ *   F16, BF16, blocks           up to EXACT_KEYS of them the same (attention_float.cu)                 2e-6
+ *                               more                     halves, two for each number that is none      2e-6
+ *   F32 with products="int8"    any number of keys       halves: all are rounded to 11 bits            1e-3 (int8 allows 5e-3)
  *
- * Why two: activations are rounded to 8 bits behind attention, and one that differs in its last digit may fall on the other side of the
- * middle of two codes. Then logits differ by what rounding to 8 bits costs, up to 1e-2 of their range; so agreement with the CPU takes its
+ * Keys in blocks meet queries of 8 bits everywhere, as on the CPU; what is said of them is against such queries.
+ *
+ * Two halves: q = high + low, each an operand of its own, so that 22 bits of q count; of probabilities the same. Keys and values of 16 bits
+ * are halves as they are. Values in blocks are code * scale, of 19 bits: two halves as well, and of the four products the least is left
+ * out. What it takes of tensor cores is twice (values in blocks: three times) the products, no more bytes of the cache, and for queries and
+ * unpacked values twice the shared memory: attention_many.cu counts it. With one half each results were within 1e-3.
+ *
+ * Why two kernels: activations are rounded to 8 bits behind attention, and one that differs in its last digit may fall on the other side of
+ * the middle of two codes. Then logits differ by what rounding to 8 bits costs, up to 1e-2 of their range; so agreement with the CPU takes its
  * bits, which tensor cores cannot give. Of long contexts attention would be most of the time: an H200 multiplies halves nine times as
  * fast as floats, a GeForce twice. $PYENGINE_CUDA_EXACT_KEYS moves the border: 0 leaves all to tensor cores. Where a node may meet both
  * kinds of queries two kernels run, and each leaves the other's alone; what a query gets follows from its own interval.
@@ -32,7 +36,8 @@ namespace {
 
 using namespace pe;
 
-enum { MOST_COLUMNS = 512, MOST_HALVES = 256 /* columns in attend_many */, EXACT_KEYS = 2048, SPLIT_BYTES = 32 << 20, SPLIT_ROWS = 8 };
+enum { MOST_COLUMNS = 512, MOST_HALVES = 256 /* columns in attention of halves */, LEAST_MANY = 32 /* queries of a block of attend_many */ };
+enum { EXACT_KEYS = 2048, SPLIT_BYTES = 32 << 20, SPLIT_ROWS = 8 };
 constexpr int64_t ANY = INT64_MAX;
 
 struct MixingRow { float x[MOST_COLUMNS]; };
@@ -107,22 +112,23 @@ int tile_bytes(Form form, int columns, int pitch) { return form == BLOCKS ? TILE
 /* stages: 0 for one in which V takes the place of K. */
 void lay_out(Job *w, int queries, int warps, int stages) {
   Areas &a = w->at;
+  const bool few = queries == FEW_QUERIES;
+  const int parts = w->fine ? 2 : 1;
   int end = 0;
   a.one = stages == 0;
-  a.cells = at_end(&end, CHUNK_KEYS * 4);
+  a.cells = at_end(&end, CELL_KEYS * 4);
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.task = at_end(&end, sizeof(Task));
   a.totals = at_end(&end, queries * sizeof(Total));
   a.most = at_end(&end, w->stats ? queries * 4 : 0);
-  a.q = at_end(&end, (int64_t)queries * w->ne * (w->k_form == BLOCKS ? 32 : 64));
-  a.q_scale = at_end(&end, w->k_form == BLOCKS ? queries * 4 : 0);
+  a.q = at_end(&end, (int64_t)queries * w->ne * (w->k_form == BLOCKS ? 32 : 64 * parts));
+  a.q_scale = at_end(&end, queries * 4);
   a.q_sum = at_end(&end, w->k_form == BLOCKS ? (int64_t)queries * w->ne * 4 : 0);
-  const bool unpack = queries > FEW_QUERIES;
-  a.k_ready = at_end(&end, unpack && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
-  a.k_scale = at_end(&end, unpack && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 8 : 0);
-  a.v_ready = at_end(&end, unpack && w->v_form == BLOCKS ? w->nf * TILE_KEYS * 64 : 0);
-  a.peaks = at_end(&end, FEW_WARPS * queries * 4);
-  a.p = at_end(&end, queries == FEW_QUERIES ? TILE_KEYS / 16 * 32 * 16 : 0);
+  a.k_ready = at_end(&end, !few && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
+  a.k_scale = at_end(&end, !few && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 8 : 0);
+  a.v_ready = at_end(&end, !few && w->v_form == BLOCKS ? w->nf * TILE_KEYS * 64 * 2 : 0);
+  a.peaks = at_end(&end, few ? FEW_WARPS * queries * 4 : 0);
+  a.p = at_end(&end, few ? TILE_KEYS / 16 * 32 * 16 * 2 : 0);
   a.mixing = at_end(&end, w->k_form == BLOCKS || w->v_form == BLOCKS ? warps * (w->e > w->f ? w->e : w->f) * 4 : 0);
   a.k_pitch = pitch_of(w->k), a.v_pitch = pitch_of(w->v);
   const int begin = end, k_bytes = tile_bytes(w->k_form, w->ne, a.k_pitch), v_bytes = tile_bytes(w->v_form, w->nf, a.v_pitch);
@@ -136,10 +142,15 @@ void lay_out(Job *w, int queries, int warps, int stages) {
 void lay_out_floats(Job *w, int queries) {
   Areas &a = w->at;
   int end = 0;
-  const int pitch = 64 + 4, buffers = w->narrow ? 1 : 2;
-  a.cells = at_end(&end, CHUNK_KEYS * 4);
+  const bool codes = w->k_form == BLOCKS, blocks = codes || w->v_form == BLOCKS;
+  const int pitch = 64 + 4, buffers = w->narrow || blocks ? 1 : 2;
+  a.cells = at_end(&end, CELL_KEYS * 4);
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.q = at_end(&end, (int64_t)queries * (round_up(w->e, 64) + 4) * 4);
+  a.q_scale = at_end(&end, codes ? queries * 4 : 0);
+  a.q_sum = at_end(&end, codes ? queries * w->ne * 4 : 0);
+  a.k_scale = at_end(&end, codes ? TILE_KEYS * 2 * 8 : 0);
+  a.mixing = at_end(&end, w->v_form == BLOCKS ? 4 * w->f * 4 : 0);
   a.peaks = at_end(&end, 3 * queries * 4);
   a.most = at_end(&end, w->stats ? queries * 4 : 0);
   a.p = at_end(&end, queries * pitch * 4);
@@ -166,12 +177,11 @@ int64_t keys_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells) 
 
 /* Queries that see up to so many keys are for attention of floats, those that see more for attention of halves. */
 int64_t exact_keys(const pe_tensor *k, const pe_tensor *v, int32_t products) {
-  if (cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1) return 0;
   if (k->shape[2] > MOST_HALVES || v->shape[2] > MOST_HALVES) return ANY;
   if (products == PE_ATTENTION_PRODUCTS_INT8) return 0;
-  if (k->dtype == PE_F32 && v->dtype == PE_F32) return ANY;
+  if (k->dtype == PE_F32 || v->dtype == PE_F32) return ANY;
   const char *own = getenv("PYENGINE_CUDA_EXACT_KEYS");
-  return own ? atoll(own) : EXACT_KEYS;
+  return own ? atoll(own) : (int64_t)EXACT_KEYS;
 }
 
 /* Of a query that sees up to n keys; anywhere: they begin in the middle of a chunk, perhaps. */
@@ -254,14 +264,14 @@ pe_status run_halves(Node *n, pe_stream *s) {
   Job &w = n->w, alone = n->w;
   alone.partials = alone.tops = nullptr;
   if (!lay_out_few(*n, &alone)) return too_large(*n = Node{alone, false, n->shared, 0, 0}, s);
-  int queries = w.nf > MOST_HALVES / COLUMNS ? 0 : rows_together(w) * w.group > 64 && w.nf <= 4 ? 128 : 64;
-  for (; queries >= 64; queries /= 2) {
+  int queries = rows_together(w) * w.group > 64 && w.nf <= 4 ? 128 : 64;
+  for (; queries >= LEAST_MANY; queries /= 2) {
     lay_out(&w, queries, queries / 16, queries > 64 ? 2 : 1);
     if (w.at.bytes <= n->shared) break;
   }
-  int64_t units = cut_units(&w, queries >= 64 ? queries : 64);
+  int64_t units = cut_units(&w, queries >= LEAST_MANY ? queries : LEAST_MANY);
   const bool fills = 2 * units * w.g >= n->multiprocessors || split_bytes(w.m, w.h, w.f, w.chunks) > n->scratch;
-  if (rows_together(w) * w.group > 2 * FEW_QUERIES && fills && queries >= 64) {
+  if (rows_together(w) * w.group > 2 * FEW_QUERIES && fills && queries >= LEAST_MANY) {
     lay_out(&w, queries, queries / 16, 2);
     if (w.at.bytes > n->shared) lay_out(&w, queries, queries / 16, 1);
     w.partials = w.tops = nullptr;
@@ -341,13 +351,15 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
     Node floats = n;
     floats.floats = true;
     floats.w.least = 0, floats.w.most = exact;
+    const bool blocks = in_blocks(w.k) || in_blocks(w.v);
     floats.w.narrow = form_of(k, false) == COPIED && form_of(v, false) == COPIED;
-    floats.w.k_form = form_of(k, !floats.w.narrow), floats.w.v_form = form_of(v, !floats.w.narrow);
+    floats.w.k_form = form_of(k, !blocks && !floats.w.narrow), floats.w.v_form = form_of(v, !blocks && !floats.w.narrow);
     set_chunks(&floats.w, chunks_of(exact < keys ? exact : keys, cells || exact < keys, true));
     done = run_floats(&floats, s);
   }
   if (done != PE_OK || keys <= exact) return done;
   w.least = exact + 1, w.most = ANY;
+  w.fine = p->products != PE_ATTENTION_PRODUCTS_INT8;
   w.k_form = form_of(k, false), w.v_form = form_of(v, false);
   set_chunks(&w, chunks_of(keys, cells, false));
   return run_halves(&n, s);

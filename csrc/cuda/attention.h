@@ -19,13 +19,14 @@
 
 namespace pe {
 
-enum { TILE_KEYS = 64, CHUNK_KEYS = 512, FLOAT_CHUNK_KEYS = 256, COLUMNS = 32 /* elements of a block of columns of q, K or V */ };
+enum { TILE_KEYS = 64, CHUNK_KEYS = 512, FLOAT_CHUNK_KEYS = 256, CELL_KEYS = 256 /* whose cells are looked up together */ };
+enum { COLUMNS = 32 /* elements of a block of columns of q, K or V */ };
 
 /* Where the parts of a block's shared memory begin, in bytes; attention.cu lays them out. */
 struct Areas {
-  int cells, rows;          /* [CHUNK_KEYS] cells of the chunk that is being loaded; [queries] intervals */
+  int cells, rows;          /* [CELL_KEYS] cells of the keys that are being loaded; [queries] intervals */
   int task, totals;         /* a unit and what it sees; [queries] of chunks so far */
-  int q, q_scale, q_sum;    /* queries as halves or codes; of codes a scale for each, and sums of blocks */
+  int q, q_scale, q_sum;    /* queries as halves, codes or floats; a scale for each; of codes sums of blocks */
   int k, v, stage_bytes;    /* loaded tiles, `stages` of them */
   int k_ready, k_scale, v_ready; /* a tile of blocks, unpacked */
   int peaks, p, mixing;
@@ -63,11 +64,19 @@ struct Job {
   int64_t least, most;              /* keys of the queries whose turn it is: others are left as they are */
   Form k_form, v_form;
   bool narrow;                      /* in attention of floats: all of K and V is 16 bits wide and side by side */
+  bool fine;                        /* in attention of halves: operands that are no halves are two, the second what the first leaves of them */
   Areas at;
 };
 
 __device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_of() { return threadIdx.x / 32; }
+
+/* Two floats as a pair of halves, and what that leaves of them as another: together 22 bits, or all above 2^-25. */
+__device__ __forceinline__ void split_halves(float low, float high, uint32_t &most, uint32_t &less) {
+  most = pack_half2(low, high);
+  const float2 held = unpack_half2(most);
+  less = pack_half2(low - held.x, high - held.y);
+}
 
 struct AnyBytes { unsigned char byte[16]; };
 __device__ __forceinline__ char *shared_bytes() { return (char *)shared<AnyBytes>().byte; }
@@ -234,14 +243,14 @@ using Walk = WalkOf<CHUNK_KEYS>;
 
 /* ---- cells ---- */
 
-/* Cells of the keys of a chunk into shared memory: -1 for those that no row sees. By all threads, between barriers. */
-template <int CHUNK = CHUNK_KEYS> __device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Seen &seen, int chunk) {
+/* Cells of keys CELL_KEYS * at .. into shared memory: -1 for those that no row sees. By all threads, between barriers. */
+__device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Seen &seen, int at) {
   int32_t *to = area<int32_t>(w.at.cells);
   const Interval *rows = area<Interval>(w.at.rows);
   const int32_t *map = w.cells ? (const int32_t *)((const char *)w.cells + u.sequence * w.cells_stride) : nullptr;
   __syncthreads();
-  for (int j = threadIdx.x; j < CHUNK; j += blockDim.x) {
-    const int key = chunk * CHUNK + j; /* at most 2^31 - 1 */
+  for (int j = threadIdx.x; j < CELL_KEYS; j += blockDim.x) {
+    const int key = at * CELL_KEYS + j; /* at most 2^31 - 1 */
     bool wanted = key >= seen.lo && key < seen.hi;
     if (wanted && !seen.whole) {
       wanted = false;

@@ -7,10 +7,10 @@
  *
  * Shared memory: queries; stages of a tile of K and of V as they lie in the cache, copied asynchronously while those before are used
  * (blocks are unpacked in registers: each byte of K and V is wanted by one warp only); [4][16] peaks; probabilities as A fragments
- * [4][32 lanes][16 bytes].
- * Per tile: 64 (e + f) elements of the cache, each byte read once for all heads of the group; 2 (e + f) * 64 * 16 operations on tensor
- * cores, of which 16 / group are of use; 8 powers a lane. At 4.8 TB/s (H200) and heads of 128 in F16 tensor cores are busy 8% of the
- * time: it is bound by the cache's bytes. Three barriers a tile; two or three blocks on a multiprocessor hide them.
+ * [4][32 lanes][16 bytes], behind them what they leave of the probabilities.
+ * Per tile: 64 (e + f) elements of the cache, each byte read once for all heads of the group; 4 (e + f) * 64 * 16 operations on tensor
+ * cores (each operand is two halves), of which 16 / group are of use; 8 powers a lane. At 4.8 TB/s (H200) and heads of 128 in F16 tensor cores
+ * are busy 16% of the time: it is bound by the cache's bytes. Three barriers a tile; two or three blocks on a multiprocessor hide them.
  * Where a card has no room for a tile of both (64 KB on sm_75, heads of 256), V is loaded into the place of K when that has been used.
  */
 #include "attention_softmax.h"
@@ -70,28 +70,29 @@ __device__ __forceinline__ void weigh_tile(const Job &w, const Unit &u, int tile
     if (w.stats && threadIdx.x % 4 == 0 && warp == 0) note_peak(w, g + 8 * r, most);
   }
   x.shrink_all(factor);
-  uint32_t own[4];
-  probabilities(s[0], s[1], x.rows.top, own);
+  uint32_t own[4], less[4];
+  probabilities(s[0], s[1], x.rows.top, own, less);
   p[warp * 32 + lane_of()] = make_uint4(own[0], own[1], own[2], own[3]);
+  p[(STEPS + warp) * 32 + lane_of()] = make_uint4(less[0], less[1], less[2], less[3]);
   __syncthreads();
 }
 
 /* Values by their probabilities. */
-template <int N>
+template <int N, bool FINE>
 __device__ __forceinline__ void add_tile(const Job &w, const char *v, Sums<N> &x) {
   const int warp = warp_of();
   const uint4 *p = area<uint4>(w.at.p);
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
-    const uint4 all = p[step * 32 + lane_of()];
-    const uint32_t a[4] = {all.x, all.y, all.z, all.w};
-    add_sums(a, x.sums);
+    const uint4 all = p[step * 32 + lane_of()], rest = p[(STEPS + step) * 32 + lane_of()];
+    const uint32_t a[4] = {all.x, all.y, all.z, all.w}, less[4] = {rest.x, rest.y, rest.z, rest.w};
+    add_sums<FINE>(a, less, x.sums);
 #pragma unroll
     for (int b = 0; b < N; b++) {
       const int own = warp + FEW_WARPS * b;
       if (own >= w.nf) continue;
-      if (w.v_form == BLOCKS) add_blocks(a, v + own * cell_format_of(w.v.dtype).bytes, w.at.v_pitch, w.v.dtype, step, x.acc[b]);
-      else add_values(a, v + own * HALF_TILE, step, x.acc[b]);
+      if (w.v_form == BLOCKS) add_blocks(a, less, v + own * cell_format_of(w.v.dtype).bytes, w.at.v_pitch, w.v.dtype, step, x.acc[b]);
+      else add_values<FINE>(a, less, v + own * HALF_TILE, step, x.acc[b]);
     }
   }
 }
@@ -117,7 +118,9 @@ __device__ __forceinline__ void attend_unit(const Job &w, const Unit &u) {
       const int chunk = now.chunk();
       loader.next(w, u, seen, k, v);
       weigh_tile<N>(w, u, now.tile, k, x);
-      add_tile<N>(w, w.at.one ? loader.load_values(w, u, seen) : v, x);
+      if (w.at.one) v = loader.load_values(w, u, seen);
+      if (w.fine) add_tile<N, true>(w, v, x);
+      else add_tile<N, false>(w, v, x);
       if (!now.step(w, u, seen, blockIdx.z, gridDim.z)) continue;
 #pragma unroll
       for (int r = 0; r < 2; r++)
@@ -171,10 +174,8 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, N > 1 ? 2 : 3) attend_few_kern
 void start(const Job &w, dim3 grid, bool alone, cudaStream_t stream) {
   const dim3 block(32 * FEW_WARPS);
   if constexpr (!PE_ONE_INSTANCE)
-    if (w.nf <= 2 * FEW_WARPS)
-      return w.nf <= FEW_WARPS ? launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone)
-                               : launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
-  launch(stream, attend_few_kernel<4>, grid, block, w.at.bytes, w, alone);
+    if (w.nf <= FEW_WARPS) return launch(stream, attend_few_kernel<1>, grid, block, w.at.bytes, w, alone);
+  launch(stream, attend_few_kernel<2>, grid, block, w.at.bytes, w, alone);
 }
 
 } // namespace

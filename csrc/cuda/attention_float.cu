@@ -1,4 +1,4 @@
-/* attention_float.cu: attention over plain numbers (F32, F16, BF16) in float32 throughout; nothing is rounded but sums.
+/* attention_float.cu: attention in float32 throughout; nothing is rounded but sums, and queries of keys in blocks, to 8 bits as on the CPU.
  *
  * Block (x, y, z) has 128 threads in TY x TX and owns unit x (then x + gridDim.x ...) of key/value head y: 4 TY queries; and of the chunks
  * that it sees those number z, z + gridDim.z ... Thread (ty, tx) makes the scores of queries 4 ty .. 4 ty + 3 and keys tx, tx + TX ...
@@ -6,22 +6,27 @@
  * the two a warp owns whole queries for the softmax, whose sums are of keys 16 apart. A masked key is skipped, whatever it holds. Tiles,
  * chunks, tops and all sums are those of csrc/cpu/attention.c, and so are the bits.
  *
- * Shared memory: queries [4 TY][e rounded up to 64, + 4]; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
+ * Keys in blocks stay codes, and queries become codes, all as floats: sums of a block are exact, and times its scale join the score.
+ *
+ * Shared memory: queries [4 TY][e rounded up to 64, + 4]; of codes their scales, sums of 32 of them and what each block of keys
+ * is worth; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
  * of V; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4 floats more than a multiple of 32 apart,
  * so that 8 threads' 16-byte loads meet no bank twice. While a slice is used the next is on its way: floats by cp.async into a second
- * buffer, 16-bit numbers (NARROW) into 16 registers of each thread, and from there as floats into the one buffer.
+ * buffer, 16-bit numbers (NARROW) and cells with blocks (BLOCKY) into 16 registers of each thread, and from there as floats into the one buffer.
  * Per tile and block: 64 (e + f) numbers of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): of F16 32 operations a
  * byte of K and V from L2; 8 loads of 16 bytes for 64 fma a thread: bound by fma, to about three quarters of their peak. TY = 2
  * (generation): each byte of the cache is read once for 8 heads of a group, 5 loads of 16 bytes for 16 fma: on an RTX 4090 F16 caches
  * are the limit, on an H200 shared memory, at some 60% of the bandwidth. TY = 4: heads wider than 256.
  */
 #include "attention_softmax.h"
+#include "attention_tiles.h"
 
 namespace {
 
 using namespace pe;
 
 enum { THREADS = 128, OWN = 4 /* queries of a thread */, SLICE = 64, PITCH = SLICE + 4, CHUNK = FLOAT_CHUNK_KEYS };
+enum How { WIDE, NARROW, BLOCKY /* K or V is in blocks */ };
 constexpr float SLACK = 8.0f; /* csrc/cpu/attention_softmax.h */
 
 __device__ __forceinline__ int slices_of(int elements) { return (elements + SLICE - 1) / SLICE; }
@@ -73,11 +78,76 @@ struct Held {
   }
 };
 
+/* The same of cells in any format: of blocks 8 codes, and what they are worth; of numbers that are no 16 bytes side by side only where they
+ * lie, and those are read when they are stored. */
+struct HeldCells {
+  enum { PARTS = Held::PARTS, KEYS = Held::KEYS, N = Held::N };
+  uint4 x[N];
+  int64_t head;
+  int first;
+  bool keys;
+
+  __device__ __forceinline__ void load(const Cache &c, Form form, int64_t g, const int32_t *cells, int from, bool of_keys) {
+    const int at = from + threadIdx.x % PARTS * 8;
+    head = g, first = from, keys = of_keys;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const int cell = cells[threadIdx.x / PARTS + KEYS * n];
+      x[n] = make_uint4(0, 0, 0, 0);
+      if (cell < 0 || at >= c.elements) continue;
+      if (form == BLOCKS) x[n] = codes_at(c, cell_at(c, g, cell), at);
+      else if (form == COPIED) x[n] = *(const uint4 *)(cell_at(c, g, cell) + 2 * at);
+      else x[n].x = (uint32_t)cell + 1;
+    }
+  }
+  /* Codes at .. at + 7 of a cell as signed bytes, its block's scale and minimum as they lie. */
+  static __device__ __forceinline__ uint4 codes_at(const Cache &c, const char *cell, int at) {
+    const char *block = cell + at / 32 * cell_format_of(c.dtype).bytes;
+    const int i = at % 32 / 4;
+    const uint16_t *worth = (const uint16_t *)block;
+    return make_uint4(four_codes_of(block, c.dtype, i), four_codes_of(block, c.dtype, i + 1), worth[0], c.dtype == PE_Q4_1 ? worth[1] : 0);
+  }
+  /* As floats, keys in blocks as codes; worth: of those what each block's codes are worth. */
+  __device__ __forceinline__ void store(const Cache &c, Form form, float2 *worth, float *to) const {
+    const int part = threadIdx.x % PARTS, second = part >= PARTS / 2, key = threadIdx.x / PARTS;
+    to += key * PITCH + 8 * part;
+#pragma unroll
+    for (int n = 0; n < N; n++, to += KEYS * PITCH) {
+      if (form == GATHERED) {
+#pragma unroll 1
+        for (int at = first + 8 * part, i = 0; i < 8; i++, at++)
+          to[i] = x[n].x && at < c.elements ? load_number(c.dtype, cell_at(c, head, x[n].x - 1) + at * c.element) : 0.0f;
+        continue;
+      }
+      float y[8];
+      const uint32_t words[4] = {x[n].x, x[n].y, x[n].z, x[n].w};
+      const float d = from_half((uint16_t)x[n].z), m = from_half((uint16_t)x[n].w);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if (form == BLOCKS) {
+          const float code = (float)(int8_t)(words[i / 4] >> i % 4 * 8);
+          y[i] = keys ? code : c.dtype == PE_Q4_1 ? fmaf(code, d, m) : __fmul_rn(code, d);
+        } else {
+          const float2 two = c.dtype == PE_F16 ? unpack_half2(words[i / 2]) : unpack_bf162(words[i / 2]);
+          y[i] = i % 2 ? two.y : two.x;
+        }
+      }
+      const float4 low = make_float4(y[0], y[1], y[2], y[3]), high = make_float4(y[4], y[5], y[6], y[7]);
+      *(float4 *)(to + 4 * second) = second ? high : low;
+      *(float4 *)(to + 4 - 4 * second) = second ? low : high;
+      if (keys && form == BLOCKS && part % 4 == 0) worth[part / 4 * TILE_KEYS + key + KEYS * n] = make_float2(d, m);
+    }
+  }
+};
+
+template <int HOW> struct HeldBy { using type = Held; };
+template <> struct HeldBy<BLOCKY> { using type = HeldCells; };
+
 /* Slices of K, then of V, of tile after tile; one is on its way while one is used. */
-template <bool NARROW> struct Slices {
+template <int HOW> struct Slices {
   WalkOf<CHUNK> ahead;
   int slice, to;
-  Held held;
+  typename HeldBy<HOW>::type held;
 
   __device__ __forceinline__ Slices(const WalkOf<CHUNK> &first) : ahead(first), slice(0), to(0) {}
   __device__ __forceinline__ float *buffer(const Job &w, int i) const { return area<float>(w.at.k + i * w.at.stage_bytes); }
@@ -87,27 +157,30 @@ template <bool NARROW> struct Slices {
       const int keys = slices_of(w.e), values = slices_of(w.f);
       const bool of_keys = slice < keys;
       const int first = (of_keys ? slice : slice - keys) * SLICE;
-      if constexpr (NARROW) held.load(of_keys ? w.k : w.v, u.g, cells, first);
+      if constexpr (HOW == NARROW) held.load(of_keys ? w.k : w.v, u.g, cells, first);
+      else if constexpr (HOW == BLOCKY) held.load(of_keys ? w.k : w.v, of_keys ? w.k_form : w.v_form, u.g, cells, first, of_keys);
       else load_slice(of_keys ? w.k : w.v, (of_keys ? w.k_form : w.v_form) == COPIED, u.g, cells, first, buffer(w, to));
       if (++slice == keys + values) {
         slice = 0;
-        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells<CHUNK>(w, u, seen, ahead.chunk());
+        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
       }
     }
-    if constexpr (NARROW) return;
+    if constexpr (HOW != WIDE) return;
     cp_async_commit();
     to ^= 1;
   }
   /* The next slice; ends with a barrier. */
   __device__ __forceinline__ const float *next(const Job &w, const Unit &u, const Seen &seen) {
-    if constexpr (NARROW) {
+    if constexpr (HOW != WIDE) {
       __syncthreads();
-      held.store(buffer(w, 0));
+      if constexpr (HOW == NARROW) held.store(buffer(w, 0));
+      else if (held.keys) held.store(w.k, w.k_form, area<float2>(w.at.k_scale), buffer(w, 0));
+      else held.store(w.v, w.v_form, nullptr, buffer(w, 0));
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
-    const float *is = buffer(w, NARROW ? 0 : to ^ 1);
+    const float *is = buffer(w, HOW == WIDE ? to ^ 1 : 0);
     load(w, u, seen);
     return is;
   }
@@ -173,7 +246,7 @@ template <int N> __device__ __forceinline__ void fold_sums(const Kept &kept, flo
 
 /* s[i][j] += queries 4 ty + i by keys tx + TX j over one slice. */
 template <int TX>
-__device__ __forceinline__ void add_scores(const float *q, int q_pitch, const float *k, int tx, float (&s)[OWN][TILE_KEYS / TX]) {
+__device__ __forceinline__ void add_float_scores(const float *q, int q_pitch, const float *k, int tx, float (&s)[OWN][TILE_KEYS / TX]) {
 #pragma unroll 2
   for (int at = 0; at < SLICE; at += 4) {
     float4 x[OWN];
@@ -185,6 +258,36 @@ __device__ __forceinline__ void add_scores(const float *q, int q_pitch, const fl
 #pragma unroll
       for (int i = 0; i < OWN; i++) s[i][j] = fmaf(x[i].w, y.w, fmaf(x[i].z, y.z, fmaf(x[i].y, y.y, fmaf(x[i].x, y.x, s[i][j]))));
     }
+  }
+}
+
+/* The same of codes: each block's sum times its scale; for Q4_1 the sum of the query's codes times its minimum too. q_sums: [query][ne], of
+ * this slice and query 4 ty. */
+template <int TX>
+__device__ __forceinline__ void add_codes(const Job &w, const float *q, int q_pitch, const float *q_sums, int blocks, const float *k, int tx,
+                                          float (&s)[OWN][TILE_KEYS / TX]) {
+  const float2 *scales = area<float2>(w.at.k_scale) + tx;
+  for (int b = 0; b < blocks; b++, q += 32, k += 32, q_sums++, scales += TILE_KEYS) {
+    float dot[OWN][TILE_KEYS / TX] = {};
+#pragma unroll 2
+    for (int at = 0; at < 32; at += 4) {
+      float4 x[OWN];
+#pragma unroll
+      for (int i = 0; i < OWN; i++) x[i] = *(const float4 *)(q + i * q_pitch + at);
+#pragma unroll
+      for (int j = 0; j < TILE_KEYS / TX; j++) {
+        const float4 y = *(const float4 *)(k + (tx + TX * j) * PITCH + at);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) dot[i][j] = fmaf(x[i].w, y.w, fmaf(x[i].z, y.z, fmaf(x[i].y, y.y, fmaf(x[i].x, y.x, dot[i][j]))));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < TILE_KEYS / TX; j++)
+#pragma unroll
+      for (int i = 0; i < OWN; i++) {
+        s[i][j] = fmaf(dot[i][j], scales[TX * j].x, s[i][j]);
+        if (w.k.dtype == PE_Q4_1) s[i][j] = fmaf(q_sums[i * w.ne], scales[TX * j].y, s[i][j]);
+      }
   }
 }
 
@@ -267,8 +370,27 @@ __device__ __forceinline__ void load_floats(const Job &w, const Unit &u, int n, 
   }
 }
 
+/* Queries that load_floats has left become codes, mixed: with a scale each, and sums of 32. */
+__device__ __forceinline__ void round_queries(const Job &w, int n, int pitch) {
+  for (int i = warp_of(); i < n; i += THREADS / 32) {
+    float *x = area<float>(w.at.q) + i * pitch, most = 0.0f;
+    __syncwarp();
+    mix(x, w.e);
+    for (int j = lane_of(); j < w.e; j += 32) most = fmaxf(most, fabsf(x[j]));
+    const float d = __fdiv_rn(lanes_max(most), 127.0f), inv = inverse(d);
+    for (int b = 0; b < w.ne; b++) {
+      float code = rintf(__fmul_rn(x[b * 32 + lane_of()], inv));
+      x[b * 32 + lane_of()] = code;
+#pragma unroll
+      for (int apart = 16; apart; apart /= 2) code += __shfl_xor_sync(0xffffffffu, code, apart);
+      if (lane_of() == 0) area<float>(w.at.q_sum)[i * w.ne + b] = code;
+    }
+    if (lane_of() == 0) area<float>(w.at.q_scale)[i] = d;
+  }
+}
+
 /* N: slices of V, at most. */
-template <int TY, int N, bool NARROW>
+template <int TY, int N, int HOW>
 struct FloatUnit {
   enum { TX = THREADS / TY, QUERIES = OWN * TY, KEYS = TILE_KEYS / TX, CPT = SLICE / TX };
   float acc[N][OWN][CPT], sums[QUERIES / (THREADS / 32)];
@@ -285,15 +407,21 @@ struct FloatUnit {
     for (int i = threadIdx.x; i < QUERIES; i += THREADS) kept.top[i] = PE_NONE;
   }
 
-  __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, const Seen &seen, int tile, Slices<NARROW> &slices, const Kept &kept) {
+  __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, const Seen &seen, int tile, Slices<HOW> &slices, const Kept &kept) {
     const int ty = threadIdx.x / TX, tx = threadIdx.x % TX, pitch = slices_of(w.e) * SLICE + 4;
     float s[OWN][KEYS] = {}, factor[OWN];
-    for (int i = 0; i < slices_of(w.e); i++)
-      add_scores<TX>(area<float>(w.at.q) + OWN * ty * pitch + i * SLICE, pitch, slices.next(w, u, seen), tx, s);
+    for (int i = 0; i < slices_of(w.e); i++) {
+      const float *q = area<float>(w.at.q) + OWN * ty * pitch + i * SLICE, *k = slices.next(w, u, seen);
+      if (HOW == BLOCKY && w.k_form == BLOCKS)
+        add_codes<TX>(w, q, pitch, area<float>(w.at.q_sum) + OWN * ty * w.ne + 2 * i, min(2, w.ne - 2 * i), k, tx, s);
+      else add_float_scores<TX>(q, pitch, k, tx, s);
+    }
 #pragma unroll
-    for (int i = 0; i < OWN; i++)
+    for (int i = 0; i < OWN; i++) {
+      const float scale = HOW == BLOCKY && w.k_form == BLOCKS ? area<float>(w.at.q_scale)[OWN * ty + i] : 1.0f;
 #pragma unroll
-      for (int j = 0; j < KEYS; j++) kept.p[(OWN * ty + i) * PITCH + tx + TX * j] = s[i][j];
+      for (int j = 0; j < KEYS; j++) kept.p[(OWN * ty + i) * PITCH + tx + TX * j] = s[i][j] * scale;
+    }
     __syncthreads();
     soften(w, u, tile * TILE_KEYS, kept, sums);
 #pragma unroll
@@ -311,11 +439,12 @@ struct FloatUnit {
     const Kept kept = kept_of(w, QUERIES);
     const int ty = threadIdx.x / TX, tx = threadIdx.x % TX;
     load_floats(w, u, QUERIES, slices_of(w.e) * SLICE + 4);
+    if (HOW == BLOCKY && w.k_form == BLOCKS) round_queries(w, QUERIES, slices_of(w.e) * SLICE + 4);
     WalkOf<CHUNK> now = {0, 0};
     now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
     if (now.more()) {
-      Slices<NARROW> slices(now);
-      find_cells<CHUNK>(w, u, seen, now.chunk());
+      Slices<HOW> slices(now);
+      find_cells(w, u, seen, now.chunk());
       slices.load(w, u, seen);
       forget_peaks(w, QUERIES);
       clear(kept);
@@ -336,19 +465,20 @@ struct FloatUnit {
     }
     if (w.partials) return;
     for (int i = warp_of(); i < queries_of(u); i += THREADS / 32)
-      finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, area<Interval>(w.at.rows)[i], nullptr);
+      finish_query(w, w.out + ((int64_t)row_of(u, i) * w.h + head_of(u, i)) * w.f, area<Interval>(w.at.rows)[i],
+                   area<float>(w.at.mixing) + warp_of() * w.f);
   }
 };
 
 /* Blocks beside each other on a multiprocessor, for which registers are kept few enough. */
 template <int TY, int N> constexpr int BESIDE = TY == 2 && N == 2 ? 3 : 2;
 
-template <int TY, int N, bool NARROW>
+template <int TY, int N, int HOW>
 __global__ void __launch_bounds__(THREADS, BESIDE<TY, N>) attend_floats_kernel(const Job w) {
   for (int at = blockIdx.x;; at += gridDim.x) {
     const Unit u = unit_at(w, at, blockIdx.y);
     if (u.n_rows == 0) return;
-    FloatUnit<TY, N, NARROW> unit;
+    FloatUnit<TY, N, HOW> unit;
     unit.run(w, u);
     __syncthreads();
   }
@@ -356,8 +486,9 @@ __global__ void __launch_bounds__(THREADS, BESIDE<TY, N>) attend_floats_kernel(c
 
 template <int TY, int N>
 void launch_floats(const Job &w, dim3 grid, cudaStream_t stream) {
-  if (w.narrow) launch(stream, attend_floats_kernel<TY, N, true>, grid, dim3(THREADS), w.at.bytes, w);
-  else launch(stream, attend_floats_kernel<TY, N, false>, grid, dim3(THREADS), w.at.bytes, w);
+  if (in_blocks(w.k) || in_blocks(w.v)) launch(stream, attend_floats_kernel<TY, N, BLOCKY>, grid, dim3(THREADS), w.at.bytes, w);
+  else if (w.narrow) launch(stream, attend_floats_kernel<TY, N, NARROW>, grid, dim3(THREADS), w.at.bytes, w);
+  else launch(stream, attend_floats_kernel<TY, N, WIDE>, grid, dim3(THREADS), w.at.bytes, w);
 }
 
 /* MOST: slices of V, at most. */

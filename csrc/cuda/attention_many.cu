@@ -7,9 +7,11 @@
  *
  * Shared memory: queries [blocks of 32 columns][queries][32]; stages of a tile of K and V, the next on its way while one is used; one
  * unpacked tile of each where they are blocks. Registers: 16 a block of 32 columns of V, 32 for scores.
- * Per 16 queries and tile, heads of 128, halves: 132 mma of 4096 operations, 40 loads of 16 and 64 of 8 bytes of shared memory a lane, 32
- * powers. K and V are read from L2 once for 128 queries, 128 operations a byte: bound by tensor cores, and from sm_90 on, whose tensor
- * cores mma.sync does not fill, by them and shared memory alike (16 KB of it for 64 mma).
+ * Per 16 queries and tile, heads of 128, F16: 264 mma of 4096 operations, half of them by what halves leave of queries and probabilities; 48
+ * loads of 16 and 64 of 8 bytes of shared memory a lane, 32 powers. K and V are read from L2 once for 128 queries, 256 operations a byte:
+ * bound by tensor cores. A causal prompt of 8192, 32 heads of 128, is 5.5e11 operations as it is written and 1.1e12 of tensor cores: by
+ * docs/gpu-kernels.md at least 1.8 ms on an H200 through mma.sync, 3.5 on an A100, 6.7 on an RTX 4090. So the
+ * rate that can be seen is at most half of mma.sync's, on an H200 a third of the peak of halves.
  */
 #include "attention_softmax.h"
 #include "attention_tiles.h"
@@ -19,6 +21,24 @@ namespace {
 using namespace pe;
 
 enum { GROUPS = TILE_KEYS / 8, STEPS = TILE_KEYS / 16 };
+
+/* Logits of a tile become probabilities, and sums of values. */
+template <int N, bool FINE>
+__device__ __forceinline__ void add_tile(const Job &w, const char *v, const Rows &rows, const float (&s)[GROUPS][4], float (&acc)[N][4][4],
+                                         float (&sums)[4]) {
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    uint32_t p[4], less[4];
+    probabilities(s[2 * step], s[2 * step + 1], rows.top, p, less);
+    add_sums<FINE>(p, less, sums);
+#pragma unroll
+    for (int b = 0; b < N; b++) {
+      if (b >= w.nf) continue;
+      add_values<FINE>(p, less, v + b * HALF_TILE, step, acc[b]);
+      if (FINE && w.v_form == BLOCKS) add_values<false>(p, less, v + (w.nf + b) * HALF_TILE, step, acc[b]);
+    }
+  }
+}
 
 /* The warp's queries see a tile. */
 template <int N>
@@ -44,15 +64,8 @@ __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, int til
     for (int b = 0; b < N; b++) shrink(acc[b], factor[0], factor[1]);
     sums[0] *= factor[0], sums[1] *= factor[0], sums[2] *= factor[1], sums[3] *= factor[1];
   }
-#pragma unroll
-  for (int step = 0; step < STEPS; step++) {
-    uint32_t p[4];
-    probabilities(s[2 * step], s[2 * step + 1], rows.top, p);
-    add_sums(p, sums);
-#pragma unroll
-    for (int b = 0; b < N; b++)
-      if (b < w.nf) add_values(p, v + b * HALF_TILE, step, acc[b]);
-  }
+  if (w.fine) add_tile<N, true>(w, v, rows, s, acc, sums);
+  else add_tile<N, false>(w, v, rows, s, acc, sums);
 }
 
 template <int N>

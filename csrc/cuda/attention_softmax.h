@@ -100,19 +100,20 @@ __device__ __forceinline__ float move_top(float peak, float &top) {
   return factor;
 }
 
-/* Probabilities of 16 keys, which are scores j and j + 1, as the A of an mma. */
-__device__ __forceinline__ void probabilities(const float (&x)[4], const float (&y)[4], const float (&top)[2], uint32_t (&p)[4]) {
+/* Probabilities of 16 keys, which are scores j and j + 1, as the A of an mma; less: what halves leave of them, as another. */
+__device__ __forceinline__ void probabilities(const float (&x)[4], const float (&y)[4], const float (&top)[2], uint32_t (&p)[4], uint32_t (&less)[4]) {
   const float a = top[0] == PE_NONE ? 0.0f : top[0], b = top[1] == PE_NONE ? 0.0f : top[1];
-  p[0] = pack_half2(power2(x[0] - a), power2(x[1] - a));
-  p[1] = pack_half2(power2(x[2] - b), power2(x[3] - b));
-  p[2] = pack_half2(power2(y[0] - a), power2(y[1] - a));
-  p[3] = pack_half2(power2(y[2] - b), power2(y[3] - b));
+  split_halves(power2(x[0] - a), power2(x[1] - a), p[0], less[0]);
+  split_halves(power2(x[2] - b), power2(x[3] - b), p[1], less[1]);
+  split_halves(power2(y[0] - a), power2(y[1] - a), p[2], less[2]);
+  split_halves(power2(y[2] - b), power2(y[3] - b), p[3], less[3]);
 }
 
 /* sums[0] += of query g, sums[2] += of query g + 8 */
-__device__ __forceinline__ void add_sums(const uint32_t (&p)[4], float (&sums)[4]) {
+template <bool FINE> __device__ __forceinline__ void add_sums(const uint32_t (&p)[4], const uint32_t (&less)[4], float (&sums)[4]) {
   const uint32_t ones[2] = {0x3c003c00u, 0x3c003c00u};
   mma_f16(sums, p, ones);
+  if (FINE) mma_f16(sums, less, ones);
 }
 
 __device__ __forceinline__ void shrink(float (&acc)[4][4], float low, float high) {

@@ -153,28 +153,42 @@ __device__ __forceinline__ void unpack_keys(const Job &w, const char *from) {
   }
 }
 
-/* Two halves 1152 + code become code * d + m, rounded once. */
-__device__ __forceinline__ uint32_t scaled(uint32_t codes, float d, float m) {
+/* Two halves 1152 + code become code * d + m; less: what a half leaves of that, 19 bits and less. */
+__device__ __forceinline__ uint32_t scaled(uint32_t codes, float d, float m, uint32_t &less) {
 #if defined(__CUDA_ARCH__)
   half2 x, scale = __float2half2_rn(d);
   memcpy(&x, &codes, 4);
   x = __hsub2(x, __float2half2_rn(1152.0f));
-  x = m != 0.0f ? __hfma2(x, scale, __float2half2_rn(m)) : __hmul2(x, scale);
-  memcpy(&codes, &x, 4);
-  return codes;
+  half2 most = __hmul2_rn(x, scale), rest = __hfma2(x, scale, __hneg2(most)); /* exact */
+  if (m != 0.0f) { /* Knuth's sum of two: exact as well */
+    const half2 more = __float2half2_rn(m), sum = __hadd2_rn(most, more), part = __hsub2_rn(sum, most);
+    rest = __hadd2_rn(rest, __hadd2_rn(__hsub2_rn(most, __hsub2_rn(sum, part)), __hsub2_rn(more, part)));
+    most = sum;
+  }
+  memcpy(&codes, &most, 4);
+  memcpy(&less, &rest, 4);
 #else
   const float2 x = unpack_half2(codes);
-  return pack_half2(fmaf(x.x - 1152.0f, d, m), fmaf(x.y - 1152.0f, d, m));
+  split_halves((x.x - 1152.0f) * d, (x.y - 1152.0f) * d, codes, less);
+  if (m != 0.0f) {
+    const float2 most = unpack_half2(codes), rest = unpack_half2(less);
+    uint32_t left;
+    split_halves(most.x + m, most.y + m, codes, left);
+    const float2 lost = unpack_half2(left);
+    less = pack_half2(rest.x + lost.x, rest.y + lost.y);
+  }
 #endif
+  return codes;
 }
 
 /* Four codes times d, plus m, as halves: the bits 0x6400 + n are the half 1024 + n. */
-__device__ __forceinline__ uint2 halves_of_codes(uint32_t codes, float d, float m) {
+__device__ __forceinline__ uint2 halves_of_codes(uint32_t codes, float d, float m, uint2 &less) {
   codes ^= 0x80808080u;
-  return make_uint2(scaled(__byte_perm(codes, 0x64646464u, 0x4140), d, m), scaled(__byte_perm(codes, 0x64646464u, 0x4342), d, m));
+  const uint32_t low = scaled(__byte_perm(codes, 0x64646464u, 0x4140), d, m, less.x);
+  return make_uint2(low, scaled(__byte_perm(codes, 0x64646464u, 0x4342), d, m, less.y));
 }
 
-/* A tile of values in blocks becomes halves. */
+/* A tile of values in blocks becomes halves, behind all of them what they leave. */
 __device__ __forceinline__ void unpack_values(const Job &w, const char *from) {
   char *to = area<char>(w.at.v_ready);
   const int bytes = cell_format_of(w.v.dtype).bytes, thread = again(threadIdx.x), t = thread % 4;
@@ -183,9 +197,13 @@ __device__ __forceinline__ void unpack_values(const Job &w, const char *from) {
     const char *block = from + key * w.at.v_pitch + b * bytes;
     const uint2 x = codes_of(block, w.v.dtype, t);
     const float d = scale_of(block), m = least_of(block, w.v.dtype);
-    char *dest = to + b * HALF_TILE + place * 64 + t % 2 * 8;
-    *(uint2 *)(dest + part_of_value(place, t / 2)) = halves_of_codes(x.x, d, m);
-    *(uint2 *)(dest + part_of_value(place, 2 + t / 2)) = halves_of_codes(x.y, d, m);
+    char *dest = to + b * HALF_TILE + place * 64 + t % 2 * 8, *behind = dest + w.nf * HALF_TILE;
+    const int near = part_of_value(place, t / 2), far = part_of_value(place, 2 + t / 2);
+    uint2 less;
+    *(uint2 *)(dest + near) = halves_of_codes(x.x, d, m, less);
+    *(uint2 *)(behind + near) = less;
+    *(uint2 *)(dest + far) = halves_of_codes(x.y, d, m, less);
+    *(uint2 *)(behind + far) = less;
   }
 }
 
@@ -209,33 +227,36 @@ template <bool MANY> struct Loader {
   __device__ __forceinline__ void begin(const Job &w, const Unit &u, const Seen &seen, const Walk &first) {
     ahead = first;
     current = 0;
-    find_cells(w, u, seen, first.chunk());
+    find_cells(w, u, seen, first.tile / (CELL_KEYS / TILE_KEYS));
     for (int i = 1; i < w.at.stages; i++) load(w, u, seen, i - 1);
   }
-  /* The walk goes on: true where the next tile is in another chunk, or there is none. */
-  __device__ __forceinline__ bool step(const Job &w, const Unit &u, const Seen &seen) {
-    return MANY ? ahead.step(w, u, seen, 0, 1) : ahead.step(w, u, seen, blockIdx.z, gridDim.z);
+  /* The walk goes on; cells of the keys that follow are there. */
+  __device__ __forceinline__ void step(const Job &w, const Unit &u, const Seen &seen) {
+    const bool apart = MANY ? ahead.step(w, u, seen, 0, 1) : ahead.step(w, u, seen, blockIdx.z, gridDim.z);
+    if (ahead.more() && (apart || ahead.tile % (CELL_KEYS / TILE_KEYS) == 0)) find_cells(w, u, seen, ahead.tile / (CELL_KEYS / TILE_KEYS));
+  }
+  /* Of the 64 keys of the tile. */
+  __device__ __forceinline__ const int32_t *cells(const Job &w) const {
+    return area<int32_t>(w.at.cells) + ahead.tile % (CELL_KEYS / TILE_KEYS) * TILE_KEYS;
   }
   __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen, int to) {
     if (ahead.more()) {
-      const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
       char *stage = shared_bytes() + to * w.at.stage_bytes;
-      load_tile<false>(w.k, w.k_form, u.g, cells, w.at.k_pitch, stage + w.at.k);
+      load_tile<false>(w.k, w.k_form, u.g, cells(w), w.at.k_pitch, stage + w.at.k);
       if (w.at.one) return;
-      load_tile<true>(w.v, w.v_form, u.g, cells, w.at.v_pitch, stage + w.at.v);
-      if (step(w, u, seen) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
+      load_tile<true>(w.v, w.v_form, u.g, cells(w), w.at.v_pitch, stage + w.at.v);
+      step(w, u, seen);
     }
     cp_async_commit();
   }
   /* With w.at.one: V of the tile whose K has been used, in K's place. Between barriers; gives where its halves lie. */
   __device__ __forceinline__ const char *load_values(const Job &w, const Unit &u, const Seen &seen) {
     char *stage = area<char>(w.at.v);
-    const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK_KEYS / TILE_KEYS) * TILE_KEYS;
-    load_tile<true>(w.v, w.v_form, u.g, cells, w.at.v_pitch, stage);
+    load_tile<true>(w.v, w.v_form, u.g, cells(w), w.at.v_pitch, stage);
     cp_async_commit();
     cp_async_wait<0>();
     if (w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage);
-    if (step(w, u, seen) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
+    step(w, u, seen);
     __syncthreads();
     return stage;
   }
@@ -266,15 +287,30 @@ __device__ __forceinline__ const char *query_at(const Job &w, const Unit &u, int
   return w.q + row_of(u, i) * w.q_row + head_of(u, i) * w.q_head;
 }
 
-/* Query i of n as halves times scale, [block of columns][n][32 halves]; zeros where there is none. By a warp. */
+/* The power of two that brings x to 2^14 .. 2^15, as far as there is one; inverse: 1 / it. */
+__device__ __forceinline__ float raise_to_halves(float x, float &inverse) {
+  const int exponent = min(253, 268 - (int)(__float_as_uint(x) >> 23));
+  inverse = __uint_as_float((uint32_t)(254 - exponent) << 23);
+  return __uint_as_float((uint32_t)exponent << 23);
+}
+
+/* Query i of n, times scale and a power of two that leaves no small halves, as halves [block of columns][n][32]; zeros where there is none.
+ * w.fine: behind all of them what they leave. One number undoes the power. By a warp. */
 __device__ __forceinline__ void load_halves(const Job &w, const Unit &u, int i, int n) {
   uint16_t *to = area<uint16_t>(w.at.q) + i * COLUMNS + lane_of();
   const bool there = i < queries_of(u);
   const char *from = there ? query_at(w, u, i) : nullptr;
+  float most = 0.0f, undo;
+  for (int j = lane_of(); there && j < w.e; j += 32) most = fmaxf(most, fabsf(*(const float *)(from + j * w.q_element) * w.scale));
+  const float power = raise_to_halves(lanes_max(most), undo);
   for (int b = 0; b < w.ne; b++) {
     const int j = b * COLUMNS + lane_of();
-    to[b * n * COLUMNS] = there && j < w.e ? half_bits(__fmul_rn(*(const float *)(from + j * w.q_element), w.scale)) : 0;
+    const float x = there && j < w.e ? __fmul_rn(__fmul_rn(*(const float *)(from + j * w.q_element), w.scale), power) : 0.0f;
+    const uint16_t held = half_bits(x);
+    to[b * n * COLUMNS] = held;
+    if (w.fine) to[(w.ne + b) * n * COLUMNS] = half_bits(x - from_half(held));
   }
+  if (lane_of() == 0) area<float>(w.at.q_scale)[i] = undo;
 }
 
 /* Query i of n as codes, mixed: [block][n][32 bytes], one scale, and a sum for each block. By a warp. */
@@ -309,24 +345,42 @@ __device__ __forceinline__ void load_queries(const Job &w, const Unit &u, int n)
 
 /* ---- products; all by a warp ---- */
 
-/* s[j] = queries first .. first + 15 (of n) by keys 8 (key + j) .. + 7, j < KEYS. */
+/* Scores times what is a query's scale. */
 template <int KEYS>
-__device__ __forceinline__ void scores_of_halves(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
-  const int lane = again(lane_of());
+__device__ __forceinline__ void scale_scores(const Job &w, int first, float (&s)[KEYS][4]) {
+  const float *scales = area<float>(w.at.q_scale) + first + lane_of() / 4, low = scales[0], high = scales[8];
+#pragma unroll
+  for (int j = 0; j < KEYS; j++) s[j][0] *= low, s[j][1] *= low, s[j][2] *= high, s[j][3] *= high;
+}
+
+/* s[j] = queries first .. first + 15 (of n) by keys 8 (key + j) .. + 7, j < KEYS. */
+template <int KEYS, bool FINE>
+__device__ __forceinline__ void add_scores(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
+  const int lane = again(lane_of()), behind = w.ne * n * 64;
   const char *q = area<char>(w.at.q) + first * 64 + lane * 16, *k = tile + key * 512 + lane * 16;
 #pragma unroll
   for (int j = 0; j < KEYS; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
   for (int b = 0; b < w.ne; b++, q += n * 64, k += HALF_TILE) {
     const uint4 x = *(const uint4 *)q, y = *(const uint4 *)(q + 512);
+    const uint4 xx = FINE ? *(const uint4 *)(q + behind) : x, yy = FINE ? *(const uint4 *)(q + behind + 512) : y;
     const uint32_t low[4] = {x.x, y.x, x.y, y.y}, high[4] = {x.z, y.z, x.w, y.w};
+    const uint32_t low_less[4] = {xx.x, yy.x, xx.y, yy.y}, high_less[4] = {xx.z, yy.z, xx.w, yy.w};
 #pragma unroll
     for (int j = 0; j < KEYS; j++) {
       const uint4 v = *(const uint4 *)(k + j * 512);
       const uint32_t first_two[2] = {v.x, v.y}, last_two[2] = {v.z, v.w};
       mma_f16(s[j], low, first_two);
       mma_f16(s[j], high, last_two);
+      if (FINE) mma_f16(s[j], low_less, first_two);
+      if (FINE) mma_f16(s[j], high_less, last_two);
     }
   }
+  scale_scores<KEYS>(w, first, s);
+}
+template <int KEYS>
+__device__ __forceinline__ void scores_of_halves(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
+  if (w.fine) add_scores<KEYS, true>(w, first, n, tile, key, s);
+  else add_scores<KEYS, false>(w, first, n, tile, key, s);
 }
 
 /* Keys in blocks as scores_of_codes takes them: block of columns b of keys 8 group .. 8 group + 7, unpacked (for many queries). */
@@ -390,13 +444,12 @@ __device__ __forceinline__ void scores_of_codes(const Job &w, int first, int n, 
       for (int i = 0; i < 4; i++) s[j][i] = fmaf(i / 2 ? sum_high : sum_low, i % 2 ? least.y : least.x, s[j][i]);
     }
   }
-  const float low = area<float>(w.at.q_scale)[first + g], high = area<float>(w.at.q_scale)[first + g + 8];
-#pragma unroll
-  for (int j = 0; j < KEYS; j++) s[j][0] *= low, s[j][1] *= low, s[j][2] *= high, s[j][3] *= high;
+  scale_scores<KEYS>(w, first, s);
 }
 
 /* acc[i] += the probabilities of 16 keys by a block of columns of V, of which v[s] are this lane's four elements of its s-th key. */
-__device__ __forceinline__ void add_products(const uint32_t (&p)[4], const uint2 (&v)[4], float (&acc)[4][4]) {
+template <bool FINE>
+__device__ __forceinline__ void add_products(const uint32_t (&p)[4], const uint32_t (&less)[4], const uint2 (&v)[4], float (&acc)[4][4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     uint32_t x[4];
@@ -405,27 +458,30 @@ __device__ __forceinline__ void add_products(const uint32_t (&p)[4], const uint2
     const int halves = i % 2 ? 0x7632 : 0x5410;
     const uint32_t keys[2] = {__byte_perm(x[0], x[1], halves), __byte_perm(x[2], x[3], halves)};
     mma_f16(acc[i], p, keys);
+    if (FINE) mma_f16(acc[i], less, keys);
   }
 }
 
 /* V as halves; step: which 16 keys of the tile. */
-__device__ __forceinline__ void add_values(const uint32_t (&p)[4], const char *block, int step, float (&acc)[4][4]) {
+template <bool FINE>
+__device__ __forceinline__ void add_values(const uint32_t (&p)[4], const uint32_t (&less)[4], const char *block, int step, float (&acc)[4][4]) {
   const int g = lane_of() / 4, t = lane_of() % 4;
   const char *v = block + step * 1024 + t * 64 + part_of_value(t, g / 2) + g % 2 * 8;
   const uint2 x[4] = {*(const uint2 *)v, *(const uint2 *)(v + 256), *(const uint2 *)(v + 512), *(const uint2 *)(v + 768)};
-  add_products(p, x, acc);
+  add_products<FINE>(p, less, x, acc);
 }
 
 /* V in blocks as they lie in the cache; tile: at the block of columns. */
-__device__ __forceinline__ void add_blocks(const uint32_t (&p)[4], const char *tile, int pitch, int32_t dtype, int step,
+__device__ __forceinline__ void add_blocks(const uint32_t (&p)[4], const uint32_t (&less)[4], const char *tile, int pitch, int32_t dtype, int step,
                                            float (&acc)[4][4]) {
-  uint2 x[4];
+  uint2 x[4], rest[4];
 #pragma unroll
   for (int s = 0; s < 4; s++) {
     const char *block = tile + (16 * step + lane_of() % 4 * 2 + s % 2 + s / 2 * 8) * pitch;
-    x[s] = halves_of_codes(four_codes_of(block, dtype, lane_of() / 4), scale_of(block), least_of(block, dtype));
+    x[s] = halves_of_codes(four_codes_of(block, dtype, lane_of() / 4), scale_of(block), least_of(block, dtype), rest[s]);
   }
-  add_products(p, x, acc);
+  add_products<true>(p, less, x, acc);
+  add_products<false>(p, less, rest, acc);
 }
 
 } // namespace pe

@@ -6,7 +6,7 @@
  * none reads nothing else. Queries of the list pass through shared memory, QUERIES at once: a thread makes the scores of one key and every
  * (128 / KEYS)-th of them, elements ascending, then their powers; then the thread of a key adds them, one query after the other. So a sum
  * has the same bits however a prompt is cut, and for plain numbers they are the CPU's, where attention is of floats. Where it is of halves,
- * probabilities are off by what those rounded, about 1e-3. Over keys in blocks queries are rounded to 8 bits, as everywhere.
+ * probabilities are off by what is left of those, about 1e-6. Over keys in blocks queries are rounded to 8 bits, as everywhere.
  *
  * Shared memory: keys [KEYS][e rounded up to 4, + 4] and queries [QUERIES][the same] as floats; rows are 16 bytes more than a multiple of
  * 128 apart for the usual widths, so that 8 lanes' 16-byte loads meet no bank twice. 2 e operations a query and key, 1 + 1 / QUERIES loads
@@ -32,7 +32,7 @@ struct Sums {
   int64_t cells_stride, n_keys;     /* n_keys: of a head in `sums` */
   pe_fault *fault;
   int kinds[CHANNELS];
-  float scale, softcap;
+  float scale, softcap, over;       /* over: 1 / softcap */
   int m, h, group, e, l, n_sequences, channels, pitch;
 };
 
@@ -48,6 +48,7 @@ template <int KEYS> struct Shared {
 
 __device__ __forceinline__ bool has_weights(const Sums &w, int row) {
   bool any = false;
+#pragma unroll 1
   for (int c = 0; c < w.channels; c++) any |= w.weights[(int64_t)row * w.channels + c] != 0.0f;
   return any;
 }
@@ -109,6 +110,7 @@ template <int KEYS> __device__ __forceinline__ void load_keys(const Sums &w, Sha
   const int32_t *map = (const int32_t *)((const char *)w.cells + blockIdx.z * w.cells_stride);
   for (int j = threadIdx.x; j < KEYS; j += THREADS) sh.cells[j] = first + j < w.l ? map[first + j] : -1;
   __syncthreads();
+#pragma unroll 1 /* side by side, all formats of several elements are more than a thread has registers for */
   for (int i = threadIdx.x; i < KEYS * w.pitch; i += THREADS) {
     const int cell = sh.cells[i / w.pitch], at = i % w.pitch;
     to[i] = (uint32_t)cell < w.k.cells && at < w.e ? element_of(w.k, cell_at(w.k, blockIdx.y, cell), at) : 0.0f;
@@ -118,6 +120,7 @@ template <int KEYS> __device__ __forceinline__ void load_keys(const Sums &w, Sha
 /* Queries from number `first` of the list on, n of them, scaled; over keys in blocks mixed and rounded to 8 bits. */
 __device__ __forceinline__ void load_queries(const Sums &w, const List &list, int first, int n, float *to) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int i = threadIdx.x / 32; i < n; i += THREADS / 32) {
     float *x = to + i * w.pitch;
     const char *from = w.q + list.row[(first + i) / w.group] * w.q_row + ((int)blockIdx.y * w.group + (first + i) % w.group) * w.q_head;
@@ -140,6 +143,7 @@ template <int KEYS> __device__ __forceinline__ void find_powers(const Sums &w, S
   float s[OWN];
 #pragma unroll
   for (int i = 0; i < OWN; i++) s[i] = 0.0f;
+#pragma unroll 2
   for (int at = 0; at < (w.e + 3) / 4; at++) {
     const float4 y = k[at];
 #pragma unroll
@@ -150,13 +154,15 @@ template <int KEYS> __device__ __forceinline__ void find_powers(const Sums &w, S
     }
   }
 #pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    const int own = lane + LANES * i, number = (first_query + own) / w.group;
-    if (own >= n) continue;
+  for (int i = 0; i < OWN; i++) sh.less[lane + LANES * i][key] = s[i];
+#pragma unroll 1 /* from there, and one by one: side by side they are more than a thread has registers for */
+  for (int own = lane; own < n; own += LANES) {
+    const int number = (first_query + own) / w.group;
     const bool seen = first + key < w.l && sees(sh.list.first[number], sh.list.keys[number], first + key, w.l);
     if (seen && (uint32_t)sh.cells[key] >= w.k.cells) raise(w.fault, PE_BAD_VALUE, sh.cells[key], w.k.cells);
     const int64_t query = (int64_t)sh.list.row[number] * w.h + (int)blockIdx.y * w.group + (first_query + own) % w.group;
-    const float x = w.softcap != 0.0f ? tanh_of(s[i] * __fdiv_rn(1.0f, w.softcap)) * w.softcap : s[i];
+    float x = sh.less[own][key];
+    if (w.softcap != 0.0f) x = tanh_of(x * w.over) * w.softcap;
     sh.less[own][key] = seen ? __fsub_rn(x, w.stats[2 * query]) : 0.0f;
     sh.power[own][key] = seen ? exp_of(__fsub_rn(x, w.stats[2 * query])) : 0.0f;
   }
@@ -165,6 +171,7 @@ template <int KEYS> __device__ __forceinline__ void find_powers(const Sums &w, S
 /* Add what n queries give the thread's key. */
 template <int KEYS>
 __device__ __forceinline__ void add_queries(const Sums &w, const Shared<KEYS> &sh, int first_query, int n, float (&acc)[CHANNELS]) {
+#pragma unroll 1
   for (int i = 0; i < n; i++) {
     const int64_t row = sh.list.row[(first_query + i) / w.group];
     const float total = w.stats[2 * (row * w.h + (int)blockIdx.y * w.group + (first_query + i) % w.group) + 1];
@@ -183,7 +190,7 @@ __device__ __forceinline__ void add_queries(const Sums &w, const Shared<KEYS> &s
   }
 }
 
-template <int KEYS> __global__ void __launch_bounds__(THREADS) key_sums_kernel(const Sums w) {
+template <int KEYS> __global__ void __launch_bounds__(THREADS, 4) key_sums_kernel(const Sums w) {
   Shared<KEYS> &sh = shared<Shared<KEYS>>();
   const int first = blockIdx.x * KEYS, end = min(first + KEYS, w.l), key = threadIdx.x;
   float *sums = w.sums + (blockIdx.y * w.n_keys + (int64_t)blockIdx.z * w.l + first + key) * w.channels, acc[CHANNELS] = {};
@@ -240,7 +247,7 @@ PE_KERNEL(cuda, key_sums)(const pe_tensor *sums, const pe_tensor *q, const pe_te
   w.lo = data_of<int32_t>(lo), w.hi = data_of<int32_t>(hi), w.seq = data_of<int32_t>(seq), w.cells = data_of<int32_t>(cells);
   w.cells_stride = cells->stride[0], w.n_sequences = (int)cells->shape[0], w.l = (int)cells->shape[1];
   for (int c = 0; c < w.channels; c++) w.kinds[c] = p->kinds[c];
-  w.scale = p->scale, w.softcap = p->softcap;
+  w.scale = p->scale, w.softcap = p->softcap, w.over = 1.0f / p->softcap;
   w.m = (int)q->shape[0], w.h = (int)h, w.group = (int)(h / g), w.e = (int)q->shape[2];
   w.pitch = (int)round_up(w.e, 4) + 4;
   if (w.e <= 128) start<64>(w, (int)g, stream(s));

@@ -21,7 +21,6 @@ def kernels(request: pytest.FixtureRequest, cuda_device: str) -> Iterator[Device
     """Kernels of the device that is tested; which keys are for halves is read when one runs."""
     own = backend(cuda_device)
     made = DeviceKernels(own.own, own.index)
-    made.rounding = 4e-4                                     # of halves, and of queries over keys in blocks
     os.environ[BORDER] = str(request.param)
     yield made
     del os.environ[BORDER]

@@ -61,9 +61,7 @@ def describe(a: np.ndarray | Block) -> CTensor:
 
 
 class Runner(ABC):
-    """What runs single kernels. rounding: of what its attention multiplies, about."""
-
-    rounding = 3e-7
+    """What runs single kernels."""
 
     @abstractmethod
     def run(self, name: str, groups: Sequence[Sequence[CTensor]], n_out: int, params: dict[str, Any], threads: int = 1,
