@@ -102,7 +102,7 @@ def bind(files: Files, with_encoders: bool = True) -> Bound:
     weights.finish(ignore=(*FACTORS, *(() if encoders and not files.mmproj else ENCODER_TENSORS)))
     for adapter in files.adapters:
         check_base(adapter, files.model)
-    return Bound(files, model, encoders, not with_encoders and _with_encoder(files, weights), ranks)
+    return Bound(files, model, encoders, not with_encoders and _with_encoder(files, weights), ranks=ranks)
 
 
 PADDED = 128                         # tokens by which vocabularies may differ: they end in padding, to a number that suits the makers' hardware
