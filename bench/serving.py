@@ -173,11 +173,13 @@ def load(model: Path, seeing: Path | None, streams: int, seeing_streams: int, mi
         idle = {"running": server.metric("pyengine_requests_running"), "waiting": server.metric("pyengine_requests_waiting"),
                 "files": server.facts.num_fds(), "files_before": seen[0][2]}
     settled = [rss for at, rss, _ in seen if at > min(60, seconds / 3)]
-    made = found["tokens"]
+    made, ended = found["tokens"], found["finished"] + found["left"]
     return {"streams": streams, "with_pictures": seeing_streams if seeing else 0, "minutes": seconds / 60, "finished": found["finished"], "left": found["left"],
             "wrong": found["wrong"][:10], "n_wrong": len(found["wrong"]), "different": found["different"][:5], "n_different": len(found["different"]),
             "tokens_per_second": made / seconds, "first_p50": float(np.percentile(found["first"], 50)), "first_p95": float(np.percentile(found["first"], 95)),
-            "http_ms_per_token": 1e3 * http / max(1, made), "resident_mb": [settled[0] / 1e6, min(settled) / 1e6, max(settled) / 1e6, settled[-1] / 1e6],
+            "http_ms_per_token": 1e3 * http / max(1, made),
+            "http_ms_per_answer": 1e3 * http / max(1, ended), "tokens_per_answer": made / max(1, ended),
+            "resident_mb": [settled[0] / 1e6, min(settled) / 1e6, max(settled) / 1e6, settled[-1] / 1e6],
             "idle": idle, "correct": not found["wrong"] and not found["different"] and not idle["running"] and not idle["waiting"]}
 
 
@@ -210,7 +212,8 @@ def run(model: Path, seeing: Path | None, numbers: tuple[int, int], minutes: flo
         results.append({"test": "load", **(found := load(model, seeing, *numbers, minutes, n_threads))})
         print(f"load: {found['finished']} answers, {found['left']} left, {found['n_wrong']} errors, {found['n_different']} differ; "
               f"{found['tokens_per_second']:.0f} tokens/s, first token p50 {found['first_p50']:.2f} s, p95 {found['first_p95']:.2f} s; "
-              f"HTTP {found['http_ms_per_token']:.3f} ms a token; resident {' '.join(f'{m:.0f}' for m in found['resident_mb'])} MB; idle {found['idle']}")
+              f"HTTP {found['http_ms_per_token']:.3f} ms a token, {found['http_ms_per_answer']:.2f} an answer of {found['tokens_per_answer']:.1f} tokens; "
+              f"resident {' '.join(f'{m:.0f}' for m in found['resident_mb'])} MB; idle {found['idle']}")
     if command:
         results.append({"test": "beside", **(found := beside(model, command, 16, rounds, n_threads))})
         for name in ("pyengine", "llama.cpp"):
