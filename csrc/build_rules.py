@@ -14,11 +14,12 @@ _X86 = {
     "avx2": _AVX2,
     "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
 }
-_ARM = {"generic": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]}
+_ARM = {"generic": [], "neon": ["-march=armv8.2-a+dotprod+fp16"], "i8mm": ["-march=armv8.2-a+dotprod+fp16+i8mm"]}
 _ISAS = {"x86_64": _X86, "AMD64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
 # zig names processors by -mcpu with LLVM's words for features.
-ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16"}
+ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16",
+             "-march=armv8.2-a+dotprod+fp16+i8mm": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm"}
 
 # -ffp-contract=off: whether products and sums are fused is said in simd.h and never left to the compiler.
 COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden",

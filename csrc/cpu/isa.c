@@ -17,6 +17,12 @@ extern pe_status pe_avx2_nearest(const pe_nearest_input *, void *, int32_t *, do
 static int has_avx2(void) { return pe_x86_ask().avx2; }
 #endif
 
+#if defined(PE_HAVE_i8mm)
+extern const pe_kernel_entry pe_i8mm_kernels[];
+extern pe_status pe_i8mm_quantize(int32_t, const float *, void *, int64_t);
+extern pe_status pe_i8mm_nearest(const pe_nearest_input *, void *, int32_t *, double *);
+#endif
+
 #if defined(PE_HAVE_neon)
 extern const pe_kernel_entry pe_neon_kernels[];
 extern pe_status pe_neon_quantize(int32_t, const float *, void *, int64_t);
@@ -27,12 +33,26 @@ extern pe_status pe_neon_nearest(const pe_nearest_input *, void *, int32_t *, do
 #define HWCAP_ASIMDDP (1 << 20)
 #define HWCAP_ASIMDHP (1 << 10)
 #endif
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13)
+#endif
 static int has_neon(void) {
   unsigned long caps = getauxval(AT_HWCAP);
   return (caps & HWCAP_ASIMDDP) && (caps & HWCAP_ASIMDHP);
 }
+static int has_i8mm(void) { return has_neon() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }
 #else
 static int has_neon(void) { return 1; } /* every Apple and Windows arm64 machine has dot products */
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+static int has_i8mm(void) { /* M2 and later */
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, 0, 0) && has;
+}
+#else
+static int has_i8mm(void) { return 0; } /* Windows has no word for it that all its versions know */
+#endif
 #endif
 #endif
 
@@ -47,6 +67,9 @@ const pe_isa pe_isas[] = {
 #endif
 #if defined(PE_HAVE_avx2)
   {"avx2", pe_avx2_kernels, has_avx2, pe_avx2_quantize, pe_avx2_nearest},
+#endif
+#if defined(PE_HAVE_i8mm)
+  {"i8mm", pe_i8mm_kernels, has_i8mm, pe_i8mm_quantize, pe_i8mm_nearest},
 #endif
 #if defined(PE_HAVE_neon)
   {"neon", pe_neon_kernels, has_neon, pe_neon_quantize, pe_neon_nearest},

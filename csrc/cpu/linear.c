@@ -161,7 +161,7 @@ static pe_status product(const linear_product *p) {
   if (linear_is_float(p->w)) {
     if (!p->packed || p->rows > ROWS_FEW || p->gather) return PE_NAME(linear_floats)(p);
     PE_NAME(linear_few_floats)(p);
-  } else if (p->rows <= ROWS_FEW && !p->gather && PE_NAME(linear_has_few)()) {
+  } else if (p->rows <= PE_NAME(linear_most_few)() && !p->gather) {
     PE_NAME(linear_few)(p);
   } else {
     PE_NAME(linear_tiles)(p);

@@ -9,9 +9,14 @@
 #include "linear_parts.h"
 
 #if defined(PE_GENERIC) /* too few registers */
-int PE_NAME(linear_has_few)(void) { return 0; }
+int PE_NAME(linear_most_few)(void) { return 0; }
 void PE_NAME(linear_few)(const linear_product *t) { (void)t; }
 #else
+#if defined(PE_NEON)
+#include "linear_neon.h"
+enum { MOST_FEW = 2 }; /* a panel that is unpacked and tiled takes fewer instructions for 3 rows and more: docs/portability.md */
+#else
+enum { MOST_FEW = ROWS_FEW };
 /* sum + products of `count` vectors of codes, from u on, with x. run: of how many, where runs save something; else 1, and two sums wait less
  * for each other. */
 PE_INLINE v16i products(int z128, int run, int count, const v64u *u, const int8_t *x, v16i sum) {
@@ -36,25 +41,19 @@ PE_INLINE void decode_rows(int id, int rows, const uint8_t *group, const uint8_t
   const pe_traits t = pe_traits_of(id);
   const int steps = t.k / 32, z128 = t.zero == 128, zero = z128 ? 128 - PE_DOT_ZERO : t.zero;
   const int count = 8 / t.halves, run = z128 || PE_RUN(255) > 1 ? 1 : (int)pe_min(PE_RUN(pe_most_code(t)), count);
+  const int step_bytes = (t.head + t.body) / steps;
   const int64_t blocks = k / t.k, slice = linear_slice(k) * 32 / t.k;
   v16f acc[ROWS_FEW];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++) acc[i] = v16f_zero();
   for (int64_t b = 0, end = slice; b < blocks; b++) {
     const uint8_t *head = pe_block_head(t, group, b), *body = pe_block_body(t, group, b);
-    const int64_t at = body - group;
 PE_UNROLL_STEPS
     for (int j = 0; j < steps; j++) {
       pe_step w;
       pe_unpack(id, head, body, j, &w);
       int64_t s = b * steps + j;
-      {
-        const int step_bytes = (t.head + t.body) / steps;
-        int64_t ahead = at + DECODE_AHEAD + (int64_t)j * step_bytes;
-        const uint8_t *p = ahead < bytes ? group + ahead : next + (ahead - bytes);
-PE_UNROLL(9)
-        for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(p + 64 * c);
-      }
+      decode_fetch(group, next, bytes, body - group + (int64_t)j * step_bytes, step_bytes);
 PE_UNROLL(8)
       for (int i = 0; i < rows; i++) {
         const linear_step *a = linear_step_of(x, ld, i, s);
@@ -78,6 +77,7 @@ PE_UNROLL(8)
     end += slice;
   }
 }
+#endif
 
 typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,
                        float *out);
@@ -88,7 +88,13 @@ typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes,
                                    int64_t ld, float *out) {                                                           \
     decode_rows(PE_##id, rows, group, next, bytes, k, x, ld, out);                                                     \
   }
+#if defined(PE_NEON)
+#define DECODE_FORMAT(id, ...) DECODE(id, 1) DECODE(id, 2)
+#define DECODERS(id) {{decode_##id##_1, decode_##id##_2}}
+#else
 #define DECODE_FORMAT(id, ...) DECODE(id, 1) DECODE(id, 2) DECODE(id, 3) DECODE(id, 4)
+#define DECODERS(id) {{decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}}
+#endif
 PE_PACKED_BLOCKS(DECODE_FORMAT)
 
 typedef struct decoder { decode_fn *rows[ROWS_FEW]; } decoder;
@@ -97,7 +103,7 @@ static const decoder *decoder_of(int32_t id) {
   switch (id) {
 #define DECODER(id, ...)                                                                                               \
   case PE_##id: {                                                                                                      \
-    static const decoder d = {{decode_##id##_1, decode_##id##_2, decode_##id##_3, decode_##id##_4}};                   \
+    static const decoder d = DECODERS(id);                                                                             \
     return &d;                                                                                                         \
   }
     PE_PACKED_BLOCKS(DECODER)
@@ -106,7 +112,7 @@ static const decoder *decoder_of(int32_t id) {
   }
 }
 
-int PE_NAME(linear_has_few)(void) { return 1; }
+int PE_NAME(linear_most_few)(void) { return MOST_FEW; }
 
 void PE_NAME(linear_few)(const linear_product *t) {
   decode_fn *const decode = decoder_of(t->id)->rows[t->rows - 1];

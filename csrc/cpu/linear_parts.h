@@ -64,8 +64,20 @@ PE_INLINE const uint8_t *linear_group(const linear_product *t, int64_t panel, in
 }
 
 /* Bytes of a step of an unpacked panel: codes of vector g of group v at 64 (PANEL_GROUPS g + v); then scales, dot_base of scales, and offsets,
- * one float vector for each half and group. */
-PE_INLINE int64_t panel_step_bytes(int halves, int offsets) { return 64 * PANEL_GROUPS * (8 + halves * (2 + offsets)); }
+ * one float vector for each half and group. On Arm linear_neon.h says where what lies: no dot_base, and i8mm has floats twice. */
+#if defined(PE_NEON)
+enum { PANEL_SCALES = 1 };
+#else
+enum { PANEL_SCALES = 2 };
+#endif
+#if defined(PE_I8MM)
+enum { PANEL_FLOATS = 2 };
+#else
+enum { PANEL_FLOATS = 1 };
+#endif
+PE_INLINE int64_t panel_step_bytes(int halves, int offsets) {
+  return 64 * PANEL_GROUPS * (8 + PANEL_FLOATS * halves * (PANEL_SCALES + offsets));
+}
 
 PE_INLINE int64_t linear_sums(const linear_product *t) { return t->rows * 16 * PANEL_GROUPS; } /* of a panel */
 
@@ -97,8 +109,30 @@ PE_INLINE v16f linear_floats_of(int id, const uint8_t *p) {
   return id == PE_F32 ? v16f_load((const float *)p) : id == PE_F16 ? v16f_load_f16(p) : v16f_load_bf16(p);
 }
 
-int PE_NAME(linear_has_few)(void);                         /* whether this instruction set has registers enough for linear_few */
-void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to ROWS_FEW rows */
+/* What will be unpacked after a panel: from byte `at` of its groups on, and behind their end that of those that come next. While the panel
+ * is multiplied, `lines` cache lines of each group are asked for, in so many `steps`: memory works while tiles compute. */
+typedef struct panel_ahead {
+  const uint8_t *group[PANEL_GROUPS], *next[PANEL_GROUPS];
+  int64_t at, end;
+  int64_t lines, steps, due; /* steps: calls of fetch_ahead; due: what is left of `lines` for each of them so far */
+} panel_ahead;
+
+PE_INLINE void fetch_ahead(panel_ahead *t) {
+  for (t->due += t->lines; t->due >= t->steps; t->due -= t->steps, t->at += 64)
+PE_UNROLL(8)
+    for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(t->at < t->end ? t->group[v] + t->at : t->next[v] + (t->at - t->end));
+}
+
+/* Ask for the step of so many bytes that lies DECODE_AHEAD behind place `at` of a group: of this one, or of what is read next. */
+PE_INLINE void decode_fetch(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t at, int step_bytes) {
+  const int64_t ahead = at + DECODE_AHEAD;
+  const uint8_t *p = ahead < bytes ? group + ahead : next + (ahead - bytes);
+PE_UNROLL(9)
+  for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(p + 64 * c);
+}
+
+int PE_NAME(linear_most_few)(void);                        /* rows that linear_few takes at most; 0: too few registers for any */
+void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to so many rows */
 void PE_NAME(linear_tiles)(const linear_product *t);       /* packed blocks, any rows */
 void PE_NAME(linear_few_floats)(const linear_product *t);  /* packed floats, up to ROWS_FEW rows */
 pe_status PE_NAME(linear_floats)(const linear_product *t); /* all other weights */

@@ -8,19 +8,11 @@
 #include "dots.h"
 #include "linear_parts.h"
 
-/* What will be unpacked after a panel: from byte `at` of its groups on, and behind their end that of those that come next. While the panel
- * is multiplied, `lines` cache lines of each group are asked for, so many in so many `steps`: memory works while tiles compute. */
-typedef struct panel_ahead {
-  const uint8_t *group[PANEL_GROUPS], *next[PANEL_GROUPS];
-  int64_t at, end;
-  int64_t lines, steps, due; /* due: what is left of `lines` for each of the steps so far */
-} panel_ahead;
-
-PE_INLINE void fetch_ahead(panel_ahead *t) {
-  for (t->due += t->lines; t->due >= t->steps; t->due -= t->steps, t->at += 64)
-PE_UNROLL(8)
-    for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(t->at < t->end ? t->group[v] + t->at : t->next[v] + (t->at - t->end));
-}
+#if defined(PE_NEON)
+#include "linear_neon.h"
+#else
+/* How often a tile of `count` steps calls fetch_ahead. */
+PE_INLINE int64_t tile_fetches(int64_t count) { return count; }
 
 /* Steps s0 .. s0 + count - 1 of PANEL_GROUPS groups. */
 PE_INLINE void unpack_panel(int id, const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to) {
@@ -115,6 +107,7 @@ PE_UNROLL(8)
 PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) linear_end(to, 16 * (PANEL_GROUPS * i + v), sum[i][v]);
 }
+#endif
 
 typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m,
                      panel_ahead *ahead, linear_target to);
@@ -191,7 +184,7 @@ static panel_ahead panel_ahead_of(const linear_product *t, pe_traits c, int64_t 
     y.next[v] = t->next + v * t->bytes;
   }
   y.lines = (count / c.k * bytes + 63) / 64;
-  y.steps = (t->rows + INT_TILE_ROWS - 1) / INT_TILE_ROWS * (count / 32);
+  y.steps = (t->rows + INT_TILE_ROWS - 1) / INT_TILE_ROWS * tile_fetches(count / 32);
   return y;
 }
 

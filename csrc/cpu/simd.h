@@ -23,6 +23,9 @@
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define PE_NEON 1
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define PE_I8MM 1
+#endif
 #include <arm_neon.h>
 #else
 #define PE_GENERIC 1
@@ -89,7 +92,8 @@ typedef struct { pe_pb a, b, c, d; } v64u;
 /* ---- what an instruction set adds, one part at a time ----
  * p_fma(a, b, c) = a*b + c     p_min, p_max: the second operand when either is NaN (x86's rule)
  * p_select_lt(a, b, x, y) = a < b ? x : y     p_round: float to int32, nearest even     p_table: 16 bytes, index < 16
- * p_f16 / p_to_f16, p_i8: from and to memory
+ * p_f16 / p_to_f16, p_i8: from and to memory     p_insert: bits of another vector where a mask has them and the first has
+ *   none     p_high_nibbles: of bytes
  * p_dot_u7(acc, w, x): acc[l] += sum over 4 bytes of w[l] (unsigned, <= 127) * x[l] (signed, >= -127)
  * p_dot_z128(acc, w, x): the same for any unsigned w, less PE_DOT_ZERO times the sum of x: VNNI multiplies unsigned bytes
  *   (PE_DOT_ZERO 0: the caller takes off 128 * sum), the others take off the zero point 128 themselves (PE_DOT_ZERO 128). */
@@ -304,6 +308,14 @@ PE_INLINE pe_pi p_dot_s(pe_pi acc, pe_pb w, pe_pb x) {
 }
 PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_s(acc, w, x); }
 PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_s(acc, w ^ (uint8_t)0x80, x); }
+#endif
+
+#if defined(PE_NEON) /* one instruction each */
+PE_INLINE pe_pb p_insert(pe_pb a, pe_pb b, uint8_t mask) { return (pe_pb)vbslq_u8(vdupq_n_u8(mask), (uint8x16_t)b, (uint8x16_t)a); }
+PE_INLINE pe_pb p_high_nibbles(pe_pb a) { return (pe_pb)vshrq_n_u8((uint8x16_t)a, 4); }
+#else
+PE_INLINE pe_pb p_insert(pe_pb a, pe_pb b, uint8_t mask) { return a | (b & mask); }
+PE_INLINE pe_pb p_high_nibbles(pe_pb a) { return (pe_pb)((pe_ph)a >> 4) & 15; }
 #endif
 
 /* ---- loads and stores; the _n forms touch n <= 16 lanes only, loads give 0 for the rest ---- */

@@ -60,11 +60,16 @@ LOOP(fp32_neon, , float32x4_t, 8)
 #undef STEP
 #define STEP(a, x, y) vdotq_s32(a, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(y))
 LOOP(int8_neon, TARGET("arch=armv8.2-a+dotprod"), int32x4_t, 32)
-static int has_neon(void) {
+#undef STEP
+#define STEP(a, x, y) vmmlaq_s32(a, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(y))
+LOOP(int8_i8mm, TARGET("arch=armv8.2-a+dotprod+i8mm"), int32x4_t, 64)
+static int has(const char *name) {
   for (const pe_isa *i = pe_isas; i->name; i++)
-    if (!strcmp(i->name, "neon")) return i->supported();
+    if (!strcmp(i->name, name)) return i->supported();
   return 0;
 }
+static int has_neon(void) { return has("neon"); }
+static int has_i8mm(void) { return has("i8mm"); }
 #endif
 static int always(void) { return 1; }
 
@@ -77,6 +82,7 @@ static const struct {
   {"avx512", has_avx512, int8_avx512, fp32_avx512},
   {"avx2", has_avx2, int8_avx2, fp32_avx2},
 #elif defined(__aarch64__)
+  {"i8mm", has_i8mm, int8_i8mm, fp32_neon},
   {"neon", has_neon, int8_neon, fp32_neon},
 #endif
   {"generic", always, int8_generic, fp32_generic},

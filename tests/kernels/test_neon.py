@@ -1,4 +1,4 @@
-"""The NEON kernels (with dot products), cross-compiled and run under qemu.
+"""The kernels for 64-bit Arm (NEON with dot products, and i8mm), cross-compiled and run under qemu.
 
 Every declared case of every op, every weight format of `linear` and `rows`, and hostile run-time values, against the
 NumPy reference; and the same bits as this machine's own kernels. The tests imported from test_kernels are collected
@@ -47,6 +47,14 @@ def arm(request: pytest.FixtureRequest) -> str:
         crossbuild.build(request.param)
     except crossbuild.ToolMissing as missing:
         pytest.skip(str(missing))
+    return request.param
+
+
+@pytest.fixture(params=["neon", "i8mm"])
+def isa(arm: str, request: pytest.FixtureRequest) -> str:
+    """An instruction set whose products are a text of their own."""
+    if request.param not in crossbuild.instruction_sets(arm):
+        pytest.skip(f"the emulator has no {request.param}: needs QEMU 6.1 or newer")
     return request.param
 
 
@@ -173,14 +181,14 @@ def codebooks(names: Sequence[str]) -> dict[int, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
-def test_linear_packed(arm: str, name: str) -> None:
+def test_linear_packed(arm: str, isa: str, name: str) -> None:
     """Values; and one row's bits, whatever rows and threads there are."""
     rng = rng_of(("neon", name))
     unit = 0 if name in FLOATS else 256 if dtype(name).block == 256 else 32
     for n, k in ((1, unit or 5), (49, 3 * unit or 77), (33, 1024 if unit else 333)):
         w, x = Matrix(rng, name, n, k), rows_of(rng, max(ROWS), k)
         calls = [linear_call(x[:m], [w]) for m in ROWS]
-        once, again = (crossbuild.run(arm, "neon", threads, calls) for threads in (1, 3))
+        once, again = (crossbuild.run(arm, isa, threads, calls) for threads in (1, 3))
         whole = results_of(calls[-1], once[-1])[0]
         check_product(whole, x, w.values, name in QUANTIZED)
         for m, call, a, b in zip(ROWS, calls, once, again):
@@ -189,18 +197,18 @@ def test_linear_packed(arm: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNPACKED + FLOATS)
-def test_linear_from_the_file(arm: str, name: str) -> None:
+def test_linear_from_the_file(arm: str, isa: str, name: str) -> None:
     rng = rng_of(("neon file", name))
     w = Matrix(rng, name, 35, 96) if name in FLOATS else Blocks(rng, name, 35, 2 * max(64, dtype(name).block))
     x = rows_of(rng, 9, w.k)
     calls = [linear_call(x[:m], [w], packed=False) for m in (1, 9)]
     for threads in (1, 3):
-        for m, call, done in zip((1, 9), calls, crossbuild.run(arm, "neon", threads, calls, codebooks([name]))):
+        for m, call, done in zip((1, 9), calls, crossbuild.run(arm, isa, threads, calls, codebooks([name]))):
             check_product(results_of(call, done)[0], x[:m], w.values, False)
 
 
 @pytest.mark.parametrize("index", range(len(REGISTRY["linear"].cases)))
-def test_linear_declared_cases(arm: str, index: int) -> None:
+def test_linear_declared_cases(arm: str, isa: str, index: int) -> None:
     """Everything around the product, in float32 weights."""
     op, case = REGISTRY["linear"], REGISTRY["linear"].cases[index]
     rng = rng_of(("neon linear", index))
@@ -214,7 +222,7 @@ def test_linear_declared_cases(arm: str, index: int) -> None:
                  **{p.name: case.params.get(p.name, p.default) for p in op.params.values()})
     for packed in (True, False):
         call = linear_call(x, w, packed, bias, norm, residual, **case.params)
-        one, three = (crossbuild.run(arm, "neon", threads, [call])[0] for threads in (1, 3))
+        one, three = (crossbuild.run(arm, isa, threads, [call])[0] for threads in (1, 3))
         assert one == three
         for got, right in zip(results_of(call, one), want, strict=True):
             close(got, right, 1e-6, 3.0, f"linear {index}")
@@ -226,7 +234,7 @@ def rows_call(w: Matrix | Blocks, ids: np.ndarray, packed: bool, scale: float = 
 
 
 @pytest.mark.parametrize("name", [*FLOATS, "Q8_0"])
-def test_conv2d(arm: str, name: str) -> None:
+def test_conv2d(arm: str, isa: str, name: str) -> None:
     """Every declared case, weights packed where channels are not apart from each other; the same bits on three threads."""
     rng = rng_of(("neon conv2d", name))
     for case in REGISTRY["conv2d"].cases:
@@ -240,7 +248,7 @@ def test_conv2d(arm: str, name: str) -> None:
         packed = groups == 1 or n // groups % 16 == 0
         call = Call("conv2d", params_of("conv2d", case.params),
                     [[memory_of(x)], [weight(w, packed)], [] if bias is None else [memory_of(bias)], [memory_of(out)]])
-        ((one,), (three,)) = (crossbuild.run(arm, "neon", threads, [call]) for threads in (1, 3))
+        ((one,), (three,)) = (crossbuild.run(arm, isa, threads, [call]) for threads in (1, 3))
         assert one.status == OK, one.message
         got = np.frombuffer(one.outputs[0], np.float32).reshape(want.shape) if want.size else want
         limit = 2e-2 if name == "Q8_0" else 1e-5                     # activations are rounded to 8 bits beside blocks
@@ -268,7 +276,7 @@ def test_rows(arm: str, name: str) -> None:
                     assert outcome.status == BAD_VALUE and outcome.message == f"rows: id {b[1]} of {n}"
 
 
-def test_linear_refuses_what_does_not_fit(arm: str) -> None:
+def test_linear_refuses_what_does_not_fit(arm: str, isa: str) -> None:
     """Shapes and formats that no graph makes give a status and no crash. NaN and infinity stay in their row."""
     rng = rng_of("neon hostile")
     w, x = Matrix(rng, "Q4_K", 40, 256), rows_of(rng, 9, 256)
@@ -282,7 +290,7 @@ def test_linear_refuses_what_does_not_fit(arm: str) -> None:
     spoiled[0, 77], spoiled[3, 0] = np.nan, np.inf
     calls = [*(c for c, _ in refused), linear_call(x, [w]), linear_call(spoiled, [w]), linear_call(x[:0], [w])]
     for threads in (1, 3):
-        done = crossbuild.run(arm, "neon", threads, calls)
+        done = crossbuild.run(arm, isa, threads, calls)
         for (_, status), outcome in zip(refused, done):
             assert outcome.status == status and outcome.message.startswith("linear: ")
         clean, got = results_of(calls[3], done[3])[0], results_of(calls[4], done[4])[0]
@@ -304,7 +312,7 @@ def experts_call(x: np.ndarray, w: Sequence[Matrix], chosen: np.ndarray, packed:
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F16"])
-def test_experts_have_the_bits_of_linear(arm: str, name: str) -> None:
+def test_experts_have_the_bits_of_linear(arm: str, isa: str, name: str) -> None:
     """48 rows for each of 5 experts; packed and from the file; a bad expert is refused."""
     rng = rng_of(("neon experts", name))
     w = Matrix(rng, name, 5 * 48, 256)
@@ -313,12 +321,12 @@ def test_experts_have_the_bits_of_linear(arm: str, name: str) -> None:
         chosen = np.stack([rng.permutation(5)[:used] for _ in range(m)]).astype(np.int32)
         for packed in (True, False):
             calls = [linear_call(x, [w], packed), experts_call(x, [w], chosen, packed)]
-            (whole,), (got,) = map(results_of, calls, crossbuild.run(arm, "neon", 3, calls))
+            (whole,), (got,) = map(results_of, calls, crossbuild.run(arm, isa, 3, calls))
             want = np.stack([whole[i, 48 * e : 48 * e + 48] for i in range(m) for e in chosen[i]])
             assert got.tobytes() == want.tobytes(), (m, used, packed)
     chosen[8, 1] = 5
     for threads in (1, 3):
-        (refused,) = crossbuild.run(arm, "neon", threads, [experts_call(x, [w], chosen, True)])
+        (refused,) = crossbuild.run(arm, isa, threads, [experts_call(x, [w], chosen, True)])
         assert refused.status == BAD_VALUE and refused.message == "expert_linear: expert 5 of 5"
 
 
@@ -374,15 +382,15 @@ def differing(calls: Sequence[tuple[str, Call]], here: tuple[str, str], there: t
     return [what for (what, c), a, b in zip(calls, one, other, strict=True) if not _same(a, b, c)]
 
 
-def test_same_bits_as_this_machine(arm: str) -> None:
+def test_same_bits_as_this_machine(arm: str, isa: str) -> None:
     """csrc/cpu/simd.h promises the same bits wherever multiply-add is fused: all declared cases, all weight formats."""
     crossbuild.build("native")
-    fused = [isa for isa in crossbuild.instruction_sets("native") if isa != "generic"]
+    fused = [name for name in crossbuild.instruction_sets("native") if name != "generic"]
     if not fused:
         pytest.skip("needs a processor with AVX2 and FMA to compare with")
     calls = every_call()
-    for isa in fused:
-        assert not (different := differing(calls, (arm, "neon"), ("native", isa))), f"neon and {isa} differ in {different}"
+    for here in fused:
+        assert not (different := differing(calls, (arm, isa), ("native", here))), f"{isa} and {here} differ in {different}"
 
 
 def _declared_results(op: Any, case: Any) -> Sequence[Any]:

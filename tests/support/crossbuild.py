@@ -335,7 +335,7 @@ def _loops(code: Path) -> dict[str, list[list[str]]]:
     tool = shutil.which("llvm-objdump")
     if tool is None:
         raise ToolMissing("needs llvm-objdump: install llvm")
-    text = subprocess.run([tool, "-d", "--no-show-raw-insn", "--mattr=+dotprod,+fullfp16", str(code)], check=True,
+    text = subprocess.run([tool, "-d", "--no-show-raw-insn", "--mattr=+dotprod,+fullfp16,+i8mm", str(code)], check=True,
                           capture_output=True, text=True).stdout
     out = {}
     for name, body in re.findall(r"^[0-9a-f]+ <(\w+)>:\n(.*?)(?:\n\n|\Z)", text, re.M | re.S):
@@ -346,42 +346,47 @@ def _loops(code: Path) -> dict[str, list[list[str]]]:
     return out
 
 
+def _cell(loops: list[list[str]], rows: int, least: float = 1) -> str:
+    """Instructions of the shortest loop with the products of so many rows and `least` of a step, and those of the stack."""
+    for loop in loops:
+        steps = sum(i.startswith("sdot") + 2 * i.startswith("smmla") for i in loop) / (32 * rows)
+        if steps >= least:
+            return f"{len(loop) / steps / 16:.1f} ({sum('[sp' in i for i in loop) / steps / 16:.1f})"
+    raise BuildError(f"no loop of {rows} rows is found")
+
+
+def _unpacked(loops: list[list[str]]) -> str:
+    """Those of the shortest loop that stores the 32 vectors of codes of a whole step."""
+    for loop in loops:
+        stored = [i for i in loop if re.match(r"st(?:u?r|p)\s+q|st2\s", i) and "[sp" not in i]
+        stores = len(stored) + sum(i.startswith(("stp", "st2")) for i in stored)
+        if stores >= 32:
+            return f"{len(loop) / 16:.1f} ({sum('[sp' in i for i in loop) / 16:.1f})"
+    raise BuildError("no loop that stores a step is found")
+
+
 def instruction_counts(name: str) -> str:
     """A table: instructions for one block of 32 weights of one matrix row, and in brackets those that touch the stack.
 
-    decode: the loop for 1 and for 4 rows of x; unpack: the loop that opens a panel, once for all rows of x; tile: the
-    loop that multiplies it with 4 rows. A step is 16 such blocks, and 32 sdot for each row of x.
+    decode: the loop for 1 and for 2 rows of x; unpack: the loop that opens a panel, once for all rows of x; tile: the loop that
+    multiplies it with 4 rows. A step is 16 such blocks, and 32 sdot or 16 smmla for each row of x.
     """
     from pyengine.dtype import PACKED_FORMS
 
     build(name)
-    objects = ROOT / "build" / "cross" / name / "neon"
-    loops = {**_loops(objects / "linear_few.o"), **_loops(objects / "linear_tiles.o")}
-
-    def cell(function: str, rows: int) -> str:
-        """The shortest loop with the sdot of a whole step for so many rows."""
-        for loop in loops[function]:
-            steps = sum(i.startswith("sdot") for i in loop) / (32 * rows)
-            if steps >= 1:
-                return f"{len(loop) / steps / 16:.1f} ({sum('[sp' in i for i in loop) / steps / 16:.1f})"
-        raise BuildError(f"{function}: no loop of {rows} rows is found")
-
-    def unpacked(function: str) -> str:
-        """The shortest loop that stores a whole step: 32 vectors of codes, 4 to 16 of scales."""
-        for loop in loops[function]:
-            stored = [i for i in loop if re.match(r"st(?:u?r|p)\s+q", i) and "[sp" not in i]
-            stores = len(stored) + sum(i.startswith("stp") for i in stored)
-            if stores >= 36:
-                return f"{len(loop) / (stores // 36) / 16:.1f}"
-        raise BuildError(f"{function}: no loop that stores a step is found")
-
-    rows = ["| format | decode, 1 row | decode, 4 rows | unpack | tile, 4 rows |", "|---|---|---|---|---|"]
+    objects = ROOT / "build" / "cross" / name
+    few = _loops(objects / "neon" / "linear_few.o")
+    tiles = {isa: _loops(objects / isa / "linear_tiles.o") for isa in ("neon", "i8mm")}
+    rows = ["| format | decode, 1 row | decode, 2 rows | unpack | tile, 4 rows | i8mm: unpack | i8mm: tile, 4 rows |",
+            "|---|---|---|---|---|---|---|"]
     for form, packed in PACKED_FORMS.items():
         if packed.steps is None:
             continue
         tile = "zero128" if packed.zero == 128 else packed.steps
-        decode = [cell(f"decode_{form}_{n}", n) for n in (1, 4)]
-        rows.append("| " + " | ".join([form, *decode, unpacked(f"unpack_{form}"), cell(f"tile_{tile}", 4)]) + " |")
+        cells = [_cell(few[f"decode_{form}_{n}"], n) for n in (1, 2)]
+        for isa, loops in tiles.items():  # neon takes a part of 4 rows of the weights after the other
+            cells += [_unpacked(loops[f"unpack_{form}"]), _cell(loops[f"tile_{tile}"], 4, 1 / 4 if isa == "neon" else 1)]
+        rows.append("| " + " | ".join([form, *cells]) + " |")
     return "\n".join(rows)
 
 
