@@ -82,7 +82,7 @@ PE_UNROLL(8)
 typedef void decode_fn(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, int64_t ld,
                        float *out);
 
-/* A function for 1 .. ROWS_FEW rows for each format. */
+/* A function for 1 .. MOST_FEW rows for each format. */
 #define DECODE(id, rows)                                                                                               \
   static void decode_##id##_##rows(const uint8_t *group, const uint8_t *next, int64_t bytes, int64_t k, const char *x, \
                                    int64_t ld, float *out) {                                                           \
