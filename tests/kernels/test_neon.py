@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import test_dequant
 from crossbuild import Call, Memory, Outcome
-from op_cases import Block, CACHES, close, describe, KernelError, make_inputs, rng_of, Value
+from op_cases import Block, CACHES, close, describe, KernelError, make_inputs, rng_of, Runner, Value
 from test_kernels import (  # noqa: F401
     OPS, test_a_cell_outside_the_cache_is_refused, test_a_masked_key_contributes_nothing_whatever_it_holds,
     test_a_nan_of_a_query_or_value_stays_there, test_attention_of_bytes_is_nearly_that_of_floats, test_bytes_take_no_cells_sinks_or_cap,
@@ -95,6 +95,7 @@ class Kernels:
     """What test_kernels' tests call: NEON's kernels, in a process of the runner."""
 
     isa = "neon"
+    tolerance = Runner.tolerance
 
     def __init__(self, target: str):
         self.target = target
