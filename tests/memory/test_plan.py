@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -74,10 +75,12 @@ def test_planning_takes_no_time(files, name: str) -> None:
     size = sum(p.stat().st_size for p in GGUFFile(path).paths)
     assert name != "llama-405b" or size > 400 * 10**9
     seconds, n_ctx = [], some_context(path)
+    gc.freeze()                                              # collections do not go through what other tests have left
     for _ in range(3):
         started = time.process_time()
         plan = pe.plan(path, n_ctx=n_ctx, mmproj=mmproj)
         seconds.append(time.process_time() - started)
+    gc.unfreeze()
     encoder = sum(i.nbytes for i in plan.items if i.purpose == "encoder" and "arena" not in i.detail) if mmproj is None else 0
     assert plan.of("weights") + plan.of("mapped") + encoder > 0.9 * size
     assert min(seconds) < 0.5, seconds
