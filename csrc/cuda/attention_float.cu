@@ -244,11 +244,11 @@ template <int N> __device__ __forceinline__ void fold_sums(const Kept &kept, flo
   __syncthreads();
 }
 
-/* s[i][j] += queries 4 ty + i by keys tx + TX j over one slice. */
-template <int TX>
+/* s[i][j] += queries 4 ty + i by keys tx + TX j over N elements of a slice. */
+template <int TX, int N = SLICE>
 __device__ __forceinline__ void add_float_scores(const float *q, int q_pitch, const float *k, int tx, float (&s)[OWN][TILE_KEYS / TX]) {
 #pragma unroll 2
-  for (int at = 0; at < SLICE; at += 4) {
+  for (int at = 0; at < N; at += 4) {
     float4 x[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; i++) x[i] = *(const float4 *)(q + i * q_pitch + at);
@@ -269,18 +269,7 @@ __device__ __forceinline__ void add_codes(const Job &w, const float *q, int q_pi
   const float2 *scales = area<float2>(w.at.k_scale) + tx;
   for (int b = 0; b < blocks; b++, q += 32, k += 32, q_sums++, scales += TILE_KEYS) {
     float dot[OWN][TILE_KEYS / TX] = {};
-#pragma unroll 2
-    for (int at = 0; at < 32; at += 4) {
-      float4 x[OWN];
-#pragma unroll
-      for (int i = 0; i < OWN; i++) x[i] = *(const float4 *)(q + i * q_pitch + at);
-#pragma unroll
-      for (int j = 0; j < TILE_KEYS / TX; j++) {
-        const float4 y = *(const float4 *)(k + (tx + TX * j) * PITCH + at);
-#pragma unroll
-        for (int i = 0; i < OWN; i++) dot[i][j] = fmaf(x[i].w, y.w, fmaf(x[i].z, y.z, fmaf(x[i].y, y.y, fmaf(x[i].x, y.x, dot[i][j]))));
-      }
-    }
+    add_float_scores<TX, 32>(q, q_pitch, k, tx, dot);
 #pragma unroll
     for (int j = 0; j < TILE_KEYS / TX; j++)
 #pragma unroll

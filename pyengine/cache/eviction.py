@@ -49,7 +49,7 @@ def running_counts(policy: Compression, kinds: Sequence[str], is_text: np.ndarra
     """
     counts = np.zeros((len(is_text), len(kinds)), np.float32)
     index = np.arange(len(is_text))
-    near = index >= stop - (stop if policy.window is None else policy.window)
+    near = index >= (0 if policy.window is None else stop - policy.window)
     rows = {"all": np.ones(len(is_text)), "text": is_text, "media": ~is_text, "last": near, "after": near & (index >= picture)}
     for place, (which, _) in zip(columns(policy, kinds), policy.channels):
         counts[:, place] = rows[which]
