@@ -2,11 +2,12 @@
 
 Layers that see everything (`Full`) take pages of PAGE cells from one pool; conversations with a common prefix share its pages, and a
 shared page is copied before it is written. So do those that see an encoder's rows (`Cross`), which have numbers of their own.
-Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Recurrent layers
-have a pool of states: a step reads the one behind a conversation's last token and leaves others, in other cells, behind its own, so a
-step that fails has changed nothing; a conversation is cut where a state is, and forks share states, which nobody changes. Nothing is
-ever moved to make space, so there is nothing to defragment. Where cells are compressed (`Compressed`), a conversation has fewer of them
-than tokens: numbers of its keys count those that stayed, each head's and layer's own, and then the tokens that followed.
+Layers that see a bounded past (`Sliding`, `Chunked`) have a ring of cells for each conversation, which a fork copies. Recurrent
+layers have a pool of states: a step reads the one behind a conversation's last token and leaves others, in other cells, behind its
+own, so a step that fails has changed nothing; a conversation is cut where a state is, and forks share states, which nobody changes.
+Behind tokens that may be taken back each has its own, until it is settled which of them stay. Nothing is ever moved to make space,
+so there is nothing to defragment. Where cells are compressed (`Compressed`), a conversation has fewer of them than tokens: numbers
+of its keys count those that stayed, each head's and layer's own, and then the tokens that followed.
 
     table[row, j % slots] = cell of token (or encoder row) j of the conversation in that row      (the tensor that attention reads)
 """
@@ -48,7 +49,7 @@ def group(policy: Policy, n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE
     slots = policy.slots(n_ctx, n_batch)
     if policy.paged and n_seq > 1:
         slots = -(-slots // page) * page
-    return Group(policy, slots, slots * n_seq, share=slots * n_seq)
+    return Group(policy, slots, slots * n_seq + policy.drafted, share=slots * n_seq)
 
 
 def groups_of(policies: Sequence[Policy], n_ctx: int, n_batch: int, n_seq: int, page: int = PAGE) -> list[Group]:
@@ -131,7 +132,7 @@ class Cells:
 
     def __init__(self, groups: Sequence[Group], tables: Sequence[np.ndarray | None], page: int = PAGE):
         self.groups, self.tables, self.page = list(groups), list(tables), page
-        self.n_seq = next((len(t) for t in self.tables if t is not None), self.groups[0].n_cells // self.groups[0].slots)
+        self.n_seq = next((len(t) for t in self.tables if t is not None), (self.groups[0].n_cells - self.groups[0].policy.drafted) // self.groups[0].slots)
         self.n_states = max((g.n_cells for g in self.groups if g.policy.recurrent), default=0)
         self.conversations: list[Conversation] = []
         self._clock = 0
@@ -257,12 +258,13 @@ class Cells:
             return s.crossed(n)
         return max(0, (len(s) if n is None else n) - s.gone.get(number, 0))
 
-    def extend(self, s: Conversation, n: int, crossed: int = 0, end: int | None = None, gone: Mapping[int, int] = {}) -> list[Copy]:
+    def extend(self, s: Conversation, n: int, crossed: int = 0, end: int | None = None, gone: Mapping[int, int] = {},
+               drafted: int = 0) -> list[Copy]:
         """Make cells for n more tokens, which the caller then adds to `keys`, and for the encoder rows that they bring, which it
         adds to `pictures`. Returns what must be copied before they are written.
 
         end: tokens at the end of the prompt that they are of, for snapshots of recurrent layers; None: none are made. gone: by group, how
-        many of them get no cell.
+        many of them get no cell. drafted: of the tokens that it has then, how many of the last may be taken back.
 
         Raises: PlanError when there are not enough pages although idle conversations were dropped; ContextOverflowError for more tokens
         than the cells of one conversation. `s` is then as it was.
@@ -290,19 +292,30 @@ class Cells:
                 self.tables[i][s.row, start : start + len(cells)] = cells
         s.high = max(s.high, len(s) + n)
         if self.n_states and n:
-            self._leave(s, len(s) + n, end)
+            self._leave(s, len(s) + n, end, drafted)
         return copies
 
-    def _leave(self, s: Conversation, last: int, end: int | None) -> None:
+    def _leave(self, s: Conversation, last: int, end: int | None, drafted: int) -> None:
         """Choose behind which tokens the next step leaves states, the last one among them, and let go of what is not needed then."""
         first, held = len(s), [m for m in s.marks if m.n <= len(s)]
         new = [] if end is None else snapshots_in(first, last, end)
         if end is not None and tail_of(end) in new:
             s.turn = tail_of(end)
         stays = thinned([m.n for m in held if m.stays] + new, last, s.turn)
-        self._mark(s, [m._replace(stays=m.n in stays) for m in held if m.n in stays or m.n == first])
-        for n in dict.fromkeys([*(n for n in stays if n > first), last]):
+        back = last - drafted                                # to which it may be cut
+        self._mark(s, [m._replace(stays=m.n in stays) for m in held if m.n in stays or m.n == first or m.n >= back])
+        for n in sorted({*(n for n in stays if n > first), *range(max(first + 1, back), last), last}):
             self._mark(s, [*s.marks, Mark(n, int(np.flatnonzero(self._states == 0)[0]), n in stays)])
+
+    def settle(self, s: Conversation) -> None:
+        """Let go of states behind tokens that might have been taken back: none is now."""
+        self._mark(s, [m for m in s.marks if m.stays or m.n == len(s)])
+
+    @property
+    def undrafted(self) -> int | None:
+        """How many more tokens may be such that can be taken back, of all conversations together; None: any number."""
+        own = next((g for g in self.groups if g.policy.recurrent), None)
+        return None if own is None else max(0, own.policy.drafted - sum(max(0, len(s.marks) - own.slots) for s in self.conversations))
 
     def _mark(self, s: Conversation, marks: list[Mark]) -> None:
         """Give a conversation these states in place of those that it has."""

@@ -57,6 +57,11 @@ class Policy:
         return ()
 
     @property
+    def drafted(self) -> int:
+        """How many cells there are beside those of conversations, for tokens that may be taken back."""
+        return 0
+
+    @property
     def ring(self) -> bool:
         """Whether each conversation has a ring of cells of its own."""
         return not self.paged and not self.recurrent
@@ -334,6 +339,7 @@ class Cross(Policy):
 
 SNAPSHOTS = 4            # states of one conversation that are kept behind earlier tokens
 INTERVAL = 256           # tokens between those, at least
+DRAFTED = 8              # states for tokens that may be taken back, of all conversations together, unless told otherwise
 TAIL = 8                 # tokens of a prompt's end, the start of an answer, that the next prompt of a conversation may lack
 
 
@@ -341,12 +347,23 @@ TAIL = 8                 # tokens of a prompt's end, the start of an answer, tha
 class Recurrent(Policy):
     """A state is kept, not tokens: arrays of float32, `shapes` (heads, elements) of each.
 
-    A conversation has one behind its last token, one that the next step leaves, and `SNAPSHOTS` behind earlier tokens.
+    A conversation has one behind its last token, one that the next step leaves, and `SNAPSHOTS` behind earlier tokens. All together have
+    `drafts` more: a step leaves one behind each token that may be taken back.
     """
 
     paged: ClassVar[bool] = False
     recurrent: ClassVar[bool] = True
     shapes: tuple[tuple[int, int], ...]
+    drafts: int = 0
+
+    def holding(self, n: int) -> Recurrent:
+        """Return the same with n states for tokens that may be taken back."""
+        return replace(self, drafts=n)
+
+    @property
+    def drafted(self) -> int:
+        """Return their number."""
+        return self.drafts
 
     @property
     def nbytes(self) -> int:
@@ -367,7 +384,8 @@ class Recurrent(Policy):
 
     def about(self, n: int) -> str:
         """Say that states do not grow with the context."""
-        return f"states: {n} of {self.nbytes:,} bytes, {SNAPSHOTS} of them behind earlier tokens"
+        beside = f"; and {self.drafts} for drafts" if self.drafts else ""
+        return f"states: {n} of {self.nbytes:,} bytes, {SNAPSHOTS} of them behind earlier tokens{beside}"
 
 
 def snapshots_in(first: int, last: int, end: int) -> list[int]:

@@ -58,7 +58,7 @@ Compress = Annotated[str | None, Option("--compress", metavar="POLICY", rich_hel
 InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", help=(
     "Read weights in the file at each step, for models larger than the memory; slower."))]
 Speculate = Annotated[int | None, Option("--speculate", min=0, metavar="N", rich_help_panel="Memory and speed", help=(
-    "Draft up to N tokens from the text so far, where that is faster; texts are the same (default: 32); 0: none."))]
+    "Draft up to N tokens from the text so far, where that is faster; texts are the same (default: 32, or 8 where layers keep states); 0: none."))]
 DraftModel = Annotated[str | None, Option("--draft", metavar="MODEL", rich_help_panel="Memory and speed", help=(
     "A small model of the same family that drafts where the text itself has nothing likely; texts are the same."))]
 Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(

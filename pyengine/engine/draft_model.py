@@ -174,7 +174,8 @@ class DraftModel:
 
     def _going_on(self, begun: Sequence[_Writing], spent: float, terms: Terms) -> list[_Writing]:
         """Return the drafts that grow by one more token. spent: on all of them so far."""
-        return _best(begun, [w for w in begun if w.gain and len(w.reader.text) + len(w.odds) <= self._n_ctx], self._costs(len(begun), terms), spent, terms)
+        may = [w for w in begun if w.gain and len(w.reader.text) + len(w.odds) <= self._n_ctx]
+        return _best(begun, may, self._costs(len(begun), terms), spent, terms)[: self.runner.cells.undrafted]
 
     def _costs(self, n: int, terms: Terms) -> list[float]:
         """Return what steps of this model of 1 .. n rows take, in the unit of `terms`."""
@@ -213,7 +214,8 @@ class DraftModel:
 
     def _write(self, writing: Sequence[_Writing]) -> dict[int, Row]:
         """Go on behind the last token of each draft; return the logits."""
-        return self._run([self._work(w.reader, [w.reader.last[-1][0]], True) for w in writing], writing)
+        work = [(w.reader, self._work(w.reader, [w.reader.last[-1][0]], True)) for w in writing]
+        return self._run([part._replace(drafted=len(part.conversation) + 1 - reader.known) for reader, part in work], writing)
 
     def _work(self, reader: _Reader, tokens: Sequence[int], wanted: bool) -> Work:
         """Return the tokens as rows behind a conversation, with the logits behind the last one if they are wanted."""

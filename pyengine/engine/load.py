@@ -80,7 +80,8 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     compress: a policy by which conversations keep some of their cells, `pe.LookM(ratio=0.2)` or its text "look-m:ratio=0.2"; requests may
     give another one that needs no more of attention, or False. With when="always" there are no more cells than its budget and a fifth.
     speculate: tokens that are likely to follow, found in the prompt and the answer so far, are computed beside the next one, where that is
-    faster: texts are the same. False: none; a number: so many at most; requests may say otherwise. Layers that keep states have none.
+    faster: texts are the same. False: none; a number: so many at most; requests may say otherwise. Where layers keep states, each of
+    these tokens takes one, of all conversations together: 8 unless a number is given.
     draft: a small model of the same tokens, by path or name, that drafts where the text itself has nothing that is likely to follow.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit beside the other
     models of this process.

@@ -57,8 +57,12 @@ class Runner:
         return logits
 
     def take_back(self, s: Conversation, n: int) -> None:
-        """Remove the last n tokens, which the last step added and no other token has seen; none of recurrent layers."""
+        """Remove the last n tokens, which no token of another conversation has seen; with layers that keep states, such that were `drafted`.
+
+        What is left then stays.
+        """
         self.cells.truncate(s, len(s) - n)
+        self.cells.settle(s)
         s.next -= n
 
     def _make_cells(self, part: Work) -> Work:
@@ -66,10 +70,10 @@ class Runner:
         if part.conversation.compression is not None:
             part = self.bounds.counted(part)
         pictures = [rows for _, rows in part.rows.across(part.start, part.stop)]
-        end = len(part.conversation) - part.start + len(part.rows)
+        end = len(part.conversation) - part.start + len(part.rows) - part.drafted
         if part.counts is not None and not self.bounds.running(part.conversation):
             end += TAIL                                      # compressed there: nothing goes on from before it
-        self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end))
+        self.store.copy(self.cells.extend(part.conversation, part.stop - part.start, sum(map(len, pictures)), end, drafted=part.drafted))
         self.inputs.cross(part.conversation, pictures)
         return part
 

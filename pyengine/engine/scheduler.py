@@ -42,7 +42,7 @@ class Scheduler:
         self.asking: set[int] = set()                        # and are in here, so that a loop of steps lets them have it
         self._stepping = False
         self.stats = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "drafted_tokens": 0, "accepted_tokens": 0}
-        self.speculation = Speculation(speculate, bool(runner.cells.n_states), self.stats, source)
+        self.speculation = Speculation(speculate, runner.cells.undrafted, self.stats, source)
 
     @property
     def has_room(self) -> bool:

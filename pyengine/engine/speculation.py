@@ -33,13 +33,13 @@ BESIDE_A_PROMPT = 0.5        # how likely a drafted token is at least in a step 
 class Speculation:
     """See the module's docstring.
 
-    speculate: what holds for requests that say nothing. recurrent: layers keep states, of which a step leaves none behind a drafted token,
-    so nothing can be taken back, and nothing is drafted. stats: tokens that were drafted, and accepted, are counted there. source: what
-    drafts beside the text itself.
+    speculate: what holds for requests that say nothing. states: where layers keep some, how many there are for drafted tokens, behind each
+    of which a step leaves one; None: no layer does. stats: tokens that were drafted, and accepted, are counted there. source: what drafts
+    beside the text itself.
     """
 
-    def __init__(self, speculate: Any, recurrent: bool, stats: dict[str, int], source: Source | None = None) -> None:
-        self._usual, self._recurrent = most_drafted(speculate, 0 if recurrent else DRAFTED), recurrent
+    def __init__(self, speculate: Any, states: int | None, stats: dict[str, int], source: Source | None = None) -> None:
+        self._usual, self._none = most_drafted(speculate, DRAFTED) if states != 0 else 0, states == 0
         self.pace = Pace()
         self.stats, self.source = stats, source
 
@@ -47,8 +47,8 @@ class Speculation:
         """Return the drafts of a request, None for one that has none. Raises: RequestError where it asks for some that cannot be."""
         most = most_drafted(speculate, self._usual)
         alone = request.seats == 1                           # not one conversation for each beam
-        if speculate and most and (self._recurrent or not alone):
-            raise RequestError("speculate: " + ("layers of this model keep states that cannot be taken back" if self._recurrent else
+        if speculate and most and (self._none or not alone):
+            raise RequestError("speculate: " + ("layers of this model keep states, and it was loaded with none for drafts (speculate=False)" if self._none else
                                                 "an answer that is searched for with beams has no drafts"))
         return Drafts(most, request.rows.ids, request.max_tokens, request.eog, request.guide) if most and alone else None
 
@@ -64,7 +64,8 @@ class Speculation:
         """Put drafts into a step where they pay, as far as it has rows left. A conversation that is compressed as it grows has none: each row
         adds to the sums by which its cells are chosen."""
         used = sum(w.stop - w.start for _, w in work)
-        room = runner.n_batch - used
+        room, states = runner.n_batch - used, runner.cells.undrafted
+        room = room if states is None else min(room, states)
         may = [(i, r, min(room, runner.bounds.room(w.conversation.compression) - len(w.conversation) - 1)) for i, (r, w) in enumerate(work)
                if r.drafts is not None and r.pending is not None and not runner.bounds.running(w.conversation)] if room else []
         found = self._drafted(may, len(work), used)
@@ -80,7 +81,7 @@ class Speculation:
                 r, w = work[i]
                 s, rows = w.conversation, [r.pending, *draft.tokens[:k]]
                 r.drafts.origin = draft.origin
-                work[i] = r, Work(s, token_rows(rows, s.next, runner.axes, s.sees), 0, k + 1, np.arange(k + 1, dtype=np.int32))
+                work[i] = r, Work(s, token_rows(rows, s.next, runner.axes, s.sees), 0, k + 1, np.arange(k + 1, dtype=np.int32), drafted=k)
 
     def _drafted(self, may: Sequence[tuple[int, Job, int]], n: int, used: int) -> dict[int, Draft]:
         """Return the draft of each request that has one, by its place: from its text, or from the source where that makes more tokens.
@@ -117,8 +118,7 @@ class Speculation:
     def settle(self, request: Job, work: Work, n_taken: int, runner: Runner) -> None:
         """Take the rows of a draft back whose tokens have not come: all but the first n_taken of its step."""
         n = work.stop - work.start
-        if n_taken < n:
-            runner.take_back(work.conversation, n - n_taken)
+        runner.take_back(work.conversation, n - n_taken)
         by = request.report.drafts
         before = by.get(request.drafts.origin, Drafted())
         by[request.drafts.origin] = Drafted(before.n_drafted + n - 1, before.n_accepted + n_taken - 1)

@@ -15,7 +15,7 @@ from pyengine.backends import backend
 from pyengine.backends.base import Backend, Prepared
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.prepared import Counted
-from pyengine.cache.policy import Compressed
+from pyengine.cache.policy import Compressed, DRAFTED
 from pyengine.errors import RequestError, UnsupportedModelError
 from pyengine.memory import count
 from pyengine.memory.placement import demand, place
@@ -27,6 +27,7 @@ from pyengine.programs.bound import Bound
 from pyengine.programs.sizes import cells_of_budget, check_heads, Sizes, step_rows
 from pyengine.programs.step import Step
 from pyengine.records import NamedTuple
+from pyengine.text.lookup import most_drafted
 
 # Unless told otherwise, the largest picture's share of a device's memory (arena of the encoder, and patches), and the image cache's
 PICTURE_SHARE, IMAGE_CACHE_SHARE = 1 / 8, 1 / 64
@@ -55,8 +56,6 @@ class ModelLayout:
         self.want, self.machine, self.host = want, machine, machine.devices[0]
         if want.images and not self.bound.encoders:
             raise RequestError(f"images={want.images!r}: {bound.files.name} has no media encoder; where it is in a file of its own, give mmproj=")
-        if want.speculate and any(p.recurrent for p in self.bound.model.policies()):
-            raise RequestError(f"speculate={want.speculate!r}: layers of {bound.files.name} keep states that cannot be taken back, so nothing is drafted")
         self.notes: list[str] = []
         if want.n_seq < bound.n_seq_least:
             self.want = replace(want, n_seq=bound.n_seq_least)
@@ -125,12 +124,18 @@ class ModelLayout:
             across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
             runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
         sizes = Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens(), compressed=self._compressed(),
-                      atomic_rows=self.bound.atomic_rows)
+                      atomic_rows=self.bound.atomic_rows, drafted=self._states(n_batch))
         if self.bound.source is None:
             return sizes
         sizes = sizes.with_(across=n_ctx, source=n_ctx)
         self.source = self._backend_of(self.encoder_place).prepare(encoders.declare_source(self.bound.model, sizes))
         return sizes
+
+    def _states(self, n_batch: int) -> int:
+        """Return how many states there are for drafted tokens, where layers keep some."""
+        if not any(p.recurrent for p in self.bound.model.policies()):
+            return 0
+        return min(most_drafted(None if self.want.speculate is True else self.want.speculate, DRAFTED), n_batch - 1)
 
     def _compressed(self) -> Compressed | None:
         """Return what stands in place of `Full` where conversations are compressed. Raises: UnsupportedModelError where no layer sees everything."""
@@ -204,7 +209,7 @@ class ModelLayout:
         plain = self.sizes.k.by_channel or any(n % dtype.block for dtype in (self.sizes.k, self.sizes.v) for n in heads)
         device = {self.place: self.free[self.place]} if self.place.startswith("cpu:") else self.place
         want = replace(self.want, n_ctx=self._drafted(self.sizes.n_ctx), kv_dtype="f16" if plain else self.want.kv_dtype, n_seq=self.sizes.n_seq, images=None,
-                       device=device, encoder_device=None, expert_device=None, compress=None, speculate=None)
+                       device=device, encoder_device=None, expert_device=None, compress=None)
         return ModelLayout(draft, want, self.machine)
 
     def _drafted(self, n_ctx: int) -> int:

@@ -120,10 +120,9 @@ def with_draft(bound: Bound, name: str | Path | None) -> Bound:
         return bound
     own = bind(open_files(place("draft", name)), with_encoders=False)
     for one, what in ((bound, "a model with"), (own, "a model as")):
-        why = ("makes vectors and scores, no text" if one.towers else "has an encoder for its prompts" if one.source is not None else
-               "has layers that keep states, which cannot be taken back" if any(p.recurrent for p in one.model.policies()) else "")
+        why = ("makes vectors and scores, no text" if one.towers else "has an encoder for its prompts" if one.source is not None else "")
         if why:
-            raise RequestError(f"draft: {one.files.name} {why}: {what} a draft is a decoder whose layers attend")
+            raise RequestError(f"draft: {one.files.name} {why}: {what} a draft is a decoder")
     mine, its = (Vocabulary(b.files.model.metadata) for b in (bound, own))
     first = mine.first_other(its)
     if first is not None:

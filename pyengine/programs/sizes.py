@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     source   rows of one source of an encoder-decoder; 0 for a decoder
     compressed  the policy in place of `Full` where conversations are compressed; None: they are not
     atomic_rows rows of the largest picture that must be one step
+    drafted  tokens of a step that may be taken back, where layers keep states
     """
 
     n_ctx: int
@@ -45,6 +46,7 @@ class Sizes(NamedTuple):
     source: int = 0
     compressed: Compressed | None = None
     atomic_rows: int = 0
+    drafted: int = 0
 
     def with_(self, **changes: Any) -> Sizes:
         """Return the same with other numbers."""

@@ -46,7 +46,7 @@ class Work(NamedTuple):
     """Rows [start, stop) of a prompt, which follow what `conversation` has; `wanted` of them, from `start` on, give logits.
 
     hidden: they give last hidden states only, and do not go through the output head. counts: float32 [n, kinds], how much the rows count in
-    sums of attention; None: nothing
+    sums of attention; None: nothing. drafted: of the tokens that the conversation has then, how many of the last may be taken back
     """
 
     conversation: Conversation
@@ -56,6 +56,7 @@ class Work(NamedTuple):
     wanted: np.ndarray
     hidden: bool = False
     counts: np.ndarray | None = None
+    drafted: int = 0
 
 
 class Step:
@@ -222,8 +223,10 @@ def stage_of(name: str, last: int) -> int | None:
 
 def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
     """Return each layer's policy with the encoder rows that it holds; None for layers that attend across where no encoder is, and for
-    those that read another one's cache. Where conversations are compressed, layers that see everything keep some of it."""
+    those that read another one's cache. Where conversations are compressed, layers that see everything keep some of it. Recurrent ones have
+    states for drafts."""
     own = [p if not p.across else p.holding(sizes.across) if sizes.across else None for p in model.policies()]
+    own = [p.holding(sizes.drafted) if p is not None and p.recurrent else p for p in own]
     if sizes.compressed:
         each = sizes.compressed.pooled
         own = [replace(sizes.compressed, spans=p.spans, layer=i if each else None) if p.whole else p for i, p in enumerate(own)]

@@ -26,6 +26,7 @@ MIXES = {
     "across": (Full(), Cross(50)),
     "across and a window": (Cross(50), Sliding(6)),
     "recurrent": (Recurrent(((1, 4),)), Full()),
+    "recurrent with drafts": (Recurrent(((1, 4),), 3), Full()),
     "recurrent of two kinds": (Recurrent(((1, 4),)), Recurrent(((2, 2),))),
     "recurrent and a window": (Sliding(6), Recurrent(((1, 4),))),
 }
@@ -53,14 +54,14 @@ class Store:
         for number, source, target in copies:
             self.data[number][target] = self.data[number][source]
 
-    def write(self, s: Conversation, n: int) -> list[int]:
-        """Append n tokens in steps, as the engine does; returns their values, which are unique."""
+    def write(self, s: Conversation, n: int, drafted: int = 0) -> list[int]:
+        """Append n tokens in steps, as the engine does; returns their values, which are unique. drafted: may be taken back."""
         values, end = list(range(self.serial, self.serial + n)), len(s) + n
         self.serial += n
         for i in range(0, n, N_BATCH):
             part = values[i : i + N_BATCH]
             rows = [r for v in part for r in brought(v)]
-            self.copy(self.cells.extend(s, len(part), len(rows), end))
+            self.copy(self.cells.extend(s, len(part), len(rows), end, drafted=drafted))
             for number, array in enumerate(self.data):
                 if self.cells.groups[number].policy.recurrent:
                     self.leave(number, s, part)
@@ -179,6 +180,23 @@ class Machine(RuleBasedStateMachine):
             if not values:
                 return
             self.model[s] += values
+
+    @precondition(some)
+    @rule(row=ROW, n=st.integers(1, N_BATCH), drafted=st.integers(1, N_BATCH), back=BACK)
+    def drafted_step(self, row: int, n: int, drafted: int, back: int) -> None:
+        """Of the tokens of a step some of the last are taken back, as many as may be."""
+        s = self.pick(row)
+        n, states = min(n, self.n_ctx - len(s)), self.cells.undrafted
+        drafted = min(drafted, n - 1) if states is None else min(drafted, n - 1, states)
+        if drafted < 1 or any(g.policy.across for g in self.cells.groups):
+            return
+        values = self.refused(lambda: self.store.write(s, n, drafted), s)
+        if values:
+            back = min(back, drafted)
+            self.cells.truncate(s, len(s) - back)
+            self.cells.settle(s)
+            self.model[s] += values[: n - back]
+            assert self.cells.undrafted in (None, *(g.policy.drafted for g in self.cells.groups if g.policy.recurrent))
 
     @precondition(some)
     @rule(row=ROW, n=st.integers(1, N_BATCH))

@@ -9,7 +9,8 @@ import pytest
 
 import cases
 import pyengine as pe
-from pyengine.cache.policy import INTERVAL, SNAPSHOTS, TAIL
+from pyengine.cache.policy import DRAFTED, INTERVAL, SNAPSHOTS, TAIL
+from pyengine.engine.speculation import Speculation
 from pyengine.errors import RequestError
 from test_schedule import ids, options
 
@@ -119,6 +120,20 @@ def test_a_saved_conversation_is_cut_where_a_state_is(load, tmp_path) -> None:
     assert answer.report.n_prompt > INTERVAL + 40 and other.restore(tmp_path / "a") == INTERVAL
 
 
+def test_states_of_drafts_are_taken_back(load, monkeypatch) -> None:
+    """Whatever is drafted, a conversation then has the states of what came: it is gone on from with the bits of a whole prompt."""
+    monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
+    few = {"logit_bias": tuple((t, 60.0) for t in range(40, 44)), "temperature": 1.0, "logprobs": 2}
+    plain, fast = load(n_seq=4, speculate=False), load(n_seq=4)
+    prompts = [np.random.default_rng(n).integers(40, 44, n).tolist() for n in (300, 40, 90, 263)]
+    for turn in range(3):
+        wanted, got = ([(a.tokens, a.sampled, a.n_accepted) for a in m.generate_many(prompts, max_tokens=30, seed=turn, **few)] for m in (plain, fast))
+        assert [w[:2] for w in wanted] == [g[:2] for g in got] and sum(g[2] for g in got) > 20
+        cells = fast._runner.cells
+        assert cells.undrafted == DRAFTED and all(len(s.marks) <= SNAPSHOTS + 2 for s in cells.conversations)
+        prompts = [[*p, *g[0][: 30 - 5 * turn], 41, 42] for p, g in zip(prompts, got)]
+
+
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_step_that_fails_leaves_the_state_that_was_there(load, monkeypatch, where: str) -> None:
     model = load()
@@ -144,9 +159,11 @@ def test_the_plan_counts_states(load, tiny_gguf) -> None:
         states = [s for name, s in m.program.states.items() if ".state" in name]
         kept = [i for i in m.plan.items if i.purpose == "kv" and "states:" in i.detail]
         assert sum(s.nbytes for s in states) == sum(i.nbytes for i in kept) > 0 and len(states) == 2 * len(kept)
-        assert all(s.shape[1] == n_seq * (SNAPSHOTS + 2) and s.dtype.name == "F32" for s in states)
+        assert all(s.shape[1] == n_seq * (SNAPSHOTS + 2) + DRAFTED and s.dtype.name == "F32" for s in states)
         assert sum(i.nbytes for i in m.plan.items if i.purpose == "kv") == m.program.prepared.state_bytes
-    assert pe.plan(tiny_gguf(KIND)[0], n_ctx=512, n_seq=3, n_batch=64).total == more.plan.total
+    plans = {speculate: pe.plan(tiny_gguf(KIND)[0], n_ctx=512, n_seq=3, n_batch=64, speculate=speculate) for speculate in (None, False, True, 2)}
+    one = sum(s.nbytes // s.shape[1] for name, s in more.program.states.items() if ".state" in name)
+    assert plans[None].total == plans[True].total == more.plan.total == plans[2].total + (DRAFTED - 2) * one == plans[False].total + DRAFTED * one
 
 
 def test_tokens_cannot_be_removed_from_the_middle(load) -> None:
