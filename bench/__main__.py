@@ -92,7 +92,7 @@ def _measure_cache(args: argparse.Namespace) -> dict[str, Any]:
     policies, ratios = args.policy or cache.POLICIES, args.ratio or cache.RATIOS
     if args.speed:
         chosen = [setting for group in cache.settings(args.policy or ["look-m"], ratios).values() for setting in group]
-        return cache_models.speeds(args.speed, args.threads, args.depth or cache_models.DEPTHS, chosen, args.kv, args.rounds)
+        return cache_models.speeds(args.speed, args.threads, args.depth or cache_models.DEPTHS, chosen, args.kv, args.rounds, args.layers)
     (file,) = _paths([args.model])
     if args.budget:
         return cache_models.perplexities(file, args.threads, args.budget, args.policy or cache_models.POLICIES, args.kv)
@@ -199,6 +199,7 @@ def _add_cache(suites: Any, common: argparse.ArgumentParser) -> None:
     cache.add_argument("--speed", action="append", choices=["llava", "qwen"], help="time of a token of random models; may be repeated")
     cache.add_argument("--depth", type=int, action="append", metavar="N", help="tokens of their prompts (default: 4096 to 32768)")
     cache.add_argument("-r", "--rounds", type=int, default=3, help="of --speed")
+    cache.add_argument("--layers", type=int, default=4, help="of random models (default: 4)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ SHAPES = {"llava": Decoder("llama", LAYERS, 4096, 11008, 32, 32, 128, VOCABULARY
           "qwen": Decoder("qwen2", LAYERS, 2048, 11008, 16, 2, 128, VOCABULARY, "Q8_0", biases=True)}
 
 
-def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: Sequence[Setting], kv: str, rounds: int) -> dict[str, Any]:
+def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: Sequence[Setting], kv: str, rounds: int,
+           layers: int = LAYERS) -> dict[str, Any]:
     """Measure the time of a token after prompts of each depth, under each setting; the model is loaded for each, so that the full cache sums
     no attention.
     """
@@ -35,7 +37,7 @@ def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: 
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            file = write(Path(folder, f"{name}.gguf"), SHAPES[name])
+            file = write(Path(folder, f"{name}.gguf"), replace(SHAPES[name], n_layers=layers))
             for depth in depths:
                 samples: dict[Setting, dict[str, list[float]]] = {s: {"token": [], "prompt": [], "bytes": []} for s in chosen}
                 prompts = [np.random.default_rng(r).integers(0, VOCABULARY, depth).tolist() for r in range(rounds)]
@@ -49,7 +51,7 @@ def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: 
                             samples[setting]["prompt"].append(answer.prompt_seconds)
                             samples[setting]["bytes"].append(model.cells_held().nbytes)
                 results += _results(name, depth, samples)
-    return {"suite": "cache-speed", "kv": kv, "layers": LAYERS, "results": results}
+    return {"suite": "cache-speed", "kv": kv, "layers": layers, "results": results}
 
 
 def _results(name: str, depth: int, samples: dict[Setting, dict[str, list[float]]]) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@
 
 enum { MOST_PARTS = 8 };
 
-/* One head: out = sum of w x / sum of w, w = total exp(top - the largest top). stats: (top, total) of each part. The only part that has
- * keys is the result, bit for bit. */
-static void merge_head(int n, const float *const *x, const float *const *stats, float *out, int64_t d) {
+/* One head: out = sum of w x / sum of w, w = total exp(top - the largest top). stats: (top, total) of each part; together: of all, or NULL.
+ * The only part that has keys is the result, bit for bit. */
+static void merge_head(int n, const float *const *x, const float *const *stats, float *out, float *together, int64_t d) {
   float w[MOST_PARTS], top = -__builtin_inff(), total = 0.0f;
   for (int i = 0; i < n; i++)
     if (stats[i][1] > 0.0f && stats[i][0] > top) top = stats[i][0];
@@ -17,6 +17,7 @@ static void merge_head(int n, const float *const *x, const float *const *stats, 
     w[i] = stats[i][1] > 0.0f ? stats[i][1] * v16f_exp(v16f_set1(stats[i][0] - top)).a[0] : 0.0f * stats[i][1];
     total += w[i];
   }
+  if (together) together[0] = total != 0.0f ? top : 0.0f, together[1] = total;
   for (int i = 0; i < n; i++)
     if (w[i] == total && total > 0.0f) {
       memcpy(out, x[i], (size_t)d * 4);
@@ -32,7 +33,7 @@ static void merge_head(int n, const float *const *x, const float *const *stats, 
 }
 
 PE_KERNEL(cpu, merge_attention)(const pe_tensor *const *parts, int32_t n_parts, const pe_tensor *const *stats, int32_t n_stats,
-                                const pe_tensor *out, const pe_merge_attention_params *p, pe_stream *s) {
+                                const pe_tensor *out, const pe_tensor *together, const pe_merge_attention_params *p, pe_stream *s) {
   (void)p;
   const int64_t m = out->shape[0], d = out->shape[1], h = stats[0]->shape[1], step = pe_max(1, 16384 / pe_max(1, d));
   if (n_parts != n_stats || n_parts > MOST_PARTS)
@@ -45,7 +46,7 @@ PE_KERNEL(cpu, merge_attention)(const pe_tensor *const *parts, int32_t n_parts, 
           x[q] = (const float *)parts[q]->data + i * d + j * (d / h);
           t[q] = (const float *)stats[q]->data + 2 * (i * h + j);
         }
-        merge_head(n_parts, x, t, (float *)out->data + i * d + j * (d / h), d / h);
+        merge_head(n_parts, x, t, (float *)out->data + i * d + j * (d / h), together ? (float *)together->data + 2 * (i * h + j) : 0, d / h);
       }
   return PE_OK;
 }

@@ -162,7 +162,7 @@ static pe_status check(const sums_job *t, const pe_tensor *k, pe_stream *s) {
   const job *w = &t->w;
   if (w->g == 0 || w->h % w->g) return pe_fail(s, PE_BAD_SHAPE, "key_sums: %lld heads share %lld", (long long)w->h, (long long)w->g);
   if (t->w.channels > CHANNELS) return pe_fail(s, PE_NO_KERNEL, "key_sums: %lld channels; at most %d are possible", (long long)t->w.channels, CHANNELS);
-  const pe_status bad = check_cells("key_sums", "k", k, 0, s);
+  const pe_status bad = channel_format(k->dtype) != PE_F32 ? check_channels("key_sums", "k", k, s) : check_cells("key_sums", "k", k, 0, s);
   return bad ? bad : check_rows("key_sums", w, k->shape[1], t->n_sequences, s);
 }
 

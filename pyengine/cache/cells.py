@@ -197,7 +197,8 @@ class Cells:
         if n < s.floor:
             return 0
         for i, g in enumerate(self.groups):
-            if g.policy.ring and g.policy.first_of(n) < max(0 if g.policy.stays else s.high - g.slots, s.low.get(i, 0)):
+            gone = s.gone.get(i, 0)
+            if g.policy.ring and g.policy.first_of(n - gone) < max(0 if g.policy.stays else s.high - gone - g.slots, s.low.get(i, 0)):
                 return 0
         return n
 
@@ -222,8 +223,8 @@ class Cells:
                 self._refs[i][child.pages[i]] += 1
                 self.tables[i][child.row] = self.tables[i][s.row]
             elif g.policy.ring:
-                child.low[i] = g.policy.first_of(n)
-                tokens = self.seen(i, n) % g.slots
+                child.low[i] = g.policy.first_of(self.filled(i, s, n))
+                tokens = self.seen(i, self.filled(i, s, n)) % g.slots
                 copies.append((i, self.tables[i][s.row, tokens], self.tables[i][child.row, tokens]))
         child.gone, child.kept, child.floor = dict(s.gone), dict(s.kept), s.floor
         child.keys, child.high, child.media = s.keys[:n], n, s.media
@@ -352,13 +353,15 @@ class Cells:
         return self.cells_of(number, s, np.arange(n)).copy()
 
     def shrink(self, s: Conversation, kept: Mapping[int, int]) -> None:
-        """Note that a conversation has kept so many cells of each of these groups; the pages of others are free."""
+        """Note that a conversation has kept so many cells of each of these groups; the pages of others are free, and rings hold what is seen next."""
         for number, n in kept.items():
-            pages = s.pages[number]
+            pages = s.pages.get(number, [])
             for page in pages[-(-n // self.page) :]:
                 self._release(number, page)
             del pages[-(-n // self.page) :]
             s.gone[number] = len(s) - n
+            if self.groups[number].policy.ring:
+                s.low[number] = self.groups[number].policy.first_of(n)
         s.floor, s.partial = len(s), False
 
     def shift(self, s: Conversation, start: int, stop: int) -> list[Copy]:
@@ -398,7 +401,7 @@ class Cells:
             self.drop(s)
             raise
         s.keys, s.pictures, s.gone = list(keys), list(pictures), dict(gone)
-        s.low = {i: g.policy.first_of(len(keys)) for i, g in enumerate(self.groups) if g.policy.ring}
+        s.low = {i: g.policy.first_of(self.filled(i, s)) for i, g in enumerate(self.groups) if g.policy.ring}
         return s
 
     def cells_of(self, number: int, s: Conversation, index: np.ndarray) -> np.ndarray:

@@ -8,11 +8,12 @@ when they were written and keep their tokens' positions. A cell that nothing was
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from pyengine.cache.cells import Conversation
+from pyengine.cache.regroup import Grouping
 from pyengine.cache.store import Layer, Store
 from pyengine.native.blocks import dequantize, quantize
 
@@ -93,7 +94,7 @@ def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_
     """
     cells = store.cells
     text = np.array([isinstance(key, int) for key in s.keys])
-    layers = [Content(store, s, policy, layer, text) for layer in compressed(store)]
+    layers = [(GroupedContent if layer.parts else Content)(store, s, policy, layer, text) for layer in compressed(store)]
     try:
         kept = {layer.group: min(budget, len(layer.old)) for layer in layers}
         if policy.uneven and budget * len(layers) < sum(len(layer.old) for layer in layers):
@@ -105,7 +106,7 @@ def compress(store: Store, s: Conversation, policy: Compression, budget: int, n_
                 layer.compress(new[layer.group], n_threads)
             else:
                 layer.keep_sums(np.broadcast_to(np.arange(len(layer.old)), layer.tokens.shape))
-        cells.shrink(s, kept)
+        cells.shrink(s, kept | {part.group: kept[layer.group] for layer in compressed(store) for part in layer.parts})
     except BaseException:                                    # Ctrl-C: half moved
         if s in cells.conversations:
             cells.conversations.remove(s)
@@ -153,22 +154,30 @@ class Content:
 
     def compress(self, new: np.ndarray, n_threads: int) -> None:
         """Choose what stays, and write it to the cells `new`. Heads are merged side by side."""
-        policy, states = self.policy, self.layer.states
-        data = [state.gather(self.old) for state in states]
-        reads = policy.merging != "none" or policy.contents
-        numbers = [dequantize(d, state.dtype) if reads else None for d, state in zip(data, states)]      # of blocks `rope.mixed` elements
+        numbers = self.read()
         counts = self.queries * (len(self.s) - self.tokens)                    # of probabilities in each key's sums
-        stay = policy.choose(self.statistics, self.is_text, len(new), counts=counts, keys=numbers[0], values=numbers[1])
-        left = [np.take_along_axis(d, stay[..., None], 1) for d in data]
-        if policy.merging != "none":
-            merged = policy.merge(stay, *numbers, sums=policy.shares(self.statistics), n_threads=n_threads)
-            for d, state, was, now in zip(left, states, numbers, merged):
-                changed = (now != np.take_along_axis(was, stay[..., None], 1)).any(-1)
-                d[changed] = quantize(now[changed].astype(np.float32), state.dtype)
-        for state, d in zip(states, left):
-            state.scatter(new, d)
+        stay = self.policy.choose(self.statistics, self.is_text, len(new), counts=counts, keys=numbers[0], values=numbers[1])
+        merged = None
+        if self.policy.merging != "none":
+            merged = self.policy.merge(stay, *numbers, sums=self.policy.shares(self.statistics), n_threads=n_threads)
+        self.write(new, stay, numbers, merged)
         self.s.kept[self.layer.number] = np.take_along_axis(self.tokens, stay, 1).astype(np.int32)
         self.keep_sums(stay)
+
+    def read(self) -> list[Any]:
+        """Return keys and values as float32 [heads, cells, e], of blocks `rope.mixed` elements; None where nobody asks for them."""
+        self._data = [state.gather(self.old) for state in self.layer.states]
+        reads = self.policy.merging != "none" or self.policy.contents
+        return [dequantize(d, state.dtype) if reads else None for d, state in zip(self._data, self.layer.states)]
+
+    def write(self, new: np.ndarray, stay: np.ndarray, numbers: Sequence[Any], merged: Sequence[np.ndarray] | None) -> None:
+        """Write what stays, [heads, n] of the cells that were, to the cells `new`."""
+        for i, (state, d) in enumerate(zip(self.layer.states, self._data)):
+            left = np.take_along_axis(d, stay[..., None], 1)
+            if merged is not None:
+                changed = (merged[i] != np.take_along_axis(numbers[i], stay[..., None], 1)).any(-1)
+                left[changed] = quantize(merged[i][changed].astype(np.float32), state.dtype)
+            state.scatter(new, left)
 
     def keep_sums(self, stay: np.ndarray) -> None:
         """Let sums go with their keys. Those of a window are counted anew."""
@@ -179,6 +188,29 @@ class Content:
             if which not in WINDOWS:
                 again[:, : stay.shape[1], at] = np.take_along_axis(self._sums[..., at], stay, 1)
         self.layer.sums.scatter(self._cells, again.view(np.uint8))
+
+
+class GroupedContent(Content):
+    """The same of a layer whose tokens are in groups, but for the last and the first ones: what stays is put into groups anew."""
+
+    def __init__(self, store: Store, s: Conversation, policy: Compression, layer: Layer, text: np.ndarray):
+        super().__init__(store, s, policy, layer, text)
+        self._cells_of, self._was = store.cells, Grouping(store.cells, s, layer, len(self.old))
+
+    def read(self) -> list[Any]:
+        """Return keys and values as float32 [heads, cells, e]."""
+        return self._was.read()
+
+    def write(self, new: np.ndarray, stay: np.ndarray, numbers: Sequence[Any], merged: Sequence[np.ndarray] | None) -> None:
+        """Write what stays to the first cells of the conversation. Values that were in groups, and are, keep their bytes unless something was
+        merged into them."""
+        left = [np.take_along_axis(x, stay[..., None], 1) for x in numbers]
+        keep = self._was.grouped[stay]
+        if merged is not None:
+            keep &= (merged[1] == left[1]).all(-1)
+            left = [x.astype(np.float32) for x in merged]
+        codes = np.take_along_axis(self._was.codes(), stay[..., None], 1)
+        Grouping(self._cells_of, self.s, self.layer, len(new)).write(*left, codes, keep)
 
 
 def tokens_of(s: Conversation, layer: int, heads: int, n: int) -> np.ndarray:

@@ -126,108 +126,6 @@ class Full(Policy):
         return f"all {n:,} positions"
 
 
-RECENT = 128             # tokens that are in full, at least, where keys are quantized by channel
-PINNED = GROUP           # and so many of a conversation's beginning: all attend to them, and they are unlike the rest (arXiv:2401.18079)
-
-
-def grouped(n: Any) -> Any:
-    """Return how many tokens before token n are read in groups by it: all whole groups but for the last RECENT tokens, itself among them."""
-    return np.maximum(n + 1 - RECENT, 0) // GROUP * GROUP
-
-
-def _groups(n: int) -> int:
-    """Return the cells of as many whole groups as hold n."""
-    return -(-n // GROUP) * GROUP
-
-
-@dataclass(frozen=True)
-class Grouped(Full):
-    """A policy by which every earlier token is seen: in groups, whose keys are quantized by channel (`ops.cache_groups`), or in full.
-
-    What token n sees depends on n alone, not on how a prompt is cut: of groups those between PINNED and `grouped(n)`. A group is written
-    in the step that first reads it, from the cells of `Recent`.
-    """
-
-    @property
-    def parts(self) -> tuple[Policy, ...]:
-        """The last tokens and the first ones, in full."""
-        return Recent(self.spans), Pinned()
-
-    def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Return a cell for each token, in whole groups."""
-        return _groups(n_ctx)
-
-    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the interval of tokens that each row sees in groups."""
-        end = grouped(index).astype(np.int32)
-        return np.minimum(end, PINNED), end
-
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """Return what rows see, and from and to which cells groups are written."""
-        return InputSpec("lo", "m"), InputSpec("hi", "m"), InputSpec("source", "z"), InputSpec("target", "z")
-
-    def about(self, n: int) -> str:
-        """Say that everything is kept."""
-        return f"all {n:,} positions, in groups"
-
-
-@dataclass(frozen=True)
-class Recent(Policy):
-    """The last tokens in full, of layers that keep the others in groups: from `grouped(n)` on."""
-
-    paged: ClassVar[bool] = False
-    spans: bool = True
-
-    def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Return what the oldest row of a batch sees, the group that it reads first, and the batch."""
-        return min(_groups(n_ctx), _groups(RECENT + GROUP - 1 + n_batch))
-
-    def first(self, n: Any) -> Any:
-        """Return the first tokens that are in no group."""
-        return grouped(n)
-
-    def first_of(self, n: int) -> int:
-        """Return the first token that the step needs which begins with token n: earlier ones are in groups already."""
-        return int(grouped(n - 1))
-
-    def about(self, n: int) -> str:
-        """Name the tokens that are in full, and the positions kept, which are a batch more."""
-        return f"the last {RECENT} in full: {n:,} positions"
-
-
-@dataclass(frozen=True)
-class Pinned(Policy):
-    """The first PINNED tokens in full, of layers that keep the others in groups. Written as groups are, read when `Recent` ends behind them."""
-
-    paged: ClassVar[bool] = False
-    stays: ClassVar[bool] = True
-
-    def slots(self, n_ctx: int, n_batch: int) -> int:
-        """Return a cell for each of them."""
-        return PINNED
-
-    def first(self, n: Any) -> Any:
-        """Return zeros."""
-        return np.zeros_like(n)
-
-    def seen(self, n: int) -> np.ndarray:
-        """Return the numbers of the first tokens."""
-        return np.arange(min(n, PINNED))
-
-    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the interval of tokens that each row sees here: all or none."""
-        end = np.minimum(grouped(index), PINNED).astype(np.int32)
-        return np.zeros_like(end), end
-
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """Return what rows see, and to which cells a group is written."""
-        return InputSpec("lo", "m"), InputSpec("hi", "m"), InputSpec("target", "z")
-
-    def about(self, n: int) -> str:
-        """Name them."""
-        return f"the first {n:,} positions in full"
-
-
 UNEVEN = 4               # times the mean that one layer may keep, where layers keep different numbers of cells
 
 
@@ -261,6 +159,142 @@ class Compressed(Full):
     def about(self, n: int) -> str:
         """Say how many cells there are."""
         return f"{n:,} positions, of which some are kept"
+
+
+RECENT = {"Q4_1_CHANNELS": 128, "Q2_1_CHANNELS": 192}    # tokens that are in full, at least, by the format of keys that are quantized by channel
+PINNED = GROUP           # and so many of a conversation's beginning: all attend to them, and they are unlike the rest (arXiv:2401.18079)
+
+
+def grouped(n: Any, recent: int) -> Any:
+    """Return how many tokens before token n are read in groups by it: all whole groups but for the last `recent` tokens, itself among them."""
+    return np.maximum(n + 1 - recent, 0) // GROUP * GROUP
+
+
+def _groups(n: int) -> int:
+    """Return the cells of as many whole groups as hold n."""
+    return -(-n // GROUP) * GROUP
+
+
+@dataclass(frozen=True)
+class Grouped(Full):
+    """A policy by which every earlier token is seen: in groups, whose keys are quantized by channel (`ops.cache_groups`), or in full.
+
+    What token n sees depends on n alone, not on how a prompt is cut: of groups those between PINNED and `grouped(n, recent)`. A group is
+    written in the step that first reads it, from the cells of `Recent`.
+
+    recent  the last tokens, which are in full
+    kept    where conversations are compressed: how many cells stay, and by what; numbers of tokens count those cells, here and in the parts
+    """
+
+    recent: int = RECENT["Q4_1_CHANNELS"]
+    kept: Compressed | None = None
+
+    @property
+    def compressed(self) -> bool:                            # type: ignore[override]
+        """Whether cells may be fewer than tokens."""
+        return self.kept is not None
+
+    @property
+    def pooled(self) -> bool:                                # type: ignore[override]
+        """Whether layers keep different numbers of cells."""
+        return self.kept is not None and self.kept.pooled
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Statistics of attention that are summed for each cell."""
+        return self.kept.kinds if self.kept else ()
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The last tokens and the first ones, in full; a layer that keeps another number of cells has its own."""
+        return Recent(self.spans, self.recent, self.kept), Pinned(self.recent, self.kept.layer if self.kept else None)
+
+    def cells(self, n_ctx: int) -> int:
+        """Return the cells of one conversation, in the mean of all layers."""
+        return _groups(self.kept.cells(n_ctx) if self.kept else n_ctx)
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return a cell for each token, or for each that is kept, in whole groups."""
+        return _groups(self.kept.slots(n_ctx, n_batch) if self.kept else n_ctx)
+
+    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the interval of tokens that each row sees in groups."""
+        end = grouped(index, self.recent).astype(np.int32)
+        return np.minimum(end, PINNED), end
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return what rows see, and from and to which cells groups are written."""
+        return InputSpec("lo", "m"), InputSpec("hi", "m"), InputSpec("source", "z"), InputSpec("target", "z")
+
+    def about(self, n: int) -> str:
+        """Say that everything is kept."""
+        return f"{n:,} positions, of which some are kept, in groups" if self.kept else f"all {n:,} positions, in groups"
+
+
+@dataclass(frozen=True)
+class Recent(Policy):
+    """The last tokens in full, of layers that keep the others in groups: from `grouped(n, recent)` on. Arguments are those of `Grouped`."""
+
+    paged: ClassVar[bool] = False
+    spans: bool = True
+    recent: int = RECENT["Q4_1_CHANNELS"]
+    kept: Compressed | None = None
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return what the oldest row of a batch sees, the group that it reads first, and the batch."""
+        most = self.kept.slots(n_ctx, n_batch) if self.kept else n_ctx
+        return min(_groups(most), _groups(self.recent + GROUP - 1 + n_batch))
+
+    def first(self, n: Any) -> Any:
+        """Return the first tokens that are in no group."""
+        return grouped(n, self.recent)
+
+    def first_of(self, n: int) -> int:
+        """Return the first token that the step needs which begins with token n: earlier ones are in groups already."""
+        return int(grouped(n - 1, self.recent))
+
+    def about(self, n: int) -> str:
+        """Name the tokens that are in full, and the positions kept, which are a batch more."""
+        return f"the last {self.recent} in full: {n:,} positions"
+
+
+@dataclass(frozen=True)
+class Pinned(Policy):
+    """The first PINNED tokens in full, of layers that keep the others in groups. Written as groups are, read when `Recent` ends behind them.
+
+    recent  as in `Grouped`
+    layer   whose, where layers keep different numbers of cells
+    """
+
+    paged: ClassVar[bool] = False
+    stays: ClassVar[bool] = True
+    recent: int = RECENT["Q4_1_CHANNELS"]
+    layer: int | None = None
+
+    def slots(self, n_ctx: int, n_batch: int) -> int:
+        """Return a cell for each of them."""
+        return PINNED
+
+    def first(self, n: Any) -> Any:
+        """Return zeros."""
+        return np.zeros_like(n)
+
+    def seen(self, n: int) -> np.ndarray:
+        """Return the numbers of the first tokens."""
+        return np.arange(min(n, PINNED))
+
+    def visible(self, index: np.ndarray, span_end: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the interval of tokens that each row sees here: all or none."""
+        end = np.minimum(grouped(index, self.recent), PINNED).astype(np.int32)
+        return np.zeros_like(end), end
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Return what rows see, and to which cells a group is written."""
+        return InputSpec("lo", "m"), InputSpec("hi", "m"), InputSpec("target", "z")
+
+    def about(self, n: int) -> str:
+        """Name them."""
+        return f"the first {n:,} positions in full"
 
 
 @dataclass(frozen=True)

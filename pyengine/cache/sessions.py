@@ -118,9 +118,10 @@ class Smaller:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SessionError(f"{path}: does not say how its cells are compressed: {error}") from None
         own = {layer.number: layer.group for layer in compressed(store)}
+        groups = {one.group for layer in compressed(store) for one in (layer, *layer.parts)}
         if smaller.kinds != list(kinds_of(store)) or not own:
             raise SessionError(f"{path}: its cells were compressed by {smaller.policy}; load with compress={smaller.policy!r}")
-        if not (gone.keys() <= set(own.values()) and kept.keys() <= own.keys() and 0 <= smaller.floor <= n
+        if not (gone.keys() <= groups and kept.keys() <= own.keys() and 0 <= smaller.floor <= n
                 and all(0 <= v < n for v in gone.values()) and all(0 < v <= n - gone.get(own[layer], 0) for layer, v in kept.items())):
             raise SessionError(f"{path}: cells that were kept, tokens and layers contradict each other")
         return smaller

@@ -27,6 +27,7 @@ class Layer(NamedTuple):
     states    keys and values; those of a recurrent layer, whose `rotation` is None
     sums      of attention, by conversation and number of the key, where cells are compressed by them (`ops.key_sums`)
     queries   heads of one layer that share one of its heads of keys; readers: layers that attend to its keys
+    parts     where tokens are in groups: those of the same layer with the last and the first ones in full
     """
 
     number: int
@@ -36,6 +37,7 @@ class Layer(NamedTuple):
     sums: State | None = None
     queries: int = 1
     readers: int = 1
+    parts: tuple[Layer, ...] = ()
 
 
 class Store:

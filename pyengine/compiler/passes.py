@@ -190,8 +190,9 @@ def fold_rope_append(outputs: list[Tensor]) -> list[Tensor]:
 
     def rule(node: Node, args: tuple[Any, ...]) -> Sequence[Tensor] | None:
         if node.op is ops.key_sums:                              # it reads what the attention reads whose stats it takes
-            of = ops.key_sums.argument(args, "stats").node.args
-            return make(ops.key_sums, (args[0], *of[:2], *args[3:]), dict(node.params)) if of[:2] != args[1:3] else None
+            of = ops.key_sums.argument(args, "stats").node
+            changed = of.op is ops.attention and of.args[:2] != args[1:3]
+            return make(ops.key_sums, (args[0], *of.args[:2], *args[3:]), dict(node.params)) if changed else None
         if node.op is not ops.attention:
             return None
         (q, k, v), (old_q, old_k, old_v) = args[:3], node.args[:3]

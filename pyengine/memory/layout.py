@@ -108,8 +108,6 @@ class ModelLayout:
         want, c = self.want, self.bound.model.config
         heads = [head_dim for _, head_dim in self.bound.model.cache_shapes()]
         k, v = check_heads(want.kv_dtype, heads)
-        if k.by_channel and want.compress is not None:
-            raise UnsupportedModelError(f"kv_dtype={want.kv_dtype}: groups of tokens are not compressed; use f16 or q8_0 with compress=")
         for name in filter(is_card, self.places):
             if k.by_channel:
                 raise UnsupportedModelError(f"device={name!r}: keys by channel (kv_dtype={want.kv_dtype}) are on the CPU only; give device='cpu' or another kv_dtype")

@@ -44,12 +44,10 @@ class LayerCache(NamedTuple):
         seen = (q, self.k, self.v, self.lo, self.hi, self.table, self.seq, sinks)
         if self.sums is None:
             return ops.attention(*seen, scale=scale, softcap=softcap, **own)
-        if bias is not None or self.weights is None or self.changed is None:
-            raise GraphError("cache: sums over what attention gives need weights, a list for the changed state, and no bias")
+        if bias is not None:
+            raise GraphError("cache: sums over what attention gives take no bias")
         out, stats = ops.attention(*seen, scale=scale, softcap=softcap, stats=True)
-        before = self.changed[-1] if self.changed else self.sums
-        self.changed.append(ops.key_sums(before, q, self.k, self.lo, self.hi, self.table, self.seq, stats, self.weights, scale=scale,
-                                         softcap=softcap, kinds=tuple(SUMS.index(kind) for kind in self.kinds)))
+        add_sums(self, Part(self.k, self.v, self.table, self.lo, self.hi), q, stats, scale, softcap)
         return out
 
 
@@ -61,6 +59,7 @@ class Part(NamedTuple):
     table: Tensor            # I32 [conversations, cells of one]
     lo: Tensor               # I32 [m]
     hi: Tensor
+    whole: Tensor | None = None        # I32 [conversations, cells of one in groups]: the same of a ring by the numbers of all tokens
 
 
 class GroupedCache(NamedTuple):
@@ -77,6 +76,10 @@ class GroupedCache(NamedTuple):
     source: Tensor           # I32 [z]: where in `recent` each group begins that is written,
     target: Tensor           # I32 [z]: where in `groups`
     first: Tensor            # I32 [z]: and where in `pinned`; -1: not there
+    sums: Tensor | None = None         # as in `LayerCache`, by the numbers of all tokens
+    weights: Tensor | None = None
+    kinds: tuple[str, ...] = ()
+    changed: list[Tensor] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
                k_common: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -94,12 +97,31 @@ class GroupedCache(NamedTuple):
         return self._replace(groups=made[0], recent=new, pinned=made[1])
 
     def read(self, q: Tensor, *, scale: float, softcap: float = 0.0, sinks: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attend with q [m, heads, head_dim] to what is there; returns [m, heads * head_dim]. Raises: UnsupportedModelError with a bias."""
+        """Attend with q [m, heads, head_dim] to what is there; returns [m, heads * head_dim]. Raises: UnsupportedModelError with a bias.
+
+        A token is in full for earlier rows, and in a group for later ones: sums of the last tokens first are sums row by row.
+        """
         if bias is not None:
             raise UnsupportedModelError("attention with a bias by distance has no cache whose keys are quantized by channel; use kv_dtype='f16'")
         seen = [ops.attention(q, *part[:2], part.lo, part.hi, part.table, self.seq, sinks if part is self.recent else None,
                               scale=scale, softcap=softcap, stats=True) for part in (self.pinned, self.groups, self.recent)]
-        return ops.merge_attention([out for out, _ in seen], [stats for _, stats in seen])
+        parts, stats = [out for out, _ in seen], [stats for _, stats in seen]
+        if self.sums is None:
+            return ops.merge_attention(parts, stats)
+        out, together = ops.merge_attention(parts, stats, together=True)
+        for part in (self.recent, self.groups, self.pinned):
+            add_sums(self, part, q, together, scale, softcap)
+        return out
+
+
+def add_sums(cache: LayerCache | GroupedCache, part: Part, q: Tensor, stats: Tensor, scale: float, softcap: float) -> None:
+    """Add what the rows of a step give to the keys of a part, and note the changed state. Raises: GraphError where the cache has no place for it."""
+    if cache.weights is None or cache.changed is None:
+        raise GraphError("cache: sums over what attention gives need weights, and a list for the changed state")
+    before = cache.changed[-1] if cache.changed else cache.sums
+    table = part.table if part.whole is None else part.whole
+    cache.changed.append(ops.key_sums(before, q, part.k, part.lo, part.hi, table, cache.seq, stats, cache.weights, scale=scale, softcap=softcap,
+                                      kinds=tuple(SUMS.index(kind) for kind in cache.kinds)))
 
 
 class CrossCache(NamedTuple):

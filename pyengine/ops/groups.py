@@ -57,14 +57,15 @@ def _infer_merge(args: tuple[Any, ...], params: dict[str, Any]) -> list[Any]:
     (m, d), (n, h, two) = parts[0].shape, stats[0].shape
     if m != n or two != 2 or d % h or any(t.shape != parts[0].shape for t in parts) or any(t.shape != stats[0].shape for t in stats):
         raise ShapeError(f"merge_attention: results {[t.shape for t in parts]} and stats {[t.shape for t in stats]} are not of the same queries")
-    return [(parts[0].shape, parts[0].dtype)]
+    return [(t.shape, t.dtype) for t in (parts[0], stats[0])[: 1 + params["together"]]]
 
 
 @op(infer=_infer_merge, rowwise=True)
-def merge_attention(parts: list[F32["m d"]], stats: list[F32["m h 2"]]) -> F32["m d"]:
+def merge_attention(parts: list[F32["m d"]], stats: list[F32["m h 2"]], *, together: bool = False) -> tuple[F32["m d"], F32["m h 2"] | None]:
     """Put together what `attention` gave for the same queries and several sets of keys, as if it had seen all of them in one softmax.
 
     stats: its second results, of each query and head the largest logit and the sum of exp(logit - it); a sum of 0 is of no keys.
+    together: a second result gives the same of all sets together, zeros where there are no keys (`key_sums` reads them).
     """
     (m, d), h = parts[0].shape, stats[0].shape[1]
     top = np.max([np.where(s[..., 1] > 0, s[..., 0], -np.inf) for s in stats], axis=0)                                # [m, h]
@@ -72,9 +73,11 @@ def merge_attention(parts: list[F32["m d"]], stats: list[F32["m h 2"]]) -> F32["
     weights = [np.where(s[..., 1] > 0, s[..., 1] * np.exp(np.minimum(s[..., 0] - shift, 0)), 0) for s in stats]
     total = np.sum(weights, axis=0)
     summed = np.sum([w[..., None] * p.reshape(m, h, d // h) for w, p in zip(weights, parts)], axis=0)                 # [m, h, d / h]
-    return np.divide(summed, total[..., None], out=np.zeros_like(summed), where=total[..., None] > 0).reshape(m, d).astype(parts[0].dtype)
+    out = np.divide(summed, total[..., None], out=np.zeros_like(summed), where=total[..., None] > 0).reshape(m, d).astype(parts[0].dtype)
+    return (out, np.stack([shift, total], -1).astype(stats[0].dtype)) if together else out
 
 
 merge_attention.case(parts=[(5, 96), (5, 96)], stats=[(5, 2, 2), (5, 2, 2)])
 merge_attention.case(parts=[(70, 64), (70, 64), (70, 64)], stats=[(70, 4, 2), (70, 4, 2), (70, 4, 2)])
 merge_attention.case(parts=[(0, 64)], stats=[(0, 4, 2)])
+merge_attention.case(parts=[(9, 64), (9, 64), (9, 64)], stats=[(9, 4, 2), (9, 4, 2), (9, 4, 2)], together=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pyengine.backends.base import Declared, Program
 from pyengine.cache.cells import Cells, Conversation, Group, groups_of
-from pyengine.cache.policy import Grouped, grouped, PINNED, Policy
+from pyengine.cache.policy import Grouped, grouped, PINNED, Policy, RECENT
 from pyengine.cache.store import Layer, Rotation
 from pyengine.compiler.wanted import only
 from pyengine.dtype import DType, dtype as dtype_of, GROUP
@@ -91,6 +91,11 @@ class Step:
         return self.sizes.compressed.kinds if self.sizes.compressed else ()
 
     @cached_property
+    def summed(self) -> dict[int, int]:
+        """Of groups with tokens in full whose sums of attention lie beside those of the tokens in groups: the numbers of the latter."""
+        return {part: i for i, parts in self.parts.items() if self.kinds and self.groups[i].policy.compressed for part in parts}
+
+    @cached_property
     def names(self) -> list[str]:
         """What the names of each group's inputs begin with."""
         return [f"{g.policy.name}{i}" for i, g in enumerate(self.groups)]
@@ -116,6 +121,8 @@ class Step:
         shared: list[dict[str, Tensor]] = []
         for own, name in zip(self.groups, self.names):
             shared.append({} if own.policy.recurrent else {"table": g.table(f"{name}.table", (s.n_seq, own.slots)), "seq": seq})
+            if (number := self.summed.get(len(shared) - 1)) is not None:
+                shared[-1]["whole"] = g.table(f"{name}.whole", (s.n_seq, self.groups[number].slots))
             for spec in own.policy.inputs():
                 shared[-1][spec.name] = g.input(f"{name}.{spec.name}", (axes[spec.axis],), "I32")
             if any(spec == ("lo", "m") for spec in own.policy.inputs()):
@@ -134,12 +141,12 @@ class Step:
                 caches.append(RecurrentCache(tuple(states), **shared[number]))
             elif number == self.across:
                 caches.append(CrossCache(*states, **shared[number]))
-            elif number in self.parts:
-                caches.append(self._grouped(states, shared, number))
             else:
-                summed.append([])
-                own = {"sums": states[2], "weights": counts, "kinds": self.kinds, "changed": summed[-1]} if states[2:] else {}
-                caches.append(LayerCache(*states[:2], **shared[number], **own))
+                n, own = 2 + 2 * len(self.parts.get(number, ())), {}
+                if states[n:]:
+                    summed.append([])
+                    own = {"sums": states[n], "weights": counts, "kinds": self.kinds, "changed": summed[-1]}
+                caches.append(self._grouped(states, shared, number, own) if number in self.parts else LayerCache(*states[:2], **shared[number], **own))
         hidden = take(model.forward(batch, caches), wanted)
         outputs = [model.logits(take(hidden, head)), hidden]
         if self.adapters:
@@ -148,11 +155,11 @@ class Step:
         asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
         return Declared(only([*outputs, *largest, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
 
-    def _grouped(self, states: Sequence[Tensor], shared: Sequence[dict[str, Tensor]], number: int) -> GroupedCache:
+    def _grouped(self, states: Sequence[Tensor], shared: Sequence[dict[str, Tensor]], number: int, sums: Mapping[str, Any]) -> GroupedCache:
         """Return the cache of a layer with its parts, whose states follow one another."""
         own, recent, pinned = (shared[i] for i in (number, *self.parts[number]))
-        parts = [Part(*states[2 * i : 2 * i + 2], *(part[name] for name in ("table", "lo", "hi"))) for i, part in enumerate((own, recent, pinned))]
-        return GroupedCache(*parts, recent["cells"], own["seq"], own["source"], own["target"], pinned["target"])
+        parts = [Part(*states[2 * i : 2 * i + 2], *(part.get(name) for name in ("table", "lo", "hi", "whole"))) for i, part in enumerate((own, recent, pinned))]
+        return GroupedCache(*parts, recent["cells"], own["seq"], own["source"], own["target"], pinned["target"], **sums)
 
     def _adapted(self, g: Graph, outputs: list[Tensor], batch: Batch, wanted: Tensor, head: Tensor) -> list[Tensor]:
         """Add what adapters change, by the scales of each row."""
@@ -191,6 +198,7 @@ class Step:
         groups = groups_of([g.policy for g in self.groups], n_ctx, self.sizes.n_batch, n_seq)
         shapes: dict[str, tuple[int, ...]] = {f"{name}.table": (n_seq, g.slots) for g, name in zip(groups, self.names)
                                               if not g.policy.recurrent}
+        shapes |= {f"{self.names[part]}.whole": (n_seq, groups[number].slots) for part, number in self.summed.items()}
         for i in range(len(self.layers)):
             shapes |= {name: shape for name, (shape, _) in self._states(i, groups, n_seq).items()}
         return shapes
@@ -199,6 +207,9 @@ class Step:
 
     def cells(self, program: Program) -> Cells:
         """Return the cells of the program's caches, none of them in use."""
+        for part, number in self.summed.items():             # where a ring has each of all tokens
+            own, every = self.groups[part].slots, np.arange(self.groups[number].slots)
+            program.tables[f"{self.names[part]}.whole"][:] = np.arange(self.sizes.n_seq)[:, None] * own + every % own
         return Cells(self.groups, [None if g.policy.recurrent else program.tables[f"{name}.table"] for g, name in zip(self.groups, self.names)])
 
     def caches(self, program: Program) -> list[Layer]:
@@ -209,10 +220,9 @@ class Step:
                 recurrent, states = self.groups[number].policy.recurrent, [program.states[name] for name in self._states(i, self.groups, self.sizes.n_seq)]
                 turned = None if recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
                 sums = states.pop() if self.groups[number].policy.compressed and self.kinds else None
-                for part in reversed(self.parts.get(number, ())):
-                    made.append(Layer(self.owned[i], part, (*states[-2:],), turned))
-                    del states[-2:]
-                made.append(Layer(self.owned[i], number, tuple(states), turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i)))
+                parts = tuple(Layer(self.owned[i], part, (*states[2 * j + 2 : 2 * j + 4],), turned) for j, part in enumerate(self.parts.get(number, ())))
+                own = (*states[: len(states) - 2 * len(parts)],)
+                made += [*reversed(parts), Layer(self.owned[i], number, own, turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i), parts)]
         return made
 
 
@@ -230,8 +240,8 @@ def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
     if sizes.compressed:
         each = sizes.compressed.pooled
         own = [replace(sizes.compressed, spans=p.spans, layer=i if each else None) if p.whole else p for i, p in enumerate(own)]
-    elif sizes.k.by_channel:
-        own = [Grouped(p.spans) if p.whole else p for p in own]
+    if sizes.k.by_channel:
+        own = [Grouped(p.spans, RECENT[sizes.k.name], p if p.compressed else None) if p.whole else p for p in own]
     return [p if owner == i else None for i, (p, owner) in enumerate(zip(own, model.cache_owners()))]
 
 
@@ -342,18 +352,22 @@ class StepProgram:
         self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work), "z": self._group(work)}
 
     def _group(self, work: Sequence[Work]) -> int:
-        """Fill the inputs that say which tokens become groups in a step: those that its rows are the first to read so. Returns their number."""
-        z = 0
+        """Fill the inputs that say which tokens become groups in a step: those that its rows are the first to read so. Returns their number, the
+        largest of all layers; others write none in the places that are left."""
+        names, made = self.step.names, {}
         for number, (recent, pinned) in self.step.parts.items():
-            z, names = 0, self.step.names
+            columns = [np.empty((3, 0), np.int64)]
             for part in work:
-                s = part.conversation
-                first = np.arange(grouped(len(s) - 1), grouped(len(s) + part.stop - part.start - 1), GROUP)
-                here = slice(z, z + len(first))
-                self._put(f"{names[number]}.source", here, self.cells.cells_of(recent, s, first))
-                self._put(f"{names[number]}.target", here, self.cells.cells_of(number, s, first))
-                self._put(f"{names[pinned]}.target", here, np.where(first < PINNED, self.cells.cells_of(pinned, s, first), -1))
-                z += len(first)
+                s, n = part.conversation, self.cells.filled(number, part.conversation)
+                first = np.arange(*(grouped(n + rows - 1, self.step.groups[number].policy.recent) for rows in (0, part.stop - part.start)), GROUP)
+                columns.append(np.stack([self.cells.cells_of(recent, s, first), self.cells.cells_of(number, s, first),
+                                         np.where(first < PINNED, self.cells.cells_of(pinned, s, first), -1)]))
+            made[number, pinned] = np.concatenate(columns, axis=1)
+        z = max((columns.shape[1] for columns in made.values()), default=0)
+        for (number, pinned), columns in made.items():
+            source, target, first = np.pad(columns, ((0, 0), (0, z - columns.shape[1])), constant_values=-1)
+            for name, cells in ((f"{names[number]}.source", np.maximum(source, 0)), (f"{names[number]}.target", target), (f"{names[pinned]}.target", first)):
+                self._put(name, slice(0, z), cells)
         return z
 
     def _look_across(self, work: Sequence[Work]) -> int:

@@ -15,8 +15,8 @@ from csrc import build_rules as rules
 from pyengine.dtype import GROUP
 from pyengine.graph.op import REGISTRY
 
-SOURCES = [rules.CSRC / "cpu" / name for name in ("attention.c", "attention_int8.c", "attention_merge.c", "cache_groups.c", "rope.c")]
-ATTENTION, GROUPS, MERGE = REGISTRY["attention"], REGISTRY["cache_groups"], REGISTRY["merge_attention"]
+SOURCES = [rules.CSRC / "cpu" / name for name in ("attention.c", "attention_int8.c", "attention_merge.c", "cache_groups.c", "key_sums.c", "rope.c")]
+ATTENTION, GROUPS, MERGE, SUMS = (REGISTRY[name] for name in ("attention", "cache_groups", "merge_attention", "key_sums"))
 KEYS = ("Q4_1_CHANNELS", "Q2_1_CHANNELS")
 VALUES = ("F16", "Q8_0", "Q4_0", "Q4_1", "Q2_1")
 
@@ -130,6 +130,26 @@ def test_merged_parts_are_one_softmax(kernels: Kernels, case: Any, n: int) -> No
     (got,) = run(kernels, MERGE, merged, {}, [(m, h * f)])
     close(got, whole.astype(np.float64), 3e-6, 1.0 + np.abs(whole).max(initial=0), "merged")
     assert bits(run(kernels, MERGE, merged, {}, [(m, h * f)], 3)[0]) == bits(got)
+    both = run(kernels, MERGE, merged, {"together": True}, [(m, h * f), (m, h, 2)], 3)
+    assert bits(both[0]) == bits(got) and bits(both[1][..., :1]) == bits(stats[..., :1])
+    close(both[1][..., 1], stats[..., 1].astype(np.float64), 2e-6, 0.0, "total of all parts")
+
+
+@settings(SLOW, max_examples=60)
+@given(channel_cases(), st.integers(0, 2**32 - 1))
+def test_sums_of_what_groups_get(kernels: Kernels, case: Any, seed: int) -> None:
+    """Against the reference; bit for bit over threads, and with the rows one after the other, whose keys are read where they lie."""
+    (q, k, v, lo, hi, cells, seq), params = case
+    (m, h, _), g, rng = q.shape, k.shape[0], np.random.default_rng(seed)
+    stats = run(kernels, ATTENTION, [q, k, v, lo, hi, cells, seq], params, [(m, h * v.shape[2]), (m, h, 2)])[1]
+    weights = np.where(rng.random((m, 1)) < 0.7, rng.standard_normal((m, 4)), 0).astype(np.float32)
+    params = {"scale": params["scale"], "softcap": params["softcap"], "kinds": (0, 1, 2, 3)}
+    sums = np.zeros((g, cells.size, 4), np.float32)
+    got = check(kernels, SUMS, [sums, q, k, lo, hi, cells, seq, stats, weights], params)[0]
+    for i in range(m):
+        row = np.s_[i : i + 1]
+        sums = run(kernels, SUMS, [sums, q[row], k, lo[row], hi[row], cells, seq[row], stats[row], weights[row]], params, [sums.shape], 2)[0]
+    assert bits(sums) == bits(got)
 
 
 def test_groups_that_are_none_are_refused(kernels: Kernels) -> None:
