@@ -195,7 +195,7 @@ class GroupedContent(Content):
 
     def __init__(self, store: Store, s: Conversation, policy: Compression, layer: Layer, text: np.ndarray):
         super().__init__(store, s, policy, layer, text)
-        self._cells_of, self._was = store.cells, Grouping(store.cells, s, layer, len(self.old))
+        self._store, self._was = store, Grouping(store, s, layer, len(self.old))
 
     def read(self) -> list[Any]:
         """Return keys and values as float32 [heads, cells, e]."""
@@ -210,7 +210,7 @@ class GroupedContent(Content):
             keep &= (merged[1] == left[1]).all(-1)
             left = [x.astype(np.float32) for x in merged]
         codes = np.take_along_axis(self._was.codes(), stay[..., None], 1)
-        Grouping(self._cells_of, self.s, self.layer, len(new)).write(*left, codes, keep)
+        Grouping(self._store, self.s, self.layer, len(new)).write(*left, codes, keep)
 
 
 def tokens_of(s: Conversation, layer: int, heads: int, n: int) -> np.ndarray:

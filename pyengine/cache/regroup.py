@@ -1,28 +1,19 @@
-"""Keys in groups of tokens, on the host: what stands in them as numbers, and groups that are made anew of the cells that stay.
+"""Keys in groups of tokens: what stands in them as numbers, and groups that are made anew of the cells that stay.
 
-A cell whose keys are quantized by channel has no bytes of its own: what stays is read, put side by side, and quantized once more, by
-the op that quantizes it in a step. Values have blocks of their own and keep them.
+A cell whose keys are quantized by channel has no bytes of its own: what stays is read, put side by side, and quantized once more, as a
+step quantizes it (`Store.quantized`). Values have blocks of their own and keep them.
 """
 
 from __future__ import annotations
 
-import threading
-from functools import lru_cache
-
 import numpy as np
 
-from pyengine import ops
-from pyengine.backends.base import Program, State
-from pyengine.backends.graph import Graph
-from pyengine.cache.cells import Cells, Conversation
-from pyengine.cache.store import Layer
+from pyengine.backends.base import State
+from pyengine.cache.cells import Conversation
+from pyengine.cache.store import Layer, Store
 from pyengine.dtype import BY_CHANNEL, DType, dtype as dtype_of, GROUP
-from pyengine.graph.tensor import Dim
 from pyengine.native.blocks import dequantize
 from pyengine.ops.rope import mixed
-
-STAGED = 16                              # groups that are quantized at once
-_lock = threading.Lock()
 
 
 def numbers_of(raw: np.ndarray, dtype: DType) -> np.ndarray:
@@ -51,41 +42,15 @@ def _blocks(raw: np.ndarray, name: str) -> np.ndarray:
     return (codes * scale + least).astype(np.float32)        # rounded once, as fma does
 
 
-@lru_cache(maxsize=8)
-def _quantizer(heads: int, e: int, f: int, k: DType, v: DType) -> Program:
-    """Return a program that quantizes groups 0 .. z - 1 of keys [heads, n, e] and values [heads, n, f] in full."""
-    g, n = Graph(), STAGED * GROUP
-    states = [g.state(name, (heads, n, size), dtype) for name, size, dtype in
-              (("k", e, k), ("v", f, v), ("k_full", e, dtype_of("F32")), ("v_full", f, dtype_of("F32")))]
-    which = g.input("which", (Dim("z", STAGED),), "I32")
-    return g.compile(list(ops.cache_groups(*states, which, which)), n_threads=1)
-
-
-def quantized(keys: np.ndarray, values: np.ndarray, k: DType, v: DType) -> tuple[np.ndarray, np.ndarray]:
-    """Return float32 keys [heads, n, e] and values [heads, n, f], n a multiple of 32, as a layer's groups hold them: uint8 [heads, n, bytes]."""
-    (heads, n, e), f, out = keys.shape, values.shape[2], []
-    with _lock:                                              # its states are shared
-        program = _quantizer(heads, e, f, k, v)
-        full, made = ([program.states[name] for name in names] for names in (("k_full", "v_full"), ("k", "v")))
-        for start in range(0, n, STAGED * GROUP):
-            cells = np.arange(min(STAGED * GROUP, n - start))
-            for state, x in zip(full, (keys, values)):
-                state.scatter(cells, np.ascontiguousarray(x[:, start : start + len(cells)], np.float32).view(np.uint8))
-            program.inputs["which"][: len(cells) // GROUP] = cells[::GROUP]
-            program.execute(z=len(cells) // GROUP)
-            out.append([state.gather(cells) for state in made])
-    return tuple(np.concatenate(parts, 1) for parts in zip(*out))            # type: ignore[return-value]
-
-
 class Grouping:
     """A layer's cells of one conversation in groups and in full, `n` of them: where each of them lies.
 
     before   cells that are in groups, or the first ones in full: those that the next token reads so
     """
 
-    def __init__(self, cells: Cells, s: Conversation, layer: Layer, n: int):
-        recent, first = layer.parts
-        self.layer, self.n = layer, n
+    def __init__(self, store: Store, s: Conversation, layer: Layer, n: int):
+        (recent, first), cells = layer.parts, store.cells
+        self.store, self.layer, self.n = store, layer, n
         self.before = cells.groups[recent.group].policy.first_of(n)
         pinned = min(cells.groups[first.group].slots, self.before)
         places = (first, 0, pinned), (layer, pinned, self.before), (recent, self.before, n)
@@ -120,6 +85,6 @@ class Grouping:
                 for state, x in zip((k, v), (keys, values)):
                     state.scatter(cells, x[:, where].astype(state.dtype.numpy).view(np.uint8))
                 continue
-            new_k, new_v = quantized(keys[:, where], values[:, where], k.dtype, v.dtype)
+            new_k, new_v = self.store.quantized(keys[:, where], values[:, where], k.dtype, v.dtype)
             k.scatter(cells, new_k)
             v.scatter(cells, np.where(keep[:, where, None], codes[:, where], new_v))

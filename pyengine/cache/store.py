@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -40,11 +40,18 @@ class Layer(NamedTuple):
     parts: tuple[Layer, ...] = ()
 
 
-class Store:
-    """The contents of one model's caches, beside the cells that say what they are."""
+Quantizer = Callable[[np.ndarray, np.ndarray, DType, DType], tuple[np.ndarray, np.ndarray]]
 
-    def __init__(self, cells: Cells, layers: Sequence[Layer]):
-        self.cells, self.layers = cells, list(layers)
+
+class Store:
+    """The contents of one model's caches, beside the cells that say what they are.
+
+    quantized  makes whole groups of tokens of float32 keys and values [heads, n, e], as a step does: uint8 [heads, n, bytes] of each; for
+               layers with `parts` that are compressed
+    """
+
+    def __init__(self, cells: Cells, layers: Sequence[Layer], quantized: Quantizer):
+        self.cells, self.layers, self.quantized = cells, list(layers), quantized
 
     @property
     def formats(self) -> tuple[DType, DType]:

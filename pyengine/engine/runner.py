@@ -12,6 +12,7 @@ from pyengine.cache.eviction import copy_sums
 from pyengine.cache.policy import TAIL
 from pyengine.cache.store import Store
 from pyengine.engine.bounds import Bounds
+from pyengine.engine.quantizer import quantized
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import common, Rows
 from pyengine.programs.step import Logits, Step, StepProgram, Work
@@ -24,7 +25,7 @@ class Runner:
         self.step, self.program = step, program
         self.axes, self.n_batch = step.model.position_axes, step.sizes.n_batch
         self.cells = step.cells(program)
-        self.store = Store(self.cells, step.caches(program))
+        self.store = Store(self.cells, step.caches(program), quantized)
         self.inputs = StepProgram(step, program, self.cells)
         self.bounds = Bounds(step, self.store, getattr(program.prepared, "n_threads", 1))
         self.n_steps = 0

@@ -14,6 +14,7 @@ from op_cases import elements, loaded, mixed, stored
 from pyengine.cache import eviction, policy, regroup
 from pyengine.cache.compression.base import Compression
 from pyengine.dtype import dtype
+from pyengine.engine.quantizer import quantized
 from test_compressed import IDS as SHORT, picture, told
 
 IDS = np.random.default_rng(5).integers(0, 300, 240).tolist()
@@ -153,7 +154,7 @@ def test_groups_are_made_as_in_a_step(k: str, v: str) -> None:
     keys = rng.standard_normal((2, 40 * 32, 64)).astype(np.float32) * np.exp(rng.standard_normal(64).astype(np.float32))
     values = rng.standard_normal((2, 40 * 32, 32)).astype(np.float32)
     for n in (32, 512, 1280):
-        made = regroup.quantized(keys[:, :n], values[:, :n], dtype(k), dtype(v))
+        made = quantized(keys[:, :n], values[:, :n], dtype(k), dtype(v))
         assert (made[0] == stored(keys[:, :n], k).raw.reshape(made[0].shape)).all()
         assert (made[1] == stored(values[:, :n], v).raw.reshape(made[1].shape)).mean() > 0.999          # sums of mixed values may round otherwise
         np.testing.assert_allclose(regroup.numbers_of(made[0], dtype(k)), elements(stored(keys[:, :n], k)), rtol=1e-6, atol=1e-6)
