@@ -101,13 +101,16 @@ int at_end(int *end, int64_t bytes) {
 }
 
 /* Cells of blocks lie so far apart that 4 lanes of 8 keys, 4 bytes each, meet no bank twice. */
-int pitch_of(const Cache &c) {
-  const pe_format f = cell_format_of(c.dtype);
-  const int pitch = (int)round_up(c.elements / f.elements * f.bytes, 16);
+int pitch_of(int32_t dtype, int elements) {
+  const pe_format f = cell_format_of(dtype);
+  const int pitch = (int)round_up(elements / f.elements * f.bytes, 16);
   return pitch % 32 ? pitch : pitch + 16;
 }
 
 int tile_bytes(Form form, int columns, int pitch) { return form == BLOCKS ? TILE_KEYS * pitch : columns * TILE_KEYS * 64; }
+
+/* A stretch of a tile's cells as they lie; of numbers that are not copied only which cells they are. */
+int staged_bytes(Form form, int pitch) { return TILE_KEYS * (form == GATHERED ? (int)sizeof(int32_t) : pitch); }
 
 /* stages: 0 for one in which V takes the place of K. */
 void lay_out(Job *w, int queries, int warps, int stages) {
@@ -130,7 +133,7 @@ void lay_out(Job *w, int queries, int warps, int stages) {
   a.peaks = at_end(&end, few ? FEW_WARPS * queries * 4 : 0);
   a.p = at_end(&end, few ? TILE_KEYS / 16 * 32 * 16 * 2 : 0);
   a.mixing = at_end(&end, w->k_form == BLOCKS || w->v_form == BLOCKS ? warps * (w->e > w->f ? w->e : w->f) * 4 : 0);
-  a.k_pitch = pitch_of(w->k), a.v_pitch = pitch_of(w->v);
+  a.k_pitch = pitch_of(w->k.dtype, w->e), a.v_pitch = pitch_of(w->v.dtype, w->f);
   const int begin = end, k_bytes = tile_bytes(w->k_form, w->ne, a.k_pitch), v_bytes = tile_bytes(w->v_form, w->nf, a.v_pitch);
   a.k = at_end(&end, a.one && v_bytes > k_bytes ? v_bytes : k_bytes);
   a.v = a.one ? a.k : at_end(&end, v_bytes);
@@ -139,11 +142,12 @@ void lay_out(Job *w, int queries, int warps, int stages) {
   a.bytes = begin + a.stages * a.stage_bytes;
 }
 
-void lay_out_floats(Job *w, int queries) {
+/* one: a stretch of cells is staged when the one before it has been used, where there are blocks. */
+void lay_out_floats(Job *w, int queries, bool one) {
   Areas &a = w->at;
   int end = 0;
   const bool codes = w->k_form == BLOCKS, blocks = codes || w->v_form == BLOCKS;
-  const int pitch = 64 + 4, buffers = w->narrow || blocks ? 1 : 2;
+  const int pitch = 64 + 4, slice = TILE_KEYS * pitch * 4;
   a.cells = at_end(&end, CELL_KEYS * 4);
   a.rows = at_end(&end, queries * sizeof(Interval));
   a.q = at_end(&end, (int64_t)queries * (round_up(w->e, 64) + 4) * 4);
@@ -154,9 +158,13 @@ void lay_out_floats(Job *w, int queries) {
   a.peaks = at_end(&end, 3 * queries * 4);
   a.most = at_end(&end, w->stats ? queries * 4 : 0);
   a.p = at_end(&end, queries * pitch * 4);
-  a.k = at_end(&end, TILE_KEYS * pitch * 4);
+  a.k_ready = at_end(&end, blocks ? slice : 0);
+  a.one = one;
+  a.k_pitch = pitch_of(w->k.dtype, w->e < STRETCH ? w->e : STRETCH), a.v_pitch = pitch_of(w->v.dtype, w->f < STRETCH ? w->f : STRETCH);
+  const int k_bytes = staged_bytes(w->k_form, a.k_pitch), v_bytes = staged_bytes(w->v_form, a.v_pitch);
+  a.k = at_end(&end, !blocks ? slice : k_bytes > v_bytes ? k_bytes : v_bytes);
   a.stage_bytes = end - a.k;
-  a.bytes = a.k + buffers * a.stage_bytes;
+  a.bytes = a.k + (one || w->narrow ? 1 : 2) * a.stage_bytes;
 }
 
 /* Units of so many queries; returns how many there may be: with sequences that begin anywhere a few more than without. */
@@ -244,8 +252,11 @@ int64_t rows_together(const Job &w) { return w.cells && w.seq ? (w.m + w.n_seque
 pe_status run_floats(Node *n, pe_stream *s) {
   const bool wide = n->w.e > MOST_HALVES || n->w.f > MOST_HALVES;
   int queries = rows_together(n->w) * n->w.group <= 16 ? 8 : wide ? 16 : 32;
-  lay_out_floats(&n->w, queries);
-  if (n->w.at.bytes > n->shared) lay_out_floats(&n->w, queries = 8);
+  const bool blocks = in_blocks(n->w.k) || in_blocks(n->w.v);
+  lay_out_floats(&n->w, queries, false);
+  if (n->w.at.bytes > n->shared && blocks) lay_out_floats(&n->w, queries, true);
+  if (n->w.at.bytes > n->shared) lay_out_floats(&n->w, queries = 8, false);
+  if (n->w.at.bytes > n->shared && blocks) lay_out_floats(&n->w, queries, true);
   const int64_t units = cut_units(&n->w, queries);
   if (n->w.at.bytes > n->shared) return too_large(*n, s);
   run_few(n, units, queries, stream(s));

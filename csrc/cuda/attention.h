@@ -21,6 +21,7 @@ namespace pe {
 
 enum { TILE_KEYS = 64, CHUNK_KEYS = 512, FLOAT_CHUNK_KEYS = 256, CELL_KEYS = 256 /* whose cells are looked up together */ };
 enum { COLUMNS = 32 /* elements of a block of columns of q, K or V */ };
+enum { STRETCH = 256 /* elements of a cell that attention of floats has staged at once, where there are blocks */ };
 
 /* Where the parts of a block's shared memory begin, in bytes; attention.cu lays them out. */
 struct Areas {
@@ -28,12 +29,12 @@ struct Areas {
   int task, totals;         /* a unit and what it sees; [queries] of chunks so far */
   int q, q_scale, q_sum;    /* queries as halves, codes or floats; a scale for each; of codes sums of blocks */
   int k, v, stage_bytes;    /* loaded tiles, `stages` of them */
-  int k_ready, k_scale, v_ready; /* a tile of blocks, unpacked */
+  int k_ready, k_scale, v_ready; /* a tile of blocks, unpacked; in attention of floats k_ready is a slice of K or V */
   int peaks, p, mixing;
   int most;                 /* [queries]: the largest logit so far, where stats are wanted */
   int k_pitch, v_pitch;     /* bytes between cells of blocks */
   int stages, bytes;
-  bool one;                 /* V takes the place of K when that has been used: one stage, for cards with little shared memory */
+  bool one;                 /* V takes the place of K when that has been used: for cards with little shared memory */
 };
 
 /* How a tile gets into shared memory. */

@@ -9,10 +9,11 @@
  * Keys in blocks stay codes, and queries become codes, all as floats: sums of a block are exact, and times its scale join the score.
  *
  * Shared memory: queries [4 TY][e rounded up to 64, + 4]; of codes their scales, sums of 32 of them and what each block of keys
- * is worth; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then
- * of V; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4 floats more than a multiple of 32 apart,
- * so that 8 threads' 16-byte loads meet no bank twice. While a slice is used the next is on its way: floats by cp.async into a second
- * buffer, 16-bit numbers (NARROW) and cells with blocks (BLOCKY) into 16 registers of each thread, and from there as floats into the one buffer.
+ * is worth; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then of V; with blocks up to 256 elements of a
+ * tile's cells as they lie, twice; scores, then probabilities [4 TY][64 + 4]; top, sum and factor of each query. Rows are 4 floats more than
+ * a multiple of 32 apart, so that 8 threads' 16-byte loads meet no bank twice. While a slice is used the next is on its way: floats by cp.async into a second
+ * buffer, 16-bit numbers (NARROW) into 16 registers of each thread, and from there as floats into the one buffer. Of cells with blocks (BLOCKY)
+ * stretches come by cp.async, and are unpacked into that buffer slice by slice.
  * Per tile and block: 64 (e + f) numbers of K and V; 2 (e + f) * 64 * 4 TY operations. TY = 8 (prompts, encoders): of F16 32 operations a
  * byte of K and V from L2; 8 loads of 16 bytes for 64 fma a thread: bound by fma, to about three quarters of their peak. TY = 2
  * (generation): each byte of the cache is read once for 8 heads of a group, 5 loads of 16 bytes for 16 fma: on an RTX 4090 F16 caches
@@ -26,6 +27,7 @@ namespace {
 using namespace pe;
 
 enum { THREADS = 128, OWN = 4 /* queries of a thread */, SLICE = 64, PITCH = SLICE + 4, CHUNK = FLOAT_CHUNK_KEYS };
+enum { MINIMA = TILE_KEYS * SLICE / COLUMNS /* of blocks in a slice of a tile: their minima lie so far behind their scales */ };
 enum How { WIDE, NARROW, BLOCKY /* K or V is in blocks */ };
 constexpr float SLACK = 8.0f; /* csrc/cpu/attention_softmax.h */
 
@@ -78,79 +80,15 @@ struct Held {
   }
 };
 
-/* The same of cells in any format: of blocks 8 codes, and what they are worth; of numbers that are no 16 bytes side by side only where they
- * lie, and those are read when they are stored. */
-struct HeldCells {
-  enum { PARTS = Held::PARTS, KEYS = Held::KEYS, N = Held::N };
-  uint4 x[N];
-  int64_t head;
-  int first;
-  bool keys;
-
-  __device__ __forceinline__ void load(const Cache &c, Form form, int64_t g, const int32_t *cells, int from, bool of_keys) {
-    const int at = from + threadIdx.x % PARTS * 8;
-    head = g, first = from, keys = of_keys;
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-      const int cell = cells[threadIdx.x / PARTS + KEYS * n];
-      x[n] = make_uint4(0, 0, 0, 0);
-      if (cell < 0 || at >= c.elements) continue;
-      if (form == BLOCKS) x[n] = codes_at(c, cell_at(c, g, cell), at);
-      else if (form == COPIED) x[n] = *(const uint4 *)(cell_at(c, g, cell) + 2 * at);
-      else x[n].x = (uint32_t)cell + 1;
-    }
-  }
-  /* Codes at .. at + 7 of a cell as signed bytes, its block's scale and minimum as they lie. */
-  static __device__ __forceinline__ uint4 codes_at(const Cache &c, const char *cell, int at) {
-    const char *block = cell + at / 32 * cell_format_of(c.dtype).bytes;
-    const int i = at % 32 / 4;
-    const uint16_t *worth = (const uint16_t *)block;
-    return make_uint4(four_codes_of(block, c.dtype, i), four_codes_of(block, c.dtype, i + 1), worth[0], c.dtype == PE_Q4_1 ? worth[1] : 0);
-  }
-  /* As floats, keys in blocks as codes; worth: of those what each block's codes are worth. */
-  __device__ __forceinline__ void store(const Cache &c, Form form, float2 *worth, float *to) const {
-    const int part = threadIdx.x % PARTS, second = part >= PARTS / 2, key = threadIdx.x / PARTS;
-    to += key * PITCH + 8 * part;
-#pragma unroll
-    for (int n = 0; n < N; n++, to += KEYS * PITCH) {
-      if (form == GATHERED) {
-#pragma unroll 1
-        for (int at = first + 8 * part, i = 0; i < 8; i++, at++)
-          to[i] = x[n].x && at < c.elements ? load_number(c.dtype, cell_at(c, head, x[n].x - 1) + at * c.element) : 0.0f;
-        continue;
-      }
-      float y[8];
-      const uint32_t words[4] = {x[n].x, x[n].y, x[n].z, x[n].w};
-      const float d = from_half((uint16_t)x[n].z), m = from_half((uint16_t)x[n].w);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        if (form == BLOCKS) {
-          const float code = (float)(int8_t)(words[i / 4] >> i % 4 * 8);
-          y[i] = keys ? code : c.dtype == PE_Q4_1 ? fmaf(code, d, m) : __fmul_rn(code, d);
-        } else {
-          const float2 two = c.dtype == PE_F16 ? unpack_half2(words[i / 2]) : unpack_bf162(words[i / 2]);
-          y[i] = i % 2 ? two.y : two.x;
-        }
-      }
-      const float4 low = make_float4(y[0], y[1], y[2], y[3]), high = make_float4(y[4], y[5], y[6], y[7]);
-      *(float4 *)(to + 4 * second) = second ? high : low;
-      *(float4 *)(to + 4 - 4 * second) = second ? low : high;
-      if (keys && form == BLOCKS && part % 4 == 0) worth[part / 4 * TILE_KEYS + key + KEYS * n] = make_float2(d, m);
-    }
-  }
-};
-
-template <int HOW> struct HeldBy { using type = Held; };
-template <> struct HeldBy<BLOCKY> { using type = HeldCells; };
-
 /* Slices of K, then of V, of tile after tile; one is on its way while one is used. */
 template <int HOW> struct Slices {
   WalkOf<CHUNK> ahead;
   int slice, to;
-  typename HeldBy<HOW>::type held;
+  Held held;
 
   __device__ __forceinline__ Slices(const WalkOf<CHUNK> &first) : ahead(first), slice(0), to(0) {}
   __device__ __forceinline__ float *buffer(const Job &w, int i) const { return area<float>(w.at.k + i * w.at.stage_bytes); }
+  __device__ __forceinline__ void begin(const Job &w, const Unit &u, const Seen &seen) { load(w, u, seen); }
   __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen) {
     if (ahead.more()) {
       const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK / TILE_KEYS) * TILE_KEYS;
@@ -158,30 +96,131 @@ template <int HOW> struct Slices {
       const bool of_keys = slice < keys;
       const int first = (of_keys ? slice : slice - keys) * SLICE;
       if constexpr (HOW == NARROW) held.load(of_keys ? w.k : w.v, u.g, cells, first);
-      else if constexpr (HOW == BLOCKY) held.load(of_keys ? w.k : w.v, of_keys ? w.k_form : w.v_form, u.g, cells, first, of_keys);
       else load_slice(of_keys ? w.k : w.v, (of_keys ? w.k_form : w.v_form) == COPIED, u.g, cells, first, buffer(w, to));
       if (++slice == keys + values) {
         slice = 0;
         if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
       }
     }
-    if constexpr (HOW != WIDE) return;
+    if constexpr (HOW == NARROW) return;
     cp_async_commit();
     to ^= 1;
   }
   /* The next slice; ends with a barrier. */
   __device__ __forceinline__ const float *next(const Job &w, const Unit &u, const Seen &seen) {
-    if constexpr (HOW != WIDE) {
+    if constexpr (HOW == NARROW) {
       __syncthreads();
-      if constexpr (HOW == NARROW) held.store(buffer(w, 0));
-      else if (held.keys) held.store(w.k, w.k_form, area<float2>(w.at.k_scale), buffer(w, 0));
-      else held.store(w.v, w.v_form, nullptr, buffer(w, 0));
+      held.store(buffer(w, 0));
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
     const float *is = buffer(w, HOW == WIDE ? to ^ 1 : 0);
     load(w, u, seen);
+    return is;
+  }
+};
+
+/* A slice of a tile that is staged becomes floats, keys in blocks their codes; zeros beyond the cell. Four lanes have a block; those of
+ * keys i and i + 4 stand beside each other, so that no bank is met twice. first: element of the cell; worth: for keys' scales, or null. */
+__device__ __forceinline__ void unpack_slice(const Cache &c, Form form, int64_t head, const char *staged, int pitch, int first, float *worth,
+                                             float *to) {
+  const int lane = again(lane_of()), t = lane % 4, other = lane / 4 % 2, bytes = cell_format_of(c.dtype).bytes;
+#pragma unroll 2
+  for (int i = warp_of(); i < TILE_KEYS / 8 * (SLICE / COLUMNS); i += THREADS / 32) {
+    const int key = i / 2 * 8 + lane / 8 + 4 * other, b = i % 2, block = first + b * COLUMNS;
+    float *dest = to + key * PITCH + b * COLUMNS;
+    float y[8] = {};
+    if (form == BLOCKS) {
+      if (block < c.elements) {
+        const char *from = staged + key * pitch + block % STRETCH / 32 * bytes;
+        const uint2 codes = codes_of(from, c.dtype, t);
+        const float d = scale_of(from), m = least_of(from, c.dtype);
+        const uint32_t words[2] = {codes.x, codes.y};
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+          const float code = (float)(int8_t)(words[n / 4] >> n % 4 * 8);
+          y[n] = worth ? code : c.dtype == PE_Q4_1 ? fmaf(code, d, m) : __fmul_rn(code, d);
+        }
+        if (worth && t == 0) worth[b * TILE_KEYS + key] = d;
+        if (worth && t == 1 && c.dtype == PE_Q4_1) worth[b * TILE_KEYS + key + MINIMA] = m;
+      }
+      *(float4 *)(dest + 4 * t) = make_float4(y[0], y[1], y[2], y[3]);
+      *(float4 *)(dest + 16 + 4 * t) = make_float4(y[4], y[5], y[6], y[7]);
+      continue;
+    }
+    const int at = block + 8 * t;
+    if (form == COPIED && at < c.elements) {
+      const uint4 x = *(const uint4 *)(staged + key * pitch + 2 * (at % STRETCH));
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const float2 two = c.dtype == PE_F16 ? unpack_half2(words[n]) : unpack_bf162(words[n]);
+        y[2 * n] = two.x, y[2 * n + 1] = two.y;
+      }
+    } else if (form == GATHERED) {
+      const int cell = ((const int32_t *)staged)[key];
+#pragma unroll
+      for (int n = 0; n < 8; n++) y[n] = cell >= 0 && at + n < c.elements ? load_number(c.dtype, cell_at(c, head, cell) + (at + n) * c.element) : 0.0f;
+    }
+    const float4 low = make_float4(y[0], y[1], y[2], y[3]), high = make_float4(y[4], y[5], y[6], y[7]);
+    *(float4 *)(dest + 8 * t + 4 * other) = other ? high : low;
+    *(float4 *)(dest + 8 * t + 4 - 4 * other) = other ? low : high;
+  }
+}
+
+/* The same where K or V is in blocks. Stretches of cells, of K, then of V, come as they lie, in whole sectors: two are on their way or in
+ * use, or one. Numbers that are not copied are read where they lie when their slice's turn comes; staged are their cells. */
+template <> struct Slices<BLOCKY> {
+  WalkOf<CHUNK> ahead;
+  int coming, to;  /* stretch of that tile which is next to be loaded, and its buffer */
+  int slice, from; /* slice of the tile in use, and the buffer of its stretch */
+
+  __device__ __forceinline__ Slices(const WalkOf<CHUNK> &first) : ahead(first), coming(0), to(0), slice(0), from(0) {}
+  static __device__ __forceinline__ int stretches_of(int elements) { return (elements + STRETCH - 1) / STRETCH; }
+  __device__ __forceinline__ char *stage(const Job &w, int i) const { return area<char>(w.at.k + (w.at.one ? 0 : i * w.at.stage_bytes)); }
+  __device__ __forceinline__ void begin(const Job &w, const Unit &u, const Seen &seen) {
+    for (int i = w.at.one; i < 2; i++) load(w, u, seen);
+  }
+  __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen) {
+    if (ahead.more()) {
+      const int32_t *cells = area<int32_t>(w.at.cells) + ahead.tile % (CHUNK / TILE_KEYS) * TILE_KEYS;
+      const int keys = stretches_of(w.e);
+      const bool of_keys = coming < keys;
+      Cache part = of_keys ? w.k : w.v;
+      if ((of_keys ? w.k_form : w.v_form) == GATHERED) {
+        if (threadIdx.x < TILE_KEYS) ((int32_t *)stage(w, to))[threadIdx.x] = cells[threadIdx.x];
+      } else {
+        const pe_format f = cell_format_of(part.dtype);
+        const int first = (of_keys ? coming : coming - keys) * STRETCH;
+        part.data += first / f.elements * f.bytes;
+        part.elements = min(STRETCH, part.elements - first);
+        load_tile<false>(part, BLOCKS, u.g, cells, of_keys ? w.at.k_pitch : w.at.v_pitch, stage(w, to));
+      }
+      if (++coming == keys + stretches_of(w.f)) {
+        coming = 0;
+        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
+      }
+    }
+    cp_async_commit();
+    to ^= 1;
+  }
+  /* The next slice; ends with a barrier. */
+  __device__ __forceinline__ const float *next(const Job &w, const Unit &u, const Seen &seen) {
+    const int keys = slices_of(w.e), all = keys + slices_of(w.f);
+    const bool of_keys = slice < keys;
+    const int first = (of_keys ? slice : slice - keys) * SLICE;
+    float *is = area<float>(w.at.k_ready);
+    if (first % STRETCH == 0) wait_for_copies(w.at.one ? 0 : 1);
+    __syncthreads();
+    unpack_slice(of_keys ? w.k : w.v, of_keys ? w.k_form : w.v_form, u.g, stage(w, from), of_keys ? w.at.k_pitch : w.at.v_pitch, first,
+                 of_keys && w.k_form == BLOCKS ? area<float>(w.at.k_scale) : nullptr, is);
+    __syncthreads();
+    slice = slice + 1 == all ? 0 : slice + 1;
+    if (slice == 0 || slice == keys || (first + SLICE) % STRETCH == 0) { /* the stretch has been used */
+      from ^= 1;
+      load(w, u, seen);
+    }
     return is;
   }
 };
@@ -266,7 +305,7 @@ __device__ __forceinline__ void add_float_scores(const float *q, int q_pitch, co
 template <int TX>
 __device__ __forceinline__ void add_codes(const Job &w, const float *q, int q_pitch, const float *q_sums, int blocks, const float *k, int tx,
                                           float (&s)[OWN][TILE_KEYS / TX]) {
-  const float2 *scales = area<float2>(w.at.k_scale) + tx;
+  const float *scales = area<float>(w.at.k_scale) + tx;
   for (int b = 0; b < blocks; b++, q += 32, k += 32, q_sums++, scales += TILE_KEYS) {
     float dot[OWN][TILE_KEYS / TX] = {};
     add_float_scores<TX, 32>(q, q_pitch, k, tx, dot);
@@ -274,8 +313,8 @@ __device__ __forceinline__ void add_codes(const Job &w, const float *q, int q_pi
     for (int j = 0; j < TILE_KEYS / TX; j++)
 #pragma unroll
       for (int i = 0; i < OWN; i++) {
-        s[i][j] = fmaf(dot[i][j], scales[TX * j].x, s[i][j]);
-        if (w.k.dtype == PE_Q4_1) s[i][j] = fmaf(q_sums[i * w.ne], scales[TX * j].y, s[i][j]);
+        s[i][j] = fmaf(dot[i][j], scales[TX * j], s[i][j]);
+        if (w.k.dtype == PE_Q4_1) s[i][j] = fmaf(q_sums[i * w.ne], scales[TX * j + MINIMA], s[i][j]);
       }
   }
 }
@@ -287,6 +326,7 @@ __device__ __forceinline__ void add_slice(const float *p, const float *factor, c
   for (int i = 0; i < OWN; i++)
 #pragma unroll
     for (int j = 0; j < CPT; j++) acc[i][j] *= factor[i];
+#pragma unroll 2
   for (int key = 0; key < TILE_KEYS; key += 4) {
     float x[OWN][4];
 #pragma unroll
@@ -434,7 +474,7 @@ struct FloatUnit {
     if (now.more()) {
       Slices<HOW> slices(now);
       find_cells(w, u, seen, now.chunk());
-      slices.load(w, u, seen);
+      slices.begin(w, u, seen);
       forget_peaks(w, QUERIES);
       clear(kept);
 #pragma unroll
