@@ -239,7 +239,7 @@ struct Teams {
 Teams teams_of(int64_t d) {
   const int64_t fours = (d + 3) / 4;
   Teams t;
-  t.threads = fours <= 4 * WARP ? WARP : (int)(fours < MOST_THREADS ? pe::round_up(fours, WARP) : MOST_THREADS);
+  t.threads = fours <= 4 * WARP ? WARP : (int)(fours < MOST_THREADS ? pe::round_up(fours, WARP) : (int64_t)MOST_THREADS);
   t.rows = t.threads == WARP ? ROWS : 1;
   const int64_t each = (fours + t.threads - 1) / t.threads;
   t.keep = each <= 1 ? 1 : each <= 2 ? 2 : each <= 4 ? 4 : each <= 8 ? 8 : 0;
