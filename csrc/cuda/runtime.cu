@@ -4,9 +4,13 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "../table.h"
 #include "state.h"
+#if PE_EMULATED
+#include "../emulate/peers.h"
+#endif
 
 extern const pe_kernel_entry PE_NAME(kernels)[];
 
@@ -181,6 +185,19 @@ int32_t pe_card_copy(pe_card_queue *queue, uint64_t to, int64_t to_stride, uint6
   else
     PE_TRY(cudaMemcpy2DAsync(target, static_cast<size_t>(to_stride), source, static_cast<size_t>(from_stride), n,
                              static_cast<size_t>(rows), cudaMemcpyDefault, queue->stream));
+  return PE_OK;
+}
+
+int32_t pe_card_meet(int32_t device, int32_t other) {
+  for (const auto &[own, its] : {std::pair(device, other), std::pair(other, device)}) {
+    int can = 0;
+    PE_TRY(cudaDeviceCanAccessPeer(&can, own, its));
+    if (!can) continue;
+    PE_TRY(cudaSetDevice(own));
+    const cudaError_t error = cudaDeviceEnablePeerAccess(its, 0);
+    if (error == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError(); /* forget it */
+    else if (error) return failed("cudaDeviceEnablePeerAccess", error);
+  }
   return PE_OK;
 }
 

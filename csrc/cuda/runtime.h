@@ -62,9 +62,12 @@ PE_API int32_t pe_card_wait_mark(pe_card_queue *queue, int32_t slot);
 
 enum { PE_CARD_MARKS = 4 };
 
-/* Copy `rows` runs of `bytes`, so many bytes apart; between the host and the queue's device, in whatever direction the addresses say. */
+/* Copy `rows` runs of `bytes`, so many bytes apart; between the host, the queue's device and others, as the addresses say. */
 PE_API int32_t pe_card_copy(pe_card_queue *queue, uint64_t to, int64_t to_stride, uint64_t from, int64_t from_stride, int64_t bytes,
                             int64_t rows);
+
+/* Let a device copy from and to another one's memory directly, where the machine can; elsewhere the driver takes the way by the host. */
+PE_API int32_t pe_card_meet(int32_t device, int32_t other);
 
 /* Copy runs of cells to others of the same state: memory is [heads][cells][cell_bytes], runs are (from, to, count), n_runs of them. No
  * cell is both read and written. */

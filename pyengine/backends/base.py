@@ -132,6 +132,10 @@ class Program(ABC):
                 out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
         return out[0] if self.single else out
 
+    def take(self, name: str, giver: Program, output: int, dims: Mapping[str, int]) -> None:
+        """Copy an input from an output of another device's program, without the host. Raises: GraphError where `Prepared.linked` says no."""
+        raise GraphError(f"{self!r} takes no inputs from other devices")
+
     def resident(self) -> int:
         """Return how many bytes of what it has in main memory are there already: a page is when it is first written.
 
@@ -163,6 +167,13 @@ class Prepared(ABC):
     state_bytes: int
     fallbacks: dict[str, int]
     host_bytes: int = 0
+
+    def linked(self, name: str, giver: Prepared) -> bool:
+        """Say whether an input can come from another device's program by `Program.take`; if so, the loaded program never sends it."""
+        return False
+
+    def keep(self, output: int) -> None:
+        """Note that nobody reads an output on the host: other devices take it. The loaded program need not fetch it."""
 
     @abstractmethod
     def resized(self, states: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:

@@ -6,17 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stored import Stored
 
 from pyengine import ops
 from pyengine.backends import backend
 from pyengine.backends.base import Declared
+from pyengine.backends.chain import PreparedChain
 from pyengine.backends.cuda import Backend, weights
 from pyengine.backends.cuda.library import Library, library, Memory, Queue
 from pyengine.backends.cuda.states import DeviceState, runs
+from pyengine.compiler.cut import cut
 from pyengine.dtype import dtype
 from pyengine.errors import GraphError, PlanError, PyEngineError, RequestError
 from pyengine.graph.graph import Graph
-from pyengine.graph.tensor import Dim, make_leaf
+from pyengine.graph.tensor import Dim, make_leaf, Tensor
 from pyengine.native import ffi
 
 
@@ -179,6 +182,52 @@ def test_programs_and_queues_may_go_in_any_order(own: Backend) -> None:
     handle, queue.handle = queue.handle, None
     own.own.flat.pe_card_queue_free(handle)                  # its owner first
     del turns, program
+
+
+# -- several devices ------------------------------------------------------------------------------------------------------
+
+
+def layers() -> list[Tensor]:
+    """Four layers with constants of names that say which one; all but the first read what the first gives, which is a result too."""
+    x = first = Graph().input("x", (Dim("m", 8), 32))
+    for i in range(4):
+        w = Stored(randn(32, 32, seed=i), "F32")
+        w.name = f"blk.{i}.w"
+        x = ops.add(ops.silu(ops.linear(x, [w.constant()])[0]), first)
+        first = x if i == 0 else first
+    return [first, ops.softmax(x)]
+
+
+def on_devices(places: list[int], names: list[str]) -> Any:
+    parts = cut(layers(), lambda name: int(name.split(".")[1]) if name.startswith("blk") else None, places)
+    return PreparedChain.lay_out(parts, [backend(name, n_threads=1) for name in names], Declared(layers())).load()
+
+
+def test_devices_copy_to_each_other(own: Backend) -> None:
+    """Only what the CPU reads, and results, come to the host; the bits are those of one device."""
+    if own.own.count() < 2:
+        pytest.skip("needs two devices")
+    cards = [f"{own.name}:{i}" for i in (0, 1)]
+    one = own.compile(layers())
+    for places, names in (([0, 1, 0, 1], cards), ([0, 1, 2, 1], [*cards, "cpu"])):
+        chain = on_devices(places, names)
+        linked = {name for name, _ in chain.prepared.linked}
+        for n in (8, 3, 3, 3):                               # replayed in the end
+            x = randn(n, 32, seed=n)
+            want = one.run(x=x)
+            chain.inputs["x"][:n] = x
+            chain.execute(m=n)
+            for i, program in enumerate(chain.programs):
+                assert all(not program.inputs[name].any() for name in program.inputs if (name, i) in chain.prepared.linked)
+            if "cpu" not in names:
+                assert all(np.array_equal(got[:n], exact) for got, exact in zip(chain.outputs, want))
+            assert all(np.abs(got[:n] - exact).max() < 1e-5 for got, exact in zip(chain.outputs, want))
+        assert len(linked) >= (3 if len(names) == 2 else 1), linked
+        sent = [(name, program.outputs[i]) for part, program in zip(chain.parts, chain.programs) for name, i in part.sends.items()
+                if i in getattr(program.prepared, "kept", ())]
+        assert not any(array.any() for _, array in sent) and {name for name, _ in sent} <= linked and (sent or "cpu" in names)
+    with pytest.raises(GraphError, match="takes no 'y'"):
+        chain.programs[1].take("y", chain.programs[0], 0, {"m": 1})
 
 
 # -- what is missing ------------------------------------------------------------------------------------------------------

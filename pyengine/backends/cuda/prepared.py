@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pyengine.backends.base import Declared, Progress
+from pyengine.backends.base import Declared, Prepared as BasePrepared, Progress
 from pyengine.backends.cuda.codebooks import BOOKS, BYTES
 from pyengine.backends.cuda.describe import Described
 from pyengine.backends.cuda.program import Program
@@ -25,6 +25,7 @@ class Prepared(Counted):
     def __init__(self, declared: Declared, turns: Turns | None, passes: Sequence[str] | None, own: Any):
         self.own, self.turns, self.n_threads, self.isa = own, turns, own.n_threads, own.name
         self.asked = declared.asked
+        self.taken, self.kept = set[str](), set[int]()       # inputs that come from other devices, outputs that only those read
         self._scratch: dict[Any, int] = {}                   # answers of `scratch_bytes`: most layers ask the same
         super().__init__(declared, turns, passes, own.kernels)
         self.codebooks = aligned(BYTES) if any(r.dtype.name in BOOKS for r in self.residents.values()) else 0
@@ -74,6 +75,17 @@ class Prepared(Counted):
             tensors, nodes = made.arrays()
             self._scratch[key] = int(self.own.own.flat.pe_card_scratch(tensors, len(specs), nodes))
         return self._scratch[key]
+
+    def linked(self, name: str, giver: BasePrepared) -> bool:
+        """Say whether both are of one library: its devices copy to each other."""
+        if not isinstance(giver, Prepared) or giver.own.own is not self.own.own:
+            return False
+        self.taken.add(name)
+        return True
+
+    def keep(self, output: int) -> None:
+        """Fetch this output never."""
+        self.kept.add(output)
 
     def load(self, progress: Progress | None = None) -> Program:
         """Allocate memory, send the weights, and return the program."""

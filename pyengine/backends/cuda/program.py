@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from pyengine.backends.prepared import arguments
 from pyengine.compiler.arena import ALIGN, is_changed_state
 from pyengine.compiler.codegen import pack_params
 from pyengine.errors import GraphError, PlanError, RequestError
-from pyengine.graph.tensor import Axis, axis_max, Dim, Node, Tensor
+from pyengine.graph.tensor import Axis, axis_max, axis_value, Dim, Node, product, Tensor
 from pyengine.native import ffi
 
 _STATUS = {1: GraphError, 2: GraphError, 3: RequestError, 4: PlanError, 5: GraphError}     # by pe_status
@@ -105,6 +105,7 @@ class Program(base.Program):
         self._load(progress)
         inputs = [n.outputs[0] for n in layout.leaves if n.kind == "input"]
         self.inputs = {t.name: self._host_array(t) for t in inputs}
+        self._leaves, self._met = {t.name: t for t in inputs}, {self.queue.device}
         self.outputs = [self._host_array(t) for t in layout.outputs]
         self._turns = [self._runs(number, begin, end) for number, (begin, end) in enumerate(layout.turns)]
 
@@ -157,17 +158,19 @@ class Program(base.Program):
         out = []
         for node in layout.leaves:
             t = node.outputs[0]
+            if t.name in self.prepared.taken:
+                continue                                                       # comes once, by `take`, and stays until it has been read
             if node.kind == "input" and last.get(id(t), 0) > begin and (turns.arrivals.get(t.name, 0) if turns else 0) <= turn:
                 out.append((self.inputs[t.name].ctypes.data, self.address_of(t), t.dtype.nbytes, t.shape, last[id(t)] - begin))
         return out
 
     def _fetches(self, turn: int, begin: int) -> list[Transfer]:
-        """List the outputs of a turn, but for those that are asked for."""
+        """List the outputs of a turn, but for those that are asked for or that only other devices read."""
         layout, turns = self.prepared.layout, self.prepared.turns
         number = {id(node): i for i, node in enumerate(layout.steps)}
-        out = []
+        stay, out = self.prepared.asked | self.prepared.kept, []
         for i, (t, array) in enumerate(zip(layout.outputs, self.outputs)):
-            if (turns.outputs[i] if turns else 0) == turn and i not in self.prepared.asked and not is_changed_state(t):
+            if (turns.outputs[i] if turns else 0) == turn and i not in stay and not is_changed_state(t):
                 maker = t
                 while maker.node.op is not None and maker.node.op.view:
                     maker = maker.node.args[0]
@@ -228,6 +231,18 @@ class Program(base.Program):
                 status, said = does.run(self._dims, max(0, first - begin))
                 if status:
                     raise self._error(status, begin, said)
+
+    def take(self, name: str, giver: base.Program, output: int, dims: Mapping[str, int]) -> None:
+        """Copy an input from where another device's program, which has run, has an output; it is there on return."""
+        if not isinstance(giver, Program) or name not in self._leaves:
+            raise GraphError(f"{self!r} takes no '{name}' from {giver!r}")
+        if giver.queue.device not in self._met:
+            self.own("meet", self.queue.device, giver.queue.device)
+            self._met.add(giver.queue.device)
+        t = self._leaves[name]
+        nbytes = axis_value(product(t.shape), dims) * t.dtype.nbytes
+        self.queue.copy(self.address_of(t), giver.address_of(giver.prepared.layout.outputs[output]), nbytes)
+        self.queue.wait()                                                      # the giver's next turn may write there
 
     def read(self, output: int, first: int, n: int) -> np.ndarray:
         """Return rows of an output of the last run, which come now if they were declared to be asked for."""
