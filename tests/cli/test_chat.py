@@ -455,8 +455,7 @@ def test_what_is_typed_ahead_of_ctrl_c_is_not_sent(tmp_path, before) -> None:
     t.expect("three")
     time.sleep(0.5)
     t.send(" edited\r")
-    shown = t.expect("three edited>")
-    assert "one two" in shown and "|user:three" not in shown
+    t.expect("|user:one two\r\nthree edited>")
     t.expect(">>>")
     t.send("exit\r")
     assert t.close() == 0
@@ -548,8 +547,7 @@ def test_a_message_is_written_in_the_editor(tmp_path, monkeypatch) -> None:
         t.send(f"first{key}")
         t.expect("more")
         t.send("\r")
-        shown = t.expect("more>")
-        assert "<user:first and" in shown
+        t.expect("<user:first and\r\nmore>")
         t.expect(">>>")
         t.send("quit\r")
         assert t.close() == 0
