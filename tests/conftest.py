@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Each process of tests has one processor (`pytest -n`): threads that PyTorch and BLAS would start wait for each other in loops.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
 # The default tests try the same examples on every machine and day, so that a failure is of the change at hand; `make test-all` tries new ones.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("new", derandomize=False)
