@@ -58,13 +58,13 @@ class Build(build_ext):
             raise SystemExit("setup.py: the C files need GCC or clang, and this is Microsoft's compiler: docs/portability.md, 'Windows'")
         if sys.platform == "darwin":
             os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")       # python.org's Python would have both
-        codegen.generate(CSRC)
+        codegen.generate(CSRC, rules.TABLES)
         machine = os.environ.get("PYENGINE_ARCH") or machine_built_for()
         for folder in {ROOT / "pyengine", Path(self.get_ext_fullpath("pyengine._engine")).resolve().parent}:
             write_abi(folder / "_abi.py")
             if sysconfig.get_platform().startswith("macosx") and folder != ROOT / "pyengine":
                 copy_metal(folder / "_metal")
-        jobs = [(source, isa, [*rules.C_FLAGS, *flags]) for source, isa, flags in rules.objects(machine)]
+        jobs = [(source, isa, [*rules.C_FLAGS, *flags]) for source, isa, flags in rules.objects(machine, self.compiler.compiler)]
         if "ziglang" in os.environ.get("CC", ""):
             jobs = [(source, isa, [rules.ZIG_WORDS.get(f, f) for f in flags]) for source, isa, flags in jobs]
         jobs += [(source, "base", rules.CPP_FLAGS) for source in sorted((CSRC / "bind").glob("*.cpp"))]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -12,10 +15,17 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _X86 = {
     "generic": [],
     "avx2": _AVX2,
+    "avxvnni": [*_AVX2, "-mavxvnni"],                  # GCC 11, clang 12
     "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
 }
 _ARM = {"generic": [], "neon": ["-march=armv8.2-a+dotprod+fp16"], "i8mm": ["-march=armv8.2-a+dotprod+fp16+i8mm"]}
 _ISAS = {"x86_64": _X86, "AMD64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
+
+# An instruction set that differs from another one in products of bytes only: for it these files are compiled, and a table of their kernels
+# (`codegen.generate` writes it); all other kernels are those of the set named (cpu/isa.c).
+PRODUCTS = sorted([*CSRC.glob("cpu/linear*.c"), CSRC / "cpu" / "experts.c"])
+TABLES = {"products": PRODUCTS}
+PARTIAL = {"avxvnni": "avx2"}
 
 # zig names processors by -mcpu with LLVM's words for features.
 ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16",
@@ -45,19 +55,29 @@ def sanitizer(name: str) -> list[str]:
     return [*kinds[name], "-fno-omit-frame-pointer", "-g1", "-O1"] if name else []
 
 
-def isas(machine: str) -> dict[str, list[str]]:
-    """The instruction sets built for a machine (as `platform.machine()` names it), with the flags of each."""
-    return _ISAS.get(machine, {"generic": []})
+def isas(machine: str, compiler: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The instruction sets built for a machine (as `platform.machine()` names it), with the flags of each.
+
+    compiler: a command; partial sets whose flags it does not know, being older than they are, are left out.
+    """
+    found = _ISAS.get(machine, {"generic": []})
+    return {isa: flags for isa, flags in found.items() if not compiler or isa not in PARTIAL or _knows(tuple(compiler), tuple(flags))}
 
 
-def have(machine: str) -> list[str]:
+@functools.cache
+def _knows(compiler: Sequence[str], flags: Sequence[str]) -> bool:
+    command = [*compiler, *flags, "-E", "-x", "c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def have(isas: Iterable[str]) -> list[str]:
     """What tells cpu/isa.c which instruction sets there are beside the generic one."""
-    return [f"-DPE_HAVE_{isa}" for isa in isas(machine) if isa != "generic"]
+    return [f"-DPE_HAVE_{isa}" for isa in isas if isa != "generic"]
 
 
 def sources() -> list[Path]:
-    """All C files of the engine; the generated table must be there already."""
-    return sorted([*CSRC.glob("host/*.c"), *CSRC.glob("cpu/*.c"), CSRC / "gen" / "cpu" / "table.c"])
+    """All C files of the engine; the generated tables must be there already."""
+    return sorted([*CSRC.glob("host/*.c"), *CSRC.glob("cpu/*.c"), *(CSRC / "gen" / "cpu" / f"{name}.c" for name in ("table", *TABLES))])
 
 
 def per_isa(source: Path) -> bool:
@@ -65,14 +85,16 @@ def per_isa(source: Path) -> bool:
     return re.search(r"\bPE_(KERNEL|NAME|SCRATCH)\(", source.read_text(encoding="utf-8")) is not None
 
 
-def objects(machine: str) -> list[tuple[Path, str, list[str]]]:
-    """(C file, instruction set, its flags) of every object; "base" for files that are compiled once."""
-    out = []
+def objects(machine: str, compiler: Sequence[str] = ()) -> list[tuple[Path, str, list[str]]]:
+    """(C file, instruction set, its flags) of every object; "base" for files that are compiled once. compiler: as in `isas`."""
+    out, built = [], isas(machine, compiler)
     for source in sources():
-        if per_isa(source):
-            out += [(source, isa, [*flags, f"-DPE_ISA={isa}"]) for isa, flags in isas(machine).items()]
-        else:
-            out.append((source, "base", have(machine)))
+        if not per_isa(source):
+            out.append((source, "base", have(built)))
+            continue
+        tables = source.stem in TABLES                        # of the partial sets only; the whole ones have all kernels in one
+        wanted = {isa for isa in built if (isa in PARTIAL and (tables or source in PRODUCTS)) or (isa not in PARTIAL and not tables)}
+        out += [(source, isa, [*flags, f"-DPE_ISA={isa}"]) for isa, flags in built.items() if isa in wanted]
     return out
 
 

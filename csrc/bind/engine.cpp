@@ -115,9 +115,7 @@ const pe_isa &isa_of(const std::string &name) {
 }
 
 const pe_kernel_entry *kernel_of(const std::string &isa, const std::string &op) {
-  for (const pe_kernel_entry *k = isa_of(isa).kernels; k->name; k++)
-    if (op == k->name) return k;
-  return nullptr;
+  return pe_isa_kernel(&isa_of(isa), op.c_str());
 }
 
 using Axis = std::pair<int64_t, int32_t>;  // scale, and number of a run-time axis or -1: program.h's pe_axis
@@ -412,7 +410,8 @@ PYBIND11_MODULE(_engine, m) {
   });
   m.def("kernels", [](const std::string &isa) {
     std::vector<std::string> names;
-    for (const pe_kernel_entry *k = isa_of(isa).kernels; k->name; k++) names.emplace_back(k->name);
+    const pe_isa &i = isa_of(isa);
+    for (const pe_kernel_entry *k = i.others ? i.others : i.kernels; k->name; k++) names.emplace_back(k->name);
     return names;
   });
 }

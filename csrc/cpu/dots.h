@@ -11,7 +11,7 @@
 
 #include "simd.h"
 
-#if defined(PE_AVX2)
+#if defined(PE_AVX2) && !defined(PE_AVXVNNI)
 #define PE_RUN(most) ((most) <= 16 ? 8 : (most) <= 32 ? 4 : (most) <= 64 ? 2 : 1) /* most * 127 * 2 * PE_RUN(most) < 2^15 */
 PE_INLINE pe_pi p_run_begin(pe_pi acc, pe_pb w, pe_pb x) { (void)acc; return p_pairs(w, x); }
 PE_INLINE pe_pi p_run_add(pe_pi run, pe_pb w, pe_pb x) {

@@ -3,6 +3,8 @@
 
 #include "../host/x86.h"
 
+#include <string.h>
+
 #if defined(PE_HAVE_avx512)
 extern const pe_kernel_entry pe_avx512_kernels[];
 extern pe_status pe_avx512_quantize(int32_t, const float *, void *, int64_t);
@@ -15,6 +17,11 @@ extern const pe_kernel_entry pe_avx2_kernels[];
 extern pe_status pe_avx2_quantize(int32_t, const float *, void *, int64_t);
 extern pe_status pe_avx2_nearest(const pe_nearest_input *, void *, int32_t *, double *);
 static int has_avx2(void) { return pe_x86_ask().avx2; }
+#endif
+
+#if defined(PE_HAVE_avxvnni)
+extern const pe_kernel_entry pe_avxvnni_kernels[];
+static int has_avxvnni(void) { return pe_x86_ask().avxvnni; }
 #endif
 
 #if defined(PE_HAVE_i8mm)
@@ -63,16 +70,30 @@ static int always(void) { return 1; }
 
 const pe_isa pe_isas[] = {
 #if defined(PE_HAVE_avx512)
-  {"avx512", pe_avx512_kernels, has_avx512, pe_avx512_quantize, pe_avx512_nearest},
+  {"avx512", pe_avx512_kernels, 0, has_avx512, pe_avx512_quantize, pe_avx512_nearest},
+#endif
+#if defined(PE_HAVE_avxvnni)
+  {"avxvnni", pe_avxvnni_kernels, pe_avx2_kernels, has_avxvnni, pe_avx2_quantize, pe_avx2_nearest},
 #endif
 #if defined(PE_HAVE_avx2)
-  {"avx2", pe_avx2_kernels, has_avx2, pe_avx2_quantize, pe_avx2_nearest},
+  {"avx2", pe_avx2_kernels, 0, has_avx2, pe_avx2_quantize, pe_avx2_nearest},
 #endif
 #if defined(PE_HAVE_i8mm)
-  {"i8mm", pe_i8mm_kernels, has_i8mm, pe_i8mm_quantize, pe_i8mm_nearest},
+  {"i8mm", pe_i8mm_kernels, 0, has_i8mm, pe_i8mm_quantize, pe_i8mm_nearest},
 #endif
 #if defined(PE_HAVE_neon)
-  {"neon", pe_neon_kernels, has_neon, pe_neon_quantize, pe_neon_nearest},
+  {"neon", pe_neon_kernels, 0, has_neon, pe_neon_quantize, pe_neon_nearest},
 #endif
-  {"generic", pe_generic_kernels, always, pe_generic_quantize, pe_generic_nearest},
-  {0, 0, 0, 0, 0}};
+  {"generic", pe_generic_kernels, 0, always, pe_generic_quantize, pe_generic_nearest},
+  {0, 0, 0, 0, 0, 0}};
+
+static const pe_kernel_entry *find(const pe_kernel_entry *k, const char *op) {
+  for (; k && k->name; k++)
+    if (!strcmp(k->name, op)) return k;
+  return 0;
+}
+
+const pe_kernel_entry *pe_isa_kernel(const pe_isa *isa, const char *op) {
+  const pe_kernel_entry *own = find(isa->kernels, op);
+  return own ? own : find(isa->others, op);
+}

@@ -20,6 +20,9 @@
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define PE_AVX2 1
+#if defined(__AVXVNNI__)
+#define PE_AVXVNNI 1
+#endif
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define PE_NEON 1
@@ -127,7 +130,6 @@ PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) {
 PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_u7(acc, w, x); }
 
 #elif defined(PE_AVX2)
-#define PE_DOT_ZERO 128
 PE_INLINE pe_pf p_fma(pe_pf a, pe_pf b, pe_pf c) { return (pe_pf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 PE_INLINE pe_pf p_min(pe_pf a, pe_pf b) { return (pe_pf)_mm256_min_ps((__m256)a, (__m256)b); }
 PE_INLINE pe_pf p_max(pe_pf a, pe_pf b) { return (pe_pf)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -164,12 +166,21 @@ PE_INLINE pe_pi p_pairs(pe_pb w, pe_pb x) { return (pe_pi)_mm256_maddubs_epi16((
 PE_INLINE pe_pi p_widen(pe_pi acc, pe_pi pairs) { /* acc[l] += both halves of pairs[l] */
   return p_chain(acc + (pe_pi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)));
 }
+#if defined(PE_AVXVNNI)
+#define PE_DOT_ZERO 0
+PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) {
+  return (pe_pi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
+}
+PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_u7(acc, w, x); }
+#else
+#define PE_DOT_ZERO 128
 /* 127 * 127 * 2 and 128 * 127 * 2 both fit the 16 bits of vpmaddubsw. */
 PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) { return p_widen(acc, p_pairs(w, x)); }
 PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) {
   __m256i s = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8((char)0x80));
   return p_dot_u7(acc, (pe_pb)_mm256_abs_epi8(s), (pe_pb)_mm256_sign_epi8((__m256i)x, s));
 }
+#endif
 
 #elif defined(PE_NEON)
 #define PE_DOT_ZERO 128

@@ -46,6 +46,12 @@ LOOP(fp32_avx2, TARGET("avx2,fma"), __m256, 16)
 #define STEP(a, x, y) _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), y))
 LOOP(int8_avx2, TARGET("avx2"), __m256i, 64)
 #undef STEP
+#if defined(PE_HAVE_avxvnni)
+#define STEP(a, x, y) _mm256_dpbusd_avx_epi32(a, x, y)
+LOOP(int8_avxvnni, TARGET("avx2,avxvnni"), __m256i, 64)
+#undef STEP
+static int has_avxvnni(void) { return pe_x86_ask().avxvnni; }
+#endif
 #define STEP(a, x, y) _mm512_fmadd_ps(x, y, a)
 LOOP(fp32_avx512, TARGET("avx512f"), __m512, 32)
 #undef STEP
@@ -80,6 +86,9 @@ static const struct {
 } loops[] = {
 #if defined(__x86_64__)
   {"avx512", has_avx512, int8_avx512, fp32_avx512},
+#if defined(PE_HAVE_avxvnni)
+  {"avxvnni", has_avxvnni, int8_avxvnni, fp32_avx2},
+#endif
   {"avx2", has_avx2, int8_avx2, fp32_avx2},
 #elif defined(__aarch64__)
   {"i8mm", has_i8mm, int8_i8mm, fp32_neon},

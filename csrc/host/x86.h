@@ -7,7 +7,7 @@
 #include <cpuid.h>
 #include <stdint.h>
 
-typedef struct pe_x86 { int avx2, avx512; } pe_x86;
+typedef struct pe_x86 { int avx2, avxvnni, avx512; } pe_x86;
 
 static inline pe_x86 pe_x86_ask(void) {
   enum { FMA = 1 << 12, OSXSAVE = 1 << 27, F16C = 1 << 29 };                        /* leaf 1, ecx */
@@ -15,7 +15,8 @@ static inline pe_x86 pe_x86_ask(void) {
   const uint32_t VL = 1u << 31, VNNI = 1u << 11;                                    /* leaf 7, ebx and ecx */
   enum { YMM = 0x6, ZMM = 0xe6 };                                                   /* registers that are saved */
   const uint32_t base = FMA | OSXSAVE | F16C, two = AVX2 | BMI2, five = F | DQ | BW | VL;
-  pe_x86 has = {0, 0};
+  enum { AVXVNNI = 1 << 4 };                                                        /* leaf 7, 1, eax */
+  pe_x86 has = {0, 0, 0};
   uint32_t eax, ebx, ecx, edx, saved, high;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & base) != base) return has;
   __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
@@ -25,6 +26,7 @@ static inline pe_x86 pe_x86_ask(void) {
 #endif
   has.avx2 = (ebx & two) == two;
   has.avx512 = has.avx2 && (ebx & five) == five && (ecx & VNNI) && (saved & ZMM) == ZMM;
+  has.avxvnni = has.avx2 && eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & AVXVNNI);
   return has;
 }
 

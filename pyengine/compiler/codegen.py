@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
@@ -195,10 +196,14 @@ def kernels_table(backend: str, sources: Iterable[Path]) -> str:
     return "\n".join(lines)
 
 
-def generate(csrc: Path) -> None:
-    """Write csrc/gen; files that would not change keep their time stamp, and concurrent readers find whole files."""
+def generate(csrc: Path, tables: Mapping[str, Iterable[Path]] = MappingProxyType({})) -> None:
+    """Write csrc/gen; files that would not change keep their time stamp, and concurrent readers find whole files.
+
+    tables: further tables of the CPU's kernels, by their names: of those in some files only.
+    """
     texts = {"formats.h": formats_header(), "kernels.h": kernels_header(), "declarations.h": declarations_header()}
     texts |= {f"{name}/table.c": kernels_table(name, sources) for name, sources in backends(csrc).items()}
+    texts |= {f"cpu/{name}.c": kernels_table("cpu", sources) for name, sources in tables.items()}
     for name, text in texts.items():
         path = csrc / "gen" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ static memory pack(pe_tensor *t, bytes file) { /* matrices one after the other a
   return m;
 }
 
-static void run_case(reader *r, const pe_kernel_entry *kernels, pe_pool *pool, FILE *results) {
+static void run_case(reader *r, const pe_isa *isa, pe_pool *pool, FILE *results) {
   bytes name = read_bytes(r), params = read_bytes(r);
   int64_t n_in = read_count(r, MAX_TENSORS), n_out = read_count(r, MAX_TENSORS - n_in);
   int32_t start[MAX_TENSORS], count[MAX_TENSORS], n = 0, first_out = 0;
@@ -223,10 +223,9 @@ static void run_case(reader *r, const pe_kernel_entry *kernels, pe_pool *pool, F
   for (int32_t i = 0; i < first_out; i++)
     if (owner[i] == i && !written[i]) memory_freeze(&memories[i]);
 
-  job j = {.kernel = kernels, .params = params.p, .pool = pool};
+  job j = {.kernel = pe_isa_kernel(isa, current), .params = params.p, .pool = pool};
   j.args = (pe_args){pointers, start, count, (int32_t)n_in, (int32_t)n_out};
-  while (j.kernel->name && strcmp(j.kernel->name, current)) j.kernel++;
-  if (!j.kernel->name) fail("there is no such kernel");
+  if (!j.kernel) fail("there is no such kernel");
   int64_t scratch = j.kernel->scratch ? j.kernel->scratch(&j.args, j.params, pe_pool_size(pool)) : 0;
   if (scratch < 0) fail("a scratch size below 0");
   j.scratch = memory_new(scratch, 64);
@@ -279,7 +278,7 @@ int main(int argc, char **argv) {
     bytes table = read_bytes(&r);
     if (pe_set_codebook(dtype, table.p, table.n)) fail("a codebook is refused");
   }
-  for (int64_t n = read_word(&r); n > 0; n--) run_case(&r, isa->kernels, pool, results);
+  for (int64_t n = read_word(&r); n > 0; n--) run_case(&r, isa, pool, results);
   pe_pool_free(pool);
   if (fclose(results)) fail("cannot write the results");
   return 0;

@@ -38,8 +38,9 @@ FORMATS = {name for name, op in REGISTRY.items() if op.packed or op.any_format}
 _WITH = [p for p in sorted((rules.CSRC / "cpu").glob("*.c")) if (found := codegen.kernels_of("cpu", [p])[0]) and not found & FORMATS]
 SOURCES = sorted({*_WITH, *(part for p in _WITH for part in p.parent.glob(f"{p.stem}_*.c"))})
 OPS = tuple(name for name in REGISTRY if name in codegen.kernels_of("cpu", SOURCES)[0])
-FLAGS = rules.isas(platform.machine())
+FLAGS = rules.isas(platform.machine(), [shutil.which("cc") or "gcc"])
 NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi2"},
+         "avxvnni": {"avx2", "fma", "f16c", "bmi2", "avx_vnni"},
          "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}}
 SANITIZER = os.environ.get("PYENGINE_SANITIZE", "")          # tests/sanitize.sh: its build's, for what is compiled here too
 
@@ -54,11 +55,12 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def isas() -> list[str]:
-    """Instruction sets that this machine can run."""
+def isas(partial: bool = False) -> list[str]:
+    """Instruction sets that this machine can run; with `partial` those, too, that have some kernels of their own only, the products."""
     if platform.machine() in ("arm64", "aarch64"):
         return ["generic", "neon"]
-    return ["generic", *(isa for isa, needs in NEEDS.items() if needs <= _cpu_flags())]
+    wanted = (isa for isa in NEEDS if isa in FLAGS and (partial or isa not in rules.PARTIAL))
+    return ["generic", *(isa for isa in wanted if NEEDS[isa] <= _cpu_flags())]
 
 
 class Kernels(Runner):

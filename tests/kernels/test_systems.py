@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from pathlib import Path
 
 import crossbuild
 import pytest
 from test_neon import every_call, differing
+
+from csrc import build_rules
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="needs Linux on x86-64")
@@ -16,8 +19,9 @@ def test_the_processor_has_what_it_says() -> None:
     engine = pytest.importorskip("pyengine._engine", reason="needs the compiled extension: pip install .")
     flags = set(Path("/proc/cpuinfo").read_text().split())
     avx2 = {"avx2", "fma", "f16c", "bmi2"} <= flags
+    avxvnni = avx2 and "avx_vnni" in flags and "avxvnni" in build_rules.isas("x86_64", [shutil.which("cc") or "gcc"])
     avx512 = avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= flags
-    assert [isa for isa in engine.isas() if isa != "generic"] == [isa for isa, has in (("avx512", avx512), ("avx2", avx2)) if has]
+    assert [isa for isa in engine.isas() if isa != "generic"] == [isa for isa, has in (("avx512", avx512), ("avxvnni", avxvnni), ("avx2", avx2)) if has]
 
 
 @pytest.mark.slow

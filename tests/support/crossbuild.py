@@ -137,9 +137,9 @@ def _jobs(target: Target) -> list[tuple[Path, str]]:
     """(file, instruction set) of every object; "base" for files that are compiled once."""
     from pyengine.compiler import codegen
 
-    codegen.generate(CSRC)
+    codegen.generate(CSRC, rules.TABLES)
     jobs = [(RUNNER, "base")] if target.runs else []
-    return jobs + [(source, isa) for source, isa, _ in rules.objects(target.machine)]
+    return jobs + [(source, isa) for source, isa, _ in rules.objects(target.machine, target.compiler())]
 
 
 def build(name: str) -> Path:
@@ -158,7 +158,7 @@ def build(name: str) -> Path:
         if not rules.stale(out, [Path(__file__), Path(rules.__file__)]):
             return out, True, ""
         out.parent.mkdir(parents=True, exist_ok=True)
-        own = rules.have(target.machine) if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
+        own = rules.have(rules.isas(target.machine, compiler)) if isa == "base" else [*target.flags(isa), f"-DPE_ISA={isa}"]
         own += rules.sanitizer(target.sanitizer)
         # Two builds at once must not read halves.
         made, listed = out.with_suffix(f".{os.getpid()}"), out.with_suffix(f".{os.getpid()}.d")
