@@ -46,7 +46,7 @@ LOOP(fp32_avx2, TARGET("avx2,fma"), __m256, 16)
 #define STEP(a, x, y) _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), y))
 LOOP(int8_avx2, TARGET("avx2"), __m256i, 64)
 #undef STEP
-#if defined(PE_HAVE_avxvnni)
+#if __has_include(<avxvnniintrin.h>) /* GCC 11, clang 12 */
 #define STEP(a, x, y) _mm256_dpbusd_avx_epi32(a, x, y)
 LOOP(int8_avxvnni, TARGET("avx2,avxvnni"), __m256i, 64)
 #undef STEP
@@ -86,7 +86,7 @@ static const struct {
 } loops[] = {
 #if defined(__x86_64__)
   {"avx512", has_avx512, int8_avx512, fp32_avx512},
-#if defined(PE_HAVE_avxvnni)
+#if __has_include(<avxvnniintrin.h>)
   {"avxvnni", has_avxvnni, int8_avxvnni, fp32_avx2},
 #endif
   {"avx2", has_avx2, int8_avx2, fp32_avx2},
