@@ -32,14 +32,15 @@ demo: $(VENV)/installed
 	@$(RUN) models/gemma3-270m-q4_k_m.gguf "The three primary colours are" --temperature 0 --max-tokens 24 --verbose
 	@echo "9. To chat in a browser: $(RUN) serve $(SEES) models/qwen2.5-coder-0.5b-q4_k_m.gguf, then open http://127.0.0.1:8080"
 
+# loadfile: a file's tests stay in one process, which compiles or converts what they share once.
 test: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all
-	$(PY) -m pytest -n $(JOBS) -m "not slow"
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 # The slow tests too, and new examples for the property tests; those that compare with llama.cpp run after `make peers`.
 test-all: $(VENV)/installed $(VENV)/test-installed
 	$(PY) -m converters.weights models --all
-	PYENGINE_TEST_EXAMPLES=new $(PY) -m pytest -n $(JOBS)
+	PYENGINE_TEST_EXAMPLES=new $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # Build llama.cpp from its source package for this machine, for the comparisons.
 peers: $(VENV)/installed

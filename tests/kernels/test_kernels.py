@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cbuild
 import gguf
 import numpy as np
 import pytest
@@ -74,15 +75,14 @@ class Kernels(Runner):
         cc = shutil.which("cc") or shutil.which("gcc")
         if cc is None:
             pytest.skip("needs a C compiler: install gcc or clang")
-        objects = []
-        for source in [*sources, table, ROOT / "tests" / "c" / "harness.c", *once]:
-            objects.append(folder / f"{source.stem}_{isa}.o")
-            flags = [] if source in once else [*FLAGS[isa], f"-DPE_ISA={isa}", f"-I{rules.CSRC}"]
-            flags += rules.sanitizer(SANITIZER)
-            strict = [] if SANITIZER else ["-Werror"]         # whose -O1 does not unroll what the code asks for
-            subprocess.run([cc, *rules.C_FLAGS, *strict, *flags, "-c", source, "-o", objects[-1]], check=True)
+        sanitizer = rules.sanitizer(SANITIZER)
+        strict = [] if SANITIZER else ["-Werror"]             # whose -O1 does not unroll what the code asks for
+        common = [*rules.C_FLAGS, *strict, f"-I{rules.CSRC}", *sanitizer]
+        own = [*common, *FLAGS[isa], f"-DPE_ISA={isa}"]
+        objects = [cbuild.object_of(source, f"{isa}{SANITIZER}", cc, own) for source in [*sources, ROOT / "tests" / "c" / "harness.c"]]
+        objects += [cbuild.object_of(source, f"once{SANITIZER}", cc, common) for source in once]
         path = folder / f"kernels_{isa}.so"
-        subprocess.run([cc, "-shared", "-o", path, *objects, "-lm", "-lpthread", *rules.sanitizer(SANITIZER)], check=True)
+        subprocess.run([cc, "-shared", "-o", path, *own, table, *objects, "-lm", "-lpthread", *sanitizer], check=True)
         self.lib = ctypes.CDLL(str(path))
         self.lib.harness_scratch.restype = ctypes.c_int64
 

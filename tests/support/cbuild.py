@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import cffi
@@ -71,6 +72,18 @@ def native(*symbols: str):
         sys.modules.pop(name, None)
         if kept[name] is not None:
             sys.modules[name] = kept[name]
+
+
+def object_of(source: Path, isa: str, compiler: str, flags: Sequence[str]) -> Path:
+    """The object of a C file, below build/tests/`isa`: made anew where it is older than what it is made of, else as another test made it."""
+    out = rules.CSRC.parent / "build" / "tests" / isa / f"{source.stem}.o"
+    if rules.stale(out, [Path(rules.__file__)]):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made, listed = out.with_suffix(f".{os.getpid()}.o"), out.with_suffix(f".{os.getpid()}.d")      # two tests at once must not read halves
+        subprocess.run([compiler, *flags, "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made)], check=True)
+        listed.replace(out.with_suffix(".d"))
+        made.replace(out)
+    return out
 
 
 def run_sanitized(sources: tuple[Path, ...], program: Path) -> None:
