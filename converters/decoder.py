@@ -29,6 +29,7 @@ class Decoder:
     rope_base: float
     width = "intermediate_size"             # the name of the feed-forward's units
     norm_offset = 0.0                       # added to the weights of norms
+    n_ahead = 0                             # layers behind the last one that predict further tokens
 
     def __init__(self, config: dict[str, Any], file: Path, more_defaults: Mapping[str, Any] = MappingProxyType({})):
         c = self.config = Config(config, {**self.defaults, **more_defaults}, file)
@@ -55,7 +56,9 @@ class Decoder:
 
     def write_sizes(self, out: GGUFWriter, d_ff: int | list[int]) -> None:
         """Write what files of all decoders say."""
-        out.add_block_count(self.n_layers)
+        out.add_block_count(self.n_layers + self.n_ahead)
+        if self.n_ahead:
+            out.add_nextn_predict_layers(self.n_ahead)
         out.add_context_length(self.config.count("max_position_embeddings"))
         out.add_embedding_length(self.d_model)
         out.add_feed_forward_length(d_ff)

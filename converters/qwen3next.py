@@ -1,12 +1,15 @@
 """Qwen3-Next: gated delta nets in three of four layers, gated attention in the others, experts in all: `qwen3next` in GGUF.
 
 Follows transformers `configuration_qwen3_next.py`; keys and names as llama.cpp's `conversion/qwen.py` has them: norms with 1 added, -exp(A_log).
-Layers for the prediction of further tokens ("mtp.") are left out, as with llama.cpp's `--no-mtp`.
+The layer that predicts further tokens ("mtp.") becomes the one behind the last, as llama.cpp has it for Qwen3.5;
+its converter leaves Qwen3-Next's out, and its reader of those files does not expect it. Where there are several, they are left out.
 Axes: D hidden; of a delta net G heads of q and k of size S, V heads of size T.
 """
 
 from __future__ import annotations
 
+import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +52,23 @@ class DeltaNets(Decoder):
             raise InvalidModelError(f"{c.file}: 'layer_types' must name linear_attention or full_attention for each of {self.n_layers} layers")
         if self.n_values % self.n_keys or self.taps < 2:
             raise InvalidModelError(f"{c.file}: {self.n_values} heads cannot share {self.n_keys} keys, or a convolution of {self.taps}")
-        self.recurrent = [kind == "linear_attention" for kind in kinds]
+        self.recurrent = [*(kind == "linear_attention" for kind in kinds), False]                # and the layer behind the last
         self.key_width, self.value_width = self.n_keys * self.d_key, self.n_values * self.d_value
         self.more = {n for n in tensors_beside(c.file) if n.startswith(("mtp.", "model.mtp."))}
+        layers = {n.partition("mtp.layers.")[2].partition(".")[0] for n in self.more} - {""}
+        self.n_ahead = int(layers == {"0"} and "mtp.fc.weight" in self.more)
 
     def unused(self) -> set[str]:
-        return super().unused() | self.more
+        return super().unused() | (self.more if not self.n_ahead else set())
+
+    def tensors(self) -> Tensors:
+        yield from super().tensors()
+        if self.n_ahead:
+            b, d = f"blk.{self.n_layers}", self.d_model
+            yield from linear(f"{b}.nextn.eh_proj", "mtp.fc", d, 2 * d)
+            for name, source in (("enorm", "pre_fc_norm_embedding"), ("hnorm", "pre_fc_norm_hidden"), ("shared_head_norm", "norm")):
+                yield self.norm(f"{b}.nextn.{name}", f"mtp.{source}", d)
+            yield from self.layer(self.n_layers, b, "mtp.layers.0")
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
@@ -63,7 +77,7 @@ class DeltaNets(Decoder):
         out.add_ssm_group_count(self.n_keys)
         out.add_ssm_time_step_rank(self.n_values)
         out.add_ssm_inner_size(self.value_width)
-        out.add_array(f"{self.arch}.attention.recurrent_layers", self.recurrent)
+        out.add_array(f"{self.arch}.attention.recurrent_layers", self.recurrent[: self.n_layers + self.n_ahead])
         out.add_uint32(f"{self.arch}.full_attention_interval", self.every)
 
     def layer(self, i: int, b: str, m: str) -> Tensors:
@@ -113,7 +127,8 @@ class SharedExperts(DeltaNets):
         for name, *allowed in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", None, [])):
             c.refuse_unless(name, *allowed)
         self.n_experts, self.d_expert, self.d_shared = (c.count(n) for n in ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"))
-        self.joined = any(n.endswith(".mlp.experts.gate_up_proj") for n in tensors_beside(c.file))
+        renames = [(re.compile(old), new) for old, new in self.renames]
+        self.joined = {reduce(lambda name, rename: rename[0].sub(rename[1], name), renames, n) for n in tensors_beside(c.file) if n.endswith(".gate_up_proj")}
 
     def write_keys(self, out: GGUFWriter) -> None:
         super().write_keys(out)
@@ -124,7 +139,7 @@ class SharedExperts(DeltaNets):
         d, f, n = self.d_model, self.d_expert, self.n_experts
         yield Entry(f"{b}.ffn_gate_inp.weight", f"{m}.gate.weight", (n, d), instead=FLOAT32)
         for name, shape, first in (("gate", (f, d), 0), ("up", (f, d), f), ("down", (d, f), None)):
-            if not self.joined:
+            if f"{m}.experts.gate_up_proj" not in self.joined:
                 yield Stack(f"{b}.ffn_{name}_exps.weight", tuple(Entry(name, f"{m}.experts.{e}.{name}_proj.weight", shape) for e in range(n)))
             elif first is None:
                 yield Entry(f"{b}.ffn_{name}_exps.weight", f"{m}.experts.down_proj", (n, *shape))

@@ -82,6 +82,8 @@ class Conversation:
     media    digests of its pictures
     adapters the scale of each adapter that its tokens are computed with; () is none of them
     active   a request works on it; else it is kept for its prefix until space is needed
+    last     number of a token, and last hidden states of it and those behind it, float32 [n, d_model]: for a head that goes on with them
+    ahead    the first token that this head has read: never one that has none before it
     marks    states of recurrent layers, by n; those beyond its tokens are of a step that is being run, or has failed
     compression  by which policy its cells are compressed; None: they are not. By group number, `gone`: tokens without a cell; by layer,
              `kept`: int32 [heads, n], of which tokens its first cells are
@@ -107,6 +109,8 @@ class Conversation:
     partial: bool = False
     marks: list[Mark] = field(default_factory=list)
     turn: int = 0                                            # behind which of them the last prompt's snapshot is
+    last: tuple[int, np.ndarray] | None = None
+    ahead: int = 1
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -229,7 +233,7 @@ class Cells:
         child.gone, child.kept, child.floor = dict(s.gone), dict(s.kept), s.floor
         child.keys, child.high, child.media = s.keys[:n], n, s.media
         self._mark(child, [m for m in s.marks if m.n <= n])
-        child.pictures = [p for p in s.pictures if p[0] < n]
+        child.pictures, child.ahead = [p for p in s.pictures if p[0] < n], max(1, min(s.ahead, n))
         return child, copies
 
     def truncate(self, s: Conversation, n: int) -> None:
@@ -240,7 +244,7 @@ class Cells:
                 self._release(i, page)
             del pages[kept:]
         del s.keys[n:]
-        s.pictures = [p for p in s.pictures if p[0] < n]
+        s.pictures, s.ahead = [p for p in s.pictures if p[0] < n], max(1, min(s.ahead, n))
         self._mark(s, [m for m in s.marks if m.n <= n])
         if n == 0:
             s.high = s.next = s.floor = 0
@@ -270,11 +274,19 @@ class Cells:
         Raises: PlanError when there are not enough pages although idle conversations were dropped; ContextOverflowError for more tokens
         than the cells of one conversation. `s` is then as it was.
         """
-        copies: list[Copy] = []
         more = [crossed if g.policy.across else n - gone.get(i, 0) for i, g in enumerate(self.groups)]
         for i, g in enumerate(self.groups):
             if g.policy.compressed and (cells := self.filled(i, s) + more[i]) > g.slots:
                 raise ContextOverflowError(f"{cells} cells are needed, and a conversation has {g.slots}: ask with a policy of compression, or for less")
+        copies = self._pages(s, more)
+        s.high = max(s.high, len(s) + n)
+        if self.n_states and n:
+            self._leave(s, len(s) + n, end, drafted)
+        return copies
+
+    def _pages(self, s: Conversation, more: Sequence[int]) -> list[Copy]:
+        """Make cells for so many more tokens, or encoder rows, of each group that has pages. Returns what must be copied before they are written."""
+        copies: list[Copy] = []
         for pool in (pool for pool in self._pools if self.groups[pool[0]].policy.paged):
             while sum(len(self._lacking(i, s, more[i])) for i in pool) > len(self._free[pool[0]]):
                 self._evict(f"no page is left of {len(self._refs[pool[0]])}; fewer or shorter conversations fit", but=s)
@@ -291,10 +303,11 @@ class Cells:
                 else:
                     pages.append(page)
                 self.tables[i][s.row, start : start + len(cells)] = cells
-        s.high = max(s.high, len(s) + n)
-        if self.n_states and n:
-            self._leave(s, len(s) + n, end, drafted)
         return copies
+
+    def reserve(self, s: Conversation, n: int) -> list[Copy]:
+        """Make cells for n more tokens of which only a head reads and writes some, in groups with pages. Raises: PlanError as `extend`."""
+        return self._pages(s, [0 if g.policy.across else n for g in self.groups])
 
     def _leave(self, s: Conversation, last: int, end: int | None, drafted: int) -> None:
         """Choose behind which tokens the next step leaves states, the last one among them, and let go of what is not needed then."""
@@ -400,7 +413,7 @@ class Cells:
         except (PlanError, ContextOverflowError):
             self.drop(s)
             raise
-        s.keys, s.pictures, s.gone = list(keys), list(pictures), dict(gone)
+        s.keys, s.pictures, s.gone, s.ahead = list(keys), list(pictures), dict(gone), max(1, len(keys))
         s.low = {i: g.policy.first_of(self.filled(i, s)) for i, g in enumerate(self.groups) if g.policy.ring}
         return s
 

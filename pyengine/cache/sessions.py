@@ -186,7 +186,7 @@ def _sections(store: Store, s: Conversation, model: bytes, notes: bytes) -> Iter
 def _shapes(store: Store, tokens: int, crossed: int, smaller: Smaller | None) -> list[tuple[int, int, int]]:
     """Return the shape of what each cache saves for these numbers of tokens and encoder rows: (heads, cells, bytes of one)."""
     shapes, gone = [], smaller.gone if smaller else {}
-    for layer in store.layers:
+    for layer in store.lasting:
         n = crossed if store.cells.groups[layer.group].policy.across else tokens - gone.get(layer.group, 0)
         shapes += [(cache.shape[0], len(store.cells.seen(layer.group, n)), cache.dtype.size(cache.shape[2])) for cache in layer.states]
     return shapes

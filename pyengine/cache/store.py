@@ -28,6 +28,7 @@ class Layer(NamedTuple):
     sums      of attention, by conversation and number of the key, where cells are compressed by them (`ops.key_sums`)
     queries   heads of one layer that share one of its heads of keys; readers: layers that attend to its keys
     parts     where tokens are in groups: those of the same layer with the last and the first ones in full
+    ahead     it is a head that predicts further tokens, not one of the model's: it is not saved
     """
 
     number: int
@@ -38,6 +39,7 @@ class Layer(NamedTuple):
     queries: int = 1
     readers: int = 1
     parts: tuple[Layer, ...] = ()
+    ahead: bool = False
 
 
 Quantizer = Callable[[np.ndarray, np.ndarray, DType, DType], tuple[np.ndarray, np.ndarray]]
@@ -67,9 +69,14 @@ class Store:
                     for state in layer.states:
                         state.copy(source, target)
 
+    @property
+    def lasting(self) -> list[Layer]:
+        """The layers that are saved."""
+        return [layer for layer in self.layers if not layer.ahead]
+
     def live(self, s: Conversation) -> Iterator[tuple[State, np.ndarray]]:
-        """Yield each cache, layer by layer, keys before values, and its cells that later tokens of a conversation may see."""
-        for layer in self.layers:
+        """Yield each cache that is saved, layer by layer, keys before values, and its cells that later tokens of a conversation may see."""
+        for layer in self.lasting:
             cells = self.cells.cells_of(layer.group, s, self.cells.live(layer.group, s))
             for state in layer.states:
                 yield state, cells

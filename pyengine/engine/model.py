@@ -75,7 +75,7 @@ class Model(ReadsText, Saves):
         self._adapters, self._ranks = {a.name: a.scale for a in bound.adapters}, bound.ranks
         self._compression = layout.want.compress
         self._run_on(fitted, program)
-        self._scheduler = Scheduler(self._runner, self.n_ctx, layout.want.speculate, _source(fitted))
+        self._scheduler = Scheduler(self._runner, self.n_ctx, layout.want.speculate, _source(fitted, self._runner))
         self._lock = self._scheduler.lock
         self._loop: Loop | None = None
         self.media: EncodedMedia | None = None
@@ -281,10 +281,10 @@ class Model(ReadsText, Saves):
         gc.collect()
         try:
             self._run_on(fitted, fitted.layout.prepared.load())
-            self._scheduler.speculation.source = _source(fitted)
+            self._scheduler.speculation.source = _source(fitted, self._runner)
         except BaseException:                                # Ctrl-C, or no memory: as it was, without conversations
             self._run_on(was, was.layout.prepared.load())
-            self._scheduler.speculation.source = _source(was)
+            self._scheduler.speculation.source = _source(was, self._runner)
             raise
         finally:
             if self._runner is not None:
@@ -616,8 +616,12 @@ class Model(ReadsText, Saves):
         return pieces if wanted else pieces.answer()
 
 
-def _source(fitted: Fitted) -> Source | None:
-    """Load the draft model of a plan that has one."""
+def _source(fitted: Fitted, runner: Runner) -> Source | None:
+    """Load the draft model of a plan that has one, or take the model's own head."""
+    if fitted.layout.sizes.ahead:
+        from pyengine.engine.ahead import Head
+
+        return Head(fitted.layout, runner)
     if fitted.layout.draft is None:
         return None
     from pyengine.engine.draft_model import DraftModel

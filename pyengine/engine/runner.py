@@ -15,7 +15,7 @@ from pyengine.engine.bounds import Bounds
 from pyengine.engine.quantizer import quantized
 from pyengine.errors import ContextOverflowError, RequestError
 from pyengine.programs.rows import common, Rows
-from pyengine.programs.step import Logits, Step, StepProgram, Work
+from pyengine.programs.step import Logits, Row, Step, StepProgram, Work
 
 
 class Runner:
@@ -56,6 +56,16 @@ class Runner:
             self.cells.touch(s)
         self.n_steps += 1
         return logits
+
+    def ahead(self, rows: Sequence[tuple[Conversation, int, int, np.ndarray]]) -> tuple[list[Row], np.ndarray]:
+        """Run the head that predicts further tokens on a token of each conversation: see `StepProgram.ahead`."""
+        for s, between, *_ in rows:
+            self.store.copy(self.cells.reserve(s, between + 1))
+        return self.inputs.ahead(rows)
+
+    def last(self, s: Conversation) -> np.ndarray | None:
+        """Return the last hidden state of a conversation's last token, where it was kept for that head."""
+        return self.inputs.last(s)
 
     def take_back(self, s: Conversation, n: int) -> None:
         """Remove the last n tokens, which no token of another conversation has seen; with layers that keep states, such that were `drafted`.

@@ -16,6 +16,7 @@ from pyengine.backends.base import Backend, Prepared
 from pyengine.backends.chain import PreparedChain
 from pyengine.backends.prepared import Counted
 from pyengine.cache.policy import Compressed, DRAFTED
+from pyengine.dtype import DType
 from pyengine.errors import RequestError, UnsupportedModelError
 from pyengine.memory import count
 from pyengine.memory.placement import demand, place
@@ -122,7 +123,7 @@ class ModelLayout:
             across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
             runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
         sizes = Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens(), compressed=self._compressed(),
-                      atomic_rows=self.bound.atomic_rows, drafted=self._states(n_batch))
+                      atomic_rows=self.bound.atomic_rows, drafted=self._states(n_batch), ahead=self._ahead(k))
         if self.bound.source is None:
             return sizes
         sizes = sizes.with_(across=n_ctx, source=n_ctx)
@@ -134,6 +135,17 @@ class ModelLayout:
         if not any(p.recurrent for p in self.bound.model.policies()):
             return 0
         return min(most_drafted(None if self.want.speculate is True else self.want.speculate, DRAFTED), n_batch - 1)
+
+    def _ahead(self, k: DType) -> bool:
+        """Say whether the step has the model's head that predicts further tokens: where it may draft, and nothing else keeps it from it."""
+        drafts = self.bound.drafts or self.bound.draft is not None                   # the one of both that does is a small model
+        if self.bound.model.ahead is None or most_drafted(self.want.speculate, 1) == 0 or drafts:
+            return False
+        why = ("adapters would have to change it" if self.bound.adapters else "conversations are compressed" if self.want.compress is not None else
+               "keys are kept by channel" if k.by_channel else "layers are on several devices" if self.want.parts else "")
+        if why:
+            self.notes.append(f"the head that predicts further tokens is left out: {why}")
+        return not why
 
     def _compressed(self) -> Compressed | None:
         """Return what stands in place of `Full` where conversations are compressed. Raises: UnsupportedModelError where no layer sees everything."""
@@ -305,7 +317,7 @@ class ModelLayout:
         """Return all bytes on the device of the whole step with these numbers and all else as it is."""
         vocab = self.bound.model.config.vocab_size
         rows = step_rows(n_ctx, self.want.n_batch, n_seq, self.bound.atomic_rows, vocab)
-        if self.source and n_ctx != self.sizes.n_ctx or rows != (self.sizes.n_batch, self.sizes.n_head):
+        if self.source and n_ctx != self.sizes.n_ctx or rows != (self.sizes.n_batch, self.sizes.n_head) or self.sizes.ahead and n_seq != self.sizes.n_seq:
             return ModelLayout(self.bound, replace(self.want, n_ctx=n_ctx, n_seq=n_seq), self.machine).taken
         arena, lasting = self.whole.resized(self.step.lasting_shapes(n_ctx, n_seq))
         rest = self.of_purposes("weights", "overhead", "encoder", "images", device=self.place) + arena + lasting

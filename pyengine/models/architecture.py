@@ -20,6 +20,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Tensor
+from pyengine.nn.ahead import Ahead
 from pyengine.nn.batch import Batch, Source
 from pyengine.nn.rope import Rope, Rotary
 from pyengine.nn.text_encoder import TextHeads
@@ -134,6 +135,7 @@ class Architecture(ABC):
     rope           the rotary embedding of queries and keys, where `ropes` is not written anew
     absolute       positions are added to embeddings: keys cannot be moved to others
     media_id       the id that stands for media rows in `batch.texts`
+    ahead          a head that predicts further tokens, for drafts: the layer behind the last, which sees everything
     source         the encoder that prompts go to, of an encoder-decoder: pictures' rows too, and `Cross(everywhere=True)` layers see its rows
     """
 
@@ -142,6 +144,7 @@ class Architecture(ABC):
     absolute: ClassVar[bool] = False
     media_id: int = 0
     source: SourceEncoder | None = None
+    ahead: Ahead | None = None
     rope: Rotary
 
     @abstractmethod
@@ -196,6 +199,13 @@ class Architecture(ABC):
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Build the output head: last hidden states [l, d_model] to logits [l, vocab]."""
+
+    def forward_ahead(self, batch: Batch, before: Tensor, cache: Any) -> Tensor:
+        """Build the graph of `ahead` for rows behind those whose last hidden states are `before` [h, d_model]; returns its own [h, d_model].
+
+        Raises: UnsupportedModelError for a model without.
+        """
+        raise UnsupportedModelError("the model has no head that predicts further tokens")
 
 
 class EncoderDecoder(Architecture):

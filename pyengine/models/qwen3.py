@@ -85,11 +85,15 @@ class Model(Architecture):
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Return last hidden states [m, D]."""
         x = self.embed(batch.ids, batch.media)                                     # [m, D]
-        rope = self.rope.at(batch.n_ctx)
-        angles = rope.table(batch.positions)                                       # [m, E]
+        rope, angles = self.rotation(batch)
         for block, cache in zip(self.blocks, caches):
             x = block(x, rope, angles, cache)
         return self.norm(x)
+
+    def rotation(self, batch: Batch) -> tuple[Rope, Tensor]:
+        """Return the rotation, and its angles of each row, [m, E]."""
+        rope = self.rope.at(batch.n_ctx)
+        return rope, rope.table(batch.positions)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits [l, vocab] of hidden states [l, D]."""

@@ -4,8 +4,9 @@ Gated delta nets arXiv:2412.06464; gated attention arXiv:2505.06708. Follows tra
 keeps the last inputs of a short convolution and a matrix for each head instead of keys and values. Attention has a gate for each
 element of its output, whose rows stand in the matrix of q behind each head's, and rotates a part of each head.
 Files of llama.cpp: norms have 1 added to their weights, `ssm_a` is -exp(A_log).
-differs: rows are taken one after the other (transformers: in chunks of 64), so that results do not depend on how a prompt is cut. Layers
-for the prediction of further tokens (MTP, `nextn`) are left out, as llama.cpp does unless it is asked to draft with them.
+differs: rows are taken one after the other (transformers: in chunks of 64), so that results do not depend on how a prompt is cut.
+The layer behind the last one (`nextn`), which predicts further tokens (MTP), is a block with attention; where a file has several of them,
+they are left out.
 Axes: m rows of the batch, D hidden; attention: H/K query/KV heads, E head size; delta net: G heads of q and k of size S, V heads of T.
 """
 
@@ -24,6 +25,8 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import DerivedRef, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models import qwen2moe, qwen3
+from pyengine.nn.ahead import Ahead
+from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache, RecurrentCache
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Linear, RMSNorm
@@ -46,6 +49,7 @@ class Config(DecoderConfig):
     n_experts: int = 0
     n_used: int = 0                  # experts of a row
     d_shared: int = 0                # width of the expert that all rows share
+    n_ahead: int = 0                 # layers behind the last one that predict further tokens
 
     @property
     def n_channels(self) -> int:
@@ -54,20 +58,20 @@ class Config(DecoderConfig):
 
 
 def delta_net(h: Hparams, w: Weights, **numbers: Any) -> dict[str, Any]:
-    """Read the fields of `Config`, but for the experts'; layers behind the last one are left out (see above). numbers: for `common`."""
+    """Read the fields of `Config`, but for the experts'. numbers: for `common`."""
     read = common(h, w, **numbers)
     n_all, n_more = read["n_layers"], h.get("nextn_predict_layers", 0, int)
     if not 0 <= n_more < n_all:
         raise InvalidModelError(f"{h.key('nextn_predict_layers')} is {n_more} of {n_all} layers")
     n_layers, every = n_all - n_more, h.size("full_attention_interval", INTERVAL)
     recurrent = per_layer(h, "attention.recurrent_layers", tuple(i < n_layers and (i + 1) % every != 0 for i in range(n_all)))
-    for i in range(n_layers, n_all):
+    for i in range(n_layers, n_all) if n_more > 1 else ():
         w["blk", i].leave_out()
     inner, n_values, n_keys = h.size("ssm.inner_size"), h.size("ssm.time_step_rank"), h.size("ssm.group_count")
     if inner % n_values or n_values % n_keys:
         raise InvalidModelError(f"{h.key('ssm.inner_size')} is {inner} for {n_values} heads, which share {n_keys} keys")
     return {**read, "n_layers": n_layers, "recurrent": recurrent[:n_layers], "taps": h.size("ssm.conv_kernel"), "n_keys": n_keys,
-            "d_key": h.size("ssm.state_size"), "n_values": n_values, "d_value": inner // n_values}
+            "d_key": h.size("ssm.state_size"), "n_values": n_values, "d_value": inner // n_values, "n_ahead": n_more}
 
 
 def experts(h: Hparams) -> dict[str, int]:
@@ -160,11 +164,24 @@ class Block:
         return x + self.feed_forward(self.ffn_norm(x))                                         # [m, D]
 
 
+def bind_ahead(model: Any, w: Weights) -> Ahead | None:
+    """Bind the layer that predicts further tokens, where the file has one."""
+    c = model.config
+    if c.n_ahead != 1:
+        return None
+    own = w["blk", c.n_layers]
+    return Ahead(own, Block(own, c, None, model.feed_forward), model)
+
+
 class Model(qwen3.Model):
     """A qwen3next decoder."""
 
     feed_forward = Mixture
     delta_net: ClassVar[type[DeltaNet]] = DeltaNet
+
+    def __init__(self, h: Hparams, w: Weights):
+        super().__init__(h, w)
+        self.ahead = bind_ahead(self, w)
 
     @staticmethod
     def read(h: Hparams, w: Weights) -> Config:
@@ -175,6 +192,10 @@ class Model(qwen3.Model):
     def block(self, w: Weights, i: int) -> Block:
         """Bind layer i."""
         return Block(w, self.config, self.delta_net if self.config.recurrent[i] else None, self.feed_forward)
+
+    def forward_ahead(self, batch: Batch, before: Tensor, cache: LayerCache) -> Tensor:
+        """Return last hidden states [h, D] of the layer that predicts further tokens."""
+        return self.ahead(batch.ids, batch.media, before, *self.rotation(batch), cache)
 
     def policies(self) -> list[Policy]:
         """Return what each layer keeps: keys and values, or the convolution's inputs and the matrices of a delta net."""

@@ -45,6 +45,7 @@ from pyengine.nn.encoder import (
     activation, by_table, EncoderAttention, EncoderFeedForward, head_count, levels, mean_and_std, n_layers, projector_type,
     resample_filter, special_token)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
+from pyengine.nn.rope import Rope
 
 # Constants for files without the key; of Qwen/Qwen3-VL-4B-Instruct:
 MIN_PIXELS, MAX_PIXELS = 65_536, 16_777_216
@@ -330,11 +331,15 @@ class Model(qwen3.Model):
         parts = [] if batch.media is None else [
             ops.contiguous(ops.slice(batch.media, axis=1, start=i * d, stop=(i + 1) * d)) for i in range(1 + self.n_deep)]     # [e, D] each
         x = self.embed(batch.ids, parts[0] if parts else None)                 # [m, D]
-        rope = self.rope.at(batch.n_ctx)
-        angles = ops.rope_table(batch.positions, rope.inv_freq, self.axes, scale=rope.scale)               # [m, E]
+        rope, angles = self.rotation(batch)
         nothing = np.zeros((1, d), np.float32)
         for i, (block, cache) in enumerate(zip(self.blocks, caches)):
             x = block(x, rope, angles, cache)
             if i + 1 < len(parts):
                 x = x + ops.rows(nothing, batch.places, parts[i + 1])          # rows of text get nothing
         return self.norm(x)
+
+    def rotation(self, batch: Batch) -> tuple[Rope, Tensor]:
+        """Return the rotation, and its angles of each row, [m, E]."""
+        rope = self.rope.at(batch.n_ctx)
+        return rope, ops.rope_table(batch.positions, rope.inv_freq, self.axes, scale=rope.scale)

@@ -33,6 +33,7 @@ class Bound:
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     left_out: bool = False           # whether there are encoders, and the model runs without them
     draft: Bound | None = None       # a small model of the same tokens, whose answers are drafts of this one's
+    drafts: bool = False             # it is that of another model
     ranks: WeightRef | None = None   # of a decoder that ranks texts: one row for its score, or two for the answers "yes" and "no"
 
     @property
@@ -130,7 +131,7 @@ def with_draft(bound: Bound, name: str | Path | None) -> Bound:
                            f"{shown(mine.tokens.text(first))} here; a draft is a small model of the same family")
     if abs(len(mine) - len(its)) > PADDED:
         raise RequestError(f"draft: {own.files.name} has {len(its):,} tokens, and {bound.files.name} {len(mine):,}; padding makes a difference of {PADDED} at most")
-    return replace(bound, draft=own)
+    return replace(bound, draft=replace(own, drafts=True))
 
 
 def _with_encoder(files: Files, weights: Weights) -> bool:

@@ -32,6 +32,7 @@ class Sizes(NamedTuple):
     compressed  the policy in place of `Full` where conversations are compressed; None: they are not
     atomic_rows rows of the largest picture that must be one step
     drafted  tokens of a step that may be taken back, where layers keep states
+    ahead    whether the step has the model's head that predicts further tokens
     """
 
     n_ctx: int
@@ -47,6 +48,7 @@ class Sizes(NamedTuple):
     compressed: Compressed | None = None
     atomic_rows: int = 0
     drafted: int = 0
+    ahead: bool = False
 
     def with_(self, **changes: Any) -> Sizes:
         """Return the same with other numbers."""

@@ -4,6 +4,8 @@
     Step.fill     rows of several conversations into the inputs of a loaded program
     Step.run, Step.head    replay it; the head alone, for more of the wanted rows: `Logits`
     Step.hidden   what the head reads: last hidden states of the wanted rows
+    Step.ahead    the head that predicts further tokens, alone, for tokens that are drafted: it goes on with last hidden states, which
+                  `Conversation.last` has of the last tokens; in every step it reads the rows that the layers read
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 
 from pyengine.backends.base import Declared, Program
 from pyengine.cache.cells import Cells, Conversation, Group, groups_of
-from pyengine.cache.policy import Grouped, grouped, PINNED, Policy, RECENT
+from pyengine.cache.policy import Full, Grouped, grouped, PINNED, Policy, RECENT
 from pyengine.cache.store import Layer, Rotation
 from pyengine.compiler.wanted import only
 from pyengine.dtype import DType, dtype as dtype_of, GROUP
@@ -37,6 +39,7 @@ from pyengine.records import NamedTuple
 FLOAT = dtype_of("F32")                  # of states
 FULL = dtype_of("F16")                   # of tokens in full
 LOGITS, HIDDEN, LARGEST = 0, 1, 2        # numbers of outputs
+AHEAD = "ahead"                          # begins the names of inputs of the head that predicts further tokens; the entry at which it begins
 HEAD = "head"                            # the input that says whose logits are computed, and the entry at which it is first read
 ADAPTERS = "lora_scales"                 # of each row; those of encoder rows are "across.lora_scales"
 COUNTS = "counts"                        # how much each row counts in sums of attention
@@ -71,6 +74,9 @@ class Step:
         self.model, self.sizes, self.adapters, self.shapes = model, sizes, tuple(adapters), model.cache_shapes()
         self.owned = model.cached_layers()
         own = policies(model, sizes)
+        if sizes.ahead:                                      # one more layer, which sees everything
+            c = model.config
+            own, self.shapes, self.owned = [*own, Full()], [*self.shapes, (c.n_kv_heads, c.head_dim)], [*self.owned, max(self.owned) + 1]
         kinds = dict.fromkeys(p for p in own if p is not None)
         kinds |= dict.fromkeys(part for p in kinds for part in p.parts)
         numbers = {policy: i for i, policy in enumerate(kinds)}
@@ -147,13 +153,38 @@ class Step:
                     summed.append([])
                     own = {"sums": states[n], "weights": counts, "kinds": self.kinds, "changed": summed[-1]}
                 caches.append(self._grouped(states, shared, number, own) if number in self.parts else LayerCache(*states[:2], **shared[number], **own))
-        hidden = take(model.forward(batch, caches), wanted)
+        last = model.forward(batch, caches[: len(caches) - s.ahead])
+        hidden = take(last, wanted)
         outputs = [model.logits(take(hidden, head)), hidden]
         if self.adapters:
             outputs = self._adapted(g, outputs, batch, wanted, head)
         largest = top_k(outputs[LOGITS], n=s.n_tokens, k=min(s.n_tokens, MOST)) if s.n_tokens else ()
         asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
-        return Declared(only([*outputs, *largest, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
+        outputs += largest
+        if not s.ahead:
+            return Declared(only([*outputs, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
+        more, own, of_own = self._ahead(g, batch, last, caches[-1])
+        asked |= {len(outputs) + i for i in range(3)} if s.n_tokens else asked
+        return Declared(only(only([*outputs, *more], wanted, chosen), own, of_own), {HEAD: HEAD, AHEAD: f"{AHEAD}.ids"}, asked)
+
+    def _ahead(self, g: Graph, batch: Batch, last: Tensor, cache: LayerCache) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """Build the head that predicts further tokens: outputs last hidden states [k, d_model] of rows that are kept for it, its logits [x, vocab],
+        its own last hidden states [x, d_model] and what `top_k` finds; which of its rows are wanted; what those have in place of inputs.
+
+        Its h rows have inputs of their own: those of a step, but for a conversation's first, or tokens that are drafted. `before`: the row of
+        the step before each; -1-j: row j of `carry`.
+        """
+        s, d_model = self.sizes, self.model.config.d_model
+        h, x, name = Dim("h", s.n_batch), Dim("x", s.n_seq), AHEAD
+        kept = take(last, g.input(f"{name}.kept", (Dim("k", s.n_batch),), "I32"))
+        ids, positions = g.input(f"{name}.ids", (h,), "I32"), g.input(f"{name}.positions", (self.model.position_axes, h), "I32")
+        before = take(last, g.input(f"{name}.before", (h,), "I32"), g.input(f"{name}.carry", (Dim("p", s.n_seq), d_model)))
+        ends = {end: g.input(f"{name}.{end}", (h,), "I32") for end in ("cells", "seq", "lo", "hi")}
+        chosen = {f"{name}.{end}": g.input(f"{name}.{end}_wanted", (x,), "I32") for end in ("seq", "lo", "hi")}
+        wanted = g.input(f"{name}.wanted", (x,), "I32")
+        hidden = take(self.model.forward_ahead(batch._replace(ids=ids, positions=positions), before, cache._replace(**ends)), wanted)
+        logits = self.model.ahead.logits(hidden)
+        return [kept, logits, hidden, *(top_k(logits, n=s.n_tokens, k=1) if s.n_tokens else ())], wanted, chosen
 
     def _grouped(self, states: Sequence[Tensor], shared: Sequence[dict[str, Tensor]], number: int, sums: Mapping[str, Any]) -> GroupedCache:
         """Return the cache of a layer with its parts, whose states follow one another."""
@@ -215,6 +246,8 @@ class Step:
     def caches(self, program: Program) -> list[Layer]:
         """Return the states of each layer that has a cache."""
         ropes, owners, made = self.model.ropes(self.sizes.n_ctx), self.model.cache_owners(), []
+        if self.sizes.ahead:
+            ropes, owners = [*ropes, ropes[-1]], [*owners, len(owners)]
         for i, number in enumerate(self.layers):
             if number is not None:
                 recurrent, states = self.groups[number].policy.recurrent, [program.states[name] for name in self._states(i, self.groups, self.sizes.n_seq)]
@@ -222,7 +255,8 @@ class Step:
                 sums = states.pop() if self.groups[number].policy.compressed and self.kinds else None
                 parts = tuple(Layer(self.owned[i], part, (*states[2 * j + 2 : 2 * j + 4],), turned) for j, part in enumerate(self.parts.get(number, ())))
                 own = (*states[: len(states) - 2 * len(parts)],)
-                made += [*reversed(parts), Layer(self.owned[i], number, own, turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i), parts)]
+                made += [*reversed(parts), Layer(self.owned[i], number, own, turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i), parts,
+                                                 self.sizes.ahead and i == len(self.layers) - 1)]
         return made
 
 
@@ -246,22 +280,22 @@ def policies(model: Architecture, sizes: Sizes) -> list[Policy | None]:
 
 
 class Row:
-    """Logits after one row of a run, valid until the next one."""
+    """Logits after one row of a run, valid until the next one. output, largest: numbers of the outputs that have them, and what was found."""
 
-    def __init__(self, program: Program, number: int, finds: bool):
-        self._program, self._number, self._finds = program, number, finds
+    def __init__(self, program: Program, number: int, finds: bool, output: int = LOGITS, largest: int = LARGEST):
+        self._program, self._number, self._finds, self._output, self._largest = program, number, finds, output, largest
 
     @property
     def largest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """What `top_k` found in it, where the device looks for that: (logits, tokens, sums of weights)."""
         if not self._finds:
             return None
-        values, tokens, sums = (a[self._number] for a in self._program.outputs[LARGEST : LARGEST + 3])
+        values, tokens, sums = (a[self._number] for a in self._program.outputs[self._largest : self._largest + 3])
         return values, tokens, sums
 
     def whole(self) -> np.ndarray:
         """Return all logits [vocab]."""
-        return self._program.read(LOGITS, self._number, 1)[0]
+        return self._program.read(self._output, self._number, 1)[0]
 
 
 class Logits:
@@ -292,6 +326,8 @@ class StepProgram:
         self._flat: Mapping[str, np.ndarray] = {name: a.reshape(-1) for name, a in program.inputs.items()}
         self._dims: dict[str, int] = {}
         self._heads = np.empty(0, np.int32)                  # of the wanted rows, the numbers of those that give logits
+        self._kept: list[tuple[Conversation, int, int]] = []         # of a run: of whom, from which token on, and how many last hidden states are kept
+        self._more = dict.fromkeys("hpxk", 0) if step.sizes.ahead else {}      # axes of the head that predicts further tokens, where it does nothing
 
     def _put(self, name: str, where: slice, values: Any) -> None:
         """Write values of rows into an input; one that the model never reads is left out of its program."""
@@ -349,7 +385,78 @@ class StepProgram:
                 n = part.stop - part.start
                 self._put("positions", slice(at, at + n), part.rows.positions[axis, part.start : part.stop])
                 at += n
-        self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work), "z": self._group(work)}
+        self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work), "z": self._group(work), **self._more}
+        if self.step.sizes.ahead:
+            self._dims |= self._look_ahead(work)
+
+    def _look_ahead(self, work: Sequence[Work]) -> dict[str, int]:
+        """Fill the inputs of the head that predicts further tokens: it reads all rows, but for a conversation's first, which has none before it."""
+        m, h, p, k, d = 0, 0, 0, 0, self.step.model.config.d_model
+        self._kept = []
+        for part in work:
+            s, n = part.conversation, part.stop - part.start
+            begins = int(len(s) == 0)
+            before = np.arange(m - 1, m + n - 1)[begins:]
+            if not begins:
+                before[0] = -1 - p
+                carry = self.last(s)
+                self._put(f"{AHEAD}.carry", slice(p * d, (p + 1) * d), 0 if carry is None else carry)
+                p += 1
+            rows, here = n - begins, slice(h, h + n - begins)
+            self._put(f"{AHEAD}.before", here, before)
+            self._put(f"{AHEAD}.ids", here, self._flat["ids"][m + begins : m + n])
+            self._put_ahead(here, s, np.arange(len(s) + begins, len(s) + n, dtype=np.int32))
+            first = n - 1 - min(part.drafted, n - 1)         # those that may be the last one
+            self._put(f"{AHEAD}.kept", slice(k, k + n - first), np.arange(m + first, m + n))
+            self._kept.append((s, len(s) + first, n - first))
+            m, h, k = m + n, h + rows, k + n - first
+        at = 0
+        for axis in range(self.step.model.position_axes):
+            for part in work:
+                begins = int(len(part.conversation) == 0)
+                n = part.stop - part.start - begins
+                self._put(f"{AHEAD}.positions", slice(at, at + n), part.rows.positions[axis, part.start + begins : part.stop])
+                at += n
+        return {"h": h, "p": p, "k": k}
+
+    def _put_ahead(self, here: slice, s: Conversation, index: np.ndarray, *ends: str) -> None:
+        """Fill in where that head's rows of these tokens are written, and what they see: what it has read. ends: of the names of inputs."""
+        number = self.step.layers[-1]
+        gone = s.gone.get(number, 0)                         # numbers count the cells that were kept
+        index = index - gone
+        values = {"cells": self.cells.cells_of(number, s, index), "seq": s.row, "lo": np.minimum(max(1, s.ahead - gone), index), "hi": index + 1}
+        for name, value in values.items():
+            for end in ("", *ends):
+                self._put(f"{AHEAD}.{name}{end}", here, value)
+
+    def last(self, s: Conversation) -> np.ndarray | None:
+        """Return the last hidden state [d_model] of a conversation's last token, None where it was not kept."""
+        if s.last is None or not 0 <= len(s) - 1 - s.last[0] < len(s.last[1]):
+            return None
+        return s.last[1][len(s) - 1 - s.last[0]]
+
+    def ahead(self, rows: Sequence[tuple[Conversation, int, int, np.ndarray]]) -> tuple[list[Row], np.ndarray]:
+        """Run that head alone on a token of each of some conversations: (it, how many stand between its last one and this one, the token, the last
+        hidden state [d_model] before it); there are cells. Returns logits and hidden states [x, d_model] of each, valid until the next run."""
+        n, d, axes, base = len(rows), self.step.model.config.d_model, self.step.model.position_axes, LARGEST + 3 * (self.step.sizes.n_tokens > 0)
+        for i, (s, between, token, before) in enumerate(rows):
+            self._put_ahead(slice(i, i + 1), s, np.array([len(s) + between], np.int32), "_wanted")
+            self._put(f"{AHEAD}.ids", slice(i, i + 1), token)
+            self._put(f"{AHEAD}.before", slice(i, i + 1), -1 - i)
+            self._put(f"{AHEAD}.carry", slice(i * d, (i + 1) * d), before)
+            self._put(f"{AHEAD}.wanted", slice(i, i + 1), i)
+            for axis in range(axes):
+                self._put(f"{AHEAD}.positions", slice(axis * n + i, axis * n + i + 1), s.next + between)
+        self._heads = np.empty(0, np.int32)
+        self.program.execute(AHEAD, **dict.fromkeys(("m", "w", "e", "c", "s", "z", "l", "k"), 0), h=n, p=n, x=n)
+        return [Row(self.program, i, self.step.sizes.n_tokens > 0, base + 1, base + 3) for i in range(n)], self.program.read(base + 2, 0, n)
+
+    def _keep(self) -> None:
+        """Keep last hidden states of a run's last tokens with their conversations."""
+        base, at = LARGEST + 3 * (self.step.sizes.n_tokens > 0), 0
+        for s, first, n in self._kept:
+            s.last = first, self.program.read(base, at, n).copy()
+            at += n
 
     def _group(self, work: Sequence[Work]) -> int:
         """Fill the inputs that say which tokens become groups in a step: those that its rows are the first to read so. Returns their number, the
@@ -408,12 +515,15 @@ class StepProgram:
                 self._put("across", slice(0, part.size), part.reshape(-1))
                 self._put(f"{self.step.names[number]}.cells", slice(0, len(part)), cells)
                 self._put_scales(f"across.{ADAPTERS}", 0, len(part), s)
-                self.program.execute(m=0, w=0, e=0, l=0, s=0, z=0, c=len(part))
+                self.program.execute(m=0, w=0, e=0, l=0, s=0, z=0, c=len(part), **self._more)
                 first += len(part)
 
     def run(self) -> Logits:
         """Run what `fill` has laid out; returns logits of the first n_head rows that give some, valid until the next run."""
-        return self._run(0, None)
+        logits = self._run(0, None)
+        if self.step.sizes.ahead:
+            self._keep()
+        return logits
 
     def head(self, done: int) -> Logits:
         """Return logits of the last run's rows that give some, from number `done` on, n_head at most."""
@@ -428,5 +538,5 @@ class StepProgram:
         heads = self._heads[done : done + self.step.sizes.n_head]
         n = len(heads)
         self._put(HEAD, slice(0, n), heads)
-        self.program.execute(entry, l=n, **self._dims)
+        self.program.execute(entry, l=n, **(self._dims if entry is None else self._dims | self._more))
         return Logits(self.program, n, self.step.sizes.n_tokens > 0)

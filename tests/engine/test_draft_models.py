@@ -11,10 +11,10 @@ from PIL import Image
 
 import cases
 import pyengine as pe
-from pyengine.engine import draft_model
-from pyengine.engine.draft_model import Odds
+from pyengine.engine import draft_model, writing
 from pyengine.engine.proposing import Asked, Terms
 from pyengine.engine.speculation import Speculation
+from pyengine.engine.writing import Odds
 from pyengine.errors import ModelNotFoundError, PlanError, RequestError
 from pyengine.files.gguf import GGUFFile
 from pyengine.memory.held import planned_bytes
@@ -51,8 +51,8 @@ def by_model(*answers: Any) -> tuple[int, int]:
 def eager(monkeypatch) -> None:
     """Draft some tokens for all, whatever it costs, in front of what the text has."""
     monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
-    monkeypatch.setattr(draft_model, "_expected", lambda any, most: 1e9)
-    monkeypatch.setattr(draft_model, "_best", lambda begun, more, own, spent, terms: [w for w in more if len(w.odds) < 5])
+    monkeypatch.setattr(writing, "_expected", lambda any, most: 1e9)
+    monkeypatch.setattr(writing, "_best", lambda begun, more, own, spent, terms: [w for w in more if len(w.odds) < 5])
     monkeypatch.setattr(Odds, "of", lambda self, sure: 0.999)
 
 
@@ -208,14 +208,14 @@ def test_drafts_follow_what_they_cost_and_how_often_they_come(pair) -> None:
     costly, cheap = Terms(1, [1.0] * 40, True), Terms(1, [100.0] * 40, True)
     for _ in range(30):
         source.pace.note(1, 2.0)
-    writing = [draft_model._Writing(0, Asked(None, 30, (), 0.0), draft_model._Reader(ids(5), Odds()))]
-    assert source._hopeful(writing, costly) == [] and source._hopeful(writing, cheap) == writing
-    assert not any(source._hopeful(writing, costly) for _ in range(200))         # it takes longer than what it saves
+    drafts = [writing.Writing(0, Asked(None, 30, (), 0.0), writing.Known(Odds()))]
+    assert source._hopeful(drafts, costly) == [] and source._hopeful(drafts, cheap) == drafts
+    assert not any(source._hopeful(drafts, costly) for _ in range(200))         # it takes longer than what it saves
     for _ in range(60):
-        writing[0].reader.odds.note(0.5, False)
-    writing[0].reader.waited, fair = 0, Terms(1, [8.0] * 40, True)
-    assert [bool(source._hopeful(writing, fair)) for _ in range(80)].count(True) == 1          # tried again now and then
-    assert draft_model._expected(0.5, 2) == 0.75 and draft_model._expected(1.0, 7) == 7
+        drafts[0].reader.odds.note(0.5, False)
+    drafts[0].reader.waited, fair = 0, Terms(1, [8.0] * 40, True)
+    assert [bool(source._hopeful(drafts, fair)) for _ in range(80)].count(True) == 1          # tried again now and then
+    assert writing._expected(0.5, 2) == 0.75 and writing._expected(1.0, 7) == 7
 
 
 @pytest.mark.slow

@@ -1,0 +1,155 @@
+"""Heads that predict further tokens: their logits are transformers', and what they draft changes no bit of an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cases
+import heads
+import pyengine as pe
+from converters.writer import convert
+from pyengine.engine import writing
+from pyengine.engine.speculation import Speculation
+from pyengine.engine.writing import Odds
+from pyengine.files.gguf import GGUFFile
+from pyengine.memory.held import planned_bytes
+from pyengine.programs.rows import token_rows
+from pyengine.programs.step import Work
+
+KINDS = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
+N_CTX = 256
+SETTINGS: dict[str, Any] = {"n_ctx": N_CTX, "n_batch": 64, "n_threads": 1, "device": "cpu"}
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng((seed, n)).integers(40, 400, n).tolist()
+
+
+def asked(seed: int) -> dict[str, Any]:
+    """Greedy for even seeds, and a few tokens that come often for odd ones."""
+    few = tuple((t, 60.0) for t in range(40, 44))
+    return {"temperature": 0 if seed % 2 == 0 else 1.0, "seed": seed, "logprobs": 2, "max_tokens": 30, "logit_bias": few if seed % 2 else ()}
+
+
+def told(answer: Any) -> tuple[Any, ...]:
+    return str(answer), answer.tokens, answer.sampled, answer.finish
+
+
+@pytest.fixture(scope="module")
+def made(tiny_gguf, tmp_path_factory) -> Any:
+    """made(kind) -> (GGUF path, transformers' model, its head)"""
+    found: dict[str, Any] = {}
+
+    def get(kind: str) -> tuple[Path, Any, Any]:
+        if kind not in found:
+            folder = tmp_path_factory.mktemp(kind)
+            main, head = heads.add_head(tiny_gguf(kind)[1], folder / "hf")
+            found[kind] = convert(folder / "hf", folder / "m.gguf", "f32"), main, head
+        return found[kind]
+
+    return get
+
+
+def read(model: Any, text: list[int], n: int, step: int) -> list[np.ndarray]:
+    """Return the head's logits behind each of the last tokens of a text, of which the model has read the first n, in steps of so many."""
+    runner, rows = model._runner, token_rows(text[:n], 0, model._runner.axes)
+    s = runner.cells.new()
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        runner.run([Work(s, rows, start, stop, np.array([stop - start - 1], np.int32))])
+    found, hidden = [], runner.last(s)
+    for i, token in enumerate(text[n:]):
+        (row,), (state,) = runner.ahead([(s, i, token, hidden)])
+        found.append(row.whole().copy())
+        hidden = state.copy()
+    s.active = False
+    return found
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k in cases.every()])
+def test_logits_are_those_of_transformers(made, kind: str) -> None:
+    path, main, head = made(kind)
+    model, text = pe.load(path, **SETTINGS, kv_dtype="f32"), ids(44)
+    wanted = heads.reference(main, head, text, 40)
+    whole = read(model, text, 40, 64)
+    for got, want in zip(whole, wanted, strict=True):
+        assert np.abs(got - want).max() < 1e-5 * np.ptp(want)
+    for step in (1, 7, 39):                                  # wherever the prompt is cut
+        assert all(np.array_equal(a, b) for a, b in zip(read(model, text, 40, step), whole, strict=True))
+
+
+@pytest.fixture
+def eager(monkeypatch) -> None:
+    """Draft some tokens for all, whatever it costs, in front of what the text has."""
+    monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
+    monkeypatch.setattr(writing, "_expected", lambda any, most: 1e9)
+    monkeypatch.setattr(writing, "_best", lambda begun, more, own, spent, terms: [w for w in more if len(w.odds) < 4])
+    monkeypatch.setattr(Odds, "of", lambda self, sure: 0.999)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k in cases.every()])
+def test_answers_are_the_same(made, eager, kind: str) -> None:
+    path = made(kind)[0]
+    plain = pe.load(path, **SETTINGS, n_seq=8, speculate=False)
+    prompts = [ids(5), ids(70, 1), ids(17, 2), ids(130, 3), ids(33, 4), ids(64, 5), ids(9, 6), ids(50, 7)]
+    for n_seq in (1, 8):
+        model, drafted = pe.load(path, **SETTINGS, n_seq=n_seq), 0
+        for seed in range(2):
+            some = prompts[: 3 if n_seq == 1 else 8]
+            answers = model.generate_many(some, **asked(seed))
+            plain.reset()
+            assert list(map(told, answers)) == list(map(told, plain.generate_many(some, **asked(seed))))
+            drafted += sum(a.report.drafts.get("head", (0, 0))[0] for a in answers)
+        assert drafted > 20
+    longer = [*prompts[1], *answers[1].tokens, *ids(9, 9)]   # a conversation goes on, and one that begins as it does
+    for text in (longer, [*longer[:80], *ids(4, 8)]):
+        plain.reset()
+        assert told(model.generate(text, **asked(0))) == told(plain.generate(text, **asked(0)))
+
+
+def test_it_is_left_out_where_nothing_drafts(made) -> None:
+    path = made("qwen3_5_text")[0]
+    assert GGUFFile(path).metadata["qwen35.nextn_predict_layers"] == 1 and "blk.5.nextn.eh_proj.weight" in GGUFFile(path).tensors
+    plain, model = pe.load(path, **SETTINGS, speculate=False), pe.load(path, **SETTINGS, n_seq=2)
+    assert not plain._scheduler.speculation.source and model._scheduler.speculation.source
+    assert not any("blk.5." in name for name in plain.program.states) and "blk.5.k" in model.program.states
+    assert model.generate(ids(60), speculate=False, **asked(0)).report.drafts == {}
+    for policy in ("look-m:ratio=0.5",):
+        left = pe.load(path, **SETTINGS, compress=policy)
+        assert not left._scheduler.speculation.source and "head that predicts further tokens is left out" in left.plan.table()
+    beside = pe.load(path, **SETTINGS, draft=path)
+    assert beside._scheduler.speculation.source.origin == "model" and not beside._fitted.layout.draft.sizes.ahead
+
+
+def test_what_it_takes_is_in_the_plan(made) -> None:
+    path = made("qwen3_5_text")[0]
+    model, without = pe.load(path, **SETTINGS, n_seq=2), pe.plan(path, **SETTINGS, n_seq=2, speculate=False)
+    assert model.plan.total == pe.plan(path, **SETTINGS, n_seq=2).total > without.total
+    assert model.plan.of("weights") == model.program.prepared.weight_bytes and model.plan.of("kv") == model.program.prepared.state_bytes
+    assert planned_bytes(model.plan)["cpu"] == model.plan.total - model.plan.of("overhead")
+    cells = [i for i in model.plan.items if i.purpose == "kv" and i.layer == 5]
+    assert sum(i.nbytes for i in cells) == sum(model.program.states[f"blk.5.{kind}"].nbytes for kind in "kv") > 0
+    layout = model._fitted.layout
+    assert layout.total_at(N_CTX, 2) == layout.taken
+    assert layout.total_at(128, 3) == pe.plan(path, **{**SETTINGS, "n_ctx": 128}, n_seq=3).total
+
+
+def test_saved_conversations_are_those_of_the_model(made, eager, tmp_path) -> None:
+    """What the head has read is not saved: with it and without it files are the same, and it reads what follows."""
+    path, text = made("qwen3_5_text")[0], ids(60)
+    with_head, without = pe.load(path, **SETTINGS), pe.load(path, **SETTINGS, speculate=False)
+    first = [m.generate(text, **asked(0)) for m in (with_head, without)]
+    for model, name in ((with_head, "a"), (without, "b")):
+        model.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    longer, answers = [*text, *first[0].tokens, *ids(6, 1)], []
+    for model in (with_head, without):
+        model.reset()
+        assert model.restore(tmp_path / "b") == 89
+        answers.append(model.generate(longer, **asked(0)))
+    assert told(answers[0]) == told(answers[1]) and answers[0].report.n_cached == 89 and answers[0].report.drafts["head"][0] > 5
+    assert with_head._runner.cells.conversations[0].ahead == 89
