@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from pyengine.memory.held import planned_bytes
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Work
 
-KINDS = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
+KINDS = cases.kinds(heads=True)
 N_CTX = 256
 SETTINGS: dict[str, Any] = {"n_ctx": N_CTX, "n_batch": 64, "n_threads": 1, "device": "cpu"}
 
@@ -70,7 +71,7 @@ def read(model: Any, text: list[int], n: int, step: int) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k in cases.every()])
+@pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(made, kind: str) -> None:
     path, main, head = made(kind)
     model, text = pe.load(path, **SETTINGS, kv_dtype="f32"), ids(44)
@@ -91,7 +92,7 @@ def eager(monkeypatch) -> None:
     monkeypatch.setattr(Odds, "of", lambda self, sure: 0.999)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k in cases.every()])
+@pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_same(made, eager, kind: str) -> None:
     path = made(kind)[0]
     plain = pe.load(path, **SETTINGS, n_seq=8, speculate=False)
@@ -103,7 +104,7 @@ def test_answers_are_the_same(made, eager, kind: str) -> None:
             answers = model.generate_many(some, **asked(seed))
             plain.reset()
             assert list(map(told, answers)) == list(map(told, plain.generate_many(some, **asked(seed))))
-            drafted += sum(a.report.drafts.get("head", (0, 0))[0] for a in answers)
+            drafted += sum(a.report.drafts.get("mtp", (0, 0))[0] for a in answers)
         assert drafted > 20
     longer = [*prompts[1], *answers[1].tokens, *ids(9, 9)]   # a conversation goes on, and one that begins as it does
     for text in (longer, [*longer[:80], *ids(4, 8)]):
@@ -111,9 +112,21 @@ def test_answers_are_the_same(made, eager, kind: str) -> None:
         assert told(model.generate(text, **asked(0))) == told(plain.generate(text, **asked(0)))
 
 
+def test_files_have_it_as_those_of_llama_cpp(made) -> None:
+    """Names of gguf-py; weights of norms with 1 added, as conversion/qwen.py does for all that end in "norm.weight"."""
+    path, _, head = made("qwen3_5_text")
+    file, kinds = GGUFFile(path), gguf.MODEL_TENSOR
+    assert file.metadata["qwen35.block_count"] == 6 and file.metadata["qwen35.nextn_predict_layers"] == 1
+    assert list(file.metadata["qwen35.attention.recurrent_layers"]) == [True, True, True, False, True, False]
+    names = {kind: gguf.TENSOR_NAMES[kind].format(bid=5) + ".weight" for kind in (kinds.NEXTN_ENORM, kinds.NEXTN_HNORM, kinds.NEXTN_EH_PROJ, kinds.NEXTN_SHARED_HEAD_NORM)}
+    assert {n for n in file.tensors if ".nextn." in n} == set(names.values())
+    weights = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+    assert np.allclose(weights[names[kinds.NEXTN_ENORM]], head.layers[0].enorm.weight.detach().numpy() + 1, atol=1e-6)
+    assert np.array_equal(weights[names[kinds.NEXTN_EH_PROJ]], head.layers[0].eh_proj.weight.detach().numpy())
+
+
 def test_it_is_left_out_where_nothing_drafts(made) -> None:
     path = made("qwen3_5_text")[0]
-    assert GGUFFile(path).metadata["qwen35.nextn_predict_layers"] == 1 and "blk.5.nextn.eh_proj.weight" in GGUFFile(path).tensors
     plain, model = pe.load(path, **SETTINGS, speculate=False), pe.load(path, **SETTINGS, n_seq=2)
     assert not plain._scheduler.speculation.source and model._scheduler.speculation.source
     assert not any("blk.5." in name for name in plain.program.states) and "blk.5.k" in model.program.states
@@ -151,5 +164,5 @@ def test_saved_conversations_are_those_of_the_model(made, eager, tmp_path) -> No
         model.reset()
         assert model.restore(tmp_path / "b") == 89
         answers.append(model.generate(longer, **asked(0)))
-    assert told(answers[0]) == told(answers[1]) and answers[0].report.n_cached == 89 and answers[0].report.drafts["head"][0] > 5
+    assert told(answers[0]) == told(answers[1]) and answers[0].report.n_cached == 89 and answers[0].report.drafts["mtp"][0] > 5
     assert with_head._runner.cells.conversations[0].ahead == 89

@@ -134,7 +134,7 @@ def seeing(kind: str, arch: str, name: str, text: dict[str, Any]) -> Case:
 
 
 CASES = (
-    Case("qwen3_5_text", "qwen35", "Qwen3_5TextConfig", "Qwen3_5ForCausalLM", "qwen35", QWEN35, norm_mean=norm_mean, variants=VARIANTS, recurrent=True,
+    Case("qwen3_5_text", "qwen35", "Qwen3_5TextConfig", "Qwen3_5ForCausalLM", "qwen35", QWEN35, norm_mean=norm_mean, variants=VARIANTS, recurrent=True, heads=True,
          converted=Converted({**KEYS, "rope.dimension_sections": [2, 1, 1, 0]}, names="QWEN35", tensor=tensor)),
     seeing("qwen3_5", "qwen35", "Qwen3_5", {}),
 )

@@ -51,5 +51,5 @@ def tensor(name: str, value: np.ndarray, config: dict[str, Any]) -> Any:
     return [(f"blk.{name.split('.')[2]}.attn_qkv.weight", np.concatenate([q, k, v])), (f"blk.{name.split('.')[2]}.attn_gate.weight", z)]
 
 
-CASES = (Case("qwen3_next", "qwen3next", "Qwen3NextConfig", "Qwen3NextForCausalLM", "qwen2", {**TEXT, **MIXTURE}, norm_mean=norm_mean, recurrent=True, cached_as="qwen3_5_text",
+CASES = (Case("qwen3_next", "qwen3next", "Qwen3NextConfig", "Qwen3NextForCausalLM", "qwen2", {**TEXT, **MIXTURE}, norm_mean=norm_mean, recurrent=True, heads=True, cached_as="qwen3_5_text",
               converted=Converted({**KEYS, **MIXTURE_KEYS}, names="QWEN3NEXT", tensor=tensor)),)

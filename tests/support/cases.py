@@ -85,6 +85,7 @@ class Case:
 
     ring: bool = False                          # caches of some layers forget: windows, chunks
     recurrent: bool = False                     # some layers keep a state, not tokens
+    heads: bool = False                         # checkpoints may have a head that predicts further tokens, as `heads` adds it
     mrope: bool = False                         # positions have three axes
     across: bool = False                        # pictures are seen by cross-attention
     videos: bool = False
