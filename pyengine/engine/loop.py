@@ -84,7 +84,7 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
     def result(self, timeout: float | None = None) -> Answer:
         """Wait for the end and return the whole text. Raises: TimeoutError after `timeout` seconds, and what ended the answer."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ended, timeout):
+            if not self._ended and not self._changed.wait_for(lambda: self._ended, timeout):
                 raise TimeoutError(f"the answer has not ended within {timeout} seconds")
         return self._answer()
 
@@ -97,8 +97,9 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         """Return the pieces with their kinds, to be gone through by `for` or `async for`."""
         return Deltas(self)
 
-    def watch(self, call: Callable[[], None]) -> None:
-        """Call a function in the running event loop whenever there is something new, and at the end; it uses `take`.
+    def watch(self, call: Callable[[], None]) -> bool:
+        """Call a function in the running event loop whenever there is something new, and at the end; it uses `take`. Says whether there is
+        something already.
 
         One wake-up serves all handles that are watched or waited for in an event loop.
         """
@@ -107,12 +108,13 @@ class Handle(Reported, Iterator[str], AsyncIterator[str]):
         with self._lock:
             if not self._ended:
                 self._watchers.append((asyncio.get_running_loop(), call))
+            return self._ended or self._read < len(self._pieces)
 
-    def take(self) -> list[Delta]:
-        """Take the pieces that are there, with their kinds, without waiting. Once `done` was true before, they are the last."""
+    def take(self) -> tuple[list[str | Delta], bool]:
+        """Take the pieces that are there, without waiting: content as it is, the rest with its kind. Says whether they are the last."""
         with self._lock:
             new, self._read = self._pieces[self._read:], len(self._pieces)
-        return [self._delta("text", p) if isinstance(p, str) else p for p in new]
+            return new, self._ended
 
     def _piece(self) -> str | Delta | None:
         """Take the next piece, or None if it is not there yet. Raises: StopIteration at the end, or what ended the answer."""
@@ -215,21 +217,39 @@ class Deltas(Iterator["Delta"], AsyncIterator["Delta"]):
         return self._delta("text", piece) if isinstance(piece, str) else piece
 
 
-def _wake(calls: Calls) -> None:
-    """Make the calls, all of an event loop's in one go: each go writes to a pipe."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-    for loop, call in calls:
-        by_loop.setdefault(loop, []).append(call)
-    for loop, of_it in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_make, of_it)
-        except RuntimeError:                                 # an event loop that was closed
-            pass
+class _Wakes:
+    """What is to be called in event loops. Each wake-up writes to a pipe and waits for Python's lock, so there is one for all that comes until
+    it is answered, and each function is called once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()                       # what is collected meanwhile may wake somebody too
+        self._calls: dict[asyncio.AbstractEventLoop, dict[Callable[[], None], None]] = {}
+
+    def add(self, calls: Calls) -> None:
+        """Queue functions to be called, each in its event loop."""
+        asleep = []
+        with self._lock:
+            for loop, call in calls:
+                if loop not in self._calls:
+                    self._calls = {there: of_it for there, of_it in self._calls.items() if not there.is_closed()}
+                    self._calls[loop] = {}
+                    asleep.append(loop)
+                self._calls[loop][call] = None
+        for loop in asleep:
+            try:
+                loop.call_soon_threadsafe(self._make, loop)
+            except RuntimeError:                             # an event loop that was closed
+                with self._lock:
+                    self._calls.pop(loop, None)
+
+    def _make(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            calls = self._calls.pop(loop, {})
+        for call in calls:
+            call()
 
 
-def _make(calls: list[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
+_wake = _Wakes().add
 
 
 class Loop:

@@ -244,7 +244,7 @@ class Residents:
         with self._state:
             resident.users -= 1
             resident.used = self._clock()
-            if not resident.users:
+            if not resident.users and (self._wishes or resident.leaving or resident.keep < FOR_EVER):     # else nobody waits for this
                 self._wake()
 
     def _wake(self) -> None:

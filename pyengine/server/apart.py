@@ -12,10 +12,12 @@ from contextvars import Context, copy_context
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from pyengine.server.rounds import Turn
+
 MOST_THREADS = 40
 
 T = TypeVar("T")
-_Call = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]", Context, Callable[[], Any]]
+_Call = tuple[asyncio.AbstractEventLoop, Turn, Context, Callable[[], Any]]
 
 
 class _Threads:
@@ -39,7 +41,7 @@ class _Threads:
 
     def _work(self, call: _Call) -> None:
         while True:
-            loop, future, context, function = call
+            loop, turn, context, function = call
             given, error = None, None
             try:
                 given = context.run(function)
@@ -48,20 +50,11 @@ class _Threads:
             with self._lock:
                 self._n_free += 1
             try:
-                loop.call_soon_threadsafe(_settle, future, given, error)
+                loop.call_soon_threadsafe(turn.settle, given, error)
             except RuntimeError:                             # the event loop is closed
                 pass
-            del call, future, context, function, given, error           # what a call held is not held until the next one
+            del call, turn, context, function, given, error           # what a call held is not held until the next one
             call = self._calls.get()
-
-
-def _settle(future: asyncio.Future[Any], given: Any, error: BaseException | None) -> None:
-    if future.done():                                        # who waited has gone
-        return
-    if error is None:
-        future.set_result(given)
-    else:
-        future.set_exception(error)
 
 
 _threads = _Threads()
@@ -70,6 +63,7 @@ _threads = _Threads()
 async def apart(call: Callable[[], T]) -> T:
     """Call a function in a thread, in the caller's context. Raises what it raises."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-    _threads.call((loop, future, copy_context(), call))
-    return await future
+    turn = Turn(loop=loop)
+    _threads.call((loop, turn, copy_context(), call))
+    given: T = await turn
+    return given

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,11 +21,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pyengine.errors import RequestError
 from pyengine.server import anthropic, chat, completions, embeddings, listing, llamacpp, ollama, openai, page, replies, rerank, responses
 from pyengine.server.allowed import Allowed, set_allowed
+from pyengine.server.exchange import Headers
 from pyengine.server.metrics import Metrics, set_metrics
 from pyengine.server.models import Models, Served
 from pyengine.server.protocol import HEADER_BYTES, Protocol
 
 _NAMES = (b"x-request-id", b"request-id")                    # headers with a reply's own name: OpenAI's, Anthropic's
+_FORWARDED = (b"x-forwarded-for", b"x-forwarded-proto")      # with which a proxy says for whom it asks
 _HEADERS = re.compile(r"[\w-]+(, ?[\w-]+)*")                 # names of headers, as a preflight asks for them
 
 
@@ -63,9 +66,12 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str],
                  allowed: Allowed, counts: Metrics, direct: Mapping[tuple[str, str], Route]):
+        from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
         self.app, self.allowed, self.counts, self.keys, self.direct = app, allowed, counts, [k.encode() for k in api_keys], direct
         self.hosts = {"localhost", *(h.lower() for h in hosts)}
         self.origins = {o.rstrip("/").lower() for o in origins}
+        self.forwarded = ProxyHeadersMiddleware(_nothing, os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1"))     # whose word is taken, as uvicorn has it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,37 +79,52 @@ class _Guard:
             return
         set_allowed(self.allowed)
         set_metrics(self.counts)
-        origin, name = replies.header(scope, b"origin"), replies.fresh("req_").encode()
+        names = {name for name, _ in scope["headers"]}
+        if not names.isdisjoint(_FORWARDED):
+            await self.forwarded(scope, receive, send)       # says in `scope` who asks
+        origin = replies.header(scope, b"origin") if b"origin" in names else None
         refused = self._refused(scope, origin)
-        if refused is not None:
-            refused.raw_headers += [(header, name) for header in _NAMES]
-            self.counts.count("refused", refused.status_code)
-            await refused(scope, receive, send)
-            return
-        foreign = origin is not None and origin.lower() in self.origins
+        foreign = refused is None and origin is not None and origin.lower() in self.origins
         if foreign and scope["method"] == "OPTIONS":
             await Response(status_code=204, headers=_cors(scope))(scope, receive, send)
             return
+        more = [(header, name) for name in [replies.fresh("req_").encode()] for header in _NAMES]
+        if foreign:
+            more += [(k.lower().encode(), v.encode()) for k, v in _cors(scope).items()]
+        route = self.direct.get((scope["method"], scope["path"]))
+        held = replies.leases(scope)
+        try:
+            if refused is not None:
+                await self._answer("refused", refused, more, (scope, receive, send))
+            elif route is not None:
+                await self._answer(route.path, await route.endpoint(Request(scope, receive, send)), more, (scope, receive, send))
+            else:
+                await self.app(scope, receive, self._counted(scope, send, more))
+        finally:
+            for hold in held:
+                hold.release()
 
+    async def _answer(self, endpoint: str, response: Any, more: Headers, asked: tuple[Scope, Receive, Send]) -> None:
+        """Send a reply with more headers, and count it. response: one of Starlette's."""
+        response.raw_headers += more
+        self.counts.count(endpoint, response.status_code)
+        await response(*asked)
+
+    def _counted(self, scope: Scope, send: Send, more: Headers) -> Send:
+        """Return a function that sends what Starlette finds the route of, with more headers, and counts it."""
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.counts.count(getattr(scope.get("route"), "path", "other"), message["status"])
-                given = [(k.lower().encode(), v.encode()) for k, v in _cors(scope).items()] if foreign else []
-                message["headers"] = [*message["headers"], *((header, name) for header in _NAMES), *given]
+                message["headers"] = [*message["headers"], *more]
             await send(message)
 
-        route = self.direct.get((scope["method"], scope["path"]))
-        if route is None:
-            return await self.app(scope, receive, sent)
-        scope["route"] = route
-        response = await route.endpoint(Request(scope, receive, sent))
-        await response(scope, receive, sent)
+        return sent
 
     def _refused(self, scope: Scope, origin: str | None) -> Response | None:
         """Return the refusal of a request, or None if it may pass."""
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         host, method, path = hosts[0] if hosts else "", scope["method"], scope["path"]
-        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path", path)) > HEADER_BYTES:
+        if sum(map(len, chain.from_iterable(scope["headers"]))) + len(scope.get("raw_path", path)) > HEADER_BYTES:
             return _refusal(scope, 431, f"a request's address and headers may have {HEADER_BYTES} bytes")
         if len(hosts) != 1 and scope["http_version"] == "1.1":
             return _refusal(scope, 400, "a request of HTTP/1.1 needs one Host")
@@ -123,6 +144,10 @@ class _Guard:
         name = host.lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] if ":" in name else name
         return name in self.hosts or _is_address(name)
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    """Answer nothing."""
 
 
 def _is_address(name: str) -> bool:
@@ -171,7 +196,7 @@ def server(app: ASGIApp, certificate: str | None = None, key: str | None = None)
     import uvicorn
 
     return uvicorn.Server(uvicorn.Config(app, log_level="error", server_header=False, lifespan="off", ws="none",
-                                         ssl_certfile=certificate, ssl_keyfile=key, http=Protocol))
+                                         ssl_certfile=certificate, ssl_keyfile=key, http=Protocol, proxy_headers=False))
 
 
 def serve(app: ASGIApp, taken: socket.socket, certificate: str | None = None, key: str | None = None) -> None:

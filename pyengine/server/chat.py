@@ -20,8 +20,10 @@ from pyengine.server import replies
 from pyengine.server.fields import FieldError, Fields
 from pyengine.server.models import Models
 from pyengine.server.openai import failed, Interface, MOST_LOGPROBS
-from pyengine.server.streams import encoded
+from pyengine.server.streams import quoted
 
+_NAMES = {"template_options": "chat_template_kwargs", "format": "response_format.json_schema.schema", "think": "reasoning_effort",
+          replies.OFF: "give none"}
 EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 
 
@@ -35,12 +37,16 @@ def routes(models: Models) -> list[Route]:
 
 def think_of(fields: Fields) -> Any:
     """Return what a request says of thinking, as `Model.chat` takes it; None if it says nothing."""
+    if not fields.any_of("reasoning_effort", "think"):
+        return None
     effort, think = fields.choice("reasoning_effort", EFFORTS, None), fields.values.get("think")
     return effort if think is None else think
 
 
 def form_of(fields: Fields) -> dict[str, Any]:
     """Return the form that the content must have, as `Model.chat` takes it."""
+    if not fields.any_of("response_format", "json_schema", "grammar", "regex"):
+        return {}
     asked = Fields(fields.object("response_format", {}), "response_format.")
     kind = asked.text("type", "text")
     given: dict[str, Any] = {}
@@ -61,6 +67,8 @@ def _schema(fields: Fields, name: str) -> Any:
 
 def tools_of(fields: Fields) -> dict[str, Any]:
     """Return the tools of a request and the choice among them, as `Model.chat` takes them."""
+    if not fields.any_of("tools", "tool_choice", "parallel_tool_calls"):
+        return {}
     tools = fields.items("tools", None)
     tools, choice = chosen(fields, tools or [], "tool_choice.allowed_tools.")
     return {"tools": tools or None, **({} if choice is None else {"tool_choice": choice}),
@@ -93,15 +101,17 @@ def name_of(tool: Any) -> Any:
 
 class _Chat(Interface):
     object, chunk, prefix, limits = "chat.completion", "chat.completion.chunk", "chatcmpl-", ("max_completion_tokens", "max_tokens")
+    names = _NAMES
     _most: int | None = None         # until the model ends
 
     def _prompts(self, fields: Fields) -> list[dict[str, Any]]:
         if any(m != "text" for m in fields.items("modalities", [])):
             raise FieldError("modalities", "only text comes out of the models here")
-        messages, think = fields.items("messages"), fields.values.get("think") is not None
-        self.names = {"template_options": "chat_template_kwargs",
-                      "format": "json_schema" if fields.values.get("json_schema") is not None else "response_format.json_schema.schema",
-                      **({} if think else {"think": "reasoning_effort", "give false": "give none"})}
+        messages = fields.items("messages")
+        if fields.values.get("json_schema") is not None:
+            self.names = {**self.names, "format": "json_schema"}
+        if fields.values.get("think") is not None:
+            self.names = {ours: theirs for ours, theirs in self.names.items() if ours not in ("think", replies.OFF)}
         if not messages:
             raise FieldError("messages", "is empty")
         return [{"messages": messages, "template_options": fields.object("chat_template_kwargs", None), "think": think_of(fields),
@@ -133,12 +143,12 @@ class _Chat(Interface):
             found.setdefault("polygons" if isinstance(mark, Polygon) else "boxes", []).append(vars(mark))
         return found
 
-    def piece(self, i: int, delta: Delta) -> str:
-        """Return a chunk with a piece of choice i; that of a text alone, which most are, is laid out here."""
-        if self.with_logprobs or delta.kind != "text":
-            return super().piece(i, delta)
+    def text(self, i: int, text: str) -> str:
+        """Return a chunk with a text of choice i, laid out here where there is no more in it."""
+        if self.with_logprobs:
+            return super().text(i, text)
         role, self.begun[i] = "" if self.begun[i] else '"role": "assistant", ', True
-        return f'{self._opening}{{"index": {i}, "delta": {{{role}"content": {encoded(delta.text)}}}, "finish_reason": null, "logprobs": null}}]}}\n\n'
+        return f'{self._opening}{{"index": {i}, "delta": {{{role}"content": {quoted(text)}}}, "finish_reason": null, "logprobs": null}}]}}\n\n'
 
     def _piece(self, i: int, delta: Delta, first: bool) -> dict[str, Any]:
         said = {**({"role": "assistant"} if first else {}), **self._said(i, delta)}

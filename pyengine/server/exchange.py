@@ -8,11 +8,14 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol as Contract
 
+from pyengine.server.rounds import Delays, Due
+
 STREAM = "pyengine.stream"           # name of the extension of ASGI by which a reply finds its exchange
 HEAD_SECONDS = 0.5                   # that the head of an answer waits for the first part of its body, to be sent together with it
 UNREAD_BYTES = 64 << 10              # of a body that nobody has taken yet, until no more is read
 _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 _BARE = (204, 304)                   # statuses of answers without a body
+_log = logging.getLogger("uvicorn.error")
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -21,15 +24,13 @@ class Wire(Contract):
     """What an exchange asks of its connection."""
 
     loop: asyncio.AbstractEventLoop
+    delays: Delays
     transport: Any
+    paused: bool                     # the client is behind
 
     @property
     def every(self) -> Headers:
         """Headers of every answer."""
-
-    @property
-    def paused(self) -> bool:
-        """Whether the client is behind."""
 
     async def drained(self) -> None:
         """Wait until it is not, or has gone."""
@@ -39,6 +40,9 @@ class Wire(Contract):
 
     def answered(self) -> None:
         """Go on to what comes after this exchange."""
+
+    def over(self, task: asyncio.Task[None] | None) -> None:
+        """Let go of the task of an exchange."""
 
 
 class Exchange:
@@ -54,7 +58,8 @@ class Exchange:
         self._come: asyncio.Future[None] | None = None       # `receive` waits for more
         self._head: bytes | None = None                      # of the answer, made and not sent yet
         self._chunked = self._silent = False                 # the answer's body: in chunks; left out
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Due | None = None
+        self.task: asyncio.Task[None] | None = None          # that answers
         self._drained: Callable[[], None] | None = None
         self._left: Callable[[], None] | None = None
 
@@ -85,6 +90,13 @@ class Exchange:
     def _wake(self) -> None:
         if self._come is not None and not self._come.done():
             self._come.set_result(None)
+
+    def rest(self) -> bytes | None:
+        """Take what is left of the body without waiting; None where something has to be waited for, or told: `receive` does."""
+        if not self.whole or self._told or self._continues or self.gone:
+            return None
+        body, self._parts, self._unread, self._told = b"".join(self._parts), [], 0, True
+        return body
 
     async def receive(self) -> dict[str, Any]:
         """Return the next message of ASGI: what has come of the body, or that the client has left or got its answer."""
@@ -137,7 +149,7 @@ class Exchange:
     def stream(self, drained: Callable[[], None]) -> None:
         """Begin a body that is written by `write` and `end`. drained: called when the client takes data again."""
         self._drained = drained
-        self._timer = self._wire.loop.call_later(HEAD_SECONDS, self._open)
+        self._timer = self._wire.delays.later(HEAD_SECONDS, self._open)
 
     @property
     def writable(self) -> bool:
@@ -192,13 +204,12 @@ class Exchange:
 
     async def run(self, app: Callable[..., Any]) -> None:
         """Run the application; what it leaves undone, with or without an error, ends the connection, if it can with an answer of 500."""
-        log = logging.getLogger("uvicorn.error")
         try:
             await app(self.scope, self.receive, self.send)
             if not self.complete and not self.gone:
-                log.error("%s %s was not answered to its end", self.scope["method"], self.scope["path"])
+                _log.error("%s %s was not answered to its end", self.scope["method"], self.scope["path"])
         except Exception as error:
-            log.error("%s %s", self.scope["method"], self.scope["path"], exc_info=error)
+            _log.error("%s %s", self.scope["method"], self.scope["path"], exc_info=error)
         finally:
             if not self.complete and not self.gone:
                 self.keep_alive = False
@@ -207,3 +218,4 @@ class Exchange:
                 else:
                     self._head = self._heading(500, [(b"content-type", b"text/plain"), (b"content-length", b"21")])
                     self.end(b"Internal Server Error")
+            self._wire.over(self.task)

@@ -26,6 +26,10 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], within: str = ""):
         self.values, self.within = values, within
 
+    def any_of(self, *names: str) -> bool:
+        """Return whether one of these is there, were it null: most requests say nothing of most things."""
+        return not self.values.keys().isdisjoint(names)
+
     def _read(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
         value = self.values.get(name)
         if value is None:
@@ -71,9 +75,11 @@ class Fields:
     def whole(self, name: str, default: Any = ..., low: int = 0, high: int = 2**31 - 1) -> Any:
         """Return a whole number from `low` to `high`; 5.0 is one."""
         value = self._read(name, default, (int, float), "a whole number")
+        if value is default:
+            return value
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is not default and (not isinstance(value, int) or not low <= value <= high):
+        if not isinstance(value, int) or not low <= value <= high:
             raise FieldError(self.within + name, f"must be a whole number from {low} to {high}, got {shown(value)}")
         return value
 
@@ -88,7 +94,7 @@ class Fields:
 
     def given(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Return the settings that are there, under our names for theirs."""
-        return {ours: value for theirs, ours in names.items() if (value := self.values.get(theirs)) is not None}
+        return {names[theirs]: value for theirs, value in self.values.items() if theirs in names and value is not None}
 
     def refuse(self, names: Mapping[str, str], harmless: Collection[Any] = (False, 0, "", "auto", "none")) -> None:
         """Refuse fields that ask for what is not here, unless their value asks for nothing. `names` says why."""

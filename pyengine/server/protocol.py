@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import httptools
 
 from pyengine.server.exchange import Exchange, Headers
+from pyengine.server.rounds import delays, Due
 
 MOST_CONNECTIONS = 512
 HEADER_BYTES = 32 << 10              # of a request's address and headers, and of all else that is no body
@@ -41,6 +42,7 @@ class Protocol(asyncio.Protocol):
 
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None):
         self.loop = _loop or asyncio.get_running_loop()
+        self.delays = delays(self.loop)
         self._app, self._state, self._app_state = config.loaded_app, server_state, app_state
         self._parser = httptools.HttpRequestParser(self)
         self._current: Exchange | None = None                # which is answered, or was last
@@ -49,8 +51,9 @@ class Protocol(asyncio.Protocol):
         self._framing: bytes | None = None                   # headers that say where the body ends which the parser leaves to another protocol
         self._n_head = 0                                     # bytes that came since a part of a body, or the end of a request
         self._reading, self._ended, self._broken = True, False, False          # ended: the client sends nothing more; broken: what it sends is not read
-        self._writable: asyncio.Event | None = None          # while the client is behind
-        self._request_timer: asyncio.TimerHandle | None = None
+        self.paused = False                                  # the client is behind
+        self._writable: asyncio.Event | None = None          # while it is
+        self._request_timer: Due | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
         self._take_timer: asyncio.TimerHandle | None = None
 
@@ -178,9 +181,12 @@ class Protocol(asyncio.Protocol):
         if self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
-        task = self.loop.create_task(exchange.run(self._app))
-        self._state.tasks.add(task)
-        task.add_done_callback(self._state.tasks.discard)
+        exchange.task = self.loop.create_task(exchange.run(self._app))
+        self._state.tasks.add(exchange.task)
+
+    def over(self, task: asyncio.Task[None] | None) -> None:
+        """Let go of the task of an exchange."""
+        self._state.tasks.discard(task)
 
     def answered(self) -> None:
         """Wait for the next request, or go on with one that is here already."""
@@ -199,7 +205,7 @@ class Protocol(asyncio.Protocol):
             self._watch(REQUEST_SECONDS if current.whole else LINGER_SECONDS)
 
     def _watch(self, seconds: float) -> None:
-        self._request_timer = self.loop.call_later(seconds, self._silent)
+        self._request_timer = self.delays.later(seconds, self._silent)
 
     def _silent(self) -> None:
         self._request_timer = None
@@ -212,11 +218,6 @@ class Protocol(asyncio.Protocol):
     def every(self) -> Headers:
         """Headers of every answer."""
         return self._state.default_headers
-
-    @property
-    def paused(self) -> bool:
-        """Whether the client is behind."""
-        return self._writable is not None
 
     async def drained(self) -> None:
         """Wait until it is not, or has gone."""
@@ -255,7 +256,7 @@ class Protocol(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Let what writes wait, and look whether the client takes anything."""
-        self._writable = asyncio.Event()
+        self.paused, self._writable = True, asyncio.Event()
         if self._take_timer is None:
             self._take_timer = self.loop.call_later(TAKE_SECONDS, self._taken, self.transport.get_write_buffer_size())
 
@@ -263,7 +264,7 @@ class Protocol(asyncio.Protocol):
         """Let what writes go on."""
         if self._writable is not None:
             self._writable.set()
-            self._writable = None
+            self.paused, self._writable = False, None
         if self._current is not None:
             self._current.resumed()
         if self._take_timer is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from pyengine.engine.loop import Handle
 from pyengine.errors import BusyError, ContextOverflowError, ModelNotFoundError, PyEngineError, RequestError
@@ -26,6 +26,7 @@ from pyengine.server.exchange import STREAM
 from pyengine.server.fields import FieldError, Fields, parse
 from pyengine.server.metrics import metrics
 from pyengine.server.models import Hold, Models, Served
+from pyengine.server.rounds import Turn
 from pyengine.server.streams import leaving
 from pyengine.text.sampling import SamplingParams
 from pyengine.text.search import SEARCH
@@ -43,7 +44,7 @@ _TOLD = [(re.compile(ours), said) for ours, said in (
     (r"\badapters=", "--lora"), (r"\bn_seq=", "--seq "), (r"\bimages=0", "--pictures 0"), (r"\bimages=\((\d+), ?(\d+)\)", r"--picture \1x\2"),
     (r"\bimages=\(width, height\)", "--picture WIDTHxHEIGHT"), (r"\bimages=\(width, height, number\)", "--picture WIDTHxHEIGHT --pictures NUMBER"),
     (r"; (?:for (?:vectors|those) of its hidden states )?give pooling=.*", ""))]
-_OFF = "give false"                  # how they say that thinking is switched off
+OFF = "give false"                   # how they say that thinking is switched off
 
 
 class TooLarge(RequestError):
@@ -74,17 +75,31 @@ async def read(request: Request) -> Fields:
 async def body(request: Request) -> bytes:
     """Read a request's body. Raises: TooLarge; TimeoutError for one that does not come."""
     exchange = request.scope.get("extensions", {}).get(STREAM)
+    there = None if exchange is None else exchange.rest()
+    if there is None:
+        with nullcontext() if exchange is not None and exchange.whole else anyio.fail_after(BODY_SECONDS):
+            there = await _coming(request)
+    elif len(there) > BODY_BYTES:
+        raise _too_large()
+    return there
+
+
+async def _coming(request: Request) -> bytes:
+    """Read a body as it comes."""
     chunks, n, more = list[bytes](), 0, True
-    with nullcontext() if exchange is not None and exchange.whole else anyio.fail_after(BODY_SECONDS):
-        while more:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect()
-            chunks.append(message.get("body", b""))
-            more, n = message.get("more_body", False), n + len(chunks[-1])
-            if n > BODY_BYTES:
-                raise TooLarge(f"the body exceeds {BODY_BYTES} bytes")
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect()
+        chunks.append(message.get("body", b""))
+        more, n = message.get("more_body", False), n + len(chunks[-1])
+        if n > BODY_BYTES:
+            raise _too_large()
     return b"".join(chunks)
+
+
+def _too_large() -> TooLarge:
+    return TooLarge(f"the body exceeds {BODY_BYTES} bytes")
 
 
 def status_of(error: BaseException) -> int:
@@ -115,11 +130,13 @@ def sampling(fields: Fields) -> dict[str, Any]:
 def adapters(fields: Fields) -> dict[int, Any] | None:
     """Return the scales that llama.cpp's field `lora` gives to adapters, by their numbers; None where it is not there. Raises: FieldError."""
     given = fields.items("lora", None)
-    for i, one in enumerate(given or ()):
+    if given is None:
+        return None
+    for i, one in enumerate(given):
         if not isinstance(one, dict) or one.keys() != {"id", "scale"}:
             raise FieldError(f"lora[{i}]", 'must be an object as {"id": number, "scale": number}')
-    each = [Fields(one, f"lora[{i}].") for i, one in enumerate(given or ())]
-    return None if given is None else {one.whole("id"): one.number("scale") for one in each}
+    each = [Fields(one, f"lora[{i}].") for i, one in enumerate(given)]
+    return {one.whole("id"): one.number("scale") for one in each}
 
 
 def unexpected(error: Exception) -> None:
@@ -130,16 +147,11 @@ def unexpected(error: Exception) -> None:
 def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException, int], dict[str, Any]]) -> Callable[[Request], Any]:
     """Turn an endpoint's errors into replies of its interface's own form. What is not expected is printed, and not told."""
     async def answer(request: Request) -> Any:
-        leases: list[Hold] = []
-        request.scope[_LEASES] = leases
         try:
-            response = await endpoint(request)
-            return _Held(response, leases) if leases else response
+            return await endpoint(request)
         except ClientDisconnect:
-            _release(leases)
             return Response(status_code=400)
         except Exception as error:
-            _release(leases)
             status = status_of(error)
             if status == 500:
                 unexpected(error)
@@ -147,29 +159,15 @@ def guarded(endpoint: Callable[[Request], Any], failed: Callable[[BaseException,
             if isinstance(error, PyEngineError):
                 error.args = (told(str(error)),)
             return JSONResponse(failed(error, status), status)
-        except BaseException:                                # the server ends
-            _release(leases)
-            raise
 
     return answer
 
 
-class _Held:
-    """A reply that keeps the models of its request in memory until all of it is sent, or its client has left."""
-
-    def __init__(self, response: Response, leases: list[Hold]):
-        self._response, self._leases = response, leases
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._response(scope, receive, send)
-        finally:
-            _release(self._leases)
-
-
-def _release(leases: Sequence[Hold]) -> None:
-    for hold in leases:
-        hold.release()
+def leases(scope: Scope) -> list[Hold]:
+    """Return where the models that a request uses will stand, to be released when all of its reply is sent, or its client has left."""
+    held: list[Hold] = []
+    scope[_LEASES] = held
+    return held
 
 
 async def using(request: Request, models: Models, name: str | None, keep: float | None = None) -> Served:
@@ -229,7 +227,7 @@ def renamed(error: RequestError, names: Mapping[str, str] = {}) -> RequestError:
     if found is None:
         return error
     field, message = names.get(found[1], found[1]) + found[2], str(error)[found.end():]
-    return FieldError(field, message.replace(_OFF, names.get(_OFF, _OFF)) if found[1] == "think" else message)
+    return FieldError(field, message.replace(OFF, names.get(OFF, OFF)) if found[1] == "think" else message)
 
 
 def _late(of: weakref.ref[Handle], seconds: float) -> None:
@@ -255,18 +253,18 @@ def header(scope: Scope, name: bytes) -> str | None:
 async def finished(request: Request, handles: Sequence[Handle]) -> None:
     """Wait for answers; those of a client that leaves are cancelled. Raises: ClientDisconnect, and what ended an answer."""
     loop = asyncio.get_running_loop()
-    over: asyncio.Future[bool] = loop.create_future()        # whether they have ended, and the client has not left
+    over = Turn(loop=loop)                                   # whether they have ended, and the client has not left
 
     def look() -> None:
-        if not over.done() and (all(h.done for h in handles) or any(h.error for h in handles)):
-            over.set_result(True)
+        if all(h.done for h in handles) or any(h.error for h in handles):
+            over.settle(True)
 
     def ended(handle: Handle) -> None:
         with suppress(RuntimeError):                         # the event loop is closed
             loop.call_soon_threadsafe(look)
 
     try:
-        with leaving(request, lambda: over.done() or over.set_result(False)):
+        with leaving(request, lambda: over.settle(False)):
             for handle in handles:
                 handle.on_done(ended)
             if not await over:

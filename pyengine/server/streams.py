@@ -21,6 +21,7 @@ from pyengine.chat.reply.deltas import Delta
 from pyengine.engine.loop import Handle
 from pyengine.errors import PyEngineError
 from pyengine.server.exchange import STREAM
+from pyengine.server.rounds import Turn
 
 SSE, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
@@ -39,6 +40,7 @@ def _encoder() -> Callable[[Any], str]:
 
 
 encoded = _encoder()
+quoted = json.encoder.encode_basestring                      # the same of a text alone
 
 
 def event(value: Mapping[str, Any], kind: str = "") -> str:
@@ -56,6 +58,10 @@ class Script(ABC):
     @abstractmethod
     def piece(self, i: int, delta: Delta) -> str:
         """Return what a piece of answer i is written as."""
+
+    def text(self, i: int, text: str) -> str:
+        """Return what a piece of the content of answer i is written as, which most pieces are."""
+        return self.piece(i, Delta("text", text))
 
     @abstractmethod
     def end(self) -> str:
@@ -76,16 +82,15 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all of it."""
-        self._ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()         # whether all was written, or the client has left
+        self._ended = Turn(loop=asyncio.get_running_loop())                    # whether all was written, or the client has left
         self._out = scope.get("extensions", {}).get(STREAM) or _Messages(receive, send)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._out.stream(self._pump)
             self._out.on_left(self._leave)
             self._out.write(self._script.begin().encode())
-            for handle in self._handles:
-                handle.watch(self._pump)
-            self._pump()
+            if any([handle.watch(self._pump) for handle in self._handles]):    # all are watched
+                self._pump()
             whole = await self._ended                        # raises what nobody expected
             if whole and isinstance(self._out, _Messages):
                 await self._out.sent()
@@ -98,8 +103,7 @@ class Stream(Response):
                 handle.cancel()
 
     def _leave(self) -> None:
-        if not self._ended.done():
-            self._ended.set_result(False)
+        self._ended.settle(False)
 
     def _pump(self) -> None:
         """Write what is there, unless the client is behind: it stays in the handles then."""
@@ -112,19 +116,20 @@ class Stream(Response):
             texts.append(self._script.fail(error))
             ended = True
         except Exception as error:
-            self._ended.set_exception(error)
+            self._ended.settle(error=error)
             return
         if ended:
-            self._ended.set_result(True)
             self._out.end("".join(texts).encode())
+            self._ended.settle(True)
         elif texts:
             self._out.write("".join(texts).encode())
 
     def _read(self, texts: list[str]) -> bool:
         """Add what is new, and say whether it was the last; raise what ended an answer."""
+        script = self._script
         for i, handle in self._running[:]:
-            ended = handle.done                              # before its last pieces are taken
-            texts += [self._script.piece(i, delta) for delta in handle.take()]
+            new, ended = handle.take()
+            texts += [script.text(i, p) if isinstance(p, str) else script.piece(i, p) for p in new]
             if ended:
                 self._running.remove((i, handle))
                 if handle.error is not None:

@@ -74,8 +74,8 @@ def test_watched_answers_are_taken_as_they_come(model) -> None:
         texts, times, ended = [""] * 6, [0] * 6, set[int]()
 
         def look(i: int) -> None:
-            done = handles[i].done
-            texts[i] += "".join(delta.text for delta in handles[i].take())
+            new, done = handles[i].take()
+            texts[i] += "".join(p if isinstance(p, str) else p.text for p in new)
             times[i] += 1
             if done:
                 ended.add(i)
