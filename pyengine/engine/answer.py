@@ -154,7 +154,6 @@ class Answer(Reported, str):
     def marks_in(self, number: int, name: str = "marks_in") -> list[Any]:
         """Find the same and polygons. Raises: RequestError, naming what was called."""
         from pyengine.chat.boxes import find_boxes                              # Pillow takes 20 ms to import
-        from pyengine.chat.regions import find_regions
 
         n, seen = whole("number", number, -INT32_MAX), len(self.report.media)
         if not -seen <= n < seen:
@@ -162,6 +161,8 @@ class Answer(Reported, str):
         n %= seen
         medium = self.report.media[n]
         if self.report.naming is not None:
+            from pyengine.chat.regions import find_regions
+
             return find_regions(self.report.marked, self.report.naming, medium.size, n)
         return find_boxes(self, medium.size, medium.processed, image=n)
 

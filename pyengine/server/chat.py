@@ -134,12 +134,13 @@ class _Chat(Interface):
 
     def _media(self, handle: Handle) -> Mapping[str, Any]:
         """Return boxes and polygons that the answer names, in pixels of the picture that was sent: an addition to OpenAI's form."""
-        if not handle.report.media:
+        marks = handle.result(0).marks_in(-1) if handle.report.media else []
+        if not marks:
             return {}
         from pyengine.chat.boxes import Polygon                                 # Pillow takes 20 ms to import
 
         found: dict[str, list[Any]] = {}
-        for mark in handle.result(0).marks_in(-1):
+        for mark in marks:
             found.setdefault("polygons" if isinstance(mark, Polygon) else "boxes", []).append(vars(mark))
         return found
 
