@@ -132,7 +132,7 @@ class Program(ABC):
                 out.append(array.reshape(-1)[: math.prod(shape)].reshape(shape).copy())
         return out[0] if self.single else out
 
-    def take(self, name: str, giver: Program, output: int, dims: Mapping[str, int]) -> None:
+    def take(self, name: str, giver: Program, output: int, dims: dict[str, int]) -> None:
         """Copy an input from an output of another device's program, without the host. Raises: GraphError where `Prepared.linked` says no."""
         raise GraphError(f"{self!r} takes no inputs from other devices")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,7 +232,7 @@ class Program(base.Program):
                 if status:
                     raise self._error(status, begin, said)
 
-    def take(self, name: str, giver: base.Program, output: int, dims: Mapping[str, int]) -> None:
+    def take(self, name: str, giver: base.Program, output: int, dims: dict[str, int]) -> None:
         """Copy an input from where another device's program, which has run, has an output; it is there on return."""
         if not isinstance(giver, Program) or name not in self._leaves:
             raise GraphError(f"{self!r} takes no '{name}' from {giver!r}")
