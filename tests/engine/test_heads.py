@@ -166,3 +166,26 @@ def test_saved_conversations_are_those_of_the_model(made, eager, tmp_path) -> No
         answers.append(model.generate(longer, **asked(0)))
     assert told(answers[0]) == told(answers[1]) and answers[0].report.n_cached == 89 and answers[0].report.drafts["mtp"][0] > 5
     assert with_head._runner.cells.conversations[0].ahead == 89
+
+
+def test_it_goes_on_from_drafts_that_came_as_from_others(made, eager, monkeypatch) -> None:
+    """Its first logits behind each token are the same bits whether tokens came one at a time or were drafted."""
+    path, text = made("qwen3_5_text")[0], ids(60)
+    wanted, found = pe.load(path, **SETTINGS, speculate=False).generate(text, **asked(0)), []
+    for right in (True, False):
+        seen: dict[int, np.ndarray] = {}
+
+        def drawn(self: Any, w: Any, row: Any, right: bool = right, seen: dict[int, np.ndarray] = seen) -> None:
+            n = len(w.asked.job.report.tokens) + len(w.reader.last)
+            if not w.reader.last:
+                seen[n] = row.whole().copy()
+            w.reader.last.append((wanted.tokens[n] if right else 39, 0.9))
+            w.odds.append(0.9)
+
+        monkeypatch.setattr(writing.Writer, "_draw", drawn)
+        answer = pe.load(path, **SETTINGS).generate(text, **asked(0))
+        drafted, accepted = answer.report.drafts["mtp"]
+        assert told(answer) == told(wanted) and (accepted == drafted > 20 if right else accepted < drafted)
+        found.append(seen)
+    both = found[0].keys() & found[1].keys()
+    assert len(both) >= 5 and all(np.array_equal(found[0][n], found[1][n]) for n in both)
