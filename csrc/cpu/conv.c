@@ -220,9 +220,11 @@ static pe_status multiply_windows(const conv *t, const conv_places *y, pe_stream
 
 /* ---- by channel ---- */
 
-/* Bytes of the weights as floats [kh kw][c rounded up to 16], which threads share, and of each thread's room for 16 rows of them. */
+/* Bytes of the weights as floats [kh kw][c rounded up to 16], which threads share; of each thread's room for 16 rows of
+ * them, and for pixels that lie outside of a picture. */
 static int64_t taps_bytes(const conv *t) { return pe_round_up(4 * t->kh * t->kw * pe_round_up(t->c, 16), 64); }
-static int64_t taps_own(const conv *t) { return pe_round_up(4 * 16 * t->kh * t->kw, 64); }
+static int64_t rows_own(const conv *t) { return pe_round_up(4 * 16 * t->kh * t->kw, 64); }
+static int64_t taps_own(const conv *t) { return rows_own(t) + pe_round_up(4 * (PLACES + 2) * t->c, 64); }
 
 /* The weights of channels 16 g .. 16 g + 15. */
 static pe_status load_taps(const conv *t, int64_t g, float *taps, float *room) {
@@ -245,12 +247,7 @@ static pe_status load_taps(const conv *t, int64_t g, float *taps, float *room) {
   return PE_OK;
 }
 
-/* Sums, with bias and activation, to a result. */
-PE_INLINE void finish_channels(const conv *t, v16f sum, int64_t c0, float *to) {
-  const int64_t left = t->c - c0;
-  if (t->bias) sum = v16f_add(sum, load_some((const float *)t->bias->data + c0, left));
-  conv_store(t, to + c0, linear_activate(sum, t->activation), left);
-}
+PE_INLINE const float *bias_from(const conv *t, int64_t c) { return t->bias ? (const float *)t->bias->data + c : 0; }
 
 /* `count` places from (y, x) on of a picture, in 16 channels from c0 on. Rows and columns of the window that lie in the picture for all of
  * them: y0 .. y1 - 1, x0 .. x1 - 1. */
@@ -267,25 +264,30 @@ PE_INLINE void channel_places(const conv *t, int count, const float *x, const fl
 #pragma GCC unroll 4
       for (int i = 0; i < count; i++) sum[i] = v16f_fma(load_some(from + i * step, left), w, sum[i]);
     }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; i++) finish_channels(t, sum[i], c0, to + i * t->c);
+  conv_finish(t, count, 1, sum, bias_from(t, c0), left, to + c0, t->c);
 }
 
-/* Two rows of PLACES places, of windows of 3 x 3 without stride or dilation: 4 rows of PLACES + 2 pixels, each loaded once. With `edge` only
- * rows y0 .. y1 - 1 and columns x0 .. x1 - 1 of these lie in the picture, and only `rows` and `columns` of the places. */
-typedef struct square { int64_t y0, y1, x0, x1, rows, columns; } square;
-PE_INLINE void channel_square(const conv *t, int edge, square in, const float *x, const float *taps, int64_t c0, float *to) {
-  const int64_t cp = pe_round_up(t->c, 16), left = edge ? t->c - c0 : 16;
+/* Two rows of PLACES places, of windows of 3 x 3 without stride or dilation: 4 lines of PLACES + 2 pixels, each loaded once. `edge` says which
+ * pixels of a line are there: SQUARE_ANY those that `in` says, of any number of channels and for `rows` and `columns` of the places only. Lines
+ * that lie outside of the picture point to zeros. */
+typedef enum square_edge { SQUARE_INSIDE, SQUARE_LEFT, SQUARE_RIGHT, SQUARE_ANY } square_edge;
+typedef struct square {
+  const float *lines[4]; /* at the first pixel, which may lie before the picture */
+  int64_t x0, x1;        /* pixels in the picture: x0 .. x1 - 1 */
+  int64_t rows, columns;
+} square;
+PE_INLINE void channel_square(const conv *t, square_edge edge, const square *in, const float *taps, int64_t c0, float *to) {
+  const int64_t cp = pe_round_up(t->c, 16), left = edge == SQUARE_ANY ? t->c - c0 : 16;
   v16f sum[2][PLACES];
 #pragma GCC unroll 4
   for (int i = 0; i < PLACES; i++) sum[0][i] = sum[1][i] = v16f_zero();
 #pragma GCC unroll 4
   for (int y = 0; y < 4; y++) {
-    if (edge && (y < in.y0 || y >= in.y1)) continue;
-    const float *from = x + y * t->width * t->c + c0;
+    const float *from = in->lines[y] + c0;
 #pragma GCC unroll 8
     for (int j = 0; j < PLACES + 2; j++) {
-      if (edge && (j < in.x0 || j >= in.x1)) continue;
+      if ((edge == SQUARE_LEFT && j == 0) || (edge == SQUARE_RIGHT && j == PLACES + 1)) continue;
+      if (edge == SQUARE_ANY && (j < in->x0 || j >= in->x1)) continue;
       const v16f pixel = load_some(from + j * t->c, left);
 #pragma GCC unroll 2
       for (int r = 0; r < 2; r++)
@@ -296,25 +298,41 @@ PE_INLINE void channel_square(const conv *t, int edge, square in, const float *x
     }
   }
 #pragma GCC unroll 2
-  for (int r = 0; r < 2; r++)
+  for (int r = 0; r < 2; r++, to += t->columns * t->c) {
+    if (edge != SQUARE_ANY) {
+      conv_finish(t, PLACES, 1, sum[r], bias_from(t, c0), left, to + c0, t->c);
+      continue;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < PLACES; i++)
-      if (!edge || (r < in.rows && i < in.columns)) finish_channels(t, sum[r][i], c0, to + (r * t->columns + i) * t->c);
+      if (r < in->rows && i < in->columns) conv_finish(t, 1, 1, &sum[r][i], bias_from(t, c0), left, to + i * t->c + c0, 0);
+  }
 }
 
-/* Rows row and row + 1 of a picture's results by squares. Channels are taken 256 at a time, whose weights stay in the first cache. */
-static void convolve_squares(const conv *t, const float *taps, int64_t picture, int64_t row) {
-  const int64_t y = row - t->top;
+/* The same for channels c0 to end - 1. */
+PE_INLINE void channel_squares(const conv *t, square_edge edge, const square *in, const float *taps, int64_t c0, int64_t end, float *to) {
+  for (; c0 + 16 <= end; c0 += 16) channel_square(t, edge, in, taps, c0, to);
+  if (c0 < end) channel_square(t, SQUARE_ANY, in, taps, c0, to);
+}
+
+/* Rows row and row + 1 of a picture's results by squares. Channels are taken 256 at a time, whose weights stay in the first cache. The last
+ * square of a row begins where it ends with the row: some results are made twice. zeros: a line of PLACES + 2 pixels. */
+static void convolve_squares(const conv *t, const float *taps, const float *zeros, int64_t picture, int64_t row) {
+  const int64_t y = row - t->top, last = pe_max(0, t->columns - PLACES);
   for (int64_t block = 0; block < t->c; block += 256)
-    for (int64_t column = 0; column < t->columns; column += PLACES) {
-      const int64_t x = column - t->left;
-      const square in = {pe_max(0, -y), t->height - y, pe_max(0, -x), t->width - x, t->rows - row, t->columns - column};
-      const int whole = in.y0 == 0 && in.y1 >= 4 && in.x0 == 0 && in.x1 >= PLACES + 2 && in.rows >= 2 && in.columns >= PLACES;
-      const float *from = (const float *)t->x->data + ((picture * t->height + y) * t->width + x) * t->c;
+    for (int64_t next = 0; next < t->columns; next += PLACES) {
+      const int64_t column = pe_min(next, last), x = column - t->left, end = pe_min(t->c, block + 256);
+      square in = {.x0 = pe_max(0, -x), .x1 = pe_min(PLACES + 2, t->width - x), .rows = t->rows - row, .columns = t->columns - column};
+      for (int64_t i = 0; i < 4; i++) {
+        const int inside = y + i >= 0 && y + i < t->height;
+        in.lines[i] = inside ? (const float *)t->x->data + ((picture * t->height + y + i) * t->width + x) * t->c : zeros;
+      }
       float *to = (float *)t->out->data + ((picture * t->rows + row) * t->columns + column) * t->c;
-      for (int64_t c0 = block; c0 < pe_min(t->c, block + 256); c0 += 16)
-        if (whole && t->c - c0 >= 16) channel_square(t, 0, in, from, taps, c0, to);
-        else channel_square(t, 1, in, from, taps, c0, to);
+      const int whole = in.rows >= 2 && in.columns >= PLACES, cut = PLACES + 2 - (int)in.x1;
+      if (whole && in.x0 == 0 && cut == 0) channel_squares(t, SQUARE_INSIDE, &in, taps, block, end, to);
+      else if (whole && in.x0 == 1 && cut == 0) channel_squares(t, SQUARE_LEFT, &in, taps, block, end, to);
+      else if (whole && in.x0 == 0 && cut == 1) channel_squares(t, SQUARE_RIGHT, &in, taps, block, end, to);
+      else for (int64_t c0 = block; c0 < end; c0 += 16) channel_square(t, SQUARE_ANY, &in, taps, c0, to);
     }
 }
 
@@ -351,7 +369,9 @@ static pe_status convolve_channels(const conv *t, pe_stream *s) {
   pe_barrier(s);
   if (t->kh == 3 && t->kw == 3 && t->sy == 1 && t->sx == 1 && t->dy == 1 && t->dx == 1) {
     const int64_t pairs = (t->rows + 1) / 2;
-    for (int64_t pair; (pair = pe_next(s, 1)) < t->n * pairs;) convolve_squares(t, taps, pair / pairs, pair % pairs * 2);
+    float *zeros = room + rows_own(t) / 4;
+    memset(zeros, 0, (size_t)((PLACES + 2) * t->c) * sizeof(float));
+    for (int64_t pair; (pair = pe_next(s, 1)) < t->n * pairs;) convolve_squares(t, taps, zeros, pair / pairs, pair % pairs * 2);
   } else {
     for (int64_t row; (row = pe_next(s, 1)) < t->n * t->rows;) convolve_row(t, taps, row);
   }

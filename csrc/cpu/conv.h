@@ -18,7 +18,7 @@ typedef struct conv {
 static inline int32_t conv_format(const pe_tensor *w) { return w->dtype >= PE_PACKED ? w->dtype - PE_PACKED : w->dtype; }
 
 /* Results that are larger than a second cache leave it before anybody reads them. Stored past the caches, their lines are not read before. */
-enum { PAST_BYTES = 2 << 20 };
+enum { PAST_BYTES = 2 << 20, CONV_MOST_SUMS = 24 /* vectors of results in registers */ };
 static inline int conv_stores_past(const conv *t) {
 #if defined(PE_AVX512) || defined(PE_AVX2)
   return 4 * t->n * t->rows * t->columns * t->o >= PAST_BYTES && t->o % 16 == 0 && (uintptr_t)t->out->data % 64 == 0;
@@ -27,15 +27,61 @@ static inline int conv_stores_past(const conv *t) {
 #endif
 }
 
+PE_INLINE void store_past(float *to, v16f y) {
+#if defined(PE_AVX512)
+  _mm512_stream_ps(to, (__m512)y.a);
+#elif defined(PE_AVX2)
+  _mm256_stream_ps(to, (__m256)y.a), _mm256_stream_ps(to + 8, (__m256)y.b);
+#else
+  v16f_store(to, y);
+#endif
+}
+
 /* Up to 16 results. */
 PE_INLINE void conv_store(const conv *t, float *to, v16f y, int64_t left) {
-#if defined(PE_AVX512)
-  if (t->past) return _mm512_stream_ps(to, (__m512)y.a);
-#elif defined(PE_AVX2)
-  if (t->past) return _mm256_stream_ps(to, (__m256)y.a), _mm256_stream_ps(to + 8, (__m256)y.b);
-#endif
-  (void)t;
-  store_some(to, y, left);
+  if (t->past) store_past(to, y);
+  else store_some(to, y, left);
+}
+
+/* Activations that take more than an instruction, of n vectors. */
+static __attribute__((noinline, unused)) void conv_curve(float *y, int n, int32_t kind) {
+  for (int i = 0; i < n; i++) v16f_store(y + 16 * i, linear_activate(v16f_load(y + 16 * i), kind));
+}
+
+/* Sums in registers, y[place][group of 16 outputs], with bias (or NULL) and activation to results: those of a place are `apart` floats behind
+ * those of the one before, and `left` of each are there. What is done is asked once and not for each vector: among 27 numbers a window that costs
+ * a fifth of the time. */
+PE_INLINE void conv_finish(const conv *t, int places, int groups, v16f *y, const float *bias, int64_t left, float *to, int64_t apart) {
+  const int n = places * groups;
+  if (bias)
+PE_UNROLL(8)
+    for (int g = 0; g < groups; g++) {
+      const v16f b = load_some(bias + 16 * g, left - 16 * g);
+PE_UNROLL(8)
+      for (int i = 0; i < places; i++) y[i * groups + g] = v16f_add(y[i * groups + g], b);
+    }
+  if (t->activation == PE_CONV2D_ACTIVATION_RELU) {
+PE_UNROLL(32)
+    for (int i = 0; i < n; i++) y[i] = v16f_max(v16f_zero(), y[i]);
+  } else if (t->activation != PE_CONV2D_ACTIVATION_NONE) {
+    float room[16 * CONV_MOST_SUMS];
+PE_UNROLL(32)
+    for (int i = 0; i < n; i++) v16f_store(room + 16 * i, y[i]);
+    conv_curve(room, n, t->activation);
+PE_UNROLL(32)
+    for (int i = 0; i < n; i++) y[i] = v16f_load(room + 16 * i);
+  }
+#define STORE(how)                                                                                                     \
+PE_UNROLL(8)                                                                                                           \
+  for (int i = 0; i < places; i++)                                                                                     \
+PE_UNROLL(8)                                                                                                           \
+    for (int g = 0; g < groups; g++) how(to + i * apart + 16 * g, y[i * groups + g]);
+#define SOME(to, y) store_some(to, y, left - 16 * g)
+  if (t->past) { STORE(store_past) }
+  else if (left >= 16 * groups) { STORE(v16f_store) }
+  else { STORE(SOME) }
+#undef SOME
+#undef STORE
 }
 
 /* At the end of a thread's share of them: what was stored past the caches is there for all. */

@@ -66,11 +66,9 @@ static void copy_lines(const few *w, int64_t picture, int64_t row) {
 PE_INLINE void few_places(const few *w, int places, int groups, const float *x, const float *taps, const float *bias, int64_t left, float *to) {
   const conv *t = w->t;
   const int64_t run = t->kw * t->c, step = t->sx * t->c;
-  v16f sum[PLACES][GROUPS];
-PE_UNROLL(8)
-  for (int i = 0; i < places; i++)
-PE_UNROLL(8)
-    for (int g = 0; g < groups; g++) sum[i][g] = v16f_zero();
+  v16f sum[PLACES * GROUPS];
+PE_UNROLL(32)
+  for (int i = 0; i < places * groups; i++) sum[i] = v16f_zero();
   for (int64_t ky = 0; ky < t->kh; ky++, x += w->line)
     for (int64_t k = 0; k < run; k++, taps += 16 * GROUPS) {
       v16f tap[GROUPS];
@@ -80,16 +78,10 @@ PE_UNROLL(8)
       for (int i = 0; i < places; i++) {
         const v16f pixel = v16f_set1(x[i * step + k]);
 PE_UNROLL(8)
-        for (int g = 0; g < groups; g++) sum[i][g] = v16f_fma(tap[g], pixel, sum[i][g]);
+        for (int g = 0; g < groups; g++) sum[i * groups + g] = v16f_fma(tap[g], pixel, sum[i * groups + g]);
       }
     }
-PE_UNROLL(8)
-  for (int i = 0; i < places; i++)
-PE_UNROLL(8)
-    for (int g = 0; g < groups; g++) {
-      const v16f y = bias ? v16f_add(sum[i][g], load_some(bias + 16 * g, left - 16 * g)) : sum[i][g];
-      conv_store(t, to + i * t->o + 16 * g, linear_activate(y, t->activation), left - 16 * g);
-    }
+  conv_finish(t, places, groups, sum, bias, left, to, t->o);
 }
 
 /* A row of results of one strip. Its last places are computed together with some before them, a second time, where 6 do not divide them. */
