@@ -5,24 +5,24 @@
  *
  * As a product (conv2d in general).  Windows are rows of k = kh kw c / groups floats, `rows` of them a block; nobody builds those of the whole
  * picture: linear's kernels ask for 128 (of bytes 256) of k of a block at a time (linear.h: linear_gather), which are copied from
- * the picture in runs of a pixel's channels, or of a window's row. An item is a strip of up to 12 groups of 16 outputs times a block of up to
+ * the picture in runs of a pixel's channels, or of a window's row. An item is a strip of up to 33 groups of 16 outputs times a block of up to
  * 256 windows of one picture or several; threads claim items. The order of sums is linear's, so the bits are those of a product over such rows.
  *
  *   operations   2 k a window and output
- *   copied       4 k bytes a window and strip: 1/24 of a load for each fma of 16 lanes, for 192 outputs
+ *   copied       4 k bytes a window and strip: 1/64 of a load for each fma of 16 lanes, for 512 outputs
  *   read         weights once for each block: 128 operations a byte of F32, from the shared cache; the picture about once a strip
  *
  * With 64 channels and outputs, 224 x 224 (VGG16's second layer, in blocks): 3.7 G operations, 29 MB of picture and result: 128 operations a
  * byte: bound by fma. Weights in blocks: the picture is rounded to 8 bits once, before, where a pixel's channels are whole blocks of 32, else each window as it is copied.
  *
  * By channel (groups = channels = outputs, weights in floats).  Four places of a row times 16 channels in registers, windows ascending y, then x;
- * pixels beyond the picture are left out. 2 kh kw operations for 8 bytes of memory: 3 x 3 is bound by memory and loads. Windows of 3 x 3 without
- * stride take two rows of four places at once: 24 loads of pixels for 72 fma.
+ * pixels beyond the picture are left out. 2 kh kw operations for 8 bytes of memory: 3 x 3 is bound by memory. Windows of 3 x 3 without stride
+ * take two rows of four places at once, 24 loads of pixels for 72 fma; lines beyond the picture are zeros there.
  */
 #include "../host/dequant.h"
 #include "conv.h"
 
-enum { PLACES = 4 /* of a row, by channel */, MOST_OUTPUTS = PANEL_GROUPS * STRIP_PANELS * 16 };
+enum { PLACES = 4 /* of a row, by channel */, MOST_PANELS = 33 / PANEL_GROUPS /* of a strip */ };
 
 _Static_assert((int)PE_CONV2D_ACTIVATION_SILU == (int)PE_LINEAR_GLU_SILU && (int)PE_CONV2D_ACTIVATION_RELU == (int)PE_LINEAR_GLU_RELU,
                "conv2d's activations have the numbers of linear's");
@@ -170,12 +170,16 @@ static int rounds_first(const conv *t, linear_needs needs) { return needs.quanti
 
 typedef struct conv_places { linear_places y; int64_t gather, codes; } conv_places; /* bytes: of a thread, then of all */
 
+/* Panels of a group's outputs: they lie in 16s of the weight's rows, the first and last of which they may share with other groups. */
+static int64_t group_panels(const conv *t) { return ((t->og + 30) / 16 + PANEL_GROUPS - 1) / PANEL_GROUPS; }
+
 static conv_places conv_memory(const conv *t, int64_t rows) {
   const linear_needs needs = linear_needs_of(&t->w, 1);
   conv_places y = {.gather = 0};
   const int64_t gather = linear_gather_bytes(rows, needs.quantized);
   y.y.own_h = 0;
-  linear_own_memory(&y.y, pe_round_up(gather, 64), rows, t->k, needs);
+  /* linear's strips have STRIP_PANELS: sums of as many rows as make up for it */
+  linear_own_memory(&y.y, pe_round_up(gather, 64), rows / STRIP_PANELS * pe_min(MOST_PANELS, group_panels(t)), t->k, needs);
   y.y.own = pe_round_up(y.y.own, 64);
   y.codes = rounds_first(t, needs) ? t->n * t->height * t->width * (t->c / 32) * 64 : 0;
   return y;
@@ -196,13 +200,13 @@ static pe_status multiply_windows(const conv *t, const conv_places *y, pe_stream
     rows.gather.codes = gather_codes;
   }
   const linear_job job = {.w = &t->w, .n_w = 1, .n_sets = 1, .m = m, .k = t->k, .rows = size, .gather = &rows.gather};
-  /* A group's outputs lie in 16s of the weight's rows, the first and last of which they may share with other groups. */
-  const int64_t most = (t->og + 30) / 16;
-  int64_t wide = STRIP_PANELS, strips;
-  for (;; wide /= 2) {
-    strips = (most + PANEL_GROUPS * wide - 1) / (PANEL_GROUPS * wide);
-    if (wide == 1 || blocks * t->groups * strips >= 8 * s->nth) break;
+  const int64_t panels = group_panels(t);
+  int64_t most = MOST_PANELS, strips;
+  for (;; most = (most + 1) / 2) {
+    strips = (panels + most - 1) / most;
+    if (most == 1 || blocks * t->groups * strips >= 8 * s->nth) break;
   }
+  const int64_t wide = (panels + strips - 1) / strips; /* as even as they can be */
   for (int64_t item; (item = pe_next(s, 1)) < blocks * t->groups * strips;) {
     const int64_t row0 = item / strips / t->groups * size, n = pe_min(size, m - row0);
     rows.group = item / strips % t->groups;

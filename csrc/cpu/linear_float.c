@@ -2,24 +2,27 @@
  * says what the whole is.
  * Reference: pyengine/ops/matmul.py: linear.
  *
- * Up to ROWS_FEW rows of x read packed floats where they lie. Else weights become float panels of 128 of k (256 from the file's
- * layout), and a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one accumulator an output, fma in k order, cut into slices
- * as all products are (linear_parts.h).
+ * Up to ROWS_FEW rows of x read packed floats where they lie. Else packed F32 is read there 128 of k at a time, and other weights become float
+ * panels of as many (256 from the file's layout); a tile takes FLOAT_TILE_ROWS rows of x times PANEL_GROUPS vectors. x stays float; one
+ * accumulator an output, fma in k order, cut into slices as all products are (linear_parts.h).
  */
 #include "../host/dequant.h"
 #include "linear_parts.h"
 
-/* The first `groups` of a panel [count][16 PANEL_GROUPS] times `rows` <= FLOAT_TILE_ROWS rows of x. */
-PE_INLINE void float_rows(int rows, int groups, const float *panel, int64_t count, const float *x, int64_t ld, const linear_target *to) {
+/* A panel as it lies in memory: 16 floats of group v for number k at `at + v apart + k step`. */
+typedef struct panel_floats { const float *at; int64_t apart, step; } panel_floats;
+
+/* The first `groups` of a panel times `rows` <= FLOAT_TILE_ROWS rows of x. */
+PE_INLINE void float_rows(int rows, int groups, panel_floats panel, int64_t count, const float *x, int64_t ld, const linear_target *to) {
   v16f sum[FLOAT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
     for (int v = 0; v < groups; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
-  for (int64_t k = 0; k < count; k++, panel += 16 * PANEL_GROUPS) {
+  for (int64_t k = 0; k < count; k++, panel.at += panel.step) {
     v16f w[PANEL_GROUPS];
 PE_UNROLL(8)
-    for (int v = 0; v < groups; v++) w[v] = v16f_load(panel + 16 * v);
+    for (int v = 0; v < groups; v++) w[v] = v16f_load(panel.at + panel.apart * v);
 PE_UNROLL(8)
     for (int i = 0; i < rows; i++) {
       v16f a = v16f_set1(x[i * ld + k]);
@@ -33,16 +36,14 @@ PE_UNROLL(8)
     for (int v = 0; v < groups; v++) linear_end(to, 16 * (PANEL_GROUPS * i + v), sum[i][v]);
 }
 
-/* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. */
-PE_INLINE void tile_groups(int groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
+/* ahead[v]: `lines` cache lines of group v that the next panel is made of; each tile asks for its share of them. The next rows of x are not asked
+ * for: a processor sees that they come, and asking took a twentieth of the time. Lines wait in the second cache: the first one is full. */
+PE_INLINE void tile_groups(int groups, panel_floats panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
                            const float *x, int64_t ld, int64_t m, linear_target to) {
   const int64_t share = (lines * FLOAT_TILE_ROWS + m - 1) / m;
   for (int64_t asked = 0; m >= FLOAT_TILE_ROWS; m -= FLOAT_TILE_ROWS, x += FLOAT_TILE_ROWS * ld, linear_skip(&to, FLOAT_TILE_ROWS)) {
     for (const int64_t stop = pe_min(lines, asked + share); asked < stop; asked++)
-      for (int v = 0; v < PANEL_GROUPS; v++) pe_prefetch(ahead[v] + 64 * asked);
-    if (m >= 2 * FLOAT_TILE_ROWS) /* the next rows lie in the second cache */
-      for (int64_t i = FLOAT_TILE_ROWS; i < 2 * FLOAT_TILE_ROWS; i++)
-        for (int64_t k = 0; k < count; k += 16) pe_prefetch(x + i * ld + k);
+      for (int v = 0; v < PANEL_GROUPS; v++) __builtin_prefetch(ahead[v] + 64 * asked, 0, 2);
     float_rows(FLOAT_TILE_ROWS, groups, panel, count, x, ld, &to);
   }
 #define PART(n)                                                                                                        \
@@ -61,14 +62,19 @@ PE_INLINE void tile_groups(int groups, const float *panel, int64_t count, const 
 }
 
 /* A panel's last groups may be those of no rows of the matrix: they are left out. */
-void PE_NAME(linear_float_tile)(int64_t groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
-                                const float *x, int64_t ld, int64_t m, linear_target to) {
+static void float_tile(int64_t groups, panel_floats panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines, const float *x,
+                       int64_t ld, int64_t m, linear_target to) {
 #if defined(PE_AVX512)
   if (groups == 1) return tile_groups(1, panel, count, ahead, lines, x, ld, m, to);
   if (groups == 2) return tile_groups(2, panel, count, ahead, lines, x, ld, m, to);
 #endif
   (void)groups;
   tile_groups(PANEL_GROUPS, panel, count, ahead, lines, x, ld, m, to);
+}
+
+void PE_NAME(linear_float_tile)(int64_t groups, const float *panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS], int64_t lines,
+                                const float *x, int64_t ld, int64_t m, linear_target to) {
+  float_tile(groups, (panel_floats){panel, 16, 16 * PANEL_GROUPS}, count, ahead, lines, x, ld, m, to);
 }
 
 /* Few rows: acc[i][16 PANEL_GROUPS] = a panel of packed floats times row i of x, straight from memory. */
@@ -125,7 +131,7 @@ static pe_status float_panel(const pe_tensor *w, int64_t g0, int64_t k0, int64_t
 #define WIDEN(id_, size)                                                                                               \
   if (id == id_)                                                                                                       \
     for (int64_t i = 0; i < count; i++) v16f_store(to + 16 * PANEL_GROUPS * i, linear_floats_of(id_, from + size * i));
-      WIDEN(PE_F32, 64) WIDEN(PE_F16, 32) WIDEN(PE_BF16, 32)
+      WIDEN(PE_F16, 32) WIDEN(PE_BF16, 32) /* F32 is read where it lies */
 #undef WIDEN
       continue;
     }
@@ -157,8 +163,13 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
     const float *x = t->gather ? t->gather->room : t->h + at;
     if (t->gather) t->gather->floats(t->gather, t->row0, t->rows, at, count, t->gather->room, ld);
     for (int64_t p = 0; p < t->panels; p++) {
-      pe_status status = float_panel(t->w, t->g0 + PANEL_GROUPS * p, at, count, (float *)t->panel, t->dequantized);
-      if (status) return status;
+      panel_floats panel = {(const float *)t->panel, 16, 16 * PANEL_GROUPS};
+      if (t->packed && t->id == PE_F32) {
+        panel = (panel_floats){(const float *)linear_group(t, p, 0) + 16 * at, t->bytes / 4, 16};
+      } else {
+        const pe_status status = float_panel(t->w, t->g0 + PANEL_GROUPS * p, at, count, (float *)t->panel, t->dequantized);
+        if (status) return status;
+      }
       const int64_t later = p + 1 < t->panels ? at : at + count; /* k where the next panel begins */
       const uint8_t *ahead[PANEL_GROUPS];
       for (int v = 0; v < PANEL_GROUPS; v++) {
@@ -168,8 +179,8 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
                    : later < t->k          ? group - PANEL_GROUPS * p * t->bytes + size * later
                                            : t->next + v * t->bytes;
       }
-      PE_NAME(linear_float_tile)(pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), (const float *)t->panel, count, ahead,
-                 t->packed ? count * size / 64 : 0, x, ld, t->rows, linear_target_of(t, p, at, at + count));
+      float_tile(pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), panel, count, ahead, t->packed ? count * size / 64 : 0, x, ld,
+                 t->rows, linear_target_of(t, p, at, at + count));
     }
   }
   return PE_OK;
