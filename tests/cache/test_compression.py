@@ -98,10 +98,11 @@ def test_h2o_is_the_papers(case: Any) -> None:
         assert kept[h].tolist() == sorted(best(a, n // 3 - 5, list(range(n - 5))) + list(range(n - 5, n)))
 
 
-@pytest.mark.parametrize(("pooling", "kernel", "window", "budget"), [("max", 7, 8, 20), ("avg", 5, 4, 15), ("max", 1, 8, 20), ("avg", 3, 32, 9)])
-def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int, budget: int) -> None:
+@pytest.mark.parametrize(("pooling", "kernel", "window", "budget", "own"), [("max", 7, 8, 20, 0.0), ("avg", 5, 4, 15, 0.0), ("max", 1, 8, 20, 0.0),
+                                                                            ("avg", 3, 32, 9, 0.0), ("max", 3, 4, 12, 0.5)])
+def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int, budget: int, own: float) -> None:
     n, p, _, _, is_text = case
-    policy = pe.SnapKV(budget=budget, window=window, kernel=kernel, pooling=pooling)
+    policy = pe.SnapKV(budget=budget, window=window, kernel=kernel, pooling=pooling, own=own)
     found = statistics(policy, p, is_text)
     np.testing.assert_allclose(found[..., 0], p[:, :, max(0, n - window):].sum((1, 2)), rtol=1e-12)
     kept, recent = policy.choose(found, is_text), min(window, budget // 2)
@@ -110,6 +111,7 @@ def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int,
         for j in range(n - recent):
             near = [found[h, i, 0] if 0 <= i < n - recent else None for i in range(j - kernel // 2, j + kernel // 2 + 1)]
             pooled.append(max(x for x in near if x is not None) if pooling == "max" else sum(x or 0.0 for x in near) / kernel)
+            pooled[-1] += own * found[h, j, 0]
         expected = sorted(best(pooled, budget - recent, list(range(n - recent))) + list(range(n - recent, n)))
         assert kept[h].tolist() == expected
 
@@ -242,6 +244,13 @@ def test_a_small_example_by_hand() -> None:
     assert pe.LookM(budget=5, recent=2).select(sums, is_text).tolist() == [[0, 3, 5, 6, 7], [0, 4, 5, 6, 7]]
     assert pe.H2O(budget=4, recent=1).select(sums, is_text).tolist() == [[0, 1, 3, 7], [0, 2, 4, 7]]
     assert pe.VLCache(budget=4, recent=1).select(sums, is_text).tolist() == [[0, 1, 3, 7], [0, 2, 4, 7]]
+
+
+def test_of_few_cells_the_key_itself_gets_one_before_its_neighbours() -> None:
+    sums, text = np.array([[0.1, 0.2, 3.0, 0.1, 0.0, 2.0, 0.0, 0.3]]), np.ones(8, bool)
+    assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3).select(sums, text).tolist() == [[1, 7]]                 # before the one that is meant
+    assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3, own=0.5).select(sums, text).tolist() == [[2, 7]]
+    assert pe.SnapKV(budget=5, recent=1, window=2, kernel=3, own=0.5).select(sums, text).tolist() == [[1, 2, 3, 5, 7]]
 
 
 def test_of_equal_scores_the_first_is_kept() -> None:
@@ -406,7 +415,7 @@ def test_which_rows_count() -> None:
 # -- values ---------------------------------------------------------------------------------------------------------------
 
 MADE = (pe.LookM(), pe.LookM(ratio=0.05, merge="averaged", pictures=0.25, least=0.5), pe.LookM(budget=512, recent=64, when="always"), pe.LookM(rows="after"),
-        pe.H2O(recent=1), pe.H2O(recent=1.0), pe.SnapKV(window=16, kernel=5, pooling="avg"), pe.RoCo(robust=0.5, budget=9), pe.StreamingLLM(sinks=8),
+        pe.H2O(recent=1), pe.H2O(recent=1.0), pe.SnapKV(window=16, kernel=5, pooling="avg", own=0.5), pe.RoCo(robust=0.5, budget=9), pe.StreamingLLM(sinks=8),
         pe.VLCache(ratio=0.1, window=50), pe.MEDA(merge="none"), pe.Diverse(budget=64), pe.RoCo(recent=0.25))
 
 
