@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ SHAPES = {"llava": Decoder("llama", LAYERS, 4096, 11008, 32, 32, 128, VOCABULARY
 
 def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: Sequence[Setting], kv: str, rounds: int,
            layers: int = LAYERS) -> dict[str, Any]:
-    """Measure the time of a token after prompts of each depth, under each setting; the model is loaded for each, so that the full cache sums
-    no attention.
+    """Measure the time of a token after a prompt of each depth, under each setting, `rounds` answers in turns.
+
+    A model is loaded for each setting, so that the full cache sums no attention; all are there at once. Nothing is drafted: random models
+    repeat themselves.
     """
     import pyengine as pe
 
@@ -39,27 +42,33 @@ def speeds(names: Sequence[str], n_threads: int, depths: Sequence[int], chosen: 
         for name in names:
             file = write(Path(folder, f"{name}.gguf"), replace(SHAPES[name], n_layers=layers))
             for depth in depths:
-                samples: dict[Setting, dict[str, list[float]]] = {s: {"token": [], "prompt": [], "bytes": []} for s in chosen}
-                prompts = [np.random.default_rng(r).integers(0, VOCABULARY, depth).tolist() for r in range(rounds)]
-                for setting in chosen:
-                    made = policy(setting.policy, ratio=setting.ratio)
-                    with pe.load(file, n_ctx=depth + GENERATED, kv_dtype=kv, n_threads=n_threads, compress=made) as model:
-                        for prompt in prompts:
-                            answer = model.generate(prompt, max_tokens=GENERATED, temperature=0,
+                samples: dict[Setting, dict[str, list[float]]] = {s: {"token": [], "prompt": [], "compression": [], "bytes": []} for s in chosen}
+                with ExitStack() as stack:
+                    models = {s: stack.enter_context(pe.load(file, n_ctx=depth + (GENERATED + 2) * rounds, kv_dtype=kv, n_threads=n_threads,
+                                                             compress=policy(s.policy, ratio=s.ratio), speculate=False)) for s in chosen}
+                    prompts = {s: np.random.default_rng(0).integers(0, VOCABULARY, depth).tolist() for s in chosen}
+                    for turn in range(rounds):
+                        for setting, model in models.items():
+                            answer = model.generate(prompts[setting], max_tokens=GENERATED, temperature=0,
                                                     logit_bias=tuple((i, -1e9) for i in model.tokenizer.eog_ids))
-                            samples[setting]["token"].append(answer.seconds / (GENERATED - 1))
-                            samples[setting]["prompt"].append(answer.prompt_seconds)
-                            samples[setting]["bytes"].append(model.cells_held().nbytes)
+                            prompts[setting] += [*answer.tokens, 1]
+                            between = np.diff(answer.report.times)             # of which the first one has the compression in it
+                            samples[setting]["token"].append(float(np.median(between[1:])))
+                            samples[setting]["compression"].append(float(between[0] - np.median(between[1:])))
+                            if not turn:
+                                samples[setting]["prompt"].append(answer.prompt_seconds)
+                                samples[setting]["bytes"].append(model.cells_held().nbytes)
                 results += _results(name, depth, samples)
     return {"suite": "cache-speed", "kv": kv, "layers": layers, "results": results}
 
 
 def _results(name: str, depth: int, samples: dict[Setting, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Make the results of one model and depth: `score` is the full cache's time of a token over the setting's, prompt by prompt."""
+    """Make the results of one model and depth: `score` is the full cache's time of a token over the setting's, turn by turn."""
     out, full = [], samples[Setting(FULL)]
     for setting, found in samples.items():
         out.append({"name": f"{name} {depth} {setting.name}", "ratio": setting.ratio, "bytes": float(np.median(found["bytes"])),
                     "token_seconds": summary(found["token"]), "prompt_seconds": summary(found["prompt"]),
+                    "compression_seconds": found["compression"],               # after the prompt, then after each turn's
                     "score": summary([a / b for a, b in zip(full["token"], found["token"])]),
                     "prompt_cost": summary([b / a for a, b in zip(full["prompt"], found["prompt"])])})
         r = out[-1]

@@ -90,11 +90,12 @@ def kept(result: Mapping[str, Any]) -> Any:
     for r in result["results"]:
         if r["ratio"] < 1:
             lines.setdefault(r["policy"], []).append(r)
-    for name, rows in lines.items():
+    for i, (name, rows) in enumerate(lines.items()):
         rows.sort(key=lambda r: r["bytes"])
         y = np.array([r["score"]["median"] for r in rows])
         low, high = np.abs(np.array([r["interval"] for r in rows]).T - y)
-        axes.errorbar([r["bytes"] / 1024 for r in rows], y, yerr=[low, high], marker=".", capsize=2, lw=1.2, label=name)
+        axes.errorbar([r["bytes"] / 1024 for r in rows], y, yerr=[low, high], marker=".", capsize=2, lw=1.2, label=name,
+                      ls="-" if i < 10 else "--")            # there are ten colours
     axes.set(xscale="log", xlabel="KiB of the cache", ylabel="share of right answers", ylim=(0, 1.02),
              title=f"{result['file']}, cache {result['kv']}, pictures of {result['tokens']} tokens; intervals of 95%")
     axes.grid(alpha=0.3)
