@@ -98,11 +98,10 @@ def test_h2o_is_the_papers(case: Any) -> None:
         assert kept[h].tolist() == sorted(best(a, n // 3 - 5, list(range(n - 5))) + list(range(n - 5, n)))
 
 
-@pytest.mark.parametrize(("pooling", "kernel", "window", "budget", "own"), [("max", 7, 8, 20, 0.0), ("avg", 5, 4, 15, 0.0), ("max", 1, 8, 20, 0.0),
-                                                                            ("avg", 3, 32, 9, 0.0), ("max", 3, 4, 12, 0.5)])
-def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int, budget: int, own: float) -> None:
+@pytest.mark.parametrize(("pooling", "kernel", "window", "budget"), [("max", 7, 8, 20), ("avg", 5, 4, 15), ("max", 1, 8, 20), ("avg", 3, 32, 9), ("peak", 3, 4, 12)])
+def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int, budget: int) -> None:
     n, p, _, _, is_text = case
-    policy = pe.SnapKV(budget=budget, window=window, kernel=kernel, pooling=pooling, own=own)
+    policy = pe.SnapKV(budget=budget, window=window, kernel=kernel, pooling=pooling)
     found = statistics(policy, p, is_text)
     np.testing.assert_allclose(found[..., 0], p[:, :, max(0, n - window):].sum((1, 2)), rtol=1e-12)
     kept, recent = policy.choose(found, is_text), min(window, budget // 2)
@@ -110,8 +109,8 @@ def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int,
         pooled = []
         for j in range(n - recent):
             near = [found[h, i, 0] if 0 <= i < n - recent else None for i in range(j - kernel // 2, j + kernel // 2 + 1)]
-            pooled.append(max(x for x in near if x is not None) if pooling == "max" else sum(x or 0.0 for x in near) / kernel)
-            pooled[-1] += own * found[h, j, 0]
+            pooled.append(max(x for x in near if x is not None) if pooling != "avg" else sum(x or 0.0 for x in near) / kernel)
+            pooled[-1] += found[h, j, 0] / 2 if pooling == "peak" else 0.0
         expected = sorted(best(pooled, budget - recent, list(range(n - recent))) + list(range(n - recent, n)))
         assert kept[h].tolist() == expected
 
@@ -249,8 +248,8 @@ def test_a_small_example_by_hand() -> None:
 def test_of_few_cells_the_key_itself_gets_one_before_its_neighbours() -> None:
     sums, text = np.array([[0.1, 0.2, 3.0, 0.1, 0.0, 2.0, 0.0, 0.3]]), np.ones(8, bool)
     assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3).select(sums, text).tolist() == [[1, 7]]                 # before the one that is meant
-    assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3, own=0.5).select(sums, text).tolist() == [[2, 7]]
-    assert pe.SnapKV(budget=5, recent=1, window=2, kernel=3, own=0.5).select(sums, text).tolist() == [[1, 2, 3, 5, 7]]
+    assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3, pooling="peak").select(sums, text).tolist() == [[2, 7]]
+    assert pe.SnapKV(budget=5, recent=1, window=2, kernel=3, pooling="peak").select(sums, text).tolist() == [[1, 2, 3, 5, 7]]
 
 
 def test_of_equal_scores_the_first_is_kept() -> None:
@@ -415,7 +414,7 @@ def test_which_rows_count() -> None:
 # -- values ---------------------------------------------------------------------------------------------------------------
 
 MADE = (pe.LookM(), pe.LookM(ratio=0.05, merge="averaged", pictures=0.25, least=0.5), pe.LookM(budget=512, recent=64, when="always"), pe.LookM(rows="after"),
-        pe.H2O(recent=1), pe.H2O(recent=1.0), pe.SnapKV(window=16, kernel=5, pooling="avg", own=0.5), pe.RoCo(robust=0.5, budget=9), pe.StreamingLLM(sinks=8),
+        pe.H2O(recent=1), pe.H2O(recent=1.0), pe.SnapKV(window=16, kernel=5, pooling="avg"), pe.SnapKV(window=6, pooling="peak"), pe.RoCo(robust=0.5, budget=9), pe.StreamingLLM(sinks=8),
         pe.VLCache(ratio=0.1, window=50), pe.MEDA(merge="none"), pe.Diverse(budget=64), pe.RoCo(recent=0.25))
 
 
@@ -451,7 +450,7 @@ def test_policies_as_text() -> None:
     (lambda: pe.LookM(merge="pivot"), "merge must be one of none, averaged, pivotal, weighted, attention, got 'pivot'"),
     (lambda: pe.LookM(recent=-1), "recent must be"), (lambda: pe.LookM(recent=1.5), "a share in 0..1"), (lambda: pe.LookM(recent=True), "got True"),
     (lambda: pe.LookM(when="always"), "needs a budget"), (lambda: pe.LookM(when="later"), "prompt, always"), (lambda: pe.LookM(rate=0.2), "'rate' is no argument"),
-    (lambda: pe.SnapKV(kernel=4), "odd"), (lambda: pe.SnapKV(window=0), "window"), (lambda: pe.SnapKV(pooling="mean"), "max, avg"),
+    (lambda: pe.SnapKV(kernel=4), "odd"), (lambda: pe.SnapKV(window=0), "window"), (lambda: pe.SnapKV(pooling="mean"), "max, avg, peak"),
     (lambda: pe.RoCo(robust=2), "robust"), (lambda: pe.LookM(pictures=-1), "pictures"), (lambda: pe.StreamingLLM(recent=3), "'recent' is no argument"),
     (lambda: pe.compression_of("lookm2"), "there is no compression 'lookm2'; there are look-m, h2o"), (lambda: pe.compression_of("h2o:ratio"), "no name=value"),
     (lambda: pe.compression_of("h2o:ratio=0.1,ratio=0.2"), "twice"), (lambda: pe.compression_of({"ratio": 0.2}), "\"policy\" must be one of"),

@@ -15,7 +15,7 @@ from pyengine.arguments import number, takes, whole
 from pyengine.cache.compression.base import AFTER, ALL, best_and_recent, Compression, largest, LAST, one_of, part, positions, read_sums, TEXT
 from pyengine.errors import RequestError
 
-POOLINGS = ("max", "avg")
+POOLINGS = ("max", "avg", "peak")
 ROWS = (ALL, TEXT, AFTER)
 
 
@@ -68,14 +68,14 @@ class H2O(Compression):
 class SnapKV(Compression):
     """What the last queries of a prompt attend to, pooled over neighbours. Li et al. 2024, arXiv:2404.14469.
 
-    C[j] = sum over the last `window` queries of A_ij,  kept = top_N((pool(C) + own C)[: n - M]) + the last M,  N + M = budget
+    C[j] = sum over the last `window` queries of A_ij,  kept = top_N(pool(C)[: n - M]) + the last M,  N + M = budget
 
     window   the queries that observe: 32. They are kept themselves (M = window) where `recent` says nothing else
     kernel   how many neighbours are pooled, an odd number: 7
     pooling  "max", or "avg", where keys beyond the ends count as 0. The paper's measurements have windows of 32, kernels of 7 and
              maxima; the released code without settings 64, 5 and means
-    own      how much a key's own score counts beside the pooled one: 0, the paper. With maxima a key and its neighbours are equals, and of
-             few cells the neighbours before it get the first; 0.5 keeps the key itself first
+             "peak" is ours: the maximum and half of the key's own score. With maxima a key and its neighbours are equals, and of few cells
+             the neighbour before it gets the first
     differs: the released code refuses budgets below the window. Here at most half of a budget is the window's.
     """
 
@@ -84,10 +84,9 @@ class SnapKV(Compression):
 
     @takes()
     def __init__(self, ratio: float | None = None, budget: int | None = None, recent: int | float | None = None, merge: str = "none",
-                 when: str = "prompt", window: int = 32, kernel: int = 7, pooling: str = "max", own: float = 0.0):
+                 when: str = "prompt", window: int = 32, kernel: int = 7, pooling: str = "max"):
         self._common(ratio, budget, recent, merge, when)
-        self._set(window=whole("window", window, 1), kernel=whole("kernel", kernel, 1, 4095), pooling=one_of("pooling", pooling, POOLINGS),
-                  own=number("own", own, 0, 1))
+        self._set(window=whole("window", window, 1), kernel=whole("kernel", kernel, 1, 4095), pooling=one_of("pooling", pooling, POOLINGS))
         if self.kernel % 2 == 0:
             raise RequestError(f"kernel must be an odd number, as many neighbours on both sides, got {self.kernel}")
 
@@ -102,7 +101,7 @@ class SnapKV(Compression):
         return best_and_recent(self._pooled(scores, recent), budget, recent)
 
     def _pooled(self, scores: np.ndarray, recent: int) -> np.ndarray:
-        """Return scores [h, n] whose first n - recent are pooled among themselves, with `own` of each beside that."""
+        """Return scores [h, n] whose first n - recent are pooled among themselves."""
         before = scores.shape[1] - recent
         if before == 0 or self.kernel == 1:
             return scores
@@ -110,7 +109,7 @@ class SnapKV(Compression):
         padded = np.pad(scores[:, :before], ((0, 0), (half, half)), constant_values=0.0 if mean else -np.inf)
         windows = np.lib.stride_tricks.sliding_window_view(padded, self.kernel, axis=1)        # [h, before, kernel]
         pooled = windows.mean(2) if mean else windows.max(2)
-        return np.concatenate([pooled + self.own * scores[:, :before] if self.own else pooled, scores[:, before:]], axis=1)
+        return np.concatenate([pooled + 0.5 * scores[:, :before] if self.pooling == "peak" else pooled, scores[:, before:]], axis=1)
 
 
 class RoCo(Compression):

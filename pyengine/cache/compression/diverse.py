@@ -31,8 +31,8 @@ class Diverse(SnapKV):
 
     @takes()
     def __init__(self, ratio: float | None = None, budget: int | None = None, recent: int | float | None = None, merge: str = "none",
-                 when: str = "prompt", window: int = 32, kernel: int = 7, pooling: str = "max", own: float = 0.0):
-        super().__init__(ratio, budget, recent, merge, when, window, kernel, pooling, own)
+                 when: str = "prompt", window: int = 32, kernel: int = 7, pooling: str = "max"):
+        super().__init__(ratio, budget, recent, merge, when, window, kernel, pooling)
 
     def select(self, sums: np.ndarray, is_text: np.ndarray, *, budget: int | None = None, keys: np.ndarray | None = None,
                values: np.ndarray | None = None) -> np.ndarray:
