@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Each process of tests has one processor (`pytest -n`): threads that PyTorch and BLAS would start wait for each other in loops.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 # The default tests try the same examples on every machine and day, so that a failure is of the change at hand; `make test-all` tries new ones.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("new", derandomize=False)
+# How long an example takes, or making one, is the machine's matter: no test fails by that.
+TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **TIMELESS)
+settings.register_profile("new", derandomize=False, **TIMELESS)
 settings.load_profile(os.environ.get("PYENGINE_TEST_EXAMPLES", "same"))
 
 ROOT = Path(__file__).resolve().parent.parent

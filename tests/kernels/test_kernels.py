@@ -137,7 +137,7 @@ def test_declared_cases(kernels: Kernels, name: str, index: int):
 
 # ---- element by element --------------------------------------------------------------------------------------------
 
-SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 axes = st.integers(0, 40)
 
 

@@ -674,7 +674,7 @@ JUNK = st.one_of(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(choice=st.data())
 def test_broken_files_break_nothing(name, tmp_path_factory, choice) -> None:
     lines = (RECORDED / f"{name}.txt").read_text().splitlines()
