@@ -2,7 +2,7 @@
 
 Follows transformers `configuration_qwen3_next.py`; keys and names as llama.cpp's `conversion/qwen.py` has them: norms with 1 added, -exp(A_log).
 The layer that predicts further tokens ("mtp.") becomes the one behind the last, as llama.cpp has it for Qwen3.5;
-its converter leaves Qwen3-Next's out, and its reader of those files does not expect it. Where there are several, they are left out.
+its converter leaves Qwen3-Next's out, and its reader of those files does not expect it. Where there are several, they are left out, and it says so.
 Axes: D hidden; of a delta net G heads of q and k of size S, V heads of size T.
 """
 
@@ -37,6 +37,7 @@ class DeltaNets(Decoder):
     """Layers of delta nets and of attention, for classes whose feed-forward is `feed_forward`."""
 
     norm_offset = 1.0
+    leaves = ((r"^(model\.)?mtp\.", "the layers that predict further tokens are left out: it takes one, 'mtp.layers.0' with its 'mtp.fc', to draft"),)
 
     def read_rope(self) -> dict[str, Any]:
         return rope_parameters(self.config, self.rope_base, part=True)
@@ -54,12 +55,9 @@ class DeltaNets(Decoder):
             raise InvalidModelError(f"{c.file}: {self.n_values} heads cannot share {self.n_keys} keys, or a convolution of {self.taps}")
         self.recurrent = [*(kind == "linear_attention" for kind in kinds), False]                # and the layer behind the last
         self.key_width, self.value_width = self.n_keys * self.d_key, self.n_values * self.d_value
-        self.more = {n for n in tensors_beside(c.file) if n.startswith(("mtp.", "model.mtp."))}
-        layers = {n.partition("mtp.layers.")[2].partition(".")[0] for n in self.more} - {""}
-        self.n_ahead = int(layers == {"0"} and "mtp.fc.weight" in self.more)
-
-    def unused(self) -> set[str]:
-        return super().unused() | (self.more if not self.n_ahead else set())
+        more = {n for n in tensors_beside(c.file) if n.startswith("mtp.")}
+        layers = {n.split(".")[2] for n in more if n.startswith("mtp.layers.")}
+        self.n_ahead = int(layers == {"0"} and "mtp.fc.weight" in more)
 
     def tensors(self) -> Tensors:
         yield from super().tensors()

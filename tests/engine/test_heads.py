@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import cases
 import heads
@@ -123,6 +125,20 @@ def test_files_have_it_as_those_of_llama_cpp(made) -> None:
     weights = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     assert np.allclose(weights[names[kinds.NEXTN_ENORM]], head.layers[0].enorm.weight.detach().numpy() + 1, atol=1e-6)
     assert np.array_equal(weights[names[kinds.NEXTN_EH_PROJ]], head.layers[0].eh_proj.weight.detach().numpy())
+
+
+@pytest.mark.parametrize("names", [("mtp.layers.0.", "mtp.layers.1."), ("mtp.fc.", "model.mtp.fc.")], ids=["several layers", "another name"])
+def test_what_has_no_place_is_left_out_and_said(made, tmp_path, capsys, names) -> None:
+    shutil.copytree(made("qwen3_5_text")[0].parent / "hf", tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    tensors, (known, other) = load_file(file), names
+    tensors |= {other + name.removeprefix(known): value for name, value in tensors.items() if name.startswith(known)}
+    if other.startswith("model."):
+        del tensors["mtp.fc.weight"]
+    save_file(tensors, file)
+    out = convert(tmp_path / "hf", tmp_path / "m.gguf", "f32")
+    assert "the layers that predict further tokens are left out" in capsys.readouterr().err
+    assert not any(".nextn." in n for n in GGUFFile(out).tensors)
 
 
 def test_it_is_left_out_where_nothing_drafts(made) -> None:
