@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import mmap
 import time
 import types
 
@@ -586,11 +588,15 @@ def test_memory_of_pictures_is_watched(tiny_encoders) -> None:
 
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")
+    gc.collect()                                              # what other tests have left is not let go of meanwhile
     before = status()["anon"]
     with Watch() as watch:
-        held = np.ones(4 << 20)
-        time.sleep(0.05)
-        del held
+        held = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)       # malloc may have such a piece left
+        held.write(bytes(32 << 20))
+        end = time.monotonic() + 20
+        while watch.peak["anon"] - before <= 30 << 20 and time.monotonic() < end:
+            time.sleep(0.01)
+        held.close()
     assert watch.peak["anon"] - before > 30 << 20
     e, folder = tiny_encoders["gemma3"]
     model = Whole(folder, "F32", np.load(folder / "picture.npy"), 1, e.n_ctx)

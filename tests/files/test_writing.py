@@ -139,7 +139,8 @@ def test_folders_and_missing_ones_are_refused(tmp_path: Path) -> None:
 
 def test_an_interrupt_of_a_process_that_writes(tmp_path: Path) -> None:
     code = f"""from pyengine.files.writing import written
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)     # which a shell takes from what runs in its background
 with written({str(tmp_path / "a")!r}) as file:
     file.write(b"x"); print("writing", flush=True); time.sleep(60)"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
