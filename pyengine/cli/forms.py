@@ -15,7 +15,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 _settings: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": "rich", "context_settings": HELP}
 
 
-_WHOLE = re.compile("-?[0-9]{1,18}")
+_NUMBERS = {int: re.compile("-?[0-9]{1,18}"), float: re.compile(r"-?([0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15})")}
 
 
 class ReaderLeft(Exception):
@@ -23,7 +23,7 @@ class ReaderLeft(Exception):
 
 
 class _Plain:
-    """A reader of texts and whole numbers that are as they must be; all else, and what is wrong, goes to Typer's own of that parameter.
+    """A reader of texts and plain numbers that are as they must be; all else, and what is wrong, goes to Typer's own of that parameter.
 
     That one is pydantic's, which takes longer to import than NumPy.
     """
@@ -37,9 +37,9 @@ class _Plain:
         if info.parser is None and (not many and kind is str and type(value) is str
                                     or many and kind == list[str] and all(type(v) is str for v in value) and not isinstance(value, str)):
             return list(value) if many else value
-        if info.parser is None and not many and kind is int and not info.clamp:
-            number = int(value) if type(value) is str and _WHOLE.fullmatch(value) else value
-            if type(number) is int and (info.min is None or number >= info.min) and (info.max is None or number <= info.max):
+        if info.parser is None and not many and kind in _NUMBERS and not info.clamp:
+            number = kind(value) if type(value) is str and _NUMBERS[kind].fullmatch(value) else value
+            if type(number) is kind and (info.min is None or number >= info.min) and (info.max is None or number <= info.max):
                 return number
         param._runtime_param = None
         return param.get_runtime_param().coerce(value, param=param, ctx=ctx)

@@ -524,7 +524,7 @@ def test_a_standard_input_that_nothing_comes_from(monkeypatch) -> None:
 
 
 def test_plain_arguments_are_read_without_pydantic() -> None:
-    """It takes longer to import than NumPy, and is loaded for what is wrong or no plain text or whole number."""
+    """It takes longer to import than NumPy, and is loaded for what is wrong or no plain text or number."""
     code = ("import sys; from pyengine.cli.command import execute\n"
             "code = execute(sys.argv[1:]); print('pydantic' in sys.modules, 'PIL' in sys.modules, code)")
 
@@ -534,6 +534,9 @@ def test_plain_arguments_are_read_without_pydantic() -> None:
 
     assert run("plan", "no-such-model", "--ctx", "64", "-b", "32")[0] == "False False 2"
     assert run("no-such-model", "Hi", "-n", "1", "--top-k", "3", "--stop", "x", "--stop", "y")[0] == "False False 2"
+    assert run("no-such-model", "Hi", "--temperature", "0", "--top-p", ".9", "--min-p", "0.05")[0] == "False False 2"
     for wrong, said in (("x", "valid integer"), ("1.5", "valid integer"), ("-2", "-1")):
         found, error = run("no-such-model", "Hi", "-n", wrong)
         assert found == "True False 2" and said in error and "-n" in error
+    found, error = run("no-such-model", "Hi", "--temp", "warm")
+    assert found == "True False 2" and "valid number" in error and "--temp" in error
