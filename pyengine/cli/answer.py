@@ -453,6 +453,6 @@ def note_memory(model: Any) -> None:
     s = model.stats
     read = model.plan.decoding if s.get("image_misses") or s.get("image_hits") else 0
     note(f"memory: planned {size(m['planned_bytes'])} and {size(m['mapped_bytes'])} mapped, resident {size(m['resident_bytes'])}"
-         + f" (reading a picture took up to {size(read)} more for a moment)" * bool(read))
+         + f" (reading a picture may take up to {size(read)} more for a moment)" * bool(read))
     if s.get("image_misses"):
         note(f"image cache: {s['image_hits']} hits, {s['image_misses']} misses, {size(s['image_cache_bytes'])} kept")
