@@ -11,9 +11,9 @@ from PIL import Image
 
 import cases
 import pyengine as pe
+from eager import draft_always
 from pyengine.engine import draft_model, writing
 from pyengine.engine.proposing import Asked, Terms
-from pyengine.engine.speculation import Speculation
 from pyengine.engine.writing import Odds
 from pyengine.errors import ModelNotFoundError, PlanError, RequestError
 from pyengine.files.gguf import GGUFFile
@@ -49,11 +49,7 @@ def by_model(*answers: Any) -> tuple[int, int]:
 
 @pytest.fixture
 def eager(monkeypatch) -> None:
-    """Draft some tokens for all, whatever it costs, in front of what the text has."""
-    monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
-    monkeypatch.setattr(writing, "_expected", lambda any, most: 1e9)
-    monkeypatch.setattr(writing, "_best", lambda begun, more, own, spent, terms: [w for w in more if len(w.odds) < 5])
-    monkeypatch.setattr(Odds, "of", lambda self, sure: 0.999)
+    draft_always(monkeypatch, 5)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ import cases
 import heads
 import pyengine as pe
 from converters.writer import convert
+from eager import draft_always
 from pyengine.engine import writing
-from pyengine.engine.speculation import Speculation
-from pyengine.engine.writing import Odds
 from pyengine.files.gguf import GGUFFile
 from pyengine.memory.held import planned_bytes
 from pyengine.programs.rows import token_rows
@@ -87,11 +86,7 @@ def test_logits_are_those_of_transformers(made, kind: str) -> None:
 
 @pytest.fixture
 def eager(monkeypatch) -> None:
-    """Draft some tokens for all, whatever it costs, in front of what the text has."""
-    monkeypatch.setattr(Speculation, "_paying", lambda self, odds, n, used, reads: len(odds))
-    monkeypatch.setattr(writing, "_expected", lambda any, most: 1e9)
-    monkeypatch.setattr(writing, "_best", lambda begun, more, own, spent, terms: [w for w in more if len(w.odds) < 4])
-    monkeypatch.setattr(Odds, "of", lambda self, sure: 0.999)
+    draft_always(monkeypatch, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

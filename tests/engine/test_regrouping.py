@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cases
+import groups
 import pyengine as pe
+from groups import fewer_in_full, IDS, KINDS, path, R, SETTINGS  # noqa: F401  fixtures among them
 from op_cases import elements, loaded, mixed, stored
 from pyengine.cache import eviction, policy, regroup
 from pyengine.cache.compression.base import Compression
@@ -17,27 +18,12 @@ from pyengine.dtype import dtype
 from pyengine.engine.quantizer import quantized
 from test_compressed import IDS as SHORT, picture, told
 
-IDS = np.random.default_rng(5).integers(0, 300, 240).tolist()
-SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_batch": 32}
-R = 32                                   # tokens in full, here: so that short prompts have groups
-KINDS = {"kivi4": ("Q4_1_CHANNELS", "Q4_1"), "kivi2": ("Q2_1_CHANNELS", "Q2_1"), "kivi4/q4_0": ("Q4_1_CHANNELS", "Q4_0")}
+pytestmark = pytest.mark.usefixtures("fewer_in_full")
 POLICIES = (pe.H2O(ratio=0.4), pe.LookM(ratio=0.5), pe.StreamingLLM(ratio=0.6), pe.SnapKV(budget=90, when="always", merge="averaged"))
 
 
-@pytest.fixture(autouse=True)
-def fewer_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in policy.RECENT:
-        monkeypatch.setitem(policy.RECENT, kind, R)
-
-
-@pytest.fixture
-def path(tiny_gguf) -> Path:
-    return tiny_gguf("llama", head_dim=32)[0]
-
-
-def ask(model: Any, parts: list[Any], n: int = 40, **more: Any) -> Any:
-    never = tuple((i, -1e9) for i in model.tokenizer.eog_ids)
-    return model.generate(parts, max_tokens=n, temperature=0.7, seed=1, logit_bias=never, speculate=False, **more)
+def ask(model: Any, parts: list[Any], n: int, **more: Any) -> Any:
+    return groups.ask(model, parts, n, speculate=False, **more)
 
 
 # -- the rule -------------------------------------------------------------------------------------------------------------
