@@ -438,7 +438,7 @@ class StepProgram:
     def ahead(self, rows: Sequence[tuple[Conversation, int, int, np.ndarray]]) -> tuple[list[Row], np.ndarray]:
         """Run that head alone on a token of each of some conversations: (it, how many stand between its last one and this one, the token, the last
         hidden state [d_model] before it); there are cells. Returns logits and hidden states [x, d_model] of each, valid until the next run."""
-        n, d, axes, base = len(rows), self.step.model.config.d_model, self.step.model.position_axes, LARGEST + 3 * (self.step.sizes.n_tokens > 0)
+        n, d, axes, kept = len(rows), self.step.model.config.d_model, self.step.model.position_axes, self._kept_output
         for i, (s, between, token, before) in enumerate(rows):
             self._put_ahead(slice(i, i + 1), s, np.array([len(s) + between], np.int32), "_wanted")
             self._put(f"{AHEAD}.ids", slice(i, i + 1), token)
@@ -449,13 +449,18 @@ class StepProgram:
                 self._put(f"{AHEAD}.positions", slice(axis * n + i, axis * n + i + 1), s.next + between)
         self._heads = np.empty(0, np.int32)
         self.program.execute(AHEAD, **dict.fromkeys(("m", "w", "e", "c", "s", "z", "l", "k"), 0), h=n, p=n, x=n)
-        return [Row(self.program, i, self.step.sizes.n_tokens > 0, base + 1, base + 3) for i in range(n)], self.program.read(base + 2, 0, n)
+        return [Row(self.program, i, self.step.sizes.n_tokens > 0, kept + 1, kept + 3) for i in range(n)], self.program.read(kept + 2, 0, n)
+
+    @property
+    def _kept_output(self) -> int:
+        """The number of the output with last hidden states that are kept; behind it are the head's logits, its hidden states and what `top_k` found."""
+        return LARGEST + 3 * (self.step.sizes.n_tokens > 0)
 
     def _keep(self) -> None:
         """Keep last hidden states of a run's last tokens with their conversations."""
-        base, at = LARGEST + 3 * (self.step.sizes.n_tokens > 0), 0
+        at = 0
         for s, first, n in self._kept:
-            s.last = first, self.program.read(base, at, n).copy()
+            s.last = first, self.program.read(self._kept_output, at, n).copy()
             at += n
 
     def _group(self, work: Sequence[Work]) -> int:
