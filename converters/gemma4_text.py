@@ -52,10 +52,7 @@ class Gemma4Text(Decoder):
         if len(kinds) != self.n_layers or set(kinds) - {"sliding_attention", "full_attention"}:
             raise InvalidModelError(f"{file}: 'layer_types' must name a kind of attention for each of {self.n_layers} layers")
         self.heads = self.read_heads(kinds)
-        n_shared = c.need("num_kv_shared_layers")
-        self.n_own = self.n_layers - n_shared
-        if not 0 <= n_shared < self.n_layers or set(self.sliding[self.n_own :]) - set(self.sliding[: self.n_own]):
-            raise InvalidModelError(f"{file}: 'num_kv_shared_layers' is {n_shared}: layers of all kinds are needed before those")
+        self.n_own = self.read_own()
         self.widths = [self.d_ff * (2 if c.need("use_double_wide_mlp") and i >= self.n_own else 1) for i in range(self.n_layers)]
         self.d_per_layer = c.count("hidden_size_per_layer_input") if c.get("hidden_size_per_layer_input") else 0
         if self.d_per_layer:
@@ -65,6 +62,14 @@ class Gemma4Text(Decoder):
         self.local_rope = rope_parameters(c, LOCAL_BASE, "sliding_attention", scaled=False)
         if self.local_rope["rope_type"] != "default" or self.rope["rope_type"] != "proportional":
             raise UnsupportedModelError(f"{file}: rope of sliding layers must be 'default' and of global layers 'proportional'")
+
+    def read_own(self) -> int:
+        """Return how many layers, the first ones, have caches. Raises: InvalidModelError."""
+        n_shared = self.config.need("num_kv_shared_layers")
+        n_own = self.n_layers - n_shared
+        if not 0 <= n_shared < self.n_layers or set(self.sliding[n_own:]) - set(self.sliding[:n_own]):
+            raise InvalidModelError(f"{self.config.file}: 'num_kv_shared_layers' is {n_shared}: layers of all kinds are needed before those")
+        return n_own
 
     def read_heads(self, kinds: list[str]) -> list[tuple[int, int]]:
         """Return each layer's (key/value heads, elements of a head): global layers may have others, in two spellings of the config."""

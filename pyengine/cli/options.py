@@ -60,7 +60,7 @@ InPlace = Annotated[bool, Option("--mmap", rich_help_panel="Memory and speed", h
 Speculate = Annotated[int | None, Option("--speculate", min=0, metavar="N", rich_help_panel="Memory and speed", help=(
     "Draft up to N tokens from the text so far, where that is faster; texts are the same (default: 32, or 8 where layers keep states); 0: none."))]
 DraftModel = Annotated[str | None, Option("--draft", metavar="MODEL", rich_help_panel="Memory and speed", help=(
-    "A small model of the same family that drafts where the text itself has nothing likely; texts are the same."))]
+    "A small model of the same family, or a head made for this one, that drafts where the text itself has nothing likely; texts are the same."))]
 Picture = Annotated[str | None, Option("--picture", metavar="WIDTHxHEIGHT", rich_help_panel="Memory and speed", help=(
     "Largest picture that memory is kept for (default: what the model's processor allows)."))]
 Pictures = Annotated[int | None, Option("--pictures", min=0, rich_help_panel="Memory and speed", help=(

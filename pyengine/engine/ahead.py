@@ -1,8 +1,8 @@
-"""The model's own head that predicts further tokens, as a `Source` (`nn.ahead`; MTP): it goes on from the last token's hidden state.
+"""A head that predicts further tokens, as a `Source` (`nn.ahead`): it goes on from the last token's state.
 
-It reads what the layers read in the same steps, so its keys and values are there for every token that is in the caches, and are shared,
-kept and cut as theirs are. What it drafts it reads in runs of its own, in cells behind the conversation's last token, which the next step
-writes again.
+One with caches of its own reads what the layers read in the same steps, so its keys and values are there for every token that is in the
+caches, and are shared, kept and cut as theirs are. What it drafts it reads in runs of its own, in cells behind the conversation's last
+token, which the next step writes again. One without reads the layers' caches in those runs, and writes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyengine.engine.drafts import HEAD
 from pyengine.engine.proposing import Asked
 from pyengine.engine.request import Job
 from pyengine.engine.runner import Runner
@@ -24,7 +23,7 @@ from pyengine.programs.step import Row
 
 @dataclass(eq=False)
 class _Place(Known):
-    """Where a request's draft has come to: the last hidden state [d_model] before the token that is read next."""
+    """Where a request's draft has come to: the state [width] before the token that is read next."""
 
     hidden: np.ndarray | None = None
 
@@ -32,13 +31,13 @@ class _Place(Known):
 class Head(Writer[_Place]):
     """See the module's docstring. layout: of the model, whose runner this is."""
 
-    origin = HEAD
-
     def __init__(self, layout: ModelLayout, runner: Runner):
         c, meta = layout.bound.model.config, layout.bound.files.model.metadata
         weights = [i for i in layout.items if i.purpose in ("weights", "mapped") and i.program == "step"]
-        own = sum(i.nbytes for i in weights if i.layer in (c.n_layers, None))        # and the output head
-        super().__init__(min(meta.count("tokenizer.ggml.tokens"), c.vocab_size), own / max(1, sum(i.nbytes for i in weights)))
+        own = sum(i.nbytes for i in weights if i.layer is None or i.layer >= c.n_layers)         # and the output head
+        head = layout.bound.ahead
+        self.origin, self._tokens, n_vocab = head.origin, head.tokens, min(meta.count("tokenizer.ggml.tokens"), c.vocab_size)
+        super().__init__(min(n_vocab, head.n_logits) if head.tokens is None else head.n_logits, own / max(1, sum(i.nbytes for i in weights)))
         self._runner = runner
         self._places: dict[Job, _Place] = {}
 
@@ -60,6 +59,9 @@ class Head(Writer[_Place]):
         place.learn(asked.job.report.tokens[place.base :], self._odds)
         place.hidden = self._runner.last(asked.job.conversation)
         return None if place.hidden is None else place
+
+    def _token(self, drawn: int) -> int:
+        return drawn if self._tokens is None else int(self._tokens[drawn])
 
     def _read(self, writing: Sequence[Writing[_Place]]) -> dict[int, Row]:
         """Read the token behind each conversation, which no step has read yet."""

@@ -19,7 +19,7 @@ from pyengine.text.lookup import Lookup
 if TYPE_CHECKING:
     from pyengine.engine.guide import Guide
 
-LOOKUP, GRAMMAR, MODEL, HEAD = "lookup", "grammar", "model", "mtp"           # where drafts come from
+LOOKUP, GRAMMAR, MODEL = "lookup", "grammar", "model"       # where drafts come from; those of heads: `nn.ahead.Ahead.origin`
 
 
 class Draft(NamedTuple):

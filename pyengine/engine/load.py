@@ -82,7 +82,8 @@ def load(model: str | Path, mmproj: str | Path | None = None, device: Any = "aut
     speculate: tokens that are likely to follow, found in the prompt and the answer so far, are computed beside the next one, where that is
     faster: texts are the same. False: none; a number: so many at most; requests may say otherwise. Where layers keep states, each of
     these tokens takes one, of all conversations together: 8 unless a number is given.
-    draft: a small model of the same tokens, by path or name, that drafts where the text itself has nothing that is likely to follow.
+    draft: a small model of the same tokens, or a head made for this one, by path or name, that drafts where the text itself has nothing that is
+    likely to follow.
     Raises: ModelNotFoundError, InvalidModelError, UnsupportedModelError, RequestError; PlanError if it does not fit beside the other
     models of this process.
     """

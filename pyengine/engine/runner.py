@@ -59,12 +59,12 @@ class Runner:
 
     def ahead(self, rows: Sequence[tuple[Conversation, int, int, np.ndarray]]) -> tuple[list[Row], np.ndarray]:
         """Run the head that predicts further tokens on a token of each conversation: see `StepProgram.ahead`."""
-        for s, between, *_ in rows:
+        for s, between, *_ in rows if self.step.ahead.own else ():
             self.store.copy(self.cells.reserve(s, between + 1))
         return self.inputs.ahead(rows)
 
     def last(self, s: Conversation) -> np.ndarray | None:
-        """Return the last hidden state of a conversation's last token, where it was kept for that head."""
+        """Return the state of a conversation's last token, where it was kept for that head."""
         return self.inputs.last(s)
 
     def take_back(self, s: Conversation, n: int) -> None:

@@ -173,10 +173,14 @@ class Writer(ABC, Generic[K]):
         drawn = None if row.largest is None else self._sampler.sample_few(*row.largest)
         if drawn is None:
             drawn = self._sampler.sample(row.whole()[: self._sampler.n_vocab])
-        sure = math.exp(drawn.logprob)
-        w.reader.last.append((drawn.token, sure))
+        token, sure = self._token(drawn.token), math.exp(drawn.logprob)
+        w.reader.last.append((token, sure))
         w.odds.append((w.odds[-1] if w.odds else 1.0) * w.reader.odds.of(sure))
-        w.ended = drawn.token in w.asked.ends
+        w.ended = token in w.asked.ends
+
+    def _token(self, drawn: int) -> int:
+        """Return the token that a number of the logits stands for."""
+        return drawn
 
 
 def _expected(any: float, most: int) -> float:

@@ -23,6 +23,7 @@ class Files(NamedTuple):
     modelfile: Modelfile = Modelfile()     # what Ollama's store says beside them
     title: str = ""                        # the model's name in that store, where files are called by their digests
     adapters: tuple[Adapter, ...] = ()
+    head: GGUFFile | None = None           # that of a head beside the model, which drafts for it
 
     @property
     def name(self) -> str:

@@ -99,7 +99,7 @@ def sampler(device: str, n_seq: int, vocab_size: int) -> PlanItem:
 
 def headers(files: Files, device: str, program: str = "step") -> PlanItem:
     """Count the headers of a model's files."""
-    opened = [f for f in (files.model, files.mmproj, *(a.file for a in files.adapters)) if f]
+    opened = [f for f in (files.model, files.mmproj, files.head, *(a.file for a in files.adapters)) if f]
     parts = [(path.name, min((t.offset for t in f.tensors.values() if t.part == i), default=0)) for f in opened for i, path in enumerate(f.paths)]
     return PlanItem.sum(device, "overhead", "headers of files", parts, program=program)
 

@@ -110,6 +110,8 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     whole, vocab, fallbacks = not m.want.parts, m.bound.model.config.vocab_size, m.prepared.fallbacks
     limit = max(m.want.n_seq, min(N_SEQ_LIMIT, HEAD_BYTES // (4 * vocab)))                     # with the same logits
     beside = [f"drafts are of {m.draft.bound.files.name}, {amount(sum(i.nbytes for i in m.items if i.program == 'draft'))} of this"] if m.draft else []
+    if m.head_bytes:
+        beside = [f"drafts are of the head in {Path(m.bound.files.head.path).name}, {amount(m.head_bytes)} of this"]
     in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
     notes = (*m.notes, *beside, *in_place, *compression_notes(m), *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
@@ -309,9 +311,9 @@ def alternatives(bound: Bound, want: Settings, refused: Fitted, held: Sequence[H
 
 def _without_draft(bound: Bound, want: Settings, refused: Fitted, held: Sequence[Held] | None) -> list[Alternative]:
     """Say whether the model fits alone, where a draft model is to be beside it."""
-    if bound.draft is None:
+    if bound.draft is None and bound.head is None:
         return []
-    alone = fit(replace(bound, draft=None), replace(want, n_ctx=refused.plan.n_ctx), held=held).plan
+    alone = fit(bound.without_draft(), replace(want, n_ctx=refused.plan.n_ctx), held=held).plan
     return [Alternative({"draft": None}, alone.total)] if alone.fits else []
 
 

@@ -18,6 +18,7 @@ from pyengine.backends.prepared import Counted
 from pyengine.cache.policy import Compressed, DRAFTED
 from pyengine.dtype import DType
 from pyengine.errors import RequestError, UnsupportedModelError
+from pyengine.files.weights import files_of
 from pyengine.memory import count
 from pyengine.memory.placement import demand, place
 from pyengine.memory.plan import PlanItem
@@ -75,7 +76,7 @@ class ModelLayout:
         self.encoder: Counted | None = None
         self.source: Counted | None = None                   # of a prompt, where there is an encoder for it
         self.sizes = self._sizes(want.n_ctx or self.bound.n_ctx_train)
-        self.step = Step(self.bound.model, self.sizes, self.bound.adapters)
+        self.step = Step(self.bound.model, self.sizes, self.bound.adapters, self.bound.head)
         self.image_cache = self._image_cache(self.sizes.n_ctx)
         self.draft = None if self.bound.draft is None else self._beside(self.bound.draft)
         self.stages, self.prepared = self._prepared()
@@ -107,7 +108,7 @@ class ModelLayout:
     def _sizes(self, n_ctx: int) -> Sizes:
         """Decide all sizes; the encoder is laid out for the largest picture on the way."""
         want, c = self.want, self.bound.model.config
-        heads = [head_dim for _, head_dim in self.bound.model.cache_shapes()]
+        heads = [head_dim for _, head_dim in (*self.bound.model.cache_shapes(), *(self.bound.ahead.own if self.bound.ahead else ()))]
         k, v = check_heads(want.kv_dtype, heads)
         for name in filter(is_card, self.places):
             if k.by_channel:
@@ -139,7 +140,7 @@ class ModelLayout:
     def _ahead(self, k: DType) -> bool:
         """Say whether the step has the model's head that predicts further tokens: where it may draft, and nothing else keeps it from it."""
         drafts = self.bound.drafts or self.bound.draft is not None                   # the one of both that does is a small model
-        if self.bound.model.ahead is None or most_drafted(self.want.speculate, 1) == 0 or drafts:
+        if self.bound.ahead is None or most_drafted(self.want.speculate, 1) == 0 or drafts:
             return False
         why = ("adapters would have to change it" if self.bound.adapters else "conversations are compressed" if self.want.compress is not None else
                "keys are kept by channel" if k.by_channel else "layers are on several devices" if self.want.parts else "")
@@ -276,6 +277,12 @@ class ModelLayout:
         sampler = count.sampler(self.main, 1, own.bound.model.config.vocab_size)
         items = [*own._step_items("draft"), sampler, count.headers(own.bound.files, self.main)]
         return [replace(i, detail=f"draft model's {i.detail}", program="draft") for i in items]
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the weights of a head in a file of its own; 0 where there is none, or it is left out."""
+        head, residents = self.bound.files.head, self.whole.residents.values()
+        return sum(r.nbytes if r.form == "mapped" else r.held for r in residents if head in files_of([r.tensor.node.source])) if head else 0
 
     def _encoder_items(self) -> list[PlanItem]:
         items: list[PlanItem] = []

@@ -135,7 +135,7 @@ class Architecture(ABC):
     rope           the rotary embedding of queries and keys, where `ropes` is not written anew
     absolute       positions are added to embeddings: keys cannot be moved to others
     media_id       the id that stands for media rows in `batch.texts`
-    ahead          a head that predicts further tokens, for drafts: the layer behind the last, which sees everything
+    ahead          a head that predicts further tokens, for drafts, where the file has one
     source         the encoder that prompts go to, of an encoder-decoder: pictures' rows too, and `Cross(everywhere=True)` layers see its rows
     """
 
@@ -193,19 +193,12 @@ class Architecture(ABC):
         """Build the graph of one step for all its rows; returns last hidden states [m, d_model], after the final norm.
 
         caches: a `LayerCache` each, None for layers that read another one's; for layers that attend across a `CrossCache`, or None
-        without an encoder.
+        without an encoder. Decoders that heads read more of tell `batch.noted` what each layer takes, `batch.left` how it leaves its cache.
         """
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Build the output head: last hidden states [l, d_model] to logits [l, vocab]."""
-
-    def forward_ahead(self, batch: Batch, before: Tensor, cache: Any) -> Tensor:
-        """Build the graph of `ahead` for rows behind those whose last hidden states are `before` [h, d_model]; returns its own [h, d_model].
-
-        Raises: UnsupportedModelError for a model without.
-        """
-        raise UnsupportedModelError("the model has no head that predicts further tokens")
 
 
 class EncoderDecoder(Architecture):

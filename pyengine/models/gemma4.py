@@ -43,7 +43,7 @@ from pyengine.nn.decoder import DecoderConfig, last_of_kind, per_layer, sizes, v
 from pyengine.nn.encoder import by_table, head_count, known_activation, n_layers, resample_filter, special_token, whole_option
 from pyengine.nn.layers import ClippedLinear, constant, Embedding, Experts, Linear, mlp_width, PatchEmbedding, RMSNorm, scalar
 from pyengine.nn.per_layer import PerLayerEmbedding, PerLayerGate
-from pyengine.nn.rope import Rope, rope
+from pyengine.nn.rope import Rope, rope, Rotary
 
 if TYPE_CHECKING:
     from pyengine.media.image import Image
@@ -101,6 +101,16 @@ class Config(DecoderConfig):
             d_expert=h.size("expert_feed_forward_length") if n_experts else 0,
             final_softcap=h.number("final_logit_softcapping", 0.0),
         )
+
+
+def rotations(h: Hparams, w: Weights, c: Config) -> tuple[Rotary, Rope]:
+    """Read the rotary embeddings of global and of sliding layers. Raises: InvalidModelError."""
+    sizes_of = dict(zip(c.sliding, (head_dim for _, head_dim in c.heads)))
+    n_rot, base = h.size("rope.dimension_count_swa", sizes_of.get(True, c.head_dim)), h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
+    if n_rot % 2 or n_rot > sizes_of.get(True, n_rot):
+        raise InvalidModelError(f"{h.key('rope.dimension_count_swa')} is {n_rot}, but a head has {sizes_of[True]} elements")
+    local = Rope((1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))).astype(np.float32), 1.0, False)
+    return rope(h, w, sizes_of.get(False, c.head_dim), interleaved=False), local
 
 
 class Attention:
@@ -436,12 +446,7 @@ class Model(Architecture):
         self.blocks = [Block(w["blk", i], c, i) for i in range(c.n_layers)]
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
-        sizes_of = dict(zip(c.sliding, (head_dim for _, head_dim in c.heads)))
-        self.rope = rope(h, w, sizes_of.get(False, c.head_dim), interleaved=False)
-        n_rot, base = h.size("rope.dimension_count_swa", sizes_of.get(True, c.head_dim)), h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
-        if n_rot % 2 or n_rot > sizes_of.get(True, n_rot):
-            raise InvalidModelError(f"{h.key('rope.dimension_count_swa')} is {n_rot}, but a head has {sizes_of[True]} elements")
-        self.rope_local = Rope((1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))).astype(np.float32), 1.0, False)
+        self.rope, self.rope_local = rotations(h, w, c)
 
     @classmethod
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:
@@ -474,6 +479,7 @@ class Model(Architecture):
         for block, slides, owner, cache, vectors in zip(self.blocks, c.sliding, c.owners, caches, own):
             x, filled = block(x, *angles[slides], held[owner] if cache is None else cache, vectors)
             held.append(filled)
+        batch.left(held)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Model(Architecture):
         rope = self.rope.at(batch.n_ctx)
         angles, factors = rope.table(batch.positions), self.factors(batch)         # [m, E]
         for block, cache in zip(self.blocks, caches):
-            x = block(x, rope, angles, cache, factors)
+            x = block(batch.noted(x), rope, angles, cache, factors)
         return self.norm(x)
 
     def factors(self, batch: Batch) -> Tensor | None:

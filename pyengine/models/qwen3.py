@@ -87,7 +87,7 @@ class Model(Architecture):
         x = self.embed(batch.ids, batch.media)                                     # [m, D]
         rope, angles = self.rotation(batch)
         for block, cache in zip(self.blocks, caches):
-            x = block(x, rope, angles, cache)
+            x = block(batch.noted(x), rope, angles, cache)
         return self.norm(x)
 
     def rotation(self, batch: Batch) -> tuple[Rope, Tensor]:

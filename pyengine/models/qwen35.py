@@ -38,7 +38,6 @@ class Model(qwen3vl.Model):
     delta_net = DeltaNet
     block = qwen3next.Model.block
     policies = qwen3next.Model.policies
-    forward_ahead = qwen3next.Model.forward_ahead
 
     def __init__(self, h: Hparams, w: Weights):
         super().__init__(h, w)

@@ -25,8 +25,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import DerivedRef, Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models import qwen2moe, qwen3
-from pyengine.nn.ahead import Ahead
-from pyengine.nn.batch import Batch
+from pyengine.nn.ahead import Mtp
 from pyengine.nn.cache import LayerCache, RecurrentCache
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.layers import constant, Linear, RMSNorm
@@ -164,13 +163,13 @@ class Block:
         return x + self.feed_forward(self.ffn_norm(x))                                         # [m, D]
 
 
-def bind_ahead(model: Any, w: Weights) -> Ahead | None:
+def bind_ahead(model: Any, w: Weights) -> Mtp | None:
     """Bind the layer that predicts further tokens, where the file has one."""
     c = model.config
     if c.n_ahead != 1:
         return None
     own = w["blk", c.n_layers]
-    return Ahead(own, Block(own, c, None, model.feed_forward), model)
+    return Mtp(own, Block(own, c, None, model.feed_forward), model)
 
 
 class Model(qwen3.Model):
@@ -192,10 +191,6 @@ class Model(qwen3.Model):
     def block(self, w: Weights, i: int) -> Block:
         """Bind layer i."""
         return Block(w, self.config, self.delta_net if self.config.recurrent[i] else None, self.feed_forward)
-
-    def forward_ahead(self, batch: Batch, before: Tensor, cache: LayerCache) -> Tensor:
-        """Return last hidden states [h, D] of the layer that predicts further tokens."""
-        return self.ahead(batch.ids, batch.media, before, *self.rotation(batch), cache)
 
     def policies(self) -> list[Policy]:
         """Return what each layer keeps: keys and values, or the convolution's inputs and the matrices of a delta net."""

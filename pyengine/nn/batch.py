@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pyengine import ops
@@ -27,6 +28,13 @@ class Across(NamedTuple):
         return ops.rows(y, self.back, x)
 
 
+class Inner(NamedTuple):
+    """What a head reads of a decoder besides its last hidden states, noted as the graph of a step is built."""
+
+    states: list[Tensor]     # F32 [m, d_model]: what each layer takes
+    caches: list[Any]        # each layer's as the layer leaves it
+
+
 class Batch(NamedTuple):
     """The graph's inputs for one step of `m` rows.
 
@@ -40,6 +48,18 @@ class Batch(NamedTuple):
     across: Across | None = None     # None: no layer attends across
     places: Tensor | None = None     # I32 [m]: ids of media rows, and 0 for all others; as media
     texts: Tensor | None = None      # I32 [m]: ids of all others, and `Architecture.media_id` for media rows; as media
+    inner: Inner | None = None       # None: nothing is noted
+
+    def noted(self, x: Tensor) -> Tensor:
+        """Note what the next layer takes, and return it."""
+        if self.inner is not None:
+            self.inner.states.append(x)
+        return x
+
+    def left(self, caches: Sequence[Any]) -> None:
+        """Note all layers' caches as they leave them."""
+        if self.inner is not None:
+            self.inner.caches.extend(caches)
 
 
 class Source(NamedTuple):

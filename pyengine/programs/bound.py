@@ -15,8 +15,9 @@ from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files, open_files
 from pyengine.files.weights import WeightRef, Weights
-from pyengine.models import architectures, model_class, tower_models
+from pyengine.models import architectures, head_class, head_models, head_names, model_class, tower_models
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, SourceEncoder, Towers
+from pyengine.nn.ahead import Ahead
 from pyengine.nn.rope import FACTORS
 from pyengine.records import dataclass
 from pyengine.text.search import BEAMS, search_defaults
@@ -34,6 +35,7 @@ class Bound:
     left_out: bool = False           # whether there are encoders, and the model runs without them
     draft: Bound | None = None       # a small model of the same tokens, whose answers are drafts of this one's
     drafts: bool = False             # it is that of another model
+    head: Ahead | None = None        # what predicts further tokens beside the model, from a file of its own, in place of a head of the model's own
     ranks: WeightRef | None = None   # of a decoder that ranks texts: one row for its score, or two for the answers "yes" and "no"
 
     @property
@@ -67,6 +69,15 @@ class Bound:
         if self.towers:
             return self.model.text.n_ctx if self.model.text else 0
         return Hparams(self.files.model.metadata).size("context_length")
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """The head that predicts further tokens."""
+        return self.head or (None if self.towers else self.model.ahead)
+
+    def without_draft(self) -> Bound:
+        """Return the model as if nothing had been given to draft for it."""
+        return replace(self, draft=None, head=None, files=self.files._replace(head=None))
 
     def without_encoders(self) -> Bound:
         """Return the model as if its files held no encoder."""
@@ -110,7 +121,8 @@ PADDED = 128                         # tokens by which vocabularies may differ: 
 
 
 def with_draft(bound: Bound, name: str | Path | None) -> Bound:
-    """Bind a draft model, by its path or its name, beside a model; without one, return the model as it is. Its encoders are left alone.
+    """Bind a draft model, or a head, by its path or its name, beside a model; without one, return the model as it is. Encoders of a draft model
+    are left alone.
 
     Its tokens must be the model's, id by id: it reads and writes ids. Names of tokens that stand for no text may differ, as they do between
     generations of a family; llama.cpp does not compare the first five for it. So may sizes, by PADDED tokens at most, its limit too
@@ -119,19 +131,44 @@ def with_draft(bound: Bound, name: str | Path | None) -> Bound:
     """
     if name is None:
         return bound
-    own = bind(open_files(place("draft", name)), with_encoders=False)
+    files = open_files(place("draft", name))
+    beside = files.model.metadata.get("general.architecture")
+    if isinstance(beside, str) and beside.replace("-", "_") in head_models():
+        return _with_head(bound, files, beside)
+    own = bind(files, with_encoders=False)
     for one, what in ((bound, "a model with"), (own, "a model as")):
-        why = ("makes vectors and scores, no text" if one.towers else "has an encoder for its prompts" if one.source is not None else "")
-        if why:
-            raise RequestError(f"draft: {one.files.name} {why}: {what} a draft is a decoder")
-    mine, its = (Vocabulary(b.files.model.metadata) for b in (bound, own))
+        _check_decoder(one, what)
+    _check_tokens(bound.files, own.files)
+    return replace(bound, draft=replace(own, drafts=True))
+
+
+def _check_decoder(one: Bound, what: str) -> None:
+    why = ("makes vectors and scores, no text" if one.towers else "has an encoder for its prompts" if one.source is not None else "")
+    if why:
+        raise RequestError(f"draft: {one.files.name} {why}: {what} a draft is a decoder")
+
+
+def _check_tokens(files: Files, own: Files) -> None:
+    """Make sure that a draft's tokens are the model's."""
+    mine, its = (Vocabulary(f.model.metadata) for f in (files, own))
     first = mine.first_other(its)
     if first is not None:
-        raise RequestError(f"draft: {own.files.name} has other tokens than {bound.files.name}: {first} is {shown(its.tokens.text(first))} there, and "
+        raise RequestError(f"draft: {own.name} has other tokens than {files.name}: {first} is {shown(its.tokens.text(first))} there, and "
                            f"{shown(mine.tokens.text(first))} here; a draft is a small model of the same family")
     if abs(len(mine) - len(its)) > PADDED:
-        raise RequestError(f"draft: {own.files.name} has {len(its):,} tokens, and {bound.files.name} {len(mine):,}; padding makes a difference of {PADDED} at most")
-    return replace(bound, draft=replace(own, drafts=True))
+        raise RequestError(f"draft: {own.name} has {len(its):,} tokens, and {files.name} {len(mine):,}; padding makes a difference of {PADDED} at most")
+
+
+def _with_head(bound: Bound, own: Files, arch: str) -> Bound:
+    """Bind a head beside a model. Its file need not have tokens."""
+    _check_decoder(bound, "a model with")
+    if "tokenizer.ggml.tokens" in own.model.metadata:
+        _check_tokens(bound.files, own)
+    file = own.model.renamed(head_names(own.model.tensors), own.model.metadata)
+    weights = Weights(file)
+    head = head_class(arch)(Hparams(file.metadata), weights, bound.model)
+    weights.finish(ignore=FACTORS)
+    return replace(bound, head=head, files=bound.files._replace(head=file))
 
 
 def _with_encoder(files: Files, weights: Weights) -> bool:

@@ -4,8 +4,8 @@
     Step.fill     rows of several conversations into the inputs of a loaded program
     Step.run, Step.head    replay it; the head alone, for more of the wanted rows: `Logits`
     Step.hidden   what the head reads: last hidden states of the wanted rows
-    Step.ahead    the head that predicts further tokens, alone, for tokens that are drafted: it goes on with last hidden states, which
-                  `Conversation.last` has of the last tokens; in every step it reads the rows that the layers read
+    Step.ahead    the head that predicts further tokens, alone, for tokens that are drafted: it goes on with the states that `Conversation.last`
+                  has of the last tokens; with caches of its own it reads in every step the rows that the layers read
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pyengine.files.adapters import Adapter
 from pyengine.graph.graph import Graph
 from pyengine.graph.tensor import Dim, Tensor
 from pyengine.models.architecture import Architecture
-from pyengine.nn.batch import Across, Batch
+from pyengine.nn.ahead import Ahead
+from pyengine.nn.batch import Across, Batch, Inner
 from pyengine.nn.cache import CrossCache, GroupedCache, LayerCache, Part, RecurrentCache
 from pyengine.ops import rows as take, top_k
 from pyengine.ops.top import MOST
@@ -68,15 +69,16 @@ class Step:
     groups   cells of caches with the same policy; layers: the number of each cache's group, None for a layer without a cache
     parts    of groups of layers whose tokens are in groups: the numbers of those with the last and the first ones in full
     shapes   (key/value heads, elements of a head) of each cache; owned: its layer
+    ahead    the head that predicts further tokens; None: the step has none. beside: one that is not in the model's own file
     """
 
-    def __init__(self, model: Architecture, sizes: Sizes, adapters: Sequence[Adapter] = ()):
+    def __init__(self, model: Architecture, sizes: Sizes, adapters: Sequence[Adapter] = (), beside: Ahead | None = None):
         self.model, self.sizes, self.adapters, self.shapes = model, sizes, tuple(adapters), model.cache_shapes()
         self.owned = model.cached_layers()
-        own = policies(model, sizes)
-        if sizes.ahead:                                      # one more layer, which sees everything
-            c = model.config
-            own, self.shapes, self.owned = [*own, Full()], [*self.shapes, (c.n_kv_heads, c.head_dim)], [*self.owned, max(self.owned) + 1]
+        self.ahead = (beside or model.ahead) if sizes.ahead else None
+        own, more = policies(model, sizes), self.ahead.own if self.ahead else ()
+        own, self.shapes = [*own, *[Full()] * len(more)], [*self.shapes, *more]               # further layers, which see everything
+        self.owned = [*self.owned, *(max(self.owned) + 1 + j for j in range(len(more)))]
         kinds = dict.fromkeys(p for p in own if p is not None)
         kinds |= dict.fromkeys(part for p in kinds for part in p.parts)
         numbers = {policy: i for i, policy in enumerate(kinds)}
@@ -117,11 +119,11 @@ class Step:
         m, w, d_model = Dim("m", s.n_batch), Dim("w", s.n_batch), model.config.d_model
         added, seeing = Dim("c", self.n_across), Dim("s", s.n_batch)
         axes = {"m": m, "c": added, "s": seeing, "z": Dim("z", max(1, (s.n_batch + (GROUP - 1) * s.n_seq) // GROUP))}
-        media = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs and not s.source else None
+        media, inner = g.input("media", (Dim("e", s.n_batch), model.media_width)) if s.runs and not s.source else None, Inner([], []) if self.ahead else None
         places, texts = (None if media is None else g.input(name, (m,), "I32") for name in ("places", "texts"))
         across = Across(g.input("across", (added, d_model)), g.input("across.rows", (seeing,), "I32"),
                         g.input("across.back", (m,), "I32")) if self.across is not None else None
-        batch = Batch(s.n_ctx, g.input("ids", (m,), "I32"), g.input("positions", (model.position_axes, m), "I32"), media, across, places, texts)
+        batch = Batch(s.n_ctx, g.input("ids", (m,), "I32"), g.input("positions", (model.position_axes, m), "I32"), media, across, places, texts, inner)
         wanted, head = g.input("wanted", (w,), "I32"), g.input(HEAD, (Dim("l", s.n_head),), "I32")
         seq, chosen = g.input("seq", (m,), "I32"), {"seq": g.input("seq_wanted", (w,), "I32")}
         shared: list[dict[str, Tensor]] = []
@@ -153,7 +155,7 @@ class Step:
                     summed.append([])
                     own = {"sums": states[n], "weights": counts, "kinds": self.kinds, "changed": summed[-1]}
                 caches.append(self._grouped(states, shared, number, own) if number in self.parts else LayerCache(*states[:2], **shared[number], **own))
-        last = model.forward(batch, caches[: len(caches) - s.ahead])
+        last = model.forward(batch, caches[: len(caches) - (len(self.ahead.own) if self.ahead else 0)])
         hidden = take(last, wanted)
         outputs = [model.logits(take(hidden, head)), hidden]
         if self.adapters:
@@ -161,30 +163,37 @@ class Step:
         largest = top_k(outputs[LOGITS], n=s.n_tokens, k=min(s.n_tokens, MOST)) if s.n_tokens else ()
         asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
         outputs += largest
-        if not s.ahead:
+        if self.ahead is None:
             return Declared(only([*outputs, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
-        more, own, of_own = self._ahead(g, batch, last, caches[-1])
+        more, own, of_own = self._ahead(g, batch, last, hidden, caches)
         asked |= {len(outputs) + i for i in range(3)} if s.n_tokens else asked
         return Declared(only(only([*outputs, *more], wanted, chosen), own, of_own), {HEAD: HEAD, AHEAD: f"{AHEAD}.ids"}, asked)
 
-    def _ahead(self, g: Graph, batch: Batch, last: Tensor, cache: LayerCache) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """Build the head that predicts further tokens: outputs last hidden states [k, d_model] of rows that are kept for it, its logits [x, vocab],
-        its own last hidden states [x, d_model] and what `top_k` finds; which of its rows are wanted; what those have in place of inputs.
+    def _ahead(self, g: Graph, batch: Batch, last: Tensor, hidden: Tensor, caches: Sequence[Any]) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """Build the head that predicts further tokens: outputs states [k, width] of rows that are kept for it, its logits [x, ..], the states
+        [x, width] of its own rows and what `top_k` finds; which of its rows are wanted; what those have in place of inputs.
 
         Its h rows have inputs of their own: those of a step, but for a conversation's first, or tokens that are drafted. `before`: the row of
-        the step before each; -1-j: row j of `carry`.
+        the step before each; -1-j: row j of `carry`. Without caches of its own it has no row in a step, and keeps states of wanted rows.
         """
-        s, d_model = self.sizes, self.model.config.d_model
-        h, x, name = Dim("h", s.n_batch), Dim("x", s.n_seq), AHEAD
-        kept = take(last, g.input(f"{name}.kept", (Dim("k", s.n_batch),), "I32"))
+        s, head, name, first = self.sizes, self.ahead, AHEAD, len(caches) - len(self.ahead.own)
+        h, x = Dim("h", s.n_batch if head.own else s.n_seq), Dim("x", s.n_seq)
+        kept, carry = g.input(f"{name}.kept", (Dim("k", s.n_batch),), "I32"), g.input(f"{name}.carry", (Dim("p", s.n_seq) if head.own else h, head.width))
         ids, positions = g.input(f"{name}.ids", (h,), "I32"), g.input(f"{name}.positions", (self.model.position_axes, h), "I32")
-        before = take(last, g.input(f"{name}.before", (h,), "I32"), g.input(f"{name}.carry", (Dim("p", s.n_seq), d_model)))
-        ends = {end: g.input(f"{name}.{end}", (h,), "I32") for end in ("cells", "seq", "lo", "hi")}
-        chosen = {f"{name}.{end}": g.input(f"{name}.{end}_wanted", (x,), "I32") for end in ("seq", "lo", "hi")}
+        if head.own:
+            states, read = head.states(last, batch.inner.states), caches[first:]
+            before = take(states, g.input(f"{name}.before", (h,), "I32"), carry)
+        else:
+            states, read, before = head.states(hidden, ()), [batch.inner.caches[i] for i in head.reads], carry
+        seq, chosen = g.input(f"{name}.seq", (h,), "I32"), {f"{name}.seq": g.input(f"{name}.seq_wanted", (x,), "I32")}
+        for i, cache in enumerate(read):
+            ends = {end: g.input(f"{name}.{i}.{end}", (h,), "I32") for end in (("cells",) if head.own else ()) + ("lo", "hi")}
+            chosen |= {f"{name}.{i}.{end}": g.input(f"{name}.{i}.{end}_wanted", (x,), "I32") for end in ("lo", "hi")}
+            read[i] = cache._replace(seq=seq, **ends)
         wanted = g.input(f"{name}.wanted", (x,), "I32")
-        hidden = take(self.model.forward_ahead(batch._replace(ids=ids, positions=positions), before, cache._replace(**ends)), wanted)
-        logits = self.model.ahead.logits(hidden)
-        return [kept, logits, hidden, *(top_k(logits, n=s.n_tokens, k=1) if s.n_tokens else ())], wanted, chosen
+        made = take(head(batch._replace(ids=ids, positions=positions, inner=None), before, read), wanted)
+        logits = head.logits(made)
+        return [take(states, kept), logits, head.following(made), *(top_k(logits, n=min(s.n_tokens, head.n_logits), k=1) if s.n_tokens else ())], wanted, chosen
 
     def _grouped(self, states: Sequence[Tensor], shared: Sequence[dict[str, Tensor]], number: int, sums: Mapping[str, Any]) -> GroupedCache:
         """Return the cache of a layer with its parts, whose states follow one another."""
@@ -246,17 +255,18 @@ class Step:
     def caches(self, program: Program) -> list[Layer]:
         """Return the states of each layer that has a cache."""
         ropes, owners, made = self.model.ropes(self.sizes.n_ctx), self.model.cache_owners(), []
-        if self.sizes.ahead:
-            ropes, owners = [*ropes, ropes[-1]], [*owners, len(owners)]
+        own = len(self.layers) - len(owners)                 # of the head that predicts further tokens
+        if own:
+            ropes, owners = [*ropes, *self.ahead.ropes(self.sizes.n_ctx)], [*owners, *range(len(owners), len(self.layers))]
         for i, number in enumerate(self.layers):
             if number is not None:
                 recurrent, states = self.groups[number].policy.recurrent, [program.states[name] for name in self._states(i, self.groups, self.sizes.n_seq)]
                 turned = None if recurrent else Rotation(ropes[i].inv_freq, ropes[i].interleaved)
                 sums = states.pop() if self.groups[number].policy.compressed and self.kinds else None
                 parts = tuple(Layer(self.owned[i], part, (*states[2 * j + 2 : 2 * j + 4],), turned) for j, part in enumerate(self.parts.get(number, ())))
-                own = (*states[: len(states) - 2 * len(parts)],)
-                made += [*reversed(parts), Layer(self.owned[i], number, own, turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i), parts,
-                                                 self.sizes.ahead and i == len(self.layers) - 1)]
+                whole = (*states[: len(states) - 2 * len(parts)],)
+                made += [*reversed(parts), Layer(self.owned[i], number, whole, turned, sums, max(1, self.model.config.n_heads // self.shapes[i][0]), owners.count(i), parts,
+                                                 i >= len(self.layers) - own)]
         return made
 
 
@@ -326,8 +336,8 @@ class StepProgram:
         self._flat: Mapping[str, np.ndarray] = {name: a.reshape(-1) for name, a in program.inputs.items()}
         self._dims: dict[str, int] = {}
         self._heads = np.empty(0, np.int32)                  # of the wanted rows, the numbers of those that give logits
-        self._kept: list[tuple[Conversation, int, int]] = []         # of a run: of whom, from which token on, and how many last hidden states are kept
-        self._more = dict.fromkeys("hpxk", 0) if step.sizes.ahead else {}      # axes of the head that predicts further tokens, where it does nothing
+        self._kept: list[tuple[Conversation, int, int]] = []         # of a run: of whom, from which token on, and how many states are kept
+        self._more = dict.fromkeys("hxk" + "p" * bool(step.ahead.own), 0) if step.ahead else {}      # axes of the head that predicts further tokens, where it does nothing
 
     def _put(self, name: str, where: slice, values: Any) -> None:
         """Write values of rows into an input; one that the model never reads is left out of its program."""
@@ -386,78 +396,100 @@ class StepProgram:
                 self._put("positions", slice(at, at + n), part.rows.positions[axis, part.start : part.stop])
                 at += n
         self._dims = {"m": m, "w": w, "e": e, "c": 0, "s": self._look_across(work), "z": self._group(work), **self._more}
-        if self.step.sizes.ahead:
+        if self.step.ahead:
             self._dims |= self._look_ahead(work)
 
     def _look_ahead(self, work: Sequence[Work]) -> dict[str, int]:
-        """Fill the inputs of the head that predicts further tokens: it reads all rows, but for a conversation's first, which has none before it."""
-        m, h, p, k, d = 0, 0, 0, 0, self.step.model.config.d_model
+        """Fill the inputs of the head that predicts further tokens: with caches of its own it reads all rows, but for a conversation's first, which
+        has none before it."""
+        m, h, p, k, w = 0, 0, 0, 0, 0
         self._kept = []
         for part in work:
             s, n = part.conversation, part.stop - part.start
-            begins = int(len(s) == 0)
-            before = np.arange(m - 1, m + n - 1)[begins:]
-            if not begins:
-                before[0] = -1 - p
-                carry = self.last(s)
-                self._put(f"{AHEAD}.carry", slice(p * d, (p + 1) * d), 0 if carry is None else carry)
-                p += 1
-            rows, here = n - begins, slice(h, h + n - begins)
-            self._put(f"{AHEAD}.before", here, before)
-            self._put(f"{AHEAD}.ids", here, self._flat["ids"][m + begins : m + n])
-            self._put_ahead(here, s, np.arange(len(s) + begins, len(s) + n, dtype=np.int32))
-            first = n - 1 - min(part.drafted, n - 1)         # those that may be the last one
-            self._put(f"{AHEAD}.kept", slice(k, k + n - first), np.arange(m + first, m + n))
-            self._kept.append((s, len(s) + first, n - first))
-            m, h, k = m + n, h + rows, k + n - first
+            rows = n - 1 - min(part.drafted, n - 1) + np.arange(min(part.drafted, n - 1) + 1)                # those that may be the last one
+            if self.step.ahead.own:
+                begins = int(len(s) == 0)
+                h, p = self._follow(s, m, n, begins, h, p)
+                first, kept = rows[0], m + rows
+            else:                                            # of those that are wanted
+                at = np.flatnonzero(np.isin(part.wanted, rows))
+                first, kept = (part.wanted[at[0]], w + at) if len(at) else (0, at)
+            if len(kept):
+                self._put(f"{AHEAD}.kept", slice(k, k + len(kept)), kept)
+                self._kept.append((s, len(s) + int(first), len(kept)))
+            m, w, k = m + n, w + len(part.wanted), k + len(kept)
         at = 0
-        for axis in range(self.step.model.position_axes):
+        for axis in range(self.step.model.position_axes if self.step.ahead.own else 0):
             for part in work:
                 begins = int(len(part.conversation) == 0)
                 n = part.stop - part.start - begins
                 self._put(f"{AHEAD}.positions", slice(at, at + n), part.rows.positions[axis, part.start + begins : part.stop])
                 at += n
-        return {"h": h, "p": p, "k": k}
+        return {"h": h, "p": p, "k": k} if self.step.ahead.own else {"h": h, "k": k}
+
+    def _follow(self, s: Conversation, m: int, n: int, begins: int, h: int, p: int) -> tuple[int, int]:
+        """Let the head read n rows of a conversation, which are from number m on in a step, but for the first where it begins. h, p: rows and
+        states that other conversations have; returned with these."""
+        before, d, here = np.arange(m - 1, m + n - 1)[begins:], self.step.ahead.width, slice(h, h + n - begins)
+        if not begins:
+            before[0] = -1 - p
+            carry = self.last(s)
+            self._put(f"{AHEAD}.carry", slice(p * d, (p + 1) * d), 0 if carry is None else carry)
+            p += 1
+        self._put(f"{AHEAD}.before", here, before)
+        self._put(f"{AHEAD}.ids", here, self._flat["ids"][m + begins : m + n])
+        self._put_ahead(here, s, np.arange(len(s) + begins, len(s) + n, dtype=np.int32))
+        return here.stop, p
 
     def _put_ahead(self, here: slice, s: Conversation, index: np.ndarray, *ends: str) -> None:
-        """Fill in where that head's rows of these tokens are written, and what they see: what it has read. ends: of the names of inputs."""
-        number = self.step.layers[-1]
-        gone = s.gone.get(number, 0)                         # numbers count the cells that were kept
-        index = index - gone
-        values = {"cells": self.cells.cells_of(number, s, index), "seq": s.row, "lo": np.minimum(max(1, s.ahead - gone), index), "hi": index + 1}
-        for name, value in values.items():
-            for end in ("", *ends):
-                self._put(f"{AHEAD}.{name}{end}", here, value)
+        """Fill in where that head's rows of these tokens are written, and what they see: what it has read, or, without caches of its own, what the
+        decoder has. ends: of the names of inputs."""
+        head, step = self.step.ahead, self.step
+        numbers = step.layers[len(step.layers) - len(head.own) :] if head.own else [step.layers[i] for i in head.reads]
+        for i, number in enumerate(numbers):
+            gone = s.gone.get(number, 0)                     # numbers count the cells that were kept
+            at = index - gone
+            if head.own:
+                values = {"cells": self.cells.cells_of(number, s, at), "lo": np.minimum(max(1, s.ahead - gone), at), "hi": at + 1}
+            else:
+                values = {"lo": step.groups[number].policy.first(at), "hi": at}
+            for name, value in values.items():
+                for end in ("", *ends):
+                    self._put(f"{AHEAD}.{i}.{name}{end}", here, value)
+        for end in ("", *ends):
+            self._put(f"{AHEAD}.seq{end}", here, s.row)
 
     def last(self, s: Conversation) -> np.ndarray | None:
-        """Return the last hidden state [d_model] of a conversation's last token, None where it was not kept."""
+        """Return the state [width] of a conversation's last token for that head, None where it was not kept."""
         if s.last is None or not 0 <= len(s) - 1 - s.last[0] < len(s.last[1]):
             return None
         return s.last[1][len(s) - 1 - s.last[0]]
 
     def ahead(self, rows: Sequence[tuple[Conversation, int, int, np.ndarray]]) -> tuple[list[Row], np.ndarray]:
-        """Run that head alone on a token of each of some conversations: (it, how many stand between its last one and this one, the token, the last
-        hidden state [d_model] before it); there are cells. Returns logits and hidden states [x, d_model] of each, valid until the next run."""
-        n, d, axes, kept = len(rows), self.step.model.config.d_model, self.step.model.position_axes, self._kept_output
-        for i, (s, between, token, before) in enumerate(rows):
+        """Run that head alone on a token of each of some conversations: (it, how many stand between its last one and this one, the token, the
+        state [width] before it); there are cells. Returns logits and states [x, width] of each, valid until the next run."""
+        n, head, axes, kept = len(rows), self.step.ahead, self.step.model.position_axes, self._kept_output
+        d, before = head.width, {"p": n} if head.own else {}
+        for i, (s, between, token, state) in enumerate(rows):
+            between = between if head.own else 0             # all of a draft stands where its first token does
             self._put_ahead(slice(i, i + 1), s, np.array([len(s) + between], np.int32), "_wanted")
             self._put(f"{AHEAD}.ids", slice(i, i + 1), token)
             self._put(f"{AHEAD}.before", slice(i, i + 1), -1 - i)
-            self._put(f"{AHEAD}.carry", slice(i * d, (i + 1) * d), before)
+            self._put(f"{AHEAD}.carry", slice(i * d, (i + 1) * d), state)
             self._put(f"{AHEAD}.wanted", slice(i, i + 1), i)
             for axis in range(axes):
                 self._put(f"{AHEAD}.positions", slice(axis * n + i, axis * n + i + 1), s.next + between)
         self._heads = np.empty(0, np.int32)
-        self.program.execute(AHEAD, **dict.fromkeys(("m", "w", "e", "c", "s", "z", "l", "k"), 0), h=n, p=n, x=n)
+        self.program.execute(AHEAD, **dict.fromkeys(("m", "w", "e", "c", "s", "z", "l", "k"), 0), h=n, x=n, **before)
         return [Row(self.program, i, self.step.sizes.n_tokens > 0, kept + 1, kept + 3) for i in range(n)], self.program.read(kept + 2, 0, n)
 
     @property
     def _kept_output(self) -> int:
-        """The number of the output with last hidden states that are kept; behind it are the head's logits, its hidden states and what `top_k` found."""
+        """The number of the output with states that are kept for the head; behind it are its logits, its own states and what `top_k` found."""
         return LARGEST + 3 * (self.step.sizes.n_tokens > 0)
 
     def _keep(self) -> None:
-        """Keep last hidden states of a run's last tokens with their conversations."""
+        """Keep the states of a run's last tokens with their conversations."""
         at = 0
         for s, first, n in self._kept:
             s.last = first, self.program.read(self._kept_output, at, n).copy()
@@ -526,7 +558,7 @@ class StepProgram:
     def run(self) -> Logits:
         """Run what `fill` has laid out; returns logits of the first n_head rows that give some, valid until the next run."""
         logits = self._run(0, None)
-        if self.step.sizes.ahead:
+        if self.step.ahead:
             self._keep()
         return logits
 

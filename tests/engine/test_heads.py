@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import cases
@@ -17,12 +18,15 @@ import pyengine as pe
 from converters.writer import convert
 from eager import draft_always
 from pyengine.engine import writing
+from pyengine.errors import PlanError, RequestError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile
 from pyengine.memory.held import planned_bytes
 from pyengine.programs.rows import token_rows
 from pyengine.programs.step import Work
 
-KINDS = cases.kinds(heads=True)
+OWN = cases.kinds(heads=True)                                # of models that bring it
+BESIDE = list(heads.BESIDE)                                  # of a file of its own
+KINDS = [*OWN, *BESIDE]
 N_CTX = 256
 SETTINGS: dict[str, Any] = {"n_ctx": N_CTX, "n_batch": 64, "n_threads": 1, "device": "cpu"}
 
@@ -43,17 +47,24 @@ def told(answer: Any) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def made(tiny_gguf, tmp_path_factory) -> Any:
-    """made(kind) -> (GGUF path, transformers' model, its head)"""
-    found: dict[str, Any] = {}
+    """made(kind) -> the files of a model and of its head, and what the head says: `heads.Made`"""
+    found: dict[str, heads.Made] = {}
 
-    def get(kind: str) -> tuple[Path, Any, Any]:
+    def get(kind: str) -> heads.Made:
         if kind not in found:
-            folder = tmp_path_factory.mktemp(kind)
-            main, head = heads.add_head(tiny_gguf(kind)[1], folder / "hf")
-            found[kind] = convert(folder / "hf", folder / "m.gguf", "f32"), main, head
+            folder = tmp_path_factory.mktemp("head")
+            if kind in OWN:
+                wanted = heads.add_head(tiny_gguf(kind)[1], folder / "hf")
+                found[kind] = heads.Made(convert(folder / "hf", folder / "m.gguf", "f32"), None, "mtp", wanted)
+            else:
+                found[kind] = heads.BESIDE[kind].make(tiny_gguf, folder)
         return found[kind]
 
     return get
+
+
+def loaded(pair: heads.Made, **settings: Any) -> Any:
+    return pe.load(pair.path, **SETTINGS, draft=pair.draft, **settings)
 
 
 def read(model: Any, text: list[int], n: int, step: int) -> list[np.ndarray]:
@@ -73,15 +84,15 @@ def read(model: Any, text: list[int], n: int, step: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_transformers(made, kind: str) -> None:
-    path, main, head = made(kind)
-    model, text = pe.load(path, **SETTINGS, kv_dtype="f32"), ids(44)
-    wanted = heads.reference(main, head, text, 40)
-    whole = read(model, text, 40, 64)
-    for got, want in zip(whole, wanted, strict=True):
-        assert np.abs(got - want).max() < 1e-5 * np.ptp(want)
-    for step in (1, 7, 39):                                  # wherever the prompt is cut
-        assert all(np.array_equal(a, b) for a, b in zip(read(model, text, 40, step), whole, strict=True))
+def test_logits_are_those_of_the_reference(made, kind: str) -> None:
+    pair = made(kind)
+    model, text = loaded(pair, kv_dtype="f32"), ids(44)
+    for n in (40, 3):                                        # beyond a window, and within it
+        wanted, whole = pair.wanted(text[: n + 4], n), read(model, text[: n + 4], n, 64)
+        for got, want in zip(whole, wanted, strict=True):
+            assert np.abs(got - want).max() < 1e-5 * np.ptp(want)
+        for step in (1, 7, 39):                              # wherever the prompt is cut
+            assert all(np.array_equal(a, b) for a, b in zip(read(model, text[: n + 4], n, step), whole, strict=True))
 
 
 @pytest.fixture
@@ -91,17 +102,17 @@ def eager(monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_same(made, eager, kind: str) -> None:
-    path = made(kind)[0]
-    plain = pe.load(path, **SETTINGS, n_seq=8, speculate=False)
+    pair = made(kind)
+    plain = pe.load(pair.path, **SETTINGS, n_seq=8, speculate=False)
     prompts = [ids(5), ids(70, 1), ids(17, 2), ids(130, 3), ids(33, 4), ids(64, 5), ids(9, 6), ids(50, 7)]
     for n_seq in (1, 8):
-        model, drafted = pe.load(path, **SETTINGS, n_seq=n_seq), 0
+        model, drafted = loaded(pair, n_seq=n_seq), 0
         for seed in range(2):
             some = prompts[: 3 if n_seq == 1 else 8]
             answers = model.generate_many(some, **asked(seed))
             plain.reset()
             assert list(map(told, answers)) == list(map(told, plain.generate_many(some, **asked(seed))))
-            drafted += sum(a.report.drafts.get("mtp", (0, 0))[0] for a in answers)
+            drafted += sum(a.report.drafts.get(pair.origin, (0, 0))[0] for a in answers)
         assert drafted > 20
     longer = [*prompts[1], *answers[1].tokens, *ids(9, 9)]   # a conversation goes on, and one that begins as it does
     for text in (longer, [*longer[:80], *ids(4, 8)]):
@@ -111,20 +122,20 @@ def test_answers_are_the_same(made, eager, kind: str) -> None:
 
 def test_files_have_it_as_those_of_llama_cpp(made) -> None:
     """Names of gguf-py; weights of norms with 1 added, as conversion/qwen.py does for all that end in "norm.weight"."""
-    path, _, head = made("qwen3_5_text")
+    path = made("qwen3_5_text").path
     file, kinds = GGUFFile(path), gguf.MODEL_TENSOR
     assert file.metadata["qwen35.block_count"] == 6 and file.metadata["qwen35.nextn_predict_layers"] == 1
     assert list(file.metadata["qwen35.attention.recurrent_layers"]) == [True, True, True, False, True, False]
     names = {kind: gguf.TENSOR_NAMES[kind].format(bid=5) + ".weight" for kind in (kinds.NEXTN_ENORM, kinds.NEXTN_HNORM, kinds.NEXTN_EH_PROJ, kinds.NEXTN_SHARED_HEAD_NORM)}
     assert {n for n in file.tensors if ".nextn." in n} == set(names.values())
-    weights = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
-    assert np.allclose(weights[names[kinds.NEXTN_ENORM]], head.layers[0].enorm.weight.detach().numpy() + 1, atol=1e-6)
-    assert np.array_equal(weights[names[kinds.NEXTN_EH_PROJ]], head.layers[0].eh_proj.weight.detach().numpy())
+    weights, checkpoint = {t.name: t.data for t in gguf.GGUFReader(path).tensors}, load_file(path.parent / "hf/model.safetensors")
+    assert np.allclose(weights[names[kinds.NEXTN_ENORM]], checkpoint["mtp.pre_fc_norm_embedding.weight"] + 1, atol=1e-6)
+    assert np.array_equal(weights[names[kinds.NEXTN_EH_PROJ]], checkpoint["mtp.fc.weight"])
 
 
 @pytest.mark.parametrize("names", [("mtp.layers.0.", "mtp.layers.1."), ("mtp.fc.", "model.mtp.fc.")], ids=["several layers", "another name"])
 def test_what_has_no_place_is_left_out_and_said(made, tmp_path, capsys, names) -> None:
-    shutil.copytree(made("qwen3_5_text")[0].parent / "hf", tmp_path / "hf")
+    shutil.copytree(made("qwen3_5_text").path.parent / "hf", tmp_path / "hf")
     file = tmp_path / "hf/model.safetensors"
     tensors, (known, other) = load_file(file), names
     tensors |= {other + name.removeprefix(known): value for name, value in tensors.items() if name.startswith(known)}
@@ -137,7 +148,7 @@ def test_what_has_no_place_is_left_out_and_said(made, tmp_path, capsys, names) -
 
 
 def test_it_is_left_out_where_nothing_drafts(made) -> None:
-    path = made("qwen3_5_text")[0]
+    path = made("qwen3_5_text").path
     plain, model = pe.load(path, **SETTINGS, speculate=False), pe.load(path, **SETTINGS, n_seq=2)
     assert not plain._scheduler.speculation.source and model._scheduler.speculation.source
     assert not any("blk.5." in name for name in plain.program.states) and "blk.5.k" in model.program.states
@@ -150,7 +161,7 @@ def test_it_is_left_out_where_nothing_drafts(made) -> None:
 
 
 def test_what_it_takes_is_in_the_plan(made) -> None:
-    path = made("qwen3_5_text")[0]
+    path = made("qwen3_5_text").path
     model, without = pe.load(path, **SETTINGS, n_seq=2), pe.plan(path, **SETTINGS, n_seq=2, speculate=False)
     assert model.plan.total == pe.plan(path, **SETTINGS, n_seq=2).total > without.total
     assert model.plan.of("weights") == model.program.prepared.weight_bytes and model.plan.of("kv") == model.program.prepared.state_bytes
@@ -164,7 +175,7 @@ def test_what_it_takes_is_in_the_plan(made) -> None:
 
 def test_saved_conversations_are_those_of_the_model(made, eager, tmp_path) -> None:
     """What the head has read is not saved: with it and without it files are the same, and it reads what follows."""
-    path, text = made("qwen3_5_text")[0], ids(60)
+    path, text = made("qwen3_5_text").path, ids(60)
     with_head, without = pe.load(path, **SETTINGS), pe.load(path, **SETTINGS, speculate=False)
     first = [m.generate(text, **asked(0)) for m in (with_head, without)]
     for model, name in ((with_head, "a"), (without, "b")):
@@ -181,7 +192,7 @@ def test_saved_conversations_are_those_of_the_model(made, eager, tmp_path) -> No
 
 def test_it_goes_on_from_drafts_that_came_as_from_others(made, eager, monkeypatch) -> None:
     """Its first logits behind each token are the same bits whether tokens came one at a time or were drafted."""
-    path, text = made("qwen3_5_text")[0], ids(60)
+    path, text = made("qwen3_5_text").path, ids(60)
     wanted, found = pe.load(path, **SETTINGS, speculate=False).generate(text, **asked(0)), []
     for right in (True, False):
         seen: dict[int, np.ndarray] = {}
@@ -200,3 +211,94 @@ def test_it_goes_on_from_drafts_that_came_as_from_others(made, eager, monkeypatc
         found.append(seen)
     both = found[0].keys() & found[1].keys()
     assert len(both) >= 5 and all(np.array_equal(found[0][n], found[1][n]) for n in both)
+
+
+# -- heads in files of their own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_head_beside_a_model_is_in_its_plan(made, kind: str) -> None:
+    pair = made(kind)
+    model, alone = loaded(pair, n_seq=2), pe.plan(pair.path, **SETTINGS, n_seq=2)
+    assert model.plan.total == pe.plan(pair.path, **SETTINGS, n_seq=2, draft=pair.draft).total > alone.total
+    assert model.plan.of("weights") == model.program.prepared.weight_bytes and model.plan.of("kv") == model.program.prepared.state_bytes
+    assert model.plan.of("arena") == model.program.prepared.arena_bytes and planned_bytes(model.plan)["cpu"] == model.plan.total - model.plan.of("overhead")
+    assert f"drafts are of the head in {pair.draft.name}, " in model.plan.table()
+    assert (model.plan.of("kv") > alone.of("kv")) == bool(model._fitted.layout.step.ahead.own)
+    layout = model._fitted.layout
+    assert layout.total_at(N_CTX, 2) == layout.taken
+    for n_ctx, n_seq in ((128, 2), (N_CTX, 5), (100, 1)):
+        assert layout.total_at(n_ctx, n_seq) == pe.plan(pair.path, **{**SETTINGS, "n_ctx": n_ctx}, n_seq=n_seq, draft=pair.draft).total
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_head_beside_a_model_is_left_out_where_nothing_drafts(made, kind: str) -> None:
+    pair = made(kind)
+    plain = loaded(pair, speculate=False)
+    assert plain._scheduler.speculation.source is None and plain.plan.of("weights") == pe.plan(pair.path, **SETTINGS, speculate=False).of("weights")
+    left = loaded(pair, compress="look-m:ratio=0.5")
+    assert not left._scheduler.speculation.source and "head that predicts further tokens is left out: conversations are compressed" in left.plan.table()
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_conversations_are_saved_without_what_a_head_beside_a_model_read(made, eager, tmp_path, kind: str) -> None:
+    pair, text = made(kind), ids(60)
+    for model, name in ((loaded(pair), "a"), (pe.load(pair.path, **SETTINGS, speculate=False), "b")):
+        first = model.generate(text, **asked(0))
+        model.save(tmp_path / name)
+        model.reset()
+        assert model.restore(tmp_path / name) == 89
+        longer = [*text, *first.tokens, *ids(6, 1)]
+        last = told(model.generate(longer, **asked(0)))
+        wanted = last if name == "a" else wanted
+    assert last == wanted and (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_model_and_its_head_must_fit(made, machine, kind: str) -> None:
+    pair = made(kind)
+    alone, both = pe.plan(pair.path, **SETTINGS).total, pe.plan(pair.path, **SETTINGS, draft=pair.draft).total
+    machine((alone + both) // 2)
+    with pytest.raises(PlanError, match="draft=None"):
+        loaded(pair)
+
+
+def test_an_assistant_is_of_one_model(made, tiny_gguf, tmp_path) -> None:
+    pair, wide = made("assistant"), tiny_gguf("gemma4_text", hidden_size=128)[0]
+    for path, why in ((tiny_gguf("llama")[0], "this is another model"), (wide, "hidden states of 96 numbers, and this model's have 128"),
+                      (made("assistant, no shared caches").path, "2 key/value heads of 64 elements"),
+                      (tiny_gguf("gemma4_text", sliding_window=9)[0], "2 key/value heads of 32 elements")):
+        with pytest.raises(RequestError, match=f"draft: .*{why}"):
+            pe.load(path, **SETTINGS, draft=pair.draft)
+    with pytest.raises(UnsupportedModelError, match="is a head that drafts for another model: load that one, with draft="):
+        pe.load(pair.draft)
+
+
+def test_an_assistant_has_the_names_of_llama_cpp(made, tmp_path, capsys) -> None:
+    """src/models/gemma4-assistant.cpp. Clusters of tokens, which its converter leaves out too, are none of them."""
+    pair = made("assistant")
+    file = GGUFFile(pair.draft)
+    assert {k: file.metadata[f"gemma4-assistant.{k}"] for k in ("block_count", "nextn_predict_layers", "embedding_length", "embedding_length_out", "attention.shared_kv_layers")} == {
+        "block_count": 4, "nextn_predict_layers": 4, "embedding_length": 64, "embedding_length_out": 96, "attention.shared_kv_layers": 4}
+    layer = {f"blk.0.{n}.weight" for n in ("attn_norm", "attn_q", "attn_q_norm", "attn_output", "post_attention_norm", "ffn_norm", "ffn_gate", "ffn_up",
+                                           "ffn_down", "post_ffw_norm", "layer_output_scale")}
+    assert {n for n in file.tensors if not n.startswith(("blk.1.", "blk.2.", "blk.3."))} == layer | {
+        "token_embd.weight", "output_norm.weight", "rope_freqs.weight", "nextn.pre_projection.weight", "nextn.post_projection.weight"}
+    shutil.copytree(pair.draft.parent / "hf", tmp_path / "hf")
+    more = {"masked_embedding.centroids.weight": np.zeros((8, 64), np.float32), "masked_embedding.token_ordering": np.arange(512)}
+    save_file(load_file(tmp_path / "hf/model.safetensors") | more, tmp_path / "hf/model.safetensors")
+    out = convert(tmp_path / "hf", tmp_path / "m.gguf", "f32")
+    assert "the table of clusters of tokens is left out" in capsys.readouterr().err
+    assert GGUFFile(out).tensors.keys() == file.tensors.keys()
+
+
+def test_an_assistant_drafts_behind_pictures(tiny_gguf, eager, tmp_path) -> None:
+    path, folder = tiny_gguf("gemma4")
+    heads.add_assistant(tiny_gguf("gemma4_text")[1], tmp_path / "hf")
+    draft = convert(tmp_path / "hf", tmp_path / "d.gguf", "f32")
+    seen = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    prompt = [*ids(9), seen, *ids(6)]
+    model, plain = (pe.load(path, **SETTINGS, **more) for more in ({"draft": draft}, {"speculate": False}))
+    for seed in range(2):
+        answer = model.generate(prompt, **asked(seed))
+        assert told(answer) == told(plain.generate(prompt, **asked(seed))) and answer.report.drafts["assistant"][0] > 5

@@ -204,7 +204,7 @@ EXPERTS = {**DENSE, "num_hidden_layers": 4, "layer_types": ["full_attention", "s
            "enable_moe_block": True, "num_experts": 9, "top_k_experts": 3, "moe_intermediate_size": 64}
 
 TEXT = Case(
-    "gemma4_text", "gemma4", "Gemma4TextConfig", "Gemma4ForCausalLM", "spm", TEXT_CONFIG, ring=True,
+    "gemma4_text", "gemma4", "Gemma4TextConfig", "Gemma4ForCausalLM", "spm", TEXT_CONFIG, ring=True, also=("Gemma4AssistantForCausalLM",),         # which tests/engine/test_heads.py tests
     buffer=lambda name: (1.0, 0.3) if name.endswith("layer_scalar") else None,
     shallow={"num_hidden_layers": 3, "num_kv_shared_layers": 1, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     variants={"gemma4": {}, "gemma4-dense": {**DENSE, "final_logit_softcapping": None}, "gemma4-experts": EXPERTS,

@@ -1,20 +1,42 @@
-"""Checkpoints with a head that predicts further tokens (MTP): random ones made by transformers' `MtpModel`, under the names of published ones."""
+"""Checkpoints of heads that predict further tokens, with random weights, and what they say of a text by code that is not ours.
+
+    MTP          in the model's own checkpoint: transformers' `MtpModel`, under the names of published ones
+    assistants   of Gemma 4, in checkpoints of their own: transformers' `Gemma4AssistantForCausalLM`
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+Reference = Callable[[list[int], int], list[np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A model's file, that of a head beside it, what its drafts are called, and what the head says behind each of the last tokens of a text of
+    which the model has read the first n."""
+
+    path: Path
+    draft: Path | None
+    origin: str
+    wanted: Reference
+
+# -- MTP ------------------------------------------------------------------------------------------------------------------
+
 NAMES = {"layers.0.eh_proj.": "mtp.fc.", "layers.0.enorm.": "mtp.pre_fc_norm_embedding.", "layers.0.hnorm.": "mtp.pre_fc_norm_hidden.",
          "layers.0.post_norm.": "mtp.norm.", "layers.0.mtp_block.": "mtp.layers.0."}
 
 
-def add_head(folder: Path, out: Path, seed: int = 3, spread: float = 0.05) -> tuple[Any, Any]:
-    """Write a text checkpoint again, with a head of random weights; return the model of transformers and its head."""
+def add_head(folder: Path, out: Path, seed: int = 3, spread: float = 0.05) -> Reference:
+    """Write a text checkpoint again, with a head of random weights; return what the head says."""
     import torch
     from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -38,19 +60,103 @@ def add_head(folder: Path, out: Path, seed: int = 3, spread: float = 0.05) -> tu
     save_file(load_file(file) | more, file)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 1}))
-    return main, head
+
+    def wanted(ids: list[int], n: int) -> list[np.ndarray]:
+        with torch.no_grad():
+            hidden, found = main.model(torch.tensor([ids[:n]])).last_hidden_state, []
+            for last in range(n, len(ids)):                  # it goes on with its own states
+                at = torch.arange(1, last + 1)[None]
+                own = head.forward_layer(0, hidden, at, None, input_ids=torch.tensor([ids[1 : last + 1]]))
+                found.append(main.lm_head(own[0, -1]).numpy())
+                hidden = torch.cat([hidden, own[:, -1:]], dim=1)
+        return found
+
+    return wanted
 
 
-def reference(main: Any, head: Any, ids: list[int], n: int) -> list[np.ndarray]:
-    """Return the head's logits behind each of the last tokens of `ids`, of which the model has read the first n: it goes on with its own states."""
+# -- assistants of Gemma 4 --------------------------------------------------------------------------------------------------
+
+ASSISTANT = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32,
+             "global_head_dim": 64, "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "num_kv_shared_layers": 4,
+             "sliding_window": 6, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "max_position_embeddings": 256}
+
+
+@contextmanager
+def layers_that_store() -> Iterator[None]:
+    """Let the last layer of each kind that has a cache give its keys and values, as transformers 5.23's own comment has it: without layers that
+    share none does, and where all share, as an assistant's do, it refuses the config."""
+    from unittest.mock import patch
+
+    from transformers import Gemma4TextConfig
+
+    def modes(self: Any) -> list[str | None]:
+        first = self.num_hidden_layers - self.num_kv_shared_layers
+        last = {kind: i for i, kind in enumerate(self.layer_types[:first])}
+        return ["reuse" if i >= first else "store" if i in last.values() else None for i in range(self.num_hidden_layers)]
+
+    with patch.object(Gemma4TextConfig, "kv_sharing_modes", property(modes)):
+        yield
+
+
+def add_assistant(folder: Path, out: Path, seed: int = 5, **text: Any) -> Reference:
+    """Write an assistant of random weights for a Gemma 4 checkpoint; return what it says."""
     import torch
+    from transformers import AutoModelForCausalLM, Gemma4AssistantConfig, Gemma4AssistantForCausalLM
 
+    with layers_that_store():
+        main = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        config = Gemma4AssistantConfig(text_config={"model_type": "gemma4_text", **ASSISTANT, "num_key_value_heads": 2, **text},
+                                       backbone_hidden_size=main.config.hidden_size)
+        head = Gemma4AssistantForCausalLM._from_config(config, attn_implementation="eager").eval()
+    random = torch.Generator().manual_seed(seed)
+    scalars = [(name, b) for name, b in head.named_buffers() if name.endswith("layer_scalar")]
     with torch.no_grad():
-        hidden = main.model(torch.tensor([ids[:n]])).last_hidden_state
-        found = []
-        for last in range(n, len(ids)):
-            at = torch.arange(1, last + 1)[None]
-            own = head.forward_layer(0, hidden, at, None, input_ids=torch.tensor([ids[1 : last + 1]]))
-            found.append(main.lm_head(own[0, -1]).numpy())
-            hidden = torch.cat([hidden, own[:, -1:]], dim=1)
-    return found
+        for _, p in sorted([*head.named_parameters(), *scalars], key=lambda named: named[0]):
+            noise = torch.randn(p.shape, generator=random)
+            p.copy_(1.0 + 0.3 * noise if p.dim() == 1 else 1.5 * noise / p[0].numel() ** 0.5)
+    head.save_pretrained(out)
+
+    def wanted(ids: list[int], n: int) -> list[np.ndarray]:
+        found, seen = [], main.config.sliding_window - 1                       # keys in the window of the token's place
+        with torch.no_grad(), layers_that_store():
+            read = main(torch.tensor([ids[:n]]), use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
+            shared = {kind: tuple(x[:, :, -seen:] if kind == "sliding_attention" else x for x in both) for kind, both in read.shared_kv_states.items()}
+            state = read.hidden_states[-1][:, -1:]
+            for token in ids[n:]:
+                x = torch.cat([main.get_input_embeddings()(torch.tensor([[token]])), state], dim=-1)
+                made = head(inputs_embeds=x, position_ids=torch.tensor([[n]]), shared_kv_states=shared, use_cache=False)
+                found.append(made.logits[0, 0].numpy())
+                state = made.last_hidden_state
+        return found
+
+    return wanted
+
+
+# -- all that there are in files of their own -------------------------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """A head in a file of its own: what adds it, the kind of its model, and the configs of both. told: what the reference is, for docs/models.md."""
+
+    origin: str
+    add: Callable[..., Reference]
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
+    told: str = ""
+
+    def make(self, get: Callable[..., tuple[Path, Path]], folder: Path) -> Made:
+        """Write the head's file. get: of a kind and a config, the file of a tiny model and its checkpoint."""
+        from converters import convert
+
+        path, checkpoint = get(self.kind, **self.config)
+        wanted = self.add(checkpoint, folder / "hf", **self.own)
+        return Made(path, convert(folder / "hf", folder / "d.gguf", "f32"), self.origin, wanted)
+
+
+UNSHARED = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+BESIDE = {
+    "assistant": Beside("assistant", add_assistant, "gemma4_text", told="Gemma4AssistantForCausalLM"),
+    "assistant, no shared caches": Beside("assistant", add_assistant, "gemma4_text", UNSHARED, {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+                                          "Gemma4AssistantForCausalLM"),
+}

@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).resolve().parent), str(ROOT / "tests" / "models"),
-                str(ROOT / "tests" / "towers")]
+                str(ROOT / "tests" / "towers"), str(ROOT / "tests" / "engine")]
 
 import cases  # noqa: E402  found through the line above
 import pyengine as pe  # noqa: E402
@@ -25,6 +25,7 @@ import tiny_towers  # noqa: E402
 from cases import Case, SourceCase  # noqa: E402
 from converters import convert  # noqa: E402
 from pictures import A, B  # noqa: E402
+from pyengine.files.gguf import GGUFFile  # noqa: E402
 from pyengine.memory.fit import DEFAULT_CTX  # noqa: E402
 
 HEAD = """# Models beside transformers
@@ -60,6 +61,17 @@ The same of models that make vectors and scores of texts: last hidden states of 
 
 | architecture | class of transformers | hidden states |
 |---|---|---|
+"""
+
+
+HEADS = """
+## Heads that draft
+
+Heads in files of their own (`draft=`): what they say of the next token, and of those behind it as they go on by themselves. A head with a star has
+no class in transformers: its reference is ours, in torch (`tests/support/heads.py`), from its paper and the authors' code.
+
+| architecture | beside | reference | logits |
+|---|---|---|---|
 """
 
 
@@ -139,6 +151,26 @@ def tower_rows() -> list[str]:
     return sorted(rows)
 
 
+def head_rows() -> list[str]:
+    """Run each head that is in a file of its own, and return their rows."""
+    import heads
+    import test_heads
+
+    rows = []
+    for beside in heads.BESIDE.values():
+        with tempfile.TemporaryDirectory() as folder:
+            def get(kind: str, folder: str = folder, **config: object) -> tuple[Path, Path]:
+                checkpoint = tiny.make_checkpoint(kind, Path(folder) / "model", seed=1, **config)
+                return convert(checkpoint, Path(folder) / "m.gguf", "f32"), checkpoint
+
+            pair, text = beside.make(get, Path(folder)), test_heads.ids(44)
+            with test_heads.loaded(pair, kv_dtype="f32") as model:
+                worst = max(share(got, want) for got, want in zip(test_heads.read(model, text, 40, 64), pair.wanted(text, 40), strict=True))
+                arch = model.file.metadata["general.architecture"]
+            rows.append(f"| `{GGUFFile(pair.draft).metadata['general.architecture']}` | `{arch}` | {beside.told} | {worst:.1e} |\n")
+    return rows
+
+
 def main() -> None:
     """Write the page."""
     rows = []
@@ -149,7 +181,10 @@ def main() -> None:
     print("".join(sources), end="", flush=True)
     towers = tower_rows()
     print("".join(towers), end="", flush=True)
-    (ROOT / "docs" / "models.md").write_text(HEAD.format(most=DEFAULT_CTX) + "".join(rows) + SOURCES + "".join(sources) + TOWERS + "".join(towers))
+    drafting = head_rows()
+    print("".join(drafting), end="", flush=True)
+    parts = HEAD.format(most=DEFAULT_CTX), rows, SOURCES, sources, TOWERS, towers, HEADS, drafting
+    (ROOT / "docs" / "models.md").write_text("".join("".join(part) for part in parts))
 
 
 if __name__ == "__main__":
