@@ -161,7 +161,8 @@ class Compressed(Full):
         return f"{n:,} positions, of which some are kept"
 
 
-RECENT = {"Q4_1_CHANNELS": 128, "Q2_1_CHANNELS": 192}    # tokens that are in full, at least, by the format of keys that are quantized by channel
+IN_FULL = 128            # tokens that are in full, at least, where keys are quantized by channel
+RECENT = {"Q4_1_CHANNELS": IN_FULL, "Q2_1_CHANNELS": 192}                      # by the format of those keys
 PINNED = GROUP           # and so many of a conversation's beginning: all attend to them, and they are unlike the rest (arXiv:2401.18079)
 
 
@@ -186,7 +187,7 @@ class Grouped(Full):
     kept    where conversations are compressed: how many cells stay, and by what; numbers of tokens count those cells, here and in the parts
     """
 
-    recent: int = RECENT["Q4_1_CHANNELS"]
+    recent: int = IN_FULL
     kept: Compressed | None = None
 
     @property
@@ -237,7 +238,7 @@ class Recent(Policy):
 
     paged: ClassVar[bool] = False
     spans: bool = True
-    recent: int = RECENT["Q4_1_CHANNELS"]
+    recent: int = IN_FULL
     kept: Compressed | None = None
 
     def slots(self, n_ctx: int, n_batch: int) -> int:
@@ -268,7 +269,7 @@ class Pinned(Policy):
 
     paged: ClassVar[bool] = False
     stays: ClassVar[bool] = True
-    recent: int = RECENT["Q4_1_CHANNELS"]
+    recent: int
     layer: int | None = None
 
     def slots(self, n_ctx: int, n_batch: int) -> int:

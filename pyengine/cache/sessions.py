@@ -3,11 +3,14 @@
     header    magic, version, counts, formats of keys and values, fingerprint of the model      (`HEADER`, little-endian)
     sections  (sha256, bytes) each: header, notes, digests of pictures, what each row is, keys and values of each layer
 
-Version 2 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
-them is of version 1. A conversation whose cells are compressed is of version 5: its notes are followed by what `_compressed` writes. A row is a token id and 0, or -1 - the number of a digest and the row of that picture; of a picture that is seen
-across, less than 0: minus its encoder rows. A file holds what later tokens may see: all tokens of layers that see everything, the
-window of those that slide, all encoder rows of those that attend across, the last state of those that are recurrent. Lengths are not stored but follow from rows and the model,
-so a file's size is known before any cell is read. Nothing is read into the caches before all sums were right.
+Version 4 has notes, bytes of whoever saves (the command line's are the messages), whose number ends its header; a file without
+them is of version 3. A conversation whose cells are compressed is of version 5: its notes are followed by what `Smaller` says.
+Formats are those of tokens in groups, where there are such; the first files of those caches name that of the last tokens, in full, and
+are told from others by their size and sums (`_misnamed`). A row is a token id and 0, or -1 - the number of a digest and the row of that
+picture; of a picture that is seen across, less than 0: minus its encoder rows. A file holds what later tokens may see: all tokens of
+layers that see everything, the window of those that slide, all encoder rows of those that attend across, the last state of those that
+are recurrent. Lengths are not stored but follow from rows and the model, so a file's size is known before any cell is read. Nothing is
+read into the caches before all sums were right.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pyengine.arguments import place
 from pyengine.cache.cells import Conversation
 from pyengine.cache.eviction import cells_of_sums, clear, compressed
 from pyengine.cache.store import Store
-from pyengine.dtype import CACHE_DTYPES, DType, DTYPES
+from pyengine.dtype import CACHE_DTYPES, DTYPES
 from pyengine.errors import ContextOverflowError, PlanError, SessionError
 from pyengine.files.gguf import GGUFFile
 from pyengine.files.writing import written
@@ -74,12 +77,13 @@ def fingerprint(files: Iterable[GGUFFile | None], tables: Iterable[np.ndarray]) 
 
 @dataclass(frozen=True)
 class Session:
-    """What the sections before the cells say; fields as in `cells.Conversation`."""
+    """What the sections before the cells say; fields as in `cells.Conversation`. formats: ggml's numbers of those of keys and values."""
 
     keys: list[Hashable]
     pictures: list[tuple[int, int]]
     next: int
     media: frozenset[bytes]
+    formats: tuple[int, int]
     smaller: Smaller | None = None
 
 
@@ -209,6 +213,7 @@ def restore(path: str | Path, store: Store, model: bytes, n_ids: int, n_ctx: int
             want = at + sum(SUM + size for size in beside) + sum(SUM + int(np.prod(shape)) for shape in shapes)
             size = os.fstat(file.fileno()).st_size
             if size != want:
+                _check_formats(path, session.formats, store)
                 raise SessionError(f"{path}: has {size} bytes, but {n} tokens of this model take {want}: it is cut off or damaged")
             for nbytes in (*beside, *(int(np.prod(shape)) for shape in shapes)):
                 _section(path, file, nbytes)
@@ -311,15 +316,12 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[bytes, bytes, int]:
 
 def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: int, n_ctx: int) -> Session:
     """Read and check all that stands before the cells."""
-    formats: tuple[DType, DType] = store.formats
     header, _, n_text = _read_header(path, file)
     _, _, n, position, n_digests, n_media, k, v, saved = HEADER.unpack(header)
     if saved != model:
         raise SessionError(f"{path}: is a conversation with another model, or with this one under other rotary settings or adapters")
-    if (k, v) != (formats[0].id, formats[1].id):
-        known = {t.id: t.name for t in DTYPES + CACHE_DTYPES}
-        raise SessionError(f"{path}: its cache has formats {known.get(k, k)}/{known.get(v, v)}, this model's {formats[0]}/{formats[1]}: "
-                           "load with the kv_dtype that it was saved with")
+    if not _misnamed(k, v, store):
+        _check_formats(path, (k, v), store)
     if n > n_ctx:
         raise ContextOverflowError(f"{path}: the conversation has {n} tokens, but the context holds {n_ctx}; load with a larger n_ctx")
     if not 0 < n or n_digests > n or n_media > n or position >= 1 << 31:
@@ -337,4 +339,18 @@ def _read_head(path: Path, file: BinaryIO, model: bytes, store: Store, n_ids: in
         raise ContextOverflowError(f"{path}: its pictures have {ends[-1]} encoder rows, but a conversation holds {most}; "
                                    "load with images=(width, height, number) for more")
     smaller = Smaller.read(path, _section(path, file, n_text), store, n) if n_text else None
-    return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]), smaller)
+    return Session(keys, list(zip(across.tolist(), ends.tolist())), position, frozenset(digests[n_digests:]), (k, v), smaller)
+
+
+def _check_formats(path: Path, saved: tuple[int, int], store: Store) -> None:
+    """Compare the formats of a file, as ggml's numbers, with those of a model's caches. Raises: SessionError for others."""
+    if saved != tuple(d.id for d in store.formats):
+        k, v = (next((t.name for t in DTYPES + CACHE_DTYPES if t.id == number), number) for number in saved)
+        raise SessionError(f"{path}: its cache has formats {k}/{v}, this model's {'/'.join(map(str, store.formats))}: "
+                           "load with the kv_dtype that it was saved with")
+
+
+def _misnamed(k: int, v: int, store: Store) -> bool:
+    """Say whether a file may be an early one of a cache in groups: it names the format of tokens in full, which are beside them."""
+    full = next((part.states for layer in store.layers for part in layer.parts), ())
+    return bool(full) and (k, v) == tuple(state.dtype.id for state in full)

@@ -57,8 +57,8 @@ class Store:
 
     @property
     def formats(self) -> tuple[DType, DType]:
-        """The formats in which keys and values are stored; of a model that has none, those of its states."""
-        states = next((layer.states for layer in self.layers if layer.rotation), self.layers[0].states)
+        """The formats in which keys and values are stored, in groups where tokens are; of a model that has none, those of its states."""
+        states = max(self.layers, key=lambda layer: (len(layer.parts), layer.rotation is not None)).states
         return states[0].dtype, states[-1].dtype
 
     def copy(self, copies: Iterable[Copy]) -> None:

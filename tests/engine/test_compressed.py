@@ -11,6 +11,7 @@ from PIL import Image
 import cases
 import pyengine as pe
 import tiny_sources
+from answers import told
 from converters.writer import convert
 from pyengine.cache import eviction
 from pyengine.cache.cells import Conversation
@@ -36,10 +37,6 @@ def prompt(kind: str, n: int = 100) -> list[Any]:
 def ask(model: Any, parts: list[Any], n: int = 8, **more: Any) -> Any:
     never = tuple((i, -1e9) for i in model.tokenizer.eog_ids)
     return model.generate(parts, max_tokens=n, temperature=0.7, seed=1, logit_bias=never, **more)
-
-
-def told(answer: Any) -> list[tuple[int, float]]:
-    return [(t, s.logprob) for t, s in zip(answer.tokens, answer.report.sampled)]
 
 
 class Seen:

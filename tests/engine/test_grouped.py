@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,15 @@ from PIL import Image
 
 import cases
 import pyengine as pe
+from answers import told
 from groups import ask, fewer_in_full, IDS, KINDS as COMMON, path, R, SETTINGS  # noqa: F401  fixtures among them
 from op_cases import elements, loaded, stored
-from pyengine.cache import policy
-from pyengine.errors import RequestError, UnsupportedModelError
+from pyengine.cache import policy, sessions
+from pyengine.dtype import dtype as dtype_of
+from pyengine.errors import RequestError, SessionError, UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("fewer_in_full")
 KINDS = {**COMMON, "kivi2/q8_0": ("Q2_1_CHANNELS", "Q8_0")}
-
-
-def told(answer: Any) -> list[tuple[int, float]]:
-    return [(t, s.logprob) for t, s in zip(answer.tokens, answer.report.sampled)]
 
 
 def attention_in_groups(kinds: tuple[str, str]) -> Any:
@@ -136,6 +136,35 @@ def test_sessions(tiny_gguf, tmp_path, kind: str, kv_dtype: str) -> None:
         n = other.restore(tmp_path / "a")
         again = ask(other, longer)
         assert again.n_cached == on.n_cached == n == 157 and told(again) == told(on)
+
+
+def renamed(path: Path, *formats: str) -> tuple[int, ...]:
+    """Write a saved conversation with other formats in its header, or its own again; return ggml's numbers of those that it had."""
+    head, body = path.read_bytes()[32 : 32 + sessions.HEADER.size], path.read_bytes()[32 + sessions.HEADER.size :]
+    values = list(sessions.HEADER.unpack(head))
+    old = tuple(values[6:8])
+    values[6:8] = [dtype_of(name).id for name in formats] or old
+    head = sessions.HEADER.pack(*values)
+    path.write_bytes(sha256(head).digest() + head + body)
+    return old
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_sessions_name_the_format_of_groups(tiny_gguf, tmp_path, kind: str) -> None:
+    """Whose keys they are: early files named that of the tokens in full, and come back too; no other kind of cache reads them."""
+    path = tiny_gguf(kind, **({"head_dim": 32} if kind == "llama" else {}))[0]
+    models = {kv: pe.load(path, kv_dtype=kv, **SETTINGS) for kv in ("kivi4", "kivi2", "f16")}
+    for kv, model in models.items():
+        model.save(tmp_path / kv, ask(model, IDS[:150]))
+    want = told(ask(models["kivi4"], IDS[:200]))
+    assert renamed(tmp_path / "kivi4", "F16", "F16") == tuple(dtype_of(name).id for name in KINDS["kivi4"])
+    models["kivi4"].reset()
+    assert models["kivi4"].restore(tmp_path / "kivi4") == 157 and told(ask(models["kivi4"], IDS[:200])) == want
+    for kv, file, why in (("kivi2", "kivi4", "formats F16/F16, this model's Q2_1_CHANNELS/Q2_1"), ("kivi4", "f16", "formats F16/F16, this model's Q4_1_CHANNELS"),
+                          ("kivi4", "kivi2", "formats Q2_1_CHANNELS/Q2_1, this model's"), ("f16", "kivi2", "formats Q2_1_CHANNELS/Q2_1"),
+                          ("f16", "kivi4", "cut off or damaged")):
+        with pytest.raises(SessionError, match=why):
+            models[kv].restore(tmp_path / file)
 
 
 @pytest.mark.parametrize(("kv_dtype", "key", "value"), [("kivi4", 20, 20), ("kivi2", 12, 12), ("kivi4/q4_0", 20, 18)])
