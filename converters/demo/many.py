@@ -105,7 +105,7 @@ def album(rng: random.Random, shown: Sequence[Shown], numbered: bool, questions:
 def _chosen(rng: random.Random, pool: Sequence[Shown], n: int, texts: int = 1) -> list[Shown]:
     """Choose the pictures of an album: texts, a form, shapes of which one to three are of a form or a colour of their own, and others."""
     most = min(3, 1 + n // 4)
-    own = set(rng.sample(SHAPES, rng.randint(1, most))), set(rng.sample(list(COLOURS), rng.randint(1, most)))
+    own = rng.sample(SHAPES, rng.randint(1, most)), rng.sample(list(COLOURS), rng.randint(1, most))
     pairs = [(s, *s.shape.split()) for s in pool if s.shape]
     lone = [rng.choice(found) for shape in own[0] if (found := [s for s, c, f in pairs if f == shape and c not in own[1]])]
     lone += [rng.choice(found) for colour in own[1] if (found := [s for s, c, f in pairs if c == colour and f not in own[0]])]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +48,15 @@ def test_questions_are_the_same_of_a_seed() -> None:
     for q in a:
         shown = [part for part in q.messages[0]["content"] if part["type"] == "image"]
         assert len(shown) == q.number and cache.right(q, f" {q.answer}\n") and not cache.right(q, f"{q.answer} {q.answer}")
+
+
+def test_questions_are_the_same_in_every_process() -> None:
+    """What is drawn hangs on no order of a set of texts, which changes from one process to the next."""
+    draw = ("from bench import cache; from hashlib import sha256; "
+            "print([(q.answer, [sha256(p['image']).hexdigest() for p in q.messages[0]['content'] if 'image' in p]) for q in cache.questions(3, 1, ['colour'], [8])])")
+    found = {subprocess.run([sys.executable, "-c", draw], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(i)}, capture_output=True, check=True).stdout
+             for i in range(3)}
+    assert len(found) == 1
 
 
 def test_settings_are_policies_with_ratios() -> None:
